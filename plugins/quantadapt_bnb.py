@@ -1,0 +1,207 @@
+"""bitsandbytes: nf4 and fp4 (QLoRA, https://arxiv.org/abs/2305.14314) and LLM.int8
+(https://arxiv.org/abs/2208.07339). Checkpoints are transformers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from quantadapt.capabilities import Merge
+from quantadapt.hookspecs import hookimpl
+from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, Quantizer
+from quantadapt.records import Backend
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+class _FourBit(LayerwiseQuantizer):
+    quant_type: ClassVar[str]
+
+    double_quant: bool = Field(True, description="quantize the scales too (0.4 bits per weight less)")
+    quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] = Field(
+        "uint8", description="dtype that holds the packed weights; FSDP1 wants the compute dtype"
+    )
+
+    @cached_property
+    def target(self) -> FourBitTarget:
+        return FourBitTarget(self)
+
+    def quantize_linear(self, linear: nn.Linear) -> nn.Module:
+        import torch
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        module: nn.Module = Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=linear.weight.dtype,
+            compress_statistics=self.double_quant,
+            quant_type=self.quant_type,
+            quant_storage=getattr(torch, self.quant_storage),
+            device="meta",
+        )
+        options = {k: v for k, v in vars(module.weight).items() if k != "module"}
+        packed = Params4bit(linear.weight.data, requires_grad=False, **options)
+        module.weight = packed.to(linear.weight.device)
+        module.bias = linear.bias
+        return module
+
+    def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
+        return Quantizer.load(self, path, device=device, dtype=dtype)
+
+    def quantization_config(self) -> dict[str, Any]:
+        from transformers import BitsAndBytesConfig
+
+        config: dict[str, Any] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quant_type,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_quant_storage=self.quant_storage,
+        ).to_dict()
+        return config
+
+    @classmethod
+    def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> _FourBit | None:
+        config = quantization_config
+        if not config.get("load_in_4bit") or config.get("bnb_4bit_quant_type") != cls.quant_type:
+            return None
+        return cls(
+            double_quant=config.get("bnb_4bit_use_double_quant", False),
+            quant_storage=config.get("bnb_4bit_quant_storage", "uint8"),
+        )
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> _FourBit | None:
+        for module in model.modules():
+            if _is(module, "Params4bit"):
+                weight: Any = module.weight
+                if weight.quant_type != cls.quant_type:
+                    return None
+                storage = str(weight.quant_storage).removeprefix("torch.")
+                return cls(double_quant=weight.compress_statistics, quant_storage=storage)
+        return None
+
+
+class NF4(_FourBit):
+    """4-bit NormalFloat."""
+
+    quant_type = "nf4"
+
+
+class FP4(_FourBit):
+    """4-bit float."""
+
+    quant_type = "fp4"
+
+
+class Int8(LayerwiseQuantizer):
+    """LLM.int8: int8 weights per output channel, int8 activations per token."""
+
+    threshold: float = Field(
+        6.0, ge=0, description="input columns with a larger magnitude are computed in 16 bits; 0: none"
+    )
+
+    @cached_property
+    def target(self) -> Int8Target:
+        return Int8Target(self)
+
+    def quantize_linear(self, linear: nn.Linear) -> nn.Module:
+        from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+        module: nn.Module = Linear8bitLt(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            has_fp16_weights=False,
+            threshold=self.threshold,
+            device="meta",
+        )
+        device = linear.weight.device
+        packed = Int8Params(linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
+        module.weight = packed.to(device)
+        module.bias = linear.bias
+        return module
+
+    def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
+        return Quantizer.load(self, path, device=device, dtype=dtype)
+
+    def quantization_config(self) -> dict[str, Any]:
+        from transformers import BitsAndBytesConfig
+
+        config: dict[str, Any] = BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=self.threshold
+        ).to_dict()
+        return config
+
+    @classmethod
+    def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> Int8 | None:
+        if not quantization_config.get("load_in_8bit"):
+            return None
+        return cls(threshold=quantization_config.get("llm_int8_threshold", 6.0))
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> Int8 | None:
+        for module in model.modules():
+            if _is(module, "Int8Params"):
+                return cls(threshold=module.state.threshold)  # type: ignore[union-attr, arg-type]
+        return None
+
+
+class FourBitTarget(LayerwiseTarget):
+    """`bitsandbytes.nn.Linear4bit`."""
+
+    def matches(self, module: nn.Module) -> bool:
+        return _is(module, "Params4bit")
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        packed: Any = module.weight
+        weight: Tensor = dequantize_4bit(packed.data, packed.quant_state)
+        return weight
+
+
+class Int8Target(LayerwiseTarget):
+    """`bitsandbytes.nn.Linear8bitLt`."""
+
+    quantizes_activations = True
+
+    def matches(self, module: nn.Module) -> bool:
+        return _is(module, "Int8Params")
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        packed: Any = module.weight
+        # The first forward moves the scales from the weight to `state`.
+        scale = packed.SCB if packed.SCB is not None else module.state.SCB  # type: ignore[union-attr]
+        weight: Tensor = packed.data * (scale.view(-1, 1) / 127)
+        return weight
+
+
+def _is(module: nn.Module, weight_class: str) -> bool:
+    return type(getattr(module, "weight", None)).__name__ == weight_class
+
+
+def _backend(name: str, summary: str, quantizer: type[Quantizer]) -> Backend:
+    return Backend(
+        name=name,
+        summary=summary,
+        quantizer=quantizer,
+        requires=("bitsandbytes>=0.48",),
+        imports=("bitsandbytes",),
+        extra="quantadapt[bitsandbytes]",
+        merge=Merge.REQUANTIZE,
+    )
+
+
+@hookimpl
+def quantadapt_backends() -> list[Backend]:
+    return [
+        _backend("bnb-nf4", "bitsandbytes 4-bit NormalFloat, as in QLoRA", NF4),
+        _backend("bnb-fp4", "bitsandbytes 4-bit float", FP4),
+        _backend("bnb-int8", "bitsandbytes LLM.int8, int8 weights and activations", Int8),
+    ]

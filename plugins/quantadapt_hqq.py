@@ -1,0 +1,130 @@
+"""HQQ: half-quadratic quantization, 1 to 8 bits without calibration (https://github.com/mobiusml/hqq).
+
+transformers 5 refuses its own HqqConfig, so the hqq library is used itself. Checkpoints have the
+layout that transformers 4 wrote for HQQ: hqq's tensors in safetensors, `quant_method: hqq`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from quantadapt.capabilities import Merge
+from quantadapt.hookspecs import hookimpl
+from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget
+from quantadapt.records import Backend
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class HQQ(LayerwiseQuantizer):
+    """Options of hqq's `BaseQuantizeConfig`."""
+
+    bits: Literal[1, 2, 3, 4, 8] = Field(4, description="bits per weight")
+    group_size: int | None = Field(
+        64, ge=8, multiple_of=8, description="weights that share a scale; null: a whole row"
+    )
+    axis: Literal[0, 1] = Field(1, description="1 groups along in_features, 0 along out_features")
+
+    @cached_property
+    def target(self) -> HQQTarget:
+        return HQQTarget(self)
+
+    def _config(self) -> dict[str, Any]:
+        from hqq.core.quantize import BaseQuantizeConfig
+
+        config: dict[str, Any] = BaseQuantizeConfig(
+            nbits=self.bits, group_size=self.group_size, axis=self.axis
+        )
+        return config
+
+    def quantize_linear(self, linear: nn.Linear) -> nn.Module:
+        from hqq.core.quantize import HQQLinear
+
+        module: nn.Module = HQQLinear(
+            linear,
+            self._config(),
+            compute_dtype=linear.weight.dtype,
+            device=str(linear.weight.device),
+            del_orig=False,
+        )
+        module.linear_layer = None
+        return module
+
+    def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
+        from hqq.core.quantize import HQQLinear
+        from torch import nn
+
+        device = str(state["W_q"].device)
+        module = HQQLinear(
+            None, self._config(), compute_dtype=linear.weight.dtype, device=device, initialize=False
+        )
+        state["W_q"] = nn.Parameter(state["W_q"], requires_grad=False)
+        module.load_state_dict(state)
+        module.in_features, module.out_features = linear.in_features, linear.out_features
+        return module
+
+    def quantization_config(self) -> dict[str, Any]:
+        return {"quant_method": "hqq", "quant_config": self._config(), "skip_modules": ["lm_head"]}
+
+    @classmethod
+    def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> HQQ | None:
+        if quantization_config.get("quant_method") != "hqq":
+            return None
+        weights = quantization_config["quant_config"]["weight_quant_params"]
+        return cls(bits=weights["nbits"], group_size=weights["group_size"], axis=weights["axis"])
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> HQQ | None:
+        for module in model.modules():
+            if _is_hqq(module):
+                meta: Any = module.meta
+                return cls(bits=meta["nbits"], group_size=meta["group_size"], axis=meta["axis"])
+        return None
+
+
+class HQQTarget(LayerwiseTarget):
+    """`hqq.core.quantize.HQQLinear`."""
+
+    def matches(self, module: nn.Module) -> bool:
+        return _is_hqq(module)
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        _follow(module)
+        weight: Tensor = module.dequantize()  # type: ignore[operator]
+        return weight
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        _follow(module)
+        output: Tensor = module(x)
+        return output
+
+
+def _is_hqq(module: nn.Module) -> bool:
+    return type(module).__name__ == "HQQLinear" and hasattr(module, "W_q")
+
+
+def _follow(module: Any) -> None:
+    """Keep scales and zeros beside the packed weight: hqq holds them outside `parameters()`."""
+    for name in ("scale", "zero"):
+        if (tensor := module.meta.get(name)) is not None and tensor.device != module.W_q.device:
+            module.meta[name] = tensor.to(module.W_q.device)
+
+
+@hookimpl
+def quantadapt_backends() -> list[Backend]:
+    return [
+        Backend(
+            name="hqq",
+            summary="half-quadratic quantization, 1-8 bits, no calibration data",
+            quantizer=HQQ,
+            requires=("hqq>=0.2.7",),
+            imports=("hqq.core.quantize",),
+            extra="quantadapt[hqq]",
+            merge=Merge.REQUANTIZE,
+        )
+    ]

@@ -1,0 +1,67 @@
+"""No quantization: the dense reference that every other backend is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from quantadapt.capabilities import Merge
+from quantadapt.hookspecs import hookimpl
+from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, Quantizer
+from quantadapt.records import Backend
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+
+class Dense(LayerwiseQuantizer):
+    """No options."""
+
+    @cached_property
+    def target(self) -> DenseTarget:
+        return DenseTarget(self)
+
+    def quantize_linear(self, linear: nn.Linear) -> nn.Module:
+        linear.requires_grad_(False)
+        return linear
+
+    load = Quantizer.load
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        model.save_pretrained(path)  # type: ignore[operator]
+
+    def quantization_config(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> Dense | None:
+        return None if quantization_config else cls()
+
+
+class DenseTarget(LayerwiseTarget):
+    """`torch.nn.Linear` itself."""
+
+    def matches(self, module: nn.Module) -> bool:
+        from torch import nn
+
+        return type(module) is nn.Linear and type(module.weight) is nn.Parameter
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        weight: Tensor = module.weight.detach()  # type: ignore[operator, assignment]
+        return weight
+
+
+@hookimpl
+def quantadapt_backends() -> list[Backend]:
+    return [
+        Backend(
+            name="none",
+            summary="no quantization, the dense reference",
+            quantizer=Dense,
+            devices=("cpu", "cuda", "mps", "xpu", "hpu"),
+            merge=Merge.REQUANTIZE,
+        )
+    ]

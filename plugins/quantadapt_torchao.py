@@ -1,0 +1,230 @@
+"""torchao weight-only quantization: int8, int4, other integers, float8 (https://github.com/pytorch/ao).
+
+Checkpoints are transformers' own (TorchAoConfig, safetensors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from quantadapt.capabilities import Merge, Rule
+from quantadapt.hookspecs import hookimpl
+from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, Quantizer
+from quantadapt.records import Backend
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor, nn
+
+
+class _TorchAO(LayerwiseQuantizer):
+    config_name: ClassVar[str]
+    tensor_names: ClassVar[tuple[str, ...]]
+
+    @cached_property
+    def target(self) -> TorchAOTarget:
+        return TorchAOTarget(self)
+
+    def _config(self, device: str) -> Any:
+        """Return torchao's config for layers on `device` ("cpu", "cuda")."""
+        raise NotImplementedError
+
+    def quantize_linear(self, linear: nn.Linear) -> nn.Module:
+        from torchao.quantization import quantize_
+
+        quantize_(linear, self._config(linear.weight.device.type))
+        return linear
+
+    def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
+        return Quantizer.load(self, path, device=device, dtype=dtype)
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+
+        from quantadapt.loading import save_layerwise
+
+        quantizer = TorchAoHfQuantizer(self._transformers_config(), pre_quantized=False)
+        save_layerwise(self, model, path, hf_quantizer=quantizer)
+
+    def _transformers_config(self) -> Any:
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(self._config("cpu"))
+
+    def quantization_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = self._transformers_config().to_dict()
+        return config
+
+    @classmethod
+    def _from_config(cls, config: Mapping[str, Any]) -> _TorchAO:
+        """Read the options back from the data of a serialized torchao config."""
+        return cls()
+
+    @classmethod
+    def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> _TorchAO | None:
+        if quantization_config.get("quant_method") != "torchao":
+            return None
+        kind = quantization_config.get("quant_type", {}).get("default", {})
+        if kind.get("_type") != cls.config_name:
+            return None
+        return cls._from_config(kind.get("_data", {}))
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> _TorchAO | None:
+        for module in model.modules():
+            if type(getattr(module, "weight", None)).__name__ in cls.tensor_names:
+                return cls._from_tensor(module.weight)
+        return None
+
+    @classmethod
+    def _from_tensor(cls, weight: Any) -> _TorchAO | None:
+        return cls()
+
+
+class Int8(_TorchAO):
+    """int8 weights, one scale per output channel."""
+
+    config_name = "Int8WeightOnlyConfig"
+    tensor_names = ("Int8Tensor",)
+
+    def _config(self, device: str) -> Any:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return Int8WeightOnlyConfig(version=2)
+
+
+class Float8(_TorchAO):
+    """float8 (e4m3) weights, one scale per output channel."""
+
+    config_name = "Float8WeightOnlyConfig"
+    tensor_names = ("Float8Tensor",)
+
+    def _config(self, device: str) -> Any:
+        from torchao.quantization import Float8WeightOnlyConfig
+
+        return Float8WeightOnlyConfig()
+
+
+class Intx(_TorchAO):
+    """Integers of 2 to 8 bits, a scale and a zero point per group; held unpacked in int8."""
+
+    config_name = "IntxWeightOnlyConfig"
+    tensor_names = ("IntxUnpackedToInt8Tensor",)
+
+    bits: Literal[2, 3, 4, 5, 6, 7, 8] = Field(4, description="bits per weight")
+    group_size: int = Field(64, ge=8, description="weights along in_features that share a scale")
+
+    def _config(self, device: str) -> Any:
+        return _intx(self.bits, self.group_size)
+
+    @classmethod
+    def _from_config(cls, config: Mapping[str, Any]) -> Intx:
+        bits = int(str(config["weight_dtype"]["_data"]).removeprefix("torch.").removeprefix("int"))
+        return cls(bits=bits, group_size=config["granularity"]["_data"]["group_size"])  # type: ignore[arg-type]
+
+    @classmethod
+    def _from_tensor(cls, weight: Any) -> Intx:
+        bits = int(str(weight.target_dtype).removeprefix("torch.int"))
+        return cls(bits=bits, group_size=weight.block_size[-1])  # type: ignore[arg-type]
+
+
+class Int4(_TorchAO):
+    """int4 weights per group: packed for the tensor cores on CUDA, unpacked elsewhere."""
+
+    config_name = "Int4WeightOnlyConfig"
+    tensor_names = ("Int4TilePackedTo4dTensor", "Int4Tensor")
+
+    group_size: Literal[32, 64, 128, 256] = Field(64, description="weights that share a scale")
+    layout: Literal["auto", "tile_packed", "unpacked"] = Field(
+        "auto", description="auto: tile_packed on cuda in bfloat16, unpacked elsewhere"
+    )
+
+    def _config(self, device: str) -> Any:
+        if self.layout == "unpacked" or (self.layout == "auto" and device != "cuda"):
+            return _intx(4, self.group_size)
+        from torchao.quantization import Int4WeightOnlyConfig
+
+        return Int4WeightOnlyConfig(
+            group_size=self.group_size, int4_packing_format="tile_packed_to_4d"
+        )
+
+    @classmethod
+    def _from_config(cls, config: Mapping[str, Any]) -> Int4:
+        return cls(group_size=config["group_size"], layout="tile_packed")
+
+    @classmethod
+    def _from_tensor(cls, weight: Any) -> Int4:
+        return cls(group_size=weight.block_size[-1], layout="tile_packed")
+
+
+class TorchAOTarget(LayerwiseTarget):
+    """`nn.Linear` whose weight is one of torchao's tensor subclasses."""
+
+    def matches(self, module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        return type(weight).__module__.startswith("torchao.") and hasattr(module, "in_features")
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        weight: Any = module.weight
+        if hasattr(weight, "dequantize"):
+            dense: Tensor = weight.dequantize()
+            return dense
+        from quantadapt.probe import dequantize_by_probe
+
+        return dequantize_by_probe(
+            module, weight.shape[1], dtype=weight.dtype, device=weight.device
+        )
+
+
+def _intx(bits: int, group_size: int) -> Any:
+    import torch
+    from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup
+
+    return IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, f"int{bits}"),
+        granularity=PerGroup(group_size),
+        mapping_type=MappingType.ASYMMETRIC,
+    )
+
+
+def _backend(
+    name: str, summary: str, quantizer: type[Quantizer], rules: tuple[Rule, ...] = ()
+) -> Backend:
+    return Backend(
+        name=name,
+        summary=summary,
+        quantizer=quantizer,
+        requires=("torchao>=0.17",),
+        imports=("torchao.quantization",),
+        extra="quantadapt[torchao]",
+        merge=Merge.REQUANTIZE,
+        rules=rules,
+    )
+
+
+@hookimpl
+def quantadapt_backends() -> list[Backend]:
+    no_tiles = Rule(
+        "torchao-tiles-need-cuda",
+        {"device": ("cpu", "mps", "xpu"), "backend.layout": ("tile_packed",)},
+        "the tile_packed int4 layout exists for CUDA only",
+        "use layout: unpacked (or auto), or run on a CUDA device",
+    )
+    tiles_dtype = Rule(
+        "torchao-tiles-need-bfloat16",
+        {"backend.layout": ("tile_packed",), "dtype": ("float32", "float16")},
+        "torchao's int4 tensor-core kernel computes in bfloat16 only",
+        "use dtype: bfloat16, or layout: unpacked",
+    )
+    return [
+        _backend("torchao-int8", "torchao int8 weight-only", Int8),
+        _backend("torchao-int4", "torchao int4 weight-only", Int4, (no_tiles, tiles_dtype)),
+        _backend("torchao-intx", "torchao integers of 2-8 bits, weight-only", Intx),
+        _backend("torchao-fp8", "torchao float8 (e4m3) weight-only", Float8),
+    ]

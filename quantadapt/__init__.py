@@ -1,0 +1,85 @@
+"""quantadapt: any quantization backend, any PEFT adapter, one pipeline.
+
+    import quantadapt as qa
+
+    model = qa.quantize("path-or-hub-id", backend="hqq", bits=4)
+    model = qa.attach(model, adapter="vera", r=64)
+    qa.train(model, data="train.jsonl", max_steps=200)
+    qa.merge(model, "out/")
+
+Importing this package is cheap; torch, peft and the vendors are imported when they are needed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .capabilities import Merge, Rule
+    from .errors import QuantadaptError
+    from .hookspecs import hookimpl
+    from .pipeline import (
+        BaseMismatchWarning,
+        RunResult,
+        attach,
+        evaluate,
+        load,
+        merge,
+        quantize,
+        run,
+        save,
+        train,
+    )
+    from .planning import Plan, plan
+    from .protocols import AdapterTarget, LayerwiseQuantizer, Quantizer
+    from .records import Adapter, Backend
+    from .spec import Spec
+
+_HOME = {
+    "pipeline": ("BaseMismatchWarning", "RunResult", "attach", "evaluate", "load", "merge",
+                 "quantize", "run", "save", "train"),
+    "planning": ("Plan", "plan"),
+    "spec": ("Spec",),
+    "errors": ("QuantadaptError",),
+    "capabilities": ("Merge", "Rule"),
+    "records": ("Adapter", "Backend"),
+    "protocols": ("AdapterTarget", "LayerwiseQuantizer", "Quantizer"),
+    "hookspecs": ("hookimpl",),
+}  # fmt: skip
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "Adapter",
+    "AdapterTarget",
+    "Backend",
+    "BaseMismatchWarning",
+    "LayerwiseQuantizer",
+    "Merge",
+    "Plan",
+    "QuantadaptError",
+    "Quantizer",
+    "Rule",
+    "RunResult",
+    "Spec",
+    "attach",
+    "evaluate",
+    "hookimpl",
+    "load",
+    "merge",
+    "plan",
+    "quantize",
+    "run",
+    "save",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE[name]}", __name__), name)
+    globals()[name] = value
+    return value

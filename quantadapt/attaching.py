@@ -1,0 +1,111 @@
+"""Attach an adapter: build PEFT's own config and hand the model to PEFT."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .errors import PlanRefused, Problem, did_you_mean
+from .facade import facades
+from .records import Adapter
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+ALL_LINEAR = "all-linear"
+
+
+def attach_adapter(model: nn.Module, adapter: Adapter, options: Mapping[str, Any]) -> PeftModel:
+    """Return a PeftModel with a new, untrained adapter; only its parameters are trainable.
+
+    Args:
+        model: holds facades; changed in place, as PEFT does.
+        adapter: which method.
+        options: fields of its PEFT config. `target_modules` is a list of name endings, a regular
+            expression for full names, or "all-linear" (the default): every quantized layer.
+
+    Raises:
+        PlanRefused: `target_modules` matches nothing, or PEFT refuses the options.
+    """
+    from peft import get_peft_model
+
+    config = peft_config(model, adapter, options)
+    try:
+        return get_peft_model(model, config)  # type: ignore[arg-type]
+    except (ValueError, TypeError, ImportError, AssertionError) as error:
+        raise PlanRefused([Problem(f"PEFT refuses it: {error}", where="adapter")]) from error
+
+
+def peft_config(model: nn.Module, adapter: Adapter, options: Mapping[str, Any]) -> PeftConfig:
+    """Return the PEFT config for `adapter` with `target_modules` resolved against `model`."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import PeftType
+
+    values = {**adapter.defaults, **options}
+    values["target_modules"] = resolve_targets(model, values.get("target_modules"))
+    values.setdefault("task_type", _task_type(model))
+    if adapter.peft_type == "ADALORA":
+        # The real count is set when training starts; PEFT only wants it to be positive here.
+        values.setdefault("total_step", 10_000)
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter.peft_type)]
+    try:
+        config: PeftConfig = config_class(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise PlanRefused([Problem(f"PEFT refuses it: {error}", where="adapter")]) from error
+    return config
+
+
+def resolve_targets(model: nn.Module, wanted: str | Iterable[str] | None) -> list[str] | str:
+    """Return `target_modules` for PEFT. Raises PlanRefused if nothing would match."""
+    names = [name for name, _ in facades(model)]
+    if wanted is None or wanted == ALL_LINEAR:
+        if not names:
+            what = "the model has no quantized linear layer"
+            raise PlanRefused([Problem(what, where="adapter.target_modules")])
+        return _endings(model, names)
+    if isinstance(wanted, str):
+        if not any(re.fullmatch(wanted, name) for name, _ in model.named_modules()):
+            raise _no_target([wanted], names)
+        return wanted
+    endings = list(wanted)
+    missing = [e for e in endings if not any(_ends(name, e) for name, _ in model.named_modules())]
+    if missing:
+        raise _no_target(missing, names)
+    return endings
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _endings(model: nn.Module, names: list[str]) -> list[str]:
+    """Return the shortest name endings that match the facades and nothing else."""
+    wanted = set(names)
+    endings = {name.rpartition(".")[2] for name in names}
+    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
+    if matched == wanted and not any(ending.isdigit() for ending in endings):
+        return sorted(endings)
+    return sorted(wanted)
+
+
+def _no_target(missing: list[str], names: list[str]) -> PlanRefused:
+    known = sorted({name.rpartition(".")[2] for name in names})
+    problems = [
+        Problem(
+            f"no layer of the model matches {ending!r}",
+            did_you_mean(ending, known) + f" (layers: {', '.join(known)})",
+            where="adapter.target_modules",
+        )
+        for ending in missing
+    ]
+    return PlanRefused(problems)
+
+
+def _task_type(model: nn.Module) -> str | None:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "prepare_inputs_for_generation"):
+        return None
+    return "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"

@@ -1,0 +1,90 @@
+"""Capabilities are data: merge kinds, rules, and the one function that turns them into refusals.
+
+A backend or adapter declares rules; `refusals` compares them with the facts of a cell. The planner
+raises what it returns, the matrix prints it, the docs render it, and the conformance suite proves
+it in both directions. It imports nothing heavy and looks at nothing but its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from .errors import Problem
+
+
+class Merge(IntEnum):
+    """What may become of adapter and base at the end. A cell gets min(backend, adapter)."""
+
+    NEVER = 0
+    """No merged weights are ever written; keep the adapter beside the base."""
+    DENSE = 1
+    """Merge into the dequantized weights and keep those dense."""
+    REQUANTIZE = 2
+    """As DENSE, and on request quantize the merged weights again with the same options."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A combination that is refused.
+
+    Attributes:
+        id: short and stable, e.g. `hqq-3bit-axis0`; shown to users and asserted by tests.
+        when: fact name -> the values for which the rule applies. All have to match. Facts are
+            `action` ("attach", "train", "merge", "requantize"), `backend`, `adapter`, `device`
+            ("cpu", "cuda", ...), `dtype` ("float32", ...), `backend.<option>`, `adapter.<option>`.
+        reason: why it is refused, as a sentence.
+        fix: what to do instead, as a sentence.
+    """
+
+    id: str
+    when: Mapping[str, tuple[Any, ...]]
+    reason: str
+    fix: str
+
+    def applies(self, facts: Mapping[str, Any]) -> bool:
+        return all(facts.get(name) in values for name, values in self.when.items())
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The facts about one combination of backend, adapter and machine.
+
+    Attributes:
+        device: "cpu", "cuda", "hpu", ...; without an index.
+        dtype: torch's name of the compute dtype, e.g. "bfloat16".
+    """
+
+    backend: str
+    adapter: str
+    device: str = "cpu"
+    dtype: str = "float32"
+    backend_options: Mapping[str, Any] = field(default_factory=dict)
+    adapter_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def facts(self, action: str) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            "action": action,
+            "backend": self.backend,
+            "adapter": self.adapter,
+            "device": self.device,
+            "dtype": self.dtype,
+        }
+        facts |= {f"backend.{name}": value for name, value in self.backend_options.items()}
+        facts |= {f"adapter.{name}": value for name, value in self.adapter_options.items()}
+        return {name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()}
+
+
+def refusals(cell: Cell, rules: Iterable[Rule], action: str = "attach") -> list[Problem]:
+    """Return a problem for each rule that forbids `action` on `cell`; empty means allowed.
+
+    A rule whose `when` names no action holds for attaching, and so for everything after it.
+    """
+    facts = cell.facts(action)
+    return [
+        Problem(rule.reason, rule.fix, where=f"{cell.backend} x {cell.adapter}", rule=rule.id)
+        for rule in rules
+        if rule.applies(facts) and ("action" in rule.when or action == "attach")
+    ]

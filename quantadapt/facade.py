@@ -1,0 +1,260 @@
+"""`QuantLinear`: an `nn.Linear` in front of one vendor module, so that PEFT never meets a vendor.
+
+The facade shares the vendor module's parameter and buffer dictionaries: `named_parameters`, `to`,
+FSDP and `state_dict` see the vendor's own tensors under the vendor's own names, while the module
+tree holds one `nn.Linear` per layer and nothing behind it. `weight` is a `LazyWeight`: shape,
+dtype and device are free, the dequantized numbers are made when somebody computes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import PluginError
+from .protocols import AdapterTarget
+
+
+class LazyWeight(torch.Tensor):
+    """The dequantized weight of a facade, made only when an operation needs its numbers.
+
+    Not differentiable and not stored: a facade's weight is frozen. Assigning to `.data`, as some
+    initializations do (PiSSA), quantizes the new values into the layer.
+    """
+
+    _facade: QuantLinear
+
+    @staticmethod
+    def __new__(cls, facade: QuantLinear) -> LazyWeight:
+        shape = (facade.out_features, facade.in_features)
+        weight: LazyWeight = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=facade.compute_dtype, device=facade.device
+        )
+        weight._facade = facade
+        return weight
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return self._facade.dequantize()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self._facade.requantize(value)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0]._facade)
+        args, kwargs = torch.utils._pytree.tree_map_only(
+            cls, lambda weight: weight._facade.dequantize(), (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self._facade.dequantize().clone()
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"LazyWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+class _Frozen(torch.autograd.Function):
+    """Vendor forward; backward through the dequantized weight (exact for weight-only methods,
+    straight-through where activations are quantized as well). Saves no tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, facade: QuantLinear) -> Tensor:
+        ctx.facade, ctx.dtype = facade, x.dtype
+        return facade.vendor_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (dy,) = grads
+        weight = ctx.facade.dequantize()
+        return (dy.to(weight.dtype) @ weight).to(ctx.dtype), None
+
+
+class QuantLinear(nn.Linear):
+    """One quantized linear layer, seen as `nn.Linear`.
+
+    Args:
+        vendor: the vendor's module.
+        target: the backend's view of it.
+        dtype: dtype in which the layer computes, and of the weight when read.
+    """
+
+    def __init__(self, vendor: nn.Module, target: AdapterTarget, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = target.shape(vendor)
+        self.target = target
+        self.compute_dtype = dtype
+        self._adopt(vendor)
+        self.train(vendor.training)
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+
+    def _adopt(self, vendor: nn.Module) -> None:
+        # Not a submodule: PEFT must not find a second linear layer behind this one.
+        object.__setattr__(self, "_vendor", vendor)
+        object.__setattr__(self, "_parameters", vendor._parameters)
+        object.__setattr__(self, "_buffers", vendor._buffers)
+
+    @property
+    def vendor(self) -> nn.Module:
+        """The wrapped vendor module."""
+        module: nn.Module = self._vendor
+        return module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed tensors are."""
+        for tensor in (*self._parameters.values(), *self._buffers.values()):
+            if tensor is not None:
+                return tensor.device
+        return torch.device("cpu")
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return LazyWeight(self)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.requantize(value)
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        return self._vendor.bias  # type: ignore[return-value]
+
+    @bias.setter
+    def bias(self, value: Tensor | None) -> None:
+        self._vendor.bias = value
+
+    def dequantize(self) -> Tensor:
+        """Return the weight, [out_features, in_features], in the compute dtype."""
+        with torch.no_grad():
+            return self.target.dequantize(self._vendor).to(self.compute_dtype)
+
+    def requantize(self, weight: Tensor) -> None:
+        """Replace the weight by `weight` [out_features, in_features], quantized as before."""
+        with torch.no_grad():
+            dense = weight.to(device=self.device, dtype=self.compute_dtype)
+            vendor = self.target.requantize(self._vendor, dense)
+        for parameter in vendor.parameters():
+            parameter.requires_grad_(False)
+        self._adopt(vendor)
+
+    def vendor_forward(self, x: Tensor) -> Tensor:
+        """Run the layer without a graph, in the compute dtype; the output has the dtype of x."""
+        device_type = x.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else self.compute_dtype
+        with torch.no_grad(), torch.autocast(device_type, enabled=False):
+            if self.target.quantizes_activations:
+                y = self.target.forward(self._vendor, x.to(dtype))
+            else:
+                bias = None if self.bias is None else self.bias.to(dtype)
+                y = nn.functional.linear(x.to(dtype), self.dequantize().to(dtype), bias)
+        return y.to(dtype if autocast else x.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear uses)
+        output: Tensor = _Frozen.apply(input, self)
+        return output
+
+    def dense(self) -> nn.Linear:
+        """Return an ordinary linear layer with the dequantized weight and a copy of the bias."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.dequantize().clone(), requires_grad=False)
+        if self.bias is not None:
+            bias = self.bias.detach().to(self.compute_dtype).clone()
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        return linear.train(self.training)
+
+    # Saving and moving are the vendor's business: it knows what its tensors mean.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        self._vendor._apply(fn, recurse)
+        self._adopt(self._vendor)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._vendor.state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._vendor._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._vendor._load_from_state_dict(*args, **kwargs)
+        self._adopt(self._vendor)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, vendor={type(self._vendor).__name__}"
+
+
+def facades(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
+    """Yield (name, facade) for every facade in `model`."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            yield name, module
+
+
+def wrap(
+    model: nn.Module, target: AdapterTarget, dtype: torch.dtype, skip: tuple[str, ...] = ()
+) -> nn.Module:
+    """Put a facade in front of every vendor layer that `target` matches, in place.
+
+    Args:
+        model: holds vendor modules; a single vendor module is returned wrapped.
+        target: the backend's view of its layers.
+        dtype: compute dtype of the facades.
+        skip: names of modules that stay as they are.
+
+    Raises:
+        PluginError: a layer's dequantized weight has not the shape that the target declares.
+    """
+    if not isinstance(model, QuantLinear) and target.matches(model):
+        return _checked(model, target, dtype)
+    for name, module in list(model.named_modules()):
+        for child_name, child in list(module.named_children()):
+            path = f"{name}.{child_name}".lstrip(".")
+            if isinstance(child, QuantLinear) or is_skipped(path, skip):
+                continue
+            if target.matches(child):
+                try:
+                    setattr(module, child_name, _checked(child, target, dtype))
+                except PluginError as error:
+                    raise PluginError(f"{path}: {error}") from None
+    return model
+
+
+def is_skipped(name: str, skip: tuple[str, ...]) -> bool:
+    """Say whether module `name` is one of `skip`, lies below one, or ends in one."""
+    return any(f".{s}." in f".{name}." for s in skip)
+
+
+def _checked(vendor: nn.Module, target: AdapterTarget, dtype: torch.dtype) -> QuantLinear:
+    shape = target.shape(vendor)
+    if not all(isinstance(size, int) and size > 0 for size in shape):
+        raise PluginError(f"{type(target).__name__}.shape returned {shape}, expected two sizes")
+    return QuantLinear(vendor, target, dtype)
+
+
+def replace(model: nn.Module, make: Callable[[str, QuantLinear], nn.Module]) -> nn.Module:
+    """Replace every facade in `model` by `make(name, facade)`, one at a time, in place."""
+    for name, facade in list(facades(model)):
+        parent_name, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), child, make(name, facade))
+    return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Take the facades away again, in place: the vendor's modules stand where they stood."""
+    return replace(model, lambda _, facade: facade.vendor)
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Replace every facade by an ordinary `nn.Linear` with the dequantized weight, in place."""
+    return replace(model, lambda _, facade: facade.dense())

@@ -1,0 +1,310 @@
+"""Quantize while loading, and load and save what was quantized, for layer-by-layer backends.
+
+transformers does the reading (shards, renamed keys, tied weights, buffers); it meets one quantizer
+of ours that turns each `nn.Linear` into a vendor module the moment its weight arrives. So the peak
+is the quantized model plus one layer. Weights are read from safetensors only, never from pickles.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError
+from .facade import is_skipped
+
+if TYPE_CHECKING:
+    from .protocols import LayerwiseQuantizer
+
+METHOD = "quantadapt"
+
+
+def auto_class(config: Any) -> Any:
+    """Return transformers' auto class for `config`: seq2seq for encoder-decoders, else causal LM."""
+    import transformers
+
+    if getattr(config, "is_encoder_decoder", False):
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModelForCausalLM
+
+
+def read_config(source: str) -> Any:
+    """Return transformers' config of a checkpoint. Raises ModelError where there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        fix = "pass a folder with config.json and *.safetensors, or the id of a model on the hub"
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"no model can be read here: {reason}", fix=fix, where=source) from None
+
+
+def from_pretrained(source: str, **kwargs: Any) -> nn.Module:
+    """`AutoModel.from_pretrained`, safetensors only; what goes wrong becomes a ModelError."""
+    config = kwargs.pop("config", None) or read_config(source)
+    try:
+        model: nn.Module = auto_class(config).from_pretrained(
+            source, config=config, use_safetensors=True, **kwargs
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise _load_error(source, error) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        fix = "download the checkpoint again; a file of it is damaged or cut short"
+        raise ModelError(f"the weights cannot be read: {error}", fix=fix, where=source) from error
+    return model
+
+
+def _load_error(source: str, error: Exception) -> ModelError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    folder = Path(source)
+    pickles = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
+    if pickles and not list(folder.glob("*.safetensors")):
+        what = f"its weights are pickles ({', '.join(pickles)}), which can run code when read"
+        fix = "convert them: load the model with transformers, then save_pretrained writes safetensors"
+        return ModelError(what, fix=fix, where=source)
+    return ModelError(f"the model cannot be loaded: {first}", fix="check the files", where=source)
+
+
+def skipped_modules(model: nn.Module, skip: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the module names that stay dense: `skip`, or the output head and what is tied to it."""
+    if skip is not None:
+        return skip
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    return tuple(get_keys_to_not_convert(model)) if hasattr(model, "config") else ()
+
+
+def linear_layers(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the plain linear layers that are to be quantized."""
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and not is_skipped(name, skip):
+            yield name, module
+
+
+def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at `name` and tell transformers that it needs no initialization."""
+    for part in module.modules():
+        part._is_hf_initialized = True  # type: ignore[assignment]
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def quantize_layerwise(
+    quantizer: LayerwiseQuantizer,
+    source: str | nn.Module,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    skip: tuple[str, ...] | None = None,
+) -> nn.Module:
+    """Quantize a checkpoint while loading it, or a live module in place. See `Quantizer.quantize`."""
+    if isinstance(source, nn.Module):
+        return _quantize_module(quantizer, source, device=device, dtype=dtype, skip=skip)
+    loader = _loader_config()(quantizer=quantizer, skip=skip)
+    model = from_pretrained(
+        source, dtype=dtype, device_map={"": device}, quantization_config=loader
+    )
+    return _plain(model)
+
+
+def _quantize_module(
+    quantizer: LayerwiseQuantizer,
+    model: nn.Module,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    skip: tuple[str, ...] | None,
+) -> nn.Module:
+    for name, linear in list(linear_layers(model, skipped_modules(model, skip))):
+        linear.requires_grad_(False)
+        vendor = quantizer.quantize_linear(linear.to(device=device, dtype=dtype))
+        set_submodule(model, name, vendor.train(linear.training))
+    for module in model.modules():
+        if not getattr(module, "_is_hf_initialized", False) or type(module) is nn.Linear:
+            _move_own(module, device, dtype)
+    return model
+
+
+def _move_own(module: nn.Module, device: str, dtype: torch.dtype) -> None:
+    """Move what stays dense; floating point parameters also get the compute dtype."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and type(parameter) is nn.Parameter:
+            target = dtype if parameter.is_floating_point() else parameter.dtype
+            data = parameter.data.to(device=device, dtype=target)
+            module._parameters[name] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = buffer.to(device)
+
+
+def load_layerwise(
+    quantizer: LayerwiseQuantizer, path: str, *, device: str, dtype: torch.dtype
+) -> nn.Module:
+    """Load a checkpoint that `save_layerwise` wrote. See `Quantizer.load`."""
+    config = copy.deepcopy(read_config(path))
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    loader = _loader_config()(quantizer=quantizer, packed=path)
+    model = from_pretrained(
+        path, config=config, dtype=dtype, device_map={"": device}, quantization_config=loader
+    )
+    return _plain(model)
+
+
+def load_native(path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
+    """Load a quantized checkpoint whose format transformers knows. See `Quantizer.load`."""
+    return _plain(from_pretrained(path, dtype=dtype, device_map={"": device}))
+
+
+def save_layerwise(
+    quantizer: LayerwiseQuantizer, model: nn.Module, path: Path, *, hf_quantizer: Any = None
+) -> None:
+    """Write config.json (with `quantization_config`) and model.safetensors into `path`.
+
+    Args:
+        quantizer: says what goes into config.json.
+        model: with or without facades; not changed.
+        path: an existing, empty folder.
+        hf_quantizer: transformers' quantizer, where its format needs help to fit into safetensors.
+    """
+    config: Any = model.config
+    config.quantization_config = quantizer.quantization_config()
+    if hf_quantizer is not None:
+        model.hf_quantizer = hf_quantizer
+    try:
+        model.save_pretrained(path)  # type: ignore[operator]
+    finally:
+        _plain(model)
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """Take transformers' marks of a quantized model off again: the facades make it an ordinary one,
+    and its Trainer refuses marked models that it has no entry for."""
+    for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if name in vars(model):
+            delattr(model, name)
+    model.is_quantized = False  # type: ignore[assignment]
+    config: Any = model.config
+    for name in ("quantization_config", "_is_quantized"):
+        if name in vars(config):
+            delattr(config, name)
+    return model
+
+
+class _Placeholder(nn.Module):
+    """Stands for a packed layer while transformers loads everything else."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        object.__setattr__(self, "linear", linear)
+        self._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _packed_state(path: str) -> dict[str, dict[str, Tensor]]:
+    """Return module name -> the tensors saved for it."""
+    from safetensors import safe_open
+
+    state: dict[str, dict[str, Tensor]] = {}
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 (not a dict)
+                module, _, name = key.rpartition(".")
+                state.setdefault(module, {})[name] = opened.get_tensor(key)
+    return state
+
+
+@cache
+def _loader_config() -> Any:
+    """Register our quantizer with transformers, once, and return its config class."""
+    from transformers.core_model_loading import ConversionOps
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    @register_quantization_config(METHOD)
+    class LoaderConfig(QuantizationConfigMixin):  # type: ignore[misc]
+        def __init__(self, quantizer: Any = None, skip: Any = None, packed: str | None = None):
+            self.quant_method = METHOD
+            self.quantizer, self.skip, self.packed = quantizer, skip, packed
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"quant_method": METHOD}
+
+    class QuantizeLinear(ConversionOps):  # type: ignore[misc]
+        """Receives one weight; leaves the vendor module in the model and hands nothing on."""
+
+        def __init__(self, loader: Any) -> None:
+            self.loader = loader
+
+        def convert(
+            self, input_dict: Any, model: Any = None, missing_keys: Any = None, **_: Any
+        ) -> dict[str, Any]:
+            for key, value in input_dict.items():
+                tensor = value[0] if isinstance(value, list) else value
+                name = key.rpartition(".")[0]
+                linear = model.get_submodule(name)
+                linear.weight = nn.Parameter(tensor.to(self.loader.dtype), requires_grad=False)
+                vendor = self.loader.quantization_config.quantizer.quantize_linear(linear)
+                set_submodule(model, name, vendor.train(linear.training))
+                missing_keys.discard(key)
+            return {}
+
+    @register_quantizer(METHOD)
+    class Loader(HfQuantizer):  # type: ignore[misc]
+        def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+            super().__init__(quantization_config, **kwargs)
+            self.names: set[str] = set()
+            self.dtype = torch.float32
+
+        def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+            self.dtype = dtype
+            return dtype
+
+        def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+            config = self.quantization_config
+            if config.packed is None:
+                skip = skipped_modules(model, config.skip)
+                self.names = {f"{name}.weight" for name, _ in linear_layers(model, skip)}
+                return
+            self.state = _packed_state(config.packed)
+            for name, linear in list(linear_layers(model, ())):
+                if "weight" not in self.state.get(name, {"weight": None}):
+                    set_submodule(model, name, _Placeholder(linear))
+            patterns = set(model._keys_to_ignore_on_load_unexpected or ())
+            model._keys_to_ignore_on_load_unexpected = patterns | {".*"}
+
+        def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+            return param_name in self.names
+
+        def get_quantize_ops(self) -> Any:
+            return QuantizeLinear(self)
+
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+            config = self.quantization_config
+            for name, module in list(model.named_modules()):
+                if isinstance(module, _Placeholder):
+                    device = next(iter(model.hf_device_map.values())) if hasattr(
+                        model, "hf_device_map"
+                    ) else "cpu"
+                    state = {k: v.to(device) for k, v in self.state.pop(name).items()}
+                    vendor = config.quantizer.load_linear(module.linear, state)
+                    set_submodule(model, name, vendor.train(model.training))
+            return model
+
+        def is_serializable(self) -> bool:
+            return True
+
+        @property
+        def is_trainable(self) -> bool:
+            return True
+
+    return LoaderConfig

@@ -1,0 +1,79 @@
+"""What this machine can do, found out without importing torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices that torch can use here.
+
+    Attributes:
+        cuda: the compute capability (major, minor) of each usable CUDA device.
+    """
+
+    cuda: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def default_device(self) -> str:
+        return "cuda" if self.cuda else "cpu"
+
+    def default_dtype(self, device: str) -> str:
+        """bfloat16 on cards that compute in it, float16 on older ones, float32 elsewhere."""
+        if not device.startswith("cuda"):
+            return "float32"
+        return "bfloat16" if self.cuda and self.cuda[0] >= (8, 0) else "float16"
+
+
+@cache
+def this_machine() -> Machine:
+    """Return what this machine has. A torch built without CUDA means no CUDA."""
+    return Machine(_cuda_capabilities() if _torch_has_cuda() else ())
+
+
+def _torch_has_cuda() -> bool:
+    spec = find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    file = Path(spec.submodule_search_locations[0]) / "version.py"
+    found = re.search(r"^cuda\b.*=\s*(.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return found is not None and found.group(1).strip() != "None"
+
+
+def _cuda_capabilities() -> tuple[tuple[int, int], ...]:
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return ()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ()
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return ()
+    return tuple(_capability(driver, index) for index in range(count.value))
+
+
+def _capability(driver: ctypes.CDLL, index: int) -> tuple[int, int]:
+    major, minor = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}
+    value = ctypes.c_int()
+    numbers = []
+    for attribute in (major, minor):
+        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, index)
+        numbers.append(value.value)
+    return numbers[0], numbers[1]
+
+
+def installed_version(distribution: str) -> str | None:
+    """Return the installed version of a distribution, or None."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,95 @@
+"""Merge an adapter into the base without touching the model that is merged.
+
+Each adapted layer gets a dense copy of its base weight for a moment, PEFT merges into that, and
+the layer gets its facade back. The merged model is a copy in which those dense layers stand.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from .facade import QuantLinear, facades
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@torch.no_grad()
+def merged_model(model: PeftModel, kind: Literal["dense", "requantize"]) -> nn.Module:
+    """Return the base model with the active adapter merged in; `model` stays as it is.
+
+    Args:
+        model: a PeftModel over facades.
+        kind: "dense" leaves `nn.Linear` layers; "requantize" quantizes each merged weight again
+            as its layer was, and returns facades.
+    """
+    base: nn.Module = model.get_base_model()
+    memo: dict[int, Any] = {}
+    for layer in _adapter_layers(base):
+        memo[id(layer)] = _merged_layer(layer, kind)
+    for _, facade in facades(base):
+        if kind == "dense":
+            memo.setdefault(id(facade), facade.dense())
+    for wrapper in _kept_wrappers(base):
+        memo[id(wrapper)] = copy.deepcopy(wrapper.modules_to_save[wrapper.active_adapters[0]])
+    merged: nn.Module = copy.deepcopy(base, memo)
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        if name in vars(merged):
+            delattr(merged, name)
+    return merged.requires_grad_(False)
+
+
+def _adapter_layers(base: nn.Module) -> Iterator[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in base.modules():
+        if isinstance(module, BaseTunerLayer):
+            yield module
+
+
+def _kept_wrappers(base: nn.Module) -> Iterator[Any]:
+    from peft.utils import ModulesToSaveWrapper
+
+    for module in base.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            yield module
+
+
+def _merged_layer(layer: Any, kind: str) -> nn.Module:
+    facade = layer.get_base_layer()
+    if not isinstance(facade, QuantLinear):
+        return _merged_plain(layer, facade)
+    with _base_layer(layer, facade.dense()) as dense:
+        layer.merge(safe_merge=True)
+    if kind == "dense":
+        return dense.requires_grad_(False)
+    result = copy.deepcopy(facade)
+    result.requantize(dense.weight)
+    if dense.bias is not None:
+        result.bias = dense.bias
+    return result
+
+
+def _merged_plain(layer: Any, base: nn.Module) -> nn.Module:
+    """Merge a layer that is adapted but not quantized, e.g. a head named in target_modules."""
+    with _base_layer(layer, copy.deepcopy(base)) as dense:
+        layer.merge(safe_merge=True)
+    return dense.requires_grad_(False)
+
+
+@contextmanager
+def _base_layer(layer: Any, replacement: nn.Module) -> Iterator[nn.Module]:
+    """Let `layer` work on `replacement` for a moment, then forget that it merged."""
+    before = layer.base_layer
+    layer.base_layer = replacement
+    try:
+        yield replacement
+    finally:
+        layer.base_layer = before
+        layer.merged_adapters.clear()

@@ -1,0 +1,354 @@
+"""`plan(spec)`: decide everything and find every mistake before any work starts.
+
+Pure but for looking at the local files that the spec names: it downloads nothing and imports
+neither torch nor a vendor. All problems are collected and raised once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from . import demo
+from .capabilities import Cell, Merge, refusals
+from .checkpoint import check_model, quantization_of
+from .dependencies import missing_requirements
+from .errors import MergeRefused, PlanRefused, Problem, did_you_mean
+from .machine import Machine, this_machine
+from .peft_options import peft_options
+from .protocols import Quantizer
+from .records import Adapter, Backend
+from .registry import Registry, registry
+from .spec import BackendSpec, Spec
+
+MergePlan = Literal["dense", "requantize", "never"]
+
+WAY_OUT = "keep the adapter beside the base (export.merge: never)"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        spec: the spec with every default resolved.
+        model: checkpoint folder or hub id.
+        adopt: the checkpoint is quantized already and is loaded as it is.
+        device: "cpu", "cuda", "cuda:1", ...
+        dtype: torch's name of the compute dtype.
+        merge: what the export will write besides the adapter.
+        merge_refusals: why `auto` became `never`, if it did.
+        notes: decisions that a user may want to know of.
+    """
+
+    spec: Spec
+    model: str
+    backend: Backend
+    quantizer: Quantizer
+    adapter: Adapter
+    adapter_options: Mapping[str, Any]
+    device: str
+    dtype: str
+    adopt: bool = False
+    merge: MergePlan = "never"
+    merge_refusals: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def cell(self) -> Cell:
+        """The facts that rules look at."""
+        return make_cell(
+            self.backend, self.quantizer, self.adapter, self.adapter_options, self.device, self.dtype
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON-ready data."""
+        return {
+            "model": self.model,
+            "backend": {"name": self.backend.name, "options": self.quantizer.model_dump()},
+            "adapter": {"name": self.adapter.name, "options": dict(self.adapter_options)},
+            "device": self.device,
+            "dtype": self.dtype,
+            "adopt": self.adopt,
+            "merge": self.merge,
+            "merge_refusals": [vars(problem) for problem in self.merge_refusals],
+            "notes": list(self.notes),
+        }
+
+
+def make_cell(
+    backend: Backend,
+    quantizer: Quantizer,
+    adapter: Adapter,
+    adapter_options: Mapping[str, Any],
+    device: str,
+    dtype: str,
+) -> Cell:
+    """Return the facts about one combination."""
+    return Cell(
+        backend=backend.name,
+        adapter=adapter.name,
+        device=device.partition(":")[0],
+        dtype=dtype,
+        backend_options=quantizer.model_dump(),
+        adapter_options=adapter_options,
+    )
+
+
+def attach_refusals(cell: Cell, backend: Backend, adapter: Adapter) -> list[Problem]:
+    """Return why `cell` cannot be attached; empty means it can."""
+    return refusals(cell, (*backend.rules, *adapter.rules))
+
+
+def merge_refusals(
+    cell: Cell, backend: Backend, adapter: Adapter, choice: Literal["dense", "requantize"]
+) -> list[Problem]:
+    """Return why `cell` cannot be merged that way; empty means it can."""
+    rules = (*backend.rules, *adapter.rules)
+    found = refusals(cell, rules, "merge")
+    if choice == "requantize":
+        found += refusals(cell, rules, "requantize")
+    limit = min(backend.merge, adapter.merge)
+    wanted = Merge.DENSE if choice == "dense" else Merge.REQUANTIZE
+    if limit < wanted and not found:
+        found.append(_merge_limit(backend, adapter, limit))
+    return found
+
+
+def _merge_limit(backend: Backend, adapter: Adapter, limit: Merge) -> Problem:
+    who = backend if backend.merge == limit else adapter
+    where = f"{backend.name} x {adapter.name}"
+    if limit == Merge.NEVER:
+        return Problem(f"{who.name} is never merged", WAY_OUT, where, f"{who.name}-merge-never")
+    what = f"{who.name} is merged into dense weights only, not quantized again"
+    return Problem(what, "use export.merge: dense", where, f"{who.name}-merge-dense")
+
+
+@dataclass
+class _Draft:
+    """The plan while it is being made; problems pile up here."""
+
+    spec: Spec
+    machine: Machine
+    registry: Registry
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def lookup(self, kind: Literal["backend", "adapter"], name: str) -> Any:
+        try:
+            return getattr(self.registry, kind)(name)
+        except PlanRefused as error:
+            self.problems.extend(error.problems)
+            return None
+
+
+def plan(
+    spec: Spec, *, machine: Machine | None = None, registry_: Registry | None = None
+) -> Plan:
+    """Resolve `spec` or raise PlanRefused with every problem at once.
+
+    Args:
+        spec: what is wanted.
+        machine: the devices to plan for; this machine's by default.
+        registry_: the plugins to choose from; those installed by default.
+    """
+    spec = _with_demo_defaults(spec)
+    draft = _Draft(spec, machine or this_machine(), registry_ or registry())
+    model = _model(draft)
+    device = _device(draft)
+    backend: Backend | None = draft.lookup("backend", spec.backend.name)
+    adapter: Adapter | None = draft.lookup("adapter", spec.adapter.name)
+    quantizer, adopt = _quantizer(draft, backend, model)
+    options = _adapter_options(draft, adapter)
+    dtype = _dtype(draft, backend, device)
+    _check_data(draft)
+    merge: MergePlan = "never"
+    refused: tuple[Problem, ...] = ()
+    if backend and adapter and quantizer:
+        cell = make_cell(backend, quantizer, adapter, options, device, dtype)
+        draft.problems += attach_refusals(cell, backend, adapter)
+        merge, refused = _merge(draft, cell, backend, adapter)
+    if draft.problems:
+        raise PlanRefused(draft.problems)
+    if merge == "never" and refused and spec.export.merge != "auto":
+        raise MergeRefused(refused)
+    assert backend and adapter and quantizer
+    return Plan(
+        spec=spec,
+        model=model,
+        backend=backend,
+        quantizer=quantizer,
+        adapter=adapter,
+        adapter_options=options,
+        device=device,
+        dtype=dtype,
+        adopt=adopt,
+        merge=merge,
+        merge_refusals=refused,
+        notes=tuple(draft.notes),
+    )
+
+
+def _with_demo_defaults(spec: Spec) -> Spec:
+    """Fill in what the bundled demo wants to be trained with, where the user said nothing."""
+    spec = spec.model_copy(deep=True)
+    if spec.model is None and spec.data.path is None:
+        for name, value in demo.TRAIN_DEFAULTS.items():
+            if name not in spec.train.model_fields_set:
+                setattr(spec.train, name, value)
+    if spec.output is None:
+        spec.output = f"runs/{spec.backend.name}-{spec.adapter.name}"
+    return spec
+
+
+def _model(draft: _Draft) -> str:
+    if draft.spec.model is None:
+        return str(demo.MODEL_DIR)
+    draft.problems += check_model(draft.spec.model)
+    return draft.spec.model
+
+
+def _device(draft: _Draft) -> str:
+    wanted = draft.spec.device
+    if wanted == "auto":
+        return draft.machine.default_device
+    kind, _, index = wanted.partition(":")
+    if kind == "cuda":
+        count = len(draft.machine.cuda)
+        if count == 0:
+            what = "there is no CUDA device here, or torch was built without CUDA"
+            fix = "use device: cpu, or install a CUDA build of torch; `quantadapt doctor` looks"
+            draft.problems.append(Problem(what, fix, where="device"))
+        elif index and not (index.isdigit() and int(index) < count):
+            what = f"{wanted!r} does not exist, there are {count} CUDA devices"
+            draft.problems.append(Problem(what, f"use cuda:0 to cuda:{count - 1}", where="device"))
+    elif kind not in ("cpu", "mps", "xpu", "hpu"):
+        what = f"{wanted!r} is no device"
+        draft.problems.append(Problem(what, "use auto, cpu, cuda or cuda:N", where="device"))
+    return wanted
+
+
+def _quantizer(
+    draft: _Draft, backend: Backend | None, model: str
+) -> tuple[Quantizer | None, bool]:
+    """Return the quantizer, and whether the checkpoint was quantized by it already."""
+    if backend is None:
+        return None, False
+    draft.problems += missing_requirements(backend)
+    found = quantization_of(model)
+    if found is None:
+        return _fresh_quantizer(draft, backend), False
+    adopted = backend.quantizer.from_checkpoint(found)
+    if adopted is None:
+        draft.problems.append(_wrong_checkpoint(draft, backend, found))
+        return None, True
+    given = draft.spec.backend.options
+    differing = {k: v for k, v in given.items() if getattr(adopted, k, None) != v}
+    for name, value in differing.items():
+        what = f"the checkpoint is quantized already, with {name}={getattr(adopted, name, None)!r}"
+        fix = f"leave out {name}={value!r}, or start from the unquantized model"
+        draft.problems.append(Problem(what, fix, where=f"backend.{name}"))
+    draft.notes.append(f"the checkpoint is quantized already ({backend.name}); loaded as it is")
+    return adopted, True
+
+
+def _wrong_checkpoint(draft: _Draft, backend: Backend, found: Mapping[str, Any]) -> Problem:
+    makers = [
+        other.name
+        for other in draft.registry.backends()
+        if other.quantizer.from_checkpoint(found) is not None
+    ]
+    method = found.get("quant_method", "an unknown method")
+    what = f"the checkpoint is quantized with {method}, backend {backend.name!r} cannot read it"
+    fix = f"use --backend {makers[0]}" if makers else "start from the unquantized model"
+    return Problem(what, fix, where="model")
+
+
+def _fresh_quantizer(draft: _Draft, backend: Backend) -> Quantizer | None:
+    try:
+        return backend.quantizer(**draft.spec.backend.options)
+    except ValidationError as error:
+        draft.problems += [_option_problem(backend, dict(d)) for d in error.errors()]
+        return None
+
+
+def _option_problem(backend: Backend, detail: dict[str, Any]) -> Problem:
+    name = ".".join(str(part) for part in detail["loc"])
+    where = f"backend.{name}"
+    if detail["type"] == "extra_forbidden":
+        hint = did_you_mean(name, backend.quantizer.model_fields)
+        what = f"backend {backend.name!r} has no option {name!r}"
+        return Problem(what, hint or "it has no options", where)
+    if detail["type"] == "literal_error":
+        what = f"{detail['input']!r} is not possible"
+        return Problem(what, f"use one of {detail['ctx']['expected']}", where)
+    return Problem(f"{detail['msg']}, got {detail['input']!r}", where=where)
+
+
+def _adapter_options(draft: _Draft, adapter: Adapter | None) -> dict[str, Any]:
+    if adapter is None:
+        return {}
+    given = draft.spec.adapter.options
+    known = peft_options(adapter.peft_type)
+    for name, value in given.items():
+        where = f"adapter.{name}"
+        if name not in known:
+            what = f"adapter {adapter.name!r} has no option {name!r}"
+            draft.problems.append(Problem(what, did_you_mean(name, known), where))
+        elif not known[name].accepts(value):
+            what = f"{value!r} is not of type {known[name].annotation}"
+            draft.problems.append(Problem(what, f"default: {known[name].default}", where))
+        elif name in ("r", "init_r", "target_r") and isinstance(value, int) and value < 1:
+            draft.problems.append(Problem(f"{value} is no rank", "use 1 or more", where))
+    return {**adapter.defaults, **given}
+
+
+def _dtype(draft: _Draft, backend: Backend | None, device: str) -> str:
+    wanted = draft.spec.dtype
+    dtype = draft.machine.default_dtype(device) if wanted == "auto" else wanted
+    if backend and dtype not in backend.dtypes:
+        what = f"backend {backend.name!r} does not compute in {dtype}"
+        fix = f"use dtype: {', '.join(backend.dtypes)}"
+        draft.problems.append(Problem(what, fix, where="dtype"))
+    kind = device.partition(":")[0]
+    if backend and kind not in backend.devices:
+        what = f"backend {backend.name!r} does not run on {kind}"
+        fix = f"use device: {', '.join(backend.devices)}"
+        draft.problems.append(Problem(what, fix, where="device"))
+    return dtype
+
+
+def _check_data(draft: _Draft) -> None:
+    for key, path in (("path", draft.spec.data.path), ("eval_path", draft.spec.data.eval_path)):
+        if path and looks_local(path) and not Path(path).exists():
+            fix = "check the path; a hub id has the form owner/name"
+            draft.problems.append(Problem(f"{path} does not exist", fix, where=f"data.{key}"))
+
+
+def looks_local(path: str) -> bool:
+    """Say whether `path` can only mean a local file or folder, not a hub id."""
+    return (
+        path.startswith((".", "/", "~"))
+        or Path(path).suffix in (".jsonl", ".json", ".csv", ".parquet", ".txt")
+        or path.count("/") > 1
+    )
+
+
+def _merge(
+    draft: _Draft, cell: Cell, backend: Backend, adapter: Adapter
+) -> tuple[MergePlan, tuple[Problem, ...]]:
+    choice = draft.spec.export.merge
+    if choice == "never":
+        return "never", ()
+    wanted: Literal["dense", "requantize"] = "requantize" if choice == "requantize" else "dense"
+    refused = tuple(merge_refusals(cell, backend, adapter, wanted))
+    return ("never" if refused else wanted), refused
+
+
+def spec_for(backend: str, adapter: str, **options: Any) -> Spec:
+    """Return a spec for one cell with the backend's `options`; for matrix and tests."""
+    return Spec(backend=BackendSpec(name=backend, **options), adapter={"name": adapter})

@@ -1,0 +1,170 @@
+"""What a backend implements: a `Quantizer`, and the `AdapterTarget` that it produces.
+
+Nothing here imports torch: plugins are imported to list them, and only asked to work later.
+Most backends subclass `LayerwiseQuantizer`, implement `quantize_linear` and `load_linear`, and get
+quantize-on-load, saving, loading and re-quantization from the core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@runtime_checkable
+class AdapterTarget(Protocol):
+    """How the core sees one quantized linear layer of a vendor."""
+
+    quantizes_activations: bool = False
+    """True where the vendor's forward also quantizes activations (int8, fp8): it is then run as
+    it is, and only the backward pass (straight-through) uses the dequantized weight."""
+
+    def matches(self, module: nn.Module) -> bool:
+        """Say whether `module` is a quantized linear layer of this backend."""
+        ...
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """Return (in_features, out_features); packed weights cannot tell."""
+        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """Return the weight as a float tensor of shape [out_features, in_features]."""
+        ...
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Run the vendor's own forward, bias included: [..., in_features] -> [..., out_features]."""
+        output: Tensor = module(x)
+        return output
+
+    def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        """Return a new vendor module holding `weight` [out_features, in_features], quantized as
+        `module` was. Called only where the backend declares `Merge.REQUANTIZE`."""
+        raise NotImplementedError
+
+
+class Quantizer(BaseModel):
+    """A frozen record whose fields are the backend's options, e.g. `HQQ(bits=4, group_size=64)`.
+
+    Field types, defaults and descriptions are what users see in `quantadapt backends show NAME`,
+    in the JSON schema and in error messages.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @property
+    def target(self) -> AdapterTarget:
+        """The view of the layers that this quantizer makes."""
+        raise NotImplementedError
+
+    def quantize(
+        self,
+        source: str | nn.Module,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        calibration: list[dict[str, Tensor]] | None = None,
+        skip_modules: tuple[str, ...] | None = None,
+    ) -> nn.Module:
+        """Load and quantize `source`, a checkpoint folder or hub id, or quantize a live module.
+
+        Args:
+            source: path, hub id, or a module, which is changed in place.
+            device: where the quantized model goes: "cpu", "cuda", "cuda:1", ...
+            dtype: dtype of everything that is not quantized, and of the computation.
+            calibration: tokenized examples (`input_ids` [1, length]) where the backend needs them.
+            skip_modules: names left dense; None means the output head and what is tied to it.
+        """
+        raise NotImplementedError
+
+    def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
+        """Load a checkpoint that is already quantized with this backend. By default transformers
+        does it, from the checkpoint's own `quantization_config`."""
+        from .loading import load_native
+
+        return load_native(path, device=device, dtype=dtype)
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        """Write the quantized base in the vendor's or transformers' own format into `path`."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> Quantizer | None:
+        """Return the quantizer that made a checkpoint with this `quantization_config` (the dict in
+        its config.json), or None if it is not one of this backend's."""
+        return None
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> Quantizer | None:
+        """Return the quantizer for a live module that is already quantized, or None."""
+        return None
+
+
+class LayerwiseTarget(AdapterTarget):
+    """A target whose layers can be quantized again by the quantizer that made them."""
+
+    def __init__(self, quantizer: LayerwiseQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        from torch import nn
+
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if isinstance(module.bias, nn.Parameter):
+            linear.bias = module.bias
+        elif module.bias is not None:  # some vendors keep it as a plain tensor
+            linear.bias = nn.Parameter(module.bias, requires_grad=False)  # type: ignore[arg-type]
+        return self.quantizer.quantize_linear(linear).train(module.training)
+
+
+class LayerwiseQuantizer(Quantizer):
+    """A quantizer that needs one linear layer at a time and no calibration data.
+
+    Implement `target`, `quantize_linear` and `quantization_config`; and `load_linear`, unless
+    transformers itself loads your checkpoints: then override `load` with `Quantizer.load`.
+    """
+
+    def quantize_linear(self, linear: nn.Linear) -> nn.Module:
+        """Return the vendor module for `linear`, whose weight is on the target device and in the
+        compute dtype. The caller drops `linear` afterwards; take its bias over."""
+        raise NotImplementedError
+
+    def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
+        """Return the vendor module for `linear` (on the meta device: only its sizes, dtype and
+        whether it has a bias count) from the tensors that were saved for it, without prefix."""
+        raise NotImplementedError
+
+    def quantization_config(self) -> dict[str, Any]:
+        """What goes into the checkpoint's config.json under `quantization_config`; it must hold
+        `quant_method`, and `from_checkpoint` must be able to read it back."""
+        raise NotImplementedError
+
+    def quantize(
+        self,
+        source: str | nn.Module,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        calibration: list[dict[str, Tensor]] | None = None,
+        skip_modules: tuple[str, ...] | None = None,
+    ) -> nn.Module:
+        from .loading import quantize_layerwise
+
+        return quantize_layerwise(self, source, device=device, dtype=dtype, skip=skip_modules)
+
+    def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
+        from .loading import load_layerwise
+
+        return load_layerwise(self, path, device=device, dtype=dtype)
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        from .loading import save_layerwise
+
+        save_layerwise(self, model, path)

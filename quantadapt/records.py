@@ -1,0 +1,76 @@
+"""The typed records that plugins yield: `Backend` and `Adapter`. Data only, nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from .capabilities import Merge, Rule
+from .protocols import Quantizer
+
+
+class Start(StrEnum):
+    """What a freshly attached, untrained adapter does to the model's outputs."""
+
+    ZERO = "zero"
+    """Nothing: they are bit for bit the same."""
+    ROUNDING = "rounding"
+    """They differ by rounding only: the weight is taken apart and put together again."""
+    CHANGED = "changed"
+    """They differ: the method starts from random or rearranged weights."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to quantize.
+
+    Attributes:
+        name: what users write after `--backend`.
+        summary: one line for lists.
+        quantizer: the options class; its methods do the work.
+        requires: the distributions it needs, as requirement strings ("hqq>=0.2.8").
+        imports: the modules whose import proves that the requirements work, e.g. ("hqq",).
+        extra: the extra that installs them, "quantadapt[hqq]"; empty if none is needed.
+        devices: device types it runs on.
+        dtypes: compute dtypes it supports, as torch names.
+        calibration: whether quantizing needs data.
+        merge: the most that may become of its layers at merge time.
+        rules: combinations that are refused.
+    """
+
+    name: str
+    summary: str
+    quantizer: type[Quantizer]
+    requires: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
+    extra: str = ""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    calibration: bool = False
+    merge: Merge = Merge.DENSE
+    rules: tuple[Rule, ...] = ()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT method, under the name that users write after `--adapter`.
+
+    Attributes:
+        name: e.g. "lora".
+        summary: one line for lists.
+        peft_type: PEFT's name of the method, e.g. "LORA".
+        defaults: options that differ from PEFT's own defaults.
+        merge: the most that may become of it at merge time.
+        start: what attaching it does to the outputs before any training.
+        rules: combinations that are refused.
+    """
+
+    name: str
+    summary: str
+    peft_type: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    merge: Merge = Merge.REQUANTIZE
+    start: Start = Start.ZERO
+    rules: tuple[Rule, ...] = ()

@@ -1,0 +1,232 @@
+"""The spec: everything that a run is told, in one strict, typed record.
+
+The command line, the YAML files in `configs/` and Python all build this record and nothing else.
+An unknown key is an error with a suggestion; all mistakes are reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import Problem, SpecError, did_you_mean
+
+MergeChoice = Literal["auto", "dense", "requantize", "never"]
+DataFormat = Literal["auto", "text", "prompt-completion", "alpaca", "messages"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class _Named(BaseModel):
+    """`name` plus the options of the thing named; a bare string is taken as the name."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class BackendSpec(_Named):
+    """A backend and its options, e.g. `{name: hqq, bits: 4, group_size: 64}`.
+
+    The options are those of the backend's quantizer: `quantadapt backends show NAME` lists them.
+    """
+
+    name: str = Field("hqq", description="backend name, see `quantadapt backends`")
+
+
+class AdapterSpec(_Named):
+    """An adapter and its options, e.g. `{name: lora, r: 16, target_modules: all-linear}`.
+
+    The options are those of the method's PEFT config, under PEFT's names.
+    """
+
+    name: str = Field("lora", description="adapter name, see `quantadapt adapters`")
+
+
+class DataSpec(_Strict):
+    """Where the training and evaluation text comes from."""
+
+    path: str | None = Field(
+        None, description="JSONL, JSON, CSV, Parquet or text file, folder of those, or hub id"
+    )
+    eval_path: str | None = Field(None, description="held-out data; otherwise split off `path`")
+    eval_fraction: float = Field(0.05, gt=0, lt=1, description="share split off as held-out data")
+    format: DataFormat = Field("auto", description="how to read the columns")
+    max_length: int = Field(512, ge=8, description="longest example in tokens; longer ones are cut")
+    max_examples: int | None = Field(None, ge=1, description="use only the first so many examples")
+
+
+class TrainSpec(_Strict):
+    """How to train. Names and meanings are those of transformers' TrainingArguments."""
+
+    max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1 means num_train_epochs")
+    num_train_epochs: float = Field(1.0, gt=0)
+    learning_rate: float = Field(2e-4, gt=0)
+    per_device_train_batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    optim: str = "adamw_torch"
+    gradient_checkpointing: bool = Field(False, description="trade compute for memory")
+    use_reentrant: bool = Field(False, description="which kind of gradient checkpointing")
+    packing: bool = Field(False, description="pack several examples into one row")
+    logging_steps: int = Field(5, ge=1)
+    save_steps: int | None = Field(None, ge=1, description="checkpoint every so many steps")
+    report_to: list[str] = Field(default_factory=list, description="e.g. [tensorboard, wandb]")
+    resume: bool = Field(False, description="go on from the last checkpoint in the output folder")
+
+
+class EvaluateSpec(_Strict):
+    """What to measure."""
+
+    max_examples: int = Field(200, ge=1, description="held-out examples used for perplexity")
+    batch_size: int = Field(8, ge=1)
+    unquantized: bool = Field(True, description="also measure the base before quantization")
+    samples: int = Field(2, ge=0, description="prompts answered greedily before and after")
+    max_new_tokens: int = Field(64, ge=1)
+
+
+class ExportSpec(_Strict):
+    """What to write besides the adapter."""
+
+    merge: MergeChoice = Field(
+        "auto", description="auto: a dense merged model where the combination allows it"
+    )
+
+
+class Spec(_Strict):
+    """One run."""
+
+    model: str | None = Field(None, description="checkpoint folder or hub id; the demo if missing")
+    backend: BackendSpec = Field(default_factory=lambda: BackendSpec(name="hqq"))
+    adapter: AdapterSpec = Field(default_factory=lambda: AdapterSpec(name="lora"))
+    data: DataSpec = Field(default_factory=DataSpec)
+    train: TrainSpec = Field(default_factory=TrainSpec)
+    evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
+    export: ExportSpec = Field(default_factory=ExportSpec)
+    output: str | None = Field(None, description="run folder; `runs/<backend>-<adapter>` if missing")
+    overwrite: bool = Field(False, description="replace an earlier run in `output`")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    dtype: Dtype = Field("auto", description="compute dtype; auto: bfloat16 on cuda, else float32")
+    skip_modules: list[str] | None = Field(None, description="modules left dense; default: the head")
+    seed: int = Field(0, ge=0)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise SpecError(_problems(error)) from None
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Spec:
+        """Read a YAML file and apply `a.b=c` overrides. Raises SpecError with all mistakes."""
+        return cls(**apply_overrides(read_yaml(path), overrides))
+
+    def to_yaml(self) -> str:
+        """Return the spec as YAML that `load` reads back."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return text
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file. Raises SpecError naming file and line."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError([Problem(f"cannot read it: {error.strerror}", where=str(path))]) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        what = f"not valid YAML: {getattr(error, 'problem', None) or error}"
+        raise SpecError([Problem(what, where=where)]) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        fix = "write keys and values, e.g. `backend: hqq`"
+        raise SpecError([Problem("the file holds no mapping", fix, where=str(path))])
+    return values
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return `values` with `a.b=c` assignments applied; values are read as YAML."""
+    result = _copy(values)
+    problems = []
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key.strip():
+            fix = "write it as key=value, e.g. --set train.max_steps=100"
+            problems.append(Problem(f"{item!r} is no assignment", fix, where="--set"))
+            continue
+        *parents, last = key.strip().split(".")
+        node = result
+        for name in parents:
+            child = node.get(name)
+            if not isinstance(child, dict):
+                child = {"name": child} if isinstance(child, str) else {}
+            node[name] = child
+            node = child
+        node[last] = _yaml_value(text)
+    if problems:
+        raise SpecError(problems)
+    return result
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _yaml_value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):  # YAML 1.1 takes 2e-4 for a string
+        try:
+            return float(value) if value[:1].isdigit() else value
+        except ValueError:
+            return value
+    return value
+
+
+def _problems(error: ValidationError) -> list[Problem]:
+    return [_problem(dict(detail)) for detail in error.errors()]
+
+
+def _problem(detail: dict[str, Any]) -> Problem:
+    path = [str(part) for part in detail["loc"]]
+    where = ".".join(path)
+    if detail["type"] == "extra_forbidden":
+        known = _known_keys(Spec, path[:-1])
+        return Problem(f"unknown key {path[-1]!r}", did_you_mean(path[-1], known), where=where)
+    if detail["type"] == "literal_error":
+        expected = detail["ctx"]["expected"]
+        return Problem(f"{detail['input']!r} is not possible", f"use one of {expected}", where)
+    return Problem(f"{detail['msg']}, got {detail['input']!r}", where=where)
+
+
+def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
+    for name in path:
+        annotation = model.model_fields[name].annotation
+        options = [annotation, *get_args(annotation)]
+        nested = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)
