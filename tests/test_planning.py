@@ -1,0 +1,191 @@
+"""The plan: everything decided and every mistake found before any work starts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from quantadapt import demo
+from quantadapt.capabilities import Cell, Merge, Rule, refusals
+from quantadapt.errors import MergeRefused, PlanRefused
+from quantadapt.machine import Machine
+from quantadapt.planning import plan
+from quantadapt.spec import Spec
+
+CPU = Machine()
+CARD = Machine(cuda=((9, 0),))
+
+
+def problems(**values) -> dict[str, str]:
+    with pytest.raises(PlanRefused) as caught:
+        plan(Spec(**values), machine=values.pop("machine", CPU))
+    return {problem.where: str(problem) for problem in caught.value.problems}
+
+
+def test_the_default_plan_is_the_demo() -> None:
+    made = plan(Spec(), machine=CPU)
+    assert made.model == str(demo.MODEL_DIR)
+    assert (made.backend.name, made.adapter.name) == ("hqq", "lora")
+    assert (made.device, made.dtype, made.merge) == ("cpu", "float32", "dense")
+    assert made.quantizer.model_dump() == {"bits": 4, "group_size": 64, "axis": 1}
+    assert made.spec.train.max_steps == demo.TRAIN_DEFAULTS["max_steps"]
+    json.dumps(made.to_dict())
+
+
+def test_what_the_user_says_wins_over_the_demo() -> None:
+    assert plan(Spec(train={"max_steps": 7}), machine=CPU).spec.train.max_steps == 7
+
+
+def test_device_and_dtype_follow_the_machine() -> None:
+    made = plan(Spec(), machine=CARD)
+    assert (made.device, made.dtype) == ("cuda", "bfloat16")
+    assert plan(Spec(), machine=Machine(cuda=((7, 5),))).dtype == "float16"
+
+
+def test_all_mistakes_come_at_once() -> None:
+    found = problems(
+        model="./nowhere",
+        backend={"name": "hqq", "bits": 5, "groupsize": 8},
+        adapter={"name": "lora", "lora_alfa": 4, "r": "big", "lora_dropout": 0.1},
+        device="cuda",
+        data={"path": "missing.jsonl"},
+    )
+    assert set(found) == {
+        "model",
+        "backend.bits",
+        "backend.groupsize",
+        "adapter.lora_alfa",
+        "adapter.r",
+        "device",
+        "data.path",
+    }
+    assert "did you mean 'group_size'?" in found["backend.groupsize"]
+    assert "use one of 1, 2, 3, 4 or 8" in found["backend.bits"]
+    assert "did you mean 'lora_alpha'?" in found["adapter.lora_alfa"]
+
+
+def test_unknown_backend_and_adapter_are_both_told() -> None:
+    found = problems(backend="hqqq", adapter="lorra")
+    assert "did you mean 'hqq'?" in found["backend"]
+    assert "did you mean 'lora'?" in found["adapter"]
+
+
+def test_a_rule_refuses_with_reason_and_fix() -> None:
+    found = problems(
+        backend={"name": "torchao-int4", "layout": "tile_packed"}, dtype="bfloat16"
+    )
+    text = found["torchao-int4 x lora"]
+    assert "torchao-tiles-need-cuda" in text
+    assert "fix: use layout: unpacked" in text
+
+
+@pytest.mark.parametrize("choice", ["dense", "requantize"])
+def test_a_forbidden_merge_is_refused_before_any_work(choice) -> None:
+    with pytest.raises(MergeRefused) as caught:
+        plan(Spec(adapter="lily", export={"merge": choice}), machine=CPU)
+    (problem,) = caught.value.problems
+    assert problem.rule == "lily-no-merge"
+    assert "keep the adapter beside the base" in problem.fix
+
+
+def test_auto_merge_turns_into_never_and_says_why() -> None:
+    made = plan(Spec(adapter="lily"), machine=CPU)
+    assert made.merge == "never"
+    assert made.merge_refusals[0].rule == "lily-no-merge"
+
+
+def test_a_device_index_that_does_not_exist() -> None:
+    with pytest.raises(PlanRefused, match="use cuda:0 to cuda:0"):
+        plan(Spec(device="cuda:3"), machine=CARD)
+
+
+def test_planning_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from quantadapt.planning import plan; from quantadapt.spec import Spec;"
+        "plan(Spec()); bad = {'torch', 'peft', 'transformers', 'hqq'} & set(sys.modules);"
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestModelFolder:
+    """Every way a checkpoint can be wrong is found without loading it."""
+
+    def refused(self, folder) -> str:
+        return problems(model=str(folder))["model"]
+
+    def test_empty(self, tmp_path) -> None:
+        assert "is empty" in self.refused(tmp_path)
+
+    def test_not_a_model(self, tmp_path) -> None:
+        (tmp_path / "notes.txt").write_text("hello")
+        assert "no readable config.json" in self.refused(tmp_path)
+
+    def test_a_file(self, tmp_path) -> None:
+        file = tmp_path / "model.safetensors"
+        file.write_text("x")
+        assert "is a file" in self.refused(file)
+
+    def copy(self, tmp_path):
+        for name in ("config.json", "model.safetensors"):
+            (tmp_path / name).write_bytes((demo.MODEL_DIR / name).read_bytes())
+        return tmp_path / "model.safetensors"
+
+    def test_cut_short(self, tmp_path) -> None:
+        weights = self.copy(tmp_path)
+        weights.write_bytes(weights.read_bytes()[:-1000])
+        assert "cut short" in self.refused(tmp_path)
+
+    def test_damaged_header(self, tmp_path) -> None:
+        self.copy(tmp_path).write_bytes(b"\xff" * 200)
+        assert "damaged" in self.refused(tmp_path)
+
+    def test_pickle(self, tmp_path) -> None:
+        self.copy(tmp_path).rename(tmp_path / "pytorch_model.bin")
+        assert "pickles (pytorch_model.bin)" in self.refused(tmp_path)
+
+    def test_missing_shard(self, tmp_path) -> None:
+        self.copy(tmp_path)
+        index = {"weight_map": {"a": "model-00002-of-00002.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert "shard model-00002-of-00002.safetensors is missing" in self.refused(tmp_path)
+
+    def quantized(self, tmp_path, config):
+        self.copy(tmp_path)
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": config}))
+
+    def test_quantized_with_another_backend(self, tmp_path) -> None:
+        self.quantized(tmp_path, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+        assert "use --backend bnb-nf4" in self.refused(tmp_path)
+
+    def test_quantized_with_other_options(self, tmp_path) -> None:
+        self.quantized(tmp_path, {"load_in_8bit": True, "llm_int8_threshold": 4.0})
+        found = problems(model=str(tmp_path), backend={"name": "bnb-int8", "threshold": 6.0})
+        assert "quantized already, with threshold=4.0" in found["backend.threshold"]
+        made = plan(Spec(model=str(tmp_path), backend="bnb-int8"), machine=CPU)
+        assert made.adopt
+        assert made.quantizer.threshold == 4.0
+
+
+class TestRules:
+    """`refusals` is a pure function of rules and facts."""
+
+    cell = Cell("b", "a", device="cpu", backend_options={"bits": 3}, adapter_options={"t": ["x"]})
+
+    def test_all_conditions_have_to_match(self) -> None:
+        rule = Rule("r", {"backend.bits": (3,), "device": ("cpu",)}, "why", "how")
+        other = Rule("o", {"backend.bits": (3,), "device": ("cuda",)}, "why", "how")
+        (problem,) = refusals(self.cell, [rule, other])
+        assert (problem.rule, problem.what, problem.fix) == ("r", "why", "how")
+
+    def test_a_rule_about_merging_does_not_forbid_attaching(self) -> None:
+        rule = Rule("m", {"action": ("merge",)}, "why", "how")
+        assert refusals(self.cell, [rule]) == []
+        assert len(refusals(self.cell, [rule], "merge")) == 1
+
+    def test_merge_kinds_are_ordered(self) -> None:
+        assert Merge.NEVER < Merge.DENSE < Merge.REQUANTIZE

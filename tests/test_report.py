@@ -1,0 +1,380 @@
+"""The page: complete, escaped, self-contained, and whole whatever the folder lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantadapt.report import (
+    Html,
+    Metrics,
+    Run,
+    duration,
+    el,
+    headline,
+    mebibytes,
+    nice_ticks,
+    percent,
+    render,
+    short,
+    smoothed,
+    thinned,
+    write_report,
+)
+from quantadapt.run_folder import RunFolder
+
+PLAN = {
+    "backend": {"name": "hqq", "options": {"bits": 4, "group_size": 64}},
+    "adapter": {"name": "lora", "options": {"r": 16}},
+    "device": "cpu",
+    "adopt": False,
+    "merge": "dense",
+    "notes": ["The head is left dense."],
+    "target_modules": ["q_proj", "v_proj"],
+}
+METRICS: Metrics = {
+    "perplexity": {"unquantized": 38.6, "quantized": 41.2, "tuned": 3.1, "merged": 3.13},
+    "stages": {"plan": 0.4, "quantize": 3.2, "train": 48.1},
+    "train": {
+        "steps": 100,
+        "seconds": 48.1,
+        "tokens": 1_230_000,
+        "peak_memory_gib": 1.43,
+        "trainable_parameters": 8_798_208,
+        "base_parameters": 494_032_768,
+        "resumed_from": 50,
+    },
+    "size": {"dense_mib": 988.1, "quantized_mib": 312.4, "adapter_mib": 33.6},
+    "merge": {"kind": "dense", "kl": 0.0021, "top1": 0.991, "gain_kept": 0.998, "refusals": []},
+    "samples": [{"prompt": "Ask", "reference": "Right", "before": "Wrong", "after": "Better"}],
+    "command": "quantadapt run --backend hqq",
+}
+LOG = [{"step": step, "loss": 4.0 - step / 50} for step in range(5, 105, 5)]
+EVIL = "<script>alert('x')</script>&\"\x00\x1b[31m"
+
+
+def run(**parts: Any) -> Run:
+    values: dict[str, Any] = {
+        "marker": {"version": "0.1", "state": "finished", "started": "2026-01-02T03:04:05+00:00"},
+        "plan": PLAN,
+        "metrics": METRICS,
+        "log": LOG,
+        "environment": {"python": "3.12.1", "gpu": None, "versions": {"torch": "2.9", "trl": None}},
+        "spec": "seed: 0\n",
+    }
+    return Run(**{**values, **parts})
+
+
+class Page(HTMLParser):
+    """Reads a page, insisting that every element is closed in order and every id is unique."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+        ids = [attributes["id"] for _, attributes in self.tags if "id" in attributes]
+        assert len(ids) == len(set(ids))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.texts).replace("\N{NO-BREAK SPACE}", " ")
+
+    @property
+    def headings(self) -> list[str]:
+        return [str(attributes["id"]) for tag, attributes in self.tags if tag == "h2"]
+
+
+def test_everything_is_on_the_page() -> None:
+    page = Page(render(run()))
+    for words in (
+        "perplexity 41.2 → 3.10 in 48 s",
+        "13.3 times lower",
+        "312 MiB instead of 988 MiB",
+        "The scale is logarithmic.",
+        "8.80 million",
+        "1.43 GiB",
+        "resumed",
+        "52 s in all",
+        "99.8 %",
+        "99.1 %",
+        "0.0021",
+        "Wrong",
+        "Better",
+        "Right",
+        "group_size=64",
+        "q_proj",
+        "The head is left dense.",
+        "seed: 0",
+        "not installed",
+        "quantadapt run --backend hqq",
+    ):
+        assert words in page.text, words
+    assert page.headings == [
+        "perplexity",
+        "samples",
+        "training-loss",
+        "merge",
+        "memory",
+        "time-per-stage",
+        "run-it-again",
+        "plan",
+        "spec",
+        "environment",
+    ]
+
+
+def test_page_is_self_contained() -> None:
+    text = render(run())
+    page = Page(text)
+    assert not {"script", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert "default-src 'none'" in str(page.tags)
+    outside = [v for _, a in page.tags for k, v in a.items() if k in ("src", "href")]
+    assert all(str(value).startswith("data:") for value in outside)
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+def test_charts_are_named_and_described() -> None:
+    page = Page(render(run()))
+    ids = {attributes.get("id") for _, attributes in page.tags}
+    charts = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(charts) == 8  # four charts, each for wide and for narrow screens
+    for chart in charts:
+        assert chart["role"] == "img"
+        assert set(str(chart["aria-labelledby"]).split()) <= ids
+    assert "quantized: 41.2; quantized + adapter: 3.10" in page.text
+
+
+def evil(value: Any) -> Any:
+    """The same structure with markup in every key and every text."""
+    if isinstance(value, Mapping):
+        return {key: evil(item) for key, item in value.items()} | {EVIL: EVIL}
+    if isinstance(value, list):
+        return [evil(item) for item in value]
+    return EVIL if isinstance(value, str) else value
+
+
+def test_everything_is_escaped() -> None:
+    merge = {"kind": "refused", "refusals": [{"what": "w", "fix": "f", "rule": "r", "where": "h"}]}
+    hostile = run(
+        marker=evil({"state": "finished", "version": "1", "started": "now"}),
+        plan=evil(PLAN),
+        metrics={
+            **evil(METRICS),
+            "stages": {EVIL: 1.0},
+            "merge": {**evil(merge), "kind": "refused"},
+        },
+        environment=evil({"python": "3", "versions": {"torch": "2"}}),
+        spec=EVIL,
+    )
+    text = render(hostile)
+    page = Page(text)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert "<script" not in text
+    assert "\x00" not in text
+    assert "\x1b" not in text
+    assert page.text.count("alert('x')") > 20
+
+
+def test_a_refused_merge_says_why_and_the_way_out() -> None:
+    refusal = {
+        "what": "Codes stay.",
+        "fix": "keep it beside",
+        "rule": "aqlm",
+        "where": "aqlm x oft",
+    }
+    merge = {"kind": "refused", "refusals": [refusal]}
+    text = Page(render(run(metrics={"merge": merge}))).text
+    for words in ("Not merged.", "Codes stay.", "keep it beside", "rule aqlm", "aqlm x oft"):
+        assert words in text
+    assert "Codes stay." in Page(render(run(metrics={}, plan={"merge_refusals": [refusal]}))).text
+
+
+@pytest.mark.parametrize("kind", ["dense", "requantize", "never", "something new"])
+def test_other_merges_are_not_refusals(kind: str) -> None:
+    assert "Way out" not in Page(render(run(metrics={"merge": {"kind": kind}}))).text
+
+
+@pytest.mark.parametrize("missing", list(METRICS))
+def test_missing_parts_are_left_out(missing: str) -> None:
+    metrics = {key: value for key, value in METRICS.items() if key != missing}
+    whole, page = Page(render(run())), Page(render(run(metrics=metrics)))
+    assert set(page.headings) <= set(whole.headings)
+    gone = {"perplexity": "perplexity", "stages": "time-per-stage", "merge": "merge"}
+    gone |= {"samples": "samples", "command": "run-it-again"}
+    if missing in gone:
+        assert set(whole.headings) - set(page.headings) == {gone[missing]}
+
+
+def paths(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from paths(item, (*path, key))
+
+
+def replaced(value: Any, path: tuple[str, ...], new: object) -> Any:
+    if not path:
+        return new
+    return {**value, path[0]: replaced(value[path[0]], path[1:], new)}
+
+
+JUNK: list[object] = [None, {}, [], "text", [None, 3], 0, -1.0, 1e300, 1e-300, float("nan"), True]
+
+
+@pytest.mark.parametrize("path", [path for path in paths(METRICS) if path], ids=".".join)
+def test_no_value_breaks_the_page(path: tuple[str, ...]) -> None:
+    for junk in JUNK:
+        Page(render(run(metrics=replaced(METRICS, path, junk))))
+
+
+@pytest.mark.parametrize("path", [path for path in paths(PLAN) if path], ids=".".join)
+def test_no_plan_breaks_the_page(path: tuple[str, ...]) -> None:
+    for junk in JUNK:
+        Page(render(run(plan=replaced(PLAN, path, junk))))
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        [],
+        LOG[:1],
+        [{"step": 5, "loss": None}] * 3,
+        [{"step": 5, "loss": 1.0}] * 3,
+        [{"step": s, "loss": 10.0**s} for s in range(-9, 9)],
+        [{"step": s, "loss": 1.0} for s in range(5000)],
+        [{"loss": 1.0}, {"step": "x", "loss": "y"}, {"eval_loss": 2.0}],
+    ],
+    ids=["none", "one", "nan", "one step", "steep", "long", "odd"],
+)
+def test_no_log_breaks_the_page(log: list[dict[str, Any]]) -> None:
+    text = render(run(log=log))
+    Page(text)
+    assert len(text) < 200_000
+
+
+def test_bare_folder(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    path = write_report(folder)
+    assert path == folder.report
+    page = Page(path.read_text(encoding="utf-8"))
+    assert page.headings == []
+    assert "quantadapt run" in page.text
+
+
+def test_made_from_the_files_alone_and_twice_the_same(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    folder.write_json("plan.json", PLAN)
+    folder.write_json("metrics.json", METRICS)
+    folder.write_text("spec.yaml", "seed: 0\n")
+    folder.write_environment(["pytest"])
+    for line in LOG:
+        folder.append_metric(line)
+    first = write_report(folder).read_bytes()
+    folder.report.unlink()
+    assert write_report(RunFolder.open(folder.path)).read_bytes() == first
+    assert len(Page(first.decode()).headings) == 10
+
+
+def test_headline() -> None:
+    assert (
+        headline(run()) == "hqq 4-bit \N{MULTIPLICATION SIGN} lora: perplexity 41.2 → 3.10 in 48 s"
+    )
+    failed = run(metrics={}, marker={"state": "failed"})
+    assert headline(failed) == "hqq 4-bit \N{MULTIPLICATION SIGN} lora: failed"
+    assert headline(run(plan={}, metrics={})) == "quantadapt run"
+
+
+@pytest.mark.parametrize(
+    ("tuned", "sentence"),
+    [(4.0, "2.50 times lower"), (9.0, "lowered"), (12.0, "raised"), (10.01, "as it was")],
+)
+def test_a_run_that_made_it_worse_says_so(tuned: float, sentence: str) -> None:
+    metrics = {"perplexity": {"quantized": 10.0, "tuned": tuned}}
+    text = Page(render(run(metrics=metrics))).text
+    assert sentence in text
+    assert "logarithmic" not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (3.1, "3.10"),
+        (41.23, "41.2"),
+        (0, "0"),
+        (1234.5, "1,230"),
+        (0.05, "0.0500"),
+        (2e9, "2.00e+09"),
+    ],
+)
+def test_short(value: float, text: str) -> None:
+    assert short(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.01, "under 0.1 s"),
+        (0.4, "0.4 s"),
+        (48.1, "48 s"),
+        (192, "3 min 12 s"),
+        (7500, "2 h 5 min"),
+    ],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_percent_and_sizes() -> None:
+    assert [percent(x) for x in (0.0022, 0.018, 0.991, 1.0)] == [
+        "0.22 %",
+        "1.8 %",
+        "99.1 %",
+        "100 %",
+    ]
+    assert [mebibytes(x) for x in (33.6, 312.4, 1270)] == ["33.6 MiB", "312 MiB", "1.24 GiB"]
+
+
+def test_elements_escape_everything_but_html() -> None:
+    assert (
+        el("p", "<b>", el("b", "&"), class_='a"b')
+        == '<p class="a&quot;b">&lt;b&gt;<b>&amp;</b></p>'
+    )
+    assert isinstance(el("p"), Html)
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert nice_ticks(0.9, 3.7, 5) == [1, 2, 3]
+    assert nice_ticks(5, 300, 6) == [50, 100, 150, 200, 250, 300]
+    assert nice_ticks(1, 1, 5) == [1]
+
+
+def test_smoothing_keeps_constants_and_ends() -> None:
+    flat = [(float(step), 2.0) for step in range(100)]
+    assert smoothed(flat) == flat
+    assert smoothed([(0.0, 5.0), (1.0, 1.0)])[0] == (0.0, 5.0)
+
+
+def test_thinning_keeps_the_ends() -> None:
+    assert thinned(range(1000), 5) == [0, 250, 500, 749, 999]
+    assert thinned([1, 2], 5) == [1, 2]

@@ -1,0 +1,469 @@
+"""Run folders and atomic writing: whole or not at all, and never somebody else's files."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantadapt import run_folder
+from quantadapt.errors import OutputError
+from quantadapt.run_folder import MARKER, RunFolder, atomic_folder, environment, write_atomic
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every path below `folder`, hidden ones too, with the bytes of the files."""
+    paths = sorted(folder.rglob("*"))
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() and not p.is_symlink() else None
+        for p in paths
+    }
+
+
+def no_space(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fill(final: Path, body: Callable[[Path], None], *, overwrite: bool = False) -> None:
+    with atomic_folder(final, overwrite=overwrite) as temporary:
+        body(temporary)
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    folder = tmp_path / "thesis"
+    (folder / "figures").mkdir(parents=True)
+    (folder / "thesis.tex").write_bytes(b"four years \x00 of work")
+    (folder / "figures" / "one.pdf").write_bytes(b"%PDF")
+    (folder / "metrics.json").write_bytes(b"{}")  # looks like ours, but has no marker
+    return folder
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> RunFolder:
+    folder = RunFolder.create(tmp_path / "run")
+    folder.write_text("spec.yaml", "seed: 0\n")
+    folder.adapter.mkdir()
+    (folder.adapter / "weights").write_bytes(b"trained")
+    folder.set_state("finished")
+    return folder
+
+
+class TestCreate:
+    def test_new_with_parents(self, tmp_path: Path) -> None:
+        folder = RunFolder.create(tmp_path / "a" / "b")
+        assert list(contents(tmp_path)) == ["a", "a/b", f"a/b/{MARKER}"]
+        assert folder.marker["state"] == "running"
+        assert {"version", "started"} <= set(folder.marker)
+
+    def test_new_obeys_the_umask(self, tmp_path: Path) -> None:
+        (tmp_path / "plain").mkdir()
+        RunFolder.create(tmp_path / "run")
+        modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "run")]
+        assert modes[0] == modes[1]
+
+    def test_empty_folder_is_taken_in_place(self, tmp_path: Path) -> None:
+        before = tmp_path.stat().st_ino
+        RunFolder.create(tmp_path)
+        assert tmp_path.stat().st_ino == before
+        assert list(contents(tmp_path)) == [MARKER]
+
+    @pytest.mark.parametrize(
+        "how", [{}, {"overwrite": True}, {"resume": True}], ids=["new", "overwrite", "resume"]
+    )
+    def test_foreign_folder_is_untouched(
+        self, foreign: Path, tmp_path: Path, how: dict[str, Any]
+    ) -> None:
+        before = contents(tmp_path)
+        with pytest.raises(OutputError, match=r"fix: .*--output"):
+            RunFolder.create(foreign, **how)
+        assert contents(tmp_path) == before
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", '{"name": "other"}'])
+    def test_folder_with_a_false_marker_is_foreign(self, foreign: Path, text: str) -> None:
+        (foreign / MARKER).write_text(text)
+        before = contents(foreign)
+        with pytest.raises(OutputError, match="not made by quantadapt"):
+            RunFolder.create(foreign, overwrite=True)
+        assert contents(foreign) == before
+
+    def test_earlier_run_is_refused(self, earlier: RunFolder, tmp_path: Path) -> None:
+        before = contents(tmp_path)
+        with pytest.raises(OutputError) as caught:
+            RunFolder.create(earlier.path)
+        assert contents(tmp_path) == before
+        for word in ("earlier run", "finished", "--output", "--overwrite", "resume"):
+            assert word in str(caught.value)
+
+    def test_overwrite_replaces_an_earlier_run(self, earlier: RunFolder, tmp_path: Path) -> None:
+        RunFolder.create(earlier.path, overwrite=True)
+        assert list(contents(tmp_path)) == ["run", f"run/{MARKER}"]
+        assert earlier.marker["state"] == "running"
+
+    def test_overwrite_that_fails_leaves_the_earlier_run(
+        self, earlier: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = contents(tmp_path)
+        monkeypatch.setattr(os, "fsync", no_space)
+        with pytest.raises(OutputError, match="not enough disk space"):
+            RunFolder.create(earlier.path, overwrite=True)
+        assert contents(tmp_path) == before
+
+    def test_overwrite_through_a_link_keeps_the_link(
+        self, earlier: RunFolder, tmp_path: Path
+    ) -> None:
+        link = tmp_path / "latest"
+        link.symlink_to(earlier.path)
+        RunFolder.create(link, overwrite=True)
+        assert link.is_symlink()
+        assert list(contents(earlier.path)) == [MARKER]
+
+    def test_overwrite_never_deletes_an_input(self, earlier: RunFolder) -> None:
+        before = contents(earlier.path)
+        with pytest.raises(OutputError, match=r"would delete .*adapter"):
+            RunFolder.create(earlier.path, overwrite=True, inputs=[earlier.adapter])
+        assert contents(earlier.path) == before
+
+    def test_overwrite_never_deletes_the_working_directory(
+        self, earlier: RunFolder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(earlier.adapter)
+        with pytest.raises(OutputError, match="in use"):
+            RunFolder.create("..", overwrite=True)
+
+    def test_resume_keeps_everything_and_clears_leftovers(self, earlier: RunFolder) -> None:
+        before = contents(earlier.path)
+        started = earlier.marker["started"]
+        (earlier.path / ".merged.0a1b.tmp").mkdir()
+        (earlier.path / ".plan.json.0a1b.tmp").write_text("{")
+        RunFolder.create(earlier.path, resume=True)
+        assert {**contents(earlier.path), MARKER: None} == {**before, MARKER: None}
+        assert earlier.marker["state"] == "running"
+        assert earlier.marker["started"] == started
+        assert "ended" not in earlier.marker
+
+    def test_resume_needs_an_earlier_run(self, tmp_path: Path) -> None:
+        with pytest.raises(OutputError, match="no earlier run"):
+            RunFolder.create(tmp_path / "typo", resume=True)
+        assert contents(tmp_path) == {}
+
+    def test_resume_and_overwrite_exclude_each_other(self, earlier: RunFolder) -> None:
+        before = contents(earlier.path)
+        with pytest.raises(OutputError, match="exclude"):
+            RunFolder.create(earlier.path, resume=True, overwrite=True)
+        assert contents(earlier.path) == before
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_file_in_the_way(self, tmp_path: Path, overwrite: bool) -> None:
+        path = tmp_path / "run"
+        path.write_text("mine")
+        with pytest.raises(OutputError, match="a file is in the way"):
+            RunFolder.create(path, overwrite=overwrite)
+        assert path.read_text() == "mine"
+
+    def test_parent_that_is_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(OutputError, match=r"cannot write it: .*\n +fix: "):
+            RunFolder.create(tmp_path / "file" / "run")
+
+
+@pytest.fixture
+def unprivileged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder that this process may read but not write, also where tests run as root."""
+    folder = Path(os.path.realpath(tmp_path_factory.mktemp("locked")))
+    opened = [folder.parent, *folder.parent.parents[:1]]
+    modes = {path: path.stat().st_mode for path in opened}
+    as_root = os.geteuid() == 0
+    for path in opened:
+        path.chmod(0o755)
+    folder.chmod(0o555)
+    if as_root:
+        os.seteuid(65534)
+    yield folder
+    if as_root:
+        os.seteuid(0)
+    folder.chmod(0o755)
+    for path, mode in modes.items():
+        path.chmod(mode)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_parent_that_is_not_writable(unprivileged: Path) -> None:
+    with pytest.raises(OutputError) as caught:
+        RunFolder.create(unprivileged / "run")
+    assert "permission denied" in str(caught.value)
+    assert f"make {unprivileged} writable, or choose another --output" in str(caught.value)
+    assert contents(unprivileged) == {}
+
+
+class TestOpen:
+    def test_run_folder(self, earlier: RunFolder) -> None:
+        assert RunFolder.open(earlier.path).marker == earlier.marker
+
+    def test_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(OutputError, match="no such folder"):
+            RunFolder.open(tmp_path / "typo")
+
+    def test_foreign(self, foreign: Path) -> None:
+        with pytest.raises(OutputError, match="no run folder"):
+            RunFolder.open(foreign)
+
+
+class TestFiles:
+    def test_json_is_strict_and_round_trips(self, earlier: RunFolder) -> None:
+        values = {"nan": float("nan"), "paths": (Path("a"),), "text": "naïve \ud800"}
+        path = earlier.write_json("x.json", values)
+        json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(word))
+        assert earlier.read_json("x.json") == {"nan": None, "paths": ["a"], "text": "naïve \ud800"}
+
+    def test_missing_json_is_empty(self, earlier: RunFolder) -> None:
+        assert earlier.read_json("plan.json") == {}
+
+    def test_broken_json_is_named(self, earlier: RunFolder) -> None:
+        earlier.write_text("plan.json", "{")
+        with pytest.raises(OutputError, match=r"plan\.json: not valid JSON"):
+            earlier.read_json("plan.json")
+
+    @pytest.mark.parametrize("failing", ["fsync", "replace"])
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "full")])
+    def test_interrupted_write_leaves_the_old_file(
+        self,
+        earlier: RunFolder,
+        monkeypatch: pytest.MonkeyPatch,
+        failing: str,
+        error: BaseException,
+    ) -> None:
+        before = contents(earlier.path)
+
+        def fail(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(os, failing, fail)
+        with pytest.raises((KeyboardInterrupt, OutputError)):
+            earlier.write_text("spec.yaml", "seed: 1\n")
+        assert contents(earlier.path) == before
+
+    def test_metrics_are_appended_and_readable_at_once(self, earlier: RunFolder) -> None:
+        earlier.append_metric({"step": 1, "loss": 2.5})
+        earlier.append_metric({"step": 2, "loss": float("nan")})
+        lines = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}]
+        assert earlier.read_metrics() == lines
+
+    def test_line_cut_by_a_crash_harms_no_other(self, earlier: RunFolder) -> None:
+        earlier.append_metric({"step": 1})
+        with (earlier.path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2, "lo')
+        earlier.append_metric({"step": 2})
+        assert earlier.read_metrics() == [{"step": 1}, {"step": 2}]
+
+    def test_resumed_run_replaces_the_steps_it_repeats(self, earlier: RunFolder) -> None:
+        for step, loss in [(5, 3.0), (10, 2.0), (15, 1.9), (20, 1.8), (15, 1.7), (20, 1.6)]:
+            earlier.append_metric({"step": step, "loss": loss})
+        assert [line["loss"] for line in earlier.read_metrics()] == [3.0, 2.0, 1.7, 1.6]
+
+    def test_state(self, earlier: RunFolder) -> None:
+        earlier.set_state("failed")
+        assert earlier.marker["state"] == "failed"
+        assert earlier.marker["ended"] >= earlier.marker["started"]
+
+
+class TestEnvironment:
+    def test_versions(self) -> None:
+        facts = environment(["pytest>=1", "no-such-thing[x]>=2", "torch"])
+        assert facts["versions"]["pytest"] == pytest.__version__
+        assert facts["versions"]["no-such-thing"] is None
+        assert list(facts["versions"])[:2] == ["torch", "transformers"]
+        assert all(facts[name] for name in ("python", "platform", "cpu", "cores"))
+
+    def test_is_written(self, earlier: RunFolder) -> None:
+        earlier.write_environment(["pytest"])
+        assert earlier.read_json("environment.json")["versions"]["pytest"]
+
+
+class TestAtomicFolder:
+    def test_appears_only_when_done(self, tmp_path: Path) -> None:
+        final = tmp_path / "deep" / "merged"
+        with atomic_folder(final) as temporary:
+            (temporary / "part").mkdir()
+            (temporary / "part" / "weights").write_bytes(b"new")
+            assert not final.exists()
+            assert temporary.parent == final.parent
+        assert contents(tmp_path / "deep") == {
+            "merged": None,
+            "merged/part": None,
+            "merged/part/weights": b"new",
+        }
+
+    def test_every_file_is_flushed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        flushed: set[int] = set()
+        fsync = os.fsync
+
+        def noting(descriptor: int) -> None:
+            flushed.add(os.fstat(descriptor).st_ino)
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", noting)
+        with atomic_folder(tmp_path / "merged") as temporary:
+            (temporary / "part").mkdir()
+            (temporary / "part" / "weights").write_bytes(b"new")
+        paths = [tmp_path, *tmp_path.rglob("*")]
+        assert {path.stat().st_ino for path in paths} <= flushed
+
+    def test_empty_folder_is_used(self, tmp_path: Path) -> None:
+        final = tmp_path / "merged"
+        final.mkdir()
+        with atomic_folder(final) as temporary:
+            (temporary / "weights").write_bytes(b"new")
+        assert contents(tmp_path) == {"merged": None, "merged/weights": b"new"}
+
+    def test_occupied_is_refused_before_the_body(self, foreign: Path, tmp_path: Path) -> None:
+        before = contents(tmp_path)
+        with pytest.raises(OutputError, match="not empty"), atomic_folder(foreign):
+            pytest.fail("the body ran")
+        assert contents(tmp_path) == before
+
+    def test_occupied_meanwhile_is_refused(self, tmp_path: Path) -> None:
+        final = tmp_path / "merged"
+
+        def theirs(_: Path) -> None:
+            final.mkdir()
+            (final / "theirs").write_text("theirs")
+
+        with pytest.raises(OutputError, match="not empty"):
+            fill(final, theirs)
+        assert contents(tmp_path) == {"merged": None, "merged/theirs": b"theirs"}
+
+    def test_overwrite(self, foreign: Path, tmp_path: Path) -> None:
+        with atomic_folder(foreign, overwrite=True) as temporary:
+            (temporary / "weights").write_bytes(b"new")
+            assert (foreign / "thesis.tex").exists()
+        assert contents(tmp_path) == {"thesis": None, "thesis/weights": b"new"}
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_file_is_never_replaced(self, tmp_path: Path, overwrite: bool) -> None:
+        (tmp_path / "merged").write_text("mine")
+        with (
+            pytest.raises(OutputError, match="a file is in the way"),
+            atomic_folder(tmp_path / "merged", overwrite=overwrite),
+        ):
+            pytest.fail("the body ran")
+        assert (tmp_path / "merged").read_text() == "mine"
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), ValueError("x")])
+    def test_any_exception_leaves_no_trace(
+        self, foreign: Path, tmp_path: Path, error: BaseException
+    ) -> None:
+        before = contents(tmp_path)
+
+        def half(temporary: Path) -> None:
+            (temporary / "weights").write_bytes(b"half")
+            raise error
+
+        with pytest.raises(type(error)) as caught:
+            fill(foreign, half, overwrite=True)
+        assert caught.value is error
+        assert contents(tmp_path) == before
+
+    @pytest.mark.parametrize("call", [1, 2])
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.EIO, "broken")])
+    def test_failing_swap_puts_the_old_folder_back(
+        self,
+        foreign: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        call: int,
+        error: BaseException,
+    ) -> None:
+        before = contents(tmp_path)
+        rename, calls = os.rename, []
+
+        def fail(*paths: Any) -> None:
+            calls.append(paths)
+            if len(calls) == call:
+                raise error
+            rename(*paths)
+
+        monkeypatch.setattr(os, "rename", fail)
+        with (
+            pytest.raises((KeyboardInterrupt, OutputError)),
+            atomic_folder(foreign, overwrite=True) as temporary,
+        ):
+            (temporary / "weights").write_bytes(b"new")
+        assert contents(tmp_path) == before
+
+    def test_full_disk_while_flushing(
+        self, foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = contents(tmp_path)
+        monkeypatch.setattr(os, "fsync", no_space)
+        with (
+            pytest.raises(OutputError) as caught,
+            atomic_folder(foreign, overwrite=True, needed=2048) as temporary,
+        ):
+            (temporary / "weights").write_bytes(b"x" * 1024)
+        assert contents(tmp_path) == before
+        for words in ("2.0 KiB are needed", "1.0 KiB had been written", "are free", "fix: free"):
+            assert words in str(caught.value)
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+    def test_full_disk_in_the_body(self, tmp_path: Path) -> None:
+        def too_much(temporary: Path) -> None:
+            (temporary / "weights").symlink_to("/dev/full")
+            (temporary / "weights").write_bytes(b"x")
+
+        with pytest.raises(OutputError, match="not enough disk space"):
+            fill(tmp_path / "merged", too_much)
+        assert contents(tmp_path) == {}
+
+    @pytest.mark.parametrize(
+        "message",
+        [
+            "Error while serializing: I/O error: No space left on device (os error 28)",
+            "I/O error: os error 28",
+        ],
+    )
+    def test_full_disk_as_other_libraries_report_it(self, tmp_path: Path, message: str) -> None:
+        with (
+            pytest.raises(OutputError, match="not enough disk space"),
+            atomic_folder(tmp_path / "merged"),
+        ):
+            raise RuntimeError(message)
+
+    def test_full_disk_as_torch_reports_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        error = RuntimeError(
+            "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
+        )
+        with pytest.raises(RuntimeError), atomic_folder(tmp_path / "merged"):
+            raise error  # the disk is not full, so it is something else
+        monkeypatch.setattr(run_folder, "_free_space", lambda path: 4096)
+        with (
+            pytest.raises(OutputError, match=r"4\.0 KiB are free"),
+            atomic_folder(tmp_path / "merged"),
+        ):
+            raise error
+
+    def test_too_small_a_disk_is_refused_before_the_body(self, tmp_path: Path) -> None:
+        with (
+            pytest.raises(OutputError, match=r"1024\.0 TiB are needed.*\n +fix: free .* more on"),
+            atomic_folder(tmp_path / "deep" / "merged", needed=2**50),
+        ):
+            pytest.fail("the body ran")
+        assert contents(tmp_path) == {}
+
+    def test_errors_of_the_body_stay_what_they_are(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "merged"):
+            Path("/no/such/file").read_text()
+        assert contents(tmp_path) == {}
+
+
+def test_write_atomic_into_a_missing_folder_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="no such file or directory"):
+        write_atomic(tmp_path / "gone" / "x.txt", "text")

@@ -1,0 +1,74 @@
+"""The spec: strict, with every mistake reported at once and a suggestion for each."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantadapt.errors import SpecError
+from quantadapt.spec import Spec, apply_overrides, read_yaml
+
+
+def test_a_bare_string_is_a_name() -> None:
+    spec = Spec(backend="bnb-nf4", adapter={"name": "vera", "r": 64})
+    assert (spec.backend.name, spec.backend.options) == ("bnb-nf4", {})
+    assert (spec.adapter.name, spec.adapter.options) == ("vera", {"r": 64})
+
+
+def test_every_mistake_is_reported_at_once() -> None:
+    with pytest.raises(SpecError) as caught:
+        Spec(bakend="hqq", train={"learning_rat": 1, "max_steps": "many"}, export={"merge": "yes"})
+    found = {problem.where: problem for problem in caught.value.problems}
+    assert set(found) == {"bakend", "train.learning_rat", "train.max_steps", "export.merge"}
+    assert found["bakend"].fix == "did you mean 'backend'?"
+    assert found["train.learning_rat"].fix == "did you mean 'learning_rate'?"
+    assert "'auto', 'dense', 'requantize'" in found["export.merge"].fix
+    assert caught.value.exit_code == 2
+
+
+def test_overrides_reach_into_named_things_and_keep_the_rest() -> None:
+    values = {"backend": "hqq", "train": {"max_steps": 3}}
+    found = apply_overrides(values, ["backend.bits=3", "train.learning_rate=2e-4", "seed=7"])
+    assert found == {
+        "backend": {"name": "hqq", "bits": 3},
+        "train": {"max_steps": 3, "learning_rate": 2e-4},
+        "seed": 7,
+    }
+    assert values == {"backend": "hqq", "train": {"max_steps": 3}}
+
+
+def test_yaml_goes_round(tmp_path) -> None:
+    spec = Spec(backend={"name": "hqq", "bits": 3}, train={"max_steps": 5, "learning_rate": 2e-4})
+    file = tmp_path / "spec.yaml"
+    file.write_text(spec.to_yaml())
+    assert Spec.load(file) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "what"),
+    [
+        ("backend: [hqq\n", ":2", "not valid YAML"),
+        ("- hqq\n", "", "holds no mapping"),
+        ("\x00\x01", "", "not valid YAML"),
+    ],
+)
+def test_bad_yaml_is_a_sentence_with_a_line(tmp_path, text, where, what) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(SpecError) as caught:
+        read_yaml(file)
+    (problem,) = caught.value.problems
+    assert problem.where == f"{file}{where}"
+    assert what in problem.what
+
+
+def test_a_missing_file_and_a_bad_assignment() -> None:
+    with pytest.raises(SpecError, match="No such file"):
+        read_yaml("nowhere.yaml")
+    with pytest.raises(SpecError, match="no assignment"):
+        apply_overrides({}, ["max_steps"])
+
+
+def test_the_schema_describes_every_key() -> None:
+    schema = Spec.model_json_schema()
+    assert set(schema["properties"]) == set(Spec.model_fields)
+    assert schema["additionalProperties"] is False
