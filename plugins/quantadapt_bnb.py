@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 class _FourBit(LayerwiseQuantizer):
     quant_type: ClassVar[str]
 
-    double_quant: bool = Field(True, description="quantize the scales too (0.4 bits per weight less)")
+    double_quant: bool = Field(
+        True, description="quantize the scales too (0.4 bits per weight less)"
+    )
     quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] = Field(
         "uint8", description="dtype that holds the packed weights; FSDP1 wants the compute dtype"
     )
@@ -103,7 +105,9 @@ class Int8(LayerwiseQuantizer):
     """LLM.int8: int8 weights per output channel, int8 activations per token."""
 
     threshold: float = Field(
-        6.0, ge=0, description="input columns with a larger magnitude are computed in 16 bits; 0: none"
+        6.0,
+        ge=0,
+        description="input columns with a larger magnitude are computed in 16 bits; 0: none",
     )
 
     @cached_property
@@ -175,10 +179,11 @@ class Int8Target(LayerwiseTarget):
         return _is(module, "Int8Params")
 
     def dequantize(self, module: nn.Module) -> Tensor:
-        packed: Any = module.weight
-        # The first forward moves the scales from the weight to `state`.
-        scale = packed.SCB if packed.SCB is not None else module.state.SCB  # type: ignore[union-attr]
-        weight: Tensor = packed.data * (scale.view(-1, 1) / 127)
+        vendor: Any = module
+        codes, scale = vendor.weight.data, vendor.weight.SCB
+        if scale is None:  # the first forward moves it
+            scale = vendor.state.SCB
+        weight: Tensor = codes * (scale.view(-1, 1) / 127)
         return weight
 
 

@@ -45,7 +45,7 @@ class HQQ(LayerwiseQuantizer):
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
         from hqq.core.quantize import HQQLinear
 
-        module: nn.Module = HQQLinear(
+        module: Any = HQQLinear(
             linear,
             self._config(),
             compute_dtype=linear.weight.dtype,
@@ -53,20 +53,22 @@ class HQQ(LayerwiseQuantizer):
             del_orig=False,
         )
         module.linear_layer = None
-        return module
+        vendor: nn.Module = module
+        return vendor
 
     def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
         from hqq.core.quantize import HQQLinear
         from torch import nn
 
         device = str(state["W_q"].device)
-        module = HQQLinear(
+        module: Any = HQQLinear(
             None, self._config(), compute_dtype=linear.weight.dtype, device=device, initialize=False
         )
         state["W_q"] = nn.Parameter(state["W_q"], requires_grad=False)
         module.load_state_dict(state)
         module.in_features, module.out_features = linear.in_features, linear.out_features
-        return module
+        vendor: nn.Module = module
+        return vendor
 
     def quantization_config(self) -> dict[str, Any]:
         return {"quant_method": "hqq", "quant_config": self._config(), "skip_modules": ["lm_head"]}

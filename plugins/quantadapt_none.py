@@ -14,6 +14,7 @@ from quantadapt.records import Backend
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from torch import Tensor, nn
 
 
@@ -28,7 +29,8 @@ class Dense(LayerwiseQuantizer):
         linear.requires_grad_(False)
         return linear
 
-    load = Quantizer.load
+    def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
+        return Quantizer.load(self, path, device=device, dtype=dtype)
 
     def save(self, model: nn.Module, path: Path) -> None:
         model.save_pretrained(path)  # type: ignore[operator]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class _TorchAO(LayerwiseQuantizer):
-    config_name: ClassVar[str]
+    config_names: ClassVar[tuple[str, ...]]
     tensor_names: ClassVar[tuple[str, ...]]
 
     @cached_property
@@ -49,8 +49,9 @@ class _TorchAO(LayerwiseQuantizer):
 
         from quantadapt.loading import save_layerwise
 
-        quantizer = TorchAoHfQuantizer(self._transformers_config(), pre_quantized=False)
-        save_layerwise(self, model, path, hf_quantizer=quantizer)
+        made = self.from_model(model) or self  # an automatic choice is saved as what it became
+        quantizer = TorchAoHfQuantizer(made._transformers_config(), pre_quantized=False)
+        save_layerwise(made, model, path, hf_quantizer=quantizer)
 
     def _transformers_config(self) -> Any:
         from transformers import TorchAoConfig
@@ -62,7 +63,7 @@ class _TorchAO(LayerwiseQuantizer):
         return config
 
     @classmethod
-    def _from_config(cls, config: Mapping[str, Any]) -> _TorchAO:
+    def _from_config(cls, config: Mapping[str, Any]) -> _TorchAO | None:
         """Read the options back from the data of a serialized torchao config."""
         return cls()
 
@@ -71,15 +72,16 @@ class _TorchAO(LayerwiseQuantizer):
         if quantization_config.get("quant_method") != "torchao":
             return None
         kind = quantization_config.get("quant_type", {}).get("default", {})
-        if kind.get("_type") != cls.config_name:
+        if kind.get("_type") not in cls.config_names:
             return None
         return cls._from_config(kind.get("_data", {}))
 
     @classmethod
     def from_model(cls, model: nn.Module) -> _TorchAO | None:
         for module in model.modules():
-            if type(getattr(module, "weight", None)).__name__ in cls.tensor_names:
-                return cls._from_tensor(module.weight)
+            weight = module._parameters.get("weight")
+            if type(weight).__name__ in cls.tensor_names:
+                return cls._from_tensor(weight)
         return None
 
     @classmethod
@@ -90,7 +92,7 @@ class _TorchAO(LayerwiseQuantizer):
 class Int8(_TorchAO):
     """int8 weights, one scale per output channel."""
 
-    config_name = "Int8WeightOnlyConfig"
+    config_names = ("Int8WeightOnlyConfig",)
     tensor_names = ("Int8Tensor",)
 
     def _config(self, device: str) -> Any:
@@ -102,7 +104,7 @@ class Int8(_TorchAO):
 class Float8(_TorchAO):
     """float8 (e4m3) weights, one scale per output channel."""
 
-    config_name = "Float8WeightOnlyConfig"
+    config_names = ("Float8WeightOnlyConfig",)
     tensor_names = ("Float8Tensor",)
 
     def _config(self, device: str) -> Any:
@@ -114,7 +116,7 @@ class Float8(_TorchAO):
 class Intx(_TorchAO):
     """Integers of 2 to 8 bits, a scale and a zero point per group; held unpacked in int8."""
 
-    config_name = "IntxWeightOnlyConfig"
+    config_names = ("IntxWeightOnlyConfig",)
     tensor_names = ("IntxUnpackedToInt8Tensor",)
 
     bits: Literal[2, 3, 4, 5, 6, 7, 8] = Field(4, description="bits per weight")
@@ -137,8 +139,8 @@ class Intx(_TorchAO):
 class Int4(_TorchAO):
     """int4 weights per group: packed for the tensor cores on CUDA, unpacked elsewhere."""
 
-    config_name = "Int4WeightOnlyConfig"
-    tensor_names = ("Int4TilePackedTo4dTensor", "Int4Tensor")
+    config_names = ("Int4WeightOnlyConfig", "IntxWeightOnlyConfig")
+    tensor_names = ("Int4TilePackedTo4dTensor", "Int4Tensor", "IntxUnpackedToInt8Tensor")
 
     group_size: Literal[32, 64, 128, 256] = Field(64, description="weights that share a scale")
     layout: Literal["auto", "tile_packed", "unpacked"] = Field(
@@ -155,12 +157,22 @@ class Int4(_TorchAO):
         )
 
     @classmethod
-    def _from_config(cls, config: Mapping[str, Any]) -> Int4:
-        return cls(group_size=config["group_size"], layout="tile_packed")
+    def _from_config(cls, config: Mapping[str, Any]) -> Int4 | None:
+        if "group_size" in config:
+            return cls(group_size=config["group_size"], layout="tile_packed")
+        return cls._from_intx(Intx._from_config(config))
 
     @classmethod
-    def _from_tensor(cls, weight: Any) -> Int4:
+    def _from_tensor(cls, weight: Any) -> Int4 | None:
+        if hasattr(weight, "target_dtype"):
+            return cls._from_intx(Intx._from_tensor(weight))
         return cls(group_size=weight.block_size[-1], layout="tile_packed")
+
+    @classmethod
+    def _from_intx(cls, intx: Intx) -> Int4 | None:
+        if intx.bits != 4 or intx.group_size not in (32, 64, 128, 256):
+            return None
+        return cls(group_size=intx.group_size, layout="unpacked")
 
 
 class TorchAOTarget(LayerwiseTarget):

@@ -22,7 +22,7 @@ def _refused(name: str, reason: str, fix: str) -> Rule:
 
 
 ADAPTERS = (
-    Adapter("lora", "low-rank update W + BA, arXiv:2106.09685", "LORA", {"r": 16, "lora_alpha": 32}),
+    Adapter("lora", "low-rank update, arXiv:2106.09685", "LORA", {"r": 16, "lora_alpha": 32}),
     Adapter(
         "dora",
         "LoRA with the magnitude learned apart, arXiv:2402.09353",
@@ -102,7 +102,7 @@ ADAPTERS = (
     Adapter("lokr", "Kronecker product, arXiv:2309.14859", "LOKR"),
     Adapter("miss", "matrix shard sharing, arXiv:2409.15371", "MISS"),
     Adapter("oft", "orthogonal rotation, arXiv:2306.07280", "OFT"),
-    Adapter("osf", "orthogonal subspace fine-tuning, arXiv:2504.07097", "OSF", start=Start.ROUNDING),
+    Adapter("osf", "orthogonal subspace tuning, arXiv:2504.07097", "OSF", start=Start.ROUNDING),
     Adapter("peanut", "neural tweakers on the weight", "PEANUT"),
     Adapter(
         "poly",
@@ -135,4 +135,5 @@ ADAPTERS = (
 
 @hookimpl
 def quantadapt_adapters() -> tuple[Adapter, ...]:
+    """Return the built-in adapters."""
     return ADAPTERS

@@ -45,6 +45,7 @@ class Rule:
     fix: str
 
     def applies(self, facts: Mapping[str, Any]) -> bool:
+        """Say whether every condition holds."""
         return all(facts.get(name) in values for name, values in self.when.items())
 
 
@@ -65,6 +66,7 @@ class Cell:
     adapter_options: Mapping[str, Any] = field(default_factory=dict)
 
     def facts(self, action: str) -> dict[str, Any]:
+        """Return the flat facts that `Rule.when` speaks of."""
         facts: dict[str, Any] = {
             "action": action,
             "backend": self.backend,

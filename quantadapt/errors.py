@@ -69,7 +69,7 @@ class SpecError(ProblemsError):
 
 
 class PlanRefused(ProblemsError):
-    """The plan was refused before any work started: mistakes, or rules that forbid it. Exit code 2."""
+    """Refused before any work started: mistakes, or rules that forbid it. Exit code 2."""
 
     exit_code = EXIT_REFUSED
     heading = "refused before any work started, {count}:"

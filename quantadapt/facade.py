@@ -45,7 +45,7 @@ class LazyWeight(torch.Tensor):
         self._facade.requantize(value)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten.detach.default:
@@ -69,7 +69,10 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, facade: QuantLinear) -> Tensor:
         ctx.facade, ctx.dtype = facade, x.dtype
-        return facade.vendor_forward(x)
+        y = facade.vendor_forward(x)
+        # Autograd forbids in-place changes of a view that was made in here, and adapters add to
+        # the base's output in place; this forgets that y is one, without a copy.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -86,6 +89,8 @@ class QuantLinear(nn.Linear):
         target: the backend's view of it.
         dtype: dtype in which the layer computes, and of the weight when read.
     """
+
+    _vendor: nn.Module
 
     def __init__(self, vendor: nn.Module, target: AdapterTarget, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -106,8 +111,7 @@ class QuantLinear(nn.Linear):
     @property
     def vendor(self) -> nn.Module:
         """The wrapped vendor module."""
-        module: nn.Module = self._vendor
-        return module
+        return self._vendor
 
     @property
     def device(self) -> torch.device:
@@ -126,11 +130,12 @@ class QuantLinear(nn.Linear):
         self.requantize(value)
 
     @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
-        return self._vendor.bias  # type: ignore[return-value]
+    def bias(self) -> Any:
+        """The bias, a tensor of [out_features] or None."""
+        return self._vendor.bias
 
     @bias.setter
-    def bias(self, value: Tensor | None) -> None:
+    def bias(self, value: Any) -> None:
         self._vendor.bias = value
 
     def dequantize(self) -> Tensor:
@@ -160,8 +165,8 @@ class QuantLinear(nn.Linear):
                 y = nn.functional.linear(x.to(dtype), self.dequantize().to(dtype), bias)
         return y.to(dtype if autocast else x.dtype)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear uses)
-        output: Tensor = _Frozen.apply(input, self)
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = _Frozen.apply(input, self)  # type: ignore[no-untyped-call]
         return output
 
     def dense(self) -> nn.Linear:
@@ -176,7 +181,7 @@ class QuantLinear(nn.Linear):
     # Saving and moving are the vendor's business: it knows what its tensors mean.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        self._vendor._apply(fn, recurse)
+        self._vendor._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._adopt(self._vendor)
         return self
 

@@ -26,7 +26,7 @@ METHOD = "quantadapt"
 
 
 def auto_class(config: Any) -> Any:
-    """Return transformers' auto class for `config`: seq2seq for encoder-decoders, else causal LM."""
+    """Return transformers' auto class: seq2seq for encoder-decoders, else causal LM."""
     import transformers
 
     if getattr(config, "is_encoder_decoder", False):
@@ -69,13 +69,13 @@ def _load_error(source: str, error: Exception) -> ModelError:
     pickles = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
     if pickles and not list(folder.glob("*.safetensors")):
         what = f"its weights are pickles ({', '.join(pickles)}), which can run code when read"
-        fix = "convert them: load the model with transformers, then save_pretrained writes safetensors"
+        fix = "load it with transformers where you trust it, and save_pretrained it again"
         return ModelError(what, fix=fix, where=source)
     return ModelError(f"the model cannot be loaded: {first}", fix="check the files", where=source)
 
 
 def skipped_modules(model: nn.Module, skip: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Return the module names that stay dense: `skip`, or the output head and what is tied to it."""
+    """Return the names that stay dense: `skip`, or the output head and what is tied to it."""
     if skip is not None:
         return skip
     from transformers.quantizers.base import get_keys_to_not_convert
@@ -94,8 +94,11 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` at `name` and tell transformers that it needs no initialization."""
     for part in module.modules():
         part._is_hf_initialized = True  # type: ignore[assignment]
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    setattr(parent, child, module)
+    if not parent._parameters:  # some (T5) initialize the weights of their children
+        parent._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def quantize_layerwise(
@@ -106,7 +109,7 @@ def quantize_layerwise(
     dtype: torch.dtype,
     skip: tuple[str, ...] | None = None,
 ) -> nn.Module:
-    """Quantize a checkpoint while loading it, or a live module in place. See `Quantizer.quantize`."""
+    """Quantize a checkpoint while loading it, or a live module in place, see `Quantizer`."""
     if isinstance(source, nn.Module):
         return _quantize_module(quantizer, source, device=device, dtype=dtype, skip=skip)
     loader = _loader_config()(quantizer=quantizer, skip=skip)
@@ -197,7 +200,19 @@ def _plain(model: nn.Module) -> nn.Module:
     for name in ("quantization_config", "_is_quantized"):
         if name in vars(config):
             delattr(config, name)
+    if conversions := vars(model).get("_weight_conversions"):
+        # Saving runs them backwards, which those that unpacked a quantized checkpoint cannot.
+        kept = [conversion for conversion in conversions if _is_reversible(conversion)]
+        model._weight_conversions = kept  # type: ignore[assignment]
     return model
+
+
+def _is_reversible(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 class _Placeholder(nn.Module):
@@ -292,9 +307,11 @@ def _loader_config() -> Any:
             config = self.quantization_config
             for name, module in list(model.named_modules()):
                 if isinstance(module, _Placeholder):
-                    device = next(iter(model.hf_device_map.values())) if hasattr(
-                        model, "hf_device_map"
-                    ) else "cpu"
+                    device = (
+                        next(iter(model.hf_device_map.values()))
+                        if hasattr(model, "hf_device_map")
+                        else "cpu"
+                    )
                     state = {k: v.to(device) for k, v in self.state.pop(name).items()}
                     vendor = config.quantizer.load_linear(module.linear, state)
                     set_submodule(model, name, vendor.train(model.training))

@@ -24,6 +24,7 @@ class Machine:
 
     @property
     def default_device(self) -> str:
+        """cuda where there is one, else cpu."""
         return "cuda" if self.cuda else "cpu"
 
     def default_dtype(self, device: str) -> str:

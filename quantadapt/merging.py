@@ -65,7 +65,8 @@ def _merged_layer(layer: Any, kind: str) -> nn.Module:
     facade = layer.get_base_layer()
     if not isinstance(facade, QuantLinear):
         return _merged_plain(layer, facade)
-    with _base_layer(layer, facade.dense()) as dense:
+    dense = facade.dense()
+    with _base_layer(layer, dense):
         layer.merge(safe_merge=True)
     if kind == "dense":
         return dense.requires_grad_(False)
@@ -78,18 +79,19 @@ def _merged_layer(layer: Any, kind: str) -> nn.Module:
 
 def _merged_plain(layer: Any, base: nn.Module) -> nn.Module:
     """Merge a layer that is adapted but not quantized, e.g. a head named in target_modules."""
-    with _base_layer(layer, copy.deepcopy(base)) as dense:
+    dense = copy.deepcopy(base)
+    with _base_layer(layer, dense):
         layer.merge(safe_merge=True)
     return dense.requires_grad_(False)
 
 
 @contextmanager
-def _base_layer(layer: Any, replacement: nn.Module) -> Iterator[nn.Module]:
+def _base_layer(layer: Any, replacement: nn.Module) -> Iterator[None]:
     """Let `layer` work on `replacement` for a moment, then forget that it merged."""
     before = layer.base_layer
     layer.base_layer = replacement
     try:
-        yield replacement
+        yield
     finally:
         layer.base_layer = before
         layer.merged_adapters.clear()

@@ -61,7 +61,7 @@ def _scalar_types(annotation: str) -> tuple[type, ...] | None:
 
 @cache
 def peft_options(peft_type: str) -> dict[str, Option]:
-    """Return option name -> Option of the PEFT method `peft_type`, e.g. "LORA"; empty if unknown."""
+    """Return name -> Option of the PEFT method `peft_type`, e.g. "LORA"; empty if unknown."""
     classes = _config_classes()
     name = _class_name(peft_type, classes)
     found: dict[str, Option] = {}

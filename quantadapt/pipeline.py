@@ -9,14 +9,14 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import planning
 from .dependencies import import_requirements
-from .errors import MergeRefused, ModelError, Problem
+from .errors import MergeRefused, ModelError, OutputError, PlanRefused, Problem
 from .planning import Plan
 from .registry import registry
 from .run_folder import RunFolder, atomic_folder, environment
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .data import Data
-    from .train import TrainResult
+    from .training import TrainResult
 
 RECORD = "quantadapt.json"
 ADAPTER = "adapter"
 MERGED = "merged"
+
+MergeKind = Literal["dense", "requantize"]
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 """Called with an event name ("stage", "log", "note") and its data, for progress displays."""
@@ -91,7 +93,7 @@ def quantize(
         dtype=dtype,
         skip_modules=None if skip_modules is None else list(skip_modules),
     )
-    made = planning.plan(spec)
+    made = planning.plan(spec, check_output=False)
     if source is None or isinstance(source, str):
         return quantize_plan(made, calibration=calibration)
     return quantize_plan(made, module=source, calibration=calibration)
@@ -151,7 +153,9 @@ def load_tokenizer(source: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         what = f"its tokenizer cannot be loaded: {str(error).splitlines()[0]}"
-        raise ModelError(what, fix="put the tokenizer's files beside config.json", where=source) from None
+        raise ModelError(
+            what, fix="put the tokenizer's files beside config.json", where=source
+        ) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -177,7 +181,7 @@ def attach(model: nn.Module, adapter: str = "lora", *, seed: int = 0, **options:
         device=state.device,
         dtype=state.dtype_name,
     )
-    made = planning.plan(spec)
+    made = planning.plan(spec, check_output=False)
     return _attach(model, record.name, made.adapter_options, seed)
 
 
@@ -220,7 +224,7 @@ def train(
     import tempfile
 
     from .data import load_data
-    from .train import train as train_
+    from .training import train as train_
 
     spec = TrainSpec(**options)
     tokenizer = tokenizer or state_of(model).tokenizer
@@ -250,12 +254,13 @@ def evaluate(
         tokenizer: needed for a live module only.
     """
     from .data import load_data
-    from .evaluate import perplexity
+    from .evaluation import perplexity
 
     tokenizer = tokenizer or state_of(model).tokenizer
+    held_out: Any = data
     if data is None or isinstance(data, str):
-        data = load_data(DataSpec(path=data), tokenizer, seed=0).eval
-    part = data.select(range(min(len(data), max_examples)))
+        held_out = load_data(DataSpec(path=data), tokenizer, seed=0).eval
+    part = held_out.select(range(min(len(held_out), max_examples)))
     found = perplexity(model, part, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id)
     return {"perplexity": found.value, "loss": found.loss, "tokens": found.tokens}
 
@@ -264,9 +269,20 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
     """Save the adapter to `path/adapter`, or, without one, the quantized base to `path`.
 
     The adapter is a plain PEFT folder; `quantadapt.json` beside it records the base.
+
+    Args:
+        model: what `quantize`, `attach` or `load` returned.
+        path: a folder; what an earlier `save` wrote there is replaced if `overwrite`.
+        overwrite: only ever replaces a folder that `save` wrote.
+
+    Raises:
+        OutputError: the folder holds something else; it is untouched.
     """
     state = state_of(model)
     final = Path(path) / ADAPTER if state.adapter else Path(path)
+    if final.is_dir() and any(final.iterdir()) and not (final / RECORD).exists():
+        fix = "choose another folder, or empty it yourself"
+        raise OutputError("it holds something that save did not write", fix=fix, where=str(final))
     with atomic_folder(final, overwrite=overwrite) as folder:
         if state.adapter:
             model.save_pretrained(str(folder))  # type: ignore[operator]
@@ -299,13 +315,16 @@ def load(
         ModelError: there is nothing to load.
     """
     folder = Path(path)
-    adapter = next((f for f in (folder / ADAPTER, folder) if (f / "adapter_config.json").exists()), None)
+    adapter = next(
+        (f for f in (folder / ADAPTER, folder) if (f / "adapter_config.json").exists()), None
+    )
     if adapter is not None:
         return _load_adapter(adapter, base, device)
     if not (folder / "config.json").exists() and (folder / MERGED).is_dir():
         folder = folder / MERGED
+    quantized = "quantization_config" in _config(folder)
     record = _read_record(folder)
-    backend = record["backend"] if "quantization_config" in _config(folder) else "none"
+    backend = record["backend"] if quantized else "none"
     return quantize(str(folder), backend, device=device, dtype=record["dtype"])
 
 
@@ -314,7 +333,9 @@ def _config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         what = "there is neither an adapter nor a model here"
-        raise ModelError(what, fix="pass a folder that a run or save wrote", where=str(folder)) from None
+        raise ModelError(
+            what, fix="pass a folder that a run or save wrote", where=str(folder)
+        ) from None
     return config
 
 
@@ -347,6 +368,7 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
     _warn_other_base(state, record)
     peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)  # type: ignore[arg-type]
     state.adapter = registry().adapter(record["adapter"])
+    state.adapter_options = dict(record["adapter_options"])
     return peft_model
 
 
@@ -366,7 +388,7 @@ def merge(
     model: PeftModel,
     path: str | Path,
     *,
-    kind: Literal["dense", "requantize"] = "dense",
+    kind: MergeKind = "dense",
     data: str | Dataset | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -388,15 +410,19 @@ def merge(
         MergeRefused: a rule forbids it; names the rule, the reason and the way out.
     """
     from .data import load_data
+    from .merging import merged_model
 
     state = state_of(model)
+    check_merge(state, kind)
     if data is None or isinstance(data, str):
         data = load_data(DataSpec(path=data), state.tokenizer, seed=0).eval
-    check_merge(state, kind)
-    return _merge(model, Path(path) / MERGED, kind, data, overwrite)
+    merged = merged_model(model, kind)
+    check = _check_merged(model, merged, data)
+    _write_merged(merged, kind, Path(path) / MERGED, overwrite)
+    return {"kind": kind, **check}
 
 
-def check_merge(state: ModelState, kind: Literal["dense", "requantize"]) -> None:
+def check_merge(state: ModelState, kind: MergeKind) -> None:
     """Raise MergeRefused where a rule forbids this merge."""
     if state.adapter is None:
         raise MergeRefused([Problem("there is no adapter to merge", "attach and train one first")])
@@ -412,16 +438,23 @@ def check_merge(state: ModelState, kind: Literal["dense", "requantize"]) -> None
         raise MergeRefused(found)
 
 
-def _merge(
-    model: PeftModel, final: Path, kind: Literal["dense", "requantize"], data: Dataset, overwrite: bool
-) -> dict[str, Any]:
-    from .evaluate import compare, snapshot
-    from .merging import merged_model
+def _check_merged(model: PeftModel, merged: nn.Module, data: Dataset) -> dict[str, float]:
+    """Compare merged and unmerged model, token by token, on held-out data."""
+    from .evaluation import compare, snapshot
 
-    state = state_of(model)
-    merged = merged_model(model, kind)
     check = compare(snapshot(model, data), snapshot(merged, data))
-    with atomic_folder(final, overwrite=overwrite) as folder:
+    return {
+        "kl": check.kl,
+        "top1": check.top1,
+        "perplexity_adapter": check.perplexity_reference,
+        "perplexity_merged": check.perplexity_candidate,
+    }
+
+
+def _write_merged(merged: nn.Module, kind: MergeKind, final: Path, overwrite: bool) -> None:
+    state = state_of(merged)
+    needed = int(_mib(merged) * 2**20)
+    with atomic_folder(final, overwrite=overwrite, needed=needed) as folder:
         if kind == "requantize":
             state.quantizer.save(merged, folder)
         else:
@@ -429,13 +462,6 @@ def _merge(
         if state.tokenizer is not None:
             state.tokenizer.save_pretrained(str(folder))
         _write_record(folder, state)
-    return {
-        "kind": kind,
-        "kl": check.kl,
-        "top1": check.top1,
-        "perplexity_adapter": check.perplexity_reference,
-        "perplexity_merged": check.perplexity_candidate,
-    }
 
 
 # The whole run ---------------------------------------------------------------------------------
@@ -467,26 +493,50 @@ class _Run:
 
     def go(self) -> RunResult:
         import_requirements(self.plan.backend)
-        spec = self.spec
-        assert spec.output
+        self.check_training()
         data = self.read_data()
-        folder = RunFolder.create(Path(spec.output), overwrite=spec.overwrite, resume=spec.train.resume)
-        self.folder = folder
+        self.folder = self.create_folder()
+        try:
+            tuned = self.work(data)
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            with suppress(Exception):  # the first error is the one to tell
+                self.finish("interrupted" if interrupted else "failed")
+            raise
+        self.finish("finished")
+        return RunResult(tuned, self.folder.path, self.plan, self.metrics)
+
+    def check_training(self) -> None:
+        """Ask transformers whether it knows the optimizer and the schedule."""
+        from .training import problems
+
+        if found := problems(self.spec.train):
+            raise PlanRefused(found)
+
+    def work(self, data: Data) -> PeftModel:
         self.write_start()
         self.measure_unquantized(data)
         with self.stage("quantize") as done:
             model = done(quantize_plan(self.plan))
         self.measure_base(model, data)
         with self.stage("attach") as done:
-            tuned = done(self.attach(model))
+            tuned: PeftModel = done(self.attach(model))
         with self.stage("train") as done:
             self.record_training(done(self.train(tuned, data)))
         with self.stage("evaluate") as done:
-            done(self.measure_tuned(tuned, data))
+            self.measure_tuned(tuned, data)
+            done(self.metrics["perplexity"])
         with self.stage("export") as done:
             done(self.export(tuned, data))
-        self.finish()
-        return RunResult(tuned, folder.path, self.plan, self.metrics)
+        return tuned
+
+    def create_folder(self) -> RunFolder:
+        spec = self.spec
+        assert spec.output
+        inputs = [p for p in (spec.model, spec.data.path, spec.data.eval_path) if p]
+        return RunFolder.create(
+            Path(spec.output), overwrite=spec.overwrite, resume=spec.train.resume, inputs=inputs
+        )
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[Any], Any]]:
@@ -526,7 +576,7 @@ class _Run:
         return data.prompts[: self.spec.evaluate.samples]
 
     def perplexity(self, name: str, model: nn.Module, data: Data) -> float:
-        from .evaluate import perplexity
+        from .evaluation import perplexity
 
         found = perplexity(
             model,
@@ -562,7 +612,7 @@ class _Run:
             self.before = self.answers(model, data)
 
     def answers(self, model: nn.Module, data: Data) -> list[str]:
-        from .evaluate import greedy
+        from .evaluation import greedy
 
         prompts = [prompt.text for prompt in self.prompts(data)]
         length = self.spec.evaluate.max_new_tokens
@@ -570,10 +620,14 @@ class _Run:
 
     def attach(self, model: nn.Module) -> PeftModel:
         plan = self.plan
-        return _attach(model, plan.adapter.name, plan.adapter_options, self.spec.seed)
+        tuned = _attach(model, plan.adapter.name, plan.adapter_options, self.spec.seed)
+        targets = tuned.peft_config["default"].target_modules  # type: ignore[union-attr]
+        found = sorted(targets) if isinstance(targets, (list, set)) else [targets]
+        self.folder.write_json("plan.json", plan.to_dict() | {"target_modules": found})
+        return tuned
 
     def train(self, model: PeftModel, data: Data) -> TrainResult:
-        from .train import train as train_
+        from .training import train as train_
 
         def on_log(entry: dict[str, Any]) -> None:
             self.folder.append_metric(entry)
@@ -615,25 +669,28 @@ class _Run:
             self.metrics["merge"] = self.merge(model, data, plan.merge)
         return dict(self.metrics["merge"])
 
-    def merge(
-        self, model: PeftModel, data: Data, kind: Literal["dense", "requantize"]
-    ) -> dict[str, Any]:
-        from .evaluate import gain_kept
+    def merge(self, model: PeftModel, data: Data, kind: MergeKind) -> dict[str, Any]:
+        from .evaluation import gain_kept
+        from .merging import merged_model
 
-        found = _merge(model, self.folder.path / MERGED, kind, self.held_out(data), overwrite=True)
-        base, tuned = (self.metrics["perplexity"][name] for name in ("quantized", "tuned"))
-        merged = found["perplexity_merged"]
-        self.metrics["perplexity"]["merged"] = merged
-        return found | {"gain_kept": gain_kept(base, tuned, merged)}
+        merged = merged_model(model, kind)
+        self.perplexity("merged", merged, data)
+        check = _check_merged(model, merged, self.held_out(data))
+        _write_merged(merged, kind, self.folder.path / MERGED, overwrite=True)
+        found = self.metrics["perplexity"]
+        kept = gain_kept(found["quantized"], found["tuned"], found["merged"])
+        return {"kind": kind, **check, "gain_kept": kept}
 
-    def finish(self) -> None:
+    def finish(self, state: Literal["finished", "failed", "interrupted"]) -> None:
+        """Write the figures and the report, also of a run that did not get to its end."""
         from .report import write_report
 
         self.folder.write_json("metrics.json", self.metrics)
+        self.folder.set_state(state)
         write_report(self.folder)
 
 
 def _mib(model: nn.Module) -> float:
-    """Return the size of all parameters and buffers in MiB, each shared tensor counted once."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    """Return the size of everything that a checkpoint of `model` holds, in MiB."""
+    tensors = {t.data_ptr(): t for t in model.state_dict().values()}
     return sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20

@@ -7,7 +7,7 @@ neither torch nor a vendor. All problems are collected and raised once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +17,13 @@ from . import demo
 from .capabilities import Cell, Merge, refusals
 from .checkpoint import check_model, quantization_of
 from .dependencies import missing_requirements
-from .errors import MergeRefused, PlanRefused, Problem, did_you_mean
+from .errors import MergeRefused, OutputError, PlanRefused, Problem, did_you_mean
 from .machine import Machine, this_machine
 from .peft_options import peft_options
 from .protocols import Quantizer
 from .records import Adapter, Backend
 from .registry import Registry, registry
+from .run_folder import RunFolder
 from .spec import BackendSpec, Spec
 
 MergePlan = Literal["dense", "requantize", "never"]
@@ -62,7 +63,12 @@ class Plan:
     def cell(self) -> Cell:
         """The facts that rules look at."""
         return make_cell(
-            self.backend, self.quantizer, self.adapter, self.adapter_options, self.device, self.dtype
+            self.backend,
+            self.quantizer,
+            self.adapter,
+            self.adapter_options,
+            self.device,
+            self.dtype,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,7 +153,11 @@ class _Draft:
 
 
 def plan(
-    spec: Spec, *, machine: Machine | None = None, registry_: Registry | None = None
+    spec: Spec,
+    *,
+    machine: Machine | None = None,
+    registry_: Registry | None = None,
+    check_output: bool = True,
 ) -> Plan:
     """Resolve `spec` or raise PlanRefused with every problem at once.
 
@@ -155,6 +165,7 @@ def plan(
         spec: what is wanted.
         machine: the devices to plan for; this machine's by default.
         registry_: the plugins to choose from; those installed by default.
+        check_output: whether a run folder will be made, so that it has to be free.
     """
     spec = _with_demo_defaults(spec)
     draft = _Draft(spec, machine or this_machine(), registry_ or registry())
@@ -166,6 +177,8 @@ def plan(
     options = _adapter_options(draft, adapter)
     dtype = _dtype(draft, backend, device)
     _check_data(draft)
+    if check_output:
+        _check_output(draft)
     merge: MergePlan = "never"
     refused: tuple[Problem, ...] = ()
     if backend and adapter and quantizer:
@@ -176,7 +189,9 @@ def plan(
         raise PlanRefused(draft.problems)
     if merge == "never" and refused and spec.export.merge != "auto":
         raise MergeRefused(refused)
-    assert backend and adapter and quantizer
+    assert backend
+    assert adapter
+    assert quantizer
     return Plan(
         spec=spec,
         model=model,
@@ -232,9 +247,7 @@ def _device(draft: _Draft) -> str:
     return wanted
 
 
-def _quantizer(
-    draft: _Draft, backend: Backend | None, model: str
-) -> tuple[Quantizer | None, bool]:
+def _quantizer(draft: _Draft, backend: Backend | None, model: str) -> tuple[Quantizer | None, bool]:
     """Return the quantizer, and whether the checkpoint was quantized by it already."""
     if backend is None:
         return None, False
@@ -301,7 +314,8 @@ def _adapter_options(draft: _Draft, adapter: Adapter | None) -> dict[str, Any]:
             draft.problems.append(Problem(what, did_you_mean(name, known), where))
         elif not known[name].accepts(value):
             what = f"{value!r} is not of type {known[name].annotation}"
-            draft.problems.append(Problem(what, f"default: {known[name].default}", where))
+            default = adapter.defaults.get(name, known[name].default)
+            draft.problems.append(Problem(what, f"default: {default}", where))
         elif name in ("r", "init_r", "target_r") and isinstance(value, int) and value < 1:
             draft.problems.append(Problem(f"{value} is no rank", "use 1 or more", where))
     return {**adapter.defaults, **given}
@@ -327,6 +341,17 @@ def _check_data(draft: _Draft) -> None:
         if path and looks_local(path) and not Path(path).exists():
             fix = "check the path; a hub id has the form owner/name"
             draft.problems.append(Problem(f"{path} does not exist", fix, where=f"data.{key}"))
+
+
+def _check_output(draft: _Draft) -> None:
+    spec = draft.spec
+    inputs = [p for p in (spec.model, spec.data.path, spec.data.eval_path) if p]
+    try:
+        RunFolder.check(
+            spec.output or "", overwrite=spec.overwrite, resume=spec.train.resume, inputs=inputs
+        )
+    except OutputError as error:
+        draft.problems += [replace(p, where=f"output {p.where}") for p in error.problems]
 
 
 def looks_local(path: str) -> bool:

@@ -32,14 +32,15 @@ class AdapterTarget(Protocol):
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         """Return (in_features, out_features); packed weights cannot tell."""
-        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+        vendor: Any = module
+        return int(vendor.in_features), int(vendor.out_features)
 
     def dequantize(self, module: nn.Module) -> Tensor:
         """Return the weight as a float tensor of shape [out_features, in_features]."""
         ...
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Run the vendor's own forward, bias included: [..., in_features] -> [..., out_features]."""
+        """Run the vendor's forward with bias: [..., in_features] -> [..., out_features]."""
         output: Tensor = module(x)
         return output
 

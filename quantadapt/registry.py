@@ -77,11 +77,13 @@ class Registry:
 
     def backend(self, name: str) -> Backend:
         """Return the backend called `name`. Raises PlanRefused, saying what to do."""
-        return self._only("backend", name, self._backends).record
+        backend: Backend = self._only("backend", name, self._backends).record
+        return backend
 
     def adapter(self, name: str) -> Adapter:
         """Return the adapter called `name`. Raises PlanRefused, saying what to do."""
-        return self._only("adapter", name, self._adapters).record
+        adapter: Adapter = self._only("adapter", name, self._adapters).record
+        return adapter
 
     def provenance(self, record: Backend | Adapter) -> Provenance:
         """Say which plugin provided `record`."""
@@ -110,8 +112,8 @@ class Registry:
             fix = f"uninstall one of them, or name the plugins to load in {ONLY}"
             raise PlanRefused([Problem(_clash(kind, name, entries), fix, where=kind)])
         hint = did_you_mean(name, table)
-        if broken := [str(plugin.provenance) for plugin in self.broken]:
-            hint += f" Broken plugins, see `quantadapt doctor`: {', '.join(broken)}"
+        if broken := ", ".join(str(plugin.provenance) for plugin in self.broken):
+            hint += f"; these plugins are broken, `quantadapt doctor` says why: {broken}"
         raise PlanRefused([Problem(f"no {kind} is called {name!r}", hint, where=kind)])
 
     def add(self, name: str, load: Callable[[], Any], provenance: Provenance) -> None:
@@ -148,9 +150,7 @@ def _check_hooks(module: Any, name: str) -> None:
         scratch.check_pending()
     except pluggy.PluginValidationError:
         mine = [
-            hook.name
-            for hook in scratch.get_hookcallers(module) or []
-            if hook.name not in known
+            hook.name for hook in scratch.get_hookcallers(module) or [] if hook.name not in known
         ]
         hints = "; ".join(f"unknown hook {hook!r}, {did_you_mean(hook, known)}" for hook in mine)
         raise PluginError(hints) from None
@@ -168,7 +168,10 @@ def _records(module: Any, hook: str, kind: type[Record]) -> list[Record]:
 def _provenance(entry_point: EntryPoint) -> Provenance:
     dist = entry_point.dist
     return Provenance(
-        entry_point.name, entry_point.module, dist.name if dist else "", dist.version if dist else ""
+        entry_point.name,
+        entry_point.module,
+        dist.name if dist else "",
+        dist.version if dist else "",
     )
 
 

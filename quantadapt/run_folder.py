@@ -68,18 +68,31 @@ class RunFolder:
         Raises:
             OutputError: the folder cannot be used; nothing in it was touched.
         """
+        folder = cls.check(path, overwrite=overwrite, resume=resume, inputs=inputs)
+        with _in_words(folder.path):
+            if resume:
+                folder._take_up()
+            else:
+                folder._start(replace=not _is_free(folder.path))
+        return folder
+
+    @classmethod
+    def check(
+        cls,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        inputs: Iterable[str | Path] = (),
+    ) -> RunFolder:
+        """Raise what `create` would raise about the folder as it is; touches nothing."""
         folder = cls(Path(path).expanduser())
         if overwrite and resume:
             fix = "choose one: resume keeps the earlier run, overwrite deletes it"
             raise OutputError("overwrite and resume exclude each other", fix=fix)
         with _in_words(folder.path):
-            if resume:
-                folder._take_up()
-            elif _is_free(folder.path):
-                folder._start(replace=False)
-            else:
+            if not resume and not _is_free(folder.path):
                 folder._refuse_unless(overwrite, [Path(item) for item in inputs])
-                folder._start(replace=True)
         return folder
 
     @classmethod

@@ -24,6 +24,10 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
 
+SHORTHAND = {"backend": "name", "adapter": "name", "data": "path"}
+"""The key that a bare string stands for, e.g. `backend: hqq`."""
+
+
 class _Named(BaseModel):
     """`name` plus the options of the thing named; a bare string is taken as the name."""
 
@@ -60,6 +64,11 @@ class AdapterSpec(_Named):
 
 class DataSpec(_Strict):
     """Where the training and evaluation text comes from."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
 
     path: str | None = Field(
         None, description="JSONL, JSON, CSV, Parquet or text file, folder of those, or hub id"
@@ -121,11 +130,15 @@ class Spec(_Strict):
     train: TrainSpec = Field(default_factory=TrainSpec)
     evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
     export: ExportSpec = Field(default_factory=ExportSpec)
-    output: str | None = Field(None, description="run folder; `runs/<backend>-<adapter>` if missing")
+    output: str | None = Field(
+        None, description="run folder; `runs/<backend>-<adapter>` if missing"
+    )
     overwrite: bool = Field(False, description="replace an earlier run in `output`")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Dtype = Field("auto", description="compute dtype; auto: bfloat16 on cuda, else float32")
-    skip_modules: list[str] | None = Field(None, description="modules left dense; default: the head")
+    skip_modules: list[str] | None = Field(
+        None, description="modules left dense; default: the head"
+    )
     seed: int = Field(0, ge=0)
 
     def __init__(self, **values: Any) -> None:
@@ -167,25 +180,31 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Return `values` with `a.b=c` assignments applied; values are read as YAML."""
     result = _copy(values)
-    problems = []
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or not key.strip():
-            fix = "write it as key=value, e.g. --set train.max_steps=100"
-            problems.append(Problem(f"{item!r} is no assignment", fix, where="--set"))
-            continue
-        *parents, last = key.strip().split(".")
-        node = result
-        for name in parents:
-            child = node.get(name)
-            if not isinstance(child, dict):
-                child = {"name": child} if isinstance(child, str) else {}
-            node[name] = child
-            node = child
-        node[last] = _yaml_value(text)
+    problems = [problem for item in overrides if (problem := _override(result, item))]
     if problems:
         raise SpecError(problems)
     return result
+
+
+def _override(values: dict[str, Any], item: str) -> Problem | None:
+    """Apply one `a.b=c` to `values`, or return why it cannot be applied."""
+    key, equals, text = item.partition("=")
+    if not equals or not key.strip():
+        fix = "write it as key=value, e.g. --set train.max_steps=100"
+        return Problem(f"{item!r} is no assignment", fix, where="--set")
+    *parents, last = key.strip().split(".")
+    node = values
+    for name in parents:
+        child = node.get(name)
+        if isinstance(child, str) and name in SHORTHAND:
+            child = {SHORTHAND[name]: child}
+        elif child is not None and not isinstance(child, dict):
+            return Problem(f"{name!r} is {child!r}, which has no {last!r}", where=f"--set {key}")
+        child = child or {}
+        node[name] = child
+        node = child
+    node[last] = _yaml_value(text)
+    return None
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class ModelState:
             "dtype": self.dtype_name,
             "skip_modules": list(self.skip_modules),
             "adapter": self.adapter.name if self.adapter else None,
+            "adapter_options": self.adapter_options,
         }
 
 

@@ -189,3 +189,10 @@ class TestRules:
 
     def test_merge_kinds_are_ordered(self) -> None:
         assert Merge.NEVER < Merge.DENSE < Merge.REQUANTIZE
+
+
+def test_a_taken_output_folder_is_refused_with_the_rest(tmp_path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    found = problems(output=str(tmp_path), backend="hqqq")
+    assert set(found) == {"backend", f"output {tmp_path}"}
+    assert "was not made by quantadapt" in found[f"output {tmp_path}"]

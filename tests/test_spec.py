@@ -72,3 +72,15 @@ def test_the_schema_describes_every_key() -> None:
     schema = Spec.model_json_schema()
     assert set(schema["properties"]) == set(Spec.model_fields)
     assert schema["additionalProperties"] is False
+
+
+def test_a_bare_string_is_the_path_of_the_data() -> None:
+    assert Spec(data="train.jsonl").data.path == "train.jsonl"
+    assert apply_overrides({"data": "a.jsonl"}, ["data.max_length=64"]) == {
+        "data": {"path": "a.jsonl", "max_length": 64}
+    }
+
+
+def test_an_override_does_not_hide_a_mistake() -> None:
+    with pytest.raises(SpecError, match="'train' is 5, which has no 'max_steps'"):
+        apply_overrides({"train": 5}, ["train.max_steps=3"])

@@ -1,0 +1,517 @@
+"""Writes the reference pages and the README's matrix from the code, so that they cannot drift.
+
+    python docs/generate.py            write them
+    python docs/generate.py --check    exit with 1 if one is out of date, and change nothing
+
+Only what the distribution itself provides is described; other installed plugins are left out.
+Neither torch nor a vendor is imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import quantadapt
+from quantadapt import adapters, errors, hookspecs, matrix, records, registry
+from quantadapt.capabilities import Merge, Rule
+from quantadapt.spec import Spec
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "docs" / "reference"
+RESULTS = ROOT / "docs" / "matrix.json"
+MARK = "<!-- matrix: written by docs/generate.py -->"
+END = "<!-- end of matrix -->"
+NOTE = "<!-- Written by docs/generate.py. Change the code, not this page. -->"
+FIVE = ("lora", "dora", "vera", "adalora", "ia3")
+
+MERGE = {
+    Merge.NEVER: "never; the adapter stays beside the base",
+    Merge.DENSE: "into dense weights",
+    Merge.REQUANTIZE: "into dense weights, or quantized again",
+}
+START = {
+    records.Start.ZERO: "unchanged",
+    records.Start.ROUNDING: "changed by rounding",
+    records.Start.CHANGED: "changed",
+}
+
+
+def pages() -> dict[Path, str]:
+    """Return the text of every generated file."""
+    known = _own_plugins()
+    found = {
+        "spec.md": spec_page(),
+        "backends.md": backends_page(known),
+        "adapters.md": adapters_page(known),
+        "hooks.md": hooks_page(),
+        "cli.md": cli_page(),
+        "errors.md": errors_page(),
+        "matrix.md": matrix_page(known),
+    }
+    made = {REFERENCE / name: f"{NOTE}\n\n{text.strip()}\n" for name, text in found.items()}
+    made[ROOT / "README.md"] = readme((ROOT / "README.md").read_text(encoding="utf-8"), known)
+    return made
+
+
+def stale() -> list[Path]:
+    """Return the generated files that are missing or differ from what the code says."""
+    return [
+        path
+        for path, text in pages().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+
+
+def _own_plugins() -> registry.Registry:
+    """Return a registry with the plugins of this distribution alone."""
+    before = os.environ.pop(registry.ONLY, None)
+    try:
+        known = registry.discover()
+    finally:
+        if before is not None:
+            os.environ[registry.ONLY] = before
+    ours = {
+        name
+        for name, origin in known.plugins.items()
+        if origin.distribution == "quantadapt" or origin.module == adapters.__name__
+    }
+    for table in (known._backends, known._adapters):
+        for name, entries in list(table.items()):
+            kept = [entry for entry in entries if entry.provenance.plugin in ours]
+            if kept:
+                table[name] = kept
+            else:
+                del table[name]
+    return known
+
+
+# Spec ------------------------------------------------------------------------------------------
+
+
+def spec_page() -> str:
+    """Return every key of the YAML file."""
+    schema = Spec.model_json_schema()
+    parts = [
+        "# The spec",
+        "A spec says everything that a run is told. The YAML file, the flags of `quantadapt run` "
+        "and `quantadapt.Spec` in Python all make the same record. An unknown key is an error "
+        "that suggests the nearest known one. On the command line, `--set train.max_steps=100` "
+        "sets any key.",
+        "`quantadapt schema` prints the same as a JSON schema, for editors.",
+        _section("Top level", schema, schema["$defs"]),
+    ]
+    for key, field in schema["properties"].items():
+        part = _resolved(field, schema["$defs"])
+        if part.get("type") == "object":
+            parts.append(_section(f"`{key}`", part, schema["$defs"]))
+    return "\n\n".join(parts)
+
+
+def _section(title: str, part: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    rows = []
+    for name, field in part["properties"].items():
+        kind = _resolved(field, definitions)
+        nested = kind.get("type") == "object"
+        type_ = f"see [{name}](#{name})" if nested else _code(_type(field))
+        empty = [] if field.get("type") == "array" else None
+        default = "" if nested else _code(_json(field.get("default", empty)))
+        rows.append((_code(name), type_, default, field.get("description", "")))
+    text = "" if title == "Top level" else _prose(part.get("description", ""))
+    table = _table(("key", "type", "default", "meaning"), rows)
+    return "\n\n".join(filter(None, [f"## {title}", text, table]))
+
+
+def _resolved(field: Mapping[str, Any], definitions: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Follow a `$ref`."""
+    name = str(field.get("$ref", "")).rpartition("/")[2]
+    found: Mapping[str, Any] = definitions[name] if name else field
+    return found
+
+
+def _type(schema: Mapping[str, Any]) -> str:
+    """Return a JSON schema's type as users would write it."""
+    if "enum" in schema:
+        return " | ".join(str(value) for value in schema["enum"])
+    if "const" in schema:
+        return str(schema["const"])
+    if "anyOf" in schema:
+        return " | ".join(_type(part) for part in schema["anyOf"])
+    if schema.get("type") == "array":
+        return f"list of {_type(schema.get('items', {}))}"
+    limits = {
+        "minimum": ">= {}",
+        "exclusiveMinimum": "> {}",
+        "maximum": "<= {}",
+        "exclusiveMaximum": "< {}",
+        "multipleOf": "multiple of {}",
+    }
+    found = [text.format(schema[key]) for key, text in limits.items() if key in schema]
+    return " ".join([str(schema.get("type", "any")), ", ".join(found)]).strip()
+
+
+# Backends and adapters -------------------------------------------------------------------------
+
+
+def backends_page(known: registry.Registry) -> str:
+    """Return every built-in backend with its options and rules."""
+    parts = [
+        "# Backends",
+        "A backend is a way to quantize. Name one with `--backend` or `backend:`; its options go "
+        "beside the name, `backend: {name: hqq, bits: 3}`, or on the command line "
+        "`--set backend.bits=3`. `quantadapt backends` lists what is installed here, plugins of "
+        "third parties included.",
+        _table(
+            ("backend", "what", "install"),
+            [
+                (f"[{b.name}](#{b.name})", b.summary, _code(f"pip install '{b.extra}'"))
+                if b.extra
+                else (f"[{b.name}](#{b.name})", b.summary, "nothing")
+                for b in known.backends()
+            ],
+        ),
+    ]
+    return "\n\n".join([*parts, *(_backend(backend) for backend in known.backends())])
+
+
+def _backend(backend: records.Backend) -> str:
+    options = backend.quantizer.model_json_schema().get("properties", {})
+    rows = [
+        (_code(name), _code(_type(s)), _code(_json(s.get("default"))), s.get("description", ""))
+        for name, s in options.items()
+    ]
+    facts = [
+        ("needs", ", ".join(map(_code, backend.requires)) or "nothing else"),
+        ("devices", ", ".join(backend.devices)),
+        ("dtypes", ", ".join(backend.dtypes)),
+        ("calibration data", "needed" if backend.calibration else "not needed"),
+        ("merge", MERGE[backend.merge]),
+    ]
+    return "\n\n".join(
+        [
+            f"## {backend.name}",
+            f"{backend.summary}.",
+            _table(("option", "type", "default", "meaning"), rows) if rows else "No options.",
+            _facts(facts),
+            *_rules(backend.rules),
+        ]
+    )
+
+
+def adapters_page(known: registry.Registry) -> str:
+    """Return every built-in adapter."""
+    found = known.adapters()
+    rows = [
+        (
+            _code(adapter.name),
+            adapter.summary,
+            adapter.peft_type,
+            ", ".join(_code(f"{k}: {_json(v)}") for k, v in adapter.defaults.items()),
+            START[adapter.start],
+            _adapter_merge(adapter),
+        )
+        for adapter in found
+    ]
+    rules = [rule for adapter in found for rule in adapter.rules]
+    parts = [
+        "# Adapters",
+        "An adapter is a PEFT method under a short name. Its options are the fields of PEFT's own "
+        "config class, under PEFT's names: `adapter: {name: lora, r: 8}`. "
+        "`quantadapt adapters show lora` lists them all, with types and defaults.",
+        "Columns: *defaults* are those that differ from PEFT's own. *Start* says what attaching "
+        "does to the outputs before any training. *Merge* is the most that the adapter allows: "
+        "requantize (into dense weights, or quantized again), dense, or never. A combination "
+        "gets the smaller of what backend and adapter allow.",
+        _table(("adapter", "what", "PEFT type", "defaults", "start", "merge"), rows),
+        *_rules(rules),
+    ]
+    return "\n\n".join(parts)
+
+
+def _adapter_merge(adapter: records.Adapter) -> str:
+    refused = any(tuple(rule.when) == ("adapter",) for rule in adapter.rules)
+    return "refused altogether" if refused else adapter.merge.name.lower()
+
+
+def _rules(rules: Iterable[Rule]) -> list[str]:
+    rows = [
+        (
+            _code(rule.id),
+            "; ".join(f"{key} is {' or '.join(map(str, v))}" for key, v in rule.when.items()),
+            rule.reason,
+            rule.fix,
+        )
+        for rule in rules
+    ]
+    return ["Rules:", _table(("rule", "refused when", "because", "instead"), rows)] if rows else []
+
+
+# Hooks, command line, errors -------------------------------------------------------------------
+
+
+def hooks_page() -> str:
+    """Return every hook with its signature."""
+    parts = ["# Hooks", *_docstring(hookspecs.__doc__ or "")]
+    for name, hook in vars(hookspecs).items():
+        if name.startswith("quantadapt_"):
+            signature = f"def {name}{inspect.signature(hook)}".replace("'", "")
+            parts += [f"## {name}", _fence(signature, "python"), *_docstring(hook.__doc__ or "")]
+    parts += ["## Records", "What the first two hooks return."]
+    for record in (records.Backend, records.Adapter, Rule):
+        parts += [f"### {record.__name__}", *_docstring(record.__doc__ or "")]
+    return "\n\n".join(parts)
+
+
+def cli_page() -> str:
+    """Return every command with its flags and examples."""
+    import typer
+
+    from quantadapt.cli.app import build_app
+    from quantadapt.cli.commands import COMMANDS
+
+    group: Any = typer.main.get_command(build_app())
+    parts = [
+        "# Command line",
+        "Every command takes `--help`. Commands with `--json` print one JSON document on stdout "
+        "and everything else on stderr. `--traceback`, anywhere, shows the traceback of an error.",
+        _table(
+            ("command", "what"),
+            [(f"[{name}](#quantadapt-{name})", entry.help) for name, entry in COMMANDS.items()],
+        ),
+    ]
+    for name in COMMANDS:
+        command = group.commands[name]
+        parts.append(_command(f"quantadapt {name}", command))
+        for sub, subcommand in getattr(command, "commands", {}).items():
+            parts.append(_command(f"quantadapt {name} {sub}", subcommand))
+    return "\n\n".join(parts)
+
+
+def _command(name: str, command: Any) -> str:
+    arguments = [p for p in command.params if not p.opts[0].startswith("-")]
+    options = [p for p in command.params if p.opts[0].startswith("-")]
+    shown = " ".join(p.metavar if p.required else f"[{p.metavar}]" for p in arguments)
+    parts = [
+        f"## {name}",
+        command.help or "",
+        _fence(f"{name} {shown} [OPTIONS]".replace("  ", " ")),
+    ]
+    rows = [(_code(p.metavar), p.help or "", "") for p in arguments]
+    rows += [(", ".join(map(_code, _names(p))), p.help or "", _default(p)) for p in options]
+    if rows:
+        parts.append(_table(("argument or flag", "meaning", "default"), rows))
+    lines = [line.strip() for line in (command.epilog or "").replace(r"\[", "[").splitlines()]
+    if examples := [line for line in lines if line and not line.startswith("[bold]")]:
+        parts.append(_fence("\n".join(examples), "sh"))
+    return "\n\n".join(parts)
+
+
+def _names(option: Any) -> list[str]:
+    names = [*option.opts, *option.secondary_opts]
+    if option.is_flag:
+        return names
+    choices = getattr(option.type_descriptor, "choices", None)
+    value = "|".join(choices) if choices else option.metavar or option.name.upper()
+    return [*names[:-1], f"{names[-1]} {value}"]
+
+
+def _default(option: Any) -> str:
+    if isinstance(option.show_default, str):
+        return option.show_default
+    if option.required:
+        return "required"
+    if option.is_flag:
+        return "on" if option.default else ""
+    return "" if option.default is None else str(option.default)
+
+
+def errors_page() -> str:
+    """Return exit codes and exception classes."""
+    from quantadapt.cli.session import INTERRUPTED
+
+    codes = [
+        (str(errors.EXIT_OK), "Done."),
+        (str(errors.EXIT_FAILURE), "Failed while working. The message says what, and what to do."),
+        (str(errors.EXIT_REFUSED), "Refused or misused, before any work: nothing was touched."),
+        (str(INTERRUPTED), "Interrupted with Ctrl-C."),
+    ]
+    classes = [
+        value
+        for value in vars(errors).values()
+        if isinstance(value, type) and issubclass(value, errors.QuantadaptError)
+    ]
+    rows = [
+        (
+            _code(cls.__name__),
+            _code(cls.__bases__[0].__name__),
+            str(cls.exit_code),
+            _prose(cls.__doc__ or ""),
+        )
+        for cls in classes
+    ]
+    return "\n\n".join(
+        [
+            "# Errors and exit codes",
+            "A message says what is wrong, where, and what to do. Python raises the same errors "
+            "that the command line prints; `except quantadapt.QuantadaptError` catches them all, "
+            "and `error.problems` lists every `Problem` with `what`, `fix`, `where` and `rule`. "
+            "A traceback on the screen means a bug; please report it.",
+            "## Exit codes",
+            _table(("code", "meaning"), codes),
+            "## Exceptions",
+            "They live in `quantadapt.errors`.",
+            _table(("class", "subclass of", "exit code", "meaning"), rows),
+        ]
+    )
+
+
+# Matrix ----------------------------------------------------------------------------------------
+
+
+def matrix_page(known: registry.Registry) -> str:
+    """Return the declared and the verified matrix."""
+    cells = matrix.declared(known.backends(), known.adapters())
+    text = matrix.to_markdown(cells, _verified(known)).replace("### ", "## ")
+    return "\n\n".join(
+        [
+            "# Which backend goes with which adapter",
+            "*Declared* is what backends and adapters say about themselves, for a CPU, float32 and "
+            "default options; `quantadapt plan` goes by it. *Verified* is what the conformance "
+            "suite found, where and with which versions. `quantadapt matrix` prints the same for "
+            "your installation, and for other devices and dtypes.",
+            text,
+        ]
+    )
+
+
+def readme(text: str, known: registry.Registry) -> str:
+    """Return the README with its matrix written anew."""
+    before, mark, rest = text.partition(MARK)
+    _, end, after = rest.partition(END)
+    if not (mark and end):
+        raise SystemExit(f"README.md lacks the lines {MARK} and {END}")
+    return f"{before}{MARK}\n{_excerpt(known)}\n{END}{after}"
+
+
+def _excerpt(known: registry.Registry) -> str:
+    """Return the five best-known adapters on every backend."""
+    cells = matrix.declared(known.backends(), [known.adapter(name) for name in FIVE])
+    words = {(cell.backend, cell.adapter): cell.word for cell in cells}
+    verified = _verified(known)
+    for (backend, adapter), found in _by_cell(verified).items():
+        if (backend, adapter) in words:
+            words[backend, adapter] += f", {_worst(found)}"
+    rows = [(b.name, *(words[b.name, name] for name in FIVE)) for b in known.backends()]
+    table = _table(("backend", *FIVE), rows)
+    origin = "".join(f"\n\nVerified on {part.origin}." for part in verified)
+    return f"{table}{origin}"
+
+
+def _by_cell(verified: Iterable[matrix.Verified]) -> dict[tuple[str, str], list[Any]]:
+    found: dict[tuple[str, str], list[Any]] = {}
+    for part in verified:
+        for cell in part.cells:
+            found.setdefault((cell.backend, cell.adapter), []).append(cell)
+    return found
+
+
+def _worst(cells: Sequence[Any]) -> str:
+    """Return the worst outcome of a cell that was verified with several options."""
+    order = ("failed", "not run", "refused", "passed")
+    outcome = min((cell.verified for cell in cells), key=order.index)
+    found = [cell.merge_error for cell in cells if cell.merge_error is not None]
+    return f"{outcome} {max(found):.0e}" if found else outcome
+
+
+def _verified(known: registry.Registry) -> list[matrix.Verified]:
+    """Return the verified results that come with the repository, for built-in backends."""
+    found = matrix.bundled()
+    if not found and RESULTS.exists():
+        found = [matrix.read_verified(RESULTS)]
+    names = {backend.name for backend in known.backends()}
+    return [
+        matrix.Verified(
+            part.generated, tuple(cell for cell in part.cells if cell.backend in names), part.source
+        )
+        for part in found
+    ]
+
+
+# Markdown --------------------------------------------------------------------------------------
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _facts(rows: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in rows)
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
+
+
+def _fence(text: str, language: str = "text") -> str:
+    return f"```{language}\n{text}\n```"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value)
+
+
+def _prose(text: str) -> str:
+    return " ".join(inspect.cleandoc(text).split())
+
+
+def _docstring(text: str) -> list[str]:
+    """Return a docstring as Markdown paragraphs: indented code fenced, arguments listed."""
+    blocks: list[str] = []
+    for block in inspect.cleandoc(text).split("\n\n"):
+        lines = block.splitlines()
+        if all(line.startswith("    ") for line in lines):
+            code = inspect.cleandoc(block)
+            if blocks and blocks[-1].startswith("```"):  # a blank line within the code
+                gap = "\n\n\n" if code.startswith(("@", "def ", "class ")) else "\n\n"
+                blocks[-1] = f"{blocks[-1].removesuffix('```').rstrip()}{gap}{code}\n```"
+            else:
+                blocks.append(_fence(code, "python"))
+        elif lines[0] in ("Args:", "Attributes:"):
+            items: list[str] = []
+            for line in inspect.cleandoc("\n".join(lines[1:])).splitlines():
+                if line.startswith(" "):
+                    items[-1] += f" {line.strip()}"
+                else:
+                    name, _, rest = line.partition(": ")
+                    items.append(f"- `{name}`: {rest}")
+            blocks.append("\n".join(items))
+        else:
+            blocks.append(_prose(block))
+    return blocks
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the pages, or with `--check` say which are out of date."""
+    found = stale()
+    for path in found:
+        name = path.relative_to(ROOT)
+        if "--check" in arguments:
+            print(f"{name} is out of date; run: python docs/generate.py")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(pages()[path], encoding="utf-8")
+            print(f"wrote {name}")
+    if not found:
+        print(f"everything is up to date with quantadapt {quantadapt.__version__}")
+    return 1 if found and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

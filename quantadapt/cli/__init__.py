@@ -1,0 +1,35 @@
+"""The command line: `quantadapt ...`.
+
+`quantadapt --help` and `--version` are answered here, from the table in `commands`, before typer
+or anything else is imported; every other command imports its own module only. Commands that
+plugins add are looked for when a command is none of ours, so plugins never slow ours down.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+TRACEBACK = "QUANTADAPT_TRACEBACK"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; ends in SystemExit with the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--traceback" in arguments:
+        arguments.remove("--traceback")
+        os.environ[TRACEBACK] = "1"
+    if arguments in ([], ["--help"], ["-h"], ["help"]):
+        from .commands import overview
+
+        sys.stdout.write(overview())
+        raise SystemExit(0)
+    if arguments in (["--version"], ["-V"]):
+        from .. import __version__
+
+        sys.stdout.write(f"quantadapt {__version__}\n")
+        raise SystemExit(0)
+    from .app import run_app
+
+    run_app(arguments)

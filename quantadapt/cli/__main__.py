@@ -1,0 +1,5 @@
+"""`python -m quantadapt.cli` is `quantadapt`."""
+
+from . import main
+
+main()

@@ -1,0 +1,121 @@
+"""`quantadapt doctor`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .commands import add
+from .flags import JsonOption
+from .session import Session, session
+
+if TYPE_CHECKING:
+    from ..doctor import BackendHealth, Diagnosis
+
+
+def register(app: typer.Typer, name: str) -> None:
+    """Add the command to `app`."""
+    add(
+        app,
+        name,
+        doctor,
+        "quantadapt doctor",
+        "quantadapt doctor --no-imports --json",
+    )
+
+
+def doctor(
+    imports: Annotated[
+        bool,
+        typer.Option("--imports/--no-imports", help="Also import every backend's libraries."),
+    ] = True,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds after which an import counts as hanging.")
+    ] = 120,
+    json: JsonOption = False,
+) -> None:
+    """Check this installation and say what to install.
+
+    Exits with 1 if something is missing that quantadapt itself needs. A backend that is missing
+    or broken is named, and harms nothing.
+    """
+    with session(as_json=json) as shown:
+        from ..doctor import diagnose
+        from .progress import spinner
+
+        with spinner(shown.progress, "importing every backend" if imports else "looking"):
+            found = diagnose(imports=imports, timeout=timeout)
+        if json:
+            shown.print_json(found.to_dict())
+        else:
+            _show(shown, found)
+        if found.problems:
+            raise SystemExit(1)
+
+
+def _show(shown: Session, found: Diagnosis) -> None:
+    _heading(shown, "Machine")
+    for name, value in _machine(found):
+        _line(shown, name, value)
+    _heading(shown, "Libraries")
+    for lib in found.libraries:
+        text = lib.found or "not installed"
+        _line(shown, lib.name, f"{text}, {lib.wanted} wanted" if lib.fix else text, lib.fix)
+    _heading(shown, "Plugins")
+    for plugin in found.plugins:
+        _line(
+            shown, plugin.name, plugin.problem or plugin.origin, "broken" if plugin.problem else ""
+        )
+    _heading(shown, "Backends")
+    for backend in found.backends:
+        _backend(shown, backend)
+    if found.commands:
+        _heading(shown, "Commands of plugins")
+        for origin in found.commands:
+            _line(shown, "", origin)
+    shown.out.print()
+    verdict = "; ".join(found.problems)
+    shown.out.print(
+        f"Missing: {verdict}" if verdict else "All that quantadapt itself needs is there.",
+        style="bold red" if verdict else "bold green",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _machine(found: Diagnosis) -> list[tuple[str, str]]:
+    torch = found.torch
+    build = torch.get("cuda_build")
+    if torch.get("problem"):
+        text = torch["problem"]
+    else:
+        text = f"built for CUDA {build}" if build else "built without CUDA"
+    devices = torch.get("devices") or found.cuda
+    return [
+        ("quantadapt", found.quantadapt),
+        ("python", found.python),
+        ("platform", found.platform),
+        ("cpus", str(found.cpus)),
+        ("gpus", ", ".join(devices) or "none that torch can use"),
+        *([("torch", text)] if torch else []),
+    ]
+
+
+def _backend(shown: Session, backend: BackendHealth) -> None:
+    versions = ", ".join(f"{lib.name} {lib.found}" for lib in backend.libraries if lib.found)
+    if backend.state in ("ready", "not checked"):
+        _line(shown, backend.name, f"{backend.state}{f', {versions}' if versions else ''}")
+    else:
+        _line(shown, backend.name, f"{backend.state}: {backend.problem}", backend.fix)
+
+
+def _heading(shown: Session, text: str) -> None:
+    shown.out.print(f"\n{text}", style="bold")
+
+
+def _line(shown: Session, name: str, text: str, fix: str = "") -> None:
+    style = "red" if fix else None
+    shown.out.print(f"  {name:<14} {text}", style=style, markup=False, soft_wrap=True)
+    if fix and fix != "broken":
+        shown.out.print(f"  {'':<14} fix: {fix}", markup=False, soft_wrap=True)

@@ -1,0 +1,195 @@
+"""The flags that describe a run, shared by `run` and `plan`, and how they become a `Spec`.
+
+Three sources, the later one wins: the YAML file, the flags, `--set`. A flag changes what it names
+and leaves the rest of the file alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from ..spec import Spec
+
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+_WHAT, _HOW, _WHERE = "What to run", "How to train", "Where"
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any key of the YAML file, e.g. train.warmup_ratio=0.1, or an option of the backend "
+        "or adapter: backend.bits=3, adapter.r=8. May be repeated; wins over everything else.",
+        rich_help_panel=_WHAT,
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document to stdout, all else to stderr.")
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(help="auto, cpu, cuda, cuda:1, ...", show_default="auto", rich_help_panel=_WHERE),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE",
+        help="Compute dtype: auto, float32, bfloat16 or float16.",
+        show_default="auto",
+        rich_help_panel=_WHERE,
+    ),
+]
+
+
+@dataclass
+class SpecFlags:
+    """One field for each flag; None means not given."""
+
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="CONFIG.yaml", help="The run as YAML.", show_default=False),
+    ] = None
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Checkpoint folder or hub id.", show_default="the bundled demo",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None  # fmt: skip
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", "-d", help="JSONL, JSON, CSV, Parquet or text file, folder, or hub id.",
+            show_default="the bundled demo's", rich_help_panel=_WHAT,
+        ),
+    ] = None  # fmt: skip
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            "--backend", "-b", help="How to quantize: a name from `quantadapt backends`.",
+            show_default="hqq", rich_help_panel=_WHAT,
+        ),
+    ] = None  # fmt: skip
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter", "-a", help="What to train: a name from `quantadapt adapters`.",
+            show_default="lora", rich_help_panel=_WHAT,
+        ),
+    ] = None  # fmt: skip
+    set: SetOption = None
+    max_steps: Annotated[
+        int | None,
+        typer.Option(help="Optimizer steps.", show_default="one epoch", rich_help_panel=_HOW),
+    ] = None
+    learning_rate: Annotated[
+        float | None,
+        typer.Option("--learning-rate", "--lr", help="Peak learning rate.", rich_help_panel=_HOW),
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option(help="For data order and start.", rich_help_panel=_HOW)
+    ] = None
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.", rich_help_panel=_HOW)
+    ] = False
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", help="The run folder.", show_default="runs/BACKEND-ADAPTER",
+            rich_help_panel=_WHERE,
+        ),
+    ] = None  # fmt: skip
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an earlier run in that folder.", rich_help_panel=_WHERE
+        ),
+    ] = False
+    merge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="What to export besides the adapter: auto (dense where the combination allows "
+            "it), dense, requantize, or never.",
+            show_default="auto",
+            rich_help_panel=_WHERE,
+        ),
+    ] = None
+    device: DeviceOption = None
+    dtype: DtypeOption = None
+
+    def spec(self) -> Spec:
+        """Return the spec. Raises SpecError with every mistake."""
+        from ..spec import Spec, apply_overrides, read_yaml
+
+        values = read_yaml(self.config) if self.config else {}
+        for name, key in _KEYS.items():
+            given = getattr(self, name)
+            if given is not None and given is not False:
+                _put(values, key, given)
+        for name in ("backend", "adapter"):
+            if given := getattr(self, name):
+                values[name] = _named(values.get(name), given)
+        return Spec(**apply_overrides(values, self.set or ()))
+
+
+_KEYS = {
+    "model": "model",
+    "data": "data.path",
+    "max_steps": "train.max_steps",
+    "learning_rate": "train.learning_rate",
+    "resume": "train.resume",
+    "seed": "seed",
+    "output": "output",
+    "overwrite": "overwrite",
+    "merge": "export.merge",
+    "device": "device",
+    "dtype": "dtype",
+}
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key. What is no mapping stays, for the spec to complain about."""
+    *parents, last = key.split(".")
+    for name in parents:
+        child = values.setdefault(name, {})
+        if child is None:
+            child = values[name] = {}
+        if not isinstance(child, dict):
+            return
+        values = child
+    values[last] = value
+
+
+def _named(before: Any, name: str) -> dict[str, Any]:
+    """Return the thing called `name`, with the options that the file gives to that very thing."""
+    same = isinstance(before, dict) and before.get("name", name) == name
+    return {**before, "name": name} if same else {"name": name}
+
+
+def with_spec_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command all spec flags on the command line, and one SpecFlags as first argument."""
+    hints = get_type_hints(SpecFlags, include_extras=True)
+    own_hints = get_type_hints(function, include_extras=True)
+    shared = [
+        inspect.Parameter(f.name, _KEYWORD, default=f.default, annotation=hints[f.name])
+        for f in fields(SpecFlags)
+    ]
+    _, *own = inspect.signature(function).parameters.values()
+    own = [p.replace(kind=_KEYWORD, annotation=own_hints[p.name]) for p in own]
+
+    def command(**values: Any) -> None:
+        flags = SpecFlags(**{p.name: values.pop(p.name) for p in shared})
+        function(flags, **values)
+
+    command.__doc__ = function.__doc__
+    command.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
+    command.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
+    return command

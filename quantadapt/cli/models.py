@@ -1,0 +1,134 @@
+"""What the commands that work with one model share: open it, find its data, check the output."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import ModelError, OutputError, PlanRefused
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..spec import DataSpec
+    from .session import Session
+
+RECORD = "quantadapt.json"
+ADAPTER = "adapter"
+MERGED = "merged"
+
+
+@contextmanager
+def waiting(shown: Session, text: str) -> Iterator[None]:
+    """Show a spinner, and afterwards how long it took."""
+    from .progress import spinner
+
+    started = time.perf_counter()
+    with spinner(shown.progress, text):
+        yield
+    shown.err.print(f"{text}: {time.perf_counter() - started:.1f} s", style="dim", soft_wrap=True)
+
+
+def open_model(path: str, device: str | None) -> nn.Module:
+    """Load a run folder, an adapter, a saved or merged model, or any checkpoint or hub id.
+
+    Raises:
+        ModelError: there is nothing to load.
+    """
+    from ..checkpoint import check_model, quantization_of
+    from ..pipeline import load, quantize
+
+    folder = Path(path).expanduser()
+    ours = any((folder / name / RECORD).exists() for name in (".", ADAPTER, MERGED))
+    if ours:
+        return load(folder, device=device or "auto")
+    if (folder / "adapter_config.json").exists():
+        return load(folder, device=device or "auto")  # says what it misses
+    if found := check_model(path):
+        raise PlanRefused(found)
+    config = quantization_of(str(folder))
+    backend = "none" if config is None else _backend_of(config, path)
+    return quantize(str(folder) if folder.exists() else path, backend, device=device or "auto")
+
+
+def _backend_of(config: dict[str, Any], path: str) -> str:
+    from ..registry import registry
+
+    for backend in registry().backends():
+        if backend.quantizer.from_checkpoint(config) is not None:
+            return backend.name
+    method = config.get("quant_method", "an unknown method")
+    fix = "install the plugin that can; `quantadapt backends` lists those that are there"
+    raise ModelError(f"no backend here reads a checkpoint made by {method}", fix=fix, where=path)
+
+
+def data_of(path: str, data: str | None) -> tuple[DataSpec, str]:
+    """Return which data to measure on, and where that choice came from.
+
+    It is what `data` names, or what the run at `path` used, or the bundled demo's.
+    """
+    from ..spec import DataSpec, Spec
+
+    if data is not None:
+        return DataSpec(path=data), data
+    spec = Path(path).expanduser() / "spec.yaml"
+    if spec.exists():
+        found = Spec.load(spec).data
+        return found, f"the run's data, {found.path or 'the bundled demo'}"
+    return DataSpec(), "the bundled demo's data; --data names other data"
+
+
+def check_record(path: str, kind: Literal["dense", "requantize"]) -> None:
+    """Raise MergeRefused before anything is loaded, where the saved adapter's record says so.
+
+    What cannot be read here is left for loading to complain about.
+    """
+    from ..errors import MergeRefused
+    from ..machine import this_machine
+    from ..planning import make_cell, merge_refusals
+    from ..registry import registry
+
+    folder = Path(path).expanduser()
+    record = next((r for f in (folder / ADAPTER, folder) if (r := _record(f))), None)
+    if record is None or not record.get("adapter"):
+        return
+    backend = registry().backend(record["backend"])
+    adapter = registry().adapter(record["adapter"])
+    quantizer = backend.quantizer(**record["options"])
+    device = this_machine().default_device
+    options = {**adapter.defaults, **record.get("adapter_options", {})}
+    cell = make_cell(backend, quantizer, adapter, options, device, record["dtype"])
+    if found := merge_refusals(cell, backend, adapter, kind):
+        raise MergeRefused(found)
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raise OutputError now if `folder` could not be written after all the work."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    where = str(folder)
+    if not folder.is_dir():
+        raise OutputError("a file is in the way", fix="choose another --output", where=where)
+    if not is_ours(folder):
+        what = "the folder is not empty and was not made by quantadapt"
+        raise OutputError(what, fix="choose another --output", where=where)
+    if not overwrite:
+        what = "the folder holds a model already"
+        raise OutputError(what, fix="choose another --output, or pass --overwrite", where=where)
+
+
+def is_ours(folder: Path) -> bool:
+    """Say whether quantadapt wrote a model into this very folder."""
+    return "backend" in (_record(folder) or {})
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,123 @@
+"""`quantadapt plan` and `quantadapt schema`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .commands import add
+from .flags import JsonOption, SpecFlags, with_spec_flags
+from .session import session
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..planning import Plan
+
+_EXAMPLES = {
+    "plan": (
+        "quantadapt plan --backend torchao-int4 --adapter vera",
+        "quantadapt plan config.yaml --merge requantize --json",
+    ),
+    "schema": (
+        "quantadapt schema > quantadapt.schema.json",
+        "# and as the first line of config.yaml:",
+        "# yaml-language-server: $schema=quantadapt.schema.json",
+    ),
+}
+
+
+def register(app: typer.Typer, name: str) -> None:
+    """Add the command to `app`."""
+    add(app, name, with_spec_flags(plan) if name == "plan" else schema, *_EXAMPLES[name])
+
+
+def plan(flags: SpecFlags, json: JsonOption = False) -> None:
+    """Show what a run would do, or why it is refused; does nothing.
+
+    Takes the same flags as `run`. All mistakes are reported at once, each with the way out.
+    """
+    with session(as_json=json) as shown:
+        from ..planning import plan as make_plan
+
+        made = make_plan(flags.spec())
+        if json:
+            shown.print_json(made.to_dict() | {"spec": made.spec.model_dump(mode="json")})
+            return
+        shown.out.print(_table(made))
+        for problem in made.merge_refusals:
+            shown.out.print(f"\nno merge: {problem}", markup=False, soft_wrap=True)
+        for note in made.notes:
+            shown.out.print(f"\nnote: {note}", markup=False, soft_wrap=True)
+
+
+def schema() -> None:
+    """Print the JSON schema of a run's YAML file, for editors.
+
+    It knows the options of the backends that are installed here.
+    """
+    with session() as shown:
+        shown.print_json(spec_schema())
+
+
+def _table(made: Plan) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in _rows(made):
+        table.add_row(key, escape(value))
+    return table
+
+
+def _rows(made: Plan) -> list[tuple[str, str]]:
+    from .progress import merge_words, model_name
+
+    spec, train = made.spec, made.spec.train
+    length = (
+        f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
+    )
+    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    backend = _options(made.backend.name, made.quantizer.model_dump())
+    return [
+        ("model", model_name(made)),
+        ("backend", f"{backend}, as the checkpoint has it" if made.adopt else backend),
+        ("adapter", _options(made.adapter.name, dict(made.adapter_options))),
+        ("device", f"{made.device}, computing in {made.dtype}"),
+        ("data", spec.data.path or "the bundled demo's"),
+        ("train", f"{length} of {batch} examples, learning rate {train.learning_rate:g}"),
+        ("output", str(spec.output)),
+        ("export", f"adapter, {merge_words(made)}"),
+    ]
+
+
+def _options(name: str, options: dict[str, Any]) -> str:
+    given = ", ".join(f"{key}={value}" for key, value in options.items())
+    return f"{name} ({given})" if given else name
+
+
+def spec_schema() -> dict[str, Any]:
+    """Return the JSON schema of `Spec`, with the options of each backend that is known here."""
+    from ..registry import registry
+    from ..spec import Spec
+
+    made = Spec.model_json_schema()
+    made["title"] = "quantadapt run"
+    named = made["$defs"]["BackendSpec"]
+    known = {backend.name: backend.quantizer for backend in registry().backends()}
+    named["properties"]["name"]["examples"] = sorted(known)
+    named["allOf"] = [
+        {
+            "if": {"properties": {"name": {"const": name}}, "required": ["name"]},
+            "then": {"properties": quantizer.model_json_schema().get("properties", {})},
+        }
+        for name, quantizer in sorted(known.items())
+    ]
+    for key in ("backend", "adapter"):  # a bare name is as good
+        made["properties"][key] = {
+            "anyOf": [{"type": "string"}, made["properties"][key]],
+        }
+    return made

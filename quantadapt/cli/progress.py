@@ -1,0 +1,246 @@
+"""Shows a run while it goes on, and what came out of it.
+
+On a terminal there is a spinner for the stage that is going on and a bar with loss and learning
+rate while training; elsewhere the same facts come as plain lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..planning import Plan
+
+BETWEEN = "loading libraries and data"
+_PLAIN_LINES = 10
+_PERPLEXITY = {
+    "unquantized": "the model as it was",
+    "quantized": "quantized, before training",
+    "tuned": "quantized and tuned",
+    "merged": "merged into one model",
+}
+
+
+class RunDisplay:
+    """A listener for `pipeline.run`; use it as a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.details: list[str] = []
+        self.stage = ""
+        self._live: Progress | None = None
+        self._task = TaskID(0)
+        self._last_line = 0
+
+    def __enter__(self) -> RunDisplay:
+        self._wait(BETWEEN)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def __call__(self, event: str, data: Mapping[str, Any]) -> None:
+        """Show one event; those it does not know are passed over."""
+        handler = getattr(self, f"on_{event}", None)
+        if handler is not None:
+            handler(data)
+
+    def on_stage(self, data: Mapping[str, Any]) -> None:
+        """A stage begins or is done."""
+        name = str(data["name"])
+        if data["state"] == "start":
+            self.stage, self.details, self._last_line = name, [], 0
+            self._wait(name)
+            return
+        details = "   ".join(self.details)
+        self._stop()
+        line = f"[green]✓[/green] {name:<9}{data['seconds']:>7.1f} s   {details}"
+        self.console.print(line.rstrip(), soft_wrap=True)
+        self._wait(BETWEEN)
+
+    def on_perplexity(self, data: Mapping[str, Any]) -> None:
+        """A perplexity was measured."""
+        self.details.append(f"perplexity {data['name']} [bold]{data['value']:.4g}[/bold]")
+
+    def on_note(self, data: Mapping[str, Any]) -> None:
+        """Something the user may want to know."""
+        self.console.print(f"note: {data['text']}", markup=False, soft_wrap=True)
+
+    def on_log(self, data: Mapping[str, Any]) -> None:
+        """Training reports a step."""
+        step, most = int(data["step"]), int(data["max_steps"])
+        numbers = f"loss {data['loss']:.4f}   lr {data['learning_rate']:.2e}"
+        self.details = [f"{step} steps   loss {data['loss']:.4f}"]
+        if self.console.is_terminal:
+            self._train_bar(step, most, numbers)
+        elif step >= most or (step - self._last_line) * _PLAIN_LINES >= most:
+            self._last_line = step
+            self.console.print(f"  train step {step}/{most}   {numbers}", soft_wrap=True)
+
+    def _train_bar(self, step: int, most: int, numbers: str) -> None:
+        if self._live is None or self._live.tasks[0].total is None:
+            self._start(
+                Progress(
+                    SpinnerColumn(),
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    TextColumn("{task.completed}/{task.total}"),
+                    TextColumn("{task.fields[numbers]}"),
+                    TimeRemainingColumn(),
+                    **_options(self.console),
+                ),
+                "train",
+                total=most,
+                numbers=numbers,
+            )
+        assert self._live is not None
+        self._live.update(self._task, completed=step, numbers=numbers)
+
+    def _wait(self, text: str) -> None:
+        """Show a spinner; nothing where there is no terminal."""
+        if self.console.is_terminal:
+            self._start(_spinner(self.console), text, total=None)
+
+    def _start(self, live: Progress, text: str, **task: Any) -> None:
+        self._stop()
+        self._live = live
+        self._task = live.add_task(text, **task)
+        live.start()
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+@contextmanager
+def spinner(console: Console, text: str) -> Iterator[None]:
+    """Show a spinner while the body runs; nothing where there is no terminal."""
+    if not console.is_terminal:
+        yield
+        return
+    with _spinner(console) as live:
+        live.add_task(text, total=None)
+        yield
+
+
+def _spinner(console: Console) -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    return Progress(*columns, **_options(console))
+
+
+def _options(console: Console) -> dict[str, Any]:
+    """Leave stdout alone: vendors' output must not come to the screen through rich."""
+    return {
+        "console": console,
+        "transient": True,
+        "redirect_stdout": False,
+        "redirect_stderr": False,
+    }
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """Return the plan in three lines."""
+    spec, train = plan.spec, plan.spec.train
+    steps = (
+        f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
+    )
+    quantizer = _call(plan.backend.name, plan.quantizer.model_dump())
+    adapter = _call(plan.adapter.name, plan.adapter_options)
+    return [
+        f"model   {model_name(plan)} on {plan.device} in {plan.dtype}",
+        f"train   {adapter} on {quantizer}, {steps} at {train.learning_rate:g}",
+        f"output  {spec.output}: adapter, {merge_words(plan)}",
+    ]
+
+
+def model_name(plan: Plan) -> str:
+    """Return the model as the user named it."""
+    return plan.spec.model or "the bundled demo"
+
+
+def merge_words(plan: Plan) -> str:
+    """Say what becomes of the merge."""
+    if plan.merge == "never":
+        rules = ", ".join(problem.rule or problem.what for problem in plan.merge_refusals)
+        return f"no merged model ({rules})" if rules else "no merged model"
+    return "dense merged model" if plan.merge == "dense" else "merged model, quantized again"
+
+
+def _call(name: str, options: Mapping[str, Any]) -> str:
+    given = ", ".join(f"{key}={value}" for key, value in options.items())
+    return f"{name}({given})" if given else name
+
+
+def show_result(console: Console, folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Print the perplexities, a sample before and after, the merge verdict and the report."""
+    console.print()
+    console.print(_perplexities(metrics.get("perplexity", {})))
+    for sample in metrics.get("samples", [])[:1]:
+        console.print(_sample(sample))
+    for line in merge_verdict(metrics.get("merge", {})):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(f"report: [bold]{escape(str(folder / 'report.html'))}[/bold]", soft_wrap=True)
+
+
+def _perplexities(found: Mapping[str, float]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("perplexity on held-out data")
+    table.add_column("", justify="right")
+    for name, text in _PERPLEXITY.items():
+        if (value := found.get(name)) is not None:
+            style = "bold green" if name == "tuned" else ""
+            table.add_row(f"{name}: {text}", f"{value:.4g}", style=style)
+    return table
+
+
+def _sample(sample: Mapping[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 3, 0, 0))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    table.add_row("")
+    for name in ("prompt", "before", "after"):
+        table.add_row(name, escape(_shown(str(sample.get(name, "")))))
+    table.add_row("")
+    return table
+
+
+def _shown(text: str, lines: int = 6) -> str:
+    """Return the first lines of a text, without the empty ones around them."""
+    kept = text.strip().splitlines()
+    return "\n".join([*kept[:lines], "..."] if len(kept) > lines else kept) or "(nothing)"
+
+
+def merge_verdict(merge: Mapping[str, Any]) -> list[str]:
+    """Return what became of the merge, in sentences."""
+    kind = merge.get("kind")
+    if kind == "refused":
+        refused = merge.get("refusals", [])
+        return [f"merge: refused, {p['what']} [rule {p['rule']}]; {p['fix']}" for p in refused]
+    if kind not in ("dense", "requantize"):
+        return ["merge: none asked for"]
+    facts = [f"merge: {'dense' if kind == 'dense' else 'quantized again'}"]
+    if (kl := merge.get("kl")) is not None:
+        facts.append(f"KL to the adapter {max(kl, 0.0):.1e} nats per token")
+    if (top1 := merge.get("top1")) is not None:
+        facts.append(f"same first choice for {top1:.1%} of tokens")
+    if (kept := merge.get("gain_kept")) is not None:
+        facts.append(f"keeps {kept:.0%} of the gain")
+    return [", ".join(facts)]

@@ -1,0 +1,93 @@
+"""`quantadapt quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .commands import add
+from .flags import DeviceOption, DtypeOption, JsonOption
+from .session import session
+
+if TYPE_CHECKING:
+    from ..planning import Plan
+
+
+def register(app: typer.Typer, name: str) -> None:
+    """Add the command to `app`."""
+    add(
+        app,
+        name,
+        quantize,
+        "quantadapt quantize ORG/NAME --backend hqq --set bits=3 --output model-hqq3",
+        "quantadapt quantize ./model --backend bnb-nf4 --output model-nf4 --overwrite",
+    )
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the checkpoint.")],
+    backend: Annotated[
+        str, typer.Option("--backend", "-b", help="A name from `quantadapt backends`.")
+    ] = "hqq",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="An option of the backend, e.g. bits=3; repeatable."
+        ),
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model that quantadapt wrote there.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Quantize a model and save the checkpoint.
+
+    The checkpoint is in the backend's own format, or in that of transformers where there is one.
+    """
+    with session(as_json=json) as shown:
+        from ..planning import plan
+        from .models import check_output, waiting
+
+        made = plan(_spec(model, backend, set_ or [], device, dtype))
+        check_output(output, overwrite)
+        with waiting(shown, f"quantizing with {made.backend.name}"):
+            facts = _quantized(made, output, overwrite)
+        if json:
+            shown.print_json(facts)
+            return
+        options = ", ".join(f"{k}={v}" for k, v in facts["options"].items())
+        size = f"{facts['mib']:.1f} MiB"
+        text = f"{output}: {facts['backend']} ({options}), {size}"
+        shown.out.print(text, markup=False, soft_wrap=True)
+
+
+def _spec(
+    model: str, backend: str, overrides: list[str], device: str | None, dtype: str | None
+) -> Any:
+    from ..spec import Spec, apply_overrides
+
+    options = apply_overrides({}, [item.removeprefix("backend.") for item in overrides])
+    values: dict[str, Any] = {"model": model, "backend": {**options, "name": backend}}
+    given = {"device": device, "dtype": dtype}
+    return Spec(**values, **{key: value for key, value in given.items() if value is not None})
+
+
+def _quantized(made: Plan, output: Path, overwrite: bool) -> dict[str, Any]:
+    """Quantize and save; return what was written."""
+    from ..pipeline import quantize_plan, save
+    from ..run_folder import folder_size
+
+    save(quantize_plan(made), output, overwrite=overwrite)
+    return {
+        "path": str(output),
+        "model": made.model,
+        "backend": made.backend.name,
+        "options": made.quantizer.model_dump(mode="json"),
+        "dtype": made.dtype,
+        "mib": folder_size(output) / 2**20,
+    }

@@ -1,0 +1,160 @@
+"""What every built-in command runs in: consoles that reach the user, vendors kept quiet, and one
+place where errors become sentences and exit codes.
+
+    with session(as_json=json) as shown:
+        shown.out.print("...")
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TextIO
+
+from . import TRACEBACK
+from .quiet import Quiet
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+INTERRUPTED = 130
+_PLAIN_WIDTH = 120
+
+
+@dataclass
+class Session:
+    """What a command prints with.
+
+    Attributes:
+        out: stdout, for what the command is asked for.
+        err: stderr, for everything else.
+        as_json: one JSON document is wanted on `out`, and nothing else there.
+    """
+
+    out: Console
+    err: Console
+    as_json: bool
+    quiet: Quiet
+
+    @property
+    def progress(self) -> Console:
+        """Where progress goes: never between the lines of a JSON document."""
+        return self.err if self.as_json else self.out
+
+    def note(self, text: str) -> None:
+        """Tell the user something beside the results."""
+        self.err.print(f"note: {text}", markup=False, soft_wrap=True)
+
+    def print_json(self, value: object) -> None:
+        """Print a JSON document; numbers that JSON cannot hold become null."""
+        text = json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str)
+        self.out.file.write(f"{text}\n")
+
+    def move_log(self, path: Path) -> None:
+        """Log into `path` from now on."""
+        self.quiet.move_log(path)
+
+
+@contextmanager
+def session(*, as_json: bool = False) -> Iterator[Session]:
+    """Run the body quietly. Whatever it raises ends in SystemExit with the right code."""
+    quiet = Quiet(lambda text: shown.note(text))
+    quiet.start()
+    shown = Session(_console(quiet.out), _console(quiet.err), as_json, quiet)
+    code = 0
+    try:
+        yield shown
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException as error:
+        code = _report(shown, error)
+    finally:
+        quiet.stop(keep_log=code == 1)
+    if code:
+        raise SystemExit(code)
+
+
+def report_failure(error: BaseException, stream: IO[str], log: str = "") -> int:
+    """Print what went wrong, as sentences, and return the exit code.
+
+    Args:
+        error: a QuantadaptError has its own words and code; anything else is a bug.
+        stream: where to.
+        log: the file that holds the traceback, if there is one.
+    """
+    from ..errors import QuantadaptError
+
+    if os.environ.get(TRACEBACK, "") not in ("", "0"):
+        traceback.print_exception(error, file=stream)
+    if isinstance(error, KeyboardInterrupt):
+        stream.write("Interrupted.\n")
+        return INTERRUPTED
+    if isinstance(error, QuantadaptError):
+        stream.write(f"Error: {error}\n")
+        if log and error.exit_code == 1:
+            stream.write(f"Details are in {log}\n")
+        return error.exit_code
+    place = f"the traceback is in {log}" if log else f"{TRACEBACK}=1 shows the traceback"
+    reason = " ".join(str(error).split())[:300]
+    stream.write(
+        f"Error: {type(error).__name__}: {reason}\n"
+        f"This was not expected; {place}. Please report it together with that file.\n"
+    )
+    return 1
+
+
+def _report(shown: Session, error: BaseException) -> int:
+    from ..errors import QuantadaptError
+
+    expected = isinstance(error, KeyboardInterrupt | QuantadaptError)
+    if not expected or error.__cause__ is not None:
+        shown.quiet.write_log("".join(traceback.format_exception(error)))
+    log = shown.quiet.log
+    has_log = log.stat().st_size > 0
+    code = report_failure(error, shown.err.file, str(log) if has_log else "")
+    if shown.as_json:
+        shown.print_json(_error_document(error, code))
+    return code
+
+
+def _error_document(error: BaseException, code: int) -> dict[str, Any]:
+    problems = [vars(problem) for problem in getattr(error, "problems", ())]
+    kind, text = type(error).__name__, str(error)
+    return {"error": {"type": kind, "message": text, "problems": problems, "exit_code": code}}
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    width = _width(stream)
+    return Console(file=stream, highlight=False, width=width, emoji=False)
+
+
+def _width(stream: TextIO) -> int | None:
+    """Return the width to use, or None to follow the terminal."""
+    if stream.isatty():
+        return None if sys.stdin is not None and sys.stdin.isatty() else _terminal_width(stream)
+    return int(os.environ.get("COLUMNS", "0") or 0) or _PLAIN_WIDTH
+
+
+def _terminal_width(stream: TextIO) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 80
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value

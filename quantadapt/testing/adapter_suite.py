@@ -1,0 +1,201 @@
+"""Does every adapter start, train, come back, and merge as declared?"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from .bench import Bench, Suite, cells, change, relative
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class AdapterSuite(Suite):
+    """The backend under each of the suite's adapters."""
+
+    def test_attaching_changes_nothing(self, bench: Bench, adapter: str) -> None:
+        import torch
+
+        from ..records import Start
+
+        trained = bench.trained(adapter)
+        error = relative(trained.start, bench.base_logits)
+        bench.note(adapter, start_change=error)
+        start = bench.cell_of(adapter)[1].start
+        if start is Start.ZERO:
+            assert change(trained.start, bench.base_logits) == 0
+        elif start is Start.ROUNDING:
+            assert error <= bench.tolerance.attach
+        else:
+            assert error > bench.tolerance.attach, "it starts at zero: declare it"
+
+    def test_loss_falls(self, bench: Bench, adapter: str) -> None:
+        losses = bench.trained(adapter).losses
+        bench.note(adapter, loss_before=losses[0], loss_after=losses[-1])
+        assert all(loss == loss for loss in losses)
+        assert losses[-1] < losses[0]
+
+    def test_only_adapter_parameters_move(self, bench: Bench, adapter: str) -> None:
+        trained = bench.trained(adapter)
+        assert trained.moved
+        assert trained.moved <= trained.trainable
+        assert trained.with_gradient <= trained.trainable
+        assert not {n for n in trained.trainable if n.endswith(("W_q", "base_layer.weight"))}
+
+    def test_base_stays_byte_for_byte(self, bench: Bench, adapter: str) -> None:
+        at = bench.trained(adapter).base_at
+        assert at["before"]
+        assert at["end"] == at["start"]
+        if adapter not in bench.suite.rewrites_base:
+            assert at["start"] == at["before"]
+
+    def test_disabled_adapter_leaves_the_base(self, bench: Bench, adapter: str) -> None:
+        import torch
+
+        model = bench.trained(adapter).model
+        with model.disable_adapter():
+            logits = bench.logits(model)
+        if adapter not in bench.suite.rewrites_base:
+            assert change(logits, bench.base_logits) == 0
+        assert change(bench.logits(model), bench.trained(adapter).tuned) == 0
+
+    def test_save_and_load(self, bench: Bench, adapter: str) -> None:
+        import torch
+
+        from ..pipeline import load, save
+
+        trained = bench.trained(adapter)
+        folder = save(trained.model, bench.folder())
+        loaded = load(folder, base=bench.fresh())
+        error = relative(bench.logits(loaded), trained.tuned)
+        bench.note(adapter, reload_error=error)
+        assert error <= bench.reload_tolerance(adapter)
+
+    def test_vanilla_peft_loads_it(self, bench: Bench, adapter: str) -> None:
+        import torch
+        from peft import PeftModel
+
+        trained = bench.trained(adapter)
+        folder = bench.folder()
+        trained.model.save_pretrained(str(folder))
+        loaded = PeftModel.from_pretrained(bench.fresh(), str(folder))
+        error = relative(bench.logits(loaded), trained.tuned)
+        assert error <= bench.reload_tolerance(adapter)
+
+    def test_load_quantizes_the_recorded_base(self, bench: Bench) -> None:
+        import torch
+
+        from ..pipeline import load, save
+
+        for adapter in bench.adapters_for("attach")[:1]:
+            trained = bench.trained(adapter)
+            loaded = load(save(trained.model, bench.folder()), device=bench.suite.device)
+            assert change(bench.logits(loaded), trained.tuned) == 0
+
+    def test_adalora_moves_its_budget(self, bench: Bench) -> None:
+        if "adalora" not in bench.adapters_for("attach"):
+            return
+        trained = bench.trained("adalora")
+        config: Any = trained.model.peft_config["default"]
+        count = len(bench.facades())
+        assert trained.allocated[0] == count * config.init_r
+        assert trained.allocated[-1] == count * config.target_r
+        kept = [sum(flags) for flags in config.rank_pattern.values()]
+        assert sum(kept) == count * config.target_r
+
+    # Merging -----------------------------------------------------------------------------------
+
+    @cells("dense")
+    def test_dense_merge(self, bench: Bench, adapter: str) -> None:
+        import torch
+
+        from ..facade import densify, facades
+        from ..merging import merged_model
+
+        trained = bench.trained(adapter)
+        before = _tensors(trained.model)
+        merged = merged_model(trained.model, "dense")
+        logits = bench.logits(merged)
+        assert not list(facades(merged))
+        exact = bench.logits(densify(copy.deepcopy(trained.model)))
+        bench.note(
+            adapter,
+            merge_error=relative(logits, trained.tuned),
+            merge_error_dense=relative(logits, exact),
+        )
+        assert relative(logits, exact) <= bench.tolerance.vendor
+        assert relative(logits, trained.tuned) <= bench.tolerance.activations
+        assert _tensors(trained.model) == before, "merging changed the model that was merged"
+        assert change(bench.logits(trained.model), trained.tuned) == 0
+
+    @cells("dense")
+    def test_merged_model_is_an_ordinary_checkpoint(self, bench: Bench, adapter: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from ..merging import merged_model
+
+        merged = merged_model(bench.trained(adapter).model, "dense")
+        folder = bench.folder()
+        merged.save_pretrained(str(folder))  # type: ignore[operator]
+        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=bench.torch_dtype)
+        loaded = loaded.to(bench.suite.device)
+        assert type(loaded) is type(bench.dense)
+        assert change(bench.logits(loaded), bench.logits(merged)) == 0
+
+    @cells("requantize")
+    def test_requantized_merge(self, bench: Bench, adapter: str) -> None:
+        import torch
+
+        from ..facade import facades
+        from ..merging import merged_model
+
+        trained = bench.trained(adapter)
+        before = _tensors(trained.model)
+        dense = merged_model(trained.model, "dense")
+        again = merged_model(trained.model, "requantize")
+        found = dict(facades(again))
+        assert set(found) == set(bench.facades())
+        errors = [
+            relative(facade.dequantize(), dense.get_submodule(name).weight)
+            for name, facade in found.items()
+        ]
+        bench.note(adapter, requantize_error=max(errors))
+        assert max(errors) <= bench.tolerance.weight.error
+        assert _tensors(trained.model) == before, "merging changed the model that was merged"
+        assert change(bench.logits(trained.model), trained.tuned) == 0
+
+    @cells("requantize")
+    def test_requantized_merge_is_saved(self, bench: Bench, adapter: str) -> None:
+        import torch
+
+        from ..merging import merged_model
+        from ..state import state_of
+
+        if adapter != bench.adapters_for("requantize")[0]:
+            return
+        model = bench.trained(adapter).model
+        state = state_of(model)
+        merged = merged_model(model, "requantize")
+        folder = bench.folder()
+        state.quantizer.save(merged, folder)
+        loaded = _load_base(bench, folder)
+        assert change(bench.logits(loaded), bench.logits(merged)) == 0
+
+
+def _load_base(bench: Bench, folder: Any) -> nn.Module:
+    """Load a quantized checkpoint into facades."""
+    from ..facade import wrap
+
+    quantizer = bench.plan.quantizer
+    model = quantizer.load(str(folder), device=bench.suite.device, dtype=bench.torch_dtype)
+    skip: tuple[str, ...] = bench.base.quantadapt.skip_modules  # type: ignore[union-attr, assignment]
+    return wrap(model, quantizer.target, bench.torch_dtype, skip)
+
+
+def _tensors(model: nn.Module) -> dict[str, str]:
+    """Return a digest of every tensor of a model, facades included."""
+    from .bench import digest
+
+    return {name: digest(value) for name, value in model.state_dict().items()}

@@ -1,0 +1,508 @@
+"""What the tests of one backend share: the plan, one quantized model, one training per adapter.
+
+Everything is made once, when the first test asks for it; tests that change a model get a copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+
+from .. import demo
+from ..capabilities import Merge
+from ..planning import Plan, attach_refusals, merge_refusals, plan
+from ..records import Adapter, Backend
+from ..registry import registry
+from ..spec import Spec
+from .tolerances import Tolerance, tolerance
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from torch import Tensor, nn
+
+    from ..facade import QuantLinear
+
+ADAPTERS = ("lora", "dora", "vera", "adalora", "ia3")
+STEPS = 4
+LEARNING_RATE = 5e-3
+SEQUENCE = 24
+
+Adapters = Mapping[str, Mapping[str, Any]]
+
+SMALL: Adapters = {
+    # A schedule that really moves the budget within the few steps taken here.
+    "adalora": {"total_step": 5, "tinit": 1, "tfinal": 2, "deltaT": 1},
+}
+"""Options that the suite gives to adapters."""
+
+
+class Suite:
+    """What all suites have in common: the class attributes, and the bench behind the tests."""
+
+    backend: ClassVar[str]
+    options: ClassVar[Mapping[str, Any]] = {}
+    device: ClassVar[str] = "cpu"
+    dtype: ClassVar[str] = "float32"
+    adapters: ClassVar[tuple[str, ...]] = ADAPTERS
+    adapter_options: ClassVar[Adapters] = {}
+    rewrites_base: ClassVar[tuple[str, ...]] = ("pissa",)
+    """Adapters that take a part of the base's weights over when they are attached."""
+    reshaped: ClassVar[tuple[str, ...]] = ("adalora",)
+    """Adapters of which PEFT saves smaller tensors than it trains: a reload may round."""
+    bits: ClassVar[float | None] = None
+    strict: ClassVar[bool] = os.environ.get("QUANTADAPT_STRICT", "1") != "0"
+
+    _bench: ClassVar[Bench | None] = None
+
+    @classmethod
+    def setup_class(cls) -> None:
+        cls._bench = Bench(cls)
+
+    @classmethod
+    def teardown_class(cls) -> None:
+        if cls._bench is not None:
+            cls._bench.close()
+        cls._bench = None
+
+    @pytest.fixture(name="bench")
+    def _bench_fixture(self) -> Bench:
+        assert self._bench is not None
+        return self._bench
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Give a test its adapters: those that its `cells` mark asks for and no rule refuses."""
+        if "adapter" not in metafunc.fixturenames:
+            return
+        wanted = getattr(metafunc.function, "cells", "attach")
+        names = Bench(type(self)).adapters_for(wanted)
+        metafunc.parametrize("adapter", names)
+
+
+def cells(wanted: str) -> Any:
+    """Mark a test with the cells it is about: all, attach, dense or requantize."""
+
+    def mark(function: Any) -> Any:
+        function.cells = wanted
+        return function
+
+    return mark
+
+
+@dataclass
+class Trained:
+    """One adapter, attached and trained for a few steps, and everything measured on the way.
+
+    Attributes:
+        model: the tuned PeftModel, in eval mode.
+        facades: the base's facades; the same objects that PEFT wrapped.
+        start, tuned: logits right after attaching, and after training.
+        losses: before each step.
+        base_at: digests of the base's tensors "before" attaching, at the "start" of training and
+            at its "end".
+        trainable: names of the parameters with requires_grad.
+        moved: names of the parameters that training changed.
+        with_gradient: names of the parameters that got a gradient.
+        allocated: AdaLoRA's number of active directions after each step.
+    """
+
+    model: PeftModel
+    start: Tensor
+    tuned: Tensor
+    losses: list[float]
+    base_at: dict[str, dict[str, str]]
+    trainable: set[str]
+    moved: set[str]
+    with_gradient: set[str]
+    allocated: list[int] = field(default_factory=list)
+
+
+class Bench:
+    """One backend with its options on one device, ready to be measured."""
+
+    def __init__(self, suite: type[Suite]) -> None:
+        self.suite = suite
+        self.figures: dict[str, dict[str, float]] = {}
+        self._trained: dict[str, Trained | Exception] = {}
+        self._tracebacks: dict[str, TracebackType | None] = {}
+
+    # Declarations: nothing heavy is imported.
+
+    @cached_property
+    def record(self) -> Backend:
+        """The backend's record."""
+        return registry().backend(self.suite.backend)
+
+    def spec(self, adapter: str = "lora", **values: Any) -> Spec:
+        """Return a spec of this backend with `adapter` as the suite trains it."""
+        options = {**SMALL.get(adapter, {}), **self.suite.adapter_options.get(adapter, {})}
+        defaults: dict[str, Any] = {
+            "model": str(demo.MODEL_DIR),
+            "backend": {"name": self.suite.backend, **self.suite.options},
+            "adapter": {"name": adapter, **options},
+            "device": self.suite.device,
+            "dtype": self.suite.dtype,
+        }
+        return Spec(**{**defaults, **values})
+
+    def cell_of(self, adapter: str) -> tuple[Any, Adapter]:
+        """Return the facts about the cell with `adapter`, and the adapter's record."""
+        from ..planning import make_cell
+
+        spec = self.spec(adapter)
+        record = registry().adapter(adapter)
+        quantizer = self.record.quantizer(**self.suite.options)
+        options = {**record.defaults, **spec.adapter.options}
+        cell = make_cell(
+            self.record, quantizer, record, options, self.suite.device, self.suite.dtype
+        )
+        return cell, record
+
+    def refusals(self, adapter: str, action: str) -> list[Any]:
+        """Return why a rule refuses to "attach", "dense" or "requantize" with `adapter`."""
+        cell, record = self.cell_of(adapter)
+        found = attach_refusals(cell, self.record, record)
+        if action in ("dense", "requantize") and not found:
+            found = merge_refusals(cell, self.record, record, action)  # type: ignore[arg-type]
+        return found
+
+    def adapters_for(self, wanted: str) -> list[str]:
+        """Return the suite's adapters for which `wanted` is allowed; all of them for "all"."""
+        names = self.suite.adapters
+        return [n for n in names if wanted == "all" or not self.refusals(n, wanted)]
+
+    def declared(self, adapter: str) -> str:
+        """Return what the cell declares: DENSE, REQUANTIZE, NEVER or refused."""
+        if self.refusals(adapter, "attach"):
+            return "refused"
+        if self.refusals(adapter, "dense"):
+            return Merge.NEVER.name
+        refused = self.refusals(adapter, "requantize")
+        return Merge.DENSE.name if refused else Merge.REQUANTIZE.name
+
+    def note(self, adapter: str, **figures: float) -> None:
+        """Remember figures of a cell, or of the backend itself where `adapter` is empty."""
+        self.figures.setdefault(adapter, {}).update(figures)
+
+    # Models.
+
+    @cached_property
+    def _scratch(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix="quantadapt-")
+
+    def folder(self) -> Path:
+        """Return a new, empty folder."""
+        return Path(tempfile.mkdtemp(dir=self._scratch.name))
+
+    def close(self) -> None:
+        """Drop the models and the folders."""
+        if "_scratch" in vars(self):
+            self._scratch.cleanup()
+        self._trained.clear()
+        for name in ("base", "dense", "_scratch"):
+            vars(self).pop(name, None)
+
+    @property
+    def source(self) -> str:
+        """The checkpoint folder of the small model."""
+        return str(small_model())
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan for the small model with the first adapter."""
+        return plan(self.spec(model=self.source))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.suite.dtype)
+        return dtype
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        """The small model, unquantized."""
+        from ..loading import from_pretrained
+
+        device_map = {"": self.suite.device}
+        return from_pretrained(self.source, dtype=self.torch_dtype, device_map=device_map).eval()
+
+    @cached_property
+    def base(self) -> nn.Module:
+        """The small model, quantized from disk; not to be changed."""
+        from ..pipeline import quantize_plan
+
+        return quantize_plan(self.plan).eval()
+
+    def fresh(self) -> nn.Module:
+        """Return a copy of the quantized base."""
+        return copy.deepcopy(self.base)
+
+    def vendor_model(self) -> nn.Module:
+        """Return the quantized model as its vendor made it, without facades."""
+        from ..facade import unwrap
+
+        model = unwrap(self.fresh())
+        del model.quantadapt
+        return model
+
+    def facades(self) -> dict[str, QuantLinear]:
+        """Return name -> facade of the base."""
+        from ..facade import facades
+
+        return dict(facades(self.base))
+
+    def some_facade(self) -> QuantLinear:
+        """Return a copy of one facade, the widest kind in the model."""
+        return copy.deepcopy(max(self.facades().values(), key=lambda f: f.in_features))
+
+    @cached_property
+    def tolerance(self) -> Tolerance:
+        """The row of the tolerance table."""
+        target: Any = self.plan.quantizer.target
+        return tolerance(self.bits(), self.suite.dtype, target.quantizes_activations)
+
+    def reload_tolerance(self, adapter: str) -> float:
+        """Return how far the logits of a reloaded adapter may be off: not at all, as a rule."""
+        return self.tolerance.vendor if adapter in self.suite.reshaped else 0.0
+
+    def bits(self) -> float:
+        """Return bits per weight: as the suite says, as the options say, or as stored."""
+        option = getattr(self.plan.quantizer, "bits", None)
+        declared = self.suite.bits if self.suite.bits is not None else option
+        if declared is not None:
+            return float(declared)
+        found = self.facades().values()
+        stored = sum(_bytes(facade) for facade in found)
+        return 8 * stored / sum(f.in_features * f.out_features for f in found)
+
+    @property
+    def ids(self) -> Tensor:
+        """Token ids of demo data, [4, SEQUENCE]."""
+        return demo_tokens().to(self.suite.device)
+
+    def input_of(self, facade: QuantLinear) -> Tensor:
+        """Return activations for one layer, the same ones each time."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, 7, facade.in_features, generator=generator)
+        return x.to(self.suite.device, self.torch_dtype)
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """Return the logits on the fixed tokens, in float32."""
+        import torch
+
+        with torch.no_grad():
+            output: Tensor = model.eval()(input_ids=self.ids).logits.float()
+        return output
+
+    @cached_property
+    def base_logits(self) -> Tensor:
+        """The logits of the quantized base."""
+        return self.logits(self.base)
+
+    # Adapters.
+
+    def attach(self, adapter: str, model: nn.Module | None = None, **options: Any) -> PeftModel:
+        """Attach `adapter` to a copy of the base, past every rule."""
+        from transformers import set_seed
+
+        from ..attaching import attach_adapter
+        from ..state import state_of
+
+        model = self.fresh() if model is None else model
+        record = registry().adapter(adapter)
+        set_seed(0)
+        given = {**self.spec(adapter).adapter.options, **options}
+        peft_model = attach_adapter(model, record, {**record.defaults, **given})
+        state = state_of(model)
+        state.adapter, state.adapter_options = record, {**record.defaults, **given}
+        return peft_model
+
+    def trained(self, adapter: str) -> Trained:
+        """Return `adapter`, attached and trained; made once."""
+        if adapter not in self._trained:
+            try:
+                self._trained[adapter] = self.train(adapter)
+            except Exception as error:
+                self._trained[adapter] = error
+                self._tracebacks[adapter] = error.__traceback__
+        found = self._trained[adapter]
+        if isinstance(found, Exception):
+            # Without the frames of the tests that met it before.
+            raise found.with_traceback(self._tracebacks[adapter])
+        return found
+
+    def train(self, adapter: str, **options: Any) -> Trained:
+        """Attach `adapter` to a copy of the base and take a few AdamW steps on demo data."""
+        import torch
+
+        base = self.fresh()
+        held = _Held(base)
+        digests = {"before": held.digests()}
+        model = self.attach(adapter, base, **options)
+        digests["start"] = held.digests()
+        start = self.logits(model)
+        before = {n: digest(p) for n, p in model.named_parameters()}
+        trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE
+        )
+        losses: list[float] = []
+        allocated: list[int] = []
+        with_gradient: set[str] = set()
+        model.train()
+        for step in range(STEPS):
+            loss = model(input_ids=self.ids, labels=self.ids).loss
+            loss.backward()
+            with_gradient |= {n for n, p in model.named_parameters() if p.grad is not None}
+            optimizer.step()
+            if hasattr(model.base_model, "update_and_allocate"):
+                model.base_model.update_and_allocate(step)
+                allocated.append(_directions(model))
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        tuned = self.logits(model)
+        losses.append(self.loss(model))
+        digests["end"] = held.digests()
+        moved = {n for n, p in model.named_parameters() if digest(p) != before[n]}
+        return Trained(
+            model, start, tuned, losses, digests, trainable, moved, with_gradient, allocated
+        )
+
+    def loss(self, model: nn.Module) -> float:
+        """Return the loss on the fixed tokens."""
+        import torch
+
+        with torch.no_grad():
+            return float(model.eval()(input_ids=self.ids, labels=self.ids).loss)
+
+
+class _Held:
+    """The tensors of a base model, held by the modules that own them, whatever PEFT wraps."""
+
+    def __init__(self, base: nn.Module) -> None:
+        from ..facade import QuantLinear
+
+        self.facades = {n: m for n, m in base.named_modules() if isinstance(m, QuantLinear)}
+        inside = {id(p) for facade in self.facades.values() for p in facade.parameters()}
+        self.others = {n: p for n, p in base.named_parameters() if id(p) not in inside}
+
+    def digests(self) -> dict[str, str]:
+        """Return name -> digest of the bytes of every tensor of the base."""
+        packed = {
+            f"{name}.{key}": digest(value)
+            for name, facade in self.facades.items()
+            for key, value in facade.state_dict().items()
+        }
+        return packed | {name: digest(value) for name, value in self.others.items()}
+
+
+def digest(value: Any) -> str:
+    """Return a digest of the bytes of a tensor, a tensor subclass, or plain data."""
+    import torch
+
+    hashed = hashlib.sha256()
+    if isinstance(value, torch.Tensor):
+        for part in plain_tensors(value):
+            flat = part.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+            hashed.update(flat.numpy().tobytes())
+    else:
+        hashed.update(repr(value).encode())
+    return hashed.hexdigest()
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the ordinary tensors of which `tensor` is made."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    for name in names:
+        yield from plain_tensors(getattr(tensor, name))
+
+
+def _bytes(facade: QuantLinear) -> int:
+    """Return the size of what is stored for a layer's weight."""
+    import torch
+
+    tensors = [v for v in facade.state_dict().values() if isinstance(v, torch.Tensor)]
+    parts = chain.from_iterable(plain_tensors(t) for t in tensors)
+    bias = 0 if facade.bias is None else facade.bias.numel() * facade.bias.element_size()
+    return sum(p.numel() * p.element_size() for p in parts) - bias
+
+
+def _directions(model: PeftModel) -> int:
+    """Return how many of AdaLoRA's singular directions are in use."""
+    values = [p for n, p in model.named_parameters() if "lora_E" in n]
+    return sum(int(value.count_nonzero()) for value in values)
+
+
+def relative(found: Tensor, reference: Tensor) -> float:
+    """Return the relative error of `found`."""
+    found, reference = found.detach().float(), reference.detach().float()
+    difference, norm = float((found - reference).norm()), float(reference.norm())
+    return difference / norm if norm else difference
+
+
+def change(found: Tensor, reference: Tensor) -> float:
+    """Return the largest absolute difference; 0 means equal bit for bit (but for signed zeros)."""
+    if found.shape != reference.shape:
+        return float("inf")
+    return float((found.detach() - reference.detach()).abs().max())
+
+
+@cache
+def small_model(layers: int = 2) -> Path:
+    """Return a checkpoint folder with the first layers of the demo; made once per process."""
+    return Path(_small_model(layers).name)
+
+
+@cache
+def _small_model(layers: int) -> tempfile.TemporaryDirectory[str]:
+    from transformers import AutoModelForCausalLM
+
+    kept = tempfile.TemporaryDirectory(prefix="quantadapt-model-")
+    source = _source()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    model.save_pretrained(kept.name)
+    for file in source.glob("*token*.json"):
+        shutil.copy(file, kept.name)
+    return kept
+
+
+def _source() -> Path:
+    return Path(os.environ.get("QUANTADAPT_TESTING_MODEL", demo.MODEL_DIR))
+
+
+@cache
+def demo_tokens(rows: int = 4) -> Tensor:
+    """Return tokens of the demo's instructions, [rows, SEQUENCE]."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(small_model())
+    lines = demo.TRAIN_FILE.read_text(encoding="utf-8").splitlines()[: 8 * rows]
+    records = [json.loads(line) for line in lines]
+    text = "\n".join(f"{r['instruction']}\n{r['output']}" for r in records)
+    ids = tokenizer(text)["input_ids"][: rows * SEQUENCE]
+    return torch.tensor(ids).reshape(rows, SEQUENCE)

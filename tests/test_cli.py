@@ -1,0 +1,593 @@
+"""The command line: what a user sees, on which stream, and the exit code."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pluggy
+import pytest
+
+import quantadapt.pipeline
+import quantadapt.registry
+from quantadapt import cli, demo
+from quantadapt.cli.commands import COMMANDS
+from quantadapt.errors import TrainingError
+from quantadapt.hookspecs import hookimpl
+from quantadapt.run_folder import RunFolder
+
+
+@dataclass
+class Shown:
+    """What a command left on the screen."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run_cli(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.delenv(cli.TRACEBACK, raising=False)
+
+    def call(*arguments: str) -> Shown:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        code = ended.value.code
+        return Shown(code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return call
+
+
+def python(*lines: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "\n".join(lines)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+
+
+# How fast it starts ------------------------------------------------------------------------------
+
+
+def test_import_loads_nothing_heavy():
+    heavy = ["torch", "peft", "transformers", "pydantic", "typer", "rich", "hqq"]
+    done = python("import quantadapt, sys", f"print([m for m in {heavy} if m in sys.modules])")
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_help_and_version_load_neither_typer_nor_rich(flag: str):
+    heavy = ["torch", "typer", "rich", "pydantic", "pluggy", "importlib.metadata"]
+    done = python(
+        "import sys, quantadapt.cli",
+        "try:",
+        f"    quantadapt.cli.main([{flag!r}])",
+        "finally:",
+        f"    print([m for m in {heavy} if m in sys.modules])",
+    )
+    assert done.stdout.strip().endswith("[]")
+
+
+def test_help_takes_less_than_a_third_of_a_second():
+    command = [sys.executable, "-m", "quantadapt.cli", "--help"]
+    best = 10.0
+    for _ in range(5):
+        before = os.times()
+        subprocess.run(command, capture_output=True, check=True)
+        after = os.times()
+        used = after.children_user + after.children_system
+        best = min(best, used - before.children_user - before.children_system)
+    assert best < 0.3, f"{best} s of processor time"
+
+
+def test_planning_loads_no_torch(tmp_path: Path):
+    done = python(
+        "import sys, quantadapt.cli",
+        "try:",
+        "    quantadapt.cli.main(['plan', '--json'])",
+        "except SystemExit:",
+        "    pass",
+        "print([m for m in ('torch', 'peft', 'hqq') if m in sys.modules], file=sys.stderr)",
+    )
+    assert done.stderr.strip().endswith("[]")
+
+
+# Help --------------------------------------------------------------------------------------------
+
+
+def test_overview_lists_every_command_and_the_exit_codes(run_cli):
+    shown = run_cli("--help")
+    assert shown.code == 0
+    assert all(f"│ {name} " in shown.out or f"| {name} " in shown.out for name in COMMANDS)
+    assert "Exit codes: 0 done, 1 failed, 2 refused" in shown.out
+    assert all(len(line) <= 100 for line in shown.out.splitlines())
+    assert run_cli().out == shown.out
+
+
+def test_version(run_cli):
+    assert run_cli("--version").out == "quantadapt 0.1.0\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_examples(name: str, run_cli):
+    shown = run_cli(name, "--help")
+    assert shown.code == 0
+    assert COMMANDS[name].help.rstrip(".") in " ".join(shown.out.split())
+    assert "Examples" in shown.out
+    assert f"quantadapt {name}" in shown.out
+
+
+def test_unknown_command_is_corrected(run_cli):
+    shown = run_cli("rnu")
+    assert shown.code == 2
+    assert "Did you mean 'run'?" in shown.err
+
+
+# Flags, YAML and --set ---------------------------------------------------------------------------
+
+
+def planned(run_cli, *arguments: str) -> dict[str, Any]:
+    shown = run_cli("plan", "--json", *arguments)
+    assert shown.code == 0, shown.err
+    assert shown.err == ""
+    return shown.json
+
+
+def test_plan_without_anything_is_the_demo(run_cli):
+    made = planned(run_cli)
+    assert (made["backend"]["name"], made["adapter"]["name"]) == ("hqq", "lora")
+    assert made["model"] == str(demo.MODEL_DIR)
+    assert made["spec"]["output"] == "runs/hqq-lora"
+
+
+def test_plan_for_people(run_cli):
+    shown = run_cli("plan", "--adapter", "lily")
+    assert shown.code == 0
+    assert "hqq (bits=4, group_size=64, axis=1)" in shown.out
+    assert "no merged model (lily-no-merge)" in shown.out
+
+
+def test_flags_win_over_the_file_and_set_over_both(run_cli):
+    text = "backend: {name: hqq, bits: 3}\ntrain: {max_steps: 7}\nseed: 1\n"
+    Path("c.yaml").write_text(text)
+    made = planned(
+        run_cli, "c.yaml", "--backend", "hqq", "--max-steps", "8", "--set", "train.max_steps=9",
+        "--set", "backend.group_size=32", "--lr", "0.5", "--merge", "never", "--data", __file__,
+    )  # fmt: skip
+    assert made["backend"]["options"] == {"bits": 3, "group_size": 32, "axis": 1}
+    spec = made["spec"]
+    assert (spec["train"]["max_steps"], spec["train"]["learning_rate"]) == (9, 0.5)
+    assert (spec["seed"], spec["export"]["merge"], spec["data"]["path"]) == (1, "never", __file__)
+
+
+def test_another_backend_does_not_get_the_options_of_the_file(run_cli):
+    Path("c.yaml").write_text("backend: {name: hqq, bits: 3}\n")
+    made = planned(run_cli, "c.yaml", "--backend", "none")
+    assert made["backend"] == {"name": "none", "options": {}}
+
+
+def test_schema_knows_the_options_of_backends(run_cli):
+    schema = run_cli("schema").json
+    by_name = {
+        rule["if"]["properties"]["name"]["const"]: rule["then"]["properties"]
+        for rule in schema["$defs"]["BackendSpec"]["allOf"]
+    }
+    assert by_name["hqq"]["bits"]["enum"] == [1, 2, 3, 4, 8]
+    assert {"type": "string"} in schema["properties"]["backend"]["anyOf"]
+
+
+# Bad input ---------------------------------------------------------------------------------------
+
+
+def write_checkpoint(folder: Path, weights: str, content: bytes) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / weights).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--backend", "hqqq"], "did you mean 'hqq'?"),
+        (["--adapter", "loar"], "did you mean 'lora'?"),
+        (["--set", "backend.bit=3"], "did you mean 'bits'?"),
+        (["--set", "backend.bits=5"], "use one of 1, 2, 3, 4 or 8"),
+        (["--set", "adapter.rr=5"], "did you mean 'r'?"),
+        (["--set", "train.max_stepz=5"], "did you mean 'max_steps'?"),
+        (["--set", "train=5", "--max-steps", "3"], "train: Input should be a valid dictionary"),
+        (["--set", "nonsense"], "write it as key=value"),
+        (["--dtype", "float8"], "use one of 'auto', 'float32'"),
+        (["--device", "gpu"], "'gpu' is no device"),
+        (["--data", "nix.jsonl"], "nix.jsonl does not exist"),
+        (["--model", "./nix"], "./nix does not exist"),
+        (["--adapter", "glora"], "[rule glora-not-supported]"),
+        (["--adapter", "lily", "--merge", "dense"], "[rule lily-no-merge]"),
+        (["--max-steps", "many"], "Invalid value for '--max-steps'"),
+        (["missing.yaml"], "missing.yaml: cannot read it: No such file or directory"),
+    ],
+)
+def test_mistakes_are_refused_in_a_sentence(arguments: list[str], expected: str, run_cli):
+    shown = run_cli("plan", *arguments)
+    assert shown.code == 2
+    assert expected in shown.err
+    assert shown.out == ""
+    assert "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("backend: hqq\n  bits: [3\n", "c.yaml:2: not valid YAML"),
+        ("- a\n", "the file holds no mapping"),
+        ("modle: x\n", "did you mean 'model'?"),
+    ],
+)
+def test_bad_yaml_is_refused(text: str, expected: str, run_cli):
+    Path("c.yaml").write_text(text)
+    shown = run_cli("plan", "c.yaml")
+    assert shown.code == 2
+    assert expected in shown.err
+
+
+@pytest.mark.parametrize("command", [("plan", "--model"), ("eval",), ("quantize", "-o", "q")])
+def test_bad_models_are_refused(command: tuple[str, ...], run_cli):
+    folder = Path("empty")
+    folder.mkdir()
+    assert "is empty" in run_cli(*command, folder).err
+    (folder / "notes.txt").write_text("hello")
+    assert "no readable config.json" in run_cli(*command, folder).err
+    pickles = write_checkpoint(Path("pickle"), "pytorch_model.bin", b"x")
+    assert "which can run code when read" in run_cli(*command, pickles).err
+    header = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
+    content = len(header).to_bytes(8, "little") + header + b"1234"
+    cut = write_checkpoint(Path("cut"), "model.safetensors", content)
+    shown = run_cli(*command, cut)
+    assert shown.code == 2
+    assert "model.safetensors is cut short" in shown.err
+
+
+def test_all_problems_come_at_once(run_cli, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    quantadapt.machine.this_machine.cache_clear()
+    shown = run_cli(
+        "plan", "--json", "--set", "backend.bits=5", "--set", "adapter.rr=8", "--device", "cuda",
+        "--data", "nix.jsonl",
+    )  # fmt: skip
+    quantadapt.machine.this_machine.cache_clear()
+    found = shown.json["error"]
+    assert (shown.code, found["exit_code"], found["type"]) == (2, 2, "PlanRefused")
+    where = {problem["where"] for problem in found["problems"]}
+    assert where == {"device", "backend.bits", "adapter.rr", "data.path"}
+    assert "there is no CUDA device here" in shown.err
+
+
+def test_an_output_of_somebody_else_stays(run_cli):
+    other = Path("other")
+    other.mkdir()
+    (other / "thesis.tex").write_text("precious")
+    for extra in ((), ("--overwrite",)):
+        shown = run_cli("quantize", demo.MODEL_DIR, "--output", other, *extra)
+        assert shown.code == 1
+        assert "was not made by quantadapt" in shown.err
+    assert [file.name for file in other.iterdir()] == ["thesis.tex"]
+
+
+def test_a_forbidden_merge_is_refused_before_loading(run_cli):
+    adapter = Path("run/adapter")
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    record = {"base": "x", "backend": "hqq", "options": {}, "dtype": "float32", "adapter": "lily"}
+    (adapter / "quantadapt.json").write_text(json.dumps(record))
+    shown = run_cli("merge", "run")
+    assert shown.code == 2
+    assert "[rule lily-no-merge]" in shown.err
+
+
+# Runs, with the pipeline replaced by one that does nothing ------------------------
+
+METRICS = {
+    "perplexity": {"unquantized": 16.0, "quantized": 17.0, "tuned": 2.0, "merged": 2.0},
+    "samples": [{"prompt": "add [a] and b", "before": "#", "after": "return a + b"}],
+    "merge": {"kind": "dense", "kl": 1e-9, "top1": 1.0, "gain_kept": None},
+}
+
+
+def fake_run(work: Any) -> Any:
+    """Return a `pipeline.run` that makes a folder, calls `work`, and tells its listener."""
+
+    def run(spec: Any, *, listener: Any, command: str = "") -> Any:
+        folder = RunFolder.create(spec.output, overwrite=spec.overwrite)
+        listener("stage", {"name": "train", "state": "start"})
+        work()
+        for step in (1, 2, 40):
+            entry = {"step": step, "max_steps": 40, "loss": 1.5, "learning_rate": 1e-3}
+            listener("log", entry)
+        listener("stage", {"name": "train", "state": "done", "seconds": 1.0})
+        listener("perplexity", {"name": "tuned", "value": 2.0})
+        listener("note", {"text": "a note"})
+        listener("something new", {})
+        return SimpleNamespace(folder=folder.path, metrics=METRICS)
+
+    return run
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch):
+    def replace(work: Any = lambda: None) -> None:
+        monkeypatch.setattr(quantadapt.pipeline, "run", fake_run(work))
+
+    return replace
+
+
+def test_run_prints_plan_progress_and_results(run_cli, pipeline):
+    pipeline()
+    shown = run_cli("run", "--output", "out")
+    assert shown.code == 0, shown.err
+    for text in (
+        "lora(r=16, lora_alpha=32) on hqq(bits=4",
+        "train step 40/40   loss 1.5000   lr 1.00e-03",
+        "✓ train",
+        "note: a note",
+        "tuned: quantized and tuned",
+        "add [a] and b",
+        "merge: dense, KL to the adapter 1.0e-09 nats per token",
+        "report: out/report.html",
+    ):
+        assert text in shown.out
+    assert shown.err == ""
+
+
+def test_run_as_json_prints_nothing_else_to_stdout(run_cli, pipeline):
+    pipeline(lambda: print("vendor banner"))
+    shown = run_cli("run", "--output", "out", "--json")
+    assert shown.json["metrics"]["perplexity"]["tuned"] == 2.0
+    assert shown.json["folder"] == "out"
+    assert "✓ train" in shown.err
+
+
+def chatter() -> None:
+    print("from python")
+    print("to stderr", file=sys.stderr)
+    os.write(1, b"to descriptor 1\n")
+    ctypes.CDLL(None).puts(b"from C")
+    ctypes.CDLL(None).fflush(None)
+    warnings.warn("a vendor's warning", DeprecationWarning, stacklevel=1)
+    subprocess.run([sys.executable, "-c", "print('from a child')"], check=True)
+
+
+def test_vendors_are_kept_off_the_screen_and_in_the_log(tmp_path: Path):
+    """In a process of its own, for the sake of the real descriptors 1 and 2."""
+    done = python(
+        "import ctypes, os, subprocess, sys, warnings",
+        f"os.chdir({str(tmp_path)!r})",
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})",
+        "warnings.simplefilter('always')",
+        "import quantadapt.pipeline, test_cli",
+        "quantadapt.pipeline.run = test_cli.fake_run(test_cli.chatter)",
+        "test_cli.cli.main(['run', '--output', 'out'])",
+    )
+    log = (tmp_path / "out" / "log.txt").read_text()
+    for text in (
+        "from python",
+        "to stderr",
+        "to descriptor 1",
+        "from C",
+        "a vendor's warning",
+        "from a child",
+    ):
+        assert text in log
+        assert text not in done.stdout + done.stderr
+    assert "report: out/report.html" in done.stdout
+
+
+def test_our_own_warnings_are_shown(run_cli, pipeline):
+    def warn() -> None:
+        warnings.warn("another base", quantadapt.BaseMismatchWarning, stacklevel=1)
+
+    pipeline(warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert "note: another base" in run_cli("run", "--output", "out").err
+
+
+def test_streams_are_as_before_afterwards(run_cli, pipeline):
+    pipeline()
+    before = sys.stdout, sys.stderr, warnings.showwarning, os.fstat(1), os.fstat(2)
+    run_cli("run", "--output", "out")
+    after = sys.stdout, sys.stderr, warnings.showwarning, os.fstat(1), os.fstat(2)
+    assert [getattr(x, "st_ino", x) for x in before] == [getattr(x, "st_ino", x) for x in after]
+
+
+def raises(error: BaseException) -> Any:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+def test_a_failure_is_a_sentence_and_exit_1(run_cli, pipeline):
+    pipeline(raises(TrainingError("the loss is no number", fix="lower the rate")))
+    shown = run_cli("run", "--output", "out")
+    assert shown.code == 1
+    assert shown.err == "Error: the loss is no number\n    fix: lower the rate\n"
+
+
+def test_a_bug_is_one_line_and_the_log_has_the_traceback(run_cli, pipeline, monkeypatch):
+    pipeline(raises(ZeroDivisionError("division by zero")))
+    shown = run_cli("run", "--output", "out")
+    assert shown.code == 1
+    assert "Error: ZeroDivisionError: division by zero" in shown.err
+    assert "the traceback is in out/log.txt" in shown.err
+    assert "Traceback" not in shown.err
+    assert "Traceback" in Path("out/log.txt").read_text()
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    assert "Traceback" in run_cli("run", "--output", "out", "--overwrite").err
+
+
+def test_ctrl_c_is_one_line_and_130(run_cli, pipeline):
+    pipeline(raises(KeyboardInterrupt()))
+    shown = run_cli("run", "--output", "out")
+    assert (shown.code, shown.err) == (130, "Interrupted.\n")
+
+
+def test_traceback_flag(run_cli, pipeline, monkeypatch):
+    monkeypatch.setenv(cli.TRACEBACK, "")  # so that it is restored afterwards
+    pipeline(raises(ZeroDivisionError()))
+    assert "Traceback" in run_cli("run", "--output", "out", "--traceback").err
+
+
+def test_no_temporary_log_is_left_behind(run_cli, tmp_path, monkeypatch):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(logs))
+    run_cli("backends")
+    run_cli("plan", "--backend", "nix")
+    assert list(logs.iterdir()) == []
+
+
+# Lists -------------------------------------------------------------------------------------------
+
+
+def test_backends(run_cli):
+    shown = run_cli("backends")
+    assert "half-quadratic quantization" in shown.out
+    facts = {backend["name"]: backend for backend in run_cli("backends", "--json").json}
+    assert facts["hqq"]["plugin"].startswith("hqq (")
+    assert facts["hqq"]["merge"] == "requantize"
+
+
+def test_a_backend_with_its_options(run_cli):
+    shown = run_cli("backends", "show", "hqq")
+    assert "1 | 2 | 3 | 4 | 8" in shown.out
+    assert "integer >= 8, multiple of 8 | null" in shown.out
+    assert "bits per weight" in shown.out
+    options = run_cli("backends", "show", "hqq", "--json").json["options"]
+    assert options[0]["default"] == 4
+    assert "rule" not in run_cli("backends", "show", "none").err
+    assert run_cli("backends", "show", "hqw").code == 2
+
+
+def test_rules_are_shown_with_reason_and_fix(run_cli):
+    out = run_cli("adapters", "show", "lily").out
+    assert "lily-no-merge" in out
+    assert "fix: keep the adapter beside the base" in out
+
+
+def test_adapters(run_cli):
+    facts = {adapter["name"]: adapter for adapter in run_cli("adapters", "--json").json}
+    options = {option["name"]: option for option in facts["dora"]["options"]}
+    assert options["use_dora"]["default"] is True
+    assert "lora" in run_cli("adapters").out
+    assert "Lora attention dimension" in run_cli("adapters", "show", "lora").out
+
+
+def test_matrix(run_cli):
+    shown = run_cli("matrix", "--backend", "hqq", "--adapter", "lora", "--adapter", "glora")
+    assert "requant" in shown.out
+    assert "glora-not-supported" in shown.out
+    cells = run_cli("matrix", "--backend", "hqq", "--adapter", "lora", "--json").json["declared"]
+    assert cells[0]["declared"] == "requantize"
+    assert run_cli("matrix", "--markdown").out.startswith("### Declared\n")
+    assert run_cli("matrix", "--adapter", "loar").code == 2
+
+
+def test_matrix_shows_verified_results_apart(run_cli):
+    generated = {"date": "2026-01-01", "device": "cpu", "versions": {"torch": "2.0"}}
+    cell = {"backend": "hqq", "adapter": "lora", "verified": "passed", "merge_error": 1e-7}
+    Path("m.json").write_text(json.dumps({"generated": generated, "cells": [cell]}))
+    shown = run_cli("matrix", "--backend", "hqq", "--verified", "m.json")
+    declared, verified = shown.out.split("Verified, on 2026-01-01, cpu, torch 2.0")
+    assert "passed" not in declared
+    assert "passed 1e-07" in verified
+    Path("m.json").write_text('{"cells": [{"verified": "maybe"}]}')
+    shown = run_cli("matrix", "--verified", "m.json")
+    assert shown.code == 1
+    assert "m.json: not a file of verified results" in shown.err
+
+
+# Commands of plugins -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plugins(monkeypatch: pytest.MonkeyPatch):
+    def install(**modules: Any) -> None:
+        from quantadapt import hookspecs
+
+        manager = pluggy.PluginManager(hookspecs.PROJECT)
+        manager.add_hookspecs(hookspecs)
+        for name, module in modules.items():
+            manager.register(module, name)
+        found = SimpleNamespace(manager=manager)
+        monkeypatch.setattr(quantadapt.registry, "registry", lambda: found)
+
+    return install
+
+
+class Greeting:
+    @hookimpl
+    def quantadapt_commands(self, app: Any) -> None:
+        @app.command()
+        def greet() -> None:
+            """Say hello."""
+            print("hello")
+
+
+class Broken:
+    @hookimpl
+    def quantadapt_commands(self, app: Any) -> None:
+        raise RuntimeError("out of order")
+
+
+def test_a_plugin_may_add_commands(run_cli, plugins):
+    plugins(greeting=Greeting(), broken=Broken())
+    shown = run_cli("greet")
+    assert (shown.code, shown.out) == (0, "hello\n")
+    assert "plugin broken could not add its commands: RuntimeError('out of order')" in shown.err
+
+
+def test_plugins_are_left_alone_for_our_own_commands(run_cli, monkeypatch):
+    from quantadapt.cli import app
+
+    monkeypatch.setattr(app, "add_plugin_commands", raises(AssertionError("called")))
+    assert run_cli("plan").code == 0
+
+
+# The real thing ----------------------------------------------------------------------------------
+
+
+def test_run_eval_generate_and_merge_for_real(run_cli):
+    quick = [
+        "train.per_device_train_batch_size=1",
+        "evaluate.max_examples=4",
+        "evaluate.samples=0",
+        "evaluate.unquantized=false",
+    ]
+    settings = [part for item in quick for part in ("--set", item)]
+    flags = ["--backend", "none", "--max-steps", "2", "--output", "out", "--merge", "never"]
+    shown = run_cli("run", *flags, *settings)
+    assert shown.code == 0, shown.err
+    assert shown.err == ""
+    assert Path("out/report.html").exists()
+    shown = run_cli("eval", "out", "--max-examples", "2", "--json")
+    assert shown.code == 0, shown.err
+    assert shown.json["perplexity"] > 1
+    shown = run_cli("generate", "out", "--prompt", "def add", "--max-new-tokens", "2")
+    assert shown.code == 0, shown.err
+    shown = run_cli("merge", "out", "--json")
+    assert shown.code == 0, shown.err
+    assert shown.json["kl"] < 1e-3
+    assert Path("out/merged/model.safetensors").exists()

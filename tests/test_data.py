@@ -1,0 +1,255 @@
+"""Reading data: every format, the same tokens for prompt and training, errors with their line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from quantadapt.data import calibration_examples, encode_prompt, load_data
+from quantadapt.demo import EVAL_FILE, MODEL_DIR, TRAIN_FILE
+from quantadapt.errors import DataError
+from quantadapt.spec import DataSpec
+
+PAIRS = [{"prompt": f"say {n}: ", "completion": f"word{n}"} for n in range(20)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(MODEL_DIR)
+
+
+@pytest.fixture
+def plain(tokenizer):
+    """The same tokenizer without its chat template."""
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    yield tokenizer
+    tokenizer.chat_template = template
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def lines(path: Path, records: list) -> str:
+    return write(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def load(path: str, tokenizer, **options):
+    return load_data(DataSpec(path=path, **options), tokenizer, seed=0)
+
+
+def trained(example, tokenizer) -> str:
+    pairs = zip(example["input_ids"], example["completion_mask"], strict=True)
+    return tokenizer.decode([token for token, counts in pairs if counts])
+
+
+def test_the_demo_is_read_when_no_path_is_given(tokenizer):
+    data = load_data(DataSpec(max_examples=30), tokenizer, seed=0)
+    assert data.format == "alpaca"
+    assert len(data.train) == 30
+    assert len(data.eval) == len(EVAL_FILE.read_text().splitlines())
+    first = json.loads(TRAIN_FILE.read_text().splitlines()[0])
+    assert trained(data.train[0], tokenizer) == first["output"] + tokenizer.eos_token
+    assert data.train[0]["input_ids"][0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_every_file_type_gives_the_same_tokens(kind, tmp_path, tokenizer):
+    path = tmp_path / f"data.{kind}"
+    table = datasets.Dataset.from_list(PAIRS)
+    if kind == "jsonl":
+        lines(path, PAIRS)
+    elif kind == "json":
+        write(path, json.dumps(PAIRS, indent=1))
+    elif kind == "csv":
+        table.to_csv(str(path), index=False)
+    else:
+        table.to_parquet(str(path))
+    data = load(str(path), tokenizer, eval_fraction=0.1)
+    assert (len(data.train), len(data.eval), data.format) == (18, 2, "prompt-completion")
+    reference = load(lines(tmp_path / "other.jsonl", PAIRS), tokenizer, eval_fraction=0.1)
+    assert data.train.to_list() == reference.train.to_list()
+
+
+def test_a_prompt_has_the_tokens_that_it_has_in_training(tmp_path, tokenizer):
+    data = load(lines(tmp_path / "a.jsonl", PAIRS), tokenizer)
+    ids = encode_prompt(tokenizer, data.prompts[0].text)
+    example = data.eval[0]
+    assert example["input_ids"][: len(ids)] == ids
+    assert sum(example["completion_mask"][: len(ids)]) == 0
+    assert all(example["completion_mask"][len(ids) :])
+    assert trained(example, tokenizer) == data.prompts[0].reference + tokenizer.eos_token
+
+
+def test_alpaca_prompts_are_laid_out_as_documented(tmp_path, tokenizer):
+    record = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    path = lines(tmp_path / "a.jsonl", [record, record, {**record, "input": ""}])
+    texts = [tokenizer.decode(row["input_ids"]) for row in load(path, tokenizer).train]
+    head = f"{tokenizer.bos_token}### Instruction:\nAdd.\n\n"
+    tail = f"### Response:\n3{tokenizer.eos_token}"
+    assert set(texts) <= {f"{head}### Input:\n1 2\n\n{tail}", f"{head}{tail}"}
+    assert f"{head}### Input:\n1 2\n\n{tail}" in texts
+
+
+def test_text_is_learnt_whole_and_paragraphs_are_examples(tmp_path, tokenizer):
+    text = "first one\nof two lines\n\n\nsecond\n\nthird\n"
+    data = load(write(tmp_path / "a.txt", text), tokenizer)
+    rows = [*data.train, *data.eval]
+    assert sorted(tokenizer.decode(row["input_ids"][1:-1]) for row in rows) == [
+        "first one\nof two lines",
+        "second",
+        "third",
+    ]
+    assert all(all(row["completion_mask"]) for row in rows)
+    by_line = load(write(tmp_path / "b.txt", "one\ntwo\nthree\n"), tokenizer)
+    assert len(by_line.train) + len(by_line.eval) == 3
+
+
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Bye"},
+        {"role": "assistant", "content": "So long"},
+    ]
+}
+
+
+def test_chat_counts_every_turn_of_the_assistant(tmp_path, tokenizer):
+    path = lines(tmp_path / "a.jsonl", [CHAT, CHAT])
+    data = load(path, tokenizer)
+    eos = tokenizer.eos_token
+    assert trained(data.train[0], tokenizer) == f"Hello{eos}So long{eos}"
+    whole = tokenizer.apply_chat_template(CHAT["messages"], tokenize=False)
+    assert tokenizer.decode(data.train[0]["input_ids"][1:]) == whole
+    assert data.prompts[0].text.endswith("Bye\n\n### Response:\n")
+    assert data.prompts[0].reference == "So long"
+
+
+def test_chat_works_without_a_template(tmp_path, plain):
+    data = load(lines(tmp_path / "a.jsonl", [CHAT, CHAT]), plain)
+    eos = plain.eos_token
+    assert trained(data.train[0], plain) == f"Hello{eos}So long{eos}"
+
+
+def test_a_template_that_rewrites_earlier_turns_counts_the_last_one(tmp_path, tokenizer):
+    template = tokenizer.chat_template
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}:"
+        "{{ m['content'] if loop.last or m['role'] == 'user' else '...' }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    try:
+        data = load(lines(tmp_path / "a.jsonl", [CHAT, CHAT]), tokenizer)
+        assert trained(data.train[0], tokenizer).startswith("So long")
+        assert "Hello" not in tokenizer.decode(data.train[0]["input_ids"])
+    finally:
+        tokenizer.chat_template = template
+
+
+def test_long_examples_are_cut_or_dropped_and_counted(tmp_path, tokenizer):
+    records = [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": "word " * 100},
+        {"prompt": "word " * 100, "completion": "b"},
+        {"prompt": "a", "completion": ""},
+    ]
+    held_out = lines(tmp_path / "b.jsonl", records[:1])
+    path = lines(tmp_path / "a.jsonl", records)
+    data = load(path, tokenizer, max_length=16, eval_path=held_out)
+    assert (data.cut, data.dropped) == (1, 2)
+    assert sorted(map(len, data.train["input_ids"]))[-1] == 16
+    assert sum(data.train[1]["completion_mask"]) == 16 - 2  # bos and the prompt
+
+
+def test_the_split_depends_on_the_seed_alone(tmp_path, tokenizer):
+    spec = DataSpec(path=lines(tmp_path / "a.jsonl", PAIRS), eval_fraction=0.2)
+    one, again, other = (load_data(spec, tokenizer, seed=seed) for seed in (1, 1, 2))
+    assert one.eval.to_list() == again.eval.to_list() != other.eval.to_list()
+    assert not {p.text for p in one.prompts} & {tokenizer.decode(i) for i in one.train["input_ids"]}
+    assert len(one.eval) == 4
+
+
+def test_a_folder_keeps_its_held_out_file(tmp_path, tokenizer):
+    for name, part in (("a", PAIRS[:5]), ("b", PAIRS[5:9]), ("test", PAIRS[9:12])):
+        lines(tmp_path / f"{name}.jsonl", part)
+    write(tmp_path / "README.md", "not data")
+    data = load(str(tmp_path), tokenizer)
+    assert (len(data.train), len(data.eval)) == (9, 3)
+
+
+def test_eval_path_is_taken_whole(tmp_path, tokenizer):
+    path = lines(tmp_path / "a.jsonl", PAIRS[:15])
+    held_out = lines(tmp_path / "b.jsonl", PAIRS[15:])
+    data = load(path, tokenizer, eval_path=held_out, max_examples=10)
+    assert (len(data.train), len(data.eval)) == (10, 5)
+
+
+def test_the_hub_is_asked_for_ids_only(monkeypatch, tokenizer):
+    splits = {"train": PAIRS[:10], "validation": PAIRS[10:13]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: splits)
+    data = load("owner/name", tokenizer)
+    assert (len(data.train), len(data.eval)) == (10, 3)
+
+    def fail(name):
+        raise ConnectionError("offline\nlong story")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match="not readable from the hub: offline\n    fix: give"):
+        load("owner/name", tokenizer)
+    with pytest.raises(DataError, match="no such file"):
+        load("missing.jsonl", tokenizer)
+
+
+def test_calibration_examples_are_tensors_chosen_by_seed(tmp_path, tokenizer):
+    spec = DataSpec(path=lines(tmp_path / "a.jsonl", PAIRS))
+    one, again = (calibration_examples(spec, tokenizer, count=4, seed=3) for _ in range(2))
+    assert len(one) == 4
+    assert all(a["input_ids"].equal(b["input_ids"]) for a, b in zip(one, again, strict=True))
+    assert one[0]["input_ids"].shape[0] == 1
+
+
+BAD = [
+    ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not valid JSON"),
+    ("a.jsonl", '{"text": "x"}\n[1]\n', r"a\.jsonl:2: expected an object .* found a list"),
+    ("a.jsonl", '{"text": "x"}\n{"text": 3}\n', r"a\.jsonl:2: 'text' is a number, expected text"),
+    ("a.jsonl", '{"text": "x"}\n{"t": "x"}\n', r"a\.jsonl:2: the column 'text' is missing"),
+    ("a.jsonl", '{"text": "x"}\n{"text": null}\n', r"'text' is null"),
+    ("a.jsonl", '{"q": "x", "a": 1}\n' * 2, r"no known columns, found 'q', 'a'"),
+    ("a.jsonl", '{"text": "\\ud800"}\n' * 2, r"a\.jsonl:1: .*surrogate"),
+    ("a.jsonl", '{"text": "x"}\n', r"only one example"),
+    ("a.jsonl", "\n\n", r"no examples"),
+    ("a.json", '[{"text": "x"},\n{"text" "y"}]', r"a\.json:2: not valid JSON"),
+    ("a.json", '{\n"text": "x"\n}', r"expected a list of objects"),
+    ("a.csv", 'text,b\nx,1\n"y\n', r"a\.csv:3: not valid CSV"),
+    ("a.csv", "text,b\nx,1\ny\n", r"a\.csv:3: the row does not have the 2 columns"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8 text: byte 0xff"),
+    ("a.txt", b"\x00\x01\x02", r"a\.txt:1: this is binary data"),
+    ("a.parquet", b"garbage", r"not a readable Parquet file"),
+    ("a.bin", b"garbage", r"files ending in '.bin' cannot be read"),
+    ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n' * 2, r"no turn of the assis"),
+    ("a.jsonl", '{"messages": ["x"]}\n' * 2, r"turn 1 of 'messages' is text"),
+    ("a.jsonl", '{"prompt": "a", "completion": ""}\n' * 2, r"no example is left"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD)
+def test_bad_data_is_named_with_file_and_line(name, content, message, tmp_path, tokenizer):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message) as caught:
+        load(str(path), tokenizer)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_forced_format_wins_over_the_columns(tmp_path, tokenizer):
+    record = {"text": "t", "prompt": "p", "completion": "c"}
+    path = lines(tmp_path / "a.jsonl", [record, record])
+    assert load(path, tokenizer).format == "prompt-completion"
+    assert load(path, tokenizer, format="text").format == "text"

@@ -1,0 +1,267 @@
+"""The documentation says what is: generated pages, links, command lines, YAML, the plugin page."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import quantadapt
+from quantadapt import hookspecs
+from quantadapt.registry import registry
+from quantadapt.spec import Spec
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return [body for found, body in FENCE.findall(text) if found == language]
+
+
+# Generated pages -------------------------------------------------------------------------------
+
+
+@cache
+def generator() -> Any:
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_is_current() -> None:
+    stale = [str(path.relative_to(ROOT)) for path in generator().stale()]
+    assert not stale, "run: python docs/generate.py"
+
+
+def test_generating_twice_gives_the_same() -> None:
+    assert generator().pages() == generator().pages()
+
+
+def test_check_fails_where_a_page_is_stale(monkeypatch, tmp_path, capsys) -> None:
+    module = generator()
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "pages", lambda: {tmp_path / "page.md": "new\n"})
+    assert module.main(["--check"]) == 1
+    assert "page.md is out of date" in capsys.readouterr().out
+    assert not (tmp_path / "page.md").exists()
+    assert module.main([]) == 0
+    assert module.main(["--check"]) == 0
+
+
+def test_other_plugins_do_not_change_the_reference(monkeypatch) -> None:
+    monkeypatch.setenv("QUANTADAPT_PLUGINS", "none")
+    assert not generator().stale()
+
+
+def hooks() -> list[str]:
+    return [name for name in vars(hookspecs) if name.startswith("quantadapt_")]
+
+
+@pytest.mark.parametrize("hook", hooks())
+def test_every_hook_is_documented(hook: str) -> None:
+    text = (DOCS / "reference" / "hooks.md").read_text(encoding="utf-8")
+    _, found, section = text.partition(f"## {hook}\n")
+    assert found
+    summary = inspect.cleandoc(getattr(hookspecs, hook).__doc__).splitlines()[0]
+    assert summary in section
+
+
+def test_every_data_format_is_documented() -> None:
+    from quantadapt.data import _READERS, FORMATS
+
+    page = DOCS / "how-to" / "use-your-data.md"
+    text = page.read_text(encoding="utf-8")
+    assert all(f"`{name}`" in text for name in (*FORMATS, *_READERS))
+    examples = [set(json.loads(block)) for block in blocks(page, "json")]
+    for columns in FORMATS.values():
+        assert any(example >= set(columns) for example in examples), columns
+
+
+# Links -----------------------------------------------------------------------------------------
+
+
+@pages
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page in DOCS.rglob("*.md"):
+        assert f"({page.relative_to(ROOT)})" in text, page
+
+
+# Code ------------------------------------------------------------------------------------------
+
+
+@cache
+def application() -> Any:
+    import typer
+
+    from quantadapt.cli.app import build_app
+
+    return typer.main.get_command(build_app())
+
+
+def commands(script: str) -> Iterator[list[str]]:
+    """Yield the commands of a shell script, without redirections and comments."""
+    lexer = shlex.shlex(script, posix=True, punctuation_chars="&|;<>\n")
+    lexer.whitespace = " \t\r"
+    lexer.whitespace_split = True
+    words: list[str] = []
+    for token in (*lexer, "\n"):
+        if token.strip("&|;<>\n"):
+            words.append(token)
+        elif words:
+            yield words
+            words = []
+
+
+def parse(words: list[str], *, bare: bool = False) -> None:
+    """Parse what follows `quantadapt` as the command line does, and run nothing.
+
+    Args:
+        bare: a command without any argument is only mentioned; it need not be complete.
+    """
+    if words[:1] in (["--help"], ["--version"]):
+        return
+    command = application()
+    while words and words[0] in getattr(command, "commands", {}):
+        command, words = command.commands[words[0]], words[1:]
+    assert command is not application(), f"no such command: {words}"
+    if words or not bare:
+        command.make_context(command.name, list(words))
+
+
+@pages
+def test_command_lines_parse(page: Path) -> None:
+    for script in blocks(page, "sh"):
+        for words in commands(script):
+            if Path(words[0]).name == "quantadapt":
+                parse(words[1:])
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for line in re.findall(r"`quantadapt ([^`]+)`", text):
+        parse(shlex.split(line), bare=True)
+
+
+def test_wrong_command_lines_do_not_parse() -> None:
+    for line in ("run --bakend hqq", "walk", "quantize ./model", "merge"):
+        with pytest.raises(Exception, match=r".+"):
+            parse(line.split())
+
+
+@pages
+def test_yaml_is_a_spec(page: Path) -> None:
+    for block in blocks(page, "yaml"):
+        Spec(**yaml.safe_load(block))
+
+
+@pages
+def test_python_names_exist(page: Path) -> None:
+    for block in blocks(page, "python"):
+        if not block.startswith("def quantadapt_"):  # a signature in the reference
+            compile(block, str(page), "exec")
+        for name in re.findall(r"\bqa\.(\w+)", block):
+            assert name in quantadapt.__all__, name
+
+
+# The README ------------------------------------------------------------------------------------
+
+
+def test_two_commands_do_all_the_set_up() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    start = re.split(r"^## ", text, flags=re.MULTILINE)[2]
+    assert start.startswith("Start\n")
+    first, second, *_ = [body.strip() for _, body in FENCE.findall(start)]
+    assert "\n" not in first + second
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    steps = [
+        line.replace('"$venv/bin/', ".venv/bin/").replace('"', "").replace(" --quiet", "")
+        for line in ci.splitlines()
+    ]
+    for step in second.split(" && "):
+        assert any(line.startswith(step) for line in steps), step
+    assert first.split(" && ")[0] == "python3 -m venv .venv"
+    assert first.split(" && ")[1].startswith(".venv/bin/pip install -c constraints.txt -e ")
+
+
+# The plugin page -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def absmax(tmp_path, monkeypatch) -> Iterator[Path]:
+    """The page's plugin, as if it were installed."""
+    page = DOCS / "how-to" / "write-a-backend.md"
+    files = ("absmax_layer.py", "quantadapt_absmax.py", "test_absmax.py")
+    for name, block in zip(files, blocks(page, "python"), strict=True):
+        assert f"`{name}`" in page.read_text(encoding="utf-8")
+        (tmp_path / name).write_text(block, encoding="utf-8")
+    import tomllib
+
+    project = tomllib.loads(blocks(page, "toml")[0])["project"]
+    info = tmp_path / f"quantadapt_absmax-{project['version']}.dist-info"
+    info.mkdir()
+    metadata = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    (info / "METADATA").write_text(metadata, encoding="utf-8")
+    lines = [f"{k} = {v}" for k, v in project["entry-points"]["quantadapt"].items()]
+    text = "\n".join(["[quantadapt]", *lines, ""])
+    (info / "entry_points.txt").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delenv("QUANTADAPT_PLUGINS", raising=False)
+    registry.cache_clear()
+    yield tmp_path
+    registry.cache_clear()
+    for name in files:
+        sys.modules.pop(name.removesuffix(".py"), None)
+
+
+def test_the_plugin_of_the_page_is_found(absmax: Path) -> None:
+    record = registry().backend("absmax")
+    assert str(registry().provenance(record)) == "absmax (quantadapt-absmax 0.1.0)"
+    assert not generator().stale(), "the reference describes built-in plugins only"
+
+
+def test_the_plugin_of_the_page_conforms(absmax: Path, capsys) -> None:
+    """A selection of the suite; all of it takes three times as long and passes as well."""
+    wanted = "(lora or original or forward or biases or save or live) and not adalora"
+    arguments = [str(absmax / "test_absmax.py"), f"--rootdir={absmax}", "-q", "-k", wanted]
+    quiet = [f"-pno:{name}" for name in ("cacheprovider", "timeout", "faulthandler")]
+    code = pytest.main([*arguments, *quiet, "-Wignore"])
+    output = capsys.readouterr().out
+    assert code == 0, output
+    passed = re.search(r"(\d+) passed", output)
+    assert passed
+    assert int(passed[1]) > 15

@@ -1,0 +1,142 @@
+"""The doctor: whatever the vendors do, it says what is wrong and goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pluggy
+import pytest
+
+from quantadapt import doctor, hookspecs
+from quantadapt.hookspecs import hookimpl
+from quantadapt.protocols import Quantizer
+from quantadapt.records import Backend
+from quantadapt.registry import Provenance, Registry
+
+
+class Plain(Quantizer):
+    pass
+
+
+def plugins(*backends: Backend) -> Registry:
+    """Return a registry with one plugin that provides `backends`."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    found = Registry(manager)
+    module = SimpleNamespace(quantadapt_backends=hookimpl(lambda: list(backends)))
+    found.add("p", lambda: module, Provenance("p", "p_module", "p-dist", "1.0"))
+    return found
+
+
+def health(backend: Backend, **options: Any) -> doctor.BackendHealth:
+    made = doctor.diagnose(found=plugins(backend), **options)
+    return made.backends[0]
+
+
+@pytest.fixture
+def vendor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Write a module that other processes can import, and return a backend that needs it."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "_TORCH_PROBE", "print('{}')")
+
+    def write(code: str) -> Backend:
+        (tmp_path / "vendor_module.py").write_text(code)
+        return Backend("v", "", Plain, imports=("vendor_module",), extra="quantadapt[v]")
+
+    return write
+
+
+def test_a_vendor_that_imports_is_ready(vendor):
+    assert health(vendor("print('banner')")).state == "ready"
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("raise ImportError('no kernel for this card')", "ImportError: no kernel for this card"),
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+            "it crashes Python (signal 11)",
+        ),
+        ("import os; os._exit(3)", "exit code 3"),
+        ("import time; time.sleep(60)", "no end after 1 s"),
+    ],
+)
+def test_a_vendor_that_breaks_is_named_and_explained(vendor, code: str, problem: str):
+    found = health(vendor(code), timeout=1.0 if "sleep" in code else 30.0)
+    assert (found.state, found.problem) == ("broken", problem)
+    assert found.fix == "pip install --force-reinstall 'quantadapt[v]'"
+
+
+def test_nothing_is_imported_if_that_is_wished(vendor):
+    found = doctor.diagnose(found=plugins(vendor("raise RuntimeError")), imports=False)
+    assert found.backends[0].state == "not checked"
+    assert found.torch == {}
+
+
+@pytest.mark.parametrize(
+    ("requirement", "state"),
+    [("no-such-distribution>=1", "not installed"), ("pluggy>=999", "too old or new")],
+)
+def test_a_missing_library_says_what_to_install(requirement: str, state: str):
+    backend = Backend("v", "", Plain, requires=(requirement,), extra="quantadapt[v]")
+    found = health(backend, imports=False)
+    assert (found.state, found.fix) == (state, "pip install 'quantadapt[v]'")
+    assert requirement in found.problem
+
+
+def test_broken_plugins_and_clashes_are_told():
+    found = plugins(Backend("twice", "", Plain))
+    found.add("q", lambda: 1 / 0, Provenance("q", "q_module", "q-dist", "2.0"))
+    module = SimpleNamespace(quantadapt_backends=hookimpl(lambda: [Backend("twice", "", Plain)]))
+    found.add("r", lambda: module, Provenance("r", "r_module", "r-dist", "3.0"))
+    made = doctor.diagnose(found=found, imports=False)
+    assert [p.name for p in made.plugins if p.problem] == ["q"]
+    assert "ZeroDivisionError" in next(p.problem for p in made.plugins if p.problem)
+    assert made.backends[0].state == "claimed twice"
+    assert "r-dist 3.0" in made.backends[0].problem
+
+
+def test_what_quantadapt_itself_needs_is_found():
+    made = doctor.diagnose(found=plugins(), imports=False)
+    assert {"torch", "transformers", "peft", "trl"} <= {lib.name for lib in made.libraries}
+    assert "pytest" not in {lib.name for lib in made.libraries}
+    assert made.problems == []
+    json.dumps(made.to_dict())
+
+
+def test_what_is_missing_is_a_problem(monkeypatch: pytest.MonkeyPatch):
+    needs = ["no-such-distribution>=2", "pluggy>=1", "x; extra == 'y'"]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: needs)
+    made = doctor.diagnose(found=plugins(), imports=False)
+    assert made.problems == ["no-such-distribution: not installed"]
+    assert made.libraries[0].fix == "pip install 'no-such-distribution>=2'"
+
+
+def test_torch_that_does_not_import_is_a_problem(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "_TORCH_PROBE", "raise OSError('libcudart.so.13 is missing')")
+    made = doctor.diagnose(found=plugins(), timeout=30)
+    assert made.problems == ["torch: OSError: libcudart.so.13 is missing"]
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    from quantadapt import cli
+
+    def call(*arguments: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["doctor", "--no-imports", *arguments])
+        return int(ended.value.code or 0), capsys.readouterr().out
+
+    code, out = call()
+    assert code == 0
+    assert "All that quantadapt itself needs is there." in out
+    assert "hqq" in out
+    code, out = call("--json")
+    assert json.loads(out)["problems"] == []
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["no-such-distribution>=2"])
+    code, out = call()
+    assert code == 1
+    assert "fix: pip install 'no-such-distribution>=2'" in out

@@ -1,0 +1,171 @@
+"""Numbers checked against straightforward computations on a tiny random model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from quantadapt import demo
+from quantadapt.data import encode_prompt
+from quantadapt.evaluation import agreement, compare, gain_kept, greedy, perplexity, snapshot
+
+VOCABULARY = 50
+
+
+def llama(seed: int = 0, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.5}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes, **heads))
+
+
+@pytest.fixture
+def examples() -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in (5, 12, 3, 9, 7):
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "completion_mask": [0, 0] + [1] * (length - 2)})
+    return rows
+
+
+def by_hand(model, examples) -> list[float]:
+    model.eval()
+    losses = []
+    for row in examples:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            log_probs = model(ids).logits[0].double().log_softmax(-1)
+        losses += [
+            -float(log_probs[position - 1, row["input_ids"][position]])
+            for position in range(1, len(row["input_ids"]))
+            if row["completion_mask"][position]
+        ]
+    return losses
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_perplexity_is_the_mean_over_completion_tokens(examples, batch_size):
+    model = llama()
+    losses = by_hand(model, examples)
+    found = perplexity(model, examples, batch_size=batch_size)
+    assert found.tokens == len(losses) == 26
+    assert found.loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert found.value == pytest.approx(math.exp(found.loss))
+
+
+def test_chunks_do_not_change_the_result(examples, monkeypatch):
+    model = llama()
+    whole = perplexity(model, examples).loss
+    monkeypatch.setattr("quantadapt.evaluation.CHUNK_ELEMENTS", 3 * VOCABULARY)
+    assert perplexity(model, examples).loss == pytest.approx(whole, abs=1e-6)
+
+
+def test_the_mode_of_every_module_is_put_back(examples):
+    model = llama().train()
+    model.lm_head.eval()
+    perplexity(model, examples)
+    assert model.training
+    assert not model.lm_head.training
+
+
+def test_perplexity_of_encoder_decoder_models(examples):
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    tokens = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **sizes, **tokens)).eval()
+    total, count = 0.0, 0
+    for row in examples:
+        source = torch.tensor([[*row["input_ids"][:2], 2]])
+        labels = torch.tensor([row["input_ids"][2:]])
+        with torch.no_grad():
+            total += float(model(input_ids=source, labels=labels).loss) * labels.numel()
+        count += labels.numel()
+    found = perplexity(model, examples, batch_size=3)
+    assert found.tokens == count
+    assert found.loss == pytest.approx(total / count, abs=1e-5)
+
+
+def test_a_model_agrees_with_itself(examples):
+    found = agreement(llama(), llama(), examples)
+    assert (found.kl, found.top1, found.tokens) == (0.0, 1.0, 26)
+    assert found.perplexity_reference == pytest.approx(perplexity(llama(), examples).value)
+
+
+def test_agreement_of_two_models_is_kl_and_top1(examples):
+    one, other = snapshot(llama(0), examples), snapshot(llama(1), examples)
+    found = compare(one, other)
+    p, q = one.log_probs.double(), other.log_probs.double()
+    assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-6)
+    assert found.kl > 0.1
+    assert found.top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    assert found.perplexity_candidate == pytest.approx(perplexity(llama(1), examples).value)
+
+
+def test_snapshots_are_bounded_and_take_the_first_examples(examples):
+    part = snapshot(llama(), examples, max_tokens=10)
+    assert part.log_probs.shape == (10, VOCABULARY)
+    assert part.log_probs.dtype == torch.float32
+    firsts = {token for row in examples[:2] for token in row["input_ids"]}
+    assert set(part.targets.tolist()) <= firsts
+    with pytest.raises(ValueError, match="not of the same tokens"):
+        compare(part, snapshot(llama(), examples, max_tokens=9))
+
+
+def test_no_token_to_predict_is_an_error():
+    nothing = [{"input_ids": [1, 2], "completion_mask": [1, 0]}]
+    with pytest.raises(ValueError, match="no token"):
+        perplexity(llama(), nothing)
+    with pytest.raises(ValueError, match="no token"):
+        snapshot(llama(), nothing)
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "merged", "kept"),
+    [
+        (3.0, 2.0, 2.0, 1.0),
+        (3.0, 2.0, 2.25, 0.75),
+        (3.0, 2.0, 3.0, 0.0),
+        (3.0, 2.0, 3.5, -0.5),
+        (3.0, 2.0, 1.5, 1.5),
+        (2.0, 2.0, 2.0, 1.0),  # nothing gained, nothing lost
+        (2.0, 2.5, 2.5, 1.0),
+        (2.0, 2.5, 2.6, 0.0),
+        (3.0, 2.0, math.nan, 0.0),
+        (3.0, 2.0, math.inf, 0.0),
+        (math.inf, 2.0, 2.0, 1.0),
+    ],
+)
+def test_gain_kept(base, tuned, merged, kept):
+    assert gain_kept(base, tuned, merged) == pytest.approx(kept)
+
+
+def test_greedy_takes_the_likeliest_token_whatever_the_batch(capfd, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+    model = llama(vocabulary=len(tokenizer))
+    model.generation_config.update(do_sample=True, temperature=0.3, top_p=0.5)
+    prompts = ["short", "a rather longer prompt\n"]
+    expected = []
+    for prompt in prompts:
+        ids = encode_prompt(tokenizer, prompt)
+        start = len(ids)
+        for _ in range(5):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        expected.append(tokenizer.decode(ids[start:], skip_special_tokens=True))
+    assert greedy(model, tokenizer, prompts, max_new_tokens=5) == expected
+    assert greedy(model, tokenizer, []) == []
+    assert capfd.readouterr().err == ""
+    assert not caplog.records
+    assert model.generation_config.do_sample is True

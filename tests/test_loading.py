@@ -1,0 +1,151 @@
+"""Quantize on load: one dense layer at a time, and checkpoints that other tools read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import quantadapt as qa
+from quantadapt import demo
+from quantadapt.errors import ModelError
+from quantadapt.facade import facades
+from quantadapt.loading import from_pretrained, quantize_layerwise, skipped_modules
+from quantadapt.testing.bench import small_model
+
+
+@pytest.fixture(scope="module")
+def small() -> str:
+    return str(small_model())
+
+
+def test_never_more_than_one_dense_layer(small, monkeypatch) -> None:
+    """The peak is the quantized model plus one layer: all other layers are on the meta device."""
+    from quantadapt_hqq import HQQ
+
+    waiting: list[nn.Linear] = []
+    dense_at_once = []
+    real_init = nn.Linear.__init__
+
+    def remember(self: nn.Linear, *args: Any, **kwargs: Any) -> None:
+        real_init(self, *args, **kwargs)
+        waiting.append(self)
+
+    real = HQQ.quantize_linear
+
+    def counted(self: HQQ, linear: nn.Linear) -> nn.Module:
+        alive = [m for m in waiting if m.weight is not None and m.weight.device.type != "meta"]
+        dense_at_once.append(len(alive))
+        vendor = real(self, linear)
+        waiting.remove(linear)
+        return vendor
+
+    monkeypatch.setattr(nn.Linear, "__init__", remember)
+    monkeypatch.setattr(HQQ, "quantize_linear", counted)
+    model = HQQ().quantize(small, device="cpu", dtype=torch.float32)
+    assert len(dense_at_once) == 14
+    assert max(dense_at_once) == 1
+    assert not any(p.device.type == "meta" for p in model.parameters())
+
+
+@pytest.mark.parametrize(("skip", "left"), [("down_proj", 12), ("model.layers.1", 7)])
+def test_skipped_modules_stay_dense(small, skip, left) -> None:
+    model = qa.quantize(small, "hqq", skip_modules=["lm_head", skip])
+    names = [name for name, _ in facades(model)]
+    assert len(names) == left
+    assert not any(f".{skip}." in f".{name}." for name in names)
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_the_head_is_skipped_by_default(small) -> None:
+    model = from_pretrained(small)
+    assert "lm_head" in skipped_modules(model, None)
+    assert type(qa.quantize(small, "none").lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize("backend", ["bnb-nf4", "bnb-int8", "torchao-int8", "torchao-fp8"])
+def test_saved_checkpoints_load_in_plain_transformers(small, backend, tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = qa.quantize(small, backend)
+    qa.save(model, tmp_path / "q")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    ids = torch.arange(40).reshape(2, 20) + 100
+    with torch.no_grad():
+        torch.testing.assert_close(
+            plain(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_live_model_with_a_device_map_is_adopted(small) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    layers = {f"model.layers.{i}": "cpu" for i in range(2)}
+    rest = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    live = AutoModelForCausalLM.from_pretrained(
+        small,
+        dtype=torch.float32,
+        device_map=layers | rest | {"lm_head": "cpu"},
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        ),
+    )
+    ids = torch.arange(40).reshape(2, 20) + 100
+    with torch.no_grad():
+        expected = live(ids).logits
+        model = qa.quantize(live, "bnb-nf4")
+        assert model.quantadapt.quantizer.double_quant is False
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_truncated_checkpoint_is_a_sentence(small, tmp_path) -> None:
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((demo.MODEL_DIR / file).read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cannot be"):
+        from_pretrained(str(tmp_path))
+
+
+def test_a_pickle_is_refused(tmp_path) -> None:
+    (tmp_path / "config.json").write_bytes((demo.MODEL_DIR / "config.json").read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ModelError, match=r"pickles \(pytorch_model.bin\)"):
+        from_pretrained(str(tmp_path))
+
+
+def test_biases_are_kept(tmp_path) -> None:
+    """Their tensors arrive apart from the weights; T5 and GPT-2 like models have them."""
+    from quantadapt_hqq import HQQ
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=64,
+        attention_bias=True,
+    )
+    source = LlamaForCausalLM(config)
+    bias = source.model.layers[0].self_attn.q_proj.bias
+    nn.init.normal_(bias)
+    source.save_pretrained(tmp_path)
+    loaded = quantize_layerwise(HQQ(), str(tmp_path), device="cpu", dtype=torch.float32)
+    assert torch.equal(loaded.model.layers[0].self_attn.q_proj.bias, bias)
+
+
+def test_the_format_of_hqq_checkpoints(small, tmp_path) -> None:
+    """hqq's own tensors in safetensors, and `quant_method: hqq`, as transformers 4 wrote them."""
+    from safetensors import safe_open
+
+    qa.save(qa.quantize(small, "hqq", bits=2), tmp_path / "q")
+    config = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "hqq"
+    assert config["quant_config"]["weight_quant_params"]["nbits"] == 2
+    with safe_open(tmp_path / "q" / "model.safetensors", "pt") as opened:
+        names = set(opened.keys())
+    assert {"model.layers.0.mlp.up_proj.W_q", "model.layers.0.mlp.up_proj.scale"} <= names

@@ -1,0 +1,265 @@
+"""The stages one by one, as research code calls them, and whole runs that go wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import quantadapt as qa
+from quantadapt import demo, pipeline
+from quantadapt.errors import (
+    DataError,
+    MergeRefused,
+    MissingDependency,
+    ModelError,
+    OutputError,
+    PlanRefused,
+)
+from quantadapt.facade import facades
+from quantadapt.records import Backend
+from quantadapt.registry import registry
+
+FAST = {"max_steps": 6, "learning_rate": 4e-3, "per_device_train_batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> str:
+    """The demo model cut to one layer, with its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("small")
+    model = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR, dtype=torch.float32)
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    model.config.layer_types = None
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(folder)
+    return str(folder)
+
+
+def logits(model) -> torch.Tensor:
+    ids = torch.arange(40).reshape(2, 20) + 100
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def test_the_lines_of_the_readme(small, tmp_path) -> None:
+    model = qa.quantize(small, backend="hqq", bits=4)
+    before = qa.evaluate(model, max_examples=16)["perplexity"]
+    model = qa.attach(model, adapter="vera", r=64)
+    result = qa.train(model, data=str(demo.TRAIN_FILE), **FAST | {"learning_rate": 3e-2})
+    after = qa.evaluate(model, max_examples=16)["perplexity"]
+    assert result.steps == 6
+    assert after < 0.9 * before
+    expected = logits(model)
+
+    check = qa.merge(model, tmp_path)
+    qa.save(model, tmp_path)
+    assert torch.equal(logits(model), expected)
+    assert check["kl"] < 1e-6
+    assert check["top1"] > 0.99
+
+    loaded = qa.load(tmp_path)
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=0)
+    merged = qa.load(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_record_beside_the_adapter(small, tmp_path) -> None:
+    model = qa.attach(qa.quantize(small, "hqq", bits=3), "lora", r=2)
+    folder = qa.save(model, tmp_path)
+    record = json.loads((folder / "quantadapt.json").read_text())
+    assert record["base"] == small
+    assert record["backend"] == "hqq"
+    assert record["options"] == {"bits": 3, "group_size": 64, "axis": 1}
+    assert record["versions"]["peft"]
+    assert record["versions"]["hqq"]
+
+
+def test_another_base_warns(small, tmp_path) -> None:
+    qa.save(qa.attach(qa.quantize(small, "hqq"), "lora", r=2), tmp_path)
+    with pytest.warns(qa.BaseMismatchWarning, match="'bits': 4.*now.*'bits': 3"):
+        qa.load(tmp_path, base=qa.quantize(small, "hqq", bits=3))
+
+
+def test_requantized_merge_is_a_quantized_checkpoint(small, tmp_path) -> None:
+    model = qa.attach(qa.quantize(small, "bnb-nf4"), "lora", r=4)
+    qa.train(model, **FAST)
+    check = qa.merge(model, tmp_path, kind="requantize")
+    assert check["kl"] < 0.05
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    again = qa.load(tmp_path)
+    assert again.quantadapt.backend.name == "bnb-nf4"
+    assert len(list(facades(again))) == 7
+
+
+def test_merge_refuses_with_one_exception_type(small, tmp_path) -> None:
+    model = qa.attach(qa.quantize(small, "hqq"), "lily")
+    with pytest.raises(MergeRefused) as caught:
+        qa.merge(model, tmp_path)
+    assert caught.value.problems[0].rule == "lily-no-merge"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_target_modules_that_match_nothing(small) -> None:
+    with pytest.raises(qa.QuantadaptError, match=r"matches 'q_prj'.*\n.*did you mean 'q_proj'"):
+        qa.attach(qa.quantize(small, "none"), "lora", target_modules=["q_prj"])
+    with pytest.raises(qa.QuantadaptError, match="matches 'nothing"):
+        qa.attach(qa.quantize(small, "none"), "lora", target_modules="nothing.*")
+
+
+def test_an_encoder_decoder_trains(tmp_path) -> None:
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=2048,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=1,
+        num_heads=4,
+        pad_token_id=2,
+        eos_token_id=1,
+        decoder_start_token_id=2,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(tmp_path)
+    model = qa.attach(qa.quantize(str(tmp_path), "hqq"), "lora", r=8)
+    before = qa.evaluate(model, max_examples=16)["perplexity"]
+    qa.train(model, **FAST | {"max_steps": 15, "learning_rate": 2e-2})
+    assert qa.evaluate(model, max_examples=16)["perplexity"] < 0.8 * before
+
+
+class TestRun:
+    """Whole runs: what they leave, and what they leave alone."""
+
+    def spec(self, small, tmp_path, **values) -> qa.Spec:
+        defaults = {
+            "model": small,
+            "output": str(tmp_path / "run"),
+            "train": FAST,
+            "evaluate": {"max_examples": 16, "samples": 1, "max_new_tokens": 8},
+        }
+        return qa.Spec(**defaults | values)
+
+    def test_a_run_folder(self, small, tmp_path) -> None:
+        stages = []
+        result = qa.run(
+            self.spec(small, tmp_path),
+            listener=lambda event, data: event == "stage" and stages.append(data["name"]),
+        )
+        names = {p.name for p in (tmp_path / "run").iterdir()}
+        assert {
+            "spec.yaml",
+            "plan.json",
+            "metrics.json",
+            "metrics.jsonl",
+            "environment.json",
+            "adapter",
+            "merged",
+            "report.html",
+        } <= names
+        found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+        assert found["perplexity"]["tuned"] < found["perplexity"]["quantized"]
+        assert found["perplexity"]["merged"] == pytest.approx(found["perplexity"]["tuned"], rel=1e-4)
+        assert found["merge"]["gain_kept"] == pytest.approx(1.0, abs=1e-3)
+        assert found["size"]["quantized_mib"] < found["size"]["dense_mib"]
+        assert result.metrics["train"]["steps"] == 6
+        assert [s for i, s in enumerate(stages) if s not in stages[:i]] == [
+            "plan",
+            "evaluate",
+            "quantize",
+            "attach",
+            "train",
+            "export",
+        ]
+        with pytest.raises(PlanRefused, match="overwrite"):
+            qa.run(self.spec(small, tmp_path))
+
+    def test_the_same_seed_gives_the_same_losses(self, small, tmp_path) -> None:
+        def losses(name: str) -> list[float]:
+            qa.run(self.spec(small, tmp_path, output=str(tmp_path / name)))
+            lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+            return [json.loads(line)["loss"] for line in lines]
+
+        first = losses("a")
+        assert losses("b") == pytest.approx(first, rel=1e-6)
+
+    def test_ctrl_c_during_export_leaves_no_half_adapter(self, small, tmp_path, monkeypatch) -> None:
+        def interrupted(folder: Path, state: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(pipeline, "_write_record", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            qa.run(self.spec(small, tmp_path))
+        names = {p.name for p in (tmp_path / "run").iterdir()}
+        assert "adapter" not in names
+        assert not [name for name in names if name.endswith(".tmp")]
+        state = json.loads((tmp_path / "run" / "quantadapt-run.json").read_text())["state"]
+        assert state == "interrupted"
+
+    def test_bad_data_is_told_before_the_folder_is_made(self, small, tmp_path) -> None:
+        data = tmp_path / "bad.jsonl"
+        data.write_text('{"text": "fine"}\n{"text": 3}\n')
+        with pytest.raises(DataError, match=r"bad.jsonl:2"):
+            qa.run(self.spec(small, tmp_path, data={"path": str(data)}))
+        assert not (tmp_path / "run").exists()
+
+    def test_a_foreign_folder_is_untouched(self, small, tmp_path) -> None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "thesis.txt").write_text("years of work")
+        with pytest.raises(PlanRefused, match="was not made by quantadapt"):
+            qa.run(self.spec(small, tmp_path, overwrite=True))
+        assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+
+    def test_a_vendor_that_fails_to_import(self, small, tmp_path, monkeypatch) -> None:
+        import sys
+
+        monkeypatch.setitem(sys.modules, "hqq.core.quantize", None)
+        with pytest.raises(MissingDependency, match=r"quantadapt\[hqq\]"):
+            qa.run(self.spec(small, tmp_path))
+        assert not (tmp_path / "run").exists()
+
+    def test_a_vendor_that_is_not_installed(self, small, monkeypatch) -> None:
+        from dataclasses import replace
+
+        real: Backend = registry().backend("hqq")
+        entry = registry()._backends["hqq"][0]
+        missing = replace(real, requires=("surely-not-installed>=1",))
+        monkeypatch.setitem(registry()._backends, "hqq", [replace(entry, record=missing)])
+        with pytest.raises(qa.QuantadaptError, match=r"pip install 'quantadapt\[hqq\]'"):
+            qa.quantize(small, "hqq")
+
+
+def test_nothing_to_load(tmp_path) -> None:
+    with pytest.raises(ModelError, match="neither an adapter nor a model"):
+        qa.load(tmp_path)
+
+
+def test_a_model_from_elsewhere_is_told_apart() -> None:
+    with pytest.raises(qa.QuantadaptError, match=r"call model = quantadapt.quantize"):
+        qa.attach(torch.nn.Linear(4, 4))
+
+
+def test_save_never_replaces_what_it_did_not_write(small, tmp_path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="save did not write"):
+        qa.save(qa.quantize(small, "hqq"), tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_unknown_optimizer_is_refused_before_any_work(small, tmp_path) -> None:
+    spec = qa.Spec(model=small, output=str(tmp_path / "run"), train={"optim": "adamw_troch"})
+    with pytest.raises(PlanRefused, match="did you mean 'adamw_torch'"):
+        qa.run(spec)
+    assert not (tmp_path / "run").exists()
