@@ -33,7 +33,7 @@ class Rule:
     Attributes:
         id: short and stable, e.g. `hqq-3bit-axis0`; shown to users and asserted by tests.
         when: fact name -> the values for which the rule applies. All have to match. Facts are
-            `action` ("attach", "train", "merge", "requantize"), `backend`, `adapter`, `device`
+            `action` ("attach", "merge", "requantize"), `backend`, `adapter`, `device`
             ("cpu", "cuda", ...), `dtype` ("float32", ...), `backend.<option>`, `adapter.<option>`.
         reason: why it is refused, as a sentence.
         fix: what to do instead, as a sentence.

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import DataError
+from .spec import DataSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-    from .spec import DataSpec
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -110,6 +109,25 @@ def load_data(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) 
     eval_set = _dataset(held_out, name, tokenizer, spec.max_length, counts)
     prompts = [_prompt(record, name, tokenizer) for record in held_out[:MAX_PROMPTS]]
     return Data(train_set, eval_set, prompts, name, counts.cut, counts.dropped)
+
+
+def load_held_out(
+    source: str | None, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512
+) -> Dataset:
+    """Read data that is for measuring only.
+
+    That is all of a file, the held-out part of a folder or hub id that has one, or the bundled
+    demo's held-out data if `source` is None.
+
+    Raises:
+        DataError: as `load_data`.
+    """
+    if source is None:
+        return load_data(DataSpec(), tokenizer, seed=0).eval
+    records, own_held_out = _read_source(source)
+    records = own_held_out or records
+    spec = DataSpec(path=source, max_length=max_length)
+    return _dataset(records, _format(spec, records), tokenizer, max_length, _Counts())
 
 
 def calibration_examples(

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import planning
 from .dependencies import import_requirements
-from .errors import MergeRefused, ModelError, OutputError, PlanRefused, Problem
+from .errors import (
+    MergeRefused,
+    ModelError,
+    OutputError,
+    PlanRefused,
+    Problem,
+    QuantadaptError,
+)
 from .planning import Plan
 from .registry import registry
 from .run_folder import RunFolder, atomic_folder, environment
@@ -229,7 +236,8 @@ def train(
     spec = TrainSpec(**options)
     tokenizer = tokenizer or state_of(model).tokenizer
     if data is None or isinstance(data, str):
-        data = load_data(DataSpec(path=data, max_length=max_length), tokenizer, seed=seed).train
+        wanted = DataSpec(path=data, max_length=max_length)
+        data = load_data(wanted, _needed(tokenizer), seed=seed).train
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(output) if output else Path(scratch)
         return train_(model, tokenizer, data, spec, output=folder, seed=seed, on_log=on_log)
@@ -247,22 +255,37 @@ def evaluate(
 
     Args:
         model: with or without an adapter.
-        data: a file, folder or hub id, whose held-out part is used, a tokenized Dataset, or None
-            for the demo's.
+        data: a file, all of it; a folder or hub id, its held-out part if it has one; a tokenized
+            Dataset; or None for the demo's.
         batch_size: examples per forward pass.
         max_examples: use at most so many.
         tokenizer: needed for a live module only.
     """
-    from .data import load_data
     from .evaluation import perplexity
 
     tokenizer = tokenizer or state_of(model).tokenizer
-    held_out: Any = data
-    if data is None or isinstance(data, str):
-        held_out = load_data(DataSpec(path=data), tokenizer, seed=0).eval
+    held_out = _held_out(data, tokenizer)
     part = held_out.select(range(min(len(held_out), max_examples)))
-    found = perplexity(model, part, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id)
+    found = perplexity(
+        model, part, batch_size=batch_size, pad_token_id=getattr(tokenizer, "pad_token_id", None)
+    )
     return {"perplexity": found.value, "loss": found.loss, "tokens": found.tokens}
+
+
+def _held_out(data: str | Dataset | None, tokenizer: Any) -> Any:
+    from .data import load_held_out
+
+    if data is None or isinstance(data, str):
+        return load_held_out(data, _needed(tokenizer))
+    return data
+
+
+def _needed(tokenizer: Any) -> Any:
+    """Return the tokenizer. Raises QuantadaptError where a live module has none."""
+    if tokenizer is None:
+        fix = "pass tokenizer=..., or a tokenized Dataset as data"
+        raise QuantadaptError("the model was made from a live module, without a tokenizer", fix=fix)
+    return tokenizer
 
 
 def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
@@ -390,6 +413,7 @@ def merge(
     *,
     kind: MergeKind = "dense",
     data: str | Dataset | None = None,
+    tokenizer: Any = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Merge the adapter into its base, check it on held-out tokens, and write `path/merged`.
@@ -400,7 +424,8 @@ def merge(
         model: a base with an adapter.
         path: gets a folder `merged` that transformers loads.
         kind: "dense", or "requantize" to quantize the merged weights as the base was.
-        data: held-out data for the check; the demo's if missing.
+        data: held-out data for the check, as for `evaluate`; the demo's if missing.
+        tokenizer: needed for a live module only.
         overwrite: replace an earlier `merged`.
 
     Returns:
@@ -409,15 +434,13 @@ def merge(
     Raises:
         MergeRefused: a rule forbids it; names the rule, the reason and the way out.
     """
-    from .data import load_data
     from .merging import merged_model
 
     state = state_of(model)
     check_merge(state, kind)
-    if data is None or isinstance(data, str):
-        data = load_data(DataSpec(path=data), state.tokenizer, seed=0).eval
+    held_out = _held_out(data, tokenizer or state.tokenizer)
     merged = merged_model(model, kind)
-    check = _check_merged(model, merged, data)
+    check = _check_merged(model, merged, held_out)
     _write_merged(merged, kind, Path(path) / MERGED, overwrite)
     return {"kind": kind, **check}
 

@@ -185,10 +185,11 @@ def plan(
         cell = make_cell(backend, quantizer, adapter, options, device, dtype)
         draft.problems += attach_refusals(cell, backend, adapter)
         merge, refused = _merge(draft, cell, backend, adapter)
+    forbidden = refused if spec.export.merge != "auto" else ()
     if draft.problems:
-        raise PlanRefused(draft.problems)
-    if merge == "never" and refused and spec.export.merge != "auto":
-        raise MergeRefused(refused)
+        raise PlanRefused([*draft.problems, *forbidden])
+    if forbidden:
+        raise MergeRefused(forbidden)
     assert backend
     assert adapter
     assert quantizer

@@ -84,15 +84,17 @@ class TrainSpec(_Strict):
     """How to train. Names and meanings are those of transformers' TrainingArguments."""
 
     max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1 means num_train_epochs")
-    num_train_epochs: float = Field(1.0, gt=0)
-    learning_rate: float = Field(2e-4, gt=0)
-    per_device_train_batch_size: int = Field(8, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    lr_scheduler_type: str = "cosine"
-    warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0)
-    optim: str = "adamw_torch"
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the training data")
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
+    per_device_train_batch_size: int = Field(8, ge=1, description="examples per forward pass")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="forward passes per optimizer step"
+    )
+    lr_scheduler_type: str = Field("cosine", description="linear, cosine, constant, ...")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps spent warming up")
+    weight_decay: float = Field(0.0, ge=0, description="of the adapter's weights")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm")
+    optim: str = Field("adamw_torch", description="adamw_torch, adamw_8bit, paged_adamw_8bit, ...")
     gradient_checkpointing: bool = Field(False, description="trade compute for memory")
     use_reentrant: bool = Field(False, description="which kind of gradient checkpointing")
     packing: bool = Field(False, description="pack several examples into one row")
@@ -106,10 +108,10 @@ class EvaluateSpec(_Strict):
     """What to measure."""
 
     max_examples: int = Field(200, ge=1, description="held-out examples used for perplexity")
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(8, ge=1, description="examples per forward pass")
     unquantized: bool = Field(True, description="also measure the base before quantization")
     samples: int = Field(2, ge=0, description="prompts answered greedily before and after")
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(64, ge=1, description="longest answer, in tokens")
 
 
 class ExportSpec(_Strict):
@@ -135,11 +137,13 @@ class Spec(_Strict):
     )
     overwrite: bool = Field(False, description="replace an earlier run in `output`")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    dtype: Dtype = Field("auto", description="compute dtype; auto: bfloat16 on cuda, else float32")
+    dtype: Dtype = Field(
+        "auto", description="compute dtype; auto: bfloat16 on cuda where it can, else float32"
+    )
     skip_modules: list[str] | None = Field(
         None, description="modules left dense; default: the head"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of the adapter, the shuffling and the held-out split")
 
     def __init__(self, **values: Any) -> None:
         try:

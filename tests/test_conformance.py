@@ -1,5 +1,7 @@
 """Every built-in backend under the conformance suite: the compatibility matrix, verified."""
 
+# ruff: noqa: RUF012 (options are given as a plain dict)
+
 from quantadapt.testing import AdapterSuite, BackendSuite, RefusalSuite, TargetSuite
 
 

@@ -1,4 +1,4 @@
-"""The facade: metadata for free, numbers when read, and nothing of the vendor in the module tree."""
+"""The facade: metadata for free, numbers when read, no vendor in the module tree."""
 
 from __future__ import annotations
 

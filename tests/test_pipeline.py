@@ -171,7 +171,9 @@ class TestRun:
         } <= names
         found = json.loads((tmp_path / "run" / "metrics.json").read_text())
         assert found["perplexity"]["tuned"] < found["perplexity"]["quantized"]
-        assert found["perplexity"]["merged"] == pytest.approx(found["perplexity"]["tuned"], rel=1e-4)
+        assert found["perplexity"]["merged"] == pytest.approx(
+            found["perplexity"]["tuned"], rel=1e-4
+        )
         assert found["merge"]["gain_kept"] == pytest.approx(1.0, abs=1e-3)
         assert found["size"]["quantized_mib"] < found["size"]["dense_mib"]
         assert result.metrics["train"]["steps"] == 6
@@ -195,7 +197,9 @@ class TestRun:
         first = losses("a")
         assert losses("b") == pytest.approx(first, rel=1e-6)
 
-    def test_ctrl_c_during_export_leaves_no_half_adapter(self, small, tmp_path, monkeypatch) -> None:
+    def test_ctrl_c_during_export_leaves_no_half_adapter(
+        self, small, tmp_path, monkeypatch
+    ) -> None:
         def interrupted(folder: Path, state: object) -> None:
             raise KeyboardInterrupt
 

@@ -74,9 +74,7 @@ def test_unknown_backend_and_adapter_are_both_told() -> None:
 
 
 def test_a_rule_refuses_with_reason_and_fix() -> None:
-    found = problems(
-        backend={"name": "torchao-int4", "layout": "tile_packed"}, dtype="bfloat16"
-    )
+    found = problems(backend={"name": "torchao-int4", "layout": "tile_packed"}, dtype="bfloat16")
     text = found["torchao-int4 x lora"]
     assert "torchao-tiles-need-cuda" in text
     assert "fix: use layout: unpacked" in text

@@ -117,7 +117,7 @@ def test_the_environment_restricts_what_is_loaded(monkeypatch) -> None:
 def test_importing_the_package_and_listing_backends_loads_no_torch() -> None:
     code = (
         "import sys, quantadapt; from quantadapt.registry import registry; registry().backends();"
-        "bad = {'torch', 'peft', 'transformers', 'hqq', 'bitsandbytes', 'torchao'} & set(sys.modules);"
+        "bad = {'torch', 'peft', 'transformers', 'hqq', 'bitsandbytes'} & set(sys.modules);"
         "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

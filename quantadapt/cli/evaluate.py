@@ -52,20 +52,18 @@ def evaluate(
     was trained on.
     """
     with session(as_json=json) as shown:
-        from .models import data_of, open_model, waiting
+        from .models import held_out_of, open_model, waiting
 
-        spec, origin = data_of(path, data)
         with waiting(shown, "loading the model"):
             model = open_model(path, device)
         with waiting(shown, "measuring"):
-            from ..data import load_data
             from ..pipeline import evaluate as measure
             from ..state import state_of
 
-            held_out = load_data(spec, state_of(model).tokenizer, seed=0).eval
+            held_out, origin = held_out_of(path, data, state_of(model).tokenizer)
             found = measure(model, held_out, batch_size=batch_size, max_examples=max_examples)
         if json:
-            shown.print_json({"path": path, "data": spec.path, **found})
+            shown.print_json({"path": path, "data": origin, **found})
             return
         shown.out.print(f"perplexity {found['perplexity']:.4f}")
         facts = f"loss {found['loss']:.4f} nats per token over {found['tokens']} tokens"

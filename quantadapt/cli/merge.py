@@ -69,16 +69,14 @@ def merge(
 def _merged(
     model: nn.Module, run: str, kind: Kind, folder: Path, data: str | None, overwrite: bool
 ) -> dict[str, Any]:
-    from ..data import load_data
     from ..pipeline import check_merge
     from ..pipeline import merge as pipeline_merge
     from ..state import state_of
-    from .models import data_of
+    from .models import held_out_of
 
     state = state_of(model)
     check_merge(state, kind)
-    spec, _ = data_of(run, data)
-    held_out = load_data(spec, state.tokenizer, seed=0).eval
+    held_out, _ = held_out_of(run, data, state.tokenizer)
     adapted: Any = model
     return pipeline_merge(adapted, folder, kind=kind, data=held_out, overwrite=overwrite)
 

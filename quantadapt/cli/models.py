@@ -14,7 +14,7 @@ from ..errors import ModelError, OutputError, PlanRefused
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..spec import DataSpec
+    from datasets import Dataset
     from .session import Session
 
 RECORD = "quantadapt.json"
@@ -66,20 +66,22 @@ def _backend_of(config: dict[str, Any], path: str) -> str:
     raise ModelError(f"no backend here reads a checkpoint made by {method}", fix=fix, where=path)
 
 
-def data_of(path: str, data: str | None) -> tuple[DataSpec, str]:
-    """Return which data to measure on, and where that choice came from.
+def held_out_of(path: str, data: str | None, tokenizer: Any) -> tuple[Dataset, str]:
+    """Return the data to measure on, tokenized, and where that choice came from.
 
-    It is what `data` names, or what the run at `path` used, or the bundled demo's.
+    It is what `data` names, or what the run at `path` held out, or the bundled demo's.
     """
-    from ..spec import DataSpec, Spec
+    from ..data import load_data, load_held_out
+    from ..spec import Spec
 
     if data is not None:
-        return DataSpec(path=data), data
-    spec = Path(path).expanduser() / "spec.yaml"
-    if spec.exists():
-        found = Spec.load(spec).data
-        return found, f"the run's data, {found.path or 'the bundled demo'}"
-    return DataSpec(), "the bundled demo's data; --data names other data"
+        return load_held_out(data, tokenizer), data
+    file = Path(path).expanduser() / "spec.yaml"
+    if file.exists():
+        spec = Spec.load(file)
+        origin = f"what the run held out of {spec.data.path or 'the bundled demo data'}"
+        return load_data(spec.data, tokenizer, seed=spec.seed).eval, origin
+    return load_held_out(None, tokenizer), "the bundled demo's data; --data names other data"
 
 
 def check_record(path: str, kind: Literal["dense", "requantize"]) -> None:

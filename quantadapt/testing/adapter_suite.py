@@ -1,28 +1,30 @@
 """Does every adapter start, train, come back, and merge as declared?"""
 
+# ruff: noqa: D102 (the names of the tests are sentences)
+
 from __future__ import annotations
 
 import copy
 from typing import TYPE_CHECKING, Any
 
-from .bench import Bench, Suite, cells, change, relative
+from .bench import LEAST_GAIN, Bench, Suite, cells, change, relative
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 class AdapterSuite(Suite):
     """The backend under each of the suite's adapters."""
 
     def test_attaching_changes_nothing(self, bench: Bench, adapter: str) -> None:
-        import torch
-
         from ..records import Start
 
         trained = bench.trained(adapter)
         error = relative(trained.start, bench.base_logits)
         bench.note(adapter, start_change=error)
         start = bench.cell_of(adapter)[1].start
+        if adapter in bench.suite.rounded and bench.suite.dtype != "float32":
+            start = Start.ROUNDING
         if start is Start.ZERO:
             assert change(trained.start, bench.base_logits) == 0
         elif start is Start.ROUNDING:
@@ -34,14 +36,14 @@ class AdapterSuite(Suite):
         losses = bench.trained(adapter).losses
         bench.note(adapter, loss_before=losses[0], loss_after=losses[-1])
         assert all(loss == loss for loss in losses)
-        assert losses[-1] < losses[0]
+        assert losses[-1] < losses[0] * (1 - LEAST_GAIN)
 
     def test_only_adapter_parameters_move(self, bench: Bench, adapter: str) -> None:
         trained = bench.trained(adapter)
         assert trained.moved
         assert trained.moved <= trained.trainable
         assert trained.with_gradient <= trained.trainable
-        assert not {n for n in trained.trainable if n.endswith(("W_q", "base_layer.weight"))}
+        assert not trained.of_base
 
     def test_base_stays_byte_for_byte(self, bench: Bench, adapter: str) -> None:
         at = bench.trained(adapter).base_at
@@ -51,8 +53,6 @@ class AdapterSuite(Suite):
             assert at["start"] == at["before"]
 
     def test_disabled_adapter_leaves_the_base(self, bench: Bench, adapter: str) -> None:
-        import torch
-
         model = bench.trained(adapter).model
         with model.disable_adapter():
             logits = bench.logits(model)
@@ -61,8 +61,6 @@ class AdapterSuite(Suite):
         assert change(bench.logits(model), bench.trained(adapter).tuned) == 0
 
     def test_save_and_load(self, bench: Bench, adapter: str) -> None:
-        import torch
-
         from ..pipeline import load, save
 
         trained = bench.trained(adapter)
@@ -73,7 +71,6 @@ class AdapterSuite(Suite):
         assert error <= bench.reload_tolerance(adapter)
 
     def test_vanilla_peft_loads_it(self, bench: Bench, adapter: str) -> None:
-        import torch
         from peft import PeftModel
 
         trained = bench.trained(adapter)
@@ -84,8 +81,6 @@ class AdapterSuite(Suite):
         assert error <= bench.reload_tolerance(adapter)
 
     def test_load_quantizes_the_recorded_base(self, bench: Bench) -> None:
-        import torch
-
         from ..pipeline import load, save
 
         for adapter in bench.adapters_for("attach")[:1]:
@@ -108,8 +103,6 @@ class AdapterSuite(Suite):
 
     @cells("dense")
     def test_dense_merge(self, bench: Bench, adapter: str) -> None:
-        import torch
-
         from ..facade import densify, facades
         from ..merging import merged_model
 
@@ -131,7 +124,6 @@ class AdapterSuite(Suite):
 
     @cells("dense")
     def test_merged_model_is_an_ordinary_checkpoint(self, bench: Bench, adapter: str) -> None:
-        import torch
         from transformers import AutoModelForCausalLM
 
         from ..merging import merged_model
@@ -146,8 +138,6 @@ class AdapterSuite(Suite):
 
     @cells("requantize")
     def test_requantized_merge(self, bench: Bench, adapter: str) -> None:
-        import torch
-
         from ..facade import facades
         from ..merging import merged_model
 
@@ -158,18 +148,15 @@ class AdapterSuite(Suite):
         found = dict(facades(again))
         assert set(found) == set(bench.facades())
         errors = [
-            relative(facade.dequantize(), dense.get_submodule(name).weight)
-            for name, facade in found.items()
+            relative(facade.dequantize(), _weight(dense, name)) for name, facade in found.items()
         ]
         bench.note(adapter, requantize_error=max(errors))
-        assert max(errors) <= bench.tolerance.weight.error
+        assert max(errors) <= bench.tolerance.weight.merged
         assert _tensors(trained.model) == before, "merging changed the model that was merged"
         assert change(bench.logits(trained.model), trained.tuned) == 0
 
     @cells("requantize")
     def test_requantized_merge_is_saved(self, bench: Bench, adapter: str) -> None:
-        import torch
-
         from ..merging import merged_model
         from ..state import state_of
 
@@ -192,6 +179,11 @@ def _load_base(bench: Bench, folder: Any) -> nn.Module:
     model = quantizer.load(str(folder), device=bench.suite.device, dtype=bench.torch_dtype)
     skip: tuple[str, ...] = bench.base.quantadapt.skip_modules  # type: ignore[union-attr, assignment]
     return wrap(model, quantizer.target, bench.torch_dtype, skip)
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    weight: Any = model.get_submodule(name).weight
+    return weight.detach()  # type: ignore[no-any-return]
 
 
 def _tensors(model: nn.Module) -> dict[str, str]:

@@ -11,13 +11,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import pytest
 
@@ -39,9 +39,14 @@ if TYPE_CHECKING:
 ADAPTERS = ("lora", "dora", "vera", "adalora", "ia3")
 STEPS = 4
 LEARNING_RATE = 5e-3
+FASTER = {"c3a": 0.1, "pvera": 0.1, "unilora": 0.1, "vera": 0.1}
+"""Learning rates of methods that hardly move in a few steps at the common one."""
+LEAST_GAIN = 0.01
+"""Share by which the loss has to fall."""
 SEQUENCE = 24
 
 Adapters = Mapping[str, Mapping[str, Any]]
+Test = TypeVar("Test", bound=Callable[..., None])
 
 SMALL: Adapters = {
     # A schedule that really moves the budget within the few steps taken here.
@@ -63,6 +68,8 @@ class Suite:
     """Adapters that take a part of the base's weights over when they are attached."""
     reshaped: ClassVar[tuple[str, ...]] = ("adalora",)
     """Adapters of which PEFT saves smaller tensors than it trains: a reload may round."""
+    rounded: ClassVar[tuple[str, ...]] = ("dora",)
+    """Adapters that start at zero exactly in float32, and up to rounding in lower precision."""
     bits: ClassVar[float | None] = None
     strict: ClassVar[bool] = os.environ.get("QUANTADAPT_STRICT", "1") != "0"
 
@@ -70,10 +77,12 @@ class Suite:
 
     @classmethod
     def setup_class(cls) -> None:
+        """Make the bench; models come when they are asked for."""
         cls._bench = Bench(cls)
 
     @classmethod
     def teardown_class(cls) -> None:
+        """Free models and folders before the next class."""
         if cls._bench is not None:
             cls._bench.close()
         cls._bench = None
@@ -92,11 +101,11 @@ class Suite:
         metafunc.parametrize("adapter", names)
 
 
-def cells(wanted: str) -> Any:
+def cells(wanted: str) -> Callable[[Test], Test]:
     """Mark a test with the cells it is about: all, attach, dense or requantize."""
 
-    def mark(function: Any) -> Any:
-        function.cells = wanted
+    def mark(function: Test) -> Test:
+        function.cells = wanted  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -114,6 +123,7 @@ class Trained:
         base_at: digests of the base's tensors "before" attaching, at the "start" of training and
             at its "end".
         trainable: names of the parameters with requires_grad.
+        of_base: names of those among them that belong to the base.
         moved: names of the parameters that training changed.
         with_gradient: names of the parameters that got a gradient.
         allocated: AdaLoRA's number of active directions after each step.
@@ -125,6 +135,7 @@ class Trained:
     losses: list[float]
     base_at: dict[str, dict[str, str]]
     trainable: set[str]
+    of_base: set[str]
     moved: set[str]
     with_gradient: set[str]
     allocated: list[int] = field(default_factory=list)
@@ -266,9 +277,19 @@ class Bench:
 
         return dict(facades(self.base))
 
+    @property
+    def widest(self) -> str:
+        """The name of the first layer with the most inputs: what tests of one layer look at."""
+        return max(self.facades().items(), key=lambda item: item[1].in_features)[0]
+
     def some_facade(self) -> QuantLinear:
-        """Return a copy of one facade, the widest kind in the model."""
-        return copy.deepcopy(max(self.facades().values(), key=lambda f: f.in_features))
+        """Return a copy of the widest facade."""
+        return copy.deepcopy(self.facades()[self.widest])
+
+    def original(self, name: str) -> Tensor:
+        """Return the unquantized weight of a layer."""
+        weight: Any = self.dense.get_submodule(name).weight
+        return weight.detach()  # type: ignore[no-any-return]
 
     @cached_property
     def tolerance(self) -> Tolerance:
@@ -360,8 +381,11 @@ class Bench:
         start = self.logits(model)
         before = {n: digest(p) for n, p in model.named_parameters()}
         trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+        own = held.ids()
+        of_base = {n for n, p in model.named_parameters() if id(p) in own and p.requires_grad}
         optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE
+            [p for p in model.parameters() if p.requires_grad],
+            lr=FASTER.get(adapter, LEARNING_RATE),
         )
         losses: list[float] = []
         allocated: list[int] = []
@@ -382,7 +406,16 @@ class Bench:
         digests["end"] = held.digests()
         moved = {n for n, p in model.named_parameters() if digest(p) != before[n]}
         return Trained(
-            model, start, tuned, losses, digests, trainable, moved, with_gradient, allocated
+            model=model,
+            start=start,
+            tuned=tuned,
+            losses=losses,
+            base_at=digests,
+            trainable=trainable,
+            of_base=of_base,
+            moved=moved,
+            with_gradient=with_gradient,
+            allocated=allocated,
         )
 
     def loss(self, model: nn.Module) -> float:
@@ -402,6 +435,11 @@ class _Held:
         self.facades = {n: m for n, m in base.named_modules() if isinstance(m, QuantLinear)}
         inside = {id(p) for facade in self.facades.values() for p in facade.parameters()}
         self.others = {n: p for n, p in base.named_parameters() if id(p) not in inside}
+
+    def ids(self) -> set[int]:
+        """Return the ids of the base's parameters as they are now."""
+        packed = {id(p) for facade in self.facades.values() for p in facade.parameters()}
+        return packed | {id(p) for p in self.others.values()}
 
     def digests(self) -> dict[str, str]:
         """Return name -> digest of the bytes of every tensor of the base."""

@@ -1,5 +1,7 @@
 """Are refusals raised before any work, and is everything that is refused really impossible?"""
 
+# ruff: noqa: D102 (the names of the tests are sentences)
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -214,4 +216,3 @@ def _no_model_is_read() -> Any:
 def _nothing_is_merged() -> Any:
     failure = AssertionError("weights were merged although the merge is refused")
     return patch("quantadapt.merging.merged_model", side_effect=failure)
-

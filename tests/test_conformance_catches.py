@@ -1,0 +1,362 @@
+"""The conformance suite can fail: a backend that lies is caught, each lie by the right test."""
+
+import json
+from functools import cached_property
+from types import SimpleNamespace
+from typing import ClassVar
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import nn
+
+from quantadapt.capabilities import Merge, Rule
+from quantadapt.hookspecs import hookimpl
+from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget
+from quantadapt.records import Adapter, Backend, Start
+from quantadapt.registry import Provenance, registry
+from quantadapt.testing import BackendSuite, Bench
+from quantadapt.testing.plugin import Results
+
+# An honest third-party backend: int8 per output channel -----------------------------------------
+
+
+class AbsmaxLinear(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
+        self.register_buffer("codes", (linear.weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale.detach())
+        self.bias = linear.bias
+
+    def weight_values(self):
+        return self.codes * self.scale
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight_values(), self.bias)
+
+
+class AbsmaxTarget(LayerwiseTarget):
+    def matches(self, module):
+        return isinstance(module, AbsmaxLinear)
+
+    def dequantize(self, module):
+        return module.weight_values()
+
+
+class Absmax(LayerwiseQuantizer):
+    target_class: ClassVar = AbsmaxTarget
+
+    @cached_property
+    def target(self):
+        return self.target_class(self)
+
+    def quantize_linear(self, linear):
+        return AbsmaxLinear(linear)
+
+    def load_linear(self, linear, state):
+        dtype = linear.weight.dtype
+        empty = nn.Linear(linear.in_features, linear.out_features, "bias" in state, dtype=dtype)
+        module = AbsmaxLinear(empty.requires_grad_(False))
+        module.load_state_dict(state)
+        return module
+
+    def quantization_config(self):
+        return {"quant_method": "absmax"}
+
+    @classmethod
+    def from_checkpoint(cls, quantization_config):
+        return cls() if quantization_config.get("quant_method") == "absmax" else None
+
+    @classmethod
+    def from_model(cls, model):
+        return cls() if any(isinstance(m, AbsmaxLinear) for m in model.modules()) else None
+
+
+# The lies -----------------------------------------------------------------------------------------
+
+
+class WrongShape(AbsmaxTarget):
+    def shape(self, module):
+        return module.in_features, 2 * module.out_features
+
+
+class MissesLayers(AbsmaxTarget):
+    def matches(self, module):
+        return super().matches(module) and module.out_features != module.in_features
+
+
+class FivePercentOff(AbsmaxTarget):
+    def dequantize(self, module):
+        return 1.05 * module.weight_values()
+
+
+class OtherForward(AbsmaxTarget):
+    quantizes_activations = True
+
+    def forward(self, module, x):
+        return 1.2 * module(x)
+
+
+class ChangesAsItRuns(AbsmaxTarget):
+    quantizes_activations = True
+
+    def forward(self, module, x):
+        module.codes[0, 0] += 1
+        return module(x)
+
+
+class ForgetsTheUpdate(AbsmaxTarget):
+    def requantize(self, module, weight):
+        module.codes = module.codes.flip(0)
+        return module
+
+
+def lying(target):
+    class Lying(Absmax):
+        target_class: ClassVar = target
+
+    return Lying
+
+
+class DropsBiases(Absmax):
+    def quantize_linear(self, linear):
+        module = AbsmaxLinear(linear)
+        module.bias = None
+        return module
+
+
+class SavesTooLittle(Absmax):
+    def load_linear(self, linear, state):
+        state["codes"] = state["codes"] // 2 * 2
+        return super().load_linear(linear, state)
+
+
+class ForgetsWhatItIs(Absmax):
+    @classmethod
+    def from_checkpoint(cls, quantization_config):
+        return None
+
+
+NO_VERA = Rule("absmax-no-vera", {"adapter": ("vera",)}, "it is not liked here", "use lora")
+NO_MERGE = Rule("absmax-no-merge", {"action": ("merge",)}, "it is not liked here", "keep it")
+NEVER = Rule("absmax-never", {"backend.speed": (1,)}, "there is no such option", "none")
+BFLOAT16 = Rule(
+    "absmax-no-bfloat16", {"dtype": ("bfloat16",)}, "it is not liked here", "use others"
+)
+
+
+class Plugin:
+    def __init__(self, quantizer=Absmax, adapters=(), **fields):
+        values = {"merge": Merge.REQUANTIZE, "devices": ("cpu",), **fields}
+        self.backend = Backend("absmax", "a test's own", quantizer, **values)
+        self.adapters = adapters
+
+    @hookimpl
+    def quantadapt_backends(self):
+        return [self.backend]
+
+    @hookimpl
+    def quantadapt_adapters(self):
+        return list(self.adapters)
+
+
+@pytest.fixture
+def make():
+    """Return a function that registers a plugin and gives the suite and its bench."""
+    benches = []
+    registry.cache_clear()
+
+    def made(plugin=None, **attributes):
+        plugin = plugin or Plugin()
+        registry().add("absmax", lambda: plugin, Provenance("absmax"))
+        assert not registry().broken
+        suite = type("Suite", (BackendSuite,), {"backend": "absmax", "adapters": ("lora",)})
+        for name, value in attributes.items():
+            setattr(suite, name, value)
+        benches.append(Bench(suite))
+        return suite(), benches[-1]
+
+    yield made
+    for bench in benches:
+        bench.close()
+    registry.cache_clear()
+
+
+def names_of_tests(suite):
+    return sorted(name for name in dir(suite) if name.startswith("test_"))
+
+
+def run(suite, bench, name):
+    """Run one test of a suite as pytest would, with every value of its parameters."""
+    method = getattr(suite, name)
+    wanted = method.__code__.co_varnames[2 : method.__code__.co_argcount]
+    if "adapter" in wanted:
+        for adapter in bench.adapters_for(getattr(method, "cells", "attach")):
+            method(bench, adapter)
+    elif "reentrant" in wanted:
+        for reentrant in (True, False):
+            method(bench, reentrant)
+    elif "kind" in wanted:
+        for kind in ("dense", "requantize"):
+            method(bench, kind)
+    else:
+        method(bench)
+
+
+def test_an_honest_backend_passes(make):
+    suite, bench = make(adapters=("lora", "ia3"))
+    names = names_of_tests(suite)
+    assert len(names) > 30
+    for name in names:
+        run(suite, bench, name)
+
+
+LIES = {
+    "wrong shape": (Plugin(lying(WrongShape)), "test_metadata_is_right_and_free"),
+    "layers missed": (Plugin(lying(MissesLayers)), "test_finds_every_linear_layer_but_the_head"),
+    "5 % off": (Plugin(lying(FivePercentOff)), "test_dequantized_is_close_to_the_original"),
+    "5 % off, in the forward": (Plugin(lying(FivePercentOff)), "test_forward_is_the_vendors"),
+    "another forward": (
+        Plugin(lying(OtherForward)),
+        "test_forward_is_that_of_the_dequantized_weight",
+    ),
+    "base changed in training": (
+        Plugin(lying(ChangesAsItRuns)),
+        "test_base_stays_byte_for_byte",
+    ),
+    "merge loses the update": (Plugin(lying(ForgetsTheUpdate)), "test_requantized_merge"),
+    "requantizing garbles": (
+        Plugin(lying(ForgetsTheUpdate)),
+        "test_requantizing_the_dequantized_weight",
+    ),
+    "biases dropped": (Plugin(DropsBiases), "test_biases_are_kept"),
+    "codes lost on disk": (Plugin(SavesTooLittle), "test_save_and_load_give_equal_logits"),
+    "a refusal of what works": (Plugin(rules=(NO_VERA,)), "test_refused_cells_do_not_work"),
+    "a refused merge that works": (Plugin(rules=(NO_MERGE,)), "test_refused_merges_do_not_work"),
+    "a backend that never merges": (Plugin(merge=Merge.NEVER), "test_refused_merges_do_not_work"),
+    "dense only, and could more": (Plugin(merge=Merge.DENSE), "test_refused_merges_do_not_work"),
+    "a refused dtype that works": (
+        Plugin(rules=(BFLOAT16,)),
+        "test_what_the_backends_rules_refuse_does_not_work",
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_is_caught(make, lie):
+    plugin, name = LIES[lie]
+    suite, bench = make(plugin, adapters=("lora", "vera") if "refusal" in lie else ("lora",))
+    with pytest.raises(AssertionError):
+        run(suite, bench, name)
+
+
+def test_a_checkpoint_that_its_maker_does_not_know_is_caught(make):
+    suite, bench = make(Plugin(ForgetsWhatItIs))
+    with pytest.raises(Exception, match="cannot read it"):
+        run(suite, bench, "test_saved_checkpoint_is_adopted")
+
+
+def test_a_rule_that_can_never_apply_is_caught(make):
+    suite, bench = make(Plugin(rules=(NEVER,)))
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        run(suite, bench, "test_every_rule_of_the_backend_refuses")
+
+
+def test_the_message_of_strict_says_what_to_do(make):
+    suite, bench = make(Plugin(rules=(NO_VERA,)), adapters=("vera",))
+    with pytest.raises(
+        AssertionError, match=r"absmax-no-vera refuses something that works.*narrow"
+    ):
+        suite.test_refused_cells_do_not_work(bench)
+
+
+def test_without_strict_a_wrong_refusal_passes(make):
+    suite, bench = make(Plugin(rules=(NO_VERA,)), adapters=("vera",), strict=False)
+    suite.test_refused_cells_do_not_work(bench)
+
+
+def test_an_adapter_that_only_says_it_starts_at_zero_is_caught(make):
+    liar = Adapter("liar", "c3a", "C3A", {"block_size": 128}, start=Start.ZERO)
+    suite, bench = make(Plugin(adapters=(liar,)), adapters=("liar",))
+    with pytest.raises(AssertionError):
+        suite.test_attaching_changes_nothing(bench, "liar")
+
+
+def test_an_adapter_that_starts_at_zero_and_does_not_say_so_is_caught(make):
+    shy = Adapter("shy", "lora", "LORA", start=Start.CHANGED)
+    suite, bench = make(Plugin(adapters=(shy,)), adapters=("shy",))
+    with pytest.raises(AssertionError, match="declare it"):
+        suite.test_attaching_changes_nothing(bench, "shy")
+
+
+def test_a_merge_that_drops_the_adapter_is_caught(make):
+    from quantadapt.facade import densify
+
+    suite, bench = make()
+
+    def dropped(model, kind):
+        return densify(bench.fresh())
+
+    with (
+        patch("quantadapt.merging.merged_model", dropped),
+        pytest.raises(AssertionError),
+    ):
+        suite.test_dense_merge(bench, "lora")
+
+
+def test_a_merge_that_changes_the_model_is_caught(make):
+    from quantadapt.merging import merged_model
+
+    def careless(model, kind):
+        merged = merged_model(model, kind)
+        next(p for n, p in model.named_parameters() if "lora_B" in n).data.zero_()
+        return merged
+
+    suite, bench = make()
+    with (
+        patch("quantadapt.merging.merged_model", careless),
+        pytest.raises(AssertionError),
+    ):
+        suite.test_dense_merge(bench, "lora")
+
+
+# The results file ---------------------------------------------------------------------------------
+
+
+def test_results_are_written_for_every_cell(make, tmp_path):
+    suite, bench = make(Plugin(rules=(NO_VERA,)), adapters=("lora", "ia3", "vera"))
+    bench.note("", dequantize_error=0.01)
+    bench.note("lora", merge_error=1e-7, loss_before=2.0, loss_after=1.0)
+    results = Results(tmp_path / "deep" / "matrix.json")
+    for adapter, failed in (("lora", False), ("ia3", True), ("vera", False)):
+        callspec = SimpleNamespace(params={"adapter": adapter})
+        item = SimpleNamespace(
+            funcargs={"bench": bench}, callspec=callspec, originalname="test_x", name="test_x"
+        )
+        results.note(item, type(suite), SimpleNamespace(failed=failed))
+    results.pytest_sessionfinish()
+    document = json.loads((tmp_path / "deep" / "matrix.json").read_text())
+    assert document["generated"]["device"] == "cpu"
+    assert document["generated"]["versions"]["peft"]
+    found = {cell["adapter"]: cell for cell in document["cells"]}
+    assert found["lora"]["verified"] == "passed"
+    assert found["lora"]["declared"] == "REQUANTIZE"
+    assert (found["lora"]["merge_error"], found["lora"]["dequantize_error"]) == (1e-7, 0.01)
+    assert (found["ia3"]["verified"], found["ia3"]["failed"]) == ("failed", ["test_x"])
+    assert (found["vera"]["declared"], found["vera"]["verified"]) == ("refused", "refused")
+
+
+def test_a_failure_of_the_base_fails_every_cell(make, tmp_path):
+    suite, bench = make(adapters=("lora", "ia3"))
+    results = Results(tmp_path / "matrix.json")
+    for adapter in ("lora", "ia3", ""):
+        callspec = SimpleNamespace(params={"adapter": adapter} if adapter else {})
+        item = SimpleNamespace(
+            funcargs={"bench": bench}, callspec=callspec, originalname="test_y", name="test_y"
+        )
+        results.note(item, type(suite), SimpleNamespace(failed=not adapter))
+    results.pytest_sessionfinish()
+    document = json.loads((tmp_path / "matrix.json").read_text())
+    assert [cell["verified"] for cell in document["cells"]] == ["failed", "failed"]
