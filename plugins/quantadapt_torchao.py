@@ -31,14 +31,16 @@ class _TorchAO(LayerwiseQuantizer):
     def target(self) -> TorchAOTarget:
         return TorchAOTarget(self)
 
-    def _config(self, device: str) -> Any:
-        """Return torchao's config for layers on `device` ("cpu", "cuda")."""
+    def _config(self, tensor_cores: bool) -> Any:
+        """Return torchao's config for layers that are on CUDA in bfloat16, or for others."""
         raise NotImplementedError
 
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
+        import torch
         from torchao.quantization import quantize_
 
-        quantize_(linear, self._config(linear.weight.device.type))
+        tensor_cores = linear.weight.is_cuda and linear.weight.dtype == torch.bfloat16
+        quantize_(linear, self._config(tensor_cores))
         return linear
 
     def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
@@ -56,7 +58,7 @@ class _TorchAO(LayerwiseQuantizer):
     def _transformers_config(self) -> Any:
         from transformers import TorchAoConfig
 
-        return TorchAoConfig(self._config("cpu"))
+        return TorchAoConfig(self._config(tensor_cores=False))
 
     def quantization_config(self) -> dict[str, Any]:
         config: dict[str, Any] = self._transformers_config().to_dict()
@@ -95,7 +97,7 @@ class Int8(_TorchAO):
     config_names = ("Int8WeightOnlyConfig",)
     tensor_names = ("Int8Tensor",)
 
-    def _config(self, device: str) -> Any:
+    def _config(self, tensor_cores: bool) -> Any:
         from torchao.quantization import Int8WeightOnlyConfig
 
         return Int8WeightOnlyConfig(version=2)
@@ -107,7 +109,7 @@ class Float8(_TorchAO):
     config_names = ("Float8WeightOnlyConfig",)
     tensor_names = ("Float8Tensor",)
 
-    def _config(self, device: str) -> Any:
+    def _config(self, tensor_cores: bool) -> Any:
         from torchao.quantization import Float8WeightOnlyConfig
 
         return Float8WeightOnlyConfig()
@@ -122,7 +124,7 @@ class Intx(_TorchAO):
     bits: Literal[2, 3, 4, 5, 6, 7, 8] = Field(4, description="bits per weight")
     group_size: int = Field(64, ge=8, description="weights along in_features that share a scale")
 
-    def _config(self, device: str) -> Any:
+    def _config(self, tensor_cores: bool) -> Any:
         return _intx(self.bits, self.group_size)
 
     @classmethod
@@ -147,8 +149,8 @@ class Int4(_TorchAO):
         "auto", description="auto: tile_packed on cuda in bfloat16, unpacked elsewhere"
     )
 
-    def _config(self, device: str) -> Any:
-        if self.layout == "unpacked" or (self.layout == "auto" and device != "cuda"):
+    def _config(self, tensor_cores: bool) -> Any:
+        if self.layout == "unpacked" or (self.layout == "auto" and not tensor_cores):
             return _intx(4, self.group_size)
         from torchao.quantization import Int4WeightOnlyConfig
 
@@ -183,8 +185,10 @@ class TorchAOTarget(LayerwiseTarget):
         return type(weight).__module__.startswith("torchao.") and hasattr(module, "in_features")
 
     def dequantize(self, module: nn.Module) -> Tensor:
+        import torch
+
         weight: Any = module.weight
-        if hasattr(weight, "dequantize"):
+        if type(weight).dequantize is not torch.Tensor.dequantize:  # its layout has one of its own
             dense: Tensor = weight.dequantize()
             return dense
         from quantadapt.probe import dequantize_by_probe

@@ -156,7 +156,7 @@ def load_layerwise(
     config = copy.deepcopy(read_config(path))
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    loader = _loader_config()(quantizer=quantizer, packed=path)
+    loader = _loader_config()(quantizer=quantizer, packed=path, device=device)
     model = from_pretrained(
         path, config=config, dtype=dtype, device_map={"": device}, quantization_config=loader
     )
@@ -247,9 +247,16 @@ def _loader_config() -> Any:
 
     @register_quantization_config(METHOD)
     class LoaderConfig(QuantizationConfigMixin):  # type: ignore[misc]
-        def __init__(self, quantizer: Any = None, skip: Any = None, packed: str | None = None):
+        def __init__(
+            self,
+            quantizer: Any = None,
+            skip: Any = None,
+            packed: str | None = None,
+            device: str = "cpu",
+        ) -> None:
             self.quant_method = METHOD
-            self.quantizer, self.skip, self.packed = quantizer, skip, packed
+            self.quantizer, self.skip = quantizer, skip
+            self.packed, self.device = packed, device
 
         def to_dict(self) -> dict[str, Any]:
             return {"quant_method": METHOD}
@@ -307,12 +314,7 @@ def _loader_config() -> Any:
             config = self.quantization_config
             for name, module in list(model.named_modules()):
                 if isinstance(module, _Placeholder):
-                    device = (
-                        next(iter(model.hf_device_map.values()))
-                        if hasattr(model, "hf_device_map")
-                        else "cpu"
-                    )
-                    state = {k: v.to(device) for k, v in self.state.pop(name).items()}
+                    state = {k: v.to(config.device) for k, v in self.state.pop(name).items()}
                     vendor = config.quantizer.load_linear(module.linear, state)
                     set_submodule(model, name, vendor.train(model.training))
             return model

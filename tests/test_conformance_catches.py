@@ -1,6 +1,8 @@
 """The conformance suite can fail: a backend that lies is caught, each lie by the right test."""
 
 import json
+import subprocess
+import sys
 from functools import cached_property
 from types import SimpleNamespace
 from typing import ClassVar
@@ -320,6 +322,12 @@ def test_a_merge_that_changes_the_model_is_caught(make):
         pytest.raises(AssertionError),
     ):
         suite.test_dense_merge(bench, "lora")
+
+
+def test_importing_the_suite_loads_nothing_heavy():
+    code = "import sys, quantadapt.testing; print({'torch', 'peft'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 # The results file ---------------------------------------------------------------------------------
