@@ -16,6 +16,7 @@ OTHERS = tuple(a.name for a in registry().adapters() if a.name not in ADAPTERS)
 
 class TestOtherAdapters(AdapterSuite, RefusalSuite):
     backend = "hqq"
+    options = {"bits": 4}  # noqa: RUF012 (as in test_conformance, so that the results join)
     adapters = OTHERS
 
 
