@@ -21,26 +21,18 @@ if TYPE_CHECKING:
     from .capabilities import Merge, Rule
     from .errors import QuantadaptError
     from .hookspecs import hookimpl
-    from .pipeline import (
-        BaseMismatchWarning,
-        RunResult,
-        attach,
-        evaluate,
-        load,
-        merge,
-        quantize,
-        run,
-        save,
-        train,
-    )
+    from .pipeline import RunResult, run
     from .planning import Plan, plan
     from .protocols import AdapterTarget, LayerwiseQuantizer, Quantizer
     from .records import Adapter, Backend
+    from .saving import BaseMismatchWarning, load, merge, save
     from .spec import Spec
+    from .stages import attach, evaluate, quantize, train
 
 _HOME = {
-    "pipeline": ("BaseMismatchWarning", "RunResult", "attach", "evaluate", "load", "merge",
-                 "quantize", "run", "save", "train"),
+    "pipeline": ("RunResult", "run"),
+    "stages": ("attach", "evaluate", "quantize", "train"),
+    "saving": ("BaseMismatchWarning", "load", "merge", "save"),
     "planning": ("Plan", "plan"),
     "spec": ("Spec",),
     "errors": ("QuantadaptError",),

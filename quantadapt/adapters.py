@@ -55,12 +55,7 @@ ADAPTERS = (
         "IA3",
         {"feedforward_modules": []},
     ),
-    Adapter(
-        "adamss",
-        "adaptive multi-subspace updates",
-        "ADAMSS",
-        rules=(_refused("adamss", "it clusters weights with scikit-learn", "use lora or osf"),),
-    ),
+    Adapter("adamss", "adaptive multi-subspace updates", "ADAMSS", requires=("scikit-learn",)),
     Adapter(
         "beft",
         "trains biases of linear layers",

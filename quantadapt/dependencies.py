@@ -1,4 +1,4 @@
-"""Are a backend's libraries there, new enough, and do they import?"""
+"""Are the libraries of a backend or adapter there, new enough, and do they import?"""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from packaging.requirements import Requirement
 
 from .errors import MissingDependency, Problem
 from .machine import installed_version
-from .records import Backend
+from .records import Adapter, Backend
 
 
-def missing_requirements(backend: Backend) -> list[Problem]:
+def missing_requirements(record: Backend | Adapter) -> list[Problem]:
     """Return a problem for each distribution that is missing or too old. Imports nothing."""
+    kind = type(record).__name__.lower()
+    extra = record.extra if isinstance(record, Backend) else ""
     problems = []
-    for text in backend.requires:
+    for text in record.requires:
         requirement = Requirement(text)
         found = installed_version(requirement.name)
-        fix = f"pip install '{backend.extra}'" if backend.extra else f"pip install '{text}'"
         if found is None:
-            what = f"backend {backend.name!r} needs {requirement.name}, which is not installed"
-            problems.append(Problem(what, fix, where="backend"))
+            what = f"{kind} {record.name!r} needs {requirement.name}, which is not installed"
         elif not requirement.specifier.contains(found, prereleases=True):
-            what = f"backend {backend.name!r} needs {text}, but {found} is installed"
-            problems.append(Problem(what, fix, where="backend"))
+            what = f"{kind} {record.name!r} needs {text}, but {found} is installed"
+        else:
+            continue
+        problems.append(Problem(what, f"pip install '{extra or text}'", where=kind))
     return problems
 
 

@@ -306,6 +306,7 @@ def _option_problem(backend: Backend, detail: dict[str, Any]) -> Problem:
 def _adapter_options(draft: _Draft, adapter: Adapter | None) -> dict[str, Any]:
     if adapter is None:
         return {}
+    draft.problems += missing_requirements(adapter)
     given = draft.spec.adapter.options
     known = peft_options(adapter.peft_type)
     for name, value in given.items():

@@ -64,6 +64,7 @@ class Adapter:
         defaults: options that differ from PEFT's own defaults.
         merge: the most that may become of it at merge time.
         start: what attaching it does to the outputs before any training.
+        requires: distributions it needs beside PEFT, as requirement strings.
         rules: combinations that are refused.
     """
 
@@ -73,4 +74,5 @@ class Adapter:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     merge: Merge = Merge.REQUANTIZE
     start: Start = Start.ZERO
+    requires: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()

@@ -88,19 +88,19 @@ def test_pissa_takes_its_part_out_of_the_base(bench):
 
 
 def test_pissa_reloads_from_the_recorded_base(bench):
-    from quantadapt import pipeline
+    import quantadapt as qa
 
     trained = bench.trained("pissa")
-    loaded = pipeline.load(pipeline.save(trained.model, bench.folder()))
+    loaded = qa.load(qa.save(trained.model, bench.folder()))
     assert change(bench.logits(loaded), trained.tuned) == 0
-    again = pipeline.load(pipeline.save(loaded, bench.folder()))
+    again = qa.load(qa.save(loaded, bench.folder()))
     assert change(bench.logits(again), trained.tuned) == 0
 
 
 def test_saved_adapter_is_a_plain_peft_folder(bench):
-    from quantadapt import pipeline
+    import quantadapt as qa
 
-    folder = pipeline.save(bench.trained("lora").model, bench.folder())
+    folder = qa.save(bench.trained("lora").model, bench.folder())
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert (folder / "adapter_model.safetensors").exists()
@@ -110,12 +110,13 @@ def test_saved_adapter_is_a_plain_peft_folder(bench):
 
 
 def test_loading_onto_another_base_warns(bench):
-    from quantadapt import BaseMismatchWarning, pipeline
+    import quantadapt as qa
+    from quantadapt import BaseMismatchWarning
 
-    folder = pipeline.save(bench.trained("lora").model, bench.folder())
-    other = pipeline.quantize(bench.source, "hqq", bits=8)
+    folder = qa.save(bench.trained("lora").model, bench.folder())
+    other = qa.quantize(bench.source, "hqq", bits=8)
     with pytest.warns(BaseMismatchWarning, match=r"options .*'bits': 4.*now .*'bits': 8"):
-        pipeline.load(folder, base=other)
+        qa.load(folder, base=other)
 
 
 @pytest.mark.parametrize("adapter", ["beft", "lily"])

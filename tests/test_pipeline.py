@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import quantadapt as qa
-from quantadapt import demo, pipeline
+from quantadapt import demo, saving
 from quantadapt.errors import (
     DataError,
     MergeRefused,
@@ -203,7 +203,7 @@ class TestRun:
         def interrupted(folder: Path, state: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(pipeline, "_write_record", interrupted)
+        monkeypatch.setattr(saving, "_write_record", interrupted)
         with pytest.raises(KeyboardInterrupt):
             qa.run(self.spec(small, tmp_path))
         names = {p.name for p in (tmp_path / "run").iterdir()}

@@ -57,7 +57,7 @@ def evaluate(
         with waiting(shown, "loading the model"):
             model = open_model(path, device)
         with waiting(shown, "measuring"):
-            from ..pipeline import evaluate as measure
+            from ..stages import evaluate as measure
             from ..state import state_of
 
             held_out, origin = held_out_of(path, data, state_of(model).tokenizer)

@@ -69,8 +69,8 @@ def merge(
 def _merged(
     model: nn.Module, run: str, kind: Kind, folder: Path, data: str | None, overwrite: bool
 ) -> dict[str, Any]:
-    from ..pipeline import check_merge
-    from ..pipeline import merge as pipeline_merge
+    from ..saving import check_merge
+    from ..saving import merge as merge_and_save
     from ..state import state_of
     from .models import held_out_of
 
@@ -78,7 +78,7 @@ def _merged(
     check_merge(state, kind)
     held_out, _ = held_out_of(run, data, state.tokenizer)
     adapted: Any = model
-    return pipeline_merge(adapted, folder, kind=kind, data=held_out, overwrite=overwrite)
+    return merge_and_save(adapted, folder, kind=kind, data=held_out, overwrite=overwrite)
 
 
 def _show(shown: Session, found: dict[str, Any], path: Path) -> None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import ModelError, OutputError, PlanRefused
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from torch import nn
 
-    from datasets import Dataset
     from .session import Session
 
 RECORD = "quantadapt.json"
@@ -40,7 +40,8 @@ def open_model(path: str, device: str | None) -> nn.Module:
         ModelError: there is nothing to load.
     """
     from ..checkpoint import check_model, quantization_of
-    from ..pipeline import load, quantize
+    from ..saving import load
+    from ..stages import quantize
 
     folder = Path(path).expanduser()
     ours = any((folder / name / RECORD).exists() for name in (".", ADAPTER, MERGED))

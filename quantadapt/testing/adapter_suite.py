@@ -61,7 +61,7 @@ class AdapterSuite(Suite):
         assert change(bench.logits(model), bench.trained(adapter).tuned) == 0
 
     def test_save_and_load(self, bench: Bench, adapter: str) -> None:
-        from ..pipeline import load, save
+        from ..saving import load, save
 
         trained = bench.trained(adapter)
         folder = save(trained.model, bench.folder())
@@ -81,7 +81,7 @@ class AdapterSuite(Suite):
         assert error <= bench.reload_tolerance(adapter)
 
     def test_load_quantizes_the_recorded_base(self, bench: Bench) -> None:
-        from ..pipeline import load, save
+        from ..saving import load, save
 
         for adapter in bench.adapters_for("attach")[:1]:
             trained = bench.trained(adapter)

@@ -255,7 +255,7 @@ class Bench:
     @cached_property
     def base(self) -> nn.Module:
         """The small model, quantized from disk; not to be changed."""
-        from ..pipeline import quantize_plan
+        from ..stages import quantize_plan
 
         return quantize_plan(self.plan).eval()
 

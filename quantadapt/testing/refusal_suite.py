@@ -52,7 +52,8 @@ class RefusalSuite(Suite):
     @cells("attach")
     def test_refused_merges_touch_nothing(self, bench: Bench, adapter: str) -> None:
         """Neither a run nor `merge` on a live model gets as far as reading or writing weights."""
-        from ..pipeline import check_merge, merge, run
+        from ..pipeline import run
+        from ..saving import check_merge, merge
         from ..state import state_of
 
         for kind in KINDS:

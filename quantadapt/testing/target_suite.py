@@ -116,7 +116,8 @@ class TargetSuite(Suite):
     def test_biases_are_kept(self, bench: Bench) -> None:
         import torch
 
-        from ..pipeline import load, quantize_plan, save
+        from ..saving import load, save
+        from ..stages import quantize_plan
 
         dense = _biased(bench)
         biases = {n: p.detach().clone() for n, p in dense.named_parameters() if "bias" in n}
@@ -139,8 +140,8 @@ class TargetSuite(Suite):
     def test_bfloat16(self, bench: Bench) -> None:
         import torch
 
-        from ..pipeline import quantize_plan
         from ..planning import plan
+        from ..stages import quantize_plan
 
         if "bfloat16" not in bench.record.dtypes:
             return
@@ -214,14 +215,14 @@ class TargetSuite(Suite):
     # Where models come from and go to ----------------------------------------------------------
 
     def test_live_module_is_quantized_as_from_disk(self, bench: Bench) -> None:
-        from ..pipeline import quantize_plan
+        from ..stages import quantize_plan
 
         model = quantize_plan(bench.plan, module=copy.deepcopy(bench.dense))
         assert set(_facades(model)) == set(bench.facades())
         assert change(bench.logits(model), bench.base_logits) == 0
 
     def test_live_quantized_model_is_adopted(self, bench: Bench) -> None:
-        from ..pipeline import quantize_plan
+        from ..stages import quantize_plan
         from ..state import state_of
 
         model = quantize_plan(bench.plan, module=bench.vendor_model())
@@ -231,7 +232,7 @@ class TargetSuite(Suite):
             assert getattr(found, name) == value, name
 
     def test_save_and_load_give_equal_logits(self, bench: Bench) -> None:
-        from ..pipeline import load, save
+        from ..saving import load, save
         from ..state import state_of
 
         folder = save(bench.base, bench.folder() / "saved")
@@ -245,7 +246,8 @@ class TargetSuite(Suite):
         assert _quantization(again) == _quantization(folder)
 
     def test_saved_checkpoint_is_adopted(self, bench: Bench) -> None:
-        from ..pipeline import quantize, save
+        from ..saving import save
+        from ..stages import quantize
 
         folder = save(bench.base, bench.folder() / "saved")
         spec = bench.suite

@@ -1,0 +1,242 @@
+"""Save, load and merge: adapters as plain PEFT folders, bases and merged models as checkpoints.
+
+Beside each lies `quantadapt.json`, which says what base it belongs to. Everything is written to a
+temporary folder first and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from . import planning
+from .errors import MergeRefused, ModelError, OutputError, Problem
+from .registry import registry
+from .run_folder import atomic_folder, environment
+from .stages import held_out_data, quantize
+from .state import ModelState, state_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from torch import Tensor, nn
+
+RECORD = "quantadapt.json"
+ADAPTER = "adapter"
+MERGED = "merged"
+
+MergeKind = Literal["dense", "requantize"]
+
+
+class BaseMismatchWarning(UserWarning):
+    """An adapter is loaded onto a base that it was not trained on."""
+
+
+def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
+    """Save the adapter to `path/adapter`, or, without one, the quantized base to `path`.
+
+    The adapter is a plain PEFT folder; `quantadapt.json` beside it records the base.
+
+    Args:
+        model: what `quantize`, `attach` or `load` returned.
+        path: a folder; what an earlier `save` wrote there is replaced if `overwrite`.
+        overwrite: only ever replaces a folder that `save` wrote.
+
+    Raises:
+        OutputError: the folder holds something else; it is untouched.
+    """
+    state = state_of(model)
+    final = Path(path) / ADAPTER if state.adapter else Path(path)
+    if final.is_dir() and any(final.iterdir()) and not (final / RECORD).exists():
+        fix = "choose another folder, or empty it yourself"
+        raise OutputError("it holds something that save did not write", fix=fix, where=str(final))
+    with atomic_folder(final, overwrite=overwrite) as folder:
+        if state.adapter:
+            model.save_pretrained(str(folder))  # type: ignore[operator]
+        else:
+            state.quantizer.save(model, folder)
+        if state.tokenizer is not None:
+            state.tokenizer.save_pretrained(str(folder))
+        _write_record(folder, state)
+    return final
+
+
+def _write_record(folder: Path, state: ModelState) -> None:
+    versions = environment(state.backend.requires)["versions"]
+    record = state.record() | {"format": 1, "versions": versions}
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def load(
+    path: str | Path, *, base: str | nn.Module | None = None, device: str = "auto"
+) -> nn.Module:
+    """Load what `save`, `merge` or a run wrote.
+
+    Args:
+        path: a run folder, an adapter folder, or a saved quantized or merged model.
+        base: put the adapter onto this base instead of the recorded one: a path, which is quantized
+            as recorded, or a model from `quantize`. A base other than recorded warns.
+        device: auto, cpu, cuda, ...
+
+    Raises:
+        ModelError: there is nothing to load.
+    """
+    folder = Path(path)
+    adapter = next(
+        (f for f in (folder / ADAPTER, folder) if (f / "adapter_config.json").exists()), None
+    )
+    if adapter is not None:
+        tuned: nn.Module = _load_adapter(adapter, base, device)
+        return tuned
+    if not (folder / "config.json").exists() and (folder / MERGED).is_dir():
+        folder = folder / MERGED
+    quantized = "quantization_config" in _config(folder)
+    record = _read_record(folder)
+    backend = record["backend"] if quantized else "none"
+    return quantize(str(folder), backend, device=device, dtype=record["dtype"])
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        what = "there is neither an adapter nor a model here"
+        raise ModelError(
+            what, fix="pass a folder that a run or save wrote", where=str(folder)
+        ) from None
+    return config
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        what = f"{RECORD} is missing or unreadable, so nothing says which base this belongs to"
+        fix = "load it with peft: PeftModel.from_pretrained(base, folder)"
+        raise ModelError(what, fix=fix, where=str(folder)) from None
+    return record
+
+
+def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> PeftModel:
+    from peft import PeftModel
+
+    record = _read_record(folder)
+    if base is None or isinstance(base, str):
+        model = quantize(
+            base or record["base"],
+            record["backend"],
+            device=device,
+            dtype=record["dtype"],
+            skip_modules=record["skip_modules"],
+            **record["options"],
+        )
+    else:
+        model = base
+    state = state_of(model)
+    _warn_other_base(state, record)
+    peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)  # type: ignore[arg-type]
+    state.adapter = registry().adapter(record["adapter"])
+    state.adapter_options = dict(record["adapter_options"])
+    return peft_model
+
+
+def _warn_other_base(state: ModelState, record: Mapping[str, Any]) -> None:
+    now = state.record()
+    differing = [
+        f"{key} {record.get(key)!r}, now {now[key]!r}"
+        for key in ("base", "backend", "options", "dtype")
+        if record.get(key) != now[key]
+    ]
+    if differing:
+        text = f"the adapter was trained on another base: {'; '.join(differing)}"
+        warnings.warn(text, BaseMismatchWarning, stacklevel=4)
+
+
+def merge(
+    model: PeftModel,
+    path: str | Path,
+    *,
+    kind: MergeKind = "dense",
+    data: str | Dataset | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Merge the adapter into its base, check it on held-out tokens, and write `path/merged`.
+
+    `model` itself stays as it is.
+
+    Args:
+        model: a base with an adapter.
+        path: gets a folder `merged` that transformers loads.
+        kind: "dense", or "requantize" to quantize the merged weights as the base was.
+        data: held-out data for the check, as for `evaluate`; the demo's if missing.
+        tokenizer: needed for a live module only.
+        overwrite: replace an earlier `merged`.
+
+    Returns:
+        kind, kl (nats per token), top1 (share), perplexity_adapter, perplexity_merged.
+
+    Raises:
+        MergeRefused: a rule forbids it; names the rule, the reason and the way out.
+    """
+    from .merging import merged_model
+
+    state = state_of(model)
+    check_merge(state, kind)
+    held_out = held_out_data(data, tokenizer or state.tokenizer)
+    merged = merged_model(model, kind)
+    check = check_merged(model, merged, held_out)
+    write_merged(merged, kind, Path(path) / MERGED, overwrite)
+    return {"kind": kind, **check}
+
+
+def check_merge(state: ModelState, kind: MergeKind) -> None:
+    """Raise MergeRefused where a rule forbids this merge."""
+    if state.adapter is None:
+        raise MergeRefused([Problem("there is no adapter to merge", "attach and train one first")])
+    cell = planning.make_cell(
+        state.backend,
+        state.quantizer,
+        state.adapter,
+        state.adapter_options,
+        state.device,
+        state.dtype_name,
+    )
+    if found := planning.merge_refusals(cell, state.backend, state.adapter, kind):
+        raise MergeRefused(found)
+
+
+def check_merged(model: PeftModel, merged: nn.Module, data: Dataset) -> dict[str, float]:
+    """Compare merged and unmerged model, token by token, on held-out data."""
+    from .evaluation import compare, snapshot
+
+    check = compare(snapshot(model, data), snapshot(merged, data))
+    return {
+        "kl": check.kl,
+        "top1": check.top1,
+        "perplexity_adapter": check.perplexity_reference,
+        "perplexity_merged": check.perplexity_candidate,
+    }
+
+
+def write_merged(merged: nn.Module, kind: MergeKind, final: Path, overwrite: bool) -> None:
+    """Write a merged model to the folder `final`, whole or not at all."""
+    state = state_of(merged)
+    needed = int(size_mib(merged) * 2**20)
+    with atomic_folder(final, overwrite=overwrite, needed=needed) as folder:
+        if kind == "requantize":
+            state.quantizer.save(merged, folder)
+        else:
+            merged.save_pretrained(str(folder))  # type: ignore[operator]
+        if state.tokenizer is not None:
+            state.tokenizer.save_pretrained(str(folder))
+        _write_record(folder, state)
+
+
+def size_mib(model: nn.Module) -> float:
+    """Return the size of everything that a checkpoint of `model` holds, in MiB."""
+    tensors: list[Tensor] = list({t.data_ptr(): t for t in model.state_dict().values()}.values())
+    return sum(t.numel() * t.element_size() for t in tensors) / 2**20

@@ -1,0 +1,249 @@
+"""The stages one by one, as research code calls them: quantize, attach, train, evaluate.
+
+`pipeline.run` strings them together; `saving` holds what comes after them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import planning
+from .dependencies import import_requirements
+from .errors import ModelError, QuantadaptError
+from .planning import Plan
+from .registry import registry
+from .spec import DataSpec, Spec, TrainSpec
+from .state import ModelState, state_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from torch import Tensor, nn
+
+    from .training import TrainResult
+
+
+def quantize(
+    source: str | nn.Module | None = None,
+    backend: str = "hqq",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    calibration: list[dict[str, Tensor]] | None = None,
+    skip_modules: tuple[str, ...] | list[str] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Load and quantize a model; its linear layers become `QuantLinear` facades.
+
+    Args:
+        source: checkpoint folder, hub id, a live module (changed in place, and recognized if it is
+            quantized already), or None for the bundled demo.
+        backend: see `quantadapt backends`.
+        device: auto, cpu, cuda, cuda:1, ...
+        dtype: auto, float32, bfloat16 or float16; the compute dtype.
+        calibration: tokenized examples for backends that need them.
+        skip_modules: module names left dense; by default the output head.
+        options: the backend's options, e.g. `bits=4`.
+
+    Returns:
+        The model, with its `ModelState` as `model.quantadapt`.
+
+    Raises:
+        PlanRefused: with every problem at once. ModelError: the checkpoint cannot be loaded.
+    """
+    spec = Spec(
+        model=source if isinstance(source, str) else None,
+        backend={"name": backend, **options},
+        device=device,
+        dtype=dtype,
+        skip_modules=None if skip_modules is None else list(skip_modules),
+    )
+    made = planning.plan(spec, check_output=False)
+    if source is None or isinstance(source, str):
+        return quantize_plan(made, calibration=calibration)
+    return quantize_plan(made, module=source, calibration=calibration)
+
+
+def quantize_plan(
+    plan: Plan,
+    *,
+    module: nn.Module | None = None,
+    calibration: list[dict[str, Tensor]] | None = None,
+) -> nn.Module:
+    """Do what `plan` says about the base. `module` is a live module to use instead of a path."""
+    import torch
+
+    from .facade import wrap
+    from .loading import skipped_modules
+
+    import_requirements(plan.backend)
+    quantizer = plan.quantizer
+    dtype = getattr(torch, plan.dtype)
+    wanted = plan.spec.skip_modules
+    skip = None if wanted is None else tuple(wanted)
+    adopted = quantizer.from_model(module) if module is not None else None
+    if adopted is not None:
+        quantizer, model = adopted, module
+    elif plan.adopt and module is None:
+        model = quantizer.load(plan.model, device=plan.device, dtype=dtype)
+    else:
+        model = quantizer.quantize(
+            plan.model if module is None else module,
+            device=plan.device,
+            dtype=dtype,
+            calibration=calibration,
+            skip_modules=skip,
+        )
+    assert model is not None
+    skip = skipped_modules(model, skip)
+    model.requires_grad_(False)
+    model = wrap(model, quantizer.target, dtype, skip)
+    model.quantadapt = ModelState(  # type: ignore[assignment]
+        source="" if module is not None else plan.model,
+        backend=plan.backend,
+        quantizer=quantizer,
+        device=plan.device,
+        dtype=dtype,
+        skip_modules=skip,
+        tokenizer=None if module is not None else load_tokenizer(plan.model),
+    )
+    return model
+
+
+def load_tokenizer(source: str) -> Any:
+    """Return the checkpoint's tokenizer, with a pad token. Raises ModelError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        what = f"its tokenizer cannot be loaded: {str(error).splitlines()[0]}"
+        raise ModelError(
+            what, fix="put the tokenizer's files beside config.json", where=source
+        ) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def attach(model: nn.Module, adapter: str = "lora", *, seed: int = 0, **options: Any) -> PeftModel:
+    """Attach an untrained adapter to a model that `quantize` returned.
+
+    Args:
+        model: holds facades; PEFT changes it in place.
+        adapter: see `quantadapt adapters`.
+        seed: for the adapter's random start.
+        options: fields of PEFT's config, e.g. `r=16`, `target_modules=["q_proj"]`.
+
+    Raises:
+        PlanRefused: a rule forbids the combination, or an option is wrong.
+    """
+    state = state_of(model)
+    record = registry().adapter(adapter)
+    spec = Spec(
+        backend={"name": state.backend.name, **state.quantizer.model_dump()},
+        adapter={"name": adapter, **options},
+        device=state.device,
+        dtype=state.dtype_name,
+    )
+    made = planning.plan(spec, check_output=False)
+    return attach_planned(model, record.name, made.adapter_options, seed)
+
+
+def attach_planned(model: nn.Module, name: str, options: Mapping[str, Any], seed: int) -> PeftModel:
+    """Attach the adapter `name` with options that a plan has checked; remember it on the model."""
+    from transformers import set_seed
+
+    from .attaching import attach_adapter
+
+    set_seed(seed)
+    state = state_of(model)
+    record = registry().adapter(name)
+    peft_model = attach_adapter(model, record, options)
+    state.adapter, state.adapter_options = record, dict(options)
+    return peft_model
+
+
+def train(
+    model: PeftModel,
+    data: str | Dataset | None = None,
+    *,
+    output: str | Path | None = None,
+    seed: int = 0,
+    tokenizer: Any = None,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+    max_length: int = 512,
+    **options: Any,
+) -> TrainResult:
+    """Train the adapter.
+
+    Args:
+        model: what `attach` returned.
+        data: a file, folder or hub id (see DataSpec), a tokenized Dataset, or None for the demo's.
+        output: where checkpoints go; a temporary folder if missing.
+        seed: for shuffling and dropout.
+        tokenizer: needed for a live module only.
+        on_log: called at each logging step with step, loss, learning_rate, ...
+        max_length: longest example in tokens, where `data` is read from a file.
+        options: fields of TrainSpec, e.g. `max_steps=200`, `learning_rate=1e-4`.
+    """
+    from .data import load_data
+    from .training import train as train_
+
+    spec = TrainSpec(**options)
+    tokenizer = tokenizer or state_of(model).tokenizer
+    if data is None or isinstance(data, str):
+        wanted = DataSpec(path=data, max_length=max_length)
+        data = load_data(wanted, _needed(tokenizer), seed=seed).train
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(output) if output else Path(scratch)
+        return train_(model, tokenizer, data, spec, output=folder, seed=seed, on_log=on_log)
+
+
+def evaluate(
+    model: nn.Module,
+    data: str | Dataset | None = None,
+    *,
+    batch_size: int = 8,
+    max_examples: int = 200,
+    tokenizer: Any = None,
+) -> dict[str, float]:
+    """Return perplexity, mean loss (nats per token) and token count on held-out data.
+
+    Args:
+        model: with or without an adapter.
+        data: a file, all of it; a folder or hub id, its held-out part if it has one; a tokenized
+            Dataset; or None for the demo's.
+        batch_size: examples per forward pass.
+        max_examples: use at most so many.
+        tokenizer: needed for a live module only.
+    """
+    from .evaluation import perplexity
+
+    tokenizer = tokenizer or state_of(model).tokenizer
+    held_out = held_out_data(data, tokenizer)
+    part = held_out.select(range(min(len(held_out), max_examples)))
+    found = perplexity(
+        model, part, batch_size=batch_size, pad_token_id=getattr(tokenizer, "pad_token_id", None)
+    )
+    return {"perplexity": found.value, "loss": found.loss, "tokens": found.tokens}
+
+
+def held_out_data(data: str | Dataset | None, tokenizer: Any) -> Any:
+    """Return tokenized data to measure on: read if it is named, as it is if it is a Dataset."""
+    from .data import load_held_out
+
+    if data is None or isinstance(data, str):
+        return load_held_out(data, _needed(tokenizer))
+    return data
+
+
+def _needed(tokenizer: Any) -> Any:
+    """Return the tokenizer. Raises QuantadaptError where a live module has none."""
+    if tokenizer is None:
+        fix = "pass tokenizer=..., or a tokenized Dataset as data"
+        raise QuantadaptError("the model was made from a live module, without a tokenizer", fix=fix)
+    return tokenizer
