@@ -218,7 +218,7 @@ def wrap(
         skip: names of modules that stay as they are.
 
     Raises:
-        PluginError: a layer's dequantized weight has not the shape that the target declares.
+        PluginError: the target's `shape` returns no two sizes.
     """
     if not isinstance(model, QuantLinear) and target.matches(model):
         return _checked(model, target, dtype)

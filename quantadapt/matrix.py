@@ -103,6 +103,8 @@ class Verified:
         """Say where and with which versions, in one line."""
         facts = dict(self.generated)
         versions = facts.pop("versions", None) or {}
+        if python := facts.pop("python", None):
+            versions = {"python": python, **versions}
         parts = [str(value) for value in facts.values() if value]
         parts += [f"{name} {version}" for name, version in versions.items() if version]
         return ", ".join(parts) or "unknown"

@@ -134,7 +134,9 @@ class _Run:
             registry().manager.hook.quantadapt_stage_done(stage=name, value=value)
 
     def write_start(self) -> None:
-        self.folder.write_text("spec.yaml", self.spec.to_yaml())
+        # Without what only concerned this folder, so that the file runs again as it stands.
+        again = self.spec.model_copy(update={"overwrite": False}).to_yaml()
+        self.folder.write_text("spec.yaml", again)
         self.folder.write_json("plan.json", self.plan.to_dict())
         self.folder.write_json("environment.json", environment(self.plan.backend.requires))
         for note in self.plan.notes:

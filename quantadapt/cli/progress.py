@@ -238,7 +238,8 @@ def merge_verdict(merge: Mapping[str, Any]) -> list[str]:
         return ["merge: none asked for"]
     facts = [f"merge: {'dense' if kind == 'dense' else 'quantized again'}"]
     if (kl := merge.get("kl")) is not None:
-        facts.append(f"KL to the adapter {max(kl, 0.0):.1e} nats per token")
+        size = "below 1e-7" if kl < 1e-7 else f"{kl:.1e}"
+        facts.append(f"KL to the adapter {size} nats per token")
     if (top1 := merge.get("top1")) is not None:
         facts.append(f"same first choice for {top1:.1%} of tokens")
     if (kept := merge.get("gain_kept")) is not None:

@@ -1,0 +1,79 @@
+"""The bundled demo on every backend: perplexity before and after LoRA, size, and time.
+
+    python benchmarks/demo_table.py [--steps 60] [--device cpu]
+
+Same data, seed and adapter for each row, one run after the other, in one process. Prints a
+Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import quantadapt as qa
+
+ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("none", {}),
+    ("hqq", {"bits": 8}),
+    ("hqq", {"bits": 4}),
+    ("hqq", {"bits": 3}),
+    ("hqq", {"bits": 2}),
+    ("bnb-nf4", {}),
+    ("bnb-fp4", {}),
+    ("bnb-int8", {}),
+    ("torchao-int8", {}),
+    ("torchao-int4", {}),
+    ("torchao-intx", {"bits": 3}),
+    ("torchao-fp8", {}),
+)
+
+
+def row(backend: str, options: dict[str, Any], steps: int, device: str) -> str:
+    """Run one row and return it as Markdown."""
+    with tempfile.TemporaryDirectory() as folder:
+        spec = qa.Spec(
+            backend={"name": backend, **options},
+            train={"max_steps": steps},
+            evaluate={"samples": 0, "unquantized": False},
+            output=str(Path(folder) / "run"),
+            device=device,
+        )
+        metrics = qa.run(spec).metrics
+    found, size, merge = metrics["perplexity"], metrics["size"], metrics["merge"]
+    name = " ".join([backend, *(f"{key}={value}" for key, value in options.items())])
+    cells = (
+        f"{found['quantized']:.2f}",
+        f"{found['tuned']:.3f}",
+        f"{found['merged']:.3f}",
+        f"{merge['kl']:.1e}",
+        f"{size['quantized_mib']:.2f}",
+        f"{metrics['stages']['quantize']:.2f}",
+        f"{1000 * metrics['train']['seconds'] / metrics['train']['steps']:.0f}",
+    )
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    print("| backend | quantized | tuned | merged | KL of the merge | MiB | quantize s | ms/step |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for backend, chosen in ROWS:
+        print(row(backend, chosen, options.steps, options.device), flush=True)
+    names = ("torch", "transformers", "peft", "trl", "hqq", "bitsandbytes", "torchao")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    print(f"\n{platform.machine()}, {torch.get_num_threads()} threads; {versions}")
+
+
+if __name__ == "__main__":
+    main()
