@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -238,5 +238,16 @@ def write_merged(merged: nn.Module, kind: MergeKind, final: Path, overwrite: boo
 
 def size_mib(model: nn.Module) -> float:
     """Return the size of everything that a checkpoint of `model` holds, in MiB."""
-    tensors: list[Tensor] = list({t.data_ptr(): t for t in model.state_dict().values()}.values())
-    return sum(t.numel() * t.element_size() for t in tensors) / 2**20
+    tensors = [part for tensor in model.state_dict().values() for part in _parts(tensor)]
+    sizes = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}  # tied weights count once
+    return sum(sizes.values()) / 2**20
+
+
+def _parts(tensor: Any) -> Iterator[Tensor]:
+    """Yield the plain tensors that a tensor subclass is made of, or the tensor itself."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from _parts(getattr(tensor, name))
+    else:
+        yield tensor

@@ -14,6 +14,7 @@ from quantadapt import demo
 from quantadapt.errors import ModelError
 from quantadapt.facade import facades
 from quantadapt.loading import from_pretrained, quantize_layerwise, skipped_modules
+from quantadapt.saving import size_mib
 from quantadapt.testing.bench import small_model
 
 
@@ -149,3 +150,19 @@ def test_the_format_of_hqq_checkpoints(small, tmp_path) -> None:
     with safe_open(tmp_path / "q" / "model.safetensors", "pt") as opened:
         names = set(opened.keys())
     assert {"model.layers.0.mlp.up_proj.W_q", "model.layers.0.mlp.up_proj.scale"} <= names
+
+
+@pytest.mark.parametrize(
+    ("backend", "bytes_per_weight"),
+    [("none", 4), ("bnb-int8", 1), ("torchao-int8", 1), ("torchao-intx", 1), ("bnb-nf4", 0.5)],
+)
+def test_the_size_of_a_quantized_model(small, backend, bytes_per_weight) -> None:
+    """Also where the weight is a tensor subclass made of several tensors."""
+    model = qa.quantize(small, backend)
+    weights = sum(f.in_features * f.out_features for _, f in facades(model))
+    linear = [f"{name}." for name, _ in facades(model)]
+    rest = sum(
+        p.numel() * 4 for n, p in model.named_parameters() if not n.startswith(tuple(linear))
+    )
+    packed = size_mib(model) * 2**20 - rest
+    assert 1.0 <= packed / (weights * bytes_per_weight) < 1.25
