@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 class HQQ(LayerwiseQuantizer):
     """Options of hqq's `BaseQuantizeConfig`."""
 
-    bits: Literal[1, 2, 3, 4, 8] = Field(4, description="bits per weight; 1 keeps next to nothing of the model")
+    bits: Literal[1, 2, 3, 4, 8] = Field(
+        4, description="bits per weight; 1 keeps next to nothing of the model"
+    )
     group_size: int | None = Field(
         64, ge=8, multiple_of=8, description="weights that share a scale; null: a whole row"
     )
