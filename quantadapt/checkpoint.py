@@ -13,10 +13,24 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def quantization_of(source: str) -> dict[str, Any] | None:
-    """Return `quantization_config` of a local checkpoint's config.json, or None."""
-    config = _read_json(Path(source) / "config.json")
+    """Return `quantization_config` of a checkpoint's config.json, or None.
+
+    Of a hub id it is known once its config is in the local cache; nothing is downloaded.
+    """
+    file = Path(source).expanduser() / "config.json"
+    config = _read_json(file if file.exists() else _cached_config(source) or file)
     found = config.get("quantization_config") if config else None
     return found if isinstance(found, dict) else None
+
+
+def _cached_config(source: str) -> Path | None:
+    """Return the cached config.json of a hub id, if there is one."""
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source, "config.json")
+    return Path(found) if isinstance(found, str) else None
 
 
 def check_model(source: str) -> list[Problem]:

@@ -224,12 +224,21 @@ class _Placeholder(nn.Module):
         self._is_hf_initialized = True  # type: ignore[assignment]
 
 
+def _local(path: str) -> Path:
+    """Return the folder of a checkpoint; that of a hub id is downloaded if it has to be."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
+
+
 def _packed_state(path: str) -> dict[str, dict[str, Tensor]]:
     """Return module name -> the tensors saved for it."""
     from safetensors import safe_open
 
     state: dict[str, dict[str, Tensor]] = {}
-    for file in sorted(Path(path).glob("*.safetensors")):
+    for file in sorted(_local(path).glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118 (not a dict)
                 module, _, name = key.rpartition(".")

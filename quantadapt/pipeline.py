@@ -20,7 +20,7 @@ from .registry import registry
 from .run_folder import RunFolder, environment
 from .saving import MERGED, MergeKind, check_merged, save, size_mib, write_merged
 from .spec import Spec
-from .stages import attach_planned, load_tokenizer, quantize_plan
+from .stages import attach_planned, load_tokenizer, quantize_plan, with_config
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -70,6 +70,7 @@ class _Run:
 
     def go(self) -> RunResult:
         import_requirements(self.plan.backend)
+        self.plan = with_config(self.plan)
         self.check_training()
         data = self.read_data()
         self.folder = self.create_folder()

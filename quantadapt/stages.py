@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import planning
+from .checkpoint import quantization_of
 from .dependencies import import_requirements
 from .errors import ModelError, QuantadaptError
 from .planning import Plan
@@ -80,6 +81,8 @@ def quantize_plan(
     from .loading import skipped_modules
 
     import_requirements(plan.backend)
+    if module is None and not plan.adopt:
+        plan = with_config(plan)
     quantizer = plan.quantizer
     dtype = getattr(torch, plan.dtype)
     wanted = plan.spec.skip_modules
@@ -111,6 +114,16 @@ def quantize_plan(
         tokenizer=None if module is not None else load_tokenizer(plan.model),
     )
     return model
+
+
+def with_config(plan: Plan) -> Plan:
+    """Plan again where only now, with its config downloaded, a hub id shows to be quantized."""
+    from .loading import read_config
+
+    read_config(plan.model)
+    if quantization_of(plan.model) is None:
+        return plan
+    return planning.plan(plan.spec, check_output=False)
 
 
 def load_tokenizer(source: str) -> Any:

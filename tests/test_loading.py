@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -137,6 +140,26 @@ def test_biases_are_kept(tmp_path) -> None:
     source.save_pretrained(tmp_path)
     loaded = quantize_layerwise(HQQ(), str(tmp_path), device="cpu", dtype=torch.float32)
     assert torch.equal(loaded.model.layers[0].self_attn.q_proj.bias, bias)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"), [("hqq", {"bits": 3}), ("bnb-nf4", {"double_quant": False})]
+)
+def test_a_quantized_checkpoint_on_the_hub_is_adopted(small, backend, options, tmp_path) -> None:
+    """As it lies in the hub's cache after a download."""
+    repository = tmp_path / "hub" / "models--org--packed"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    model = qa.quantize(small, backend, **options)
+    qa.save(model, repository / "snapshots" / ("0" * 40))
+    code = (
+        "import quantadapt as qa\n"
+        f"model = qa.quantize('org/packed', {backend!r})\n"
+        f"found = model.quantadapt.quantizer.model_dump(include={set(options)})\n"
+        f"assert found == {options}, found\n"
+    )
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_the_format_of_hqq_checkpoints(small, tmp_path) -> None:
