@@ -344,7 +344,7 @@ def test_run_prints_plan_progress_and_results(run_cli, pipeline):
         "note: a note",
         "tuned: quantized and tuned",
         "add [a] and b",
-        "merge: dense, KL to the adapter 1.0e-09 nats per token",
+        "merge: dense, KL to the adapter below 1e-7 nats per token",
         "report: out/report.html",
     ):
         assert text in shown.out
