@@ -5,6 +5,7 @@ Checkpoints are transformers' own (TorchAoConfig, safetensors).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -31,9 +32,9 @@ class _TorchAO(LayerwiseQuantizer):
     def target(self) -> TorchAOTarget:
         return TorchAOTarget(self)
 
+    @abstractmethod
     def _config(self, tensor_cores: bool) -> Any:
         """Return torchao's config for layers that are on CUDA in bfloat16, or for others."""
-        raise NotImplementedError
 
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
         import torch

@@ -9,7 +9,18 @@ from typing import Any
 
 from .errors import Problem
 
+DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def is_local_path(source: str) -> bool:
+    """Say whether `source` can only mean a file or folder, not a hub id (`owner/name`)."""
+    return (
+        source.startswith((".", "/", "~"))
+        or "\\" in source
+        or source.count("/") > 1
+        or Path(source).suffix.lower() in DATA_FILES
+    )
 
 
 def quantization_of(source: str) -> dict[str, Any] | None:
@@ -25,7 +36,7 @@ def quantization_of(source: str) -> dict[str, Any] | None:
 
 def _cached_config(source: str) -> Path | None:
     """Return the cached config.json of a hub id, if there is one."""
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if source.count("/") != 1 or is_local_path(source):
         return None
     from huggingface_hub import try_to_load_from_cache
 
@@ -37,7 +48,7 @@ def check_model(source: str) -> list[Problem]:
     """Return what is wrong with a local checkpoint folder; a hub id cannot be checked here."""
     folder = Path(source).expanduser()
     if not folder.exists():
-        if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        if is_local_path(source):
             fix = "check the path; a hub id has the form owner/name"
             return [Problem(f"{source} does not exist", fix, where="model")]
         return []

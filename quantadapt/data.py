@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint import is_local_path
 from .errors import DataError
 from .spec import DataSpec
 
@@ -181,19 +182,10 @@ def _read_source(source: str) -> tuple[list[Record], list[Record]]:
         return _read_folder(path)
     if path.exists():
         return _read_file(path), []
-    if _looks_like_path(source):
+    if is_local_path(source):
         fix = "check the spelling; a relative path starts at the current folder"
         raise DataError("there is no such file or folder", fix=fix, where=source)
     return _read_hub(source)
-
-
-def _looks_like_path(source: str) -> bool:
-    return (
-        source.startswith((".", "/", "~"))
-        or "\\" in source
-        or source.count("/") > 1
-        or Path(source).suffix.lower() in _READERS
-    )
 
 
 def _read_folder(folder: Path) -> tuple[list[Record], list[Record]]:

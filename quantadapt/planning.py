@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from . import demo
 from .capabilities import Cell, Merge, refusals
-from .checkpoint import check_model, quantization_of
+from .checkpoint import check_model, is_local_path, quantization_of
 from .dependencies import missing_requirements
 from .errors import MergeRefused, OutputError, PlanRefused, Problem, did_you_mean
 from .machine import Machine, this_machine
@@ -340,7 +340,7 @@ def _dtype(draft: _Draft, backend: Backend | None, device: str) -> str:
 
 def _check_data(draft: _Draft) -> None:
     for key, path in (("path", draft.spec.data.path), ("eval_path", draft.spec.data.eval_path)):
-        if path and looks_local(path) and not Path(path).exists():
+        if path and is_local_path(path) and not Path(path).exists():
             fix = "check the path; a hub id has the form owner/name"
             draft.problems.append(Problem(f"{path} does not exist", fix, where=f"data.{key}"))
 
@@ -354,15 +354,6 @@ def _check_output(draft: _Draft) -> None:
         )
     except OutputError as error:
         draft.problems += [replace(p, where=f"output {p.where}") for p in error.problems]
-
-
-def looks_local(path: str) -> bool:
-    """Say whether `path` can only mean a local file or folder, not a hub id."""
-    return (
-        path.startswith((".", "/", "~"))
-        or Path(path).suffix in (".jsonl", ".json", ".csv", ".parquet", ".txt")
-        or path.count("/") > 1
-    )
 
 
 def _merge(

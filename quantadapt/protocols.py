@@ -7,11 +7,14 @@ quantize-on-load, saving, loading and re-quantization from the core.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
+
+from .errors import PluginError
 
 if TYPE_CHECKING:
     import torch
@@ -47,10 +50,11 @@ class AdapterTarget(Protocol):
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
         """Return a new vendor module holding `weight` [out_features, in_features], quantized as
         `module` was. Called only where the backend declares `Merge.REQUANTIZE`."""
-        raise NotImplementedError
+        name = type(self).__name__
+        raise PluginError(f"{name} has no requantize", fix="declare Merge.DENSE, or implement it")
 
 
-class Quantizer(BaseModel):
+class Quantizer(BaseModel, ABC):
     """A frozen record whose fields are the backend's options, e.g. `HQQ(bits=4, group_size=64)`.
 
     Field types, defaults and descriptions are what users see in `quantadapt backends show NAME`,
@@ -60,10 +64,12 @@ class Quantizer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     @property
+    @abstractmethod
     def target(self) -> AdapterTarget:
         """The view of the layers that this quantizer makes."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def quantize(
         self,
         source: str | nn.Module,
@@ -82,7 +88,7 @@ class Quantizer(BaseModel):
             calibration: tokenized examples (`input_ids` [1, length]) where the backend needs them.
             skip_modules: names left dense; None means the output head and what is tied to it.
         """
-        raise NotImplementedError
+        ...
 
     def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
         """Load a checkpoint that is already quantized with this backend. By default transformers
@@ -91,9 +97,10 @@ class Quantizer(BaseModel):
 
         return load_native(path, device=device, dtype=dtype)
 
+    @abstractmethod
     def save(self, model: nn.Module, path: Path) -> None:
         """Write the quantized base in the vendor's or transformers' own format into `path`."""
-        raise NotImplementedError
+        ...
 
     @classmethod
     def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> Quantizer | None:
@@ -132,20 +139,24 @@ class LayerwiseQuantizer(Quantizer):
     transformers itself loads your checkpoints: then override `load` with `Quantizer.load`.
     """
 
+    @abstractmethod
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
         """Return the vendor module for `linear`, whose weight is on the target device and in the
         compute dtype. The caller drops `linear` afterwards; take its bias over."""
-        raise NotImplementedError
+        ...
 
     def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
         """Return the vendor module for `linear` (on the meta device: only its sizes, dtype and
         whether it has a bias count) from the tensors that were saved for it, without prefix."""
-        raise NotImplementedError
+        name = type(self).__name__
+        fix = "implement load_linear, or override load with Quantizer.load"
+        raise PluginError(f"{name} has no load_linear", fix=fix)
 
+    @abstractmethod
     def quantization_config(self) -> dict[str, Any]:
         """What goes into the checkpoint's config.json under `quantization_config`; it must hold
         `quant_method`, and `from_checkpoint` must be able to read it back."""
-        raise NotImplementedError
+        ...
 
     def quantize(
         self,

@@ -21,11 +21,11 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from .errors import OutputError
+from .machine import installed_version
 
 MARKER = "quantadapt-run.json"
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
@@ -200,7 +200,7 @@ class RunFolder:
         self.write_json("environment.json", environment(distributions))
 
     def _start(self, *, replace: bool) -> None:
-        marker = {"version": _version("quantadapt"), "started": _now(), "state": "running"}
+        marker = {"version": installed_version("quantadapt"), "started": _now(), "state": "running"}
         if not replace and self.path.exists():  # empty, and perhaps a mount point: stay in place
             self.write_json(MARKER, marker)
             return
@@ -299,21 +299,14 @@ def environment(distributions: Iterable[str] = ()) -> dict[str, Any]:
     """Return what this run depends on: machine, Python and versions; null is "not installed"."""
     names = [re.split(r"[^\w.-]", item.strip(), maxsplit=1)[0] for item in distributions]
     return {
-        "quantadapt": _version("quantadapt"),
+        "quantadapt": installed_version("quantadapt"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "gpu": _gpu(),
-        "versions": {name: _version(name) for name in dict.fromkeys([*LIBRARIES, *names])},
+        "versions": {name: installed_version(name) for name in dict.fromkeys([*LIBRARIES, *names])},
     }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu() -> str:

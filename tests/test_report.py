@@ -9,22 +9,11 @@ from typing import Any
 
 import pytest
 
-from quantadapt.report import (
-    Html,
-    Metrics,
-    Run,
-    duration,
-    el,
-    headline,
-    mebibytes,
-    nice_ticks,
-    percent,
-    render,
-    short,
-    smoothed,
-    thinned,
-    write_report,
-)
+from quantadapt.metrics import Metrics
+from quantadapt.report import Run, headline, render, write_report
+from quantadapt.report_charts import nice_ticks, smoothed, thinned
+from quantadapt.report_html import Html, el
+from quantadapt.report_words import duration, mebibytes, percent, short
 from quantadapt.run_folder import RunFolder
 
 PLAN = {

@@ -1,0 +1,74 @@
+"""The layout of `metrics.json`, which the pipeline writes and the report reads."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+
+class Perplexity(TypedDict, total=False):
+    """Perplexity on the held-out data; null where it was not measured."""
+
+    unquantized: float | None
+    quantized: float | None
+    tuned: float | None
+    merged: float | None
+
+
+class Training(TypedDict, total=False):
+    """What training took; `seconds` is the training loop alone."""
+
+    steps: int
+    seconds: float
+    tokens: int | None
+    peak_memory_gib: float | None
+    trainable_parameters: int
+    base_parameters: int
+    resumed_from: int | None
+
+
+class Size(TypedDict, total=False):
+    """Sizes of the weights in MiB."""
+
+    dense_mib: float | None
+    quantized_mib: float | None
+    adapter_mib: float | None
+
+
+class Refusal(TypedDict, total=False):
+    """A rule that forbids the merge, as in `errors.Problem`."""
+
+    what: str
+    fix: str
+    rule: str
+    where: str
+
+
+class MergeVerdict(TypedDict, total=False):
+    """What became of the merge. `kind` is "dense", "requantize", "refused" or "never"."""
+
+    kind: str
+    kl: float | None
+    top1: float | None
+    gain_kept: float | None
+    refusals: list[Refusal]
+
+
+class Sample(TypedDict, total=False):
+    """One held-out prompt, answered before and after training."""
+
+    prompt: str
+    reference: str | None
+    before: str
+    after: str
+
+
+class Metrics(TypedDict, total=False):
+    """The layout of `metrics.json`. Every part may be missing; `stages` are seconds by name."""
+
+    perplexity: Perplexity
+    stages: dict[str, float]
+    train: Training
+    size: Size
+    merge: MergeVerdict
+    samples: list[Sample]
+    command: str

@@ -1,0 +1,70 @@
+"""HTML that escapes itself: everything on the report page goes through `el`."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+
+class Html(str):
+    """Text that is HTML already. `el` escapes every other string."""
+
+
+Child = Html | str
+
+
+def el(tag: str, *children: Child, **attributes: str) -> Html:
+    """Return an element. `class_` becomes class, other underscores become hyphens."""
+    named = [
+        f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"'
+        for key, value in attributes.items()
+    ]
+    start = f"<{tag}{''.join(named)}>"
+    if tag in ("meta", "link"):
+        return Html(start)
+    inner = "".join(child if isinstance(child, Html) else escape(child) for child in children)
+    return Html(f"{start}{inner}</{tag}>")
+
+
+def escape(text: str) -> Html:
+    """Escape text for HTML; control characters become visible."""
+    visible = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+    return Html(html.escape(str(text).replace("\r\n", "\n").translate(visible)))
+
+
+def section(title: str, *children: Child) -> Html:
+    """Return a section with a heading, labelled by it."""
+    name = title.lower().replace(" ", "-")
+    return el("section", el("h2", title, id=name), *children, aria_labelledby=name)
+
+
+def figures_list(figures: Sequence[tuple[str, str]]) -> Html:
+    """Return pairs of (value, label), the values large; nothing if there are none."""
+    items = [el("div", el("dt", label), el("dd", value)) for value, label in figures]
+    return el("dl", *items, class_="figures") if items else Html()
+
+
+def facts_table(rows: Iterable[tuple[str, Child]]) -> Html:
+    """Return a table of two columns, a name and a value."""
+    lines = [
+        el("tr", el("th", key.replace("_", " "), scope="row"), el("td", value))
+        for key, value in rows
+    ]
+    return el("table", el("tbody", *lines), class_="facts")
+
+
+def numbers_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
+    """A chart's numbers as a table, folded away."""
+    head = el("thead", el("tr", *[el("th", heading, scope="col") for heading in headings]))
+    lines = [el("tr", *[el("td", cell) for cell in row]) for row in rows]
+    return details("Numbers", el("table", head, el("tbody", *lines), class_="numbers"))
+
+
+def details(summary: str, *children: Child) -> Html:
+    """Return a part that the reader can fold out."""
+    return el("details", el("summary", summary), *children)
+
+
+def capital(text: str) -> str:
+    """Return `text` with its first letter in upper case."""
+    return text[:1].upper() + text[1:]
