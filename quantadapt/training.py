@@ -1,42 +1,37 @@
-"""The training loop: TRL's SFTTrainer (causal) or transformers' Seq2SeqTrainer, made quiet.
+"""`train`: run a trainer, go on from a checkpoint, and say in words what went wrong.
 
-`_Loop` holds everything that differs from what those trainers do by themselves: whole checkpoints,
-an exact resume, a stop at the first gradient that is no number, AdaLoRA's rank allocation, and no
-telemetry, model cards, token statistics or console output. Nothing of the model is left
-changed but the adapter's weights.
+Nothing of the model is left changed but the adapter's weights.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from .errors import OutputError, Problem, TrainingError, did_you_mean
+from .trainers import (
+    CHECKPOINTS,
+    PREFIX,
+    STATE,
+    OnLog,
+    adapter_device,
+    compute_dtype,
+    make_trainer,
+    quiet,
+)
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from .spec import TrainSpec
-
-CHECKPOINTS = "checkpoints"
-ADALORA_FILE = "adalora.pt"
-_PREFIX = "checkpoint-"
-_STATE = "trainer_state.json"
-_NUMBERS_FIX = "lower train.learning_rate, use dtype bfloat16 instead of float16, or check the data"
-
-OnLog = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -96,14 +91,14 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(_given_back(model))
         stack.enter_context(_fast_adapters(model))
-        trainer = _make_trainer(model, tokenizer, dataset, spec, Path(output), seed, on_log)
+        trainer = make_trainer(model, tokenizer, dataset, spec, Path(output), seed, on_log)
         _run(trainer, checkpoint)
         return TrainResult(
             steps=trainer.state.global_step,
             losses=[(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e],
             seconds=trainer.progress.seconds,
             tokens=int(trainer.progress.tokens),
-            peak_memory_gib=_peak_memory_gib(_device(model)),
+            peak_memory_gib=_peak_memory_gib(adapter_device(model)),
             resumed_from=_step(checkpoint) if checkpoint else None,
             trainable_parameters=trainable,
             base_parameters=base_parameters(model),
@@ -154,383 +149,6 @@ def _base_parameters(module: Any, seen: set[int]) -> int:
     return children + sum(int(p.numel()) for p in own)
 
 
-# ------------------------------------------------------------------------------ trainers
-
-
-@dataclass
-class _Progress:
-    """What one call has done so far; tokens stay on the device, reading them would wait for it."""
-
-    started: float = 0.0
-    first_step: int = 0
-    seconds: float = 0.0
-    tokens: Any = 0
-
-
-class _Loop:
-    """Mixed into SFTTrainer and Seq2SeqTrainer."""
-
-    _tag_names: ClassVar[list[str]] = []
-    progress: _Progress
-    # what the trainers below bring along
-    model: Any
-    args: Any
-    state: Any
-    accelerator: Any
-    is_world_process_zero: Callable[[], bool]
-    checkpoints: Path
-    saving_to: Path | None = None
-    fused_head: bool = False
-    checks_gradients: bool = True
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: the run folder has its own report."""
-
-    def _send_telemetry(self) -> None:
-        """Send none."""
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Skip the count, which walks through all parameters at every step."""
-        return 0
-
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        seen = inputs.get("attention_mask")
-        self.progress.tokens += inputs["input_ids"].numel() if seen is None else seen.sum()
-        if "labels" in inputs and seen is not None and self.model.config.is_encoder_decoder:
-            self.progress.tokens += (inputs["labels"] != -100).sum()
-        return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """Leave out the entropy and accuracy that SFTTrainer computes at every step.
-
-        What a PEFT method adds to the model's loss (AdaLoRA does) stays in, as in Trainer;
-        SFTTrainer would lose it.
-        """
-        inputs["use_cache"] = False
-        if not self.fused_head:
-            from transformers import Trainer
-
-            return Trainer.compute_loss(
-                self, model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
-            )
-        outputs = model(**inputs, fused_lm_head=True, num_items_in_batch=num_items_in_batch)
-        loss = outputs.loss
-        if num_items_in_batch is not None:  # counted over all processes, whose gradients average
-            loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Stop before the optimizer puts a number that is none into the weights."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
-        if self.checks_gradients and not _is_finite(grad_norm):
-            step = self.state.global_step + 1
-            what = f"the loss or its gradient is no number any more at step {step}"
-            raise TrainingError(what, fix=_NUMBERS_FIX, where="train")
-        return grad_norm
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.saving_to or self.checkpoints)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write the adapter alone: no tokenizer, no pickled arguments, no model card."""
-        assert output_dir is not None
-        self.model.save_pretrained(
-            output_dir,
-            state_dict=state_dict,
-            save_embedding_layers=False,
-            is_main_process=self.args.should_save,
-        )
-        (Path(output_dir) / "README.md").unlink(missing_ok=True)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the checkpoint beside its place and move it there when it is whole."""
-        name = f"{_PREFIX}{self.state.global_step}"
-        partial = self.checkpoints / ".partial"
-        if self.is_world_process_zero():
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.saving_to = partial
-        try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            _save_adalora(self.model, partial / name)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                shutil.rmtree(self.checkpoints / name, ignore_errors=True)
-                os.replace(partial / name, self.checkpoints / name)
-        except OSError as error:
-            fix = "free some space, or write elsewhere with output"
-            what = f"the checkpoint cannot be written: {error.strerror or error}"
-            raise OutputError(what, fix=fix, where=str(self.checkpoints / name)) from error
-        finally:
-            self.saving_to = None
-            shutil.rmtree(partial, ignore_errors=True)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not _load_adalora(self.model, Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-
-
-@dataclass
-class _Watcher:
-    """Reports progress, forces the first and last log, and drives AdaLoRA."""
-
-    progress: _Progress
-    on_log_: OnLog
-    adalora: Any
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress.started = time.perf_counter()
-        self.progress.first_step = state.global_step + 1
-        if self.adalora is not None:
-            _schedule_adalora(self.adalora, state.max_steps)
-
-    def on_optimizer_step(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
-    ) -> None:
-        skipped = getattr(optimizer, "step_was_skipped", False)
-        if self.adalora is not None and not skipped:
-            _allocate(self.adalora, state.global_step + 1)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step in (self.progress.first_step, state.max_steps):
-            control.should_log = True
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        self.progress.seconds = time.perf_counter() - self.progress.started
-        self.on_log_(
-            {
-                "step": state.global_step,
-                "max_steps": state.max_steps,
-                "loss": float(logs["loss"]),
-                "learning_rate": float(logs["learning_rate"]),
-                "grad_norm": float(logs["grad_norm"]),
-                "seconds": self.progress.seconds,
-                "tokens": int(self.progress.tokens),
-            }
-        )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress.seconds = time.perf_counter() - self.progress.started
-
-
-@dataclass
-class _CausalCollator:
-    """Pads a batch, or lays packed rows end to end; the loss counts where the mask says so."""
-
-    pad_token_id: int
-    packed: bool
-    _trl: Any = field(default=None, init=False)
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        if self._trl is None:
-            from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-            self._trl = DataCollatorForLanguageModeling(
-                pad_token_id=self.pad_token_id, padding_free=self.packed
-            )
-        rows = []
-        for example in examples:
-            ids, mask = example["input_ids"], example["completion_mask"]
-            labels = [token if m else -100 for token, m in zip(ids, mask, strict=True)]
-            row = {"input_ids": ids, "labels": labels}
-            if self.packed:
-                row["seq_lengths"] = example["seq_lengths"]
-            rows.append(row)
-        batch: dict[str, Any] = self._trl(rows)
-        return batch
-
-
-@dataclass
-class _EncoderDecoderCollator:
-    """Prompts go to the encoder, completions become the labels."""
-
-    pad_token_id: int
-    eos_token_id: int | None
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        from .evaluation import encoder_decoder_batch
-
-        pairs = [(e["input_ids"], e["completion_mask"]) for e in examples]
-        return encoder_decoder_batch(pairs, self.pad_token_id, self.eos_token_id)
-
-
-def _make_trainer(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    spec: TrainSpec,
-    output: Path,
-    seed: int,
-    on_log: OnLog | None,
-) -> Any:
-    """Return SFTTrainer or Seq2SeqTrainer over `model`. Raises TrainingError, MissingDependency."""
-    from transformers import PrinterCallback, TrainerCallback
-
-    progress = _Progress()
-    watcher = type("_Watcher", (_Watcher, TrainerCallback), {})(
-        progress, on_log or (lambda _: None), _adalora(model)
-    )
-    make = _seq2seq_trainer if model.config.is_encoder_decoder else _causal_trainer
-    try:
-        trainer = make(model, tokenizer, dataset, spec, _arguments(model, spec, output, seed))
-        trainer.add_callback(watcher)
-    except (ValueError, ImportError, RuntimeError) as error:
-        fix = "check the keys under train:"
-        raise TrainingError(f"the trainer cannot be set up: {error}", fix=fix) from error
-    trainer.remove_callback(PrinterCallback)
-    trainer.progress = progress
-    trainer.checkpoints = output / CHECKPOINTS
-    trainer.checks_gradients = not trainer.args.fp16
-    return trainer
-
-
-def _causal_trainer(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    spec: TrainSpec,
-    arguments: dict[str, Any],
-) -> Any:
-    with _quiet(), _without_statistics(model):
-        from trl import SFTConfig, SFTTrainer
-
-        if spec.packing:
-            dataset = _packed(dataset)
-        cls = type("CausalTrainer", (_Loop, SFTTrainer), {})
-        # the data are tokenized already; max_length and packing have been dealt with
-        skip = {"skip_prepare_dataset": True}
-        args = _pinned(SFTConfig(**arguments, max_length=None, dataset_kwargs=skip), _device(model))
-        trainer = cls(
-            model=model,
-            args=args,
-            train_dataset=dataset,
-            processing_class=tokenizer,
-            data_collator=_CausalCollator(_pad_token_id(tokenizer), spec.packing),
-        )
-    trainer.fused_head = _fuse_head(model)
-    return trainer
-
-
-def _seq2seq_trainer(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    spec: TrainSpec,
-    arguments: dict[str, Any],
-) -> Any:
-    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
-
-    if spec.packing:
-        raise ValueError("packing is for causal models, this is an encoder-decoder model")
-    if all(dataset[0]["completion_mask"]):
-        raise ValueError("an encoder-decoder model needs prompts, but the data are plain text")
-    cls = type("EncoderDecoderTrainer", (_Loop, Seq2SeqTrainer), {})
-    eos = model.config.eos_token_id
-    return cls(
-        model=model,
-        args=_pinned(Seq2SeqTrainingArguments(**arguments), _device(model)),
-        train_dataset=dataset,
-        data_collator=_EncoderDecoderCollator(_pad_token_id(tokenizer), eos),
-    )
-
-
-def _arguments(model: Any, spec: TrainSpec, output: Path, seed: int) -> dict[str, Any]:
-    """Return the arguments that both kinds of trainer take."""
-    import torch
-
-    device = _device(model)
-    return {
-        "output_dir": str(output),
-        "max_steps": spec.max_steps if spec.max_steps > 0 else -1,
-        "num_train_epochs": spec.num_train_epochs,
-        "learning_rate": spec.learning_rate,
-        "per_device_train_batch_size": spec.per_device_train_batch_size,
-        "gradient_accumulation_steps": spec.gradient_accumulation_steps,
-        "lr_scheduler_type": spec.lr_scheduler_type,
-        "warmup_steps": spec.warmup_ratio,  # transformers 5 reads a value below 1 as a share
-        "weight_decay": spec.weight_decay,
-        "max_grad_norm": spec.max_grad_norm,
-        "optim": spec.optim,
-        "gradient_checkpointing": spec.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": spec.use_reentrant},
-        "logging_steps": spec.logging_steps,
-        "logging_nan_inf_filter": False,
-        "save_strategy": "steps" if spec.save_steps else "no",
-        "save_steps": spec.save_steps or 1,
-        "report_to": spec.report_to or "none",
-        "seed": seed,
-        "data_seed": seed,
-        "use_cpu": device.type == "cpu",
-        # No autocast: the base computes in its own dtype and the adapters in float32, in training
-        # as in evaluation. Only float16 needs the scaler that comes with it.
-        "bf16": False,
-        "fp16": device.type == "cuda" and _compute_dtype(model) == torch.float16,
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "push_to_hub": False,
-        "dataloader_pin_memory": device.type == "cuda",
-    }
-
-
-def _pinned(args: Any, device: torch.device) -> Any:
-    """Keep a single process on the GPU where the model is, without DataParallel on the others."""
-    if device.type == "cuda" and args.world_size == 1:
-        import torch
-
-        args._n_gpu = 1
-        args.distributed_state.device = device
-        args.__dict__["_setup_devices"] = device
-        torch.cuda.set_device(device)
-    return args
-
-
-def _packed(dataset: Dataset) -> Dataset:
-    """Put several examples into one row, as long as the longest example."""
-    from trl import pack_dataset
-
-    longest = max(map(len, dataset["input_ids"]))
-    packed: Dataset = pack_dataset(dataset, seq_length=longest, strategy="bfd")
-    return packed
-
-
-@contextmanager
-def _without_statistics(model: Any) -> Iterator[None]:
-    """Take out again the head that SFTTrainer patches in: it makes statistics at every step."""
-    base = model.get_base_model()
-    before = base.__dict__.get("forward")
-    yield
-    base.__dict__.pop("forward", None)
-    if before is not None:
-        base.__dict__["forward"] = before
-
-
-def _fuse_head(model: Any) -> bool:
-    """On a GPU, compute the loss without ever holding the logits; say whether it was done.
-
-    On a CPU the model's own loss is as fast. A forward that somebody has patched stays in use.
-    """
-    base = model.get_base_model()
-    if _device(model).type == "cpu" or base.base_model is base or "forward" in base.__dict__:
-        return False
-    from trl.trainer.utils import add_fused_lm_head
-
-    add_fused_lm_head(base)
-    return True
-
-
-# ------------------------------------------------------------------------------ running
-
-
 def _run(trainer: Any, checkpoint: Path | None) -> None:
     """Train, or go on from `checkpoint`; turn what may go wrong into words."""
     import torch
@@ -540,7 +158,7 @@ def _run(trainer: Any, checkpoint: Path | None) -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
-        with _quiet():
+        with quiet():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         fix = (
@@ -554,7 +172,7 @@ def _is_finished(trainer: Any, checkpoint: Path) -> bool:
     """Load a checkpoint that was the last one, and say so."""
     from transformers import TrainerState
 
-    state = TrainerState.load_from_json(str(checkpoint / _STATE))
+    state = TrainerState.load_from_json(str(checkpoint / STATE))
     wanted = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
     if state.global_step < wanted:
         return False
@@ -566,7 +184,7 @@ def _is_finished(trainer: Any, checkpoint: Path) -> bool:
 def _checkpoint_to_resume(output: Path, spec: TrainSpec) -> Path | None:
     """Return the last whole checkpoint, if the spec asks to go on. Raises OutputError."""
     folder = output / CHECKPOINTS
-    found = [p for p in folder.glob(f"{_PREFIX}*") if (p / _STATE).is_file() and _step(p)]
+    found = [p for p in folder.glob(f"{PREFIX}*") if (p / STATE).is_file() and _step(p)]
     if not found:
         return None
     if not spec.resume:
@@ -574,7 +192,7 @@ def _checkpoint_to_resume(output: Path, spec: TrainSpec) -> Path | None:
         raise OutputError("there are checkpoints of an earlier run", fix=fix, where=str(folder))
     last = max(found, key=_step)
     try:
-        json.loads((last / _STATE).read_text(encoding="utf-8"))
+        json.loads((last / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         fix = "delete this checkpoint to go on from the one before"
         raise OutputError(f"cannot read it: {error}", fix=fix, where=str(last)) from None
@@ -582,28 +200,8 @@ def _checkpoint_to_resume(output: Path, spec: TrainSpec) -> Path | None:
 
 
 def _step(checkpoint: Path) -> int:
-    number = checkpoint.name.removeprefix(_PREFIX)
+    number = checkpoint.name.removeprefix(PREFIX)
     return int(number) if number.isdigit() else 0
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep progress bars and advice of the libraries off the screen; errors still come through."""
-    import datasets
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    bars = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            datasets.enable_progress_bars()
 
 
 @contextmanager
@@ -624,7 +222,7 @@ def _given_back(model: Any) -> Iterator[None]:
             module.__dict__.pop("forward", None)
             if forward is not None:
                 module.__dict__["forward"] = forward
-        with _quiet():
+        with quiet():
             if getattr(base, "is_gradient_checkpointing", False):
                 base.gradient_checkpointing_disable()
         for module, known in hooks.items():  # TRL and Trainer each leave one on the embedding
@@ -647,102 +245,12 @@ def _fast_adapters(model: Any) -> Iterator[None]:
 
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
-    if _device(model).type == "cuda" and _compute_dtype(model) != torch.float32:
+    if adapter_device(model).type == "cuda" and compute_dtype(model) != torch.float32:
         matmul.allow_tf32 = True
     try:
         yield
     finally:
         matmul.allow_tf32 = before
-
-
-# ------------------------------------------------------------------------------ AdaLoRA
-
-
-def _adalora(model: Any) -> Any:
-    """Return the tuner that allocates ranks, or None for every other method."""
-    tuner = getattr(model, "base_model", None)
-    return tuner if hasattr(tuner, "update_and_allocate") else None
-
-
-def _schedule_adalora(tuner: Any, total: int) -> None:
-    """Fit the schedule to the real number of steps; keep tinit and tfinal where they fit."""
-    config = tuner.peft_config[tuner.trainable_adapter_name]
-    config.total_step = total
-    if not (config.tinit < total - config.tfinal and total - config.tfinal >= 2):
-        config.tinit, config.tfinal = total // 10, total // 4
-
-
-def _allocate(tuner: Any, step: int) -> None:
-    """Update importances and ranks; the gradients of `step` are still there."""
-    config = tuner.peft_config[tuner.trainable_adapter_name]
-    prunes = tuner.rankallocator.init_bgt > tuner.rankallocator.target_bgt
-    if prunes and config.total_step - config.tfinal >= 2:
-        tuner.update_and_allocate(step)
-
-
-def _save_adalora(model: Any, folder: Path) -> None:
-    """Save what PEFT's adapter file lacks: the pruned directions and the importances."""
-    tuner = _adalora(model)
-    if tuner is None:
-        return
-    import torch
-
-    allocator = tuner.rankallocator
-    state = {
-        "parameters": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad},
-        "rank_pattern": tuner.peft_config[tuner.trainable_adapter_name].rank_pattern,
-        "importance": {name: getattr(allocator, name) for name in _IMPORTANCES},
-    }
-    torch.save(state, folder / ADALORA_FILE)
-
-
-def _load_adalora(model: Any, folder: Path) -> bool:
-    """Load what `_save_adalora` saved; say whether this is AdaLoRA."""
-    tuner = _adalora(model)
-    if tuner is None:
-        return False
-    import torch
-
-    state = torch.load(folder / ADALORA_FILE, map_location=_device(model), weights_only=True)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in state["parameters"].items():
-            parameters[name].copy_(value)
-    tuner.peft_config[tuner.trainable_adapter_name].rank_pattern = state["rank_pattern"]
-    for name in _IMPORTANCES:
-        setattr(tuner.rankallocator, name, state["importance"][name])
-    return True
-
-
-_IMPORTANCES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-
-
-# ------------------------------------------------------------------------------ the model
-
-
-def _device(model: Any) -> torch.device:
-    """Return where the trainable weights are."""
-    device: torch.device = next(p.device for p in model.parameters() if p.requires_grad)
-    return device
-
-
-def _compute_dtype(model: Any) -> torch.dtype:
-    """Return the dtype of the base's embedding: that of everything which is not quantized."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    dtype: torch.dtype = base.get_input_embeddings().weight.dtype
-    return dtype
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return a token to pad with; padding is masked, so which one does not matter."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(token) for token in candidates if token is not None)
-
-
-def _is_finite(value: Any) -> bool:
-    import torch
-
-    return bool(torch.isfinite(torch.as_tensor(value)).all())
 
 
 def _peak_memory_gib(device: torch.device) -> float:
