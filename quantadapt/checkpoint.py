@@ -7,9 +7,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from .data_files import READERS
 from .errors import Problem
 
-DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -19,7 +19,7 @@ def is_local_path(source: str) -> bool:
         source.startswith((".", "/", "~"))
         or "\\" in source
         or source.count("/") > 1
-        or Path(source).suffix.lower() in DATA_FILES
+        or Path(source).suffix.lower() in READERS
     )
 
 

@@ -7,17 +7,14 @@ data take the same way.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import random
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import is_local_path
+from .data_files import FORMATS, READERS, RECOGNIZED, SUFFIXES, Record, first_line, kind_of
 from .errors import DataError
 from .spec import DataSpec
 
@@ -26,13 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-FORMATS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "alpaca": ("instruction", "output"),
-    "prompt-completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-"""Format -> the columns that it needs; with `format: auto` the first that fits is taken."""
 
 HELD_OUT_NAMES = frozenset({"eval", "evaluation", "validation", "valid", "val", "dev", "test"})
 MAX_PROMPTS = 32
@@ -67,14 +57,6 @@ class Data:
     format: str
     cut: int = 0
     dropped: int = 0
-
-
-@dataclass(frozen=True)
-class Record:
-    """One example as it was read; `where` is its file and line."""
-
-    values: dict[str, Any]
-    where: str
 
 
 @dataclass(frozen=True)
@@ -189,10 +171,10 @@ def _read_source(source: str) -> tuple[list[Record], list[Record]]:
 
 
 def _read_folder(folder: Path) -> tuple[list[Record], list[Record]]:
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in _READERS and f.is_file())
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in READERS and f.is_file())
     if not files:
         what = "the folder holds no data files"
-        raise DataError(what, fix=f"put files there that end in {_SUFFIXES}", where=str(folder))
+        raise DataError(what, fix=f"put files there that end in {SUFFIXES}", where=str(folder))
     held_out = [f for f in files if f.stem.lower() in HELD_OUT_NAMES]
     train = [f for f in files if f not in held_out]
     if not train:
@@ -205,16 +187,16 @@ def _read_files(files: Iterable[Path]) -> list[Record]:
 
 
 def _read_file(path: Path) -> list[Record]:
-    reader = _READERS.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
         what = f"files ending in {path.suffix or 'nothing'!r} cannot be read"
-        raise DataError(what, fix=f"use a file that ends in {_SUFFIXES}", where=str(path))
+        raise DataError(what, fix=f"use a file that ends in {SUFFIXES}", where=str(path))
     try:
         records = list(reader(path))
     except OSError as error:
         raise DataError(f"cannot read it: {error.strerror or error}", where=str(path)) from None
     if not records:
-        raise DataError("the file holds no examples", fix=f"{_RECOGNIZED}", where=str(path))
+        raise DataError("the file holds no examples", fix=f"{RECOGNIZED}", where=str(path))
     return records
 
 
@@ -224,7 +206,7 @@ def _read_hub(name: str) -> tuple[list[Record], list[Record]]:
     try:
         splits = datasets.load_dataset(name)
     except Exception as error:  # the hub client raises errors of many libraries
-        what = f"no such file or folder here, and not readable from the hub: {_first_line(error)}"
+        what = f"no such file or folder here, and not readable from the hub: {first_line(error)}"
         fix = "give the path of a local file, or check the hub id, the network and your access"
         raise DataError(what, fix=fix, where=name) from error
     if "train" not in splits:
@@ -252,135 +234,6 @@ def _split(records: list[Record], spec: DataSpec, seed: int) -> tuple[list[Recor
     return train, [records[index] for index in sorted(chosen)]
 
 
-# ------------------------------------------------------------------------------ file types
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number, line without its end). Raises DataError where it is no UTF-8 text."""
-    fix = "save the file as UTF-8 text"
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            where = f"{path}:{number}"
-            if b"\0" in raw:
-                raise DataError("this is binary data, not text", fix=fix, where=where)
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                what = f"not UTF-8 text: byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-                raise DataError(what, fix=fix, where=where) from None
-            yield number, line.rstrip("\r\n")
-
-
-def _read_jsonl(path: Path) -> Iterator[Record]:
-    for number, line in _lines(path):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield _record(_parse_json(line, where), where)
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        what = f"not valid JSON: {error.msg} (column {error.colno})"
-        fix = "write one JSON object per line, strings in double quotes"
-        raise DataError(what, fix=fix, where=where) from None
-    except (RecursionError, ValueError) as error:
-        raise DataError(f"not readable as JSON: {error}", where=where) from None
-
-
-def _read_json(path: Path) -> Iterator[Record]:
-    lines = list(_lines(path))
-    try:
-        values = json.loads("\n".join(line for _, line in lines))
-    except json.JSONDecodeError as error:
-        if error.msg.startswith("Extra data"):  # JSON lines under the name of JSON
-            yield from _read_jsonl(path)
-            return
-        if not any(line.strip() for _, line in lines):
-            return
-        what = f"not valid JSON: {error.msg} (column {error.colno})"
-        raise DataError(what, where=f"{path}:{error.lineno}") from None
-    except (RecursionError, ValueError) as error:
-        raise DataError(f"not readable as JSON: {error}", where=str(path)) from None
-    if isinstance(values, dict) and len(lines) == 1:
-        values = [values]
-    if not isinstance(values, list):
-        what = f"the file holds {_kind(values)}, expected a list of objects"
-        raise DataError(what, fix="write [{...}, {...}], or JSON lines", where=str(path))
-    for number, value in enumerate(values, 1):
-        yield _record(value, f"{path}:item {number}")
-
-
-def _record(value: Any, where: str) -> Record:
-    if not isinstance(value, dict):
-        what = f"expected an object with named columns, found {_kind(value)}"
-        raise DataError(what, fix='write e.g. {"text": "..."}', where=where)
-    return Record(value, where)
-
-
-def _read_csv(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    text = "\n".join(line for _, line in _lines(path))
-    reader = csv.DictReader(io.StringIO(text), strict=True)
-    try:
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
-                columns = len(reader.fieldnames or ())
-                fix = "put text with commas or line breaks into double quotes"
-                what = f"the row does not have the {columns} columns of the first line"
-                raise DataError(what, fix=fix, where=where)
-            yield Record(dict(row), where)
-    except csv.Error as error:
-        raise DataError(
-            f"not valid CSV: {error}", where=f"{path}:{reader.reader.line_num}"
-        ) from None
-
-
-def _read_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        what = f"not a readable Parquet file: {_first_line(error)}"
-        raise DataError(what, where=str(path)) from None
-    for number, row in enumerate(rows, 1):
-        yield Record(row, f"{path}:row {number}")
-
-
-def _read_text(path: Path) -> Iterator[Record]:
-    """Blank lines separate the examples; in a file without blank lines every line is one."""
-    lines = list(_lines(path))
-    while lines and not lines[-1][1].strip():
-        lines.pop()
-    by_paragraph = any(not line.strip() for _, line in lines)
-    start, block = 0, list[str]()
-    for number, line in [*lines, (0, "")]:
-        if line.strip():
-            start = start if block else number
-            block.append(line)
-        if block and (not line.strip() or not by_paragraph):
-            yield Record({"text": "\n".join(block)}, f"{path}:{start}")
-            block = []
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
-}
-_SUFFIXES = ", ".join(_READERS)
-_RECOGNIZED = "recognized columns are: " + "; ".join(
-    " + ".join(columns) for columns in FORMATS.values()
-)
-
-
 # ------------------------------------------------------------------------------ formats
 
 
@@ -393,7 +246,7 @@ def _format(spec: DataSpec, records: Sequence[Record]) -> str:
         if all(column in found for column in columns):
             return name
     names = ", ".join(map(repr, found)) or "none"
-    fix = f"rename them; {_RECOGNIZED}"
+    fix = f"rename them; {RECOGNIZED}"
     raise DataError(f"no known columns, found {names}", fix=fix, where=records[0].where)
 
 
@@ -431,7 +284,7 @@ def _text(record: Record, column: str) -> str:
 
 def _checked(value: Any, name: str, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{name} is {_kind(value)}, expected text", where=where)
+        raise DataError(f"{name} is {kind_of(value)}, expected text", where=where)
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -449,7 +302,7 @@ def _messages(record: Record) -> list[dict[str, str]]:
     turns = []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
-            what = f"turn {number} of 'messages' is {_kind(message)}, expected an object"
+            what = f"turn {number} of 'messages' is {kind_of(message)}, expected an object"
             raise DataError(what, where=record.where)
         keys = ("role", "content")
         values = [_checked(message.get(k), f"{k!r} of turn {number}", record.where) for k in keys]
@@ -470,7 +323,7 @@ def _chat(
     try:
         return _template_chat(turns, tokenizer)
     except Exception as error:  # a template is a program and may raise anything
-        what = f"the chat template refuses it: {_first_line(error)}"
+        what = f"the chat template refuses it: {first_line(error)}"
         fix = "reorder the turns, or use another format"
         raise DataError(what, fix=fix, where=where) from error
 
@@ -628,22 +481,3 @@ def _bos(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if tokenizer.bos_token_id is None or text.startswith(str(tokenizer.bos_token)):
         return []
     return [int(tokenizer.bos_token_id)]
-
-
-# ------------------------------------------------------------------------------ words
-
-
-def _kind(value: Any) -> str:
-    """Name a value's type as people do."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    for types, word in (((int, float), "a number"), (str, "text"), (dict, "an object")):
-        if isinstance(value, types):
-            return word
-    return "a list" if isinstance(value, list) else f"a {type(value).__name__}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

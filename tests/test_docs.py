@@ -86,11 +86,11 @@ def test_every_hook_is_documented(hook: str) -> None:
 
 
 def test_every_data_format_is_documented() -> None:
-    from quantadapt.data import _READERS, FORMATS
+    from quantadapt.data_files import FORMATS, READERS
 
     page = DOCS / "how-to" / "use-your-data.md"
     text = page.read_text(encoding="utf-8")
-    assert all(f"`{name}`" in text for name in (*FORMATS, *_READERS))
+    assert all(f"`{name}`" in text for name in (*FORMATS, *READERS))
     examples = [set(json.loads(block)) for block in blocks(page, "json")]
     for columns in FORMATS.values():
         assert any(example >= set(columns) for example in examples), columns

@@ -10,6 +10,7 @@ import pytest
 
 from quantadapt import demo
 from quantadapt.capabilities import Cell, Merge, Rule, refusals
+from quantadapt.checkpoint import is_local_path
 from quantadapt.errors import MergeRefused, PlanRefused
 from quantadapt.machine import Machine
 from quantadapt.planning import plan
@@ -194,3 +195,9 @@ def test_a_taken_output_folder_is_refused_with_the_rest(tmp_path) -> None:
     found = problems(output=str(tmp_path), backend="hqqq")
     assert set(found) == {"backend", f"output {tmp_path}"}
     assert "was not made by quantadapt" in found[f"output {tmp_path}"]
+
+
+@pytest.mark.parametrize("path", ["a.jsonl", "a.ndjson", "./a", "/a", "~/a", "a/b/c", "a.TXT"])
+def test_what_can_only_be_a_file(path) -> None:
+    assert is_local_path(path)
+    assert not is_local_path("owner/name")
