@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from .errors import PlanRefused, Problem, did_you_mean
@@ -60,7 +61,28 @@ def peft_config(model: nn.Module, adapter: Adapter, options: Mapping[str, Any]) 
 
 def resolve_targets(model: nn.Module, wanted: str | Iterable[str] | None) -> list[str] | str:
     """Return `target_modules` for PEFT. Raises PlanRefused if nothing would match."""
-    names = [name for name, _ in facades(model)]
+    return _resolve(model, [name for name, _ in facades(model)], wanted)
+
+
+def check_targets(source: str, wanted: str | Iterable[str] | None) -> None:
+    """Raise PlanRefused if `target_modules` matches no layer of the checkpoint `source`.
+
+    Looks at the model's architecture only; no weights are loaded.
+    """
+    if wanted is None or wanted == ALL_LINEAR:
+        return
+    from .loading import auto_class, read_config
+
+    config = read_config(source)
+    with torch.device("meta"):
+        model: nn.Module = auto_class(config).from_config(config)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    _resolve(model, names, wanted)
+
+
+def _resolve(
+    model: nn.Module, names: list[str], wanted: str | Iterable[str] | None
+) -> list[str] | str:
     if wanted is None or wanted == ALL_LINEAR:
         if not names:
             what = "the model has no quantized linear layer"

@@ -72,6 +72,7 @@ class _Run:
         import_requirements(self.plan.backend)
         self.plan = with_config(self.plan)
         self.check_training()
+        self.check_targets()
         data = self.read_data()
         self.folder = self.create_folder()
         try:
@@ -90,6 +91,12 @@ class _Run:
 
         if found := problems(self.spec.train):
             raise PlanRefused(found)
+
+    def check_targets(self) -> None:
+        """Look for the layers that `target_modules` names before any weight is loaded."""
+        from .attaching import check_targets
+
+        check_targets(self.plan.model, self.plan.adapter_options.get("target_modules"))
 
     def work(self, data: Data) -> PeftModel:
         self.write_start()

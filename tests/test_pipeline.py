@@ -267,3 +267,11 @@ def test_an_unknown_optimizer_is_refused_before_any_work(small, tmp_path) -> Non
     with pytest.raises(PlanRefused, match="did you mean 'adamw_torch'"):
         qa.run(spec)
     assert not (tmp_path / "run").exists()
+
+
+def test_target_modules_are_looked_for_before_any_work(small, tmp_path) -> None:
+    adapter = {"name": "lora", "target_modules": ["q_prj"]}
+    spec = qa.Spec(model=small, output=str(tmp_path / "run"), adapter=adapter)
+    with pytest.raises(PlanRefused, match="did you mean 'q_proj'"):
+        qa.run(spec)
+    assert not (tmp_path / "run").exists()
