@@ -17,7 +17,7 @@ from .dependencies import import_requirements
 from .errors import PlanRefused
 from .planning import Plan
 from .registry import registry
-from .run_folder import RunFolder, environment
+from .run_folder import RunFolder
 from .saving import MERGED, MergeKind, check_merged, save, size_mib, write_merged
 from .spec import Spec
 from .stages import attach_planned, load_tokenizer, quantize_plan, with_config
@@ -146,7 +146,7 @@ class _Run:
         again = self.spec.model_copy(update={"overwrite": False}).to_yaml()
         self.folder.write_text("spec.yaml", again)
         self.folder.write_json("plan.json", self.plan.to_dict())
-        self.folder.write_json("environment.json", environment(self.plan.backend.requires))
+        self.folder.write_environment(self.plan.backend.requires)
         for note in self.plan.notes:
             self.listener("note", {"text": note})
 

@@ -24,7 +24,7 @@ from .protocols import Quantizer
 from .records import Adapter, Backend
 from .registry import Registry, registry
 from .run_folder import RunFolder
-from .spec import BackendSpec, Spec
+from .spec import Spec
 
 MergePlan = Literal["dense", "requantize", "never"]
 
@@ -365,8 +365,3 @@ def _merge(
     wanted: Literal["dense", "requantize"] = "requantize" if choice == "requantize" else "dense"
     refused = tuple(merge_refusals(cell, backend, adapter, wanted))
     return ("never" if refused else wanted), refused
-
-
-def spec_for(backend: str, adapter: str, **options: Any) -> Spec:
-    """Return a spec for one cell with the backend's `options`; for matrix and tests."""
-    return Spec(backend=BackendSpec(name=backend, **options), adapter={"name": adapter})

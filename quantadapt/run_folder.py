@@ -106,31 +106,6 @@ class RunFolder:
         return folder
 
     @property
-    def adapter(self) -> Path:
-        """Where the trained adapter goes."""
-        return self.path / "adapter"
-
-    @property
-    def merged(self) -> Path:
-        """Where the merged model goes, if there is one."""
-        return self.path / "merged"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where training checkpoints go."""
-        return self.path / "checkpoints"
-
-    @property
-    def log(self) -> Path:
-        """The text log."""
-        return self.path / "log.txt"
-
-    @property
-    def report(self) -> Path:
-        """The page that `quantadapt.report.write_report` makes."""
-        return self.path / "report.html"
-
-    @property
     def marker(self) -> dict[str, Any]:
         """What the marker says: version, started, state. Empty if this is no run folder."""
         try:

@@ -12,10 +12,11 @@ from quantadapt import matrix
 from quantadapt.capabilities import Merge, Rule
 from quantadapt.errors import DataError, PlanRefused
 from quantadapt.machine import Machine
-from quantadapt.planning import plan, spec_for
+from quantadapt.planning import plan
 from quantadapt.protocols import Quantizer
 from quantadapt.records import Adapter, Backend
 from quantadapt.registry import registry
+from quantadapt.spec import Spec
 
 
 class Plain(Quantizer):
@@ -80,7 +81,7 @@ def test_a_backend_without_defaults_is_named():
 def test_the_planner_agrees_with_every_declared_cell():
     known = registry()
     for cell in matrix.declared(known.backends(), known.adapters()):
-        spec = spec_for(cell.backend, cell.adapter)
+        spec = Spec(backend=cell.backend, adapter=cell.adapter)
         try:
             made = plan(spec, machine=Machine())
         except PlanRefused as error:

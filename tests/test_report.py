@@ -265,7 +265,7 @@ def test_no_log_breaks_the_page(log: list[dict[str, Any]]) -> None:
 def test_bare_folder(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run")
     path = write_report(folder)
-    assert path == folder.report
+    assert path == folder.path / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
     assert page.headings == []
     assert "quantadapt run" in page.text
@@ -280,7 +280,7 @@ def test_made_from_the_files_alone_and_twice_the_same(tmp_path: Path) -> None:
     for line in LOG:
         folder.append_metric(line)
     first = write_report(folder).read_bytes()
-    folder.report.unlink()
+    (folder.path / "report.html").unlink()
     assert write_report(RunFolder.open(folder.path)).read_bytes() == first
     assert len(Page(first.decode()).headings) == 10
 

@@ -49,8 +49,8 @@ def foreign(tmp_path: Path) -> Path:
 def earlier(tmp_path: Path) -> RunFolder:
     folder = RunFolder.create(tmp_path / "run")
     folder.write_text("spec.yaml", "seed: 0\n")
-    folder.adapter.mkdir()
-    (folder.adapter / "weights").write_bytes(b"trained")
+    (folder.path / "adapter").mkdir()
+    ((folder.path / "adapter") / "weights").write_bytes(b"trained")
     folder.set_state("finished")
     return folder
 
@@ -127,13 +127,13 @@ class TestCreate:
     def test_overwrite_never_deletes_an_input(self, earlier: RunFolder) -> None:
         before = contents(earlier.path)
         with pytest.raises(OutputError, match=r"would delete .*adapter"):
-            RunFolder.create(earlier.path, overwrite=True, inputs=[earlier.adapter])
+            RunFolder.create(earlier.path, overwrite=True, inputs=[(earlier.path / "adapter")])
         assert contents(earlier.path) == before
 
     def test_overwrite_never_deletes_the_working_directory(
         self, earlier: RunFolder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.chdir(earlier.adapter)
+        monkeypatch.chdir(earlier.path / "adapter")
         with pytest.raises(OutputError, match="in use"):
             RunFolder.create("..", overwrite=True)
 
