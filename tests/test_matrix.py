@@ -13,17 +13,29 @@ from quantadapt.capabilities import Merge, Rule
 from quantadapt.errors import DataError, PlanRefused
 from quantadapt.machine import Machine
 from quantadapt.planning import plan
-from quantadapt.protocols import Quantizer
+from quantadapt.protocols import AdapterTarget, Quantizer
 from quantadapt.records import Adapter, Backend
 from quantadapt.registry import registry
 from quantadapt.spec import Spec
 
 
 class Plain(Quantizer):
+    """No options; only looked at, never run."""
+
+    @property
+    def target(self) -> AdapterTarget:
+        raise AssertionError("the matrix asks no quantizer to work")
+
+    def quantize(self, source: Any, **options: Any) -> Any:
+        raise AssertionError("the matrix asks no quantizer to work")
+
+    def save(self, model: Any, path: Any) -> None:
+        raise AssertionError("the matrix asks no quantizer to work")
+
     bits: int = 4
 
 
-class Demanding(Quantizer):
+class Demanding(Plain):
     bits: int
 
 
