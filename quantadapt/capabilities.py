@@ -37,12 +37,15 @@ class Rule:
             ("cpu", "cuda", ...), `dtype` ("float32", ...), `backend.<option>`, `adapter.<option>`.
         reason: why it is refused, as a sentence.
         fix: what to do instead, as a sentence.
+        policy: it would work, but is unsound; the conformance suite then tries the way out
+            instead of looking for a failure.
     """
 
     id: str
     when: Mapping[str, tuple[Any, ...]]
     reason: str
     fix: str
+    policy: bool = False
 
     def applies(self, facts: Mapping[str, Any]) -> bool:
         """Say whether every condition holds."""

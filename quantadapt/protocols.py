@@ -85,10 +85,16 @@ class Quantizer(BaseModel, ABC):
             source: path, hub id, or a module, which is changed in place.
             device: where the quantized model goes: "cpu", "cuda", "cuda:1", ...
             dtype: dtype of everything that is not quantized, and of the computation.
-            calibration: tokenized examples (`input_ids` [1, length]) where the backend needs them.
+            calibration: tokenized examples (`input_ids` int64 [1, length], on the CPU). Never None
+                or empty where the backend's record says that it calibrates.
             skip_modules: names left dense; None means the output head and what is tied to it.
         """
         ...
+
+    def misfit(self, in_features: int, out_features: int) -> str | None:
+        """Say why a layer of this size cannot be quantized ("128 does not divide its 320
+        inputs"), or return None. Asked before any weight is loaded."""
+        return None
 
     def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
         """Load a checkpoint that is already quantized with this backend. By default transformers
