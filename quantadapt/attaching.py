@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from .errors import PlanRefused, Problem, did_you_mean
@@ -71,11 +70,9 @@ def check_targets(source: str, wanted: str | Iterable[str] | None) -> None:
     """
     if wanted is None or wanted == ALL_LINEAR:
         return
-    from .loading import auto_class, read_config
+    from .loading import architecture
 
-    config = read_config(source)
-    with torch.device("meta"):
-        model: nn.Module = auto_class(config).from_config(config)
+    model = architecture(source)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     _resolve(model, names, wanted)
 

@@ -20,7 +20,6 @@ from .spec import DataSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
@@ -113,18 +112,17 @@ def load_held_out(
     return _dataset(records, _format(spec, records), tokenizer, max_length, _Counts())
 
 
-def calibration_examples(
-    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, count: int, seed: int
-) -> list[dict[str, Tensor]]:
-    """Return up to `count` training examples, chosen by `seed`, for backends that calibrate.
+def load_everything(
+    source: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512
+) -> Dataset:
+    """Read all of a file, or the training part of a folder or hub id, unsplit.
 
-    Each is `{"input_ids": int64 tensor of shape [1, length]}`. Raises DataError.
+    Raises:
+        DataError: as `load_data`.
     """
-    import torch
-
-    train = load_data(spec, tokenizer, seed=seed).train
-    chosen = random.Random(seed).sample(range(len(train)), min(count, len(train)))
-    return [{"input_ids": torch.tensor([train[index]["input_ids"]])} for index in chosen]
+    records, _ = _read_source(source)
+    spec = DataSpec(path=source, max_length=max_length)
+    return _dataset(records, _format(spec, records), tokenizer, max_length, _Counts())
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

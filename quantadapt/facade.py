@@ -218,10 +218,11 @@ def wrap(
         skip: names of modules that stay as they are.
 
     Raises:
-        PluginError: the target's `shape` returns no two sizes.
+        PluginError: the target's `shape` is not that of its dequantized weight.
     """
     if not isinstance(model, QuantLinear) and target.matches(model):
-        return _checked(model, target, dtype)
+        return _checked(model, target, dtype, set())
+    seen: set[tuple[int, int]] = set()
     for name, module in list(model.named_modules()):
         for child_name, child in list(module.named_children()):
             path = f"{name}.{child_name}".lstrip(".")
@@ -229,7 +230,7 @@ def wrap(
                 continue
             if target.matches(child):
                 try:
-                    setattr(module, child_name, _checked(child, target, dtype))
+                    setattr(module, child_name, _checked(child, target, dtype, seen))
                 except PluginError as error:
                     raise PluginError(f"{path}: {error}") from None
     return model
@@ -240,11 +241,21 @@ def is_skipped(name: str, skip: tuple[str, ...]) -> bool:
     return any(f".{s}." in f".{name}." for s in skip)
 
 
-def _checked(vendor: nn.Module, target: AdapterTarget, dtype: torch.dtype) -> QuantLinear:
-    shape = target.shape(vendor)
+def _checked(
+    vendor: nn.Module, target: AdapterTarget, dtype: torch.dtype, seen: set[tuple[int, int]]
+) -> QuantLinear:
+    """Return a facade whose weight has the shape that `target` claims; each shape is tried once."""
+    name, shape = type(target).__name__, target.shape(vendor)
     if not all(isinstance(size, int) and size > 0 for size in shape):
-        raise PluginError(f"{type(target).__name__}.shape returned {shape}, expected two sizes")
-    return QuantLinear(vendor, target, dtype)
+        raise PluginError(f"{name}.shape returned {shape}, expected two sizes")
+    facade = QuantLinear(vendor, target, dtype)
+    if shape not in seen:
+        found, claimed = tuple(facade.dequantize().shape), (shape[1], shape[0])
+        if found != claimed:
+            what = f"{name}.dequantize returned {found}, its shape says {claimed} (out, in)"
+            raise PluginError(what, fix="tell the authors of the backend")
+        seen.add(shape)
+    return facade
 
 
 def replace(model: nn.Module, make: Callable[[str, QuantLinear], nn.Module]) -> nn.Module:

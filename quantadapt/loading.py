@@ -46,6 +46,14 @@ def read_config(source: str) -> Any:
         raise ModelError(f"no model can be read here: {reason}", fix=fix, where=source) from None
 
 
+def architecture(source: str) -> nn.Module:
+    """Return the model of a checkpoint on the meta device: names and shapes, no weights."""
+    config = read_config(source)
+    with torch.device("meta"):
+        model: nn.Module = auto_class(config).from_config(config)
+    return model
+
+
 def from_pretrained(source: str, **kwargs: Any) -> nn.Module:
     """`AutoModel.from_pretrained`, safetensors only; what goes wrong becomes a ModelError."""
     config = kwargs.pop("config", None) or read_config(source)

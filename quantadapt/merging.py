@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from .facade import QuantLinear, facades
+from .errors import DataError
+from .facade import QuantLinear, facades, wrap
+from .state import state_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -26,9 +28,11 @@ def merged_model(model: PeftModel, kind: Literal["dense", "requantize"]) -> nn.M
 
     Args:
         model: a PeftModel over facades.
-        kind: "dense" leaves `nn.Linear` layers; "requantize" quantizes each merged weight again
-            as its layer was, and returns facades.
+        kind: "dense" leaves `nn.Linear` layers; "requantize" quantizes the merged weights again
+            as they were, and returns facades. A backend that calibrates sees the same examples.
     """
+    if kind == "requantize" and state_of(model).backend.calibration:
+        return _quantized_whole(merged_model(model, "dense"))
     base: nn.Module = model.get_base_model()
     memo: dict[int, Any] = {}
     for layer in _adapter_layers(base):
@@ -38,11 +42,47 @@ def merged_model(model: PeftModel, kind: Literal["dense", "requantize"]) -> nn.M
             memo.setdefault(id(facade), facade.dense())
     for wrapper in _kept_wrappers(base):
         memo[id(wrapper)] = copy.deepcopy(wrapper.modules_to_save[wrapper.active_adapters[0]])
-    merged: nn.Module = copy.deepcopy(base, memo)
+    return _copy(base, memo).requires_grad_(False)
+
+
+def bare_base(model: PeftModel) -> nn.Module:
+    """Return the base without any adapter: another tree of modules over the same tensors."""
+    base: nn.Module = model.get_base_model()
+    memo: dict[int, Any] = {id(facade): facade for _, facade in facades(base)}
+    memo |= {id(layer): layer.get_base_layer() for layer in _adapter_layers(base)}
+    memo |= {id(wrapper): wrapper.original_module for wrapper in _kept_wrappers(base)}
+    memo |= {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    return _copy(base, memo)
+
+
+def _copy(base: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    state = state_of(base)
+    memo[id(state.tokenizer)] = state.tokenizer
+    copied: nn.Module = copy.deepcopy(base, memo)
     for name in ("peft_config", "_hf_peft_config_loaded"):
-        if name in vars(merged):
-            delattr(merged, name)
-    return merged.requires_grad_(False)
+        if name in vars(copied):
+            delattr(copied, name)
+    return copied
+
+
+def _quantized_whole(merged: nn.Module) -> nn.Module:
+    """Quantize a dense merged model in place, with the examples that its base was calibrated on."""
+    state = state_of(merged)
+    if state.calibration is None:
+        what = (
+            f"{state.backend.name} calibrates when it quantizes, and there is no data to do it on"
+        )
+        raise DataError(what, fix="pass calibration=... (--calibration FILE)", where="calibration")
+    model = state.quantizer.quantize(
+        merged,
+        device=state.device,
+        dtype=state.dtype,
+        calibration=state.calibration,
+        skip_modules=state.skip_modules,
+    )
+    return wrap(model, state.quantizer.target, state.dtype, state.skip_modules).requires_grad_(
+        False
+    )
 
 
 def _adapter_layers(base: nn.Module) -> Iterator[Any]:

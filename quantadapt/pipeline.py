@@ -13,20 +13,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import planning
+from .calibration_data import choose
 from .dependencies import import_requirements
 from .errors import PlanRefused
 from .planning import Plan
+from .quantizing import load_tokenizer, quantize_plan, skip_for, with_config
 from .registry import registry
 from .run_folder import RunFolder
-from .saving import MERGED, MergeKind, check_merged, save, size_mib, write_merged
+from .saving import (
+    BASE,
+    MERGED,
+    MergeKind,
+    check_merged,
+    load_base,
+    save,
+    save_base,
+    size_mib,
+    write_merged,
+)
 from .spec import Spec
-from .stages import attach_planned, load_tokenizer, quantize_plan, with_config
+from .stages import attach_planned
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
     from torch import nn
 
+    from .calibration_data import Examples
     from .data import Data
     from .training import TrainResult
 
@@ -74,6 +87,7 @@ class _Run:
         self.check_training()
         self.check_targets()
         data = self.read_data()
+        self.examples = self.calibration(data)
         self.folder = self.create_folder()
         try:
             tuned = self.work(data)
@@ -93,16 +107,19 @@ class _Run:
             raise PlanRefused(found)
 
     def check_targets(self) -> None:
-        """Look for the layers that `target_modules` names before any weight is loaded."""
+        """Look for the layers that `target_modules` names, and for layers that cannot be quantized,
+        before any weight is loaded."""
         from .attaching import check_targets
 
         check_targets(self.plan.model, self.plan.adapter_options.get("target_modules"))
+        if not self.plan.adopt:
+            skip_for(self.plan)
 
     def work(self, data: Data) -> PeftModel:
         self.write_start()
         self.measure_unquantized(data)
         with self.stage("quantize") as done:
-            model = done(quantize_plan(self.plan))
+            model = done(self.quantize())
         self.measure_base(model, data)
         with self.stage("attach") as done:
             tuned: PeftModel = done(self.attach(model))
@@ -118,9 +135,11 @@ class _Run:
     def create_folder(self) -> RunFolder:
         spec = self.spec
         assert spec.output
-        inputs = [p for p in (spec.model, spec.data.path, spec.data.eval_path) if p]
         return RunFolder.create(
-            Path(spec.output), overwrite=spec.overwrite, resume=spec.train.resume, inputs=inputs
+            Path(spec.output),
+            overwrite=spec.overwrite,
+            resume=spec.train.resume,
+            inputs=spec.inputs,
         )
 
     @contextmanager
@@ -191,6 +210,31 @@ class _Run:
             )
             self.metrics["size"] = {"dense_mib": size_mib(model)}
             self.perplexity("unquantized", model, data)
+
+    def calibration(self, data: Data) -> Examples | None:
+        """Choose what a backend that calibrates is shown."""
+        from .data import load_everything
+
+        if not self.plan.backend.calibration or self.plan.adopt:
+            return None
+        wanted = self.spec.data
+        source = data.train
+        if wanted.calibration_path is not None:
+            source = load_everything(
+                wanted.calibration_path, self.tokenizer, max_length=wanted.max_length
+            )
+        return choose(source, count=wanted.calibration_examples, seed=self.spec.seed)
+
+    def quantize(self) -> nn.Module:
+        """Quantize the base. One that is calibrated here is kept in the run folder, because the
+        spec alone could not make it again; a resumed run goes on with it."""
+        saved = self.folder.path / BASE
+        if self.spec.train.resume and saved.exists():
+            return load_base(saved, self.plan.device)
+        model = quantize_plan(self.plan, calibration=self.examples)
+        if self.examples is not None:
+            save_base(model, saved)
+        return model
 
     def measure_base(self, model: nn.Module, data: Data) -> None:
         with self.stage("evaluate"):

@@ -184,6 +184,7 @@ def plan(
     if backend and adapter and quantizer:
         cell = make_cell(backend, quantizer, adapter, options, device, dtype)
         draft.problems += attach_refusals(cell, backend, adapter)
+        draft.notes += quantizer.notes(device)
         merge, refused = _merge(draft, cell, backend, adapter)
     forbidden = refused if spec.export.merge != "auto" else ()
     if draft.problems:
@@ -339,7 +340,8 @@ def _dtype(draft: _Draft, backend: Backend | None, device: str) -> str:
 
 
 def _check_data(draft: _Draft) -> None:
-    for key, path in (("path", draft.spec.data.path), ("eval_path", draft.spec.data.eval_path)):
+    for key in ("path", "eval_path", "calibration_path"):
+        path = getattr(draft.spec.data, key)
         if path and is_local_path(path) and not Path(path).exists():
             fix = "check the path; a hub id has the form owner/name"
             draft.problems.append(Problem(f"{path} does not exist", fix, where=f"data.{key}"))
@@ -347,7 +349,7 @@ def _check_data(draft: _Draft) -> None:
 
 def _check_output(draft: _Draft) -> None:
     spec = draft.spec
-    inputs = [p for p in (spec.model, spec.data.path, spec.data.eval_path) if p]
+    inputs = spec.inputs
     try:
         RunFolder.check(
             spec.output or "", overwrite=spec.overwrite, resume=spec.train.resume, inputs=inputs

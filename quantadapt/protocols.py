@@ -96,6 +96,10 @@ class Quantizer(BaseModel, ABC):
         inputs"), or return None. Asked before any weight is loaded."""
         return None
 
+    def notes(self, device: str) -> tuple[str, ...]:
+        """Return what a plan for `device` should tell, e.g. which kernel will run."""
+        return ()
+
     def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
         """Load a checkpoint that is already quantized with this backend. By default transformers
         does it, from the checkpoint's own `quantization_config`."""

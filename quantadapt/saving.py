@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import planning
+from .calibration_data import examples_from
 from .errors import MergeRefused, ModelError, OutputError, Problem
 from .registry import registry
 from .run_folder import atomic_folder, environment
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor, nn
 
+    from .calibration_data import Calibration
+
 RECORD = "quantadapt.json"
 ADAPTER = "adapter"
+BASE = "base"
 MERGED = "merged"
 
 MergeKind = Literal["dense", "requantize"]
@@ -38,7 +42,8 @@ class BaseMismatchWarning(UserWarning):
 def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
     """Save the adapter to `path/adapter`, or, without one, the quantized base to `path`.
 
-    The adapter is a plain PEFT folder; `quantadapt.json` beside it records the base.
+    The adapter is a plain PEFT folder; `quantadapt.json` in it records the base. A base that was
+    calibrated here cannot be made again from that alone, so it is saved too, to `path/base`.
 
     Args:
         model: what `quantize`, `attach` or `load` returned.
@@ -49,6 +54,8 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
         OutputError: the folder holds something else; it is untouched.
     """
     state = state_of(model)
+    if state.adapter and state.calibration is not None:
+        save_base(model, Path(path) / BASE)
     final = Path(path) / ADAPTER if state.adapter else Path(path)
     if final.is_dir() and any(final.iterdir()) and not (final / RECORD).exists():
         fix = "choose another folder, or empty it yourself"
@@ -62,6 +69,21 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
             state.tokenizer.save_pretrained(str(folder))
         _write_record(folder, state)
     return final
+
+
+def save_base(model: nn.Module, folder: Path) -> None:
+    """Save the quantized base of `model`, adapter or not, unless `folder` holds one already."""
+    from .merging import bare_base
+
+    if (folder / RECORD).exists():
+        return
+    state = state_of(model)
+    base = model if state.adapter is None else bare_base(model)  # type: ignore[arg-type]
+    with atomic_folder(folder, overwrite=False) as made:
+        state.quantizer.save(base, made)
+        if state.tokenizer is not None:
+            state.tokenizer.save_pretrained(str(made))
+        _write_record(made, state)
 
 
 def _write_record(folder: Path, state: ModelState) -> None:
@@ -124,7 +146,9 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
     from peft import PeftModel
 
     record = _read_record(folder)
-    if base is None or isinstance(base, str):
+    if base is None and (folder.parent / BASE / RECORD).exists():
+        model = load_base(folder.parent / BASE, device)
+    elif base is None or isinstance(base, str):
         model = quantize(
             base or record["base"],
             record["backend"],
@@ -141,6 +165,16 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
     state.adapter = registry().adapter(record["adapter"])
     state.adapter_options = dict(record["adapter_options"])
     return peft_model
+
+
+def load_base(folder: Path, device: str) -> nn.Module:
+    """Load what `save_base` wrote, under the name and options that it was made from."""
+    record = _read_record(folder)
+    model = quantize(str(folder), record["backend"], device=device, dtype=record["dtype"])
+    state = state_of(model)
+    state.source = record["base"]
+    state.quantizer = state.backend.quantizer(**record["options"])
+    return model
 
 
 def _warn_other_base(state: ModelState, record: Mapping[str, Any]) -> None:
@@ -161,6 +195,7 @@ def merge(
     *,
     kind: MergeKind = "dense",
     data: str | Dataset | None = None,
+    calibration: Calibration = None,
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -173,6 +208,8 @@ def merge(
         path: gets a folder `merged` that transformers loads.
         kind: "dense", or "requantize" to quantize the merged weights as the base was.
         data: held-out data for the check, as for `evaluate`; the demo's if missing.
+        calibration: as for `quantize`: what a backend that calibrates is shown when it quantizes
+            again; by default what it was shown before, if that happened in this process.
         tokenizer: needed for a live module only.
         overwrite: replace an earlier `merged`.
 
@@ -186,7 +223,10 @@ def merge(
 
     state = state_of(model)
     check_merge(state, kind)
-    held_out = held_out_data(data, tokenizer or state.tokenizer)
+    tokenizer = tokenizer or state.tokenizer
+    held_out = held_out_data(data, tokenizer)
+    if calibration is not None:
+        state.calibration = examples_from(calibration, tokenizer)
     merged = merged_model(model, kind)
     check = check_merged(model, merged, held_out)
     write_merged(merged, kind, Path(path) / MERGED, overwrite)

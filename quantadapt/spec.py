@@ -78,6 +78,10 @@ class DataSpec(_Strict):
     format: DataFormat = Field("auto", description="how to read the columns")
     max_length: int = Field(512, ge=8, description="longest example in tokens; longer ones are cut")
     max_examples: int | None = Field(None, ge=1, description="use only the first so many examples")
+    calibration_path: str | None = Field(
+        None, description="what backends calibrate on; the training data if missing"
+    )
+    calibration_examples: int = Field(128, ge=1, description="how many examples that takes")
 
 
 class TrainSpec(_Strict):
@@ -143,6 +147,9 @@ class Spec(_Strict):
     skip_modules: list[str] | None = Field(
         None, description="modules left dense; default: the head"
     )
+    skip_misfits: bool = Field(
+        False, description="also leave layers dense whose size the backend cannot quantize"
+    )
     seed: int = Field(0, ge=0, description="of the adapter, the shuffling and the held-out split")
 
     def __init__(self, **values: Any) -> None:
@@ -150,6 +157,13 @@ class Spec(_Strict):
             super().__init__(**values)
         except ValidationError as error:
             raise SpecError(_problems(error)) from None
+
+    @property
+    def inputs(self) -> list[str]:
+        """The paths and hub ids that are read, and so must not be written to."""
+        data = self.data
+        paths = (self.model, data.path, data.eval_path, data.calibration_path)
+        return [path for path in paths if path]
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Spec:

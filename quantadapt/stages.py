@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import planning
-from .checkpoint import quantization_of
-from .dependencies import import_requirements
-from .errors import ModelError, QuantadaptError
-from .planning import Plan
+from .errors import QuantadaptError
+from .quantizing import quantize_plan
 from .registry import registry
 from .spec import DataSpec, Spec, TrainSpec
-from .state import ModelState, state_of
+from .state import state_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
-    from torch import Tensor, nn
+    from torch import nn
 
+    from .calibration_data import Calibration
     from .training import TrainResult
 
 
@@ -33,8 +32,9 @@ def quantize(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    calibration: list[dict[str, Tensor]] | None = None,
+    calibration: Calibration = None,
     skip_modules: tuple[str, ...] | list[str] | None = None,
+    skip_misfits: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Load and quantize a model; its linear layers become `QuantLinear` facades.
@@ -45,8 +45,11 @@ def quantize(
         backend: see `quantadapt backends`.
         device: auto, cpu, cuda, cuda:1, ...
         dtype: auto, float32, bfloat16 or float16; the compute dtype.
-        calibration: tokenized examples for backends that need them.
+        calibration: what backends that calibrate are shown: a data file, a tokenized Dataset, or a
+            list of examples, each the keyword arguments of one call of the model, such as
+            `{"input_ids": int64 tensor [1, length]}`. The demo model has its own.
         skip_modules: module names left dense; by default the output head.
+        skip_misfits: leave layers dense, too, whose size the backend cannot quantize.
         options: the backend's options, e.g. `bits=4`.
 
     Returns:
@@ -54,6 +57,7 @@ def quantize(
 
     Raises:
         PlanRefused: with every problem at once. ModelError: the checkpoint cannot be loaded.
+        DataError: the calibration data cannot be used. PluginError: the backend failed.
     """
     spec = Spec(
         model=source if isinstance(source, str) else None,
@@ -61,85 +65,12 @@ def quantize(
         device=device,
         dtype=dtype,
         skip_modules=None if skip_modules is None else list(skip_modules),
+        skip_misfits=skip_misfits,
     )
     made = planning.plan(spec, check_output=False)
     if source is None or isinstance(source, str):
         return quantize_plan(made, calibration=calibration)
     return quantize_plan(made, module=source, calibration=calibration)
-
-
-def quantize_plan(
-    plan: Plan,
-    *,
-    module: nn.Module | None = None,
-    calibration: list[dict[str, Tensor]] | None = None,
-) -> nn.Module:
-    """Do what `plan` says about the base. `module` is a live module to use instead of a path."""
-    import torch
-
-    from .facade import wrap
-    from .loading import skipped_modules
-
-    import_requirements(plan.backend)
-    if module is None and not plan.adopt:
-        plan = with_config(plan)
-    quantizer = plan.quantizer
-    dtype = getattr(torch, plan.dtype)
-    wanted = plan.spec.skip_modules
-    skip = None if wanted is None else tuple(wanted)
-    adopted = quantizer.from_model(module) if module is not None else None
-    if adopted is not None:
-        quantizer, model = adopted, module
-    elif plan.adopt and module is None:
-        model = quantizer.load(plan.model, device=plan.device, dtype=dtype)
-    else:
-        model = quantizer.quantize(
-            plan.model if module is None else module,
-            device=plan.device,
-            dtype=dtype,
-            calibration=calibration,
-            skip_modules=skip,
-        )
-    assert model is not None
-    skip = skipped_modules(model, skip)
-    model.requires_grad_(False)
-    model = wrap(model, quantizer.target, dtype, skip)
-    model.quantadapt = ModelState(  # type: ignore[assignment]
-        source="" if module is not None else plan.model,
-        backend=plan.backend,
-        quantizer=quantizer,
-        device=plan.device,
-        dtype=dtype,
-        skip_modules=skip,
-        tokenizer=None if module is not None else load_tokenizer(plan.model),
-    )
-    return model
-
-
-def with_config(plan: Plan) -> Plan:
-    """Plan again where only now, with its config downloaded, a hub id shows to be quantized."""
-    from .loading import read_config
-
-    read_config(plan.model)
-    if quantization_of(plan.model) is None:
-        return plan
-    return planning.plan(plan.spec, check_output=False)
-
-
-def load_tokenizer(source: str) -> Any:
-    """Return the checkpoint's tokenizer, with a pad token. Raises ModelError if there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        what = f"its tokenizer cannot be loaded: {str(error).splitlines()[0]}"
-        raise ModelError(
-            what, fix="put the tokenizer's files beside config.json", where=source
-        ) from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def attach(model: nn.Module, adapter: str = "lora", *, seed: int = 0, **options: Any) -> PeftModel:

@@ -11,7 +11,7 @@ from .records import Adapter, Backend
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass
@@ -25,6 +25,7 @@ class ModelState:
         dtype: compute dtype.
         skip_modules: names left dense.
         tokenizer: the checkpoint's tokenizer, or None.
+        calibration: the examples that the base was calibrated on here, or None.
         adapter, adapter_options: what is attached, if anything.
     """
 
@@ -35,6 +36,7 @@ class ModelState:
     dtype: torch.dtype
     skip_modules: tuple[str, ...] = ()
     tokenizer: Any = None
+    calibration: list[dict[str, Tensor]] | None = None
     adapter: Adapter | None = None
     adapter_options: dict[str, Any] = field(default_factory=dict)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from quantadapt.data import calibration_examples, encode_prompt, load_data
+from quantadapt.data import encode_prompt, load_data
 from quantadapt.demo import EVAL_FILE, MODEL_DIR, TRAIN_FILE
 from quantadapt.errors import DataError
 from quantadapt.spec import DataSpec
@@ -205,14 +205,6 @@ def test_the_hub_is_asked_for_ids_only(monkeypatch, tokenizer):
         load("owner/name", tokenizer)
     with pytest.raises(DataError, match="no such file"):
         load("missing.jsonl", tokenizer)
-
-
-def test_calibration_examples_are_tensors_chosen_by_seed(tmp_path, tokenizer):
-    spec = DataSpec(path=lines(tmp_path / "a.jsonl", PAIRS))
-    one, again = (calibration_examples(spec, tokenizer, count=4, seed=3) for _ in range(2))
-    assert len(one) == 4
-    assert all(a["input_ids"].equal(b["input_ids"]) for a, b in zip(one, again, strict=True))
-    assert one[0]["input_ids"].shape[0] == 1
 
 
 BAD = [

@@ -79,9 +79,9 @@ def _spec(
 
 def _quantized(made: Plan, output: Path, overwrite: bool) -> dict[str, Any]:
     """Quantize and save; return what was written."""
+    from ..quantizing import quantize_plan
     from ..run_folder import folder_size
     from ..saving import save
-    from ..stages import quantize_plan
 
     save(quantize_plan(made), output, overwrite=overwrite)
     return {

@@ -255,9 +255,14 @@ class Bench:
     @cached_property
     def base(self) -> nn.Module:
         """The small model, quantized from disk; not to be changed."""
-        from ..stages import quantize_plan
+        return self.quantize(self.plan)
 
-        return quantize_plan(self.plan).eval()
+    def quantize(self, plan: Plan, module: nn.Module | None = None) -> nn.Module:
+        """Quantize what `plan` names, or a live `module`, calibrated where the backend wants it."""
+        from ..quantizing import quantize_plan
+
+        examples = calibration_examples() if self.record.calibration else None
+        return quantize_plan(plan, module=module, calibration=examples).eval()
 
     def fresh(self) -> nn.Module:
         """Return a copy of the quantized base."""
@@ -530,6 +535,12 @@ def _small_model(layers: int) -> tempfile.TemporaryDirectory[str]:
 
 def _source() -> Path:
     return Path(os.environ.get("QUANTADAPT_TESTING_MODEL", demo.MODEL_DIR))
+
+
+@cache
+def calibration_examples() -> list[dict[str, Tensor]]:
+    """Return demo data to calibrate on: 24 examples of 64 tokens."""
+    return [{"input_ids": row[None]} for row in demo_tokens(64).reshape(24, 64)]
 
 
 @cache

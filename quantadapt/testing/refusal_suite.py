@@ -15,6 +15,7 @@ from ..capabilities import Rule
 from ..errors import MergeRefused, PlanRefused
 from ..machine import Machine, this_machine
 from ..planning import plan
+from ..registry import registry
 from ..spec import Spec
 from .bench import Bench, Suite, cells, relative
 
@@ -94,7 +95,8 @@ class RefusalSuite(Suite):
         if not bench.suite.strict:
             return
         for adapter in bench.adapters_for("attach"):
-            if refused := bench.refusals(adapter, kind):
+            refused = bench.refusals(adapter, kind)
+            if refused and not is_policy(bench, adapter, refused):
                 _assert_fails(try_to_merge(bench, adapter, kind), [p.rule for p in refused])
 
     def test_what_the_backends_rules_refuse_does_not_work(self, bench: Bench) -> None:
@@ -102,8 +104,15 @@ class RefusalSuite(Suite):
             return
         for rule in bench.record.rules:
             for spec, _ in _specs(bench, rule):
-                if _is_here(spec.device) and "action" not in rule.when:
+                if _is_here(spec.device) and "action" not in rule.when and not rule.policy:
                     _assert_fails(try_spec(bench, spec), [rule.id])
+
+
+def is_policy(bench: Bench, adapter: str, refused: list[Any]) -> bool:
+    """Say whether one of the rules that refuse is a decision, not an impossibility."""
+    rules = (*bench.record.rules, *registry().adapter(adapter).rules)
+    decided = {rule.id for rule in rules if rule.policy}
+    return any(problem.rule in decided for problem in refused)
 
 
 def try_to_train(bench: Bench, adapter: str) -> str:

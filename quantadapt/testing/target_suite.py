@@ -117,11 +117,10 @@ class TargetSuite(Suite):
         import torch
 
         from ..saving import load, save
-        from ..stages import quantize_plan
 
         dense = _biased(bench)
         biases = {n: p.detach().clone() for n, p in dense.named_parameters() if "bias" in n}
-        model = quantize_plan(bench.plan, module=dense).eval()
+        model = bench.quantize(bench.plan, dense)
         facades = _facades(model)
         assert biases
         for name, bias in biases.items():
@@ -141,11 +140,10 @@ class TargetSuite(Suite):
         import torch
 
         from ..planning import plan
-        from ..stages import quantize_plan
 
         if "bfloat16" not in bench.record.dtypes:
             return
-        model = quantize_plan(plan(bench.spec(model=bench.source, dtype="bfloat16"))).eval()
+        model = bench.quantize(plan(bench.spec(model=bench.source, dtype="bfloat16")))
         for name, facade in _facades(model).items():
             assert facade.weight.dtype == facade.dequantize().dtype == torch.bfloat16
             x = bench.input_of(facade).bfloat16()
@@ -215,17 +213,15 @@ class TargetSuite(Suite):
     # Where models come from and go to ----------------------------------------------------------
 
     def test_live_module_is_quantized_as_from_disk(self, bench: Bench) -> None:
-        from ..stages import quantize_plan
 
-        model = quantize_plan(bench.plan, module=copy.deepcopy(bench.dense))
+        model = bench.quantize(bench.plan, copy.deepcopy(bench.dense))
         assert set(_facades(model)) == set(bench.facades())
         assert change(bench.logits(model), bench.base_logits) == 0
 
     def test_live_quantized_model_is_adopted(self, bench: Bench) -> None:
-        from ..stages import quantize_plan
         from ..state import state_of
 
-        model = quantize_plan(bench.plan, module=bench.vendor_model())
+        model = bench.quantize(bench.plan, bench.vendor_model())
         assert change(bench.logits(model), bench.base_logits) == 0
         found = state_of(model).quantizer
         for name, value in bench.suite.options.items():
