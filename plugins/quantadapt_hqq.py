@@ -36,6 +36,17 @@ class HQQ(LayerwiseQuantizer):
     def target(self) -> HQQTarget:
         return HQQTarget(self)
 
+    def misfit(self, in_features: int, out_features: int) -> str | None:
+        row, column = in_features, out_features
+        group = self.group_size or (row if self.axis == 1 else column)
+        if row * column % group:
+            return f"{column} x {row} weights do not divide into groups of {group}"
+        packed = row * column // group if self.axis == 1 else group
+        together = {1: 8, 2: 4, 4: 2}.get(self.bits, 1)  # values in a byte come from so many groups
+        if packed % together:
+            return f"{packed} groups cannot be packed by {together}, as {self.bits} bits demand"
+        return None
+
     def _config(self) -> dict[str, Any]:
         from hqq.core.quantize import BaseQuantizeConfig
 

@@ -92,6 +92,12 @@ class _TorchAO(LayerwiseQuantizer):
         return cls()
 
 
+def _group_misfit(group_size: int, in_features: int) -> str | None:
+    if in_features % group_size == 0:
+        return None
+    return f"groups of {group_size} do not divide {in_features} inputs"
+
+
 class Int8(_TorchAO):
     """int8 weights, one scale per output channel."""
 
@@ -125,6 +131,9 @@ class Intx(_TorchAO):
     bits: Literal[2, 3, 4, 5, 6, 7, 8] = Field(4, description="bits per weight")
     group_size: int = Field(64, ge=8, description="weights along in_features that share a scale")
 
+    def misfit(self, in_features: int, out_features: int) -> str | None:
+        return _group_misfit(self.group_size, in_features)
+
     def _config(self, tensor_cores: bool) -> Any:
         return _intx(self.bits, self.group_size)
 
@@ -149,6 +158,9 @@ class Int4(_TorchAO):
     layout: Literal["auto", "tile_packed", "unpacked"] = Field(
         "auto", description="auto: tile_packed on cuda in bfloat16, unpacked elsewhere"
     )
+
+    def misfit(self, in_features: int, out_features: int) -> str | None:
+        return _group_misfit(self.group_size, in_features)
 
     def _config(self, tensor_cores: bool) -> Any:
         if self.layout == "unpacked" or (self.layout == "auto" and not tensor_cores):

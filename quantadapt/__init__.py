@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .capabilities import Merge, Rule
     from .errors import QuantadaptError
     from .hookspecs import hookimpl
+    from .merging_onto import merge_onto
     from .pipeline import RunResult, run
     from .planning import Plan, plan
     from .protocols import AdapterTarget, LayerwiseQuantizer, Quantizer
@@ -33,6 +34,7 @@ _HOME = {
     "pipeline": ("RunResult", "run"),
     "stages": ("attach", "evaluate", "quantize", "train"),
     "saving": ("BaseMismatchWarning", "load", "merge", "save"),
+    "merging_onto": ("merge_onto",),
     "planning": ("Plan", "plan"),
     "spec": ("Spec",),
     "errors": ("QuantadaptError",),
@@ -61,6 +63,7 @@ __all__ = [
     "hookimpl",
     "load",
     "merge",
+    "merge_onto",
     "plan",
     "quantize",
     "run",

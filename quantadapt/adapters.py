@@ -6,11 +6,9 @@ nothing about a backend is said here, because PEFT only ever meets `QuantLinear`
 
 from __future__ import annotations
 
-from .capabilities import Merge, Rule
+from .capabilities import KEEP, Merge, Rule
 from .hookspecs import hookimpl
 from .records import Adapter, Start
-
-KEEP = "keep the adapter beside the base (export.merge: never)"
 
 
 def _no_merge(name: str, reason: str) -> Rule:
@@ -21,19 +19,34 @@ def _refused(name: str, reason: str, fix: str) -> Rule:
     return Rule(f"{name}-not-supported", {"adapter": (name,)}, reason, fix)
 
 
+LOFTQ_ONTO = Rule(
+    "loftq-onto",
+    {"adapter.init_lora_weights": ("loftq",), "action": ("onto",)},
+    "the adapter also holds what quantization took away, which that base still has",
+    "merge it dense into its own base, or keep it beside the base",
+)
+
 ADAPTERS = (
-    Adapter("lora", "low-rank update, arXiv:2106.09685", "LORA", {"r": 16, "lora_alpha": 32}),
+    Adapter(
+        "lora",
+        "low-rank update, arXiv:2106.09685",
+        "LORA",
+        {"r": 16, "lora_alpha": 32},
+        rules=(LOFTQ_ONTO,),
+    ),
     Adapter(
         "dora",
         "LoRA with the magnitude learned apart, arXiv:2402.09353",
         "LORA",
         {"r": 16, "lora_alpha": 32, "use_dora": True},
+        rules=(LOFTQ_ONTO,),
     ),
     Adapter(
         "rslora",
         "LoRA scaled by alpha/sqrt(r), arXiv:2312.03732",
         "LORA",
         {"r": 16, "lora_alpha": 16, "use_rslora": True},
+        rules=(LOFTQ_ONTO,),
     ),
     Adapter(
         "pissa",
@@ -41,6 +54,14 @@ ADAPTERS = (
         "LORA",
         {"r": 16, "lora_alpha": 16, "init_lora_weights": "pissa"},
         start=Start.CHANGED,
+    ),
+    Adapter(
+        "loftq",
+        "LoRA started from what quantization took away, arXiv:2310.08659",
+        "LORA",
+        {"r": 16, "lora_alpha": 16, "init_lora_weights": "loftq"},
+        start=Start.CHANGED,
+        rules=(LOFTQ_ONTO,),
     ),
     Adapter("vera", "trained scales on shared random matrices, arXiv:2310.11454", "VERA"),
     Adapter(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from . import loftq
 from .errors import PlanRefused, Problem, did_you_mean
 from .facade import facades
 from .records import Adapter
@@ -32,11 +33,16 @@ def attach_adapter(model: nn.Module, adapter: Adapter, options: Mapping[str, Any
     """
     from peft import get_peft_model
 
-    config = peft_config(model, adapter, options)
+    options = {**adapter.defaults, **options}
+    given = loftq.without(options) if loftq.wanted(options) else options
+    config = peft_config(model, adapter, given)
     try:
-        return get_peft_model(model, config)  # type: ignore[arg-type]
+        tuned = get_peft_model(model, config)  # type: ignore[arg-type]
     except (ValueError, TypeError, ImportError, AssertionError) as error:
         raise PlanRefused([Problem(f"PEFT refuses it: {error}", where="adapter")]) from error
+    if loftq.wanted(options):
+        loftq.initialize(tuned, options)  # type: ignore[arg-type]
+    return tuned  # type: ignore[return-value]
 
 
 def peft_config(model: nn.Module, adapter: Adapter, options: Mapping[str, Any]) -> PeftConfig:

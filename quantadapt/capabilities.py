@@ -14,6 +14,9 @@ from typing import Any
 
 from .errors import Problem
 
+KEEP = "keep the adapter beside the base (export.merge: never)"
+"""The way out of every refused merge."""
+
 
 class Merge(IntEnum):
     """What may become of adapter and base at the end. A cell gets min(backend, adapter)."""
@@ -33,7 +36,7 @@ class Rule:
     Attributes:
         id: short and stable, e.g. `hqq-3bit-axis0`; shown to users and asserted by tests.
         when: fact name -> the values for which the rule applies. All have to match. Facts are
-            `action` ("attach", "merge", "requantize"), `backend`, `adapter`, `device`
+            `action` ("attach", "merge", "requantize", "onto"), `backend`, `adapter`, `device`
             ("cpu", "cuda", ...), `dtype` ("float32", ...), `backend.<option>`, `adapter.<option>`.
         reason: why it is refused, as a sentence.
         fix: what to do instead, as a sentence.

@@ -10,6 +10,7 @@ from typing import Any
 from .data_files import READERS
 from .errors import Problem
 
+INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -85,7 +86,7 @@ def _check_weights(folder: Path) -> list[Problem]:
 
 
 def _shards(folder: Path) -> list[Problem]:
-    index = _read_json(folder / "model.safetensors.index.json") or {}
+    index = _read_json(folder / INDEX) or {}
     wanted = sorted(set(index.get("weight_map", {}).values()))
     gone = [name for name in wanted if not (folder / name).exists()]
     fix = "download the model again"

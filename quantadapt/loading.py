@@ -46,10 +46,10 @@ def read_config(source: str) -> Any:
         raise ModelError(f"no model can be read here: {reason}", fix=fix, where=source) from None
 
 
-def architecture(source: str) -> nn.Module:
-    """Return the model of a checkpoint on the meta device: names and shapes, no weights."""
+def architecture(source: str, device: str = "meta") -> nn.Module:
+    """Return the model of a checkpoint without its weights, by default names and shapes only."""
     config = read_config(source)
-    with torch.device("meta"):
+    with torch.device(device):
         model: nn.Module = auto_class(config).from_config(config)
     return model
 
@@ -232,7 +232,7 @@ class _Placeholder(nn.Module):
         self._is_hf_initialized = True  # type: ignore[assignment]
 
 
-def _local(path: str) -> Path:
+def local_folder(path: str) -> Path:
     """Return the folder of a checkpoint; that of a hub id is downloaded if it has to be."""
     if Path(path).is_dir():
         return Path(path)
@@ -246,7 +246,7 @@ def _packed_state(path: str) -> dict[str, dict[str, Tensor]]:
     from safetensors import safe_open
 
     state: dict[str, dict[str, Tensor]] = {}
-    for file in sorted(_local(path).glob("*.safetensors")):
+    for file in sorted(local_folder(path).glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118 (not a dict)
                 module, _, name = key.rpartition(".")

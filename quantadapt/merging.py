@@ -36,7 +36,7 @@ def merged_model(model: PeftModel, kind: Literal["dense", "requantize"]) -> nn.M
     base: nn.Module = model.get_base_model()
     memo: dict[int, Any] = {}
     for layer in _adapter_layers(base):
-        memo[id(layer)] = _merged_layer(layer, kind)
+        memo[id(layer)] = merged_layer(layer, kind)
     for _, facade in facades(base):
         if kind == "dense":
             memo.setdefault(id(facade), facade.dense())
@@ -101,7 +101,9 @@ def _kept_wrappers(base: nn.Module) -> Iterator[Any]:
             yield module
 
 
-def _merged_layer(layer: Any, kind: str) -> nn.Module:
+@torch.no_grad()
+def merged_layer(layer: Any, kind: str) -> nn.Module:
+    """Return the base layer of a PEFT layer with the adapter merged in; `layer` stays as it is."""
     facade = layer.get_base_layer()
     if not isinstance(facade, QuantLinear):
         return _merged_plain(layer, facade)

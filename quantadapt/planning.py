@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from . import demo
-from .capabilities import Cell, Merge, refusals
+from . import demo, loftq
+from .capabilities import KEEP, Cell, Merge, refusals
 from .checkpoint import check_model, is_local_path, quantization_of
 from .dependencies import missing_requirements
 from .errors import MergeRefused, OutputError, PlanRefused, Problem, did_you_mean
@@ -28,7 +28,7 @@ from .spec import Spec
 
 MergePlan = Literal["dense", "requantize", "never"]
 
-WAY_OUT = "keep the adapter beside the base (export.merge: never)"
+WAY_OUT = f"{KEEP}, or merge it onto the unquantized base (quantadapt merge RUN --onto BASE)"
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,25 @@ def merge_refusals(
     return found
 
 
-def _merge_limit(backend: Backend, adapter: Adapter, limit: Merge) -> Problem:
+def _merge_limit(backend: Backend | Adapter, adapter: Adapter, limit: Merge) -> Problem:
     who = backend if backend.merge == limit else adapter
     where = f"{backend.name} x {adapter.name}"
     if limit == Merge.NEVER:
-        return Problem(f"{who.name} is never merged", WAY_OUT, where, f"{who.name}-merge-never")
+        fix = KEEP if who is adapter else WAY_OUT
+        return Problem(f"{who.name} is never merged", fix, where, f"{who.name}-merge-never")
     what = f"{who.name} is merged into dense weights only, not quantized again"
     return Problem(what, "use export.merge: dense", where, f"{who.name}-merge-dense")
+
+
+def onto_refusals(adapter: Adapter, cell: Cell, base: str) -> list[Problem]:
+    """Return why the adapter cannot be merged onto the checkpoint `base`; empty means it can."""
+    found = refusals(cell, adapter.rules, "merge") + refusals(cell, adapter.rules, "onto")
+    if adapter.merge == Merge.NEVER and not found:
+        found.append(_merge_limit(adapter, adapter, Merge.NEVER))
+    if (method := quantization_of(base)) is not None:
+        what = f"{base} is quantized itself, with {method.get('quant_method', 'some method')}"
+        found.append(Problem(what, "pass the unquantized model", "--onto"))
+    return found
 
 
 @dataclass
@@ -184,6 +196,7 @@ def plan(
     if backend and adapter and quantizer:
         cell = make_cell(backend, quantizer, adapter, options, device, dtype)
         draft.problems += attach_refusals(cell, backend, adapter)
+        draft.problems += loftq.problems(options, backend, has_original=not adopt)
         draft.notes += quantizer.notes(device)
         merge, refused = _merge(draft, cell, backend, adapter)
     forbidden = refused if spec.export.merge != "auto" else ()

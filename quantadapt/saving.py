@@ -39,22 +39,24 @@ class BaseMismatchWarning(UserWarning):
     """An adapter is loaded onto a base that it was not trained on."""
 
 
-def save(model: nn.Module, path: str | Path, *, overwrite: bool = True) -> Path:
+def save(model: nn.Module, path: str | Path, *, overwrite: bool = True, base: bool = True) -> Path:
     """Save the adapter to `path/adapter`, or, without one, the quantized base to `path`.
 
     The adapter is a plain PEFT folder; `quantadapt.json` in it records the base. A base that was
-    calibrated here cannot be made again from that alone, so it is saved too, to `path/base`.
+    calibrated here, or rewritten by LoftQ, cannot be made again from that alone, so it is saved
+    too, to `path/base`.
 
     Args:
         model: what `quantize`, `attach` or `load` returned.
         path: a folder; what an earlier `save` wrote there is replaced if `overwrite`.
         overwrite: only ever replaces a folder that `save` wrote.
+        base: False leaves such a base out.
 
     Raises:
         OutputError: the folder holds something else; it is untouched.
     """
     state = state_of(model)
-    if state.adapter and state.calibration is not None:
+    if base and state.adapter and (state.rewritten or state.calibration is not None):
         save_base(model, Path(path) / BASE)
     final = Path(path) / ADAPTER if state.adapter else Path(path)
     if final.is_dir() and any(final.iterdir()) and not (final / RECORD).exists():
@@ -107,18 +109,28 @@ def load(
         ModelError: there is nothing to load.
     """
     folder = Path(path)
-    adapter = next(
-        (f for f in (folder / ADAPTER, folder) if (f / "adapter_config.json").exists()), None
-    )
-    if adapter is not None:
+    if (adapter := _adapter_in(folder)) is not None:
         tuned: nn.Module = _load_adapter(adapter, base, device)
         return tuned
     if not (folder / "config.json").exists() and (folder / MERGED).is_dir():
         folder = folder / MERGED
     quantized = "quantization_config" in _config(folder)
-    record = _read_record(folder)
+    record = read_record(folder)
     backend = record["backend"] if quantized else "none"
     return quantize(str(folder), backend, device=device, dtype=record["dtype"])
+
+
+def _adapter_in(folder: Path) -> Path | None:
+    places = (folder / ADAPTER, folder)
+    return next((f for f in places if (f / "adapter_config.json").exists()), None)
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Return the PEFT folder of a run folder or of itself. Raises ModelError if there is none."""
+    if (found := _adapter_in(folder)) is None:
+        fix = "pass the folder of a run, or of an adapter"
+        raise ModelError("there is no adapter here", fix=fix, where=str(folder))
+    return found
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -132,7 +144,8 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what `save` wrote about the base. Raises ModelError if it is not there."""
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -145,7 +158,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> PeftModel:
     from peft import PeftModel
 
-    record = _read_record(folder)
+    record = read_record(folder)
     if base is None and (folder.parent / BASE / RECORD).exists():
         model = load_base(folder.parent / BASE, device)
     elif base is None or isinstance(base, str):
@@ -169,7 +182,7 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
 
 def load_base(folder: Path, device: str) -> nn.Module:
     """Load what `save_base` wrote, under the name and options that it was made from."""
-    record = _read_record(folder)
+    record = read_record(folder)
     model = quantize(str(folder), record["backend"], device=device, dtype=record["dtype"])
     state = state_of(model)
     state.source = record["base"]

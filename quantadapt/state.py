@@ -26,6 +26,7 @@ class ModelState:
         skip_modules: names left dense.
         tokenizer: the checkpoint's tokenizer, or None.
         calibration: the examples that the base was calibrated on here, or None.
+        rewritten: attaching the adapter changed the base for good.
         adapter, adapter_options: what is attached, if anything.
     """
 
@@ -37,6 +38,7 @@ class ModelState:
     skip_modules: tuple[str, ...] = ()
     tokenizer: Any = None
     calibration: list[dict[str, Tensor]] | None = None
+    rewritten: bool = False
     adapter: Adapter | None = None
     adapter_options: dict[str, Any] = field(default_factory=dict)
 

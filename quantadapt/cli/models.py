@@ -85,6 +85,22 @@ def held_out_of(path: str, data: str | None, tokenizer: Any) -> tuple[Dataset, s
     return load_held_out(None, tokenizer), "the bundled demo's data; --data names other data"
 
 
+def calibration_of(path: str, calibration: str | None, tokenizer: Any) -> Any:
+    """Return what to calibrate on: what `calibration` names, or what the run at `path` used."""
+    from ..calibration_data import choose, examples_from
+    from ..data import load_data
+    from ..spec import Spec
+
+    file = Path(path).expanduser() / "spec.yaml"
+    if calibration is not None or not file.exists():
+        return None if calibration is None else examples_from(calibration, tokenizer)
+    spec = Spec.load(file)
+    if spec.data.calibration_path is not None:
+        return examples_from(spec.data.calibration_path, tokenizer)
+    train = load_data(spec.data, tokenizer, seed=spec.seed).train
+    return choose(train, count=spec.data.calibration_examples, seed=spec.seed)
+
+
 def check_record(path: str, kind: Literal["dense", "requantize"]) -> None:
     """Raise MergeRefused before anything is loaded, where the saved adapter's record says so.
 

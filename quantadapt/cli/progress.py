@@ -234,9 +234,10 @@ def merge_verdict(merge: Mapping[str, Any]) -> list[str]:
     if kind == "refused":
         refused = merge.get("refusals", [])
         return [f"merge: refused, {p['what']} [rule {p['rule']}]; {p['fix']}" for p in refused]
-    if kind not in ("dense", "requantize"):
+    words = {"dense": "dense", "requantize": "quantized again", "onto": "onto the unquantized base"}
+    if kind not in words:
         return ["merge: none asked for"]
-    facts = [f"merge: {'dense' if kind == 'dense' else 'quantized again'}"]
+    facts = [f"merge: {words[kind]}"]
     if (kl := merge.get("kl")) is not None:
         size = "below 1e-7" if kl < 1e-7 else f"{kl:.1e}"
         facts.append(f"KL to the adapter {size} nats per token")

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from ..facade import QuantLinear
 
 
+SIZES = ((256, 64), (320, 96), (96, 40), (100, 60), (72, 3), (33, 7))
+"""(in_features, out_features), from convenient to odd."""
+
+
 class TargetSuite(Suite):
     """The backend without any adapter."""
 
@@ -110,6 +114,22 @@ class TargetSuite(Suite):
         assert bench.base_logits.isfinite().all()
         low = bench.tolerance.weight.error + bench.tolerance.activations
         assert bench.figures[""]["logits_error"] <= 3 * low
+
+    def test_sizes_that_do_not_fit_are_told(self, bench: Bench) -> None:
+        """What `misfit` accepts is quantized as well as anything, and what it refuses is not."""
+        from ..protocols import LayerwiseQuantizer
+
+        quantizer = bench.plan.quantizer
+        if not isinstance(quantizer, LayerwiseQuantizer) or bench.record.calibration:
+            return
+        for in_features, out_features in SIZES:
+            error = _quantization_error(bench, quantizer, in_features, out_features)
+            misfit = quantizer.misfit(in_features, out_features)
+            size = f"{in_features} inputs, {out_features} outputs"
+            if misfit is None:
+                assert error <= 2 * bench.tolerance.weight.error + 1e-5, size
+            elif bench.suite.strict:
+                assert error > bench.tolerance.weight.error, f"{size}: fits, but {misfit!r}"
 
     # Biases, precision, memory savers ----------------------------------------------------------
 
@@ -269,6 +289,22 @@ def _facades(model: nn.Module) -> dict[str, QuantLinear]:
     from ..facade import facades
 
     return dict(facades(model))
+
+
+def _quantization_error(bench: Bench, quantizer: Any, in_features: int, out_features: int) -> float:
+    """Return the relative error of a random layer of that size; inf where it cannot be done."""
+    import torch
+    from torch import nn
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    linear = nn.Linear(in_features, out_features, bias=False)
+    linear.weight = nn.Parameter(weight.to(bench.suite.device, bench.torch_dtype), False)
+    try:
+        found = quantizer.target.dequantize(quantizer.quantize_linear(linear))
+    except Exception:
+        return float("inf")
+    return relative(found.cpu(), weight) if found.shape == weight.shape else float("inf")
 
 
 def _linear(facade: QuantLinear, x: Tensor) -> Tensor:
