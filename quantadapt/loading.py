@@ -121,9 +121,14 @@ def quantize_layerwise(
     if isinstance(source, nn.Module):
         return _quantize_module(quantizer, source, device=device, dtype=dtype, skip=skip)
     loader = _loader_config()(quantizer=quantizer, skip=skip)
-    model = from_pretrained(
-        source, dtype=dtype, device_map={"": device}, quantization_config=loader
-    )
+    try:
+        model = from_pretrained(
+            source, dtype=dtype, device_map={"": device}, quantization_config=loader
+        )
+    except ModelError:
+        if loader.failure is not None:  # transformers tells only that some conversion failed
+            raise loader.failure from None
+        raise
     return _plain(model)
 
 
@@ -274,6 +279,7 @@ def _loader_config() -> Any:
             self.quant_method = METHOD
             self.quantizer, self.skip = quantizer, skip
             self.packed, self.device = packed, device
+            self.failure: Exception | None = None
 
         def to_dict(self) -> dict[str, Any]:
             return {"quant_method": METHOD}
@@ -292,10 +298,18 @@ def _loader_config() -> Any:
                 name = key.rpartition(".")[0]
                 linear = model.get_submodule(name)
                 linear.weight = nn.Parameter(tensor.to(self.loader.dtype), requires_grad=False)
-                vendor = self.loader.quantization_config.quantizer.quantize_linear(linear)
+                vendor = self.quantized(linear)
                 set_submodule(model, name, vendor.train(linear.training))
                 missing_keys.discard(key)
             return {}
+
+        def quantized(self, linear: nn.Linear) -> Any:
+            config = self.loader.quantization_config
+            try:
+                return config.quantizer.quantize_linear(linear)
+            except Exception as error:
+                config.failure = config.failure or error
+                raise
 
     @register_quantizer(METHOD)
     class Loader(HfQuantizer):  # type: ignore[misc]

@@ -23,6 +23,7 @@ def register(app: typer.Typer, name: str) -> None:
         quantize,
         "quantadapt quantize ORG/NAME --backend hqq --set bits=3 --output model-hqq3",
         "quantadapt quantize ./model --backend bnb-nf4 --output model-nf4 --overwrite",
+        "quantadapt quantize ./model --backend gptq --calibration texts.jsonl --output model-gptq",
     )
 
 
@@ -38,6 +39,18 @@ def quantize(
             "--set", metavar="KEY=VALUE", help="An option of the backend, e.g. bits=3; repeatable."
         ),
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="File, folder or hub id that backends which calibrate are shown.",
+            show_default="none; the demo model has its own",
+        ),
+    ] = None,
+    skip_misfits: Annotated[
+        bool,
+        typer.Option("--skip-misfits", help="Leave layers dense whose size does not fit."),
+    ] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     overwrite: Annotated[
@@ -53,10 +66,20 @@ def quantize(
         from ..planning import plan
         from .models import check_output, waiting
 
-        made = plan(_spec(model, backend, set_ or [], device, dtype))
+        made = plan(
+            _spec(
+                model,
+                backend,
+                set_ or [],
+                device=device,
+                dtype=dtype,
+                skip_misfits=skip_misfits or None,
+            ),
+            check_output=False,
+        )
         check_output(output, overwrite)
         with waiting(shown, f"quantizing with {made.backend.name}"):
-            facts = _quantized(made, output, overwrite)
+            facts = _quantized(made, output, calibration, overwrite)
         if json:
             shown.print_json(facts)
             return
@@ -66,24 +89,23 @@ def quantize(
         shown.out.print(text, markup=False, soft_wrap=True)
 
 
-def _spec(
-    model: str, backend: str, overrides: list[str], device: str | None, dtype: str | None
-) -> Any:
+def _spec(model: str, backend: str, overrides: list[str], **given: Any) -> Any:
     from ..spec import Spec, apply_overrides
 
     options = apply_overrides({}, [item.removeprefix("backend.") for item in overrides])
     values: dict[str, Any] = {"model": model, "backend": {**options, "name": backend}}
-    given = {"device": device, "dtype": dtype}
     return Spec(**values, **{key: value for key, value in given.items() if value is not None})
 
 
-def _quantized(made: Plan, output: Path, overwrite: bool) -> dict[str, Any]:
+def _quantized(
+    made: Plan, output: Path, calibration: str | None, overwrite: bool
+) -> dict[str, Any]:
     """Quantize and save; return what was written."""
     from ..quantizing import quantize_plan
     from ..run_folder import folder_size
     from ..saving import save
 
-    save(quantize_plan(made), output, overwrite=overwrite)
+    save(quantize_plan(made, calibration=calibration), output, overwrite=overwrite)
     return {
         "path": str(output),
         "model": made.model,
