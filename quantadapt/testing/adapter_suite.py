@@ -136,6 +136,30 @@ class AdapterSuite(Suite):
         assert type(loaded) is type(bench.dense)
         assert change(bench.logits(loaded), bench.logits(merged)) == 0
 
+    @cells("onto")
+    def test_merge_onto_the_unquantized_base(self, bench: Bench, adapter: str) -> None:
+        """It is what PEFT makes of the unquantized model and the adapter, in memory."""
+        from peft import PeftModel
+
+        from ..loading import from_pretrained
+        from ..merging_onto import merge_onto
+        from ..saving import save
+
+        device, dtype = bench.suite.device, bench.torch_dtype
+        folder = bench.folder()
+        adapter_folder = save(bench.trained(adapter).model, folder, base=False)
+        found = merge_onto(adapter_folder, bench.source, folder, check=False, device=device)
+        assert found["layers"] == len(bench.facades())
+        tuned: nn.Module = PeftModel.from_pretrained(
+            copy.deepcopy(bench.dense),  # type: ignore[arg-type]
+            str(adapter_folder),
+        )
+        device_map = {"": device}
+        merged = from_pretrained(str(folder / "merged"), dtype=dtype, device_map=device_map)
+        error = relative(bench.logits(merged), bench.logits(tuned))
+        bench.note(adapter, onto_error=error)
+        assert error <= bench.tolerance.vendor
+
     @cells("requantize")
     def test_requantized_merge(self, bench: Bench, adapter: str) -> None:
         from ..facade import facades

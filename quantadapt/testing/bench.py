@@ -23,7 +23,7 @@ import pytest
 
 from .. import demo
 from ..capabilities import Merge
-from ..planning import Plan, attach_refusals, merge_refusals, plan
+from ..planning import Plan, attach_refusals, merge_refusals, onto_refusals, plan
 from ..records import Adapter, Backend
 from ..registry import registry
 from ..spec import Spec
@@ -102,7 +102,7 @@ class Suite:
 
 
 def cells(wanted: str) -> Callable[[Test], Test]:
-    """Mark a test with the cells it is about: all, attach, dense or requantize."""
+    """Mark a test with the cells it is about: all, attach, dense, requantize or onto."""
 
     def mark(function: Test) -> Test:
         function.cells = wanted  # type: ignore[attr-defined]
@@ -183,11 +183,14 @@ class Bench:
         return cell, record
 
     def refusals(self, adapter: str, action: str) -> list[Any]:
-        """Return why a rule refuses to "attach", "dense" or "requantize" with `adapter`."""
+        """Return why a rule refuses to "attach", merge "dense", "requantize", or merge "onto" the
+        unquantized base with `adapter`."""
         cell, record = self.cell_of(adapter)
         found = attach_refusals(cell, self.record, record)
         if action in ("dense", "requantize") and not found:
             found = merge_refusals(cell, self.record, record, action)  # type: ignore[arg-type]
+        if action == "onto" and not found:
+            found = onto_refusals(record, cell, str(demo.MODEL_DIR))
         return found
 
     def adapters_for(self, wanted: str) -> list[str]:
