@@ -33,9 +33,13 @@ def attach_adapter(model: nn.Module, adapter: Adapter, options: Mapping[str, Any
     """
     from peft import get_peft_model
 
+    from .fused import use_fused_layers
+
     options = {**adapter.defaults, **options}
     given = loftq.without(options) if loftq.wanted(options) else options
     config = peft_config(model, adapter, given)
+    if adapter.peft_type == "LORA":
+        use_fused_layers(config)  # type: ignore[arg-type]
     try:
         tuned = get_peft_model(model, config)  # type: ignore[arg-type]
     except (ValueError, TypeError, ImportError, AssertionError) as error:

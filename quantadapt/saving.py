@@ -156,7 +156,9 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> PeftModel:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
+
+    from .fused import use_fused_layers
 
     record = read_record(folder)
     if base is None and (folder.parent / BASE / RECORD).exists():
@@ -174,7 +176,11 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
         model = base
     state = state_of(model)
     _warn_other_base(state, record)
-    peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)  # type: ignore[arg-type]
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    if isinstance(config, LoraConfig):
+        use_fused_layers(config)
+    peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=config)  # type: ignore[arg-type]
     state.adapter = registry().adapter(record["adapter"])
     state.adapter_options = dict(record["adapter_options"])
     return peft_model

@@ -78,7 +78,7 @@ class AdapterSuite(Suite):
         trained.model.save_pretrained(str(folder))
         loaded = PeftModel.from_pretrained(bench.fresh(), str(folder))
         error = relative(bench.logits(loaded), trained.tuned)
-        assert error <= bench.reload_tolerance(adapter)
+        assert error <= bench.tolerance.vendor  # PEFT's own LoRA layers add in another order
 
     def test_load_quantizes_the_recorded_base(self, bench: Bench) -> None:
         from ..saving import load, save
