@@ -26,6 +26,8 @@ from .registry import Registry, registry
 
 DISTRIBUTION = "quantadapt"
 TIMEOUT = 120.0
+SLOW = 1.0
+"""Seconds that a plugin may take to import: everybody waits for it, whatever they ask for."""
 
 _PROBE = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
 _TORCH_PROBE = """
@@ -54,11 +56,22 @@ class Library:
 
 @dataclass(frozen=True)
 class PluginHealth:
-    """A plugin: where it comes from, and what is wrong with it."""
+    """A plugin.
+
+    Attributes:
+        origin: where it comes from.
+        problem: what is wrong with it; empty where it works.
+        seconds: how long its import took; None where it is broken.
+        slow: whether that is more than a plugin should take.
+        details: the traceback of a broken one, or where it hangs.
+    """
 
     name: str
     origin: str
     problem: str = ""
+    seconds: float | None = None
+    slow: bool = False
+    details: str = ""
 
 
 @dataclass(frozen=True)
@@ -169,8 +182,16 @@ def _torch(timeout: float) -> dict[str, Any]:
 
 
 def _plugins(found: Registry) -> list[PluginHealth]:
-    good = [PluginHealth(name, str(origin)) for name, origin in sorted(found.plugins.items())]
-    broken = [PluginHealth(b.provenance.plugin, str(b.provenance), b.reason) for b in found.broken]
+    good = [
+        PluginHealth(
+            name, str(origin), seconds=found.seconds[name], slow=found.seconds[name] > SLOW
+        )
+        for name, origin in sorted(found.plugins.items())
+    ]
+    broken = [
+        PluginHealth(b.provenance.plugin, str(b.provenance), b.reason, details=b.details)
+        for b in found.broken
+    ]
     return good + broken
 
 

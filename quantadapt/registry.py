@@ -2,17 +2,25 @@
 
 Plugins come from entry points in the group `quantadapt`; the core names none of them. A plugin
 that is broken is kept, with the reason, and everything else goes on working. Two plugins that
-claim one name are both told apart in the error; neither wins silently.
+claim one name are both told apart in the error; neither wins silently. Each plugin is imported in
+a thread of its own, with a time limit: one that hangs is left behind.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+import threading
+import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from functools import cache, partial
+from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pluggy
@@ -20,12 +28,19 @@ import pluggy
 from . import adapters as builtin_adapters
 from . import hookspecs
 from .errors import PlanRefused, PluginError, Problem, did_you_mean
+from .plugin_checks import Contents, contents
 from .records import Adapter, Backend
 
 GROUP = "quantadapt"
 ONLY = "QUANTADAPT_PLUGINS"
+TIME_LIMIT = "QUANTADAPT_PLUGIN_TIMEOUT"
+DEFAULT_TIME_LIMIT = 10.0
 
 Record = TypeVar("Record", Backend, Adapter)
+
+
+class PluginWarning(UserWarning):
+    """A plugin made everybody wait, in vain."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class BrokenPlugin:
-    """A plugin that could not be used, why, and the traceback for its author."""
+    """A plugin that could not be used, why, and the traceback (or the stack, where it hangs)."""
 
     provenance: Provenance
     reason: str
@@ -59,11 +74,19 @@ class _Entry(Generic[Record]):
 
 @dataclass
 class Registry:
-    """All plugins that were found, and what they provide."""
+    """All plugins that were found, and what they provide.
+
+    Attributes:
+        manager: calls the hooks.
+        plugins: the plugins that work, by name.
+        broken: those that do not.
+        seconds: how long each of `plugins` took to import.
+    """
 
     manager: pluggy.PluginManager
     plugins: dict[str, Provenance] = field(default_factory=dict)
     broken: list[BrokenPlugin] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
     _backends: dict[str, list[_Entry[Backend]]] = field(default_factory=dict)
     _adapters: dict[str, list[_Entry[Adapter]]] = field(default_factory=dict)
 
@@ -90,6 +113,12 @@ class Registry:
         table: Any = self._backends if isinstance(record, Backend) else self._adapters
         found: Provenance = self._only("record", record.name, table).provenance
         return found
+
+    def claims(self, name: str) -> list[Provenance]:
+        """Return the plugins, broken ones included, that go by `name` or have such a backend."""
+        broken = {plugin.provenance.plugin: plugin.provenance for plugin in self.broken}
+        backends = [entry.provenance for entry in self._backends.get(name, [])]
+        return [table[name] for table in (self.plugins, broken) if name in table] + backends
 
     def clashes(self) -> list[str]:
         """Return a sentence for each name that several plugins claim."""
@@ -118,21 +147,38 @@ class Registry:
 
     def add(self, name: str, load: Callable[[], Any], provenance: Provenance) -> None:
         """Register one plugin; whatever goes wrong with it is recorded, not raised."""
-        try:
-            module = load()
-            _check_hooks(module, name)
-            backends = _records(module, "quantadapt_backends", Backend)
-            adapters = _records(module, "quantadapt_adapters", Adapter)
-            self.manager.register(module, name)
-        except Exception as error:
-            reason = str(error) if isinstance(error, PluginError) else repr(error)
-            self.broken.append(BrokenPlugin(provenance, reason, traceback.format_exc()))
+        limit, started = _time_limit(), time.perf_counter()
+        thread, future = _in_thread(lambda: contents(load(), name))
+        thread.join(limit)
+        if not future.done():
+            self._leave_behind(provenance, thread, limit)
             return
-        self.plugins[name] = provenance
-        for backend in backends:
+        if error := future.exception():  # be it SystemExit: it is the plugin's
+            self._keep_broken(provenance, error)
+            return
+        found = future.result()
+        try:
+            self.manager.register(found.module, name)
+        except ValueError as error:  # the name is taken, or the module is registered already
+            self._keep_broken(provenance, error)
+            return
+        self.plugins[name], self.seconds[name] = provenance, time.perf_counter() - started
+        for backend in found.backends:
             self._backends.setdefault(backend.name, []).append(_Entry(backend, provenance))
-        for adapter in adapters:
+        for adapter in found.adapters:
             self._adapters.setdefault(adapter.name, []).append(_Entry(adapter, provenance))
+
+    def _keep_broken(self, provenance: Provenance, error: BaseException) -> None:
+        details = "".join(traceback.format_exception(error))
+        self.broken.append(BrokenPlugin(provenance, _reason(error), details))
+
+    def _leave_behind(self, provenance: Provenance, thread: threading.Thread, limit: float) -> None:
+        reason = f"its import did not finish within {limit:g} s"
+        frame = sys._current_frames().get(thread.ident or 0)
+        details = "".join(traceback.format_stack(frame)) if frame else ""
+        self.broken.append(BrokenPlugin(provenance, reason, details))
+        fix = f"uninstall it, or name the plugins to load in {ONLY}, or allow more in {TIME_LIMIT}"
+        warnings.warn(f"plugin {provenance}: {reason}; {fix}", PluginWarning, stacklevel=4)
 
 
 def _clash(kind: str, name: str, entries: Iterable[_Entry[Any]]) -> str:
@@ -140,39 +186,72 @@ def _clash(kind: str, name: str, entries: Iterable[_Entry[Any]]) -> str:
     return f"the {kind} name {name!r} is claimed by {providers}"
 
 
-def _check_hooks(module: Any, name: str) -> None:
-    """Raise PluginError for a hook that the core does not know (misspelt, or of a newer core)."""
-    scratch = pluggy.PluginManager(hookspecs.PROJECT)
-    scratch.add_hookspecs(hookspecs)
-    known = [n for n in vars(hookspecs) if n.startswith("quantadapt_")]
-    scratch.register(module, name)
+def _in_thread(work: Callable[[], Contents]) -> tuple[threading.Thread, Future[Contents]]:
+    """Begin `work` in a thread that does not keep the process alive."""
+    future: Future[Contents] = Future()
+
+    def body() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=body, name="quantadapt-plugin", daemon=True)
+    thread.start()
+    return thread, future
+
+
+def _time_limit() -> float:
+    """Return the seconds that a plugin has for its import, from QUANTADAPT_PLUGIN_TIMEOUT."""
+    text = os.environ.get(TIME_LIMIT, "")
     try:
-        scratch.check_pending()
-    except pluggy.PluginValidationError:
-        mine = [
-            hook.name for hook in scratch.get_hookcallers(module) or [] if hook.name not in known
-        ]
-        hints = "; ".join(f"unknown hook {hook!r}, {did_you_mean(hook, known)}" for hook in mine)
-        raise PluginError(hints) from None
+        seconds = float(text) if text else DEFAULT_TIME_LIMIT
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        what, fix = f"{text!r} is no number of seconds above 0", "set it to 30, say, or unset it"
+        raise PlanRefused([Problem(what, fix, where=TIME_LIMIT)])
+    return min(seconds, threading.TIMEOUT_MAX)
 
 
-def _records(module: Any, hook: str, kind: type[Record]) -> list[Record]:
-    implementation = getattr(module, hook, None)
-    records = list(implementation()) if implementation else []
-    for record in records:
-        if not isinstance(record, kind):
-            raise PluginError(f"{hook} returned {record!r}, which is no {kind.__name__} record")
-    return records
+def _reason(error: BaseException) -> str:
+    """Say on one line what a plugin raised, and at which line of it."""
+    text = " ".join(str(error).split())
+    if isinstance(error, PluginError):
+        return text
+    name, place = type(error).__name__, _place(error)
+    return f"{name}: {text}{place}" if text else f"{name}{place}"
 
 
-def _provenance(entry_point: EntryPoint) -> Provenance:
-    dist = entry_point.dist
-    return Provenance(
-        entry_point.name,
-        entry_point.module,
-        dist.name if dist else "",
-        dist.version if dist else "",
-    )
+def _place(error: BaseException) -> str:
+    """Return the last line in the folder of the first file that is neither ours nor Python's."""
+    ours = [f"{Path(file).parent}{os.sep}" for file in (__file__, importlib.__file__)]
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not frame.filename.startswith((*ours, "<"))]
+    folder = Path(theirs[0].filename).parent if theirs else Path()
+    own = [frame for frame in theirs if Path(frame.filename).is_relative_to(folder)]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+
+
+def _provenance(plugin: str, module: str, dist: Distribution | None) -> Provenance:
+    return Provenance(plugin, module, *(_name_and_version(dist) if dist else ("", "")))
+
+
+@cache
+def _name_and_version(dist: Distribution) -> tuple[str, str]:
+    """Read a distribution's METADATA, which takes long, once for all of its plugins."""
+    try:
+        found: Any = dist.metadata
+        return found["Name"] or "", found["Version"] or ""
+    except Exception:  # there is none, or it cannot be read
+        return "", ""
+
+
+def _load(entry_point: EntryPoint) -> Any:
+    if not EntryPoint.pattern.match(entry_point.value):
+        what = f"its entry point is {entry_point.value!r}, which names no module"
+        raise PluginError(what)
+    return entry_point.load()
 
 
 def _wanted() -> set[str] | None:
@@ -181,24 +260,46 @@ def _wanted() -> set[str] | None:
     return None if value is None else {name.strip() for name in value.split(",") if name.strip()}
 
 
+def _entry_points(broken: list[BrokenPlugin]) -> list[tuple[Provenance, EntryPoint]]:
+    """Return the entry points of our group by name; of equal ones, this distribution's is first."""
+    try:
+        found = list(entry_points(group=GROUP))
+    except Exception:  # one unreadable entry_points.txt spoils the list of all
+        found = []
+        for dist in distributions():
+            try:
+                found += dist.entry_points.select(group=GROUP)
+            except Exception as error:
+                reason = f"its entry_points.txt cannot be read: {error}"
+                broken.append(BrokenPlugin(_provenance("unknown", "", dist), reason))
+    known = [(_provenance(e.name, e.value.partition(":")[0].strip(), e.dist), e) for e in found]
+    return sorted(known, key=lambda item: _order(item[0]))
+
+
+def _order(provenance: Provenance) -> tuple[str, bool, str]:
+    foreign = provenance.distribution != hookspecs.PROJECT
+    return provenance.plugin, foreign, provenance.distribution
+
+
 def discover() -> Registry:
     """Look for plugins afresh. Most callers want `registry()`."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     found = Registry(manager)
-    found.add("builtin", lambda: builtin_adapters, Provenance("builtin", builtin_adapters.__name__))
+    builtin = Provenance("builtin", builtin_adapters.__name__)
+    found.add("builtin", lambda: builtin_adapters, builtin)
     wanted = _wanted()
-    seen: dict[str, Provenance] = {}
-    for entry_point in sorted(entry_points(group=GROUP), key=lambda e: e.name):
-        if wanted is not None and entry_point.name not in wanted:
+    seen = {"builtin": builtin}
+    for provenance, entry_point in _entry_points(found.broken):
+        name = provenance.plugin
+        if wanted is not None and name not in wanted:
             continue
-        provenance = _provenance(entry_point)
-        if entry_point.name in seen:
-            reason = f"{provenance} has the same plugin name as {seen[entry_point.name]}"
+        if name in seen:
+            reason = f"{provenance} has the same plugin name as {seen[name]}"
             found.broken.append(BrokenPlugin(provenance, reason))
             continue
-        seen[entry_point.name] = provenance
-        found.add(entry_point.name, entry_point.load, provenance)
+        seen[name] = provenance
+        found.add(name, partial(_load, entry_point), provenance)
     return found
 
 

@@ -23,6 +23,7 @@ class Entry(NamedTuple):
 
 
 _TUNE, _MODEL, _LOOK = "Fine-tune", "Work with one model", "Look around"
+_EXTEND = "Extend"
 
 COMMANDS = {
     "run": Entry("run", _TUNE, "Quantize, attach, train, evaluate and export, as one run."),
@@ -36,6 +37,7 @@ COMMANDS = {
     "adapters": Entry("catalog", _LOOK, "List the adapters, or show one with its options."),
     "matrix": Entry("matrix", _LOOK, "Show which backend goes with which adapter."),
     "doctor": Entry("doctor", _LOOK, "Check this installation and say what to install."),
+    "plugin": Entry("plugin", _EXTEND, "Start a plugin with a backend of your own."),
 }
 
 _OPTIONS = {

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import TRACEBACK
 from .commands import add
 from .flags import JsonOption
 from .session import Session, session
 
 if TYPE_CHECKING:
-    from ..doctor import BackendHealth, Diagnosis
+    from ..doctor import BackendHealth, Diagnosis, PluginHealth
 
 
 def register(app: typer.Typer, name: str) -> None:
@@ -64,9 +66,7 @@ def _show(shown: Session, found: Diagnosis) -> None:
         _line(shown, lib.name, f"{text}, {lib.wanted} wanted" if lib.fix else text, lib.fix)
     _heading(shown, "Plugins")
     for plugin in found.plugins:
-        _line(
-            shown, plugin.name, plugin.problem or plugin.origin, "broken" if plugin.problem else ""
-        )
+        _plugin(shown, plugin)
     _heading(shown, "Backends")
     for backend in found.backends:
         _backend(shown, backend)
@@ -102,6 +102,20 @@ def _machine(found: Diagnosis) -> list[tuple[str, str]]:
     ]
 
 
+def _plugin(shown: Session, plugin: PluginHealth) -> None:
+    if plugin.problem:
+        fix = "tell its authors; `quantadapt doctor --traceback` shows the traceback"
+        _line(shown, plugin.name, f"{plugin.origin} is broken: {plugin.problem}", fix)
+        if os.environ.get(TRACEBACK, "") not in ("", "0"):
+            shown.out.print(plugin.details, markup=False, soft_wrap=True)
+    elif plugin.slow:
+        fix = "tell its authors: libraries belong into the functions that need them"
+        text = f"{plugin.origin} is slow: its import takes {plugin.seconds:.1f} s"
+        _line(shown, plugin.name, text, fix)
+    else:
+        _line(shown, plugin.name, plugin.origin)
+
+
 def _backend(shown: Session, backend: BackendHealth) -> None:
     versions = ", ".join(f"{lib.name} {lib.found}" for lib in backend.libraries if lib.found)
     if backend.state in ("ready", "not checked"):
@@ -117,5 +131,5 @@ def _heading(shown: Session, text: str) -> None:
 def _line(shown: Session, name: str, text: str, fix: str = "") -> None:
     style = "red" if fix else None
     shown.out.print(f"  {name:<14} {text}", style=style, markup=False, soft_wrap=True)
-    if fix and fix != "broken":
+    if fix:
         shown.out.print(f"  {'':<14} fix: {fix}", markup=False, soft_wrap=True)

@@ -1,0 +1,180 @@
+"""Every hook has an example in the reference, and every example does what the page says."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from quantadapt import cli, hookspecs
+from quantadapt.plugin_checks import HOOKS
+from quantadapt.registry import registry
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = DOCS / "reference" / "hooks.md"
+PROOFS: dict[str, list[str]] = defaultdict(list)
+
+
+def proves(hook: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Mark a test that runs the example of `hook`."""
+
+    def mark(test: Callable[..., None]) -> Callable[..., None]:
+        PROOFS[hook].append(test.__name__)
+        return pytest.mark.parametrize("example", [hook], indirect=True)(test)
+
+    return mark
+
+
+def code_of(hook: str) -> str:
+    """Return the example of a hook, as it stands in the reference."""
+    _, _, section = PAGE.read_text(encoding="utf-8").partition(f"\n## {hook}\n")
+    section = re.split(r"^##+ ", section, flags=re.MULTILINE)[0]
+    blocks = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    (found,) = [block for block in blocks if "hookimpl" in block]
+    return str(found)
+
+
+@pytest.fixture
+def example(request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A distribution whose plugin is the example, installed."""
+    (tmp_path / "hook_example.py").write_text(code_of(request.param))
+    info = tmp_path / "hook_example-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hook-example\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[quantadapt]\nexample = hook_example\n")
+    monkeypatch.syspath_prepend(str(DOCS / "tutorial" / "quantadapt-absmax" / "src"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("QUANTADAPT_PLUGINS", "none,example")
+    monkeypatch.chdir(tmp_path)
+    registry.cache_clear()
+    assert not registry().broken
+    yield
+    registry.cache_clear()
+    sys.modules.pop("hook_example", None)
+
+
+# Every hook --------------------------------------------------------------------------------------
+
+
+def test_every_hook_has_an_example_and_a_test() -> None:
+    declared = [name for name in vars(hookspecs) if name.startswith("quantadapt_")]
+    documented = re.findall(r"^## (quantadapt_\w+)$", PAGE.read_text(), re.MULTILINE)
+    assert list(HOOKS) == declared == documented
+    assert set(PROOFS) == set(declared)
+    assert all(name in globals() for names in PROOFS.values() for name in names)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_an_example_implements_its_hook_and_no_other(hook: str) -> None:
+    text = code_of(hook)
+    assert re.findall(r"def (quantadapt_\w+)", text) == [hook]
+    assert text.count("@hookimpl") == 1
+
+
+# The examples ------------------------------------------------------------------------------------
+
+
+@proves("quantadapt_backends")
+def test_a_backend(example) -> None:
+    import torch
+
+    import quantadapt as qa
+    from quantadapt.facade import facades
+
+    record = registry().backend("absmax8")
+    assert str(registry().provenance(record)) == "example (hook-example 1.0)"
+    assert qa.plan(qa.Spec(backend="absmax8")).backend is record
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+    dense = model[0].weight.detach().clone()
+    (facade,) = [facade for _, facade in facades(qa.quantize(model, "absmax8"))]
+    error = (facade.weight + 0 - dense).norm() / dense.norm()
+    assert 0 < error < 0.01
+
+
+@proves("quantadapt_adapters")
+def test_an_adapter(example) -> None:
+    import quantadapt as qa
+    from quantadapt import demo
+    from quantadapt.facade import facades
+
+    plan = qa.plan(qa.Spec(backend="none", adapter="lora-qv"))
+    assert plan.adapter_options == {
+        **plan.adapter_options, "r": 4, "target_modules": ["q_proj", "v_proj"]
+    }  # fmt: skip
+    model = qa.attach(qa.quantize(str(demo.MODEL_DIR), "none"), "lora-qv")
+    adapted = {name for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert {name.rpartition(".")[2] for name in adapted} == {"q_proj", "v_proj"}
+    assert len(adapted) == 2 * model.config.num_hidden_layers
+    assert len(dict(facades(model))) > len(adapted)
+
+
+@proves("quantadapt_commands")
+def test_a_command(example, capsys) -> None:
+    from quantadapt import demo
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["size", str(demo.MODEL_DIR)])
+    weights = sum(file.stat().st_size for file in Path(demo.MODEL_DIR).glob("*.safetensors"))
+    assert (ended.value.code or 0, capsys.readouterr().out) == (0, f"{weights / 2**20:.1f}\n")
+    with pytest.raises(SystemExit):
+        cli.main(["size", "--help"])
+    assert "Print the size of a checkpoint in MiB." in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--no-imports"])
+    assert "Commands of plugins\n                 example (hook-example 1.0)" in (
+        capsys.readouterr().out
+    )
+
+
+@proves("quantadapt_stage_done")
+def test_a_stage(example, tmp_path: Path) -> None:
+    import quantadapt as qa
+
+    told: list[tuple[str, str]] = []
+
+    class Listener:
+        @hookspecs.hookimpl
+        def quantadapt_stage_done(self, stage: str, value: object) -> None:
+            told.append((stage, type(value).__name__))
+
+    registry().manager.register(Listener())
+    spec = qa.Spec(
+        backend="none",
+        train={"max_steps": 2, "per_device_train_batch_size": 1},
+        evaluate={"max_examples": 2, "samples": 0, "unquantized": False},
+        export={"merge": "never"},
+        output=str(tmp_path / "run"),
+    )
+    result = qa.run(spec)
+    steps, seconds, loss = (tmp_path / "trainings.csv").read_text().strip().split(",")
+    assert int(steps) == 2
+    assert float(seconds) == result.metrics["train"]["seconds"]
+    assert float(loss) > 0
+    assert told == [
+        ("plan", "Plan"),
+        ("quantize", type(result.model.get_base_model()).__name__),
+        ("attach", type(result.model).__name__),
+        ("train", "TrainResult"),
+        ("evaluate", "dict"),
+        ("export", "dict"),
+    ]
+
+
+@proves("quantadapt_stage_done")
+def test_a_hook_may_leave_out_arguments(example, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    class Listener:
+        @hookspecs.hookimpl
+        def quantadapt_stage_done(self, stage: str) -> None:
+            seen.append(stage)
+
+    registry().manager.register(Listener())
+    registry().manager.hook.quantadapt_stage_done(stage="quantize", value=None)
+    assert seen == ["quantize"]
+    assert not (tmp_path / "trainings.csv").exists()
