@@ -158,7 +158,18 @@ class _Run:
         self.metrics["stages"][name] = self.metrics["stages"].get(name, 0.0) + seconds
         self.listener("stage", {"name": name, "state": "done", "seconds": seconds})
         for value in values:
-            registry().manager.hook.quantadapt_stage_done(stage=name, value=value)
+            self.tell_plugins(name, value)
+
+    def tell_plugins(self, stage: str, value: Any) -> None:
+        """Call `quantadapt_stage_done`. A plugin that fails here must not cost the run."""
+        for implementation in registry().manager.hook.quantadapt_stage_done.get_hookimpls():
+            given = {"stage": stage, "value": value}
+            try:
+                implementation.function(*(given[name] for name in implementation.argnames))
+            except Exception as error:
+                who = implementation.plugin_name
+                text = f"plugin {who!r} failed in quantadapt_stage_done({stage!r}): {error!r}"
+                self.listener("note", {"text": text})
 
     def write_start(self) -> None:
         # Without what only concerned this folder, so that the file runs again as it stands.

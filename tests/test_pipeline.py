@@ -19,6 +19,7 @@ from quantadapt.errors import (
     PlanRefused,
 )
 from quantadapt.facade import facades
+from quantadapt.pipeline import run
 from quantadapt.records import Backend
 from quantadapt.registry import registry
 
@@ -275,3 +276,25 @@ def test_target_modules_are_looked_for_before_any_work(small, tmp_path) -> None:
     with pytest.raises(PlanRefused, match="did you mean 'q_proj'"):
         qa.run(spec)
     assert not (tmp_path / "run").exists()
+
+
+class FailsAfterStages:
+    """A plugin whose hook is broken."""
+
+    @qa.hookimpl
+    def quantadapt_stage_done(self, stage):
+        raise RuntimeError(f"no {stage} for me")
+
+
+def test_a_plugin_that_fails_after_a_stage_does_not_cost_the_run(small, tmp_path) -> None:
+    plugin, events = FailsAfterStages(), []
+    registry().manager.register(plugin, "broken-hook")
+    try:
+        spec = qa.Spec(model=small, train=FAST, output=str(tmp_path / "run"))
+        spec.data.path = str(demo.TRAIN_FILE)
+        done = run(spec, listener=lambda event, data: events.append((event, data)))
+    finally:
+        registry().manager.unregister(plugin)
+    assert (done.folder / "adapter" / "adapter_config.json").exists()
+    notes = [data["text"] for event, data in events if event == "note"]
+    assert any("'broken-hook' failed" in note and "no train for me" in note for note in notes)
