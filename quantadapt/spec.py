@@ -101,6 +101,9 @@ class TrainSpec(_Strict):
     optim: str = Field("adamw_torch", description="adamw_torch, adamw_8bit, paged_adamw_8bit, ...")
     gradient_checkpointing: bool = Field(False, description="trade compute for memory")
     use_reentrant: bool = Field(False, description="which kind of gradient checkpointing")
+    use_liger_kernel: bool = Field(
+        True, description="fused RMSNorm, SwiGLU and RoPE, on CUDA where liger-kernel is installed"
+    )
     packing: bool = Field(False, description="pack several examples into one row")
     logging_steps: int = Field(5, ge=1)
     save_steps: int | None = Field(None, ge=1, description="checkpoint every so many steps")

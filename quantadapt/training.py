@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import OutputError, Problem, TrainingError, did_you_mean
+from .kernels import fused_kernels
 from .trainers import (
     CHECKPOINTS,
     PREFIX,
@@ -91,6 +92,8 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(_given_back(model))
         stack.enter_context(_fast_adapters(model))
+        if spec.use_liger_kernel:
+            stack.enter_context(fused_kernels(model))
         trainer = make_trainer(model, tokenizer, dataset, spec, Path(output), seed, on_log)
         _run(trainer, checkpoint)
         return TrainResult(
