@@ -341,6 +341,10 @@ def _loader_config() -> Any:
         def get_quantize_ops(self) -> Any:
             return QuantizeLinear(self)
 
+        def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
+            # transformers reserves memory on the device before it loads: not for these
+            return 0 if param_name in self.names else param.element_size()
+
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
             config = self.quantization_config
             for name, module in list(model.named_modules()):
