@@ -1,7 +1,8 @@
 """Writes the reference pages and the README's matrix from the code, so that they cannot drift.
 
     python docs/generate.py            write them
-    python docs/generate.py --check    exit with 1 if one is out of date, and change nothing
+    python docs/generate.py --check    exit with 1 if one is out of date, or if the verified
+                                       results do not agree with what is declared; changes nothing
 
 Only what the distribution itself provides is described; other installed plugins are left out.
 Neither torch nor a vendor is imported.
@@ -18,17 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import quantadapt
-from quantadapt import adapters, errors, hookspecs, matrix, records, registry
+from quantadapt import adapters, errors, hookspecs, matrix, matrix_tables, records, registry
 from quantadapt.capabilities import Merge, Rule
 from quantadapt.spec import Spec
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference"
-RESULTS = ROOT / "docs" / "matrix.json"
 MARK = "<!-- matrix: written by docs/generate.py -->"
 END = "<!-- end of matrix -->"
 NOTE = "<!-- Written by docs/generate.py. Change the code, not this page. -->"
-FIVE = ("lora", "dora", "vera", "adalora", "ia3")
 
 MERGE = {
     Merge.NEVER: "never; the adapter stays beside the base",
@@ -52,9 +51,10 @@ def pages() -> dict[Path, str]:
         "hooks.md": hooks_page(),
         "cli.md": cli_page(),
         "errors.md": errors_page(),
-        "matrix.md": matrix_page(known),
     }
-    made = {REFERENCE / name: f"{NOTE}\n\n{text.strip()}\n" for name, text in found.items()}
+    paths = {REFERENCE / name: text for name, text in found.items()}
+    paths[ROOT / "docs" / "matrix.md"] = matrix_page(known)
+    made = {path: f"{NOTE}\n\n{text.strip()}\n" for path, text in paths.items()}
     made[ROOT / "README.md"] = readme((ROOT / "README.md").read_text(encoding="utf-8"), known)
     return made
 
@@ -376,14 +376,14 @@ def errors_page() -> str:
 def matrix_page(known: registry.Registry) -> str:
     """Return the declared and the verified matrix."""
     cells = matrix.declared(known.backends(), known.adapters())
-    text = matrix.to_markdown(cells, _verified(known)).replace("### ", "## ")
+    text = matrix_tables.to_markdown(cells, _verified(known)).replace("### ", "## ")
     return "\n\n".join(
         [
             "# Which backend goes with which adapter",
-            "*Declared* is what backends and adapters say about themselves, for a CPU, float32 and "
-            "default options; `quantadapt plan` goes by it. *Verified* is what the conformance "
-            "suite found, where and with which versions. `quantadapt matrix` prints the same for "
-            "your installation, and for other devices and dtypes.",
+            "*Declared* is what backends and adapters say about themselves, for a CPU and default "
+            "options; `quantadapt plan` goes by it. *Verified* is what the conformance suite "
+            "found, where and with which versions. `quantadapt matrix` prints the same for your "
+            "installation, and `quantadapt matrix --verify` finds it out for your machine.",
             text,
         ]
     )
@@ -399,56 +399,39 @@ def readme(text: str, known: registry.Registry) -> str:
 
 
 def _excerpt(known: registry.Registry) -> str:
-    """Return the five best-known adapters on every backend."""
-    cells = matrix.declared(known.backends(), [known.adapter(name) for name in FIVE])
-    words = {(cell.backend, cell.adapter): cell.word for cell in cells}
+    """Return the main adapters on every backend."""
+    cells = matrix.declared(known.backends(), [known.adapter(name) for name in matrix.MAIN])
     verified = _verified(known)
-    for (backend, adapter), found in _by_cell(verified).items():
-        if (backend, adapter) in words:
-            words[backend, adapter] += f", {_worst(found)}"
-    rows = [(b.name, *(words[b.name, name] for name in FIVE)) for b in known.backends()]
-    table = _table(("backend", *FIVE), rows)
-    origin = "".join(f"\n\nVerified on {part.origin}." for part in verified)
-    return f"{table}{origin}"
+    head, *rows = matrix_tables.summary(cells, verified)
+    table = _table(head, rows)
+    origins = [f"on {part.where()}: {_in_short(part.generated)}" for part in verified]
+    return f"{table}\n\nVerified {'; '.join(origins)}." if origins else table
 
 
-def _by_cell(verified: Iterable[matrix.Verified]) -> dict[tuple[str, str], list[Any]]:
-    found: dict[tuple[str, str], list[Any]] = {}
-    for part in verified:
-        for cell in part.cells:
-            found.setdefault((cell.backend, cell.adapter), []).append(cell)
-    return found
-
-
-def _worst(cells: Sequence[Any]) -> str:
-    """Return the worst outcome of a cell that was verified with several options."""
-    order = ("failed", "not run", "refused", "passed")
-    outcome = min((cell.verified for cell in cells), key=order.index)
-    found = [cell.merge_error for cell in cells if cell.merge_error is not None]
-    return f"{outcome} {max(found):.0e}" if found else outcome
+def _in_short(generated: Mapping[str, Any]) -> str:
+    versions = generated.get("versions") or {}
+    facts = [generated.get("device"), generated.get("date")]
+    facts += [f"{name} {versions[name]}" for name in matrix.PACKAGES[:3] if name in versions]
+    return ", ".join(str(fact) for fact in facts if fact)
 
 
 def _verified(known: registry.Registry) -> list[matrix.Verified]:
-    """Return the verified results that come with the repository, for built-in backends."""
-    found = matrix.bundled()
-    if not found and RESULTS.exists():
-        found = [matrix.read_verified(RESULTS)]
+    """Return the verified results that come with the distribution."""
     names = {backend.name for backend in known.backends()}
-    return [
-        matrix.Verified(
-            part.generated, tuple(cell for cell in part.cells if cell.backend in names), part.source
-        )
-        for part in found
-    ]
+    return [part.only(lambda cell: cell.backend in names) for part in matrix.bundled()]
+
+
+def disagreements() -> list[str]:
+    """Return where the verified results and what is declared now do not agree."""
+    known = _own_plugins()
+    return matrix.disagreements(matrix.bundled(), known.backends(), known.adapters())
 
 
 # Markdown --------------------------------------------------------------------------------------
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return "\n".join(matrix_tables.markdown_table(head, rows))
 
 
 def _facts(rows: Iterable[tuple[str, str]]) -> str:
@@ -498,8 +481,11 @@ def _docstring(text: str) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the pages, or with `--check` say which are out of date."""
+    """Write the pages, or with `--check` say which are out of date, and what disagrees."""
     found = stale()
+    wrong = disagreements()
+    for line in wrong:
+        print(f"matrix: {line}")
     for path in found:
         name = path.relative_to(ROOT)
         if "--check" in arguments:
@@ -508,9 +494,11 @@ def main(arguments: Sequence[str]) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(pages()[path], encoding="utf-8")
             print(f"wrote {name}")
-    if not found:
+    if wrong:
+        print(f"verify these cells again with `{matrix.HOW}`, into quantadapt/matrix-*.json")
+    if not found and not wrong:
         print(f"everything is up to date with quantadapt {quantadapt.__version__}")
-    return 1 if found and "--check" in arguments else 0
+    return 1 if (found or wrong) and "--check" in arguments else 0
 
 
 if __name__ == "__main__":

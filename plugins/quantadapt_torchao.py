@@ -151,6 +151,7 @@ class Intx(_TorchAO):
 class Int4(_TorchAO):
     """int4 weights per group: packed for the tensor cores on CUDA, unpacked elsewhere."""
 
+    bits: ClassVar[int] = 4
     config_names = ("Int4WeightOnlyConfig", "IntxWeightOnlyConfig")
     tensor_names = ("Int4TilePackedTo4dTensor", "Int4Tensor", "IntxUnpackedToInt8Tensor")
 

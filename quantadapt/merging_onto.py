@@ -81,7 +81,8 @@ def check_onto(record: Mapping[str, Any], base: str) -> None:
     adapter = registry().adapter(record["adapter"])
     options = {**adapter.defaults, **record["adapter_options"]}
     cell = Cell(record["backend"], adapter.name, adapter_options=options)
-    if found := onto_refusals(adapter, cell, base):
+    backend = registry().backend(record["backend"])
+    if found := onto_refusals(backend, adapter, cell, base):
         raise MergeRefused(found)
 
 

@@ -125,8 +125,8 @@ def merge_refusals(
     return found
 
 
-def _merge_limit(backend: Backend | Adapter, adapter: Adapter, limit: Merge) -> Problem:
-    who = backend if backend.merge == limit else adapter
+def _merge_limit(backend: Backend, adapter: Adapter, limit: Merge) -> Problem:
+    who = adapter if adapter.merge == limit else backend
     where = f"{backend.name} x {adapter.name}"
     if limit == Merge.NEVER:
         fix = KEEP if who is adapter else WAY_OUT
@@ -135,11 +135,13 @@ def _merge_limit(backend: Backend | Adapter, adapter: Adapter, limit: Merge) -> 
     return Problem(what, "use export.merge: dense", where, f"{who.name}-merge-dense")
 
 
-def onto_refusals(adapter: Adapter, cell: Cell, base: str) -> list[Problem]:
-    """Return why the adapter cannot be merged onto the checkpoint `base`; empty means it can."""
-    found = refusals(cell, adapter.rules, "merge") + refusals(cell, adapter.rules, "onto")
+def onto_refusals(backend: Backend, adapter: Adapter, cell: Cell, base: str) -> list[Problem]:
+    """Return why the adapter of `cell` cannot be merged onto the checkpoint `base`, which does not
+    touch the backend's own weights; empty means it can."""
+    found = refusals(cell, adapter.rules, "merge")
+    found += refusals(cell, (*backend.rules, *adapter.rules), "onto")
     if adapter.merge == Merge.NEVER and not found:
-        found.append(_merge_limit(adapter, adapter, Merge.NEVER))
+        found.append(_merge_limit(backend, adapter, Merge.NEVER))
     if (method := quantization_of(base)) is not None:
         what = f"{base} is quantized itself, with {method.get('quant_method', 'some method')}"
         found.append(Problem(what, "pass the unquantized model", "--onto"))

@@ -32,7 +32,6 @@ class TestTorchAOInt8(BackendSuite):
 
 class TestTorchAOInt4(BackendSuite):
     backend = "torchao-int4"
-    bits = 4  # away from CUDA its codes are held in int8
 
 
 class TestTorchAOIntx(BackendSuite):

@@ -41,13 +41,11 @@ class TestTorchAOInt8(OnGPU):
 
 class TestTorchAOInt4(OnGPU):
     backend = "torchao-int4"
-    bits = 4
 
 
 class TestTorchAOInt4Unpacked(OnGPU):
     backend = "torchao-int4"
     options = {"layout": "unpacked"}
-    bits = 4
     adapters = ("lora",)
 
 

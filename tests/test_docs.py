@@ -61,6 +61,7 @@ def test_check_fails_where_a_page_is_stale(monkeypatch, tmp_path, capsys) -> Non
     module = generator()
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "pages", lambda: {tmp_path / "page.md": "new\n"})
+    monkeypatch.setattr(module, "disagreements", lambda: [])
     assert module.main(["--check"]) == 1
     assert "page.md is out of date" in capsys.readouterr().out
     assert not (tmp_path / "page.md").exists()

@@ -12,6 +12,7 @@ from quantadapt import matrix
 from quantadapt.capabilities import Merge, Rule
 from quantadapt.errors import DataError, PlanRefused
 from quantadapt.machine import Machine
+from quantadapt.matrix_tables import summary, to_markdown
 from quantadapt.planning import plan
 from quantadapt.protocols import AdapterTarget, Quantizer
 from quantadapt.records import Adapter, Backend
@@ -90,10 +91,40 @@ def test_a_backend_without_defaults_is_named():
     assert "no default for bits" in cell.refusals[0].what
 
 
+def test_options_change_what_is_declared():
+    rule = Rule("b-2bit", {"backend.bits": (2,)}, "too coarse", "use more bits")
+    subject = backend(rules=(rule,))
+    assert matrix.declared_cell(subject, adapter()).word == "dense"
+    assert matrix.declared_cell(subject, adapter(), options={"bits": 2}).rules == ("b-2bit",)
+    wrong = matrix.declared_cell(subject, adapter(), options={"bit": 2})
+    assert "b cannot have bit" in wrong.refusals[0].what
+
+
+def test_the_dtype_is_one_that_the_backend_has():
+    assert matrix.dtype_for(backend(), "cpu") == "float32"
+    assert matrix.dtype_for(backend(), "cuda:1", "auto") == "bfloat16"
+    half = backend(dtypes=("float16", "bfloat16"))
+    assert matrix.dtype_for(half, "cpu") == "float16"
+    assert matrix.dtype_for(half, "cpu", "float32") == "float32"
+    assert matrix.declared([half], [adapter()])[0].word == "dense"
+
+
+def test_options_that_are_defaults_do_not_count():
+    assert matrix.without_defaults(backend(), {"bits": 4, "axis": 1}) == {"axis": 1}
+
+
+def test_obstacles_are_mistakes_and_what_is_missing_but_no_rules():
+    none, hqq = registry().backend("none"), registry().backend("hqq")
+    assert matrix.obstacles(none, {}, "cpu", "float32") == []
+    (wrong,) = matrix.obstacles(hqq, {"bitz": 3}, "cpu", "float32")
+    assert (wrong.where, wrong.fix) == ("backend.bitz", "did you mean 'bits'?")
+
+
 def test_the_planner_agrees_with_every_declared_cell():
     known = registry()
     for cell in matrix.declared(known.backends(), known.adapters()):
-        spec = Spec(backend=cell.backend, adapter=cell.adapter)
+        dtype = matrix.dtype_for(known.backend(cell.backend), "cpu")
+        spec = Spec(backend=cell.backend, adapter=cell.adapter, dtype=dtype)
         try:
             made = plan(spec, machine=Machine())
         except PlanRefused as error:
@@ -102,7 +133,7 @@ def test_the_planner_agrees_with_every_declared_cell():
             assert not_installed or rules >= set(cell.rules)
             assert not_installed or cell.word == "refused"
         else:
-            assert cell.word == ("never" if made.merge == "never" else "requantize")
+            assert (made.merge == "never") == (cell.word == "never")
 
 
 def write(path: Path, **values: Any) -> Path:
@@ -116,9 +147,10 @@ GENERATED = {"date": "2026-01-01", "device": "cpu", "versions": {"torch": "2.0",
 
 
 def test_verified_results_are_read(tmp_path: Path):
-    found = matrix.read_verified(write(tmp_path / "m.json", generated=GENERATED, cells=[CELL]))
-    assert found.cells[0].text() == "passed 2e-07"
-    assert found.origin == "2026-01-01, cpu, torch 2.0"
+    part = matrix.read_verified(write(tmp_path / "m.json", generated=GENERATED, cells=[CELL]))
+    assert part.cells[0].text() == "passed 2e-07"
+    assert part.cells[0].merge_error == 2e-7
+    assert part.origin == "2026-01-01, cpu, torch 2.0"
 
 
 @pytest.mark.parametrize(
@@ -141,22 +173,75 @@ def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str):
         matrix.read_verified(tmp_path / "missing.json")
 
 
-def test_what_is_bundled_can_be_read():
-    assert all(part.cells for part in matrix.bundled())
-
-
 def test_markdown_keeps_declared_and_verified_apart(tmp_path: Path):
     rule = Rule("b-no-a", {"adapter": ("a",)}, "because", "use c")
     cells = matrix.declared([backend(rules=(rule,))], [adapter(), adapter("c")])
     verified = matrix.read_verified(write(tmp_path / "m.json", generated=GENERATED, cells=[CELL]))
-    text = matrix.to_markdown(cells, [verified])
-    first, second = text.split("### Verified")
-    assert "| a | refused [1] |" in first
+    text = to_markdown(cells, [verified])
+    first, second = text.split("### Verified on CPU")
+    assert "| backend | a | c |" in first
+    assert "| b | refused [1] | dense [2] |" in first
     assert "- [1] `b-no-a`: because. Instead: use c." in first
-    assert "| c | dense [2] |" in first
     assert "On 2026-01-01, cpu, torch 2.0." in second
-    assert "| a | passed 2e-07 |" in second
-    assert "No results at hand." in matrix.to_markdown(cells, [])
+    assert "| b | passed 2e-07 |" in second
+    assert "No results at hand." in to_markdown(cells, [])
+
+
+def test_other_adapters_get_a_table_of_their_own(tmp_path: Path):
+    cells = matrix.declared([backend(), backend("d")], [adapter("x"), adapter("lora")])
+    lines = to_markdown(cells, []).splitlines()
+    assert lines[2:6] == [
+        "| backend | lora |", "| --- | --- |", "| b | dense [1] |", "| d | dense [2] |"
+    ]  # fmt: skip
+    assert lines[7] == "| adapter | b | d |"
+    assert lines[9] == "| x | dense [1] | dense [2] |"
+
+
+def found(adapter: str = "lora", verified: Any = "passed", **fields: Any) -> matrix.VerifiedCell:
+    values = {
+        "declared": "dense",
+        "origin": {"device": "cpu", "versions": {"torch": "2"}},
+        **fields,
+    }
+    return matrix.VerifiedCell(values.pop("backend", "b"), adapter, verified, **values)
+
+
+def test_devices_options_and_troubles_are_told_apart():
+    own = {"origin": {"device": "H200", "versions": {"torch": "2", "spam": "1"}}}
+    part = matrix.Verified.of(
+        [
+            found("ia3"),
+            found("lora", figures={"merge_error": 1e-7}),
+            found("lora", options={"bits": 2}),
+            found("lora", "crashed", backend="d", detail="killed by SIGSEGV"),
+            found("lora", device="cuda", dtype="bfloat16", **own),
+            found("lora", "not run", backend="d", device="cuda", detail="needs spam"),
+        ]
+    )
+    cpu, cuda = part.by_device()
+    assert [cell.title for cell in cpu.cells] == [
+        "b x lora", "b x ia3", "b (bits=2) x lora", "d x lora"
+    ]  # fmt: skip
+    text = to_markdown([], [part])
+    first, second = text.split("### Verified on CUDA")
+    assert "On cpu, torch 2." in first
+    assert "| b | passed 1e-07 | passed |" in first
+    assert "| b (bits=2) | float32 | lora passed |" in first
+    assert "- crashed: d x lora: killed by SIGSEGV" in first
+    assert "- not run: d x lora: needs spam" in second
+    assert cuda.where() == "CUDA"
+
+
+def test_the_summary_names_what_is_not_as_declared():
+    cells = matrix.declared([backend(), backend("d")], [adapter("lora"), adapter("dora")])
+    parts = [
+        matrix.Verified.of([found(), found("dora", "failed")]),
+        matrix.Verified.of([found(device="cuda", declared="never"), found("dora", device="cuda")]),
+    ]
+    assert summary(cells, parts)[1:] == [
+        ["b", "dense, never on CUDA", "dense, failed on CPU", "CPU, CUDA"],
+        ["d", "dense", "dense", "nothing yet"],
+    ]
 
 
 def test_json_holds_both_parts(tmp_path: Path):
@@ -168,3 +253,56 @@ def test_json_holds_both_parts(tmp_path: Path):
     assert made["declared"][0]["merge_refusals"][0]["rule"] == "b-merge-dense"
     assert made["verified"][0]["generated"] == GENERATED
     assert made["verified"][0]["cells"][0]["merge_error"] == 2e-7
+
+
+# Do results and declarations agree? ---------------------------------------------------------------
+
+FIVE = [adapter(name) for name in matrix.MAIN]
+
+
+def disagreements(*cells: matrix.VerifiedCell, **fields: Any) -> list[str]:
+    return matrix.disagreements([matrix.Verified.of(cells)], [backend(**fields)], FIVE)
+
+
+def test_results_that_agree():
+    cells = [found(name) for name in matrix.MAIN]
+    assert disagreements(*cells) == []
+    assert disagreements(*cells, found(device="cuda", dtype="bfloat16")) == []
+    assert disagreements(devices=("cuda",)) == []
+
+
+@pytest.mark.parametrize(
+    ("cell", "sentence"),
+    [
+        (found(declared="requantize"), "declared dense now, requantize when verified"),
+        (
+            found(verified="failed", detail="test_x: off"),
+            "b x lora on cpu in float32: failed. test",
+        ),
+        (found(verified="crashed"), "crashed"),
+        (found(verified="not run"), "b x lora: not verified on cpu"),
+        (found(options={"bits": 2}), "b x lora: not verified on cpu"),
+        (found(backend="gone"), "gone x lora on cpu in float32: there is no such backend"),
+        (found("gone"), "b x gone on cpu in float32: there is no such backend or adapter"),
+        (found("ia3", options={"bit": 3}), "declared refused now, dense when verified"),
+    ],
+)
+def test_each_disagreement_is_a_sentence(cell, sentence):
+    others = [found(name) for name in matrix.MAIN if name != "lora"]
+    lines = disagreements(*others, cell)
+    assert any(sentence in line for line in lines), lines
+
+
+def test_a_backend_without_results_is_named():
+    names = ", ".join(matrix.MAIN)
+    assert matrix.disagreements([], [backend()], FIVE) == [f"b x {names}: not verified on cpu"]
+
+
+def test_what_is_bundled_agrees_with_what_is_declared():
+    parts = matrix.bundled()
+    assert "CPU" in [part.where() for part in parts]
+    assert all(Path(part.source).read_text() == part.to_json() for part in parts)
+    known = registry()
+    ours = [b for b in known.backends() if known.provenance(b).distribution == "quantadapt"]
+    lines = matrix.disagreements(parts, ours, known.adapters())
+    assert not lines, "\n".join([*lines, f"verify these cells again: {matrix.HOW}"])

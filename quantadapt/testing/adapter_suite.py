@@ -80,16 +80,18 @@ class AdapterSuite(Suite):
         error = relative(bench.logits(loaded), trained.tuned)
         assert error <= bench.tolerance.vendor  # PEFT's own LoRA layers add in another order
 
-    def test_load_quantizes_the_recorded_base(self, bench: Bench) -> None:
+    def test_load_quantizes_the_recorded_base(self, bench: Bench, adapter: str) -> None:
         from ..saving import load, save
 
-        for adapter in bench.adapters_for("attach")[:1]:
-            trained = bench.trained(adapter)
-            loaded = load(save(trained.model, bench.folder()), device=bench.suite.device)
-            assert change(bench.logits(loaded), trained.tuned) == 0
+        if adapter != bench.adapters_for("attach")[0]:
+            return  # once is enough
+        trained = bench.trained(adapter)
+        loaded = load(save(trained.model, bench.folder()), device=bench.suite.device)
+        error = relative(bench.logits(loaded), trained.tuned)
+        assert error <= bench.reload_tolerance(adapter)
 
-    def test_adalora_moves_its_budget(self, bench: Bench) -> None:
-        if "adalora" not in bench.adapters_for("attach"):
+    def test_adalora_moves_its_budget(self, bench: Bench, adapter: str) -> None:
+        if adapter != "adalora":
             return
         trained = bench.trained("adalora")
         config: Any = trained.model.peft_config["default"]

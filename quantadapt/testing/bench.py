@@ -23,6 +23,7 @@ import pytest
 
 from .. import demo
 from ..capabilities import Merge
+from ..matrix import MAIN as ADAPTERS
 from ..planning import Plan, attach_refusals, merge_refusals, onto_refusals, plan
 from ..records import Adapter, Backend
 from ..registry import registry
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
     from ..facade import QuantLinear
 
-ADAPTERS = ("lora", "dora", "vera", "adalora", "ia3")
 STEPS = 4
 LEARNING_RATE = 5e-3
 FASTER = {"c3a": 0.1, "pvera": 0.1, "unilora": 0.1, "vera": 0.1}
@@ -190,7 +190,7 @@ class Bench:
         if action in ("dense", "requantize") and not found:
             found = merge_refusals(cell, self.record, record, action)  # type: ignore[arg-type]
         if action == "onto" and not found:
-            found = onto_refusals(record, cell, str(demo.MODEL_DIR))
+            found = onto_refusals(self.record, record, cell, str(demo.MODEL_DIR))
         return found
 
     def adapters_for(self, wanted: str) -> list[str]:

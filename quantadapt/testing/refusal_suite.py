@@ -70,12 +70,28 @@ class RefusalSuite(Suite):
                 merge(model, folder, kind=kind)
             assert not folder.exists()
 
+    @cells("attach")
+    def test_refused_bases_are_refused(self, bench: Bench, adapter: str) -> None:
+        """Merging onto the unquantized base is refused before anything is read."""
+        from ..merging_onto import merge_onto
+        from ..saving import save
+
+        if refused := bench.refusals(adapter, "onto"):
+            folder = bench.folder()
+            saved = save(bench.trained(adapter).model, folder, base=False)
+            with _no_model_is_read(), pytest.raises(MergeRefused) as caught:
+                merge_onto(saved, bench.source, folder, device=bench.suite.device)
+            _assert_named(caught.value, [problem.rule for problem in refused])
+            assert not (folder / "merged").exists()
+
     def test_every_rule_of_the_backend_refuses(self, bench: Bench) -> None:
         for rule in bench.record.rules:
-            specs = list(_specs(bench, rule))
-            assert specs, f"no spec meets rule {rule.id}: it can never apply"
             assert rule.reason
             assert rule.fix
+            if rule.when.get("action") == ("onto",):
+                continue  # no plan merges onto another base; the adapters' tests see to it
+            specs = list(_specs(bench, rule))
+            assert specs, f"no spec meets rule {rule.id}: it can never apply"
             for spec, machine in specs:
                 with pytest.raises(PlanRefused) as caught:
                     plan(spec, machine=machine)
@@ -83,21 +99,18 @@ class RefusalSuite(Suite):
 
     # Strict: a refusal of something that works is a failure ------------------------------------
 
-    def test_refused_cells_do_not_work(self, bench: Bench) -> None:
-        if not bench.suite.strict:
-            return
-        for adapter in bench.suite.adapters:
-            if refused := bench.refusals(adapter, "attach"):
-                _assert_fails(try_to_train(bench, adapter), [p.rule for p in refused])
+    @cells("all")
+    def test_refused_cells_do_not_work(self, bench: Bench, adapter: str) -> None:
+        refused = bench.refusals(adapter, "attach")
+        if refused and bench.suite.strict and not is_policy(bench, adapter, refused):
+            _assert_fails(try_to_train(bench, adapter), [p.rule for p in refused])
 
+    @cells("attach")
     @pytest.mark.parametrize("kind", KINDS)
-    def test_refused_merges_do_not_work(self, bench: Bench, kind: Any) -> None:
-        if not bench.suite.strict:
-            return
-        for adapter in bench.adapters_for("attach"):
-            refused = bench.refusals(adapter, kind)
-            if refused and not is_policy(bench, adapter, refused):
-                _assert_fails(try_to_merge(bench, adapter, kind), [p.rule for p in refused])
+    def test_refused_merges_do_not_work(self, bench: Bench, adapter: str, kind: Any) -> None:
+        refused = bench.refusals(adapter, kind)
+        if refused and bench.suite.strict and not is_policy(bench, adapter, refused):
+            _assert_fails(try_to_merge(bench, adapter, kind), [p.rule for p in refused])
 
     def test_what_the_backends_rules_refuse_does_not_work(self, bench: Bench) -> None:
         if not bench.suite.strict:

@@ -1,0 +1,451 @@
+"""`quantadapt matrix --verify`: the conformance suite for many backends, in isolated processes.
+
+One process verifies one backend with several adapters, which share its imports and the quantized
+base. A process that dies or hangs takes nothing with it: the adapter that it died of is tried
+alone, the others go on without it, and every result so far is in the file. A later run
+passes over what has a result already, with the same versions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any
+
+import yaml
+
+from .dependencies import missing_requirements
+from .errors import MissingDependency, OutputError, PlanRefused, Problem, SpecError
+from .machine import this_machine
+from .matrix import (
+    Verified,
+    VerifiedCell,
+    backend_title,
+    declared_cell,
+    dtype_for,
+    obstacles,
+    origin_of,
+    read_verified,
+    verified_cell,
+    without_defaults,
+)
+from .records import Adapter, Backend
+from .registry import registry
+from .run_folder import write_atomic
+
+TIMEOUT = 900.0
+AT_ONCE = 10
+"""Adapters that share one process, at most: what an interruption or a crash can cost."""
+_POLL = 0.1
+
+Listener = Callable[[str, Mapping[str, Any]], None]
+
+
+def parse_options(texts: Iterable[str]) -> dict[str, Any]:
+    """Return the options in texts like `bits=3,group_size=32`; values are read as YAML."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        assigned = re.sub(r"(^|,)\s*([\w.]+)\s*=\s*", r"\1 \2: ", text.strip().strip("{}"))
+        try:
+            values: dict[Any, Any] | None = yaml.safe_load(f"{{{assigned}}}")
+        except yaml.YAMLError:
+            values = None
+        named = "=" in text or ":" in text
+        if not named or not all(str(name).isidentifier() for name in values or {"": None}):
+            fix = "write them as name=value, separated by commas: bits=3,group_size=32"
+            raise SpecError([Problem(f"{text!r} names no options", fix, where="backend options")])
+        found |= values or {}
+    return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """One backend with its options on one device, and the adapters to verify it with."""
+
+    backend: Backend
+    adapters: tuple[str, ...]
+    options: Mapping[str, Any]
+    device: str
+    dtype: str
+
+    @property
+    def title(self) -> str:
+        """How to name it."""
+        return backend_title(self.backend.name, self.options)
+
+    def arguments(self) -> list[str]:
+        """Return what follows `pytest` on the command line."""
+        given = [f"{name}={json.dumps(value)}" for name, value in self.options.items()]
+        return [
+            *("--pyargs", "quantadapt.testing", "--backend", self.backend.name),
+            *("--adapter", ",".join(self.adapters)),
+            *("--device", self.device, "--dtype", self.dtype),
+            *(argument for text in given for argument in ("--backend-options", text)),
+        ]
+
+
+@dataclass
+class Ending:
+    """How a process ended.
+
+    Attributes:
+        cells: what it found.
+        died: why it did not end as it should; empty if it did.
+        part: what it died of: an adapter, "base", "rest" (several adapters), or "" (the start).
+    """
+
+    cells: list[VerifiedCell] = field(default_factory=list)
+    died: str = ""
+    part: str = ""
+
+
+class Verification:
+    """Verifies cells and keeps the file of results."""
+
+    def __init__(
+        self,
+        file: Path,
+        *,
+        timeout: float = TIMEOUT,
+        listener: Listener | None = None,
+        start: Callable[[Job], list[str]] | None = None,
+    ) -> None:
+        """Read what the file holds already.
+
+        Args:
+            file: where results are kept.
+            timeout: seconds without any sign of life after which a process counts as hanging.
+            listener: told "planned", "job", "test", "ended" and "cell" with their facts.
+            start: gives the command that verifies a job; pytest by default.
+        """
+        self.file, self.timeout, self.start = file, timeout, start or _pytest
+        self.cells = list(read_verified(file).cells) if file.exists() else []
+        self._tell = listener or (lambda event, facts: None)
+        self._lock, self._stop = Lock(), Event()
+        self._devices: dict[str, str] = {}
+        self._origins: dict[str, dict[str, Any]] = {}
+
+    def run(
+        self,
+        backends: Sequence[Backend],
+        adapters: Sequence[Adapter],
+        *,
+        options: Mapping[str, Any] | None = None,
+        device: str = "cpu",
+        dtype: str | None = None,
+        fresh: bool = False,
+        jobs: int = 1,
+    ) -> list[VerifiedCell]:
+        """Verify each of `backends` with each of `adapters`; return their cells.
+
+        Args:
+            backends: those to verify.
+            adapters: with which adapters.
+            options: of the backends, where they are not the defaults.
+            device: on which device.
+            dtype: in which compute dtype; `matrix.dtype_for` by default.
+            fresh: verify again what has a result already.
+            jobs: how many processes at a time.
+
+        Raises:
+            PlanRefused: the device or an option does not exist.
+            MissingDependency: pytest is not there.
+            OutputError: the file cannot be written.
+        """
+        if find_spec("pytest") is None:
+            what = "the conformance suite needs pytest, which is not installed"
+            raise MissingDependency(what, fix="pip install pytest")
+        wanted, todo = self._plan(backends, adapters, options or {}, device, dtype, fresh)
+        self._save()
+        with ThreadPoolExecutor(max_workers=max(jobs, 1)) as pool:
+            try:
+                for done in [pool.submit(self._verify, job) for job in todo]:
+                    done.result()
+            finally:
+                self._stop.set()
+        keys = dict.fromkeys(wanted)
+        found = {cell.key: cell for cell in self.cells}
+        return [found[key] for key in keys if key in found]
+
+    def _plan(
+        self,
+        backends: Sequence[Backend],
+        adapters: Sequence[Adapter],
+        options: Mapping[str, Any],
+        device: str,
+        dtype: str | None,
+        fresh: bool,
+    ) -> tuple[list[tuple[str, ...]], list[Job]]:
+        """Return the keys of all cells, and what to do; what cannot be run is noted right away."""
+        _check_device(device)
+        wanted, todo = [], []
+        for backend in backends:
+            given = without_defaults(backend, options)
+            job = Job(backend, (), given, device, dtype_for(backend, device, dtype))
+            problems = obstacles(backend, given, device, job.dtype)
+            if mistakes := [p for p in problems if p.where.startswith("backend.")]:
+                raise PlanRefused(mistakes)
+            names = []
+            for adapter in adapters:
+                cell = self._blank(job, adapter)
+                wanted.append(cell.key)
+                if missing := [*problems, *missing_requirements(adapter)]:
+                    self._cannot_run(replace(cell, detail=missing[0].what))
+                elif fresh or not self._has(cell):
+                    names.append(adapter.name)
+            parts = [tuple(names[i : i + AT_ONCE]) for i in range(0, len(names), AT_ONCE)]
+            todo += [replace(job, adapters=part) for part in parts]
+            self._tell("planned", {"job": job, "todo": len(names), "of": len(adapters)})
+        return wanted, todo
+
+    def _blank(self, job: Job, adapter: Adapter) -> VerifiedCell:
+        facts = {"options": job.options, "device": job.device, "dtype": job.dtype}
+        declared = declared_cell(job.backend, adapter, **facts).word  # type: ignore[arg-type]
+        return VerifiedCell(
+            job.backend.name,
+            adapter.name,
+            "not run",
+            declared=declared,
+            origin=self._origin(job),
+            **facts,  # type: ignore[arg-type]
+        )
+
+    def _origin(self, job: Job) -> dict[str, Any]:
+        if job.device not in self._devices:
+            self._devices[job.device] = _device_in_words(job.device)
+        name = job.backend.name
+        if name not in self._origins:
+            self._origins[name] = origin_of(job.backend, self._devices[job.device])
+        return self._origins[name]
+
+    def _cannot_run(self, cell: VerifiedCell) -> None:
+        """Say so, but for a result that another machine left in the file."""
+        if not any(other.key == cell.key and other.verified != "not run" for other in self.cells):
+            self._note(cell)
+
+    def _has(self, wanted: VerifiedCell) -> bool:
+        """Say whether there is a result under the same circumstances."""
+        names = ("device", "python", "versions")
+        return any(
+            cell.key == wanted.key
+            and cell.verified != "not run"
+            and cell.declared == wanted.declared
+            and all(cell.origin.get(name) == wanted.origin.get(name) for name in names)
+            for cell in self.cells
+        )
+
+    # Work --------------------------------------------------------------------------------------
+
+    def _verify(self, job: Job) -> None:
+        """Verify a job, whatever its processes do."""
+        if self._stop.is_set():
+            return
+        ending = self._process(job)
+        self._keep(job, ending.cells)
+        left = self._without(job, [cell.adapter for cell in ending.cells])
+        if not left.adapters or self._stop.is_set():
+            return
+        if len(job.adapters) == 1 or not ending.died:
+            self._crashed(left, ending.died or "the suite ended without a result for it")
+        elif ending.part in left.adapters:
+            self._verify(self._without(left, [ending.part]))
+            self._verify(replace(left, adapters=(ending.part,)))
+        elif ending.part == "rest":
+            self._one_by_one(left)
+        else:
+            self._after_the_base(left, ending)
+
+    def _after_the_base(self, job: Job, before: Ending) -> None:
+        """Go on after a death before the first adapter: what happens twice concerns them all."""
+        alone = replace(job, adapters=job.adapters[:1])
+        again = self._process(alone)
+        if again.cells:
+            self._keep(alone, again.cells)
+            self._one_by_one(self._without(job, alone.adapters))
+        elif again.part == before.part:
+            self._crashed(job, again.died)
+        else:
+            self._crashed(alone, again.died)
+            self._one_by_one(self._without(job, alone.adapters))
+
+    def _one_by_one(self, job: Job) -> None:
+        for name in job.adapters:
+            self._verify(replace(job, adapters=(name,)))
+
+    def _without(self, job: Job, names: Iterable[str]) -> Job:
+        done = set(names)
+        return replace(job, adapters=tuple(name for name in job.adapters if name not in done))
+
+    def _keep(self, job: Job, cells: Iterable[VerifiedCell]) -> None:
+        for cell in cells:
+            self._note(replace(cell, origin=self._origin(job)))
+        self._save()
+
+    def _crashed(self, job: Job, why: str) -> None:
+        if self._stop.is_set():  # it was us
+            return
+        for name in job.adapters:
+            blank = self._blank(job, registry().adapter(name))
+            self._note(replace(blank, verified="crashed", detail=why))
+        self._save()
+
+    def _note(self, cell: VerifiedCell) -> None:
+        with self._lock:
+            self.cells = [other for other in self.cells if other.key != cell.key] + [cell]
+        self._tell("cell", {"cell": cell})
+
+    def _save(self) -> None:
+        with self._lock:
+            try:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                where = str(self.file.parent)
+                raise OutputError(f"cannot make it: {error.strerror}", where=where) from None
+            write_atomic(self.file, Verified.of(self.cells).to_json())
+
+    def _process(self, job: Job) -> Ending:
+        """Run the suite in a process of its own, and wait for its end or for silence."""
+        self._tell("job", {"job": job})
+        with tempfile.TemporaryDirectory(prefix="quantadapt-verify-") as name:
+            folder = Path(name)
+            (folder / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
+            log = folder / "log.txt"
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    self.start(job),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=_environment(folder),
+                    start_new_session=True,
+                )
+                try:
+                    silence = self._wait(process, folder / "progress.jsonl", job)
+                finally:
+                    _kill(process)
+                    self._tell("ended", {"job": job})
+            return self._ending(folder, process.returncode, silence)
+
+    def _wait(self, process: subprocess.Popen[bytes], progress: Path, job: Job) -> bool:
+        """Wait for the end, telling of each test. Returns whether it fell silent before."""
+        size, last = 0, time.monotonic()
+        while process.poll() is None:
+            if self._stop.wait(_POLL):
+                return False
+            now = progress.stat().st_size if progress.exists() else 0
+            if now != size:
+                size, last = now, time.monotonic()
+                self._tell("test", {"job": job, **_last_line(progress)})
+            elif time.monotonic() - last > self.timeout:
+                _ask_where(process)
+                return True
+        return False
+
+    def _ending(self, folder: Path, code: int, silent: bool) -> Ending:
+        results = folder / "results.json"
+        if results.exists() and not silent and code in (0, 1):
+            values = json.loads(results.read_text(encoding="utf-8"))["cells"]
+            return Ending([verified_cell(cell) for cell in values])
+        last = _last_line(folder / "progress.jsonl")
+        if silent:
+            how = f"no sign of life for {self.timeout:g} s"
+        elif code < 0:
+            how = f"killed by {signal.Signals(-code).name}"
+        else:
+            how = f"ended with exit code {code}"
+        where = f" in {last['test']}" if last else ""
+        words = _last_words((folder / "log.txt").read_text(encoding="utf-8", errors="replace"))
+        return Ending(died=f"{how}{where}{words}", part=str(last.get("part", "")))
+
+
+# Processes -------------------------------------------------------------------------------------
+
+
+def _pytest(job: Job) -> list[str]:
+    options = ("-q", "--noconftest", "--capture=no", "--tb=short", "-p", "no:cacheprovider")
+    plugin = ("-p", "quantadapt.testing.plugin")
+    return [sys.executable, "-m", "pytest", *options, *plugin, *job.arguments()]
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Return the environment of a process: no foreign plugins, one thread, every test strict."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return {
+        "OMP_NUM_THREADS": "1",  # tiny matrices: a second thread costs more than it brings
+        "TOKENIZERS_PARALLELISM": "false",
+        **kept,
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTEST_ADDOPTS": f"-c '{folder / 'pytest.ini'}' --rootdir '{folder}'",
+        "PYTHONFAULTHANDLER": "1",
+        "QUANTADAPT_STRICT": "1",
+        "QUANTADAPT_RESULTS": str(folder / "results.json"),
+        "QUANTADAPT_PROGRESS": str(folder / "progress.jsonl"),
+    }
+
+
+def _ask_where(process: subprocess.Popen[bytes]) -> None:
+    """Have a hanging process write down where it is."""
+    if os.name != "nt":
+        process.send_signal(signal.SIGABRT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End the process and whatever it started."""
+    with suppress(OSError):  # it has ended already
+        if os.name == "nt":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _last_line(progress: Path) -> dict[str, Any]:
+    """Return the last whole line of a file of JSON lines."""
+    if not progress.exists():
+        return {}
+    lines = progress.read_text(encoding="utf-8").split("\n")[:-1]
+    found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    return found
+
+
+def _last_words(log: str) -> str:
+    """Return what a process that died said last: of a crash of Python, what and where."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    crash = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python")), None)
+    if crash is not None:
+        frame = next((line for line in lines[crash:] if line.startswith("File ")), "")
+        return f": {lines[crash]} {frame}".rstrip()
+    return f": {' | '.join(lines[-2:])[-300:]}" if lines else ""
+
+
+def _check_device(device: str) -> None:
+    if device.startswith("cuda") and not this_machine().cuda:
+        what = "there is no CUDA device here, or torch was built without CUDA"
+        fix = "`quantadapt doctor` looks; results of other machines are read with --verified"
+        raise PlanRefused([Problem(what, fix, where="device")])
+
+
+def _device_in_words(device: str) -> str:
+    """Return the card's name; torch is asked in a process of its own."""
+    if not device.startswith("cuda"):
+        return device
+    from .doctor import run_python
+
+    code = "import sys, torch; print(torch.cuda.get_device_name(sys.argv[1]))"
+    problem, output = run_python(code, [device], 120)
+    return device if problem else output.strip().splitlines()[-1]
