@@ -41,6 +41,7 @@ class _TorchAO(LayerwiseQuantizer):
         from torchao.quantization import quantize_
 
         tensor_cores = linear.weight.is_cuda and linear.weight.dtype == torch.bfloat16
+        tensor_cores &= self.misfit(linear.in_features, linear.out_features) is None
         quantize_(linear, self._config(tensor_cores))
         return linear
 

@@ -157,7 +157,7 @@ class Bench:
         """The backend's record."""
         return registry().backend(self.suite.backend)
 
-    def spec(self, adapter: str = "lora", **values: Any) -> Spec:
+    def spec(self, adapter: str = "lora", /, **values: Any) -> Spec:
         """Return a spec of this backend with `adapter` as the suite trains it."""
         options = {**SMALL.get(adapter, {}), **self.suite.adapter_options.get(adapter, {})}
         defaults: dict[str, Any] = {
@@ -303,7 +303,18 @@ class Bench:
     def tolerance(self) -> Tolerance:
         """The row of the tolerance table."""
         target: Any = self.plan.quantizer.target
-        return tolerance(self.bits(), self.suite.dtype, target.quantizes_activations)
+        return tolerance(
+            self.bits(),
+            self.suite.dtype,
+            quantizes_activations=target.quantizes_activations,
+            calibrates=self.record.calibration,
+        )
+
+    @property
+    def rescales(self) -> bool:
+        """Whether quantizing moves scales between layers, so that single layers differ from the
+        original by more than rounding: then merging onto the original is refused, too."""
+        return any("onto" in rule.when.get("action", ()) for rule in self.record.rules)
 
     def reload_tolerance(self, adapter: str) -> float:
         """Return how far the logits of a reloaded adapter may be off: not at all, as a rule."""
