@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class _FourBit(LayerwiseQuantizer):
+class _BitsAndBytes(LayerwiseQuantizer):
+    def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
+        return Quantizer.load(self, path, device=device, dtype=dtype)
+
+    def left_dense(self, names: list[str]) -> dict[str, Any]:
+        return {"llm_int8_skip_modules": ["lm_head", *names]}
+
+
+class _FourBit(_BitsAndBytes):
     quant_type: ClassVar[str]
 
     double_quant: bool = Field(
@@ -52,9 +60,6 @@ class _FourBit(LayerwiseQuantizer):
         module.weight = packed.to(linear.weight.device)
         module.bias = linear.bias
         return module
-
-    def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
-        return Quantizer.load(self, path, device=device, dtype=dtype)
 
     def quantization_config(self) -> dict[str, Any]:
         from transformers import BitsAndBytesConfig
@@ -101,7 +106,7 @@ class FP4(_FourBit):
     quant_type = "fp4"
 
 
-class Int8(LayerwiseQuantizer):
+class Int8(_BitsAndBytes):
     """LLM.int8: int8 weights per output channel, int8 activations per token."""
 
     threshold: float = Field(
@@ -130,9 +135,6 @@ class Int8(LayerwiseQuantizer):
         module.weight = packed.to(device)
         module.bias = linear.bias
         return module
-
-    def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
-        return Quantizer.load(self, path, device=device, dtype=dtype)
 
     def quantization_config(self) -> dict[str, Any]:
         from transformers import BitsAndBytesConfig

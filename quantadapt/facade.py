@@ -158,7 +158,7 @@ class QuantLinear(nn.Linear):
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else self.compute_dtype
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
-            if self.target.quantizes_activations:
+            if self.target.quantizes_activations or self.target.decodes(self._vendor, x.to(dtype)):
                 y = self.target.forward(self._vendor, x.to(dtype))
             else:
                 bias = None if self.bias is None else self.bias.to(dtype)

@@ -8,8 +8,9 @@ is the quantized model plus one layer. Weights are read from safetensors only, n
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,13 +194,20 @@ def save_layerwise(
         hf_quantizer: transformers' quantizer, where its format needs help to fit into safetensors.
     """
     config: Any = model.config
-    config.quantization_config = quantizer.quantization_config()
+    config.quantization_config = quantizer.quantization_config() | _left_dense(quantizer, model)
     if hf_quantizer is not None:
         model.hf_quantizer = hf_quantizer
     try:
         model.save_pretrained(path)  # type: ignore[operator]
     finally:
         _plain(model)
+
+
+def _left_dense(quantizer: LayerwiseQuantizer, model: nn.Module) -> dict[str, Any]:
+    """Return what the checkpoint has to say where layers other than the head stay dense."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    dense = [n for n, m in linear_layers(model, ()) if m is not head]
+    return quantizer.left_dense(dense) if dense else {}
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -246,17 +254,20 @@ def local_folder(path: str) -> Path:
     return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
 
 
-def _packed_state(path: str) -> dict[str, dict[str, Tensor]]:
-    """Return module name -> the tensors saved for it."""
+def _packed_state(path: str, layers: Container[str]) -> dict[str, dict[str, Tensor]]:
+    """Return layer name -> the tensors saved for it, for those of `layers` that are packed: they
+    hold more than a weight and a bias."""
     from safetensors import safe_open
 
     state: dict[str, dict[str, Tensor]] = {}
     for file in sorted(local_folder(path).glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118 (not a dict)
-                module, _, name = key.rpartition(".")
-                state.setdefault(module, {})[name] = opened.get_tensor(key)
-    return state
+                parents = accumulate(key.split("."), lambda parent, part: f"{parent}.{part}")
+                if layer := next((name for name in parents if name in layers), None):
+                    tensors = state.setdefault(layer, {})
+                    tensors[key.removeprefix(f"{layer}.")] = opened.get_tensor(key)
+    return {layer: t for layer, t in state.items() if t.keys() - {"weight", "bias"}}
 
 
 @cache
@@ -328,10 +339,10 @@ def _loader_config() -> Any:
                 skip = skipped_modules(model, config.skip)
                 self.names = {f"{name}.weight" for name, _ in linear_layers(model, skip)}
                 return
-            self.state = _packed_state(config.packed)
-            for name, linear in list(linear_layers(model, ())):
-                if "weight" not in self.state.get(name, {"weight": None}):
-                    set_submodule(model, name, _Placeholder(linear))
+            layers = dict(linear_layers(model, ()))
+            self.state = _packed_state(config.packed, layers)
+            for name in self.state:
+                set_submodule(model, name, _Placeholder(layers[name]))
             patterns = set(model._keys_to_ignore_on_load_unexpected or ())
             model._keys_to_ignore_on_load_unexpected = patterns | {".*"}
 

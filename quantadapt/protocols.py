@@ -47,6 +47,11 @@ class AdapterTarget(Protocol):
         output: Tensor = module(x)
         return output
 
+    def decodes(self, module: nn.Module, x: Tensor) -> bool:
+        """Say whether `forward`, the vendor's kernel, is faster for `x` than dequantizing and a
+        matrix product; it has to give the same but for rounding."""
+        return False
+
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
         """Return a new vendor module holding `weight` [out_features, in_features], quantized as
         `module` was. Called only where the backend declares `Merge.REQUANTIZE`."""
@@ -167,6 +172,11 @@ class LayerwiseQuantizer(Quantizer):
         """What goes into the checkpoint's config.json under `quantization_config`; it must hold
         `quant_method`, and `from_checkpoint` must be able to read it back."""
         ...
+
+    def left_dense(self, names: list[str]) -> dict[str, Any]:
+        """Return what `quantization_config` says where the linear layers `names`, beside the output
+        head, stay dense, for loaders that cannot tell from the tensors."""
+        return {}
 
     def quantize(
         self,

@@ -64,6 +64,18 @@ def test_skipped_modules_stay_dense(small, skip, left) -> None:
     assert type(model.lm_head) is nn.Linear
 
 
+@pytest.mark.parametrize(
+    "backend", ["hqq", "bnb-nf4", "bnb-int8", "torchao-int8", "eetq", "quanto"]
+)
+def test_a_checkpoint_with_dense_layers_comes_back(small, backend, tmp_path) -> None:
+    model = qa.quantize(small, backend, skip_modules=["lm_head", "up_proj"])
+    loaded = qa.load(qa.save(model, tmp_path / "q"))
+    assert [n for n, _ in facades(loaded)] == [n for n, _ in facades(model)]
+    ids = torch.arange(40).reshape(2, 20) + 100
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
+
+
 def test_the_head_is_skipped_by_default(small) -> None:
     model = from_pretrained(small)
     assert "lm_head" in skipped_modules(model, None)

@@ -1,0 +1,227 @@
+"""Quanto: int8, int4, int2 and float8 weights without calibration
+(https://github.com/huggingface/optimum-quanto).
+
+Weights only, as transformers' QuantoConfig does it; groups of 128 to 32 below 8 bits, whichever
+divides the row, else whole rows. Checkpoints are quanto's own, its tensors in safetensors and
+`quanto_qmap.json`; quanto reads ours, and ours alone say in config.json what they are. transformers
+quantizes with quanto but cannot load the result, and refuses it for the name of the type.
+
+Weights are held in quanto's plain packing, not in that of one of its kernels: what it packs for its
+int4 kernel in bfloat16 comes back changed when it is saved. They are unpacked here, since quanto
+compiles C++ or CUDA for that the first time.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from quantadapt.capabilities import Merge
+from quantadapt.hookspecs import hookimpl
+from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget
+from quantadapt.records import Backend
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+QTYPES = {"int8": "qint8", "int4": "qint4", "int2": "qint2", "float8": "qfloat8_e4m3fn"}
+
+
+class Quanto(LayerwiseQuantizer):
+    """Options of transformers' `QuantoConfig`."""
+
+    weights: Literal["int8", "int4", "int2", "float8"] = Field(
+        "int8", description="type of the weights; float8 is e4m3"
+    )
+
+    @cached_property
+    def target(self) -> QuantoTarget:
+        return QuantoTarget(self)
+
+    def quantize_linear(self, linear: nn.Linear) -> nn.Module:
+        from optimum.quanto import quantize_weight
+        from torch import nn
+
+        _make_copyable()
+        weight, qtype = linear.weight.detach(), self._qtype()
+        module: nn.Module = _layer_class().qcreate(linear, weights=qtype, device="meta")
+        optimizer: Any = module.optimizer
+        how: dict[str, Any] = {"qtype": qtype, "axis": 0}
+        if qtype.bits == 8:
+            scale, shift = optimizer(weight, **how), None
+            scale[scale == 0] = 1  # a row of zeros would become 0 / 0
+        else:
+            how["group_size"] = module.weight_group_size
+            scale, shift = optimizer(weight, **how)
+        packed = quantize_weight(weight, scale=scale, shift=shift, optimized=False, **how)
+        module.weight = nn.Parameter(packed, requires_grad=False)
+        return _completed(module, linear.bias, scale)
+
+    def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
+        from optimum.quanto import WeightQBitsTensor, WeightQBytesTensor
+        from torch import nn
+
+        _make_copyable()
+        qtype = self._qtype()
+        module: nn.Module = _layer_class().qcreate(linear, weights=qtype, device="meta")
+        how: dict[str, Any] = {"qtype": qtype, "axis": 0, "missing_keys": []}
+        how |= {"size": linear.weight.shape, "stride": (linear.in_features, 1)}
+        if qtype.bits == 8:
+            how["activation_qtype"] = None
+            packed = WeightQBytesTensor.load_from_state_dict(state, "weight.", **how)
+        else:
+            how["group_size"] = module.weight_group_size
+            packed = WeightQBitsTensor.load_from_state_dict(state, "weight.", **how)
+        module.weight = nn.Parameter(packed, requires_grad=False)
+        return _completed(module, state.get("bias"), packed._scale)
+
+    def _qtype(self) -> Any:
+        from optimum.quanto import qtypes
+
+        return qtypes[QTYPES[self.weights]]
+
+    def quantization_config(self) -> dict[str, Any]:
+        return {"quant_method": "quanto", "weights": QTYPES[self.weights]}
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        super().save(model, path)
+        layer = {"weights": QTYPES[self.weights], "activations": "none"}
+        layers = {
+            name: layer
+            for name, module in model.named_modules()
+            if self.target.matches(getattr(module, "vendor", module))
+        }
+        text = json.dumps(layers, indent=2) + "\n"
+        (path / "quanto_qmap.json").write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> Quanto | None:
+        if quantization_config.get("quant_method") != "quanto":
+            return None
+        return cls._of_type(quantization_config.get("weights"))
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> Quanto | None:
+        for module in model.modules():
+            if _is_quanto(module):
+                _make_copyable()
+                return cls._of_type(module.weight_qtype.name)  # type: ignore[union-attr]
+        return None
+
+    @classmethod
+    def _of_type(cls, name: Any) -> Quanto | None:
+        names: dict[Any, Any] = {qtype: weights for weights, qtype in QTYPES.items()}
+        return cls(weights=names[name]) if name in names else None
+
+
+class QuantoTarget(LayerwiseTarget):
+    """`optimum.quanto.QLinear`, frozen; ours is a subclass."""
+
+    def matches(self, module: nn.Module) -> bool:
+        return _is_quanto(module)
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        return _dequantize(module.weight)
+
+
+def _is_quanto(module: nn.Module) -> bool:
+    vendor: Any = module
+    names = [kind.__name__ for kind in type(module).__mro__]
+    return "QLinear" in names and vendor.frozen and not vendor.activation_qtype
+
+
+@cache
+def _layer_class() -> Any:
+    from optimum.quanto import QLinear
+    from torch.nn.functional import linear
+
+    class PlainQLinear(QLinear):  # type: ignore[misc]
+        """Compiles nothing where codes are packed."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            packed = _is_packed(self.weight)
+            weight = _dequantize(self.weight).to(x.dtype) if packed else self.weight
+            return linear(x, weight, self.bias)
+
+    return PlainQLinear
+
+
+def _dequantize(weight: Any) -> Tensor:
+    if not _is_packed(weight):
+        dense: Tensor = weight.dequantize()
+        return dense
+    codes = _unpack(weight._data._data, weight.qtype.bits)[: weight._data.shape[0]]
+    grouped: Tensor = weight._scale * codes - weight._shift
+    return grouped.reshape(weight.shape)
+
+
+def _is_packed(weight: Any) -> bool:
+    """Say whether several codes share a byte, in quanto's plain packing with float shifts."""
+    packed = type(weight).__name__ == "WeightQBitsTensor"
+    return packed and weight.axis == 0 and weight._shift.is_floating_point()
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    """Return the codes of a packed uint8 tensor; a byte holds one code of each part of the rows."""
+    import torch
+
+    shifts = range(0, 8, bits)
+    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in shifts])
+
+
+def _completed(module: Any, bias: Tensor | None, scale: Tensor) -> nn.Module:
+    """Give a module that was made on the meta device, and has its weight, everything else."""
+    import torch
+    from torch import nn
+
+    if bias is not None:
+        module.bias = nn.Parameter(bias.to(scale.dtype), requires_grad=False)
+    for name in ("input_scale", "output_scale"):  # of activations, which are not quantized
+        setattr(module, name, torch.ones((), dtype=scale.dtype, device=scale.device))
+    vendor: nn.Module = module
+    return vendor
+
+
+@cache
+def _make_copyable() -> None:
+    """Teach quanto's tensors `copy.deepcopy`, for which they lack a clone of their own."""
+    from optimum.quanto import QTensor
+    from optimum.quanto.tensor.packed import PackedTensor
+
+    QTensor.__deepcopy__ = PackedTensor.__deepcopy__ = _deepcopy
+
+
+def _deepcopy(tensor: Any, memo: dict[int, Any]) -> Any:
+    from torch import nn
+
+    if id(tensor) in memo:
+        return memo[id(tensor)]
+    names, meta = tensor.__tensor_flatten__()
+    parts = {name: copy.deepcopy(getattr(tensor, name).detach(), memo) for name in names}
+    copied = type(tensor).__tensor_unflatten__(parts, meta, None, None)
+    if isinstance(tensor, nn.Parameter):
+        copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
+    memo[id(tensor)] = copied
+    return copied
+
+
+@hookimpl
+def quantadapt_backends() -> list[Backend]:
+    return [
+        Backend(
+            name="quanto",
+            summary="optimum-quanto int8, int4, int2 and float8 weights, no calibration data",
+            quantizer=Quanto,
+            requires=("optimum-quanto>=0.2.7",),
+            imports=("optimum.quanto",),
+            extra="quantadapt[quanto]",
+            merge=Merge.REQUANTIZE,
+        )
+    ]
