@@ -223,7 +223,10 @@ def wrap(
     if not isinstance(model, QuantLinear) and target.matches(model):
         return _checked(model, target, dtype, set())
     seen: set[tuple[int, int]] = set()
+    wrapped: tuple[str, ...] = ()
     for name, module in list(model.named_modules()):
+        if name.startswith(wrapped):
+            continue  # a part of a vendor's layer
         for child_name, child in list(module.named_children()):
             path = f"{name}.{child_name}".lstrip(".")
             if isinstance(child, QuantLinear) or is_skipped(path, skip):
@@ -231,6 +234,7 @@ def wrap(
             if target.matches(child):
                 try:
                     setattr(module, child_name, _checked(child, target, dtype, seen))
+                    wrapped = (*wrapped, f"{path}.")
                 except PluginError as error:
                     raise PluginError(f"{path}: {error}") from None
     return model

@@ -87,9 +87,11 @@ def skipped_modules(model: nn.Module, skip: tuple[str, ...] | None) -> tuple[str
     """Return the names that stay dense: `skip`, or the output head and what is tied to it."""
     if skip is not None:
         return skip
+    if not hasattr(model, "get_output_embeddings"):
+        return ()  # no transformers model
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    return tuple(get_keys_to_not_convert(model)) if hasattr(model, "config") else ()
+    return tuple(get_keys_to_not_convert(model))
 
 
 def linear_layers(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, nn.Linear]]:
@@ -145,19 +147,25 @@ def _quantize_module(
         linear.requires_grad_(False)
         vendor = quantizer.quantize_linear(linear.to(device=device, dtype=dtype))
         set_submodule(model, name, vendor.train(linear.training))
+    moved: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         if not getattr(module, "_is_hf_initialized", False) or type(module) is nn.Linear:
-            _move_own(module, device, dtype)
+            _move_own(module, device, dtype, moved)
     return model
 
 
-def _move_own(module: nn.Module, device: str, dtype: torch.dtype) -> None:
-    """Move what stays dense; floating point parameters also get the compute dtype."""
+def _move_own(
+    module: nn.Module, device: str, dtype: torch.dtype, moved: dict[nn.Parameter, nn.Parameter]
+) -> None:
+    """Move what stays dense; floating point parameters also get the compute dtype. Tied ones stay
+    tied: `moved` remembers what became of each."""
     for name, parameter in module._parameters.items():
         if parameter is not None and type(parameter) is nn.Parameter:
-            target = dtype if parameter.is_floating_point() else parameter.dtype
-            data = parameter.data.to(device=device, dtype=target)
-            module._parameters[name] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+            if parameter not in moved:
+                target = dtype if parameter.is_floating_point() else parameter.dtype
+                data = parameter.data.to(device=device, dtype=target)
+                moved[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+            module._parameters[name] = moved[parameter]
     for name, buffer in module._buffers.items():
         if buffer is not None:
             module._buffers[name] = buffer.to(device)

@@ -226,7 +226,7 @@ class _Run:
         """Choose what a backend that calibrates is shown."""
         from .data import load_everything
 
-        if not self.plan.backend.calibration or self.plan.adopt:
+        if not self.plan.calibrates:
             return None
         wanted = self.spec.data
         source = data.train

@@ -60,6 +60,11 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
+    def calibrates(self) -> bool:
+        """Whether quantizing has to be shown data."""
+        return self.backend.calibration and self.quantizer.needs_data and not self.adopt
+
+    @property
     def cell(self) -> Cell:
         """The facts that rules look at."""
         return make_cell(

@@ -74,6 +74,11 @@ class Quantizer(BaseModel, ABC):
         """The view of the layers that this quantizer makes."""
         ...
 
+    @property
+    def needs_data(self) -> bool:
+        """False where these very options need no data, of a backend that calibrates with others."""
+        return True
+
     @abstractmethod
     def quantize(
         self,

@@ -120,7 +120,7 @@ def _examples(plan: Plan, module: nn.Module | None, given: Calibration) -> Examp
     from . import demo
     from .calibration_data import examples_from
 
-    if not plan.backend.calibration:
+    if not plan.calibrates:
         return None
     if given is None and module is None and plan.model == str(demo.MODEL_DIR):
         given = str(demo.TRAIN_FILE)

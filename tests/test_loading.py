@@ -64,6 +64,14 @@ def test_skipped_modules_stay_dense(small, skip, left) -> None:
     assert type(model.lm_head) is nn.Linear
 
 
+def test_tied_weights_of_a_live_model_stay_tied(small) -> None:
+    model = from_pretrained(small)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model = qa.quantize(model, "hqq", dtype="bfloat16")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     "backend", ["hqq", "bnb-nf4", "bnb-int8", "torchao-int8", "eetq", "quanto"]
 )

@@ -27,8 +27,8 @@ class AdapterSuite(Suite):
             start = Start.ROUNDING
         if start is Start.ZERO:
             assert change(trained.start, bench.base_logits) == 0
-        elif start is Start.ROUNDING:
-            assert error <= bench.tolerance.attach
+        elif start is Start.ROUNDING:  # such methods compute with the weight, without the vendor
+            assert error <= max(bench.tolerance.attach, bench.tolerance.activations)
         else:
             assert error > bench.tolerance.attach, "it starts at zero: declare it"
 

@@ -1,0 +1,402 @@
+"""Intel Neural Compressor: calibrated FP8 for weights and activations; integer weights by rounding
+(RTN), GPTQ or AWQ (https://github.com/intel/neural-compressor).
+
+On a Gaudi card (hpu) FP8 runs in the card's kernels. On a CPU it is INC's QDQ mode, which rounds
+weights and activations to FP8 and multiplies in the compute dtype. FP8 and RTN take any module;
+GPTQ and AWQ want one stack of blocks, as decoders have.
+
+Checkpoints have INC's layout, as safetensors. Those of RTN and GPTQ, but for 3 bits, are GPTQ
+checkpoints at the same time, for whoever reads these.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from functools import cached_property
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+from quantadapt_inc_vendor import (
+    cast,
+    complete,
+    in_blocks,
+    inner,
+    integers,
+    is_fp8,
+    is_integer,
+    linear_of,
+    running,
+    scaled_class,
+    showing,
+    sizes,
+    zero_points,
+)
+
+from quantadapt.capabilities import KEEP, Merge, Rule
+from quantadapt.errors import ModelError
+from quantadapt.hookspecs import hookimpl
+from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget
+from quantadapt.records import Backend
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor, nn
+
+    Examples = list[dict[str, Tensor]]
+
+OF_FP8: dict[str, Any] = {"fp8_format": "e4m3"}
+OF_INTEGERS: dict[str, Any] = {"bits": 4, "group_size": 64, "symmetric": True}
+"""The options of fp8, and of the other methods, with their defaults."""
+MADE_BY = "quantadapt_inc"
+"""Attribute of a vendor module: the quantizer that made it; the tensors do not tell everything."""
+HP_DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}
+
+
+class INC(LayerwiseQuantizer):
+    """fp8 rounds weights and activations; rtn, gptq and awq round weights."""
+
+    method: Literal["fp8", "rtn", "gptq", "awq"] = Field(
+        "fp8", description="fp8, or integer weights by rounding to nearest, GPTQ or AWQ"
+    )
+    fp8_format: Literal["e4m3", "e5m2"] | None = Field(
+        None, validate_default=True, description="of fp8: e4m3 (default), or e5m2, wide and coarse"
+    )
+    bits: Literal[2, 3, 4, 8] | None = Field(
+        None, validate_default=True, description="of rtn, gptq, awq: bits per weight; default 4"
+    )
+    group_size: int | None = Field(
+        None,
+        ge=8,
+        validate_default=True,
+        description="of rtn, gptq, awq: weights that share a scale; default 64",
+    )
+    symmetric: bool | None = Field(
+        None, validate_default=True, description="of rtn, gptq, awq: no zero points; default true"
+    )
+
+    @field_validator(*OF_FP8, *OF_INTEGERS)
+    @classmethod
+    def _belongs(cls, value: Any, info: ValidationInfo) -> Any:
+        method, name = info.data.get("method"), str(info.field_name)
+        own = OF_FP8 if method == "fp8" else OF_INTEGERS
+        if value is not None and method and name not in own:
+            raise ValueError(f"method {method} has no {name}")
+        if value is False and info.data.get("bits") == 8:
+            raise ValueError("INC overflows where 8 bits have zero points")
+        return own.get(name) if value is None else value
+
+    @cached_property
+    def target(self) -> INCTarget:
+        return INCTarget(self)
+
+    def misfit(self, in_features: int, out_features: int) -> str | None:
+        if self.method == "awq" and self.group_size and in_features % self.group_size:
+            return f"AWQ wants whole groups: {self.group_size} does not divide {in_features} inputs"
+        return None
+
+    def notes(self, device: str) -> tuple[str, ...]:
+        if self.method == "fp8" and not device.startswith("hpu"):
+            return ("INC rounds to FP8 and multiplies in the compute dtype: no FP8 kernel here",)
+        return ()
+
+    # Quantizing --------------------------------------------------------------------------------
+
+    @property
+    def needs_data(self) -> bool:
+        return self.method != "rtn"
+
+    def quantize(
+        self,
+        source: str | nn.Module,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        calibration: Examples | None = None,
+        skip_modules: tuple[str, ...] | None = None,
+    ) -> nn.Module:
+        if self.method == "rtn":
+            return super().quantize(source, device=device, dtype=dtype, skip_modules=skip_modules)
+        import torch
+
+        from quantadapt.loading import from_pretrained, linear_layers, skipped_modules
+
+        if isinstance(source, str):
+            source = from_pretrained(source, dtype=dtype, device_map={"": device})
+        names = [name for name, _ in linear_layers(source, skipped_modules(source, skip_modules))]
+        model = cast(source.to(device), dtype)
+        if self.method != "fp8":
+            in_blocks(names, model, self.method)
+            cast(model, torch.float32)
+        self._run(model, names, self.method, dtype, calibration or [])
+        return cast(model, dtype)
+
+    def quantize_linear(self, linear: nn.Linear) -> nn.Module:
+        """Quantize a layer without data: integers by rounding, FP8 for inputs from -1 to 1."""
+        import torch
+        from torch import nn
+
+        dtype = linear.weight.dtype
+        method = "fp8" if self.method == "fp8" else "rtn"
+        wanted = dtype if method == "fp8" else torch.float32
+        weight = linear.weight.detach().to(wanted, copy=True)  # INC works in place
+        alone = nn.Sequential(linear_of(weight, linear.bias))
+        self._run(alone, ["0"], method, dtype, [{"input": torch.ones_like(weight[:1])}])
+        return alone[0]
+
+    def _run(
+        self,
+        model: nn.Module,
+        names: list[str],
+        method: str,
+        dtype: torch.dtype,
+        examples: Examples,
+    ) -> None:
+        """Let INC replace the layers `names` of `model`."""
+        import torch
+
+        like = next(model.parameters())
+        layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+        with running(like.device.type), torch.no_grad():
+            from neural_compressor.torch.quantization import convert, prepare
+
+            with showing(model, names):
+                config = self._config(model, names, method, dtype)
+                any_input = next(v for v in examples[0].values() if isinstance(v, torch.Tensor))
+                prepared = prepare(model, config, example_inputs=any_input)
+                for example in () if method == "rtn" else examples:
+                    prepared(**{key: _moved(value, like) for key, value in example.items()})
+                convert(prepared)
+            missed = [n for n in names if not self.target.matches(model.get_submodule(n))]
+            if missed:
+                what = f"calibration did not reach {', '.join(missed[:3])} ({len(missed)} layers)"
+                raise ModelError(what, fix="give examples that use them, or add to skip_modules")
+            for name, layer in layers.items():
+                bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+                self._mark(model.get_submodule(name).train(layer.training), bias)
+
+    def _mark(self, vendor: nn.Module, bias: Tensor | None) -> None:
+        setattr(vendor, MADE_BY, self)
+        complete(vendor, bias)
+
+    def _config(self, model: nn.Module, names: list[str], method: str, dtype: torch.dtype) -> Any:
+        from neural_compressor.torch import quantization
+
+        if self.fp8_format:
+            return quantization.FP8Config(
+                fp8_config=self.fp8_format.upper(),
+                hp_dtype=HP_DTYPES[str(dtype)],
+                allowlist={"names": [], "types": ["Linear"]},
+                dump_stats_path=f"{tempfile.gettempdir()}/stats",
+                **_mode(use_qdq=next(model.parameters()).device.type != "hpu"),
+            )
+        options: dict[str, Any] = {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "use_sym": self.symmetric,
+            "use_layer_wise": False,
+            "quant_lm_head": True,  # what stays dense is not INC's decision
+        }
+        if method == "gptq":
+            options["quant_lm_head"] = False  # it means what follows the blocks
+            options["model_path"] = tempfile.gettempdir()  # or INC looks for it on the hub
+        if method == "awq":
+            # Each layer scales its own inputs. INC would rather move scales into the layer before,
+            # but then no adapter fits the quantized and the dense model alike.
+            options["absorb_layer_dict"] = {n: n for n in in_blocks(names, model, method)}
+        return getattr(quantization, f"{method.upper()}Config")(**options)
+
+    # Checkpoints -------------------------------------------------------------------------------
+
+    def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
+        import torch
+
+        dtype, device = linear.weight.dtype, next(iter(state.values())).device
+        bias = next((v.to(dtype) for k, v in state.items() if k in ("bias", "linear.bias")), None)
+        if self.method == "fp8":
+            ones = torch.ones(linear.weight.shape, dtype=dtype, device=device)
+            vendor = self.quantize_linear(linear_of(ones, bias))
+        else:
+            with running(device.type):
+                from neural_compressor.torch.algorithms.weight_only import modules
+
+                how = {"bits": self.bits, "group_size": self.group_size, "device": device}
+                vendor = modules.INCWeightOnlyLinear(*sizes(linear), **how)
+                if "input_scale" in state:
+                    vendor = scaled_class()(vendor, state["input_scale"])
+                self._mark(vendor, bias)
+        if wrong := vendor.state_dict().keys() ^ state.keys():
+            what = f"a layer has other tensors than this backend's: {', '.join(sorted(wrong))}"
+            raise ModelError(what, fix="load it with neural_compressor.torch.quantization.load")
+        vendor.load_state_dict(state)
+        return vendor
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        from transformers import PreTrainedModel
+
+        from quantadapt.loading import save_layerwise
+
+        config = self.quantization_config() | _fp8_details(model)
+        if isinstance(model, PreTrainedModel):
+            described: Any = SimpleNamespace(
+                quantization_config=lambda: config, left_dense=self.left_dense
+            )
+            return save_layerwise(described, model, path)
+        from safetensors.torch import save_model
+
+        save_model(model, str(path / "model.safetensors"))
+        text = json.dumps(config, indent=2) + "\n"
+        (path / "quantization_config.json").write_text(text, encoding="utf-8")
+        return None
+
+    def quantization_config(self) -> dict[str, Any]:
+        if self.fp8_format:
+            return {"quant_method": "inc", "mode": "LOAD", "fp8_config": self.fp8_format.upper()}
+        is_gptq = self.method != "awq" and self.bits != 3
+        return {
+            "quant_method": "gptq" if is_gptq else "inc",
+            "checkpoint_format": "gptq",
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "sym": self.symmetric,
+            "desc_act": False,
+            "meta": {"quantizer": ["neural-compressor"], "method": self.method},
+        }
+
+    def left_dense(self, names: list[str]) -> dict[str, Any]:
+        if self.fp8_format:
+            return {}  # `_fp8_details` names them, and the head
+        return {"dynamic": {f"-:^{re.escape(name)}$": {} for name in names}}
+
+    @classmethod
+    def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> INC | None:
+        config = quantization_config
+        if "fp8_config" in config:
+            return cls(fp8_format=config["fp8_config"].lower())
+        meta = config.get("meta") or {}
+        if "neural-compressor" not in meta.get("quantizer", ()):
+            return None
+        names = {"bits": "bits", "group_size": "group_size", "symmetric": "sym"}
+        return cls(method=meta["method"], **{name: config[key] for name, key in names.items()})
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> INC | None:
+        vendors = [module for module in model.modules() if cls().target.matches(module)]
+        for vendor in vendors:
+            if not hasattr(vendor, MADE_BY):  # INC made it without us
+                _guess(vendor)._mark(vendor, inner(vendor).bias)
+        return getattr(vendors[0], MADE_BY) if vendors else None
+
+
+class INCTarget(LayerwiseTarget):
+    """INC's `PatchedLinear`, `INCWeightOnlyLinear`, or AWQ's `MulLinear` around the latter."""
+
+    quantizer: INC
+
+    def __init__(self, quantizer: INC) -> None:
+        super().__init__(quantizer)
+        self.quantizes_activations = quantizer.method == "fp8"
+
+    def matches(self, module: nn.Module) -> bool:
+        return is_fp8(module) or (is_integer(module) and not hasattr(module, "behind_scale"))
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        return sizes(inner(module))
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        vendor: Any = module
+        weight: Tensor
+        if not is_fp8(vendor):
+            weight = integers(inner(vendor))
+            return weight if vendor is inner(vendor) else weight * vendor.input_scale
+        if vendor.use_qdq:
+            weight = vendor.dequant_weights(vendor.weight)
+        else:
+            weight = vendor.weight.to(vendor.hp_dtype) * vendor.scale_weight
+        return weight.t().contiguous()
+
+    def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        """Keeps the scales of the inputs; for want of data, GPTQ's layers are rounded."""
+        old: Any = module
+        if inner(module) is module:
+            new = super().requantize(module, weight)
+            for name in {"quant_input", "scale_input"} & (vars(old) | old._modules).keys():
+                setattr(new, name, getattr(old, name))
+            return new
+        layer: Any = super().requantize(module, weight / old.input_scale)
+        scaled: nn.Module = scaled_class()(layer, old.input_scale)
+        self.quantizer._mark(scaled, layer.bias)
+        return scaled
+
+
+def _guess(vendor: Any) -> INC:
+    """Return the quantizer for a layer that was made elsewhere."""
+    if is_fp8(vendor):
+        return INC(fp8_format="e5m2" if "e5m2" in str(vendor.lp_dtype) else "e4m3")
+    layer = inner(vendor)
+    return INC(
+        method="rtn" if layer is vendor else "awq",
+        bits=layer.bits,
+        group_size=layer.group_size,
+        symmetric=bool((zero_points(layer) == 2 ** (layer.bits - 1)).all()),
+    )
+
+
+def _moved(value: Any, like: Tensor) -> Any:
+    """Return an argument of the model on its device and, if it is a float tensor, in its dtype."""
+    if not hasattr(value, "is_floating_point"):
+        return value
+    return value.to(like.device, like.dtype if value.is_floating_point() else None)
+
+
+def _mode(use_qdq: bool) -> dict[str, Any]:
+    """Return what in INC's FP8 config depends on the device."""
+    return {"use_qdq": use_qdq, "scale_method": "maxabs_arbitrary" if use_qdq else "maxabs_hw"}
+
+
+def _fp8_details(model: nn.Module) -> dict[str, Any]:
+    """Return what INC's loader has to know of an FP8 model beside its format."""
+    from torch import nn
+
+    modules = {name: getattr(m, "vendor", m) for name, m in model.named_modules()}
+    layer: Any = next((m for m in modules.values() if is_fp8(m)), None)
+    if layer is None:
+        return {}
+    dense = [f"^{re.escape(name)}$" for name, m in modules.items() if type(m) is nn.Linear]
+    return {
+        **{key: str(value) for key, value in _mode(layer.use_qdq).items()},
+        "hp_dtype": HP_DTYPES[str(layer.hp_dtype)],
+        "allowlist": {"names": [], "types": ["Linear"]},
+        "blocklist": {"names": dense, "types": []},
+    }
+
+
+@hookimpl
+def quantadapt_backends() -> list[Backend]:
+    never = Rule(
+        "inc-merge-never",
+        {"action": ("merge",)},
+        "INC's scales are calibrated for the weights that they belong to, and not made again",
+        f"{KEEP}, or merge onto the unquantized model (quantadapt merge RUN --onto MODEL)",
+        policy=True,
+    )
+    return [
+        Backend(
+            name="inc",
+            summary="Intel Neural Compressor: calibrated FP8; RTN, GPTQ and AWQ of 2-8 bits",
+            quantizer=INC,
+            requires=("neural-compressor>=3.10",),
+            imports=("neural_compressor",),
+            extra="quantadapt[inc]",
+            devices=("cpu", "hpu"),
+            dtypes=("float32", "bfloat16"),
+            calibration=True,
+            merge=Merge.NEVER,
+            rules=(never,),
+        )
+    ]
