@@ -143,13 +143,15 @@ def _quantize_module(
     dtype: torch.dtype,
     skip: tuple[str, ...] | None,
 ) -> nn.Module:
+    vendors: set[nn.Module] = set()
     for name, linear in list(linear_layers(model, skipped_modules(model, skip))):
         linear.requires_grad_(False)
         vendor = quantizer.quantize_linear(linear.to(device=device, dtype=dtype))
+        vendors.update(vendor.modules())
         set_submodule(model, name, vendor.train(linear.training))
     moved: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
-        if not getattr(module, "_is_hf_initialized", False) or type(module) is nn.Linear:
+        if module not in vendors:
             _move_own(module, device, dtype, moved)
     return model
 
