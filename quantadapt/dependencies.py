@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
 from importlib import import_module
+from io import StringIO
 
 from packaging.requirements import Requirement
 
@@ -33,7 +35,8 @@ def import_requirements(backend: Backend) -> None:
     """Import what the backend needs. Raises MissingDependency with the reason if that fails."""
     for name in backend.imports:
         try:
-            import_module(name)
+            with redirect_stdout(StringIO()):  # some print a banner
+                import_module(name)
         except Exception as error:
             fix = f"reinstall it: pip install --force-reinstall '{backend.extra or name}'"
             what = f"backend {backend.name!r} needs {name}, which fails to import: {error!r}"

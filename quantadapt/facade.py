@@ -141,7 +141,7 @@ class QuantLinear(nn.Linear):
     def dequantize(self) -> Tensor:
         """Return the weight, [out_features, in_features], in the compute dtype."""
         with torch.no_grad():
-            return self.target.dequantize(self._vendor).to(self.compute_dtype)
+            return self.target.dequantize(self._vendor).to(self.compute_dtype).contiguous()
 
     def requantize(self, weight: Tensor) -> None:
         """Replace the weight by `weight` [out_features, in_features], quantized as before."""
