@@ -12,6 +12,7 @@ from . import loftq
 from .errors import PlanRefused, Problem, did_you_mean
 from .facade import facades
 from .records import Adapter
+from .state import ModelState
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -40,12 +41,17 @@ def attach_adapter(model: nn.Module, adapter: Adapter, options: Mapping[str, Any
     config = peft_config(model, adapter, given)
     if adapter.peft_type == "LORA":
         use_fused_layers(config)  # type: ignore[arg-type]
+    before = {id(facade.vendor) for _, facade in facades(model)}
     try:
         tuned = get_peft_model(model, config)  # type: ignore[arg-type]
     except (ValueError, TypeError, ImportError, AssertionError) as error:
         raise PlanRefused([Problem(f"PEFT refuses it: {error}", where="adapter")]) from error
     if loftq.wanted(options):
         loftq.initialize(tuned, options)  # type: ignore[arg-type]
+    # PiSSA and LoftQ put new values into the base's layers.
+    rewritten = any(id(facade.vendor) not in before for _, facade in facades(tuned))
+    if isinstance(state := getattr(model, "quantadapt", None), ModelState):
+        state.rewritten = rewritten
     return tuned  # type: ignore[return-value]
 
 

@@ -84,7 +84,6 @@ def initialize(model: PeftModel, options: Mapping[str, Any]) -> None:
                 what = f"it holds no {key}, which LoftQ starts from"
                 raise ModelError(what, fix="use init_lora_weights: true", where=state.source)
             _initialize_layer(layer, checkpoint.read(key), iterations(options))
-    state.rewritten = iterations(options) > 1
 
 
 def _initialize_layer(layer: Any, original: Tensor, count: int) -> None:

@@ -240,7 +240,7 @@ class _Run:
         """Quantize the base. One that is calibrated here is kept in the run folder, because the
         spec alone could not make it again; a resumed run goes on with it."""
         saved = self.folder.path / BASE
-        if self.spec.train.resume and saved.exists():
+        if self.spec.train.resume and self.plan.calibrates and saved.exists():
             return load_base(saved, self.plan.device)
         model = quantize_plan(self.plan, calibration=self.examples)
         if self.examples is not None:

@@ -43,7 +43,7 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True, base: bo
     """Save the adapter to `path/adapter`, or, without one, the quantized base to `path`.
 
     The adapter is a plain PEFT folder; `quantadapt.json` in it records the base. A base that was
-    calibrated here, or rewritten by LoftQ, cannot be made again from that alone, so it is saved
+    calibrated here, or rewritten by PiSSA or LoftQ, cannot be made again from that alone; it is saved
     too, to `path/base`.
 
     Args:
@@ -85,12 +85,12 @@ def save_base(model: nn.Module, folder: Path) -> None:
         state.quantizer.save(base, made)
         if state.tokenizer is not None:
             state.tokenizer.save_pretrained(str(made))
-        _write_record(made, state)
+        _write_record(made, state, rewritten=state.rewritten)
 
 
-def _write_record(folder: Path, state: ModelState) -> None:
+def _write_record(folder: Path, state: ModelState, **more: Any) -> None:
     versions = environment(state.backend.requires)["versions"]
-    record = state.record() | {"format": 1, "versions": versions}
+    record = state.record() | {"format": 1, "versions": versions, **more}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -180,6 +180,8 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
     config.inference_mode = False
     if isinstance(config, LoraConfig):
         use_fused_layers(config)
+        if state.rewritten:  # the base has given its part to the adapter already
+            config.init_lora_weights = True
     peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=config)  # type: ignore[arg-type]
     state.adapter = registry().adapter(record["adapter"])
     state.adapter_options = dict(record["adapter_options"])
@@ -191,7 +193,7 @@ def load_base(folder: Path, device: str) -> nn.Module:
     record = read_record(folder)
     model = quantize(str(folder), record["backend"], device=device, dtype=record["dtype"])
     state = state_of(model)
-    state.source = record["base"]
+    state.source, state.rewritten = record["base"], record.get("rewritten", False)
     state.quantizer = state.backend.quantizer(**record["options"])
     return model
 
