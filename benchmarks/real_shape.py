@@ -43,7 +43,7 @@ ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gptq", {"bits": 3}),
     ("gptq", {"bits": 2}),
     ("awq", {}),
-    ("aqlm", {}),
+    ("aqlm", {"beam_size": 1, "max_epochs": 2}),
 )
 SHAPE = {
     "hidden_size": 2048,

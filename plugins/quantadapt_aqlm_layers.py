@@ -1,0 +1,126 @@
+"""aqlm's layer, and what has to be known to run it right (aqlm 1.1.7)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from aqlm import QuantizedLinear
+from aqlm.utils import _dequantize_weight, unpack_int_data
+from torch import Tensor, nn
+
+from quantadapt.errors import ModelError
+
+if TYPE_CHECKING:
+    from quantadapt_aqlm import AQLM
+
+
+class Layer(QuantizedLinear):  # type: ignore[misc]
+    """The layer that we make: the library's, with `run` as its forward.
+
+    Attributes:
+        made_with: the quantizer.
+    """
+
+    made_with: AQLM
+
+    @classmethod
+    def filled(
+        cls, linear: nn.Linear, state: Mapping[str, Tensor], sizes: dict[str, int], made_with: AQLM
+    ) -> Layer:
+        """Return the layer for `linear` with the tensors of `state`, floats in its dtype.
+
+        Raises:
+            ModelError: a tensor is missing, or has a shape that the sizes do not explain.
+        """
+        shape = (linear.in_features, linear.out_features)
+        with torch.device("meta"):
+            layer = cls(*shape, **sizes, bias=linear.bias is not None, dtype=linear.weight.dtype)
+        for name, empty in list(layer.named_parameters()):
+            found = state.get(name)
+            if found is None or found.shape != empty.shape:
+                what = "is missing" if found is None else f"has shape {list(found.shape)}"
+                what = f"{name} of a layer {what}, expected {list(empty.shape)}"
+                raise ModelError(what, fix="download the checkpoint again, or make it again")
+            setattr(layer, name, nn.Parameter(found.to(empty.dtype), requires_grad=False))
+        layer.made_with = made_with
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        return run(self, input)
+
+
+def dequantize(layer: Any) -> Tensor:
+    """Return the weight, [out_features, in_features]."""
+    codes = unpack_int_data(settled(layer).codes, layer.nbits_per_codebook)
+    weight: Tensor = _dequantize_weight(codes, layer.codebooks, layer.scales)
+    return weight
+
+
+def run(layer: Any, x: Tensor) -> Tensor:
+    """Run the library's kernel, where it has one that is right, and leave the layer as it was."""
+    if not _has_kernel(layer):
+        return nn.functional.linear(x, dequantize(layer), layer.bias)
+    with nullcontext() if x.is_cuda else _one_thread():
+        output: Tensor = QuantizedLinear.forward(settled(layer), x)
+    settled(layer)
+    return output
+
+
+def settled(layer: Any) -> Any:
+    """Return the layer as it is in a checkpoint: the first forward on a CPU transposes the codes of
+    8-bit codebooks for good."""
+    if layer.gemv_op is not None:
+        in_groups = layer.in_features // layer.in_group_size
+        out_groups = layer.out_features // layer.out_group_size
+        on_cpu = layer.codes.device.type == "cpu" and layer.codebook_size == 256
+        if layer.codes.shape[0] == in_groups and (in_groups != out_groups or on_cpu):
+            layer.codes.data = layer.codes.data.transpose(0, 1).contiguous()
+        layer.gemv_op = layer.gemm_op = layer.use_gemv_rule = None
+    return layer
+
+
+def _has_kernel(layer: Any) -> bool:
+    """Say whether aqlm can run the layer. Its kernel for 8-bit codebooks on CPUs wants float32 and
+    groups in one row; those for CUDA are compiled when they are first used."""
+    if layer.codes.is_cuda:
+        from torch.utils.cpp_extension import CUDA_HOME
+
+        return CUDA_HOME is not None
+    fits = layer.out_group_size == 1 and layer.codebooks.dtype == torch.float32
+    return bool(fits or layer.codebook_size != 256)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep numba to one thread: several of them add to the same outputs, and lose some. As soon as
+    numba is asked anything, it sets how many threads torch uses."""
+    import numba
+
+    torch_threads = torch.get_num_threads()
+    threads = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(threads)
+        torch.set_num_threads(torch_threads)
+
+
+@contextmanager
+def as_stored(layers: Iterable[Any]) -> Iterator[None]:
+    """Hold codebooks and scales in half precision for a moment, where that changes no number."""
+    changed: list[tuple[Tensor, Tensor]] = []
+    for layer in layers:
+        for tensor in (settled(layer).codebooks, layer.scales):
+            half = tensor.data.to(torch.float16)
+            if tensor.dtype == torch.float32 and torch.equal(half.float(), tensor.data):
+                changed.append((tensor, tensor.data))
+                tensor.data = half
+    try:
+        yield
+    finally:
+        for tensor, full in changed:
+            tensor.data = full
