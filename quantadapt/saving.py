@@ -43,8 +43,8 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True, base: bo
     """Save the adapter to `path/adapter`, or, without one, the quantized base to `path`.
 
     The adapter is a plain PEFT folder; `quantadapt.json` in it records the base. A base that was
-    calibrated here, or rewritten by PiSSA or LoftQ, cannot be made again from that alone; it is saved
-    too, to `path/base`.
+    calibrated here, or rewritten by PiSSA or LoftQ, cannot be made again from that alone; it is
+    saved too, to `path/base`.
 
     Args:
         model: what `quantize`, `attach` or `load` returned.
