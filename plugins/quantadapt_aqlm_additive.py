@@ -304,13 +304,14 @@ def _search(
     """Go through all groups, each codebook in turn, keeping the `beam_size` best codings so far.
 
     Args:
-        left: what the codes leave of each row, [rows, in_groups, out_group_size, in_group_size].
+        left: what the codes leave of each row, [rows, in_groups, out_group_size, in_group_size];
+            it is used up.
         codes: [rows, in_groups, num_codebooks].
     """
     rows, in_groups, out_size, in_size = left.shape
     at_once = max(1, COLUMNS // in_size)
     lefts = left.transpose(1, 2).reshape(rows, 1, out_size, in_groups * in_size)
-    kept = codes[:, None]
+    kept = codes[:, None].clone()
     errors = left.new_zeros(rows, 1)  # of each beam, against the start
     for first in range(0, in_groups, at_once):
         groups = slice(first, first + at_once)
@@ -325,9 +326,9 @@ def _search(
         beams = _search_columns(beams, moment[columns, columns], codebooks, beam_size)
         # Within the columns only they are copied from beam to beam; the others follow now.
         errors = beams.errors
-        lefts = _pick(lefts, beams.origin).clone()
+        lefts = _pick(lefts, beams.origin)
         lefts[..., columns] = beams.left
-        kept = _pick(kept, beams.origin).clone()
+        kept = _pick(kept, beams.origin)
         kept[:, :, groups] = beams.codes
     return _pick(kept, errors.argmin(1, keepdim=True)).squeeze(1)
 
@@ -386,7 +387,7 @@ def _search_columns(beams: _Beams, moment: Tensor, codebooks: Tensor, beam_size:
 
 
 def _pick(beams: Tensor, parent: Tensor) -> Tensor:
-    """Return the beams [rows, width, ...] that go on."""
+    """Return the beams [rows, width, ...] that go on, as they are where there is only one."""
     rows, width = beams.shape[:2]
     if width == parent.shape[1] == 1:
         return beams
