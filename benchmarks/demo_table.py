@@ -32,6 +32,19 @@ ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("torchao-int4", {}),
     ("torchao-intx", {"bits": 3}),
     ("torchao-fp8", {}),
+    ("eetq", {}),
+    ("quanto", {"weights": "int8"}),
+    ("quanto", {"weights": "int4"}),
+    ("quanto", {"weights": "int2"}),
+    ("gptq", {"bits": 4, "group_size": 64}),
+    ("gptq", {"bits": 3, "group_size": 64}),
+    ("gptq", {"bits": 2, "group_size": 64}),
+    ("awq", {"group_size": 64}),
+    ("autoround", {"bits": 4, "group_size": 64, "iters": 20}),
+    ("autoround", {"bits": 2, "group_size": 64, "iters": 20}),
+    ("aqlm", {"num_codebooks": 1, "in_group_size": 4}),
+    ("inc", {"method": "fp8"}),
+    ("inc", {"method": "rtn", "bits": 4}),
 )
 
 
@@ -47,12 +60,13 @@ def row(backend: str, options: dict[str, Any], steps: int, device: str) -> str:
         )
         metrics = qa.run(spec).metrics
     found, size, merge = metrics["perplexity"], metrics["size"], metrics["merge"]
+    merged = "kl" in merge
     name = " ".join([backend, *(f"{key}={value}" for key, value in options.items())])
     cells = (
         f"{found['quantized']:.2f}",
         f"{found['tuned']:.3f}",
-        f"{found['merged']:.3f}",
-        f"{merge['kl']:.1e}",
+        f"{found['merged']:.3f}" if merged else "refused",
+        f"{merge['kl']:.1e}" if merged else "",
         f"{size['quantized_mib']:.2f}",
         f"{metrics['stages']['quantize']:.2f}",
         f"{1000 * metrics['train']['seconds'] / metrics['train']['steps']:.0f}",
@@ -65,12 +79,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--backend", action="append")
     options = parser.parse_args()
     print("| backend | quantized | tuned | merged | KL of the merge | MiB | quantize s | ms/step |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for backend, chosen in ROWS:
+        if options.backend and backend not in options.backend:
+            continue
         print(row(backend, chosen, options.steps, options.device), flush=True)
-    names = ("torch", "transformers", "peft", "trl", "hqq", "bitsandbytes", "torchao")
+    names = ["torch", "transformers", "peft", "trl", "hqq", "bitsandbytes", "torchao"]
+    names += ["gptqmodel", "aqlm", "neural-compressor", "optimum-quanto", "auto-round"]
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     print(f"\n{platform.machine()}, {torch.get_num_threads()} threads; {versions}")
 

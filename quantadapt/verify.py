@@ -391,6 +391,7 @@ def _environment(folder: Path) -> dict[str, str]:
         "PYTEST_ADDOPTS": f"-c '{folder / 'pytest.ini'}' --rootdir '{folder}'",
         "PYTHONFAULTHANDLER": "1",
         "QUANTADAPT_STRICT": "1",
+        "QUANTADAPT_CACHE": str(folder / "cache"),  # backends are to work, not to remember
         "QUANTADAPT_RESULTS": str(folder / "results.json"),
         "QUANTADAPT_PROGRESS": str(folder / "progress.jsonl"),
     }

@@ -11,8 +11,12 @@ os.environ.setdefault("QUANTADAPT_STRICT", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
+import tempfile
 
 import pytest
+
+_CACHE = tempfile.TemporaryDirectory(prefix="quantadapt-cache-")
+os.environ["QUANTADAPT_CACHE"] = _CACHE.name  # backends are to work, not to remember
 
 pytest_plugins = ("quantadapt.testing.plugin",)
 

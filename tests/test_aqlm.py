@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -247,6 +248,17 @@ def test_other_models_options_and_data_have_other_work_folders(monkeypatch, tmp_
                 model, "aqlm", work_folder=str(tmp_path), dtype=dtype, calibration=shown, **options
             )
     assert len(list(tmp_path.iterdir())) == len(cases)
+
+
+def test_where_finished_layers_are_kept(monkeypatch, tmp_path) -> None:
+    from quantadapt_aqlm_make import _root
+
+    assert _root(AQLM(work_folder="here")) == Path("here")
+    monkeypatch.setenv("QUANTADAPT_CACHE", str(tmp_path))
+    assert _root(AQLM()) == tmp_path / "aqlm"
+    monkeypatch.delenv("QUANTADAPT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _root(AQLM()) == tmp_path / "quantadapt" / "aqlm"
 
 
 def test_a_work_folder_that_cannot_be(tmp_path) -> None:

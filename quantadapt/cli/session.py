@@ -8,6 +8,7 @@ place where errors become sentences and exit codes.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import traceback
@@ -61,12 +62,34 @@ class Session:
         self.quiet.move_log(path)
 
 
+class _Progress(logging.Handler):
+    """Shows what a backend that takes long logs under "quantadapt" while it works."""
+
+    def __init__(self, shown: Session) -> None:
+        super().__init__(logging.INFO)
+        self.shown, self.logger = shown, logging.getLogger("quantadapt")
+        self.before = self.logger.level
+
+    def start(self) -> None:
+        self.logger.addHandler(self)
+        self.logger.setLevel(logging.INFO)
+
+    def stop(self) -> None:
+        self.logger.removeHandler(self)
+        self.logger.setLevel(self.before)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.shown.err.print(f"  {record.getMessage()}", style="dim", markup=False, soft_wrap=True)
+
+
 @contextmanager
 def session(*, as_json: bool = False) -> Iterator[Session]:
     """Run the body quietly. Whatever it raises ends in SystemExit with the right code."""
     quiet = Quiet(lambda text: shown.note(text))
     quiet.start()
     shown = Session(_console(quiet.out), _console(quiet.err), as_json, quiet)
+    progress = _Progress(shown)
+    progress.start()
     code = 0
     try:
         yield shown
@@ -75,6 +98,7 @@ def session(*, as_json: bool = False) -> Iterator[Session]:
     except BaseException as error:
         code = _report(shown, error)
     finally:
+        progress.stop()
         quiet.stop(keep_log=code == 1)
     if code:
         raise SystemExit(code)
