@@ -176,6 +176,7 @@ class AutoRound(LayerwiseQuantizer):
             qlinear_torch_zp,
         )
 
+        _give_logging_back()
         kind: Any = (qlinear_torch_zp if self.sym else qlinear_torch).QuantLinear
         sizes = linear.in_features, linear.out_features
         module = kind(self.bits, self.group_size or -1, *sizes, linear.bias is not None)
@@ -324,6 +325,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(), torch._tensor_str.printoptions():
             yield
     finally:
+        _give_logging_back()
         gc.unfreeze()
         random.setstate(states[0])
         numpy.random.set_state(states[1])
@@ -333,6 +335,17 @@ def _restored(model: nn.Module) -> Iterator[None]:
             for name in set(vars(module)) - before.get(id(module), set(vars(module))):
                 delattr(module, name)
         model.train(training)
+
+
+def _give_logging_back() -> None:
+    """Importing auto-round makes warnings of all of transformers its own, and shows them."""
+    import logging
+
+    from transformers.utils import logging as of_transformers
+
+    for name in ("warning_once", "info_once"):
+        if hasattr(of_transformers, name):
+            setattr(logging.Logger, name, getattr(of_transformers, name))
 
 
 @hookimpl

@@ -255,3 +255,18 @@ def test_giving_up_is_an_error(monkeypatch):
     )
     with pytest.raises(ModelError, match="no transformer block"):
         quantized()
+
+
+def test_warnings_of_transformers_stay_its_own(caplog) -> None:
+    import logging
+
+    import auto_round  # noqa: F401 (which takes them over)
+    from quantadapt_autoround import _give_logging_back
+
+    _give_logging_back()
+    logging.getLogger("transformers.a_test").warning_once("a warning of its own")
+    assert [r.name for r in caplog.records if "of its own" in r.message] in (
+        [],  # transformers does not propagate by default
+        ["transformers.a_test"],
+    )
+    assert logging.Logger.warning_once.__module__.startswith("transformers")

@@ -196,14 +196,13 @@ def run(suite, bench, name):
     method = getattr(suite, name)
     wanted = method.__code__.co_varnames[2 : method.__code__.co_argcount]
     if "adapter" in wanted:
+        kinds = ("dense", "requantize") if "kind" in wanted else ()
         for adapter in bench.adapters_for(getattr(method, "cells", "attach")):
-            method(bench, adapter)
+            for rest in [(kind,) for kind in kinds] or [()]:
+                method(bench, adapter, *rest)
     elif "reentrant" in wanted:
         for reentrant in (True, False):
             method(bench, reentrant)
-    elif "kind" in wanted:
-        for kind in ("dense", "requantize"):
-            method(bench, kind)
     else:
         method(bench)
 
@@ -277,12 +276,12 @@ def test_the_message_of_strict_says_what_to_do(make):
     with pytest.raises(
         AssertionError, match=r"absmax-no-vera refuses something that works.*narrow"
     ):
-        suite.test_refused_cells_do_not_work(bench)
+        suite.test_refused_cells_do_not_work(bench, "vera")
 
 
 def test_without_strict_a_wrong_refusal_passes(make):
     suite, bench = make(Plugin(rules=(NO_VERA,)), adapters=("vera",), strict=False)
-    suite.test_refused_cells_do_not_work(bench)
+    suite.test_refused_cells_do_not_work(bench, "vera")
 
 
 def test_an_adapter_that_only_says_it_starts_at_zero_is_caught(make):

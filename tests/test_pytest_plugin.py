@@ -118,7 +118,7 @@ def test_tests_of_one_adapter_follow_each_other(run):
     ids = [line for line in done.stdout.splitlines() if "::" in line]
     assert all("test_backend.py::hqq::" in line for line in ids)
     assert len(ids) > 50
-    found = [re.search(r"\[(ia3|lora)\]", line) for line in ids]
+    found = [re.search(r"\[(?:\w+-)?(ia3|lora)(?:-\w+)?\]", line) for line in ids]
     parts = [match[1] if match else "" for match in found]
     changes = [b for a, b in zip([None, *parts], parts, strict=False) if a != b]
     assert changes == ["", "ia3", "lora", ""]
