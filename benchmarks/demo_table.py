@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import platform
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from versions import versions
 
 import quantadapt as qa
 
@@ -89,8 +89,7 @@ def main() -> None:
         print(row(backend, chosen, options.steps, options.device), flush=True)
     names = ["torch", "transformers", "peft", "trl", "hqq", "bitsandbytes", "torchao"]
     names += ["gptqmodel", "aqlm", "neural-compressor", "optimum-quanto", "auto-round"]
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
-    print(f"\n{platform.machine()}, {torch.get_num_threads()} threads; {versions}")
+    print(f"\n{platform.machine()}, {torch.get_num_threads()} threads; {versions(*names)}")
 
 
 if __name__ == "__main__":

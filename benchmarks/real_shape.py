@@ -14,11 +14,11 @@ import platform
 import sysconfig
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from versions import versions
 
 import quantadapt as qa
 from quantadapt import demo
@@ -54,6 +54,7 @@ SHAPE = {
     "head_dim": 64,
 }
 LENGTH, BATCH = 512, 32
+PACKAGES = ("torch", "transformers", "bitsandbytes", "hqq", "torchao", "gptqmodel", "aqlm")
 
 
 def make(folder: Path, steps: int) -> None:
@@ -134,17 +135,7 @@ def main() -> None:
             print(row(str(given.model), backend, options), flush=True)
         except qa.QuantadaptError as error:
             print(f"| {backend} | {str(error).splitlines()[0]} | | | |", flush=True)
-    print(f"\n{torch.cuda.get_device_name()}, {platform.machine()}; {_versions()}")
-
-
-def _versions() -> str:
-    found = []
-    for name in ("torch", "transformers", "bitsandbytes", "hqq", "torchao", "gptqmodel", "aqlm"):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
+    print(f"\n{torch.cuda.get_device_name()}, {platform.machine()}; {versions(*PACKAGES)}")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from versions import versions
 
 SHAPES: dict[str, dict[str, int]] = {
     "demo": {
@@ -47,6 +48,7 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 BATCH, LENGTH, RANK = 4, 2048, 16
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "hqq", "torchao")
 
 
 def checkpoint(shape: str, folder: Path) -> Path:
@@ -226,7 +228,7 @@ def main() -> None:
     print("| --- | ---: | ---: | ---: | ---: | --- |")
     for case in given.case:
         print(_row(case, given), flush=True)
-    print(f"\n{given.shape}; {platform.machine()}; {_versions()}")
+    print(f"\n{given.shape}; {platform.machine()}; {versions(*PACKAGES)}")
 
 
 def _row(case: str, given: argparse.Namespace) -> str:
@@ -245,16 +247,6 @@ def _row(case: str, given: argparse.Namespace) -> str:
         ", ".join(f"{loss:.3f}" for loss in found["losses"]),
     )
     return f"| {case} | {' | '.join(cells)} |"
-
-
-def _versions() -> str:
-    found = []
-    for name in ("torch", "transformers", "peft", "trl", "bitsandbytes", "hqq", "torchao"):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
 
 
 if __name__ == "__main__":

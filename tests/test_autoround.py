@@ -257,16 +257,13 @@ def test_giving_up_is_an_error(monkeypatch):
         quantized()
 
 
-def test_warnings_of_transformers_stay_its_own(caplog) -> None:
+def test_warnings_of_transformers_stay_its_own() -> None:
+    """auto-round takes them over when it is imported; after its work they are given back."""
     import logging
 
-    import auto_round  # noqa: F401 (which takes them over)
+    import auto_round.logger as theirs
     from quantadapt_autoround import _give_logging_back
 
+    logging.Logger.warning_once = theirs.warning_once
     _give_logging_back()
-    logging.getLogger("transformers.a_test").warning_once("a warning of its own")
-    assert [r.name for r in caplog.records if "of its own" in r.message] in (
-        [],  # transformers does not propagate by default
-        ["transformers.a_test"],
-    )
     assert logging.Logger.warning_once.__module__.startswith("transformers")
