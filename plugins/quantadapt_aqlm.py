@@ -66,6 +66,14 @@ class AQLM(LayerwiseQuantizer):
         group = self.in_group_size * self.out_group_size
         return self.num_codebooks * self.nbits_per_codebook / group
 
+    def bits_per_weight(
+        self, in_features: int, out_features: int, *, device: str, dtype: str
+    ) -> float:
+        scale, group = 32 if dtype == "float32" else 16, self.in_group_size * self.out_group_size
+        books = self.num_codebooks * (1 << self.nbits_per_codebook) * group * scale
+        scales = scale / (in_features * self.out_group_size)
+        return self.bits + books / (in_features * out_features) + scales
+
     def misfit(self, in_features: int, out_features: int) -> str | None:
         for size, features, what in (
             (self.in_group_size, in_features, "inputs"),

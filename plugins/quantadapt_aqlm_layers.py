@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from aqlm import QuantizedLinear
-from aqlm.utils import _dequantize_weight, unpack_int_data
+from aqlm.utils import unpack_int_data
 from torch import Tensor, nn
 
+from quantadapt.compiling import one_kernel
 from quantadapt.errors import ModelError
 
 if TYPE_CHECKING:
@@ -54,9 +55,16 @@ class Layer(QuantizedLinear):  # type: ignore[misc]
 
 def dequantize(layer: Any) -> Tensor:
     """Return the weight, [out_features, in_features]."""
-    codes = unpack_int_data(settled(layer).codes, layer.nbits_per_codebook)
-    weight: Tensor = _dequantize_weight(codes, layer.codebooks, layer.scales)
-    return weight
+    tensors = (settled(layer).codes.data, layer.codebooks.data, layer.scales.data)
+    return one_kernel(_dequantize, *tensors, static=(layer.nbits_per_codebook,))
+
+
+def _dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Add up the codes' vectors. The library's own way makes all intermediate results."""
+    indices = unpack_int_data(codes, bits)  # [out groups, in groups, codebooks]
+    groups = sum(book[indices[..., i]] for i, book in enumerate(codebooks))
+    weight: Tensor = (groups * scales).swapaxes(1, 2)  # [out groups, group, in groups, group]
+    return weight.reshape(indices.shape[0] * codebooks.shape[2], -1)
 
 
 def run(layer: Any, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from quantadapt.capabilities import Merge, Rule
+from quantadapt.compiling import one_kernel
 from quantadapt.errors import DataError, ModelError
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 BLOCK = 32
 """Codes that are packed together along the inputs, and zero points along the outputs."""
+TRACE = 5
+"""The level of `logging.Logger.trace`, as auto-round and neural-compressor have it."""
 LONGEST = 2048
 """Tokens in a calibration row, at most."""
 FORMATS = {True: ("auto_round:auto_gptq", "auto_round:gptq"), False: ("auto_round",)}
@@ -64,6 +67,11 @@ class AutoRound(LayerwiseQuantizer):
         if self.group_size and in_features % self.group_size:
             return f"group_size {self.group_size} does not divide {in_features} inputs"
         return None
+
+    def bits_per_weight(
+        self, in_features: int, out_features: int, *, device: str, dtype: str
+    ) -> float:
+        return self.bits + (self.bits + 16) / (self.group_size or in_features)
 
     def quantize(
         self,
@@ -251,11 +259,17 @@ class AutoRoundTarget(LayerwiseTarget):
 
     def dequantize(self, module: nn.Module) -> Tensor:
         vendor: Any = module
-        codes = _unpack(vendor.qweight, vendor.bits, 0)
-        zeros = _unpack(vendor.qzeros, vendor.bits, 1) + _offset(vendor)
-        groups = codes.view(len(zeros), -1, vendor.outfeatures) - zeros[:, None]
-        weight: Tensor = (vendor.scales[:, None] * groups).flatten(0, 1)
-        return weight.t()
+        tensors = (vendor.qweight, vendor.qzeros, vendor.scales)
+        packing = (vendor.bits, _offset(vendor))
+        if vendor.bits == 3:  # auto-round's own unpacking cannot be traced
+            return _dequantize(*tensors, *packing)
+        return one_kernel(_dequantize, *tensors, static=packing)
+
+
+def _dequantize(packed: Tensor, zeros: Tensor, scales: Tensor, bits: int, offset: int) -> Tensor:
+    codes, zeros = _unpack(packed, bits, 0), _unpack(zeros, bits, 1) + offset
+    groups = codes.view(len(zeros), -1, codes.shape[1]) - zeros[:, None]
+    return (scales[:, None] * groups).flatten(0, 1).t()
 
 
 def _is_autoround(module: nn.Module) -> bool:
@@ -338,7 +352,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 def _give_logging_back() -> None:
-    """Importing auto-round makes warnings of all of transformers its own, and shows them."""
+    """Importing auto-round makes warnings of all of transformers its own, and shows them; and it
+    takes `trace` from every logger of others, such as neural-compressor's, which gives more."""
     import logging
 
     from transformers.utils import logging as of_transformers
@@ -346,6 +361,12 @@ def _give_logging_back() -> None:
     for name in ("warning_once", "info_once"):
         if hasattr(of_transformers, name):
             setattr(logging.Logger, name, getattr(of_transformers, name))
+
+    def trace(self: logging.Logger, message: str, *args: Any, **kwargs: Any) -> None:
+        if self.isEnabledFor(TRACE):
+            self._log(TRACE, message, args, **{"stacklevel": 2, **kwargs})
+
+    logging.Logger.trace = trace  # type: ignore[attr-defined]
 
 
 @hookimpl

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from quantadapt.capabilities import Merge
+from quantadapt.compiling import one_kernel
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, Quantizer
 from quantadapt.records import Backend
@@ -40,6 +41,14 @@ class _FourBit(_BitsAndBytes):
     @cached_property
     def target(self) -> FourBitTarget:
         return FourBitTarget(self)
+
+    def bits_per_weight(
+        self, in_features: int, out_features: int, *, device: str, dtype: str
+    ) -> float:
+        block, block_of_scales, tables = 64, 256, 32 * (16 + 256)
+        if not self.double_quant:
+            return 4 + 32 / block
+        return 4 + (8 + 32 / block_of_scales) / block + tables / (in_features * out_features)
 
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
         import torch
@@ -119,6 +128,11 @@ class Int8(_BitsAndBytes):
     def target(self) -> Int8Target:
         return Int8Target(self)
 
+    def bits_per_weight(
+        self, in_features: int, out_features: int, *, device: str, dtype: str
+    ) -> float:
+        return 8 + 32 / in_features
+
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
         from bitsandbytes.nn import Int8Params, Linear8bitLt
 
@@ -168,8 +182,32 @@ class FourBitTarget(LayerwiseTarget):
         from bitsandbytes.functional import dequantize_4bit
 
         packed: Any = module.weight
-        weight: Tensor = dequantize_4bit(packed.data, packed.quant_state)
-        return weight
+        if getattr(packed.quant_state, "packing_format_for_cpu", False):
+            _restore(packed)
+        data, state = packed.data, packed.quant_state
+
+        def vendors() -> Tensor:
+            return dequantize_4bit(data, state)  # type: ignore[no-any-return]
+
+        if not state.nested or data.shape[0] == 1:  # 1: an old layout, transposed
+            return vendors()
+        scales, of_scales = state.absmax, state.state2
+        return one_kernel(
+            _dequantize_4bit,
+            *(data, scales, of_scales.code, of_scales.absmax, state.offset, state.code),
+            static=(state.blocksize, of_scales.blocksize, tuple(state.shape), state.dtype),
+            otherwise=vendors,
+        )
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Run the vendor's forward as in training: in evaluation, on a CPU that computes in
+        bfloat16, it lays the weight out anew and rounds its scales, for good."""
+        training = module.training
+        try:
+            output: Tensor = module.train()(x)
+        finally:
+            module.train(training)
+        return output
 
 
 class Int8Target(LayerwiseTarget):
@@ -185,8 +223,45 @@ class Int8Target(LayerwiseTarget):
         codes, scale = vendor.weight.data, vendor.weight.SCB
         if scale is None:  # the first forward moves it
             scale = vendor.state.SCB
-        weight: Tensor = codes * (scale.view(-1, 1) / 127)
-        return weight
+        return one_kernel(_dequantize_int8, codes, scale)
+
+
+def _restore(weight: Any) -> None:
+    """Undo the layout that a vendor's forward on a CPU left a weight in. The vendor's own way back
+    forgets the scales where they are not quantized themselves."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    scales = weight.quant_state.absmax.T.reshape(-1).float()
+    weight.data, state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+    if not state.nested:
+        state.absmax = scales
+
+
+def _dequantize_4bit(
+    packed: Tensor,
+    scales: Tensor,
+    code_of_scales: Tensor,
+    scales_of_scales: Tensor,
+    offset: Tensor,
+    code: Tensor,
+    block: int,
+    block_of_scales: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """As bitsandbytes does with double quantization; the first of two weights is in the high bits
+    of a byte."""
+    import torch
+
+    where = torch.arange(scales.numel(), device=scales.device) // block_of_scales
+    absmax = code_of_scales[scales.int()] * scales_of_scales[where] + offset
+    shifts = torch.arange(4, -1, -4, dtype=torch.uint8, device=packed.device)
+    codes = (packed.view(torch.uint8).view(-1, 1) >> shifts) & 15
+    return (code[codes.int()].view(-1, block) * absmax[:, None]).to(dtype).view(shape)
+
+
+def _dequantize_int8(codes: Tensor, scale: Tensor) -> Tensor:
+    return codes * (scale.view(-1, 1) / 127)
 
 
 def _is(module: nn.Module, weight_class: str) -> bool:

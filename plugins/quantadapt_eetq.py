@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantadapt.capabilities import Merge
+from quantadapt.compiling import one_kernel
 from quantadapt.errors import ModelError
 from quantadapt.hookspecs import hookimpl
 from quantadapt.machine import this_machine
@@ -57,6 +58,11 @@ class EETQ(LayerwiseQuantizer):
             if size % TILE:
                 return f"EETQ packs tiles of {TILE} x {TILE}: {TILE} does not divide {size} {what}"
         return None
+
+    def bits_per_weight(
+        self, in_features: int, out_features: int, *, device: str, dtype: str
+    ) -> float:
+        return 8 + 16 / in_features
 
     def notes(self, device: str) -> tuple[str, ...]:
         name, comment = _vendor_here(device)
@@ -114,7 +120,7 @@ class EETQTarget(LayerwiseTarget):
 
     def dequantize(self, module: nn.Module) -> Tensor:
         vendor: Any = module
-        return dequantize(vendor.weight, vendor.weight_scales)
+        return one_kernel(dequantize, vendor.weight.data, vendor.weight_scales.data)
 
     def decodes(self, module: nn.Module, x: Tensor) -> bool:
         """Say whether the vendor's kernel is there and the faster one for `x`."""

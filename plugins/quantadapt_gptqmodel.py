@@ -42,6 +42,8 @@ class _GPTQModel(LayerwiseQuantizer):
     layouts: ClassVar[tuple[str, ...]]
     multiples: ClassVar[tuple[int, int]]
     """What in_features and out_features have to be multiples of."""
+    index_bits: ClassVar[int] = 0
+    """Of what says for each input in which group it is."""
 
     if TYPE_CHECKING:
         bits: int
@@ -132,6 +134,12 @@ class _GPTQModel(LayerwiseQuantizer):
                 return f"its {size} {what} are no multiple of {multiple}, which packing them takes"
         return None
 
+    def bits_per_weight(
+        self, in_features: int, out_features: int, *, device: str, dtype: str
+    ) -> float:
+        group = in_features if self.group_size == -1 else self.group_size
+        return self.bits + (self.bits + 16) / group + self.index_bits / out_features
+
     @classmethod
     def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> Self | None:
         if quantization_config.get("quant_method") != cls.method:
@@ -169,6 +177,7 @@ class GPTQ(_GPTQModel):
     method = "gptq"
     layouts = ("gptq", "gptq_v2")
     multiples = (32, 32)
+    index_bits = 32
 
     bits: Literal[2, 3, 4, 8] = Field(4, description="bits per weight")
     group_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024] = Field(

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantadapt.compiling import one_kernel
+
 IN_ORDER: tuple[int, ...] = tuple(range(32))
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where AWQ puts each of eight neighbouring codes in a word."""
@@ -173,12 +175,22 @@ def method_of(module: nn.Module) -> str | None:
 
 def unpacked(module: Any) -> tuple[Tensor, Tensor]:
     """Return codes and zeros of a layer."""
-    if method_of(module) == "awq":
-        codes = unpack(module.qweight, module.bits, AWQ_ORDER).t()
-        return codes, unpack(module.qzeros, module.bits, AWQ_ORDER).t()
-    codes = unpack(module.qweight.t().contiguous(), module.bits)
-    less_one = not module.REQUIRES_FORMAT_V2 and module.qzero_format() == 1
-    return codes, unpack(module.qzeros, module.bits).t() + int(less_one)
+    return _unpacked(module.qweight, module.qzeros, *_packing(module))
+
+
+def _packing(module: Any) -> tuple[str | None, int, int]:
+    """Return method, bits, and what zeros were lowered by before they were packed."""
+    method = method_of(module)
+    less_one = method != "awq" and not module.REQUIRES_FORMAT_V2 and module.qzero_format() == 1
+    return method, module.bits, int(less_one)
+
+
+def _unpacked(
+    packed: Tensor, zeros: Tensor, method: str | None, bits: int, lowered: int
+) -> tuple[Tensor, Tensor]:
+    if method == "awq":
+        return unpack(packed, bits, AWQ_ORDER).t(), unpack(zeros, bits, AWQ_ORDER).t()
+    return unpack(packed.t().contiguous(), bits), unpack(zeros, bits).t() + lowered
 
 
 def g_idx_of(module: Any) -> Tensor | None:
@@ -190,8 +202,16 @@ def g_idx_of(module: Any) -> Tensor | None:
 
 def dequantized(module: Any) -> Tensor:
     """Return the weight of a layer."""
-    codes, zeros = unpacked(module)
-    return weight_of(codes, module.scales.t(), zeros, g_idx_of(module)).contiguous()
+    if (g_idx := g_idx_of(module)) is not None:
+        codes, zeros = unpacked(module)
+        return weight_of(codes, module.scales.t(), zeros, g_idx).contiguous()
+    tensors = (module.qweight, module.qzeros, module.scales)
+    return one_kernel(_dequantize, *tensors, static=_packing(module))
+
+
+def _dequantize(packed: Tensor, zeros: Tensor, scales: Tensor, *packing: Any) -> Tensor:
+    codes, zeros = _unpacked(packed, zeros, *packing)
+    return weight_of(codes, scales.t(), zeros, None).contiguous()
 
 
 @cache

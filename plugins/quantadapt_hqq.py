@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from quantadapt.capabilities import Merge
+from quantadapt.compiling import one_kernel
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget
 from quantadapt.records import Backend
@@ -46,6 +47,16 @@ class HQQ(LayerwiseQuantizer):
         if packed % together:
             return f"{packed} groups cannot be packed by {together}, as {self.bits} bits demand"
         return None
+
+    def bits_per_weight(
+        self, in_features: int, out_features: int, *, device: str, dtype: str
+    ) -> float:
+        group = self.group_size or (in_features if self.axis == 1 else out_features)
+        packed: float = self.bits
+        if self.bits == 3:  # ten rows of codes in one of int32
+            rows = in_features * out_features // group if self.axis == 1 else group
+            packed = 32 * -(-rows // 10) / rows
+        return packed + 2 * (32 if dtype == "float32" else 16) / group
 
     def _config(self) -> dict[str, Any]:
         from hqq.core.quantize import BaseQuantizeConfig
@@ -110,13 +121,37 @@ class HQQTarget(LayerwiseTarget):
 
     def dequantize(self, module: nn.Module) -> Tensor:
         _follow(module)
-        weight: Tensor = module.dequantize()  # type: ignore[operator]
-        return weight
+        vendor: Any = module
+        meta = vendor.meta
+        if meta["quant_zero"] or meta["quant_scale"] or meta["view_as_float"]:
+            weight: Tensor = vendor.dequantize()
+            return weight
+        return one_kernel(
+            _dequantize,
+            *(vendor.W_q.data, meta["scale"], meta["zero"]),
+            static=(meta["nbits"], tuple(meta["shape"])),
+            otherwise=vendor.dequantize,
+        )
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         _follow(module)
         output: Tensor = module(x)
         return output
+
+
+def _dequantize(
+    packed: Tensor, scale: Tensor, zero: Tensor, bits: int, shape: tuple[int, int]
+) -> Tensor:
+    """As hqq does. The codes of a byte (of ten in an int32, for 3 bits) belong to rows that lie far
+    apart; their number may have been padded."""
+    import torch
+
+    together = 10 if bits == 3 else 8 // bits
+    shifts = torch.arange((together - 1) * bits, -1, -bits, device=packed.device)
+    codes = (packed >> shifts.to(packed.dtype)[:, None, None]) & (2**bits - 1)
+    rows = shape[0] * shape[1] // packed.shape[1]
+    weight: Tensor = (codes.flatten(0, 1)[:rows].to(scale.dtype) - zero) * scale
+    return weight.view(shape)
 
 
 def _is_hqq(module: nn.Module) -> bool:

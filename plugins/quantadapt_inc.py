@@ -100,6 +100,14 @@ class INC(LayerwiseQuantizer):
             return f"AWQ wants whole groups: {self.group_size} does not divide {in_features} inputs"
         return None
 
+    def bits_per_weight(
+        self, in_features: int, out_features: int, *, device: str, dtype: str
+    ) -> float:
+        if self.bits is None:  # fp8, one scale for the whole layer
+            return 8
+        group = self.group_size or in_features
+        return self.bits + (self.bits + 16) / group + 32 / out_features
+
     def notes(self, device: str) -> tuple[str, ...]:
         if self.method == "fp8" and not device.startswith("hpu"):
             return ("INC rounds to FP8 and multiplies in the compute dtype: no FP8 kernel here",)

@@ -25,6 +25,11 @@ class Dense(LayerwiseQuantizer):
     def target(self) -> DenseTarget:
         return DenseTarget(self)
 
+    def bits_per_weight(
+        self, in_features: int, out_features: int, *, device: str, dtype: str
+    ) -> float:
+        return 32 if dtype == "float32" else 16
+
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
         linear.requires_grad_(False)
         return linear

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from quantadapt.capabilities import Merge
+from quantadapt.compiling import one_kernel
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget
 from quantadapt.records import Backend
@@ -44,6 +45,15 @@ class Quanto(LayerwiseQuantizer):
     @cached_property
     def target(self) -> QuantoTarget:
         return QuantoTarget(self)
+
+    def bits_per_weight(
+        self, in_features: int, out_features: int, *, device: str, dtype: str
+    ) -> float:
+        scale = 32 if dtype == "float32" else 16
+        if self.weights in ("int8", "float8"):
+            return 8 + scale / in_features
+        groups = (size for size in (128, 96, 64, 32) if in_features % size == 0)
+        return int(self.weights[-1]) + 2 * scale / next(groups, in_features)
 
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
         from optimum.quanto import quantize_weight
@@ -155,11 +165,22 @@ def _layer_class() -> Any:
 
 def _dequantize(weight: Any) -> Tensor:
     if not _is_packed(weight):
-        dense: Tensor = weight.dequantize()
-        return dense
-    codes = _unpack(weight._data._data, weight.qtype.bits)[: weight._data.shape[0]]
-    grouped: Tensor = weight._scale * codes - weight._shift
-    return grouped.reshape(weight.shape)
+        return one_kernel(_scaled, weight._data, weight._scale, otherwise=weight.dequantize)
+    return one_kernel(
+        _dequantize_packed,
+        *(weight._data._data, weight._scale, weight._shift),
+        static=(weight.qtype.bits, weight._data.shape[0], tuple(weight.shape)),
+    )
+
+
+def _scaled(codes: Tensor, scale: Tensor) -> Tensor:
+    return scale * codes.to(scale.dtype)
+
+
+def _dequantize_packed(
+    packed: Tensor, scale: Tensor, shift: Tensor, bits: int, rows: int, shape: tuple[int, ...]
+) -> Tensor:
+    return (scale * _unpack(packed, bits)[:rows] - shift).reshape(shape)
 
 
 def _is_packed(weight: Any) -> bool:

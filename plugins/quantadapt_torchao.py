@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from quantadapt.capabilities import Merge, Rule
+from quantadapt.compiling import one_kernel
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, Quantizer
 from quantadapt.records import Backend
@@ -105,6 +107,11 @@ class Int8(_TorchAO):
     config_names = ("Int8WeightOnlyConfig",)
     tensor_names = ("Int8Tensor",)
 
+    def bits_per_weight(
+        self, in_features: int, out_features: int, *, device: str, dtype: str
+    ) -> float:
+        return 8 + (32 + 8) / in_features  # a scale and a zero point
+
     def _config(self, tensor_cores: bool) -> Any:
         from torchao.quantization import Int8WeightOnlyConfig
 
@@ -116,6 +123,11 @@ class Float8(_TorchAO):
 
     config_names = ("Float8WeightOnlyConfig",)
     tensor_names = ("Float8Tensor",)
+
+    def bits_per_weight(
+        self, in_features: int, out_features: int, *, device: str, dtype: str
+    ) -> float:
+        return 8 + 32 / in_features
 
     def _config(self, tensor_cores: bool) -> Any:
         from torchao.quantization import Float8WeightOnlyConfig
@@ -134,6 +146,11 @@ class Intx(_TorchAO):
 
     def misfit(self, in_features: int, out_features: int) -> str | None:
         return _group_misfit(self.group_size, in_features)
+
+    def bits_per_weight(
+        self, in_features: int, out_features: int, *, device: str, dtype: str
+    ) -> float:
+        return _unpacked_bits(self.group_size, dtype)
 
     def _config(self, tensor_cores: bool) -> Any:
         return _intx(self.bits, self.group_size)
@@ -163,6 +180,15 @@ class Int4(_TorchAO):
 
     def misfit(self, in_features: int, out_features: int) -> str | None:
         return _group_misfit(self.group_size, in_features)
+
+    def bits_per_weight(
+        self, in_features: int, out_features: int, *, device: str, dtype: str
+    ) -> float:
+        tiles = device.startswith("cuda") and dtype == "bfloat16"
+        if self.layout == "unpacked" or (self.layout == "auto" and not tiles):
+            return _unpacked_bits(self.group_size, dtype)
+        padded = -(-in_features // 1024) * 1024  # the layout's tiles
+        return (4 + 2 * 16 / self.group_size) * padded / in_features
 
     def _config(self, tensor_cores: bool) -> Any:
         if self.layout == "unpacked" or (self.layout == "auto" and not tensor_cores):
@@ -200,17 +226,59 @@ class TorchAOTarget(LayerwiseTarget):
         return type(weight).__module__.startswith("torchao.") and hasattr(module, "in_features")
 
     def dequantize(self, module: nn.Module) -> Tensor:
-        import torch
-
         weight: Any = module.weight
-        if type(weight).dequantize is not torch.Tensor.dequantize:  # its layout has one of its own
-            dense: Tensor = weight.dequantize()
-            return dense
-        from quantadapt.probe import dequantize_by_probe
-
-        return dequantize_by_probe(
-            module, weight.shape[1], dtype=weight.dtype, device=weight.device
+        if type(weight).__name__ == "Int4TilePackedTo4dTensor":  # it has no dequantize of its own
+            tensors = (weight.qdata, weight.scale_and_zero)
+            return one_kernel(
+                _dequantize_tiles, *tensors, static=(*weight.shape, weight.block_size[-1])
+            )
+        names, context = weight.__tensor_flatten__()
+        layout = _Layout(type(weight), tuple(names), tuple(weight.shape), repr(context), context)
+        tensors = tuple(getattr(weight, name) for name in names)
+        return one_kernel(
+            _dequantize_parts, *tensors, static=(layout,), otherwise=weight.dequantize
         )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a tensor subclass is beside the tensors in it."""
+
+    kind: Any
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    key: str
+    context: Any = field(compare=False)
+
+
+def _dequantize_parts(*parts: Any) -> Tensor:
+    *tensors, layout = parts
+    inner = dict(zip(layout.names, tensors, strict=True))
+    whole = layout.kind.__tensor_unflatten__(inner, layout.context, layout.shape, None)
+    dense: Tensor = whole.dequantize()
+    return dense
+
+
+def _dequantize_tiles(
+    packed: Tensor, scale_and_zero: Tensor, rows: int, columns: int, group_size: int
+) -> Tensor:
+    """Undo PyTorch's `_convert_weight_to_int4pack`, which lays weights out as a warp's 32 threads
+    want them: [rows / 8, columns / (16 k), 32, k / 2] int32 words of eight codes."""
+    import torch
+
+    row = torch.arange(rows, device=packed.device)[:, None]
+    column = torch.arange(columns, device=packed.device)[None]
+    width = 32 * packed.shape[3]  # columns of a tile
+    thread = (row % 8) * 4 + column % 8 // 2
+    words = packed[row // 8, column // width, thread, column % width // 32]
+    codes = (words >> (column % 32 // 8 * 4 + column % 2 * 16)) & 15
+    scale, zero = scale_and_zero[column // group_size, row].float().unbind(-1)
+    return ((codes - 8) * scale + zero).to(scale_and_zero.dtype)
+
+
+def _unpacked_bits(group_size: int, dtype: str) -> float:
+    """Codes, scales in the compute dtype, and zero points in int8."""
+    return 8 + ((32 if dtype == "float32" else 16) + 8) / group_size
 
 
 def _intx(bits: int, group_size: int) -> Any:

@@ -106,6 +106,19 @@ class Quantizer(BaseModel, ABC):
         inputs"), or return None. Asked before any weight is loaded."""
         return None
 
+    def bits_per_weight(
+        self, in_features: int, out_features: int, *, device: str, dtype: str
+    ) -> float | None:
+        """Return how many bits a weight of a layer of this size takes in memory, scales, zero
+        points and the like included; None (the default) if it is not known. Plans predict memory
+        from it.
+
+        Args:
+            device: where the layer will be: "cpu", "cuda", ...
+            dtype: torch's name of the compute dtype, e.g. "bfloat16".
+        """
+        return None
+
     def notes(self, device: str) -> tuple[str, ...]:
         """Return what a plan for `device` should tell, e.g. which kernel will run."""
         return ()

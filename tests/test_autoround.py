@@ -267,3 +267,17 @@ def test_warnings_of_transformers_stay_its_own() -> None:
     logging.Logger.warning_once = theirs.warning_once
     _give_logging_back()
     assert logging.Logger.warning_once.__module__.startswith("transformers")
+
+
+def test_loggers_of_others_can_still_trace(caplog) -> None:
+    """neural-compressor's do, with keywords that auto-round's `trace` does not know."""
+    import logging
+
+    import auto_round.logger as theirs
+    from quantadapt_autoround import TRACE, _give_logging_back
+
+    logging.Logger.trace = theirs.trace
+    _give_logging_back()
+    with caplog.at_level(TRACE, "somebody"):
+        logging.getLogger("somebody").trace("traced %s", "it", stacklevel=3)
+    assert [record.getMessage() for record in caplog.records] == ["traced it"]

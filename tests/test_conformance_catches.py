@@ -136,6 +136,11 @@ class SavesTooLittle(Absmax):
         return super().load_linear(linear, state)
 
 
+class ForgetsTheScales(Absmax):
+    def bits_per_weight(self, in_features, out_features, *, device, dtype):
+        return 7.5
+
+
 class ForgetsWhatItIs(Absmax):
     @classmethod
     def from_checkpoint(cls, quantization_config):
@@ -233,6 +238,10 @@ LIES = {
         "test_requantizing_the_dequantized_weight",
     ),
     "biases dropped": (Plugin(DropsBiases), "test_biases_are_kept"),
+    "bits not counted": (
+        Plugin(ForgetsTheScales),
+        "test_bits_per_weight_are_those_of_a_layer",
+    ),
     "codes lost on disk": (Plugin(SavesTooLittle), "test_save_and_load_give_equal_logits"),
     "a refusal of what works": (Plugin(rules=(NO_VERA,)), "test_refused_cells_do_not_work"),
     "a refused merge that works": (Plugin(rules=(NO_MERGE,)), "test_refused_merges_do_not_work"),

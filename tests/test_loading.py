@@ -97,6 +97,8 @@ def test_saved_checkpoints_load_in_plain_transformers(small, backend, tmp_path) 
     model = qa.quantize(small, backend)
     qa.save(model, tmp_path / "q")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    if backend == "bnb-nf4":
+        plain.train()  # in evaluation it computes in bfloat16, on CPUs that can
     ids = torch.arange(40).reshape(2, 20) + 100
     with torch.no_grad():
         torch.testing.assert_close(
@@ -119,10 +121,32 @@ def test_a_live_model_with_a_device_map_is_adopted(small) -> None:
     )
     ids = torch.arange(40).reshape(2, 20) + 100
     with torch.no_grad():
-        expected = live(ids).logits
+        expected = live.train()(ids).logits
         model = qa.quantize(live, "bnb-nf4")
         assert model.quantadapt.quantizer.double_quant is False
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_live_model_that_has_been_evaluated_is_adopted(small, double_quant) -> None:
+    """On CPUs that compute in bfloat16, bitsandbytes lays weights out anew when it evaluates."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    live = AutoModelForCausalLM.from_pretrained(
+        small, dtype=torch.float32, quantization_config=config
+    )
+    ids = torch.arange(40).reshape(2, 20) + 100
+    with torch.no_grad():
+        expected = live.train()(ids).logits
+        live.eval()(ids)
+        found = qa.quantize(live, "bnb-nf4")(ids).logits
+    assert float((found - expected).norm() / expected.norm()) < 1e-2
 
 
 def test_a_truncated_checkpoint_is_a_sentence(small, tmp_path) -> None:

@@ -36,6 +36,17 @@ class AbsmaxQuantizer(LayerwiseQuantizer):
             return f"{self.group_size} does not divide its {in_features} inputs"
         return None
 
+    def bits_per_weight(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        device: str,
+        dtype: str,
+    ) -> float:
+        """Return what a weight takes, its share of a scale included."""
+        return 8 + 32 / (self.group_size or in_features)
+
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
         """Return the quantized layer for `linear`."""
         from .layer import AbsmaxLinear

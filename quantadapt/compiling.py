@@ -1,0 +1,106 @@
+"""Plain functions of tensors as one kernel each, while a model trains on CUDA.
+
+In eager mode each operation of a `dequantize` goes through the whole weight. Inductor makes one
+pass of it, for some formats faster than the vendor's kernel. Compiling takes a second or two for
+each shape, so it is done for training only, and for weights that are large enough to gain by it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LEAST_BYTES = 2**19
+"""Packed weights below this size are left to eager mode: starting a kernel costs more."""
+
+_active = False
+_kernels: dict[Any, Callable[..., Any] | None] = {}
+
+
+@contextmanager
+def compiled_functions() -> Iterator[None]:
+    """Inside, `one_kernel` compiles where that pays."""
+    global _active
+    before, _active = _active, find_spec("triton") is not None
+    try:
+        yield
+    finally:
+        _active = before
+
+
+def one_kernel(
+    function: Callable[..., Tensor],
+    *tensors: Tensor,
+    static: tuple[Any, ...] = (),
+    otherwise: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """Return function(*tensors, *static), computed by one kernel where that pays.
+
+    Args:
+        function: of tensors, in plain torch, without side effects; of a module, not a closure.
+        tensors: the packed weight first. Bit for bit the result is that of eager mode.
+        static: hashable; a kernel is made for each combination of these and of the shapes.
+        otherwise: the vendor's own way, taken where nothing is compiled.
+    """
+    kernel = _kernel(function, tensors, static) if _pays(tensors[0]) else None
+    if kernel is not None:
+        result: Tensor = kernel(*tensors)
+        return result
+    return function(*tensors, *static) if otherwise is None else otherwise()
+
+
+def _pays(packed: Tensor) -> bool:
+    return _active and packed.is_cuda and packed.nbytes >= LEAST_BYTES
+
+
+def _kernel(
+    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], static: tuple[Any, ...]
+) -> Callable[..., Any] | None:
+    key = (function, static, tensors[0].device, *[(t.shape, t.dtype) for t in tensors])
+    if key not in _kernels:
+        _kernels[key] = _compile(function, tensors, static)
+    return _kernels[key]
+
+
+def _compile(
+    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], static: tuple[Any, ...]
+) -> Callable[..., Any] | None:
+    """Return the kernel, or None where there is no compiler, or it does not know an operation."""
+    import torch
+    from torch._inductor.compile_fx import compile_fx_inner  # torch.compile's, without its guards
+
+    # As in eager mode, intermediate results are rounded to their dtype.
+    rounded = torch._inductor.config.patch(emulate_precision_casts=True)
+    try:
+        with torch.no_grad(), rounded:
+            kernel: Any = compile_fx_inner(traced(function, tensors, static), [*tensors])
+            kernel([*tensors])
+    except Exception as error:
+        name, reason = function.__name__, (str(error).strip() or type(error).__name__).splitlines()
+        warnings.warn(f"{name} runs uncompiled, which is slower: {reason[0]}", stacklevel=2)
+        return None
+    return lambda *given: kernel([*given])[0]
+
+
+def traced(
+    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], static: tuple[Any, ...]
+) -> Any:
+    """Return the operations of function(*tensors, *static) as a module that returns a tuple;
+    computes nothing."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.func import functionalize
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    operations = make_fx(
+        functionalize(lambda *given: (function(*given, *static),)),
+        decomposition_table=select_decomp_table(),
+        tracing_mode="fake",
+        _allow_non_fake_inputs=True,  # constants, such as a table of shifts
+    )
+    return operations(*tensors)
