@@ -9,6 +9,7 @@ dtype and device are free, the dequantized numbers are made when somebody comput
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,8 +78,25 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (dy,) = grads
-        weight = ctx.facade.dequantize()
+        weight = ctx.facade.weight_for_backward()
         return (dy.to(weight.dtype) @ weight).to(ctx.dtype), None
+
+
+_recomputing = False
+
+
+@contextmanager
+def recomputing() -> Iterator[None]:
+    """Inside, each facade keeps the weight that it dequantizes for its backward.
+
+    For gradient checkpointing, where backward follows at once; elsewhere all weights would pile up.
+    """
+    global _recomputing
+    before, _recomputing = _recomputing, True
+    try:
+        yield
+    finally:
+        _recomputing = before
 
 
 class QuantLinear(nn.Linear):
@@ -91,6 +109,7 @@ class QuantLinear(nn.Linear):
     """
 
     _vendor: nn.Module
+    _kept: Tensor | None = None
 
     def __init__(self, vendor: nn.Module, target: AdapterTarget, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -103,6 +122,7 @@ class QuantLinear(nn.Linear):
             parameter.requires_grad_(False)
 
     def _adopt(self, vendor: nn.Module) -> None:
+        self.forget()
         # Not a submodule: PEFT must not find a second linear layer behind this one.
         object.__setattr__(self, "_vendor", vendor)
         object.__setattr__(self, "_parameters", vendor._parameters)
@@ -143,6 +163,15 @@ class QuantLinear(nn.Linear):
         with torch.no_grad():
             return self.target.dequantize(self._vendor).to(self.compute_dtype).contiguous()
 
+    def weight_for_backward(self) -> Tensor:
+        """Return the weight as `dequantize` does; the one kept by a recomputation is given away."""
+        kept, self.__dict__["_kept"] = self._kept, None
+        return self.dequantize() if kept is None else kept
+
+    def forget(self) -> None:
+        """Drop a weight that was kept for a backward that will not come."""
+        self.__dict__["_kept"] = None
+
     def requantize(self, weight: Tensor) -> None:
         """Replace the weight by `weight` [out_features, in_features], quantized as before."""
         with torch.no_grad():
@@ -152,18 +181,31 @@ class QuantLinear(nn.Linear):
             parameter.requires_grad_(False)
         self._adopt(vendor)
 
+    def compute_dtype_for(self, device_type: str) -> torch.dtype:
+        """Return the dtype that the layer computes in: that of autocast where it is on."""
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return self.compute_dtype
+
     def vendor_forward(self, x: Tensor) -> Tensor:
         """Run the layer without a graph, in the compute dtype; the output has the dtype of x."""
         device_type = x.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if autocast else self.compute_dtype
-        with torch.no_grad(), torch.autocast(device_type, enabled=False):
-            if self.target.quantizes_activations or self.target.decodes(self._vendor, x.to(dtype)):
-                y = self.target.forward(self._vendor, x.to(dtype))
-            else:
-                bias = None if self.bias is None else self.bias.to(dtype)
-                y = nn.functional.linear(x.to(dtype), self.dequantize().to(dtype), bias)
-        return y.to(dtype if autocast else x.dtype)
+        dtype = self.compute_dtype_for(device_type)
+        if torch.is_autocast_enabled(device_type):
+            with torch.no_grad(), torch.autocast(device_type, enabled=False):
+                return self._run(x.to(dtype))
+        with torch.no_grad():
+            return self._run(x.to(dtype)).to(x.dtype)
+
+    def _run(self, x: Tensor) -> Tensor:
+        target, dtype = self.target, x.dtype
+        if target.quantizes_activations or target.decodes(self._vendor, x):
+            return target.forward(self._vendor, x).to(dtype)
+        weight = self.dequantize()
+        # Not by setattr, which takes nn.Module long.
+        self.__dict__["_kept"] = weight if _recomputing else None
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return nn.functional.linear(x, weight.to(dtype), bias)
 
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = _Frozen.apply(input, self)  # type: ignore[no-untyped-call]
@@ -181,6 +223,8 @@ class QuantLinear(nn.Linear):
     # Saving and moving are the vendor's business: it knows what its tensors mean.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        if hasattr(self._vendor, "_shard"):  # its tensors have no memory of their own, see sharding
+            return self
         self._vendor._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._adopt(self._vendor)
         return self

@@ -1,18 +1,23 @@
-"""LoRA over a facade as one autograd function: y = x Wᵀ + s (x Aᵀ) Bᵀ.
+"""LoRA over facades as one autograd function: y = x Wᵀ + s (x Aᵀ) Bᵀ.
 
 Backward needs x and nothing else: the weight is dequantized again instead of being kept, x Aᵀ is
-computed again. A and B stay in their own precision (float32 masters) and are cast inside. PEFT
+computed again. A and B stay in their own precision (float32 masters) and are cast inside. Layers
+that get the same x (query, key and value; gate and up) are one function, which reads x once. PEFT
 makes these layers in place of its own, so saving, merging, `disable_adapter` and several adapters
 are PEFT's; whatever is not plain LoRA takes PEFT's own forward.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import copy
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .facade import QuantLinear
@@ -21,24 +26,55 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
+class LoraTerm(NamedTuple):
+    """One layer: its frozen base, A [r, in_features], B [out_features, r] and the factor.
+
+    `a_cast` and `b_cast` are A and B in the dtype of the computation.
+    """
+
+    facade: QuantLinear
+    a: Tensor
+    b: Tensor
+    scaling: float
+    a_cast: Tensor
+    b_cast: Tensor
+
+
 class FusedLoraLinear(Linear):  # type: ignore[misc]
     """PEFT's LoRA layer with a forward of its own where a single plain LoRA is active."""
 
+    _in_training: _InTraining | None = None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base and adapter: [..., in_features] -> [..., out_features]."""
-        adapter = None if args or kwargs else self._only_plain_adapter()
-        if adapter is None:
+        if args or kwargs or (plain := self.plain()) is None:
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
-        dropped = self.lora_dropout[adapter](x)
-        return fused_lora(
-            x,
-            None if dropped is x else dropped,
-            self.lora_A[adapter].weight,
-            self.lora_B[adapter].weight,
-            self.base_layer,
-            self.scaling[adapter],
-        )
+        term, dropout = plain
+        dropped = x if dropout is None else dropout(x)
+        # An x without a graph is saved by each layer for itself: joined, a recomputation would save
+        # fewer tensors than the pass it repeats.
+        if self._in_training is not None and dropped is x and x.requires_grad:
+            return self._in_training.siblings.forward(self, term, x)
+        (output,) = fused_lora(x, None if dropped is x else dropped, [term])
+        return output
+
+    def plain(self) -> tuple[LoraTerm, nn.Module | None] | None:
+        """Return what a single plain LoRA adds to the base, and its dropout if it has any; None
+        where something else is active."""
+        lent = self._in_training
+        if lent is not None and lent.active == self._active_adapter:
+            switched_off = self._disable_adapters or self.merged_adapters
+            return None if switched_off else (lent.term, lent.dropout)
+        adapter = self._only_plain_adapter()
+        if adapter is None:
+            return None
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        facade, dropout = self.base_layer, self.lora_dropout[adapter]
+        dtype = facade.compute_dtype_for(a.device.type)
+        casts = (a.detach().to(dtype), b.detach().to(dtype))
+        term = LoraTerm(facade, a, b, self.scaling[adapter], *casts)
+        return term, None if isinstance(dropout, nn.Identity) else dropout
 
     def _only_plain_adapter(self) -> str | None:
         active = [name for name in self.active_adapters if name in self.lora_A]
@@ -54,28 +90,122 @@ def use_fused_layers(config: LoraConfig) -> None:
     config._register_custom_module({QuantLinear: FusedLoraLinear})
 
 
-def fused_lora(
-    x: Tensor, dropped: Tensor | None, a: Tensor, b: Tensor, facade: QuantLinear, scaling: float
-) -> Tensor:
-    """Return x Wᵀ + bias + scaling (dropped Aᵀ) Bᵀ.
+class _Siblings:
+    """The fused layers of one module. Which of them get the same x shows when they are called: the
+    first pass computes them one by one, later ones all of them when the first is called."""
+
+    def __init__(self) -> None:
+        self._partners: dict[FusedLoraLinear, list[FusedLoraLinear]] = {}
+        self._ready: dict[FusedLoraLinear, Tensor] = {}
+        self._leader: FusedLoraLinear | None = None
+        self._x: Any = lambda: None
+
+    def forward(self, layer: FusedLoraLinear, term: LoraTerm, x: Tensor) -> Tensor:
+        if self._leader is not None and self._x() is x and layer is not self._leader:
+            if layer in self._ready:
+                _kept(x)  # a recomputation has to save as many tensors as the pass it repeats
+                return self._ready.pop(layer)
+            self._partners.setdefault(self._leader, []).append(layer)
+            (output,) = fused_lora(x, None, [term])
+            return output
+        for unused in self._ready:  # computed in vain: do so no more
+            for partners in self._partners.values():
+                if unused in partners:
+                    partners.remove(unused)
+        self._leader, self._x = layer, weakref.ref(x)
+        together, terms = [layer], [term]
+        for partner in self._partners.get(layer, ()):
+            plain = partner.plain()
+            if plain is not None and (plain[1] is None or not partner.training):
+                together.append(partner)
+                terms.append(plain[0])
+        outputs = fused_lora(x, None, terms)
+        self._ready = dict(zip(together[1:], outputs[1:], strict=True))
+        return outputs[0]
+
+
+class _InTraining(NamedTuple):
+    """What a fused layer is lent while its model trains."""
+
+    active: Any
+    term: LoraTerm
+    dropout: nn.Module | None
+    siblings: _Siblings
+
+
+class FusedTraining:
+    """The fused layers of a model that trains: what they are is looked up once, A and B are cast
+    once a step, and layers that get the same x are computed together."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers: list[FusedLoraLinear] = []
+        self._masters: list[Tensor] = []
+        self._casts: list[Tensor] = []
+        for module in model.modules():
+            siblings = _Siblings()
+            for child in module.children():
+                if isinstance(child, FusedLoraLinear) and (plain := child.plain()) is not None:
+                    self._lend(child, *plain, siblings)
+
+    def _lend(
+        self,
+        layer: FusedLoraLinear,
+        term: LoraTerm,
+        dropout: nn.Module | None,
+        siblings: _Siblings,
+    ) -> None:
+        self.layers.append(layer)
+        if term.a_cast.dtype != term.a.dtype:
+            self._masters += [term.a.detach(), term.b.detach()]
+            self._casts += [term.a_cast, term.b_cast]
+        active = copy.copy(layer._active_adapter)
+        layer.__dict__["_in_training"] = _InTraining(active, term, dropout, siblings)
+
+    def refresh(self) -> None:
+        """Cast A and B of all layers again; to be called whenever an optimizer has changed them."""
+        if self._masters:
+            torch._foreach_copy_(self._casts, self._masters)
+
+    def end(self) -> None:
+        """Take back what was lent."""
+        for layer in self.layers:
+            layer.__dict__.pop("_in_training", None)
+
+
+@contextmanager
+def fused_training(model: nn.Module) -> Iterator[FusedTraining]:
+    """Make the fused layers of `model` ready for training, for the duration of the block."""
+    training = FusedTraining(model)
+    try:
+        yield training
+    finally:
+        training.end()
+
+
+def fused_lora(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> tuple[Tensor, ...]:
+    """Return x Wᵀ + bias + scaling (dropped Aᵀ) Bᵀ of each term.
 
     Args:
         x: [..., in_features].
-        dropped: x after dropout, which only the adapter sees; None if there is none.
-        a, b: [r, in_features] and [out_features, r].
-        facade: the base layer; its weight is not trained.
-        scaling: factor of the adapter's term.
+        dropped: x after dropout, which only the adapters see; None if there is none.
+        terms: the layers; all get the same x.
     """
-    keeper = None
-    if x.requires_grad and torch.is_grad_enabled():
-        x = _Keep.apply(x)  # type: ignore[no-untyped-call]
-        keeper = x.grad_fn
-    output: Tensor = _FusedLora.apply(x, dropped, a, b, facade, scaling, keeper)  # type: ignore[no-untyped-call]
-    return output
+    x, keeper = _kept(x)
+    weights = [weight for term in terms for weight in (term.a, term.b)]
+    outputs: tuple[Tensor, ...] = _FusedLora.apply(x, dropped, terms, keeper, *weights)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+def _kept(x: Tensor) -> tuple[Tensor, Any]:
+    """Return x, saved for backward, and the node that has it; without a graph, x and None."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x, None
+    x = _Keep.apply(x)  # type: ignore[no-untyped-call]
+    return x, x.grad_fn
 
 
 class _Keep(torch.autograd.Function):
-    """Saves x in front of the layer, for its backward.
+    """Saves x in front of the layers, for their backward.
 
     Gradient checkpointing recomputes a block until the last tensor that was saved in it is there
     again. x is saved before the matrix products, and they save nothing, so those of the block's
@@ -98,50 +228,102 @@ class _FusedLora(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        facade: QuantLinear,
-        scaling: float,
+        terms: Sequence[LoraTerm],
         keeper: Any,
-    ) -> Tensor:
-        y = facade.vendor_forward(x)
-        ctx.facade, ctx.scaling, ctx.keeper = facade, scaling, keeper
-        ctx.a, ctx.b = a, b  # leaves: saved as they are
-        ctx.dtypes = x.dtype, y.dtype
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        outputs = [term.facade.vendor_forward(x) for term in terms]
+        dtype = outputs[0].dtype
+        ctx.terms, ctx.keeper, ctx.dtypes = terms, keeper, (x.dtype, dtype)
+        ctx.set_materialize_grads(False)
+        ctx.has_dropped = dropped is not None
         ctx.save_for_backward(
             *(t for t in (x if keeper is None else None, dropped) if t is not None)
         )
-        ctx.has_dropped = dropped is not None
-        with torch.autocast(x.device.type, enabled=False):
-            h = _flat(x if dropped is None else dropped, y.dtype) @ a.to(y.dtype).T
-            y = y if y.is_contiguous() else y.contiguous()
-            y.view(-1, y.shape[-1]).addmm_(h, b.to(y.dtype).T, alpha=scaling)
-        # Autograd forbids in-place changes of a view that was made in here.
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+        with _no_autocast(x.device.type):
+            h = _flat(x if dropped is None else dropped, dtype) @ _stacked_a(terms, dtype).T
+            parts = torch.split(h, [term.a.shape[0] for term in terms], dim=1)  # type: ignore[no-untyped-call]
+            return tuple(
+                _add(y, part, term) for y, part, term in zip(outputs, parts, terms, strict=True)
+            )
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         saved = list(ctx.saved_tensors)
         dropped = saved.pop() if ctx.has_dropped else None
         x = saved.pop() if ctx.keeper is None else ctx.keeper.saved_tensors[0]
-        dtype, scaling = ctx.dtypes[1], ctx.scaling
-        with torch.autocast(dy.device.type, enabled=False):
-            a, b = ctx.a.to(dtype), ctx.b.to(dtype)
+        x_dtype, dtype = ctx.dtypes
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+        terms = [ctx.terms[i] for i in used]
+        dys = [_flat(grads[i], dtype) for i in used]  # type: ignore[arg-type]
+        with _no_autocast(x.device.type):
             seen = _flat(x if dropped is None else dropped, dtype)
-            flat = _flat(dy, dtype)
-            g = (flat @ b).mul_(scaling)
-            da = (g.T @ seen).to(ctx.a.dtype) if ctx.needs_input_grad[2] else None
-            db = (flat.T @ (seen @ a.T)).mul_(scaling).to(ctx.b.dtype)
-            dx = None
-            if ctx.needs_input_grad[0]:
-                dx = flat @ ctx.facade.dequantize().to(dtype)
-                if dropped is None:
-                    dx.addmm_(g, a)
-                dx = dx.view(x.shape).to(ctx.dtypes[0])
-            d_dropped = None if dropped is None else (g @ a).view(x.shape).to(dropped.dtype)
-        return dx, d_dropped, da, db if ctx.needs_input_grad[3] else None, None, None, None
+            a = _stacked_a(terms, dtype)
+            g = torch.cat([_through_b(dy, term) for dy, term in zip(dys, terms, strict=True)], 1)
+            of_weights: list[Tensor | None] = [None] * (2 * len(ctx.terms))
+            for i, da, db in zip(used, *_weight_gradients(terms, dys, seen, a, g), strict=True):
+                of_weights[2 * i : 2 * i + 2] = da, db
+            dx = _base_gradient(terms, dys) if ctx.needs_input_grad[0] else None
+            d_dropped = None
+            if dropped is not None:
+                d_dropped = (g @ a).view(x.shape).to(dropped.dtype)
+            elif dx is not None:
+                dx.addmm_(g, a)
+        dx = None if dx is None else dx.view(x.shape).to(x_dtype)
+        return dx, d_dropped, None, None, *of_weights
+
+
+def _stacked_a(terms: Sequence[LoraTerm], dtype: torch.dtype) -> Tensor:
+    """Return the A of all terms, one below the other: [sum of the ranks, in_features]."""
+    if len(terms) == 1:
+        return terms[0].a_cast.to(dtype)
+    return torch.cat([term.a_cast for term in terms]).to(dtype)
+
+
+def _add(y: Tensor, h: Tensor, term: LoraTerm) -> Tensor:
+    """Add the adapter's part to the base's output, in place."""
+    y = y if y.is_contiguous() else y.contiguous()
+    y.view(-1, y.shape[-1]).addmm_(h, term.b_cast.to(y.dtype).T, alpha=term.scaling)
+    # Autograd forbids in-place changes of a view that was made in here.
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+
+def _through_b(dy: Tensor, term: LoraTerm) -> Tensor:
+    return _scaled(dy @ term.b_cast.to(dy.dtype), term.scaling)
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x.mul_(factor)
+
+
+def _weight_gradients(
+    terms: Sequence[LoraTerm], dys: Sequence[Tensor], seen: Tensor, a: Tensor, g: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the gradients of each A and of each B."""
+    ranks = [term.a.shape[0] for term in terms]
+    da: Sequence[Tensor] = torch.split(g.T @ seen, ranks)  # type: ignore[no-untyped-call]
+    h: Sequence[Tensor] = torch.split(seen @ a.T, ranks, dim=1)  # type: ignore[no-untyped-call]
+    db = [
+        _scaled(dy.T @ part, term.scaling).to(term.b.dtype)
+        for dy, part, term in zip(dys, h, terms, strict=True)
+    ]
+    return [part.to(term.a.dtype) for part, term in zip(da, terms, strict=True)], db
+
+
+def _base_gradient(terms: Sequence[LoraTerm], dys: Sequence[Tensor]) -> Tensor:
+    """Return Σ dy W, the gradient through the frozen bases: [tokens, in_features]."""
+    dx: Tensor | None = None
+    for term, dy in zip(terms, dys, strict=True):
+        weight = term.facade.weight_for_backward().to(dy.dtype)
+        dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+    assert dx is not None
+    return dx
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:

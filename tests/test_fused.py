@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -9,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import quantadapt as qa
-from quantadapt.facade import QuantLinear, wrap
-from quantadapt.fused import FusedLoraLinear, use_fused_layers
+from quantadapt.facade import QuantLinear, recomputing, wrap
+from quantadapt.fused import FusedLoraLinear, fused_training, use_fused_layers
 from quantadapt.protocols import AdapterTarget
 from quantadapt.testing.bench import small_model
 
@@ -168,3 +170,156 @@ def test_attached_and_loaded_layers_are_fused(tmp_path) -> None:
     qa.save(made, tmp_path)
     loaded = qa.load(tmp_path)
     assert sum(isinstance(m, FusedLoraLinear) for m in loaded.modules()) == 14
+
+
+class Block(nn.Module):
+    """Three layers of one input and one that gets another, as in attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(12, n) for n in (12, 8, 8))
+        self.o = nn.Linear(12, 12)
+        self.skips_v = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.q(x).tanh() + self.k(x).sum(-1, keepdim=True)
+        return self.o(y if self.skips_v else y * self.v(x).mean(-1, keepdim=True))
+
+
+def blocks(fused: bool, **options) -> nn.Module:
+    torch.manual_seed(0)
+    made = wrap(nn.Sequential(Block(), Block()).double(), Plain(), torch.float64)
+    options = {"rank_pattern": {"k": 2}, "init_lora_weights": False, **options}
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=["q", "k", "v", "o"], **options)
+    if fused:
+        use_fused_layers(config)
+    torch.manual_seed(1)
+    return inject_adapter_in_model(config, made).double()
+
+
+def close(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float((found[name] - value).norm() / value.norm()) <= 1e-12, name
+
+
+def fused_calls(made: nn.Module, x: torch.Tensor) -> int:
+    """How many nodes of the graph are fused layers."""
+    seen, todo = set(), [made(x.clone().requires_grad_()).grad_fn]
+    while todo:
+        if (node := todo.pop()) is not None and node not in seen:
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    return sum("_FusedLora" in type(node).__name__ for node in seen)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_layers_of_one_input_are_one_function(checkpointed) -> None:
+    stock, fused = blocks(False), blocks(True)
+
+    def run(made):
+        if not checkpointed:
+            return made
+        return lambda x: checkpoint(
+            made, x, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputing())
+        )
+
+    expected = results(stock, X, run(stock))
+    assert fused_calls(fused, X) == 8
+    with fused_training(fused):
+        for _ in range(3):  # the first pass finds out what belongs together
+            fused.zero_grad()
+            close(results(fused, X, run(fused)), expected)
+        assert fused_calls(fused, X) == 4
+    assert fused_calls(fused, X) == 8
+
+
+def test_checkpointing_where_the_input_has_no_gradient() -> None:
+    """As in the first block of a model, whose embedding is frozen."""
+    stock, fused = blocks(False), blocks(True)
+    with fused_training(fused):
+        for _ in range(2):
+            for made in (stock, fused):
+                made.zero_grad()
+                checkpoint(made, X, use_reentrant=False).sum().backward()
+            for (name, found), (_, expected) in zip(
+                fused.named_parameters(), stock.named_parameters(), strict=True
+            ):
+                if expected.grad is not None:
+                    assert torch.allclose(found.grad, expected.grad, rtol=1e-12), name
+
+
+def test_a_layer_that_is_not_called_any_more_is_left_out() -> None:
+    stock, fused = blocks(False), blocks(True)
+    with fused_training(fused):
+        for skips in (False, False, True, True, False):
+            for block in (*stock, *fused):
+                block.skips_v = skips
+            stock.zero_grad()
+            fused.zero_grad()
+            close(results(fused, X), results(stock, X))
+            for module in fused.modules():
+                if isinstance(module, FusedLoraLinear) and not skips:
+                    assert not module._in_training.siblings._ready
+
+
+def test_dropout_and_switched_off_adapters_are_not_joined() -> None:
+    stock, fused = blocks(False, lora_dropout=0.3), blocks(True, lora_dropout=0.3)
+    with fused_training(fused):
+        for _ in range(2):
+            stock.zero_grad()
+            fused.zero_grad()
+            close(results(fused, X), results(stock, X))
+        stock.eval()
+        fused.eval()
+        assert torch.allclose(fused(X), stock(X), rtol=1e-12)
+        for layer in fused.modules():
+            if isinstance(layer, FusedLoraLinear):
+                layer.enable_adapters(False)
+        for layer in stock.modules():
+            if hasattr(layer, "enable_adapters"):
+                layer.enable_adapters(False)
+        assert torch.allclose(fused(X), stock(X), rtol=1e-12)
+
+
+def test_a_recomputation_keeps_the_weight_for_its_backward() -> None:
+    made = adapted(True)
+    target = made[0].base_layer.target
+    results(made, X)
+    target.count = 0
+    context = lambda: (nullcontext(), recomputing())  # noqa: E731
+    results(made, X, lambda x: checkpoint(made, x, use_reentrant=False, context_fn=context))
+    assert target.count == 2 + 1 + 1
+    assert made[0].base_layer._kept is None
+
+
+def test_a_kept_weight_is_dropped_when_the_base_changes() -> None:
+    made = adapted(True)
+    facade = made[0].base_layer
+    with recomputing():
+        facade.vendor_forward(X)
+    facade.to(torch.float64)
+    assert facade._kept is None
+
+
+def test_while_it_trains_a_and_b_are_cast_once_a_step() -> None:
+    made = adapted(True, torch.bfloat16, master=torch.float32)
+    x = X.bfloat16()
+    with fused_training(made) as training:
+        before = made(x)
+        with torch.no_grad():
+            made[0].lora_B["default"].weight.mul_(3)
+        assert torch.equal(made(x), before)
+        training.refresh()
+        changed = made(x)
+    assert torch.equal(made(x), changed)
+    assert not torch.equal(changed, before)
+
+
+def test_an_adapter_switched_in_training_is_noticed() -> None:
+    fused, stock = adapted(True), adapted(False)
+    with fused_training(fused):
+        for enabled in (True, False, True):
+            for made in (fused, stock):
+                made[0].enable_adapters(enabled)
+            assert torch.allclose(fused(X), stock(X), rtol=1e-12)
