@@ -24,13 +24,18 @@ def is_local_path(source: str) -> bool:
     )
 
 
-def quantization_of(source: str) -> dict[str, Any] | None:
-    """Return `quantization_config` of a checkpoint's config.json, or None.
+def config_of(source: str) -> dict[str, Any] | None:
+    """Return a checkpoint's config.json, or None where it is not to be had.
 
-    Of a hub id it is known once its config is in the local cache; nothing is downloaded.
+    That of a hub id is known once it is in the local cache; nothing is downloaded.
     """
     file = Path(source).expanduser() / "config.json"
-    config = _read_json(file if file.exists() else _cached_config(source) or file)
+    return _read_json(file if file.exists() else _cached_config(source) or file)
+
+
+def quantization_of(source: str) -> dict[str, Any] | None:
+    """Return `quantization_config` of a checkpoint's config.json, or None."""
+    config = config_of(source)
     found = config.get("quantization_config") if config else None
     return found if isinstance(found, dict) else None
 
@@ -59,6 +64,14 @@ def check_model(source: str) -> list[Problem]:
     if not any(folder.iterdir()):
         return [Problem(f"{source} is empty", "download the model again", where="model")]
     return _check_config(folder) or _check_weights(folder)
+
+
+def has_config_alone(source: str) -> bool:
+    """Say whether a local folder holds the config of a model but no weights at all."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir() or _check_config(folder):
+        return False
+    return not any(True for pattern in ("*.safetensors", *PICKLES) for _ in folder.glob(pattern))
 
 
 def _check_config(folder: Path) -> list[Problem]:

@@ -31,6 +31,17 @@ def missing_requirements(record: Backend | Adapter) -> list[Problem]:
     return problems
 
 
+def missing_for_optimizer(name: str) -> list[Problem]:
+    """Return a problem if the optimizer that transformers calls `name` lacks its library."""
+    torchao = name.startswith("adamw_torch_") and "bit" in name
+    bitsandbytes = not torchao and any(part in name for part in ("bnb", "paged", "8bit"))
+    for needed, library in ((torchao, "torchao"), (bitsandbytes, "bitsandbytes")):
+        if needed and installed_version(library) is None:
+            what = f"the optimizer {name!r} needs {library}, which is not installed"
+            return [Problem(what, f"pip install {library}, or use adamw_torch", "train.optim")]
+    return []
+
+
 def import_requirements(backend: Backend) -> None:
     """Import what the backend needs. Raises MissingDependency with the reason if that fails."""
     for name in backend.imports:

@@ -18,9 +18,11 @@ class Machine:
 
     Attributes:
         cuda: the compute capability (major, minor) of each usable CUDA device.
+        memory: the bytes that each of them has; empty where that is not known.
     """
 
     cuda: tuple[tuple[int, int], ...] = ()
+    memory: tuple[int, ...] = ()
 
     @property
     def default_device(self) -> str:
@@ -37,7 +39,17 @@ class Machine:
 @cache
 def this_machine() -> Machine:
     """Return what this machine has. A torch built without CUDA means no CUDA."""
-    return Machine(_cuda_capabilities() if _torch_has_cuda() else ())
+    driver = _cuda_driver() if _torch_has_cuda() else None
+    if driver is None:
+        return Machine()
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return Machine()
+    devices = range(count.value)
+    return Machine(
+        cuda=tuple(_capability(driver, index) for index in devices),
+        memory=tuple(_memory(driver, index) for index in devices),
+    )
 
 
 def _torch_has_cuda() -> bool:
@@ -49,17 +61,13 @@ def _torch_has_cuda() -> bool:
     return found is not None and found.group(1).strip() != "None"
 
 
-def _cuda_capabilities() -> tuple[tuple[int, int], ...]:
+def _cuda_driver() -> ctypes.CDLL | None:
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return ()
+        return None
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
+        return ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return ()
-    count = ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return ()
-    return tuple(_capability(driver, index) for index in range(count.value))
+        return None
 
 
 def _capability(driver: ctypes.CDLL, index: int) -> tuple[int, int]:
@@ -70,6 +78,12 @@ def _capability(driver: ctypes.CDLL, index: int) -> tuple[int, int]:
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, index)
         numbers.append(value.value)
     return numbers[0], numbers[1]
+
+
+def _memory(driver: ctypes.CDLL, index: int) -> int:
+    size = ctypes.c_size_t()
+    driver.cuDeviceTotalMem_v2(ctypes.byref(size), index)
+    return size.value
 
 
 def installed_version(distribution: str) -> str | None:

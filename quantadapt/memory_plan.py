@@ -1,0 +1,275 @@
+"""The plan's part on memory: what a run will need, on which cards it fits, and what else would.
+
+As pure as the plan: reads the model's config alone, imports neither torch nor a vendor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .errors import Problem
+from .machine import installed_version
+from .memory import CONTEXT, GIB, Setting, Workload, card_for, usable, ways_out
+from .model_shape import Shape
+from .protocols import Quantizer
+from .records import Adapter
+from .spec import Spec
+
+ERROR = 0.1
+"""How far predictions may be off: a run is refused only where it cannot fit all the same."""
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class OnCard:
+    """What a card of `gib` GiB means for a run.
+
+    Attributes:
+        setting: what the run is expected to begin with; where nothing fits, what needs the least.
+        needed: bytes that takes.
+        budget: bytes that can be allocated, with a reserve.
+        most: bytes that can be allocated if nothing is lost.
+        ways_out: where nothing fits, what would.
+    """
+
+    gib: float
+    setting: Setting
+    needed: int
+    budget: int
+    most: int
+    ways_out: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the prediction stays within the card."""
+        return self.needed <= self.budget
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether it would be too much even if the prediction is off and nothing is lost."""
+        return self.needed * (1 - ERROR) > self.most
+
+    @property
+    def fix(self) -> str:
+        """The way out where nothing fits."""
+        larger = f"a GPU of {card_for(self.needed) / GIB:.1f} GiB"
+        return "what fits: " + ", or ".join([*self.ways_out, larger])
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What training will need.
+
+    Attributes:
+        work: what that depends on.
+        limit: bytes that `train.memory` allows, or None.
+        given: the setting that the spec asks for, or None where it is left to the card.
+        cards: the machine's card, or those that were asked about.
+    """
+
+    work: Workload
+    limit: int | None = None
+    given: Setting | None = None
+    cards: tuple[OnCard, ...] = ()
+
+    def on(self, card: float) -> OnCard:
+        """Return what a card of so many bytes means."""
+        limit = int(card) if self.limit is None else self.limit
+        budget, most = min(usable(card), limit), min(int(card) - CONTEXT, limit)
+        work, given = self.work, self.given
+        # What was asked for is lowered when memory runs out.
+        setting = given if given and work.peak(given) <= budget else work.fit(budget)
+        found = setting or work.least()
+        ways = () if setting else tuple(ways_out(work, budget))
+        return OnCard(card / GIB, found, work.peak(found), budget, most, ways)
+
+    def with_cards(self, cards: Sequence[float]) -> MemoryPlan:
+        """Return the plan for cards of so many bytes."""
+        return replace(self, cards=tuple(self.on(card) for card in cards))
+
+    def peak_gib(self, setting: Setting, length: int) -> float:
+        """Return the prediction for a run whose longest example has `length` tokens."""
+        return replace(self.work, length=length).peak(setting) / GIB
+
+    # --- what it comes to --------------------------------------------------------------------
+
+    def problems(self, measures_dense: bool) -> list[Problem]:
+        """Return why a run on these cards cannot work; empty if it may.
+
+        Args:
+            measures_dense: whether the run also measures the base before it is quantized.
+        """
+        found = [self.problem(card) for card in self.cards if card.hopeless]
+        for card in self.cards:
+            if measures_dense and self.work.unquantized_bytes > card.gib * GIB - CONTEXT:
+                needed = self.work.unquantized_bytes / GIB
+                what = f"the base takes {needed:.1f} GiB before it is quantized, more than the GPU"
+                fix = "set evaluate.unquantized: false, so that it is not measured"
+                found.append(Problem(what, fix, where="evaluate.unquantized"))
+        return found
+
+    def problem(self, card: OnCard) -> Problem:
+        """Return the refusal for a card on which nothing fits."""
+        what = f"a GPU of {card.gib:.4g} GiB is too small: {self._shortage(card)}"
+        return Problem(what, card.fix, where="train.memory")
+
+    def notes(self, evaluated: int) -> list[str]:
+        """Return what else a run on these cards should tell.
+
+        Args:
+            evaluated: examples per forward pass when the model is evaluated.
+        """
+        notes = []
+        work = self.work
+        # The logits, and those that count.
+        logits = 2 * evaluated * work.length * work.shape.vocab * work.dtype_bytes
+        for card in self.cards:
+            if work.quantized_bytes + work.dense_bytes + logits > card.budget:
+                words = f"evaluating {evaluated} examples at a time needs {logits / GIB:.1f} GiB"
+                notes.append(f"{words} more than the model; lower evaluate.batch_size")
+            if not card.fits:
+                notes.append(f"memory may not suffice: {self._shortage(card)}; {card.fix}")
+            elif self.given and card.setting != self.given:
+                words = self.describe(self.given)
+                notes.append(f"memory may not suffice for what the spec asks for ({words})")
+        return notes
+
+    def words(self) -> list[str]:
+        """Return one line per card; without any, what a GPU would need."""
+        if self.cards:
+            return [self._card_words(card) for card in self.cards]
+        first = self.given or self.work.settings()[0]
+        return [f"on a GPU {self._needs(first)}", f"at least {self._needs(self.work.least())}"]
+
+    def describe(self, setting: Setting) -> str:
+        """Return a setting in words."""
+        return setting.describe(self.work.shape.layers, self.work.batch)
+
+    def _needs(self, setting: Setting) -> str:
+        return f"{self.work.peak(setting) / GIB:.2f} GiB: {self.describe(setting)}"
+
+    def _card_words(self, card: OnCard) -> str:
+        if card.fits:
+            needed = f"{card.needed / GIB:.1f} GiB"
+            return f"fits {card.gib:.4g} GiB: yes, with {self.describe(card.setting)}: {needed}"
+        return f"fits {card.gib:.4g} GiB: no, {self._shortage(card)}; {card.fix}"
+
+    def _shortage(self, card: OnCard) -> str:
+        needed, there = card.needed / GIB, card.budget / GIB
+        return (
+            f"training needs at least {needed:.1f} GiB ({self.describe(card.setting)}) of the"
+            f" {there:.1f} GiB that it can have there"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        return {
+            "batch": self.work.batch,
+            "length": self.work.length,
+            "layers": self.work.shape.layers,
+            "words": self.words(),
+            "cards": [
+                {
+                    "gib": card.gib,
+                    "fits": card.fits,
+                    "peak_gib": card.needed / GIB,
+                    "setting": vars(card.setting),
+                    "parts_gib": {k: v / GIB for k, v in self.work.parts(card.setting).items()},
+                    "ways_out": list(card.ways_out),
+                }
+                for card in self.cards
+            ],
+        }
+
+
+def memory_plan(
+    spec: Spec,
+    config: Mapping[str, Any],
+    quantizer: Quantizer,
+    adapter: Adapter,
+    options: Mapping[str, Any],
+    *,
+    dtype: str,
+    shards: int = 1,
+) -> MemoryPlan | None:
+    """Return what training on a GPU needs; None where the architecture is not known or the
+    backend does not tell its bits per weight.
+
+    Args:
+        config: the model's config.json.
+        options: the adapter's.
+        dtype: compute dtype on the GPU.
+        shards: so many GPUs share the base.
+    """
+    shape = Shape.of(config)
+    bits = shape and _bits(spec, quantizer, shape, dtype)
+    if not shape or not bits:
+        return None
+    train = spec.train
+    plain = adapter.peft_type == "LORA" and not options.get("use_dora")
+    work = Workload(
+        shape=shape,
+        bits=bits,
+        targets=_targets(shape, options.get("target_modules")),
+        rank=int(options.get("init_r") or options.get("r") or 0),
+        optim=train.optim,
+        dtype_bytes=_bytes(dtype),
+        batch=train.per_device_train_batch_size,
+        length=spec.data.max_length,
+        dropout=bool(options.get("lora_dropout")),
+        fused_adapter=plain and not options.get("lora_bias"),
+        fused_kernels=train.use_liger_kernel and installed_version("liger-kernel") is not None,
+        splits=not train.packing and adapter.peft_type != "ADALORA",
+        shards=shards,
+    )
+    limit = int(train.memory * GIB) if isinstance(train.memory, float) else None
+    return MemoryPlan(work, limit, _given(spec, shape.layers))
+
+
+def _given(spec: Spec, layers: int) -> Setting | None:
+    """Return the setting that the spec asks for, if it does."""
+    train, batch = spec.train, spec.train.per_device_train_batch_size
+    if train.gradient_checkpointing is not None:
+        return Setting(layers if train.gradient_checkpointing else 0, False, batch)
+    return Setting(layers, True, batch) if train.memory == "min" else None
+
+
+def _bits(spec: Spec, quantizer: Quantizer, shape: Shape, dtype: str) -> dict[str, float] | None:
+    """Return the bits per weight of each linear layer; None where the backend does not tell."""
+    found: dict[str, float] = {}
+    for name, size in shape.linears.items():
+        skipped = any(name == skip.rpartition(".")[2] for skip in spec.skip_modules or ())
+        if skipped or (spec.skip_misfits and quantizer.misfit(*size)):
+            found[name] = 8.0 * _bytes(dtype)
+            continue
+        bits = quantizer.bits_per_weight(*size, device="cuda", dtype=dtype)
+        if bits is None:
+            return None
+        found[name] = bits
+    return found
+
+
+def _targets(shape: Shape, wanted: Any) -> tuple[str, ...]:
+    """Return the linear layers that `target_modules` names; all of them where the names are those
+    of another architecture."""
+    names = tuple(shape.linears)
+    if isinstance(wanted, str) and wanted != "all-linear":
+        found = tuple(n for n in names if re.fullmatch(wanted, f"model.layers.0.{_parent(n)}.{n}"))
+    elif wanted and wanted != "all-linear":
+        endings = {str(name).rpartition(".")[2] for name in wanted}
+        found = tuple(name for name in names if name in endings)
+    else:
+        found = names
+    return found or names
+
+
+def _parent(name: str) -> str:
+    return "self_attn" if name in _ATTENTION else "mlp"
+
+
+def _bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2

@@ -1,0 +1,448 @@
+"""Predicted memory: against what was measured, and what a plan makes of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from quantadapt import cli, demo, machine
+from quantadapt.errors import PlanRefused
+from quantadapt.machine import Machine
+from quantadapt.memory import (
+    GIB,
+    Setting,
+    Workload,
+    card_for,
+    halves,
+    optimizer_bytes,
+    usable,
+    ways_out,
+)
+from quantadapt.model_shape import Shape
+from quantadapt.planning import plan
+from quantadapt.registry import registry
+from quantadapt.spec import Spec
+
+NF4 = 4.127
+LLAMA_1B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "rms_norm_eps": 1e-5,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+LLAMA_8B = LLAMA_1B | {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+}
+
+
+def work(config: dict = LLAMA_8B, **options) -> Workload:
+    """What benchmarks/speed.py trains: LoRA of rank 16 on all layers, 4 x 2048 tokens, Liger."""
+    shape = Shape.of(config)
+    bits = dict.fromkeys(shape.linears, NF4)
+    sizes = {"dtype_bytes": 2, "batch": 4, "length": 2048}
+    return Workload(shape, bits, tuple(shape.linears), 16, "adamw_torch", **(sizes | options))
+
+
+# --- against measurements (one H200, bnb-nf4, Liger's kernels) ------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "recomputed", "offload", "measured"),
+    [
+        (LLAMA_8B, 32, False, 9.61),
+        (LLAMA_8B, 32, True, 7.59),
+        (LLAMA_8B, 0, False, 40.39),
+        (LLAMA_1B, 16, False, 2.97),
+        (LLAMA_1B, 16, True, 2.49),
+        (LLAMA_1B, 0, False, 11.26),
+    ],
+)
+def test_the_peak_is_that_which_was_measured(config, recomputed, offload, measured) -> None:
+    predicted = work(config).peak(Setting(recomputed, offload, 4)) / GIB
+    assert predicted == pytest.approx(measured, rel=0.03)
+
+
+def test_a_loaded_model_is_as_large_as_was_measured() -> None:
+    loaded = work().quantized_bytes + work().dense_bytes
+    assert loaded / GIB == pytest.approx(5.4, rel=0.03)
+    assert work().unquantized_bytes / GIB == pytest.approx(14.96, rel=0.01)  # 8.03e9 weights
+
+
+def test_a_layer_keeps_what_the_textbook_says() -> None:
+    assert Shape.of(LLAMA_8B).kept(fused_kernels=True, half=True) == 69_632
+    without = Shape.of(LLAMA_8B).kept(fused_kernels=False, half=True)
+    assert without == 69_632 + 14_336 + 2 * 4096
+
+
+def test_parts_add_up_and_offloading_leaves_two_inputs_and_no_weights() -> None:
+    plain, offloaded = (work().parts(Setting(31, offload, 4)) for offload in (False, True))
+    assert sum(plain.values()) == work().peak(Setting(31, False, 4))
+    saved = sum(plain.values()) - sum(offloaded.values())
+    assert plain["inputs"] - offloaded["inputs"] == 29 * 8192 * 4096 * 2
+    assert 0 < saved - 29 * 8192 * 4096 * 2 <= work().recompute_bytes
+    assert plain["adapter"] == 41_943_040 * 16
+
+
+@pytest.mark.parametrize(
+    ("change", "larger"),
+    [
+        ({"dropout": True}, True),
+        ({"fused_adapter": False}, True),
+        ({"fused_kernels": False}, True),
+        ({"optim": "adamw_8bit"}, False),
+        ({"length": 1024}, False),
+        ({"shards": 2}, False),
+        ({"targets": ("q_proj",)}, False),
+    ],
+)
+def test_what_moves_the_peak(change, larger) -> None:
+    before = work().peak(Setting(16, False, 4))
+    after = replace(work(), **change).peak(Setting(16, False, 4))
+    assert (after > before) == larger
+    assert after != before
+
+
+def test_more_recomputation_never_needs_more() -> None:
+    peaks = [work().peak(Setting(count, False, 4)) for count in range(32)]
+    assert peaks == sorted(peaks, reverse=True)
+    # The last layer's activations are there in any case.
+    assert work().peak(Setting(32, False, 4)) >= peaks[-1]
+
+
+def test_optimizers() -> None:
+    names = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "lion_32bit", "sgd", "lion_8bit")
+    assert [optimizer_bytes(name) for name in names] == [8, 2, 0, 4, 4, 1]
+
+
+# --- what fits ------------------------------------------------------------------------------------
+
+
+def test_the_least_recomputation_that_fits_is_chosen() -> None:
+    found = work().fit(usable(24 * GIB))
+    assert found == Setting(19, False, 4)
+    assert work().peak(Setting(18, False, 4)) > usable(24 * GIB)
+    assert work().fit(usable(80 * GIB)) == Setting(0, False, 4)
+    assert work().fit(usable(8 * GIB)).micro_batch == 2
+    assert replace(work(), splits=False).fit(usable(8 * GIB)) is None
+    assert work().fit(usable(6 * GIB)) is None
+
+
+def test_a_card_of_the_size_that_is_named_suffices() -> None:
+    needed = work().peak(work().least())
+    assert usable(card_for(needed)) == pytest.approx(needed, abs=GIB / 100)
+
+
+def test_ways_out_fit_each_by_itself_or_together() -> None:
+    budget = usable(8 * GIB)
+    small = replace(work(), splits=False)
+    assert small.fit(budget) is None
+    assert ways_out(small, budget) == ["data.max_length: 1024", "train.parallel: fsdp on 2 GPUs"]
+    assert replace(small, length=1024).fit(budget)
+    assert ways_out(work(), usable(6 * GIB)) == ["train.parallel: fsdp on 2 GPUs"]
+    wide = replace(work(), bits=dict.fromkeys(work().bits, 16.0))
+    assert "a backend with 4 bits per weight" in ways_out(wide, usable(10 * GIB))
+    (together,) = ways_out(work(), usable(2.5 * GIB))
+    assert together.startswith("data.max_length: 128 and train.optim: paged_adamw_8bit and ")
+    assert ways_out(work(), 1) == []
+
+
+def test_halves() -> None:
+    assert halves(8) == [8, 4, 2, 1]
+    assert halves(6) == [6, 3, 1]
+    assert halves(1) == [1]
+
+
+# --- reading configs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"model_type": "gpt2", "n_embd": 8},
+        LLAMA_8B | {"num_local_experts": 8},
+        LLAMA_8B | {"text_config": {}},
+        LLAMA_8B | {"hidden_size": None},
+        {k: v for k, v in LLAMA_8B.items() if k != "intermediate_size"},
+    ],
+)
+def test_sizes_that_mean_something_else_are_not_read(config) -> None:
+    assert Shape.of(config) is None
+
+
+def test_parameters_are_those_of_the_real_model() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(demo.MODEL_DIR)
+    model = AutoModelForCausalLM.from_config(config)
+    shape = Shape.of(config.to_dict())
+    sizes = {n.rpartition(".")[2]: m for n, m in model.model.layers[0].named_modules()}
+    for name, size in shape.linears.items():
+        assert (sizes[name].in_features, sizes[name].out_features) == size
+    found = Workload(shape, {}, (), 0, "sgd", 4, 1, 1)
+    assert found.unquantized_bytes == sum(p.numel() for p in model.parameters()) * 4
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "bits"),
+    [  # of benchmarks/README.md, the shape of Llama 3.2 1B
+        ("none", {}, 16.0),
+        ("hqq", {}, 4.5),
+        ("hqq", {"bits": 3}, 3.7),
+        ("hqq", {"bits": 2, "group_size": 16}, 4.0),
+        ("bnb-nf4", {}, 4.13),
+        ("bnb-int8", {}, 8.01),
+        ("torchao-int8", {}, 8.01),
+        ("torchao-fp8", {}, 8.01),
+        ("torchao-int4", {}, 4.5),
+        ("eetq", {}, 8.01),
+        ("quanto", {"weights": "int4"}, 4.25),
+        ("gptq", {}, 4.17),
+        ("gptq", {"bits": 2}, 2.15),
+        ("awq", {}, 4.16),
+    ],
+)
+def test_bits_per_weight_on_a_gpu(backend, options, bits) -> None:
+    quantizer = registry().backend(backend).quantizer(**options)
+    found = quantizer.bits_per_weight(2048, 8192, device="cuda", dtype="bfloat16")
+    assert found == pytest.approx(bits, abs=0.02)
+
+
+# --- in the plan ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama(tmp_path) -> str:
+    """The folder of a model of 8B parameters of which only the config is there."""
+    folder = tmp_path / "llama-8b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
+    return str(folder)
+
+
+def spec(model: str, tmp_path: Path, **train) -> Spec:
+    return Spec(
+        model=model,
+        backend="bnb-nf4",
+        adapter={"name": "lora", "r": 16},
+        data={"path": str(demo.TRAIN_FILE), "max_length": 2048},
+        train={"per_device_train_batch_size": 4, **train},
+        output=str(tmp_path / "run"),
+    )
+
+
+def on_card(gib: float, count: int = 1) -> Machine:
+    return Machine(cuda=((9, 0),) * count, memory=(int(gib * GIB),) * count)
+
+
+def planned(spec_: Spec, gib: float, **options):
+    return plan(spec_, machine=on_card(gib), weights=False, **options)
+
+
+def test_the_plan_tells_what_the_card_means(llama, tmp_path) -> None:
+    made = planned(spec(llama, tmp_path), 80)
+    (card,) = made.memory.cards
+    assert card.fits
+    assert card.setting.micro_batch == 4
+    assert made.memory.peak_gib(card.setting, 2048) == pytest.approx(card.needed / GIB)
+    assert made.memory.peak_gib(card.setting, 512) < card.needed / GIB
+    (words,) = made.memory.words()
+    assert words.startswith("fits 80 GiB: yes, with ")
+    assert made.to_dict()["memory"]["cards"][0]["fits"] is True
+    json.dumps(made.to_dict())
+
+
+def test_a_card_too_small_for_any_setting_is_refused(llama, tmp_path) -> None:
+    with pytest.raises(PlanRefused) as error:
+        planned(spec(llama, tmp_path), 4)
+    problem, dense = error.value.problems
+    assert problem.where == "train.memory"
+    assert "a GPU of 4 GiB is too small: training needs at least " in problem.what
+    assert (
+        "31 of 32 layers recomputed, their inputs in CPU memory, micro-batches of 1" in problem.what
+    )
+    assert "train.parallel: fsdp on " in problem.fix
+    assert "a GPU of " in problem.fix
+    assert dense.where == "evaluate.unquantized"
+    assert "15.0 GiB before it is quantized" in dense.what
+
+
+def test_a_card_that_may_just_do_is_warned_of(llama, tmp_path) -> None:
+    wanted = spec(llama, tmp_path)
+    wanted.evaluate.unquantized = False
+    least = card_for(planned(wanted, 80).memory.work.peak(Setting(31, True, 1))) / GIB
+    made = planned(wanted, least * 0.98)
+    assert any("memory may not suffice" in note for note in made.notes)
+
+
+def test_what_the_spec_asks_for_is_predicted(llama, tmp_path) -> None:
+    made = planned(spec(llama, tmp_path, gradient_checkpointing=True), 80)
+    assert made.memory.cards[0].setting == Setting(32, False, 4)
+    made = planned(spec(llama, tmp_path, memory="min"), 80)
+    assert made.memory.cards[0].setting == Setting(32, True, 4)
+    made = planned(spec(llama, tmp_path, memory=20), 80)
+    assert made.memory.cards[0].needed <= 20 * GIB
+    assert made.memory.cards[0].setting.checkpointed_layers > 0
+    made = planned(spec(llama, tmp_path, gradient_checkpointing=False), 40)
+    assert made.memory.cards[0].setting.checkpointed_layers > 0
+    assert "memory may not suffice for what the spec asks for (no layer" in "".join(made.notes)
+
+
+def test_an_evaluation_that_needs_more_than_training_is_told(llama, tmp_path) -> None:
+    wanted = spec(llama, tmp_path)
+    wanted.evaluate.unquantized = False
+    assert "lower evaluate.batch_size" in "".join(planned(wanted, 12).notes)
+    wanted.evaluate.batch_size = 1
+    assert "evaluate.batch_size" not in "".join(planned(wanted, 12).notes)
+
+
+def test_two_keys_that_say_the_same_are_refused(llama, tmp_path) -> None:
+    with pytest.raises(PlanRefused, match="both say which layers are computed again"):
+        planned(spec(llama, tmp_path, memory="min", gradient_checkpointing=True), 80)
+
+
+def test_a_limit_without_a_gpu_is_told(tmp_path) -> None:
+    made = plan(Spec(train={"memory": 8}, output=str(tmp_path / "run")), machine=Machine())
+    assert "train.memory limits the memory of a GPU; this run has none" in made.notes
+
+
+def test_sharing_the_base_needs_less(llama, tmp_path) -> None:
+    alone = planned(spec(llama, tmp_path), 80).memory.work
+    wanted = spec(llama, tmp_path, parallel="fsdp")
+    shared = plan(wanted, machine=on_card(80, 2), weights=False, processes=2).memory.work
+    assert (alone.shards, shared.shards) == (1, 2)
+    assert shared.peak(shared.least()) < alone.peak(alone.least())
+
+
+def test_targets_and_skipped_layers_count(llama, tmp_path) -> None:
+    wanted = spec(llama, tmp_path)
+    all_ = planned(wanted, 80).memory.work
+    wanted.adapter = {"name": "lora", "r": 16, "target_modules": ["q_proj", "v_proj"]}
+    assert planned(wanted, 80).memory.work.targets == ("q_proj", "v_proj")
+    wanted.adapter = {"name": "lora", "target_modules": r".*\.(q|k)_proj"}
+    assert planned(wanted, 80).memory.work.targets == ("q_proj", "k_proj")
+    wanted.skip_modules = ["lm_head", "down_proj"]
+    assert planned(wanted, 80).memory.work.bits["down_proj"] == 16
+    assert all_.bits["down_proj"] == pytest.approx(NF4, abs=0.01)
+
+
+def test_the_demo_is_never_refused(tmp_path) -> None:
+    made = plan(Spec(output=str(tmp_path / "run")), machine=on_card(2))
+    assert made.memory.cards[0].fits
+    assert plan(Spec(output=str(tmp_path / "run")), machine=Machine()).memory.cards == ()
+
+
+def test_an_unknown_model_or_backend_has_no_prediction(llama, tmp_path, monkeypatch) -> None:
+    quantizer = registry().backend("bnb-nf4").quantizer
+    monkeypatch.setattr(quantizer, "bits_per_weight", lambda *_, **__: None)
+    assert planned(spec(llama, tmp_path), 4).memory is None
+    with pytest.raises(PlanRefused, match="memory cannot be predicted"):
+        planned(spec(llama, tmp_path), 4, cards=(24,))
+
+
+def test_weights_are_wanted_by_a_run(llama, tmp_path) -> None:
+    with pytest.raises(PlanRefused, match=r"holds no \*\.safetensors"):
+        plan(spec(llama, tmp_path), machine=on_card(80))
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_8bit", "adamw_torch_8bit"])
+def test_an_optimizer_without_its_library_is_refused(optim, tmp_path, monkeypatch) -> None:
+    from quantadapt import dependencies
+
+    library = "torchao" if optim == "adamw_torch_8bit" else "bitsandbytes"
+    wanted = Spec(train={"optim": optim}, backend="none", output=str(tmp_path / "run"))
+    monkeypatch.setattr(dependencies, "installed_version", lambda name: None)
+    with pytest.raises(PlanRefused, match=f"{optim!r} needs {library}, which is not installed"):
+        plan(wanted, machine=Machine())
+
+
+class Driver:
+    """A CUDA driver with cards of 24 and of 80 GiB."""
+
+    memory = (24 * GIB, 80 * GIB)
+
+    def cuInit(self, flags) -> int:  # noqa: N802
+        return 0
+
+    def cuDeviceGetCount(self, count) -> int:  # noqa: N802
+        count._obj.value = len(self.memory)
+        return 0
+
+    def cuDeviceGetAttribute(self, value, attribute, index) -> int:  # noqa: N802
+        value._obj.value = {75: 9, 76: 0}[attribute]
+        return 0
+
+    def cuDeviceTotalMem_v2(self, size, index) -> int:  # noqa: N802
+        size._obj.value = self.memory[index]
+        return 0
+
+
+def test_the_driver_tells_how_much_memory_there_is(monkeypatch) -> None:
+    monkeypatch.setattr(machine, "_torch_has_cuda", lambda: True)
+    monkeypatch.setattr(machine, "_cuda_driver", Driver)
+    found = machine.this_machine.__wrapped__()
+    assert found == Machine(cuda=((9, 0), (9, 0)), memory=Driver.memory)
+
+
+@pytest.mark.cuda
+def test_torch_and_the_driver_agree() -> None:
+    import torch
+
+    cards = range(torch.cuda.device_count())
+    expected = tuple(torch.cuda.get_device_properties(i).total_memory for i in cards)
+    found = machine.this_machine().memory
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+# --- on the command line --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shown(llama, tmp_path, capsys, monkeypatch):
+    """Call `quantadapt plan` with these cards, on a machine without a GPU."""
+    config = tmp_path / "run.yaml"
+    wanted = spec(llama, tmp_path).model_dump(mode="json")
+    config.write_text(yaml.safe_dump(wanted), encoding="utf-8")
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr("quantadapt.planning.this_machine", Machine)
+
+    def call(*cards: str) -> tuple[int, str, str]:
+        flags = [part for card in cards for part in ("--card", card)]
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["plan", str(config), *flags])
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+def test_cards_are_asked_about(shown) -> None:
+    code, output, _ = shown("24", "6")
+    assert code == 0
+    assert "fits 24 GiB: yes, with " in output
+    assert "fits 6 GiB: no, training needs at least " in output
+    assert "there are no weights here: this is a prediction" in output
+
+
+def test_a_card_on_which_nothing_fits_is_refused(shown) -> None:
+    code, _, error = shown("4")
+    assert code == 2
+    assert "a GPU of 4 GiB is too small" in error
+
+
+def test_without_a_card_the_need_is_told(shown) -> None:
+    code, output, _ = shown()
+    assert code == 0
+    assert "on a GPU " in output
+    assert "at least " in output
