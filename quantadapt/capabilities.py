@@ -36,8 +36,9 @@ class Rule:
     Attributes:
         id: short and stable, e.g. `hqq-3bit-axis0`; shown to users and asserted by tests.
         when: fact name -> the values for which the rule applies. All have to match. Facts are
-            `action` ("attach", "merge", "requantize", "onto"), `backend`, `adapter`, `device`
-            ("cpu", "cuda", ...), `dtype` ("float32", ...), `backend.<option>`, `adapter.<option>`.
+            `action` ("attach", "merge", "requantize", "onto", "shard"), `backend`, `adapter`,
+            `device` ("cpu", "cuda", ...), `dtype` ("float32", ...), `backend.<option>`,
+            `adapter.<option>`.
         reason: why it is refused, as a sentence.
         fix: what to do instead, as a sentence.
         policy: it would work, but is unsound; the conformance suite then tries the way out

@@ -8,7 +8,8 @@ is the quantized model plus one layer. Weights are read from safetensors only, n
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -24,6 +25,44 @@ if TYPE_CHECKING:
     from .protocols import LayerwiseQuantizer
 
 METHOD = "quantadapt"
+
+BlockDone = Callable[[nn.Module, list[nn.Module]], None]
+_block_done: BlockDone | None = None
+
+
+@contextmanager
+def watching_blocks(done: BlockDone) -> Iterator[None]:
+    """Inside, `done` gets each decoder block and its quantized layers as soon as all of them are
+    made, while the model is still being loaded or quantized."""
+    global _block_done
+    before, _block_done = _block_done, done
+    try:
+        yield
+    finally:
+        _block_done = before
+
+
+class _Blocks:
+    """Collects the quantized layers of each decoder block, for `watching_blocks`."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        from .calibration import decoder_blocks
+
+        blocks = (decoder_blocks(model) or {}) if _block_done else {}
+        self.waiting = {
+            block: {name for name in names if name.startswith(f"{block}.")} for block in blocks
+        }
+        self.made: dict[str, list[nn.Module]] = {block: [] for block in blocks}
+
+    def add(self, model: nn.Module, name: str, vendor: nn.Module) -> None:
+        """Note that the layer `name` has become `vendor`."""
+        block = next((block for block, names in self.waiting.items() if name in names), None)
+        if block is None or _block_done is None:
+            return
+        self.waiting[block].discard(name)
+        self.made[block].append(vendor)
+        if not self.waiting[block]:
+            _block_done(model.get_submodule(block), self.made.pop(block))
 
 
 def auto_class(config: Any) -> Any:
@@ -144,11 +183,15 @@ def _quantize_module(
     skip: tuple[str, ...] | None,
 ) -> nn.Module:
     vendors: set[nn.Module] = set()
-    for name, linear in list(linear_layers(model, skipped_modules(model, skip))):
+    linears = dict(linear_layers(model, skipped_modules(model, skip)))
+    blocks = _Blocks(model, linears)
+    for name in list(linears):
+        linear = linears.pop(name)
         linear.requires_grad_(False)
         vendor = quantizer.quantize_linear(linear.to(device=device, dtype=dtype))
         vendors.update(vendor.modules())
         set_submodule(model, name, vendor.train(linear.training))
+        blocks.add(model, name, vendor)
     moved: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         if module not in vendors:
@@ -322,6 +365,7 @@ def _loader_config() -> Any:
                 vendor = self.quantized(linear)
                 set_submodule(model, name, vendor.train(linear.training))
                 missing_keys.discard(key)
+                self.loader.blocks.add(model, name, vendor)
             return {}
 
         def quantized(self, linear: nn.Linear) -> Any:
@@ -337,6 +381,7 @@ def _loader_config() -> Any:
         def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
             super().__init__(quantization_config, **kwargs)
             self.names: set[str] = set()
+            self.blocks = _Blocks(nn.Module(), ())
             self.dtype = torch.float32
 
         def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -347,10 +392,13 @@ def _loader_config() -> Any:
             config = self.quantization_config
             if config.packed is None:
                 skip = skipped_modules(model, config.skip)
-                self.names = {f"{name}.weight" for name, _ in linear_layers(model, skip)}
+                names = [name for name, _ in linear_layers(model, skip)]
+                self.names = {f"{name}.weight" for name in names}
+                self.blocks = _Blocks(model, names)
                 return
             layers = dict(linear_layers(model, ()))
             self.state = _packed_state(config.packed, layers)
+            self.blocks = _Blocks(model, self.state)
             for name in self.state:
                 set_submodule(model, name, _Placeholder(layers[name]))
             patterns = set(model._keys_to_ignore_on_load_unexpected or ())
@@ -373,6 +421,7 @@ def _loader_config() -> Any:
                     state = {k: v.to(config.device) for k, v in self.state.pop(name).items()}
                     vendor = config.quantizer.load_linear(module.linear, state)
                     set_submodule(model, name, vendor.train(model.training))
+                    self.blocks.add(model, name, vendor)
             return model
 
         def is_serializable(self) -> bool:

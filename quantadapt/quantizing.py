@@ -47,11 +47,12 @@ def quantize_plan(
     if adopted is not None:
         quantizer, model = adopted, module
     elif plan.adopt and module is None:
-        model = quantizer.load(plan.model, device=plan.device, dtype=dtype)
+        with _sharding_blocks(plan):
+            model = quantizer.load(plan.model, device=plan.device, dtype=dtype)
     else:
         skip = skip_for(plan, module)
         examples = _examples(plan, module, calibration)
-        with _blame(plan.backend):
+        with _blame(plan.backend), _sharding_blocks(plan):
             model = quantizer.quantize(
                 plan.model if module is None else module,
                 device=plan.device,
@@ -62,7 +63,12 @@ def quantize_plan(
     assert model is not None
     skip = skipped_modules(model, skip)
     model.requires_grad_(False)
-    model = wrap(model, quantizer.target, dtype, skip)
+    if plan.parallel == "fsdp":
+        from .sharding import GatheringTarget, shard
+
+        model = shard(wrap(model, GatheringTarget(quantizer.target), dtype, skip))
+    else:
+        model = wrap(model, quantizer.target, dtype, skip)
     model.quantadapt = ModelState(  # type: ignore[assignment]
         source="" if module is not None else plan.model,
         backend=plan.backend,
@@ -74,6 +80,21 @@ def quantize_plan(
         calibration=examples,
     )
     return model
+
+
+@contextmanager
+def _sharding_blocks(plan: Plan) -> Iterator[None]:
+    """Inside, shard each decoder block as soon as it is quantized, where the plan says so."""
+    if plan.parallel != "fsdp":
+        yield
+        return
+    from .distributed import start
+    from .loading import watching_blocks
+    from .sharding import shard_block
+
+    start(plan.device)
+    with watching_blocks(shard_block):
+        yield
 
 
 def _wanted_skip(plan: Plan) -> tuple[str, ...] | None:

@@ -37,6 +37,15 @@ DeviceOption = Annotated[
     str | None,
     typer.Option(help="auto, cpu, cuda, cuda:1, ...", show_default="auto", rich_help_panel=_WHERE),
 ]
+GpusOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Work on several GPUs, a process each; see train.parallel. With --device cpu: as many "
+        "processes without a GPU, to try it out.",
+        rich_help_panel=_WHERE,
+    ),
+]
 DtypeOption = Annotated[
     str | None,
     typer.Option(

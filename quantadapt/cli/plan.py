@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .commands import add
-from .flags import JsonOption, SpecFlags, with_spec_flags
+from .flags import GpusOption, JsonOption, SpecFlags, with_spec_flags
 from .session import session
 
 if TYPE_CHECKING:
@@ -15,10 +15,20 @@ if TYPE_CHECKING:
 
     from ..planning import Plan
 
+CardOption = Annotated[
+    list[float] | None,
+    typer.Option(
+        metavar="GIB",
+        min=0.1,
+        help="Does it fit a GPU of so many GiB, and with which settings? May be repeated.",
+    ),
+]
+
 _EXAMPLES = {
     "plan": (
         "quantadapt plan --backend torchao-int4 --adapter vera",
         "quantadapt plan config.yaml --merge requantize --json",
+        "quantadapt plan configs/qlora.yaml --model PATH --card 16 --card 24",
     ),
     "schema": (
         "quantadapt schema > quantadapt.schema.json",
@@ -33,15 +43,21 @@ def register(app: typer.Typer, name: str) -> None:
     add(app, name, with_spec_flags(plan) if name == "plan" else schema, *_EXAMPLES[name])
 
 
-def plan(flags: SpecFlags, json: JsonOption = False) -> None:
+def plan(
+    flags: SpecFlags,
+    json: JsonOption = False,
+    gpus: GpusOption = 1,
+    card: CardOption = None,
+) -> None:
     """Show what a run would do, or why it is refused; does nothing.
 
-    Takes the same flags as `run`. All mistakes are reported at once, each with the way out.
+    Takes the same flags as `run`. All mistakes are reported at once, each with the way out. The
+    memory that training needs is predicted from the model's config.json; weights may be missing.
     """
     with session(as_json=json) as shown:
         from ..planning import plan as make_plan
 
-        made = make_plan(flags.spec())
+        made = make_plan(flags.spec(), processes=gpus, cards=card or (), weights=False)
         if json:
             shown.print_json(made.to_dict() | {"spec": made.spec.model_dump(mode="json")})
             return
@@ -74,23 +90,24 @@ def _table(made: Plan) -> Table:
 
 
 def _rows(made: Plan) -> list[tuple[str, str]]:
-    from .progress import merge_words, model_name
+    from .progress import device_words, merge_words, model_name
 
     spec, train = made.spec, made.spec.train
     length = (
         f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
     )
-    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * made.processes
     backend = _options(made.backend.name, made.quantizer.model_dump())
     return [
         ("model", model_name(made)),
         ("backend", f"{backend}, as the checkpoint has it" if made.adopt else backend),
         ("adapter", _options(made.adapter.name, dict(made.adapter_options))),
-        ("device", f"{made.device}, computing in {made.dtype}"),
+        ("device", f"{device_words(made)}, computing in {made.dtype}"),
         ("data", spec.data.path or "the bundled demo's"),
         ("train", f"{length} of {batch} examples, learning rate {train.learning_rate:g}"),
         ("output", str(spec.output)),
         ("export", f"adapter, {merge_words(made)}"),
+        *([("memory", "\n".join(made.memory.words()))] if made.memory else []),
     ]
 
 

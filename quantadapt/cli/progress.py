@@ -165,7 +165,7 @@ def plan_lines(plan: Plan) -> list[str]:
     quantizer = _call(plan.backend.name, plan.quantizer.model_dump())
     adapter = _call(plan.adapter.name, plan.adapter_options)
     return [
-        f"model   {model_name(plan)} on {plan.device} in {plan.dtype}",
+        f"model   {model_name(plan)} on {device_words(plan)} in {plan.dtype}",
         f"train   {adapter} on {quantizer}, {steps} at {train.learning_rate:g}",
         f"output  {spec.output}: adapter, {merge_words(plan)}",
     ]
@@ -174,6 +174,13 @@ def plan_lines(plan: Plan) -> list[str]:
 def model_name(plan: Plan) -> str:
     """Return the model as the user named it."""
     return plan.spec.model or "the bundled demo"
+
+
+def device_words(plan: Plan) -> str:
+    """Say on what the plan works."""
+    if plan.processes == 1:
+        return plan.device
+    return f"{plan.processes} x {plan.device.partition(':')[0]} ({plan.parallel})"
 
 
 def merge_words(plan: Plan) -> str:

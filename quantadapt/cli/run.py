@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..distributed import as_launched, stop, world
 from .commands import add
-from .flags import JsonOption, SpecFlags, with_spec_flags
-from .session import Session, session
+from .flags import GpusOption, JsonOption, SpecFlags, with_spec_flags
+from .session import Session, report_failure, session
 
 if TYPE_CHECKING:
     from ..pipeline import Listener, RunResult
@@ -29,24 +30,56 @@ def register(app: typer.Typer, name: str) -> None:
         "quantadapt run --backend hqq --set backend.bits=3 --adapter dora --max-steps 100",
         "quantadapt run --model ORG/NAME --data train.jsonl --output runs/mine",
         "quantadapt run config.yaml --resume",
+        "quantadapt run config.yaml --gpus 2 --set train.parallel=fsdp",
     )
 
 
-def run(flags: SpecFlags, json: JsonOption = False) -> None:
+def run(flags: SpecFlags, json: JsonOption = False, gpus: GpusOption = 1) -> None:
     """Quantize, attach, train, evaluate and export, as one run.
 
     Without anything it fine-tunes the bundled demo model. The run folder gets the adapter, the
     merged model where the combination allows one, all figures and report.html. Flags win over
     the YAML file, --set wins over both.
     """
+    if gpus > 1 and world().size == 1:
+        _launch(flags, json, gpus)
+        return
     with session(as_json=json) as shown:
         from ..planning import plan
 
-        made = plan(flags.spec())
+        made = plan(as_launched(flags.spec()), check_output=world().is_main)
         result = _watched(made, shown)
+        stop()
         if json:
             document = {"folder": str(result.folder), "plan": made.to_dict()}
             shown.print_json(document | {"metrics": result.metrics})
+
+
+def _launch(flags: SpecFlags, json: bool, gpus: int) -> None:
+    """Plan here, so that nothing is started in vain, and run this command line in processes."""
+    from ..launching import launch
+
+    with session(as_json=json):
+        from ..planning import plan
+
+        made = plan(flags.spec(), processes=gpus)
+    try:
+        failure = launch([sys.executable, "-m", "quantadapt", *sys.argv[1:]], gpus)
+    except KeyboardInterrupt as error:
+        raise SystemExit(report_failure(error, sys.stderr)) from None
+    if failure is not None:
+        _note_failure(Path(made.spec.output or "."))
+        sys.stderr.write(f"process {failure.rank} of {gpus} failed:\n{failure.text}\n")
+        raise SystemExit(failure.exit_code)
+
+
+def _note_failure(folder: Path) -> None:
+    """Mark a run as failed whose first process could not do so."""
+    from ..run_folder import RunFolder
+
+    run_folder = RunFolder(folder)
+    if run_folder.marker.get("state") == "running":
+        run_folder.set_state("failed")
 
 
 def _watched(made: Plan, shown: Session) -> RunResult:
@@ -60,7 +93,9 @@ def _watched(made: Plan, shown: Session) -> RunResult:
         from ..pipeline import run as run_pipeline
 
         command = shlex.join(["quantadapt", *sys.argv[1:]])
-        listener = _logging_to_folder(display, shown, Path(made.spec.output or "."))
+        listener: Listener = display
+        if world().is_main:
+            listener = _logging_to_folder(display, shown, Path(made.spec.output or "."))
         result = run_pipeline(made.spec, listener=listener, command=command)
     show_result(shown.progress, result.folder, result.metrics)
     return result

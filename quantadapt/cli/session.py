@@ -87,7 +87,7 @@ def session(*, as_json: bool = False) -> Iterator[Session]:
     """Run the body quietly. Whatever it raises ends in SystemExit with the right code."""
     quiet = Quiet(lambda text: shown.note(text))
     quiet.start()
-    shown = Session(_console(quiet.out), _console(quiet.err), as_json, quiet)
+    shown = Session(_console(_of_main(quiet.out)), _console(quiet.err), as_json, quiet)
     progress = _Progress(shown)
     progress.start()
     code = 0
@@ -151,6 +151,13 @@ def _error_document(error: BaseException, code: int) -> dict[str, Any]:
     problems = [vars(problem) for problem in getattr(error, "problems", ())]
     kind, text = type(error).__name__, str(error)
     return {"error": {"type": kind, "message": text, "problems": problems, "exit_code": code}}
+
+
+def _of_main(stream: TextIO) -> TextIO:
+    """Return `stream`, or of several processes, for all but the first, one that nobody sees."""
+    from ..distributed import world
+
+    return stream if world().is_main else open(os.devnull, "w")
 
 
 def _console(stream: TextIO) -> Console:

@@ -1,0 +1,297 @@
+"""A frozen quantized base, sharded over the ranks with FSDP2, whatever its vendor.
+
+The tensors of a decoder block's vendor modules become views of one flat parameter, `packed`, and
+that is what `torch.distributed.fsdp.fully_shard` shards and gathers. FSDP2 keeps the storage of
+a gathered parameter and only frees and fills its memory, so the views are made once and hold
+from step to step; between the steps they have no memory. Adapters, norms and tiny tensors stay
+whole on every rank. ZeRO-3: https://arxiv.org/abs/1910.02054
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .calibration import decoder_blocks
+from .errors import ModelError
+from .facade import facades
+from .protocols import AdapterTarget
+
+PACKED = "packed"
+ALIGNMENT = 16
+"""Bytes; what vectorized loads of any dtype want."""
+
+SMALLEST = 2048
+"""Bytes; smaller tensors stay on every rank. Code tables that all layers share are that small."""
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """Shard the base of `model` over all ranks, in place; every rank has to hold the same.
+
+    Works block by block, so the peak is the model as it stands and one block more.
+
+    Raises:
+        ModelError: the linear layers do not stand in one list of blocks.
+    """
+    for block in blocks(model).values():
+        if PACKED not in block._parameters:
+            shard_block(block, [facade.vendor for _, facade in facades(block)])
+    for _, facade in facades(model):
+        if not isinstance(facade.target, GatheringTarget):
+            facade.target = GatheringTarget(facade.target)
+    _shard_rest(model)
+    return model
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return name -> decoder block. Raises ModelError where they cannot be told."""
+    found = decoder_blocks(model)
+    if found is None:
+        what = "it cannot be sharded: its linear layers do not stand in one list of blocks"
+        raise ModelError(what, fix="use train.parallel: ddp")
+    return found
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Say whether `shard` or a sharded load made this model."""
+    return any(PACKED in module._parameters for module in model.modules())
+
+
+def shard_block(block: nn.Module, vendors: Iterable[nn.Module]) -> None:
+    """Keep this rank's share of the `vendors`, the quantized layers of `block`."""
+    from torch.distributed.fsdp import fully_shard
+
+    vendors = list(vendors)
+    others = set(block.parameters())
+    shards = _Shard.of(block, vendors)
+    if shards is None:
+        return
+    whole = shards.packed.untyped_storage()
+    fully_shard(block, mesh=_mesh(), reshard_after_forward=True, ignored_params=others)
+    whole.resize_(0)  # the vendors' tensors still are views of it
+    block.register_forward_pre_hook(lambda *_: shards.bind())
+    for vendor in vendors:
+        object.__setattr__(vendor, "_shard", shards)
+
+
+def _shard_rest(model: nn.Module) -> None:
+    """Shard embedding and head where they are not tied, and make the decoder FSDP's root."""
+    from torch.distributed.fsdp import fully_shard
+
+    whole: Any = model
+    embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    for module in () if tied else (embedding, head):
+        if type(module) in (nn.Embedding, nn.Linear):
+            module.requires_grad_(False)
+            fully_shard(module, mesh=_mesh(), reshard_after_forward=True)
+    # FSDP's hooks are on __call__: PEFT calls the forward of the model with the head directly
+    root = whole.base_model
+    fully_shard(root, mesh=_mesh(), ignored_params=set(root.parameters()))
+
+
+def _mesh() -> Any:
+    """Return all ranks in a row. Raises ValueError without a process group."""
+    return _mesh_of(torch.distributed.group.WORLD)
+
+
+@cache
+def _mesh_of(group: Any) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    kind = "cuda" if "nccl" in torch.distributed.get_backend_config(group) else "cpu"
+    return init_device_mesh(kind, (torch.distributed.get_world_size(group),))
+
+
+@dataclass
+class _Leaf:
+    """A vendor's tensor, and where its bytes lie in `packed`."""
+
+    tensor: Tensor
+    offset: int
+    size: torch.Size
+    stride: tuple[int, ...]
+
+    def point_to(self, packed: Tensor) -> None:
+        """Make the tensor a view of `packed`, the bytes of the block."""
+        width = self.tensor.element_size()
+        part = packed.view(torch.uint8)[self.offset : self.offset + self.size.numel() * width]
+        with torch._C.DisableTorchFunctionSubclass():
+            view = part.view(self.tensor.dtype)
+            self.tensor.data = view.as_strided(self.size, self.stride)
+
+
+class _Shard:
+    """The packed tensors of one block."""
+
+    def __init__(self, block: nn.Module, leaves: list[_Leaf]) -> None:
+        self.block, self.leaves = block, leaves
+        self.storage = 0
+
+    @classmethod
+    def of(cls, block: nn.Module, vendors: Iterable[nn.Module]) -> _Shard | None:
+        """Move the tensors of `vendors` into `block.packed`; None where there are none."""
+        leaves, size = _laid_out(vendors)
+        if not leaves:
+            return None
+        shards = cls(block, leaves)
+        packed = torch.zeros(size, dtype=torch.uint8, device=leaves[0].tensor.device)
+        for leaf in leaves:
+            data = _as_bytes(leaf.tensor)
+            packed[leaf.offset : leaf.offset + len(data)] = data
+        # Bytes under the name of floats: before torch 2.12, FSDP2 takes nothing else.
+        packed = packed.view(torch.float32)
+        for leaf in leaves:
+            leaf.point_to(packed)
+        block.register_parameter(PACKED, nn.Parameter(packed, requires_grad=False))
+        return shards
+
+    @property
+    def packed(self) -> Tensor:
+        """A DTensor that holds this rank's share, or all of it while FSDP2 has it gathered."""
+        packed: Any = self.block._parameters[PACKED]
+        return packed  # type: ignore[no-any-return]
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether the vendor's tensors can be read."""
+        return not isinstance(self.packed, DTensor)
+
+    def bind(self, packed: Tensor | None = None) -> None:
+        """Point the vendor's tensors to what is gathered, unless they do so already."""
+        packed = self.packed.data if packed is None else packed
+        storage = packed.untyped_storage()._cdata
+        if storage != self.storage:
+            for leaf in self.leaves:
+                leaf.point_to(packed)
+            self.storage = storage
+
+
+@contextmanager
+def gathered(vendor: nn.Module) -> Iterator[Tensor | None]:
+    """Let the tensors of `vendor` be read outside its block's forward and backward.
+
+    All ranks have to enter. Yields what was gathered for it, or None if nothing had to be.
+    """
+    shards: _Shard | None = getattr(vendor, "_shard", None)
+    if shards is None:
+        yield None
+    elif shards.is_gathered:
+        shards.bind()
+        yield None
+    else:
+        packed: Any = shards.packed
+        whole = packed.full_tensor()
+        shards.bind(whole)
+        try:
+            yield whole
+        finally:
+            whole.untyped_storage().resize_(0)
+
+
+class GatheringTarget(AdapterTarget):
+    """A backend's target whose layers are gathered where somebody reads them between passes."""
+
+    def __init__(self, target: AdapterTarget) -> None:
+        self.target = target
+        self.quantizes_activations = target.quantizes_activations
+
+    def matches(self, module: nn.Module) -> bool:
+        """As the backend's."""
+        return self.target.matches(module)
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """As the backend's."""
+        return self.target.shape(module)
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """Gather the layer if need be, and return its weight."""
+        with gathered(module) as whole:
+            weight = self.target.dequantize(module)
+            return weight if whole is None else weight.clone()
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Gather the layer if need be, and run the vendor's forward."""
+        with gathered(module):
+            return self.target.forward(module, x)
+
+    def decodes(self, module: nn.Module, x: Tensor) -> bool:
+        """As the backend's."""
+        return self.target.decodes(module, x)
+
+    def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        """Refuse: each process holds a share only. Raises ModelError."""
+        what = "a sharded base cannot be rewritten"
+        raise ModelError(what, fix="use train.parallel: ddp, or one process")
+
+
+def _laid_out(vendors: Iterable[nn.Module]) -> tuple[list[_Leaf], int]:
+    """Return the tensors of `vendors` that are worth sharding, laid out, and their bytes in all."""
+    leaves: list[_Leaf] = []
+    offsets: dict[Any, int] = {}
+    end = 0
+    for tensor in _tensors(vendors):
+        size = tensor.numel() * tensor.element_size()
+        if size < SMALLEST or not _is_dense(tensor):
+            continue
+        # some vendors hold a tensor under two names
+        key = tensor.data_ptr(), tensor.dtype, tensor.size(), tensor.stride()
+        if key not in offsets:
+            offsets[key] = end
+            end += -(-size // ALIGNMENT) * ALIGNMENT
+        leaves.append(_Leaf(tensor, offsets[key], tensor.size(), tensor.stride()))
+    return leaves, end
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Say whether the elements lie side by side in memory, in whatever order."""
+    steps = zip(tensor.size(), tensor.stride(), strict=True)
+    return sum((size - 1) * stride for size, stride in steps) + 1 == tensor.numel()
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """Return the memory of a dense tensor as uint8 [bytes]."""
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def _tensors(vendors: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Yield every plain tensor that the modules `vendors` hold, each once, however deep."""
+    seen: dict[int, Any] = {}
+    waiting: list[Any] = list(vendors)[::-1]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, Tensor) and not hasattr(value, "__tensor_flatten__"):
+            yield value
+        waiting += list(_parts(value))[::-1]
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """Return what a vendor's module, tensor, container or record holds."""
+    if isinstance(value, nn.Module):
+        states = value._parameters, value._buffers, value._modules
+        own = (v for k, v in vars(value).items() if not isinstance(v, nn.Module) and k[:1] != "_")
+        return (*(part for state in states for part in state.values()), *own)
+    if isinstance(value, Tensor):
+        names = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else ()
+        return (*(getattr(value, name) for name in names), *vars(value).values())
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, list | tuple):
+        return value
+    home = type(value).__module__.partition(".")[0]
+    is_record = hasattr(value, "__dict__") and not isinstance(value, type | nn.Module)
+    if is_record and home not in sys.stdlib_module_names and home not in ("torch", "quantadapt"):
+        return tuple(vars(value).values())
+    return ()

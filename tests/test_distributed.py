@@ -1,0 +1,207 @@
+"""Two processes train as one does with the same whole batch, and stop together."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from two_processes import in_two
+
+import quantadapt as qa
+from quantadapt.distributed import World, as_launched, world
+from quantadapt.spec import Spec
+
+STEPS = 4
+ADAPTERS: dict[str, dict[str, Any]] = {"lora": {"r": 4}, "adalora": {"init_r": 6, "target_r": 3}}
+
+
+def train(adapter: str, parallel: str, batch: int, output: Path, **options: Any) -> dict[str, Any]:
+    """Train on the demo's data; return what the run logged, and the adapter's weights."""
+    from quantadapt.distributed import start
+    from quantadapt.sharding import shard
+
+    base = qa.quantize(None, "bnb-nf4", device="cpu")
+    if parallel == "fsdp":
+        start("cpu")
+        shard(base)
+    model = qa.attach(base, adapter, **ADAPTERS[adapter])
+    logs: list[dict[str, Any]] = []
+    given = {"max_steps": STEPS, "logging_steps": 1, "learning_rate": 3e-3} | options
+    qa.train(model, output=output, on_log=logs.append, per_device_train_batch_size=batch, **given)
+    if world().is_main:
+        qa.save(model, output)
+    weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    keys = ("step", "loss", "grad_norm", "tokens")
+    return {"logs": [[log[key] for key in keys] for log in logs], "weights": weights}
+
+
+ACCUMULATED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
+
+
+def work(folder: Path) -> dict[str, Any]:
+    """Everything that the tests below look at, in one of two processes."""
+    from quantadapt.distributed import start
+
+    start("cpu")
+    found = {"mean": means()}
+    found["ddp"] = train("lora", "ddp", 2, folder / "ddp")
+    found["fsdp"] = train("lora", "fsdp", 2, folder / "fsdp", save_steps=2)
+    found["adalora"] = train("adalora", "fsdp", 2, folder / "adalora", **ACCUMULATED)
+    if world().is_main:
+        shutil.rmtree(folder / "fsdp" / "checkpoints" / f"checkpoint-{STEPS}")
+    torch.distributed.barrier()
+    found["resumed"] = train("lora", "fsdp", 2, folder / "fsdp", save_steps=2, resume=True)
+    return found
+
+
+def means() -> list[Any]:
+    """Average gradients of which some are missing on one process, or on both."""
+    from quantadapt.distributed import average_gradients
+
+    weights = [torch.nn.Parameter(torch.zeros(3)) for _ in range(3)]
+    weights[0].grad = torch.full((3,), 1.0 + 2 * world().rank)
+    if world().is_main:
+        weights[1].grad = torch.full((3,), 8.0)
+    average_gradients(weights)
+    return [None if weight.grad is None else weight.grad.tolist() for weight in weights]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> list[dict[str, Any]]:
+    return in_two(work, folder, folder)
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> dict[str, Any]:
+    return {
+        "lora": train("lora", "none", 4, folder / "alone"),
+        "adalora": train("adalora", "none", 4, folder / "alone-adalora", **ACCUMULATED),
+    }
+
+
+def close_weights(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> None:
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(weight, other["weights"][name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", ["ddp", "fsdp", "adalora"])
+def test_two_processes_train_as_one(two, alone, case) -> None:
+    expected = alone["adalora" if case == "adalora" else "lora"]
+    for found in two:
+        logs, wanted = torch.tensor(found[case]["logs"]), torch.tensor(expected["logs"])
+        torch.testing.assert_close(logs, wanted, rtol=1e-5, atol=1e-5)
+        close_weights(found[case], expected, 1e-4)
+
+
+@pytest.mark.parametrize("case", ["ddp", "fsdp", "adalora"])
+def test_all_processes_hold_the_same_adapter(two, case) -> None:
+    one, other = (found[case]["weights"] for found in two)
+    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+def test_a_resumed_run_goes_on_exactly(two) -> None:
+    for found in two:
+        for resumed, log in zip(found["resumed"]["logs"], found["fsdp"]["logs"][2:], strict=True):
+            assert resumed[:3] == pytest.approx(log[:3], rel=1e-6)
+        close_weights(found["resumed"], found["fsdp"], 1e-4)
+
+
+def test_the_adapter_is_saved_whole(two, folder) -> None:
+    loaded = qa.load(folder / "ddp")
+    for name, parameter in loaded.named_parameters():
+        if name in two[0]["ddp"]["weights"]:
+            assert torch.equal(parameter, two[0]["ddp"]["weights"][name])
+
+
+def test_missing_gradients_count_as_zero_unless_missing_everywhere(two) -> None:
+    assert [found["mean"] for found in two] == [[[2.0] * 3, [4.0] * 3, None]] * 2
+
+
+PLUGIN = """
+import os, signal
+from quantadapt.hookspecs import hookimpl
+
+@hookimpl
+def quantadapt_stage_done(stage, value):
+    if stage == "attach" and os.environ.get("DIES") == os.environ["RANK"]:
+        left = [3]
+        def die(*_):
+            left[0] -= 1
+            if not left[0]:
+                raise ArithmeticError("out of luck")
+        value.get_base_model().model.layers[0].register_forward_pre_hook(die)
+"""
+
+
+def run(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "quantadapt", "run", "--gpus", "2", "--device", "cpu"]
+    given = {
+        "train": {"max_steps": STEPS, "save_steps": 2, "logging_steps": 1, "parallel": "fsdp"},
+        "evaluate": {"samples": 0, "max_examples": 4},
+        "backend": "bnb-nf4",
+    }
+    (folder / "c.yaml").write_text(json.dumps(given), encoding="utf-8")
+    command += [str(folder / "c.yaml"), "--output", str(folder / "run"), *arguments]
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path} | variables
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=200
+    )
+
+
+def test_a_process_that_dies_stops_the_others(tmp_path) -> None:
+    (tmp_path / "unlucky.py").write_text(PLUGIN, encoding="utf-8")
+    info = tmp_path / "unlucky-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: unlucky\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[quantadapt]\nunlucky = unlucky\n")
+    done = run(tmp_path, DIES="1")
+    assert done.returncode == 1
+    assert "process 1 of 2 failed:\nError: ArithmeticError: out of luck" in done.stderr
+    assert "another process" not in done.stderr
+    folder = tmp_path / "run"
+    assert [p.name for p in (folder / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert json.loads((folder / "quantadapt-run.json").read_text())["state"] == "failed"
+
+    done = run(tmp_path, "--resume", DIES="")
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu (fsdp)" in done.stdout
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["train"]["resumed_from"] == 2
+    assert (metrics["train"]["processes"], metrics["train"]["parallel"]) == (2, "fsdp")
+    assert metrics["merge"]["refusals"][0]["rule"] == "fsdp-no-merge"
+
+
+def test_a_refused_run_starts_no_process(tmp_path) -> None:
+    done = run(tmp_path, "--merge", "dense")
+    assert done.returncode == 2
+    assert "[rule fsdp-no-merge]" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_environment_says_who_is_who(monkeypatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert world() == World()
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert world() == World(rank=3, local_rank=1, size=4)
+
+
+def test_accelerate_can_ask_for_sharding(monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert as_launched(Spec()).train.parallel == "fsdp"
+    assert "ACCELERATE_USE_FSDP" not in os.environ
+    assert as_launched(Spec()).train.parallel == "auto"

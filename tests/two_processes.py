@@ -1,0 +1,31 @@
+"""Runs a function in two gloo processes on the CPU."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing as multiprocessing
+
+
+def in_two(function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
+    """Return what `function(*args)` gives in each of two processes; raises what one raises."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    multiprocessing.spawn(_work, (port, folder, function, args), nprocs=2)
+    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
+
+
+def _work(rank: int, port: int, folder: Path, function: Callable[..., Any], args: Any) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    from quantadapt.distributed import stop
+
+    made = function(*args)
+    stop()
+    (folder / f"{rank}.pickle").write_bytes(pickle.dumps(made))
