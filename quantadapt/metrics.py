@@ -15,15 +15,31 @@ class Perplexity(TypedDict, total=False):
 
 
 class Training(TypedDict, total=False):
-    """What training took; `seconds` is the training loop alone."""
+    """What training took; `seconds` is the training loop alone, of which `dequantize_share` went
+    into dequantizing the base."""
 
     steps: int
     seconds: float
     tokens: int | None
     peak_memory_gib: float | None
+    dequantize_share: float | None
     trainable_parameters: int
     base_parameters: int
     resumed_from: int | None
+    memory: Memory
+
+
+class Memory(TypedDict, total=False):
+    """The setting that training ended with (see `memory.Setting`), out of so many `layers` and of
+    batches of `batch`; on a GPU what is predicted for it and the tokens of the longest example."""
+
+    checkpointed_layers: int
+    offload: bool
+    micro_batch: int
+    layers: int
+    batch: int
+    longest: int
+    predicted_gib: float
 
 
 class Size(TypedDict, total=False):

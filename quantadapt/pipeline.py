@@ -8,18 +8,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import planning
 from .calibration_data import choose
 from .dependencies import import_requirements
+from .distributed import as_launched, peers_in_words, start, world
 from .errors import PlanRefused
 from .planning import Plan
 from .quantizing import load_tokenizer, quantize_plan, skip_for, with_config
 from .registry import registry
-from .run_folder import RunFolder
+from .run_folder import RunFolder, UnwrittenFolder
 from .saving import (
     BASE,
     MERGED,
@@ -77,20 +78,24 @@ class _Run:
     def __init__(self, spec: Spec, listener: Listener, command: str) -> None:
         self.listener = listener
         self.metrics: dict[str, Any] = {"command": command, "stages": {}, "perplexity": {}}
+        self.world = world()
         with self.stage("plan") as done:
-            self.plan = done(planning.plan(spec))
+            self.plan = done(planning.plan(as_launched(spec), check_output=self.world.is_main))
         self.spec = self.plan.spec
 
     def go(self) -> RunResult:
         import_requirements(self.plan.backend)
         self.plan = with_config(self.plan)
+        if self.plan.memory is None and self.world.is_main:  # a hub id's config is here by now
+            self.plan = planning.plan(self.spec)
         self.check_training()
         self.check_targets()
         data = self.read_data()
         self.examples = self.calibration(data)
         self.folder = self.create_folder()
         try:
-            tuned = self.work(data)
+            with peers_in_words():
+                tuned = self.work(data)
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt)
             with suppress(Exception):  # the first error is the one to tell
@@ -135,12 +140,19 @@ class _Run:
     def create_folder(self) -> RunFolder:
         spec = self.spec
         assert spec.output
+        if not self.world.is_main:
+            return UnwrittenFolder(Path(spec.output).expanduser())
         return RunFolder.create(
             Path(spec.output),
             overwrite=spec.overwrite,
             resume=spec.train.resume,
             inputs=spec.inputs,
         )
+
+    @property
+    def measures(self) -> bool:
+        """Whether this process evaluates: the first, or all, whose shares only work together."""
+        return self.world.is_main or self.plan.parallel == "fsdp"
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[Any], Any]]:
@@ -207,7 +219,8 @@ class _Run:
 
     def measure_unquantized(self, data: Data) -> None:
         """Perplexity of the dense base, which is loaded for this alone and dropped again."""
-        if not self.spec.evaluate.unquantized or self.plan.adopt:
+        wanted = self.spec.evaluate.unquantized and not self.plan.adopt
+        if not wanted or not self.world.is_main or self.plan.parallel == "fsdp":
             return
         from .loading import from_pretrained
 
@@ -238,16 +251,31 @@ class _Run:
 
     def quantize(self) -> nn.Module:
         """Quantize the base. One that is calibrated here is kept in the run folder, because the
-        spec alone could not make it again; a resumed run goes on with it."""
+        spec alone could not make it again; a resumed run and the other processes load it."""
+        if not self.plan.calibrates:
+            start(self.plan.device)
+            return quantize_plan(self.plan)
         saved = self.folder.path / BASE
-        if self.spec.train.resume and self.plan.calibrates and saved.exists():
-            return load_base(saved, self.plan.device)
-        model = quantize_plan(self.plan, calibration=self.examples)
-        if self.examples is not None:
+        resumed = self.spec.train.resume and saved.exists()
+        if self.world.is_main and not resumed:
+            model = quantize_plan(replace(self.plan, parallel="none"), calibration=self.examples)
             save_base(model, saved)
-        return model
+            if self.world.size == 1:
+                return model
+        # Only now: vendors take a process group for an invitation to calibrate together.
+        start(self.plan.device)
+        return self.sharded(load_base(saved, self.plan.device))
+
+    def sharded(self, model: nn.Module) -> nn.Module:
+        if self.plan.parallel != "fsdp":
+            return model
+        from .sharding import shard
+
+        return shard(model)
 
     def measure_base(self, model: nn.Module, data: Data) -> None:
+        if not self.measures:
+            return
         with self.stage("evaluate"):
             self.metrics.setdefault("size", {})["quantized_mib"] = size_mib(model)
             self.perplexity("quantized", model, data)
@@ -283,14 +311,28 @@ class _Run:
             output=self.folder.path,
             seed=self.spec.seed,
             on_log=on_log,
+            on_note=lambda text: self.listener("note", {"text": text}),
         )
 
     def record_training(self, result: TrainResult) -> None:
         names = ("steps", "seconds", "tokens", "peak_memory_gib", "resumed_from",
-                 "trainable_parameters", "base_parameters")  # fmt: skip
+                 "trainable_parameters", "base_parameters", "dequantize_share")  # fmt: skip
         self.metrics["train"] = {name: getattr(result, name) for name in names}
+        self.metrics["train"] |= {"processes": self.world.size, "parallel": self.plan.parallel}
+        self.metrics["train"]["memory"] = self.memory_figures(result)
+
+    def memory_figures(self, result: TrainResult) -> dict[str, Any]:
+        """Return how memory was used, and on a GPU what is predicted for just that."""
+        batch = self.spec.train.per_device_train_batch_size
+        figures = asdict(result.setting) | {"layers": result.layers, "batch": batch}
+        if self.plan.memory is not None and self.plan.device.startswith("cuda"):
+            predicted = self.plan.memory.peak_gib(result.setting, result.longest)
+            figures |= {"predicted_gib": predicted, "longest": result.longest}
+        return figures
 
     def measure_tuned(self, model: PeftModel, data: Data) -> None:
+        if not self.measures:
+            return
         self.perplexity("tuned", model, data)
         after = self.answers(model, data)
         self.metrics["samples"] = [
@@ -299,6 +341,8 @@ class _Run:
         ]
 
     def export(self, model: PeftModel, data: Data) -> dict[str, Any]:
+        if not self.world.is_main:
+            return {}
         adapter = save(model, self.folder.path)
         files = (file for file in adapter.rglob("*.safetensors"))
         self.metrics["size"]["adapter_mib"] = sum(f.stat().st_size for f in files) / 2**20
@@ -327,6 +371,8 @@ class _Run:
         """Write the figures and the report, also of a run that did not get to its end."""
         from .report import write_report
 
+        if not self.world.is_main:
+            return
         self.folder.write_json("metrics.json", self.metrics)
         self.folder.set_state(state)
         write_report(self.folder)

@@ -6,19 +6,29 @@ neither torch nor a vendor. All problems are collected and raised once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from . import demo, loftq
+from . import demo, loftq, parallel
 from .capabilities import KEEP, Cell, Merge, refusals
-from .checkpoint import check_model, is_local_path, quantization_of
-from .dependencies import missing_requirements
+from .checkpoint import (
+    check_model,
+    config_of,
+    has_config_alone,
+    is_local_path,
+    quantization_of,
+)
+from .dependencies import missing_for_optimizer, missing_requirements
+from .distributed import world
 from .errors import MergeRefused, OutputError, PlanRefused, Problem, did_you_mean
 from .machine import Machine, this_machine
+from .memory import GIB
+from .memory_plan import MemoryPlan, memory_plan
+from .parallel import Parallel
 from .peft_options import peft_options
 from .protocols import Quantizer
 from .records import Adapter, Backend
@@ -44,6 +54,9 @@ class Plan:
         merge: what the export will write besides the adapter.
         merge_refusals: why `auto` became `never`, if it did.
         notes: decisions that a user may want to know of.
+        processes: how many work on it, one device each.
+        parallel: "ddp" or "fsdp" if there are several, else "none".
+        memory: what training needs on a GPU; None where that cannot be predicted.
     """
 
     spec: Spec
@@ -58,6 +71,9 @@ class Plan:
     merge: MergePlan = "never"
     merge_refusals: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
+    processes: int = 1
+    parallel: Parallel = "none"
+    memory: MemoryPlan | None = None
 
     @property
     def calibrates(self) -> bool:
@@ -87,6 +103,9 @@ class Plan:
             "adopt": self.adopt,
             "merge": self.merge,
             "merge_refusals": [vars(problem) for problem in self.merge_refusals],
+            "processes": self.processes,
+            "parallel": self.parallel,
+            "memory": self.memory.to_dict() if self.memory else None,
             "notes": list(self.notes),
         }
 
@@ -160,6 +179,7 @@ class _Draft:
     spec: Spec
     machine: Machine
     registry: Registry
+    processes: int = 1
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -177,6 +197,9 @@ def plan(
     machine: Machine | None = None,
     registry_: Registry | None = None,
     check_output: bool = True,
+    processes: int | None = None,
+    cards: Sequence[float] = (),
+    weights: bool = True,
 ) -> Plan:
     """Resolve `spec` or raise PlanRefused with every problem at once.
 
@@ -185,10 +208,14 @@ def plan(
         machine: the devices to plan for; this machine's by default.
         registry_: the plugins to choose from; those installed by default.
         check_output: whether a run folder will be made, so that it has to be free.
+        processes: how many are to work on it; by default as many as were launched.
+        cards: sizes of GPUs in GiB to predict memory for, instead of this machine's.
+        weights: whether a local model has to have its weights; a prediction needs the config alone.
     """
     spec = _with_demo_defaults(spec)
-    draft = _Draft(spec, machine or this_machine(), registry_ or registry())
-    model = _model(draft)
+    count = world().size if processes is None else processes
+    draft = _Draft(spec, machine or this_machine(), registry_ or registry(), count)
+    model = _model(draft, weights)
     device = _device(draft)
     backend: Backend | None = draft.lookup("backend", spec.backend.name)
     adapter: Adapter | None = draft.lookup("adapter", spec.adapter.name)
@@ -196,16 +223,24 @@ def plan(
     options = _adapter_options(draft, adapter)
     dtype = _dtype(draft, backend, device)
     _check_data(draft)
+    _check_training(draft, device)
     if check_output:
         _check_output(draft)
     merge: MergePlan = "never"
     refused: tuple[Problem, ...] = ()
+    memory: MemoryPlan | None = None
     if backend and adapter and quantizer:
         cell = make_cell(backend, quantizer, adapter, options, device, dtype)
         draft.problems += attach_refusals(cell, backend, adapter)
         draft.problems += loftq.problems(options, backend, has_original=not adopt)
         draft.notes += quantizer.notes(device)
         merge, refused = _merge(draft, cell, backend, adapter)
+        if parallel.parallel_for(spec.train, count) == "fsdp":
+            draft.problems += parallel.shard_problems(cell, backend, adapter, model)
+            draft.notes += parallel.shard_notes(spec)
+            merge, refused = "never", parallel.merge_problems(spec.export.merge)
+        if check_output or cards:
+            memory = _memory(draft, model, quantizer, cell, adapter, adopt, cards)
     forbidden = refused if spec.export.merge != "auto" else ()
     if draft.problems:
         raise PlanRefused([*draft.problems, *forbidden])
@@ -227,6 +262,9 @@ def plan(
         merge=merge,
         merge_refusals=refused,
         notes=tuple(draft.notes),
+        processes=count,
+        parallel=parallel.parallel_for(spec.train, count),
+        memory=memory,
     )
 
 
@@ -242,17 +280,25 @@ def _with_demo_defaults(spec: Spec) -> Spec:
     return spec
 
 
-def _model(draft: _Draft) -> str:
+def _model(draft: _Draft, weights: bool) -> str:
     if draft.spec.model is None:
         return str(demo.MODEL_DIR)
-    draft.problems += check_model(draft.spec.model)
+    if not weights and has_config_alone(draft.spec.model):
+        draft.notes.append("there are no weights here: this is a prediction, a run needs them")
+    else:
+        draft.problems += check_model(draft.spec.model)
     return draft.spec.model
 
 
 def _device(draft: _Draft) -> str:
+    """Return the device of this process; of several, each has that of its number."""
+    found = parallel.device_problems(draft.spec, draft.machine, draft.processes)
+    draft.problems += found
     wanted = draft.spec.device
     if wanted == "auto":
-        return draft.machine.default_device
+        wanted = draft.machine.default_device
+    if draft.processes > 1 and wanted == "cuda":
+        return f"cuda:{world().local_rank}"
     kind, _, index = wanted.partition(":")
     if kind == "cuda":
         count = len(draft.machine.cuda)
@@ -367,6 +413,17 @@ def _check_data(draft: _Draft) -> None:
             draft.problems.append(Problem(f"{path} does not exist", fix, where=f"data.{key}"))
 
 
+def _check_training(draft: _Draft, device: str) -> None:
+    train = draft.spec.train
+    draft.problems += missing_for_optimizer(train.optim)
+    if train.gradient_checkpointing is not None and train.memory != "auto":
+        what = "memory and gradient_checkpointing both say which layers are computed again"
+        fix = "leave one of them out"
+        draft.problems.append(Problem(what, fix, where="train.gradient_checkpointing"))
+    if isinstance(train.memory, float) and not device.startswith("cuda"):
+        draft.notes.append("train.memory limits the memory of a GPU; this run has none")
+
+
 def _check_output(draft: _Draft) -> None:
     spec = draft.spec
     inputs = spec.inputs
@@ -376,6 +433,48 @@ def _check_output(draft: _Draft) -> None:
         )
     except OutputError as error:
         draft.problems += [replace(p, where=f"output {p.where}") for p in error.problems]
+
+
+def _memory(
+    draft: _Draft,
+    model: str,
+    quantizer: Quantizer,
+    cell: Cell,
+    adapter: Adapter,
+    adopt: bool,
+    cards: Sequence[float],
+) -> MemoryPlan | None:
+    """Predict memory, for the cards that were asked about or the one that the run would use."""
+    spec, kind = draft.spec, parallel.parallel_for(draft.spec.train, draft.processes)
+    on_gpu = cell.device == "cuda" or spec.dtype != "auto"
+    made = memory_plan(
+        spec,
+        config_of(model) or {},
+        quantizer,
+        adapter,
+        cell.adapter_options,
+        dtype=cell.dtype if on_gpu else "bfloat16",
+        shards=draft.processes if kind == "fsdp" else 1,
+    )
+    if made is None:
+        if cards:
+            what = "memory cannot be predicted for this model with this backend"
+            fix = "decoders with Llama's sizes can, if the backend tells its bits per weight"
+            draft.problems.append(Problem(what, fix, where="--card"))
+        return None
+    if spec.train.use_liger_kernel and not made.work.fused_kernels and cell.device == "cuda":
+        draft.notes.append("more memory and time are needed without liger-kernel: install it")
+    if cards:
+        made = made.with_cards([card * GIB for card in cards])
+        if not any(card.fits for card in made.cards):
+            draft.problems += [made.problem(card) for card in made.cards]
+    elif cell.device == "cuda" and draft.machine.memory:
+        index = spec.device.partition(":")[2]
+        made = made.with_cards([draft.machine.memory[int(index or 0)]])
+        measures_dense = spec.evaluate.unquantized and not adopt and kind != "fsdp"
+        draft.problems += made.problems(measures_dense)
+        draft.notes += made.notes(spec.evaluate.batch_size)
+    return made
 
 
 def _merge(

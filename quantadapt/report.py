@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .memory import Setting
 from .report_charts import Bar, bar_chart, line_chart
 from .report_html import Child, Html, capital, details, el, facts_table, figures_list, section
 from .report_words import count, duration, mebibytes, percent, short
@@ -217,8 +218,11 @@ def _memory(run: Run) -> Html:
     found = [(name, value) for name in named if (value := _number(size, name)) is not None]
     bars = [Bar(named[name][0], value, mebibytes(value), named[name][1]) for name, value in found]
     chart = bar_chart("Size of the weights", bars, unit="MiB") if bars else Html()
-    figures = figures_list(_memory_figures(_part(run.metrics, "train")))
-    return section("Memory", chart, figures) if chart or figures else Html()
+    train = _part(run.metrics, "train")
+    figures = figures_list(_memory_figures(train))
+    words = _setting_words(_part(train, "memory"))
+    note = el("p", words, class_="note") if words else Html()
+    return section("Memory", chart, figures, note) if chart or figures else Html()
 
 
 def _memory_figures(train: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -230,7 +234,23 @@ def _memory_figures(train: Mapping[str, Any]) -> list[tuple[str, str]]:
         figures.append((count(trained), f"trainable parameters{share}"))
     if peak is not None:
         figures.append((mebibytes(peak * 1024), "peak memory"))
+    predicted = _number(train, "memory", "predicted_gib")
+    if predicted is not None:
+        figures.append((mebibytes(predicted * 1024), "predicted for it"))
+    dequantizing = _number(train, "dequantize_share")
+    if dequantizing is not None:
+        figures.append((percent(dequantizing), "of training spent on dequantizing"))
     return figures
+
+
+def _setting_words(memory: Mapping[str, Any]) -> str:
+    """Return how training used memory, e.g. `20 of 32 layers recomputed, ...`."""
+    names = ("checkpointed_layers", "micro_batch", "layers", "batch")
+    count, size, layers, batch = (_number(memory, name) for name in names)
+    if count is None or size is None or layers is None or batch is None:
+        return ""
+    setting = Setting(int(count), memory.get("offload") is True, int(size))
+    return capital(f"{setting.describe(int(layers), int(batch))}.")
 
 
 _VERDICTS = {
@@ -299,7 +319,7 @@ def _plan(run: Run) -> Html:
         if part:
             options = _chips(part.get("options"))
             rows.append((key, el("div", el("strong", _text(part, "name")), " ", options)))
-    elsewhere = ("backend", "adapter", "notes", "merge_refusals")
+    elsewhere = ("backend", "adapter", "notes", "merge_refusals", "memory")
     plain = [key for key in run.plan if key not in elsewhere]
     rows += [(key, _value(run.plan[key])) for key in plain if run.plan[key] not in (None, [], {})]
     notes = run.plan.get("notes")

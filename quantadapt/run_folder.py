@@ -214,6 +214,17 @@ class RunFolder:
                 raise OutputError(what, fix=OTHER_OUTPUT, where=where)
 
 
+class UnwrittenFolder(RunFolder):
+    """The run folder as the processes see it that only help: they write nothing into it."""
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Return where the first process writes it."""
+        return self.path / name
+
+    def append_metric(self, values: Mapping[str, Any]) -> None:
+        """Leave it to the first process."""
+
+
 @contextmanager
 def atomic_folder(
     final: str | Path, *, overwrite: bool = False, needed: int | None = None

@@ -6,12 +6,13 @@ An unknown key is an error with a suggestion; all mistakes are reported at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from .errors import Problem, SpecError, did_you_mean
 
@@ -98,8 +99,22 @@ class TrainSpec(_Strict):
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps spent warming up")
     weight_decay: float = Field(0.0, ge=0, description="of the adapter's weights")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm")
-    optim: str = Field("adamw_torch", description="adamw_torch, adamw_8bit, paged_adamw_8bit, ...")
-    gradient_checkpointing: bool = Field(False, description="trade compute for memory")
+    optim: str = Field(
+        "adamw_torch_fused", description="adamw_torch_fused, adamw_8bit, paged_adamw_8bit, ..."
+    )
+    memory: Literal["auto", "min"] | Annotated[float, Field(gt=0)] = Field(
+        "auto",
+        description="GiB of the GPU that training may fill; auto: all that is free; min: as little "
+        "as possible. What is computed again in backward follows from it",
+    )
+    gradient_checkpointing: bool | None = Field(
+        None, description="true: compute every layer again, false: none; by default memory decides"
+    )
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="with several processes: ddp, each holds the whole model, or fsdp, each holds "
+        "its share of the base; auto: ddp",
+    )
     use_reentrant: bool = Field(False, description="which kind of gradient checkpointing")
     use_liger_kernel: bool = Field(
         True, description="fused RMSNorm, SwiGLU and RoPE, on CUDA where liger-kernel is installed"
@@ -109,6 +124,17 @@ class TrainSpec(_Strict):
     save_steps: int | None = Field(None, ge=1, description="checkpoint every so many steps")
     report_to: list[str] = Field(default_factory=list, description="e.g. [tensorboard, wandb]")
     resume: bool = Field(False, description="go on from the last checkpoint in the output folder")
+
+    @field_validator("memory", mode="wrap")
+    @classmethod
+    def _one_message(cls, value: Any, check: Callable[[Any], Any]) -> Any:
+        try:
+            if isinstance(value, bool):
+                raise ValueError(value)
+            return check(value)
+        except ValueError:
+            text = "use auto, min, or a number of GiB above 0"
+            raise PydanticCustomError("memory", text) from None
 
 
 class EvaluateSpec(_Strict):

@@ -16,17 +16,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .adalora import allocate_ranks, fit_schedule, load_ranks, save_ranks, tuner_of
+from .distributed import average_gradients, reduced
 from .errors import OutputError, TrainingError
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
+    from .fitting import Fitting
+    from .fused import FusedTraining
     from .spec import TrainSpec
 
 CHECKPOINTS = "checkpoints"
@@ -60,8 +63,11 @@ class _Loop:
     is_world_process_zero: Callable[[], bool]
     checkpoints: Path
     saving_to: Path | None = None
-    fused_head: bool = False
+    fused_head: Literal["ours", "trl"] | None = None
+    pads_right: bool = False
     checks_gradients: bool = True
+    fitting: Fitting | None = None
+    fused: FusedTraining | None = None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: the run folder has its own report."""
@@ -78,7 +84,10 @@ class _Loop:
         self.progress.tokens += inputs["input_ids"].numel() if seen is None else seen.sum()
         if "labels" in inputs and seen is not None and self.model.config.is_encoder_decoder:
             self.progress.tokens += (inputs["labels"] != -100).sum()
-        return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        step = super().training_step  # type: ignore[misc]
+        if self.fitting is not None:
+            return self.fitting.step(step, model, inputs, *args, **kwargs)
+        return step(model, inputs, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -93,6 +102,11 @@ class _Loop:
         SFTTrainer would lose it.
         """
         inputs["use_cache"] = False
+        if self.pads_right:
+            inputs.pop("attention_mask", None)
+        counted = inputs.pop("counted", None)
+        if self.fused_head == "ours":
+            inputs["counted"] = counted
         if not self.fused_head:
             from transformers import Trainer
 
@@ -100,10 +114,15 @@ class _Loop:
                 self, model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
             )
         outputs = model(**inputs, fused_lm_head=True, num_items_in_batch=num_items_in_batch)
-        loss = outputs.loss
-        if num_items_in_batch is not None:  # counted over all processes, whose gradients average
-            loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the mean count of the processes: gradients are averaged, so that each token of the
+        whole batch weighs the same, and what PEFT adds to the loss (AdaLoRA does) counts once."""
+        count = super()._get_num_items_in_batch(*args, **kwargs)  # type: ignore[misc]
+        if count is None or self.accelerator.num_processes == 1:
+            return count
+        return self.accelerator.reduce(count.to(self.args.device).float(), "mean")
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Stop before the optimizer puts a number that is none into the weights."""
@@ -138,7 +157,8 @@ class _Loop:
         self.saving_to = partial
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            save_ranks(self.model, partial / name)
+            if self.is_world_process_zero():
+                save_ranks(self.model, partial / name)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 shutil.rmtree(self.checkpoints / name, ignore_errors=True)
@@ -149,7 +169,8 @@ class _Loop:
             raise OutputError(what, fix=fix, where=str(self.checkpoints / name)) from error
         finally:
             self.saving_to = None
-            shutil.rmtree(partial, ignore_errors=True)
+            if self.is_world_process_zero():
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not load_ranks(self.model, Path(resume_from_checkpoint)):
@@ -163,12 +184,23 @@ class _Watcher:
     progress: _Progress
     on_log_: OnLog
     adalora: Any
+    trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._refresh()
+        if self.trainer.fitting is not None:
+            self.trainer.fitting.start()
         self.progress.started = time.perf_counter()
         self.progress.first_step = state.global_step + 1
         if self.adalora is not None:
             fit_schedule(self.adalora, state.max_steps)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if self.trainer.fused is not None:
+            self.trainer.fused.refresh()
 
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
@@ -187,6 +219,7 @@ class _Watcher:
         if not logs or "loss" not in logs:
             return
         self.progress.seconds = time.perf_counter() - self.progress.started
+        tokens = reduced(float(self.progress.tokens), args.device, "sum")
         self.on_log_(
             {
                 "step": state.global_step,
@@ -195,7 +228,7 @@ class _Watcher:
                 "learning_rate": float(logs["learning_rate"]),
                 "grad_norm": float(logs["grad_norm"]),
                 "seconds": self.progress.seconds,
-                "tokens": int(self.progress.tokens),
+                "tokens": int(tokens),
             }
         )
 
@@ -209,6 +242,7 @@ class _CausalCollator:
 
     pad_token_id: int
     packed: bool
+    multiple: int | None = None
     _trl: Any = field(default=None, init=False)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -216,17 +250,23 @@ class _CausalCollator:
             from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
             self._trl = DataCollatorForLanguageModeling(
-                pad_token_id=self.pad_token_id, padding_free=self.packed
+                pad_token_id=self.pad_token_id,
+                padding_free=self.packed,
+                pad_to_multiple_of=self.multiple,
             )
+        import numpy as np
+
         rows = []
         for example in examples:
-            ids, mask = example["input_ids"], example["completion_mask"]
-            labels = [token if m else -100 for token, m in zip(ids, mask, strict=True)]
+            ids = np.asarray(example["input_ids"])
+            labels = np.where(example["completion_mask"], ids, -100)
             row = {"input_ids": ids, "labels": labels}
             if self.packed:
                 row["seq_lengths"] = example["seq_lengths"]
             rows.append(row)
         batch: dict[str, Any] = self._trl(rows)
+        # Known here, it needs no waiting for a GPU.
+        batch["counted"] = int((batch["labels"][:, 1:] != -100).sum())
         return batch
 
 
@@ -268,7 +308,8 @@ def make_trainer(
         fix = "check the keys under train:"
         raise TrainingError(f"the trainer cannot be set up: {error}", fix=fix) from error
     trainer.remove_callback(PrinterCallback)
-    trainer.progress = progress
+    _clip_what_is_trained(trainer.accelerator, [p for p in model.parameters() if p.requires_grad])
+    watcher.trainer, trainer.progress = trainer, progress
     trainer.checkpoints = output / CHECKPOINTS
     trainer.checks_gradients = not trainer.args.fp16
     return trainer
@@ -297,9 +338,15 @@ def _causal_trainer(
             args=args,
             train_dataset=dataset,
             processing_class=tokenizer,
-            data_collator=_CausalCollator(_pad_token_id(tokenizer), spec.packing),
+            data_collator=_CausalCollator(
+                _pad_token_id(tokenizer), spec.packing, _length_multiple(adapter_device(model))
+            ),
         )
     trainer.fused_head = _fuse_head(model)
+    # Padding at the end is seen by no token that counts, and attention without a mask is faster.
+    # Only routers look at all tokens.
+    text = model.config.get_text_config()
+    trainer.pads_right = not getattr(text, "output_router_logits", False)
     return trainer
 
 
@@ -343,8 +390,7 @@ def _arguments(model: Any, spec: TrainSpec, output: Path, seed: int) -> dict[str
         "weight_decay": spec.weight_decay,
         "max_grad_norm": spec.max_grad_norm,
         "optim": spec.optim,
-        "gradient_checkpointing": spec.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": spec.use_reentrant},
+        "gradient_checkpointing": False,  # done by `fitting`, layer by layer
         "logging_steps": spec.logging_steps,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps" if spec.save_steps else "no",
@@ -361,19 +407,42 @@ def _arguments(model: Any, spec: TrainSpec, output: Path, seed: int) -> dict[str
         "remove_unused_columns": False,
         "push_to_hub": False,
         "dataloader_pin_memory": device.type == "cuda",
+        "average_tokens_across_devices": False,  # see _get_num_items_in_batch
     }
 
 
 def _pinned(args: Any, device: torch.device) -> Any:
-    """Keep a single process on the GPU where the model is, without DataParallel on the others."""
+    """Keep a process on the device where the model is: a single one without DataParallel on other
+    GPUs; one of several would otherwise copy its model from "cpu" to "cpu:1"."""
+    args.distributed_state.device = device
+    args.__dict__["_setup_devices"] = device
     if device.type == "cuda" and args.world_size == 1:
         import torch
 
         args._n_gpu = 1
-        args.distributed_state.device = device
-        args.__dict__["_setup_devices"] = device
         torch.cuda.set_device(device)
     return args
+
+
+def _clip_what_is_trained(accelerator: Any, trained: list[nn.Parameter]) -> None:
+    """Clip the adapter's gradients without a walk through all modules; several processes average
+    them first, once a step.
+
+    That is in place of DistributedDataParallel, so that the model stays what it is: adapters are
+    whole on every process, and a base that is sharded gathers itself.
+    """
+    prepare, clip = accelerator.prepare_model, accelerator.clip_grad_norm_
+
+    def prepared(model: Any, *_: Any, **__: Any) -> Any:
+        return prepare(model, device_placement=False, evaluation_mode=True)
+
+    def clipped(_: Any, *args: Any, **kwargs: Any) -> Any:
+        average_gradients(trained)
+        return clip(trained, *args, **kwargs)
+
+    accelerator.clip_grad_norm_ = clipped
+    if accelerator.use_distributed:
+        accelerator.prepare_model = prepared
 
 
 def _packed(dataset: Dataset) -> Dataset:
@@ -396,18 +465,29 @@ def _without_statistics(model: Any) -> Iterator[None]:
         base.__dict__["forward"] = before
 
 
-def _fuse_head(model: Any) -> bool:
-    """On a GPU, compute the loss without ever holding the logits; say whether it was done.
+def _length_multiple(device: torch.device) -> int | None:
+    """On CUDA, batches are padded to few different lengths: cuDNN plans attention for each."""
+    return 64 if device.type == "cuda" else None
 
-    On a CPU the model's own loss is as fast. A forward that somebody has patched stays in use.
+
+def _fuse_head(model: Any) -> Literal["ours", "trl"] | None:
+    """Compute the loss without ever holding all logits, where that can be; say whose way it is.
+
+    A forward that somebody has patched stays in use.
     """
+    from .losses import add_head_loss
+
     base = model.get_base_model()
-    if adapter_device(model).type == "cpu" or base.base_model is base or "forward" in base.__dict__:
-        return False
+    if "forward" in base.__dict__ or base.base_model is base:
+        return None
+    if add_head_loss(base):
+        return "ours"
+    if adapter_device(model).type == "cpu":  # TRL's way is no faster there than the model's own
+        return None
     from trl.trainer.utils import add_fused_lm_head
 
     add_fused_lm_head(base)
-    return True
+    return "trl"
 
 
 @contextmanager

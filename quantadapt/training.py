@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .compiling import compiled_functions
+from .distributed import reduced, share, start
 from .errors import OutputError, Problem, TrainingError, did_you_mean
-from .kernels import fused_kernels
+from .kernels import fast_attention, fused_kernels
+from .memory import OOM_FIX, Setting
 from .trainers import (
     CHECKPOINTS,
     PREFIX,
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from .fitting import Fitting
     from .spec import TrainSpec
 
 
@@ -43,11 +48,17 @@ class TrainResult:
         steps: optimizer steps done in all, those before a resume included.
         losses: (step, mean loss since the entry before) of all logged steps, in nats per token.
         seconds: wall-clock time of the training loop of this call.
-        tokens: tokens without padding that went through the model in this call.
-        peak_memory_gib: of the GPU during this call, or of the process where there is none.
+        tokens: tokens without padding that went through the model in this call, over all processes.
+        peak_memory_gib: of the GPU during this call, or of the process where there is none; the
+            highest of all processes.
         resumed_from: the step of the checkpoint that this call went on from, or None.
         trainable_parameters: number of weights that were trained.
         base_parameters: number of frozen weights, as if they were dense.
+        setting: how the last step traded time for memory.
+        layers: how many layers that setting speaks of.
+        longest: tokens of the longest example.
+        dequantize_share: share of `seconds` that went into dequantizing the base; None for a
+            sharded one.
     """
 
     steps: int
@@ -58,6 +69,10 @@ class TrainResult:
     resumed_from: int | None
     trainable_parameters: int
     base_parameters: int
+    setting: Setting
+    layers: int
+    longest: int
+    dequantize_share: float | None
 
 
 def train(
@@ -69,6 +84,7 @@ def train(
     output: Path,
     seed: int,
     on_log: OnLog | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """Train the adapter of `model`, in place.
 
@@ -78,6 +94,7 @@ def train(
         output: run folder; checkpoints go to `output / "checkpoints"`.
         on_log: called at the first, the last and every `logging_steps`-th step with step,
             max_steps, loss, learning_rate, grad_norm, seconds and tokens.
+        on_note: told in a sentence how memory is used, where that was chosen or had to change.
 
     Raises:
         TrainingError: a setting cannot be used, the loss is no number, or memory runs out.
@@ -89,22 +106,35 @@ def train(
         fix = "check adapter.target_modules, and that the adapter was not loaded for inference"
         raise TrainingError("the model has no trainable weights", fix=fix)
     checkpoint = _checkpoint_to_resume(Path(output), spec)
+    device = adapter_device(model)
+    start(str(device))
+    share(p for p in model.parameters() if p.requires_grad)
     with ExitStack() as stack:
         stack.enter_context(_given_back(model))
+        stack.enter_context(_quick_walks(model))
         stack.enter_context(_fast_adapters(model))
+        fused = stack.enter_context(_fused_training(model))
+        stack.enter_context(compiled_functions())
+        stack.enter_context(fast_attention(device))
         if spec.use_liger_kernel:
             stack.enter_context(fused_kernels(model))
         trainer = make_trainer(model, tokenizer, dataset, spec, Path(output), seed, on_log)
+        trainer.fused = fused
+        trainer.fitting = stack.enter_context(_fitting(trainer, model, spec, on_note))
         _run(trainer, checkpoint)
         return TrainResult(
             steps=trainer.state.global_step,
             losses=[(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e],
             seconds=trainer.progress.seconds,
-            tokens=int(trainer.progress.tokens),
-            peak_memory_gib=_peak_memory_gib(adapter_device(model)),
+            tokens=int(reduced(float(trainer.progress.tokens), device, "sum")),
+            peak_memory_gib=reduced(_peak_memory_gib(device), device, "max"),
             resumed_from=_step(checkpoint) if checkpoint else None,
             trainable_parameters=trainable,
             base_parameters=base_parameters(model),
+            setting=trainer.fitting.setting,
+            layers=trainer.fitting.checkpointer.count,
+            longest=max(trainer.fitting.lengths),
+            dequantize_share=_dequantize_share(trainer, spec),
         )
 
 
@@ -164,11 +194,9 @@ def _run(trainer: Any, checkpoint: Path | None) -> None:
         with quiet():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
-        fix = (
-            "lower train.per_device_train_batch_size (and raise gradient_accumulation_steps), set"
-            " train.gradient_checkpointing, or lower data.max_length"
-        )
-        raise TrainingError("the GPU has run out of memory", fix=fix, where="train") from error
+        words = trainer.fitting.describe(trainer.fitting.setting)
+        what = f"the GPU has run out of memory, with {words}"
+        raise TrainingError(what, fix=OOM_FIX, where="train") from error
 
 
 def _is_finished(trainer: Any, checkpoint: Path) -> bool:
@@ -209,7 +237,7 @@ def _step(checkpoint: Path) -> int:
 
 @contextmanager
 def _given_back(model: Any) -> Iterator[None]:
-    """Undo what trainers leave on a model: forwards, hooks, token ids, checkpointing, mode."""
+    """Undo what trainers leave on a model: forwards, hooks, token ids, mode."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     patchable = {id(m): m for m in (model, base)}.values()
     before = [(m, m.__dict__.get("forward")) for m in patchable]
@@ -225,9 +253,6 @@ def _given_back(model: Any) -> Iterator[None]:
             module.__dict__.pop("forward", None)
             if forward is not None:
                 module.__dict__["forward"] = forward
-        with quiet():
-            if getattr(base, "is_gradient_checkpointing", False):
-                base.gradient_checkpointing_disable()
         for module, known in hooks.items():  # TRL and Trainer each leave one on the embedding
             for key in set(module._forward_hooks) - known:
                 del module._forward_hooks[key]
@@ -254,6 +279,78 @@ def _fast_adapters(model: Any) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32 = before
+
+
+@contextmanager
+def _fitting(
+    trainer: Any, model: Any, spec: TrainSpec, on_note: Callable[[str], None] | None
+) -> Iterator[Fitting]:
+    from .checkpointing import checkpointed
+    from .fitting import Fitting
+
+    with checkpointed(model, reentrant=spec.use_reentrant) as checkpointer:
+        yield Fitting(trainer, checkpointer, spec, on_note)
+
+
+def _dequantize_share(trainer: Any, spec: TrainSpec) -> float | None:
+    """Return the share of a step that dequantizing takes, by the time that doing it once takes now;
+    None without a step, and for a sharded base, whose layers would have to be gathered for it."""
+    from .sharding import is_sharded
+
+    steps = trainer.state.global_step - trainer.progress.first_step + 1
+    if steps < 1 or not trainer.progress.seconds or is_sharded(trainer.model):
+        return None
+    setting, layers = trainer.fitting.setting, trainer.fitting.checkpointer.count
+    kept = 0 if setting.offload else setting.checkpointed_layers  # from recomputation to backward
+    passes = 2 + (setting.checkpointed_layers - kept) / layers
+    parts = spec.per_device_train_batch_size / setting.micro_batch
+    each = passes * parts * spec.gradient_accumulation_steps * _dequantize_seconds(trainer.model)
+    return float(each * steps / trainer.progress.seconds)
+
+
+def _dequantize_seconds(model: Any) -> float:
+    """Return how long dequantizing every layer of the base takes, the second time."""
+    import torch
+
+    from .facade import facades
+
+    started = 0.0
+    for _ in range(2):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _, facade in facades(model):
+            facade.dequantize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+@contextmanager
+def _quick_walks(model: Any) -> Iterator[None]:
+    """Trainer calls `train` and `zero_grad` at every step, and each walks through all modules: that
+    takes as long as several layers."""
+    whole, trained = type(model), [p for p in model.parameters() if p.requires_grad]
+
+    def train(mode: bool = True) -> Any:
+        return model if model.training == mode else whole.train(model, mode)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for parameter in trained:
+            parameter.grad = None
+
+    whole.train(model)
+    model.__dict__.update(train=train, zero_grad=zero_grad)
+    try:
+        yield
+    finally:
+        del model.__dict__["train"], model.__dict__["zero_grad"]
+
+
+def _fused_training(model: Any) -> Any:
+    from .fused import fused_training
+
+    return fused_training(model)
 
 
 def _peak_memory_gib(device: torch.device) -> float:
