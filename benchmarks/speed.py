@@ -1,252 +1,168 @@
 """Training speed and memory of LoRA on a quantized Llama, against what a user would run instead.
 
-    python benchmarks/speed.py --shape 8b --case ours-nf4 peft-nf4 [--steps 10]
+    python benchmarks/speed.py --shape 8b --case unsloth peft-nf4 ours-nf4 ours-nf4:min
 
-Cases are run one after the other in processes of their own, on random weights of the given shape,
-batch 4 x 2048, LoRA r=16 on all seven projections, AdamW, checkpointing on unless said. Prints a
-Markdown table: tokens per second (median step), peak GiB, and the losses, which have to agree.
-Needs a CUDA device.
+Cases: `peft-nf4`, `unsloth`, `unsloth-none` (without checkpointing), `ours-BACKEND:MEMORY`, where
+memory is `full` (each layer is computed again in backward; the default), `min` (the same, and the
+layers' inputs wait in CPU memory), `auto` (what fits) or `none`. Each runs in a process of its own
+on random weights of the given shape: batch 4 x 2048, LoRA r=16 on all seven projections, AdamW.
+
+Prints a Markdown table: tokens per second (median step after three) and their ratio to the first
+case; peak GiB, and what quantadapt foresaw; time and peak of loading; the share of layers computed
+again in backward; the share of the step that its arithmetic takes at least
+(`shapes.Shape.floor_seconds`); the first and last loss, which have to agree.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import platform
+import re
 import subprocess
 import sys
-import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from kernel_table import Profile
+from shapes import SHAPES, checkpoint
+from speed_cases import WARM_UP, check, run_case
 from versions import versions
 
-SHAPES: dict[str, dict[str, int]] = {
-    "demo": {
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 2048,
-    },
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
+PACKAGES = (
+    *("torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel"),
+    *("hqq", "torchao", "optimum-quanto", "unsloth"),
+)
+COLUMNS = {
+    "tokens/s": ("tokens_per_second", ",.0f"),
+    "ratio": ("ratio", ".3f"),
+    "peak GiB": ("peak_gib", ".2f"),
+    "foreseen GiB": ("predicted_gib", ".2f"),
+    "load s": ("load_seconds", ".1f"),
+    "load peak GiB": ("load_peak_gib", ".2f"),
+    "recomputed": ("recomputed", ".0%"),
+    "floor": ("of_floor", ".1%"),
 }
-BATCH, LENGTH, RANK = 4, 2048, 16
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "hqq", "torchao")
-
-
-def checkpoint(shape: str, folder: Path) -> Path:
-    """Write random bfloat16 weights of `shape`, once, and return their folder."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    path = folder / f"llama-{shape}"
-    if (path / "config.json").exists():
-        return path
-    torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=LENGTH, rope_theta=500000.0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config)
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(path)
-    return path
-
-
-def ours(path: Path, options: dict[str, Any]) -> Any:
-    """Return the model as quantadapt makes it, and its quantizing time."""
-    import quantadapt as qa
-    from quantadapt.state import state_of
-
-    state_options = {k: v for k, v in options.items() if k not in ("backend", "memory")}
-    made = _without_tokenizer(qa.quantize, str(path), options["backend"], **state_options)
-    tuned = qa.attach(made, "lora", r=RANK, lora_alpha=RANK)
-    assert state_of(tuned)
-    return tuned
-
-
-def _without_tokenizer(quantize: Any, *args: Any, **kwargs: Any) -> Any:
-    """Random weights come without a tokenizer."""
-    from unittest.mock import patch
-
-    with patch("quantadapt.quantizing.load_tokenizer", return_value=None):
-        return quantize(*args, device="cuda", dtype="bfloat16", **kwargs)
-
-
-def peft_nf4(path: Path) -> Any:
-    """Return what the PEFT documentation tells to write."""
-    import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.bfloat16,
-        device_map={"": 0},
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        ),
-    )
-    model = prepare_model_for_kbit_training(
-        model, gradient_checkpointing_kwargs={"use_reentrant": False}
-    )
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
-
-
-OURS = {
-    "ours-none": {"backend": "none"},
-    "ours-nf4": {"backend": "bnb-nf4"},
-    "ours-hqq": {"backend": "hqq"},
-    "ours-int8": {"backend": "torchao-int8"},
-    "ours-int4": {"backend": "torchao-int4"},
-    "ours-fp8": {"backend": "torchao-fp8"},
-    "ours-eetq": {"backend": "eetq"},
-    "ours-quanto4": {"backend": "quanto", "weights": "int4"},
-}
-
-
-def run_case(case: str, path: Path, steps: int) -> dict[str, Any]:
-    """Train a few steps through the trainer that the case's user would have."""
-    import torch
-
-    started = time.perf_counter()
-    model = peft_nf4(path) if case == "peft-nf4" else ours(path, OURS[case])
-    torch.cuda.synchronize()
-    loaded = time.perf_counter() - started
-    load_peak = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.reset_peak_memory_stats()
-    generator = torch.Generator().manual_seed(1)
-    vocabulary = model.config.vocab_size
-    batches = torch.randint(vocabulary, (steps, BATCH, LENGTH), generator=generator)
-    train = plain_loop if case == "peft-nf4" else our_loop
-    times, losses = train(model, batches)
-    times = sorted(times[2:])
-    return {
-        "case": case,
-        "tokens_per_second": BATCH * LENGTH / times[len(times) // 2],
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "load_seconds": loaded,
-        "load_peak_gib": load_peak,
-        "losses": [losses[0], losses[-1]],
-    }
-
-
-def plain_loop(model: Any, batches: Any) -> tuple[list[float], list[float]]:
-    """The steps of Trainer with bf16 autocast, by hand."""
-    import torch
-
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    model.train()
-    times, losses = [], []
-    for batch in batches:
-        ids = batch.cuda()
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        times.append(time.perf_counter() - started)
-    return times, losses
-
-
-def our_loop(model: Any, batches: Any) -> tuple[list[float], list[float]]:
-    """`quantadapt.train` on the same batches, as a user calls it."""
-    import tempfile
-
-    from datasets import Dataset
-
-    from quantadapt.spec import TrainSpec
-    from quantadapt.training import train
-
-    rows = batches.flatten(0, 1).tolist()
-    data = Dataset.from_dict({"input_ids": rows, "completion_mask": [[1] * LENGTH] * len(rows)})
-    spec = TrainSpec(
-        max_steps=len(batches),
-        per_device_train_batch_size=BATCH,
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        warmup_ratio=0,
-        gradient_checkpointing=True,
-        logging_steps=1,
-    )
-    entries: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        train(model, _NoTokenizer(), data, spec, output=Path(folder), seed=0, on_log=entries.append)
-    seconds = [entry["seconds"] for entry in entries]
-    steps = [b - a for a, b in zip([0.0, *seconds], seconds, strict=False)]
-    return steps, [entry["loss"] for entry in entries]
-
-
-def _NoTokenizer() -> Any:  # noqa: N802 (stands for a class)
-    from transformers import AutoTokenizer
-
-    from quantadapt import demo
-
-    return AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+RESULT = "RESULT "
 
 
 def main() -> None:
     """Run the cases and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    given = arguments()
+    if given.one:
+        print(RESULT + json.dumps(run_here(given)))
+        return
+    # In a process of its own, which gives the GPU's memory back.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(checkpoint, given.shape, given.folder).result()
+    print(f"| case | {' | '.join(COLUMNS)} | first and last loss |")
+    print(f"| --- | {'---: | ' * len(COLUMNS)}--- |", flush=True)
+    results: list[dict[str, Any]] = []
+    for case in given.case:
+        found = run_apart(case, given)
+        reference = next((r["tokens_per_second"] for r in results if "losses" in r), None)
+        if "losses" in found:
+            found["ratio"] = found["tokens_per_second"] / (reference or found["tokens_per_second"])
+        results.append(found)
+        print(row(found), flush=True)
+        print(found.get("error", ""), file=sys.stderr, end="", flush=True)
+        if given.out:
+            given.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    sys.path.append(given.unsloth_site or "")
+    print(f"\n{given.shape}; {device_name(given.device)}; {versions(*PACKAGES)}")
+    for found in results:
+        if found.get("setting"):
+            print(f"\n{found['case']}: {found['setting']}")
+        if found.get("tables"):
+            print(f"\n{found['case']}: {found['tables']}")
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="1b")
-    parser.add_argument("--case", nargs="+", default=["ours-nf4", "peft-nf4"])
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--case", nargs="+", type=check, default=["peft-nf4", "ours-nf4"])
+    parser.add_argument("--steps", type=int, default=12, help=f"the first {WARM_UP} do not count")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/quantadapt-speed"))
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for each case")
+    parser.add_argument("--profile", action="store_true", help="also print kernels of two steps")
+    parser.add_argument("--out", type=Path, help="a file for the figures as JSON")
+    parser.add_argument("--unsloth-site", help="folder that Unsloth is installed in, if apart")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    path = checkpoint(given.shape, given.folder)
-    if given.one:
-        print("RESULT " + json.dumps(run_case(given.one, path, given.steps)))
-        return
-    print("| case | tokens/s | peak GiB | load s | load peak GiB | first and last loss |")
-    print("| --- | ---: | ---: | ---: | ---: | --- |")
-    for case in given.case:
-        print(_row(case, given), flush=True)
-    print(f"\n{given.shape}; {platform.machine()}; {versions(*PACKAGES)}")
+    if given.steps <= WARM_UP:
+        parser.error(f"--steps has to be more than {WARM_UP}")
+    given.folder = given.folder.resolve()
+    return given
 
 
-def _row(case: str, given: argparse.Namespace) -> str:
-    command = [sys.executable, __file__, "--shape", given.shape, "--steps", str(given.steps)]
-    command += ["--folder", str(given.folder), "--one", case]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
-    if line is None:
-        return f"| {case} | failed: {done.stderr.strip().splitlines()[-1:]} | | | | |"
-    found = json.loads(line.removeprefix("RESULT "))
-    cells = (
-        f"{found['tokens_per_second']:,.0f}",
-        f"{found['peak_gib']:.2f}",
-        f"{found['load_seconds']:.1f}",
-        f"{found['load_peak_gib']:.2f}",
-        ", ".join(f"{loss:.3f}" for loss in found["losses"]),
-    )
-    return f"| {case} | {' | '.join(cells)} |"
+def run_here(given: argparse.Namespace) -> dict[str, Any]:
+    """Run the case `given.one` in this process."""
+    profile = Profile(given.device) if given.profile else None
+    path, shape = given.folder / f"llama-{given.shape}", SHAPES[given.shape]
+    return run_case(given.one, path, shape, given.device, given.steps, profile)
+
+
+def run_apart(case: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Run a case in another process; what went wrong there becomes `error`."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--one", case]
+    command += ["--shape", given.shape, "--steps", str(given.steps), "--device", given.device]
+    command += ["--folder", str(given.folder), *(["--profile"] if given.profile else [])]
+    environment = dict(os.environ)
+    if given.unsloth_site and case.startswith("unsloth"):
+        path = [environment.get("PYTHONPATH", ""), given.unsloth_site]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=given.timeout,
+            env=environment,
+            cwd=given.folder,  # Unsloth writes what it compiles into the working folder
+        )
+    except subprocess.TimeoutExpired:
+        return {"case": case, "error": f"{case}: not done after {given.timeout:.0f} s\n"}
+    line = next((x for x in done.stdout.splitlines() if x.startswith(RESULT)), None)
+    if line is not None:
+        found: dict[str, Any] = json.loads(line.removeprefix(RESULT))
+        return found
+    return {
+        "case": case,
+        "error": f"{case}: failed ({done.returncode})\n{last_words(done.stderr)}\n",
+    }
+
+
+def last_words(stderr: str, before: int = 5, after: int = 12) -> str:
+    """Return the lines around the last error, which can have many lines of advice behind it."""
+    lines = stderr.strip().splitlines()
+    errors = [i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Refused)\b", line)]
+    at = errors[-1] if errors else len(lines)
+    return "\n".join(lines[max(0, at - before) : at + after])
+
+
+def row(found: dict[str, Any]) -> str:
+    """Return the case's line of the table."""
+    if "losses" not in found:
+        return f"| {found['case']} | failed {'| ' * len(COLUMNS)}|"
+    values = [(found.get(key), style) for key, style in COLUMNS.values()]
+    cells = ["" if value is None else format(value, style) for value, style in values]
+    losses = ", ".join(f"{loss:.3f}" for loss in found["losses"])
+    return f"| {found['case']} | {' | '.join(cells)} | {losses} |"
+
+
+def device_name(device: str) -> str:
+    """Return what the table was measured on."""
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else platform.machine()
 
 
 if __name__ == "__main__":

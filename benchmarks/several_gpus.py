@@ -1,0 +1,313 @@
+"""Training on several GPUs: tokens per second, memory per card, and the same losses as on one.
+
+    python benchmarks/several_gpus.py --case one ddp fsdp loss-one loss-ddp loss-fsdp 70b
+
+nf4 with double quantization, LoRA r=16 on all seven projections, weights made on the spot and
+quantized (and sharded) block by block as they are made. `one`, `ddp`, `fsdp`: Llama-8B shape,
+4 x 2048 tokens for each GPU. `loss-*`: the same rows, 8 in all, on one and on two GPUs. `70b`:
+Llama-70B shape, sharded over two cards whose allocators are held to 24 GiB each, 1 x 2048 tokens
+for each. Prints a Markdown table. With `--device cpu` everything runs in a toy size, to try it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from shapes import SHAPES, Shape
+from versions import versions
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "liger-kernel")
+RANK, LEARNING_RATE = 16, 1e-4
+WARM_UP = 3
+GIB = 2**30
+LLAMA_70B = Shape(8192, 28672, 80, 64, 8, 128256, batch=1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """How one model is trained.
+
+    Attributes:
+        shape: the model; its `batch` rows go to each GPU in a step.
+        gpus: how many processes. parallel: how they share the work.
+        limit_gib: what torch's allocator may take of each card; None: all.
+        options: of TrainSpec.
+    """
+
+    shape: Shape
+    gpus: int = 1
+    parallel: str = "auto"
+    limit_gib: float | None = None
+    options: tuple[tuple[str, Any], ...] = (("gradient_checkpointing", True),)
+
+
+_1B = replace(SHAPES["1b"], batch=4)
+CASES = {
+    "one": Case(SHAPES["8b"]),
+    "ddp": Case(SHAPES["8b"], 2, "ddp"),
+    "fsdp": Case(SHAPES["8b"], 2, "fsdp"),
+    "loss-one": Case(replace(_1B, batch=8)),
+    "loss-ddp": Case(_1B, 2, "ddp"),
+    "loss-fsdp": Case(_1B, 2, "fsdp"),
+    "70b": Case(
+        LLAMA_70B,
+        2,
+        "fsdp",
+        limit_gib=24,
+        options=(("memory", "min"), ("optim", "paged_adamw_8bit")),
+    ),
+}
+TOY = Shape(256, 768, 2, 4, 2, 2048, batch=2, length=64)
+
+
+def main() -> None:
+    """Run the cases and print the table."""
+    given = arguments()
+    if given.one:
+        measure(given)
+        return
+    print(
+        "| case | GPUs | tokens/s | peak GiB | reserved GiB | build s | build peak GiB | losses |"
+    )
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |", flush=True)
+    for name in given.case:
+        print(row(name, given), flush=True)
+    print(f"\n{given.device}; {versions(*PACKAGES)}")
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def case_of(name: str, device: str) -> Case:
+    """Return a case; on a CPU in a toy size, without what needs a GPU."""
+    case = CASES[name]
+    if device == "cuda":
+        return case
+    shape = replace(TOY, batch=case.shape.batch)
+    return replace(case, shape=shape, options=(("gradient_checkpointing", True),))
+
+
+def row(name: str, given: argparse.Namespace) -> str:
+    """Run one case in processes of its own and return its line of the table."""
+    from quantadapt.launching import launch
+
+    case = case_of(name, given.device)
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, __file__, "--one", name, "--result", str(result)]
+        command += ["--device", given.device, "--steps", str(given.steps)]
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        failure = launch(command, case.gpus)
+        if failure is not None:
+            reason = failure.text.strip().splitlines()[-1:]
+            sys.stderr.write(failure.text + "\n")
+            return (
+                f"| {name} | {case.gpus} | failed in process {failure.rank}: {reason} | | | | | |"
+            )
+        found = json.loads(result.read_text(encoding="utf-8"))
+    cells = (
+        f"{case.gpus}",
+        f"{found['tokens_per_second']:,.0f}",
+        *(" / ".join(f"{gib:.2f}" for gib in found[key]) for key in ("peak", "reserved")),
+        f"{found['build_seconds']:.1f}",
+        " / ".join(f"{gib:.2f}" for gib in found["build_peak"]),
+        ", ".join(f"{loss:.4f}" for loss in found["losses"]),
+    )
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Train in this process, one of the case's, and have the first one write the figures."""
+    import torch
+
+    from quantadapt.distributed import start, stop, world
+
+    case, mine = case_of(given.one, given.device), world()
+    device = f"cuda:{mine.local_rank}" if given.device == "cuda" else "cpu"
+    if given.device == "cuda":
+        torch.cuda.set_device(device)
+        if case.limit_gib:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(case.limit_gib * GIB / total)
+    start(device)
+    started = time.perf_counter()
+    model = build(case, device)
+    found: dict[str, Any] = {"build_seconds": time.perf_counter() - started}
+    found["build_peak"] = of_all(peak(device)[0])
+    losses, times = train(case, model, given.steps)
+    allocated, reserved = peak(device)
+    found |= {"peak": of_all(allocated), "reserved": of_all(reserved), "losses": losses}
+    middle = sorted(times[WARM_UP:])[len(times[WARM_UP:]) // 2]
+    found["tokens_per_second"] = case.gpus * case.shape.tokens / middle
+    if mine.is_main:
+        given.result.write_text(json.dumps(found), encoding="utf-8")
+    stop()
+
+
+def peak(device: str) -> tuple[float, float]:
+    """Return the highest GiB allocated and reserved since the last call; zeros without a GPU."""
+    import torch
+
+    if device == "cpu":
+        return 0.0, 0.0
+    found = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    return found[0] / GIB, found[1] / GIB
+
+
+def of_all(value: float) -> list[float]:
+    """Return the value of each process."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def build(case: Case, device: str) -> Any:
+    """Return a quantized Llama with LoRA; nowhere is there ever more than a block unquantized."""
+    import torch
+
+    import quantadapt as qa
+    from quantadapt.planning import plan
+    from quantadapt.quantizing import quantize_plan
+    from quantadapt.registry import registry
+    from quantadapt.spec import Spec
+
+    dtype = "bfloat16" if device != "cpu" else "float32"
+    spec = Spec(backend="bnb-nf4", train={"parallel": case.parallel}, device=device, dtype=dtype)
+    made = plan(spec, check_output=False)
+    quantizer = registry().backend("bnb-nf4").quantizer()
+    sharded = made.parallel == "fsdp"
+    model = random_llama(case.shape, quantizer, device, getattr(torch, dtype), sharded)
+    base = quantize_plan(made, module=model)
+    return qa.attach(base, "lora", r=RANK, lora_alpha=RANK)
+
+
+def random_llama(shape: Shape, quantizer: Any, device: str, dtype: Any, sharded: bool) -> Any:
+    """Make a Llama of `shape`, quantizing (and sharding) each block before the next is made."""
+    import torch
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    from quantadapt.loading import linear_layers, set_submodule
+    from quantadapt.sharding import blocks, shard_block
+
+    config = llama_config(shape)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device(device):
+        model.model.rotary_emb = LlamaRotaryEmbedding(config)
+
+    def filled(module: nn.Module) -> Any:
+        module.to_empty(device=device)
+        for parameter in module.parameters():
+            if parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            else:
+                parameter.data.normal_(0, 0.02, generator=generator)
+        return module.requires_grad_(False)
+
+    for block in blocks(model).values():
+        vendors = []
+        for name, linear in list(linear_layers(block, ())):
+            vendors.append(quantizer.quantize_linear(filled(linear)))
+            set_submodule(block, name, vendors[-1])
+        filled(block.input_layernorm)
+        filled(block.post_attention_layernorm)
+        if sharded:
+            shard_block(block, vendors)
+    for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
+        filled(module)
+    return model
+
+
+def llama_config(shape: Shape) -> Any:
+    """Return transformers' config of a shape."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=shape.length,
+        rope_theta=500000.0,
+    )
+
+
+def train(case: Case, model: Any, steps: int) -> tuple[list[float], list[float]]:
+    """Return the losses and the seconds of each step of `quantadapt.train` on random tokens."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    import quantadapt as qa
+    from quantadapt import demo
+
+    shape, generator = case.shape, torch.Generator().manual_seed(1)
+    size = steps * case.gpus * shape.batch, shape.length
+    rows = torch.randint(shape.vocab_size, size, generator=generator).tolist()
+    data = Dataset.from_dict({"input_ids": rows, "completion_mask": [[1] * len(r) for r in rows]})
+    logs: list[dict[str, Any]] = []
+    with rows_in_order():
+        result = qa.train(
+            model,
+            data,
+            tokenizer=AutoTokenizer.from_pretrained(demo.MODEL_DIR),
+            on_log=logs.append,
+            max_steps=steps,
+            per_device_train_batch_size=shape.batch,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            warmup_ratio=0,
+            logging_steps=1,
+            parallel=case.parallel,
+            **dict(case.options),
+        )
+    seconds = [0.0, *(entry["seconds"] for entry in logs)]
+    return [loss for _, loss in result.losses], [b - a for a, b in pairwise(seconds)]
+
+
+@contextmanager
+def rows_in_order() -> Iterator[None]:
+    """Have trainers take the rows as they come, so that every case sees the same batches."""
+    from unittest.mock import patch
+
+    from torch.utils.data import SequentialSampler
+    from transformers import Trainer
+
+    def sampler(self: Any, *_: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    with patch.object(Trainer, "_get_train_sampler", sampler):
+        yield
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""The cases of speed.py: how each loads its model, and how its user would train it.
+
+Nothing is imported here that imports transformers: Unsloth has to come first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kernel_table import Profile
+    from shapes import Shape
+
+RANK, LEARNING_RATE = 16, 1e-4
+WARM_UP, PROFILED = 3, 2
+"""Steps that are not timed: the first ones, and those after the timed ones that are profiled."""
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+OURS: dict[str, dict[str, Any]] = {
+    "ours-none": {"backend": "none"},
+    "ours-nf4": {"backend": "bnb-nf4"},
+    "ours-bnb8": {"backend": "bnb-int8"},
+    "ours-hqq": {"backend": "hqq"},
+    "ours-int8": {"backend": "torchao-int8"},
+    "ours-int4": {"backend": "torchao-int4"},
+    "ours-fp8": {"backend": "torchao-fp8"},
+    "ours-eetq": {"backend": "eetq"},
+    "ours-quanto4": {"backend": "quanto", "weights": "int4"},
+}
+MEMORY: dict[str, dict[str, Any]] = {
+    "full": {"gradient_checkpointing": True},
+    "none": {"gradient_checkpointing": False},
+    "min": {"memory": "min"},
+    "auto": {"memory": "auto"},
+}
+"""What `ours-nf4:full` and the like set in TrainSpec; full is what stands for no suffix."""
+
+OTHERS = ("peft-nf4", "unsloth", "unsloth-none")
+
+
+def check(case: str) -> str:
+    """Return the case. Raises ArgumentTypeError if there is none of that name."""
+    name, _, memory = case.partition(":")
+    if case not in OTHERS and (name not in OURS or memory not in ("", *MEMORY)):
+        known = [*OTHERS, *OURS]
+        raise argparse.ArgumentTypeError(
+            f"{case}: take one of {known}; ours-* with :{', :'.join(MEMORY)}"
+        )
+    return case
+
+
+@dataclass
+class Watch:
+    """Times steps by the moment their loss is read, and profiles those after the timed ones."""
+
+    timed: int
+    profile: Profile | None
+    losses: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    tables: str | None = None
+    last: float = field(default_factory=time.perf_counter)
+
+    @property
+    def steps(self) -> int:
+        return self.timed + (PROFILED if self.profile else 0)
+
+    def step(self, loss: float) -> None:
+        """Note the end of a step; reading `loss` has waited for the device."""
+        self.losses.append(loss)
+        done = len(self.losses)
+        if done <= self.timed:
+            self.times.append(time.perf_counter() - self.last)
+        if self.profile and done == self.timed:
+            self.profile.start()
+        if self.profile and done == self.timed + PROFILED:
+            self.tables = self.profile.stop(PROFILED)
+        self.last = time.perf_counter()
+
+
+def run_case(
+    case: str, path: Path, shape: Shape, device: str, steps: int, profile: Profile | None
+) -> dict[str, Any]:
+    """Load, train a few steps, and return the figures; those of a GPU are None without one."""
+    load, train = _parts(check(case))
+    _import(case)
+    started = time.perf_counter()
+    model = load(path, shape, device)
+    _synchronize(device)
+    found: dict[str, Any] = {"case": case, "load_seconds": time.perf_counter() - started}
+    found["load_peak_gib"] = _peak_gib(device)
+    watch = Watch(steps, profile)
+    found |= train(model, _batches(shape, watch.steps), watch)
+    times = sorted(watch.times[WARM_UP:])
+    median = times[len(times) // 2]
+    floor = shape.floor_seconds(found["recomputed"]) if device == "cuda" else None
+    return found | {
+        "tokens_per_second": shape.tokens / median,
+        "step_seconds": median,
+        "of_floor": floor and floor / median,
+        "peak_gib": _peak_gib(device),
+        "losses": [watch.losses[0], watch.losses[steps - 1]],
+        "tables": watch.tables,
+    }
+
+
+def _import(case: str) -> None:
+    """Import what takes long, which is no part of loading."""
+    if case.startswith("unsloth"):
+        import unsloth  # noqa: F401
+    import bitsandbytes
+    import peft
+    import transformers  # noqa: F401
+
+    del bitsandbytes, peft
+
+
+def _parts(case: str) -> tuple[Callable[..., Any], Callable[..., dict[str, Any]]]:
+    if case == "peft-nf4":
+        return peft_nf4, partial(plain_loop, recomputed=1.0)
+    if case.startswith("unsloth"):
+        checkpointing = "unsloth" if case == "unsloth" else False
+        load = partial(unsloth, checkpointing=checkpointing)
+        return load, partial(plain_loop, recomputed=1.0 if checkpointing else 0.0)
+    name, _, memory = case.partition(":")
+    options, train = OURS[name], MEMORY[memory or "full"]
+    return partial(ours, options=options), partial(our_loop, backend=options, options=train)
+
+
+def ours(path: Path, shape: Shape, device: str, options: dict[str, Any]) -> Any:
+    import quantadapt as qa
+
+    model = qa.quantize(str(path), **options, device=device, dtype="bfloat16")
+    return qa.attach(model, "lora", r=RANK, lora_alpha=RANK)
+
+
+def peft_nf4(path: Path, shape: Shape, device: str) -> Any:
+    """Return what the PEFT documentation tells to write."""
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.bfloat16,
+        device_map={"": device},
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ),
+    )
+    model = prepare_model_for_kbit_training(
+        model, gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def unsloth(path: Path, shape: Shape, device: str, checkpointing: str | bool) -> Any:
+    """Return what Unsloth's notebooks write; by itself it is nf4 with double quantization."""
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=str(path),
+        max_seq_length=shape.length,
+        dtype=None,
+        load_in_4bit=True,
+        use_gradient_checkpointing=checkpointing,
+    )
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=RANK,
+        lora_alpha=RANK,
+        lora_dropout=0,
+        bias="none",
+        target_modules=PROJECTIONS,
+        use_gradient_checkpointing=checkpointing,
+    )
+
+
+def plain_loop(model: Any, batches: Any, watch: Watch, recomputed: float) -> dict[str, Any]:
+    """The steps of Trainer with bf16 autocast, by hand."""
+    import torch
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device = parameters[0].device
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    model.train()
+    for batch in batches:
+        ids = batch.to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.step(loss.item())
+    return {"recomputed": recomputed}
+
+
+def our_loop(
+    model: Any, batches: Any, watch: Watch, backend: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
+    """`quantadapt.train` on the same batches; return how it used memory."""
+    from unittest.mock import patch
+
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from transformers import Trainer
+
+    import quantadapt as qa
+
+    rows = batches.flatten(0, 1).tolist()
+    data = Dataset.from_dict({"input_ids": rows, "completion_mask": [[1] * len(r) for r in rows]})
+    in_order = patch.object(
+        Trainer, "_get_train_sampler", lambda self, *_: SequentialSampler(self.train_dataset)
+    )
+    with in_order:
+        result = qa.train(
+            model,
+            data,
+            on_log=lambda entry: watch.step(entry["loss"]),
+            max_steps=len(batches),
+            per_device_train_batch_size=batches.shape[1],
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            warmup_ratio=0,
+            logging_steps=1,
+            **options,
+        )
+    return {
+        "recomputed": result.setting.checkpointed_layers / result.layers,
+        "setting": result.setting.describe(result.layers, batches.shape[1]),
+        "predicted_gib": _predicted_gib(model, batches, backend, result.setting),
+    }
+
+
+def _predicted_gib(model: Any, batches: Any, backend: dict[str, Any], setting: Any) -> float | None:
+    """Return what `quantadapt plan` foresees for a setting, from the model's config alone."""
+    from quantadapt.planning import plan
+    from quantadapt.spec import Spec
+
+    state, (_, batch, length) = model.quantadapt, batches.shape
+    options = {key: value for key, value in backend.items() if key != "backend"}
+    spec = Spec(
+        model=state.source,
+        backend={"name": backend["backend"], **options},
+        adapter={"name": "lora", "r": RANK},
+        data={"max_length": length},
+        train={"per_device_train_batch_size": batch},
+        evaluate={"unquantized": False},
+        device=state.device,
+        dtype=state.dtype_name,
+    )
+    memory = plan(spec, check_output=False).memory
+    return None if memory is None else memory.work.peak(setting) / 2**30
+
+
+def _batches(shape: Shape, steps: int) -> Any:
+    """Return random tokens, int64 [steps, batch, length]: the same for every case."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    size = (steps, shape.batch, shape.length)
+    return torch.randint(shape.vocab_size, size, generator=generator)
+
+
+def _synchronize(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_gib(device: str) -> float | None:
+    """Return the most GPU memory in use since the last call, or None without a GPU."""
+    import torch
+
+    if device != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return peak
