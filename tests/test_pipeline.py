@@ -178,6 +178,8 @@ class TestRun:
         assert found["merge"]["gain_kept"] == pytest.approx(1.0, abs=1e-3)
         assert found["size"]["quantized_mib"] < found["size"]["dense_mib"]
         assert result.metrics["train"]["steps"] == 6
+        memory = result.metrics["train"]["memory"]
+        assert (memory["layers"], memory["checkpointed_layers"], memory["offload"]) == (1, 0, False)
         assert [s for i, s in enumerate(stages) if s not in stages[:i]] == [
             "plan",
             "evaluate",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from datasets import Dataset
@@ -303,3 +305,28 @@ def test_settings_that_cannot_be_used_are_explained(tokenizer, data, tmp_path):
     frozen = adapted().requires_grad_(False)
     with pytest.raises(TrainingError, match="no trainable weights"):
         train(frozen, tokenizer, data, spec(), output=tmp_path, seed=0)
+
+
+def test_what_a_slow_dequantize_costs_is_told(tmp_path, monkeypatch) -> None:
+    from quantadapt_hqq import HQQTarget
+
+    import quantadapt as qa
+    from quantadapt.testing.bench import small_model
+
+    model = qa.attach(qa.quantize(str(small_model()), "hqq", device="cpu"), "lora")
+
+    def share(folder: str, **options) -> float:
+        result = qa.train(model, max_steps=3, output=tmp_path / folder, **options)
+        assert not {"train", "zero_grad", "forward"} & vars(model).keys()
+        return result.dequantize_share
+
+    fast, own = share("fast"), HQQTarget.dequantize
+
+    def slow(self, module):
+        time.sleep(0.02)
+        return own(self, module)
+
+    monkeypatch.setattr(HQQTarget, "dequantize", slow)
+    assert 0 < fast < 0.5
+    # 14 layers, forward and backward: 560 ms a step, which otherwise takes less
+    assert max(0.5, fast) < share("slow") < 1
