@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class LoraTerm(NamedTuple):
     """One layer: its frozen base, A [r, in_features], B [out_features, r] and the factor.
 
-    `a_cast` and `b_cast` are A and B in the dtype of the computation.
+    `a_cast` and `b_cast` are A and B in the dtype of the computation, or as they are.
     """
 
     facade: QuantLinear
@@ -135,9 +135,15 @@ class _InTraining(NamedTuple):
 
 class FusedTraining:
     """The fused layers of a model that trains: what they are is looked up once, A and B are cast
-    once a step, and layers that get the same x are computed together."""
+    once a step, and layers that get the same x are computed together.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: whose layers.
+        keep_casts: keep A and B in the compute dtype, too, which takes half as much memory again.
+    """
+
+    def __init__(self, model: nn.Module, keep_casts: bool = True) -> None:
+        self.keep_casts = keep_casts
         self.layers: list[FusedLoraLinear] = []
         self._masters: list[Tensor] = []
         self._casts: list[Tensor] = []
@@ -155,6 +161,8 @@ class FusedTraining:
         siblings: _Siblings,
     ) -> None:
         self.layers.append(layer)
+        if not self.keep_casts:
+            term = term._replace(a_cast=term.a.detach(), b_cast=term.b.detach())
         if term.a_cast.dtype != term.a.dtype:
             self._masters += [term.a.detach(), term.b.detach()]
             self._casts += [term.a_cast, term.b_cast]
@@ -173,9 +181,9 @@ class FusedTraining:
 
 
 @contextmanager
-def fused_training(model: nn.Module) -> Iterator[FusedTraining]:
+def fused_training(model: nn.Module, keep_casts: bool = True) -> Iterator[FusedTraining]:
     """Make the fused layers of `model` ready for training, for the duration of the block."""
-    training = FusedTraining(model)
+    training = FusedTraining(model, keep_casts)
     try:
         yield training
     finally:

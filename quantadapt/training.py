@@ -113,7 +113,7 @@ def train(
         stack.enter_context(_given_back(model))
         stack.enter_context(_quick_walks(model))
         stack.enter_context(_fast_adapters(model))
-        fused = stack.enter_context(_fused_training(model))
+        fused = stack.enter_context(_fused_training(model, keep_casts=spec.memory != "min"))
         stack.enter_context(compiled_functions())
         stack.enter_context(fast_attention(device))
         if spec.use_liger_kernel:
@@ -347,10 +347,10 @@ def _quick_walks(model: Any) -> Iterator[None]:
         del model.__dict__["train"], model.__dict__["zero_grad"]
 
 
-def _fused_training(model: Any) -> Any:
+def _fused_training(model: Any, keep_casts: bool) -> Any:
     from .fused import fused_training
 
-    return fused_training(model)
+    return fused_training(model, keep_casts)
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -312,6 +312,9 @@ def test_while_it_trains_a_and_b_are_cast_once_a_step() -> None:
         assert torch.equal(made(x), before)
         training.refresh()
         changed = made(x)
+    with fused_training(made, keep_casts=False) as training:
+        assert not training._casts
+        assert torch.equal(made(x), changed)
     assert torch.equal(made(x), changed)
     assert not torch.equal(changed, before)
 
