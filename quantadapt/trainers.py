@@ -14,18 +14,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .adalora import allocate_ranks, fit_schedule, load_ranks, save_ranks, tuner_of
+from .collators import CausalCollator, EncoderDecoderCollator
 from .distributed import average_gradients, reduced
 from .errors import OutputError, TrainingError
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from .fitting import Fitting
@@ -236,54 +237,6 @@ class _Watcher:
         self.progress.seconds = time.perf_counter() - self.progress.started
 
 
-@dataclass
-class _CausalCollator:
-    """Pads a batch, or lays packed rows end to end; the loss counts where the mask says so."""
-
-    pad_token_id: int
-    packed: bool
-    multiple: int | None = None
-    _trl: Any = field(default=None, init=False)
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        if self._trl is None:
-            from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-            self._trl = DataCollatorForLanguageModeling(
-                pad_token_id=self.pad_token_id,
-                padding_free=self.packed,
-                pad_to_multiple_of=self.multiple,
-            )
-        import numpy as np
-
-        rows = []
-        for example in examples:
-            ids = np.asarray(example["input_ids"])
-            labels = np.where(example["completion_mask"], ids, -100)
-            row = {"input_ids": ids, "labels": labels}
-            if self.packed:
-                row["seq_lengths"] = example["seq_lengths"]
-            rows.append(row)
-        batch: dict[str, Any] = self._trl(rows)
-        # Known here, it needs no waiting for a GPU.
-        batch["counted"] = int((batch["labels"][:, 1:] != -100).sum())
-        return batch
-
-
-@dataclass
-class _EncoderDecoderCollator:
-    """Prompts go to the encoder, completions become the labels."""
-
-    pad_token_id: int
-    eos_token_id: int | None
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        from .evaluation import encoder_decoder_batch
-
-        pairs = [(e["input_ids"], e["completion_mask"]) for e in examples]
-        return encoder_decoder_batch(pairs, self.pad_token_id, self.eos_token_id)
-
-
 def make_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -338,7 +291,7 @@ def _causal_trainer(
             args=args,
             train_dataset=dataset,
             processing_class=tokenizer,
-            data_collator=_CausalCollator(
+            data_collator=CausalCollator(
                 _pad_token_id(tokenizer), spec.packing, _length_multiple(adapter_device(model))
             ),
         )
@@ -369,7 +322,7 @@ def _seq2seq_trainer(
         model=model,
         args=_pinned(Seq2SeqTrainingArguments(**arguments), adapter_device(model)),
         train_dataset=dataset,
-        data_collator=_EncoderDecoderCollator(_pad_token_id(tokenizer), eos),
+        data_collator=EncoderDecoderCollator(_pad_token_id(tokenizer), eos),
     )
 
 
