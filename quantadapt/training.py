@@ -305,7 +305,8 @@ def _dequantize_share(trainer: Any, spec: TrainSpec) -> float | None:
     passes = 2 + (setting.checkpointed_layers - kept) / layers
     parts = spec.per_device_train_batch_size / setting.micro_batch
     each = passes * parts * spec.gradient_accumulation_steps * _dequantize_seconds(trainer.model)
-    return float(each * steps / trainer.progress.seconds)
+    # The first block's input needs no gradient: a few layers are counted once too often.
+    return min(float(each * steps / trainer.progress.seconds), 1.0)
 
 
 def _dequantize_seconds(model: Any) -> float:

@@ -328,5 +328,5 @@ def test_what_a_slow_dequantize_costs_is_told(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(HQQTarget, "dequantize", slow)
     assert 0 < fast < 0.5
-    # 14 layers, forward and backward: 560 ms a step, which otherwise takes less
-    assert max(0.5, fast) < share("slow") < 1
+    # 14 layers, forward and backward: some 500 ms a step, which otherwise takes less
+    assert max(0.5, fast) < share("slow") <= 1

@@ -250,7 +250,8 @@ class TargetSuite(Suite):
     def test_state_dict_has_the_vendors_keys(self, bench: Bench) -> None:
         through_facades = bench.base.state_dict()
         native = bench.vendor_model().state_dict()
-        assert list(through_facades) == list(native)
+        # In whatever order: neural-compressor's depends on the hashes of strings.
+        assert sorted(through_facades) == sorted(native)
         for key, value in native.items():
             assert digest(through_facades[key]) == digest(value), key
 
