@@ -105,7 +105,9 @@ class _Siblings:
             if layer in self._ready:
                 _kept(x)  # a recomputation has to save as many tensors as the pass it repeats
                 return self._ready.pop(layer)
-            self._partners.setdefault(self._leader, []).append(layer)
+            partners = self._partners.setdefault(self._leader, [])
+            if layer not in partners:
+                partners.append(layer)
             (output,) = fused_lora(x, None, [term])
             return output
         for unused in self._ready:  # computed in vain: do so no more
