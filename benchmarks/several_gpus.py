@@ -215,7 +215,7 @@ def random_llama(shape: Shape, quantizer: Any, device: str, dtype: Any, sharded:
     from quantadapt.loading import linear_layers, set_submodule
     from quantadapt.sharding import blocks, shard_block
 
-    config = llama_config(shape)
+    config = shape.config()
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -243,22 +243,6 @@ def random_llama(shape: Shape, quantizer: Any, device: str, dtype: Any, sharded:
     for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
         filled(module)
     return model
-
-
-def llama_config(shape: Shape) -> Any:
-    """Return transformers' config of a shape."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        vocab_size=shape.vocab_size,
-        max_position_embeddings=shape.length,
-        rope_theta=500000.0,
-    )
 
 
 def train(case: Case, model: Any, steps: int) -> tuple[list[float], list[float]]:

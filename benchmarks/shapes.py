@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PEAK_FLOPS = 790e12
 """What a bfloat16 matrix product reaches on an H100 or H200, FLOP per second."""
@@ -23,6 +24,21 @@ class Shape:
     vocab_size: int
     batch: int = 4
     length: int = 2048
+
+    def config(self) -> Any:
+        """Return transformers' config of a Llama of this shape."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.length,
+            rope_theta=500000.0,
+        )
 
     @property
     def tokens(self) -> int:
@@ -60,7 +76,7 @@ def checkpoint(name: str, folder: Path) -> Path:
     The tokenizer beside them is the demo's: some libraries load no model without one.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from quantadapt import demo
 
@@ -68,20 +84,9 @@ def checkpoint(name: str, folder: Path) -> Path:
     if path.exists():
         return path
     shutil.rmtree(partial, ignore_errors=True)
-    shape = SHAPES[name]
-    config = LlamaConfig(
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        vocab_size=shape.vocab_size,
-        max_position_embeddings=shape.length,
-        rope_theta=500000.0,
-    )
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(SHAPES[name].config(), dtype=torch.bfloat16)
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(partial)
     os.replace(partial, path)

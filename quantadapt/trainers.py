@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from .adalora import allocate_ranks, fit_schedule, load_ranks, save_ranks, tuner_of
+from .adalora import load_ranks, save_ranks, tuner_of
 from .collators import CausalCollator, EncoderDecoderCollator
-from .distributed import average_gradients, reduced
+from .distributed import average_gradients
 from .errors import OutputError, TrainingError
+from .progress import OnLog, Progress, Watcher
 
 if TYPE_CHECKING:
     import torch
@@ -38,24 +37,12 @@ PREFIX = "checkpoint-"
 STATE = "trainer_state.json"
 _NUMBERS_FIX = "lower train.learning_rate, use dtype bfloat16 instead of float16, or check the data"
 
-OnLog = Callable[[dict[str, Any]], None]
-
-
-@dataclass
-class _Progress:
-    """What one call has done so far; tokens stay on the device, reading them would wait for it."""
-
-    started: float = 0.0
-    first_step: int = 0
-    seconds: float = 0.0
-    tokens: Any = 0
-
 
 class _Loop:
     """Mixed into SFTTrainer and Seq2SeqTrainer."""
 
     _tag_names: ClassVar[list[str]] = []
-    progress: _Progress
+    progress: Progress
     # what the trainers below bring along
     model: Any
     args: Any
@@ -178,65 +165,6 @@ class _Loop:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
 
-@dataclass
-class _Watcher:
-    """Reports progress, forces the first and last log, and drives AdaLoRA."""
-
-    progress: _Progress
-    on_log_: OnLog
-    adalora: Any
-    trainer: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._refresh()
-        if self.trainer.fitting is not None:
-            self.trainer.fitting.start()
-        self.progress.started = time.perf_counter()
-        self.progress.first_step = state.global_step + 1
-        if self.adalora is not None:
-            fit_schedule(self.adalora, state.max_steps)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._refresh()
-
-    def _refresh(self) -> None:
-        if self.trainer.fused is not None:
-            self.trainer.fused.refresh()
-
-    def on_optimizer_step(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
-    ) -> None:
-        skipped = getattr(optimizer, "step_was_skipped", False)
-        if self.adalora is not None and not skipped:
-            allocate_ranks(self.adalora, state.global_step + 1)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step in (self.progress.first_step, state.max_steps):
-            control.should_log = True
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        self.progress.seconds = time.perf_counter() - self.progress.started
-        tokens = reduced(float(self.progress.tokens), args.device, "sum")
-        self.on_log_(
-            {
-                "step": state.global_step,
-                "max_steps": state.max_steps,
-                "loss": float(logs["loss"]),
-                "learning_rate": float(logs["learning_rate"]),
-                "grad_norm": float(logs["grad_norm"]),
-                "seconds": self.progress.seconds,
-                "tokens": int(tokens),
-            }
-        )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress.seconds = time.perf_counter() - self.progress.started
-
-
 def make_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -249,8 +177,8 @@ def make_trainer(
     """Return SFTTrainer or Seq2SeqTrainer over `model`. Raises TrainingError, MissingDependency."""
     from transformers import PrinterCallback, TrainerCallback
 
-    progress = _Progress()
-    watcher = type("_Watcher", (_Watcher, TrainerCallback), {})(
+    progress = Progress()
+    watcher = type("Watcher", (Watcher, TrainerCallback), {})(
         progress, on_log or (lambda _: None), tuner_of(model)
     )
     make = _seq2seq_trainer if model.config.is_encoder_decoder else _causal_trainer

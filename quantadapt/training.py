@@ -19,11 +19,11 @@ from .distributed import reduced, share, start
 from .errors import OutputError, Problem, TrainingError, did_you_mean
 from .kernels import fast_attention, fused_kernels
 from .memory import OOM_FIX, Setting
+from .progress import OnLog
 from .trainers import (
     CHECKPOINTS,
     PREFIX,
     STATE,
-    OnLog,
     adapter_device,
     compute_dtype,
     make_trainer,

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
 import tempfile
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,29 @@ _CACHE = tempfile.TemporaryDirectory(prefix="quantadapt-cache-")
 os.environ["QUANTADAPT_CACHE"] = _CACHE.name  # backends are to work, not to remember
 
 pytest_plugins = ("quantadapt.testing.plugin",)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The demo's."""
+    from transformers import AutoTokenizer
+
+    from quantadapt.demo import MODEL_DIR
+
+    return AutoTokenizer.from_pretrained(MODEL_DIR)
+
+
+@pytest.fixture(scope="session")
+def random_data() -> Any:
+    """32 examples of 6 to 19 random tokens below 64; the first three of each are the prompt."""
+    import torch
+    from datasets import Dataset
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(6, 20, (32,), generator=generator).tolist()
+    ids = [torch.randint(3, 64, (n,), generator=generator).tolist() for n in lengths]
+    masks = [[0] * 3 + [1] * (n - 3) for n in lengths]
+    return Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantadapt.checkpointing import CpuInputs, decoder_layers
-from quantadapt.demo import MODEL_DIR
 from quantadapt.errors import TrainingError
 from quantadapt.fitting import Fitting, lengths
 from quantadapt.memory import GIB, Setting, Workload
@@ -111,18 +110,8 @@ def test_lowering_goes_through_every_stage() -> None:
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(MODEL_DIR)
-
-
-@pytest.fixture(scope="module")
-def data() -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(6, 20, (16,), generator=generator).tolist()
-    ids = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
-    return Dataset.from_dict(
-        {"input_ids": ids, "completion_mask": [[0] * 3 + [1] * (n - 3) for n in lengths]}
-    )
+def data(random_data) -> Dataset:
+    return random_data.select(range(16))
 
 
 def adapted(config: type = LoraConfig, **options):

@@ -17,14 +17,12 @@ from peft import (
     get_peft_model,
 )
 from transformers import (
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from quantadapt.demo import MODEL_DIR
 from quantadapt.errors import OutputError, TrainingError
 from quantadapt.evaluation import perplexity
 from quantadapt.spec import TrainSpec
@@ -42,17 +40,8 @@ CONFIGS = {
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(MODEL_DIR)
-
-
-@pytest.fixture(scope="module")
-def data() -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(6, 20, (32,), generator=generator).tolist()
-    ids = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
-    masks = [[0] * 3 + [1] * (n - 3) for n in lengths]
-    return Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
+def data(random_data) -> Dataset:
+    return random_data
 
 
 def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
