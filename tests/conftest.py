@@ -22,6 +22,15 @@ os.environ["QUANTADAPT_CACHE"] = _CACHE.name  # backends are to work, not to rem
 pytest_plugins = ("quantadapt.testing.plugin",)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Away from the checkout: a user's `runs/` there is none of a test's business."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """The demo's."""

@@ -166,6 +166,8 @@ class Bench:
             "adapter": {"name": adapter, **options},
             "device": self.suite.device,
             "dtype": self.suite.dtype,
+            # never made, and nothing of the user's
+            "output": str(Path(tempfile.gettempdir()) / f"quantadapt-suite-{os.getpid()}"),
         }
         return Spec(**{**defaults, **values})
 
