@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +19,9 @@ from quantadapt.errors import ModelError
 
 if TYPE_CHECKING:
     from quantadapt_aqlm import AQLM
+
+FEW = 6
+"""Tokens up to which aqlm multiplies with the codes, and does not dequantize."""
 
 
 class Layer(QuantizedLinear):  # type: ignore[misc]
@@ -69,9 +75,11 @@ def _dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, bits: int) -> 
 
 def run(layer: Any, x: Tensor) -> Tensor:
     """Run the library's kernel, where it has one that is right, and leave the layer as it was."""
-    if not _has_kernel(layer):
+    if x.is_cuda and (product := vendor_product(layer, x)) is not None:
+        return product(x, layer.codes, layer.codebooks, layer.scales, layer.bias)
+    if x.is_cuda or not _runs_on_cpu(layer):
         return nn.functional.linear(x, dequantize(layer), layer.bias)
-    with nullcontext() if x.is_cuda else _one_thread():
+    with _one_thread():
         output: Tensor = QuantizedLinear.forward(settled(layer), x)
     settled(layer)
     return output
@@ -90,15 +98,44 @@ def settled(layer: Any) -> Any:
     return layer
 
 
-def _has_kernel(layer: Any) -> bool:
-    """Say whether aqlm can run the layer. Its kernel for 8-bit codebooks on CPUs wants float32 and
-    groups in one row; those for CUDA are compiled when they are first used."""
-    if layer.codes.is_cuda:
-        from torch.utils.cpp_extension import CUDA_HOME
-
-        return CUDA_HOME is not None
+def _runs_on_cpu(layer: Any) -> bool:
+    """Say whether aqlm can run the layer on a CPU. Its kernel for 8-bit codebooks wants float32 and
+    groups in one row."""
     fits = layer.out_group_size == 1 and layer.codebooks.dtype == torch.float32
     return bool(fits or layer.codebook_size != 256)
+
+
+def vendor_product(layer: Any, x: Tensor) -> Callable[..., Tensor] | None:
+    """Return aqlm's kernel for CUDA, which takes x, codes, codebooks, scales and bias; None where
+    there is none for such codes, or it cannot be compiled."""
+    books, entries, rows, columns = layer.codebooks.shape
+    long_codes = (books, entries) == (1, 2**16) and columns in (8, 16)
+    short_codes = books in (1, 2) and entries == 2**8 and columns == 8
+    dtype: torch.dtype = layer.codebooks.dtype
+    fits = rows == 1 and (long_codes or short_codes) and dtype.itemsize == 2 and x.dtype == dtype
+    if not (fits and _compiled()):
+        return None
+    from aqlm.inference_kernels import get_forward_pass_kernel
+
+    many = x.numel() > FEW * x.shape[-1]
+    kernel: Callable[..., Tensor] = get_forward_pass_kernel(layer.codebooks, many)
+    return kernel
+
+
+@cache
+def _compiled() -> bool:
+    """Say whether aqlm's kernels can be had: nvcc compiles them, once for a machine."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_HOME is None:
+        return False
+    try:
+        import_module("aqlm.inference_kernels.cuda_kernel")
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(f"aqlm's kernels cannot be compiled, so it is slow: {reason}", stacklevel=2)
+        return False
+    return True
 
 
 @contextmanager

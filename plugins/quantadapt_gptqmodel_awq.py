@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from quantadapt_gptqmodel_layers import in_groups
-from quantadapt_gptqmodel_walk import Block, first
 from torch import Tensor, nn
+
+from quantadapt.calibration import Block
+from quantadapt.calibration_recording import first
 
 RATIOS = 20
 SHRINKS = 10
@@ -79,13 +81,34 @@ def rescale_and_clip(block: Block, group_size: int, grid: Grid) -> None:
 Fold = Callable[[Tensor], None]
 
 
+Place = tuple[int, int]
+"""Where a tensor lies, and how many elements it has."""
+
+
 def _trace(block: Block) -> tuple[list[list[str]], list[Fold | None]]:
     """Return the layers that share their input, and for each such group how scales get into it."""
-    makers: dict[tuple[int, int], nn.Module] = {}
-    taken: dict[str, tuple[int, int]] = {}
+    taken, makers, expected = _first_pass(block)
+    groups: dict[Any, list[str]] = {}
+    for name in block.linears:
+        groups.setdefault(taken.get(name, name), []).append(name)
+    folds = [
+        # What the first example did not get to, an expert, say, cannot be tested.
+        _working_fold(block, group, makers.get(at), expected) if at in taken.values() else None
+        for at, group in groups.items()
+    ]
+    return list(groups.values()), folds
+
+
+def _first_pass(
+    block: Block,
+) -> tuple[dict[str, Place], dict[Place, nn.Module], list[Tensor]]:
+    """Return where each layer takes its input from, which module made what lies there, and the
+    output, all of the first example."""
+    taken: dict[str, Place] = {}
+    makers: dict[Place, nn.Module] = {}
     kept: list[Tensor] = []  # so that no address is used twice
 
-    def place(tensor: Tensor) -> tuple[int, int]:
+    def place(tensor: Tensor) -> Place:
         kept.append(tensor)
         return tensor.data_ptr(), tensor.numel()
 
@@ -103,16 +126,7 @@ def _trace(block: Block) -> tuple[list[list[str]], list[Fold | None]]:
         for module in block.module.modules():
             hook = note(names.get(id(module), ""))
             hooks.callback(module.register_forward_hook(hook).remove)
-        expected = [first(output) for output in block.run(1)]
-    groups: dict[Any, list[str]] = {}
-    for name in block.linears:
-        groups.setdefault(taken.get(name, name), []).append(name)
-    folds = [
-        # What the first example did not get to, an expert, say, cannot be tested.
-        _working_fold(block, group, makers.get(at), expected) if at in taken.values() else None
-        for at, group in groups.items()
-    ]
-    return list(groups.values()), folds
+        return taken, makers, [first(output) for output in block.run(1)]
 
 
 def _working_fold(

@@ -5,7 +5,9 @@ Codes and weights are [out_features, in_features] here; scales and zeros are [ou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -212,6 +214,48 @@ def dequantized(module: Any) -> Tensor:
 def _dequantize(packed: Tensor, zeros: Tensor, scales: Tensor, *packing: Any) -> Tensor:
     codes, zeros = _unpacked(packed, zeros, *packing)
     return weight_of(codes, scales.t(), zeros, None).contiguous()
+
+
+def vendor_product(module: Any, dtype: torch.dtype) -> Callable[[Any, Tensor], Tensor] | None:
+    """Return gptqmodel's Triton kernel for a layer on CUDA, which computes in `dtype` and leaves
+    the layer as it is; None where there is none. Its other kernels repack buffers, or are compiled
+    with nvcc."""
+    method, bits, lowered = _packing(module)
+    if find_spec("triton") is None or lowered or dtype == torch.float32:
+        return None
+    if method == "awq":
+        size = module.in_features / len(module.scales)
+        return _awq_product if size in (32, 64, 128, module.in_features) else None
+    return _gptq_product if bits in (2, 4, 8) else None
+
+
+def _gptq_product(module: Any, x: Tensor) -> Tensor:
+    """Dequantize in one kernel, and multiply."""
+    from gptqmodel.nn_modules.triton_utils.dequant import dequant
+
+    tensors = module.qweight, module.scales, module.qzeros, module.g_idx
+    weight = dequant(x.dtype, *tensors, module.bits, 32, 2**module.bits - 1)
+    return _with_bias(x @ weight, module)
+
+
+def _awq_product(module: Any, x: Tensor) -> Tensor:
+    """Compute in float16, which is all that the kernel for few tokens knows; or, as the numbers of
+    other dtypes may be too large for that, dequantize in one kernel, and multiply."""
+    from gptqmodel.nn_modules.qlinear.gemm_awq_triton import AwqGemmTritonFn
+    from gptqmodel.quantization.awq.modules.triton.gemm import awq_dequantize_triton
+
+    with torch.cuda.device(x.device):
+        if x.dtype != torch.float16:
+            weight = awq_dequantize_triton(module.qweight, module.scales, module.qzeros)
+            return _with_bias(x @ weight.to(x.dtype), module)
+        tensors = module.qweight, module.qzeros, module.scales
+        size = module.in_features // len(module.scales)
+        product = AwqGemmTritonFn.apply(x, *tensors, module.bits, size, None, module.out_features)
+        return _with_bias(product, module)
+
+
+def _with_bias(y: Tensor, module: Any) -> Tensor:
+    return y if module.bias is None else y + module.bias.to(y.dtype)
 
 
 @cache

@@ -247,7 +247,7 @@ class INC(LayerwiseQuantizer):
     def save(self, model: nn.Module, path: Path) -> None:
         from transformers import PreTrainedModel
 
-        from quantadapt.loading import save_layerwise
+        from quantadapt.layerwise import save_layerwise
 
         config = self.quantization_config() | _fp8_details(model)
         if isinstance(model, PreTrainedModel):

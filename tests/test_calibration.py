@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from quantadapt import calibration_recording
 from quantadapt.calibration import decoder_blocks, walk_blocks
 from quantadapt.loading import from_pretrained
-from quantadapt.testing.bench import calibration_examples, relative, small_model
+from quantadapt.testing.small_demo import calibration_examples, small_model
+from quantadapt.testing.tensors import relative
 
 EXAMPLES = 6
 
@@ -107,13 +109,32 @@ def test_other_decoders(kind) -> None:
     assert_measured(found, model, examples())
 
 
-def test_an_encoder_decoder_is_measured_as_a_whole() -> None:
-    model = tiny("t5")
-    shown = [{**e, "decoder_input_ids": e["input_ids"][:, :9]} for e in examples()]
+def test_an_encoder_decoder_has_two_stacks_of_blocks() -> None:
+    model, done = tiny("t5"), []
+    shown = [
+        {**e, "decoder_input_ids": e["input_ids"][:, : 9 + n]} for n, e in enumerate(examples())
+    ]
     assert decoder_blocks(model) is None
-    found = walk(model, shown)
+    found = walk(model, shown, on_block=done.append)
+    assert done == [f"{stack}.block.{n}" for stack in ("encoder", "decoder") for n in (0, 1)] + [""]
     assert len(found) > 20
     assert_measured(found, model, shown)
+
+
+def test_the_encoder_as_it_became_feeds_its_next_blocks() -> None:
+    before, found = walk(tiny("t5"), examples()), {}
+
+    def on_layer(name, linear, inputs):
+        found[name] = inputs
+        linear.weight.data = (linear.weight * 4).round() / 4
+
+    walk_blocks(tiny("t5"), examples(), on_layer=on_layer)
+    first, last = (
+        f"encoder.block.{n}.layer.{p}"
+        for n, p in ((0, "0.SelfAttention.q"), (1, "1.DenseReluDense.wi"))
+    )
+    assert torch.equal(found[first].second_moment, before[first].second_moment)
+    assert relative(found[last].second_moment, before[last].second_moment) > 0.05
 
 
 def test_layers_come_in_the_order_of_computation_and_share_what_they_share() -> None:
@@ -217,6 +238,29 @@ def test_layers_that_examples_reach_now_and_then(between) -> None:
         assert not found[name].second_moment.any()
 
 
+class Beside(nn.Module):
+    """Blocks that hand on something of their own beside the hidden states, as T5's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(2))
+        self.layers[0].forward = lambda x, bias=None: (self.layers[0][0](x), x.mean())
+        self.layers[1].forward = lambda x, bias=None: (self.layers[1][0](x + bias), bias)
+
+    def forward(self, x):
+        bias = None
+        for layer in self.layers:
+            x, bias = layer(x, bias)
+        return x
+
+
+def test_what_blocks_hand_on_beside_is_that_of_the_same_example() -> None:
+    torch.manual_seed(0)
+    model = Beside().eval()
+    shown = [{"x": size * torch.randn(1, 5, 8)} for size in (0.1, 9.0, 0.1)]
+    assert_measured(walk(model, shown), model, shown)
+
+
 def test_a_module_without_blocks() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
@@ -225,3 +269,17 @@ def test_a_module_without_blocks() -> None:
     found = walk(model, shown)
     assert list(found) == ["0", "2"]
     assert_measured(found, model, shown)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("kind", ["neox", "t5"])
+def test_a_gpu_measures_the_same(kind, fits, monkeypatch) -> None:
+    """Whether or not all of the model may be there while its calls are recorded."""
+    monkeypatch.setattr(calibration_recording, "_fits", lambda *_: fits)
+    on_cpu = walk(tiny(kind), examples())
+    found = walk(tiny(kind), examples(), device="cuda")
+    assert list(found) == list(on_cpu)
+    for name, inputs in found.items():
+        assert inputs.second_moment.is_cuda
+        assert relative(inputs.second_moment.cpu(), on_cpu[name].second_moment) < 1e-4, name

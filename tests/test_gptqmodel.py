@@ -23,10 +23,13 @@ from transformers import AutoModelForCausalLM
 import quantadapt as qa
 from quantadapt.errors import ModelError, PlanRefused
 from quantadapt.facade import facades, wrap
-from quantadapt.loading import from_pretrained, quantize_layerwise
+from quantadapt.layerwise import quantize_layerwise
+from quantadapt.loading import from_pretrained
 from quantadapt.testing import BackendSuite
-from quantadapt.testing.bench import Bench, calibration_examples, change, relative, small_model
-from quantadapt.testing.target_suite import _biased
+from quantadapt.testing.bench import Bench
+from quantadapt.testing.small_demo import calibration_examples, small_model
+from quantadapt.testing.target_suite import biased
+from quantadapt.testing.tensors import change, relative
 
 Made = Callable[..., nn.Module]
 
@@ -50,7 +53,7 @@ class TestAWQ(BackendSuite):
             assert error <= bench.tolerance.weight.error, name
 
     def test_biases_go_with_the_rows(self, bench: Bench) -> None:
-        dense = _biased(bench)
+        dense = biased(bench)
         before, wanted = copy.deepcopy(dense), bench.logits(dense)
         model = bench.quantize(bench.plan, dense)
         for name, facade in facades(model):
@@ -165,9 +168,14 @@ def test_awq_makes_room_where_inputs_are_large(source) -> None:
 
 @pytest.mark.parametrize(("backend", "options"), [("gptq", CASES[2]), ("awq", {"group_size": 32})])
 def test_the_same_calibration_gives_the_same_codes(made, backend, options, monkeypatch) -> None:
-    """Whether or not blocks come to the device one at a time."""
+    """Whether or not the blocks compute while it is recorded what they are called with."""
+    from quantadapt import calibration_recording
+
+    def no_chain(*_: Any) -> None:
+        raise calibration_recording._NoChain
+
     state = made(backend, **options).state_dict()
-    monkeypatch.setattr("quantadapt_gptqmodel_walk._fits", lambda model, device: False)
+    monkeypatch.setattr(calibration_recording.Recorder, "_check", no_chain)
     again = made(backend, skip_modules=["lm_head"], **options).state_dict()
     assert state.keys() == again.keys()
     assert all(torch.equal(state[key], again[key]) for key in state)
@@ -486,8 +494,8 @@ def outputs(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_scales_move_without_changing_the_model(name, monkeypatch) -> None:
     import quantadapt_gptqmodel_awq as awq
-    from quantadapt_gptqmodel_walk import walk
 
+    from quantadapt.calibration import each_block
     from quantadapt.loading import linear_layers, skipped_modules
 
     moved = []
@@ -496,16 +504,13 @@ def test_scales_move_without_changing_the_model(name, monkeypatch) -> None:
         moved.append(len(weights))
         return torch.rand(len(inputs.total)) + 0.5
 
-    def only_scale(block: Any) -> dict[str, nn.Module]:
-        awq.rescale_and_clip(block, 32, lambda weight: weight)
-        return {}
-
     monkeypatch.setattr(awq, "_best_scales", some_scales)
     monkeypatch.setattr(awq, "_clipped", lambda weight, *_: weight)
     model = random_model(name)
     before = outputs(model)
-    linears = dict(linear_layers(model, skipped_modules(model, None)))
-    walk(model, linears, ragged(), "cpu", only_scale, AWQ().target)
+    names = [name for name, _ in linear_layers(model, skipped_modules(model, None))]
+    for block in each_block(model, ragged(), names=names):
+        awq.rescale_and_clip(block, 32, lambda weight: weight)
     assert relative(outputs(model), before) < 1e-5
     assert len(moved) == FOLDS[name]
 
@@ -573,6 +578,12 @@ def test_blocks_that_are_skipped_hand_on_what_they_are_given(made, dense) -> Non
         model.get_submodule("model.layers.0.mlp.up_proj").weight,
         dense.get_submodule("model.layers.0.mlp.up_proj").weight,
     )
+
+
+def test_awq_of_a_head(made, dense) -> None:
+    model = made("awq", group_size=64, skip_modules=[])
+    assert "lm_head" in dict(facades(model))
+    assert relative(logits(model), logits(dense)) < 0.2
 
 
 def test_importing_the_plugin_imports_no_vendor() -> None:

@@ -27,7 +27,8 @@ from quantadapt.planning import plan
 from quantadapt.spec import Spec
 from quantadapt.state import state_of
 from quantadapt.testing import BackendSuite, TargetSuite
-from quantadapt.testing.bench import calibration_examples, demo_tokens, relative, small_model
+from quantadapt.testing.small_demo import calibration_examples, demo_tokens, small_model
+from quantadapt.testing.tensors import relative
 
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "any-module.md"
 METHODS = ("fp8", "rtn", "gptq", "awq")
