@@ -38,11 +38,10 @@ class HQQ(LayerwiseQuantizer):
         return HQQTarget(self)
 
     def misfit(self, in_features: int, out_features: int) -> str | None:
-        row, column = in_features, out_features
-        group = self.group_size or (row if self.axis == 1 else column)
-        if row * column % group:
-            return f"{column} x {row} weights do not divide into groups of {group}"
-        packed = row * column // group if self.axis == 1 else group
+        weights, group = in_features * out_features, self._group(in_features, out_features)
+        if weights % group:
+            return f"{out_features} x {in_features} weights do not divide into groups of {group}"
+        packed = weights // group if self.axis == 1 else group
         together = {1: 8, 2: 4, 4: 2}.get(self.bits, 1)  # values in a byte come from so many groups
         if packed % together:
             return f"{packed} groups cannot be packed by {together}, as {self.bits} bits demand"
@@ -51,12 +50,15 @@ class HQQ(LayerwiseQuantizer):
     def bits_per_weight(
         self, in_features: int, out_features: int, *, device: str, dtype: str
     ) -> float:
-        group = self.group_size or (in_features if self.axis == 1 else out_features)
+        group = self._group(in_features, out_features)
         packed: float = self.bits
         if self.bits == 3:  # ten rows of codes in one of int32
             rows = in_features * out_features // group if self.axis == 1 else group
             packed = 32 * -(-rows // 10) / rows
         return packed + 2 * (32 if dtype == "float32" else 16) / group
+
+    def _group(self, in_features: int, out_features: int) -> int:
+        return self.group_size or (in_features if self.axis == 1 else out_features)
 
     def _config(self) -> dict[str, Any]:
         from hqq.core.quantize import BaseQuantizeConfig
@@ -68,15 +70,29 @@ class HQQ(LayerwiseQuantizer):
 
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
         from hqq.core.quantize import HQQLinear
+        from quantadapt_hqq_quantize import quantize
+        from torch import nn
 
+        weight, config = linear.weight, self._config()
+        options = config["weight_quant_params"]
+        options["group_size"] = self._group(linear.in_features, linear.out_features)
+        device = str(weight.device)
         module: Any = HQQLinear(
-            linear,
-            self._config(),
-            compute_dtype=linear.weight.dtype,
-            device=str(linear.weight.device),
-            del_orig=False,
+            None, config, compute_dtype=weight.dtype, device=device, initialize=False
         )
-        module.linear_layer = None
+        names = ("nbits", "group_size", "axis", "round_zero")
+        packed, meta = quantize(weight, **{name: options[name] for name in names})
+        # What HQQLinear's own methods do, except that they empty CUDA's cache for each layer.
+        module.W_q = nn.Parameter(packed, requires_grad=False)
+        module.meta = meta | {
+            "compute_dtype": weight.dtype,
+            "scale": meta["scale"].to(weight.dtype),
+            "zero": meta["zero"].to(weight.dtype),
+        }
+        module.in_features, module.out_features = linear.in_features, linear.out_features
+        if linear.bias is not None:
+            module.bias = linear.bias.detach().to(weight.dtype, copy=True)
+        module.in_gpu = module.ready = True
         vendor: nn.Module = module
         return vendor
 

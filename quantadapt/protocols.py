@@ -205,16 +205,16 @@ class LayerwiseQuantizer(Quantizer):
         calibration: list[dict[str, Tensor]] | None = None,
         skip_modules: tuple[str, ...] | None = None,
     ) -> nn.Module:
-        from .loading import quantize_layerwise
+        from .layerwise import quantize_layerwise
 
         return quantize_layerwise(self, source, device=device, dtype=dtype, skip=skip_modules)
 
     def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
-        from .loading import load_layerwise
+        from .layerwise import load_layerwise
 
         return load_layerwise(self, path, device=device, dtype=dtype)
 
     def save(self, model: nn.Module, path: Path) -> None:
-        from .loading import save_layerwise
+        from .layerwise import save_layerwise
 
         save_layerwise(self, model, path)

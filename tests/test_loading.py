@@ -16,9 +16,10 @@ import quantadapt as qa
 from quantadapt import demo
 from quantadapt.errors import ModelError
 from quantadapt.facade import facades
-from quantadapt.loading import from_pretrained, quantize_layerwise, skipped_modules
+from quantadapt.layerwise import quantize_layerwise
+from quantadapt.loading import from_pretrained, skipped_modules
 from quantadapt.saving import size_mib
-from quantadapt.testing.bench import small_model
+from quantadapt.testing.small_demo import small_model
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,8 @@ def small() -> str:
 
 
 def test_never_more_than_one_dense_layer(small, monkeypatch) -> None:
-    """The peak is the quantized model plus one layer: all other layers are on the meta device."""
+    """The peak is the quantized model, one layer and what was read ahead (test_read_ahead.py): all
+    other layers are on the meta device."""
     from quantadapt_hqq import HQQ
 
     waiting: list[nn.Linear] = []

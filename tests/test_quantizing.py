@@ -17,7 +17,7 @@ from quantadapt.errors import DataError, PlanRefused, PluginError
 from quantadapt.facade import facades
 from quantadapt.pipeline import run
 from quantadapt.spec import Spec
-from quantadapt.testing.bench import calibration_examples, small_model
+from quantadapt.testing.small_demo import calibration_examples, small_model
 
 SMALL = str(small_model())
 IDS = torch.arange(70)[None]

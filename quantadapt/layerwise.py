@@ -1,0 +1,271 @@
+"""Quantize while loading, and load and save what was quantized, for layer-by-layer backends.
+
+transformers does the reading (shards, renamed keys, tied weights, buffers); it meets one quantizer
+of ours that turns each `nn.Linear` into a vendor module the moment its weight arrives. So the peak
+is the quantized model, one layer, and the weights that `read_ahead` has read.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import loading
+from .errors import ModelError
+from .read_ahead import reading_ahead
+
+if TYPE_CHECKING:
+    from .protocols import LayerwiseQuantizer
+
+METHOD = "quantadapt"
+
+
+def quantize_layerwise(
+    quantizer: LayerwiseQuantizer,
+    source: str | nn.Module,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    skip: tuple[str, ...] | None = None,
+) -> nn.Module:
+    """Quantize a checkpoint while loading it, or a live module in place, see `Quantizer`."""
+    if isinstance(source, nn.Module):
+        return _quantize_module(quantizer, source, device=device, dtype=dtype, skip=skip)
+    loader = _loader_config()(quantizer=quantizer, skip=skip)
+    try:
+        with reading_ahead(device):
+            model = loading.from_pretrained(
+                source, dtype=dtype, device_map={"": device}, quantization_config=loader
+            )
+    except ModelError:
+        if loader.failure is not None:  # transformers tells only that some conversion failed
+            raise loader.failure from None
+        raise
+    return loading.plain(model)
+
+
+def _quantize_module(
+    quantizer: LayerwiseQuantizer,
+    model: nn.Module,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    skip: tuple[str, ...] | None,
+) -> nn.Module:
+    vendors: set[nn.Module] = set()
+    linears = dict(loading.linear_layers(model, loading.skipped_modules(model, skip)))
+    blocks = loading.Blocks(model, linears)
+    for name in list(linears):
+        linear = linears.pop(name)
+        linear.requires_grad_(False)
+        vendor = quantizer.quantize_linear(linear.to(device=device, dtype=dtype))
+        vendors.update(vendor.modules())
+        loading.set_submodule(model, name, vendor.train(linear.training))
+        blocks.add(model, name, vendor)
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        if module not in vendors:
+            _move_own(module, device, dtype, moved)
+    return model
+
+
+def _move_own(
+    module: nn.Module, device: str, dtype: torch.dtype, moved: dict[nn.Parameter, nn.Parameter]
+) -> None:
+    """Move what stays dense; floating point parameters also get the compute dtype. Tied ones stay
+    tied: `moved` remembers what became of each."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and type(parameter) is nn.Parameter:
+            if parameter not in moved:
+                target = dtype if parameter.is_floating_point() else parameter.dtype
+                data = parameter.data.to(device=device, dtype=target)
+                moved[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+            module._parameters[name] = moved[parameter]
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = buffer.to(device)
+
+
+def load_layerwise(
+    quantizer: LayerwiseQuantizer, path: str, *, device: str, dtype: torch.dtype
+) -> nn.Module:
+    """Load a checkpoint that `save_layerwise` wrote. See `Quantizer.load`."""
+    config = copy.deepcopy(loading.read_config(path))
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    loader = _loader_config()(quantizer=quantizer, packed=path, device=device)
+    model = loading.from_pretrained(
+        path, config=config, dtype=dtype, device_map={"": device}, quantization_config=loader
+    )
+    return loading.plain(model)
+
+
+def save_layerwise(
+    quantizer: LayerwiseQuantizer, model: nn.Module, path: Path, *, hf_quantizer: Any = None
+) -> None:
+    """Write config.json (with `quantization_config`) and model.safetensors into `path`.
+
+    Args:
+        quantizer: says what goes into config.json.
+        model: with or without facades; not changed.
+        path: an existing, empty folder.
+        hf_quantizer: transformers' quantizer, where its format needs help to fit into safetensors.
+    """
+    config: Any = model.config
+    config.quantization_config = quantizer.quantization_config() | _left_dense(quantizer, model)
+    if hf_quantizer is not None:
+        model.hf_quantizer = hf_quantizer
+    try:
+        model.save_pretrained(path)  # type: ignore[operator]
+    finally:
+        loading.plain(model)
+
+
+def _left_dense(quantizer: LayerwiseQuantizer, model: nn.Module) -> dict[str, Any]:
+    """Return what the checkpoint has to say where layers other than the head stay dense."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    dense = [n for n, m in loading.linear_layers(model, ()) if m is not head]
+    return quantizer.left_dense(dense) if dense else {}
+
+
+class _Placeholder(nn.Module):
+    """Stands for a packed layer while transformers loads everything else."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        object.__setattr__(self, "linear", linear)
+        self._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _packed_state(path: str, layers: Container[str]) -> dict[str, dict[str, Tensor]]:
+    """Return layer name -> the tensors saved for it, for those of `layers` that are packed: they
+    hold more than a weight and a bias."""
+    from safetensors import safe_open
+
+    state: dict[str, dict[str, Tensor]] = {}
+    for file in sorted(loading.local_folder(path).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 (not a dict)
+                parents = accumulate(key.split("."), lambda parent, part: f"{parent}.{part}")
+                if layer := next((name for name in parents if name in layers), None):
+                    tensors = state.setdefault(layer, {})
+                    tensors[key.removeprefix(f"{layer}.")] = opened.get_tensor(key)
+    return {layer: t for layer, t in state.items() if t.keys() - {"weight", "bias"}}
+
+
+@cache
+def _loader_config() -> Any:
+    """Register our quantizer with transformers, once, and return its config class."""
+    from transformers.core_model_loading import ConversionOps
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    @register_quantization_config(METHOD)
+    class LoaderConfig(QuantizationConfigMixin):  # type: ignore[misc]
+        def __init__(
+            self,
+            quantizer: Any = None,
+            skip: Any = None,
+            packed: str | None = None,
+            device: str = "cpu",
+        ) -> None:
+            self.quant_method = METHOD
+            self.quantizer, self.skip = quantizer, skip
+            self.packed, self.device = packed, device
+            self.failure: Exception | None = None
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"quant_method": METHOD}
+
+    class QuantizeLinear(ConversionOps):  # type: ignore[misc]
+        """Receives one weight; leaves the vendor module in the model and hands nothing on."""
+
+        def __init__(self, loader: Any) -> None:
+            self.loader = loader
+
+        def convert(
+            self, input_dict: Any, model: Any = None, missing_keys: Any = None, **_: Any
+        ) -> dict[str, Any]:
+            for key, value in input_dict.items():
+                tensor = value[0] if isinstance(value, list) else value
+                name = key.rpartition(".")[0]
+                linear = model.get_submodule(name)
+                linear.weight = nn.Parameter(tensor.to(self.loader.dtype), requires_grad=False)
+                vendor = self.quantized(linear)
+                loading.set_submodule(model, name, vendor.train(linear.training))
+                missing_keys.discard(key)
+                self.loader.blocks.add(model, name, vendor)
+            return {}
+
+        def quantized(self, linear: nn.Linear) -> Any:
+            config = self.loader.quantization_config
+            try:
+                return config.quantizer.quantize_linear(linear)
+            except Exception as error:
+                config.failure = config.failure or error
+                raise
+
+    @register_quantizer(METHOD)
+    class Loader(HfQuantizer):  # type: ignore[misc]
+        def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+            super().__init__(quantization_config, **kwargs)
+            self.names: set[str] = set()
+            self.blocks = loading.Blocks(nn.Module(), ())
+            self.dtype = torch.float32
+
+        def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+            self.dtype = dtype
+            return dtype
+
+        def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+            config = self.quantization_config
+            if config.packed is None:
+                skip = loading.skipped_modules(model, config.skip)
+                names = [name for name, _ in loading.linear_layers(model, skip)]
+                self.names = {f"{name}.weight" for name in names}
+                self.blocks = loading.Blocks(model, names)
+                return
+            layers = dict(loading.linear_layers(model, ()))
+            self.state = _packed_state(config.packed, layers)
+            self.blocks = loading.Blocks(model, self.state)
+            for name in self.state:
+                loading.set_submodule(model, name, _Placeholder(layers[name]))
+            patterns = set(model._keys_to_ignore_on_load_unexpected or ())
+            model._keys_to_ignore_on_load_unexpected = patterns | {".*"}
+
+        def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+            return param_name in self.names
+
+        def get_quantize_ops(self) -> Any:
+            return QuantizeLinear(self)
+
+        def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
+            # transformers reserves memory on the device before it loads: not for these
+            return 0 if param_name in self.names else param.element_size()
+
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+            config = self.quantization_config
+            for name, module in list(model.named_modules()):
+                if isinstance(module, _Placeholder):
+                    state = {k: v.to(config.device) for k, v in self.state.pop(name).items()}
+                    vendor = config.quantizer.load_linear(module.linear, state)
+                    loading.set_submodule(model, name, vendor.train(model.training))
+                    self.blocks.add(model, name, vendor)
+            return model
+
+        def is_serializable(self) -> bool:
+            return True
+
+        @property
+        def is_trainable(self) -> bool:
+            return True
+
+    return LoaderConfig
