@@ -28,6 +28,8 @@ SIZES = {"in_group_size": 8, "out_group_size": 1, "num_codebooks": 1, "nbits_per
 """What a checkpoint says of its codes, and what transformers assumes where it does not."""
 EFFORT = ("beam_size", "max_epochs", "steps_per_epoch", "init_max_iter", "relative_mse_tolerance")
 MADE_WITH = "made_with"
+DECODING = 128
+"""Tokens up to which the library's kernels beat dequantizing and a matrix product on CUDA."""
 
 
 class AQLM(LayerwiseQuantizer):
@@ -165,6 +167,13 @@ class AQLMTarget(LayerwiseTarget):
         from quantadapt_aqlm_layers import dequantize
 
         return dequantize(module)
+
+    def decodes(self, module: nn.Module, x: Tensor) -> bool:
+        """Say whether one of the library's kernels is there and the faster one for `x`."""
+        from quantadapt_aqlm_layers import vendor_product
+
+        few = x.numel() <= DECODING * x.shape[-1]
+        return few and x.is_cuda and vendor_product(module, x) is not None
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         from quantadapt_aqlm_layers import run

@@ -16,7 +16,9 @@ import json
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 BLOCK = 32
 """Codes that are packed together along the inputs, and zero points along the outputs."""
+DECODING = 128
+"""Tokens up to which auto-round's Triton kernel is the faster way. 0: not measured."""
 TRACE = 5
 """The level of `logging.Logger.trace`, as auto-round and neural-compressor have it."""
 LONGEST = 2048
@@ -264,6 +268,37 @@ class AutoRoundTarget(LayerwiseTarget):
         if vendor.bits == 3:  # auto-round's own unpacking cannot be traced
             return _dequantize(*tensors, *packing)
         return one_kernel(_dequantize, *tensors, static=packing)
+
+    def decodes(self, module: nn.Module, x: Tensor) -> bool:
+        """Say whether auto-round's Triton kernel is there and the faster one for `x`."""
+        return x.numel() <= DECODING * x.shape[-1] and _has_kernel(module, x)
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Run auto-round's Triton kernel where it runs, else the module's forward."""
+        output: Tensor = _product(module, x) if _has_kernel(module, x) else module(x)
+        return output
+
+
+def _has_kernel(vendor: Any, x: Tensor) -> bool:
+    return x.is_cuda and vendor.bits != 3 and find_spec("triton") is not None
+
+
+def _product(vendor: Any, x: Tensor) -> Tensor:
+    """Dequantize in auto-round's kernel, and multiply."""
+    kernels = "triton_utils_zp" if _offset(vendor) else "triton_utils"
+    dequant248 = import_module(f"auto_round_extension.triton.{kernels}.dequant").dequant248
+    groups = _groups(vendor.infeatures, vendor.group_size, x.device)
+    tensors = vendor.qweight, vendor.scales, vendor.qzeros, groups
+    weight: Tensor = dequant248(*tensors, vendor.bits, input_dtype=x.dtype)
+    return x @ weight if vendor.bias is None else x @ weight + vendor.bias.to(x.dtype)
+
+
+@cache
+def _groups(in_features: int, group_size: int, device: torch.device) -> Tensor:
+    """Return the group of each column."""
+    import torch
+
+    return torch.arange(in_features, dtype=torch.int32, device=device) // group_size
 
 
 def _dequantize(packed: Tensor, zeros: Tensor, scales: Tensor, bits: int, offset: int) -> Tensor:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+DECODING = 32
+"""Tokens up to which the vendor's product with 4-bit weights beats dequantizing on CUDA."""
+
 
 class _BitsAndBytes(LayerwiseQuantizer):
     def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
@@ -199,9 +202,25 @@ class FourBitTarget(LayerwiseTarget):
             otherwise=vendors,
         )
 
+    def decodes(self, module: nn.Module, x: Tensor) -> bool:
+        """Say whether `x` is on CUDA and holds few tokens. There is no kernel for rows of partial
+        blocks."""
+        state: Any = module.weight.quant_state  # type: ignore[union-attr]
+        features = x.shape[-1]
+        return x.is_cuda and x.numel() <= DECODING * features and features % state.blocksize == 0
+
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Run the vendor's forward as in training: in evaluation, on a CPU that computes in
+        """Run the vendor's product on CUDA, in the dtype of `x` whatever dtype the module is set
+        to; on a CPU the vendor's forward as in training: in evaluation, where it computes in
         bfloat16, it lays the weight out anew and rounds its scales, for good."""
+        if x.is_cuda:
+            from bitsandbytes import matmul_4bit
+
+            packed: Any = module.weight
+            bias = None if module.bias is None else module.bias.to(x.dtype)  # type: ignore[operator]
+            row = packed.data.reshape(1, -1)  # how versions before 0.50 want it
+            product: Tensor = matmul_4bit(x, row, packed.quant_state, bias=bias)
+            return product
         training = module.training
         try:
             output: Tensor = module.train()(x)

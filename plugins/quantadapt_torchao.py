@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+TILES = "Int4TilePackedTo4dTensor"
+DECODING = {TILES: 128, "Int8Tensor": 128}
+"""Tokens up to which torchao's product beats dequantizing on CUDA, by the weight's class."""
+
 
 class _TorchAO(LayerwiseQuantizer):
     config_names: ClassVar[tuple[str, ...]]
@@ -53,7 +57,7 @@ class _TorchAO(LayerwiseQuantizer):
     def save(self, model: nn.Module, path: Path) -> None:
         from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
-        from quantadapt.loading import save_layerwise
+        from quantadapt.layerwise import save_layerwise
 
         made = self.from_model(model) or self  # an automatic choice is saved as what it became
         quantizer = TorchAoHfQuantizer(made._transformers_config(), pre_quantized=False)
@@ -227,7 +231,7 @@ class TorchAOTarget(LayerwiseTarget):
 
     def dequantize(self, module: nn.Module) -> Tensor:
         weight: Any = module.weight
-        if type(weight).__name__ == "Int4TilePackedTo4dTensor":  # it has no dequantize of its own
+        if type(weight).__name__ == TILES:  # it has no dequantize of its own
             tensors = (weight.qdata, weight.scale_and_zero)
             return one_kernel(
                 _dequantize_tiles, *tensors, static=(*weight.shape, weight.block_size[-1])
@@ -238,6 +242,15 @@ class TorchAOTarget(LayerwiseTarget):
         return one_kernel(
             _dequantize_parts, *tensors, static=(layout,), otherwise=weight.dequantize
         )
+
+    def decodes(self, module: nn.Module, x: Tensor) -> bool:
+        """Say whether torchao's product with such a weight is the faster one for `x` on CUDA."""
+        import torch
+
+        kind = type(module.weight).__name__
+        few = x.numel() <= DECODING.get(kind, 0) * x.shape[-1]
+        # That of int4 computes in bfloat16 whatever it is given.
+        return x.is_cuda and few and (x.dtype == torch.bfloat16 or kind != TILES)
 
 
 @dataclass(frozen=True)

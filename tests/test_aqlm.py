@@ -19,13 +19,8 @@ from quantadapt.errors import ModelError, OutputError, PlanRefused
 from quantadapt.facade import facades
 from quantadapt.loading import from_pretrained
 from quantadapt.testing import BackendSuite
-from quantadapt.testing.bench import (
-    calibration_examples,
-    change,
-    demo_tokens,
-    relative,
-    small_model,
-)
+from quantadapt.testing.small_demo import calibration_examples, demo_tokens, small_model
+from quantadapt.testing.tensors import change, relative
 
 QUICK: dict[str, Any] = {"beam_size": 1, "max_epochs": 1, "steps_per_epoch": 5, "init_max_iter": 2}
 

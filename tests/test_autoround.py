@@ -21,12 +21,8 @@ from quantadapt.loading import linear_layers, set_submodule
 from quantadapt.planning import plan
 from quantadapt.spec import Spec
 from quantadapt.testing import BackendSuite, TargetSuite
-from quantadapt.testing.bench import (
-    calibration_examples,
-    demo_tokens,
-    relative,
-    small_model,
-)
+from quantadapt.testing.small_demo import calibration_examples, demo_tokens, small_model
+from quantadapt.testing.tensors import relative
 
 LAYOUTS = [(2, True), (2, False), (3, True), (3, False), (4, True), (4, False), (8, True)]
 

@@ -17,7 +17,7 @@ from quantadapt.machine import Machine
 from quantadapt.planning import plan
 from quantadapt.spec import Spec
 from quantadapt.testing import BackendSuite
-from quantadapt.testing.bench import demo_tokens, small_model
+from quantadapt.testing.small_demo import demo_tokens, small_model
 
 
 class TestEETQ(BackendSuite):

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, QuantoConfig
 
 import quantadapt
 from quantadapt.testing import BackendSuite, TargetSuite
-from quantadapt.testing.bench import demo_tokens, plain_tensors, small_model
+from quantadapt.testing.small_demo import demo_tokens, small_model
+from quantadapt.testing.tensors import plain_tensors
 
 TYPES = ("int8", "int4", "int2", "float8")
 
