@@ -30,12 +30,13 @@ class Checkpointer:
     Args:
         model: a PeftModel or transformers model.
         reentrant: which kind of `torch.utils.checkpoint`.
+        draws: whether a pass draws random numbers, which a recomputation has to draw again.
     """
 
-    def __init__(self, model: nn.Module, reentrant: bool = False) -> None:
+    def __init__(self, model: nn.Module, reentrant: bool = False, draws: bool = True) -> None:
         self.base: Any = getattr(model, "get_base_model", lambda: model)()  # type: ignore[operator]
         self.layers = decoder_layers(self.base)
-        self.reentrant = reentrant
+        self.reentrant, self.draws = reentrant, draws
         self.inputs = CpuInputs()
 
     @property
@@ -72,7 +73,8 @@ class Checkpointer:
     def _function(self, offload: bool) -> Callable[..., Any]:
         # Keeping weights from the recomputation to the backward is faster, but takes memory.
         contexts = {} if self.reentrant or offload else {"context_fn": _contexts}
-        function = partial(checkpoint, use_reentrant=self.reentrant, **contexts)  # type: ignore[arg-type]
+        options = {"use_reentrant": self.reentrant, "preserve_rng_state": self.draws, **contexts}
+        function = partial(checkpoint, **options)  # type: ignore[arg-type]
         return partial(self._offloaded, function) if offload else function
 
     def _offloaded(
@@ -84,10 +86,10 @@ class Checkpointer:
 
 @contextmanager
 def checkpointed(
-    model: nn.Module, setting: Setting | None = None, reentrant: bool = False
+    model: nn.Module, setting: Setting | None = None, reentrant: bool = False, draws: bool = True
 ) -> Iterator[Checkpointer]:
     """Apply `setting` for the duration of the block; afterwards the model is as it was."""
-    checkpointer = Checkpointer(model, reentrant)
+    checkpointer = Checkpointer(model, reentrant, draws)
     before = [(module, _own(module)) for module in checkpointer.base.modules()]
     hook = None
     if reentrant:  # it only records a graph where an input wants one

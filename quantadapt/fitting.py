@@ -20,11 +20,13 @@ from .adalora import tuner_of
 from .checkpointing import Checkpointer
 from .distributed import reduced, world
 from .errors import TrainingError
-from .facade import facades
+from .fused import forget_unfinished
 from .memory import FRAGMENTATION, GIB, OOM_FIX, Setting, halves, optimizer_bytes
 from .probing import Probe, choose, lowered
+from .sharding import is_sharded
 
 if TYPE_CHECKING:
+    from .cuda_graphs import Graphs
     from .spec import TrainSpec
 
 _Gradients = list[tuple[Tensor, Tensor | None]]
@@ -60,6 +62,7 @@ class Fitting:
             and not spec.packing
         )
         self.setting = Setting(0, False, self.batch)
+        self.graphs: Graphs | None = None
 
     # --- before the first step ---------------------------------------------------------------
 
@@ -69,6 +72,8 @@ class Fitting:
         if self._probes:
             self.setting = self._probed()
         self.apply(self.setting)
+        if self.graphs is not None and not self.setting.offload:
+            self.graphs.start(self.budget())
 
     def apply(self, setting: Setting) -> None:
         """Train with `setting` from here on."""
@@ -157,14 +162,16 @@ class Fitting:
             try:
                 return self._in_parts(run, model, inputs, count)
             except torch.OutOfMemoryError:
-                lower = self._lowered()
+                with_graphs = self.graphs is not None and self.graphs.stop()
+                lower = self.setting if with_graphs else self._lowered()
                 if lower is None:
                     raise
             # Out here, where the error and with it the frames of the step are gone.
             self._undo(before, state)
             self.apply(lower)
             step = self.trainer.state.global_step + 1
-            self.on_note(f"out of memory at step {step}: from here on {self.describe(lower)}")
+            words = "without CUDA graphs" if with_graphs else self.describe(lower)
+            self.on_note(f"out of memory at step {step}: from here on {words}")
 
     def _in_parts(
         self, run: Callable[..., Tensor], model: Any, inputs: dict[str, Any], count: Any
@@ -180,7 +187,7 @@ class Fitting:
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
     def _lowered(self) -> Setting | None:
-        if world().size > 1:  # the others do not know
+        if is_sharded(self.trainer.model):  # the others gather layers as before
             return None
         return lowered(self.setting, self.checkpointer.most, self.splits)
 
@@ -267,8 +274,7 @@ class _Prober:
 
 def free(model: Any) -> None:
     """Let go of what a pass that did not end has left behind."""
-    for _, facade in facades(model):
-        facade.forget()
+    forget_unfinished(model)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,5 @@
-"""What is lent to a model while it trains on CUDA: Liger's kernels and cuDNN's attention.
+"""What is lent to a model while it trains on CUDA: Liger's kernels and cuDNN's attention, and no
+search for packed rows.
 
 Liger's fused RMSNorm, SwiGLU and RoPE come in for every architecture that liger-kernel knows, where
 it is installed; otherwise the model stays as it is. Liger patches modules and the module that
@@ -61,6 +62,23 @@ def fast_attention(device: torch.device) -> Iterator[None]:
     ]
     with sdpa_kernel(order, set_priority=True):
         yield
+
+
+@contextmanager
+def one_row_each() -> Iterator[None]:
+    """Tell transformers that no row of a batch holds several examples: it would look for them at
+    every step, and wait for the GPU to tell. Nor does a CUDA graph that is recorded need a mask for
+    the case that there are some."""
+    from transformers import masking_utils
+
+    answers = {"find_packed_sequence_indices": lambda _: None, "is_tracing": lambda *_: False}
+    definitions = vars(masking_utils)
+    before = {name: definitions[name] for name in answers if name in definitions}
+    definitions.update({name: answers[name] for name in before})
+    try:
+        yield
+    finally:
+        definitions.update(before)
 
 
 def _known(base: Any) -> bool:

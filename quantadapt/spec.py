@@ -113,11 +113,16 @@ class TrainSpec(_Strict):
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",
         description="with several processes: ddp, each holds the whole model, or fsdp, each holds "
-        "its share of the base; auto: ddp",
+        "its share of the base; auto: fsdp where the whole base does not fit and a share does",
     )
     use_reentrant: bool = Field(False, description="which kind of gradient checkpointing")
     use_liger_kernel: bool = Field(
         True, description="fused RMSNorm, SwiGLU and RoPE, on CUDA where liger-kernel is installed"
+    )
+    cuda_graphs: bool = Field(
+        True,
+        description="record passes of equal shape and replay them, on CUDA where nothing but plain "
+        "LoRA is trained",
     )
     packing: bool = Field(False, description="pack several examples into one row")
     logging_steps: int = Field(5, ge=1)

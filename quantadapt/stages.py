@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from .calibration_data import Calibration
     from .training import TrainResult
 
+_WHOLE = TrainSpec(parallel="ddp")
+"""Whoever works stage by stage shards the base where they want to."""
+
 
 def quantize(
     source: str | nn.Module | None = None,
@@ -66,6 +69,7 @@ def quantize(
         dtype=dtype,
         skip_modules=None if skip_modules is None else list(skip_modules),
         skip_misfits=skip_misfits,
+        train=_WHOLE,
     )
     made = planning.plan(spec, check_output=False)
     if source is None or isinstance(source, str):
@@ -92,6 +96,7 @@ def attach(model: nn.Module, adapter: str = "lora", *, seed: int = 0, **options:
         adapter={"name": adapter, **options},
         device=state.device,
         dtype=state.dtype_name,
+        train=_WHOLE,
     )
     made = planning.plan(spec, check_output=False)
     return attach_planned(model, record.name, made.adapter_options, seed)
@@ -119,6 +124,7 @@ def train(
     seed: int = 0,
     tokenizer: Any = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
     max_length: int = 512,
     **options: Any,
 ) -> TrainResult:
@@ -131,6 +137,7 @@ def train(
         seed: for shuffling and dropout.
         tokenizer: needed for a live module only.
         on_log: called at each logging step with step, loss, learning_rate, ...
+        on_note: told in a sentence how memory is used, where that was chosen or had to change.
         max_length: longest example in tokens, where `data` is read from a file.
         options: fields of TrainSpec, e.g. `max_steps=200`, `learning_rate=1e-4`.
     """
@@ -144,7 +151,13 @@ def train(
         data = load_data(wanted, _needed(tokenizer), seed=seed).train
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(output) if output else Path(scratch)
-        return train_(model, tokenizer, data, spec, output=folder, seed=seed, on_log=on_log)
+        return train_(
+            *(model, tokenizer, data, spec),
+            output=folder,
+            seed=seed,
+            on_log=on_log,
+            on_note=on_note,
+        )
 
 
 def evaluate(

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
     from .fitting import Fitting
     from .fused import FusedTraining
+    from .gradient_check import GradientCheck
     from .spec import TrainSpec
 
 CHECKPOINTS = "checkpoints"
 PREFIX = "checkpoint-"
 STATE = "trainer_state.json"
-_NUMBERS_FIX = "lower train.learning_rate, use dtype bfloat16 instead of float16, or check the data"
 
 
 class _Loop:
@@ -47,13 +47,15 @@ class _Loop:
     model: Any
     args: Any
     state: Any
+    control: Any
+    optimizer: Any
     accelerator: Any
     is_world_process_zero: Callable[[], bool]
     checkpoints: Path
     saving_to: Path | None = None
     fused_head: Literal["ours", "trl"] | None = None
     pads_right: bool = False
-    checks_gradients: bool = True
+    gradient_check: GradientCheck | None = None
     fitting: Fitting | None = None
     fused: FusedTraining | None = None
 
@@ -115,11 +117,16 @@ class _Loop:
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Stop before the optimizer puts a number that is none into the weights."""
         grad_norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
-        if self.checks_gradients and not _is_finite(grad_norm):
-            step = self.state.global_step + 1
-            what = f"the loss or its gradient is no number any more at step {step}"
-            raise TrainingError(what, fix=_NUMBERS_FIX, where="train")
+        if self.gradient_check is not None:
+            self.gradient_check.see(grad_norm, self.state.global_step + 1, self.optimizer)
         return grad_norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Show and save no step that turns out to be a bad one."""
+        wanted = self.control.should_log or self.control.should_save
+        if self.gradient_check is not None and wanted:
+            self.gradient_check.settle()
+        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.saving_to or self.checkpoints)
@@ -177,6 +184,8 @@ def make_trainer(
     """Return SFTTrainer or Seq2SeqTrainer over `model`. Raises TrainingError, MissingDependency."""
     from transformers import PrinterCallback, TrainerCallback
 
+    from .gradient_check import GradientCheck
+
     progress = Progress()
     watcher = type("Watcher", (Watcher, TrainerCallback), {})(
         progress, on_log or (lambda _: None), tuner_of(model)
@@ -192,7 +201,7 @@ def make_trainer(
     _clip_what_is_trained(trainer.accelerator, [p for p in model.parameters() if p.requires_grad])
     watcher.trainer, trainer.progress = trainer, progress
     trainer.checkpoints = output / CHECKPOINTS
-    trainer.checks_gradients = not trainer.args.fp16
+    trainer.gradient_check = None if trainer.args.fp16 else GradientCheck()
     return trainer
 
 
@@ -288,6 +297,7 @@ def _arguments(model: Any, spec: TrainSpec, output: Path, seed: int) -> dict[str
         "remove_unused_columns": False,
         "push_to_hub": False,
         "dataloader_pin_memory": device.type == "cuda",
+        "accelerator_config": {"non_blocking": True},  # a batch sets out while the GPU works
         "average_tokens_across_devices": False,  # see _get_num_items_in_batch
     }
 
@@ -408,9 +418,3 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return a token to pad with; padding is masked, so which one does not matter."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(int(token) for token in candidates if token is not None)
-
-
-def _is_finite(value: Any) -> bool:
-    import torch
-
-    return bool(torch.isfinite(torch.as_tensor(value)).all())

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .compiling import compiled_functions
 from .distributed import reduced, share, start
 from .errors import OutputError, Problem, TrainingError, did_you_mean
-from .kernels import fast_attention, fused_kernels
+from .kernels import fast_attention, fused_kernels, one_row_each
 from .memory import OOM_FIX, Setting
 from .progress import OnLog
 from .trainers import (
@@ -118,6 +118,10 @@ def train(
         stack.enter_context(fast_attention(device))
         if spec.use_liger_kernel:
             stack.enter_context(fused_kernels(model))
+        if spec.memory == "min":
+            stack.enter_context(_one_block_at_a_time(model))
+        if not spec.packing:
+            stack.enter_context(one_row_each())
         trainer = make_trainer(model, tokenizer, dataset, spec, Path(output), seed, on_log)
         trainer.fused = fused
         trainer.fitting = stack.enter_context(_fitting(trainer, model, spec, on_note))
@@ -286,10 +290,14 @@ def _fitting(
     trainer: Any, model: Any, spec: TrainSpec, on_note: Callable[[str], None] | None
 ) -> Iterator[Fitting]:
     from .checkpointing import checkpointed
+    from .cuda_graphs import can_record, graphed
     from .fitting import Fitting
 
-    with checkpointed(model, reentrant=spec.use_reentrant) as checkpointer:
-        yield Fitting(trainer, checkpointer, spec, on_note)
+    repeats = spec.cuda_graphs and not spec.use_reentrant and can_record(model)
+    with checkpointed(model, None, spec.use_reentrant, draws=not repeats) as checkpointer:
+        fitting = Fitting(trainer, checkpointer, spec, on_note)
+        with graphed(model, fitting.on_note) if repeats else nullcontext() as fitting.graphs:
+            yield fitting
 
 
 def _dequantize_share(trainer: Any, spec: TrainSpec) -> float | None:
@@ -346,6 +354,12 @@ def _quick_walks(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.__dict__["train"], model.__dict__["zero_grad"]
+
+
+def _one_block_at_a_time(model: Any) -> Any:
+    from .sharding import one_block_at_a_time
+
+    return one_block_at_a_time(model)
 
 
 def _fused_training(model: Any, keep_casts: bool) -> Any:

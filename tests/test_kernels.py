@@ -9,7 +9,7 @@ import torch
 
 import quantadapt as qa
 from quantadapt.kernels import fused_kernels
-from quantadapt.testing.bench import demo_tokens, small_model
+from quantadapt.testing.small_demo import demo_tokens, small_model
 
 
 def loss_and_gradients(model) -> dict[str, torch.Tensor]:

@@ -300,7 +300,7 @@ def test_what_a_slow_dequantize_costs_is_told(tmp_path, monkeypatch) -> None:
     from quantadapt_hqq import HQQTarget
 
     import quantadapt as qa
-    from quantadapt.testing.bench import small_model
+    from quantadapt.testing.small_demo import small_model
 
     model = qa.attach(qa.quantize(str(small_model()), "hqq", device="cpu"), "lora")
 

@@ -1,0 +1,167 @@
+"""Passes recorded as CUDA graphs: the same losses and weights, whatever the batches look like."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import quantadapt as qa
+from quantadapt import cuda_graphs, demo
+from quantadapt.cuda_graphs import can_record
+from quantadapt.fitting import Fitting
+
+VOCABULARY, BATCH = 2048, 2
+
+
+def tiny_llama(device: str = "cpu", **settings) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=VOCABULARY,
+        **settings,
+    )
+    return LlamaForCausalLM(config).to(device, torch.bfloat16)
+
+
+def adapted(device: str = "cpu", settings=None, method: str = "lora", **options):
+    base = tiny_llama(device, **(settings or {}))
+    base = qa.quantize(base, "bnb-nf4", device=device, dtype="bfloat16")
+    torch.manual_seed(1)
+    return qa.attach(base, method, init_lora_weights=False, **options)
+
+
+def rows(lengths: list[int]) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+    return Dataset.from_dict({"input_ids": ids, "completion_mask": [[1] * n for n in lengths]})
+
+
+def train(data: Dataset, **options):
+    """Return the result, the trained weights and what was noted."""
+    model, notes = adapted("cuda"), []
+    result = qa.train(
+        model,
+        data,
+        tokenizer=AutoTokenizer.from_pretrained(demo.MODEL_DIR),
+        on_note=notes.append,
+        per_device_train_batch_size=BATCH,
+        learning_rate=1e-2,
+        logging_steps=1,
+        **options,
+    )
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return result, weights, notes
+
+
+def test_only_plain_lora_on_cuda_is_recorded(monkeypatch) -> None:
+    model = adapted()
+    assert not can_record(model)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert can_record(model)
+    assert not can_record(adapted(lora_dropout=0.1))
+    assert not can_record(adapted(settings={"attention_dropout": 0.1}))
+    assert not can_record(adapted(modules_to_save=["lm_head"]))
+    extra = qa.attach(qa.quantize(tiny_llama(), "bnb-nf4", dtype="bfloat16"), "ia3")
+    assert not can_record(extra)
+
+
+@pytest.fixture
+def replays(monkeypatch) -> list[torch.Size]:
+    """The shapes of the batches that are replayed, in their order."""
+    seen: list[torch.Size] = []
+    forward = cuda_graphs._Replay.forward
+
+    def counted(ctx, recorded, ids, *weights):
+        seen.append(ids.shape)
+        return forward(ctx, recorded, ids, *weights)
+
+    monkeypatch.setattr(cuda_graphs._Replay, "forward", staticmethod(counted))
+    return seen
+
+
+LENGTHS = {
+    "equal": [64] * 16,
+    "several shapes": [64, 64, 128, 128] * 5,
+    "a smaller batch at the end": [64] * 13,
+}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_replayed_steps_are_the_same(lengths, recompute, replays) -> None:
+    options = {"num_train_epochs": 2, "gradient_checkpointing": recompute}
+    plain, weights, _ = train(rows(lengths), cuda_graphs=False, **options)
+    assert replays == []
+    graphed, found, notes = train(rows(lengths), **options)
+    assert notes == []
+    assert len(replays) >= plain.steps // 2
+    assert_same(plain, weights, graphed, found)
+
+
+def assert_same(plain, weights, graphed, found) -> None:
+    assert [step for step, _ in graphed.losses] == [step for step, _ in plain.losses]
+    for (_, expected), (_, loss) in zip(plain.losses, graphed.losses, strict=True):
+        assert loss == pytest.approx(expected, rel=2e-3)
+    for name, expected in weights.items():
+        error = float((found[name] - expected).norm() / expected.norm())
+        assert error < 2e-2, (name, error)
+
+
+@pytest.mark.cuda
+def test_gradients_of_replays_add_up(replays) -> None:
+    options = {"max_steps": 6, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
+    plain = train(rows([64] * 48), cuda_graphs=False, **options)
+    graphed = train(rows([64] * 48), **options)
+    assert len(replays) >= 20
+    assert_same(*plain[:2], *graphed[:2])
+
+
+@pytest.mark.cuda
+def test_what_cannot_be_recorded_runs_as_ever(monkeypatch, replays) -> None:
+    from transformers.models.llama import modeling_llama
+
+    plain = train(rows([64] * 16), cuda_graphs=False, gradient_checkpointing=True)
+    forward = modeling_llama.LlamaMLP.forward
+
+    def waiting(self, x):
+        assert math.isfinite(float(x.sum()))  # waits for the GPU
+        return forward(self, x)
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", waiting)
+    options = {"gradient_checkpointing": True, "use_liger_kernel": False}
+    result, weights, notes = train(rows([64] * 16), **options)
+    assert replays == []
+    assert [note for note in notes if "CUDA graphs are not used" in note] == notes != []
+    assert_same(*plain[:2], result, weights)
+
+
+@pytest.mark.cuda
+def test_without_room_nothing_is_recorded(monkeypatch, replays) -> None:
+    monkeypatch.setattr(Fitting, "budget", lambda _: 0)
+    _, _, notes = train(rows([64] * 16), gradient_checkpointing=True)
+    assert (replays, notes) == ([], [])
+
+
+@pytest.mark.cuda
+def test_running_out_of_memory_gives_the_graphs_up_first(monkeypatch, replays) -> None:
+    plain = train(rows([64] * 16), cuda_graphs=False, gradient_checkpointing=True)
+    replay = cuda_graphs._Replay.backward
+
+    def short(ctx, *grads):
+        if len(replays) == 2:
+            raise torch.OutOfMemoryError("none left")
+        return replay(ctx, *grads)
+
+    monkeypatch.setattr(cuda_graphs._Replay, "backward", staticmethod(short))
+    result, weights, notes = train(rows([64] * 16), gradient_checkpointing=True)
+    assert len(replays) == 2
+    assert notes == ["out of memory at step 4: from here on without CUDA graphs"]
+    assert_same(*plain[:2], result, weights)
