@@ -2,7 +2,7 @@
 
 In eager mode each operation of a `dequantize` goes through the whole weight. Inductor makes one
 pass of it, for some formats faster than the vendor's kernel. Compiling takes a second or two for
-each shape, so it is done for training only, and for weights that are large enough to gain by it.
+each shape, so it is started in training only, and for weights that are large enough to gain by it.
 """
 
 from __future__ import annotations
@@ -48,24 +48,26 @@ def one_kernel(
         static: hashable; a kernel is made for each combination of these and of the shapes.
         otherwise: the vendor's own way, taken where nothing is compiled.
     """
-    kernel = _kernel(function, tensors, static) if _pays(tensors[0]) else None
+    kernel = _kernel(function, tensors, static) if _gains(tensors[0]) else None
     if kernel is not None:
         result: Tensor = kernel(*tensors)
         return result
     return function(*tensors, *static) if otherwise is None else otherwise()
 
 
-def _pays(packed: Tensor) -> bool:
-    return _active and packed.is_cuda and packed.nbytes >= LEAST_BYTES
+def _gains(packed: Tensor) -> bool:
+    return packed.is_cuda and packed.nbytes >= LEAST_BYTES
 
 
 def _kernel(
     function: Callable[..., Tensor], tensors: tuple[Tensor, ...], static: tuple[Any, ...]
 ) -> Callable[..., Any] | None:
+    """Return the kernel, made now if kernels are; what training has compiled is there afterwards,
+    too."""
     key = (function, static, tensors[0].device, *[(t.shape, t.dtype) for t in tensors])
-    if key not in _kernels:
+    if _active and key not in _kernels:
         _kernels[key] = _compile(function, tensors, static)
-    return _kernels[key]
+    return _kernels.get(key)
 
 
 def _compile(

@@ -110,6 +110,7 @@ class QuantLinear(nn.Linear):
 
     _vendor: nn.Module
     _kept: Tensor | None = None
+    _kept_product: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, vendor: nn.Module, target: AdapterTarget, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -163,14 +164,32 @@ class QuantLinear(nn.Linear):
         with torch.no_grad():
             return self.target.dequantize(self._vendor).to(self.compute_dtype).contiguous()
 
+    def weight_for_forward(self, x: Tensor) -> Tensor:
+        """Return the weight as `dequantize` does; a recomputation keeps it for its backward, unless
+        that takes as much memory as `x`, its input."""
+        weight = self.dequantize()
+        keep = _recomputing and self.in_features * self.out_features < x.numel()
+        # Not by setattr, which takes nn.Module long.
+        self.__dict__["_kept"] = weight if keep else None
+        return weight
+
     def weight_for_backward(self) -> Tensor:
         """Return the weight as `dequantize` does; the one kept by a recomputation is given away."""
         kept, self.__dict__["_kept"] = self._kept, None
         return self.dequantize() if kept is None else kept
 
+    def keep_product(self, x: Tensor, product: Tensor) -> None:
+        """Have a recomputation keep x Wᵀ, too, for a backward that wants it."""
+        self.__dict__["_kept_product"] = (x.detach(), product) if _recomputing else None
+
+    def product_for_backward(self, x: Tensor) -> Tensor | None:
+        """Return what was kept with `x`, if it is that which was kept last, and give it away."""
+        kept, self.__dict__["_kept_product"] = self._kept_product, None
+        return kept[1] if kept is not None and kept[0].data_ptr() == x.data_ptr() else None
+
     def forget(self) -> None:
-        """Drop a weight that was kept for a backward that will not come."""
-        self.__dict__["_kept"] = None
+        """Drop what was kept for a backward that will not come."""
+        self.__dict__["_kept"] = self.__dict__["_kept_product"] = None
 
     def requantize(self, weight: Tensor) -> None:
         """Replace the weight by `weight` [out_features, in_features], quantized as before."""
@@ -199,11 +218,10 @@ class QuantLinear(nn.Linear):
 
     def _run(self, x: Tensor) -> Tensor:
         target, dtype = self.target, x.dtype
-        if target.quantizes_activations or target.decodes(self._vendor, x):
+        decodes = not self.training and target.decodes(self._vendor, x)
+        if target.quantizes_activations or decodes:
             return target.forward(self._vendor, x).to(dtype)
-        weight = self.dequantize()
-        # Not by setattr, which takes nn.Module long.
-        self.__dict__["_kept"] = weight if _recomputing else None
+        weight = self.weight_for_forward(x)
         bias = None if self.bias is None else self.bias.to(dtype)
         return nn.functional.linear(x, weight.to(dtype), bias)
 

@@ -4,7 +4,7 @@ Backward needs x and nothing else: the weight is dequantized again instead of be
 computed again. A and B stay in their own precision (float32 masters) and are cast inside. Layers
 that get the same x (query, key and value; gate and up) are one function, which reads x once. PEFT
 makes these layers in place of its own, so saving, merging, `disable_adapter` and several adapters
-are PEFT's; whatever is not plain LoRA takes PEFT's own forward.
+are PEFT's; whatever is neither plain LoRA nor DoRA takes PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -25,11 +26,14 @@ from .facade import QuantLinear
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+    from .fused_dora import Magnitude
+
 
 class LoraTerm(NamedTuple):
     """One layer: its frozen base, A [r, in_features], B [out_features, r] and the factor.
 
-    `a_cast` and `b_cast` are A and B in the dtype of the computation, or as they are.
+    `a_cast` and `b_cast` are A and B in the dtype of the computation, or as they are. With a
+    magnitude it is DoRA.
     """
 
     facade: QuantLinear
@@ -38,10 +42,11 @@ class LoraTerm(NamedTuple):
     scaling: float
     a_cast: Tensor
     b_cast: Tensor
+    magnitude: Magnitude | None = None
 
 
 class FusedLoraLinear(Linear):  # type: ignore[misc]
-    """PEFT's LoRA layer with a forward of its own where a single plain LoRA is active."""
+    """PEFT's LoRA layer with a forward of its own where a single plain LoRA or DoRA is active."""
 
     _in_training: _InTraining | None = None
 
@@ -52,6 +57,10 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
             return output
         term, dropout = plain
         dropped = x if dropout is None else dropout(x)
+        if term.magnitude is not None:
+            from .fused_dora import fused_dora  # it takes helpers from here
+
+            return fused_dora(x, None if dropped is x else dropped, term)
         # An x without a graph is saved by each layer for itself: joined, a recomputation would save
         # fewer tensors than the pass it repeats.
         if self._in_training is not None and dropped is x and x.requires_grad:
@@ -60,8 +69,8 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
         return output
 
     def plain(self) -> tuple[LoraTerm, nn.Module | None] | None:
-        """Return what a single plain LoRA adds to the base, and its dropout if it has any; None
-        where something else is active."""
+        """Return what a single plain LoRA or DoRA adds to the base, and its dropout if it has any;
+        None where something else is active."""
         lent = self._in_training
         if lent is not None and lent.active == self._active_adapter:
             switched_off = self._disable_adapters or self.merged_adapters
@@ -73,16 +82,27 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
         facade, dropout = self.base_layer, self.lora_dropout[adapter]
         dtype = facade.compute_dtype_for(a.device.type)
         casts = (a.detach().to(dtype), b.detach().to(dtype))
-        term = LoraTerm(facade, a, b, self.scaling[adapter], *casts)
+        term = LoraTerm(facade, a, b, self.scaling[adapter], *casts, self._magnitude(adapter))
         return term, None if isinstance(dropout, nn.Identity) else dropout
+
+    def _magnitude(self, adapter: str) -> Magnitude | None:
+        if adapter not in self.lora_variant:
+            return None
+        from .fused_dora import Magnitude
+
+        return Magnitude(self.lora_magnitude_vector[adapter].weight)
 
     def _only_plain_adapter(self) -> str | None:
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(active) != 1:
             return None
         (adapter,) = active
-        plain = adapter not in self.lora_variant and self.lora_B[adapter].bias is None
-        return adapter if plain and type(self.base_layer) is QuantLinear else None
+        variant, base = self.lora_variant.get(adapter), self.base_layer
+        if self.lora_B[adapter].bias is not None or type(base) is not QuantLinear:
+            return None
+        # Where activations are quantized, a sum that is rounded another way makes other codes.
+        dora = type(variant) is DoraLinearVariant and not base.target.quantizes_activations
+        return adapter if variant is None or dora else None
 
 
 def use_fused_layers(config: LoraConfig) -> None:
@@ -96,6 +116,10 @@ class _Siblings:
 
     def __init__(self) -> None:
         self._partners: dict[FusedLoraLinear, list[FusedLoraLinear]] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget a pass that did not end."""
         self._ready: dict[FusedLoraLinear, Tensor] = {}
         self._leader: FusedLoraLinear | None = None
         self._x: Any = lambda: None
@@ -182,6 +206,15 @@ class FusedTraining:
             layer.__dict__.pop("_in_training", None)
 
 
+def forget_unfinished(model: nn.Module) -> None:
+    """Drop what a pass that did not end has left behind in the layers of `model`."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.forget()
+        elif isinstance(module, FusedLoraLinear) and module._in_training is not None:
+            module._in_training.siblings.restart()
+
+
 @contextmanager
 def fused_training(model: nn.Module, keep_casts: bool = True) -> Iterator[FusedTraining]:
     """Make the fused layers of `model` ready for training, for the duration of the block."""
@@ -263,7 +296,7 @@ class _FusedLora(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         dropped = saved.pop() if ctx.has_dropped else None
         x = saved.pop() if ctx.keeper is None else ctx.keeper.saved_tensors[0]
-        x_dtype, dtype = ctx.dtypes
+        shape, (x_dtype, dtype) = x.shape, ctx.dtypes
         used = [i for i, grad in enumerate(grads) if grad is not None]
         terms = [ctx.terms[i] for i in used]
         dys = [_flat(grads[i], dtype) for i in used]  # type: ignore[arg-type]
@@ -274,13 +307,12 @@ class _FusedLora(torch.autograd.Function):
             of_weights: list[Tensor | None] = [None] * (2 * len(ctx.terms))
             for i, da, db in zip(used, *_weight_gradients(terms, dys, seen, a, g), strict=True):
                 of_weights[2 * i : 2 * i + 2] = da, db
+            d_dropped = None if dropped is None else (g @ a).view(shape).to(dropped.dtype)
+            del x, seen, saved, dropped  # before dx, which is as large, needs memory
             dx = _base_gradient(terms, dys) if ctx.needs_input_grad[0] else None
-            d_dropped = None
-            if dropped is not None:
-                d_dropped = (g @ a).view(x.shape).to(dropped.dtype)
-            elif dx is not None:
+            if dx is not None and d_dropped is None:
                 dx.addmm_(g, a)
-        dx = None if dx is None else dx.view(x.shape).to(x_dtype)
+        dx = None if dx is None else dx.view(shape).to(x_dtype)
         return dx, d_dropped, None, None, *of_weights
 
 
@@ -327,6 +359,7 @@ def _base_gradient(terms: Sequence[LoraTerm], dys: Sequence[Tensor]) -> Tensor:
     for term, dy in zip(terms, dys, strict=True):
         weight = term.facade.weight_for_backward().to(dy.dtype)
         dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        del weight  # or two would be there at a time
     assert dx is not None
     return dx
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from unittest.mock import patch
+from functools import partial
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -14,9 +15,14 @@ from torch.utils.checkpoint import checkpoint
 import quantadapt as qa
 from quantadapt import fused as fused_module
 from quantadapt.facade import QuantLinear, recomputing, wrap
-from quantadapt.fused import FusedLoraLinear, fused_training, use_fused_layers
+from quantadapt.fused import (
+    FusedLoraLinear,
+    forget_unfinished,
+    fused_training,
+    use_fused_layers,
+)
 from quantadapt.protocols import AdapterTarget
-from quantadapt.testing.bench import small_model
+from quantadapt.testing.small_demo import small_model
 
 SMALL = str(small_model())
 
@@ -59,7 +65,8 @@ def results(made: nn.Module, x: torch.Tensor, run=None) -> dict[str, torch.Tenso
     x = x.clone().requires_grad_()
     torch.manual_seed(5)
     y = (run or made)(x)
-    (y * torch.arange(y.numel(), dtype=y.dtype).reshape(y.shape).cos()).sum().backward()
+    factors = torch.arange(y.numel(), dtype=y.dtype, device=y.device).cos()
+    (y * factors.reshape(y.shape)).sum().backward()
     gradients = {n: p.grad for n, p in made.named_parameters() if p.grad is not None}
     return {"y": y.detach(), "x": x.grad, **gradients}
 
@@ -248,6 +255,24 @@ def test_checkpointing_where_the_input_has_no_gradient() -> None:
                     assert torch.allclose(found.grad, expected.grad, rtol=1e-12), name
 
 
+def test_a_pass_that_is_tried_again_after_an_error() -> None:
+    stock, fused = blocks(False), blocks(True)
+    again = partial(checkpoint, fused, use_reentrant=False)
+    with fused_training(fused):
+        for _ in range(2):
+            results(fused, X, again)
+        fused[0].k.forward = Mock(side_effect=torch.OutOfMemoryError)  # q has computed k and v
+        with pytest.raises(torch.OutOfMemoryError):
+            again(X.clone().requires_grad_())
+        del fused[0].k.forward
+        siblings = fused[0].q._in_training.siblings
+        assert len(siblings._ready) == 2
+        forget_unfinished(fused)
+        assert not siblings._ready
+        fused.zero_grad()
+        close(results(fused, X, again), results(stock, X))
+
+
 def test_a_layer_that_is_not_called_any_more_is_left_out() -> None:
     stock, fused = blocks(False), blocks(True)
     with fused_training(fused):
@@ -281,14 +306,15 @@ def test_dropout_and_switched_off_adapters_are_not_joined() -> None:
         assert torch.allclose(fused(X), stock(X), rtol=1e-12)
 
 
-def test_a_recomputation_keeps_the_weight_for_its_backward() -> None:
-    made = adapted(True)
+@pytest.mark.parametrize(("times", "kept"), [(100, True), (1, False)])
+def test_a_recomputation_keeps_a_weight_that_is_smaller_than_its_input(times, kept) -> None:
+    made, x = adapted(True), X.repeat(times, *[1] * (X.ndim - 1))
     target = made[0].base_layer.target
-    results(made, X)
+    results(made, x)
     target.count = 0
     context = lambda: (nullcontext(), recomputing())  # noqa: E731
-    results(made, X, lambda x: checkpoint(made, x, use_reentrant=False, context_fn=context))
-    assert target.count == 2 + 1 + 1
+    results(made, x, lambda x: checkpoint(made, x, use_reentrant=False, context_fn=context))
+    assert target.count == 2 + 1 + 1 + (not kept)
     assert made[0].base_layer._kept is None
 
 
@@ -296,7 +322,8 @@ def test_a_kept_weight_is_dropped_when_the_base_changes() -> None:
     made = adapted(True)
     facade = made[0].base_layer
     with recomputing():
-        facade.vendor_forward(X)
+        facade.vendor_forward(X.repeat(100, *[1] * (X.ndim - 1)))
+    assert facade._kept is not None
     facade.to(torch.float64)
     assert facade._kept is None
 
