@@ -82,6 +82,29 @@ def shard_block(block: nn.Module, vendors: Iterable[nn.Module]) -> None:
         object.__setattr__(vendor, "_shard", shards)
 
 
+@contextmanager
+def one_block_at_a_time(model: nn.Module) -> Iterator[None]:
+    """Inside, backward gathers a block when it needs it, and not while the one after it computes:
+    slower, with a block less in memory."""
+    blocks = _sharded_blocks(model)
+    for block in blocks:
+        _prefetch_none(block)
+    try:
+        yield
+    finally:
+        for block in blocks[1:]:
+            block.set_modules_to_backward_prefetch([])
+
+
+def _sharded_blocks(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if PACKED in module._parameters]
+
+
+def _prefetch_none(block: Any) -> None:
+    """Let FSDP2 gather nothing for what comes after the backward of `block`."""
+    block.set_modules_to_backward_prefetch([block])  # itself, which is there already
+
+
 def _shard_rest(model: nn.Module) -> None:
     """Shard embedding and head where they are not tied, and make the decoder FSDP's root."""
     from torch.distributed.fsdp import fully_shard
@@ -93,6 +116,8 @@ def _shard_rest(model: nn.Module) -> None:
         if type(module) in (nn.Embedding, nn.Linear):
             module.requires_grad_(False)
             fully_shard(module, mesh=_mesh(), reshard_after_forward=True)
+    for block in _sharded_blocks(model)[:1]:
+        _prefetch_none(block)  # it would be the embedding, which has no backward
     # FSDP's hooks are on __call__: PEFT calls the forward of the model with the head directly
     root = whole.base_model
     fully_shard(root, mesh=_mesh(), ignored_params=set(root.parameters()))

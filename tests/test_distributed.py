@@ -53,6 +53,7 @@ def work(folder: Path) -> dict[str, Any]:
     found = {"mean": means()}
     found["ddp"] = train("lora", "ddp", 2, folder / "ddp")
     found["fsdp"] = train("lora", "fsdp", 2, folder / "fsdp", save_steps=2)
+    found["fsdp-min"] = train("lora", "fsdp", 2, folder / "fsdp-min", memory="min")
     found["adalora"] = train("adalora", "fsdp", 2, folder / "adalora", **ACCUMULATED)
     if world().is_main:
         shutil.rmtree(folder / "fsdp" / "checkpoints" / f"checkpoint-{STEPS}")
@@ -96,7 +97,7 @@ def close_weights(one: dict[str, Any], other: dict[str, Any], tolerance: float) 
         torch.testing.assert_close(weight, other["weights"][name], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp", "adalora"])
+@pytest.mark.parametrize("case", ["ddp", "fsdp", "fsdp-min", "adalora"])
 def test_two_processes_train_as_one(two, alone, case) -> None:
     expected = alone["adalora" if case == "adalora" else "lora"]
     for found in two:
@@ -105,7 +106,7 @@ def test_two_processes_train_as_one(two, alone, case) -> None:
         close_weights(found[case], expected, 1e-4)
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp", "adalora"])
+@pytest.mark.parametrize("case", ["ddp", "fsdp", "fsdp-min", "adalora"])
 def test_all_processes_hold_the_same_adapter(two, case) -> None:
     one, other = (found[case]["weights"] for found in two)
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
