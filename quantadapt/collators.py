@@ -57,7 +57,7 @@ class EncoderDecoderCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return what the model takes, padded."""
-        from .evaluation import encoder_decoder_batch
+        from .predictions import encoder_decoder_batch
 
         pairs = [(e["input_ids"], e["completion_mask"]) for e in examples]
         return encoder_decoder_batch(pairs, self.pad_token_id, self.eos_token_id)

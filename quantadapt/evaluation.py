@@ -1,8 +1,7 @@
 """Measuring models on held-out tokens: perplexity, agreement of two models, greedy samples.
 
 Two models are compared through snapshots, so they never need to be in memory together:
-`compare(snapshot(a, data), snapshot(b, data))`. All sums are made in float32 or better, in chunks
-that stay small whatever the vocabulary.
+`compare(snapshot(a, data), snapshot(b, data))`. All sums are made in float32 or better.
 """
 
 from __future__ import annotations
@@ -11,22 +10,28 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from .data import encode_prompt, prompt_and_completion
+from .data import encode_prompt
+from .distributed import reduced
+from .predictions import (
+    CHUNK_ELEMENTS,
+    device_of,
+    evaluating,
+    first_tokens,
+    is_encoder_decoder,
+    padded,
+    predicted,
+)
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
-    Examples: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
-
-CHUNK_ELEMENTS = 2**24
-"""Logits turned into float32 at a time: 64 MiB."""
+    from .predictions import Examples
 
 NO_GAIN = 1e-4
 """Gains below this many nats per token are taken for noise."""
@@ -87,23 +92,32 @@ class Agreement:
 
 
 def perplexity(
-    model: nn.Module, dataset: Examples, *, batch_size: int = 8, pad_token_id: int | None = 0
+    model: nn.Module,
+    dataset: Examples,
+    *,
+    batch_size: int = 8,
+    pad_token_id: int | None = 0,
+    split: bool = False,
 ) -> Perplexity:
     """Measure the perplexity of `model` over the completion tokens of `dataset`.
 
     Args:
         model: a causal or encoder-decoder model; left in the mode that it was in.
         dataset: columns `input_ids` and `completion_mask`, as `load_data` makes them.
+        split: whether each process of a run takes its part of the examples; all of them have to
+            call this, and all get the whole result.
 
     Raises:
         ValueError: the data holds no token to predict.
     """
     start = time.perf_counter()
     total, tokens = 0.0, 0
-    for logits, targets in _predictions(model, dataset, batch_size, pad_token_id):
-        for part, wanted in _chunks(logits, targets):
-            total += float(_losses(part, wanted).double().sum())
-        tokens += len(targets)
+    for batch in predicted(model, dataset, batch_size, pad_token_id, split=split):
+        total += batch.loss()
+        tokens += len(batch.targets)
+    if split:
+        device = device_of(model)
+        total, tokens = reduced(total, device, "sum"), int(reduced(tokens, device, "sum"))
     if not tokens:
         raise ValueError("the data holds no token to predict")
     loss = total / tokens
@@ -126,11 +140,11 @@ def snapshot(
     import torch
 
     log_probs, targets = [], []
-    examples = _first_tokens(dataset, max_tokens)
-    for logits, wanted in _predictions(model, examples, batch_size, pad_token_id):
-        log_probs += [part.log_softmax(-1).cpu() for part, _ in _chunks(logits, wanted)]
-        targets.append(wanted.cpu())
-    if not targets:
+    examples = first_tokens(dataset, max_tokens)
+    for batch in predicted(model, examples, batch_size, pad_token_id):
+        log_probs += [logits.log_softmax(-1).cpu() for logits, _ in batch.chunks()]
+        targets.append(batch.targets.cpu())
+    if not log_probs:
         raise ValueError("the data holds no token to predict")
     return Snapshot(torch.cat(log_probs)[:max_tokens], torch.cat(targets)[:max_tokens])
 
@@ -204,16 +218,16 @@ def greedy(
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     eos = tokenizer.eos_token_id
     pad = next((i for i in (tokenizer.pad_token_id, eos) if i is not None), 0)
-    encoder_decoder = _is_encoder_decoder(model)
+    encoder_decoder = is_encoder_decoder(model)
     if encoder_decoder and eos is not None:
         ids = [[*tokens, eos] for tokens in ids]
-    device = _device(model)
+    device = device_of(model)
     inputs = {
-        "input_ids": _padded(ids, pad, left=True).to(device),
-        "attention_mask": _padded([[1] * len(i) for i in ids], 0, left=True).to(device),
+        "input_ids": padded(ids, pad, left=True).to(device),
+        "attention_mask": padded([[1] * len(i) for i in ids], 0, left=True).to(device),
     }
     config = _greedy_config(model, max_new_tokens, eos, pad)
-    with _evaluating(model), _silent(), torch.no_grad():
+    with evaluating(model), _silent(), torch.no_grad():
         output = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
     start = 0 if encoder_decoder else inputs["input_ids"].shape[1]
     return [str(tokenizer.decode(row[start:], skip_special_tokens=True)) for row in output]
@@ -232,148 +246,6 @@ def _greedy_config(model: nn.Module, max_new_tokens: int, eos: Any, pad: int) ->
     if config.eos_token_id is None:
         config.eos_token_id = eos
     return config
-
-
-# ------------------------------------------------------------------------------ predictions
-
-
-def _predictions(
-    model: nn.Module, dataset: Examples, batch_size: int, pad: int | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (logits [n, vocabulary], targets [n]) for the completion tokens, batch by batch.
-
-    Batches hold examples of similar length, the longest first; the order depends on the data
-    alone.
-    """
-    import torch
-
-    causal, pad = not _is_encoder_decoder(model), pad or 0  # padding is masked: any token will do
-    device = _device(model)
-    rows = [(list(row["input_ids"]), list(row["completion_mask"])) for row in dataset]
-    rows.sort(key=lambda row: -len(row[0]))
-    with _evaluating(model):
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            with torch.no_grad():
-                predict = _causal if causal else _encoder_decoder
-                logits, labels = predict(model, batch, pad, device)
-                kept = labels != -100
-                result = logits[kept], labels[kept]
-                del logits
-            if len(result[1]):
-                yield result
-
-
-def _causal(model: nn.Module, batch: list[Any], pad: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Return (logits [b, t - 1, v], labels [b, t - 1]), -100 where no loss counts."""
-    labels = _padded([_labels(ids, mask) for ids, mask in batch], -100).to(device)
-    output = model(
-        input_ids=_padded([ids for ids, _ in batch], pad).to(device),
-        attention_mask=_padded([[1] * len(ids) for ids, _ in batch], 0).to(device),
-        use_cache=False,
-    )
-    # models with virtual prompt tokens return more logits than they were given tokens
-    return output.logits[:, -labels.shape[1] : -1], labels[:, 1:]
-
-
-def _encoder_decoder(
-    model: nn.Module, batch: list[Any], pad: int, device: Any
-) -> tuple[Tensor, Tensor]:
-    """Return (logits [b, t, v], labels [b, t]), -100 where no loss counts."""
-    inputs = encoder_decoder_batch(batch, pad, _encoder_eos(model))
-    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    return model(**inputs, use_cache=False).logits, inputs["labels"]
-
-
-def encoder_decoder_batch(
-    batch: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int, eos: int | None
-) -> dict[str, Tensor]:
-    """Turn (input_ids, completion_mask) pairs into what encoder-decoder models take.
-
-    Returns `input_ids` and `attention_mask` [b, source length] of the prompts, each ended by
-    `eos` if there is one, and `labels` [b, target length], padded with -100.
-    """
-    sources, targets = [], []
-    for ids, mask in batch:
-        source, target = prompt_and_completion(ids, mask)
-        sources.append(source if eos is None else [*source, eos])
-        targets.append(target)
-    return {
-        "input_ids": _padded(sources, pad),
-        "attention_mask": _padded([[1] * len(source) for source in sources], 0),
-        "labels": _padded(targets, -100),
-    }
-
-
-def _labels(ids: Sequence[int], mask: Sequence[int]) -> list[int]:
-    return [token if counts else -100 for token, counts in zip(ids, mask, strict=True)]
-
-
-def _first_tokens(dataset: Examples, max_tokens: int) -> list[Mapping[str, Any]]:
-    """Return as many examples, from the first on, as hold `max_tokens` completion tokens."""
-    chosen, tokens = [], 0
-    for row in dataset:
-        if tokens >= max_tokens:
-            break
-        chosen.append(row)
-        tokens += sum(row["completion_mask"][1:])
-    return chosen
-
-
-def _chunks(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield float32 pieces of `logits` with their targets."""
-    step = max(1, CHUNK_ELEMENTS // logits.shape[-1])
-    for start in range(0, len(targets), step):
-        yield logits[start : start + step].float(), targets[start : start + step]
-
-
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    from torch.nn.functional import cross_entropy
-
-    return cross_entropy(logits, targets, reduction="none")
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
-    """Return an int64 tensor [rows, longest], padded with `value`."""
-    import torch
-
-    length = max(map(len, rows))
-    fill = [[value] * (length - len(row)) for row in rows]
-    pairs = zip(fill, rows, strict=True)
-    return torch.tensor([[*f, *row] if left else [*row, *f] for f, row in pairs])
-
-
-# ------------------------------------------------------------------------------ models
-
-
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def _encoder_eos(model: nn.Module) -> int | None:
-    eos = getattr(getattr(model, "config", None), "eos_token_id", None)
-    return eos if isinstance(eos, int) else None
-
-
-def _device(model: nn.Module) -> Any:
-    """Return where the model wants its input: the device of the embedding."""
-    import torch
-
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    tensors = [*(embedding.parameters() if embedding is not None else ()), *model.parameters()]
-    return tensors[0].device if tensors else torch.device("cpu")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off, module by module, and put everything back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -8,6 +8,8 @@ three of a loss that makes the logits again. As in Liger (https://arxiv.org/abs/
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, wraps
 from importlib.util import find_spec
 from typing import Any
@@ -17,9 +19,53 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .memory import HEAD_CHUNK
+from .model_shape import SCALED_LOGITS
 
-_SCALED = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-"""What models call it that change their logits in a way that is not ours."""
+
+@dataclass(frozen=True)
+class Head:
+    """A plain linear layer that makes logits of the decoder's last hidden states.
+
+    Attributes:
+        linear: its weight may be sharded over several processes.
+        softcap: logits are cap * tanh(logits / cap), as in Gemma 2.
+    """
+
+    linear: nn.Linear
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, base: Any) -> Head | None:
+        """Return the head of a transformers model; None where its logits are made otherwise."""
+        config, linear = base.config.get_text_config(), base.get_output_embeddings()
+        # FSDP2 makes a subclass of a head that it shards, accelerate patches one that it moves.
+        plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
+        if not plain or "forward" in vars(linear) or base.base_model is base:
+            return None
+        # BERT's and its like put more layers in front of it.
+        rest = [child for child in base.children() if child is not base.base_model]
+        if [child for child in rest if any(True for _ in child.parameters())] != [linear]:
+            return None
+        if any(getattr(config, name, None) is not None for name in SCALED_LOGITS):
+            return None
+        return cls(linear, getattr(config, "final_logit_softcapping", None))
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """As `head_loss`."""
+        return head_loss(hidden, labels, self.linear, softcap=self.softcap)
+
+    def projection(self) -> Callable[[Tensor], Tensor]:
+        """Return what makes logits [tokens, vocabulary] of hidden states [tokens, hidden_size].
+        A sharded weight is gathered here, once, so all processes have to call this."""
+        weight = _whole(self.linear.weight)
+        bias = None if self.linear.bias is None else _whole(self.linear.bias)
+
+        def logits(hidden: Tensor) -> Tensor:
+            made = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+            cap = self.softcap
+            return made if cap is None else cap * torch.tanh(made / cap)
+
+        return logits
 
 
 def add_head_loss(base: Any) -> bool:
@@ -29,16 +75,11 @@ def add_head_loss(base: Any) -> bool:
     arguments, and gives the `loss`, of a model that TRL's `add_fused_lm_head` was applied to; and
     `counted`, the number of labels that count, without which the device is waited for.
     """
-    config, head = base.config.get_text_config(), base.get_output_embeddings()
-    # FSDP2 makes a subclass of a head that it shards.
-    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
-    if not plain or head.weight.requires_grad or base.base_model is base:
+    head = Head.of(base)
+    if head is None or head.linear.weight.requires_grad:
         return False
-    if getattr(config, "output_router_logits", False):
+    if getattr(base.config.get_text_config(), "output_router_logits", False):
         return False
-    if any(getattr(config, name, None) is not None for name in _SCALED):
-        return False
-    softcap = getattr(config, "final_logit_softcapping", None)
     original = base.forward
 
     @wraps(type(base).forward)  # generate checks its arguments against this signature
@@ -56,7 +97,7 @@ def add_head_loss(base: Any) -> bool:
         labels, divisor = kwargs.pop("labels")[:, 1:].flatten(), kwargs.pop("num_items_in_batch")
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1].flatten(0, 1)
         where = _counting(labels, counted)
-        loss = head_loss(hidden[where], labels[where], head, softcap=softcap)
+        loss = head.loss(hidden[where], labels[where])
         return CausalLMOutput(loss=loss / (max(len(where), 1) if divisor is None else divisor))
 
     base.forward = types.MethodType(forward, base)

@@ -6,7 +6,7 @@ allocator loses between blocks are held in reserve where it is asked whether a c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,10 +70,14 @@ class Workload:
         dtype_bytes: of the compute dtype.
         batch, length: examples per step and tokens per example.
         dropout: whether the adapter has one.
-        fused_adapter: whether it is plain LoRA, which keeps its input alone.
+        fused_adapter: whether it is plain LoRA or DoRA, which keep their input alone.
+        dora: whether it is DoRA.
         fused_kernels: whether Liger's kernels run.
         splits: whether a batch can be split.
-        shards: so many GPUs share the base.
+        dense: names of the linear layers that are left as they are.
+        shards: so many GPUs share the base; `sharding` says how.
+        shardable: whether several GPUs may share it.
+        prefetches: whether a layer of a shared base is gathered while the one before it works.
     """
 
     shape: Shape
@@ -86,31 +90,48 @@ class Workload:
     length: int
     dropout: bool = False
     fused_adapter: bool = True
+    dora: bool = False
     fused_kernels: bool = True
     splits: bool = True
+    dense: tuple[str, ...] = ()
     shards: int = 1
+    shardable: bool = True
+    prefetches: bool = True
 
     # --- what is there all the time ----------------------------------------------------------
 
     @property
     def quantized_bytes(self) -> int:
-        """The quantized layers, on one of `shards` GPUs."""
-        bits = sum(i * o * self.bits[name] for name, (i, o) in self.shape.linears.items())
-        return int(bits / 8 * self.shape.layers) // self.shards
+        """The linear layers of the decoder; of those that are quantized, one GPU's share."""
+        whole = sum(self._linear_bytes(name) for name in self.dense)
+        return self.shape.layers * (whole + self.block_bytes // self.shards)
+
+    @property
+    def block_bytes(self) -> int:
+        """The quantized layers of one decoder layer, whole."""
+        return sum(self._linear_bytes(n) for n in self.shape.linears if n not in self.dense)
+
+    def _linear_bytes(self, name: str) -> int:
+        inputs, outputs = self.shape.linears[name]
+        return int(inputs * outputs * self.bits[name] / 8)
+
+    @property
+    def table_bytes(self) -> int:
+        """The embedding, which is as large as the head."""
+        return self.shape.vocab * self.shape.hidden * self.dtype_bytes
 
     @property
     def dense_bytes(self) -> int:
-        """Embedding, head and norms."""
+        """Embedding, head and norms. A head that is the embedding is not shared with other GPUs."""
         shape = self.shape
-        tables = (1 if shape.tied else 2) * shape.vocab * shape.hidden
-        norms = (2 * shape.layers + 1) * shape.hidden
-        return (tables + norms) * self.dtype_bytes // self.shards
+        tables = self.table_bytes if shape.tied else 2 * self.table_bytes // self.shards
+        return tables + (2 * shape.layers + 1) * shape.hidden * self.dtype_bytes
 
     @property
     def unquantized_bytes(self) -> int:
         """The whole base in the compute dtype."""
         weights = sum(i * o for i, o in self.shape.linears.values()) * self.shape.layers
-        return weights * self.dtype_bytes + self.dense_bytes * self.shards
+        return weights * self.dtype_bytes + replace(self, shards=1).dense_bytes
 
     @property
     def trained(self) -> int:
@@ -143,16 +164,24 @@ class Workload:
     def backward_bytes(self, tokens: int) -> int:
         """What a layer's backward works with: gradients and a dequantized weight."""
         shape = self.shape
-        gradients = shape.hidden + shape.intermediate * (1 if self.fused_kernels else 3)
+        inside = (0 if self.fused_kernels else 2) + (0 if self.fused_adapter else 1)
+        gradients = shape.hidden + shape.intermediate * inside
+        if self.dora:  # the base's output, and then the gradient that is multiplied with the weight
+            gradients += shape.intermediate
         weight = max(i * o for i, o in shape.linears.values())
         return (tokens * gradients + weight) * self.dtype_bytes
 
-    @property
-    def recompute_bytes(self) -> int:
-        """The weights that a recomputation keeps for the backward that follows; that of the last
-        matrix product is not computed again."""
+    def recompute_bytes(self, tokens: int) -> int:
+        """The weights that a recomputation keeps for the backward that follows: those that are
+        smaller than their input. The last matrix product is not computed again."""
         *others, _ = self.shape.linears.values()
-        return sum(i * o for i, o in others) * self.dtype_bytes
+        return sum(i * o for i, o in others if o < tokens) * self.dtype_bytes
+
+    def product_bytes(self, tokens: int) -> int:
+        """The outputs of the base that a recomputation keeps, too, for DoRA's backward."""
+        *others, _ = self.shape.linears.items()
+        outputs = sum(size[1] for name, size in others if name in self.targets)
+        return outputs * tokens * self.dtype_bytes if self.dora else 0
 
     def loss_bytes(self, tokens: int) -> int:
         """What the loss works with: a chunk of logits, the hidden states that count, their gradient
@@ -160,35 +189,61 @@ class Workload:
         logits = tokens * self.shape.vocab * self.dtype_bytes
         return min(logits, HEAD_CHUNK) + 3 * self.input_bytes(tokens)
 
+    def evaluation_bytes(self, examples: int) -> int:
+        """What evaluating so many examples at a time needs beside the model: inside a layer, or
+        for the logits, of which a chunk is there at a time unless the model scales them."""
+        shape, tokens = self.shape, examples * self.length
+        inside = tokens * (2 * shape.hidden + (3 if shape.gated else 2) * shape.intermediate)
+        weight = max(i * o for i, o in shape.linears.values())
+        logits = tokens * shape.vocab * self.dtype_bytes
+        logits = 2 * logits if shape.scaled else min(logits, HEAD_CHUNK)
+        in_layer = (inside + weight) * self.dtype_bytes + 2 * self._gathered_block
+        at_head = logits + 2 * self.input_bytes(tokens) + self._gathered_table
+        return max(in_layer, at_head)
+
     def parts(self, setting: Setting) -> dict[str, int]:
         """Return the peak of a training step in bytes, by what takes it."""
-        tokens = setting.micro_batch * self.length
-        count, layers = setting.checkpointed_layers, self.shape.layers
-        kept, single = self.kept_bytes(tokens), self.input_bytes(tokens)
-        # One that is fetched from CPU memory, and the next, which is under way.
-        inputs = single * (min(count, 2) if setting.offload else count)
-        work = self.backward_bytes(tokens)
-        # The peak comes either with the loss and the last layer's backward, or with the first
-        # layer that is recomputed, when what the others kept is gone.
-        at_loss = (layers - count) * kept, max(self.loss_bytes(tokens), work)
-        # Inputs go to CPU memory where little is to be kept.
-        weights = 0 if setting.offload else self.recompute_bytes
-        at_recompute = kept - single, work + weights
-        activations, working = max(at_loss, at_recompute if count else at_loss, key=sum)
-        gathered = self._gathered_bytes if self.shards > 1 else 0
+        inputs, activations, working = max(self._moments(setting), key=sum)
         return {
             "quantized": self.quantized_bytes,
             "dense": self.dense_bytes,
             "adapter": self.adapter_bytes,
             "inputs": inputs,
             "activations": activations,
-            "working": working + gathered + WORKSPACE,
+            "working": working + WORKSPACE,
         }
 
+    def _moments(self, setting: Setting) -> Iterator[tuple[int, int, int]]:
+        """Yield inputs of recomputed layers, activations and working memory when they may peak."""
+        tokens = setting.micro_batch * self.length
+        count, layers = setting.checkpointed_layers, self.shape.layers
+        kept, single = self.kept_bytes(tokens), self.input_bytes(tokens)
+        # One that is fetched from CPU memory, and the next, which is under way.
+        inputs = single * (min(count, 2) if setting.offload else count)
+        block, table = self._gathered_block, self._gathered_table
+        plain = self.backward_bytes(tokens)
+        work = max(plain + block, 2 * block) + (block if self.prefetches else 0)
+        # The embedding, as it comes from the others and once more where it is used; there are no
+        # gradients yet.
+        yield 0, 0, max(2 * table - 4 * self.trained, 0)
+        # The loss, and the last layer's backward.
+        yield inputs, (layers - count) * kept, max(self.loss_bytes(tokens) + table, work)
+        if count:
+            # The first layer that is recomputed, when what the others kept is gone. Where inputs go
+            # to CPU memory, little is to be kept.
+            if not setting.offload:
+                work += self.recompute_bytes(tokens) + self.product_bytes(tokens)
+            yield inputs, kept - single, work
+
     @property
-    def _gathered_bytes(self) -> int:
-        """Two layers of a sharded base that are whole: one at work, one on its way."""
-        return 2 * self.quantized_bytes * self.shards // self.shape.layers
+    def _gathered_block(self) -> int:
+        """One layer of a sharded base, whole."""
+        return self.block_bytes if self.shards > 1 else 0
+
+    @property
+    def _gathered_table(self) -> int:
+        """Embedding or head of a sharded base, whole."""
+        return self.table_bytes if self.shards > 1 and not self.shape.tied else 0
 
     def peak(self, setting: Setting) -> int:
         """Return the most bytes that are allocated at a time."""
@@ -275,6 +330,6 @@ def _changes(work: Workload) -> list[list[_Change]]:
         kinds.append([("a backend with 4 bits per weight", change)])
     if optimizer_bytes(work.optim):
         kinds.append([("train.optim: paged_adamw_8bit", {"optim": "paged_adamw_8bit"})])
-    if work.shards == 1:
+    if work.shards == 1 and work.shardable:
         kinds.append([(f"train.parallel: fsdp on {n} GPUs", {"shards": n}) for n in (2, 4, 8)])
     return [kind for kind in kinds if kind]

@@ -69,12 +69,14 @@ class MemoryPlan:
         limit: bytes that `train.memory` allows, or None.
         given: the setting that the spec asks for, or None where it is left to the card.
         cards: the machine's card, or those that were asked about.
+        unshared: why several GPUs cannot share the base; empty if they can.
     """
 
     work: Workload
     limit: int | None = None
     given: Setting | None = None
     cards: tuple[OnCard, ...] = ()
+    unshared: tuple[Problem, ...] = ()
 
     def on(self, card: float) -> OnCard:
         """Return what a card of so many bytes means."""
@@ -90,6 +92,22 @@ class MemoryPlan:
     def with_cards(self, cards: Sequence[float]) -> MemoryPlan:
         """Return the plan for cards of so many bytes."""
         return replace(self, cards=tuple(self.on(card) for card in cards))
+
+    def shared_by(self, count: int) -> MemoryPlan:
+        """Return the plan for that many GPUs, each of which has a share of the base."""
+        shared = replace(self, work=replace(self.work, shards=count))
+        return shared.with_cards([card.gib * GIB for card in self.cards])
+
+    def fits_better_than(self, other: MemoryPlan) -> OnCard | None:
+        """Return the first card on which this plan fits and another for the same cards does not."""
+        pairs = zip(self.cards, other.cards, strict=True)
+        return next((mine for mine, its in pairs if mine.fits and not its.fits), None)
+
+    @property
+    def why_whole(self) -> str:
+        """Why several GPUs cannot share the base, with the rules that say so."""
+        reasons = (f"{reason.what} [rule {reason.rule}]" for reason in self.unshared)
+        return f"several GPUs cannot share the base, because {'; '.join(reasons)}"
 
     def peak_gib(self, setting: Setting, length: int) -> float:
         """Return the prediction for a run whose longest example has `length` tokens."""
@@ -115,6 +133,8 @@ class MemoryPlan:
     def problem(self, card: OnCard) -> Problem:
         """Return the refusal for a card on which nothing fits."""
         what = f"a GPU of {card.gib:.4g} GiB is too small: {self._shortage(card)}"
+        if self.unshared:
+            what += f"; {self.why_whole}"
         return Problem(what, card.fix, where="train.memory")
 
     def notes(self, evaluated: int) -> list[str]:
@@ -125,11 +145,11 @@ class MemoryPlan:
         """
         notes = []
         work = self.work
-        # The logits, and those that count.
-        logits = 2 * evaluated * work.length * work.shape.vocab * work.dtype_bytes
+        model = work.quantized_bytes + work.dense_bytes + 4 * work.trained
+        needed = work.evaluation_bytes(evaluated)
         for card in self.cards:
-            if work.quantized_bytes + work.dense_bytes + logits > card.budget:
-                words = f"evaluating {evaluated} examples at a time needs {logits / GIB:.1f} GiB"
+            if model + needed > card.budget:
+                words = f"evaluating {evaluated} examples at a time needs {needed / GIB:.1f} GiB"
                 notes.append(f"{words} more than the model; lower evaluate.batch_size")
             if not card.fits:
                 notes.append(f"memory may not suffice: {self._shortage(card)}; {card.fix}")
@@ -194,7 +214,7 @@ def memory_plan(
     options: Mapping[str, Any],
     *,
     dtype: str,
-    shards: int = 1,
+    unshared: Sequence[Problem] = (),
 ) -> MemoryPlan | None:
     """Return what training on a GPU needs; None where the architecture is not known or the
     backend does not tell its bits per weight.
@@ -203,14 +223,17 @@ def memory_plan(
         config: the model's config.json.
         options: the adapter's.
         dtype: compute dtype on the GPU.
-        shards: so many GPUs share the base.
+        unshared: why several GPUs cannot share the base; empty if they can.
     """
     shape = Shape.of(config)
-    bits = shape and _bits(spec, quantizer, shape, dtype)
-    if not shape or not bits:
+    if shape is None:
+        return None
+    dense = _dense(spec, quantizer, shape)
+    bits = _bits(quantizer, shape, dense, dtype)
+    if bits is None:
         return None
     train = spec.train
-    plain = adapter.peft_type == "LORA" and not options.get("use_dora")
+    lora = adapter.peft_type == "LORA"
     work = Workload(
         shape=shape,
         bits=bits,
@@ -221,13 +244,17 @@ def memory_plan(
         batch=train.per_device_train_batch_size,
         length=spec.data.max_length,
         dropout=bool(options.get("lora_dropout")),
-        fused_adapter=plain and not options.get("lora_bias"),
+        fused_adapter=lora and not options.get("lora_bias"),
+        dora=lora and bool(options.get("use_dora")),
         fused_kernels=train.use_liger_kernel and installed_version("liger-kernel") is not None,
         splits=not train.packing and adapter.peft_type != "ADALORA",
-        shards=shards,
+        dense=dense,
+        shardable=not unshared,
+        prefetches=train.memory != "min",
     )
     limit = int(train.memory * GIB) if isinstance(train.memory, float) else None
-    return MemoryPlan(work, limit, _given(spec, shape.layers))
+    given = _given(spec, shape.layers)
+    return MemoryPlan(work, limit, given, unshared=tuple(unshared))
 
 
 def _given(spec: Spec, layers: int) -> Setting | None:
@@ -238,12 +265,23 @@ def _given(spec: Spec, layers: int) -> Setting | None:
     return Setting(layers, True, batch) if train.memory == "min" else None
 
 
-def _bits(spec: Spec, quantizer: Quantizer, shape: Shape, dtype: str) -> dict[str, float] | None:
+def _dense(spec: Spec, quantizer: Quantizer, shape: Shape) -> tuple[str, ...]:
+    """Return the names of the linear layers that are not quantized."""
+    skipped = {skip.rpartition(".")[2] for skip in spec.skip_modules or ()}
+    return tuple(
+        name
+        for name, size in shape.linears.items()
+        if name in skipped or (spec.skip_misfits and quantizer.misfit(*size))
+    )
+
+
+def _bits(
+    quantizer: Quantizer, shape: Shape, dense: Sequence[str], dtype: str
+) -> dict[str, float] | None:
     """Return the bits per weight of each linear layer; None where the backend does not tell."""
     found: dict[str, float] = {}
     for name, size in shape.linears.items():
-        skipped = any(name == skip.rpartition(".")[2] for skip in spec.skip_modules or ())
-        if skipped or (spec.skip_misfits and quantizer.misfit(*size)):
+        if name in dense:
             found[name] = 8.0 * _bytes(dtype)
             continue
         bits = quantizer.bits_per_weight(*size, device="cuda", dtype=dtype)

@@ -9,6 +9,16 @@ from typing import Any
 _PLAIN_MLP = ("gpt_neox", "phi", "starcoder2")
 """Decoders whose MLP is two layers without a gate."""
 
+SCALED_LOGITS = (
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+)
+"""What configs call it that models change their logits in a way of their own."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -22,6 +32,7 @@ class Shape:
         vocab: rows of the embedding.
         tied: whether the head is the embedding.
         gated: whether the MLP has a gate, as SwiGLU does.
+        scaled: whether logits are more than the head's output, so that they are made all at once.
     """
 
     hidden: int
@@ -32,6 +43,7 @@ class Shape:
     vocab: int
     tied: bool
     gated: bool = True
+    scaled: bool = False
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape | None:
@@ -54,6 +66,7 @@ class Shape:
                 vocab=int(config["vocab_size"]),
                 tied=bool(config.get("tie_word_embeddings", config["model_type"] in _TIED)),
                 gated=not plain,
+                scaled=any(config.get(name) is not None for name in SCALED_LOGITS),
             )
         except (KeyError, TypeError, ValueError, ZeroDivisionError):
             return None

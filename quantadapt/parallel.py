@@ -13,8 +13,9 @@ from .checkpoint import config_of
 from .distributed import world
 from .errors import Problem
 from .machine import Machine
+from .memory_plan import MemoryPlan
 from .records import Adapter, Backend
-from .spec import Spec, TrainSpec
+from .spec import Spec
 
 Parallel = Literal["none", "ddp", "fsdp"]
 
@@ -27,11 +28,29 @@ _REWRITING = ("pissa", "olora", "corda", "lora_ga")
 _TRAINS_THE_BASE = ("modules_to_save", "trainable_token_indices", "target_parameters")
 
 
-def parallel_for(train: TrainSpec, processes: int) -> Parallel:
-    """Return how that many processes work together."""
+def choose(spec: Spec, processes: int, memory: MemoryPlan | None) -> tuple[Parallel, list[str]]:
+    """Return how that many processes work together, and notes on why.
+
+    `auto` shares the base where a card does not hold the whole, but does hold its share.
+
+    Args:
+        memory: what a GPU with the whole base needs, on the cards of the run; None where that
+            cannot be predicted. Says, too, why the base cannot be shared.
+    """
     if processes < 2:
-        return "none"
-    return "ddp" if train.parallel == "auto" else train.parallel
+        return "none", []
+    if spec.train.parallel != "auto":
+        return spec.train.parallel, []
+    if memory is None or not memory.cards:
+        return "ddp", []
+    small = memory.shared_by(processes).fits_better_than(memory)
+    if small is None:
+        held = all(card.fits for card in memory.cards)
+        return "ddp", ["ddp: each GPU holds the whole base, which is the fastest"] if held else []
+    card = f"a GPU of {small.gib:.4g} GiB is too small for the whole base"
+    if memory.unshared:
+        return "ddp", [f"ddp, though {card}: {memory.why_whole}"]
+    return "fsdp", [f"fsdp: {card}, and large enough for a share of it"]
 
 
 def device_problems(spec: Spec, machine: Machine, processes: int) -> list[Problem]:
@@ -65,6 +84,14 @@ def shard_problems(cell: Cell, backend: Backend, adapter: Adapter, model: str) -
         *_option_problems(cell.adapter_options),
         *_model_problems(model),
     ]
+
+
+def share_problems(
+    cell: Cell, backend: Backend, adapter: Adapter, model: str, merge: str
+) -> list[Problem]:
+    """Return why a run that merges as `merge` says cannot share the base; empty if it can."""
+    merges = merge_problems(merge) if merge != "auto" else ()
+    return [*shard_problems(cell, backend, adapter, model), *merges]
 
 
 def shard_notes(spec: Spec) -> list[str]:

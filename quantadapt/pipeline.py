@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import planning
 from .calibration_data import choose
 from .dependencies import import_requirements
-from .distributed import as_launched, peers_in_words, start, world
-from .errors import PlanRefused
+from .distributed import as_launched, peers_in_words, reduced, start, world
+from .errors import PlanRefused, TrainingError
 from .planning import Plan
 from .quantizing import load_tokenizer, quantize_plan, skip_for, with_config
 from .registry import registry
@@ -72,6 +72,19 @@ def run(spec: Spec, *, listener: Listener | None = None, command: str = "") -> R
     return _Run(spec, listener or (lambda event, data: None), command).go()
 
 
+def meet(plan: Plan) -> None:
+    """Join the other processes. Raises TrainingError, in all, if they planned something else."""
+    mine = start(plan.device)
+    if mine.size == 1:
+        return
+    import torch
+
+    sharding = reduced(float(plan.parallel == "fsdp"), torch.device(plan.device), "sum")
+    if sharding not in (0, mine.size):
+        what = "some processes would shard the base and some not, because their GPUs differ"
+        raise TrainingError(what, fix="set train.parallel to fsdp or ddp", where="train.parallel")
+
+
 class _Run:
     """One run: the plan, the folder, and the figures as they come in."""
 
@@ -86,8 +99,8 @@ class _Run:
     def go(self) -> RunResult:
         import_requirements(self.plan.backend)
         self.plan = with_config(self.plan)
-        if self.plan.memory is None and self.world.is_main:  # a hub id's config is here by now
-            self.plan = planning.plan(self.spec)
+        if self.plan.memory is None:  # a hub id's config is here by now
+            self.plan = planning.plan(self.spec, check_output=self.world.is_main)
         self.check_training()
         self.check_targets()
         data = self.read_data()
@@ -150,8 +163,8 @@ class _Run:
         )
 
     @property
-    def measures(self) -> bool:
-        """Whether this process evaluates: the first, or all, whose shares only work together."""
+    def answers_prompts(self) -> bool:
+        """Whether this process does: the first, or all, whose shares only work together."""
         return self.world.is_main or self.plan.parallel == "fsdp"
 
     @contextmanager
@@ -204,7 +217,8 @@ class _Run:
     def prompts(self, data: Data) -> list[Any]:
         return data.prompts[: self.spec.evaluate.samples]
 
-    def perplexity(self, name: str, model: nn.Module, data: Data) -> float:
+    def perplexity(self, name: str, model: nn.Module, data: Data, *, split: bool = False) -> float:
+        """Measure `model`; with `split`, all processes have to, each with its part of the data."""
         from .evaluation import perplexity
 
         found = perplexity(
@@ -212,6 +226,7 @@ class _Run:
             self.held_out(data),
             batch_size=self.spec.evaluate.batch_size,
             pad_token_id=self.tokenizer.pad_token_id,
+            split=split,
         )
         self.metrics["perplexity"][name] = found.value
         self.listener("perplexity", {"name": name, "value": found.value})
@@ -253,7 +268,7 @@ class _Run:
         """Quantize the base. One that is calibrated here is kept in the run folder, because the
         spec alone could not make it again; a resumed run and the other processes load it."""
         if not self.plan.calibrates:
-            start(self.plan.device)
+            meet(self.plan)
             return quantize_plan(self.plan)
         saved = self.folder.path / BASE
         resumed = self.spec.train.resume and saved.exists()
@@ -263,7 +278,7 @@ class _Run:
             if self.world.size == 1:
                 return model
         # Only now: vendors take a process group for an invitation to calibrate together.
-        start(self.plan.device)
+        meet(self.plan)
         return self.sharded(load_base(saved, self.plan.device))
 
     def sharded(self, model: nn.Module) -> nn.Module:
@@ -274,17 +289,15 @@ class _Run:
         return shard(model)
 
     def measure_base(self, model: nn.Module, data: Data) -> None:
-        if not self.measures:
-            return
         with self.stage("evaluate"):
             self.metrics.setdefault("size", {})["quantized_mib"] = size_mib(model)
-            self.perplexity("quantized", model, data)
+            self.perplexity("quantized", model, data, split=True)
             self.before = self.answers(model, data)
 
     def answers(self, model: nn.Module, data: Data) -> list[str]:
         from .evaluation import greedy
 
-        prompts = [prompt.text for prompt in self.prompts(data)]
+        prompts = [p.text for p in self.prompts(data)] if self.answers_prompts else []
         length = self.spec.evaluate.max_new_tokens
         return greedy(model, self.tokenizer, prompts, max_new_tokens=length) if prompts else []
 
@@ -331,9 +344,9 @@ class _Run:
         return figures
 
     def measure_tuned(self, model: PeftModel, data: Data) -> None:
-        if not self.measures:
+        self.perplexity("tuned", model, data, split=True)
+        if not self.answers_prompts:
             return
-        self.perplexity("tuned", model, data)
         after = self.answers(model, data)
         self.metrics["samples"] = [
             {"prompt": p.text, "reference": p.reference, "before": b, "after": a}

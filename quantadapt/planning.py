@@ -7,33 +7,32 @@ neither torch nor a vendor. All problems are collected and raised once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
-
-from pydantic import ValidationError
 
 from . import demo, loftq, parallel
 from .capabilities import KEEP, Cell, Merge, refusals
-from .checkpoint import (
-    check_model,
-    config_of,
-    has_config_alone,
-    is_local_path,
-    quantization_of,
-)
-from .dependencies import missing_for_optimizer, missing_requirements
+from .checkpoint import config_of, quantization_of
 from .distributed import world
-from .errors import MergeRefused, OutputError, PlanRefused, Problem, did_you_mean
+from .drafting import (
+    Draft,
+    adapter_options,
+    check_data,
+    check_folder,
+    check_training,
+    device_of,
+    dtype_of,
+    model_of,
+    quantizer_of,
+)
+from .errors import MergeRefused, PlanRefused, Problem
 from .machine import Machine, this_machine
 from .memory import GIB
 from .memory_plan import MemoryPlan, memory_plan
 from .parallel import Parallel
-from .peft_options import peft_options
 from .protocols import Quantizer
 from .records import Adapter, Backend
 from .registry import Registry, registry
-from .run_folder import RunFolder
 from .spec import Spec
 
 MergePlan = Literal["dense", "requantize", "never"]
@@ -172,25 +171,6 @@ def onto_refusals(backend: Backend, adapter: Adapter, cell: Cell, base: str) -> 
     return found
 
 
-@dataclass
-class _Draft:
-    """The plan while it is being made; problems pile up here."""
-
-    spec: Spec
-    machine: Machine
-    registry: Registry
-    processes: int = 1
-    problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def lookup(self, kind: Literal["backend", "adapter"], name: str) -> Any:
-        try:
-            return getattr(self.registry, kind)(name)
-        except PlanRefused as error:
-            self.problems.extend(error.problems)
-            return None
-
-
 def plan(
     spec: Spec,
     *,
@@ -214,18 +194,19 @@ def plan(
     """
     spec = _with_demo_defaults(spec)
     count = world().size if processes is None else processes
-    draft = _Draft(spec, machine or this_machine(), registry_ or registry(), count)
-    model = _model(draft, weights)
-    device = _device(draft)
+    draft = Draft(spec, machine or this_machine(), registry_ or registry(), count)
+    model = model_of(draft, weights)
+    device = device_of(draft, elsewhere=bool(cards))
     backend: Backend | None = draft.lookup("backend", spec.backend.name)
     adapter: Adapter | None = draft.lookup("adapter", spec.adapter.name)
-    quantizer, adopt = _quantizer(draft, backend, model)
-    options = _adapter_options(draft, adapter)
-    dtype = _dtype(draft, backend, device)
-    _check_data(draft)
-    _check_training(draft, device)
+    quantizer, adopt = quantizer_of(draft, backend, model)
+    options = adapter_options(draft, adapter)
+    dtype = dtype_of(draft, backend, device)
+    check_data(draft)
+    check_training(draft, device)
     if check_output:
-        _check_output(draft)
+        check_folder(draft)
+    kind: Parallel = "none"
     merge: MergePlan = "never"
     refused: tuple[Problem, ...] = ()
     memory: MemoryPlan | None = None
@@ -235,12 +216,19 @@ def plan(
         draft.problems += loftq.problems(options, backend, has_original=not adopt)
         draft.notes += quantizer.notes(device)
         merge, refused = _merge(draft, cell, backend, adapter)
-        if parallel.parallel_for(spec.train, count) == "fsdp":
+        unshared = parallel.share_problems(cell, backend, adapter, model, spec.export.merge)
+        memory = _memory(draft, model, quantizer, cell, adapter, cards, unshared)
+        kind, why = parallel.choose(spec, count, memory)
+        draft.notes += why
+        if kind == "fsdp":
+            memory = memory and memory.shared_by(count)
             draft.problems += parallel.shard_problems(cell, backend, adapter, model)
             draft.notes += parallel.shard_notes(spec)
             merge, refused = "never", parallel.merge_problems(spec.export.merge)
-        if check_output or cards:
-            memory = _memory(draft, model, quantizer, cell, adapter, adopt, cards)
+        if not check_output and not cards:
+            memory = None  # nothing is trained here
+        elif memory is not None:
+            _look_at_memory(draft, memory, asked=bool(cards), adopt=adopt)
     forbidden = refused if spec.export.merge != "auto" else ()
     if draft.problems:
         raise PlanRefused([*draft.problems, *forbidden])
@@ -263,7 +251,7 @@ def plan(
         merge_refusals=refused,
         notes=tuple(draft.notes),
         processes=count,
-        parallel=parallel.parallel_for(spec.train, count),
+        parallel=kind,
         memory=memory,
     )
 
@@ -280,181 +268,26 @@ def _with_demo_defaults(spec: Spec) -> Spec:
     return spec
 
 
-def _model(draft: _Draft, weights: bool) -> str:
-    if draft.spec.model is None:
-        return str(demo.MODEL_DIR)
-    if not weights and has_config_alone(draft.spec.model):
-        draft.notes.append("there are no weights here: this is a prediction, a run needs them")
-    else:
-        draft.problems += check_model(draft.spec.model)
-    return draft.spec.model
-
-
-def _device(draft: _Draft) -> str:
-    """Return the device of this process; of several, each has that of its number."""
-    found = parallel.device_problems(draft.spec, draft.machine, draft.processes)
-    draft.problems += found
-    wanted = draft.spec.device
-    if wanted == "auto":
-        wanted = draft.machine.default_device
-    if draft.processes > 1 and wanted == "cuda":
-        return f"cuda:{world().local_rank}"
-    kind, _, index = wanted.partition(":")
-    if kind == "cuda":
-        count = len(draft.machine.cuda)
-        if count == 0:
-            what = "there is no CUDA device here, or torch was built without CUDA"
-            fix = "use device: cpu, or install a CUDA build of torch; `quantadapt doctor` looks"
-            draft.problems.append(Problem(what, fix, where="device"))
-        elif index and not (index.isdigit() and int(index) < count):
-            what = f"{wanted!r} does not exist, there are {count} CUDA devices"
-            draft.problems.append(Problem(what, f"use cuda:0 to cuda:{count - 1}", where="device"))
-    elif kind not in ("cpu", "mps", "xpu", "hpu"):
-        what = f"{wanted!r} is no device"
-        draft.problems.append(Problem(what, "use auto, cpu, cuda or cuda:N", where="device"))
-    return wanted
-
-
-def _quantizer(draft: _Draft, backend: Backend | None, model: str) -> tuple[Quantizer | None, bool]:
-    """Return the quantizer, and whether the checkpoint was quantized by it already."""
-    if backend is None:
-        return None, False
-    draft.problems += missing_requirements(backend)
-    found = quantization_of(model)
-    if found is None:
-        return _fresh_quantizer(draft, backend), False
-    adopted = backend.quantizer.from_checkpoint(found)
-    if adopted is None:
-        draft.problems.append(_wrong_checkpoint(draft, backend, found))
-        return None, True
-    given = draft.spec.backend.options
-    differing = {k: v for k, v in given.items() if getattr(adopted, k, None) != v}
-    for name, value in differing.items():
-        what = f"the checkpoint is quantized already, with {name}={getattr(adopted, name, None)!r}"
-        fix = f"leave out {name}={value!r}, or start from the unquantized model"
-        draft.problems.append(Problem(what, fix, where=f"backend.{name}"))
-    draft.notes.append(f"the checkpoint is quantized already ({backend.name}); loaded as it is")
-    return adopted, True
-
-
-def _wrong_checkpoint(draft: _Draft, backend: Backend, found: Mapping[str, Any]) -> Problem:
-    makers = [
-        other.name
-        for other in draft.registry.backends()
-        if other.quantizer.from_checkpoint(found) is not None
-    ]
-    method = found.get("quant_method", "an unknown method")
-    what = f"the checkpoint is quantized with {method}, backend {backend.name!r} cannot read it"
-    fix = f"use --backend {makers[0]}" if makers else "start from the unquantized model"
-    return Problem(what, fix, where="model")
-
-
-def _fresh_quantizer(draft: _Draft, backend: Backend) -> Quantizer | None:
-    try:
-        return backend.quantizer(**draft.spec.backend.options)
-    except ValidationError as error:
-        draft.problems += [_option_problem(backend, dict(d)) for d in error.errors()]
-        return None
-
-
-def _option_problem(backend: Backend, detail: dict[str, Any]) -> Problem:
-    name = ".".join(str(part) for part in detail["loc"])
-    where = f"backend.{name}"
-    if detail["type"] == "extra_forbidden":
-        hint = did_you_mean(name, backend.quantizer.model_fields)
-        what = f"backend {backend.name!r} has no option {name!r}"
-        return Problem(what, hint or "it has no options", where)
-    if detail["type"] == "literal_error":
-        what = f"{detail['input']!r} is not possible"
-        return Problem(what, f"use one of {detail['ctx']['expected']}", where)
-    return Problem(f"{detail['msg']}, got {detail['input']!r}", where=where)
-
-
-def _adapter_options(draft: _Draft, adapter: Adapter | None) -> dict[str, Any]:
-    if adapter is None:
-        return {}
-    draft.problems += missing_requirements(adapter)
-    given = draft.spec.adapter.options
-    known = peft_options(adapter.peft_type)
-    for name, value in given.items():
-        where = f"adapter.{name}"
-        if name not in known:
-            what = f"adapter {adapter.name!r} has no option {name!r}"
-            draft.problems.append(Problem(what, did_you_mean(name, known), where))
-        elif not known[name].accepts(value):
-            what = f"{value!r} is not of type {known[name].annotation}"
-            default = adapter.defaults.get(name, known[name].default)
-            draft.problems.append(Problem(what, f"default: {default}", where))
-        elif name in ("r", "init_r", "target_r") and isinstance(value, int) and value < 1:
-            draft.problems.append(Problem(f"{value} is no rank", "use 1 or more", where))
-    return {**adapter.defaults, **given}
-
-
-def _dtype(draft: _Draft, backend: Backend | None, device: str) -> str:
-    wanted = draft.spec.dtype
-    dtype = draft.machine.default_dtype(device) if wanted == "auto" else wanted
-    if backend and dtype not in backend.dtypes:
-        what = f"backend {backend.name!r} does not compute in {dtype}"
-        fix = f"use dtype: {', '.join(backend.dtypes)}"
-        draft.problems.append(Problem(what, fix, where="dtype"))
-    kind = device.partition(":")[0]
-    if backend and kind not in backend.devices:
-        what = f"backend {backend.name!r} does not run on {kind}"
-        fix = f"use device: {', '.join(backend.devices)}"
-        draft.problems.append(Problem(what, fix, where="device"))
-    return dtype
-
-
-def _check_data(draft: _Draft) -> None:
-    for key in ("path", "eval_path", "calibration_path"):
-        path = getattr(draft.spec.data, key)
-        if path and is_local_path(path) and not Path(path).exists():
-            fix = "check the path; a hub id has the form owner/name"
-            draft.problems.append(Problem(f"{path} does not exist", fix, where=f"data.{key}"))
-
-
-def _check_training(draft: _Draft, device: str) -> None:
-    train = draft.spec.train
-    draft.problems += missing_for_optimizer(train.optim)
-    if train.gradient_checkpointing is not None and train.memory != "auto":
-        what = "memory and gradient_checkpointing both say which layers are computed again"
-        fix = "leave one of them out"
-        draft.problems.append(Problem(what, fix, where="train.gradient_checkpointing"))
-    if isinstance(train.memory, float) and not device.startswith("cuda"):
-        draft.notes.append("train.memory limits the memory of a GPU; this run has none")
-
-
-def _check_output(draft: _Draft) -> None:
-    spec = draft.spec
-    inputs = spec.inputs
-    try:
-        RunFolder.check(
-            spec.output or "", overwrite=spec.overwrite, resume=spec.train.resume, inputs=inputs
-        )
-    except OutputError as error:
-        draft.problems += [replace(p, where=f"output {p.where}") for p in error.problems]
-
-
 def _memory(
-    draft: _Draft,
+    draft: Draft,
     model: str,
     quantizer: Quantizer,
     cell: Cell,
     adapter: Adapter,
-    adopt: bool,
     cards: Sequence[float],
+    unshared: Sequence[Problem],
 ) -> MemoryPlan | None:
-    """Predict memory, for the cards that were asked about or the one that the run would use."""
-    spec, kind = draft.spec, parallel.parallel_for(draft.spec.train, draft.processes)
-    on_gpu = cell.device == "cuda" or spec.dtype != "auto"
+    """Predict what a GPU with the whole base needs, for the cards that were asked about or the
+    smallest that the run would use."""
+    spec, on_gpu = draft.spec, cell.device == "cuda"
     made = memory_plan(
         spec,
         config_of(model) or {},
         quantizer,
         adapter,
         cell.adapter_options,
-        dtype=cell.dtype if on_gpu else "bfloat16",
-        shards=draft.processes if kind == "fsdp" else 1,
+        dtype=cell.dtype if on_gpu or spec.dtype != "auto" else "bfloat16",
+        unshared=unshared,
     )
     if made is None:
         if cards:
@@ -462,23 +295,37 @@ def _memory(
             fix = "decoders with Llama's sizes can, if the backend tells its bits per weight"
             draft.problems.append(Problem(what, fix, where="--card"))
         return None
-    if spec.train.use_liger_kernel and not made.work.fused_kernels and cell.device == "cuda":
-        draft.notes.append("more memory and time are needed without liger-kernel: install it")
     if cards:
-        made = made.with_cards([card * GIB for card in cards])
-        if not any(card.fits for card in made.cards):
-            draft.problems += [made.problem(card) for card in made.cards]
-    elif cell.device == "cuda" and draft.machine.memory:
-        index = spec.device.partition(":")[2]
-        made = made.with_cards([draft.machine.memory[int(index or 0)]])
-        measures_dense = spec.evaluate.unquantized and not adopt and kind != "fsdp"
-        draft.problems += made.problems(measures_dense)
-        draft.notes += made.notes(spec.evaluate.batch_size)
-    return made
+        return made.with_cards([card * GIB for card in cards])
+    there = draft.machine.memory
+    if not on_gpu or not there:
+        return made
+    index = int(spec.device.partition(":")[2] or 0)
+    used = there[: draft.processes] if draft.processes > 1 else there[index : index + 1]
+    return made.with_cards([min(used)])
+
+
+def _look_at_memory(draft: Draft, memory: MemoryPlan, *, asked: bool, adopt: bool) -> None:
+    """Refuse a run that cannot fit, and note what else a user may want to know.
+
+    Args:
+        asked: whether the cards are some that were asked about, not this machine's.
+        adopt: whether the base is quantized already.
+    """
+    spec = draft.spec
+    on_gpu = bool(memory.cards) and not asked
+    if spec.train.use_liger_kernel and not memory.work.fused_kernels and on_gpu:
+        draft.notes.append("more memory and time are needed without liger-kernel: install it")
+    if asked and not any(card.fits for card in memory.cards):
+        draft.problems += [memory.problem(card) for card in memory.cards]
+    elif on_gpu:
+        measures_dense = spec.evaluate.unquantized and not adopt and memory.work.shards == 1
+        draft.problems += memory.problems(measures_dense)
+        draft.notes += memory.notes(spec.evaluate.batch_size)
 
 
 def _merge(
-    draft: _Draft, cell: Cell, backend: Backend, adapter: Adapter
+    draft: Draft, cell: Cell, backend: Backend, adapter: Adapter
 ) -> tuple[MergePlan, tuple[Problem, ...]]:
     choice = draft.spec.export.merge
     if choice == "never":

@@ -6,19 +6,30 @@ import math
 
 import pytest
 import torch
+from allocations import peak_of
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
+import quantadapt as qa
 from quantadapt import demo
 from quantadapt.data import encode_prompt
 from quantadapt.evaluation import agreement, compare, gain_kept, greedy, perplexity, snapshot
+from quantadapt.memory import Workload
+from quantadapt.model_shape import Shape
 
 VOCABULARY = 50
+CHUNK = 2**22
 
 
 def llama(seed: int = 0, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
@@ -44,7 +55,8 @@ def by_hand(model, examples) -> list[float]:
     for row in examples:
         ids = torch.tensor([row["input_ids"]])
         with torch.no_grad():
-            log_probs = model(ids).logits[0].double().log_softmax(-1)
+            logits = model(ids).logits[0, -ids.shape[1] :]  # virtual tokens come before
+        log_probs = logits.double().log_softmax(-1)
         losses += [
             -float(log_probs[position - 1, row["input_ids"][position]])
             for position in range(1, len(row["input_ids"]))
@@ -63,11 +75,95 @@ def test_perplexity_is_the_mean_over_completion_tokens(examples, batch_size):
     assert found.value == pytest.approx(math.exp(found.loss))
 
 
-def test_chunks_do_not_change_the_result(examples, monkeypatch):
+def sized(kind, **options):
+    """A random model of another architecture, its logits far from uniform."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.5}
+    config = kind(**({"vocab_size": VOCABULARY} | sizes | heads | options))
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+PLAIN_HEAD = {
+    "softcap": lambda: sized(Gemma2Config, final_logit_softcapping=2.0, head_dim=8),
+    "tied": lambda: sized(LlamaConfig, tie_word_embeddings=True),
+    "adapted": lambda: qa.attach(qa.quantize(llama(), "none"), "adalora"),
+    "prompt": lambda: get_peft_model(
+        llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ),
+}
+OTHER_HEAD = {
+    "scaled": lambda: sized(CohereConfig, logit_scale=0.2),
+    "divided": lambda: sized(GraniteConfig, logits_scaling=3.0),
+    "transformed": lambda: sized(BertConfig, is_decoder=True),
+    "adapted head": lambda: get_peft_model(llama(), LoraConfig(target_modules=["lm_head"])),
+}
+
+
+@pytest.mark.parametrize("case", [*PLAIN_HEAD, *OTHER_HEAD])
+@pytest.mark.parametrize("chunk", [2**24, 3 * VOCABULARY])
+def test_chunks_of_logits_give_the_numbers_of_whole_ones(examples, case, chunk, monkeypatch):
+    monkeypatch.setattr("quantadapt.predictions.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("quantadapt.losses.HEAD_CHUNK", 1)  # rounded up to 128 tokens
+    many = [row for row in examples for _ in range(12)]
+    model = (PLAIN_HEAD | OTHER_HEAD)[case]()
+    expected = math.fsum(by_hand(model, examples)) / 26
+    assert perplexity(model, many, batch_size=60).loss == pytest.approx(expected, rel=1e-6)
+    assert snapshot(model, many).loss == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", [*PLAIN_HEAD, *OTHER_HEAD])
+def test_no_whole_logits_are_made_where_the_head_is_plain(examples, case, monkeypatch):
+    monkeypatch.setattr("quantadapt.predictions.CHUNK_ELEMENTS", 2 * VOCABULARY)
+    model = (PLAIN_HEAD | OTHER_HEAD)[case]()
+    head = getattr(model, "get_base_model", lambda: model)().get_output_embeddings()
+    calls = []
+    head.register_forward_hook(lambda *_: calls.append(1))
+    perplexity(model, examples)
+    snapshot(model, examples)
+    assert bool(calls) == (case in OTHER_HEAD)
+    logits = model(torch.tensor([[1, 2]])).logits
+    assert logits.shape[-1] == VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("intermediate", "softmax"),
+    [(2048, 0), (64, 2 * CHUNK)],  # inside a layer; at the head, where CUDA needs no copies
+)
+def test_evaluating_takes_the_memory_that_is_predicted(intermediate, softmax, monkeypatch):
+    monkeypatch.setattr("quantadapt.losses.HEAD_CHUNK", CHUNK)
+    monkeypatch.setattr("quantadapt.memory.HEAD_CHUNK", CHUNK)
+    words, count, length = 8192, 8, 128
+    model = sized(LlamaConfig, hidden_size=64, intermediate_size=intermediate, vocab_size=words)
+    rows = torch.randint(words, (count, length)).tolist()
+    data = [{"input_ids": row, "completion_mask": [1] * length} for row in rows]
+    work = Workload(Shape.of(model.config.to_dict()), {}, (), 0, "sgd", 4, count, length)
+    found = peak_of(lambda: perplexity(model, data))
+    assert found == pytest.approx(work.evaluation_bytes(count) + softmax, rel=0.1)
+    assert found < count * length * words * 4
+
+
+def test_a_patched_forward_stays_in_use(examples):
+    model, seen = llama(), []
+    original = model.forward
+
+    def patched(*args, **kwargs):
+        seen.append(kwargs)
+        return original(*args, **kwargs)
+
+    model.forward = patched
+    expected = perplexity(llama(), examples).loss
+    assert perplexity(model, examples).loss == pytest.approx(expected, rel=1e-6)
+    assert seen
+    assert model.forward is patched
+
+
+def test_the_model_is_itself_again_after_an_error(examples, monkeypatch):
     model = llama()
-    whole = perplexity(model, examples).loss
-    monkeypatch.setattr("quantadapt.evaluation.CHUNK_ELEMENTS", 3 * VOCABULARY)
-    assert perplexity(model, examples).loss == pytest.approx(whole, abs=1e-6)
+    monkeypatch.setattr(model.model, "forward", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        perplexity(model, examples)
+    assert "forward" not in vars(model)
 
 
 def test_the_mode_of_every_module_is_put_back(examples):

@@ -59,19 +59,25 @@ def work(config: dict = LLAMA_8B, **options) -> Workload:
 
 
 @pytest.mark.parametrize(
-    ("config", "recomputed", "offload", "measured"),
+    ("config", "setting", "measured"),
     [
-        (LLAMA_8B, 32, False, 9.61),
-        (LLAMA_8B, 32, True, 7.59),
-        (LLAMA_8B, 0, False, 40.39),
-        (LLAMA_1B, 16, False, 2.97),
-        (LLAMA_1B, 16, True, 2.49),
-        (LLAMA_1B, 0, False, 11.26),
+        (LLAMA_8B, Setting(32, False, 4), 9.24),
+        (LLAMA_8B, Setting(32, False, 2), 7.65),
+        (LLAMA_8B, Setting(32, True, 4), 7.29),
+        (LLAMA_8B, Setting(0, False, 4), 40.35),
+        (LLAMA_1B, Setting(16, False, 4), 2.85),
+        (LLAMA_1B, Setting(16, False, 2), 2.31),
+        (LLAMA_1B, Setting(0, False, 4), 11.14),
     ],
 )
-def test_the_peak_is_that_which_was_measured(config, recomputed, offload, measured) -> None:
-    predicted = work(config).peak(Setting(recomputed, offload, 4)) / GIB
-    assert predicted == pytest.approx(measured, rel=0.03)
+def test_the_peak_is_that_which_was_measured(config, setting, measured) -> None:
+    assert work(config).peak(setting) / GIB == pytest.approx(measured, rel=0.035)
+
+
+def test_the_peak_of_a_shared_base_is_that_which_was_measured() -> None:
+    predicted = work(shards=2).peak(Setting(32, False, 4)) / GIB
+    # Two H200, when one GPU took 9.61; what that has lost since is no part of the base.
+    assert predicted == pytest.approx(7.17 - (9.61 - 9.24), rel=0.03)
 
 
 def test_a_loaded_model_is_as_large_as_was_measured() -> None:
@@ -91,7 +97,7 @@ def test_parts_add_up_and_offloading_leaves_two_inputs_and_no_weights() -> None:
     assert sum(plain.values()) == work().peak(Setting(31, False, 4))
     saved = sum(plain.values()) - sum(offloaded.values())
     assert plain["inputs"] - offloaded["inputs"] == 29 * 8192 * 4096 * 2
-    assert 0 < saved - 29 * 8192 * 4096 * 2 <= work().recompute_bytes
+    assert 0 <= saved - 29 * 8192 * 4096 * 2 <= work().recompute_bytes(8192)
     assert plain["adapter"] == 41_943_040 * 16
 
 
@@ -100,6 +106,7 @@ def test_parts_add_up_and_offloading_leaves_two_inputs_and_no_weights() -> None:
     [
         ({"dropout": True}, True),
         ({"fused_adapter": False}, True),
+        ({"dora": True}, True),
         ({"fused_kernels": False}, True),
         ({"optim": "adamw_8bit"}, False),
         ({"length": 1024}, False),
@@ -117,8 +124,8 @@ def test_what_moves_the_peak(change, larger) -> None:
 def test_more_recomputation_never_needs_more() -> None:
     peaks = [work().peak(Setting(count, False, 4)) for count in range(32)]
     assert peaks == sorted(peaks, reverse=True)
-    # The last layer's activations are there in any case.
-    assert work().peak(Setting(32, False, 4)) >= peaks[-1]
+    # The last layer's activations are there in any case, at the latest after the loss.
+    assert work().peak(Setting(32, False, 4)) == pytest.approx(peaks[-1], rel=0.01)
 
 
 def test_optimizers() -> None:
@@ -150,10 +157,11 @@ def test_ways_out_fit_each_by_itself_or_together() -> None:
     assert small.fit(budget) is None
     assert ways_out(small, budget) == ["data.max_length: 1024", "train.parallel: fsdp on 2 GPUs"]
     assert replace(small, length=1024).fit(budget)
-    assert ways_out(work(), usable(6 * GIB)) == ["train.parallel: fsdp on 2 GPUs"]
+    assert ways_out(work(), usable(6.2 * GIB)) == ["train.parallel: fsdp on 2 GPUs"]
+    assert ways_out(replace(work(), shardable=False), usable(6.2 * GIB)) == []
     wide = replace(work(), bits=dict.fromkeys(work().bits, 16.0))
     assert "a backend with 4 bits per weight" in ways_out(wide, usable(10 * GIB))
-    (together,) = ways_out(work(), usable(2.5 * GIB))
+    (together,) = ways_out(work(), usable(3.6 * GIB))
     assert together.startswith("data.max_length: 128 and train.optim: paged_adamw_8bit and ")
     assert ways_out(work(), 1) == []
 
@@ -303,9 +311,18 @@ def test_what_the_spec_asks_for_is_predicted(llama, tmp_path) -> None:
 def test_an_evaluation_that_needs_more_than_training_is_told(llama, tmp_path) -> None:
     wanted = spec(llama, tmp_path)
     wanted.evaluate.unquantized = False
-    assert "lower evaluate.batch_size" in "".join(planned(wanted, 12).notes)
+    told = "".join(planned(wanted, 7.5).notes)
+    assert "evaluating 8 examples at a time needs 1.7 GiB more than the model; lower" in told
     wanted.evaluate.batch_size = 1
-    assert "evaluate.batch_size" not in "".join(planned(wanted, 12).notes)
+    assert "evaluate.batch_size" not in "".join(planned(wanted, 7.5).notes)
+
+
+def test_logits_are_whole_in_an_evaluation_where_the_model_scales_them() -> None:
+    assert not Shape.of(LLAMA_8B).scaled
+    scaled = work(LLAMA_8B | {"logits_scaling": 8.0})
+    more = scaled.evaluation_bytes(4) - work().evaluation_bytes(4)
+    assert scaled.shape.scaled
+    assert more / GIB == pytest.approx(2 * 4 * 2048 * 128256 * 2 / GIB, abs=1)
 
 
 def test_two_keys_that_say_the_same_are_refused(llama, tmp_path) -> None:
@@ -324,6 +341,16 @@ def test_sharing_the_base_needs_less(llama, tmp_path) -> None:
     shared = plan(wanted, machine=on_card(80, 2), weights=False, processes=2).memory.work
     assert (alone.shards, shared.shards) == (1, 2)
     assert shared.peak(shared.least()) < alone.peak(alone.least())
+
+
+def test_what_is_not_sharded_is_whole_on_every_gpu() -> None:
+    layer = int(14336 * 4096 * NF4 / 8)
+    for shards, more in ((1, 0), (2, 32 * layer / 2)):
+        shared = work(shards=shards)
+        dense = replace(shared, dense=("down_proj",))
+        assert dense.quantized_bytes - shared.quantized_bytes == pytest.approx(more, abs=64)
+    tied = LLAMA_8B | {"tie_word_embeddings": True}
+    assert work(tied, shards=2).dense_bytes == work(tied).dense_bytes
 
 
 def test_targets_and_skipped_layers_count(llama, tmp_path) -> None:

@@ -1,0 +1,214 @@
+"""The parts of a plan, each resolved by itself: model, device, quantizer, adapter, dtype, data.
+
+As pure as the plan. What is wrong is noted in the draft, so that all of it is told at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from . import demo
+from .checkpoint import check_model, has_config_alone, is_local_path, quantization_of
+from .dependencies import missing_for_optimizer, missing_requirements
+from .distributed import world
+from .errors import OutputError, PlanRefused, Problem, did_you_mean
+from .machine import Machine
+from .parallel import device_problems
+from .peft_options import peft_options
+from .protocols import Quantizer
+from .records import Adapter, Backend
+from .registry import Registry
+from .run_folder import RunFolder
+from .spec import Spec
+
+
+@dataclass
+class Draft:
+    """The plan while it is being made; problems pile up here."""
+
+    spec: Spec
+    machine: Machine
+    registry: Registry
+    processes: int = 1
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def lookup(self, kind: Literal["backend", "adapter"], name: str) -> Any:
+        """Return the record of that name, or None and a problem."""
+        try:
+            return getattr(self.registry, kind)(name)
+        except PlanRefused as error:
+            self.problems.extend(error.problems)
+            return None
+
+
+def model_of(draft: Draft, weights: bool) -> str:
+    """Return the checkpoint; `weights` says whether it has to have them."""
+    if draft.spec.model is None:
+        return str(demo.MODEL_DIR)
+    if not weights and has_config_alone(draft.spec.model):
+        draft.notes.append("there are no weights here: this is a prediction, a run needs them")
+    else:
+        draft.problems += check_model(draft.spec.model)
+    return draft.spec.model
+
+
+def device_of(draft: Draft, elsewhere: bool = False) -> str:
+    """Return the device of this process; of several, each has that of its number.
+
+    Args:
+        elsewhere: whether the plan is for GPUs that need not be in this machine.
+    """
+    if not elsewhere:
+        draft.problems += device_problems(draft.spec, draft.machine, draft.processes)
+    wanted = draft.spec.device
+    if wanted == "auto":
+        wanted = draft.machine.default_device
+    if draft.processes > 1 and wanted == "cuda":
+        return f"cuda:{world().local_rank}"
+    kind, _, index = wanted.partition(":")
+    if kind == "cuda":
+        count = len(draft.machine.cuda)
+        if count == 0:
+            what = "there is no CUDA device here, or torch was built without CUDA"
+            fix = "use device: cpu, or install a CUDA build of torch; `quantadapt doctor` looks"
+            draft.problems.append(Problem(what, fix, where="device"))
+        elif index and not (index.isdigit() and int(index) < count):
+            what = f"{wanted!r} does not exist, there are {count} CUDA devices"
+            draft.problems.append(Problem(what, f"use cuda:0 to cuda:{count - 1}", where="device"))
+    elif kind not in ("cpu", "mps", "xpu", "hpu"):
+        what = f"{wanted!r} is no device"
+        draft.problems.append(Problem(what, "use auto, cpu, cuda or cuda:N", where="device"))
+    return wanted
+
+
+def quantizer_of(
+    draft: Draft, backend: Backend | None, model: str
+) -> tuple[Quantizer | None, bool]:
+    """Return the quantizer, and whether the checkpoint was quantized by it already."""
+    if backend is None:
+        return None, False
+    draft.problems += missing_requirements(backend)
+    found = quantization_of(model)
+    if found is None:
+        return _fresh_quantizer(draft, backend), False
+    adopted = backend.quantizer.from_checkpoint(found)
+    if adopted is None:
+        draft.problems.append(_wrong_checkpoint(draft, backend, found))
+        return None, True
+    given = draft.spec.backend.options
+    differing = {k: v for k, v in given.items() if getattr(adopted, k, None) != v}
+    for name, value in differing.items():
+        what = f"the checkpoint is quantized already, with {name}={getattr(adopted, name, None)!r}"
+        fix = f"leave out {name}={value!r}, or start from the unquantized model"
+        draft.problems.append(Problem(what, fix, where=f"backend.{name}"))
+    draft.notes.append(f"the checkpoint is quantized already ({backend.name}); loaded as it is")
+    return adopted, True
+
+
+def _wrong_checkpoint(draft: Draft, backend: Backend, found: Mapping[str, Any]) -> Problem:
+    makers = [
+        other.name
+        for other in draft.registry.backends()
+        if other.quantizer.from_checkpoint(found) is not None
+    ]
+    method = found.get("quant_method", "an unknown method")
+    what = f"the checkpoint is quantized with {method}, backend {backend.name!r} cannot read it"
+    fix = f"use --backend {makers[0]}" if makers else "start from the unquantized model"
+    return Problem(what, fix, where="model")
+
+
+def _fresh_quantizer(draft: Draft, backend: Backend) -> Quantizer | None:
+    try:
+        return backend.quantizer(**draft.spec.backend.options)
+    except ValidationError as error:
+        draft.problems += [_option_problem(backend, dict(d)) for d in error.errors()]
+        return None
+
+
+def _option_problem(backend: Backend, detail: dict[str, Any]) -> Problem:
+    name = ".".join(str(part) for part in detail["loc"])
+    where = f"backend.{name}"
+    if detail["type"] == "extra_forbidden":
+        hint = did_you_mean(name, backend.quantizer.model_fields)
+        what = f"backend {backend.name!r} has no option {name!r}"
+        return Problem(what, hint or "it has no options", where)
+    if detail["type"] == "literal_error":
+        what = f"{detail['input']!r} is not possible"
+        return Problem(what, f"use one of {detail['ctx']['expected']}", where)
+    return Problem(f"{detail['msg']}, got {detail['input']!r}", where=where)
+
+
+def adapter_options(draft: Draft, adapter: Adapter | None) -> dict[str, Any]:
+    """Return the adapter's options: its defaults, and what the spec says."""
+    if adapter is None:
+        return {}
+    draft.problems += missing_requirements(adapter)
+    given = draft.spec.adapter.options
+    known = peft_options(adapter.peft_type)
+    for name, value in given.items():
+        where = f"adapter.{name}"
+        if name not in known:
+            what = f"adapter {adapter.name!r} has no option {name!r}"
+            draft.problems.append(Problem(what, did_you_mean(name, known), where))
+        elif not known[name].accepts(value):
+            what = f"{value!r} is not of type {known[name].annotation}"
+            default = adapter.defaults.get(name, known[name].default)
+            draft.problems.append(Problem(what, f"default: {default}", where))
+        elif name in ("r", "init_r", "target_r") and isinstance(value, int) and value < 1:
+            draft.problems.append(Problem(f"{value} is no rank", "use 1 or more", where))
+    return {**adapter.defaults, **given}
+
+
+def dtype_of(draft: Draft, backend: Backend | None, device: str) -> str:
+    """Return torch's name of the compute dtype."""
+    wanted = draft.spec.dtype
+    dtype = draft.machine.default_dtype(device) if wanted == "auto" else wanted
+    if backend and dtype not in backend.dtypes:
+        what = f"backend {backend.name!r} does not compute in {dtype}"
+        fix = f"use dtype: {', '.join(backend.dtypes)}"
+        draft.problems.append(Problem(what, fix, where="dtype"))
+    kind = device.partition(":")[0]
+    if backend and kind not in backend.devices:
+        what = f"backend {backend.name!r} does not run on {kind}"
+        fix = f"use device: {', '.join(backend.devices)}"
+        draft.problems.append(Problem(what, fix, where="device"))
+    return dtype
+
+
+def check_data(draft: Draft) -> None:
+    """Look whether local files of data are there."""
+    for key in ("path", "eval_path", "calibration_path"):
+        path = getattr(draft.spec.data, key)
+        if path and is_local_path(path) and not Path(path).exists():
+            fix = "check the path; a hub id has the form owner/name"
+            draft.problems.append(Problem(f"{path} does not exist", fix, where=f"data.{key}"))
+
+
+def check_training(draft: Draft, device: str) -> None:
+    """Look for options of training that contradict each other or lack their library."""
+    train = draft.spec.train
+    draft.problems += missing_for_optimizer(train.optim)
+    if train.gradient_checkpointing is not None and train.memory != "auto":
+        what = "memory and gradient_checkpointing both say which layers are computed again"
+        fix = "leave one of them out"
+        draft.problems.append(Problem(what, fix, where="train.gradient_checkpointing"))
+    if isinstance(train.memory, float) and not device.startswith("cuda"):
+        draft.notes.append("train.memory limits the memory of a GPU; this run has none")
+
+
+def check_folder(draft: Draft) -> None:
+    """Look whether the run folder is free, or may be replaced or taken up."""
+    spec = draft.spec
+    inputs = spec.inputs
+    try:
+        RunFolder.check(
+            spec.output or "", overwrite=spec.overwrite, resume=spec.train.resume, inputs=inputs
+        )
+    except OutputError as error:
+        draft.problems += [replace(p, where=f"output {p.where}") for p in error.problems]

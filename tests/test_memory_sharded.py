@@ -1,0 +1,129 @@
+"""What a sharded base takes in each of two processes, against the plan's arithmetic."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from allocations import peak_of
+from two_processes import in_two
+
+from quantadapt.checkpointing import checkpointed
+from quantadapt.distributed import start
+from quantadapt.losses import add_head_loss
+from quantadapt.memory import Setting, Workload
+from quantadapt.model_shape import Shape
+from quantadapt.sharding import PACKED, one_block_at_a_time, shard
+
+LAYERS, TOKENS = 4, 16
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": LAYERS}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+IDS = torch.arange(TOKENS)[None]
+
+
+def workload(words: int, tied: bool) -> Workload:
+    """A Llama in float32 on backend `none`, with LoRA of rank 2 on `q_proj`."""
+    config = SIZES | HEADS | {"vocab_size": words, "tie_word_embeddings": tied}
+    shape = Shape.of(config | {"model_type": "llama", "rms_norm_eps": 1e-6})
+    assert shape is not None
+    bits = dict.fromkeys(shape.linears, 32.0)
+    return Workload(shape, bits, ("q_proj",), 2, "sgd", 4, 1, TOKENS, shards=2)
+
+
+def model_of(words: int, tied: bool) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import quantadapt as qa
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=words, tie_word_embeddings=tied, **SIZES, **HEADS)
+    return shard(qa.quantize(LlamaForCausalLM(config), "none"))
+
+
+def held(model: Any) -> dict[str, int]:
+    """Bytes in this process's memory: of quantized layers, and of all else."""
+    found = {"quantized": 0, "dense": 0}
+    seen = set()
+    for name, parameter in model.named_parameters():
+        mine = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        storage = mine.untyped_storage()
+        if storage._cdata not in seen:
+            found["quantized" if name.endswith(PACKED) else "dense"] += storage.nbytes()
+        seen.add(storage._cdata)
+    return found
+
+
+def peaks(model: Any, one_at_a_time: bool) -> dict[str, int]:
+    """Return what a forward and a backward pass take beside what is there before them: the least
+    of some, as gloo's threads let go of memory when they please."""
+    import quantadapt as qa
+
+    tuned: Any = qa.attach(model, "lora", r=2, target_modules=["q_proj"]).train()
+    add_head_loss(tuned.get_base_model())
+    found: dict[str, list[int]] = {"forward": [], "backward": []}
+    losses: list[Any] = []
+
+    def forward() -> None:
+        given = {"labels": IDS, "num_items_in_batch": None, "fused_lm_head": True}
+        losses.append(tuned(input_ids=IDS, use_cache=False, **given).loss)
+
+    alone = one_block_at_a_time(model) if one_at_a_time else nullcontext()
+    with alone, checkpointed(tuned, Setting(LAYERS, False, 1)):
+        for _ in range(4):
+            found["forward"].append(peak_of(forward))
+            found["backward"].append(peak_of(lambda: losses.pop().backward()))
+    return {name: min(several) for name, several in found.items()}
+
+
+CASES = {"few words": (512, False), "tied": (512, True), "many words": (16384, False)}
+
+
+def measured() -> dict[str, Any]:
+    """Everything that the tests below look at, in one of two processes."""
+    start("cpu")
+    found: dict[str, Any] = {}
+    for name, case in CASES.items():
+        model = model_of(*case)
+        found[name] = held(model) | {"ahead": peaks(model, False), "alone": peaks(model, True)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> list[dict[str, Any]]:
+    return in_two(measured, tmp_path_factory.mktemp("two"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shares_are_as_large_as_predicted(two, case) -> None:
+    work = workload(*CASES[case])
+    for found in two:
+        assert found[case]["quantized"] == work.quantized_bytes
+        assert found[case]["dense"] == work.dense_bytes
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_backward_gathers_a_block_and_the_next(two, case) -> None:
+    work = workload(*CASES[case])
+    block = work.block_bytes
+    # What comes from the others is there twice with gloo, and when it is put in place.
+    for found in two:
+        assert found[case]["ahead"]["backward"] == pytest.approx(3 * block, rel=0.05)
+        assert found[case]["alone"]["backward"] == pytest.approx(2 * block, rel=0.05)
+
+
+def test_the_embedding_is_there_twice_when_it_is_gathered(two) -> None:
+    work = workload(*CASES["many words"])
+    for found in two:
+        forward = found["many words"]["ahead"]["forward"]
+        assert forward == pytest.approx(2 * work.table_bytes, rel=0.1)
+
+
+def test_the_prediction_counts_what_is_gathered() -> None:
+    work, setting = workload(*CASES["many words"]), Setting(LAYERS, False, 1)
+    assert work.peak(setting) - work.quantized_bytes > 2 * work.table_bytes
+    few = workload(*CASES["few words"])
+    saved = few.peak(setting) - replace(few, prefetches=False).peak(setting)
+    assert saved == few.block_bytes
