@@ -4,11 +4,13 @@
 
 Cases: `peft-nf4`, `unsloth`, `unsloth-none` (without checkpointing), `ours-BACKEND:MEMORY`, where
 memory is `full` (each layer is computed again in backward; the default), `min` (the same, and the
-layers' inputs wait in CPU memory), `auto` (what fits) or `none`. Each runs in a process of its own
+layers' inputs wait in CPU memory), `auto` (what fits), a number (what fits into so many GiB) or
+`none`. `peft-nf4-dora` and `ours-BACKEND-dora:MEMORY` train DoRA. Each runs in a process of its own
 on random weights of the given shape: batch 4 x 2048, LoRA r=16 on all seven projections, AdamW.
 
-Prints a Markdown table: tokens per second (median step after three) and their ratio to the first
-case; peak GiB, and what quantadapt foresaw; time and peak of loading; the share of layers computed
+Prints a Markdown table: tokens per second (median of groups of four steps, after four; the loss is
+read once in each) and their ratio to the first case; peak GiB, what PyTorch held of the card for
+it, and what quantadapt foresaw; time and peak of loading; the share of layers computed
 again in backward; the share of the step that its arithmetic takes at least
 (`shapes.Shape.floor_seconds`); the first and last loss, which have to agree.
 """
@@ -40,6 +42,7 @@ COLUMNS = {
     "tokens/s": ("tokens_per_second", ",.0f"),
     "ratio": ("ratio", ".3f"),
     "peak GiB": ("peak_gib", ".2f"),
+    "reserved GiB": ("reserved_gib", ".2f"),
     "foreseen GiB": ("predicted_gib", ".2f"),
     "load s": ("load_seconds", ".1f"),
     "load peak GiB": ("load_peak_gib", ".2f"),
@@ -87,7 +90,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--case", nargs="+", type=check, default=["peft-nf4", "ours-nf4"])
-    parser.add_argument("--steps", type=int, default=12, help=f"the first {WARM_UP} do not count")
+    parser.add_argument("--steps", type=int, default=20, help=f"the first {WARM_UP} do not count")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/quantadapt-speed"))
     parser.add_argument("--timeout", type=float, default=300, help="seconds for each case")

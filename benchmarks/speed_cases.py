@@ -6,6 +6,7 @@ Nothing is imported here that imports transformers: Unsloth has to come first.
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,70 +19,101 @@ if TYPE_CHECKING:
     from shapes import Shape
 
 RANK, LEARNING_RATE = 16, 1e-4
-WARM_UP, PROFILED = 3, 2
+WARM_UP, PROFILED = 4, 2
 """Steps that are not timed: the first ones, and those after the timed ones that are profiled."""
+
+EVERY = 4
+"""The mean loss is read after so many steps, as logging does: reading it waits for the GPU."""
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 OURS: dict[str, dict[str, Any]] = {
     "ours-none": {"backend": "none"},
     "ours-nf4": {"backend": "bnb-nf4"},
+    "ours-fp4": {"backend": "bnb-fp4"},
     "ours-bnb8": {"backend": "bnb-int8"},
     "ours-hqq": {"backend": "hqq"},
     "ours-int8": {"backend": "torchao-int8"},
     "ours-int4": {"backend": "torchao-int4"},
+    "ours-intx": {"backend": "torchao-intx"},
     "ours-fp8": {"backend": "torchao-fp8"},
     "ours-eetq": {"backend": "eetq"},
     "ours-quanto4": {"backend": "quanto", "weights": "int4"},
+    "ours-gptq": {"backend": "gptq"},
+    "ours-awq": {"backend": "awq"},
+    "ours-autoround": {"backend": "autoround", "iters": 2},
 }
 MEMORY: dict[str, dict[str, Any]] = {
     "full": {"gradient_checkpointing": True},
+    "halves": {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
     "none": {"gradient_checkpointing": False},
     "min": {"memory": "min"},
     "auto": {"memory": "auto"},
 }
-"""What `ours-nf4:full` and the like set in TrainSpec; full is what stands for no suffix."""
+"""What `ours-nf4:full` and the like set in TrainSpec; full is what stands for no suffix. A number
+is a budget in GiB."""
 
-OTHERS = ("peft-nf4", "unsloth", "unsloth-none")
+CALIBRATES = ("gptq", "awq", "autoround")
+CALIBRATION = 1024
+"""Tokens that these are shown, in four examples."""
+
+WHOLE = 141.0
+"""GiB of a card on which everything fits, of which the plan is asked."""
+
+DORA = "-dora"
+"""What `ours-nf4-dora` and the like end in: their adapter is DoRA."""
+
+OTHERS = ("peft-nf4", "peft-nf4-dora", "unsloth", "unsloth-none")
 
 
 def check(case: str) -> str:
     """Return the case. Raises ArgumentTypeError if there is none of that name."""
     name, _, memory = case.partition(":")
-    if case not in OTHERS and (name not in OURS or memory not in ("", *MEMORY)):
+    if case not in OTHERS and (name.removesuffix(DORA) not in OURS or _memory(memory) is None):
         known = [*OTHERS, *OURS]
         raise argparse.ArgumentTypeError(
-            f"{case}: take one of {known}; ours-* with :{', :'.join(MEMORY)}"
+            f"{case}: take one of {known}; ours-* with :{', :'.join(MEMORY)} or :GIB"
         )
     return case
 
 
+def _memory(suffix: str) -> dict[str, Any] | None:
+    """Return what a case's suffix sets in TrainSpec; None if it is none."""
+    if re.fullmatch(r"\d+(\.\d+)?", suffix):
+        return {"memory": float(suffix)}
+    return MEMORY.get(suffix or "full")
+
+
 @dataclass
 class Watch:
-    """Times steps by the moment their loss is read, and profiles those after the timed ones."""
+    """Times steps by the moments at which a loss is read; profiles some after the timed ones."""
 
     timed: int
     profile: Profile | None
     losses: list[float] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     tables: str | None = None
+    done: int = 0
     last: float = field(default_factory=time.perf_counter)
 
     @property
     def steps(self) -> int:
         return self.timed + (PROFILED if self.profile else 0)
 
-    def step(self, loss: float) -> None:
+    def reads(self, step: int) -> bool:
+        """Whether the loss of step number `step` is to be read."""
+        return step % EVERY == 0 or step in (1, self.timed, self.steps)
+
+    def read(self, step: int, loss: float) -> None:
         """Note the end of a step; reading `loss` has waited for the device."""
         self.losses.append(loss)
-        done = len(self.losses)
-        if done <= self.timed:
-            self.times.append(time.perf_counter() - self.last)
-        if self.profile and done == self.timed:
+        if WARM_UP < step <= self.timed:
+            self.times.append((time.perf_counter() - self.last) / (step - self.done))
+        if self.profile and step == self.timed:
             self.profile.start()
-        if self.profile and done == self.timed + PROFILED:
+        if self.profile and step == self.timed + PROFILED:
             self.tables = self.profile.stop(PROFILED)
-        self.last = time.perf_counter()
+        self.done, self.last = step, time.perf_counter()
 
 
 def run_case(
@@ -97,15 +129,16 @@ def run_case(
     found["load_peak_gib"] = _peak_gib(device)
     watch = Watch(steps, profile)
     found |= train(model, _batches(shape, watch.steps), watch)
-    times = sorted(watch.times[WARM_UP:])
+    times = sorted(watch.times)
     median = times[len(times) // 2]
     floor = shape.floor_seconds(found["recomputed"]) if device == "cuda" else None
     return found | {
         "tokens_per_second": shape.tokens / median,
         "step_seconds": median,
         "of_floor": floor and floor / median,
+        "reserved_gib": _reserved_gib(device),
         "peak_gib": _peak_gib(device),
-        "losses": [watch.losses[0], watch.losses[steps - 1]],
+        "losses": [watch.losses[0], watch.losses[-1]],
         "tables": watch.tables,
     }
 
@@ -122,25 +155,35 @@ def _import(case: str) -> None:
 
 
 def _parts(case: str) -> tuple[Callable[..., Any], Callable[..., dict[str, Any]]]:
-    if case == "peft-nf4":
-        return peft_nf4, partial(plain_loop, recomputed=1.0)
+    if case.startswith("peft-nf4"):
+        return partial(peft_nf4, use_dora=case.endswith(DORA)), partial(plain_loop, recomputed=1.0)
     if case.startswith("unsloth"):
         checkpointing = "unsloth" if case == "unsloth" else False
         load = partial(unsloth, checkpointing=checkpointing)
         return load, partial(plain_loop, recomputed=1.0 if checkpointing else 0.0)
     name, _, memory = case.partition(":")
-    options, train = OURS[name], MEMORY[memory or "full"]
-    return partial(ours, options=options), partial(our_loop, backend=options, options=train)
+    options, train = OURS[name.removesuffix(DORA)], _memory(memory)
+    load = partial(ours, options=options, adapter="dora" if name.endswith(DORA) else "lora")
+    return load, partial(our_loop, backend=options, options=train)
 
 
-def ours(path: Path, shape: Shape, device: str, options: dict[str, Any]) -> Any:
+def ours(path: Path, shape: Shape, device: str, options: dict[str, Any], adapter: str) -> Any:
+    import torch
+
     import quantadapt as qa
 
-    model = qa.quantize(str(path), **options, device=device, dtype="bfloat16")
-    return qa.attach(model, "lora", r=RANK, lora_alpha=RANK)
+    # Enough to quantize with: speed does not depend on how well.
+    shown = torch.arange(CALIBRATION).view(-1, 1, CALIBRATION // 4)
+    calibration = (
+        [{"input_ids": row} for row in shown] if options["backend"] in CALIBRATES else None
+    )
+    model = qa.quantize(
+        str(path), **options, device=device, dtype="bfloat16", calibration=calibration
+    )
+    return qa.attach(model, adapter, r=RANK, lora_alpha=RANK)
 
 
-def peft_nf4(path: Path, shape: Shape, device: str) -> Any:
+def peft_nf4(path: Path, shape: Shape, device: str, use_dora: bool) -> Any:
     """Return what the PEFT documentation tells to write."""
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -160,7 +203,13 @@ def peft_nf4(path: Path, shape: Shape, device: str) -> Any:
     model = prepare_model_for_kbit_training(
         model, gradient_checkpointing_kwargs={"use_reentrant": False}
     )
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=RANK,
+        target_modules=PROJECTIONS,
+        task_type="CAUSAL_LM",
+        use_dora=use_dora,
+    )
     return get_peft_model(model, config)
 
 
@@ -194,15 +243,18 @@ def plain_loop(model: Any, batches: Any, watch: Watch, recomputed: float) -> dic
     device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     model.train()
-    for batch in batches:
-        ids = batch.to(device)
+    total = torch.zeros((), device=device)
+    for step, ids in enumerate(batches.to(device), 1):
         with torch.autocast(device.type, torch.bfloat16):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        watch.step(loss.item())
+        total = total + loss.detach()
+        if watch.reads(step):
+            watch.read(step, total.item() / (step - watch.done))
+            total = torch.zeros_like(total)
     return {"recomputed": recomputed}
 
 
@@ -218,6 +270,8 @@ def our_loop(
 
     import quantadapt as qa
 
+    notes: list[str] = []
+    rows_at_a_time = batches.shape[1] // options.get("gradient_accumulation_steps", 1)
     rows = batches.flatten(0, 1).tolist()
     data = Dataset.from_dict({"input_ids": rows, "completion_mask": [[1] * len(r) for r in rows]})
     in_order = patch.object(
@@ -227,18 +281,19 @@ def our_loop(
         result = qa.train(
             model,
             data,
-            on_log=lambda entry: watch.step(entry["loss"]),
+            on_log=lambda entry: watch.read(entry["step"], entry["loss"]),
+            on_note=notes.append,
             max_steps=len(batches),
-            per_device_train_batch_size=batches.shape[1],
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
             warmup_ratio=0,
-            logging_steps=1,
+            logging_steps=EVERY,
+            per_device_train_batch_size=rows_at_a_time,
             **options,
         )
     return {
         "recomputed": result.setting.checkpointed_layers / result.layers,
-        "setting": result.setting.describe(result.layers, batches.shape[1]),
+        "setting": "; ".join([*notes, result.setting.describe(result.layers, rows_at_a_time)]),
         "predicted_gib": _predicted_gib(model, batches, backend, result.setting),
     }
 
@@ -253,14 +308,14 @@ def _predicted_gib(model: Any, batches: Any, backend: dict[str, Any], setting: A
     spec = Spec(
         model=state.source,
         backend={"name": backend["backend"], **options},
-        adapter={"name": "lora", "r": RANK},
+        adapter={"name": "lora", "r": RANK, "use_dora": model.peft_config["default"].use_dora},
         data={"max_length": length},
         train={"per_device_train_batch_size": batch},
         evaluate={"unquantized": False},
         device=state.device,
         dtype=state.dtype_name,
     )
-    memory = plan(spec, check_output=False).memory
+    memory = plan(spec, check_output=False, cards=[WHOLE]).memory
     return None if memory is None else memory.work.peak(setting) / 2**30
 
 
@@ -289,3 +344,10 @@ def _peak_gib(device: str) -> float | None:
     peak = torch.cuda.max_memory_allocated() / 2**30
     torch.cuda.reset_peak_memory_stats()
     return peak
+
+
+def _reserved_gib(device: str) -> float | None:
+    """Return the most GPU memory that PyTorch held since the last `_peak_gib`, in use or not."""
+    import torch
+
+    return torch.cuda.max_memory_reserved() / 2**30 if device == "cuda" else None
