@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import quantadapt
-from quantadapt import adapters, errors, hookspecs, matrix, matrix_tables, records, registry
+from quantadapt import (
+    adapters,
+    errors,
+    hookspecs,
+    matrix,
+    matrix_results,
+    matrix_tables,
+    records,
+    registry,
+)
 from quantadapt.capabilities import Merge, Rule
 from quantadapt.spec import Spec
 
@@ -411,20 +420,24 @@ def _excerpt(known: registry.Registry) -> str:
 def _in_short(generated: Mapping[str, Any]) -> str:
     versions = generated.get("versions") or {}
     facts = [generated.get("device"), generated.get("date")]
-    facts += [f"{name} {versions[name]}" for name in matrix.PACKAGES[:3] if name in versions]
+    facts += [
+        f"{name} {versions[name]}" for name in matrix_results.PACKAGES[:3] if name in versions
+    ]
     return ", ".join(str(fact) for fact in facts if fact)
 
 
-def _verified(known: registry.Registry) -> list[matrix.Verified]:
+def _verified(known: registry.Registry) -> list[matrix_results.Verified]:
     """Return the verified results that come with the distribution."""
     names = {backend.name for backend in known.backends()}
-    return [part.only(lambda cell: cell.backend in names) for part in matrix.bundled()]
+    return [part.only(lambda cell: cell.backend in names) for part in matrix_results.bundled()]
 
 
 def disagreements() -> list[str]:
     """Return where the verified results and what is declared now do not agree."""
     known = _own_plugins()
-    return matrix.disagreements(matrix.bundled(), known.backends(), known.adapters())
+    return matrix_results.disagreements(
+        matrix_results.bundled(), known.backends(), known.adapters()
+    )
 
 
 # Markdown --------------------------------------------------------------------------------------
@@ -495,7 +508,9 @@ def main(arguments: Sequence[str]) -> int:
             path.write_text(pages()[path], encoding="utf-8")
             print(f"wrote {name}")
     if wrong:
-        print(f"verify these cells again with `{matrix.HOW}`, into quantadapt/matrix-*.json")
+        print(
+            f"verify these cells again with `{matrix_results.HOW}`, into quantadapt/matrix-*.json"
+        )
     if not found and not wrong:
         print(f"everything is up to date with quantadapt {quantadapt.__version__}")
     return 1 if (found or wrong) and "--check" in arguments else 0

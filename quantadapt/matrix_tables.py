@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from .matrix import MAIN, MEANING, DeclaredCell, Verified, VerifiedCell, backend_title, footnotes
+from .matrix import MAIN, MEANING, DeclaredCell, backend_title, footnotes
+from .matrix_results import Verified, VerifiedCell
 
 Words = Mapping[tuple[str, str], str]
 

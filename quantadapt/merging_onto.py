@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .atomic import atomic_folder
 from .capabilities import Cell
 from .checkpoint import INDEX
 from .errors import MergeRefused, ModelError
 from .planning import onto_refusals
 from .registry import registry
-from .run_folder import atomic_folder
 from .saving import RECORD
 
 if TYPE_CHECKING:

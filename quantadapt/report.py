@@ -6,44 +6,13 @@ Everything goes through `el`, which escapes all text; nothing else makes HTML.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from .memory import Setting
-from .report_charts import Bar, bar_chart, line_chart
-from .report_html import Child, Html, capital, details, el, facts_table, figures_list, section
-from .report_words import count, duration, mebibytes, percent, short
+from .report_headline import headline, lede
+from .report_html import Html, el
+from .report_run import Run, text
+from .report_sections import SECTIONS
 from .run_folder import RunFolder
-
-TIMES = "\N{MULTIPLICATION SIGN}"
-
-
-@dataclass(frozen=True)
-class Run:
-    """All that the page is made of: the contents of a run folder's files."""
-
-    marker: Mapping[str, Any]
-    plan: Mapping[str, Any]
-    metrics: Mapping[str, Any]
-    log: Sequence[Mapping[str, Any]]
-    environment: Mapping[str, Any]
-    spec: str
-
-    @classmethod
-    def read(cls, folder: RunFolder) -> Run:
-        """Read a run folder; what is missing is empty."""
-        spec = folder.path / "spec.yaml"
-        return cls(
-            marker=folder.marker,
-            plan=folder.read_json("plan.json"),
-            metrics=folder.read_json("metrics.json"),
-            log=folder.read_metrics(),
-            environment=folder.read_json("environment.json"),
-            spec=spec.read_text(encoding="utf-8", errors="replace") if spec.is_file() else "",
-        )
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -64,82 +33,13 @@ def render(run: Run) -> str:
         el("link", rel="icon", href=_ICON),
         el("style", Html(style)),
     )
-    sections = [section for make in _SECTIONS if (section := make(run))]
+    sections = [section for make in SECTIONS if (section := make(run))]
     body = el("body", el("main", _header(run), *sections), _footer(run))
     return f"<!doctype html>\n{el('html', head, body, lang='en')}\n"
 
 
-# --- words -----------------------------------------------------------------------------------
-
-
-def headline(run: Run) -> str:
-    """Return the run in one line, e.g. `hqq 4-bit x lora: perplexity 41.2 → 3.12 in 48 s`."""
-    before, after = _before_after(run)
-    if before is None or after is None:
-        state = run.marker.get("state")
-        return f"{_cell(run)}: {state}" if state in ("failed", "interrupted") else _cell(run)
-    seconds = _number(run.metrics, "train", "seconds")
-    spent = f" in {duration(seconds)}" if seconds is not None else ""
-    return f"{_cell(run)}: perplexity {short(before)} → {short(after)}{spent}"
-
-
-def _cell(run: Run) -> str:
-    backend, adapter = _part(run.plan, "backend"), _part(run.plan, "adapter")
-    bits = _number(backend, "options", "bits")
-    names = [
-        " ".join([_text(backend, "name"), f"{bits:g}-bit" if bits else ""]).strip(),
-        _text(adapter, "name"),
-    ]
-    return f" {TIMES} ".join(name for name in names if name) or "quantadapt run"
-
-
-def _lede(run: Run) -> str:
-    """Return two or three plain sentences: what was trained, what it changed, what it saves."""
-    sentences = [_gain_sentence(run), _trained_sentence(run), _size_sentence(run)]
-    return " ".join(sentence for sentence in sentences if sentence)
-
-
-def _gain_sentence(run: Run) -> str:
-    before, after = _before_after(run)
-    if not before or not after:
-        return ""
-    ratio = before / after
-    if ratio >= 2:
-        return f"Training made the quantized model's perplexity {short(ratio)} times lower."
-    change = abs(1 - after / before)
-    if change < 0.005:
-        return "Training left the quantized model's perplexity as it was."
-    direction = "lowered" if after < before else "raised"
-    return f"Training {direction} the quantized model's perplexity by {percent(change)}."
-
-
-def _trained_sentence(run: Run) -> str:
-    trained = _number(run.metrics, "train", "trainable_parameters")
-    base = _number(run.metrics, "train", "base_parameters")
-    if not trained or not base:
-        return ""
-    return f"It trained {count(trained)} parameters beside {count(base)} frozen ones."
-
-
-def _size_sentence(run: Run) -> str:
-    dense = _number(run.metrics, "size", "dense_mib")
-    quantized = _number(run.metrics, "size", "quantized_mib")
-    if not dense or not quantized or dense / quantized < 1.05:
-        return ""
-    now, then, ratio = mebibytes(quantized), mebibytes(dense), short(dense / quantized)
-    return f"The base takes {now} instead of {then}, {ratio} times less."
-
-
-def _before_after(run: Run) -> tuple[float | None, float | None]:
-    values = _part(run.metrics, "perplexity")
-    return _number(values, "quantized"), _number(values, "tuned")
-
-
-# --- sections --------------------------------------------------------------------------------
-
-
 def _header(run: Run) -> Html:
-    state, started = _text(run.marker, "state"), _text(run.marker, "started")
+    state, started = text(run.marker, "state"), text(run.marker, "started")
     eyebrow = el(
         "p",
         el("span", "quantadapt", class_="brand"),
@@ -150,267 +50,14 @@ def _header(run: Run) -> Html:
     cell, _, result = headline(run).partition(": ")
     result = result.replace(" → ", "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}")
     title = el("h1", cell, el("span", result, class_="result") if result else "")
-    lede = _lede(run)
-    return el("header", eyebrow, title, el("p", lede, class_="lede") if lede else "")
-
-
-def _perplexity(run: Run) -> Html:
-    named = {
-        "unquantized": ("base, not quantized", "before"),
-        "quantized": ("quantized", "before"),
-        "tuned": ("quantized + adapter", "after"),
-        "merged": ("merged", "after"),
-    }
-    values = _part(run.metrics, "perplexity")
-    found = [(name, value) for name in named if (value := _number(values, name)) and value > 0]
-    if not found:
-        return Html()
-    bars = [Bar(named[name][0], value, short(value), named[name][1]) for name, value in found]
-    low, high = min(bar.value for bar in bars), max(bar.value for bar in bars)
-    log = high > 10 * low
-    note = "On held-out text; lower is better, and 1 would be a perfect guess every time."
-    if log:
-        note += " The scale is logarithmic."
-    chart = bar_chart("Perplexity", bars, log=log)
-    return section("Perplexity", el("p", note, class_="note"), chart)
-
-
-def _loss(run: Run) -> Html:
-    points = [
-        (step, loss)
-        for line in run.log
-        if (step := _number(line, "step")) is not None
-        and (loss := _number(line, "loss")) is not None
-    ]
-    if len(points) < 2:
-        return Html()
-    facts = [f"{points[0][0]:g} to {points[-1][0]:g} optimizer steps"]
-    seconds, tokens = (_number(run.metrics, "train", key) for key in ("seconds", "tokens"))
-    if seconds and tokens:
-        facts.append(f"{count(tokens)} tokens at {short(tokens / seconds)} per second")
-    note = f"{'; '.join(facts)}. The line is a moving average over the dots."
-    chart = line_chart(points, _number(run.metrics, "train", "resumed_from"))
-    return section("Training loss", el("p", capital(note), class_="note"), chart)
-
-
-def _stages(run: Run) -> Html:
-    stages = _part(run.metrics, "stages")
-    found = [(name, value) for name in stages if (value := _number(stages, name)) is not None]
-    total = sum(value for _, value in found)
-    if not total:
-        return Html()
-    longest = max(value for _, value in found)
-    bars = [
-        Bar(name, value, duration(value), "after" if value == longest else "before")
-        for name, value in found
-    ]
-    note = el("p", f"{duration(total)} in all.", class_="note")
-    return section("Time per stage", note, bar_chart("Time per stage", bars, unit="seconds"))
-
-
-def _memory(run: Run) -> Html:
-    size = _part(run.metrics, "size")
-    named = {
-        "dense_mib": ("base, not quantized", "before"),
-        "quantized_mib": ("quantized", "after"),
-        "adapter_mib": ("adapter", "after"),
-    }
-    found = [(name, value) for name in named if (value := _number(size, name)) is not None]
-    bars = [Bar(named[name][0], value, mebibytes(value), named[name][1]) for name, value in found]
-    chart = bar_chart("Size of the weights", bars, unit="MiB") if bars else Html()
-    train = _part(run.metrics, "train")
-    figures = figures_list(_memory_figures(train))
-    words = _setting_words(_part(train, "memory"))
-    note = el("p", words, class_="note") if words else Html()
-    return section("Memory", chart, figures, note) if chart or figures else Html()
-
-
-def _memory_figures(train: Mapping[str, Any]) -> list[tuple[str, str]]:
-    peak, trained = _number(train, "peak_memory_gib"), _number(train, "trainable_parameters")
-    base = _number(train, "base_parameters")
-    figures = []
-    if trained is not None:
-        share = f", {percent(trained / base)} of the base" if base else ""
-        figures.append((count(trained), f"trainable parameters{share}"))
-    if peak is not None:
-        figures.append((mebibytes(peak * 1024), "peak memory"))
-    predicted = _number(train, "memory", "predicted_gib")
-    if predicted is not None:
-        figures.append((mebibytes(predicted * 1024), "predicted for it"))
-    dequantizing = _number(train, "dequantize_share")
-    if dequantizing is not None:
-        figures.append((percent(dequantizing), "of training spent on dequantizing"))
-    return figures
-
-
-def _setting_words(memory: Mapping[str, Any]) -> str:
-    """Return how training used memory, e.g. `20 of 32 layers recomputed, ...`."""
-    names = ("checkpointed_layers", "micro_batch", "layers", "batch")
-    count, size, layers, batch = (_number(memory, name) for name in names)
-    if count is None or size is None or layers is None or batch is None:
-        return ""
-    setting = Setting(int(count), memory.get("offload") is True, int(size))
-    return capital(f"{setting.describe(int(layers), int(batch))}.")
-
-
-_VERDICTS = {
-    "dense": ("Merged", "The adapter was merged into dense weights; they are in merged/."),
-    "requantize": ("Merged", "The adapter was merged and the weights were quantized again."),
-    "refused": ("Not merged", "A merge was refused; the adapter works beside the base."),
-    "never": ("Not merged", "No merged model was asked for; the adapter works beside the base."),
-}
-
-
-def _merge(run: Run) -> Html:
-    merge = _part(run.metrics, "merge")
-    refused = _items(merge, "refusals") or _items(run.plan, "merge_refusals")
-    kind = _text(merge, "kind") or ("refused" if refused else "")
-    if not kind:
-        return Html()
-    word, sentence = _VERDICTS.get(kind, (kind, ""))
-    kl, top1, kept = (_number(merge, key) for key in ("kl", "top1", "gain_kept"))
-    figures = [
-        (percent(kept), "of the gain in perplexity is kept") if kept is not None else None,
-        (percent(top1), "of next tokens agree (top-1)") if top1 is not None else None,
-        (f"{kl:.2g}", "KL divergence, nats per token") if kl is not None else None,
-    ]
-    refusals = [_refusal(item) for item in refused] if kind == "refused" else []
-    verdict = el("p", el("strong", f"{word}."), " ", sentence, class_=f"verdict {kind}")
-    return section("Merge", verdict, figures_list([f for f in figures if f]), *refusals)
-
-
-def _refusal(refusal: Mapping[str, Any]) -> Html:
-    where, rule, fix = (_text(refusal, key) for key in ("where", "rule", "fix"))
-    source = " · ".join(part for part in (where, f"rule {rule}" if rule else "") if part)
-    return el(
-        "div",
-        el("p", _text(refusal, "what")),
-        el("p", el("strong", "Way out: "), fix) if fix else "",
-        el("p", source, class_="note") if source else "",
-        class_="refusal",
-    )
-
-
-def _samples(run: Run) -> Html:
-    samples = [_sample(item) for item in _items(run.metrics, "samples")]
-    note = "Held-out prompts, answered greedily by the quantized model before and after training."
-    return section("Samples", el("p", note, class_="note"), *samples) if samples else Html()
-
-
-def _sample(sample: Mapping[str, Any]) -> Html:
-    answers = [
-        _answer(key.capitalize(), _text(sample, key), key)
-        for key in ("before", "after", "reference")
-        if sample.get(key) is not None
-    ]
-    prompt = _answer("Prompt", _text(sample, "prompt"), "prompt")
-    return el("article", prompt, el("div", *answers, class_="answers"), class_="sample")
-
-
-def _answer(label: str, text: str, kind: str) -> Html:
-    body = el("pre", text, dir="auto", tabindex="0") if text.strip() else el("em", "nothing")
-    return el("div", el("h3", label), body, class_=f"answer {kind}")
-
-
-def _plan(run: Run) -> Html:
-    rows: list[tuple[str, Child]] = []
-    for key in ("backend", "adapter"):
-        part = _part(run.plan, key)
-        if part:
-            options = _chips(part.get("options"))
-            rows.append((key, el("div", el("strong", _text(part, "name")), " ", options)))
-    elsewhere = ("backend", "adapter", "notes", "merge_refusals", "memory")
-    plain = [key for key in run.plan if key not in elsewhere]
-    rows += [(key, _value(run.plan[key])) for key in plain if run.plan[key] not in (None, [], {})]
-    notes = run.plan.get("notes")
-    listed = [el("li", str(note)) for note in notes] if isinstance(notes, list) else []
-    heading = [el("h3", "Notes"), el("ul", *listed)] if listed else []
-    return section("Plan", facts_table(rows), *heading) if rows or listed else Html()
-
-
-def _value(value: object) -> Html:
-    if isinstance(value, Mapping):
-        return _chips(value)
-    if isinstance(value, (list, tuple)):
-        return el("span", *[el("code", str(item)) for item in value], class_="chips")
-    words = {True: "yes", False: "no"}
-    return el("span", words[value] if isinstance(value, bool) else str(value))
-
-
-def _chips(options: object) -> Html:
-    if not isinstance(options, Mapping):
-        return Html()
-    chips = [el("code", f"{key}={value}") for key, value in options.items() if value is not None]
-    return el("span", *chips, class_="chips")
-
-
-def _command(run: Run) -> Html:
-    command = _text(run.metrics, "command")
-    return section("Run it again", el("pre", command, class_="command")) if command else Html()
-
-
-def _spec(run: Run) -> Html:
-    if not run.spec.strip():
-        return Html()
-    return section("Spec", details("The resolved spec, as YAML", el("pre", run.spec)))
-
-
-def _environment(run: Run) -> Html:
-    versions = _part(run.environment, "versions")
-    facts = {key: value for key, value in run.environment.items() if key != "versions"}
-    rows = [(key, str(value)) for key, value in facts.items() if value not in (None, "")]
-    rows += [(name, str(version or "not installed")) for name, version in versions.items()]
-    if not rows:
-        return Html()
-    table = details("Machine and versions", facts_table(rows))
-    return section("Environment", table)
-
-
-_SECTIONS: tuple[Callable[[Run], Html], ...] = (
-    _perplexity,
-    _samples,
-    _loss,
-    _merge,
-    _memory,
-    _stages,
-    _command,
-    _plan,
-    _spec,
-    _environment,
-)
+    words = lede(run)
+    return el("header", eyebrow, title, el("p", words, class_="lede") if words else "")
 
 
 def _footer(run: Run) -> Html:
-    version = _text(run.marker, "version")
+    version = text(run.marker, "version")
     made = f"Made by quantadapt {version}".strip()
     return el("footer", el("p", f"{made} from the files beside this page."))
-
-
-# --- reading what may be missing -------------------------------------------------------------
-
-
-def _part(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    part = values.get(key)
-    return part if isinstance(part, Mapping) else {}
-
-
-def _items(values: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    items = values.get(key)
-    return [item for item in items if isinstance(item, Mapping)] if isinstance(items, list) else []
-
-
-def _text(values: Mapping[str, Any], key: str) -> str:
-    value = values.get(key)
-    return str(value) if value is not None else ""
-
-
-def _number(values: Mapping[str, Any], *path: str) -> float | None:
-    for key in path[:-1]:
-        values = _part(values, key)
-    value = values.get(path[-1])
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return value if math.isfinite(value) else None
 
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

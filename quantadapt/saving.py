@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import planning
+from .atomic import atomic_folder
 from .calibration_data import examples_from
+from .environment import environment
 from .errors import MergeRefused, ModelError, OutputError, Problem
 from .registry import registry
-from .run_folder import atomic_folder, environment
 from .stages import held_out_data, quantize
 from .state import ModelState, state_of
 

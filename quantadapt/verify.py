@@ -8,18 +8,10 @@ passes over what has a result already, with the same versions.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Lock
@@ -27,31 +19,19 @@ from typing import Any
 
 import yaml
 
+from .atomic import write_atomic
 from .dependencies import missing_requirements
 from .errors import MissingDependency, OutputError, PlanRefused, Problem, SpecError
 from .machine import this_machine
-from .matrix import (
-    Verified,
-    VerifiedCell,
-    backend_title,
-    declared_cell,
-    dtype_for,
-    obstacles,
-    origin_of,
-    read_verified,
-    verified_cell,
-    without_defaults,
-)
+from .matrix import declared_cell, dtype_for, obstacles, without_defaults
+from .matrix_results import Verified, VerifiedCell, origin_of, read_verified
 from .records import Adapter, Backend
 from .registry import registry
-from .run_folder import write_atomic
+from .verify_process import Ending, Job, Listener, Processes, pytest_command
 
 TIMEOUT = 900.0
 AT_ONCE = 10
 """Adapters that share one process, at most: what an interruption or a crash can cost."""
-_POLL = 0.1
-
-Listener = Callable[[str, Mapping[str, Any]], None]
 
 
 def parse_options(texts: Iterable[str]) -> dict[str, Any]:
@@ -69,47 +49,6 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
             raise SpecError([Problem(f"{text!r} names no options", fix, where="backend options")])
         found |= values or {}
     return found
-
-
-@dataclass(frozen=True)
-class Job:
-    """One backend with its options on one device, and the adapters to verify it with."""
-
-    backend: Backend
-    adapters: tuple[str, ...]
-    options: Mapping[str, Any]
-    device: str
-    dtype: str
-
-    @property
-    def title(self) -> str:
-        """How to name it."""
-        return backend_title(self.backend.name, self.options)
-
-    def arguments(self) -> list[str]:
-        """Return what follows `pytest` on the command line."""
-        given = [f"{name}={json.dumps(value)}" for name, value in self.options.items()]
-        return [
-            *("--pyargs", "quantadapt.testing", "--backend", self.backend.name),
-            *("--adapter", ",".join(self.adapters)),
-            *("--device", self.device, "--dtype", self.dtype),
-            *(argument for text in given for argument in ("--backend-options", text)),
-        ]
-
-
-@dataclass
-class Ending:
-    """How a process ended.
-
-    Attributes:
-        cells: what it found.
-        died: why it did not end as it should; empty if it did.
-        part: what it died of: an adapter, "base", "rest" (several adapters), or "" (the start).
-    """
-
-    cells: list[VerifiedCell] = field(default_factory=list)
-    died: str = ""
-    part: str = ""
 
 
 class Verification:
@@ -131,10 +70,11 @@ class Verification:
             listener: told "planned", "job", "test", "ended" and "cell" with their facts.
             start: gives the command that verifies a job; pytest by default.
         """
-        self.file, self.timeout, self.start = file, timeout, start or _pytest
+        self.file = file
         self.cells = list(read_verified(file).cells) if file.exists() else []
         self._tell = listener or (lambda event, facts: None)
         self._lock, self._stop = Lock(), Event()
+        self._processes = Processes(timeout, self._tell, self._stop, start or pytest_command)
         self._devices: dict[str, str] = {}
         self._origins: dict[str, dict[str, Any]] = {}
 
@@ -253,7 +193,7 @@ class Verification:
         """Verify a job, whatever its processes do."""
         if self._stop.is_set():
             return
-        ending = self._process(job)
+        ending = self._processes.run(job)
         self._keep(job, ending.cells)
         left = self._without(job, [cell.adapter for cell in ending.cells])
         if not left.adapters or self._stop.is_set():
@@ -271,7 +211,7 @@ class Verification:
     def _after_the_base(self, job: Job, before: Ending) -> None:
         """Go on after a death before the first adapter: what happens twice concerns them all."""
         alone = replace(job, adapters=job.adapters[:1])
-        again = self._process(alone)
+        again = self._processes.run(alone)
         if again.cells:
             self._keep(alone, again.cells)
             self._one_by_one(self._without(job, alone.adapters))
@@ -315,123 +255,6 @@ class Verification:
                 where = str(self.file.parent)
                 raise OutputError(f"cannot make it: {error.strerror}", where=where) from None
             write_atomic(self.file, Verified.of(self.cells).to_json())
-
-    def _process(self, job: Job) -> Ending:
-        """Run the suite in a process of its own, and wait for its end or for silence."""
-        self._tell("job", {"job": job})
-        with tempfile.TemporaryDirectory(prefix="quantadapt-verify-") as name:
-            folder = Path(name)
-            (folder / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
-            log = folder / "log.txt"
-            with log.open("wb") as output:
-                process = subprocess.Popen(
-                    self.start(job),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=_environment(folder),
-                    start_new_session=True,
-                )
-                try:
-                    silence = self._wait(process, folder / "progress.jsonl", job)
-                finally:
-                    _kill(process)
-                    self._tell("ended", {"job": job})
-            return self._ending(folder, process.returncode, silence)
-
-    def _wait(self, process: subprocess.Popen[bytes], progress: Path, job: Job) -> bool:
-        """Wait for the end, telling of each test. Returns whether it fell silent before."""
-        size, last = 0, time.monotonic()
-        while process.poll() is None:
-            if self._stop.wait(_POLL):
-                return False
-            now = progress.stat().st_size if progress.exists() else 0
-            if now != size:
-                size, last = now, time.monotonic()
-                self._tell("test", {"job": job, **_last_line(progress)})
-            elif time.monotonic() - last > self.timeout:
-                _ask_where(process)
-                return True
-        return False
-
-    def _ending(self, folder: Path, code: int, silent: bool) -> Ending:
-        results = folder / "results.json"
-        if results.exists() and not silent and code in (0, 1):
-            values = json.loads(results.read_text(encoding="utf-8"))["cells"]
-            return Ending([verified_cell(cell) for cell in values])
-        last = _last_line(folder / "progress.jsonl")
-        if silent:
-            how = f"no sign of life for {self.timeout:g} s"
-        elif code < 0:
-            how = f"killed by {signal.Signals(-code).name}"
-        else:
-            how = f"ended with exit code {code}"
-        where = f" in {last['test']}" if last else ""
-        words = _last_words((folder / "log.txt").read_text(encoding="utf-8", errors="replace"))
-        return Ending(died=f"{how}{where}{words}", part=str(last.get("part", "")))
-
-
-# Processes -------------------------------------------------------------------------------------
-
-
-def _pytest(job: Job) -> list[str]:
-    options = ("-q", "--noconftest", "--capture=no", "--tb=short", "-p", "no:cacheprovider")
-    plugin = ("-p", "quantadapt.testing.plugin")
-    return [sys.executable, "-m", "pytest", *options, *plugin, *job.arguments()]
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    """Return the environment of a process: no foreign plugins, one thread, every test strict."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    return {
-        "OMP_NUM_THREADS": "1",  # tiny matrices: a second thread costs more than it brings
-        "TOKENIZERS_PARALLELISM": "false",
-        **kept,
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        "PYTEST_ADDOPTS": f"-c '{folder / 'pytest.ini'}' --rootdir '{folder}'",
-        "PYTHONFAULTHANDLER": "1",
-        "QUANTADAPT_STRICT": "1",
-        "QUANTADAPT_CACHE": str(folder / "cache"),  # backends are to work, not to remember
-        "QUANTADAPT_RESULTS": str(folder / "results.json"),
-        "QUANTADAPT_PROGRESS": str(folder / "progress.jsonl"),
-    }
-
-
-def _ask_where(process: subprocess.Popen[bytes]) -> None:
-    """Have a hanging process write down where it is."""
-    if os.name != "nt":
-        process.send_signal(signal.SIGABRT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End the process and whatever it started."""
-    with suppress(OSError):  # it has ended already
-        if os.name == "nt":
-            process.kill()
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _last_line(progress: Path) -> dict[str, Any]:
-    """Return the last whole line of a file of JSON lines."""
-    if not progress.exists():
-        return {}
-    lines = progress.read_text(encoding="utf-8").split("\n")[:-1]
-    found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-    return found
-
-
-def _last_words(log: str) -> str:
-    """Return what a process that died said last: of a crash of Python, what and where."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    crash = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python")), None)
-    if crash is not None:
-        frame = next((line for line in lines[crash:] if line.startswith("File ")), "")
-        return f": {lines[crash]} {frame}".rstrip()
-    return f": {' | '.join(lines[-2:])[-300:]}" if lines else ""
 
 
 def _check_device(device: str) -> None:

@@ -9,7 +9,9 @@ import pytest
 from quantadapt.errors import MergeRefused, PlanRefused
 from quantadapt.registry import registry
 from quantadapt.testing import AdapterSuite, Bench, RefusalSuite
-from quantadapt.testing.bench import ADAPTERS, change, relative
+from quantadapt.testing.short_training import train
+from quantadapt.testing.suite import ADAPTERS
+from quantadapt.testing.tensors import change, relative
 
 OTHERS = tuple(a.name for a in registry().adapters() if a.name not in ADAPTERS)
 
@@ -42,8 +44,8 @@ def test_all_registered_methods_are_covered():
 
 
 def test_rank_pattern(bench):
-    model = bench.train(
-        "lora", r=4, rank_pattern={"q_proj": 8, r"layers\.1\.mlp\.down_proj": 2}
+    model = train(
+        bench, "lora", r=4, rank_pattern={"q_proj": 8, r"layers\.1\.mlp\.down_proj": 2}
     ).model
     ranks = {
         name: module.r["default"]

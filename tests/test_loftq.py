@@ -12,7 +12,8 @@ from quantadapt.loading import from_pretrained
 from quantadapt.loftq import _low_rank
 from quantadapt.planning import plan
 from quantadapt.spec import Spec
-from quantadapt.testing.bench import relative, small_model
+from quantadapt.testing.small_demo import small_model
+from quantadapt.testing.tensors import relative
 
 IDS = torch.arange(48).reshape(2, 24) + 100
 SMALL = str(small_model())

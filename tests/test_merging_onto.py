@@ -15,7 +15,7 @@ from quantadapt.errors import MergeRefused, ModelError
 from quantadapt.loading import from_pretrained
 from quantadapt.registry import registry
 from quantadapt.stored import Checkpoint, open_stored
-from quantadapt.testing.bench import small_model
+from quantadapt.testing.small_demo import small_model
 
 IDS = torch.arange(48).reshape(2, 24) + 100
 

@@ -77,7 +77,7 @@ def test_options(request):
 
 def test_modules():
     assert "quantadapt.testing.plugin" in sys.modules
-    assert not {"torch", "pydantic", "yaml", "quantadapt.testing.bench"} & set(sys.modules)
+    assert not {"torch", "pydantic", "yaml", "quantadapt.testing.suite"} & set(sys.modules)
 """
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from quantadapt.metrics import Metrics
-from quantadapt.report import Run, headline, render, write_report
+from quantadapt.report import render, write_report
 from quantadapt.report_charts import nice_ticks, smoothed, thinned
+from quantadapt.report_headline import headline
 from quantadapt.report_html import Html, el
+from quantadapt.report_run import Run
 from quantadapt.report_words import duration, mebibytes, percent, short
 from quantadapt.run_folder import RunFolder
 

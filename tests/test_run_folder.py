@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from quantadapt import run_folder
+from quantadapt import atomic
+from quantadapt.atomic import atomic_folder, write_atomic
+from quantadapt.environment import environment
 from quantadapt.errors import OutputError
-from quantadapt.run_folder import MARKER, RunFolder, atomic_folder, environment, write_atomic
+from quantadapt.run_folder import MARKER, RunFolder
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -443,7 +445,7 @@ class TestAtomicFolder:
         )
         with pytest.raises(RuntimeError), atomic_folder(tmp_path / "merged"):
             raise error  # the disk is not full, so it is something else
-        monkeypatch.setattr(run_folder, "_free_space", lambda path: 4096)
+        monkeypatch.setattr(atomic, "_free_space", lambda path: 4096)
         with (
             pytest.raises(OutputError, match=r"4\.0 KiB are free"),
             atomic_folder(tmp_path / "merged"),

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from quantadapt import cli, matrix, verify
+from quantadapt import cli, matrix, matrix_results, verify, verify_process
 from quantadapt.cli.verifying import VerifyDisplay
 from quantadapt.errors import DataError, MissingDependency, OutputError, PlanRefused, SpecError
-from quantadapt.matrix import Verified, read_verified
+from quantadapt.matrix_results import Verified, read_verified
 from quantadapt.registry import registry
-from quantadapt.verify import Job, Verification, parse_options
+from quantadapt.verify import Verification, parse_options
+from quantadapt.verify_process import Job
 
 # Options as text ----------------------------------------------------------------------------------
 
@@ -92,7 +93,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def run(
         what: dict[str, str] | None = None, adapters: tuple[str, ...] = FOUR, **options: Any
-    ) -> tuple[dict[str, matrix.VerifiedCell], list[str]]:
+    ) -> tuple[dict[str, matrix_results.VerifiedCell], list[str]]:
         starts.write_text("")
         verification = Verification(
             tmp_path / "deep" / "m.json",
@@ -111,7 +112,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
-def outcomes(cells: dict[str, matrix.VerifiedCell]) -> dict[str, str]:
+def outcomes(cells: dict[str, matrix_results.VerifiedCell]) -> dict[str, str]:
     return {name: cell.verified for name, cell in cells.items()}
 
 
@@ -194,7 +195,7 @@ def test_what_has_a_result_is_passed_over(stand_in, monkeypatch):
     cells, starts = stand_in(adapters=("dora",), fresh=True)
     assert (starts, outcomes(cells)) == (["dora"], {"dora": "passed"})
     assert len(read_verified(stand_in.file).cells) == 5
-    monkeypatch.setattr(matrix, "__version__", "9.9")
+    monkeypatch.setattr(matrix_results, "__version__", "9.9")
     assert stand_in(adapters=("lora",))[1] == ["lora"]
 
 
@@ -236,7 +237,7 @@ def test_cells_of_other_origin_say_so(tmp_path: Path, stand_in):
     stand_in()
     part = read_verified(stand_in.file)
     old = {**part.cells[0].origin, "date": "2020-01-01", "versions": {"torch": "1.0"}}
-    cells = [matrix.VerifiedCell("none", "boft", "passed", origin=old), *part.cells]
+    cells = [matrix_results.VerifiedCell("none", "boft", "passed", origin=old), *part.cells]
     mixed = Verified.of(cells)
     (tmp_path / "m.json").write_text(mixed.to_json())
     again = read_verified(tmp_path / "m.json")
@@ -429,7 +430,7 @@ def test_one_broken_backend_stops_no_other(toys: Path, capsys, monkeypatch):
         started.append(command[command.index("--backend") + 1])
         return popen(command, **options)
 
-    monkeypatch.setattr(verify.subprocess, "Popen", counted)
+    monkeypatch.setattr(verify_process.subprocess, "Popen", counted)
     code, out, _ = run_cli(capsys, "--backend", "toy-hangs", "--timeout", "3")
     assert (code, started) == (1, ["toy-hangs"])
     names = [f"toy-{name}" for name in ("dies", "hangs", "honest", "raises")]

@@ -15,7 +15,8 @@ from .session import Session, session
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..matrix import DeclaredCell, Verified, VerifiedCell
+    from ..matrix import DeclaredCell
+    from ..matrix_results import Verified, VerifiedCell
     from ..records import Adapter, Backend
 
 _STYLES = {"requantize": "green", "dense": "green", "never": "yellow", "refused": "red"}
@@ -195,23 +196,28 @@ def _print_matrix(
     *,
     markdown: bool,
 ) -> None:
-    from .. import matrix as data
+    from .. import matrix_results
+    from ..matrix import declared, preferred_dtype
 
-    cells = data.declared(backends, adapters, device=device, dtype=dtype)
+    cells = declared(backends, adapters, device=device, dtype=dtype)
     names = {b.name for b in backends}, {a.name for a in adapters}
-    found = [data.read_verified(file) for file in files] if files else data.bundled()
+    found = (
+        [matrix_results.read_verified(file) for file in files]
+        if files
+        else matrix_results.bundled()
+    )
     results = [
         part.only(lambda c: c.backend in names[0] and c.adapter in names[1]) for part in found
     ]
     results = [part for part in results if part.cells]
     if shown.as_json:
-        shown.print_json(data.to_json(cells, results))
+        shown.print_json(matrix_results.to_json(cells, results))
     elif markdown:
         from ..matrix_tables import to_markdown
 
         shown.out.file.write(to_markdown(cells, results))
     else:
-        where = f"{device}, {dtype or data.preferred_dtype(device)}"
+        where = f"{device}, {dtype or preferred_dtype(device)}"
         _show(shown, cells, results, where)
 
 

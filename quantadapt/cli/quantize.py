@@ -101,8 +101,8 @@ def _quantized(
     made: Plan, output: Path, calibration: str | None, overwrite: bool
 ) -> dict[str, Any]:
     """Quantize and save; return what was written."""
+    from ..atomic import folder_size
     from ..quantizing import quantize_plan
-    from ..run_folder import folder_size
     from ..saving import save
 
     save(quantize_plan(made, calibration=calibration), output, overwrite=overwrite)

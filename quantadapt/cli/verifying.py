@@ -16,9 +16,9 @@ from .session import Session
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..matrix import VerifiedCell
+    from ..matrix_results import VerifiedCell
     from ..records import Adapter, Backend
-    from ..verify import Job
+    from ..verify_process import Job
 
 
 def verify_cells(
@@ -35,7 +35,7 @@ def verify_cells(
     fresh: bool,
 ) -> None:
     """Verify, and print what came of it. Ends in SystemExit(1) if a cell failed or crashed."""
-    from ..matrix import Verified
+    from ..matrix_results import Verified
     from ..verify import TIMEOUT, Verification, parse_options
 
     with VerifyDisplay(shown.progress) as display:

@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .. import __version__
+from ..atomic import atomic_folder
 from ..errors import OutputError, PlanRefused, Problem
 from ..registry import registry
-from ..run_folder import atomic_folder
 
 PREFIX = "quantadapt-"
 LONGEST = 40

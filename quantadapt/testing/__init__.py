@@ -33,14 +33,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-for _name in ("adapter_suite", "refusal_suite", "target_suite"):
+for _name in ("adapter_suite", "layer_suite", "refusal_suite", "target_suite"):
     pytest.register_assert_rewrite(f"{__name__}.{_name}")
 
 if TYPE_CHECKING:
     from .adapter_suite import AdapterSuite
     from .backend_suite import BackendSuite
-    from .bench import Bench, Suite
+    from .bench import Bench
     from .refusal_suite import RefusalSuite
+    from .suite import Suite
     from .target_suite import TargetSuite
     from .tolerances import Tolerance, tolerance
 
@@ -49,7 +50,7 @@ _HOME = {
     "BackendSuite": "backend_suite",
     "Bench": "bench",
     "RefusalSuite": "refusal_suite",
-    "Suite": "bench",
+    "Suite": "suite",
     "TargetSuite": "target_suite",
     "Tolerance": "tolerances",
     "tolerance": "tolerances",

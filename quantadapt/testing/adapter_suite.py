@@ -7,7 +7,10 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from .bench import LEAST_GAIN, Bench, Suite, cells, change, relative
+from .bench import Bench
+from .short_training import LEAST_GAIN
+from .suite import Suite, cells
+from .tensors import change, digest, relative
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -215,6 +218,4 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 
 def _tensors(model: nn.Module) -> dict[str, str]:
     """Return a digest of every tensor of a model, facades included."""
-    from .bench import digest
-
     return {name: digest(value) for name, value in model.state_dict().items()}

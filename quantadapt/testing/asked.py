@@ -14,8 +14,8 @@ from ..matrix import MAIN, backend_title, dtype_for, main_first, obstacles
 from ..registry import registry
 from ..verify import parse_options
 from .backend_suite import BackendSuite
-from .bench import Suite
 from .plugin import BASE, REST, part_of, suite_of
+from .suite import Suite
 
 
 class Asked:

@@ -6,28 +6,24 @@ Everything is made once, when the first test asks for it; tests that change a mo
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from collections.abc import Mapping
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-
-import pytest
+from typing import TYPE_CHECKING, Any
 
 from .. import demo
 from ..capabilities import Merge
-from ..matrix import MAIN as ADAPTERS
 from ..planning import Plan, attach_refusals, merge_refusals, onto_refusals, plan
 from ..records import Adapter, Backend
 from ..registry import registry
 from ..spec import Spec
+from .short_training import Trained, train
+from .small_demo import calibration_examples, demo_tokens, small_model
+from .tensors import plain_tensors
 from .tolerances import Tolerance, tolerance
 
 if TYPE_CHECKING:
@@ -36,109 +32,15 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..facade import QuantLinear
-
-STEPS = 4
-LEARNING_RATE = 5e-3
-FASTER = {"c3a": 0.1, "pvera": 0.1, "unilora": 0.1, "vera": 0.1}
-"""Learning rates of methods that hardly move in a few steps at the common one."""
-LEAST_GAIN = 0.01
-"""Share by which the loss has to fall."""
-SEQUENCE = 24
+    from .suite import Suite
 
 Adapters = Mapping[str, Mapping[str, Any]]
-Test = TypeVar("Test", bound=Callable[..., None])
 
 SMALL: Adapters = {
     # A schedule that really moves the budget within the few steps taken here.
     "adalora": {"total_step": 5, "tinit": 1, "tfinal": 2, "deltaT": 1},
 }
 """Options that the suite gives to adapters."""
-
-
-class Suite:
-    """What all suites have in common: the class attributes, and the bench behind the tests."""
-
-    backend: ClassVar[str]
-    options: ClassVar[Mapping[str, Any]] = {}
-    device: ClassVar[str] = "cpu"
-    dtype: ClassVar[str] = "float32"
-    adapters: ClassVar[tuple[str, ...]] = ADAPTERS
-    adapter_options: ClassVar[Adapters] = {}
-    rewrites_base: ClassVar[tuple[str, ...]] = ("pissa",)
-    """Adapters that take a part of the base's weights over when they are attached."""
-    reshaped: ClassVar[tuple[str, ...]] = ("adalora",)
-    """Adapters of which PEFT saves smaller tensors than it trains: a reload may round."""
-    rounded: ClassVar[tuple[str, ...]] = ("dora",)
-    """Adapters that start at zero exactly in float32, and up to rounding in lower precision."""
-    bits: ClassVar[float | None] = None
-    strict: ClassVar[bool] = os.environ.get("QUANTADAPT_STRICT", "1") != "0"
-
-    _bench: ClassVar[Bench | None] = None
-
-    @classmethod
-    def setup_class(cls) -> None:
-        """Make the bench; models come when they are asked for."""
-        cls._bench = Bench(cls)
-
-    @classmethod
-    def teardown_class(cls) -> None:
-        """Free models and folders before the next class."""
-        if cls._bench is not None:
-            cls._bench.close()
-        cls._bench = None
-
-    @pytest.fixture(name="bench")
-    def _bench_fixture(self) -> Bench:
-        assert self._bench is not None
-        return self._bench
-
-    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Give a test its adapters: those that its `cells` mark asks for and no rule refuses."""
-        if "adapter" not in metafunc.fixturenames:
-            return
-        wanted = getattr(metafunc.function, "cells", "attach")
-        names = Bench(type(self)).adapters_for(wanted)
-        metafunc.parametrize("adapter", names)
-
-
-def cells(wanted: str) -> Callable[[Test], Test]:
-    """Mark a test with the cells it is about: all, attach, dense, requantize or onto."""
-
-    def mark(function: Test) -> Test:
-        function.cells = wanted  # type: ignore[attr-defined]
-        return function
-
-    return mark
-
-
-@dataclass
-class Trained:
-    """One adapter, attached and trained for a few steps, and everything measured on the way.
-
-    Attributes:
-        model: the tuned PeftModel, in eval mode.
-        facades: the base's facades; the same objects that PEFT wrapped.
-        start, tuned: logits right after attaching, and after training.
-        losses: before each step.
-        base_at: digests of the base's tensors "before" attaching, at the "start" of training and
-            at its "end".
-        trainable: names of the parameters with requires_grad.
-        of_base: names of those among them that belong to the base.
-        moved: names of the parameters that training changed.
-        with_gradient: names of the parameters that got a gradient.
-        allocated: AdaLoRA's number of active directions after each step.
-    """
-
-    model: PeftModel
-    start: Tensor
-    tuned: Tensor
-    losses: list[float]
-    base_at: dict[str, dict[str, str]]
-    trainable: set[str]
-    of_base: set[str]
-    moved: set[str]
-    with_gradient: set[str]
-    allocated: list[int] = field(default_factory=list)
 
 
 class Bench:
@@ -380,7 +282,7 @@ class Bench:
         """Return `adapter`, attached and trained; made once."""
         if adapter not in self._trained:
             try:
-                self._trained[adapter] = self.train(adapter)
+                self._trained[adapter] = train(self, adapter)
             except Exception as error:
                 self._trained[adapter] = error
                 self._tracebacks[adapter] = error.__traceback__
@@ -390,112 +292,12 @@ class Bench:
             raise found.with_traceback(self._tracebacks[adapter])
         return found
 
-    def train(self, adapter: str, **options: Any) -> Trained:
-        """Attach `adapter` to a copy of the base and take a few AdamW steps on demo data."""
-        import torch
-
-        base = self.fresh()
-        held = _Held(base)
-        digests = {"before": held.digests()}
-        model = self.attach(adapter, base, **options)
-        digests["start"] = held.digests()
-        start = self.logits(model)
-        before = {n: digest(p) for n, p in model.named_parameters()}
-        trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-        own = held.ids()
-        of_base = {n for n, p in model.named_parameters() if id(p) in own and p.requires_grad}
-        optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=FASTER.get(adapter, LEARNING_RATE),
-        )
-        losses: list[float] = []
-        allocated: list[int] = []
-        with_gradient: set[str] = set()
-        model.train()
-        for step in range(STEPS):
-            loss = model(input_ids=self.ids, labels=self.ids).loss
-            loss.backward()
-            with_gradient |= {n for n, p in model.named_parameters() if p.grad is not None}
-            optimizer.step()
-            if hasattr(model.base_model, "update_and_allocate"):
-                model.base_model.update_and_allocate(step)
-                allocated.append(_directions(model))
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        tuned = self.logits(model)
-        losses.append(self.loss(model))
-        digests["end"] = held.digests()
-        moved = {n for n, p in model.named_parameters() if digest(p) != before[n]}
-        return Trained(
-            model=model,
-            start=start,
-            tuned=tuned,
-            losses=losses,
-            base_at=digests,
-            trainable=trainable,
-            of_base=of_base,
-            moved=moved,
-            with_gradient=with_gradient,
-            allocated=allocated,
-        )
-
     def loss(self, model: nn.Module) -> float:
         """Return the loss on the fixed tokens."""
         import torch
 
         with torch.no_grad():
             return float(model.eval()(input_ids=self.ids, labels=self.ids).loss)
-
-
-class _Held:
-    """The tensors of a base model, held by the modules that own them, whatever PEFT wraps."""
-
-    def __init__(self, base: nn.Module) -> None:
-        from ..facade import QuantLinear
-
-        self.facades = {n: m for n, m in base.named_modules() if isinstance(m, QuantLinear)}
-        inside = {id(p) for facade in self.facades.values() for p in facade.parameters()}
-        self.others = {n: p for n, p in base.named_parameters() if id(p) not in inside}
-
-    def ids(self) -> set[int]:
-        """Return the ids of the base's parameters as they are now."""
-        packed = {id(p) for facade in self.facades.values() for p in facade.parameters()}
-        return packed | {id(p) for p in self.others.values()}
-
-    def digests(self) -> dict[str, str]:
-        """Return name -> digest of the bytes of every tensor of the base."""
-        packed = {
-            f"{name}.{key}": digest(value)
-            for name, facade in self.facades.items()
-            for key, value in facade.state_dict().items()
-        }
-        return packed | {name: digest(value) for name, value in self.others.items()}
-
-
-def digest(value: Any) -> str:
-    """Return a digest of the bytes of a tensor, a tensor subclass, or plain data."""
-    import torch
-
-    hashed = hashlib.sha256()
-    if isinstance(value, torch.Tensor):
-        for part in plain_tensors(value):
-            flat = part.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-            hashed.update(flat.numpy().tobytes())
-    else:
-        hashed.update(repr(value).encode())
-    return hashed.hexdigest()
-
-
-def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the ordinary tensors of which `tensor` is made."""
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-    if not is_traceable_wrapper_subclass(tensor):
-        yield tensor
-        return
-    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    for name in names:
-        yield from plain_tensors(getattr(tensor, name))
 
 
 def _bytes(facade: QuantLinear) -> int:
@@ -506,68 +308,3 @@ def _bytes(facade: QuantLinear) -> int:
     parts = chain.from_iterable(plain_tensors(t) for t in tensors)
     bias = 0 if facade.bias is None else facade.bias.numel() * facade.bias.element_size()
     return sum(p.numel() * p.element_size() for p in parts) - bias
-
-
-def _directions(model: PeftModel) -> int:
-    """Return how many of AdaLoRA's singular directions are in use."""
-    values = [p for n, p in model.named_parameters() if "lora_E" in n]
-    return sum(int(value.count_nonzero()) for value in values)
-
-
-def relative(found: Tensor, reference: Tensor) -> float:
-    """Return the relative error of `found`."""
-    found, reference = found.detach().float(), reference.detach().float()
-    difference, norm = float((found - reference).norm()), float(reference.norm())
-    return difference / norm if norm else difference
-
-
-def change(found: Tensor, reference: Tensor) -> float:
-    """Return the largest absolute difference; 0 means equal bit for bit (but for signed zeros)."""
-    if found.shape != reference.shape:
-        return float("inf")
-    return float((found.detach() - reference.detach()).abs().max())
-
-
-@cache
-def small_model(layers: int = 2) -> Path:
-    """Return a checkpoint folder with the first layers of the demo; made once per process."""
-    return Path(_small_model(layers).name)
-
-
-@cache
-def _small_model(layers: int) -> tempfile.TemporaryDirectory[str]:
-    from transformers import AutoModelForCausalLM
-
-    kept = tempfile.TemporaryDirectory(prefix="quantadapt-model-")
-    source = _source()
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
-    model.model.layers = model.model.layers[:layers]
-    model.config.num_hidden_layers = layers
-    model.save_pretrained(kept.name)
-    for file in source.glob("*token*.json"):
-        shutil.copy(file, kept.name)
-    return kept
-
-
-def _source() -> Path:
-    return Path(os.environ.get("QUANTADAPT_TESTING_MODEL", demo.MODEL_DIR))
-
-
-@cache
-def calibration_examples() -> list[dict[str, Tensor]]:
-    """Return demo data to calibrate on: 24 examples of 64 tokens."""
-    return [{"input_ids": row[None]} for row in demo_tokens(64).reshape(24, 64)]
-
-
-@cache
-def demo_tokens(rows: int = 4) -> Tensor:
-    """Return tokens of the demo's instructions, [rows, SEQUENCE]."""
-    import torch
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(small_model())
-    lines = demo.TRAIN_FILE.read_text(encoding="utf-8").splitlines()[: 8 * rows]
-    records = [json.loads(line) for line in lines]
-    text = "\n".join(f"{r['instruction']}\n{r['output']}" for r in records)
-    ids = tokenizer(text)["input_ids"][: rows * SEQUENCE]
-    return torch.tensor(ids).reshape(rows, SEQUENCE)

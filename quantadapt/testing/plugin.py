@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from .bench import Suite
+    from .suite import Suite
 
 PACKAGE = "quantadapt.testing"
 RESULTS = "QUANTADAPT_RESULTS"
@@ -66,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
     """Take note of what will not be run."""
-    if f"{PACKAGE}.bench" in sys.modules:
+    if f"{PACKAGE}.suite" in sys.modules:
         for item in items:
             if suite := suite_of(item):
                 _listen(item.config).leave_out(item, suite)
@@ -74,7 +74,7 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Listen, if there is something to hear."""
-    if f"{PACKAGE}.bench" not in sys.modules:
+    if f"{PACKAGE}.suite" not in sys.modules:
         return
     if items := {item: suite for item in session.items if (suite := suite_of(item))}:
         _listen(session.config).expect(items)
@@ -105,7 +105,7 @@ def _listen(config: pytest.Config) -> Results:
 
 def suite_of(item: Any) -> type[Suite] | None:
     """Return the suite that a test belongs to."""
-    from .bench import Suite
+    from .suite import Suite
 
     found = getattr(item, "cls", None)
     return found if isinstance(found, type) and issubclass(found, Suite) else None
@@ -316,7 +316,8 @@ def _key(suite: type[Suite]) -> str:
 
 def _facts(bench: Any) -> dict[str, Any]:
     """Return what is known of a suite before any test, as plain data."""
-    from ..matrix import backend_title, origin_of, without_defaults
+    from ..matrix import backend_title, without_defaults
+    from ..matrix_results import origin_of
     from .unverified import unverified
 
     suite = bench.suite

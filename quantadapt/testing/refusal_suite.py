@@ -17,7 +17,9 @@ from ..machine import Machine, this_machine
 from ..planning import plan
 from ..registry import registry
 from ..spec import Spec
-from .bench import Bench, Suite, cells, relative
+from .bench import Bench
+from .suite import Suite, cells
+from .tensors import relative
 
 KINDS: tuple[Literal["dense", "requantize"], ...] = ("dense", "requantize")
 

@@ -1,4 +1,4 @@
-"""Is the base sound? Layers, numbers, gradients, precision, copies and checkpoints."""
+"""Is the base sound? Its layers, and the model: precision, copies and checkpoints."""
 
 # ruff: noqa: D102 (the names of the tests are sentences)
 
@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import pytest
 
-from .. import compiling
-from .bench import Bench, Suite, change, digest, relative
+from .bench import Bench
+from .layer_suite import LayerSuite, dense_forward
+from .tensors import change, digest, plain_tensors, relative
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,152 +22,8 @@ if TYPE_CHECKING:
     from ..facade import QuantLinear
 
 
-SIZES = ((256, 64), (320, 96), (96, 40), (100, 60), (72, 3), (33, 7))
-"""(in_features, out_features), from convenient to odd."""
-
-
-class TargetSuite(Suite):
+class TargetSuite(LayerSuite):
     """The backend without any adapter."""
-
-    # Layers ------------------------------------------------------------------------------------
-
-    def test_finds_every_linear_layer_but_the_head(self, bench: Bench) -> None:
-        from torch import nn
-
-        head = bench.dense.get_output_embeddings()  # type: ignore[operator]
-        linear = {n for n, m in bench.dense.named_modules() if type(m) is nn.Linear}
-        heads = {n for n, m in bench.dense.named_modules() if m is head}
-        assert set(bench.facades()) == linear - heads
-
-    def test_metadata_is_right_and_free(self, bench: Bench) -> None:
-        for name, facade in bench.facades().items():
-            dense = bench.original(name)
-            with patch.object(facade, "dequantize", side_effect=AssertionError("dequantized")):
-                weight = facade.weight
-                found = (tuple(weight.shape), weight.dtype, weight.device, weight.requires_grad)
-            expected = (tuple(dense.shape), bench.torch_dtype, dense.device, False)
-            assert found == expected, name
-            assert (facade.out_features, facade.in_features) == found[0], name
-
-    def test_weight_reads_as_the_dequantized_numbers(self, bench: Bench) -> None:
-        import torch
-
-        facade = bench.some_facade()
-        weight = facade.dequantize()
-        assert tuple(weight.shape) == (facade.out_features, facade.in_features)
-        assert torch.equal(facade.weight + 0, weight)
-        assert torch.equal(facade.weight.data, weight)
-
-    def test_dequantized_is_close_to_the_original(self, bench: Bench) -> None:
-        if bench.rescales:
-            return
-        errors, slopes = [], []
-        for name, facade in bench.facades().items():
-            original = bench.original(name)
-            dequantized = facade.dequantize()
-            assert dequantized.shape == original.shape, name
-            errors.append(relative(dequantized, original))
-            slopes.append(_slope(dequantized, original))
-        off = max(abs(slope - 1) for slope in slopes)
-        bench.note("", dequantize_error=max(errors), dequantize_scale=off, bits=bench.bits())
-        assert max(errors) <= bench.tolerance.weight.error
-        # Codebooks fitted by least squares shrink the weight by the square of their error.
-        fitted = max(errors) ** 2 if bench.record.calibration else 0.0
-        assert off <= bench.tolerance.weight.scale + fitted
-
-    def test_one_kernel_gives_the_weight_bit_for_bit(self, bench: Bench) -> None:
-        """What a backend hands to `compiling.one_kernel`: compiled on CUDA, traced elsewhere."""
-        facade = next(iter(bench.facades().values()))
-        expected = facade.dequantize()
-
-        def trace(*args: Any) -> Any:
-            return lambda *given: compiling.traced(*args)(*given)[0]
-
-        compile_ = compiling._compile if expected.is_cuda else trace
-        with (
-            patch.object(compiling, "_kernels", {}),
-            patch.object(compiling, "_pays", lambda packed: True),
-            patch.object(compiling, "_compile", compile_),
-        ):
-            assert change(facade.dequantize(), expected) == 0.0
-
-    # Forward and backward ----------------------------------------------------------------------
-
-    def test_forward_is_that_of_the_dequantized_weight(self, bench: Bench) -> None:
-        errors = []
-        for facade in bench.facades().values():
-            x = bench.input_of(facade)
-            errors.append(relative(facade(x), _linear(facade, x)))
-        bench.note("", forward_error=max(errors))
-        assert max(errors) <= bench.tolerance.forward
-
-    def test_forward_is_the_vendors(self, bench: Bench) -> None:
-        import torch
-
-        target: Any = bench.plan.quantizer.target
-        errors = []
-        for facade in bench.facades().values():
-            x = bench.input_of(facade)
-            with torch.no_grad():
-                errors.append(relative(facade(x), target.forward(facade.vendor, x)))
-        bench.note("", vendor_error=max(errors))
-        assert max(errors) <= bench.tolerance.vendor
-
-    def test_gradient_of_the_input(self, bench: Bench) -> None:
-        import torch
-
-        facade = bench.some_facade()
-        x = bench.input_of(facade).requires_grad_()
-        y = facade(x)
-        generator = torch.Generator().manual_seed(1)
-        dy = torch.randn(y.shape, generator=generator).to(y)
-        y.backward(dy)  # type: ignore[no-untyped-call]
-        assert x.grad is not None
-        weight = facade.dequantize()
-        assert relative(x.grad, dy @ weight) <= bench.tolerance.gradient
-        through_dense = bench.input_of(facade).requires_grad_()
-        _linear(facade, through_dense).backward(dy)  # type: ignore[no-untyped-call]
-        assert through_dense.grad is not None
-        assert relative(x.grad, through_dense.grad) <= bench.tolerance.gradient
-        original = bench.original(bench.widest)
-        assert relative(x.grad, dy @ original) <= 2 * bench.tolerance.weight.error + 1e-5
-
-    def test_model_differs_from_the_original_as_its_weights_do(self, bench: Bench) -> None:
-        bench.note("", logits_error=relative(bench.base_logits, bench.logits(bench.dense)))
-        assert bench.base_logits.isfinite().all()
-        low = bench.tolerance.weight.error + bench.tolerance.activations
-        assert bench.figures[""]["logits_error"] <= 3 * low
-
-    def test_sizes_that_do_not_fit_are_told(self, bench: Bench) -> None:
-        """What `misfit` accepts is quantized as well as anything, and what it refuses is not."""
-        from ..protocols import LayerwiseQuantizer
-
-        quantizer = bench.plan.quantizer
-        if not isinstance(quantizer, LayerwiseQuantizer) or bench.record.calibration:
-            return
-        for in_features, out_features in SIZES:
-            error = _quantization_error(bench, quantizer, in_features, out_features)
-            misfit = quantizer.misfit(in_features, out_features)
-            size = f"{in_features} inputs, {out_features} outputs"
-            if misfit is None:
-                assert error <= 2 * bench.tolerance.weight.error + 1e-5, size
-            elif bench.suite.strict:
-                assert error > bench.tolerance.weight.error, f"{size}: fits, but {misfit!r}"
-
-    def test_bits_per_weight_are_those_of_a_layer(self, bench: Bench) -> None:
-        """What is declared, and plans predict memory from, counts all that a layer holds."""
-        from ..saving import size_mib
-
-        facade = bench.some_facade()
-        size = facade.in_features, facade.out_features
-        declared = bench.plan.quantizer.bits_per_weight(
-            *size, device=bench.suite.device, dtype=bench.suite.dtype
-        )
-        if declared is None:
-            return
-        bias = 0 if facade.bias is None else facade.bias.nbytes
-        found = 8 * (size_mib(facade) * 2**20 - bias) / (size[0] * size[1])
-        assert abs(declared - found) <= 0.05 * found, f"{declared:.3f} declared, {found:.3f} found"
 
     # Biases, precision, memory savers ----------------------------------------------------------
 
@@ -174,7 +32,7 @@ class TargetSuite(Suite):
 
         from ..saving import load, save
 
-        dense = _biased(bench)
+        dense = biased(bench)
         biases = {n: p.detach().clone() for n, p in dense.named_parameters() if "bias" in n}
         model = bench.quantize(bench.plan, dense)
         facades = _facades(model)
@@ -186,7 +44,7 @@ class TargetSuite(Suite):
                 assert torch.equal(facade.bias.detach().to(bias), bias), name
             bias = facade.bias.detach()
             x = bench.input_of(facade)
-            assert relative(facade(x), _linear(facade, x)) <= bench.tolerance.forward
+            assert relative(facade(x), dense_forward(facade, x)) <= bench.tolerance.forward
             zero = torch.zeros_like(x)
             assert relative(facade(zero)[0, 0], bias) <= bench.tolerance.vendor
         folder = save(model, bench.folder() / "biased")
@@ -207,7 +65,7 @@ class TargetSuite(Suite):
             x = bench.input_of(facade).bfloat16()
             y = facade(x)
             assert y.dtype == torch.bfloat16
-            error = relative(y, _linear(facade, x))
+            error = relative(y, dense_forward(facade, x))
             assert error <= bench.tolerance.low_precision, name
         assert model(input_ids=bench.ids).logits.dtype == torch.bfloat16
 
@@ -332,46 +190,13 @@ def _facades(model: nn.Module) -> dict[str, QuantLinear]:
     return dict(facades(model))
 
 
-def _quantization_error(bench: Bench, quantizer: Any, in_features: int, out_features: int) -> float:
-    """Return the relative error of a random layer of that size; inf where it cannot be done."""
-    import torch
-    from torch import nn
-
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(out_features, in_features, generator=generator).to(bench.torch_dtype)
-    linear = nn.Linear(in_features, out_features, bias=False)
-    linear.weight = nn.Parameter(weight.to(bench.suite.device), False)
-    try:
-        found = quantizer.target.dequantize(quantizer.quantize_linear(linear))
-    except Exception:
-        return float("inf")
-    return relative(found.cpu(), weight) if found.shape == weight.shape else float("inf")
-
-
-def _linear(facade: QuantLinear, x: Tensor) -> Tensor:
-    """Return what an ordinary linear layer with the dequantized weight would."""
-    from torch.nn.functional import linear
-
-    weight = facade.dequantize()
-    bias = None if facade.bias is None else facade.bias.detach().to(weight)
-    return linear(x.to(weight.dtype), weight, bias)
-
-
-def _slope(found: Tensor, reference: Tensor) -> float:
-    """Return the least-squares slope of `found` on `reference`."""
-    found, reference = found.double(), reference.double()
-    return float((found * reference).sum() / (reference * reference).sum())
-
-
 def _scribble(tensor: Tensor) -> None:
     """Overwrite the bytes of a tensor, through any subclass."""
-    from .bench import plain_tensors
-
     for part in plain_tensors(tensor):
         part.detach().zero_()
 
 
-def _biased(bench: Bench) -> nn.Module:
+def biased(bench: Bench) -> nn.Module:
     """Return the dense model with random biases in every linear layer but the head."""
     import torch
 
@@ -391,9 +216,6 @@ def _biased(bench: Bench) -> nn.Module:
 
 
 def _copy_tokenizer(bench: Bench, folder: Any) -> None:
-    import shutil
-    from pathlib import Path
-
     for file in Path(bench.source).glob("*token*.json"):
         shutil.copy(file, folder)
 

@@ -1,0 +1,50 @@
+"""Compare tensors: relative errors, and digests of their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def relative(found: Tensor, reference: Tensor) -> float:
+    """Return the relative error of `found`."""
+    found, reference = found.detach().float(), reference.detach().float()
+    difference, norm = float((found - reference).norm()), float(reference.norm())
+    return difference / norm if norm else difference
+
+
+def change(found: Tensor, reference: Tensor) -> float:
+    """Return the largest absolute difference; 0 means equal bit for bit (but for signed zeros)."""
+    if found.shape != reference.shape:
+        return float("inf")
+    return float((found.detach() - reference.detach()).abs().max())
+
+
+def digest(value: Any) -> str:
+    """Return a digest of the bytes of a tensor, a tensor subclass, or plain data."""
+    import torch
+
+    hashed = hashlib.sha256()
+    if isinstance(value, torch.Tensor):
+        for part in plain_tensors(value):
+            flat = part.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+            hashed.update(flat.numpy().tobytes())
+    else:
+        hashed.update(repr(value).encode())
+    return hashed.hexdigest()
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the ordinary tensors of which `tensor` is made."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    for name in names:
+        yield from plain_tensors(getattr(tensor, name))
