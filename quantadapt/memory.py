@@ -74,6 +74,7 @@ class Workload:
         dora: whether it is DoRA.
         fused_kernels: whether Liger's kernels run.
         splits: whether a batch can be split.
+        accumulates: whether gradients of several passes add up in a step.
         dense: names of the linear layers that are left as they are.
         shards: so many GPUs share the base; `sharding` says how.
         shardable: whether several GPUs may share it.
@@ -93,6 +94,7 @@ class Workload:
     dora: bool = False
     fused_kernels: bool = True
     splits: bool = True
+    accumulates: bool = False
     dense: tuple[str, ...] = ()
     shards: int = 1
     shardable: bool = True
@@ -223,11 +225,13 @@ class Workload:
         block, table = self._gathered_block, self._gathered_table
         plain = self.backward_bytes(tokens)
         work = max(plain + block, 2 * block) + (block if self.prefetches else 0)
-        # The embedding, as it comes from the others and once more where it is used; there are no
-        # gradients yet.
-        yield 0, 0, max(2 * table - 4 * self.trained, 0)
+        # Before the first backward of a step there are no gradients.
+        several = self.accumulates or setting.micro_batch < self.batch
+        before = 0 if several else 4 * self.trained
+        yield 0, 0, table - before  # the embedding
         # The loss, and the last layer's backward.
-        yield inputs, (layers - count) * kept, max(self.loss_bytes(tokens) + table, work)
+        loss = self.loss_bytes(tokens) + table - before
+        yield inputs, (layers - count) * kept, max(loss, work)
         if count:
             # The first layer that is recomputed, when what the others kept is gone. Where inputs go
             # to CPU memory, little is to be kept.

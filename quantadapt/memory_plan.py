@@ -248,6 +248,7 @@ def memory_plan(
         dora=lora and bool(options.get("use_dora")),
         fused_kernels=train.use_liger_kernel and installed_version("liger-kernel") is not None,
         splits=not train.packing and adapter.peft_type != "ADALORA",
+        accumulates=train.gradient_accumulation_steps > 1,
         dense=dense,
         shardable=not unshared,
         prefetches=train.memory != "min",

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from .calibration import decoder_blocks
 from .errors import ModelError
@@ -86,23 +86,14 @@ def shard_block(block: nn.Module, vendors: Iterable[nn.Module]) -> None:
 def one_block_at_a_time(model: nn.Module) -> Iterator[None]:
     """Inside, backward gathers a block when it needs it, and not while the one after it computes:
     slower, with a block less in memory."""
-    blocks = _sharded_blocks(model)
+    blocks: list[Any] = [m for m in model.modules() if PACKED in m._parameters]
     for block in blocks:
-        _prefetch_none(block)
+        block.set_modules_to_backward_prefetch([block])  # itself, which is there already
     try:
         yield
     finally:
-        for block in blocks[1:]:
+        for block in blocks:
             block.set_modules_to_backward_prefetch([])
-
-
-def _sharded_blocks(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if PACKED in module._parameters]
-
-
-def _prefetch_none(block: Any) -> None:
-    """Let FSDP2 gather nothing for what comes after the backward of `block`."""
-    block.set_modules_to_backward_prefetch([block])  # itself, which is there already
 
 
 def _shard_rest(model: nn.Module) -> None:
@@ -112,15 +103,27 @@ def _shard_rest(model: nn.Module) -> None:
     whole: Any = model
     embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
-    for module in () if tied else (embedding, head):
-        if type(module) in (nn.Embedding, nn.Linear):
-            module.requires_grad_(False)
-            fully_shard(module, mesh=_mesh(), reshard_after_forward=True)
-    for block in _sharded_blocks(model)[:1]:
-        _prefetch_none(block)  # it would be the embedding, which has no backward
+    if not tied and type(embedding) is nn.Embedding and embedding.max_norm is None:
+        _shard_embedding(embedding)
+    if not tied and type(head) is nn.Linear:
+        head.requires_grad_(False)
+        fully_shard(head, mesh=_mesh(), reshard_after_forward=True)
     # FSDP's hooks are on __call__: PEFT calls the forward of the model with the head directly
     root = whole.base_model
     fully_shard(root, mesh=_mesh(), ignored_params=set(root.parameters()))
+
+
+def _shard_embedding(embedding: Any) -> None:
+    """Keep this rank's rows. All of them are gathered to look some up, without FSDP2, which would
+    hold them twice: as they come, and in place."""
+    rows = distribute_tensor(embedding.weight.detach(), _mesh(), [Shard(0)])
+    embedding.weight = nn.Parameter(rows, requires_grad=False)
+
+    def forward(ids: Tensor) -> Tensor:
+        weight: Tensor = embedding.weight.full_tensor()
+        return nn.functional.embedding(ids, weight, embedding.padding_idx)
+
+    embedding.forward = forward
 
 
 def _mesh() -> Any:

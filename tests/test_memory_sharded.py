@@ -114,16 +114,16 @@ def test_backward_gathers_a_block_and_the_next(two, case) -> None:
         assert found[case]["alone"]["backward"] == pytest.approx(2 * block, rel=0.05)
 
 
-def test_the_embedding_is_there_twice_when_it_is_gathered(two) -> None:
+def test_the_embedding_is_gathered_once(two) -> None:
     work = workload(*CASES["many words"])
-    for found in two:
+    for found in two:  # gloo holds what comes from the others once more
         forward = found["many words"]["ahead"]["forward"]
         assert forward == pytest.approx(2 * work.table_bytes, rel=0.1)
 
 
 def test_the_prediction_counts_what_is_gathered() -> None:
     work, setting = workload(*CASES["many words"]), Setting(LAYERS, False, 1)
-    assert work.peak(setting) - work.quantized_bytes > 2 * work.table_bytes
+    assert work.peak(setting) - work.quantized_bytes > work.table_bytes
     few = workload(*CASES["few words"])
     saved = few.peak(setting) - replace(few, prefetches=False).peak(setting)
     assert saved == few.block_bytes

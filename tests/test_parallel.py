@@ -113,7 +113,7 @@ def test_what_forbids_sharing_is_respected_and_told(planned, values, rule) -> No
 def test_neither_fits(planned) -> None:
     with pytest.raises(PlanRefused) as caught:
         planned(two_cards(TINY))
-    assert "fsdp on 8 GPUs" in str(caught.value)
+    assert "fsdp on 4 GPUs" in str(caught.value)
 
 
 def test_where_no_card_is_known_the_base_is_whole(planned) -> None:
