@@ -8,29 +8,13 @@ a layer may overwrite its output (Liger's kernels do).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .fused import _flat, _kept, _no_autocast
-
-if TYPE_CHECKING:
-    from .fused import LoraTerm
-
-
-@dataclass
-class Magnitude:
-    """DoRA's part of a layer: its trained magnitudes [out_features], and Σ W² of each row.
-
-    The base is frozen, so `squares` is computed once for as long as this object lives: a training
-    run, or else a single pass.
-    """
-
-    weight: Tensor
-    squares: Tensor | None = None
+from .fused_lora import LoraTerm, Magnitude, flat, kept, no_autocast
 
 
 def fused_dora(x: Tensor, dropped: Tensor | None, term: LoraTerm) -> Tensor:
@@ -41,7 +25,7 @@ def fused_dora(x: Tensor, dropped: Tensor | None, term: LoraTerm) -> Tensor:
         dropped: d, which DoRA's part sees; None if it is x itself.
         term: the layer; it has a magnitude.
     """
-    seen, keeper = _kept(x if dropped is None else dropped)
+    seen, keeper = kept(x if dropped is None else dropped)
     base = None if dropped is None else x
     trained = (term.a, term.b, _magnitude(term).weight)
     output: Tensor = _FusedDora.apply(seen, base, term, keeper, *trained)  # type: ignore[no-untyped-call]
@@ -58,11 +42,11 @@ class _FusedDora(torch.autograd.Function):
         device_type = seen.device.type
         dtype = term.facade.compute_dtype_for(device_type)
         out = dtype if torch.is_autocast_enabled(device_type) else seen.dtype
-        with _no_autocast(device_type):
+        with no_autocast(device_type):
             weight = term.facade.weight_for_forward(seen).to(dtype)
             norm = _row_norms(term, weight)
             c = _magnitude(term).weight / norm
-            x, bias = _flat(seen, out), term.facade.bias
+            x, bias = flat(seen, out), term.facade.bias
             low, b = x @ term.a_cast.to(out).T, _rows_times(term.b_cast.to(out), c * term.scaling)
             y = low @ b.T if bias is None else torch.addmm(bias.to(out), low, b.T)
             # One rounding for all of it: rounded before, a c close to 1 would be lost.
@@ -70,7 +54,7 @@ class _FusedDora(torch.autograd.Function):
             term.facade.keep_product(seen, product)
             y.addcmul_(product, c if base is None else c - 1)
             if base is not None:
-                y += _product(_flat(base, out), weight)
+                y += _product(flat(base, out), weight)
         ctx.term, ctx.keeper, ctx.dtypes = term, keeper, (dtype, out)
         ctx.base_dtype = None if base is None else base.dtype
         # Not by save_for_backward, or a recomputation would go on up to here.
@@ -84,15 +68,15 @@ class _FusedDora(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (seen,) = ctx.saved_tensors if ctx.keeper is None else ctx.keeper.saved_tensors
         term, (dtype, out) = ctx.term, ctx.dtypes
-        shape, seen_dtype, dy = seen.shape, seen.dtype, _flat(grad, out)
+        shape, seen_dtype, dy = seen.shape, seen.dtype, flat(grad, out)
         d_seen = d_base = None
-        with _no_autocast(seen.device.type):
+        with no_autocast(seen.device.type):
             weight = term.facade.weight_for_backward().to(dtype)
             through_b = dy @ _rows_times(term.b_cast.to(out), ctx.c * term.scaling)
             product = term.facade.product_for_backward(seen)
             if product is None:
-                product = _product(_flat(seen, out), weight)
-            of_trained = _trained_gradients(ctx, _flat(seen, out), dy, through_b, product)
+                product = _product(flat(seen, out), weight)
+            of_trained = _trained_gradients(ctx, flat(seen, out), dy, through_b, product)
             del seen, product  # before its gradient, which is as large, needs memory
             if ctx.needs_input_grad[0]:
                 factor = ctx.c if ctx.base_dtype is None else ctx.c - 1
