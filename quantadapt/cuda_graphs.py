@@ -60,6 +60,7 @@ class Graphs:
         self._recorded: dict[torch.Size, _Recorded] = {}
         self._seen: Counter[torch.Size] = Counter()
         self._pool: Any = None
+        self._gradients: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The decoder's forward."""
@@ -92,9 +93,13 @@ class Graphs:
             return None
         failed = ""
         try:
-            if self._pool is None:
+            if self._pool is None or self._gradients is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            self._recorded[ids.shape] = _Recorded(self.eager, ids, self.weights, self._pool)
+                count = sum(weight.numel() for weight in self.weights)
+                self._gradients = self.weights[0].new_empty(count)
+            self._recorded[ids.shape] = _Recorded(
+                self.eager, ids, self.weights, self._gradients, self._pool
+            )
         except RuntimeError as error:  # out of memory, or something that has to wait for the GPU
             failed = _reason(error.__context__ or error)  # recording could not be ended either
         if failed:
@@ -112,14 +117,20 @@ class Graphs:
 
 
 class _Recorded:
-    """Forward and backward for one shape of `ids`, int64 [batch, length].
+    """Forward and backward for one shape of `ids`, int64 [batch, length]; the latter leaves the
+    gradients of `weights` in `gradients`, one behind the other.
 
     All that were recorded into one pool share its memory: between a forward and its backward,
     nothing else may be replayed.
     """
 
     def __init__(
-        self, run: Callable[..., Any], ids: Tensor, weights: list[Tensor], pool: Any
+        self,
+        run: Callable[..., Any],
+        ids: Tensor,
+        weights: list[Tensor],
+        gradients: Tensor,
+        pool: Any,
     ) -> None:
         self.ids = ids.clone()
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -130,7 +141,8 @@ class _Recorded:
         self.hidden = hidden.detach()
         with torch.cuda.graph(self.backward, pool=pool):
             grads = torch.autograd.grad(hidden, weights, self.hidden)
-            self.gradients = torch.cat([grad.flatten() for grad in grads])
+            torch.cat([grad.flatten() for grad in grads], out=gradients)
+        self.gradients = gradients
         self.shapes = [weight.shape for weight in weights]
 
 
