@@ -20,15 +20,8 @@ from .errors import OutputError, Problem, TrainingError, did_you_mean
 from .kernels import fast_attention, fused_kernels, one_row_each
 from .memory import OOM_FIX, Setting
 from .progress import OnLog
-from .trainers import (
-    CHECKPOINTS,
-    PREFIX,
-    STATE,
-    adapter_device,
-    compute_dtype,
-    make_trainer,
-    quiet,
-)
+from .trainers import adapter_device, compute_dtype, make_trainer, quiet
+from .training_loop import CHECKPOINTS, PREFIX, STATE
 
 if TYPE_CHECKING:
     import torch
