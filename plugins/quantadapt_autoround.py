@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 BLOCK = 32
 """Codes that are packed together along the inputs, and zero points along the outputs."""
 DECODING = 128
-"""Tokens up to which auto-round's Triton kernel is the faster way. 0: not measured."""
+"""Tokens up to which auto-round's Triton kernel beats dequantizing and a matrix product on CUDA."""
 TRACE = 5
 """The level of `logging.Logger.trace`, as auto-round and neural-compressor have it."""
 LONGEST = 2048

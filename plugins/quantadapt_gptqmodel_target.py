@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 DECODING = 128
-"""Tokens up to which gptqmodel's Triton kernels are the faster way. 0: not measured."""
+"""Tokens up to which gptqmodel's Triton kernels beat dequantizing and a matrix product on CUDA."""
 
 
 class PackedTarget(LayerwiseTarget):
