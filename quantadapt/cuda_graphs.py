@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import world
 from .fitting import free
 from .fused import FusedLoraLinear
-from .sharding import is_sharded
 
 SEEN_BEFORE = 2
 """So many passes of a shape run as ever, which compiles kernels and finds layers to join."""
@@ -166,8 +166,8 @@ class _Replay(torch.autograd.Function):
 
 
 def can_record(model: Any) -> bool:
-    """Say whether passes of `model` may be recorded: on CUDA, the same at each step, and with
-    gradients for nothing but plain LoRA."""
+    """Say whether passes of `model` may be recorded: by a single process on CUDA, the same at each
+    step, and with gradients for nothing but plain LoRA."""
     weights = [p for p in model.parameters() if p.requires_grad]
     plain: set[nn.Parameter] = set()
     for module in model.modules():
@@ -180,7 +180,7 @@ def can_record(model: Any) -> bool:
         and weights[0].is_cuda
         and base.base_model is not base
         and not _draws_random_numbers(model)
-        and not is_sharded(base)
+        and world().size == 1  # recording beside NCCL's threads has not been tried
     )
 
 

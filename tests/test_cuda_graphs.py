@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import quantadapt as qa
 from quantadapt import cuda_graphs, demo
 from quantadapt.cuda_graphs import can_record
+from quantadapt.distributed import World
 from quantadapt.fitting import Fitting
 
 VOCABULARY, BATCH = 2048, 2
@@ -68,6 +69,9 @@ def test_only_plain_lora_on_cuda_is_recorded(monkeypatch) -> None:
     assert not can_record(adapted(lora_dropout=0.1))
     assert not can_record(adapted(settings={"attention_dropout": 0.1}))
     assert not can_record(adapted(modules_to_save=["lm_head"]))
+    with monkeypatch.context() as two:
+        two.setattr(cuda_graphs, "world", lambda: World(size=2))
+        assert not can_record(model)
     extra = qa.attach(qa.quantize(tiny_llama(), "bnb-nf4", dtype="bfloat16"), "ia3")
     assert not can_record(extra)
 
