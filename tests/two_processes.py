@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,3 +30,8 @@ def _work(rank: int, port: int, folder: Path, function: Callable[..., Any], args
     made = function(*args)
     stop()
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(made))
+    # Once in some sixty times a process aborted while the interpreter was taken down ("terminate
+    # called without an active exception"). All is done and told by here.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
