@@ -162,13 +162,16 @@ def test_bfloat16_with_float32_masters(autocast) -> None:
     assert_same(found, expected, rtol=2e-2)
 
 
-def test_it_saves_x_and_nothing_else() -> None:
+def saves_x_alone(made: nn.Module) -> None:
     saved = []
-    made = adapted(True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         made(X.clone().requires_grad_())
     sizes = sorted(t.numel() for t in saved)
     assert sizes == sorted([3 * 5 * 12, 3 * 5 * 20, 3 * 5 * 20])  # SiLU saves its input
+
+
+def test_it_saves_x_and_nothing_else() -> None:
+    saves_x_alone(adapted(True))
 
 
 def test_attached_and_loaded_layers_are_fused(tmp_path) -> None:
@@ -328,8 +331,7 @@ def test_a_kept_weight_is_dropped_when_the_base_changes() -> None:
     assert facade._kept is None
 
 
-def test_while_it_trains_a_and_b_are_cast_once_a_step() -> None:
-    made = adapted(True, torch.bfloat16, master=torch.float32)
+def casts_once_a_step(made: nn.Module) -> None:
     x = X.bfloat16()
     with fused_training(made) as training:
         before = made(x)
@@ -343,6 +345,10 @@ def test_while_it_trains_a_and_b_are_cast_once_a_step() -> None:
         assert torch.equal(made(x), changed)
     assert torch.equal(made(x), changed)
     assert not torch.equal(changed, before)
+
+
+def test_while_it_trains_a_and_b_are_cast_once_a_step() -> None:
+    casts_once_a_step(adapted(True, torch.bfloat16, master=torch.float32))
 
 
 def test_an_adapter_switched_in_training_is_noticed() -> None:
