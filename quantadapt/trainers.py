@@ -188,8 +188,7 @@ def _clip_what_is_trained(accelerator: Any, trained: list[nn.Parameter]) -> None
         return clip(trained, *args, **kwargs)
 
     accelerator.clip_grad_norm_ = clipped
-    if accelerator.use_distributed:
-        accelerator.prepare_model = prepared
+    accelerator.prepare_model = prepared  # a launcher's single process would be wrapped as well
 
 
 def _packed(dataset: Dataset) -> Dataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,24 +13,34 @@ from typing import Any
 
 import pytest
 import torch
-from two_processes import in_two
+from processes import in_processes
 
 import quantadapt as qa
 from quantadapt.distributed import World, as_launched, world
 from quantadapt.spec import Spec
 
 STEPS = 4
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.cuda,
+            pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs"),
+        ],
+    ),
+]
 ADAPTERS: dict[str, dict[str, Any]] = {"lora": {"r": 4}, "adalora": {"init_r": 6, "target_r": 3}}
 
 
-def train(adapter: str, parallel: str, batch: int, output: Path, **options: Any) -> dict[str, Any]:
+def train(
+    adapter: str, parallel: str, batch: int, output: Path, device: str, **options: Any
+) -> dict[str, Any]:
     """Train on the demo's data; return what the run logged, and the adapter's weights."""
-    from quantadapt.distributed import start
     from quantadapt.sharding import shard
 
-    base = qa.quantize(None, "bnb-nf4", device="cpu")
+    base = qa.quantize(None, "bnb-nf4", device=device, dtype="float32")
     if parallel == "fsdp":
-        start("cpu")
         shard(base)
     model = qa.attach(base, adapter, **ADAPTERS[adapter])
     logs: list[dict[str, Any]] = []
@@ -37,7 +48,7 @@ def train(adapter: str, parallel: str, batch: int, output: Path, **options: Any)
     qa.train(model, output=output, on_log=logs.append, per_device_train_batch_size=batch, **given)
     if world().is_main:
         qa.save(model, output)
-    weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    weights = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
     keys = ("step", "loss", "grad_norm", "tokens")
     return {"logs": [[log[key] for key in keys] for log in logs], "weights": weights}
 
@@ -45,50 +56,60 @@ def train(adapter: str, parallel: str, batch: int, output: Path, **options: Any)
 ACCUMULATED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
 
 
-def work(folder: Path) -> dict[str, Any]:
+def work(folder: Path, kind: str) -> dict[str, Any]:
     """Everything that the tests below look at, in one of two processes."""
     from quantadapt.distributed import start
 
-    start("cpu")
-    found = {"mean": means()}
-    found["ddp"] = train("lora", "ddp", 2, folder / "ddp")
-    found["fsdp"] = train("lora", "fsdp", 2, folder / "fsdp", save_steps=2)
-    found["fsdp-min"] = train("lora", "fsdp", 2, folder / "fsdp-min", memory="min")
-    found["adalora"] = train("adalora", "fsdp", 2, folder / "adalora", **ACCUMULATED)
+    device = f"cuda:{world().local_rank}" if kind == "cuda" else kind
+    start(device)
+
+    def run(adapter: str, parallel: str, name: str, **options: Any) -> dict[str, Any]:
+        return train(adapter, parallel, 2, folder / name, device, **options)
+
+    found: dict[str, Any] = {"mean": means(device)}
+    found["ddp"] = run("lora", "ddp", "ddp")
+    found["fsdp"] = run("lora", "fsdp", "fsdp", save_steps=2)
+    found["fsdp-min"] = run("lora", "fsdp", "fsdp-min", memory="min")
+    found["adalora"] = run("adalora", "fsdp", "adalora", **ACCUMULATED)
     if world().is_main:
         shutil.rmtree(folder / "fsdp" / "checkpoints" / f"checkpoint-{STEPS}")
     torch.distributed.barrier()
-    found["resumed"] = train("lora", "fsdp", 2, folder / "fsdp", save_steps=2, resume=True)
+    found["resumed"] = run("lora", "fsdp", "fsdp", save_steps=2, resume=True)
     return found
 
 
-def means() -> list[Any]:
+def means(device: str) -> list[Any]:
     """Average gradients of which some are missing on one process, or on both."""
     from quantadapt.distributed import average_gradients
 
-    weights = [torch.nn.Parameter(torch.zeros(3)) for _ in range(3)]
-    weights[0].grad = torch.full((3,), 1.0 + 2 * world().rank)
+    weights = [torch.nn.Parameter(torch.zeros(3, device=device)) for _ in range(3)]
+    weights[0].grad = torch.full_like(weights[0], 1.0 + 2 * world().rank)
     if world().is_main:
-        weights[1].grad = torch.full((3,), 8.0)
+        weights[1].grad = torch.full_like(weights[1], 8.0)
     average_gradients(weights)
     return [None if weight.grad is None else weight.grad.tolist() for weight in weights]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("two")
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def two(folder) -> list[dict[str, Any]]:
-    return in_two(work, folder, folder)
+def folder(tmp_path_factory, device) -> Path:
+    return tmp_path_factory.mktemp(device)
 
 
 @pytest.fixture(scope="module")
-def alone(folder) -> dict[str, Any]:
+def two(folder, device) -> list[dict[str, Any]]:
+    return in_processes(2, work, folder, folder, device)
+
+
+@pytest.fixture(scope="module")
+def alone(folder, device) -> dict[str, Any]:
     return {
-        "lora": train("lora", "none", 4, folder / "alone"),
-        "adalora": train("adalora", "none", 4, folder / "alone-adalora", **ACCUMULATED),
+        "lora": train("lora", "none", 4, folder / "alone", device),
+        "adalora": train("adalora", "none", 4, folder / "alone-adalora", device, **ACCUMULATED),
     }
 
 
@@ -130,6 +151,27 @@ def test_missing_gradients_count_as_zero_unless_missing_everywhere(two) -> None:
     assert [found["mean"] for found in two] == [[[2.0] * 3, [4.0] * 3, None]] * 2
 
 
+def train_alone(output: Path) -> tuple[int, int]:
+    """Train, and say how many steps there were, and how many passes through torch's wrapper."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrapped: list[Any] = []
+    forward = DistributedDataParallel.forward
+
+    def seen(self: Any, *args: Any, **options: Any) -> Any:
+        wrapped.append(self)
+        return forward(self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(DistributedDataParallel, "forward", seen)
+        steps = len(train("lora", "auto", 2, output, "cpu")["logs"])
+    return steps, len(wrapped)
+
+
+def test_a_launcher_of_one_process_changes_nothing(tmp_path) -> None:
+    assert in_processes(1, train_alone, tmp_path, tmp_path / "run") == [(STEPS, 0)]
+
+
 PLUGIN = """
 import os, signal
 from quantadapt.hookspecs import hookimpl
@@ -147,7 +189,7 @@ def quantadapt_stage_done(stage, value):
 
 
 def run(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "quantadapt", "run", "--gpus", "2", "--device", "cpu"]
+    command = [sys.executable, "-m", "quantadapt", "run", "--gpus", "2"]
     given = {
         "train": {"max_steps": STEPS, "save_steps": 2, "logging_steps": 1, "parallel": "fsdp"},
         "evaluate": {"samples": 0, "max_examples": 4},
@@ -162,13 +204,14 @@ def run(folder: Path, *arguments: str, **variables: str) -> subprocess.Completed
     )
 
 
-def test_a_process_that_dies_stops_the_others(tmp_path) -> None:
+@pytest.mark.parametrize("kind", DEVICES)
+def test_a_process_that_dies_stops_the_others(tmp_path, kind) -> None:
     (tmp_path / "unlucky.py").write_text(PLUGIN, encoding="utf-8")
     info = tmp_path / "unlucky-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: unlucky\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[quantadapt]\nunlucky = unlucky\n")
-    done = run(tmp_path, DIES="1")
+    done = run(tmp_path, "--device", kind, DIES="1")
     assert done.returncode == 1
     assert "process 1 of 2 failed:\nError: ArithmeticError: out of luck" in done.stderr
     assert "another process" not in done.stderr
@@ -176,9 +219,9 @@ def test_a_process_that_dies_stops_the_others(tmp_path) -> None:
     assert [p.name for p in (folder / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
     assert json.loads((folder / "quantadapt-run.json").read_text())["state"] == "failed"
 
-    done = run(tmp_path, "--resume", DIES="")
+    done = run(tmp_path, "--device", kind, "--resume", DIES="")
     assert done.returncode == 0, done.stderr
-    assert "2 x cpu (fsdp)" in done.stdout
+    assert re.search(r"2 x .+ \(fsdp\)", done.stdout)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["train"]["resumed_from"] == 2
     assert (metrics["train"]["processes"], metrics["train"]["parallel"]) == (2, "fsdp")
@@ -186,7 +229,7 @@ def test_a_process_that_dies_stops_the_others(tmp_path) -> None:
 
 
 def test_a_refused_run_starts_no_process(tmp_path) -> None:
-    done = run(tmp_path, "--merge", "dense")
+    done = run(tmp_path, "--device", "cpu", "--merge", "dense")
     assert done.returncode == 2
     assert "[rule fsdp-no-merge]" in done.stderr
     assert not (tmp_path / "run").exists()

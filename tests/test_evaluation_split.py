@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from two_processes import in_two
+from processes import in_processes
 
 import quantadapt as qa
 from quantadapt import evaluation
@@ -42,7 +42,7 @@ def both() -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict[str, list[Any]]]:
-    return in_two(both, tmp_path_factory.mktemp("split"))
+    return in_processes(2, both, tmp_path_factory.mktemp("split"))
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from allocations import peak_of
-from two_processes import in_two
+from processes import in_processes
 
 from quantadapt.checkpointing import checkpointed
 from quantadapt.distributed import start
@@ -93,7 +93,7 @@ def measured() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict[str, Any]]:
-    return in_two(measured, tmp_path_factory.mktemp("two"))
+    return in_processes(2, measured, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize("case", CASES)

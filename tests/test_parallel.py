@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from two_processes import in_two
+from processes import in_processes
 
 from quantadapt import demo, stages
 from quantadapt.distributed import world
@@ -154,6 +154,6 @@ def meeting(kinds: tuple[str, str]) -> str:
 
 
 def test_processes_that_planned_otherwise_do_not_wait_for_each_other(tmp_path) -> None:
-    for found in in_two(meeting, tmp_path, ("ddp", "fsdp")):
+    for found in in_processes(2, meeting, tmp_path, ("ddp", "fsdp")):
         assert "set train.parallel to fsdp or ddp" in found
-    assert in_two(meeting, tmp_path, ("fsdp", "fsdp")) == ["", ""]
+    assert in_processes(2, meeting, tmp_path, ("fsdp", "fsdp")) == ["", ""]

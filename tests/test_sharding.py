@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from two_processes import in_two
+from processes import in_processes
 
 from quantadapt.dependencies import missing_requirements
 from quantadapt.errors import ModelError, PlanRefused
@@ -94,7 +94,7 @@ def every_backend(tiny: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def sharded(tiny, tmp_path_factory) -> list[dict[str, Any]]:
-    return in_two(every_backend, tmp_path_factory.mktemp("sharded"), tiny)
+    return in_processes(2, every_backend, tmp_path_factory.mktemp("sharded"), tiny)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,4 +1,4 @@
-"""Runs a function in two gloo processes on the CPU."""
+"""Runs a function in processes of a launcher's."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from typing import Any
 import torch.multiprocessing as multiprocessing
 
 
-def in_two(function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
-    """Return what `function(*args)` gives in each of two processes; raises what one raises."""
+def in_processes(count: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
+    """Return what `function(*args)` gives in each of the processes; raises what one raises."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    multiprocessing.spawn(_work, (port, folder, function, args), nprocs=2)
-    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
+    multiprocessing.spawn(_work, (count, port, folder, function, args), nprocs=count)
+    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(count)]
 
 
-def _work(rank: int, port: int, folder: Path, function: Callable[..., Any], args: Any) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+def _work(
+    rank: int, count: int, port: int, folder: Path, function: Callable[..., Any], args: Any
+) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     from quantadapt.distributed import stop
 
