@@ -31,6 +31,7 @@ from unittest.mock import patch
 
 import torch
 import transformers
+from random_models import random_aqlm
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
@@ -71,7 +72,7 @@ class Case:
         quantizer = self.quantizer()
         if self.backend != "aqlm":
             return quantizer.quantize_linear(linear)  # type: ignore[no-any-return]
-        return quantizer.load_linear(linear, aqlm_state(quantizer, linear))  # type: ignore[no-any-return]
+        return random_aqlm(quantizer, linear)
 
 
 CASES = {
@@ -93,22 +94,6 @@ CASES = {
     "quanto4": Case("quanto", (("weights", "int4"),)),
     "eetq": Case("eetq", dtype=torch.float16),
 }
-
-
-def aqlm_state(quantizer: Any, linear: nn.Linear) -> dict[str, Tensor]:
-    """Return random codes and codebooks: fitting real ones takes minutes."""
-    from aqlm.utils import get_int_dtype
-
-    like: dict[str, Any] = {"device": linear.weight.device}
-    group = quantizer.out_group_size, quantizer.in_group_size
-    rows, columns = linear.out_features // group[0], linear.in_features // group[1]
-    bits, books = quantizer.nbits_per_codebook, quantizer.num_codebooks
-    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, columns, books), **like)
-    return {
-        "codes": codes.to(get_int_dtype(bits)),
-        "codebooks": torch.randn(books, 2**bits, *group, **like),
-        "scales": torch.full((rows, 1, 1, 1), linear.in_features**-0.5, **like),
-    }
 
 
 # Layers ----------------------------------------------------------------------------------------

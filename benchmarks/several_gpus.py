@@ -24,6 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from random_models import random_llama
 from shapes import SHAPES, Shape
 from versions import versions
 
@@ -57,6 +58,8 @@ CASES = {
     "one": Case(SHAPES["8b"]),
     "ddp": Case(SHAPES["8b"], 2, "ddp"),
     "fsdp": Case(SHAPES["8b"], 2, "fsdp"),
+    "one-1b": Case(_1B, options=()),
+    "ddp-1b": Case(_1B, 2, "ddp", options=()),
     "loss-one": Case(replace(_1B, batch=8)),
     "loss-ddp": Case(_1B, 2, "ddp"),
     "loss-fsdp": Case(_1B, 2, "fsdp"),
@@ -198,51 +201,11 @@ def build(case: Case, device: str) -> Any:
     dtype = "bfloat16" if device != "cpu" else "float32"
     spec = Spec(backend="bnb-nf4", train={"parallel": case.parallel}, device=device, dtype=dtype)
     made = plan(spec, check_output=False)
-    quantizer = registry().backend("bnb-nf4").quantizer()
+    quantize = registry().backend("bnb-nf4").quantizer().quantize_linear
     sharded = made.parallel == "fsdp"
-    model = random_llama(case.shape, quantizer, device, getattr(torch, dtype), sharded)
+    model = random_llama(case.shape, quantize, device, getattr(torch, dtype), sharded)
     base = quantize_plan(made, module=model)
     return qa.attach(base, "lora", r=RANK, lora_alpha=RANK)
-
-
-def random_llama(shape: Shape, quantizer: Any, device: str, dtype: Any, sharded: bool) -> Any:
-    """Make a Llama of `shape`, quantizing (and sharding) each block before the next is made."""
-    import torch
-    from torch import nn
-    from transformers import AutoModelForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    from quantadapt.loading import linear_layers, set_submodule
-    from quantadapt.sharding import blocks, shard_block
-
-    config = shape.config()
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with torch.device(device):
-        model.model.rotary_emb = LlamaRotaryEmbedding(config)
-
-    def filled(module: nn.Module) -> Any:
-        module.to_empty(device=device)
-        for parameter in module.parameters():
-            if parameter.ndim == 1:
-                nn.init.ones_(parameter)
-            else:
-                parameter.data.normal_(0, 0.02, generator=generator)
-        return module.requires_grad_(False)
-
-    for block in blocks(model).values():
-        vendors = []
-        for name, linear in list(linear_layers(block, ())):
-            vendors.append(quantizer.quantize_linear(filled(linear)))
-            set_submodule(block, name, vendors[-1])
-        filled(block.input_layernorm)
-        filled(block.post_attention_layernorm)
-        if sharded:
-            shard_block(block, vendors)
-    for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
-        filled(module)
-    return model
 
 
 def train(case: Case, model: Any, steps: int) -> tuple[list[float], list[float]]:

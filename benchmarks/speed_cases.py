@@ -42,6 +42,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-gptq": {"backend": "gptq"},
     "ours-awq": {"backend": "awq"},
     "ours-autoround": {"backend": "autoround", "iters": 2},
+    "ours-aqlm": {"backend": "aqlm"},
 }
 MEMORY: dict[str, dict[str, Any]] = {
     "full": {"gradient_checkpointing": True},
@@ -172,6 +173,8 @@ def ours(path: Path, shape: Shape, device: str, options: dict[str, Any], adapter
 
     import quantadapt as qa
 
+    if options["backend"] == "aqlm":
+        return qa.attach(aqlm(shape, device), adapter, r=RANK, lora_alpha=RANK)
     # Enough to quantize with: speed does not depend on how well.
     shown = torch.arange(CALIBRATION).view(-1, 1, CALIBRATION // 4)
     calibration = (
@@ -181,6 +184,19 @@ def ours(path: Path, shape: Shape, device: str, options: dict[str, Any], adapter
         str(path), **options, device=device, dtype="bfloat16", calibration=calibration
     )
     return qa.attach(model, adapter, r=RANK, lora_alpha=RANK)
+
+
+def aqlm(shape: Shape, device: str) -> Any:
+    """Return a model of random codes: fitting real ones takes hours, and speed is the same."""
+    import torch
+    from random_models import random_aqlm, random_llama
+
+    import quantadapt as qa
+    from quantadapt.registry import registry
+
+    quantize = partial(random_aqlm, registry().backend("aqlm").quantizer())
+    model = random_llama(shape, quantize, device, torch.bfloat16)
+    return qa.quantize(model, "aqlm", device=device, dtype="bfloat16")
 
 
 def peft_nf4(path: Path, shape: Shape, device: str, use_dora: bool) -> Any:
@@ -266,9 +282,10 @@ def our_loop(
 
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
-    from transformers import Trainer
+    from transformers import AutoTokenizer, Trainer
 
     import quantadapt as qa
+    from quantadapt import demo
 
     notes: list[str] = []
     rows_at_a_time = batches.shape[1] // options.get("gradient_accumulation_steps", 1)
@@ -281,6 +298,7 @@ def our_loop(
         result = qa.train(
             model,
             data,
+            tokenizer=AutoTokenizer.from_pretrained(demo.MODEL_DIR),
             on_log=lambda entry: watch.read(entry["step"], entry["loss"]),
             on_note=notes.append,
             max_steps=len(batches),
@@ -299,7 +317,10 @@ def our_loop(
 
 
 def _predicted_gib(model: Any, batches: Any, backend: dict[str, Any], setting: Any) -> float | None:
-    """Return what `quantadapt plan` foresees for a setting, from the model's config alone."""
+    """Return what `quantadapt plan` foresees for a setting, from the model's config alone; None for
+    a model that no config was read for."""
+    if not model.quantadapt.source:
+        return None
     from quantadapt.planning import plan
     from quantadapt.spec import Spec
 
