@@ -48,7 +48,10 @@ class _TorchAO(LayerwiseQuantizer):
 
         tensor_cores = linear.weight.is_cuda and linear.weight.dtype == torch.bfloat16
         tensor_cores &= self.misfit(linear.in_features, linear.out_features) is None
-        quantize_(linear, self._config(tensor_cores))
+        config = self._config(tensor_cores)
+        if hasattr(config, "set_inductor_config"):  # of the whole process: float32 becomes TF32
+            config.set_inductor_config = False
+        quantize_(linear, config)
         return linear
 
     def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:

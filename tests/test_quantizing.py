@@ -16,11 +16,13 @@ from quantadapt.calibration_data import choose, examples_from
 from quantadapt.errors import DataError, PlanRefused, PluginError
 from quantadapt.facade import facades
 from quantadapt.pipeline import run
+from quantadapt.registry import registry
 from quantadapt.spec import Spec
 from quantadapt.testing.small_demo import calibration_examples, small_model
 
 SMALL = str(small_model())
 IDS = torch.arange(70)[None]
+TORCHAO = ("torchao-int8", "torchao-int4", "torchao-intx", "torchao-fp8")
 
 
 # Calibration data ---------------------------------------------------------------------------------
@@ -195,3 +197,26 @@ def test_a_backend_that_lies_about_its_shape_is_caught_at_once(make) -> None:  #
     make(Plugin(Lies))
     with pytest.raises(PluginError, match=r"q_proj: LyingTarget\.dequantize returned \(\d+, \d+\)"):
         qa.quantize(SMALL, "absmax")
+
+
+# What is torch's ---------------------------------------------------------------------------------
+
+
+def settings() -> dict[str, object]:
+    """What changes the numbers or the speed of everything else in the process."""
+    from torch._inductor import config
+
+    return {
+        "float32 products": torch.get_float32_matmul_precision(),
+        "dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "tuning": config.coordinate_descent_tuning,
+    }
+
+
+@pytest.mark.parametrize("backend", ["bnb-nf4", "eetq", "hqq", "quanto", *TORCHAO])
+def test_quantizing_leaves_torchs_settings_alone(backend) -> None:
+    before = settings()
+    linear = torch.nn.Linear(256, 128).requires_grad_(False)
+    registry().backend(backend).quantizer().quantize_linear(linear)
+    assert settings() == before
