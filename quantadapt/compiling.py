@@ -14,12 +14,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 LEAST_BYTES = 2**19
 """Packed weights below this size are left to eager mode: starting a kernel costs more."""
 
 _active = False
+_dtype: torch.dtype | None = None
 _kernels: dict[Any, Callable[..., Any] | None] = {}
 
 
@@ -32,6 +34,19 @@ def compiled_functions() -> Iterator[None]:
         yield
     finally:
         _active = before
+
+
+@contextmanager
+def results_in(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, a kernel of `one_kernel` also casts to `dtype` and lays the result out row by row:
+    afterwards, that would be another pass through the weight. Eager mode leaves it to the caller.
+    """
+    global _dtype
+    before, _dtype = _dtype, dtype
+    try:
+        yield
+    finally:
+        _dtype = before
 
 
 def one_kernel(
@@ -64,14 +79,17 @@ def _kernel(
 ) -> Callable[..., Any] | None:
     """Return the kernel, made now if kernels are; what training has compiled is there afterwards,
     too."""
-    key = (function, static, tensors[0].device, *[(t.shape, t.dtype) for t in tensors])
+    key = (function, static, _dtype, tensors[0].device, *[(t.shape, t.dtype) for t in tensors])
     if _active and key not in _kernels:
-        _kernels[key] = _compile(function, tensors, static)
+        _kernels[key] = _compile(function, tensors, static, _dtype)
     return _kernels.get(key)
 
 
 def _compile(
-    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], static: tuple[Any, ...]
+    function: Callable[..., Tensor],
+    tensors: tuple[Tensor, ...],
+    static: tuple[Any, ...],
+    dtype: torch.dtype | None = None,
 ) -> Callable[..., Any] | None:
     """Return the kernel, or None where there is no compiler, or it does not know an operation."""
     import torch
@@ -81,7 +99,7 @@ def _compile(
     rounded = torch._inductor.config.patch(emulate_precision_casts=True)
     try:
         with torch.no_grad(), rounded:
-            kernel: Any = compile_fx_inner(traced(function, tensors, static), [*tensors])
+            kernel: Any = compile_fx_inner(traced(function, tensors, static, dtype), [*tensors])
             kernel([*tensors])
     except Exception as error:
         name, reason = function.__name__, (str(error).strip() or type(error).__name__).splitlines()
@@ -91,16 +109,23 @@ def _compile(
 
 
 def traced(
-    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], static: tuple[Any, ...]
+    function: Callable[..., Tensor],
+    tensors: tuple[Tensor, ...],
+    static: tuple[Any, ...],
+    dtype: torch.dtype | None = None,
 ) -> Any:
-    """Return the operations of function(*tensors, *static) as a module that returns a tuple;
-    computes nothing."""
+    """Return the operations of function(*tensors, *static) as a module that returns a tuple, and
+    those of `results_in` where there is a `dtype`; computes nothing."""
     from torch._inductor.decomposition import select_decomp_table
     from torch.func import functionalize
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    def run(*given: Tensor) -> tuple[Tensor]:
+        result = function(*given, *static)
+        return (result if dtype is None else result.to(dtype).contiguous(),)
+
     operations = make_fx(
-        functionalize(lambda *given: (function(*given, *static),)),
+        functionalize(run),
         decomposition_table=select_decomp_table(),
         tracing_mode="fake",
         _allow_non_fake_inputs=True,  # constants, such as a table of shifts
