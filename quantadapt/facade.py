@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compiling import results_in
 from .errors import PluginError
 from .protocols import AdapterTarget
 
@@ -161,7 +162,7 @@ class QuantLinear(nn.Linear):
 
     def dequantize(self) -> Tensor:
         """Return the weight, [out_features, in_features], in the compute dtype."""
-        with torch.no_grad():
+        with torch.no_grad(), results_in(self.compute_dtype):
             return self.target.dequantize(self._vendor).to(self.compute_dtype).contiguous()
 
     def weight_for_forward(self, x: Tensor) -> Tensor:
@@ -200,6 +201,12 @@ class QuantLinear(nn.Linear):
             parameter.requires_grad_(False)
         self._adopt(vendor)
 
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether the vendor's forward runs because it quantizes activations."""
+        target = self.target
+        return target.quantizes_activations and (target.straight_through or not self.training)
+
     def compute_dtype_for(self, device_type: str) -> torch.dtype:
         """Return the dtype that the layer computes in: that of autocast where it is on."""
         if torch.is_autocast_enabled(device_type):
@@ -219,7 +226,7 @@ class QuantLinear(nn.Linear):
     def _run(self, x: Tensor) -> Tensor:
         target, dtype = self.target, x.dtype
         decodes = not self.training and target.decodes(self._vendor, x)
-        if target.quantizes_activations or decodes:
+        if decodes or self.rounds_activations:
             return target.forward(self._vendor, x).to(dtype)
         weight = self.weight_for_forward(x)
         bias = None if self.bias is None else self.bias.to(dtype)

@@ -78,7 +78,7 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
         if self.lora_B[adapter].bias is not None or type(base) is not QuantLinear:
             return None
         # Where activations are quantized, a sum that is rounded another way makes other codes.
-        dora = type(variant) is DoraLinearVariant and not base.target.quantizes_activations
+        dora = type(variant) is DoraLinearVariant and not base.rounds_activations
         return adapter if variant is None or dora else None
 
 

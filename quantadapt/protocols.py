@@ -29,6 +29,10 @@ class AdapterTarget(Protocol):
     """True where the vendor's forward also quantizes activations (int8, fp8): it is then run as
     it is, and only the backward pass (straight-through) uses the dequantized weight."""
 
+    straight_through: bool = True
+    """False where training, unlike evaluation, leaves such a forward out and multiplies with the
+    dequantized weight as elsewhere: adapters need not learn to live with a rounding so small."""
+
     def matches(self, module: nn.Module) -> bool:
         """Say whether `module` is a quantized linear layer of this backend."""
         ...

@@ -231,6 +231,7 @@ class GatheringTarget(AdapterTarget):
     def __init__(self, target: AdapterTarget) -> None:
         self.target = target
         self.quantizes_activations = target.quantizes_activations
+        self.straight_through = target.straight_through
 
     def matches(self, module: nn.Module) -> bool:
         """As the backend's."""

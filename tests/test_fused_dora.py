@@ -84,6 +84,16 @@ def test_where_a_vendor_quantizes_activations_it_is_left_to_peft() -> None:
     assert not torch.allclose(found["y"], results(dora(True), X)["y"])
 
 
+def test_where_only_evaluation_quantizes_activations_training_is_fused(monkeypatch) -> None:
+    monkeypatch.setattr(Rounding, "straight_through", False)
+    made, plain = dora(True), dora(True)
+    for layer in (made[0], made[2]):
+        layer.base_layer.target = Rounding()
+    with peft_is_not_asked():
+        close(results(made, X), results(plain, X))
+    assert not torch.allclose(made.eval()(X), plain.eval()(X))
+
+
 def test_x_without_a_gradient() -> None:
     fused, stock = both(lora_dropout=0.3)
     for made in (fused, stock):
@@ -169,7 +179,8 @@ def test_its_output_may_be_overwritten() -> None:
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_close_as_pefts(dtype, autocast, device) -> None:
-    """Both against float64, from the same rounded weights."""
+    """Both against float64, from the same rounded weights. Without autocast PEFT computes its part
+    in the float32 of A and B, and is more precise by that."""
     halves = [made.to(device) for made in both(dtype=dtype, master=torch.float32)]
     exact = dora(False).to(device)
     exact.load_state_dict({k: v.double() for k, v in halves[0].state_dict().items()})
@@ -187,7 +198,8 @@ def test_half_precision_is_as_close_as_pefts(dtype, autocast, device) -> None:
             {n: float((found[n].double() - v).norm() / v.norm()) for n, v in expected.items()}
         )
     for name, error in errors[0].items():
-        assert error <= 1.5 * errors[1][name] + 1e-3, (name, error, errors[1][name])
+        limit = (1.5 if autocast else 2.5) * errors[1][name] + 1e-3
+        assert error <= limit, (name, error, limit)
 
 
 def test_a_small_change_of_the_magnitude_is_not_rounded_away() -> None:

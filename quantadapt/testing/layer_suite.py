@@ -109,6 +109,22 @@ class LayerSuite(Suite):
         bench.note("", vendor_error=max(errors))
         assert max(errors) <= bench.tolerance.vendor
 
+    def test_forward_in_training(self, bench: Bench) -> None:
+        """Of the dequantized weight, or the vendor's where that rounds activations then, too."""
+        import torch
+
+        errors = []
+        for facade in bench.facades().values():
+            x, before = bench.input_of(facade), facade.training
+            facade.train()
+            with torch.no_grad():
+                expected = dense_forward(facade, x)
+                if facade.rounds_activations:
+                    expected = facade.target.forward(facade.vendor, x)
+                errors.append(relative(facade(x), expected))
+            facade.train(before)
+        assert max(errors) <= bench.tolerance.vendor
+
     def test_gradient_of_the_input(self, bench: Bench) -> None:
         import torch
 
