@@ -22,7 +22,10 @@ HEAD_CHUNK = 2**27
 SHORTEST = 128
 """Tokens per example below which nobody is advised to go."""
 WORKSPACE = 2**25
-"""What cuBLAS allocates for itself."""
+"""What cuBLAS allocates for itself, for each thread and stream that computes."""
+LENGTH_MULTIPLE = 64
+"""On CUDA, examples are padded to a multiple of so many tokens: cuDNN plans attention for each
+length."""
 OOM_FIX = (
     "lower data.max_length, use a backend with fewer bits or a paged optimizer"
     " (train.optim: paged_adamw_8bit), or a larger card"
@@ -79,6 +82,7 @@ class Workload:
         shards: so many GPUs share the base; `sharding` says how.
         shardable: whether several GPUs may share it.
         prefetches: whether a layer of a shared base is gathered while the one before it works.
+        graphs: whether passes are recorded as CUDA graphs, where they can be.
     """
 
     shape: Shape
@@ -99,6 +103,7 @@ class Workload:
     shards: int = 1
     shardable: bool = True
     prefetches: bool = True
+    graphs: bool = False
 
     # --- what is there all the time ----------------------------------------------------------
 
@@ -206,18 +211,21 @@ class Workload:
     def parts(self, setting: Setting) -> dict[str, int]:
         """Return the peak of a training step in bytes, by what takes it."""
         inputs, activations, working = max(self._moments(setting), key=sum)
+        # Recorded passes have a stream, and a place for their gradients, of their own.
+        recorded = self._recorded and not setting.offload
+        gradients, workspaces = (4 * self.trained, 3) if recorded else (0, 1)
         return {
             "quantized": self.quantized_bytes,
             "dense": self.dense_bytes,
-            "adapter": self.adapter_bytes,
+            "adapter": self.adapter_bytes + gradients,
             "inputs": inputs,
             "activations": activations,
-            "working": working + WORKSPACE,
+            "working": working + workspaces * WORKSPACE,
         }
 
     def _moments(self, setting: Setting) -> Iterator[tuple[int, int, int]]:
         """Yield inputs of recomputed layers, activations and working memory when they may peak."""
-        tokens = setting.micro_batch * self.length
+        tokens = setting.micro_batch * -(-self.length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         count, layers = setting.checkpointed_layers, self.shape.layers
         kept, single = self.kept_bytes(tokens), self.input_bytes(tokens)
         # One that is fetched from CPU memory, and the next, which is under way.
@@ -238,6 +246,11 @@ class Workload:
             if not setting.offload:
                 work += self.recompute_bytes(tokens) + self.product_bytes(tokens)
             yield inputs, kept - single, work
+
+    @property
+    def _recorded(self) -> bool:
+        """Whether passes can be recorded, see `cuda_graphs.can_record`."""
+        return self.graphs and self.fused_adapter and not self.dropout and self.shards == 1
 
     @property
     def _gathered_block(self) -> int:

@@ -252,6 +252,7 @@ def memory_plan(
         dense=dense,
         shardable=not unshared,
         prefetches=train.memory != "min",
+        graphs=train.cuda_graphs,
     )
     limit = int(train.memory * GIB) if isinstance(train.memory, float) else None
     given = _given(spec, shape.layers)

@@ -16,6 +16,7 @@ from .adalora import tuner_of
 from .collators import CausalCollator, EncoderDecoderCollator
 from .distributed import average_gradients
 from .errors import TrainingError
+from .memory import LENGTH_MULTIPLE
 from .progress import OnLog, Progress, Watcher
 from .training_loop import CHECKPOINTS, TrainingLoop
 
@@ -212,8 +213,8 @@ def _without_statistics(model: Any) -> Iterator[None]:
 
 
 def _length_multiple(device: torch.device) -> int | None:
-    """On CUDA, batches are padded to few different lengths: cuDNN plans attention for each."""
-    return 64 if device.type == "cuda" else None
+    """Return what the length of a batch is padded to a multiple of."""
+    return LENGTH_MULTIPLE if device.type == "cuda" else None
 
 
 def _fuse_head(model: Any) -> Literal["ours", "trl"] | None:
