@@ -67,4 +67,6 @@ def random_aqlm(quantizer: Any, linear: nn.Linear) -> nn.Module:
         "codebooks": torch.randn(books, 2**bits, *group, **like),
         "scales": torch.full((rows, 1, 1, 1), linear.in_features**-0.5, **like),
     }
+    if linear.bias is not None:
+        state["bias"] = linear.bias
     return quantizer.load_linear(linear, state)  # type: ignore[no-any-return]

@@ -157,8 +157,7 @@ def test_aqlm_decodes_where_it_can_be_compiled(script, monkeypatch):
     layers = importlib.import_module("quantadapt_aqlm_layers")
     quantizer: Any = registry().backend("aqlm").quantizer()
     linear = nn.Linear(IN, OUT, dtype=torch.bfloat16)
-    state = {**script.aqlm_state(quantizer, linear), "bias": linear.bias}
-    vendor = quantizer.load_linear(linear, state)
+    vendor = script.random_aqlm(quantizer, linear)
     monkeypatch.setattr(plugin, "DECODING", 3)
     decodes = quantizer.target.decodes
     for compiled in (True, False):
@@ -167,8 +166,7 @@ def test_aqlm_decodes_where_it_can_be_compiled(script, monkeypatch):
     monkeypatch.setattr(layers, "_compiled", lambda: True)
     assert not decodes(vendor, like_cuda(1, torch.float16))  # codebooks are in bfloat16
     odd: Any = registry().backend("aqlm").quantizer(num_codebooks=3)
-    vendor = odd.load_linear(linear, {**script.aqlm_state(odd, linear), "bias": linear.bias})
-    assert not odd.target.decodes(vendor, like_cuda(1))
+    assert not odd.target.decodes(script.random_aqlm(odd, linear), like_cuda(1))
 
 
 def test_aqlm_that_cannot_be_compiled_is_told_once(monkeypatch):
@@ -225,8 +223,8 @@ def test_the_kernel_computes_what_the_weight_does(backend, options, dtype):
 def test_aqlms_kernels_compute_what_the_weight_does(script):
     quantizer: Any = registry().backend("aqlm").quantizer()
     linear = nn.Linear(IN, OUT, device="cuda", dtype=BF16).requires_grad_(False)
-    state = {**script.aqlm_state(quantizer, linear), "bias": linear.bias}
-    facade = QuantLinear(quantizer.load_linear(linear, state), quantizer.target, BF16).eval()
+    vendor = script.random_aqlm(quantizer, linear)
+    facade = QuantLinear(vendor, quantizer.target, BF16).eval()
     weight = facade.dequantize()
     for tokens in (1, 2, 17):
         x = torch.randn(1, tokens, IN, device="cuda", dtype=BF16)
