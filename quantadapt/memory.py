@@ -336,6 +336,12 @@ def ways_out(work: Workload, budget: int) -> list[str]:
     return []
 
 
+def _shared_by(count: int) -> Iterator[_Change]:
+    words = f"train.parallel: fsdp on {count} GPUs"
+    yield words, {"shards": count}
+    yield f"{words} with train.memory: min", {"shards": count, "prefetches": False}
+
+
 def _changes(work: Workload) -> list[list[_Change]]:
     """Return kinds of changes, each from the mildest to the strongest."""
     lengths = [work.length >> shift for shift in range(1, work.length.bit_length())]
@@ -348,5 +354,5 @@ def _changes(work: Workload) -> list[list[_Change]]:
     if optimizer_bytes(work.optim):
         kinds.append([("train.optim: paged_adamw_8bit", {"optim": "paged_adamw_8bit"})])
     if work.shards == 1 and work.shardable:
-        kinds.append([(f"train.parallel: fsdp on {n} GPUs", {"shards": n}) for n in (2, 4, 8)])
+        kinds.append([change for n in (2, 4, 8) for change in _shared_by(n)])
     return [kind for kind in kinds if kind]

@@ -170,6 +170,15 @@ def test_ways_out_fit_each_by_itself_or_together() -> None:
     assert ways_out(work(), 1) == []
 
 
+def test_two_cards_that_share_a_large_base_may_have_to_do_without_prefetching() -> None:
+    llama_70b = {**LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672,
+                 "num_hidden_layers": 80, "num_attention_heads": 64}  # fmt: skip
+    large = replace(work(llama_70b, batch=1, fused_kernels=False), optim="paged_adamw_8bit")
+    least = ways_out(large, usable(24 * GIB))
+    assert least == ["train.parallel: fsdp on 2 GPUs with train.memory: min"]
+    assert ways_out(large, usable(25 * GIB)) == ["train.parallel: fsdp on 2 GPUs"]
+
+
 def test_halves() -> None:
     assert halves(8) == [8, 4, 2, 1]
     assert halves(6) == [6, 3, 1]
