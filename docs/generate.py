@@ -68,13 +68,14 @@ def pages() -> dict[Path, str]:
     return made
 
 
-def stale() -> list[Path]:
-    """Return the generated files that are missing or differ from what the code says."""
-    return [
-        path
+def stale() -> dict[Path, str]:
+    """Return the generated files that are missing or differ from what the code says, and what it
+    says."""
+    return {
+        path: text
         for path, text in pages().items()
         if not path.exists() or path.read_text(encoding="utf-8") != text
-    ]
+    }
 
 
 def _own_plugins() -> registry.Registry:
@@ -499,13 +500,13 @@ def main(arguments: Sequence[str]) -> int:
     wrong = disagreements()
     for line in wrong:
         print(f"matrix: {line}")
-    for path in found:
+    for path, text in found.items():
         name = path.relative_to(ROOT)
         if "--check" in arguments:
             print(f"{name} is out of date; run: python docs/generate.py")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(pages()[path], encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
             print(f"wrote {name}")
     if wrong:
         print(

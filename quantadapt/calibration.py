@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibration_blocks import Block, Linears, decoder_blocks, each_block
-from .calibration_recording import Pass
+from .calibration_recording import Enough, Pass
 from .loading import set_submodule
 
 __all__ = ["Block", "LayerInputs", "Pass", "decoder_blocks", "each_block", "walk_blocks"]
@@ -92,10 +92,6 @@ def walk_blocks(
 # Measuring -------------------------------------------------------------------------------------
 
 
-class _Enough(Exception):
-    """Raised in a pass once everything that was wanted of it is known."""
-
-
 def _walk_block(model: nn.Module, block: Block, on_layer: OnLayer) -> None:
     linears = block.linears
     reached = _stages(linears, block.passes[0]) if linears and block.passes else []
@@ -156,12 +152,12 @@ def _measure(linears: Linears, passes: list[Pass], *, stop: bool = False) -> dic
         moments[name].addmm_(flat.t(), flat)
         rows[name] += flat.shape[0]
         if stop:
-            raise _Enough
+            raise Enough
 
     with _watched(linears, add):
         for one in passes:
             mask = one.mask
-            with suppress(_Enough):
+            with suppress(Enough):
                 one.run()
     return {name: LayerInputs(moments[name], rows[name]) for name in linears}
 

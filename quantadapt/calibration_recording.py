@@ -43,7 +43,7 @@ class _Call:
         return block(*args, **kwargs)
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Raised in a forward pass once everything that was wanted of it is known."""
 
 
@@ -81,7 +81,7 @@ class Recorder:
                 undo.callback(_restore, block, before)
             try:
                 run(model, example)
-            except _Enough:
+            except Enough:
                 return
         if self.chain:
             raise _NoChain
@@ -99,7 +99,7 @@ class Recorder:
         last = self.last if fed and number == self.turn else None
         calls.append(_noted(last, mask, args, kwargs))
         if self.chain and number + 1 == len(self.blocks):
-            raise _Enough
+            raise Enough
         computed = partial(self._computed, self.blocks[number], real, args, kwargs)
         output = self._imitated(hidden, computed) if self.chain else computed()
         self.turn, self.last = number + 1, first(output)

@@ -7,12 +7,12 @@ it in both directions. It imports nothing heavy and looks at nothing but its arg
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
-from .errors import Problem
+from .errors import PluginError, Problem
 
 KEEP = "keep the adapter beside the base (export.merge: never)"
 """The way out of every refused merge."""
@@ -50,6 +50,12 @@ class Rule:
     reason: str
     fix: str
     policy: bool = False
+
+    def __post_init__(self) -> None:
+        for name, values in self.when.items():  # of a text, `in` would take any part
+            if isinstance(values, str) or not isinstance(values, Collection):
+                what = f"{name} is {values!r}, not a tuple of values"
+                raise PluginError(what, where=f"rule {self.id!r}")
 
     def applies(self, facts: Mapping[str, Any]) -> bool:
         """Say whether every condition holds."""

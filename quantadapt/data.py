@@ -10,10 +10,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from .data_files import Record
-from .data_segments import format_of, segments
+from .data_segments import Segment, format_of, segments
 from .data_sources import read, read_source
 from .data_tokens import encode_prompt, prompt_and_completion, token_ids, tokenize
 from .errors import DataError
@@ -90,7 +91,7 @@ def load_data(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) 
     counts = _Counts()
     train_set = _dataset(train, name, tokenizer, spec.max_length, counts)
     eval_set = _dataset(held_out, name, tokenizer, spec.max_length, counts)
-    prompts = [_prompt(record, name, tokenizer) for record in held_out[:MAX_PROMPTS]]
+    prompts = _prompts(held_out, name, tokenizer)
     return Data(train_set, eval_set, prompts, name, counts.cut, counts.dropped)
 
 
@@ -138,9 +139,17 @@ def _split(records: list[Record], spec: DataSpec, seed: int) -> tuple[list[Recor
     return train, [records[index] for index in sorted(chosen)]
 
 
-def _prompt(record: Record, name: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+def _prompts(
+    records: Sequence[Record], name: str, tokenizer: PreTrainedTokenizerBase
+) -> list[Prompt]:
+    """Return the prompts of the first records that have something to learn."""
+    found = (segments(record, name, tokenizer) for record in records)
+    learnt = (pieces for pieces in found if any(p.trained and p.text for p in pieces))
+    return [_prompt(pieces, name, tokenizer) for pieces in islice(learnt, MAX_PROMPTS)]
+
+
+def _prompt(pieces: Sequence[Segment], name: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """Return the text before the last trained segment, and that segment."""
-    pieces = segments(record, name, tokenizer)
     if name == "text":
         ids = token_ids(tokenizer, [pieces[0].text])[0]
         first = str(tokenizer.decode(ids[:TEXT_PROMPT_TOKENS]))

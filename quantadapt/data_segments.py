@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from .data_files import FORMATS, RECOGNIZED, Record, first_line, kind_of
@@ -125,7 +126,7 @@ def _plain_chat(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
         end = eos if trained and not last else ""
         result.append(Segment(turn["content"] + end, trained))
         result.append(Segment("" if last else "\n\n", False))
-    return [segment for segment in result if segment.text]
+    return _joined(result)
 
 
 def _template_chat(
@@ -134,17 +135,22 @@ def _template_chat(
     """Render with the template; the loss counts on what each turn of the assistant adds.
 
     Some templates render earlier turns differently (they drop reasoning). Turns that are no
-    continuation of one another cannot be told apart, and then only the last one counts.
+    continuation of one another cannot be told apart, and then only the last one counts. Nor is an
+    assistant's turn that opens the chat told from its head: it counts only if it is all there is.
     """
 
     def render(count: int, ask: bool) -> str:
+        if not count:
+            return ""
         text = tokenizer.apply_chat_template(
             turns[:count], tokenize=False, add_generation_prompt=ask
         )
         return str(text)
 
     whole = render(len(turns), False)
-    answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if len(turns) > 1:
+        answers = [i for i in answers if i > 0]
     spans = [(render(index, True), render(index + 1, False)) for index in answers]
     spans = [(a, b) for a, b in spans if whole.startswith(b) and b.startswith(a)]
     if not spans or spans[-1][1] != whole:
@@ -155,7 +161,13 @@ def _template_chat(
         result.append(Segment(whole[position : len(before)], False))
         result += _up_to_eos(whole[len(before) : len(after)], str(tokenizer.eos_token or ""))
         position = len(after)
-    return [segment for segment in result if segment.text]
+    return _joined(result)
+
+
+def _joined(pieces: Iterable[Segment]) -> list[Segment]:
+    """Return the pieces with neighbours of one kind as one piece: tokens may span them."""
+    groups = groupby((p for p in pieces if p.text), key=lambda piece: piece.trained)
+    return [Segment("".join(p.text for p in group), trained) for trained, group in groups]
 
 
 def _up_to_eos(text: str, eos: str) -> list[Segment]:

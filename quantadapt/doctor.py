@@ -79,7 +79,8 @@ class BackendHealth:
     """A backend: its libraries, whether they import, and what to do.
 
     Attributes:
-        state: "ready", "not installed", "broken", "not checked" or "claimed twice".
+        state: "ready", "not installed", "too old or new", "broken", "not checked" or
+            "claimed twice".
         problem: why, where it is not ready.
         fix: what to do about it.
     """

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Lock
@@ -38,7 +39,10 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
     """Return the options in texts like `bits=3,group_size=32`; values are read as YAML."""
     found: dict[str, Any] = {}
     for text in texts:
-        assigned = re.sub(r"(^|,)\s*([\w.]+)\s*=\s*", r"\1 \2: ", text.strip().strip("{}"))
+        inner = text.strip()
+        if inner.startswith("{") and inner.endswith("}"):
+            inner = inner[1:-1]
+        assigned = re.sub(r"(^|,)\s*([\w.]+)\s*=\s*", r"\1 \2: ", inner)
         try:
             values: dict[Any, Any] | None = yaml.safe_load(f"{{{assigned}}}")
         except yaml.YAMLError:
@@ -75,8 +79,7 @@ class Verification:
         self._tell = listener or (lambda event, facts: None)
         self._lock, self._stop = Lock(), Event()
         self._processes = Processes(timeout, self._tell, self._stop, start or pytest_command)
-        self._devices: dict[str, str] = {}
-        self._origins: dict[str, dict[str, Any]] = {}
+        self._origins: dict[tuple[str, str], dict[str, Any]] = {}
 
     def run(
         self,
@@ -164,12 +167,10 @@ class Verification:
         )
 
     def _origin(self, job: Job) -> dict[str, Any]:
-        if job.device not in self._devices:
-            self._devices[job.device] = _device_in_words(job.device)
-        name = job.backend.name
-        if name not in self._origins:
-            self._origins[name] = origin_of(job.backend, self._devices[job.device])
-        return self._origins[name]
+        key = (job.backend.name, job.device)
+        if key not in self._origins:
+            self._origins[key] = origin_of(job.backend, _device_in_words(job.device))
+        return self._origins[key]
 
     def _cannot_run(self, cell: VerifiedCell) -> None:
         """Say so, but for a result that another machine left in the file."""
@@ -264,6 +265,7 @@ def _check_device(device: str) -> None:
         raise PlanRefused([Problem(what, fix, where="device")])
 
 
+@cache
 def _device_in_words(device: str) -> str:
     """Return the card's name; torch is asked in a process of its own."""
     if not device.startswith("cuda"):

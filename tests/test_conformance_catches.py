@@ -29,7 +29,8 @@ class AbsmaxLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         scale = linear.weight.abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
-        self.register_buffer("codes", (linear.weight / scale).round().to(torch.int8))
+        codes = (linear.weight / scale).round().clamp(-127, 127)  # bfloat16 rounds 127.4 to 128
+        self.register_buffer("codes", codes.to(torch.int8))
         self.register_buffer("scale", scale.detach())
         self.bias = linear.bias
 
@@ -102,6 +103,31 @@ class OtherForward(AbsmaxTarget):
         return 1.2 * module(x)
 
 
+class DecodesOtherwise(AbsmaxTarget):
+    def decodes(self, module, x):
+        return x.numel() == module.in_features
+
+    def forward(self, module, x):
+        return (1.2 if self.decodes(module, x) else 1.0) * module(x)
+
+
+class ForwardWithoutBias(AbsmaxTarget):
+    def forward(self, module, x):
+        return nn.functional.linear(x, module.weight_values())
+
+
+class WrongInBfloat16(AbsmaxTarget):
+    def dequantize(self, module):
+        weight = module.weight_values()
+        return 1.5 * weight if weight.dtype == torch.bfloat16 else weight
+
+
+class ScaleTransposed(AbsmaxTarget):
+    def dequantize(self, module):
+        square = module.in_features == module.out_features
+        return module.codes * (module.scale.t() if square else module.scale)
+
+
 class ChangesAsItRuns(AbsmaxTarget):
     quantizes_activations = True
 
@@ -114,6 +140,35 @@ class ForgetsTheUpdate(AbsmaxTarget):
     def requantize(self, module, weight):
         module.codes = module.codes.flip(0)
         return module
+
+
+class RequantizesToNaN(AbsmaxTarget):
+    """All layers but the first: `max` of errors must not lose what is no number."""
+
+    def requantize(self, module, weight):
+        made = super().requantize(module, weight)
+        if module.in_features != module.out_features:
+            made.scale.fill_(torch.nan)
+        return made
+
+
+class IgnoresTheUpdate(AbsmaxTarget):
+    def requantize(self, module, weight):
+        return module
+
+
+class RequantizesWithoutBias(AbsmaxTarget):
+    def requantize(self, module, weight):
+        made = super().requantize(module, weight)
+        made.bias = None
+        return made
+
+
+class RequantizesWider(AbsmaxTarget):
+    def requantize(self, module, weight):
+        made = super().requantize(module, weight)
+        made.codes = made.codes.to(torch.int16)
+        return made
 
 
 def lying(target):
@@ -136,9 +191,31 @@ class SavesTooLittle(Absmax):
         return super().load_linear(linear, state)
 
 
+class ChangesTheNorms(Absmax):
+    def quantize(self, source, **options):
+        model = super().quantize(source, **options)
+        model.model.norm.weight.data *= 1.01
+        return model
+
+
+class SkipsNothing(Absmax):
+    def quantize(self, source, *, skip_modules, **options):
+        return super().quantize(source, **options)
+
+
+class ForgetsAnOption(Absmax):
+    rounds: int = 1
+
+
 class ForgetsTheScales(Absmax):
     def bits_per_weight(self, in_features, out_features, *, device, dtype):
         return 7.5
+
+
+class AdoptsAll(Absmax):
+    @classmethod
+    def from_checkpoint(cls, quantization_config):
+        return cls()
 
 
 class ForgetsWhatItIs(Absmax):
@@ -228,6 +305,23 @@ LIES = {
         Plugin(lying(OtherForward)),
         "test_forward_is_that_of_the_dequantized_weight",
     ),
+    "another forward of one token": (
+        Plugin(lying(DecodesOtherwise)),
+        "test_forward_is_that_of_the_dequantized_weight",
+    ),
+    "scale transposed": (
+        Plugin(lying(ScaleTransposed)),
+        "test_dequantized_is_close_to_the_original",
+    ),
+    "wrong in bfloat16": (Plugin(lying(WrongInBfloat16)), "test_bfloat16"),
+    "what stays dense is changed": (
+        Plugin(ChangesTheNorms),
+        "test_what_is_not_quantized_stays_as_it_is",
+    ),
+    "what is skipped is quantized": (
+        Plugin(SkipsNothing),
+        "test_skipped_modules_stay_dense",
+    ),
     "base changed in training": (
         Plugin(lying(ChangesAsItRuns)),
         "test_base_stays_byte_for_byte",
@@ -237,12 +331,31 @@ LIES = {
         Plugin(lying(ForgetsTheUpdate)),
         "test_requantizing_the_dequantized_weight",
     ),
+    "requantizing gives NaN": (Plugin(lying(RequantizesToNaN)), "test_requantized_merge"),
+    "merge without the update": (
+        Plugin(lying(IgnoresTheUpdate)),
+        "test_requantizing_the_dequantized_weight",
+    ),
+    "requantizing drops the bias": (
+        Plugin(lying(RequantizesWithoutBias)),
+        "test_requantizing_the_dequantized_weight",
+    ),
+    "requantizing with more bits": (
+        Plugin(lying(RequantizesWider)),
+        "test_requantizing_the_dequantized_weight",
+    ),
     "biases dropped": (Plugin(DropsBiases), "test_biases_are_kept"),
+    "biases dropped in the forward": (
+        Plugin(lying(ForwardWithoutBias)),
+        "test_the_vendors_forward_adds_the_bias",
+    ),
     "bits not counted": (
         Plugin(ForgetsTheScales),
         "test_bits_per_weight_are_those_of_a_layer",
     ),
     "codes lost on disk": (Plugin(SavesTooLittle), "test_save_and_load_give_equal_logits"),
+    "an option lost on disk": (Plugin(ForgetsAnOption), "test_save_and_load_give_equal_logits"),
+    "adopts what others quantized": (Plugin(AdoptsAll), "test_other_models_are_not_adopted"),
     "a refusal of what works": (Plugin(rules=(NO_VERA,)), "test_refused_cells_do_not_work"),
     "a refused merge that works": (Plugin(rules=(NO_MERGE,)), "test_refused_merges_do_not_work"),
     "a backend that never merges": (Plugin(merge=Merge.NEVER), "test_refused_merges_do_not_work"),
@@ -257,7 +370,9 @@ LIES = {
 @pytest.mark.parametrize("lie", LIES)
 def test_a_lie_is_caught(make, lie):
     plugin, name = LIES[lie]
-    suite, bench = make(plugin, adapters=("lora", "vera") if "refusal" in lie else ("lora",))
+    adapters = ("lora", "vera") if "refusal" in lie else ("lora",)
+    options = {"rounds": 2} if "option" in lie else {}
+    suite, bench = make(plugin, adapters=adapters, options=options)
     with pytest.raises(AssertionError):
         run(suite, bench, name)
 
@@ -357,7 +472,8 @@ def test_results_are_written_for_every_cell(make, tmp_path):
         item = SimpleNamespace(
             funcargs={"bench": bench}, callspec=callspec, originalname="test_x", name="test_x"
         )
-        results.note(item, type(suite), SimpleNamespace(failed=failed))
+        report = SimpleNamespace(failed=failed)
+        results.add(results.described(item, type(suite), report))
     results.pytest_sessionfinish()
     document = json.loads((tmp_path / "deep" / "matrix.json").read_text())
     assert document["generated"]["device"] == "cpu"
@@ -378,7 +494,8 @@ def test_a_failure_of_the_base_fails_every_cell(make, tmp_path):
         item = SimpleNamespace(
             funcargs={"bench": bench}, callspec=callspec, originalname="test_y", name="test_y"
         )
-        results.note(item, type(suite), SimpleNamespace(failed=not adapter))
+        report = SimpleNamespace(failed=not adapter)
+        results.add(results.described(item, type(suite), report))
     results.pytest_sessionfinish()
     document = json.loads((tmp_path / "matrix.json").read_text())
     assert [cell["verified"] for cell in document["cells"]] == ["failed", "failed"]

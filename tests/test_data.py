@@ -8,19 +8,12 @@ from pathlib import Path
 import datasets
 import pytest
 
-from quantadapt.data import encode_prompt, load_data
-from quantadapt.demo import EVAL_FILE, MODEL_DIR, TRAIN_FILE
+from quantadapt.data import encode_prompt, load_data, load_everything, load_held_out
+from quantadapt.demo import EVAL_FILE, TRAIN_FILE
 from quantadapt.errors import DataError
 from quantadapt.spec import DataSpec
 
 PAIRS = [{"prompt": f"say {n}: ", "completion": f"word{n}"} for n in range(20)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(MODEL_DIR)
 
 
 @pytest.fixture
@@ -138,6 +131,46 @@ def test_chat_works_without_a_template(tmp_path, plain):
     assert trained(data.train[0], plain) == f"Hello{eos}So long{eos}"
 
 
+def turns(*contents: str, first: str = "user") -> dict:
+    roles = ["assistant", "user"] if first == "assistant" else ["user", "assistant"]
+    return {
+        "messages": [
+            {"role": roles[index % 2], "content": content} for index, content in enumerate(contents)
+        ]
+    }
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_a_chats_prompt_has_the_tokens_that_it_has_in_training(
+    template, tmp_path, tokenizer, monkeypatch
+):
+    if not template:
+        monkeypatch.setattr(tokenizer, "chat_template", None)
+    path = lines(tmp_path / "a.jsonl", [turns("\n\nHi", "Hello", "Bye", "So long")] * 2)
+    data = load(path, tokenizer)
+    ids, mask = data.eval[0].values()
+    start = max(index for index, counts in enumerate(mask) if not counts and any(mask[index:]))
+    assert encode_prompt(tokenizer, data.prompts[0].text) == ids[: start + 1]
+
+
+def test_an_empty_answer_is_no_prompt(tmp_path, plain):
+    held_out = lines(tmp_path / "b.jsonl", [turns("Hi", ""), turns("Hi", "Hello")])
+    path = lines(tmp_path / "a.jsonl", [CHAT, CHAT])
+    data = load(path, plain, eval_path=held_out)
+    assert [prompt.reference for prompt in data.prompts] == ["Hello"]
+    assert (len(data.eval), data.dropped) == (1, 1)
+
+
+def test_an_assistant_may_open_the_chat(tmp_path, tokenizer):
+    eos = tokenizer.eos_token
+    path = lines(tmp_path / "a.jsonl", [turns("Welcome", "Hi", "Hello", first="assistant")] * 2)
+    data = load(path, tokenizer)
+    assert trained(data.train[0], tokenizer) == f"Hello{eos}"
+    assert "Welcome" in data.prompts[0].text
+    path = lines(tmp_path / "b.jsonl", [turns("Welcome", first="assistant")] * 2)
+    assert trained(load(path, tokenizer).train[0], tokenizer).endswith(f"Welcome{eos}")
+
+
 def test_a_template_that_rewrites_earlier_turns_counts_the_last_one(tmp_path, tokenizer):
     template = tokenizer.chat_template
     tokenizer.chat_template = (
@@ -182,6 +215,16 @@ def test_a_folder_keeps_its_held_out_file(tmp_path, tokenizer):
     write(tmp_path / "README.md", "not data")
     data = load(str(tmp_path), tokenizer)
     assert (len(data.train), len(data.eval)) == (9, 3)
+
+
+def test_one_part_alone_is_read_whole(tmp_path, tokenizer):
+    train = lines(tmp_path / "train.jsonl", PAIRS[:5])
+    lines(tmp_path / "test.jsonl", PAIRS[5:8])
+    for source, held_out in ((str(tmp_path), PAIRS[5:8]), (train, PAIRS[:5])):
+        found = [trained(row, tokenizer) for row in load_held_out(source, tokenizer)]
+        assert found == [pair["completion"] + tokenizer.eos_token for pair in held_out]
+        assert len(load_everything(source, tokenizer)) == 5
+    assert len(load_held_out(None, tokenizer)) == len(EVAL_FILE.read_text().splitlines())
 
 
 def test_eval_path_is_taken_whole(tmp_path, tokenizer):

@@ -121,19 +121,21 @@ def test_obstacles_are_mistakes_and_what_is_missing_but_no_rules():
 
 
 def test_the_planner_agrees_with_every_declared_cell():
-    known = registry()
+    known, planned = registry(), list[str]()
     for cell in matrix.declared(known.backends(), known.adapters()):
         dtype = matrix.dtype_for(known.backend(cell.backend), "cpu")
         spec = Spec(backend=cell.backend, adapter=cell.adapter, dtype=dtype)
         try:
             made = plan(spec, machine=Machine())
         except PlanRefused as error:
-            rules = {problem.rule for problem in error.problems}
-            not_installed = all("needs" in problem.what for problem in error.problems)
-            assert not_installed or rules >= set(cell.rules)
-            assert not_installed or cell.word == "refused"
+            rules = {problem.rule for problem in error.problems if problem.rule}
+            assert rules == {problem.rule for problem in cell.refusals}
+            planned.append("refused" if rules else "not installed")
         else:
+            assert cell.word != "refused"
             assert (made.merge == "never") == (cell.word == "never")
+            planned.append(made.merge)
+    assert {"refused", "dense", "never"} <= set(planned)
 
 
 def write(path: Path, **values: Any) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -145,6 +146,10 @@ FIELDS = {
     "requires is text": (record("requires='hqq'"), "requires is 'hqq', not a tuple of str"),
     "no requirement": (record("requires=('hqq >= = 2',)"), "requires holds 'hqq >= = 2': "),
     "one rule": (record("rules=Rule('i', {}, '', '')"), "rules is Rule.*, not a tuple of Rule"),
+    "a rule for text": (  # "lora" in "rslora"
+        record("rules=(Rule('i', {'adapter': 'rslora'}, '', ''),)"),
+        "rule 'i': adapter is 'rslora', not a tuple of values",
+    ),
     "merge is text": (record("merge='dense'"), "merge is 'dense', not one of Merge"),
     "an adapter's rules": (
         HOOK.format(
@@ -166,8 +171,7 @@ def test_a_broken_plugin_is_kept_explained_and_harmless(install, mistake: str) -
     install("qa-broken", "broken", "qa_broken", source)
     found = discover()
     broken = broken_one(found)
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(broken.reason)
+    assert re.search(reason, broken.reason)
     assert "\n" not in broken.reason
     assert "Traceback" in broken.details
     assert found.backend("hqq").name == "hqq"
@@ -190,8 +194,7 @@ def test_a_broken_entry_point(install, entry: str, reason: str) -> None:
     install("qa-broken", "broken", "qa_broken", entry=entry)
     install("qa-mine", "mine", "qa_mine", BACKEND.format(name="mine"))
     found = discover()
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(broken_one(found).reason)
+    assert re.search(reason, broken_one(found).reason)
     assert {"mine", "hqq"} <= {backend.name for backend in found.backends()}
 
 

@@ -31,6 +31,8 @@ from quantadapt.verify_process import Job
         (["bits: 3, axis: 0"], {"bits": 3, "axis": 0}),
         (["{bits: 3}"], {"bits": 3}),
         (["layers=[1, 2], name='a=b', fast=true"], {"layers": [1, 2], "name": "a=b", "fast": True}),
+        (["scales={a: 1}, bits=3"], {"scales": {"a": 1}, "bits": 3}),
+        (['bits=3, scales={"a": 1}'], {"scales": {"a": 1}, "bits": 3}),
         ([], {}),
     ],
 )
@@ -384,8 +386,10 @@ LAYER = """
         def __init__(self, linear):
             super().__init__()
             self.in_features, self.out_features = linear.in_features, linear.out_features
-            scale = linear.weight.detach().abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
-            self.register_buffer("codes", (linear.weight.detach() / scale).round().to(torch.int8))
+            weight = linear.weight.detach()
+            scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
+            codes = (weight / scale).round().clamp(-127, 127)
+            self.register_buffer("codes", codes.to(torch.int8))
             self.register_buffer("scale", scale)
             self.bias = linear.bias
 

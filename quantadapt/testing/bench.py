@@ -10,7 +10,6 @@ import os
 import tempfile
 from collections.abc import Mapping
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,7 @@ from ..records import Adapter, Backend
 from ..registry import registry
 from ..spec import Spec
 from .short_training import Trained, train
-from .small_demo import calibration_examples, demo_tokens, small_model
-from .tensors import plain_tensors
+from .small_demo import biased, calibration_examples, demo_tokens, small_model
 from .tolerances import Tolerance, tolerance
 
 if TYPE_CHECKING:
@@ -130,7 +128,7 @@ class Bench:
         if "_scratch" in vars(self):
             self._scratch.cleanup()
         self._trained.clear()
-        for name in ("base", "dense", "_scratch"):
+        for name in ("base", "biased", "dense", "_scratch"):
             vars(self).pop(name, None)
 
     @property
@@ -163,6 +161,22 @@ class Bench:
     def base(self) -> nn.Module:
         """The small model, quantized from disk; not to be changed."""
         return self.quantize(self.plan)
+
+    @cached_property
+    def biased(self) -> nn.Module:
+        """The small model with a random bias in each layer, quantized but for the layers called
+        `skipped`; not to be changed."""
+        from ..state import state_of
+
+        skip = [*state_of(self.base).skip_modules, self.skipped]
+        model = self.quantize(plan(self.spec(model=self.source, skip_modules=skip)), biased(self))
+        state_of(model).tokenizer = state_of(self.base).tokenizer
+        return model
+
+    @property
+    def skipped(self) -> str:
+        """What the last layer is called in its block; some vendors want all blocks alike."""
+        return list(self.facades())[-1].rpartition(".")[2]
 
     def quantize(self, plan: Plan, module: nn.Module | None = None) -> nn.Module:
         """Quantize what `plan` names, or a live `module`, calibrated where the backend wants it."""
@@ -231,7 +245,7 @@ class Bench:
         if declared is not None:
             return float(declared)
         found = self.facades().values()
-        stored = sum(_bytes(facade) for facade in found)
+        stored = sum(weight_bytes(facade) for facade in found)
         return 8 * stored / sum(f.in_features * f.out_features for f in found)
 
     @property
@@ -300,11 +314,9 @@ class Bench:
             return float(model.eval()(input_ids=self.ids, labels=self.ids).loss)
 
 
-def _bytes(facade: QuantLinear) -> int:
+def weight_bytes(facade: QuantLinear) -> float:
     """Return the size of what is stored for a layer's weight."""
-    import torch
+    from ..saving import size_mib
 
-    tensors = [v for v in facade.state_dict().values() if isinstance(v, torch.Tensor)]
-    parts = chain.from_iterable(plain_tensors(t) for t in tensors)
-    bias = 0 if facade.bias is None else facade.bias.numel() * facade.bias.element_size()
-    return sum(p.numel() * p.element_size() for p in parts) - bias
+    bias = 0 if facade.bias is None else facade.bias.nbytes
+    return size_mib(facade) * 2**20 - bias

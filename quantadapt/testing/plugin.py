@@ -219,10 +219,6 @@ class Results:
         if facts := getattr(report, "quantadapt", None):
             self.add(facts)
 
-    def note(self, item: Any, suite: type[Suite], report: Any) -> None:
-        """Describe and read one report."""
-        self.add(self.described(item, suite, report))
-
     def add(self, report: Mapping[str, Any]) -> None:
         """Take in what a report says."""
         adapter, key = report["adapter"], report["suite"]

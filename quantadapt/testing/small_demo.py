@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import demo
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from .bench import Bench
 
 SEQUENCE = 24
 
@@ -41,6 +44,26 @@ def _small_model(layers: int) -> tempfile.TemporaryDirectory[str]:
 
 def _source() -> Path:
     return Path(os.environ.get("QUANTADAPT_TESTING_MODEL", demo.MODEL_DIR))
+
+
+def biased(bench: Bench) -> nn.Module:
+    """Return the dense model with random biases in every linear layer but the head."""
+    import torch
+
+    from ..loading import from_pretrained
+
+    dense: Any = bench.dense
+    config = copy.deepcopy(dense.config)
+    config.attention_bias = config.mlp_bias = True
+    folder, device_map = str(bench.folder()), {"": bench.suite.device}
+    made = type(dense)(config)
+    made.load_state_dict(dense.state_dict(), strict=False)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in made.named_parameters():
+        if name.endswith(".bias"):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    made.save_pretrained(folder)
+    return from_pretrained(folder, dtype=bench.torch_dtype, device_map=device_map).eval()
 
 
 @cache

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .bench import Bench
+from .bench import Bench, weight_bytes
 from .layer_suite import LayerSuite, dense_forward
+from .small_demo import biased
 from .tensors import change, digest, plain_tensors, relative
 
 if TYPE_CHECKING:
@@ -30,27 +29,43 @@ class TargetSuite(LayerSuite):
     def test_biases_are_kept(self, bench: Bench) -> None:
         import torch
 
-        from ..saving import load, save
-
-        dense = biased(bench)
-        biases = {n: p.detach().clone() for n, p in dense.named_parameters() if "bias" in n}
-        model = bench.quantize(bench.plan, dense)
-        facades = _facades(model)
-        assert biases
-        for name, bias in biases.items():
-            facade = facades[name.removesuffix(".bias")]
-            assert facade.bias is not None
+        dense = dict(biased(bench).named_parameters())
+        for name, facade in _facades(bench.biased).items():
+            assert facade.bias is not None, name
+            bias, original = facade.bias.detach(), dense[f"{name}.bias"]
             if not bench.rescales:
-                assert torch.equal(facade.bias.detach().to(bias), bias), name
-            bias = facade.bias.detach()
+                assert torch.equal(bias.to(original), original), name
             x = bench.input_of(facade)
             assert relative(facade(x), dense_forward(facade, x)) <= bench.tolerance.forward
             zero = torch.zeros_like(x)
             assert relative(facade(zero)[0, 0], bias) <= bench.tolerance.vendor
-        folder = save(model, bench.folder() / "biased")
-        _copy_tokenizer(bench, folder)
-        reloaded = load(folder, device=bench.suite.device)
-        assert change(bench.logits(reloaded), bench.logits(model)) == 0
+
+    def test_skipped_modules_stay_dense(self, bench: Bench) -> None:
+        from torch import nn
+
+        left = bench.facades().keys() - _facades(bench.biased).keys()
+        assert left == {n for n in bench.facades() if n.endswith(f".{bench.skipped}")}
+        for name in left:
+            linear = bench.biased.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            if not bench.rescales:
+                assert change(linear.weight, bench.original(name)) == 0
+
+    def test_biases_are_saved(self, bench: Bench) -> None:
+        from ..saving import load, save
+
+        folder = save(bench.biased, bench.folder() / "biased")
+        loaded = load(folder, device=bench.suite.device)
+        assert change(bench.logits(loaded), bench.logits(bench.biased)) == 0
+
+    def test_the_vendors_forward_adds_the_bias(self, bench: Bench) -> None:
+        import torch
+
+        for facade in _facades(copy.deepcopy(bench.biased)).values():
+            x = bench.input_of(facade)
+            with torch.no_grad():
+                y = facade.target.forward(facade.vendor, x)
+            assert relative(y, dense_forward(facade, x)) <= bench.tolerance.forward
 
     def test_bfloat16(self, bench: Bench) -> None:
         import torch
@@ -67,6 +82,10 @@ class TargetSuite(LayerSuite):
             assert y.dtype == torch.bfloat16
             error = relative(y, dense_forward(facade, x))
             assert error <= bench.tolerance.low_precision, name
+            if not bench.rescales:
+                error = relative(facade.dequantize(), bench.original(name))
+                allowed = bench.tolerance.weight.error + bench.tolerance.low_precision
+                assert error <= allowed, name
         assert model(input_ids=bench.ids).logits.dtype == torch.bfloat16
 
     def test_autocast(self, bench: Bench) -> None:
@@ -132,31 +151,23 @@ class TargetSuite(LayerSuite):
     # Where models come from and go to ----------------------------------------------------------
 
     def test_live_module_is_quantized_as_from_disk(self, bench: Bench) -> None:
-
         model = bench.quantize(bench.plan, copy.deepcopy(bench.dense))
         assert set(_facades(model)) == set(bench.facades())
         assert change(bench.logits(model), bench.base_logits) == 0
 
     def test_live_quantized_model_is_adopted(self, bench: Bench) -> None:
-        from ..state import state_of
-
         model = bench.quantize(bench.plan, bench.vendor_model())
         assert change(bench.logits(model), bench.base_logits) == 0
-        found = state_of(model).quantizer
-        for name, value in bench.suite.options.items():
-            assert getattr(found, name) == value, name
+        _assert_options(bench, model)
 
     def test_save_and_load_give_equal_logits(self, bench: Bench) -> None:
         from ..saving import load, save
-        from ..state import state_of
 
         folder = save(bench.base, bench.folder() / "saved")
         assert change(bench.logits(bench.base), bench.base_logits) == 0, "saving changed the model"
         loaded = load(folder, device=bench.suite.device)
         assert change(bench.logits(loaded), bench.base_logits) == 0
-        found = state_of(loaded).quantizer
-        for name, value in bench.suite.options.items():
-            assert getattr(found, name) == value, name
+        _assert_options(bench, loaded)
         again = save(loaded, bench.folder() / "again")
         assert _quantization(again) == _quantization(folder)
 
@@ -168,20 +179,31 @@ class TargetSuite(LayerSuite):
         spec = bench.suite
         model = quantize(str(folder), spec.backend, device=spec.device, dtype=spec.dtype)
         assert change(bench.logits(model), bench.base_logits) == 0
+        _assert_options(bench, model)
+
+    def test_other_models_are_not_adopted(self, bench: Bench) -> None:
+        quantizer = type(bench.plan.quantizer)
+        assert quantizer.from_checkpoint({"quant_method": "another backend's"}) is None
+        assert quantizer.from_model(bench.dense) is None
 
     def test_requantizing_the_dequantized_weight(self, bench: Bench) -> None:
         from ..capabilities import Merge
 
         if bench.record.merge < Merge.REQUANTIZE:
             return
-        facade = bench.some_facade()
-        weight = facade.dequantize().clone()
-        bias = facade.bias
+        facade = copy.deepcopy(list(_facades(bench.biased).values())[-1])
+        weight, bias = facade.dequantize().clone(), facade.bias.detach().clone()
+        size = weight_bytes(facade)
         facade.requantize(weight)
         error = relative(facade.dequantize(), weight)
         bench.note("", idempotence_error=error)
         assert error <= bench.tolerance.weight.again
-        assert (facade.bias is None) == (bias is None)
+        assert weight_bytes(facade) == pytest.approx(size, rel=0.01), "other options"
+        assert facade.bias is not None
+        assert change(facade.bias, bias) == 0
+        other = weight.flip(0)
+        facade.requantize(other)
+        assert relative(facade.dequantize(), other) <= bench.tolerance.weight.merged
 
 
 def _facades(model: nn.Module) -> dict[str, QuantLinear]:
@@ -190,34 +212,19 @@ def _facades(model: nn.Module) -> dict[str, QuantLinear]:
     return dict(facades(model))
 
 
+def _assert_options(bench: Bench, model: nn.Module) -> None:
+    """The quantizer that a model is known by has the options that it was made with."""
+    from ..state import state_of
+
+    found = state_of(model).quantizer
+    for name, value in bench.suite.options.items():
+        assert getattr(found, name) == value, name
+
+
 def _scribble(tensor: Tensor) -> None:
     """Overwrite the bytes of a tensor, through any subclass."""
     for part in plain_tensors(tensor):
         part.detach().zero_()
-
-
-def biased(bench: Bench) -> nn.Module:
-    """Return the dense model with random biases in every linear layer but the head."""
-    import torch
-
-    from ..loading import from_pretrained
-
-    config = copy.deepcopy(bench.dense.config)
-    config.attention_bias = config.mlp_bias = True  # type: ignore[union-attr]
-    folder, device_map = bench.folder(), {"": bench.suite.device}
-    made = type(bench.dense)(config)
-    made.load_state_dict(bench.dense.state_dict(), strict=False)
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in made.named_parameters():
-        if name.endswith(".bias"):
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-    made.save_pretrained(str(folder))  # type: ignore[operator]
-    return from_pretrained(str(folder), dtype=bench.torch_dtype, device_map=device_map).eval()
-
-
-def _copy_tokenizer(bench: Bench, folder: Any) -> None:
-    for file in Path(bench.source).glob("*token*.json"):
-        shutil.copy(file, folder)
 
 
 def _loss_and_gradients(bench: Bench, reentrant: bool | None) -> dict[str, Tensor]:

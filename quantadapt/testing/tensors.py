@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +12,20 @@ if TYPE_CHECKING:
 
 
 def relative(found: Tensor, reference: Tensor) -> float:
-    """Return the relative error of `found`."""
+    """Return the relative error of `found` in the Frobenius norm; inf where shapes differ, or for a
+    NaN, which `max` over several errors would lose."""
+    if found.shape != reference.shape:
+        return math.inf
     found, reference = found.detach().float(), reference.detach().float()
     difference, norm = float((found - reference).norm()), float(reference.norm())
-    return difference / norm if norm else difference
+    error = difference / norm if norm else difference
+    return math.inf if math.isnan(error) else error
 
 
 def change(found: Tensor, reference: Tensor) -> float:
     """Return the largest absolute difference; 0 means equal bit for bit (but for signed zeros)."""
     if found.shape != reference.shape:
-        return float("inf")
+        return math.inf
     return float((found.detach() - reference.detach()).abs().max())
 
 
