@@ -37,7 +37,7 @@ def atomic_folder(
         OutputError: `final` is taken, cannot be written, or the disk is full.
     """
     target = Path(final).expanduser().resolve()
-    _refuse_occupied(target, overwrite)
+    refuse_occupied(target, overwrite)
     _refuse_if_too_small(target, needed)
     temporary = _beside(target, "tmp")
     try:
@@ -46,7 +46,7 @@ def atomic_folder(
         yield temporary
         with in_words(target):
             _sync_tree(temporary)
-            _refuse_occupied(target, overwrite)
+            refuse_occupied(target, overwrite)
             _swap_in(temporary, target)
     except BaseException as error:
         full, written = _is_full(error, temporary), folder_size(temporary)
@@ -83,12 +83,8 @@ def is_free(path: Path) -> bool:
     return not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
 
 
-def _beside(path: Path, ending: str) -> Path:
-    """Return a new hidden name in the same folder, thus on the same file system."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{ending}")
-
-
-def _refuse_occupied(final: Path, overwrite: bool) -> None:
+def refuse_occupied(final: Path, overwrite: bool) -> None:
+    """Raise OutputError unless nothing is at `final`, or a folder that may be replaced."""
     with in_words(final):
         free = is_free(final)
     if free or (overwrite and final.is_dir()):
@@ -98,6 +94,11 @@ def _refuse_occupied(final: Path, overwrite: bool) -> None:
     else:
         what, fix = "a file is in the way", "choose another folder"
     raise OutputError(what, fix=fix, where=str(final))
+
+
+def _beside(path: Path, ending: str) -> Path:
+    """Return a new hidden name in the same folder, thus on the same file system."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{ending}")
 
 
 def _refuse_if_too_small(final: Path, needed: int | None) -> None:

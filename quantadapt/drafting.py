@@ -5,6 +5,8 @@ As pure as the plan. What is wrong is noted in the draft, so that all of it is t
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,12 +31,17 @@ from .spec import Spec
 
 @dataclass
 class Draft:
-    """The plan while it is being made; problems pile up here."""
+    """The plan while it is being made; problems pile up here.
+
+    Attributes:
+        cards: sizes in GiB of GPUs that are asked about; they need not be in this machine.
+    """
 
     spec: Spec
     machine: Machine
     registry: Registry
     processes: int = 1
+    cards: tuple[float, ...] = ()
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -55,18 +62,15 @@ def model_of(draft: Draft, weights: bool) -> str:
         draft.notes.append("there are no weights here: this is a prediction, a run needs them")
     else:
         draft.problems += check_model(draft.spec.model)
-    return draft.spec.model
+    return os.path.expanduser(draft.spec.model)
 
 
-def device_of(draft: Draft, elsewhere: bool = False) -> str:
-    """Return the device of this process; of several, each has that of its number.
-
-    Args:
-        elsewhere: whether the plan is for GPUs that need not be in this machine.
-    """
-    if not elsewhere:
-        draft.problems += device_problems(draft.spec, draft.machine, draft.processes)
+def device_of(draft: Draft) -> str:
+    """Return the device of this process; of several, each has that of its number."""
     wanted = draft.spec.device
+    if draft.cards and wanted.partition(":")[0] in ("auto", "cuda"):
+        return "cuda"
+    draft.problems += device_problems(draft.spec, draft.machine, draft.processes)
     if wanted == "auto":
         wanted = draft.machine.default_device
     if draft.processes > 1 and wanted == "cuda":
@@ -145,30 +149,51 @@ def _option_problem(backend: Backend, detail: dict[str, Any]) -> Problem:
 
 
 def adapter_options(draft: Draft, adapter: Adapter | None) -> dict[str, Any]:
-    """Return the adapter's options: its defaults, and what the spec says."""
+    """Return the adapter's options: its defaults, and what the spec says and can be used."""
     if adapter is None:
         return {}
     draft.problems += missing_requirements(adapter)
-    given = draft.spec.adapter.options
-    known = peft_options(adapter.peft_type)
-    for name, value in given.items():
-        where = f"adapter.{name}"
-        if name not in known:
-            what = f"adapter {adapter.name!r} has no option {name!r}"
-            draft.problems.append(Problem(what, did_you_mean(name, known), where))
-        elif not known[name].accepts(value):
-            what = f"{value!r} is not of type {known[name].annotation}"
-            default = adapter.defaults.get(name, known[name].default)
-            draft.problems.append(Problem(what, f"default: {default}", where))
-        elif name in ("r", "init_r", "target_r") and isinstance(value, int) and value < 1:
-            draft.problems.append(Problem(f"{value} is no rank", "use 1 or more", where))
-    return {**adapter.defaults, **given}
+    options = dict(adapter.defaults)
+    for name, value in draft.spec.adapter.options.items():
+        if problem := _adapter_option_problem(adapter, name, value):
+            draft.problems.append(problem)
+        else:
+            options[name] = value
+    return options
+
+
+def _adapter_option_problem(adapter: Adapter, name: str, value: Any) -> Problem | None:
+    where, known = f"adapter.{name}", peft_options(adapter.peft_type)
+    if name not in known:
+        what = f"adapter {adapter.name!r} has no option {name!r}"
+        return Problem(what, did_you_mean(name, known), where)
+    if not known[name].accepts(value):
+        what = f"{value!r} is not of type {known[name].annotation}"
+        default = adapter.defaults.get(name, known[name].default)
+        return Problem(what, f"default: {default}", where)
+    if name in ("r", "init_r", "target_r") and isinstance(value, int) and value < 1:
+        return Problem(f"{value} is no rank", "use 1 or more", where)
+    if name == "loftq_config" and not _is_loftq_config(value):
+        return Problem(f"{value!r} has another form", "write {loftq_iter: 1}", where)
+    if name == "target_modules" and isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            what = f"{value!r} is no regular expression: {error}"
+            return Problem(what, "list the endings of names, e.g. [q_proj, v_proj]", where)
+    return None
+
+
+def _is_loftq_config(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("loftq_iter", 1), int)
 
 
 def dtype_of(draft: Draft, backend: Backend | None, device: str) -> str:
-    """Return torch's name of the compute dtype."""
-    wanted = draft.spec.dtype
-    dtype = draft.machine.default_dtype(device) if wanted == "auto" else wanted
+    """Return torch's name of the compute dtype; GPUs that are asked about do bfloat16."""
+    dtype: str = draft.spec.dtype
+    if dtype == "auto":
+        asked = draft.cards and device == "cuda"
+        dtype = "bfloat16" if asked else draft.machine.default_dtype(device)
     if backend and dtype not in backend.dtypes:
         what = f"backend {backend.name!r} does not compute in {dtype}"
         fix = f"use dtype: {', '.join(backend.dtypes)}"
@@ -185,7 +210,7 @@ def check_data(draft: Draft) -> None:
     """Look whether local files of data are there."""
     for key in ("path", "eval_path", "calibration_path"):
         path = getattr(draft.spec.data, key)
-        if path and is_local_path(path) and not Path(path).exists():
+        if path and is_local_path(path) and not Path(path).expanduser().exists():
             fix = "check the path; a hub id has the form owner/name"
             draft.problems.append(Problem(f"{path} does not exist", fix, where=f"data.{key}"))
 
@@ -211,4 +236,4 @@ def check_folder(draft: Draft) -> None:
             spec.output or "", overwrite=spec.overwrite, resume=spec.train.resume, inputs=inputs
         )
     except OutputError as error:
-        draft.problems += [replace(p, where=f"output {p.where}") for p in error.problems]
+        draft.problems += [replace(p, where=f"output {p.where}".strip()) for p in error.problems]

@@ -21,6 +21,12 @@ from .spec import Spec
 ERROR = 0.1
 """How far predictions may be off: a run is refused only where it cannot fit all the same."""
 
+MERGE_IN_LESS = (
+    "merge afterwards, in CPU memory (quantadapt merge RUN --device cpu) or shard by shard onto"
+    " the unquantized base (quantadapt merge RUN --onto BASE)"
+)
+"""What to do where a GPU does not hold a merged model beside the model."""
+
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -130,6 +136,19 @@ class MemoryPlan:
                 found.append(Problem(what, fix, where="evaluate.unquantized"))
         return found
 
+    def merge_problem(self) -> Problem | None:
+        """Return why no card holds a dense merged model beside the model; None if one may."""
+        needed = self._model_bytes + self.work.unquantized_bytes
+        if not self.cards or any(needed * (1 - ERROR) <= c.gib * GIB - CONTEXT for c in self.cards):
+            return None
+        what = f"merging takes {needed / GIB:.1f} GiB, the dense model beside the quantized one"
+        return Problem(what, MERGE_IN_LESS, "export.merge", "merge-needs-memory")
+
+    @property
+    def _model_bytes(self) -> int:
+        """The model and its adapter, when nothing is done with them."""
+        return self.work.quantized_bytes + self.work.dense_bytes + 4 * self.work.trained
+
     def problem(self, card: OnCard) -> Problem:
         """Return the refusal for a card on which nothing fits."""
         what = f"a GPU of {card.gib:.4g} GiB is too small: {self._shortage(card)}"
@@ -145,10 +164,9 @@ class MemoryPlan:
         """
         notes = []
         work = self.work
-        model = work.quantized_bytes + work.dense_bytes + 4 * work.trained
         needed = work.evaluation_bytes(evaluated)
         for card in self.cards:
-            if model + needed > card.budget:
+            if self._model_bytes + needed > card.budget:
                 words = f"evaluating {evaluated} examples at a time needs {needed / GIB:.1f} GiB"
                 notes.append(f"{words} more than the model; lower evaluate.batch_size")
             if not card.fits:

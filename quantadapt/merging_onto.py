@@ -7,6 +7,7 @@ bounded by the largest shard (and, for the check, the embeddings), whatever the 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -17,9 +18,10 @@ from .atomic import atomic_folder
 from .capabilities import Cell
 from .checkpoint import INDEX
 from .errors import MergeRefused, ModelError
+from .machine import this_machine
 from .planning import onto_refusals
 from .registry import registry
-from .saving import RECORD
+from .saving import MERGED, RECORD, adapter_folder, check_merged, read_record, save
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .stored import Checkpoint
+
+_IN_MEMORY = "merge it in memory: quantadapt merge, without --onto"
 
 
 def merge_onto(
@@ -58,15 +62,12 @@ def merge_onto(
     Raises:
         MergeRefused: a rule forbids it. ModelError: the adapter does not fit `base`.
     """
-    from .machine import this_machine
-    from .saving import MERGED, adapter_folder, read_record, save
-
     if not isinstance(adapter, (str, Path)):
         with tempfile.TemporaryDirectory(prefix="quantadapt-") as scratch:
             saved = save(adapter, scratch, base=False)
             options = {"data": data, "check": check, "device": device, "overwrite": overwrite}
             return merge_onto(saved, base, path, **options)  # type: ignore[arg-type]
-    folder = adapter_folder(Path(adapter))
+    folder, base = adapter_folder(Path(adapter)), os.path.expanduser(base)
     record = read_record(folder)
     check_onto(record, base)
     device = this_machine().default_device if device == "auto" else device
@@ -105,7 +106,6 @@ def _merge_onto(
 ) -> dict[str, float]:
     import torch
 
-    from .saving import check_merged
     from .stored import Checkpoint, open_stored
 
     checkpoint = Checkpoint(base)
@@ -175,20 +175,36 @@ def _adapted(tuned: PeftModel) -> dict[str, Any]:
     lost = [n for n, m in layers.items() if not isinstance(m.get_base_layer(), QuantLinear)]
     if lost:
         what = f"these layers are no linear layers of the checkpoint: {', '.join(lost[:3])}"
-        raise ModelError(what, fix="merge it in memory: quantadapt merge, without --onto")
+        raise ModelError(what, fix=_IN_MEMORY)
     return layers
 
 
 def _trained_modules(tuned: PeftModel) -> dict[str, Tensor]:
-    """Return key -> value of modules that were trained whole (PEFT's `modules_to_save`)."""
+    """Return key -> value of modules that were trained whole (PEFT's `modules_to_save`).
+
+    Raises ModelError where one is tied to another, of which the checkpoint holds a single tensor.
+    """
     from peft.utils import ModulesToSaveWrapper
 
+    base: nn.Module = tuned.get_base_model()
     found: dict[str, Tensor] = {}
-    for name, module in tuned.get_base_model().named_modules():
+    for name, module in base.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
+            if _is_tied(base, name):
+                what = f"{name} was trained whole, and is tied to another layer of the checkpoint"
+                raise ModelError(what, fix=_IN_MEMORY)
             kept: Any = module.modules_to_save[module.active_adapters[0]]
             found |= {f"{name}.{key}": value for key, value in kept.state_dict().items()}
     return found
+
+
+def _is_tied(base: nn.Module, name: str) -> bool:
+    """Say whether a weight of the module `name` is also one of a module elsewhere."""
+    inside: set[int] = set()
+    outside: set[int] = set()
+    for key, parameter in base.named_parameters(remove_duplicate=False):
+        (inside if key.startswith(f"{name}.") else outside).add(id(parameter))
+    return bool(inside & outside)
 
 
 def _merged(layer: Any) -> dict[str, Tensor]:

@@ -26,6 +26,8 @@ class Training(TypedDict, total=False):
     trainable_parameters: int
     base_parameters: int
     resumed_from: int | None
+    processes: int
+    parallel: str
     memory: Memory
 
 
@@ -60,11 +62,14 @@ class Refusal(TypedDict, total=False):
 
 
 class MergeVerdict(TypedDict, total=False):
-    """What became of the merge. `kind` is "dense", "requantize", "refused" or "never"."""
+    """What became of the merge. `kind` is "dense", "requantize", "refused" or "never"; the
+    perplexities are on the tokens that were compared."""
 
     kind: str
     kl: float | None
     top1: float | None
+    perplexity_adapter: float | None
+    perplexity_merged: float | None
     gain_kept: float | None
     refusals: list[Refusal]
 

@@ -70,7 +70,7 @@ def device_problems(spec: Spec, machine: Machine, processes: int) -> list[Proble
     if kind == "cuda" and count and here > count:
         what = f"{here} GPUs are wanted, there are {count}"
         return [Problem(what, f"use --gpus {count}", where="--gpus")]
-    if not count and spec.device == "auto" and launched.size == 1:
+    if not count and (kind == "cuda" or (spec.device == "auto" and launched.size == 1)):
         what = f"{processes} GPUs are wanted, there are none that torch can use"
         fix = "use one process; `quantadapt doctor` looks, --device cpu tries it without GPUs"
         return [Problem(what, fix, where="--gpus")]

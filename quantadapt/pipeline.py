@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import planning
-from .calibration_data import choose
 from .dependencies import import_requirements
 from .distributed import as_launched, peers_in_words, reduced, start, world
 from .errors import PlanRefused, TrainingError
@@ -27,13 +26,14 @@ from .saving import (
     MergeKind,
     check_merged,
     load_base,
+    merge_memory_in_words,
     save,
     save_base,
     size_mib,
     write_merged,
 )
 from .spec import Spec
-from .stages import attach_planned
+from .stages import attach_planned, calibration_examples
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from .training import TrainResult
 
 Listener = Callable[[str, Mapping[str, Any]], None]
-"""Called with an event name ("stage", "log", "note") and its data, for progress displays."""
+"""Called with an event ("stage", "perplexity", "log", "note") and its data, to show progress."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,7 @@ class _Run:
         self.plan = with_config(self.plan)
         if self.plan.memory is None:  # a hub id's config is here by now
             self.plan = planning.plan(self.spec, check_output=self.world.is_main)
-        self.check_training()
-        self.check_targets()
+        self.check()
         data = self.read_data()
         self.examples = self.calibration(data)
         self.folder = self.create_folder()
@@ -117,21 +116,24 @@ class _Run:
         self.finish("finished")
         return RunResult(tuned, self.folder.path, self.plan, self.metrics)
 
-    def check_training(self) -> None:
-        """Ask transformers whether it knows the optimizer and the schedule."""
+    def check(self) -> None:
+        """Refuse what the plan cannot know and shows before any weight is loaded: optimizers and
+        schedules that transformers lacks, layers that are not there or cannot be quantized."""
+        from .attaching import check_targets
         from .training import problems
 
-        if found := problems(self.spec.train):
+        found = problems(self.spec.train)
+        try:
+            check_targets(self.plan.model, self.plan.adapter_options.get("target_modules"))
+        except PlanRefused as error:
+            found += error.problems
+        try:
+            if not self.plan.adopt:
+                skip_for(self.plan)
+        except PlanRefused as error:
+            found += error.problems
+        if found:
             raise PlanRefused(found)
-
-    def check_targets(self) -> None:
-        """Look for the layers that `target_modules` names, and for layers that cannot be quantized,
-        before any weight is loaded."""
-        from .attaching import check_targets
-
-        check_targets(self.plan.model, self.plan.adapter_options.get("target_modules"))
-        if not self.plan.adopt:
-            skip_for(self.plan)
 
     def work(self, data: Data) -> PeftModel:
         self.write_start()
@@ -198,8 +200,9 @@ class _Run:
 
     def write_start(self) -> None:
         # Without what only concerned this folder, so that the file runs again as it stands.
-        again = self.spec.model_copy(update={"overwrite": False}).to_yaml()
-        self.folder.write_text("spec.yaml", again)
+        train = self.spec.train.model_copy(update={"resume": False})
+        again = self.spec.model_copy(update={"overwrite": False, "train": train})
+        self.folder.write_text("spec.yaml", again.to_yaml())
         self.folder.write_json("plan.json", self.plan.to_dict())
         self.folder.write_environment(self.plan.backend.requires)
         for note in self.plan.notes:
@@ -252,17 +255,9 @@ class _Run:
 
     def calibration(self, data: Data) -> Examples | None:
         """Choose what a backend that calibrates is shown."""
-        from .data import load_everything
-
         if not self.plan.calibrates:
             return None
-        wanted = self.spec.data
-        source = data.train
-        if wanted.calibration_path is not None:
-            source = load_everything(
-                wanted.calibration_path, self.tokenizer, max_length=wanted.max_length
-            )
-        return choose(source, count=wanted.calibration_examples, seed=self.spec.seed)
+        return calibration_examples(self.spec, self.tokenizer, lambda: data.train)
 
     def quantize(self) -> nn.Module:
         """Quantize the base. One that is calibrated here is kept in the run folder, because the
@@ -356,7 +351,8 @@ class _Run:
     def export(self, model: PeftModel, data: Data) -> dict[str, Any]:
         if not self.world.is_main:
             return {}
-        adapter = save(model, self.folder.path)
+        # A base that was calibrated is there since it was quantized.
+        adapter = save(model, self.folder.path, base=not self.plan.calibrates)
         files = (file for file in adapter.rglob("*.safetensors"))
         self.metrics["size"]["adapter_mib"] = sum(f.stat().st_size for f in files) / 2**20
         plan = self.plan
@@ -372,9 +368,10 @@ class _Run:
         from .evaluation import gain_kept
         from .merging import merged_model
 
-        merged = merged_model(model, kind)
-        self.perplexity("merged", merged, data)
-        check = check_merged(model, merged, self.held_out(data))
+        with merge_memory_in_words():
+            merged = merged_model(model, kind)
+            self.perplexity("merged", merged, data)
+            check = check_merged(model, merged, self.held_out(data))
         write_merged(merged, kind, self.folder.path / MERGED, overwrite=True)
         found = self.metrics["perplexity"]
         kept = gain_kept(found["quantized"], found["tuned"], found["merged"])

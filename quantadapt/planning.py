@@ -7,7 +7,7 @@ neither torch nor a vendor. All problems are collected and raised once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from . import demo, loftq, parallel
@@ -33,7 +33,7 @@ from .parallel import Parallel
 from .protocols import Quantizer
 from .records import Adapter, Backend
 from .registry import Registry, registry
-from .spec import Spec
+from .spec import MergeChoice, Spec
 
 MergePlan = Literal["dense", "requantize", "never"]
 
@@ -189,14 +189,14 @@ def plan(
         registry_: the plugins to choose from; those installed by default.
         check_output: whether a run folder will be made, so that it has to be free.
         processes: how many are to work on it; by default as many as were launched.
-        cards: sizes of GPUs in GiB to predict memory for, instead of this machine's.
+        cards: sizes in GiB of GPUs to plan for; they need not be in this machine.
         weights: whether a local model has to have its weights; a prediction needs the config alone.
     """
     spec = _with_demo_defaults(spec)
     count = world().size if processes is None else processes
-    draft = Draft(spec, machine or this_machine(), registry_ or registry(), count)
+    draft = Draft(spec, machine or this_machine(), registry_ or registry(), count, tuple(cards))
     model = model_of(draft, weights)
-    device = device_of(draft, elsewhere=bool(cards))
+    device = device_of(draft)
     backend: Backend | None = draft.lookup("backend", spec.backend.name)
     adapter: Adapter | None = draft.lookup("adapter", spec.adapter.name)
     quantizer, adopt = quantizer_of(draft, backend, model)
@@ -206,54 +206,60 @@ def plan(
     check_training(draft, device)
     if check_output:
         check_folder(draft)
-    kind: Parallel = "none"
-    merge: MergePlan = "never"
-    refused: tuple[Problem, ...] = ()
-    memory: MemoryPlan | None = None
-    if backend and adapter and quantizer:
-        cell = make_cell(backend, quantizer, adapter, options, device, dtype)
-        draft.problems += attach_refusals(cell, backend, adapter)
-        draft.problems += loftq.problems(options, backend, has_original=not adopt)
-        draft.notes += quantizer.notes(device)
-        merge, refused = _merge(draft, cell, backend, adapter)
-        unshared = parallel.share_problems(cell, backend, adapter, model, spec.export.merge)
-        memory = _memory(draft, model, quantizer, cell, adapter, cards, unshared)
-        kind, why = parallel.choose(spec, count, memory)
-        draft.notes += why
-        if kind == "fsdp":
-            memory = memory and memory.shared_by(count)
-            draft.problems += parallel.shard_problems(cell, backend, adapter, model)
-            draft.notes += parallel.shard_notes(spec)
-            merge, refused = "never", parallel.merge_problems(spec.export.merge)
-        if not check_output and not cards:
-            memory = None  # nothing is trained here
-        elif memory is not None:
-            _look_at_memory(draft, memory, asked=bool(cards), adopt=adopt)
-    forbidden = refused if spec.export.merge != "auto" else ()
+    if not (backend and adapter and quantizer):
+        raise PlanRefused(draft.problems)
+    made = _combined(
+        draft,
+        Plan(
+            spec=spec,
+            model=model,
+            backend=backend,
+            quantizer=quantizer,
+            adapter=adapter,
+            adapter_options=options,
+            device=device,
+            dtype=dtype,
+            adopt=adopt,
+            processes=count,
+        ),
+        trains=check_output or bool(cards),
+    )
+    forbidden = made.merge_refusals if spec.export.merge != "auto" else ()
     if draft.problems:
         raise PlanRefused([*draft.problems, *forbidden])
     if forbidden:
         raise MergeRefused(forbidden)
-    assert backend
-    assert adapter
-    assert quantizer
-    return Plan(
-        spec=spec,
-        model=model,
-        backend=backend,
-        quantizer=quantizer,
-        adapter=adapter,
-        adapter_options=options,
-        device=device,
-        dtype=dtype,
-        adopt=adopt,
-        merge=merge,
-        merge_refusals=refused,
-        notes=tuple(draft.notes),
-        processes=count,
-        parallel=kind,
-        memory=memory,
-    )
+    return replace(made, notes=tuple(draft.notes))
+
+
+def _combined(draft: Draft, made: Plan, *, trains: bool) -> Plan:
+    """Return `made` with what its parts come to together: rules, merge, processes and memory.
+
+    Args:
+        trains: whether the plan is for training, so that its memory matters.
+    """
+    spec, cell, backend, adapter = made.spec, made.cell, made.backend, made.adapter
+    draft.problems += attach_refusals(cell, backend, adapter)
+    draft.problems += loftq.problems(made.adapter_options, backend, has_original=not made.adopt)
+    draft.notes += made.quantizer.notes(made.device)
+    merge, refused = _merge(spec.export.merge, cell, backend, adapter)
+    unshared = parallel.share_problems(cell, backend, adapter, made.model, spec.export.merge)
+    memory = _memory(draft, made, unshared)
+    kind, why = parallel.choose(spec, made.processes, memory)
+    draft.notes += why
+    if kind == "fsdp":
+        memory = memory and memory.shared_by(made.processes)
+        draft.problems += parallel.shard_problems(cell, backend, adapter, made.model)
+        draft.notes += parallel.shard_notes(spec)
+        merge, refused = "never", parallel.merge_problems(spec.export.merge)
+    whole = merge == "dense" or (merge == "requantize" and backend.calibration)
+    if whole and memory and (problem := memory.merge_problem()):
+        merge, refused = "never", (problem,)
+    if not trains:
+        memory = None
+    elif memory is not None:
+        _look_at_memory(draft, memory, adopt=made.adopt)
+    return replace(made, merge=merge, merge_refusals=refused, parallel=kind, memory=memory)
 
 
 def _with_demo_defaults(spec: Spec) -> Spec:
@@ -268,51 +274,47 @@ def _with_demo_defaults(spec: Spec) -> Spec:
     return spec
 
 
-def _memory(
-    draft: Draft,
-    model: str,
-    quantizer: Quantizer,
-    cell: Cell,
-    adapter: Adapter,
-    cards: Sequence[float],
-    unshared: Sequence[Problem],
-) -> MemoryPlan | None:
+def _memory(draft: Draft, made: Plan, unshared: Sequence[Problem]) -> MemoryPlan | None:
     """Predict what a GPU with the whole base needs, for the cards that were asked about or the
     smallest that the run would use."""
-    spec, on_gpu = draft.spec, cell.device == "cuda"
-    made = memory_plan(
-        spec,
-        config_of(model) or {},
-        quantizer,
-        adapter,
-        cell.adapter_options,
-        dtype=cell.dtype if on_gpu or spec.dtype != "auto" else "bfloat16",
+    on_gpu = made.cell.device == "cuda"
+    memory = memory_plan(
+        made.spec,
+        config_of(made.model) or {},
+        made.quantizer,
+        made.adapter,
+        made.adapter_options,
+        dtype=made.dtype if on_gpu or made.spec.dtype != "auto" else "bfloat16",
         unshared=unshared,
     )
-    if made is None:
-        if cards:
+    if memory is None:
+        if draft.cards:
             what = "memory cannot be predicted for this model with this backend"
             fix = "decoders with Llama's sizes can, if the backend tells its bits per weight"
             draft.problems.append(Problem(what, fix, where="--card"))
         return None
-    if cards:
-        return made.with_cards([card * GIB for card in cards])
+    if draft.cards:
+        return memory.with_cards([card * GIB for card in draft.cards])
+    used = _used_cards(draft, made.device) if on_gpu else ()
+    return memory.with_cards([min(used)]) if used else memory
+
+
+def _used_cards(draft: Draft, device: str) -> tuple[int, ...]:
+    """Return the bytes of the GPUs that the run would use; none where they are not known."""
     there = draft.machine.memory
-    if not on_gpu or not there:
-        return made
-    index = int(spec.device.partition(":")[2] or 0)
-    used = there[: draft.processes] if draft.processes > 1 else there[index : index + 1]
-    return made.with_cards([min(used)])
+    if draft.processes > 1:
+        return there[: draft.processes]
+    index = device.partition(":")[2] or "0"
+    return there[int(index) : int(index) + 1] if index.isdigit() else ()
 
 
-def _look_at_memory(draft: Draft, memory: MemoryPlan, *, asked: bool, adopt: bool) -> None:
+def _look_at_memory(draft: Draft, memory: MemoryPlan, *, adopt: bool) -> None:
     """Refuse a run that cannot fit, and note what else a user may want to know.
 
     Args:
-        asked: whether the cards are some that were asked about, not this machine's.
         adopt: whether the base is quantized already.
     """
-    spec = draft.spec
+    spec, asked = draft.spec, bool(draft.cards)
     on_gpu = bool(memory.cards) and not asked
     if spec.train.use_liger_kernel and not memory.work.fused_kernels and on_gpu:
         draft.notes.append("more memory and time are needed without liger-kernel: install it")
@@ -325,9 +327,8 @@ def _look_at_memory(draft: Draft, memory: MemoryPlan, *, asked: bool, adopt: boo
 
 
 def _merge(
-    draft: Draft, cell: Cell, backend: Backend, adapter: Adapter
+    choice: MergeChoice, cell: Cell, backend: Backend, adapter: Adapter
 ) -> tuple[MergePlan, tuple[Problem, ...]]:
-    choice = draft.spec.export.merge
     if choice == "never":
         return "never", ()
     wanted: Literal["dense", "requantize"] = "requantize" if choice == "requantize" else "dense"

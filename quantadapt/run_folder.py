@@ -31,7 +31,8 @@ class RunFolder:
     """One run's folder. Make it with `create`, read it with `open`.
 
     It holds `spec.yaml`, `plan.json`, `metrics.jsonl`, `metrics.json`, `environment.json`,
-    `log.txt`, `report.html`, `adapter/`, `checkpoints/` and, where one was made, `merged/`.
+    `log.txt`, `report.html`, `adapter/`, `checkpoints/` and, where one was made, `base/` and
+    `merged/`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,6 +83,10 @@ class RunFolder:
         if overwrite and resume:
             fix = "choose one: resume keeps the earlier run, overwrite deletes it"
             raise OutputError("overwrite and resume exclude each other", fix=fix)
+        if resume and not folder.marker:
+            what = "there is no earlier run to resume here"
+            fix = "check --output, or start anew without resume"
+            raise OutputError(what, fix=fix, where=str(folder.path))
         with in_words(folder.path):
             if not resume and not is_free(folder.path):
                 folder._refuse_unless(overwrite, [Path(item) for item in inputs])
@@ -175,10 +180,6 @@ class RunFolder:
             RunFolder(temporary).write_json(MARKER, marker)
 
     def _take_up(self) -> None:
-        if not self.marker:
-            what = "there is no earlier run to resume here"
-            fix = "check --output, or start anew without resume"
-            raise OutputError(what, fix=fix, where=str(self.path))
         for leftover in self.path.glob(".*.tmp"):  # of a run that was killed while writing
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -7,16 +7,20 @@ temporary folder first and renamed.
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import planning
-from .atomic import atomic_folder
+from .atomic import atomic_folder, refuse_occupied
 from .calibration_data import examples_from
+from .checkpoint import quantization_of
 from .environment import environment
 from .errors import MergeRefused, ModelError, OutputError, Problem
+from .memory_plan import MERGE_IN_LESS
 from .registry import registry
 from .stages import held_out_data, quantize
 from .state import ModelState, state_of
@@ -49,20 +53,20 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True, base: bo
 
     Args:
         model: what `quantize`, `attach` or `load` returned.
-        path: a folder; what an earlier `save` wrote there is replaced if `overwrite`.
+        path: a folder; what an earlier `save` wrote there, a base too, is replaced if `overwrite`.
         overwrite: only ever replaces a folder that `save` wrote.
-        base: False leaves such a base out.
+        base: False leaves such a base out, and one that is there as it is.
 
     Raises:
         OutputError: the folder holds something else; it is untouched.
     """
-    state = state_of(model)
-    if base and state.adapter and (state.rewritten or state.calibration is not None):
-        save_base(model, Path(path) / BASE)
-    final = Path(path) / ADAPTER if state.adapter else Path(path)
-    if final.is_dir() and any(final.iterdir()) and not (final / RECORD).exists():
-        fix = "choose another folder, or empty it yourself"
-        raise OutputError("it holds something that save did not write", fix=fix, where=str(final))
+    state, root = state_of(model), Path(path).expanduser()
+    final = root / ADAPTER if state.adapter else root
+    saves_base = state.adapter is not None and _has_own_base(state)
+    _refuse_foreign(final)
+    if saves_base and base:
+        _refuse_foreign(root / BASE)
+        save_base(model, root / BASE, overwrite=overwrite)
     with atomic_folder(final, overwrite=overwrite) as folder:
         if state.adapter:
             model.save_pretrained(str(folder))  # type: ignore[operator]
@@ -71,18 +75,32 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True, base: bo
         if state.tokenizer is not None:
             state.tokenizer.save_pretrained(str(folder))
         _write_record(folder, state)
+    if state.adapter and not saves_base and overwrite and (root / BASE / RECORD).exists():
+        shutil.rmtree(root / BASE)  # of an earlier adapter: `load` would put this one onto it
     return final
 
 
-def save_base(model: nn.Module, folder: Path) -> None:
-    """Save the quantized base of `model`, adapter or not, unless `folder` holds one already."""
+def _has_own_base(state: ModelState) -> bool:
+    """Whether the base cannot be made again from its checkpoint and options alone."""
+    if state.rewritten or state.calibration is not None:
+        return True
+    calibrates = state.backend.calibration and state.quantizer.needs_data
+    return bool(state.source) and calibrates and quantization_of(state.source) is None
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists():
+        fix = "choose another folder, or empty it yourself"
+        raise OutputError("it holds something that save did not write", fix=fix, where=str(folder))
+
+
+def save_base(model: nn.Module, folder: Path, *, overwrite: bool = False) -> None:
+    """Save the quantized base of `model`, adapter or not."""
     from .merging import bare_base
 
-    if (folder / RECORD).exists():
-        return
     state = state_of(model)
     base = model if state.adapter is None else bare_base(model)  # type: ignore[arg-type]
-    with atomic_folder(folder, overwrite=False) as made:
+    with atomic_folder(folder, overwrite=overwrite) as made:
         state.quantizer.save(base, made)
         if state.tokenizer is not None:
             state.tokenizer.save_pretrained(str(made))
@@ -109,7 +127,7 @@ def load(
     Raises:
         ModelError: there is nothing to load.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if (adapter := _adapter_in(folder)) is not None:
         tuned: nn.Module = _load_adapter(adapter, base, device)
         return tuned
@@ -128,7 +146,7 @@ def _adapter_in(folder: Path) -> Path | None:
 
 def adapter_folder(folder: Path) -> Path:
     """Return the PEFT folder of a run folder or of itself. Raises ModelError if there is none."""
-    if (found := _adapter_in(folder)) is None:
+    if (found := _adapter_in(folder.expanduser())) is None:
         fix = "pass the folder of a run, or of an adapter"
         raise ModelError("there is no adapter here", fix=fix, where=str(folder))
     return found
@@ -159,6 +177,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> PeftModel:
     from peft import LoraConfig, PeftConfig, PeftModel
 
+    from .facade import facades
     from .fused import use_fused_layers
 
     record = read_record(folder)
@@ -183,7 +202,10 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
         use_fused_layers(config)
         if state.rewritten:  # the base has given its part to the adapter already
             config.init_lora_weights = True
+    before = {id(facade.vendor) for _, facade in facades(model)}
     peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=config)  # type: ignore[arg-type]
+    # PiSSA starts again from the base as it was, and so rewrites it again.
+    state.rewritten |= any(id(facade.vendor) not in before for _, facade in facades(peft_model))
     state.adapter = registry().adapter(record["adapter"])
     state.adapter_options = dict(record["adapter_options"])
     return peft_model
@@ -240,19 +262,34 @@ def merge(
 
     Raises:
         MergeRefused: a rule forbids it; names the rule, the reason and the way out.
+        OutputError: `path/merged` is there already. ModelError: GPU memory does not suffice.
     """
     from .merging import merged_model
 
-    state = state_of(model)
+    state, final = state_of(model), Path(path).expanduser() / MERGED
     check_merge(state, kind)
+    refuse_occupied(final, overwrite)
     tokenizer = tokenizer or state.tokenizer
     held_out = held_out_data(data, tokenizer)
     if calibration is not None:
         state.calibration = examples_from(calibration, tokenizer)
-    merged = merged_model(model, kind)
-    check = check_merged(model, merged, held_out)
-    write_merged(merged, kind, Path(path) / MERGED, overwrite)
+    with merge_memory_in_words():
+        merged = merged_model(model, kind)
+        check = check_merged(model, merged, held_out)
+    write_merged(merged, kind, final, overwrite)
     return {"kind": kind, **check}
+
+
+@contextmanager
+def merge_memory_in_words() -> Iterator[None]:
+    """Turn running out of GPU memory while merging into a ModelError that names the way out."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = "the GPU is too small to make a merged model beside the model"
+        raise ModelError(what, fix=MERGE_IN_LESS) from error
 
 
 def check_merge(state: ModelState, kind: MergeKind) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import planning
+from .calibration_data import choose
 from .errors import QuantadaptError
 from .quantizing import quantize_plan
 from .registry import registry
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
 
-    from .calibration_data import Calibration
+    from .calibration_data import Calibration, Examples
     from .training import TrainResult
 
 _WHOLE = TrainSpec(parallel="ddp")
@@ -75,6 +76,18 @@ def quantize(
     if source is None or isinstance(source, str):
         return quantize_plan(made, calibration=calibration)
     return quantize_plan(made, module=source, calibration=calibration)
+
+
+def calibration_examples(spec: Spec, tokenizer: Any, train: Callable[[], Dataset]) -> Examples:
+    """Return what a run of `spec` shows a backend that calibrates; `train` gives its own data."""
+    from .data import load_everything
+
+    wanted = spec.data
+    if wanted.calibration_path is None:
+        source = train()
+    else:
+        source = load_everything(wanted.calibration_path, tokenizer, max_length=wanted.max_length)
+    return choose(source, count=wanted.calibration_examples, seed=spec.seed)
 
 
 def attach(model: nn.Module, adapter: str = "lora", *, seed: int = 0, **options: Any) -> PeftModel:
@@ -150,10 +163,9 @@ def train(
         wanted = DataSpec(path=data, max_length=max_length)
         data = load_data(wanted, _needed(tokenizer), seed=seed).train
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(output) if output else Path(scratch)
         return train_(
             *(model, tokenizer, data, spec),
-            output=folder,
+            output=Path(output or scratch).expanduser(),
             seed=seed,
             on_log=on_log,
             on_note=on_note,

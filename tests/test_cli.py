@@ -22,6 +22,7 @@ from quantadapt import cli, demo
 from quantadapt.cli.commands import COMMANDS
 from quantadapt.errors import TrainingError
 from quantadapt.hookspecs import hookimpl
+from quantadapt.machine import Machine
 from quantadapt.run_folder import RunFolder
 
 
@@ -173,6 +174,21 @@ def test_flags_win_over_the_file_and_set_over_both(run_cli):
     assert (spec["seed"], spec["export"]["merge"], spec["data"]["path"]) == (1, "never", __file__)
 
 
+def test_flags_win_over_the_short_form_of_the_file(run_cli):
+    Path("c.yaml").write_text("data: nix.jsonl\nbackend: none\nadapter: dora\n")
+    made = planned(run_cli, "c.yaml", "--data", __file__, "--backend", "hqq", "--adapter", "lora")
+    assert made["spec"]["data"]["path"] == __file__
+    assert (made["backend"]["name"], made["adapter"]["name"]) == ("hqq", "lora")
+
+
+def test_cards_that_are_asked_about_are_the_device(run_cli, monkeypatch):
+    monkeypatch.setattr("quantadapt.planning.this_machine", Machine)
+    for flags in ((), ("--device", "cuda")):
+        out = run_cli("plan", "--gpus", "2", "--card", "24", *flags).out
+        assert "2 x cuda (ddp), computing in bfloat16" in out
+        assert "cpu" not in out
+
+
 def test_another_backend_does_not_get_the_options_of_the_file(run_cli):
     Path("c.yaml").write_text("backend: {name: hqq, bits: 3}\n")
     made = planned(run_cli, "c.yaml", "--backend", "none")
@@ -281,8 +297,11 @@ def test_an_output_of_somebody_else_stays(run_cli):
     (other / "thesis.tex").write_text("precious")
     for extra in ((), ("--overwrite",)):
         shown = run_cli("quantize", demo.MODEL_DIR, "--output", other, *extra)
-        assert shown.code == 1
+        assert shown.code == 2
         assert "was not made by quantadapt" in shown.err
+    shown = run_cli("quantize", demo.MODEL_DIR, "--output", other, "--set", "bits=5")
+    assert "was not made by quantadapt" in shown.err
+    assert "use one of 1, 2, 3, 4 or 8" in shown.err
     assert [file.name for file in other.iterdir()] == ["thesis.tex"]
 
 
@@ -295,6 +314,18 @@ def test_a_forbidden_merge_is_refused_before_loading(run_cli):
     shown = run_cli("merge", "run")
     assert shown.code == 2
     assert "[rule lily-no-merge]" in shown.err
+
+
+def test_where_there_is_nothing_to_merge_all_is_told_at_once(run_cli):
+    Path("typo").mkdir()
+    (Path("typo") / "thesis.txt").write_text("x")
+    shown = run_cli("merge", "typo", "--output", "typo/thesis.txt")
+    assert shown.code == 2
+    assert "typo: there is no adapter here" in shown.err
+    shown = run_cli("merge", "typo", "--onto", "./nix", "--kind", "requantize", "--output", ".")
+    assert shown.code == 2
+    for text in ("there is no adapter here", "./nix does not exist", "the result is dense"):
+        assert text in shown.err
 
 
 # Runs, with the pipeline replaced by one that does nothing ------------------------
@@ -357,6 +388,13 @@ def test_run_as_json_prints_nothing_else_to_stdout(run_cli, pipeline):
     assert shown.json["metrics"]["perplexity"]["tuned"] == 2.0
     assert shown.json["folder"] == "out"
     assert "✓ train" in shown.err
+
+
+def test_a_run_folder_in_the_home_folder_gets_the_log(run_cli, pipeline, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    pipeline(lambda: print("vendor banner"))
+    assert run_cli("run", "--output", "~/out").code == 0
+    assert "vendor banner" in (tmp_path / "home" / "out" / "log.txt").read_text()
 
 
 def chatter() -> None:
@@ -477,7 +515,7 @@ def test_a_backend_with_its_options(run_cli):
     assert "bits per weight" in shown.out
     options = run_cli("backends", "show", "hqq", "--json").json["options"]
     assert options[0]["default"] == 4
-    assert "rule" not in run_cli("backends", "show", "none").err
+    assert "Rules" not in run_cli("backends", "show", "none").out
     assert run_cli("backends", "show", "hqw").code == 2
 
 

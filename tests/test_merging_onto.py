@@ -118,6 +118,15 @@ def test_modules_that_were_trained_whole_are_written(sharded, tmp_path) -> None:
     assert torch.equal(merged.read("model.norm.weight"), trained.detach())
 
 
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_a_tied_module_that_was_trained_whole_is_refused(tmp_path, module) -> None:
+    assert "lm_head.weight" not in Checkpoint(str(small_model())).files
+    model = perturbed("lora", modules_to_save=[module])
+    with pytest.raises(ModelError, match=f"{module} was trained whole, and is tied"):
+        qa.merge_onto(model, str(small_model()), tmp_path)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_bfloat16_bases_stay_bfloat16(tmp_path) -> None:
     from_pretrained(str(small_model()), dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     qa.merge_onto(perturbed("lora"), str(tmp_path / "base"), tmp_path, check=False)

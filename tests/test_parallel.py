@@ -95,7 +95,7 @@ def test_processes_that_write_nothing_decide_alike(planned) -> None:
     ("values", "rule"),
     [
         ({"adapter": "pissa"}, "fsdp-keeps-the-base"),
-        ({"export": {"merge": "dense"}}, "fsdp-no-merge"),
+        ({"export": {"merge": "requantize"}}, "fsdp-no-merge"),
     ],
 )
 def test_what_forbids_sharing_is_respected_and_told(planned, values, rule) -> None:
@@ -127,8 +127,9 @@ def test_cards_that_are_asked_about_need_not_be_here(planned) -> None:
     made = planned(Machine(), cards=(SMALL,))
     assert (made.parallel, made.memory.cards[0].fits) == ("fsdp", True)
     assert planned(Machine(), cards=(LARGE,)).parallel == "ddp"
-    with pytest.raises(PlanRefused, match="there are none that torch can use"):
-        planned(Machine())
+    for device in ("auto", "cuda"):
+        with pytest.raises(PlanRefused, match="there are none that torch can use"):
+            planned(Machine(), device=device)
 
 
 def test_asked_for_sharing_is_refused_to_a_merge(planned) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import quantadapt as qa
-from quantadapt import demo, saving
+from quantadapt import demo, merging, saving
+from quantadapt.cli.models import calibration_of
 from quantadapt.errors import (
     DataError,
     MergeRefused,
@@ -111,6 +113,23 @@ def test_merge_refuses_with_one_exception_type(small, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_too_little_memory_to_merge_is_a_sentence(small, tmp_path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(merging, "merged_model", full)
+    with pytest.raises(ModelError, match=r"too small to make a merged model.*\n.*--onto BASE"):
+        qa.merge(qa.attach(qa.quantize(small, "hqq"), "lora", r=2), tmp_path)
+
+
+def test_an_earlier_merge_is_found_before_the_work(small, tmp_path, monkeypatch) -> None:
+    model = qa.attach(qa.quantize(small, "hqq"), "lora", r=2)
+    qa.merge(model, tmp_path)
+    monkeypatch.setattr(merging, "merged_model", lambda *_: pytest.fail("it was merged"))
+    with pytest.raises(OutputError, match="the folder is not empty"):
+        qa.merge(model, tmp_path)
+
+
 def test_target_modules_that_match_nothing(small) -> None:
     with pytest.raises(qa.QuantadaptError, match=r"matches 'q_prj'.*\n.*did you mean 'q_proj'"):
         qa.attach(qa.quantize(small, "none"), "lora", target_modules=["q_prj"])
@@ -191,6 +210,13 @@ class TestRun:
         with pytest.raises(PlanRefused, match="overwrite"):
             qa.run(self.spec(small, tmp_path))
 
+    def test_the_spec_of_a_resumed_run_runs_again(self, small, tmp_path) -> None:
+        evaluate = {"max_examples": 4, "samples": 0, "unquantized": False}
+        values = {"backend": "none", "export": {"merge": "never"}, "evaluate": evaluate}
+        qa.run(self.spec(small, tmp_path, **values))
+        qa.run(self.spec(small, tmp_path, train=FAST | {"resume": True}, **values))
+        assert not qa.Spec.load(tmp_path / "run" / "spec.yaml").train.resume
+
     def test_the_same_seed_gives_the_same_losses(self, small, tmp_path) -> None:
         def losses(name: str) -> list[float]:
             qa.run(self.spec(small, tmp_path, output=str(tmp_path / name)))
@@ -238,8 +264,6 @@ class TestRun:
         assert not (tmp_path / "run").exists()
 
     def test_a_vendor_that_is_not_installed(self, small, monkeypatch) -> None:
-        from dataclasses import replace
-
         real: Backend = registry().backend("hqq")
         entry = registry()._backends["hqq"][0]
         missing = replace(real, requires=("surely-not-installed>=1",))
@@ -265,6 +289,76 @@ def test_save_never_replaces_what_it_did_not_write(small, tmp_path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+def test_the_home_folder_is_as_safe(small, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
+    model = qa.quantize(small, "none")
+    with pytest.raises(OutputError, match="save did not write"):
+        qa.save(model, "~/thesis")
+    assert (tmp_path / "thesis" / "thesis.txt").read_text() == "years of work"
+    assert qa.save(model, "~/model") == tmp_path / "model"
+    torch.testing.assert_close(logits(qa.load("~/model")), logits(model), rtol=0, atol=0)
+
+
+class TestTheBaseBesideAnAdapter:
+    """`path/base` belongs to the adapter that was saved last."""
+
+    def saved(self, small, path, adapter: str, bits: int) -> torch.Tensor:
+        model = qa.attach(qa.quantize(small, "hqq", bits=bits), adapter, r=4)
+        qa.save(model, path)
+        return logits(model)
+
+    def test_another_one_takes_its_place(self, small, tmp_path) -> None:
+        self.saved(small, tmp_path, "pissa", bits=8)
+        expected = self.saved(small, tmp_path, "pissa", bits=3)
+        torch.testing.assert_close(logits(qa.load(tmp_path)), expected, rtol=0, atol=0)
+
+    def test_an_adapter_without_one_does_not_get_that_of_the_last(self, small, tmp_path) -> None:
+        self.saved(small, tmp_path, "pissa", bits=3)
+        assert (tmp_path / "base").exists()
+        expected = self.saved(small, tmp_path, "lora", bits=3)
+        torch.testing.assert_close(logits(qa.load(tmp_path)), expected, rtol=0, atol=0)
+
+    def test_a_calibrated_one_goes_along_when_it_was_loaded(self, small, tmp_path) -> None:
+        self.saved(small, tmp_path, "lora", bits=3)
+        loaded = qa.load(tmp_path)
+        state = loaded.quantadapt
+        state.backend = replace(state.backend, calibration=True)
+        qa.save(loaded, tmp_path / "again", base=False)
+        assert not (tmp_path / "again" / "base").exists()
+        qa.save(loaded, tmp_path / "again")
+        assert (tmp_path / "again" / "base" / "config.json").exists()
+
+    def test_one_that_loading_rewrites_goes_along(self, small, tmp_path) -> None:
+        model = qa.attach(qa.quantize(small, "hqq", bits=3), "pissa", r=4)
+        qa.save(model, tmp_path, base=False)
+        again = qa.save(qa.load(tmp_path), tmp_path / "again")
+        torch.testing.assert_close(logits(qa.load(again)), logits(model), rtol=0, atol=0)
+        assert (tmp_path / "again" / "base").exists()
+
+    def test_nothing_is_written_beside_a_foreign_adapter(self, small, tmp_path) -> None:
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "thesis.txt").write_text("years of work")
+        with pytest.raises(OutputError, match="save did not write"):
+            self.saved(small, tmp_path, "pissa", bits=3)
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_merging_calibrates_on_what_the_run_did(small, tmp_path, tokenizer) -> None:
+    spec = qa.Spec(
+        data={"calibration_path": str(demo.EVAL_FILE), "calibration_examples": 5, "max_length": 64}
+    )
+    (tmp_path / "spec.yaml").write_text(spec.to_yaml())
+    found = calibration_of(str(tmp_path), None, tokenizer)
+    assert len(found) == 5
+    assert max(example["input_ids"].numel() for example in found) == 64
+    spec.data.calibration_path = None
+    (tmp_path / "spec.yaml").write_text(spec.to_yaml())
+    assert len(calibration_of(str(tmp_path), None, tokenizer)) == 5
+    assert calibration_of(str(tmp_path / "none"), None, tokenizer) is None
+
+
 def test_an_unknown_optimizer_is_refused_before_any_work(small, tmp_path) -> None:
     spec = qa.Spec(model=small, output=str(tmp_path / "run"), train={"optim": "adamw_troch"})
     with pytest.raises(PlanRefused, match="did you mean 'adamw_torch'"):
@@ -274,9 +368,11 @@ def test_an_unknown_optimizer_is_refused_before_any_work(small, tmp_path) -> Non
 
 def test_target_modules_are_looked_for_before_any_work(small, tmp_path) -> None:
     adapter = {"name": "lora", "target_modules": ["q_prj"]}
-    spec = qa.Spec(model=small, output=str(tmp_path / "run"), adapter=adapter)
-    with pytest.raises(PlanRefused, match="did you mean 'q_proj'"):
+    train = {"lr_scheduler_type": "cosin"}
+    spec = qa.Spec(model=small, output=str(tmp_path / "run"), adapter=adapter, train=train)
+    with pytest.raises(PlanRefused, match="did you mean 'q_proj'") as caught:
         qa.run(spec)
+    assert "did you mean 'cosine'?" in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 

@@ -13,6 +13,7 @@ from quantadapt.capabilities import Cell, Merge, Rule, refusals
 from quantadapt.checkpoint import is_local_path
 from quantadapt.errors import MergeRefused, PlanRefused
 from quantadapt.machine import Machine
+from quantadapt.memory import GIB
 from quantadapt.planning import plan
 from quantadapt.spec import Spec
 
@@ -96,9 +97,96 @@ def test_auto_merge_turns_into_never_and_says_why() -> None:
     assert made.merge_refusals[0].rule == "lily-no-merge"
 
 
-def test_a_device_index_that_does_not_exist() -> None:
+@pytest.mark.parametrize("memory", [(), (24 * GIB,)])
+@pytest.mark.parametrize("device", ["cuda:3", "cuda:x"])
+def test_a_device_index_that_does_not_exist(device, memory) -> None:
     with pytest.raises(PlanRefused, match="use cuda:0 to cuda:0"):
-        plan(Spec(device="cuda:3"), machine=CARD)
+        plan(Spec(device=device), machine=Machine(cuda=((9, 0),), memory=memory))
+
+
+class TestCardsThatAreAskedAbout:
+    """They need not be here: the plan is for them, whatever this machine has."""
+
+    @pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
+    @pytest.mark.parametrize("machine", [CPU, CARD, Machine(cuda=((7, 5),))])
+    def test_the_plan_is_for_a_gpu(self, device, machine) -> None:
+        made = plan(Spec(device=device, train={"memory": 8}), machine=machine, cards=(24,))
+        assert (made.device, made.dtype) == ("cuda", "bfloat16")
+        assert not any("this run has none" in note for note in made.notes)
+
+    def test_a_backend_for_gpus_alone_can_be_asked_about(self) -> None:
+        backend = {"name": "torchao-int4", "layout": "tile_packed"}
+        made = plan(Spec(backend=backend), machine=CPU, cards=(24,))
+        assert made.device == "cuda"
+
+    def test_what_the_spec_says_stays(self) -> None:
+        made = plan(Spec(device="cpu", dtype="float16"), machine=CPU, cards=(24,))
+        assert (made.device, made.dtype) == ("cpu", "float16")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "option", "value", "words"),
+    [
+        ("lora", "r", "big", "is not of type"),
+        ("lora", "target_modules", "*_proj", "is no regular expression: nothing to repeat"),
+        ("loftq", "loftq_config", 3, "has another form"),
+        ("loftq", "loftq_config", {"loftq_iter": "two"}, "has another form"),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_told(adapter, option, value, words) -> None:
+    found = problems(adapter={"name": adapter, option: value})
+    assert list(found) == [f"adapter.{option}"]
+    assert words in found[f"adapter.{option}"]
+
+
+def test_data_may_lie_in_the_home_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    assert plan(Spec(data="~/a.jsonl"), machine=CPU).spec.data.path == "~/a.jsonl"
+    assert list(problems(data="~/b.jsonl")) == ["data.path"]
+
+
+def test_so_may_the_model(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(demo.MODEL_DIR)
+    assert plan(Spec(model="~/model"), machine=CPU).model == str(tmp_path / "model")
+    assert list(problems(model="~/other")) == ["model"]
+
+
+class TestMergingNeedsMemory:
+    """A dense merged model is made beside the quantized one: 23 GiB for one of 8B parameters."""
+
+    def planned(self, tmp_path, gib, merge="auto", **values):
+        sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+        sizes |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+        config = {"model_type": "llama", "rms_norm_eps": 1e-5, **sizes}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        spec = Spec(
+            model=str(tmp_path),
+            backend="bnb-nf4",
+            data=str(demo.TRAIN_FILE),
+            evaluate={"unquantized": False},
+            export={"merge": merge},
+            output=str(tmp_path / "run"),
+        )
+        machine = Machine(cuda=((9, 0),), memory=(gib * GIB,))
+        return plan(spec, machine=machine, weights=False, **values)
+
+    def test_a_large_card_merges(self, tmp_path) -> None:
+        assert self.planned(tmp_path, 40).merge == "dense"
+
+    def test_a_small_one_trains_and_says_how_to_merge(self, tmp_path) -> None:
+        made = self.planned(tmp_path, 16)
+        assert made.merge == "never"
+        (problem,) = made.merge_refusals
+        assert problem.rule == "merge-needs-memory"
+        assert "--onto BASE" in problem.fix
+        assert self.planned(tmp_path, 40, cards=(16,)).merge == "never"
+
+    def test_asked_for_it_is_refused_before_any_work(self, tmp_path) -> None:
+        with pytest.raises(MergeRefused, match="merge-needs-memory"):
+            self.planned(tmp_path, 16, "dense")
+        assert self.planned(tmp_path, 16, "requantize").merge == "requantize"
 
 
 def test_planning_imports_nothing_heavy() -> None:
@@ -188,6 +276,13 @@ class TestRules:
 
     def test_merge_kinds_are_ordered(self) -> None:
         assert Merge.NEVER < Merge.DENSE < Merge.REQUANTIZE
+
+
+def test_there_has_to_be_a_run_to_resume(tmp_path) -> None:
+    found = problems(output=str(tmp_path / "typo"), train={"resume": True}, backend="hqqq")
+    assert set(found) == {"backend", f"output {tmp_path / 'typo'}"}
+    assert "no earlier run to resume" in found[f"output {tmp_path / 'typo'}"]
+    assert set(problems(train={"resume": True}, overwrite=True)) == {"output"}
 
 
 def test_a_taken_output_folder_is_refused_with_the_rest(tmp_path) -> None:

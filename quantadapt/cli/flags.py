@@ -166,13 +166,16 @@ _KEYS = {
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key. What is no mapping stays, for the spec to complain about."""
+    from ..spec import SHORTHAND
+
     *parents, last = key.split(".")
     for name in parents:
-        child = values.setdefault(name, {})
-        if child is None:
-            child = values[name] = {}
-        if not isinstance(child, dict):
+        child = values.get(name)
+        if isinstance(child, str) and name in SHORTHAND:
+            child = {SHORTHAND[name]: child}
+        elif child is not None and not isinstance(child, dict):
             return
+        values[name] = child = child or {}
         values = child
     values[last] = value
 

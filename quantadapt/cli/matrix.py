@@ -176,12 +176,10 @@ def _named(
 
 
 def _refuse_without_verify(*given: Any) -> None:
-    from ..errors import SpecError
+    from ..errors import Problem, SpecError
 
     names = ("--output", "--backend-options", "--timeout", "--jobs", "--fresh")
     if wrong := [name for name, value in zip(names, given, strict=True) if value]:
-        from ..errors import Problem
-
         what = f"{', '.join(wrong)} without --verify"
         raise SpecError([Problem(what, "add --verify to run the suite", where="matrix")])
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..errors import ModelError, PlanRefused, Problem
 from .commands import add
 from .flags import DeviceOption, JsonOption
 from .session import Session, session
@@ -75,18 +76,21 @@ def merge(
     unquantized model that the base was made from, in the memory of one shard.
     """
     with session(as_json=json) as shown:
-        from .models import MERGED, check_output, check_record, open_model, waiting
+        from ..saving import MERGED
+        from .models import check_record, checked_output, open_model, waiting
 
         folder = output or Path(run)
         if onto is not None:
-            _check_onto(run, onto, kind)
-            check_output(folder / MERGED, overwrite)
+            with checked_output(folder / MERGED, overwrite):
+                _check_onto(run, onto, kind)
             with waiting(shown, f"merging onto {onto}"):
                 found = _merged_onto(run, onto, folder, data, check, device, overwrite)
             _show(shown, found, folder / MERGED)
             return
-        check_record(run, kind)
-        check_output(folder / MERGED, overwrite)
+        with checked_output(folder / MERGED, overwrite):
+            if problems := _adapter_problems(run):
+                raise PlanRefused(problems)
+            check_record(run, kind)
         with waiting(shown, "loading the model"):
             model = open_model(run, device)
         with waiting(shown, f"merging ({kind})"):
@@ -120,14 +124,23 @@ def _merged(
     )
 
 
+def _adapter_problems(run: str) -> list[Problem]:
+    from ..saving import adapter_folder
+
+    try:
+        adapter_folder(Path(run))
+    except ModelError as error:
+        return list(error.problems)
+    return []
+
+
 def _check_onto(run: str, base: str, kind: Kind) -> None:
     """Find what is wrong before torch is imported."""
     from ..checkpoint import check_model
-    from ..errors import PlanRefused, Problem
     from ..merging_onto import check_onto
     from ..saving import adapter_folder, read_record
 
-    found = check_model(base)
+    found = [*_adapter_problems(run), *check_model(base)]
     if kind == "requantize":
         what = "onto an unquantized base the result is dense"
         fix = "leave --kind out, and quantize the merged model: quantadapt quantize"

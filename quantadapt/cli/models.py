@@ -9,17 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import ModelError, OutputError, PlanRefused
+from ..atomic import OTHER_OUTPUT, in_words, is_free
+from ..errors import ModelError, PlanRefused, Problem
+from ..saving import ADAPTER, MERGED, RECORD
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
 
     from .session import Session
-
-RECORD = "quantadapt.json"
-ADAPTER = "adapter"
-MERGED = "merged"
 
 
 @contextmanager
@@ -87,18 +85,20 @@ def held_out_of(path: str, data: str | None, tokenizer: Any) -> tuple[Dataset, s
 
 def calibration_of(path: str, calibration: str | None, tokenizer: Any) -> Any:
     """Return what to calibrate on: what `calibration` names, or what the run at `path` used."""
-    from ..calibration_data import choose, examples_from
+    from ..calibration_data import examples_from
     from ..data import load_data
     from ..spec import Spec
+    from ..stages import calibration_examples
 
+    if calibration is not None:
+        return examples_from(calibration, tokenizer)
     file = Path(path).expanduser() / "spec.yaml"
-    if calibration is not None or not file.exists():
-        return None if calibration is None else examples_from(calibration, tokenizer)
+    if not file.exists():
+        return None
     spec = Spec.load(file)
-    if spec.data.calibration_path is not None:
-        return examples_from(spec.data.calibration_path, tokenizer)
-    train = load_data(spec.data, tokenizer, seed=spec.seed).train
-    return choose(train, count=spec.data.calibration_examples, seed=spec.seed)
+    return calibration_examples(
+        spec, tokenizer, lambda: load_data(spec.data, tokenizer, seed=spec.seed).train
+    )
 
 
 def check_record(path: str, kind: Literal["dense", "requantize"]) -> None:
@@ -125,24 +125,32 @@ def check_record(path: str, kind: Literal["dense", "requantize"]) -> None:
         raise MergeRefused(found)
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Raise OutputError now if `folder` could not be written after all the work."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
+@contextmanager
+def checked_output(folder: Path, overwrite: bool) -> Iterator[None]:
+    """Refuse, together with what the body is refused for, a folder that could not be written."""
+    found = _output_problems(folder.expanduser(), overwrite)
+    try:
+        yield
+    except PlanRefused as error:
+        raise type(error)([*error.problems, *found]) from None
+    if found:
+        raise PlanRefused(found)
+
+
+def _output_problems(folder: Path, overwrite: bool) -> list[Problem]:
+    with in_words(folder):
+        if is_free(folder):
+            return []
     where = str(folder)
     if not folder.is_dir():
-        raise OutputError("a file is in the way", fix="choose another --output", where=where)
-    if not is_ours(folder):
+        return [Problem("a file is in the way", OTHER_OUTPUT, where)]
+    if "backend" not in (_record(folder) or {}):
         what = "the folder is not empty and was not made by quantadapt"
-        raise OutputError(what, fix="choose another --output", where=where)
+        return [Problem(what, OTHER_OUTPUT, where)]
     if not overwrite:
         what = "the folder holds a model already"
-        raise OutputError(what, fix="choose another --output, or pass --overwrite", where=where)
-
-
-def is_ours(folder: Path) -> bool:
-    """Say whether quantadapt wrote a model into this very folder."""
-    return "backend" in (_record(folder) or {})
+        return [Problem(what, f"{OTHER_OUTPUT}, or pass --overwrite", where)]
+    return []
 
 
 def _record(folder: Path) -> dict[str, Any] | None:

@@ -90,13 +90,11 @@ def _table(made: Plan) -> Table:
 
 
 def _rows(made: Plan) -> list[tuple[str, str]]:
-    from .progress import device_words, merge_words, model_name
+    from .progress import device_words, merge_words, model_name, steps_words
 
     spec, train = made.spec, made.spec.train
-    length = (
-        f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
-    )
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * made.processes
+    steps = f"{steps_words(train)} of {batch} examples"
     backend = _options(made.backend.name, made.quantizer.model_dump())
     return [
         ("model", model_name(made)),
@@ -104,7 +102,7 @@ def _rows(made: Plan) -> list[tuple[str, str]]:
         ("adapter", _options(made.adapter.name, dict(made.adapter_options))),
         ("device", f"{device_words(made)}, computing in {made.dtype}"),
         ("data", spec.data.path or "the bundled demo's"),
-        ("train", f"{length} of {batch} examples, learning rate {train.learning_rate:g}"),
+        ("train", f"{steps}, learning rate {train.learning_rate:g}"),
         ("output", str(spec.output)),
         ("export", f"adapter, {merge_words(made)}"),
         *([("memory", "\n".join(made.memory.words()))] if made.memory else []),

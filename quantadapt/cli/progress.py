@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..planning import Plan
+    from ..spec import TrainSpec
 
 BETWEEN = "loading libraries and data"
 _PLAIN_LINES = 10
@@ -159,16 +160,20 @@ def _options(console: Console) -> dict[str, Any]:
 def plan_lines(plan: Plan) -> list[str]:
     """Return the plan in three lines."""
     spec, train = plan.spec, plan.spec.train
-    steps = (
-        f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
-    )
     quantizer = _call(plan.backend.name, plan.quantizer.model_dump())
     adapter = _call(plan.adapter.name, plan.adapter_options)
     return [
         f"model   {model_name(plan)} on {device_words(plan)} in {plan.dtype}",
-        f"train   {adapter} on {quantizer}, {steps} at {train.learning_rate:g}",
+        f"train   {adapter} on {quantizer}, {steps_words(train)} at {train.learning_rate:g}",
         f"output  {spec.output}: adapter, {merge_words(plan)}",
     ]
+
+
+def steps_words(train: TrainSpec) -> str:
+    """Say how long the training is."""
+    if train.max_steps > 0:
+        return f"{train.max_steps} steps"
+    return f"{train.num_train_epochs:g} epochs"
 
 
 def model_name(plan: Plan) -> str:

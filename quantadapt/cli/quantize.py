@@ -64,20 +64,12 @@ def quantize(
     """
     with session(as_json=json) as shown:
         from ..planning import plan
-        from .models import check_output, waiting
+        from .models import checked_output, waiting
 
-        made = plan(
-            _spec(
-                model,
-                backend,
-                set_ or [],
-                device=device,
-                dtype=dtype,
-                skip_misfits=skip_misfits or None,
-            ),
-            check_output=False,
-        )
-        check_output(output, overwrite)
+        given = {"device": device, "dtype": dtype, "skip_misfits": skip_misfits or None}
+        spec = _spec(model, backend, set_ or [], **given)
+        with checked_output(output, overwrite):
+            made = plan(spec, check_output=False)
         with waiting(shown, f"quantizing with {made.backend.name}"):
             facts = _quantized(made, output, calibration, overwrite)
         if json:
@@ -105,12 +97,12 @@ def _quantized(
     from ..quantizing import quantize_plan
     from ..saving import save
 
-    save(quantize_plan(made, calibration=calibration), output, overwrite=overwrite)
+    saved = save(quantize_plan(made, calibration=calibration), output, overwrite=overwrite)
     return {
         "path": str(output),
         "model": made.model,
         "backend": made.backend.name,
         "options": made.quantizer.model_dump(mode="json"),
         "dtype": made.dtype,
-        "mib": folder_size(output) / 2**20,
+        "mib": folder_size(saved) / 2**20,
     }

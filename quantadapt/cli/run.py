@@ -68,9 +68,13 @@ def _launch(flags: SpecFlags, json: bool, gpus: int) -> None:
     except KeyboardInterrupt as error:
         raise SystemExit(report_failure(error, sys.stderr)) from None
     if failure is not None:
-        _note_failure(Path(made.spec.output or "."))
+        _note_failure(_folder(made))
         sys.stderr.write(f"process {failure.rank} of {gpus} failed:\n{failure.text}\n")
         raise SystemExit(failure.exit_code)
+
+
+def _folder(made: Plan) -> Path:
+    return Path(made.spec.output or ".").expanduser()
 
 
 def _note_failure(folder: Path) -> None:
@@ -95,7 +99,7 @@ def _watched(made: Plan, shown: Session) -> RunResult:
         command = shlex.join(["quantadapt", *sys.argv[1:]])
         listener: Listener = display
         if world().is_main:
-            listener = _logging_to_folder(display, shown, Path(made.spec.output or "."))
+            listener = _logging_to_folder(display, shown, _folder(made))
         result = run_pipeline(made.spec, listener=listener, command=command)
     show_result(shown.progress, result.folder, result.metrics)
     return result
