@@ -34,8 +34,9 @@ DECODING = 128
 
 class AQLM(LayerwiseQuantizer):
     """Codes take num_codebooks * nbits_per_codebook / (in_group_size * out_group_size) bits per
-    weight; codebooks come on top, once per layer. 2x8 with groups of 8 suits small models and is
-    quick to make and to run; from 1B parameters on, 1x16 with groups of 8 is the most accurate."""
+    weight, where a code of 1 to 7 bits is stored in 8, and one of 9 to 15 in 16; codebooks come on
+    top, once per layer. 2x8 with groups of 8 suits small models and is quick to make and to run;
+    from 1B parameters on, 1x16 with groups of 8 is the most accurate."""
 
     num_codebooks: int = Field(2, ge=1, le=16, description="entries that are summed for a group")
     nbits_per_codebook: int = Field(
@@ -72,9 +73,10 @@ class AQLM(LayerwiseQuantizer):
         self, in_features: int, out_features: int, *, device: str, dtype: str
     ) -> float:
         scale, group = 32 if dtype == "float32" else 16, self.in_group_size * self.out_group_size
+        codes = self.num_codebooks * (8 if self.nbits_per_codebook <= 8 else 16) / group
         books = self.num_codebooks * (1 << self.nbits_per_codebook) * group * scale
         scales = scale / (in_features * self.out_group_size)
-        return self.bits + books / (in_features * out_features) + scales
+        return codes + books / (in_features * out_features) + scales
 
     def misfit(self, in_features: int, out_features: int) -> str | None:
         for size, features, what in (

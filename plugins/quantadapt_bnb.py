@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from quantadapt.capabilities import Merge
 from quantadapt.compiling import one_kernel
@@ -16,6 +16,8 @@ from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, Quantizer
 from quantadapt.records import Backend
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor, nn
 
@@ -24,11 +26,18 @@ DECODING = 32
 
 
 class _BitsAndBytes(LayerwiseQuantizer):
+    _dense: list[str] | None = PrivateAttr(None)
+    """Names of the layers that are dense, while a model is saved; None: transformers' default."""
+
     def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
         return Quantizer.load(self, path, device=device, dtype=dtype)
 
-    def left_dense(self, names: list[str]) -> dict[str, Any]:
-        return {"llm_int8_skip_modules": ["lm_head", *names]}
+    def save(self, model: nn.Module, path: Path) -> None:
+        from quantadapt.loading import linear_layers
+
+        described = self.model_copy()
+        described._dense = [name for name, _ in linear_layers(model, ())]
+        LayerwiseQuantizer.save(described, model, path)
 
 
 class _FourBit(_BitsAndBytes):
@@ -81,6 +90,7 @@ class _FourBit(_BitsAndBytes):
             bnb_4bit_quant_type=self.quant_type,
             bnb_4bit_use_double_quant=self.double_quant,
             bnb_4bit_quant_storage=self.quant_storage,
+            llm_int8_skip_modules=self._dense,
         ).to_dict()
         return config
 
@@ -157,7 +167,9 @@ class Int8(_BitsAndBytes):
         from transformers import BitsAndBytesConfig
 
         config: dict[str, Any] = BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=self.threshold
+            load_in_8bit=True,
+            llm_int8_threshold=self.threshold,
+            llm_int8_skip_modules=self._dense,
         ).to_dict()
         return config
 

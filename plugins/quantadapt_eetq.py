@@ -17,12 +17,13 @@ They can be exchanged in both directions, with two limits:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import PrivateAttr
 
 from quantadapt.capabilities import Merge
 from quantadapt.compiling import one_kernel
@@ -48,6 +49,9 @@ DECODING = 64
 
 class EETQ(LayerwiseQuantizer):
     """No options: 8 bits, per channel."""
+
+    _dense: list[str] | None = PrivateAttr(None)
+    """Names of the layers that are dense, while a model is saved; None: transformers' default."""
 
     @cached_property
     def target(self) -> EETQTarget:
@@ -85,17 +89,15 @@ class EETQ(LayerwiseQuantizer):
     def quantization_config(self) -> dict[str, Any]:
         from transformers import EetqConfig
 
-        return {**EetqConfig().to_dict(), "layout": LAYOUT}
+        config = EetqConfig(modules_to_not_convert=self._dense)
+        return {**config.to_dict(), "layout": LAYOUT}
 
     def save(self, model: nn.Module, path: Path) -> None:
-        from torch import nn
+        from quantadapt.loading import linear_layers
 
-        super().save(model, path)
-        file = path / "config.json"
-        config = json.loads(file.read_text(encoding="utf-8"))
-        dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-        config["quantization_config"]["modules_to_not_convert"] = dense
-        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        described = self.model_copy()
+        described._dense = [name for name, _ in linear_layers(model, ())]
+        LayerwiseQuantizer.save(described, model, path)
 
     @classmethod
     def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> EETQ | None:

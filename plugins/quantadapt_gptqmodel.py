@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
     from quantadapt.calibration import Block
 
-# gptqmodel wants two workers, and gives itself one on two cores; it looks when it is imported.
+# gptqmodel wants two workers, and gives itself one on two cores. It looks when it is imported,
+# which PEFT may do first.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 
@@ -262,7 +263,7 @@ def _backend(
         summary=summary,
         quantizer=quantizer,
         requires=("gptqmodel>=7.6", "optimum>=1.24"),  # PEFT refuses to work with one alone
-        imports=("gptqmodel",),
+        imports=("quantadapt_gptqmodel_vendor",),
         extra="quantadapt[gptqmodel]",
         calibration=True,
         merge=Merge.REQUANTIZE,

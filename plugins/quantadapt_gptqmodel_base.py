@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -66,6 +64,7 @@ class GPTQModel(LayerwiseQuantizer):
         skip_modules: tuple[str, ...] | None = None,
     ) -> nn.Module:
         import torch
+        from quantadapt_gptqmodel_vendor import quiet
 
         from quantadapt.loading import from_pretrained
 
@@ -74,7 +73,7 @@ class GPTQModel(LayerwiseQuantizer):
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
         training = model.training
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             self._walk(model.eval(), calibration or [], device, skip_modules)
         return model.to(device).train(training)
 
@@ -117,6 +116,7 @@ class GPTQModel(LayerwiseQuantizer):
         return self._module(linear, bits, state)
 
     def _module(self, linear: nn.Linear, bits: int, state: dict[str, Tensor]) -> nn.Module:
+        import quantadapt_gptqmodel_vendor  # noqa: F401 (before gptqmodel itself)
         from quantadapt_gptqmodel_layers import plain
         from torch import nn
 
@@ -187,20 +187,3 @@ def _put(model: nn.Module, vendors: dict[str, nn.Module]) -> None:
 
     for name, vendor in vendors.items():
         set_submodule(model, name, vendor)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep gptqmodel's log off the screen, and its CUDA extension, which it would compile, out."""
-    from gptqmodel.utils.logger import setup_logger
-
-    name, log = "GPTQMODEL_DISABLE_GPTQ_CUDA", setup_logger()
-    level, before = log.level, os.environ.get(name)
-    log.setLevel("ERROR")
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        del os.environ[name]
-        os.environ |= {} if before is None else {name: before}

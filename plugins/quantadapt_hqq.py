@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from quantadapt.capabilities import Merge
 from quantadapt.compiling import one_kernel
@@ -117,16 +117,21 @@ class HQQ(LayerwiseQuantizer):
     def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> HQQ | None:
         if quantization_config.get("quant_method") != "hqq":
             return None
-        weights = quantization_config["quant_config"]["weight_quant_params"]
-        return cls(bits=weights["nbits"], group_size=weights["group_size"], axis=weights["axis"])
+        try:
+            found = quantization_config["quant_config"]["weight_quant_params"]
+            return cls(bits=found["nbits"], group_size=found["group_size"], axis=found["axis"])
+        except (KeyError, ValidationError):  # options by layer, or others than ours
+            return None
 
     @classmethod
     def from_model(cls, model: nn.Module) -> HQQ | None:
-        for module in model.modules():
-            if _is_hqq(module):
-                meta: Any = module.meta
-                return cls(bits=meta["nbits"], group_size=meta["group_size"], axis=meta["axis"])
-        return None
+        metas: list[dict[str, Any]] = [m.meta for m in model.modules() if _is_hqq(m)]  # type: ignore[misc]
+        if not metas:
+            return None
+        bits, axis, group_size = (metas[0][name] for name in ("nbits", "axis", "group_size"))
+        if all(meta["group_size"] in (None, meta["shape"][axis]) for meta in metas):
+            group_size = None  # hqq may have noted the size of a whole row
+        return cls(bits=bits, group_size=group_size, axis=axis)
 
 
 class HQQTarget(LayerwiseTarget):

@@ -13,21 +13,20 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Mapping
 from functools import cached_property
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
+from quantadapt_inc_config import config_for, fp8_details
+from quantadapt_inc_target import INCTarget
 from quantadapt_inc_vendor import (
     cast,
     complete,
     in_blocks,
     inner,
-    integers,
     is_fp8,
-    is_integer,
     linear_of,
     running,
     scaled_class,
@@ -39,7 +38,7 @@ from quantadapt_inc_vendor import (
 from quantadapt.capabilities import KEEP, Merge, Rule
 from quantadapt.errors import ModelError
 from quantadapt.hookspecs import hookimpl
-from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget
+from quantadapt.protocols import LayerwiseQuantizer
 from quantadapt.records import Backend
 
 if TYPE_CHECKING:
@@ -55,7 +54,6 @@ OF_INTEGERS: dict[str, Any] = {"bits": 4, "group_size": 64, "symmetric": True}
 """The options of fp8, and of the other methods, with their defaults."""
 MADE_BY = "quantadapt_inc"
 """Attribute of a vendor module: the quantizer that made it; the tensors do not tell everything."""
-HP_DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}
 
 
 class INC(LayerwiseQuantizer):
@@ -105,8 +103,9 @@ class INC(LayerwiseQuantizer):
     ) -> float:
         if self.bits is None:  # fp8, one scale for the whole layer
             return 8
+        packed = 32 / (32 // self.bits)  # whole codes in a word of int32: ten of 3 bits
         group = self.group_size or in_features
-        return self.bits + (self.bits + 16) / group + 32 / out_features
+        return packed + (packed + 16) / group + 32 / out_features
 
     def notes(self, device: str) -> tuple[str, ...]:
         if self.method == "fp8" and not device.startswith("hpu"):
@@ -174,7 +173,7 @@ class INC(LayerwiseQuantizer):
             from neural_compressor.torch.quantization import convert, prepare
 
             with showing(model, names):
-                config = self._config(model, names, method, dtype)
+                config = config_for(self, model, names, method, dtype)
                 any_input = next(v for v in examples[0].values() if isinstance(v, torch.Tensor))
                 prepared = prepare(model, config, example_inputs=any_input)
                 for example in () if method == "rtn" else examples:
@@ -191,33 +190,6 @@ class INC(LayerwiseQuantizer):
     def _mark(self, vendor: nn.Module, bias: Tensor | None) -> None:
         setattr(vendor, MADE_BY, self)
         complete(vendor, bias)
-
-    def _config(self, model: nn.Module, names: list[str], method: str, dtype: torch.dtype) -> Any:
-        from neural_compressor.torch import quantization
-
-        if self.fp8_format:
-            return quantization.FP8Config(
-                fp8_config=self.fp8_format.upper(),
-                hp_dtype=HP_DTYPES[str(dtype)],
-                allowlist={"names": [], "types": ["Linear"]},
-                dump_stats_path=f"{tempfile.gettempdir()}/stats",
-                **_mode(use_qdq=next(model.parameters()).device.type != "hpu"),
-            )
-        options: dict[str, Any] = {
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "use_sym": self.symmetric,
-            "use_layer_wise": False,
-            "quant_lm_head": True,  # what stays dense is not INC's decision
-        }
-        if method == "gptq":
-            options["quant_lm_head"] = False  # it means what follows the blocks
-            options["model_path"] = tempfile.gettempdir()  # or INC looks for it on the hub
-        if method == "awq":
-            # Each layer scales its own inputs. INC would rather move scales into the layer before,
-            # but then no adapter fits the quantized and the dense model alike.
-            options["absorb_layer_dict"] = {n: n for n in in_blocks(names, model, method)}
-        return getattr(quantization, f"{method.upper()}Config")(**options)
 
     # Checkpoints -------------------------------------------------------------------------------
 
@@ -249,7 +221,7 @@ class INC(LayerwiseQuantizer):
 
         from quantadapt.layerwise import save_layerwise
 
-        config = self.quantization_config() | _fp8_details(model)
+        config = self.quantization_config() | fp8_details(model)
         if isinstance(model, PreTrainedModel):
             described: Any = SimpleNamespace(
                 quantization_config=lambda: config, left_dense=self.left_dense
@@ -278,7 +250,7 @@ class INC(LayerwiseQuantizer):
 
     def left_dense(self, names: list[str]) -> dict[str, Any]:
         if self.fp8_format:
-            return {}  # `_fp8_details` names them, and the head
+            return {}  # `fp8_details` names them, and the head
         return {"dynamic": {f"-:^{re.escape(name)}$": {} for name in names}}
 
     @classmethod
@@ -301,47 +273,6 @@ class INC(LayerwiseQuantizer):
         return getattr(vendors[0], MADE_BY) if vendors else None
 
 
-class INCTarget(LayerwiseTarget):
-    """INC's `PatchedLinear`, `INCWeightOnlyLinear`, or AWQ's `MulLinear` around the latter."""
-
-    quantizer: INC
-
-    def __init__(self, quantizer: INC) -> None:
-        super().__init__(quantizer)
-        self.quantizes_activations = quantizer.method == "fp8"
-
-    def matches(self, module: nn.Module) -> bool:
-        return is_fp8(module) or (is_integer(module) and not hasattr(module, "behind_scale"))
-
-    def shape(self, module: nn.Module) -> tuple[int, int]:
-        return sizes(inner(module))
-
-    def dequantize(self, module: nn.Module) -> Tensor:
-        vendor: Any = module
-        weight: Tensor
-        if not is_fp8(vendor):
-            weight = integers(inner(vendor))
-            return weight if vendor is inner(vendor) else weight * vendor.input_scale
-        if vendor.use_qdq:
-            weight = vendor.dequant_weights(vendor.weight)
-        else:
-            weight = vendor.weight.to(vendor.hp_dtype) * vendor.scale_weight
-        return weight.t().contiguous()
-
-    def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
-        """Keeps the scales of the inputs; for want of data, GPTQ's layers are rounded."""
-        old: Any = module
-        if inner(module) is module:
-            new = super().requantize(module, weight)
-            for name in {"quant_input", "scale_input"} & (vars(old) | old._modules).keys():
-                setattr(new, name, getattr(old, name))
-            return new
-        layer: Any = super().requantize(module, weight / old.input_scale)
-        scaled: nn.Module = scaled_class()(layer, old.input_scale)
-        self.quantizer._mark(scaled, layer.bias)
-        return scaled
-
-
 def _guess(vendor: Any) -> INC:
     """Return the quantizer for a layer that was made elsewhere."""
     if is_fp8(vendor):
@@ -360,28 +291,6 @@ def _moved(value: Any, like: Tensor) -> Any:
     if not hasattr(value, "is_floating_point"):
         return value
     return value.to(like.device, like.dtype if value.is_floating_point() else None)
-
-
-def _mode(use_qdq: bool) -> dict[str, Any]:
-    """Return what in INC's FP8 config depends on the device."""
-    return {"use_qdq": use_qdq, "scale_method": "maxabs_arbitrary" if use_qdq else "maxabs_hw"}
-
-
-def _fp8_details(model: nn.Module) -> dict[str, Any]:
-    """Return what INC's loader has to know of an FP8 model beside its format."""
-    from torch import nn
-
-    modules = {name: getattr(m, "vendor", m) for name, m in model.named_modules()}
-    layer: Any = next((m for m in modules.values() if is_fp8(m)), None)
-    if layer is None:
-        return {}
-    dense = [f"^{re.escape(name)}$" for name, m in modules.items() if type(m) is nn.Linear]
-    return {
-        **{key: str(value) for key, value in _mode(layer.use_qdq).items()},
-        "hp_dtype": HP_DTYPES[str(layer.hp_dtype)],
-        "allowlist": {"names": [], "types": ["Linear"]},
-        "blocklist": {"names": dense, "types": []},
-    }
 
 
 @hookimpl

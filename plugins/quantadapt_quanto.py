@@ -153,12 +153,12 @@ def _layer_class() -> Any:
     from torch.nn.functional import linear
 
     class PlainQLinear(QLinear):  # type: ignore[misc]
-        """Compiles nothing where codes are packed."""
+        """Multiplies with the dequantized weight. quanto would compile code to unpack some, and for
+        int8 in bfloat16 call a kernel of PyTorch's that reads past rows on a CPU, unless their
+        length is a multiple of 16."""
 
         def forward(self, x: Tensor) -> Tensor:
-            packed = _is_packed(self.weight)
-            weight = _dequantize(self.weight).to(x.dtype) if packed else self.weight
-            return linear(x, weight, self.bias)
+            return linear(x, _dequantize(self.weight).to(x.dtype), self.bias)
 
     return PlainQLinear
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from quantadapt.capabilities import Merge, Rule
 from quantadapt.compiling import one_kernel
@@ -87,19 +87,31 @@ class _TorchAO(LayerwiseQuantizer):
         kind = quantization_config.get("quant_type", {}).get("default", {})
         if kind.get("_type") not in cls.config_names:
             return None
-        return cls._from_config(kind.get("_data", {}))
+        try:
+            return cls._from_config(kind.get("_data", {}))
+        except (KeyError, ValidationError):  # options that there are not here
+            return None
 
     @classmethod
     def from_model(cls, model: nn.Module) -> _TorchAO | None:
         for module in model.modules():
             weight = module._parameters.get("weight")
-            if type(weight).__name__ in cls.tensor_names:
-                return cls._from_tensor(weight)
+            if type(weight).__name__ in cls.tensor_names and not _rounds_activations(weight):
+                try:
+                    return cls._from_tensor(weight)
+                except ValidationError:  # options that there are not here
+                    return None
         return None
 
     @classmethod
     def _from_tensor(cls, weight: Any) -> _TorchAO | None:
         return cls()
+
+
+def _rounds_activations(weight: Any) -> bool:
+    """Say whether torchao quantizes the inputs as well, for such a weight."""
+    names = ("act_quant_kwargs", "activation_quantization")
+    return any(getattr(weight, name, None) is not None for name in names)
 
 
 def _group_misfit(group_size: int, in_features: int) -> str | None:

@@ -337,6 +337,18 @@ def test_the_vendors_kernel_is_right_with_many_threads() -> None:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("bits", [3, 8, 9, 10])
+def test_bits_per_weight_are_those_that_are_stored(bits) -> None:
+    """Codes are stored in bytes or in pairs of them."""
+    sizes = {"num_codebooks": 1, "nbits_per_codebook": bits, "in_group_size": 4}
+    quantizer = AQLM(**{**QUICK, "init_max_iter": 0, "max_epochs": 0}, **sizes)
+    layer = quantizer.quantize_linear(nn.Linear(128, 192, bias=False))
+    tensors = (layer.codes, layer.codebooks, layer.scales)
+    declared = quantizer.bits_per_weight(128, 192, device="cpu", dtype="float32")
+    found = 8 * sum(tensor.nbytes for tensor in tensors) / (128 * 192)
+    assert declared == pytest.approx(found, rel=1e-6)
+
+
 def test_half_precision_is_what_is_stored(tmp_path) -> None:
     from safetensors.torch import load_file
 

@@ -4,13 +4,15 @@
 
 import copy
 import gc
+import os
 import random
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
-from quantadapt_autoround import AutoRound, _rows
+from quantadapt_autoround import AutoRound
+from quantadapt_autoround_tuning import CUBLAS, TRACE, give_logging_back, rows_of
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -103,6 +105,14 @@ def test_a_layer_computes_what_it_dequantizes_to(bits, sym, group_size):
     assert quantizer.from_model(nn.Sequential(again)) == quantizer
 
 
+def test_whole_rows_are_told_from_groups_of_that_size():
+    """The first layer's row may be as long as a group."""
+    for group_size, sizes in ((128, (128, 256)), (None, (128, 256)), (None, (128,))):
+        quantizer = AutoRound(group_size=group_size)
+        layers = [quantizer.quantize_linear(nn.Linear(size, 64)) for size in sizes]
+        assert quantizer.from_model(nn.Sequential(*layers)) == quantizer
+
+
 def test_sizes_that_cannot_be_packed():
     assert AutoRound().misfit(256, 128) is None
     assert "does not divide 250 inputs" in AutoRound(group_size=None).misfit(250, 128)
@@ -170,6 +180,7 @@ def test_auto_rounds_own_checkpoint_is_adopted(tmp_path):
         {"packing_format": "auto_round:auto_awq"},
         {"data_type": "mx_fp"},
         {"bits": 5},
+        {"group_size": 8},
         {"extra_config": {"model.layers.0.mlp.up_proj": {"bits": 8}}},
         {"quant_method": "gptq"},
     ],
@@ -194,14 +205,15 @@ def test_rows_have_one_length_and_lose_next_to_nothing():
     total = sum(lengths)
     ids = torch.arange(total)
     examples = [{"input_ids": part[None]} for part in ids.split(lengths)]
-    rows = _rows(examples)
+    rows = rows_of(examples)
     assert {tuple(row.shape) for row in rows} == {(1, 64)}
     assert torch.equal(torch.cat(rows, 1)[0], ids[: total // 64 * 64])
     with pytest.raises(DataError, match="tokens only"):
-        _rows([{"pixel_values": torch.zeros(1, 3, 4, 4)}])
+        rows_of([{"pixel_values": torch.zeros(1, 3, 4, 4)}])
 
 
-def test_nothing_is_left_behind():
+def test_nothing_is_left_behind(monkeypatch):
+    monkeypatch.delenv(CUBLAS, raising=False)
     model = dense_model().train()
     torch.manual_seed(5)
     random.seed(5)
@@ -213,6 +225,7 @@ def test_nothing_is_left_behind():
     assert random.getstate() == states[1]
     assert numpy.random.get_state()[1].tolist() == states[2]
     assert repr(torch.tensor([1e-3, 2.0])) == printed
+    assert CUBLAS not in os.environ
     assert made is model
     assert made.training
     for name, module in made.named_modules():
@@ -258,10 +271,9 @@ def test_warnings_of_transformers_stay_its_own() -> None:
     import logging
 
     import auto_round.logger as theirs
-    from quantadapt_autoround import _give_logging_back
 
     logging.Logger.warning_once = theirs.warning_once
-    _give_logging_back()
+    give_logging_back()
     assert logging.Logger.warning_once.__module__.startswith("transformers")
 
 
@@ -270,10 +282,9 @@ def test_loggers_of_others_can_still_trace(caplog) -> None:
     import logging
 
     import auto_round.logger as theirs
-    from quantadapt_autoround import TRACE, _give_logging_back
 
     logging.Logger.trace = theirs.trace
-    _give_logging_back()
+    give_logging_back()
     with caplog.at_level(TRACE, "somebody"):
         logging.getLogger("somebody").trace("traced %s", "it", stacklevel=3)
     assert [record.getMessage() for record in caplog.records] == ["traced it"]

@@ -115,9 +115,8 @@ def test_few_tokens_are_decoded(monkeypatch, backend, module):
     quantizer, vendor = made(backend)
     plugin = importlib.import_module(module)
     monkeypatch.setattr(plugin, "DECODING", 3)
-    for name in (module, "quantadapt_gptqmodel_layers"):
-        if hasattr(found := importlib.import_module(name), "find_spec"):
-            monkeypatch.setattr(found, "find_spec", lambda _: True)
+    for name in ("quantadapt_autoround_layers", "quantadapt_gptqmodel_layers"):
+        monkeypatch.setattr(importlib.import_module(name), "find_spec", lambda _: True)
     decodes = quantizer.target.decodes
     assert [decodes(vendor, like_cuda(n)) for n in (1, 3, 4)] == [True, True, False]
     assert GatheringTarget(quantizer.target).decodes(vendor, like_cuda(1))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -589,3 +590,30 @@ def test_awq_of_a_head(made, dense) -> None:
 def test_importing_the_plugin_imports_no_vendor() -> None:
     code = "import sys, quantadapt_gptqmodel; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_gptqmodel_changes_nothing_else() -> None:
+    """In a process of its own, because it happens once."""
+    code = """
+import logging, os, sys, warnings
+import torch, transformers
+from torch import nn
+import quantadapt
+
+def state():
+    root = logging.getLogger()
+    return dict(os.environ), [str(f) for f in warnings.filters], root.level, root.handlers[:]
+
+model = nn.Sequential(nn.Linear(64, 64))
+quantadapt.quantize(model, "hqq", device="cpu")
+before = state()
+model, example = nn.Sequential(nn.Linear(64, 64)), {"input": torch.ones(4, 64)}
+quantadapt.quantize(model, "gptq", device="cpu", group_size=32, calibration=[example])
+assert "gptqmodel" in sys.modules
+for old, new in zip(before, state(), strict=True):
+    assert old == new, (old, new)
+"""
+    unset = ("HF_HOME", "HF_HUB_CACHE", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_ORDER")
+    given = {key: value for key, value in os.environ.items() if key not in unset}
+    run = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

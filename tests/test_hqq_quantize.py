@@ -81,6 +81,29 @@ def test_the_weight_and_the_bias_are_left_alone(dtype) -> None:
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_whole_rows_are_told_from_groups_of_that_size(axis) -> None:
+    """hqq notes the size of a row, which differs from layer to layer and may be any."""
+    sizes = [(40, 64), (64, 36), (36, 40)]
+    for group_size, used in ((None, sizes), (None, sizes[1:2]), (8, sizes[:1])):
+        quantizer = HQQ(bits=8, axis=axis, group_size=group_size)
+        layers = [quantizer.quantize_linear(linear(*size, torch.float32)) for size in used]
+        assert HQQ.from_model(nn.Sequential(*layers)) == quantizer
+        vendor = vendors(quantizer, linear(*used[0], torch.float32))
+        assert HQQ.from_model(nn.Sequential(vendor)) == quantizer
+
+
+def test_other_checkpoints_are_not_claimed() -> None:
+    config = HQQ(bits=3, axis=0).quantization_config()
+    weights = config["quant_config"]["weight_quant_params"]
+    assert HQQ.from_checkpoint(config) == HQQ(bits=3, axis=0)
+    for changed in ({"nbits": 1.58}, {"group_size": 20}):
+        given = {"weight_quant_params": weights | changed}
+        assert HQQ.from_checkpoint(config | {"quant_config": given}) is None
+    by_layer = {"self_attn.q_proj": {"weight_quant_params": weights}}
+    assert HQQ.from_checkpoint(config | {"quant_config": by_layer}) is None
+
+
 def test_it_takes_little_memory(monkeypatch) -> None:
     monkeypatch.setitem(quantadapt_hqq_quantize.CHUNK, "cpu", 2**14)
     layer = linear(512, 512, torch.bfloat16)

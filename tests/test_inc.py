@@ -27,6 +27,7 @@ from quantadapt.planning import plan
 from quantadapt.spec import Spec
 from quantadapt.state import state_of
 from quantadapt.testing import BackendSuite, TargetSuite
+from quantadapt.testing.bench import weight_bytes
 from quantadapt.testing.small_demo import calibration_examples, demo_tokens, small_model
 from quantadapt.testing.tensors import relative
 
@@ -187,8 +188,13 @@ def test_integers_are_what_inc_recovers(bits, symmetric, examples):
         return
     options = {"bits": bits, "symmetric": symmetric, "group_size": 40}  # the last group is short
     model = quantized(Blocks(), examples, method="rtn", **options)
+    quantizer = state_of(model).quantizer
     for _, facade in facades(model):
         assert torch.equal(facade.dequantize(), facade.vendor.recover().float())
+        size = facade.in_features, facade.out_features
+        declared = quantizer.bits_per_weight(*size, device="cpu", dtype="float32")
+        found = 8 * weight_bytes(facade) / (size[0] * size[1])
+        assert declared == pytest.approx(found, rel=0.1)  # rows and groups are padded
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,50 @@
+"""bitsandbytes: checkpoints in which other layers than usual are dense."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import quantadapt as qa
+from quantadapt.facade import facades
+from quantadapt.testing.small_demo import demo_tokens, small_model
+from quantadapt.testing.tensors import relative
+
+
+def untied() -> Any:
+    """A model whose head can be quantized."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 2048}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    return LlamaForCausalLM(config).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=demo_tokens()).logits.float()
+    return found
+
+
+@pytest.mark.parametrize("backend", ["bnb-nf4", "bnb-int8"])
+@pytest.mark.parametrize("skip", [[], ["o_proj"], ["lm_head", "layers.0.mlp"]], ids=str)
+def test_a_checkpoint_tells_which_layers_are_dense(backend, skip, tmp_path) -> None:
+    """transformers quantizes each layer that is not named, and by default all but the head."""
+    model = qa.quantize(untied(), backend, device="cpu", dtype="float32", skip_modules=skip)
+    quantized = {name for name, _ in facades(model)}
+    assert ("lm_head" in quantized) is ("lm_head" not in skip)
+    folder = qa.save(model, tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    dense = config["llm_int8_skip_modules"]
+    assert not quantized & set(dense)
+    for file in small_model().glob("*token*"):
+        shutil.copy(file, folder)
+    assert relative(logits(qa.load(folder, device="cpu")), logits(model)) < 1e-2
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert relative(logits(theirs), logits(model)) < 2e-2
+    for name in dense:
+        assert type(theirs.get_submodule(name)) is torch.nn.Linear
