@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
+from quantadapt.dependencies import unchanged_process
+
 NO_EXTENSION = "GPTQMODEL_DISABLE_GPTQ_CUDA"
 
-
-@contextmanager
-def _unchanged() -> Iterator[None]:
-    """Undo what gptqmodel does while it is imported: it names other folders of the Hugging Face
-    cache, an order of GPUs and settings of CUDA's allocator in the environment, silences warnings,
-    and has the root logger print everything."""
-    environment, root = set(os.environ), logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-    try:
-        with warnings.catch_warnings():
-            yield
-    finally:
-        for name in os.environ.keys() - environment:
-            del os.environ[name]
-        root.setLevel(level)
-        root.handlers[:] = handlers
-
-
-with _unchanged():
+# It names other folders of the Hugging Face cache, an order of GPUs and settings of CUDA's
+# allocator in the environment, silences warnings, and has the root logger print everything.
+with unchanged_process():
     import_module("gptqmodel")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from . import loftq
+from .dependencies import unchanged_process
 from .errors import PlanRefused, Problem, did_you_mean
 from .facade import facades
 from .records import Adapter
@@ -43,7 +44,8 @@ def attach_adapter(model: nn.Module, adapter: Adapter, options: Mapping[str, Any
         use_fused_layers(config)  # type: ignore[arg-type]
     before = {id(facade.vendor) for _, facade in facades(model)}
     try:
-        tuned = get_peft_model(model, config)  # type: ignore[arg-type]
+        with unchanged_process():  # PEFT imports libraries of quantizers, of other models' too
+            tuned = get_peft_model(model, config)  # type: ignore[arg-type]
     except (ValueError, TypeError, ImportError, AssertionError) as error:
         raise PlanRefused([Problem(f"PEFT refuses it: {error}", where="adapter")]) from error
     if loftq.wanted(options):

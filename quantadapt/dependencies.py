@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import redirect_stdout
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from io import StringIO
 
@@ -40,6 +44,23 @@ def missing_for_optimizer(name: str) -> list[Problem]:
             what = f"the optimizer {name!r} needs {library}, which is not installed"
             return [Problem(what, f"pip install {library}, or use adamw_torch", "train.optim")]
     return []
+
+
+@contextmanager
+def unchanged_process() -> Iterator[None]:
+    """Undo what libraries do to the whole process while they are imported: new variables in the
+    environment, which other processes inherit, filters of warnings, a root logger that prints. What
+    they write to stdout is dropped."""
+    environment, root = set(os.environ), logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            yield
+    finally:
+        for name in os.environ.keys() - environment:
+            del os.environ[name]
+        root.setLevel(level)
+        root.handlers[:] = handlers
 
 
 def import_requirements(backend: Backend) -> None:

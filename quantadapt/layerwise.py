@@ -8,7 +8,7 @@ is the quantized model, one layer, and the weights that `read_ahead` has read.
 from __future__ import annotations
 
 import copy
-from collections.abc import Container
+from collections.abc import Callable, Container
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -144,7 +144,20 @@ class _Placeholder(nn.Module):
         self._is_hf_initialized = True  # type: ignore[assignment]
 
 
-def _packed_state(path: str, layers: Container[str]) -> dict[str, dict[str, Tensor]]:
+def _renaming(model: nn.Module) -> Callable[[str], str]:
+    """Return what transformers makes of a key in a checkpoint: some models call modules otherwise
+    there."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    return lambda key: rename_source_key(key, renamings, [])[0]
+
+
+def _packed_state(
+    path: str, layers: Container[str], renamed: Callable[[str], str]
+) -> dict[str, dict[str, Tensor]]:
     """Return layer name -> the tensors saved for it, for those of `layers` that are packed: they
     hold more than a weight and a bias."""
     from safetensors import safe_open
@@ -153,10 +166,11 @@ def _packed_state(path: str, layers: Container[str]) -> dict[str, dict[str, Tens
     for file in sorted(loading.local_folder(path).glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118 (not a dict)
-                parents = accumulate(key.split("."), lambda parent, part: f"{parent}.{part}")
-                if layer := next((name for name in parents if name in layers), None):
+                name = renamed(key)
+                parents = accumulate(name.split("."), lambda parent, part: f"{parent}.{part}")
+                if layer := next((parent for parent in parents if parent in layers), None):
                     tensors = state.setdefault(layer, {})
-                    tensors[key.removeprefix(f"{layer}.")] = opened.get_tensor(key)
+                    tensors[name.removeprefix(f"{layer}.")] = opened.get_tensor(key)
     return {layer: t for layer, t in state.items() if t.keys() - {"weight", "bias"}}
 
 
@@ -234,7 +248,11 @@ def _loader_config() -> Any:
                 self.blocks = loading.Blocks(model, names)
                 return
             layers = dict(loading.linear_layers(model, ()))
-            self.state = _packed_state(config.packed, layers)
+            self.state = _packed_state(config.packed, layers, _renaming(model))
+            if not self.state:  # or layers would be left as they happen to start
+                what = "none of this model's layers is quantized in the checkpoint"
+                fix = "check that config.json and the weights belong together"
+                raise ModelError(what, fix=fix, where=config.packed)
             self.blocks = loading.Blocks(model, self.state)
             for name in self.state:
                 loading.set_submodule(model, name, _Placeholder(layers[name]))

@@ -18,6 +18,7 @@ from . import planning
 from .atomic import atomic_folder, refuse_occupied
 from .calibration_data import examples_from
 from .checkpoint import quantization_of
+from .dependencies import unchanged_process
 from .environment import environment
 from .errors import MergeRefused, ModelError, OutputError, Problem
 from .memory_plan import MERGE_IN_LESS
@@ -203,7 +204,13 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
         if state.rewritten:  # the base has given its part to the adapter already
             config.init_lora_weights = True
     before = {id(facade.vendor) for _, facade in facades(model)}
-    peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=config)  # type: ignore[arg-type]
+    with unchanged_process():
+        peft_model = PeftModel.from_pretrained(
+            model,  # type: ignore[arg-type]
+            str(folder),
+            is_trainable=True,
+            config=config,
+        )
     # PiSSA starts again from the base as it was, and so rewrites it again.
     state.rewritten |= any(id(facade.vendor) not in before for _, facade in facades(peft_model))
     state.adapter = registry().adapter(record["adapter"])

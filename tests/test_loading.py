@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import quantadapt as qa
 from quantadapt import demo
@@ -235,3 +238,45 @@ def test_the_size_of_a_quantized_model(small, backend, bytes_per_weight) -> None
     )
     packed = size_mib(model) * 2**20 - rest
     assert 1.0 <= packed / (weights * bytes_per_weight) < 1.25
+
+
+@pytest.mark.parametrize("backend", ["hqq", "quanto", "eetq"])
+def test_layers_with_another_name_in_the_checkpoint_are_found(backend, tmp_path) -> None:
+    """GPT-NeoX's head is `lm_head`, and `embed_out` in a checkpoint."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 2048}
+    config = GPTNeoXConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    made = qa.quantize(GPTNeoXForCausalLM(config), backend, dtype="float32", skip_modules=[])
+    folder = qa.save(made, tmp_path / "saved")
+    for file in small_model().glob("*token*"):
+        shutil.copy(file, folder)
+    loaded, ids = qa.load(folder), torch.arange(20)[None] + 5
+    with torch.no_grad():
+        expected = made.eval()(input_ids=ids).logits
+        assert torch.equal(loaded.eval()(input_ids=ids).logits, expected)
+
+
+def test_a_checkpoint_of_other_layers_is_refused(small, tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder: Path = qa.save(qa.quantize(small, "hqq"), tmp_path / "saved")
+    weights = load_file(folder / "model.safetensors")
+    renamed = {key.replace("model.layers.", "blocks."): value for key, value in weights.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="none of this model's layers is quantized"):
+        qa.load(folder)
+
+
+def test_attaching_and_loading_leave_the_process_as_it_was(small, tmp_path) -> None:
+    """For VeRA, PEFT looks for layers of GPTQ, and so imports gptqmodel, which sets variables."""
+    code = f"""
+import logging, os
+import quantadapt as qa
+model = qa.quantize({small!r}, "hqq")
+import peft, torchao, transformers
+before = dict(os.environ), logging.getLogger().level, logging.getLogger().handlers[:]
+qa.save(qa.attach(model, "vera"), {str(tmp_path)!r})
+qa.load({str(tmp_path)!r})
+after = dict(os.environ), logging.getLogger().level, logging.getLogger().handlers[:]
+assert after == before, set(after[0].items()) ^ set(before[0].items())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
