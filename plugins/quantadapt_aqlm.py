@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import Field, ValidationError
 
 from quantadapt.capabilities import KEEP, Merge, Rule
 from quantadapt.errors import ModelError
@@ -57,7 +57,6 @@ class AQLM(LayerwiseQuantizer):
         description="finished layers are kept here, so that a killed run goes on; null: "
         "$QUANTADAPT_CACHE/aqlm, or quantadapt/aqlm in the user's cache folder",
     )
-    _dense: tuple[str, ...] = PrivateAttr(("lm_head",))
 
     @cached_property
     def target(self) -> AQLMTarget:
@@ -121,23 +120,21 @@ class AQLM(LayerwiseQuantizer):
     def save(self, model: nn.Module, path: Path) -> None:
         from quantadapt_aqlm_layers import as_stored
 
-        from quantadapt.loading import linear_layers
-
-        described = self.model_copy()
-        described._dense = tuple(name for name, _ in linear_layers(model, ()))
         layers = (getattr(module, "vendor", module) for module in model.modules())
         with as_stored([layer for layer in layers if _is_aqlm(layer)]):
-            LayerwiseQuantizer.save(described, model, path)
+            super().save(model, path)
 
     def quantization_config(self) -> dict[str, Any]:
-        # transformers 4 looks for names of weights here, 5 for names of modules.
-        dense = [full for name in self._dense for full in (name, f"{name}.weight")]
         return {
             "quant_method": "aqlm",
             **{name: getattr(self, name) for name in SIZES},
-            "linear_weights_not_to_quantize": dense,
             MADE_WITH: {name: getattr(self, name) for name in (*EFFORT, "seed")},
         }
+
+    def left_dense(self, names: list[str], head: str | None) -> dict[str, Any]:
+        # transformers 4 looks for names of weights here, 5 for names of modules.
+        dense = [full for name in names for full in (name, f"{name}.weight")]
+        return {"linear_weights_not_to_quantize": dense}
 
     @classmethod
     def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> AQLM | None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import Field, ValidationError
 
 from quantadapt.capabilities import Merge, Rule
 from quantadapt.hookspecs import hookimpl
@@ -24,8 +24,6 @@ from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget
 from quantadapt.records import Backend
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch import Tensor, nn
 
@@ -49,8 +47,6 @@ class AutoRound(LayerwiseQuantizer):
     )
     sym: bool = Field(True, description="symmetric codes, without zero points")
     iters: int = Field(200, ge=1, description="steps of signed gradient descent for each block")
-    _dense: list[str] = PrivateAttr([])
-    """Names of the layers that are dense, while a model is saved."""
 
     @cached_property
     def target(self) -> AutoRoundTarget:
@@ -124,15 +120,10 @@ class AutoRound(LayerwiseQuantizer):
             "data_type": "int",
             **self.model_dump(),
             "group_size": self.group_size or -1,
-            "extra_config": dict.fromkeys(self._dense, DENSE),
         }
 
-    def save(self, model: nn.Module, path: Path) -> None:
-        from quantadapt.loading import linear_layers
-
-        described = self.model_copy()
-        described._dense = [name for name, _ in linear_layers(model, ())]
-        LayerwiseQuantizer.save(described, model, path)
+    def left_dense(self, names: list[str], head: str | None) -> dict[str, Any]:
+        return {"extra_config": dict.fromkeys(names, DENSE)}
 
     @classmethod
     def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> AutoRound | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
 from quantadapt.capabilities import Merge
 from quantadapt.compiling import one_kernel
@@ -16,8 +16,6 @@ from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, Quantizer
 from quantadapt.records import Backend
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch import Tensor, nn
 
@@ -26,18 +24,11 @@ DECODING = 32
 
 
 class _BitsAndBytes(LayerwiseQuantizer):
-    _dense: list[str] | None = PrivateAttr(None)
-    """Names of the layers that are dense, while a model is saved; None: transformers' default."""
-
     def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
         return Quantizer.load(self, path, device=device, dtype=dtype)
 
-    def save(self, model: nn.Module, path: Path) -> None:
-        from quantadapt.loading import linear_layers
-
-        described = self.model_copy()
-        described._dense = [name for name, _ in linear_layers(model, ())]
-        LayerwiseQuantizer.save(described, model, path)
+    def left_dense(self, names: list[str], head: str | None) -> dict[str, Any]:
+        return {"llm_int8_skip_modules": names}
 
 
 class _FourBit(_BitsAndBytes):
@@ -90,7 +81,6 @@ class _FourBit(_BitsAndBytes):
             bnb_4bit_quant_type=self.quant_type,
             bnb_4bit_use_double_quant=self.double_quant,
             bnb_4bit_quant_storage=self.quant_storage,
-            llm_int8_skip_modules=self._dense,
         ).to_dict()
         return config
 
@@ -169,7 +159,6 @@ class Int8(_BitsAndBytes):
         config: dict[str, Any] = BitsAndBytesConfig(
             load_in_8bit=True,
             llm_int8_threshold=self.threshold,
-            llm_int8_skip_modules=self._dense,
         ).to_dict()
         return config
 

@@ -23,8 +23,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import PrivateAttr
-
 from quantadapt.capabilities import Merge
 from quantadapt.compiling import one_kernel
 from quantadapt.errors import ModelError
@@ -49,9 +47,6 @@ DECODING = 64
 
 class EETQ(LayerwiseQuantizer):
     """No options: 8 bits, per channel."""
-
-    _dense: list[str] | None = PrivateAttr(None)
-    """Names of the layers that are dense, while a model is saved; None: transformers' default."""
 
     @cached_property
     def target(self) -> EETQTarget:
@@ -89,15 +84,10 @@ class EETQ(LayerwiseQuantizer):
     def quantization_config(self) -> dict[str, Any]:
         from transformers import EetqConfig
 
-        config = EetqConfig(modules_to_not_convert=self._dense)
-        return {**config.to_dict(), "layout": LAYOUT}
+        return {**EetqConfig().to_dict(), "layout": LAYOUT}
 
-    def save(self, model: nn.Module, path: Path) -> None:
-        from quantadapt.loading import linear_layers
-
-        described = self.model_copy()
-        described._dense = [name for name, _ in linear_layers(model, ())]
-        LayerwiseQuantizer.save(described, model, path)
+    def left_dense(self, names: list[str], head: str | None) -> dict[str, Any]:
+        return {"modules_to_not_convert": names}
 
     @classmethod
     def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> EETQ | None:

@@ -184,8 +184,9 @@ class GPTQ(GPTQModel):
             "true_sequential": False,
         }
 
-    def left_dense(self, names: list[str]) -> dict[str, Any]:
-        return {"dynamic": {f"-:^{re.escape(name)}$": {} for name in names}}
+    def left_dense(self, names: list[str], head: str | None) -> dict[str, Any]:
+        left: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in names if name != head}
+        return {"dynamic": left} if left else {}
 
 
 class AWQ(GPTQModel):
@@ -243,8 +244,9 @@ class AWQ(GPTQModel):
         options = self.model_dump()  # zero points are stored for symmetric levels, too
         return {"quant_method": "awq", **options, "zero_point": True, "version": "gemm"}
 
-    def left_dense(self, names: list[str]) -> dict[str, Any]:
-        return {"modules_to_not_convert": names}
+    def left_dense(self, names: list[str], head: str | None) -> dict[str, Any]:
+        left = [name for name in names if name != head]
+        return {"modules_to_not_convert": left} if left else {}
 
 
 AWQ_ONTO = Rule(

@@ -248,10 +248,11 @@ class INC(LayerwiseQuantizer):
             "meta": {"quantizer": ["neural-compressor"], "method": self.method},
         }
 
-    def left_dense(self, names: list[str]) -> dict[str, Any]:
+    def left_dense(self, names: list[str], head: str | None) -> dict[str, Any]:
         if self.fp8_format:
-            return {}  # `fp8_details` names them, and the head
-        return {"dynamic": {f"-:^{re.escape(name)}$": {} for name in names}}
+            return {}  # `fp8_details` names them
+        left: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in names if name != head}
+        return {"dynamic": left} if left else {}
 
     @classmethod
     def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> INC | None:

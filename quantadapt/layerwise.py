@@ -129,10 +129,11 @@ def save_layerwise(
 
 
 def _left_dense(quantizer: LayerwiseQuantizer, model: nn.Module) -> dict[str, Any]:
-    """Return what the checkpoint has to say where layers other than the head stay dense."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    dense = [n for n, m in loading.linear_layers(model, ()) if m is not head]
-    return quantizer.left_dense(dense) if dense else {}
+    """Return what the checkpoint has to say about layers that stay dense."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    dense = dict(loading.linear_layers(model, ()))
+    head = next((name for name, layer in dense.items() if layer is output), None)
+    return quantizer.left_dense([*dense], head)
 
 
 class _Placeholder(nn.Module):

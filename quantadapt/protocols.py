@@ -195,9 +195,14 @@ class LayerwiseQuantizer(Quantizer):
         `quant_method`, and `from_checkpoint` must be able to read it back."""
         ...
 
-    def left_dense(self, names: list[str]) -> dict[str, Any]:
-        """Return what `quantization_config` says where the linear layers `names`, beside the output
-        head, stay dense, for loaders that cannot tell from the tensors."""
+    def left_dense(self, names: list[str], head: str | None) -> dict[str, Any]:
+        """Return what `quantization_config` says where the linear layers `names` stay dense, for
+        loaders that cannot tell from the tensors.
+
+        Args:
+            names: all of them, in order.
+            head: the name of the output head if that is one of them; formats may imply it.
+        """
         return {}
 
     def quantize(
