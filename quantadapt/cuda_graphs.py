@@ -17,15 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import world
 from .fitting import free
 from .fused import FusedLoraLinear
+from .sharding import is_sharded
 
 SEEN_BEFORE = 2
 """So many passes of a shape run as ever, which compiles kernels and finds layers to join."""
 
 MOST_SHAPES = 16
 """So many shapes are recorded; each keeps its kernels' arguments on the GPU."""
+
+CAPTURE_ERRORS = "thread_local"
+"""Threads that record nothing, as NCCL's, may do as they like meanwhile."""
 
 
 class Graphs:
@@ -134,12 +137,12 @@ class _Recorded:
     ) -> None:
         self.ids = ids.clone()
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, pool=pool):
+        with torch.cuda.graph(self.forward, pool, capture_error_mode=CAPTURE_ERRORS):
             hidden = run(input_ids=self.ids, use_cache=False).last_hidden_state
         # Its gradient comes when nobody needs it any more, and takes its place. Without the graph
         # of autograd, so that later recordings can lie over what is saved there.
         self.hidden = hidden.detach()
-        with torch.cuda.graph(self.backward, pool=pool):
+        with torch.cuda.graph(self.backward, pool, capture_error_mode=CAPTURE_ERRORS):
             grads = torch.autograd.grad(hidden, weights, self.hidden)
             torch.cat([grad.flatten() for grad in grads], out=gradients)
         self.gradients = gradients
@@ -166,8 +169,8 @@ class _Replay(torch.autograd.Function):
 
 
 def can_record(model: Any) -> bool:
-    """Say whether passes of `model` may be recorded: by a single process on CUDA, the same at each
-    step, and with gradients for nothing but plain LoRA."""
+    """Say whether passes of `model` may be recorded: on CUDA, the same at each step, without the
+    gathering of a sharded base, and with gradients for nothing but plain LoRA."""
     weights = [p for p in model.parameters() if p.requires_grad]
     plain: set[nn.Parameter] = set()
     for module in model.modules():
@@ -180,7 +183,7 @@ def can_record(model: Any) -> bool:
         and weights[0].is_cuda
         and base.base_model is not base
         and not _draws_random_numbers(model)
-        and world().size == 1  # recording beside NCCL's threads has not been tried
+        and not is_sharded(model)
     )
 
 

@@ -146,26 +146,14 @@ def share(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def average_gradients(parameters: Iterable[torch.Tensor]) -> None:
-    """Replace each gradient by its mean over all processes, in place.
+    """Replace each gradient by its mean over all processes.
 
     A parameter that got none here counts as zero; one that got none anywhere keeps none.
     """
     if world().size == 1:
         return
-    wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    used = _used_anywhere(wanted)
-    for bucket in _buckets([p for p, is_used in zip(wanted, used, strict=True) if is_used]):
+    for bucket in _buckets([parameter for parameter in parameters if parameter.requires_grad]):
         _average(bucket)
-
-
-def _used_anywhere(parameters: list[Any]) -> list[bool]:
-    import torch
-    from torch import distributed
-
-    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
-    used = used.to(parameters[0].device)
-    distributed.all_reduce(used, distributed.ReduceOp.MAX)
-    return [bool(value) for value in used.tolist()]
 
 
 def _buckets(parameters: list[Any]) -> Iterator[list[Any]]:
@@ -182,15 +170,18 @@ def _buckets(parameters: list[Any]) -> Iterator[list[Any]]:
 
 
 def _average(bucket: list[Any]) -> None:
+    """Average one bucket's gradients, and with them who got one: a process that has them all need
+    not wait for the GPU to know that all are used."""
     import torch
     from torch import distributed
 
-    for parameter in bucket:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([parameter.grad.reshape(-1) for parameter in bucket])
+    given = [parameter.grad is not None for parameter in bucket]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+    here = bucket[0].new_ones(len(bucket)) if all(given) else bucket[0].new_tensor(given)
+    flat = torch.cat([*(grad.reshape(-1) for grad in grads), here])
     distributed.all_reduce(flat)
     flat /= distributed.get_world_size()
-    parts = torch.split(flat, [parameter.numel() for parameter in bucket])  # type: ignore[no-untyped-call]
-    for parameter, part in zip(bucket, parts, strict=True):
-        parameter.grad.copy_(part.view_as(parameter))
+    *parts, anywhere = torch.split(flat, [*(p.numel() for p in bucket), len(bucket)])  # type: ignore[no-untyped-call]
+    used = given if all(given) else anywhere.tolist()
+    for parameter, part, is_used in zip(bucket, parts, used, strict=True):
+        parameter.grad = part.view_as(parameter) if is_used else None

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from processes import in_processes
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
 from quantadapt import cuda_graphs, demo
 from quantadapt.cuda_graphs import can_record
-from quantadapt.distributed import World
 from quantadapt.fitting import Fitting
 
 VOCABULARY, BATCH = 2048, 2
@@ -66,12 +66,12 @@ def test_only_plain_lora_on_cuda_is_recorded(monkeypatch) -> None:
     assert not can_record(model)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     assert can_record(model)
+    with monkeypatch.context() as sharded:
+        sharded.setattr(cuda_graphs, "is_sharded", lambda _: True)
+        assert not can_record(model)
     assert not can_record(adapted(lora_dropout=0.1))
     assert not can_record(adapted(settings={"attention_dropout": 0.1}))
     assert not can_record(adapted(modules_to_save=["lm_head"]))
-    with monkeypatch.context() as two:
-        two.setattr(cuda_graphs, "world", lambda: World(size=2))
-        assert not can_record(model)
     extra = qa.attach(qa.quantize(tiny_llama(), "bnb-nf4", dtype="bfloat16"), "ia3")
     assert not can_record(extra)
 
@@ -79,6 +79,10 @@ def test_only_plain_lora_on_cuda_is_recorded(monkeypatch) -> None:
 @pytest.fixture
 def replays(monkeypatch) -> list[torch.Size]:
     """The shapes of the batches that are replayed, in their order."""
+    return counted_replays(monkeypatch)
+
+
+def counted_replays(monkeypatch) -> list[torch.Size]:
     seen: list[torch.Size] = []
     forward = cuda_graphs._Replay.forward
 
@@ -169,3 +173,25 @@ def test_running_out_of_memory_gives_the_graphs_up_first(monkeypatch, replays) -
     assert len(replays) == 2
     assert notes == ["out of memory at step 4: from here on without CUDA graphs"]
     assert_same(*plain[:2], result, weights)
+
+
+def train_twice() -> tuple[int, str, list[float], list[float]]:
+    """In one of two processes: how often a pass was replayed, the notes, and both runs' losses."""
+    from quantadapt.distributed import start, world
+
+    start(f"cuda:{world().local_rank}")
+    options = {"gradient_checkpointing": True, "parallel": "ddp"}
+    plain, *_ = train(rows([64] * 32), cuda_graphs=False, **options)
+    with pytest.MonkeyPatch.context() as patched:
+        replayed = counted_replays(patched)
+        graphed, _, notes = train(rows([64] * 32), **options)
+    losses = ([loss for _, loss in result.losses] for result in (plain, graphed))
+    return len(replayed), "".join(notes), *losses
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
+def test_passes_are_recorded_beside_other_processes(tmp_path) -> None:
+    for count, notes, plain, graphed in in_processes(2, train_twice, tmp_path):
+        assert (count, notes, len(plain)) == (6, "", 8)
+        assert graphed == pytest.approx(plain, rel=2e-3)
