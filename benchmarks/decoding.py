@@ -11,8 +11,9 @@ and, for one token, `one kernel`: dequantizing and product together. The error i
 vendor's outputs against those of the dequantized weight, relative, the largest of all counts; where
 it is large, the vendor quantizes activations.
 
-A model decodes 64 tokens greedily, one sequence, with `decodes` as declared and with it off, and
-with `--compiled` as off, but with dequantizing compiled.
+A model decodes 64 tokens greedily, one sequence, with `decodes` as declared and with it off, with
+`--compiled` as off, but with dequantizing compiled, and as declared with LoRA r=16 on all layers.
+The model case `peft-nf4` is what transformers, bitsandbytes and PEFT do.
 """
 
 from __future__ import annotations
@@ -36,12 +37,15 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, checkpoint
+from speed_cases import PROJECTIONS
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers_nf4 import transformers_nf4
 from versions import versions
 
 from quantadapt import compiling
 from quantadapt.facade import QuantLinear, wrap
+from quantadapt.fused import use_fused_layers
 from quantadapt.layerwise import quantize_layerwise
 from quantadapt.registry import registry
 
@@ -94,6 +98,7 @@ CASES = {
     "quanto4": Case("quanto", (("weights", "int4"),)),
     "eetq": Case("eetq", dtype=torch.float16),
 }
+PEFT = "peft-nf4"
 
 
 # Layers ----------------------------------------------------------------------------------------
@@ -227,35 +232,56 @@ def measure_model(case: Case, path: Path, device: str, compiled: bool) -> dict[s
         if compiled:
             with compiling.compiled_functions():
                 found["compiled"], _ = tokens_per_second(model, device)
-    return found
+    return found | {"lora": tokens_per_second(with_lora(model), device)[0]}
+
+
+def measure_peft(path: Path, device: str) -> dict[str, Any]:
+    """Return tokens per second of transformers' model with bitsandbytes, without and with LoRA."""
+    model = transformers_nf4(path, device).eval()
+    declared, _ = tokens_per_second(model, device)
+    return {"declared": declared, "lora": tokens_per_second(with_lora(model), device)[0]}
+
+
+def with_lora(model: Any) -> Any:
+    """Return the model with LoRA, over facades by the fused function."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=16, target_modules=PROJECTIONS)
+    use_fused_layers(config)
+    return get_peft_model(model, config).eval()
 
 
 def tokens_per_second(model: Any, device: str) -> tuple[float, Tensor]:
-    """Decode one sequence greedily; return the speed and the new tokens, int64 [NEW_TOKENS]."""
+    """Decode one sequence greedily; return the speed, the median of three times, and the new
+    tokens, int64 [NEW_TOKENS]."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=generator).to(device)
     how: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+    seconds = []
     with torch.no_grad():
-        model.generate(ids, max_new_tokens=4, min_new_tokens=4, **how)
-        started = time.perf_counter()
-        found = model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, **how)
-        tokens = found[0, PROMPT:].cpu()
-    return NEW_TOKENS / (time.perf_counter() - started), tokens
+        model.generate(input_ids=ids, max_new_tokens=4, min_new_tokens=4, **how)
+        for _ in range(3):
+            started = time.perf_counter()
+            found = model.generate(
+                input_ids=ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, **how
+            )
+            tokens = found[0, PROMPT:].cpu()
+            seconds.append(time.perf_counter() - started)
+    return NEW_TOKENS / statistics.median(seconds), tokens
 
 
 def table_of_models(shape: str, rows: dict[str, dict[str, Any]]) -> Table:
     """Return the table of one model."""
     table = Table("backend", title=f"Llama-{shape} shape, tokens/s", box=MARKDOWN)
-    for column in ("as declared", "decodes off", "compiled", "ratio", "same tokens"):
+    for column in ("as declared", "decodes off", "compiled", "with LoRA", "same tokens"):
         table.add_column(column, justify="right")
     for name, found in rows.items():
         if "failed" in found:
             table.add_row(name, found["failed"])
             continue
-        ways = (found["declared"], found["off"], found.get("compiled"))
-        speeds = ["" if speed is None else f"{speed:.1f}" for speed in ways]
-        ratio = f"{found['declared'] / found['off']:.2f}"
-        table.add_row(name, *speeds, ratio, f"{found['same']} of {NEW_TOKENS}")
+        ways = (found.get(way) for way in ("declared", "off", "compiled", "lora"))
+        same = f"{found['same']} of {NEW_TOKENS}" if "same" in found else ""
+        table.add_row(name, *("" if way is None else f"{way:.1f}" for way in ways), same)
     return table
 
 
@@ -288,8 +314,11 @@ def main() -> None:
         for name in given.model_case or given.case:
             if name.startswith("aqlm"):  # making one takes hours
                 continue
-            compiled = bool(given.compiled)
-            rows[name] = attempt(measure_model, CASES[name], path, given.device, compiled)
+            if name == PEFT:
+                rows[name] = attempt(measure_peft, path, given.device)
+            else:
+                how = (CASES[name], path, given.device, bool(given.compiled))
+                rows[name] = attempt(measure_model, *how)
             save(given.out, results)
         console.print(table_of_models(given.model, rows))
     console.print("\n* the target decodes with the vendor's forward")
@@ -306,7 +335,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--compiled", metavar="OUTxIN", help="one of the shapes")
     parser.add_argument("--model", choices=SHAPES)
-    parser.add_argument("--model-case", nargs="+", choices=CASES, help="where not those of --case")
+    parser.add_argument(
+        "--model-case", nargs="+", choices=[PEFT, *CASES], help="where not those of --case"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/quantadapt-speed"))
     parser.add_argument("--out", type=Path, help="a file for the figures as JSON")

@@ -22,6 +22,7 @@ from typing import Any
 
 from shapes import SHAPES, checkpoint
 from speed import device_name
+from transformers_nf4 import transformers_nf4
 from versions import versions
 
 
@@ -55,7 +56,9 @@ def apart(function: Any, *arguments: Any) -> Any:
 
 def measure(case: str, path: Path, device: str, loads: int) -> tuple[float, float, float]:
     """Return the median of seconds, and GiB of the model and beyond; nan without a GPU."""
-    load = partial(transformers_nf4 if case == "transformers-nf4" else ours, case, path, device)
+    load = partial(transformers_nf4, path, device)
+    if case != "transformers-nf4":
+        load = partial(ours, case, path, device)
     times, model, more = [], float("nan"), float("nan")
     for _ in range(loads + 1):
         started = time.perf_counter()
@@ -76,21 +79,6 @@ def memory() -> tuple[float, float]:
     now, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     return now / 2**30, (peak - now) / 2**30
-
-
-def transformers_nf4(case: str, path: Path, device: str) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.bfloat16, device_map={"": device}, quantization_config=config
-    )
 
 
 def ours(backend: str, path: Path, device: str) -> Any:

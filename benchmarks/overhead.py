@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers_nf4 import transformers_nf4
 
 import quantadapt as qa
 from quantadapt import demo
@@ -33,19 +34,9 @@ BATCH, LEARNING_RATE, RANK = 8, 2e-3, 16
 def hand_written(data: Any, steps: int) -> tuple[list[float], float]:
     """Return (seconds of each step but the first, last loss) of a plain PEFT loop."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(
-        demo.MODEL_DIR,
-        dtype=torch.float32,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        ),
-    )
+    base = transformers_nf4(demo.MODEL_DIR, "cpu", torch.float32)
     config = LoraConfig(r=RANK, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config).train()
     optimizer = torch.optim.AdamW(

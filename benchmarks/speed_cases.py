@@ -201,21 +201,10 @@ def aqlm(shape: Shape, device: str) -> Any:
 
 def peft_nf4(path: Path, shape: Shape, device: str, use_dora: bool) -> Any:
     """Return what the PEFT documentation tells to write."""
-    import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers_nf4 import transformers_nf4
 
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.bfloat16,
-        device_map={"": device},
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        ),
-    )
+    model = transformers_nf4(path, device)
     model = prepare_model_for_kbit_training(
         model, gradient_checkpointing_kwargs={"use_reentrant": False}
     )

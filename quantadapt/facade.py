@@ -214,25 +214,28 @@ class QuantLinear(nn.Linear):
         return self.compute_dtype
 
     def vendor_forward(self, x: Tensor) -> Tensor:
-        """Run the layer without a graph, in the compute dtype; the output has the dtype of x."""
+        """Run the layer in the compute dtype; the output has the dtype of x, or that of autocast.
+
+        To be called where gradients are off: this is what autograd's functions run.
+        """
         device_type = x.device.type
-        dtype = self.compute_dtype_for(device_type)
-        if torch.is_autocast_enabled(device_type):
-            with torch.no_grad(), torch.autocast(device_type, enabled=False):
-                return self._run(x.to(dtype))
-        with torch.no_grad():
-            return self._run(x.to(dtype)).to(x.dtype)
+        if not torch.is_autocast_enabled(device_type):
+            return self._run(x.to(self.compute_dtype)).to(x.dtype)
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            return self._run(x.to(dtype))
 
     def _run(self, x: Tensor) -> Tensor:
         target, dtype = self.target, x.dtype
         decodes = not self.training and target.decodes(self._vendor, x)
         if decodes or self.rounds_activations:
             return target.forward(self._vendor, x).to(dtype)
-        weight = self.weight_for_forward(x)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return nn.functional.linear(x, weight.to(dtype), bias)
+        weight, bias = self.weight_for_forward(x), self.bias
+        return nn.functional.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     def forward(self, input: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # decoding waits for Python, so no function of autograd
+            return self.vendor_forward(input)
         output: Tensor = _Frozen.apply(input, self)  # type: ignore[no-untyped-call]
         return output
 

@@ -55,6 +55,8 @@ def fused_lora(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> 
         dropped: x after dropout, which only the adapters see; None if there is none.
         terms: the layers; all get the same x.
     """
+    if not torch.is_grad_enabled():
+        return _outputs(x, dropped, terms)
     x, keeper = kept(x)
     weights = [weight for term in terms for weight in (term.a, term.b)]
     outputs: tuple[Tensor, ...] = _FusedLora.apply(x, dropped, terms, keeper, *weights)  # type: ignore[no-untyped-call]
@@ -97,20 +99,14 @@ class _FusedLora(torch.autograd.Function):
         keeper: Any,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        outputs = [term.facade.vendor_forward(x) for term in terms]
-        dtype = outputs[0].dtype
-        ctx.terms, ctx.keeper, ctx.dtypes = terms, keeper, (x.dtype, dtype)
+        outputs = _outputs(x, dropped, terms)
+        ctx.terms, ctx.keeper, ctx.dtypes = terms, keeper, (x.dtype, outputs[0].dtype)
         ctx.set_materialize_grads(False)
         ctx.has_dropped = dropped is not None
         ctx.save_for_backward(
             *(t for t in (x if keeper is None else None, dropped) if t is not None)
         )
-        with no_autocast(x.device.type):
-            h = flat(x if dropped is None else dropped, dtype) @ _stacked_a(terms, dtype).T
-            parts = torch.split(h, [term.a.shape[0] for term in terms], dim=1)  # type: ignore[no-untyped-call]
-            return tuple(
-                _add(y, part, term) for y, part, term in zip(outputs, parts, terms, strict=True)
-            )
+        return outputs
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -136,6 +132,15 @@ class _FusedLora(torch.autograd.Function):
                 dx.addmm_(g, a)
         dx = None if dx is None else dx.view(shape).to(x_dtype)
         return dx, d_dropped, None, None, *of_weights
+
+
+def _outputs(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> tuple[Tensor, ...]:
+    outputs = [term.facade.vendor_forward(x) for term in terms]
+    dtype = outputs[0].dtype
+    with no_autocast(x.device.type):
+        h = flat(x if dropped is None else dropped, dtype) @ _stacked_a(terms, dtype).T
+        parts = h.split_with_sizes([term.a.shape[0] for term in terms], dim=1)
+        return tuple(map(_add, outputs, parts, terms))
 
 
 def _stacked_a(terms: Sequence[LoraTerm], dtype: torch.dtype) -> Tensor:

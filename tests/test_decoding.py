@@ -269,7 +269,7 @@ def test_the_benchmark(script, monkeypatch, capsys, tmp_path):
         "none",
         "eetq",
     ]
-    arguments += ["--model", "demo", "--model-case", "nf4", "--folder", str(tmp_path)]
+    arguments += ["--model", "demo", "--model-case", "nf4", "peft-nf4", "--folder", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["decoding.py", *arguments, "--out", str(out)])
     script.main()
     found = json.loads(out.read_text(encoding="utf-8"))
@@ -279,7 +279,9 @@ def test_the_benchmark(script, monkeypatch, capsys, tmp_path):
     assert rows["nf4"]["decodes"] == []
     assert "no-such-backend" in rows["none"]["failed"]
     assert rows["eetq"]["error"] < 1e-2
-    assert found["models"]["demo"]["nf4"]["same"] == 4
+    models = found["models"]["demo"]
+    assert models["nf4"]["same"] == 4
+    assert all(models[case]["lora"] > 0 for case in ("nf4", "peft-nf4"))
     printed = capsys.readouterr().out
     assert "64x128, microseconds" in printed
     assert "Llama-demo shape" in printed

@@ -117,6 +117,25 @@ def test_x_without_a_gradient() -> None:
             assert torch.allclose(found.grad, expected.grad, rtol=1e-12)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_without_gradients_no_function_of_autograd_runs(monkeypatch, autocast) -> None:
+    """It would take as long as the layer itself when single tokens are decoded."""
+    from quantadapt.facade import _Frozen
+    from quantadapt.fused_lora import _FusedLora
+
+    fused, base = adapted(True, torch.float32), model(torch.float32)
+    x, among = X.float(), torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with among:
+        expected = [made(x).detach() for made in (fused, base)]
+    for function in (_Frozen, _FusedLora):
+        monkeypatch.setattr(function, "apply", None)
+    with among, torch.no_grad():
+        found = [made(x) for made in (fused, base)]
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant) -> None:
     made = adapted(True)
