@@ -297,8 +297,8 @@ def wrap(
     seen: set[tuple[int, int]] = set()
     wrapped: tuple[str, ...] = ()
     for name, module in list(model.named_modules()):
-        if name.startswith(wrapped):
-            continue  # a part of a vendor's layer
+        if f"{name}.".startswith(wrapped):
+            continue  # a vendor's layer, or a part of one
         for child_name, child in list(module.named_children()):
             path = f"{name}.{child_name}".lstrip(".")
             if isinstance(child, QuantLinear) or is_skipped(path, skip):

@@ -137,7 +137,8 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     setattr(parent, child, module)
-    if not parent._parameters:  # some (T5) initialize the weights of their children
+    # Some (T5) initialize the weights of their children, others (GPT-J) buffers that no file holds.
+    if not parent._parameters and not parent._buffers:
         parent._is_hf_initialized = True  # type: ignore[assignment]
 
 

@@ -236,7 +236,6 @@ class Workload:
         # Before the first backward of a step there are no gradients.
         several = self.accumulates or setting.micro_batch < self.batch
         before = 0 if several else 4 * self.trained
-        yield 0, 0, table - before  # the embedding
         # The loss, and the last layer's backward.
         loss = self.loss_bytes(tokens) + table - before
         yield inputs, (layers - count) * kept, max(loss, work)

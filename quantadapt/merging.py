@@ -35,8 +35,11 @@ def merged_model(model: PeftModel, kind: Literal["dense", "requantize"]) -> nn.M
         return _quantized_whole(merged_model(model, "dense"))
     base: nn.Module = model.get_base_model()
     memo: dict[int, Any] = {}
-    for layer in _adapter_layers(base):
-        memo[id(layer)] = merged_layer(layer, kind)
+    layers = list(_adapter_layers(base))
+    inner = {id(layer.base_layer) for layer in layers}  # merged with the layer around it
+    for layer in layers:
+        if id(layer) not in inner:
+            memo[id(layer)] = merged_layer(layer, kind)
     for _, facade in facades(base):
         if kind == "dense":
             memo.setdefault(id(facade), facade.dense())
@@ -120,10 +123,17 @@ def merged_layer(layer: Any, kind: str) -> nn.Module:
 
 
 def _merged_plain(layer: Any, base: nn.Module) -> nn.Module:
-    """Merge a layer that is adapted but not quantized, e.g. a head named in target_modules."""
+    """Merge a layer that is adapted but not quantized, e.g. a head named in target_modules.
+
+    Experts are one module with several parameters; PEFT puts a layer for each around it, one around
+    the other.
+    """
     dense = copy.deepcopy(base)
-    with _base_layer(layer, dense):
-        layer.merge(safe_merge=True)
+    while layer is not base:
+        before = layer.base_layer
+        with _base_layer(layer, dense):
+            layer.merge(safe_merge=True)
+        layer = before
     return dense.requires_grad_(False)
 
 

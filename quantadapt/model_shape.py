@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_PLAIN_MLP = ("gpt_neox", "phi", "starcoder2")
+_PLAIN_MLP = ("apertus", "arcee", "gpt_neox", "nanochat", "phi", "starcoder2")
 """Decoders whose MLP is two layers without a gate."""
 
 SCALED_LOGITS = (
@@ -14,6 +14,7 @@ SCALED_LOGITS = (
     "output_multiplier",
     "lm_head_multiplier",
     "logits_scaling",
+    "logits_mup_width_multiplier",
     "logits_soft_cap",
     "output_logit_soft_cap",
 )
@@ -48,10 +49,12 @@ class Shape:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape | None:
         """Read the contents of a config.json; None for architectures whose sizes mean something
-        else (experts, encoders, several modalities, state spaces)."""
+        else (experts, latent or linear attention, encoders, several modalities)."""
         plain = config.get("model_type") in _PLAIN_MLP
         known = plain or "rms_norm_eps" in config
-        other = any("expert" in key for key in config) or config.get("is_encoder_decoder")
+        other = config.get("is_encoder_decoder") or any(
+            "expert" in key or key.startswith(("kv_lora_", "linear_")) for key in config
+        )
         if not known or other or "text_config" in config or "vision_config" in config:
             return None
         try:

@@ -17,6 +17,7 @@ from .collators import CausalCollator, EncoderDecoderCollator
 from .distributed import average_gradients
 from .errors import TrainingError
 from .memory import LENGTH_MULTIPLE
+from .packing import packed, refuse_leaks
 from .progress import OnLog, Progress, Watcher
 from .training_loop import CHECKPOINTS, TrainingLoop
 
@@ -72,8 +73,12 @@ def _causal_trainer(
     with quiet(), _without_statistics(model):
         from trl import SFTConfig, SFTTrainer
 
+        collator = CausalCollator(
+            _pad_token_id(tokenizer), spec.packing, _length_multiple(adapter_device(model))
+        )
         if spec.packing:
-            dataset = _packed(dataset)
+            refuse_leaks(model, collator)
+            dataset = packed(dataset)
         cls = type("CausalTrainer", (TrainingLoop, SFTTrainer), {})
         # the data are tokenized already; max_length and packing have been dealt with
         skip = {"skip_prepare_dataset": True}
@@ -85,9 +90,7 @@ def _causal_trainer(
             args=args,
             train_dataset=dataset,
             processing_class=tokenizer,
-            data_collator=CausalCollator(
-                _pad_token_id(tokenizer), spec.packing, _length_multiple(adapter_device(model))
-            ),
+            data_collator=collator,
         )
     trainer.fused_head = _fuse_head(model)
     # Padding at the end is seen by no token that counts, and attention without a mask is faster.
@@ -107,9 +110,11 @@ def _seq2seq_trainer(
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
     if spec.packing:
-        raise ValueError("packing is for causal models, this is an encoder-decoder model")
+        what = "packing is for causal models, this is an encoder-decoder model"
+        raise TrainingError(what, fix="leave train.packing out", where="train.packing")
     if all(dataset[0]["completion_mask"]):
-        raise ValueError("an encoder-decoder model needs prompts, but the data are plain text")
+        what = "an encoder-decoder model needs prompts, but the data are plain text"
+        raise TrainingError(what, fix="use data with prompts and completions", where="data")
     cls = type("EncoderDecoderTrainer", (TrainingLoop, Seq2SeqTrainer), {})
     eos = model.config.eos_token_id
     return cls(
@@ -192,21 +197,17 @@ def _clip_what_is_trained(accelerator: Any, trained: list[nn.Parameter]) -> None
     accelerator.prepare_model = prepared  # a launcher's single process would be wrapped as well
 
 
-def _packed(dataset: Dataset) -> Dataset:
-    """Put several examples into one row, as long as the longest example."""
-    from trl import pack_dataset
-
-    longest = max(map(len, dataset["input_ids"]))
-    packed: Dataset = pack_dataset(dataset, seq_length=longest, strategy="bfd")
-    return packed
-
-
 @contextmanager
 def _without_statistics(model: Any) -> Iterator[None]:
-    """Take out again the head that SFTTrainer patches in: it makes statistics at every step."""
+    """Take out again the head that SFTTrainer patches in: it makes statistics at every step. And
+    the loss on routers that it switches on: the model's config says whether there is one."""
     base = model.get_base_model()
     before = base.__dict__.get("forward")
+    text = model.config.get_text_config()
+    routers = getattr(text, "output_router_logits", None)
     yield
+    if routers is not None:
+        text.output_router_logits = routers
     base.__dict__.pop("forward", None)
     if before is not None:
         base.__dict__["forward"] = before

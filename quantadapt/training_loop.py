@@ -84,6 +84,8 @@ class TrainingLoop:
         if self.pads_right:
             inputs.pop("attention_mask", None)
         counted = inputs.pop("counted", None)
+        if self.model.config.is_encoder_decoder:
+            return self._share_of_mean(model, inputs, return_outputs, num_items_in_batch)
         if self.fused_head == "ours":
             inputs["counted"] = counted
         if not self.fused_head:
@@ -95,11 +97,33 @@ class TrainingLoop:
         outputs = model(**inputs, fused_lm_head=True, num_items_in_batch=num_items_in_batch)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+    def _share_of_mean(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool, count: Any
+    ) -> Any:
+        """Return the model's own mean, times the batch's share of the labels that count.
+
+        Most encoder-decoder models (T5, BART) take `num_items_in_batch` and ignore it.
+        """
+        from transformers import Trainer
+
+        loss, outputs = Trainer.compute_loss(self, model, inputs, return_outputs=True)
+        if count is not None:
+            loss = loss * ((inputs["labels"] != -100).sum() / count)
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batches: list[Any], *args: Any, **kwargs: Any) -> Any:
         """Return the mean count of the processes: gradients are averaged, so that each token of the
         whole batch weighs the same, and what PEFT adds to the loss (AdaLoRA does) counts once."""
-        count = super()._get_num_items_in_batch(*args, **kwargs)  # type: ignore[misc]
-        if count is None or self.accelerator.num_processes == 1:
+        import torch
+
+        count = super()._get_num_items_in_batch(batches, *args, **kwargs)  # type: ignore[misc]
+        if count is None:
+            return None
+        if all("counted" in batch for batch in batches):
+            # Where a class is not called ...ForCausalLM (GPT-2, BERT), transformers counts first
+            # tokens, too, which nothing predicts.
+            count = torch.full_like(count, sum(batch["counted"] for batch in batches))
+        if self.accelerator.num_processes == 1:
             return count
         return self.accelerator.reduce(count.to(self.args.device).float(), "mean")
 
