@@ -90,10 +90,23 @@ def refuse_occupied(final: Path, overwrite: bool) -> None:
     if free or (overwrite and final.is_dir()):
         return
     if final.is_dir():
-        what, fix = "the folder is not empty", "choose another folder, or let it be replaced"
+        what = "the folder is not empty"
+        fix = "choose another folder, or replace it: --overwrite, in Python overwrite=True"
     else:
         what, fix = "a file is in the way", "choose another folder"
     raise OutputError(what, fix=fix, where=str(final))
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise OutputError where nothing can be made at `path`; tries nothing out."""
+    nearest = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.lexists(p))
+    if not nearest.is_dir():
+        what = f"cannot write it: {nearest} is a file"
+        raise OutputError(what, fix=OTHER_OUTPUT, where=str(path))
+    effective = os.access in os.supports_effective_ids
+    if not os.access(nearest, os.W_OK | os.X_OK, effective_ids=effective):
+        fix = f"make {nearest} writable, or {OTHER_OUTPUT}"
+        raise OutputError("cannot write it: permission denied", fix=fix, where=str(path))
 
 
 def _beside(path: Path, ending: str) -> Path:

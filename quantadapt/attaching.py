@@ -31,12 +31,14 @@ def attach_adapter(model: nn.Module, adapter: Adapter, options: Mapping[str, Any
             expression for full names, or "all-linear" (the default): every quantized layer.
 
     Raises:
-        PlanRefused: `target_modules` matches nothing, or PEFT refuses the options.
+        PlanRefused: `target_modules` matches nothing, the model has an adapter already, or PEFT
+            refuses the options.
     """
     from peft import get_peft_model
 
     from .fused import use_fused_layers
 
+    _refuse_second(model)
     options = {**adapter.defaults, **options}
     given = loftq.without(options) if loftq.wanted(options) else options
     config = peft_config(model, adapter, given)
@@ -55,6 +57,14 @@ def attach_adapter(model: nn.Module, adapter: Adapter, options: Mapping[str, Any
     if isinstance(state := getattr(model, "quantadapt", None), ModelState):
         state.rewritten = rewritten
     return tuned  # type: ignore[return-value]
+
+
+def _refuse_second(model: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        fix = "take it off first, model = model.unload(), or attach to a model of its own"
+        raise PlanRefused([Problem("the model has an adapter already", fix, where="adapter")])
 
 
 def peft_config(model: nn.Module, adapter: Adapter, options: Mapping[str, Any]) -> PeftConfig:
@@ -100,8 +110,7 @@ def _resolve(
 ) -> list[str] | str:
     if wanted is None or wanted == ALL_LINEAR:
         if not names:
-            what = "the model has no quantized linear layer"
-            raise PlanRefused([Problem(what, where="adapter.target_modules")])
+            raise _nothing_quantized(model)
         return _endings(model, names)
     if isinstance(wanted, str):
         if not any(re.fullmatch(wanted, name) for name, _ in model.named_modules()):
@@ -128,17 +137,33 @@ def _endings(model: nn.Module, names: list[str]) -> list[str]:
     return sorted(wanted)
 
 
+def _nothing_quantized(model: nn.Module) -> PlanRefused:
+    """Say which layers the model has in place of `nn.Linear`, the only one that is quantized."""
+    matrices = (m for m in model.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2)
+    others = {type(m).__name__ for m in matrices} - {"Linear", "Embedding"}
+    what = "the model has no quantized linear layer"
+    if others:
+        what += f": only nn.Linear is quantized, and its layers are {', '.join(sorted(others))}"
+    fix = "use another model, or name fewer layers in skip_modules"
+    return PlanRefused([Problem(what, fix, where="adapter.target_modules")])
+
+
 def _no_target(missing: list[str], names: list[str]) -> PlanRefused:
     known = sorted({name.rpartition(".")[2] for name in names})
     problems = [
         Problem(
             f"no layer of the model matches {ending!r}",
-            did_you_mean(ending, known) + f" (layers: {', '.join(known)})",
+            _layer_hint(ending, known),
             where="adapter.target_modules",
         )
         for ending in missing
     ]
     return PlanRefused(problems)
+
+
+def _layer_hint(ending: str, known: list[str]) -> str:
+    hint, layers = did_you_mean(ending, known), ", ".join(known)
+    return f"name one of its layers: {layers}" if layers in hint else f"{hint} (layers: {layers})"
 
 
 def _task_type(model: nn.Module) -> str | None:

@@ -75,6 +75,24 @@ def checked(examples: Any) -> Examples:
     return [dict(example) for example in found]
 
 
+def check_vocabulary(examples: Examples, size: int | None) -> None:
+    """Raise DataError where examples for a language model hold no token ids, or not its own.
+
+    Args:
+        examples: as `checked` returns them.
+        size: how many token ids the model has, where that is known.
+    """
+    for index, example in enumerate(examples):
+        if "input_ids" not in example:
+            what = f"example {index} has no input_ids, but {', '.join(map(repr, example))}"
+            raise DataError(what, fix=_FIX, where=_WHERE)
+        low, high = (int(bound) for bound in example["input_ids"].aminmax())
+        if low < 0 or (size and high >= size):
+            what = f"example {index} has the token id {low if low < 0 else high}"
+            fix = f"tokenize it with the model's own tokenizer: its ids are 0 to {(size or 1) - 1}"
+            raise DataError(what, fix=fix, where=_WHERE)
+
+
 def _problem(example: Any) -> str:
     import torch
 

@@ -121,7 +121,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
         what = f"not a readable Parquet file: {first_line(error)}"
-        raise DataError(what, where=str(path)) from None
+        raise DataError(what, fix="write or download the file again", where=str(path)) from None
     for number, row in enumerate(rows, 1):
         yield Record(row, f"{path}:row {number}")
 

@@ -70,7 +70,8 @@ def _text(record: Record, column: str) -> str:
 
 def _checked(value: Any, name: str, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{name} is {kind_of(value)}, expected text", where=where)
+        fix = "write text in double quotes, or leave the example out"
+        raise DataError(f"{name} is {kind_of(value)}, expected text", fix=fix, where=where)
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -89,7 +90,8 @@ def _messages(record: Record) -> list[dict[str, str]]:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             what = f"turn {number} of 'messages' is {kind_of(message)}, expected an object"
-            raise DataError(what, where=record.where)
+            fix = 'write {"role": "user", "content": "..."}'
+            raise DataError(what, fix=fix, where=record.where)
         keys = ("role", "content")
         values = [_checked(message.get(k), f"{k!r} of turn {number}", record.where) for k in keys]
         turns.append(dict(zip(keys, values, strict=True)))

@@ -64,7 +64,8 @@ def _read_files(files: Iterable[Path]) -> list[Record]:
 def _read_file(path: Path) -> list[Record]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        what = f"files ending in {path.suffix or 'nothing'!r} cannot be read"
+        ending = f"files ending in {path.suffix!r}" if path.suffix else "files without an ending"
+        what = f"{ending} cannot be read"
         raise DataError(what, fix=f"use a file that ends in {SUFFIXES}", where=str(path))
     try:
         records = list(reader(path))

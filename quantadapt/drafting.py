@@ -26,7 +26,7 @@ from .protocols import Quantizer
 from .records import Adapter, Backend
 from .registry import Registry
 from .run_folder import RunFolder
-from .spec import Spec
+from .spec import Spec, read_yaml, wrong_value
 
 
 @dataclass
@@ -142,10 +142,7 @@ def _option_problem(backend: Backend, detail: dict[str, Any]) -> Problem:
         hint = did_you_mean(name, backend.quantizer.model_fields)
         what = f"backend {backend.name!r} has no option {name!r}"
         return Problem(what, hint or "it has no options", where)
-    if detail["type"] == "literal_error":
-        what = f"{detail['input']!r} is not possible"
-        return Problem(what, f"use one of {detail['ctx']['expected']}", where)
-    return Problem(f"{detail['msg']}, got {detail['input']!r}", where=where)
+    return wrong_value(detail, where)
 
 
 def adapter_options(draft: Draft, adapter: Adapter | None) -> dict[str, Any]:
@@ -162,15 +159,19 @@ def adapter_options(draft: Draft, adapter: Adapter | None) -> dict[str, Any]:
     return options
 
 
+_SAID = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+"""What people say -> what LoRA's config calls it."""
+
+
 def _adapter_option_problem(adapter: Adapter, name: str, value: Any) -> Problem | None:
     where, known = f"adapter.{name}", peft_options(adapter.peft_type)
     if name not in known:
         what = f"adapter {adapter.name!r} has no option {name!r}"
-        return Problem(what, did_you_mean(name, known), where)
+        return Problem(what, did_you_mean(_SAID.get(name, name), known), where)
     if not known[name].accepts(value):
         what = f"{value!r} is not of type {known[name].annotation}"
         default = adapter.defaults.get(name, known[name].default)
-        return Problem(what, f"default: {default}", where)
+        return Problem(what, f"the default is {default}", where)
     if name in ("r", "init_r", "target_r") and isinstance(value, int) and value < 1:
         return Problem(f"{value} is no rank", "use 1 or more", where)
     if name == "loftq_config" and not _is_loftq_config(value):
@@ -237,3 +238,53 @@ def check_folder(draft: Draft) -> None:
         )
     except OutputError as error:
         draft.problems += [replace(p, where=f"output {p.where}".strip()) for p in error.problems]
+
+
+_FIXED = (
+    "seed",
+    "data.format",
+    "data.max_length",
+    "data.max_examples",
+    "data.eval_fraction",
+    "train.per_device_train_batch_size",
+    "train.gradient_accumulation_steps",
+    "train.packing",
+)
+"""Keys of the spec that a checkpoint depends on, beside backend and adapter."""
+
+
+def check_resumed(
+    draft: Draft, quantizer: Quantizer | None, adapter_options: Mapping[str, Any]
+) -> None:
+    """Look whether a run that is to be resumed is still the one that was begun."""
+    spec = draft.spec
+    folder = RunFolder(Path(spec.output or "").expanduser())
+    if not spec.train.resume or quantizer is None or not (folder.path / "spec.yaml").is_file():
+        return
+    begun = folder.read_json("plan.json")
+    then = _facts(
+        read_yaml(folder.path / "spec.yaml"), begun.get("backend", {}), begun.get("adapter", {})
+    )
+    backend = {"name": spec.backend.name, "options": quantizer.model_dump(mode="json")}
+    adapter = {"name": spec.adapter.name, "options": dict(adapter_options)}
+    for key, value in _facts(spec.model_dump(mode="json"), backend, adapter).items():
+        if key in then and then[key] != value:
+            what = f"{value!r} makes it another run; the one in {folder.path} has {then[key]!r}"
+            fix = f"resume with {key}={then[key]!r}, or start the other run in another --output"
+            draft.problems.append(Problem(what, fix, where=key))
+
+
+def _facts(
+    spec: Mapping[str, Any], backend: Mapping[str, Any], adapter: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return dotted key -> value of what a checkpoint depends on."""
+    facts: dict[str, Any] = {}
+    for key in _FIXED:
+        section, _, name = key.rpartition(".")
+        values = spec.get(section, {}) if section else spec
+        if name in values:
+            facts[key] = values[name]
+    for kind, record in (("backend", backend), ("adapter", adapter)):
+        values = {"name": record.get("name"), **record.get("options", {})}
+        facts |= {f"{kind}.{name}": value for name, value in values.items()}
+    return facts

@@ -108,6 +108,9 @@ class TrainingError(QuantadaptError):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `did you mean 'x'?`, or the known words where nothing is close."""
     words = sorted(known)
+    longer = [repr(other) for other in words if other.startswith(f"{word}_")]
+    if longer and word not in words:
+        return f"did you mean {' or '.join(longer)}?"
     close = get_close_matches(word, words, n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]!r}?"

@@ -180,8 +180,11 @@ class MemoryPlan:
         """Return one line per card; without any, what a GPU would need."""
         if self.cards:
             return [self._card_words(card) for card in self.cards]
-        first = self.given or self.work.settings()[0]
-        return [f"on a GPU {self._needs(first)}", f"at least {self._needs(self.work.least())}"]
+        first, least = self.given or self.work.settings()[0], self.work.least()
+        lines = [f"on a GPU {self._needs(first)}"]
+        if self.work.peak(least) < self.work.peak(first):
+            lines.append(f"at least {self._needs(least)}")
+        return lines
 
     def describe(self, setting: Setting) -> str:
         """Return a setting in words."""

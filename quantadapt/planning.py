@@ -19,6 +19,7 @@ from .drafting import (
     adapter_options,
     check_data,
     check_folder,
+    check_resumed,
     check_training,
     device_of,
     dtype_of,
@@ -206,6 +207,7 @@ def plan(
     check_training(draft, device)
     if check_output:
         check_folder(draft)
+        check_resumed(draft, quantizer, options)
     if not (backend and adapter and quantizer):
         raise PlanRefused(draft.problems)
     made = _combined(

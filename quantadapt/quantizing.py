@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from . import planning
-from .checkpoint import quantization_of
+from .checkpoint import config_of, quantization_of
 from .dependencies import import_requirements
 from .errors import ModelError, PlanRefused, PluginError, Problem, QuantadaptError
 from .planning import Plan
@@ -139,7 +139,7 @@ def _misfits(reasons: Mapping[str, str]) -> list[Problem]:
 def _examples(plan: Plan, module: nn.Module | None, given: Calibration) -> Examples | None:
     """Return the calibration examples, checked, where the backend wants any."""
     from . import demo
-    from .calibration_data import examples_from
+    from .calibration_data import check_vocabulary, examples_from
 
     if not plan.calibrates:
         return None
@@ -150,7 +150,10 @@ def _examples(plan: Plan, module: nn.Module | None, given: Calibration) -> Examp
         fix = "pass calibration=..., a data file or tokenized examples (--calibration FILE)"
         raise PlanRefused([Problem(what, fix, where="calibration")])
     tokenizer = load_tokenizer(plan.model) if isinstance(given, str) and module is None else None
-    return examples_from(given, tokenizer)
+    examples = examples_from(given, tokenizer)
+    if module is None:
+        check_vocabulary(examples, (config_of(plan.model) or {}).get("vocab_size"))
+    return examples
 
 
 @contextmanager
@@ -189,7 +192,7 @@ def load_tokenizer(source: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        what = f"its tokenizer cannot be loaded: {str(error).splitlines()[0]}"
+        what = f"its tokenizer cannot be loaded: {str(error).splitlines()[0].rstrip(' :')}"
         raise ModelError(
             what, fix="put the tokenizer's files beside config.json", where=source
         ) from None

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from .atomic import OTHER_OUTPUT, atomic_folder, in_words, is_free, write_atomic
+from .atomic import OTHER_OUTPUT, atomic_folder, in_words, is_free, refuse_unwritable, write_atomic
 from .environment import environment
 from .errors import OutputError
 from .machine import installed_version
@@ -90,6 +90,7 @@ class RunFolder:
         with in_words(folder.path):
             if not resume and not is_free(folder.path):
                 folder._refuse_unless(overwrite, [Path(item) for item in inputs])
+            refuse_unwritable(folder.path)
         return folder
 
     @classmethod
@@ -199,7 +200,7 @@ class RunFolder:
         if not overwrite:
             state, started = self.marker.get("state"), self.marker.get("started")
             what = f"the folder holds an earlier run ({state}, started {started})"
-            fix = f"{OTHER_OUTPUT}, replace it with --overwrite, or go on with it: resume"
+            fix = f"{OTHER_OUTPUT}, replace it with --overwrite, or go on with it with --resume"
             raise OutputError(what, fix=fix, where=where)
         for used in [*inputs, Path.cwd()]:
             if used.expanduser().resolve().is_relative_to(self.path.resolve()):

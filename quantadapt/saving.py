@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import planning
 from .atomic import atomic_folder, refuse_occupied
 from .calibration_data import examples_from
-from .checkpoint import quantization_of
+from .checkpoint import is_local_path, quantization_of
 from .dependencies import unchanged_process
 from .environment import environment
 from .errors import MergeRefused, ModelError, OutputError, Problem
@@ -185,6 +185,7 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
     if base is None and (folder.parent / BASE / RECORD).exists():
         model = load_base(folder.parent / BASE, device)
     elif base is None or isinstance(base, str):
+        _refuse_missing_base(base or record["base"], folder)
         model = quantize(
             base or record["base"],
             record["backend"],
@@ -216,6 +217,13 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
     state.adapter = registry().adapter(record["adapter"])
     state.adapter_options = dict(record["adapter_options"])
     return peft_model
+
+
+def _refuse_missing_base(base: str, adapter: Path) -> None:
+    if is_local_path(base) and not Path(base).expanduser().exists():
+        what = f"its base {base} is not there, seen from {Path.cwd()}"
+        fix = "go to the folder in which it was trained, or in Python pass base=... to load"
+        raise ModelError(what, fix=fix, where=str(adapter))
 
 
 def load_base(folder: Path, device: str) -> nn.Module:

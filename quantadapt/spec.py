@@ -210,12 +210,26 @@ class Spec(_Strict):
         return text
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key that is there twice is an error; there, the last one wins."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                what = f"the key {key.value!r} is there twice"
+                raise yaml.constructor.ConstructorError(problem=what, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the mapping in a YAML file. Raises SpecError naming file and line."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise SpecError([Problem(f"cannot read it: {error.strerror}", where=str(path))]) from None
+        what, fix = f"cannot read it: {error.strerror}", "check the path of the YAML file"
+        raise SpecError([Problem(what, fix, where=str(path))]) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -286,10 +300,29 @@ def _problem(detail: dict[str, Any]) -> Problem:
     if detail["type"] == "extra_forbidden":
         known = _known_keys(Spec, path[:-1])
         return Problem(f"unknown key {path[-1]!r}", did_you_mean(path[-1], known), where=where)
+    if detail["type"] == "model_type":
+        return _no_mapping(where, detail["input"])
+    return wrong_value(detail, where)
+
+
+def _no_mapping(where: str, found: Any) -> Problem:
+    what = "it is empty" if found is None else f"{found!r} is no mapping"
+    key = SHORTHAND.get(where)
+    fix = f"write a {key}, or {{{key}: ...}}" if key else "write keys and values"
+    return Problem(what, f"leave it out, or {fix}" if found is None else fix, where)
+
+
+def wrong_value(detail: Mapping[str, Any], where: str) -> Problem:
+    """Return what pydantic's `detail` says about a value, and what may stand there instead."""
+    what, message = f"{detail['input']!r} is not possible", str(detail["msg"])
     if detail["type"] == "literal_error":
-        expected = detail["ctx"]["expected"]
-        return Problem(f"{detail['input']!r} is not possible", f"use one of {expected}", where)
-    return Problem(f"{detail['msg']}, got {detail['input']!r}", where=where)
+        return Problem(what, f"use one of {detail['ctx']['expected']}", where)
+    if not message.startswith("Input should be "):
+        message = message.removeprefix("Value error, ")
+        return Problem(f"{message}, got {detail['input']!r}", where=where)
+    wanted = message.removeprefix("Input should be ").partition(",")[0]
+    bound = wanted.startswith(("greater", "less"))
+    return Problem(what, f"use a value {wanted}" if bound else f"use {wanted}", where)
 
 
 def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:

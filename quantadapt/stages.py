@@ -15,7 +15,7 @@ from .calibration_data import choose
 from .errors import QuantadaptError
 from .quantizing import quantize_plan
 from .registry import registry
-from .spec import DataSpec, Spec, TrainSpec
+from .spec import Spec, TrainSpec
 from .state import state_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _WHOLE = TrainSpec(parallel="ddp")
 
 
 def quantize(
-    source: str | nn.Module | None = None,
+    source: str | Path | nn.Module | None = None,
     backend: str = "hqq",
     *,
     device: str = "auto",
@@ -63,6 +63,8 @@ def quantize(
         PlanRefused: with every problem at once. ModelError: the checkpoint cannot be loaded.
         DataError: the calibration data cannot be used. PluginError: the backend failed.
     """
+    if isinstance(source, Path):
+        source = str(source)
     spec = Spec(
         model=source if isinstance(source, str) else None,
         backend={"name": backend, **options},
@@ -131,7 +133,7 @@ def attach_planned(model: nn.Module, name: str, options: Mapping[str, Any], seed
 
 def train(
     model: PeftModel,
-    data: str | Dataset | None = None,
+    data: str | Path | Dataset | None = None,
     *,
     output: str | Path | None = None,
     seed: int = 0,
@@ -153,14 +155,19 @@ def train(
         on_note: told in a sentence how memory is used, where that was chosen or had to change.
         max_length: longest example in tokens, where `data` is read from a file.
         options: fields of TrainSpec, e.g. `max_steps=200`, `learning_rate=1e-4`.
+
+    Raises:
+        SpecError: an option is unknown or wrong. DataError: the data cannot be used.
+        TrainingError: training cannot go on.
     """
     from .data import load_data
     from .training import train as train_
 
-    spec = TrainSpec(**options)
+    spec = Spec(train=options).train
     tokenizer = tokenizer or state_of(model).tokenizer
-    if data is None or isinstance(data, str):
-        wanted = DataSpec(path=data, max_length=max_length)
+    if data is None or isinstance(data, str | Path):
+        path = None if data is None else str(data)
+        wanted = Spec(data={"path": path, "max_length": max_length}).data
         data = load_data(wanted, _needed(tokenizer), seed=seed).train
     with tempfile.TemporaryDirectory() as scratch:
         return train_(
@@ -174,7 +181,7 @@ def train(
 
 def evaluate(
     model: nn.Module,
-    data: str | Dataset | None = None,
+    data: str | Path | Dataset | None = None,
     *,
     batch_size: int = 8,
     max_examples: int = 200,
@@ -201,12 +208,12 @@ def evaluate(
     return {"perplexity": found.value, "loss": found.loss, "tokens": found.tokens}
 
 
-def held_out_data(data: str | Dataset | None, tokenizer: Any) -> Any:
+def held_out_data(data: str | Path | Dataset | None, tokenizer: Any) -> Any:
     """Return tokenized data to measure on: read if it is named, as it is if it is a Dataset."""
     from .data import load_held_out
 
-    if data is None or isinstance(data, str):
-        return load_held_out(data, _needed(tokenizer))
+    if data is None or isinstance(data, str | Path):
+        return load_held_out(None if data is None else str(data), _needed(tokenizer))
     return data
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +147,23 @@ def problems(spec: TrainSpec) -> list[Problem]:
         if value not in names:
             what = f"there is no {value!r}"
             found.append(Problem(what, did_you_mean(value, names), where=f"train.{key}"))
+    return found + (_reporting_problems(spec.report_to) if spec.report_to else [])
+
+
+def _reporting_problems(wanted: Iterable[str]) -> list[Problem]:
+    from transformers.integrations import integration_utils
+
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    unlisted = ("all", "none", "flyte")
+    there = {*integration_utils.get_available_reporting_integrations(), *unlisted}
+    found = []
+    for name in wanted:
+        if name not in (*known, *unlisted):
+            hint = did_you_mean(name, known)
+            found.append(Problem(f"there is no {name!r}", hint, where="train.report_to"))
+        elif name not in there:
+            fix = f"pip install {name.replace('_', '-')}, or leave it out"
+            found.append(Problem(f"{name} is not installed", fix, where="train.report_to"))
     return found
 
 
@@ -161,6 +178,7 @@ def _base_parameters(module: Any, seen: set[int]) -> int:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     from .facade import QuantLinear
+    from .sharding import PACKED
 
     if id(module) in seen:
         return 0
@@ -173,7 +191,9 @@ def _base_parameters(module: Any, seen: set[int]) -> int:
         bias = getattr(module, "bias", None)
         weights = module.in_features * module.out_features
         return weights + (0 if bias is None else int(bias.numel()))
-    own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+    # What a sharded block has packed are its quantized layers, which are counted above.
+    named = module.named_parameters(recurse=False)
+    own = [p for name, p in named if name != PACKED and id(p) not in seen]
     seen.update(map(id, own))
     children = sum(_base_parameters(child, seen) for child in module.children())
     return children + sum(int(p.numel()) for p in own)

@@ -59,11 +59,13 @@ def show_backend(name: NameArgument, json: JsonOption = False) -> None:
         if json:
             shown.print_json(facts)
             return
-        needs = ", ".join(facts["requires"]) or "nothing else"
+        needs = (
+            f"{', '.join(facts['requires'])} ({_state(facts)})" if facts["requires"] else "nothing"
+        )
         _show(
             shown,
             facts,
-            ("needs", f"{needs} ({_state(facts)})"),
+            ("needs", needs),
             ("devices", ", ".join(facts["devices"])),
             ("dtypes", ", ".join(facts["dtypes"])),
             ("calibration", "needs data" if facts["calibration"] else "needs no data"),

@@ -179,7 +179,7 @@ def _merged_onto(
 
 
 def _show(shown: Session, found: dict[str, Any], path: Path) -> None:
-    from .progress import merge_verdict
+    from .progress import four_digits, merge_verdict
 
     if shown.as_json:
         shown.print_json({"path": str(path), **found})
@@ -188,5 +188,5 @@ def _show(shown: Session, found: dict[str, Any], path: Path) -> None:
         shown.out.print(line, markup=False, soft_wrap=True)
     for name in ("adapter", "merged"):
         if f"perplexity_{name}" in found:
-            shown.out.print(f"perplexity {name}: {found[f'perplexity_{name}']:.4g}")
+            shown.out.print(f"perplexity {name}: {four_digits(found[f'perplexity_{name}'])}")
     shown.out.print(f"written to {path}", markup=False, soft_wrap=True)

@@ -57,7 +57,9 @@ def plan(
     with session(as_json=json) as shown:
         from ..planning import plan as make_plan
 
-        made = make_plan(flags.spec(), processes=gpus, cards=card or (), weights=False)
+        made = make_plan(
+            flags.spec(), processes=gpus, cards=card or (), weights=False, check_output=not card
+        )
         if json:
             shown.print_json(made.to_dict() | {"spec": made.spec.model_dump(mode="json")})
             return

@@ -78,7 +78,7 @@ class RunDisplay:
 
     def on_perplexity(self, data: Mapping[str, Any]) -> None:
         """A perplexity was measured."""
-        self.details.append(f"perplexity {data['name']} [bold]{data['value']:.4g}[/bold]")
+        self.details.append(f"perplexity {data['name']} [bold]{four_digits(data['value'])}[/bold]")
 
     def on_note(self, data: Mapping[str, Any]) -> None:
         """Something the user may want to know."""
@@ -219,7 +219,7 @@ def _perplexities(found: Mapping[str, float]) -> Table:
     for name, text in _PERPLEXITY.items():
         if (value := found.get(name)) is not None:
             style = "bold green" if name == "tuned" else ""
-            table.add_row(f"{name}: {text}", f"{value:.4g}", style=style)
+            table.add_row(f"{name}: {text}", four_digits(value), style=style)
     return table
 
 
@@ -238,6 +238,11 @@ def _shown(text: str, lines: int = 6) -> str:
     """Return the first lines of a text, without the empty ones around them."""
     kept = text.strip().splitlines()
     return "\n".join([*kept[:lines], "..."] if len(kept) > lines else kept) or "(nothing)"
+
+
+def four_digits(value: float) -> str:
+    """Return four significant digits, zeros at the end included: 14.00."""
+    return f"{value:#.4g}".rstrip(".")
 
 
 def merge_verdict(merge: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .. import __version__
-from ..atomic import atomic_folder
+from ..atomic import atomic_folder, is_free
 from ..errors import OutputError, PlanRefused, Problem
 from ..registry import registry
 
@@ -56,6 +56,8 @@ def write(name: str, folder: Path) -> list[str]:
     if folder.expanduser().resolve() == Path.cwd():
         what, fix = "this is the folder that you are in", "go elsewhere, or name a new folder"
         raise OutputError(what, fix=fix, where=str(folder))
+    if folder.expanduser().is_dir() and not is_free(folder.expanduser()):
+        raise OutputError("the folder is not empty", fix="name a new folder", where=str(folder))
     made = contents(name)
     with atomic_folder(folder) as temporary:
         for path, text in made.items():
