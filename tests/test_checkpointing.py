@@ -16,6 +16,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import quantadapt as qa
 from quantadapt.checkpointing import Checkpointer, CpuInputs, checkpointed, decoder_layers
@@ -75,7 +76,30 @@ def test_loss_and_gradients_stay_the_same(make, count, offload) -> None:
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_reentrant_kind(offload) -> None:
-    assert_same(adapted(), Setting(LAYERS, offload, 4), reentrant=True)
+    model = adapted()
+    assert_same(model, Setting(LAYERS, offload, 4), reentrant=True)
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_what_was_switched_on_before_is_so_afterwards() -> None:
+    model = adapted()
+    model.get_base_model().gradient_checkpointing_enable()
+    layers = decoder_layers(model)
+    before = [layer._gradient_checkpointing_func for layer in layers]
+    with checkpointed(model, Setting(0, True, 4)):
+        assert not any(layer.gradient_checkpointing for layer in layers)
+    assert all(layer.gradient_checkpointing for layer in layers)
+    assert [layer._gradient_checkpointing_func for layer in layers] == before
+
+
+def test_a_layer_inside_a_layer_is_recomputed_with_it() -> None:
+    outer = GradientCheckpointingLayer()
+    outer.inner = GradientCheckpointingLayer()
+    assert decoder_layers(torch.nn.Sequential(outer)) == [outer]
+
+
+def test_layers_are_told_apart_by_whole_names() -> None:
+    assert len(decoder_layers(llama(num_hidden_layers=11))) == 11  # the last is "layers.10"
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, LAYERS])
@@ -190,8 +214,10 @@ def test_a_model_that_knows_all_layers_or_none() -> None:
     with checkpointed(model) as checkpointer:
         checkpointer.layers = []
         assert checkpointer.count == 1
-        checkpointer.apply(Setting(0, False, 4))
-        assert not any(layer.gradient_checkpointing for layer in decoder_layers(model))
+        checkpointer.base.supports_gradient_checkpointing = False
+        checkpointer.apply(Setting(0, False, 4))  # nothing is asked of it
+        del checkpointer.base.supports_gradient_checkpointing
+        assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
         checkpointer.apply(Setting(1, False, 4))
         assert all(layer.gradient_checkpointing for layer in decoder_layers(model))
         checkpointer.base.supports_gradient_checkpointing = False

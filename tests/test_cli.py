@@ -215,6 +215,29 @@ def write_checkpoint(folder: Path, weights: str, content: bytes) -> Path:
     return folder
 
 
+def test_mistakes_in_keys_and_in_options_are_told_together(run_cli):
+    options = ["--set", "backend.bit=3", "--set", "adapter.rr=5", "--set", "train.max_stepz=5"]
+    shown = run_cli("plan", "--model", "./nix", "--data", "nix.jsonl", *options, "--dtype", "int8")
+    assert shown.code == 2
+    assert "the spec cannot be used, 6 problems:" in shown.err
+    for key in ("dtype", "train.max_stepz", "model", "data.path", "backend.bit", "adapter.rr"):
+        assert f"  - {key}: " in shown.err
+
+
+def test_a_prediction_for_a_card_asks_for_no_free_folder(run_cli, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").touch()
+    assert run_cli("plan", "--output", "taken").code == 2
+    assert "fits 24 GiB: yes" in run_cli("plan", "--output", "taken", "--card", "24").out
+
+
+def test_perplexities_keep_their_zeros():
+    from quantadapt.cli.progress import four_digits
+
+    shown = [four_digits(value) for value in (14, 1.0317, 18.163, 1234.5)]
+    assert shown == ["14.00", "1.032", "18.16", "1234"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -224,7 +247,7 @@ def write_checkpoint(folder: Path, weights: str, content: bytes) -> Path:
         (["--set", "backend.bits=5"], "use one of 1, 2, 3, 4 or 8"),
         (["--set", "adapter.rr=5"], "did you mean 'r'?"),
         (["--set", "train.max_stepz=5"], "did you mean 'max_steps'?"),
-        (["--set", "train=5", "--max-steps", "3"], "train: Input should be a valid dictionary"),
+        (["--set", "train=5", "--max-steps", "3"], "train: 5 is no mapping"),
         (["--set", "nonsense"], "write it as key=value"),
         (["--dtype", "float8"], "use one of 'auto', 'float32'"),
         (["--device", "gpu"], "'gpu' is no device"),

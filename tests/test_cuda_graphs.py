@@ -69,11 +69,30 @@ def test_only_plain_lora_on_cuda_is_recorded(monkeypatch) -> None:
     with monkeypatch.context() as sharded:
         sharded.setattr(cuda_graphs, "is_sharded", lambda _: True)
         assert not can_record(model)
+    with monkeypatch.context() as bare:  # nothing below the model with the head
+        bare.setattr(LlamaForCausalLM, "base_model_prefix", "")
+        assert not can_record(model)
+    mixed = adapted()
+    first = next(weight for weight in mixed.parameters() if weight.requires_grad)
+    first.data = first.data.double()  # gradients are recorded into one tensor
+    assert not can_record(mixed)
+    assert not can_record(adapted(lora_bias=True))
     assert not can_record(adapted(lora_dropout=0.1))
     assert not can_record(adapted(settings={"attention_dropout": 0.1}))
     assert not can_record(adapted(modules_to_save=["lm_head"]))
     extra = qa.attach(qa.quantize(tiny_llama(), "bnb-nf4", dtype="bfloat16"), "ia3")
     assert not can_record(extra)
+
+
+def test_a_forward_that_somebody_has_patched_is_given_back() -> None:
+    model = adapted()
+    decoder = model.get_base_model().base_model
+    for before in (None, decoder.forward):
+        if before is not None:
+            decoder.forward = before
+        with cuda_graphs.graphed(model, print) as graphs:
+            assert decoder.forward == graphs.forward
+        assert decoder.__dict__.get("forward") is before
 
 
 @pytest.fixture

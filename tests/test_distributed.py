@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 from processes import in_processes
+from torch.distributed import ReduceOp
 
 import quantadapt as qa
-from quantadapt.distributed import World, as_launched, world
+from quantadapt import distributed
+from quantadapt.distributed import PeerLost, World, as_launched, world
 from quantadapt.spec import Spec
 
 STEPS = 4
@@ -261,9 +263,51 @@ def test_the_environment_says_who_is_who(monkeypatch) -> None:
         monkeypatch.setenv(name, value)
     assert world() == World(rank=3, local_rank=1, size=4)
 
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert world() == World()
+
+
+def test_gradients_are_sent_in_buckets_of_one_dtype(monkeypatch) -> None:
+    monkeypatch.setattr(distributed, "BUCKET", 4)
+    single, half = torch.float32, torch.bfloat16
+    given = [(3, single), (3, single), (3, single), (1, half), (5, half), (1, single)]
+    tensors = [torch.zeros(size, dtype=dtype) for size, dtype in given]
+    buckets = list(distributed._buckets(tensors))
+    assert [[(len(t), t.dtype) for t in bucket] for bucket in buckets] == [
+        given[:2],
+        given[2:3],
+        given[3:5],
+        given[5:],
+    ]
+    sent = [tensor for bucket in buckets for tensor in bucket]
+    assert all(a is b for a, b in zip(tensors, sent, strict=True))
+
+
+def test_figures_of_all_processes_are_added_or_the_largest_is_taken(monkeypatch) -> None:
+    theirs = {ReduceOp.SUM: lambda tensor: tensor.add_(4), ReduceOp.MAX: lambda t: t.clamp_(min=4)}
+    monkeypatch.setattr(distributed, "world", lambda: World(size=2))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t, how: theirs[how](t))
+    cpu = torch.device("cpu")
+    assert [distributed.reduced(2.5, cpu, how) for how in ("sum", "max")] == [6.5, 4.0]
+
+
+def test_only_what_a_lost_peer_causes_is_called_so(monkeypatch) -> None:
+    for text, size, expected in (
+        ("Connection closed by peer", 2, PeerLost),
+        ("Connection closed by peer", 1, RuntimeError),
+        ("mat1 and mat2 shapes cannot be multiplied", 2, RuntimeError),
+    ):
+        monkeypatch.setattr(distributed, "world", lambda size=size: World(size=size))
+        with pytest.raises((PeerLost, RuntimeError)) as caught, distributed.peers_in_words():
+            raise RuntimeError(text)
+        assert caught.type is expected
+
 
 def test_accelerate_can_ask_for_sharding(monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert as_launched(Spec()).train.parallel == "fsdp"
     assert "ACCELERATE_USE_FSDP" not in os.environ
     assert as_launched(Spec()).train.parallel == "auto"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert as_launched(Spec(train={"parallel": "ddp"})).train.parallel == "ddp"

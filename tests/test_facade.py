@@ -10,7 +10,7 @@ from torch import nn
 
 import quantadapt as qa
 from quantadapt.errors import PluginError
-from quantadapt.facade import LazyWeight, QuantLinear, densify, unwrap, wrap
+from quantadapt.facade import LazyWeight, QuantLinear, densify, is_skipped, unwrap, wrap
 from quantadapt.probe import dequantize_by_probe
 from quantadapt.protocols import AdapterTarget
 
@@ -34,8 +34,20 @@ class Counting(AdapterTarget):
 
     def requantize(self, module: nn.Module, weight: torch.Tensor) -> nn.Module:
         result = copy.deepcopy(module)
-        result.weight = nn.Parameter(weight.round(decimals=2), requires_grad=False)
+        result.weight = nn.Parameter(weight.round(decimals=2))
         return result
+
+
+class Precise(Counting):
+    """Its kernel answers in float32, and its weight has its columns one behind the other."""
+
+    quantizes_activations = True
+
+    def forward(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x.float(), module.weight, module.bias)
+
+    def dequantize(self, module: nn.Module) -> torch.Tensor:
+        return super().dequantize(module).T.contiguous().T
 
 
 def facade(**kwargs) -> QuantLinear:
@@ -81,6 +93,9 @@ def test_assigning_to_data_goes_through_the_quantizer() -> None:
     new = torch.full((4, 6), 0.123456)
     layer.weight.data = new
     torch.testing.assert_close(layer.dequantize(), torch.full((4, 6), 0.12))
+    layer.weight.data = new.double()
+    assert layer.vendor.weight.dtype == torch.float32  # the quantizer is given the compute dtype
+    assert not any(p.requires_grad for p in layer.parameters())
 
 
 def test_one_module_and_the_vendors_own_tensors() -> None:
@@ -113,6 +128,18 @@ def test_gradient_with_respect_to_the_input() -> None:
     torch.testing.assert_close(x.grad, dy @ dense.weight)
 
 
+def test_a_dense_copy_is_a_copy() -> None:
+    """Merging changes it in place, and a backend may hand out the very weight of the layer."""
+    layer = facade().eval()
+    x = torch.randn(3, 6)
+    before, dense = layer(x), layer.dense()
+    assert torch.equal(dense(x), before)
+    assert not dense.training
+    for copied in (*dense.parameters(), copy.deepcopy(layer.weight)):
+        copied.data.add_(1)
+    assert torch.equal(layer(x), before)
+
+
 def test_autocast_and_dtypes() -> None:
     layer = facade()
     x = torch.randn(2, 6)
@@ -121,6 +148,11 @@ def test_autocast_and_dtypes() -> None:
         y = layer(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
+    half, vendor = wrap(nn.Linear(6, 4).bfloat16(), Counting(), torch.bfloat16), facade().vendor
+    expected = nn.functional.linear(x.bfloat16(), half.vendor.weight, half.bias)
+    assert torch.equal(half(x), expected.float())  # in the dtype of the layer, whatever comes in
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert wrap(vendor, Precise(), torch.float32)(x).dtype == torch.bfloat16
 
 
 def test_wrap_and_unwrap() -> None:
@@ -129,6 +161,10 @@ def test_wrap_and_unwrap() -> None:
     wrap(model, Counting(), torch.float32, skip=("2",))
     assert isinstance(model[0], QuantLinear)
     assert type(model[2]) is nn.Linear
+    nested = wrap(
+        nn.Sequential(nn.Sequential(nn.Linear(6, 4))), Counting(), torch.float32, ("0.0",)
+    )
+    assert type(nested[0][0]) is nn.Linear
     wrap(model, Counting(), torch.float32, skip=("2",))
     assert model[0].vendor is first
     assert unwrap(model)[0] is first
@@ -139,9 +175,47 @@ def test_wrap_and_unwrap() -> None:
     assert type(model[0]) is nn.Linear
 
 
+class Outer(nn.Linear):
+    """A vendor's layer that has a layer of its own inside."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 4)
+        self.inner = nn.Linear(6, 4)
+
+
+def test_what_is_inside_a_vendors_layer_is_left_alone(monkeypatch) -> None:
+    monkeypatch.setattr(Counting, "matches", lambda self, module: isinstance(module, nn.Linear))
+    outer = Outer().eval()
+    model = wrap(nn.Sequential(outer), Counting(), torch.float32)
+    assert model[0].vendor is outer
+    assert type(outer.inner) is nn.Linear
+    assert not model[0].training
+
+
+def test_rows_of_a_weight_lie_one_behind_the_other() -> None:
+    """As safetensors wants it of a merged layer."""
+    layer = wrap(facade().vendor, Precise(), torch.float32)
+    assert layer.dequantize().is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("skip", "skipped"),
+    [
+        ("gate", ["model.layers.1.gate"]),
+        ("layers.1", ["model.layers.1.gate", "model.layers.1.gate_proj"]),
+        ("model.layers.1.gate", ["model.layers.1.gate"]),
+    ],
+)
+def test_names_are_skipped_by_whole_words(skip, skipped) -> None:
+    names = ["model.layers.1.gate", "model.layers.1.gate_proj", "model.layers.10.expert_gate"]
+    assert [name for name in names if is_skipped(name, (skip,))] == skipped
+
+
 def test_a_target_that_lies_about_shapes_is_an_error() -> None:
     with pytest.raises(PluginError, match=r"shape returned \(0, 4\)"):
         facade(shape=(0, 4))
+    with pytest.raises(PluginError, match=r"dequantize returned \(4, 6\), its shape says \(6, 4\)"):
+        facade(shape=(4, 6))
 
 
 def test_probe_reads_a_weight_out_of_a_kernel() -> None:

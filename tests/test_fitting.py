@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from processes import in_processes
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from quantadapt import demo
-from quantadapt.checkpointing import CpuInputs, decoder_layers
+from quantadapt.checkpointing import Checkpointer, CpuInputs, decoder_layers
 from quantadapt.errors import TrainingError
 from quantadapt.fitting import Fitting, lengths
 from quantadapt.memory import GIB, Setting, Workload
@@ -195,7 +196,7 @@ def test_a_gradient_that_was_accumulated_survives(tokenizer, data, tmp_path) -> 
 
         def __call__(self, *_) -> None:
             self.calls += 1
-            if self.calls == 2:  # the second part of an accumulated step
+            if self.calls in (2, 3):  # the second part of an accumulated step, and again
                 raise torch.OutOfMemoryError("CUDA out of memory.")
 
     options = {"gradient_accumulation_steps": 2, "max_steps": 2}
@@ -284,6 +285,46 @@ def test_the_probe(tokenizer, data, tmp_path, monkeypatch) -> None:
     assert len(notes) == 1
     assert notes[0].startswith("memory: ")
     assert "of 11.0 GiB (found in " in notes[0]
+
+
+def fitting_of(model, accepts: bool = True, **options) -> Fitting:
+    """A fitting whose trainer is all that it asks before a run."""
+    trainer = SimpleNamespace(
+        model=model, model_accepts_loss_kwargs=accepts, optimizer=SimpleNamespace(state={})
+    )
+    return Fitting(trainer, Checkpointer(model), TrainSpec(**options))
+
+
+def test_the_budget_is_what_is_free_less_what_is_still_to_come(monkeypatch) -> None:
+    make_up_card(monkeypatch, 20, lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 2 * GIB)  # ours already
+    model = adapted()
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adamw, accumulated = (fitting_of(model, gradient_accumulation_steps=n) for n in (1, 2))
+    free = int(22 * GIB * 0.95)
+    assert adamw.budget() == free - 8 * count
+    assert accumulated.budget() == free - (8 + 4) * count
+    assert fitting_of(model, optim="paged_adamw_8bit").budget() == free
+    assert fitting_of(model, memory=3).budget() == 3 * GIB - 8 * count
+    adamw.trainer.optimizer.state = {"there": "already"}
+    assert adamw.budget() == free
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda *_: 0.2)
+    assert adamw.budget() == int(16 * GIB * 0.95)
+
+
+@pytest.mark.parametrize(
+    ("accepts", "router", "packing", "splits"),
+    [
+        (True, False, False, True),
+        (False, False, False, False),  # its loss is a mean over the batch
+        (True, True, False, False),  # experts are balanced over the batch
+        (True, False, True, False),
+    ],
+)
+def test_what_adds_up_is_split(accepts, router, packing, splits) -> None:
+    model = adapted()
+    model.config.output_router_logits = router
+    assert fitting_of(model, accepts, packing=packing).splits == splits
 
 
 def test_a_card_that_is_too_small_is_told(tokenizer, data, tmp_path, monkeypatch) -> None:

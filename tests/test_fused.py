@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from unittest.mock import Mock, patch
 
@@ -14,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import quantadapt as qa
 from quantadapt import fused as fused_module
-from quantadapt.facade import QuantLinear, recomputing, wrap
+from quantadapt.facade import QuantLinear, densify, recomputing, wrap
 from quantadapt.fused import (
     FusedLoraLinear,
     forget_unfinished,
@@ -38,6 +40,25 @@ class Plain(AdapterTarget):
     def dequantize(self, module: nn.Module) -> torch.Tensor:
         self.count += 1
         return module.weight.detach()
+
+    def requantize(self, module: nn.Module, weight: torch.Tensor) -> nn.Module:
+        made = copy.deepcopy(module)
+        made.weight = nn.Parameter(weight.clone())
+        return made
+
+
+class Viewing(Plain):
+    """Its own forward returns a view, as kernels do; some have the tokens first in memory."""
+
+    quantizes_activations = True
+
+    def __init__(self, tokens_first: bool) -> None:
+        self.tokens_first = tokens_first
+
+    def forward(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.linear(x.flatten(0, -2), module.weight, module.bias)
+        y = y.unflatten(0, x.shape[:-1])
+        return y.transpose(0, 1).contiguous().transpose(0, 1) if self.tokens_first else y
 
 
 def model(dtype=torch.float64, bias=True) -> nn.Sequential:
@@ -117,6 +138,65 @@ def test_x_without_a_gradient() -> None:
             assert torch.allclose(found.grad, expected.grad, rtol=1e-12)
 
 
+def test_without_a_gradient_to_give_the_base_is_left_alone() -> None:
+    made = adapted(True)
+    loss, target = made[0](X).sum(), made[0].base_layer.target
+    target.count = 0
+    loss.backward()
+    assert target.count == 0
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_second_derivative_is_refused(use_dora) -> None:
+    """Backward is made of what autograd does not see: through it, gradients would be wrong."""
+    made, x = adapted(True, use_dora=use_dora), X.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(made(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_what_a_vendor_returns_may_be_a_view_and_is_changed_in_place(tokens_first) -> None:
+    made, stock = adapted(True), adapted(False)
+    for layer in (made[0], made[2]):
+        layer.base_layer.target = Viewing(tokens_first)
+    for one, other in ((made[0], stock[0]), (made[0].base_layer, stock[0].base_layer)):
+        x = X.clone().requires_grad_()
+        y = one(x)
+        y += 1
+        y.sum().backward()
+        assert torch.allclose(y, other(X) + 1, rtol=1e-12)
+    made.zero_grad()
+    assert_same(results(made, X), results(stock, X))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_float32_input_of_a_bfloat16_base(use_dora) -> None:
+    options = {"dtype": torch.bfloat16, "master": torch.float32, "use_dora": use_dora}
+    found, expected = (results(adapted(fused, **options), X.float()) for fused in (True, False))
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype == torch.float32, name
+        assert float((found[name] - value).norm() / value.norm()) < 2e-2, name
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_merged_adapter_is_not_added_again(trains) -> None:
+    made = adapted(True)
+    expected = made(X)
+    with fused_training(made) if trains else nullcontext():
+        made[0].merge()
+        assert torch.allclose(made(X), expected, rtol=1e-10)
+        made[0].unmerge()
+        assert torch.allclose(made(X), expected, rtol=1e-10)
+
+
+def test_an_adapter_over_a_base_that_was_made_dense() -> None:
+    made = adapted(True)
+    expected = made(X)
+    assert torch.allclose(densify(made)(X), expected, rtol=1e-12)
+    assert type(made[0].base_layer) is nn.Linear
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_without_gradients_no_function_of_autograd_runs(monkeypatch, autocast) -> None:
     """It would take as long as the layer itself when single tokens are decoded."""
@@ -153,14 +233,18 @@ def test_the_last_layer_is_not_computed_again() -> None:
     assert target.count == 2 + 2 + 1
 
 
+def second_adapter(made: nn.Module, **options) -> None:
+    config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False, **options)
+    torch.manual_seed(3)
+    inject_adapter_in_model(config, made, adapter_name="other")
+    for layer in (made[0], made[2]):
+        layer.to(torch.float64)
+
+
 def test_several_adapters_and_switching_off() -> None:
     fused, stock = adapted(True), adapted(False)
     for made in (fused, stock):
-        config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
-        torch.manual_seed(3)
-        inject_adapter_in_model(config, made, adapter_name="other")
-        for layer in (made[0], made[2]):
-            layer.to(torch.float64)
+        second_adapter(made)
     for active in (["default"], ["other"], ["default", "other"]):
         for made in (fused, stock):
             for layer in (made[0], made[2]):
@@ -169,6 +253,23 @@ def test_several_adapters_and_switching_off() -> None:
     for made in (fused, stock):
         made[0].enable_adapters(False)
     assert torch.allclose(fused(X), stock(X), rtol=1e-12)
+
+
+def test_each_example_may_have_an_adapter_of_its_own() -> None:
+    fused, stock = adapted(True), adapted(False)
+    for made in (fused, stock):
+        second_adapter(made)
+    names = ["default", "__base__", "other"]
+    found, expected = (made[0](X, adapter_names=names) for made in (fused, stock))
+    assert torch.allclose(found, expected, rtol=1e-12)
+    assert not torch.allclose(found, fused[0](X))
+
+
+@pytest.mark.parametrize("variant", [{"alora_invocation_tokens": [1]}, {"use_dora": True}])
+def test_a_variant_in_training_keeps_its_own_forward(variant) -> None:
+    fused, stock = (adapted(f, **variant) for f in (True, False))
+    with fused_training(fused):
+        assert torch.allclose(fused(X), stock(X), rtol=1e-12)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -220,8 +321,9 @@ class Block(nn.Module):
 def blocks(fused: bool, **options) -> nn.Module:
     torch.manual_seed(0)
     made = wrap(nn.Sequential(Block(), Block()).double(), Plain(), torch.float64)
-    options = {"rank_pattern": {"k": 2}, "init_lora_weights": False, **options}
-    config = LoraConfig(r=4, lora_alpha=12, target_modules=["q", "k", "v", "o"], **options)
+    defaults = {"rank_pattern": {"k": 2}, "init_lora_weights": False}
+    defaults["target_modules"] = ["q", "k", "v", "o"]
+    config = LoraConfig(r=4, lora_alpha=12, **{**defaults, **options})
     if fused:
         use_fused_layers(config)
     torch.manual_seed(1)
@@ -239,6 +341,14 @@ def fused_calls(made: nn.Module, x: torch.Tensor) -> int:
     with patch.object(fused_module, "fused_lora", wraps=fused_module.fused_lora) as calls:
         made(x.clone().requires_grad_())
     return calls.call_count
+
+
+@contextmanager
+def counted_layers(computed: list[int]) -> Iterator[None]:
+    """Append how many layers are computed, each as often as it is."""
+    with patch.object(fused_module, "fused_lora", wraps=fused_module.fused_lora) as calls:
+        yield
+    computed.append(sum(len(call.args[2]) for call in calls.call_args_list))
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -295,18 +405,51 @@ def test_a_pass_that_is_tried_again_after_an_error() -> None:
         close(results(fused, X, again), results(stock, X))
 
 
+def test_the_same_x_again_gets_what_the_weights_are_now() -> None:
+    """An x that is a leaf, such as a trained prompt, is the same object in each pass."""
+    stock, fused = (blocks(f, target_modules=["q", "k", "v"]) for f in (False, True))
+    one, other = X.clone().requires_grad_(), X.clone().requires_grad_()
+    with fused_training(fused) as training:
+        for given in (one, one, other, other):
+            assert torch.allclose(fused(given), stock(given), rtol=1e-12)
+            with torch.no_grad():
+                for made in (stock, fused):
+                    for name, weight in made.named_parameters():
+                        if "lora_" in name:
+                            weight.mul_(1.5)
+            training.refresh()
+
+
 def test_a_layer_that_is_not_called_any_more_is_left_out() -> None:
     stock, fused = blocks(False), blocks(True)
     with fused_training(fused):
+        computed = []
         for skips in (False, False, True, True, False):
             for block in (*stock, *fused):
                 block.skips_v = skips
             stock.zero_grad()
             fused.zero_grad()
-            close(results(fused, X), results(stock, X))
+            expected = results(stock, X)
+            with counted_layers(computed):
+                close(results(fused, X), expected)
             for module in fused.modules():
                 if isinstance(module, FusedLoraLinear) and not skips:
                     assert not module._in_training.siblings._ready
+        assert computed == [8, 8, 8, 6, 8]  # in vain but once
+
+
+def test_a_partner_with_dropout_is_not_joined_by_one_that_is_evaluated() -> None:
+    stock, fused = blocks(False, lora_dropout=0.3).eval(), blocks(True, lora_dropout=0.3).eval()
+    computed = []
+    with fused_training(fused):
+        for trains in (False, False, True):
+            for made in (stock, fused):
+                made[0].k.train(trains)
+                made.zero_grad()
+            expected = results(stock, X)
+            with counted_layers(computed):
+                close(results(fused, X), expected)
+    assert computed == [8, 8, 8]
 
 
 def test_dropout_and_switched_off_adapters_are_not_joined() -> None:
@@ -343,11 +486,16 @@ def test_a_recomputation_keeps_a_weight_that_is_smaller_than_its_input(times, ke
 def test_a_kept_weight_is_dropped_when_the_base_changes() -> None:
     made = adapted(True)
     facade = made[0].base_layer
-    with recomputing():
-        facade.vendor_forward(X.repeat(100, *[1] * (X.ndim - 1)))
-    assert facade._kept is not None
-    facade.to(torch.float64)
-    assert facade._kept is None
+    for change in (
+        lambda: facade.to(torch.float64),
+        lambda: facade.load_state_dict(facade.state_dict()),
+        lambda: forget_unfinished(made),
+    ):
+        with recomputing():
+            facade.vendor_forward(X.repeat(100, *[1] * (X.ndim - 1)))
+        assert facade._kept is not None
+        change()
+        assert facade._kept is None
 
 
 def casts_once_a_step(made: nn.Module) -> None:

@@ -191,6 +191,26 @@ def test_biases_are_kept(tmp_path) -> None:
     assert torch.equal(loaded.model.layers[0].self_attn.q_proj.bias, bias)
 
 
+@pytest.mark.parametrize("backend", ["none", "hqq"])
+def test_buffers_that_no_file_holds_are_made(backend, tmp_path) -> None:
+    """GPT-J's positions are a buffer of the module whose layers are quantized."""
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "rotary_dim": 8, "n_positions": 32}
+    source = GPTJForCausalLM(GPTJConfig(vocab_size=64, **sizes))
+    source.save_pretrained(tmp_path)
+    shutil.copytree(demo.MODEL_DIR, tmp_path, dirs_exist_ok=True, ignore=_all_but_tokenizer)
+    loaded = qa.quantize(str(tmp_path), backend, device="cpu", dtype="float32")
+    qa.save(loaded, tmp_path / "saved")
+    for model in (loaded, qa.load(tmp_path / "saved", device="cpu")):
+        found = model.transformer.h[0].attn.embed_positions
+        assert torch.equal(found, source.transformer.h[0].attn.embed_positions)
+
+
+def _all_but_tokenizer(_: str, names: list[str]) -> list[str]:
+    return [name for name in names if not name.startswith("tokenizer")]
+
+
 @pytest.mark.parametrize(
     ("backend", "options"), [("hqq", {"bits": 3}), ("bnb-nf4", {"double_quant": False})]
 )

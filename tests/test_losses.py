@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantadapt import losses
 
@@ -43,6 +44,71 @@ def test_loss_and_gradient_are_torchs(bias, softcap, monkeypatch) -> None:
     (found, grad), (expected, expected_grad) = of_ours(*made, softcap), of_torch(*made, softcap)
     assert torch.allclose(found, expected, rtol=1e-6)
     assert float((grad - expected_grad).norm() / expected_grad.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_bfloat16_head_is_as_precise_as_its_logits(autocast) -> None:
+    """The softmax of bfloat16 logits is float32; hidden states may be of another dtype."""
+    head, hidden, labels = case(torch.bfloat16, False)
+    expected, expected_grad = of_torch(head, hidden, labels, None)
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        for dtype in (torch.bfloat16, torch.float32):
+            found, grad = of_ours(head, hidden.to(dtype), labels, None)
+            assert torch.allclose(found, expected, rtol=1e-6)
+            assert grad.dtype == dtype
+            error = (grad - expected_grad).float().norm() / expected_grad.float().norm()
+            assert float(error) < 1e-2
+
+
+def test_a_projection_has_the_bias_of_its_head() -> None:
+    head, hidden, _ = case(torch.float32, True)
+    assert torch.equal(losses.Head(head).projection()(hidden), head(hidden))
+
+
+def llama(**options) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=64, num_attention_heads=2, **sizes, **options)
+    return LlamaForCausalLM(config).requires_grad_(False)
+
+
+class Scaled(nn.Linear):
+    """A head of its own kind."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(hidden)
+
+
+@pytest.mark.parametrize("counted", [None, 7])
+def test_a_model_gives_the_loss_of_its_own_forward(counted) -> None:
+    model = llama()
+    ids = torch.arange(10)[None]
+    labels = ids.masked_fill(ids < 3, -100)
+    expected = model(input_ids=ids, labels=labels).loss
+    assert losses.add_head_loss(model)
+    given = {"input_ids": ids, "fused_lm_head": True, "counted": counted}
+    mean = model(**given, labels=labels, num_items_in_batch=None).loss
+    of_fourteen = model(**given, labels=labels, num_items_in_batch=14).loss
+    assert [mean.item(), 2 * of_fourteen.item()] == pytest.approx([expected.item()] * 2, rel=1e-6)
+    nothing = model(**given | {"counted": None}, labels=labels * 0 - 100, num_items_in_batch=None)
+    assert nothing.loss.item() == 0.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.lm_head.requires_grad_(True),  # it would get no gradient
+        lambda model: setattr(model.lm_head, "forward", lambda hidden: hidden),
+        lambda model: setattr(model, "lm_head", Scaled(16, 64).requires_grad_(False)),
+        lambda model: setattr(model.config, "output_router_logits", True),  # more than a loss
+    ],
+    ids=["trained", "patched", "subclass", "router"],
+)
+def test_a_head_that_is_not_plain_and_frozen_keeps_the_models_forward(change) -> None:
+    model = llama()
+    change(model)
+    assert not losses.add_head_loss(model)
+    assert "forward" not in vars(model)
 
 
 def test_no_tokens_are_a_loss_of_zero_with_a_gradient() -> None:

@@ -13,7 +13,9 @@ from quantadapt import cli, demo, machine
 from quantadapt.errors import PlanRefused
 from quantadapt.machine import Machine
 from quantadapt.memory import (
+    CONTEXT,
     GIB,
+    WORKSPACE,
     Setting,
     Workload,
     card_for,
@@ -96,6 +98,57 @@ def test_a_layer_keeps_what_the_textbook_says() -> None:
     assert without == 69_632 + 14_336 + 2 * 4096
 
 
+TOKENS = 4 * 2048
+INPUTS = 6 * 4096 + 14336
+"""Of all linear layers of a decoder layer."""
+
+
+def test_what_an_adapter_that_is_not_plain_lora_keeps_and_works_with() -> None:
+    def more(part: str, **change) -> int:
+        return getattr(work(**change), part)(TOKENS) - getattr(work(), part)(TOKENS)
+
+    assert more("kept_bytes", dropout=True) == TOKENS * INPUTS * (2 + 1)  # its own x, and a mask
+    assert more("kept_bytes", fused_adapter=False) == TOKENS * INPUTS * 4  # a float32 copy
+    float32 = work(dtype_bytes=4), work(dtype_bytes=4, fused_adapter=False)
+    assert float32[0].kept_bytes(TOKENS) == float32[1].kept_bytes(TOKENS)
+    assert more("backward_bytes", fused_adapter=False) == TOKENS * 14336 * 2
+    assert replace(work(), rank=0).trained == 32 * (2 * 8192 + 2 * 5120 + 3 * 18432)  # as IA3
+
+
+def test_the_backward_of_a_recomputed_layer_takes_what_the_textbook_says() -> None:
+    parts = work(dora=True).parts(Setting(31, False, 4))
+    single = TOKENS * 4096 * 2
+    gradients, weight = TOKENS * (4096 + 14336), 4096 * 14336
+    weights = 2 * 4096 * (4096 + 1024)  # q, o, k and v are narrower than there are tokens
+    products = TOKENS * (2 * 4096 + 2 * 1024 + 2 * 14336)  # all but that of down_proj
+    assert parts["inputs"] == 31 * single
+    assert parts["activations"] == TOKENS * 69_632 * 2 - single
+    assert parts["working"] == 2 * (gradients + weight + weights + products) + WORKSPACE
+
+
+def test_gradients_that_are_there_when_the_loss_is_computed_count() -> None:
+    small = replace(work(), targets=("q_proj",))
+    whole, half = Setting(0, False, 4), Setting(0, False, 2)
+    more = replace(small, accumulates=True).peak(whole) - small.peak(whole)
+    assert more == 4 * small.trained == 4 * 32 * 16 * 8192
+    assert small.peak(half) - replace(small, batch=2).peak(half) == 4 * small.trained
+
+
+def test_what_is_gathered_of_a_shared_base_counts() -> None:
+    shared = work(shards=2)
+    assert shared.unquantized_bytes == work().unquantized_bytes
+    in_layer = shared.evaluation_bytes(8) - work().evaluation_bytes(8)
+    assert in_layer == 2 * shared.block_bytes
+    at_head = work(shards=2, length=64).evaluation_bytes(1)
+    assert at_head == 128256 * 4096 * 2 + 64 * (128256 + 2 * 4096) * 2
+    graphed = work(shards=2, graphs=True)
+    assert graphed.peak(Setting(0, False, 4)) == shared.peak(Setting(0, False, 4))
+
+
+def test_one_layer_whose_input_is_in_cpu_memory_needs_one_input() -> None:
+    assert work().parts(Setting(1, True, 4))["inputs"] == TOKENS * 4096 * 2
+
+
 def test_parts_add_up_and_offloading_leaves_two_inputs_and_no_weights() -> None:
     plain, offloaded = (work().parts(Setting(31, offload, 4)) for offload in (False, True))
     assert sum(plain.values()) == work().peak(Setting(31, False, 4))
@@ -168,6 +221,10 @@ def test_ways_out_fit_each_by_itself_or_together() -> None:
     (together,) = ways_out(work(), usable(3.2 * GIB))
     assert together.startswith("data.max_length: 128 and train.optim: paged_adamw_8bit and ")
     assert ways_out(work(), 1) == []
+    (together,) = ways_out(replace(work(), optim="paged_adamw_32bit"), usable(3.2 * GIB))
+    assert "train.optim" not in together
+    shared = work(shards=2)
+    assert not any("fsdp" in way for way in ways_out(shared, shared.peak(shared.least()) - 1))
 
 
 def test_two_cards_that_share_a_large_base_may_have_to_do_without_prefetching() -> None:
@@ -194,6 +251,8 @@ def test_halves() -> None:
         {},
         {"model_type": "gpt2", "n_embd": 8},
         LLAMA_8B | {"num_local_experts": 8},
+        LLAMA_8B | {"kv_lora_rank": 512},
+        LLAMA_8B | {"linear_num_key_heads": 16},
         LLAMA_8B | {"text_config": {}},
         LLAMA_8B | {"hidden_size": None},
         {k: v for k, v in LLAMA_8B.items() if k != "intermediate_size"},
@@ -201,6 +260,11 @@ def test_halves() -> None:
 )
 def test_sizes_that_mean_something_else_are_not_read(config) -> None:
     assert Shape.of(config) is None
+
+
+@pytest.mark.parametrize("name", ["apertus", "arcee", "nanochat"])
+def test_an_mlp_without_a_gate_has_two_layers(name) -> None:
+    assert "gate_proj" not in Shape.of(LLAMA_8B | {"model_type": name}).linears
 
 
 def test_parameters_are_those_of_the_real_model() -> None:
@@ -316,6 +380,8 @@ def test_what_the_spec_asks_for_is_predicted(llama, tmp_path) -> None:
     made = planned(spec(llama, tmp_path, memory=20), 80)
     assert made.memory.cards[0].needed <= 20 * GIB
     assert made.memory.cards[0].setting.checkpointed_layers > 0
+    with pytest.raises(PlanRefused, match=r"of the 3\.0 GiB that it can have there"):
+        planned(spec(llama, tmp_path, memory=3), 80)
     made = planned(spec(llama, tmp_path, gradient_checkpointing=False), 40)
     assert made.memory.cards[0].setting.checkpointed_layers > 0
     assert "memory may not suffice for what the spec asks for (no layer" in "".join(made.notes)
@@ -375,7 +441,50 @@ def test_targets_and_skipped_layers_count(llama, tmp_path) -> None:
     assert planned(wanted, 80).memory.work.targets == ("q_proj", "k_proj")
     wanted.skip_modules = ["lm_head", "down_proj"]
     assert planned(wanted, 80).memory.work.bits["down_proj"] == 16
+    wanted.dtype = "float32"
+    assert planned(wanted, 80).memory.work.bits["down_proj"] == 32
     assert all_.bits["down_proj"] == pytest.approx(NF4, abs=0.01)
+
+
+def test_layers_that_do_not_fit_the_backend_are_dense(llama, tmp_path) -> None:
+    config = LLAMA_8B | {"intermediate_size": 14340}
+    (Path(llama) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    wanted = spec(llama, tmp_path)
+    wanted.backend, wanted.skip_misfits = "torchao-int4", True
+    assert planned(wanted, 80).memory.work.dense == ("down_proj",)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "train", "fields"),
+    [
+        ({"name": "lora", "r": 8}, {}, {"rank": 8}),
+        ({"name": "lora", "r": 16, "lora_dropout": 0.1}, {}, {"dropout": True}),
+        ({"name": "lora", "r": 16, "lora_bias": True}, {}, {"fused_adapter": False}),
+        ({"name": "dora", "r": 16}, {}, {"dora": True}),
+        ({"name": "adalora", "init_r": 12}, {},
+         {"rank": 12, "fused_adapter": False, "splits": False}),
+        ({"name": "lora", "r": 16}, {"packing": True}, {"splits": False}),
+        ({"name": "lora", "r": 16}, {"gradient_accumulation_steps": 2}, {"accumulates": True}),
+        ({"name": "lora", "r": 16}, {"memory": "min"}, {"prefetches": False}),
+        ({"name": "lora", "r": 16}, {"cuda_graphs": False}, {"graphs": False}),
+    ],
+)  # fmt: skip
+def test_the_plan_knows_what_memory_depends_on(adapter, train, fields, llama, tmp_path) -> None:
+    expected = {"rank": 16, "dropout": False, "fused_adapter": True, "dora": False, "splits": True,
+                "accumulates": False, "prefetches": True, "graphs": True}  # fmt: skip
+    wanted = spec(llama, tmp_path, **train)
+    wanted.adapter = adapter
+    made = planned(wanted, 80).memory.work
+    assert {name: getattr(made, name) for name in expected} == expected | fields
+
+
+def test_a_dense_merge_has_to_fit_beside_the_model(llama, tmp_path) -> None:
+    memory = planned(spec(llama, tmp_path), 80).memory
+    model = memory.work.quantized_bytes + memory.work.dense_bytes + 4 * memory.work.trained
+    least = 0.9 * (model + memory.work.unquantized_bytes) + CONTEXT
+    assert memory.with_cards([least + 4096]).merge_problem() is None
+    for card in (least - 4096, least - CONTEXT):
+        assert memory.with_cards([card]).merge_problem().rule == "merge-needs-memory"
 
 
 def test_the_demo_is_never_refused(tmp_path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch as st
 import torch
 from peft import PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
 from quantadapt.errors import MergeRefused, ModelError
@@ -83,6 +84,7 @@ def test_the_result_has_the_shards_of_the_base(sharded, tmp_path) -> None:
     AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert logits(plain).isfinite().all()
     assert found["kl"] < 1e-7
+    assert json.loads((tmp_path / "merged" / "quantadapt.json").read_text())["base"] == sharded
     assert found["top1"] == 1.0
     assert found["perplexity_merged"] == pytest.approx(found["perplexity_adapter"], rel=1e-5)
 
@@ -127,6 +129,41 @@ def test_a_tied_module_that_was_trained_whole_is_refused(tmp_path, module) -> No
     assert not (tmp_path / "merged").exists()
 
 
+def test_biases_are_merged_beside_their_weights(tmp_path) -> None:
+    """Also where the base has a bias in the next file."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=2048, num_attention_heads=2, attention_bias=True, **sizes)
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "base", max_shard_size=64 * 64 * 4 + 100)
+    for file in small_model().glob("*token*.json"):
+        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    base = str(tmp_path / "base")
+    files = Checkpoint(base).files
+    assert (
+        files["model.layers.0.self_attn.q_proj.weight"]
+        != files["model.layers.0.self_attn.q_proj.bias"]
+    )
+    tuned = qa.attach(
+        qa.quantize(base, "hqq"), "lora", lora_bias=True, init_lora_weights=False,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+    )  # fmt: skip
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    saved = qa.save(tuned, tmp_path)
+    qa.merge_onto(saved, base, tmp_path, check=False)
+    expected = logits(PeftModel.from_pretrained(from_pretrained(base), str(saved)))
+    torch.testing.assert_close(logits(qa.load(tmp_path / "merged")), expected)
+    merged = Checkpoint(str(tmp_path / "merged"))
+    assert {merged.read(key).numel() > 0 for key in merged.files} == {True}  # where the index says
+    assert relative(expected, logits(from_pretrained(base))) > 0.1
+
+
 def test_bfloat16_bases_stay_bfloat16(tmp_path) -> None:
     from_pretrained(str(small_model()), dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     qa.merge_onto(perturbed("lora"), str(tmp_path / "base"), tmp_path, check=False)
@@ -145,9 +182,10 @@ def test_refusals(sharded, tmp_path) -> None:
         qa.merge_onto(adapter, str(quantized), tmp_path)
     config = json.loads((small_model() / "config.json").read_text())
     other = type(from_pretrained(str(small_model())).config)(**{**config, "hidden_size": 128})
-    from transformers import LlamaForCausalLM
-
     LlamaForCausalLM(other).save_pretrained(tmp_path / "other")
+    embedding = perturbed("lora", target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(ModelError, match=r"no linear layers of the checkpoint: .*embed_tokens"):
+        qa.merge_onto(embedding, sharded, tmp_path)
     with pytest.raises(ModelError, match="does not fit this base"):
         qa.merge_onto(adapter, str(tmp_path / "other"), tmp_path)
     assert not (tmp_path / "merged").exists()

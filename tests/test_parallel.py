@@ -10,12 +10,15 @@ import pytest
 from processes import in_processes
 
 from quantadapt import demo, stages
+from quantadapt.capabilities import Cell
 from quantadapt.distributed import world
 from quantadapt.errors import MergeRefused, PlanRefused, TrainingError
 from quantadapt.machine import Machine
 from quantadapt.memory import GIB
+from quantadapt.parallel import device_problems, shard_problems
 from quantadapt.pipeline import meet
 from quantadapt.planning import Plan, plan
+from quantadapt.registry import registry
 from quantadapt.spec import Spec
 
 LLAMA_8B = {
@@ -80,7 +83,12 @@ def test_the_smallest_card_of_the_run_decides(planned) -> None:
 
 
 def test_what_the_spec_says_wins(planned) -> None:
-    assert planned(two_cards(LARGE), train={"parallel": "fsdp"}).parallel == "fsdp"
+    told = "the unquantized base is not measured"
+    for measured in (False, True):
+        values = {"train": {"parallel": "fsdp"}, "evaluate": {"unquantized": measured}}
+        made = planned(two_cards(LARGE), **values)
+        assert made.parallel == "fsdp"
+        assert any(told in note for note in made.notes) == measured
     assert planned(two_cards(LARGE), processes=1).parallel == "none"
     limited = planned(two_cards(LARGE), train={"memory": 5.4})
     assert limited.parallel == "fsdp"
@@ -114,6 +122,46 @@ def test_neither_fits(planned) -> None:
     with pytest.raises(PlanRefused) as caught:
         planned(two_cards(TINY))
     assert "fsdp on 4 GPUs" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "local_rank", "told"),
+    [
+        ("cuda", 1, ""),  # the second of two on the second of two machines
+        ("cuda", 2, "3 GPUs are wanted, there are 2"),
+        ("cuda:1", 1, ""),
+        ("cuda:0", 1, "want one each"),
+    ],
+)
+def test_launched_processes_look_at_their_own_machine(
+    device, local_rank, told, monkeypatch
+) -> None:
+    for name, value in {"RANK": 2 + local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    found = device_problems(Spec(device=device), two_cards(LARGE), 4)
+    assert [told in problem.what for problem in found] == [True] * bool(told)
+    assert device_problems(Spec(device="auto"), Machine(), 4) == []  # gloo, to try it out
+
+
+@pytest.mark.parametrize(
+    ("start", "iterations", "refused"),
+    [
+        ("pissa_niter_4", 1, True),
+        ("olora", 1, True),
+        ("corda", 1, True),
+        ("lora_ga", 1, True),
+        ("loftq", 1, False),
+        ("loftq", 2, True),  # quantizes the base again
+        ("gaussian", 1, False),
+        (True, 1, False),
+    ],
+)
+def test_starts_that_rewrite_the_base_cannot_share_it(start, iterations, refused) -> None:
+    options = {"init_lora_weights": start, "loftq_config": {"loftq_iter": iterations}}
+    cell = Cell(backend="hqq", adapter="lora", adapter_options=options)
+    backend, adapter = registry().backend("hqq"), registry().adapter("lora")
+    found = shard_problems(cell, backend, adapter, str(demo.MODEL_DIR))
+    assert [problem.rule for problem in found] == ["fsdp-keeps-the-base"] * refused
 
 
 def test_where_no_card_is_known_the_base_is_whole(planned) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import quantadapt as qa
-from quantadapt import demo, merging, saving
+from quantadapt import atomic, demo, merging, saving
 from quantadapt.cli.models import calibration_of
 from quantadapt.errors import (
     DataError,
@@ -19,6 +19,7 @@ from quantadapt.errors import (
     ModelError,
     OutputError,
     PlanRefused,
+    SpecError,
 )
 from quantadapt.facade import facades
 from quantadapt.pipeline import run
@@ -87,10 +88,125 @@ def test_the_record_beside_the_adapter(small, tmp_path) -> None:
     assert record["versions"]["hqq"]
 
 
+def test_the_stages_take_paths_and_explain_mistakes(small, tmp_path) -> None:
+    data = tmp_path / "a b.jsonl"
+    data.write_text('{"text": "one two three four five six seven"}\n' * 20)
+    model = qa.attach(qa.quantize(Path(small), "hqq"), "lora", r=2)
+    assert qa.train(model, data, max_steps=1).steps == 1
+    assert qa.evaluate(model, data)["tokens"] > 100
+    with pytest.raises(SpecError, match="did you mean 'max_steps'"):
+        qa.train(model, data, max_step=3)
+    with pytest.raises(SpecError, match=r"data\.max_length: 1 is not possible"):
+        qa.train(model, data, max_length=1)
+
+
+def test_one_base_serves_one_adapter_at_a_time(small) -> None:
+    model = qa.attach(qa.quantize(small, "hqq"), "lora", r=2)
+    expected = logits(qa.attach(qa.quantize(small, "hqq"), "dora", r=2))
+    with pytest.raises(PlanRefused, match=r"has an adapter already\n.*model = model\.unload\(\)"):
+        qa.attach(model, "dora", r=2)
+    again = qa.attach(model.unload(), "dora", r=2)
+    assert again.quantadapt.adapter.name == "dora"
+    assert torch.equal(logits(again), expected)
+
+
+def test_a_base_that_is_elsewhere_is_named(small, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(Path(small).parent)
+    model = qa.quantize(f"./{Path(small).name}", "hqq")
+    qa.save(qa.attach(model, "lora", r=2), tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"its base \./.* is not there, seen from"):
+        qa.load("out")
+
+
 def test_another_base_warns(small, tmp_path) -> None:
     qa.save(qa.attach(qa.quantize(small, "hqq"), "lora", r=2), tmp_path)
     with pytest.warns(qa.BaseMismatchWarning, match="'bits': 4.*now.*'bits': 3"):
         qa.load(tmp_path, base=qa.quantize(small, "hqq", bits=3))
+    with pytest.warns(qa.BaseMismatchWarning, match="base: dtype 'float32', now 'bfloat16'$"):
+        qa.load(tmp_path, base=qa.quantize(small, "hqq", dtype="bfloat16"))
+
+
+def test_a_loaded_base_is_made_as_the_record_says(small, tmp_path) -> None:
+    options = {"dtype": "bfloat16", "skip_modules": ["lm_head", "q_proj"], "bits": 3}
+    model = qa.attach(qa.quantize(small, "hqq", **options), "lora", init_lora_weights=False)
+    qa.save(model, tmp_path)
+    loaded = qa.load(tmp_path)
+    assert loaded.quantadapt.record() == model.quantadapt.record()
+    assert [name for name, _ in facades(loaded)] == [name for name, _ in facades(model)]
+    assert sum(p.numel() for p in loaded.parameters() if p.requires_grad) > 0
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
+def test_a_merge_takes_all_layers_and_leaves_the_model_as_it_is(small) -> None:
+    """Those without an adapter, one that is not quantized, and one that was trained whole."""
+    options = {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["norm"]}
+    base = qa.quantize(small, "hqq")
+    without = logits(base)
+    model = qa.attach(base, "lora", r=4, init_lora_weights=False, **options)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data.mul_(1.5)
+    expected = logits(model)
+    merged = merging.merged_model(model, "dense")
+    assert list(facades(merged)) == []
+    assert not any(parameter.requires_grad for parameter in merged.parameters())
+    assert merged.quantadapt.tokenizer is model.quantadapt.tokenizer
+    assert not hasattr(merged, "peft_config")
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(expected, without, atol=0.1)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+    torch.testing.assert_close(logits(merging.bare_base(model)), without, rtol=0, atol=0)
+
+
+def test_a_bias_of_the_adapter_is_merged_into_a_layer_that_is_quantized_again() -> None:
+    base = qa.quantize(torch.nn.Sequential(torch.nn.Linear(64, 64)), "bnb-nf4")
+    layer = qa.attach(base, "lora", r=4, lora_bias=True, target_modules=["0"]).base_model.model[0]
+    with torch.no_grad():
+        layer.lora_B["default"].bias.copy_(torch.linspace(-1, 1, 64))
+    merged = merging.merged_layer(layer, "requantize")
+    added = layer.scaling["default"] * torch.linspace(-1, 1, 64)
+    torch.testing.assert_close(merged.bias, layer.base_layer.bias + added)
+    assert not merged.bias.requires_grad
+
+
+def test_a_tied_weight_counts_once(small) -> None:
+    model = qa.quantize(small, "none")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    expected = sum(parameter.numel() for parameter in model.parameters()) * 4 / 2**20
+    assert saving.size_mib(model) == pytest.approx(expected, rel=1e-3)
+
+
+def test_experts_with_adapters_are_merged() -> None:
+    """PEFT adapts the parameters of experts, too, where all linear layers are asked for: with one
+    layer around another."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = DeepseekV3Config(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        moe_intermediate_size=64, n_routed_experts=2, num_experts_per_tok=1, n_group=1,
+        topk_group=1, first_k_dense_replace=0, num_attention_heads=2, num_key_value_heads=2,
+        q_lora_rank=64, kv_lora_rank=64, qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = qa.quantize(DeepseekV3ForCausalLM(config), "hqq", device="cpu", dtype="float32").eval()
+    ids = torch.arange(24)[None]
+    before = base(ids).logits
+    model = qa.attach(base, "lora", r=4, init_lora_weights=False).eval()
+    expected = model(ids).logits
+    assert {name for name, _ in model.named_parameters() if ".experts.base_layer.lora_A" in name}
+    assert not torch.allclose(expected, before, atol=0.1)
+    merged = merging.merged_model(model, "dense")
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
+
+
+def test_a_merged_model_for_which_the_disk_is_too_small(small, tmp_path, monkeypatch) -> None:
+    model = qa.attach(qa.quantize(small, "hqq"), "lora", r=2)
+    monkeypatch.setattr(atomic, "_free_space", lambda _: 1024)
+    with pytest.raises(OutputError, match=r"MiB are needed, 1\.0 KiB are free"):
+        qa.merge(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_requantized_merge_is_a_quantized_checkpoint(small, tmp_path) -> None:
@@ -309,6 +425,15 @@ class TestTheBaseBesideAnAdapter:
         qa.save(model, path)
         return logits(model)
 
+    def test_a_calibrated_one_goes_along_as_it_is(self, small, tmp_path) -> None:
+        model = qa.attach(qa.quantize(small, "hqq", bits=3), "lora", r=4)
+        model.quantadapt.calibration = [{"input_ids": torch.arange(8)[None]}]
+        qa.save(model, tmp_path)
+        assert (tmp_path / "base" / "config.json").exists()
+        loaded = qa.load(tmp_path)
+        assert loaded.quantadapt.record() == model.quantadapt.record()
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
     def test_another_one_takes_its_place(self, small, tmp_path) -> None:
         self.saved(small, tmp_path, "pissa", bits=8)
         expected = self.saved(small, tmp_path, "pissa", bits=3)
@@ -337,12 +462,13 @@ class TestTheBaseBesideAnAdapter:
         torch.testing.assert_close(logits(qa.load(again)), logits(model), rtol=0, atol=0)
         assert (tmp_path / "again" / "base").exists()
 
-    def test_nothing_is_written_beside_a_foreign_adapter(self, small, tmp_path) -> None:
-        (tmp_path / "adapter").mkdir()
-        (tmp_path / "adapter" / "thesis.txt").write_text("years of work")
+    @pytest.mark.parametrize("folder", ["adapter", "base"])
+    def test_nothing_is_written_beside_or_over_a_foreign_one(self, folder, small, tmp_path) -> None:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "thesis.txt").write_text("years of work")
         with pytest.raises(OutputError, match="save did not write"):
             self.saved(small, tmp_path, "pissa", bits=3)
-        assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+        assert [path.name for path in tmp_path.rglob("*")] == [folder, "thesis.txt"]
 
 
 def test_merging_calibrates_on_what_the_run_did(small, tmp_path, tokenizer) -> None:

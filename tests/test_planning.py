@@ -15,6 +15,7 @@ from quantadapt.errors import MergeRefused, PlanRefused
 from quantadapt.machine import Machine
 from quantadapt.memory import GIB
 from quantadapt.planning import plan
+from quantadapt.run_folder import RunFolder
 from quantadapt.spec import Spec
 
 CPU = Machine()
@@ -283,6 +284,45 @@ def test_there_has_to_be_a_run_to_resume(tmp_path) -> None:
     assert set(found) == {"backend", f"output {tmp_path / 'typo'}"}
     assert "no earlier run to resume" in found[f"output {tmp_path / 'typo'}"]
     assert set(problems(train={"resume": True}, overwrite=True)) == {"output"}
+
+
+def test_a_resumed_run_has_to_be_the_one_that_was_begun(tmp_path) -> None:
+    begun = {"output": str(tmp_path), "backend": "hqq", "train": {"save_steps": 5}}
+    folder = RunFolder.create(tmp_path)
+    made = plan(Spec(**begun), machine=CPU, check_output=False)
+    folder.write_text("spec.yaml", made.spec.to_yaml())
+    folder.write_json("plan.json", made.to_dict())
+
+    train = {"save_steps": 7, "resume": True}
+    same = {"name": "hqq", "bits": 4}
+    plan(Spec(**begun | {"train": train, "backend": same}), machine=CPU)
+    found = problems(
+        output=str(tmp_path),
+        backend={"name": "hqq", "bits": 3},
+        adapter={"name": "lora", "r": 4},
+        train=train | {"per_device_train_batch_size": 2},
+        seed=3,
+    )
+    assert set(found) == {
+        "backend.bits",
+        "adapter.r",
+        "train.per_device_train_batch_size",
+        "seed",
+    }
+    assert f"3 makes it another run; the one in {tmp_path} has 0" in found["seed"]
+
+
+def test_the_options_of_lora_under_their_usual_names() -> None:
+    found = problems(adapter={"name": "lora", "rank": 8, "alpha": 8})
+    assert "did you mean 'r'?" in found["adapter.rank"]
+    assert "did you mean 'lora_alpha'?" in found["adapter.alpha"]
+
+
+def test_an_output_below_a_file_is_refused(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    output = str(tmp_path / "file" / "run")
+    found = problems(output=output)
+    assert f"{tmp_path / 'file'} is a file" in found[f"output {output}"]
 
 
 def test_a_taken_output_folder_is_refused_with_the_rest(tmp_path) -> None:

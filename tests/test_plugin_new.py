@@ -226,7 +226,7 @@ def test_a_folder_in_use_is_left_alone(new: Call, tmp_path: Path) -> None:
     (tmp_path / "quantadapt-demo8" / "mine.txt").write_text("mine")
     code, _, err = new("demo8")
     assert code == 1
-    assert "the folder is not empty" in err
+    assert "the folder is not empty\n    fix: name a new folder" in err
     assert tree(tmp_path) == {"quantadapt-demo8/mine.txt": "mine"}
 
 

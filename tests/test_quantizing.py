@@ -8,11 +8,11 @@ from typing import ClassVar
 import pytest
 import torch
 from test_conformance_catches import Absmax, AbsmaxTarget, Plugin, make  # noqa: F401 (a fixture)
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
 from quantadapt import demo
-from quantadapt.calibration_data import choose, examples_from
+from quantadapt.calibration_data import check_vocabulary, choose, examples_from
 from quantadapt.errors import DataError, PlanRefused, PluginError
 from quantadapt.facade import facades
 from quantadapt.pipeline import run
@@ -45,6 +45,20 @@ def test_bad_examples_are_named(examples, message) -> None:
     with pytest.raises(DataError, match=message) as caught:
         examples_from(examples, None)
     assert "fix:" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"ids": IDS}, "no input_ids, but 'ids'"),
+        ({"input_ids": IDS + 1}, r"the token id 70\n.*0 to 69"),
+        ({"input_ids": IDS - 1}, "the token id -1"),
+    ],
+)
+def test_examples_of_another_tokenizer_are_named(example, message) -> None:
+    check_vocabulary([{"input_ids": IDS}], 70)
+    with pytest.raises(DataError, match=f"example 1 has {message}"):
+        check_vocabulary([{"input_ids": IDS}, example], 70)
 
 
 def test_files_and_data_sets_become_examples(tmp_path) -> None:
@@ -220,3 +234,10 @@ def test_quantizing_leaves_torchs_settings_alone(backend) -> None:
     linear = torch.nn.Linear(256, 128).requires_grad_(False)
     registry().backend(backend).quantizer().quantize_linear(linear)
     assert settings() == before
+
+
+def test_a_model_without_linear_layers_says_what_it_has_instead() -> None:
+    config = GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2)
+    model = qa.quantize(GPT2LMHeadModel(config), "hqq", device="cpu", dtype="float32")
+    with pytest.raises(PlanRefused, match="its layers are Conv1D"):
+        qa.attach(model, "lora")

@@ -316,6 +316,14 @@ class TestAtomicFolder:
             (temporary / "part" / "weights").write_bytes(b"new")
         paths = [tmp_path, *tmp_path.rglob("*")]
         assert {path.stat().st_ino for path in paths} <= flushed
+        flushed.clear()
+        write_atomic(tmp_path / "spec.yaml", "seed: 1")
+        assert flushed == {(tmp_path / "spec.yaml").stat().st_ino, tmp_path.stat().st_ino}
+
+    def test_a_link_to_nowhere_is_written_as_it_is(self, tmp_path: Path) -> None:
+        with atomic_folder(tmp_path / "merged") as temporary:
+            (temporary / "weights").symlink_to("nowhere")
+        assert os.readlink(tmp_path / "merged" / "weights") == "nowhere"
 
     def test_empty_folder_is_used(self, tmp_path: Path) -> None:
         final = tmp_path / "merged"
@@ -436,6 +444,17 @@ class TestAtomicFolder:
             atomic_folder(tmp_path / "merged"),
         ):
             raise RuntimeError(message)
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+    def test_full_disk_or_quota_behind_another_error(self, tmp_path: Path, number: int) -> None:
+        def failing(_: Path) -> None:
+            try:
+                raise OSError(number, "full")
+            except OSError:
+                raise RuntimeError("it cannot be saved")  # noqa: B904
+
+        with pytest.raises(OutputError, match="not enough disk space"):
+            fill(tmp_path / "merged", failing)
 
     def test_full_disk_as_torch_reports_it(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from quantadapt.errors import SpecError
-from quantadapt.spec import Spec, apply_overrides, read_yaml
+from quantadapt.errors import Problem, SpecError
+from quantadapt.spec import Spec, apply_overrides, read_yaml, wrong_value
 
 
 def test_a_bare_string_is_a_name() -> None:
@@ -23,6 +23,30 @@ def test_every_mistake_is_reported_at_once() -> None:
     assert found["train.learning_rat"].fix == "did you mean 'learning_rate'?"
     assert "'auto', 'dense', 'requantize'" in found["export.merge"].fix
     assert caught.value.exit_code == 2
+
+
+def test_what_a_validator_says_is_kept() -> None:
+    detail = {"type": "value_error", "msg": "Value error, no, and why", "input": 3}
+    assert wrong_value(detail, "backend.bits") == Problem(
+        "no, and why, got 3", where="backend.bits"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "what", "fix"),
+    [
+        ({"backend": ["hqq"]}, "['hqq'] is no mapping", "write a name, or {name: ...}"),
+        ({"data": None}, "it is empty", "leave it out, or write a path, or {path: ...}"),
+        ({"train": 5}, "5 is no mapping", "write keys and values"),
+        ({"seed": "x"}, "'x' is not possible", "use a valid integer"),
+        ({"seed": -1}, "-1 is not possible", "use a value greater than or equal to 0"),
+    ],
+)
+def test_a_wrong_value_says_what_may_stand_there(values, what, fix) -> None:
+    with pytest.raises(SpecError) as caught:
+        Spec(**values)
+    (problem,) = caught.value.problems
+    assert (problem.what, problem.fix) == (what, fix)
 
 
 def test_overrides_reach_into_named_things_and_keep_the_rest() -> None:
@@ -48,7 +72,13 @@ def test_yaml_goes_round(tmp_path) -> None:
     [
         ("backend: [hqq\n", ":2", "not valid YAML"),
         ("- hqq\n", "", "holds no mapping"),
+        ("? [hqq]\n: 4\n", ":1", "found unhashable key"),
         ("\x00\x01", "", "not valid YAML"),
+        (
+            "seed: 1\ntrain: {max_steps: 3, max_steps: 4}\n",
+            ":2",
+            "the key 'max_steps' is there twice",
+        ),
     ],
 )
 def test_bad_yaml_is_a_sentence_with_a_line(tmp_path, text, where, what) -> None:
