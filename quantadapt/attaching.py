@@ -12,6 +12,7 @@ from . import loftq
 from .dependencies import unchanged_process
 from .errors import PlanRefused, Problem, did_you_mean
 from .facade import facades
+from .quantizing import nothing_quantized
 from .records import Adapter
 from .state import ModelState
 
@@ -110,7 +111,7 @@ def _resolve(
 ) -> list[str] | str:
     if wanted is None or wanted == ALL_LINEAR:
         if not names:
-            raise _nothing_quantized(model)
+            raise nothing_quantized(model)
         return _endings(model, names)
     if isinstance(wanted, str):
         if not any(re.fullmatch(wanted, name) for name, _ in model.named_modules()):
@@ -135,17 +136,6 @@ def _endings(model: nn.Module, names: list[str]) -> list[str]:
     if matched == wanted and not any(ending.isdigit() for ending in endings):
         return sorted(endings)
     return sorted(wanted)
-
-
-def _nothing_quantized(model: nn.Module) -> PlanRefused:
-    """Say which layers the model has in place of `nn.Linear`, the only one that is quantized."""
-    matrices = (m for m in model.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2)
-    others = {type(m).__name__ for m in matrices} - {"Linear", "Embedding"}
-    what = "the model has no quantized linear layer"
-    if others:
-        what += f": only nn.Linear is quantized, and its layers are {', '.join(sorted(others))}"
-    fix = "use another model, or name fewer layers in skip_modules"
-    return PlanRefused([Problem(what, fix, where="adapter.target_modules")])
 
 
 def _no_target(missing: list[str], names: list[str]) -> PlanRefused:

@@ -33,7 +33,7 @@ def quantize_plan(
     """Do what `plan` says about the base. `module` is a live module to use instead of a path."""
     import torch
 
-    from .facade import wrap
+    from .facade import facades, wrap
     from .loading import skipped_modules
 
     import_requirements(plan.backend)
@@ -69,6 +69,8 @@ def quantize_plan(
         model = shard(wrap(model, GatheringTarget(quantizer.target), dtype, skip))
     else:
         model = wrap(model, quantizer.target, dtype, skip)
+    if next(facades(model), None) is None:
+        raise nothing_quantized(model)
     model.quantadapt = ModelState(  # type: ignore[assignment]
         source="" if module is not None else plan.model,
         backend=plan.backend,
@@ -80,6 +82,17 @@ def quantize_plan(
         calibration=examples,
     )
     return model
+
+
+def nothing_quantized(model: nn.Module) -> PlanRefused:
+    """Say which layers the model has in place of `nn.Linear`, the only one that is quantized."""
+    matrices = (m for m in model.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2)
+    others = {type(m).__name__ for m in matrices} - {"Linear", "Embedding"}
+    what = "the model has no linear layer to quantize"
+    if others:
+        what += f": only nn.Linear is quantized, and its layers are {', '.join(sorted(others))}"
+    fix = "use another model, or name fewer layers in skip_modules"
+    return PlanRefused([Problem(what, fix, where="model")])
 
 
 @contextmanager

@@ -238,6 +238,5 @@ def test_quantizing_leaves_torchs_settings_alone(backend) -> None:
 
 def test_a_model_without_linear_layers_says_what_it_has_instead() -> None:
     config = GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2)
-    model = qa.quantize(GPT2LMHeadModel(config), "hqq", device="cpu", dtype="float32")
     with pytest.raises(PlanRefused, match="its layers are Conv1D"):
-        qa.attach(model, "lora")
+        qa.quantize(GPT2LMHeadModel(config), "hqq", device="cpu", dtype="float32")
