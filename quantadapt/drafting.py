@@ -25,7 +25,7 @@ from .peft_options import peft_options
 from .protocols import Quantizer
 from .records import Adapter, Backend
 from .registry import Registry
-from .run_folder import RunFolder
+from .run_folder import RunFolder, plain
 from .spec import Spec, read_yaml, wrong_value
 
 
@@ -286,5 +286,5 @@ def _facts(
             facts[key] = values[name]
     for kind, record in (("backend", backend), ("adapter", adapter)):
         values = {"name": record.get("name"), **record.get("options", {})}
-        facts |= {f"{kind}.{name}": value for name, value in values.items()}
+        facts |= {f"{kind}.{name}": plain(value) for name, value in values.items()}
     return facts

@@ -287,7 +287,8 @@ def test_there_has_to_be_a_run_to_resume(tmp_path) -> None:
 
 
 def test_a_resumed_run_has_to_be_the_one_that_was_begun(tmp_path) -> None:
-    begun = {"output": str(tmp_path), "backend": "hqq", "train": {"save_steps": 5}}
+    adapter = {"name": "lora", "target_modules": {"q_proj", "k_proj", "v_proj"}}
+    begun = {"output": str(tmp_path), "backend": "hqq", "adapter": adapter}
     folder = RunFolder.create(tmp_path)
     made = plan(Spec(**begun), machine=CPU, check_output=False)
     folder.write_text("spec.yaml", made.spec.to_yaml())
@@ -299,7 +300,7 @@ def test_a_resumed_run_has_to_be_the_one_that_was_begun(tmp_path) -> None:
     found = problems(
         output=str(tmp_path),
         backend={"name": "hqq", "bits": 3},
-        adapter={"name": "lora", "r": 4},
+        adapter=adapter | {"r": 4},
         train=train | {"per_device_train_batch_size": 2},
         seed=3,
     )
