@@ -159,7 +159,7 @@ def adapter_options(draft: Draft, adapter: Adapter | None) -> dict[str, Any]:
     return options
 
 
-_SAID = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+_USUAL_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
 """What people say -> what LoRA's config calls it."""
 
 
@@ -167,7 +167,7 @@ def _adapter_option_problem(adapter: Adapter, name: str, value: Any) -> Problem 
     where, known = f"adapter.{name}", peft_options(adapter.peft_type)
     if name not in known:
         what = f"adapter {adapter.name!r} has no option {name!r}"
-        return Problem(what, did_you_mean(_SAID.get(name, name), known), where)
+        return Problem(what, did_you_mean(_USUAL_NAMES.get(name, name), known), where)
     if not known[name].accepts(value):
         what = f"{value!r} is not of type {known[name].annotation}"
         default = adapter.defaults.get(name, known[name].default)
@@ -240,7 +240,7 @@ def check_folder(draft: Draft) -> None:
         draft.problems += [replace(p, where=f"output {p.where}".strip()) for p in error.problems]
 
 
-_FIXED = (
+_KEPT_WHEN_RESUMED = (
     "seed",
     "data.format",
     "data.max_length",
@@ -279,7 +279,7 @@ def _facts(
 ) -> dict[str, Any]:
     """Return dotted key -> value of what a checkpoint depends on."""
     facts: dict[str, Any] = {}
-    for key in _FIXED:
+    for key in _KEPT_WHEN_RESUMED:
         section, _, name = key.rpartition(".")
         values = spec.get(section, {}) if section else spec
         if name in values:

@@ -124,7 +124,10 @@ class TrainSpec(_Strict):
         description="record passes of equal shape and replay them, on CUDA where nothing but plain "
         "LoRA is trained",
     )
-    packing: bool = Field(False, description="pack several examples into one row")
+    packing: bool = Field(
+        False,
+        description="pack several examples into one row; refused for models that mix them up",
+    )
     logging_steps: int = Field(5, ge=1)
     save_steps: int | None = Field(None, ge=1, description="checkpoint every so many steps")
     report_to: list[str] = Field(default_factory=list, description="e.g. [tensorboard, wandb]")

@@ -10,7 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import torch.multiprocessing as multiprocessing
+
+wants_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
+"""NCCL wants one for each process."""
 
 
 def in_processes(count: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:

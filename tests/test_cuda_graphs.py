@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from processes import in_processes
+from processes import in_processes, wants_two_gpus
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
@@ -209,7 +209,7 @@ def train_twice() -> tuple[int, str, list[float], list[float]]:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
+@wants_two_gpus
 def test_passes_are_recorded_beside_other_processes(tmp_path) -> None:
     for count, notes, plain, graphed in in_processes(2, train_twice, tmp_path):
         assert (count, notes, len(plain)) == (6, "", 8)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import in_processes
+from processes import in_processes, wants_two_gpus
 from torch.distributed import ReduceOp
 
 import quantadapt as qa
@@ -24,13 +24,7 @@ from quantadapt.spec import Spec
 STEPS = 4
 DEVICES = [
     "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.cuda,
-            pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs"),
-        ],
-    ),
+    pytest.param("cuda", marks=[pytest.mark.cuda, wants_two_gpus]),
 ]
 ADAPTERS: dict[str, dict[str, Any]] = {"lora": {"r": 4}, "adalora": {"init_r": 6, "target_r": 3}}
 
