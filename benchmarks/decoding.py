@@ -44,8 +44,8 @@ from transformers_nf4 import transformers_nf4
 from versions import versions
 
 from quantadapt import compiling
+from quantadapt.adapting.fused import use_fused_layers
 from quantadapt.facade import QuantLinear, wrap
-from quantadapt.fused import use_fused_layers
 from quantadapt.layerwise import quantize_layerwise
 from quantadapt.registry import registry
 

@@ -111,7 +111,7 @@ def case_of(name: str, device: str) -> Case:
 
 def row(name: str, given: argparse.Namespace) -> str:
     """Run one case in processes of its own and return its line of the table."""
-    from quantadapt.launching import launch
+    from quantadapt.distributed.launching import launch
 
     case = case_of(name, given.device)
     with tempfile.TemporaryDirectory() as folder:

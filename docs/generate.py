@@ -19,17 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import quantadapt
-from quantadapt import (
-    adapters,
-    errors,
-    hookspecs,
-    matrix,
-    matrix_results,
-    matrix_tables,
-    records,
-    registry,
-)
+from quantadapt import errors, hookspecs, matrix, records, registry
 from quantadapt.capabilities import Merge, Rule
+from quantadapt.matrix import results, tables
+from quantadapt.registry import adapters
 from quantadapt.spec import Spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -386,7 +379,7 @@ def errors_page() -> str:
 def matrix_page(known: registry.Registry) -> str:
     """Return the declared and the verified matrix."""
     cells = matrix.declared(known.backends(), known.adapters())
-    text = matrix_tables.to_markdown(cells, _verified(known)).replace("### ", "## ")
+    text = tables.to_markdown(cells, _verified(known)).replace("### ", "## ")
     return "\n\n".join(
         [
             "# Which backend goes with which adapter",
@@ -412,7 +405,7 @@ def _excerpt(known: registry.Registry) -> str:
     """Return the main adapters on every backend."""
     cells = matrix.declared(known.backends(), [known.adapter(name) for name in matrix.MAIN])
     verified = _verified(known)
-    head, *rows = matrix_tables.summary(cells, verified)
+    head, *rows = tables.summary(cells, verified)
     table = _table(head, rows)
     origins = [f"on {part.where()}: {_in_short(part.generated)}" for part in verified]
     return f"{table}\n\nVerified {'; '.join(origins)}." if origins else table
@@ -421,31 +414,27 @@ def _excerpt(known: registry.Registry) -> str:
 def _in_short(generated: Mapping[str, Any]) -> str:
     versions = generated.get("versions") or {}
     facts = [generated.get("device"), generated.get("date")]
-    facts += [
-        f"{name} {versions[name]}" for name in matrix_results.PACKAGES[:3] if name in versions
-    ]
+    facts += [f"{name} {versions[name]}" for name in results.PACKAGES[:3] if name in versions]
     return ", ".join(str(fact) for fact in facts if fact)
 
 
-def _verified(known: registry.Registry) -> list[matrix_results.Verified]:
+def _verified(known: registry.Registry) -> list[results.Verified]:
     """Return the verified results that come with the distribution."""
     names = {backend.name for backend in known.backends()}
-    return [part.only(lambda cell: cell.backend in names) for part in matrix_results.bundled()]
+    return [part.only(lambda cell: cell.backend in names) for part in results.bundled()]
 
 
 def disagreements() -> list[str]:
     """Return where the verified results and what is declared now do not agree."""
     known = _own_plugins()
-    return matrix_results.disagreements(
-        matrix_results.bundled(), known.backends(), known.adapters()
-    )
+    return results.disagreements(results.bundled(), known.backends(), known.adapters())
 
 
 # Markdown --------------------------------------------------------------------------------------
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(matrix_tables.markdown_table(head, rows))
+    return "\n".join(tables.markdown_table(head, rows))
 
 
 def _facts(rows: Iterable[tuple[str, str]]) -> str:
@@ -510,7 +499,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"wrote {name}")
     if wrong:
         print(
-            f"verify these cells again with `{matrix_results.HOW}`, into quantadapt/matrix-*.json"
+            f"verify these cells again with `{results.HOW}`, into quantadapt/matrix/matrix-*.json"
         )
     if not found and not wrong:
         print(f"everything is up to date with quantadapt {quantadapt.__version__}")

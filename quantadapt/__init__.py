@@ -20,21 +20,21 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .capabilities import Merge, Rule
     from .errors import QuantadaptError
+    from .exporting.onto import merge_onto
+    from .exporting.saving import BaseMismatchWarning, load, merge, save
     from .hookspecs import hookimpl
-    from .merging_onto import merge_onto
     from .pipeline import RunResult, run
-    from .planning import Plan, plan
+    from .planning.stage import Plan, plan
     from .protocols import AdapterTarget, LayerwiseQuantizer, Quantizer
     from .records import Adapter, Backend
-    from .saving import BaseMismatchWarning, load, merge, save
     from .spec import Spec
     from .stages import attach, evaluate, quantize, train
 
 _HOME = {
     "pipeline": ("RunResult", "run"),
     "stages": ("attach", "evaluate", "quantize", "train"),
-    "saving": ("BaseMismatchWarning", "load", "merge", "save"),
-    "merging_onto": ("merge_onto",),
+    "exporting.saving": ("BaseMismatchWarning", "load", "merge", "save"),
+    "exporting.onto": ("merge_onto",),
     "planning": ("Plan", "plan"),
     "spec": ("Spec",),
     "errors": ("QuantadaptError",),

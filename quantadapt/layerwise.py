@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import loading
 from .errors import ModelError
-from .read_ahead import reading_ahead
+from .loading import reading
+from .loading.read_ahead import reading_ahead
 
 if TYPE_CHECKING:
     from .protocols import LayerwiseQuantizer
@@ -41,14 +41,14 @@ def quantize_layerwise(
     loader = _loader_config()(quantizer=quantizer, skip=skip)
     try:
         with reading_ahead(device):
-            model = loading.from_pretrained(
+            model = reading.from_pretrained(
                 source, dtype=dtype, device_map={"": device}, quantization_config=loader
             )
     except ModelError:
         if loader.failure is not None:  # transformers tells only that some conversion failed
             raise loader.failure from None
         raise
-    return loading.plain(model)
+    return reading.plain(model)
 
 
 def _quantize_module(
@@ -60,14 +60,14 @@ def _quantize_module(
     skip: tuple[str, ...] | None,
 ) -> nn.Module:
     vendors: set[nn.Module] = set()
-    linears = dict(loading.linear_layers(model, loading.skipped_modules(model, skip)))
-    blocks = loading.Blocks(model, linears)
+    linears = dict(reading.linear_layers(model, reading.skipped_modules(model, skip)))
+    blocks = reading.Blocks(model, linears)
     for name in list(linears):
         linear = linears.pop(name)
         linear.requires_grad_(False)
         vendor = quantizer.quantize_linear(linear.to(device=device, dtype=dtype))
         vendors.update(vendor.modules())
-        loading.set_submodule(model, name, vendor.train(linear.training))
+        reading.set_submodule(model, name, vendor.train(linear.training))
         blocks.add(model, name, vendor)
     moved: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
@@ -97,14 +97,14 @@ def load_layerwise(
     quantizer: LayerwiseQuantizer, path: str, *, device: str, dtype: torch.dtype
 ) -> nn.Module:
     """Load a checkpoint that `save_layerwise` wrote. See `Quantizer.load`."""
-    config = copy.deepcopy(loading.read_config(path))
+    config = copy.deepcopy(reading.read_config(path))
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     loader = _loader_config()(quantizer=quantizer, packed=path, device=device)
-    model = loading.from_pretrained(
+    model = reading.from_pretrained(
         path, config=config, dtype=dtype, device_map={"": device}, quantization_config=loader
     )
-    return loading.plain(model)
+    return reading.plain(model)
 
 
 def save_layerwise(
@@ -125,13 +125,13 @@ def save_layerwise(
     try:
         model.save_pretrained(path)  # type: ignore[operator]
     finally:
-        loading.plain(model)
+        reading.plain(model)
 
 
 def _left_dense(quantizer: LayerwiseQuantizer, model: nn.Module) -> dict[str, Any]:
     """Return what the checkpoint has to say about layers that stay dense."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    dense = dict(loading.linear_layers(model, ()))
+    dense = dict(reading.linear_layers(model, ()))
     head = next((name for name, layer in dense.items() if layer is output), None)
     return quantizer.left_dense([*dense], head)
 
@@ -164,7 +164,7 @@ def _packed_state(
     from safetensors import safe_open
 
     state: dict[str, dict[str, Tensor]] = {}
-    for file in sorted(loading.local_folder(path).glob("*.safetensors")):
+    for file in sorted(reading.local_folder(path).glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118 (not a dict)
                 name = renamed(key)
@@ -215,7 +215,7 @@ def _loader_config() -> Any:
                 linear = model.get_submodule(name)
                 linear.weight = nn.Parameter(tensor.to(self.loader.dtype), requires_grad=False)
                 vendor = self.quantized(linear)
-                loading.set_submodule(model, name, vendor.train(linear.training))
+                reading.set_submodule(model, name, vendor.train(linear.training))
                 missing_keys.discard(key)
                 self.loader.blocks.add(model, name, vendor)
             return {}
@@ -233,7 +233,7 @@ def _loader_config() -> Any:
         def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
             super().__init__(quantization_config, **kwargs)
             self.names: set[str] = set()
-            self.blocks = loading.Blocks(nn.Module(), ())
+            self.blocks = reading.Blocks(nn.Module(), ())
             self.dtype = torch.float32
 
         def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -243,20 +243,20 @@ def _loader_config() -> Any:
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
             config = self.quantization_config
             if config.packed is None:
-                skip = loading.skipped_modules(model, config.skip)
-                names = [name for name, _ in loading.linear_layers(model, skip)]
+                skip = reading.skipped_modules(model, config.skip)
+                names = [name for name, _ in reading.linear_layers(model, skip)]
                 self.names = {f"{name}.weight" for name in names}
-                self.blocks = loading.Blocks(model, names)
+                self.blocks = reading.Blocks(model, names)
                 return
-            layers = dict(loading.linear_layers(model, ()))
+            layers = dict(reading.linear_layers(model, ()))
             self.state = _packed_state(config.packed, layers, _renaming(model))
             if not self.state:  # or layers would be left as they happen to start
                 what = "none of this model's layers is quantized in the checkpoint"
                 fix = "check that config.json and the weights belong together"
                 raise ModelError(what, fix=fix, where=config.packed)
-            self.blocks = loading.Blocks(model, self.state)
+            self.blocks = reading.Blocks(model, self.state)
             for name in self.state:
-                loading.set_submodule(model, name, _Placeholder(layers[name]))
+                reading.set_submodule(model, name, _Placeholder(layers[name]))
             patterns = set(model._keys_to_ignore_on_load_unexpected or ())
             model._keys_to_ignore_on_load_unexpected = patterns | {".*"}
 
@@ -276,7 +276,7 @@ def _loader_config() -> Any:
                 if isinstance(module, _Placeholder):
                     state = {k: v.to(config.device) for k, v in self.state.pop(name).items()}
                     vendor = config.quantizer.load_linear(module.linear, state)
-                    loading.set_submodule(model, name, vendor.train(model.training))
+                    reading.set_submodule(model, name, vendor.train(model.training))
                     self.blocks.add(model, name, vendor)
             return model
 

@@ -14,13 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import planning
 from .dependencies import import_requirements
-from .distributed import as_launched, peers_in_words, reduced, start, world
+from .distributed.talking import as_launched, peers_in_words, reduced, start, world
 from .errors import PlanRefused, TrainingError
-from .planning import Plan
-from .quantizing import load_tokenizer, quantize_plan, skip_for, with_config
-from .registry import registry
-from .run_folder import RunFolder, UnwrittenFolder
-from .saving import (
+from .exporting.saving import (
     BASE,
     MERGED,
     MergeKind,
@@ -32,6 +28,10 @@ from .saving import (
     size_mib,
     write_merged,
 )
+from .folders.run_folder import RunFolder, UnwrittenFolder
+from .planning.stage import Plan
+from .quantizing.stage import load_tokenizer, quantize_plan, skip_for, with_config
+from .registry.discovery import registry
 from .spec import Spec
 from .stages import attach_planned, calibration_examples
 
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
 
-    from .calibration_data import Examples
-    from .data import Data
-    from .training import TrainResult
+    from .data.reading import Data
+    from .quantizing.examples import Examples
+    from .training.stage import TrainResult
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 """Called with an event ("stage", "perplexity", "log", "note") and its data, to show progress."""
@@ -119,8 +119,8 @@ class _Run:
     def check(self) -> None:
         """Refuse what the plan cannot know and shows before any weight is loaded: optimizers and
         schedules that transformers lacks, layers that are not there or cannot be quantized."""
-        from .attaching import check_targets
-        from .training import problems
+        from .adapting.stage import check_targets
+        from .training.stage import problems
 
         found = problems(self.spec.train)
         try:
@@ -209,7 +209,7 @@ class _Run:
             self.listener("note", {"text": note})
 
     def read_data(self) -> Data:
-        from .data import load_data
+        from .data.reading import load_data
 
         self.tokenizer = load_tokenizer(self.plan.model)
         return load_data(self.spec.data, self.tokenizer, seed=self.spec.seed)
@@ -222,7 +222,7 @@ class _Run:
 
     def perplexity(self, name: str, model: nn.Module, data: Data, *, split: bool = False) -> float:
         """Measure `model`; with `split`, all processes have to, each with its part of the data."""
-        from .evaluation import perplexity
+        from .evaluation.stage import perplexity
 
         found = perplexity(
             model,
@@ -240,7 +240,7 @@ class _Run:
         wanted = self.spec.evaluate.unquantized and not self.plan.adopt
         if not wanted or not self.world.is_main or self.plan.parallel == "fsdp":
             return
-        from .loading import from_pretrained
+        from .loading.reading import from_pretrained
 
         with self.stage("evaluate"):
             import torch
@@ -290,7 +290,7 @@ class _Run:
             self.before = self.answers(model, data)
 
     def answers(self, model: nn.Module, data: Data) -> list[str]:
-        from .evaluation import greedy
+        from .evaluation.stage import greedy
 
         prompts = [p.text for p in self.prompts(data)] if self.answers_prompts else []
         length = self.spec.evaluate.max_new_tokens
@@ -305,7 +305,7 @@ class _Run:
         return tuned
 
     def train(self, model: PeftModel, data: Data) -> TrainResult:
-        from .training import train as train_
+        from .training.stage import train as train_
 
         def on_log(entry: dict[str, Any]) -> None:
             self.folder.append_metric(entry)
@@ -365,8 +365,8 @@ class _Run:
         return dict(self.metrics["merge"])
 
     def merge(self, model: PeftModel, data: Data, kind: MergeKind) -> dict[str, Any]:
-        from .evaluation import gain_kept
-        from .merging import merged_model
+        from .evaluation.stage import gain_kept
+        from .exporting.merging import merged_model
 
         with merge_memory_in_words():
             merged = merged_model(model, kind)
@@ -379,7 +379,7 @@ class _Run:
 
     def finish(self, state: Literal["finished", "failed", "interrupted"]) -> None:
         """Write the figures and the report, also of a run that did not get to its end."""
-        from .report import write_report
+        from .reporting.page import write_report
 
         if not self.world.is_main:
             return

@@ -130,7 +130,7 @@ class Quantizer(BaseModel, ABC):
     def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
         """Load a checkpoint that is already quantized with this backend. By default transformers
         does it, from the checkpoint's own `quantization_config`."""
-        from .loading import load_native
+        from .loading.reading import load_native
 
         return load_native(path, device=device, dtype=dtype)
 

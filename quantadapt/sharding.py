@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from .calibration import decoder_blocks
+from .calibration.walk import decoder_blocks
 from .errors import ModelError
 from .facade import facades
 from .protocols import AdapterTarget

@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import planning
-from .calibration_data import choose
 from .errors import QuantadaptError
-from .quantizing import quantize_plan
-from .registry import registry
+from .quantizing.examples import choose
+from .quantizing.stage import quantize_plan
+from .quantizing.state import state_of
+from .registry.discovery import registry
 from .spec import Spec, TrainSpec
-from .state import state_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
     from torch import nn
 
-    from .calibration_data import Calibration, Examples
-    from .training import TrainResult
+    from .quantizing.examples import Calibration, Examples
+    from .training.stage import TrainResult
 
 _WHOLE = TrainSpec(parallel="ddp")
 """Whoever works stage by stage shards the base where they want to."""
@@ -82,7 +82,7 @@ def quantize(
 
 def calibration_examples(spec: Spec, tokenizer: Any, train: Callable[[], Dataset]) -> Examples:
     """Return what a run of `spec` shows a backend that calibrates; `train` gives its own data."""
-    from .data import load_everything
+    from .data.reading import load_everything
 
     wanted = spec.data
     if wanted.calibration_path is None:
@@ -121,7 +121,7 @@ def attach_planned(model: nn.Module, name: str, options: Mapping[str, Any], seed
     """Attach the adapter `name` with options that a plan has checked; remember it on the model."""
     from transformers import set_seed
 
-    from .attaching import attach_adapter
+    from .adapting.stage import attach_adapter
 
     set_seed(seed)
     state = state_of(model)
@@ -160,8 +160,8 @@ def train(
         SpecError: an option is unknown or wrong. DataError: the data cannot be used.
         TrainingError: training cannot go on.
     """
-    from .data import load_data
-    from .training import train as train_
+    from .data.reading import load_data
+    from .training.stage import train as train_
 
     spec = Spec(train=options).train
     tokenizer = tokenizer or state_of(model).tokenizer
@@ -197,7 +197,7 @@ def evaluate(
         max_examples: use at most so many.
         tokenizer: needed for a live module only.
     """
-    from .evaluation import perplexity
+    from .evaluation.stage import perplexity
 
     tokenizer = tokenizer or state_of(model).tokenizer
     held_out = held_out_data(data, tokenizer)
@@ -210,7 +210,7 @@ def evaluate(
 
 def held_out_data(data: str | Path | Dataset | None, tokenizer: Any) -> Any:
     """Return tokenized data to measure on: read if it is named, as it is if it is a Dataset."""
-    from .data import load_held_out
+    from .data.reading import load_held_out
 
     if data is None or isinstance(data, str | Path):
         return load_held_out(None if data is None else str(data), _needed(tokenizer))

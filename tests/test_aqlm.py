@@ -11,7 +11,7 @@ import pytest
 import quantadapt_aqlm_additive as additive
 import torch
 from quantadapt_aqlm import AQLM, SIZES
-from quantadapt_aqlm_layers import settled
+from quantadapt_aqlm.layers import settled
 from torch import nn
 
 import quantadapt as qa
@@ -246,7 +246,7 @@ def test_other_models_options_and_data_have_other_work_folders(monkeypatch, tmp_
 
 
 def test_where_finished_layers_are_kept(monkeypatch, tmp_path) -> None:
-    from quantadapt_aqlm_make import _root
+    from quantadapt_aqlm.make import _root
 
     assert _root(AQLM(work_folder="here")) == Path("here")
     monkeypatch.setenv("QUANTADAPT_CACHE", str(tmp_path))

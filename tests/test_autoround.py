@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 from quantadapt_autoround import AutoRound
-from quantadapt_autoround_tuning import CUBLAS, TRACE, give_logging_back, rows_of
+from quantadapt_autoround.tuning import CUBLAS, TRACE, give_logging_back, rows_of
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from quantadapt import calibration_recording
-from quantadapt.calibration import decoder_blocks, walk_blocks
+from quantadapt.calibration import recording
+from quantadapt.calibration.walk import decoder_blocks, walk_blocks
 from quantadapt.loading import from_pretrained
 from quantadapt.testing.small_demo import calibration_examples, small_model
 from quantadapt.testing.tensors import relative
@@ -276,7 +276,7 @@ def test_a_module_without_blocks() -> None:
 @pytest.mark.parametrize("kind", ["neox", "t5"])
 def test_a_gpu_measures_the_same(kind, fits, monkeypatch) -> None:
     """Whether or not all of the model may be there while its calls are recorded."""
-    monkeypatch.setattr(calibration_recording, "_fits", lambda *_: fits)
+    monkeypatch.setattr(recording, "_fits", lambda *_: fits)
     on_cpu = walk(tiny(kind), examples())
     found = walk(tiny(kind), examples(), device="cuda")
     assert list(found) == list(on_cpu)

@@ -19,8 +19,8 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import quantadapt as qa
-from quantadapt.checkpointing import Checkpointer, CpuInputs, checkpointed, decoder_layers
 from quantadapt.memory import Setting
+from quantadapt.training.recomputing import Checkpointer, CpuInputs, checkpointed, decoder_layers
 
 LAYERS = 4
 

@@ -21,9 +21,9 @@ import quantadapt.registry
 from quantadapt import cli, demo
 from quantadapt.cli.commands import COMMANDS
 from quantadapt.errors import TrainingError
+from quantadapt.folders.run_folder import RunFolder
 from quantadapt.hookspecs import hookimpl
 from quantadapt.machine import Machine
-from quantadapt.run_folder import RunFolder
 
 
 @dataclass
@@ -182,7 +182,7 @@ def test_flags_win_over_the_short_form_of_the_file(run_cli):
 
 
 def test_cards_that_are_asked_about_are_the_device(run_cli, monkeypatch):
-    monkeypatch.setattr("quantadapt.planning.this_machine", Machine)
+    monkeypatch.setattr("quantadapt.planning.stage.this_machine", Machine)
     for flags in ((), ("--device", "cuda")):
         out = run_cli("plan", "--gpus", "2", "--card", "24", *flags).out
         assert "2 x cuda (ddp), computing in bfloat16" in out

@@ -431,14 +431,14 @@ def test_a_merge_that_drops_the_adapter_is_caught(make):
         return densify(bench.fresh())
 
     with (
-        patch("quantadapt.merging.merged_model", dropped),
+        patch("quantadapt.exporting.merging.merged_model", dropped),
         pytest.raises(AssertionError),
     ):
         suite.test_dense_merge(bench, "lora")
 
 
 def test_a_merge_that_changes_the_model_is_caught(make):
-    from quantadapt.merging import merged_model
+    from quantadapt.exporting.merging import merged_model
 
     def careless(model, kind):
         merged = merged_model(model, kind)
@@ -447,7 +447,7 @@ def test_a_merge_that_changes_the_model_is_caught(make):
 
     suite, bench = make()
     with (
-        patch("quantadapt.merging.merged_model", careless),
+        patch("quantadapt.exporting.merging.merged_model", careless),
         pytest.raises(AssertionError),
     ):
         suite.test_dense_merge(bench, "lora")

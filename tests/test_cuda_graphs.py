@@ -11,9 +11,10 @@ from processes import in_processes, wants_two_gpus
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
-from quantadapt import cuda_graphs, demo
-from quantadapt.cuda_graphs import can_record
-from quantadapt.fitting import Fitting
+from quantadapt import demo
+from quantadapt.training import cuda_graphs
+from quantadapt.training.cuda_graphs import can_record
+from quantadapt.training.memory_fit import Fitting
 
 VOCABULARY, BATCH = 2048, 2
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from quantadapt.data import encode_prompt, load_data, load_everything, load_held_out
+from quantadapt.data.reading import encode_prompt, load_data, load_everything, load_held_out
 from quantadapt.demo import EVAL_FILE, TRAIN_FILE
 from quantadapt.errors import DataError
 from quantadapt.spec import DataSpec

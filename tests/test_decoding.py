@@ -106,8 +106,8 @@ def test_nothing_changes_on_a_cpu(backend):
     [
         ("bnb-nf4", "quantadapt_bnb"),
         ("bnb-fp4", "quantadapt_bnb"),
-        ("gptq", "quantadapt_gptqmodel_target"),
-        ("awq", "quantadapt_gptqmodel_target"),
+        ("gptq", "quantadapt_gptqmodel.target"),
+        ("awq", "quantadapt_gptqmodel.target"),
         ("autoround", "quantadapt_autoround"),
     ],
 )
@@ -115,7 +115,7 @@ def test_few_tokens_are_decoded(monkeypatch, backend, module):
     quantizer, vendor = made(backend)
     plugin = importlib.import_module(module)
     monkeypatch.setattr(plugin, "DECODING", 3)
-    for name in ("quantadapt_autoround_layers", "quantadapt_gptqmodel_layers"):
+    for name in ("quantadapt_autoround.layers", "quantadapt_gptqmodel.layers"):
         monkeypatch.setattr(importlib.import_module(name), "find_spec", lambda _: True)
     decodes = quantizer.target.decodes
     assert [decodes(vendor, like_cuda(n)) for n in (1, 3, 4)] == [True, True, False]
@@ -124,7 +124,7 @@ def test_few_tokens_are_decoded(monkeypatch, backend, module):
 
 def test_layers_without_a_kernel(monkeypatch):
     """Of 3 bits, in float32, or with rows of partial blocks."""
-    layers = importlib.import_module("quantadapt_gptqmodel_layers")
+    layers = importlib.import_module("quantadapt_gptqmodel.layers")
     monkeypatch.setattr(layers, "find_spec", lambda _: True)
     _, vendor = made("gptq")
     assert layers.vendor_product(vendor, torch.float16)
@@ -153,7 +153,7 @@ def test_torchaos_weights_decode_by_their_class(monkeypatch):
 
 def test_aqlm_decodes_where_it_can_be_compiled(script, monkeypatch):
     plugin = importlib.import_module("quantadapt_aqlm")
-    layers = importlib.import_module("quantadapt_aqlm_layers")
+    layers = importlib.import_module("quantadapt_aqlm.layers")
     quantizer: Any = registry().backend("aqlm").quantizer()
     linear = nn.Linear(IN, OUT, dtype=torch.bfloat16)
     vendor = script.random_aqlm(quantizer, linear)
@@ -169,7 +169,7 @@ def test_aqlm_decodes_where_it_can_be_compiled(script, monkeypatch):
 
 
 def test_aqlm_that_cannot_be_compiled_is_told_once(monkeypatch):
-    layers = importlib.import_module("quantadapt_aqlm_layers")
+    layers = importlib.import_module("quantadapt_aqlm.layers")
 
     def fails(name):
         raise RuntimeError("ninja: no such file")

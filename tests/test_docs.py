@@ -88,7 +88,7 @@ def test_every_hook_is_documented(hook: str) -> None:
 
 
 def test_every_data_format_is_documented() -> None:
-    from quantadapt.data_files import FORMATS, READERS
+    from quantadapt.data.files import FORMATS, READERS
 
     page = DOCS / "how-to" / "use-your-data.md"
     text = page.read_text(encoding="utf-8")

@@ -10,11 +10,11 @@ from typing import Any
 import pluggy
 import pytest
 
-from quantadapt import doctor, hookspecs
+from quantadapt import hookspecs
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import Quantizer
 from quantadapt.records import Backend
-from quantadapt.registry import Provenance, Registry
+from quantadapt.registry import Provenance, Registry, doctor
 
 
 class Plain(Quantizer):

@@ -23,10 +23,10 @@ from transformers import (
 
 import quantadapt as qa
 from quantadapt import demo
-from quantadapt.data import encode_prompt
+from quantadapt.data.reading import encode_prompt
 from quantadapt.evaluation import agreement, compare, gain_kept, greedy, perplexity, snapshot
 from quantadapt.memory import Workload
-from quantadapt.model_shape import Shape
+from quantadapt.memory.shape import Shape
 
 VOCABULARY = 50
 CHUNK = 2**22
@@ -103,8 +103,8 @@ OTHER_HEAD = {
 @pytest.mark.parametrize("case", [*PLAIN_HEAD, *OTHER_HEAD])
 @pytest.mark.parametrize("chunk", [2**24, 3 * VOCABULARY])
 def test_chunks_of_logits_give_the_numbers_of_whole_ones(examples, case, chunk, monkeypatch):
-    monkeypatch.setattr("quantadapt.predictions.CHUNK_ELEMENTS", chunk)
-    monkeypatch.setattr("quantadapt.losses.HEAD_CHUNK", 1)  # rounded up to 128 tokens
+    monkeypatch.setattr("quantadapt.evaluation.predictions.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("quantadapt.model.head.HEAD_CHUNK", 1)  # rounded up to 128 tokens
     many = [row for row in examples for _ in range(12)]
     model = (PLAIN_HEAD | OTHER_HEAD)[case]()
     expected = math.fsum(by_hand(model, examples)) / 26
@@ -114,7 +114,7 @@ def test_chunks_of_logits_give_the_numbers_of_whole_ones(examples, case, chunk, 
 
 @pytest.mark.parametrize("case", [*PLAIN_HEAD, *OTHER_HEAD])
 def test_no_whole_logits_are_made_where_the_head_is_plain(examples, case, monkeypatch):
-    monkeypatch.setattr("quantadapt.predictions.CHUNK_ELEMENTS", 2 * VOCABULARY)
+    monkeypatch.setattr("quantadapt.evaluation.predictions.CHUNK_ELEMENTS", 2 * VOCABULARY)
     model = (PLAIN_HEAD | OTHER_HEAD)[case]()
     head = getattr(model, "get_base_model", lambda: model)().get_output_embeddings()
     calls = []
@@ -131,8 +131,8 @@ def test_no_whole_logits_are_made_where_the_head_is_plain(examples, case, monkey
     [(2048, 0), (64, 2 * CHUNK)],  # inside a layer; at the head, where CUDA needs no copies
 )
 def test_evaluating_takes_the_memory_that_is_predicted(intermediate, softmax, monkeypatch):
-    monkeypatch.setattr("quantadapt.losses.HEAD_CHUNK", CHUNK)
-    monkeypatch.setattr("quantadapt.memory.HEAD_CHUNK", CHUNK)
+    monkeypatch.setattr("quantadapt.model.head.HEAD_CHUNK", CHUNK)
+    monkeypatch.setattr("quantadapt.memory.workload.HEAD_CHUNK", CHUNK)
     words, count, length = 8192, 8, 128
     model = sized(LlamaConfig, hidden_size=64, intermediate_size=intermediate, vocab_size=words)
     rows = torch.randint(words, (count, length)).tolist()

@@ -57,7 +57,7 @@ def test_two_processes_measure_what_one_does(two, kind) -> None:
 
 def test_each_process_takes_its_part(monkeypatch) -> None:
     from quantadapt.distributed import World
-    from quantadapt.predictions import _batches
+    from quantadapt.evaluation.predictions import _batches
 
     rows = examples(7)
     parts = [_batches(rows, 2, World(rank, rank, 2), filled=True) for rank in range(2)]

@@ -18,15 +18,15 @@ from processes import in_processes
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from quantadapt import demo
-from quantadapt.checkpointing import Checkpointer, CpuInputs, decoder_layers
 from quantadapt.errors import TrainingError
-from quantadapt.fitting import Fitting, lengths
 from quantadapt.memory import GIB, Setting, Workload
-from quantadapt.model_shape import Shape
-from quantadapt.probing import Probe, choose, lowered
+from quantadapt.memory.shape import Shape
 from quantadapt.registry import registry
 from quantadapt.spec import TrainSpec
 from quantadapt.training import train
+from quantadapt.training.memory_fit import Fitting, lengths
+from quantadapt.training.recomputing import Checkpointer, CpuInputs, decoder_layers
+from quantadapt.training.setting_search import Probe, choose, lowered
 
 LAYERS, VOCABULARY, BATCH = 4, 64, 4
 
@@ -366,7 +366,7 @@ def big(layers: int = 8, length: int = 512):
 
 @pytest.mark.cuda
 def test_cpu_memory_holds_the_inputs_on_cuda() -> None:
-    from quantadapt.checkpointing import checkpointed
+    from quantadapt.training.recomputing import checkpointed
 
     model, rows = big(layers=16, length=1024)
     ids = torch.tensor(rows["input_ids"][:8], device="cuda")

@@ -15,14 +15,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import quantadapt as qa
-from quantadapt import fused as fused_module
-from quantadapt.facade import QuantLinear, densify, recomputing, wrap
-from quantadapt.fused import (
+from quantadapt.adapting import fused as fused_module
+from quantadapt.adapting.fused import (
     FusedLoraLinear,
     forget_unfinished,
     fused_training,
     use_fused_layers,
 )
+from quantadapt.facade import QuantLinear, densify, recomputing, wrap
 from quantadapt.protocols import AdapterTarget
 from quantadapt.testing.small_demo import small_model
 
@@ -200,8 +200,8 @@ def test_an_adapter_over_a_base_that_was_made_dense() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_without_gradients_no_function_of_autograd_runs(monkeypatch, autocast) -> None:
     """It would take as long as the layer itself when single tokens are decoded."""
+    from quantadapt.adapting.fused_lora import _FusedLora
     from quantadapt.facade import _Frozen
-    from quantadapt.fused_lora import _FusedLora
 
     fused, base = adapted(True, torch.float32), model(torch.float32)
     x, among = X.float(), torch.autocast("cpu", torch.bfloat16, enabled=autocast)

@@ -26,9 +26,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import quantadapt as qa
-from quantadapt import fused_dora
+from quantadapt.adapting import fused_dora
+from quantadapt.adapting.fused import FusedLoraLinear, fused_training
 from quantadapt.facade import recomputing
-from quantadapt.fused import FusedLoraLinear, fused_training
 
 
 class Rounding(Plain):
@@ -324,7 +324,7 @@ def losses(**options) -> list[float]:
 def test_training_has_the_losses_of_peft(dropout) -> None:
     with peft_is_not_asked():
         found = losses(lora_dropout=dropout)
-    with patch("quantadapt.fused.use_fused_layers"):
+    with patch("quantadapt.adapting.fused.use_fused_layers"):
         expected = losses(lora_dropout=dropout)
     assert len(found) == 4
     assert found == pytest.approx(expected, rel=2e-5)

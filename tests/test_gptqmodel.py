@@ -170,13 +170,13 @@ def test_awq_makes_room_where_inputs_are_large(source) -> None:
 @pytest.mark.parametrize(("backend", "options"), [("gptq", CASES[2]), ("awq", {"group_size": 32})])
 def test_the_same_calibration_gives_the_same_codes(made, backend, options, monkeypatch) -> None:
     """Whether or not the blocks compute while it is recorded what they are called with."""
-    from quantadapt import calibration_recording
+    from quantadapt.calibration import recording
 
     def no_chain(*_: Any) -> None:
-        raise calibration_recording._NoChain
+        raise recording._NoChain
 
     state = made(backend, **options).state_dict()
-    monkeypatch.setattr(calibration_recording.Recorder, "_check", no_chain)
+    monkeypatch.setattr(recording.Recorder, "_check", no_chain)
     again = made(backend, skip_modules=["lm_head"], **options).state_dict()
     assert state.keys() == again.keys()
     assert all(torch.equal(state[key], again[key]) for key in state)
@@ -189,7 +189,7 @@ def test_the_same_calibration_gives_the_same_codes(made, backend, options, monke
 def test_gptqmodel_reads_and_writes_layers_alike(made, options) -> None:
     """Its own forward computes the same, and its own packing gives the same words."""
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-    from quantadapt_gptqmodel_layers import unpacked
+    from quantadapt_gptqmodel.layers import unpacked
 
     for _, facade in facades(made("gptq", **options)):
         vendor: Any = copy.deepcopy(facade.vendor)
@@ -208,7 +208,7 @@ def test_gptqmodel_reads_and_writes_layers_alike(made, options) -> None:
 
 def test_gptqmodel_reads_and_writes_awq_alike(made) -> None:
     from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
-    from quantadapt_gptqmodel_layers import unpacked
+    from quantadapt_gptqmodel.layers import unpacked
 
     for _, facade in facades(made("awq", group_size=64)):
         vendor: Any = copy.deepcopy(facade.vendor)
@@ -226,7 +226,7 @@ def test_gptqmodel_reads_and_writes_awq_alike(made) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_packing(bits) -> None:
-    from quantadapt_gptqmodel_layers import add_to_packed, pack, unpack
+    from quantadapt_gptqmodel.layers import add_to_packed, pack, unpack
 
     codes = torch.randint(0, 2**bits, (5, 96))
     words = pack(codes, bits)
@@ -277,7 +277,7 @@ def test_what_is_saved_loads_in_plain_transformers(made, backend, options, tmp_p
 
 def test_zeros_are_saved_less_one_where_no_zero_is_0(made, tmp_path) -> None:
     """The layout that every loader knows, unless levels are not symmetric."""
-    from quantadapt_gptqmodel_layers import unpack
+    from quantadapt_gptqmodel.layers import unpack
     from safetensors.torch import load_file
 
     for sym, layout in ((True, "gptq"), (False, "gptq_v2")):
@@ -344,7 +344,7 @@ def test_an_awq_checkpoint_of_others(made, dense, tmp_path) -> None:
         fresh = AwqTorchLinear(4, 64, False, False, facade.in_features, facade.out_features)
         linear = nn.Linear(facade.in_features, facade.out_features, bias=False)
         linear.weight.data = facade.dequantize()
-        from quantadapt_gptqmodel_layers import unpacked
+        from quantadapt_gptqmodel.layers import unpacked
 
         fresh.pack(linear, vendor.scales.t().float(), unpacked(vendor)[1].float())
         saved |= {f"{name}.{key}": value for key, value in fresh.state_dict().items()}
@@ -496,7 +496,7 @@ def outputs(model: nn.Module) -> Tensor:
 def test_scales_move_without_changing_the_model(name, monkeypatch) -> None:
     import quantadapt_gptqmodel_awq as awq
 
-    from quantadapt.calibration import each_block
+    from quantadapt.calibration.walk import each_block
     from quantadapt.loading import linear_layers, skipped_modules
 
     moved = []

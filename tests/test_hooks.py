@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from quantadapt import cli, hookspecs
-from quantadapt.plugin_checks import HOOKS
 from quantadapt.registry import registry
+from quantadapt.registry.checks import HOOKS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "reference" / "hooks.md"

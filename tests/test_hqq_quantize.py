@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import quantadapt_hqq_quantize
 import torch
 from allocations import peak_of
 from hqq.core.quantize import HQQLinear
-from quantadapt_hqq import HQQ
+from quantadapt_hqq import HQQ, quantize
 from torch import Tensor, nn
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -57,7 +56,7 @@ def test_it_is_hqqs_own_result_in_several_chunks(bits, axis, group_size, monkeyp
     quantizer = HQQ(bits=bits, axis=axis, group_size=group_size)
     layer = linear(192, 256, torch.float32)
     expected = vendors(quantizer, layer)
-    monkeypatch.setitem(quantadapt_hqq_quantize.CHUNK, "cpu", 2**12)
+    monkeypatch.setitem(quantize.CHUNK, "cpu", 2**12)
     compare(layer, expected, quantizer.quantize_linear(layer))
 
 
@@ -105,7 +104,7 @@ def test_other_checkpoints_are_not_claimed() -> None:
 
 
 def test_it_takes_little_memory(monkeypatch) -> None:
-    monkeypatch.setitem(quantadapt_hqq_quantize.CHUNK, "cpu", 2**14)
+    monkeypatch.setitem(quantize.CHUNK, "cpu", 2**14)
     layer = linear(512, 512, torch.bfloat16)
     quantizer, dense = HQQ(), layer.weight.nbytes
     assert peak_of(lambda: vendors(quantizer, layer)) > 8 * dense

@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import quantadapt_inc_vendor
 import torch
-from quantadapt_inc import INC
-from quantadapt_inc_vendor import inner, running
+from quantadapt_inc import INC, vendor
+from quantadapt_inc.vendor import inner, running
 from torch import nn
 
 import quantadapt
 from quantadapt.errors import MergeRefused, ModelError, PlanRefused, PluginError
 from quantadapt.facade import facades, unwrap
 from quantadapt.planning import plan
+from quantadapt.quantizing.state import state_of
 from quantadapt.spec import Spec
-from quantadapt.state import state_of
 from quantadapt.testing import BackendSuite, TargetSuite
 from quantadapt.testing.bench import weight_bytes
 from quantadapt.testing.small_demo import calibration_examples, demo_tokens, small_model
@@ -403,7 +402,7 @@ def test_inc_on_another_device_is_told(monkeypatch, examples):
             return "cuda"
 
     monkeypatch.setattr(auto_accelerator, "auto_detect_accelerator", lambda name="": Cuda())
-    quantadapt_inc_vendor._import_for.cache_clear()
+    vendor._import_for.cache_clear()
     with pytest.raises(PluginError, match=r"for cuda earlier(.|\n)*INC_TARGET_DEVICE=cpu"):
         quantized(Blocks(), examples)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import quantadapt as qa
-from quantadapt.kernels import fused_kernels
 from quantadapt.testing.small_demo import demo_tokens, small_model
+from quantadapt.training.lent import fused_kernels
 
 
 def loss_and_gradients(model) -> dict[str, torch.Tensor]:

@@ -7,9 +7,9 @@ import torch
 
 import quantadapt as qa
 from quantadapt import demo
+from quantadapt.adapting.loftq import _low_rank
 from quantadapt.errors import PlanRefused
 from quantadapt.loading import from_pretrained
-from quantadapt.loftq import _low_rank
 from quantadapt.planning import plan
 from quantadapt.spec import Spec
 from quantadapt.testing.small_demo import small_model

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quantadapt import losses
+from quantadapt.model.head import Head, add_head_loss, head_loss
 
 TOKENS, HIDDEN, WORDS = 300, 24, 1000
 
@@ -31,7 +31,7 @@ def of_torch(head, hidden, labels, softcap):
 
 def of_ours(head, hidden, labels, softcap):
     hidden = hidden.clone().requires_grad_()
-    loss = losses.head_loss(hidden, labels, head, softcap=softcap)
+    loss = head_loss(hidden, labels, head, softcap=softcap)
     (loss * 0.25).backward()
     return loss.detach(), hidden.grad
 
@@ -39,7 +39,10 @@ def of_ours(head, hidden, labels, softcap):
 @pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize("bias", [False, True])
 def test_loss_and_gradient_are_torchs(bias, softcap, monkeypatch) -> None:
-    monkeypatch.setattr(losses, "HEAD_CHUNK", 128 * WORDS * 4)  # three chunks, one cut short
+    # three chunks, one cut short
+    monkeypatch.setattr(
+        "quantadapt.model.head.HEAD_CHUNK", 128 * WORDS * 4
+    )  # three chunks, one cut short
     made = case(torch.float32, bias)
     (found, grad), (expected, expected_grad) = of_ours(*made, softcap), of_torch(*made, softcap)
     assert torch.allclose(found, expected, rtol=1e-6)
@@ -62,7 +65,7 @@ def test_a_bfloat16_head_is_as_precise_as_its_logits(autocast) -> None:
 
 def test_a_projection_has_the_bias_of_its_head() -> None:
     head, hidden, _ = case(torch.float32, True)
-    assert torch.equal(losses.Head(head).projection()(hidden), head(hidden))
+    assert torch.equal(Head(head).projection()(hidden), head(hidden))
 
 
 def llama(**options) -> LlamaForCausalLM:
@@ -85,7 +88,7 @@ def test_a_model_gives_the_loss_of_its_own_forward(counted) -> None:
     ids = torch.arange(10)[None]
     labels = ids.masked_fill(ids < 3, -100)
     expected = model(input_ids=ids, labels=labels).loss
-    assert losses.add_head_loss(model)
+    assert add_head_loss(model)
     given = {"input_ids": ids, "fused_lm_head": True, "counted": counted}
     mean = model(**given, labels=labels, num_items_in_batch=None).loss
     of_fourteen = model(**given, labels=labels, num_items_in_batch=14).loss
@@ -107,7 +110,7 @@ def test_a_model_gives_the_loss_of_its_own_forward(counted) -> None:
 def test_a_head_that_is_not_plain_and_frozen_keeps_the_models_forward(change) -> None:
     model = llama()
     change(model)
-    assert not losses.add_head_loss(model)
+    assert not add_head_loss(model)
     assert "forward" not in vars(model)
 
 
@@ -115,7 +118,7 @@ def test_no_tokens_are_a_loss_of_zero_with_a_gradient() -> None:
     head, hidden, labels = case(torch.float32, False)
     hidden.requires_grad_()
     none = torch.zeros(TOKENS, dtype=torch.bool)
-    loss = losses.head_loss(hidden[none], labels[none], head)
+    loss = head_loss(hidden[none], labels[none], head)
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))

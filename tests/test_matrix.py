@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from quantadapt import matrix, matrix_results
+from quantadapt import matrix
 from quantadapt.capabilities import Merge, Rule
 from quantadapt.errors import DataError, PlanRefused
 from quantadapt.machine import Machine
-from quantadapt.matrix_tables import summary, to_markdown
+from quantadapt.matrix import results
+from quantadapt.matrix.tables import summary, to_markdown
 from quantadapt.planning import plan
 from quantadapt.protocols import AdapterTarget, Quantizer
 from quantadapt.records import Adapter, Backend
@@ -149,9 +150,7 @@ GENERATED = {"date": "2026-01-01", "device": "cpu", "versions": {"torch": "2.0",
 
 
 def test_verified_results_are_read(tmp_path: Path):
-    part = matrix_results.read_verified(
-        write(tmp_path / "m.json", generated=GENERATED, cells=[CELL])
-    )
+    part = results.read_verified(write(tmp_path / "m.json", generated=GENERATED, cells=[CELL]))
     assert part.cells[0].text() == "passed 2e-07"
     assert part.cells[0].merge_error == 2e-7
     assert part.origin == "2026-01-01, cpu, torch 2.0"
@@ -164,7 +163,7 @@ def test_verified_results_are_read(tmp_path: Path):
 )  # fmt: skip
 def test_a_file_that_holds_something_else_is_an_error(tmp_path: Path, values: dict[str, Any]):
     with pytest.raises(DataError, match="verified results"):
-        matrix_results.read_verified(write(tmp_path / "m.json", **values))
+        results.read_verified(write(tmp_path / "m.json", **values))
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "{", "null"])
@@ -172,17 +171,15 @@ def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str):
     path = tmp_path / "m.json"
     path.write_text(text)
     with pytest.raises(DataError):
-        matrix_results.read_verified(path)
+        results.read_verified(path)
     with pytest.raises(DataError):
-        matrix_results.read_verified(tmp_path / "missing.json")
+        results.read_verified(tmp_path / "missing.json")
 
 
 def test_markdown_keeps_declared_and_verified_apart(tmp_path: Path):
     rule = Rule("b-no-a", {"adapter": ("a",)}, "because", "use c")
     cells = matrix.declared([backend(rules=(rule,))], [adapter(), adapter("c")])
-    verified = matrix_results.read_verified(
-        write(tmp_path / "m.json", generated=GENERATED, cells=[CELL])
-    )
+    verified = results.read_verified(write(tmp_path / "m.json", generated=GENERATED, cells=[CELL]))
     text = to_markdown(cells, [verified])
     first, second = text.split("### Verified on CPU")
     assert "| backend | a | c |" in first
@@ -203,20 +200,18 @@ def test_other_adapters_get_a_table_of_their_own(tmp_path: Path):
     assert lines[9] == "| x | dense [1] | dense [2] |"
 
 
-def found(
-    adapter: str = "lora", verified: Any = "passed", **fields: Any
-) -> matrix_results.VerifiedCell:
+def found(adapter: str = "lora", verified: Any = "passed", **fields: Any) -> results.VerifiedCell:
     values = {
         "declared": "dense",
         "origin": {"device": "cpu", "versions": {"torch": "2"}},
         **fields,
     }
-    return matrix_results.VerifiedCell(values.pop("backend", "b"), adapter, verified, **values)
+    return results.VerifiedCell(values.pop("backend", "b"), adapter, verified, **values)
 
 
 def test_devices_options_and_troubles_are_told_apart():
     own = {"origin": {"device": "H200", "versions": {"torch": "2", "spam": "1"}}}
-    part = matrix_results.Verified.of(
+    part = results.Verified.of(
         [
             found("ia3"),
             found("lora", figures={"merge_error": 1e-7}),
@@ -243,10 +238,8 @@ def test_devices_options_and_troubles_are_told_apart():
 def test_the_summary_names_what_is_not_as_declared():
     cells = matrix.declared([backend(), backend("d")], [adapter("lora"), adapter("dora")])
     parts = [
-        matrix_results.Verified.of([found(), found("dora", "failed")]),
-        matrix_results.Verified.of(
-            [found(device="cuda", declared="never"), found("dora", device="cuda")]
-        ),
+        results.Verified.of([found(), found("dora", "failed")]),
+        results.Verified.of([found(device="cuda", declared="never"), found("dora", device="cuda")]),
     ]
     assert summary(cells, parts)[1:] == [
         ["b", "dense, never on CUDA", "dense, failed on CPU", "CPU, CUDA"],
@@ -255,11 +248,9 @@ def test_the_summary_names_what_is_not_as_declared():
 
 
 def test_json_holds_both_parts(tmp_path: Path):
-    verified = matrix_results.read_verified(
-        write(tmp_path / "m.json", generated=GENERATED, cells=[CELL])
-    )
+    verified = results.read_verified(write(tmp_path / "m.json", generated=GENERATED, cells=[CELL]))
     made = json.loads(
-        json.dumps(matrix_results.to_json(matrix.declared([backend()], [adapter()]), [verified]))
+        json.dumps(results.to_json(matrix.declared([backend()], [adapter()]), [verified]))
     )
     assert made["declared"][0]["declared"] == "dense"
     assert made["declared"][0]["merge_refusals"][0]["rule"] == "b-merge-dense"
@@ -272,10 +263,8 @@ def test_json_holds_both_parts(tmp_path: Path):
 FIVE = [adapter(name) for name in matrix.MAIN]
 
 
-def disagreements(*cells: matrix_results.VerifiedCell, **fields: Any) -> list[str]:
-    return matrix_results.disagreements(
-        [matrix_results.Verified.of(cells)], [backend(**fields)], FIVE
-    )
+def disagreements(*cells: results.VerifiedCell, **fields: Any) -> list[str]:
+    return results.disagreements([results.Verified.of(cells)], [backend(**fields)], FIVE)
 
 
 def test_results_that_agree():
@@ -309,16 +298,14 @@ def test_each_disagreement_is_a_sentence(cell, sentence):
 
 def test_a_backend_without_results_is_named():
     names = ", ".join(matrix.MAIN)
-    assert matrix_results.disagreements([], [backend()], FIVE) == [
-        f"b x {names}: not verified on cpu"
-    ]
+    assert results.disagreements([], [backend()], FIVE) == [f"b x {names}: not verified on cpu"]
 
 
 def test_what_is_bundled_agrees_with_what_is_declared():
-    parts = matrix_results.bundled()
+    parts = results.bundled()
     assert "CPU" in [part.where() for part in parts]
     assert all(Path(part.source).read_text() == part.to_json() for part in parts)
     known = registry()
     ours = [b for b in known.backends() if known.provenance(b).distribution == "quantadapt"]
-    lines = matrix_results.disagreements(parts, ours, known.adapters())
-    assert not lines, "\n".join([*lines, f"verify these cells again: {matrix_results.HOW}"])
+    lines = results.disagreements(parts, ours, known.adapters())
+    assert not lines, "\n".join([*lines, f"verify these cells again: {results.HOW}"])

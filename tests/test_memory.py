@@ -24,7 +24,7 @@ from quantadapt.memory import (
     usable,
     ways_out,
 )
-from quantadapt.model_shape import Shape
+from quantadapt.memory.shape import Shape
 from quantadapt.planning import plan
 from quantadapt.registry import registry
 from quantadapt.spec import Spec
@@ -565,7 +565,7 @@ def shown(llama, tmp_path, capsys, monkeypatch):
     wanted = spec(llama, tmp_path).model_dump(mode="json")
     config.write_text(yaml.safe_dump(wanted), encoding="utf-8")
     monkeypatch.setenv("COLUMNS", "250")
-    monkeypatch.setattr("quantadapt.planning.this_machine", Machine)
+    monkeypatch.setattr("quantadapt.planning.stage.this_machine", Machine)
 
     def call(*cards: str) -> tuple[int, str, str]:
         flags = [part for card in cards for part in ("--card", card)]

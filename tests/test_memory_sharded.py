@@ -11,12 +11,12 @@ import torch
 from allocations import peak_of
 from processes import in_processes
 
-from quantadapt.checkpointing import checkpointed
 from quantadapt.distributed import start
-from quantadapt.losses import add_head_loss
 from quantadapt.memory import WORKSPACE, Setting, Workload
-from quantadapt.model_shape import Shape
+from quantadapt.memory.shape import Shape
+from quantadapt.model.head import add_head_loss
 from quantadapt.sharding import PACKED, one_block_at_a_time, shard
+from quantadapt.training.recomputing import checkpointed
 
 LAYERS, TOKENS = 4, 16
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": LAYERS}

@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
 from quantadapt.errors import MergeRefused, ModelError
+from quantadapt.exporting.stored import Checkpoint, open_stored
 from quantadapt.loading import from_pretrained
 from quantadapt.registry import registry
-from quantadapt.stored import Checkpoint, open_stored
 from quantadapt.testing.small_demo import small_model
 
 IDS = torch.arange(48).reshape(2, 24) + 100

@@ -15,9 +15,9 @@ from quantadapt.distributed import world
 from quantadapt.errors import MergeRefused, PlanRefused, TrainingError
 from quantadapt.machine import Machine
 from quantadapt.memory import GIB
-from quantadapt.parallel import device_problems, shard_problems
 from quantadapt.pipeline import meet
 from quantadapt.planning import Plan, plan
+from quantadapt.planning.processes import device_problems, shard_problems
 from quantadapt.registry import registry
 from quantadapt.spec import Spec
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import quantadapt as qa
-from quantadapt import atomic, demo, merging, saving
+from quantadapt import demo
 from quantadapt.cli.models import calibration_of
 from quantadapt.errors import (
     DataError,
@@ -21,7 +21,9 @@ from quantadapt.errors import (
     PlanRefused,
     SpecError,
 )
+from quantadapt.exporting import merging, saving
 from quantadapt.facade import facades
+from quantadapt.folders import atomic
 from quantadapt.pipeline import run
 from quantadapt.records import Backend
 from quantadapt.registry import registry

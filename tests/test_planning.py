@@ -10,12 +10,12 @@ import pytest
 
 from quantadapt import demo
 from quantadapt.capabilities import Cell, Merge, Rule, refusals
-from quantadapt.checkpoint import is_local_path
 from quantadapt.errors import MergeRefused, PlanRefused
+from quantadapt.folders.run_folder import RunFolder
 from quantadapt.machine import Machine
 from quantadapt.memory import GIB
+from quantadapt.paths import is_local_path
 from quantadapt.planning import plan
-from quantadapt.run_folder import RunFolder
 from quantadapt.spec import Spec
 
 CPU = Machine()

@@ -12,10 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import quantadapt as qa
 from quantadapt import demo
-from quantadapt.calibration_data import check_vocabulary, choose, examples_from
 from quantadapt.errors import DataError, PlanRefused, PluginError
 from quantadapt.facade import facades
 from quantadapt.pipeline import run
+from quantadapt.quantizing.examples import check_vocabulary, choose, examples_from
 from quantadapt.registry import registry
 from quantadapt.spec import Spec
 from quantadapt.testing.small_demo import calibration_examples, small_model
@@ -157,7 +157,7 @@ def test_misfits_are_listed_before_any_weight_is_read(odd, monkeypatch, tmp_path
     def read(*args, **kwargs):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("quantadapt.loading.from_pretrained", read)
+    monkeypatch.setattr("quantadapt.loading.reading.from_pretrained", read)
     message = r"layers\.0\.self_attn\.q_proj and 5 more: groups of 128 do not divide 96 inputs"
     with pytest.raises(PlanRefused, match=message) as caught:
         qa.quantize(odd, "torchao-intx", group_size=128)

@@ -16,10 +16,9 @@ from quantadapt_hqq import HQQ
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, core_model_loading
 
-from quantadapt import read_ahead
 from quantadapt.errors import ModelError
-from quantadapt.loading import from_pretrained
-from quantadapt.read_ahead import ReadAhead, reading_ahead
+from quantadapt.loading import from_pretrained, read_ahead
+from quantadapt.loading.read_ahead import ReadAhead, reading_ahead
 from quantadapt.testing.small_demo import small_model
 
 SMALL = str(small_model())

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from quantadapt.doctor import diagnose
 from quantadapt.errors import PlanRefused
 from quantadapt.registry import BrokenPlugin, PluginWarning, Registry, discover
+from quantadapt.registry.doctor import diagnose
 
 
 @pytest.fixture
@@ -296,7 +296,8 @@ def call(site: Path, *arguments: str, **environment: str) -> subprocess.Complete
 
 
 def test_a_slow_import_is_told_by_the_doctor(install, monkeypatch, capsys) -> None:
-    from quantadapt import cli, doctor
+    from quantadapt import cli
+    from quantadapt.registry import doctor
 
     install("qa-slow", "slow", "qa_slow", f"import time\ntime.sleep(0.3)\n{dedented('slow')}")
     install("qa-mine", "mine", "qa_mine", BACKEND.format(name="mine"))

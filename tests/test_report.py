@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from quantadapt.metrics import Metrics
-from quantadapt.report import render, write_report
-from quantadapt.report_charts import nice_ticks, smoothed, thinned
-from quantadapt.report_headline import headline
-from quantadapt.report_html import Html, el
-from quantadapt.report_run import Run
-from quantadapt.report_words import duration, mebibytes, percent, short
-from quantadapt.run_folder import RunFolder
+from quantadapt.folders.metrics import Metrics
+from quantadapt.folders.run_folder import RunFolder
+from quantadapt.reporting.charts import nice_ticks, smoothed, thinned
+from quantadapt.reporting.headline import headline
+from quantadapt.reporting.html import Html, el
+from quantadapt.reporting.page import render, write_report
+from quantadapt.reporting.run import Run
+from quantadapt.reporting.words import duration, mebibytes, percent, short
 
 PLAN = {
     "backend": {"name": "hqq", "options": {"bits": 4, "group_size": 64}},

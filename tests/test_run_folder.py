@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from quantadapt import atomic
-from quantadapt.atomic import atomic_folder, write_atomic
-from quantadapt.environment import environment
 from quantadapt.errors import OutputError
-from quantadapt.run_folder import MARKER, RunFolder
+from quantadapt.folders import atomic
+from quantadapt.folders.atomic import atomic_folder, write_atomic
+from quantadapt.folders.environment import environment
+from quantadapt.folders.run_folder import MARKER, RunFolder
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

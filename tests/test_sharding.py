@@ -108,9 +108,9 @@ def test_a_sharded_base_computes_the_same(sharded, backend) -> None:
 def load_sharded(tiny: str) -> dict[str, Any]:
     import quantadapt as qa
     from quantadapt import layerwise, sharding
+    from quantadapt.exporting.saving import size_mib
     from quantadapt.facade import facades
     from quantadapt.quantizing import quantize_plan
-    from quantadapt.saving import size_mib
 
     made = plan(Spec(model=tiny, backend="hqq", train={"parallel": "fsdp"}), check_output=False)
     whole = layerwise.quantize_layerwise(made.quantizer, tiny, device="cpu", dtype=torch.float32)

@@ -29,7 +29,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from quantadapt.collators import CausalCollator
+from quantadapt.data.batches import CausalCollator
 from quantadapt.errors import OutputError, TrainingError
 from quantadapt.evaluation import perplexity
 from quantadapt.sharding import PACKED

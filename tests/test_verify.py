@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from quantadapt import cli, matrix, matrix_results, verify, verify_process
+from quantadapt import cli, matrix
 from quantadapt.cli.verifying import VerifyDisplay
 from quantadapt.errors import DataError, MissingDependency, OutputError, PlanRefused, SpecError
-from quantadapt.matrix_results import Verified, read_verified
+from quantadapt.matrix import process, results, verify
+from quantadapt.matrix.process import Job
+from quantadapt.matrix.results import Verified, read_verified
+from quantadapt.matrix.verify import Verification, parse_options
 from quantadapt.registry import registry
-from quantadapt.verify import Verification, parse_options
-from quantadapt.verify_process import Job
 
 # Options as text ----------------------------------------------------------------------------------
 
@@ -95,7 +96,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def run(
         what: dict[str, str] | None = None, adapters: tuple[str, ...] = FOUR, **options: Any
-    ) -> tuple[dict[str, matrix_results.VerifiedCell], list[str]]:
+    ) -> tuple[dict[str, results.VerifiedCell], list[str]]:
         starts.write_text("")
         verification = Verification(
             tmp_path / "deep" / "m.json",
@@ -114,7 +115,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
-def outcomes(cells: dict[str, matrix_results.VerifiedCell]) -> dict[str, str]:
+def outcomes(cells: dict[str, results.VerifiedCell]) -> dict[str, str]:
     return {name: cell.verified for name, cell in cells.items()}
 
 
@@ -197,7 +198,7 @@ def test_what_has_a_result_is_passed_over(stand_in, monkeypatch):
     cells, starts = stand_in(adapters=("dora",), fresh=True)
     assert (starts, outcomes(cells)) == (["dora"], {"dora": "passed"})
     assert len(read_verified(stand_in.file).cells) == 5
-    monkeypatch.setattr(matrix_results, "__version__", "9.9")
+    monkeypatch.setattr(results, "__version__", "9.9")
     assert stand_in(adapters=("lora",))[1] == ["lora"]
 
 
@@ -239,7 +240,7 @@ def test_cells_of_other_origin_say_so(tmp_path: Path, stand_in):
     stand_in()
     part = read_verified(stand_in.file)
     old = {**part.cells[0].origin, "date": "2020-01-01", "versions": {"torch": "1.0"}}
-    cells = [matrix_results.VerifiedCell("none", "boft", "passed", origin=old), *part.cells]
+    cells = [results.VerifiedCell("none", "boft", "passed", origin=old), *part.cells]
     mixed = Verified.of(cells)
     (tmp_path / "m.json").write_text(mixed.to_json())
     again = read_verified(tmp_path / "m.json")
@@ -434,7 +435,7 @@ def test_one_broken_backend_stops_no_other(toys: Path, capsys, monkeypatch):
         started.append(command[command.index("--backend") + 1])
         return popen(command, **options)
 
-    monkeypatch.setattr(verify_process.subprocess, "Popen", counted)
+    monkeypatch.setattr(process.subprocess, "Popen", counted)
     code, out, _ = run_cli(capsys, "--backend", "toy-hangs", "--timeout", "3")
     assert (code, started) == (1, ["toy-hangs"])
     names = [f"toy-{name}" for name in ("dies", "hangs", "honest", "raises")]

@@ -46,7 +46,7 @@ def _nothing() -> None:
 
 def add_plugin_commands(app: typer.Typer) -> None:
     """Let the installed plugins add theirs; one that fails is named and left out."""
-    from ..registry import registry
+    from ..registry.discovery import registry
 
     for implementation in registry().manager.hook.quantadapt_commands.get_hookimpls():
         try:

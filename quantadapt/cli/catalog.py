@@ -39,7 +39,7 @@ def backends(context: typer.Context, json: JsonOption = False) -> None:
     if context.invoked_subcommand:
         return
     with session(as_json=json) as shown:
-        from ..registry import registry
+        from ..registry.discovery import registry
 
         facts = [_backend_facts(backend) for backend in registry().backends()]
         if json:
@@ -53,7 +53,7 @@ def backends(context: typer.Context, json: JsonOption = False) -> None:
 def show_backend(name: NameArgument, json: JsonOption = False) -> None:
     """Show a backend: options with types and defaults, what it needs, and its rules."""
     with session(as_json=json) as shown:
-        from ..registry import registry
+        from ..registry.discovery import registry
 
         facts = _backend_facts(registry().backend(name))
         if json:
@@ -80,7 +80,7 @@ def adapters(context: typer.Context, json: JsonOption = False) -> None:
     if context.invoked_subcommand:
         return
     with session(as_json=json) as shown:
-        from ..registry import registry
+        from ..registry.discovery import registry
 
         facts = [_adapter_facts(adapter) for adapter in registry().adapters()]
         if json:
@@ -94,7 +94,7 @@ def adapters(context: typer.Context, json: JsonOption = False) -> None:
 def show_adapter(name: NameArgument, json: JsonOption = False) -> None:
     """Show an adapter: options of its PEFT config, defaults, and its rules."""
     with session(as_json=json) as shown:
-        from ..registry import registry
+        from ..registry.discovery import registry
 
         facts = _adapter_facts(registry().adapter(name))
         if json:
@@ -110,7 +110,7 @@ def show_adapter(name: NameArgument, json: JsonOption = False) -> None:
 
 def _backend_facts(backend: Backend) -> dict[str, Any]:
     from ..dependencies import missing_requirements
-    from ..registry import registry
+    from ..registry.discovery import registry
 
     return {
         "name": backend.name,
@@ -155,8 +155,8 @@ def _type_text(schema: Mapping[str, Any]) -> str:
 
 
 def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
-    from ..peft_options import peft_options
-    from ..registry import registry
+    from ..planning.peft_options import peft_options
+    from ..registry.discovery import registry
 
     options = peft_options(adapter.peft_type).values()
     return {
@@ -207,7 +207,7 @@ def _refused_word(facts: Mapping[str, Any]) -> str:
 
 
 def _after_list(shown: Session, name: str) -> None:
-    from ..registry import registry
+    from ..registry.discovery import registry
 
     for text in registry().clashes():
         shown.note(text)

@@ -13,7 +13,7 @@ from .flags import JsonOption
 from .session import Session, session
 
 if TYPE_CHECKING:
-    from ..doctor import BackendHealth, Diagnosis, PluginHealth
+    from ..registry.doctor import BackendHealth, Diagnosis, PluginHealth
 
 
 def register(app: typer.Typer, name: str) -> None:
@@ -43,7 +43,7 @@ def doctor(
     or broken is named, and harms nothing.
     """
     with session(as_json=json) as shown:
-        from ..doctor import diagnose
+        from ..registry.doctor import diagnose
         from .progress import spinner
 
         with spinner(shown.progress, "importing every backend" if imports else "looking"):

@@ -57,8 +57,8 @@ def evaluate(
         with waiting(shown, "loading the model"):
             model = open_model(path, device)
         with waiting(shown, "measuring"):
+            from ..quantizing.state import state_of
             from ..stages import evaluate as measure
-            from ..state import state_of
 
             held_out, origin = held_out_of(path, data, state_of(model).tokenizer)
             found = measure(model, held_out, batch_size=batch_size, max_examples=max_examples)
@@ -90,8 +90,8 @@ def generate(
         with waiting(shown, "loading the model"):
             model = open_model(path, device)
         with waiting(shown, "generating"):
-            from ..evaluation import greedy
-            from ..state import state_of
+            from ..evaluation.stage import greedy
+            from ..quantizing.state import state_of
 
             answers = greedy(
                 model, state_of(model).tokenizer, prompts, max_new_tokens=max_new_tokens

@@ -162,7 +162,7 @@ def _of_the_rest(values: Mapping[str, Any], known: Iterable[Problem]) -> list[Pr
     Rules are left out: what they look at may be what is missing.
     """
     from ..errors import PlanRefused, SpecError
-    from ..planning import plan
+    from ..planning.stage import plan
     from ..spec import Spec
 
     try:

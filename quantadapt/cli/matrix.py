@@ -15,8 +15,8 @@ from .session import Session, session
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..matrix import DeclaredCell
-    from ..matrix_results import Verified, VerifiedCell
+    from ..matrix.declared import DeclaredCell
+    from ..matrix.results import Verified, VerifiedCell
     from ..records import Adapter, Backend
 
 _STYLES = {"requantize": "green", "dense": "green", "never": "yellow", "refused": "red"}
@@ -165,8 +165,8 @@ def matrix(
 def _named(
     backend: Sequence[str] | None, adapter: Sequence[str] | None, all_adapters: bool
 ) -> tuple[list[Backend], list[Adapter]]:
-    from ..matrix import MAIN, main_first
-    from ..registry import registry
+    from ..matrix.declared import MAIN, main_first
+    from ..registry.discovery import registry
 
     known = registry()
     backends = [known.backend(name) for name in dict.fromkeys(backend or ())] or known.backends()
@@ -194,24 +194,20 @@ def _print_matrix(
     *,
     markdown: bool,
 ) -> None:
-    from .. import matrix_results
-    from ..matrix import declared, preferred_dtype
+    from ..matrix import results
+    from ..matrix.declared import declared, preferred_dtype
 
     cells = declared(backends, adapters, device=device, dtype=dtype)
     names = {b.name for b in backends}, {a.name for a in adapters}
-    found = (
-        [matrix_results.read_verified(file) for file in files]
-        if files
-        else matrix_results.bundled()
-    )
+    found = [results.read_verified(file) for file in files] if files else results.bundled()
     results = [
         part.only(lambda c: c.backend in names[0] and c.adapter in names[1]) for part in found
     ]
     results = [part for part in results if part.cells]
     if shown.as_json:
-        shown.print_json(matrix_results.to_json(cells, results))
+        shown.print_json(results.to_json(cells, results))
     elif markdown:
-        from ..matrix_tables import to_markdown
+        from ..matrix.tables import to_markdown
 
         shown.out.file.write(to_markdown(cells, results))
     else:
@@ -222,8 +218,8 @@ def _print_matrix(
 def _show(
     shown: Session, cells: Sequence[DeclaredCell], results: Sequence[Verified], where: str
 ) -> None:
-    from ..matrix import MEANING, footnotes
-    from ..registry import registry
+    from ..matrix.declared import MEANING, footnotes
+    from ..registry.discovery import registry
 
     notes = list(footnotes(cells))
     words = {(cell.backend, cell.adapter): _declared_word(cell, notes) for cell in cells}
@@ -248,7 +244,7 @@ def _show(
 
 def show_verified(shown: Session, part: Verified) -> None:
     """Print one file of verified results."""
-    from ..matrix_tables import NUMBER, plain, unwell, variants
+    from ..matrix.tables import NUMBER, plain, unwell, variants
 
     cells = plain(part)
     words = {(cell.backend, cell.adapter): _verified_word(cell) for cell in cells}
@@ -279,7 +275,7 @@ def _print_tables(
     cells: Sequence[DeclaredCell | VerifiedCell],
     words: Mapping[tuple[str, str], str],
 ) -> None:
-    from ..matrix_tables import grid
+    from ..matrix.tables import grid
 
     backends, adapters = grid(cells)
     shown.out.print(title, style="bold", markup=False, soft_wrap=True)

@@ -76,7 +76,7 @@ def merge(
     unquantized model that the base was made from, in the memory of one shard.
     """
     with session(as_json=json) as shown:
-        from ..saving import MERGED
+        from ..exporting.saving import MERGED
         from .models import check_record, checked_output, open_model, waiting
 
         folder = output or Path(run)
@@ -107,9 +107,9 @@ def _merged(
     calibration: str | None,
     overwrite: bool,
 ) -> dict[str, Any]:
-    from ..saving import check_merge
-    from ..saving import merge as merge_and_save
-    from ..state import state_of
+    from ..exporting.saving import check_merge
+    from ..exporting.saving import merge as merge_and_save
+    from ..quantizing.state import state_of
     from .models import calibration_of, held_out_of
 
     state = state_of(model)
@@ -125,7 +125,7 @@ def _merged(
 
 
 def _adapter_problems(run: str) -> list[Problem]:
-    from ..saving import adapter_folder
+    from ..exporting.saving import adapter_folder
 
     try:
         adapter_folder(Path(run))
@@ -136,9 +136,9 @@ def _adapter_problems(run: str) -> list[Problem]:
 
 def _check_onto(run: str, base: str, kind: Kind) -> None:
     """Find what is wrong before torch is imported."""
-    from ..checkpoint import check_model
-    from ..merging_onto import check_onto
-    from ..saving import adapter_folder, read_record
+    from ..exporting.onto import check_onto
+    from ..exporting.saving import adapter_folder, read_record
+    from ..planning.on_disk import check_model
 
     found = [*_adapter_problems(run), *check_model(base)]
     if kind == "requantize":
@@ -159,9 +159,9 @@ def _merged_onto(
     device: str | None,
     overwrite: bool,
 ) -> dict[str, Any]:
-    from ..merging_onto import merge_onto
-    from ..quantizing import load_tokenizer
-    from ..saving import adapter_folder
+    from ..exporting.onto import merge_onto
+    from ..exporting.saving import adapter_folder
+    from ..quantizing.stage import load_tokenizer
     from .models import held_out_of
 
     held_out = None

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..atomic import OTHER_OUTPUT, in_words, is_free
 from ..errors import ModelError, PlanRefused, Problem
-from ..saving import ADAPTER, MERGED, RECORD
+from ..exporting.saving import ADAPTER, MERGED, RECORD
+from ..folders.atomic import OTHER_OUTPUT, in_words, is_free
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,8 +37,8 @@ def open_model(path: str, device: str | None) -> nn.Module:
     Raises:
         ModelError: there is nothing to load.
     """
-    from ..checkpoint import check_model, quantization_of
-    from ..saving import load
+    from ..exporting.saving import load
+    from ..planning.on_disk import check_model, quantization_of
     from ..stages import quantize
 
     folder = Path(path).expanduser()
@@ -55,7 +55,7 @@ def open_model(path: str, device: str | None) -> nn.Module:
 
 
 def _backend_of(config: dict[str, Any], path: str) -> str:
-    from ..registry import registry
+    from ..registry.discovery import registry
 
     for backend in registry().backends():
         if backend.quantizer.from_checkpoint(config) is not None:
@@ -70,7 +70,7 @@ def held_out_of(path: str, data: str | None, tokenizer: Any) -> tuple[Dataset, s
 
     It is what `data` names, or what the run at `path` held out, or the bundled demo's.
     """
-    from ..data import load_data, load_held_out
+    from ..data.reading import load_data, load_held_out
     from ..spec import Spec
 
     if data is not None:
@@ -85,8 +85,8 @@ def held_out_of(path: str, data: str | None, tokenizer: Any) -> tuple[Dataset, s
 
 def calibration_of(path: str, calibration: str | None, tokenizer: Any) -> Any:
     """Return what to calibrate on: what `calibration` names, or what the run at `path` used."""
-    from ..calibration_data import examples_from
-    from ..data import load_data
+    from ..data.reading import load_data
+    from ..quantizing.examples import examples_from
     from ..spec import Spec
     from ..stages import calibration_examples
 
@@ -108,8 +108,8 @@ def check_record(path: str, kind: Literal["dense", "requantize"]) -> None:
     """
     from ..errors import MergeRefused
     from ..machine import this_machine
-    from ..planning import make_cell, merge_refusals
-    from ..registry import registry
+    from ..planning.stage import make_cell, merge_refusals
+    from ..registry.discovery import registry
 
     folder = Path(path).expanduser()
     record = next((r for f in (folder / ADAPTER, folder) if (r := _record(f))), None)

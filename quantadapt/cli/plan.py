@@ -13,7 +13,7 @@ from .session import session
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..planning import Plan
+    from ..planning.stage import Plan
 
 CardOption = Annotated[
     list[float] | None,
@@ -55,7 +55,7 @@ def plan(
     memory that training needs is predicted from the model's config.json; weights may be missing.
     """
     with session(as_json=json) as shown:
-        from ..planning import plan as make_plan
+        from ..planning.stage import plan as make_plan
 
         made = make_plan(
             flags.spec(), processes=gpus, cards=card or (), weights=False, check_output=not card
@@ -118,7 +118,7 @@ def _options(name: str, options: dict[str, Any]) -> str:
 
 def spec_schema() -> dict[str, Any]:
     """Return the JSON schema of `Spec`, with the options of each backend that is known here."""
-    from ..registry import registry
+    from ..registry.discovery import registry
     from ..spec import Spec
 
     made = Spec.model_json_schema()

@@ -26,7 +26,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..planning import Plan
+    from ..planning.stage import Plan
     from ..spec import TrainSpec
 
 BETWEEN = "loading libraries and data"

@@ -12,7 +12,7 @@ from .flags import DeviceOption, DtypeOption, JsonOption
 from .session import session
 
 if TYPE_CHECKING:
-    from ..planning import Plan
+    from ..planning.stage import Plan
 
 
 def register(app: typer.Typer, name: str) -> None:
@@ -63,7 +63,7 @@ def quantize(
     The checkpoint is in the backend's own format, or in that of transformers where there is one.
     """
     with session(as_json=json) as shown:
-        from ..planning import plan
+        from ..planning.stage import plan
         from .models import checked_output, waiting
 
         given = {"device": device, "dtype": dtype, "skip_misfits": skip_misfits or None}
@@ -93,9 +93,9 @@ def _quantized(
     made: Plan, output: Path, calibration: str | None, overwrite: bool
 ) -> dict[str, Any]:
     """Quantize and save; return what was written."""
-    from ..atomic import folder_size
-    from ..quantizing import quantize_plan
-    from ..saving import save
+    from ..exporting.saving import save
+    from ..folders.atomic import folder_size
+    from ..quantizing.stage import quantize_plan
 
     saved = save(quantize_plan(made, calibration=calibration), output, overwrite=overwrite)
     return {

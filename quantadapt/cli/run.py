@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..distributed import as_launched, stop, world
+from ..distributed.talking import as_launched, stop, world
 from .commands import add
 from .flags import GpusOption, JsonOption, SpecFlags, with_spec_flags
 from .session import Session, report_failure, session
 
 if TYPE_CHECKING:
     from ..pipeline import Listener, RunResult
-    from ..planning import Plan
+    from ..planning.stage import Plan
 
 
 def register(app: typer.Typer, name: str) -> None:
@@ -45,7 +45,7 @@ def run(flags: SpecFlags, json: JsonOption = False, gpus: GpusOption = 1) -> Non
         _launch(flags, json, gpus)
         return
     with session(as_json=json) as shown:
-        from ..planning import plan
+        from ..planning.stage import plan
 
         made = plan(as_launched(flags.spec()), check_output=world().is_main)
         result = _watched(made, shown)
@@ -57,10 +57,10 @@ def run(flags: SpecFlags, json: JsonOption = False, gpus: GpusOption = 1) -> Non
 
 def _launch(flags: SpecFlags, json: bool, gpus: int) -> None:
     """Plan here, so that nothing is started in vain, and run this command line in processes."""
-    from ..launching import launch
+    from ..distributed.launching import launch
 
     with session(as_json=json):
-        from ..planning import plan
+        from ..planning.stage import plan
 
         made = plan(flags.spec(), processes=gpus)
     try:
@@ -79,7 +79,7 @@ def _folder(made: Plan) -> Path:
 
 def _note_failure(folder: Path) -> None:
     """Mark a run as failed whose first process could not do so."""
-    from ..run_folder import RunFolder
+    from ..folders.run_folder import RunFolder
 
     run_folder = RunFolder(folder)
     if run_folder.marker.get("state") == "running":
@@ -107,7 +107,7 @@ def _watched(made: Plan, shown: Session) -> RunResult:
 
 def _logging_to_folder(display: Listener, shown: Session, folder: Path) -> Listener:
     """Return `display`, which also moves the log into the run folder once that is there."""
-    from ..run_folder import MARKER
+    from ..folders.run_folder import MARKER
 
     marker = folder / MARKER
     before = marker.stat().st_mtime_ns if marker.exists() else None

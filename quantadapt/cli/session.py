@@ -155,7 +155,7 @@ def _error_document(error: BaseException, code: int) -> dict[str, Any]:
 
 def _of_main(stream: TextIO) -> TextIO:
     """Return `stream`, or of several processes, for all but the first, one that nobody sees."""
-    from ..distributed import world
+    from ..distributed.talking import world
 
     return stream if world().is_main else open(os.devnull, "w")
 

@@ -16,9 +16,9 @@ from .session import Session
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..matrix_results import VerifiedCell
+    from ..matrix.process import Job
+    from ..matrix.results import VerifiedCell
     from ..records import Adapter, Backend
-    from ..verify_process import Job
 
 
 def verify_cells(
@@ -35,8 +35,8 @@ def verify_cells(
     fresh: bool,
 ) -> None:
     """Verify, and print what came of it. Ends in SystemExit(1) if a cell failed or crashed."""
-    from ..matrix_results import Verified
-    from ..verify import TIMEOUT, Verification, parse_options
+    from ..matrix.results import Verified
+    from ..matrix.verify import TIMEOUT, Verification, parse_options
 
     with VerifyDisplay(shown.progress) as display:
         verification = Verification(output, timeout=timeout or TIMEOUT, listener=display)

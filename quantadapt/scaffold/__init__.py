@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .. import __version__
-from ..atomic import atomic_folder, is_free
 from ..errors import OutputError, PlanRefused, Problem
-from ..registry import registry
+from ..folders.atomic import atomic_folder, is_free
+from ..registry.discovery import registry
 
 PREFIX = "quantadapt-"
 LONGEST = 40

@@ -65,7 +65,7 @@ class AdapterSuite(Suite):
         assert change(bench.logits(model), bench.trained(adapter).tuned) == 0
 
     def test_save_and_load(self, bench: Bench, adapter: str) -> None:
-        from ..saving import load, save
+        from ..exporting.saving import load, save
 
         trained = bench.trained(adapter)
         folder = save(trained.model, bench.folder())
@@ -85,7 +85,7 @@ class AdapterSuite(Suite):
         assert error <= bench.tolerance.vendor  # PEFT's own LoRA layers add in another order
 
     def test_load_quantizes_the_recorded_base(self, bench: Bench, adapter: str) -> None:
-        from ..saving import load, save
+        from ..exporting.saving import load, save
 
         if adapter != bench.adapters_for("attach")[0]:
             return  # once is enough
@@ -109,8 +109,8 @@ class AdapterSuite(Suite):
 
     @cells("dense")
     def test_dense_merge(self, bench: Bench, adapter: str) -> None:
+        from ..exporting.merging import merged_model
         from ..facade import densify, facades
-        from ..merging import merged_model
 
         trained = bench.trained(adapter)
         before = _tensors(trained.model)
@@ -132,7 +132,7 @@ class AdapterSuite(Suite):
     def test_merged_model_is_an_ordinary_checkpoint(self, bench: Bench, adapter: str) -> None:
         from transformers import AutoModelForCausalLM
 
-        from ..merging import merged_model
+        from ..exporting.merging import merged_model
 
         merged = merged_model(bench.trained(adapter).model, "dense")
         folder = bench.folder()
@@ -147,9 +147,9 @@ class AdapterSuite(Suite):
         """It is what PEFT makes of the unquantized model and the adapter, in memory in float32."""
         from peft import PeftModel
 
-        from ..loading import from_pretrained
-        from ..merging_onto import merge_onto
-        from ..saving import save
+        from ..exporting.onto import merge_onto
+        from ..exporting.saving import save
+        from ..loading.reading import from_pretrained
 
         device, dtype = bench.suite.device, bench.torch_dtype
         folder = bench.folder()
@@ -168,8 +168,8 @@ class AdapterSuite(Suite):
 
     @cells("requantize")
     def test_requantized_merge(self, bench: Bench, adapter: str) -> None:
+        from ..exporting.merging import merged_model
         from ..facade import facades
-        from ..merging import merged_model
 
         trained = bench.trained(adapter)
         before = _tensors(trained.model)
@@ -187,8 +187,8 @@ class AdapterSuite(Suite):
 
     @cells("requantize")
     def test_requantized_merge_is_saved(self, bench: Bench, adapter: str) -> None:
-        from ..merging import merged_model
-        from ..state import state_of
+        from ..exporting.merging import merged_model
+        from ..quantizing.state import state_of
 
         if adapter != bench.adapters_for("requantize")[0]:
             return

@@ -10,9 +10,9 @@ import pytest
 from .. import __version__
 from ..dependencies import missing_requirements
 from ..errors import PlanRefused, QuantadaptError
-from ..matrix import MAIN, backend_title, dtype_for, main_first, obstacles
-from ..registry import registry
-from ..verify import parse_options
+from ..matrix.declared import MAIN, backend_title, dtype_for, main_first, obstacles
+from ..matrix.verify import parse_options
+from ..registry.discovery import registry
 from .backend_suite import BackendSuite
 from .plugin import BASE, REST, part_of, suite_of
 from .suite import Suite

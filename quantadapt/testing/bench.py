@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import demo
 from ..capabilities import Merge
-from ..planning import Plan, attach_refusals, merge_refusals, onto_refusals, plan
+from ..planning.stage import Plan, attach_refusals, merge_refusals, onto_refusals, plan
 from ..records import Adapter, Backend
-from ..registry import registry
+from ..registry.discovery import registry
 from ..spec import Spec
 from .short_training import Trained, train
 from .small_demo import biased, calibration_examples, demo_tokens, small_model
@@ -73,7 +73,7 @@ class Bench:
 
     def cell_of(self, adapter: str) -> tuple[Any, Adapter]:
         """Return the facts about the cell with `adapter`, and the adapter's record."""
-        from ..planning import make_cell
+        from ..planning.stage import make_cell
 
         spec = self.spec(adapter)
         record = registry().adapter(adapter)
@@ -152,7 +152,7 @@ class Bench:
     @cached_property
     def dense(self) -> nn.Module:
         """The small model, unquantized."""
-        from ..loading import from_pretrained
+        from ..loading.reading import from_pretrained
 
         device_map = {"": self.suite.device}
         return from_pretrained(self.source, dtype=self.torch_dtype, device_map=device_map).eval()
@@ -166,7 +166,7 @@ class Bench:
     def biased(self) -> nn.Module:
         """The small model with a random bias in each layer, quantized but for the layers called
         `skipped`; not to be changed."""
-        from ..state import state_of
+        from ..quantizing.state import state_of
 
         skip = [*state_of(self.base).skip_modules, self.skipped]
         model = self.quantize(plan(self.spec(model=self.source, skip_modules=skip)), biased(self))
@@ -180,7 +180,7 @@ class Bench:
 
     def quantize(self, plan: Plan, module: nn.Module | None = None) -> nn.Module:
         """Quantize what `plan` names, or a live `module`, calibrated where the backend wants it."""
-        from ..quantizing import quantize_plan
+        from ..quantizing.stage import quantize_plan
 
         examples = calibration_examples() if self.record.calibration else None
         return quantize_plan(plan, module=module, calibration=examples).eval()
@@ -280,8 +280,8 @@ class Bench:
         """Attach `adapter` to a copy of the base, past every rule."""
         from transformers import set_seed
 
-        from ..attaching import attach_adapter
-        from ..state import state_of
+        from ..adapting.stage import attach_adapter
+        from ..quantizing.state import state_of
 
         model = self.fresh() if model is None else model
         record = registry().adapter(adapter)
@@ -316,7 +316,7 @@ class Bench:
 
 def weight_bytes(facade: QuantLinear) -> float:
     """Return the size of what is stored for a layer's weight."""
-    from ..saving import size_mib
+    from ..exporting.saving import size_mib
 
     bias = 0 if facade.bias is None else facade.bias.nbytes
     return size_mib(facade) * 2**20 - bias

@@ -312,8 +312,8 @@ def _key(suite: type[Suite]) -> str:
 
 def _facts(bench: Any) -> dict[str, Any]:
     """Return what is known of a suite before any test, as plain data."""
-    from ..matrix import backend_title, without_defaults
-    from ..matrix_results import origin_of
+    from ..matrix.declared import backend_title, without_defaults
+    from ..matrix.results import origin_of
     from .unverified import unverified
 
     suite = bench.suite

@@ -14,8 +14,8 @@ import pytest
 from ..capabilities import Rule
 from ..errors import MergeRefused, PlanRefused
 from ..machine import Machine, this_machine
-from ..planning import plan
-from ..registry import registry
+from ..planning.stage import plan
+from ..registry.discovery import registry
 from ..spec import Spec
 from .bench import Bench
 from .suite import Suite, cells
@@ -55,9 +55,9 @@ class RefusalSuite(Suite):
     @cells("attach")
     def test_refused_merges_touch_nothing(self, bench: Bench, adapter: str) -> None:
         """Neither a run nor `merge` on a live model gets as far as reading or writing weights."""
+        from ..exporting.saving import check_merge, merge
         from ..pipeline import run
-        from ..saving import check_merge, merge
-        from ..state import state_of
+        from ..quantizing.state import state_of
 
         for kind in KINDS:
             if not bench.refusals(adapter, kind):
@@ -75,8 +75,8 @@ class RefusalSuite(Suite):
     @cells("attach")
     def test_refused_bases_are_refused(self, bench: Bench, adapter: str) -> None:
         """Merging onto the unquantized base is refused before anything is read."""
-        from ..merging_onto import merge_onto
-        from ..saving import save
+        from ..exporting.onto import merge_onto
+        from ..exporting.saving import save
 
         if refused := bench.refusals(adapter, "onto"):
             folder = bench.folder()
@@ -141,7 +141,7 @@ def try_to_train(bench: Bench, adapter: str) -> str:
 
 def try_to_merge(bench: Bench, adapter: str, kind: Literal["dense", "requantize"]) -> str:
     """Merge past the rules; return what went wrong, "" if the merged model is right."""
-    from ..merging import merged_model
+    from ..exporting.merging import merged_model
 
     try:
         trained = bench.trained(adapter)
@@ -167,7 +167,7 @@ def try_spec(bench: Bench, spec: Spec) -> str:
     )
     tried = Bench(suite)
     try:
-        with patch("quantadapt.planning.attach_refusals", return_value=[]):
+        with patch("quantadapt.planning.stage.attach_refusals", return_value=[]):
             return try_to_train(tried, spec.adapter.name)
     finally:
         tried.close()
@@ -235,9 +235,9 @@ def _is_here(device: str) -> bool:
 
 def _no_model_is_read() -> Any:
     failure = AssertionError("a model was read although the merge is refused")
-    return patch("quantadapt.loading.from_pretrained", side_effect=failure)
+    return patch("quantadapt.loading.reading.from_pretrained", side_effect=failure)
 
 
 def _nothing_is_merged() -> Any:
     failure = AssertionError("weights were merged although the merge is refused")
-    return patch("quantadapt.merging.merged_model", side_effect=failure)
+    return patch("quantadapt.exporting.merging.merged_model", side_effect=failure)

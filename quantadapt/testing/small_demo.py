@@ -50,7 +50,7 @@ def biased(bench: Bench) -> nn.Module:
     """Return the dense model with random biases in every linear layer but the head."""
     import torch
 
-    from ..loading import from_pretrained
+    from ..loading.reading import from_pretrained
 
     dense: Any = bench.dense
     config = copy.deepcopy(dense.config)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import pytest
 
-from ..matrix import MAIN as ADAPTERS
+from ..matrix.declared import MAIN as ADAPTERS
 from .bench import Adapters, Bench
 
 Test = TypeVar("Test", bound=Callable[..., None])

@@ -52,7 +52,7 @@ class TargetSuite(LayerSuite):
                 assert change(linear.weight, bench.original(name)) == 0
 
     def test_biases_are_saved(self, bench: Bench) -> None:
-        from ..saving import load, save
+        from ..exporting.saving import load, save
 
         folder = save(bench.biased, bench.folder() / "biased")
         loaded = load(folder, device=bench.suite.device)
@@ -70,7 +70,7 @@ class TargetSuite(LayerSuite):
     def test_bfloat16(self, bench: Bench) -> None:
         import torch
 
-        from ..planning import plan
+        from ..planning.stage import plan
 
         if "bfloat16" not in bench.record.dtypes:
             return
@@ -161,7 +161,7 @@ class TargetSuite(LayerSuite):
         _assert_options(bench, model)
 
     def test_save_and_load_give_equal_logits(self, bench: Bench) -> None:
-        from ..saving import load, save
+        from ..exporting.saving import load, save
 
         folder = save(bench.base, bench.folder() / "saved")
         assert change(bench.logits(bench.base), bench.base_logits) == 0, "saving changed the model"
@@ -172,7 +172,7 @@ class TargetSuite(LayerSuite):
         assert _quantization(again) == _quantization(folder)
 
     def test_saved_checkpoint_is_adopted(self, bench: Bench) -> None:
-        from ..saving import save
+        from ..exporting.saving import save
         from ..stages import quantize
 
         folder = save(bench.base, bench.folder() / "saved")
@@ -214,7 +214,7 @@ def _facades(model: nn.Module) -> dict[str, QuantLinear]:
 
 def _assert_options(bench: Bench, model: nn.Module) -> None:
     """The quantizer that a model is known by has the options that it was made with."""
-    from ..state import state_of
+    from ..quantizing.state import state_of
 
     found = state_of(model).quantizer
     for name, value in bench.suite.options.items():

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from ..machine import this_machine
-from ..registry import registry
+from ..registry.discovery import registry
 from .adapter_suite import AdapterSuite
 from .bench import Bench
 from .refusal_suite import KINDS, RefusalSuite

@@ -1,0 +1,1 @@
+"""The attach stage: adapters on facades, and what makes them fast."""

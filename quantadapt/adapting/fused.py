@@ -1,0 +1,202 @@
+"""PEFT's LoRA layers over facades, computed by fused functions.
+
+PEFT makes these layers in place of its own, so saving, merging, `disable_adapter` and several
+adapters are PEFT's. A single plain LoRA goes to `fused_lora`, a DoRA to `fused_dora`; whatever is
+neither takes PEFT's own forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+
+from ..facade import QuantLinear
+from .fused_dora import fused_dora
+from .fused_lora import LoraTerm, Magnitude, fused_lora, kept
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+class FusedLoraLinear(Linear):  # type: ignore[misc]
+    """PEFT's LoRA layer with a forward of its own where a single plain LoRA or DoRA is active."""
+
+    _in_training: _InTraining | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return base and adapter: [..., in_features] -> [..., out_features]."""
+        if args or kwargs or (plain := self.plain()) is None:
+            output: Tensor = super().forward(x, *args, **kwargs)
+            return output
+        term, dropout = plain
+        dropped = x if dropout is None else dropout(x)
+        if term.magnitude is not None:
+            return fused_dora(x, None if dropped is x else dropped, term)
+        # An x without a graph is saved by each layer for itself: joined, a recomputation would save
+        # fewer tensors than the pass it repeats.
+        if self._in_training is not None and dropped is x and x.requires_grad:
+            return self._in_training.siblings.forward(self, term, x)
+        (output,) = fused_lora(x, None if dropped is x else dropped, [term])
+        return output
+
+    def plain(self) -> tuple[LoraTerm, nn.Module | None] | None:
+        """Return what a single plain LoRA or DoRA adds to the base, and its dropout if it has any;
+        None where something else is active."""
+        lent = self._in_training
+        if lent is not None and lent.active == self._active_adapter:
+            switched_off = self._disable_adapters or self.merged_adapters
+            return None if switched_off else (lent.term, lent.dropout)
+        adapter = self._only_plain_adapter()
+        if adapter is None:
+            return None
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        facade, dropout = self.base_layer, self.lora_dropout[adapter]
+        dtype = facade.compute_dtype_for(a.device.type)
+        casts = (a.detach().to(dtype), b.detach().to(dtype))
+        term = LoraTerm(facade, a, b, self.scaling[adapter], *casts, self._magnitude(adapter))
+        return term, None if isinstance(dropout, nn.Identity) else dropout
+
+    def _magnitude(self, adapter: str) -> Magnitude | None:
+        if adapter not in self.lora_variant:
+            return None
+        return Magnitude(self.lora_magnitude_vector[adapter].weight)
+
+    def _only_plain_adapter(self) -> str | None:
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or len(active) != 1:
+            return None
+        (adapter,) = active
+        variant, base = self.lora_variant.get(adapter), self.base_layer
+        if self.lora_B[adapter].bias is not None or type(base) is not QuantLinear:
+            return None
+        # Where activations are quantized, a sum that is rounded another way makes other codes.
+        dora = type(variant) is DoraLinearVariant and not base.rounds_activations
+        return adapter if variant is None or dora else None
+
+
+def use_fused_layers(config: LoraConfig) -> None:
+    """Have PEFT make fused layers over facades when it attaches or loads a LoRA of `config`."""
+    config._register_custom_module({QuantLinear: FusedLoraLinear})
+
+
+class _Siblings:
+    """The fused layers of one module. Which of them get the same x shows when they are called: the
+    first pass computes them one by one, later ones all of them when the first is called."""
+
+    def __init__(self) -> None:
+        self._partners: dict[FusedLoraLinear, list[FusedLoraLinear]] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget a pass that did not end."""
+        self._ready: dict[FusedLoraLinear, Tensor] = {}
+        self._leader: FusedLoraLinear | None = None
+        self._x: Any = lambda: None
+
+    def forward(self, layer: FusedLoraLinear, term: LoraTerm, x: Tensor) -> Tensor:
+        if self._leader is not None and self._x() is x and layer is not self._leader:
+            if layer in self._ready:
+                kept(x)  # a recomputation has to save as many tensors as the pass it repeats
+                return self._ready.pop(layer)
+            partners = self._partners.setdefault(self._leader, [])
+            if layer not in partners:
+                partners.append(layer)
+            (output,) = fused_lora(x, None, [term])
+            return output
+        for unused in self._ready:  # computed in vain: do so no more
+            for partners in self._partners.values():
+                if unused in partners:
+                    partners.remove(unused)
+        self._leader, self._x = layer, weakref.ref(x)
+        together, terms = [layer], [term]
+        for partner in self._partners.get(layer, ()):
+            plain = partner.plain()
+            if plain is not None and (plain[1] is None or not partner.training):
+                together.append(partner)
+                terms.append(plain[0])
+        outputs = fused_lora(x, None, terms)
+        self._ready = dict(zip(together[1:], outputs[1:], strict=True))
+        return outputs[0]
+
+
+class _InTraining(NamedTuple):
+    """What a fused layer is lent while its model trains."""
+
+    active: Any
+    term: LoraTerm
+    dropout: nn.Module | None
+    siblings: _Siblings
+
+
+class FusedTraining:
+    """The fused layers of a model that trains: what they are is looked up once, A and B are cast
+    once a step, and layers that get the same x are computed together.
+
+    Args:
+        model: whose layers.
+        keep_casts: keep A and B in the compute dtype, too, which takes half as much memory again.
+    """
+
+    def __init__(self, model: nn.Module, keep_casts: bool = True) -> None:
+        self.keep_casts = keep_casts
+        self.layers: list[FusedLoraLinear] = []
+        self._masters: list[Tensor] = []
+        self._casts: list[Tensor] = []
+        for module in model.modules():
+            siblings = _Siblings()
+            for child in module.children():
+                if isinstance(child, FusedLoraLinear) and (plain := child.plain()) is not None:
+                    self._lend(child, *plain, siblings)
+
+    def _lend(
+        self,
+        layer: FusedLoraLinear,
+        term: LoraTerm,
+        dropout: nn.Module | None,
+        siblings: _Siblings,
+    ) -> None:
+        self.layers.append(layer)
+        if not self.keep_casts:
+            term = term._replace(a_cast=term.a.detach(), b_cast=term.b.detach())
+        if term.a_cast.dtype != term.a.dtype:
+            self._masters += [term.a.detach(), term.b.detach()]
+            self._casts += [term.a_cast, term.b_cast]
+        active = copy.copy(layer._active_adapter)
+        layer.__dict__["_in_training"] = _InTraining(active, term, dropout, siblings)
+
+    def refresh(self) -> None:
+        """Cast A and B of all layers again; to be called whenever an optimizer has changed them."""
+        if self._masters:
+            torch._foreach_copy_(self._casts, self._masters)
+
+    def end(self) -> None:
+        """Take back what was lent."""
+        for layer in self.layers:
+            layer.__dict__.pop("_in_training", None)
+
+
+def forget_unfinished(model: nn.Module) -> None:
+    """Drop what a pass that did not end has left behind in the layers of `model`."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.forget()
+        elif isinstance(module, FusedLoraLinear) and module._in_training is not None:
+            module._in_training.siblings.restart()
+
+
+@contextmanager
+def fused_training(model: nn.Module, keep_casts: bool = True) -> Iterator[FusedTraining]:
+    """Make the fused layers of `model` ready for training, for the duration of the block."""
+    training = FusedTraining(model, keep_casts)
+    try:
+        yield training
+    finally:
+        training.end()

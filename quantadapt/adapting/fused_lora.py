@@ -1,0 +1,202 @@
+"""LoRA over facades as one autograd function: y = x Wᵀ + s (x Aᵀ) Bᵀ.
+
+Backward needs x and nothing else: the weight is dequantized again instead of being kept, x Aᵀ is
+computed again. A and B stay in their own precision (float32 masters) and are cast inside. Layers
+that get the same x (query, key and value; gate and up) are one function, which reads x once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..facade import QuantLinear
+
+
+@dataclass
+class Magnitude:
+    """DoRA's part of a layer: its trained magnitudes [out_features], and Σ W² of each row.
+
+    The base is frozen, so `squares` is computed once for as long as this object lives: a training
+    run, or else a single pass.
+    """
+
+    weight: Tensor
+    squares: Tensor | None = None
+
+
+class LoraTerm(NamedTuple):
+    """One layer: its frozen base, A [r, in_features], B [out_features, r] and the factor.
+
+    `a_cast` and `b_cast` are A and B in the dtype of the computation, or as they are. With a
+    magnitude it is DoRA.
+    """
+
+    facade: QuantLinear
+    a: Tensor
+    b: Tensor
+    scaling: float
+    a_cast: Tensor
+    b_cast: Tensor
+    magnitude: Magnitude | None = None
+
+
+def fused_lora(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> tuple[Tensor, ...]:
+    """Return x Wᵀ + bias + scaling (dropped Aᵀ) Bᵀ of each term.
+
+    Args:
+        x: [..., in_features].
+        dropped: x after dropout, which only the adapters see; None if there is none.
+        terms: the layers; all get the same x.
+    """
+    if not torch.is_grad_enabled():
+        return _outputs(x, dropped, terms)
+    x, keeper = kept(x)
+    weights = [weight for term in terms for weight in (term.a, term.b)]
+    outputs: tuple[Tensor, ...] = _FusedLora.apply(x, dropped, terms, keeper, *weights)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+def kept(x: Tensor) -> tuple[Tensor, Any]:
+    """Return x, saved for backward, and the node that has it; without a graph, x and None."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x, None
+    x = _Keep.apply(x)  # type: ignore[no-untyped-call]
+    return x, x.grad_fn
+
+
+class _Keep(torch.autograd.Function):
+    """Saves x in front of the layers, for their backward.
+
+    Gradient checkpointing recomputes a block until the last tensor that was saved in it is there
+    again. x is saved before the matrix products, and they save nothing, so those of the block's
+    last layer (down_proj, mostly) are never computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class _FusedLora(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        terms: Sequence[LoraTerm],
+        keeper: Any,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        outputs = _outputs(x, dropped, terms)
+        ctx.terms, ctx.keeper, ctx.dtypes = terms, keeper, (x.dtype, outputs[0].dtype)
+        ctx.set_materialize_grads(False)
+        ctx.has_dropped = dropped is not None
+        ctx.save_for_backward(
+            *(t for t in (x if keeper is None else None, dropped) if t is not None)
+        )
+        return outputs
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        saved = list(ctx.saved_tensors)
+        dropped = saved.pop() if ctx.has_dropped else None
+        x = saved.pop() if ctx.keeper is None else ctx.keeper.saved_tensors[0]
+        shape, (x_dtype, dtype) = x.shape, ctx.dtypes
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+        terms = [ctx.terms[i] for i in used]
+        dys = [flat(grads[i], dtype) for i in used]  # type: ignore[arg-type]
+        with no_autocast(x.device.type):
+            seen = flat(x if dropped is None else dropped, dtype)
+            a = _stacked_a(terms, dtype)
+            g = torch.cat([_through_b(dy, term) for dy, term in zip(dys, terms, strict=True)], 1)
+            of_weights: list[Tensor | None] = [None] * (2 * len(ctx.terms))
+            for i, da, db in zip(used, *_weight_gradients(terms, dys, seen, a, g), strict=True):
+                of_weights[2 * i : 2 * i + 2] = da, db
+            d_dropped = None if dropped is None else (g @ a).view(shape).to(dropped.dtype)
+            del x, seen, saved, dropped  # before dx, which is as large, needs memory
+            dx = _base_gradient(terms, dys) if ctx.needs_input_grad[0] else None
+            if dx is not None and d_dropped is None:
+                dx.addmm_(g, a)
+        dx = None if dx is None else dx.view(shape).to(x_dtype)
+        return dx, d_dropped, None, None, *of_weights
+
+
+def _outputs(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> tuple[Tensor, ...]:
+    outputs = [term.facade.vendor_forward(x) for term in terms]
+    dtype = outputs[0].dtype
+    with no_autocast(x.device.type):
+        h = flat(x if dropped is None else dropped, dtype) @ _stacked_a(terms, dtype).T
+        parts = h.split_with_sizes([term.a.shape[0] for term in terms], dim=1)
+        return tuple(map(_add, outputs, parts, terms))
+
+
+def _stacked_a(terms: Sequence[LoraTerm], dtype: torch.dtype) -> Tensor:
+    """Return the A of all terms, one below the other: [sum of the ranks, in_features]."""
+    if len(terms) == 1:
+        return terms[0].a_cast.to(dtype)
+    return torch.cat([term.a_cast for term in terms]).to(dtype)
+
+
+def _add(y: Tensor, h: Tensor, term: LoraTerm) -> Tensor:
+    """Add the adapter's part to the base's output, in place."""
+    y = y if y.is_contiguous() else y.contiguous()
+    y.view(-1, y.shape[-1]).addmm_(h, term.b_cast.to(y.dtype).T, alpha=term.scaling)
+    # Autograd forbids in-place changes of a view that was made in here.
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+
+def _through_b(dy: Tensor, term: LoraTerm) -> Tensor:
+    return _scaled(dy @ term.b_cast.to(dy.dtype), term.scaling)
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x.mul_(factor)
+
+
+def _weight_gradients(
+    terms: Sequence[LoraTerm], dys: Sequence[Tensor], seen: Tensor, a: Tensor, g: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the gradients of each A and of each B."""
+    ranks = [term.a.shape[0] for term in terms]
+    da: Sequence[Tensor] = torch.split(g.T @ seen, ranks)  # type: ignore[no-untyped-call]
+    h: Sequence[Tensor] = torch.split(seen @ a.T, ranks, dim=1)  # type: ignore[no-untyped-call]
+    db = [
+        _scaled(dy.T @ part, term.scaling).to(term.b.dtype)
+        for dy, part, term in zip(dys, h, terms, strict=True)
+    ]
+    return [part.to(term.a.dtype) for part, term in zip(da, terms, strict=True)], db
+
+
+def _base_gradient(terms: Sequence[LoraTerm], dys: Sequence[Tensor]) -> Tensor:
+    """Return Σ dy W, the gradient through the frozen bases: [tokens, in_features]."""
+    dx: Tensor | None = None
+    for term, dy in zip(terms, dys, strict=True):
+        weight = term.facade.weight_for_backward().to(dy.dtype)
+        dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        del weight  # or two would be there at a time
+    assert dx is not None
+    return dx
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Switch autocast off inside, where it is on."""
+    on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
+
+
+def flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x as [tokens, features] in `dtype`."""
+    return x.reshape(-1, x.shape[-1]).to(dtype)

@@ -1,0 +1,12 @@
+"""A model run block by block, for quantizers that calibrate.
+
+`walk_blocks` shows each linear layer its inputs, `each_block` hands on whole blocks.
+"""
+
+from __future__ import annotations
+
+from .blocks import Block, decoder_blocks, each_block
+from .recording import first
+from .walk import LayerInputs, walk_blocks
+
+__all__ = ["Block", "LayerInputs", "decoder_blocks", "each_block", "first", "walk_blocks"]

@@ -1,0 +1,111 @@
+"""Take a model apart into blocks and run them one after the other on calibration examples.
+
+Each block is fed by the ones before it as those are *then*: whatever was done to them is seen. Only
+one block has to fit on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .recording import Pass, record_blocks, run
+
+Linears = dict[str, nn.Linear]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a model, ready to be run on the examples.
+
+    Attributes:
+        name: its name in the model; "" is the model itself, with what is outside of every block.
+        module: a decoder layer, say.
+        linears: the layers in it that were asked for, by their names in the model.
+        passes: its runs, in the order of the examples.
+    """
+
+    name: str
+    module: nn.Module
+    linears: Linears
+    passes: list[Pass]
+
+    def run(self, count: int | None = None) -> Iterator[Any]:
+        """Yield the output of each pass, or of the first `count`."""
+        for one in self.passes[:count]:
+            yield one.run()
+
+    def run_all(self) -> None:
+        """Run every pass, for the hooks on the layers to see."""
+        for _ in self.run():
+            pass
+
+
+@torch.no_grad()
+def each_block(
+    model: nn.Module,
+    examples: Iterable[Mapping[str, Any]],
+    *,
+    names: Iterable[str] | None = None,
+    device: str = "cpu",
+) -> Iterator[Block]:
+    """Yield the blocks of a model in the order of computation, each on `device`, where it stays.
+
+    When the caller is done with one and asks for the next, it is run as it has then become, and
+    the next one gets what comes out. At last comes the model as a whole, if layers that were asked
+    for are in no block.
+
+    Args:
+        model: in eval mode. It is run without a cache and changed by nobody but the caller.
+        examples: keyword arguments of its forward, such as `{"input_ids": ...}`.
+        names: the linear layers that matter; by default every `nn.Linear` that is in a block, or
+            every one where there are no blocks.
+        device: where to compute.
+    """
+    shown = list(examples)
+    linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
+    if names is not None:
+        linears = {name: linears[name] for name in names}
+    stacks = _stacks(model, linears)
+    blocks = {name: block for stack in stacks for name, block in stack.items()}
+    rest = {n: m for n, m in linears.items() if not any(n.startswith(f"{b}.") for b in blocks)}
+    chain = len(stacks) == 1
+    recorder = record_blocks(model, list(blocks.values()), shown, device, chain=chain)
+    for number, (name, block) in enumerate(blocks.items()):
+        block.to(device)
+        passes = recorder.passes(number)
+        inside = {n: m for n, m in linears.items() if n.startswith(f"{name}.")}
+        yield Block(name, block, inside, passes)
+        if number + 1 < len(blocks):
+            recorder.advance(passes)
+        recorder.calls[number].clear()
+    if rest and (names is not None or not blocks):
+        model.to(device)
+        passes = [Pass(partial(run, model, e), e.get("attention_mask")) for e in shown]
+        yield Block("", model, rest, passes)
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module] | None:
+    """Return name -> block, where the linear layers stand in one list of blocks, else None."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    stacks = _stacks(model, linears)
+    return stacks[0] if len(stacks) == 1 else None
+
+
+def _stacks(model: nn.Module, linears: Iterable[str]) -> list[dict[str, nn.Module]]:
+    """Return the outermost lists of modules that hold some of `linears`, as name -> member."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer in found)
+        holds = any(linear.startswith(f"{name}.") for linear in linears)
+        if isinstance(module, nn.ModuleList) and holds and not nested:
+            found[name] = module
+    return [
+        {f"{name}.{index}": block for index, block in enumerate(blocks)}
+        for name, blocks in found.items()
+    ]

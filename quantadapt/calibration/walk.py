@@ -1,0 +1,172 @@
+"""Show a model calibration data block by block, and measure what each linear layer is fed.
+
+For quantizers that choose a layer's weights by what becomes of its outputs. `walk_blocks` hands
+over one linear layer after the other with the second moment of its inputs, X^T X, which is all that
+the squared error of the outputs depends on: ||X (W - V)^T||^2 = tr((W - V) X^T X (W - V)^T). A
+layer's inputs are what comes out of the layers before it as those are *then*: quantize a layer in
+the callback, and the later ones see its error and can make up for it.
+
+    def on_layer(name, linear, inputs):
+        linear.weight.data = my_rounding(linear.weight, inputs.second_moment)
+
+    walk_blocks(model, examples, on_layer=on_layer, device="cuda")
+
+A quantizer that works on whole blocks, or measures something else, takes `each_block`. Only one
+block has to fit on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..loading.reading import set_submodule
+from .blocks import Block, Linears, decoder_blocks, each_block
+from .recording import Enough, Pass
+
+__all__ = ["Block", "LayerInputs", "Pass", "decoder_blocks", "each_block", "walk_blocks"]
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What calibration showed one linear layer.
+
+    Attributes:
+        second_moment: X^T X, [in_features, in_features], float32, where the layer is.
+        rows: how many inputs X holds; 0 where no example reached the layer.
+    """
+
+    second_moment: Tensor
+    rows: int
+
+
+OnLayer = Callable[[str, nn.Linear, LayerInputs], nn.Module | None]
+
+
+@torch.no_grad()
+def walk_blocks(
+    model: nn.Module,
+    examples: Iterable[Mapping[str, Any]],
+    *,
+    on_layer: OnLayer,
+    names: Iterable[str] | None = None,
+    on_block: Callable[[str], None] | None = None,
+    device: str = "cpu",
+) -> None:
+    """Call `on_layer` for each linear layer, in the order of computation.
+
+    A decoder is walked block by block. Inside a block, layers that share an input (q, k and v) come
+    together, before the next ones are measured. What is outside of blocks comes last, all of it
+    measured at once, with the blocks as they are then.
+
+    Args:
+        model: in eval mode. It is run without a cache and changed by nobody but the callbacks.
+        examples: keyword arguments of its forward, such as `{"input_ids": ...}`; tokens that an
+            `attention_mask` of [1, length] hides do not count.
+        on_layer: gets name, layer and inputs. It may change the layer in place, or return a module
+            to put where it stood.
+        names: the layers to hand over; by default those of `each_block`.
+        on_block: gets the name of a block that is done with, and at last "" for the whole model.
+        device: where to compute; what was walked stays there.
+    """
+    tell = on_block or (lambda name: None)
+    walked = ""
+    for block in each_block(model, examples, names=names, device=device):
+        if walked:  # it has fed this one by now
+            tell(walked)
+        walked = block.name
+        if walked:
+            _walk_block(model, block, on_layer)
+        else:
+            _hand_over_all(model, block, block.linears, on_layer)
+    if walked:
+        tell(walked)
+    tell("")
+
+
+# Measuring -------------------------------------------------------------------------------------
+
+
+def _walk_block(model: nn.Module, block: Block, on_layer: OnLayer) -> None:
+    linears = block.linears
+    reached = _stages(linears, block.passes[0]) if linears and block.passes else []
+    for stage in reached:
+        (inputs,) = _measure({stage[0]: linears[stage[0]]}, block.passes, stop=True).values()
+        for name in stage:
+            _hand_over(model, name, linears[name], inputs, on_layer)
+    missed = {name: linears[name] for name in linears.keys() - set().union(*reached)}
+    _hand_over_all(model, block, missed, on_layer)  # experts, say
+
+
+def _hand_over_all(model: nn.Module, block: Block, linears: Linears, on_layer: OnLayer) -> None:
+    """Hand over layers that are all measured at once."""
+    for name, inputs in (_measure(linears, block.passes) if linears else {}).items():
+        _hand_over(model, name, linears[name], inputs, on_layer)
+
+
+def _hand_over(
+    model: nn.Module, name: str, linear: nn.Linear, inputs: LayerInputs, on_layer: OnLayer
+) -> None:
+    made = on_layer(name, linear, inputs)
+    if made is not None:
+        set_submodule(model, name, made)
+
+
+def _stages(linears: Linears, one: Pass) -> list[list[str]]:
+    """Return the layers that a pass reaches, in its order, those with one input together."""
+    inputs: list[Tensor] = []
+    stages: list[list[str]] = []
+    seen: set[str] = set()
+
+    def note(name: str, x: Tensor) -> None:
+        if name in seen:
+            return
+        seen.add(name)
+        if not inputs or inputs[-1] is not x:
+            inputs.append(x)
+            stages.append([])
+        stages[-1].append(name)
+
+    with _watched(linears, note):
+        one.run()
+    return stages
+
+
+def _measure(linears: Linears, passes: list[Pass], *, stop: bool = False) -> dict[str, LayerInputs]:
+    """Return the inputs of each layer; `stop` says that nothing after the first one matters."""
+    moments = {
+        name: torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
+        for name, linear in linears.items()
+    }
+    rows = dict.fromkeys(linears, 0)
+    mask: Tensor | None = None
+
+    def add(name: str, x: Tensor) -> None:
+        counted = x if mask is None or mask.shape != x.shape[:-1] else x[mask.to(x.device).bool()]
+        flat = counted.reshape(-1, x.shape[-1]).float()
+        moments[name].addmm_(flat.t(), flat)
+        rows[name] += flat.shape[0]
+        if stop:
+            raise Enough
+
+    with _watched(linears, add):
+        for one in passes:
+            mask = one.mask
+            with suppress(Enough):
+                one.run()
+    return {name: LayerInputs(moments[name], rows[name]) for name in linears}
+
+
+@contextmanager
+def _watched(linears: Linears, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `see(name, x)` whenever one of the layers gets an input."""
+    with ExitStack() as hooks:
+        for name, linear in linears.items():
+            hook = linear.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+            hooks.callback(hook.remove)
+        yield

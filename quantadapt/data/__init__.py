@@ -1,0 +1,16 @@
+"""From files, folders and hub data sets to token ids with a loss mask, and to batches."""
+
+from __future__ import annotations
+
+from .reading import Data, Prompt, load_data, load_everything, load_held_out
+from .tokens import encode_prompt, prompt_and_completion
+
+__all__ = [
+    "Data",
+    "Prompt",
+    "encode_prompt",
+    "load_data",
+    "load_everything",
+    "load_held_out",
+    "prompt_and_completion",
+]

@@ -1,0 +1,187 @@
+"""Reading data: files, folders and hub data sets become token ids with a loss mask.
+
+Four steps, each a module: find the sources (`data_sources`), read records with their line numbers
+(`data_files`), turn every record into segments, trained or not (`data_segments`), and tokenize
+them (`data_tokens`). Training and evaluation data take the same way.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from ..errors import DataError
+from ..spec import DataSpec
+from .files import Record
+from .segments import Segment, format_of, segments
+from .sources import read, read_source
+from .tokens import encode_prompt, prompt_and_completion, token_ids, tokenize
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "Data",
+    "Prompt",
+    "encode_prompt",
+    "load_data",
+    "load_everything",
+    "load_held_out",
+    "prompt_and_completion",
+]
+
+MAX_PROMPTS = 32
+TEXT_PROMPT_TOKENS = 16
+_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A held-out prompt for samples, and what the data says after it."""
+
+    text: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenized data.
+
+    Attributes:
+        train, eval: columns `input_ids` (token ids) and `completion_mask` (1 where the loss
+            counts). The first token is never predicted, whatever its mask.
+        prompts: up to 32 held-out prompts.
+        format: the format that was read, one of `FORMATS`.
+        cut: examples shortened to `max_length` and kept, in both data sets together.
+        dropped: examples left out because nothing to learn was left of them.
+    """
+
+    train: Dataset
+    eval: Dataset
+    prompts: list[Prompt]
+    format: str
+    cut: int = 0
+    dropped: int = 0
+
+
+@dataclass
+class _Counts:
+    cut: int = 0
+    dropped: int = 0
+
+
+def load_data(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Data:
+    """Read, split and tokenize what `spec` names; the bundled demo data if it names nothing.
+
+    Without held-out data of its own (`eval_path`, a file or split called validation or test) a
+    share of `eval_fraction`, at least one example, is split off, shuffled by `seed`.
+
+    Raises:
+        DataError: the data cannot be read or used; says where, and what to do.
+    """
+    train, held_out = read(spec)
+    train = train[: spec.max_examples]
+    if not held_out:
+        train, held_out = _split(train, spec, seed)
+    name = format_of(spec, train)
+    counts = _Counts()
+    train_set = _dataset(train, name, tokenizer, spec.max_length, counts)
+    eval_set = _dataset(held_out, name, tokenizer, spec.max_length, counts)
+    prompts = _prompts(held_out, name, tokenizer)
+    return Data(train_set, eval_set, prompts, name, counts.cut, counts.dropped)
+
+
+def load_held_out(
+    source: str | None, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512
+) -> Dataset:
+    """Read data that is for measuring only.
+
+    That is all of a file, the held-out part of a folder or hub id that has one, or the bundled
+    demo's held-out data if `source` is None.
+
+    Raises:
+        DataError: as `load_data`.
+    """
+    if source is None:
+        return load_data(DataSpec(), tokenizer, seed=0).eval
+    records, own_held_out = read_source(source)
+    records = own_held_out or records
+    spec = DataSpec(path=source, max_length=max_length)
+    return _dataset(records, format_of(spec, records), tokenizer, max_length, _Counts())
+
+
+def load_everything(
+    source: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512
+) -> Dataset:
+    """Read all of a file, or the training part of a folder or hub id, unsplit.
+
+    Raises:
+        DataError: as `load_data`.
+    """
+    records, _ = read_source(source)
+    spec = DataSpec(path=source, max_length=max_length)
+    return _dataset(records, format_of(spec, records), tokenizer, max_length, _Counts())
+
+
+def _split(records: list[Record], spec: DataSpec, seed: int) -> tuple[list[Record], list[Record]]:
+    """Return (training, held-out) records, each in the order in which they were read."""
+    if len(records) < 2:
+        fix = "add examples, or name held-out data with data.eval_path"
+        what = "there is only one example, so none can be held out for evaluation"
+        raise DataError(what, fix=fix, where=spec.path or "demo data")
+    count = min(max(1, round(len(records) * spec.eval_fraction)), len(records) - 1)
+    chosen = set(random.Random(seed).sample(range(len(records)), count))
+    train = [record for index, record in enumerate(records) if index not in chosen]
+    return train, [records[index] for index in sorted(chosen)]
+
+
+def _prompts(
+    records: Sequence[Record], name: str, tokenizer: PreTrainedTokenizerBase
+) -> list[Prompt]:
+    """Return the prompts of the first records that have something to learn."""
+    found = (segments(record, name, tokenizer) for record in records)
+    learnt = (pieces for pieces in found if any(p.trained and p.text for p in pieces))
+    return [_prompt(pieces, name, tokenizer) for pieces in islice(learnt, MAX_PROMPTS)]
+
+
+def _prompt(pieces: Sequence[Segment], name: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """Return the text before the last trained segment, and that segment."""
+    if name == "text":
+        ids = token_ids(tokenizer, [pieces[0].text])[0]
+        first = str(tokenizer.decode(ids[:TEXT_PROMPT_TOKENS]))
+        return Prompt(first, str(tokenizer.decode(ids[TEXT_PROMPT_TOKENS:])))
+    last = max(index for index, piece in enumerate(pieces) if piece.trained)
+    reference = pieces[last].text.removesuffix(str(tokenizer.eos_token or ""))
+    return Prompt("".join(piece.text for piece in pieces[:last]), reference)
+
+
+def _dataset(
+    records: Sequence[Record],
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    counts: _Counts,
+) -> Dataset:
+    """Tokenize records. Raises DataError where no example is left."""
+    import datasets
+    import numpy
+
+    ids, masks = [], []
+    for start in range(0, len(records), _BATCH):
+        batch = [segments(r, name, tokenizer) for r in records[start : start + _BATCH]]
+        for tokens, mask in tokenize(batch, tokenizer):
+            if not any(mask[1:max_length]):
+                counts.dropped += 1
+                continue
+            counts.cut += len(tokens) > max_length
+            ids.append(numpy.asarray(tokens[:max_length], dtype=numpy.int32))
+            masks.append(numpy.asarray(mask[:max_length], dtype=numpy.int8))
+    if not ids:
+        what = f"no example is left: within {max_length} tokens there is nothing to learn"
+        fix = "raise data.max_length, shorten the prompts, or fill the empty completions"
+        raise DataError(what, fix=fix, where=records[0].where)
+    return datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks})

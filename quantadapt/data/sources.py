@@ -1,0 +1,98 @@
+"""Where data comes from: files, folders and hub data sets, as records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..paths import is_local_path
+from ..spec import DataSpec
+from .files import READERS, RECOGNIZED, SUFFIXES, Record, first_line
+
+HELD_OUT_NAMES = frozenset({"eval", "evaluation", "validation", "valid", "val", "dev", "test"})
+
+
+def read(spec: DataSpec) -> tuple[list[Record], list[Record]]:
+    """Return (training records, held-out records); the latter may be empty."""
+    if spec.path is None:
+        from ..demo import EVAL_FILE, TRAIN_FILE
+
+        train, held_out = _read_file(TRAIN_FILE), _read_file(EVAL_FILE)
+    else:
+        train, held_out = read_source(spec.path)
+    if spec.eval_path is not None:
+        evaluation, own_held_out = read_source(spec.eval_path)
+        held_out = own_held_out or evaluation
+    return train, held_out
+
+
+def read_source(source: str) -> tuple[list[Record], list[Record]]:
+    """Return the records of a file, a folder or a hub id, and those that it holds out.
+
+    Raises:
+        DataError: it cannot be read, or holds nothing.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _read_folder(path)
+    if path.exists():
+        return _read_file(path), []
+    if is_local_path(source):
+        fix = "check the spelling; a relative path starts at the current folder"
+        raise DataError("there is no such file or folder", fix=fix, where=source)
+    return _read_hub(source)
+
+
+def _read_folder(folder: Path) -> tuple[list[Record], list[Record]]:
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in READERS and f.is_file())
+    if not files:
+        what = "the folder holds no data files"
+        raise DataError(what, fix=f"put files there that end in {SUFFIXES}", where=str(folder))
+    held_out = [f for f in files if f.stem.lower() in HELD_OUT_NAMES]
+    train = [f for f in files if f not in held_out]
+    if not train:
+        train, held_out = held_out, []
+    return _read_files(train), _read_files(held_out)
+
+
+def _read_files(files: Iterable[Path]) -> list[Record]:
+    return [record for file in files for record in _read_file(file)]
+
+
+def _read_file(path: Path) -> list[Record]:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        ending = f"files ending in {path.suffix!r}" if path.suffix else "files without an ending"
+        what = f"{ending} cannot be read"
+        raise DataError(what, fix=f"use a file that ends in {SUFFIXES}", where=str(path))
+    try:
+        records = list(reader(path))
+    except OSError as error:
+        raise DataError(f"cannot read it: {error.strerror or error}", where=str(path)) from None
+    if not records:
+        raise DataError("the file holds no examples", fix=f"{RECOGNIZED}", where=str(path))
+    return records
+
+
+def _read_hub(name: str) -> tuple[list[Record], list[Record]]:
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(name)
+    except Exception as error:  # the hub client raises errors of many libraries
+        what = f"no such file or folder here, and not readable from the hub: {first_line(error)}"
+        fix = "give the path of a local file, or check the hub id, the network and your access"
+        raise DataError(what, fix=fix, where=name) from error
+    if "train" not in splits:
+        found = ", ".join(sorted(map(str, splits)))
+        fix = "download the part that you want and give its path"
+        raise DataError(f"the data set has no split 'train', only {found}", fix=fix, where=name)
+    held_out = next((split for split in ("validation", "test") if split in splits), None)
+    evaluation = _hub_records(splits[held_out], f"{name}[{held_out}]") if held_out else []
+    return _hub_records(splits["train"], f"{name}[train]"), evaluation
+
+
+def _hub_records(rows: Iterable[dict[str, Any]], name: str) -> list[Record]:
+    return [Record(row, f"{name}:row {number}") for number, row in enumerate(rows, 1)]

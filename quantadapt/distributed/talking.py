@@ -1,0 +1,187 @@
+"""Several processes, one device each: who is who, and what they tell each other.
+
+`torchrun`, `accelerate launch` and `quantadapt run --gpus N` (`launching.py`) all say in the
+environment who is who. torch is imported only when processes have to talk.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import TrainingError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..spec import Spec
+
+PATIENCE = timedelta(hours=2)
+"""How long a process waits for the others, e.g. while the first one calibrates."""
+
+BUCKET = 2**24
+"""Gradients sent at a time: 64 MiB in float32."""
+
+_PEER_LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among those of a run.
+
+    Attributes:
+        rank: its number, from 0; 0 writes the run folder and shows progress.
+        local_rank: its number on this machine, which is that of its GPU.
+        size: how many processes there are.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and shows."""
+        return self.rank == 0
+
+
+def world() -> World:
+    """Return what the environment says; one process where it says nothing."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    found = [os.environ.get(name, "") for name in names]
+    if not all(value.isdigit() for value in found) or int(found[2]) < 2:
+        return World()
+    return World(*map(int, found))
+
+
+def as_launched(spec: Spec) -> Spec:
+    """Take `accelerate launch --use_fsdp` for `train.parallel: fsdp`: the sharding is ours, and
+    accelerate's own must not start beside it."""
+    asked = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
+    if not asked or spec.train.parallel != "auto":
+        return spec
+    train = spec.train.model_copy(update={"parallel": "fsdp"})
+    return spec.model_copy(update={"train": train})
+
+
+class PeerLost(TrainingError):
+    """Another process of the run has stopped; its own error says why."""
+
+    exit_code = 3
+
+
+def start(device: str) -> World:
+    """Join the other processes, once, and wait until all are there. One process needs nothing.
+
+    Args:
+        device: this process's; with NCCL between GPUs, gloo elsewhere.
+    """
+    mine = world()
+    if mine.size == 1:
+        return mine
+    import torch
+    from torch import distributed
+
+    if device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(device))
+    if not distributed.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        distributed.init_process_group(backend, timeout=PATIENCE)
+    return mine
+
+
+def stop() -> None:
+    """Leave the other processes, when all is done."""
+    from torch import distributed
+
+    if world().size > 1 and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """Return when every process has got here."""
+    if world().size > 1:
+        from torch import distributed
+
+        distributed.barrier()
+
+
+@contextmanager
+def peers_in_words() -> Iterator[None]:
+    """Turn what collectives raise when another process is gone into `PeerLost`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world().size == 1 or not _PEER_LOST.search(f"{type(error).__name__} {error}"):
+            raise
+        what = f"another process of this run has stopped; this is process {world().rank}"
+        raise PeerLost(what, fix="look for the error of that process") from error
+
+
+def reduced(value: float, device: torch.device, how: Literal["sum", "max"]) -> float:
+    """Return the "sum" or "max" of `value` over all processes."""
+    if world().size == 1:
+        return value
+    import torch
+    from torch import distributed
+
+    tensor = torch.tensor(float(value), dtype=torch.float64, device=device)
+    operation = distributed.ReduceOp.MAX if how == "max" else distributed.ReduceOp.SUM
+    distributed.all_reduce(tensor, operation)
+    return float(tensor)
+
+
+def share(tensors: Iterable[torch.Tensor]) -> None:
+    """Give every process the main process's values, in place."""
+    if world().size > 1:
+        from torch import distributed
+
+        for tensor in tensors:
+            distributed.broadcast(tensor.detach(), src=0)
+
+
+def average_gradients(parameters: Iterable[torch.Tensor]) -> None:
+    """Replace each gradient by its mean over all processes.
+
+    A parameter that got none here counts as zero; one that got none anywhere keeps none.
+    """
+    if world().size == 1:
+        return
+    for bucket in _buckets([parameter for parameter in parameters if parameter.requires_grad]):
+        _average(bucket)
+
+
+def _buckets(parameters: list[Any]) -> Iterator[list[Any]]:
+    """Yield runs of parameters of one dtype, each of about `BUCKET` elements."""
+    bucket: list[Any] = []
+    for parameter in parameters:
+        full = sum(p.numel() for p in bucket) >= BUCKET
+        if bucket and (full or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
+
+
+def _average(bucket: list[Any]) -> None:
+    """Average one bucket's gradients, and with them who got one: a process that has them all need
+    not wait for the GPU to know that all are used."""
+    import torch
+    from torch import distributed
+
+    given = [parameter.grad is not None for parameter in bucket]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+    here = bucket[0].new_ones(len(bucket)) if all(given) else bucket[0].new_tensor(given)
+    flat = torch.cat([*(grad.reshape(-1) for grad in grads), here])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    *parts, anywhere = torch.split(flat, [*(p.numel() for p in bucket), len(bucket)])  # type: ignore[no-untyped-call]
+    used = given if all(given) else anywhere.tolist()
+    for parameter, part, is_used in zip(bucket, parts, used, strict=True):
+        parameter.grad = part.view_as(parameter) if is_used else None

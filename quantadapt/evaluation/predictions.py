@@ -1,0 +1,233 @@
+"""What a model predicts for held-out tokens, batch by batch, without ever holding all logits.
+
+Where the head is a plain linear layer (`losses.Head`), the model gives what that gets, and logits
+are made of it in chunks.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ..data.reading import prompt_and_completion
+from ..distributed.talking import World, world
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor, nn
+
+    from ..model.head import Head
+
+    Examples: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
+    _Row: TypeAlias = tuple[list[int], list[int]]
+
+CHUNK_ELEMENTS = 2**24
+"""Logits turned into float32 at a time: 64 MiB."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicts for n completion tokens.
+
+    Attributes:
+        rows: what `head` makes logits of, [n, hidden_size]; without one, logits [n, vocabulary].
+        targets: the tokens that really follow, int64 [n].
+    """
+
+    rows: Tensor
+    targets: Tensor
+    head: Head | None
+
+    def loss(self) -> float:
+        """Return the summed negative log-likelihood, in nats."""
+        if self.head is not None:
+            return float(self.head.loss(self.rows, self.targets))
+        return sum(float(_losses(*chunk).double().sum()) for chunk in self.chunks())
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield pieces of the logits in float32 with their targets."""
+        project = None if self.head is None else self.head.projection()
+        width = self.rows.shape[-1] if self.head is None else self.head.linear.out_features
+        step = max(1, CHUNK_ELEMENTS // width)
+        for start in range(0, len(self.targets), step):
+            part = self.rows[start : start + step]
+            logits = part if project is None else project(part)
+            yield logits.float(), self.targets[start : start + step]
+
+
+def predicted(
+    model: nn.Module, dataset: Examples, batch_size: int, pad: int | None, *, split: bool = False
+) -> Iterator[Predictions]:
+    """Yield what `model` predicts for the completion tokens, batch by batch.
+
+    Args:
+        split: whether each process of a run takes its part of the examples; all of them have to
+            call this.
+    """
+    import torch
+
+    causal, pad = not is_encoder_decoder(model), pad or 0  # padding is masked: any token will do
+    predict = _causal if causal else _encoder_decoder
+    device = device_of(model)
+    mine = world() if split else World()
+    with evaluating(model):
+        for batch in _batches(dataset, batch_size, mine, filled=causal):
+            with torch.no_grad(), _without_head(model) as head:
+                output, labels = predict(model, batch, pad, device)
+                kept = labels != -100
+                found = Predictions(output[kept], labels[kept], head)
+                del output
+            yield found
+
+
+def _batches(dataset: Examples, size: int, mine: World, *, filled: bool) -> list[list[_Row]]:
+    """Return the batches of one process, of examples of similar length, the longest first.
+
+    Args:
+        filled: whether all processes get as many batches, the last perhaps of an example that does
+            not count: the parts of a sharded model only work together.
+    """
+    rows = [(list(row["input_ids"]), list(row["completion_mask"])) for row in dataset]
+    rows.sort(key=lambda row: -len(row[0]))
+    own = rows[mine.rank :: mine.size]
+    batches = [own[start : start + size] for start in range(0, len(own), size)]
+    if filled and len(batches) * size * mine.size < len(rows):
+        ids, mask = rows[-1]
+        batches.append([(ids, [0] * len(mask))])
+    return batches
+
+
+@contextmanager
+def _without_head(model: Any) -> Iterator[Head | None]:
+    """Let `model` give what its head gets in place of logits, where that can be; yield the head.
+
+    A forward that somebody has patched stays in use.
+    """
+    from transformers import PreTrainedModel
+
+    from ..model.head import Head
+
+    base = getattr(model, "get_base_model", lambda: model)()
+    patched = "forward" in vars(base) or not isinstance(base, PreTrainedModel)
+    head = None if patched or is_encoder_decoder(base) else Head.of(base)
+    if head is not None:
+        base.forward = types.MethodType(_decode, base)
+    try:
+        yield head
+    finally:
+        if head is not None:
+            del base.forward
+
+
+def _decode(base: Any, *args: Any, labels: None = None, **kwargs: Any) -> Any:
+    """Run the decoder alone; its last hidden states go by the name of logits."""
+    from transformers.modeling_outputs import CausalLMOutput
+
+    return CausalLMOutput(logits=base.base_model(*args, **kwargs).last_hidden_state)
+
+
+def _causal(model: nn.Module, batch: list[Any], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Return (logits or hidden states [b, t - 1, ...], labels [b, t - 1]), -100 where no loss
+    counts."""
+    labels = padded([_labels(ids, mask) for ids, mask in batch], -100).to(device)
+    output = model(
+        input_ids=padded([ids for ids, _ in batch], pad).to(device),
+        attention_mask=padded([[1] * len(ids) for ids, _ in batch], 0).to(device),
+        use_cache=False,
+    )
+    # models with virtual prompt tokens return more logits than they were given tokens
+    return output.logits[:, -labels.shape[1] : -1], labels[:, 1:]
+
+
+def _encoder_decoder(
+    model: nn.Module, batch: list[Any], pad: int, device: Any
+) -> tuple[Tensor, Tensor]:
+    """Return (logits [b, t, v], labels [b, t]), -100 where no loss counts."""
+    inputs = encoder_decoder_batch(batch, pad, _encoder_eos(model))
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    return model(**inputs, use_cache=False).logits, inputs["labels"]
+
+
+def encoder_decoder_batch(
+    batch: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int, eos: int | None
+) -> dict[str, Tensor]:
+    """Turn (input_ids, completion_mask) pairs into what encoder-decoder models take.
+
+    Returns `input_ids` and `attention_mask` [b, source length] of the prompts, each ended by
+    `eos` if there is one, and `labels` [b, target length], padded with -100.
+    """
+    sources, targets = [], []
+    for ids, mask in batch:
+        source, target = prompt_and_completion(ids, mask)
+        sources.append(source if eos is None else [*source, eos])
+        targets.append(target)
+    return {
+        "input_ids": padded(sources, pad),
+        "attention_mask": padded([[1] * len(source) for source in sources], 0),
+        "labels": padded(targets, -100),
+    }
+
+
+def _labels(ids: Sequence[int], mask: Sequence[int]) -> list[int]:
+    return [token if counts else -100 for token, counts in zip(ids, mask, strict=True)]
+
+
+def first_tokens(dataset: Examples, max_tokens: int) -> list[Mapping[str, Any]]:
+    """Return as many examples, from the first on, as hold `max_tokens` completion tokens."""
+    chosen, tokens = [], 0
+    for row in dataset:
+        if tokens >= max_tokens:
+            break
+        chosen.append(row)
+        tokens += sum(row["completion_mask"][1:])
+    return chosen
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy(logits, targets, reduction="none")
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
+    """Return an int64 tensor [rows, longest], padded with `value`."""
+    import torch
+
+    length = max(map(len, rows))
+    fill = [[value] * (length - len(row)) for row in rows]
+    pairs = zip(fill, rows, strict=True)
+    return torch.tensor([[*f, *row] if left else [*row, *f] for f, row in pairs])
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Say whether the model has an encoder for the prompt."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _encoder_eos(model: nn.Module) -> int | None:
+    eos = getattr(getattr(model, "config", None), "eos_token_id", None)
+    return eos if isinstance(eos, int) else None
+
+
+def device_of(model: nn.Module) -> Any:
+    """Return where the model wants its input: the device of the embedding."""
+    import torch
+
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    tensors = [*(embedding.parameters() if embedding is not None else ()), *model.parameters()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off, module by module, and put everything back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

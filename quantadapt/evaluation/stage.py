@@ -1,0 +1,267 @@
+"""Measuring models on held-out tokens: perplexity, agreement of two models, greedy samples.
+
+Two models are compared through snapshots, so they never need to be in memory together:
+`compare(snapshot(a, data), snapshot(b, data))`. All sums are made in float32 or better.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..data.reading import encode_prompt
+from ..distributed.talking import reduced
+from .predictions import (
+    CHUNK_ELEMENTS,
+    device_of,
+    evaluating,
+    first_tokens,
+    is_encoder_decoder,
+    padded,
+    predicted,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from .predictions import Examples
+
+NO_GAIN = 1e-4
+"""Gains below this many nats per token are taken for noise."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity over completion tokens.
+
+    Attributes:
+        value: exp(loss); inf where that overflows.
+        loss: mean negative log-likelihood in nats, every token weighing the same.
+        tokens: how many tokens it is the mean of.
+        seconds: wall-clock time.
+    """
+
+    value: float
+    loss: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a model predicts for a bounded number of held-out tokens.
+
+    Attributes:
+        log_probs: float32 on the CPU, shape [tokens, vocabulary].
+        targets: the tokens that really follow, int64, shape [tokens].
+    """
+
+    log_probs: Tensor
+    targets: Tensor
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood of the targets, in nats."""
+        chosen = self.log_probs.gather(1, self.targets[:, None])
+        return -float(chosen.double().mean())
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a candidate model agrees with a reference model.
+
+    Attributes:
+        kl: mean KL(reference || candidate) in nats per token.
+        top1: share of tokens for which both rank the same token first, 0 to 1.
+        perplexity_reference, perplexity_candidate: on the compared tokens.
+        tokens: how many tokens were compared.
+    """
+
+    kl: float
+    top1: float
+    perplexity_reference: float
+    perplexity_candidate: float
+    tokens: int
+
+
+def perplexity(
+    model: nn.Module,
+    dataset: Examples,
+    *,
+    batch_size: int = 8,
+    pad_token_id: int | None = 0,
+    split: bool = False,
+) -> Perplexity:
+    """Measure the perplexity of `model` over the completion tokens of `dataset`.
+
+    Args:
+        model: a causal or encoder-decoder model; left in the mode that it was in.
+        dataset: columns `input_ids` and `completion_mask`, as `load_data` makes them.
+        split: whether each process of a run takes its part of the examples; all of them have to
+            call this, and all get the whole result.
+
+    Raises:
+        ValueError: the data holds no token to predict.
+    """
+    start = time.perf_counter()
+    total, tokens = 0.0, 0
+    for batch in predicted(model, dataset, batch_size, pad_token_id, split=split):
+        total += batch.loss()
+        tokens += len(batch.targets)
+    if split:
+        device = device_of(model)
+        total, tokens = reduced(total, device, "sum"), int(reduced(tokens, device, "sum"))
+    if not tokens:
+        raise ValueError("the data holds no token to predict")
+    loss = total / tokens
+    return Perplexity(_exp(loss), loss, tokens, time.perf_counter() - start)
+
+
+def snapshot(
+    model: nn.Module,
+    dataset: Examples,
+    *,
+    max_tokens: int = 1024,
+    batch_size: int = 8,
+    pad_token_id: int | None = 0,
+) -> Snapshot:
+    """Keep the log-probabilities of `model` for the first `max_tokens` completion tokens.
+
+    Takes max_tokens x vocabulary x 4 bytes of CPU memory. The same data and arguments give the
+    same tokens for every model with the same tokenizer. Raises ValueError where there are none.
+    """
+    import torch
+
+    log_probs, targets = [], []
+    examples = first_tokens(dataset, max_tokens)
+    for batch in predicted(model, examples, batch_size, pad_token_id):
+        log_probs += [logits.log_softmax(-1).cpu() for logits, _ in batch.chunks()]
+        targets.append(batch.targets.cpu())
+    if not log_probs:
+        raise ValueError("the data holds no token to predict")
+    return Snapshot(torch.cat(log_probs)[:max_tokens], torch.cat(targets)[:max_tokens])
+
+
+def compare(reference: Snapshot, candidate: Snapshot) -> Agreement:
+    """Compare two snapshots of the same data. Raises ValueError where the data differ."""
+    same_tokens = reference.targets.equal(candidate.targets)
+    if not same_tokens or reference.log_probs.shape != candidate.log_probs.shape:
+        raise ValueError("the snapshots are not of the same tokens and vocabulary")
+    kl, agreeing, tokens = 0.0, 0, len(reference.targets)
+    step = max(1, CHUNK_ELEMENTS // reference.log_probs.shape[1])
+    for start in range(0, tokens, step):
+        one = reference.log_probs[start : start + step]
+        other = candidate.log_probs[start : start + step]
+        terms = one.exp() * (one - other)  # 0 * (-inf - -inf) means: both rule the token out
+        kl += float(terms.masked_fill(one == -math.inf, 0.0).double().sum())
+        agreeing += int((one.argmax(-1) == other.argmax(-1)).sum())
+    return Agreement(
+        kl=max(kl / tokens, 0.0),  # rounding can push it just below
+        top1=agreeing / tokens,
+        perplexity_reference=_exp(reference.loss),
+        perplexity_candidate=_exp(candidate.loss),
+        tokens=tokens,
+    )
+
+
+def agreement(
+    reference: nn.Module, candidate: nn.Module, dataset: Examples, **options: Any
+) -> Agreement:
+    """Compare two models that are both at hand. `options` are those of `snapshot`."""
+    return compare(snapshot(reference, dataset, **options), snapshot(candidate, dataset, **options))
+
+
+def gain_kept(base: float, tuned: float, merged: float) -> float:
+    """Return the share of an adapter's gain that a merged model keeps.
+
+    Args:
+        base, tuned, merged: mean negative log-likelihoods in nats (`Perplexity.loss`) of the base
+            without adapter, of base and adapter, and of the merged model, on the same tokens.
+
+    Returns:
+        (base - merged) / (base - tuned): 1.0 keeps all, 0.0 is as bad as the base; it may be
+        above 1 or below 0. Where the adapter gained nothing (less than `NO_GAIN`) there is no
+        share to speak of: 1.0 if the merged model is as good as the tuned one, otherwise 0.0.
+        A merged model whose loss is no finite number keeps nothing: 0.0.
+    """
+    if not math.isfinite(merged):
+        return 0.0
+    gain = base - tuned
+    if not gain >= NO_GAIN:
+        return float(merged <= tuned + NO_GAIN)
+    return (base - merged) / gain if math.isfinite(gain) else 1.0
+
+
+def greedy(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+) -> list[str]:
+    """Continue every prompt with the likeliest tokens, up to eos or `max_new_tokens`.
+
+    Returns only what is new, without special tokens. Nothing is sampled, so the same model
+    gives the same text again.
+    """
+    if not prompts:
+        return []
+    import torch
+
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    eos = tokenizer.eos_token_id
+    pad = next((i for i in (tokenizer.pad_token_id, eos) if i is not None), 0)
+    encoder_decoder = is_encoder_decoder(model)
+    if encoder_decoder and eos is not None:
+        ids = [[*tokens, eos] for tokens in ids]
+    device = device_of(model)
+    inputs = {
+        "input_ids": padded(ids, pad, left=True).to(device),
+        "attention_mask": padded([[1] * len(i) for i in ids], 0, left=True).to(device),
+    }
+    config = _greedy_config(model, max_new_tokens, eos, pad)
+    with evaluating(model), _silent(), torch.no_grad():
+        output = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
+    start = 0 if encoder_decoder else inputs["input_ids"].shape[1]
+    return [str(tokenizer.decode(row[start:], skip_special_tokens=True)) for row in output]
+
+
+def _greedy_config(model: nn.Module, max_new_tokens: int, eos: Any, pad: int) -> Any:
+    """Return the model's own generation config, stripped of everything that samples."""
+    from transformers import GenerationConfig
+
+    own = getattr(model, "generation_config", None)
+    config = copy.deepcopy(own) if own is not None else GenerationConfig()
+    for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "max_length"):
+        setattr(config, name, None)
+    config.do_sample, config.num_beams = False, 1
+    config.max_new_tokens, config.pad_token_id = max_new_tokens, pad
+    if config.eos_token_id is None:
+        config.eos_token_id = eos
+    return config
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep the advice that transformers logs about generation off the screen."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

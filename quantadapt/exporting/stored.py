@@ -1,0 +1,152 @@
+"""A checkpoint as a model whose linear layers stay on disk and are read when they are needed.
+
+The same facade as for any backend stands in front of each layer, so PEFT attaches to it and the
+model runs, in the memory of one layer at a time (and the embeddings).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..facade import wrap
+from ..loading.reading import architecture, local_folder, set_submodule
+from ..paths import INDEX
+from ..protocols import AdapterTarget
+
+
+class Checkpoint:
+    """The tensors of a checkpoint folder, by name, read one at a time."""
+
+    def __init__(self, source: str) -> None:
+        self.folder = local_folder(source)
+        self.files = _weight_map(self.folder)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its weights' files."""
+        return sum((self.folder / file).stat().st_size for file in set(self.files.values()))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.files
+
+    def shards(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield (file name, keys in it), file by file."""
+        for file in dict.fromkeys(self.files.values()):
+            yield file, [key for key, name in self.files.items() if name == file]
+
+    def read(self, key: str) -> Tensor:
+        """Return one tensor, on the CPU, as it is stored."""
+        from safetensors import safe_open
+
+        with safe_open(self.folder / self.files[key], framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(key)
+        return tensor
+
+
+class StoredLinear(nn.Module):
+    """A linear layer of which only the sizes, and a bias, are in memory."""
+
+    def __init__(self, checkpoint: Checkpoint, key: str, linear: nn.Linear, device: str) -> None:
+        super().__init__()
+        self.checkpoint, self.key = checkpoint, key
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("place", torch.empty(0, device=device), persistent=False)
+        self.bias: nn.Parameter | None = None
+        bias = f"{key.removesuffix('weight')}bias"
+        if bias in checkpoint:
+            self.bias = nn.Parameter(checkpoint.read(bias).to(device), requires_grad=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoredLinear:
+        return self  # nothing in it ever changes
+
+
+class StoredTarget(AdapterTarget):
+    """`StoredLinear`. A changed weight goes to a file of its own, in a temporary folder."""
+
+    def __init__(self) -> None:
+        self.scratch = tempfile.TemporaryDirectory(prefix="quantadapt-")
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, StoredLinear)
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        stored: Any = module
+        weight: Tensor = stored.checkpoint.read(stored.key)
+        return weight.to(stored.place.device)
+
+    def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        from safetensors.torch import save_file
+
+        stored: Any = module
+        folder = Path(tempfile.mkdtemp(dir=self.scratch.name))
+        save_file({stored.key: weight.cpu().contiguous()}, folder / "model.safetensors")
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        changed = StoredLinear(Checkpoint(str(folder)), stored.key, linear, stored.place.device)
+        changed.bias = stored.bias
+        return changed.train(stored.training)
+
+
+def open_stored(source: str, *, device: str = "cpu", dtype: torch.dtype) -> nn.Module:
+    """Return the model of a checkpoint with its linear layers left on disk, behind facades.
+
+    Args:
+        source: folder or hub id of an unquantized safetensors checkpoint.
+        device: where the rest of the model is, and where layers go when they are read.
+        dtype: in which the model computes.
+
+    Raises:
+        ModelError: it is quantized, or its layers are stored under other names than they have.
+    """
+    from accelerate import init_empty_weights
+
+    checkpoint = Checkpoint(source)
+    with init_empty_weights(include_buffers=False):
+        model = architecture(source, device="cpu")
+    for name, linear in list(model.named_modules()):
+        key = f"{name}.weight"
+        if type(linear) is nn.Linear and key in checkpoint:
+            set_submodule(model, name, StoredLinear(checkpoint, key, linear, device))
+    _read_rest(model, checkpoint, device, dtype)
+    model.requires_grad_(False)
+    return wrap(model, StoredTarget(), dtype).eval()
+
+
+def _read_rest(model: nn.Module, checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> None:
+    """Read what is no linear layer: embeddings, norms, and a head that is tied to them."""
+    for name, module in model.named_modules():
+        for key in module._parameters:
+            full = f"{name}.{key}".lstrip(".")
+            if module._parameters[key] is not None and full in checkpoint:
+                value = checkpoint.read(full).to(device, dtype)
+                module._parameters[key] = nn.Parameter(value, requires_grad=False)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(device)
+    model.tie_weights()  # type: ignore[operator]
+    if missing := [n for n, p in model.named_parameters() if p.device.type == "meta"]:
+        what = f"it stores these weights under other names: {', '.join(missing[:3])}"
+        fix = "load it with transformers and save_pretrained it again"
+        raise ModelError(what, fix=fix, where=str(checkpoint.folder))
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Return tensor name -> file name, in the order of the files."""
+    from safetensors import safe_open
+
+    index = folder / INDEX
+    if index.exists():
+        found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+    names: dict[str, str] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            names |= dict.fromkeys(opened.keys(), file.name)
+    return names

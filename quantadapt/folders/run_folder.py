@@ -1,0 +1,255 @@
+"""The folder that a run leaves behind.
+
+A run folder carries `quantadapt-run.json`. Without that marker a folder is somebody else's and is
+never touched; with it, it is replaced only on request. Everything but the two logs appears
+under its final name only when it is complete and on disk (`atomic`). It imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import OutputError
+from ..machine import installed_version
+from .atomic import OTHER_OUTPUT, atomic_folder, in_words, is_free, refuse_unwritable, write_atomic
+from .environment import environment
+
+MARKER = "quantadapt-run.json"
+
+State = Literal["running", "finished", "failed", "interrupted"]
+
+
+class RunFolder:
+    """One run's folder. Make it with `create`, read it with `open`.
+
+    It holds `spec.yaml`, `plan.json`, `metrics.jsonl`, `metrics.json`, `environment.json`,
+    `log.txt`, `report.html`, `adapter/`, `checkpoints/` and, where one was made, `base/` and
+    `merged/`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        inputs: Iterable[str | Path] = (),
+    ) -> RunFolder:
+        """Make the folder of a new run, or take up that of an earlier one.
+
+        Args:
+            path: where; missing parents are made, and an empty folder is taken as it is.
+            overwrite: replace an earlier run. A folder without the marker is never replaced.
+            resume: keep an earlier run and go on in it.
+            inputs: what the run reads. An overwrite that would delete one of them is refused.
+
+        Raises:
+            OutputError: the folder cannot be used; nothing in it was touched.
+        """
+        folder = cls.check(path, overwrite=overwrite, resume=resume, inputs=inputs)
+        with in_words(folder.path):
+            if resume:
+                folder._take_up()
+            else:
+                folder._start(replace=not is_free(folder.path))
+        return folder
+
+    @classmethod
+    def check(
+        cls,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        inputs: Iterable[str | Path] = (),
+    ) -> RunFolder:
+        """Raise what `create` would raise about the folder as it is; touches nothing."""
+        folder = cls(Path(path).expanduser())
+        if overwrite and resume:
+            fix = "choose one: resume keeps the earlier run, overwrite deletes it"
+            raise OutputError("overwrite and resume exclude each other", fix=fix)
+        if resume and not folder.marker:
+            what = "there is no earlier run to resume here"
+            fix = "check --output, or start anew without resume"
+            raise OutputError(what, fix=fix, where=str(folder.path))
+        with in_words(folder.path):
+            if not resume and not is_free(folder.path):
+                folder._refuse_unless(overwrite, [Path(item) for item in inputs])
+            refuse_unwritable(folder.path)
+        return folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Return the run folder at `path` for reading. Raises OutputError if it is none."""
+        folder = cls(Path(path).expanduser())
+        if not folder.marker:
+            what = "there is no such folder" if not folder.path.exists() else "it is no run folder"
+            fix = f"name a folder that holds {MARKER}; `quantadapt run` makes one"
+            raise OutputError(what, fix=fix, where=str(path))
+        return folder
+
+    @property
+    def marker(self) -> dict[str, Any]:
+        """What the marker says: version, started, state. Empty if this is no run folder."""
+        try:
+            values = json.loads((self.path / MARKER).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return values if isinstance(values, dict) and "version" in values else {}
+
+    def set_state(self, state: State) -> None:
+        """Note in the marker how far the run got."""
+        values = {**self.marker, "state": state}
+        values.pop("ended", None)
+        self.write_json(MARKER, values if state == "running" else {**values, "ended": _now()})
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a file of the folder, whole or not at all."""
+        path = self.path / name
+        write_atomic(path, text)
+        return path
+
+    def write_json(self, name: str, value: object) -> Path:
+        """Write a JSON file of the folder, whole or not at all; NaN and infinity become null."""
+        return self.write_text(name, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return the mapping in a JSON file of the folder; empty if there is no such file."""
+        path = self.path / name
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise OutputError(f"cannot read it: {error.strerror}", where=str(path)) from error
+        except ValueError as error:
+            fix = "restore the file, or delete it to go on without it"
+            raise OutputError(f"not valid JSON: {error}", fix=fix, where=str(path)) from error
+        return values if isinstance(values, dict) else {}
+
+    def append_metric(self, values: Mapping[str, Any]) -> None:
+        """Append one line to `metrics.jsonl` and flush it."""
+        path = self.path / "metrics.jsonl"
+        line = json.dumps(plain(values), ensure_ascii=False) + "\n"
+        with in_words(path), path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else "\n" + line  # a line cut by a crash
+            file.write(line.encode("utf-8", "backslashreplace"))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of `metrics.jsonl`, without those that a resumed run went over again."""
+        try:
+            text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return []
+        kept: list[dict[str, Any]] = []
+        for line in text.splitlines():
+            values = _json_mapping(line)
+            step = _step(values)
+            if kept and step < _step(kept[-1]):
+                kept = [earlier for earlier in kept if _step(earlier) < step]
+            if values:
+                kept.append(values)
+        return kept
+
+    def write_environment(self, distributions: Iterable[str] = ()) -> None:
+        """Write `environment.json`; `distributions` are names or requirements, "hqq>=0.2.8"."""
+        self.write_json("environment.json", environment(distributions))
+
+    def _start(self, *, replace: bool) -> None:
+        marker = {"version": installed_version("quantadapt"), "started": _now(), "state": "running"}
+        if not replace and self.path.exists():  # empty, and perhaps a mount point: stay in place
+            self.write_json(MARKER, marker)
+            return
+        with atomic_folder(self.path, overwrite=replace) as temporary:
+            RunFolder(temporary).write_json(MARKER, marker)
+
+    def _take_up(self) -> None:
+        for leftover in self.path.glob(".*.tmp"):  # of a run that was killed while writing
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+        self.set_state("running")
+
+    def _refuse_unless(self, overwrite: bool, inputs: list[Path]) -> None:
+        """Raise unless this is an earlier run that may be replaced."""
+        where = str(self.path)
+        if not self.path.is_dir():
+            raise OutputError("a file is in the way", fix=OTHER_OUTPUT, where=where)
+        if not self.marker:
+            what = "the folder is not empty and was not made by quantadapt"
+            fix = f"{OTHER_OUTPUT}, or empty it yourself; --overwrite replaces only earlier runs"
+            raise OutputError(what, fix=fix, where=where)
+        if not overwrite:
+            state, started = self.marker.get("state"), self.marker.get("started")
+            what = f"the folder holds an earlier run ({state}, started {started})"
+            fix = f"{OTHER_OUTPUT}, replace it with --overwrite, or go on with it with --resume"
+            raise OutputError(what, fix=fix, where=where)
+        for used in [*inputs, Path.cwd()]:
+            if used.expanduser().resolve().is_relative_to(self.path.resolve()):
+                what = f"replacing the folder would delete {used}, which is in use"
+                raise OutputError(what, fix=OTHER_OUTPUT, where=where)
+
+
+class UnwrittenFolder(RunFolder):
+    """The run folder as the processes see it that only help: they write nothing into it."""
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Return where the first process writes it."""
+        return self.path / name
+
+    def append_metric(self, values: Mapping[str, Any]) -> None:
+        """Leave it to the first process."""
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _json_mapping(line: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except ValueError:  # a line cut by a crash
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _step(values: Mapping[str, Any]) -> float:
+    step = values.get("step")
+    return step if isinstance(step, (int, float)) else math.inf
+
+
+def plain(value: object) -> object:
+    """Return `value` as something that strict JSON can hold."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=str)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # numpy and torch scalars
+        return plain(value.item())
+    return str(value)

@@ -1,0 +1,357 @@
+"""Memory as a budget: what training will need, computed from the model's config alone.
+
+Sizes are those that `torch.cuda.max_memory_allocated` counts; the CUDA context and what the
+allocator loses between blocks are held in reserve where it is asked whether a card suffices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .shape import Shape
+
+GIB = 2**30
+CONTEXT = int(0.6 * GIB)
+"""What CUDA itself takes of a card, kernels and library handles included."""
+FRAGMENTATION = 0.05
+"""Share of a card that the allocator may lose between blocks."""
+HEAD_CHUNK = 2**27
+"""Logits that are there at a time while the loss is computed, in bytes (see `losses`)."""
+SHORTEST = 128
+"""Tokens per example below which nobody is advised to go."""
+WORKSPACE = 2**25
+"""What cuBLAS allocates for itself, for each thread and stream that computes."""
+LENGTH_MULTIPLE = 64
+"""On CUDA, examples are padded to a multiple of so many tokens: cuDNN plans attention for each
+length."""
+OOM_FIX = (
+    "lower data.max_length, use a backend with fewer bits or a paged optimizer"
+    " (train.optim: paged_adamw_8bit), or a larger card"
+)
+_Change = tuple[str, dict[str, Any]]
+"""In words, and as fields of a Workload."""
+_ONE_STATE = ("lion", "sgd", "rmsprop", "adagrad", "adafactor")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a training step trades time for memory.
+
+    Attributes:
+        checkpointed_layers: so many layers, counted from the first, are computed again in backward.
+        offload: whether the inputs of those live in CPU memory from forward to backward.
+        micro_batch: examples per forward pass; a batch is split into so large parts.
+    """
+
+    checkpointed_layers: int
+    offload: bool
+    micro_batch: int
+
+    def describe(self, layers: int, batch: int) -> str:
+        """Return it in words, for a model of so many layers and batches of so many examples."""
+        count = self.checkpointed_layers
+        words = f"{count} of {layers} layers recomputed" if count else "no layer recomputed"
+        if self.offload:
+            words += ", their inputs in CPU memory"
+        if self.micro_batch < batch:
+            words += f", micro-batches of {self.micro_batch}"
+        return words
+
+
+@dataclass(frozen=True)
+class Workload:
+    """All that the memory of a training run depends on.
+
+    Attributes:
+        shape: the model's sizes.
+        bits: bits per weight of each linear layer, by the names in `shape.linears`.
+        targets: names of the linear layers that get an adapter.
+        rank: of the adapter; 0 where it trains vectors alone.
+        optim: transformers' name of the optimizer.
+        dtype_bytes: of the compute dtype.
+        batch, length: examples per step and tokens per example.
+        dropout: whether the adapter has one.
+        fused_adapter: whether it is plain LoRA or DoRA, which keep their input alone.
+        dora: whether it is DoRA.
+        fused_kernels: whether Liger's kernels run.
+        splits: whether a batch can be split.
+        accumulates: whether gradients of several passes add up in a step.
+        dense: names of the linear layers that are left as they are.
+        shards: so many GPUs share the base; `sharding` says how.
+        shardable: whether several GPUs may share it.
+        prefetches: whether a layer of a shared base is gathered while the one before it works.
+        graphs: whether passes are recorded as CUDA graphs, where they can be.
+    """
+
+    shape: Shape
+    bits: Mapping[str, float]
+    targets: tuple[str, ...]
+    rank: int
+    optim: str
+    dtype_bytes: int
+    batch: int
+    length: int
+    dropout: bool = False
+    fused_adapter: bool = True
+    dora: bool = False
+    fused_kernels: bool = True
+    splits: bool = True
+    accumulates: bool = False
+    dense: tuple[str, ...] = ()
+    shards: int = 1
+    shardable: bool = True
+    prefetches: bool = True
+    graphs: bool = False
+
+    # --- what is there all the time ----------------------------------------------------------
+
+    @property
+    def quantized_bytes(self) -> int:
+        """The linear layers of the decoder; of those that are quantized, one GPU's share."""
+        whole = sum(self._linear_bytes(name) for name in self.dense)
+        return self.shape.layers * (whole + self.block_bytes // self.shards)
+
+    @property
+    def block_bytes(self) -> int:
+        """The quantized layers of one decoder layer, whole."""
+        return sum(self._linear_bytes(n) for n in self.shape.linears if n not in self.dense)
+
+    def _linear_bytes(self, name: str) -> int:
+        inputs, outputs = self.shape.linears[name]
+        return int(inputs * outputs * self.bits[name] / 8)
+
+    @property
+    def table_bytes(self) -> int:
+        """The embedding, which is as large as the head."""
+        return self.shape.vocab * self.shape.hidden * self.dtype_bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """Embedding, head and norms. A head that is the embedding is not shared with other GPUs."""
+        shape = self.shape
+        tables = self.table_bytes if shape.tied else 2 * self.table_bytes // self.shards
+        return tables + (2 * shape.layers + 1) * shape.hidden * self.dtype_bytes
+
+    @property
+    def unquantized_bytes(self) -> int:
+        """The whole base in the compute dtype."""
+        weights = sum(i * o for i, o in self.shape.linears.values()) * self.shape.layers
+        return weights * self.dtype_bytes + replace(self, shards=1).dense_bytes
+
+    @property
+    def trained(self) -> int:
+        """How many weights are trained."""
+        sizes = (self.shape.linears[name] for name in self.targets)
+        return self.shape.layers * sum((i + o) * max(self.rank, 1) for i, o in sizes)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """The adapter in float32, its gradients, and the optimizer's states."""
+        return self.trained * (4 + 4 + optimizer_bytes(self.optim))
+
+    # --- what comes and goes -----------------------------------------------------------------
+
+    def kept_bytes(self, tokens: int) -> int:
+        """What one layer that is not recomputed keeps until its backward."""
+        shape, half = self.shape, self.dtype_bytes == 2
+        numbers: float = shape.kept(self.fused_kernels, half)
+        inputs = sum(shape.linears[name][0] for name in self.targets)
+        if self.dropout:  # each adapter sees its own, and keeps a mask
+            numbers += inputs * (1 + 1 / self.dtype_bytes)
+        if not self.fused_adapter and half:  # PEFT keeps a float32 copy of each input
+            numbers += 2 * inputs
+        return int(numbers * tokens * self.dtype_bytes)
+
+    def input_bytes(self, tokens: int) -> int:
+        """The input of a layer."""
+        return tokens * self.shape.hidden * self.dtype_bytes
+
+    def backward_bytes(self, tokens: int) -> int:
+        """What a layer's backward works with: gradients and a dequantized weight."""
+        shape = self.shape
+        inside = (0 if self.fused_kernels else 2) + (0 if self.fused_adapter else 1)
+        gradients = shape.hidden + shape.intermediate * inside
+        if self.dora:  # the base's output, and then the gradient that is multiplied with the weight
+            gradients += shape.intermediate
+        weight = max(i * o for i, o in shape.linears.values())
+        return (tokens * gradients + weight) * self.dtype_bytes
+
+    def recompute_bytes(self, tokens: int) -> int:
+        """The weights that a recomputation keeps for the backward that follows: those that are
+        smaller than their input. The last matrix product is not computed again."""
+        *others, _ = self.shape.linears.values()
+        return sum(i * o for i, o in others if o < tokens) * self.dtype_bytes
+
+    def product_bytes(self, tokens: int) -> int:
+        """The outputs of the base that a recomputation keeps, too, for DoRA's backward."""
+        *others, _ = self.shape.linears.items()
+        outputs = sum(size[1] for name, size in others if name in self.targets)
+        return outputs * tokens * self.dtype_bytes if self.dora else 0
+
+    def loss_bytes(self, tokens: int) -> int:
+        """What the loss works with: a chunk of logits, the hidden states that count, their gradient
+        and that of all."""
+        logits = tokens * self.shape.vocab * self.dtype_bytes
+        return min(logits, HEAD_CHUNK) + 3 * self.input_bytes(tokens)
+
+    def evaluation_bytes(self, examples: int) -> int:
+        """What evaluating so many examples at a time needs beside the model: inside a layer, or
+        for the logits, of which a chunk is there at a time unless the model scales them."""
+        shape, tokens = self.shape, examples * self.length
+        inside = tokens * (2 * shape.hidden + (3 if shape.gated else 2) * shape.intermediate)
+        weight = max(i * o for i, o in shape.linears.values())
+        logits = tokens * shape.vocab * self.dtype_bytes
+        logits = 2 * logits if shape.scaled else min(logits, HEAD_CHUNK)
+        in_layer = (inside + weight) * self.dtype_bytes + 2 * self._gathered_block
+        at_head = logits + 2 * self.input_bytes(tokens) + self._gathered_table
+        return max(in_layer, at_head)
+
+    def parts(self, setting: Setting) -> dict[str, int]:
+        """Return the peak of a training step in bytes, by what takes it."""
+        inputs, activations, working = max(self._moments(setting), key=sum)
+        # Recorded passes have a stream, and a place for their gradients, of their own.
+        recorded = self._recorded and not setting.offload
+        gradients, workspaces = (4 * self.trained, 3) if recorded else (0, 1)
+        return {
+            "quantized": self.quantized_bytes,
+            "dense": self.dense_bytes,
+            "adapter": self.adapter_bytes + gradients,
+            "inputs": inputs,
+            "activations": activations,
+            "working": working + workspaces * WORKSPACE,
+        }
+
+    def _moments(self, setting: Setting) -> Iterator[tuple[int, int, int]]:
+        """Yield inputs of recomputed layers, activations and working memory when they may peak."""
+        tokens = setting.micro_batch * -(-self.length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        count, layers = setting.checkpointed_layers, self.shape.layers
+        kept, single = self.kept_bytes(tokens), self.input_bytes(tokens)
+        # One that is fetched from CPU memory, and the next, which is under way.
+        inputs = single * (min(count, 2) if setting.offload else count)
+        block, table = self._gathered_block, self._gathered_table
+        plain = self.backward_bytes(tokens)
+        work = max(plain + block, 2 * block) + (block if self.prefetches else 0)
+        # Before the first backward of a step there are no gradients.
+        several = self.accumulates or setting.micro_batch < self.batch
+        before = 0 if several else 4 * self.trained
+        # The loss, and the last layer's backward.
+        loss = self.loss_bytes(tokens) + table - before
+        yield inputs, (layers - count) * kept, max(loss, work)
+        if count:
+            # The first layer that is recomputed, when what the others kept is gone. Where inputs go
+            # to CPU memory, little is to be kept.
+            if not setting.offload:
+                work += self.recompute_bytes(tokens) + self.product_bytes(tokens)
+            yield inputs, kept - single, work
+
+    @property
+    def _recorded(self) -> bool:
+        """Whether passes can be recorded, see `cuda_graphs.can_record`."""
+        return self.graphs and self.fused_adapter and not self.dropout and self.shards == 1
+
+    @property
+    def _gathered_block(self) -> int:
+        """One layer of a sharded base, whole."""
+        return self.block_bytes if self.shards > 1 else 0
+
+    @property
+    def _gathered_table(self) -> int:
+        """Embedding or head of a sharded base, whole."""
+        return self.table_bytes if self.shards > 1 and not self.shape.tied else 0
+
+    def peak(self, setting: Setting) -> int:
+        """Return the most bytes that are allocated at a time."""
+        return sum(self.parts(setting).values())
+
+    # --- what fits ---------------------------------------------------------------------------
+
+    def fit(self, budget: int) -> Setting | None:
+        """Return the setting with the least recomputation that stays within `budget` bytes."""
+        return next((s for s in self.settings() if self.peak(s) <= budget), None)
+
+    def settings(self) -> list[Setting]:
+        """Return all settings, those that cost the least time first."""
+        sizes = halves(self.batch) if self.splits else [self.batch]
+        most = self.shape.layers - 1
+        return [
+            setting
+            for size in sizes
+            for setting in (
+                *(Setting(count, False, size) for count in range(most + 1)),
+                Setting(most, True, size),
+            )
+        ]
+
+    def least(self) -> Setting:
+        """Return the setting that needs the least memory."""
+        return min(self.settings(), key=self.peak)
+
+
+def halves(batch: int) -> list[int]:
+    """Return the sizes of micro-batches: `batch`, half of it, and so on down to 1."""
+    return [batch >> shift for shift in range(batch.bit_length())]
+
+
+def optimizer_bytes(name: str) -> int:
+    """Return how many bytes per trained weight the optimizer `name` keeps on the GPU for good.
+
+    Paged states may leave it (https://arxiv.org/abs/2305.14314), 8-bit ones are codes and a few
+    scales (https://arxiv.org/abs/2110.02861).
+    """
+    if "paged" in name:
+        return 0
+    states = 1 if any(part in name for part in _ONE_STATE) else 2
+    return states * (1 if "8bit" in name or "4bit" in name else 4)
+
+
+def usable(card: float) -> int:
+    """Return how many bytes a run can allocate on a card of `card` bytes."""
+    return int(card * (1 - FRAGMENTATION)) - CONTEXT
+
+
+def card_for(needed: int) -> float:
+    """Return the bytes of the smallest card on which `needed` bytes can be allocated."""
+    return (needed + CONTEXT) / (1 - FRAGMENTATION)
+
+
+def ways_out(work: Workload, budget: int) -> list[str]:
+    """Return changes of the spec, each of which makes `work` fit into `budget` bytes; where none
+    does, what does so together, or nothing if that is not enough either."""
+    alone = [
+        next((words for words, change in kind if replace(work, **change).fit(budget)), None)
+        for kind in _changes(work)
+    ]
+    if any(alone):
+        return [words for words in alone if words]
+    together: list[str] = []
+    for kind in _changes(work):
+        words, change = kind[-1]
+        work = replace(work, **change)
+        together.append(words)
+        if work.fit(budget):
+            return [" and ".join(together)]
+    return []
+
+
+def _shared_by(count: int) -> Iterator[_Change]:
+    words = f"train.parallel: fsdp on {count} GPUs"
+    yield words, {"shards": count}
+    yield f"{words} with train.memory: min", {"shards": count, "prefetches": False}
+
+
+def _changes(work: Workload) -> list[list[_Change]]:
+    """Return kinds of changes, each from the mildest to the strongest."""
+    lengths = [work.length >> shift for shift in range(1, work.length.bit_length())]
+    kinds: list[list[_Change]] = [
+        [(f"data.max_length: {n}", {"length": n}) for n in lengths if n >= SHORTEST]
+    ]
+    if max(work.bits.values()) > 6:
+        change = {"bits": dict.fromkeys(work.bits, 4.5)}
+        kinds.append([("a backend with 4 bits per weight", change)])
+    if optimizer_bytes(work.optim):
+        kinds.append([("train.optim: paged_adamw_8bit", {"optim": "paged_adamw_8bit"})])
+    if work.shards == 1 and work.shardable:
+        kinds.append([change for n in (2, 4, 8) for change in _shared_by(n)])
+    return [kind for kind in kinds if kind]

@@ -1,0 +1,193 @@
+"""The language model's loss from hidden states, without ever holding all logits.
+
+The head is frozen, so the gradient of the hidden states is all that backward needs. It is made in
+the forward pass, while a chunk of logits is there: two matrix products with the head instead of the
+three of a loss that makes the logits again. As in Liger (https://arxiv.org/abs/2410.10989).
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, wraps
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..memory.shape import SCALED_LOGITS
+from ..memory.workload import HEAD_CHUNK
+
+
+@dataclass(frozen=True)
+class Head:
+    """A plain linear layer that makes logits of the decoder's last hidden states.
+
+    Attributes:
+        linear: its weight may be sharded over several processes.
+        softcap: logits are cap * tanh(logits / cap), as in Gemma 2.
+    """
+
+    linear: nn.Linear
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, base: Any) -> Head | None:
+        """Return the head of a transformers model; None where its logits are made otherwise."""
+        config, linear = base.config.get_text_config(), base.get_output_embeddings()
+        # FSDP2 makes a subclass of a head that it shards, accelerate patches one that it moves.
+        plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
+        if not plain or "forward" in vars(linear) or base.base_model is base:
+            return None
+        # BERT's and its like put more layers in front of it.
+        rest = [child for child in base.children() if child is not base.base_model]
+        if [child for child in rest if any(True for _ in child.parameters())] != [linear]:
+            return None
+        if any(getattr(config, name, None) is not None for name in SCALED_LOGITS):
+            return None
+        return cls(linear, getattr(config, "final_logit_softcapping", None))
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """As `head_loss`."""
+        return head_loss(hidden, labels, self.linear, softcap=self.softcap)
+
+    def projection(self) -> Callable[[Tensor], Tensor]:
+        """Return what makes logits [tokens, vocabulary] of hidden states [tokens, hidden_size].
+        A sharded weight is gathered here, once, so all processes have to call this."""
+        weight = _whole(self.linear.weight)
+        bias = None if self.linear.bias is None else _whole(self.linear.bias)
+
+        def logits(hidden: Tensor) -> Tensor:
+            made = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+            cap = self.softcap
+            return made if cap is None else cap * torch.tanh(made / cap)
+
+        return logits
+
+
+def add_head_loss(base: Any) -> bool:
+    """Let `base(..., labels=..., fused_lm_head=True)` return the loss alone; say if it can.
+
+    It can where a frozen plain head turns the decoder's last hidden states into logits. Takes the
+    arguments, and gives the `loss`, of a model that TRL's `add_fused_lm_head` was applied to; and
+    `counted`, the number of labels that count, without which the device is waited for.
+    """
+    head = Head.of(base)
+    if head is None or head.linear.weight.requires_grad:
+        return False
+    if getattr(base.config.get_text_config(), "output_router_logits", False):
+        return False
+    original = base.forward
+
+    @wraps(type(base).forward)  # generate checks its arguments against this signature
+    def forward(
+        self: Any,
+        *args: Any,
+        fused_lm_head: bool = False,
+        counted: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not fused_lm_head:
+            return original(*args, **kwargs)
+        from transformers.modeling_outputs import CausalLMOutput
+
+        labels, divisor = kwargs.pop("labels")[:, 1:].flatten(), kwargs.pop("num_items_in_batch")
+        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1].flatten(0, 1)
+        where = _counting(labels, counted)
+        loss = head.loss(hidden[where], labels[where])
+        return CausalLMOutput(loss=loss / (max(len(where), 1) if divisor is None else divisor))
+
+    base.forward = types.MethodType(forward, base)
+    return True
+
+
+def _counting(labels: Tensor, count: int | None) -> Tensor:
+    """Return the indices of the labels that count."""
+    counts = labels != -100
+    if count is None:
+        return counts.nonzero()[:, 0]
+    return counts.nonzero_static(size=count)[:, 0]
+
+
+def head_loss(
+    hidden: Tensor, labels: Tensor, head: nn.Linear, *, softcap: float | None = None
+) -> Tensor:
+    """Return the summed cross-entropy, a float32 scalar in nats.
+
+    Args:
+        hidden: [tokens, hidden_size], what the head gets.
+        labels: int64 [tokens]; all of them count.
+        head: frozen. Its logits are computed in the dtype of its weight.
+        softcap: logits are cap * tanh(logits / cap), as in Gemma 2.
+    """
+    weight, bias = _whole(head.weight), None if head.bias is None else _whole(head.bias)
+    loss: Tensor = _HeadLoss.apply(hidden, labels, weight, bias, softcap)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def _whole(parameter: Any) -> Tensor:
+    """Return the parameter; one that is sharded over several processes is gathered."""
+    whole: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return whole.detach()
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+    ) -> Tensor:
+        losses = hidden.new_empty(len(labels), dtype=torch.float32)
+        dx = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in _chunks(len(labels), weight):
+                logits = hidden[rows].to(weight.dtype) @ weight.T
+                if bias is not None:
+                    logits += bias
+                losses[rows] = _to_gradient(logits, labels[rows], softcap)
+                if dx is not None:
+                    dx[rows] = logits @ weight
+                del logits  # or two chunks would be there at a time
+        ctx.dx = dx
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dx, ctx.dx = ctx.dx, None
+        return None if dx is None else dx.mul_(grads[0].to(dx.dtype)), None, None, None, None
+
+
+def _chunks(tokens: int, weight: Tensor) -> list[slice]:
+    rows = max(HEAD_CHUNK // (weight.shape[0] * weight.element_size()) // 128 * 128, 128)
+    return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
+
+
+def _to_gradient(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+    """Return the losses, float32 [tokens], and turn the logits into their gradient in place."""
+    if logits.is_cuda and _has_triton():
+        from .triton_head import to_gradient
+
+        return to_gradient(logits, labels, softcap)
+    z = logits.float()
+    capped = z if softcap is None else softcap * torch.tanh(z / softcap)
+    log_p = capped.log_softmax(-1)
+    gradient = log_p.exp()
+    losses = -log_p.gather(-1, labels[:, None])[:, 0]
+    gradient.scatter_add_(-1, labels[:, None], torch.full_like(losses, -1.0)[:, None])
+    if softcap is not None:
+        gradient *= 1 - (capped / softcap) ** 2
+    logits.copy_(gradient)
+    return losses
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

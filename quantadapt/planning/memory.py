@@ -1,0 +1,336 @@
+"""The plan's part on memory: what a run will need, on which cards it fits, and what else would.
+
+As pure as the plan: reads the model's config alone, imports neither torch nor a vendor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import Problem
+from ..machine import installed_version
+from ..memory.shape import Shape
+from ..memory.workload import CONTEXT, GIB, Setting, Workload, card_for, usable, ways_out
+from ..protocols import Quantizer
+from ..records import Adapter
+from ..spec import Spec
+
+ERROR = 0.1
+"""How far predictions may be off: a run is refused only where it cannot fit all the same."""
+
+MERGE_IN_LESS = (
+    "merge afterwards, in CPU memory (quantadapt merge RUN --device cpu) or shard by shard onto"
+    " the unquantized base (quantadapt merge RUN --onto BASE)"
+)
+"""What to do where a GPU does not hold a merged model beside the model."""
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class OnCard:
+    """What a card of `gib` GiB means for a run.
+
+    Attributes:
+        setting: what the run is expected to begin with; where nothing fits, what needs the least.
+        needed: bytes that takes.
+        budget: bytes that can be allocated, with a reserve.
+        most: bytes that can be allocated if nothing is lost.
+        ways_out: where nothing fits, what would.
+    """
+
+    gib: float
+    setting: Setting
+    needed: int
+    budget: int
+    most: int
+    ways_out: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the prediction stays within the card."""
+        return self.needed <= self.budget
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether it would be too much even if the prediction is off and nothing is lost."""
+        return self.needed * (1 - ERROR) > self.most
+
+    @property
+    def fix(self) -> str:
+        """The way out where nothing fits."""
+        larger = f"a GPU of {card_for(self.needed) / GIB:.1f} GiB"
+        return "what fits: " + ", or ".join([*self.ways_out, larger])
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What training will need.
+
+    Attributes:
+        work: what that depends on.
+        limit: bytes that `train.memory` allows, or None.
+        given: the setting that the spec asks for, or None where it is left to the card.
+        cards: the machine's card, or those that were asked about.
+        unshared: why several GPUs cannot share the base; empty if they can.
+    """
+
+    work: Workload
+    limit: int | None = None
+    given: Setting | None = None
+    cards: tuple[OnCard, ...] = ()
+    unshared: tuple[Problem, ...] = ()
+
+    def on(self, card: float) -> OnCard:
+        """Return what a card of so many bytes means."""
+        limit = int(card) if self.limit is None else self.limit
+        budget, most = min(usable(card), limit), min(int(card) - CONTEXT, limit)
+        work, given = self.work, self.given
+        # What was asked for is lowered when memory runs out.
+        setting = given if given and work.peak(given) <= budget else work.fit(budget)
+        found = setting or work.least()
+        ways = () if setting else tuple(ways_out(work, budget))
+        return OnCard(card / GIB, found, work.peak(found), budget, most, ways)
+
+    def with_cards(self, cards: Sequence[float]) -> MemoryPlan:
+        """Return the plan for cards of so many bytes."""
+        return replace(self, cards=tuple(self.on(card) for card in cards))
+
+    def shared_by(self, count: int) -> MemoryPlan:
+        """Return the plan for that many GPUs, each of which has a share of the base."""
+        shared = replace(self, work=replace(self.work, shards=count))
+        return shared.with_cards([card.gib * GIB for card in self.cards])
+
+    def fits_better_than(self, other: MemoryPlan) -> OnCard | None:
+        """Return the first card on which this plan fits and another for the same cards does not."""
+        pairs = zip(self.cards, other.cards, strict=True)
+        return next((mine for mine, its in pairs if mine.fits and not its.fits), None)
+
+    @property
+    def why_whole(self) -> str:
+        """Why several GPUs cannot share the base, with the rules that say so."""
+        reasons = (f"{reason.what} [rule {reason.rule}]" for reason in self.unshared)
+        return f"several GPUs cannot share the base, because {'; '.join(reasons)}"
+
+    def peak_gib(self, setting: Setting, length: int) -> float:
+        """Return the prediction for a run whose longest example has `length` tokens."""
+        return replace(self.work, length=length).peak(setting) / GIB
+
+    # --- what it comes to --------------------------------------------------------------------
+
+    def problems(self, measures_dense: bool) -> list[Problem]:
+        """Return why a run on these cards cannot work; empty if it may.
+
+        Args:
+            measures_dense: whether the run also measures the base before it is quantized.
+        """
+        found = [self.problem(card) for card in self.cards if card.hopeless]
+        for card in self.cards:
+            if measures_dense and self.work.unquantized_bytes > card.gib * GIB - CONTEXT:
+                needed = self.work.unquantized_bytes / GIB
+                what = f"the base takes {needed:.1f} GiB before it is quantized, more than the GPU"
+                fix = "set evaluate.unquantized: false, so that it is not measured"
+                found.append(Problem(what, fix, where="evaluate.unquantized"))
+        return found
+
+    def merge_problem(self) -> Problem | None:
+        """Return why no card holds a dense merged model beside the model; None if one may."""
+        needed = self._model_bytes + self.work.unquantized_bytes
+        if not self.cards or any(needed * (1 - ERROR) <= c.gib * GIB - CONTEXT for c in self.cards):
+            return None
+        what = f"merging takes {needed / GIB:.1f} GiB, the dense model beside the quantized one"
+        return Problem(what, MERGE_IN_LESS, "export.merge", "merge-needs-memory")
+
+    @property
+    def _model_bytes(self) -> int:
+        """The model and its adapter, when nothing is done with them."""
+        return self.work.quantized_bytes + self.work.dense_bytes + 4 * self.work.trained
+
+    def problem(self, card: OnCard) -> Problem:
+        """Return the refusal for a card on which nothing fits."""
+        what = f"a GPU of {card.gib:.4g} GiB is too small: {self._shortage(card)}"
+        if self.unshared:
+            what += f"; {self.why_whole}"
+        return Problem(what, card.fix, where="train.memory")
+
+    def notes(self, evaluated: int) -> list[str]:
+        """Return what else a run on these cards should tell.
+
+        Args:
+            evaluated: examples per forward pass when the model is evaluated.
+        """
+        notes = []
+        work = self.work
+        needed = work.evaluation_bytes(evaluated)
+        for card in self.cards:
+            if self._model_bytes + needed > card.budget:
+                words = f"evaluating {evaluated} examples at a time needs {needed / GIB:.1f} GiB"
+                notes.append(f"{words} more than the model; lower evaluate.batch_size")
+            if not card.fits:
+                notes.append(f"memory may not suffice: {self._shortage(card)}; {card.fix}")
+            elif self.given and card.setting != self.given:
+                words = self.describe(self.given)
+                notes.append(f"memory may not suffice for what the spec asks for ({words})")
+        return notes
+
+    def words(self) -> list[str]:
+        """Return one line per card; without any, what a GPU would need."""
+        if self.cards:
+            return [self._card_words(card) for card in self.cards]
+        first, least = self.given or self.work.settings()[0], self.work.least()
+        lines = [f"on a GPU {self._needs(first)}"]
+        if self.work.peak(least) < self.work.peak(first):
+            lines.append(f"at least {self._needs(least)}")
+        return lines
+
+    def describe(self, setting: Setting) -> str:
+        """Return a setting in words."""
+        return setting.describe(self.work.shape.layers, self.work.batch)
+
+    def _needs(self, setting: Setting) -> str:
+        return f"{self.work.peak(setting) / GIB:.2f} GiB: {self.describe(setting)}"
+
+    def _card_words(self, card: OnCard) -> str:
+        if card.fits:
+            needed = f"{card.needed / GIB:.1f} GiB"
+            return f"fits {card.gib:.4g} GiB: yes, with {self.describe(card.setting)}: {needed}"
+        return f"fits {card.gib:.4g} GiB: no, {self._shortage(card)}; {card.fix}"
+
+    def _shortage(self, card: OnCard) -> str:
+        needed, there = card.needed / GIB, card.budget / GIB
+        return (
+            f"training needs at least {needed:.1f} GiB ({self.describe(card.setting)}) of the"
+            f" {there:.1f} GiB that it can have there"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        return {
+            "batch": self.work.batch,
+            "length": self.work.length,
+            "layers": self.work.shape.layers,
+            "words": self.words(),
+            "cards": [
+                {
+                    "gib": card.gib,
+                    "fits": card.fits,
+                    "peak_gib": card.needed / GIB,
+                    "setting": vars(card.setting),
+                    "parts_gib": {k: v / GIB for k, v in self.work.parts(card.setting).items()},
+                    "ways_out": list(card.ways_out),
+                }
+                for card in self.cards
+            ],
+        }
+
+
+def memory_plan(
+    spec: Spec,
+    config: Mapping[str, Any],
+    quantizer: Quantizer,
+    adapter: Adapter,
+    options: Mapping[str, Any],
+    *,
+    dtype: str,
+    unshared: Sequence[Problem] = (),
+) -> MemoryPlan | None:
+    """Return what training on a GPU needs; None where the architecture is not known or the
+    backend does not tell its bits per weight.
+
+    Args:
+        config: the model's config.json.
+        options: the adapter's.
+        dtype: compute dtype on the GPU.
+        unshared: why several GPUs cannot share the base; empty if they can.
+    """
+    shape = Shape.of(config)
+    if shape is None:
+        return None
+    dense = _dense(spec, quantizer, shape)
+    bits = _bits(quantizer, shape, dense, dtype)
+    if bits is None:
+        return None
+    train = spec.train
+    lora = adapter.peft_type == "LORA"
+    work = Workload(
+        shape=shape,
+        bits=bits,
+        targets=_targets(shape, options.get("target_modules")),
+        rank=int(options.get("init_r") or options.get("r") or 0),
+        optim=train.optim,
+        dtype_bytes=_bytes(dtype),
+        batch=train.per_device_train_batch_size,
+        length=spec.data.max_length,
+        dropout=bool(options.get("lora_dropout")),
+        fused_adapter=lora and not options.get("lora_bias"),
+        dora=lora and bool(options.get("use_dora")),
+        fused_kernels=train.use_liger_kernel and installed_version("liger-kernel") is not None,
+        splits=not train.packing and adapter.peft_type != "ADALORA",
+        accumulates=train.gradient_accumulation_steps > 1,
+        dense=dense,
+        shardable=not unshared,
+        prefetches=train.memory != "min",
+        graphs=train.cuda_graphs,
+    )
+    limit = int(train.memory * GIB) if isinstance(train.memory, float) else None
+    given = _given(spec, shape.layers)
+    return MemoryPlan(work, limit, given, unshared=tuple(unshared))
+
+
+def _given(spec: Spec, layers: int) -> Setting | None:
+    """Return the setting that the spec asks for, if it does."""
+    train, batch = spec.train, spec.train.per_device_train_batch_size
+    if train.gradient_checkpointing is not None:
+        return Setting(layers if train.gradient_checkpointing else 0, False, batch)
+    return Setting(layers, True, batch) if train.memory == "min" else None
+
+
+def _dense(spec: Spec, quantizer: Quantizer, shape: Shape) -> tuple[str, ...]:
+    """Return the names of the linear layers that are not quantized."""
+    skipped = {skip.rpartition(".")[2] for skip in spec.skip_modules or ()}
+    return tuple(
+        name
+        for name, size in shape.linears.items()
+        if name in skipped or (spec.skip_misfits and quantizer.misfit(*size))
+    )
+
+
+def _bits(
+    quantizer: Quantizer, shape: Shape, dense: Sequence[str], dtype: str
+) -> dict[str, float] | None:
+    """Return the bits per weight of each linear layer; None where the backend does not tell."""
+    found: dict[str, float] = {}
+    for name, size in shape.linears.items():
+        if name in dense:
+            found[name] = 8.0 * _bytes(dtype)
+            continue
+        bits = quantizer.bits_per_weight(*size, device="cuda", dtype=dtype)
+        if bits is None:
+            return None
+        found[name] = bits
+    return found
+
+
+def _targets(shape: Shape, wanted: Any) -> tuple[str, ...]:
+    """Return the linear layers that `target_modules` names; all of them where the names are those
+    of another architecture."""
+    names = tuple(shape.linears)
+    if isinstance(wanted, str) and wanted != "all-linear":
+        found = tuple(n for n in names if re.fullmatch(wanted, f"model.layers.0.{_parent(n)}.{n}"))
+    elif wanted and wanted != "all-linear":
+        endings = {str(name).rpartition(".")[2] for name in wanted}
+        found = tuple(name for name in names if name in endings)
+    else:
+        found = names
+    return found or names
+
+
+def _parent(name: str) -> str:
+    return "self_attn" if name in _ATTENTION else "mlp"
+
+
+def _bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2

@@ -1,0 +1,291 @@
+"""The parts of a plan, each resolved by itself: model, device, quantizer, adapter, dtype, data.
+
+As pure as the plan. What is wrong is noted in the draft, so that all of it is told at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from .. import demo
+from ..dependencies import missing_for_optimizer, missing_requirements
+from ..distributed.talking import world
+from ..errors import OutputError, PlanRefused, Problem, did_you_mean
+from ..folders.run_folder import RunFolder, plain
+from ..machine import Machine
+from ..paths import is_local_path
+from ..protocols import Quantizer
+from ..records import Adapter, Backend
+from ..registry.discovery import Registry
+from ..spec import Spec, read_yaml, wrong_value
+from .on_disk import check_model, has_config_alone, quantization_of
+from .peft_options import peft_options
+from .processes import device_problems
+
+
+@dataclass
+class Draft:
+    """The plan while it is being made; problems pile up here.
+
+    Attributes:
+        cards: sizes in GiB of GPUs that are asked about; they need not be in this machine.
+    """
+
+    spec: Spec
+    machine: Machine
+    registry: Registry
+    processes: int = 1
+    cards: tuple[float, ...] = ()
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def lookup(self, kind: Literal["backend", "adapter"], name: str) -> Any:
+        """Return the record of that name, or None and a problem."""
+        try:
+            return getattr(self.registry, kind)(name)
+        except PlanRefused as error:
+            self.problems.extend(error.problems)
+            return None
+
+
+def model_of(draft: Draft, weights: bool) -> str:
+    """Return the checkpoint; `weights` says whether it has to have them."""
+    if draft.spec.model is None:
+        return str(demo.MODEL_DIR)
+    if not weights and has_config_alone(draft.spec.model):
+        draft.notes.append("there are no weights here: this is a prediction, a run needs them")
+    else:
+        draft.problems += check_model(draft.spec.model)
+    return os.path.expanduser(draft.spec.model)
+
+
+def device_of(draft: Draft) -> str:
+    """Return the device of this process; of several, each has that of its number."""
+    wanted = draft.spec.device
+    if draft.cards and wanted.partition(":")[0] in ("auto", "cuda"):
+        return "cuda"
+    draft.problems += device_problems(draft.spec, draft.machine, draft.processes)
+    if wanted == "auto":
+        wanted = draft.machine.default_device
+    if draft.processes > 1 and wanted == "cuda":
+        return f"cuda:{world().local_rank}"
+    kind, _, index = wanted.partition(":")
+    if kind == "cuda":
+        count = len(draft.machine.cuda)
+        if count == 0:
+            what = "there is no CUDA device here, or torch was built without CUDA"
+            fix = "use device: cpu, or install a CUDA build of torch; `quantadapt doctor` looks"
+            draft.problems.append(Problem(what, fix, where="device"))
+        elif index and not (index.isdigit() and int(index) < count):
+            what = f"{wanted!r} does not exist, there are {count} CUDA devices"
+            draft.problems.append(Problem(what, f"use cuda:0 to cuda:{count - 1}", where="device"))
+    elif kind not in ("cpu", "mps", "xpu", "hpu"):
+        what = f"{wanted!r} is no device"
+        draft.problems.append(Problem(what, "use auto, cpu, cuda or cuda:N", where="device"))
+    return wanted
+
+
+def quantizer_of(
+    draft: Draft, backend: Backend | None, model: str
+) -> tuple[Quantizer | None, bool]:
+    """Return the quantizer, and whether the checkpoint was quantized by it already."""
+    if backend is None:
+        return None, False
+    draft.problems += missing_requirements(backend)
+    found = quantization_of(model)
+    if found is None:
+        return _fresh_quantizer(draft, backend), False
+    adopted = backend.quantizer.from_checkpoint(found)
+    if adopted is None:
+        draft.problems.append(_wrong_checkpoint(draft, backend, found))
+        return None, True
+    given = draft.spec.backend.options
+    differing = {k: v for k, v in given.items() if getattr(adopted, k, None) != v}
+    for name, value in differing.items():
+        what = f"the checkpoint is quantized already, with {name}={getattr(adopted, name, None)!r}"
+        fix = f"leave out {name}={value!r}, or start from the unquantized model"
+        draft.problems.append(Problem(what, fix, where=f"backend.{name}"))
+    draft.notes.append(f"the checkpoint is quantized already ({backend.name}); loaded as it is")
+    return adopted, True
+
+
+def _wrong_checkpoint(draft: Draft, backend: Backend, found: Mapping[str, Any]) -> Problem:
+    makers = [
+        other.name
+        for other in draft.registry.backends()
+        if other.quantizer.from_checkpoint(found) is not None
+    ]
+    method = found.get("quant_method", "an unknown method")
+    what = f"the checkpoint is quantized with {method}, backend {backend.name!r} cannot read it"
+    fix = f"use --backend {makers[0]}" if makers else "start from the unquantized model"
+    return Problem(what, fix, where="model")
+
+
+def _fresh_quantizer(draft: Draft, backend: Backend) -> Quantizer | None:
+    try:
+        return backend.quantizer(**draft.spec.backend.options)
+    except ValidationError as error:
+        draft.problems += [_option_problem(backend, dict(d)) for d in error.errors()]
+        return None
+
+
+def _option_problem(backend: Backend, detail: dict[str, Any]) -> Problem:
+    name = ".".join(str(part) for part in detail["loc"])
+    where = f"backend.{name}"
+    if detail["type"] == "extra_forbidden":
+        hint = did_you_mean(name, backend.quantizer.model_fields)
+        what = f"backend {backend.name!r} has no option {name!r}"
+        return Problem(what, hint or "it has no options", where)
+    return wrong_value(detail, where)
+
+
+def adapter_options(draft: Draft, adapter: Adapter | None) -> dict[str, Any]:
+    """Return the adapter's options: its defaults, and what the spec says and can be used."""
+    if adapter is None:
+        return {}
+    draft.problems += missing_requirements(adapter)
+    options = dict(adapter.defaults)
+    for name, value in draft.spec.adapter.options.items():
+        if problem := _adapter_option_problem(adapter, name, value):
+            draft.problems.append(problem)
+        else:
+            options[name] = value
+    return options
+
+
+_USUAL_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+"""What people say -> what LoRA's config calls it."""
+
+
+def _adapter_option_problem(adapter: Adapter, name: str, value: Any) -> Problem | None:
+    where, known = f"adapter.{name}", peft_options(adapter.peft_type)
+    if name not in known:
+        what = f"adapter {adapter.name!r} has no option {name!r}"
+        return Problem(what, did_you_mean(_USUAL_NAMES.get(name, name), known), where)
+    if not known[name].accepts(value):
+        what = f"{value!r} is not of type {known[name].annotation}"
+        default = adapter.defaults.get(name, known[name].default)
+        return Problem(what, f"the default is {default}", where)
+    if name in ("r", "init_r", "target_r") and isinstance(value, int) and value < 1:
+        return Problem(f"{value} is no rank", "use 1 or more", where)
+    if name == "loftq_config" and not _is_loftq_config(value):
+        return Problem(f"{value!r} has another form", "write {loftq_iter: 1}", where)
+    if name == "target_modules" and isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            what = f"{value!r} is no regular expression: {error}"
+            return Problem(what, "list the endings of names, e.g. [q_proj, v_proj]", where)
+    return None
+
+
+def _is_loftq_config(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("loftq_iter", 1), int)
+
+
+def dtype_of(draft: Draft, backend: Backend | None, device: str) -> str:
+    """Return torch's name of the compute dtype; GPUs that are asked about do bfloat16."""
+    dtype: str = draft.spec.dtype
+    if dtype == "auto":
+        asked = draft.cards and device == "cuda"
+        dtype = "bfloat16" if asked else draft.machine.default_dtype(device)
+    if backend and dtype not in backend.dtypes:
+        what = f"backend {backend.name!r} does not compute in {dtype}"
+        fix = f"use dtype: {', '.join(backend.dtypes)}"
+        draft.problems.append(Problem(what, fix, where="dtype"))
+    kind = device.partition(":")[0]
+    if backend and kind not in backend.devices:
+        what = f"backend {backend.name!r} does not run on {kind}"
+        fix = f"use device: {', '.join(backend.devices)}"
+        draft.problems.append(Problem(what, fix, where="device"))
+    return dtype
+
+
+def check_data(draft: Draft) -> None:
+    """Look whether local files of data are there."""
+    for key in ("path", "eval_path", "calibration_path"):
+        path = getattr(draft.spec.data, key)
+        if path and is_local_path(path) and not Path(path).expanduser().exists():
+            fix = "check the path; a hub id has the form owner/name"
+            draft.problems.append(Problem(f"{path} does not exist", fix, where=f"data.{key}"))
+
+
+def check_training(draft: Draft, device: str) -> None:
+    """Look for options of training that contradict each other or lack their library."""
+    train = draft.spec.train
+    draft.problems += missing_for_optimizer(train.optim)
+    if train.gradient_checkpointing is not None and train.memory != "auto":
+        what = "memory and gradient_checkpointing both say which layers are computed again"
+        fix = "leave one of them out"
+        draft.problems.append(Problem(what, fix, where="train.gradient_checkpointing"))
+    if isinstance(train.memory, float) and not device.startswith("cuda"):
+        draft.notes.append("train.memory limits the memory of a GPU; this run has none")
+
+
+def check_folder(draft: Draft) -> None:
+    """Look whether the run folder is free, or may be replaced or taken up."""
+    spec = draft.spec
+    inputs = spec.inputs
+    try:
+        RunFolder.check(
+            spec.output or "", overwrite=spec.overwrite, resume=spec.train.resume, inputs=inputs
+        )
+    except OutputError as error:
+        draft.problems += [replace(p, where=f"output {p.where}".strip()) for p in error.problems]
+
+
+_KEPT_WHEN_RESUMED = (
+    "seed",
+    "data.format",
+    "data.max_length",
+    "data.max_examples",
+    "data.eval_fraction",
+    "train.per_device_train_batch_size",
+    "train.gradient_accumulation_steps",
+    "train.packing",
+)
+"""Keys of the spec that a checkpoint depends on, beside backend and adapter."""
+
+
+def check_resumed(
+    draft: Draft, quantizer: Quantizer | None, adapter_options: Mapping[str, Any]
+) -> None:
+    """Look whether a run that is to be resumed is still the one that was begun."""
+    spec = draft.spec
+    folder = RunFolder(Path(spec.output or "").expanduser())
+    if not spec.train.resume or quantizer is None or not (folder.path / "spec.yaml").is_file():
+        return
+    begun = folder.read_json("plan.json")
+    then = _facts(
+        read_yaml(folder.path / "spec.yaml"), begun.get("backend", {}), begun.get("adapter", {})
+    )
+    backend = {"name": spec.backend.name, "options": quantizer.model_dump(mode="json")}
+    adapter = {"name": spec.adapter.name, "options": dict(adapter_options)}
+    for key, value in _facts(spec.model_dump(mode="json"), backend, adapter).items():
+        if key in then and then[key] != value:
+            what = f"{value!r} makes it another run; the one in {folder.path} has {then[key]!r}"
+            fix = f"resume with {key}={then[key]!r}, or start the other run in another --output"
+            draft.problems.append(Problem(what, fix, where=key))
+
+
+def _facts(
+    spec: Mapping[str, Any], backend: Mapping[str, Any], adapter: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return dotted key -> value of what a checkpoint depends on."""
+    facts: dict[str, Any] = {}
+    for key in _KEPT_WHEN_RESUMED:
+        section, _, name = key.rpartition(".")
+        values = spec.get(section, {}) if section else spec
+        if name in values:
+            facts[key] = values[name]
+    for kind, record in (("backend", backend), ("adapter", adapter)):
+        values = {"name": record.get("name"), **record.get("options", {})}
+        facts |= {f"{kind}.{name}": plain(value) for name, value in values.items()}
+    return facts

@@ -1,0 +1,129 @@
+"""What several processes can do together, decided before any of them starts.
+
+Part of the plan and as pure: imports neither torch nor a vendor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from ..capabilities import Cell, refusals
+from ..distributed.talking import world
+from ..errors import Problem
+from ..machine import Machine
+from ..records import Adapter, Backend
+from ..spec import Spec
+from .memory import MemoryPlan
+from .on_disk import config_of
+
+Parallel = Literal["none", "ddp", "fsdp"]
+
+DDP = "use train.parallel: ddp, where each GPU holds the whole model"
+MERGE_LATER = "merge afterwards, on one machine: quantadapt merge RUN"
+
+_REWRITING = ("pissa", "olora", "corda", "lora_ga")
+"""`init_lora_weights` that put something else into the base."""
+
+_TRAINS_THE_BASE = ("modules_to_save", "trainable_token_indices", "target_parameters")
+
+
+def choose(spec: Spec, processes: int, memory: MemoryPlan | None) -> tuple[Parallel, list[str]]:
+    """Return how that many processes work together, and notes on why.
+
+    `auto` shares the base where a card does not hold the whole, but does hold its share.
+
+    Args:
+        memory: what a GPU with the whole base needs, on the cards of the run; None where that
+            cannot be predicted. Says, too, why the base cannot be shared.
+    """
+    if processes < 2:
+        return "none", []
+    if spec.train.parallel != "auto":
+        return spec.train.parallel, []
+    if memory is None or not memory.cards:
+        return "ddp", []
+    small = memory.shared_by(processes).fits_better_than(memory)
+    if small is None:
+        held = all(card.fits for card in memory.cards)
+        return "ddp", ["ddp: each GPU holds the whole base, which is the fastest"] if held else []
+    card = f"a GPU of {small.gib:.4g} GiB is too small for the whole base"
+    if memory.unshared:
+        return "ddp", [f"ddp, though {card}: {memory.why_whole}"]
+    return "fsdp", [f"fsdp: {card}, and large enough for a share of it"]
+
+
+def device_problems(spec: Spec, machine: Machine, processes: int) -> list[Problem]:
+    """Return why that many processes cannot have a device each; empty if they can."""
+    if processes < 2:
+        return []
+    kind, _, index = spec.device.partition(":")
+    kind = machine.default_device if kind == "auto" else kind
+    if kind not in ("cpu", "cuda"):
+        what = f"several processes run on cuda, or for trying it out on cpu, not on {kind}"
+        return [Problem(what, "use device: cuda", where="device")]
+    launched, count = world(), len(machine.cuda)
+    here = processes if launched.size == 1 else launched.local_rank + 1
+    if index and (launched.size == 1 or index != str(launched.local_rank)):
+        what = f"{spec.device} is one device, and {processes} processes want one each"
+        return [Problem(what, f"use device: {kind}", where="device")]
+    if kind == "cuda" and count and here > count:
+        what = f"{here} GPUs are wanted, there are {count}"
+        return [Problem(what, f"use --gpus {count}", where="--gpus")]
+    if not count and (kind == "cuda" or (spec.device == "auto" and launched.size == 1)):
+        what = f"{processes} GPUs are wanted, there are none that torch can use"
+        fix = "use one process; `quantadapt doctor` looks, --device cpu tries it without GPUs"
+        return [Problem(what, fix, where="--gpus")]
+    return []
+
+
+def shard_problems(cell: Cell, backend: Backend, adapter: Adapter, model: str) -> list[Problem]:
+    """Return why the base of `cell` cannot be sharded; empty if it can."""
+    return [
+        *refusals(cell, (*backend.rules, *adapter.rules), "shard"),
+        *_option_problems(cell.adapter_options),
+        *_model_problems(model),
+    ]
+
+
+def share_problems(
+    cell: Cell, backend: Backend, adapter: Adapter, model: str, merge: str
+) -> list[Problem]:
+    """Return why a run that merges as `merge` says cannot share the base; empty if it can."""
+    merges = merge_problems(merge) if merge != "auto" else ()
+    return [*shard_problems(cell, backend, adapter, model), *merges]
+
+
+def shard_notes(spec: Spec) -> list[str]:
+    """Return what a sharded run leaves out."""
+    if not spec.evaluate.unquantized:
+        return []
+    return ["fsdp: the unquantized base is not measured, because one GPU may not hold it"]
+
+
+def merge_problems(merge: str) -> tuple[Problem, ...]:
+    """Return why a sharded run does not merge, where the spec lets it: `merge` is what it says."""
+    if merge == "never":
+        return ()
+    what = "a sharded run never holds the whole base, so it writes no merged model"
+    return (Problem(what, MERGE_LATER, "export.merge", "fsdp-no-merge"),)
+
+
+def _option_problems(options: Mapping[str, Any]) -> Iterator[Problem]:
+    start = options.get("init_lora_weights")
+    iterations = (options.get("loftq_config") or {}).get("loftq_iter", 1)
+    loftq = start == "loftq" and iterations > 1
+    if loftq or (isinstance(start, str) and start.startswith(_REWRITING)):
+        what = f"init_lora_weights: {start} rewrites the base, of which each process has a share"
+        where = "adapter.init_lora_weights"
+        yield Problem(what, DDP, where, "fsdp-keeps-the-base")
+    for name in _TRAINS_THE_BASE:
+        if options.get(name):
+            what = f"{name} trains a part of the base, which is sharded"
+            yield Problem(what, DDP, f"adapter.{name}", "fsdp-keeps-the-base")
+
+
+def _model_problems(model: str) -> Iterator[Problem]:
+    if (config_of(model) or {}).get("is_encoder_decoder"):
+        what = "encoder-decoder models are not sharded"
+        yield Problem(what, DDP, "train.parallel", "fsdp-decoders-only")

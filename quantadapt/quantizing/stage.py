@@ -1,0 +1,214 @@
+"""The quantize stage: what a plan says about the base, done.
+
+Decides what stays dense and what calibrating backends are shown, lets the backend work, and puts
+the facades in front of what it made.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .. import planning
+from ..dependencies import import_requirements
+from ..errors import ModelError, PlanRefused, PluginError, Problem, QuantadaptError
+from ..planning.on_disk import config_of, quantization_of
+from ..planning.stage import Plan
+from ..protocols import Quantizer
+from ..records import Backend
+from ..registry.discovery import registry
+from .state import ModelState
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .examples import Calibration, Examples
+
+
+def quantize_plan(
+    plan: Plan, *, module: nn.Module | None = None, calibration: Calibration = None
+) -> nn.Module:
+    """Do what `plan` says about the base. `module` is a live module to use instead of a path."""
+    import torch
+
+    from ..facade import facades, wrap
+    from ..loading.reading import skipped_modules
+
+    import_requirements(plan.backend)
+    if module is None and not plan.adopt:
+        plan = with_config(plan)
+    quantizer = plan.quantizer
+    dtype = getattr(torch, plan.dtype)
+    skip = _wanted_skip(plan)
+    examples = None
+    adopted = quantizer.from_model(module) if module is not None else None
+    if adopted is not None:
+        quantizer, model = adopted, module
+    elif plan.adopt and module is None:
+        with _sharding_blocks(plan):
+            model = quantizer.load(plan.model, device=plan.device, dtype=dtype)
+    else:
+        skip = skip_for(plan, module)
+        examples = _examples(plan, module, calibration)
+        with _blame(plan.backend), _sharding_blocks(plan):
+            model = quantizer.quantize(
+                plan.model if module is None else module,
+                device=plan.device,
+                dtype=dtype,
+                calibration=examples,
+                skip_modules=skip,
+            )
+    assert model is not None
+    skip = skipped_modules(model, skip)
+    model.requires_grad_(False)
+    if plan.parallel == "fsdp":
+        from ..sharding import GatheringTarget, shard
+
+        model = shard(wrap(model, GatheringTarget(quantizer.target), dtype, skip))
+    else:
+        model = wrap(model, quantizer.target, dtype, skip)
+    if next(facades(model), None) is None:
+        raise nothing_quantized(model)
+    model.quantadapt = ModelState(  # type: ignore[assignment]
+        source="" if module is not None else plan.model,
+        backend=plan.backend,
+        quantizer=quantizer,
+        device=plan.device,
+        dtype=dtype,
+        skip_modules=skip,
+        tokenizer=None if module is not None else load_tokenizer(plan.model),
+        calibration=examples,
+    )
+    return model
+
+
+def nothing_quantized(model: nn.Module) -> PlanRefused:
+    """Say which layers the model has in place of `nn.Linear`, the only one that is quantized."""
+    matrices = (m for m in model.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2)
+    others = {type(m).__name__ for m in matrices} - {"Linear", "Embedding"}
+    what = "the model has no linear layer to quantize"
+    if others:
+        what += f": only nn.Linear is quantized, and its layers are {', '.join(sorted(others))}"
+    fix = "use another model, or name fewer layers in skip_modules"
+    return PlanRefused([Problem(what, fix, where="model")])
+
+
+@contextmanager
+def _sharding_blocks(plan: Plan) -> Iterator[None]:
+    """Inside, shard each decoder block as soon as it is quantized, where the plan says so."""
+    if plan.parallel != "fsdp":
+        yield
+        return
+    from ..distributed.talking import start
+    from ..loading.reading import watching_blocks
+    from ..sharding import shard_block
+
+    start(plan.device)
+    with watching_blocks(shard_block):
+        yield
+
+
+def _wanted_skip(plan: Plan) -> tuple[str, ...] | None:
+    wanted = plan.spec.skip_modules
+    return None if wanted is None else tuple(wanted)
+
+
+def skip_for(plan: Plan, module: nn.Module | None = None) -> tuple[str, ...] | None:
+    """Return what is left dense, layers that do not fit included; None means the default.
+
+    Looks at the architecture only. Raises PlanRefused, with a line for each layer whose size the
+    backend cannot quantize, unless the spec says `skip_misfits`.
+    """
+    from ..loading.reading import architecture, linear_layers, skipped_modules
+
+    skip, misfit = _wanted_skip(plan), plan.quantizer.misfit
+    if type(plan.quantizer).misfit is Quantizer.misfit:
+        return skip  # everything fits
+    model = architecture(plan.model) if module is None else module
+    default = skipped_modules(model, skip)
+    reasons = {
+        name: reason
+        for name, linear in linear_layers(model, default)
+        if (reason := misfit(linear.in_features, linear.out_features))
+    }
+    if reasons and not plan.spec.skip_misfits:
+        raise PlanRefused(_misfits(reasons))
+    return (*default, *reasons) if reasons else skip
+
+
+def _misfits(reasons: Mapping[str, str]) -> list[Problem]:
+    """Return a problem for each reason; it names the first layer and counts the others."""
+    problems = []
+    for reason in dict.fromkeys(reasons.values()):
+        first, *others = [name for name, text in reasons.items() if text == reason]
+        more = f" and {len(others)} more" if others else ""
+        fix = "change the backend's options, or set skip_misfits: true to leave such layers dense"
+        problems.append(Problem(reason, fix, where=f"{first}{more}"))
+    return problems
+
+
+def _examples(plan: Plan, module: nn.Module | None, given: Calibration) -> Examples | None:
+    """Return the calibration examples, checked, where the backend wants any."""
+    from .. import demo
+    from .examples import check_vocabulary, examples_from
+
+    if not plan.calibrates:
+        return None
+    if given is None and module is None and plan.model == str(demo.MODEL_DIR):
+        given = str(demo.TRAIN_FILE)
+    if given is None:
+        what = f"backend {plan.backend.name!r} calibrates, and there is no data to do it on"
+        fix = "pass calibration=..., a data file or tokenized examples (--calibration FILE)"
+        raise PlanRefused([Problem(what, fix, where="calibration")])
+    tokenizer = load_tokenizer(plan.model) if isinstance(given, str) and module is None else None
+    examples = examples_from(given, tokenizer)
+    if module is None:
+        check_vocabulary(examples, (config_of(plan.model) or {}).get("vocab_size"))
+    return examples
+
+
+@contextmanager
+def _blame(backend: Backend) -> Iterator[None]:
+    """Turn what a backend's code raises into a PluginError that says whose it is, and where."""
+    import torch
+
+    try:
+        yield
+    except (QuantadaptError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"it failed while quantizing: {type(error).__name__}: {text[0] if text else ''}"
+        fix = (
+            f"tell its authors ({registry().provenance(backend)}): {place.filename}:{place.lineno}"
+        )
+        raise PluginError(what, fix=fix, where=f"backend {backend.name}") from error
+
+
+def with_config(plan: Plan) -> Plan:
+    """Plan again where only now, with its config downloaded, a hub id shows to be quantized."""
+    from ..loading.reading import read_config
+
+    read_config(plan.model)
+    if quantization_of(plan.model) is None:
+        return plan
+    return planning.plan(plan.spec, check_output=False)
+
+
+def load_tokenizer(source: str) -> Any:
+    """Return the checkpoint's tokenizer, with a pad token. Raises ModelError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        what = f"its tokenizer cannot be loaded: {str(error).splitlines()[0].rstrip(' :')}"
+        raise ModelError(
+            what, fix="put the tokenizer's files beside config.json", where=source
+        ) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,73 @@
+"""What quantadapt remembers about a model: it travels on the model as `model.quantadapt`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import QuantadaptError
+from ..protocols import Quantizer
+from ..records import Adapter, Backend
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@dataclass
+class ModelState:
+    """How a model was made.
+
+    Attributes:
+        source: path or hub id of the checkpoint; empty for a live module.
+        backend, quantizer: how its linear layers are quantized.
+        device: "cpu", "cuda:0", ...
+        dtype: compute dtype.
+        skip_modules: names left dense.
+        tokenizer: the checkpoint's tokenizer, or None.
+        calibration: the examples that the base was calibrated on here, or None.
+        rewritten: attaching the adapter changed the base for good.
+        adapter, adapter_options: what is attached, if anything.
+    """
+
+    source: str
+    backend: Backend
+    quantizer: Quantizer
+    device: str
+    dtype: torch.dtype
+    skip_modules: tuple[str, ...] = ()
+    tokenizer: Any = None
+    calibration: list[dict[str, Tensor]] | None = None
+    rewritten: bool = False
+    adapter: Adapter | None = None
+    adapter_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype_name(self) -> str:
+        """torch's name of the compute dtype, e.g. "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def record(self) -> dict[str, Any]:
+        """Return what `quantadapt.json` says about the base: JSON-ready."""
+        return {
+            "base": self.source,
+            "backend": self.backend.name,
+            "options": self.quantizer.model_dump(),
+            "dtype": self.dtype_name,
+            "skip_modules": list(self.skip_modules),
+            "adapter": self.adapter.name if self.adapter else None,
+            "adapter_options": self.adapter_options,
+        }
+
+
+def state_of(model: nn.Module) -> ModelState:
+    """Return the state of a model that `quantize` or `load` returned, adapter or not.
+
+    Raises:
+        QuantadaptError: the model did not come from there.
+    """
+    state = getattr(model, "quantadapt", None)
+    if not isinstance(state, ModelState):
+        what = "this model did not come from quantadapt.quantize or quantadapt.load"
+        raise QuantadaptError(what, fix="call model = quantadapt.quantize(model, backend=...)")
+    return state

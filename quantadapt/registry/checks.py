@@ -1,0 +1,103 @@
+"""Is a plugin's module what it says it is? Asked once, when the plugin is loaded, so that a mistake
+in one plugin is told in its author's words and never fails a table or a plan of everybody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeVar
+
+import pluggy
+
+from .. import hookspecs
+from ..capabilities import Merge, Rule
+from ..errors import PluginError, did_you_mean
+from ..protocols import Quantizer
+from ..records import Adapter, Backend
+
+Record = TypeVar("Record", Backend, Adapter)
+HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("quantadapt_"))
+
+
+class Contents(NamedTuple):
+    """A plugin's module, and the records that its hooks returned."""
+
+    module: Any
+    backends: list[Backend]
+    adapters: list[Adapter]
+
+
+def contents(module: Any, name: str) -> Contents:
+    """Check a plugin's module and ask it for its records."""
+    _check_hooks(module, name)
+    backends = _records(module, "quantadapt_backends", Backend)
+    adapters = _records(module, "quantadapt_adapters", Adapter)
+    for backend in backends:
+        _check_backend(backend)
+    for adapter in adapters:
+        _check_fields("adapter", adapter, {"requires": str, "rules": Rule})
+    return Contents(module, backends, adapters)
+
+
+def _check_hooks(module: Any, name: str) -> None:
+    """Raise PluginError for a hook that the core does not know (misspelt, or of a newer core), one
+    with wrong arguments, one without its mark, or where there is none at all."""
+    scratch = pluggy.PluginManager(hookspecs.PROJECT)
+    scratch.add_hookspecs(hookspecs)
+    try:
+        scratch.register(module, name)
+        scratch.check_pending()
+    except pluggy.PluginValidationError as error:
+        unknown = [h.name for h in scratch.get_hookcallers(module) or [] if h.name not in HOOKS]
+        hints = [f"unknown hook {hook!r}, {did_you_mean(hook, HOOKS)}" for hook in unknown]
+        raise PluginError("; ".join(hints) or " ".join(str(error).split())) from None
+    found = [hook.name for hook in scratch.get_hookcallers(module) or []]
+    if unmarked := [hook for hook in HOOKS if hasattr(module, hook) and hook not in found]:
+        raise PluginError(f"{', '.join(unmarked)} lacks the decorator @quantadapt.hookimpl")
+    if not found:
+        raise PluginError(f"it has no hook; a plugin is a module with {' or '.join(HOOKS)}")
+
+
+def _records(module: Any, hook: str, kind: type[Record]) -> list[Record]:
+    """Call a hook that returns records. Raises PluginError if it returns anything else."""
+    implementation = getattr(module, hook, None)
+    if implementation is None:
+        return []
+    returned = implementation()
+    if isinstance(returned, str) or not isinstance(returned, Iterable):
+        raise PluginError(f"{hook} returned {returned!r}, not a list of {kind.__name__} records")
+    records = list(returned)
+    for record in records:
+        if not isinstance(record, kind):
+            raise PluginError(f"{hook} returned {record!r}, which is no {kind.__name__} record")
+    return records
+
+
+def _check_backend(backend: Backend) -> None:
+    """Raise PluginError for a field that would make every table and plan fail."""
+    texts = ("requires", "imports", "devices", "dtypes")
+    _check_fields("backend", backend, {**dict.fromkeys(texts, str), "rules": Rule})
+    quantizer: Any = backend.quantizer
+    if not (isinstance(quantizer, type) and issubclass(quantizer, Quantizer)):
+        what = f"quantizer is {quantizer!r}, not a subclass of Quantizer"
+        raise PluginError(what, where=f"backend {backend.name!r}")
+
+
+def _check_fields(kind: str, record: Backend | Adapter, fields: dict[str, type]) -> None:
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    where = f"{kind} {record.name!r}"
+    if not isinstance(record.name, str) or not record.name:
+        raise PluginError("its name is no text", where=where)
+    if not isinstance(record.merge, Merge):
+        raise PluginError(f"merge is {record.merge!r}, not one of Merge", where=where)
+    for name, wanted in fields.items():
+        values = getattr(record, name)
+        if not isinstance(values, tuple | list) or not all(isinstance(v, wanted) for v in values):
+            what = f"{name} is {values!r}, not a tuple of {wanted.__name__}"
+            raise PluginError(what, where=where)
+    for text in record.requires:
+        try:
+            Requirement(text)
+        except InvalidRequirement as error:
+            what = f"requires holds {text!r}: {str(error).splitlines()[0]}"
+            raise PluginError(what, where=where) from None

@@ -1,0 +1,312 @@
+"""Finds plugins and answers by name: `registry().backend("hqq")`.
+
+Plugins come from entry points in the group `quantadapt`; the core names none of them. A plugin
+that is broken is kept, with the reason, and everything else goes on working. Two plugins that
+claim one name are both told apart in the error; neither wins silently. Each plugin is imported in
+a thread of its own, with a time limit: one that hangs is left behind.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import pluggy
+
+from .. import hookspecs
+from ..errors import PlanRefused, PluginError, Problem, did_you_mean
+from ..records import Adapter, Backend
+from . import adapters as builtin_adapters
+from .checks import Contents, contents
+
+GROUP = "quantadapt"
+ONLY = "QUANTADAPT_PLUGINS"
+TIME_LIMIT = "QUANTADAPT_PLUGIN_TIMEOUT"
+DEFAULT_TIME_LIMIT = 10.0
+
+Record = TypeVar("Record", Backend, Adapter)
+
+
+class PluginWarning(UserWarning):
+    """A plugin made everybody wait, in vain."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a record came from: the plugin's name, module, distribution and its version."""
+
+    plugin: str
+    module: str = ""
+    distribution: str = ""
+    version: str = ""
+
+    def __str__(self) -> str:
+        origin = f"{self.distribution} {self.version}".strip() or self.module
+        return f"{self.plugin} ({origin})" if origin else self.plugin
+
+
+@dataclass(frozen=True)
+class BrokenPlugin:
+    """A plugin that could not be used, why, and the traceback (or the stack, where it hangs)."""
+
+    provenance: Provenance
+    reason: str
+    details: str = ""
+
+
+@dataclass(frozen=True)
+class _Entry(Generic[Record]):
+    record: Record
+    provenance: Provenance
+
+
+@dataclass
+class Registry:
+    """All plugins that were found, and what they provide.
+
+    Attributes:
+        manager: calls the hooks.
+        plugins: the plugins that work, by name.
+        broken: those that do not.
+        seconds: how long each of `plugins` took to import.
+    """
+
+    manager: pluggy.PluginManager
+    plugins: dict[str, Provenance] = field(default_factory=dict)
+    broken: list[BrokenPlugin] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    _backends: dict[str, list[_Entry[Backend]]] = field(default_factory=dict)
+    _adapters: dict[str, list[_Entry[Adapter]]] = field(default_factory=dict)
+
+    def backends(self) -> list[Backend]:
+        """Return every backend whose name is claimed once, by name."""
+        return [e[0].record for _, e in sorted(self._backends.items()) if len(e) == 1]
+
+    def adapters(self) -> list[Adapter]:
+        """Return every adapter whose name is claimed once, by name."""
+        return [e[0].record for _, e in sorted(self._adapters.items()) if len(e) == 1]
+
+    def backend(self, name: str) -> Backend:
+        """Return the backend called `name`. Raises PlanRefused, saying what to do."""
+        backend: Backend = self._only("backend", name, self._backends).record
+        return backend
+
+    def adapter(self, name: str) -> Adapter:
+        """Return the adapter called `name`. Raises PlanRefused, saying what to do."""
+        adapter: Adapter = self._only("adapter", name, self._adapters).record
+        return adapter
+
+    def provenance(self, record: Backend | Adapter) -> Provenance:
+        """Say which plugin provided `record`."""
+        table: Any = self._backends if isinstance(record, Backend) else self._adapters
+        found: Provenance = self._only("record", record.name, table).provenance
+        return found
+
+    def claims(self, name: str) -> list[Provenance]:
+        """Return the plugins, broken ones included, that go by `name` or have such a backend."""
+        broken = {plugin.provenance.plugin: plugin.provenance for plugin in self.broken}
+        backends = [entry.provenance for entry in self._backends.get(name, [])]
+        return [table[name] for table in (self.plugins, broken) if name in table] + backends
+
+    def clashes(self) -> list[str]:
+        """Return a sentence for each name that several plugins claim."""
+        tables: list[tuple[str, dict[str, Any]]] = [
+            ("backend", self._backends),
+            ("adapter", self._adapters),
+        ]
+        return [
+            _clash(kind, name, entries)
+            for kind, table in tables
+            for name, entries in sorted(table.items())
+            if len(entries) > 1
+        ]
+
+    def _only(self, kind: str, name: str, table: dict[str, list[_Entry[Any]]]) -> _Entry[Any]:
+        entries = table.get(name, [])
+        if len(entries) == 1:
+            return entries[0]
+        if entries:
+            fix = f"uninstall one of them, or name the plugins to load in {ONLY}"
+            raise PlanRefused([Problem(_clash(kind, name, entries), fix, where=kind)])
+        hint = did_you_mean(name, table)
+        if broken := ", ".join(str(plugin.provenance) for plugin in self.broken):
+            hint += f"; these plugins are broken, `quantadapt doctor` says why: {broken}"
+        raise PlanRefused([Problem(f"no {kind} is called {name!r}", hint, where=kind)])
+
+    def add(self, name: str, load: Callable[[], Any], provenance: Provenance) -> None:
+        """Register one plugin; whatever goes wrong with it is recorded, not raised."""
+        limit, started = _time_limit(), time.perf_counter()
+        thread, future = _in_thread(lambda: contents(load(), name))
+        thread.join(limit)
+        if not future.done():
+            self._leave_behind(provenance, thread, limit)
+            return
+        if error := future.exception():  # be it SystemExit: it is the plugin's
+            self._keep_broken(provenance, error)
+            return
+        found = future.result()
+        try:
+            self.manager.register(found.module, name)
+        except ValueError as error:  # the name is taken, or the module is registered already
+            self._keep_broken(provenance, error)
+            return
+        self.plugins[name], self.seconds[name] = provenance, time.perf_counter() - started
+        for backend in found.backends:
+            self._backends.setdefault(backend.name, []).append(_Entry(backend, provenance))
+        for adapter in found.adapters:
+            self._adapters.setdefault(adapter.name, []).append(_Entry(adapter, provenance))
+
+    def _keep_broken(self, provenance: Provenance, error: BaseException) -> None:
+        details = "".join(traceback.format_exception(error))
+        self.broken.append(BrokenPlugin(provenance, _reason(error), details))
+
+    def _leave_behind(self, provenance: Provenance, thread: threading.Thread, limit: float) -> None:
+        reason = f"its import did not finish within {limit:g} s"
+        frame = sys._current_frames().get(thread.ident or 0)
+        details = "".join(traceback.format_stack(frame)) if frame else ""
+        self.broken.append(BrokenPlugin(provenance, reason, details))
+        fix = f"uninstall it, or name the plugins to load in {ONLY}, or allow more in {TIME_LIMIT}"
+        warnings.warn(f"plugin {provenance}: {reason}; {fix}", PluginWarning, stacklevel=4)
+
+
+def _clash(kind: str, name: str, entries: Iterable[_Entry[Any]]) -> str:
+    providers = " and ".join(str(entry.provenance) for entry in entries)
+    return f"the {kind} name {name!r} is claimed by {providers}"
+
+
+def _in_thread(work: Callable[[], Contents]) -> tuple[threading.Thread, Future[Contents]]:
+    """Begin `work` in a thread that does not keep the process alive."""
+    future: Future[Contents] = Future()
+
+    def body() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=body, name="quantadapt-plugin", daemon=True)
+    thread.start()
+    return thread, future
+
+
+def _time_limit() -> float:
+    """Return the seconds that a plugin has for its import, from QUANTADAPT_PLUGIN_TIMEOUT."""
+    text = os.environ.get(TIME_LIMIT, "")
+    try:
+        seconds = float(text) if text else DEFAULT_TIME_LIMIT
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        what, fix = f"{text!r} is no number of seconds above 0", "set it to 30, say, or unset it"
+        raise PlanRefused([Problem(what, fix, where=TIME_LIMIT)])
+    return min(seconds, threading.TIMEOUT_MAX)
+
+
+def _reason(error: BaseException) -> str:
+    """Say on one line what a plugin raised, and at which line of it."""
+    text = " ".join(str(error).split())
+    if isinstance(error, PluginError):
+        return text
+    name, place = type(error).__name__, _place(error)
+    return f"{name}: {text}{place}" if text else f"{name}{place}"
+
+
+def _place(error: BaseException) -> str:
+    """Return the last line in the folder of the first file that is neither ours nor Python's."""
+    ours = [
+        f"{folder}{os.sep}"
+        for folder in (Path(__file__).parents[1], Path(importlib.__file__).parent)
+    ]
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not frame.filename.startswith((*ours, "<"))]
+    folder = Path(theirs[0].filename).parent if theirs else Path()
+    own = [frame for frame in theirs if Path(frame.filename).is_relative_to(folder)]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+
+
+def _provenance(plugin: str, module: str, dist: Distribution | None) -> Provenance:
+    return Provenance(plugin, module, *(_name_and_version(dist) if dist else ("", "")))
+
+
+@cache
+def _name_and_version(dist: Distribution) -> tuple[str, str]:
+    """Read a distribution's METADATA, which takes long, once for all of its plugins."""
+    try:
+        found: Any = dist.metadata
+        return found["Name"] or "", found["Version"] or ""
+    except Exception:  # there is none, or it cannot be read
+        return "", ""
+
+
+def _load(entry_point: EntryPoint) -> Any:
+    if not EntryPoint.pattern.match(entry_point.value):
+        what = f"its entry point is {entry_point.value!r}, which names no module"
+        raise PluginError(what)
+    return entry_point.load()
+
+
+def _wanted() -> set[str] | None:
+    """Return the plugin names in QUANTADAPT_PLUGINS (comma-separated); None means all."""
+    value = os.environ.get(ONLY)
+    return None if value is None else {name.strip() for name in value.split(",") if name.strip()}
+
+
+def _entry_points(broken: list[BrokenPlugin]) -> list[tuple[Provenance, EntryPoint]]:
+    """Return the entry points of our group by name; of equal ones, this distribution's is first."""
+    try:
+        found = list(entry_points(group=GROUP))
+    except Exception:  # one unreadable entry_points.txt spoils the list of all
+        found = []
+        for dist in distributions():
+            try:
+                found += dist.entry_points.select(group=GROUP)
+            except Exception as error:
+                reason = f"its entry_points.txt cannot be read: {error}"
+                broken.append(BrokenPlugin(_provenance("unknown", "", dist), reason))
+    known = [(_provenance(e.name, e.value.partition(":")[0].strip(), e.dist), e) for e in found]
+    return sorted(known, key=lambda item: _order(item[0]))
+
+
+def _order(provenance: Provenance) -> tuple[str, bool, str]:
+    foreign = provenance.distribution != hookspecs.PROJECT
+    return provenance.plugin, foreign, provenance.distribution
+
+
+def discover() -> Registry:
+    """Look for plugins afresh. Most callers want `registry()`."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    found = Registry(manager)
+    builtin = Provenance("builtin", builtin_adapters.__name__)
+    found.add("builtin", lambda: builtin_adapters, builtin)
+    wanted = _wanted()
+    seen = {"builtin": builtin}
+    for provenance, entry_point in _entry_points(found.broken):
+        name = provenance.plugin
+        if wanted is not None and name not in wanted:
+            continue
+        if name in seen:
+            reason = f"{provenance} has the same plugin name as {seen[name]}"
+            found.broken.append(BrokenPlugin(provenance, reason))
+            continue
+        seen[name] = provenance
+        found.add(name, partial(_load, entry_point), provenance)
+    return found
+
+
+@cache
+def registry() -> Registry:
+    """Return the plugins of this process, discovered once."""
+    return discover()

@@ -1,0 +1,283 @@
+"""Looks at an installation: what is there, what works, and what to install.
+
+Vendors are imported in processes of their own, with a time limit, so that one that crashes or
+hangs harms nothing. Nothing here raises.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from ..machine import installed_version, this_machine
+from ..records import Backend
+from .discovery import Registry, registry
+
+DISTRIBUTION = "quantadapt"
+TIMEOUT = 120.0
+SLOW = 1.0
+"""Seconds that a plugin may take to import: everybody waits for it, whatever they ask for."""
+
+_PROBE = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
+_TORCH_PROBE = """
+import json, torch
+cuda = torch.cuda.is_available()
+names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
+print("\\n" + json.dumps({"cuda_build": torch.version.cuda, "devices": names,
+    "threads": torch.get_num_threads()}))
+"""
+
+
+@dataclass(frozen=True)
+class Library:
+    """A distribution: what is wanted, what is there, and the command that puts it right."""
+
+    name: str
+    wanted: str
+    found: str | None
+    fix: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is there and new enough."""
+        return not self.fix
+
+
+@dataclass(frozen=True)
+class PluginHealth:
+    """A plugin.
+
+    Attributes:
+        origin: where it comes from.
+        problem: what is wrong with it; empty where it works.
+        seconds: how long its import took; None where it is broken.
+        slow: whether that is more than a plugin should take.
+        details: the traceback of a broken one, or where it hangs.
+    """
+
+    name: str
+    origin: str
+    problem: str = ""
+    seconds: float | None = None
+    slow: bool = False
+    details: str = ""
+
+
+@dataclass(frozen=True)
+class BackendHealth:
+    """A backend: its libraries, whether they import, and what to do.
+
+    Attributes:
+        state: "ready", "not installed", "too old or new", "broken", "not checked" or
+            "claimed twice".
+        problem: why, where it is not ready.
+        fix: what to do about it.
+    """
+
+    name: str
+    state: str
+    libraries: tuple[Library, ...] = ()
+    problem: str = ""
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that was found."""
+
+    quantadapt: str
+    python: str
+    platform: str
+    cpus: int
+    torch: dict[str, Any]
+    cuda: list[str]
+    libraries: list[Library] = field(default_factory=list)
+    plugins: list[PluginHealth] = field(default_factory=list)
+    backends: list[BackendHealth] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[str]:
+        """What keeps quantadapt itself from working."""
+        found = [f"{lib.name}: {lib.found or 'not installed'}" for lib in self.libraries if lib.fix]
+        return found + ([f"torch: {self.torch['problem']}"] if self.torch.get("problem") else [])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON-ready data."""
+        return {**asdict(self), "problems": self.problems}
+
+
+def diagnose(
+    *,
+    imports: bool = True,
+    timeout: float = TIMEOUT,
+    found: Registry | None = None,
+) -> Diagnosis:
+    """Look at everything.
+
+    Args:
+        imports: also import torch and each backend's libraries, in processes of their own.
+        timeout: seconds after which an import counts as hanging.
+        found: the plugins; those installed by default.
+    """
+    found = found or registry()
+    return Diagnosis(
+        quantadapt=installed_version(DISTRIBUTION) or "not installed",
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cpus=os.cpu_count() or 1,
+        torch=_torch(timeout) if imports else {},
+        cuda=_cuda(),
+        libraries=required_libraries(),
+        plugins=_plugins(found),
+        backends=_backends(found, timeout if imports else None),
+        commands=_commands(found),
+    )
+
+
+def required_libraries() -> list[Library]:
+    """Return what quantadapt itself needs."""
+    try:
+        lines = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:  # used from a checkout that is not installed
+        return []
+    wanted = [Requirement(line) for line in lines]
+    return [_library(w) for w in wanted if w.marker is None or w.marker.evaluate({"extra": ""})]
+
+
+def _library(wanted: Requirement, extra: str = "") -> Library:
+    found = installed_version(wanted.name)
+    text = f"{wanted.name}{wanted.specifier}"
+    fits = found is not None and wanted.specifier.contains(found, prereleases=True)
+    fix = "" if fits else f"pip install '{extra or text}'"
+    return Library(wanted.name, str(wanted.specifier), found, fix)
+
+
+def _cuda() -> list[str]:
+    try:
+        return [f"compute capability {a}.{b}" for a, b in this_machine().cuda]
+    except Exception as error:
+        return [f"cannot be looked at: {error!r}"]
+
+
+def _torch(timeout: float) -> dict[str, Any]:
+    problem, output = run_python(_TORCH_PROBE, (), timeout)
+    if problem:
+        return {"problem": problem}
+    try:
+        facts: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        return {"problem": "it imports, but prints nothing sensible"}
+    return facts
+
+
+def _plugins(found: Registry) -> list[PluginHealth]:
+    good = [
+        PluginHealth(
+            name, str(origin), seconds=found.seconds[name], slow=found.seconds[name] > SLOW
+        )
+        for name, origin in sorted(found.plugins.items())
+    ]
+    broken = [
+        PluginHealth(b.provenance.plugin, str(b.provenance), b.reason, details=b.details)
+        for b in found.broken
+    ]
+    return good + broken
+
+
+def _commands(found: Registry) -> list[str]:
+    hooks = found.manager.hook.quantadapt_commands.get_hookimpls()
+    return [str(found.plugins.get(hook.plugin_name, hook.plugin_name)) for hook in hooks]
+
+
+def _backends(found: Registry, timeout: float | None) -> list[BackendHealth]:
+    """Check each backend; those that import the same modules share one check."""
+    backends = found.backends()
+    ready = [b for b in backends if all(lib.fits for lib in _libraries(b)) and b.imports]
+    groups = list(dict.fromkeys(b.imports for b in ready)) if timeout else []
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        problems = dict(
+            zip(groups, pool.map(lambda g: check_imports(g, timeout), groups), strict=True)
+        )
+    health = [_backend_health(b, problems, checked=timeout is not None) for b in backends]
+    fix = "uninstall one of them, or restrict QUANTADAPT_PLUGINS"
+    clashes = [
+        BackendHealth(text, "claimed twice", problem=text, fix=fix) for text in found.clashes()
+    ]
+    return health + clashes
+
+
+def _libraries(backend: Backend) -> tuple[Library, ...]:
+    return tuple(_library(Requirement(text), backend.extra) for text in backend.requires)
+
+
+def _backend_health(
+    backend: Backend, problems: dict[tuple[str, ...], str], *, checked: bool
+) -> BackendHealth:
+    libraries = _libraries(backend)
+    if wrong := [lib for lib in libraries if not lib.fits]:
+        state = "not installed" if any(lib.found is None for lib in wrong) else "too old or new"
+        reason = ", ".join(
+            f"{lib.name}{lib.wanted} wanted, {lib.found or 'none'} found" for lib in wrong
+        )
+        return BackendHealth(backend.name, state, libraries, reason, wrong[0].fix)
+    if not backend.imports:
+        return BackendHealth(backend.name, "ready", libraries)
+    if not checked:
+        return BackendHealth(backend.name, "not checked", libraries)
+    if problem := problems[backend.imports]:
+        fix = f"pip install --force-reinstall '{backend.extra or backend.imports[0]}'"
+        return BackendHealth(backend.name, "broken", libraries, problem, fix)
+    return BackendHealth(backend.name, "ready", libraries)
+
+
+def check_imports(modules: Sequence[str], timeout: float | None) -> str:
+    """Import `modules` in a process of its own. Returns what went wrong, or nothing."""
+    return run_python(_PROBE, modules, timeout)[0]
+
+
+def run_python(code: str, arguments: Sequence[str], timeout: float | None) -> tuple[str, str]:
+    """Run Python code in a process of its own. Returns what went wrong, or nothing, and stdout.
+
+    Output goes to files: a process that hangs with children holding a pipe could not be left.
+    """
+    command = [sys.executable, "-c", code, *arguments]
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return f"no end after {timeout:g} s", ""
+        except OSError as error:
+            return f"Python cannot be started: {error}", ""
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode("utf-8", "replace"))
+    return _ending(done.returncode, texts[1]), texts[0]
+
+
+def _ending(code: int, errors: str) -> str:
+    if code == 0:
+        return ""
+    if code < 0:
+        return f"it crashes Python (signal {-code})"
+    lines = [line for line in errors.strip().splitlines() if line.strip()]
+    return lines[-1][:300] if lines else f"exit code {code}"

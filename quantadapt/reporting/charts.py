@@ -1,0 +1,204 @@
+"""The charts of the report page, as inline SVG for wide and for narrow screens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from .html import Html, el, numbers_table
+from .words import short
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: its label, value, the value in words, and "before" or "after" for the colour."""
+
+    label: str
+    value: float
+    text: str
+    kind: str
+
+
+_WIDE, _NARROW = 720, 340
+_CHARACTER = 8.0
+"""Widest average of a character of 14 px text, to keep labels from being cut."""
+
+
+def bar_chart(title: str, bars: Sequence[Bar], *, log: bool = False, unit: str = "") -> Html:
+    """Return horizontal bars with direct labels, for wide and for narrow screens, and a table."""
+    drawings = [_draw_bars(title, bars, log, width) for width in (_WIDE, _NARROW)]
+    heading = f"{title} ({unit})" if unit else title
+    table = numbers_table(["", heading], [[bar.label, bar.text] for bar in bars])
+    return el("figure", *drawings, table)
+
+
+def _draw_bars(title: str, bars: Sequence[Bar], log: bool, width: int) -> Html:
+    beside = width == _WIDE
+    left = _CHARACTER * max(len(bar.label) for bar in bars) + 14 if beside else 0
+    right = _CHARACTER * max(len(bar.text) for bar in bars) + 14
+    pitch, above, thick = (36, 0, 22) if beside else (52, 20, 20)
+    scale = _Scale([bar.value for bar in bars], log, left, width - right)
+    height = pitch * len(bars) + (24 if log else 0)
+    parts: list[Html] = []
+    for tick in scale.ticks if log else []:
+        parts += _vertical(scale(tick), height - 22, f"{tick:,g}")
+    for index, bar in enumerate(bars):
+        top, end = index * pitch + above, scale(bar.value)
+        middle = top + thick / 2 + 5
+        label = (left - 14, middle, "end") if beside else (0, top - 6, "start")
+        parts += [
+            _svg_text(bar.label, *label, kind="label"),
+            _rounded(left, top, max(end - left, 2), thick, bar.kind),
+            _svg_text(bar.text, max(end, left + 2) + 8, middle, kind=f"value {bar.kind}"),
+        ]
+    described = "; ".join(f"{bar.label}: {bar.text}" for bar in bars)
+    return _svg(title, described, width, height, parts)
+
+
+class _Scale:
+    """Maps values to pixels. A logarithmic one starts at 1, or at the power of ten below all."""
+
+    def __init__(self, values: Sequence[float], log: bool, start: float, end: float) -> None:
+        self.log, self.start, self.end = log, start, end
+        low = min(1.0, 10 ** math.floor(math.log10(min(values)))) if log else 0.0
+        self.low, self.high = self._at(low), self._at(max(values))
+        powers = range(math.floor(math.log10(low)), 309) if log else range(0)
+        self.ticks = [10.0**p for p in powers if self._at(10.0**p) <= self.high]
+
+    def __call__(self, value: float) -> float:
+        share = (self._at(value) - self.low) / ((self.high - self.low) or 1)
+        return self.start + share * (self.end - self.start)
+
+    def _at(self, value: float) -> float:
+        return math.log10(value) if self.log else value
+
+
+def line_chart(points: Sequence[tuple[float, float]], resumed_from: float | None) -> Html:
+    """Return the loss curve, raw and smoothed, for wide and narrow screens, and a table."""
+    smooth = smoothed(points)
+    drawings = [
+        _draw_line(points, smooth, resumed_from, *size) for size in ((_WIDE, 300), (_NARROW, 240))
+    ]
+    rows = [
+        [f"{raw[0]:g}", f"{raw[1]:.4g}", f"{mean[1]:.4g}"]
+        for raw, mean in thinned(list(zip(points, smooth, strict=True)), 20)
+    ]
+    table = numbers_table(["step", "loss (nats per token)", "moving average"], rows)
+    return el("figure", *drawings, table)
+
+
+def _draw_line(
+    points: Sequence[tuple[float, float]],
+    smooth: Sequence[tuple[float, float]],
+    resumed_from: float | None,
+    width: int,
+    height: int,
+) -> Html:
+    left, right, top, bottom = 44, width - 50, 26, height - 44
+    steps, losses = [p[0] for p in points], [p[1] for p in points]
+    x_ticks = nice_ticks(steps[0], steps[-1], 6 if width == _WIDE else 4)
+    y_ticks = nice_ticks(min(losses), max(losses), 5)
+    low, high = min(y_ticks[0], min(losses)), max(y_ticks[-1], max(losses))
+
+    def x(step: float) -> float:
+        return left + (step - steps[0]) / ((steps[-1] - steps[0]) or 1) * (right - left)
+
+    def y(loss: float) -> float:
+        return bottom - (loss - low) / ((high - low) or 1) * (bottom - top)
+
+    parts = [_svg_text("loss, nats per token", 0, 12, kind="axis")]
+    parts.append(_svg_text("optimizer step", right, height - 4, "end", kind="axis"))
+    for tick in y_ticks:
+        parts.append(_line(left, y(tick), right, y(tick), "grid"))
+        parts.append(_svg_text(f"{tick:g}", left - 8, y(tick) + 4, "end", kind="axis"))
+    for tick in x_ticks:
+        parts.append(_line(x(tick), bottom, x(tick), bottom + 5, "tick"))
+        parts.append(_svg_text(f"{tick:,g}", x(tick), bottom + 20, "middle", kind="axis"))
+    if resumed_from is not None and steps[0] < resumed_from < steps[-1]:
+        parts += _vertical(x(resumed_from), bottom, "", top)
+        parts.append(_svg_text("resumed", x(resumed_from) + 5, top + 10, kind="axis"))
+    dots = thinned(points, 400)
+    parts += [el("circle", cx=_px(x(s)), cy=_px(y(v)), r="2.5", class_="dot") for s, v in dots]
+    path = " ".join(f"{_px(x(s))},{_px(y(v))}" for s, v in thinned(smooth, 400))
+    parts.append(el("polyline", points=path, class_="curve"))
+    last = smooth[-1]
+    parts.append(_svg_text(short(last[1]), x(last[0]) + 8, y(last[1]) + 5, kind="value after"))
+    described = (
+        f"From {short(smooth[0][1])} at step {steps[0]:g} to {short(last[1])} at {steps[-1]:g}."
+    )
+    return _svg("Training loss by step", described, width, height, parts)
+
+
+def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return a centred moving average over about a tenth of the points."""
+    reach = max(1, len(points) // 20)
+    means = []
+    for index, (step, _) in enumerate(points):
+        before = min(reach, index)
+        after = before if index < reach else reach  # symmetric where the loss still falls steeply
+        window = [value for _, value in points[index - before : index + after + 1]]
+        means.append((step, sum(window) / len(window)))
+    return means
+
+
+def thinned(items: Sequence[T], most: int) -> list[T]:
+    """Return at most `most` of the items, evenly spread, the first and last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def nice_ticks(low: float, high: float, about: int) -> list[float]:
+    """Return round numbers between `low` and `high`, roughly `about` of them."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / about
+    power: float = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    ticks = [round((first + i) * step, 10) for i in range(about * 3)]
+    return [tick for tick in ticks if tick <= high + step * 1e-9] or [low]
+
+
+def _svg(title: str, described: str, width: int, height: float, parts: Sequence[Html]) -> Html:
+    size = "wide" if width == _WIDE else "narrow"
+    name = f"{title.lower().replace(' ', '-')}-{size}"
+    return el(
+        "svg",
+        el("title", title, id=f"{name}-t"),
+        el("desc", described, id=f"{name}-d"),
+        *parts,
+        viewBox=f"0 0 {width} {_px(height)}",
+        role="img",
+        aria_labelledby=f"{name}-t {name}-d",
+        class_=size,
+    )
+
+
+def _svg_text(text: str, x: float, y: float, anchor: str = "start", *, kind: str) -> Html:
+    return el("text", text, x=_px(x), y=_px(y), text_anchor=anchor, class_=kind)
+
+
+def _rounded(x: float, y: float, width: float, height: float, kind: str) -> Html:
+    """A bar that is square at its foot and rounded at its tip."""
+    r = min(4.0, width / 2)
+    end = f"a{r} {r} 0 0 1 {r} {r}v{_px(height - 2 * r)}a{r} {r} 0 0 1 {-r} {r}"
+    across = _px(width - r)
+    return el("path", d=f"M{_px(x)} {_px(y)}h{across}{end}h-{across}z", class_=f"bar {kind}")
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Html:
+    return el("line", x1=_px(x1), y1=_px(y1), x2=_px(x2), y2=_px(y2), class_=kind)
+
+
+def _vertical(x: float, bottom: float, label: str, top: float = 0) -> list[Html]:
+    line = _line(x, top, x, bottom, "grid")
+    return [line, _svg_text(label, x, bottom + 17, "middle", kind="axis")] if label else [line]
+
+
+def _px(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")

@@ -1,0 +1,63 @@
+"""What the report is made of: a run folder's files, any of which may lack anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..folders.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the page is made of: the contents of a run folder's files."""
+
+    marker: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    log: Sequence[Mapping[str, Any]]
+    environment: Mapping[str, Any]
+    spec: str
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> Run:
+        """Read a run folder; what is missing is empty."""
+        spec = folder.path / "spec.yaml"
+        return cls(
+            marker=folder.marker,
+            plan=folder.read_json("plan.json"),
+            metrics=folder.read_json("metrics.json"),
+            log=folder.read_metrics(),
+            environment=folder.read_json("environment.json"),
+            spec=spec.read_text(encoding="utf-8", errors="replace") if spec.is_file() else "",
+        )
+
+
+def part(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return the mapping under `key`; empty where there is none."""
+    found = values.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def items(values: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """Return the mappings in the list under `key`; none where there is no list."""
+    found = values.get(key)
+    return [item for item in found if isinstance(item, Mapping)] if isinstance(found, list) else []
+
+
+def text(values: Mapping[str, Any], key: str) -> str:
+    """Return the value under `key` as text; empty where there is none."""
+    value = values.get(key)
+    return str(value) if value is not None else ""
+
+
+def number(values: Mapping[str, Any], *path: str) -> float | None:
+    """Return the finite number that the keys `path` lead to, or None."""
+    for key in path[:-1]:
+        values = part(values, key)
+    value = values.get(path[-1])
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if math.isfinite(value) else None

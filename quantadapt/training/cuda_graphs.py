@@ -1,0 +1,214 @@
+"""Training passes of equal shape, replayed as CUDA graphs.
+
+A step of a small model, or of a short batch, starts a few thousand kernels from Python, and the GPU
+waits for them. The decoder's forward and backward of one shape of batch are recorded once and then
+started as one (https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). The same kernels run
+on the same numbers. What cannot be recorded runs as it always has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapting.fused import FusedLoraLinear
+from ..sharding import is_sharded
+from .memory_fit import free
+
+SEEN_BEFORE = 2
+"""So many passes of a shape run as ever, which compiles kernels and finds layers to join."""
+
+MOST_SHAPES = 16
+"""So many shapes are recorded; each keeps its kernels' arguments on the GPU."""
+
+CAPTURE_ERRORS = "thread_local"
+"""Threads that record nothing, as NCCL's, may do as they like meanwhile."""
+
+
+class Graphs:
+    """Records and replays the passes of one model's decoder, once it is `on`.
+
+    Args:
+        model: all of its trained weights are plain fused LoRA, see `can_record`.
+        on_note: told in a sentence where a pass cannot be recorded.
+    """
+
+    def __init__(self, model: Any, on_note: Callable[[str], None]) -> None:
+        self.decoder = model.get_base_model().base_model
+        self.eager: Callable[..., Any] = self.decoder.forward
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.device = self.weights[0].device
+        self.on_note = on_note
+        self.budget = 0
+        self.on = False
+        self._clear()
+
+    def start(self, budget: int) -> None:
+        """Record from now on, as long as no more than `budget` bytes are allocated."""
+        self.budget, self.on = budget, True
+
+    def stop(self) -> bool:
+        """Record and replay no more, and give the memory back; say whether anything was there."""
+        was_there, self.on = bool(self._recorded), False
+        self._clear()
+        return was_there
+
+    def _clear(self) -> None:
+        self._recorded: dict[torch.Size, _Recorded] = {}
+        self._seen: Counter[torch.Size] = Counter()
+        self._pool: Any = None
+        self._gradients: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The decoder's forward."""
+        ids = kwargs.get("input_ids")
+        if args or ids is None or not self._is_plain(kwargs):
+            return self.eager(*args, **kwargs)
+        recorded = self._recorded.get(ids.shape) or self._record(ids)
+        if recorded is None:
+            return self.eager(**kwargs)
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        hidden = _Replay.apply(recorded, ids, *self.weights)  # type: ignore[no-untyped-call]
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    def _is_plain(self, kwargs: dict[str, Any]) -> bool:
+        others = (value for name, value in kwargs.items() if name != "input_ids")
+        return (
+            self.on
+            and not any(others)  # neither a mask nor positions; use_cache is False
+            and self.decoder.training
+            and torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(self.device.type)
+        )
+
+    def _record(self, ids: Tensor) -> _Recorded | None:
+        """Return what is recorded for this shape, or None where it is too early or impossible."""
+        self._seen[ids.shape] += 1
+        enough = self._seen[ids.shape] > SEEN_BEFORE and len(self._recorded) < MOST_SHAPES
+        if not enough or not self._has_room():
+            return None
+        failed = ""
+        try:
+            if self._pool is None or self._gradients is None:
+                self._pool = torch.cuda.graph_pool_handle()
+                count = sum(weight.numel() for weight in self.weights)
+                self._gradients = self.weights[0].new_empty(count)
+            self._recorded[ids.shape] = _Recorded(
+                self.eager, ids, self.weights, self._gradients, self._pool
+            )
+        except RuntimeError as error:  # out of memory, or something that has to wait for the GPU
+            failed = _reason(error.__context__ or error)  # recording could not be ended either
+        if failed:
+            # Out here, where the error and with it the frames of the pass are gone.
+            self.on_note(f"CUDA graphs are not used: {failed}")
+            self.stop()
+            free(self.decoder)
+        return self._recorded.get(ids.shape)
+
+    def _has_room(self) -> bool:
+        """Say whether the memory of a pass is there twice: that of graphs serves nothing else."""
+        held = torch.cuda.memory_allocated(self.device)
+        work = torch.cuda.max_memory_allocated(self.device) - held
+        return bool(self._recorded) or self.budget - held >= 2 * work
+
+
+class _Recorded:
+    """Forward and backward for one shape of `ids`, int64 [batch, length]; the latter leaves the
+    gradients of `weights` in `gradients`, one behind the other.
+
+    All that were recorded into one pool share its memory: between a forward and its backward,
+    nothing else may be replayed.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        ids: Tensor,
+        weights: list[Tensor],
+        gradients: Tensor,
+        pool: Any,
+    ) -> None:
+        self.ids = ids.clone()
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward, pool, capture_error_mode=CAPTURE_ERRORS):
+            hidden = run(input_ids=self.ids, use_cache=False).last_hidden_state
+        # Its gradient comes when nobody needs it any more, and takes its place. Without the graph
+        # of autograd, so that later recordings can lie over what is saved there.
+        self.hidden = hidden.detach()
+        with torch.cuda.graph(self.backward, pool, capture_error_mode=CAPTURE_ERRORS):
+            grads = torch.autograd.grad(hidden, weights, self.hidden)
+            torch.cat([grad.flatten() for grad in grads], out=gradients)
+        self.gradients = gradients
+        self.shapes = [weight.shape for weight in weights]
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recorded: _Recorded, ids: Tensor, *weights: Tensor) -> Tensor:
+        ctx.recorded = recorded
+        recorded.ids.copy_(ids)
+        recorded.forward.replay()
+        hidden: Tensor = recorded.hidden.detach()
+        return hidden
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        recorded: _Recorded = ctx.recorded
+        recorded.hidden.copy_(grads[0])
+        recorded.backward.replay()
+        # A copy: the next replay writes over it, and autograd may keep what it gets as `.grad`.
+        parts = torch.split(recorded.gradients.clone(), [s.numel() for s in recorded.shapes])  # type: ignore[no-untyped-call]
+        return None, None, *map(Tensor.view, parts, recorded.shapes)
+
+
+def can_record(model: Any) -> bool:
+    """Say whether passes of `model` may be recorded: on CUDA, the same at each step, without the
+    gathering of a sharded base, and with gradients for nothing but plain LoRA."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    plain: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, FusedLoraLinear) and module.plain() is not None:
+            plain.update(module.parameters())
+    base = model.get_base_model()
+    return (
+        plain.issuperset(weights)
+        and len({(p.device, p.dtype) for p in weights}) == 1
+        and weights[0].is_cuda
+        and base.base_model is not base
+        and not _draws_random_numbers(model)
+        and not is_sharded(model)
+    )
+
+
+def _draws_random_numbers(model: Any) -> bool:
+    settings = vars(model.get_base_model().config.get_text_config()).items()
+    rates = (v for k, v in settings if re.search("drop|jitter|noise", k) and isinstance(v, float))
+    layers = (m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+    return any(rates) or any(layer.p > 0 for layer in layers)
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def graphed(model: Any, on_note: Callable[[str], None]) -> Iterator[Graphs]:
+    """Let the decoder of `model`, which `can_record`, be recorded for the duration of the block,
+    once the `Graphs` that are yielded are started."""
+    graphs = Graphs(model, on_note)
+    before = graphs.decoder.__dict__.get("forward")
+    graphs.decoder.__dict__["forward"] = graphs.forward
+    try:
+        yield graphs
+    finally:
+        graphs.stop()
+        del graphs.decoder.__dict__["forward"]
+        if before is not None:
+            graphs.decoder.__dict__["forward"] = before

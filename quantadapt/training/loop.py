@@ -1,0 +1,185 @@
+"""What our trainers do otherwise than TRL's SFTTrainer and transformers' Seq2SeqTrainer.
+
+Whole checkpoints, an exact resume, a stop at the first gradient that is no number, AdaLoRA's rank
+allocation, and no telemetry, model cards, token statistics or console output.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ..adapting.adalora import load_ranks, save_ranks
+from ..errors import OutputError
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from ..adapting.fused import FusedTraining
+    from .gradient_check import GradientCheck
+    from .memory_fit import Fitting
+
+CHECKPOINTS = "checkpoints"
+PREFIX = "checkpoint-"
+STATE = "trainer_state.json"
+
+
+class TrainingLoop:
+    """Mixed into SFTTrainer and Seq2SeqTrainer."""
+
+    _tag_names: ClassVar[list[str]] = []
+    progress: Progress
+    # what the trainers below bring along
+    model: Any
+    args: Any
+    state: Any
+    control: Any
+    optimizer: Any
+    accelerator: Any
+    is_world_process_zero: Callable[[], bool]
+    checkpoints: Path
+    saving_to: Path | None = None
+    fused_head: Literal["ours", "trl"] | None = None
+    pads_right: bool = False
+    gradient_check: GradientCheck | None = None
+    fitting: Fitting | None = None
+    fused: FusedTraining | None = None
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: the run folder has its own report."""
+
+    def _send_telemetry(self) -> None:
+        """Send none."""
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Skip the count, which walks through all parameters at every step."""
+        return 0
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Count the tokens, and run the step as memory allows."""
+        seen = inputs.get("attention_mask")
+        self.progress.tokens += inputs["input_ids"].numel() if seen is None else seen.sum()
+        if "labels" in inputs and seen is not None and self.model.config.is_encoder_decoder:
+            self.progress.tokens += (inputs["labels"] != -100).sum()
+        step = super().training_step  # type: ignore[misc]
+        if self.fitting is not None:
+            return self.fitting.step(step, model, inputs, *args, **kwargs)
+        return step(model, inputs, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Leave out the entropy and accuracy that SFTTrainer computes at every step.
+
+        What a PEFT method adds to the model's loss (AdaLoRA does) stays in, as in Trainer;
+        SFTTrainer would lose it.
+        """
+        inputs["use_cache"] = False
+        if self.pads_right:
+            inputs.pop("attention_mask", None)
+        counted = inputs.pop("counted", None)
+        if self.model.config.is_encoder_decoder:
+            return self._share_of_mean(model, inputs, return_outputs, num_items_in_batch)
+        if self.fused_head == "ours":
+            inputs["counted"] = counted
+        if not self.fused_head:
+            from transformers import Trainer
+
+            return Trainer.compute_loss(
+                self, model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        outputs = model(**inputs, fused_lm_head=True, num_items_in_batch=num_items_in_batch)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _share_of_mean(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool, count: Any
+    ) -> Any:
+        """Return the model's own mean, times the batch's share of the labels that count.
+
+        Most encoder-decoder models (T5, BART) take `num_items_in_batch` and ignore it.
+        """
+        from transformers import Trainer
+
+        loss, outputs = Trainer.compute_loss(self, model, inputs, return_outputs=True)
+        if count is not None:
+            loss = loss * ((inputs["labels"] != -100).sum() / count)
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batches: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the mean count of the processes: gradients are averaged, so that each token of the
+        whole batch weighs the same, and what PEFT adds to the loss (AdaLoRA does) counts once."""
+        import torch
+
+        count = super()._get_num_items_in_batch(batches, *args, **kwargs)  # type: ignore[misc]
+        if count is None:
+            return None
+        if all("counted" in batch for batch in batches):
+            # Where a class is not called ...ForCausalLM (GPT-2, BERT), transformers counts first
+            # tokens, too, which nothing predicts.
+            count = torch.full_like(count, sum(batch["counted"] for batch in batches))
+        if self.accelerator.num_processes == 1:
+            return count
+        return self.accelerator.reduce(count.to(self.args.device).float(), "mean")
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Stop before the optimizer puts a number that is none into the weights."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
+        if self.gradient_check is not None:
+            self.gradient_check.see(grad_norm, self.state.global_step + 1, self.optimizer)
+        return grad_norm
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Show and save no step that turns out to be a bad one."""
+        wanted = self.control.should_log or self.control.should_save
+        if self.gradient_check is not None and wanted:
+            self.gradient_check.settle()
+        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.saving_to or self.checkpoints)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the adapter alone: no tokenizer, no pickled arguments, no model card."""
+        assert output_dir is not None
+        self.model.save_pretrained(
+            output_dir,
+            state_dict=state_dict,
+            save_embedding_layers=False,
+            is_main_process=self.args.should_save,
+        )
+        (Path(output_dir) / "README.md").unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write the checkpoint beside its place and move it there when it is whole."""
+        name = f"{PREFIX}{self.state.global_step}"
+        partial = self.checkpoints / ".partial"
+        if self.is_world_process_zero():
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.saving_to = partial
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            if self.is_world_process_zero():
+                save_ranks(self.model, partial / name)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                shutil.rmtree(self.checkpoints / name, ignore_errors=True)
+                os.replace(partial / name, self.checkpoints / name)
+        except OSError as error:
+            fix = "free some space, or write elsewhere with output"
+            what = f"the checkpoint cannot be written: {error.strerror or error}"
+            raise OutputError(what, fix=fix, where=str(self.checkpoints / name)) from error
+        finally:
+            self.saving_to = None
+            if self.is_world_process_zero():
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not load_ranks(self.model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]

@@ -1,0 +1,315 @@
+"""Fits a training run to the card: probes before the first step, gives way when memory runs out.
+
+A trainer hands each training step to `Fitting.step`, which splits the batch into micro-batches; the
+trainer's own batch, its accumulation and its losses stay what they are.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..adapting.adalora import tuner_of
+from ..adapting.fused import forget_unfinished
+from ..distributed.talking import reduced, world
+from ..errors import TrainingError
+from ..memory.workload import FRAGMENTATION, GIB, OOM_FIX, Setting, halves, optimizer_bytes
+from ..sharding import is_sharded
+from .recomputing import Checkpointer
+from .setting_search import Probe, choose, lowered
+
+if TYPE_CHECKING:
+    from ..spec import TrainSpec
+    from .cuda_graphs import Graphs
+
+_Gradients = list[tuple[Tensor, Tensor | None]]
+
+
+class Fitting:
+    """The setting of one training run.
+
+    Args:
+        trainer: one of `trainers`; has not begun yet.
+        checkpointer: applies settings to its model.
+        on_note: told in a sentence what was chosen, and each change.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        checkpointer: Checkpointer,
+        spec: TrainSpec,
+        on_note: Callable[[str], None] | None = None,
+    ) -> None:
+        self.trainer, self.checkpointer, self.spec = trainer, checkpointer, spec
+        self.on_note = (lambda _: None) if on_note is None else on_note
+        self.weights = [p for p in trainer.model.parameters() if p.requires_grad]
+        self.device = self.weights[0].device
+        self.batch = spec.per_device_train_batch_size
+        # Where the loss is a mean over the batch, or more than the sum over its tokens, parts of it
+        # do not add up.
+        self.splits = bool(
+            trainer.model_accepts_loss_kwargs
+            and tuner_of(trainer.model) is None
+            and not getattr(trainer.model.config, "output_router_logits", False)
+            and not spec.packing
+        )
+        self.setting = Setting(0, False, self.batch)
+        self.graphs: Graphs | None = None
+
+    # --- before the first step ---------------------------------------------------------------
+
+    def start(self) -> None:
+        """Choose the setting and apply it. Raises TrainingError if none fits."""
+        self.setting = self._given()
+        if self._probes:
+            self.setting = self._probed()
+        self.apply(self.setting)
+        if self.graphs is not None and not self.setting.offload:
+            self.graphs.start(self.budget())
+
+    def apply(self, setting: Setting) -> None:
+        """Train with `setting` from here on."""
+        try:
+            self.checkpointer.apply(setting)
+        except ValueError as error:
+            fix = "leave train.gradient_checkpointing and train.memory as they are by default"
+            raise TrainingError(str(error), fix=fix, where="train") from error
+        self.setting = setting
+
+    @property
+    def _probes(self) -> bool:
+        decided = self.spec.gradient_checkpointing is not None or self.spec.memory == "min"
+        return self.device.type == "cuda" and not decided
+
+    def _given(self) -> Setting:
+        """Return what the spec says, or leaves to the start."""
+        wanted = self.spec.gradient_checkpointing
+        if wanted is not None:
+            return Setting(self.checkpointer.count if wanted else 0, False, self.batch)
+        if self.spec.memory == "min":
+            offload = self.device.type == "cuda" and self.checkpointer.most > 0
+            layers = self.checkpointer.count if self.checkpointer.most else 0
+            return Setting(layers, offload, self.batch)
+        return Setting(0, False, self.batch)
+
+    def _probed(self) -> Setting:
+        """Return the fastest setting that fits. Raises TrainingError if none does."""
+        started = time.perf_counter()
+        budget = self.budget()
+        sizes = halves(self.batch) if self.splits else [self.batch]
+        prober = _Prober(self)
+        with prober.undone():
+            found = choose(prober.measure, self.checkpointer.most, sizes, budget)
+        if found is None:
+            what = f"no setting fits {budget / GIB:.1f} GiB, the part of the GPU that is free"
+            raise TrainingError(what, fix=OOM_FIX, where="train.memory")
+        seconds = time.perf_counter() - started
+        self.on_note(
+            f"memory: {self.describe(found.setting)}; needs {found.peak / GIB:.1f} of"
+            f" {budget / GIB:.1f} GiB (found in {seconds:.1f} s)"
+        )
+        return found.setting
+
+    def budget(self) -> int:
+        """Return how many bytes a step may allocate: what is free, and what the spec allows, less
+        the optimizer's states, which come with its first step."""
+        free_bytes, total = torch.cuda.mem_get_info(self.device)
+        ours = free_bytes + torch.cuda.memory_reserved(self.device)
+        usable = min(ours, int(total * _allowed_share(self.device)))
+        usable = int(usable * (1 - FRAGMENTATION))
+        if isinstance(self.spec.memory, float):
+            usable = min(usable, int(self.spec.memory * GIB))
+        return -int(reduced(self._still_to_come() - usable, self.device, "max"))
+
+    def _still_to_come(self) -> int:
+        size = sum(weight.nbytes for weight in self.weights)
+        count = sum(weight.numel() for weight in self.weights)
+        states = 0 if self.trainer.optimizer.state else count * optimizer_bytes(self.spec.optim)
+        # With accumulation, a step keeps a copy of the gradients to go back to.
+        return states + (size if self.spec.gradient_accumulation_steps > 1 else 0)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """The length of each training example, in tokens."""
+        return lengths(self.trainer.train_dataset)
+
+    def describe(self, setting: Setting) -> str:
+        """Return the setting in words."""
+        return setting.describe(self.checkpointer.count, self.batch)
+
+    # --- each step ---------------------------------------------------------------------------
+
+    def step(
+        self, run: Callable[..., Tensor], model: Any, inputs: dict[str, Any], count: Any = None
+    ) -> Tensor:
+        """Run one training step, in parts; where memory runs out, again with a lower setting.
+
+        Args:
+            run: the trainer's own step: forward, backward, returns the loss.
+            inputs: the batch. count: the tokens that its loss is divided by.
+        """
+        before = self._gradients()
+        state = _random_state(self.device)
+        while True:
+            try:
+                return self._in_parts(run, model, inputs, count)
+            except torch.OutOfMemoryError:
+                with_graphs = self.graphs is not None and self.graphs.stop()
+                lower = self.setting if with_graphs else self._lowered()
+                if lower is None:
+                    raise
+            # Out here, where the error and with it the frames of the step are gone.
+            self._undo(before, state)
+            self.apply(lower)
+            step = self.trainer.state.global_step + 1
+            words = "without CUDA graphs" if with_graphs else self.describe(lower)
+            self.on_note(f"out of memory at step {step}: from here on {words}")
+
+    def _in_parts(
+        self, run: Callable[..., Tensor], model: Any, inputs: dict[str, Any], count: Any
+    ) -> Tensor:
+        rows = len(inputs["input_ids"])
+        size = self.setting.micro_batch if self.splits and count is not None else rows
+        losses = []
+        for first in range(0, rows, size):
+            part = {name: _rows(value, rows, first, size) for name, value in inputs.items()}
+            if size < rows:
+                part.pop("counted", None)  # in the whole batch
+            losses.append(run(model, part, count))
+        return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+
+    def _lowered(self) -> Setting | None:
+        if is_sharded(self.trainer.model):  # the others gather layers as before
+            return None
+        return lowered(self.setting, self.checkpointer.most, self.splits)
+
+    def _gradients(self) -> _Gradients:
+        """Return the gradients that were accumulated before this step."""
+        return [(w, None if w.grad is None else w.grad.clone()) for w in self.weights]
+
+    def _undo(self, before: _Gradients, state: Any) -> None:
+        for weight, gradient in before:
+            weight.grad = None if gradient is None else gradient.clone()
+        free(self.trainer.model)
+        _set_random_state(state, self.device)
+
+
+class _Prober:
+    """Runs single passes over the longest examples and measures them."""
+
+    def __init__(self, fitting: Fitting) -> None:
+        self.fitting, self.trainer = fitting, fitting.trainer
+        self.device = fitting.device
+        sizes = fitting.lengths
+        self.longest = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
+        self.warm: set[int] = set()
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Give back gradients, random states and memory afterwards."""
+        state = _random_state(self.device)
+        for weight in self.fitting.weights:  # they are there in most passes of a real run
+            weight.grad = torch.zeros_like(weight)
+        try:
+            yield
+        finally:
+            for weight in self.fitting.weights:
+                weight.grad = None
+            free(self.trainer.model)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            _set_random_state(state, self.device)
+
+    def measure(self, setting: Setting) -> Probe | None:
+        """Return what a pass under `setting` takes. Raises TrainingError if it does not fit on one
+        of several processes, whose passes wait for each other."""
+        self.fitting.apply(setting)
+        batch = self._batch(setting.micro_batch)
+        try:
+            if setting.micro_batch not in self.warm:  # the first pass compiles and loads kernels
+                self._pass(setting, batch)
+                self.warm.add(setting.micro_batch)
+            return self._pass(setting, batch)
+        except torch.OutOfMemoryError as error:
+            if world().size > 1:
+                what = "the GPU has run out of memory before the first step"
+                raise TrainingError(what, fix=OOM_FIX, where="train") from error
+        free(self.trainer.model)
+        return None
+
+    def _pass(self, setting: Setting, batch: dict[str, Any]) -> Probe:
+        trainer, device = self.trainer, self.device
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        started = time.perf_counter()
+        trainer.model_wrapped.train()
+        loss = trainer.compute_loss(
+            trainer.model_wrapped, dict(batch), num_items_in_batch=(batch["labels"] != -100).sum()
+        )
+        held = torch.cuda.memory_allocated(device)
+        trainer.accelerator.backward(loss)
+        torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - started
+        peak = torch.cuda.max_memory_allocated(device)
+        # All processes have to come to the same choice.
+        return Probe(
+            setting,
+            peak=int(reduced(peak, device, "max")),
+            held=int(reduced(held, device, "max")),
+            seconds=reduced(seconds, device, "max"),
+        )
+
+    def _batch(self, size: int) -> dict[str, Any]:
+        rows = [self.trainer.train_dataset[i] for i in self.longest[:size]]
+        batch: dict[str, Any] = self.trainer._prepare_inputs(self.trainer.data_collator(rows))
+        return batch
+
+
+def free(model: Any) -> None:
+    """Let go of what a pass that did not end has left behind."""
+    forget_unfinished(model)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _rows(value: Any, rows: int, first: int, size: int) -> Any:
+    """Return a part of what has `rows` rows; anything else as it is."""
+    if isinstance(value, Tensor) and value.dim() and len(value) == rows:
+        return value[first : first + size]
+    return value
+
+
+def lengths(dataset: Any) -> list[int]:
+    """Return the length of each example, without making Python lists of them."""
+    import pyarrow.compute as pc
+
+    found: list[int] = []
+    for table in dataset.with_format("arrow").iter(10_000):
+        found += pc.list_value_length(table["input_ids"]).to_pylist()
+    return found
+
+
+def _allowed_share(device: torch.device) -> float:
+    """Return the share of the card that this process may use (`set_per_process_memory_fraction`);
+    PyTorch can tell it from 2.8 on."""
+    tell = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    return float(tell(device)) if tell else 1.0
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), cuda
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

@@ -1,0 +1,91 @@
+"""What a trainer tells as it goes, and what has to happen at its steps: a callback of Trainer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..adapting.adalora import allocate_ranks, fit_schedule
+from ..distributed.talking import reduced
+
+OnLog = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Progress:
+    """What one call has done so far; tokens stay on the device, reading them would wait for it."""
+
+    started: float = 0.0
+    first_step: int = 0
+    seconds: float = 0.0
+    tokens: Any = 0
+
+
+@dataclass
+class Watcher:
+    """Reports progress, forces the first and last log, and drives AdaLoRA and the memory setting.
+
+    Becomes a TrainerCallback where a trainer is made.
+    """
+
+    progress: Progress
+    on_log_: OnLog
+    adalora: Any
+    trainer: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Choose how memory is used, and start the clock."""
+        self._refresh()
+        if self.trainer.fitting is not None:
+            self.trainer.fitting.start()
+        self.progress.started = time.perf_counter()
+        self.progress.first_step = state.global_step + 1
+        if self.adalora is not None:
+            fit_schedule(self.adalora, state.max_steps)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Cast the adapter, which the optimizer has changed."""
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if self.trainer.fused is not None:
+            self.trainer.fused.refresh()
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
+        """Let AdaLoRA allocate its ranks, while the gradients are there."""
+        skipped = getattr(optimizer, "step_was_skipped", False)
+        if self.adalora is not None and not skipped:
+            allocate_ranks(self.adalora, state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Have the first and the last step logged."""
+        if state.global_step in (self.progress.first_step, state.max_steps):
+            control.should_log = True
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Hand on what a step was like."""
+        if not logs or "loss" not in logs:
+            return
+        self.progress.seconds = time.perf_counter() - self.progress.started
+        tokens = reduced(float(self.progress.tokens), args.device, "sum")
+        self.on_log_(
+            {
+                "step": state.global_step,
+                "max_steps": state.max_steps,
+                "loss": float(logs["loss"]),
+                "learning_rate": float(logs["learning_rate"]),
+                "grad_norm": float(logs["grad_norm"]),
+                "seconds": self.progress.seconds,
+                "tokens": int(tokens),
+            }
+        )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop the clock."""
+        self.progress.seconds = time.perf_counter() - self.progress.started

@@ -1,0 +1,97 @@
+"""Which setting of a training step is the fastest that fits, found by trying a few of them.
+
+`choose` is the search alone: it is told by a callback what a setting needs and how long it takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ..memory.workload import Setting
+
+CANDIDATES = 4
+"""How many sizes of micro-batch are compared."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One forward and backward pass under a setting.
+
+    Attributes:
+        peak: bytes allocated at most, the model included.
+        held: bytes allocated between forward and backward.
+        seconds: how long it took.
+    """
+
+    setting: Setting
+    peak: int
+    held: int
+    seconds: float
+
+
+Measure = Callable[[Setting], Probe | None]
+"""Tries a setting; None where memory ran out."""
+
+
+def choose(measure: Measure, most: int, micro_batches: list[int], budget: int) -> Probe | None:
+    """Return the fastest setting, per example, that stays within `budget`; None if none does.
+
+    Args:
+        measure: tries a setting.
+        most: so many layers can be recomputed with a gain.
+        micro_batches: sizes to try, the largest first.
+        budget: bytes that may be allocated.
+    """
+    fitting: list[Probe] = []
+    for size in micro_batches:
+        found = _least_recompute(measure, most, size, budget)
+        if found is None:
+            continue
+        fitting.append(found)
+        # A smaller one saves no recomputation any more, it only dequantizes more often.
+        if found.setting.checkpointed_layers == 0 or len(fitting) == CANDIDATES:
+            break
+    return min(fitting, key=lambda probe: probe.seconds / probe.setting.micro_batch, default=None)
+
+
+def _least_recompute(measure: Measure, most: int, size: int, budget: int) -> Probe | None:
+    """Return the setting with micro-batches of `size` that fits with the least recomputation."""
+
+    def tried(layers: int, offload: bool = False) -> Probe | None:
+        probe = measure(Setting(layers, offload, size))
+        return probe if probe is not None and probe.peak <= budget else None
+
+    all_ = tried(most)
+    if all_ is None:
+        return tried(most, offload=True) if most else None
+    best, layers = all_, most
+    step = min(2, most)
+    while step:
+        fewer = tried(layers - step)
+        if fewer is None:
+            # Measured, it needs more than predicted: go half as far.
+            step //= 2
+            continue
+        best, layers = fewer, layers - step
+        per_layer = max((fewer.held - all_.held) / (most - layers), 1)
+        step = min(layers, math.floor((budget - fewer.peak) / per_layer))
+    return best
+
+
+def lowered(setting: Setting, most: int, splits: bool) -> Setting | None:
+    """Return a setting that needs less memory, or None where there is none.
+
+    Args:
+        most: so many layers can be recomputed with a gain.
+        splits: whether a batch can be split.
+    """
+    layers = setting.checkpointed_layers
+    if layers < most:
+        return replace(setting, checkpointed_layers=min(most, layers + math.ceil(most / 4)))
+    if most and not setting.offload:
+        return replace(setting, offload=True)
+    if splits and setting.micro_batch > 1:
+        return replace(setting, micro_batch=setting.micro_batch // 2)
+    return None
