@@ -15,13 +15,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import moved
+
 __version__ = "0.1.0"
+
+moved.install()
 
 if TYPE_CHECKING:
     from .capabilities import Merge, Rule
     from .errors import QuantadaptError
     from .exporting.onto import merge_onto
-    from .exporting.saving import BaseMismatchWarning, load, merge, save
+    from .exporting.saving import BaseMismatchWarning, load, save
+    from .exporting.stage import merge
     from .hookspecs import hookimpl
     from .pipeline import RunResult, run
     from .planning.stage import Plan, plan
@@ -33,7 +38,8 @@ if TYPE_CHECKING:
 _HOME = {
     "pipeline": ("RunResult", "run"),
     "stages": ("attach", "evaluate", "quantize", "train"),
-    "exporting.saving": ("BaseMismatchWarning", "load", "merge", "save"),
+    "exporting.saving": ("BaseMismatchWarning", "load", "save"),
+    "exporting.stage": ("merge",),
     "exporting.onto": ("merge_onto",),
     "planning": ("Plan", "plan"),
     "spec": ("Spec",),

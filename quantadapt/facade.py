@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .compiling import results_in
 from .errors import PluginError
+from .model.modules import is_skipped
 from .protocols import AdapterTarget
 
 
@@ -310,11 +311,6 @@ def wrap(
                 except PluginError as error:
                     raise PluginError(f"{path}: {error}") from None
     return model
-
-
-def is_skipped(name: str, skip: tuple[str, ...]) -> bool:
-    """Say whether module `name` is one of `skip`, lies below one, or ends in one."""
-    return any(f".{s}." in f".{name}." for s in skip)
 
 
 def _checked(

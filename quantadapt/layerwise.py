@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from .errors import ModelError
 from .loading import reading
+from .loading.blocks import Blocks
 from .loading.read_ahead import reading_ahead
+from .model.modules import linear_layers, set_submodule, skipped_modules
 
 if TYPE_CHECKING:
     from .protocols import LayerwiseQuantizer
@@ -60,14 +62,14 @@ def _quantize_module(
     skip: tuple[str, ...] | None,
 ) -> nn.Module:
     vendors: set[nn.Module] = set()
-    linears = dict(reading.linear_layers(model, reading.skipped_modules(model, skip)))
-    blocks = reading.Blocks(model, linears)
+    linears = dict(linear_layers(model, skipped_modules(model, skip)))
+    blocks = Blocks(model, linears)
     for name in list(linears):
         linear = linears.pop(name)
         linear.requires_grad_(False)
         vendor = quantizer.quantize_linear(linear.to(device=device, dtype=dtype))
         vendors.update(vendor.modules())
-        reading.set_submodule(model, name, vendor.train(linear.training))
+        set_submodule(model, name, vendor.train(linear.training))
         blocks.add(model, name, vendor)
     moved: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
@@ -131,7 +133,7 @@ def save_layerwise(
 def _left_dense(quantizer: LayerwiseQuantizer, model: nn.Module) -> dict[str, Any]:
     """Return what the checkpoint has to say about layers that stay dense."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    dense = dict(reading.linear_layers(model, ()))
+    dense = dict(linear_layers(model, ()))
     head = next((name for name, layer in dense.items() if layer is output), None)
     return quantizer.left_dense([*dense], head)
 
@@ -215,7 +217,7 @@ def _loader_config() -> Any:
                 linear = model.get_submodule(name)
                 linear.weight = nn.Parameter(tensor.to(self.loader.dtype), requires_grad=False)
                 vendor = self.quantized(linear)
-                reading.set_submodule(model, name, vendor.train(linear.training))
+                set_submodule(model, name, vendor.train(linear.training))
                 missing_keys.discard(key)
                 self.loader.blocks.add(model, name, vendor)
             return {}
@@ -233,7 +235,7 @@ def _loader_config() -> Any:
         def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
             super().__init__(quantization_config, **kwargs)
             self.names: set[str] = set()
-            self.blocks = reading.Blocks(nn.Module(), ())
+            self.blocks = Blocks(nn.Module(), ())
             self.dtype = torch.float32
 
         def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -243,20 +245,20 @@ def _loader_config() -> Any:
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
             config = self.quantization_config
             if config.packed is None:
-                skip = reading.skipped_modules(model, config.skip)
-                names = [name for name, _ in reading.linear_layers(model, skip)]
+                skip = skipped_modules(model, config.skip)
+                names = [name for name, _ in linear_layers(model, skip)]
                 self.names = {f"{name}.weight" for name in names}
-                self.blocks = reading.Blocks(model, names)
+                self.blocks = Blocks(model, names)
                 return
-            layers = dict(reading.linear_layers(model, ()))
+            layers = dict(linear_layers(model, ()))
             self.state = _packed_state(config.packed, layers, _renaming(model))
             if not self.state:  # or layers would be left as they happen to start
                 what = "none of this model's layers is quantized in the checkpoint"
                 fix = "check that config.json and the weights belong together"
                 raise ModelError(what, fix=fix, where=config.packed)
-            self.blocks = reading.Blocks(model, self.state)
+            self.blocks = Blocks(model, self.state)
             for name in self.state:
-                reading.set_submodule(model, name, _Placeholder(layers[name]))
+                set_submodule(model, name, _Placeholder(layers[name]))
             patterns = set(model._keys_to_ignore_on_load_unexpected or ())
             model._keys_to_ignore_on_load_unexpected = patterns | {".*"}
 
@@ -276,7 +278,7 @@ def _loader_config() -> Any:
                 if isinstance(module, _Placeholder):
                     state = {k: v.to(config.device) for k, v in self.state.pop(name).items()}
                     vendor = config.quantizer.load_linear(module.linear, state)
-                    reading.set_submodule(model, name, vendor.train(model.training))
+                    set_submodule(model, name, vendor.train(model.training))
                     self.blocks.add(model, name, vendor)
             return model
 

@@ -14,26 +14,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import planning
 from .dependencies import import_requirements
-from .distributed.talking import as_launched, peers_in_words, reduced, start, world
+from .distributed.talking import peers_in_words, reduced, start
+from .distributed.world import as_launched, world
 from .errors import PlanRefused, TrainingError
-from .exporting.saving import (
-    BASE,
-    MERGED,
-    MergeKind,
-    check_merged,
-    load_base,
-    merge_memory_in_words,
-    save,
-    save_base,
-    size_mib,
-    write_merged,
-)
+from .evaluation.sizes import size_mib
+from .exporting.record import BASE, MERGED
+from .exporting.saving import load_base, save, save_base
+from .exporting.stage import MergeKind, check_merged, merge_memory_in_words, write_merged
 from .folders.run_folder import RunFolder, UnwrittenFolder
 from .planning.stage import Plan
+from .quantizing.examples import calibration_examples
 from .quantizing.stage import load_tokenizer, quantize_plan, skip_for, with_config
 from .registry.discovery import registry
 from .spec import Spec
-from .stages import attach_planned, calibration_examples
+from .stages import attach_planned
 
 if TYPE_CHECKING:
     from datasets import Dataset

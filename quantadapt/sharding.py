@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from .calibration.walk import decoder_blocks
 from .errors import ModelError
 from .facade import facades
+from .model.modules import decoder_blocks
 from .protocols import AdapterTarget
 
 PACKED = "packed"

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from . import planning
 from .errors import QuantadaptError
-from .quantizing.examples import choose
 from .quantizing.stage import quantize_plan
 from .quantizing.state import state_of
 from .registry.discovery import registry
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
 
-    from .quantizing.examples import Calibration, Examples
+    from .quantizing.examples import Calibration
     from .training.stage import TrainResult
 
 _WHOLE = TrainSpec(parallel="ddp")
@@ -78,18 +77,6 @@ def quantize(
     if source is None or isinstance(source, str):
         return quantize_plan(made, calibration=calibration)
     return quantize_plan(made, module=source, calibration=calibration)
-
-
-def calibration_examples(spec: Spec, tokenizer: Any, train: Callable[[], Dataset]) -> Examples:
-    """Return what a run of `spec` shows a backend that calibrates; `train` gives its own data."""
-    from .data.reading import load_everything
-
-    wanted = spec.data
-    if wanted.calibration_path is None:
-        source = train()
-    else:
-        source = load_everything(wanted.calibration_path, tokenizer, max_length=wanted.max_length)
-    return choose(source, count=wanted.calibration_examples, seed=spec.seed)
 
 
 def attach(model: nn.Module, adapter: str = "lora", *, seed: int = 0, **options: Any) -> PeftModel:

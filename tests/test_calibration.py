@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from quantadapt.calibration import recording
-from quantadapt.calibration.walk import decoder_blocks, walk_blocks
+from quantadapt.calibration.walk import walk_blocks
 from quantadapt.loading import from_pretrained
+from quantadapt.model.modules import decoder_blocks
 from quantadapt.testing.small_demo import calibration_examples, small_model
 from quantadapt.testing.tensors import relative
 

@@ -19,7 +19,7 @@ import pytest
 import quantadapt.pipeline
 import quantadapt.registry
 from quantadapt import cli, demo
-from quantadapt.cli.commands import COMMANDS
+from quantadapt.cli.commands import COMMANDS, TRACEBACK
 from quantadapt.errors import TrainingError
 from quantadapt.folders.run_folder import RunFolder
 from quantadapt.hookspecs import hookimpl
@@ -43,7 +43,7 @@ class Shown:
 def run_cli(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.delenv(cli.TRACEBACK, raising=False)
+    monkeypatch.delenv(TRACEBACK, raising=False)
 
     def call(*arguments: str) -> Shown:
         capsys.readouterr()
@@ -495,7 +495,7 @@ def test_a_bug_is_one_line_and_the_log_has_the_traceback(run_cli, pipeline, monk
     assert "the traceback is in out/log.txt" in shown.err
     assert "Traceback" not in shown.err
     assert "Traceback" in Path("out/log.txt").read_text()
-    monkeypatch.setenv(cli.TRACEBACK, "1")
+    monkeypatch.setenv(TRACEBACK, "1")
     assert "Traceback" in run_cli("run", "--output", "out", "--overwrite").err
 
 
@@ -506,7 +506,7 @@ def test_ctrl_c_is_one_line_and_130(run_cli, pipeline):
 
 
 def test_traceback_flag(run_cli, pipeline, monkeypatch):
-    monkeypatch.setenv(cli.TRACEBACK, "")  # so that it is restored afterwards
+    monkeypatch.setenv(TRACEBACK, "")  # so that it is restored afterwards
     pipeline(raises(ZeroDivisionError()))
     assert "Traceback" in run_cli("run", "--output", "out", "--traceback").err
 

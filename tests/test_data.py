@@ -8,7 +8,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from quantadapt.data.reading import encode_prompt, load_data, load_everything, load_held_out
+from quantadapt.data.reading import load_data, load_everything, load_held_out
+from quantadapt.data.tokens import encode_prompt
 from quantadapt.demo import EVAL_FILE, TRAIN_FILE
 from quantadapt.errors import DataError
 from quantadapt.spec import DataSpec

@@ -23,7 +23,7 @@ from transformers import (
 
 import quantadapt as qa
 from quantadapt import demo
-from quantadapt.data.reading import encode_prompt
+from quantadapt.data.tokens import encode_prompt
 from quantadapt.evaluation import agreement, compare, gain_kept, greedy, perplexity, snapshot
 from quantadapt.memory import Workload
 from quantadapt.memory.shape import Shape

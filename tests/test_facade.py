@@ -10,7 +10,8 @@ from torch import nn
 
 import quantadapt as qa
 from quantadapt.errors import PluginError
-from quantadapt.facade import LazyWeight, QuantLinear, densify, is_skipped, unwrap, wrap
+from quantadapt.facade import LazyWeight, QuantLinear, densify, unwrap, wrap
+from quantadapt.model.modules import is_skipped
 from quantadapt.probe import dequantize_by_probe
 from quantadapt.protocols import AdapterTarget
 

@@ -28,8 +28,7 @@ from quantadapt.layerwise import quantize_layerwise
 from quantadapt.loading import from_pretrained
 from quantadapt.testing import BackendSuite
 from quantadapt.testing.bench import Bench
-from quantadapt.testing.small_demo import calibration_examples, small_model
-from quantadapt.testing.target_suite import biased
+from quantadapt.testing.small_demo import biased, calibration_examples, small_model
 from quantadapt.testing.tensors import change, relative
 
 Made = Callable[..., nn.Module]
@@ -496,7 +495,7 @@ def outputs(model: nn.Module) -> Tensor:
 def test_scales_move_without_changing_the_model(name, monkeypatch) -> None:
     import quantadapt_gptqmodel_awq as awq
 
-    from quantadapt.calibration.walk import each_block
+    from quantadapt.calibration.blocks import each_block
     from quantadapt.loading import linear_layers, skipped_modules
 
     moved = []

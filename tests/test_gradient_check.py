@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantadapt.errors import TrainingError
-from quantadapt.training.gradient_check import GradientCheck
+from quantadapt.training.loop import GradientCheck
 
 
 def adamw(device: str, fused: bool) -> torch.optim.AdamW:

@@ -18,7 +18,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 import quantadapt as qa
 from quantadapt import demo
 from quantadapt.errors import ModelError
-from quantadapt.exporting.saving import size_mib
+from quantadapt.evaluation.sizes import size_mib
 from quantadapt.facade import facades
 from quantadapt.layerwise import quantize_layerwise
 from quantadapt.loading import from_pretrained, skipped_modules

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quantadapt.model.head import Head, add_head_loss, head_loss
+from quantadapt.model.head import Head, head_loss
+from quantadapt.training.lent import add_head_loss
 
 TOKENS, HIDDEN, WORDS = 300, 24, 1000
 

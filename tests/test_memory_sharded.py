@@ -14,8 +14,8 @@ from processes import in_processes
 from quantadapt.distributed import start
 from quantadapt.memory import WORKSPACE, Setting, Workload
 from quantadapt.memory.shape import Shape
-from quantadapt.model.head import add_head_loss
 from quantadapt.sharding import PACKED, one_block_at_a_time, shard
+from quantadapt.training.lent import add_head_loss
 from quantadapt.training.recomputing import checkpointed
 
 LAYERS, TOKENS = 4, 16

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
 from quantadapt.errors import MergeRefused, ModelError
-from quantadapt.exporting.stored import Checkpoint, open_stored
+from quantadapt.exporting.stored import open_stored
 from quantadapt.loading import from_pretrained
+from quantadapt.loading.tensors import Checkpoint
 from quantadapt.registry import registry
 from quantadapt.testing.small_demo import small_model
 

@@ -350,7 +350,7 @@ class TestRun:
         def interrupted(folder: Path, state: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(saving, "_write_record", interrupted)
+        monkeypatch.setattr(saving, "write_record", interrupted)
         with pytest.raises(KeyboardInterrupt):
             qa.run(self.spec(small, tmp_path))
         names = {p.name for p in (tmp_path / "run").iterdir()}

@@ -12,11 +12,10 @@ import pytest
 from quantadapt.folders.metrics import Metrics
 from quantadapt.folders.run_folder import RunFolder
 from quantadapt.reporting.charts import nice_ticks, smoothed, thinned
-from quantadapt.reporting.headline import headline
 from quantadapt.reporting.html import Html, el
 from quantadapt.reporting.page import render, write_report
 from quantadapt.reporting.run import Run
-from quantadapt.reporting.words import duration, mebibytes, percent, short
+from quantadapt.reporting.words import duration, headline, mebibytes, percent, short
 
 PLAN = {
     "backend": {"name": "hqq", "options": {"bits": 4, "group_size": 64}},

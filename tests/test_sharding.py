@@ -108,7 +108,7 @@ def test_a_sharded_base_computes_the_same(sharded, backend) -> None:
 def load_sharded(tiny: str) -> dict[str, Any]:
     import quantadapt as qa
     from quantadapt import layerwise, sharding
-    from quantadapt.exporting.saving import size_mib
+    from quantadapt.evaluation.sizes import size_mib
     from quantadapt.facade import facades
     from quantadapt.quantizing import quantize_plan
 

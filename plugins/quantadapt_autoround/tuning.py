@@ -73,8 +73,6 @@ def _settings(
     """Return the keyword arguments of auto-round's `AutoRound`."""
     from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 
-    from quantadapt_autoround import DENSE
-
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     options = quantizer.model_dump() | {"group_size": quantizer.group_size or -1}
     return {
@@ -96,8 +94,8 @@ def _kept_dense(model: nn.Module, names: set[str]) -> list[str]:
     """Return the layers that auto-round would quantize although they are not among `names`."""
     from auto_round.utils import SUPPORTED_LAYER_TYPES
 
-    from quantadapt.facade import is_skipped
     from quantadapt.loading import skipped_modules
+    from quantadapt.model.modules import is_skipped
 
     kinds, heads = tuple(SUPPORTED_LAYER_TYPES), skipped_modules(model, None)
     return [
@@ -168,3 +166,7 @@ def give_logging_back() -> None:
             self._log(TRACE, message, args, **{"stacklevel": 2, **kwargs})
 
     logging.Logger.trace = trace  # type: ignore[attr-defined]
+
+
+DENSE = {"bits": 16, "data_type": "float"}
+"""What auto-round says of a layer that stays dense."""

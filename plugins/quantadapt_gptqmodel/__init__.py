@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from quantadapt.calibration.walk import Block
+    from quantadapt.calibration.blocks import Block
 
 # gptqmodel wants two workers, and gives itself one on two cores. It looks when it is imported,
 # which PEFT may do first.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quantadapt.calibration import first
-from quantadapt.calibration.walk import Block
+from quantadapt.calibration.blocks import Block
 from quantadapt_gptqmodel.layers import in_groups
 
 RATIOS = 20

@@ -8,6 +8,7 @@ neither takes PEFT's own forward.
 from __future__ import annotations
 
 import copy
+import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -200,3 +201,11 @@ def fused_training(model: nn.Module, keep_casts: bool = True) -> Iterator[FusedT
         yield training
     finally:
         training.end()
+
+
+def free(model: Any) -> None:
+    """Let go of what a pass that did not end has left behind."""
+    forget_unfinished(model)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

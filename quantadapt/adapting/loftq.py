@@ -10,50 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..capabilities import Merge
-from ..errors import ModelError, PlanRefused, Problem
-from ..records import Backend
+from ..errors import ModelError, PlanRefused
+from ..planning.refusals import loftq_iterations, loftq_problems
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-LOFTQ = "loftq"
 OVERSAMPLING, POWER_ITERATIONS = 16, 6  # of the randomized SVD; errors at rank r are below 1 %
-
-
-def wanted(options: Mapping[str, Any]) -> bool:
-    """Say whether the adapter's options ask for LoftQ."""
-    return bool(options.get("init_lora_weights") == LOFTQ)
-
-
-def without(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that PEFT is to see: a LoRA whose values are set afterwards."""
-    return {**options, "init_lora_weights": True, "loftq_config": {}}
-
-
-def iterations(options: Mapping[str, Any]) -> int:
-    """Return how often W - B A is taken apart; PEFT's name is `loftq_config.loftq_iter`."""
-    return int((options.get("loftq_config") or {}).get("loftq_iter", 1))
-
-
-def problems(options: Mapping[str, Any], backend: Backend, has_original: bool) -> list[Problem]:
-    """Return why LoftQ cannot be done here; empty if it can, or is not wanted."""
-    if not wanted(options):
-        return []
-    found = []
-    if not has_original:
-        what = "LoftQ compares with the unquantized weights, and this base is quantized already"
-        fix = "start from the unquantized checkpoint, or use init_lora_weights: true"
-        found.append(Problem(what, fix, "adapter.init_lora_weights"))
-    again = backend.merge == Merge.REQUANTIZE and not backend.calibration
-    if iterations(options) > 1 and not again:
-        what = f"backend {backend.name!r} cannot quantize single layers again"
-        found.append(Problem(what, "use loftq_iter: 1", "adapter.loftq_config.loftq_iter"))
-    if iterations(options) < 1:
-        where = "adapter.loftq_config.loftq_iter"
-        found.append(Problem("it is a count", "use 1 or more", where))
-    return found
 
 
 def initialize(model: PeftModel, options: Mapping[str, Any]) -> None:
@@ -61,20 +25,20 @@ def initialize(model: PeftModel, options: Mapping[str, Any]) -> None:
 
     Args:
         model: a fresh LoRA (or DoRA, rsLoRA) over facades, made by quantadapt from a checkpoint.
-        options: those that `wanted` looked at.
+        options: those that `wants_loftq` looked at.
 
     Raises:
-        PlanRefused: `problems` found any. ModelError: a layer is not in the checkpoint.
+        PlanRefused: `loftq_problems` found any. ModelError: a layer is not in the checkpoint.
     """
     from peft.tuners.lora import LoraLayer
 
-    from ..exporting.stored import Checkpoint
+    from ..loading.tensors import Checkpoint
     from ..planning.on_disk import quantization_of
     from ..quantizing.state import state_of
 
     state = state_of(model)
     original = bool(state.source) and quantization_of(state.source) is None
-    if found := problems(options, state.backend, original):
+    if found := loftq_problems(options, state.backend, original):
         raise PlanRefused(found)
     checkpoint = Checkpoint(state.source)
     for name, layer in model.get_base_model().named_modules():
@@ -83,7 +47,7 @@ def initialize(model: PeftModel, options: Mapping[str, Any]) -> None:
             if key not in checkpoint:
                 what = f"it holds no {key}, which LoftQ starts from"
                 raise ModelError(what, fix="use init_lora_weights: true", where=state.source)
-            _initialize_layer(layer, checkpoint.read(key), iterations(options))
+            _initialize_layer(layer, checkpoint.read(key), loftq_iterations(options))
 
 
 def _initialize_layer(layer: Any, original: Tensor, count: int) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from ..dependencies import unchanged_process
 from ..errors import PlanRefused, Problem, did_you_mean
 from ..facade import facades
+from ..planning.refusals import wants_loftq, without_loftq
 from ..quantizing.stage import nothing_quantized
 from ..quantizing.state import ModelState
 from ..records import Adapter
@@ -41,7 +42,7 @@ def attach_adapter(model: nn.Module, adapter: Adapter, options: Mapping[str, Any
 
     _refuse_second(model)
     options = {**adapter.defaults, **options}
-    given = loftq.without(options) if loftq.wanted(options) else options
+    given = without_loftq(options) if wants_loftq(options) else options
     config = peft_config(model, adapter, given)
     if adapter.peft_type == "LORA":
         use_fused_layers(config)  # type: ignore[arg-type]
@@ -51,7 +52,7 @@ def attach_adapter(model: nn.Module, adapter: Adapter, options: Mapping[str, Any
             tuned = get_peft_model(model, config)  # type: ignore[arg-type]
     except (ValueError, TypeError, ImportError, AssertionError) as error:
         raise PlanRefused([Problem(f"PEFT refuses it: {error}", where="adapter")]) from error
-    if loftq.wanted(options):
+    if wants_loftq(options):
         loftq.initialize(tuned, options)  # type: ignore[arg-type]
     # PiSSA and LoftQ put new values into the base's layers.
     rewritten = any(id(facade.vendor) not in before for _, facade in facades(tuned))

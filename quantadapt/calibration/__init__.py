@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from .blocks import Block, decoder_blocks, each_block
+from ..model.modules import decoder_blocks
+from .blocks import Block, each_block
 from .recording import first
 from .walk import LayerInputs, walk_blocks
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model.modules import stacks
 from .recording import Pass, record_blocks, run
 
 Linears = dict[str, nn.Linear]
@@ -71,10 +72,10 @@ def each_block(
     linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
     if names is not None:
         linears = {name: linears[name] for name in names}
-    stacks = _stacks(model, linears)
-    blocks = {name: block for stack in stacks for name, block in stack.items()}
+    found = stacks(model, linears)
+    blocks = {name: block for stack in found for name, block in stack.items()}
     rest = {n: m for n, m in linears.items() if not any(n.startswith(f"{b}.") for b in blocks)}
-    chain = len(stacks) == 1
+    chain = len(found) == 1
     recorder = record_blocks(model, list(blocks.values()), shown, device, chain=chain)
     for number, (name, block) in enumerate(blocks.items()):
         block.to(device)
@@ -88,24 +89,3 @@ def each_block(
         model.to(device)
         passes = [Pass(partial(run, model, e), e.get("attention_mask")) for e in shown]
         yield Block("", model, rest, passes)
-
-
-def decoder_blocks(model: nn.Module) -> dict[str, nn.Module] | None:
-    """Return name -> block, where the linear layers stand in one list of blocks, else None."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    stacks = _stacks(model, linears)
-    return stacks[0] if len(stacks) == 1 else None
-
-
-def _stacks(model: nn.Module, linears: Iterable[str]) -> list[dict[str, nn.Module]]:
-    """Return the outermost lists of modules that hold some of `linears`, as name -> member."""
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        nested = any(name.startswith(f"{outer}.") for outer in found)
-        holds = any(linear.startswith(f"{name}.") for linear in linears)
-        if isinstance(module, nn.ModuleList) and holds and not nested:
-            found[name] = module
-    return [
-        {f"{name}.{index}": block for index, block in enumerate(blocks)}
-        for name, blocks in found.items()
-    ]

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..loading.reading import set_submodule
-from .blocks import Block, Linears, decoder_blocks, each_block
+from ..model.modules import decoder_blocks, set_submodule
+from .blocks import Block, Linears, each_block
 from .recording import Enough, Pass
 
 __all__ = ["Block", "LayerInputs", "Pass", "decoder_blocks", "each_block", "walk_blocks"]

@@ -11,13 +11,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-TRACEBACK = "QUANTADAPT_TRACEBACK"
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; ends in SystemExit with the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--traceback" in arguments:
+        from .commands import TRACEBACK
+
         arguments.remove("--traceback")
         os.environ[TRACEBACK] = "1"
     if arguments in ([], ["--help"], ["-h"], ["help"]):

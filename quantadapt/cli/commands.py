@@ -22,6 +22,8 @@ class Entry(NamedTuple):
     help: str
 
 
+TRACEBACK = "QUANTADAPT_TRACEBACK"
+"""The variable that has the traceback of an error shown."""
 _TUNE, _MODEL, _LOOK = "Fine-tune", "Work with one model", "Look around"
 _EXTEND = "Extend"
 
@@ -43,7 +45,7 @@ COMMANDS = {
 _OPTIONS = {
     "--help, -h": "Show this page, or after a command, its options and examples.",
     "--version": "Print the version.",
-    "--traceback": "Show the traceback of an error (or set QUANTADAPT_TRACEBACK=1).",
+    "--traceback": f"Show the traceback of an error (or set {TRACEBACK}=1).",
     "--install-completion": "Install completion for the current shell.",
 }
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import TRACEBACK
-from .commands import add
+from .commands import TRACEBACK, add
 from .flags import JsonOption
 from .session import Session, session
 

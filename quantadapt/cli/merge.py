@@ -76,7 +76,7 @@ def merge(
     unquantized model that the base was made from, in the memory of one shard.
     """
     with session(as_json=json) as shown:
-        from ..exporting.saving import MERGED
+        from ..exporting.record import MERGED
         from .models import check_record, checked_output, open_model, waiting
 
         folder = output or Path(run)
@@ -107,8 +107,8 @@ def _merged(
     calibration: str | None,
     overwrite: bool,
 ) -> dict[str, Any]:
-    from ..exporting.saving import check_merge
-    from ..exporting.saving import merge as merge_and_save
+    from ..exporting.stage import check_merge
+    from ..exporting.stage import merge as merge_and_save
     from ..quantizing.state import state_of
     from .models import calibration_of, held_out_of
 
@@ -125,7 +125,7 @@ def _merged(
 
 
 def _adapter_problems(run: str) -> list[Problem]:
-    from ..exporting.saving import adapter_folder
+    from ..exporting.record import adapter_folder
 
     try:
         adapter_folder(Path(run))
@@ -137,7 +137,7 @@ def _adapter_problems(run: str) -> list[Problem]:
 def _check_onto(run: str, base: str, kind: Kind) -> None:
     """Find what is wrong before torch is imported."""
     from ..exporting.onto import check_onto
-    from ..exporting.saving import adapter_folder, read_record
+    from ..exporting.record import adapter_folder, read_record
     from ..planning.on_disk import check_model
 
     found = [*_adapter_problems(run), *check_model(base)]
@@ -160,7 +160,7 @@ def _merged_onto(
     overwrite: bool,
 ) -> dict[str, Any]:
     from ..exporting.onto import merge_onto
-    from ..exporting.saving import adapter_folder
+    from ..exporting.record import adapter_folder
     from ..quantizing.stage import load_tokenizer
     from .models import held_out_of
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ModelError, PlanRefused, Problem
-from ..exporting.saving import ADAPTER, MERGED, RECORD
+from ..exporting.record import ADAPTER, MERGED, RECORD
 from ..folders.atomic import OTHER_OUTPUT, in_words, is_free
 
 if TYPE_CHECKING:
@@ -86,9 +86,8 @@ def held_out_of(path: str, data: str | None, tokenizer: Any) -> tuple[Dataset, s
 def calibration_of(path: str, calibration: str | None, tokenizer: Any) -> Any:
     """Return what to calibrate on: what `calibration` names, or what the run at `path` used."""
     from ..data.reading import load_data
-    from ..quantizing.examples import examples_from
+    from ..quantizing.examples import calibration_examples, examples_from
     from ..spec import Spec
-    from ..stages import calibration_examples
 
     if calibration is not None:
         return examples_from(calibration, tokenizer)
@@ -108,7 +107,7 @@ def check_record(path: str, kind: Literal["dense", "requantize"]) -> None:
     """
     from ..errors import MergeRefused
     from ..machine import this_machine
-    from ..planning.stage import make_cell, merge_refusals
+    from ..planning.refusals import make_cell, merge_refusals
     from ..registry.discovery import registry
 
     folder = Path(path).expanduser()

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..distributed.talking import as_launched, stop, world
+from ..distributed.talking import stop
+from ..distributed.world import as_launched, world
 from .commands import add
 from .flags import GpusOption, JsonOption, SpecFlags, with_spec_flags
 from .session import Session, report_failure, session

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
-from . import TRACEBACK
+from .commands import TRACEBACK
 from .quiet import Quiet
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _error_document(error: BaseException, code: int) -> dict[str, Any]:
 
 def _of_main(stream: TextIO) -> TextIO:
     """Return `stream`, or of several processes, for all but the first, one that nobody sees."""
-    from ..distributed.talking import world
+    from ..distributed.world import world
 
     return stream if world().is_main else open(os.devnull, "w")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from .matrix import OUTCOMES, show_verified
+from .matrix_view import OUTCOMES, show_verified
 from .session import Session
 
 if TYPE_CHECKING:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from .tokens import prompt_and_completion
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +60,36 @@ class EncoderDecoderCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return what the model takes, padded."""
-        from ..evaluation.predictions import encoder_decoder_batch
 
         pairs = [(e["input_ids"], e["completion_mask"]) for e in examples]
         return encoder_decoder_batch(pairs, self.pad_token_id, self.eos_token_id)
+
+
+def encoder_decoder_batch(
+    batch: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int, eos: int | None
+) -> dict[str, Tensor]:
+    """Turn (input_ids, completion_mask) pairs into what encoder-decoder models take.
+
+    Returns `input_ids` and `attention_mask` [b, source length] of the prompts, each ended by
+    `eos` if there is one, and `labels` [b, target length], padded with -100.
+    """
+    sources, targets = [], []
+    for ids, mask in batch:
+        source, target = prompt_and_completion(ids, mask)
+        sources.append(source if eos is None else [*source, eos])
+        targets.append(target)
+    return {
+        "input_ids": padded(sources, pad),
+        "attention_mask": padded([[1] * len(source) for source in sources], 0),
+        "labels": padded(targets, -100),
+    }
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
+    """Return an int64 tensor [rows, longest], padded with `value`."""
+    import torch
+
+    length = max(map(len, rows))
+    fill = [[value] * (length - len(row)) for row in rows]
+    pairs = zip(fill, rows, strict=True)
+    return torch.tensor([[*f, *row] if left else [*row, *f] for f, row in pairs])

@@ -6,20 +6,18 @@ environment who is who. torch is imported only when processes have to talk.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import TrainingError
+from .world import World, world
 
 if TYPE_CHECKING:
     import torch
 
-    from ..spec import Spec
 
 PATIENCE = timedelta(hours=2)
 """How long a process waits for the others, e.g. while the first one calibrates."""
@@ -28,45 +26,6 @@ BUCKET = 2**24
 """Gradients sent at a time: 64 MiB in float32."""
 
 _PEER_LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class World:
-    """One process among those of a run.
-
-    Attributes:
-        rank: its number, from 0; 0 writes the run folder and shows progress.
-        local_rank: its number on this machine, which is that of its GPU.
-        size: how many processes there are.
-    """
-
-    rank: int = 0
-    local_rank: int = 0
-    size: int = 1
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the process that writes and shows."""
-        return self.rank == 0
-
-
-def world() -> World:
-    """Return what the environment says; one process where it says nothing."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    found = [os.environ.get(name, "") for name in names]
-    if not all(value.isdigit() for value in found) or int(found[2]) < 2:
-        return World()
-    return World(*map(int, found))
-
-
-def as_launched(spec: Spec) -> Spec:
-    """Take `accelerate launch --use_fsdp` for `train.parallel: fsdp`: the sharding is ours, and
-    accelerate's own must not start beside it."""
-    asked = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
-    if not asked or spec.train.parallel != "auto":
-        return spec
-    train = spec.train.model_copy(update={"parallel": "fsdp"})
-    return spec.model_copy(update={"train": train})
 
 
 class PeerLost(TrainingError):

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ..data.reading import prompt_and_completion
-from ..distributed.talking import World, world
+from ..data.batches import encoder_decoder_batch, padded
+from ..distributed.world import World, world
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -151,26 +151,6 @@ def _encoder_decoder(
     return model(**inputs, use_cache=False).logits, inputs["labels"]
 
 
-def encoder_decoder_batch(
-    batch: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int, eos: int | None
-) -> dict[str, Tensor]:
-    """Turn (input_ids, completion_mask) pairs into what encoder-decoder models take.
-
-    Returns `input_ids` and `attention_mask` [b, source length] of the prompts, each ended by
-    `eos` if there is one, and `labels` [b, target length], padded with -100.
-    """
-    sources, targets = [], []
-    for ids, mask in batch:
-        source, target = prompt_and_completion(ids, mask)
-        sources.append(source if eos is None else [*source, eos])
-        targets.append(target)
-    return {
-        "input_ids": padded(sources, pad),
-        "attention_mask": padded([[1] * len(source) for source in sources], 0),
-        "labels": padded(targets, -100),
-    }
-
-
 def _labels(ids: Sequence[int], mask: Sequence[int]) -> list[int]:
     return [token if counts else -100 for token, counts in zip(ids, mask, strict=True)]
 
@@ -190,16 +170,6 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     from torch.nn.functional import cross_entropy
 
     return cross_entropy(logits, targets, reduction="none")
-
-
-def padded(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
-    """Return an int64 tensor [rows, longest], padded with `value`."""
-    import torch
-
-    length = max(map(len, rows))
-    fill = [[value] * (length - len(row)) for row in rows]
-    pairs = zip(fill, rows, strict=True)
-    return torch.tensor([[*f, *row] if left else [*row, *f] for f, row in pairs])
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

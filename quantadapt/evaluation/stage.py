@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..data.reading import encode_prompt
+from ..data.batches import padded
+from ..data.tokens import encode_prompt
 from ..distributed.talking import reduced
 from .predictions import (
     CHUNK_ELEMENTS,
@@ -23,7 +24,6 @@ from .predictions import (
     evaluating,
     first_tokens,
     is_encoder_decoder,
-    padded,
     predicted,
 )
 

@@ -19,16 +19,18 @@ from ..errors import MergeRefused, ModelError
 from ..folders.atomic import atomic_folder
 from ..machine import this_machine
 from ..paths import INDEX
-from ..planning.stage import onto_refusals
+from ..planning.refusals import onto_refusals
 from ..registry.discovery import registry
-from .saving import MERGED, RECORD, adapter_folder, check_merged, read_record, save
+from .record import MERGED, RECORD, adapter_folder, read_record
+from .saving import save
+from .stage import check_merged
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
     from torch import Tensor, nn
 
-    from .stored import Checkpoint
+    from ..loading.tensors import Checkpoint
 
 _IN_MEMORY = "merge it in memory: quantadapt merge, without --onto"
 
@@ -106,7 +108,8 @@ def _merge_onto(
 ) -> dict[str, float]:
     import torch
 
-    from .stored import Checkpoint, open_stored
+    from ..loading.tensors import Checkpoint
+    from .stored import open_stored
 
     checkpoint = Checkpoint(base)
     tuned = _attached(base, adapter, device)

@@ -5,8 +5,6 @@ Weights are read from safetensors only, never from pickles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +12,6 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from ..facade import is_skipped
-
-BlockDone = Callable[[nn.Module, list[nn.Module]], None]
-_block_done: BlockDone | None = None
-
-
-@contextmanager
-def watching_blocks(done: BlockDone) -> Iterator[None]:
-    """Inside, `done` gets each decoder block and its quantized layers as soon as all of them are
-    made, while the model is still being loaded or quantized."""
-    global _block_done
-    before, _block_done = _block_done, done
-    try:
-        yield
-    finally:
-        _block_done = before
-
-
-class Blocks:
-    """Collects the quantized layers of each decoder block, for `watching_blocks`."""
-
-    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        from ..calibration.walk import decoder_blocks
-
-        blocks = (decoder_blocks(model) or {}) if _block_done else {}
-        self.waiting = {
-            block: {name for name in names if name.startswith(f"{block}.")} for block in blocks
-        }
-        self.made: dict[str, list[nn.Module]] = {block: [] for block in blocks}
-
-    def add(self, model: nn.Module, name: str, vendor: nn.Module) -> None:
-        """Note that the layer `name` has become `vendor`."""
-        block = next((block for block, names in self.waiting.items() if name in names), None)
-        if block is None or _block_done is None:
-            return
-        self.waiting[block].discard(name)
-        self.made[block].append(vendor)
-        if not self.waiting[block]:
-            _block_done(model.get_submodule(block), self.made.pop(block))
 
 
 def auto_class(config: Any) -> Any:
@@ -110,36 +69,6 @@ def _load_error(source: str, error: Exception) -> ModelError:
         fix = "load it with transformers where you trust it, and save_pretrained it again"
         return ModelError(what, fix=fix, where=source)
     return ModelError(f"the model cannot be loaded: {first}", fix="check the files", where=source)
-
-
-def skipped_modules(model: nn.Module, skip: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Return the names that stay dense: `skip`, or the output head and what is tied to it."""
-    if skip is not None:
-        return skip
-    if not hasattr(model, "get_output_embeddings"):
-        return ()  # no transformers model
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    return tuple(get_keys_to_not_convert(model))
-
-
-def linear_layers(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the plain linear layers that are to be quantized."""
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and not is_skipped(name, skip):
-            yield name, module
-
-
-def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at `name` and tell transformers that it needs no initialization."""
-    for part in module.modules():
-        part._is_hf_initialized = True  # type: ignore[assignment]
-    parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    setattr(parent, child, module)
-    # Some (T5) initialize the weights of their children, others (GPT-J) buffers that no file holds.
-    if not parent._parameters and not parent._buffers:
-        parent._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def load_native(path: str, *, device: str, dtype: torch.dtype) -> nn.Module:

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from ..errors import Problem, ProblemsError
-from ..planning.stage import attach_refusals, make_cell, merge_refusals, plan
+from ..planning.refusals import attach_refusals, make_cell, merge_refusals
+from ..planning.stage import plan
 from ..records import Adapter, Backend
 from ..spec import Spec
 

@@ -270,7 +270,7 @@ def _device_in_words(device: str) -> str:
     """Return the card's name; torch is asked in a process of its own."""
     if not device.startswith("cuda"):
         return device
-    from ..registry.doctor import run_python
+    from ..machine import run_python
 
     code = "import sys, torch; print(torch.cuda.get_device_name(sys.argv[1]))"
     problem, output = run_python(code, [device], 120)

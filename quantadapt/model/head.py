@@ -7,10 +7,9 @@ three of a loss that makes the logits again. As in Liger (https://arxiv.org/abs/
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -66,50 +65,6 @@ class Head:
             return made if cap is None else cap * torch.tanh(made / cap)
 
         return logits
-
-
-def add_head_loss(base: Any) -> bool:
-    """Let `base(..., labels=..., fused_lm_head=True)` return the loss alone; say if it can.
-
-    It can where a frozen plain head turns the decoder's last hidden states into logits. Takes the
-    arguments, and gives the `loss`, of a model that TRL's `add_fused_lm_head` was applied to; and
-    `counted`, the number of labels that count, without which the device is waited for.
-    """
-    head = Head.of(base)
-    if head is None or head.linear.weight.requires_grad:
-        return False
-    if getattr(base.config.get_text_config(), "output_router_logits", False):
-        return False
-    original = base.forward
-
-    @wraps(type(base).forward)  # generate checks its arguments against this signature
-    def forward(
-        self: Any,
-        *args: Any,
-        fused_lm_head: bool = False,
-        counted: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if not fused_lm_head:
-            return original(*args, **kwargs)
-        from transformers.modeling_outputs import CausalLMOutput
-
-        labels, divisor = kwargs.pop("labels")[:, 1:].flatten(), kwargs.pop("num_items_in_batch")
-        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1].flatten(0, 1)
-        where = _counting(labels, counted)
-        loss = head.loss(hidden[where], labels[where])
-        return CausalLMOutput(loss=loss / (max(len(where), 1) if divisor is None else divisor))
-
-    base.forward = types.MethodType(forward, base)
-    return True
-
-
-def _counting(labels: Tensor, count: int | None) -> Tensor:
-    """Return the indices of the labels that count."""
-    counts = labels != -100
-    if count is None:
-        return counts.nonzero()[:, 0]
-    return counts.nonzero_static(size=count)[:, 0]
 
 
 def head_loss(

@@ -5,16 +5,8 @@ Pure: it imports no torch, downloads nothing and loads no model.
 
 from __future__ import annotations
 
-from .stage import (
-    WAY_OUT,
-    MergePlan,
-    Plan,
-    attach_refusals,
-    make_cell,
-    merge_refusals,
-    onto_refusals,
-    plan,
-)
+from .refusals import WAY_OUT, attach_refusals, make_cell, merge_refusals, onto_refusals
+from .stage import MergePlan, Plan, plan
 
 __all__ = [
     "WAY_OUT",

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from .. import demo
 from ..dependencies import missing_for_optimizer, missing_requirements
-from ..distributed.talking import world
+from ..distributed.world import world
 from ..errors import OutputError, PlanRefused, Problem, did_you_mean
 from ..folders.run_folder import RunFolder, plain
 from ..machine import Machine

@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from ..capabilities import Cell, refusals
-from ..distributed.talking import world
+from ..distributed.world import world
 from ..errors import Problem
 from ..machine import Machine
 from ..records import Adapter, Backend
 from ..spec import Spec
 from .memory import MemoryPlan
 from .on_disk import config_of
+from .refusals import loftq_iterations, wants_loftq
 
 Parallel = Literal["none", "ddp", "fsdp"]
 
@@ -111,8 +112,7 @@ def merge_problems(merge: str) -> tuple[Problem, ...]:
 
 def _option_problems(options: Mapping[str, Any]) -> Iterator[Problem]:
     start = options.get("init_lora_weights")
-    iterations = (options.get("loftq_config") or {}).get("loftq_iter", 1)
-    loftq = start == "loftq" and iterations > 1
+    loftq = wants_loftq(options) and loftq_iterations(options) > 1
     if loftq or (isinstance(start, str) and start.startswith(_REWRITING)):
         what = f"init_lora_weights: {start} rewrites the base, of which each process has a share"
         where = "adapter.init_lora_weights"

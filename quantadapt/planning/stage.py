@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .. import demo
-from ..adapting import loftq
-from ..capabilities import KEEP, Cell, Merge, refusals
-from ..distributed.talking import world
+from ..capabilities import Cell
+from ..distributed.world import world
 from ..errors import MergeRefused, PlanRefused, Problem
 from ..machine import Machine, this_machine
 from ..memory.workload import GIB
@@ -23,7 +22,7 @@ from ..registry.discovery import Registry, registry
 from ..spec import MergeChoice, Spec
 from . import processes
 from .memory import MemoryPlan, memory_plan
-from .on_disk import config_of, quantization_of
+from .on_disk import config_of
 from .parts import (
     Draft,
     adapter_options,
@@ -37,10 +36,9 @@ from .parts import (
     quantizer_of,
 )
 from .processes import Parallel
+from .refusals import attach_refusals, loftq_problems, make_cell, merge_refusals
 
 MergePlan = Literal["dense", "requantize", "never"]
-
-WAY_OUT = f"{KEEP}, or merge it onto the unquantized base (quantadapt merge RUN --onto BASE)"
 
 
 @dataclass(frozen=True)
@@ -110,68 +108,6 @@ class Plan:
             "memory": self.memory.to_dict() if self.memory else None,
             "notes": list(self.notes),
         }
-
-
-def make_cell(
-    backend: Backend,
-    quantizer: Quantizer,
-    adapter: Adapter,
-    adapter_options: Mapping[str, Any],
-    device: str,
-    dtype: str,
-) -> Cell:
-    """Return the facts about one combination."""
-    return Cell(
-        backend=backend.name,
-        adapter=adapter.name,
-        device=device.partition(":")[0],
-        dtype=dtype,
-        backend_options=quantizer.model_dump(),
-        adapter_options=adapter_options,
-    )
-
-
-def attach_refusals(cell: Cell, backend: Backend, adapter: Adapter) -> list[Problem]:
-    """Return why `cell` cannot be attached; empty means it can."""
-    return refusals(cell, (*backend.rules, *adapter.rules))
-
-
-def merge_refusals(
-    cell: Cell, backend: Backend, adapter: Adapter, choice: Literal["dense", "requantize"]
-) -> list[Problem]:
-    """Return why `cell` cannot be merged that way; empty means it can."""
-    rules = (*backend.rules, *adapter.rules)
-    found = refusals(cell, rules, "merge")
-    if choice == "requantize":
-        found += refusals(cell, rules, "requantize")
-    limit = min(backend.merge, adapter.merge)
-    wanted = Merge.DENSE if choice == "dense" else Merge.REQUANTIZE
-    if limit < wanted and not found:
-        found.append(_merge_limit(backend, adapter, limit))
-    return found
-
-
-def _merge_limit(backend: Backend, adapter: Adapter, limit: Merge) -> Problem:
-    who = adapter if adapter.merge == limit else backend
-    where = f"{backend.name} x {adapter.name}"
-    if limit == Merge.NEVER:
-        fix = KEEP if who is adapter else WAY_OUT
-        return Problem(f"{who.name} is never merged", fix, where, f"{who.name}-merge-never")
-    what = f"{who.name} is merged into dense weights only, not quantized again"
-    return Problem(what, "use export.merge: dense", where, f"{who.name}-merge-dense")
-
-
-def onto_refusals(backend: Backend, adapter: Adapter, cell: Cell, base: str) -> list[Problem]:
-    """Return why the adapter of `cell` cannot be merged onto the checkpoint `base`, which does not
-    touch the backend's own weights; empty means it can."""
-    found = refusals(cell, adapter.rules, "merge")
-    found += refusals(cell, (*backend.rules, *adapter.rules), "onto")
-    if adapter.merge == Merge.NEVER and not found:
-        found.append(_merge_limit(backend, adapter, Merge.NEVER))
-    if (method := quantization_of(base)) is not None:
-        what = f"{base} is quantized itself, with {method.get('quant_method', 'some method')}"
-        found.append(Problem(what, "pass the unquantized model", "--onto"))
-    return found
 
 
 def plan(
@@ -244,7 +180,7 @@ def _combined(draft: Draft, made: Plan, *, trains: bool) -> Plan:
     """
     spec, cell, backend, adapter = made.spec, made.cell, made.backend, made.adapter
     draft.problems += attach_refusals(cell, backend, adapter)
-    draft.problems += loftq.problems(made.adapter_options, backend, has_original=not made.adopt)
+    draft.problems += loftq_problems(made.adapter_options, backend, has_original=not made.adopt)
     draft.notes += made.quantizer.notes(made.device)
     merge, refused = _merge(spec.export.merge, cell, backend, adapter)
     unshared = processes.share_problems(cell, backend, adapter, made.model, spec.export.merge)

@@ -7,10 +7,11 @@ Each is a mapping of what the model's forward takes; for language models
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+from ..spec import Spec
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -115,3 +116,15 @@ def _problem(example: Any) -> str:
 def _kind(value: Any) -> str:
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def calibration_examples(spec: Spec, tokenizer: Any, train: Callable[[], Dataset]) -> Examples:
+    """Return what a run of `spec` shows a backend that calibrates; `train` gives its own data."""
+    from ..data.reading import load_everything
+
+    wanted = spec.data
+    if wanted.calibration_path is None:
+        source = train()
+    else:
+        source = load_everything(wanted.calibration_path, tokenizer, max_length=wanted.max_length)
+    return choose(source, count=wanted.calibration_examples, seed=spec.seed)

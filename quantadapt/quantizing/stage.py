@@ -34,7 +34,7 @@ def quantize_plan(
     import torch
 
     from ..facade import facades, wrap
-    from ..loading.reading import skipped_modules
+    from ..model.modules import skipped_modules
 
     import_requirements(plan.backend)
     if module is None and not plan.adopt:
@@ -102,7 +102,7 @@ def _sharding_blocks(plan: Plan) -> Iterator[None]:
         yield
         return
     from ..distributed.talking import start
-    from ..loading.reading import watching_blocks
+    from ..loading.blocks import watching_blocks
     from ..sharding import shard_block
 
     start(plan.device)
@@ -121,7 +121,8 @@ def skip_for(plan: Plan, module: nn.Module | None = None) -> tuple[str, ...] | N
     Looks at the architecture only. Raises PlanRefused, with a line for each layer whose size the
     backend cannot quantize, unless the spec says `skip_misfits`.
     """
-    from ..loading.reading import architecture, linear_layers, skipped_modules
+    from ..loading.reading import architecture
+    from ..model.modules import linear_layers, skipped_modules
 
     skip, misfit = _wanted_skip(plan), plan.quantizer.misfit
     if type(plan.quantizer).misfit is Quantizer.misfit:

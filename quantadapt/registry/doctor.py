@@ -9,9 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -20,7 +17,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from ..machine import installed_version, this_machine
+from ..machine import installed_version, run_python, this_machine
 from ..records import Backend
 from .discovery import Registry, registry
 
@@ -245,39 +242,3 @@ def _backend_health(
 def check_imports(modules: Sequence[str], timeout: float | None) -> str:
     """Import `modules` in a process of its own. Returns what went wrong, or nothing."""
     return run_python(_PROBE, modules, timeout)[0]
-
-
-def run_python(code: str, arguments: Sequence[str], timeout: float | None) -> tuple[str, str]:
-    """Run Python code in a process of its own. Returns what went wrong, or nothing, and stdout.
-
-    Output goes to files: a process that hangs with children holding a pipe could not be left.
-    """
-    command = [sys.executable, "-c", code, *arguments]
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                timeout=timeout,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return f"no end after {timeout:g} s", ""
-        except OSError as error:
-            return f"Python cannot be started: {error}", ""
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read().decode("utf-8", "replace"))
-    return _ending(done.returncode, texts[1]), texts[0]
-
-
-def _ending(code: int, errors: str) -> str:
-    if code == 0:
-        return ""
-    if code < 0:
-        return f"it crashes Python (signal {-code})"
-    lines = [line for line in errors.strip().splitlines() if line.strip()]
-    return lines[-1][:300] if lines else f"exit code {code}"

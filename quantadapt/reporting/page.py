@@ -6,13 +6,16 @@ Everything goes through `el`, which escapes all text; nothing else makes HTML.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..folders.run_folder import RunFolder
-from .headline import headline, lede
-from .html import Html, el
-from .run import Run, text
-from .sections import SECTIONS
+from ..memory.workload import Setting
+from .charts import Bar, bar_chart, line_chart
+from .html import Child, Html, capital, details, el, facts_table, figures_list, section
+from .run import Run, items, number, part, text
+from .words import count, duration, headline, lede, mebibytes, percent, short
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -65,3 +68,229 @@ _ICON = (
     "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
     "%3Cpath fill='%230072b2' d='M2 2h4v12H2zM10 9h4v5h-4z'/%3E%3C/svg%3E"
 )
+
+
+def _perplexity(run: Run) -> Html:
+    named = {
+        "unquantized": ("base, not quantized", "before"),
+        "quantized": ("quantized", "before"),
+        "tuned": ("quantized + adapter", "after"),
+        "merged": ("merged", "after"),
+    }
+    values = part(run.metrics, "perplexity")
+    found = [(name, value) for name in named if (value := number(values, name)) and value > 0]
+    if not found:
+        return Html()
+    bars = [Bar(named[name][0], value, short(value), named[name][1]) for name, value in found]
+    low, high = min(bar.value for bar in bars), max(bar.value for bar in bars)
+    log = high > 10 * low
+    note = "On held-out text; lower is better, and 1 would be a perfect guess every time."
+    if log:
+        note += " The scale is logarithmic."
+    chart = bar_chart("Perplexity", bars, log=log)
+    return section("Perplexity", el("p", note, class_="note"), chart)
+
+
+def _loss(run: Run) -> Html:
+    points = [
+        (step, loss)
+        for line in run.log
+        if (step := number(line, "step")) is not None and (loss := number(line, "loss")) is not None
+    ]
+    if len(points) < 2:
+        return Html()
+    facts = [f"{points[0][0]:g} to {points[-1][0]:g} optimizer steps"]
+    seconds, tokens = (number(run.metrics, "train", key) for key in ("seconds", "tokens"))
+    if seconds and tokens:
+        facts.append(f"{count(tokens)} tokens at {short(tokens / seconds)} per second")
+    note = f"{'; '.join(facts)}. The line is a moving average over the dots."
+    chart = line_chart(points, number(run.metrics, "train", "resumed_from"))
+    return section("Training loss", el("p", capital(note), class_="note"), chart)
+
+
+def _stages(run: Run) -> Html:
+    stages = part(run.metrics, "stages")
+    found = [(name, value) for name in stages if (value := number(stages, name)) is not None]
+    total = sum(value for _, value in found)
+    if not total:
+        return Html()
+    longest = max(value for _, value in found)
+    bars = [
+        Bar(name, value, duration(value), "after" if value == longest else "before")
+        for name, value in found
+    ]
+    note = el("p", f"{duration(total)} in all.", class_="note")
+    return section("Time per stage", note, bar_chart("Time per stage", bars, unit="seconds"))
+
+
+def _memory(run: Run) -> Html:
+    size = part(run.metrics, "size")
+    named = {
+        "dense_mib": ("base, not quantized", "before"),
+        "quantized_mib": ("quantized", "after"),
+        "adapter_mib": ("adapter", "after"),
+    }
+    found = [(name, value) for name in named if (value := number(size, name)) is not None]
+    bars = [Bar(named[name][0], value, mebibytes(value), named[name][1]) for name, value in found]
+    chart = bar_chart("Size of the weights", bars, unit="MiB") if bars else Html()
+    train = part(run.metrics, "train")
+    figures = figures_list(_memory_figures(train))
+    words = _setting_words(part(train, "memory"))
+    note = el("p", words, class_="note") if words else Html()
+    return section("Memory", chart, figures, note) if chart or figures else Html()
+
+
+def _memory_figures(train: Mapping[str, Any]) -> list[tuple[str, str]]:
+    peak, trained = number(train, "peak_memory_gib"), number(train, "trainable_parameters")
+    base = number(train, "base_parameters")
+    figures = []
+    if trained is not None:
+        share = f", {percent(trained / base)} of the base" if base else ""
+        figures.append((count(trained), f"trainable parameters{share}"))
+    if peak is not None:
+        figures.append((mebibytes(peak * 1024), "peak memory"))
+    predicted = number(train, "memory", "predicted_gib")
+    if predicted is not None:
+        figures.append((mebibytes(predicted * 1024), "predicted for it"))
+    dequantizing = number(train, "dequantize_share")
+    if dequantizing is not None:
+        figures.append((percent(dequantizing), "of training spent on dequantizing"))
+    return figures
+
+
+def _setting_words(memory: Mapping[str, Any]) -> str:
+    """Return how training used memory, e.g. `20 of 32 layers recomputed, ...`."""
+    names = ("checkpointed_layers", "micro_batch", "layers", "batch")
+    count, size, layers, batch = (number(memory, name) for name in names)
+    if count is None or size is None or layers is None or batch is None:
+        return ""
+    setting = Setting(int(count), memory.get("offload") is True, int(size))
+    return capital(f"{setting.describe(int(layers), int(batch))}.")
+
+
+_VERDICTS = {
+    "dense": ("Merged", "The adapter was merged into dense weights; they are in merged/."),
+    "requantize": ("Merged", "The adapter was merged and the weights were quantized again."),
+    "refused": ("Not merged", "A merge was refused; the adapter works beside the base."),
+    "never": ("Not merged", "No merged model was asked for; the adapter works beside the base."),
+}
+
+
+def _merge(run: Run) -> Html:
+    merge = part(run.metrics, "merge")
+    refused = items(merge, "refusals") or items(run.plan, "merge_refusals")
+    kind = text(merge, "kind") or ("refused" if refused else "")
+    if not kind:
+        return Html()
+    word, sentence = _VERDICTS.get(kind, (kind, ""))
+    kl, top1, kept = (number(merge, key) for key in ("kl", "top1", "gain_kept"))
+    figures = [
+        (percent(kept), "of the gain in perplexity is kept") if kept is not None else None,
+        (percent(top1), "of next tokens agree (top-1)") if top1 is not None else None,
+        (f"{kl:.2g}", "KL divergence, nats per token") if kl is not None else None,
+    ]
+    refusals = [_refusal(item) for item in refused] if kind == "refused" else []
+    verdict = el("p", el("strong", f"{word}."), " ", sentence, class_=f"verdict {kind}")
+    return section("Merge", verdict, figures_list([f for f in figures if f]), *refusals)
+
+
+def _refusal(refusal: Mapping[str, Any]) -> Html:
+    where, rule, fix = (text(refusal, key) for key in ("where", "rule", "fix"))
+    source = " · ".join(part for part in (where, f"rule {rule}" if rule else "") if part)
+    return el(
+        "div",
+        el("p", text(refusal, "what")),
+        el("p", el("strong", "Way out: "), fix) if fix else "",
+        el("p", source, class_="note") if source else "",
+        class_="refusal",
+    )
+
+
+def _samples(run: Run) -> Html:
+    samples = [_sample(item) for item in items(run.metrics, "samples")]
+    note = "Held-out prompts, answered greedily by the quantized model before and after training."
+    return section("Samples", el("p", note, class_="note"), *samples) if samples else Html()
+
+
+def _sample(sample: Mapping[str, Any]) -> Html:
+    answers = [
+        _answer(key.capitalize(), text(sample, key), key)
+        for key in ("before", "after", "reference")
+        if sample.get(key) is not None
+    ]
+    prompt = _answer("Prompt", text(sample, "prompt"), "prompt")
+    return el("article", prompt, el("div", *answers, class_="answers"), class_="sample")
+
+
+def _answer(label: str, text: str, kind: str) -> Html:
+    body = el("pre", text, dir="auto", tabindex="0") if text.strip() else el("em", "nothing")
+    return el("div", el("h3", label), body, class_=f"answer {kind}")
+
+
+def _plan(run: Run) -> Html:
+    rows: list[tuple[str, Child]] = []
+    for key in ("backend", "adapter"):
+        named = part(run.plan, key)
+        if named:
+            options = _chips(named.get("options"))
+            rows.append((key, el("div", el("strong", text(named, "name")), " ", options)))
+    elsewhere = ("backend", "adapter", "notes", "merge_refusals", "memory")
+    plain = [key for key in run.plan if key not in elsewhere]
+    rows += [(key, _value(run.plan[key])) for key in plain if run.plan[key] not in (None, [], {})]
+    notes = run.plan.get("notes")
+    listed = [el("li", str(note)) for note in notes] if isinstance(notes, list) else []
+    heading = [el("h3", "Notes"), el("ul", *listed)] if listed else []
+    return section("Plan", facts_table(rows), *heading) if rows or listed else Html()
+
+
+def _value(value: object) -> Html:
+    if isinstance(value, Mapping):
+        return _chips(value)
+    if isinstance(value, (list, tuple)):
+        return el("span", *[el("code", str(item)) for item in value], class_="chips")
+    words = {True: "yes", False: "no"}
+    return el("span", words[value] if isinstance(value, bool) else str(value))
+
+
+def _chips(options: object) -> Html:
+    if not isinstance(options, Mapping):
+        return Html()
+    chips = [el("code", f"{key}={value}") for key, value in options.items() if value is not None]
+    return el("span", *chips, class_="chips")
+
+
+def _command(run: Run) -> Html:
+    command = text(run.metrics, "command")
+    return section("Run it again", el("pre", command, class_="command")) if command else Html()
+
+
+def _spec(run: Run) -> Html:
+    if not run.spec.strip():
+        return Html()
+    return section("Spec", details("The resolved spec, as YAML", el("pre", run.spec)))
+
+
+def _environment(run: Run) -> Html:
+    versions = part(run.environment, "versions")
+    facts = {key: value for key, value in run.environment.items() if key != "versions"}
+    rows = [(key, str(value)) for key, value in facts.items() if value not in (None, "")]
+    rows += [(name, str(version or "not installed")) for name, version in versions.items()]
+    if not rows:
+        return Html()
+    table = details("Machine and versions", facts_table(rows))
+    return section("Environment", table)
+
+
+SECTIONS: tuple[Callable[[Run], Html], ...] = (
+    _perplexity,
+    _samples,
+    _loss,
+    _merge,
+    _memory,
+    _stages,
+    _command,
+    _plan,
+    _spec,
+    _environment,
+)
+"""In the order of the page."""

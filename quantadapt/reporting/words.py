@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from .run import Run, number, part, text
+
 
 def short(value: float) -> str:
     """Return three significant digits, e.g. 3.12, 41.2, 1,234."""
@@ -44,3 +46,69 @@ def duration(seconds: float) -> str:
 def mebibytes(value: float) -> str:
     """Return a size, e.g. `312 MiB`, `1.24 GiB`."""
     return f"{short(value / 1024)} GiB" if value >= 1024 else f"{short(value)} MiB"
+
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+def headline(run: Run) -> str:
+    """Return the run in one line, e.g. `hqq 4-bit x lora: perplexity 41.2 → 3.12 in 48 s`."""
+    before, after = _before_after(run)
+    if before is None or after is None:
+        state = run.marker.get("state")
+        return f"{_cell(run)}: {state}" if state in ("failed", "interrupted") else _cell(run)
+    seconds = number(run.metrics, "train", "seconds")
+    spent = f" in {duration(seconds)}" if seconds is not None else ""
+    return f"{_cell(run)}: perplexity {short(before)} → {short(after)}{spent}"
+
+
+def _cell(run: Run) -> str:
+    backend, adapter = part(run.plan, "backend"), part(run.plan, "adapter")
+    bits = number(backend, "options", "bits")
+    names = [
+        " ".join([text(backend, "name"), f"{bits:g}-bit" if bits else ""]).strip(),
+        text(adapter, "name"),
+    ]
+    return f" {TIMES} ".join(name for name in names if name) or "quantadapt run"
+
+
+def lede(run: Run) -> str:
+    """Return two or three plain sentences: what was trained, what it changed, what it saves."""
+    sentences = [_gain_sentence(run), _trained_sentence(run), _size_sentence(run)]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _gain_sentence(run: Run) -> str:
+    before, after = _before_after(run)
+    if not before or not after:
+        return ""
+    ratio = before / after
+    if ratio >= 2:
+        return f"Training made the quantized model's perplexity {short(ratio)} times lower."
+    change = abs(1 - after / before)
+    if change < 0.005:
+        return "Training left the quantized model's perplexity as it was."
+    direction = "lowered" if after < before else "raised"
+    return f"Training {direction} the quantized model's perplexity by {percent(change)}."
+
+
+def _trained_sentence(run: Run) -> str:
+    trained = number(run.metrics, "train", "trainable_parameters")
+    base = number(run.metrics, "train", "base_parameters")
+    if not trained or not base:
+        return ""
+    return f"It trained {count(trained)} parameters beside {count(base)} frozen ones."
+
+
+def _size_sentence(run: Run) -> str:
+    dense = number(run.metrics, "size", "dense_mib")
+    quantized = number(run.metrics, "size", "quantized_mib")
+    if not dense or not quantized or dense / quantized < 1.05:
+        return ""
+    now, then, ratio = mebibytes(quantized), mebibytes(dense), short(dense / quantized)
+    return f"The base takes {now} instead of {then}, {ratio} times less."
+
+
+def _before_after(run: Run) -> tuple[float | None, float | None]:
+    values = part(run.metrics, "perplexity")
+    return number(values, "quantized"), number(values, "tuned")

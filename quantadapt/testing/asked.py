@@ -14,7 +14,7 @@ from ..matrix.declared import MAIN, backend_title, dtype_for, main_first, obstac
 from ..matrix.verify import parse_options
 from ..registry.discovery import registry
 from .backend_suite import BackendSuite
-from .plugin import BASE, REST, part_of, suite_of
+from .parts import BASE, REST, part_of, suite_of
 from .suite import Suite
 
 

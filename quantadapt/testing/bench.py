@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import demo
 from ..capabilities import Merge
-from ..planning.stage import Plan, attach_refusals, merge_refusals, onto_refusals, plan
+from ..planning.refusals import attach_refusals, merge_refusals, onto_refusals
+from ..planning.stage import Plan, plan
 from ..records import Adapter, Backend
 from ..registry.discovery import registry
 from ..spec import Spec
@@ -73,7 +74,7 @@ class Bench:
 
     def cell_of(self, adapter: str) -> tuple[Any, Adapter]:
         """Return the facts about the cell with `adapter`, and the adapter's record."""
-        from ..planning.stage import make_cell
+        from ..planning.refusals import make_cell
 
         spec = self.spec(adapter)
         record = registry().adapter(adapter)
@@ -316,7 +317,7 @@ class Bench:
 
 def weight_bytes(facade: QuantLinear) -> float:
     """Return the size of what is stored for a layer's weight."""
-    from ..exporting.saving import size_mib
+    from ..evaluation.sizes import size_mib
 
     bias = 0 if facade.bias is None else facade.bias.nbytes
     return size_mib(facade) * 2**20 - bias

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from .parts import adapter_of, part_of, suite_of
+
 if TYPE_CHECKING:
     from .suite import Suite
 
@@ -32,8 +34,6 @@ PROGRESS = "QUANTADAPT_PROGRESS"
 LISTENER = "quantadapt-results"
 _FEW = 3
 _NO_ADAPTER = "got empty parameter set"
-BASE, REST = "base", "rest"
-"""Where a test belongs that has no adapter: to the layers, or to what comes after the adapters."""
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -101,29 +101,6 @@ def _listen(config: pytest.Config) -> Results:
         found = Results(*(Path(file) if file else None for file in files))
         config.pluginmanager.register(found, LISTENER)
     return found
-
-
-def suite_of(item: Any) -> type[Suite] | None:
-    """Return the suite that a test belongs to."""
-    from .suite import Suite
-
-    found = getattr(item, "cls", None)
-    return found if isinstance(found, type) and issubclass(found, Suite) else None
-
-
-def adapter_of(item: Any) -> str:
-    """Return the adapter that a test is about, or ""."""
-    callspec = getattr(item, "callspec", None)
-    found = callspec.params.get("adapter") if callspec else None
-    return found if isinstance(found, str) else ""  # no string: there is no adapter to test with
-
-
-def part_of(item: Any) -> str:
-    """Return the adapter that a test is about, or BASE or REST."""
-    from .target_suite import TargetSuite
-
-    name = getattr(item, "originalname", item.name)
-    return adapter_of(item) or (BASE if hasattr(TargetSuite, name) else REST)
 
 
 @dataclass

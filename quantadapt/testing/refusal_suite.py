@@ -55,7 +55,7 @@ class RefusalSuite(Suite):
     @cells("attach")
     def test_refused_merges_touch_nothing(self, bench: Bench, adapter: str) -> None:
         """Neither a run nor `merge` on a live model gets as far as reading or writing weights."""
-        from ..exporting.saving import check_merge, merge
+        from ..exporting.stage import check_merge, merge
         from ..pipeline import run
         from ..quantizing.state import state_of
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .stage import TrainResult, base_parameters, problems, train
+from .figures import base_parameters
+from .stage import TrainResult, problems, train
 
 __all__ = ["TrainResult", "base_parameters", "problems", "train"]

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapting.fused import FusedLoraLinear
+from ..adapting.fused import FusedLoraLinear, free
 from ..sharding import is_sharded
-from .memory_fit import free
 
 SEEN_BEFORE = 2
 """So many passes of a shape run as ever, which compiles kernels and finds layers to join."""

@@ -6,7 +6,6 @@ trainer's own batch, its accumulation and its losses stay what they are.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..adapting.adalora import tuner_of
-from ..adapting.fused import forget_unfinished
-from ..distributed.talking import reduced, world
+from ..adapting.fused import free
+from ..distributed.talking import reduced
+from ..distributed.world import world
 from ..errors import TrainingError
 from ..memory.workload import FRAGMENTATION, GIB, OOM_FIX, Setting, halves, optimizer_bytes
 from ..sharding import is_sharded
@@ -270,14 +270,6 @@ class _Prober:
         rows = [self.trainer.train_dataset[i] for i in self.longest[:size]]
         batch: dict[str, Any] = self.trainer._prepare_inputs(self.trainer.data_collator(rows))
         return batch
-
-
-def free(model: Any) -> None:
-    """Let go of what a pass that did not end has left behind."""
-    forget_unfinished(model)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _rows(value: Any, rows: int, first: int, size: int) -> Any:

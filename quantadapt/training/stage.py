@@ -6,8 +6,6 @@ Nothing of the model is left changed but the adapter's weights.
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,13 +16,20 @@ from ..compiling import compiled_functions
 from ..distributed.talking import reduced, share, start
 from ..errors import OutputError, Problem, TrainingError, did_you_mean
 from ..memory.workload import OOM_FIX, Setting
-from .lent import fast_attention, fused_kernels, one_row_each
+from .figures import adapter_device, base_parameters, dequantize_share, peak_memory_gib
+from .lent import (
+    fast_adapters,
+    fast_attention,
+    fused_kernels,
+    given_back,
+    one_row_each,
+    quick_walks,
+)
 from .loop import CHECKPOINTS, PREFIX, STATE
 from .progress import OnLog
-from .trainer import adapter_device, compute_dtype, make_trainer, quiet
+from .trainer import make_trainer, quiet
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
     from torch import nn
     from transformers import PreTrainedTokenizerBase
@@ -103,9 +108,9 @@ def train(
     start(str(device))
     share(p for p in model.parameters() if p.requires_grad)
     with ExitStack() as stack:
-        stack.enter_context(_given_back(model))
-        stack.enter_context(_quick_walks(model))
-        stack.enter_context(_fast_adapters(model))
+        stack.enter_context(given_back(model))
+        stack.enter_context(quick_walks(model))
+        stack.enter_context(fast_adapters(model))
         fused = stack.enter_context(_fused_training(model, keep_casts=spec.memory != "min"))
         stack.enter_context(compiled_functions())
         stack.enter_context(fast_attention(device))
@@ -124,14 +129,14 @@ def train(
             losses=[(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e],
             seconds=trainer.progress.seconds,
             tokens=int(reduced(float(trainer.progress.tokens), device, "sum")),
-            peak_memory_gib=reduced(_peak_memory_gib(device), device, "max"),
+            peak_memory_gib=reduced(peak_memory_gib(device), device, "max"),
             resumed_from=_step(checkpoint) if checkpoint else None,
             trainable_parameters=trainable,
             base_parameters=base_parameters(model),
             setting=trainer.fitting.setting,
             layers=trainer.fitting.checkpointer.count,
             longest=max(trainer.fitting.lengths),
-            dequantize_share=_dequantize_share(trainer, spec),
+            dequantize_share=dequantize_share(trainer, spec),
         )
 
 
@@ -165,38 +170,6 @@ def _reporting_problems(wanted: Iterable[str]) -> list[Problem]:
             fix = f"pip install {name.replace('_', '-')}, or leave it out"
             found.append(Problem(f"{name} is not installed", fix, where="train.report_to"))
     return found
-
-
-def base_parameters(model: nn.Module) -> int:
-    """Count the weights of the base: a quantized layer as if it were dense, adapters not at all."""
-    base = getattr(model, "get_base_model", lambda: model)()
-    return _base_parameters(base, set())
-
-
-def _base_parameters(module: Any, seen: set[int]) -> int:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    from ..facade import QuantLinear
-    from ..sharding import PACKED
-
-    if id(module) in seen:
-        return 0
-    seen.add(id(module))
-    if isinstance(module, BaseTunerLayer):
-        return _base_parameters(module.get_base_layer(), seen)
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        return _base_parameters(module.original_module, seen)
-    if isinstance(module, QuantLinear):
-        bias = getattr(module, "bias", None)
-        weights = module.in_features * module.out_features
-        return weights + (0 if bias is None else int(bias.numel()))
-    # What a sharded block has packed are its quantized layers, which are counted above.
-    named = module.named_parameters(recurse=False)
-    own = [p for name, p in named if name != PACKED and id(p) not in seen]
-    seen.update(map(id, own))
-    children = sum(_base_parameters(child, seen) for child in module.children())
-    return children + sum(int(p.numel()) for p in own)
 
 
 def _run(trainer: Any, checkpoint: Path | None) -> None:
@@ -253,52 +226,6 @@ def _step(checkpoint: Path) -> int:
 
 
 @contextmanager
-def _given_back(model: Any) -> Iterator[None]:
-    """Undo what trainers leave on a model: forwards, hooks, token ids, mode."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    patchable = {id(m): m for m in (model, base)}.values()
-    before = [(m, m.__dict__.get("forward")) for m in patchable]
-    configs = [c for c in (base.config, getattr(base, "generation_config", None)) if c is not None]
-    settings = [dict(config.__dict__) for config in configs]
-    hooks = {module: set(module._forward_hooks) for module in model.modules()}
-    training = model.training
-    try:
-        yield
-    finally:
-        for module, forward in before:
-            module.__dict__.pop("_original_forward", None)
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.__dict__["forward"] = forward
-        for module, known in hooks.items():  # TRL and Trainer each leave one on the embedding
-            for key in set(module._forward_hooks) - known:
-                del module._forward_hooks[key]
-        for config, values in zip(configs, settings, strict=True):
-            config.__dict__.clear()
-            config.__dict__.update(values)
-        model.train(training)
-
-
-@contextmanager
-def _fast_adapters(model: Any) -> Iterator[None]:
-    """Let float32 adapters on a half-precision base use the tensor cores (TF32).
-
-    TF32 has more mantissa bits than bfloat16 and as many as float16. A float32 base keeps full
-    precision.
-    """
-    import torch
-
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    if adapter_device(model).type == "cuda" and compute_dtype(model) != torch.float32:
-        matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        matmul.allow_tf32 = before
-
-
-@contextmanager
 def _fitting(
     trainer: Any, model: Any, spec: TrainSpec, on_note: Callable[[str], None] | None
 ) -> Iterator[Fitting]:
@@ -313,62 +240,6 @@ def _fitting(
             yield fitting
 
 
-def _dequantize_share(trainer: Any, spec: TrainSpec) -> float | None:
-    """Return the share of a step that dequantizing takes, by the time that doing it once takes now;
-    None without a step, and for a sharded base, whose layers would have to be gathered for it."""
-    from ..sharding import is_sharded
-
-    steps = trainer.state.global_step - trainer.progress.first_step + 1
-    if steps < 1 or not trainer.progress.seconds or is_sharded(trainer.model):
-        return None
-    setting, layers = trainer.fitting.setting, trainer.fitting.checkpointer.count
-    kept = 0 if setting.offload else setting.checkpointed_layers  # from recomputation to backward
-    passes = 2 + (setting.checkpointed_layers - kept) / layers
-    parts = spec.per_device_train_batch_size / setting.micro_batch
-    each = passes * parts * spec.gradient_accumulation_steps * _dequantize_seconds(trainer.model)
-    # The first block's input needs no gradient: a few layers are counted once too often.
-    return min(float(each * steps / trainer.progress.seconds), 1.0)
-
-
-def _dequantize_seconds(model: Any) -> float:
-    """Return how long dequantizing every layer of the base takes, the second time."""
-    import torch
-
-    from ..facade import facades
-
-    started = 0.0
-    for _ in range(2):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _, facade in facades(model):
-            facade.dequantize()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-@contextmanager
-def _quick_walks(model: Any) -> Iterator[None]:
-    """Trainer calls `train` and `zero_grad` at every step, and each walks through all modules: that
-    takes as long as several layers."""
-    whole, trained = type(model), [p for p in model.parameters() if p.requires_grad]
-
-    def train(mode: bool = True) -> Any:
-        return model if model.training == mode else whole.train(model, mode)
-
-    def zero_grad(set_to_none: bool = True) -> None:
-        for parameter in trained:
-            parameter.grad = None
-
-    whole.train(model)
-    model.__dict__.update(train=train, zero_grad=zero_grad)
-    try:
-        yield
-    finally:
-        del model.__dict__["train"], model.__dict__["zero_grad"]
-
-
 def _one_block_at_a_time(model: Any) -> Any:
     from ..sharding import one_block_at_a_time
 
@@ -379,16 +250,3 @@ def _fused_training(model: Any, keep_casts: bool) -> Any:
     from ..adapting.fused import fused_training
 
     return fused_training(model, keep_casts)
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        import torch
-
-        return float(torch.cuda.max_memory_allocated(device)) / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -17,6 +17,7 @@ from ..data.batches import CausalCollator, EncoderDecoderCollator
 from ..distributed.talking import average_gradients
 from ..errors import TrainingError
 from ..memory.workload import LENGTH_MULTIPLE
+from .figures import adapter_device, compute_dtype
 from .loop import CHECKPOINTS, TrainingLoop
 from .packing import packed, refuse_leaks
 from .progress import OnLog, Progress, Watcher
@@ -42,7 +43,7 @@ def make_trainer(
     """Return SFTTrainer or Seq2SeqTrainer over `model`. Raises TrainingError, MissingDependency."""
     from transformers import PrinterCallback, TrainerCallback
 
-    from .gradient_check import GradientCheck
+    from .loop import GradientCheck
 
     progress = Progress()
     watcher = type("Watcher", (Watcher, TrainerCallback), {})(
@@ -223,7 +224,7 @@ def _fuse_head(model: Any) -> Literal["ours", "trl"] | None:
 
     A forward that somebody has patched stays in use.
     """
-    from ..model.head import add_head_loss
+    from .lent import add_head_loss
 
     base = model.get_base_model()
     if "forward" in base.__dict__ or base.base_model is base:
@@ -256,19 +257,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()
-
-
-def adapter_device(model: Any) -> torch.device:
-    """Return where the trainable weights are."""
-    device: torch.device = next(p.device for p in model.parameters() if p.requires_grad)
-    return device
-
-
-def compute_dtype(model: Any) -> torch.dtype:
-    """Return the dtype of the base's embedding: that of everything which is not quantized."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    dtype: torch.dtype = base.get_input_embeddings().weight.dtype
-    return dtype
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

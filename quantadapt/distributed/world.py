@@ -1,0 +1,49 @@
+"""Who is who: the processes that a launcher started, told by its environment alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..spec import Spec
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among those of a run.
+
+    Attributes:
+        rank: its number, from 0; 0 writes the run folder and shows progress.
+        local_rank: its number on this machine, which is that of its GPU.
+        size: how many processes there are.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and shows."""
+        return self.rank == 0
+
+
+def world() -> World:
+    """Return what the environment says; one process where it says nothing."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    found = [os.environ.get(name, "") for name in names]
+    if not all(value.isdigit() for value in found) or int(found[2]) < 2:
+        return World()
+    return World(*map(int, found))
+
+
+def as_launched(spec: Spec) -> Spec:
+    """Take `accelerate launch --use_fsdp` for `train.parallel: fsdp`: the sharding is ours, and
+    accelerate's own must not start beside it."""
+    asked = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
+    if not asked or spec.train.parallel != "auto":
+        return spec
+    train = spec.train.model_copy(update={"parallel": "fsdp"})
+    return spec.model_copy(update={"train": train})

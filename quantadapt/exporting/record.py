@@ -1,0 +1,48 @@
+"""`quantadapt.json`, which lies beside every adapter and model and says what base it belongs to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError
+from ..folders.environment import environment
+from ..quantizing.state import ModelState
+
+RECORD = "quantadapt.json"
+ADAPTER = "adapter"
+BASE = "base"
+MERGED = "merged"
+
+
+def write_record(folder: Path, state: ModelState, **more: Any) -> None:
+    """Write what `state` knows of the base, with versions and `more`, into `folder`."""
+    versions = environment(state.backend.requires)["versions"]
+    record = state.record() | {"format": 1, "versions": versions, **more}
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def adapter_in(folder: Path) -> Path | None:
+    """Return the PEFT folder of a run folder or of itself, or None."""
+    places = (folder / ADAPTER, folder)
+    return next((f for f in places if (f / "adapter_config.json").exists()), None)
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Return the PEFT folder of a run folder or of itself. Raises ModelError if there is none."""
+    if (found := adapter_in(folder.expanduser())) is None:
+        fix = "pass the folder of a run, or of an adapter"
+        raise ModelError("there is no adapter here", fix=fix, where=str(folder))
+    return found
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what `save` wrote about the base. Raises ModelError if it is not there."""
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        what = f"{RECORD} is missing or unreadable, so nothing says which base this belongs to"
+        fix = "load it with peft: PeftModel.from_pretrained(base, folder)"
+        raise ModelError(what, fix=fix, where=str(folder)) from None
+    return record

@@ -1,0 +1,115 @@
+"""Why a combination is refused: rules of backend and adapter, merges, LoftQ. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ..capabilities import KEEP, Cell, Merge, refusals
+from ..errors import Problem
+from ..protocols import Quantizer
+from ..records import Adapter, Backend
+from .on_disk import quantization_of
+
+WAY_OUT = f"{KEEP}, or merge it onto the unquantized base (quantadapt merge RUN --onto BASE)"
+
+
+def make_cell(
+    backend: Backend,
+    quantizer: Quantizer,
+    adapter: Adapter,
+    adapter_options: Mapping[str, Any],
+    device: str,
+    dtype: str,
+) -> Cell:
+    """Return the facts about one combination."""
+    return Cell(
+        backend=backend.name,
+        adapter=adapter.name,
+        device=device.partition(":")[0],
+        dtype=dtype,
+        backend_options=quantizer.model_dump(),
+        adapter_options=adapter_options,
+    )
+
+
+def attach_refusals(cell: Cell, backend: Backend, adapter: Adapter) -> list[Problem]:
+    """Return why `cell` cannot be attached; empty means it can."""
+    return refusals(cell, (*backend.rules, *adapter.rules))
+
+
+def merge_refusals(
+    cell: Cell, backend: Backend, adapter: Adapter, choice: Literal["dense", "requantize"]
+) -> list[Problem]:
+    """Return why `cell` cannot be merged that way; empty means it can."""
+    rules = (*backend.rules, *adapter.rules)
+    found = refusals(cell, rules, "merge")
+    if choice == "requantize":
+        found += refusals(cell, rules, "requantize")
+    limit = min(backend.merge, adapter.merge)
+    wanted = Merge.DENSE if choice == "dense" else Merge.REQUANTIZE
+    if limit < wanted and not found:
+        found.append(_merge_limit(backend, adapter, limit))
+    return found
+
+
+def _merge_limit(backend: Backend, adapter: Adapter, limit: Merge) -> Problem:
+    who = adapter if adapter.merge == limit else backend
+    where = f"{backend.name} x {adapter.name}"
+    if limit == Merge.NEVER:
+        fix = KEEP if who is adapter else WAY_OUT
+        return Problem(f"{who.name} is never merged", fix, where, f"{who.name}-merge-never")
+    what = f"{who.name} is merged into dense weights only, not quantized again"
+    return Problem(what, "use export.merge: dense", where, f"{who.name}-merge-dense")
+
+
+def onto_refusals(backend: Backend, adapter: Adapter, cell: Cell, base: str) -> list[Problem]:
+    """Return why the adapter of `cell` cannot be merged onto the checkpoint `base`, which does not
+    touch the backend's own weights; empty means it can."""
+    found = refusals(cell, adapter.rules, "merge")
+    found += refusals(cell, (*backend.rules, *adapter.rules), "onto")
+    if adapter.merge == Merge.NEVER and not found:
+        found.append(_merge_limit(backend, adapter, Merge.NEVER))
+    if (method := quantization_of(base)) is not None:
+        what = f"{base} is quantized itself, with {method.get('quant_method', 'some method')}"
+        found.append(Problem(what, "pass the unquantized model", "--onto"))
+    return found
+
+
+LOFTQ = "loftq"
+
+
+def wants_loftq(options: Mapping[str, Any]) -> bool:
+    """Say whether the adapter's options ask for LoftQ."""
+    return bool(options.get("init_lora_weights") == LOFTQ)
+
+
+def without_loftq(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that PEFT is to see: a LoRA whose values are set afterwards."""
+    return {**options, "init_lora_weights": True, "loftq_config": {}}
+
+
+def loftq_iterations(options: Mapping[str, Any]) -> int:
+    """Return how often W - B A is taken apart; PEFT's name is `loftq_config.loftq_iter`."""
+    return int((options.get("loftq_config") or {}).get("loftq_iter", 1))
+
+
+def loftq_problems(
+    options: Mapping[str, Any], backend: Backend, has_original: bool
+) -> list[Problem]:
+    """Return why LoftQ cannot be done here; empty if it can, or is not wanted."""
+    if not wants_loftq(options):
+        return []
+    found = []
+    if not has_original:
+        what = "LoftQ compares with the unquantized weights, and this base is quantized already"
+        fix = "start from the unquantized checkpoint, or use init_lora_weights: true"
+        found.append(Problem(what, fix, "adapter.init_lora_weights"))
+    again = backend.merge == Merge.REQUANTIZE and not backend.calibration
+    if loftq_iterations(options) > 1 and not again:
+        what = f"backend {backend.name!r} cannot quantize single layers again"
+        found.append(Problem(what, "use loftq_iter: 1", "adapter.loftq_config.loftq_iter"))
+    if loftq_iterations(options) < 1:
+        where = "adapter.loftq_config.loftq_iter"
+        found.append(Problem("it is a count", "use 1 or more", where))
+    return found

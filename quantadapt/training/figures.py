@@ -1,0 +1,107 @@
+"""What a training run tells of itself: parameters, peak memory, the share of dequantizing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..spec import TrainSpec
+
+
+def adapter_device(model: Any) -> torch.device:
+    """Return where the trainable weights are."""
+    device: torch.device = next(p.device for p in model.parameters() if p.requires_grad)
+    return device
+
+
+def compute_dtype(model: Any) -> torch.dtype:
+    """Return the dtype of the base's embedding: that of everything which is not quantized."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    dtype: torch.dtype = base.get_input_embeddings().weight.dtype
+    return dtype
+
+
+def base_parameters(model: nn.Module) -> int:
+    """Count the weights of the base: a quantized layer as if it were dense, adapters not at all."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    return _base_parameters(base, set())
+
+
+def _base_parameters(module: Any, seen: set[int]) -> int:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    from ..facade import QuantLinear
+    from ..sharding import PACKED
+
+    if id(module) in seen:
+        return 0
+    seen.add(id(module))
+    if isinstance(module, BaseTunerLayer):
+        return _base_parameters(module.get_base_layer(), seen)
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return _base_parameters(module.original_module, seen)
+    if isinstance(module, QuantLinear):
+        bias = getattr(module, "bias", None)
+        weights = module.in_features * module.out_features
+        return weights + (0 if bias is None else int(bias.numel()))
+    # What a sharded block has packed are its quantized layers, which are counted above.
+    named = module.named_parameters(recurse=False)
+    own = [p for name, p in named if name != PACKED and id(p) not in seen]
+    seen.update(map(id, own))
+    children = sum(_base_parameters(child, seen) for child in module.children())
+    return children + sum(int(p.numel()) for p in own)
+
+
+def dequantize_share(trainer: Any, spec: TrainSpec) -> float | None:
+    """Return the share of a step that dequantizing takes, by the time that doing it once takes now;
+    None without a step, and for a sharded base, whose layers would have to be gathered for it."""
+    from ..sharding import is_sharded
+
+    steps = trainer.state.global_step - trainer.progress.first_step + 1
+    if steps < 1 or not trainer.progress.seconds or is_sharded(trainer.model):
+        return None
+    setting, layers = trainer.fitting.setting, trainer.fitting.checkpointer.count
+    kept = 0 if setting.offload else setting.checkpointed_layers  # from recomputation to backward
+    passes = 2 + (setting.checkpointed_layers - kept) / layers
+    parts = spec.per_device_train_batch_size / setting.micro_batch
+    each = passes * parts * spec.gradient_accumulation_steps * _dequantize_seconds(trainer.model)
+    # The first block's input needs no gradient: a few layers are counted once too often.
+    return min(float(each * steps / trainer.progress.seconds), 1.0)
+
+
+def _dequantize_seconds(model: Any) -> float:
+    """Return how long dequantizing every layer of the base takes, the second time."""
+    import torch
+
+    from ..facade import facades
+
+    started = 0.0
+    for _ in range(2):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _, facade in facades(model):
+            facade.dequantize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the peak of the GPU, or of the process where there is none, in GiB."""
+    if device.type == "cuda":
+        import torch
+
+        return float(torch.cuda.max_memory_allocated(device)) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,0 +1,137 @@
+"""Which folder may import which; imports inside functions count, those for annotations do not."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import quantadapt
+
+ROOT = Path(quantadapt.__file__).parent
+ORDER = [
+    *("__main__", "cli", "testing", "scaffold", "matrix", "__init__", "pipeline", "reporting"),
+    *("exporting", "stages", "training", "adapting", "quantizing", "planning", "registry"),
+    *("evaluation", "data", "sharding", "dependencies", "facade", "records", "protocols"),
+    *("layerwise", "loading", "calibration", "model", "hookspecs", "distributed", "folders"),
+    *("spec", "capabilities", "memory", "compiling", "machine", "paths", "probe", "demo"),
+    *("errors", "moved"),
+]
+"""A file imports only from rooms further on in this list, and from its own."""
+WITHOUT_TORCH = [
+    *("planning", "registry", "memory", "folders", "distributed", "data", "reporting", "matrix"),
+    *("pipeline", "stages", "errors", "capabilities", "records", "protocols", "hookspecs"),
+    *("spec", "paths", "machine", "dependencies"),
+]
+
+
+def typed(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imports(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child
+        if not typed(child):
+            yield from imports(child)
+
+
+def targets(file: Path, node: ast.Import | ast.ImportFrom) -> list[str]:
+    """Return the rooms that an import takes something from."""
+    if isinstance(node, ast.Import):
+        whole = [alias.name.split(".") for alias in node.names]
+        return [(parts[1:] or ["__init__"])[0] for parts in whole if parts[0] == "quantadapt"]
+    base = list(file.relative_to(ROOT).with_suffix("").parts[: -node.level]) if node.level else []
+    names = [*base, *(node.module.split(".") if node.module else ())]
+    if not node.level:
+        if names[0] != "quantadapt":
+            return []
+        names = names[1:]
+    if names:
+        return [names[0]]
+    return [alias.name if alias.name in ORDER else "__init__" for alias in node.names]
+
+
+def arrows() -> Iterator[tuple[str, str, str]]:
+    """Yield (place, room, room that it imports from)."""
+    for file in sorted(ROOT.rglob("*.py")):
+        room = file.relative_to(ROOT).with_suffix("").parts[0]
+        for node in imports(ast.parse(file.read_text(encoding="utf-8"))):
+            for target in targets(file, node):
+                yield f"{file.relative_to(ROOT)}:{node.lineno}", room, target
+
+
+def test_arrows_run_downward() -> None:
+    wrong = [
+        f"{place} imports {target}"
+        for place, room, target in arrows()
+        if target != room and ORDER.index(target) <= ORDER.index(room)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_room_has_its_place_in_the_order() -> None:
+    rooms = {file.relative_to(ROOT).with_suffix("").parts[0] for file in ROOT.rglob("*.py")}
+    assert rooms == set(ORDER)
+
+
+def test_files_inside_a_folder_stand_in_no_circle() -> None:
+    """Of modules, not only of folders: the order above says nothing of files in one room."""
+    graph: dict[str, set[str]] = {}
+    for file in sorted(ROOT.rglob("*.py")):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        graph[".".join(parts)] = {
+            found
+            for node in imports(ast.parse(file.read_text(encoding="utf-8")))
+            for found in modules(file, node)
+        }
+    left = dict(graph)
+    while free := [name for name, needs in left.items() if not (needs & set(left)) - {name}]:
+        for name in free:
+            del left[name]
+    assert not left, "\n".join(f"{name} <- {sorted(graph[name] & set(left))}" for name in left)
+
+
+def modules(file: Path, node: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    """Yield the files of the package that an import names, dotted, without the package."""
+    if isinstance(node, ast.Import) or not node.level:
+        return
+    base = file.relative_to(ROOT).with_suffix("").parts[: -node.level]
+    path = [*base, *(node.module.split(".") if node.module else ())]
+    for alias in node.names:
+        for parts in ([*path, alias.name], path, [*path, "__init__"]):
+            if parts and ROOT.joinpath(*parts).with_suffix(".py").is_file():
+                yield ".".join(parts)
+                break
+
+
+def test_the_root_can_be_read_at_once() -> None:
+    assert len(list(ROOT.glob("*.py"))) <= 20
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_importing_it_loads_no_torch(name: str) -> None:
+    code = f"import sys, quantadapt.{name}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_old_paths_warn_and_give_the_same_objects() -> None:
+    from quantadapt.exporting import record, stage
+    from quantadapt.moved import MOVED
+
+    with pytest.warns(DeprecationWarning, match="quantadapt.saving has moved to"):
+        old = importlib.import_module("quantadapt.saving")
+    assert old.merge is stage.merge
+    assert old.RECORD is record.RECORD
+    homes = [home for names in MOVED.values() for home in names.split()]
+    assert all(ROOT.joinpath(*home.split(".")).with_suffix(".py").is_file() for home in homes)
+    assert not [name for name in MOVED if (ROOT / f"{name}.py").exists()]
+
+
+def test_a_name_that_never_was_is_no_module() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("quantadapt.utils")
