@@ -17,7 +17,6 @@ import pluggy
 import pytest
 
 import quantadapt.pipeline
-import quantadapt.registry
 from quantadapt import cli, demo
 from quantadapt.cli.commands import COMMANDS, TRACEBACK
 from quantadapt.errors import TrainingError
@@ -593,7 +592,7 @@ def plugins(monkeypatch: pytest.MonkeyPatch):
         for name, module in modules.items():
             manager.register(module, name)
         found = SimpleNamespace(manager=manager)
-        monkeypatch.setattr(quantadapt.registry, "registry", lambda: found)
+        monkeypatch.setattr("quantadapt.registry.discovery.registry", lambda: found)
 
     return install
 

@@ -17,8 +17,7 @@ from processes import in_processes, wants_two_gpus
 from torch.distributed import ReduceOp
 
 import quantadapt as qa
-from quantadapt import distributed
-from quantadapt.distributed import PeerLost, World, as_launched, world
+from quantadapt.distributed import PeerLost, World, as_launched, talking, world
 from quantadapt.spec import Spec
 
 STEPS = 4
@@ -263,11 +262,11 @@ def test_the_environment_says_who_is_who(monkeypatch) -> None:
 
 
 def test_gradients_are_sent_in_buckets_of_one_dtype(monkeypatch) -> None:
-    monkeypatch.setattr(distributed, "BUCKET", 4)
+    monkeypatch.setattr(talking, "BUCKET", 4)
     single, half = torch.float32, torch.bfloat16
     given = [(3, single), (3, single), (3, single), (1, half), (5, half), (1, single)]
     tensors = [torch.zeros(size, dtype=dtype) for size, dtype in given]
-    buckets = list(distributed._buckets(tensors))
+    buckets = list(talking._buckets(tensors))
     assert [[(len(t), t.dtype) for t in bucket] for bucket in buckets] == [
         given[:2],
         given[2:3],
@@ -280,10 +279,10 @@ def test_gradients_are_sent_in_buckets_of_one_dtype(monkeypatch) -> None:
 
 def test_figures_of_all_processes_are_added_or_the_largest_is_taken(monkeypatch) -> None:
     theirs = {ReduceOp.SUM: lambda tensor: tensor.add_(4), ReduceOp.MAX: lambda t: t.clamp_(min=4)}
-    monkeypatch.setattr(distributed, "world", lambda: World(size=2))
+    monkeypatch.setattr(talking, "world", lambda: World(size=2))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda t, how: theirs[how](t))
     cpu = torch.device("cpu")
-    assert [distributed.reduced(2.5, cpu, how) for how in ("sum", "max")] == [6.5, 4.0]
+    assert [talking.reduced(2.5, cpu, how) for how in ("sum", "max")] == [6.5, 4.0]
 
 
 def test_only_what_a_lost_peer_causes_is_called_so(monkeypatch) -> None:
@@ -292,8 +291,8 @@ def test_only_what_a_lost_peer_causes_is_called_so(monkeypatch) -> None:
         ("Connection closed by peer", 1, RuntimeError),
         ("mat1 and mat2 shapes cannot be multiplied", 2, RuntimeError),
     ):
-        monkeypatch.setattr(distributed, "world", lambda size=size: World(size=size))
-        with pytest.raises((PeerLost, RuntimeError)) as caught, distributed.peers_in_words():
+        monkeypatch.setattr(talking, "world", lambda size=size: World(size=size))
+        with pytest.raises((PeerLost, RuntimeError)) as caught, talking.peers_in_words():
             raise RuntimeError(text)
         assert caught.type is expected
 

@@ -23,8 +23,6 @@ from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget
 from quantadapt.records import Backend
 
-from .tuning import DENSE
-
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -33,6 +31,8 @@ BLOCK = 32
 """Codes that are packed together along the inputs, and zero points along the outputs."""
 DECODING = 128
 """Tokens up to which auto-round's Triton kernel beats dequantizing and a matrix product on CUDA."""
+DENSE = {"bits": 16, "data_type": "float"}
+"""What auto-round's configs say of a layer that stays dense."""
 FORMATS = {True: ("auto_round:auto_gptq", "auto_round:gptq"), False: ("auto_round",)}
 """What the packing is called, by symmetry; the first name is the one that is written."""
 

@@ -86,7 +86,7 @@ def _settings(
         "amp": device != "cpu" and dtype != torch.float32,
         "enable_torch_compile": False,
         "low_cpu_mem_usage": False,
-        "layer_config": dict.fromkeys(_kept_dense(model, names), DENSE),
+        "layer_config": quantizer.left_dense(_kept_dense(model, names), None)["extra_config"],
     }
 
 
@@ -168,5 +168,4 @@ def give_logging_back() -> None:
     logging.Logger.trace = trace  # type: ignore[attr-defined]
 
 
-DENSE = {"bits": 16, "data_type": "float"}
 """What auto-round says of a layer that stays dense."""

@@ -2,6 +2,26 @@
 
 from __future__ import annotations
 
-from .discovery import BrokenPlugin, PluginWarning, Provenance, Registry, discover, registry
+from .discovery import (
+    GROUP,
+    ONLY,
+    TIME_LIMIT,
+    BrokenPlugin,
+    PluginWarning,
+    Provenance,
+    Registry,
+    discover,
+    registry,
+)
 
-__all__ = ["BrokenPlugin", "PluginWarning", "Provenance", "Registry", "discover", "registry"]
+__all__ = [
+    "GROUP",
+    "ONLY",
+    "TIME_LIMIT",
+    "BrokenPlugin",
+    "PluginWarning",
+    "Provenance",
+    "Registry",
+    "discover",
+    "registry",
+]
