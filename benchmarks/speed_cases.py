@@ -299,7 +299,7 @@ def our_loop(
             **options,
         )
     return {
-        "recomputed": result.setting.checkpointed_layers / result.layers,
+        "recomputed": result.setting.recomputed_layers / result.layers,
         "setting": "; ".join([*notes, result.setting.describe(result.layers, rows_at_a_time)]),
         "predicted_gib": _predicted_gib(model, batches, backend, result.setting),
     }

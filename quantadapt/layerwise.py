@@ -50,7 +50,7 @@ def quantize_layerwise(
         if loader.failure is not None:  # transformers tells only that some conversion failed
             raise loader.failure from None
         raise
-    return reading.plain(model)
+    return reading.unmarked(model)
 
 
 def _quantize_module(
@@ -106,7 +106,7 @@ def load_layerwise(
     model = reading.from_pretrained(
         path, config=config, dtype=dtype, device_map={"": device}, quantization_config=loader
     )
-    return reading.plain(model)
+    return reading.unmarked(model)
 
 
 def save_layerwise(
@@ -127,7 +127,7 @@ def save_layerwise(
     try:
         model.save_pretrained(path)  # type: ignore[operator]
     finally:
-        reading.plain(model)
+        reading.unmarked(model)
 
 
 def _left_dense(quantizer: LayerwiseQuantizer, model: nn.Module) -> dict[str, Any]:

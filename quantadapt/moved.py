@@ -67,7 +67,7 @@ MOVED = {
     "report_sections": "reporting.page",
     "report_words": "reporting.words",
     "run_folder": "folders.run_folder",
-    "saving": "exporting.saving exporting.stage exporting.record evaluation.sizes",
+    "saving": "exporting.saving exporting.stage exporting.manifest evaluation.sizes",
     "state": "quantizing.state",
     "stored": "exporting.stored loading.tensors",
     "trainers": "training.trainer training.figures",
@@ -77,6 +77,16 @@ MOVED = {
     "verify_process": "matrix.process",
 }
 """Old module -> the modules that hold its names now."""
+
+RENAMED = {
+    "Checkpointer": "Recomputer",
+    "Fitting": "MemoryFit",
+    "RECORD": "MANIFEST",
+    "Record": "Row",
+    "checkpointed": "recomputed",
+    "read_record": "read_manifest",
+}
+"""Old name -> the name that the same thing has now."""
 
 
 class _Finder(MetaPathFinder):
@@ -102,6 +112,8 @@ class _Alias(Loader):
         for home in reversed(self.homes):
             found = vars(import_module(home))
             vars(module).update({k: v for k, v in found.items() if not k.startswith("__")})
+        names = vars(module)
+        names.update({old: names[new] for old, new in RENAMED.items() if new in names})
 
 
 def install() -> None:

@@ -18,7 +18,7 @@ from .distributed.talking import peers_in_words, reduced, start
 from .distributed.world import as_launched, world
 from .errors import PlanRefused, TrainingError
 from .evaluation.sizes import size_mib
-from .exporting.record import BASE, MERGED
+from .exporting.manifest import BASE, MERGED
 from .exporting.saving import load_base, save, save_base
 from .exporting.stage import MergeKind, check_merged, merge_memory_in_words, write_merged
 from .folders.run_folder import RunFolder, UnwrittenFolder

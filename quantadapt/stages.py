@@ -1,6 +1,6 @@
 """The stages one by one, as research code calls them: quantize, attach, train, evaluate.
 
-`pipeline.run` strings them together; `saving` holds what comes after them.
+`pipeline.run` strings them together; `exporting` holds what comes after them.
 """
 
 from __future__ import annotations

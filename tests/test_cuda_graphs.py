@@ -14,7 +14,7 @@ import quantadapt as qa
 from quantadapt import demo
 from quantadapt.training import cuda_graphs
 from quantadapt.training.cuda_graphs import can_record
-from quantadapt.training.memory_fit import Fitting
+from quantadapt.training.memory_fit import MemoryFit
 
 VOCABULARY, BATCH = 2048, 2
 
@@ -173,7 +173,7 @@ def test_what_cannot_be_recorded_runs_as_ever(monkeypatch, replays) -> None:
 
 @pytest.mark.cuda
 def test_without_room_nothing_is_recorded(monkeypatch, replays) -> None:
-    monkeypatch.setattr(Fitting, "budget", lambda _: 0)
+    monkeypatch.setattr(MemoryFit, "budget", lambda _: 0)
     _, _, notes = train(rows([64] * 16), gradient_checkpointing=True)
     assert (replays, notes) == ([], [])
 

@@ -351,12 +351,12 @@ def counted_layers(computed: list[int]) -> Iterator[None]:
     computed.append(sum(len(call.args[2]) for call in calls.call_args_list))
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_layers_of_one_input_are_one_function(checkpointed) -> None:
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_layers_of_one_input_are_one_function(recomputed) -> None:
     stock, fused = blocks(False), blocks(True)
 
     def run(made):
-        if not checkpointed:
+        if not recomputed:
             return made
         return lambda x: checkpoint(
             made, x, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputing())

@@ -209,7 +209,7 @@ def test_the_norm_is_float32_whatever_the_base() -> None:
     with torch.no_grad():
         made.lora_B["default"].weight.mul_(0.001)
     weight = made.base_layer.dequantize()
-    term, _ = made.plain()
+    term, _ = made.single_lora()
     norm = fused_dora._row_norms(term, weight)
     assert norm.dtype == torch.float32
     low_rank = term.b_cast.double() @ term.a_cast.double() * term.scaling

@@ -120,13 +120,13 @@ def test_importing_it_loads_no_torch(name: str) -> None:
 
 
 def test_old_paths_warn_and_give_the_same_objects() -> None:
-    from quantadapt.exporting import record, stage
+    from quantadapt.exporting import manifest, stage
     from quantadapt.moved import MOVED
 
     with pytest.warns(DeprecationWarning, match="quantadapt.saving has moved to"):
         old = importlib.import_module("quantadapt.saving")
     assert old.merge is stage.merge
-    assert old.RECORD is record.RECORD
+    assert old.RECORD is manifest.MANIFEST
     homes = [home for names in MOVED.values() for home in names.split()]
     assert all(ROOT.joinpath(*home.split(".")).with_suffix(".py").is_file() for home in homes)
     assert not [name for name in MOVED if (ROOT / f"{name}.py").exists()]

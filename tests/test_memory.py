@@ -379,11 +379,11 @@ def test_what_the_spec_asks_for_is_predicted(llama, tmp_path) -> None:
     assert made.memory.cards[0].setting == Setting(32, True, 4)
     made = planned(spec(llama, tmp_path, memory=20), 80)
     assert made.memory.cards[0].needed <= 20 * GIB
-    assert made.memory.cards[0].setting.checkpointed_layers > 0
+    assert made.memory.cards[0].setting.recomputed_layers > 0
     with pytest.raises(PlanRefused, match=r"of the 3\.0 GiB that it can have there"):
         planned(spec(llama, tmp_path, memory=3), 80)
     made = planned(spec(llama, tmp_path, gradient_checkpointing=False), 40)
-    assert made.memory.cards[0].setting.checkpointed_layers > 0
+    assert made.memory.cards[0].setting.recomputed_layers > 0
     assert "memory may not suffice for what the spec asks for (no layer" in "".join(made.notes)
 
 

@@ -16,7 +16,7 @@ from quantadapt.memory import WORKSPACE, Setting, Workload
 from quantadapt.memory.shape import Shape
 from quantadapt.sharding import PACKED, one_block_at_a_time, shard
 from quantadapt.training.lent import add_head_loss
-from quantadapt.training.recomputing import checkpointed
+from quantadapt.training.recomputing import recomputed
 
 LAYERS, TOKENS = 4, 16
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": LAYERS}
@@ -67,7 +67,7 @@ def peak(tuned: Any, one_at_a_time: bool) -> int:
         losses.append(tuned(input_ids=IDS, use_cache=False, **given).loss)
 
     alone = one_block_at_a_time(tuned.get_base_model()) if one_at_a_time else nullcontext()
-    with alone, checkpointed(tuned, Setting(LAYERS, False, 1)):
+    with alone, recomputed(tuned, Setting(LAYERS, False, 1)):
         for _ in range(4):
             peak_of(forward)  # measuring gives gloo time to let go of its copies
             found.append(peak_of(lambda: losses.pop().backward()))

@@ -134,7 +134,7 @@ def test_a_loaded_base_is_made_as_the_record_says(small, tmp_path) -> None:
     model = qa.attach(qa.quantize(small, "hqq", **options), "lora", init_lora_weights=False)
     qa.save(model, tmp_path)
     loaded = qa.load(tmp_path)
-    assert loaded.quantadapt.record() == model.quantadapt.record()
+    assert loaded.quantadapt.manifest() == model.quantadapt.manifest()
     assert [name for name, _ in facades(loaded)] == [name for name, _ in facades(model)]
     assert sum(p.numel() for p in loaded.parameters() if p.requires_grad) > 0
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
@@ -316,7 +316,7 @@ class TestRun:
         assert found["size"]["quantized_mib"] < found["size"]["dense_mib"]
         assert result.metrics["train"]["steps"] == 6
         memory = result.metrics["train"]["memory"]
-        assert (memory["layers"], memory["checkpointed_layers"], memory["offload"]) == (1, 0, False)
+        assert (memory["layers"], memory["recomputed_layers"], memory["offload"]) == (1, 0, False)
         assert [s for i, s in enumerate(stages) if s not in stages[:i]] == [
             "plan",
             "evaluate",
@@ -350,7 +350,7 @@ class TestRun:
         def interrupted(folder: Path, state: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(saving, "write_record", interrupted)
+        monkeypatch.setattr(saving, "write_manifest", interrupted)
         with pytest.raises(KeyboardInterrupt):
             qa.run(self.spec(small, tmp_path))
         names = {p.name for p in (tmp_path / "run").iterdir()}
@@ -433,7 +433,7 @@ class TestTheBaseBesideAnAdapter:
         qa.save(model, tmp_path)
         assert (tmp_path / "base" / "config.json").exists()
         loaded = qa.load(tmp_path)
-        assert loaded.quantadapt.record() == model.quantadapt.record()
+        assert loaded.quantadapt.manifest() == model.quantadapt.manifest()
         torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
 
     def test_another_one_takes_its_place(self, small, tmp_path) -> None:

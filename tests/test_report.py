@@ -39,7 +39,7 @@ METRICS: Metrics = {
         "base_parameters": 494_032_768,
         "resumed_from": 50,
         "memory": {
-            "checkpointed_layers": 20,
+            "recomputed_layers": 20,
             "offload": True,
             "micro_batch": 2,
             "layers": 32,

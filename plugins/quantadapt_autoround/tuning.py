@@ -166,6 +166,3 @@ def give_logging_back() -> None:
             self._log(TRACE, message, args, **{"stacklevel": 2, **kwargs})
 
     logging.Logger.trace = trace  # type: ignore[attr-defined]
-
-
-"""What auto-round says of a layer that stays dense."""

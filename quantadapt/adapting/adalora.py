@@ -19,7 +19,7 @@ def tuner_of(model: Any) -> Any:
     return tuner if hasattr(tuner, "update_and_allocate") else None
 
 
-def fit_schedule(tuner: Any, total: int) -> None:
+def set_schedule(tuner: Any, total: int) -> None:
     """Fit the schedule to the real number of steps; keep tinit and tfinal where they fit."""
     config = tuner.peft_config[tuner.trainable_adapter_name]
     config.total_step = total

@@ -34,10 +34,10 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base and adapter: [..., in_features] -> [..., out_features]."""
-        if args or kwargs or (plain := self.plain()) is None:
+        if args or kwargs or (lora := self.single_lora()) is None:
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
-        term, dropout = plain
+        term, dropout = lora
         dropped = x if dropout is None else dropout(x)
         if term.magnitude is not None:
             return fused_dora(x, None if dropped is x else dropped, term)
@@ -48,7 +48,7 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
         (output,) = fused_lora(x, None if dropped is x else dropped, [term])
         return output
 
-    def plain(self) -> tuple[LoraTerm, nn.Module | None] | None:
+    def single_lora(self) -> tuple[LoraTerm, nn.Module | None] | None:
         """Return what a single plain LoRA or DoRA adds to the base, and its dropout if it has any;
         None where something else is active."""
         lent = self._in_training
@@ -119,10 +119,10 @@ class _Siblings:
         self._leader, self._x = layer, weakref.ref(x)
         together, terms = [layer], [term]
         for partner in self._partners.get(layer, ()):
-            plain = partner.plain()
-            if plain is not None and (plain[1] is None or not partner.training):
+            lora = partner.single_lora()
+            if lora is not None and (lora[1] is None or not partner.training):
                 together.append(partner)
-                terms.append(plain[0])
+                terms.append(lora[0])
         outputs = fused_lora(x, None, terms)
         self._ready = dict(zip(together[1:], outputs[1:], strict=True))
         return outputs[0]
@@ -154,8 +154,8 @@ class FusedTraining:
         for module in model.modules():
             siblings = _Siblings()
             for child in module.children():
-                if isinstance(child, FusedLoraLinear) and (plain := child.plain()) is not None:
-                    self._lend(child, *plain, siblings)
+                if isinstance(child, FusedLoraLinear) and (lora := child.single_lora()):
+                    self._lend(child, *lora, siblings)
 
     def _lend(
         self,

@@ -76,8 +76,8 @@ def merge(
     unquantized model that the base was made from, in the memory of one shard.
     """
     with session(as_json=json) as shown:
-        from ..exporting.record import MERGED
-        from .models import check_record, checked_output, open_model, waiting
+        from ..exporting.manifest import MERGED
+        from .models import check_manifest, checked_output, open_model, waiting
 
         folder = output or Path(run)
         if onto is not None:
@@ -90,7 +90,7 @@ def merge(
         with checked_output(folder / MERGED, overwrite):
             if problems := _adapter_problems(run):
                 raise PlanRefused(problems)
-            check_record(run, kind)
+            check_manifest(run, kind)
         with waiting(shown, "loading the model"):
             model = open_model(run, device)
         with waiting(shown, f"merging ({kind})"):
@@ -125,7 +125,7 @@ def _merged(
 
 
 def _adapter_problems(run: str) -> list[Problem]:
-    from ..exporting.record import adapter_folder
+    from ..exporting.manifest import adapter_folder
 
     try:
         adapter_folder(Path(run))
@@ -136,8 +136,8 @@ def _adapter_problems(run: str) -> list[Problem]:
 
 def _check_onto(run: str, base: str, kind: Kind) -> None:
     """Find what is wrong before torch is imported."""
+    from ..exporting.manifest import adapter_folder, read_manifest
     from ..exporting.onto import check_onto
-    from ..exporting.record import adapter_folder, read_record
     from ..planning.on_disk import check_model
 
     found = [*_adapter_problems(run), *check_model(base)]
@@ -147,7 +147,7 @@ def _check_onto(run: str, base: str, kind: Kind) -> None:
         found.append(Problem(what, fix, where="--kind"))
     if found:
         raise PlanRefused(found)
-    check_onto(read_record(adapter_folder(Path(run))), base)
+    check_onto(read_manifest(adapter_folder(Path(run))), base)
 
 
 def _merged_onto(
@@ -159,8 +159,8 @@ def _merged_onto(
     device: str | None,
     overwrite: bool,
 ) -> dict[str, Any]:
+    from ..exporting.manifest import adapter_folder
     from ..exporting.onto import merge_onto
-    from ..exporting.record import adapter_folder
     from ..quantizing.stage import load_tokenizer
     from .models import held_out_of
 

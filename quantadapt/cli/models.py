@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ModelError, PlanRefused, Problem
-from ..exporting.record import ADAPTER, MERGED, RECORD
+from ..exporting.manifest import ADAPTER, MANIFEST, MERGED
 from ..folders.atomic import OTHER_OUTPUT, in_words, is_free
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def open_model(path: str, device: str | None) -> nn.Module:
     from ..stages import quantize
 
     folder = Path(path).expanduser()
-    ours = any((folder / name / RECORD).exists() for name in (".", ADAPTER, MERGED))
+    ours = any((folder / name / MANIFEST).exists() for name in (".", ADAPTER, MERGED))
     if ours:
         return load(folder, device=device or "auto")
     if (folder / "adapter_config.json").exists():
@@ -100,8 +100,8 @@ def calibration_of(path: str, calibration: str | None, tokenizer: Any) -> Any:
     )
 
 
-def check_record(path: str, kind: Literal["dense", "requantize"]) -> None:
-    """Raise MergeRefused before anything is loaded, where the saved adapter's record says so.
+def check_manifest(path: str, kind: Literal["dense", "requantize"]) -> None:
+    """Raise MergeRefused before anything is loaded, where the saved adapter's manifest says so.
 
     What cannot be read here is left for loading to complain about.
     """
@@ -111,15 +111,15 @@ def check_record(path: str, kind: Literal["dense", "requantize"]) -> None:
     from ..registry.discovery import registry
 
     folder = Path(path).expanduser()
-    record = next((r for f in (folder / ADAPTER, folder) if (r := _record(f))), None)
-    if record is None or not record.get("adapter"):
+    manifest = next((r for f in (folder / ADAPTER, folder) if (r := _manifest(f))), None)
+    if manifest is None or not manifest.get("adapter"):
         return
-    backend = registry().backend(record["backend"])
-    adapter = registry().adapter(record["adapter"])
-    quantizer = backend.quantizer(**record["options"])
+    backend = registry().backend(manifest["backend"])
+    adapter = registry().adapter(manifest["adapter"])
+    quantizer = backend.quantizer(**manifest["options"])
     device = this_machine().default_device
-    options = {**adapter.defaults, **record.get("adapter_options", {})}
-    cell = make_cell(backend, quantizer, adapter, options, device, record["dtype"])
+    options = {**adapter.defaults, **manifest.get("adapter_options", {})}
+    cell = make_cell(backend, quantizer, adapter, options, device, manifest["dtype"])
     if found := merge_refusals(cell, backend, adapter, kind):
         raise MergeRefused(found)
 
@@ -143,7 +143,7 @@ def _output_problems(folder: Path, overwrite: bool) -> list[Problem]:
     where = str(folder)
     if not folder.is_dir():
         return [Problem("a file is in the way", OTHER_OUTPUT, where)]
-    if "backend" not in (_record(folder) or {}):
+    if "backend" not in (_manifest(folder) or {}):
         what = "the folder is not empty and was not made by quantadapt"
         return [Problem(what, OTHER_OUTPUT, where)]
     if not overwrite:
@@ -152,9 +152,9 @@ def _output_problems(folder: Path, overwrite: bool) -> list[Problem]:
     return []
 
 
-def _record(folder: Path) -> dict[str, Any] | None:
+def _manifest(folder: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

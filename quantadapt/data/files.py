@@ -1,4 +1,4 @@
-"""Reading data files: JSONL, JSON, CSV, Parquet and text become records that know file and line."""
+"""Reading data files: JSONL, JSON, CSV, Parquet and text become rows that know file and line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Record:
+class Row:
     """One example as it was read; `where` is its file and line."""
 
     values: dict[str, Any]
@@ -46,11 +46,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line.rstrip("\r\n")
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
+def _read_jsonl(path: Path) -> Iterator[Row]:
     for number, line in _lines(path):
         if line.strip():
             where = f"{path}:{number}"
-            yield _record(_parse_json(line, where), where)
+            yield _row(_parse_json(line, where), where)
 
 
 def _parse_json(text: str, where: str) -> Any:
@@ -64,7 +64,7 @@ def _parse_json(text: str, where: str) -> Any:
         raise DataError(f"not readable as JSON: {error}", where=where) from None
 
 
-def _read_json(path: Path) -> Iterator[Record]:
+def _read_json(path: Path) -> Iterator[Row]:
     lines = list(_lines(path))
     try:
         values = json.loads("\n".join(line for _, line in lines))
@@ -84,17 +84,17 @@ def _read_json(path: Path) -> Iterator[Record]:
         what = f"the file holds {kind_of(values)}, expected a list of objects"
         raise DataError(what, fix="write [{...}, {...}], or JSON lines", where=str(path))
     for number, value in enumerate(values, 1):
-        yield _record(value, f"{path}:item {number}")
+        yield _row(value, f"{path}:item {number}")
 
 
-def _record(value: Any, where: str) -> Record:
+def _row(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
         what = f"expected an object with named columns, found {kind_of(value)}"
         raise DataError(what, fix='write e.g. {"text": "..."}', where=where)
-    return Record(value, where)
+    return Row(value, where)
 
 
-def _read_csv(path: Path) -> Iterator[Record]:
+def _read_csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     text = "\n".join(line for _, line in _lines(path))
     reader = csv.DictReader(io.StringIO(text), strict=True)
@@ -106,14 +106,14 @@ def _read_csv(path: Path) -> Iterator[Record]:
                 fix = "put text with commas or line breaks into double quotes"
                 what = f"the row does not have the {columns} columns of the first line"
                 raise DataError(what, fix=fix, where=where)
-            yield Record(dict(row), where)
+            yield Row(dict(row), where)
     except csv.Error as error:
         raise DataError(
             f"not valid CSV: {error}", where=f"{path}:{reader.reader.line_num}"
         ) from None
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -123,10 +123,10 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         what = f"not a readable Parquet file: {first_line(error)}"
         raise DataError(what, fix="write or download the file again", where=str(path)) from None
     for number, row in enumerate(rows, 1):
-        yield Record(row, f"{path}:row {number}")
+        yield Row(row, f"{path}:row {number}")
 
 
-def _read_text(path: Path) -> Iterator[Record]:
+def _read_text(path: Path) -> Iterator[Row]:
     """Blank lines separate the examples; in a file without blank lines every line is one."""
     lines = list(_lines(path))
     while lines and not lines[-1][1].strip():
@@ -138,11 +138,11 @@ def _read_text(path: Path) -> Iterator[Record]:
             start = start if block else number
             block.append(line)
         if block and (not line.strip() or not by_paragraph):
-            yield Record({"text": "\n".join(block)}, f"{path}:{start}")
+            yield Row({"text": "\n".join(block)}, f"{path}:{start}")
             block = []
 
 
-READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,

@@ -1,8 +1,8 @@
 """Reading data: files, folders and hub data sets become token ids with a loss mask.
 
-Four steps, each a module: find the sources (`data_sources`), read records with their line numbers
-(`data_files`), turn every record into segments, trained or not (`data_segments`), and tokenize
-them (`data_tokens`). Training and evaluation data take the same way.
+Four steps, each a module: find the sources (`sources`), read rows with their line numbers
+(`files`), turn every row into segments, trained or not (`segments`), and tokenize
+them (`tokens`). Training and evaluation data take the same way.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DataError
 from ..spec import DataSpec
-from .files import Record
+from .files import Row
 from .segments import Segment, format_of, segments
 from .sources import read, read_source
 from .tokens import encode_prompt, prompt_and_completion, token_ids, tokenize
@@ -108,10 +108,10 @@ def load_held_out(
     """
     if source is None:
         return load_data(DataSpec(), tokenizer, seed=0).eval
-    records, own_held_out = read_source(source)
-    records = own_held_out or records
+    rows, own_held_out = read_source(source)
+    rows = own_held_out or rows
     spec = DataSpec(path=source, max_length=max_length)
-    return _dataset(records, format_of(spec, records), tokenizer, max_length, _Counts())
+    return _dataset(rows, format_of(spec, rows), tokenizer, max_length, _Counts())
 
 
 def load_everything(
@@ -122,28 +122,26 @@ def load_everything(
     Raises:
         DataError: as `load_data`.
     """
-    records, _ = read_source(source)
+    rows, _ = read_source(source)
     spec = DataSpec(path=source, max_length=max_length)
-    return _dataset(records, format_of(spec, records), tokenizer, max_length, _Counts())
+    return _dataset(rows, format_of(spec, rows), tokenizer, max_length, _Counts())
 
 
-def _split(records: list[Record], spec: DataSpec, seed: int) -> tuple[list[Record], list[Record]]:
-    """Return (training, held-out) records, each in the order in which they were read."""
-    if len(records) < 2:
+def _split(rows: list[Row], spec: DataSpec, seed: int) -> tuple[list[Row], list[Row]]:
+    """Return (training, held-out) rows, each in the order in which they were read."""
+    if len(rows) < 2:
         fix = "add examples, or name held-out data with data.eval_path"
         what = "there is only one example, so none can be held out for evaluation"
         raise DataError(what, fix=fix, where=spec.path or "demo data")
-    count = min(max(1, round(len(records) * spec.eval_fraction)), len(records) - 1)
-    chosen = set(random.Random(seed).sample(range(len(records)), count))
-    train = [record for index, record in enumerate(records) if index not in chosen]
-    return train, [records[index] for index in sorted(chosen)]
+    count = min(max(1, round(len(rows) * spec.eval_fraction)), len(rows) - 1)
+    chosen = set(random.Random(seed).sample(range(len(rows)), count))
+    train = [row for index, row in enumerate(rows) if index not in chosen]
+    return train, [rows[index] for index in sorted(chosen)]
 
 
-def _prompts(
-    records: Sequence[Record], name: str, tokenizer: PreTrainedTokenizerBase
-) -> list[Prompt]:
-    """Return the prompts of the first records that have something to learn."""
-    found = (segments(record, name, tokenizer) for record in records)
+def _prompts(rows: Sequence[Row], name: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Return the prompts of the first rows that have something to learn."""
+    found = (segments(row, name, tokenizer) for row in rows)
     learnt = (pieces for pieces in found if any(p.trained and p.text for p in pieces))
     return [_prompt(pieces, name, tokenizer) for pieces in islice(learnt, MAX_PROMPTS)]
 
@@ -160,19 +158,19 @@ def _prompt(pieces: Sequence[Segment], name: str, tokenizer: PreTrainedTokenizer
 
 
 def _dataset(
-    records: Sequence[Record],
+    rows: Sequence[Row],
     name: str,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     counts: _Counts,
 ) -> Dataset:
-    """Tokenize records. Raises DataError where no example is left."""
+    """Tokenize rows. Raises DataError where no example is left."""
     import datasets
     import numpy
 
     ids, masks = [], []
-    for start in range(0, len(records), _BATCH):
-        batch = [segments(r, name, tokenizer) for r in records[start : start + _BATCH]]
+    for start in range(0, len(rows), _BATCH):
+        batch = [segments(r, name, tokenizer) for r in rows[start : start + _BATCH]]
         for tokens, mask in tokenize(batch, tokenizer):
             if not any(mask[1:max_length]):
                 counts.dropped += 1
@@ -183,5 +181,5 @@ def _dataset(
     if not ids:
         what = f"no example is left: within {max_length} tokens there is nothing to learn"
         fix = "raise data.max_length, shorten the prompts, or fill the empty completions"
-        raise DataError(what, fix=fix, where=records[0].where)
+        raise DataError(what, fix=fix, where=rows[0].where)
     return datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks})

@@ -1,4 +1,4 @@
-"""From records to text: each becomes segments, of which some are trained."""
+"""From rows to text: each becomes segments, of which some are trained."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from ..spec import DataSpec
-from .files import FORMATS, RECOGNIZED, Record, first_line, kind_of
+from .files import FORMATS, RECOGNIZED, Row, first_line, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,49 +23,49 @@ class Segment:
     trained: bool
 
 
-def format_of(spec: DataSpec, records: Sequence[Record]) -> str:
-    """Return the format to read `records` in. Raises DataError where no columns are known."""
+def format_of(spec: DataSpec, rows: Sequence[Row]) -> str:
+    """Return the format to read `rows` in. Raises DataError where no columns are known."""
     if spec.format != "auto":
         return spec.format
-    found = records[0].values
+    found = rows[0].values
     for name, columns in FORMATS.items():
         if all(column in found for column in columns):
             return name
     names = ", ".join(map(repr, found)) or "none"
     fix = f"rename them; {RECOGNIZED}"
-    raise DataError(f"no known columns, found {names}", fix=fix, where=records[0].where)
+    raise DataError(f"no known columns, found {names}", fix=fix, where=rows[0].where)
 
 
-def segments(record: Record, name: str, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """Return the text of a record in pieces. `name` is its format.
+def segments(row: Row, name: str, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """Return the text of a row in pieces. `name` is its format.
 
     Raises:
         DataError: a column is missing or holds no text.
     """
     if name == "text":
-        return [Segment(_text(record, "text"), True)]
+        return [Segment(_text(row, "text"), True)]
     if name == "prompt-completion":
-        return [Segment(_text(record, "prompt"), False), Segment(_text(record, "completion"), True)]
+        return [Segment(_text(row, "prompt"), False), Segment(_text(row, "completion"), True)]
     if name == "alpaca":
-        return [Segment(_alpaca_prompt(record), False), Segment(_text(record, "output"), True)]
-    return _chat(_messages(record), tokenizer, record.where)
+        return [Segment(_alpaca_prompt(row), False), Segment(_text(row, "output"), True)]
+    return _chat(_messages(row), tokenizer, row.where)
 
 
-def _alpaca_prompt(record: Record) -> str:
-    instruction = _text(record, "instruction")
-    given = _text(record, "input") if record.values.get("input") is not None else ""
+def _alpaca_prompt(row: Row) -> str:
+    instruction = _text(row, "instruction")
+    given = _text(row, "input") if row.values.get("input") is not None else ""
     if given:
         return f"### Instruction:\n{instruction}\n\n### Input:\n{given}\n\n### Response:\n"
     return f"### Instruction:\n{instruction}\n\n### Response:\n"
 
 
-def _text(record: Record, column: str) -> str:
-    if column not in record.values:
-        found = ", ".join(map(repr, record.values)) or "none"
+def _text(row: Row, column: str) -> str:
+    if column not in row.values:
+        found = ", ".join(map(repr, row.values)) or "none"
         fix = "every example needs the same columns; set data.format if they were misread"
         what = f"the column {column!r} is missing, found {found}"
-        raise DataError(what, fix=fix, where=record.where)
-    return _checked(record.values[column], repr(column), record.where)
+        raise DataError(what, fix=fix, where=row.where)
+    return _checked(row.values[column], repr(column), row.where)
 
 
 def _checked(value: Any, name: str, where: str) -> str:
@@ -79,27 +79,27 @@ def _checked(value: Any, name: str, where: str) -> str:
     return value
 
 
-def _messages(record: Record) -> list[dict[str, str]]:
+def _messages(row: Row) -> list[dict[str, str]]:
     """Return the checked turns of a chat, up to and including the last of the assistant."""
-    messages = record.values.get("messages")
+    messages = row.values.get("messages")
     if not isinstance(messages, list) or not messages:
         what = "'messages' is missing or no list of turns"
         fix = 'write [{"role": "user", "content": "..."}, {"role": "assistant", ...}]'
-        raise DataError(what, fix=fix, where=record.where)
+        raise DataError(what, fix=fix, where=row.where)
     turns = []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             what = f"turn {number} of 'messages' is {kind_of(message)}, expected an object"
             fix = 'write {"role": "user", "content": "..."}'
-            raise DataError(what, fix=fix, where=record.where)
+            raise DataError(what, fix=fix, where=row.where)
         keys = ("role", "content")
-        values = [_checked(message.get(k), f"{k!r} of turn {number}", record.where) for k in keys]
+        values = [_checked(message.get(k), f"{k!r} of turn {number}", row.where) for k in keys]
         turns.append(dict(zip(keys, values, strict=True)))
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()
     if not turns:
         fix = "add a turn with the role 'assistant'; only those are learnt"
-        raise DataError("no turn of the assistant", fix=fix, where=record.where)
+        raise DataError("no turn of the assistant", fix=fix, where=row.where)
     return turns
 
 

@@ -1,4 +1,4 @@
-"""Where data comes from: files, folders and hub data sets, as records."""
+"""Where data comes from: files, folders and hub data sets, as rows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from ..errors import DataError
 from ..paths import is_local_path
 from ..spec import DataSpec
-from .files import READERS, RECOGNIZED, SUFFIXES, Record, first_line
+from .files import READERS, RECOGNIZED, SUFFIXES, Row, first_line
 
 HELD_OUT_NAMES = frozenset({"eval", "evaluation", "validation", "valid", "val", "dev", "test"})
 
 
-def read(spec: DataSpec) -> tuple[list[Record], list[Record]]:
-    """Return (training records, held-out records); the latter may be empty."""
+def read(spec: DataSpec) -> tuple[list[Row], list[Row]]:
+    """Return (training rows, held-out rows); the latter may be empty."""
     if spec.path is None:
         from ..demo import EVAL_FILE, TRAIN_FILE
 
@@ -28,8 +28,8 @@ def read(spec: DataSpec) -> tuple[list[Record], list[Record]]:
     return train, held_out
 
 
-def read_source(source: str) -> tuple[list[Record], list[Record]]:
-    """Return the records of a file, a folder or a hub id, and those that it holds out.
+def read_source(source: str) -> tuple[list[Row], list[Row]]:
+    """Return the rows of a file, a folder or a hub id, and those that it holds out.
 
     Raises:
         DataError: it cannot be read, or holds nothing.
@@ -45,7 +45,7 @@ def read_source(source: str) -> tuple[list[Record], list[Record]]:
     return _read_hub(source)
 
 
-def _read_folder(folder: Path) -> tuple[list[Record], list[Record]]:
+def _read_folder(folder: Path) -> tuple[list[Row], list[Row]]:
     files = sorted(f for f in folder.iterdir() if f.suffix.lower() in READERS and f.is_file())
     if not files:
         what = "the folder holds no data files"
@@ -57,26 +57,26 @@ def _read_folder(folder: Path) -> tuple[list[Record], list[Record]]:
     return _read_files(train), _read_files(held_out)
 
 
-def _read_files(files: Iterable[Path]) -> list[Record]:
-    return [record for file in files for record in _read_file(file)]
+def _read_files(files: Iterable[Path]) -> list[Row]:
+    return [row for file in files for row in _read_file(file)]
 
 
-def _read_file(path: Path) -> list[Record]:
+def _read_file(path: Path) -> list[Row]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         ending = f"files ending in {path.suffix!r}" if path.suffix else "files without an ending"
         what = f"{ending} cannot be read"
         raise DataError(what, fix=f"use a file that ends in {SUFFIXES}", where=str(path))
     try:
-        records = list(reader(path))
+        rows = list(reader(path))
     except OSError as error:
         raise DataError(f"cannot read it: {error.strerror or error}", where=str(path)) from None
-    if not records:
+    if not rows:
         raise DataError("the file holds no examples", fix=f"{RECOGNIZED}", where=str(path))
-    return records
+    return rows
 
 
-def _read_hub(name: str) -> tuple[list[Record], list[Record]]:
+def _read_hub(name: str) -> tuple[list[Row], list[Row]]:
     import datasets
 
     try:
@@ -90,9 +90,9 @@ def _read_hub(name: str) -> tuple[list[Record], list[Record]]:
         fix = "download the part that you want and give its path"
         raise DataError(f"the data set has no split 'train', only {found}", fix=fix, where=name)
     held_out = next((split for split in ("validation", "test") if split in splits), None)
-    evaluation = _hub_records(splits[held_out], f"{name}[{held_out}]") if held_out else []
-    return _hub_records(splits["train"], f"{name}[train]"), evaluation
+    evaluation = _hub_rows(splits[held_out], f"{name}[{held_out}]") if held_out else []
+    return _hub_rows(splits["train"], f"{name}[train]"), evaluation
 
 
-def _hub_records(rows: Iterable[dict[str, Any]], name: str) -> list[Record]:
-    return [Record(row, f"{name}:row {number}") for number, row in enumerate(rows, 1)]
+def _hub_rows(rows: Iterable[dict[str, Any]], name: str) -> list[Row]:
+    return [Row(row, f"{name}:row {number}") for number, row in enumerate(rows, 1)]

@@ -1,6 +1,6 @@
 """Several processes, one device each: who is who, and what they tell each other.
 
-`torchrun`, `accelerate launch` and `quantadapt run --gpus N` (`launching.py`) all say in the
+`torchrun`, `accelerate launch` and `quantadapt run --gpus N` (`launching`) all say in the
 environment who is who. torch is imported only when processes have to talk.
 """
 

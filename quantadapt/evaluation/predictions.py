@@ -1,7 +1,7 @@
 """What a model predicts for held-out tokens, batch by batch, without ever holding all logits.
 
-Where the head is a plain linear layer (`losses.Head`), the model gives what that gets, and logits
-are made of it in chunks.
+Where the head is a plain linear layer (`model.head.Head`), the model gives what that gets, and
+logits are made of it in chunks.
 """
 
 from __future__ import annotations

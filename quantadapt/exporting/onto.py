@@ -21,7 +21,7 @@ from ..machine import this_machine
 from ..paths import INDEX
 from ..planning.refusals import onto_refusals
 from ..registry.discovery import registry
-from .record import MERGED, RECORD, adapter_folder, read_record
+from .manifest import MANIFEST, MERGED, adapter_folder, read_manifest
 from .saving import save
 from .stage import check_merged
 
@@ -70,21 +70,21 @@ def merge_onto(
             options = {"data": data, "check": check, "device": device, "overwrite": overwrite}
             return merge_onto(saved, base, path, **options)  # type: ignore[arg-type]
     folder, base = adapter_folder(Path(adapter)), os.path.expanduser(base)
-    record = read_record(folder)
-    check_onto(record, base)
+    manifest = read_manifest(folder)
+    check_onto(manifest, base)
     device = this_machine().default_device if device == "auto" else device
     held_out = _held_out(folder, data) if check else None
     final = Path(path) / MERGED
-    found = _merge_onto(folder, base, final, record, held_out, device, overwrite)
+    found = _merge_onto(folder, base, final, manifest, held_out, device, overwrite)
     return {"kind": "onto", "base": base, **found}
 
 
-def check_onto(record: Mapping[str, Any], base: str) -> None:
-    """Raise MergeRefused where the adapter of `record` must not be merged onto `base`."""
-    adapter = registry().adapter(record["adapter"])
-    options = {**adapter.defaults, **record["adapter_options"]}
-    cell = Cell(record["backend"], adapter.name, adapter_options=options)
-    backend = registry().backend(record["backend"])
+def check_onto(manifest: Mapping[str, Any], base: str) -> None:
+    """Raise MergeRefused where the adapter of `manifest` must not be merged onto `base`."""
+    adapter = registry().adapter(manifest["adapter"])
+    options = {**adapter.defaults, **manifest["adapter_options"]}
+    cell = Cell(manifest["backend"], adapter.name, adapter_options=options)
+    backend = registry().backend(manifest["backend"])
     if found := onto_refusals(backend, adapter, cell, base):
         raise MergeRefused(found)
 
@@ -101,7 +101,7 @@ def _merge_onto(
     adapter: Path,
     base: str,
     final: Path,
-    record: Mapping[str, Any],
+    manifest: Mapping[str, Any],
     data: Dataset | None,
     device: str,
     overwrite: bool,
@@ -116,8 +116,8 @@ def _merge_onto(
     with atomic_folder(final, overwrite=overwrite, needed=checkpoint.size) as folder:
         found: dict[str, float] = {"layers": _write_shards(tuned, checkpoint, folder)}
         _copy_rest(checkpoint.folder, adapter, folder)
-        text = json.dumps({**record, "base": base}, indent=2) + "\n"
-        (folder / RECORD).write_text(text, encoding="utf-8")
+        text = json.dumps({**manifest, "base": base}, indent=2) + "\n"
+        (folder / MANIFEST).write_text(text, encoding="utf-8")
         if data is not None:
             merged = open_stored(str(folder), device=device, dtype=torch.float32)
             found |= check_merged(tuned, merged, data)
@@ -220,7 +220,7 @@ def _merged(layer: Any) -> dict[str, Tensor]:
 def _copy_rest(source: Path, adapter: Path, folder: Path) -> None:
     """Copy config and tokenizer; the adapter's tokenizer wins over the base's."""
     wanted = {".json", ".txt", ".model", ".jinja"}
-    files = [f for f in source.iterdir() if f.suffix in wanted and f.name not in (INDEX, RECORD)]
+    files = [f for f in source.iterdir() if f.suffix in wanted and f.name not in (INDEX, MANIFEST)]
     files += [f for f in adapter.iterdir() if "token" in f.name or f.suffix == ".jinja"]
     for file in files:
         if file.is_file():

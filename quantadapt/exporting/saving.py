@@ -21,7 +21,7 @@ from ..planning.on_disk import quantization_of
 from ..quantizing.state import ModelState, state_of
 from ..registry.discovery import registry
 from ..stages import quantize
-from .record import ADAPTER, BASE, MERGED, RECORD, adapter_in, read_record, write_record
+from .manifest import ADAPTER, BASE, MANIFEST, MERGED, adapter_in, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,8 +62,8 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True, base: bo
             state.quantizer.save(model, folder)
         if state.tokenizer is not None:
             state.tokenizer.save_pretrained(str(folder))
-        write_record(folder, state)
-    if state.adapter and not saves_base and overwrite and (root / BASE / RECORD).exists():
+        write_manifest(folder, state)
+    if state.adapter and not saves_base and overwrite and (root / BASE / MANIFEST).exists():
         shutil.rmtree(root / BASE)  # of an earlier adapter: `load` would put this one onto it
     return final
 
@@ -77,7 +77,7 @@ def _has_own_base(state: ModelState) -> bool:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists():
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
         fix = "choose another folder, or empty it yourself"
         raise OutputError("it holds something that save did not write", fix=fix, where=str(folder))
 
@@ -92,7 +92,7 @@ def save_base(model: nn.Module, folder: Path, *, overwrite: bool = False) -> Non
         state.quantizer.save(base, made)
         if state.tokenizer is not None:
             state.tokenizer.save_pretrained(str(made))
-        write_record(made, state, rewritten=state.rewritten)
+        write_manifest(made, state, rewritten=state.rewritten)
 
 
 def load(
@@ -116,9 +116,9 @@ def load(
     if not (folder / "config.json").exists() and (folder / MERGED).is_dir():
         folder = folder / MERGED
     quantized = "quantization_config" in _config(folder)
-    record = read_record(folder)
-    backend = record["backend"] if quantized else "none"
-    return quantize(str(folder), backend, device=device, dtype=record["dtype"])
+    manifest = read_manifest(folder)
+    backend = manifest["backend"] if quantized else "none"
+    return quantize(str(folder), backend, device=device, dtype=manifest["dtype"])
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -138,23 +138,23 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
     from ..adapting.fused import use_fused_layers
     from ..facade import facades
 
-    record = read_record(folder)
-    if base is None and (folder.parent / BASE / RECORD).exists():
+    manifest = read_manifest(folder)
+    if base is None and (folder.parent / BASE / MANIFEST).exists():
         model = load_base(folder.parent / BASE, device)
     elif base is None or isinstance(base, str):
-        _refuse_missing_base(base or record["base"], folder)
+        _refuse_missing_base(base or manifest["base"], folder)
         model = quantize(
-            base or record["base"],
-            record["backend"],
+            base or manifest["base"],
+            manifest["backend"],
             device=device,
-            dtype=record["dtype"],
-            skip_modules=record["skip_modules"],
-            **record["options"],
+            dtype=manifest["dtype"],
+            skip_modules=manifest["skip_modules"],
+            **manifest["options"],
         )
     else:
         model = base
     state = state_of(model)
-    _warn_other_base(state, record)
+    _warn_other_base(state, manifest)
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
     if isinstance(config, LoraConfig):
@@ -171,8 +171,8 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
         )
     # PiSSA starts again from the base as it was, and so rewrites it again.
     state.rewritten |= any(id(facade.vendor) not in before for _, facade in facades(peft_model))
-    state.adapter = registry().adapter(record["adapter"])
-    state.adapter_options = dict(record["adapter_options"])
+    state.adapter = registry().adapter(manifest["adapter"])
+    state.adapter_options = dict(manifest["adapter_options"])
     return peft_model
 
 
@@ -185,20 +185,20 @@ def _refuse_missing_base(base: str, adapter: Path) -> None:
 
 def load_base(folder: Path, device: str) -> nn.Module:
     """Load what `save_base` wrote, under the name and options that it was made from."""
-    record = read_record(folder)
-    model = quantize(str(folder), record["backend"], device=device, dtype=record["dtype"])
+    manifest = read_manifest(folder)
+    model = quantize(str(folder), manifest["backend"], device=device, dtype=manifest["dtype"])
     state = state_of(model)
-    state.source, state.rewritten = record["base"], record.get("rewritten", False)
-    state.quantizer = state.backend.quantizer(**record["options"])
+    state.source, state.rewritten = manifest["base"], manifest.get("rewritten", False)
+    state.quantizer = state.backend.quantizer(**manifest["options"])
     return model
 
 
-def _warn_other_base(state: ModelState, record: Mapping[str, Any]) -> None:
-    now = state.record()
+def _warn_other_base(state: ModelState, manifest: Mapping[str, Any]) -> None:
+    now = state.manifest()
     differing = [
-        f"{key} {record.get(key)!r}, now {now[key]!r}"
+        f"{key} {manifest.get(key)!r}, now {now[key]!r}"
         for key in ("base", "backend", "options", "dtype")
-        if record.get(key) != now[key]
+        if manifest.get(key) != now[key]
     ]
     if differing:
         text = f"the adapter was trained on another base: {'; '.join(differing)}"

@@ -15,7 +15,7 @@ from ..planning.memory import MERGE_IN_LESS
 from ..quantizing.examples import examples_from
 from ..quantizing.state import ModelState, state_of
 from ..stages import held_out_data
-from .record import MERGED, write_record
+from .manifest import MERGED, write_manifest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -128,4 +128,4 @@ def write_merged(merged: nn.Module, kind: MergeKind, final: Path, overwrite: boo
             merged.save_pretrained(str(folder))  # type: ignore[operator]
         if state.tokenizer is not None:
             state.tokenizer.save_pretrained(str(folder))
-        write_record(folder, state)
+        write_manifest(folder, state)

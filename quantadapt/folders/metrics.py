@@ -35,7 +35,7 @@ class Memory(TypedDict, total=False):
     """The setting that training ended with (see `memory.Setting`), out of so many `layers` and of
     batches of `batch`; on a GPU what is predicted for it and the tokens of the longest example."""
 
-    checkpointed_layers: int
+    recomputed_layers: int
     offload: bool
     micro_batch: int
     layers: int

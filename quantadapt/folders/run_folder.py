@@ -126,7 +126,9 @@ class RunFolder:
 
     def write_json(self, name: str, value: object) -> Path:
         """Write a JSON file of the folder, whole or not at all; NaN and infinity become null."""
-        return self.write_text(name, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+        return self.write_text(
+            name, json.dumps(json_ready(value), indent=2, ensure_ascii=False) + "\n"
+        )
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Return the mapping in a JSON file of the folder; empty if there is no such file."""
@@ -145,7 +147,7 @@ class RunFolder:
     def append_metric(self, values: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl` and flush it."""
         path = self.path / "metrics.jsonl"
-        line = json.dumps(plain(values), ensure_ascii=False) + "\n"
+        line = json.dumps(json_ready(values), ensure_ascii=False) + "\n"
         with in_words(path), path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
@@ -236,20 +238,20 @@ def _step(values: Mapping[str, Any]) -> float:
     return step if isinstance(step, (int, float)) else math.inf
 
 
-def plain(value: object) -> object:
+def json_ready(value: object) -> object:
     """Return `value` as something that strict JSON can hold."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): json_ready(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
         value = sorted(value, key=str)
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [json_ready(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(dataclasses.asdict(value))
+        return json_ready(dataclasses.asdict(value))
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # numpy and torch scalars
-        return plain(value.item())
+        return json_ready(value.item())
     return str(value)

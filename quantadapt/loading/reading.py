@@ -73,10 +73,10 @@ def _load_error(source: str, error: Exception) -> ModelError:
 
 def load_native(path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
     """Load a quantized checkpoint whose format transformers knows. See `Quantizer.load`."""
-    return plain(from_pretrained(path, dtype=dtype, device_map={"": device}))
+    return unmarked(from_pretrained(path, dtype=dtype, device_map={"": device}))
 
 
-def plain(model: nn.Module) -> nn.Module:
+def unmarked(model: nn.Module) -> nn.Module:
     """Take transformers' marks of a quantized model off again: the facades make it an ordinary one,
     and its Trainer refuses marked models that it has no entry for."""
     for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):

@@ -1,7 +1,7 @@
 """The compatibility matrix: what is declared for each cell.
 
 Declared cells come from the planner's own functions, so the matrix cannot say anything else than
-a run would. What was verified is kept apart, in `matrix_results`.
+a run would. What was verified is kept apart, in `results`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from .results import VerifiedCell, verified_cell
 
 _POLL = 0.1
 
-Listener = Callable[[str, Mapping[str, Any]], None]
+Tell = Callable[[str, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Processes:
     """
 
     timeout: float
-    tell: Listener
+    tell: Tell
     stop: Event
     start: Callable[[Job], list[str]]
 

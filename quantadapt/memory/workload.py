@@ -18,7 +18,7 @@ CONTEXT = int(0.6 * GIB)
 FRAGMENTATION = 0.05
 """Share of a card that the allocator may lose between blocks."""
 HEAD_CHUNK = 2**27
-"""Logits that are there at a time while the loss is computed, in bytes (see `losses`)."""
+"""Logits that are there at a time while the loss is computed, in bytes (see `model.head`)."""
 SHORTEST = 128
 """Tokens per example below which nobody is advised to go."""
 WORKSPACE = 2**25
@@ -40,18 +40,18 @@ class Setting:
     """How a training step trades time for memory.
 
     Attributes:
-        checkpointed_layers: so many layers, counted from the first, are computed again in backward.
+        recomputed_layers: so many layers, counted from the first, are computed again in backward.
         offload: whether the inputs of those live in CPU memory from forward to backward.
         micro_batch: examples per forward pass; a batch is split into so large parts.
     """
 
-    checkpointed_layers: int
+    recomputed_layers: int
     offload: bool
     micro_batch: int
 
     def describe(self, layers: int, batch: int) -> str:
         """Return it in words, for a model of so many layers and batches of so many examples."""
-        count = self.checkpointed_layers
+        count = self.recomputed_layers
         words = f"{count} of {layers} layers recomputed" if count else "no layer recomputed"
         if self.offload:
             words += ", their inputs in CPU memory"
@@ -226,7 +226,7 @@ class Workload:
     def _moments(self, setting: Setting) -> Iterator[tuple[int, int, int]]:
         """Yield inputs of recomputed layers, activations and working memory when they may peak."""
         tokens = setting.micro_batch * -(-self.length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        count, layers = setting.checkpointed_layers, self.shape.layers
+        count, layers = setting.recomputed_layers, self.shape.layers
         kept, single = self.kept_bytes(tokens), self.input_bytes(tokens)
         # One that is fetched from CPU memory, and the next, which is under way.
         inputs = single * (min(count, 2) if setting.offload else count)

@@ -18,7 +18,7 @@ from .. import demo
 from ..dependencies import missing_for_optimizer, missing_requirements
 from ..distributed.world import world
 from ..errors import OutputError, PlanRefused, Problem, did_you_mean
-from ..folders.run_folder import RunFolder, plain
+from ..folders.run_folder import RunFolder, json_ready
 from ..machine import Machine
 from ..paths import is_local_path
 from ..protocols import Quantizer
@@ -287,5 +287,5 @@ def _facts(
             facts[key] = values[name]
     for kind, record in (("backend", backend), ("adapter", adapter)):
         values = {"name": record.get("name"), **record.get("options", {})}
-        facts |= {f"{kind}.{name}": plain(value) for name, value in values.items()}
+        facts |= {f"{kind}.{name}": json_ready(value) for name, value in values.items()}
     return facts

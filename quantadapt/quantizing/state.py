@@ -47,7 +47,7 @@ class ModelState:
         """torch's name of the compute dtype, e.g. "bfloat16"."""
         return str(self.dtype).removeprefix("torch.")
 
-    def record(self) -> dict[str, Any]:
+    def manifest(self) -> dict[str, Any]:
         """Return what `quantadapt.json` says about the base: JSON-ready."""
         return {
             "base": self.source,

@@ -160,7 +160,7 @@ def _memory_figures(train: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _setting_words(memory: Mapping[str, Any]) -> str:
     """Return how training used memory, e.g. `20 of 32 layers recomputed, ...`."""
-    names = ("checkpointed_layers", "micro_batch", "layers", "batch")
+    names = ("recomputed_layers", "micro_batch", "layers", "batch")
     count, size, layers, batch = (number(memory, name) for name in names)
     if count is None or size is None or layers is None or batch is None:
         return ""

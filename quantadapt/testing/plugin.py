@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PACKAGE = "quantadapt.testing"
 RESULTS = "QUANTADAPT_RESULTS"
 PROGRESS = "QUANTADAPT_PROGRESS"
-LISTENER = "quantadapt-results"
+RESULTS_PLUGIN = "quantadapt-results"
 _FEW = 3
 _NO_ADAPTER = "got empty parameter set"
 
@@ -94,12 +94,12 @@ def _is_asked_for(config: pytest.Config) -> bool:
 
 
 def _listen(config: pytest.Config) -> Results:
-    found = config.pluginmanager.get_plugin(LISTENER)
+    found = config.pluginmanager.get_plugin(RESULTS_PLUGIN)
     if not isinstance(found, Results):
         here = not hasattr(config, "workerinput")  # a worker's reports go to the main process
         files = [os.environ.get(name) if here else None for name in (RESULTS, PROGRESS)]
         found = Results(*(Path(file) if file else None for file in files))
-        config.pluginmanager.register(found, LISTENER)
+        config.pluginmanager.register(found, RESULTS_PLUGIN)
     return found
 
 

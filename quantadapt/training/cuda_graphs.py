@@ -173,7 +173,7 @@ def can_record(model: Any) -> bool:
     weights = [p for p in model.parameters() if p.requires_grad]
     plain: set[nn.Parameter] = set()
     for module in model.modules():
-        if isinstance(module, FusedLoraLinear) and module.plain() is not None:
+        if isinstance(module, FusedLoraLinear) and module.single_lora() is not None:
             plain.update(module.parameters())
     base = model.get_base_model()
     return (

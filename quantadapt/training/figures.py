@@ -66,9 +66,9 @@ def dequantize_share(trainer: Any, spec: TrainSpec) -> float | None:
     steps = trainer.state.global_step - trainer.progress.first_step + 1
     if steps < 1 or not trainer.progress.seconds or is_sharded(trainer.model):
         return None
-    setting, layers = trainer.fitting.setting, trainer.fitting.checkpointer.count
-    kept = 0 if setting.offload else setting.checkpointed_layers  # from recomputation to backward
-    passes = 2 + (setting.checkpointed_layers - kept) / layers
+    setting, layers = trainer.memory_fit.setting, trainer.memory_fit.recomputer.count
+    kept = 0 if setting.offload else setting.recomputed_layers  # from recomputation to backward
+    passes = 2 + (setting.recomputed_layers - kept) / layers
     parts = spec.per_device_train_batch_size / setting.micro_batch
     each = passes * parts * spec.gradient_accumulation_steps * _dequantize_seconds(trainer.model)
     # The first block's input needs no gradient: a few layers are counted once too often.

@@ -39,7 +39,7 @@ def fused_kernels(model: Any) -> Iterator[bool]:
     before = dict(definitions)
     own = {module: _patches(module) for module in base.modules()}
     try:
-        # The loss is computed without logits elsewhere, see trainers.
+        # The loss is computed without logits elsewhere, see `add_head_loss`.
         _apply_liger_kernel_to_instance(base, fused_linear_cross_entropy=False, cross_entropy=False)
         yield True
     finally:

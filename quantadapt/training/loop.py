@@ -21,7 +21,7 @@ from .progress import Progress
 
 if TYPE_CHECKING:
     from ..adapting.fused import FusedTraining
-    from .memory_fit import Fitting
+    from .memory_fit import MemoryFit
 
 CHECKPOINTS = "checkpoints"
 PREFIX = "checkpoint-"
@@ -46,7 +46,7 @@ class TrainingLoop:
     fused_head: Literal["ours", "trl"] | None = None
     pads_right: bool = False
     gradient_check: GradientCheck | None = None
-    fitting: Fitting | None = None
+    memory_fit: MemoryFit | None = None
     fused: FusedTraining | None = None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -66,8 +66,8 @@ class TrainingLoop:
         if "labels" in inputs and seen is not None and self.model.config.is_encoder_decoder:
             self.progress.tokens += (inputs["labels"] != -100).sum()
         step = super().training_step  # type: ignore[misc]
-        if self.fitting is not None:
-            return self.fitting.step(step, model, inputs, *args, **kwargs)
+        if self.memory_fit is not None:
+            return self.memory_fit.step(step, model, inputs, *args, **kwargs)
         return step(model, inputs, *args, **kwargs)
 
     def compute_loss(

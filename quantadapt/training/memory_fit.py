@@ -1,7 +1,7 @@
 """Fits a training run to the card: probes before the first step, gives way when memory runs out.
 
-A trainer hands each training step to `Fitting.step`, which splits the batch into micro-batches; the
-trainer's own batch, its accumulation and its losses stay what they are.
+A trainer hands each training step to `MemoryFit.step`, which splits the batch into micro-batches;
+the trainer's own batch, its accumulation and its losses stay what they are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..distributed.world import world
 from ..errors import TrainingError
 from ..memory.workload import FRAGMENTATION, GIB, OOM_FIX, Setting, halves, optimizer_bytes
 from ..sharding import is_sharded
-from .recomputing import Checkpointer
+from .recomputing import Recomputer
 from .setting_search import Probe, choose, lowered
 
 if TYPE_CHECKING:
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
 _Gradients = list[tuple[Tensor, Tensor | None]]
 
 
-class Fitting:
+class MemoryFit:
     """The setting of one training run.
 
     Args:
-        trainer: one of `trainers`; has not begun yet.
-        checkpointer: applies settings to its model.
+        trainer: as `make_trainer` returns it; has not begun yet.
+        recomputer: applies settings to its model.
         on_note: told in a sentence what was chosen, and each change.
     """
 
     def __init__(
         self,
         trainer: Any,
-        checkpointer: Checkpointer,
+        recomputer: Recomputer,
         spec: TrainSpec,
         on_note: Callable[[str], None] | None = None,
     ) -> None:
-        self.trainer, self.checkpointer, self.spec = trainer, checkpointer, spec
+        self.trainer, self.recomputer, self.spec = trainer, recomputer, spec
         self.on_note = (lambda _: None) if on_note is None else on_note
         self.weights = [p for p in trainer.model.parameters() if p.requires_grad]
         self.device = self.weights[0].device
@@ -78,7 +78,7 @@ class Fitting:
     def apply(self, setting: Setting) -> None:
         """Train with `setting` from here on."""
         try:
-            self.checkpointer.apply(setting)
+            self.recomputer.apply(setting)
         except ValueError as error:
             fix = "leave train.gradient_checkpointing and train.memory as they are by default"
             raise TrainingError(str(error), fix=fix, where="train") from error
@@ -93,10 +93,10 @@ class Fitting:
         """Return what the spec says, or leaves to the start."""
         wanted = self.spec.gradient_checkpointing
         if wanted is not None:
-            return Setting(self.checkpointer.count if wanted else 0, False, self.batch)
+            return Setting(self.recomputer.count if wanted else 0, False, self.batch)
         if self.spec.memory == "min":
-            offload = self.device.type == "cuda" and self.checkpointer.most > 0
-            layers = self.checkpointer.count if self.checkpointer.most else 0
+            offload = self.device.type == "cuda" and self.recomputer.most > 0
+            layers = self.recomputer.count if self.recomputer.most else 0
             return Setting(layers, offload, self.batch)
         return Setting(0, False, self.batch)
 
@@ -107,7 +107,7 @@ class Fitting:
         sizes = halves(self.batch) if self.splits else [self.batch]
         prober = _Prober(self)
         with prober.undone():
-            found = choose(prober.measure, self.checkpointer.most, sizes, budget)
+            found = choose(prober.measure, self.recomputer.most, sizes, budget)
         if found is None:
             what = f"no setting fits {budget / GIB:.1f} GiB, the part of the GPU that is free"
             raise TrainingError(what, fix=OOM_FIX, where="train.memory")
@@ -143,7 +143,7 @@ class Fitting:
 
     def describe(self, setting: Setting) -> str:
         """Return the setting in words."""
-        return setting.describe(self.checkpointer.count, self.batch)
+        return setting.describe(self.recomputer.count, self.batch)
 
     # --- each step ---------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ class Fitting:
     def _lowered(self) -> Setting | None:
         if is_sharded(self.trainer.model):  # the others gather layers as before
             return None
-        return lowered(self.setting, self.checkpointer.most, self.splits)
+        return lowered(self.setting, self.recomputer.most, self.splits)
 
     def _gradients(self) -> _Gradients:
         """Return the gradients that were accumulated before this step."""
@@ -205,10 +205,10 @@ class Fitting:
 class _Prober:
     """Runs single passes over the longest examples and measures them."""
 
-    def __init__(self, fitting: Fitting) -> None:
-        self.fitting, self.trainer = fitting, fitting.trainer
-        self.device = fitting.device
-        sizes = fitting.lengths
+    def __init__(self, memory_fit: MemoryFit) -> None:
+        self.memory_fit, self.trainer = memory_fit, memory_fit.trainer
+        self.device = memory_fit.device
+        sizes = memory_fit.lengths
         self.longest = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
         self.warm: set[int] = set()
 
@@ -216,12 +216,12 @@ class _Prober:
     def undone(self) -> Iterator[None]:
         """Give back gradients, random states and memory afterwards."""
         state = _random_state(self.device)
-        for weight in self.fitting.weights:  # they are there in most passes of a real run
+        for weight in self.memory_fit.weights:  # they are there in most passes of a real run
             weight.grad = torch.zeros_like(weight)
         try:
             yield
         finally:
-            for weight in self.fitting.weights:
+            for weight in self.memory_fit.weights:
                 weight.grad = None
             free(self.trainer.model)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -230,7 +230,7 @@ class _Prober:
     def measure(self, setting: Setting) -> Probe | None:
         """Return what a pass under `setting` takes. Raises TrainingError if it does not fit on one
         of several processes, whose passes wait for each other."""
-        self.fitting.apply(setting)
+        self.memory_fit.apply(setting)
         batch = self._batch(setting.micro_batch)
         try:
             if setting.micro_batch not in self.warm:  # the first pass compiles and loads kernels

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..adapting.adalora import allocate_ranks, fit_schedule
+from ..adapting.adalora import allocate_ranks, set_schedule
 from ..distributed.talking import reduced
 
 OnLog = Callable[[dict[str, Any]], None]
@@ -38,12 +38,12 @@ class Watcher:
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Choose how memory is used, and start the clock."""
         self._refresh()
-        if self.trainer.fitting is not None:
-            self.trainer.fitting.start()
+        if self.trainer.memory_fit is not None:
+            self.trainer.memory_fit.start()
         self.progress.started = time.perf_counter()
         self.progress.first_step = state.global_step + 1
         if self.adalora is not None:
-            fit_schedule(self.adalora, state.max_steps)
+            set_schedule(self.adalora, state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Cast the adapter, which the optimizer has changed."""

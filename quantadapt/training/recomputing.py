@@ -1,6 +1,6 @@
 """Recompute only as many layers as memory demands, and keep their inputs in CPU memory if need be.
 
-The first n decoder layers are checkpointed (their activations are made again in backward), the rest
+The first n decoder layers are recomputed (their activations are made again in backward), the rest
 keep theirs: those of the last layers are the first to be freed. Checkpointing is
 `torch.utils.checkpoint`, non-reentrant unless asked otherwise (https://arxiv.org/abs/1604.06174).
 """
@@ -24,7 +24,7 @@ from ..memory.workload import Setting
 _FLAG, _FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
 
 
-class Checkpointer:
+class Recomputer:
     """Sets how many layers of a model recompute, again and again if need be.
 
     Args:
@@ -41,25 +41,25 @@ class Checkpointer:
 
     @property
     def count(self) -> int:
-        """How many layers can be checkpointed, one by one; 1 where it is all of them or none."""
+        """How many layers can be recomputed, one by one; 1 where it is all of them or none."""
         return max(len(self.layers), 1)
 
     @property
     def most(self) -> int:
-        """How many layers can be checkpointed with a gain: the activations of the last one are
+        """How many layers can be recomputed with a gain: the activations of the last one are
         there in any case when its backward begins."""
         if self.layers:
             return len(self.layers) - 1
         return 1 if getattr(self.base, "supports_gradient_checkpointing", False) else 0
 
     def apply(self, setting: Setting) -> None:
-        """Checkpoint the first `setting.checkpointed_layers` layers. Raises ValueError where the
+        """Checkpoint the first `setting.recomputed_layers` layers. Raises ValueError where the
         model cannot checkpoint and has to."""
         function = self._function(setting.offload)
         if not self.layers:
-            self._apply_to_all(setting.checkpointed_layers > 0, function)
+            self._apply_to_all(setting.recomputed_layers > 0, function)
         for index, layer in enumerate(self.layers):
-            setattr(layer, _FLAG, index < setting.checkpointed_layers)
+            setattr(layer, _FLAG, index < setting.recomputed_layers)
             setattr(layer, _FUNCTION, function)
 
     def _apply_to_all(self, on: bool, function: Callable[..., Any]) -> None:
@@ -85,20 +85,20 @@ class Checkpointer:
 
 
 @contextmanager
-def checkpointed(
+def recomputed(
     model: nn.Module, setting: Setting | None = None, reentrant: bool = False, draws: bool = True
-) -> Iterator[Checkpointer]:
+) -> Iterator[Recomputer]:
     """Apply `setting` for the duration of the block; afterwards the model is as it was."""
-    checkpointer = Checkpointer(model, reentrant, draws)
-    before = [(module, _own(module)) for module in checkpointer.base.modules()]
+    recomputer = Recomputer(model, reentrant, draws)
+    before = [(module, _own(module)) for module in recomputer.base.modules()]
     hook = None
     if reentrant:  # it only records a graph where an input wants one
-        embedding = checkpointer.base.get_input_embeddings()
+        embedding = recomputer.base.get_input_embeddings()
         hook = embedding.register_forward_hook(_require_grad)
     try:
         if setting is not None:
-            checkpointer.apply(setting)
-        yield checkpointer
+            recomputer.apply(setting)
+        yield recomputer
     finally:
         if hook is not None:
             hook.remove()
@@ -123,7 +123,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 class CpuInputs:
-    """Keeps the inputs of checkpointed layers in CPU memory from forward to backward.
+    """Keeps the inputs of recomputed layers in CPU memory from forward to backward.
 
     On CUDA the copies run on a stream of their own, to and from pinned buffers that are used again
     (pinning takes long). When the input of a layer is fetched, that of the layer before it sets

@@ -51,7 +51,7 @@ def choose(measure: Measure, most: int, micro_batches: list[int], budget: int) -
             continue
         fitting.append(found)
         # A smaller one saves no recomputation any more, it only dequantizes more often.
-        if found.setting.checkpointed_layers == 0 or len(fitting) == CANDIDATES:
+        if found.setting.recomputed_layers == 0 or len(fitting) == CANDIDATES:
             break
     return min(fitting, key=lambda probe: probe.seconds / probe.setting.micro_batch, default=None)
 
@@ -87,9 +87,9 @@ def lowered(setting: Setting, most: int, splits: bool) -> Setting | None:
         most: so many layers can be recomputed with a gain.
         splits: whether a batch can be split.
     """
-    layers = setting.checkpointed_layers
+    layers = setting.recomputed_layers
     if layers < most:
-        return replace(setting, checkpointed_layers=min(most, layers + math.ceil(most / 4)))
+        return replace(setting, recomputed_layers=min(most, layers + math.ceil(most / 4)))
     if most and not setting.offload:
         return replace(setting, offload=True)
     if splits and setting.micro_batch > 1:

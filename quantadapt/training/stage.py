@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..spec import TrainSpec
-    from .memory_fit import Fitting
+    from .memory_fit import MemoryFit
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def train(
             stack.enter_context(one_row_each())
         trainer = make_trainer(model, tokenizer, dataset, spec, Path(output), seed, on_log)
         trainer.fused = fused
-        trainer.fitting = stack.enter_context(_fitting(trainer, model, spec, on_note))
+        trainer.memory_fit = stack.enter_context(_memory_fit(trainer, model, spec, on_note))
         _run(trainer, checkpoint)
         return TrainResult(
             steps=trainer.state.global_step,
@@ -133,9 +133,9 @@ def train(
             resumed_from=_step(checkpoint) if checkpoint else None,
             trainable_parameters=trainable,
             base_parameters=base_parameters(model),
-            setting=trainer.fitting.setting,
-            layers=trainer.fitting.checkpointer.count,
-            longest=max(trainer.fitting.lengths),
+            setting=trainer.memory_fit.setting,
+            layers=trainer.memory_fit.recomputer.count,
+            longest=max(trainer.memory_fit.lengths),
             dequantize_share=dequantize_share(trainer, spec),
         )
 
@@ -184,7 +184,7 @@ def _run(trainer: Any, checkpoint: Path | None) -> None:
         with quiet():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
-        words = trainer.fitting.describe(trainer.fitting.setting)
+        words = trainer.memory_fit.describe(trainer.memory_fit.setting)
         what = f"the GPU has run out of memory, with {words}"
         raise TrainingError(what, fix=OOM_FIX, where="train") from error
 
@@ -226,18 +226,18 @@ def _step(checkpoint: Path) -> int:
 
 
 @contextmanager
-def _fitting(
+def _memory_fit(
     trainer: Any, model: Any, spec: TrainSpec, on_note: Callable[[str], None] | None
-) -> Iterator[Fitting]:
+) -> Iterator[MemoryFit]:
     from .cuda_graphs import can_record, graphed
-    from .memory_fit import Fitting
-    from .recomputing import checkpointed
+    from .memory_fit import MemoryFit
+    from .recomputing import recomputed
 
     repeats = spec.cuda_graphs and not spec.use_reentrant and can_record(model)
-    with checkpointed(model, None, spec.use_reentrant, draws=not repeats) as checkpointer:
-        fitting = Fitting(trainer, checkpointer, spec, on_note)
-        with graphed(model, fitting.on_note) if repeats else nullcontext() as fitting.graphs:
-            yield fitting
+    with recomputed(model, None, spec.use_reentrant, draws=not repeats) as recomputer:
+        memory_fit = MemoryFit(trainer, recomputer, spec, on_note)
+        with graphed(model, memory_fit.on_note) if repeats else nullcontext() as memory_fit.graphs:
+            yield memory_fit
 
 
 def _one_block_at_a_time(model: Any) -> Any:

@@ -1,6 +1,6 @@
 """The trainers: TRL's SFTTrainer (causal) or transformers' Seq2SeqTrainer, made quiet.
 
-`training_loop.TrainingLoop` holds what they do otherwise. Nothing of the model is left changed but
+`loop.TrainingLoop` holds what they do otherwise. Nothing of the model is left changed but
 the adapter's weights.
 """
 
@@ -143,7 +143,7 @@ def _arguments(model: Any, spec: TrainSpec, output: Path, seed: int) -> dict[str
         "weight_decay": spec.weight_decay,
         "max_grad_norm": spec.max_grad_norm,
         "optim": spec.optim,
-        "gradient_checkpointing": False,  # done by `fitting`, layer by layer
+        "gradient_checkpointing": False,  # done by `memory_fit`, layer by layer
         "logging_steps": spec.logging_steps,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps" if spec.save_steps else "no",

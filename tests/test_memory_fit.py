@@ -24,8 +24,8 @@ from quantadapt.memory.shape import Shape
 from quantadapt.registry import registry
 from quantadapt.spec import TrainSpec
 from quantadapt.training import train
-from quantadapt.training.memory_fit import Fitting, lengths
-from quantadapt.training.recomputing import Checkpointer, CpuInputs, decoder_layers
+from quantadapt.training.memory_fit import MemoryFit, lengths
+from quantadapt.training.recomputing import CpuInputs, Recomputer, decoder_layers
 from quantadapt.training.setting_search import Probe, choose, lowered
 
 LAYERS, VOCABULARY, BATCH = 4, 64, 4
@@ -39,12 +39,12 @@ class Card:
         self.tried: list[Setting] = []
 
     def peak(self, setting: Setting) -> int:
-        kept = self.layers - setting.checkpointed_layers
-        inputs = 0.0625 * setting.checkpointed_layers * (not setting.offload)
+        kept = self.layers - setting.recomputed_layers
+        inputs = 0.0625 * setting.recomputed_layers * (not setting.offload)
         return int((6 + setting.micro_batch / 4 * (kept * 1.0 + inputs + 1.0)) * GIB)
 
     def seconds(self, setting: Setting) -> float:
-        slower = 1 + setting.checkpointed_layers / self.layers / 3 + 0.05 * setting.offload
+        slower = 1 + setting.recomputed_layers / self.layers / 3 + 0.05 * setting.offload
         return self.dequantize + setting.micro_batch / 4 * slower
 
     def measure(self, setting: Setting) -> Probe | None:
@@ -71,7 +71,7 @@ def test_the_fewest_layers_that_fit_are_recomputed(gib) -> None:
     found = card.choose(gib, [4])
     assert card.peak(found) <= gib * GIB
     assert not found.offload
-    fewer = Setting(found.checkpointed_layers - 1, False, 4)
+    fewer = Setting(found.recomputed_layers - 1, False, 4)
     assert card.peak(fewer) > gib * GIB
     assert len(card.tried) <= 6
 
@@ -104,7 +104,7 @@ def test_a_model_that_cannot_recompute() -> None:
 def test_lowering_goes_through_every_stage() -> None:
     setting, seen = Setting(0, False, 4), []
     while setting := lowered(setting, 31, True):
-        seen.append((setting.checkpointed_layers, setting.offload, setting.micro_batch))
+        seen.append((setting.recomputed_layers, setting.offload, setting.micro_batch))
     layers = [(n, False, 4) for n in (8, 16, 24, 31)]
     assert seen == [*layers, (31, True, 4), (31, True, 2), (31, True, 1)]
     assert lowered(Setting(31, True, 4), 31, splits=False) is None
@@ -220,7 +220,7 @@ def test_split_batches_change_no_number(
     expected = trained(plain, tokenizer, data, tmp_path / "a", **options)
     rows = []
     decoder_layers(model)[0].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    monkeypatch.setattr(Fitting, "_given", lambda self: Setting(0, False, size))
+    monkeypatch.setattr(MemoryFit, "_given", lambda self: Setting(0, False, size))
     found = trained(model, tokenizer, data, tmp_path / "b", **options)
     assert set(rows) == {n for n in (size, BATCH % size) if n}
     assert dict(found.losses) == pytest.approx(dict(expected.losses), rel=1e-5)
@@ -235,7 +235,7 @@ def test_what_does_not_add_up_is_not_split(kind, tokenizer, data, tmp_path, monk
     model = adapted(AdaLoraConfig if kind == "adalora" else LoraConfig, **config)
     rows = []
     decoder_layers(model)[0].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    monkeypatch.setattr(Fitting, "_given", lambda self: Setting(0, False, 1))
+    monkeypatch.setattr(MemoryFit, "_given", lambda self: Setting(0, False, 1))
     trained(model, tokenizer, data, tmp_path, packing=kind == "packing")
     assert set(rows) == ({BATCH} if kind == "adalora" else {1})
 
@@ -264,7 +264,7 @@ def make_up_card(monkeypatch, free: float, allocated: Callable[[], float]) -> No
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (int(free * GIB), 80 * GIB))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda *_: 1.0)
-    monkeypatch.setattr(Fitting, "_probes", True)
+    monkeypatch.setattr(MemoryFit, "_probes", True)
 
 
 def test_the_probe(tokenizer, data, tmp_path, monkeypatch) -> None:
@@ -287,12 +287,12 @@ def test_the_probe(tokenizer, data, tmp_path, monkeypatch) -> None:
     assert "of 11.0 GiB (found in " in notes[0]
 
 
-def fitting_of(model, accepts: bool = True, **options) -> Fitting:
-    """A fitting whose trainer is all that it asks before a run."""
+def fitting_of(model, accepts: bool = True, **options) -> MemoryFit:
+    """A memory_fit whose trainer is all that it asks before a run."""
     trainer = SimpleNamespace(
         model=model, model_accepts_loss_kwargs=accepts, optimizer=SimpleNamespace(state={})
     )
-    return Fitting(trainer, Checkpointer(model), TrainSpec(**options))
+    return MemoryFit(trainer, Recomputer(model), TrainSpec(**options))
 
 
 def test_the_budget_is_what_is_free_less_what_is_still_to_come(monkeypatch) -> None:
@@ -366,14 +366,14 @@ def big(layers: int = 8, length: int = 512):
 
 @pytest.mark.cuda
 def test_cpu_memory_holds_the_inputs_on_cuda() -> None:
-    from quantadapt.training.recomputing import checkpointed
+    from quantadapt.training.recomputing import recomputed
 
     model, rows = big(layers=16, length=1024)
     ids = torch.tensor(rows["input_ids"][:8], device="cuda")
     model.train()
 
     def measured(offload: bool) -> tuple[int, dict[str, torch.Tensor]]:
-        with checkpointed(model, Setting(15, offload, 8)):
+        with recomputed(model, Setting(15, offload, 8)):
             for _ in range(2):
                 model.zero_grad()
                 torch.cuda.synchronize()
@@ -421,7 +421,7 @@ def trained_twice(folder: Path) -> tuple[list[str], int, list[Any], list[Any]]:
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(0.75 * free.peak_memory_gib * GIB / total)
     found = trained(model, tokenizer, data, folder / "b", notes, gradient_checkpointing=False)
-    return list(notes), found.setting.checkpointed_layers, found.losses, free.losses
+    return list(notes), found.setting.recomputed_layers, found.losses, free.losses
 
 
 @pytest.mark.cuda
@@ -471,8 +471,8 @@ def test_the_peak_is_as_predicted(setting, tokenizer, tmp_path, monkeypatch) -> 
     del model
     ids = torch.randint(3, 32000, (16, 1024)).tolist()
     data = Dataset.from_dict({"input_ids": ids, "completion_mask": [[1] * 1024] * 16})
-    monkeypatch.setattr(Fitting, "_given", lambda self: setting)
-    monkeypatch.setattr(Fitting, "_probes", False)
+    monkeypatch.setattr(MemoryFit, "_given", lambda self: setting)
+    monkeypatch.setattr(MemoryFit, "_probes", False)
     gc.collect()
     torch.cuda.empty_cache()
     found = trained(tuned, tokenizer, data, tmp_path, max_steps=3)

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import quantadapt as qa
 from quantadapt.memory import Setting
-from quantadapt.training.recomputing import Checkpointer, CpuInputs, checkpointed, decoder_layers
+from quantadapt.training.recomputing import CpuInputs, Recomputer, decoder_layers, recomputed
 
 LAYERS = 4
 
@@ -58,7 +58,7 @@ def gradients(model: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Ten
 
 def assert_same(model: torch.nn.Module, setting: Setting, reentrant: bool = False) -> None:
     loss, expected = gradients(model)
-    with checkpointed(model, setting, reentrant):
+    with recomputed(model, setting, reentrant):
         for _ in range(2):  # the second time, buffers are used again
             again, found = gradients(model)
             assert again == loss
@@ -86,7 +86,7 @@ def test_what_was_switched_on_before_is_so_afterwards() -> None:
     model.get_base_model().gradient_checkpointing_enable()
     layers = decoder_layers(model)
     before = [layer._gradient_checkpointing_func for layer in layers]
-    with checkpointed(model, Setting(0, True, 4)):
+    with recomputed(model, Setting(0, True, 4)):
         assert not any(layer.gradient_checkpointing for layer in layers)
     assert all(layer.gradient_checkpointing for layer in layers)
     assert [layer._gradient_checkpointing_func for layer in layers] == before
@@ -109,7 +109,7 @@ def test_so_many_layers_are_computed_twice(count) -> None:
     for index, layer in enumerate(decoder_layers(model)):
         norm = layer.post_attention_layernorm
         norm.register_forward_hook(lambda *_, i=index: calls.update([i]))
-    with checkpointed(model, Setting(count, False, 4)):
+    with recomputed(model, Setting(count, False, 4)):
         gradients(model)
     assert [calls[i] for i in range(LAYERS)] == [2] * count + [1] * (LAYERS - count)
 
@@ -117,11 +117,11 @@ def test_so_many_layers_are_computed_twice(count) -> None:
 def test_a_setting_can_be_changed_and_everything_is_given_back() -> None:
     model = adapted()
     before = [set(module.__dict__) for module in model.modules()]
-    with checkpointed(model) as checkpointer:
-        assert checkpointer.count == LAYERS
+    with recomputed(model) as recomputer:
+        assert recomputer.count == LAYERS
         for count in (4, 0, 2):
-            checkpointer.apply(Setting(count, False, 4))
-            on = [layer.gradient_checkpointing for layer in checkpointer.layers]
+            recomputer.apply(Setting(count, False, 4))
+            on = [layer.gradient_checkpointing for layer in recomputer.layers]
             assert on == [True] * count + [False] * (LAYERS - count)
     assert before == [set(module.__dict__) for module in model.modules()]
     assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
@@ -137,12 +137,12 @@ def test_only_the_inputs_of_layers_go_to_cpu_memory(monkeypatch) -> None:
 
     monkeypatch.setattr(CpuInputs, "_store", remember)
     model = adapted()
-    with checkpointed(model, Setting(3, True, 4)) as checkpointer:
+    with recomputed(model, Setting(3, True, 4)) as recomputer:
         gradients(model)
         assert stored == [(4, 10, 32)] * 3
-        assert len(checkpointer.inputs._free) == 3
+        assert len(recomputer.inputs._free) == 3
         gradients(model)
-        assert len(checkpointer.inputs._free) == 3
+        assert len(recomputer.inputs._free) == 3
 
 
 @pytest.mark.parametrize("make", [adapted, quantized])
@@ -156,7 +156,7 @@ def test_inputs_in_cpu_memory_are_freed_where_they_came_from(make) -> None:
             for layer in decoder_layers(model)
         ]
         ids = torch.arange(40).view(4, 10) % 64
-        with checkpointed(model, Setting(LAYERS, offload, 4)):
+        with recomputed(model, Setting(LAYERS, offload, 4)):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             found = [not storage.expired() for storage in seen]
             loss.backward()
@@ -211,16 +211,16 @@ def test_a_model_that_knows_all_layers_or_none() -> None:
     """Such a model loops over its layers itself and asks its own flag."""
 
     model = adapted()
-    with checkpointed(model) as checkpointer:
-        checkpointer.layers = []
-        assert checkpointer.count == 1
-        checkpointer.base.supports_gradient_checkpointing = False
-        checkpointer.apply(Setting(0, False, 4))  # nothing is asked of it
-        del checkpointer.base.supports_gradient_checkpointing
+    with recomputed(model) as recomputer:
+        recomputer.layers = []
+        assert recomputer.count == 1
+        recomputer.base.supports_gradient_checkpointing = False
+        recomputer.apply(Setting(0, False, 4))  # nothing is asked of it
+        del recomputer.base.supports_gradient_checkpointing
         assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-        checkpointer.apply(Setting(1, False, 4))
+        recomputer.apply(Setting(1, False, 4))
         assert all(layer.gradient_checkpointing for layer in decoder_layers(model))
-        checkpointer.base.supports_gradient_checkpointing = False
+        recomputer.base.supports_gradient_checkpointing = False
         with pytest.raises(ValueError, match="LlamaForCausalLM cannot recompute its layers"):
-            Checkpointer.apply(checkpointer, Setting(1, False, 4))
-        del checkpointer.base.supports_gradient_checkpointing
+            Recomputer.apply(recomputer, Setting(1, False, 4))
+        del recomputer.base.supports_gradient_checkpointing

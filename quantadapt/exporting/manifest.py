@@ -10,17 +10,17 @@ from ..errors import ModelError
 from ..folders.environment import environment
 from ..quantizing.state import ModelState
 
-RECORD = "quantadapt.json"
+MANIFEST = "quantadapt.json"
 ADAPTER = "adapter"
 BASE = "base"
 MERGED = "merged"
 
 
-def write_record(folder: Path, state: ModelState, **more: Any) -> None:
+def write_manifest(folder: Path, state: ModelState, **more: Any) -> None:
     """Write what `state` knows of the base, with versions and `more`, into `folder`."""
     versions = environment(state.backend.requires)["versions"]
-    record = state.record() | {"format": 1, "versions": versions, **more}
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    manifest = state.manifest() | {"format": 1, "versions": versions, **more}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def adapter_in(folder: Path) -> Path | None:
@@ -37,12 +37,12 @@ def adapter_folder(folder: Path) -> Path:
     return found
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """Return what `save` wrote about the base. Raises ModelError if it is not there."""
     try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        what = f"{RECORD} is missing or unreadable, so nothing says which base this belongs to"
+        what = f"{MANIFEST} is missing or unreadable, so nothing says which base this belongs to"
         fix = "load it with peft: PeftModel.from_pretrained(base, folder)"
         raise ModelError(what, fix=fix, where=str(folder)) from None
-    return record
+    return manifest
