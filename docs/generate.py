@@ -22,7 +22,6 @@ import quantadapt
 from quantadapt import errors, hookspecs, matrix, records, registry
 from quantadapt.capabilities import Merge, Rule
 from quantadapt.matrix import results, tables
-from quantadapt.registry import adapters
 from quantadapt.spec import Spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,16 +81,9 @@ def _own_plugins() -> registry.Registry:
     ours = {
         name
         for name, origin in known.plugins.items()
-        if origin.distribution == "quantadapt" or origin.module == adapters.__name__
+        if origin.distribution == "quantadapt" or name in registry.BUILTIN
     }
-    for table in (known._backends, known._adapters):
-        for name, entries in list(table.items()):
-            kept = [entry for entry in entries if entry.provenance.plugin in ours]
-            if kept:
-                table[name] = kept
-            else:
-                del table[name]
-    return known
+    return known.only_of(ours)
 
 
 # Spec ------------------------------------------------------------------------------------------

@@ -14,13 +14,12 @@ from packaging.requirements import Requirement
 
 from .errors import MissingDependency, Problem
 from .machine import installed_version
-from .records import Adapter, Backend
+from .records import Backend, Record, kind_of
 
 
-def missing_requirements(record: Backend | Adapter) -> list[Problem]:
+def missing_requirements(record: Record) -> list[Problem]:
     """Return a problem for each distribution that is missing or too old. Imports nothing."""
-    kind = type(record).__name__.lower()
-    extra = record.extra if isinstance(record, Backend) else ""
+    kind, extra = kind_of(record), getattr(record, "extra", "")
     problems = []
     for text in record.requires:
         requirement = Requirement(text)

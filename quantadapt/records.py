@@ -1,11 +1,14 @@
-"""The typed records that plugins yield: `Backend` and `Adapter`. Data only, nothing heavy."""
+"""The typed records that plugins yield, one class for each kind of thing that can be added.
+
+Data only, nothing heavy. The hook that yields a kind is `quantadapt_<kind>s`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from .capabilities import Merge, Rule
 from .protocols import Quantizer
@@ -76,3 +79,16 @@ class Adapter:
     start: Start = Start.ZERO
     requires: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
+
+
+Record = Backend | Adapter
+R = TypeVar("R", bound=Record)
+
+KINDS: dict[str, type[Record]] = {"backend": Backend, "adapter": Adapter}
+"""What each kind of record is called, in the spec, on the command line and in messages."""
+
+
+def kind_of(record: Record | type[Any]) -> str:
+    """Return what the kind of a record is called, e.g. "backend"."""
+    cls = record if isinstance(record, type) else type(record)
+    return next(kind for kind, known in KINDS.items() if issubclass(cls, known))

@@ -1,17 +1,19 @@
-"""`quantadapt backends` and `quantadapt adapters`: lists, and one with all its options."""
+"""`quantadapt backends`, `quantadapt adapters`, ...: a list of each kind of record, and one record
+with all its options. What is shown of a kind is one `_Kind` here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from .commands import COMMANDS, epilog, unwrapped
+from .commands import COMMANDS, epilog
 from .flags import JsonOption
 from .session import Session, session
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from rich.table import Table
 
     from ..capabilities import Rule
@@ -20,116 +22,118 @@ if TYPE_CHECKING:
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Its name.")]
 
 
+class _Kind(NamedTuple):
+    """How a kind of record is listed and shown.
+
+    Attributes:
+        kind: its name in `records.KINDS`.
+        example: one of its names, for the help.
+        facts: makes JSON-ready facts of a record.
+        columns: heads of the list, with what stands below each; the name comes first, the summary
+            last.
+        lines: what `show` says above the options.
+    """
+
+    kind: str
+    example: str
+    facts: Callable[[Any], dict[str, Any]]
+    columns: Mapping[str, Callable[[Mapping[str, Any]], str]]
+    lines: Callable[[Mapping[str, Any]], Iterable[tuple[str, str]]]
+
+
 def register(app: typer.Typer, name: str) -> None:
     """Add the command and its `show` to `app`."""
-    lister, shower = (backends, show_backend) if name == "backends" else (adapters, show_adapter)
-    example = "hqq" if name == "backends" else "lora"
+    shown, entry = _KINDS[name], COMMANDS[name]
     group = typer.Typer(rich_markup_mode="rich")
     group.callback(
         invoke_without_command=True,
-        help=unwrapped(lister.__doc__ or ""),
-        epilog=epilog(f"quantadapt {name}", f"quantadapt {name} show {example} --json"),
-    )(lister)
-    group.command("show", help=unwrapped(shower.__doc__ or ""))(shower)
-    app.add_typer(group, name=name, rich_help_panel=COMMANDS[name].panel)
+        help=entry.help,
+        epilog=epilog(f"quantadapt {name}", f"quantadapt {name} show {shown.example} --json"),
+    )(_lister(name, shown))
+    what = "options with types and defaults, what it needs, and its rules"
+    article = "an" if shown.kind[0] in "aeiou" else "a"
+    group.command("show", help=f"Show {article} {shown.kind}: {what}.")(_shower(shown))
+    app.add_typer(group, name=name, rich_help_panel=entry.panel)
 
 
-def backends(context: typer.Context, json: JsonOption = False) -> None:
-    """List the ways to quantize, or show one with its options."""
-    if context.invoked_subcommand:
-        return
-    with session(as_json=json) as shown:
-        from ..registry.discovery import registry
-
-        facts = [_backend_facts(backend) for backend in registry().backends()]
-        if json:
-            shown.print_json(facts)
+def _lister(name: str, shown: _Kind) -> Callable[..., None]:
+    def lister(context: typer.Context, json: JsonOption = False) -> None:
+        if context.invoked_subcommand:
             return
-        rows = [(f["name"], _state(f), "/".join(f["devices"]), f["summary"]) for f in facts]
-        shown.out.print(_columns(("backend", "libraries", "devices", ""), rows))
-        _after_list(shown, "backends")
+        with session(as_json=json) as screen:
+            from ..records import KINDS
+            from ..registry.discovery import registry
+
+            facts = [shown.facts(record) for record in registry().records(KINDS[shown.kind])]
+            if json:
+                screen.print_json(facts)
+                return
+            cells = shown.columns.values()
+            rows = [(f["name"], *(cell(f) for cell in cells), f["summary"]) for f in facts]
+            screen.out.print(_columns((shown.kind, *shown.columns, ""), rows))
+            _after_list(screen, name)
+
+    return lister
 
 
-def show_backend(name: NameArgument, json: JsonOption = False) -> None:
-    """Show a backend: options with types and defaults, what it needs, and its rules."""
-    with session(as_json=json) as shown:
-        from ..registry.discovery import registry
+def _shower(shown: _Kind) -> Callable[..., None]:
+    def shower(name: NameArgument, json: JsonOption = False) -> None:
+        with session(as_json=json) as screen:
+            from ..records import KINDS
+            from ..registry.discovery import registry
 
-        facts = _backend_facts(registry().backend(name))
-        if json:
-            shown.print_json(facts)
-            return
-        needs = (
-            f"{', '.join(facts['requires'])} ({_state(facts)})" if facts["requires"] else "nothing"
-        )
-        _show(
-            shown,
-            facts,
-            ("needs", needs),
-            ("devices", ", ".join(facts["devices"])),
-            ("dtypes", ", ".join(facts["dtypes"])),
-            ("calibration", "needs data" if facts["calibration"] else "needs no data"),
-        )
-        for problem in facts["missing"]:
-            text = f"{problem['what']}\n    fix: {problem['fix']}"
-            shown.out.print(f"\n{text}", markup=False, soft_wrap=True)
+            facts = shown.facts(registry().record(KINDS[shown.kind], name))
+            if json:
+                screen.print_json(facts)
+                return
+            _show(screen, facts, *shown.lines(facts))
+            for problem in facts["missing"]:
+                text = f"{problem['what']}\n    fix: {problem['fix']}"
+                screen.out.print(f"\n{text}", markup=False, soft_wrap=True)
+
+    return shower
 
 
-def adapters(context: typer.Context, json: JsonOption = False) -> None:
-    """List the adapters, or show one with its options."""
-    if context.invoked_subcommand:
-        return
-    with session(as_json=json) as shown:
-        from ..registry.discovery import registry
-
-        facts = [_adapter_facts(adapter) for adapter in registry().adapters()]
-        if json:
-            shown.print_json(facts)
-            return
-        rows = [(f["name"], _refused_word(f), f["summary"]) for f in facts]
-        shown.out.print(_columns(("adapter", "merge", ""), rows))
-        _after_list(shown, "adapters")
-
-
-def show_adapter(name: NameArgument, json: JsonOption = False) -> None:
-    """Show an adapter: options of its PEFT config, defaults, and its rules."""
-    with session(as_json=json) as shown:
-        from ..registry.discovery import registry
-
-        facts = _adapter_facts(registry().adapter(name))
-        if json:
-            shown.print_json(facts)
-            return
-        start = {
-            "zero": "outputs do not change when it is attached",
-            "rounding": "outputs change by rounding only when it is attached",
-            "changed": "outputs change when it is attached",
-        }
-        _show(shown, facts, ("PEFT method", facts["peft_type"]), ("start", start[facts["start"]]))
-
-
-def _backend_facts(backend: Backend) -> dict[str, Any]:
+def _facts(record: Any) -> dict[str, Any]:
+    """Return what is told of every kind of record."""
     from ..dependencies import missing_requirements
     from ..registry.discovery import registry
 
     return {
-        "name": backend.name,
-        "summary": backend.summary,
-        "plugin": str(registry().provenance(backend)),
-        "requires": list(backend.requires),
-        "missing": [vars(problem) for problem in missing_requirements(backend)],
+        "name": record.name,
+        "summary": record.summary,
+        "plugin": str(registry().provenance(record)),
+        "requires": list(record.requires),
+        "missing": [vars(problem) for problem in missing_requirements(record)],
+        "rules": [_rule(rule) for rule in record.rules],
+    }
+
+
+def _backend_facts(backend: Backend) -> dict[str, Any]:
+    return _facts(backend) | {
         "extra": backend.extra,
         "devices": list(backend.devices),
         "dtypes": list(backend.dtypes),
         "calibration": backend.calibration,
         "merge": backend.merge.name.lower(),
-        "options": _quantizer_options(backend),
-        "rules": [_rule(rule) for rule in backend.rules],
+        "options": options_of(backend.quantizer),
     }
 
 
-def _quantizer_options(backend: Backend) -> list[dict[str, Any]]:
-    properties = backend.quantizer.model_json_schema().get("properties", {})
+def _backend_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    needs = f"{', '.join(facts['requires'])} ({_state(facts)})" if facts["requires"] else "nothing"
+    return [
+        ("needs", needs),
+        ("devices", ", ".join(facts["devices"])),
+        ("dtypes", ", ".join(facts["dtypes"])),
+        ("calibration", "needs data" if facts["calibration"] else "needs no data"),
+        ("merge", _MERGE[facts["merge"]]),
+    ]
+
+
+def options_of(options: type[BaseModel]) -> list[dict[str, Any]]:
+    """Return the fields of an options class as users set them, JSON-ready."""
+    properties = options.model_json_schema().get("properties", {})
     return [
         {
             "name": name,
@@ -156,13 +160,8 @@ def _type_text(schema: Mapping[str, Any]) -> str:
 
 def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
     from ..planning.peft_options import peft_options
-    from ..registry.discovery import registry
 
-    options = peft_options(adapter.peft_type).values()
-    return {
-        "name": adapter.name,
-        "summary": adapter.summary,
-        "plugin": str(registry().provenance(adapter)),
+    return _facts(adapter) | {
         "peft_type": adapter.peft_type,
         "merge": adapter.merge.name.lower(),
         "start": str(adapter.start),
@@ -173,10 +172,17 @@ def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
                 "default": adapter.defaults.get(option.name, option.default),
                 "description": option.help,
             }
-            for option in options
+            for option in peft_options(adapter.peft_type).values()
         ],
-        "rules": [_rule(rule) for rule in adapter.rules],
     }
+
+
+def _adapter_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("PEFT method", facts["peft_type"]),
+        ("start", _START[facts["start"]]),
+        ("merge", _MERGE[facts["merge"]]),
+    ]
 
 
 def _annotation_text(annotation: str) -> str:
@@ -219,12 +225,7 @@ def _after_list(shown: Session, name: str) -> None:
 
 def _show(shown: Session, facts: Mapping[str, Any], *lines: tuple[str, str]) -> None:
     shown.out.print(f"[bold]{facts['name']}[/bold]  {facts['summary']}\n", soft_wrap=True)
-    merge = {
-        "never": "never, the adapter stays beside the base",
-        "dense": "into dense weights",
-        "requantize": "into dense weights, or quantized again",
-    }
-    for key, value in (*lines, ("merge", merge[facts["merge"]]), ("plugin", facts["plugin"])):
+    for key, value in (*lines, ("plugin", facts["plugin"])):
         shown.out.print(f"  {key:<12} {value}", markup=False, soft_wrap=True)
     options = facts["options"]
     shown.out.print("\n[bold]Options[/bold]" if options else "\nIt has no options.")
@@ -250,8 +251,28 @@ def _columns(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for head in heads:
-        table.add_column(head, overflow="fold", no_wrap=head in ("backend", "adapter", "name"))
+    for index, head in enumerate(heads):
+        table.add_column(head, overflow="fold", no_wrap=not index)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     return table
+
+
+_MERGE = {
+    "never": "never, the adapter stays beside the base",
+    "dense": "into dense weights",
+    "requantize": "into dense weights, or quantized again",
+}
+_START = {
+    "zero": "outputs do not change when it is attached",
+    "rounding": "outputs change by rounding only when it is attached",
+    "changed": "outputs change when it is attached",
+}
+_KINDS = {
+    "backends": _Kind(
+        *("backend", "hqq", _backend_facts),
+        {"libraries": _state, "devices": lambda f: "/".join(f["devices"])},
+        _backend_lines,
+    ),
+    "adapters": _Kind("adapter", "lora", _adapter_facts, {"merge": _refused_word}, _adapter_lines),
+}

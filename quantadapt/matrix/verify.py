@@ -27,7 +27,7 @@ from ..machine import this_machine
 from ..records import Adapter, Backend
 from ..registry.discovery import registry
 from .declared import declared_cell, dtype_for, obstacles, without_defaults
-from .process import Ending, Job, Tell, Processes, pytest_command
+from .process import Ending, Job, Processes, Tell, pytest_command
 from .results import Verified, VerifiedCell, origin_of, read_verified
 
 TIMEOUT = 900.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .discovery import (
+    BUILTIN,
     GROUP,
     ONLY,
     TIME_LIMIT,
@@ -15,6 +16,7 @@ from .discovery import (
 )
 
 __all__ = [
+    "BUILTIN",
     "GROUP",
     "ONLY",
     "TIME_LIMIT",

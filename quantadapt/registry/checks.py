@@ -4,7 +4,7 @@ in one plugin is told in its author's words and never fails a table or a plan of
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import pluggy
 
@@ -12,9 +12,8 @@ from .. import hookspecs
 from ..capabilities import Merge, Rule
 from ..errors import PluginError, did_you_mean
 from ..protocols import Quantizer
-from ..records import Adapter, Backend
+from ..records import KINDS, Backend, Record, kind_of
 
-Record = TypeVar("Record", Backend, Adapter)
 HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("quantadapt_"))
 
 
@@ -22,20 +21,18 @@ class Contents(NamedTuple):
     """A plugin's module, and the records that its hooks returned."""
 
     module: Any
-    backends: list[Backend]
-    adapters: list[Adapter]
+    records: list[Record]
 
 
 def contents(module: Any, name: str) -> Contents:
     """Check a plugin's module and ask it for its records."""
     _check_hooks(module, name)
-    backends = _records(module, "quantadapt_backends", Backend)
-    adapters = _records(module, "quantadapt_adapters", Adapter)
-    for backend in backends:
-        _check_backend(backend)
-    for adapter in adapters:
-        _check_fields("adapter", adapter, {"requires": str, "rules": Rule})
-    return Contents(module, backends, adapters)
+    records = [
+        record for kind in KINDS for record in _records(module, f"quantadapt_{kind}s", KINDS[kind])
+    ]
+    for record in records:
+        _check_record(record)
+    return Contents(module, records)
 
 
 def _check_hooks(module: Any, name: str) -> None:
@@ -72,30 +69,36 @@ def _records(module: Any, hook: str, kind: type[Record]) -> list[Record]:
     return records
 
 
-def _check_backend(backend: Backend) -> None:
+_OPTIONS: dict[type[Record], tuple[str, type[Any]]] = {Backend: ("quantizer", Quantizer)}
+"""The field of a record that holds its options' class, and what that has to be."""
+_TUPLES = {"requires": str, "imports": str, "devices": str, "dtypes": str, "rules": Rule}
+
+
+def _check_record(record: Record) -> None:
     """Raise PluginError for a field that would make every table and plan fail."""
-    texts = ("requires", "imports", "devices", "dtypes")
-    _check_fields("backend", backend, {**dict.fromkeys(texts, str), "rules": Rule})
-    quantizer: Any = backend.quantizer
-    if not (isinstance(quantizer, type) and issubclass(quantizer, Quantizer)):
-        what = f"quantizer is {quantizer!r}, not a subclass of Quantizer"
-        raise PluginError(what, where=f"backend {backend.name!r}")
-
-
-def _check_fields(kind: str, record: Backend | Adapter, fields: dict[str, type]) -> None:
-    from packaging.requirements import InvalidRequirement, Requirement
-
-    where = f"{kind} {record.name!r}"
+    where = f"{kind_of(record)} {record.name!r}"
     if not isinstance(record.name, str) or not record.name:
         raise PluginError("its name is no text", where=where)
-    if not isinstance(record.merge, Merge):
+    if "merge" in vars(record) and not isinstance(record.merge, Merge):
         raise PluginError(f"merge is {record.merge!r}, not one of Merge", where=where)
-    for name, wanted in fields.items():
-        values = getattr(record, name)
+    for name in _TUPLES.keys() & vars(record).keys():
+        values, wanted = getattr(record, name), _TUPLES[name]
         if not isinstance(values, tuple | list) or not all(isinstance(v, wanted) for v in values):
             what = f"{name} is {values!r}, not a tuple of {wanted.__name__}"
             raise PluginError(what, where=where)
-    for text in record.requires:
+    _check_requires(record.requires, where)
+    if type(record) in _OPTIONS:
+        field, base = _OPTIONS[type(record)]
+        given = getattr(record, field)
+        if not (isinstance(given, type) and issubclass(given, base)):
+            what = f"{field} is {given!r}, not a subclass of {base.__name__}"
+            raise PluginError(what, where=where)
+
+
+def _check_requires(texts: Iterable[str], where: str) -> None:
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for text in texts:
         try:
             Requirement(text)
         except InvalidRequirement as error:

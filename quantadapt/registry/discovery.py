@@ -15,28 +15,27 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import pluggy
 
 from .. import hookspecs
 from ..errors import PlanRefused, PluginError, Problem, did_you_mean
-from ..records import Adapter, Backend
-from . import adapters as builtin_adapters
+from ..records import KINDS, Adapter, Backend, R, Record, kind_of
 from .checks import Contents, contents
 
+BUILTIN = {"builtin": "quantadapt.registry.adapters"}
+"""Plugins that are always there, whatever QUANTADAPT_PLUGINS says: name -> module."""
 GROUP = "quantadapt"
 ONLY = "QUANTADAPT_PLUGINS"
 TIME_LIMIT = "QUANTADAPT_PLUGIN_TIMEOUT"
 DEFAULT_TIME_LIMIT = 10.0
-
-Record = TypeVar("Record", Backend, Adapter)
 
 
 class PluginWarning(UserWarning):
@@ -67,7 +66,7 @@ class BrokenPlugin:
 
 
 @dataclass(frozen=True)
-class _Entry(Generic[Record]):
+class _Entry:
     record: Record
     provenance: Provenance
 
@@ -87,53 +86,69 @@ class Registry:
     plugins: dict[str, Provenance] = field(default_factory=dict)
     broken: list[BrokenPlugin] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    _backends: dict[str, list[_Entry[Backend]]] = field(default_factory=dict)
-    _adapters: dict[str, list[_Entry[Adapter]]] = field(default_factory=dict)
+    _tables: dict[str, dict[str, list[_Entry]]] = field(
+        default_factory=lambda: {kind: {} for kind in KINDS}
+    )
+
+    def records(self, kind: type[R]) -> list[R]:
+        """Return every record of a kind whose name is claimed once, by name."""
+        table: dict[str, list[Any]] = self._tables[kind_of(kind)]
+        return [entries[0].record for _, entries in sorted(table.items()) if len(entries) == 1]
+
+    def record(self, kind: type[R], name: str) -> R:
+        """Return the record of a kind called `name`. Raises PlanRefused, saying what to do."""
+        found: Any = self._only(kind_of(kind), name).record
+        return found  # type: ignore[no-any-return]
 
     def backends(self) -> list[Backend]:
         """Return every backend whose name is claimed once, by name."""
-        return [e[0].record for _, e in sorted(self._backends.items()) if len(e) == 1]
+        return self.records(Backend)
 
     def adapters(self) -> list[Adapter]:
         """Return every adapter whose name is claimed once, by name."""
-        return [e[0].record for _, e in sorted(self._adapters.items()) if len(e) == 1]
+        return self.records(Adapter)
 
     def backend(self, name: str) -> Backend:
         """Return the backend called `name`. Raises PlanRefused, saying what to do."""
-        backend: Backend = self._only("backend", name, self._backends).record
-        return backend
+        return self.record(Backend, name)
 
     def adapter(self, name: str) -> Adapter:
         """Return the adapter called `name`. Raises PlanRefused, saying what to do."""
-        adapter: Adapter = self._only("adapter", name, self._adapters).record
-        return adapter
+        return self.record(Adapter, name)
 
-    def provenance(self, record: Backend | Adapter) -> Provenance:
+    def provenance(self, record: Record) -> Provenance:
         """Say which plugin provided `record`."""
-        table: Any = self._backends if isinstance(record, Backend) else self._adapters
-        found: Provenance = self._only("record", record.name, table).provenance
-        return found
+        return self._only(kind_of(record), record.name).provenance
 
     def claims(self, name: str) -> list[Provenance]:
         """Return the plugins, broken ones included, that go by `name` or have such a backend."""
         broken = {plugin.provenance.plugin: plugin.provenance for plugin in self.broken}
-        backends = [entry.provenance for entry in self._backends.get(name, [])]
+        backends = [entry.provenance for entry in self._tables["backend"].get(name, [])]
         return [table[name] for table in (self.plugins, broken) if name in table] + backends
 
     def clashes(self) -> list[str]:
         """Return a sentence for each name that several plugins claim."""
-        tables: list[tuple[str, dict[str, Any]]] = [
-            ("backend", self._backends),
-            ("adapter", self._adapters),
-        ]
         return [
             _clash(kind, name, entries)
-            for kind, table in tables
+            for kind, table in self._tables.items()
             for name, entries in sorted(table.items())
             if len(entries) > 1
         ]
 
-    def _only(self, kind: str, name: str, table: dict[str, list[_Entry[Any]]]) -> _Entry[Any]:
+    def only_of(self, plugins: Container[str]) -> Registry:
+        """Return a registry that has the records of `plugins` alone."""
+        tables = {
+            kind: {
+                name: kept
+                for name, entries in table.items()
+                if (kept := [e for e in entries if e.provenance.plugin in plugins])
+            }
+            for kind, table in self._tables.items()
+        }
+        return replace(self, _tables=tables)
+
+    def _only(self, kind: str, name: str) -> _Entry:
+        table = self._tables[kind]
         entries = table.get(name, [])
         if len(entries) == 1:
             return entries[0]
@@ -163,10 +178,9 @@ class Registry:
             self._keep_broken(provenance, error)
             return
         self.plugins[name], self.seconds[name] = provenance, time.perf_counter() - started
-        for backend in found.backends:
-            self._backends.setdefault(backend.name, []).append(_Entry(backend, provenance))
-        for adapter in found.adapters:
-            self._adapters.setdefault(adapter.name, []).append(_Entry(adapter, provenance))
+        for record in found.records:
+            table = self._tables[kind_of(record)]
+            table.setdefault(record.name, []).append(_Entry(record, provenance))
 
     def _keep_broken(self, provenance: Provenance, error: BaseException) -> None:
         details = "".join(traceback.format_exception(error))
@@ -181,7 +195,7 @@ class Registry:
         warnings.warn(f"plugin {provenance}: {reason}; {fix}", PluginWarning, stacklevel=4)
 
 
-def _clash(kind: str, name: str, entries: Iterable[_Entry[Any]]) -> str:
+def _clash(kind: str, name: str, entries: Iterable[_Entry]) -> str:
     providers = " and ".join(str(entry.provenance) for entry in entries)
     return f"the {kind} name {name!r} is claimed by {providers}"
 
@@ -289,10 +303,10 @@ def discover() -> Registry:
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     found = Registry(manager)
-    builtin = Provenance("builtin", builtin_adapters.__name__)
-    found.add("builtin", lambda: builtin_adapters, builtin)
+    seen = {name: Provenance(name, module) for name, module in BUILTIN.items()}
+    for name, provenance in seen.items():
+        found.add(name, partial(importlib.import_module, provenance.module), provenance)
     wanted = _wanted()
-    seen = {"builtin": builtin}
     for provenance, entry_point in _entry_points(found.broken):
         name = provenance.plugin
         if wanted is not None and name not in wanted:
