@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import quantadapt_aqlm_additive as additive
 import torch
-from quantadapt_aqlm import AQLM, SIZES
+from quantadapt_aqlm import AQLM, SIZES, additive
 from quantadapt_aqlm.layers import settled
 from torch import nn
 

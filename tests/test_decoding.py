@@ -106,8 +106,8 @@ def test_nothing_changes_on_a_cpu(backend):
     [
         ("bnb-nf4", "quantadapt_bnb"),
         ("bnb-fp4", "quantadapt_bnb"),
-        ("gptq", "quantadapt_gptqmodel.target"),
-        ("awq", "quantadapt_gptqmodel.target"),
+        ("gptq", "quantadapt_gptqmodel.base"),
+        ("awq", "quantadapt_gptqmodel.base"),
         ("autoround", "quantadapt_autoround"),
     ],
 )

@@ -493,7 +493,7 @@ def outputs(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_scales_move_without_changing_the_model(name, monkeypatch) -> None:
-    import quantadapt_gptqmodel_awq as awq
+    from quantadapt_gptqmodel import awq
 
     from quantadapt.calibration.blocks import each_block
     from quantadapt.loading import linear_layers, skipped_modules

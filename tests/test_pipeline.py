@@ -21,6 +21,7 @@ from quantadapt.errors import (
     PlanRefused,
     SpecError,
 )
+from quantadapt.evaluation.sizes import size_mib
 from quantadapt.exporting import merging, saving
 from quantadapt.facade import facades
 from quantadapt.folders import atomic
@@ -176,7 +177,7 @@ def test_a_tied_weight_counts_once(small) -> None:
     model = qa.quantize(small, "none")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     expected = sum(parameter.numel() for parameter in model.parameters()) * 4 / 2**20
-    assert saving.size_mib(model) == pytest.approx(expected, rel=1e-3)
+    assert size_mib(model) == pytest.approx(expected, rel=1e-3)
 
 
 def test_experts_with_adapters_are_merged() -> None:
@@ -383,9 +384,9 @@ class TestRun:
 
     def test_a_vendor_that_is_not_installed(self, small, monkeypatch) -> None:
         real: Backend = registry().backend("hqq")
-        entry = registry()._backends["hqq"][0]
+        backends = registry()._tables["backend"]
         missing = replace(real, requires=("surely-not-installed>=1",))
-        monkeypatch.setitem(registry()._backends, "hqq", [replace(entry, record=missing)])
+        monkeypatch.setitem(backends, "hqq", [replace(backends["hqq"][0], record=missing)])
         with pytest.raises(qa.QuantadaptError, match=r"pip install 'quantadapt\[hqq\]'"):
             qa.quantize(small, "hqq")
 

@@ -12,9 +12,16 @@ from typing import Any
 
 import pytest
 
-from quantadapt import cli, matrix
+from quantadapt import cli
 from quantadapt.cli.verifying import VerifyDisplay
-from quantadapt.errors import DataError, MissingDependency, OutputError, PlanRefused, SpecError
+from quantadapt.errors import (
+    DataError,
+    MissingDependency,
+    OutputError,
+    PlanRefused,
+    Problem,
+    SpecError,
+)
 from quantadapt.matrix import process, results, verify
 from quantadapt.matrix.process import Job
 from quantadapt.matrix.results import Verified, read_verified
@@ -250,7 +257,7 @@ def test_cells_of_other_origin_say_so(tmp_path: Path, stand_in):
 
 
 def test_what_is_missing_is_not_run(stand_in, monkeypatch):
-    no = matrix.Problem("it needs spam, which is not installed", where="backend")
+    no = Problem("it needs spam, which is not installed", where="backend")
     monkeypatch.setattr(verify, "obstacles", lambda *_: [no])
     cells, starts = stand_in()
     assert starts == []
@@ -261,7 +268,7 @@ def test_what_is_missing_is_not_run(stand_in, monkeypatch):
 
 def test_a_result_of_another_machine_is_not_thrown_away(stand_in, monkeypatch):
     stand_in(adapters=("lora",))
-    no = matrix.Problem("it needs spam", where="backend")
+    no = Problem("it needs spam", where="backend")
     monkeypatch.setattr(verify, "obstacles", lambda *_: [no])
     cells, _ = stand_in(adapters=("lora", "dora"), fresh=True)
     assert outcomes(cells) == {"lora": "passed", "dora": "not run"}
