@@ -12,7 +12,7 @@ from collections.abc import Callable, Container
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,31 @@ from .loading.blocks import Blocks
 from .loading.read_ahead import reading_ahead
 from .model.modules import linear_layers, set_submodule, skipped_modules
 
-if TYPE_CHECKING:
-    from .protocols import LayerwiseQuantizer
-
 METHOD = "quantadapt"
 
 
+class LinearQuantizer(Protocol):
+    """What is wanted of a quantizer here, as `protocols.LayerwiseQuantizer` says it."""
+
+    def quantize_linear(self, linear: nn.Linear) -> nn.Module:
+        """Return the vendor module for a dense layer."""
+        ...
+
+    def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
+        """Return the vendor module for the tensors that were saved for it."""
+        ...
+
+    def quantization_config(self) -> dict[str, Any]:
+        """Return what goes into config.json."""
+        ...
+
+    def left_dense(self, names: list[str], head: str | None) -> dict[str, Any]:
+        """Return what config.json says of the layers that stay dense."""
+        ...
+
+
 def quantize_layerwise(
-    quantizer: LayerwiseQuantizer,
+    quantizer: LinearQuantizer,
     source: str | nn.Module,
     *,
     device: str,
@@ -54,7 +71,7 @@ def quantize_layerwise(
 
 
 def _quantize_module(
-    quantizer: LayerwiseQuantizer,
+    quantizer: LinearQuantizer,
     model: nn.Module,
     *,
     device: str,
@@ -96,7 +113,7 @@ def _move_own(
 
 
 def load_layerwise(
-    quantizer: LayerwiseQuantizer, path: str, *, device: str, dtype: torch.dtype
+    quantizer: LinearQuantizer, path: str, *, device: str, dtype: torch.dtype
 ) -> nn.Module:
     """Load a checkpoint that `save_layerwise` wrote. See `Quantizer.load`."""
     config = copy.deepcopy(reading.read_config(path))
@@ -110,7 +127,7 @@ def load_layerwise(
 
 
 def save_layerwise(
-    quantizer: LayerwiseQuantizer, model: nn.Module, path: Path, *, hf_quantizer: Any = None
+    quantizer: LinearQuantizer, model: nn.Module, path: Path, *, hf_quantizer: Any = None
 ) -> None:
     """Write config.json (with `quantization_config`) and model.safetensors into `path`.
 
@@ -130,7 +147,7 @@ def save_layerwise(
         reading.unmarked(model)
 
 
-def _left_dense(quantizer: LayerwiseQuantizer, model: nn.Module) -> dict[str, Any]:
+def _left_dense(quantizer: LinearQuantizer, model: nn.Module) -> dict[str, Any]:
     """Return what the checkpoint has to say about layers that stay dense."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     dense = dict(linear_layers(model, ()))
