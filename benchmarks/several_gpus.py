@@ -204,7 +204,7 @@ def build(case: Case, device: str) -> Any:
     quantize = registry().backend("bnb-nf4").quantizer().quantize_linear
     sharded = made.parallel == "fsdp"
     model = random_llama(case.shape, quantize, device, getattr(torch, dtype), sharded)
-    base = quantize_plan(made, module=model)
+    base = quantize_plan(plan(spec, module=model, check_output=False), module=model)
     return qa.attach(base, "lora", r=RANK, lora_alpha=RANK)
 
 

@@ -52,11 +52,11 @@ class RunResult:
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
-def run(spec: Spec, *, listener: Listener | None = None, command: str = "") -> RunResult:
+def run(spec: Spec | Plan, *, listener: Listener | None = None, command: str = "") -> RunResult:
     """Plan, quantize, attach, train, evaluate, export; leave a run folder.
 
     Args:
-        spec: what to do.
+        spec: what to do; a plan that was made of one is carried out as it is.
         listener: told about stages, training steps and notes as they happen.
         command: the command line that led here, for the report.
 
@@ -82,19 +82,18 @@ def meet(plan: Plan) -> None:
 class _Run:
     """One run: the plan, the folder, and the figures as they come in."""
 
-    def __init__(self, spec: Spec, listener: Listener, command: str) -> None:
+    def __init__(self, spec: Spec | Plan, listener: Listener, command: str) -> None:
         self.listener = listener
         self.metrics: dict[str, Any] = {"command": command, "stages": {}, "perplexity": {}}
         self.world = world()
         with self.stage("plan") as done:
-            self.plan = done(planning.plan(as_launched(spec), check_output=self.world.is_main))
+            if isinstance(spec, Spec):
+                spec = planning.plan(as_launched(spec), check_output=self.world.is_main)
+            self.plan: Plan = done(with_config(spec))
         self.spec = self.plan.spec
 
     def go(self) -> RunResult:
         import_requirements(self.plan.backend)
-        self.plan = with_config(self.plan)
-        if self.plan.memory is None:  # a hub id's config is here by now
-            self.plan = planning.plan(self.spec, check_output=self.world.is_main)
         self.check()
         data = self.read_data()
         self.examples = self.calibration(data)
@@ -111,11 +110,13 @@ class _Run:
         return RunResult(tuned, self.folder.path, self.plan, self.metrics)
 
     def check(self) -> None:
-        """Refuse what the plan cannot know and shows before any weight is loaded: optimizers and
-        schedules that transformers lacks, layers that are not there or cannot be quantized."""
+        """Refuse what the plan cannot know and shows before any weight is loaded: models, schedules
+        and optimizers that transformers lacks, layers that are missing or cannot be quantized."""
         from .adapting.stage import check_targets
+        from .loading.reading import read_config
         from .training.stage import problems
 
+        read_config(self.plan.model)
         found = problems(self.spec.train)
         try:
             check_targets(self.plan.model, self.plan.adapter_options.get("target_modules"))
@@ -292,7 +293,7 @@ class _Run:
 
     def attach(self, model: nn.Module) -> PeftModel:
         plan = self.plan
-        tuned = attach_planned(model, plan.adapter.name, plan.adapter_options, self.spec.seed)
+        tuned = attach_planned(model, plan)
         targets = tuned.peft_config["default"].target_modules  # type: ignore[union-attr]
         found = sorted(targets) if isinstance(targets, (list, set)) else [targets]
         self.folder.write_json("plan.json", plan.to_dict() | {"target_modules": found})

@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import planning
 from .errors import QuantadaptError
+from .planning.stage import Plan
 from .quantizing.stage import quantize_plan
 from .quantizing.state import state_of
-from .registry.discovery import registry
 from .spec import Spec, TrainSpec
 
 if TYPE_CHECKING:
@@ -73,10 +73,9 @@ def quantize(
         skip_misfits=skip_misfits,
         train=_WHOLE,
     )
-    made = planning.plan(spec, check_output=False)
-    if source is None or isinstance(source, str):
-        return quantize_plan(made, calibration=calibration)
-    return quantize_plan(made, module=source, calibration=calibration)
+    module = None if source is None or isinstance(source, str) else source
+    made = planning.plan(spec, module=module, check_output=False)
+    return quantize_plan(made, module=module, calibration=calibration)
 
 
 def attach(model: nn.Module, adapter: str = "lora", *, seed: int = 0, **options: Any) -> PeftModel:
@@ -91,30 +90,20 @@ def attach(model: nn.Module, adapter: str = "lora", *, seed: int = 0, **options:
     Raises:
         PlanRefused: a rule forbids the combination, or an option is wrong.
     """
-    state = state_of(model)
-    record = registry().adapter(adapter)
-    spec = Spec(
-        backend={"name": state.backend.name, **state.quantizer.model_dump()},
-        adapter={"name": adapter, **options},
-        device=state.device,
-        dtype=state.dtype_name,
-        train=_WHOLE,
-    )
-    made = planning.plan(spec, check_output=False)
-    return attach_planned(model, record.name, made.adapter_options, seed)
+    spec = Spec(adapter={"name": adapter, **options}, seed=seed)
+    return attach_planned(model, planning.plan_adapter(state_of(model), spec))
 
 
-def attach_planned(model: nn.Module, name: str, options: Mapping[str, Any], seed: int) -> PeftModel:
-    """Attach the adapter `name` with options that a plan has checked; remember it on the model."""
+def attach_planned(model: nn.Module, plan: Plan) -> PeftModel:
+    """Attach the adapter of `plan`, and remember it on the model."""
     from transformers import set_seed
 
     from .adapting.stage import attach_adapter
 
-    set_seed(seed)
+    set_seed(plan.spec.seed)
     state = state_of(model)
-    record = registry().adapter(name)
-    peft_model = attach_adapter(model, record, options)
-    state.adapter, state.adapter_options = record, dict(options)
+    peft_model = attach_adapter(model, plan.adapter, plan.adapter_options)
+    state.adapter, state.adapter_options = plan.adapter, dict(plan.adapter_options)
     return peft_model
 
 

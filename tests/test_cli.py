@@ -362,8 +362,8 @@ METRICS = {
 def fake_run(work: Any) -> Any:
     """Return a `pipeline.run` that makes a folder, calls `work`, and tells its listener."""
 
-    def run(spec: Any, *, listener: Any, command: str = "") -> Any:
-        folder = RunFolder.create(spec.output, overwrite=spec.overwrite)
+    def run(plan: Any, *, listener: Any, command: str = "") -> Any:
+        folder = RunFolder.create(plan.spec.output, overwrite=plan.spec.overwrite)
         listener("stage", {"name": "train", "state": "start"})
         work()
         for step in (1, 2, 40):

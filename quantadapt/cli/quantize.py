@@ -64,12 +64,13 @@ def quantize(
     """
     with session(as_json=json) as shown:
         from ..planning.stage import plan
+        from ..quantizing.stage import with_config
         from .models import checked_output, waiting
 
         given = {"device": device, "dtype": dtype, "skip_misfits": skip_misfits or None}
         spec = _spec(model, backend, set_ or [], **given)
         with checked_output(output, overwrite):
-            made = plan(spec, check_output=False)
+            made = with_config(plan(spec, check_output=False))
         with waiting(shown, f"quantizing with {made.backend.name}"):
             facts = _quantized(made, output, calibration, overwrite)
         if json:

@@ -47,8 +47,9 @@ def run(flags: SpecFlags, json: JsonOption = False, gpus: GpusOption = 1) -> Non
         return
     with session(as_json=json) as shown:
         from ..planning.stage import plan
+        from ..quantizing.stage import with_config
 
-        made = plan(as_launched(flags.spec()), check_output=world().is_main)
+        made = with_config(plan(as_launched(flags.spec()), check_output=world().is_main))
         result = _watched(made, shown)
         stop()
         if json:
@@ -101,7 +102,7 @@ def _watched(made: Plan, shown: Session) -> RunResult:
         listener: Listener = display
         if world().is_main:
             listener = _logging_to_folder(display, shown, _folder(made))
-        result = run_pipeline(made.spec, listener=listener, command=command)
+        result = run_pipeline(made, listener=listener, command=command)
     show_result(shown.progress, result.folder, result.metrics)
     return result
 

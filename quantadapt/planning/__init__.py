@@ -6,15 +6,17 @@ Pure: it imports no torch, downloads nothing and loads no model.
 from __future__ import annotations
 
 from .refusals import WAY_OUT, attach_refusals, make_cell, merge_refusals, onto_refusals
-from .stage import MergePlan, Plan, plan
+from .stage import MergePlan, Plan, completed, plan, plan_adapter
 
 __all__ = [
     "WAY_OUT",
     "MergePlan",
     "Plan",
     "attach_refusals",
+    "completed",
     "make_cell",
     "merge_refusals",
     "onto_refusals",
     "plan",
+    "plan_adapter",
 ]

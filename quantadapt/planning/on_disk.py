@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,12 @@ def config_of(source: str) -> dict[str, Any] | None:
 
 def quantization_of(source: str) -> dict[str, Any] | None:
     """Return `quantization_config` of a checkpoint's config.json, or None."""
-    config = config_of(source)
-    found = config.get("quantization_config") if config else None
+    return quantization_in(config_of(source) or {})
+
+
+def quantization_in(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return `quantization_config` of the contents of a config.json, or None."""
+    found = config.get("quantization_config")
     return found if isinstance(found, dict) else None
 
 

@@ -25,7 +25,7 @@ from ..protocols import Quantizer
 from ..records import Adapter, Backend, R, Record, kind_of
 from ..registry.discovery import Registry
 from ..spec import Named, Spec, read_yaml, wrong_value
-from .on_disk import check_model, has_config_alone, quantization_of
+from .on_disk import check_model, has_config_alone, quantization_in
 from .peft_options import peft_options
 from .processes import device_problems
 
@@ -127,26 +127,37 @@ def device_of(draft: Draft) -> str:
 
 
 def quantizer_of(
-    draft: Draft, backend: Backend | None, model: str
+    draft: Draft, backend: Backend | None, config: Mapping[str, Any]
 ) -> tuple[Quantizer | None, bool]:
-    """Return the quantizer, and whether the checkpoint was quantized by it already."""
-    if backend is None:
-        return None, False
-    found = quantization_of(model)
-    if found is None:
-        return options_of(draft, backend, draft.spec.backend, lambda b: b.quantizer), False
+    """Return the quantizer, and whether the checkpoint was quantized by it already.
+
+    Args:
+        config: the checkpoint's config.json; empty where it is not known.
+    """
+    found = quantization_in(config)
+    if backend is None or found is None:
+        return fresh_quantizer(draft, backend), False
     adopted = backend.quantizer.from_checkpoint(found)
     if adopted is None:
         draft.problems.append(_wrong_checkpoint(draft, backend, found))
         return None, True
-    given = draft.spec.backend.options
-    differing = {k: v for k, v in given.items() if getattr(adopted, k, None) != v}
-    for name, value in differing.items():
-        what = f"the checkpoint is quantized already, with {name}={getattr(adopted, name, None)!r}"
-        fix = f"leave out {name}={value!r}, or start from the unquantized model"
-        draft.problems.append(Problem(what, fix, where=f"backend.{name}"))
+    refuse_other_options(draft, adopted, "checkpoint")
     draft.notes.append(f"the checkpoint is quantized already ({backend.name}); loaded as it is")
     return adopted, True
+
+
+def fresh_quantizer(draft: Draft, backend: Backend | None) -> Quantizer | None:
+    """Return the quantizer that the spec asks for."""
+    return options_of(draft, backend, draft.spec.backend, lambda found: found.quantizer)
+
+
+def refuse_other_options(draft: Draft, adopted: Quantizer, what_is: str) -> None:
+    """Note options of the spec that are not those of what is quantized already."""
+    for name, value in draft.spec.backend.options.items():
+        if (has := getattr(adopted, name, None)) != value:
+            what = f"the {what_is} is quantized already, with {name}={has!r}"
+            fix = f"leave out {name}={value!r}, or start from the unquantized model"
+            draft.problems.append(Problem(what, fix, where=f"backend.{name}"))
 
 
 def _wrong_checkpoint(draft: Draft, backend: Backend, found: Mapping[str, Any]) -> Problem:

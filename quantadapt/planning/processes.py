@@ -15,7 +15,6 @@ from ..machine import Machine
 from ..records import Adapter, Backend
 from ..spec import Spec
 from .memory import MemoryPlan
-from .on_disk import config_of
 from .refusals import loftq_iterations, wants_loftq
 
 Parallel = Literal["none", "ddp", "fsdp"]
@@ -78,21 +77,27 @@ def device_problems(spec: Spec, machine: Machine, processes: int) -> list[Proble
     return []
 
 
-def shard_problems(cell: Cell, backend: Backend, adapter: Adapter, model: str) -> list[Problem]:
-    """Return why the base of `cell` cannot be sharded; empty if it can."""
+def shard_problems(
+    cell: Cell, backend: Backend, adapter: Adapter, config: Mapping[str, Any]
+) -> list[Problem]:
+    """Return why the base of `cell` cannot be sharded; empty if it can.
+
+    Args:
+        config: the model's config.json.
+    """
     return [
         *refusals(cell, (*backend.rules, *adapter.rules), "shard"),
         *_option_problems(cell.adapter_options),
-        *_model_problems(model),
+        *_model_problems(config),
     ]
 
 
 def share_problems(
-    cell: Cell, backend: Backend, adapter: Adapter, model: str, merge: str
+    cell: Cell, backend: Backend, adapter: Adapter, config: Mapping[str, Any], merge: str
 ) -> list[Problem]:
     """Return why a run that merges as `merge` says cannot share the base; empty if it can."""
     merges = merge_problems(merge) if merge != "auto" else ()
-    return [*shard_problems(cell, backend, adapter, model), *merges]
+    return [*shard_problems(cell, backend, adapter, config), *merges]
 
 
 def shard_notes(spec: Spec) -> list[str]:
@@ -123,7 +128,7 @@ def _option_problems(options: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(what, DDP, f"adapter.{name}", "fsdp-keeps-the-base")
 
 
-def _model_problems(model: str) -> Iterator[Problem]:
-    if (config_of(model) or {}).get("is_encoder_decoder"):
+def _model_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
+    if config.get("is_encoder_decoder"):
         what = "encoder-decoder models are not sharded"
         yield Problem(what, DDP, "train.parallel", "fsdp-decoders-only")

@@ -7,8 +7,8 @@ neither torch nor a vendor. All problems are collected and raised once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .. import demo
 from ..capabilities import Cell
@@ -21,8 +21,9 @@ from ..records import Adapter, Backend
 from ..registry.discovery import Registry, registry
 from ..spec import MergeChoice, Spec
 from . import processes
+from .live import config_of_module, quantizer_of_module
 from .memory import MemoryPlan, memory_plan
-from .on_disk import config_of
+from .on_disk import config_of, quantization_of
 from .parts import (
     Draft,
     adapter_options,
@@ -39,6 +40,9 @@ from .parts import (
 from .processes import Parallel
 from .refusals import attach_refusals, loftq_problems, make_cell, merge_refusals
 
+if TYPE_CHECKING:
+    from torch import nn
+
 MergePlan = Literal["dense", "requantize", "never"]
 
 
@@ -48,8 +52,8 @@ class Plan:
 
     Attributes:
         spec: the spec with every default resolved.
-        model: checkpoint folder or hub id.
-        adopt: the checkpoint is quantized already and is loaded as it is.
+        model: checkpoint folder or hub id; empty for a live module.
+        adopt: the model is quantized already and is taken as it is.
         device: "cpu", "cuda", "cuda:1", ...
         dtype: torch's name of the compute dtype.
         merge: what the export will write besides the adapter.
@@ -58,6 +62,10 @@ class Plan:
         processes: how many work on it, one device each.
         parallel: "ddp" or "fsdp" if there are several, else "none".
         memory: what training needs on a GPU; None where that cannot be predicted.
+        config: the model's config.json; None where it is not here yet, as before the first download
+            of a hub id. `completed` adds what it tells.
+        machine: the devices that it was made for.
+        trains: whether it is for a run that trains, so that its memory matters.
     """
 
     spec: Spec
@@ -75,6 +83,9 @@ class Plan:
     processes: int = 1
     parallel: Parallel = "none"
     memory: MemoryPlan | None = None
+    config: Mapping[str, Any] | None = field(default=None, repr=False)
+    machine: Machine = field(default_factory=this_machine, repr=False)
+    trains: bool = False
 
     @property
     def calibrates(self) -> bool:
@@ -114,6 +125,7 @@ class Plan:
 def plan(
     spec: Spec,
     *,
+    module: nn.Module | None = None,
     machine: Machine | None = None,
     registry_: Registry | None = None,
     check_output: bool = True,
@@ -125,6 +137,7 @@ def plan(
 
     Args:
         spec: what is wanted.
+        module: a live module to plan for, instead of the spec's model.
         machine: the devices to plan for; this machine's by default.
         registry_: the plugins to choose from; those installed by default.
         check_output: whether a run folder will be made, so that it has to be free.
@@ -132,14 +145,19 @@ def plan(
         cards: sizes in GiB of GPUs to plan for; they need not be in this machine.
         weights: whether a local model has to have its weights; a prediction needs the config alone.
     """
-    spec = _with_demo_defaults(spec)
+    spec = _with_defaults(spec, demo_run=module is None)
     count = world().size if processes is None else processes
     draft = Draft(spec, machine or this_machine(), registry_ or registry(), count, tuple(cards))
-    model = model_of(draft, weights)
-    device = device_of(draft)
     backend = record_of(draft, Backend, spec.backend)
     adapter = record_of(draft, Adapter, spec.adapter)
-    quantizer, adopt = quantizer_of(draft, backend, model)
+    if module is None:
+        model = model_of(draft, weights)
+        config = config_of(model)
+        quantizer, adopt = quantizer_of(draft, backend, config or {})
+    else:
+        model, config = "", config_of_module(module)
+        quantizer, adopt = quantizer_of_module(draft, backend, module)
+    device = device_of(draft)
     options = adapter_options(draft, adapter)
     dtype = dtype_of(draft, backend, device)
     check_data(draft)
@@ -149,64 +167,134 @@ def plan(
         check_resumed(draft, quantizer, options)
     if not (backend and adapter and quantizer):
         raise PlanRefused(draft.problems)
-    made = _combined(
-        draft,
-        Plan(
-            spec=spec,
-            model=model,
-            backend=backend,
-            quantizer=quantizer,
-            adapter=adapter,
-            adapter_options=options,
-            device=device,
-            dtype=dtype,
-            adopt=adopt,
-            processes=count,
-        ),
+    made = Plan(
+        spec=spec,
+        model=model,
+        backend=backend,
+        quantizer=quantizer,
+        adapter=adapter,
+        adapter_options=options,
+        device=device,
+        dtype=dtype,
+        adopt=adopt,
+        processes=count,
+        config=config,
+        machine=draft.machine,
         trains=check_output or bool(cards),
     )
-    forbidden = made.merge_refusals if spec.export.merge != "auto" else ()
+    return _settled(draft, made)
+
+
+def completed(made: Plan, config: Mapping[str, Any]) -> Plan:
+    """Return a plan with what the model's config tells, where that came only after the plan was
+    made: whether the checkpoint is quantized already, the memory, how processes share the base.
+
+    Pure. A plan that has its config is returned as it is.
+
+    Raises:
+        PlanRefused: with every problem that shows only now.
+    """
+    if made.config is not None:
+        return made
+    outdated = made.quantizer.notes(made.device)
+    draft = Draft(made.spec, made.machine, registry(), made.processes)
+    draft.notes += [note for note in made.notes if note not in outdated]
+    quantizer, adopt = quantizer_of(draft, made.backend, config)
+    if quantizer is None:
+        raise PlanRefused(draft.problems)
+    return _settled(draft, replace(made, config=config, quantizer=quantizer, adopt=adopt))
+
+
+class Base(Protocol):
+    """A quantized model, as a plan for its adapter looks at it; a `ModelState` is one."""
+
+    source: str
+    backend: Backend
+    quantizer: Quantizer
+    device: str
+
+    @property
+    def dtype_name(self) -> str:
+        """torch's name of the compute dtype."""
+        ...
+
+
+def plan_adapter(base: Base, spec: Spec) -> Plan:
+    """Plan attaching the spec's adapter to a base that is quantized already; all else is as it is.
+
+    Raises:
+        PlanRefused: with every problem at once.
+    """
+    draft = Draft(spec, this_machine(), registry())
+    adapter = record_of(draft, Adapter, spec.adapter)
+    options = adapter_options(draft, adapter)
+    if adapter is None:
+        raise PlanRefused(draft.problems)
+    made = Plan(
+        spec=spec,
+        model=base.source,
+        backend=base.backend,
+        quantizer=base.quantizer,
+        adapter=adapter,
+        adapter_options=options,
+        device=base.device,
+        dtype=base.dtype_name,
+        adopt=not base.source or quantization_of(base.source) is not None,
+    )
+    draft.problems += _cell_problems(made)
+    if draft.problems:
+        raise PlanRefused(draft.problems)
+    return made
+
+
+def _cell_problems(made: Plan) -> list[Problem]:
+    """Return why this adapter cannot be put onto this base; empty if it can."""
+    found = attach_refusals(made.cell, made.backend, made.adapter)
+    return found + loftq_problems(made.adapter_options, made.backend, has_original=not made.adopt)
+
+
+def _settled(draft: Draft, made: Plan) -> Plan:
+    """Return `made` with what its parts come to together. Raises what speaks against it."""
+    made = _combined(draft, made)
+    forbidden = made.merge_refusals if made.spec.export.merge != "auto" else ()
     if draft.problems:
         raise PlanRefused([*draft.problems, *forbidden])
     if forbidden:
         raise MergeRefused(forbidden)
-    return replace(made, notes=tuple(draft.notes))
+    return replace(made, notes=tuple(dict.fromkeys(draft.notes)))
 
 
-def _combined(draft: Draft, made: Plan, *, trains: bool) -> Plan:
-    """Return `made` with what its parts come to together: rules, merge, processes and memory.
-
-    Args:
-        trains: whether the plan is for training, so that its memory matters.
-    """
+def _combined(draft: Draft, made: Plan) -> Plan:
+    """Return `made` with rules, merge, processes and memory looked at."""
     spec, cell, backend, adapter = made.spec, made.cell, made.backend, made.adapter
-    draft.problems += attach_refusals(cell, backend, adapter)
-    draft.problems += loftq_problems(made.adapter_options, backend, has_original=not made.adopt)
+    config = made.config or {}
+    draft.problems += _cell_problems(made)
     draft.notes += made.quantizer.notes(made.device)
     merge, refused = _merge(spec.export.merge, cell, backend, adapter)
-    unshared = processes.share_problems(cell, backend, adapter, made.model, spec.export.merge)
+    unshared = processes.share_problems(cell, backend, adapter, config, spec.export.merge)
     memory = _memory(draft, made, unshared)
     kind, why = processes.choose(spec, made.processes, memory)
     draft.notes += why
     if kind == "fsdp":
         memory = memory and memory.shared_by(made.processes)
-        draft.problems += processes.shard_problems(cell, backend, adapter, made.model)
+        draft.problems += processes.shard_problems(cell, backend, adapter, config)
         draft.notes += processes.shard_notes(spec)
         merge, refused = "never", processes.merge_problems(spec.export.merge)
     whole = merge == "dense" or (merge == "requantize" and backend.calibration)
     if whole and memory and (problem := memory.merge_problem()):
         merge, refused = "never", (problem,)
-    if not trains:
+    if not made.trains:
         memory = None
     elif memory is not None:
         _look_at_memory(draft, memory, adopt=made.adopt)
     return replace(made, merge=merge, merge_refusals=refused, parallel=kind, memory=memory)
 
 
-def _with_demo_defaults(spec: Spec) -> Spec:
-    """Fill in what the bundled demo wants to be trained with, where the user said nothing."""
+def _with_defaults(spec: Spec, *, demo_run: bool) -> Spec:
+    """Fill in where the user said nothing: the output, and in a run of the bundled demo what that
+    wants to be trained with."""
     spec = spec.model_copy(deep=True)
-    if spec.model is None and spec.data.path is None:
+    if demo_run and spec.model is None and spec.data.path is None:
         for name, value in demo.TRAIN_DEFAULTS.items():
             if name not in spec.train.model_fields_set:
                 setattr(spec.train, name, value)
@@ -221,7 +309,7 @@ def _memory(draft: Draft, made: Plan, unshared: Sequence[Problem]) -> MemoryPlan
     on_gpu = made.cell.device == "cuda"
     memory = memory_plan(
         made.spec,
-        config_of(made.model) or {},
+        made.config or {},
         made.quantizer,
         made.adapter,
         made.adapter_options,

@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
-from .stage import load_tokenizer, nothing_quantized, quantize_plan, skip_for, with_config
+from .stage import (
+    UnusedOptionWarning,
+    load_tokenizer,
+    nothing_quantized,
+    quantize_plan,
+    skip_for,
+    with_config,
+)
 
-__all__ = ["load_tokenizer", "nothing_quantized", "quantize_plan", "skip_for", "with_config"]
+__all__ = [
+    "UnusedOptionWarning",
+    "load_tokenizer",
+    "nothing_quantized",
+    "quantize_plan",
+    "skip_for",
+    "with_config",
+]

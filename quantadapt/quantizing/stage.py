@@ -7,6 +7,7 @@ the facades in front of what it made.
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import planning
 from ..dependencies import import_requirements
 from ..errors import ModelError, PlanRefused, PluginError, Problem, QuantadaptError
-from ..planning.on_disk import config_of, quantization_of
+from ..planning.on_disk import config_of
 from ..planning.stage import Plan
 from ..protocols import Quantizer
 from ..records import Backend
@@ -27,31 +28,27 @@ if TYPE_CHECKING:
     from .examples import Calibration, Examples
 
 
+class UnusedOptionWarning(UserWarning):
+    """Something was given that has no effect."""
+
+
 def quantize_plan(
     plan: Plan, *, module: nn.Module | None = None, calibration: Calibration = None
 ) -> nn.Module:
-    """Do what `plan` says about the base. `module` is a live module to use instead of a path."""
+    """Do what `plan` says about the base. `module` is the live module that it was made for."""
     import torch
 
     from ..facade import facades, wrap
     from ..model.modules import skipped_modules
 
     import_requirements(plan.backend)
-    if module is None and not plan.adopt:
-        plan = with_config(plan)
+    plan = with_config(plan)
     quantizer = plan.quantizer
     dtype = getattr(torch, plan.dtype)
     skip = _wanted_skip(plan)
-    examples = None
-    adopted = quantizer.from_model(module) if module is not None else None
-    if adopted is not None:
-        quantizer, model = adopted, module
-    elif plan.adopt and module is None:
-        with _sharding_blocks(plan):
-            model = quantizer.load(plan.model, device=plan.device, dtype=dtype)
-    else:
+    examples = _examples(plan, calibration)
+    if not plan.adopt:
         skip = skip_for(plan, module)
-        examples = _examples(plan, module, calibration)
         with _blame(plan.backend), _sharding_blocks(plan):
             model = quantizer.quantize(
                 plan.model if module is None else module,
@@ -60,7 +57,11 @@ def quantize_plan(
                 calibration=examples,
                 skip_modules=skip,
             )
-    assert model is not None
+    elif module is not None:
+        model = module
+    else:
+        with _sharding_blocks(plan):
+            model = quantizer.load(plan.model, device=plan.device, dtype=dtype)
     skip = skipped_modules(model, skip)
     model.requires_grad_(False)
     if plan.parallel == "fsdp":
@@ -72,13 +73,13 @@ def quantize_plan(
     if next(facades(model), None) is None:
         raise nothing_quantized(model)
     model.quantadapt = ModelState(  # type: ignore[assignment]
-        source="" if module is not None else plan.model,
+        source=plan.model,
         backend=plan.backend,
         quantizer=quantizer,
         device=plan.device,
         dtype=dtype,
         skip_modules=skip,
-        tokenizer=None if module is not None else load_tokenizer(plan.model),
+        tokenizer=load_tokenizer(plan.model) if plan.model else None,
         calibration=examples,
     )
     return model
@@ -150,23 +151,29 @@ def _misfits(reasons: Mapping[str, str]) -> list[Problem]:
     return problems
 
 
-def _examples(plan: Plan, module: nn.Module | None, given: Calibration) -> Examples | None:
+def _examples(plan: Plan, given: Calibration) -> Examples | None:
     """Return the calibration examples, checked, where the backend wants any."""
     from .. import demo
     from .examples import check_vocabulary, examples_from
 
     if not plan.calibrates:
+        if given is not None:
+            needless = f"these options of {plan.backend.name} need no data"
+            why = "the model is quantized already" if plan.adopt else needless
+            warnings.warn(f"calibration is not used: {why}", UnusedOptionWarning, stacklevel=4)
         return None
-    if given is None and module is None and plan.model == str(demo.MODEL_DIR):
+    if given is None and plan.model == str(demo.MODEL_DIR):
         given = str(demo.TRAIN_FILE)
     if given is None:
         what = f"backend {plan.backend.name!r} calibrates, and there is no data to do it on"
         fix = "pass calibration=..., a data file or tokenized examples (--calibration FILE)"
         raise PlanRefused([Problem(what, fix, where="calibration")])
-    tokenizer = load_tokenizer(plan.model) if isinstance(given, str) and module is None else None
+    tokenizer = load_tokenizer(plan.model) if isinstance(given, str) and plan.model else None
     examples = examples_from(given, tokenizer)
-    if module is None:
-        check_vocabulary(examples, (config_of(plan.model) or {}).get("vocab_size"))
+    vocabulary = (plan.config or {}).get("vocab_size")
+    # A live module may be no language model, and one that is may be shown something else.
+    if plan.model or (vocabulary and all("input_ids" in example for example in examples)):
+        check_vocabulary(examples, vocabulary)
     return examples
 
 
@@ -190,13 +197,13 @@ def _blame(backend: Backend) -> Iterator[None]:
 
 
 def with_config(plan: Plan) -> Plan:
-    """Plan again where only now, with its config downloaded, a hub id shows to be quantized."""
+    """Return the plan completed: a hub id's config is downloaded where it is not here yet."""
     from ..loading.reading import read_config
 
-    read_config(plan.model)
-    if quantization_of(plan.model) is None:
+    if plan.config is not None:
         return plan
-    return planning.plan(plan.spec, check_output=False)
+    read = read_config(plan.model)
+    return planning.completed(plan, config_of(plan.model) or read.to_dict())
 
 
 def load_tokenizer(source: str) -> Any:

@@ -179,12 +179,15 @@ class Bench:
         """What the last layer is called in its block; some vendors want all blocks alike."""
         return list(self.facades())[-1].rpartition(".")[2]
 
-    def quantize(self, plan: Plan, module: nn.Module | None = None) -> nn.Module:
-        """Quantize what `plan` names, or a live `module`, calibrated where the backend wants it."""
+    def quantize(self, made: Plan, module: nn.Module | None = None) -> nn.Module:
+        """Quantize what the plan `made` names, or a live `module` by the same spec, calibrated
+        where the backend wants it."""
         from ..quantizing.stage import quantize_plan
 
-        examples = calibration_examples() if self.record.calibration else None
-        return quantize_plan(plan, module=module, calibration=examples).eval()
+        if module is not None:
+            made = plan(made.spec, module=module, check_output=False)
+        examples = calibration_examples() if made.calibrates else None
+        return quantize_plan(made, module=module, calibration=examples).eval()
 
     def fresh(self) -> nn.Module:
         """Return a copy of the quantized base."""
