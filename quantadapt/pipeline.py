@@ -25,6 +25,7 @@ from .folders.run_folder import RunFolder, UnwrittenFolder
 from .planning.stage import Plan
 from .quantizing.examples import calibration_examples
 from .quantizing.stage import load_tokenizer, quantize_plan, skip_for, with_config
+from .quantizing.state import state_of
 from .registry.discovery import registry
 from .spec import Spec
 from .stages import attach_planned
@@ -264,7 +265,7 @@ class _Run:
         resumed = self.spec.train.resume and saved.exists()
         if self.world.is_main and not resumed:
             model = quantize_plan(replace(self.plan, parallel="none"), calibration=self.examples)
-            save_base(model, saved)
+            save_base(model, state_of(model), saved)
             if self.world.size == 1:
                 return model
         # Only now: vendors take a process group for an invitation to calibrate together.
@@ -293,7 +294,7 @@ class _Run:
 
     def attach(self, model: nn.Module) -> PeftModel:
         plan = self.plan
-        tuned = attach_planned(model, plan)
+        tuned = attach_planned(model, state_of(model), plan)
         targets = tuned.peft_config["default"].target_modules  # type: ignore[union-attr]
         found = sorted(targets) if isinstance(targets, (list, set)) else [targets]
         self.folder.write_json("plan.json", plan.to_dict() | {"target_modules": found})

@@ -14,7 +14,7 @@ from . import planning
 from .errors import QuantadaptError
 from .planning.stage import Plan
 from .quantizing.stage import quantize_plan
-from .quantizing.state import state_of
+from .quantizing.state import ModelState, state_of
 from .spec import Spec, TrainSpec
 
 if TYPE_CHECKING:
@@ -90,21 +90,18 @@ def attach(model: nn.Module, adapter: str = "lora", *, seed: int = 0, **options:
     Raises:
         PlanRefused: a rule forbids the combination, or an option is wrong.
     """
-    spec = Spec(adapter={"name": adapter, **options}, seed=seed)
-    return attach_planned(model, planning.plan_adapter(state_of(model), spec))
+    state, spec = state_of(model), Spec(adapter={"name": adapter, **options}, seed=seed)
+    return attach_planned(model, state, planning.plan_adapter(state, spec))
 
 
-def attach_planned(model: nn.Module, plan: Plan) -> PeftModel:
-    """Attach the adapter of `plan`, and remember it on the model."""
+def attach_planned(model: nn.Module, state: ModelState, plan: Plan) -> PeftModel:
+    """Attach the adapter of `plan`; `state` is the model's."""
     from transformers import set_seed
 
     from .adapting.stage import attach_adapter
 
     set_seed(plan.spec.seed)
-    state = state_of(model)
-    peft_model = attach_adapter(model, plan.adapter, plan.adapter_options)
-    state.adapter, state.adapter_options = plan.adapter, dict(plan.adapter_options)
-    return peft_model
+    return attach_adapter(model, state, plan.adapter, plan.adapter_options)
 
 
 def train(

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError, PlanRefused
-from ..planning.refusals import loftq_iterations, loftq_problems
+from ..errors import ModelError
+from ..planning.refusals import loftq_iterations
+from ..quantizing.state import ModelState
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -20,26 +21,21 @@ if TYPE_CHECKING:
 OVERSAMPLING, POWER_ITERATIONS = 16, 6  # of the randomized SVD; errors at rank r are below 1 %
 
 
-def initialize(model: PeftModel, options: Mapping[str, Any]) -> None:
+def initialize(model: PeftModel, state: ModelState, options: Mapping[str, Any]) -> None:
     """Set A and B of every LoRA layer, and with more than one iteration the base, in place.
 
     Args:
         model: a fresh LoRA (or DoRA, rsLoRA) over facades, made by quantadapt from a checkpoint.
-        options: those that `wants_loftq` looked at.
+        state: how.
+        options: those that `wants_loftq` looked at, and `loftq_problems` found nothing against.
 
     Raises:
-        PlanRefused: `loftq_problems` found any. ModelError: a layer is not in the checkpoint.
+        ModelError: a layer is not in the checkpoint.
     """
     from peft.tuners.lora import LoraLayer
 
     from ..loading.tensors import Checkpoint
-    from ..planning.on_disk import quantization_of
-    from ..quantizing.state import state_of
 
-    state = state_of(model)
-    original = bool(state.source) and quantization_of(state.source) is None
-    if found := loftq_problems(options, state.backend, original):
-        raise PlanRefused(found)
     checkpoint = Checkpoint(state.source)
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):

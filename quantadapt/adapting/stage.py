@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 
 
-def attach_adapter(model: nn.Module, adapter: Adapter, options: Mapping[str, Any]) -> PeftModel:
+def attach_adapter(
+    model: nn.Module, state: ModelState, adapter: Adapter, options: Mapping[str, Any]
+) -> PeftModel:
     """Return a PeftModel with a new, untrained adapter; only its parameters are trainable.
 
     Args:
         model: holds facades; changed in place, as PEFT does.
+        state: that of `model`; remembers the adapter.
         adapter: which method.
         options: fields of its PEFT config. `target_modules` is a list of name endings, a regular
             expression for full names, or "all-linear" (the default): every quantized layer.
@@ -53,11 +56,10 @@ def attach_adapter(model: nn.Module, adapter: Adapter, options: Mapping[str, Any
     except (ValueError, TypeError, ImportError, AssertionError) as error:
         raise PlanRefused([Problem(f"PEFT refuses it: {error}", where="adapter")]) from error
     if wants_loftq(options):
-        loftq.initialize(tuned, options)  # type: ignore[arg-type]
+        loftq.initialize(tuned, state, options)  # type: ignore[arg-type]
     # PiSSA and LoftQ put new values into the base's layers.
-    rewritten = any(id(facade.vendor) not in before for _, facade in facades(tuned))
-    if isinstance(state := getattr(model, "quantadapt", None), ModelState):
-        state.rewritten = rewritten
+    state.rewritten = any(id(facade.vendor) not in before for _, facade in facades(tuned))
+    state.adapter, state.adapter_options = adapter, options
     return tuned  # type: ignore[return-value]
 
 

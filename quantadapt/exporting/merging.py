@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import DataError
 from ..facade import QuantLinear, facades, wrap
-from ..quantizing.state import state_of
+from ..quantizing.state import ModelState, state_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,8 +31,9 @@ def merged_model(model: PeftModel, kind: Literal["dense", "requantize"]) -> nn.M
         kind: "dense" leaves `nn.Linear` layers; "requantize" quantizes the merged weights again
             as they were, and returns facades. A backend that calibrates sees the same examples.
     """
-    if kind == "requantize" and state_of(model).backend.calibration:
-        return _quantized_whole(merged_model(model, "dense"))
+    state = state_of(model)
+    if kind == "requantize" and state.backend.calibration:
+        return _quantized_whole(merged_model(model, "dense"), state)
     base: nn.Module = model.get_base_model()
     memo: dict[int, Any] = {}
     layers = list(_adapter_layers(base))
@@ -45,7 +46,7 @@ def merged_model(model: PeftModel, kind: Literal["dense", "requantize"]) -> nn.M
             memo.setdefault(id(facade), facade.dense())
     for wrapper in _kept_wrappers(base):
         memo[id(wrapper)] = copy.deepcopy(wrapper.modules_to_save[wrapper.active_adapters[0]])
-    return _copy(base, memo).requires_grad_(False)
+    return _copy(base, state, memo).requires_grad_(False)
 
 
 def bare_base(model: PeftModel) -> nn.Module:
@@ -55,11 +56,10 @@ def bare_base(model: PeftModel) -> nn.Module:
     memo |= {id(layer): layer.get_base_layer() for layer in _adapter_layers(base)}
     memo |= {id(wrapper): wrapper.original_module for wrapper in _kept_wrappers(base)}
     memo |= {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-    return _copy(base, memo)
+    return _copy(base, state_of(model), memo)
 
 
-def _copy(base: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    state = state_of(base)
+def _copy(base: nn.Module, state: ModelState, memo: dict[int, Any]) -> nn.Module:
     memo[id(state.tokenizer)] = state.tokenizer
     copied: nn.Module = copy.deepcopy(base, memo)
     for name in ("peft_config", "_hf_peft_config_loaded"):
@@ -68,9 +68,8 @@ def _copy(base: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return copied
 
 
-def _quantized_whole(merged: nn.Module) -> nn.Module:
+def _quantized_whole(merged: nn.Module, state: ModelState) -> nn.Module:
     """Quantize a dense merged model in place, with the examples that its base was calibrated on."""
-    state = state_of(merged)
     if state.calibration is None:
         what = (
             f"{state.backend.name} calibrates when it quantizes, and there is no data to do it on"

@@ -54,7 +54,7 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True, base: bo
     _refuse_foreign(final)
     if saves_base and base:
         _refuse_foreign(root / BASE)
-        save_base(model, root / BASE, overwrite=overwrite)
+        save_base(model, state, root / BASE, overwrite=overwrite)
     with atomic_folder(final, overwrite=overwrite) as folder:
         if state.adapter:
             model.save_pretrained(str(folder))  # type: ignore[operator]
@@ -82,11 +82,12 @@ def _refuse_foreign(folder: Path) -> None:
         raise OutputError("it holds something that save did not write", fix=fix, where=str(folder))
 
 
-def save_base(model: nn.Module, folder: Path, *, overwrite: bool = False) -> None:
-    """Save the quantized base of `model`, adapter or not."""
+def save_base(
+    model: nn.Module, state: ModelState, folder: Path, *, overwrite: bool = False
+) -> None:
+    """Save the quantized base of `model`, adapter or not; `state` is the model's."""
     from .merging import bare_base
 
-    state = state_of(model)
     base = model if state.adapter is None else bare_base(model)  # type: ignore[arg-type]
     with atomic_folder(folder, overwrite=overwrite) as made:
         state.quantizer.save(base, made)

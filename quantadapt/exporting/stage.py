@@ -92,15 +92,7 @@ def check_merge(state: ModelState, kind: MergeKind) -> None:
     """Raise MergeRefused where a rule forbids this merge."""
     if state.adapter is None:
         raise MergeRefused([Problem("there is no adapter to merge", "attach and train one first")])
-    cell = planning.make_cell(
-        state.backend,
-        state.quantizer,
-        state.adapter,
-        state.adapter_options,
-        state.device,
-        state.dtype_name,
-    )
-    if found := planning.merge_refusals(cell, state.backend, state.adapter, kind):
+    if found := planning.merge_refusals(state.cell, state.backend, state.adapter, kind):
         raise MergeRefused(found)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..capabilities import Cell
 from ..errors import QuantadaptError
+from ..planning.refusals import make_cell
 from ..protocols import Quantizer
 from ..records import Adapter, Backend
 
@@ -46,6 +48,14 @@ class ModelState:
     def dtype_name(self) -> str:
         """torch's name of the compute dtype, e.g. "bfloat16"."""
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def cell(self) -> Cell:
+        """The facts that rules look at, where an adapter is attached."""
+        assert self.adapter is not None
+        quantizer, options = self.quantizer, self.adapter_options
+        device, dtype = self.device, self.dtype_name
+        return make_cell(self.backend, quantizer, self.adapter, options, device, dtype)
 
     def manifest(self) -> dict[str, Any]:
         """Return what `quantadapt.json` says about the base: JSON-ready."""

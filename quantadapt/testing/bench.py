@@ -291,10 +291,7 @@ class Bench:
         record = registry().adapter(adapter)
         set_seed(0)
         given = {**self.spec(adapter).adapter.options, **options}
-        peft_model = attach_adapter(model, record, {**record.defaults, **given})
-        state = state_of(model)
-        state.adapter, state.adapter_options = record, {**record.defaults, **given}
-        return peft_model
+        return attach_adapter(model, state_of(model), record, given)
 
     def trained(self, adapter: str) -> Trained:
         """Return `adapter`, attached and trained; made once."""
