@@ -59,7 +59,8 @@ def row(backend: str, options: dict[str, Any], steps: int, device: str) -> str:
             device=device,
         )
         metrics = qa.run(spec).metrics
-    found, size, merge = metrics["perplexity"], metrics["size"], metrics["merge"]
+    found = metrics["evaluations"]["perplexity"]["perplexity"]["values"]
+    size, merge = metrics["size"], metrics["merge"]
     merged = "kl" in merge
     name = " ".join([backend, *(f"{key}={value}" for key, value in options.items())])
     cells = (

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import quantadapt
-from quantadapt import errors, hookspecs, matrix, records, registry
+from quantadapt import errors, hookspecs, matrix, protocols, records, registry
 from quantadapt.capabilities import Merge, Rule
 from quantadapt.matrix import results, tables
 from quantadapt.spec import Spec
@@ -49,6 +49,7 @@ def pages() -> dict[Path, str]:
         "spec.md": spec_page(),
         "backends.md": backends_page(known),
         "adapters.md": adapters_page(known),
+        "evaluations.md": evaluations_page(known),
         "hooks.md": hooks_page(),
         "cli.md": cli_page(),
         "errors.md": errors_page(),
@@ -133,6 +134,8 @@ def _type(schema: Mapping[str, Any]) -> str:
     """Return a JSON schema's type as users would write it."""
     if "enum" in schema:
         return " | ".join(str(value) for value in schema["enum"])
+    if "$ref" in schema:  # of the records that a spec names
+        return "name | {name: ..., option: ...}"
     if "const" in schema:
         return str(schema["const"])
     if "anyOf" in schema:
@@ -175,11 +178,6 @@ def backends_page(known: registry.Registry) -> str:
 
 
 def _backend(backend: records.Backend) -> str:
-    options = backend.quantizer.model_json_schema().get("properties", {})
-    rows = [
-        (_code(name), _code(_type(s)), _code(_json(s.get("default"))), s.get("description", ""))
-        for name, s in options.items()
-    ]
     facts = [
         ("needs", ", ".join(map(_code, backend.requires)) or "nothing else"),
         ("devices", ", ".join(backend.devices)),
@@ -191,7 +189,7 @@ def _backend(backend: records.Backend) -> str:
         [
             f"## {backend.name}",
             f"{backend.summary}.",
-            _table(("option", "type", "default", "meaning"), rows) if rows else "No options.",
+            *(_options(backend.quantizer) or ["No options."]),
             _facts(facts),
             *_rules(backend.rules),
         ]
@@ -233,6 +231,50 @@ def _adapter_merge(adapter: records.Adapter) -> str:
     return "refused altogether" if refused else adapter.merge.name.lower()
 
 
+def evaluations_page(known: registry.Registry) -> str:
+    """Return every built-in evaluation, and what one of a plugin's works with."""
+    found = known.records(records.Evaluation)
+    parts = [
+        "# Evaluations",
+        "An evaluation is what is measured on the models of a run, before and after training. Name "
+        "those that you want in `evaluate.evaluations`, options beside the name: "
+        "`evaluations: [perplexity, {name: exact-match, first: 50}]`. "
+        "`quantadapt eval RUN --evaluation NAME` measures a model that is there. `quantadapt "
+        "evaluations` lists what is installed here, plugins of third parties included.",
+        _table(
+            ("evaluation", "what", "install"),
+            [
+                (e.name, e.summary, _code(f"pip install '{e.extra}'") if e.extra else "nothing")
+                for e in found
+            ],
+        ),
+    ]
+    for evaluation in found:
+        parts += [f"## {evaluation.name}", *_docstring(evaluation.evaluator.__doc__ or "")]
+        parts += [*_options(evaluation.evaluator), *_rules(evaluation.rules)]
+    parts += [
+        "## One of your own",
+        "A plugin returns it from [quantadapt_evaluations](hooks.md#quantadapt_evaluations). "
+        "[Measure something else](../how-to/measure-something-else.md) makes one.",
+    ]
+    for part in (protocols.Evaluator, protocols.Given, protocols.Figure):
+        parts += [f"### {part.__name__}", *_docstring(part.__doc__ or "")]
+        for name, method in vars(part).items():
+            if inspect.isfunction(method) and not name.startswith("_"):
+                signature = f"def {name}{inspect.signature(method)}: ...".replace("'", "")
+                parts += [_fence(signature, "python"), *_docstring(method.__doc__ or "")]
+    return "\n\n".join(parts)
+
+
+def _options(options: type[Any]) -> list[str]:
+    """Return the table of what users set; nothing where there is nothing to set."""
+    rows = [
+        (_code(name), _code(_type(s)), _code(_json(s.get("default"))), s.get("description", ""))
+        for name, s in options.model_json_schema().get("properties", {}).items()
+    ]
+    return [_table(("option", "type", "default", "meaning"), rows)] if rows else []
+
+
 def _rules(rules: Iterable[Rule]) -> list[str]:
     rows = [
         (
@@ -256,8 +298,8 @@ def hooks_page() -> str:
         if name.startswith("quantadapt_"):
             signature = f"def {name}{inspect.signature(hook)}".replace("'", "")
             parts += [f"## {name}", _fence(signature, "python"), *_docstring(hook.__doc__ or "")]
-    parts += ["## Records", "What the first two hooks return."]
-    for record in (records.Backend, records.Adapter, Rule):
+    parts += ["## Records", "What hooks return."]
+    for record in (*records.KINDS.values(), Rule):
         parts += [f"### {record.__name__}", *_docstring(record.__doc__ or "")]
     return "\n\n".join(parts)
 
@@ -455,7 +497,7 @@ def _docstring(text: str) -> list[str]:
     for block in inspect.cleandoc(text).split("\n\n"):
         lines = block.splitlines()
         if all(line.startswith("    ") for line in lines):
-            code = inspect.cleandoc(block)
+            code = "\n".join(line[4:] for line in lines)
             if blocks and blocks[-1].startswith("```"):  # a blank line within the code
                 gap = "\n\n\n" if code.startswith(("@", "def ", "class ")) else "\n\n"
                 blocks[-1] = f"{blocks[-1].removesuffix('```').rstrip()}{gap}{code}\n```"

@@ -30,8 +30,16 @@ if TYPE_CHECKING:
     from .hookspecs import hookimpl
     from .pipeline import RunResult, run
     from .planning.stage import Plan, plan
-    from .protocols import AdapterTarget, LayerwiseQuantizer, Quantizer
-    from .records import Adapter, Backend
+    from .protocols import (
+        AdapterTarget,
+        Evaluator,
+        Figure,
+        Given,
+        LayerwiseQuantizer,
+        Options,
+        Quantizer,
+    )
+    from .records import Adapter, Backend, Evaluation
     from .spec import Spec
     from .stages import attach, evaluate, quantize, train
 
@@ -45,8 +53,9 @@ _HOME = {
     "spec": ("Spec",),
     "errors": ("QuantadaptError",),
     "capabilities": ("Merge", "Rule"),
-    "records": ("Adapter", "Backend"),
-    "protocols": ("AdapterTarget", "LayerwiseQuantizer", "Quantizer"),
+    "records": ("Adapter", "Backend", "Evaluation"),
+    "protocols": ("AdapterTarget", "Evaluator", "Figure", "Given", "LayerwiseQuantizer",
+                  "Options", "Quantizer"),
     "hookspecs": ("hookimpl",),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
@@ -56,8 +65,13 @@ __all__ = [
     "AdapterTarget",
     "Backend",
     "BaseMismatchWarning",
+    "Evaluation",
+    "Evaluator",
+    "Figure",
+    "Given",
     "LayerwiseQuantizer",
     "Merge",
+    "Options",
     "Plan",
     "QuantadaptError",
     "Quantizer",

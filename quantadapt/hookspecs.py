@@ -18,7 +18,7 @@ import pluggy
 if TYPE_CHECKING:
     import typer
 
-    from .records import Adapter, Backend
+    from .records import Adapter, Backend, Evaluation
 
 PROJECT = "quantadapt"
 
@@ -72,6 +72,36 @@ def quantadapt_adapters() -> Iterable[Adapter]:  # type: ignore[empty-body]
 
 
 @hookspec
+def quantadapt_evaluations() -> Iterable[Evaluation]:  # type: ignore[empty-body]
+    """Return the evaluations that this plugin provides.
+
+    Called once, when the plugin is loaded. A run measures those that `evaluate.evaluations` names
+    on the unquantized, quantized, tuned and merged model; terminal, metrics.json and report show
+    the figures with unit and direction.
+
+        from pydantic import Field
+
+        from quantadapt import Evaluation, Evaluator, Figure, hookimpl
+
+        class ExactMatch(Evaluator):
+            first: int = Field(20, ge=1, description="how many prompts to answer")
+
+            def measure(self, model, given):
+                from quantadapt.evaluation import greedy
+
+                prompts = given.prompts[: self.first]
+                texts = [prompt.text for prompt in prompts]
+                answers = greedy(model, given.tokenizer, texts, max_new_tokens=given.max_new_tokens)
+                right = sum(a.strip() == p.reference.strip() for a, p in zip(answers, prompts))
+                return {"share": Figure(100 * right / len(prompts), "%", "higher")}
+
+        @hookimpl
+        def quantadapt_evaluations():
+            return [Evaluation("exact-match", "answers that are just the reference", ExactMatch)]
+    """
+
+
+@hookspec
 def quantadapt_commands(app: typer.Typer) -> None:
     """Add commands to the `quantadapt` command line application.
 
@@ -110,6 +140,6 @@ def quantadapt_stage_done(stage: str, value: Any) -> None:
     Args:
         stage: "plan", "quantize", "attach", "train", "evaluate" or "export".
         value: what the stage returned: the `Plan`, the quantized model, the `PeftModel`, a
-            `TrainResult`, the perplexities by name, what became of the merge. Look at it, do not
-            change it.
+            `TrainResult`, the figures as under `evaluations` in metrics.json, what became of the
+            merge. Look at it, do not change it.
     """

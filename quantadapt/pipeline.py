@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,11 +17,12 @@ from . import planning
 from .dependencies import import_requirements
 from .distributed.talking import peers_in_words, reduced, start
 from .distributed.world import as_launched, world
-from .errors import PlanRefused, TrainingError
+from .errors import PlanRefused, QuantadaptError, TrainingError
 from .evaluation.sizes import size_mib
 from .exporting.manifest import BASE, MERGED
 from .exporting.saving import load_base, save, save_base
 from .exporting.stage import MergeKind, check_merged, merge_memory_in_words, write_merged
+from .folders.metrics import add_figures, losses
 from .folders.run_folder import RunFolder, UnwrittenFolder
 from .planning.stage import Plan
 from .quantizing.examples import calibration_examples
@@ -28,7 +30,7 @@ from .quantizing.stage import load_tokenizer, quantize_plan, skip_for, with_conf
 from .quantizing.state import state_of
 from .registry.discovery import registry
 from .spec import Spec
-from .stages import attach_planned
+from .stages import attach_planned, given_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,8 +41,10 @@ if TYPE_CHECKING:
     from .quantizing.examples import Examples
     from .training.stage import TrainResult
 
+logger = logging.getLogger(__name__)
+
 Listener = Callable[[str, Mapping[str, Any]], None]
-"""Called with an event ("stage", "perplexity", "log", "note") and its data, to show progress."""
+"""Called with an event ("stage", "figures", "log", "note") and its data, to show progress."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ class _Run:
 
     def __init__(self, spec: Spec | Plan, listener: Listener, command: str) -> None:
         self.listener = listener
-        self.metrics: dict[str, Any] = {"command": command, "stages": {}, "perplexity": {}}
+        self.metrics: dict[str, Any] = {"command": command, "stages": {}, "evaluations": {}}
+        self.metrics["failed_evaluations"] = {}
         self.world = world()
         with self.stage("plan") as done:
             if isinstance(spec, Spec):
@@ -141,9 +146,10 @@ class _Run:
             tuned: PeftModel = done(self.attach(model))
         with self.stage("train") as done:
             self.record_training(done(self.train(tuned, data)))
+            self.save(tuned)
         with self.stage("evaluate") as done:
             self.measure_tuned(tuned, data)
-            done(self.metrics["perplexity"])
+            done(self.metrics["evaluations"])
         with self.stage("export") as done:
             done(self.export(tuned, data))
         return tuned
@@ -216,24 +222,38 @@ class _Run:
     def prompts(self, data: Data) -> list[Any]:
         return data.prompts[: self.spec.evaluate.samples]
 
-    def perplexity(self, name: str, model: nn.Module, data: Data, *, split: bool = False) -> float:
+    def measure(self, name: str, model: nn.Module, data: Data, *, split: bool = False) -> None:
         """Measure `model`; with `split`, all processes have to, each with its part of the data."""
-        from .evaluation.stage import perplexity
+        from .evaluation.stage import measure
 
-        found = perplexity(
-            model,
-            self.held_out(data),
-            batch_size=self.spec.evaluate.batch_size,
-            pad_token_id=self.tokenizer.pad_token_id,
+        spec = self.spec.evaluate
+        given = replace(
+            given_of(data.held_out, self.tokenizer, spec.max_examples),
+            batch_size=spec.batch_size,
+            max_new_tokens=spec.max_new_tokens,
             split=split,
         )
-        self.metrics["perplexity"][name] = found.value
-        self.listener("perplexity", {"name": name, "value": found.value})
-        return found.value
+        failed = self.metrics["failed_evaluations"]
+        for evaluation, evaluator in self.plan.evaluators.items():
+            if evaluation in failed or not evaluator.wants(name):
+                continue
+            try:
+                found = measure(evaluation, evaluator, model, given)
+            except QuantadaptError as error:
+                if split and self.world.size > 1:  # the others may be waiting for this process
+                    raise
+                failed[evaluation] = f"{error.problems[0].what}, on the {name} model"
+                text = f"evaluation {evaluation!r} is left out from here on: {failed[evaluation]}"
+                logger.warning(text, exc_info=True)
+                self.listener("note", {"text": text})
+                continue
+            add_figures(self.metrics, evaluation, name, found)
+            self.listener("figures", {"evaluation": evaluation, "model": name, "figures": found})
 
     def measure_unquantized(self, data: Data) -> None:
-        """Perplexity of the dense base, which is loaded for this alone and dropped again."""
-        wanted = self.spec.evaluate.unquantized and not self.plan.adopt
+        """Measure the dense base, which is loaded for this alone and dropped again."""
+        asked = any(evaluator.wants("unquantized") for evaluator in self.plan.evaluators.values())
+        wanted = asked and self.spec.evaluate.unquantized and not self.plan.adopt
         if not wanted or not self.world.is_main or self.plan.parallel == "fsdp":
             return
         from .loading.reading import from_pretrained
@@ -247,7 +267,7 @@ class _Run:
                 device_map={"": self.plan.device},
             )
             self.metrics["size"] = {"dense_mib": size_mib(model)}
-            self.perplexity("unquantized", model, data)
+            self.measure("unquantized", model, data)
 
     def calibration(self, data: Data) -> Examples | None:
         """Choose what a backend that calibrates is shown."""
@@ -282,7 +302,7 @@ class _Run:
     def measure_base(self, model: nn.Module, data: Data) -> None:
         with self.stage("evaluate"):
             self.metrics.setdefault("size", {})["quantized_mib"] = size_mib(model)
-            self.perplexity("quantized", model, data, split=True)
+            self.measure("quantized", model, data, split=True)
             self.before = self.answers(model, data)
 
     def answers(self, model: nn.Module, data: Data) -> list[str]:
@@ -335,7 +355,7 @@ class _Run:
         return figures
 
     def measure_tuned(self, model: PeftModel, data: Data) -> None:
-        self.perplexity("tuned", model, data, split=True)
+        self.measure("tuned", model, data, split=True)
         if not self.answers_prompts:
             return
         after = self.answers(model, data)
@@ -344,13 +364,18 @@ class _Run:
             for p, b, a in zip(self.prompts(data), self.before, after, strict=True)
         ]
 
-    def export(self, model: PeftModel, data: Data) -> dict[str, Any]:
+    def save(self, model: PeftModel) -> None:
+        """Save the adapter as soon as it is trained: nothing that fails later may lose it."""
         if not self.world.is_main:
-            return {}
+            return
         # A base that was calibrated is there since it was quantized.
         adapter = save(model, self.folder.path, base=not self.plan.calibrates)
         files = (file for file in adapter.rglob("*.safetensors"))
         self.metrics["size"]["adapter_mib"] = sum(f.stat().st_size for f in files) / 2**20
+
+    def export(self, model: PeftModel, data: Data) -> dict[str, Any]:
+        if not self.world.is_main:
+            return {}
         plan = self.plan
         if plan.merge == "never":
             kind = "refused" if plan.merge_refusals else "never"
@@ -366,11 +391,12 @@ class _Run:
 
         with merge_memory_in_words():
             merged = merged_model(model, kind)
-            self.perplexity("merged", merged, data)
+            self.measure("merged", merged, data)
             check = check_merged(model, merged, self.held_out(data))
         write_merged(merged, kind, self.folder.path / MERGED, overwrite=True)
-        found = self.metrics["perplexity"]
-        kept = gain_kept(found["quantized"], found["tuned"], found["merged"])
+        found = losses(self.metrics)
+        known = {"quantized", "tuned", "merged"} <= found.keys()
+        kept = gain_kept(found["quantized"], found["tuned"], found["merged"]) if known else None
         return {"kind": kind, **check, "gain_kept": kept}
 
     def finish(self, state: Literal["finished", "failed", "interrupted"]) -> None:

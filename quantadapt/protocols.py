@@ -1,16 +1,18 @@
-"""What a backend implements: a `Quantizer`, and the `AdapterTarget` that it produces.
+"""What a plugin implements: the options class of a record, whose methods do the work.
 
-Nothing here imports torch: plugins are imported to list them, and only asked to work later.
-Most backends subclass `LayerwiseQuantizer`, implement `quantize_linear` and `load_linear`, and get
-quantize-on-load, saving, loading and re-quantization from the core.
+A backend has a `Quantizer`, and the `AdapterTarget` that it produces; an evaluation has an
+`Evaluator`. Nothing here imports torch: plugins are imported to list them, and only asked to work
+later. Most backends subclass `LayerwiseQuantizer`, implement `quantize_linear` and `load_linear`,
+and get quantize-on-load, saving, loading and re-quantization from the core.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -18,7 +20,20 @@ from .errors import PluginError
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
     from torch import Tensor, nn
+
+    from .data.reading import Prompt
+
+
+class Options(BaseModel):
+    """The options of a record: frozen, with every field something that users set.
+
+    Field types, defaults and descriptions are what users see in `quantadapt backends show NAME` and
+    the like, in the reference and in error messages.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 @runtime_checkable
@@ -63,14 +78,8 @@ class AdapterTarget(Protocol):
         raise PluginError(f"{name} has no requantize", fix="declare Merge.DENSE, or implement it")
 
 
-class Quantizer(BaseModel, ABC):
-    """A frozen record whose fields are the backend's options, e.g. `HQQ(bits=4, group_size=64)`.
-
-    Field types, defaults and descriptions are what users see in `quantadapt backends show NAME`,
-    in the JSON schema and in error messages.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+class Quantizer(Options, ABC):
+    """What quantizes; its fields are the backend's options, e.g. `HQQ(bits=4, group_size=64)`."""
 
     @property
     @abstractmethod
@@ -227,3 +236,61 @@ class LayerwiseQuantizer(Quantizer):
         from .layerwise import save_layerwise
 
         save_layerwise(self, model, path)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that an evaluation found.
+
+    Attributes:
+        value: the number; nan or inf where the model gives none.
+        unit: what it is counted in, e.g. "nats per token" or "%"; empty where it has no unit.
+        better: which way is better, "lower" or "higher"; empty where neither is.
+    """
+
+    value: float
+    unit: str = ""
+    better: Literal["lower", "higher", ""] = ""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What an evaluator is given beside the model.
+
+    Attributes:
+        examples: held-out examples, tokenized: columns `input_ids` and `completion_mask`, 1 where
+            the loss counts.
+        prompts: held-out prompts, each with its `text` and what the data says after it, its
+            `reference`; none where the data came tokenized.
+        tokenizer: the model's; None for a live module that has none.
+        batch_size: how many examples or prompts to take at a time.
+        max_new_tokens: longest answer, in tokens.
+        split: whether each process of a run may take its part of the examples. All of them measure
+            then, and each has to return the result of all.
+    """
+
+    examples: Dataset
+    prompts: Sequence[Prompt] = ()
+    tokenizer: Any = None
+    batch_size: int = 8
+    max_new_tokens: int = 64
+    split: bool = False
+
+
+class Evaluator(Options, ABC):
+    """What measures; its fields are the evaluation's options."""
+
+    def wants(self, model: str) -> bool:
+        """Say whether to measure this model of a run: the "unquantized" base, the "quantized" one
+        before training, the "tuned" one with its adapter, or the "merged" one."""
+        return True
+
+    @abstractmethod
+    def measure(self, model: nn.Module, given: Given) -> Mapping[str, Figure]:
+        """Return figures of `model` by name, the one that matters most first.
+
+        The model keeps its weights, its mode and its device. What is raised here costs no run: it
+        is told once, and the evaluation is left out from then on. Only where several processes
+        measure together does the run end, with the trained adapter saved.
+        """
+        ...

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from .capabilities import Merge, Rule
-from .protocols import Quantizer
+from .protocols import Evaluator, Quantizer
 
 
 class Start(StrEnum):
@@ -81,10 +81,35 @@ class Adapter:
     rules: tuple[Rule, ...] = ()
 
 
-Record = Backend | Adapter
+@dataclass(frozen=True)
+class Evaluation:
+    """Something to measure on a model, before and after training.
+
+    Attributes:
+        name: what users write after `--evaluation` and under `evaluate.evaluations`.
+        summary: one line for lists.
+        evaluator: the options class; its `measure` does the work.
+        requires: the distributions it needs, as requirement strings.
+        extra: the extra that installs them; empty if none is needed.
+        rules: combinations that no run is planned with.
+    """
+
+    name: str
+    summary: str
+    evaluator: type[Evaluator]
+    requires: tuple[str, ...] = ()
+    extra: str = ""
+    rules: tuple[Rule, ...] = ()
+
+
+Record = Backend | Adapter | Evaluation
 R = TypeVar("R", bound=Record)
 
-KINDS: dict[str, type[Record]] = {"backend": Backend, "adapter": Adapter}
+KINDS: dict[str, type[Record]] = {
+    "backend": Backend,
+    "adapter": Adapter,
+    "evaluation": Evaluation,
+}
 """What each kind of record is called, in the spec, on the command line and in messages."""
 
 

@@ -64,6 +64,15 @@ class AdapterSpec(Named):
     name: str = Field("lora", description="adapter name, see `quantadapt adapters`")
 
 
+class EvaluationSpec(Named):
+    """An evaluation and its options, e.g. `{name: perplexity}`.
+
+    The options are those of its evaluator: `quantadapt evaluations show NAME` lists them.
+    """
+
+    name: str = Field("perplexity", description="evaluation name, see `quantadapt evaluations`")
+
+
 class DataSpec(_Strict):
     """Where the training and evaluation text comes from."""
 
@@ -149,11 +158,20 @@ class TrainSpec(_Strict):
 class EvaluateSpec(_Strict):
     """What to measure."""
 
-    max_examples: int = Field(200, ge=1, description="held-out examples used for perplexity")
+    evaluations: list[EvaluationSpec] = Field(
+        [EvaluationSpec(name="perplexity")],
+        description="what is measured on every model of the run, see `quantadapt evaluations`",
+    )
+    max_examples: int = Field(200, ge=1, description="held-out examples that are measured on")
     batch_size: int = Field(8, ge=1, description="examples per forward pass")
     unquantized: bool = Field(True, description="also measure the base before quantization")
     samples: int = Field(2, ge=0, description="prompts answered greedily before and after")
     max_new_tokens: int = Field(64, ge=1, description="longest answer, in tokens")
+
+    @field_validator("evaluations", mode="before")
+    @classmethod
+    def _from_one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Mapping) else value
 
 
 class ExportSpec(_Strict):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import planning
 from .errors import QuantadaptError
 from .planning.stage import Plan
+from .protocols import Given
 from .quantizing.stage import quantize_plan
 from .quantizing.state import ModelState, state_of
 from .spec import Spec, TrainSpec
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
 
+    from .data.reading import HeldOut
     from .quantizing.examples import Calibration
     from .training.stage import TrainResult
 
@@ -154,40 +157,60 @@ def train(
 
 def evaluate(
     model: nn.Module,
-    data: str | Path | Dataset | None = None,
+    data: str | Path | Dataset | HeldOut | None = None,
     *,
+    evaluation: str = "perplexity",
     batch_size: int = 8,
     max_examples: int = 200,
+    max_new_tokens: int = 64,
     tokenizer: Any = None,
+    **options: Any,
 ) -> dict[str, float]:
-    """Return perplexity, mean loss (nats per token) and token count on held-out data.
+    """Return the figures of an evaluation by name: for `perplexity` the mean `loss` in nats per
+    token and the count of `tokens`, too.
 
     Args:
         model: with or without an adapter.
         data: a file, all of it; a folder or hub id, its held-out part if it has one; a tokenized
-            Dataset; or None for the demo's.
+            Dataset, or a HeldOut with prompts, too; or None for the demo's.
+        evaluation: see `quantadapt evaluations`.
         batch_size: examples per forward pass.
         max_examples: use at most so many.
+        max_new_tokens: longest answer, in tokens, where the model is asked to answer.
         tokenizer: needed for a live module only.
+        options: the evaluation's options.
+
+    Raises:
+        PlanRefused: there is no such evaluation or option. PluginError: the evaluation failed.
     """
-    from .evaluation.stage import perplexity
+    from .evaluation.stage import measure
 
+    evaluators = planning.evaluators([{"name": evaluation, **options}])
     tokenizer = tokenizer or state_of(model).tokenizer
-    held_out = held_out_data(data, tokenizer)
-    part = held_out.select(range(min(len(held_out), max_examples)))
-    found = perplexity(
-        model, part, batch_size=batch_size, pad_token_id=getattr(tokenizer, "pad_token_id", None)
-    )
-    return {"perplexity": found.value, "loss": found.loss, "tokens": found.tokens}
+    given = given_of(held_out(data, tokenizer), tokenizer, max_examples)
+    given = replace(given, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    found = measure(evaluation, evaluators[evaluation], model, given)
+    return {name: figure.value for name, figure in found.items()}
 
 
-def held_out_data(data: str | Path | Dataset | None, tokenizer: Any) -> Any:
-    """Return tokenized data to measure on: read if it is named, as it is if it is a Dataset."""
-    from .data.reading import load_held_out
+def given_of(held_out: HeldOut, tokenizer: Any, max_examples: int) -> Given:
+    """Return what evaluators are given: the first `max_examples` examples and prompts."""
+    count = min(len(held_out.examples), max_examples)
+    return Given(held_out.examples.select(range(count)), held_out.prompts[:count], tokenizer)
+
+
+def held_out(data: str | Path | Dataset | HeldOut | None, tokenizer: Any) -> HeldOut:
+    """Return data to measure on: read if it is named; a Dataset is tokenized already."""
+    from .data.reading import HeldOut, read_held_out
 
     if data is None or isinstance(data, str | Path):
-        return load_held_out(None if data is None else str(data), _needed(tokenizer))
-    return data
+        return read_held_out(None if data is None else str(data), _needed(tokenizer))
+    return data if isinstance(data, HeldOut) else HeldOut(data)
+
+
+def held_out_data(data: str | Path | Dataset | HeldOut | None, tokenizer: Any) -> Any:
+    """Return the examples of `held_out`."""
+    return held_out(data, tokenizer).examples
 
 
 def _needed(tokenizer: Any) -> Any:

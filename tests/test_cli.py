@@ -23,6 +23,7 @@ from quantadapt.errors import TrainingError
 from quantadapt.folders.run_folder import RunFolder
 from quantadapt.hookspecs import hookimpl
 from quantadapt.machine import Machine
+from quantadapt.protocols import Figure
 
 
 @dataclass
@@ -353,7 +354,17 @@ def test_where_there_is_nothing_to_merge_all_is_told_at_once(run_cli):
 # Runs, with the pipeline replaced by one that does nothing ------------------------
 
 METRICS = {
-    "perplexity": {"unquantized": 16.0, "quantized": 17.0, "tuned": 2.0, "merged": 2.0},
+    "evaluations": {
+        "perplexity": {
+            "perplexity": {
+                "unit": "",
+                "better": "lower",
+                "values": {"unquantized": 16.0, "quantized": 17.0, "tuned": 2.0, "merged": 2.0},
+            }
+        },
+        "exact": {"share": {"unit": "%", "better": "higher", "values": {"tuned": 41.66}}},
+    },
+    "failed_evaluations": {"tasks": "it failed, on the tuned model"},
     "samples": [{"prompt": "add [a] and b", "before": "#", "after": "return a + b"}],
     "merge": {"kind": "dense", "kl": 1e-9, "top1": 1.0, "gain_kept": None},
 }
@@ -370,7 +381,9 @@ def fake_run(work: Any) -> Any:
             entry = {"step": step, "max_steps": 40, "loss": 1.5, "learning_rate": 1e-3}
             listener("log", entry)
         listener("stage", {"name": "train", "state": "done", "seconds": 1.0})
-        listener("perplexity", {"name": "tuned", "value": 2.0})
+        figures = {"share": Figure(41.66, "%", "higher"), "count": Figure(12)}
+        listener("figures", {"evaluation": "exact", "model": "tuned", "figures": figures})
+        listener("stage", {"name": "evaluate", "state": "done", "seconds": 1.0})
         listener("note", {"text": "a note"})
         listener("something new", {})
         return SimpleNamespace(folder=folder.path, metrics=METRICS)
@@ -395,7 +408,12 @@ def test_run_prints_plan_progress_and_results(run_cli, pipeline):
         "train step 40/40   loss 1.5000   lr 1.00e-03",
         "✓ train",
         "note: a note",
+        "✓ evaluate",
+        "exact share tuned 41.66 %",
+        "exact share, %",
+        "higher is better",
         "tuned: quantized and tuned",
+        "tasks: it failed, on the tuned model",
         "add [a] and b",
         "merge: dense, KL to the adapter below 1e-7 nats per token",
         "report: out/report.html",
@@ -407,7 +425,8 @@ def test_run_prints_plan_progress_and_results(run_cli, pipeline):
 def test_run_as_json_prints_nothing_else_to_stdout(run_cli, pipeline):
     pipeline(lambda: print("vendor banner"))
     shown = run_cli("run", "--output", "out", "--json")
-    assert shown.json["metrics"]["perplexity"]["tuned"] == 2.0
+    found = shown.json["metrics"]["evaluations"]["perplexity"]["perplexity"]
+    assert found["values"]["tuned"] == 2.0
     assert shown.json["folder"] == "out"
     assert "✓ train" in shown.err
 

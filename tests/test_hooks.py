@@ -6,6 +6,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,31 @@ def test_an_adapter(example) -> None:
     assert {name.rpartition(".")[2] for name in adapted} == {"q_proj", "v_proj"}
     assert len(adapted) == 2 * model.config.num_hidden_layers
     assert len(dict(facades(model))) > len(adapted)
+
+
+@proves("quantadapt_evaluations")
+def test_an_evaluation(example, tokenizer) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import quantadapt as qa
+    from quantadapt import demo
+    from quantadapt.data import read_held_out
+
+    model = qa.quantize(None, "none", device="cpu", dtype="float32")
+    held_out = read_held_out(None, tokenizer)
+    stock = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR, dtype=torch.float32).eval()
+    prompt, other = held_out.prompts[:2]
+    ids = tokenizer(prompt.text, return_tensors="pt")
+    answer = stock.generate(**ids, max_new_tokens=8, do_sample=False)[
+        0, ids["input_ids"].shape[1] :
+    ]
+    known = replace(prompt, reference=tokenizer.decode(answer, skip_special_tokens=True))
+    held_out = replace(held_out, prompts=[known, other])
+    found = qa.evaluate(model, held_out, evaluation="exact-match", max_new_tokens=8)
+    assert found == {"share": 50.0}
+    found = qa.evaluate(model, held_out, evaluation="exact-match", max_new_tokens=8, first=1)
+    assert found == {"share": 100.0}
 
 
 @proves("quantadapt_commands")

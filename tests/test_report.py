@@ -11,7 +11,7 @@ import pytest
 
 from quantadapt.folders.metrics import Metrics
 from quantadapt.folders.run_folder import RunFolder
-from quantadapt.reporting.charts import nice_ticks, smoothed, thinned
+from quantadapt.reporting.charts import Bar, bar_chart, nice_ticks, smoothed, thinned
 from quantadapt.reporting.html import Html, el
 from quantadapt.reporting.page import render, write_report
 from quantadapt.reporting.run import Run
@@ -27,7 +27,20 @@ PLAN = {
     "target_modules": ["q_proj", "v_proj"],
 }
 METRICS: Metrics = {
-    "perplexity": {"unquantized": 38.6, "quantized": 41.2, "tuned": 3.1, "merged": 3.13},
+    "evaluations": {
+        "perplexity": {
+            "perplexity": {
+                "unit": "",
+                "better": "lower",
+                "values": {"unquantized": 38.6, "quantized": 41.2, "tuned": 3.1, "merged": 3.13},
+            },
+            "loss": {"unit": "nats per token", "better": "lower", "values": {"tuned": 1.131}},
+        },
+        "exact": {
+            "share": {"unit": "%", "better": "higher", "values": {"quantized": 0.0, "tuned": 41.7}}
+        },
+    },
+    "failed_evaluations": {"tasks": "it failed with OSError: no network, on the tuned model"},
     "stages": {"plan": 0.4, "quantize": 3.2, "train": 48.1},
     "train": {
         "steps": 100,
@@ -111,6 +124,12 @@ def test_everything_is_on_the_page() -> None:
         "13.3 times lower",
         "312 MiB instead of 988 MiB",
         "The scale is logarithmic.",
+        "On held-out data; lower is better.",
+        "loss, nats per token",
+        "1.13",
+        "On held-out data, in %; higher is better.",
+        "41.7 %",
+        "no network",
         "8.80 million",
         "1.43 GiB",
         "1.52 GiB",
@@ -133,7 +152,9 @@ def test_everything_is_on_the_page() -> None:
     ):
         assert words in page.text, words
     assert page.headings == [
-        "perplexity",
+        "evaluation-1",
+        "evaluation-2",
+        "not-measured",
         "samples",
         "training-loss",
         "merge",
@@ -161,7 +182,7 @@ def test_charts_are_named_and_described() -> None:
     page = Page(render(run()))
     ids = {attributes.get("id") for _, attributes in page.tags}
     charts = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(charts) == 8  # four charts, each for wide and for narrow screens
+    assert len(charts) == 10  # five charts, each for wide and for narrow screens
     for chart in charts:
         assert chart["role"] == "img"
         assert set(str(chart["aria-labelledby"]).split()) <= ids
@@ -223,10 +244,11 @@ def test_missing_parts_are_left_out(missing: str) -> None:
     metrics = {key: value for key, value in METRICS.items() if key != missing}
     whole, page = Page(render(run())), Page(render(run(metrics=metrics)))
     assert set(page.headings) <= set(whole.headings)
-    gone = {"perplexity": "perplexity", "stages": "time-per-stage", "merge": "merge"}
+    gone = {"evaluations": "evaluation-1 evaluation-2", "failed_evaluations": "not-measured"}
+    gone |= {"stages": "time-per-stage", "merge": "merge"}
     gone |= {"samples": "samples", "command": "run-it-again"}
     if missing in gone:
-        assert set(whole.headings) - set(page.headings) == {gone[missing]}
+        assert set(whole.headings) - set(page.headings) == set(gone[missing].split())
 
 
 def paths(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -296,7 +318,7 @@ def test_made_from_the_files_alone_and_twice_the_same(tmp_path: Path) -> None:
     first = write_report(folder).read_bytes()
     (folder.path / "report.html").unlink()
     assert write_report(RunFolder.open(folder.path)).read_bytes() == first
-    assert len(Page(first.decode()).headings) == 10
+    assert len(Page(first.decode()).headings) == 12
 
 
 def test_headline() -> None:
@@ -308,15 +330,44 @@ def test_headline() -> None:
     assert headline(run(plan={}, metrics={})) == "quantadapt run"
 
 
+def measured(unit: str, **values: float) -> dict[str, Any]:
+    return {"evaluations": {"some": {"thing": {"unit": unit, "better": "", "values": values}}}}
+
+
 @pytest.mark.parametrize(
-    ("tuned", "sentence"),
-    [(4.0, "2.50 times lower"), (9.0, "lowered"), (12.0, "raised"), (10.01, "as it was")],
+    ("before", "after", "unit", "sentence"),
+    [
+        (10.0, 4.0, "", "model's some thing 2.50 times lower"),
+        (4.0, 10.0, "s", "2.50 times higher"),
+        (10.0, 9.0, "", "lowered the quantized model's some thing by 10.0 %"),
+        (10.0, 12.0, "", "raised"),
+        (10.0, 10.01, "", "as it was"),
+        (0.0, 41.66, "", "from 0 to 41.7."),
+        (20.0, 60.0, "%", "from 20.0 to 60.0 %."),
+        (-2.5, 1.5, "nats", "from -2.50 to 1.50 nats."),
+        (0.0, 0.0, "", "as it was"),
+    ],
 )
-def test_a_run_that_made_it_worse_says_so(tuned: float, sentence: str) -> None:
-    metrics = {"perplexity": {"quantized": 10.0, "tuned": tuned}}
-    text = Page(render(run(metrics=metrics))).text
+def test_what_training_changed_is_told(
+    before: float, after: float, unit: str, sentence: str
+) -> None:
+    text = Page(render(run(metrics=measured(unit, quantized=before, tuned=after)))).text
     assert sentence in text
     assert "logarithmic" not in text
+
+
+def test_bars_of_negative_numbers_end_where_the_others_begin() -> None:
+    chart = bar_chart("margin", [Bar("a", -2.0, "-2", "before"), Bar("b", 2.0, "2", "after")])
+    bars = [a["d"] for tag, a in Page(chart).tags if tag == "path"]
+    (x0, width0), (x1, width1) = ([float(n) for n in _sizes(str(d))] for d in bars[:2])
+    assert width0 == pytest.approx(width1, abs=0.2)
+    assert x0 + width0 == pytest.approx(x1, abs=0.2)
+
+
+def _sizes(path: str) -> tuple[str, str]:
+    """Return where a bar begins, and its length; its tip is rounded by 4."""
+    start, length = path[1:].split()[0], path.split("h")[1].split("a")[0]
+    return start, str(float(length) + 4)
 
 
 @pytest.mark.parametrize(

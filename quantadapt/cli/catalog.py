@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..capabilities import Rule
-    from ..records import Adapter, Backend
+    from ..records import Adapter, Backend, Evaluation
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Its name.")]
 
@@ -121,14 +121,23 @@ def _backend_facts(backend: Backend) -> dict[str, Any]:
 
 
 def _backend_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    needs = f"{', '.join(facts['requires'])} ({_state(facts)})" if facts["requires"] else "nothing"
     return [
-        ("needs", needs),
+        _needs_line(facts),
         ("devices", ", ".join(facts["devices"])),
         ("dtypes", ", ".join(facts["dtypes"])),
         ("calibration", "needs data" if facts["calibration"] else "needs no data"),
         ("merge", _MERGE[facts["merge"]]),
     ]
+
+
+def _evaluation_facts(evaluation: Evaluation) -> dict[str, Any]:
+    options = options_of(evaluation.evaluator)
+    return _facts(evaluation) | {"extra": evaluation.extra, "options": options}
+
+
+def _needs_line(facts: Mapping[str, Any]) -> tuple[str, str]:
+    needs = f"{', '.join(facts['requires'])} ({_state(facts)})" if facts["requires"] else "nothing"
+    return "needs", needs
 
 
 def options_of(options: type[BaseModel]) -> list[dict[str, Any]]:
@@ -275,4 +284,9 @@ _KINDS = {
         _backend_lines,
     ),
     "adapters": _Kind("adapter", "lora", _adapter_facts, {"merge": _refused_word}, _adapter_lines),
+    "evaluations": _Kind(
+        *("evaluation", "perplexity", _evaluation_facts),
+        {"libraries": _state},
+        lambda facts: [_needs_line(facts)],
+    ),
 }

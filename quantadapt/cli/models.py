@@ -14,9 +14,9 @@ from ..exporting.manifest import ADAPTER, MANIFEST, MERGED
 from ..folders.atomic import OTHER_OUTPUT, in_words, is_free
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from torch import nn
 
+    from ..data.reading import HeldOut
     from .session import Session
 
 
@@ -65,22 +65,22 @@ def _backend_of(config: dict[str, Any], path: str) -> str:
     raise ModelError(f"no backend here reads a checkpoint made by {method}", fix=fix, where=path)
 
 
-def held_out_of(path: str, data: str | None, tokenizer: Any) -> tuple[Dataset, str]:
+def held_out_of(path: str, data: str | None, tokenizer: Any) -> tuple[HeldOut, str]:
     """Return the data to measure on, tokenized, and where that choice came from.
 
     It is what `data` names, or what the run at `path` held out, or the bundled demo's.
     """
-    from ..data.reading import load_data, load_held_out
+    from ..data.reading import load_data, read_held_out
     from ..spec import Spec
 
     if data is not None:
-        return load_held_out(data, tokenizer), data
+        return read_held_out(data, tokenizer), data
     file = Path(path).expanduser() / "spec.yaml"
     if file.exists():
         spec = Spec.load(file)
         origin = f"what the run held out of {spec.data.path or 'the bundled demo data'}"
-        return load_data(spec.data, tokenizer, seed=spec.seed).eval, origin
-    return load_held_out(None, tokenizer), "the bundled demo's data; --data names other data"
+        return load_data(spec.data, tokenizer, seed=spec.seed).held_out, origin
+    return read_held_out(None, tokenizer), "the bundled demo's data; --data names other data"
 
 
 def calibration_of(path: str, calibration: str | None, tokenizer: Any) -> Any:

@@ -23,20 +23,17 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ..folders.metrics import MODELS, direction, label, with_unit
+
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..folders.metrics import Measured
     from ..planning.stage import Plan
     from ..spec import TrainSpec
 
 BETWEEN = "loading libraries and data"
 _PLAIN_LINES = 10
-_PERPLEXITY = {
-    "unquantized": "the model as it was",
-    "quantized": "quantized, before training",
-    "tuned": "quantized and tuned",
-    "merged": "merged into one model",
-}
 
 
 class RunDisplay:
@@ -76,9 +73,12 @@ class RunDisplay:
         self.console.print(line.rstrip(), soft_wrap=True)
         self._wait(BETWEEN)
 
-    def on_perplexity(self, data: Mapping[str, Any]) -> None:
-        """A perplexity was measured."""
-        self.details.append(f"perplexity {data['name']} [bold]{four_digits(data['value'])}[/bold]")
+    def on_figures(self, data: Mapping[str, Any]) -> None:
+        """An evaluation has measured a model; the first of its figures is shown."""
+        name, figure = next(iter(data["figures"].items()))
+        what = escape(f"{label(data['evaluation'], name)} {data['model']}")
+        value = escape(with_unit(four_digits(figure.value), figure.unit))
+        self.details.append(f"{what} [bold]{value}[/bold]")
 
     def on_note(self, data: Mapping[str, Any]) -> None:
         """Something the user may want to know."""
@@ -202,9 +202,11 @@ def _call(name: str, options: Mapping[str, Any]) -> str:
 
 
 def show_result(console: Console, folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Print the perplexities, a sample before and after, the merge verdict and the report."""
+    """Print what was measured, a sample before and after, the merge verdict and the report."""
     console.print()
-    console.print(_perplexities(metrics.get("perplexity", {})))
+    console.print(_figures(metrics.get("evaluations", {})))
+    for name, why in metrics.get("failed_evaluations", {}).items():
+        console.print(f"{name}: {why}", markup=False, soft_wrap=True)
     for sample in metrics.get("samples", [])[:1]:
         console.print(_sample(sample))
     for line in merge_verdict(metrics.get("merge", {})):
@@ -212,14 +214,23 @@ def show_result(console: Console, folder: Path, metrics: Mapping[str, Any]) -> N
     console.print(f"report: [bold]{escape(str(folder / 'report.html'))}[/bold]", soft_wrap=True)
 
 
-def _perplexities(found: Mapping[str, float]) -> Table:
+def _figures(evaluations: Mapping[str, Mapping[str, Measured]]) -> Table:
+    """Return a row for each model, a column for the first figure of each evaluation."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    table.add_column("perplexity on held-out data")
-    table.add_column("", justify="right")
-    for name, text in _PERPLEXITY.items():
-        if (value := found.get(name)) is not None:
-            style = "bold green" if name == "tuned" else ""
-            table.add_row(f"{name}: {text}", four_digits(value), style=style)
+    table.add_column("on held-out data")
+    columns = []
+    for evaluation, figures in evaluations.items():
+        name, figure = next(iter(figures.items()))
+        columns.append(figure)
+        unit, better = figure["unit"], figure["better"]
+        head = label(evaluation, name) + (f", {unit}" if unit else "")
+        table.add_column(escape(f"{head}\n{direction(better)}".strip()), justify="right")
+    for model, text in MODELS.items():
+        values = [figure["values"].get(model) for figure in columns]
+        if any(value is not None for value in values):
+            cells = ["" if value is None else four_digits(value) for value in values]
+            style = "bold green" if model == "tuned" else ""
+            table.add_row(f"{model}: {text}", *cells, style=style)
     return table
 
 

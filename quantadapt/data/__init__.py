@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from .reading import Data, Prompt, load_data, load_everything, load_held_out
+from .reading import (
+    Data,
+    HeldOut,
+    Prompt,
+    load_data,
+    load_everything,
+    load_held_out,
+    read_held_out,
+)
 from .tokens import encode_prompt, prompt_and_completion
 
 __all__ = [
     "Data",
+    "HeldOut",
     "Prompt",
     "encode_prompt",
     "load_data",
     "load_everything",
     "load_held_out",
     "prompt_and_completion",
+    "read_held_out",
 ]

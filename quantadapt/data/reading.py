@@ -26,25 +26,40 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Data",
+    "HeldOut",
     "Prompt",
     "encode_prompt",
     "load_data",
     "load_everything",
     "load_held_out",
     "prompt_and_completion",
+    "read_held_out",
 ]
 
-MAX_PROMPTS = 32
+MAX_PROMPTS = 1000
 TEXT_PROMPT_TOKENS = 16
 _BATCH = 1000
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A held-out prompt for samples, and what the data says after it."""
+    """A held-out prompt, and what the data says after it."""
 
     text: str
     reference: str
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a model is measured on.
+
+    Attributes:
+        examples: columns `input_ids` and `completion_mask`, as in `Data`.
+        prompts: up to 1000 prompts; none where the data came tokenized.
+    """
+
+    examples: Dataset
+    prompts: Sequence[Prompt] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +69,7 @@ class Data:
     Attributes:
         train, eval: columns `input_ids` (token ids) and `completion_mask` (1 where the loss
             counts). The first token is never predicted, whatever its mask.
-        prompts: up to 32 held-out prompts.
+        prompts: up to 1000 held-out prompts.
         format: the format that was read, one of `FORMATS`.
         cut: examples shortened to `max_length` and kept, in both data sets together.
         dropped: examples left out because nothing to learn was left of them.
@@ -66,6 +81,11 @@ class Data:
     format: str
     cut: int = 0
     dropped: int = 0
+
+    @property
+    def held_out(self) -> HeldOut:
+        """What a model is measured on."""
+        return HeldOut(self.eval, self.prompts)
 
 
 @dataclass
@@ -98,6 +118,13 @@ def load_data(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) 
 def load_held_out(
     source: str | None, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512
 ) -> Dataset:
+    """Return the examples of `read_held_out`."""
+    return read_held_out(source, tokenizer, max_length=max_length).examples
+
+
+def read_held_out(
+    source: str | None, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512
+) -> HeldOut:
     """Read data that is for measuring only.
 
     That is all of a file, the held-out part of a folder or hub id that has one, or the bundled
@@ -107,11 +134,12 @@ def load_held_out(
         DataError: as `load_data`.
     """
     if source is None:
-        return load_data(DataSpec(), tokenizer, seed=0).eval
+        return load_data(DataSpec(), tokenizer, seed=0).held_out
     rows, own_held_out = read_source(source)
     rows = own_held_out or rows
-    spec = DataSpec(path=source, max_length=max_length)
-    return _dataset(rows, format_of(spec, rows), tokenizer, max_length, _Counts())
+    name = format_of(DataSpec(path=source, max_length=max_length), rows)
+    examples = _dataset(rows, name, tokenizer, max_length, _Counts())
+    return HeldOut(examples, _prompts(rows, name, tokenizer))
 
 
 def load_everything(

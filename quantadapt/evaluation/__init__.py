@@ -1,16 +1,16 @@
-"""The evaluate stage: what is measured on held-out tokens."""
+"""The evaluate stage: what is measured on held-out data."""
 
 from __future__ import annotations
 
+from .perplexity import Perplexity, perplexity
 from .stage import (
     Agreement,
-    Perplexity,
     Snapshot,
     agreement,
     compare,
     gain_kept,
     greedy,
-    perplexity,
+    measure,
     snapshot,
 )
 
@@ -22,6 +22,7 @@ __all__ = [
     "compare",
     "gain_kept",
     "greedy",
+    "measure",
     "perplexity",
     "snapshot",
 ]

@@ -6,6 +6,7 @@ logits are made of it in chunks.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -164,6 +165,14 @@ def first_tokens(dataset: Examples, max_tokens: int) -> list[Mapping[str, Any]]:
         chosen.append(row)
         tokens += sum(row["completion_mask"][1:])
     return chosen
+
+
+def to_perplexity(loss: float) -> float:
+    """Return exp of a mean loss in nats; inf where that overflows."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

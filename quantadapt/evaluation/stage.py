@@ -1,4 +1,4 @@
-"""Measuring models on held-out tokens: perplexity, agreement of two models, greedy samples.
+"""The evaluate stage: an evaluation measures a model; two models are compared; greedy samples.
 
 Two models are compared through snapshots, so they never need to be in memory together:
 `compare(snapshot(a, data), snapshot(b, data))`. All sums are made in float32 or better.
@@ -9,15 +9,15 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..data.batches import padded
 from ..data.tokens import encode_prompt
-from ..distributed.talking import reduced
+from ..errors import PluginError, QuantadaptError
+from ..protocols import Evaluator, Figure, Given
 from .predictions import (
     CHUNK_ELEMENTS,
     device_of,
@@ -25,6 +25,7 @@ from .predictions import (
     first_tokens,
     is_encoder_decoder,
     predicted,
+    to_perplexity,
 )
 
 if TYPE_CHECKING:
@@ -35,23 +36,6 @@ if TYPE_CHECKING:
 
 NO_GAIN = 1e-4
 """Gains below this many nats per token are taken for noise."""
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """Perplexity over completion tokens.
-
-    Attributes:
-        value: exp(loss); inf where that overflows.
-        loss: mean negative log-likelihood in nats, every token weighing the same.
-        tokens: how many tokens it is the mean of.
-        seconds: wall-clock time.
-    """
-
-    value: float
-    loss: float
-    tokens: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -91,37 +75,41 @@ class Agreement:
     tokens: int
 
 
-def perplexity(
-    model: nn.Module,
-    dataset: Examples,
-    *,
-    batch_size: int = 8,
-    pad_token_id: int | None = 0,
-    split: bool = False,
-) -> Perplexity:
-    """Measure the perplexity of `model` over the completion tokens of `dataset`.
-
-    Args:
-        model: a causal or encoder-decoder model; left in the mode that it was in.
-        dataset: columns `input_ids` and `completion_mask`, as `load_data` makes them.
-        split: whether each process of a run takes its part of the examples; all of them have to
-            call this, and all get the whole result.
+def measure(name: str, evaluator: Evaluator, model: nn.Module, given: Given) -> dict[str, Figure]:
+    """Let the evaluation called `name` measure `model`.
 
     Raises:
-        ValueError: the data holds no token to predict.
+        PluginError: it failed, or what it returned are no figures.
     """
-    start = time.perf_counter()
-    total, tokens = 0.0, 0
-    for batch in predicted(model, dataset, batch_size, pad_token_id, split=split):
-        total += batch.loss()
-        tokens += len(batch.targets)
-    if split:
-        device = device_of(model)
-        total, tokens = reduced(total, device, "sum"), int(reduced(tokens, device, "sum"))
-    if not tokens:
-        raise ValueError("the data holds no token to predict")
-    loss = total / tokens
-    return Perplexity(_exp(loss), loss, tokens, time.perf_counter() - start)
+    where = f"evaluation {name!r}"
+    try:
+        found = evaluator.measure(model, given)
+    except QuantadaptError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        fix = "leave it out of evaluate.evaluations, or mend it"
+        if type(error).__name__ == "OutOfMemoryError":
+            fix = "lower evaluate.batch_size"
+        raise PluginError(f"it failed with {reason}", fix=fix, where=where) from error
+    if not isinstance(found, Mapping) or not found:
+        raise PluginError(f"it returned {found!r}, not figures by name", where=where)
+    return {str(key): _checked(figure, f"{where}, figure {key!r}") for key, figure in found.items()}
+
+
+def _checked(figure: Figure, where: str) -> Figure:
+    """Return the figure with a number of Python's as its value. Raises PluginError."""
+    if not isinstance(figure, Figure):
+        raise PluginError(f"it is {figure!r}, no Figure", where=where)
+    if figure.better not in ("lower", "higher", ""):
+        what = f"better is {figure.better!r}, not 'lower', 'higher' or empty"
+        raise PluginError(what, where=where)
+    if isinstance(figure.value, int) and not isinstance(figure.value, bool):
+        return figure
+    try:
+        return replace(figure, value=float(figure.value))  # of a tensor with one element, too
+    except (TypeError, ValueError):
+        raise PluginError(f"its value is {figure.value!r}, no number", where=where) from None
 
 
 def snapshot(
@@ -165,8 +153,8 @@ def compare(reference: Snapshot, candidate: Snapshot) -> Agreement:
     return Agreement(
         kl=max(kl / tokens, 0.0),  # rounding can push it just below
         top1=agreeing / tokens,
-        perplexity_reference=_exp(reference.loss),
-        perplexity_candidate=_exp(candidate.loss),
+        perplexity_reference=to_perplexity(reference.loss),
+        perplexity_candidate=to_perplexity(candidate.loss),
         tokens=tokens,
     )
 
@@ -182,8 +170,8 @@ def gain_kept(base: float, tuned: float, merged: float) -> float:
     """Return the share of an adapter's gain that a merged model keeps.
 
     Args:
-        base, tuned, merged: mean negative log-likelihoods in nats (`Perplexity.loss`) of the base
-            without adapter, of base and adapter, and of the merged model, on the same tokens.
+        base, tuned, merged: mean negative log-likelihoods in nats of the base without adapter, of
+            base and adapter, and of the merged model, on the same tokens.
 
     Returns:
         (base - merged) / (base - tuned): 1.0 keeps all, 0.0 is as bad as the base; it may be
@@ -258,10 +246,3 @@ def _silent() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _exp(loss: float) -> float:
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf

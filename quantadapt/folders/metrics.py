@@ -2,16 +2,66 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    from ..protocols import Figure
+
+MODELS = {
+    "unquantized": "the model as it was",
+    "quantized": "quantized, before training",
+    "tuned": "quantized and tuned",
+    "merged": "merged into one model",
+}
+"""The models of a run that are measured, in their order, and what they are."""
+NATS = "nats per token"
+"""The unit of a figure called `loss`, by which a merge is judged."""
 
 
-class Perplexity(TypedDict, total=False):
-    """Perplexity on the held-out data; null where it was not measured."""
+class Measured(TypedDict, total=False):
+    """One figure of an evaluation: `better` is "lower", "higher" or empty; `values` are by model,
+    see `MODELS`, and null where the model gave no finite number."""
 
-    unquantized: float | None
-    quantized: float | None
-    tuned: float | None
-    merged: float | None
+    unit: str
+    better: str
+    values: dict[str, float | None]
+
+
+def add_figures(
+    metrics: dict[str, Any], evaluation: str, model: str, figures: Mapping[str, Figure]
+) -> None:
+    """Put what an evaluation found of a model into `metrics`."""
+    table = metrics["evaluations"].setdefault(evaluation, {})
+    for name, figure in figures.items():
+        new: Measured = {"unit": figure.unit, "better": figure.better, "values": {}}
+        table.setdefault(name, new)["values"][model] = figure.value
+    if evaluation == "perplexity":  # where it stood before there were others
+        metrics["perplexity"] = table["perplexity"]["values"]
+
+
+def losses(metrics: Mapping[str, Any]) -> Mapping[str, float]:
+    """Return the mean losses in nats by model, as the first evaluation that has them found them."""
+    for figures in metrics["evaluations"].values():
+        if "loss" in figures and figures["loss"]["unit"] == NATS:
+            found: Mapping[str, float] = figures["loss"]["values"]
+            return found
+    return {}
+
+
+def label(evaluation: str, figure: str) -> str:
+    """Return what a figure is called where there are several evaluations."""
+    return figure if figure == evaluation else f"{evaluation} {figure}"
+
+
+def direction(better: str) -> str:
+    """Say which way is better; nothing where neither is."""
+    return f"{better} is better" if better in ("lower", "higher") else ""
+
+
+def with_unit(number: str, unit: str) -> str:
+    """Return a number with its unit."""
+    return f"{number} {unit}".rstrip()
 
 
 class Training(TypedDict, total=False):
@@ -84,9 +134,16 @@ class Sample(TypedDict, total=False):
 
 
 class Metrics(TypedDict, total=False):
-    """The layout of `metrics.json`. Every part may be missing; `stages` are seconds by name."""
+    """The layout of `metrics.json`. Every part may be missing; `stages` are seconds by name.
 
-    perplexity: Perplexity
+    `evaluations` are figures by evaluation and name, the first of each its headline;
+    `failed_evaluations` say why one was left out. `perplexity` is the figure of that name again, as
+    it stood before there were other evaluations, for one version.
+    """
+
+    evaluations: dict[str, dict[str, Measured]]
+    failed_evaluations: dict[str, str]
+    perplexity: dict[str, float | None]
     stages: dict[str, float]
     train: Training
     size: Size

@@ -6,7 +6,7 @@ Pure: it imports no torch, downloads nothing and loads no model.
 from __future__ import annotations
 
 from .refusals import WAY_OUT, attach_refusals, make_cell, merge_refusals, onto_refusals
-from .stage import MergePlan, Plan, completed, plan, plan_adapter
+from .stage import MergePlan, Plan, completed, evaluators, plan, plan_adapter
 
 __all__ = [
     "WAY_OUT",
@@ -14,6 +14,7 @@ __all__ = [
     "Plan",
     "attach_refusals",
     "completed",
+    "evaluators",
     "make_cell",
     "merge_refusals",
     "onto_refusals",

@@ -21,8 +21,8 @@ from ..errors import OutputError, PlanRefused, Problem, did_you_mean
 from ..folders.run_folder import RunFolder, json_ready
 from ..machine import Machine
 from ..paths import is_local_path
-from ..protocols import Quantizer
-from ..records import Adapter, Backend, R, Record, kind_of
+from ..protocols import Evaluator, Quantizer
+from ..records import Adapter, Backend, Evaluation, R, Record, kind_of
 from ..registry.discovery import Registry
 from ..spec import Named, Spec, read_yaml, wrong_value
 from .on_disk import check_model, has_config_alone, quantization_in
@@ -213,6 +213,20 @@ def _adapter_option_problem(adapter: Adapter, name: str, value: Any) -> Problem 
 
 def _is_loftq_config(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("loftq_iter", 1), int)
+
+
+def evaluators_of(draft: Draft) -> dict[str, Evaluator]:
+    """Return what measures, by the names of the evaluations, in the order of the spec."""
+    found: dict[str, Evaluator] = {}
+    for named in draft.spec.evaluate.evaluations:
+        record = record_of(draft, Evaluation, named)
+        evaluator = options_of(draft, record, named, lambda record: record.evaluator)
+        if named.name in found:
+            what, fix = f"{named.name!r} is named twice", "name it once"
+            draft.problems.append(Problem(what, fix, where="evaluate.evaluations"))
+        if evaluator is not None:
+            found[named.name] = evaluator
+    return found
 
 
 def dtype_of(draft: Draft, backend: Backend | None, device: str) -> str:

@@ -16,8 +16,8 @@ from ..distributed.world import world
 from ..errors import MergeRefused, PlanRefused, Problem
 from ..machine import Machine, this_machine
 from ..memory.workload import GIB
-from ..protocols import Quantizer
-from ..records import Adapter, Backend
+from ..protocols import Evaluator, Quantizer
+from ..records import Adapter, Backend, Evaluation
 from ..registry.discovery import Registry, registry
 from ..spec import MergeChoice, Spec
 from . import processes
@@ -33,12 +33,19 @@ from .parts import (
     check_training,
     device_of,
     dtype_of,
+    evaluators_of,
     model_of,
     quantizer_of,
     record_of,
 )
 from .processes import Parallel
-from .refusals import attach_refusals, loftq_problems, make_cell, merge_refusals
+from .refusals import (
+    attach_refusals,
+    loftq_problems,
+    make_cell,
+    merge_refusals,
+    refusals_beside,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,6 +64,7 @@ class Plan:
         device: "cpu", "cuda", "cuda:1", ...
         dtype: torch's name of the compute dtype.
         merge: what the export will write besides the adapter.
+        evaluators: what measures the models, by the names of the evaluations.
         merge_refusals: why `auto` became `never`, if it did.
         notes: decisions that a user may want to know of.
         processes: how many work on it, one device each.
@@ -77,6 +85,7 @@ class Plan:
     device: str
     dtype: str
     adopt: bool = False
+    evaluators: Mapping[str, Evaluator] = field(default_factory=dict)
     merge: MergePlan = "never"
     merge_refusals: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
@@ -113,6 +122,10 @@ class Plan:
             "device": self.device,
             "dtype": self.dtype,
             "adopt": self.adopt,
+            "evaluations": [
+                {"name": name, "options": evaluator.model_dump()}
+                for name, evaluator in self.evaluators.items()
+            ],
             "merge": self.merge,
             "merge_refusals": [vars(problem) for problem in self.merge_refusals],
             "processes": self.processes,
@@ -159,6 +172,7 @@ def plan(
         quantizer, adopt = quantizer_of_module(draft, backend, module)
     device = device_of(draft)
     options = adapter_options(draft, adapter)
+    evaluators = evaluators_of(draft)
     dtype = dtype_of(draft, backend, device)
     check_data(draft)
     check_training(draft, device)
@@ -177,6 +191,7 @@ def plan(
         device=device,
         dtype=dtype,
         adopt=adopt,
+        evaluators=evaluators,
         processes=count,
         config=config,
         machine=draft.machine,
@@ -264,11 +279,31 @@ def _settled(draft: Draft, made: Plan) -> Plan:
     return replace(made, notes=tuple(dict.fromkeys(draft.notes)))
 
 
+def evaluators(wanted: Sequence[Mapping[str, Any]]) -> dict[str, Evaluator]:
+    """Return what measures, by the names of the evaluations.
+
+    Args:
+        wanted: a `name` each, and options.
+
+    Raises:
+        PlanRefused: one is not there, lacks a library, or has no such option.
+    """
+    spec = Spec(evaluate={"evaluations": list(wanted)})
+    draft = Draft(spec, this_machine(), registry())
+    found = evaluators_of(draft)
+    if draft.problems:
+        raise PlanRefused(draft.problems)
+    return found
+
+
 def _combined(draft: Draft, made: Plan) -> Plan:
     """Return `made` with rules, merge, processes and memory looked at."""
     spec, cell, backend, adapter = made.spec, made.cell, made.backend, made.adapter
     config = made.config or {}
     draft.problems += _cell_problems(made)
+    for name, evaluator in made.evaluators.items():
+        record = draft.registry.record(Evaluation, name)
+        draft.problems += refusals_beside(cell, record, evaluator.model_dump())
     draft.notes += made.quantizer.notes(made.device)
     merge, refused = _merge(spec.export.merge, cell, backend, adapter)
     unshared = processes.share_problems(cell, backend, adapter, config, spec.export.merge)

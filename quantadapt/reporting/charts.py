@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .html import Html, el, numbers_table
+from .html import Html, details, el, numbers_table
 from .words import short
 
 T = TypeVar("T")
@@ -28,15 +28,21 @@ _CHARACTER = 8.0
 """Widest average of a character of 14 px text, to keep labels from being cut."""
 
 
-def bar_chart(title: str, bars: Sequence[Bar], *, log: bool = False, unit: str = "") -> Html:
-    """Return horizontal bars with direct labels, for wide and for narrow screens, and a table."""
-    drawings = [_draw_bars(title, bars, log, width) for width in (_WIDE, _NARROW)]
+def bar_chart(
+    title: str, bars: Sequence[Bar], *, log: bool = False, unit: str = "", name: str = ""
+) -> Html:
+    """Return horizontal bars with direct labels, for wide and for narrow screens, and a table.
+
+    Args:
+        name: what the drawings' ids begin with, if not the title.
+    """
+    drawings = [_draw_bars(title, bars, log, width, name or title) for width in (_WIDE, _NARROW)]
     heading = f"{title} ({unit})" if unit else title
     table = numbers_table(["", heading], [[bar.label, bar.text] for bar in bars])
-    return el("figure", *drawings, table)
+    return el("figure", *drawings, details("Numbers", table))
 
 
-def _draw_bars(title: str, bars: Sequence[Bar], log: bool, width: int) -> Html:
+def _draw_bars(title: str, bars: Sequence[Bar], log: bool, width: int, name: str) -> Html:
     beside = width == _WIDE
     left = _CHARACTER * max(len(bar.label) for bar in bars) + 14 if beside else 0
     right = _CHARACTER * max(len(bar.text) for bar in bars) + 14
@@ -47,25 +53,29 @@ def _draw_bars(title: str, bars: Sequence[Bar], log: bool, width: int) -> Html:
     for tick in scale.ticks if log else []:
         parts += _vertical(scale(tick), height - 22, f"{tick:,g}")
     for index, bar in enumerate(bars):
-        top, end = index * pitch + above, scale(bar.value)
+        top = index * pitch + above
+        start, end = sorted((scale(scale.foot), scale(bar.value)))
         middle = top + thick / 2 + 5
         label = (left - 14, middle, "end") if beside else (0, top - 6, "start")
         parts += [
             _svg_text(bar.label, *label, kind="label"),
-            _rounded(left, top, max(end - left, 2), thick, bar.kind),
-            _svg_text(bar.text, max(end, left + 2) + 8, middle, kind=f"value {bar.kind}"),
+            _rounded(start, top, max(end - start, 2), thick, bar.kind),
+            _svg_text(bar.text, max(end, start + 2) + 8, middle, kind=f"value {bar.kind}"),
         ]
     described = "; ".join(f"{bar.label}: {bar.text}" for bar in bars)
-    return _svg(title, described, width, height, parts)
+    return _svg(title, described, width, height, parts, name)
 
 
 class _Scale:
-    """Maps values to pixels. A logarithmic one starts at 1, or at the power of ten below all."""
+    """Maps values to pixels. A logarithmic one starts at 1, or at the power of ten below all; of
+    another one, bars stand on 0."""
 
     def __init__(self, values: Sequence[float], log: bool, start: float, end: float) -> None:
         self.log, self.start, self.end = log, start, end
-        low = min(1.0, 10 ** math.floor(math.log10(min(values)))) if log else 0.0
-        self.low, self.high = self._at(low), self._at(max(values))
+        low = 10 ** math.floor(math.log10(min(values))) if log else min(values)
+        low = min(1.0 if log else 0.0, low)
+        self.foot = low if log else 0.0
+        self.low, self.high = self._at(low), self._at(max(values) if log else max(0.0, *values))
         powers = range(math.floor(math.log10(low)), 309) if log else range(0)
         self.ticks = [10.0**p for p in powers if self._at(10.0**p) <= self.high]
 
@@ -88,7 +98,7 @@ def line_chart(points: Sequence[tuple[float, float]], resumed_from: float | None
         for raw, mean in thinned(list(zip(points, smooth, strict=True)), 20)
     ]
     table = numbers_table(["step", "loss (nats per token)", "moving average"], rows)
-    return el("figure", *drawings, table)
+    return el("figure", *drawings, details("Numbers", table))
 
 
 def _draw_line(
@@ -130,7 +140,8 @@ def _draw_line(
     described = (
         f"From {short(smooth[0][1])} at step {steps[0]:g} to {short(last[1])} at {steps[-1]:g}."
     )
-    return _svg("Training loss by step", described, width, height, parts)
+    title = "Training loss by step"
+    return _svg(title, described, width, height, parts, title)
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -164,9 +175,11 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
     return [tick for tick in ticks if tick <= high + step * 1e-9] or [low]
 
 
-def _svg(title: str, described: str, width: int, height: float, parts: Sequence[Html]) -> Html:
+def _svg(
+    title: str, described: str, width: int, height: float, parts: Sequence[Html], name: str
+) -> Html:
     size = "wide" if width == _WIDE else "narrow"
-    name = f"{title.lower().replace(' ', '-')}-{size}"
+    name = f"{name.lower().replace(' ', '-')}-{size}"
     return el(
         "svg",
         el("title", title, id=f"{name}-t"),

@@ -32,9 +32,9 @@ def escape(text: str) -> Html:
     return Html(html.escape(str(text).replace("\r\n", "\n").translate(visible)))
 
 
-def section(title: str, *children: Child) -> Html:
-    """Return a section with a heading, labelled by it."""
-    name = title.lower().replace(" ", "-")
+def section(title: str, *children: Child, name: str = "") -> Html:
+    """Return a section with a heading, labelled by it; `name` is its id, if not its title."""
+    name = name or title.lower().replace(" ", "-")
     return el("section", el("h2", title, id=name), *children, aria_labelledby=name)
 
 
@@ -54,10 +54,10 @@ def facts_table(rows: Iterable[tuple[str, Child]]) -> Html:
 
 
 def numbers_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
-    """A chart's numbers as a table, folded away."""
+    """Return numbers as a table."""
     head = el("thead", el("tr", *[el("th", heading, scope="col") for heading in headings]))
     lines = [el("tr", *[el("td", cell) for cell in row]) for row in rows]
-    return details("Numbers", el("table", head, el("tbody", *lines), class_="numbers"))
+    return el("table", head, el("tbody", *lines), class_="numbers")
 
 
 def details(summary: str, *children: Child) -> Html:

@@ -6,15 +6,26 @@ Everything goes through `el`, which escapes all text; nothing else makes HTML.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..folders.metrics import direction, with_unit
 from ..folders.run_folder import RunFolder
 from ..memory.workload import Setting
 from .charts import Bar, bar_chart, line_chart
-from .html import Child, Html, capital, details, el, facts_table, figures_list, section
-from .run import Run, items, number, part, text
+from .html import (
+    Child,
+    Html,
+    capital,
+    details,
+    el,
+    facts_table,
+    figures_list,
+    numbers_table,
+    section,
+)
+from .run import Measured, Run, items, measured, number, part, text
 from .words import count, duration, headline, lede, mebibytes, percent, short
 
 
@@ -70,25 +81,55 @@ _ICON = (
 )
 
 
-def _perplexity(run: Run) -> Html:
-    named = {
-        "unquantized": ("base, not quantized", "before"),
-        "quantized": ("quantized", "before"),
-        "tuned": ("quantized + adapter", "after"),
-        "merged": ("merged", "after"),
-    }
-    values = part(run.metrics, "perplexity")
-    found = [(name, value) for name in named if (value := number(values, name)) and value > 0]
-    if not found:
-        return Html()
-    bars = [Bar(named[name][0], value, short(value), named[name][1]) for name, value in found]
-    low, high = min(bar.value for bar in bars), max(bar.value for bar in bars)
-    log = high > 10 * low
-    note = "On held-out text; lower is better, and 1 would be a perfect guess every time."
+_BARS = {
+    "unquantized": ("base, not quantized", "before"),
+    "quantized": ("quantized", "before"),
+    "tuned": ("quantized + adapter", "after"),
+    "merged": ("merged", "after"),
+}
+
+
+def _evaluations(run: Run) -> Html:
+    """Return a section for each evaluation, and for those that failed."""
+    sections = [
+        _evaluation(figures, f"evaluation-{index}")
+        for index, (_, figures) in enumerate(measured(run), start=1)
+    ]
+    failed = part(run.metrics, "failed_evaluations")
+    reasons = [el("li", el("strong", name), f": {text(failed, name)}") for name in failed]
+    if reasons:
+        sections.append(section("Not measured", el("ul", *reasons)))
+    return Html("".join(sections))
+
+
+def _evaluation(figures: Sequence[Measured], name: str) -> Html:
+    """Draw the first of an evaluation's figures; the others are a table."""
+    first, *others = figures
+    bars = [
+        Bar(_BARS[model][0], value, with_unit(short(value), first.unit), _BARS[model][1])
+        for model, value in first.values.items()
+    ]
+    low = min((bar.value for bar in bars), default=0.0)
+    log = low > 0 and max(bar.value for bar in bars) > 10 * low
+    where = f"On held-out data, in {first.unit}" if first.unit else "On held-out data"
+    note = f"{'; '.join(filter(None, (where, direction(first.better))))}."
     if log:
         note += " The scale is logarithmic."
-    chart = bar_chart("Perplexity", bars, log=log)
-    return section("Perplexity", el("p", note, class_="note"), chart)
+    title = capital(first.name)
+    chart = bar_chart(title, bars, log=log, unit=first.unit, name=name) if bars else Html()
+    return section(title, el("p", note, class_="note"), chart, _others(others), name=name)
+
+
+def _others(figures: Sequence[Measured]) -> Html:
+    """Return figures as a table, a column for each model."""
+    models = [model for model in _BARS if any(model in figure.values for figure in figures)]
+    rows = []
+    for figure in figures:
+        name = f"{figure.name}, {figure.unit}" if figure.unit else figure.name
+        values = [figure.values.get(model) for model in models]
+        cells = ["" if value is None else short(value) for value in values]
+        rows.append([name, *cells, direction(figure.better)])
+    return numbers_table(["", *models, ""], rows) if models else Html()
 
 
 def _loss(run: Run) -> Html:
@@ -229,12 +270,13 @@ def _answer(label: str, text: str, kind: str) -> Html:
 
 def _plan(run: Run) -> Html:
     rows: list[tuple[str, Child]] = []
-    for key in ("backend", "adapter"):
-        named = part(run.plan, key)
-        if named:
-            options = _chips(named.get("options"))
-            rows.append((key, el("div", el("strong", text(named, "name")), " ", options)))
-    elsewhere = ("backend", "adapter", "notes", "merge_refusals", "memory")
+    named = [(key, part(run.plan, key)) for key in ("backend", "adapter")]
+    named += [("evaluation", record) for record in items(run.plan, "evaluations")]
+    for key, record in named:
+        if record:
+            options = _chips(record.get("options"))
+            rows.append((key, el("div", el("strong", text(record, "name")), " ", options)))
+    elsewhere = ("backend", "adapter", "evaluations", "notes", "merge_refusals", "memory")
     plain = [key for key in run.plan if key not in elsewhere]
     rows += [(key, _value(run.plan[key])) for key in plain if run.plan[key] not in (None, [], {})]
     notes = run.plan.get("notes")
@@ -282,7 +324,7 @@ def _environment(run: Run) -> Html:
 
 
 SECTIONS: tuple[Callable[[Run], Html], ...] = (
-    _perplexity,
+    _evaluations,
     _samples,
     _loss,
     _merge,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..folders.metrics import MODELS, label
 from ..folders.run_folder import RunFolder
 
 
@@ -61,3 +62,38 @@ def number(values: Mapping[str, Any], *path: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One figure of an evaluation.
+
+    Attributes:
+        name: the first one's names its evaluation, too.
+        unit: empty where it has none.
+        better: "lower", "higher", or empty.
+        values: finite numbers by model, in the order of `MODELS`.
+    """
+
+    name: str
+    unit: str
+    better: str
+    values: Mapping[str, float]
+
+
+def measured(run: Run) -> Iterator[tuple[str, list[Measured]]]:
+    """Yield each evaluation with its figures, the first of which matters most."""
+    evaluations = part(run.metrics, "evaluations")
+    for evaluation in evaluations:
+        figures = part(evaluations, evaluation)
+        first, *others = [*figures] or [""]
+        named = {first: label(evaluation, first), **{name: name for name in others}}
+        found = [_measured(named[name], part(figures, name)) for name in figures]
+        if any(figure.values for figure in found):
+            yield evaluation, found
+
+
+def _measured(name: str, figure: Mapping[str, Any]) -> Measured:
+    numbers = {model: number(figure, "values", model) for model in MODELS}
+    values = {model: value for model, value in numbers.items() if value is not None}
+    return Measured(name, text(figure, "unit"), text(figure, "better"), values)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from .run import Run, number, part, text
+from ..folders.metrics import with_unit
+from .run import Measured, Run, measured, number, part, text
 
 
 def short(value: float) -> str:
@@ -53,13 +54,14 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 def headline(run: Run) -> str:
     """Return the run in one line, e.g. `hqq 4-bit x lora: perplexity 41.2 → 3.12 in 48 s`."""
-    before, after = _before_after(run)
-    if before is None or after is None:
+    figure = _gain(run)
+    if figure is None:
         state = run.marker.get("state")
         return f"{_cell(run)}: {state}" if state in ("failed", "interrupted") else _cell(run)
     seconds = number(run.metrics, "train", "seconds")
     spent = f" in {duration(seconds)}" if seconds is not None else ""
-    return f"{_cell(run)}: perplexity {short(before)} → {short(after)}{spent}"
+    before, after = short(figure.values["quantized"]), short(figure.values["tuned"])
+    return f"{_cell(run)}: {figure.name} {before} → {with_unit(after, figure.unit)}{spent}"
 
 
 def _cell(run: Run) -> str:
@@ -79,17 +81,26 @@ def lede(run: Run) -> str:
 
 
 def _gain_sentence(run: Run) -> str:
-    before, after = _before_after(run)
-    if not before or not after:
+    figure = _gain(run)
+    if figure is None:
         return ""
-    ratio = before / after
+    before, after = figure.values["quantized"], figure.values["tuned"]
+    what = f"the quantized model's {figure.name}"
+    if min(before, after) <= 0 or figure.unit == "%":  # of which no ratio would be understood
+        if before == after:
+            return f"Training left {what} as it was."
+        return (
+            f"Training took {what} from {short(before)} to {with_unit(short(after), figure.unit)}."
+        )
+    ratio = max(before / after, after / before)
     if ratio >= 2:
-        return f"Training made the quantized model's perplexity {short(ratio)} times lower."
+        return (
+            f"Training made {what} {short(ratio)} times {'lower' if after < before else 'higher'}."
+        )
     change = abs(1 - after / before)
     if change < 0.005:
-        return "Training left the quantized model's perplexity as it was."
-    direction = "lowered" if after < before else "raised"
-    return f"Training {direction} the quantized model's perplexity by {percent(change)}."
+        return f"Training left {what} as it was."
+    return f"Training {'lowered' if after < before else 'raised'} {what} by {percent(change)}."
 
 
 def _trained_sentence(run: Run) -> str:
@@ -109,6 +120,7 @@ def _size_sentence(run: Run) -> str:
     return f"The base takes {now} instead of {then}, {ratio} times less."
 
 
-def _before_after(run: Run) -> tuple[float | None, float | None]:
-    values = part(run.metrics, "perplexity")
-    return number(values, "quantized"), number(values, "tuned")
+def _gain(run: Run) -> Measured | None:
+    """Return the first figure of the first evaluation that was measured before and after."""
+    firsts = (figures[0] for _, figures in measured(run))
+    return next((f for f in firsts if {"quantized", "tuned"} <= f.values.keys()), None)

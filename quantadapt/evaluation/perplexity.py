@@ -1,0 +1,95 @@
+"""The evaluation `perplexity`: how surprised a model is by held-out completions."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..distributed.talking import reduced
+from ..folders.metrics import NATS
+from ..hookspecs import hookimpl
+from ..protocols import Evaluator, Figure, Given
+from ..records import Evaluation
+from .predictions import device_of, predicted, to_perplexity
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .predictions import Examples
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity over completion tokens.
+
+    Attributes:
+        value: exp(loss); inf where that overflows.
+        loss: mean negative log-likelihood in nats, every token weighing the same.
+        tokens: how many tokens it is the mean of.
+        seconds: wall-clock time.
+    """
+
+    value: float
+    loss: float
+    tokens: int
+    seconds: float
+
+
+def perplexity(
+    model: nn.Module,
+    dataset: Examples,
+    *,
+    batch_size: int = 8,
+    pad_token_id: int | None = 0,
+    split: bool = False,
+) -> Perplexity:
+    """Measure the perplexity of `model` over the completion tokens of `dataset`.
+
+    Args:
+        model: a causal or encoder-decoder model; left in the mode that it was in.
+        dataset: columns `input_ids` and `completion_mask`, as `load_data` makes them.
+        split: whether each process of a run takes its part of the examples; all of them have to
+            call this, and all get the whole result.
+
+    Raises:
+        ValueError: the data holds no token to predict.
+    """
+    start = time.perf_counter()
+    total, tokens = 0.0, 0
+    for batch in predicted(model, dataset, batch_size, pad_token_id, split=split):
+        total += batch.loss()
+        tokens += len(batch.targets)
+    if split:
+        device = device_of(model)
+        total, tokens = reduced(total, device, "sum"), int(reduced(tokens, device, "sum"))
+    if not tokens:
+        raise ValueError("the data holds no token to predict")
+    loss = total / tokens
+    return Perplexity(to_perplexity(loss), loss, tokens, time.perf_counter() - start)
+
+
+class PerplexityEvaluator(Evaluator):
+    """Perplexity, the loss that it is made of, and the number of tokens; it has no options."""
+
+    def measure(self, model: nn.Module, given: Given) -> dict[str, Figure]:
+        """Measure it on the completion tokens of the examples."""
+        found = perplexity(
+            model,
+            given.examples,
+            batch_size=given.batch_size,
+            pad_token_id=getattr(given.tokenizer, "pad_token_id", None),
+            split=given.split,
+        )
+        return {
+            "perplexity": Figure(found.value, "", "lower"),
+            "loss": Figure(found.loss, NATS, "lower"),
+            "tokens": Figure(found.tokens),
+        }
+
+
+@hookimpl
+def quantadapt_evaluations() -> list[Evaluation]:
+    """Return the evaluation of this file."""
+    summary = "exp of the mean loss per held-out token; 1 would be a perfect guess every time"
+    return [Evaluation("perplexity", summary, PerplexityEvaluator)]
