@@ -33,7 +33,7 @@ COMMANDS = {
     "schema": Entry("plan", _TUNE, "Print the JSON schema of a run's YAML file, for editors."),
     "quantize": Entry("quantize", _MODEL, "Quantize a model and save the checkpoint."),
     "merge": Entry("merge", _MODEL, "Merge a trained adapter into its base."),
-    "eval": Entry("evaluate", _MODEL, "Measure a model, a run or an adapter: perplexity, ..."),
+    "eval": Entry("evaluate", _MODEL, "Measure a model, a run or an adapter."),
     "generate": Entry("evaluate", _MODEL, "Answer a prompt greedily."),
     "backends": Entry("catalog", _LOOK, "List the ways to quantize, or show one with its options."),
     "adapters": Entry("catalog", _LOOK, "List the adapters, or show one with its options."),

@@ -97,7 +97,8 @@ def _check_record(record: Record) -> None:
         if not (isinstance(given, type) and issubclass(given, base)):
             what = f"{field} is {given!r}, not a subclass of {base.__name__}"
             raise PluginError(what, where=where)
-        if missing := ", ".join(sorted(getattr(given, "__abstractmethods__", ()))):
+        missing = ", ".join(sorted(getattr(given, "__abstractmethods__", ())))
+        if missing and not isinstance(record, Backend):  # of which the conformance suite tells it
             raise PluginError(f"{given.__name__} lacks {missing}", where=where)
 
 
