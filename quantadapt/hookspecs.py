@@ -93,7 +93,7 @@ def quantadapt_evaluations() -> Iterable[Evaluation]:  # type: ignore[empty-body
                 texts = [prompt.text for prompt in prompts]
                 answers = greedy(model, given.tokenizer, texts, max_new_tokens=given.max_new_tokens)
                 right = sum(a.strip() == p.reference.strip() for a, p in zip(answers, prompts))
-                return {"share": Figure(100 * right / len(prompts), "%", "higher")}
+                return {"exact-match": Figure(right / len(prompts), "share", "higher")}
 
         @hookimpl
         def quantadapt_evaluations():

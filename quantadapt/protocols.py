@@ -243,8 +243,9 @@ class Figure:
     """A number that an evaluation found.
 
     Attributes:
-        value: the number; nan or inf where the model gives none.
-        unit: what it is counted in, e.g. "nats per token" or "%"; empty where it has no unit.
+        value: the number; nan or inf where there is none.
+        unit: what it is counted in, e.g. "nats per token" or "MiB"; "share" is shown in percent;
+            empty where it has no unit.
         better: which way is better, "lower" or "higher"; empty where neither is.
     """
 

@@ -362,7 +362,7 @@ METRICS = {
                 "values": {"unquantized": 16.0, "quantized": 17.0, "tuned": 2.0, "merged": 2.0},
             }
         },
-        "exact": {"share": {"unit": "%", "better": "higher", "values": {"tuned": 41.66}}},
+        "exact": {"exact": {"unit": "share", "better": "higher", "values": {"tuned": 0.4166}}},
     },
     "failed_evaluations": {"tasks": "it failed, on the tuned model"},
     "samples": [{"prompt": "add [a] and b", "before": "#", "after": "return a + b"}],
@@ -381,7 +381,7 @@ def fake_run(work: Any) -> Any:
             entry = {"step": step, "max_steps": 40, "loss": 1.5, "learning_rate": 1e-3}
             listener("log", entry)
         listener("stage", {"name": "train", "state": "done", "seconds": 1.0})
-        figures = {"share": Figure(41.66, "%", "higher"), "count": Figure(12)}
+        figures = {"exact": Figure(0.4166, "share", "higher"), "count": Figure(12)}
         listener("figures", {"evaluation": "exact", "model": "tuned", "figures": figures})
         listener("stage", {"name": "evaluate", "state": "done", "seconds": 1.0})
         listener("note", {"text": "a note"})
@@ -409,8 +409,7 @@ def test_run_prints_plan_progress_and_results(run_cli, pipeline):
         "✓ train",
         "note: a note",
         "✓ evaluate",
-        "exact share tuned 41.66 %",
-        "exact share, %",
+        "exact tuned 41.7 %",
         "higher is better",
         "tuned: quantized and tuned",
         "tasks: it failed, on the tuned model",

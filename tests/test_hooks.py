@@ -134,9 +134,9 @@ def test_an_evaluation(example, tokenizer) -> None:
     known = replace(prompt, reference=tokenizer.decode(answer, skip_special_tokens=True))
     held_out = replace(held_out, prompts=[known, other])
     found = qa.evaluate(model, held_out, evaluation="exact-match", max_new_tokens=8)
-    assert found == {"share": 50.0}
+    assert found == {"exact-match": 0.5}
     found = qa.evaluate(model, held_out, evaluation="exact-match", max_new_tokens=8, first=1)
-    assert found == {"share": 100.0}
+    assert found == {"exact-match": 1.0}
 
 
 @proves("quantadapt_commands")

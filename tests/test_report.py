@@ -37,7 +37,11 @@ METRICS: Metrics = {
             "loss": {"unit": "nats per token", "better": "lower", "values": {"tuned": 1.131}},
         },
         "exact": {
-            "share": {"unit": "%", "better": "higher", "values": {"quantized": 0.0, "tuned": 41.7}}
+            "exact": {
+                "unit": "share",
+                "better": "higher",
+                "values": {"quantized": 0.0, "tuned": 0.417},
+            }
         },
     },
     "failed_evaluations": {"tasks": "it failed with OSError: no network, on the tuned model"},
@@ -127,7 +131,7 @@ def test_everything_is_on_the_page() -> None:
         "On held-out data; lower is better.",
         "loss, nats per token",
         "1.13",
-        "On held-out data, in %; higher is better.",
+        "On held-out data; higher is better.",
         "41.7 %",
         "no network",
         "8.80 million",
@@ -344,6 +348,7 @@ def measured(unit: str, **values: float) -> dict[str, Any]:
         (10.0, 10.01, "", "as it was"),
         (0.0, 41.66, "", "from 0 to 41.7."),
         (20.0, 60.0, "%", "from 20.0 to 60.0 %."),
+        (0.2, 0.6, "share", "from 20.0 % to 60.0 %."),
         (-2.5, 1.5, "nats", "from -2.50 to 1.50 nats."),
         (0.0, 0.0, "", "as it was"),
     ],

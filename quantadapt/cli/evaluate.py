@@ -101,9 +101,9 @@ def evaluate(
             return
         for name, figures in found.items():
             (first, figure), *others = figures.items()
-            head = f"{label(name, first)} {with_unit(f'{figure.value:.4f}', figure.unit)}"
+            head = f"{label(name, first)} {with_unit(figure.value, figure.unit, '{:.4f}'.format)}"
             shown.out.print(head, markup=False, soft_wrap=True)
-            facts = [f"{key} {with_unit(f'{f.value:.6g}', f.unit)}" for key, f in others]
+            facts = [f"{key} {with_unit(f.value, f.unit, '{:.6g}'.format)}" for key, f in others]
             facts += [words] if (words := direction(figure.better)) else []
             line = f"{', '.join(facts)}, on {origin}"
             shown.err.print(line.removeprefix(", "), markup=False, soft_wrap=True, style="dim")

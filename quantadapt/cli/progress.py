@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ..folders.metrics import MODELS, direction, label, with_unit
+from ..folders.metrics import MODELS, direction, label, told_apart, with_unit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,7 +77,7 @@ class RunDisplay:
         """An evaluation has measured a model; the first of its figures is shown."""
         name, figure = next(iter(data["figures"].items()))
         what = escape(f"{label(data['evaluation'], name)} {data['model']}")
-        value = escape(with_unit(four_digits(figure.value), figure.unit))
+        value = escape(with_unit(figure.value, figure.unit, four_digits))
         self.details.append(f"{what} [bold]{value}[/bold]")
 
     def on_note(self, data: Mapping[str, Any]) -> None:
@@ -221,14 +221,17 @@ def _figures(evaluations: Mapping[str, Mapping[str, Measured]]) -> Table:
     columns = []
     for evaluation, figures in evaluations.items():
         name, figure = next(iter(figures.items()))
-        columns.append(figure)
-        unit, better = figure["unit"], figure["better"]
-        head = label(evaluation, name) + (f", {unit}" if unit else "")
-        table.add_column(escape(f"{head}\n{direction(better)}".strip()), justify="right")
+        above, beside = told_apart(figure["unit"])
+        columns.append((figure["values"], beside))
+        head = ", ".join(filter(None, (label(evaluation, name), above)))
+        head = f"{head}\n{direction(figure['better'])}".strip()
+        table.add_column(escape(head), justify="right")
     for model, text in MODELS.items():
-        values = [figure["values"].get(model) for figure in columns]
-        if any(value is not None for value in values):
-            cells = ["" if value is None else four_digits(value) for value in values]
+        cells = [
+            "" if (value := values.get(model)) is None else with_unit(value, beside, four_digits)
+            for values, beside in columns
+        ]
+        if any(cells):
             style = "bold green" if model == "tuned" else ""
             table.add_row(f"{model}: {text}", *cells, style=style)
     return table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ MODELS = {
 """The models of a run that are measured, in their order, and what they are."""
 NATS = "nats per token"
 """The unit of a figure called `loss`, by which a merge is judged."""
+SHARE = "share"
+"""The unit of figures that are shown in percent."""
 
 
 class Measured(TypedDict, total=False):
@@ -59,9 +61,14 @@ def direction(better: str) -> str:
     return f"{better} is better" if better in ("lower", "higher") else ""
 
 
-def with_unit(number: str, unit: str) -> str:
-    """Return a number with its unit."""
-    return f"{number} {unit}".rstrip()
+def with_unit(value: float, unit: str, number: Callable[[float], str]) -> str:
+    """Return a value with its unit, made text by `number`; a share in percent."""
+    return f"{100 * value:.1f} %" if unit == SHARE else f"{number(value)} {unit}".rstrip()
+
+
+def told_apart(unit: str) -> tuple[str, str]:
+    """Return (what heads a column of figures, what stands beside each) of the unit."""
+    return ("", unit) if unit == SHARE else (unit, "")
 
 
 class Training(TypedDict, total=False):

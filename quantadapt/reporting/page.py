@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..folders.metrics import direction, with_unit
+from ..folders.metrics import direction, told_apart, with_unit
 from ..folders.run_folder import RunFolder
 from ..memory.workload import Setting
 from .charts import Bar, bar_chart, line_chart
@@ -106,17 +106,18 @@ def _evaluation(figures: Sequence[Measured], name: str) -> Html:
     """Draw the first of an evaluation's figures; the others are a table."""
     first, *others = figures
     bars = [
-        Bar(_BARS[model][0], value, with_unit(short(value), first.unit), _BARS[model][1])
+        Bar(_BARS[model][0], value, with_unit(value, first.unit, short), _BARS[model][1])
         for model, value in first.values.items()
     ]
     low = min((bar.value for bar in bars), default=0.0)
     log = low > 0 and max(bar.value for bar in bars) > 10 * low
-    where = f"On held-out data, in {first.unit}" if first.unit else "On held-out data"
+    above, _ = told_apart(first.unit)
+    where = f"On held-out data, in {above}" if above else "On held-out data"
     note = f"{'; '.join(filter(None, (where, direction(first.better))))}."
     if log:
         note += " The scale is logarithmic."
     title = capital(first.name)
-    chart = bar_chart(title, bars, log=log, unit=first.unit, name=name) if bars else Html()
+    chart = bar_chart(title, bars, log=log, unit=above, name=name) if bars else Html()
     return section(title, el("p", note, class_="note"), chart, _others(others), name=name)
 
 
@@ -125,9 +126,10 @@ def _others(figures: Sequence[Measured]) -> Html:
     models = [model for model in _BARS if any(model in figure.values for figure in figures)]
     rows = []
     for figure in figures:
-        name = f"{figure.name}, {figure.unit}" if figure.unit else figure.name
+        above, beside = told_apart(figure.unit)
+        name = ", ".join(filter(None, (figure.name, above)))
         values = [figure.values.get(model) for model in models]
-        cells = ["" if value is None else short(value) for value in values]
+        cells = ["" if value is None else with_unit(value, beside, short) for value in values]
         rows.append([name, *cells, direction(figure.better)])
     return numbers_table(["", *models, ""], rows) if models else Html()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..folders.metrics import with_unit
+from ..folders.metrics import SHARE, told_apart, with_unit
 from .run import Measured, Run, measured, number, part, text
 
 
@@ -60,8 +60,7 @@ def headline(run: Run) -> str:
         return f"{_cell(run)}: {state}" if state in ("failed", "interrupted") else _cell(run)
     seconds = number(run.metrics, "train", "seconds")
     spent = f" in {duration(seconds)}" if seconds is not None else ""
-    before, after = short(figure.values["quantized"]), short(figure.values["tuned"])
-    return f"{_cell(run)}: {figure.name} {before} → {with_unit(after, figure.unit)}{spent}"
+    return f"{_cell(run)}: {figure.name} {_change(figure, ' → ')}{spent}"
 
 
 def _cell(run: Run) -> str:
@@ -86,12 +85,10 @@ def _gain_sentence(run: Run) -> str:
         return ""
     before, after = figure.values["quantized"], figure.values["tuned"]
     what = f"the quantized model's {figure.name}"
-    if min(before, after) <= 0 or figure.unit == "%":  # of which no ratio would be understood
-        if before == after:
-            return f"Training left {what} as it was."
-        return (
-            f"Training took {what} from {short(before)} to {with_unit(short(after), figure.unit)}."
-        )
+    if before == after:
+        return f"Training left {what} as it was."
+    if min(before, after) <= 0 or figure.unit in (SHARE, "%"):  # a ratio would tell nothing
+        return f"Training took {what} from {_change(figure, ' to ')}."
     ratio = max(before / after, after / before)
     if ratio >= 2:
         return (
@@ -118,6 +115,13 @@ def _size_sentence(run: Run) -> str:
         return ""
     now, then, ratio = mebibytes(quantized), mebibytes(dense), short(dense / quantized)
     return f"The base takes {now} instead of {then}, {ratio} times less."
+
+
+def _change(figure: Measured, to: str) -> str:
+    """Return the value before, `to`, and the value after."""
+    above, beside = told_apart(figure.unit)
+    before = with_unit(figure.values["quantized"], beside, short)
+    return f"{before}{to}{with_unit(figure.values['tuned'], above or beside, short)}"
 
 
 def _gain(run: Run) -> Measured | None:
