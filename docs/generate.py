@@ -20,7 +20,8 @@ from typing import Any
 
 import quantadapt
 from quantadapt import errors, hookspecs, matrix, protocols, records, registry
-from quantadapt.capabilities import Merge, Rule
+from quantadapt.capabilities import Rule
+from quantadapt.exporting.tuned import Tuned
 from quantadapt.matrix import results, tables
 from quantadapt.spec import Spec
 
@@ -30,11 +31,6 @@ MARK = "<!-- matrix: written by docs/generate.py -->"
 END = "<!-- end of matrix -->"
 NOTE = "<!-- Written by docs/generate.py. Change the code, not this page. -->"
 
-MERGE = {
-    Merge.NEVER: "never; the adapter stays beside the base",
-    Merge.DENSE: "into dense weights",
-    Merge.REQUANTIZE: "into dense weights, or quantized again",
-}
 START = {
     records.Start.ZERO: "unchanged",
     records.Start.ROUNDING: "changed by rounding",
@@ -50,6 +46,7 @@ def pages() -> dict[Path, str]:
         "backends.md": backends_page(known),
         "adapters.md": adapters_page(known),
         "evaluations.md": evaluations_page(known),
+        "exports.md": exports_page(known),
         "hooks.md": hooks_page(),
         "cli.md": cli_page(),
         "errors.md": errors_page(),
@@ -153,7 +150,7 @@ def _type(schema: Mapping[str, Any]) -> str:
     return " ".join([str(schema.get("type", "any")), ", ".join(found)]).strip()
 
 
-# Backends and adapters -------------------------------------------------------------------------
+# Records ---------------------------------------------------------------------------------------
 
 
 def backends_page(known: registry.Registry) -> str:
@@ -183,13 +180,13 @@ def _backend(backend: records.Backend) -> str:
         ("devices", ", ".join(backend.devices)),
         ("dtypes", ", ".join(backend.dtypes)),
         ("calibration data", "needed" if backend.calibration else "not needed"),
-        ("merge", MERGE[backend.merge]),
+        ("merge", backend.merge.words),
     ]
     return "\n\n".join(
         [
             f"## {backend.name}",
             f"{backend.summary}.",
-            *(_options(backend.quantizer) or ["No options."]),
+            _options(backend.quantizer),
             _facts(facts),
             *_rules(backend.rules),
         ]
@@ -226,6 +223,52 @@ def adapters_page(known: registry.Registry) -> str:
     return "\n\n".join(parts)
 
 
+def exports_page(known: registry.Registry) -> str:
+    """Return every built-in export with its options and rules."""
+    found = known.records(records.Export)
+    parts = [
+        "# Exports",
+        "An export is what is written from a tuned model. A run saves the adapter first, writes a "
+        "merged model where that is allowed (`export.merge`), and whatever `export.formats` names: "
+        "`export: {formats: [merged-requantized]}`, or with options "
+        "`{name: onto-base, base: ORG/NAME}`. `quantadapt export RUN NAME --set option=value` "
+        "writes one later. `quantadapt exports` lists what is installed here, plugins of third "
+        "parties included.",
+        "Each gets a folder of its own, whole or not at all. One that fails is told, and neither "
+        "the adapter nor another export is lost by it. What is known of it is in `metrics.json` "
+        "under `exports`.",
+        _table(("export", "what"), [(f"[{e.name}](#{e.name})", e.summary) for e in found]),
+    ]
+    return "\n\n".join([*parts, *(_export(export) for export in found)])
+
+
+def _export(export: records.Export) -> str:
+    parts = [
+        f"## {export.name}",
+        _prose(export.exporter.__doc__ or ""),
+        _options(export.exporter),
+    ]
+    if export.requires:
+        parts.append(_facts([("needs", ", ".join(map(_code, export.requires)))]))
+    return "\n\n".join([*parts, *_rules(export.rules)])
+
+
+def _options(options: type[Any]) -> str:
+    """Return the fields of an options class as a table."""
+    schema = options.model_json_schema()
+    needed = schema.get("required", [])
+    rows = [
+        (
+            _code(name),
+            _code(_type(field)),
+            "required" if name in needed else _code(_json(field.get("default"))),
+            field.get("description", ""),
+        )
+        for name, field in schema.get("properties", {}).items()
+    ]
+    return _table(("option", "type", "default", "meaning"), rows) if rows else "No options."
+
+
 def _adapter_merge(adapter: records.Adapter) -> str:
     refused = any(tuple(rule.when) == ("adapter",) for rule in adapter.rules)
     return "refused altogether" if refused else adapter.merge.name.lower()
@@ -251,7 +294,7 @@ def evaluations_page(known: registry.Registry) -> str:
     ]
     for evaluation in found:
         parts += [f"## {evaluation.name}", *_docstring(evaluation.evaluator.__doc__ or "")]
-        parts += [*_options(evaluation.evaluator), *_rules(evaluation.rules)]
+        parts += [_options(evaluation.evaluator), *_rules(evaluation.rules)]
     parts += [
         "## One of your own",
         "A plugin returns it from [quantadapt_evaluations](hooks.md#quantadapt_evaluations). "
@@ -264,15 +307,6 @@ def evaluations_page(known: registry.Registry) -> str:
                 signature = f"def {name}{inspect.signature(method)}: ...".replace("'", "")
                 parts += [_fence(signature, "python"), *_docstring(method.__doc__ or "")]
     return "\n\n".join(parts)
-
-
-def _options(options: type[Any]) -> list[str]:
-    """Return the table of what users set; nothing where there is nothing to set."""
-    rows = [
-        (_code(name), _code(_type(s)), _code(_json(s.get("default"))), s.get("description", ""))
-        for name, s in options.model_json_schema().get("properties", {}).items()
-    ]
-    return [_table(("option", "type", "default", "meaning"), rows)] if rows else []
 
 
 def _rules(rules: Iterable[Rule]) -> list[str]:
@@ -298,8 +332,9 @@ def hooks_page() -> str:
         if name.startswith("quantadapt_"):
             signature = f"def {name}{inspect.signature(hook)}".replace("'", "")
             parts += [f"## {name}", _fence(signature, "python"), *_docstring(hook.__doc__ or "")]
-    parts += ["## Records", "What hooks return."]
-    for record in (*records.KINDS.values(), Rule):
+    parts += ["## Records", "What the hooks named after them return, and what they are made of."]
+    shown = (protocols.Exporter, Tuned)
+    for record in (*records.KINDS.values(), *shown, Rule):
         parts += [f"### {record.__name__}", *_docstring(record.__doc__ or "")]
     return "\n\n".join(parts)
 

@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     from .protocols import (
         AdapterTarget,
         Evaluator,
+        Exporter,
         Figure,
         Given,
         LayerwiseQuantizer,
         Options,
         Quantizer,
     )
-    from .records import Adapter, Backend, Evaluation
+    from .records import Adapter, Backend, Evaluation, Export
     from .spec import Spec
     from .stages import attach, evaluate, quantize, train
 
@@ -53,9 +54,9 @@ _HOME = {
     "spec": ("Spec",),
     "errors": ("QuantadaptError",),
     "capabilities": ("Merge", "Rule"),
-    "records": ("Adapter", "Backend", "Evaluation"),
-    "protocols": ("AdapterTarget", "Evaluator", "Figure", "Given", "LayerwiseQuantizer",
-                  "Options", "Quantizer"),
+    "records": ("Adapter", "Backend", "Evaluation", "Export"),
+    "protocols": ("AdapterTarget", "Evaluator", "Exporter", "Figure", "Given",
+                  "LayerwiseQuantizer", "Options", "Quantizer"),
     "hookspecs": ("hookimpl",),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
@@ -67,6 +68,8 @@ __all__ = [
     "BaseMismatchWarning",
     "Evaluation",
     "Evaluator",
+    "Export",
+    "Exporter",
     "Figure",
     "Given",
     "LayerwiseQuantizer",

@@ -28,6 +28,13 @@ class Merge(IntEnum):
     REQUANTIZE = 2
     """As DENSE, and on request quantize the merged weights again with the same options."""
 
+    @property
+    def words(self) -> str:
+        """What becomes of a merge, for lists, tables and the reference."""
+        dense = "into dense weights"
+        never = "never, the adapter stays beside the base"
+        return (never, dense, f"{dense}, or quantized again")[self]
+
 
 @dataclass(frozen=True)
 class Rule:

@@ -18,7 +18,7 @@ import pluggy
 if TYPE_CHECKING:
     import typer
 
-    from .records import Adapter, Backend, Evaluation
+    from .records import Adapter, Backend, Evaluation, Export
 
 PROJECT = "quantadapt"
 
@@ -102,6 +102,40 @@ def quantadapt_evaluations() -> Iterable[Evaluation]:  # type: ignore[empty-body
 
 
 @hookspec
+def quantadapt_exports() -> Iterable[Export]:  # type: ignore[empty-body]
+    """Return the exports that this plugin provides.
+
+    Called once, when the plugin is loaded. An export is what `export.formats` and
+    `quantadapt export RUN NAME` write from a tuned model; terminal, metrics and report tell its
+    figures by themselves.
+
+        from pydantic import Field
+        from quantadapt import Export, Exporter, Figure, Merge, hookimpl
+
+        class Flat(Exporter):
+            dtype: str = Field("float16", description="of the numbers in the file")
+
+            @property
+            def merges(self):
+                return Merge.DENSE  # refused where backend or adapter never merge
+
+            def write(self, tuned, folder):
+                from safetensors.torch import save_file
+                import torch
+
+                dtype = getattr(torch, self.dtype)
+                merged = tuned.merged("dense").state_dict()
+                tensors = {name: value.to(dtype).clone() for name, value in merged.items()}
+                save_file(tensors, folder / "flat.safetensors")
+                return {"tensors": Figure(len(tensors))}
+
+        @hookimpl
+        def quantadapt_exports():
+            return [Export("flat", "all merged weights in one file", Flat)]
+    """
+
+
+@hookspec
 def quantadapt_commands(app: typer.Typer) -> None:
     """Add commands to the `quantadapt` command line application.
 
@@ -140,6 +174,6 @@ def quantadapt_stage_done(stage: str, value: Any) -> None:
     Args:
         stage: "plan", "quantize", "attach", "train", "evaluate" or "export".
         value: what the stage returned: the `Plan`, the quantized model, the `PeftModel`, a
-            `TrainResult`, the figures as under `evaluations` in metrics.json, what became of the
-            merge. Look at it, do not change it.
+            `TrainResult`, the figures as under `evaluations` in metrics.json, what it says of the
+            exports. Look at it, do not change it.
     """

@@ -19,12 +19,14 @@ from .distributed.talking import peers_in_words, reduced, start
 from .distributed.world import as_launched, world
 from .errors import PlanRefused, QuantadaptError, TrainingError
 from .evaluation.sizes import size_mib
-from .exporting.manifest import BASE, MERGED
+from .exporting.manifest import BASE
 from .exporting.saving import load_base, save, save_base
-from .exporting.stage import MergeKind, check_merged, merge_memory_in_words, write_merged
+from .exporting.stage import export, merge_entry
+from .exporting.tuned import Tuned
 from .folders.metrics import add_figures, losses
 from .folders.run_folder import RunFolder, UnwrittenFolder
 from .planning.stage import Plan
+from .protocols import Figure
 from .quantizing.examples import calibration_examples
 from .quantizing.stage import load_tokenizer, quantize_plan, skip_for, with_config
 from .quantizing.state import state_of
@@ -44,7 +46,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[str, Mapping[str, Any]], None]
-"""Called with an event ("stage", "figures", "log", "note") and its data, to show progress."""
+"""Called with an event ("stage", "figures", "log", "export", "note") and its data, to show
+progress."""
 
 
 @dataclass(frozen=True)
@@ -369,35 +372,42 @@ class _Run:
         if not self.world.is_main:
             return
         # A base that was calibrated is there since it was quantized.
-        adapter = save(model, self.folder.path, base=not self.plan.calibrates)
-        files = (file for file in adapter.rglob("*.safetensors"))
+        self.saved = save(model, self.folder.path, base=not self.plan.calibrates)
+        files = (file for file in self.saved.rglob("*.safetensors"))
         self.metrics["size"]["adapter_mib"] = sum(f.stat().st_size for f in files) / 2**20
 
     def export(self, model: PeftModel, data: Data) -> dict[str, Any]:
+        """Write what is planned. An export that fails keeps no other from being written; its error
+        is raised at the end."""
+        found: dict[str, Any] = {}
         if not self.world.is_main:
-            return {}
-        plan = self.plan
-        if plan.merge == "never":
-            kind = "refused" if plan.merge_refusals else "never"
-            refused = [vars(problem) for problem in plan.merge_refusals]
-            self.metrics["merge"] = {"kind": kind, "refusals": refused}
-        else:
-            self.metrics["merge"] = self.merge(model, data, plan.merge)
-        return dict(self.metrics["merge"])
+            return found
+        tuned = Tuned(
+            model,
+            saved=self.saved,
+            data=lambda _: self.held_out(data),
+            examples=lambda _: self.examples,
+            measured=lambda merged: self.measure_merged(merged, data),
+        )
+        errors = []
+        for planned in self.plan.exports:
+            found[planned.name], error = export(planned, tuned, self.folder.path)
+            errors += [error] if error else []
+            self.listener("export", {"name": planned.name, **found[planned.name]})
+        self.metrics |= {"exports": found, "merge": merge_entry(self.plan, found)}
+        if errors:
+            raise errors[0]
+        return found
 
-    def merge(self, model: PeftModel, data: Data, kind: MergeKind) -> dict[str, Any]:
+    def measure_merged(self, merged: nn.Module, data: Data) -> dict[str, Figure]:
         from .evaluation.stage import gain_kept
-        from .exporting.merging import merged_model
 
-        with merge_memory_in_words():
-            merged = merged_model(model, kind)
-            self.measure("merged", merged, data)
-            check = check_merged(model, merged, self.held_out(data))
-        write_merged(merged, kind, self.folder.path / MERGED, overwrite=True)
+        self.measure("merged", merged, data)
         found = losses(self.metrics)
-        known = {"quantized", "tuned", "merged"} <= found.keys()
-        kept = gain_kept(found["quantized"], found["tuned"], found["merged"]) if known else None
-        return {"kind": kind, **check, "gain_kept": kept}
+        if not {"quantized", "tuned", "merged"} <= found.keys():
+            return {}
+        kept = gain_kept(found["quantized"], found["tuned"], found["merged"])
+        return {"gain_kept": Figure(kept, "share", "higher")}
 
     def finish(self, state: Literal["finished", "failed", "interrupted"]) -> None:
         """Write the figures and the report, also of a run that did not get to its end."""

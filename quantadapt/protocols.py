@@ -1,22 +1,24 @@
 """What a plugin implements: the options class of a record, whose methods do the work.
 
 A backend has a `Quantizer`, and the `AdapterTarget` that it produces; an evaluation has an
-`Evaluator`. Nothing here imports torch: plugins are imported to list them, and only asked to work
-later. Most backends subclass `LayerwiseQuantizer`, implement `quantize_linear` and `load_linear`,
-and get quantize-on-load, saving, loading and re-quantization from the core.
+`Evaluator`, an export an `Exporter`. Nothing here imports torch: plugins are imported to list them,
+and only asked to work later. Most backends subclass `LayerwiseQuantizer`, implement
+`quantize_linear` and `load_linear`, and get quantize-on-load, saving, loading and re-quantization
+from the core.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
-from .errors import PluginError
+from .capabilities import Cell, Merge
+from .errors import PluginError, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .data.reading import Prompt
+    from .exporting.tuned import Tuned
+    from .records import Adapter, Backend
 
 
 class Options(BaseModel):
@@ -34,6 +38,27 @@ class Options(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that an evaluation or an export found.
+
+    Attributes:
+        value: the number; nan or inf where there is none.
+        unit: what it is counted in, e.g. "nats per token" or "MiB"; "share" is shown in percent;
+            empty where it has no unit.
+        better: which way is better, "lower" or "higher"; empty where neither is.
+    """
+
+    value: float
+    unit: str = ""
+    better: Literal["lower", "higher", ""] = ""
+
+    def __str__(self) -> str:
+        if self.unit == "share":
+            return f"{self.value:.1%}"
+        return f"{self.value:.4g} {self.unit}".strip()
 
 
 @runtime_checkable
@@ -239,22 +264,6 @@ class LayerwiseQuantizer(Quantizer):
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A number that an evaluation found.
-
-    Attributes:
-        value: the number; nan or inf where there is none.
-        unit: what it is counted in, e.g. "nats per token" or "MiB"; "share" is shown in percent;
-            empty where it has no unit.
-        better: which way is better, "lower" or "higher"; empty where neither is.
-    """
-
-    value: float
-    unit: str = ""
-    better: Literal["lower", "higher", ""] = ""
-
-
-@dataclass(frozen=True)
 class Given:
     """What an evaluator is given beside the model.
 
@@ -293,5 +302,58 @@ class Evaluator(Options, ABC):
         The model keeps its weights, its mode and its device. What is raised here costs no run: it
         is told once, and the evaluation is left out from then on. Only where several processes
         measure together does the run end, with the trained adapter saved.
+        """
+        ...
+
+
+class Exporter(Options, ABC):
+    """What is written from a tuned model; its fields are the export's options.
+
+    Implement `write`, and `merges` where that works with merged weights: a combination that does
+    not allow it is then refused when a run is planned, in the words of its rules.
+    """
+
+    @property
+    def merges(self) -> Merge:
+        """What it does with the adapter: NEVER (the default) leaves it beside the base, DENSE
+        merges it into dense weights, REQUANTIZE has them quantized again."""
+        return Merge.NEVER
+
+    @property
+    def folder(self) -> str:
+        """The folder that is written, in that of the run; empty: called as the export is."""
+        return ""
+
+    def refusals(self, cell: Cell, backend: Backend, adapter: Adapter) -> Iterable[Problem]:
+        """Return what else is wrong with this export of this combination. Asked before any work
+        starts: look at options and the files that they name, load and download nothing."""
+        return ()
+
+    @property
+    def planned(self) -> str:
+        """What will be written, in a few words, e.g. "dense merged model"; empty: its name."""
+        return ""
+
+    @property
+    def refused(self) -> str:
+        """What is not written where it is refused; empty: "no" and `planned`."""
+        return ""
+
+    def done(self, figures: Mapping[str, Figure]) -> str:
+        """Return what became of it, as half a sentence about what `write` returned; empty: the
+        figures with their names."""
+        return ""
+
+    def needed(self, tuned: Tuned) -> int | None:
+        """Return the bytes that `write` will take on the disk, where that is known; it is refused
+        at once if they are not free."""
+        return None
+
+    @abstractmethod
+    def write(self, tuned: Tuned, folder: Path) -> Mapping[str, Figure]:
+        """Write everything into `folder`, which is empty, and return figures about it by name.
+
+        The folder gets its own name when this returns. If this raises, it is removed, and what an
+        earlier export left is as it was.
         """
         ...

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from .capabilities import Merge, Rule
-from .protocols import Evaluator, Quantizer
+from .protocols import Evaluator, Exporter, Quantizer
 
 
 class Start(StrEnum):
@@ -102,13 +102,36 @@ class Evaluation:
     rules: tuple[Rule, ...] = ()
 
 
-Record = Backend | Adapter | Evaluation
+@dataclass(frozen=True)
+class Export:
+    """Something that is written from a tuned model.
+
+    Attributes:
+        name: what users write in `export.formats`, or as NAME in `quantadapt export RUN NAME`.
+        summary: one line for lists.
+        exporter: the options class; its methods do the work.
+        requires: the distributions it needs, as requirement strings.
+        extra: the extra that installs them; empty if none is needed.
+        rules: combinations that are refused. Beside the facts about backend and adapter, their
+            `when` may name `export.<option>`.
+    """
+
+    name: str
+    summary: str
+    exporter: type[Exporter]
+    requires: tuple[str, ...] = ()
+    extra: str = ""
+    rules: tuple[Rule, ...] = ()
+
+
+Record = Backend | Adapter | Evaluation | Export
 R = TypeVar("R", bound=Record)
 
 KINDS: dict[str, type[Record]] = {
     "backend": Backend,
     "adapter": Adapter,
     "evaluation": Evaluation,
+    "export": Export,
 }
 """What each kind of record is called, in the spec, on the command line and in messages."""
 

@@ -174,11 +174,25 @@ class EvaluateSpec(_Strict):
         return [value] if isinstance(value, str | Mapping) else value
 
 
+class FormatSpec(Named):
+    """An export and its options, e.g. `{name: onto-base, base: ORG/NAME}`.
+
+    The options are those of the export: `quantadapt exports show NAME` lists them.
+    """
+
+    name: str = Field(description="export name, see `quantadapt exports`")
+
+
 class ExportSpec(_Strict):
     """What to write besides the adapter."""
 
     merge: MergeChoice = Field(
         "auto", description="auto: a dense merged model where the combination allows it"
+    )
+    formats: list[FormatSpec] = Field(
+        default_factory=list,
+        description="more to write, each a name from `quantadapt exports` or "
+        "{name: ..., option: ...}",
     )
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..capabilities import Rule
-    from ..records import Adapter, Backend, Evaluation
+    from ..records import Adapter, Backend, Evaluation, Export
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Its name.")]
 
@@ -126,7 +126,7 @@ def _backend_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("devices", ", ".join(facts["devices"])),
         ("dtypes", ", ".join(facts["dtypes"])),
         ("calibration", "needs data" if facts["calibration"] else "needs no data"),
-        ("merge", _MERGE[facts["merge"]]),
+        ("merge", _merge_words(facts)),
     ]
 
 
@@ -190,8 +190,22 @@ def _adapter_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("PEFT method", facts["peft_type"]),
         ("start", _START[facts["start"]]),
-        ("merge", _MERGE[facts["merge"]]),
+        ("merge", _merge_words(facts)),
     ]
+
+
+def _merge_words(facts: Mapping[str, Any]) -> str:
+    from ..capabilities import Merge
+
+    return Merge[facts["merge"].upper()].words
+
+
+def _export_facts(export: Export) -> dict[str, Any]:
+    return _facts(export) | {"extra": export.extra, "options": options_of(export.exporter)}
+
+
+def _export_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [("needs", _needs(facts))]
 
 
 def _annotation_text(annotation: str) -> str:
@@ -207,6 +221,10 @@ def _annotation_text(annotation: str) -> str:
 def _rule(rule: Rule) -> dict[str, Any]:
     when = {name: list(values) for name, values in rule.when.items()}
     return {"id": rule.id, "when": when, "reason": rule.reason, "fix": rule.fix}
+
+
+def _needs(facts: Mapping[str, Any]) -> str:
+    return f"{', '.join(facts['requires'])} ({_state(facts)})" if facts["requires"] else "nothing"
 
 
 def _state(facts: Mapping[str, Any]) -> str:
@@ -267,11 +285,6 @@ def _columns(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
     return table
 
 
-_MERGE = {
-    "never": "never, the adapter stays beside the base",
-    "dense": "into dense weights",
-    "requantize": "into dense weights, or quantized again",
-}
 _START = {
     "zero": "outputs do not change when it is attached",
     "rounding": "outputs change by rounding only when it is attached",
@@ -289,4 +302,5 @@ _KINDS = {
         {"libraries": _state},
         lambda facts: [_needs_line(facts)],
     ),
+    "exports": _Kind("export", "onto-base", _export_facts, {"libraries": _state}, _export_lines),
 }

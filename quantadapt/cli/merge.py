@@ -1,19 +1,22 @@
-"""`quantadapt merge`."""
+"""`quantadapt merge`: the exports that merge, under flags of their own."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..errors import ModelError, PlanRefused, Problem
+from ..errors import Problem
 from .commands import add
+from .export import CalibrationOption, DataOption, OverwriteOption, RunArgument, written
 from .flags import DeviceOption, JsonOption
 from .session import Session, session
 
 if TYPE_CHECKING:
-    from torch import nn
+    from ..planning.exports import PlannedExport
+    from ..protocols import Figure
 
 Kind = Literal["dense", "requantize"]
 
@@ -31,7 +34,7 @@ def register(app: typer.Typer, name: str) -> None:
 
 
 def merge(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder or an adapter folder.")],
+    run: RunArgument,
     kind: Annotated[
         Kind,
         typer.Option(help="dense weights, or requantize: quantized again as the base was."),
@@ -50,22 +53,13 @@ def merge(
             "--output", "-o", help="Gets a folder `merged`.", show_default="the run folder"
         ),
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", "-d", help="Held-out data for the check.", show_default="the run's"),
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="What a backend that calibrates is shown when it quantizes again.",
-            show_default="the run's",
-        ),
-    ] = None,
+    data: DataOption = None,
+    calibration: CalibrationOption = None,
     check: Annotated[
         bool,
         typer.Option("--check/--no-check", help="With --onto: compare before it is put in place."),
     ] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier one.")] = False,
+    overwrite: OverwriteOption = False,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -76,117 +70,37 @@ def merge(
     unquantized model that the base was made from, in the memory of one shard.
     """
     with session(as_json=json) as shown:
-        from ..exporting.manifest import MERGED
-        from .models import check_manifest, checked_output, open_model, waiting
+        from ..planning.exports import MERGES, export_of
+        from ..planning.on_disk import check_model
+        from .models import check_export, checked_output
 
-        folder = output or Path(run)
-        if onto is not None:
-            with checked_output(folder / MERGED, overwrite):
-                _check_onto(run, onto, kind)
-            with waiting(shown, f"merging onto {onto}"):
-                found = _merged_onto(run, onto, folder, data, check, device, overwrite)
-            _show(shown, found, folder / MERGED)
+        name = MERGES[kind] if onto is None else "onto-base"
+        planned = export_of(name, {} if onto is None else {"base": onto, "check": check})
+        final = (output or Path(run)) / planned.folder
+        found = [] if onto is None else check_model(onto)
+        if onto is not None and kind == "requantize":
+            what = "onto an unquantized base the result is dense"
+            fix = "leave --kind out, and quantize the merged model: quantadapt quantize"
+            found.append(Problem(what, fix, where="--kind"))
+        with checked_output(final, overwrite):
+            check_export(run, planned, found)
+        figures = written(shown, run, planned, final, data, calibration, device, overwrite)
+        if json:
+            kinds = {"kind": kind} if onto is None else {"kind": "onto", "base": onto}
+            values = {name: figure.value for name, figure in figures.items()}
+            shown.print_json({"path": str(final), **kinds, **values})
             return
-        with checked_output(folder / MERGED, overwrite):
-            if problems := _adapter_problems(run):
-                raise PlanRefused(problems)
-            check_manifest(run, kind)
-        with waiting(shown, "loading the model"):
-            model = open_model(run, device)
-        with waiting(shown, f"merging ({kind})"):
-            found = _merged(model, run, kind, folder, data, calibration, overwrite)
-        _show(shown, found, folder / MERGED)
+        _show(shown, planned, figures, final)
 
 
-def _merged(
-    model: nn.Module,
-    run: str,
-    kind: Kind,
-    folder: Path,
-    data: str | None,
-    calibration: str | None,
-    overwrite: bool,
-) -> dict[str, Any]:
-    from ..exporting.stage import check_merge
-    from ..exporting.stage import merge as merge_and_save
-    from ..quantizing.state import state_of
-    from .models import calibration_of, held_out_of
+def _show(
+    shown: Session, planned: PlannedExport, figures: Mapping[str, Figure], path: Path
+) -> None:
+    from .progress import four_digits
 
-    state = state_of(model)
-    check_merge(state, kind)
-    held_out, _ = held_out_of(run, data, state.tokenizer)
-    examples = None
-    if kind == "requantize" and state.backend.calibration:
-        examples = calibration_of(run, calibration, state.tokenizer)
-    adapted: Any = model
-    return merge_and_save(
-        adapted, folder, kind=kind, data=held_out, calibration=examples, overwrite=overwrite
-    )
-
-
-def _adapter_problems(run: str) -> list[Problem]:
-    from ..exporting.manifest import adapter_folder
-
-    try:
-        adapter_folder(Path(run))
-    except ModelError as error:
-        return list(error.problems)
-    return []
-
-
-def _check_onto(run: str, base: str, kind: Kind) -> None:
-    """Find what is wrong before torch is imported."""
-    from ..exporting.manifest import adapter_folder, read_manifest
-    from ..exporting.onto import check_onto
-    from ..planning.on_disk import check_model
-
-    found = [*_adapter_problems(run), *check_model(base)]
-    if kind == "requantize":
-        what = "onto an unquantized base the result is dense"
-        fix = "leave --kind out, and quantize the merged model: quantadapt quantize"
-        found.append(Problem(what, fix, where="--kind"))
-    if found:
-        raise PlanRefused(found)
-    check_onto(read_manifest(adapter_folder(Path(run))), base)
-
-
-def _merged_onto(
-    run: str,
-    base: str,
-    folder: Path,
-    data: str | None,
-    check: bool,
-    device: str | None,
-    overwrite: bool,
-) -> dict[str, Any]:
-    from ..exporting.manifest import adapter_folder
-    from ..exporting.onto import merge_onto
-    from ..quantizing.stage import load_tokenizer
-    from .models import held_out_of
-
-    held_out = None
-    if check:
-        held_out, _ = held_out_of(run, data, load_tokenizer(str(adapter_folder(Path(run)))))
-    return merge_onto(
-        run,
-        base,
-        folder,
-        data=held_out,
-        check=check,
-        device=device or "auto",
-        overwrite=overwrite,
-    )
-
-
-def _show(shown: Session, found: dict[str, Any], path: Path) -> None:
-    from .progress import four_digits, merge_verdict
-
-    if shown.as_json:
-        shown.print_json({"path": str(path), **found})
-        return
-    for line in merge_verdict(found):
-        shown.out.print(line, markup=False, soft_wrap=True)
+    if said := planned.exporter.done(figures):
+        shown.out.print(f"{planned.name}: {said}", markup=False, soft_wrap=True)
     for name in ("adapter", "merged"):
-        if f"perplexity_{name}" in found:
-            shown.out.print(f"perplexity {name}: {four_digits(found[f'perplexity_{name}'])}")
+        if figure := figures.get(f"perplexity_{name}"):
+            shown.out.print(f"perplexity {name}: {four_digits(figure.value)}")
     shown.out.print(f"written to {path}", markup=False, soft_wrap=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, PlanRefused, Problem
 from ..exporting.manifest import ADAPTER, MANIFEST, MERGED
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data.reading import HeldOut
+    from ..planning.exports import PlannedExport
     from .session import Session
 
 
@@ -100,28 +101,32 @@ def calibration_of(path: str, calibration: str | None, tokenizer: Any) -> Any:
     )
 
 
-def check_manifest(path: str, kind: Literal["dense", "requantize"]) -> None:
-    """Raise MergeRefused before anything is loaded, where the saved adapter's manifest says so.
+def check_export(run: str, planned: PlannedExport, found: Iterable[Problem] = ()) -> None:
+    """Raise, before anything is loaded, where there is no adapter or a rule forbids the export.
 
     What cannot be read here is left for loading to complain about.
+
+    Args:
+        found: what is wrong besides.
     """
     from ..errors import MergeRefused
-    from ..machine import this_machine
-    from ..planning.refusals import make_cell, merge_refusals
-    from ..registry.discovery import registry
+    from ..exporting.manifest import adapter_folder, combination
+    from ..planning.refusals import export_refusals
 
-    folder = Path(path).expanduser()
-    manifest = next((r for f in (folder / ADAPTER, folder) if (r := _manifest(f))), None)
-    if manifest is None or not manifest.get("adapter"):
-        return
-    backend = registry().backend(manifest["backend"])
-    adapter = registry().adapter(manifest["adapter"])
-    quantizer = backend.quantizer(**manifest["options"])
-    device = this_machine().default_device
-    options = {**adapter.defaults, **manifest.get("adapter_options", {})}
-    cell = make_cell(backend, quantizer, adapter, options, device, manifest["dtype"])
-    if found := merge_refusals(cell, backend, adapter, kind):
-        raise MergeRefused(found)
+    kind: type[PlanRefused] = MergeRefused if planned.exporter.merges else PlanRefused
+    problems = list(found)
+    if problems:
+        kind = PlanRefused
+    try:
+        manifest = _manifest(adapter_folder(Path(run)))
+        if manifest and manifest.get("adapter"):
+            refused = export_refusals(planned.record, planned.exporter, *combination(manifest))
+            problems += [problem for problem in refused if problem not in problems]
+    except ModelError as error:
+        kind = PlanRefused
+        problems += error.problems
+    if problems:
+        raise kind(problems)
 
 
 @contextmanager

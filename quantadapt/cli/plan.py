@@ -11,6 +11,9 @@ from .flags import GpusOption, JsonOption, SpecFlags, with_spec_flags
 from .session import session
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pydantic import BaseModel
     from rich.table import Table
 
     from ..planning.stage import Plan
@@ -64,8 +67,10 @@ def plan(
             shown.print_json(made.to_dict() | {"spec": made.spec.model_dump(mode="json")})
             return
         shown.out.print(_table(made))
-        for problem in made.merge_refusals:
-            shown.out.print(f"\nno merge: {problem}", markup=False, soft_wrap=True)
+        for export in made.exports:
+            for problem in export.refusals:
+                text = f"\nno {export.name}: {problem}"
+                shown.out.print(text, markup=False, soft_wrap=True)
         for note in made.notes:
             shown.out.print(f"\nnote: {note}", markup=False, soft_wrap=True)
 
@@ -73,7 +78,7 @@ def plan(
 def schema() -> None:
     """Print the JSON schema of a run's YAML file, for editors.
 
-    It knows the options of the backends that are installed here.
+    It knows the options of the backends and exports that are installed here.
     """
     with session() as shown:
         shown.print_json(spec_schema())
@@ -92,7 +97,7 @@ def _table(made: Plan) -> Table:
 
 
 def _rows(made: Plan) -> list[tuple[str, str]]:
-    from .progress import device_words, merge_words, model_name, steps_words
+    from .progress import device_words, export_words, model_name, steps_words
 
     spec, train = made.spec, made.spec.train
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * made.processes
@@ -106,7 +111,7 @@ def _rows(made: Plan) -> list[tuple[str, str]]:
         ("data", spec.data.path or "the bundled demo's"),
         ("train", f"{steps}, learning rate {train.learning_rate:g}"),
         ("output", str(spec.output)),
-        ("export", f"adapter, {merge_words(made)}"),
+        ("export", export_words(made)),
         *([("memory", "\n".join(made.memory.words()))] if made.memory else []),
     ]
 
@@ -117,24 +122,38 @@ def _options(name: str, options: dict[str, Any]) -> str:
 
 
 def spec_schema() -> dict[str, Any]:
-    """Return the JSON schema of `Spec`, with the options of each backend that is known here."""
+    """Return the JSON schema of `Spec`, with the options of each backend and export that is known
+    here."""
+    from ..records import Export
     from ..registry.discovery import registry
     from ..spec import Spec
 
     made = Spec.model_json_schema()
     made["title"] = "quantadapt run"
-    named = made["$defs"]["BackendSpec"]
-    known = {backend.name: backend.quantizer for backend in registry().backends()}
+    definitions = made["$defs"]
+    backends = {backend.name: backend.quantizer for backend in registry().backends()}
+    exports = {export.name: export.exporter for export in registry().records(Export)}
+    _add_options(definitions["BackendSpec"], backends)
+    _add_options(definitions["FormatSpec"], exports)
+    for key in ("backend", "adapter"):
+        made["properties"][key] = _or_name(made["properties"][key])
+    formats = definitions["ExportSpec"]["properties"]["formats"]
+    formats["items"] = _or_name(formats["items"])
+    return made
+
+
+def _add_options(named: dict[str, Any], known: Mapping[str, type[BaseModel]]) -> None:
+    """Say in the schema of a named record what names there are, and which options each has."""
     named["properties"]["name"]["examples"] = sorted(known)
     named["allOf"] = [
         {
             "if": {"properties": {"name": {"const": name}}, "required": ["name"]},
-            "then": {"properties": quantizer.model_json_schema().get("properties", {})},
+            "then": {"properties": options.model_json_schema().get("properties", {})},
         }
-        for name, quantizer in sorted(known.items())
+        for name, options in sorted(known.items())
     ]
-    for key in ("backend", "adapter"):  # a bare name is as good
-        made["properties"][key] = {
-            "anyOf": [{"type": "string"}, made["properties"][key]],
-        }
-    return made
+
+
+def _or_name(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a named record; a bare name is as good."""
+    return {"anyOf": [{"type": "string"}, schema]}

@@ -23,6 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ..errors import Problem
 from ..folders.metrics import MODELS, direction, label, told_apart, with_unit
 
 if TYPE_CHECKING:
@@ -79,6 +80,13 @@ class RunDisplay:
         what = escape(f"{label(data['evaluation'], name)} {data['model']}")
         value = escape(with_unit(figure.value, figure.unit, four_digits))
         self.details.append(f"{what} [bold]{value}[/bold]")
+
+    def on_export(self, data: Mapping[str, Any]) -> None:
+        """An export was written, or not."""
+        self.details.append(f"{data['name']} {data['state']}")
+        if data["state"] == "failed":
+            for line in export_lines({data["name"]: data}):
+                self.console.print(line, markup=False, soft_wrap=True)
 
     def on_note(self, data: Mapping[str, Any]) -> None:
         """Something the user may want to know."""
@@ -165,7 +173,7 @@ def plan_lines(plan: Plan) -> list[str]:
     return [
         f"model   {model_name(plan)} on {device_words(plan)} in {plan.dtype}",
         f"train   {adapter} on {quantizer}, {steps_words(train)} at {train.learning_rate:g}",
-        f"output  {spec.output}: adapter, {merge_words(plan)}",
+        f"output  {spec.output}: {export_words(plan)}",
     ]
 
 
@@ -188,12 +196,9 @@ def device_words(plan: Plan) -> str:
     return f"{plan.processes} x {plan.device.partition(':')[0]} ({plan.parallel})"
 
 
-def merge_words(plan: Plan) -> str:
-    """Say what becomes of the merge."""
-    if plan.merge == "never":
-        rules = ", ".join(problem.rule or problem.what for problem in plan.merge_refusals)
-        return f"no merged model ({rules})" if rules else "no merged model"
-    return "dense merged model" if plan.merge == "dense" else "merged model, quantized again"
+def export_words(plan: Plan) -> str:
+    """Say what will be written."""
+    return ", ".join(export.words for export in plan.exports)
 
 
 def _call(name: str, options: Mapping[str, Any]) -> str:
@@ -202,14 +207,14 @@ def _call(name: str, options: Mapping[str, Any]) -> str:
 
 
 def show_result(console: Console, folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Print what was measured, a sample before and after, the merge verdict and the report."""
+    """Print what was measured, a sample before and after, what was written and the report."""
     console.print()
     console.print(_figures(metrics.get("evaluations", {})))
     for name, why in metrics.get("failed_evaluations", {}).items():
         console.print(f"{name}: {why}", markup=False, soft_wrap=True)
     for sample in metrics.get("samples", [])[:1]:
         console.print(_sample(sample))
-    for line in merge_verdict(metrics.get("merge", {})):
+    for line in export_lines(metrics.get("exports", {})):
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"report: [bold]{escape(str(folder / 'report.html'))}[/bold]", soft_wrap=True)
 
@@ -259,21 +264,10 @@ def four_digits(value: float) -> str:
     return f"{value:#.4g}".rstrip(".")
 
 
-def merge_verdict(merge: Mapping[str, Any]) -> list[str]:
-    """Return what became of the merge, in sentences."""
-    kind = merge.get("kind")
-    if kind == "refused":
-        refused = merge.get("refusals", [])
-        return [f"merge: refused, {p['what']} [rule {p['rule']}]; {p['fix']}" for p in refused]
-    words = {"dense": "dense", "requantize": "quantized again", "onto": "onto the unquantized base"}
-    if kind not in words:
-        return ["merge: none asked for"]
-    facts = [f"merge: {words[kind]}"]
-    if (kl := merge.get("kl")) is not None:
-        size = "below 1e-7" if kl < 1e-7 else f"{kl:.1e}"
-        facts.append(f"KL to the adapter {size} nats per token")
-    if (top1 := merge.get("top1")) is not None:
-        facts.append(f"same first choice for {top1:.1%} of tokens")
-    if (kept := merge.get("gain_kept")) is not None:
-        facts.append(f"keeps {kept:.0%} of the gain")
-    return [", ".join(facts)]
+def export_lines(exports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what became of the exports, as `metrics.json` has them, and why one was refused."""
+    lines = []
+    for name, found in exports.items():
+        lines.append(f"{name}: {found['words']}")
+        lines += [f"  {Problem(**refusal)}" for refusal in found["refusals"]]
+    return lines

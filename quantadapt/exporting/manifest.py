@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..capabilities import Cell
 from ..errors import ModelError
 from ..folders.environment import environment
+from ..machine import this_machine
+from ..planning.refusals import make_cell
 from ..quantizing.state import ModelState
+from ..records import Adapter, Backend
+from ..registry.discovery import registry
 
 MANIFEST = "quantadapt.json"
 ADAPTER = "adapter"
@@ -46,3 +52,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         fix = "load it with peft: PeftModel.from_pretrained(base, folder)"
         raise ModelError(what, fix=fix, where=str(folder)) from None
     return manifest
+
+
+def combination(manifest: Mapping[str, Any]) -> tuple[Cell, Backend, Adapter]:
+    """Return what a saved adapter was trained with, as rules look at it on this machine."""
+    backend = registry().backend(manifest["backend"])
+    adapter = registry().adapter(manifest["adapter"])
+    quantizer = backend.quantizer(**manifest["options"])
+    options = {**adapter.defaults, **manifest.get("adapter_options", {})}
+    device = this_machine().default_device
+    cell = make_cell(backend, quantizer, adapter, options, device, manifest["dtype"])
+    return cell, backend, adapter

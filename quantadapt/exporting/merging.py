@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import DataError
+from ..evaluation.sizes import size_mib
 from ..facade import QuantLinear, facades, wrap
 from ..quantizing.state import ModelState, state_of
 
@@ -47,6 +48,17 @@ def merged_model(model: PeftModel, kind: Literal["dense", "requantize"]) -> nn.M
     for wrapper in _kept_wrappers(base):
         memo[id(wrapper)] = copy.deepcopy(wrapper.modules_to_save[wrapper.active_adapters[0]])
     return _copy(base, state, memo).requires_grad_(False)
+
+
+def merged_bytes(model: PeftModel, kind: Literal["dense", "requantize"]) -> int:
+    """Return what a checkpoint of the merged model takes, without merging."""
+    base, mib = bare_base(model), 2**20
+    found = size_mib(base) * mib
+    if kind == "dense":
+        for _, facade in facades(base):
+            weights = facade.weight.numel() + (0 if facade.bias is None else facade.bias.numel())
+            found += weights * facade.compute_dtype.itemsize - size_mib(facade) * mib
+    return int(found)
 
 
 def bare_base(model: PeftModel) -> nn.Module:

@@ -9,21 +9,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from ..capabilities import Cell
-from ..errors import MergeRefused, ModelError
-from ..folders.atomic import atomic_folder
+from ..errors import MergeRefused, ModelError, Problem
 from ..machine import this_machine
 from ..paths import INDEX
+from ..planning.on_disk import check_model
 from ..planning.refusals import onto_refusals
-from ..registry.discovery import registry
-from .manifest import MANIFEST, MERGED, adapter_folder, read_manifest
-from .saving import save
-from .stage import check_merged
+from ..protocols import Exporter, Figure
+from ..records import Adapter, Backend
+from ..stages import held_out_data
+from .manifest import MANIFEST, MERGED, adapter_folder, combination
+from .stage import merge_words, write
+from .tuned import Tuned, compared
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,6 +36,54 @@ if TYPE_CHECKING:
     from ..loading.tensors import Checkpoint
 
 _IN_MEMORY = "merge it in memory: quantadapt merge, without --onto"
+
+
+class OntoBase(Exporter):
+    """The adapter merged onto the unquantized base, shard by shard."""
+
+    base: str = Field(description="folder or hub id of the unquantized safetensors checkpoint")
+    check: bool = Field(
+        True, description="compare what is written with base and adapter before it is put in place"
+    )
+
+    @property
+    def folder(self) -> str:
+        return MERGED
+
+    @property
+    def planned(self) -> str:
+        return f"model merged onto {self.base}"
+
+    def done(self, figures: Mapping[str, Figure]) -> str:
+        return ", ".join(filter(None, [f"onto {self.base}", merge_words(figures)]))
+
+    def refusals(self, cell: Cell, backend: Backend, adapter: Adapter) -> list[Problem]:
+        return check_model(self.base) or onto_refusals(backend, adapter, cell, self.base)
+
+    def needed(self, tuned: Tuned) -> int:
+        from ..loading.tensors import Checkpoint
+
+        return Checkpoint(os.path.expanduser(self.base)).size
+
+    def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
+        import torch
+
+        from ..loading.tensors import Checkpoint
+        from .stored import open_stored
+
+        base, device = os.path.expanduser(self.base), tuned.device
+        device = this_machine().default_device if device == "auto" else device
+        data = tuned.held_out if self.check else None
+        checkpoint = Checkpoint(base)
+        model = _attached(base, tuned.adapter, device)
+        found = {"layers": Figure(_write_shards(model, checkpoint, folder))}
+        _copy_rest(checkpoint.folder, tuned.adapter, folder)
+        text = json.dumps({**tuned.manifest, "base": base}, indent=2) + "\n"
+        (folder / MANIFEST).write_text(text, encoding="utf-8")
+        if data is not None:
+            merged = open_stored(str(folder), device=device, dtype=torch.float32)
+            found |= compared(model, merged, data)
+        return found
 
 
 def merge_onto(
@@ -64,64 +115,24 @@ def merge_onto(
     Raises:
         MergeRefused: a rule forbids it. ModelError: the adapter does not fit `base`.
     """
-    if not isinstance(adapter, (str, Path)):
-        with tempfile.TemporaryDirectory(prefix="quantadapt-") as scratch:
-            saved = save(adapter, scratch, base=False)
-            options = {"data": data, "check": check, "device": device, "overwrite": overwrite}
-            return merge_onto(saved, base, path, **options)  # type: ignore[arg-type]
-    folder, base = adapter_folder(Path(adapter)), os.path.expanduser(base)
-    manifest = read_manifest(folder)
-    check_onto(manifest, base)
-    device = this_machine().default_device if device == "auto" else device
-    held_out = _held_out(folder, data) if check else None
-    final = Path(path) / MERGED
-    found = _merge_onto(folder, base, final, manifest, held_out, device, overwrite)
-    return {"kind": "onto", "base": base, **found}
+    saved = isinstance(adapter, (str, Path))
+    tuned = Tuned(
+        live=None if saved else adapter,  # type: ignore[arg-type]
+        saved=adapter_folder(Path(adapter)) if saved else None,  # type: ignore[arg-type]
+        device=device,
+        data=lambda tokenizer: held_out_data(data, tokenizer),
+    )
+    exporter = OntoBase(base=base, check=check)
+    check_onto(tuned.manifest, exporter)
+    found = write(exporter, tuned, Path(path) / MERGED, overwrite=overwrite)
+    values = {name: figure.value for name, figure in found.items()}
+    return {"kind": "onto", "base": os.path.expanduser(base), **values}
 
 
-def check_onto(manifest: Mapping[str, Any], base: str) -> None:
-    """Raise MergeRefused where the adapter of `manifest` must not be merged onto `base`."""
-    adapter = registry().adapter(manifest["adapter"])
-    options = {**adapter.defaults, **manifest["adapter_options"]}
-    cell = Cell(manifest["backend"], adapter.name, adapter_options=options)
-    backend = registry().backend(manifest["backend"])
-    if found := onto_refusals(backend, adapter, cell, base):
+def check_onto(manifest: Mapping[str, Any], exporter: OntoBase) -> None:
+    """Raise MergeRefused where the adapter of `manifest` must not be merged onto that base."""
+    if found := exporter.refusals(*combination(manifest)):
         raise MergeRefused(found)
-
-
-def _held_out(folder: Path, data: str | Dataset | None) -> Dataset:
-    from ..quantizing.stage import load_tokenizer
-    from ..stages import held_out_data
-
-    found: Dataset = held_out_data(data, load_tokenizer(str(folder)))
-    return found
-
-
-def _merge_onto(
-    adapter: Path,
-    base: str,
-    final: Path,
-    manifest: Mapping[str, Any],
-    data: Dataset | None,
-    device: str,
-    overwrite: bool,
-) -> dict[str, float]:
-    import torch
-
-    from ..loading.tensors import Checkpoint
-    from .stored import open_stored
-
-    checkpoint = Checkpoint(base)
-    tuned = _attached(base, adapter, device)
-    with atomic_folder(final, overwrite=overwrite, needed=checkpoint.size) as folder:
-        found: dict[str, float] = {"layers": _write_shards(tuned, checkpoint, folder)}
-        _copy_rest(checkpoint.folder, adapter, folder)
-        text = json.dumps({**manifest, "base": base}, indent=2) + "\n"
-        (folder / MANIFEST).write_text(text, encoding="utf-8")
-        if data is not None:
-            merged = open_stored(str(folder), device=device, dtype=torch.float32)
-            found |= check_merged(tuned, merged, data)
-    return found
 
 
 def _attached(base: str, adapter: Path, device: str) -> PeftModel:

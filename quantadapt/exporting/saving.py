@@ -1,4 +1,4 @@
-"""Save, load and merge: adapters as plain PEFT folders, bases and merged models as checkpoints.
+"""Save and load: adapters as plain PEFT folders, bases and merged models as checkpoints.
 
 Beside each lies `quantadapt.json`, which says what base it belongs to. Everything is written to a
 temporary folder first and renamed.
@@ -18,6 +18,7 @@ from ..errors import ModelError, OutputError
 from ..folders.atomic import atomic_folder
 from ..paths import is_local_path
 from ..planning.on_disk import quantization_of
+from ..protocols import Exporter, Figure
 from ..quantizing.state import ModelState, state_of
 from ..registry.discovery import registry
 from ..stages import quantize
@@ -26,6 +27,8 @@ from .manifest import ADAPTER, BASE, MANIFEST, MERGED, adapter_in, read_manifest
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
+
+    from .tuned import Tuned
 
 
 class BaseMismatchWarning(UserWarning):
@@ -94,6 +97,25 @@ def save_base(
         if state.tokenizer is not None:
             state.tokenizer.save_pretrained(str(made))
         write_manifest(made, state, rewritten=state.rewritten)
+
+
+class AdapterFolder(Exporter):
+    """The adapter as PEFT's own folder. A run saves it before all other exports (`save`), so this
+    copies it, with a base that cannot be made again beside it."""
+
+    @property
+    def planned(self) -> str:
+        return ADAPTER
+
+    def write(self, tuned: Tuned, folder: Path) -> Mapping[str, Figure]:
+        base = tuned.adapter.parent / BASE
+        if folder != tuned.adapter:
+            shutil.copytree(tuned.adapter, folder, dirs_exist_ok=True)
+            if (base / MANIFEST).exists():
+                with atomic_folder(folder.parent / BASE) as beside:
+                    shutil.copytree(base, beside, dirs_exist_ok=True)
+        sizes = (file.stat().st_size for file in folder.rglob("*.safetensors"))
+        return {"size": Figure(sum(sizes) / 2**20, "MiB")}
 
 
 def load(

@@ -1,31 +1,193 @@
-"""The export stage: merge an adapter into its base, check the merged model, write it."""
+"""The export stage: what a tuned model becomes, each export whole or not at all, told in words.
+
+`export` does one export of a plan. `MergedDense` and `MergedRequantized` merge the adapter into its
+base, compare the merged model with it and write it; `merge` does that for a live model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import planning
-from ..errors import MergeRefused, ModelError, Problem
-from ..evaluation.sizes import size_mib
+from ..capabilities import Merge
+from ..errors import MergeRefused, Problem
 from ..folders.atomic import atomic_folder, refuse_occupied
-from ..planning.memory import MERGE_IN_LESS
+from ..planning.exports import MERGES, MergeKind, PlannedExport
+from ..planning.stage import Plan
+from ..protocols import Exporter, Figure
 from ..quantizing.examples import examples_from
+from ..quantizing.stage import blaming
 from ..quantizing.state import ModelState, state_of
 from ..stages import held_out_data
-from .manifest import MERGED, write_manifest
+from .manifest import MANIFEST, MERGED, write_manifest
+from .saving import AdapterFolder
+from .tuned import Tuned
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
-    from torch import nn
 
     from ..quantizing.examples import Calibration
 
 
-MergeKind = Literal["dense", "requantize"]
+# Exports ------------------------------------------------------------------------------------------
+
+
+def export(
+    planned: PlannedExport, tuned: Tuned, root: Path
+) -> tuple[dict[str, Any], Exception | None]:
+    """Write one export of a run into the folder `root`.
+
+    Returns:
+        What `metrics.json` says of it: state ("written", "refused" or "failed"), folder, words,
+        figures by name, refusals; and the error where it failed.
+    """
+    error, figures = None, dict[str, Figure]()
+    if planned.refusals:
+        state, words = "refused", planned.exporter.refused or f"no {planned.name}"
+    else:
+        try:
+            with blaming(planned.record, "exporting"):
+                figures = write(planned.exporter, tuned, root / planned.folder, overwrite=True)
+            state, words = "written", done_words(planned, figures)
+        except Exception as failure:
+            error, state, words = failure, "failed", _failed_words(planned, failure, root)
+    entry = {
+        "state": state,
+        "folder": planned.folder,
+        "words": words,
+        "figures": {name: asdict(figure) for name, figure in figures.items()},
+        "refusals": [vars(problem) for problem in planned.refusals],
+    }
+    return entry, error
+
+
+def write(
+    exporter: Exporter, tuned: Tuned, final: Path, *, overwrite: bool = False
+) -> dict[str, Figure]:
+    """Write the folder `final`, whole or not at all, and return figures about it. It gets a
+    `quantadapt.json`, which says what it was made from and that it is ours.
+
+    Raises:
+        OutputError: `final` is there already, or cannot be written.
+    """
+    if isinstance(exporter, AdapterFolder) and final == tuned.saved:
+        return dict(exporter.write(tuned, final))  # it is there since it was saved
+    refuse_occupied(final, overwrite)
+    with atomic_folder(final, overwrite=overwrite, needed=exporter.needed(tuned)) as folder:
+        figures = dict(exporter.write(tuned, folder))
+        if not (folder / MANIFEST).exists():
+            text = json.dumps(tuned.manifest, indent=2) + "\n"
+            (folder / MANIFEST).write_text(text, encoding="utf-8")
+        return figures
+
+
+def done_words(
+    planned: PlannedExport, figures: Mapping[str, Figure], place: str | Path = ""
+) -> str:
+    """Say what was written, to `place` or to its folder in a run's, and what is known of it."""
+    said = planned.exporter.done(figures)
+    found = [f"{name.replace('_', ' ')} {figure}" for name, figure in figures.items()]
+    return ", ".join(
+        filter(None, [f"written to {place or planned.folder}/", said or ", ".join(found)])
+    )
+
+
+def _failed_words(planned: PlannedExport, error: Exception, root: Path) -> str:
+    text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    again = f"the adapter is saved; try again with `quantadapt export {root} {planned.name}`"
+    return f"failed: {text}; {again}"
+
+
+def merge_entry(plan: Plan, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `metrics.json` says under `merge`, the former name of what `exports` holds."""
+    if plan.merge == "never":
+        refused = [vars(problem) for problem in plan.merge_refusals]
+        return {"kind": "refused" if refused else "never", "refusals": refused}
+    figures = entries[MERGES[plan.merge]]["figures"]
+    return {"kind": plan.merge, **{name: figure["value"] for name, figure in figures.items()}}
+
+
+# Merging ------------------------------------------------------------------------------------------
+
+
+class _Merged(Exporter):
+    """A merged model, compared with the adapter before it is written."""
+
+    kind: ClassVar[MergeKind]
+
+    @property
+    def merges(self) -> Merge:
+        return Merge[self.kind.upper()]
+
+    @property
+    def folder(self) -> str:
+        return MERGED
+
+    @property
+    def refused(self) -> str:
+        return "no merged model"
+
+    def done(self, figures: Mapping[str, Figure]) -> str:
+        return merge_words(figures)
+
+    def needed(self, tuned: Tuned) -> int:
+        from .merging import merged_bytes
+
+        return merged_bytes(tuned.model, self.kind)
+
+    def write(self, tuned: Tuned, folder: Path) -> Mapping[str, Figure]:
+        _ = tuned.held_out  # what is wrong with the data is told before the work
+        merged: Any = tuned.merged(self.kind)
+        figures, state = tuned.compared(merged), state_of(merged)
+        if self.kind == "requantize":
+            state.quantizer.save(merged, folder)
+        else:
+            merged.save_pretrained(str(folder))
+        if state.tokenizer is not None:
+            state.tokenizer.save_pretrained(str(folder))
+        write_manifest(folder, state)
+        return figures
+
+
+class MergedDense(_Merged):
+    """The adapter merged into dense weights: a checkpoint that transformers loads."""
+
+    kind = "dense"
+
+    @property
+    def planned(self) -> str:
+        return "dense merged model"
+
+
+class MergedRequantized(_Merged):
+    """The adapter merged, and the weights quantized again as the base was."""
+
+    kind = "requantize"
+
+    @property
+    def planned(self) -> str:
+        return "merged model, quantized again"
+
+
+_MERGED: dict[MergeKind, type[_Merged]] = {"dense": MergedDense, "requantize": MergedRequantized}
+
+
+def merge_words(figures: Mapping[str, Figure]) -> str:
+    """Say how near a merged model is to the adapter."""
+    facts, found = [], {name: figure.value for name, figure in figures.items()}
+    if (kl := found.get("kl")) is not None:
+        size = "below 1e-7" if kl < 1e-7 else f"{kl:.1e}"
+        facts.append(f"KL to the adapter {size} nats per token")
+    if (top1 := found.get("top1")) is not None:
+        facts.append(f"same first choice for {top1:.1%} of tokens")
+    if (kept := found.get("gain_kept")) is not None:
+        facts.append(f"keeps {kept:.0%} of the gain")
+    return ", ".join(facts)
 
 
 def merge(
@@ -59,33 +221,16 @@ def merge(
         MergeRefused: a rule forbids it; names the rule, the reason and the way out.
         OutputError: `path/merged` is there already. ModelError: GPU memory does not suffice.
     """
-
-    from .merging import merged_model
-
-    state, final = state_of(model), Path(path).expanduser() / MERGED
-    check_merge(state, kind)
-    refuse_occupied(final, overwrite)
-    tokenizer = tokenizer or state.tokenizer
-    held_out = held_out_data(data, tokenizer)
-    if calibration is not None:
-        state.calibration = examples_from(calibration, tokenizer)
-    with merge_memory_in_words():
-        merged = merged_model(model, kind)
-        check = check_merged(model, merged, held_out)
-    write_merged(merged, kind, final, overwrite)
-    return {"kind": kind, **check}
-
-
-@contextmanager
-def merge_memory_in_words() -> Iterator[None]:
-    """Turn running out of GPU memory while merging into a ModelError that names the way out."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        what = "the GPU is too small to make a merged model beside the model"
-        raise ModelError(what, fix=MERGE_IN_LESS) from error
+    check_merge(state_of(model), kind)
+    shown = calibration is not None
+    tuned = Tuned(
+        model,
+        data=lambda own: held_out_data(data, tokenizer or own),
+        examples=(lambda own: examples_from(calibration, tokenizer or own)) if shown else None,
+    )
+    exporter = _MERGED[kind]()
+    found = write(exporter, tuned, Path(path).expanduser() / exporter.folder, overwrite=overwrite)
+    return {"kind": kind, **{name: figure.value for name, figure in found.items()}}
 
 
 def check_merge(state: ModelState, kind: MergeKind) -> None:
@@ -94,30 +239,3 @@ def check_merge(state: ModelState, kind: MergeKind) -> None:
         raise MergeRefused([Problem("there is no adapter to merge", "attach and train one first")])
     if found := planning.merge_refusals(state.cell, state.backend, state.adapter, kind):
         raise MergeRefused(found)
-
-
-def check_merged(model: PeftModel, merged: nn.Module, data: Dataset) -> dict[str, float]:
-    """Compare merged and unmerged model, token by token, on held-out data."""
-    from ..evaluation.stage import compare, snapshot
-
-    check = compare(snapshot(model, data), snapshot(merged, data))
-    return {
-        "kl": check.kl,
-        "top1": check.top1,
-        "perplexity_adapter": check.perplexity_reference,
-        "perplexity_merged": check.perplexity_candidate,
-    }
-
-
-def write_merged(merged: nn.Module, kind: MergeKind, final: Path, overwrite: bool) -> None:
-    """Write a merged model to the folder `final`, whole or not at all."""
-    state = state_of(merged)
-    needed = int(size_mib(merged) * 2**20)
-    with atomic_folder(final, overwrite=overwrite, needed=needed) as folder:
-        if kind == "requantize":
-            state.quantizer.save(merged, folder)
-        else:
-            merged.save_pretrained(str(folder))  # type: ignore[operator]
-        if state.tokenizer is not None:
-            state.tokenizer.save_pretrained(str(folder))
-        write_manifest(folder, state)

@@ -110,7 +110,7 @@ class Size(TypedDict, total=False):
 
 
 class Refusal(TypedDict, total=False):
-    """A rule that forbids the merge, as in `errors.Problem`."""
+    """A rule that forbids an export, as in `errors.Problem`."""
 
     what: str
     fix: str
@@ -118,9 +118,28 @@ class Refusal(TypedDict, total=False):
     where: str
 
 
+class ExportFigure(TypedDict, total=False):
+    """A figure about what was written, see `protocols.Figure`."""
+
+    value: float | None
+    unit: str
+    better: str
+
+
+class ExportOutcome(TypedDict, total=False):
+    """What became of an export. `state` is "written", "refused" or "failed", `folder` is in that
+    of the run, and `words` say it all."""
+
+    state: str
+    folder: str
+    words: str
+    figures: dict[str, ExportFigure]
+    refusals: list[Refusal]
+
+
 class MergeVerdict(TypedDict, total=False):
-    """What became of the merge. `kind` is "dense", "requantize", "refused" or "never"; the
-    perplexities are on the tokens that were compared."""
+    """What `exports` says of the merge, under its former name. `kind` is "dense", "requantize",
+    "refused" or "never"; the perplexities are on the tokens that were compared."""
 
     kind: str
     kl: float | None
@@ -154,6 +173,7 @@ class Metrics(TypedDict, total=False):
     stages: dict[str, float]
     train: Training
     size: Size
+    exports: dict[str, ExportOutcome]
     merge: MergeVerdict
     samples: list[Sample]
     command: str

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from ..capabilities import Merge
 from ..errors import Problem, ProblemsError
 from ..planning.refusals import attach_refusals, make_cell, merge_refusals
 from ..planning.stage import plan
@@ -24,9 +25,7 @@ MAIN = ("lora", "dora", "vera", "adalora", "ia3")
 """The adapters that every table begins with, and that are verified unless told otherwise."""
 
 MEANING = {
-    "requantize": "trains; merges into dense weights, or quantized again",
-    "dense": "trains; merges into dense weights",
-    "never": "trains; the adapter stays beside the base",
+    **{merge.name.lower(): f"trains; merge: {merge.words}" for merge in reversed(Merge)},
     "refused": "refused before any work starts",
 }
 

@@ -5,6 +5,7 @@ Pure: it imports no torch, downloads nothing and loads no model.
 
 from __future__ import annotations
 
+from .exports import PlannedExport
 from .refusals import WAY_OUT, attach_refusals, make_cell, merge_refusals, onto_refusals
 from .stage import MergePlan, Plan, completed, evaluators, plan, plan_adapter
 
@@ -12,6 +13,7 @@ __all__ = [
     "WAY_OUT",
     "MergePlan",
     "Plan",
+    "PlannedExport",
     "attach_refusals",
     "completed",
     "evaluators",

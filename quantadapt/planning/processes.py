@@ -20,7 +20,14 @@ from .refusals import loftq_iterations, wants_loftq
 Parallel = Literal["none", "ddp", "fsdp"]
 
 DDP = "use train.parallel: ddp, where each GPU holds the whole model"
-MERGE_LATER = "merge afterwards, on one machine: quantadapt merge RUN"
+
+NO_MERGE = Problem(
+    "a sharded run never holds the whole base, so it writes no merged model",
+    "write it afterwards, on one machine: quantadapt export RUN NAME",
+    "export",
+    "fsdp-no-merge",
+)
+"""Why a sharded run does not write an export that merges."""
 
 _REWRITING = ("pissa", "olora", "corda", "lora_ga")
 """`init_lora_weights` that put something else into the base."""
@@ -93,11 +100,16 @@ def shard_problems(
 
 
 def share_problems(
-    cell: Cell, backend: Backend, adapter: Adapter, config: Mapping[str, Any], merge: str
+    cell: Cell, backend: Backend, adapter: Adapter, config: Mapping[str, Any], merges: bool
 ) -> list[Problem]:
-    """Return why a run that merges as `merge` says cannot share the base; empty if it can."""
-    merges = merge_problems(merge) if merge != "auto" else ()
-    return [*shard_problems(cell, backend, adapter, config), *merges]
+    """Return why a run cannot share the base; empty if it can.
+
+    Args:
+        config: the model's config.json.
+        merges: whether it has to write an export that merges.
+    """
+    found = shard_problems(cell, backend, adapter, config)
+    return [*found, NO_MERGE] if merges else found
 
 
 def shard_notes(spec: Spec) -> list[str]:
@@ -105,14 +117,6 @@ def shard_notes(spec: Spec) -> list[str]:
     if not spec.evaluate.unquantized:
         return []
     return ["fsdp: the unquantized base is not measured, because one GPU may not hold it"]
-
-
-def merge_problems(merge: str) -> tuple[Problem, ...]:
-    """Return why a sharded run does not merge, where the spec lets it: `merge` is what it says."""
-    if merge == "never":
-        return ()
-    what = "a sharded run never holds the whole base, so it writes no merged model"
-    return (Problem(what, MERGE_LATER, "export.merge", "fsdp-no-merge"),)
 
 
 def _option_problems(options: Mapping[str, Any]) -> Iterator[Problem]:

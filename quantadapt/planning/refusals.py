@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from ..capabilities import KEEP, Cell, Merge, refusals
 from ..errors import Problem
-from ..protocols import Quantizer
-from ..records import Adapter, Backend, Record, kind_of
+from ..protocols import Exporter, Quantizer
+from ..records import Adapter, Backend, Export, Record, kind_of
 from .on_disk import quantization_of
 
 WAY_OUT = f"{KEEP}, or merge it onto the unquantized base (quantadapt merge RUN --onto BASE)"
@@ -82,6 +82,17 @@ def onto_refusals(backend: Backend, adapter: Adapter, cell: Cell, base: str) -> 
         what = f"{base} is quantized itself, with {method.get('quant_method', 'some method')}"
         found.append(Problem(what, "pass the unquantized model", "--onto"))
     return found
+
+
+def export_refusals(
+    record: Export, exporter: Exporter, cell: Cell, backend: Backend, adapter: Adapter
+) -> list[Problem]:
+    """Return why an export of `cell` is not written; empty if it is."""
+    found = refusals_beside(cell, record, exporter.model_dump())
+    if exporter.merges != Merge.NEVER:
+        choice: Any = exporter.merges.name.lower()
+        found += merge_refusals(cell, backend, adapter, choice)
+    return [*found, *exporter.refusals(cell, backend, adapter)]
 
 
 LOFTQ = "loftq"

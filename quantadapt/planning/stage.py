@@ -19,8 +19,9 @@ from ..memory.workload import GIB
 from ..protocols import Evaluator, Quantizer
 from ..records import Adapter, Backend, Evaluation
 from ..registry.discovery import Registry, registry
-from ..spec import MergeChoice, Spec
+from ..spec import Spec
 from . import processes
+from .exports import MERGES, PlannedExport, exports_of, makes_dense, refused_where
 from .live import config_of_module, quantizer_of_module
 from .memory import MemoryPlan, memory_plan
 from .on_disk import config_of, quantization_of
@@ -38,12 +39,12 @@ from .parts import (
     quantizer_of,
     record_of,
 )
-from .processes import Parallel
+from .processes import NO_MERGE, Parallel
 from .refusals import (
     attach_refusals,
+    export_refusals,
     loftq_problems,
     make_cell,
-    merge_refusals,
     refusals_beside,
 )
 
@@ -63,9 +64,8 @@ class Plan:
         adopt: the model is quantized already and is taken as it is.
         device: "cpu", "cuda", "cuda:1", ...
         dtype: torch's name of the compute dtype.
-        merge: what the export will write besides the adapter.
         evaluators: what measures the models, by the names of the evaluations.
-        merge_refusals: why `auto` became `never`, if it did.
+        exports: what will be written at the end, the adapter first, or why not.
         notes: decisions that a user may want to know of.
         processes: how many work on it, one device each.
         parallel: "ddp" or "fsdp" if there are several, else "none".
@@ -86,8 +86,7 @@ class Plan:
     dtype: str
     adopt: bool = False
     evaluators: Mapping[str, Evaluator] = field(default_factory=dict)
-    merge: MergePlan = "never"
-    merge_refusals: tuple[Problem, ...] = ()
+    exports: tuple[PlannedExport, ...] = ()
     notes: tuple[str, ...] = ()
     processes: int = 1
     parallel: Parallel = "none"
@@ -113,6 +112,18 @@ class Plan:
             self.dtype,
         )
 
+    @property
+    def merge(self) -> MergePlan:
+        """What `export.merge` comes to."""
+        written = [export.name for export in self.exports if not export.refusals]
+        return next((kind for kind, name in MERGES.items() if name in written), "never")
+
+    @property
+    def merge_refusals(self) -> tuple[Problem, ...]:
+        """Why `auto` became `never`, if it did."""
+        merges = [export for export in self.exports if export.name in MERGES.values()]
+        return tuple(problem for export in merges for problem in export.refusals)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-ready data."""
         return {
@@ -128,6 +139,7 @@ class Plan:
             ],
             "merge": self.merge,
             "merge_refusals": [vars(problem) for problem in self.merge_refusals],
+            "exports": [export.to_dict() for export in self.exports],
             "processes": self.processes,
             "parallel": self.parallel,
             "memory": self.memory.to_dict() if self.memory else None,
@@ -173,6 +185,7 @@ def plan(
     device = device_of(draft)
     options = adapter_options(draft, adapter)
     evaluators = evaluators_of(draft)
+    exports = exports_of(draft)
     dtype = dtype_of(draft, backend, device)
     check_data(draft)
     check_training(draft, device)
@@ -192,6 +205,7 @@ def plan(
         dtype=dtype,
         adopt=adopt,
         evaluators=evaluators,
+        exports=exports,
         processes=count,
         config=config,
         machine=draft.machine,
@@ -271,8 +285,9 @@ def _cell_problems(made: Plan) -> list[Problem]:
 def _settled(draft: Draft, made: Plan) -> Plan:
     """Return `made` with what its parts come to together. Raises what speaks against it."""
     made = _combined(draft, made)
-    forbidden = made.merge_refusals if made.spec.export.merge != "auto" else ()
-    if draft.problems:
+    refused = [export for export in made.exports if export.required and export.refusals]
+    forbidden = [problem for export in refused for problem in export.refusals]
+    if draft.problems or not all(export.exporter.merges for export in refused):
         raise PlanRefused([*draft.problems, *forbidden])
     if forbidden:
         raise MergeRefused(forbidden)
@@ -305,8 +320,11 @@ def _combined(draft: Draft, made: Plan) -> Plan:
         record = draft.registry.record(Evaluation, name)
         draft.problems += refusals_beside(cell, record, evaluator.model_dump())
     draft.notes += made.quantizer.notes(made.device)
-    merge, refused = _merge(spec.export.merge, cell, backend, adapter)
-    unshared = processes.share_problems(cell, backend, adapter, config, spec.export.merge)
+    exports = refused_where(
+        made.exports, lambda e: export_refusals(e.record, e.exporter, cell, backend, adapter)
+    )
+    merges = any(export.required and export.exporter.merges for export in exports)
+    unshared = processes.share_problems(cell, backend, adapter, config, merges)
     memory = _memory(draft, made, unshared)
     kind, why = processes.choose(spec, made.processes, memory)
     draft.notes += why
@@ -314,15 +332,14 @@ def _combined(draft: Draft, made: Plan) -> Plan:
         memory = memory and memory.shared_by(made.processes)
         draft.problems += processes.shard_problems(cell, backend, adapter, config)
         draft.notes += processes.shard_notes(spec)
-        merge, refused = "never", processes.merge_problems(spec.export.merge)
-    whole = merge == "dense" or (merge == "requantize" and backend.calibration)
-    if whole and memory and (problem := memory.merge_problem()):
-        merge, refused = "never", (problem,)
+        exports = refused_where(exports, lambda e: [NO_MERGE] if e.exporter.merges else [])
+    if memory and (problem := memory.merge_problem()):
+        exports = refused_where(exports, lambda e: [problem] if makes_dense(e, backend) else [])
     if not made.trains:
         memory = None
     elif memory is not None:
         _look_at_memory(draft, memory, adopt=made.adopt)
-    return replace(made, merge=merge, merge_refusals=refused, parallel=kind, memory=memory)
+    return replace(made, exports=exports, parallel=kind, memory=memory)
 
 
 def _with_defaults(spec: Spec, *, demo_run: bool) -> Spec:
@@ -388,13 +405,3 @@ def _look_at_memory(draft: Draft, memory: MemoryPlan, *, adopt: bool) -> None:
         measures_dense = spec.evaluate.unquantized and not adopt and memory.work.shards == 1
         draft.problems += memory.problems(measures_dense)
         draft.notes += memory.notes(spec.evaluate.batch_size)
-
-
-def _merge(
-    choice: MergeChoice, cell: Cell, backend: Backend, adapter: Adapter
-) -> tuple[MergePlan, tuple[Problem, ...]]:
-    if choice == "never":
-        return "never", ()
-    wanted: Literal["dense", "requantize"] = "requantize" if choice == "requantize" else "dense"
-    refused = tuple(merge_refusals(cell, backend, adapter, wanted))
-    return ("never" if refused else wanted), refused

@@ -18,7 +18,7 @@ from ..errors import ModelError, PlanRefused, PluginError, Problem, QuantadaptEr
 from ..planning.on_disk import config_of
 from ..planning.stage import Plan
 from ..protocols import Quantizer
-from ..records import Backend
+from ..records import Record, kind_of
 from ..registry.discovery import registry
 from .state import ModelState
 
@@ -49,7 +49,7 @@ def quantize_plan(
     examples = _examples(plan, calibration)
     if not plan.adopt:
         skip = skip_for(plan, module)
-        with _blame(plan.backend), _sharding_blocks(plan):
+        with blaming(plan.backend, "quantizing"), _sharding_blocks(plan):
             model = quantizer.quantize(
                 plan.model if module is None else module,
                 device=plan.device,
@@ -178,8 +178,8 @@ def _examples(plan: Plan, given: Calibration) -> Examples | None:
 
 
 @contextmanager
-def _blame(backend: Backend) -> Iterator[None]:
-    """Turn what a backend's code raises into a PluginError that says whose it is, and where."""
+def blaming(record: Record, doing: str) -> Iterator[None]:
+    """Turn what a plugin's code raises into a PluginError that says whose it is, and where."""
     import torch
 
     try:
@@ -189,11 +189,11 @@ def _blame(backend: Backend) -> Iterator[None]:
     except Exception as error:
         text = str(error).strip().splitlines()
         place = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"it failed while quantizing: {type(error).__name__}: {text[0] if text else ''}"
-        fix = (
-            f"tell its authors ({registry().provenance(backend)}): {place.filename}:{place.lineno}"
-        )
-        raise PluginError(what, fix=fix, where=f"backend {backend.name}") from error
+        what = f"it failed while {doing}: {type(error).__name__}: {text[0] if text else ''}"
+        origin = registry().provenance(record)
+        fix = f"tell its authors ({origin}): {place.filename}:{place.lineno}"
+        where = f"{kind_of(record)} {record.name}"
+        raise PluginError(what, fix=fix, where=where) from error
 
 
 def with_config(plan: Plan) -> Plan:

@@ -11,8 +11,8 @@ import pluggy
 from .. import hookspecs
 from ..capabilities import Merge, Rule
 from ..errors import PluginError, did_you_mean
-from ..protocols import Evaluator, Quantizer
-from ..records import KINDS, Backend, Evaluation, Record, kind_of
+from ..protocols import Evaluator, Exporter, Quantizer
+from ..records import KINDS, Backend, Evaluation, Export, Record, kind_of
 
 HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("quantadapt_"))
 
@@ -72,6 +72,7 @@ def _records(module: Any, hook: str, kind: type[Record]) -> list[Record]:
 _OPTIONS: dict[type[Record], tuple[str, type[Any]]] = {
     Backend: ("quantizer", Quantizer),
     Evaluation: ("evaluator", Evaluator),
+    Export: ("exporter", Exporter),
 }
 """The field of a record that holds its options' class, and what that has to be."""
 _TUPLES = {"requires": str, "imports": str, "devices": str, "dtypes": str, "rules": Rule}
@@ -82,8 +83,7 @@ def _check_record(record: Record) -> None:
     where = f"{kind_of(record)} {record.name!r}"
     if not isinstance(record.name, str) or not record.name:
         raise PluginError("its name is no text", where=where)
-    merge = getattr(record, "merge", Merge.NEVER)  # not every kind of record has one
-    if not isinstance(merge, Merge):
+    if not isinstance(merge := getattr(record, "merge", Merge.NEVER), Merge):
         raise PluginError(f"merge is {merge!r}, not one of Merge", where=where)
     for name in _TUPLES.keys() & vars(record).keys():
         values, wanted = getattr(record, name), _TUPLES[name]

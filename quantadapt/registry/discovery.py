@@ -33,6 +33,7 @@ from .checks import Contents, contents
 BUILTIN = {
     "builtin": "quantadapt.registry.adapters",
     "perplexity": "quantadapt.evaluation.perplexity",
+    "exports": "quantadapt.exporting.exports",
 }
 """Plugins that are always there, whatever QUANTADAPT_PLUGINS says: name -> module."""
 GROUP = "quantadapt"

@@ -211,30 +211,31 @@ def _setting_words(memory: Mapping[str, Any]) -> str:
     return capital(f"{setting.describe(int(layers), int(batch))}.")
 
 
-_VERDICTS = {
-    "dense": ("Merged", "The adapter was merged into dense weights; they are in merged/."),
-    "requantize": ("Merged", "The adapter was merged and the weights were quantized again."),
-    "refused": ("Not merged", "A merge was refused; the adapter works beside the base."),
-    "never": ("Not merged", "No merged model was asked for; the adapter works beside the base."),
-}
-
-
-def _merge(run: Run) -> Html:
-    merge = part(run.metrics, "merge")
-    refused = items(merge, "refusals") or items(run.plan, "merge_refusals")
-    kind = text(merge, "kind") or ("refused" if refused else "")
-    if not kind:
-        return Html()
-    word, sentence = _VERDICTS.get(kind, (kind, ""))
-    kl, top1, kept = (number(merge, key) for key in ("kl", "top1", "gain_kept"))
-    figures = [
-        (percent(kept), "of the gain in perplexity is kept") if kept is not None else None,
-        (percent(top1), "of next tokens agree (top-1)") if top1 is not None else None,
-        (f"{kl:.2g}", "KL divergence, nats per token") if kl is not None else None,
+def _exports(run: Run) -> Html:
+    """Show what was written; where a run did not get that far, what its plan refuses."""
+    found = part(run.metrics, "exports")
+    parts = [_export(name, part(found, name)) for name in found] or [
+        _export(text(planned, "name"), planned)
+        for planned in items(run.plan, "exports")
+        if items(planned, "refusals")
     ]
-    refusals = [_refusal(item) for item in refused] if kind == "refused" else []
-    verdict = el("p", el("strong", f"{word}."), " ", sentence, class_=f"verdict {kind}")
-    return section("Merge", verdict, figures_list([f for f in figures if f]), *refusals)
+    return section("Exports", *parts) if parts else Html()
+
+
+def _export(name: str, export: Mapping[str, Any]) -> Html:
+    state = text(export, "state")
+    verdict = el("p", el("strong", name), ": ", text(export, "words"), class_=f"verdict {state}")
+    figures = part(export, "figures")
+    shown = [
+        (_figure(value, text(part(figures, key), "unit")), key.replace("_", " "))
+        for key in figures
+        if (value := number(figures, key, "value")) is not None
+    ]
+    return el("div", verdict, figures_list(shown), *map(_refusal, items(export, "refusals")))
+
+
+def _figure(value: float, unit: str) -> str:
+    return percent(value) if unit == "share" else f"{short(value)} {unit}".strip()
 
 
 def _refusal(refusal: Mapping[str, Any]) -> Html:
@@ -278,7 +279,8 @@ def _plan(run: Run) -> Html:
         if record:
             options = _chips(record.get("options"))
             rows.append((key, el("div", el("strong", text(record, "name")), " ", options)))
-    elsewhere = ("backend", "adapter", "evaluations", "notes", "merge_refusals", "memory")
+    shown = ("backend", "adapter", "evaluations", "exports", "merge", "merge_refusals")
+    elsewhere = (*shown, "notes", "memory")
     plain = [key for key in run.plan if key not in elsewhere]
     rows += [(key, _value(run.plan[key])) for key in plain if run.plan[key] not in (None, [], {})]
     notes = run.plan.get("notes")
@@ -329,7 +331,7 @@ SECTIONS: tuple[Callable[[Run], Html], ...] = (
     _evaluations,
     _samples,
     _loss,
-    _merge,
+    _exports,
     _memory,
     _stages,
     _command,

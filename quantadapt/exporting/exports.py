@@ -1,0 +1,31 @@
+"""The built-in exports: what is written from a tuned model without any plugin."""
+
+from __future__ import annotations
+
+from ..hookspecs import hookimpl
+from ..planning.exports import ADAPTER, MERGES
+from ..records import Export
+from .onto import OntoBase
+from .saving import AdapterFolder
+from .stage import MergedDense, MergedRequantized
+
+EXPORTS = (
+    Export(ADAPTER, "the adapter as a PEFT folder, which every run writes first", AdapterFolder),
+    Export(MERGES["dense"], "the adapter merged into dense weights", MergedDense),
+    Export(
+        MERGES["requantize"],
+        "the adapter merged, and the weights quantized again as the base was",
+        MergedRequantized,
+    ),
+    Export(
+        "onto-base",
+        "the adapter merged onto an unquantized base, in the memory of one shard",
+        OntoBase,
+    ),
+)
+
+
+@hookimpl
+def quantadapt_exports() -> tuple[Export, ...]:
+    """Return the built-in exports."""
+    return EXPORTS

@@ -1,0 +1,134 @@
+"""A tuned model as exporters are given it: from a run that goes on, from a folder, or live."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError
+from ..planning.exports import MergeKind
+from ..planning.memory import MERGE_IN_LESS
+from ..protocols import Figure
+from ..quantizing.stage import load_tokenizer
+from ..quantizing.state import state_of
+from .manifest import read_manifest
+from .saving import load, save
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from torch import nn
+
+    from ..quantizing.examples import Examples
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned model, as an exporter is given it. What takes time or memory is done when it is first
+    asked for: `tuned.merged("dense")` returns a merged model, `tuned.compared(merged)` figures of
+    how far that is from the adapter.
+
+    Attributes:
+        adapter: the folder of the saved adapter, as PEFT reads it.
+        manifest: what its `quantadapt.json` says: base, backend, options, dtype, adapter, ...
+        model: the quantized base with its adapter. Leave it as it is.
+        tokenizer: the one that it was trained with; None for a live module without one.
+        held_out: tokenized held-out examples.
+        device: where a model goes that has to be loaded: auto, cpu, cuda, ...
+    """
+
+    # What it is made from: the model where it is in memory, the saved adapter where there is one;
+    # what returns held-out data, and what a backend that calibrates is shown again, for a
+    # tokenizer; what a run measures on a merged model besides.
+
+    live: PeftModel | None = None
+    saved: Path | None = None
+    device: str = "auto"
+    data: Callable[[Any], Dataset] | None = None
+    examples: Callable[[Any], Examples | None] | None = None
+    measured: Callable[[nn.Module], Mapping[str, Figure]] | None = None
+
+    @cached_property
+    def model(self) -> PeftModel:
+        """The base with its adapter; loaded if it is not in memory. Leave it as it is."""
+        if self.live is not None:
+            return self.live
+        model: Any = load(self.adapter, device=self.device)
+        return model  # type: ignore[no-any-return]
+
+    @cached_property
+    def adapter(self) -> Path:
+        """The folder of the adapter, as PEFT reads it, with `quantadapt.json`."""
+        return self.saved or save(self.model, self._scratch.name, base=False)
+
+    @cached_property
+    def _scratch(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix="quantadapt-")
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What is known of the base: `base`, `backend`, `options`, `dtype`, `adapter`, ..."""
+        return read_manifest(self.adapter)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer that it was trained with; None for a live module without one."""
+        if self.live is None:
+            return load_tokenizer(str(self.adapter))
+        return state_of(self.live).tokenizer
+
+    @cached_property
+    def held_out(self) -> Dataset:
+        """Held-out examples: columns `input_ids` and `completion_mask`."""
+        assert self.data is not None
+        return self.data(self.tokenizer)
+
+    def merged(self, kind: MergeKind = "dense") -> nn.Module:
+        """Return the base with the adapter merged in: dense, or quantized again as it was.
+
+        Raises ModelError where GPU memory does not suffice. The combination has to allow it: say
+        so in `Exporter.merges`.
+        """
+        from .merging import merged_model
+
+        state = state_of(self.model)
+        if self.examples is not None and kind == "requantize" and state.backend.calibration:
+            state.calibration = self.examples(self.tokenizer) or state.calibration
+        with memory_in_words():
+            return merged_model(self.model, kind)
+
+    def compared(self, merged: nn.Module) -> dict[str, Figure]:
+        """Compare a merged model with this one, token by token, on held-out data."""
+        with memory_in_words():
+            found = dict(self.measured(merged)) if self.measured else {}
+            return compared(self.model, merged, self.held_out) | found
+
+
+def compared(model: nn.Module, merged: nn.Module, data: Dataset) -> dict[str, Figure]:
+    """Return how far a merged model is from the model that was merged, on held-out data."""
+    from ..evaluation.stage import compare, snapshot
+
+    check = compare(snapshot(model, data), snapshot(merged, data))
+    return {
+        "kl": Figure(check.kl, "nats per token", "lower"),
+        "top1": Figure(check.top1, "share", "higher"),
+        "perplexity_adapter": Figure(check.perplexity_reference, better="lower"),
+        "perplexity_merged": Figure(check.perplexity_candidate, better="lower"),
+    }
+
+
+@contextmanager
+def memory_in_words() -> Iterator[None]:
+    """Turn running out of GPU memory while merging into a ModelError that names the way out."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = "the GPU is too small to make a merged model beside the model"
+        raise ModelError(what, fix=MERGE_IN_LESS) from error

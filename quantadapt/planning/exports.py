@@ -1,0 +1,129 @@
+"""What a run writes at its end: the exports that the spec names, and why one of them is refused.
+
+As pure as the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ..capabilities import Merge
+from ..errors import PlanRefused, Problem
+from ..machine import this_machine
+from ..protocols import Exporter
+from ..records import Backend, Export
+from ..registry.discovery import registry
+from ..spec import ExportSpec, Named, Spec
+from .parts import Draft, options_of, record_of
+
+MergeKind = Literal["dense", "requantize"]
+
+ADAPTER = "adapter"
+"""The export that is there in every run, before all others."""
+MERGES: dict[MergeKind, str] = {"dense": "merged-dense", "requantize": "merged-requantized"}
+"""`export.merge` -> the export that it is short for; `auto` is `dense` where that is allowed."""
+
+
+@dataclass(frozen=True)
+class PlannedExport:
+    """One export of a run.
+
+    Attributes:
+        required: the spec asks for it, so that the run is refused where it is.
+        refusals: why it is not written; empty if it will be.
+    """
+
+    record: Export
+    exporter: Exporter
+    required: bool = True
+    refusals: tuple[Problem, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The export's name."""
+        return self.record.name
+
+    @property
+    def folder(self) -> str:
+        """The folder that it writes, in that of the run."""
+        return self.exporter.folder or self.name
+
+    @property
+    def words(self) -> str:
+        """What will be written, or that it will not be and which rules are against it."""
+        planned = self.exporter.planned or self.name
+        if not self.refusals:
+            return planned
+        rules = ", ".join(problem.rule or problem.what for problem in self.refusals)
+        return f"{self.exporter.refused or f'no {planned}'} ({rules})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON-ready data."""
+        return {
+            "name": self.name,
+            "words": self.words,
+            "options": self.exporter.model_dump(mode="json"),
+            "refusals": [vars(problem) for problem in self.refusals],
+        }
+
+
+def export_of(name: str, options: Mapping[str, Any]) -> PlannedExport:
+    """Return one export by itself. Raises PlanRefused where name or options are wrong."""
+    draft = Draft(Spec(), this_machine(), registry())
+    found = _export(draft, Named(name=name, **options), required=True)
+    if draft.problems or found is None:
+        raise PlanRefused(draft.problems)
+    return found
+
+
+def exports_of(draft: Draft) -> tuple[PlannedExport, ...]:
+    """Return the exports that the spec names, the adapter first; rules are not looked at yet."""
+    made = [_export(draft, named, required) for named, required in _named(draft.spec.export)]
+    found = [export for export in made if export is not None]
+    draft.problems += _same_folder(found)
+    return tuple(found)
+
+
+def _export(draft: Draft, named: Named, required: bool) -> PlannedExport | None:
+    record = record_of(draft, Export, named)
+    exporter = options_of(draft, record, named, lambda export: export.exporter)
+    return PlannedExport(record, exporter, required) if record and exporter else None
+
+
+def _named(spec: ExportSpec) -> Iterable[tuple[Named, bool]]:
+    """Yield what `merge` and `formats` name, and whether it is required."""
+    short = None
+    if spec.merge != "never":
+        short = MERGES["dense" if spec.merge == "auto" else spec.merge]
+    listed = [named.name for named in spec.formats]
+    for name in (ADAPTER, short):
+        if name and name not in listed:
+            yield Named(name=name), spec.merge != "auto"
+    for named in sorted(spec.formats, key=lambda named: named.name != ADAPTER):
+        yield named, True
+
+
+def _same_folder(found: Sequence[PlannedExport]) -> list[Problem]:
+    """Return a problem for each export that would write over an earlier one."""
+    problems = []
+    for index, export in enumerate(found):
+        for other in (e for e in found[:index] if e.folder == export.folder):
+            what = f"{other.name} and {export.name} both write {export.folder}/"
+            fix = f"write one of them later: quantadapt export RUN {export.name} --output DIR"
+            problems.append(Problem(what, fix, where="export"))
+    return problems
+
+
+def refused_where(
+    exports: Iterable[PlannedExport], why: Callable[[PlannedExport], Iterable[Problem]]
+) -> tuple[PlannedExport, ...]:
+    """Return the exports, those that nothing is against yet with what `why` says of them."""
+    return tuple(e if e.refusals else replace(e, refusals=tuple(why(e))) for e in exports)
+
+
+def makes_dense(export: PlannedExport, backend: Backend) -> bool:
+    """Say whether the whole model is made dense on the way."""
+    merges = export.exporter.merges
+    return merges == Merge.DENSE or (merges == Merge.REQUANTIZE and backend.calibration)
