@@ -366,7 +366,7 @@ METRICS = {
     },
     "failed_evaluations": {"tasks": "it failed, on the tuned model"},
     "samples": [{"prompt": "add [a] and b", "before": "#", "after": "return a + b"}],
-    "merge": {"kind": "dense", "kl": 1e-9, "top1": 1.0, "gain_kept": None},
+    "exports": {"merged-dense": {"words": "written to merged/, KL below 1e-7", "refusals": []}},
 }
 
 
@@ -414,7 +414,7 @@ def test_run_prints_plan_progress_and_results(run_cli, pipeline):
         "tuned: quantized and tuned",
         "tasks: it failed, on the tuned model",
         "add [a] and b",
-        "merge: dense, KL to the adapter below 1e-7 nats per token",
+        "merged-dense: written to merged/, KL below 1e-7",
         "report: out/report.html",
     ):
         assert text in shown.out

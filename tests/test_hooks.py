@@ -139,6 +139,26 @@ def test_an_evaluation(example, tokenizer) -> None:
     assert found == {"exact-match": 1.0}
 
 
+@proves("quantadapt_exports")
+def test_an_export(example, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    import quantadapt as qa
+    from quantadapt.exporting.saving import save
+    from quantadapt.testing.small_demo import small_model
+
+    save(qa.attach(qa.quantize(str(small_model()), "none"), "lora"), tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", str(tmp_path), "flat", "--set", "dtype=float64"])
+    assert not ended.value.code
+    base = load_file(small_model() / "model.safetensors")
+    found = load_file(tmp_path / "flat" / "flat.safetensors")
+    assert base.keys() <= found.keys()
+    for name, value in base.items():  # an untrained LoRA adds nothing
+        torch.testing.assert_close(found[name], value.double())
+
+
 @proves("quantadapt_commands")
 def test_a_command(example, capsys) -> None:
     from quantadapt import demo

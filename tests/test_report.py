@@ -66,7 +66,26 @@ METRICS: Metrics = {
         },
     },
     "size": {"dense_mib": 988.1, "quantized_mib": 312.4, "adapter_mib": 33.6},
-    "merge": {"kind": "dense", "kl": 0.0021, "top1": 0.991, "gain_kept": 0.998, "refusals": []},
+    "exports": {
+        "adapter": {
+            "state": "written",
+            "folder": "adapter",
+            "words": "written to adapter/",
+            "figures": {"size": {"value": 33.6, "unit": "MiB", "better": "lower"}},
+            "refusals": [],
+        },
+        "merged-dense": {
+            "state": "written",
+            "folder": "merged",
+            "words": "written to merged/",
+            "figures": {
+                "kl": {"value": 0.0021, "unit": "nats per token", "better": "lower"},
+                "top1": {"value": 0.991, "unit": "share", "better": "higher"},
+                "gain_kept": {"value": 0.998, "unit": "share", "better": "higher"},
+            },
+            "refusals": [],
+        },
+    },
     "samples": [{"prompt": "Ask", "reference": "Right", "before": "Wrong", "after": "Better"}],
     "command": "quantadapt run --backend hqq",
 }
@@ -161,7 +180,7 @@ def test_everything_is_on_the_page() -> None:
         "not-measured",
         "samples",
         "training-loss",
-        "merge",
+        "exports",
         "memory",
         "time-per-stage",
         "run-it-again",
@@ -203,14 +222,15 @@ def evil(value: Any) -> Any:
 
 
 def test_everything_is_escaped() -> None:
-    merge = {"kind": "refused", "refusals": [{"what": "w", "fix": "f", "rule": "r", "where": "h"}]}
+    refusal = {"what": "w", "fix": "f", "rule": "r", "where": "h"}
+    refused = {"words": "w", "figures": {"f": {"value": 1.0, "unit": "u"}}, "refusals": [refusal]}
     hostile = run(
         marker=evil({"state": "finished", "version": "1", "started": "now"}),
         plan=evil(PLAN),
         metrics={
             **evil(METRICS),
             "stages": {EVIL: 1.0},
-            "merge": {**evil(merge), "kind": "refused"},
+            "exports": {EVIL: evil(refused)},
         },
         environment=evil({"python": "3", "versions": {"torch": "2"}}),
         spec=EVIL,
@@ -224,23 +244,32 @@ def test_everything_is_escaped() -> None:
     assert page.text.count("alert('x')") > 20
 
 
-def test_a_refused_merge_says_why_and_the_way_out() -> None:
+def test_a_refused_export_says_why_and_the_way_out() -> None:
     refusal = {
         "what": "Codes stay.",
         "fix": "keep it beside",
         "rule": "aqlm",
         "where": "aqlm x oft",
     }
-    merge = {"kind": "refused", "refusals": [refusal]}
-    text = Page(render(run(metrics={"merge": merge}))).text
-    for words in ("Not merged.", "Codes stay.", "keep it beside", "rule aqlm", "aqlm x oft"):
+    export = {"state": "refused", "words": "no merged model", "refusals": [refusal]}
+    shown = ("no merged model", "Codes stay.", "keep it beside", "rule aqlm", "aqlm x oft")
+    text = Page(render(run(metrics={"exports": {"merged-dense": export}}))).text
+    for words in ("merged-dense", *shown):
         assert words in text
-    assert "Codes stay." in Page(render(run(metrics={}, plan={"merge_refusals": [refusal]}))).text
+    planned = [{"name": "adapter", "refusals": []}, {"name": "merged-dense", **export}]
+    text = Page(render(run(metrics={}, plan={"exports": planned}))).text
+    for words in ("merged-dense", *shown):
+        assert words in text
+    assert "adapter: " not in text
 
 
-@pytest.mark.parametrize("kind", ["dense", "requantize", "never", "something new"])
-def test_other_merges_are_not_refusals(kind: str) -> None:
-    assert "Way out" not in Page(render(run(metrics={"merge": {"kind": kind}}))).text
+def test_a_figure_that_no_page_knows_is_shown() -> None:
+    figures = {"shards_written": {"value": 12, "unit": "files", "better": ""}, "odd": {"value": 1}}
+    found = {"gguf": {"state": "written", "words": "written to gguf/", "figures": figures}}
+    page = render(run(metrics={"exports": found}))
+    assert "<dt>shards written</dt><dd>12.0 files</dd>" in page
+    assert "<dt>odd</dt><dd>1.00</dd>" in page
+    assert "Way out" not in page
 
 
 @pytest.mark.parametrize("missing", list(METRICS))
@@ -249,7 +278,7 @@ def test_missing_parts_are_left_out(missing: str) -> None:
     whole, page = Page(render(run())), Page(render(run(metrics=metrics)))
     assert set(page.headings) <= set(whole.headings)
     gone = {"evaluations": "evaluation-1 evaluation-2", "failed_evaluations": "not-measured"}
-    gone |= {"stages": "time-per-stage", "merge": "merge"}
+    gone |= {"stages": "time-per-stage", "exports": "exports"}
     gone |= {"samples": "samples", "command": "run-it-again"}
     if missing in gone:
         assert set(whole.headings) - set(page.headings) == set(gone[missing].split())
