@@ -119,7 +119,7 @@ def written(
     tuned = Tuned(
         saved=adapter_folder(Path(run)),
         device=device or "auto",
-        data=lambda tokenizer: held_out_of(run, data, tokenizer)[0],
+        data=lambda tokenizer: held_out_of(run, data, tokenizer)[0].examples,
         examples=lambda tokenizer: calibration_of(run, calibration, tokenizer),
     )
     if planned.exporter.merges:
