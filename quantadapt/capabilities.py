@@ -8,7 +8,7 @@ it in both directions. It imports nothing heavy and looks at nothing but its arg
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
@@ -38,7 +38,8 @@ class Rule:
         when: fact name -> the values for which the rule applies. All have to match. Facts are
             `action` ("attach", "merge", "requantize", "onto", "shard"), `backend`, `adapter`,
             `device` ("cpu", "cuda", ...), `dtype` ("float32", ...), `backend.<option>`,
-            `adapter.<option>`.
+            `adapter.<option>`; for a rule of another kind of record also its own `<kind>` and
+            `<kind>.<option>`.
         reason: why it is refused, as a sentence.
         fix: what to do instead, as a sentence.
         policy: it would work, but is unsound; the conformance suite then tries the way out
@@ -69,6 +70,7 @@ class Cell:
     Attributes:
         device: "cpu", "cuda", "hpu", ...; without an index.
         dtype: torch's name of the compute dtype, e.g. "bfloat16".
+        others: kind of record -> name and options, where one of another kind is looked at, too.
     """
 
     backend: str
@@ -77,6 +79,16 @@ class Cell:
     dtype: str = "float32"
     backend_options: Mapping[str, Any] = field(default_factory=dict)
     adapter_options: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
+
+    def beside(self, kind: str, name: str, options: Mapping[str, Any]) -> Cell:
+        """Return the cell together with a record of another kind, e.g. an objective."""
+        return replace(self, others={**self.others, kind: (name, options)})
+
+    @property
+    def where(self) -> str:
+        """What problems with it are told of: "hqq x lora"."""
+        return " x ".join([self.backend, self.adapter, *(name for name, _ in self.others.values())])
 
     def facts(self, action: str) -> dict[str, Any]:
         """Return the flat facts that `Rule.when` speaks of."""
@@ -89,6 +101,8 @@ class Cell:
         }
         facts |= {f"backend.{name}": value for name, value in self.backend_options.items()}
         facts |= {f"adapter.{name}": value for name, value in self.adapter_options.items()}
+        for kind, (name, options) in self.others.items():
+            facts |= {kind: name} | {f"{kind}.{key}": value for key, value in options.items()}
         return {name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()}
 
 
@@ -99,7 +113,7 @@ def refusals(cell: Cell, rules: Iterable[Rule], action: str = "attach") -> list[
     """
     facts = cell.facts(action)
     return [
-        Problem(rule.reason, rule.fix, where=f"{cell.backend} x {cell.adapter}", rule=rule.id)
+        Problem(rule.reason, rule.fix, where=cell.where, rule=rule.id)
         for rule in rules
         if rule.applies(facts) and ("action" in rule.when or action == "attach")
     ]

@@ -29,7 +29,7 @@ SHORTHAND = {"backend": "name", "adapter": "name", "data": "path"}
 """The key that a bare string stands for, e.g. `backend: hqq`."""
 
 
-class _Named(BaseModel):
+class Named(BaseModel):
     """`name` plus the options of the thing named; a bare string is taken as the name."""
 
     model_config = ConfigDict(extra="allow")
@@ -42,10 +42,11 @@ class _Named(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
+        """What is said beside the name."""
         return dict(self.model_extra or {})
 
 
-class BackendSpec(_Named):
+class BackendSpec(Named):
     """A backend and its options, e.g. `{name: hqq, bits: 4, group_size: 64}`.
 
     The options are those of the backend's quantizer: `quantadapt backends show NAME` lists them.
@@ -54,7 +55,7 @@ class BackendSpec(_Named):
     name: str = Field("hqq", description="backend name, see `quantadapt backends`")
 
 
-class AdapterSpec(_Named):
+class AdapterSpec(Named):
     """An adapter and its options, e.g. `{name: lora, r: 16, target_modules: all-linear}`.
 
     The options are those of the method's PEFT config, under PEFT's names.

@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from pluggy import PluginManager
+from pydantic import BaseModel, ConfigDict, Field
 
 from quantadapt import demo
 from quantadapt.capabilities import Cell, Merge, Rule, refusals
@@ -16,7 +18,12 @@ from quantadapt.machine import Machine
 from quantadapt.memory import GIB
 from quantadapt.paths import is_local_path
 from quantadapt.planning import plan
-from quantadapt.spec import Spec
+from quantadapt.planning.parts import Draft, options_of, record_of
+from quantadapt.planning.refusals import refusals_beside
+from quantadapt.protocols import Quantizer
+from quantadapt.records import Backend
+from quantadapt.registry.discovery import Provenance, Registry, _Entry
+from quantadapt.spec import BackendSpec, Spec
 
 CPU = Machine()
 CARD = Machine(cuda=((9, 0),))
@@ -103,6 +110,43 @@ def test_auto_merge_turns_into_never_and_says_why() -> None:
 def test_a_device_index_that_does_not_exist(device, memory) -> None:
     with pytest.raises(PlanRefused, match="use cuda:0 to cuda:0"):
         plan(Spec(device=device), machine=Machine(cuda=((9, 0),), memory=memory))
+
+
+class TestANamedRecord:
+    """Name, requirements and options of every kind of record are looked at in one way."""
+
+    class Options(BaseModel):
+        """Two options, of which one has to be given."""
+
+        model_config = ConfigDict(extra="forbid")
+        size: int
+        rate: float = Field(0.5, gt=0)
+
+    def made(self, *requires, **named):
+        record = Backend("toy", "", quantizer=Quantizer, requires=requires)
+        known = Registry(PluginManager("toy"))
+        known._tables["backend"]["toy"] = [_Entry(record, Provenance("toy"))]
+        draft, spec = Draft(Spec(), CPU, known), BackendSpec(**named)
+        found = record_of(draft, Backend, spec)
+        options = options_of(draft, found, spec, lambda _: self.Options)
+        return options, {problem.where: str(problem) for problem in draft.problems}
+
+    def test_its_options_are_made(self) -> None:
+        options, found = self.made(name="toy", size=3)
+        assert (options, found) == (self.Options(size=3), {})
+
+    def test_all_that_is_wrong_is_told(self) -> None:
+        options, found = self.made("not-there>=1", name="toy", sise=3, rate=0)
+        assert options is None
+        assert set(found) == {"backend", "backend.size", "backend.sise", "backend.rate"}
+        assert "pip install 'not-there>=1'" in found["backend"]
+        assert "did you mean 'size'?" in found["backend.sise"]
+        assert "use a value greater than 0" in found["backend.rate"]
+
+    def test_so_is_a_name_that_nothing_has(self) -> None:
+        options, found = self.made(name="toyy")
+        assert options is None
+        assert "did you mean 'toy'?" in found["backend"]
 
 
 class TestCardsThatAreAskedAbout:
@@ -274,6 +318,19 @@ class TestRules:
         rule = Rule("m", {"action": ("merge",)}, "why", "how")
         assert refusals(self.cell, [rule]) == []
         assert len(refusals(self.cell, [rule], "merge")) == 1
+
+    def test_rules_of_another_kind_of_record_see_its_own_options(self) -> None:
+        rules = (
+            Rule("own", {"backend": ("b",), "backend.n": (1,)}, "why", "how"),
+            Rule("both", {"backend.n": (1,), "adapter.t": (("x",),)}, "why", "how"),
+            Rule("merge", {"action": ("merge",), "backend": ("b2",)}, "why", "how"),
+        )
+        record = Backend("b2", "any record will do", quantizer=Quantizer, rules=rules)
+        (problem,) = refusals_beside(self.cell, record, {"n": 1})
+        assert (problem.rule, problem.where) == ("both", "b x a x b2")
+        (problem,) = refusals_beside(self.cell, record, {}, "merge")
+        assert problem.rule == "merge"
+        assert "backend.n" not in self.cell.facts("attach")
 
     def test_merge_kinds_are_ordered(self) -> None:
         assert Merge.NEVER < Merge.DENSE < Merge.REQUANTIZE

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from .. import demo
 from ..dependencies import missing_for_optimizer, missing_requirements
@@ -22,12 +22,14 @@ from ..folders.run_folder import RunFolder, json_ready
 from ..machine import Machine
 from ..paths import is_local_path
 from ..protocols import Quantizer
-from ..records import Adapter, Backend
+from ..records import Adapter, Backend, R, Record, kind_of
 from ..registry.discovery import Registry
-from ..spec import Spec, read_yaml, wrong_value
+from ..spec import Named, Spec, read_yaml, wrong_value
 from .on_disk import check_model, has_config_alone, quantization_of
 from .peft_options import peft_options
 from .processes import device_problems
+
+Made = TypeVar("Made", bound=BaseModel)
 
 
 @dataclass
@@ -46,13 +48,45 @@ class Draft:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def lookup(self, kind: Literal["backend", "adapter"], name: str) -> Any:
-        """Return the record of that name, or None and a problem."""
-        try:
-            return getattr(self.registry, kind)(name)
-        except PlanRefused as error:
-            self.problems.extend(error.problems)
-            return None
+
+def record_of(draft: Draft, kind: type[R], named: Named) -> R | None:
+    """Return the record that the spec names; what it lacks is a problem, too."""
+    try:
+        found = draft.registry.record(kind, named.name)
+    except PlanRefused as error:
+        draft.problems += error.problems
+        return None
+    draft.problems += missing_requirements(found)
+    return found
+
+
+def options_of(
+    draft: Draft, record: R | None, named: Named, options: Callable[[R], type[Made]]
+) -> Made | None:
+    """Return a record's options as the spec has them; None, and problems, if they cannot be used.
+
+    Args:
+        record: what `record_of` returned.
+        options: gets the options' class from the record, e.g. `lambda found: found.quantizer`.
+    """
+    if record is None:
+        return None
+    wanted = options(record)
+    try:
+        return wanted(**named.options)
+    except ValidationError as error:
+        draft.problems += [_option_problem(record, wanted, dict(d)) for d in error.errors()]
+        return None
+
+
+def _option_problem(record: Record, options: type[BaseModel], detail: dict[str, Any]) -> Problem:
+    kind, name = kind_of(record), ".".join(str(part) for part in detail["loc"])
+    where = f"{kind}.{name}"
+    if detail["type"] == "extra_forbidden":
+        hint = did_you_mean(name, options.model_fields)
+        what = f"{kind} {record.name!r} has no option {name!r}"
+        return Problem(what, hint or "it has no options", where)
+    return wrong_value(detail, where)
 
 
 def model_of(draft: Draft, weights: bool) -> str:
@@ -98,10 +132,9 @@ def quantizer_of(
     """Return the quantizer, and whether the checkpoint was quantized by it already."""
     if backend is None:
         return None, False
-    draft.problems += missing_requirements(backend)
     found = quantization_of(model)
     if found is None:
-        return _fresh_quantizer(draft, backend), False
+        return options_of(draft, backend, draft.spec.backend, lambda b: b.quantizer), False
     adopted = backend.quantizer.from_checkpoint(found)
     if adopted is None:
         draft.problems.append(_wrong_checkpoint(draft, backend, found))
@@ -128,29 +161,10 @@ def _wrong_checkpoint(draft: Draft, backend: Backend, found: Mapping[str, Any]) 
     return Problem(what, fix, where="model")
 
 
-def _fresh_quantizer(draft: Draft, backend: Backend) -> Quantizer | None:
-    try:
-        return backend.quantizer(**draft.spec.backend.options)
-    except ValidationError as error:
-        draft.problems += [_option_problem(backend, dict(d)) for d in error.errors()]
-        return None
-
-
-def _option_problem(backend: Backend, detail: dict[str, Any]) -> Problem:
-    name = ".".join(str(part) for part in detail["loc"])
-    where = f"backend.{name}"
-    if detail["type"] == "extra_forbidden":
-        hint = did_you_mean(name, backend.quantizer.model_fields)
-        what = f"backend {backend.name!r} has no option {name!r}"
-        return Problem(what, hint or "it has no options", where)
-    return wrong_value(detail, where)
-
-
 def adapter_options(draft: Draft, adapter: Adapter | None) -> dict[str, Any]:
     """Return the adapter's options: its defaults, and what the spec says and can be used."""
     if adapter is None:
         return {}
-    draft.problems += missing_requirements(adapter)
     options = dict(adapter.defaults)
     for name, value in draft.spec.adapter.options.items():
         if problem := _adapter_option_problem(adapter, name, value):

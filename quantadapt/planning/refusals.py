@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ..capabilities import KEEP, Cell, Merge, refusals
 from ..errors import Problem
 from ..protocols import Quantizer
-from ..records import Adapter, Backend
+from ..records import Adapter, Backend, Record, kind_of
 from .on_disk import quantization_of
 
 WAY_OUT = f"{KEEP}, or merge it onto the unquantized base (quantadapt merge RUN --onto BASE)"
@@ -36,6 +36,14 @@ def make_cell(
 def attach_refusals(cell: Cell, backend: Backend, adapter: Adapter) -> list[Problem]:
     """Return why `cell` cannot be attached; empty means it can."""
     return refusals(cell, (*backend.rules, *adapter.rules))
+
+
+def refusals_beside(
+    cell: Cell, record: Record, options: Mapping[str, Any], action: str = "attach"
+) -> list[Problem]:
+    """Return why a record that is neither backend nor adapter forbids `action` with `cell`; its
+    rules see its own name and options as well."""
+    return refusals(cell.beside(kind_of(record), record.name, options), record.rules, action)
 
 
 def merge_refusals(

@@ -34,6 +34,7 @@ from .parts import (
     dtype_of,
     model_of,
     quantizer_of,
+    record_of,
 )
 from .processes import Parallel
 from .refusals import attach_refusals, loftq_problems, make_cell, merge_refusals
@@ -136,8 +137,8 @@ def plan(
     draft = Draft(spec, machine or this_machine(), registry_ or registry(), count, tuple(cards))
     model = model_of(draft, weights)
     device = device_of(draft)
-    backend: Backend | None = draft.lookup("backend", spec.backend.name)
-    adapter: Adapter | None = draft.lookup("adapter", spec.adapter.name)
+    backend = record_of(draft, Backend, spec.backend)
+    adapter = record_of(draft, Adapter, spec.adapter)
     quantizer, adopt = quantizer_of(draft, backend, model)
     options = adapter_options(draft, adapter)
     dtype = dtype_of(draft, backend, device)
