@@ -18,10 +18,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 import quantadapt
-from quantadapt import errors, hookspecs, matrix, records, registry
+from quantadapt import errors, hookspecs, matrix, protocols, records, registry
 from quantadapt.capabilities import Merge, Rule
 from quantadapt.matrix import results, tables
+from quantadapt.objectives.sft import SFT
 from quantadapt.spec import Spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +52,7 @@ def pages() -> dict[Path, str]:
         "spec.md": spec_page(),
         "backends.md": backends_page(known),
         "adapters.md": adapters_page(known),
+        "objectives.md": objectives_page(known),
         "hooks.md": hooks_page(),
         "cli.md": cli_page(),
         "errors.md": errors_page(),
@@ -174,12 +178,15 @@ def backends_page(known: registry.Registry) -> str:
     return "\n\n".join([*parts, *(_backend(backend) for backend in known.backends())])
 
 
-def _backend(backend: records.Backend) -> str:
-    options = backend.quantizer.model_json_schema().get("properties", {})
+def _options(options: type[BaseModel]) -> str:
     rows = [
         (_code(name), _code(_type(s)), _code(_json(s.get("default"))), s.get("description", ""))
-        for name, s in options.items()
+        for name, s in options.model_json_schema().get("properties", {}).items()
     ]
+    return _table(("option", "type", "default", "meaning"), rows) if rows else "No options."
+
+
+def _backend(backend: records.Backend) -> str:
     facts = [
         ("needs", ", ".join(map(_code, backend.requires)) or "nothing else"),
         ("devices", ", ".join(backend.devices)),
@@ -191,7 +198,7 @@ def _backend(backend: records.Backend) -> str:
         [
             f"## {backend.name}",
             f"{backend.summary}.",
-            _table(("option", "type", "default", "meaning"), rows) if rows else "No options.",
+            _options(backend.quantizer),
             _facts(facts),
             *_rules(backend.rules),
         ]
@@ -233,6 +240,46 @@ def _adapter_merge(adapter: records.Adapter) -> str:
     return "refused altogether" if refused else adapter.merge.name.lower()
 
 
+def objectives_page(known: registry.Registry) -> str:
+    """Return every built-in objective with its options and rules, and what a new one implements."""
+    found = known.records(records.Objective)
+    parts = [
+        "# Objectives",
+        "An objective says what is learnt: how examples become batches and a loss. Name one with "
+        "`objective:`, options beside the name, or on the command line `--set objective=NAME` and "
+        "`--set objective.OPTION=VALUE`. `quantadapt objectives` lists what is installed here, "
+        "plugins of third parties included.",
+    ]
+    for one in found:
+        needs = ", ".join(map(_code, one.requires)) or "nothing else"
+        parts += [f"## {one.name}", f"{one.summary}.", _options(one.task), f"Needs {needs}."]
+        parts += _rules(one.rules)
+    parts += [
+        "## An objective of your own",
+        "One file and one record, see [quantadapt_objectives](hooks.md#quantadapt_objectives).",
+    ]
+    for cls in (protocols.Task, SFT):
+        parts += [f"### quantadapt.{cls.__name__}", *_docstring(cls.__doc__ or ""), _members(cls)]
+    return "\n\n".join(parts)
+
+
+def _members(cls: type[Any]) -> str:
+    """Return a table of what a subclass may override, with the first paragraph on each."""
+    rows = []
+    for name, value in vars(cls).items():
+        member = value.fget if isinstance(value, property) else value
+        if name.startswith("_") or not inspect.isfunction(member):
+            continue
+        signature = f": {inspect.signature(member).return_annotation}"
+        if not isinstance(value, property):
+            signature = str(inspect.signature(member)).replace("self, ", "", 1)
+        kept = "has to" if getattr(value, "__isabstractmethod__", False) else ""
+        text = _prose((member.__doc__ or "").strip().split("\n\n")[0])
+        shown = f"{name}{signature}".replace("'", "").replace("|", "\\|")
+        rows.append((_code(shown), kept, text))
+    return _table(("member", "override", "what"), rows)
+
+
 def _rules(rules: Iterable[Rule]) -> list[str]:
     rows = [
         (
@@ -256,8 +303,8 @@ def hooks_page() -> str:
         if name.startswith("quantadapt_"):
             signature = f"def {name}{inspect.signature(hook)}".replace("'", "")
             parts += [f"## {name}", _fence(signature, "python"), *_docstring(hook.__doc__ or "")]
-    parts += ["## Records", "What the first two hooks return."]
-    for record in (records.Backend, records.Adapter, Rule):
+    parts += ["## Records", "What the hooks that are called once return."]
+    for record in (*records.KINDS.values(), Rule):
         parts += [f"### {record.__name__}", *_docstring(record.__doc__ or "")]
     return "\n\n".join(parts)
 
@@ -455,12 +502,14 @@ def _docstring(text: str) -> list[str]:
     for block in inspect.cleandoc(text).split("\n\n"):
         lines = block.splitlines()
         if all(line.startswith("    ") for line in lines):
-            code = inspect.cleandoc(block)
+            code = "\n".join(line[4:] for line in lines)
             if blocks and blocks[-1].startswith("```"):  # a blank line within the code
                 gap = "\n\n\n" if code.startswith(("@", "def ", "class ")) else "\n\n"
                 blocks[-1] = f"{blocks[-1].removesuffix('```').rstrip()}{gap}{code}\n```"
             else:
                 blocks.append(_fence(code, "python"))
+        elif lines[0].startswith("- "):
+            blocks.append(block)
         elif lines[0] in ("Args:", "Attributes:"):
             items: list[str] = []
             for line in inspect.cleandoc("\n".join(lines[1:])).splitlines():

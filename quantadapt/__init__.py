@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from .exporting.saving import BaseMismatchWarning, load, save
     from .exporting.stage import merge
     from .hookspecs import hookimpl
+    from .objectives.sft import SFT
     from .pipeline import RunResult, run
     from .planning.stage import Plan, plan
-    from .protocols import AdapterTarget, LayerwiseQuantizer, Quantizer
-    from .records import Adapter, Backend
+    from .protocols import AdapterTarget, LayerwiseQuantizer, Quantizer, Task
+    from .records import Adapter, Backend, Objective
     from .spec import Spec
     from .stages import attach, evaluate, quantize, train
 
@@ -45,25 +46,29 @@ _HOME = {
     "spec": ("Spec",),
     "errors": ("QuantadaptError",),
     "capabilities": ("Merge", "Rule"),
-    "records": ("Adapter", "Backend"),
-    "protocols": ("AdapterTarget", "LayerwiseQuantizer", "Quantizer"),
+    "records": ("Adapter", "Backend", "Objective"),
+    "protocols": ("AdapterTarget", "LayerwiseQuantizer", "Quantizer", "Task"),
+    "objectives.sft": ("SFT",),
     "hookspecs": ("hookimpl",),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "SFT",
     "Adapter",
     "AdapterTarget",
     "Backend",
     "BaseMismatchWarning",
     "LayerwiseQuantizer",
     "Merge",
+    "Objective",
     "Plan",
     "QuantadaptError",
     "Quantizer",
     "Rule",
     "RunResult",
     "Spec",
+    "Task",
     "attach",
     "evaluate",
     "hookimpl",

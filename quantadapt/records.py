@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from .capabilities import Merge, Rule
-from .protocols import Quantizer
+from .protocols import Quantizer, Task
 
 
 class Start(StrEnum):
@@ -81,10 +81,31 @@ class Adapter:
     rules: tuple[Rule, ...] = ()
 
 
-Record = Backend | Adapter
+@dataclass(frozen=True)
+class Objective:
+    """What is learnt: how examples become batches and a loss. Named by `objective:` in the spec.
+
+    Attributes:
+        name: e.g. "sft".
+        summary: one line for lists.
+        task: the options class; its methods do the work.
+        requires: the distributions it needs, as requirement strings.
+        extra: the extra that installs them; empty if none is needed.
+        rules: combinations that are refused.
+    """
+
+    name: str
+    summary: str
+    task: type[Task]
+    requires: tuple[str, ...] = ()
+    extra: str = ""
+    rules: tuple[Rule, ...] = ()
+
+
+Record = Backend | Adapter | Objective
 R = TypeVar("R", bound=Record)
 
-KINDS: dict[str, type[Record]] = {"backend": Backend, "adapter": Adapter}
+KINDS: dict[str, type[Record]] = {"backend": Backend, "adapter": Adapter, "objective": Objective}
 """What each kind of record is called, in the spec, on the command line and in messages."""
 
 

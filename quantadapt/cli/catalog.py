@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..capabilities import Rule
-    from ..records import Adapter, Backend
+    from ..records import Adapter, Backend, Objective
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Its name.")]
 
@@ -120,10 +120,21 @@ def _backend_facts(backend: Backend) -> dict[str, Any]:
     }
 
 
+def _objective_facts(objective: Objective) -> dict[str, Any]:
+    return _facts(objective) | {"extra": objective.extra, "options": options_of(objective.task)}
+
+
+def _objective_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [("needs", _needs(facts))]
+
+
+def _needs(facts: Mapping[str, Any]) -> str:
+    return f"{', '.join(facts['requires'])} ({_state(facts)})" if facts["requires"] else "nothing"
+
+
 def _backend_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    needs = f"{', '.join(facts['requires'])} ({_state(facts)})" if facts["requires"] else "nothing"
     return [
-        ("needs", needs),
+        ("needs", _needs(facts)),
         ("devices", ", ".join(facts["devices"])),
         ("dtypes", ", ".join(facts["dtypes"])),
         ("calibration", "needs data" if facts["calibration"] else "needs no data"),
@@ -275,4 +286,7 @@ _KINDS = {
         _backend_lines,
     ),
     "adapters": _Kind("adapter", "lora", _adapter_facts, {"merge": _refused_word}, _adapter_lines),
+    "objectives": _Kind(
+        "objective", "sft", _objective_facts, {"libraries": _state}, _objective_lines
+    ),
 }

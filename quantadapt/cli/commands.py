@@ -37,6 +37,7 @@ COMMANDS = {
     "generate": Entry("evaluate", _MODEL, "Answer a prompt greedily."),
     "backends": Entry("catalog", _LOOK, "List the ways to quantize, or show one with its options."),
     "adapters": Entry("catalog", _LOOK, "List the adapters, or show one with its options."),
+    "objectives": Entry("catalog", _LOOK, "List what can be learnt, or show one with its options."),
     "matrix": Entry("matrix", _LOOK, "Show which backend goes with which adapter."),
     "doctor": Entry("doctor", _LOOK, "Check this installation and say what to install."),
     "plugin": Entry("plugin", _EXTEND, "Start a plugin with a backend of your own."),

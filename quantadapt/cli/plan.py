@@ -11,6 +11,7 @@ from .flags import GpusOption, JsonOption, SpecFlags, with_spec_flags
 from .session import session
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from rich.table import Table
 
     from ..planning.stage import Plan
@@ -73,7 +74,7 @@ def plan(
 def schema() -> None:
     """Print the JSON schema of a run's YAML file, for editors.
 
-    It knows the options of the backends that are installed here.
+    It knows the options of the backends and objectives that are installed here.
     """
     with session() as shown:
         shown.print_json(spec_schema())
@@ -102,6 +103,7 @@ def _rows(made: Plan) -> list[tuple[str, str]]:
         ("model", model_name(made)),
         ("backend", f"{backend}, as the checkpoint has it" if made.adopt else backend),
         ("adapter", _options(made.adapter.name, dict(made.adapter_options))),
+        ("objective", _options(made.objective.name, made.task.model_dump())),
         ("device", f"{device_words(made)}, computing in {made.dtype}"),
         ("data", spec.data.path or "the bundled demo's"),
         ("train", f"{steps}, learning rate {train.learning_rate:g}"),
@@ -117,23 +119,28 @@ def _options(name: str, options: dict[str, Any]) -> str:
 
 
 def spec_schema() -> dict[str, Any]:
-    """Return the JSON schema of `Spec`, with the options of each backend that is known here."""
+    """Return the JSON schema of `Spec`, with the options of what is known here."""
+    from ..records import Objective
     from ..registry.discovery import registry
     from ..spec import Spec
 
     made = Spec.model_json_schema()
     made["title"] = "quantadapt run"
-    named = made["$defs"]["BackendSpec"]
-    known = {backend.name: backend.quantizer for backend in registry().backends()}
-    named["properties"]["name"]["examples"] = sorted(known)
-    named["allOf"] = [
-        {
-            "if": {"properties": {"name": {"const": name}}, "required": ["name"]},
-            "then": {"properties": quantizer.model_json_schema().get("properties", {})},
-        }
-        for name, quantizer in sorted(known.items())
-    ]
-    for key in ("backend", "adapter"):  # a bare name is as good
+    options: dict[str, dict[str, type[BaseModel]]] = {
+        "BackendSpec": {b.name: b.quantizer for b in registry().backends()},
+        "ObjectiveSpec": {o.name: o.task for o in registry().records(Objective)},
+    }
+    for part, known in options.items():
+        named = made["$defs"][part]
+        named["properties"]["name"]["examples"] = sorted(known)
+        named["allOf"] = [
+            {
+                "if": {"properties": {"name": {"const": name}}, "required": ["name"]},
+                "then": {"properties": known[name].model_json_schema().get("properties", {})},
+            }
+            for name in sorted(known)
+        ]
+    for key in ("backend", "adapter", "objective"):  # a bare name is as good
         made["properties"][key] = {
             "anyOf": [{"type": "string"}, made["properties"][key]],
         }

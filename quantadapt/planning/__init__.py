@@ -6,7 +6,7 @@ Pure: it imports no torch, downloads nothing and loads no model.
 from __future__ import annotations
 
 from .refusals import WAY_OUT, attach_refusals, make_cell, merge_refusals, onto_refusals
-from .stage import MergePlan, Plan, plan
+from .stage import MergePlan, Plan, plan, task_for
 
 __all__ = [
     "WAY_OUT",
@@ -17,4 +17,5 @@ __all__ = [
     "merge_refusals",
     "onto_refusals",
     "plan",
+    "task_for",
 ]

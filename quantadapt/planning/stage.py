@@ -16,8 +16,8 @@ from ..distributed.world import world
 from ..errors import MergeRefused, PlanRefused, Problem
 from ..machine import Machine, this_machine
 from ..memory.workload import GIB
-from ..protocols import Quantizer
-from ..records import Adapter, Backend
+from ..protocols import Quantizer, Task
+from ..records import Adapter, Backend, Objective
 from ..registry.discovery import Registry, registry
 from ..spec import MergeChoice, Spec
 from . import processes
@@ -35,9 +35,17 @@ from .parts import (
     model_of,
     quantizer_of,
     record_of,
+    task_of,
 )
 from .processes import Parallel
-from .refusals import attach_refusals, loftq_problems, make_cell, merge_refusals
+from .refusals import (
+    attach_refusals,
+    loftq_problems,
+    make_cell,
+    merge_refusals,
+    refusals_beside,
+    task_problems,
+)
 
 MergePlan = Literal["dense", "requantize", "never"]
 
@@ -49,6 +57,7 @@ class Plan:
     Attributes:
         spec: the spec with every default resolved.
         model: checkpoint folder or hub id.
+        objective, task: what is learnt, and its options.
         adopt: the checkpoint is quantized already and is loaded as it is.
         device: "cpu", "cuda", "cuda:1", ...
         dtype: torch's name of the compute dtype.
@@ -66,6 +75,8 @@ class Plan:
     quantizer: Quantizer
     adapter: Adapter
     adapter_options: Mapping[str, Any]
+    objective: Objective
+    task: Task
     device: str
     dtype: str
     adopt: bool = False
@@ -99,6 +110,7 @@ class Plan:
             "model": self.model,
             "backend": {"name": self.backend.name, "options": self.quantizer.model_dump()},
             "adapter": {"name": self.adapter.name, "options": dict(self.adapter_options)},
+            "objective": {"name": self.objective.name, "options": self.task.model_dump()},
             "device": self.device,
             "dtype": self.dtype,
             "adopt": self.adopt,
@@ -141,13 +153,14 @@ def plan(
     adapter = record_of(draft, Adapter, spec.adapter)
     quantizer, adopt = quantizer_of(draft, backend, model)
     options = adapter_options(draft, adapter)
+    objective, task = task_of(draft)
     dtype = dtype_of(draft, backend, device)
     check_data(draft)
     check_training(draft, device)
     if check_output:
         check_folder(draft)
-        check_resumed(draft, quantizer, options)
-    if not (backend and adapter and quantizer):
+        check_resumed(draft, quantizer, options, task)
+    if not (backend and adapter and quantizer and objective and task):
         raise PlanRefused(draft.problems)
     made = _combined(
         draft,
@@ -158,6 +171,8 @@ def plan(
             quantizer=quantizer,
             adapter=adapter,
             adapter_options=options,
+            objective=objective,
+            task=task,
             device=device,
             dtype=dtype,
             adopt=adopt,
@@ -173,6 +188,15 @@ def plan(
     return replace(made, notes=tuple(draft.notes))
 
 
+def task_for(spec: Spec) -> Task:
+    """Return the options of the spec's objective. Raises PlanRefused with every problem at once."""
+    draft = Draft(spec, this_machine(), registry())
+    _, found = task_of(draft)
+    if found is None or draft.problems:
+        raise PlanRefused(draft.problems)
+    return found
+
+
 def _combined(draft: Draft, made: Plan, *, trains: bool) -> Plan:
     """Return `made` with what its parts come to together: rules, merge, processes and memory.
 
@@ -182,6 +206,10 @@ def _combined(draft: Draft, made: Plan, *, trains: bool) -> Plan:
     spec, cell, backend, adapter = made.spec, made.cell, made.backend, made.adapter
     draft.problems += attach_refusals(cell, backend, adapter)
     draft.problems += loftq_problems(made.adapter_options, backend, has_original=not made.adopt)
+    draft.problems += refusals_beside(cell, made.objective, made.task.model_dump())
+    draft.problems += task_problems(
+        made.task, spec.train, adds_to_loss=adapter.peft_type == "ADALORA"
+    )
     draft.notes += made.quantizer.notes(made.device)
     merge, refused = _merge(spec.export.merge, cell, backend, adapter)
     unshared = processes.share_problems(cell, backend, adapter, made.model, spec.export.merge)
@@ -225,6 +253,7 @@ def _memory(draft: Draft, made: Plan, unshared: Sequence[Problem]) -> MemoryPlan
         made.quantizer,
         made.adapter,
         made.adapter_options,
+        made.task,
         dtype=made.dtype if on_gpu or made.spec.dtype != "auto" else "bfloat16",
         unshared=unshared,
     )

@@ -11,8 +11,8 @@ import pluggy
 from .. import hookspecs
 from ..capabilities import Merge, Rule
 from ..errors import PluginError, did_you_mean
-from ..protocols import Quantizer
-from ..records import KINDS, Backend, Record, kind_of
+from ..protocols import Quantizer, Task
+from ..records import KINDS, Backend, Objective, Record, kind_of
 
 HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("quantadapt_"))
 
@@ -69,7 +69,10 @@ def _records(module: Any, hook: str, kind: type[Record]) -> list[Record]:
     return records
 
 
-_OPTIONS: dict[type[Record], tuple[str, type[Any]]] = {Backend: ("quantizer", Quantizer)}
+_OPTIONS: dict[type[Record], tuple[str, type[Any]]] = {
+    Backend: ("quantizer", Quantizer),
+    Objective: ("task", Task),
+}
 """The field of a record that holds its options' class, and what that has to be."""
 _TUPLES = {"requires": str, "imports": str, "devices": str, "dtypes": str, "rules": Rule}
 
@@ -79,8 +82,8 @@ def _check_record(record: Record) -> None:
     where = f"{kind_of(record)} {record.name!r}"
     if not isinstance(record.name, str) or not record.name:
         raise PluginError("its name is no text", where=where)
-    if "merge" in vars(record) and not isinstance(record.merge, Merge):
-        raise PluginError(f"merge is {record.merge!r}, not one of Merge", where=where)
+    if not isinstance(merge := getattr(record, "merge", Merge.NEVER), Merge):
+        raise PluginError(f"merge is {merge!r}, not one of Merge", where=where)
     for name in _TUPLES.keys() & vars(record).keys():
         values, wanted = getattr(record, name), _TUPLES[name]
         if not isinstance(values, tuple | list) or not all(isinstance(v, wanted) for v in values):

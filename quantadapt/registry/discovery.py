@@ -30,7 +30,7 @@ from ..errors import PlanRefused, PluginError, Problem, did_you_mean
 from ..records import KINDS, Adapter, Backend, R, Record, kind_of
 from .checks import Contents, contents
 
-BUILTIN = {"builtin": "quantadapt.registry.adapters"}
+BUILTIN = {"builtin": "quantadapt.registry.adapters", "sft": "quantadapt.objectives.sft"}
 """Plugins that are always there, whatever QUANTADAPT_PLUGINS says: name -> module."""
 GROUP = "quantadapt"
 ONLY = "QUANTADAPT_PLUGINS"

@@ -229,12 +229,12 @@ def _answer(label: str, text: str, kind: str) -> Html:
 
 def _plan(run: Run) -> Html:
     rows: list[tuple[str, Child]] = []
-    for key in ("backend", "adapter"):
+    for key in ("backend", "adapter", "objective"):
         named = part(run.plan, key)
         if named:
             options = _chips(named.get("options"))
             rows.append((key, el("div", el("strong", text(named, "name")), " ", options)))
-    elsewhere = ("backend", "adapter", "notes", "merge_refusals", "memory")
+    elsewhere = ("backend", "adapter", "objective", "notes", "merge_refusals", "memory")
     plain = [key for key in run.plan if key not in elsewhere]
     rows += [(key, _value(run.plan[key])) for key in plain if run.plan[key] not in (None, [], {})]
     notes = run.plan.get("notes")
