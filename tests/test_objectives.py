@@ -381,6 +381,35 @@ def preferred_by_hand(rows: list[dict[str, str]]) -> float:
     return float((1 + (-margins).exp()).log().mean())
 
 
+def test_a_trainer_of_its_own_computes_the_loss_by_itself(tmp_path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from quantadapt.training import train
+
+    class Loop(stage.TrainingLoop, Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            inputs.pop("counted")
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    class ByItself(qa.SFT):
+        def loss(self, model, batch, count):
+            raise AssertionError("the trainer does that")
+
+        def trainer(self, setup):
+            return setup.trainer(Loop, TrainingArguments, self.collator(setup))
+
+    spec = qa.Spec(data=str(data_in(tmp_path / "data")), train=TRAIN)
+    losses = []
+    for task in (qa.SFT(), ByItself()):
+        model = qa.attach(qa.quantize(None, "none"), "lora")
+        tokenizer = model.quantadapt.tokenizer
+        data = task.read(spec.data, tokenizer, seed=0).train
+        output = tmp_path / type(task).__name__
+        found = train(model, tokenizer, data, spec.train, task=task, output=output, seed=0)
+        losses.append([loss for _, loss in found.losses])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
 def test_a_column_that_holds_no_number_is_told_with_its_line(tmp_path) -> None:
     class Weighted(qa.SFT):
         def columns(self, row):

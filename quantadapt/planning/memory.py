@@ -28,11 +28,11 @@ MERGE_IN_LESS = (
 """What to do where a GPU does not hold a merged model beside the model."""
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_UNFUSED = (
+UNFUSED = (
     *("lora_bias", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
     *("use_bdlora", "velora_config"),
 )
-"""Options of LoRA that `adapting.fused` leaves to PEFT."""
+"""Options of LoRA that `adapting.fused` leaves to PEFT, beside a start that PEFT calls MiCA."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def memory_plan(
         batch=train.per_device_train_batch_size,
         length=spec.data.max_length,
         dropout=bool(options.get("lora_dropout")),
-        fused_adapter=lora and not any(options.get(name) for name in _UNFUSED),
+        fused_adapter=lora and not _is_unfused(options),
         dora=lora and bool(options.get("use_dora")),
         fused_kernels=rules.fused_kernels(train),
         splits=rules.splits(
@@ -290,6 +290,10 @@ def memory_plan(
     )
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
     return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))
+
+
+def _is_unfused(options: Mapping[str, Any]) -> bool:
+    return options.get("init_lora_weights") == "mica" or any(map(options.get, UNFUSED))
 
 
 def _dense(spec: Spec, quantizer: Quantizer, shape: Shape) -> tuple[str, ...]:

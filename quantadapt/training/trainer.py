@@ -74,7 +74,8 @@ class Setup:
         """Return a trainer that asks the task at each step.
 
         Args:
-            kind: transformers' Trainer, or a subclass of it.
+            kind: transformers' Trainer, or a subclass of it. One that has `TrainingLoop` among its
+                own bases may override that: compute its loss by itself, for one.
             config: the class of its arguments.
             options: values of `config` beside those that follow from the spec.
             given: more arguments for `kind`.
@@ -82,7 +83,8 @@ class Setup:
         device = adapter_device(self.model)
         arguments = _arguments(self.model, self.spec, self.output, self.seed)
         args = _pinned(config(**arguments, **(options or {})), device)
-        cls = type(kind.__name__, (TrainingLoop, kind), {})
+        looped = issubclass(kind, TrainingLoop)
+        cls = kind if looped else type(kind.__name__, (TrainingLoop, kind), {})
         return cls(
             model=self.model,
             args=args,
@@ -113,8 +115,9 @@ def make_trainer(task: Task, setup: Setup, on_log: OnLog | None) -> Any:
     _clip_what_is_trained(trainer.accelerator, [p for p in model.parameters() if p.requires_grad])
     watcher.trainer, trainer.progress = trainer, progress
     trainer.task = task
-    if task.logits != "model":  # its own loss is divided by its own count, whatever the model takes
-        trainer.model_accepts_loss_kwargs = True
+    if task.logits != "model" and type(trainer).compute_loss is TrainingLoop.compute_loss:
+        # It is divided by the task's own count, whatever the model or the class of trainer does.
+        trainer.model_accepts_loss_kwargs = trainer.loss_is_scaled_for_ga = True
     trainer.checkpoints = setup.output / CHECKPOINTS
     trainer.gradient_check = None if trainer.args.fp16 else GradientCheck()
     return trainer
