@@ -23,6 +23,7 @@ from quantadapt import errors, hookspecs, matrix, protocols, records, registry
 from quantadapt.capabilities import Rule
 from quantadapt.exporting.tuned import Tuned
 from quantadapt.matrix import results, tables
+from quantadapt.objectives.sft import SFT
 from quantadapt.spec import Spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +48,7 @@ def pages() -> dict[Path, str]:
         "adapters.md": adapters_page(known),
         "evaluations.md": evaluations_page(known),
         "exports.md": exports_page(known),
+        "objectives.md": objectives_page(known),
         "hooks.md": hooks_page(),
         "cli.md": cli_page(),
         "errors.md": errors_page(),
@@ -309,6 +311,46 @@ def evaluations_page(known: registry.Registry) -> str:
     return "\n\n".join(parts)
 
 
+def objectives_page(known: registry.Registry) -> str:
+    """Return every built-in objective with its options and rules, and what a new one implements."""
+    found = known.records(records.Objective)
+    parts = [
+        "# Objectives",
+        "An objective says what is learnt: how examples become batches and a loss. Name one with "
+        "`objective:`, options beside the name, or on the command line `--set objective=NAME` and "
+        "`--set objective.OPTION=VALUE`. `quantadapt objectives` lists what is installed here, "
+        "plugins of third parties included.",
+    ]
+    for one in found:
+        needs = ", ".join(map(_code, one.requires)) or "nothing else"
+        parts += [f"## {one.name}", f"{one.summary}.", _options(one.task), f"Needs {needs}."]
+        parts += _rules(one.rules)
+    parts += [
+        "## An objective of your own",
+        "One file and one record, see [quantadapt_objectives](hooks.md#quantadapt_objectives).",
+    ]
+    for cls in (protocols.Task, SFT):
+        parts += [f"### quantadapt.{cls.__name__}", *_docstring(cls.__doc__ or ""), _members(cls)]
+    return "\n\n".join(parts)
+
+
+def _members(cls: type[Any]) -> str:
+    """Return a table of what a subclass may override, with the first paragraph on each."""
+    rows = []
+    for name, value in vars(cls).items():
+        member = value.fget if isinstance(value, property) else value
+        if name.startswith("_") or not inspect.isfunction(member):
+            continue
+        signature = f": {inspect.signature(member).return_annotation}"
+        if not isinstance(value, property):
+            signature = str(inspect.signature(member)).replace("self, ", "", 1)
+        kept = "has to" if getattr(value, "__isabstractmethod__", False) else ""
+        text = _prose((member.__doc__ or "").strip().split("\n\n")[0])
+        shown = f"{name}{signature}".replace("'", "").replace("|", "\\|")
+        rows.append((_code(shown), kept, text))
+    return _table(("member", "override", "what"), rows)
+
+
 def _rules(rules: Iterable[Rule]) -> list[str]:
     rows = [
         (
@@ -538,6 +580,8 @@ def _docstring(text: str) -> list[str]:
                 blocks[-1] = f"{blocks[-1].removesuffix('```').rstrip()}{gap}{code}\n```"
             else:
                 blocks.append(_fence(code, "python"))
+        elif lines[0].startswith("- "):
+            blocks.append(block)
         elif lines[0] in ("Args:", "Attributes:"):
             items: list[str] = []
             for line in inspect.cleandoc("\n".join(lines[1:])).splitlines():

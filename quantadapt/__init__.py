@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .exporting.saving import BaseMismatchWarning, load, save
     from .exporting.stage import merge
     from .hookspecs import hookimpl
+    from .objectives.sft import SFT
     from .pipeline import RunResult, run
     from .planning.stage import Plan, plan
     from .protocols import (
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
         LayerwiseQuantizer,
         Options,
         Quantizer,
+        Task,
     )
-    from .records import Adapter, Backend, Evaluation, Export
+    from .records import Adapter, Backend, Evaluation, Export, Objective
     from .spec import Spec
     from .stages import attach, evaluate, quantize, train
 
@@ -54,14 +56,16 @@ _HOME = {
     "spec": ("Spec",),
     "errors": ("QuantadaptError",),
     "capabilities": ("Merge", "Rule"),
-    "records": ("Adapter", "Backend", "Evaluation", "Export"),
+    "records": ("Adapter", "Backend", "Evaluation", "Export", "Objective"),
     "protocols": ("AdapterTarget", "Evaluator", "Exporter", "Figure", "Given",
-                  "LayerwiseQuantizer", "Options", "Quantizer"),
+                  "LayerwiseQuantizer", "Options", "Quantizer", "Task"),
+    "objectives.sft": ("SFT",),
     "hookspecs": ("hookimpl",),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "SFT",
     "Adapter",
     "AdapterTarget",
     "Backend",
@@ -74,6 +78,7 @@ __all__ = [
     "Given",
     "LayerwiseQuantizer",
     "Merge",
+    "Objective",
     "Options",
     "Plan",
     "QuantadaptError",
@@ -81,6 +86,7 @@ __all__ = [
     "Rule",
     "RunResult",
     "Spec",
+    "Task",
     "attach",
     "evaluate",
     "hookimpl",

@@ -18,7 +18,7 @@ import pluggy
 if TYPE_CHECKING:
     import typer
 
-    from .records import Adapter, Backend, Evaluation, Export
+    from .records import Adapter, Backend, Evaluation, Export, Objective
 
 PROJECT = "quantadapt"
 
@@ -68,6 +68,39 @@ def quantadapt_adapters() -> Iterable[Adapter]:  # type: ignore[empty-body]
                     defaults={"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
                 )
             ]
+    """
+
+
+@hookspec
+def quantadapt_objectives() -> Iterable[Objective]:  # type: ignore[empty-body]
+    """Return the objectives that this plugin provides.
+
+    Called once, when the plugin is loaded. An objective says how examples become batches and a
+    loss. This one learns some examples more than others: each has a number in a column.
+
+        from pydantic import Field
+
+        from quantadapt import SFT, Objective, hookimpl
+
+        class Weighted(SFT):
+            column: str = Field("weight", description="the column that holds the weights")
+
+            def columns(self, row):
+                return {"weight": row.values.get(self.column, 1)}
+
+            def loss(self, model, batch, count):
+                from torch.nn.functional import cross_entropy
+
+                ids, mask = batch["input_ids"], batch["attention_mask"]
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                losses = cross_entropy(
+                    logits[:, :-1].float().transpose(1, 2), batch["labels"][:, 1:], reduction="none"
+                )
+                return (losses.sum(1) * batch["weight"]).sum() / count
+
+        @hookimpl
+        def quantadapt_objectives():
+            return [Objective("weighted", "examples count as a column says", Weighted)]
     """
 
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .data.reading import Data
+    from .protocols import Task
     from .quantizing.examples import Examples
     from .training.stage import TrainResult
 
@@ -214,10 +215,9 @@ class _Run:
             self.listener("note", {"text": note})
 
     def read_data(self) -> Data:
-        from .data.reading import load_data
-
         self.tokenizer = load_tokenizer(self.plan.model)
-        return load_data(self.spec.data, self.tokenizer, seed=self.spec.seed)
+        task: Task = self.plan.task
+        return task.read(self.spec.data, self.tokenizer, seed=self.spec.seed)
 
     def held_out(self, data: Data) -> Dataset:
         return data.eval.select(range(min(len(data.eval), self.spec.evaluate.max_examples)))
@@ -335,6 +335,7 @@ class _Run:
             self.tokenizer,
             data.train,
             self.spec.train,
+            task=self.plan.task,
             output=self.folder.path,
             seed=self.spec.seed,
             on_log=on_log,

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from .capabilities import Merge, Rule
-from .protocols import Evaluator, Exporter, Quantizer
+from .protocols import Evaluator, Exporter, Quantizer, Task
 
 
 class Start(StrEnum):
@@ -82,6 +82,27 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What is learnt: how examples become batches and a loss. Named by `objective:` in the spec.
+
+    Attributes:
+        name: e.g. "sft".
+        summary: one line for lists.
+        task: the options class; its methods do the work.
+        requires: the distributions it needs, as requirement strings.
+        extra: the extra that installs them; empty if none is needed.
+        rules: combinations that are refused.
+    """
+
+    name: str
+    summary: str
+    task: type[Task]
+    requires: tuple[str, ...] = ()
+    extra: str = ""
+    rules: tuple[Rule, ...] = ()
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Something to measure on a model, before and after training.
 
@@ -124,12 +145,13 @@ class Export:
     rules: tuple[Rule, ...] = ()
 
 
-Record = Backend | Adapter | Evaluation | Export
+Record = Backend | Adapter | Objective | Evaluation | Export
 R = TypeVar("R", bound=Record)
 
 KINDS: dict[str, type[Record]] = {
     "backend": Backend,
     "adapter": Adapter,
+    "objective": Objective,
     "evaluation": Evaluation,
     "export": Export,
 }
@@ -140,3 +162,12 @@ def kind_of(record: Record | type[Any]) -> str:
     """Return what the kind of a record is called, e.g. "backend"."""
     cls = record if isinstance(record, type) else type(record)
     return next(kind for kind, known in KINDS.items() if issubclass(cls, known))
+
+
+OPTIONS = {
+    "backend": "quantizer",
+    "objective": "task",
+    "evaluation": "evaluator",
+    "export": "exporter",
+}
+"""The field of a record, by kind, that holds its options' class."""

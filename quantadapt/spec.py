@@ -25,7 +25,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
 
-SHORTHAND = {"backend": "name", "adapter": "name", "data": "path"}
+SHORTHAND = {"backend": "name", "adapter": "name", "objective": "name", "data": "path"}
 """The key that a bare string stands for, e.g. `backend: hqq`."""
 
 
@@ -62,6 +62,15 @@ class AdapterSpec(Named):
     """
 
     name: str = Field("lora", description="adapter name, see `quantadapt adapters`")
+
+
+class ObjectiveSpec(Named):
+    """What is learnt, and options of that.
+
+    The options are those of the objective's task: `quantadapt objectives show NAME` lists them.
+    """
+
+    name: str = Field("sft", description="objective name, see `quantadapt objectives`")
 
 
 class EvaluationSpec(Named):
@@ -202,6 +211,7 @@ class Spec(_Strict):
     model: str | None = Field(None, description="checkpoint folder or hub id; the demo if missing")
     backend: BackendSpec = Field(default_factory=lambda: BackendSpec(name="hqq"))
     adapter: AdapterSpec = Field(default_factory=lambda: AdapterSpec(name="lora"))
+    objective: ObjectiveSpec = Field(default_factory=lambda: ObjectiveSpec(name="sft"))
     data: DataSpec = Field(default_factory=DataSpec)
     train: TrainSpec = Field(default_factory=TrainSpec)
     evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,6 +111,7 @@ def train(
     model: PeftModel,
     data: str | Path | Dataset | None = None,
     *,
+    objective: str | Mapping[str, Any] = "sft",
     output: str | Path | None = None,
     seed: int = 0,
     tokenizer: Any = None,
@@ -124,6 +125,7 @@ def train(
     Args:
         model: what `attach` returned.
         data: a file, folder or hub id (see DataSpec), a tokenized Dataset, or None for the demo's.
+        objective: see `quantadapt objectives`; a name, or `{"name": ..., option: value}`.
         output: where checkpoints go; a temporary folder if missing.
         seed: for shuffling and dropout.
         tokenizer: needed for a live module only.
@@ -133,21 +135,22 @@ def train(
         options: fields of TrainSpec, e.g. `max_steps=200`, `learning_rate=1e-4`.
 
     Raises:
-        SpecError: an option is unknown or wrong. DataError: the data cannot be used.
-        TrainingError: training cannot go on.
+        SpecError: an option is unknown or wrong. PlanRefused: the objective is, or does not go with
+        the others. DataError: the data cannot be used. TrainingError: training cannot go on.
     """
-    from .data.reading import load_data
     from .training.stage import train as train_
 
-    spec = Spec(train=options).train
+    spec = Spec(train=options, objective=objective)
+    task = planning.task_for(spec)
     tokenizer = tokenizer or state_of(model).tokenizer
     if data is None or isinstance(data, str | Path):
         path = None if data is None else str(data)
         wanted = Spec(data={"path": path, "max_length": max_length}).data
-        data = load_data(wanted, _needed(tokenizer), seed=seed).train
+        data = task.read(wanted, _needed(tokenizer), seed=seed).train
     with tempfile.TemporaryDirectory() as scratch:
         return train_(
-            *(model, tokenizer, data, spec),
+            *(model, tokenizer, data, spec.train),
+            task=task,
             output=Path(output or scratch).expanduser(),
             seed=seed,
             on_log=on_log,

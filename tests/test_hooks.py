@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections import defaultdict
@@ -112,6 +113,35 @@ def test_an_adapter(example) -> None:
     assert {name.rpartition(".")[2] for name in adapted} == {"q_proj", "v_proj"}
     assert len(adapted) == 2 * model.config.num_hidden_layers
     assert len(dict(facades(model))) > len(adapted)
+
+
+@proves("quantadapt_objectives")
+def test_an_objective(example, tmp_path: Path) -> None:
+    """Of two examples one weighs nothing: what is left of the loss is twice that of the other."""
+    import quantadapt as qa
+
+    learnt = {"prompt": "Add one to one.\n", "completion": "two"}
+    ignored = {"prompt": "Name a fruit.\n", "completion": "a yellow banana"}
+    files = {
+        "both/train.jsonl": [learnt | {"importance": 2.0}, ignored | {"importance": 0}],
+        "one/train.jsonl": [learnt],
+    }
+    for name, rows in files.items():
+        folder = (tmp_path / name).parent
+        folder.mkdir()
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+        (folder / "eval.jsonl").write_text(json.dumps(ignored))
+
+    def loss(folder: str, **objective: str) -> float:
+        model = qa.attach(qa.quantize(None, "none"), "lora")
+        found = qa.train(model, tmp_path / folder, objective=objective, max_steps=1)
+        return found.losses[0][1]
+
+    tokenizer = qa.quantize(None, "none").quantadapt.tokenizer
+    tokens = [len(tokenizer(row["completion"])["input_ids"]) + 1 for row in (learnt, ignored)]
+    alone = loss("one", name="sft") * tokens[0]
+    weighted = loss("both", name="weighted", column="importance") * sum(tokens)
+    assert weighted == pytest.approx(2 * alone, rel=1e-5)
 
 
 @proves("quantadapt_evaluations")

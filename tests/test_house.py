@@ -14,7 +14,16 @@ import quantadapt
 ROOT = Path(quantadapt.__file__).parent
 ORDER = [
     *("__main__", "cli", "testing", "scaffold", "matrix", "__init__", "pipeline", "reporting"),
-    *("exporting", "stages", "training", "adapting", "quantizing", "planning", "registry"),
+    *(
+        "exporting",
+        "stages",
+        "objectives",
+        "training",
+        "adapting",
+        "quantizing",
+        "planning",
+        "registry",
+    ),
     *("evaluation", "data", "sharding", "dependencies", "facade", "records", "protocols"),
     *("layerwise", "loading", "calibration", "model", "hookspecs", "distributed", "folders"),
     *("spec", "capabilities", "memory", "compiling", "machine", "paths", "probe", "demo"),

@@ -130,7 +130,8 @@ def test_gradients_that_are_there_when_the_loss_is_computed_count() -> None:
     small = replace(work(), targets=("q_proj",))
     whole, half = Setting(0, False, 4), Setting(0, False, 2)
     more = replace(small, accumulates=True).peak(whole) - small.peak(whole)
-    assert more == 4 * small.trained == 4 * 32 * 16 * 8192
+    # Those of the passes before, and the copy of them that a step could go back to.
+    assert more == 2 * 4 * small.trained == 2 * 4 * 32 * 16 * 8192
     assert small.peak(half) - replace(small, batch=2).peak(half) == 4 * small.trained
 
 
@@ -467,6 +468,9 @@ def test_layers_that_do_not_fit_the_backend_are_dense(llama, tmp_path) -> None:
         ({"name": "lora", "r": 16}, {"gradient_accumulation_steps": 2}, {"accumulates": True}),
         ({"name": "lora", "r": 16}, {"memory": "min"}, {"prefetches": False}),
         ({"name": "lora", "r": 16}, {"cuda_graphs": False}, {"graphs": False}),
+        ({"name": "lora", "r": 16}, {"use_reentrant": True}, {"graphs": False}),
+        ({"name": "lora", "r": 16, "alora_invocation_tokens": [1]}, {}, {"fused_adapter": False}),
+        ({"name": "lora", "r": 16, "init_lora_weights": "mica"}, {}, {"fused_adapter": False}),
     ],
 )  # fmt: skip
 def test_the_plan_knows_what_memory_depends_on(adapter, train, fields, llama, tmp_path) -> None:
@@ -476,6 +480,20 @@ def test_the_plan_knows_what_memory_depends_on(adapter, train, fields, llama, tm
     wanted.adapter = adapter
     made = planned(wanted, 80).memory.work
     assert {name: getattr(made, name) for name in expected} == expected | fields
+
+
+def test_the_plan_knows_all_variants_of_lora_that_peft_has() -> None:
+    """`adapting.fused` leaves each of them to PEFT but DoRA."""
+    import dataclasses
+
+    from peft import LoraConfig
+
+    from quantadapt.planning.memory import UNFUSED
+
+    fields = {field.name: field.metadata for field in dataclasses.fields(LoraConfig)}
+    variants = {name for name, metadata in fields.items() if metadata.get("is_lora_variant")}
+    assert {*UNFUSED, "use_dora"} == variants | {"lora_bias"}
+    assert fields["init_lora_weights"]["lora_variants"] == ["mica"]
 
 
 def test_a_dense_merge_has_to_fit_beside_the_model(llama, tmp_path) -> None:

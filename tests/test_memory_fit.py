@@ -21,10 +21,11 @@ from quantadapt import demo
 from quantadapt.errors import TrainingError
 from quantadapt.memory import GIB, Setting, Workload
 from quantadapt.memory.shape import Shape
+from quantadapt.objectives.sft import SFT
 from quantadapt.registry import registry
 from quantadapt.spec import TrainSpec
 from quantadapt.training import train
-from quantadapt.training.memory_fit import MemoryFit, lengths
+from quantadapt.training.memory_fit import MemoryFit
 from quantadapt.training.recomputing import CpuInputs, Recomputer, decoder_layers
 from quantadapt.training.setting_search import Probe, choose, lowered
 
@@ -290,7 +291,10 @@ def test_the_probe(tokenizer, data, tmp_path, monkeypatch) -> None:
 def fitting_of(model, accepts: bool = True, **options) -> MemoryFit:
     """A memory_fit whose trainer is all that it asks before a run."""
     trainer = SimpleNamespace(
-        model=model, model_accepts_loss_kwargs=accepts, optimizer=SimpleNamespace(state={})
+        model=model,
+        model_accepts_loss_kwargs=accepts,
+        optimizer=SimpleNamespace(state={}),
+        task=SFT(),
     )
     return MemoryFit(trainer, Recomputer(model), TrainSpec(**options))
 
@@ -343,8 +347,8 @@ def test_optimizers_of_qlora(optim, tokenizer, data, tmp_path) -> None:
 
 def test_lengths_are_those_of_the_examples(data) -> None:
     expected = list(map(len, data["input_ids"]))
-    assert lengths(data) == expected
-    assert lengths(data.select([3, 1])) == [expected[3], expected[1]]
+    assert SFT().lengths(data) == expected
+    assert SFT().lengths(data.select([3, 1])) == [expected[3], expected[1]]
 
 
 # --- on a GPU ------------------------------------------------------------------------------------

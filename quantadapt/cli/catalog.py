@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..capabilities import Rule
-    from ..records import Adapter, Backend, Evaluation, Export
+    from ..records import Adapter, Backend
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Its name.")]
 
@@ -120,24 +120,27 @@ def _backend_facts(backend: Backend) -> dict[str, Any]:
     }
 
 
+def _plain_facts(record: Any) -> dict[str, Any]:
+    """Return the facts of a record that has nothing but its options."""
+    from ..records import OPTIONS, kind_of
+
+    options = getattr(record, OPTIONS[kind_of(record)])
+    return _facts(record) | {"extra": record.extra, "options": options_of(options)}
+
+
+def _needs(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    text = f"{', '.join(facts['requires'])} ({_state(facts)})" if facts["requires"] else "nothing"
+    return [("needs", text)]
+
+
 def _backend_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
-        _needs_line(facts),
+        *_needs(facts),
         ("devices", ", ".join(facts["devices"])),
         ("dtypes", ", ".join(facts["dtypes"])),
         ("calibration", "needs data" if facts["calibration"] else "needs no data"),
         ("merge", _merge_words(facts)),
     ]
-
-
-def _evaluation_facts(evaluation: Evaluation) -> dict[str, Any]:
-    options = options_of(evaluation.evaluator)
-    return _facts(evaluation) | {"extra": evaluation.extra, "options": options}
-
-
-def _needs_line(facts: Mapping[str, Any]) -> tuple[str, str]:
-    needs = f"{', '.join(facts['requires'])} ({_state(facts)})" if facts["requires"] else "nothing"
-    return "needs", needs
 
 
 def options_of(options: type[BaseModel]) -> list[dict[str, Any]]:
@@ -200,14 +203,6 @@ def _merge_words(facts: Mapping[str, Any]) -> str:
     return Merge[facts["merge"].upper()].words
 
 
-def _export_facts(export: Export) -> dict[str, Any]:
-    return _facts(export) | {"extra": export.extra, "options": options_of(export.exporter)}
-
-
-def _export_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [("needs", _needs(facts))]
-
-
 def _annotation_text(annotation: str) -> str:
     """Return a Python annotation with its outermost Optional and Union written with bars."""
     text = annotation.replace("typing.", "")
@@ -221,10 +216,6 @@ def _annotation_text(annotation: str) -> str:
 def _rule(rule: Rule) -> dict[str, Any]:
     when = {name: list(values) for name, values in rule.when.items()}
     return {"id": rule.id, "when": when, "reason": rule.reason, "fix": rule.fix}
-
-
-def _needs(facts: Mapping[str, Any]) -> str:
-    return f"{', '.join(facts['requires'])} ({_state(facts)})" if facts["requires"] else "nothing"
 
 
 def _state(facts: Mapping[str, Any]) -> str:
@@ -297,10 +288,7 @@ _KINDS = {
         _backend_lines,
     ),
     "adapters": _Kind("adapter", "lora", _adapter_facts, {"merge": _refused_word}, _adapter_lines),
-    "evaluations": _Kind(
-        *("evaluation", "perplexity", _evaluation_facts),
-        {"libraries": _state},
-        lambda facts: [_needs_line(facts)],
-    ),
-    "exports": _Kind("export", "onto-base", _export_facts, {"libraries": _state}, _export_lines),
+    "objectives": _Kind("objective", "sft", _plain_facts, {"libraries": _state}, _needs),
+    "evaluations": _Kind("evaluation", "perplexity", _plain_facts, {"libraries": _state}, _needs),
+    "exports": _Kind("export", "onto-base", _plain_facts, {"libraries": _state}, _needs),
 }

@@ -38,6 +38,7 @@ COMMANDS = {
     "generate": Entry("evaluate", _MODEL, "Answer a prompt greedily."),
     "backends": Entry("catalog", _LOOK, "List the ways to quantize, or show one with its options."),
     "adapters": Entry("catalog", _LOOK, "List the adapters, or show one with its options."),
+    "objectives": Entry("catalog", _LOOK, "List what can be learnt, or show one with its options."),
     "evaluations": Entry("catalog", _LOOK, "List what can be measured, or show one."),
     "exports": Entry("catalog", _LOOK, "List what a tuned model can be written as, or show one."),
     "matrix": Entry("matrix", _LOOK, "Show which backend goes with which adapter."),

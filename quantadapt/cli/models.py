@@ -71,7 +71,8 @@ def held_out_of(path: str, data: str | None, tokenizer: Any) -> tuple[HeldOut, s
 
     It is what `data` names, or what the run at `path` held out, or the bundled demo's.
     """
-    from ..data.reading import load_data, read_held_out
+    from .. import planning
+    from ..data.reading import read_held_out
     from ..spec import Spec
 
     if data is not None:
@@ -80,13 +81,14 @@ def held_out_of(path: str, data: str | None, tokenizer: Any) -> tuple[HeldOut, s
     if file.exists():
         spec = Spec.load(file)
         origin = f"what the run held out of {spec.data.path or 'the bundled demo data'}"
-        return load_data(spec.data, tokenizer, seed=spec.seed).held_out, origin
+        read = planning.task_for(spec).read(spec.data, tokenizer, seed=spec.seed)
+        return read.held_out, origin
     return read_held_out(None, tokenizer), "the bundled demo's data; --data names other data"
 
 
 def calibration_of(path: str, calibration: str | None, tokenizer: Any) -> Any:
     """Return what to calibrate on: what `calibration` names, or what the run at `path` used."""
-    from ..data.reading import load_data
+    from .. import planning
     from ..quantizing.examples import calibration_examples, examples_from
     from ..spec import Spec
 
@@ -96,8 +98,9 @@ def calibration_of(path: str, calibration: str | None, tokenizer: Any) -> Any:
     if not file.exists():
         return None
     spec = Spec.load(file)
+    read = planning.task_for(spec).read
     return calibration_examples(
-        spec, tokenizer, lambda: load_data(spec.data, tokenizer, seed=spec.seed).train
+        spec, tokenizer, lambda: read(spec.data, tokenizer, seed=spec.seed).train
     )
 
 

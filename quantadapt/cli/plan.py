@@ -78,7 +78,8 @@ def plan(
 def schema() -> None:
     """Print the JSON schema of a run's YAML file, for editors.
 
-    It knows the options of the backends and exports that are installed here.
+    It knows the options of the backends, objectives, evaluations and exports that are installed
+    here.
     """
     with session() as shown:
         shown.print_json(spec_schema())
@@ -107,6 +108,7 @@ def _rows(made: Plan) -> list[tuple[str, str]]:
         ("model", model_name(made)),
         ("backend", f"{backend}, as the checkpoint has it" if made.adopt else backend),
         ("adapter", _options(made.adapter.name, dict(made.adapter_options))),
+        ("objective", _options(made.objective.name, made.task.model_dump())),
         ("device", f"{device_words(made)}, computing in {made.dtype}"),
         ("data", spec.data.path or "the bundled demo's"),
         ("train", f"{steps}, learning rate {train.learning_rate:g}"),
@@ -122,23 +124,24 @@ def _options(name: str, options: dict[str, Any]) -> str:
 
 
 def spec_schema() -> dict[str, Any]:
-    """Return the JSON schema of `Spec`, with the options of each backend and export that is known
-    here."""
-    from ..records import Export
+    """Return the JSON schema of `Spec`, with the options of what is known here."""
+    from ..records import KINDS, OPTIONS
     from ..registry.discovery import registry
     from ..spec import Spec
 
     made = Spec.model_json_schema()
     made["title"] = "quantadapt run"
+    parts = {"backend": "BackendSpec", "objective": "ObjectiveSpec", "evaluation": "EvaluationSpec",
+             "export": "FormatSpec"}  # fmt: skip
     definitions = made["$defs"]
-    backends = {backend.name: backend.quantizer for backend in registry().backends()}
-    exports = {export.name: export.exporter for export in registry().records(Export)}
-    _add_options(definitions["BackendSpec"], backends)
-    _add_options(definitions["FormatSpec"], exports)
-    for key in ("backend", "adapter"):
+    for kind, part in parts.items():
+        known = registry().records(KINDS[kind])
+        _add_options(definitions[part], {r.name: getattr(r, OPTIONS[kind]) for r in known})
+    for key in ("backend", "adapter", "objective"):
         made["properties"][key] = _or_name(made["properties"][key])
-    formats = definitions["ExportSpec"]["properties"]["formats"]
-    formats["items"] = _or_name(formats["items"])
+    for part, key in (("ExportSpec", "formats"), ("EvaluateSpec", "evaluations")):
+        named = definitions[part]["properties"][key]
+        named["items"] = _or_name(named["items"])
     return made
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +58,29 @@ class EncoderDecoderCollator:
     pad_token_id: int
     eos_token_id: int | None
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return what the model takes, padded."""
-
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what the model takes, padded, and the number of labels that count, `counted`."""
         pairs = [(e["input_ids"], e["completion_mask"]) for e in examples]
-        return encoder_decoder_batch(pairs, self.pad_token_id, self.eos_token_id)
+        batch = encoder_decoder_batch(pairs, self.pad_token_id, self.eos_token_id)
+        return {**batch, "counted": int((batch["labels"] != -100).sum())}
+
+
+@dataclass
+class WithColumns:
+    """Takes numbers along, beside what `inner` makes of the examples."""
+
+    inner: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    names: Sequence[str]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the batch of `inner`, and a float32 tensor [batch] for each name."""
+        batch = self.inner(examples)
+        if self.names:
+            import torch
+
+            columns = {name: [float(e[name]) for e in examples] for name in self.names}
+            batch |= {name: torch.tensor(values) for name, values in columns.items()}
+        return batch
 
 
 def encoder_decoder_batch(

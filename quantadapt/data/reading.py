@@ -8,10 +8,10 @@ them (`tokens`). Training and evaluation data take the same way.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from ..spec import DataSpec
@@ -68,7 +68,8 @@ class Data:
 
     Attributes:
         train, eval: columns `input_ids` (token ids) and `completion_mask` (1 where the loss
-            counts). The first token is never predicted, whatever its mask.
+            counts); those that a task reads for itself may hold others. The first token is never
+            predicted, whatever its mask.
         prompts: up to 1000 held-out prompts.
         format: the format that was read, one of `FORMATS`.
         cut: examples shortened to `max_length` and kept, in both data sets together.
@@ -94,7 +95,17 @@ class _Counts:
     dropped: int = 0
 
 
-def load_data(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Data:
+Columns = Callable[[Row], dict[str, Any]]
+"""What else of a row goes into the data set, by name."""
+
+
+def load_data(
+    spec: DataSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    columns: Columns = lambda _: {},
+) -> Data:
     """Read, split and tokenize what `spec` names; the bundled demo data if it names nothing.
 
     Without held-out data of its own (`eval_path`, a file or split called validation or test) a
@@ -109,7 +120,7 @@ def load_data(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) 
         train, held_out = _split(train, spec, seed)
     name = format_of(spec, train)
     counts = _Counts()
-    train_set = _dataset(train, name, tokenizer, spec.max_length, counts)
+    train_set = _dataset(train, name, tokenizer, spec.max_length, counts, columns)
     eval_set = _dataset(held_out, name, tokenizer, spec.max_length, counts)
     prompts = _prompts(held_out, name, tokenizer)
     return Data(train_set, eval_set, prompts, name, counts.cut, counts.dropped)
@@ -191,23 +202,27 @@ def _dataset(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     counts: _Counts,
+    columns: Columns = lambda _: {},
 ) -> Dataset:
     """Tokenize rows. Raises DataError where no example is left."""
     import datasets
     import numpy
 
-    ids, masks = [], []
+    ids, masks, kept = [], [], []
     for start in range(0, len(rows), _BATCH):
-        batch = [segments(r, name, tokenizer) for r in rows[start : start + _BATCH]]
-        for tokens, mask in tokenize(batch, tokenizer):
+        part = rows[start : start + _BATCH]
+        batch = [segments(row, name, tokenizer) for row in part]
+        for row, (tokens, mask) in zip(part, tokenize(batch, tokenizer), strict=True):
             if not any(mask[1:max_length]):
                 counts.dropped += 1
                 continue
             counts.cut += len(tokens) > max_length
             ids.append(numpy.asarray(tokens[:max_length], dtype=numpy.int32))
             masks.append(numpy.asarray(mask[:max_length], dtype=numpy.int8))
+            kept.append(columns(row))
     if not ids:
         what = f"no example is left: within {max_length} tokens there is nothing to learn"
         fix = "raise data.max_length, shorten the prompts, or fill the empty completions"
         raise DataError(what, fix=fix, where=rows[0].where)
-    return datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
+    more = {name: [values[name] for values in kept] for name in kept[0]}
+    return datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks, **more})

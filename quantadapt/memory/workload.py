@@ -83,6 +83,8 @@ class Workload:
         shardable: whether several GPUs may share it.
         prefetches: whether a layer of a shared base is gathered while the one before it works.
         graphs: whether passes are recorded as CUDA graphs, where they can be.
+        sequences: how many an example sends through the model.
+        whole_logits: whether the loss holds all logits of a batch.
     """
 
     shape: Shape
@@ -104,6 +106,8 @@ class Workload:
     shardable: bool = True
     prefetches: bool = True
     graphs: bool = False
+    sequences: int = 1
+    whole_logits: bool = False
 
     # --- what is there all the time ----------------------------------------------------------
 
@@ -148,8 +152,9 @@ class Workload:
 
     @property
     def adapter_bytes(self) -> int:
-        """The adapter in float32, its gradients, and the optimizer's states."""
-        return self.trained * (4 + 4 + optimizer_bytes(self.optim))
+        """The adapter in float32, its gradients, and what a step keeps beside them."""
+        kept = between_passes(self.trained, self.optim, accumulates=self.accumulates)
+        return self.trained * (4 + 4) + kept
 
     # --- what comes and goes -----------------------------------------------------------------
 
@@ -191,10 +196,11 @@ class Workload:
         return outputs * tokens * self.dtype_bytes if self.dora else 0
 
     def loss_bytes(self, tokens: int) -> int:
-        """What the loss works with: a chunk of logits, the hidden states that count, their gradient
-        and that of all."""
-        logits = tokens * self.shape.vocab * self.dtype_bytes
-        return min(logits, HEAD_CHUNK) + 3 * self.input_bytes(tokens)
+        """What the loss works with: logits, the hidden states that count, their gradient and that
+        of all. Logits are a chunk, or all in float32, with their logarithms and gradients."""
+        logits = tokens * self.shape.vocab
+        held = 12 * logits if self.whole_logits else min(logits * self.dtype_bytes, HEAD_CHUNK)
+        return held + 3 * self.input_bytes(tokens)
 
     def evaluation_bytes(self, examples: int) -> int:
         """What evaluating so many examples at a time needs beside the model: inside a layer, or
@@ -225,7 +231,8 @@ class Workload:
 
     def _moments(self, setting: Setting) -> Iterator[tuple[int, int, int]]:
         """Yield inputs of recomputed layers, activations and working memory when they may peak."""
-        tokens = setting.micro_batch * -(-self.length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        length = -(-self.length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        tokens = setting.micro_batch * self.sequences * length
         count, layers = setting.recomputed_layers, self.shape.layers
         kept, single = self.kept_bytes(tokens), self.input_bytes(tokens)
         # One that is fetched from CPU memory, and the next, which is under way.
@@ -306,9 +313,27 @@ def optimizer_bytes(name: str) -> int:
     return states * (1 if "8bit" in name or "4bit" in name else 4)
 
 
-def usable(card: float) -> int:
-    """Return how many bytes a run can allocate on a card of `card` bytes."""
-    return int(card * (1 - FRAGMENTATION)) - CONTEXT
+def between_passes(trained: int, optim: str, *, accumulates: bool, begun: bool = False) -> int:
+    """Return the bytes that a step takes and a single pass does not show: the optimizer's states,
+    and where gradients accumulate, a copy to go back to.
+
+    Args:
+        trained: how many weights are trained, in float32.
+        begun: whether the optimizer's states are there already.
+    """
+    states = 0 if begun else optimizer_bytes(optim)
+    return trained * (states + (4 if accumulates else 0))
+
+
+def usable(card: float, *, context: int = CONTEXT, limit: int | None = None) -> int:
+    """Return how many bytes a run can allocate on a card of `card` bytes, or allows itself.
+
+    Args:
+        context: what CUDA will take of them; nothing of memory that was found free.
+        limit: what the spec allows.
+    """
+    found = int(card * (1 - FRAGMENTATION)) - context
+    return found if limit is None else min(found, limit)
 
 
 def card_for(needed: int) -> float:

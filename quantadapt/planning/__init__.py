@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .exports import PlannedExport
 from .refusals import WAY_OUT, attach_refusals, make_cell, merge_refusals, onto_refusals
-from .stage import MergePlan, Plan, completed, evaluators, plan, plan_adapter
+from .stage import MergePlan, Plan, completed, evaluators, plan, plan_adapter, task_for
 
 __all__ = [
     "WAY_OUT",
@@ -22,4 +22,5 @@ __all__ = [
     "onto_refusals",
     "plan",
     "plan_adapter",
+    "task_for",
 ]

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import Problem
-from ..machine import installed_version
+from ..memory import rules
 from ..memory.shape import Shape
 from ..memory.workload import CONTEXT, GIB, Setting, Workload, card_for, usable, ways_out
-from ..protocols import Quantizer
+from ..protocols import Quantizer, Task
 from ..records import Adapter
 from ..spec import Spec
 
@@ -28,6 +28,11 @@ MERGE_IN_LESS = (
 """What to do where a GPU does not hold a merged model beside the model."""
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+UNFUSED = (
+    *("lora_bias", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
+    *("use_bdlora", "velora_config"),
+)
+"""Options of LoRA that `adapting.fused` leaves to PEFT, beside a start that PEFT calls MiCA."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,8 @@ class MemoryPlan:
 
     def on(self, card: float) -> OnCard:
         """Return what a card of so many bytes means."""
-        limit = int(card) if self.limit is None else self.limit
-        budget, most = min(usable(card), limit), min(int(card) - CONTEXT, limit)
+        budget, most = usable(card, limit=self.limit), int(card) - CONTEXT
+        most = most if self.limit is None else min(most, self.limit)
         work, given = self.work, self.given
         # What was asked for is lowered when memory runs out.
         setting = given if given and work.peak(given) <= budget else work.fit(budget)
@@ -233,6 +238,7 @@ def memory_plan(
     quantizer: Quantizer,
     adapter: Adapter,
     options: Mapping[str, Any],
+    task: Task,
     *,
     dtype: str,
     unshared: Sequence[Problem] = (),
@@ -243,6 +249,7 @@ def memory_plan(
     Args:
         config: the model's config.json.
         options: the adapter's.
+        task: the objective's options.
         dtype: compute dtype on the GPU.
         unshared: why several GPUs cannot share the base; empty if they can.
     """
@@ -265,27 +272,28 @@ def memory_plan(
         batch=train.per_device_train_batch_size,
         length=spec.data.max_length,
         dropout=bool(options.get("lora_dropout")),
-        fused_adapter=lora and not options.get("lora_bias"),
+        fused_adapter=lora and not _is_unfused(options),
         dora=lora and bool(options.get("use_dora")),
-        fused_kernels=train.use_liger_kernel and installed_version("liger-kernel") is not None,
-        splits=not train.packing and adapter.peft_type != "ADALORA",
+        fused_kernels=rules.fused_kernels(train),
+        splits=rules.splits(
+            *(task, train),
+            adds_to_loss=adapter.peft_type == "ADALORA",
+            routers=bool(config.get("output_router_logits")),
+        ),
         accumulates=train.gradient_accumulation_steps > 1,
         dense=dense,
         shardable=not unshared,
         prefetches=train.memory != "min",
-        graphs=train.cuda_graphs,
+        graphs=rules.records(task, train),
+        sequences=task.sequences,
+        whole_logits=task.logits == "whole",
     )
-    limit = int(train.memory * GIB) if isinstance(train.memory, float) else None
-    given = _given(spec, shape.layers)
-    return MemoryPlan(work, limit, given, unshared=tuple(unshared))
+    given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
+    return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))
 
 
-def _given(spec: Spec, layers: int) -> Setting | None:
-    """Return the setting that the spec asks for, if it does."""
-    train, batch = spec.train, spec.train.per_device_train_batch_size
-    if train.gradient_checkpointing is not None:
-        return Setting(layers if train.gradient_checkpointing else 0, False, batch)
-    return Setting(layers, True, batch) if train.memory == "min" else None
+def _is_unfused(options: Mapping[str, Any]) -> bool:
+    return options.get("init_lora_weights") == "mica" or any(map(options.get, UNFUSED))
 
 
 def _dense(spec: Spec, quantizer: Quantizer, shape: Shape) -> tuple[str, ...]:

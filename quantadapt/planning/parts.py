@@ -21,8 +21,8 @@ from ..errors import OutputError, PlanRefused, Problem, did_you_mean
 from ..folders.run_folder import RunFolder, json_ready
 from ..machine import Machine
 from ..paths import is_local_path
-from ..protocols import Evaluator, Quantizer
-from ..records import Adapter, Backend, Evaluation, R, Record, kind_of
+from ..protocols import Evaluator, Quantizer, Task
+from ..records import Adapter, Backend, Evaluation, Objective, R, Record, kind_of
 from ..registry.discovery import Registry
 from ..spec import Named, Spec, read_yaml, wrong_value
 from .on_disk import check_model, has_config_alone, quantization_in
@@ -172,6 +172,13 @@ def _wrong_checkpoint(draft: Draft, backend: Backend, found: Mapping[str, Any]) 
     return Problem(what, fix, where="model")
 
 
+def task_of(draft: Draft) -> tuple[Objective | None, Task | None]:
+    """Return the objective and its options."""
+    named = draft.spec.objective
+    objective = record_of(draft, Objective, named)
+    return objective, options_of(draft, objective, named, lambda found: found.task)
+
+
 def adapter_options(draft: Draft, adapter: Adapter | None) -> dict[str, Any]:
     """Return the adapter's options: its defaults, and what the spec says and can be used."""
     if adapter is None:
@@ -290,33 +297,35 @@ _KEPT_WHEN_RESUMED = (
     "train.gradient_accumulation_steps",
     "train.packing",
 )
-"""Keys of the spec that a checkpoint depends on, beside backend and adapter."""
+"""Keys of the spec that a checkpoint depends on, beside backend, adapter and objective."""
 
 
 def check_resumed(
-    draft: Draft, quantizer: Quantizer | None, adapter_options: Mapping[str, Any]
+    draft: Draft,
+    quantizer: Quantizer | None,
+    adapter_options: Mapping[str, Any],
+    task: Task | None,
 ) -> None:
     """Look whether a run that is to be resumed is still the one that was begun."""
     spec = draft.spec
     folder = RunFolder(Path(spec.output or "").expanduser())
-    if not spec.train.resume or quantizer is None or not (folder.path / "spec.yaml").is_file():
+    if not (spec.train.resume and quantizer and task and (folder.path / "spec.yaml").is_file()):
         return
     begun = folder.read_json("plan.json")
-    then = _facts(
-        read_yaml(folder.path / "spec.yaml"), begun.get("backend", {}), begun.get("adapter", {})
-    )
-    backend = {"name": spec.backend.name, "options": quantizer.model_dump(mode="json")}
-    adapter = {"name": spec.adapter.name, "options": dict(adapter_options)}
-    for key, value in _facts(spec.model_dump(mode="json"), backend, adapter).items():
+    then = _facts(read_yaml(folder.path / "spec.yaml"), begun)
+    now = {
+        "backend": {"name": spec.backend.name, "options": quantizer.model_dump(mode="json")},
+        "adapter": {"name": spec.adapter.name, "options": dict(adapter_options)},
+        "objective": {"name": spec.objective.name, "options": task.model_dump(mode="json")},
+    }
+    for key, value in _facts(spec.model_dump(mode="json"), now).items():
         if key in then and then[key] != value:
             what = f"{value!r} makes it another run; the one in {folder.path} has {then[key]!r}"
             fix = f"resume with {key}={then[key]!r}, or start the other run in another --output"
             draft.problems.append(Problem(what, fix, where=key))
 
 
-def _facts(
-    spec: Mapping[str, Any], backend: Mapping[str, Any], adapter: Mapping[str, Any]
-) -> dict[str, Any]:
+def _facts(spec: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
     """Return dotted key -> value of what a checkpoint depends on."""
     facts: dict[str, Any] = {}
     for key in _KEPT_WHEN_RESUMED:
@@ -324,7 +333,8 @@ def _facts(
         values = spec.get(section, {}) if section else spec
         if name in values:
             facts[key] = values[name]
-    for kind, record in (("backend", backend), ("adapter", adapter)):
+    for kind in ("backend", "adapter", "objective"):
+        record = plan.get(kind, {})
         values = {"name": record.get("name"), **record.get("options", {})}
         facts |= {f"{kind}.{name}": json_ready(value) for name, value in values.items()}
     return facts

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from ..capabilities import KEEP, Cell, Merge, refusals
 from ..errors import Problem
-from ..protocols import Exporter, Quantizer
+from ..protocols import Exporter, Quantizer, Task
 from ..records import Adapter, Backend, Export, Record, kind_of
+from ..spec import TrainSpec
 from .on_disk import quantization_of
 
 WAY_OUT = f"{KEEP}, or merge it onto the unquantized base (quantadapt merge RUN --onto BASE)"
@@ -93,6 +94,23 @@ def export_refusals(
         choice: Any = exporter.merges.name.lower()
         found += merge_refusals(cell, backend, adapter, choice)
     return [*found, *exporter.refusals(cell, backend, adapter)]
+
+
+def task_problems(task: Task, train: TrainSpec, *, adds_to_loss: bool) -> list[Problem]:
+    """Return why the options of an objective do not go with how it is to be trained.
+
+    Args:
+        adds_to_loss: whether the adapter adds something to the model's loss, as AdaLoRA does.
+    """
+    name, found = type(task).__name__, []
+    if train.packing and not task.packs:
+        what = f"{name} does not keep the examples of a row apart"
+        found.append(Problem(what, "leave train.packing out", "train.packing", "task-packs"))
+    if adds_to_loss and task.logits != "model":
+        what = f"{name} has a loss of its own, without what AdaLoRA adds to the model's"
+        fix = "use another adapter, e.g. lora, or objective: sft"
+        found.append(Problem(what, fix, "objective", "task-loss-adalora"))
+    return found
 
 
 LOFTQ = "loftq"

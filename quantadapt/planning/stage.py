@@ -16,8 +16,8 @@ from ..distributed.world import world
 from ..errors import MergeRefused, PlanRefused, Problem
 from ..machine import Machine, this_machine
 from ..memory.workload import GIB
-from ..protocols import Evaluator, Quantizer
-from ..records import Adapter, Backend, Evaluation
+from ..protocols import Evaluator, Quantizer, Task
+from ..records import Adapter, Backend, Evaluation, Objective
 from ..registry.discovery import Registry, registry
 from ..spec import Spec
 from . import processes
@@ -38,6 +38,7 @@ from .parts import (
     model_of,
     quantizer_of,
     record_of,
+    task_of,
 )
 from .processes import NO_MERGE, Parallel
 from .refusals import (
@@ -46,6 +47,7 @@ from .refusals import (
     loftq_problems,
     make_cell,
     refusals_beside,
+    task_problems,
 )
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ class Plan:
     Attributes:
         spec: the spec with every default resolved.
         model: checkpoint folder or hub id; empty for a live module.
+        objective, task: what is learnt, and its options.
         adopt: the model is quantized already and is taken as it is.
         device: "cpu", "cuda", "cuda:1", ...
         dtype: torch's name of the compute dtype.
@@ -82,6 +85,8 @@ class Plan:
     quantizer: Quantizer
     adapter: Adapter
     adapter_options: Mapping[str, Any]
+    objective: Objective
+    task: Task
     device: str
     dtype: str
     adopt: bool = False
@@ -130,6 +135,7 @@ class Plan:
             "model": self.model,
             "backend": {"name": self.backend.name, "options": self.quantizer.model_dump()},
             "adapter": {"name": self.adapter.name, "options": dict(self.adapter_options)},
+            "objective": {"name": self.objective.name, "options": self.task.model_dump()},
             "device": self.device,
             "dtype": self.dtype,
             "adopt": self.adopt,
@@ -184,6 +190,7 @@ def plan(
         quantizer, adopt = quantizer_of_module(draft, backend, module)
     device = device_of(draft)
     options = adapter_options(draft, adapter)
+    objective, task = task_of(draft)
     evaluators = evaluators_of(draft)
     exports = exports_of(draft)
     dtype = dtype_of(draft, backend, device)
@@ -191,8 +198,8 @@ def plan(
     check_training(draft, device)
     if check_output:
         check_folder(draft)
-        check_resumed(draft, quantizer, options)
-    if not (backend and adapter and quantizer):
+        check_resumed(draft, quantizer, options, task)
+    if not (backend and adapter and quantizer and objective and task):
         raise PlanRefused(draft.problems)
     made = Plan(
         spec=spec,
@@ -201,6 +208,8 @@ def plan(
         quantizer=quantizer,
         adapter=adapter,
         adapter_options=options,
+        objective=objective,
+        task=task,
         device=device,
         dtype=dtype,
         adopt=adopt,
@@ -257,7 +266,8 @@ def plan_adapter(base: Base, spec: Spec) -> Plan:
     draft = Draft(spec, this_machine(), registry())
     adapter = record_of(draft, Adapter, spec.adapter)
     options = adapter_options(draft, adapter)
-    if adapter is None:
+    objective, task = task_of(draft)
+    if not (adapter and objective and task):
         raise PlanRefused(draft.problems)
     made = Plan(
         spec=spec,
@@ -266,6 +276,8 @@ def plan_adapter(base: Base, spec: Spec) -> Plan:
         quantizer=base.quantizer,
         adapter=adapter,
         adapter_options=options,
+        objective=objective,
+        task=task,
         device=base.device,
         dtype=base.dtype_name,
         adopt=not base.source or quantization_of(base.source) is not None,
@@ -294,6 +306,15 @@ def _settled(draft: Draft, made: Plan) -> Plan:
     return replace(made, notes=tuple(dict.fromkeys(draft.notes)))
 
 
+def task_for(spec: Spec) -> Task:
+    """Return the options of the spec's objective. Raises PlanRefused with every problem at once."""
+    draft = Draft(spec, this_machine(), registry())
+    _, found = task_of(draft)
+    if found is None or draft.problems:
+        raise PlanRefused(draft.problems)
+    return found
+
+
 def evaluators(wanted: Sequence[Mapping[str, Any]]) -> dict[str, Evaluator]:
     """Return what measures, by the names of the evaluations.
 
@@ -316,6 +337,10 @@ def _combined(draft: Draft, made: Plan) -> Plan:
     spec, cell, backend, adapter = made.spec, made.cell, made.backend, made.adapter
     config = made.config or {}
     draft.problems += _cell_problems(made)
+    draft.problems += refusals_beside(cell, made.objective, made.task.model_dump())
+    draft.problems += task_problems(
+        made.task, spec.train, adds_to_loss=adapter.peft_type == "ADALORA"
+    )
     for name, evaluator in made.evaluators.items():
         record = draft.registry.record(Evaluation, name)
         draft.problems += refusals_beside(cell, record, evaluator.model_dump())
@@ -365,6 +390,7 @@ def _memory(draft: Draft, made: Plan, unshared: Sequence[Problem]) -> MemoryPlan
         made.quantizer,
         made.adapter,
         made.adapter_options,
+        made.task,
         dtype=made.dtype if on_gpu or made.spec.dtype != "auto" else "bfloat16",
         unshared=unshared,
     )

@@ -11,8 +11,8 @@ import pluggy
 from .. import hookspecs
 from ..capabilities import Merge, Rule
 from ..errors import PluginError, did_you_mean
-from ..protocols import Evaluator, Exporter, Quantizer
-from ..records import KINDS, Backend, Evaluation, Export, Record, kind_of
+from ..protocols import Evaluator, Exporter, Quantizer, Task
+from ..records import KINDS, OPTIONS, Backend, Record, kind_of
 
 HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("quantadapt_"))
 
@@ -69,12 +69,13 @@ def _records(module: Any, hook: str, kind: type[Record]) -> list[Record]:
     return records
 
 
-_OPTIONS: dict[type[Record], tuple[str, type[Any]]] = {
-    Backend: ("quantizer", Quantizer),
-    Evaluation: ("evaluator", Evaluator),
-    Export: ("exporter", Exporter),
+_BASES: dict[str, type[Any]] = {
+    "quantizer": Quantizer,
+    "task": Task,
+    "evaluator": Evaluator,
+    "exporter": Exporter,
 }
-"""The field of a record that holds its options' class, and what that has to be."""
+"""What the options' class of a record has to be, by its field."""
 _TUPLES = {"requires": str, "imports": str, "devices": str, "dtypes": str, "rules": Rule}
 
 
@@ -91,9 +92,8 @@ def _check_record(record: Record) -> None:
             what = f"{name} is {values!r}, not a tuple of {wanted.__name__}"
             raise PluginError(what, where=where)
     _check_requires(record.requires, where)
-    if type(record) in _OPTIONS:
-        field, base = _OPTIONS[type(record)]
-        given = getattr(record, field)
+    if field := OPTIONS.get(kind_of(record)):
+        given, base = getattr(record, field), _BASES[field]
         if not (isinstance(given, type) and issubclass(given, base)):
             what = f"{field} is {given!r}, not a subclass of {base.__name__}"
             raise PluginError(what, where=where)

@@ -32,6 +32,7 @@ from .checks import Contents, contents
 
 BUILTIN = {
     "builtin": "quantadapt.registry.adapters",
+    "sft": "quantadapt.objectives.sft",
     "perplexity": "quantadapt.evaluation.perplexity",
     "exports": "quantadapt.exporting.exports",
 }

@@ -273,13 +273,13 @@ def _answer(label: str, text: str, kind: str) -> Html:
 
 def _plan(run: Run) -> Html:
     rows: list[tuple[str, Child]] = []
-    named = [(key, part(run.plan, key)) for key in ("backend", "adapter")]
+    named = [(key, part(run.plan, key)) for key in ("backend", "adapter", "objective")]
     named += [("evaluation", record) for record in items(run.plan, "evaluations")]
     for key, record in named:
         if record:
             options = _chips(record.get("options"))
             rows.append((key, el("div", el("strong", text(record, "name")), " ", options)))
-    shown = ("backend", "adapter", "evaluations", "exports", "merge", "merge_refusals")
+    shown = ("backend", "adapter", "objective", "evaluations", "exports", "merge", "merge_refusals")
     elsewhere = (*shown, "notes", "memory")
     plain = [key for key in run.plan if key not in elsewhere]
     rows += [(key, _value(run.plan[key])) for key in plain if run.plan[key] not in (None, [], {})]

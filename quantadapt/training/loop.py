@@ -1,4 +1,4 @@
-"""What our trainers do otherwise than TRL's SFTTrainer and transformers' Seq2SeqTrainer.
+"""What our trainers do otherwise than those of TRL and transformers: they ask a task.
 
 Whole checkpoints, an exact resume, a stop at the first gradient that is no number, AdaLoRA's rank
 allocation, and no telemetry, model cards, token statistics or console output.
@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .progress import Progress
 
 if TYPE_CHECKING:
     from ..adapting.fused import FusedTraining
+    from ..protocols import Task
     from .memory_fit import MemoryFit
 
 CHECKPOINTS = "checkpoints"
@@ -29,9 +30,10 @@ STATE = "trainer_state.json"
 
 
 class TrainingLoop:
-    """Mixed into SFTTrainer and Seq2SeqTrainer."""
+    """Mixed into a class of trainer, see `trainer.Setup`."""
 
     _tag_names: ClassVar[list[str]] = []
+    task: Task
     progress: Progress
     # what the trainers below bring along
     model: Any
@@ -41,10 +43,9 @@ class TrainingLoop:
     optimizer: Any
     accelerator: Any
     is_world_process_zero: Callable[[], bool]
+    model_accepts_loss_kwargs: bool
     checkpoints: Path
     saving_to: Path | None = None
-    fused_head: Literal["ours", "trl"] | None = None
-    pads_right: bool = False
     gradient_check: GradientCheck | None = None
     memory_fit: MemoryFit | None = None
     fused: FusedTraining | None = None
@@ -59,12 +60,25 @@ class TrainingLoop:
         """Skip the count, which walks through all parameters at every step."""
         return 0
 
+    def _get_num_items_in_batch(self, batches: list[Any], *_: Any, **__: Any) -> Any:
+        """Return the mean count of the processes: gradients are averaged, so that each token of the
+        whole batch weighs the same, and what PEFT adds to the loss (AdaLoRA does) counts once."""
+        count = self.counted(batches)
+        if count is None or self.accelerator.num_processes == 1:
+            return count
+        return self.accelerator.reduce(count, "mean")
+
+    def counted(self, batches: list[Any]) -> Tensor | None:
+        """Return what the task counts in batches, a float32 scalar on the device; None where the
+        loss is a mean, as some models take no count."""
+        if not self.model_accepts_loss_kwargs:
+            return None
+        count = float(sum(self.task.count(batch) for batch in batches))
+        return torch.tensor(count, device=self.args.device)
+
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Count the tokens, and run the step as memory allows."""
-        seen = inputs.get("attention_mask")
-        self.progress.tokens += inputs["input_ids"].numel() if seen is None else seen.sum()
-        if "labels" in inputs and seen is not None and self.model.config.is_encoder_decoder:
-            self.progress.tokens += (inputs["labels"] != -100).sum()
+        self.progress.tokens += self.task.tokens(self.model, inputs)
         step = super().training_step  # type: ignore[misc]
         if self.memory_fit is not None:
             return self.memory_fit.step(step, model, inputs, *args, **kwargs)
@@ -77,57 +91,13 @@ class TrainingLoop:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Leave out the entropy and accuracy that SFTTrainer computes at every step.
+        """Ask the task, which makes no statistics of entropy and accuracy at every step.
 
         What a PEFT method adds to the model's loss (AdaLoRA does) stays in, as in Trainer;
         SFTTrainer would lose it.
         """
-        inputs["use_cache"] = False
-        if self.pads_right:
-            inputs.pop("attention_mask", None)
-        counted = inputs.pop("counted", None)
-        if self.model.config.is_encoder_decoder:
-            return self._share_of_mean(model, inputs, return_outputs, num_items_in_batch)
-        if self.fused_head == "ours":
-            inputs["counted"] = counted
-        if not self.fused_head:
-            from transformers import Trainer
-
-            return Trainer.compute_loss(
-                self, model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
-            )
-        outputs = model(**inputs, fused_lm_head=True, num_items_in_batch=num_items_in_batch)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def _share_of_mean(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool, count: Any
-    ) -> Any:
-        """Return the model's own mean, times the batch's share of the labels that count.
-
-        Most encoder-decoder models (T5, BART) take `num_items_in_batch` and ignore it.
-        """
-        from transformers import Trainer
-
-        loss, outputs = Trainer.compute_loss(self, model, inputs, return_outputs=True)
-        if count is not None:
-            loss = loss * ((inputs["labels"] != -100).sum() / count)
-        return (loss, outputs) if return_outputs else loss
-
-    def _get_num_items_in_batch(self, batches: list[Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the mean count of the processes: gradients are averaged, so that each token of the
-        whole batch weighs the same, and what PEFT adds to the loss (AdaLoRA does) counts once."""
-        import torch
-
-        count = super()._get_num_items_in_batch(batches, *args, **kwargs)  # type: ignore[misc]
-        if count is None:
-            return None
-        if all("counted" in batch for batch in batches):
-            # Where a class is not called ...ForCausalLM (GPT-2, BERT), transformers counts first
-            # tokens, too, which nothing predicts.
-            count = torch.full_like(count, sum(batch["counted"] for batch in batches))
-        if self.accelerator.num_processes == 1:
-            return count
-        return self.accelerator.reduce(count.to(self.args.device).float(), "mean")
+        loss = self.task.loss(model, inputs, num_items_in_batch)
+        return (loss, None) if return_outputs else loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Stop before the optimizer puts a number that is none into the weights."""

@@ -20,7 +20,8 @@ from ..adapting.fused import free
 from ..distributed.talking import reduced
 from ..distributed.world import world
 from ..errors import TrainingError
-from ..memory.workload import FRAGMENTATION, GIB, OOM_FIX, Setting, halves, optimizer_bytes
+from ..memory import rules
+from ..memory.workload import GIB, OOM_FIX, Setting, between_passes, halves, usable
 from ..sharding import is_sharded
 from .recomputing import Recomputer
 from .setting_search import Probe, choose, lowered
@@ -53,13 +54,11 @@ class MemoryFit:
         self.weights = [p for p in trainer.model.parameters() if p.requires_grad]
         self.device = self.weights[0].device
         self.batch = spec.per_device_train_batch_size
-        # Where the loss is a mean over the batch, or more than the sum over its tokens, parts of it
-        # do not add up.
-        self.splits = bool(
-            trainer.model_accepts_loss_kwargs
-            and tuner_of(trainer.model) is None
-            and not getattr(trainer.model.config, "output_router_logits", False)
-            and not spec.packing
+        self.splits = rules.splits(
+            *(trainer.task, spec),
+            adds_to_loss=tuner_of(trainer.model) is not None,
+            routers=bool(getattr(trainer.model.config, "output_router_logits", False)),
+            divides=trainer.model_accepts_loss_kwargs,
         )
         self.setting = Setting(0, False, self.batch)
         self.graphs: Graphs | None = None
@@ -68,10 +67,10 @@ class MemoryFit:
 
     def start(self) -> None:
         """Choose the setting and apply it. Raises TrainingError if none fits."""
-        self.setting = self._given()
-        if self._probes:
-            self.setting = self._probed()
-        self.apply(self.setting)
+        given = self._given()
+        if given is None:
+            given = self._probed() if self._probes else self.setting
+        self.apply(given)
         if self.graphs is not None and not self.setting.offload:
             self.graphs.start(self.budget())
 
@@ -86,19 +85,12 @@ class MemoryFit:
 
     @property
     def _probes(self) -> bool:
-        decided = self.spec.gradient_checkpointing is not None or self.spec.memory == "min"
-        return self.device.type == "cuda" and not decided
+        return bool(self.device.type == "cuda")
 
-    def _given(self) -> Setting:
-        """Return what the spec says, or leaves to the start."""
-        wanted = self.spec.gradient_checkpointing
-        if wanted is not None:
-            return Setting(self.recomputer.count if wanted else 0, False, self.batch)
-        if self.spec.memory == "min":
-            offload = self.device.type == "cuda" and self.recomputer.most > 0
-            layers = self.recomputer.count if self.recomputer.most else 0
-            return Setting(layers, offload, self.batch)
-        return Setting(0, False, self.batch)
+    def _given(self) -> Setting | None:
+        """Return what the spec asks for; None where it is left to the card."""
+        on_gpu = self.device.type == "cuda"
+        return rules.given(self.spec, self.recomputer.count, self.recomputer.most, offloads=on_gpu)
 
     def _probed(self) -> Setting:
         """Return the fastest setting that fits. Raises TrainingError if none does."""
@@ -123,23 +115,21 @@ class MemoryFit:
         the optimizer's states, which come with its first step."""
         free_bytes, total = torch.cuda.mem_get_info(self.device)
         ours = free_bytes + torch.cuda.memory_reserved(self.device)
-        usable = min(ours, int(total * _allowed_share(self.device)))
-        usable = int(usable * (1 - FRAGMENTATION))
-        if isinstance(self.spec.memory, float):
-            usable = min(usable, int(self.spec.memory * GIB))
-        return -int(reduced(self._still_to_come() - usable, self.device, "max"))
-
-    def _still_to_come(self) -> int:
-        size = sum(weight.nbytes for weight in self.weights)
-        count = sum(weight.numel() for weight in self.weights)
-        states = 0 if self.trainer.optimizer.state else count * optimizer_bytes(self.spec.optim)
-        # With accumulation, a step keeps a copy of the gradients to go back to.
-        return states + (size if self.spec.gradient_accumulation_steps > 1 else 0)
+        free = min(ours, int(total * _allowed_share(self.device)))
+        there = usable(free, context=0, limit=rules.limit(self.spec))
+        still_to_come = between_passes(
+            sum(weight.numel() for weight in self.weights),
+            self.spec.optim,
+            accumulates=self.spec.gradient_accumulation_steps > 1,
+            begun=bool(self.trainer.optimizer.state),
+        )
+        return -int(reduced(still_to_come - there, self.device, "max"))
 
     @cached_property
     def lengths(self) -> list[int]:
         """The length of each training example, in tokens."""
-        return lengths(self.trainer.train_dataset)
+        found: list[int] = self.trainer.task.lengths(self.trainer.train_dataset)
+        return found
 
     def describe(self, setting: Setting) -> str:
         """Return the setting in words."""
@@ -176,14 +166,10 @@ class MemoryFit:
     def _in_parts(
         self, run: Callable[..., Tensor], model: Any, inputs: dict[str, Any], count: Any
     ) -> Tensor:
-        rows = len(inputs["input_ids"])
-        size = self.setting.micro_batch if self.splits and count is not None else rows
-        losses = []
-        for first in range(0, rows, size):
-            part = {name: _rows(value, rows, first, size) for name, value in inputs.items()}
-            if size < rows:
-                part.pop("counted", None)  # in the whole batch
-            losses.append(run(model, part, count))
+        if not self.splits or count is None or self.setting.micro_batch >= self.batch:
+            return run(model, inputs, count)
+        parts = self.trainer.task.parts(inputs, self.setting.micro_batch)
+        losses = [run(model, part, count) for part in parts]
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
     def _lowered(self) -> Setting | None:
@@ -250,9 +236,8 @@ class _Prober:
         torch.cuda.reset_peak_memory_stats(device)
         started = time.perf_counter()
         trainer.model_wrapped.train()
-        loss = trainer.compute_loss(
-            trainer.model_wrapped, dict(batch), num_items_in_batch=(batch["labels"] != -100).sum()
-        )
+        count = trainer.counted([batch])
+        loss = trainer.compute_loss(trainer.model_wrapped, dict(batch), num_items_in_batch=count)
         held = torch.cuda.memory_allocated(device)
         trainer.accelerator.backward(loss)
         torch.cuda.synchronize(device)
@@ -270,23 +255,6 @@ class _Prober:
         rows = [self.trainer.train_dataset[i] for i in self.longest[:size]]
         batch: dict[str, Any] = self.trainer._prepare_inputs(self.trainer.data_collator(rows))
         return batch
-
-
-def _rows(value: Any, rows: int, first: int, size: int) -> Any:
-    """Return a part of what has `rows` rows; anything else as it is."""
-    if isinstance(value, Tensor) and value.dim() and len(value) == rows:
-        return value[first : first + size]
-    return value
-
-
-def lengths(dataset: Any) -> list[int]:
-    """Return the length of each example, without making Python lists of them."""
-    import pyarrow.compute as pc
-
-    found: list[int] = []
-    for table in dataset.with_format("arrow").iter(10_000):
-        found += pc.list_value_length(table["input_ids"]).to_pylist()
-    return found
 
 
 def _allowed_share(device: torch.device) -> float:

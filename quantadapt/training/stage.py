@@ -1,4 +1,4 @@
-"""`train`: run a trainer, go on from a checkpoint, and say in words what went wrong.
+"""`train`: what happens in a training run, from the first look at the folder to the figures.
 
 Nothing of the model is left changed but the adapter's weights.
 """
@@ -12,10 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapting.adalora import tuner_of
+from ..adapting.fused import FusedTraining, fused_training
 from ..compiling import compiled_functions
-from ..distributed.talking import reduced, share, start
-from ..errors import OutputError, Problem, TrainingError, did_you_mean
+from ..distributed.talking import average_gradients, reduced, share, start
+from ..errors import OutputError, PlanRefused, Problem, TrainingError, did_you_mean
+from ..memory import rules
 from ..memory.workload import OOM_FIX, Setting
+from ..planning.refusals import task_problems
+from ..records import Objective
+from ..registry.discovery import registry
+from ..sharding import one_block_at_a_time
+from .cuda_graphs import can_record, graphed
 from .figures import adapter_device, base_parameters, dequantize_share, peak_memory_gib
 from .lent import (
     fast_adapters,
@@ -25,17 +33,87 @@ from .lent import (
     one_row_each,
     quick_walks,
 )
-from .loop import CHECKPOINTS, PREFIX, STATE
-from .progress import OnLog
-from .trainer import make_trainer, quiet
+from .loop import CHECKPOINTS, PREFIX, STATE, TrainingLoop
+from .memory_fit import MemoryFit
+from .progress import OnLog, Watcher
+from .recomputing import recomputed
+from .trainer import Setup, make_trainer, quiet
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from ..protocols import Task
     from ..spec import TrainSpec
-    from .memory_fit import MemoryFit
+
+
+def train(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    spec: TrainSpec,
+    *,
+    task: Task | None = None,
+    output: Path,
+    seed: int,
+    on_log: OnLog | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> TrainResult:
+    """Train the adapter of `model`, in place.
+
+    Args:
+        model: a PeftModel over a causal or an encoder-decoder language model.
+        dataset: the columns that the task reads; for sft `input_ids` and `completion_mask`.
+        task: the options of the objective; those of sft by default.
+        output: run folder; checkpoints go to `output / "checkpoints"`.
+        on_log: called at the first, the last and every `logging_steps`-th step with step,
+            max_steps, loss, learning_rate, grad_norm, seconds and tokens.
+        on_note: told in a sentence how memory is used, where that was chosen or had to change.
+
+    Raises:
+        PlanRefused: the task does not go with the adapter or with `spec`.
+        TrainingError: a setting cannot be used, the loss is no number, or memory runs out.
+        OutputError: there are checkpoints of another run, or writing one failed.
+        KeyboardInterrupt: as it came; earlier checkpoints are whole, none is half written.
+    """
+    task = task or registry().record(Objective, "sft").task()
+    _check(model, spec, task)
+    checkpoint = _checkpoint_to_resume(Path(output), spec)
+    start(str(adapter_device(model)))  # torch.distributed, where there are several processes
+    share(p for p in model.parameters() if p.requires_grad)  # all begin with the same weights
+    with ExitStack() as stack:
+        fused = _lend(stack, model, spec)  # kernels, casts and the like; taken back at the end
+        setup = Setup(model, tokenizer, dataset, spec, Path(output), seed)
+        trainer = make_trainer(task, setup, on_log)  # task.trainer: trl's SFTTrainer, for one
+        trainer.fused = fused
+        trainer.memory_fit = stack.enter_context(_memory_fit(trainer, model, spec, on_note))
+        _run(trainer, checkpoint)  # Trainer.train, see below
+        return _result(trainer, checkpoint)
+
+
+# What transformers' Trainer.train calls of ours, in this order.
+BEFORE = (
+    TrainingLoop._load_from_checkpoint,  # only where a run is resumed
+    Watcher.on_train_begin,
+    MemoryFit.start,  # chooses what is recomputed, on a GPU by passes over the longest examples
+)
+EACH_STEP = (
+    TrainingLoop._get_num_items_in_batch,  # task.count: what the loss of the step is divided by
+    Watcher.on_step_begin,  # the adapter's casts follow what the optimizer has changed
+    TrainingLoop.training_step,  # once for each batch that accumulates; task.tokens
+    MemoryFit.step,  # in parts if need be (task.parts), and again where memory runs out
+    TrainingLoop.compute_loss,  # task.loss; Trainer.training_step then calls accelerator.backward
+    average_gradients,  # over the processes, in place of accelerator.clip_grad_norm_, which clips
+    TrainingLoop._get_grad_norm,  # stops at a number that is none, before the optimizer steps
+    Watcher.on_optimizer_step,  # AdaLoRA allocates its ranks while the gradients are there
+    Watcher.on_step_end,  # the first and the last step are logged
+    TrainingLoop._maybe_log_save_evaluate,
+    Watcher.on_log,  # at some steps: the caller's on_log
+    TrainingLoop._save_checkpoint,  # at some steps: beside its place, and moved there when whole
+    TrainingLoop._save,  # the adapter alone
+)
+AFTER = (Watcher.on_train_end,)
 
 
 @dataclass(frozen=True)
@@ -73,71 +151,49 @@ class TrainResult:
     dequantize_share: float | None
 
 
-def train(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    spec: TrainSpec,
-    *,
-    output: Path,
-    seed: int,
-    on_log: OnLog | None = None,
-    on_note: Callable[[str], None] | None = None,
-) -> TrainResult:
-    """Train the adapter of `model`, in place.
-
-    Args:
-        model: a PeftModel over a causal or an encoder-decoder language model.
-        dataset: columns `input_ids` and `completion_mask`, as `load_data` makes them.
-        output: run folder; checkpoints go to `output / "checkpoints"`.
-        on_log: called at the first, the last and every `logging_steps`-th step with step,
-            max_steps, loss, learning_rate, grad_norm, seconds and tokens.
-        on_note: told in a sentence how memory is used, where that was chosen or had to change.
-
-    Raises:
-        TrainingError: a setting cannot be used, the loss is no number, or memory runs out.
-        OutputError: there are checkpoints of another run, or writing one failed.
-        KeyboardInterrupt: as it came; earlier checkpoints are whole, none is half written.
-    """
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if not trainable:
+def _check(model: Any, spec: TrainSpec, task: Task) -> None:
+    """Raise TrainingError or PlanRefused before anything is changed."""
+    if not any(p.requires_grad for p in model.parameters()):
         fix = "check adapter.target_modules, and that the adapter was not loaded for inference"
         raise TrainingError("the model has no trainable weights", fix=fix)
-    checkpoint = _checkpoint_to_resume(Path(output), spec)
+    if found := task_problems(task, spec, adds_to_loss=tuner_of(model) is not None):
+        raise PlanRefused(found)
+
+
+def _lend(stack: ExitStack, model: Any, spec: TrainSpec) -> FusedTraining:
+    """Enter all that the model has while it trains, and no longer."""
     device = adapter_device(model)
-    start(str(device))
-    share(p for p in model.parameters() if p.requires_grad)
-    with ExitStack() as stack:
-        stack.enter_context(given_back(model))
-        stack.enter_context(quick_walks(model))
-        stack.enter_context(fast_adapters(model))
-        fused = stack.enter_context(_fused_training(model, keep_casts=spec.memory != "min"))
-        stack.enter_context(compiled_functions())
-        stack.enter_context(fast_attention(device))
-        if spec.use_liger_kernel:
-            stack.enter_context(fused_kernels(model))
-        if spec.memory == "min":
-            stack.enter_context(_one_block_at_a_time(model))
-        if not spec.packing:
-            stack.enter_context(one_row_each())
-        trainer = make_trainer(model, tokenizer, dataset, spec, Path(output), seed, on_log)
-        trainer.fused = fused
-        trainer.memory_fit = stack.enter_context(_memory_fit(trainer, model, spec, on_note))
-        _run(trainer, checkpoint)
-        return TrainResult(
-            steps=trainer.state.global_step,
-            losses=[(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e],
-            seconds=trainer.progress.seconds,
-            tokens=int(reduced(float(trainer.progress.tokens), device, "sum")),
-            peak_memory_gib=reduced(peak_memory_gib(device), device, "max"),
-            resumed_from=_step(checkpoint) if checkpoint else None,
-            trainable_parameters=trainable,
-            base_parameters=base_parameters(model),
-            setting=trainer.memory_fit.setting,
-            layers=trainer.memory_fit.recomputer.count,
-            longest=max(trainer.memory_fit.lengths),
-            dequantize_share=dequantize_share(trainer, spec),
-        )
+    stack.enter_context(given_back(model))
+    stack.enter_context(quick_walks(model))
+    stack.enter_context(fast_adapters(model))
+    fused = stack.enter_context(fused_training(model, keep_casts=spec.memory != "min"))
+    stack.enter_context(compiled_functions())
+    stack.enter_context(fast_attention(device))
+    if rules.fused_kernels(spec):
+        stack.enter_context(fused_kernels(model))
+    if spec.memory == "min":
+        stack.enter_context(one_block_at_a_time(model))
+    if not spec.packing:
+        stack.enter_context(one_row_each())
+    return fused
+
+
+def _result(trainer: Any, checkpoint: Path | None) -> TrainResult:
+    model, device, fit = trainer.model, trainer.memory_fit.device, trainer.memory_fit
+    return TrainResult(
+        steps=trainer.state.global_step,
+        losses=[(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e],
+        seconds=trainer.progress.seconds,
+        tokens=int(reduced(float(trainer.progress.tokens), device, "sum")),
+        peak_memory_gib=reduced(peak_memory_gib(device), device, "max"),
+        resumed_from=_step(checkpoint) if checkpoint else None,
+        trainable_parameters=sum(weight.numel() for weight in fit.weights),
+        base_parameters=base_parameters(model),
+        setting=fit.setting,
+        layers=fit.recomputer.count,
+        longest=max(fit.lengths),
+        dequantize_share=dequantize_share(trainer, fit.spec),
+    )
 
 
 def problems(spec: TrainSpec) -> list[Problem]:
@@ -229,24 +285,8 @@ def _step(checkpoint: Path) -> int:
 def _memory_fit(
     trainer: Any, model: Any, spec: TrainSpec, on_note: Callable[[str], None] | None
 ) -> Iterator[MemoryFit]:
-    from .cuda_graphs import can_record, graphed
-    from .memory_fit import MemoryFit
-    from .recomputing import recomputed
-
-    repeats = spec.cuda_graphs and not spec.use_reentrant and can_record(model)
+    repeats = rules.records(trainer.task, spec) and can_record(model)
     with recomputed(model, None, spec.use_reentrant, draws=not repeats) as recomputer:
         memory_fit = MemoryFit(trainer, recomputer, spec, on_note)
         with graphed(model, memory_fit.on_note) if repeats else nullcontext() as memory_fit.graphs:
             yield memory_fit
-
-
-def _one_block_at_a_time(model: Any) -> Any:
-    from ..sharding import one_block_at_a_time
-
-    return one_block_at_a_time(model)
-
-
-def _fused_training(model: Any, keep_casts: bool) -> Any:
-    from ..adapting.fused import fused_training
-
-    return fused_training(model, keep_casts)

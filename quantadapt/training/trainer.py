@@ -1,25 +1,24 @@
-"""The trainers: TRL's SFTTrainer (causal) or transformers' Seq2SeqTrainer, made quiet.
+"""How a trainer is set up: the arguments that follow from the spec, one device, no output.
 
-`loop.TrainingLoop` holds what they do otherwise. Nothing of the model is left changed but
-the adapter's weights.
+A task chooses the class, of TRL or transformers; `loop.TrainingLoop` holds what all of them do
+otherwise.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..adapting.adalora import tuner_of
-from ..data.batches import CausalCollator, EncoderDecoderCollator
 from ..distributed.talking import average_gradients
 from ..errors import TrainingError
 from ..memory.workload import LENGTH_MULTIPLE
 from .figures import adapter_device, compute_dtype
 from .loop import CHECKPOINTS, TrainingLoop
-from .packing import packed, refuse_leaks
 from .progress import OnLog, Progress, Watcher
 
 if TYPE_CHECKING:
@@ -28,30 +27,86 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from ..protocols import Task
     from ..spec import TrainSpec
 
 
-def make_trainer(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    spec: TrainSpec,
-    output: Path,
-    seed: int,
-    on_log: OnLog | None,
-) -> Any:
-    """Return SFTTrainer or Seq2SeqTrainer over `model`. Raises TrainingError, MissingDependency."""
+@dataclass(frozen=True)
+class Setup:
+    """What a task makes a trainer of.
+
+    Attributes:
+        model: a PeftModel.
+        tokenizer: the model's.
+        dataset: the training data, as the task has read them.
+        spec: what the spec says on training.
+        output: the run folder.
+        seed: for shuffling and dropout.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    dataset: Dataset
+    spec: TrainSpec
+    output: Path
+    seed: int
+
+    @property
+    def pad_token_id(self) -> int:
+        """A token to pad with; padding is masked, so which one does not matter."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(int(token) for token in candidates if token is not None)
+
+    @property
+    def length_multiple(self) -> int | None:
+        """What the length of a batch is padded to a multiple of, if anything."""
+        return LENGTH_MULTIPLE if adapter_device(self.model).type == "cuda" else None
+
+    def trainer(
+        self,
+        kind: type[Any],
+        config: type[Any],
+        collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        *,
+        options: Mapping[str, Any] | None = None,
+        **given: Any,
+    ) -> Any:
+        """Return a trainer that asks the task at each step.
+
+        Args:
+            kind: transformers' Trainer, or a subclass of it. One that has `TrainingLoop` among its
+                own bases may override that: compute its loss by itself, for one.
+            config: the class of its arguments.
+            options: values of `config` beside those that follow from the spec.
+            given: more arguments for `kind`.
+        """
+        device = adapter_device(self.model)
+        arguments = _arguments(self.model, self.spec, self.output, self.seed)
+        args = _pinned(config(**arguments, **(options or {})), device)
+        looped = issubclass(kind, TrainingLoop)
+        cls = kind if looped else type(kind.__name__, (TrainingLoop, kind), {})
+        return cls(
+            model=self.model,
+            args=args,
+            train_dataset=self.dataset,
+            data_collator=collator,
+            **given,
+        )
+
+
+def make_trainer(task: Task, setup: Setup, on_log: OnLog | None) -> Any:
+    """Return the task's trainer, made quiet. Raises TrainingError, MissingDependency."""
     from transformers import PrinterCallback, TrainerCallback
 
     from .loop import GradientCheck
 
+    model = setup.model
     progress = Progress()
     watcher = type("Watcher", (Watcher, TrainerCallback), {})(
         progress, on_log or (lambda _: None), tuner_of(model)
     )
-    make = _seq2seq_trainer if model.config.is_encoder_decoder else _causal_trainer
     try:
-        trainer = make(model, tokenizer, dataset, spec, _arguments(model, spec, output, seed))
+        trainer = task.trainer(setup)
         trainer.add_callback(watcher)
     except (ValueError, ImportError, RuntimeError) as error:
         fix = "check the keys under train:"
@@ -59,75 +114,17 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)
     _clip_what_is_trained(trainer.accelerator, [p for p in model.parameters() if p.requires_grad])
     watcher.trainer, trainer.progress = trainer, progress
-    trainer.checkpoints = output / CHECKPOINTS
+    trainer.task = task
+    if task.logits != "model" and type(trainer).compute_loss is TrainingLoop.compute_loss:
+        # It is divided by the task's own count, whatever the model or the class of trainer does.
+        trainer.model_accepts_loss_kwargs = trainer.loss_is_scaled_for_ga = True
+    trainer.checkpoints = setup.output / CHECKPOINTS
     trainer.gradient_check = None if trainer.args.fp16 else GradientCheck()
     return trainer
 
 
-def _causal_trainer(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    spec: TrainSpec,
-    arguments: dict[str, Any],
-) -> Any:
-    with quiet(), _without_statistics(model):
-        from trl import SFTConfig, SFTTrainer
-
-        collator = CausalCollator(
-            _pad_token_id(tokenizer), spec.packing, _length_multiple(adapter_device(model))
-        )
-        if spec.packing:
-            refuse_leaks(model, collator)
-            dataset = packed(dataset)
-        cls = type("CausalTrainer", (TrainingLoop, SFTTrainer), {})
-        # the data are tokenized already; max_length and packing have been dealt with
-        skip = {"skip_prepare_dataset": True}
-        args = _pinned(
-            SFTConfig(**arguments, max_length=None, dataset_kwargs=skip), adapter_device(model)
-        )
-        trainer = cls(
-            model=model,
-            args=args,
-            train_dataset=dataset,
-            processing_class=tokenizer,
-            data_collator=collator,
-        )
-    trainer.fused_head = _fuse_head(model)
-    # Padding at the end is seen by no token that counts, and attention without a mask is faster.
-    # Only routers look at all tokens.
-    text = model.config.get_text_config()
-    trainer.pads_right = not getattr(text, "output_router_logits", False)
-    return trainer
-
-
-def _seq2seq_trainer(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    spec: TrainSpec,
-    arguments: dict[str, Any],
-) -> Any:
-    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
-
-    if spec.packing:
-        what = "packing is for causal models, this is an encoder-decoder model"
-        raise TrainingError(what, fix="leave train.packing out", where="train.packing")
-    if all(dataset[0]["completion_mask"]):
-        what = "an encoder-decoder model needs prompts, but the data are plain text"
-        raise TrainingError(what, fix="use data with prompts and completions", where="data")
-    cls = type("EncoderDecoderTrainer", (TrainingLoop, Seq2SeqTrainer), {})
-    eos = model.config.eos_token_id
-    return cls(
-        model=model,
-        args=_pinned(Seq2SeqTrainingArguments(**arguments), adapter_device(model)),
-        train_dataset=dataset,
-        data_collator=EncoderDecoderCollator(_pad_token_id(tokenizer), eos),
-    )
-
-
 def _arguments(model: Any, spec: TrainSpec, output: Path, seed: int) -> dict[str, Any]:
-    """Return the arguments that both kinds of trainer take."""
+    """Return the arguments that every kind of trainer takes."""
     import torch
 
     device = adapter_device(model)
@@ -161,7 +158,7 @@ def _arguments(model: Any, spec: TrainSpec, output: Path, seed: int) -> dict[str
         "push_to_hub": False,
         "dataloader_pin_memory": device.type == "cuda",
         "accelerator_config": {"non_blocking": True},  # a batch sets out while the GPU works
-        "average_tokens_across_devices": False,  # see _get_num_items_in_batch
+        "average_tokens_across_devices": False,  # see TrainingLoop._get_num_items_in_batch
     }
 
 
@@ -199,47 +196,6 @@ def _clip_what_is_trained(accelerator: Any, trained: list[nn.Parameter]) -> None
 
 
 @contextmanager
-def _without_statistics(model: Any) -> Iterator[None]:
-    """Take out again the head that SFTTrainer patches in: it makes statistics at every step. And
-    the loss on routers that it switches on: the model's config says whether there is one."""
-    base = model.get_base_model()
-    before = base.__dict__.get("forward")
-    text = model.config.get_text_config()
-    routers = getattr(text, "output_router_logits", None)
-    yield
-    if routers is not None:
-        text.output_router_logits = routers
-    base.__dict__.pop("forward", None)
-    if before is not None:
-        base.__dict__["forward"] = before
-
-
-def _length_multiple(device: torch.device) -> int | None:
-    """Return what the length of a batch is padded to a multiple of."""
-    return LENGTH_MULTIPLE if device.type == "cuda" else None
-
-
-def _fuse_head(model: Any) -> Literal["ours", "trl"] | None:
-    """Compute the loss without ever holding all logits, where that can be; say whose way it is.
-
-    A forward that somebody has patched stays in use.
-    """
-    from .lent import add_head_loss
-
-    base = model.get_base_model()
-    if "forward" in base.__dict__ or base.base_model is base:
-        return None
-    if add_head_loss(base):
-        return "ours"
-    if adapter_device(model).type == "cpu":  # TRL's way is no faster there than the model's own
-        return None
-    from trl.trainer.utils import add_fused_lm_head
-
-    add_fused_lm_head(base)
-    return "trl"
-
-
-@contextmanager
 def quiet() -> Iterator[None]:
     """Keep progress bars and advice of the libraries off the screen; errors still come through."""
     import datasets
@@ -257,9 +213,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return a token to pad with; padding is masked, so which one does not matter."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(token) for token in candidates if token is not None)

@@ -1,0 +1,60 @@
+"""What decides how a run uses memory: the plan asks before, the run itself when it is there.
+
+`train` is the spec's part on training, `task` the objective's options.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..machine import installed_version
+from .workload import GIB, Setting
+
+if TYPE_CHECKING:
+    from ..protocols import Task
+    from ..spec import TrainSpec
+
+
+def given(train: TrainSpec, layers: int, most: int, *, offloads: bool) -> Setting | None:
+    """Return the setting that the spec asks for; None where it leaves it to the card.
+
+    Args:
+        layers: how many layers can be recomputed.
+        most: how many of them with a gain.
+        offloads: whether inputs can leave for CPU memory, as they can on a GPU.
+    """
+    batch = train.per_device_train_batch_size
+    if train.gradient_checkpointing is not None:
+        return Setting(layers if train.gradient_checkpointing else 0, False, batch)
+    if train.memory == "min":
+        return Setting(layers if most else 0, offloads and most > 0, batch)
+    return None
+
+
+def splits(
+    task: Task, train: TrainSpec, *, adds_to_loss: bool, routers: bool = False, divides: bool = True
+) -> bool:
+    """Say whether a batch may go through the model in parts.
+
+    Args:
+        adds_to_loss: whether the adapter adds something to the loss of each pass, as AdaLoRA does.
+        routers: whether the model balances its experts over a batch.
+        divides: whether the loss is divided by a count of the whole batch, not a mean.
+    """
+    alike = not (adds_to_loss or routers or train.packing)
+    return task.adds_up and divides and alike
+
+
+def records(task: Task, train: TrainSpec) -> bool:
+    """Say whether passes are to be recorded as CUDA graphs, where they can be."""
+    return task.repeats and train.cuda_graphs and not train.use_reentrant
+
+
+def fused_kernels(train: TrainSpec) -> bool:
+    """Say whether Liger's kernels are wanted and here; it may still not know the model."""
+    return train.use_liger_kernel and installed_version("liger-kernel") is not None
+
+
+def limit(train: TrainSpec) -> int | None:
+    """Return the bytes that the spec allows, if it gives a number."""
+    return int(train.memory * GIB) if isinstance(train.memory, float) else None

@@ -1,0 +1,238 @@
+"""`sft`, supervised fine-tuning: the next token is learnt wherever the data say that it counts.
+
+Causal models are trained by TRL's SFTTrainer, encoder-decoder models by transformers'
+Seq2SeqTrainer: prompts go to the encoder, completions become the labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import DataError, TrainingError
+from ..hookspecs import hookimpl
+from ..protocols import Task
+from ..records import Objective
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from ..data.files import Row
+    from ..data.reading import Data
+    from ..spec import DataSpec
+    from ..training.trainer import Setup
+
+
+class SFT(Task):
+    """The options of `sft`: none. A subclass may have some, and may override
+
+    - `columns`, to have more of each row in its batches than tokens;
+    - `loss`, to score a batch: `input_ids`, `attention_mask` and `labels` [batch, length], -100
+      where a token does not count; and `counted`, the number of labels that count.
+    """
+
+    packs = True
+    logits = "model"
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Take a loss that is another for one that holds all logits, and knows nothing of packed
+        rows, unless the class says otherwise."""
+        if "loss" in vars(cls):
+            cls.packs = vars(cls).get("packs", False)
+            cls.logits = vars(cls).get("logits", "whole")
+
+    def columns(self, row: Row) -> dict[str, float]:
+        """Return the numbers that a row brings along, by name; each becomes a float32 tensor
+        [batch] in the batch. Raises DataError."""
+        return {}
+
+    def read(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Data:
+        """Return token ids and masks, as `load_data` makes them, and `columns`."""
+        from ..data.reading import load_data
+
+        return load_data(spec, tokenizer, seed=seed, columns=self._numbers)
+
+    def _numbers(self, row: Row) -> dict[str, float]:
+        from ..data.files import kind_of
+
+        found = self.columns(row)
+        for name, value in found.items():
+            if not isinstance(value, int | float):
+                fix = "write a number, or leave the example out"
+                what = f"{name!r} is {kind_of(value)}, expected a number"
+                raise DataError(what, fix=fix, where=row.where)
+        return found
+
+    def collator(self, setup: Setup) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Return what pads examples, or with packing lays them end to end."""
+        from ..data.batches import EncoderDecoderCollator, WithColumns
+
+        names = [] if type(self).columns is SFT.columns else _of_numbers(setup.dataset)
+        if setup.model.config.is_encoder_decoder:
+            eos = setup.model.config.eos_token_id
+            return WithColumns(EncoderDecoderCollator(setup.pad_token_id, eos), names)
+        return WithColumns(_causal_collator(setup), names)
+
+    def trainer(self, setup: Setup) -> Any:
+        """Return TRL's SFTTrainer or transformers' Seq2SeqTrainer. Raises TrainingError."""
+        kind = _seq2seq_trainer if setup.model.config.is_encoder_decoder else _causal_trainer
+        return kind(self, setup)
+
+    def loss(self, model: Any, batch: dict[str, Any], count: Any) -> Tensor:
+        """Return the mean over all tokens of a step, in nats, without ever holding all logits where
+        that can be."""
+        counted = batch.pop("counted", None)
+        batch["use_cache"] = False
+        if model.config.is_encoder_decoder:
+            return _share_of_mean(model, batch, count)
+        if not _balances_routers(model):
+            # Padding at the end is seen by no token that counts, and attention without a mask is
+            # faster. Only routers look at all tokens.
+            batch.pop("attention_mask", None)
+        whose = _whose_head(model.get_base_model())
+        if whose is None:
+            given = {} if count is None else {"num_items_in_batch": count}
+            return _loss_of(model(**batch, **given))
+        if whose == "ours":
+            batch["counted"] = counted
+        return _loss_of(model(**batch, fused_lm_head=True, num_items_in_batch=count))
+
+    def count(self, batch: Mapping[str, Any]) -> int:
+        """Return the number of labels that count, of which the first token is none."""
+        return int(batch["counted"])
+
+    def tokens(self, model: Any, batch: Mapping[str, Any]) -> Any:
+        """Return the tokens of prompts and completions; both halves of an encoder-decoder model
+        see some."""
+        seen = super().tokens(model, batch)
+        return seen + (batch["labels"] != -100).sum() if model.config.is_encoder_decoder else seen
+
+    def parts(self, batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
+        """Yield its parts; how many labels count is known of the whole alone."""
+        for part in super().parts(batch, size):
+            if size < len(batch["input_ids"]):
+                part.pop("counted", None)  # in the whole batch
+            yield part
+
+
+_WHOSE = "quantadapt_head"
+"""Marks a forward that computes the loss without logits, and says whose it is."""
+
+
+@hookimpl
+def quantadapt_objectives() -> list[Objective]:
+    """Return the one that is built in."""
+    return [Objective("sft", "learn the completions, token by token", SFT)]
+
+
+def _of_numbers(dataset: Dataset) -> list[str]:
+    """Return the names of the columns that hold a number for each example."""
+    types = {name: str(getattr(f, "dtype", "")) for name, f in dataset.features.items()}
+    return [name for name, type_ in types.items() if type_.startswith(("int", "float", "bool"))]
+
+
+def _causal_collator(setup: Setup) -> Any:
+    from ..data.batches import CausalCollator
+
+    return CausalCollator(setup.pad_token_id, setup.spec.packing, setup.length_multiple)
+
+
+def _causal_trainer(task: SFT, setup: Setup) -> Any:
+    from trl import SFTConfig, SFTTrainer
+
+    from ..training.packing import packed, refuse_leaks
+    from ..training.trainer import quiet
+
+    with quiet(), _without_statistics(setup.model):
+        if setup.spec.packing:
+            refuse_leaks(setup.model, _causal_collator(setup))
+            setup = replace(setup, dataset=packed(setup.dataset))
+        # the data are tokenized already; max_length and packing have been dealt with
+        options = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        trainer = setup.trainer(
+            *(SFTTrainer, SFTConfig, task.collator(setup)),
+            options=options,
+            processing_class=setup.tokenizer,
+        )
+    if task.logits == "model":
+        _fuse_head(setup.model)
+    return trainer
+
+
+def _seq2seq_trainer(task: SFT, setup: Setup) -> Any:
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    if setup.spec.packing:
+        what = "packing is for causal models, this is an encoder-decoder model"
+        raise TrainingError(what, fix="leave train.packing out", where="train.packing")
+    if all(setup.dataset[0]["completion_mask"]):
+        what = "an encoder-decoder model needs prompts, but the data are plain text"
+        raise TrainingError(what, fix="use data with prompts and completions", where="data")
+    return setup.trainer(Seq2SeqTrainer, Seq2SeqTrainingArguments, task.collator(setup))
+
+
+@contextmanager
+def _without_statistics(model: Any) -> Iterator[None]:
+    """Take out again the head that SFTTrainer patches in: it makes statistics at every step. And
+    the loss on routers that it switches on: the model's config says whether there is one."""
+    base = model.get_base_model()
+    before = base.__dict__.get("forward")
+    text = model.config.get_text_config()
+    routers = getattr(text, "output_router_logits", None)
+    yield
+    if routers is not None:
+        text.output_router_logits = routers
+    base.__dict__.pop("forward", None)
+    if before is not None:
+        base.__dict__["forward"] = before
+
+
+def _fuse_head(model: Any) -> None:
+    """Compute the loss without ever holding all logits, where that can be.
+
+    A forward that somebody has patched stays in use.
+    """
+    from ..training.figures import adapter_device
+    from ..training.lent import add_head_loss
+
+    base = model.get_base_model()
+    if "forward" in vars(base) or base.base_model is base:
+        return
+    whose = "ours" if add_head_loss(base) else "trl"
+    if whose == "trl":
+        if adapter_device(model).type == "cpu":  # TRL's way is no faster there than the model's own
+            return
+        from trl.trainer.utils import add_fused_lm_head
+
+        add_fused_lm_head(base)
+    setattr(vars(base)["forward"].__func__, _WHOSE, whose)
+
+
+def _whose_head(base: Any) -> Literal["ours", "trl"] | None:
+    """Say whose way of computing the loss without logits is in use, if any."""
+    found: Literal["ours", "trl"] | None = getattr(vars(base).get("forward"), _WHOSE, None)
+    return found
+
+
+def _balances_routers(model: Any) -> bool:
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+
+
+def _share_of_mean(model: Any, batch: dict[str, Any], count: Any) -> Tensor:
+    """Return the model's own mean, times the batch's share of the labels that count.
+
+    Most encoder-decoder models (T5, BART) take `num_items_in_batch` and ignore it.
+    """
+    loss = _loss_of(model(**batch))
+    return loss if count is None else loss * ((batch["labels"] != -100).sum() / count)
+
+
+def _loss_of(outputs: Any) -> Tensor:
+    """Return the loss that a model has computed; some return a tuple."""
+    loss: Tensor = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
+    return loss
