@@ -53,9 +53,6 @@ class TrainingLoop:
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: the run folder has its own report."""
 
-    def _send_telemetry(self) -> None:
-        """Send none."""
-
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Skip the count, which walks through all parameters at every step."""
         return 0

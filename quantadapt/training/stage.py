@@ -6,38 +6,24 @@ Nothing of the model is left changed but the adapter's weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapting.adalora import tuner_of
-from ..adapting.fused import FusedTraining, fused_training
-from ..compiling import compiled_functions
 from ..distributed.talking import average_gradients, reduced, share, start
 from ..errors import OutputError, PlanRefused, Problem, TrainingError, did_you_mean
-from ..memory import rules
 from ..memory.workload import OOM_FIX, Setting
 from ..planning.refusals import task_problems
 from ..records import Objective
 from ..registry.discovery import registry
-from ..sharding import one_block_at_a_time
-from .cuda_graphs import can_record, graphed
 from .figures import adapter_device, base_parameters, dequantize_share, peak_memory_gib
-from .lent import (
-    fast_adapters,
-    fast_attention,
-    fused_kernels,
-    given_back,
-    one_row_each,
-    quick_walks,
-)
+from .lent import lent, quiet
 from .loop import CHECKPOINTS, PREFIX, STATE, TrainingLoop
 from .memory_fit import MemoryFit
 from .progress import OnLog, Watcher
-from .recomputing import recomputed
-from .trainer import Setup, make_trainer, quiet
+from .trainer import Setup, make_trainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -82,12 +68,13 @@ def train(
     checkpoint = _checkpoint_to_resume(Path(output), spec)
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
     share(p for p in model.parameters() if p.requires_grad)  # all begin with the same weights
-    with ExitStack() as stack:
-        fused = _lend(stack, model, spec)  # kernels, casts and the like; taken back at the end
+    # kernels, casts and the like; taken back at the end
+    with lent(model, spec, task, on_note or (lambda _: None)) as loans:
         setup = Setup(model, tokenizer, dataset, spec, Path(output), seed)
         trainer = make_trainer(task, setup, on_log)  # task.trainer: trl's SFTTrainer, for one
-        trainer.fused = fused
-        trainer.memory_fit = stack.enter_context(_memory_fit(trainer, model, spec, on_note))
+        trainer.fused = loans.fused
+        trainer.memory_fit = MemoryFit(trainer, loans.recomputer, spec, on_note)
+        trainer.memory_fit.graphs = loans.graphs
         _run(trainer, checkpoint)  # Trainer.train, see below
         return _result(trainer, checkpoint)
 
@@ -158,24 +145,6 @@ def _check(model: Any, spec: TrainSpec, task: Task) -> None:
         raise TrainingError("the model has no trainable weights", fix=fix)
     if found := task_problems(task, spec, adds_to_loss=tuner_of(model) is not None):
         raise PlanRefused(found)
-
-
-def _lend(stack: ExitStack, model: Any, spec: TrainSpec) -> FusedTraining:
-    """Enter all that the model has while it trains, and no longer."""
-    device = adapter_device(model)
-    stack.enter_context(given_back(model))
-    stack.enter_context(quick_walks(model))
-    stack.enter_context(fast_adapters(model))
-    fused = stack.enter_context(fused_training(model, keep_casts=spec.memory != "min"))
-    stack.enter_context(compiled_functions())
-    stack.enter_context(fast_attention(device))
-    if rules.fused_kernels(spec):
-        stack.enter_context(fused_kernels(model))
-    if spec.memory == "min":
-        stack.enter_context(one_block_at_a_time(model))
-    if not spec.packing:
-        stack.enter_context(one_row_each())
-    return fused
 
 
 def _result(trainer: Any, checkpoint: Path | None) -> TrainResult:
@@ -279,14 +248,3 @@ def _checkpoint_to_resume(output: Path, spec: TrainSpec) -> Path | None:
 def _step(checkpoint: Path) -> int:
     number = checkpoint.name.removeprefix(PREFIX)
     return int(number) if number.isdigit() else 0
-
-
-@contextmanager
-def _memory_fit(
-    trainer: Any, model: Any, spec: TrainSpec, on_note: Callable[[str], None] | None
-) -> Iterator[MemoryFit]:
-    repeats = rules.records(trainer.task, spec) and can_record(model)
-    with recomputed(model, None, spec.use_reentrant, draws=not repeats) as recomputer:
-        memory_fit = MemoryFit(trainer, recomputer, spec, on_note)
-        with graphed(model, memory_fit.on_note) if repeats else nullcontext() as memory_fit.graphs:
-            yield memory_fit
