@@ -22,11 +22,19 @@ from transformers import (
 
 import quantadapt as qa
 from quantadapt import compiling
+from quantadapt.errors import SlowerWarning
 from quantadapt.spec import TrainSpec
 from quantadapt.testing.small_demo import demo_tokens, small_model
 from quantadapt.training import lent as loans
 from quantadapt.training import train
-from quantadapt.training.lent import fused_kernels, fused_layers, one_row_each, patched, restored
+from quantadapt.training.lent import (
+    fused_kernels,
+    fused_layers,
+    one_row_each,
+    patched,
+    quiet,
+    restored,
+)
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -209,6 +217,24 @@ def test_layers_that_peft_computes_itself_are_told(monkeypatch) -> None:
         assert training.layers == []
     assert notes[0].startswith("14 LoRA layers are PEFT's own")
     assert f"peft {__version__}" in notes[0]
+
+
+def test_a_compiler_that_has_moved_is_told(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch._inductor.compile_fx", None)
+    with pytest.warns(SlowerWarning, match="neg runs uncompiled, which is slower: import of"):
+        assert compiling._compile(torch.neg, (torch.ones(2),), ()) is None
+
+
+def test_libraries_are_quiet_but_what_makes_us_slower_is_told() -> None:
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_DISABLE_TELEMETRY
+    with warnings.catch_warnings(record=True) as heard, quiet():
+        warnings.warn("advice", UserWarning, stacklevel=1)
+        warnings.warn("slow", SlowerWarning, stacklevel=1)
+        assert constants.HF_HUB_DISABLE_TELEMETRY is True
+    assert [str(warning.message) for warning in heard] == ["slow"]
+    assert constants.HF_HUB_DISABLE_TELEMETRY is before
 
 
 # Liger -------------------------------------------------------------------------------------------

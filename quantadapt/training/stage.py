@@ -18,6 +18,7 @@ from ..memory.workload import OOM_FIX, Setting
 from ..planning.refusals import task_problems
 from ..records import Objective
 from ..registry.discovery import registry
+from .expected_calls import expect_calls
 from .figures import adapter_device, base_parameters, dequantize_share, peak_memory_gib
 from .lent import lent, quiet
 from .loop import CHECKPOINTS, PREFIX, STATE, TrainingLoop
@@ -75,11 +76,12 @@ def train(
         trainer.fused = loans.fused
         trainer.memory_fit = MemoryFit(trainer, loans.recomputer, spec, on_note)
         trainer.memory_fit.graphs = loans.graphs
+        trainer.calls = expect_calls(trainer, on_note or (lambda _: None))
         _run(trainer, checkpoint)  # Trainer.train, see below
         return _result(trainer, checkpoint)
 
 
-# What transformers' Trainer.train calls of ours, in this order.
+# What transformers' Trainer.train calls of ours, in this order; `expected_calls` sees that it does.
 BEFORE = (
     TrainingLoop._load_from_checkpoint,  # only where a run is resumed
     Watcher.on_train_begin,
@@ -208,6 +210,7 @@ def _run(trainer: Any, checkpoint: Path | None) -> None:
     try:
         with quiet():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.calls.end()
     except torch.OutOfMemoryError as error:
         words = trainer.memory_fit.describe(trainer.memory_fit.setting)
         what = f"the GPU has run out of memory, with {words}"

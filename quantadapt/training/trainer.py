@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapting.adalora import tuner_of
+from ..dependencies import moved
 from ..errors import TrainingError
 from ..memory.workload import LENGTH_MULTIPLE
 from .figures import adapter_device, compute_dtype
@@ -164,6 +165,9 @@ def _pinned(args: Any, device: torch.device) -> Any:
     GPUs; one of several would otherwise copy its model from "cpu" to "cpu:1"."""
     args.distributed_state.device = device
     args.__dict__["_setup_devices"] = device
+    if args.device != device:
+        what = f"puts the batches on {args.device}, whatever _setup_devices says"
+        raise moved(("transformers",), what, f"the model is on {device}")
     if device.type == "cuda" and args.world_size == 1:
         import torch
 
