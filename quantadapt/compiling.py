@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from .errors import SlowerWarning
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -93,17 +95,19 @@ def _compile(
 ) -> Callable[..., Any] | None:
     """Return the kernel, or None where there is no compiler, or it does not know an operation."""
     import torch
-    from torch._inductor.compile_fx import compile_fx_inner  # torch.compile's, without its guards
 
-    # As in eager mode, intermediate results are rounded to their dtype.
-    rounded = torch._inductor.config.patch(emulate_precision_casts=True)
     try:
+        from torch._inductor.compile_fx import compile_fx_inner  # torch.compile's, without guards
+
+        # As in eager mode, intermediate results are rounded to their dtype.
+        rounded = torch._inductor.config.patch(emulate_precision_casts=True)
         with torch.no_grad(), rounded:
             kernel: Any = compile_fx_inner(traced(function, tensors, static, dtype), [*tensors])
             kernel([*tensors])
     except Exception as error:
         name, reason = function.__name__, (str(error).strip() or type(error).__name__).splitlines()
-        warnings.warn(f"{name} runs uncompiled, which is slower: {reason[0]}", stacklevel=2)
+        what = f"{name} runs uncompiled, which is slower: {reason[0]}"
+        warnings.warn(what, SlowerWarning, stacklevel=2)
         return None
     return lambda *given: kernel([*given])[0]
 

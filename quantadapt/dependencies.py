@@ -12,7 +12,7 @@ from io import StringIO
 
 from packaging.requirements import Requirement
 
-from .errors import MissingDependency, Problem
+from .errors import MissingDependency, Problem, TrainingError
 from .machine import installed_version
 from .records import Backend, Record, kind_of
 
@@ -43,6 +43,26 @@ def missing_for_optimizer(name: str) -> list[Problem]:
             what = f"the optimizer {name!r} needs {library}, which is not installed"
             return [Problem(what, f"pip install {library}, or use adamw_torch", "train.optim")]
     return []
+
+
+def in_words(*libraries: str) -> str:
+    """Return the libraries with their versions, e.g. `transformers 5.23.0 or trl 1.16.0`."""
+    return " or ".join(f"{name} {installed_version(name) or ''}".rstrip() for name in libraries)
+
+
+def moved(libraries: tuple[str, ...], what: str, otherwise: str) -> TrainingError:
+    """Return the error for a library that does not do what is expected of it any more.
+
+    Args:
+        libraries: whose releases might have changed it.
+        what: they no longer do, e.g. `does not call Trainer.training_step`.
+        otherwise: what would have happened in silence.
+    """
+    names = " and ".join(libraries)
+    fix = (
+        f"install the {names} of constraints.txt, which this was tested with, or a newer quantadapt"
+    )
+    return TrainingError(f"{in_words(*libraries)} {what}: {otherwise}", fix=fix, where="train")
 
 
 @contextmanager

@@ -105,6 +105,10 @@ class TrainingError(QuantadaptError):
     """Training cannot go on, e.g. because the loss is no longer a number."""
 
 
+class SlowerWarning(UserWarning):
+    """Something works as it should, but takes more time or memory than it might."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `did you mean 'x'?`, or the known words where nothing is close."""
     words = sorted(known)

@@ -82,20 +82,6 @@ def shard_block(block: nn.Module, vendors: Iterable[nn.Module]) -> None:
         object.__setattr__(vendor, "_shard", shards)
 
 
-@contextmanager
-def one_block_at_a_time(model: nn.Module) -> Iterator[None]:
-    """Inside, backward gathers a block when it needs it, and not while the one after it computes:
-    slower, with a block less in memory."""
-    blocks: list[Any] = [m for m in model.modules() if PACKED in m._parameters]
-    for block in blocks:
-        block.set_modules_to_backward_prefetch([block])  # itself, which is there already
-    try:
-        yield
-    finally:
-        for block in blocks:
-            block.set_modules_to_backward_prefetch([])
-
-
 def _shard_rest(model: nn.Module) -> None:
     """Shard embedding and head where they are not tied, and make the decoder FSDP's root."""
     from torch.distributed.fsdp import fully_shard

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
 from quantadapt import demo
-from quantadapt.training import cuda_graphs
+from quantadapt.training import cuda_graphs, lent
 from quantadapt.training.cuda_graphs import can_record
 from quantadapt.training.memory_fit import MemoryFit
 
@@ -91,7 +91,7 @@ def test_a_forward_that_somebody_has_patched_is_given_back() -> None:
     for before in (None, decoder.forward):
         if before is not None:
             decoder.forward = before
-        with cuda_graphs.graphed(model, print) as graphs:
+        with lent.graphed(model, print) as graphs:
             assert decoder.forward == graphs.forward
         assert decoder.__dict__.get("forward") is before
 

@@ -19,12 +19,12 @@ from quantadapt.adapting import fused as fused_module
 from quantadapt.adapting.fused import (
     FusedLoraLinear,
     forget_unfinished,
-    fused_training,
     use_fused_layers,
 )
 from quantadapt.facade import QuantLinear, densify, recomputing, wrap
 from quantadapt.protocols import AdapterTarget
 from quantadapt.testing.small_demo import small_model
+from quantadapt.training.lent import fused_layers
 
 SMALL = str(small_model())
 
@@ -183,7 +183,7 @@ def test_a_float32_input_of_a_bfloat16_base(use_dora) -> None:
 def test_a_merged_adapter_is_not_added_again(trains) -> None:
     made = adapted(True)
     expected = made(X)
-    with fused_training(made) if trains else nullcontext():
+    with fused_layers(made) if trains else nullcontext():
         made[0].merge()
         assert torch.allclose(made(X), expected, rtol=1e-10)
         made[0].unmerge()
@@ -268,7 +268,7 @@ def test_each_example_may_have_an_adapter_of_its_own() -> None:
 @pytest.mark.parametrize("variant", [{"alora_invocation_tokens": [1]}, {"use_dora": True}])
 def test_a_variant_in_training_keeps_its_own_forward(variant) -> None:
     fused, stock = (adapted(f, **variant) for f in (True, False))
-    with fused_training(fused):
+    with fused_layers(fused):
         assert torch.allclose(fused(X), stock(X), rtol=1e-12)
 
 
@@ -364,7 +364,7 @@ def test_layers_of_one_input_are_one_function(recomputed) -> None:
 
     expected = results(stock, X, run(stock))
     assert fused_calls(fused, X) == 8
-    with fused_training(fused):
+    with fused_layers(fused):
         for _ in range(3):  # the first pass finds out what belongs together
             fused.zero_grad()
             close(results(fused, X, run(fused)), expected)
@@ -375,7 +375,7 @@ def test_layers_of_one_input_are_one_function(recomputed) -> None:
 def test_checkpointing_where_the_input_has_no_gradient() -> None:
     """As in the first block of a model, whose embedding is frozen."""
     stock, fused = blocks(False), blocks(True)
-    with fused_training(fused):
+    with fused_layers(fused):
         for _ in range(2):
             for made in (stock, fused):
                 made.zero_grad()
@@ -390,7 +390,7 @@ def test_checkpointing_where_the_input_has_no_gradient() -> None:
 def test_a_pass_that_is_tried_again_after_an_error() -> None:
     stock, fused = blocks(False), blocks(True)
     again = partial(checkpoint, fused, use_reentrant=False)
-    with fused_training(fused):
+    with fused_layers(fused):
         for _ in range(2):
             results(fused, X, again)
         fused[0].k.forward = Mock(side_effect=torch.OutOfMemoryError)  # q has computed k and v
@@ -409,7 +409,7 @@ def test_the_same_x_again_gets_what_the_weights_are_now() -> None:
     """An x that is a leaf, such as a trained prompt, is the same object in each pass."""
     stock, fused = (blocks(f, target_modules=["q", "k", "v"]) for f in (False, True))
     one, other = X.clone().requires_grad_(), X.clone().requires_grad_()
-    with fused_training(fused) as training:
+    with fused_layers(fused) as training:
         for given in (one, one, other, other):
             assert torch.allclose(fused(given), stock(given), rtol=1e-12)
             with torch.no_grad():
@@ -422,7 +422,7 @@ def test_the_same_x_again_gets_what_the_weights_are_now() -> None:
 
 def test_a_layer_that_is_not_called_any_more_is_left_out() -> None:
     stock, fused = blocks(False), blocks(True)
-    with fused_training(fused):
+    with fused_layers(fused):
         computed = []
         for skips in (False, False, True, True, False):
             for block in (*stock, *fused):
@@ -441,7 +441,7 @@ def test_a_layer_that_is_not_called_any_more_is_left_out() -> None:
 def test_a_partner_with_dropout_is_not_joined_by_one_that_is_evaluated() -> None:
     stock, fused = blocks(False, lora_dropout=0.3).eval(), blocks(True, lora_dropout=0.3).eval()
     computed = []
-    with fused_training(fused):
+    with fused_layers(fused):
         for trains in (False, False, True):
             for made in (stock, fused):
                 made[0].k.train(trains)
@@ -454,7 +454,7 @@ def test_a_partner_with_dropout_is_not_joined_by_one_that_is_evaluated() -> None
 
 def test_dropout_and_switched_off_adapters_are_not_joined() -> None:
     stock, fused = blocks(False, lora_dropout=0.3), blocks(True, lora_dropout=0.3)
-    with fused_training(fused):
+    with fused_layers(fused):
         for _ in range(2):
             stock.zero_grad()
             fused.zero_grad()
@@ -500,14 +500,14 @@ def test_a_kept_weight_is_dropped_when_the_base_changes() -> None:
 
 def casts_once_a_step(made: nn.Module) -> None:
     x = X.bfloat16()
-    with fused_training(made) as training:
+    with fused_layers(made) as training:
         before = made(x)
         with torch.no_grad():
             made[0].lora_B["default"].weight.mul_(3)
         assert torch.equal(made(x), before)
         training.refresh()
         changed = made(x)
-    with fused_training(made, keep_casts=False) as training:
+    with fused_layers(made, keep_casts=False) as training:
         assert not training._casts
         assert torch.equal(made(x), changed)
     assert torch.equal(made(x), changed)
@@ -520,7 +520,7 @@ def test_while_it_trains_a_and_b_are_cast_once_a_step() -> None:
 
 def test_an_adapter_switched_in_training_is_noticed() -> None:
     fused, stock = adapted(True), adapted(False)
-    with fused_training(fused):
+    with fused_layers(fused):
         for enabled in (True, False, True):
             for made in (fused, stock):
                 made[0].enable_adapters(enabled)

@@ -27,8 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 import quantadapt as qa
 from quantadapt.adapting import fused_dora
-from quantadapt.adapting.fused import FusedLoraLinear, fused_training
+from quantadapt.adapting.fused import FusedLoraLinear
 from quantadapt.facade import recomputing
+from quantadapt.training.lent import fused_layers
 
 
 class Rounding(Plain):
@@ -263,7 +264,7 @@ def test_what_peft_merges_is_what_it_computes() -> None:
 def test_the_base_may_change_outside_of_training() -> None:
     fused, stock = both()
     fused(X)
-    with fused_training(fused):
+    with fused_layers(fused):
         fused(X)
     for made in (fused, stock):
         made[0].base_layer.vendor.weight.data.mul_(3)
@@ -272,7 +273,7 @@ def test_the_base_may_change_outside_of_training() -> None:
 
 def test_while_it_trains_rows_are_measured_once() -> None:
     fused, stock = both()
-    with fused_training(fused) as training:
+    with fused_layers(fused) as training:
         assert len(training.layers) == 2
         with patch("torch.linalg.vector_norm", wraps=torch.linalg.vector_norm) as norms:
             for _ in range(3):
@@ -290,7 +291,7 @@ def test_while_it_trains_a_and_b_are_cast_once_a_step() -> None:
 def test_a_sibling_that_becomes_dora_in_training() -> None:
     """Layers of one input are computed together as LoRA; one that is DoRA now is left out."""
     stock, fused = blocks(False), blocks(True)
-    with fused_training(fused):
+    with fused_layers(fused):
         for _ in range(2):
             close(results(fused, X), results(stock, X))
             for made in (stock, fused):

@@ -370,7 +370,7 @@ def big(layers: int = 8, length: int = 512):
 
 @pytest.mark.cuda
 def test_cpu_memory_holds_the_inputs_on_cuda() -> None:
-    from quantadapt.training.recomputing import recomputed
+    from quantadapt.training.lent import recomputed
 
     model, rows = big(layers=16, length=1024)
     ids = torch.tensor(rows["input_ids"][:8], device="cuda")

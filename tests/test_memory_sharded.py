@@ -14,9 +14,8 @@ from processes import in_processes
 from quantadapt.distributed import start
 from quantadapt.memory import WORKSPACE, Setting, Workload
 from quantadapt.memory.shape import Shape
-from quantadapt.sharding import PACKED, one_block_at_a_time, shard
-from quantadapt.training.lent import add_head_loss
-from quantadapt.training.recomputing import recomputed
+from quantadapt.sharding import PACKED, shard
+from quantadapt.training.lent import add_head_loss, one_block_at_a_time, recomputed
 
 LAYERS, TOKENS = 4, 16
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": LAYERS}

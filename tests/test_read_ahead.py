@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -11,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from quantadapt_bnb import NF4
 from quantadapt_hqq import HQQ
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, core_model_loading
 
-from quantadapt.errors import ModelError
+from quantadapt.errors import ModelError, SlowerWarning
 from quantadapt.loading import from_pretrained, read_ahead
 from quantadapt.loading.read_ahead import ReadAhead, reading_ahead
 from quantadapt.testing.small_demo import small_model
@@ -149,6 +151,22 @@ def test_loading_without_quantizing_is_left_to_transformers(monkeypatch) -> None
     monkeypatch.setattr(ReadAhead, "add", partial(pytest.fail, "it was read ahead"))
     with reading_ahead("cpu"):
         from_pretrained(SMALL)
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_transformers_that_reads_in_another_way_is_told(renamed, monkeypatch) -> None:
+    if renamed:
+        monkeypatch.delattr(core_model_loading, "spawn_materialize")
+    words = f"loading is slower: transformers {transformers.__version__} does not call spawn_mat"
+    with pytest.warns(SlowerWarning, match=words), reading_ahead("cpu"):
+        pass  # a load that calls nothing of what is patched
+    assert hasattr(core_model_loading, "spawn_materialize") != renamed
+
+
+def test_an_ordinary_load_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowerWarning)
+        HQQ().quantize(SMALL, device="cpu", dtype=torch.float32)
 
 
 @pytest.mark.cuda

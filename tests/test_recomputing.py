@@ -20,7 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import quantadapt as qa
 from quantadapt.memory import Setting
-from quantadapt.training.recomputing import CpuInputs, Recomputer, decoder_layers, recomputed
+from quantadapt.training.lent import recomputed
+from quantadapt.training.recomputing import CpuInputs, Recomputer, decoder_layers
 
 LAYERS = 4
 

@@ -9,14 +9,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..dependencies import moved
+
 ADALORA_FILE = "adalora.pt"
 _IMPORTANCES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 def tuner_of(model: Any) -> Any:
-    """Return the tuner that allocates ranks, or None for every other method."""
-    tuner = getattr(model, "base_model", None)
-    return tuner if hasattr(tuner, "update_and_allocate") else None
+    """Return the tuner that allocates ranks, or None for every other method. Raises TrainingError
+    where it is AdaLoRA's and cannot."""
+    configs = getattr(model, "peft_config", {})
+    if not any(config.peft_type == "ADALORA" for config in configs.values()):
+        return None
+    if not hasattr(model.base_model, "update_and_allocate"):
+        what = "has no update_and_allocate in its AdaLoRA"
+        raise moved(("peft",), what, "all directions would keep the rank that they begin with")
+    return model.base_model
 
 
 def set_schedule(tuner: Any, total: int) -> None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -193,14 +191,9 @@ def forget_unfinished(model: nn.Module) -> None:
             module._in_training.siblings.restart()
 
 
-@contextmanager
-def fused_training(model: nn.Module, keep_casts: bool = True) -> Iterator[FusedTraining]:
-    """Make the fused layers of `model` ready for training, for the duration of the block."""
-    training = FusedTraining(model, keep_casts)
-    try:
-        yield training
-    finally:
-        training.end()
+def not_fused(model: nn.Module) -> int:
+    """Count the LoRA layers over facades that PEFT computes itself, in more time and memory."""
+    return sum(type(m) is Linear and type(m.base_layer) is QuantLinear for m in model.modules())
 
 
 def free(model: Any) -> None:

@@ -8,16 +8,21 @@ reading instead, a bounded number of bytes ahead.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..errors import SlowerWarning
+from ..machine import installed_version
 
 AHEAD = 256 * 2**20
 """Bytes that may have been read ahead, or a single tensor that is larger: two of the largest
@@ -28,26 +33,32 @@ THREADS = 2
 
 @contextmanager
 def reading_ahead(device: str) -> Iterator[None]:
-    """Inside, a checkpoint that transformers loads onto `device`, quantizing, is read ahead."""
+    """Inside, a checkpoint that transformers loads onto `device`, quantizing, is read ahead. Warns
+    where transformers reads in a way that cannot be taken over; tensors are read when needed then.
+    """
     from transformers import core_model_loading as transformers_loading
 
-    spawn = getattr(transformers_loading, "spawn_materialize", None)
-    if spawn is None:  # not public: in a transformers without it, tensors are read when needed
-        yield
-        return
-    reader = ReadAhead(device)
+    spawn: Any = getattr(transformers_loading, "spawn_materialize", None)
+    reader, calls = ReadAhead(device), count()
 
     def materialize(pool: Any, source: Any, device: Any, dtype: Any = None, **kw: Any) -> Any:
+        next(calls)
         if pool is not None:  # nothing is quantized, and transformers' threads read
             return spawn(pool, source, device, dtype, **kw)
         ahead, now = (spawn(None, source, to, dtype, **kw) for to in ("cpu", device))
         return reader.add(_Read(torch.device(device), ahead, now, _nbytes(source, dtype)))
 
-    transformers_loading.spawn_materialize = materialize
+    if spawn is not None:
+        transformers_loading.spawn_materialize = materialize
     try:
         yield
+        if next(calls) == 0:
+            version = installed_version("transformers")
+            what = f"loading is slower: transformers {version} does not call spawn_materialize"
+            warnings.warn(what, SlowerWarning, stacklevel=3)
     finally:
-        transformers_loading.spawn_materialize = spawn
+        if spawn is not None:
+            transformers_loading.spawn_materialize = spawn
         reader.close()
 
 

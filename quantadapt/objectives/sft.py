@@ -7,7 +7,6 @@ Seq2SeqTrainer: prompts go to the encoder, completions become the labels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -145,10 +144,10 @@ def _causal_collator(setup: Setup) -> Any:
 def _causal_trainer(task: SFT, setup: Setup) -> Any:
     from trl import SFTConfig, SFTTrainer
 
+    from ..training.lent import quiet, without_statistics
     from ..training.packing import packed, refuse_leaks
-    from ..training.trainer import quiet
 
-    with quiet(), _without_statistics(setup.model):
+    with quiet(), without_statistics(setup.model):
         if setup.spec.packing:
             refuse_leaks(setup.model, _causal_collator(setup))
             setup = replace(setup, dataset=packed(setup.dataset))
@@ -174,22 +173,6 @@ def _seq2seq_trainer(task: SFT, setup: Setup) -> Any:
         what = "an encoder-decoder model needs prompts, but the data are plain text"
         raise TrainingError(what, fix="use data with prompts and completions", where="data")
     return setup.trainer(Seq2SeqTrainer, Seq2SeqTrainingArguments, task.collator(setup))
-
-
-@contextmanager
-def _without_statistics(model: Any) -> Iterator[None]:
-    """Take out again the head that SFTTrainer patches in: it makes statistics at every step. And
-    the loss on routers that it switches on: the model's config says whether there is one."""
-    base = model.get_base_model()
-    before = base.__dict__.get("forward")
-    text = model.config.get_text_config()
-    routers = getattr(text, "output_router_logits", None)
-    yield
-    if routers is not None:
-        text.output_router_logits = routers
-    base.__dict__.pop("forward", None)
-    if before is not None:
-        base.__dict__["forward"] = before
 
 
 def _fuse_head(model: Any) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -195,19 +194,3 @@ def _draws_random_numbers(model: Any) -> bool:
 
 def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@contextmanager
-def graphed(model: Any, on_note: Callable[[str], None]) -> Iterator[Graphs]:
-    """Let the decoder of `model`, which `can_record`, be recorded for the duration of the block,
-    once the `Graphs` that are yielded are started."""
-    graphs = Graphs(model, on_note)
-    before = graphs.decoder.__dict__.get("forward")
-    graphs.decoder.__dict__["forward"] = graphs.forward
-    try:
-        yield graphs
-    finally:
-        graphs.stop()
-        del graphs.decoder.__dict__["forward"]
-        if before is not None:
-            graphs.decoder.__dict__["forward"] = before

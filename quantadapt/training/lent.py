@@ -1,53 +1,213 @@
-"""What is lent to a model while it trains on CUDA: Liger's kernels and cuDNN's attention, and no
-search for packed rows.
+"""All that is lent to a model, and to libraries, while it trains, and taken back afterwards.
 
-Liger's fused RMSNorm, SwiGLU and RoPE come in for every architecture that liger-kernel knows, where
-it is installed; otherwise the model stays as it is. Liger patches modules and the module that
-defines them; both are put back.
+`lent` is the list, in order. What the loans compute stands elsewhere: in `adapting.fused`,
+`compiling`, `recomputing`, `cuda_graphs` and `model.head`. What evaluating lends stands in
+`evaluation.predictions`, what loading lends in `loading.read_ahead`.
 """
 
 from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..dependencies import in_words
+from ..distributed.talking import average_gradients
+from ..errors import SlowerWarning
+from ..memory import rules
 from ..model.head import Head
+from ..sharding import PACKED
 from .figures import adapter_device, compute_dtype
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
-_PATCHED = ("forward", "extra_repr", "_get_name")
+    from ..adapting.fused import FusedTraining
+    from ..memory.workload import Setting
+    from ..protocols import Task
+    from ..spec import TrainSpec
+    from .cuda_graphs import Graphs
+    from .recomputing import Recomputer
+
+OnNote = Callable[[str], None]
+
+
+class Loans(NamedTuple):
+    """The loans that somebody has to steer while the model trains."""
+
+    fused: FusedTraining
+    recomputer: Recomputer
+    graphs: Graphs | None
 
 
 @contextmanager
-def fused_kernels(model: Any) -> Iterator[bool]:
-    """Patch a PeftModel or plain model for the duration of the block; yield whether it was done."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not _known(base):
-        yield False
-        return
-    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[Loans]:
+    """Lend `model` all that it trains with, and take it back in reverse, also after an error.
 
-    definitions = vars(sys.modules[type(base).__module__])
-    before = dict(definitions)
-    own = {module: _patches(module) for module in base.modules()}
+    A trainer that is made inside has three more: the loss of the head (`add_head_loss`), its
+    accelerator's clipping (`clip_what_is_trained`) and silence (`quiet`).
+
+    Args:
+        model: a PeftModel, or a model whose trained weights are marked.
+        task: what it learns; says whether passes are alike enough to be recorded.
+        on_note: told in a sentence what cannot be lent, which then costs time or memory.
+    """
+    from ..compiling import compiled_functions
+    from .cuda_graphs import can_record
+
+    with ExitStack() as stack:
+        lend = stack.enter_context
+        lend(given_back(model))  # the first, so that nothing of a trainer stays
+        lend(quick_walks(model))  # `train` and `zero_grad` that do not ask each module
+        lend(fast_adapters(model))  # TF32 for float32 adapters
+        fused = lend(fused_layers(model, keep_casts=spec.memory != "min", on_note=on_note))
+        lend(compiled_functions())  # dequantizing in one kernel
+        lend(fast_attention(adapter_device(model)))  # cuDNN's
+        if rules.fused_kernels(spec):
+            lend(fused_kernels(model, on_note))  # Liger's norms, MLPs and rotary embeddings
+        if spec.memory == "min":
+            lend(one_block_at_a_time(model))  # of a sharded base
+        if not spec.packing:
+            lend(one_row_each(on_note))  # no search for packed rows
+        records = rules.records(task, spec) and can_record(model)
+        recomputer = lend(recomputed(model, None, spec.use_reentrant, draws=not records))
+        graphs = lend(graphed(model, on_note)) if records else None
+        yield Loans(fused, recomputer, graphs)
+
+
+# --- how things are lent -------------------------------------------------------------------------
+
+
+@contextmanager
+def restored(owners: Iterable[Any], *names: str) -> Iterator[None]:
+    """Afterwards, each owner's own attributes of these names are what they are now, or gone."""
+    own = [vars(owner) for owner in owners]
+    before = [{name: values[name] for name in names if name in values} for values in own]
     try:
-        # The loss is computed without logits elsewhere, see `add_head_loss`.
-        _apply_liger_kernel_to_instance(base, fused_linear_cross_entropy=False, cross_entropy=False)
-        yield True
+        yield
     finally:
-        definitions.update(before)
-        for module, kept in own.items():
-            for name in _PATCHED:
-                module.__dict__.pop(name, None)
-            module.__dict__.update(kept)
+        for values, was in zip(own, before, strict=True):
+            _put_back(values, was, names)
+
+
+@contextmanager
+def patched(owner: Any, **values: Any) -> Iterator[None]:
+    """Let `owner`, a model or a module of Python, have other attributes for the block."""
+    with restored([owner], *values):
+        vars(owner).update(values)
+        yield
+
+
+def _put_back(own: dict[str, Any], was: dict[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        own.pop(name, None)
+        if name in was:
+            own[name] = was[name]
+
+
+# --- the loans, in their order -------------------------------------------------------------------
+
+
+@contextmanager
+def given_back(model: Any) -> Iterator[None]:
+    """Undo what trainers and unfinished passes leave on a model: forwards, tags, settings, hooks,
+    gradients, modes, kept weights."""
+    from transformers import PreTrainedModel
+
+    from ..adapting.fused import forget_unfinished
+
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    owners = [owner.__dict__ for owner in (model, *parts, *_configs(_base(model)))]
+    before = [dict(own) for own in owners]
+    hooks = {module: set(module._forward_hooks) for module in model.modules()}
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for own, was in zip(owners, before, strict=True):
+            _put_back(own, was, _changed(own, was))
+        # TRL and Trainer each leave one on the embedding. Transformers' own, for routers, go with
+        # the mark above that says that they are there.
+        for module, known in hooks.items():
+            for key in set(module._forward_hooks) - known:
+                del module._forward_hooks[key]
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = None
+        for module, mode in modes.items():
+            module.training = mode
+        forget_unfinished(model)
+
+
+def _configs(base: Any) -> list[Any]:
+    found = [base.config, base.config.get_text_config(), getattr(base, "generation_config", None)]
+    return list({id(config): config for config in found if config is not None}.values())
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def quick_walks(model: Any) -> Iterator[None]:
+    """Trainer calls `train` and `zero_grad` at every step, and each walks through all modules: that
+    takes as long as several layers."""
+    whole, trained = type(model), [p for p in model.parameters() if p.requires_grad]
+
+    def train(mode: bool = True) -> Any:
+        return model if model.training == mode else whole.train(model, mode)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for parameter in trained:
+            parameter.grad = None
+
+    whole.train(model)
+    with patched(model, train=train, zero_grad=zero_grad):
+        yield
+
+
+@contextmanager
+def fast_adapters(model: Any) -> Iterator[None]:
+    """Let float32 adapters on a half-precision base use the tensor cores (TF32).
+
+    TF32 has more mantissa bits than bfloat16 and as many as float16. A float32 base keeps full
+    precision.
+    """
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    if adapter_device(model).type == "cuda" and compute_dtype(model) != torch.float32:
+        matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
+
+
+@contextmanager
+def fused_layers(
+    model: nn.Module, keep_casts: bool = True, on_note: OnNote | None = None
+) -> Iterator[FusedTraining]:
+    """Make the fused layers of `model` ready for training; see `FusedTraining`."""
+    from ..adapting.fused import FusedTraining, not_fused
+
+    if (count := not_fused(model)) and on_note is not None:
+        on_note(
+            f"{count} LoRA layers are PEFT's own, which takes more time and memory than ours:"
+            f" quantadapt.attach makes those, unless {in_words('peft')} does no longer"
+        )
+    training = FusedTraining(model, keep_casts)
+    try:
+        yield training
+    finally:
+        training.end()
 
 
 @contextmanager
@@ -71,34 +231,125 @@ def fast_attention(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def one_row_each() -> Iterator[None]:
+def fused_kernels(model: Any, on_note: OnNote) -> Iterator[bool]:
+    """Lend Liger's fused RMSNorm, SwiGLU and RoPE on CUDA, where liger-kernel is installed and
+    knows the architecture; yield whether it was done.
+
+    Liger patches modules, and the module of Python that defines them.
+    """
+    base = _base(model)
+    lend = _liger(base, on_note)
+    if lend is None:
+        yield False
+        return
+    defined: Any = sys.modules[type(base).__module__]
+    owners = [owner.__dict__ for owner in (defined, *base.modules())]
+    before = [dict(own) for own in owners]
+    changed: list[list[str]] = []
+    try:
+        try:
+            # The loss is computed without logits elsewhere, see `add_head_loss`.
+            lend(base, fused_linear_cross_entropy=False, cross_entropy=False)
+        finally:
+            changed = [_changed(own, was) for own, was in zip(owners, before, strict=True)]
+        if not any(changed[1:]):
+            on_note(f"Liger's kernels are not used: {in_words('liger-kernel')} patched no layer")
+        yield any(changed)
+    finally:
+        for own, was, names in zip(owners, before, changed, strict=True):
+            _put_back(own, was, names)
+
+
+def _liger(base: Any, on_note: OnNote) -> Callable[..., None] | None:
+    """Return what patches `base`, where Liger is here, runs here, and knows this kind of model."""
+    if not _runs_liger(next(base.parameters()).device):
+        return None
+    try:
+        from liger_kernel.transformers.monkey_patch import (
+            MODEL_TYPE_TO_APPLY_LIGER_FN,
+            _apply_liger_kernel_to_instance,
+        )
+    except ImportError as error:
+        on_note(f"Liger's kernels are not used: {in_words('liger-kernel')}: {error}")
+        return None
+    known = getattr(base.config, "model_type", None) in MODEL_TYPE_TO_APPLY_LIGER_FN
+    return _apply_liger_kernel_to_instance if known else None
+
+
+def _runs_liger(device: torch.device) -> bool:
+    return device.type == "cuda" and find_spec("liger_kernel") is not None
+
+
+def _changed(own: dict[str, Any], was: dict[str, Any]) -> list[str]:
+    absent = object()
+    return [n for n in own.keys() | was.keys() if own.get(n, absent) is not was.get(n, absent)]
+
+
+@contextmanager
+def one_block_at_a_time(model: nn.Module) -> Iterator[None]:
+    """Inside, backward gathers a block of a sharded base when it needs it, and not while the one
+    after it computes: slower, with a block less in memory."""
+    blocks: list[Any] = [m for m in model.modules() if PACKED in m._parameters]
+    for block in blocks:
+        block.set_modules_to_backward_prefetch([block])  # itself, which is there already
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.set_modules_to_backward_prefetch([])
+
+
+@contextmanager
+def one_row_each(on_note: OnNote) -> Iterator[None]:
     """Tell transformers that no row of a batch holds several examples: it would look for them at
     every step, and wait for the GPU to tell. Nor does a CUDA graph that is recorded need a mask for
     the case that there are some."""
     from transformers import masking_utils
 
     answers = {"find_packed_sequence_indices": lambda _: None, "is_tracing": lambda *_: False}
-    definitions = vars(masking_utils)
-    before = {name: definitions[name] for name in answers if name in definitions}
-    definitions.update({name: answers[name] for name in before})
-    try:
+    known = {name: answer for name, answer in answers.items() if name in vars(masking_utils)}
+    if missing := answers.keys() - known.keys():
+        on_note(
+            f"each step waits for the GPU once more: {in_words('transformers')} has no"
+            f" masking_utils.{' and no '.join(sorted(missing))}"
+        )
+    with patched(masking_utils, **known):
         yield
-    finally:
-        definitions.update(before)
 
 
-def _known(base: Any) -> bool:
-    """Say whether liger-kernel is here, runs here, and knows this kind of model."""
-    device = next(base.parameters()).device
-    if device.type != "cuda" or find_spec("liger_kernel") is None:
-        return False
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+@contextmanager
+def recomputed(
+    model: nn.Module, setting: Setting | None = None, reentrant: bool = False, draws: bool = True
+) -> Iterator[Recomputer]:
+    """Let layers of `model` be recomputed, by `setting` or as the `Recomputer` is told."""
+    from .recomputing import FLAG, FUNCTION, Recomputer, require_grad
 
-    return getattr(base.config, "model_type", None) in MODEL_TYPE_TO_APPLY_LIGER_FN
+    recomputer = Recomputer(model, reentrant, draws)
+    with ExitStack() as stack:
+        stack.enter_context(restored(recomputer.base.modules(), FLAG, FUNCTION))
+        if reentrant:  # it only records a graph where an input wants one
+            embedding = recomputer.base.get_input_embeddings()
+            stack.callback(embedding.register_forward_hook(require_grad).remove)
+        if setting is not None:
+            recomputer.apply(setting)
+        yield recomputer
 
 
-def _patches(module: Any) -> dict[str, Any]:
-    return {name: module.__dict__[name] for name in _PATCHED if name in module.__dict__}
+@contextmanager
+def graphed(model: Any, on_note: OnNote) -> Iterator[Graphs]:
+    """Let the decoder of `model`, which `can_record`, be recorded, once the `Graphs` that are
+    yielded are started."""
+    from .cuda_graphs import Graphs
+
+    graphs = Graphs(model, on_note)
+    with patched(graphs.decoder, forward=graphs.forward):
+        try:
+            yield graphs
+        finally:
+            graphs.stop()
+
+
+# --- what a trainer gets -------------------------------------------------------------------------
 
 
 def add_head_loss(base: Any) -> bool:
@@ -106,7 +357,8 @@ def add_head_loss(base: Any) -> bool:
 
     It can where a frozen plain head turns the decoder's last hidden states into logits. Takes the
     arguments, and gives the `loss`, of a model that TRL's `add_fused_lm_head` was applied to; and
-    `counted`, the number of labels that count, without which the device is waited for.
+    `counted`, the number of labels that count, without which the device is waited for. `given_back`
+    takes it off again.
     """
     head = Head.of(base)
     if head is None or head.linear.weight.requires_grad:
@@ -146,67 +398,52 @@ def _counting(labels: Tensor, count: int | None) -> Tensor:
 
 
 @contextmanager
-def given_back(model: Any) -> Iterator[None]:
-    """Undo what trainers leave on a model: forwards, hooks, token ids, mode."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    patchable = {id(m): m for m in (model, base)}.values()
-    before = [(m, m.__dict__.get("forward")) for m in patchable]
-    configs = [c for c in (base.config, getattr(base, "generation_config", None)) if c is not None]
-    settings = [dict(config.__dict__) for config in configs]
-    hooks = {module: set(module._forward_hooks) for module in model.modules()}
-    training = model.training
-    try:
+def without_statistics(model: Any) -> Iterator[None]:
+    """Take out again the head that SFTTrainer patches in: it makes statistics at every step. And
+    the loss on routers that it switches on: the model's config says whether there is one."""
+    text = model.config.get_text_config()
+    with restored([model.get_base_model()], "forward"), restored([text], "output_router_logits"):
         yield
-    finally:
-        for module, forward in before:
-            module.__dict__.pop("_original_forward", None)
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.__dict__["forward"] = forward
-        for module, known in hooks.items():  # TRL and Trainer each leave one on the embedding
-            for key in set(module._forward_hooks) - known:
-                del module._forward_hooks[key]
-        for config, values in zip(configs, settings, strict=True):
-            config.__dict__.clear()
-            config.__dict__.update(values)
-        model.train(training)
 
 
-@contextmanager
-def fast_adapters(model: Any) -> Iterator[None]:
-    """Let float32 adapters on a half-precision base use the tensor cores (TF32).
+def clip_what_is_trained(accelerator: Any, trained: list[nn.Parameter]) -> None:
+    """Clip the adapter's gradients without a walk through all modules; several processes average
+    them first, once a step. The accelerator is one trainer's, and goes with it.
 
-    TF32 has more mantissa bits than bfloat16 and as many as float16. A float32 base keeps full
-    precision.
+    That is in place of DistributedDataParallel, so that the model stays what it is: adapters are
+    whole on every process, and a base that is sharded gathers itself.
     """
-    import torch
+    prepare, clip = accelerator.prepare_model, accelerator.clip_grad_norm_
 
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    if adapter_device(model).type == "cuda" and compute_dtype(model) != torch.float32:
-        matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        matmul.allow_tf32 = before
+    def prepared(model: Any, *_: Any, **__: Any) -> Any:
+        return prepare(model, device_placement=False, evaluation_mode=True)
+
+    def clipped(_: Any, *args: Any, **kwargs: Any) -> Any:
+        average_gradients(trained)
+        return clip(trained, *args, **kwargs)
+
+    accelerator.clip_grad_norm_ = clipped
+    accelerator.prepare_model = prepared  # a launcher's single process would be wrapped as well
 
 
 @contextmanager
-def quick_walks(model: Any) -> Iterator[None]:
-    """Trainer calls `train` and `zero_grad` at every step, and each walks through all modules: that
-    takes as long as several layers."""
-    whole, trained = type(model), [p for p in model.parameters() if p.requires_grad]
+def quiet() -> Iterator[None]:
+    """Keep progress bars and advice of the libraries off the screen, and let them send no
+    telemetry; errors, and what makes us slower, still come through."""
+    import datasets
+    from huggingface_hub import constants
+    from transformers.utils import logging
 
-    def train(mode: bool = True) -> Any:
-        return model if model.training == mode else whole.train(model, mode)
-
-    def zero_grad(set_to_none: bool = True) -> None:
-        for parameter in trained:
-            parameter.grad = None
-
-    whole.train(model)
-    model.__dict__.update(train=train, zero_grad=zero_grad)
+    verbosity = logging.get_verbosity()
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings(), patched(constants, HF_HUB_DISABLE_TELEMETRY=True):
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("default", SlowerWarning)
+            yield
     finally:
-        del model.__dict__["train"], model.__dict__["zero_grad"]
+        logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()

@@ -22,6 +22,7 @@ from .progress import Progress
 if TYPE_CHECKING:
     from ..adapting.fused import FusedTraining
     from ..protocols import Task
+    from .expected_calls import ExpectedCalls
     from .memory_fit import MemoryFit
 
 CHECKPOINTS = "checkpoints"
@@ -49,12 +50,10 @@ class TrainingLoop:
     gradient_check: GradientCheck | None = None
     memory_fit: MemoryFit | None = None
     fused: FusedTraining | None = None
+    calls: ExpectedCalls | None = None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: the run folder has its own report."""
-
-    def _send_telemetry(self) -> None:
-        """Send none."""
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Skip the count, which walks through all parameters at every step."""
@@ -137,6 +136,8 @@ class TrainingLoop:
         self.saving_to = partial
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            if self.calls is not None:
+                self.calls.checkpoint_written()
             if self.is_world_process_zero():
                 save_ranks(self.model, partial / name)
             self.accelerator.wait_for_everyone()

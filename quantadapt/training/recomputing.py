@@ -21,7 +21,7 @@ from ..facade import recomputing
 from ..memory.workload import Setting
 
 # what transformers' GradientCheckpointingLayer reads
-_FLAG, _FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
+FLAG, FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
 
 
 class Recomputer:
@@ -38,6 +38,8 @@ class Recomputer:
         self.layers = decoder_layers(self.base)
         self.reentrant, self.draws = reentrant, draws
         self.inputs = CpuInputs()
+        self.calls = 0
+        """How often a layer has asked to be recomputed."""
 
     @property
     def count(self) -> int:
@@ -59,12 +61,12 @@ class Recomputer:
         if not self.layers:
             self._apply_to_all(setting.recomputed_layers > 0, function)
         for index, layer in enumerate(self.layers):
-            setattr(layer, _FLAG, index < setting.recomputed_layers)
-            setattr(layer, _FUNCTION, function)
+            setattr(layer, FLAG, index < setting.recomputed_layers)
+            setattr(layer, FUNCTION, function)
 
     def _apply_to_all(self, on: bool, function: Callable[..., Any]) -> None:
         """A model that checkpoints in loops of its own knows all layers or none."""
-        if not on and not any(getattr(module, _FLAG, False) for module in self.base.modules()):
+        if not on and not any(getattr(module, FLAG, False) for module in self.base.modules()):
             return
         if not getattr(self.base, "supports_gradient_checkpointing", False):
             raise ValueError(f"{type(self.base).__name__} cannot recompute its layers")
@@ -74,38 +76,14 @@ class Recomputer:
         # Keeping weights from the recomputation to the backward is faster, but takes memory.
         contexts = {} if self.reentrant or offload else {"context_fn": _contexts}
         options = {"use_reentrant": self.reentrant, "preserve_rng_state": self.draws, **contexts}
-        function = partial(checkpoint, **options)  # type: ignore[arg-type]
-        return partial(self._offloaded, function) if offload else function
+        return partial(self._recompute, partial(checkpoint, **options), offload)  # type: ignore[arg-type]
 
-    def _offloaded(
-        self, function: Callable[..., Any], layer: Callable[..., Any], hidden: Tensor, *args: Any
+    def _recompute(
+        self, function: Callable[..., Any], offload: bool, layer: Callable[..., Any], *args: Any
     ) -> Any:
-        with self.inputs.saving(hidden):
-            return function(layer, hidden, *args)
-
-
-@contextmanager
-def recomputed(
-    model: nn.Module, setting: Setting | None = None, reentrant: bool = False, draws: bool = True
-) -> Iterator[Recomputer]:
-    """Apply `setting` for the duration of the block; afterwards the model is as it was."""
-    recomputer = Recomputer(model, reentrant, draws)
-    before = [(module, _own(module)) for module in recomputer.base.modules()]
-    hook = None
-    if reentrant:  # it only records a graph where an input wants one
-        embedding = recomputer.base.get_input_embeddings()
-        hook = embedding.register_forward_hook(_require_grad)
-    try:
-        if setting is not None:
-            recomputer.apply(setting)
-        yield recomputer
-    finally:
-        if hook is not None:
-            hook.remove()
-        for module, own in before:
-            for name in (_FLAG, _FUNCTION):
-                module.__dict__.pop(name, None)
-            module.__dict__.update(own)
+        self.calls += 1
+        with self.inputs.saving(args[0]) if offload else nullcontext():
+            return function(layer, *args)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -241,9 +219,6 @@ def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any
     return nullcontext(), recomputing()
 
 
-def _own(module: nn.Module) -> dict[str, Any]:
-    return {name: module.__dict__[name] for name in (_FLAG, _FUNCTION) if name in module.__dict__}
-
-
-def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
+def require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
+    """Make a graph start at `output`; a hook of the embedding."""
     output.requires_grad_(True)

@@ -6,38 +6,25 @@ Nothing of the model is left changed but the adapter's weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapting.adalora import tuner_of
-from ..adapting.fused import FusedTraining, fused_training
-from ..compiling import compiled_functions
 from ..distributed.talking import average_gradients, reduced, share, start
 from ..errors import OutputError, PlanRefused, Problem, TrainingError, did_you_mean
-from ..memory import rules
 from ..memory.workload import OOM_FIX, Setting
 from ..planning.refusals import task_problems
 from ..records import Objective
 from ..registry.discovery import registry
-from ..sharding import one_block_at_a_time
-from .cuda_graphs import can_record, graphed
+from .expected_calls import expect_calls
 from .figures import adapter_device, base_parameters, dequantize_share, peak_memory_gib
-from .lent import (
-    fast_adapters,
-    fast_attention,
-    fused_kernels,
-    given_back,
-    one_row_each,
-    quick_walks,
-)
+from .lent import lent, quiet
 from .loop import CHECKPOINTS, PREFIX, STATE, TrainingLoop
 from .memory_fit import MemoryFit
 from .progress import OnLog, Watcher
-from .recomputing import recomputed
-from .trainer import Setup, make_trainer, quiet
+from .trainer import Setup, make_trainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -82,17 +69,19 @@ def train(
     checkpoint = _checkpoint_to_resume(Path(output), spec)
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
     share(p for p in model.parameters() if p.requires_grad)  # all begin with the same weights
-    with ExitStack() as stack:
-        fused = _lend(stack, model, spec)  # kernels, casts and the like; taken back at the end
+    # kernels, casts and the like; taken back at the end
+    with lent(model, spec, task, on_note or (lambda _: None)) as loans:
         setup = Setup(model, tokenizer, dataset, spec, Path(output), seed)
         trainer = make_trainer(task, setup, on_log)  # task.trainer: trl's SFTTrainer, for one
-        trainer.fused = fused
-        trainer.memory_fit = stack.enter_context(_memory_fit(trainer, model, spec, on_note))
+        trainer.fused = loans.fused
+        trainer.memory_fit = MemoryFit(trainer, loans.recomputer, spec, on_note)
+        trainer.memory_fit.graphs = loans.graphs
+        trainer.calls = expect_calls(trainer, on_note or (lambda _: None))
         _run(trainer, checkpoint)  # Trainer.train, see below
         return _result(trainer, checkpoint)
 
 
-# What transformers' Trainer.train calls of ours, in this order.
+# What transformers' Trainer.train calls of ours, in this order; `expected_calls` sees that it does.
 BEFORE = (
     TrainingLoop._load_from_checkpoint,  # only where a run is resumed
     Watcher.on_train_begin,
@@ -160,24 +149,6 @@ def _check(model: Any, spec: TrainSpec, task: Task) -> None:
         raise PlanRefused(found)
 
 
-def _lend(stack: ExitStack, model: Any, spec: TrainSpec) -> FusedTraining:
-    """Enter all that the model has while it trains, and no longer."""
-    device = adapter_device(model)
-    stack.enter_context(given_back(model))
-    stack.enter_context(quick_walks(model))
-    stack.enter_context(fast_adapters(model))
-    fused = stack.enter_context(fused_training(model, keep_casts=spec.memory != "min"))
-    stack.enter_context(compiled_functions())
-    stack.enter_context(fast_attention(device))
-    if rules.fused_kernels(spec):
-        stack.enter_context(fused_kernels(model))
-    if spec.memory == "min":
-        stack.enter_context(one_block_at_a_time(model))
-    if not spec.packing:
-        stack.enter_context(one_row_each())
-    return fused
-
-
 def _result(trainer: Any, checkpoint: Path | None) -> TrainResult:
     model, device, fit = trainer.model, trainer.memory_fit.device, trainer.memory_fit
     return TrainResult(
@@ -239,6 +210,7 @@ def _run(trainer: Any, checkpoint: Path | None) -> None:
     try:
         with quiet():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.calls.end()
     except torch.OutOfMemoryError as error:
         words = trainer.memory_fit.describe(trainer.memory_fit.setting)
         what = f"the GPU has run out of memory, with {words}"
@@ -279,14 +251,3 @@ def _checkpoint_to_resume(output: Path, spec: TrainSpec) -> Path | None:
 def _step(checkpoint: Path) -> int:
     number = checkpoint.name.removeprefix(PREFIX)
     return int(number) if number.isdigit() else 0
-
-
-@contextmanager
-def _memory_fit(
-    trainer: Any, model: Any, spec: TrainSpec, on_note: Callable[[str], None] | None
-) -> Iterator[MemoryFit]:
-    repeats = rules.records(trainer.task, spec) and can_record(model)
-    with recomputed(model, None, spec.use_reentrant, draws=not repeats) as recomputer:
-        memory_fit = MemoryFit(trainer, recomputer, spec, on_note)
-        with graphed(model, memory_fit.on_note) if repeats else nullcontext() as memory_fit.graphs:
-            yield memory_fit

@@ -6,25 +6,23 @@ otherwise.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapting.adalora import tuner_of
-from ..distributed.talking import average_gradients
+from ..dependencies import moved
 from ..errors import TrainingError
 from ..memory.workload import LENGTH_MULTIPLE
 from .figures import adapter_device, compute_dtype
+from .lent import clip_what_is_trained
 from .loop import CHECKPOINTS, TrainingLoop
 from .progress import OnLog, Progress, Watcher
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from ..protocols import Task
@@ -112,7 +110,7 @@ def make_trainer(task: Task, setup: Setup, on_log: OnLog | None) -> Any:
         fix = "check the keys under train:"
         raise TrainingError(f"the trainer cannot be set up: {error}", fix=fix) from error
     trainer.remove_callback(PrinterCallback)
-    _clip_what_is_trained(trainer.accelerator, [p for p in model.parameters() if p.requires_grad])
+    clip_what_is_trained(trainer.accelerator, [p for p in model.parameters() if p.requires_grad])
     watcher.trainer, trainer.progress = trainer, progress
     trainer.task = task
     if task.logits != "model" and type(trainer).compute_loss is TrainingLoop.compute_loss:
@@ -167,49 +165,12 @@ def _pinned(args: Any, device: torch.device) -> Any:
     GPUs; one of several would otherwise copy its model from "cpu" to "cpu:1"."""
     args.distributed_state.device = device
     args.__dict__["_setup_devices"] = device
+    if args.device != device:
+        what = f"puts the batches on {args.device}, whatever _setup_devices says"
+        raise moved(("transformers",), what, f"the model is on {device}")
     if device.type == "cuda" and args.world_size == 1:
         import torch
 
         args._n_gpu = 1
         torch.cuda.set_device(device)
     return args
-
-
-def _clip_what_is_trained(accelerator: Any, trained: list[nn.Parameter]) -> None:
-    """Clip the adapter's gradients without a walk through all modules; several processes average
-    them first, once a step.
-
-    That is in place of DistributedDataParallel, so that the model stays what it is: adapters are
-    whole on every process, and a base that is sharded gathers itself.
-    """
-    prepare, clip = accelerator.prepare_model, accelerator.clip_grad_norm_
-
-    def prepared(model: Any, *_: Any, **__: Any) -> Any:
-        return prepare(model, device_placement=False, evaluation_mode=True)
-
-    def clipped(_: Any, *args: Any, **kwargs: Any) -> Any:
-        average_gradients(trained)
-        return clip(trained, *args, **kwargs)
-
-    accelerator.clip_grad_norm_ = clipped
-    accelerator.prepare_model = prepared  # a launcher's single process would be wrapped as well
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep progress bars and advice of the libraries off the screen; errors still come through."""
-    import datasets
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    bars = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            datasets.enable_progress_bars()
