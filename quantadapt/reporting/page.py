@@ -127,11 +127,11 @@ def _others(figures: Sequence[Measured]) -> Html:
     rows = []
     for figure in figures:
         above, beside = told_apart(figure.unit)
-        name = ", ".join(filter(None, (figure.name, above)))
+        name = ", ".join(filter(None, (figure.name, above, direction(figure.better))))
         values = [figure.values.get(model) for model in models]
         cells = ["" if value is None else with_unit(value, beside, short) for value in values]
-        rows.append([name, *cells, direction(figure.better)])
-    return numbers_table(["", *models, ""], rows) if models else Html()
+        rows.append([name, *cells])
+    return numbers_table(["", *models], rows) if models else Html()
 
 
 def _loss(run: Run) -> Html:

@@ -53,7 +53,7 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def headline(run: Run) -> str:
-    """Return the run in one line, e.g. `hqq 4-bit x lora: perplexity 41.2 → 3.12 in 48 s`."""
+    """Return the run in one line, e.g. `hqq 4-bit x lora: loss 3.7 → 1.1 in 48 s`."""
     figure = _gain(run)
     if figure is None:
         state = run.marker.get("state")
