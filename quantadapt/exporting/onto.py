@@ -108,10 +108,12 @@ def _merge_onto(
 ) -> dict[str, float]:
     import torch
 
+    from ..adapting.method import config_class
     from ..loading.tensors import Checkpoint
     from .stored import open_stored
 
     checkpoint = Checkpoint(base)
+    config_class(registry().adapter(manifest["adapter"]))  # PEFT may not know the method yet
     tuned = _attached(base, adapter, device)
     with atomic_folder(final, overwrite=overwrite, needed=checkpoint.size) as folder:
         found: dict[str, float] = {"layers": _write_shards(tuned, checkpoint, folder)}
