@@ -10,6 +10,7 @@ Neither torch nor a vendor is imported.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
@@ -50,6 +51,7 @@ def pages() -> dict[Path, str]:
         "exports.md": exports_page(known),
         "objectives.md": objectives_page(known),
         "hooks.md": hooks_page(),
+        "backend-api.md": backend_api_page(),
         "cli.md": cli_page(),
         "errors.md": errors_page(),
     }
@@ -214,7 +216,8 @@ def adapters_page(known: registry.Registry) -> str:
         "# Adapters",
         "An adapter is a PEFT method under a short name. Its options are the fields of PEFT's own "
         "config class, under PEFT's names: `adapter: {name: lora, r: 8}`. "
-        "`quantadapt adapters show lora` lists them all, with types and defaults.",
+        "`quantadapt adapters show lora` lists them all, with types and defaults. Plugins bring "
+        "methods that PEFT does not ship: [Write an adapter](../how-to/write-an-adapter.md).",
         "Columns: *defaults* are those that differ from PEFT's own. *Start* says what attaching "
         "does to the outputs before any training. *Merge* is the most that the adapter allows: "
         "requantize (into dense weights, or quantized again), dense, or never. A combination "
@@ -379,6 +382,100 @@ def hooks_page() -> str:
     for record in (*records.KINDS.values(), *shown, Rule):
         parts += [f"### {record.__name__}", *_docstring(record.__doc__ or "")]
     return "\n\n".join(parts)
+
+
+BACKEND_API: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "What a backend implements": (
+        (
+            "protocols",
+            ("Quantizer", "LayerwiseQuantizer", "AdapterTarget", "LayerwiseTarget"),
+        ),
+    ),
+    "What calibration hands over": (
+        ("calibration.walk", ("LayerInputs", "walk_blocks")),
+        ("calibration.blocks", ("each_block", "Block")),
+        ("calibration.recording", ("Pass",)),
+    ),
+    "What helps": (
+        ("loading.reading", ("from_pretrained", "load_native")),
+        ("model.modules", ("linear_layers", "skipped_modules", "set_submodule")),
+        ("layerwise", ("save_layerwise",)),
+        ("compiling", ("one_kernel",)),
+        ("probe", ("dequantize_by_probe",)),
+    ),
+}
+"""Title -> module, and the classes and functions of it that authors of backends use."""
+IMPORTED_FROM = {"calibration.*": "calibration", "loading.*": "loading", "model.modules": "loading"}
+"""Modules whose names are imported from a package, which is what authors write."""
+
+
+def backend_api_page() -> str:
+    """Return the signatures of what a backend implements and is handed, read from the source."""
+    parts = [
+        "# The Python API of a backend",
+        "What a backend implements, what it is handed, and what helps. "
+        "[What a backend can declare](../how-to/write-a-backend.md) says when to use which; "
+        "`quantadapt plugin new` writes backends that use it: one that takes a layer at a time, "
+        "one that calibrates (`--calibrated`), and one that rounds activations (`--activations`).",
+    ]
+    for title, modules in BACKEND_API.items():
+        parts.append(f"## {title}")
+        for module, names in modules:
+            file = ROOT / "quantadapt" / f"{module.replace('.', '/')}.py"
+            nodes = ast.parse(file.read_text(encoding="utf-8")).body
+            found = {getattr(node, "name", ""): node for node in nodes}
+            for name in names:
+                parts += _described(found[name], f"quantadapt.{_imported_from(module)}")
+    return "\n\n".join(parts)
+
+
+def _imported_from(module: str) -> str:
+    package = module.partition(".")[0]
+    return IMPORTED_FROM.get(module) or IMPORTED_FROM.get(f"{package}.*") or module
+
+
+def _described(node: Any, module: str) -> list[str]:
+    """Return a function, or a class with its methods, from its syntax tree."""
+    text = _docstring(ast.get_docstring(node) or "")
+    if isinstance(node, ast.FunctionDef):
+        return [f"### {node.name}", f"In `{module}`.", _signature(node), *text]
+    parts = [f"### {node.name}", f"In `{module}`.", *text]
+    for field, meaning in zip(node.body, node.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(meaning, ast.Expr):
+            parts.append(
+                f"- {_code(ast.unparse(field))}: {_prose(ast.literal_eval(meaning.value))}"
+            )
+    methods = [m for m in node.body if isinstance(m, ast.FunctionDef) and m.name[0] != "_"]
+    for method in methods:
+        if text := _docstring(ast.get_docstring(method) or ""):
+            parts += [f"#### {node.name}.{method.name}", _signature(method), *text]
+    if done := [_code(m.name) for m in methods if not ast.get_docstring(m)]:
+        parts.append(f"It does {', '.join(done)} for you.")
+    return parts
+
+
+def _signature(node: ast.FunctionDef) -> str:
+    """Return a definition without its body, an argument a line where it is long."""
+    marks = [f"@{ast.unparse(mark)}" for mark in node.decorator_list]
+    kept = [mark for mark in marks if mark in ("@property", "@classmethod", "@abstractmethod")]
+    arguments, returns = _arguments(node.args), ast.unparse(node.returns or ast.Constant(None))
+    line = f"def {node.name}({', '.join(arguments)}) -> {returns}: ..."
+    if len(line) > 90:
+        listed = "".join(f"    {argument},\n" for argument in arguments)
+        line = f"def {node.name}(\n{listed}) -> {returns}: ..."
+    return _fence("\n".join([*kept, line]), "python")
+
+
+def _arguments(arguments: ast.arguments) -> list[str]:
+    """Return arguments as they are written, each by itself."""
+    depth, found = 0, [""]
+    for letter in ast.unparse(arguments).replace("'", '"'):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += " = " if letter == "=" and depth == 0 else letter
+    return [text.strip() for text in found]
 
 
 def cli_page() -> str:
@@ -571,7 +668,7 @@ def _prose(text: str) -> str:
 def _docstring(text: str) -> list[str]:
     """Return a docstring as Markdown paragraphs: indented code fenced, arguments listed."""
     blocks: list[str] = []
-    for block in inspect.cleandoc(text).split("\n\n"):
+    for block in inspect.cleandoc(text).split("\n\n") if text else ():
         lines = block.splitlines()
         if all(line.startswith("    ") for line in lines):
             code = "\n".join(line[4:] for line in lines)

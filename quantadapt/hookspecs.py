@@ -53,8 +53,8 @@ def quantadapt_backends() -> Iterable[Backend]:  # type: ignore[empty-body]
 def quantadapt_adapters() -> Iterable[Adapter]:  # type: ignore[empty-body]
     """Return the adapters that this plugin provides.
 
-    Called once, when the plugin is loaded. An adapter is a PEFT method with defaults of its own;
-    what is no PEFT method cannot be one.
+    Called once, when the plugin is loaded. An adapter is a method of PEFT with defaults of its
+    own, as here, or a method of the plugin's: [Write an adapter](../how-to/write-an-adapter.md).
 
         from quantadapt import Adapter, hookimpl
 

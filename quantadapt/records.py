@@ -58,27 +58,39 @@ class Backend:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT method, under the name that users write after `--adapter`.
+    """A method of PEFT, or one of the plugin's own, under the name that users write after
+    `--adapter`.
 
     Attributes:
         name: e.g. "lora".
         summary: one line for lists.
-        peft_type: PEFT's name of the method, e.g. "LORA".
-        defaults: options that differ from PEFT's own defaults.
+        peft_type: PEFT's name of the method, e.g. "LORA". A method that PEFT does not ship gets it
+            from here: by default `name` in capitals.
+        defaults: options that differ from the defaults of the method's config.
         merge: the most that may become of it at merge time.
         start: what attaching it does to the outputs before any training.
         requires: distributions it needs beside PEFT, as requirement strings.
         rules: combinations that are refused.
+        config: where the options of a method that PEFT does not ship are, as "module:Class": a
+            dataclass that derives from `peft.PeftConfig` and has `target_modules`.
+        method: where such a method is, as "module:Class": a subclass of PEFT's `BaseTuner`. Both
+            are imported when the adapter is attached or loaded, not before.
     """
 
     name: str
     summary: str
-    peft_type: str
+    peft_type: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     merge: Merge = Merge.REQUANTIZE
     start: Start = Start.ZERO
     requires: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
+    config: str = ""
+    method: str = ""
+
+    def __post_init__(self) -> None:
+        if self.method and not self.peft_type:
+            object.__setattr__(self, "peft_type", self.name.upper().replace("-", "_"))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The conformance suite can fail: a backend that lies is caught, each lie by the right test."""
 
 import json
+import re
 import subprocess
 import sys
 from functools import cached_property
@@ -212,6 +213,41 @@ class ForgetsTheScales(Absmax):
         return 7.5
 
 
+class FewSteps(Absmax):
+    """Few steps in groups of 16, at scales of least squares, in int8 all the same."""
+
+    bits: int = 3
+    rescaled: bool = False
+
+    def quantize_linear(self, linear):
+        module, steps = AbsmaxLinear(linear), 2 ** (self.bits - 1) - 1
+        weight = linear.weight.detach().unflatten(1, (-1, 16))
+        codes = (steps * weight / weight.abs().amax(2, keepdim=True)).round()
+        scale = (weight * codes).sum(2, keepdim=True) / (codes * codes).sum(2, keepdim=True)
+        if self.rescaled:  # as the suite's sentence says
+            values = codes * scale
+            scale *= (weight * weight).sum(2, keepdim=True) / (weight * values).sum(2, keepdim=True)
+        module.codes = codes.flatten(1).to(torch.int8)
+        module.scale = scale.expand_as(codes).flatten(1).contiguous()
+        return module
+
+
+class SaysEightBits(FewSteps):
+    """Of its three."""
+
+    bits: int = 8
+
+    def quantize_linear(self, linear):
+        return FewSteps(bits=3, rescaled=True).quantize_linear(linear)
+
+
+class CountsFourBits(Absmax):
+    bits: int = 4
+
+    def bits_per_weight(self, in_features, out_features, *, device, dtype):
+        return self.bits + 32 / in_features
+
+
 class AdoptsAll(Absmax):
     @classmethod
     def from_checkpoint(cls, quantization_config):
@@ -373,8 +409,50 @@ def test_a_lie_is_caught(make, lie):
     adapters = ("lora", "vera") if "refusal" in lie else ("lora",)
     options = {"rounds": 2} if "option" in lie else {}
     suite, bench = make(plugin, adapters=adapters, options=options)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError) as caught:
         run(suite, bench, name)
+    said = str(caught.value).splitlines()[0]  # what is wrong, and what to do
+    assert not said.startswith("assert ")
+    assert re.search(r"[.?:] [`A-Z]", said), said
+
+
+# What a sentence says to do --------------------------------------------------------------------
+
+CLOSE = "test_dequantized_is_close_to_the_original"
+
+
+def test_a_scale_of_least_squares_is_told_how_to_become_right(make):
+    suite, bench = make(Plugin(FewSteps))
+    words = r"too small or too large.*by 0\.\d+, and 0\.01 is allowed\. A scale fitted by least "
+    words += r"squares shrinks weights .* Multiply it by \(w \* w\)\.sum\(\) / \(w \* v\)\.sum\(\)"
+    with pytest.raises(AssertionError, match=words):
+        run(suite, bench, CLOSE)
+    suite, bench = make(Plugin(FewSteps), options={"rescaled": True})
+    run(suite, bench, CLOSE)
+
+
+def test_a_bits_option_that_is_not_the_precision_is_told_how_to_declare_it(make):
+    suite, bench = make(Plugin(SaysEightBits))
+    words = r"Tolerances are those of 8 bits, which the option `bits` says; the layers store \d+.* "
+    words += r"set `bits` in the class of the suite"
+    with pytest.raises(AssertionError, match=words):
+        run(suite, bench, CLOSE)
+    suite, bench = make(Plugin(SaysEightBits), bits=3)
+    run(suite, bench, CLOSE)
+
+
+def test_bits_that_the_stored_size_contradicts_are_told_how_to_be_counted(make):
+    suite, bench = make(Plugin(CountsFourBits))
+    words = (
+        r"declares 4\.\d+ bits, a layer stores 8\.\d+\. Count .*4 bits in an int8 take 8, whatever "
+    )
+    with pytest.raises(AssertionError, match=words):
+        run(suite, bench, "test_bits_per_weight_are_those_of_a_layer")
+
+
+def test_an_adapter_that_hardly_moves_is_trained_at_a_higher_rate(make):
+    suite, bench = make(adapters=("vera",))
+    suite.test_loss_falls(bench, "vera")
 
 
 def test_a_wrong_shape_is_caught_by_the_core(make):

@@ -240,6 +240,53 @@ def test_the_tutorial_quotes_its_plugin(quote: str) -> None:
     assert any(part in text for text in texts for part in wanted)
 
 
+HOW_TO = DOCS / "how-to" / "write-an-adapter.md"
+QUOTED = [block for block in blocks(HOW_TO, "python") if "from_pretrained" not in block]
+
+
+@pytest.mark.parametrize("quote", QUOTED, ids=lambda quote: quote.split("(")[0])
+def test_the_page_on_adapters_quotes_what_plugin_new_writes(quote: str) -> None:
+    wanted = (quote, textwrap.indent(quote, "    "))
+    texts = scaffold.contents("rescale", "adapter").values()
+    assert any(part in text for text in texts for part in wanted)
+
+
+def test_the_page_on_adapters_names_every_file() -> None:
+    assert len(QUOTED) == 6
+    text = HOW_TO.read_text(encoding="utf-8")
+    for path in scaffold.contents("rescale", "adapter"):
+        assert f"`{path}`" in text, path
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        *(("protocols", f"Quantizer.{method}") for method in ("quantize", "save", "load")),
+        *(("protocols", f"LayerwiseQuantizer.{n}_linear") for n in ("quantize", "load")),
+        *(("protocols", f"AdapterTarget.{n}") for n in ("matches", "dequantize", "requantize")),
+        *(("calibration", name) for name in ("LayerInputs", "walk_blocks", "each_block")),
+    ],
+)
+def test_what_a_backend_implements_and_is_handed_is_in_the_reference(module, name) -> None:
+    page = (DOCS / "reference" / "backend-api.md").read_text(encoding="utf-8")
+    _, found, section = page.partition(f"# {name}\n")
+    assert found
+    section = re.split(r"^#+ ", section, flags=re.MULTILINE)[0]
+    real: Any = importlib.import_module(f"quantadapt.{module}")
+    for part in name.split("."):
+        real = getattr(real, part)
+    for argument in inspect.signature(real).parameters:
+        assert re.search(rf"\b{argument}\b", section), argument
+
+
+def test_names_of_the_reference_can_be_imported_from_where_it_says() -> None:
+    page = (DOCS / "reference" / "backend-api.md").read_text(encoding="utf-8")
+    found = re.findall(r"^### (\w+)\n\nIn `([\w.]+)`\.$", page, re.MULTILINE)
+    assert len(found) > 12
+    for name, module in found:
+        assert hasattr(importlib.import_module(module), name), name
+
+
 def test_the_tutorial_names_every_file_of_its_plugin() -> None:
     text = (DOCS / "tutorial" / "write-a-backend.md").read_text(encoding="utf-8")
     for path in scaffold.contents("absmax"):

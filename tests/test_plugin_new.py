@@ -8,13 +8,16 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import yaml
+from installing import installed
 
-from quantadapt import __version__, cli, scaffold
+from quantadapt import Adapter, Backend, __version__, cli, scaffold
 from quantadapt.registry import registry
+from quantadapt.scaffold import Kind
 
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIAL = ROOT / "docs" / "tutorial" / "quantadapt-absmax"
@@ -37,29 +40,10 @@ def new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Call:
 
 
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
-    """Return a function that puts a distribution on the path, as an installer would."""
-
-    def install(folder: Path) -> None:
-        project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
-        info = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-        info.mkdir()
-        metadata = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0.1.0\n"
-        (info / "METADATA").write_text(metadata)
-        points = project["entry-points"]["quantadapt"]
-        lines = [f"{name} = {module}" for name, module in points.items()]
-        (info / "entry_points.txt").write_text("\n".join(["[quantadapt]", *lines, ""]))
-        monkeypatch.syspath_prepend(str(tmp_path))
-        monkeypatch.syspath_prepend(str(folder / "src"))
-        registry.cache_clear()
-
-    monkeypatch.delenv("QUANTADAPT_PLUGINS", raising=False)
-    loaded = set(sys.modules)
-    yield install
-    registry.cache_clear()
-    for name in set(sys.modules) - loaded:
-        if name.startswith(("quantadapt_demo8", "test_demo8")):
-            del sys.modules[name]
+def install(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
+    """Return a function that installs a distribution until the test is over."""
+    with ExitStack() as undo:
+        yield lambda folder: undo.enter_context(installed(folder, tmp_path))
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -92,14 +76,8 @@ def test_the_tutorials_plugin_is_what_it_writes() -> None:
         assert found[path] == text, path
 
 
-def test_the_plugin_passes_the_conformance_suite(new, installed, tmp_path, capsys) -> None:
-    """A selection; .ci/run passes all of it on the tutorial's, which is the same."""
-    new("demo8", "--output", "kit/demo8")
-    folder = tmp_path / "kit" / "demo8"
-    installed(folder)
-    provenance = registry().provenance(registry().backend("demo8"))
-    assert str(provenance) == "demo8 (quantadapt-demo8 0.1.0)"
-    wanted = "(lora or original or forward or biases or save or live) and not adalora"
+def suite_passes(folder: Path, wanted: str, capsys) -> int:
+    """Run a plugin's own tests and return how many there were."""
     arguments = [str(folder / "tests"), f"--rootdir={folder}", "-q", "-k", wanted]
     quiet = [f"-pno:{name}" for name in ("cacheprovider", "timeout", "faulthandler", "xdist")]
     code = pytest.main([*arguments, *quiet, "-Wignore", "-c", str(folder / "pyproject.toml")])
@@ -107,17 +85,81 @@ def test_the_plugin_passes_the_conformance_suite(new, installed, tmp_path, capsy
     assert code == 0, output
     passed = re.search(r"(\d+) passed", output)
     assert passed
-    assert int(passed[1]) > 25
+    return int(passed[1])
 
 
-def test_a_layer_that_does_not_fit_is_named(new, installed, tmp_path) -> None:
+LAYERS = "original or forward or biases or live or requantizing or bits_per"
+KINDS: dict[Kind, tuple[str, int]] = {
+    "backend": ("(lora or original or forward or biases or save or live) and not adalora", 25),
+    "calibrated": (f"(lora or {LAYERS}) and not InLargerGroups and not adalora", 25),
+    "activations": (f"(lora or {LAYERS}) and not adalora", 25),
+    "adapter": ("OnFourBits", 20),
+}
+"""Kind of plugin -> which of its tests to run here, and how many those are at least. `.ci/run` runs
+all of them on the tutorial's, which is a backend."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plugin_passes_the_conformance_suite(kind, new, install, tmp_path, capsys) -> None:
+    name = f"demo-{kind}"
+    flags = () if kind == "backend" else (f"--{kind}",)
+    assert new(name, "--output", "kit/demo", *flags)[0] == 0
+    folder = tmp_path / "kit" / "demo"
+    install(folder)
+    record = registry().record(Adapter if kind == "adapter" else Backend, name)
+    assert str(registry().provenance(record)) == f"{name} (quantadapt-{name} 0.1.0)"
+    wanted, least = KINDS[kind]
+    assert suite_passes(folder, wanted, capsys) > least
+
+
+def test_calibration_makes_the_outputs_better(new, install, tmp_path) -> None:
+    """The scaffold's scales change outputs less than those that look at the weights alone."""
+    import torch
+
+    new("demo4", "--calibrated")
+    install(tmp_path / "quantadapt-demo4")
+    from quantadapt_demo4.layer import Demo4Linear
+
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 32)
+    linear.weight.data.normal_()
+    x = torch.randn(256, 64) * torch.linspace(0.05, 3, 64)
+    plain = Demo4Linear.from_linear(linear, 32)
+    shown = Demo4Linear.from_linear(linear, 32, x.t() @ x)
+    expected = linear(x).double()
+    errors = [(layer(x).double() - expected).norm(dim=0) for layer in (shown, plain)]
+    assert (errors[0] <= errors[1] * (1 + 1e-5)).all()  # row by row
+    assert errors[0].norm() < 0.99 * errors[1].norm()
+    again = Demo4Linear(shown.codes, shown.scale, shown.bias)
+    assert torch.equal(again(x), shown(x))
+    assert shown.codes.numel() == linear.weight.numel() // 2
+
+
+def test_activations_are_rounded_to_the_nearest_of_127_steps(new, install, tmp_path) -> None:
+    import torch
+
+    new("demo88", "--activations")
+    install(tmp_path / "quantadapt-demo88")
+    from quantadapt_demo88.layer import Demo88Linear
+
+    linear = torch.nn.Linear(64, 32)
+    layer, x = Demo88Linear.from_linear(linear), torch.randn(3, 7, 64)
+    x[0, 0] = 0
+    step = x.double().abs().amax(dim=-1, keepdim=True) / 127
+    near = torch.where(step > 0, (x / step).round() * step, 0.0)
+    expected = near @ layer.dequantize().double().t() + linear.bias.double()
+    assert (layer(x) - expected).norm() / expected.norm() < 1e-6
+    assert (layer(x) - linear(x)).norm() / linear(x).norm() < 0.02
+
+
+def test_a_layer_that_does_not_fit_is_named(new, install, tmp_path) -> None:
     import torch
 
     import quantadapt as qa
     from quantadapt.errors import PlanRefused
 
     new("demo8")
-    installed(tmp_path / "quantadapt-demo8")
+    install(tmp_path / "quantadapt-demo8")
     quantizer = registry().backend("demo8").quantizer(group_size=64)
     assert quantizer.misfit(128, 3) is None
     assert quantizer.misfit(100, 3) == "64 does not divide its 100 inputs"
@@ -127,11 +169,11 @@ def test_a_layer_that_does_not_fit_is_named(new, installed, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_the_layer_survives_zeros_and_low_precision(new, installed, tmp_path, dtype: str) -> None:
+def test_the_layer_survives_zeros_and_low_precision(new, install, tmp_path, dtype: str) -> None:
     import torch
 
     new("demo8")
-    installed(tmp_path / "quantadapt-demo8")
+    install(tmp_path / "quantadapt-demo8")
     from quantadapt_demo8.layer import Demo8Linear
 
     linear = torch.nn.Linear(32, 3, dtype=getattr(torch, dtype))
@@ -144,12 +186,12 @@ def test_the_layer_survives_zeros_and_low_precision(new, installed, tmp_path, dt
     assert layer(torch.zeros(2, 32, dtype=linear.weight.dtype)).dtype == linear.weight.dtype
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_file_is_sound_whatever_the_name(name: str) -> None:
-    files = scaffold.contents(name)
+def test_every_file_is_sound_whatever_the_name(name: str, kind: Kind) -> None:
+    files = scaffold.contents(name, kind)
     module = name.replace("-", "_")
-    assert not any("@" in re.sub(r"@(hookimpl|property|classmethod|cached_property|v\d)", "", text)
-                   for text in files.values())  # fmt: skip
+    assert not any(re.search(r"@\w+@", text) for text in files.values())
     project = tomllib.loads(files["pyproject.toml"])["project"]
     assert project["name"] == f"quantadapt-{name}"
     assert project["entry-points"]["quantadapt"] == {name: f"quantadapt_{module}"}
@@ -168,9 +210,10 @@ def shadowed(module: ast.Module) -> set[str]:
     return imported & {n.name for n in module.body if isinstance(n, ast.ClassDef)}
 
 
-def test_importing_the_plugin_loads_no_torch(new: Call) -> None:
-    new("demo8")
-    code = "import sys, quantadapt_demo8; assert 'torch' not in sys.modules"
+@pytest.mark.parametrize("kind", KINDS)
+def test_importing_the_plugin_loads_no_torch(new: Call, kind: Kind) -> None:
+    new("demo8", *(() if kind == "backend" else (f"--{kind}",)))
+    code = "import sys, quantadapt_demo8; assert not {'torch', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd="quantadapt-demo8/src", check=True)
 
 
@@ -203,10 +246,17 @@ def test_it_loads_nothing_heavy(new: Call, tmp_path: Path) -> None:
         ("bnb", "the name 'bnb' is taken by bnb (quantadapt"),
         ("builtin", "the name 'builtin' is taken by builtin"),
         ("layerwise", "fix: choose another name"),
+        ("--adapter Demo8", "is no name for an adapter: that is lower-case letters"),
+        ("--adapter dora", "the name 'dora' is taken by builtin"),
+        ("--adapter xlora", "the name 'xlora' is taken by a method of PEFT"),
+        ("--adapter prefix-tuning", "the name 'prefix-tuning' is taken by a method of PEFT"),
+        ("--adapter peft", "fix: choose another name"),
+        ("--adapter --calibrated demo8", "--adapter and --calibrated are two plugins"),
     ],
 )
 def test_a_bad_name_is_refused(new: Call, tmp_path: Path, name: str, words: str) -> None:
-    code, _, err = new("--", name)
+    *flags, name = name.split(" ") if name.startswith("--") else [name]
+    code, _, err = new(*flags, "--", name)
     assert code == 2
     assert words in err
     assert not list(tmp_path.iterdir())

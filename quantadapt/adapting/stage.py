@@ -73,8 +73,7 @@ def _refuse_second(model: nn.Module) -> None:
 
 def peft_config(model: nn.Module, adapter: Adapter, options: Mapping[str, Any]) -> PeftConfig:
     """Return the PEFT config for `adapter` with `target_modules` resolved against `model`."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    from peft.utils import PeftType
+    from .method import made_config
 
     values = {**adapter.defaults, **options}
     values["target_modules"] = resolve_targets(model, values.get("target_modules"))
@@ -82,12 +81,10 @@ def peft_config(model: nn.Module, adapter: Adapter, options: Mapping[str, Any]) 
     if adapter.peft_type == "ADALORA":
         # The real count is set when training starts; PEFT only wants it to be positive here.
         values.setdefault("total_step", 10_000)
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter.peft_type)]
     try:
-        config: PeftConfig = config_class(**values)
+        return made_config(adapter, values)
     except (ValueError, TypeError, ImportError) as error:
         raise PlanRefused([Problem(f"PEFT refuses it: {error}", where="adapter")]) from error
-    return config
 
 
 def resolve_targets(model: nn.Module, wanted: str | Iterable[str] | None) -> list[str] | str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..model.modules import decoder_blocks
 from .blocks import Block, each_block
-from .recording import first
+from .recording import Pass, first
 from .walk import LayerInputs, walk_blocks
 
-__all__ = ["Block", "LayerInputs", "decoder_blocks", "each_block", "first", "walk_blocks"]
+__all__ = ["Block", "LayerInputs", "Pass", "decoder_blocks", "each_block", "first", "walk_blocks"]

@@ -175,6 +175,7 @@ def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
 
     return _facts(adapter) | {
         "peft_type": adapter.peft_type,
+        "method": adapter.method,
         "merge": adapter.merge.name.lower(),
         "start": str(adapter.start),
         "options": [
@@ -184,14 +185,14 @@ def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
                 "default": adapter.defaults.get(option.name, option.default),
                 "description": option.help,
             }
-            for option in peft_options(adapter.peft_type).values()
+            for option in peft_options(adapter).values()
         ],
     }
 
 
 def _adapter_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
-        ("PEFT method", facts["peft_type"]),
+        ("method", facts["method"] or f"PEFT's {facts['peft_type']}"),
         ("start", _START[facts["start"]]),
         ("merge", _merge_words(facts)),
     ]

@@ -129,7 +129,7 @@ def merged_layer(layer: Any, kind: str) -> nn.Module:
     result = copy.deepcopy(facade)
     result.requantize(dense.weight)
     if dense.bias is not None:
-        result.bias = dense.bias
+        result.bias.data = dense.bias.data  # whether the vendor keeps a parameter or a tensor
     return result
 
 

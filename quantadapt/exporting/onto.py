@@ -68,9 +68,11 @@ class OntoBase(Exporter):
     def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
         import torch
 
+        from ..adapting.method import config_class
         from ..loading.tensors import Checkpoint
         from .stored import open_stored
 
+        config_class(registry().adapter(tuned.manifest["adapter"]))  # PEFT may not know it yet
         base, device = os.path.expanduser(self.base), tuned.device
         device = this_machine().default_device if device == "auto" else device
         data = tuned.held_out if self.check else None

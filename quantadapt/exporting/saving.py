@@ -156,12 +156,15 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> PeftModel:
-    from peft import LoraConfig, PeftConfig, PeftModel
+    from peft import LoraConfig, PeftModel
 
     from ..adapting.fused import use_fused_layers
+    from ..adapting.method import config_class
     from ..facade import facades
 
     manifest = read_manifest(folder)
+    adapter = registry().adapter(manifest["adapter"])
+    config: Any = config_class(adapter).from_pretrained(str(folder))
     if base is None and (folder.parent / BASE / MANIFEST).exists():
         model = load_base(folder.parent / BASE, device)
     elif base is None or isinstance(base, str):
@@ -178,7 +181,6 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
         model = base
     state = state_of(model)
     _warn_other_base(state, manifest)
-    config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
     if isinstance(config, LoraConfig):
         use_fused_layers(config)
@@ -194,7 +196,7 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
         )
     # PiSSA starts again from the base as it was, and so rewrites it again.
     state.rewritten |= any(id(facade.vendor) not in before for _, facade in facades(peft_model))
-    state.adapter = registry().adapter(manifest["adapter"])
+    state.adapter = adapter
     state.adapter_options = dict(manifest["adapter_options"])
     return peft_model
 

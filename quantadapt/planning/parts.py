@@ -26,7 +26,7 @@ from ..records import Adapter, Backend, Evaluation, Objective, R, Record, kind_o
 from ..registry.discovery import Registry
 from ..spec import Named, Spec, read_yaml, wrong_value
 from .on_disk import check_model, has_config_alone, quantization_in
-from .peft_options import peft_options
+from .peft_options import method_problems, peft_options
 from .processes import device_problems
 
 Made = TypeVar("Made", bound=BaseModel)
@@ -183,6 +183,8 @@ def adapter_options(draft: Draft, adapter: Adapter | None) -> dict[str, Any]:
     """Return the adapter's options: its defaults, and what the spec says and can be used."""
     if adapter is None:
         return {}
+    if not missing_requirements(adapter):
+        draft.problems += method_problems(adapter)
     options = dict(adapter.defaults)
     for name, value in draft.spec.adapter.options.items():
         if problem := _adapter_option_problem(adapter, name, value):
@@ -197,7 +199,7 @@ _USUAL_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
 
 
 def _adapter_option_problem(adapter: Adapter, name: str, value: Any) -> Problem | None:
-    where, known = f"adapter.{name}", peft_options(adapter.peft_type)
+    where, known = f"adapter.{name}", peft_options(adapter)
     if name not in known:
         what = f"adapter {adapter.name!r} has no option {name!r}"
         return Problem(what, did_you_mean(_USUAL_NAMES.get(name, name), known), where)

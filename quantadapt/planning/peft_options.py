@@ -1,7 +1,8 @@
-"""The options of PEFT's config classes, read from their source.
+"""The options of adapters: the fields of their config classes, read from the source.
 
 Importing peft takes seconds; a plan, a help text and a JSON schema only need the names, defaults
-and descriptions of dataclass fields. Those are read from the installed package with `ast`.
+and descriptions of dataclass fields. Those are read with `ast` from the installed package, PEFT or
+that of a plugin.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from ..errors import Problem
+from ..records import Adapter
 
 _SCALARS: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -59,41 +63,116 @@ def _scalar_types(annotation: str) -> tuple[type, ...] | None:
     return tuple(types)
 
 
+def peft_options(adapter: Adapter) -> dict[str, Option]:
+    """Return name -> Option of the adapter's config class; empty if it cannot be found."""
+    return _options(*_place(adapter))
+
+
+def method_problems(adapter: Adapter) -> list[Problem]:
+    """Return why PEFT could not make anything of the adapter's record; empty if it can."""
+    known = shipped(adapter.peft_type)
+    if not adapter.method:
+        what = f"the installed PEFT has no method {adapter.peft_type}"
+        return [] if known else [Problem(what, "pip install --upgrade peft", where="adapter")]
+    found: list[tuple[str, str]] = []
+    if known:
+        found.append((f"PEFT has a method {adapter.peft_type} itself", "give it another peft_type"))
+    for field in ("config", "method"):
+        module, _, name = getattr(adapter, field).partition(":")
+        if _class(module, name) is None:
+            what = f"its {field}, {module}:{name}, cannot be found or read"
+            found.append((what, "name the module and the class as they are imported"))
+        elif field == "config" and "target_modules" not in peft_options(adapter):
+            fix = "add a field: target_modules: list[str] | str | None = None"
+            found.append((f"its config, {module}:{name}, has no target_modules", fix))
+    return [Problem(f"adapter {adapter.name!r}: {what}", fix, "adapter") for what, fix in found]
+
+
+def _place(adapter: Adapter) -> tuple[str, str]:
+    """Return module and name of the adapter's config class."""
+    module, _, name = adapter.config.partition(":")
+    return (module, name) if adapter.method else ("peft", shipped(adapter.peft_type))
+
+
 @cache
-def peft_options(peft_type: str) -> dict[str, Option]:
-    """Return name -> Option of the PEFT method `peft_type`, e.g. "LORA"; empty if unknown."""
-    classes = _config_classes()
-    name = _class_name(peft_type, classes)
-    found: dict[str, Option] = {}
-    for node in _lineage(name, classes):
-        found |= {option.name: option for option in _fields(node)}
-    return {n: option for n, option in found.items() if n not in _INTERNAL}
-
-
-def _class_name(peft_type: str, classes: dict[str, ast.ClassDef]) -> str:
+def shipped(peft_type: str) -> str:
+    """Return what PEFT calls the config class of one of its own methods; "" if it has none."""
     wanted = f"{peft_type}config".replace("_", "").lower()
-    return next((name for name in classes if name.lower() == wanted), "")
+    module = _module("peft")
+    names = _imports(module) if module else ()
+    return next((name for name in names if name.lower() == wanted), "")
 
 
 @cache
-def _config_classes() -> dict[str, ast.ClassDef]:
-    spec = find_spec("peft")
-    if spec is None or not spec.submodule_search_locations:
-        return {}
-    root = Path(spec.submodule_search_locations[0])
-    files = [root / "config.py", *sorted((root / "tuners").rglob("config.py"))]
-    files.append(root / "tuners" / "lycoris_utils.py")
-    trees = [ast.parse(f.read_text(encoding="utf-8")) for f in files if f.exists()]
-    nodes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
-    return {node.name: node for node in nodes if "Config" in node.name}
+def _options(module: str, name: str) -> dict[str, Option]:
+    """Return the fields of a config class, those of its bases first."""
+    if (found := _class(module, name)) is None or found[1].name == "PeftConfig":
+        return {}  # what PEFT's own base has is none of the users' business
+    home, node = found
+    options: dict[str, Option] = {}
+    for base in node.bases:
+        there, _, base_name = ast.unparse(base).rpartition(".")
+        options |= _options(there or home, base_name)
+    options |= {option.name: option for option in _fields(node)}
+    return {n: option for n, option in options.items() if n not in _INTERNAL}
 
 
-def _lineage(name: str, classes: dict[str, ast.ClassDef]) -> Iterator[ast.ClassDef]:
-    """Yield the class and its bases, bases first."""
-    if name in classes:
-        for base in classes[name].bases:
-            yield from _lineage(ast.unparse(base), classes)
-        yield classes[name]
+# Source files, found and read without importing anything --------------------------------------
+
+
+class _Module(NamedTuple):
+    package: str
+    tree: ast.Module
+
+
+def _class(module: str, name: str) -> tuple[str, ast.ClassDef] | None:
+    """Return a class and the module that defines it, wherever `module` imports it from."""
+    if (found := _module(module)) is None:
+        return None
+    for node in found.tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return module, node
+    there, original = _imports(found).get(name, ("", ""))
+    return _class(there, original) if there else None
+
+
+def _imports(module: _Module) -> dict[str, tuple[str, str]]:
+    """Return name -> (module, name there) of what a module imports by `from ... import`."""
+    found = {}
+    for node in module.tree.body:
+        if isinstance(node, ast.ImportFrom):
+            there = resolve_name("." * node.level + (node.module or ""), module.package)
+            for alias in node.names:
+                found[alias.asname or alias.name] = (there, alias.name)
+    return found
+
+
+@cache
+def _module(name: str) -> _Module | None:
+    """Return a module's syntax tree. `find_spec` would import the packages that it is in."""
+    top, *rest = name.split(".")
+    try:
+        spec = find_spec(top)
+    except ValueError:  # a module that somebody made by hand
+        spec = None
+    if spec is None:
+        return None
+    if not rest and spec.origin:
+        files = [Path(spec.origin)]
+    else:
+        places = [Path(root, *rest) for root in spec.submodule_search_locations or ()]
+        files = [file for p in places for file in (p / "__init__.py", p.with_suffix(".py"))]
+    file = next((file for file in files if file.suffix == ".py" and file.is_file()), None)
+    if file is None:
+        return None
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    try:
+        return _Module(package, ast.parse(file.read_text(encoding="utf-8")))
+    except (SyntaxError, ValueError):
+        return None
+
+
+# Fields ------------------------------------------------------------------------------------------
 
 
 def _fields(node: ast.ClassDef) -> Iterator[Option]:

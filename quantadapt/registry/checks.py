@@ -3,6 +3,7 @@ in one plugin is told in its author's words and never fails a table or a plan of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from .. import hookspecs
 from ..capabilities import Merge, Rule
 from ..errors import PluginError, did_you_mean
 from ..protocols import Evaluator, Exporter, Quantizer, Task
-from ..records import KINDS, OPTIONS, Backend, Record, kind_of
+from ..records import KINDS, OPTIONS, Adapter, Backend, Record, kind_of
 
 HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("quantadapt_"))
 
@@ -92,6 +93,8 @@ def _check_record(record: Record) -> None:
             what = f"{name} is {values!r}, not a tuple of {wanted.__name__}"
             raise PluginError(what, where=where)
     _check_requires(record.requires, where)
+    if isinstance(record, Adapter):
+        _check_method(record, where)
     if field := OPTIONS.get(kind_of(record)):
         given, base = getattr(record, field), _BASES[field]
         if not (isinstance(given, type) and issubclass(given, base)):
@@ -100,6 +103,19 @@ def _check_record(record: Record) -> None:
         missing = ", ".join(sorted(getattr(given, "__abstractmethods__", ())))
         if missing and not isinstance(record, Backend):  # of which the conformance suite tells it
             raise PluginError(f"{given.__name__} lacks {missing}", where=where)
+
+
+def _check_method(adapter: Adapter, where: str) -> None:
+    """Raise PluginError where the record does not say which method it is, or not where that is."""
+    places = {"config": adapter.config, "method": adapter.method}
+    if any(places.values()):
+        for name, place in places.items():
+            if not (isinstance(place, str) and re.fullmatch(r"[\w.]+:\w+", place)):
+                what = f"{name} is {place!r}; a method of its own has both config and method, "
+                raise PluginError(f'{what}each as "module:Class"', where=where)
+    elif not isinstance(adapter.peft_type, str) or not adapter.peft_type:
+        what = "it names no method; give it peft_type, or config and method"
+        raise PluginError(what, where=where)
 
 
 def _check_requires(texts: Iterable[str], where: str) -> None:

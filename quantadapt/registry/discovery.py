@@ -125,11 +125,12 @@ class Registry:
         """Say which plugin provided `record`."""
         return self._only(kind_of(record), record.name).provenance
 
-    def claims(self, name: str) -> list[Provenance]:
-        """Return the plugins, broken ones included, that go by `name` or have such a backend."""
+    def claims(self, name: str, kind: str = "backend") -> list[Provenance]:
+        """Return the plugins, broken ones included, that go by `name` or have such a record of a
+        kind."""
         broken = {plugin.provenance.plugin: plugin.provenance for plugin in self.broken}
-        backends = [entry.provenance for entry in self._tables["backend"].get(name, [])]
-        return [table[name] for table in (self.plugins, broken) if name in table] + backends
+        records = [entry.provenance for entry in self._tables[kind].get(name, [])]
+        return [table[name] for table in (self.plugins, broken) if name in table] + records
 
     def clashes(self) -> list[str]:
         """Return a sentence for each name that several plugins claim."""

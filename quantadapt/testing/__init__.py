@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-for _name in ("adapter_suite", "layer_suite", "refusal_suite", "target_suite"):
+for _name in ("adapter_suite", "layer_suite", "refusal_suite", "target_suite", "tensors"):
     pytest.register_assert_rewrite(f"{__name__}.{_name}")
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from .bench import Bench
-from .short_training import LEAST_GAIN
+from .short_training import LEAST_GAIN, STEPS
 from .suite import Suite, cells
-from .tensors import change, digest, relative
+from .tensors import assert_equal, assert_within, digest, relative
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,41 +28,56 @@ class AdapterSuite(Suite):
         start = bench.cell_of(adapter)[1].start
         if adapter in bench.suite.rounded and bench.suite.dtype != "float32":
             start = Start.ROUNDING
+        what = f"attaching {adapter} changes the logits"
         if start is Start.ZERO:
-            assert change(trained.start, bench.base_logits) == 0
+            fix = "Declare Start.ROUNDING or Start.CHANGED in its record, if it should"
+            assert_equal(trained.start, bench.base_logits, what, fix)
         elif start is Start.ROUNDING:  # such methods compute with the weight, without the vendor
-            assert error <= max(bench.tolerance.attach, bench.tolerance.activations)
+            allowed = max(bench.tolerance.attach, bench.tolerance.activations)
+            fix = "Declare Start.CHANGED in its record, if it should"
+            assert_within(error, allowed, what, fix)
         else:
             least = bench.tolerance.attach if bench.suite.dtype == "float32" else 0.0
-            assert error > least, "it starts at zero: declare it"
+            assert error > least, f"{adapter} starts at zero: declare it, Start.ZERO, in its record"
 
     def test_loss_falls(self, bench: Bench, adapter: str) -> None:
         losses = bench.trained(adapter).losses
         bench.note(adapter, loss_before=losses[0], loss_after=losses[-1])
-        assert all(loss == loss for loss in losses)
-        assert losses[-1] < losses[0] * (1 - LEAST_GAIN)
+        shown = ", ".join(f"{loss:.3f}" for loss in losses)
+        fix = "Do gradients reach the adapter, through the layers and in it?"
+        assert all(loss == loss for loss in losses), f"losses are no numbers: {shown}. {fix}"
+        falls = losses[-1] < losses[0] * (1 - LEAST_GAIN)
+        assert falls, f"the loss does not fall by {LEAST_GAIN:.0%} in {STEPS} steps: {shown}. {fix}"
 
     def test_only_adapter_parameters_move(self, bench: Bench, adapter: str) -> None:
         trained = bench.trained(adapter)
-        assert trained.moved
-        assert trained.moved <= trained.trainable
-        assert trained.with_gradient <= trained.trainable
-        assert not trained.of_base
+        assert trained.moved, "training moves no parameter: does any get a gradient?"
+        frozen = sorted((trained.moved | trained.with_gradient) - trained.trainable)
+        assert not frozen, f"these move or get gradients though they are frozen: {frozen[:3]}. Why?"
+        of_base = sorted(trained.of_base)
+        assert not of_base, f"these are the base's, and trainable: {of_base[:3]}. Freeze them"
 
     def test_base_stays_byte_for_byte(self, bench: Bench, adapter: str) -> None:
         at = bench.trained(adapter).base_at
-        assert at["before"]
-        assert at["end"] == at["start"]
+        assert at["before"], "the base holds no tensors: what does the layer compute with?"
+        changed = _differing(at["start"], at["end"])
+        fix = "A layer may not change as it runs, nor an adapter write into it"
+        assert not changed, f"training changes the base: {changed[:3]}. {fix}"
         if adapter not in bench.suite.rewrites_base:
-            assert at["start"] == at["before"]
+            changed = _differing(at["before"], at["start"])
+            fix = "If that is meant, name it in `rewrites_base` of the suite's class"
+            assert not changed, f"attaching {adapter} changes the base: {changed[:3]}. {fix}"
 
     def test_disabled_adapter_leaves_the_base(self, bench: Bench, adapter: str) -> None:
         model = bench.trained(adapter).model
         with model.disable_adapter():
             logits = bench.logits(model)
+        fix = "A layer whose adapter is disabled is its base layer, and comes back when enabled"
         if adapter not in bench.suite.rewrites_base:
-            assert change(logits, bench.base_logits) == 0
-        assert change(bench.logits(model), bench.trained(adapter).tuned) == 0
+            what = f"with {adapter} disabled, the logits differ from those of the base"
+            assert_equal(logits, bench.base_logits, what, fix)
+        what = f"disabled and enabled again, {adapter} gives other logits: they differ"
+        assert_equal(bench.logits(model), bench.trained(adapter).tuned, what, fix)
 
     def test_save_and_load(self, bench: Bench, adapter: str) -> None:
         from ..exporting.saving import load, save
@@ -72,7 +87,8 @@ class AdapterSuite(Suite):
         loaded = load(folder, base=bench.fresh())
         error = relative(bench.logits(loaded), trained.tuned)
         bench.note(adapter, reload_error=error)
-        assert error <= bench.reload_tolerance(adapter)
+        what = f"the logits change by saving and loading {adapter}"
+        assert_within(error, bench.reload_tolerance(adapter), what, _RELOADED)
 
     def test_vanilla_peft_loads_it(self, bench: Bench, adapter: str) -> None:
         from peft import PeftModel
@@ -82,7 +98,9 @@ class AdapterSuite(Suite):
         trained.model.save_pretrained(str(folder))
         loaded = PeftModel.from_pretrained(bench.fresh(), str(folder))
         error = relative(bench.logits(loaded), trained.tuned)
-        assert error <= bench.tolerance.vendor  # PEFT's own LoRA layers add in another order
+        what = f"loaded by PEFT itself, {adapter} gives other logits: they differ"
+        # PEFT's own LoRA layers add in another order.
+        assert_within(error, bench.tolerance.vendor, what, _RELOADED)
 
     def test_load_quantizes_the_recorded_base(self, bench: Bench, adapter: str) -> None:
         from ..exporting.saving import load, save
@@ -92,7 +110,11 @@ class AdapterSuite(Suite):
         trained = bench.trained(adapter)
         loaded = load(save(trained.model, bench.folder()), device=bench.suite.device)
         error = relative(bench.logits(loaded), trained.tuned)
-        assert error <= bench.reload_tolerance(adapter)
+        what = (
+            "loaded onto the base that it names, quantized anew, an adapter gives other logits: off"
+        )
+        fix = "Quantizing one checkpoint twice has to give the same"
+        assert_within(error, bench.reload_tolerance(adapter), what, fix)
 
     def test_adalora_moves_its_budget(self, bench: Bench, adapter: str) -> None:
         if adapter != "adalora":
@@ -116,17 +138,20 @@ class AdapterSuite(Suite):
         before = _tensors(trained.model)
         merged = merged_model(trained.model, "dense")
         logits = bench.logits(merged)
-        assert not list(facades(merged))
+        assert not list(facades(merged)), "a dense merge leaves quantized layers"
         exact = bench.logits(densify(copy.deepcopy(trained.model)))
         bench.note(
             adapter,
             merge_error=relative(logits, trained.tuned),
             merge_error_dense=relative(logits, exact),
         )
-        assert relative(logits, exact) <= bench.tolerance.vendor
-        assert relative(logits, trained.tuned) <= bench.tolerance.activations
-        assert _tensors(trained.model) == before, "merging changed the model that was merged"
-        assert change(bench.logits(trained.model), trained.tuned) == 0
+        fix = f"Does `merge` of {adapter} do what its forward does? Else declare Merge.NEVER"
+        what = "merged, the logits differ from those of the adapter on the dequantized base"
+        assert_within(relative(logits, exact), bench.tolerance.vendor, what, fix)
+        what = "merged, the logits differ from those of the adapter"
+        allowed = bench.tolerance.activations
+        assert_within(relative(logits, trained.tuned), allowed, what, fix)
+        self._is_as_before(bench, adapter, before)
 
     @cells("dense")
     def test_merged_model_is_an_ordinary_checkpoint(self, bench: Bench, adapter: str) -> None:
@@ -139,8 +164,10 @@ class AdapterSuite(Suite):
         merged.save_pretrained(str(folder))  # type: ignore[operator]
         loaded: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=bench.torch_dtype)
         loaded = loaded.to(bench.suite.device)
-        assert type(loaded) is type(bench.dense)
-        assert change(bench.logits(loaded), bench.logits(merged)) == 0
+        what = "the merged model, saved and loaded by transformers, has other logits: they differ"
+        fix = "A merge leaves plain linear layers in the compute dtype"
+        assert type(loaded) is type(bench.dense), f"it is a {type(loaded).__name__}. {fix}"
+        assert_equal(bench.logits(loaded), bench.logits(merged), what, fix)
 
     @cells("onto")
     def test_merge_onto_the_unquantized_base(self, bench: Bench, adapter: str) -> None:
@@ -164,7 +191,9 @@ class AdapterSuite(Suite):
         merged = from_pretrained(str(folder / "merged"), dtype=dtype, device_map=device_map)
         error = relative(bench.logits(merged), bench.logits(tuned))
         bench.note(adapter, onto_error=error)
-        assert error <= bench.tolerance.vendor
+        what = "merged onto the unquantized base, the logits differ from PEFT's"
+        fix = "`merge` of the adapter works on any linear layer; else a rule refuses action `onto`"
+        assert_within(error, bench.tolerance.vendor, what, fix)
 
     @cells("requantize")
     def test_requantized_merge(self, bench: Bench, adapter: str) -> None:
@@ -176,14 +205,30 @@ class AdapterSuite(Suite):
         dense = merged_model(trained.model, "dense")
         again = merged_model(trained.model, "requantize")
         found = dict(facades(again))
-        assert set(found) == set(bench.facades())
+        differing = sorted(found.keys() ^ bench.facades().keys())
+        assert not differing, f"quantized again, other layers are quantized: {differing[:3]}"
         errors = [
             relative(facade.dequantize(), _weight(dense, name)) for name, facade in found.items()
         ]
         bench.note(adapter, requantize_error=max(errors))
-        assert max(errors) <= bench.tolerance.weight.merged
-        assert _tensors(trained.model) == before, "merging changed the model that was merged"
-        assert change(bench.logits(trained.model), trained.tuned) == 0
+        what = "merged and quantized again, weights differ from the merged ones"
+        fix = f"Does `requantize` take the new weight? {bench.bits_in_words()}"
+        assert_within(max(errors), bench.tolerance.weight.merged, what, fix)
+        self._is_as_before(bench, adapter, before)
+
+    @cells("requantize")
+    def test_requantized_merge_keeps_biases(self, bench: Bench, adapter: str) -> None:
+        from ..exporting.merging import merged_model
+        from ..facade import facades
+
+        if adapter != bench.adapters_for("requantize")[0] or bench.record.calibration:
+            return
+        model = bench.attach(adapter, copy.deepcopy(bench.biased))
+        dense = merged_model(model, "dense")
+        for name, facade in facades(merged_model(model, "requantize")):
+            bias: Any = dense.get_submodule(name).bias
+            what = f"merged and quantized again, the bias of {name} is off"
+            assert_equal(facade.bias, bias, what, "`requantize` of the target keeps the bias")
 
     @cells("requantize")
     def test_requantized_merge_is_saved(self, bench: Bench, adapter: str) -> None:
@@ -198,7 +243,21 @@ class AdapterSuite(Suite):
         folder = bench.folder()
         state.quantizer.save(merged, folder)
         loaded = _load_base(bench, folder)
-        assert change(bench.logits(loaded), bench.logits(merged)) == 0
+        what = "merged, quantized again and saved, the model has other logits: they differ"
+        fix = "`save` and `load` know what `requantize` makes"
+        assert_equal(bench.logits(loaded), bench.logits(merged), what, fix)
+
+    def _is_as_before(self, bench: Bench, adapter: str, before: dict[str, str]) -> None:
+        """Merging makes a model of its own."""
+        trained = bench.trained(adapter)
+        changed = _differing(before, _tensors(trained.model))
+        fix = "`merge` writes into its base layer alone, `requantize` into a new one"
+        assert not changed, f"merging changed the model that was merged: {changed[:3]}. {fix}"
+        what = "merging changed the logits of the model that was merged: they differ"
+        assert_equal(bench.logits(trained.model), trained.tuned, what, fix)
+
+
+_RELOADED = "All that the method trained has to be in the adapter's file, under PEFT's names"
 
 
 def _load_base(bench: Bench, folder: Any) -> nn.Module:
@@ -209,6 +268,10 @@ def _load_base(bench: Bench, folder: Any) -> nn.Module:
     model = quantizer.load(str(folder), device=bench.suite.device, dtype=bench.torch_dtype)
     skip: tuple[str, ...] = bench.base.quantadapt.skip_modules  # type: ignore[union-attr, assignment]
     return wrap(model, quantizer.target, bench.torch_dtype, skip)
+
+
+def _differing(one: dict[str, str], other: dict[str, str]) -> list[str]:
+    return sorted({name for name, _ in one.items() ^ other.items()})
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

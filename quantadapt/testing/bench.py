@@ -246,11 +246,23 @@ class Bench:
         """Return bits per weight: as the suite says, as the options say, or as stored."""
         option = getattr(self.plan.quantizer, "bits", None)
         declared = self.suite.bits if self.suite.bits is not None else option
-        if declared is not None:
-            return float(declared)
+        return self.stored_bits() if declared is None else float(declared)
+
+    def stored_bits(self) -> float:
+        """Return how many bits the layers store for a weight, scales and the like included."""
         found = self.facades().values()
         stored = sum(weight_bytes(facade) for facade in found)
         return 8 * stored / sum(f.in_features * f.out_features for f in found)
+
+    def bits_in_words(self) -> str:
+        """Say where the bits come from that the tolerances go by, and how to declare others."""
+        bits, option = self.bits(), getattr(self.plan.quantizer, "bits", None)
+        source = "the layers store"
+        if self.suite.bits is not None or option is not None:
+            who = "`bits` of the suite" if self.suite.bits is not None else "the option `bits`"
+            source = f"{who} says; the layers store {self.stored_bits():.3g}"
+        text = f"Tolerances are those of {bits:.3g} bits, which {source}"
+        return f"{text}. If it is another precision, set `bits` in the class of the suite"
 
     @property
     def ids(self) -> Tensor:

@@ -10,7 +10,7 @@ from unittest.mock import patch
 from .. import compiling
 from .bench import Bench, weight_bytes
 from .suite import Suite
-from .tensors import change, relative
+from .tensors import assert_equal, assert_within, change, relative
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 
 SIZES = ((256, 64), (320, 96), (96, 40), (100, 60), (72, 3), (33, 7))
 """(in_features, out_features), from convenient to odd."""
+
+
+_FORWARD = "Where the target quantizes activations, say so with `quantizes_activations = True`"
+_SCALE = "dequantized weights are too small or too large on the whole (slope against the original)"
+_RESCALE = (
+    "A scale fitted by least squares shrinks weights by the square of their error, and all outputs "
+    "with them, layer upon layer. Multiply it by (w * w).sum() / (w * v).sum(), with the weights w "
+    "of a group and what they become, v"
+)
 
 
 class LayerSuite(Suite):
@@ -32,26 +41,35 @@ class LayerSuite(Suite):
         head = bench.dense.get_output_embeddings()  # type: ignore[operator]
         linear = {n for n, m in bench.dense.named_modules() if type(m) is nn.Linear}
         heads = {n for n, m in bench.dense.named_modules() if m is head}
-        assert set(bench.facades()) == linear - heads
+        found = set(bench.facades())
+        assert found == linear - heads, (
+            f"other layers are quantized: {sorted(found ^ (linear - heads))}. `quantize` takes "
+            f"every linear layer but the head, and `matches` of the target says yes to each"
+        )
 
     def test_metadata_is_right_and_free(self, bench: Bench) -> None:
         for name, facade in bench.facades().items():
             dense = bench.original(name)
-            with patch.object(facade, "dequantize", side_effect=AssertionError("dequantized")):
+            costly = "shape, dtype and device of a weight are read without dequantizing it"
+            with patch.object(facade, "dequantize", side_effect=AssertionError(costly)):
                 weight = facade.weight
                 found = (tuple(weight.shape), weight.dtype, weight.device, weight.requires_grad)
             expected = (tuple(dense.shape), bench.torch_dtype, dense.device, False)
-            assert found == expected, name
-            assert (facade.out_features, facade.in_features) == found[0], name
+            fix = "`shape` of the target gives (in_features, out_features)"
+            assert found == expected, f"{name}: the weight is {found}, not {expected}. {fix}"
+            sizes = (facade.out_features, facade.in_features)
+            assert sizes == found[0], f"{name}: its sizes are {sizes}, not {found[0]}. {fix}"
 
     def test_weight_reads_as_the_dequantized_numbers(self, bench: Bench) -> None:
         import torch
 
         facade = bench.some_facade()
         weight = facade.dequantize()
-        assert tuple(weight.shape) == (facade.out_features, facade.in_features)
-        assert torch.equal(facade.weight + 0, weight)
-        assert torch.equal(facade.weight.data, weight)
+        shape = (facade.out_features, facade.in_features)
+        fix = "`dequantize` of the target returns [out_features, in_features]"
+        assert tuple(weight.shape) == shape, f"it is {tuple(weight.shape)}, not {shape}. {fix}"
+        same = torch.equal(facade.weight + 0, weight) and torch.equal(facade.weight.data, weight)
+        assert same, "the weight changes from one reading to the next. `dequantize` may not"
 
     def test_dequantized_is_close_to_the_original(self, bench: Bench) -> None:
         if bench.rescales:
@@ -60,15 +78,16 @@ class LayerSuite(Suite):
         for name, facade in bench.facades().items():
             original = bench.original(name)
             dequantized = facade.dequantize()
-            assert dequantized.shape == original.shape, name
             errors.append(relative(dequantized, original))
             slopes.append(_slope(dequantized, original))
         off = max(abs(slope - 1) for slope in slopes)
         bench.note("", dequantize_error=max(errors), dequantize_scale=off, bits=bench.bits())
-        assert max(errors) <= bench.tolerance.weight.error
+        what = "dequantized weights differ from the original (relative, worst layer)"
+        fix = f"Does `dequantize` undo what `quantize_linear` did? {bench.bits_in_words()}"
+        assert_within(max(errors), bench.tolerance.weight.error, what, fix)
         # Codebooks fitted by least squares shrink the weight by the square of their error.
         fitted = max(errors) ** 2 if bench.record.calibration else 0.0
-        assert off <= bench.tolerance.weight.scale + fitted
+        assert_within(off, bench.tolerance.weight.scale + fitted, _SCALE, _RESCALE)
 
     def test_one_kernel_gives_the_weight_bit_for_bit(self, bench: Bench) -> None:
         """What a backend hands to `compiling.one_kernel`: compiled on CUDA, traced elsewhere."""
@@ -85,7 +104,10 @@ class LayerSuite(Suite):
             patch.object(compiling, "_gains", lambda packed: True),
             patch.object(compiling, "_compile", compile_),
         ):
-            assert change(facade.dequantize(), expected) == 0.0
+            found = facade.dequantize()
+        fix = "It must depend on nothing but its arguments, and `otherwise` must give the same"
+        what = "what `one_kernel` makes of your function differs from the function"
+        assert_within(change(found, expected), 0, what, fix)
 
     # Forward and backward ----------------------------------------------------------------------
 
@@ -96,7 +118,8 @@ class LayerSuite(Suite):
             for x in _inputs(bench, facade)
         ]
         bench.note("", forward_error=max(errors))
-        assert max(errors) <= bench.tolerance.forward
+        what = "the layer's output differs from that of the dequantized weight"
+        assert_within(max(errors), bench.tolerance.forward, what, _FORWARD)
 
     def test_forward_is_the_vendors(self, bench: Bench) -> None:
         import torch
@@ -108,7 +131,8 @@ class LayerSuite(Suite):
                 with torch.no_grad():
                     errors.append(relative(facade(x), target.forward(facade.vendor, x)))
         bench.note("", vendor_error=max(errors))
-        assert max(errors) <= bench.tolerance.vendor
+        what = "the layer's output differs from that of the target's `forward`"
+        assert_within(max(errors), bench.tolerance.vendor, what, _FORWARD)
 
     def test_forward_in_training(self, bench: Bench) -> None:
         """Of the dequantized weight, or the vendor's where that rounds activations then, too."""
@@ -124,7 +148,8 @@ class LayerSuite(Suite):
                     expected = facade.target.forward(facade.vendor, x)
                 errors.append(relative(facade(x), expected))
             facade.train(before)
-        assert max(errors) <= bench.tolerance.vendor
+        what = "while it trains, the layer's output is off"
+        assert_within(max(errors), bench.tolerance.vendor, what, _FORWARD)
 
     def test_gradient_of_the_input(self, bench: Bench) -> None:
         import torch
@@ -135,21 +160,29 @@ class LayerSuite(Suite):
         generator = torch.Generator().manual_seed(1)
         dy = torch.randn(y.shape, generator=generator).to(y)
         y.backward(dy)  # type: ignore[no-untyped-call]
-        assert x.grad is not None
-        weight = facade.dequantize()
-        assert relative(x.grad, dy @ weight) <= bench.tolerance.gradient
+        fix = "Gradients are those of `dequantize`, which has to give the same weight each time"
+        assert x.grad is not None, f"the input gets no gradient. {fix}"
+        allowed, what = bench.tolerance.gradient, "the gradient of the input is off"
+        assert_within(relative(x.grad, dy @ facade.dequantize()), allowed, what, fix)
         through_dense = bench.input_of(facade).requires_grad_()
         dense_forward(facade, through_dense).backward(dy)  # type: ignore[no-untyped-call]
         assert through_dense.grad is not None
-        assert relative(x.grad, through_dense.grad) <= bench.tolerance.gradient
-        original = bench.original(bench.widest)
-        assert relative(x.grad, dy @ original) <= 2 * bench.tolerance.weight.error + 1e-5
+        assert_within(relative(x.grad, through_dense.grad), allowed, what, fix)
+        off = relative(x.grad, dy @ bench.original(bench.widest))
+        what = "the gradient of the input differs from that of the original weight"
+        allowed = 2 * bench.tolerance.weight.error + 1e-5
+        assert_within(off, allowed, what, bench.bits_in_words())
 
     def test_model_differs_from_the_original_as_its_weights_do(self, bench: Bench) -> None:
         bench.note("", logits_error=relative(bench.base_logits, bench.logits(bench.dense)))
-        assert bench.base_logits.isfinite().all()
-        low = bench.tolerance.weight.error + bench.tolerance.activations
-        assert bench.figures[""]["logits_error"] <= 3 * low
+        finite = bench.base_logits.isfinite().all()
+        assert finite, (
+            "logits are not finite. Look for scales of 0, and for overflow in `dequantize`"
+        )
+        allowed = 3 * (bench.tolerance.weight.error + bench.tolerance.activations)
+        what = "logits differ from those of the original model"
+        fix = f"Single layers are tested above; is something lost between? {bench.bits_in_words()}"
+        assert_within(bench.figures[""]["logits_error"], allowed, what, fix)
 
     def test_what_is_not_quantized_stays_as_it_is(self, bench: Bench) -> None:
         if bench.rescales:
@@ -157,10 +190,12 @@ class LayerSuite(Suite):
         dense = dict(bench.dense.named_parameters())
         quantized = tuple(f"{name}." for name in bench.facades())
         left = {n: p for n, p in bench.base.named_parameters() if not n.startswith(quantized)}
-        assert left
+        fix = "`quantize` leaves everything but the linear layers as it is, in the compute dtype"
+        assert left, f"nothing is left of the model but its linear layers. {fix}"
         for name, parameter in left.items():
-            assert parameter.dtype == dense[name].dtype, name
-            assert change(parameter, dense[name]) == 0, name
+            dtypes = (parameter.dtype, dense[name].dtype)
+            assert dtypes[0] == dtypes[1], f"{name} is {dtypes[0]}, not {dtypes[1]}. {fix}"
+            assert_equal(parameter, dense[name], f"{name} is changed", fix)
 
     def test_sizes_that_do_not_fit_are_told(self, bench: Bench) -> None:
         """What `misfit` accepts is quantized as well as anything, and what it refuses is not."""
@@ -174,9 +209,13 @@ class LayerSuite(Suite):
             misfit = quantizer.misfit(in_features, out_features)
             size = f"{in_features} inputs, {out_features} outputs"
             if misfit is None:
-                assert error <= 2 * bench.tolerance.weight.error + 1e-5, size
+                allowed = 2 * bench.tolerance.weight.error + 1e-5
+                what = f"a layer of {size} fails, or its weights differ from the original"
+                assert_within(error, allowed, what, "Let `misfit` say why it cannot be quantized")
             elif bench.suite.strict:
-                assert error > bench.tolerance.weight.error, f"{size}: fits, but {misfit!r}"
+                works = error <= bench.tolerance.weight.error
+                fix = "Let `misfit` return None for it"
+                assert not works, f"a layer of {size} is quantized well, but {misfit!r}. {fix}"
 
     def test_bits_per_weight_are_those_of_a_layer(self, bench: Bench) -> None:
         """What is declared, and plans predict memory from, counts all that a layer holds."""
@@ -188,7 +227,11 @@ class LayerSuite(Suite):
         if declared is None:
             return
         found = 8 * weight_bytes(facade) / (size[0] * size[1])
-        assert abs(declared - found) <= 0.05 * found, f"{declared:.3f} declared, {found:.3f} found"
+        assert abs(declared - found) <= 0.05 * found, (
+            f"bits_per_weight declares {declared:.3f} bits, a layer stores {found:.3f}. Count all "
+            f"that is stored: codes in the dtype that holds them (4 bits in an int8 take 8, "
+            f"whatever an option `bits` says, unless two are packed into one), scales, zero points"
+        )
 
 
 def _inputs(bench: Bench, facade: QuantLinear) -> list[Tensor]:

@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from .bench import Bench
 
 STEPS = 4
-LEARNING_RATE = 5e-3
-FASTER = {"c3a": 0.1, "pvera": 0.1, "unilora": 0.1, "vera": 0.1}
-"""Learning rates of methods that hardly move in a few steps at the common one."""
+LEARNING_RATES = (5e-3, 0.1)
+"""The second is for methods that hardly move in a few steps at the first."""
 LEAST_GAIN = 0.01
 """Share by which the loss has to fall."""
 
@@ -52,7 +51,16 @@ class Trained:
 
 
 def train(bench: Bench, adapter: str, **options: Any) -> Trained:
-    """Attach `adapter` to a copy of the bench's base and take a few AdamW steps on demo data."""
+    """Attach `adapter` to a copy of the bench's base and take a few AdamW steps on demo data, at
+    the first learning rate at which the loss falls."""
+    for rate in LEARNING_RATES:
+        trained = _train(bench, adapter, rate, **options)
+        if trained.losses[-1] < trained.losses[0] * (1 - LEAST_GAIN):
+            break
+    return trained
+
+
+def _train(bench: Bench, adapter: str, rate: float, **options: Any) -> Trained:
     import torch
 
     base = bench.fresh()
@@ -67,7 +75,7 @@ def train(bench: Bench, adapter: str, **options: Any) -> Trained:
     of_base = {n for n, p in model.named_parameters() if id(p) in own and p.requires_grad}
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
-        lr=FASTER.get(adapter, LEARNING_RATE),
+        lr=rate,
     )
     losses: list[float] = []
     allocated: list[int] = []

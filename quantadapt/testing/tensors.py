@@ -22,6 +22,18 @@ def relative(found: Tensor, reference: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
+def assert_within(error: float, allowed: float, what: str, fix: str) -> None:
+    """Fail with a sentence, what is wrong and what to do, where `error` is more than `allowed`."""
+    __tracebackhide__ = True
+    assert error <= allowed, f"{what} by {error:.2g}, and {allowed:.2g} is allowed. {fix}"
+
+
+def assert_equal(found: Tensor, reference: Tensor, what: str, fix: str) -> None:
+    """Fail with a sentence where two tensors are not equal bit for bit."""
+    __tracebackhide__ = True
+    assert_within(change(found, reference), 0, what, fix)
+
+
 def change(found: Tensor, reference: Tensor) -> float:
     """Return the largest absolute difference; 0 means equal bit for bit (but for signed zeros)."""
     if found.shape != reference.shape:
