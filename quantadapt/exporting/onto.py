@@ -23,6 +23,7 @@ from ..planning.on_disk import check_model
 from ..planning.refusals import onto_refusals
 from ..protocols import Exporter, Figure
 from ..records import Adapter, Backend
+from ..registry.discovery import registry
 from ..stages import held_out_data
 from .manifest import MANIFEST, MERGED, adapter_folder, combination
 from .stage import merge_words, write
