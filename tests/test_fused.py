@@ -16,11 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import quantadapt as qa
 from quantadapt.adapting import fused as fused_module
-from quantadapt.adapting.fused import (
-    FusedLoraLinear,
-    forget_unfinished,
-    use_fused_layers,
-)
+from quantadapt.adapting.fused import FusedLoraLinear, forget_unfinished, use_fused_layers
 from quantadapt.facade import QuantLinear, densify, recomputing, wrap
 from quantadapt.protocols import AdapterTarget
 from quantadapt.testing.small_demo import small_model

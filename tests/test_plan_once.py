@@ -52,6 +52,7 @@ def made(monkeypatch) -> dict[str, int]:
         wrapped = counted(name)
         for module in (planning, planning_stage):
             monkeypatch.setattr(module, name, wrapped)
+    monkeypatch.setattr(qa, "plan", planning.plan)  # it keeps what it was first asked for
     return counts
 
 

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from .reading import (
-    Data,
-    HeldOut,
-    Prompt,
-    load_data,
-    load_everything,
-    load_held_out,
-    read_held_out,
-)
+from .reading import Data, HeldOut, Prompt, load_data, load_everything, load_held_out, read_held_out
 from .tokens import encode_prompt, prompt_and_completion
 
 __all__ = [

@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 from .perplexity import Perplexity, perplexity
-from .stage import (
-    Agreement,
-    Snapshot,
-    agreement,
-    compare,
-    gain_kept,
-    greedy,
-    measure,
-    snapshot,
-)
+from .stage import Agreement, Snapshot, agreement, compare, gain_kept, greedy, measure, snapshot
 
 __all__ = [
     "Agreement",

@@ -1,0 +1,27 @@
+"""What a plugin implements: the options class of a record, whose methods do the work.
+
+A backend has a `Quantizer`, and the `AdapterTarget` that it produces; an objective has a `Task`, an
+evaluation an `Evaluator`, an export an `Exporter`. Nothing here imports torch: plugins are imported
+to list them, and only asked to work later.
+"""
+
+from __future__ import annotations
+
+from .backends import AdapterTarget, LayerwiseQuantizer, LayerwiseTarget, Quantizer
+from .evaluations import Evaluator, Given
+from .exports import Exporter
+from .objectives import Task
+from .options import Figure, Options
+
+__all__ = [
+    "AdapterTarget",
+    "Evaluator",
+    "Exporter",
+    "Figure",
+    "Given",
+    "LayerwiseQuantizer",
+    "LayerwiseTarget",
+    "Options",
+    "Quantizer",
+    "Task",
+]

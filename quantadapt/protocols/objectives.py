@@ -1,0 +1,111 @@
+"""What an objective implements: a `Task`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from .options import Options
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from ..data.reading import Data
+    from ..spec import DataSpec
+    from ..training.trainer import Setup
+
+
+class Task(Options, ABC):
+    """The options of an objective: how examples become batches and a loss.
+
+    A subclass says how to read, to batch and to score; all else has a default. An objective that
+    learns from the tokens of a text is less work: subclass `quantadapt.SFT` and override what
+    differs.
+
+    Attributes:
+        sequences: how many sequences an example sends through the model; in a batch they are
+            neighbours.
+        adds_up: whether the loss of a batch is a sum over its examples, divided by a count: then a
+            batch may go through the model in parts.
+        repeats: whether every step does the same with batches of one shape, so that passes through
+            the decoder may be recorded as CUDA graphs.
+        packs: whether several examples may share a row (`train.packing`).
+        logits: who makes logits, and how many are held. "model": the model, with its own loss;
+            "chunks": `loss`, some at a time; "whole": `loss`, all of a batch. A loss that is not
+            the model's lacks what a PEFT method adds to that (AdaLoRA does).
+    """
+
+    sequences: ClassVar[int] = 1
+    adds_up: ClassVar[bool] = True
+    repeats: ClassVar[bool] = True
+    packs: ClassVar[bool] = False
+    logits: ClassVar[Literal["model", "chunks", "whole"]] = "whole"
+
+    @abstractmethod
+    def read(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Data:
+        """Read and tokenize what `spec` names, and hold a part out.
+
+        The columns of `train` are the task's own; backends calibrate on `input_ids`. Evaluations
+        read `input_ids` and `completion_mask` of `eval`. Raises DataError.
+        """
+        ...
+
+    @abstractmethod
+    def collator(self, setup: Setup) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Return what makes a batch of examples: tensors with a row for each sequence or example,
+        among them `input_ids`."""
+        ...
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: dict[str, Any], count: Any) -> Tensor:
+        """Return the loss of a batch, a scalar.
+
+        Args:
+            model: a PeftModel in training mode.
+            batch: what `collator` made, on the model's device; may be changed.
+            count: the `count` of all batches of a step, a float32 scalar, to divide a sum by; on
+                several processes their mean. None only where `logits` is "model" and the model does
+                not take one: its loss is a mean then.
+        """
+        ...
+
+    def trainer(self, setup: Setup) -> Any:
+        """Return what trains: by default transformers' own Trainer, which is told to use `loss`."""
+        from transformers import Trainer, TrainingArguments
+
+        return setup.trainer(Trainer, TrainingArguments, self.collator(setup))
+
+    def count(self, batch: Mapping[str, Any]) -> int:
+        """Return what the loss of a batch is divided by: the number of its examples."""
+        return len(batch["input_ids"]) // self.sequences
+
+    def tokens(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
+        """Return how many tokens without padding a batch sends through the model, an int or a
+        scalar tensor, which need not be waited for."""
+        seen = batch.get("attention_mask")
+        return batch["input_ids"].numel() if seen is None else seen.sum()
+
+    def lengths(self, dataset: Dataset) -> list[int]:
+        """Return how many tokens each example has, in the longest of its sequences. Memory is
+        planned for the longest."""
+        import pyarrow.compute as pc
+
+        found: list[int] = []
+        for table in dataset.with_format("arrow").iter(10_000):  # makes no Python lists of them
+            found += pc.list_value_length(table["input_ids"]).to_pylist()
+        return found
+
+    def parts(self, batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
+        """Yield a batch in parts of `size` examples, where it `adds_up`."""
+        rows, each = len(batch["input_ids"]), self.sequences
+        steps = {rows: size * each, rows // each: size}  # of what has a row a sequence, an example
+        for part in range(-(-rows // (size * each))):
+            yield {
+                name: value[part * step : (part + 1) * step]
+                if getattr(value, "ndim", 0) and (step := steps.get(len(value)))
+                else value
+                for name, value in batch.items()
+            }
