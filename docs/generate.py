@@ -387,7 +387,7 @@ def hooks_page() -> str:
 BACKEND_API: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "What a backend implements": (
         (
-            "protocols",
+            "protocols.backends",
             ("Quantizer", "LayerwiseQuantizer", "AdapterTarget", "LayerwiseTarget"),
         ),
     ),
@@ -405,7 +405,12 @@ BACKEND_API: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     ),
 }
 """Title -> module, and the classes and functions of it that authors of backends use."""
-IMPORTED_FROM = {"calibration.*": "calibration", "loading.*": "loading", "model.modules": "loading"}
+IMPORTED_FROM = {
+    "calibration.*": "calibration",
+    "loading.*": "loading",
+    "model.modules": "loading",
+    "protocols.*": "protocols",
+}
 """Modules whose names are imported from a package, which is what authors write."""
 
 
