@@ -25,6 +25,7 @@ from .folders.run_folder import RunFolder, UnwrittenFolder
 from .planning.stage import Plan
 from .quantizing.examples import calibration_examples
 from .quantizing.stage import load_tokenizer, quantize_plan, skip_for, with_config
+from .quantizing.state import state_of
 from .registry.discovery import registry
 from .spec import Spec
 from .stages import attach_planned
@@ -206,7 +207,11 @@ class _Run:
         from .data.reading import load_data
 
         self.tokenizer = load_tokenizer(self.plan.model)
-        return load_data(self.spec.data, self.tokenizer, seed=self.spec.seed)
+        data = load_data(self.spec.data, self.tokenizer, seed=self.spec.seed)
+        self.metrics["data"] = data.report.to_dict()
+        for text in data.report.words():
+            self.listener("note", {"text": f"data: {text}"})
+        return data
 
     def held_out(self, data: Data) -> Dataset:
         return data.eval.select(range(min(len(data.eval), self.spec.evaluate.max_examples)))
@@ -286,13 +291,14 @@ class _Run:
     def answers(self, model: nn.Module, data: Data) -> list[str]:
         from .evaluation.stage import greedy
 
-        prompts = [p.text for p in self.prompts(data)] if self.answers_prompts else []
+        prompts = self.prompts(data) if self.answers_prompts else []
         length = self.spec.evaluate.max_new_tokens
         return greedy(model, self.tokenizer, prompts, max_new_tokens=length) if prompts else []
 
     def attach(self, model: nn.Module) -> PeftModel:
         plan = self.plan
         tuned = attach_planned(model, plan.adapter.name, plan.adapter_options, self.spec.seed)
+        state_of(tuned).max_length = self.spec.data.max_length
         targets = tuned.peft_config["default"].target_modules  # type: ignore[union-attr]
         found = sorted(targets) if isinstance(targets, (list, set)) else [targets]
         self.folder.write_json("plan.json", plan.to_dict() | {"target_modules": found})

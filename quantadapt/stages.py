@@ -139,7 +139,8 @@ def train(
         seed: for shuffling and dropout.
         tokenizer: needed for a live module only.
         on_log: called at each logging step with step, loss, learning_rate, ...
-        on_note: told in a sentence how memory is used, where that was chosen or had to change.
+        on_note: told in a sentence what became of each data file, and how memory is used, where
+            that was chosen or had to change.
         max_length: longest example in tokens, where `data` is read from a file.
         options: fields of TrainSpec, e.g. `max_steps=200`, `learning_rate=1e-4`.
 
@@ -155,7 +156,13 @@ def train(
     if data is None or isinstance(data, str | Path):
         path = None if data is None else str(data)
         wanted = Spec(data={"path": path, "max_length": max_length}).data
-        data = load_data(wanted, _needed(tokenizer), seed=seed).train
+        read = load_data(wanted, _needed(tokenizer), seed=seed)
+        data = read.train
+        if hasattr(model, "quantadapt"):
+            state_of(model).max_length = max_length
+        if on_note is not None:
+            for text in read.report.words():
+                on_note(f"data: {text}")
     with tempfile.TemporaryDirectory() as scratch:
         return train_(
             *(model, tokenizer, data, spec),
@@ -172,6 +179,7 @@ def evaluate(
     *,
     batch_size: int = 8,
     max_examples: int = 200,
+    max_length: int | None = None,
     tokenizer: Any = None,
 ) -> dict[str, float]:
     """Return perplexity, mean loss (nats per token) and token count on held-out data.
@@ -182,12 +190,15 @@ def evaluate(
             Dataset; or None for the demo's.
         batch_size: examples per forward pass.
         max_examples: use at most so many.
+        max_length: longest example in tokens, where `data` is read from a file; by default what
+            the model was trained with, or 512.
         tokenizer: needed for a live module only.
     """
     from .evaluation.stage import perplexity
 
     tokenizer = tokenizer or state_of(model).tokenizer
-    held_out = held_out_data(data, tokenizer)
+    trained = getattr(getattr(model, "quantadapt", None), "max_length", None)
+    held_out = held_out_data(data, tokenizer, max_length or trained)
     part = held_out.select(range(min(len(held_out), max_examples)))
     found = perplexity(
         model, part, batch_size=batch_size, pad_token_id=getattr(tokenizer, "pad_token_id", None)
@@ -195,12 +206,19 @@ def evaluate(
     return {"perplexity": found.value, "loss": found.loss, "tokens": found.tokens}
 
 
-def held_out_data(data: str | Path | Dataset | None, tokenizer: Any) -> Any:
-    """Return tokenized data to measure on: read if it is named, as it is if it is a Dataset."""
-    from .data.reading import load_held_out
+def held_out_data(
+    data: str | Path | Dataset | None, tokenizer: Any, max_length: int | None = None
+) -> Any:
+    """Return tokenized data to measure on: read if it is named, as it is if it is a Dataset.
+
+    Args:
+        max_length: longest example in tokens; 512 if that is not known.
+    """
+    from .data.reading import MAX_LENGTH, load_held_out
 
     if data is None or isinstance(data, str | Path):
-        return load_held_out(None if data is None else str(data), _needed(tokenizer))
+        source, length = None if data is None else str(data), max_length or MAX_LENGTH
+        return load_held_out(source, _needed(tokenizer), max_length=length)
     return data
 
 

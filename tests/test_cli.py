@@ -24,6 +24,8 @@ from quantadapt.folders.run_folder import RunFolder
 from quantadapt.hookspecs import hookimpl
 from quantadapt.machine import Machine
 
+TRAIN = str(demo.TRAIN_FILE)
+
 
 @dataclass
 class Shown:
@@ -165,18 +167,18 @@ def test_flags_win_over_the_file_and_set_over_both(run_cli):
     Path("c.yaml").write_text(text)
     made = planned(
         run_cli, "c.yaml", "--backend", "hqq", "--max-steps", "8", "--set", "train.max_steps=9",
-        "--set", "backend.group_size=32", "--lr", "0.5", "--merge", "never", "--data", __file__,
+        "--set", "backend.group_size=32", "--lr", "0.5", "--merge", "never", "--data", TRAIN,
     )  # fmt: skip
     assert made["backend"]["options"] == {"bits": 3, "group_size": 32, "axis": 1}
     spec = made["spec"]
     assert (spec["train"]["max_steps"], spec["train"]["learning_rate"]) == (9, 0.5)
-    assert (spec["seed"], spec["export"]["merge"], spec["data"]["path"]) == (1, "never", __file__)
+    assert (spec["seed"], spec["export"]["merge"], spec["data"]["path"]) == (1, "never", TRAIN)
 
 
 def test_flags_win_over_the_short_form_of_the_file(run_cli):
     Path("c.yaml").write_text("data: nix.jsonl\nbackend: none\nadapter: dora\n")
-    made = planned(run_cli, "c.yaml", "--data", __file__, "--backend", "hqq", "--adapter", "lora")
-    assert made["spec"]["data"]["path"] == __file__
+    made = planned(run_cli, "c.yaml", "--data", TRAIN, "--backend", "hqq", "--adapter", "lora")
+    assert made["spec"]["data"]["path"] == TRAIN
     assert (made["backend"]["name"], made["adapter"]["name"]) == ("hqq", "lora")
 
 

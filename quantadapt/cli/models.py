@@ -68,19 +68,21 @@ def _backend_of(config: dict[str, Any], path: str) -> str:
 def held_out_of(path: str, data: str | None, tokenizer: Any) -> tuple[Dataset, str]:
     """Return the data to measure on, tokenized, and where that choice came from.
 
-    It is what `data` names, or what the run at `path` held out, or the bundled demo's.
+    It is what `data` names, or what the run at `path` held out, or the bundled demo's; cut to the
+    `max_length` of the run.
     """
-    from ..data.reading import load_data, load_held_out
-    from ..spec import Spec
+    from ..data.reading import MAX_LENGTH, load_data, load_held_out
+    from ..spec import DataSpec, Spec
 
-    if data is not None:
-        return load_held_out(data, tokenizer), data
-    file = Path(path).expanduser() / "spec.yaml"
-    if file.exists():
-        spec = Spec.load(file)
-        origin = f"what the run held out of {spec.data.path or 'the bundled demo data'}"
-        return load_data(spec.data, tokenizer, seed=spec.seed).eval, origin
-    return load_held_out(None, tokenizer), "the bundled demo's data; --data names other data"
+    folder = Path(path).expanduser()
+    run = Spec.load(folder / "spec.yaml") if (folder / "spec.yaml").exists() else None
+    if data is None and run is not None:
+        origin = f"what the run held out of {run.data.path or 'the bundled demo data'}"
+        return load_data(run.data, tokenizer, seed=run.seed).eval, origin
+    made = _manifest(folder / ADAPTER) or _manifest(folder) or {}
+    like = run.data if run else DataSpec(max_length=made.get("max_length") or MAX_LENGTH)
+    origin = data or "the bundled demo's data; --data names other data"
+    return load_held_out(data, tokenizer, like=like), origin
 
 
 def calibration_of(path: str, calibration: str | None, tokenizer: Any) -> Any:

@@ -59,10 +59,9 @@ def examples(rows: Iterable[Row], spec: DataSpec, report: DataReport) -> Iterato
 class _Named:
     """Iterates over rows under our names for their columns, and counts them."""
 
-    def __init__(self, columns: Mapping[str, str], rows: Iterator[Row], report: FileReport) -> None:
-        first = next(rows)
-        self.mapping, self.rows, self.report = _fitting(columns, first), rows, report
-        self.first = self._named(first)
+    def __init__(self, mapping: Mapping[str, str], rows: Iterator[Row], report: FileReport) -> None:
+        self.mapping, self.rows, self.report = mapping, rows, report
+        self.first = self._named(next(rows))
         self.waiting = [self.first]
 
     def __iter__(self) -> Iterator[Row]:
@@ -80,17 +79,6 @@ class _Named:
         for ours, theirs in self.mapping.items():
             values[ours] = row.values[_found(theirs, row)]
         return Row(values, row.where)
-
-
-def _fitting(columns: Mapping[str, str], first: Row) -> Mapping[str, str]:
-    """Return the mapping, or none for a file that has none of its columns: held-out data may be
-    laid out in another way. Raises DataError where a file has only some of them."""
-    readable = any(all(c in first.values for c in needed) for needed in FORMATS.values())
-    if readable and not any(name in first.values for name in columns.values()):
-        return {}
-    for theirs in columns.values():
-        _found(theirs, first)
-    return columns
 
 
 def _found(column: str, row: Row) -> str:

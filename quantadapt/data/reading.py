@@ -111,7 +111,8 @@ def load_held_out(
     demo's held-out data if `source` is None.
 
     Args:
-        like: how a run reads its data: its `columns` and its `max_length` hold here, too.
+        like: how a run reads its data: its `max_length` holds here, too, and its `columns` where
+            all of them are there.
 
     Raises:
         DataError: as `load_data`.
@@ -120,8 +121,12 @@ def load_held_out(
     if source is None:
         return load_data(DataSpec(max_length=max_length), tokenizer, seed=0).eval
     rows, own_held_out = read_source(source)
-    spec = DataSpec(path=source, max_length=max_length, columns=like.columns if like else {})
-    return _read(own_held_out or rows, spec, tokenizer, held_out=True)
+    rows = own_held_out or rows
+    columns = like.columns if like else {}
+    if not all(name in rows[0].values for name in columns.values()):
+        columns = {}
+    spec = DataSpec(path=source, max_length=max_length, columns=columns)
+    return _read(rows, spec, tokenizer, held_out=True)
 
 
 def load_everything(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 LOUD = 0.05
@@ -125,12 +124,8 @@ class DataReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts as JSON-ready data."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> DataReport:
-        """Return the report that `to_dict` made `values` of."""
-        files: Iterable[Mapping[str, Any]] = values["files"]
-        counters = ("dropped", "remarks")
-        made = [FileReport(**{**f, **{key: Counter(f[key]) for key in counters}}) for f in files]
-        return cls(values["max_length"], made)
+        files = [
+            {**vars(file), "dropped": dict(file.dropped), "remarks": dict(file.remarks)}
+            for file in self.files
+        ]
+        return {"max_length": self.max_length, "files": files}

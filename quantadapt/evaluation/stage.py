@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..data.batches import padded
-from ..data.tokens import encode_prompt
+from ..data.tokens import Prompt, encode_prompt
 from ..distributed.talking import reduced
 from .predictions import (
     CHUNK_ELEMENTS,
@@ -202,7 +202,7 @@ def gain_kept(base: float, tuned: float, merged: float) -> float:
 def greedy(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     *,
     max_new_tokens: int = 64,
 ) -> list[str]:

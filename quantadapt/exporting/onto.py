@@ -73,7 +73,8 @@ def merge_onto(
     manifest = read_manifest(folder)
     check_onto(manifest, base)
     device = this_machine().default_device if device == "auto" else device
-    held_out = _held_out(folder, data) if check else None
+    length = manifest.get("max_length")
+    held_out = _held_out(folder, data, length) if check else None
     final = Path(path) / MERGED
     found = _merge_onto(folder, base, final, manifest, held_out, device, overwrite)
     return {"kind": "onto", "base": base, **found}
@@ -89,11 +90,11 @@ def check_onto(manifest: Mapping[str, Any], base: str) -> None:
         raise MergeRefused(found)
 
 
-def _held_out(folder: Path, data: str | Dataset | None) -> Dataset:
+def _held_out(folder: Path, data: str | Dataset | None, max_length: int | None) -> Dataset:
     from ..quantizing.stage import load_tokenizer
     from ..stages import held_out_data
 
-    found: Dataset = held_out_data(data, load_tokenizer(str(folder)))
+    found: Dataset = held_out_data(data, load_tokenizer(str(folder)), max_length)
     return found
 
 

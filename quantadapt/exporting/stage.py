@@ -66,7 +66,7 @@ def merge(
     check_merge(state, kind)
     refuse_occupied(final, overwrite)
     tokenizer = tokenizer or state.tokenizer
-    held_out = held_out_data(data, tokenizer)
+    held_out = held_out_data(data, tokenizer, state.max_length)
     if calibration is not None:
         state.calibration = examples_from(calibration, tokenizer)
     with merge_memory_in_words():
