@@ -481,7 +481,7 @@ def test_a_survey_needs_no_tokenizer(tmp_path) -> None:
     path = lines(tmp_path / "a.jsonl", [{"text": "t", "id": 1}] * 3)
     found = survey(DataSpec(path=path))
     assert found
-    assert found.words() == [f"{path}: text, 3 rows; columns that are not used: id"]
+    assert found.words() == [f"{path}: text, 3 rows; columns that text does not know: id"]
     assert survey(DataSpec(path="owner/name")) is None
 
 
@@ -533,3 +533,24 @@ def test_an_unknown_role_is_refused_without_a_template(tmp_path, templated) -> N
     row = {"messages": [{"role": "usr", "content": "q"}, ANSWER]}
     with pytest.raises(DataError, match="turn 1 has the role 'usr'"):
         everything(lines(tmp_path / "a.jsonl", [row]), templated(None))
+
+
+def test_deep_and_broken_chats_are_named(tmp_path, templated) -> None:
+    """Whatever a template makes of them: an error in a sentence, with the line."""
+    tokenizer = templated(TOOLS)
+    deep = "[" * 3000 + "]" * 3000
+    call = '{"function": {"name": "f", "arguments": %s}}'
+    row = '{"messages": [{"role": "assistant", "tool_calls": [%s]}]}'
+    for arguments in (deep, '{"x": "\\ud800"}'):
+        (tmp_path / "a.jsonl").write_text(row % (call % arguments))
+        with pytest.raises(DataError, match=r"a\.jsonl:1: "):
+            everything(str(tmp_path / "a.jsonl"), tokenizer)
+
+
+def test_an_answer_that_is_opened_in_another_way_is_told(tmp_path, templated) -> None:
+    path = lines(tmp_path / "a.jsonl", [chat("q", "a"), chat("q", "")])
+    _, file = everything(path, templated(LLAMA3))
+    assert file.remarks == {"an empty answer is learnt": 1}
+    thinking = LLAMA3.replace("'<|assistant|>\n'", "'<|assistant|>\n<think>'")
+    _, file = everything(path, templated(thinking))
+    assert file.remarks["the chat template opens an answer in another way than it writes one"] == 2

@@ -55,6 +55,9 @@ def read_chat(row: Example) -> Chat:
     weights = [_weight(turn, number, row.where) for number, turn in enumerate(turns, 1)]
     learnt = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and weights[i]]
     chat = Chat(turns[: learnt[-1] + 1] if learnt else [], learnt, _tools(row))
+    for turn in (turns[i] for i in learnt):
+        if not any(value for key, value in turn.items() if key != "role"):
+            chat.remarks.append("an empty answer is learnt")
     if not learnt:
         answers = any(turn["role"] == "assistant" for turn in turns)
         none = "with no turn of the assistant"
@@ -181,7 +184,11 @@ def template_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) ->
             chat.remarks.append("a turn of the assistant that opens the chat is not learnt")
             continue
         after = writer.render(index + 1)
-        start = _start(writer, index, after)
+        asked = writer.render(index, ask=True) if index else _head(chat.turns[0], after)
+        start = _common_prefix(asked, after)
+        if start < len(asked):
+            what = "the chat template opens an answer in another way than it writes one"
+            chat.remarks.append(what)
         if why := _unwritten_calls(chat.turns[index], after[start:]):
             chat.dropped = why
             return []
@@ -221,7 +228,7 @@ class _Writer:
             what = f"the chat template refuses it: {first_line(error)}"
             fix = "reorder the turns, or use another format"
             raise DataError(what, fix=fix, where=self.where) from error
-        return str(text)
+        return checked_text(str(text), "the chat as its template writes it", self.where)
 
 
 def _writer(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> _Writer:
@@ -297,12 +304,9 @@ def _well_written(turns: list[Turn], tools: list[Any] | None, text: str) -> bool
     return not silent or text.count("None") <= own
 
 
-def _start(writer: _Writer, index: int, after: str) -> int:
-    """Return where in `after` the turn `index`, its last one, begins."""
-    if index:
-        return _common_prefix(writer.render(index, ask=True), after)
-    content = writer.turns[0]["content"]
-    return max(after.find(content), 0) if content else 0
+def _head(turn: Turn, text: str) -> str:
+    """Return what a template writes before the content of a turn that opens the chat."""
+    return text[: max(text.find(turn["content"]), 0)] if turn["content"] else ""
 
 
 def _cut_up(text: str, spans: Sequence[tuple[int, int]], eos: str) -> list[Segment]:

@@ -157,13 +157,14 @@ def checked_text(value: Any, name: str, where: str) -> str:
 
 
 def from_json(value: Any, name: str, where: str) -> Any:
-    """Return `value`, or what it says where it is JSON in a text. Raises DataError."""
-    if not isinstance(value, str):
-        return value
+    """Return `value`, or what it says where it is JSON in a text. Raises DataError where it cannot
+    be written as JSON again: templates do so."""
     try:
-        return json.loads(value)
+        made = json.loads(value) if isinstance(value, str) else value
+        json.dumps(made, default=str)
+        return made
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} is no JSON: {error}", where=where) from None
+        raise DataError(f"{name} cannot be read as JSON: {error}", where=where) from None
 
 
 # What a format makes of the rows of a file ------------------------------------------------------

@@ -122,23 +122,26 @@ def load_held_out(
         return load_data(DataSpec(max_length=max_length), tokenizer, seed=0).eval
     rows, own_held_out = read_source(source)
     rows = own_held_out or rows
-    columns = like.columns if like else {}
-    if not all(name in rows[0].values for name in columns.values()):
-        columns = {}
-    spec = DataSpec(path=source, max_length=max_length, columns=columns)
-    return _read(rows, spec, tokenizer, held_out=True)
+    return _read(rows, _like(like, rows, max_length), tokenizer, held_out=True)
 
 
 def load_everything(
-    source: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int = MAX_LENGTH
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = MAX_LENGTH,
+    like: DataSpec | None = None,
 ) -> Dataset:
     """Read all of a file, or the training part of a folder or hub id, unsplit.
+
+    Args:
+        like: as for `load_held_out`.
 
     Raises:
         DataError: as `load_data`.
     """
     rows, _ = read_source(source)
-    return _read(rows, DataSpec(path=source, max_length=max_length), tokenizer)
+    return _read(rows, _like(like, rows, max_length), tokenizer)
 
 
 def look(
@@ -178,6 +181,14 @@ def survey(spec: DataSpec) -> DataReport | None:
         for _ in examples(rows, spec, report):
             pass
     return report
+
+
+def _like(like: DataSpec | None, rows: Sequence[Row], max_length: int) -> DataSpec:
+    """Return how to read rows of another source than that of the run."""
+    if like is None:
+        return DataSpec(max_length=max_length)
+    fits = all(name in rows[0].values for name in like.columns.values())
+    return DataSpec(max_length=like.max_length, columns=like.columns if fits else {})
 
 
 def _read(

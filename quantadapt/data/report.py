@@ -81,7 +81,7 @@ class FileReport:
         """Return what else is to be known, in words."""
         found = [f"{what} ({count:,})" for what, count in self.remarks.most_common()]
         if self.unused:
-            found.append(f"columns that are not used: {', '.join(self.unused)}")
+            found.append(f"columns that {self.format} does not know: {', '.join(self.unused)}")
         return found
 
 

@@ -129,7 +129,7 @@ def _data_file(file: Mapping[str, Any], limit: int) -> Html:
         rows += [(key if not index else "", line) for index, line in enumerate(lines)]
     unused = file.get("unused")
     if isinstance(unused, list) and unused:
-        rows.append(("columns not used", ", ".join(map(str, unused))))
+        rows.append(("other columns", ", ".join(map(str, unused))))
     return el("div", el("h3", text(file, "file")), facts_table(rows))
 
 
