@@ -290,7 +290,8 @@ def test_oasst_trees_become_chats(tmp_path, templated) -> None:
     assert tokenizer.decode(found[1][0]) == tokenizer.apply_chat_template(
         chat("q1", "a1", "q2", "a3")["messages"], tokenize=False
     )
-    assert list(file.remarks.values()) == [2]  # the worse reply and the lost one
+    assert list(file.remarks.values()) == [1]
+    assert file.dropped == {"that answer one that is not there": 1}
     assert file.rows == 10
 
 
@@ -502,6 +503,8 @@ BAD = [
     ("a.jsonl", '{"messages": [], "tools": 3}\n', "no list of turns"),
     ("a.jsonl", '{"message_id": "1", "parent_id": null, "role": "prompter", "text": "a"}\n' * 2,
      r"a\.jsonl:2: the message_id '1' is there twice, first in .*a\.jsonl:1"),
+    ("a.jsonl", '{"message_id": "1", "parent_id": [1], "role": "x", "text": "a"}', "is a list"),
+    ("a.jsonl", '{"prompt": {"message_id": "1", "replies": 5}}', "'replies' is no list"),
     ("a.jsonl", "", "the file holds no examples"),
 ]  # fmt: skip
 
@@ -526,7 +529,7 @@ def test_a_circle_of_messages_ends(tmp_path, tokenizer) -> None:
     rows = [oasst("1", "2", "q"), oasst("2", "1", "a"), oasst("3", None, "q"), oasst("4", "3", "a")]
     found, file = everything(lines(tmp_path / "a.jsonl", rows), tokenizer)
     assert len(found) == 1
-    assert list(file.remarks.values()) == [2]
+    assert file.dropped.total() == 2
 
 
 def test_an_unknown_role_is_refused_without_a_template(tmp_path, templated) -> None:

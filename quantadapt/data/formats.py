@@ -277,34 +277,48 @@ def _oasst(rows: Iterable[Row], report: FileReport) -> Iterator[Example]:
     Of replies that people have ranked only the best goes on; of others all do. A reply that
     several paths share is learnt in the first of them alone.
     """
-    messages: dict[str, Row] = {}
-    replies: dict[str | None, list[str]] = {}
-    for row in _flat(rows):
-        name, parent = text_in(row, "message_id"), row.values.get("parent_id") or None
-        if name in messages:
-            what = f"the message_id {name!r} is there twice, first in {messages[name].where}"
-            raise DataError(what, where=row.where)
-        if row.values.get("deleted") is True:
-            report.remarks["messages marked as deleted are left out, with their replies"] += 1
-            continue
-        messages[name] = row
-        replies.setdefault(parent, []).append(name)
+    messages, replies = _tree(rows, report)
     seen: set[str] = set()
-    waiting = list(reversed(replies.get(None, [])))
+    waiting, below = list(reversed(replies.get("", []))), list[str]()
     reached = 0
     while waiting:
         name, reached = waiting.pop(), reached + 1
         answers = replies.get(name, [])
         following = _best(answers, messages)
         waiting += reversed(following)
+        below += set(answers) - set(following)
         if not following:
             path = _path(name, messages)
             turns = [_oasst_turn(row, name in seen) for name, row in path.items()]
             yield _example(next(iter(path.values())), "messages", messages=turns)
             seen.update(path)
-    if beside := len(messages) - reached:
-        what = "messages are beside the best ranked replies, or answer one that is not there"
-        report.remarks[what] += beside
+    lower = 0
+    while below:
+        lower += 1
+        below += replies.get(below.pop(), [])
+    for counts, what, count in (
+        (report.remarks, "messages are not used: people ranked another reply above", lower),
+        (report.dropped, "that answer one that is not there", len(messages) - reached - lower),
+    ):
+        counts.update({what: count} if count else {})
+
+
+def _tree(rows: Iterable[Row], report: FileReport) -> tuple[dict[str, Row], dict[str, list[str]]]:
+    """Return the messages and the replies to each, by message_id; roots reply to an empty one."""
+    messages: dict[str, Row] = {}
+    replies: dict[str, list[str]] = {}
+    for row in _flat(rows):
+        name = text_in(row, "message_id")
+        parent = text_in(row, "parent_id") if row.values.get("parent_id") is not None else ""
+        if name in messages:
+            what = f"the message_id {name!r} is there twice, first in {messages[name].where}"
+            raise DataError(what, where=row.where)
+        if row.values.get("deleted") is True:
+            report.remarks["messages are not used: they are marked as deleted"] += 1
+            continue
+        messages[name] = row
+        replies.setdefault(parent, []).append(name)
+    return messages, replies
 
 
 def _path(leaf: str, messages: Mapping[str, Row]) -> dict[str, Row]:
@@ -344,7 +358,10 @@ def _flat(rows: Iterable[Row]) -> Iterator[Row]:
                 raise DataError("a reply is no object", where=row.where)
             name = message.get("message_id")
             yield Row({**message, "parent_id": parent}, row.where)
-            waiting += [(reply, name) for reply in reversed(message.get("replies") or [])]
+            replies = message.get("replies") or []
+            if not isinstance(replies, list):
+                raise DataError("'replies' is no list", where=row.where)
+            waiting += [(reply, name) for reply in reversed(replies)]
 
 
 _MAKERS: dict[str, _Maker] = {

@@ -218,6 +218,7 @@ def _split(found: list[Example], spec: DataSpec, seed: int) -> tuple[list[Exampl
     if len(rows) < 2:
         fix = "add examples, or name held-out data with data.eval_path"
         what = "there is only one example, so none can be held out for evaluation"
+        what = what if rows else "there is no example"
         raise DataError(what, fix=fix, where=spec.path or "demo data")
     count = min(max(1, round(len(rows) * spec.eval_fraction)), len(rows) - 1)
     chosen = {rows[index] for index in random.Random(seed).sample(range(len(rows)), count)}
@@ -270,7 +271,8 @@ def _tokenized(
             elif any(mask[1:]):
                 counts.dropped[f"with nothing to learn within {limit} tokens"] += 1
             else:
-                counts.dropped["with an empty answer"] += 1
+                what = "text" if example.shape == "text" else "answer"
+                counts.dropped[f"with an empty {what}"] += 1
 
 
 def _dataset(
