@@ -500,6 +500,7 @@ BAD = [
      '"content": "y", "weight": 0.5}]}\n', r"a\.jsonl:1: 'weight' of turn 2 is 0.5"),
     ("a.jsonl", '{"messages": [{"role": "assistant", "tool_calls": [{"x": 1}]}]}', "are no calls"),
     ("a.jsonl", '{"messages": [{"role": "assistant", "content": null}]}', "of turn 1 is null"),
+    ("a.jsonl", '{"messages": [{"role": "assistant", "id": "1"}]}', "'content' of turn 1 is null"),
     ("a.jsonl", '{"messages": [], "tools": 3}\n', "no list of turns"),
     ("a.jsonl", '{"message_id": "1", "parent_id": null, "role": "prompter", "text": "a"}\n' * 2,
      r"a\.jsonl:2: the message_id '1' is there twice, first in .*a\.jsonl:1"),

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Turn = dict[str, Any]
 LINKS = frozenset({"role", "content", "tool_calls", "tool_call_id", "id", "index", "type"})
 """Keys of a turn that need not show in the text under their own name."""
+_SPEAKS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+"""What a turn of the assistant may say beside its content."""
 
 
 @dataclass
@@ -56,7 +58,7 @@ def read_chat(row: Example) -> Chat:
     learnt = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and weights[i]]
     chat = Chat(turns[: learnt[-1] + 1] if learnt else [], learnt, _tools(row))
     for turn in (turns[i] for i in learnt):
-        if not any(value for key, value in turn.items() if key != "role"):
+        if not any(map(turn.get, ("content", *_SPEAKS))):
             chat.remarks.append("an empty answer is learnt")
     if not learnt:
         answers = any(turn["role"] == "assistant" for turn in turns)
@@ -100,10 +102,8 @@ def _function(call: dict[str, Any]) -> dict[str, Any]:
 def _content(turn: Turn, number: int, where: str) -> str | None:
     """Return the text of a turn; None where it only calls tools or thinks."""
     content, name = turn.get("content"), f"'content' of turn {number}"
-    if content is None and turn["role"] == "assistant" and len(turn) > 1:
-        others = set(turn) - {"role", "content", "weight", "name"}
-        if others:
-            return None
+    if content is None and turn["role"] == "assistant" and any(map(turn.get, _SPEAKS)):
+        return None
     if isinstance(content, list) and content:
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text":

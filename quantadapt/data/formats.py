@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, Literal
 
 from ..errors import DataError, did_you_mean
@@ -47,38 +47,23 @@ def examples(rows: Iterable[Row], spec: DataSpec, report: DataReport) -> Iterato
         DataError: no format is known for the columns, or a row is not as its format has it.
     """
     for file, group in groupby(rows, key=lambda row: row.file):
-        found = report.of(file)
-        named = _Named({str(k): v for k, v in spec.columns.items()}, group, found)
-        first = named.first
-        found.format = spec.format if spec.format != "auto" else format_of(first, named.mapping)
+        found, columns = report.of(file), {str(k): v for k, v in spec.columns.items()}
+        named = _named(group, columns, found)
+        first = next(named)
+        found.format = spec.format if spec.format != "auto" else format_of(first, columns)
         known = {*FORMATS[found.format], *OPTIONAL.get(found.format, ())}
         found.unused = [str(name) for name in first.values if name not in known]
-        yield from _MAKERS[found.format](named, found)
+        yield from _MAKERS[found.format](chain([first], named), found)
 
 
-class _Named:
-    """Iterates over rows under our names for their columns, and counts them."""
-
-    def __init__(self, mapping: Mapping[str, str], rows: Iterator[Row], report: FileReport) -> None:
-        self.mapping, self.rows, self.report = mapping, rows, report
-        self.first = self._named(next(rows))
-        self.waiting = [self.first]
-
-    def __iter__(self) -> Iterator[Row]:
-        return self
-
-    def __next__(self) -> Row:
-        row = self.waiting.pop() if self.waiting else self._named(next(self.rows))
-        self.report.rows += 1
-        return row
-
-    def _named(self, row: Row) -> Row:
-        if not self.mapping:
-            return row
-        values = {k: v for k, v in row.values.items() if k not in self.mapping.values()}
-        for ours, theirs in self.mapping.items():
-            values[ours] = row.values[_found(theirs, row)]
-        return Row(values, row.where)
+def _named(rows: Iterable[Row], columns: Mapping[str, str], report: FileReport) -> Iterator[Row]:
+    """Yield the rows under our names for their columns, and count them."""
+    theirs = set(columns.values())
+    for row in rows:
+        report.rows += 1
+        values = {k: v for k, v in row.values.items() if k not in theirs}
+        values |= {ours: row.values[_found(name, row)] for ours, name in columns.items()}
+        yield Row(values, row.where)
 
 
 def _found(column: str, row: Row) -> str:
