@@ -218,7 +218,8 @@ class _Run:
         self.tokenizer = load_tokenizer(self.plan.model)
         task: Task = self.plan.task
         data = task.read(self.spec.data, self.tokenizer, seed=self.spec.seed)
-        self.metrics["data"] = data.report.to_dict()
+        if data.report.files:  # a task that reads for itself may count nothing
+            self.metrics["data"] = data.report.to_dict()
         for text in data.report.words():
             self.listener("note", {"text": f"data: {text}"})
         return data

@@ -89,10 +89,14 @@ def schema() -> None:
 
 
 def _data(made: Plan) -> DataReport | None:
-    """Return formats and rows of the data where they are at hand. Raises PlanRefused."""
+    """Return formats and rows of the data where they are at hand; None where the objective reads
+    them in a way of its own, too. Raises PlanRefused."""
     from ..data.reading import survey
     from ..errors import DataError, PlanRefused
+    from ..objectives.sft import SFT
 
+    if type(made.task).read is not SFT.read:
+        return None
     try:
         return survey(made.spec.data)
     except DataError as error:
@@ -124,7 +128,7 @@ def _rows(made: Plan, data: DataReport | None) -> list[tuple[str, str]]:
         ("adapter", _options(made.adapter.name, dict(made.adapter_options))),
         ("objective", _options(made.objective.name, made.task.model_dump())),
         ("device", f"{device_words(made)}, computing in {made.dtype}"),
-        ("data", "\n".join(data.words()) if data else str(spec.data.path)),
+        ("data", "\n".join(data.words()) if data else spec.data.path or "the bundled demo's"),
         ("train", f"{steps}, learning rate {train.learning_rate:g}"),
         ("output", str(spec.output)),
         ("export", export_words(made)),
