@@ -114,9 +114,9 @@ def _section(title: str, part: Mapping[str, Any], definitions: Mapping[str, Any]
     rows = []
     for name, field in part["properties"].items():
         kind = _resolved(field, definitions)
-        nested = kind.get("type") == "object"
+        nested = "properties" in kind
         type_ = f"see [{name}](#{name})" if nested else _code(_type(field))
-        empty = [] if field.get("type") == "array" else None
+        empty = {"array": [], "object": {}}.get(field.get("type"))
         default = "" if nested else _code(_json(field.get("default", empty)))
         rows.append((_code(name), type_, default, field.get("description", "")))
     text = "" if title == "Top level" else _prose(part.get("description", ""))
@@ -139,6 +139,8 @@ def _type(schema: Mapping[str, Any]) -> str:
         return "name | {name: ..., option: ...}"
     if "const" in schema:
         return str(schema["const"])
+    if schema.get("type") == "object":
+        return "mapping"
     if "anyOf" in schema:
         return " | ".join(_type(part) for part in schema["anyOf"])
     if schema.get("type") == "array":

@@ -23,7 +23,7 @@ moved.install()
 
 if TYPE_CHECKING:
     from .capabilities import Merge, Rule
-    from .errors import QuantadaptError
+    from .errors import DataWarning, QuantadaptError
     from .exporting.onto import merge_onto
     from .exporting.saving import BaseMismatchWarning, load, save
     from .exporting.stage import merge
@@ -54,7 +54,7 @@ _HOME = {
     "exporting.onto": ("merge_onto",),
     "planning": ("Plan", "plan"),
     "spec": ("Spec",),
-    "errors": ("QuantadaptError",),
+    "errors": ("DataWarning", "QuantadaptError"),
     "capabilities": ("Merge", "Rule"),
     "records": ("Adapter", "Backend", "Evaluation", "Export", "Objective"),
     "protocols": ("AdapterTarget", "Evaluator", "Exporter", "Figure", "Given",
@@ -70,6 +70,7 @@ __all__ = [
     "AdapterTarget",
     "Backend",
     "BaseMismatchWarning",
+    "DataWarning",
     "Evaluation",
     "Evaluator",
     "Export",

@@ -93,6 +93,10 @@ class DataError(QuantadaptError):
     """The data cannot be read or used; `where` holds the file and, if known, the line."""
 
 
+class DataWarning(UserWarning):
+    """Many examples of a file are cut or dropped; the sentence counts them, with the reasons."""
+
+
 class ModelError(QuantadaptError):
     """The model cannot be read or used."""
 

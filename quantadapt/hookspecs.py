@@ -123,8 +123,8 @@ def quantadapt_evaluations() -> Iterable[Evaluation]:  # type: ignore[empty-body
                 from quantadapt.evaluation import greedy
 
                 prompts = given.prompts[: self.first]
-                texts = [prompt.text for prompt in prompts]
-                answers = greedy(model, given.tokenizer, texts, max_new_tokens=given.max_new_tokens)
+                count = given.max_new_tokens
+                answers = greedy(model, given.tokenizer, prompts, max_new_tokens=count)
                 right = sum(a.strip() == p.reference.strip() for a, p in zip(answers, prompts))
                 return {"exact-match": Figure(right / len(prompts), "share", "higher")}
 

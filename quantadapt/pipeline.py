@@ -217,7 +217,12 @@ class _Run:
     def read_data(self) -> Data:
         self.tokenizer = load_tokenizer(self.plan.model)
         task: Task = self.plan.task
-        return task.read(self.spec.data, self.tokenizer, seed=self.spec.seed)
+        data = task.read(self.spec.data, self.tokenizer, seed=self.spec.seed)
+        if data.report.files:  # a task that reads for itself may count nothing
+            self.metrics["data"] = data.report.to_dict()
+        for text in data.report.words():
+            self.listener("note", {"text": f"data: {text}"})
+        return data
 
     def held_out(self, data: Data) -> Dataset:
         return data.eval.select(range(min(len(data.eval), self.spec.evaluate.max_examples)))
@@ -311,13 +316,14 @@ class _Run:
     def answers(self, model: nn.Module, data: Data) -> list[str]:
         from .evaluation.stage import greedy
 
-        prompts = [p.text for p in self.prompts(data)] if self.answers_prompts else []
+        prompts = self.prompts(data) if self.answers_prompts else []
         length = self.spec.evaluate.max_new_tokens
         return greedy(model, self.tokenizer, prompts, max_new_tokens=length) if prompts else []
 
     def attach(self, model: nn.Module) -> PeftModel:
         plan = self.plan
         tuned = attach_planned(model, state_of(model), plan)
+        state_of(tuned).max_length = self.spec.data.max_length
         targets = tuned.peft_config["default"].target_modules  # type: ignore[union-attr]
         found = sorted(targets) if isinstance(targets, (list, set)) else [targets]
         self.folder.write_json("plan.json", plan.to_dict() | {"target_modules": found})

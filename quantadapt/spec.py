@@ -17,7 +17,13 @@ from pydantic_core import PydanticCustomError
 from .errors import Problem, SpecError, did_you_mean
 
 MergeChoice = Literal["auto", "dense", "requantize", "never"]
-DataFormat = Literal["auto", "text", "prompt-completion", "alpaca", "messages"]
+# fmt: off
+DataFormat = Literal["auto", "text", "prompt-completion", "alpaca", "dolly", "self-instruct",
+                     "messages", "sharegpt", "oasst"]
+Column = Literal["text", "prompt", "completion", "instruction", "input", "output", "context",
+                 "response", "instances", "messages", "tools", "conversations", "system",
+                 "message_id", "parent_id", "role", "rank"]
+# fmt: on
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -96,6 +102,10 @@ class DataSpec(_Strict):
     eval_path: str | None = Field(None, description="held-out data; otherwise split off `path`")
     eval_fraction: float = Field(0.05, gt=0, lt=1, description="share split off as held-out data")
     format: DataFormat = Field("auto", description="how to read the columns")
+    columns: dict[Column, str] = Field(
+        default_factory=dict,
+        description="your names for the columns, e.g. {prompt: question, completion: answer}",
+    )
     max_length: int = Field(512, ge=8, description="longest example in tokens; longer ones are cut")
     max_examples: int | None = Field(None, ge=1, description="use only the first so many examples")
     calibration_path: str | None = Field(

@@ -130,7 +130,8 @@ def train(
         seed: for shuffling and dropout.
         tokenizer: needed for a live module only.
         on_log: called at each logging step with step, loss, learning_rate, ...
-        on_note: told in a sentence how memory is used, where that was chosen or had to change.
+        on_note: told in a sentence what became of each data file, and how memory is used, where
+            that was chosen or had to change.
         max_length: longest example in tokens, where `data` is read from a file.
         options: fields of TrainSpec, e.g. `max_steps=200`, `learning_rate=1e-4`.
 
@@ -146,7 +147,13 @@ def train(
     if data is None or isinstance(data, str | Path):
         path = None if data is None else str(data)
         wanted = Spec(data={"path": path, "max_length": max_length}).data
-        data = task.read(wanted, _needed(tokenizer), seed=seed).train
+        read = task.read(wanted, _needed(tokenizer), seed=seed)
+        data = read.train
+        if hasattr(model, "quantadapt"):
+            state_of(model).max_length = max_length
+        if on_note is not None:
+            for text in read.report.words():
+                on_note(f"data: {text}")
     with tempfile.TemporaryDirectory() as scratch:
         return train_(
             *(model, tokenizer, data, spec.train),
@@ -165,6 +172,7 @@ def evaluate(
     evaluation: str = "perplexity",
     batch_size: int = 8,
     max_examples: int = 200,
+    max_length: int | None = None,
     max_new_tokens: int = 64,
     tokenizer: Any = None,
     **options: Any,
@@ -179,6 +187,8 @@ def evaluate(
         evaluation: see `quantadapt evaluations`.
         batch_size: examples per forward pass.
         max_examples: use at most so many.
+        max_length: longest example in tokens, where `data` is read from a file; by default what
+            the model was trained with, or 512.
         max_new_tokens: longest answer, in tokens, where the model is asked to answer.
         tokenizer: needed for a live module only.
         options: the evaluation's options.
@@ -190,10 +200,12 @@ def evaluate(
 
     evaluators = planning.evaluators([{"name": evaluation, **options}])
     tokenizer = tokenizer or state_of(model).tokenizer
-    given = given_of(held_out(data, tokenizer), tokenizer, max_examples)
+    trained = getattr(getattr(model, "quantadapt", None), "max_length", None)
+    found = held_out(data, tokenizer, max_length or trained)
+    given = given_of(found, tokenizer, max_examples)
     given = replace(given, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    found = measure(evaluation, evaluators[evaluation], model, given)
-    return {name: figure.value for name, figure in found.items()}
+    figures = measure(evaluation, evaluators[evaluation], model, given)
+    return {name: figure.value for name, figure in figures.items()}
 
 
 def given_of(held_out: HeldOut, tokenizer: Any, max_examples: int) -> Given:
@@ -202,18 +214,27 @@ def given_of(held_out: HeldOut, tokenizer: Any, max_examples: int) -> Given:
     return Given(held_out.examples.select(range(count)), held_out.prompts[:count], tokenizer)
 
 
-def held_out(data: str | Path | Dataset | HeldOut | None, tokenizer: Any) -> HeldOut:
-    """Return data to measure on: read if it is named; a Dataset is tokenized already."""
-    from .data.reading import HeldOut, read_held_out
+def held_out(
+    data: str | Path | Dataset | HeldOut | None, tokenizer: Any, max_length: int | None = None
+) -> HeldOut:
+    """Return data to measure on: read if it is named; a Dataset is tokenized already.
+
+    Args:
+        max_length: longest example in tokens; 512 if that is not known.
+    """
+    from .data.reading import MAX_LENGTH, HeldOut, read_held_out
 
     if data is None or isinstance(data, str | Path):
-        return read_held_out(None if data is None else str(data), _needed(tokenizer))
+        source, length = None if data is None else str(data), max_length or MAX_LENGTH
+        return read_held_out(source, _needed(tokenizer), max_length=length)
     return data if isinstance(data, HeldOut) else HeldOut(data)
 
 
-def held_out_data(data: str | Path | Dataset | HeldOut | None, tokenizer: Any) -> Any:
+def held_out_data(
+    data: str | Path | Dataset | HeldOut | None, tokenizer: Any, max_length: int | None = None
+) -> Any:
     """Return the examples of `held_out`."""
-    return held_out(data, tokenizer).examples
+    return held_out(data, tokenizer, max_length).examples
 
 
 def _needed(tokenizer: Any) -> Any:

@@ -25,6 +25,8 @@ from quantadapt.hookspecs import hookimpl
 from quantadapt.machine import Machine
 from quantadapt.protocols import Figure
 
+TRAIN = str(demo.TRAIN_FILE)
+
 
 @dataclass
 class Shown:
@@ -166,18 +168,18 @@ def test_flags_win_over_the_file_and_set_over_both(run_cli):
     Path("c.yaml").write_text(text)
     made = planned(
         run_cli, "c.yaml", "--backend", "hqq", "--max-steps", "8", "--set", "train.max_steps=9",
-        "--set", "backend.group_size=32", "--lr", "0.5", "--merge", "never", "--data", __file__,
+        "--set", "backend.group_size=32", "--lr", "0.5", "--merge", "never", "--data", TRAIN,
     )  # fmt: skip
     assert made["backend"]["options"] == {"bits": 3, "group_size": 32, "axis": 1}
     spec = made["spec"]
     assert (spec["train"]["max_steps"], spec["train"]["learning_rate"]) == (9, 0.5)
-    assert (spec["seed"], spec["export"]["merge"], spec["data"]["path"]) == (1, "never", __file__)
+    assert (spec["seed"], spec["export"]["merge"], spec["data"]["path"]) == (1, "never", TRAIN)
 
 
 def test_flags_win_over_the_short_form_of_the_file(run_cli):
     Path("c.yaml").write_text("data: nix.jsonl\nbackend: none\nadapter: dora\n")
-    made = planned(run_cli, "c.yaml", "--data", __file__, "--backend", "hqq", "--adapter", "lora")
-    assert made["spec"]["data"]["path"] == __file__
+    made = planned(run_cli, "c.yaml", "--data", TRAIN, "--backend", "hqq", "--adapter", "lora")
+    assert made["spec"]["data"]["path"] == TRAIN
     assert (made["backend"]["name"], made["adapter"]["name"]) == ("hqq", "lora")
 
 
@@ -669,3 +671,100 @@ def test_run_eval_generate_and_merge_for_real(run_cli):
     assert shown.code == 0, shown.err
     assert shown.json["kl"] < 1e-3
     assert Path("out/merged/model.safetensors").exists()
+
+
+# Data --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lossy(tmp_path: Path) -> str:
+    """30 examples, of which 10 are longer than 32 tokens and 3 have empty answers."""
+    answers = ["word " * 60] * 10 + [""] * 3 + ["fine"] * 17
+    rows = [{"prompt": "say [b]\x1b[31m ", "completion": answer} for answer in answers]
+    file = tmp_path / "lossy.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_data_shows_what_is_learnt(run_cli, lossy):
+    shown = run_cli("data", lossy, "--max-length", "32", "--limit", "1")
+    assert shown.code == 0
+    lines = [line.rstrip() for line in shown.out.splitlines()]
+    assert lines[0].startswith(f"{lossy}:1   32 tokens, ")
+    assert lines[1] == r"  given  | <s>say [b]\x1b[31m"
+    assert lines[2].startswith("  learnt | word word")
+    assert "27 examples" in shown.out
+    assert "10 cut to 32 tokens" in shown.out
+    assert "3 dropped (3 with an empty answer)" in shown.out
+    assert "\x1b" not in shown.out
+    assert f"warning: 43% of the examples in {lossy}" in shown.err
+
+
+def test_data_as_json_gives_tokens_and_masks(run_cli, lossy):
+    shown = run_cli("data", lossy, "--max-length", "32", "--limit", "2", "--json")
+    first, _ = shown.json["examples"]
+    assert first["where"] == f"{lossy}:1"
+    lengths = {len(first[key]) for key in ("tokens", "input_ids", "completion_mask")}
+    assert lengths == {32}
+    pairs = zip(first["tokens"], first["completion_mask"], strict=True)
+    assert "".join(token for token, on in pairs if on).startswith("word word")
+    (file,) = shown.json["files"]
+    assert (file["rows"], file["cut"], file["dropped"]) == (30, 10, {"with an empty answer": 3})
+
+
+def test_data_reads_columns_of_any_name(run_cli, tmp_path):
+    (tmp_path / "a.csv").write_text("q,a\nx,y\n")
+    names = ("--column", "prompt=q", "--column", "completion=a")
+    assert "prompt-completion, 1 examples" in run_cli("data", tmp_path / "a.csv", *names).out
+    shown = run_cli("data", tmp_path / "a.csv")
+    assert shown.code == 1
+    assert "data.columns" in shown.err
+
+
+def test_plan_tells_formats_and_rows(run_cli, lossy, tmp_path):
+    assert "prompt-completion, 30 rows" in run_cli("plan", "--data", lossy).out
+    assert run_cli("plan", "--data", lossy, "--json").json["data"]["files"][0]["rows"] == 30
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{')
+    shown = run_cli("plan", "--data", tmp_path / "bad.jsonl")
+    assert shown.code == 2
+    assert "bad.jsonl:2" in shown.err
+
+
+def test_a_run_tells_what_became_of_its_data(run_cli, lossy):
+    arguments = ("--data", lossy, "--set", "data.max_length=32", "--max-steps", "1")
+    small = ("--set", "evaluate.unquantized=false", "--merge", "never", "--output", "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        shown = run_cli("run", *arguments, *small)
+    assert shown.code == 0, shown.err
+    folder = Path("out")
+    words = "27 examples (1 of them held out)"
+    for text in (shown.out, (folder / "log.txt").read_text()):
+        assert words in text
+        assert "10 cut to 32 tokens" in text
+    warning = f"43% of the examples in {lossy} are cut or dropped"
+    assert f"warning: {warning}" in shown.err
+    assert warning in (folder / "log.txt").read_text()
+    data = json.loads((folder / "metrics.json").read_text())["data"]
+    assert data["max_length"] == 32
+    assert data["files"][0]["dropped"] == {"with an empty answer": 3}
+    page = (folder / "report.html").read_text()
+    assert "3 with an empty answer" in page
+    assert "10 to 32 tokens" in page
+
+    # What is measured later is cut as the run's data were.
+    manifest = json.loads((folder / "adapter" / "quantadapt.json").read_text())
+    assert manifest["max_length"] == 32
+    from quantadapt.data.reading import load_held_out
+
+    lengths = []
+    for path in (folder, folder / "adapter"):
+        shown = run_cli("eval", path, "--data", lossy, "--json")
+        lengths.append(shown.json["tokens"])
+    from transformers import AutoTokenizer
+
+    rows = load_held_out(lossy, AutoTokenizer.from_pretrained(demo.MODEL_DIR), max_length=32)
+    assert lengths == [sum(sum(row["completion_mask"][1:]) for row in rows)] * 2
+    model = quantadapt.load(folder)
+    assert quantadapt.evaluate(model, lossy)["tokens"] == lengths[0]
+    assert quantadapt.evaluate(model, lossy, max_length=512)["tokens"] > lengths[0]

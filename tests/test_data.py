@@ -121,7 +121,7 @@ def test_chat_counts_every_turn_of_the_assistant(tmp_path, tokenizer):
     eos = tokenizer.eos_token
     assert trained(data.train[0], tokenizer) == f"Hello{eos}So long{eos}"
     whole = tokenizer.apply_chat_template(CHAT["messages"], tokenize=False)
-    assert tokenizer.decode(data.train[0]["input_ids"][1:]) == whole
+    assert tokenizer.decode(data.train[0]["input_ids"]) == whole
     assert data.prompts[0].text.endswith("Bye\n\n### Response:\n")
     assert data.prompts[0].reference == "So long"
 
@@ -151,7 +151,7 @@ def test_a_chats_prompt_has_the_tokens_that_it_has_in_training(
     data = load(path, tokenizer)
     ids, mask = data.eval[0].values()
     start = max(index for index, counts in enumerate(mask) if not counts and any(mask[index:]))
-    assert encode_prompt(tokenizer, data.prompts[0].text) == ids[: start + 1]
+    assert encode_prompt(tokenizer, data.prompts[0]) == ids[: start + 1]
 
 
 def test_an_empty_answer_is_no_prompt(tmp_path, plain):

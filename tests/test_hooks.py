@@ -138,7 +138,8 @@ def test_an_objective(example, tmp_path: Path) -> None:
         return found.losses[0][1]
 
     tokenizer = qa.quantize(None, "none").quantadapt.tokenizer
-    tokens = [len(tokenizer(row["completion"])["input_ids"]) + 1 for row in (learnt, ignored)]
+    texts = [row["completion"] for row in (learnt, ignored)]
+    tokens = [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     alone = loss("one", name="sft") * tokens[0]
     weighted = loss("both", name="weighted", column="importance") * sum(tokens)
     assert weighted == pytest.approx(2 * alone, rel=1e-5)

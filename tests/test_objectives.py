@@ -235,6 +235,35 @@ def test_the_plan_asks_what_memory_depends_on(tmp_path) -> None:
     assert pairs.parts(whole)["activations"] == 2 * own.parts(whole)["activations"]
 
 
+def test_the_plan_looks_into_data_only_where_it_knows_how_they_are_read(tmp_path, capsys) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"better": "one two", "worse": "one one"}\n' * 2)
+    flags = ["--data", str(file), "--backend", "none", "--json"]
+    with_columns = printed(capsys, "plan", *flags, "--set", "objective=unlikelihood", code=2)
+    assert "no known columns, found 'better', 'worse'" in with_columns
+    assert json.loads(printed(capsys, "plan", *flags, "--set", "objective=better"))["data"] is None
+    told = printed(capsys, "plan", *flags[:-1], "--set", "objective=better")
+    assert f"data {file}" in told
+
+
+def test_columns_of_a_row_are_read_beside_a_renamed_prompt(tmp_path) -> None:
+    class Weighted(qa.SFT):
+        def columns(self, row):
+            return {"weight": row.values["importance"]}
+
+    rows = [{"q": p["prompt"], "a": p["completion"], "importance": w / 2}
+            for w, p in enumerate(PAIRS)]  # fmt: skip
+    rows.insert(1, {"q": "Say nothing.", "a": "", "importance": 9.0})  # dropped, with its number
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    columns = {"prompt": "q", "completion": "a"}
+    spec = qa.Spec(data={"path": str(file), "eval_path": str(file), "columns": columns}).data
+    with pytest.warns(qa.DataWarning, match="with an empty answer"):
+        data = Weighted().read(spec, qa.quantize(None, "none").quantadapt.tokenizer, seed=0)
+    assert data.train["weight"] == [0.0, 0.5, 1.0]
+    assert [p.reference for p in data.held_out.prompts] == [p["completion"] for p in PAIRS]
+
+
 # --- trained -------------------------------------------------------------------------------------
 
 PAIRS = [
@@ -443,7 +472,7 @@ def test_what_trainer_calls_is_told_in_its_order(tmp_path, monkeypatch) -> None:
     for function in told:
         module = sys.modules[function.__module__]
         holder, _, name = function.__qualname__.rpartition(".")
-        owner = getattr(module, holder) if holder else sys.modules["quantadapt.training.trainer"]
+        owner = getattr(module, holder) if holder else sys.modules["quantadapt.training.lent"]
         monkeypatch.setattr(owner, name, watched(function))
     model = qa.attach(qa.quantize(None, "none"), "lora")
     options = {**TRAIN, "save_steps": 1, "output": tmp_path / "run"}

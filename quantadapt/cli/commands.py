@@ -30,6 +30,7 @@ _EXTEND = "Extend"
 COMMANDS = {
     "run": Entry("run", _TUNE, "Quantize, attach, train, evaluate and export, as one run."),
     "plan": Entry("plan", _TUNE, "Show what a run would do, or why it is refused; does nothing."),
+    "data": Entry("data", _TUNE, "Show what is learnt of a data file, and what is cut or dropped."),
     "schema": Entry("plan", _TUNE, "Print the JSON schema of a run's YAML file, for editors."),
     "quantize": Entry("quantize", _MODEL, "Quantize a model and save the checkpoint."),
     "merge": Entry("merge", _MODEL, "Merge a trained adapter into its base."),

@@ -69,21 +69,23 @@ def _backend_of(config: dict[str, Any], path: str) -> str:
 def held_out_of(path: str, data: str | None, tokenizer: Any) -> tuple[HeldOut, str]:
     """Return the data to measure on, tokenized, and where that choice came from.
 
-    It is what `data` names, or what the run at `path` held out, or the bundled demo's.
+    It is what `data` names, or what the run at `path` held out, or the bundled demo's; cut to the
+    `max_length` of the run.
     """
     from .. import planning
-    from ..data.reading import read_held_out
-    from ..spec import Spec
+    from ..data.reading import MAX_LENGTH, read_held_out
+    from ..spec import DataSpec, Spec
 
-    if data is not None:
-        return read_held_out(data, tokenizer), data
-    file = Path(path).expanduser() / "spec.yaml"
-    if file.exists():
-        spec = Spec.load(file)
-        origin = f"what the run held out of {spec.data.path or 'the bundled demo data'}"
-        read = planning.task_for(spec).read(spec.data, tokenizer, seed=spec.seed)
+    folder = Path(path).expanduser()
+    run = Spec.load(folder / "spec.yaml") if (folder / "spec.yaml").exists() else None
+    if data is None and run is not None:
+        origin = f"what the run held out of {run.data.path or 'the bundled demo data'}"
+        read = planning.task_for(run).read(run.data, tokenizer, seed=run.seed)
         return read.held_out, origin
-    return read_held_out(None, tokenizer), "the bundled demo's data; --data names other data"
+    made = _manifest(folder / ADAPTER) or _manifest(folder) or {}
+    like = run.data if run else DataSpec(max_length=made.get("max_length") or MAX_LENGTH)
+    origin = data or "the bundled demo's data; --data names other data"
+    return read_held_out(data, tokenizer, like=like), origin
 
 
 def calibration_of(path: str, calibration: str | None, tokenizer: Any) -> Any:

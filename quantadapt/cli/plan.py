@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.table import Table
 
+    from ..data.report import DataReport
     from ..planning.stage import Plan
 
 CardOption = Annotated[
@@ -63,10 +64,12 @@ def plan(
         made = make_plan(
             flags.spec(), processes=gpus, cards=card or (), weights=False, check_output=not card
         )
+        data = _data(made)
         if json:
-            shown.print_json(made.to_dict() | {"spec": made.spec.model_dump(mode="json")})
+            document = made.to_dict() | {"spec": made.spec.model_dump(mode="json")}
+            shown.print_json(document | {"data": data.to_dict() if data else None})
             return
-        shown.out.print(_table(made))
+        shown.out.print(_table(made, data))
         for export in made.exports:
             for problem in export.refusals:
                 text = f"\nno {export.name}: {problem}"
@@ -85,19 +88,34 @@ def schema() -> None:
         shown.print_json(spec_schema())
 
 
-def _table(made: Plan) -> Table:
+def _data(made: Plan) -> DataReport | None:
+    """Return formats and rows of the data where they are at hand; None where the objective reads
+    them in a way of its own, too. Raises PlanRefused."""
+    from ..data.reading import survey
+    from ..errors import DataError, PlanRefused
+    from ..objectives.sft import SFT
+
+    if type(made.task).read is not SFT.read:
+        return None
+    try:
+        return survey(made.spec.data)
+    except DataError as error:
+        raise PlanRefused(error.problems) from None
+
+
+def _table(made: Plan, data: DataReport | None) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for key, value in _rows(made):
+    for key, value in _rows(made, data):
         table.add_row(key, escape(value))
     return table
 
 
-def _rows(made: Plan) -> list[tuple[str, str]]:
+def _rows(made: Plan, data: DataReport | None) -> list[tuple[str, str]]:
     from .progress import device_words, export_words, model_name, steps_words
 
     spec, train = made.spec, made.spec.train
@@ -110,7 +128,7 @@ def _rows(made: Plan) -> list[tuple[str, str]]:
         ("adapter", _options(made.adapter.name, dict(made.adapter_options))),
         ("objective", _options(made.objective.name, made.task.model_dump())),
         ("device", f"{device_words(made)}, computing in {made.dtype}"),
-        ("data", spec.data.path or "the bundled demo's"),
+        ("data", "\n".join(data.words()) if data else spec.data.path or "the bundled demo's"),
         ("train", f"{steps}, learning rate {train.learning_rate:g}"),
         ("output", str(spec.output)),
         ("export", export_words(made)),

@@ -33,7 +33,7 @@ class Quiet:
         log: the log file; a temporary one until `move_log` puts it where it belongs.
     """
 
-    def __init__(self, on_warning: Callable[[str], None]) -> None:
+    def __init__(self, on_warning: Callable[[str, type[Warning]], None]) -> None:
         self.on_warning = on_warning
         self._temporary = True
 
@@ -108,7 +108,7 @@ class Quiet:
     ) -> None:
         """Show the user our own warnings; everybody else's go to the log."""
         if category.__module__.partition(".")[0] == "quantadapt":
-            self.on_warning(str(message))
+            self.on_warning(str(message), category)
         text = warnings.formatwarning(message, category, filename, lineno)
         self.write_log(text)
 

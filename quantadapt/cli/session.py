@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
+from ..errors import DataWarning
 from .commands import TRACEBACK
 from .quiet import Quiet
 
@@ -52,6 +53,13 @@ class Session:
         """Tell the user something beside the results."""
         self.err.print(f"note: {text}", markup=False, soft_wrap=True)
 
+    def warn(self, text: str, category: type[Warning]) -> None:
+        """Show a warning of ours; one about the data stands out."""
+        if category is DataWarning:
+            self.err.print(f"warning: {text}", markup=False, soft_wrap=True, style="bold yellow")
+        else:
+            self.note(text)
+
     def print_json(self, value: object) -> None:
         """Print a JSON document; numbers that JSON cannot hold become null."""
         text = json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str)
@@ -85,7 +93,7 @@ class _Progress(logging.Handler):
 @contextmanager
 def session(*, as_json: bool = False) -> Iterator[Session]:
     """Run the body quietly. Whatever it raises ends in SystemExit with the right code."""
-    quiet = Quiet(lambda text: shown.note(text))
+    quiet = Quiet(lambda text, category: shown.warn(text, category))
     quiet.start()
     shown = Session(_console(_of_main(quiet.out)), _console(quiet.err), as_json, quiet)
     progress = _Progress(shown)

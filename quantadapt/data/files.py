@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,31 @@ from ..errors import DataError
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "oasst": ("message_id", "parent_id", "role", "text"),
+    "self-instruct": ("instruction", "instances"),
     "alpaca": ("instruction", "output"),
+    "dolly": ("instruction", "response"),
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
 }
 """Format -> the columns that it needs; with `format: auto` the first that fits is taken."""
+RECOGNIZED = "recognized columns are: " + "; ".join(
+    " + ".join(columns) for columns in FORMATS.values()
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example as it was read; `where` is its file and line."""
+    """One row as it was read; `where` is its file and line."""
 
     values: dict[str, Any]
     where: str
+
+    @property
+    def file(self) -> str:
+        """The file, or the hub id and split."""
+        return self.where.rpartition(":")[0]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -55,7 +67,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 def _parse_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         what = f"not valid JSON: {error.msg} (column {error.colno})"
         fix = "write one JSON object per line, strings in double quotes"
@@ -64,10 +76,20 @@ def _parse_json(text: str, where: str) -> Any:
         raise DataError(f"not readable as JSON: {error}", where=where) from None
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object whose keys are all different; of two that are alike JSON keeps the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
+
+
 def _read_json(path: Path) -> Iterator[Row]:
     lines = list(_lines(path))
     try:
-        values = json.loads("\n".join(line for _, line in lines))
+        values = json.loads("\n".join(line for _, line in lines), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         if error.msg.startswith("Extra data"):  # JSON lines under the name of JSON
             yield from _read_jsonl(path)
@@ -99,12 +121,15 @@ def _read_csv(path: Path) -> Iterator[Row]:
     text = "\n".join(line for _, line in _lines(path))
     reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
+        names = list(reader.fieldnames or ())
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            what = f"the column {twice[0]!r} is there twice"
+            raise DataError(what, fix="give every column a name of its own", where=f"{path}:1")
         for row in reader:
             where = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
-                columns = len(reader.fieldnames or ())
                 fix = "put text with commas or line breaks into double quotes"
-                what = f"the row does not have the {columns} columns of the first line"
+                what = f"the row does not have the {len(names)} columns of the first line"
                 raise DataError(what, fix=fix, where=where)
             yield Row(dict(row), where)
     except csv.Error as error:
@@ -122,8 +147,21 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     except pyarrow.ArrowException as error:
         what = f"not a readable Parquet file: {first_line(error)}"
         raise DataError(what, fix="write or download the file again", where=str(path)) from None
+    yield from arrow_rows(rows, str(path))
+
+
+def arrow_rows(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
+    """Yield rows of an Arrow table. Its objects all have the same keys, so that one which an
+    object lacks comes as null; inside of lists and objects those are taken out again."""
     for number, row in enumerate(rows, 1):
-        yield Row(row, f"{path}:row {number}")
+        values = {key: _without_null(value) for key, value in row.items()}
+        yield Row(values, f"{name}:row {number}")
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_text(path: Path) -> Iterator[Row]:
@@ -151,9 +189,6 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".txt": _read_text,
 }
 SUFFIXES = ", ".join(READERS)
-RECOGNIZED = "recognized columns are: " + "; ".join(
-    " + ".join(columns) for columns in FORMATS.values()
-)
 
 
 def kind_of(value: Any) -> str:
@@ -162,6 +197,8 @@ def kind_of(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true or false"
+    if isinstance(value, float) and value != value:
+        return "NaN, an empty cell"
     for types, word in (((int, float), "a number"), (str, "text"), (dict, "an object")):
         if isinstance(value, types):
             return word

@@ -1,24 +1,29 @@
 """Reading data: files, folders and hub data sets become token ids with a loss mask.
 
-Four steps, each a module: find the sources (`sources`), read rows with their line numbers
-(`files`), turn every row into segments, trained or not (`segments`), and tokenize
-them (`tokens`). Training and evaluation data take the same way.
+Five steps, each a module: find the sources (`sources`), read rows with their line numbers
+(`files`), make examples of the rows of any format (`formats`), turn every example into text, some
+of it trained (`segments`, `chats`), and tokenize it (`tokens`). Training and evaluation data take
+the same way. What was cut, dropped or not used is counted on the way (`report`).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
+from ..errors import DataError, DataWarning
 from ..spec import DataSpec
 from .files import Row
-from .segments import Segment, format_of, segments
-from .sources import read, read_source
-from .tokens import encode_prompt, prompt_and_completion, token_ids, tokenize
+from .formats import Example, examples
+from .pieces import Pieces
+from .report import DataReport
+from .segments import segments
+from .sources import local_files, read, read_source
+from .tokens import Prompt, encode_prompt, prompt_and_completion, token_ids, tokenize
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,19 +39,14 @@ __all__ = [
     "load_held_out",
     "prompt_and_completion",
     "read_held_out",
+    "survey",
 ]
 
+MAX_LENGTH = 512
 MAX_PROMPTS = 1000
 TEXT_PROMPT_TOKENS = 16
+SURVEYED_BYTES = 2**25
 _BATCH = 1000
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A held-out prompt, and what the data says after it."""
-
-    text: str
-    reference: str
 
 
 @dataclass(frozen=True)
@@ -71,28 +71,30 @@ class Data:
             counts); those that a task reads for itself may hold others. The first token is never
             predicted, whatever its mask.
         prompts: up to 1000 held-out prompts.
-        format: the format that was read, one of `FORMATS`.
-        cut: examples shortened to `max_length` and kept, in both data sets together.
-        dropped: examples left out because nothing to learn was left of them.
+        format: the format that was read, one of `FORMATS`; that of the first file of several.
+        report: what was cut, dropped or not used, file by file.
     """
 
     train: Dataset
     eval: Dataset
     prompts: list[Prompt]
     format: str
-    cut: int = 0
-    dropped: int = 0
+    report: DataReport = field(default_factory=lambda: DataReport(MAX_LENGTH))
 
     @property
     def held_out(self) -> HeldOut:
         """What a model is measured on."""
         return HeldOut(self.eval, self.prompts)
 
+    @property
+    def cut(self) -> int:
+        """Examples shortened to `max_length` and kept, in both data sets together."""
+        return sum(file.cut for file in self.report.files)
 
-@dataclass
-class _Counts:
-    cut: int = 0
-    dropped: int = 0
+    @property
+    def dropped(self) -> int:
+        """Examples left out, for reasons that the report names."""
+        return sum(file.dropped.total() for file in self.report.files)
 
 
 Columns = Callable[[Row], dict[str, Any]]
@@ -109,120 +111,235 @@ def load_data(
     """Read, split and tokenize what `spec` names; the bundled demo data if it names nothing.
 
     Without held-out data of its own (`eval_path`, a file or split called validation or test) a
-    share of `eval_fraction`, at least one example, is split off, shuffled by `seed`.
+    share of `eval_fraction`, at least one example, is split off, shuffled by `seed`. Warns with
+    DataWarning where more than 5 % of a file's examples are cut or dropped.
 
     Raises:
         DataError: the data cannot be read or used; says where, and what to do.
     """
-    train, held_out = read(spec)
-    train = train[: spec.max_examples]
+    report = DataReport(spec.max_length)
+    train_rows, held_out_rows = read(spec)
+    train = [*islice(examples(train_rows, spec, report), spec.max_examples)]
+    held_out = [*examples(held_out_rows, spec, report)]
     if not held_out:
         train, held_out = _split(train, spec, seed)
-    name = format_of(spec, train)
-    counts = _Counts()
-    train_set = _dataset(train, name, tokenizer, spec.max_length, counts, columns)
-    eval_set = _dataset(held_out, name, tokenizer, spec.max_length, counts)
-    prompts = _prompts(held_out, name, tokenizer)
-    return Data(train_set, eval_set, prompts, name, counts.cut, counts.dropped)
+    train_set = _dataset(train, tokenizer, report, columns=columns)
+    eval_set = _dataset(held_out, tokenizer, report, held_out=True)
+    _warn(report)
+    return Data(train_set, eval_set, _prompts(held_out, tokenizer), report.files[0].format, report)
 
 
 def load_held_out(
-    source: str | None, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512
+    source: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = MAX_LENGTH,
+    like: DataSpec | None = None,
 ) -> Dataset:
     """Return the examples of `read_held_out`."""
-    return read_held_out(source, tokenizer, max_length=max_length).examples
+    return read_held_out(source, tokenizer, max_length=max_length, like=like).examples
 
 
 def read_held_out(
-    source: str | None, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512
+    source: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = MAX_LENGTH,
+    like: DataSpec | None = None,
 ) -> HeldOut:
     """Read data that is for measuring only.
 
     That is all of a file, the held-out part of a folder or hub id that has one, or the bundled
     demo's held-out data if `source` is None.
 
+    Args:
+        like: how a run reads its data: its `max_length` holds here, too, and its `columns` where
+            all of them are there.
+
     Raises:
         DataError: as `load_data`.
     """
+    max_length = like.max_length if like else max_length
     if source is None:
-        return load_data(DataSpec(), tokenizer, seed=0).held_out
+        return load_data(DataSpec(max_length=max_length), tokenizer, seed=0).held_out
     rows, own_held_out = read_source(source)
     rows = own_held_out or rows
-    name = format_of(DataSpec(path=source, max_length=max_length), rows)
-    examples = _dataset(rows, name, tokenizer, max_length, _Counts())
-    return HeldOut(examples, _prompts(rows, name, tokenizer))
+    found, made = _read(rows, _like(like, rows, max_length), tokenizer, held_out=True)
+    return HeldOut(made, _prompts(found, tokenizer))
 
 
 def load_everything(
-    source: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = MAX_LENGTH,
+    like: DataSpec | None = None,
 ) -> Dataset:
     """Read all of a file, or the training part of a folder or hub id, unsplit.
+
+    Args:
+        like: as for `read_held_out`.
 
     Raises:
         DataError: as `load_data`.
     """
     rows, _ = read_source(source)
-    spec = DataSpec(path=source, max_length=max_length)
-    return _dataset(rows, format_of(spec, rows), tokenizer, max_length, _Counts())
+    return _read(rows, _like(like, rows, max_length), tokenizer)[1]
 
 
-def _split(rows: list[Row], spec: DataSpec, seed: int) -> tuple[list[Row], list[Row]]:
-    """Return (training, held-out) rows, each in the order in which they were read."""
+def look(
+    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> tuple[list[tuple[str, list[int], list[int]]], DataReport]:
+    """Read all that `spec` names, unsplit.
+
+    Returns:
+        (where, token ids, mask) of the first `limit` examples that are used, and the report.
+
+    Raises:
+        DataError: as `load_data`.
+    """
+    report = DataReport(spec.max_length)
+    shown = list[tuple[str, list[int], list[int]]]()
+    for rows, held_out in zip(read(spec), (False, True), strict=True):
+        found = islice(examples(rows, spec, report), spec.max_examples)
+        for example, ids, mask in _tokenized(found, tokenizer, report, held_out=held_out):
+            if len(shown) < limit:
+                shown.append((example.where, ids, mask))
+    return shown, report
+
+
+def survey(spec: DataSpec) -> DataReport | None:
+    """Return the format and the rows of each file that `spec` names, without a tokenizer.
+
+    None where that is not to be had at once: for a hub id, and above 32 MiB.
+
+    Raises:
+        DataError: the data cannot be read, or not as the spec has it.
+    """
+    files = local_files(spec)
+    if files is None or sum(file.stat().st_size for file in files) > SURVEYED_BYTES:
+        return None
+    report = DataReport(spec.max_length)
+    for rows in read(spec):
+        for _ in examples(rows, spec, report):
+            pass
+    return report
+
+
+def _like(like: DataSpec | None, rows: Sequence[Row], max_length: int) -> DataSpec:
+    """Return how to read rows of another source than that of the run."""
+    if like is None:
+        return DataSpec(max_length=max_length)
+    fits = all(name in rows[0].values for name in like.columns.values())
+    return DataSpec(max_length=like.max_length, columns=like.columns if fits else {})
+
+
+def _read(
+    rows: Iterable[Row],
+    spec: DataSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    held_out: bool = False,
+) -> tuple[list[Example], Dataset]:
+    report = DataReport(spec.max_length)
+    found = [*examples(rows, spec, report)]
+    made = _dataset(found, tokenizer, report, held_out=held_out)
+    _warn(report)
+    return found, made
+
+
+def _warn(report: DataReport) -> None:
+    for text in report.warnings():
+        warnings.warn(text, DataWarning, stacklevel=4)
+
+
+def _split(found: list[Example], spec: DataSpec, seed: int) -> tuple[list[Example], list[Example]]:
+    """Return (training, held-out) examples, each in the order in which they were read.
+
+    Examples of one row (the paths of a tree, the instances of an instruction) stay together.
+    """
+    rows = list(dict.fromkeys(example.where for example in found))
     if len(rows) < 2:
         fix = "add examples, or name held-out data with data.eval_path"
         what = "there is only one example, so none can be held out for evaluation"
+        what = what if rows else "there is no example"
         raise DataError(what, fix=fix, where=spec.path or "demo data")
     count = min(max(1, round(len(rows) * spec.eval_fraction)), len(rows) - 1)
-    chosen = set(random.Random(seed).sample(range(len(rows)), count))
-    train = [row for index, row in enumerate(rows) if index not in chosen]
-    return train, [rows[index] for index in sorted(chosen)]
+    chosen = {rows[index] for index in random.Random(seed).sample(range(len(rows)), count)}
+    train = [example for example in found if example.where not in chosen]
+    return train, [example for example in found if example.where in chosen]
 
 
-def _prompts(rows: Sequence[Row], name: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """Return the prompts of the first rows that have something to learn."""
-    found = (segments(row, name, tokenizer) for row in rows)
-    learnt = (pieces for pieces in found if any(p.trained and p.text for p in pieces))
-    return [_prompt(pieces, name, tokenizer) for pieces in islice(learnt, MAX_PROMPTS)]
+def _prompts(found: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Return the prompts of the first examples that have something to learn."""
+    texts = (segments(example, tokenizer).texts[:1] for example in found)
+    learnt = (pieces for first in texts for pieces in first if pieces.learns)
+    return [_prompt(pieces, tokenizer) for pieces in islice(learnt, MAX_PROMPTS)]
 
 
-def _prompt(pieces: Sequence[Segment], name: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+def _prompt(pieces: Pieces, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """Return the text before the last trained segment, and that segment."""
-    if name == "text":
-        ids = token_ids(tokenizer, [pieces[0].text])[0]
+    found = pieces.segments
+    if all(segment.trained for segment in found) and not pieces.templated:
+        ids = token_ids(tokenizer, [found[0].text])[0]
         first = str(tokenizer.decode(ids[:TEXT_PROMPT_TOKENS]))
         return Prompt(first, str(tokenizer.decode(ids[TEXT_PROMPT_TOKENS:])))
-    last = max(index for index, piece in enumerate(pieces) if piece.trained)
-    reference = pieces[last].text.removesuffix(str(tokenizer.eos_token or ""))
-    return Prompt("".join(piece.text for piece in pieces[:last]), reference)
+    last = max(index for index, segment in enumerate(found) if segment.trained)
+    reference = found[last].text.removesuffix(str(tokenizer.eos_token or ""))
+    before = "".join(segment.text for segment in found[:last])
+    return Prompt(before, reference, pieces.templated)
+
+
+def _tokenized(
+    found: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    report: DataReport,
+    *,
+    held_out: bool,
+) -> Iterator[tuple[Example, list[int], list[int]]]:
+    """Yield each example with its token ids and mask, and count what is kept, cut and dropped."""
+    found, limit = iter(found), report.max_length
+    while batch := [*islice(found, _BATCH)]:
+        texts = []
+        for example in batch:
+            read, counts = segments(example, tokenizer), report.of(example.file)
+            counts.remarks.update(read.remarks)
+            counts.dropped.update([read.dropped] if read.dropped else ())
+            texts += [(example, pieces) for pieces in read.texts]
+        encoded = tokenize([pieces for _, pieces in texts], tokenizer)
+        for (example, _), (ids, mask) in zip(texts, encoded, strict=True):
+            counts = report.of(example.file)
+            if any(mask[1:limit]):
+                counts.keep(mask, limit, held_out=held_out)
+                yield example, ids[:limit], mask[:limit]
+            elif any(mask[1:]):
+                counts.dropped[f"with nothing to learn within {limit} tokens"] += 1
+            else:
+                what = "text" if example.shape == "text" else "answer"
+                counts.dropped[f"with an empty {what}"] += 1
 
 
 def _dataset(
-    rows: Sequence[Row],
-    name: str,
+    found: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    counts: _Counts,
+    report: DataReport,
+    *,
+    held_out: bool = False,
     columns: Columns = lambda _: {},
 ) -> Dataset:
-    """Tokenize rows. Raises DataError where no example is left."""
+    """Tokenize examples. Raises DataError where none is left."""
     import datasets
     import numpy
 
-    ids, masks, kept = [], [], []
-    for start in range(0, len(rows), _BATCH):
-        part = rows[start : start + _BATCH]
-        batch = [segments(row, name, tokenizer) for row in part]
-        for row, (tokens, mask) in zip(part, tokenize(batch, tokenizer), strict=True):
-            if not any(mask[1:max_length]):
-                counts.dropped += 1
-                continue
-            counts.cut += len(tokens) > max_length
-            ids.append(numpy.asarray(tokens[:max_length], dtype=numpy.int32))
-            masks.append(numpy.asarray(mask[:max_length], dtype=numpy.int8))
-            kept.append(columns(row))
-    if not ids:
-        what = f"no example is left: within {max_length} tokens there is nothing to learn"
+    all_ids, masks, more = [], [], []
+    for example, ids, mask in _tokenized(found, tokenizer, report, held_out=held_out):
+        all_ids.append(numpy.asarray(ids, dtype=numpy.int32))
+        masks.append(numpy.asarray(mask, dtype=numpy.int8))
+        more.append(columns(example))
+    if not all_ids:
+        reasons = "; ".join(text for f in report.files for text in f.losses(report.max_length))
+        what = f"no example is left: {reasons or 'there is none'}"
         fix = "raise data.max_length, shorten the prompts, or fill the empty completions"
-        raise DataError(what, fix=fix, where=rows[0].where)
-    more = {name: [values[name] for values in kept] for name in kept[0]}
-    return datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks, **more})
+        raise DataError(what, fix=fix, where=found[0].where if found else report.files[0].file)
+    extra = {name: [values[name] for values in more] for name in more[0]}
+    return datasets.Dataset.from_dict({"input_ids": all_ids, "completion_mask": masks, **extra})

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from ..errors import DataError
 from ..paths import is_local_path
 from ..spec import DataSpec
-from .files import READERS, RECOGNIZED, SUFFIXES, Row, first_line
+from .files import READERS, SUFFIXES, Row, arrow_rows, first_line
 
 HELD_OUT_NAMES = frozenset({"eval", "evaluation", "validation", "valid", "val", "dev", "test"})
 
@@ -72,7 +71,8 @@ def _read_file(path: Path) -> list[Row]:
     except OSError as error:
         raise DataError(f"cannot read it: {error.strerror or error}", where=str(path)) from None
     if not rows:
-        raise DataError("the file holds no examples", fix=f"{RECOGNIZED}", where=str(path))
+        fix = "write one example per line, or leave the file out"
+        raise DataError("the file holds no examples", fix=fix, where=str(path))
     return rows
 
 
@@ -90,9 +90,18 @@ def _read_hub(name: str) -> tuple[list[Row], list[Row]]:
         fix = "download the part that you want and give its path"
         raise DataError(f"the data set has no split 'train', only {found}", fix=fix, where=name)
     held_out = next((split for split in ("validation", "test") if split in splits), None)
-    evaluation = _hub_rows(splits[held_out], f"{name}[{held_out}]") if held_out else []
-    return _hub_rows(splits["train"], f"{name}[train]"), evaluation
+    evaluation = arrow_rows(splits[held_out], f"{name}[{held_out}]") if held_out else ()
+    return [*arrow_rows(splits["train"], f"{name}[train]")], [*evaluation]
 
 
-def _hub_rows(rows: Iterable[dict[str, Any]], name: str) -> list[Row]:
-    return [Row(row, f"{name}:row {number}") for number, row in enumerate(rows, 1)]
+def local_files(spec: DataSpec) -> list[Path] | None:
+    """Return the local files that `read` would read; None where a hub id is among them."""
+    if spec.path is None and spec.eval_path is None:
+        from ..demo import EVAL_FILE, TRAIN_FILE
+
+        return [TRAIN_FILE, EVAL_FILE]
+    paths = [Path(source).expanduser() for source in (spec.path, spec.eval_path) if source]
+    if not all(path.exists() for path in paths):
+        return None
+    folders = [[*path.iterdir()] if path.is_dir() else [path] for path in paths]
+    return [file for files in folders for file in files if file.suffix.lower() in READERS]

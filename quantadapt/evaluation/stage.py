@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..data.batches import padded
-from ..data.tokens import encode_prompt
+from ..data.tokens import Prompt, encode_prompt
 from ..errors import PluginError, QuantadaptError
 from ..protocols import Evaluator, Figure, Given
 from .predictions import (
@@ -190,7 +190,7 @@ def gain_kept(base: float, tuned: float, merged: float) -> float:
 def greedy(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     *,
     max_new_tokens: int = 64,
 ) -> list[str]:

@@ -123,7 +123,7 @@ def merge_onto(
         live=None if saved else adapter,  # type: ignore[arg-type]
         saved=adapter_folder(Path(adapter)) if saved else None,  # type: ignore[arg-type]
         device=device,
-        data=lambda tokenizer: held_out_data(data, tokenizer),
+        data=lambda own: held_out_data(data, own, tuned.manifest.get("max_length")),
     )
     exporter = OntoBase(base=base, check=check)
     check_onto(tuned.manifest, exporter)

@@ -141,7 +141,9 @@ def load(
     quantized = "quantization_config" in _config(folder)
     manifest = read_manifest(folder)
     backend = manifest["backend"] if quantized else "none"
-    return quantize(str(folder), backend, device=device, dtype=manifest["dtype"])
+    model = quantize(str(folder), backend, device=device, dtype=manifest["dtype"])
+    state_of(model).max_length = manifest.get("max_length")
+    return model
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -198,6 +200,7 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
     state.rewritten |= any(id(facade.vendor) not in before for _, facade in facades(peft_model))
     state.adapter = adapter
     state.adapter_options = dict(manifest["adapter_options"])
+    state.max_length = manifest.get("max_length")
     return peft_model
 
 

@@ -221,11 +221,12 @@ def merge(
         MergeRefused: a rule forbids it; names the rule, the reason and the way out.
         OutputError: `path/merged` is there already. ModelError: GPU memory does not suffice.
     """
-    check_merge(state_of(model), kind)
+    state = state_of(model)
+    check_merge(state, kind)
     shown = calibration is not None
     tuned = Tuned(
         model,
-        data=lambda own: held_out_data(data, tokenizer or own),
+        data=lambda own: held_out_data(data, tokenizer or own, state.max_length),
         examples=(lambda own: examples_from(calibration, tokenizer or own)) if shown else None,
     )
     exporter = _MERGED[kind]()

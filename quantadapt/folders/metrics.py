@@ -150,6 +150,31 @@ class MergeVerdict(TypedDict, total=False):
     refusals: list[Refusal]
 
 
+class DataFile(TypedDict, total=False):
+    """What became of a data file: see `data.report.FileReport`. `dropped` and `remarks` count by
+    reason."""
+
+    file: str
+    format: str
+    rows: int
+    examples: int
+    held_out: int
+    tokens: int
+    learnt: int
+    cut: int
+    lost: int
+    dropped: dict[str, int]
+    remarks: dict[str, int]
+    unused: list[str]
+
+
+class Data(TypedDict, total=False):
+    """The data, file by file; examples are cut to `max_length` tokens."""
+
+    max_length: int
+    files: list[DataFile]
+
+
 class Sample(TypedDict, total=False):
     """One held-out prompt, answered before and after training."""
 
@@ -175,5 +200,6 @@ class Metrics(TypedDict, total=False):
     size: Size
     exports: dict[str, ExportOutcome]
     merge: MergeVerdict
+    data: Data
     samples: list[Sample]
     command: str

@@ -126,5 +126,5 @@ def calibration_examples(spec: Spec, tokenizer: Any, train: Callable[[], Dataset
     if wanted.calibration_path is None:
         source = train()
     else:
-        source = load_everything(wanted.calibration_path, tokenizer, max_length=wanted.max_length)
+        source = load_everything(wanted.calibration_path, tokenizer, like=wanted)
     return choose(source, count=wanted.calibration_examples, seed=spec.seed)

@@ -30,6 +30,7 @@ class ModelState:
         calibration: the examples that the base was calibrated on here, or None.
         rewritten: attaching the adapter changed the base for good.
         adapter, adapter_options: what is attached, if anything.
+        max_length: the longest example in tokens that it was trained on, where that is known.
     """
 
     source: str
@@ -43,6 +44,7 @@ class ModelState:
     rewritten: bool = False
     adapter: Adapter | None = None
     adapter_options: dict[str, Any] = field(default_factory=dict)
+    max_length: int | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -67,6 +69,7 @@ class ModelState:
             "skip_modules": list(self.skip_modules),
             "adapter": self.adapter.name if self.adapter else None,
             "adapter_options": self.adapter_options,
+            "max_length": self.max_length,
         }
 
 

@@ -151,6 +151,31 @@ def _loss(run: Run) -> Html:
     return section("Training loss", el("p", capital(note), class_="note"), chart)
 
 
+def _data(run: Run) -> Html:
+    data = part(run.metrics, "data")
+    limit = number(data, "max_length") or 0
+    files = [_data_file(file, int(limit)) for file in items(data, "files")]
+    return section("Data", *files) if files else Html()
+
+
+def _data_file(file: Mapping[str, Any], limit: int) -> Html:
+    """Return a file as a heading and a table of its counts."""
+    counts = {key: number(file, key) for key in ("examples", "held_out", "tokens", "learnt")}
+    rows: list[tuple[str, Child]] = [("format", text(file, "format"))]
+    rows += [(key, f"{value:,.0f}") for key, value in counts.items() if value is not None]
+    if cut := number(file, "cut"):
+        lost = number(file, "lost") or 0
+        rows.append(("cut", f"{cut:,.0f} to {limit} tokens; {lost:,.0f} tokens to learn lost"))
+    for key in ("dropped", "remarks"):
+        reasons = part(file, key)
+        lines = [f"{value:,.0f} {why}" for why in reasons if (value := number(reasons, why))]
+        rows += [(key if not index else "", line) for index, line in enumerate(lines)]
+    unused = file.get("unused")
+    if isinstance(unused, list) and unused:
+        rows.append(("other columns", ", ".join(map(str, unused))))
+    return el("div", el("h3", text(file, "file")), facts_table(rows))
+
+
 def _stages(run: Run) -> Html:
     stages = part(run.metrics, "stages")
     found = [(name, value) for name in stages if (value := number(stages, name)) is not None]
@@ -333,6 +358,7 @@ SECTIONS: tuple[Callable[[Run], Html], ...] = (
     _loss,
     _exports,
     _memory,
+    _data,
     _stages,
     _command,
     _plan,

@@ -82,5 +82,5 @@ def demo_tokens(rows: int = 4) -> Tensor:
     lines = demo.TRAIN_FILE.read_text(encoding="utf-8").splitlines()[: 8 * rows]
     records = [json.loads(line) for line in lines]
     text = "\n".join(f"{r['instruction']}\n{r['output']}" for r in records)
-    ids = tokenizer(text)["input_ids"][: rows * SEQUENCE]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][: rows * SEQUENCE]
     return torch.tensor(ids).reshape(rows, SEQUENCE)

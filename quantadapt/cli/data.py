@@ -1,0 +1,125 @@
+"""`quantadapt data`."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .commands import add
+from .flags import JsonOption
+from .session import Session, session
+
+if TYPE_CHECKING:
+    from ..data.report import DataReport
+    from ..spec import DataSpec
+
+_Shown = list[tuple[str, list[int], list[int]]]
+
+
+def register(app: typer.Typer, name: str) -> None:
+    """Add the command to `app`."""
+    add(
+        app,
+        name,
+        data,
+        "quantadapt data train.jsonl --model ORG/NAME",
+        "quantadapt data train.csv --column prompt=question --column completion=answer",
+        "quantadapt data train.jsonl --max-length 2048 --limit 1 --json",
+    )
+
+
+def data(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A data file, a folder of those, or a hub id.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Whose tokenizer and chat template.", show_default="the demo's"
+        ),
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=8, help="Longest example in tokens.")] = 512,
+    limit: Annotated[int, typer.Option(min=0, help="Print so many examples.")] = 5,
+    format: Annotated[str | None, typer.Option(help="As data.format.", show_default="auto")] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OURS=YOURS", help="As data.columns, e.g. prompt=question. May be repeated."
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show what is learnt of a data file, and what is cut or dropped.
+
+    Examples are printed as the model will see them; what is learnt is green, and stands behind the
+    word learnt. Then come the counts.
+    """
+    with session(as_json=json) as shown:
+        from .. import demo
+        from .models import waiting
+
+        spec = _spec(file, max_length, format, column or [])
+        with waiting(shown, "reading"):
+            from ..data.reading import look
+            from ..quantizing.stage import load_tokenizer
+
+            tokenizer = load_tokenizer(model or str(demo.MODEL_DIR))
+            found, report = look(spec, tokenizer, limit)
+        if json:
+            shown.print_json(_document(found, report, tokenizer))
+            return
+        for where, ids, mask in found:
+            _print_example(shown, where, ids, mask, tokenizer)
+        for words in report.words():
+            shown.out.print(words, markup=False, soft_wrap=True)
+        for words in report.warnings():
+            shown.err.print(f"warning: {words}", markup=False, soft_wrap=True, style="bold yellow")
+
+
+def _spec(file: str, max_length: int, format: str | None, columns: list[str]) -> DataSpec:
+    from ..spec import Spec, apply_overrides
+
+    values: dict[str, Any] = {"path": file, "max_length": max_length, "format": format or "auto"}
+    values["columns"] = apply_overrides({}, columns)
+    return Spec(data=values).data
+
+
+def _document(found: _Shown, report: DataReport, tokenizer: Any) -> dict[str, Any]:
+    examples = [
+        {
+            "where": where,
+            "tokens": [tokenizer.decode([token]) for token in ids],
+            "input_ids": ids,
+            "completion_mask": mask,
+        }
+        for where, ids, mask in found
+    ]
+    return {"examples": examples, **report.to_dict(), "warnings": report.warnings()}
+
+
+def _print_example(
+    shown: Session, where: str, ids: list[int], mask: list[int], tokenizer: Any
+) -> None:
+    """Print the text of an example in stretches that are learnt and stretches that are not."""
+    from rich.text import Text
+
+    head = f"{where}   {len(ids):,} tokens, {sum(mask):,} of them learnt"
+    shown.out.print(Text(head, style="bold"), soft_wrap=True)
+    for learnt, stretch in groupby(zip(ids, mask, strict=True), key=lambda pair: bool(pair[1])):
+        text = _visible(tokenizer.decode([token for token, _ in stretch]))
+        for index, line in enumerate(text.split("\n")):
+            label = "" if index else "learnt" if learnt else "given"
+            style = "green" if learnt else "dim"
+            printed = Text(f"  {label:<6} | ", style="dim") + Text(line, style=style)
+            shown.out.print(printed, soft_wrap=True)
+    shown.out.print()
+
+
+def _visible(text: str) -> str:
+    """Return text in which control characters, but for line breaks, are spelled out."""
+    return "".join(
+        char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode()
+        for char in text
+    )
