@@ -9,6 +9,7 @@ dtype and device are free, the dequantized numbers are made when somebody comput
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from .compiling import results_in
 from .errors import ModelError, PluginError
-from .model.lazy_weight import LazyWeight
+from .model.lazy_weight import DENSE, TAKEN_OUT, LazyWeight
 from .model.modules import is_skipped
 from .model.peft_calls import copies_to_train, merging_layer
 from .protocols import AdapterTarget
@@ -28,12 +29,12 @@ class _Merged(NamedTuple):
     """What a layer computes with while PEFT has an adapter merged into it.
 
     Attributes:
-        layer: PEFT's layer around the facade.
+        layer: PEFT's layer around the facade, while it lives.
         weight: [out_features, in_features], in the compute dtype.
         returns: whether the vendor's module is what unmerging leads back to.
     """
 
-    layer: Any
+    layer: weakref.ref[Any]
     weight: Tensor
     returns: bool
 
@@ -170,9 +171,7 @@ class QuantLinear(nn.Linear):
 
     def __delattr__(self, name: str) -> None:
         if name == "weight":  # parametrize and its like, which put another in its place
-            what = "the weight of a quantized layer cannot be taken out or parametrized"
-            fix = "name the layer in target_modules, or make it dense: quantadapt.facade.densify"
-            raise ModelError(what, fix=fix)
+            raise ModelError(TAKEN_OUT, fix=DENSE)
         super().__delattr__(name)
 
     def write(self, weight: Tensor) -> None:
@@ -192,7 +191,9 @@ class QuantLinear(nn.Linear):
         dense, merged = weight.detach(), self._merged
         dense = dense.to(device=self.device, dtype=self.compute_dtype, copy=True).contiguous()
         if (layer := merging_layer(self)) is not None:
-            self.__dict__["_merged"] = _Merged(layer, dense, merged is None or merged.returns)
+            self.__dict__["_merged"] = _Merged(
+                weakref.ref(layer), dense, merged is None or merged.returns
+            )
         elif self._merged_weight() is not None and merged is not None:
             self.__dict__["_merged"] = merged._replace(weight=dense, returns=False)
         else:
@@ -202,11 +203,12 @@ class QuantLinear(nn.Linear):
         """Return the weight with what PEFT has merged into it; None where nothing is merged."""
         if (merged := self._merged) is None:
             return None
-        if merged.layer.merged_adapters or merging_layer(self) is not None:
+        layer = merged.layer()
+        if layer is not None and (layer.merged_adapters or merging_layer(self) is not None):
             return merged.weight
-        self.__dict__["_merged"] = None
-        if not merged.returns:
+        if layer is None or not merged.returns:  # merge_and_unload took PEFT's layer away
             self.requantize(merged.weight)
+        self.__dict__["_merged"] = None
         return None
 
     def dequantize(self) -> Tensor:
@@ -378,6 +380,10 @@ class QuantLinear(nn.Linear):
         memo[id(self)] = copied = type(self).__new__(type(self))
         for name, value in self.__dict__.items():
             copied.__dict__[name] = copy.deepcopy(value, memo)
+        copy_of_layer = None if self._merged is None else memo.get(id(self._merged.layer()))
+        if copied._merged is not None and copy_of_layer is not None:
+            layer = weakref.ref(copy_of_layer)
+            copied.__dict__["_merged"] = copied._merged._replace(layer=layer)
         return copied
 
     def extra_repr(self) -> str:

@@ -17,6 +17,10 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ..errors import ModelError
 
+TAKEN_OUT = "the weight of a quantized layer cannot be taken out or parametrized"
+DENSE = "name the layer in target_modules, or make it dense: quantadapt.facade.densify"
+_EXCHANGES = ("aten::set_", "aten::resize_", "aten::resize_as_")  # memory of its own
+
 
 class Layer(Protocol):
     """What a lazy weight asks of its layer."""
@@ -127,6 +131,8 @@ class LazyWeight(torch.Tensor):
         kwargs = kwargs or {}
         if _is_view(func) and isinstance(args[0], LazyWeight):
             return args[0]._viewed(func, args[1:], kwargs)
+        if func._schema.name in _EXCHANGES:
+            raise ModelError(TAKEN_OUT, fix=DENSE)
         written = [w for w in _written(func, args, kwargs) if isinstance(w, LazyWeight)]
         wholes: dict[int, Tensor] = {}
 
