@@ -378,13 +378,20 @@ class QuantLinear(nn.Linear):
             memo[id(self)] = dense = self.dense()
             return dense
         memo[id(self)] = copied = type(self).__new__(type(self))
-        for name, value in self.__dict__.items():
-            copied.__dict__[name] = copy.deepcopy(value, memo)
-        copy_of_layer = None if self._merged is None else memo.get(id(self._merged.layer()))
-        if copied._merged is not None and copy_of_layer is not None:
-            layer = weakref.ref(copy_of_layer)
-            copied.__dict__["_merged"] = copied._merged._replace(layer=layer)
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._merged_weight()  # settles what PEFT's layer has left behind
+        state, merged = self.__dict__.copy(), self._merged
+        if merged is not None:  # weak references are neither copied nor pickled
+            state["_merged"] = merged._replace(layer=merged.layer())
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if (merged := self._merged) is not None:
+            self.__dict__["_merged"] = merged._replace(layer=weakref.ref(merged.layer))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, vendor={type(self._vendor).__name__}"

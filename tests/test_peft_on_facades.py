@@ -4,6 +4,7 @@ numbers: what PEFT does to a layer, a facade bears as `nn.Linear` does."""
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,20 @@ def test_merge_and_unload_quantizes_again(pair, name) -> None:
         assert close(facade.dequantize(), again.dequantize())
         assert close(facade.dequantize(), weight, 0.15)  # what 4 bits cost
         assert facade._merged is None, "the dense weights are gone"
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_merged_model_is_its_own(again) -> None:
+    model, _ = made("bnb-nf4")
+    merged = tuned(model, CONFIGS["lora"]())
+    before, y = bits(merged), merged(X).detach()
+    merged.merge_adapter()
+    copied = again(merged)
+    merged.unmerge_adapter()
+    assert close(copied(X), y)
+    copied.unmerge_adapter()
+    assert same(bits(copied), before)
+    assert close(copied(X), y)
 
 
 def test_what_is_saved_while_merged_is_merged(pair) -> None:

@@ -10,7 +10,7 @@ backend cannot quantize become facades of `none`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +27,7 @@ from ..registry.discovery import registry
 
 FILES = ("test_custom_models.py", "test_decoder_models.py", "test_initialization.py")
 DOWNLOAD, REFUSED = "needs a download", "refused in a sentence"
-NUMBERS, ELSE = "other numbers", "something else"
+CLASS, NUMBERS, ELSE = "PEFT wants nn.Linear itself", "other numbers", "something else"
 
 
 class PeftSuite:
@@ -65,12 +65,14 @@ class PeftSuite:
         if len(given.backend or ()) != 1:
             raise pytest.UsageError("--peft-suite takes one backend: --backend NAME")
         try:
-            return cls(given.peft_suite, *given.backend, parse_options(given.backend_options or ()))
+            return cls(
+                given.peft_suite, given.backend[0], parse_options(given.backend_options or ())
+            )
         except QuantadaptError as error:
             raise pytest.UsageError(str(error)) from None
 
     @pytest.fixture(autouse=True)
-    def _over_facades(self, request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def _over_facades(self, request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """Put facades into each model that PEFT's tests load or move to their device."""
         from transformers import PreTrainedModel
 
@@ -88,7 +90,6 @@ class PeftSuite:
             monkeypatch.setattr(
                 wrapper, "from_pretrained", lambda *a, **k: self.put_facades(load(*a, **k))
             )
-        yield
 
     def put_facades(self, model: nn.Module) -> nn.Module:
         """Put facades in front of the linear layers of `model`, unless PEFT is there already."""
@@ -111,9 +112,9 @@ class PeftSuite:
         return QuantLinear(vendor, quantizer.target, linear.weight.dtype)
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: Any, call: Any) -> Iterator[None]:
+    def pytest_runtest_makereport(self, item: Any, call: Any) -> Generator[None, Any, Any]:
         """Count how each test ends."""
-        report: Any = yield
+        report = yield
         if report.when == "call" or report.outcome != "passed":
             if report.failed:
                 self.ended[why(call.excinfo.value)] += 1
@@ -135,6 +136,8 @@ def why(error: BaseException) -> str:
         return DOWNLOAD
     if isinstance(error, QuantadaptError):
         return REFUSED
+    if "not a plain torch.nn.Linear" in text:
+        return CLASS
     if isinstance(error, AssertionError) and ("allclose" in text or "not close" in text):
         return NUMBERS
     return ELSE
