@@ -385,7 +385,8 @@ class QuantLinear(nn.Linear):
         self._merged_weight()  # settles what PEFT's layer has left behind
         state, merged = self.__dict__.copy(), self._merged
         if merged is not None:  # weak references are neither copied nor pickled
-            state["_merged"] = merged._replace(layer=merged.layer())
+            layer: Any = merged.layer()
+            state["_merged"] = merged._replace(layer=layer)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
