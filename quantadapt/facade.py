@@ -8,80 +8,61 @@ dtype and device are free, the dequantized numbers are made when somebody comput
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .compiling import results_in
-from .errors import PluginError
+from .errors import ModelError, PluginError
+from .model.lazy_weight import DENSE, TAKEN_OUT, LazyWeight
 from .model.modules import is_skipped
+from .model.peft_calls import copies_to_train, merging_layer
 from .protocols import AdapterTarget
 
 
-class LazyWeight(torch.Tensor):
-    """The dequantized weight of a facade, made only when an operation needs its numbers.
+class _Merged(NamedTuple):
+    """What a layer computes with while PEFT has an adapter merged into it.
 
-    Not differentiable and not stored: a facade's weight is frozen. Assigning to `.data`, as some
-    initializations do (PiSSA), quantizes the new values into the layer.
+    Attributes:
+        layer: PEFT's layer around the facade, while it lives.
+        weight: [out_features, in_features], in the compute dtype.
+        returns: whether the vendor's module is what unmerging leads back to.
     """
 
-    _facade: QuantLinear
-
-    @staticmethod
-    def __new__(cls, facade: QuantLinear) -> LazyWeight:
-        shape = (facade.out_features, facade.in_features)
-        weight: LazyWeight = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=facade.compute_dtype, device=facade.device
-        )
-        weight._facade = facade
-        return weight
-
-    @property
-    def data(self) -> Tensor:  # type: ignore[override]
-        return self._facade.dequantize()
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        self._facade.requantize(value)
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return cls(args[0]._facade)
-        args, kwargs = torch.utils._pytree.tree_map_only(
-            cls, lambda weight: weight._facade.dequantize(), (args, kwargs or {})
-        )
-        return func(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self._facade.dequantize().clone()
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"LazyWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+    layer: weakref.ref[Any]
+    weight: Tensor
+    returns: bool
 
 
 class _Frozen(torch.autograd.Function):
     """Vendor forward; backward through the dequantized weight (exact for weight-only methods,
-    straight-through where activations are quantized as well). Saves no tensor."""
+    straight-through where activations are quantized as well). Saves no tensor. `bias` is given
+    where it is trained."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, facade: QuantLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, facade: QuantLinear, bias: Tensor | None) -> Tensor:
         ctx.facade, ctx.dtype = facade, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         y = facade.vendor_forward(x)
         # Autograd forbids in-place changes of a view that was made in here, and adapters add to
         # the base's output in place; this forgets that y is one, without a copy.
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         (dy,) = grads
-        weight = ctx.facade.weight_for_backward()
-        return (dy.to(weight.dtype) @ weight).to(ctx.dtype), None
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            weight = ctx.facade.weight_for_backward()
+            dx = (dy.to(weight.dtype) @ weight).to(ctx.dtype)
+        if ctx.bias_dtype is not None:
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return dx, None, dbias
 
 
 _recomputing = False
@@ -113,6 +94,8 @@ class QuantLinear(nn.Linear):
     _vendor: nn.Module
     _kept: Tensor | None = None
     _kept_product: tuple[Tensor, Tensor] | None = None
+    _merged: _Merged | None = None
+    _plain_bias = False
 
     def __init__(self, vendor: nn.Module, target: AdapterTarget, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -128,13 +111,18 @@ class QuantLinear(nn.Linear):
         self.forget()
         # Not a submodule: PEFT must not find a second linear layer behind this one.
         object.__setattr__(self, "_vendor", vendor)
+        bias = vendor.bias
+        if isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter):
+            self.__dict__["_plain_bias"] = "bias" in vendor.__dict__
+            vendor.bias = nn.Parameter(bias, requires_grad=False)  # so that it can be trained
         object.__setattr__(self, "_parameters", vendor._parameters)
         object.__setattr__(self, "_buffers", vendor._buffers)
 
     @property
     def vendor(self) -> nn.Module:
-        """The wrapped vendor module."""
-        return self._vendor
+        """The wrapped vendor module; one of its own, quantized anew, while something is merged."""
+        merged = self._merged_weight()
+        return self._vendor if merged is None else self._quantized(merged)
 
     @property
     def device(self) -> torch.device:
@@ -146,23 +134,87 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return LazyWeight(self)
+        """The weight, [out_features, in_features]: read lazily, and what is written into it is
+        quantized into the layer. See `LazyWeight`."""
+        shape = (self.out_features, self.in_features)
+        layout = torch.empty(shape, dtype=self.compute_dtype, device="meta")
+        return LazyWeight(self, layout, self.device)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        self.requantize(value)
+        if isinstance(value, LazyWeight) and value.is_all_of(self):
+            # PEFT hands a layer its own weight when it takes the adapter's layer away: what is
+            # merged stays so.
+            if (merged := self._merged_weight()) is not None:
+                self.requantize(merged)
+        elif value.requires_grad and value.is_leaf:
+            what = "a quantized layer cannot take a weight that is trained"
+            fix = "pass nn.Parameter(..., requires_grad=False), or put an nn.Linear in its place"
+            raise ModelError(what, fix=fix)
+        else:
+            self.write(value)
 
     @property
     def bias(self) -> Any:
-        """The bias, a tensor of [out_features] or None."""
+        """The bias, a parameter of [out_features] or None."""
         return self._vendor.bias
 
     @bias.setter
     def bias(self, value: Any) -> None:
         self._vendor.bias = value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):  # nn.Module takes parameters before it looks at properties
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":  # parametrize and its like, which put another in its place
+            raise ModelError(TAKEN_OUT, fix=DENSE)
+        super().__delattr__(name)
+
+    def write(self, weight: Tensor) -> None:
+        """Replace the weight by `weight` [out_features, in_features], quantized as before.
+
+        While PEFT merges and unmerges, the layer is dense instead and its quantized weight waits:
+        unmerging ends with the very tensors that it began with.
+
+        Raises:
+            ModelError: the shape is another, or the backend cannot quantize weights again.
+        """
+        if isinstance(weight, LazyWeight) and weight.is_all_of(self):
+            return
+        if tuple(weight.shape) != (self.out_features, self.in_features):
+            what = f"its weight has the shape {(self.out_features, self.in_features)}"
+            raise ModelError(f"{what}, what is written {tuple(weight.shape)}")
+        dense, merged = weight.detach(), self._merged
+        dense = dense.to(device=self.device, dtype=self.compute_dtype, copy=True).contiguous()
+        if (layer := merging_layer(self)) is not None:
+            self.__dict__["_merged"] = _Merged(
+                weakref.ref(layer), dense, merged is None or merged.returns
+            )
+        elif self._merged_weight() is not None and merged is not None:
+            self.__dict__["_merged"] = merged._replace(weight=dense, returns=False)
+        else:
+            self.requantize(dense)
+
+    def _merged_weight(self) -> Tensor | None:
+        """Return the weight with what PEFT has merged into it; None where nothing is merged."""
+        if (merged := self._merged) is None:
+            return None
+        layer = merged.layer()
+        if layer is not None and (layer.merged_adapters or merging_layer(self) is not None):
+            return merged.weight
+        if layer is None or not merged.returns:  # merge_and_unload took PEFT's layer away
+            self.requantize(merged.weight)
+        self.__dict__["_merged"] = None
+        return None
+
     def dequantize(self) -> Tensor:
         """Return the weight, [out_features, in_features], in the compute dtype."""
+        if self._merged is not None and (merged := self._merged_weight()) is not None:
+            return merged
         with torch.no_grad(), results_in(self.compute_dtype):
             return self.target.dequantize(self._vendor).to(self.compute_dtype).contiguous()
 
@@ -194,19 +246,37 @@ class QuantLinear(nn.Linear):
         self.__dict__["_kept"] = self.__dict__["_kept_product"] = None
 
     def requantize(self, weight: Tensor) -> None:
-        """Replace the weight by `weight` [out_features, in_features], quantized as before."""
+        """Replace the weight by `weight` [out_features, in_features], quantized as before.
+
+        Raises:
+            ModelError: the backend cannot quantize weights again.
+        """
+        vendor = self._quantized(weight)
+        if isinstance(bias := self._vendor.bias, nn.Parameter):
+            vendor.bias = bias  # it may be trained, and an optimizer may hold it
+        self.__dict__["_merged"] = None
+        self._adopt(vendor)
+
+    def _quantized(self, weight: Tensor) -> nn.Module:
+        """Return a vendor's module that holds `weight`."""
+        if type(self.target).requantize is AdapterTarget.requantize:
+            what = f"{type(self._vendor).__name__} cannot be quantized again with other weights"
+            fix = "merge into dense weights (quantadapt.merge), or make the model dense first"
+            raise ModelError(what, fix=fix)
         with torch.no_grad():
             dense = weight.to(device=self.device, dtype=self.compute_dtype)
             vendor = self.target.requantize(self._vendor, dense)
-        for parameter in vendor.parameters():
-            parameter.requires_grad_(False)
-        self._adopt(vendor)
+        for name, parameter in vendor.named_parameters():
+            if name != "bias":
+                parameter.requires_grad_(False)
+        return vendor
 
     @property
     def rounds_activations(self) -> bool:
         """Whether the vendor's forward runs because it quantizes activations."""
         target = self.target
-        return target.quantizes_activations and (target.straight_through or not self.training)
+        rounds = target.quantizes_activations and (target.straight_through or not self.training)
+        return rounds and self._merged is None
 
     def compute_dtype_for(self, device_type: str) -> torch.dtype:
         """Return the dtype that the layer computes in: that of autocast where it is on."""
@@ -228,7 +298,9 @@ class QuantLinear(nn.Linear):
 
     def _run(self, x: Tensor) -> Tensor:
         target, dtype = self.target, x.dtype
-        decodes = not self.training and target.decodes(self._vendor, x)
+        if self._merged is not None:
+            self._merged_weight()  # which looks whether it still is
+        decodes = not self.training and self._merged is None and target.decodes(self._vendor, x)
         if decodes or self.rounds_activations:
             return target.forward(self._vendor, x).to(dtype)
         weight, bias = self.weight_for_forward(x), self.bias
@@ -237,7 +309,9 @@ class QuantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not torch.is_grad_enabled():  # decoding waits for Python, so no function of autograd
             return self.vendor_forward(input)
-        output: Tensor = _Frozen.apply(input, self)  # type: ignore[no-untyped-call]
+        bias = self._vendor.bias
+        trained = bias if bias is not None and bias.requires_grad else None
+        output: Tensor = _Frozen.apply(input, self, trained)  # type: ignore[no-untyped-call]
         return output
 
     def dense(self) -> nn.Linear:
@@ -254,19 +328,71 @@ class QuantLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         if hasattr(self._vendor, "_shard"):  # its tensors have no memory of their own, see sharding
             return self
+        dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device)).dtype
+        if dtype.is_floating_point:  # model.to(torch.bfloat16), model.half()
+            self.compute_dtype = dtype
         self._vendor._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._merged is not None:
+            self.__dict__["_merged"] = self._merged._replace(weight=fn(self._merged.weight))
         self._adopt(self._vendor)
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self._vendor.state_dict(*args, **kwargs)
+        return self.vendor.state_dict(*args, **kwargs)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self._vendor._save_to_state_dict(destination, prefix, keep_vars)
+        self.vendor._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._vendor._load_from_state_dict(*args, **kwargs)
-        self._adopt(self._vendor)
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        """Load the vendor's tensors; or a bias alone, which is what an adapter's file holds."""
+        vendor: Any = self._vendor
+        key, bias = f"{prefix}bias", self.bias
+        given = state_dict.get(key)
+        if [name for name in state_dict if name.startswith(prefix)] == [key] and bias is not None:
+            missing_keys.append(f"{prefix}weight")
+        else:
+            if self._plain_bias:
+                vendor.bias = None  # a tensor cannot take the place of a parameter
+            vendor._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, *args
+            )
+            self.__dict__["_merged"] = None
+        if bias is not None:
+            vendor.bias = bias
+            if given is not None:
+                with torch.no_grad():
+                    bias.copy_(given)
+        self._adopt(vendor)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """Return a copy; an ordinary linear layer where PEFT copies it to train it in full."""
+        if copies_to_train():
+            memo[id(self)] = dense = self.dense()
+            return dense
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._merged_weight()  # settles what PEFT's layer has left behind
+        state, merged = self.__dict__.copy(), self._merged
+        if merged is not None:  # weak references are neither copied nor pickled
+            layer: Any = merged.layer()
+            state["_merged"] = merged._replace(layer=layer)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if (merged := self._merged) is not None:
+            self.__dict__["_merged"] = merged._replace(layer=weakref.ref(merged.layer))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, vendor={type(self._vendor).__name__}"

@@ -32,7 +32,9 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base and adapter: [..., in_features] -> [..., out_features]."""
-        if args or kwargs or (lora := self.single_lora()) is None:
+        # torch.compile sees through PEFT's forward, and fuses it itself.
+        plain = bool(args or kwargs) or torch.compiler.is_compiling()
+        if plain or (lora := self.single_lora()) is None:
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
         term, dropout = lora
@@ -74,7 +76,13 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
             return None
         (adapter,) = active
         variant, base = self.lora_variant.get(adapter), self.base_layer
-        if self.lora_B[adapter].bias is not None or type(base) is not QuantLinear:
+        if type(base) is not QuantLinear or (base.bias is not None and base.bias.requires_grad):
+            return None
+        a, b = self.lora_A[adapter], self.lora_B[adapter]
+        if type(a) is not nn.Linear or type(b) is not nn.Linear or b.bias is not None:
+            return None  # BD-LoRA's are something else
+        # accelerate's hooks bring what is offloaded when a module's own forward is called.
+        if any("_hf_hook" in part.__dict__ for part in (base, a, b)):
             return None
         # Where activations are quantized, a sum that is rounded another way makes other codes.
         dora = type(variant) is DoraLinearVariant and not base.rounds_activations

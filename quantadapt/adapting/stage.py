@@ -46,6 +46,7 @@ def attach_adapter(
     _refuse_second(model)
     options = {**adapter.defaults, **options}
     given = without_loftq(options) if wants_loftq(options) else options
+    _refuse_parameters(model, given.get("target_parameters"))
     config = peft_config(model, adapter, given)
     if adapter.peft_type == "LORA":
         use_fused_layers(config)  # type: ignore[arg-type]
@@ -69,6 +70,19 @@ def _refuse_second(model: nn.Module) -> None:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         fix = "take it off first, model = model.unload(), or attach to a model of its own"
         raise PlanRefused([Problem("the model has an adapter already", fix, where="adapter")])
+
+
+def _refuse_parameters(model: nn.Module, wanted: Iterable[str] | None) -> None:
+    """Raise PlanRefused where `target_parameters` names the weight of a quantized layer."""
+    weights = [f"{name}.weight" for name, _ in facades(model)]
+    fix = "name the layer in target_modules: for a linear layer that is the same"
+    problems = [
+        Problem(f"{name} is quantized, no parameter", fix, where="adapter.target_parameters")
+        for name in wanted or ()
+        if any(_ends(weight, name) for weight in weights)
+    ]
+    if problems:
+        raise PlanRefused(problems)
 
 
 def peft_config(model: nn.Module, adapter: Adapter, options: Mapping[str, Any]) -> PeftConfig:

@@ -50,11 +50,18 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     add("--dtype", help="compute dtype; by default float32, on cuda bfloat16")
     text = "options of the backend, e.g. 'bits=3,group_size=32'; repeatable"
     add("--backend-options", action="append", metavar="A=B", help=text)
+    text = "run PEFT's own tests over the backend instead; PATH is PEFT's unpacked sdist"
+    add("--peft-suite", metavar="PATH", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make the suites that are asked for."""
-    if _is_asked_for(config):
+    if _is_asked_for(config) and config.option.peft_suite:
+        from .peft_suite import PeftSuite
+
+        config.pluginmanager.register(suite := PeftSuite.asked(config.option), "peft-suite")
+        config.args[:] = suite.files
+    elif _is_asked_for(config):
         from .asked import Asked
 
         config.pluginmanager.register(Asked(config), "quantadapt-asked")

@@ -1,0 +1,143 @@
+"""PEFT's own test suite over facades.
+
+    pytest --pyargs quantadapt.testing --backend hqq --peft-suite=peft-0.21.2
+
+PEFT's sdist holds its tests (`pip download --no-binary :all: --no-deps peft`). They build a model,
+and before PEFT sees it, every `nn.Linear` in it becomes a facade of the backend. Layers that the
+backend cannot quantize become facades of `none`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ..errors import QuantadaptError
+from ..facade import QuantLinear
+from ..matrix.verify import parse_options
+from ..protocols import LayerwiseQuantizer
+from ..registry.discovery import registry
+
+FILES = ("test_custom_models.py", "test_decoder_models.py", "test_initialization.py")
+DOWNLOAD, REFUSED = "needs a download", "refused in a sentence"
+CLASS, NUMBERS, ELSE = "PEFT wants nn.Linear itself", "other numbers", "something else"
+
+
+class PeftSuite:
+    """Collects PEFT's tests in place of ours, and counts how they end.
+
+    Args:
+        path: the unpacked sdist, or the folder `tests` in it.
+        backend: its name; it quantizes layer by layer.
+        options: of the backend.
+    """
+
+    def __init__(self, path: str, backend: str, options: dict[str, Any]) -> None:
+        folder = Path(path).expanduser()
+        folder = folder / "tests" if (folder / "tests").is_dir() else folder
+        found = [name for name in FILES if (folder / name).is_file()]
+        if not found:
+            raise pytest.UsageError(f"--peft-suite: {folder} holds none of {', '.join(FILES)}")
+        self.package = TemporaryDirectory(prefix="peft-suite-")  # the sdist's tests are none
+        package = Path(self.package.name, "peft_tests")
+        package.mkdir()
+        (package / "__init__.py").touch()
+        for file in folder.iterdir():
+            (package / file.name).symlink_to(file.resolve())
+        self.files = [str(package / name) for name in found]
+        self.backend = backend
+        self.quantizer = registry().backend(backend).quantizer(**options)
+        if not isinstance(self.quantizer, LayerwiseQuantizer):
+            raise pytest.UsageError(f"--peft-suite: {backend} does not quantize layer by layer")
+        self.dense = registry().backend("none").quantizer()
+        self.ended: Counter[str] = Counter()
+
+    @classmethod
+    def asked(cls, given: Any) -> PeftSuite:
+        """Return the suite that the options of the command line ask for."""
+        if len(given.backend or ()) != 1:
+            raise pytest.UsageError("--peft-suite takes one backend: --backend NAME")
+        try:
+            return cls(
+                given.peft_suite, given.backend[0], parse_options(given.backend_options or ())
+            )
+        except QuantadaptError as error:
+            raise pytest.UsageError(str(error)) from None
+
+    @pytest.fixture(autouse=True)
+    def _over_facades(self, request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Put facades into each model that PEFT's tests load or move to their device."""
+        from transformers import PreTrainedModel
+
+        ours, to = request.module.__name__, nn.Module.to
+
+        def moved(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            result = to(module, *args, **kwargs)
+            built = type(module).__module__ == ours or isinstance(module, PreTrainedModel)
+            return self.put_facades(result) if built else result
+
+        monkeypatch.setattr(nn.Module, "to", moved)
+        wrapper = getattr(request.module, "MockTransformerWrapper", None)
+        if wrapper is not None:
+            load = wrapper.from_pretrained
+            monkeypatch.setattr(
+                wrapper, "from_pretrained", lambda *a, **k: self.put_facades(load(*a, **k))
+            )
+
+    def put_facades(self, model: nn.Module) -> nn.Module:
+        """Put facades in front of the linear layers of `model`, unless PEFT is there already."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if any(isinstance(module, (BaseTunerLayer, QuantLinear)) for module in model.modules()):
+            return model
+        heads = getattr(model, "get_output_embeddings", lambda: None)()
+        for parent in list(model.modules()):
+            for name, linear in list(parent.named_children()):
+                if type(linear) is nn.Linear and linear is not heads:
+                    setattr(parent, name, self._facade(linear))
+        return model
+
+    def _facade(self, linear: nn.Linear) -> QuantLinear:
+        fits = self.quantizer.misfit(linear.in_features, linear.out_features) is None
+        quantizer: Any = self.quantizer if fits else self.dense
+        with torch.no_grad():
+            vendor = quantizer.quantize_linear(linear)
+        return QuantLinear(vendor, quantizer.target, linear.weight.dtype)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: Any, call: Any) -> Generator[None, Any, Any]:
+        """Count how each test ends."""
+        report = yield
+        if report.when == "call" or report.outcome != "passed":
+            if report.failed:
+                self.ended[why(call.excinfo.value)] += 1
+            elif report.when != "teardown":
+                self.ended[report.outcome] += 1
+        return report
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Say how many ended how."""
+        terminalreporter.section(f"PEFT's own tests over {self.backend}")
+        for name, count in self.ended.most_common():
+            terminalreporter.write_line(f"{count:6}  {name}")
+
+
+def why(error: BaseException) -> str:
+    """Return in a few words what kind of failure `error` is."""
+    text = str(error)
+    if "huggingface.co" in text or "offline" in text.lower() or "cached files" in text:
+        return DOWNLOAD
+    if isinstance(error, QuantadaptError):
+        return REFUSED
+    if "not a plain torch.nn.Linear" in text:
+        return CLASS
+    if isinstance(error, AssertionError) and ("allclose" in text or "not close" in text):
+        return NUMBERS
+    return ELSE

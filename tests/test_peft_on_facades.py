@@ -1,0 +1,425 @@
+"""PEFT's own functions over facades, beside the same functions over dense layers that hold the same
+numbers: what PEFT does to a layer, a facade bears as `nn.Linear` does."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+import quantadapt as qa
+from quantadapt.errors import ModelError, PlanRefused
+from quantadapt.facade import LazyWeight, QuantLinear, facades
+from quantadapt.protocols import AdapterTarget
+
+BACKENDS = ("none", "hqq", "bnb-nf4", "torchao-int8")
+TARGETS = ["a", "b"]
+
+
+class Model(nn.Module):
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.a = nn.Linear(64, 128, bias=bias)
+        self.block = nn.Sequential(nn.Linear(128, 64, bias=bias))
+        self.b = nn.Linear(64, 64, bias=bias)
+        self.head = nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.block(torch.tanh(self.a(x))))
+        return self.head(torch.tanh(self.b(hidden)))
+
+
+X = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=BACKENDS)
+def pair(request) -> tuple[nn.Module, nn.Module]:
+    """A model of facades, and a dense one with the same numbers."""
+    return made(request.param)
+
+
+def made(backend: str, bias: bool = True) -> tuple[nn.Module, nn.Module]:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(Model(bias))
+    dense, model = models
+    model = qa.quantize(
+        model, backend=backend, device="cpu", dtype="float32", skip_modules=["head"]
+    )
+    for name, facade in facades(model):
+        dense.get_submodule(name).weight.data.copy_(facade.dequantize())
+    return model, dense
+
+
+def tuned(model: nn.Module, config: Any) -> Any:
+    """Attach, and give every trained parameter another value than the one it starts from."""
+    torch.manual_seed(2)
+    result = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in result.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return result
+
+
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the vendors' own tensors."""
+    kept = {}
+    for name, facade in facades(model):
+        for key, value in facade.vendor.state_dict().items():
+            plain = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+            kept[f"{plain}.{key}"] = copy.deepcopy(value)
+    return kept
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    def raw(value: Any) -> Any:
+        return value.dequantize() if hasattr(value, "__tensor_flatten__") else value
+
+    return one.keys() == other.keys() and all(
+        torch.equal(raw(one[key]), raw(other[key])) for key in one
+    )
+
+
+def close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    return bool((one - other).norm() <= tolerance * other.norm())
+
+
+@pytest.mark.parametrize("config", [peft.LoHaConfig, peft.VeraConfig, peft.LoraConfig])
+def test_unload_gives_the_base_back(pair, config) -> None:
+    model, _ = pair
+    before, y = bits(model), model(X)
+    bare = tuned(model, config(r=4, target_modules=TARGETS)).unload()
+    assert same(bits(bare), before)
+    assert torch.equal(bare(X), y)
+
+
+CONFIGS = {
+    "lora": lambda: LoraConfig(r=4, target_modules=TARGETS),
+    "dora": lambda: LoraConfig(r=4, target_modules=TARGETS, use_dora=True),
+    "hira": lambda: peft.HiraConfig(r=4, target_modules=TARGETS),
+    "oft": lambda: peft.OFTConfig(oft_block_size=32, r=0, target_modules=TARGETS),
+    "delora": lambda: peft.DeloraConfig(target_modules=TARGETS),
+    "peanut": lambda: peft.PeanutConfig(target_modules=TARGETS),
+    "supertuning": lambda: peft.SupertuningConfig(target_modules=TARGETS),
+    "frod": lambda: peft.FrodConfig(target_modules=TARGETS),
+}
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_merging_in_place_and_back(pair, name, safe) -> None:
+    """Without no_grad around it, as PEFT's documentation calls it."""
+    model, dense = pair
+    before = bits(model)
+    facade, stock = tuned(model, CONFIGS[name]()).eval(), tuned(dense, CONFIGS[name]()).eval()
+    y = stock(X)
+    assert close(facade(X), y)
+    for each in (facade, stock):
+        each.merge_adapter(safe_merge=safe)
+    assert close(facade(X), stock(X))
+    facade.unmerge_adapter()
+    assert same(bits(facade), before)
+    assert close(facade(X), y)
+
+
+@pytest.mark.parametrize("name", ["lora", "oft", "supertuning"])
+def test_merge_and_unload_quantizes_again(pair, name) -> None:
+    model, dense = pair
+    merged = tuned(model, CONFIGS[name]()).merge_and_unload()
+    expected = tuned(dense, CONFIGS[name]()).merge_and_unload()
+    assert [n for n, _ in facades(merged)] == ["a", "block.0", "b"]
+    for layer in TARGETS:
+        facade, weight = merged.get_submodule(layer), expected.get_submodule(layer).weight
+        again = copy.deepcopy(facade)
+        again.requantize(weight.detach())
+        assert close(facade.dequantize(), again.dequantize())
+        assert close(facade.dequantize(), weight, 0.15)  # what 4 bits cost
+        assert facade._merged is None, "the dense weights are gone"
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_merged_model_is_its_own(again) -> None:
+    model, _ = made("bnb-nf4")
+    merged = tuned(model, CONFIGS["lora"]())
+    before, y = bits(merged), merged(X).detach()
+    merged.merge_adapter()
+    copied = again(merged)
+    merged.unmerge_adapter()
+    assert close(copied(X), y)
+    copied.unmerge_adapter()
+    assert same(bits(copied), before)
+    assert close(copied(X), y)
+
+
+def test_what_is_saved_while_merged_is_merged(pair) -> None:
+    model, _ = pair
+    before = bits(model)
+    merged = tuned(model, CONFIGS["lora"]())
+    merged.merge_adapter()
+    assert not same(bits(merged), before)
+    merged.unmerge_adapter()
+    assert same(bits(merged), before)
+
+
+WRITES = {
+    "mul_": lambda w: w.mul_(2),
+    "data.add_": lambda w: w.data.add_(torch.ones(w.shape)),
+    "data.copy_": lambda w: w.data.copy_(torch.full(w.shape, 0.5)),
+    "item": lambda w: w.__setitem__(0, 0.25),
+    "view of a view": lambda w: w.data.T[1:3].reshape(-1, 64)[0].fill_(0.5),
+    "scatter": lambda w: w.data.reshape(-1).scatter_add_(0, torch.arange(64), torch.ones(64)),
+    "split": lambda w: w.chunk(2)[1].zero_(),
+    "out": lambda w: torch.add(w.detach(), 1.0, out=w),
+    "foreach": lambda w: torch._foreach_mul_([w, w.data[:2]], 2.0),
+    "index_copy_": lambda w: w.index_copy_(0, torch.tensor([3]), torch.ones(1, w.shape[1])),
+    "data =": lambda w: setattr(w, "data", torch.full(w.shape, 0.5)),
+    "+=": lambda w: setattr(w, "data", w.data.__iadd__(torch.ones(w.shape))),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_what_is_written_arrives(pair, name) -> None:
+    """As often as it is quantized, and no more than that costs."""
+    model, dense = pair
+    with torch.no_grad():
+        WRITES[name](model.b.weight)
+        WRITES[name](dense.b.weight)
+        again = copy.deepcopy(model.b)
+        again.requantize(dense.b.weight)
+    assert close(model.b.dequantize(), again.dequantize(), 0.01)
+    assert close(model.b.dequantize(), dense.b.weight, 0.15)
+    assert not any(p.requires_grad for p in model.b.parameters())
+
+
+def test_views_stay_lazy_and_read_right() -> None:
+    model, dense = made("hqq")
+    lazy, weight = model.a.weight, dense.a.weight.detach()
+    for view in (
+        lambda w: w.T,
+        lambda w: w.reshape(-1)[5:99:3],
+        lambda w: w.unsqueeze(0).expand(2, -1, -1),
+        lambda w: w.view(2, 64, 64).transpose(0, 2),
+    ):
+        assert isinstance(view(lazy), LazyWeight)
+        assert torch.equal(view(lazy).clone(), view(weight))
+        assert view(lazy).stride() == view(weight).stride()
+
+
+class _Once(AdapterTarget):
+    def matches(self, module: nn.Module) -> bool:
+        return True
+
+    def dequantize(self, module: nn.Module) -> torch.Tensor:
+        return module.weight.detach()
+
+
+def test_what_cannot_be_written_is_refused() -> None:
+    facade = QuantLinear(nn.Linear(4, 4), _Once(), torch.float32)
+    before = facade.dequantize().clone()
+    with torch.no_grad(), pytest.raises(ModelError, match="cannot be quantized again"):
+        facade.weight.mul_(2)
+    assert torch.equal(facade.dequantize(), before)
+    with pytest.raises(ModelError, match="has the shape"):
+        facade.weight.data = torch.zeros(2, 2)
+    with pytest.raises(ModelError, match="frozen"):
+        facade.weight.requires_grad = True
+    with pytest.raises(ModelError, match="weight that is trained"):
+        facade.weight = nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(ModelError, match="view"):
+        facade.weight[0].data = torch.ones(4)
+    with pytest.raises(ModelError, match="parametrized"):
+        del facade.weight
+    with pytest.raises(ModelError, match="parametrized"):
+        nn.utils.parametrize.register_parametrization(facade, "weight", nn.Identity())
+
+
+def test_a_parameter_takes_the_place_of_the_weight(pair) -> None:
+    model, _ = pair
+    model.a.weight = nn.Parameter(torch.full((128, 64), 0.5), requires_grad=False)
+    assert close(model.a(X), X @ torch.full((64, 128), 0.5) + model.a.bias, 0.01)
+    assert isinstance(model.a.weight, LazyWeight)
+
+
+@pytest.mark.parametrize("kept", [["b"], ["block"]])
+def test_modules_to_save_train_a_dense_copy(pair, kept, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["a"], modules_to_save=kept)
+    model, dense = (tuned(each, config) for each in pair)
+    losses = []
+    for each in (model, dense):
+        optimizer = torch.optim.SGD((p for p in each.parameters() if p.requires_grad), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = each(X).square().mean()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    model.save_pretrained(tmp_path)
+    fresh, _ = made_like(model)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path)
+    assert close(loaded.eval()(X), model.eval()(X))
+
+
+def made_like(model: Any) -> tuple[nn.Module, nn.Module]:
+    return made(model.quantadapt.backend.name)
+
+
+@pytest.mark.parametrize("how", ["get_peft_model", "attach"])
+@pytest.mark.parametrize("which", ["all", "lora_only"])
+def test_biases_train_and_are_saved(pair, which, how, tmp_path: Path) -> None:
+    config = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "bias": which}
+    model, dense = pair
+    name = model.quantadapt.backend.name
+    model = (
+        qa.attach(model, "lora", **config)
+        if how == "attach"
+        else tuned(model, LoraConfig(**config))
+    )
+    dense = tuned(dense, LoraConfig(**config))
+    with torch.no_grad():
+        given = dict(dense.named_parameters())
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(given[key])
+    for each in (model, dense):
+        each(X).square().sum().backward()
+    gradients = {
+        key: p.grad for key, p in model.named_parameters() if p.requires_grad and "bias" in key
+    }
+    expected = {
+        key: p.grad for key, p in dense.named_parameters() if p.requires_grad and "bias" in key
+    }
+    assert gradients.keys() == expected.keys()
+    assert len(gradients) >= 2
+    assert all(close(gradients[key], expected[key], 1e-3) for key in expected)
+    model.save_pretrained(tmp_path)
+    fresh, _ = made(name)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path)
+    assert close(loaded.eval()(X), model.eval()(X))
+    y = model(X).detach()
+    model.merge_adapter()
+    assert close(model(X), y)
+
+
+@pytest.mark.parametrize("config", [LoraConfig, peft.ShiraConfig])
+def test_a_facade_follows_to_dtype(pair, config) -> None:
+    outputs = []
+    for each in pair:
+        each.to(torch.bfloat16)
+        torch.manual_seed(0)
+        wrapped = get_peft_model(
+            each, config(r=4, target_modules=TARGETS), autocast_adapter_dtype=False
+        )
+        assert wrapped.base_model.model.a.weight.dtype == torch.bfloat16
+        outputs.append(wrapped(X.bfloat16()))
+        each.float()
+    assert outputs[0].dtype == outputs[1].dtype == torch.bfloat16
+    assert close(outputs[0].float(), outputs[1].float(), 0.05)
+    assert pair[0].a.weight.dtype == torch.float32
+
+
+def test_initializations_that_write_into_the_base(pair) -> None:
+    model, dense = pair
+    y = dense(X)
+    for init in ("olora", "pissa"):
+        config = LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS, init_lora_weights=init)
+        start = get_peft_model(copy.deepcopy(model), config)
+        assert close(start(X), y, 0.15)
+        base = start.base_model.model.a.base_layer
+        a, b = (getattr(start.base_model.model.a, f"lora_{n}").default.weight for n in "AB")
+        assert close(base.dequantize() + b @ a, dense.a.weight, 0.15)
+        assert not close(base.dequantize(), dense.a.weight, 0.15), init
+
+
+def test_bdlora_and_compiling_and_offloading_over_fused_layers() -> None:
+    from accelerate import cpu_offload
+    from peft.tuners.lora.config import BdLoraConfig
+
+    blocks = BdLoraConfig(target_modules_bd_a=["b"], target_modules_bd_b=["a"], nblocks=2)
+    model, dense = made("hqq")
+    config = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "use_bdlora": blocks}
+    attached = qa.attach(model, "lora", **config)
+    stock = tuned(dense, LoraConfig(**config))
+    attached.load_state_dict(stock.state_dict(), strict=False)
+    for key, parameter in stock.named_parameters():
+        if "lora_" in key:
+            attached.get_parameter(key).data.copy_(parameter)
+    assert close(attached(X), stock(X))
+
+    attached = qa.attach(made("hqq")[0], "lora", r=4, target_modules=TARGETS).train()
+    y = attached(X)
+    compiled = torch.compile(attached, backend="eager")
+    assert close(compiled(X), y)
+    compiled(X).square().sum().backward()
+    assert sum(p.grad is not None for p in attached.parameters()) == 4
+    cpu_offload(attached.eval(), execution_device="cpu")
+    assert close(attached(X), y)
+
+
+def test_target_parameters_of_a_quantized_layer_are_refused() -> None:
+    model, _ = made("hqq")
+    with pytest.raises(PlanRefused, match=r"a\.weight.*quantized"):
+        qa.attach(model, "lora", r=4, target_modules=["b"], target_parameters=["a.weight"])
+
+
+def test_adapters_of_stock_peft_load_onto_facades(pair, tmp_path: Path) -> None:
+    """Two of them, with heads of their own, switched and merged."""
+    _, dense = pair
+    config = LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["head"])
+    for name, seed in (("one", 3), ("two", 4)):
+        stock = tuned(copy.deepcopy(dense), config)
+        torch.manual_seed(seed)
+        for parameter in stock.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        stock.save_pretrained(tmp_path / name)
+    loaded, expected = (PeftModel.from_pretrained(m, tmp_path / "one", "one") for m in pair)
+    for each in (loaded, expected):
+        each.load_adapter(tmp_path / "two", "two")
+        each.eval()
+    outputs = []
+    for name in ("one", "two", "one"):
+        for each in (loaded, expected):
+            each.set_adapter(name)
+        assert close(loaded(X), expected(X))
+        outputs.append(loaded(X))
+    assert not close(outputs[0], outputs[1], 0.1)
+    loaded.merge_adapter(["one"])
+    assert close(loaded(X), outputs[0])
+
+
+def test_a_classifier_with_its_head(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=32, num_hidden_layers=1, num_labels=3, pad_token_id=0, **sizes)
+
+    def base(backend: str) -> nn.Module:
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(config)
+        return qa.quantize(
+            model, backend=backend, device="cpu", dtype="float32", skip_modules=["score"]
+        )
+
+    ids = torch.arange(1, 13).view(2, 6)
+    lora = LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["q_proj", "down_proj"])
+    model = tuned(base("hqq"), lora).eval()
+    assert model.base_model.model.score.modules_to_save.default.weight.requires_grad
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base("hqq"), tmp_path).eval()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    merged, logits = copy.deepcopy(model), model(ids).logits
+    merged.merge_adapter()
+    assert close(merged(ids).logits, logits)
+    merged.unmerge_adapter()
+    assert close(merged(ids).logits, logits)
+    assert close(merged.merge_and_unload()(ids).logits, logits, 0.3)
