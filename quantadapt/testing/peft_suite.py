@@ -4,7 +4,9 @@
 
 PEFT's sdist holds its tests (`pip download --no-binary :all: --no-deps peft`). They build a model,
 and before PEFT sees it, every `nn.Linear` in it becomes a facade of the backend. Layers that the
-backend cannot quantize become facades of `none`.
+backend cannot quantize become facades of `none`; those of PEFT's small models suit hqq with
+`--backend-options group_size=null`. What merge_and_unload quantizes again has other numbers, which
+PEFT's tests do not expect: these failures are counted by themselves.
 """
 
 from __future__ import annotations
@@ -117,7 +119,8 @@ class PeftSuite:
         report = yield
         if report.when == "call" or report.outcome != "passed":
             if report.failed:
-                self.ended[why(call.excinfo.value)] += 1
+                statement = str(call.excinfo.traceback[-1].statement)
+                self.ended[why(call.excinfo.value, statement)] += 1
             elif report.when != "teardown":
                 self.ended[report.outcome] += 1
         return report
@@ -129,8 +132,8 @@ class PeftSuite:
             terminalreporter.write_line(f"{count:6}  {name}")
 
 
-def why(error: BaseException) -> str:
-    """Return in a few words what kind of failure `error` is."""
+def why(error: BaseException, statement: str = "") -> str:
+    """Return in a few words what kind of failure `error` is, raised by `statement`."""
     text = str(error)
     if "huggingface.co" in text or "offline" in text.lower() or "cached files" in text:
         return DOWNLOAD
@@ -138,6 +141,6 @@ def why(error: BaseException) -> str:
         return REFUSED
     if "not a plain torch.nn.Linear" in text:
         return CLASS
-    if isinstance(error, AssertionError) and ("allclose" in text or "not close" in text):
+    if isinstance(error, AssertionError) and "close" in text + statement:
         return NUMBERS
     return ELSE
