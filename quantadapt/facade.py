@@ -111,9 +111,9 @@ class QuantLinear(nn.Linear):
         self.forget()
         # Not a submodule: PEFT must not find a second linear layer behind this one.
         object.__setattr__(self, "_vendor", vendor)
-        bias = vendor.bias
-        if isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter):
-            self.__dict__["_plain_bias"] = "bias" in vendor.__dict__
+        bias, own = vendor.bias, "bias" in vendor.__dict__  # or a property, say of a wrapper
+        if (own or "bias" in vendor._buffers) and isinstance(bias, Tensor):
+            self.__dict__["_plain_bias"] = own
             vendor.bias = nn.Parameter(bias, requires_grad=False)  # so that it can be trained
         object.__setattr__(self, "_parameters", vendor._parameters)
         object.__setattr__(self, "_buffers", vendor._buffers)
@@ -252,8 +252,8 @@ class QuantLinear(nn.Linear):
             ModelError: the backend cannot quantize weights again.
         """
         vendor = self._quantized(weight)
-        if isinstance(bias := self._vendor.bias, nn.Parameter):
-            vendor.bias = bias  # it may be trained, and an optimizer may hold it
+        if "bias" in self._vendor._parameters and "bias" in vendor._parameters:
+            vendor.bias = self._vendor.bias  # it may be trained, and an optimizer may hold it
         self.__dict__["_merged"] = None
         self._adopt(vendor)
 

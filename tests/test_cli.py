@@ -721,7 +721,8 @@ def test_data_reads_columns_of_any_name(run_cli, tmp_path):
     assert "data.columns" in shown.err
 
 
-def test_plan_tells_formats_and_rows(run_cli, lossy, tmp_path):
+def test_plan_tells_formats_and_rows(run_cli, lossy, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # the folder's name is long
     assert "prompt-completion, 30 rows" in run_cli("plan", "--data", lossy).out
     assert run_cli("plan", "--data", lossy, "--json").json["data"]["files"][0]["rows"] == 30
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{')

@@ -235,7 +235,10 @@ def test_the_plan_asks_what_memory_depends_on(tmp_path) -> None:
     assert pairs.parts(whole)["activations"] == 2 * own.parts(whole)["activations"]
 
 
-def test_the_plan_looks_into_data_only_where_it_knows_how_they_are_read(tmp_path, capsys) -> None:
+def test_the_plan_looks_into_data_only_where_it_knows_how_they_are_read(
+    tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # the folder's name is long
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"better": "one two", "worse": "one one"}\n' * 2)
     flags = ["--data", str(file), "--backend", "none", "--json"]
