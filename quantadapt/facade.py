@@ -252,8 +252,9 @@ class QuantLinear(nn.Linear):
             ModelError: the backend cannot quantize weights again.
         """
         vendor = self._quantized(weight)
-        if "bias" in self._vendor._parameters and "bias" in vendor._parameters:
-            vendor.bias = self._vendor.bias  # it may be trained, and an optimizer may hold it
+        before, after = (v._parameters.get("bias") for v in (self._vendor, vendor))
+        if before is not None and after is not None:
+            vendor.bias = before  # it may be trained, and an optimizer may hold it
         self.__dict__["_merged"] = None
         self._adopt(vendor)
 
