@@ -96,6 +96,17 @@ def test_a_forward_that_somebody_has_patched_is_given_back() -> None:
         assert decoder.__dict__.get("forward") is before
 
 
+def test_only_ids_are_recorded_no_mask_and_no_positions() -> None:
+    model = adapted().train()
+    graphs = cuda_graphs.Graphs(model, print)
+    graphs.on = True
+    positions = torch.arange(4)[None]
+    assert graphs._is_plain({"input_ids": positions, "attention_mask": None, "use_cache": False})
+    for name in ("position_ids", "attention_mask"):
+        assert not graphs._is_plain({"input_ids": positions, name: positions})
+    assert not graphs._is_plain({"input_ids": positions, "use_cache": True})
+
+
 @pytest.fixture
 def replays(monkeypatch) -> list[torch.Size]:
     """The shapes of the batches that are replayed, in their order."""
@@ -141,6 +152,16 @@ def assert_same(plain, weights, graphed, found) -> None:
     for name, expected in weights.items():
         error = float((found[name] - expected).norm() / expected.norm())
         assert error < 2e-2, (name, error)
+
+
+@pytest.mark.cuda
+def test_packed_rows_run_as_ever(replays) -> None:
+    options = {"packing": True, "num_train_epochs": 3, "gradient_checkpointing": True}
+    data = rows([24, 40, 64, 32, 32, 64] * 4)
+    plain = train(data, cuda_graphs=False, **options)
+    graphed = train(data, **options)
+    assert replays == []
+    assert_same(*plain[:2], *graphed[:2])
 
 
 @pytest.mark.cuda

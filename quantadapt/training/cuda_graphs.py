@@ -80,7 +80,8 @@ class Graphs:
         others = (value for name, value in kwargs.items() if name != "input_ids")
         return (
             self.on
-            and not any(others)  # neither a mask nor positions; use_cache is False
+            # Neither a mask nor positions, as packed rows have them; use_cache is False.
+            and all(value is None or value is False for value in others)
             and self.decoder.training
             and torch.is_grad_enabled()
             and not torch.is_autocast_enabled(self.device.type)
