@@ -62,14 +62,6 @@ def stop() -> None:
         distributed.destroy_process_group()
 
 
-def wait_for_all() -> None:
-    """Return when every process has got here."""
-    if world().size > 1:
-        from torch import distributed
-
-        distributed.barrier()
-
-
 @contextmanager
 def peers_in_words() -> Iterator[None]:
     """Turn what collectives raise when another process is gone into `PeerLost`."""
