@@ -61,6 +61,8 @@ def main() -> None:
     for kind, row in [*table.items(), ("all", counts)]:
         print(f"| {kind} | {' | '.join(str(row[o]) for o in outcomes)} |")
     print(f"\n{counts.total()} cases in {time.monotonic() - started:.0f} s")
+    if any(counts[outcome] for outcome in BAD):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,46 +89,54 @@ def command(
 ) -> tuple[int | None, str, float]:
     """Run a command line in a fork; return its exit code (None: it took too long, or below 0: the
     signal that ended it), what it printed, and the seconds."""
-    number, name = tempfile.mkstemp()
+    reading, writing = os.pipe()
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        _be_the_command(list(arguments), folder, case, number)
+        try:
+            _be_the_command(list(arguments), folder, case, writing)
+        finally:
+            os._exit(70)  # whatever happens, it must not go on as its parent
+    os.close(writing)
+    printed: list[bytes] = []
+    reader = threading.Thread(target=_read, args=(reading, printed), daemon=True)
+    reader.start()
     code = _wait(child, started)
-    os.close(number)
-    output = Path(name).read_text(encoding="utf-8", errors="replace")
-    os.unlink(name)
-    return code, output, time.monotonic() - started
+    reader.join(1.0)  # longer only if a process that it started holds the pipe
+    return code, b"".join(printed).decode("utf-8", "replace"), time.monotonic() - started
+
+
+def _read(stream: int, printed: list[bytes]) -> None:
+    with open(stream, "rb", buffering=0) as file:
+        while part := file.read(65536):
+            printed.append(part)
 
 
 def _be_the_command(arguments: list[str], folder: Path, case: Case | None, stream: int) -> None:
     from quantadapt.cli import main
 
+    os.setsid()
+    os.chdir(folder)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + _MEMORY, size + _MEMORY))
+    sys.stdin = open(0, closefd=False)
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     code = 70
     try:
-        os.setsid()
-        os.chdir(folder)
-        os.dup2(stream, 1)
-        os.dup2(stream, 2)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + _MEMORY, size + _MEMORY))
-        sys.stdin = open(0, closefd=False)
-        sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
-        os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
         if case is not None:
             case.before(folder)
         main(arguments)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
-        import traceback
-
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _wait(child: int, started: float) -> int | None:

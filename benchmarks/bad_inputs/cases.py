@@ -63,23 +63,17 @@ def documents() -> Iterator[tuple[str, Callable[[Path], object]]]:
     """Yield (name, what damages a file) for files that should hold one JSON object."""
     texts = {
         "empty": "",
-        "an open brace": "{",
         "a list": "[]",
         "null": "null",
-        "a text": '"text"',
-        "a number": "42",
         "no object inside": "{}",
-        "deeply nested": nested(200_000),
         "an object, deeply nested": '{"a": ' + nested(200_000) + "}",
         "a number of 6000 digits": '{"a": ' + "9" * 6000 + "}",
-        "YAML": "base: model\nbackend: hqq\n",
     }
     for name, text in texts.items():
         yield name, lambda file, text=text: file.write_text(text)
     raws = {
         "not UTF-8": b'{"a": "\xff\xfe"}',
         "UTF-16": '{"a": 1}'.encode("utf-16"),
-        "zero bytes": b"\0" * 100,
         "random bytes": bytes(range(256)) * 8,
     }
     for name, raw in raws.items():
@@ -100,22 +94,7 @@ def as_folder(file: Path) -> None:
 
 MISSING = object()
 WRONG: tuple[Any, ...] = (
-    *(
-        MISSING,
-        None,
-        True,
-        "",
-        "text",
-        "3",
-        3.5,
-        -1,
-        0,
-        10**12,
-        10**400,
-        float("nan"),
-        float("inf"),
-    ),
-    *([], [1], ["a"], {}, {"a": 1}, "\0", "a" * 5000),
+    *(MISSING, None, True, "text", 3.5, -1, 10**12, 10**400, float("nan"), [1], {"a": 1}),
 )
 
 

@@ -93,7 +93,7 @@ def _configs() -> Iterator[Case]:
             yield Case("config.json", name, command, damage, wanted)
     for method in ("gptq", "awq", "bitsandbytes", "hqq", "torchao", "quanto", "aqlm", "auto-round",
                    "eetq", "inc", "fp8", "compressed-tensors"):  # fmt: skip
-        for more in ({}, {"bits": None}, {"bits": "4", "group_size": []}, {"config": 3}):
+        for more in ({}, {"bits": "4", "group_size": []}):
             value = {"quant_method": method, **more}
             damage = with_value(CONFIG, "quantization_config", value)
             name = f"quantization_config of {method} with {more or 'nothing else'}"
@@ -188,7 +188,8 @@ def _weights() -> Iterator[Case]:
     }
     for name, change in tensors.items():
         for command in (QUANTIZE, EVAL_MODEL, ONTO):
-            yield Case("tensors", name, command, with_tensors(WEIGHTS, change))
+            wanted = "either" if name == "integers for weights" else "refused"
+            yield Case("tensors", name, command, with_tensors(WEIGHTS, change), wanted)
     for name in ("pytorch_model.bin", "model.pt", "model.ckpt"):
         damage = lambda folder, name=name: (folder / WEIGHTS).rename(folder / MODEL / name)  # noqa: E731
         for command in (PLAN, QUANTIZE, ONTO):

@@ -78,7 +78,7 @@ def _wanted(key: str, value: object) -> str:
     if key == "max_length" and (value is None or value is MISSING or value == 10**12):
         return "either"
     if key == "base" and value == "text":
-        return "refused"
+        return "either"  # a merge onto another base does not look at it
     if key in ("options", "adapter_options") and value == {}:
         return "either"
     if key == "skip_modules" and value in ([], ["a"]):
@@ -91,10 +91,9 @@ def _wanted(key: str, value: object) -> str:
 def _run_folders() -> Iterator[Case]:
     marker, spec = f"{RUN}/quantadapt-run.json", f"{RUN}/spec.yaml"
     for name, damage in documents():
-        yield Case("quantadapt-run.json", name, RESUME, at(marker, damage), _marker(name))
+        yield Case("quantadapt-run.json", name, RESUME, at(marker, damage))
         yield Case("plan.json", name, RESUME, at(f"{RUN}/plan.json", damage), "either")
-        if name not in ("YAML",):
-            yield Case("spec.yaml", name, EVAL[:2], at(spec, damage), _spec(name))
+        yield Case("spec.yaml", name, EVAL[:2], at(spec, damage), _spec(name))
         yield Case("metrics.json", name, EVAL, at(f"{RUN}/metrics.json", damage), "either")
         yield Case("metrics.jsonl", name, RESUME, at(f"{RUN}/metrics.jsonl", damage), "either")
     for key in ("backend", "adapter", "objective", "exports"):
@@ -123,10 +122,6 @@ def _run_folders() -> Iterator[Case]:
         GENERATE,
         lambda folder: (folder / RUN / "adapter").rename(folder / "gone"),
     )
-
-
-def _marker(name: str) -> str:
-    return "refused"
 
 
 def _spec(name: str) -> str:

@@ -222,7 +222,7 @@ class _Writer:
     def render(self, count: int, *, ask: bool = False) -> str:
         """Return the first `count` turns as text; `ask` opens an answer after them."""
         try:
-            with at_most():
+            with at_most(2.0):
                 text = self.tokenizer.apply_chat_template(
                     self.turns[:count], tools=self.tools, tokenize=False, add_generation_prompt=ask
                 )

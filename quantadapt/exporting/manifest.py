@@ -104,11 +104,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     problems = [f"option {text}" for text in problems_in(backend.quantizer, manifest["options"])]
     if manifest["adapter"] is not None:
         known = peft_options(registry().adapter(manifest["adapter"]))
-        problems += [
-            f"adapter option {name} is {shown(value)}, not of type {known[name].annotation}"
-            for name, value in manifest["adapter_options"].items()
-            if name in known and not known[name].accepts(value)
-        ]
+        for name, value in manifest["adapter_options"].items():
+            if name not in known:
+                problems.append(f"the installed PEFT has no adapter option {shown(name)}")
+            elif not known[name].accepts(value):
+                wanted = known[name].annotation
+                problems.append(f"adapter option {name} is {shown(value)}, not of type {wanted}")
     if problems:
         raise ModelError(f"it cannot be used: {'; '.join(problems)}", fix=fix, where=str(file))
     if manifest["adapter"] is not None and (folder / CONFIG).exists():

@@ -8,20 +8,25 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from .documents import problems_in
+from .documents import problems_in, shown
 
 MOST_LAYERS = 10_000
 _MOST = 10**9
 
 _Size = Annotated[int, Field(gt=0, le=_MOST)]
 _Layers = Annotated[int, Field(gt=0, le=MOST_LAYERS)]
-_Length = Annotated[int, Field(gt=0, le=10**12)]
+_Length = Annotated[float, Field(gt=0, le=1e12, multiple_of=1, allow_inf_nan=False)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
-_SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "d_model", "n_embd", "n_head")
-_OTHER_SIZES = ("intermediate_size", "num_key_value_heads", "head_dim", "n_inner", "d_ff", "d_kv",
-                "num_heads", "ffn_dim", "moe_intermediate_size", "num_local_experts")  # fmt: skip
+_SIZES = ("hidden_size", "vocab_size", "d_model", "n_embd", "n_head")
+_OTHER_SIZES = ("n_inner", "d_ff", "d_kv", "ffn_dim", "num_local_experts")
+_OF_LAYERS = (
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_key_value_heads",
+    "num_attention_heads",
+)  # may be a list, a size for each layer
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
 _POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta")
 _SHARES = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
@@ -34,12 +39,14 @@ class _Strict(BaseModel):
 
 _fields: dict[str, Any] = {
     **dict.fromkeys(_SIZES, (_Size, 1)),
-    **dict.fromkeys(_OTHER_SIZES, (_Size | list[_Size] | None, None)),
+    **dict.fromkeys(_OTHER_SIZES, (_Size | None, None)),
+    **dict.fromkeys(_OF_LAYERS, (_Size | list[_Size] | None, None)),
     **dict.fromkeys(_LAYERS, (_Layers | None, None)),
     **dict.fromkeys(_POSITIVE, (_Positive | None, None)),
     **dict.fromkeys(_SHARES, (_Share | None, None)),
     **dict.fromkeys(_SWITCHES, (bool | None, None)),
     "num_hidden_layers": (_Layers, 1),
+    "head_dim": (Annotated[int, Field(ge=0, le=_MOST)] | None, None),
     "model_type": (str | None, None),
     "max_position_embeddings": (_Length | None, None),
     "n_positions": (_Length | None, None),
@@ -57,7 +64,7 @@ is left to transformers."""
 def config_problems(config: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the contents of a config.json; empty if nothing is.
 
-    The configs of parts, such as `text_config`, are checked as well.
+    The config of a text part, `text_config`, is checked as well.
     """
     found = problems_in(ModelConfig, config)
     if any(not isinstance(key, str) for key in config):
@@ -66,10 +73,12 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     method = config.get("quantization_config")
     if isinstance(method, Mapping) and not isinstance(method.get("quant_method", ""), str):
         found.append("quant_method of quantization_config should be a text")
-    for name, part in config.items():
-        if isinstance(part, Mapping) and str(name).endswith("_config") and part is not method:
-            found += [f"{name}: {problem}" for problem in problems_in(ModelConfig, part)]
-    return found
+    heads = config.get("num_attention_heads", 1)
+    if config.keys() >= {"hidden_size", "vocab_size"} and not isinstance(heads, int):
+        found.append(f"num_attention_heads should be a number, not {shown(heads)}")
+    if isinstance(part := config.get("text_config"), Mapping):
+        found += [f"text_config: {problem}" for problem in problems_in(ModelConfig, part)]
+    return list(dict.fromkeys(found))
 
 
 def _not_numbers(value: Any, place: str) -> Iterator[str]:

@@ -346,11 +346,13 @@ def _facts(spec: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for key in _KEPT_WHEN_RESUMED:
         section, _, name = key.rpartition(".")
-        values = spec.get(section, {}) if section else spec
-        if name in values:
+        values = spec.get(section) if section else spec
+        if isinstance(values, Mapping) and name in values:
             facts[key] = values[name]
     for kind in ("backend", "adapter", "objective"):
-        record = plan.get(kind, {})
-        values = {"name": record.get("name"), **record.get("options", {})}
-        facts |= {f"{kind}.{name}": json_ready(value) for name, value in values.items()}
+        record = plan.get(kind)
+        options = record.get("options") if isinstance(record, Mapping) else None
+        if isinstance(record, Mapping) and isinstance(options, Mapping):  # else it was damaged
+            values = {"name": record.get("name"), **options}
+            facts |= {f"{kind}.{name}": json_ready(value) for name, value in values.items()}
     return facts
