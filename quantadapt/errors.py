@@ -101,6 +101,10 @@ class ModelError(QuantadaptError):
     """The model cannot be read or used."""
 
 
+class NumbersError(ModelError):
+    """Weights, or what a model predicts, hold NaN or infinity; nothing good can follow."""
+
+
 class OutputError(QuantadaptError):
     """The output folder cannot be used, or writing to it failed; what was there is untouched."""
 

@@ -22,6 +22,7 @@ from .loading import reading
 from .loading.blocks import Blocks
 from .loading.read_ahead import reading_ahead
 from .model.modules import linear_layers, set_submodule, skipped_modules
+from .model.numbers import refuse_not_numbers
 
 METHOD = "quantadapt"
 
@@ -84,6 +85,7 @@ def _quantize_module(
     for name in list(linears):
         linear = linears.pop(name)
         linear.requires_grad_(False)
+        refuse_not_numbers((f"{name}.{key}", p.data) for key, p in linear.named_parameters())
         vendor = quantizer.quantize_linear(linear.to(device=device, dtype=dtype))
         vendors.update(vendor.modules())
         set_submodule(model, name, vendor.train(linear.training))
@@ -233,15 +235,16 @@ def _loader_config() -> Any:
                 name = key.rpartition(".")[0]
                 linear = model.get_submodule(name)
                 linear.weight = nn.Parameter(tensor.to(self.loader.dtype), requires_grad=False)
-                vendor = self.quantized(linear)
+                vendor = self.quantized(linear, key)
                 set_submodule(model, name, vendor.train(linear.training))
                 missing_keys.discard(key)
                 self.loader.blocks.add(model, name, vendor)
             return {}
 
-        def quantized(self, linear: nn.Linear) -> Any:
+        def quantized(self, linear: nn.Linear, key: str) -> Any:
             config = self.loader.quantization_config
             try:
+                refuse_not_numbers([(key, linear.weight.data)])
                 return config.quantizer.quantize_linear(linear)
             except Exception as error:
                 config.failure = config.failure or error
@@ -294,6 +297,7 @@ def _loader_config() -> Any:
             for name, module in list(model.named_modules()):
                 if isinstance(module, _Placeholder):
                     state = {k: v.to(config.device) for k, v in self.state.pop(name).items()}
+                    refuse_not_numbers((f"{name}.{key}", value) for key, value in state.items())
                     vendor = config.quantizer.load_linear(module.linear, state)
                     set_submodule(model, name, vendor.train(model.training))
                     self.blocks.add(model, name, vendor)

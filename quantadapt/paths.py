@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DATA_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
 """Of the files that training data are read from."""
+_LONGEST_NAME = 255  # bytes, of most file systems
 
 
 def is_local_path(source: str) -> bool:
@@ -18,3 +21,24 @@ def is_local_path(source: str) -> bool:
         or source.count("/") > 1
         or Path(source).suffix.lower() in DATA_ENDINGS
     )
+
+
+def path_problem(source: str) -> str:
+    """Return why no file or folder can have that name; empty if one can."""
+    if not source.strip():
+        return "it is empty"
+    if odd := sorted({sign for sign in source if not sign.isprintable()}):
+        return f"it holds {odd[0]!r}, which is no sign of a name"
+    if os.path.expanduser(source).startswith("~"):
+        return "nobody here has that home folder"
+    path = Path(source)
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+        return f"a part of it is longer than {_LONGEST_NAME} bytes"
+    try:
+        os.stat(os.path.expanduser(source))
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL):
+            return (error.strerror or str(error)).lower()
+    return ""

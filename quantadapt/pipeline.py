@@ -17,7 +17,7 @@ from . import planning
 from .dependencies import import_requirements
 from .distributed.talking import peers_in_words, reduced, start
 from .distributed.world import as_launched, world
-from .errors import PlanRefused, QuantadaptError, TrainingError
+from .errors import NumbersError, PlanRefused, QuantadaptError, TrainingError
 from .evaluation.sizes import size_mib
 from .exporting.manifest import BASE
 from .exporting.saving import load_base, save, save_base
@@ -247,6 +247,8 @@ class _Run:
                 continue
             try:
                 found = measure(evaluation, evaluator, model, given)
+            except NumbersError:
+                raise  # nothing good can follow
             except QuantadaptError as error:
                 if split and self.world.size > 1:  # the others may be waiting for this process
                     raise

@@ -147,7 +147,7 @@ class SpecFlags:
             if given is not None and given is not False:
                 _put(values, key, given)
         for name in ("backend", "adapter"):
-            if given := getattr(self, name):
+            if (given := getattr(self, name)) is not None:
                 values[name] = _named(values.get(name), given)
         values = apply_overrides(values, self.set or ())
         try:

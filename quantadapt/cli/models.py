@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, PlanRefused, Problem
-from ..exporting.manifest import ADAPTER, MANIFEST, MERGED
+from ..exporting.manifest import ADAPTER, MANIFEST, MERGED, adapter_in
 from ..folders.atomic import OTHER_OUTPUT, in_words, is_free
+from ..inputs.documents import read_object
+from ..paths import path_problem
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,14 +43,16 @@ def open_model(path: str, device: str | None) -> nn.Module:
     from ..planning.on_disk import check_model, quantization_of
     from ..stages import quantize
 
+    if found := path_problem(path):
+        raise ModelError(f"{path!r} is no path: {found}", fix="check the path")
     folder = Path(path).expanduser()
     ours = any((folder / name / MANIFEST).exists() for name in (".", ADAPTER, MERGED))
     if ours:
         return load(folder, device=device or "auto")
-    if (folder / "adapter_config.json").exists():
+    if adapter_in(folder) is not None:
         return load(folder, device=device or "auto")  # says what it misses
-    if found := check_model(path):
-        raise PlanRefused(found)
+    if problems := check_model(path):
+        raise PlanRefused(problems)
     config = quantization_of(str(folder))
     backend = "none" if config is None else _backend_of(config, path)
     return quantize(str(folder) if folder.exists() else path, backend, device=device or "auto")
@@ -58,9 +61,11 @@ def open_model(path: str, device: str | None) -> nn.Module:
 def _backend_of(config: dict[str, Any], path: str) -> str:
     from ..registry.discovery import registry
 
-    for backend in registry().backends():
-        if backend.quantizer.from_checkpoint(config) is not None:
-            return backend.name
+    readers, failures = registry().readers(config)
+    if readers:
+        return readers[0].name
+    if failures:
+        raise failures[0]
     method = config.get("quant_method", "an unknown method")
     fix = "install the plugin that can; `quantadapt backends` lists those that are there"
     raise ModelError(f"no backend here reads a checkpoint made by {method}", fix=fix, where=path)
@@ -109,13 +114,11 @@ def calibration_of(path: str, calibration: str | None, tokenizer: Any) -> Any:
 def check_export(run: str, planned: PlannedExport, found: Iterable[Problem] = ()) -> None:
     """Raise, before anything is loaded, where there is no adapter or a rule forbids the export.
 
-    What cannot be read here is left for loading to complain about.
-
     Args:
         found: what is wrong besides.
     """
     from ..errors import MergeRefused
-    from ..exporting.manifest import adapter_folder, combination
+    from ..exporting.manifest import adapter_folder, combination, read_manifest
     from ..planning.refusals import export_refusals
 
     kind: type[PlanRefused] = MergeRefused if planned.exporter.merges else PlanRefused
@@ -123,11 +126,10 @@ def check_export(run: str, planned: PlannedExport, found: Iterable[Problem] = ()
     if problems:
         kind = PlanRefused
     try:
-        manifest = _manifest(adapter_folder(Path(run)))
-        if manifest and manifest.get("adapter"):
-            refused = export_refusals(planned.record, planned.exporter, *combination(manifest))
-            problems += [problem for problem in refused if problem not in problems]
-    except ModelError as error:
+        manifest = read_manifest(adapter_folder(Path(run)))
+        refused = export_refusals(planned.record, planned.exporter, *combination(manifest))
+        problems += [problem for problem in refused if problem not in problems]
+    except (ModelError, PlanRefused) as error:
         kind = PlanRefused
         problems += error.problems
     if problems:
@@ -137,7 +139,10 @@ def check_export(run: str, planned: PlannedExport, found: Iterable[Problem] = ()
 @contextmanager
 def checked_output(folder: Path, overwrite: bool) -> Iterator[None]:
     """Refuse, together with what the body is refused for, a folder that could not be written."""
-    found = _output_problems(folder.expanduser(), overwrite)
+    if problem := path_problem(str(folder)):
+        found = [Problem(f"{str(folder)!r} is no path: {problem}", OTHER_OUTPUT, "--output")]
+    else:
+        found = _output_problems(folder.expanduser(), overwrite)
     try:
         yield
     except PlanRefused as error:
@@ -164,7 +169,6 @@ def _output_problems(folder: Path, overwrite: bool) -> list[Problem]:
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(folder / MANIFEST)
+    except ModelError:
         return None
-    return found if isinstance(found, dict) else None

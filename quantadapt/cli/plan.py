@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -59,8 +60,12 @@ def plan(
     memory that training needs is predicted from the model's config.json; weights may be missing.
     """
     with session(as_json=json) as shown:
+        from ..errors import PlanRefused, Problem
         from ..planning.stage import plan as make_plan
 
+        if odd := [size for size in card or () if not math.isfinite(size)]:
+            what, fix = f"{odd[0]} is no size in GiB", "use e.g. --card 24"
+            raise PlanRefused([Problem(what, fix, where="--card")])
         made = make_plan(
             flags.spec(), processes=gpus, cards=card or (), weights=False, check_output=not card
         )

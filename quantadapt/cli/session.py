@@ -7,6 +7,7 @@ place where errors become sentences and exit codes.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 INTERRUPTED = 130
+_SPACE, _RIGHTS = "free space on that disk, or use another", "make it readable and writable"
+_NAME, _OPEN = "use another name", "raise the limit of open files (ulimit -n)"
+_OF_THE_SYSTEM = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _SPACE),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _RIGHTS),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR), _NAME),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), _OPEN),
+    errno.EIO: "look whether the disk is whole",
+}
+"""What no command can do anything about -> what its user can."""
 _PLAIN_WIDTH = 120
 
 
@@ -104,12 +115,34 @@ def session(*, as_json: bool = False) -> Iterator[Session]:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException as error:
-        code = _report(shown, error)
+        code = _report(shown, of_the_system(error))
     finally:
         progress.stop()
         quiet.stop(keep_log=code == 1)
     if code:
         raise SystemExit(code)
+
+
+def of_the_system(error: BaseException) -> BaseException:
+    """Return what the system says no to as an error of ours; any other error as it is."""
+    from ..errors import OutputError, QuantadaptError
+
+    found: QuantadaptError | None = None
+    if isinstance(error, MemoryError):
+        fix = "use a smaller model or shorter examples, or a machine with more memory"
+        found = QuantadaptError("the memory does not suffice", fix=fix)
+    elif isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
+        what = f"the system refuses it: {os.strerror(error.errno).lower()}"
+        found = OutputError(what, fix=_OF_THE_SYSTEM[error.errno], where=_named(error))
+    if found is None:
+        return error
+    found.__cause__ = error
+    return found
+
+
+def _named(error: OSError) -> str:
+    names = [name for name in (error.filename, error.filename2) if name is not None]
+    return " and ".join(repr(str(name)).strip("'") for name in names)
 
 
 def report_failure(error: BaseException, stream: IO[str], log: str = "") -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+from ..inputs.patience import at_most
 from .files import first_line, kind_of
 from .formats import Example, checked_text, from_json
 from .pieces import Pieces, Segment, joined
@@ -221,9 +222,10 @@ class _Writer:
     def render(self, count: int, *, ask: bool = False) -> str:
         """Return the first `count` turns as text; `ask` opens an answer after them."""
         try:
-            text = self.tokenizer.apply_chat_template(
-                self.turns[:count], tools=self.tools, tokenize=False, add_generation_prompt=ask
-            )
+            with at_most(2.0):
+                text = self.tokenizer.apply_chat_template(
+                    self.turns[:count], tools=self.tools, tokenize=False, add_generation_prompt=ask
+                )
         except Exception as error:  # a template is a program and may raise anything
             what = f"the chat template refuses it: {first_line(error)}"
             fix = "reorder the turns, or use another format"

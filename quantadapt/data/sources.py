@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import DataError
-from ..paths import is_local_path
+from ..inputs.documents import shown
+from ..paths import is_local_path, path_problem
 from ..spec import DataSpec
 from .files import READERS, SUFFIXES, Row, arrow_rows, first_line
 
@@ -33,6 +34,8 @@ def read_source(source: str) -> tuple[list[Row], list[Row]]:
     Raises:
         DataError: it cannot be read, or holds nothing.
     """
+    if problem := path_problem(source):
+        raise DataError(f"it is no path: {problem}", fix="check the path", where=shown(source))
     path = Path(source).expanduser()
     if path.is_dir():
         return _read_folder(path)
@@ -66,6 +69,8 @@ def _read_file(path: Path) -> list[Row]:
         ending = f"files ending in {path.suffix!r}" if path.suffix else "files without an ending"
         what = f"{ending} cannot be read"
         raise DataError(what, fix=f"use a file that ends in {SUFFIXES}", where=str(path))
+    if not path.is_file():  # reading a pipe or a device may never end
+        raise DataError("it is no file", fix="pass a file or a folder", where=str(path))
     try:
         rows = list(reader(path))
     except OSError as error:

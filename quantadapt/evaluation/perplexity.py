@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..distributed.talking import reduced
+from ..errors import NumbersError
 from ..folders.metrics import NATS
 from ..hookspecs import hookimpl
 from ..protocols import Evaluator, Figure, Given
@@ -53,7 +55,7 @@ def perplexity(
             call this, and all get the whole result.
 
     Raises:
-        ValueError: the data holds no token to predict.
+        ValueError: the data holds no token to predict. NumbersError: the loss is none.
     """
     start = time.perf_counter()
     total, tokens = 0.0, 0
@@ -66,6 +68,9 @@ def perplexity(
     if not tokens:
         raise ValueError("the data holds no token to predict")
     loss = total / tokens
+    if math.isnan(loss):
+        fix = "look at what it was made from: a weight, an overflow in float16, or the training"
+        raise NumbersError("what the model predicts is no number any more (NaN)", fix=fix)
     return Perplexity(to_perplexity(loss), loss, tokens, time.perf_counter() - start)
 
 

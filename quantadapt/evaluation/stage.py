@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.batches import padded
 from ..data.tokens import Prompt, encode_prompt
-from ..errors import PluginError, QuantadaptError
+from ..errors import NumbersError, PluginError, QuantadaptError
 from ..protocols import Evaluator, Figure, Given
 from .predictions import (
     CHUNK_ELEMENTS,
@@ -107,9 +107,12 @@ def _checked(figure: Figure, where: str) -> Figure:
     if isinstance(figure.value, int) and not isinstance(figure.value, bool):
         return figure
     try:
-        return replace(figure, value=float(figure.value))  # of a tensor with one element, too
+        value = float(figure.value)  # of a tensor with one element, too
     except (TypeError, ValueError):
         raise PluginError(f"its value is {figure.value!r}, no number", where=where) from None
+    if math.isnan(value):
+        raise PluginError("its value is NaN, which is no number", where=where)
+    return replace(figure, value=value)
 
 
 def snapshot(
@@ -123,7 +126,8 @@ def snapshot(
     """Keep the log-probabilities of `model` for the first `max_tokens` completion tokens.
 
     Takes max_tokens x vocabulary x 4 bytes of CPU memory. The same data and arguments give the
-    same tokens for every model with the same tokenizer. Raises ValueError where there are none.
+    same tokens for every model with the same tokenizer. Raises ValueError where there are none,
+    NumbersError where a prediction is NaN.
     """
     import torch
 
@@ -134,7 +138,11 @@ def snapshot(
         targets.append(batch.targets.cpu())
     if not log_probs:
         raise ValueError("the data holds no token to predict")
-    return Snapshot(torch.cat(log_probs)[:max_tokens], torch.cat(targets)[:max_tokens])
+    found = Snapshot(torch.cat(log_probs)[:max_tokens], torch.cat(targets)[:max_tokens])
+    if bool(found.log_probs.isnan().any()):
+        fix = "look at its weights: NaN, infinity, or what overflows in float16"
+        raise NumbersError("what the model predicts is no number (NaN)", fix=fix)
+    return found
 
 
 def compare(reference: Snapshot, candidate: Snapshot) -> Agreement:

@@ -25,6 +25,7 @@ from ..protocols import Exporter, Figure
 from ..records import Adapter, Backend
 from ..registry.discovery import registry
 from ..stages import held_out_data
+from .adapter_files import refuse_not_trained
 from .manifest import MANIFEST, MERGED, adapter_folder, combination
 from .stage import merge_words, write
 from .tuned import Tuned, compared
@@ -145,6 +146,7 @@ def _attached(base: str, adapter: Path, device: str) -> PeftModel:
 
     from .stored import open_stored
 
+    refuse_not_trained(adapter)
     model: Any = open_stored(base, device=device, dtype=torch.float32)
     try:
         return PeftModel.from_pretrained(model, str(adapter)).eval()

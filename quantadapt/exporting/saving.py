@@ -6,7 +6,6 @@ temporary folder first and renamed.
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -16,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 from ..dependencies import unchanged_process
 from ..errors import ModelError, OutputError
 from ..folders.atomic import atomic_folder
-from ..paths import is_local_path
+from ..inputs.documents import read_object
+from ..paths import is_local_path, path_problem
 from ..planning.on_disk import quantization_of
 from ..protocols import Exporter, Figure
 from ..quantizing.state import ModelState, state_of
 from ..registry.discovery import registry
 from ..stages import quantize
+from .adapter_files import refuse_not_trained
 from .manifest import ADAPTER, BASE, MANIFEST, MERGED, adapter_in, read_manifest, write_manifest
 
 if TYPE_CHECKING:
@@ -132,6 +133,8 @@ def load(
     Raises:
         ModelError: there is nothing to load.
     """
+    if problem := path_problem(str(path)):
+        raise ModelError(f"{path} is no path: {problem}", fix="check the path")
     folder = Path(path).expanduser()
     if (adapter := adapter_in(folder)) is not None:
         tuned: nn.Module = _load_adapter(adapter, base, device)
@@ -147,14 +150,10 @@ def load(
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not (folder / "config.json").exists():
         what = "there is neither an adapter nor a model here"
-        raise ModelError(
-            what, fix="pass a folder that a run or save wrote", where=str(folder)
-        ) from None
-    return config
+        raise ModelError(what, fix="pass a folder that a run or save wrote", where=str(folder))
+    return read_object(folder / "config.json")
 
 
 def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> PeftModel:
@@ -165,6 +164,10 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
     from ..facade import facades
 
     manifest = read_manifest(folder)
+    if manifest["adapter"] is None:
+        what = f"its {MANIFEST} says of no adapter, and there is one"
+        raise ModelError(what, fix="restore the file", where=str(folder))
+    refuse_not_trained(folder)
     adapter = registry().adapter(manifest["adapter"])
     config: Any = config_class(adapter).from_pretrained(str(folder))
     if base is None and (folder.parent / BASE / MANIFEST).exists():

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import OutputError
+from ..inputs.documents import read_object
 from ..machine import installed_version
 from .atomic import OTHER_OUTPUT, atomic_folder, in_words, is_free, refuse_unwritable, write_atomic
 from .environment import environment
@@ -107,10 +108,10 @@ class RunFolder:
     def marker(self) -> dict[str, Any]:
         """What the marker says: version, started, state. Empty if this is no run folder."""
         try:
-            values = json.loads((self.path / MARKER).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            values = read_object(self.path / MARKER, OutputError)
+        except OutputError:
             return {}
-        return values if isinstance(values, dict) and "version" in values else {}
+        return values if "version" in values else {}
 
     def set_state(self, state: State) -> None:
         """Note in the marker how far the run got."""
@@ -133,16 +134,10 @@ class RunFolder:
     def read_json(self, name: str) -> dict[str, Any]:
         """Return the mapping in a JSON file of the folder; empty if there is no such file."""
         path = self.path / name
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             return {}
-        except OSError as error:
-            raise OutputError(f"cannot read it: {error.strerror}", where=str(path)) from error
-        except ValueError as error:
-            fix = "restore the file, or delete it to go on without it"
-            raise OutputError(f"not valid JSON: {error}", fix=fix, where=str(path)) from error
-        return values if isinstance(values, dict) else {}
+        fix = "restore the file, or delete it to go on without it"
+        return read_object(path, OutputError, fix=fix)
 
     def append_metric(self, values: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl` and flush it."""
@@ -156,10 +151,10 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the lines of `metrics.jsonl`, without those that a resumed run went over again."""
-        try:
-            text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
-        except FileNotFoundError:
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
             return []
+        text = path.read_text(encoding="utf-8", errors="replace")
         kept: list[dict[str, Any]] = []
         for line in text.splitlines():
             values = _json_mapping(line)
@@ -228,7 +223,7 @@ def _now() -> str:
 def _json_mapping(line: str) -> dict[str, Any]:
     try:
         values = json.loads(line)
-    except ValueError:  # a line cut by a crash
+    except (ValueError, RecursionError):  # a line cut by a crash
         return {}
     return values if isinstance(values, dict) else {}
 

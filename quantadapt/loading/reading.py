@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ModelError
+from ..errors import ModelError, QuantadaptError
+from ..inputs.documents import reason
+from ..inputs.model_config import config_problems
+from ..inputs.weights import refuse_pickles
+from ..model.numbers import refuse_not_numbers_in
 
 
 def auto_class(config: Any) -> Any:
@@ -24,22 +28,31 @@ def auto_class(config: Any) -> Any:
 
 
 def read_config(source: str) -> Any:
-    """Return transformers' config of a checkpoint. Raises ModelError where there is none."""
-    from transformers import AutoConfig
+    """Return transformers' config of a checkpoint. Raises ModelError where there is none, or one
+    whose sizes cannot be."""
+    from transformers import AutoConfig, PretrainedConfig
 
+    fix = "pass a folder with config.json and *.safetensors, or the id of a model on the hub"
     try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        fix = "pass a folder with config.json and *.safetensors, or the id of a model on the hub"
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"no model can be read here: {reason}", fix=fix, where=source) from None
+        values, _ = PretrainedConfig.get_config_dict(source)
+        if found := config_problems(values):
+            raise ModelError(f"config.json: {'; '.join(found)}", fix=fix, where=source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except QuantadaptError:
+        raise
+    except Exception as error:  # what is in the file decides what transformers does
+        what = f"no model can be read here: {reason(error)}"
+        raise ModelError(what, fix=fix, where=source) from error
 
 
 def architecture(source: str, device: str = "meta") -> nn.Module:
     """Return the model of a checkpoint without its weights, by default names and shapes only."""
     config = read_config(source)
-    with torch.device(device):
-        model: nn.Module = auto_class(config).from_config(config)
+    try:
+        with torch.device(device):
+            model: nn.Module = auto_class(config).from_config(config)
+    except Exception as error:
+        raise _load_error(source, error) from error
     return model
 
 
@@ -50,25 +63,34 @@ def from_pretrained(source: str, **kwargs: Any) -> nn.Module:
         model: nn.Module = auto_class(config).from_pretrained(
             source, config=config, use_safetensors=True, **kwargs
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except QuantadaptError:
+        raise
+    except Exception as error:  # what is in the files decides what transformers does
         raise _load_error(source, error) from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        fix = "download the checkpoint again; a file of it is damaged or cut short"
-        raise ModelError(f"the weights cannot be read: {error}", fix=fix, where=source) from error
+    refuse_not_numbers_in(model, where=source)
     return model
 
 
 def _load_error(source: str, error: Exception) -> ModelError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    """Say why transformers could not make a model of a checkpoint."""
     folder = Path(source)
-    pickles = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
-    if pickles and not list(folder.glob("*.safetensors")):
-        what = f"its weights are pickles ({', '.join(pickles)}), which can run code when read"
-        fix = "load it with transformers where you trust it, and save_pretrained it again"
-        return ModelError(what, fix=fix, where=source)
-    return ModelError(f"the model cannot be loaded: {first}", fix="check the files", where=source)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        fix = "use a smaller model, or a device with more memory"
+        return ModelError("memory does not suffice to load it", fix=fix, where=source)
+    if type(error).__name__ == "SafetensorError":
+        fix = "download the checkpoint again; a file of it is damaged or cut short"
+        return ModelError(f"the weights cannot be read: {error}", fix=fix, where=source)
+    if folder.is_dir():
+        try:
+            refuse_pickles(folder, "*.safetensors")
+        except ModelError as found:
+            return found
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    what = f"the model cannot be loaded: {first}"
+    if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
+        what = f"transformers cannot make a model of config.json: {type(error).__name__}: {first}"
+    fix = "check that config.json and the weights are whole and belong together"
+    return ModelError(what, fix=fix, where=source)
 
 
 def load_native(path: str, *, device: str, dtype: torch.dtype) -> nn.Module:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 from torch import Tensor
 
-from ..paths import INDEX
+from ..inputs.weights import check_weights
+from ..model.numbers import refuse_not_numbers
 from .reading import local_folder
 
 
@@ -17,7 +16,7 @@ class Checkpoint:
 
     def __init__(self, source: str) -> None:
         self.folder = local_folder(source)
-        self.files = _weight_map(self.folder)
+        self.files = dict(check_weights(self.folder))
 
     @property
     def size(self) -> int:
@@ -33,24 +32,11 @@ class Checkpoint:
             yield file, [key for key, name in self.files.items() if name == file]
 
     def read(self, key: str) -> Tensor:
-        """Return one tensor, on the CPU, as it is stored."""
+        """Return one tensor, on the CPU, as it is stored. Raises NumbersError where it holds NaN or
+        infinity."""
         from safetensors import safe_open
 
         with safe_open(self.folder / self.files[key], framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(key)
+        refuse_not_numbers([(key, tensor)], where=str(self.folder))
         return tensor
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Return tensor name -> file name, in the order of the files."""
-    from safetensors import safe_open
-
-    index = folder / INDEX
-    if index.exists():
-        found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return dict(sorted(found.items(), key=lambda item: item[1]))
-    names: dict[str, str] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            names |= dict.fromkeys(opened.keys(), file.name)
-    return names

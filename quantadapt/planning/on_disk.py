@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import Problem
-from ..paths import INDEX, PICKLES, is_local_path
+from ..errors import ModelError, Problem
+from ..inputs.documents import as_problem, read_object, shown
+from ..inputs.model_config import config_problems, too_large
+from ..inputs.weights import check_weights, file_in
+from ..paths import PICKLES, is_local_path, path_problem
 
 
 def config_of(source: str) -> dict[str, Any] | None:
-    """Return a checkpoint's config.json, or None where it is not to be had.
+    """Return a checkpoint's config.json, or None where it is not to be had or cannot be.
 
     That of a hub id is known once it is in the local cache; nothing is downloaded.
     """
+    if path_problem(source):
+        return None
     file = Path(source).expanduser() / "config.json"
-    return _read_json(file if file.exists() else _cached_config(source) or file)
+    found = _read_json(file if file.exists() else _cached_config(source) or file)
+    return None if found is None or config_problems(found) else found
 
 
 def quantization_of(source: str) -> dict[str, Any] | None:
@@ -44,6 +48,8 @@ def _cached_config(source: str) -> Path | None:
 
 def check_model(source: str) -> list[Problem]:
     """Return what is wrong with a local checkpoint folder; a hub id cannot be checked here."""
+    if problem := path_problem(source):
+        return [Problem(f"{shown(source)} is no path: {problem}", "check the path", where="model")]
     folder = Path(source).expanduser()
     if not folder.exists():
         if is_local_path(source):
@@ -55,11 +61,13 @@ def check_model(source: str) -> list[Problem]:
         return [Problem(f"{source} is a file, not a checkpoint folder", fix, where="model")]
     if not any(folder.iterdir()):
         return [Problem(f"{source} is empty", "download the model again", where="model")]
-    return _check_config(folder) or _check_weights(folder)
+    return _check_config(folder) or _check_links(folder) or _check_weights(folder)
 
 
 def has_config_alone(source: str) -> bool:
     """Say whether a local folder holds the config of a model but no weights at all."""
+    if path_problem(source):
+        return False
     folder = Path(source).expanduser()
     if not folder.is_dir() or _check_config(folder):
         return False
@@ -67,60 +75,45 @@ def has_config_alone(source: str) -> bool:
 
 
 def _check_config(folder: Path) -> list[Problem]:
-    config = _read_json(folder / "config.json")
-    if config is None:
-        what = f"{folder} is no model: it has no readable config.json"
-        return [Problem(what, "pass the folder of a transformers checkpoint", where="model")]
+    fix = "pass the folder of a transformers checkpoint"
+    try:
+        config = read_object(file_in(folder, "config.json"), fix=fix)
+    except ModelError as error:
+        what = f"{folder} is no model: it has no readable config.json: {error.problems[0].what}"
+        return [Problem(what, fix, where="model")]
     if "model_type" not in config:
         what = f"{folder}/config.json has no model_type, so it is no transformers model"
-        return [Problem(what, "pass the folder of a transformers checkpoint", where="model")]
-    return []
+        return [Problem(what, fix, where="model")]
+    return _of_config(folder, config_problems(config))
+
+
+def _of_config(folder: Path, found: Iterable[str]) -> list[Problem]:
+    fix = "restore it from where the model comes from"
+    return [Problem(f"{folder}/config.json: {text}", fix, where="model") for text in found]
+
+
+def _check_links(folder: Path) -> list[Problem]:
+    """Look at all that is read of the folder: no link may lead out of it."""
+    found = []
+    for file in sorted(file for file in folder.iterdir() if file.is_symlink()):
+        try:
+            file_in(folder, file.name)
+        except ModelError as error:
+            found.append(as_problem(error, "model"))
+    return found
 
 
 def _check_weights(folder: Path) -> list[Problem]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = [p.name for pattern in PICKLES for p in sorted(folder.glob(pattern))]
-        if pickles:
-            what = f"its weights are pickles ({', '.join(pickles)}), which can run code when read"
-            fix = "load it with transformers where you trust it, and save_pretrained it again"
-            return [Problem(what, fix, where="model")]
-        fix = "download the model again, with its *.safetensors"
-        return [Problem(f"{folder} holds no *.safetensors", fix, where="model")]
-    return [problem for file in files if (problem := _check_safetensors(file))] + _shards(folder)
-
-
-def _shards(folder: Path) -> list[Problem]:
-    index = _read_json(folder / INDEX) or {}
-    wanted = sorted(set(index.get("weight_map", {}).values()))
-    gone = [name for name in wanted if not (folder / name).exists()]
-    fix = "download the model again"
-    return [Problem(f"the shard {name} is missing", fix, where="model") for name in gone]
-
-
-def _check_safetensors(file: Path) -> Problem | None:
-    """Compare the file's size with what its header announces."""
-    size = file.stat().st_size
     try:
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            if length > size:
-                raise ValueError("header longer than the file")
-            header = json.loads(opened.read(length))
-        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-    except (struct.error, ValueError, KeyError, TypeError):
-        what = f"{file.name} is not a safetensors file, or is damaged"
-        return Problem(what, "download it again", where="model")
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        what = f"{file.name} is cut short: {size} bytes, its header announces {expected}"
-        return Problem(what, "download it again", where="model")
-    return None
+        tensors = check_weights(folder)
+    except ModelError as error:
+        return [as_problem(error, "model")]
+    size = sum((folder / name).stat().st_size for name in set(tensors.values()))
+    return _of_config(folder, too_large(config_of(str(folder)) or {}, len(tensors), size))
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(file)
+    except ModelError:
         return None
-    return value if isinstance(value, dict) else None

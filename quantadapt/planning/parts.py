@@ -17,13 +17,15 @@ from pydantic import BaseModel, ValidationError
 from .. import demo
 from ..dependencies import missing_for_optimizer, missing_requirements
 from ..distributed.world import world
-from ..errors import OutputError, PlanRefused, Problem, did_you_mean
+from ..errors import OutputError, PlanRefused, PluginError, Problem, did_you_mean
 from ..folders.run_folder import RunFolder, json_ready
+from ..inputs.documents import shown
+from ..inputs.patterns import pattern_problems
 from ..machine import Machine
-from ..paths import is_local_path
+from ..paths import is_local_path, path_problem
 from ..protocols import Evaluator, Quantizer, Task
 from ..records import Adapter, Backend, Evaluation, Objective, R, Record, kind_of
-from ..registry.discovery import Registry
+from ..registry.discovery import Registry, adopted
 from ..spec import Named, Spec, read_yaml, wrong_value
 from .on_disk import check_model, has_config_alone, quantization_in
 from .peft_options import method_problems, peft_options
@@ -137,13 +139,17 @@ def quantizer_of(
     found = quantization_in(config)
     if backend is None or found is None:
         return fresh_quantizer(draft, backend), False
-    adopted = backend.quantizer.from_checkpoint(found)
-    if adopted is None:
+    try:
+        quantizer = adopted(backend, found)
+    except PluginError as error:
+        draft.problems += error.problems
+        return None, True
+    if quantizer is None:
         draft.problems.append(_wrong_checkpoint(draft, backend, found))
         return None, True
-    refuse_other_options(draft, adopted, "checkpoint")
+    refuse_other_options(draft, quantizer, "checkpoint")
     draft.notes.append(f"the checkpoint is quantized already ({backend.name}); loaded as it is")
-    return adopted, True
+    return quantizer, True
 
 
 def fresh_quantizer(draft: Draft, backend: Backend | None) -> Quantizer | None:
@@ -161,14 +167,12 @@ def refuse_other_options(draft: Draft, adopted: Quantizer, what_is: str) -> None
 
 
 def _wrong_checkpoint(draft: Draft, backend: Backend, found: Mapping[str, Any]) -> Problem:
-    makers = [
-        other.name
-        for other in draft.registry.backends()
-        if other.quantizer.from_checkpoint(found) is not None
-    ]
+    makers, failures = draft.registry.readers(found)
     method = found.get("quant_method", "an unknown method")
     what = f"the checkpoint is quantized with {method}, backend {backend.name!r} cannot read it"
-    fix = f"use --backend {makers[0]}" if makers else "start from the unquantized model"
+    fix = f"use --backend {makers[0].name}" if makers else "start from the unquantized model"
+    if failures and not makers:
+        what += f"; {failures[0].problems[0]}"
     return Problem(what, fix, where="model")
 
 
@@ -191,6 +195,7 @@ def adapter_options(draft: Draft, adapter: Adapter | None) -> dict[str, Any]:
             draft.problems.append(problem)
         else:
             options[name] = value
+    draft.problems += pattern_problems(options)
     return options
 
 
@@ -260,7 +265,10 @@ def check_data(draft: Draft) -> None:
     """Look whether local files of data are there."""
     for key in ("path", "eval_path", "calibration_path"):
         path = getattr(draft.spec.data, key)
-        if path and is_local_path(path) and not Path(path).expanduser().exists():
+        if path and (problem := path_problem(path)):
+            what, fix = f"{shown(path)} is no path: {problem}", "check the path"
+            draft.problems.append(Problem(what, fix, where=f"data.{key}"))
+        elif path and is_local_path(path) and not Path(path).expanduser().exists():
             fix = "check the path; a hub id has the form owner/name"
             draft.problems.append(Problem(f"{path} does not exist", fix, where=f"data.{key}"))
 
@@ -280,7 +288,11 @@ def check_training(draft: Draft, device: str) -> None:
 def check_folder(draft: Draft) -> None:
     """Look whether the run folder is free, or may be replaced or taken up."""
     spec = draft.spec
-    inputs = spec.inputs
+    inputs = [path for path in spec.inputs if not path_problem(path)]
+    if problem := path_problem(spec.output or ""):
+        what = f"{shown(spec.output)} is no path: {problem}"
+        draft.problems.append(Problem(what, "choose another --output", where="output"))
+        return
     try:
         RunFolder.check(
             spec.output or "", overwrite=spec.overwrite, resume=spec.train.resume, inputs=inputs
@@ -310,6 +322,8 @@ def check_resumed(
 ) -> None:
     """Look whether a run that is to be resumed is still the one that was begun."""
     spec = draft.spec
+    if path_problem(spec.output or ""):
+        return
     folder = RunFolder(Path(spec.output or "").expanduser())
     if not (spec.train.resume and quantizer and task and (folder.path / "spec.yaml").is_file()):
         return
@@ -332,11 +346,13 @@ def _facts(spec: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for key in _KEPT_WHEN_RESUMED:
         section, _, name = key.rpartition(".")
-        values = spec.get(section, {}) if section else spec
-        if name in values:
+        values = spec.get(section) if section else spec
+        if isinstance(values, Mapping) and name in values:
             facts[key] = values[name]
     for kind in ("backend", "adapter", "objective"):
-        record = plan.get(kind, {})
-        values = {"name": record.get("name"), **record.get("options", {})}
-        facts |= {f"{kind}.{name}": json_ready(value) for name, value in values.items()}
+        record = plan.get(kind)
+        options = record.get("options") if isinstance(record, Mapping) else None
+        if isinstance(record, Mapping) and isinstance(options, Mapping):  # else it was damaged
+            values = {"name": record.get("name"), **options}
+            facts |= {f"{kind}.{name}": json_ready(value) for name, value in values.items()}
     return facts

@@ -186,7 +186,7 @@ def blaming(record: Record, doing: str) -> Iterator[None]:
         yield
     except (QuantadaptError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = str(error).strip().splitlines()
         place = traceback.extract_tb(error.__traceback__)[-1]
         what = f"it failed while {doing}: {type(error).__name__}: {text[0] if text else ''}"
@@ -212,11 +212,11 @@ def load_tokenizer(source: str) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        what = f"its tokenizer cannot be loaded: {str(error).splitlines()[0].rstrip(' :')}"
-        raise ModelError(
-            what, fix="put the tokenizer's files beside config.json", where=source
-        ) from None
+    except Exception as error:  # as many kinds as there are tokenizers
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        what = f"its tokenizer cannot be loaded: {text[0].rstrip(' :')}"
+        fix = "put the tokenizer's files beside config.json"
+        raise ModelError(what, fix=fix, where=source) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

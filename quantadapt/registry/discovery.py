@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -27,6 +27,7 @@ import pluggy
 
 from .. import hookspecs
 from ..errors import PlanRefused, PluginError, Problem, did_you_mean
+from ..protocols import Quantizer
 from ..records import KINDS, Adapter, Backend, R, Record, kind_of
 from .checks import Contents, contents
 
@@ -121,6 +122,18 @@ class Registry:
         """Return the adapter called `name`. Raises PlanRefused, saying what to do."""
         return self.record(Adapter, name)
 
+    def readers(self, found: Mapping[str, Any]) -> tuple[list[Backend], list[PluginError]]:
+        """Return the backends that read a checkpoint with that `quantization_config`, and what went
+        wrong with those whose plugin fails over it."""
+        readers: list[Backend] = []
+        failures: list[PluginError] = []
+        for backend in self.backends():
+            try:
+                readers += [backend] if adopted(backend, found) is not None else []
+            except PluginError as error:
+                failures.append(error)
+        return readers, failures
+
     def provenance(self, record: Record) -> Provenance:
         """Say which plugin provided `record`."""
         return self._only(kind_of(record), record.name).provenance
@@ -199,6 +212,25 @@ class Registry:
         self.broken.append(BrokenPlugin(provenance, reason, details))
         fix = f"uninstall it, or name the plugins to load in {ONLY}, or allow more in {TIME_LIMIT}"
         warnings.warn(f"plugin {provenance}: {reason}; {fix}", PluginWarning, stacklevel=4)
+
+
+def adopted(backend: Backend, found: Mapping[str, Any]) -> Any:
+    """Return the quantizer that made a checkpoint with that `quantization_config`; None where it
+    is another backend's.
+
+    Raises:
+        PluginError: the backend fails over it.
+    """
+    try:
+        quantizer = backend.quantizer.from_checkpoint(dict(found))
+    except (Exception, SystemExit) as error:
+        what = f"it cannot make anything of the checkpoint's quantization_config: {_reason(error)}"
+        fix = "restore config.json, or start from the unquantized model"
+        raise PluginError(what, fix=fix, where=f"backend {backend.name}") from error
+    if quantizer is not None and not isinstance(quantizer, Quantizer):
+        what = f"from_checkpoint returned {quantizer!r}, which is no quantizer"
+        raise PluginError(what, fix="tell its authors", where=f"backend {backend.name}")
+    return quantizer
 
 
 def _clash(kind: str, name: str, entries: Iterable[_Entry]) -> str:

@@ -1,0 +1,74 @@
+"""An adapter folder, looked at before PEFT reads it: its config, and whether its weights are
+numbers."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError
+from ..inputs.documents import read_object, shown
+from ..inputs.patterns import pattern_problems
+from ..inputs.weights import file_in, read_header, refuse_pickles
+from ..planning.peft_options import Option, peft_options
+from ..records import Adapter
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_NEEDED, _RANKS = ("r", "target_modules"), ("r", "init_r", "target_r")
+_AGAIN = "restore it from where you have the folder from"
+
+
+def check_adapter(folder: Path, adapter: Adapter) -> None:
+    """Look at the files of an adapter that was trained as `adapter`. No torch, no weights read.
+
+    Raises:
+        ModelError: the config is that of another method, has values that PEFT has no use for, or
+            patterns that take for ever; or the weights are pickles or damaged.
+    """
+    config = read_object(file_in(folder, CONFIG), fix=_AGAIN)
+    where = str(folder / CONFIG)
+    if config.get("peft_type") != adapter.peft_type:
+        what = f"its peft_type is {shown(config.get('peft_type'))}, and {adapter.name} was trained"
+        raise ModelError(f"{what}, which is {adapter.peft_type}", fix=_AGAIN, where=where)
+    known = peft_options(adapter)
+    wrong = [
+        f"{name} is {shown(value)}, not of type {known[name].annotation}"
+        for name, value in config.items()
+        if name in known and not _fits(known[name], value)
+    ]
+    wrong += [f"{name} is missing" for name in _NEEDED if name in known.keys() - config]
+    wrong += [f"{name} is no rank" for name in _RANKS if _is_no_rank(config, name)]
+    wrong += [problem.what for problem in pattern_problems(config)]
+    if wrong:
+        raise ModelError(f"it cannot be used: {'; '.join(wrong)}", fix=_AGAIN, where=where)
+    refuse_pickles(folder, WEIGHTS)
+    if not read_header(file_in(folder, WEIGHTS)):
+        raise ModelError("it holds no tensors", fix=_AGAIN, where=str(folder / WEIGHTS))
+
+
+def _fits(option: Option, value: Any) -> bool:
+    try:
+        if ast.literal_eval(option.default) == value:
+            return True  # not every default of PEFT is of the type that it is said to have
+    except (ValueError, SyntaxError):
+        pass
+    return option.accepts(value)
+
+
+def _is_no_rank(config: Mapping[str, Any], name: str) -> bool:
+    value = config.get(name)
+    return isinstance(value, int) and (isinstance(value, bool) or not 0 < value <= 2**16)
+
+
+def refuse_not_trained(folder: Path) -> None:
+    """Raise NumbersError where a weight of the adapter is NaN or infinite, naming the tensor."""
+    from safetensors import safe_open
+
+    from ..model.numbers import refuse_not_numbers
+
+    fix = "train it again, with a lower learning rate"
+    with safe_open(folder / WEIGHTS, framework="pt") as opened:
+        named = ((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118
+        refuse_not_numbers(named, where=str(folder / WEIGHTS), fix=fix)

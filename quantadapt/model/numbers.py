@@ -1,0 +1,32 @@
+"""Tensors whose values are numbers: NaN and infinity are found, and the tensor is named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from ..errors import NumbersError
+
+_FIX = "get a model whose weights are whole: what follows from these would be NaN as well"
+
+
+def refuse_not_numbers(
+    named: Iterable[tuple[str, Tensor]], *, where: str = "", fix: str = _FIX
+) -> None:
+    """Raise NumbersError where a tensor of floats holds NaN or infinity, naming the first."""
+    for name, tensor in named:
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            what = f"{name} holds values that are no numbers (NaN or infinity)"
+            raise NumbersError(what, fix=fix, where=where)
+
+
+def refuse_not_numbers_in(model: nn.Module, *, where: str = "") -> None:
+    """Look at the plain parameters of a model, see `refuse_not_numbers`. Tensors of vendors' own
+    classes are left out, and so are buffers: masks may hold infinity."""
+    plain = (
+        (name, parameter.data)
+        for name, parameter in model.named_parameters()
+        if type(parameter) is nn.Parameter and parameter.device.type != "meta"
+    )
+    refuse_not_numbers(plain, where=where)
