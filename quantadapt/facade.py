@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .compiling import results_in
 from .errors import ModelError, PluginError
+from .model.counting import count_as_dense
 from .model.lazy_weight import DENSE, TAKEN_OUT, LazyWeight
 from .model.modules import is_skipped
 from .model.peft_calls import copies_to_train, merging_layer
@@ -95,7 +96,6 @@ class QuantLinear(nn.Linear):
     _kept: Tensor | None = None
     _kept_product: tuple[Tensor, Tensor] | None = None
     _merged: _Merged | None = None
-    _plain_bias = False
 
     def __init__(self, vendor: nn.Module, target: AdapterTarget, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -103,6 +103,7 @@ class QuantLinear(nn.Linear):
         self.target = target
         self.compute_dtype = dtype
         self._adopt(vendor)
+        count_as_dense()
         self.train(vendor.training)
         for parameter in self.parameters():
             parameter.requires_grad_(False)
@@ -113,7 +114,6 @@ class QuantLinear(nn.Linear):
         object.__setattr__(self, "_vendor", vendor)
         bias, own = vendor.bias, "bias" in vendor.__dict__  # or a property, say of a wrapper
         if (own or "bias" in vendor._buffers) and isinstance(bias, Tensor):
-            self.__dict__["_plain_bias"] = own
             vendor.bias = nn.Parameter(bias, requires_grad=False)  # so that it can be trained
         object.__setattr__(self, "_parameters", vendor._parameters)
         object.__setattr__(self, "_buffers", vendor._buffers)
@@ -136,6 +136,7 @@ class QuantLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight, [out_features, in_features]: read lazily, and what is written into it is
         quantized into the layer. See `LazyWeight`."""
+        count_as_dense()  # PEFT reads the weight of each layer that it takes
         shape = (self.out_features, self.in_features)
         layout = torch.empty(shape, dtype=self.compute_dtype, device="meta")
         return LazyWeight(self, layout, self.device)
@@ -351,24 +352,40 @@ class QuantLinear(nn.Linear):
         local_metadata: Any,
         strict: bool,
         missing_keys: list[str],
-        *args: Any,
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        """Load the vendor's tensors; or a bias alone, which is what an adapter's file holds."""
+        """Load the vendor's tensors, and the bias by itself: vendors keep it in ways that a
+        parameter is not loaded by, and an adapter's file may hold it alone."""
         vendor: Any = self._vendor
-        key, bias = f"{prefix}bias", self.bias
+        bias, key = vendor._parameters.get("bias"), f"{prefix}bias"
         given = state_dict.get(key)
-        if [name for name in state_dict if name.startswith(prefix)] == [key] and bias is not None:
+        if bias is not None and [name for name in state_dict if name.startswith(prefix)] == [key]:
             missing_keys.append(f"{prefix}weight")
         else:
-            if self._plain_bias:
-                vendor.bias = None  # a tensor cannot take the place of a parameter
+            if bias is not None:
+                vendor.bias = None
+                state_dict = {name: t for name, t in state_dict.items() if name != key}
             vendor._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, *args
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
             )
             self.__dict__["_merged"] = None
         if bias is not None:
             vendor.bias = bias
-            if given is not None:
+            if given is None:
+                missing_keys.append(key)
+            elif given.shape != bias.shape:
+                sizes = f"{tuple(given.shape)} in the file, {tuple(bias.shape)} in the model"
+                error_msgs.append(f"size mismatch for {key}: {sizes}")
+            elif local_metadata.get("assign_to_params_buffers") or bias.is_meta:
+                vendor.bias = nn.Parameter(given, requires_grad=bias.requires_grad)
+            else:
                 with torch.no_grad():
                     bias.copy_(given)
         self._adopt(vendor)

@@ -269,6 +269,23 @@ def test_modules_to_save_train_a_dense_copy(pair, kept, tmp_path: Path) -> None:
     assert close(loaded.eval()(X), model.eval()(X))
 
 
+def test_layers_that_are_tuned_whole_are_dense_copies(pair, tmp_path: Path) -> None:
+    """LN tuning copies the layers that it is given, and trains the copies."""
+    config = peft.LNTuningConfig(target_modules=["b"])
+    model, dense = (tuned(each, config) for each in pair)
+    assert close(model(X), dense(X))
+    for each in (model, dense):
+        each(X).square().sum().backward()
+    grads = [
+        each.base_model.model.b.ln_tuning_layers.default.weight.grad for each in (model, dense)
+    ]
+    assert close(*grads, 1e-3)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(made_like(model)[0], tmp_path)
+    assert close(loaded(X), dense(X))
+    assert close(loaded.merge_and_unload()(X), dense.merge_and_unload()(X))
+
+
 def made_like(model: Any) -> tuple[nn.Module, nn.Module]:
     return made(model.quantadapt.backend.name)
 
@@ -423,3 +440,65 @@ def test_a_classifier_with_its_head(tmp_path: Path) -> None:
     merged.unmerge_adapter()
     assert close(merged(ids).logits, logits)
     assert close(merged.merge_and_unload()(ids).logits, logits, 0.3)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("backend", [*BACKENDS, "bnb-int8", "quanto", "eetq"])
+def test_parameters_are_counted_as_dense_ones(backend, bias, capsys) -> None:
+    models = made(backend, bias)
+    config = LoraConfig(r=4, target_modules=TARGETS, bias="lora_only")
+    facade, stock = (get_peft_model(model, config) for model in models)
+    assert facade.get_nb_trainable_parameters() == stock.get_nb_trainable_parameters()
+    capsys.readouterr()  # what vendors print as they are imported
+    facade.print_trainable_parameters()
+    text = capsys.readouterr().out
+    stock.print_trainable_parameters()
+    assert text == capsys.readouterr().out
+    mixed = peft.get_peft_model(made(backend)[0], peft.LoHaConfig(target_modules=["a"]), mixed=True)
+    plain = peft.get_peft_model(made(backend)[1], peft.LoHaConfig(target_modules=["a"]), mixed=True)
+    assert mixed.get_nb_trainable_parameters() == plain.get_nb_trainable_parameters()
+
+
+def llama(backend: str | None, cls: str = "LlamaForCausalLM", **options: Any) -> Any:
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=32, num_hidden_layers=1, pad_token_id=0, **sizes)
+    torch.manual_seed(0)
+    model = getattr(transformers, cls)(config)
+    if backend is None:
+        return model
+    return qa.quantize(model, backend=backend, device="cpu", dtype="float32", **options)
+
+
+@pytest.mark.parametrize("backend", ["hqq", "bnb-nf4"])
+def test_transformers_counts_parameters_as_dense_ones(backend) -> None:
+    model, dense = llama(backend), llama(None)
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    for embeddings in (False, True):
+        counts = [m.num_parameters(exclude_embeddings=embeddings) for m in (model, dense)]
+        assert counts[0] == counts[1]
+    assert model.num_parameters(only_trainable=True) < dense.num_parameters()
+    counts = [get_peft_model(m, prompt).get_nb_trainable_parameters() for m in (model, dense)]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("backend", ["none", "hqq", "torchao-int8"])  # bnb loads none of its own
+def test_a_state_dict_is_loaded_with_its_biases(backend, assign) -> None:
+    model, _ = made(backend)
+    state = {key: copy.deepcopy(value) for key, value in model.state_dict().items()}
+    y, biases = model(X), {n: f.bias.detach().clone() for n, f in facades(model)}
+    with torch.no_grad():
+        for _, facade in facades(model):
+            facade.bias.add_(1)
+    assert not close(model(X), y, 0.1)
+    model.load_state_dict(state, assign=assign)
+    assert torch.equal(model(X), y)
+    for name, facade in facades(model):
+        assert torch.equal(facade.bias, biases[name])
+    with pytest.raises(RuntimeError, match=r"size mismatch for b\.bias"):
+        model.load_state_dict({**state, "b.bias": torch.zeros(3)}, strict=False)
+    state.pop("b.bias")
+    with pytest.raises(RuntimeError, match=r"Missing key.*b\.bias"):
+        model.load_state_dict(state)

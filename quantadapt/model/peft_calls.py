@@ -1,6 +1,11 @@
-"""Which of PEFT's functions is at work on a layer. PEFT tells its base layers nothing: whether a
-weight is changed for good or merged for a while, whether a module is copied to be kept or to be
-trained, only the call stack knows. It is asked where weights are written and modules copied."""
+"""Which of PEFT's functions is at work on a layer.
+
+PEFT tells its base layers nothing: whether a weight is changed for good or merged for a while, and
+whether a module is copied to be kept or to be trained, only the call stack knows. It is asked where
+weights are written and modules copied, never in a forward. Wrapping PEFT's methods instead would
+mean each class with a `merge` of its own, those of later releases and other packages included, and
+what all of them call (`get_base_layer`) they call for other reasons, too.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+
+_COPY_TO_TRAIN = (
+    ("peft.utils", "ModulesToSaveWrapper", "update"),
+    ("peft.tuners.ln_tuning.layer", "LNTuningLayer", "update_layer"),
+    ("peft.tuners.shadow.model", "ShadowModel", "_build_shadow_head"),
+)
+"""Module, class and method of what copies a layer of the base and trains the copy."""
 
 
 def merging_layer(base: nn.Module) -> Any:
@@ -20,8 +32,12 @@ def merging_layer(base: nn.Module) -> Any:
 
 
 def copies_to_train() -> bool:
-    """Say whether PEFT is copying a module that `modules_to_save` names."""
-    return any(name == "update" for name, _ in _callers("peft.utils", "ModulesToSaveWrapper"))
+    """Say whether PEFT is copying a module in order to train the copy."""
+    return any(
+        name == method
+        for module, kind, method in _COPY_TO_TRAIN
+        for name, _ in _callers(module, kind)
+    )
 
 
 def _callers(module: str, kind: str) -> Iterator[tuple[str, Any]]:
