@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import Problem
 from ..folders.metrics import MODELS, direction, label, told_apart, with_unit
@@ -91,6 +92,10 @@ class RunDisplay:
     def on_note(self, data: Mapping[str, Any]) -> None:
         """Something the user may want to know."""
         self.console.print(f"note: {data['text']}", markup=False, soft_wrap=True)
+
+    def on_warning(self, data: Mapping[str, Any]) -> None:
+        """Something is wrong with what came out."""
+        self.console.print(warning(data["text"]), soft_wrap=True)
 
     def on_log(self, data: Mapping[str, Any]) -> None:
         """Training reports a step."""
@@ -209,7 +214,10 @@ def _call(name: str, options: Mapping[str, Any]) -> str:
 def show_result(console: Console, folder: Path, metrics: Mapping[str, Any]) -> None:
     """Print what was measured, a sample before and after, what was written and the report."""
     console.print()
-    console.print(_figures(metrics.get("evaluations", {})))
+    warnings = metrics.get("warnings", [])
+    console.print(_figures(metrics.get("evaluations", {}), "yellow" if warnings else "green"))
+    for text in warnings:
+        console.print(warning(text), soft_wrap=True)
     for name, why in metrics.get("failed_evaluations", {}).items():
         console.print(f"{name}: {why}", markup=False, soft_wrap=True)
     for sample in metrics.get("samples", [])[:1]:
@@ -219,8 +227,14 @@ def show_result(console: Console, folder: Path, metrics: Mapping[str, Any]) -> N
     console.print(f"report: [bold]{escape(str(folder / 'report.html'))}[/bold]", soft_wrap=True)
 
 
-def _figures(evaluations: Mapping[str, Mapping[str, Measured]]) -> Table:
-    """Return a row for each model, a column for the first figure of each evaluation."""
+def warning(text: str) -> Text:
+    """Return a warning as it is shown."""
+    return Text(f"warning: {text}", style="bold yellow")
+
+
+def _figures(evaluations: Mapping[str, Mapping[str, Measured]], colour: str) -> Table:
+    """Return a row for each model, a column for the first figure of each evaluation; the tuned
+    model's is in `colour`."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("on held-out data")
     columns = []
@@ -237,7 +251,7 @@ def _figures(evaluations: Mapping[str, Mapping[str, Measured]]) -> Table:
             for values, beside in columns
         ]
         if any(cells):
-            style = "bold green" if model == "tuned" else ""
+            style = f"bold {colour}" if model == "tuned" else ""
             table.add_row(f"{model}: {text}", *cells, style=style)
     return table
 

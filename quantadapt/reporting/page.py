@@ -65,7 +65,12 @@ def _header(run: Run) -> Html:
     result = result.replace(" → ", "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}")
     title = el("h1", cell, el("span", result, class_="result") if result else "")
     words = lede(run)
-    return el("header", eyebrow, title, el("p", words, class_="lede") if words else "")
+    found = run.metrics.get("warnings")
+    warnings = [
+        el("p", el("strong", "Warning: "), capital(str(warning)), class_="warning", role="alert")
+        for warning in (found if isinstance(found, list) else [])
+    ]
+    return el("header", eyebrow, title, el("p", words, class_="lede") if words else "", *warnings)
 
 
 def _footer(run: Run) -> Html:
