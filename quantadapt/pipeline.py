@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[str, Mapping[str, Any]], None]
-"""Called with an event ("stage", "figures", "log", "export", "note", "warning") and its data, to
-show progress."""
+"""Called with an event and its data, to show progress: "stage", "figures", "log", "validation",
+"export", "note" or "warning"."""
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,7 @@ class _Run:
 
         def on_log(entry: dict[str, Any]) -> None:
             self.folder.append_metric(entry)
-            self.listener("log", entry)
+            self.listener("validation" if "eval_loss" in entry else "log", entry)
 
         return train_(
             model,
@@ -345,13 +345,15 @@ class _Run:
             task=self.plan.task,
             output=self.folder.path,
             seed=self.spec.seed,
+            held_out=self.held_out(data),
             on_log=on_log,
             on_note=lambda text: self.listener("note", {"text": text}),
         )
 
     def record_training(self, result: TrainResult) -> None:
         self.losses = result.losses
-        names = ("steps", "seconds", "tokens", "peak_memory_gib", "resumed_from",
+        names = ("steps", "validation", "best_step", "kept_step", "stopped_early",
+                 "seconds", "tokens", "peak_memory_gib", "resumed_from",
                  "trainable_parameters", "base_parameters", "dequantize_share")  # fmt: skip
         self.metrics["train"] = {name: getattr(result, name) for name in names}
         self.metrics["train"] |= {"processes": self.world.size, "parallel": self.plan.parallel}

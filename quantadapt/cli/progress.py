@@ -45,6 +45,7 @@ class RunDisplay:
         self.console = console
         self.details: list[str] = []
         self.stage = ""
+        self._validated: list[str] = []
         self._live: Progress | None = None
         self._task = TaskID(0)
         self._last_line = 0
@@ -101,12 +102,22 @@ class RunDisplay:
         """Training reports a step."""
         step, most = int(data["step"]), int(data["max_steps"])
         numbers = f"loss {data['loss']:.4f}   lr {data['learning_rate']:.2e}"
-        self.details = [f"{step} steps   loss {data['loss']:.4f}"]
+        self.details = [f"{step} steps   loss {data['loss']:.4f}", *self._validated]
+        numbers = "   ".join([numbers, *self._validated]) if self.console.is_terminal else numbers
         if self.console.is_terminal:
             self._train_bar(step, most, numbers)
         elif step >= most or (step - self._last_line) * _PLAIN_LINES >= most:
             self._last_line = step
             self.console.print(f"  train step {step}/{most}   {numbers}", soft_wrap=True)
+
+    def on_validation(self, data: Mapping[str, Any]) -> None:
+        """Training has measured the loss on held-out data."""
+        step, most = int(data["step"]), int(data["max_steps"])
+        text = f"held-out loss {data['eval_loss']:.4f}"
+        best = ", the lowest so far" if data["best"] else ""
+        self._validated = [text]
+        if not self.console.is_terminal:
+            self.console.print(f"  train step {step}/{most}   {text}{best}", soft_wrap=True)
 
     def _train_bar(self, step: int, most: int, numbers: str) -> None:
         if self._live is None or self._live.tasks[0].total is None:

@@ -75,9 +75,14 @@ def told_apart(unit: str) -> tuple[str, str]:
 
 class Training(TypedDict, total=False):
     """What training took; `seconds` is the training loop alone, of which `dequantize_share` went
-    into dequantizing the base."""
+    into dequantizing the base. `validation` is [step, loss on held-out data in nats per token] of
+    all validations, the lowest at `best_step`; the adapter is that of `kept_step`."""
 
     steps: int
+    validation: list[tuple[int, float]]
+    best_step: int | None
+    kept_step: int
+    stopped_early: bool
     seconds: float
     tokens: int | None
     peak_memory_gib: float | None
