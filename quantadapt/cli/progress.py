@@ -166,6 +166,37 @@ def spinner(console: Console, text: str) -> Iterator[None]:
         yield
 
 
+class Waiting:
+    """A spinner beside which lines may be printed; nothing where there is no terminal, or no text.
+
+    Use it as a context manager, and print in that of `aside`.
+    """
+
+    def __init__(self, console: Console, text: str) -> None:
+        self.console, self.text = console, text
+        self._live: Progress | None = None
+
+    def __enter__(self) -> Waiting:
+        if self.console.is_terminal and self.text:
+            self._live = _spinner(self.console)
+            self._live.add_task(self.text, total=None)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the spinner off for a moment."""
+        if self._live is not None:
+            self._live.stop()
+        yield
+        if self._live is not None:
+            self._live.start()
+
+
 def _spinner(console: Console) -> Progress:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     return Progress(*columns, **_options(console))
