@@ -1,29 +1,22 @@
-"""`QuantLinear`: an `nn.Linear` in front of one vendor module, so that PEFT never meets a vendor.
-
-The facade shares the vendor module's parameter and buffer dictionaries: `named_parameters`, `to`,
-FSDP and `state_dict` see the vendor's own tensors under the vendor's own names, while the module
-tree holds one `nn.Linear` per layer and nothing behind it. `weight` is a `LazyWeight`: shape,
-dtype and device are free, the dequantized numbers are made when somebody computes with it.
-"""
+"""`QuantLinear`, the facade of one layer."""
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .compiling import results_in
-from .errors import ModelError, PluginError
-from .model.counting import count_as_dense
-from .model.lazy_weight import DENSE, TAKEN_OUT, LazyWeight
-from .model.modules import is_skipped
-from .model.peft_calls import copies_to_train, merging_layer
-from .protocols import AdapterTarget
+from ..compiling import results_in
+from ..errors import ModelError
+from ..protocols import AdapterTarget
+from .counting import count_as_dense
+from .frozen import Frozen, is_recomputing
+from .lazy_weight import DENSE, TAKEN_OUT, LazyWeight
+from .peft_calls import copies_to_train, merging_layer
 
 
 class _Merged(NamedTuple):
@@ -38,49 +31,6 @@ class _Merged(NamedTuple):
     layer: weakref.ref[Any]
     weight: Tensor
     returns: bool
-
-
-class _Frozen(torch.autograd.Function):
-    """Vendor forward; backward through the dequantized weight (exact for weight-only methods,
-    straight-through where activations are quantized as well). Saves no tensor. `bias` is given
-    where it is trained."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, facade: QuantLinear, bias: Tensor | None) -> Tensor:
-        ctx.facade, ctx.dtype = facade, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        y = facade.vendor_forward(x)
-        # Autograd forbids in-place changes of a view that was made in here, and adapters add to
-        # the base's output in place; this forgets that y is one, without a copy.
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        (dy,) = grads
-        dx = dbias = None
-        if ctx.needs_input_grad[0]:
-            weight = ctx.facade.weight_for_backward()
-            dx = (dy.to(weight.dtype) @ weight).to(ctx.dtype)
-        if ctx.bias_dtype is not None:
-            dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return dx, None, dbias
-
-
-_recomputing = False
-
-
-@contextmanager
-def recomputing() -> Iterator[None]:
-    """Inside, each facade keeps the weight that it dequantizes for its backward.
-
-    For gradient checkpointing, where backward follows at once; elsewhere all weights would pile up.
-    """
-    global _recomputing
-    before, _recomputing = _recomputing, True
-    try:
-        yield
-    finally:
-        _recomputing = before
 
 
 class QuantLinear(nn.Linear):
@@ -223,7 +173,7 @@ class QuantLinear(nn.Linear):
         """Return the weight as `dequantize` does; a recomputation keeps it for its backward, unless
         that takes as much memory as `x`, its input."""
         weight = self.dequantize()
-        keep = _recomputing and self.in_features * self.out_features < x.numel()
+        keep = is_recomputing() and self.in_features * self.out_features < x.numel()
         # Not by setattr, which takes nn.Module long.
         self.__dict__["_kept"] = weight if keep else None
         return weight
@@ -235,7 +185,7 @@ class QuantLinear(nn.Linear):
 
     def keep_product(self, x: Tensor, product: Tensor) -> None:
         """Have a recomputation keep x Wᵀ, too, for a backward that wants it."""
-        self.__dict__["_kept_product"] = (x.detach(), product) if _recomputing else None
+        self.__dict__["_kept_product"] = (x.detach(), product) if is_recomputing() else None
 
     def product_for_backward(self, x: Tensor) -> Tensor | None:
         """Return what was kept with `x`, if it is that which was kept last, and give it away."""
@@ -313,7 +263,7 @@ class QuantLinear(nn.Linear):
             return self.vendor_forward(input)
         bias = self._vendor.bias
         trained = bias if bias is not None and bias.requires_grad else None
-        output: Tensor = _Frozen.apply(input, self, trained)  # type: ignore[no-untyped-call]
+        output: Tensor = Frozen.apply(input, self, trained)  # type: ignore[no-untyped-call]
         return output
 
     def dense(self) -> nn.Linear:
@@ -414,79 +364,3 @@ class QuantLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, vendor={type(self._vendor).__name__}"
-
-
-def facades(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
-    """Yield (name, facade) for every facade in `model`."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            yield name, module
-
-
-def wrap(
-    model: nn.Module, target: AdapterTarget, dtype: torch.dtype, skip: tuple[str, ...] = ()
-) -> nn.Module:
-    """Put a facade in front of every vendor layer that `target` matches, in place.
-
-    Args:
-        model: holds vendor modules; a single vendor module is returned wrapped.
-        target: the backend's view of its layers.
-        dtype: compute dtype of the facades.
-        skip: names of modules that stay as they are.
-
-    Raises:
-        PluginError: the target's `shape` is not that of its dequantized weight.
-    """
-    if not isinstance(model, QuantLinear) and target.matches(model):
-        return _checked(model, target, dtype, set())
-    seen: set[tuple[int, int]] = set()
-    wrapped: tuple[str, ...] = ()
-    for name, module in list(model.named_modules()):
-        if f"{name}.".startswith(wrapped):
-            continue  # a vendor's layer, or a part of one
-        for child_name, child in list(module.named_children()):
-            path = f"{name}.{child_name}".lstrip(".")
-            if isinstance(child, QuantLinear) or is_skipped(path, skip):
-                continue
-            if target.matches(child):
-                try:
-                    setattr(module, child_name, _checked(child, target, dtype, seen))
-                    wrapped = (*wrapped, f"{path}.")
-                except PluginError as error:
-                    raise PluginError(f"{path}: {error}") from None
-    return model
-
-
-def _checked(
-    vendor: nn.Module, target: AdapterTarget, dtype: torch.dtype, seen: set[tuple[int, int]]
-) -> QuantLinear:
-    """Return a facade whose weight has the shape that `target` claims; each shape is tried once."""
-    name, shape = type(target).__name__, target.shape(vendor)
-    if not all(isinstance(size, int) and size > 0 for size in shape):
-        raise PluginError(f"{name}.shape returned {shape}, expected two sizes")
-    facade = QuantLinear(vendor, target, dtype)
-    if shape not in seen:
-        found, claimed = tuple(facade.dequantize().shape), (shape[1], shape[0])
-        if found != claimed:
-            what = f"{name}.dequantize returned {found}, its shape says {claimed} (out, in)"
-            raise PluginError(what, fix="tell the authors of the backend")
-        seen.add(shape)
-    return facade
-
-
-def replace(model: nn.Module, make: Callable[[str, QuantLinear], nn.Module]) -> nn.Module:
-    """Replace every facade in `model` by `make(name, facade)`, one at a time, in place."""
-    for name, facade in list(facades(model)):
-        parent_name, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child, make(name, facade))
-    return model
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Take the facades away again, in place: the vendor's modules stand where they stood."""
-    return replace(model, lambda _, facade: facade.vendor)
-
-
-def densify(model: nn.Module) -> nn.Module:
-    """Replace every facade by an ordinary `nn.Linear` with the dequantized weight, in place."""
-    return replace(model, lambda _, facade: facade.dense())
