@@ -71,6 +71,14 @@ class Manifest(BaseModel):
     adapter_options: dict[str, Any] = Field(default_factory=dict)
     max_length: int | None = Field(None, ge=1)
     rewritten: bool = False
+    active: list[str] = Field(default=["default"], min_length=1)
+
+    @field_validator("active")
+    @classmethod
+    def _are_names(cls, value: list[str]) -> list[str]:
+        if wrong := [name for name in value if name in ("", ".", "..") or Path(name).name != name]:
+            raise ValueError(f"should be names of adapters, which {wrong[0]!r} is not")
+        return value
 
     @field_validator("base")
     @classmethod

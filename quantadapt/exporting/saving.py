@@ -22,6 +22,7 @@ from ..quantizing.state import ModelState, state_of
 from ..registry.discovery import registry
 from ..stages import quantize
 from .adapter_files import refuse_not_trained
+from .adapters import put_on, save_adapters
 from .manifest import ADAPTER, BASE, MANIFEST, MERGED, adapter_in, read_manifest, write_manifest
 
 if TYPE_CHECKING:
@@ -59,13 +60,14 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True, base: bo
         _refuse_foreign(root / BASE)
         save_base(model, state, root / BASE, overwrite=overwrite)
     with atomic_folder(final, overwrite=overwrite) as folder:
+        more = {}
         if state.adapter:
-            model.save_pretrained(str(folder))  # type: ignore[operator]
+            more = {"active": save_adapters(model, folder)}
         else:
             state.quantizer.save(model, folder)
         if state.tokenizer is not None:
             state.tokenizer.save_pretrained(str(folder))
-        write_manifest(folder, state)
+        write_manifest(folder, state, **more)
     if state.adapter and not saves_base and overwrite and (root / BASE / MANIFEST).exists():
         shutil.rmtree(root / BASE)  # of an earlier adapter: `load` would put this one onto it
     return final
@@ -159,7 +161,6 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
     from peft import LoraConfig
 
     from ..adapting.fused import use_fused_layers
-    from ..adapting.injecting import reloaded
     from ..adapting.method import config_class
     from ..facade import facades
 
@@ -192,7 +193,7 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
         if state.rewritten:  # the base has given its part to the adapter already
             config.init_lora_weights = True
     before = {id(facade.vendor) for _, facade in facades(model)}
-    peft_model = reloaded(model, folder, config, is_trainable=True)
+    peft_model = put_on(model, folder, manifest["active"], config=config, is_trainable=True)
     # PiSSA starts again from the base as it was, and so rewrites it again.
     state.rewritten |= any(id(facade.vendor) not in before for _, facade in facades(peft_model))
     state.adapter = adapter
