@@ -9,7 +9,7 @@ import torch
 from merging import ADAPTERS, HELD_OUT, llama, logits, moved, relative, stock, stock_adapter, tuned
 
 import quantadapt as qa
-from quantadapt.errors import MergeRefused, ModelError
+from quantadapt.errors import MergeRefused, ModelError, PlanRefused
 from quantadapt.facade import QuantLinear
 
 
@@ -107,6 +107,51 @@ def test_two_active_adapters_and_one_that_is_not(base, tmp_path) -> None:
         assert relative(logits(stock(folder / "merged")), expected) < 1e-5
 
 
+# Starts that rewrite the base --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "gaussian", "orthogonal"])
+@pytest.mark.parametrize("backend", ["none", "hqq"])
+def test_starts_are_merged_into_their_own_base(base, backend, start, tmp_path) -> None:
+    """Live, and from the files of a run."""
+    model = tuned(base, backend, r=4, init_lora_weights=start)
+    expected = logits(model)
+    saved = qa.save(model, tmp_path)
+    assert relative(logits(qa.load(saved)), expected) < 1e-5
+    for adapter in (model, qa.load(saved)):
+        qa.merge(adapter, tmp_path, data=HELD_OUT, overwrite=True)
+        assert relative(logits(stock(tmp_path / "merged")), expected) < 1e-5
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "gaussian", "orthogonal", False])
+def test_starts_that_are_found_again_are_merged_onto_the_base(base, start, tmp_path) -> None:
+    model = tuned(base, r=4, init_lora_weights=start)
+    saved = qa.save(model, tmp_path)
+    qa.merge_onto(saved, base, tmp_path, data=HELD_OUT)
+    merged = logits(stock(tmp_path / "merged"))
+    assert relative(merged, logits(model)) < 1e-4
+    assert relative(merged, logits(stock_adapter(base, saved))) < 1e-4
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "rslora", "pissa"])
+@pytest.mark.parametrize("start", ["pissa_niter_4", "pissa_niter_16", "corda", "lora_ga"])
+def test_starts_that_are_not_found_again_are_refused(base, adapter, start, tmp_path) -> None:
+    spec = {"name": adapter, "init_lora_weights": start}
+    onto = {"name": "onto-base", "base": base}
+    planned = qa.Spec(
+        model=base, backend="none", adapter=spec, output=str(tmp_path), export={"formats": [onto]}
+    )
+    with pytest.raises(PlanRefused, match="random-start-onto"):
+        qa.plan(planned)
+
+
+def test_a_random_start_of_a_saved_adapter_is_refused(base, tmp_path) -> None:
+    saved = qa.save(tuned(base, r=4, init_lora_weights="pissa_niter_4"), tmp_path)
+    with pytest.raises(MergeRefused, match="random-start-onto"):
+        qa.merge_onto(saved, base, tmp_path, data=HELD_OUT)
+    assert not (tmp_path / "merged").exists()
+
+
 # Memory ------------------------------------------------------------------------------------------
 
 
@@ -118,6 +163,19 @@ def test_each_layer_is_made_dense_once(base, monkeypatch) -> None:
     monkeypatch.setattr(QuantLinear, "dense", lambda self: calls.append(self) or make(self))
     merged_model(model, "dense")
     assert len(calls) == len(set(calls)) == 14
+
+
+def test_the_adapter_is_there_when_its_base_cannot_be_saved(base, tmp_path, monkeypatch) -> None:
+    from quantadapt.exporting import saving
+
+    def full(*args, **kwargs) -> None:
+        raise OSError("no space")
+
+    model = tuned(base, "hqq", "pissa", r=4)
+    monkeypatch.setattr(saving, "save_base", full)
+    with pytest.raises(OSError, match="no space"):
+        qa.save(model, tmp_path)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 # What is not right is not written ----------------------------------------------------------------

@@ -348,7 +348,7 @@ class TestRun:
     def test_ctrl_c_during_export_leaves_no_half_adapter(
         self, small, tmp_path, monkeypatch
     ) -> None:
-        def interrupted(folder: Path, state: object) -> None:
+        def interrupted(folder: Path, state: object, **more: object) -> None:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(saving, "write_manifest", interrupted)

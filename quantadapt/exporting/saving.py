@@ -58,7 +58,6 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True, base: bo
     _refuse_foreign(final)
     if saves_base and base:
         _refuse_foreign(root / BASE)
-        save_base(model, state, root / BASE, overwrite=overwrite)
     with atomic_folder(final, overwrite=overwrite) as folder:
         more = {}
         if state.adapter:
@@ -68,6 +67,8 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True, base: bo
         if state.tokenizer is not None:
             state.tokenizer.save_pretrained(str(folder))
         write_manifest(folder, state, **more)
+    if saves_base and base:  # afterwards: the base alone could be made again
+        save_base(model, state, root / BASE, overwrite=overwrite)
     if state.adapter and not saves_base and overwrite and (root / BASE / MANIFEST).exists():
         shutil.rmtree(root / BASE)  # of an earlier adapter: `load` would put this one onto it
     return final
