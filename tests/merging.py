@@ -54,6 +54,25 @@ def llama(folder: Path, *, tied: bool) -> str:
     return saved_model(model, folder)
 
 
+def seq2seq(folder: Path, name: str) -> str:
+    """A small T5 or BART; return its folder."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    ids = {"eos_token_id": 1, "pad_token_id": 2}
+    if name == "t5":
+        sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+        config = t.T5Config(vocab_size=2048, decoder_start_token_id=2, **sizes, **ids)
+    else:
+        sizes = {"encoder_layers": 2, "decoder_layers": 2, "d_model": 32}
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        ffn = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+        config = t.BartConfig(
+            vocab_size=2048, decoder_start_token_id=1, **sizes, **heads, **ffn, **ids
+        )
+    return saved_model(t.AutoModelForSeq2SeqLM.from_config(config), folder)
+
+
 def saved_model(model: nn.Module, folder: Path) -> str:
     """Save a model whose numbers are all far from zero; return its folder."""
     generator = torch.Generator().manual_seed(0)

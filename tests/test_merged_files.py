@@ -6,7 +6,18 @@ import json
 
 import pytest
 import torch
-from merging import ADAPTERS, HELD_OUT, llama, logits, moved, relative, stock, stock_adapter, tuned
+from merging import (
+    ADAPTERS,
+    HELD_OUT,
+    llama,
+    logits,
+    moved,
+    relative,
+    seq2seq,
+    stock,
+    stock_adapter,
+    tuned,
+)
 
 import quantadapt as qa
 from quantadapt.errors import MergeRefused, ModelError, PlanRefused
@@ -67,6 +78,22 @@ def test_only_what_is_still_equal_stays_tied(tmp_path) -> None:
             folder = tmp_path / f"{adapter}-{kind}"
             merged(model, kind, base, folder)
             assert tied_in_config(folder / "merged") is stays
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [105, 106]}],
+    ids=["layers", "whole-head", "tokens"],
+)
+def test_encoder_decoders(name, options, tmp_path) -> None:
+    """They tie an embedding with two others and the head."""
+    base = seq2seq(tmp_path / "base", name)
+    model = tuned(base, r=4, **options)
+    expected = logits(model)
+    for kind in ("dense", "onto"):
+        merged(model, kind, base, tmp_path / kind)
+        assert relative(logits(stock(tmp_path / kind / "merged")), expected) < 1e-5
 
 
 # Several adapters --------------------------------------------------------------------------------

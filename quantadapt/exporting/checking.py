@@ -166,8 +166,10 @@ def blocks_on_disk(folder: Path, device: str) -> Iterator[dict[str, Any]]:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     blocks = [name for stack in stacks(model, linears) for name in stack]
     places = dict.fromkeys(blocks, "disk")
-    for name, _ in model.named_modules():
-        if name and not any(_overlap(name, other) for other in places):
+    names = [name for name, _ in model.named_modules() if name]
+    names += [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    for name in names:
+        if not any(_overlap(name, other) for other in places):
             places[name] = device
     if not blocks:
         places = {"": device}

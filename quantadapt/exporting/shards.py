@@ -85,7 +85,9 @@ class MergedShards:
         name = self.names[key]
         values = {name: self.values.get(name, stored)}
         if name in self.tied:
-            values = self.tied[name] if self.unties else {name: self.tied[name][name]}
+            values = {name: self.tied[name][name]}
+            if self.unties:  # each has memory of its own then, also where some are still equal
+                values = {name: value.clone() for name, value in self.tied[name].items()}
         elif (part := self._part_of(name)) is not None:
             values = self._merged(part)
         return {self.keys.get(name, name): value for name, value in values.items()}
