@@ -65,9 +65,10 @@ def merge(
 ) -> None:
     """Merge a trained adapter into its base.
 
-    The merged model is compared with the adapter on held-out tokens before it is written. A merge
-    that a rule forbids is refused, with the reason and the way out. --onto merges into the
-    unquantized model that the base was made from, in the memory of one shard.
+    What was written is loaded again and compared with the adapter on held-out tokens before the
+    folder gets its name. A merge that a rule forbids is refused, with the reason and the way out.
+    --onto merges into the unquantized model that the base was made from, in the memory of one
+    shard.
     """
     with session(as_json=json) as shown:
         from ..planning.exports import MERGES, export_of
