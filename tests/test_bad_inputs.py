@@ -151,7 +151,7 @@ def test_an_index_cannot_make_a_merge_write_elsewhere(folder: Path) -> None:
         qa.plan(qa.Spec(model=str(folder)), check_output=False)
 
 
-# safetensors files ---------------------------------------------------------------------------------
+# safetensors files -------------------------------------------------------------------------------
 
 
 def test_headers_are_those_of_the_library(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_file_that_is_cut_short_is_refused(length: int, tmp_path: Path) -> Non
         read_header(file)
 
 
-# config.json ---------------------------------------------------------------------------------------
+# config.json -------------------------------------------------------------------------------------
 
 EMPTY = ("esm", "rag", "wav2vec2-bert", "wav2vec2-conformer")
 """Their classes have no vocabulary until a checkpoint gives them one."""
@@ -246,7 +246,7 @@ def test_a_config_that_announces_more_than_there_is_is_refused(tmp_path: Path) -
         qa.plan(qa.Spec(model=str(tmp_path)), check_output=False)
 
 
-# quantadapt.json -----------------------------------------------------------------------------------
+# quantadapt.json ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

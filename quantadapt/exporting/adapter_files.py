@@ -39,6 +39,8 @@ def check_adapter(folder: Path, adapter: Adapter) -> None:
         if name in known and not _fits(known[name], value)
     ]
     wrong += [f"{name} is missing" for name in _NEEDED if name in known.keys() - config]
+    if not _names_layers(targets := config.get("target_modules", "")):
+        wrong.append(f"target_modules is {shown(targets)}, which names no layers")
     wrong += [f"{name} is no rank" for name in _RANKS if _is_no_rank(config, name)]
     wrong += [problem.what for problem in pattern_problems(config)]
     if wrong:
@@ -55,6 +57,12 @@ def _fits(option: Option, value: Any) -> bool:
     except (ValueError, SyntaxError):
         pass
     return option.accepts(value)
+
+
+def _names_layers(targets: Any) -> bool:
+    """Say whether it is a pattern, or a list of names. Saving writes what was resolved."""
+    names = targets if isinstance(targets, list) else [targets]
+    return bool(names) and all(isinstance(name, str) for name in names)
 
 
 def _is_no_rank(config: Mapping[str, Any], name: str) -> bool:
