@@ -43,6 +43,7 @@ from .parts import (
 from .processes import NO_MERGE, Parallel
 from .refusals import (
     attach_refusals,
+    data_start_problems,
     export_refusals,
     loftq_problems,
     make_cell,
@@ -337,6 +338,7 @@ def _combined(draft: Draft, made: Plan) -> Plan:
     spec, cell, backend, adapter = made.spec, made.cell, made.backend, made.adapter
     config = made.config or {}
     draft.problems += _cell_problems(made)
+    draft.problems += data_start_problems(made.adapter_options)
     draft.problems += refusals_beside(cell, made.objective, made.task.model_dump())
     draft.problems += task_problems(
         made.task, spec.train, adds_to_loss=adapter.peft_type == "ADALORA"
