@@ -208,7 +208,7 @@ class _Run:
     def write_start(self) -> None:
         # Without what only concerned this folder, so that the file runs again as it stands.
         train = self.spec.train.model_copy(update={"resume": False})
-        again = self.spec.model_copy(update={"overwrite": False, "train": train})
+        again = self.plan.resolved.model_copy(update={"overwrite": False, "train": train})
         self.folder.write_text("spec.yaml", again.to_yaml())
         self.folder.write_json("plan.json", self.plan.to_dict())
         self.folder.write_environment(self.plan.backend.requires)

@@ -153,12 +153,24 @@ def fresh_quantizer(draft: Draft, backend: Backend | None) -> Quantizer | None:
 
 
 def refuse_other_options(draft: Draft, adopted: Quantizer, what_is: str) -> None:
-    """Note options of the spec that are not those of what is quantized already."""
+    """Note options of the spec that are not those of what is quantized already, or that say how."""
     for name, value in draft.spec.backend.options.items():
-        if (has := getattr(adopted, name, None)) != value:
+        has = getattr(adopted, name, None)
+        if value != has and _read_as(adopted, name, value) != has:
             what = f"the {what_is} is quantized already, with {name}={has!r}"
             fix = f"leave out {name}={value!r}, or start from the unquantized model"
             draft.problems.append(Problem(what, fix, where=f"backend.{name}"))
+    if draft.spec.skip_misfits:
+        what = f"the {what_is} is quantized already: no layer is left to fit or not"
+        draft.problems.append(Problem(what, "leave it out", where="skip_misfits"))
+
+
+def _read_as(adopted: Quantizer, name: str, value: Any) -> Any:
+    """Return a value as the quantizer reads it, a list as a tuple, say."""
+    try:
+        return getattr(type(adopted)(**{name: value}), name, None)
+    except ValidationError:
+        return value
 
 
 def _wrong_checkpoint(draft: Draft, backend: Backend, found: Mapping[str, Any]) -> Problem:
