@@ -122,19 +122,20 @@ class _Run:
     def check(self) -> None:
         """Refuse what the plan cannot know and shows before any weight is loaded: models, schedules
         and optimizers that transformers lacks, layers that are missing or cannot be quantized."""
-        from .adapting.stage import check_targets
+        from .adapting.stage import check_adapter
         from .loading.reading import read_config
         from .training.stage import problems
 
         read_config(self.plan.model)
         found = problems(self.spec.train)
+        skip = None
         try:
-            check_targets(self.plan.model, self.plan.adapter_options.get("target_modules"))
+            if not self.plan.adopt:
+                skip = skip_for(self.plan)
         except PlanRefused as error:
             found += error.problems
         try:
-            if not self.plan.adopt:
-                skip_for(self.plan)
+            check_adapter(self.plan, skip)
         except PlanRefused as error:
             found += error.problems
         if found:
@@ -207,7 +208,7 @@ class _Run:
     def write_start(self) -> None:
         # Without what only concerned this folder, so that the file runs again as it stands.
         train = self.spec.train.model_copy(update={"resume": False})
-        again = self.spec.model_copy(update={"overwrite": False, "train": train})
+        again = self.plan.resolved.model_copy(update={"overwrite": False, "train": train})
         self.folder.write_text("spec.yaml", again.to_yaml())
         self.folder.write_json("plan.json", self.plan.to_dict())
         self.folder.write_environment(self.plan.backend.requires)

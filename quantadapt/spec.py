@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from .errors import Problem, SpecError, did_you_mean
+from .errors import Problem, SpecError, did_you_mean, likely_name
+from .plain_yaml import YAMLError, parse, read_yaml, to_yaml
 
 MergeChoice = Literal["auto", "dense", "requantize", "never"]
 # fmt: off
@@ -28,7 +28,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
 SHORTHAND = {"backend": "name", "adapter": "name", "objective": "name", "data": "path"}
@@ -240,7 +240,9 @@ class Spec(_Strict):
     skip_misfits: bool = Field(
         False, description="also leave layers dense whose size the backend cannot quantize"
     )
-    seed: int = Field(0, ge=0, description="of the adapter, the shuffling and the held-out split")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="of the adapter, the shuffling and the held-out split"
+    )
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -262,41 +264,7 @@ class Spec(_Strict):
 
     def to_yaml(self) -> str:
         """Return the spec as YAML that `load` reads back."""
-        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-        return text
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key that is there twice is an error; there, the last one wins."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                what = f"the key {key.value!r} is there twice"
-                raise yaml.constructor.ConstructorError(problem=what, problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file. Raises SpecError naming file and line."""
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        what, fix = f"cannot read it: {error.strerror}", "check the path of the YAML file"
-        raise SpecError([Problem(what, fix, where=str(path))]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        what = f"not valid YAML: {getattr(error, 'problem', None) or error}"
-        raise SpecError([Problem(what, where=where)]) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        fix = "write keys and values, e.g. `backend: hqq`"
-        raise SpecError([Problem("the file holds no mapping", fix, where=str(path))])
-    return values
+        return to_yaml(self.model_dump(mode="json"))
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -335,15 +303,9 @@ def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _yaml_value(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse(text)
+    except YAMLError:
         return text
-    if isinstance(value, str):  # YAML 1.1 takes 2e-4 for a string
-        try:
-            return float(value) if value[:1].isdigit() else value
-        except ValueError:
-            return value
-    return value
 
 
 def _problems(error: ValidationError) -> list[Problem]:
@@ -354,11 +316,30 @@ def _problem(detail: dict[str, Any]) -> Problem:
     path = [str(part) for part in detail["loc"]]
     where = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        known = _known_keys(Spec, path[:-1])
-        return Problem(f"unknown key {path[-1]!r}", did_you_mean(path[-1], known), where=where)
+        return Problem(f"unknown key {path[-1]!r}", _hint(path), where=where)
     if detail["type"] == "model_type":
         return _no_mapping(where, detail["input"])
     return wrong_value(detail, where)
+
+
+def _hint(path: list[str]) -> str:
+    """Say which key an unknown one may stand for, in its section or in another."""
+    *section, name = path
+    known = _known_keys(Spec, section)
+    if not likely_name(name, known):
+        for other in ("", *_sections(), "adapter"):
+            keys = _LORA if other == "adapter" else _known_keys(Spec, [other] if other else [])
+            if there := likely_name(name, keys):
+                return f"did you mean {'.'.join(filter(None, (other, there)))!r}?"
+    return did_you_mean(name, known)
+
+
+_LORA = ["r", "lora_alpha", "lora_dropout", "target_modules"]
+"""Options of adapters that people write elsewhere."""
+
+
+def _sections() -> list[str]:
+    return [key for key in Spec.model_fields if _known_keys(Spec, [key]) not in ([], ["name"])]
 
 
 def _no_mapping(where: str, found: Any) -> Problem:

@@ -455,7 +455,7 @@ def test_an_endless_chat_template_is_refused(tmp_path: Path, tokenizer: Any) -> 
 )  # fmt: skip
 def test_what_is_no_object_is_refused_in_a_sentence(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(raw)
-    with pytest.raises(ModelError, match=r"x.json: it "):
+    with pytest.raises(ModelError, match=r"x\.json: it (is|holds) "):
         read_object(tmp_path / "x.json")
 
 

@@ -5,18 +5,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
 from functools import partial
 from unittest.mock import Mock, patch
 
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import Linear
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import quantadapt as qa
 from quantadapt.adapting import fused as fused_module
-from quantadapt.adapting.fused import FusedLoraLinear, forget_unfinished, use_fused_layers
+from quantadapt.adapting.fused import (
+    _KNOWN_OPTIONS,
+    _KNOWN_PARTS,
+    FusedLoraLinear,
+    forget_unfinished,
+    use_fused_layers,
+)
 from quantadapt.facade import QuantLinear, densify, recomputing, wrap
 from quantadapt.protocols import AdapterTarget
 from quantadapt.testing.small_demo import small_model
@@ -521,3 +529,52 @@ def test_an_adapter_switched_in_training_is_noticed() -> None:
             for made in (fused, stock):
                 made[0].enable_adapters(enabled)
             assert torch.allclose(fused(X), stock(X), rtol=1e-12)
+
+
+# What a later PEFT may do -------------------------------------------------------------------------
+
+
+@dataclass
+class LaterConfig(LoraConfig):
+    """LoRA with an option that is not there yet, and that changes the forward."""
+
+    gain: float | None = None
+    names: list[str] = field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("options", "fused"),
+    [({}, True), ({"gain": 2.0}, False), ({"names": ["a"]}, False), ({"names": []}, True)],
+)
+def test_an_option_that_is_not_known_is_left_to_peft(options, fused) -> None:
+    config = LaterConfig(r=4, target_modules=["0", "2"], **options)
+    use_fused_layers(config)
+    made = inject_adapter_in_model(config, model())
+    assert all(isinstance(m, FusedLoraLinear) == fused for m in (made[0], made[2]))
+
+
+def test_so_is_a_part_that_is_not_known(monkeypatch) -> None:
+    """A PEFT that multiplies what an adapter adds by a gain that its layer keeps."""
+    made = adapted(fused=True)
+    layer, x = made[0], torch.randn(3, 12, dtype=torch.float64)
+    plain = layer(x)
+    forward = Linear.forward
+
+    def gained(self, x, *args, **kwargs):
+        base = self.base_layer(x)
+        return base + (forward(self, x, *args, **kwargs) - base) * self.gain["default"]
+
+    monkeypatch.setattr(Linear, "forward", gained)
+    layer.other_param_names = (*layer.other_param_names, "gain")
+    layer.gain = {"other": 2.0}
+    assert torch.equal(layer(x), plain)
+    layer.gain = {"default": 3.0}
+    expected = layer.base_layer(x) + 3 * (plain - layer.base_layer(x))
+    assert torch.allclose(layer(x), expected, rtol=1e-12)
+
+
+def test_what_the_installed_peft_has_is_known() -> None:
+    """If this fails, PEFT has something new: see whether its forward does, and name it there."""
+    assert {option.name for option in fields(LoraConfig)} <= _KNOWN_OPTIONS
+    layer = adapted(fused=True)[0]
+    assert {*layer.adapter_layer_names, *layer.other_param_names} <= _KNOWN_PARTS

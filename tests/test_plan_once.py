@@ -257,3 +257,43 @@ def test_a_config_that_no_cache_keeps_is_transformers_own(monkeypatch) -> None:
         lambda source: LlamaConfig(vocab_size=77),
     )
     assert quantizing_stage.with_config(early).config["vocab_size"] == 77
+
+
+# The spec of a plan plans the same again ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["none", "hqq", "bnb-nf4", "quanto", "torchao-int8"])
+@pytest.mark.parametrize("adapter", ["lora", "dora", "pissa", "adalora", "ia3", "vera"])
+def test_what_was_resolved_plans_the_same(backend, adapter, tmp_path) -> None:
+    wanted = {"name": adapter, "target_modules": {"q_proj", "v_proj"}}
+    made = qa.plan(qa.Spec(backend=backend, adapter=wanted), check_output=False)
+    file = tmp_path / "spec.yaml"
+    file.write_text(made.resolved.to_yaml())
+    again = qa.plan(qa.Spec.load(file), check_output=False)
+    assert again.to_dict() == made.to_dict()
+
+
+def test_the_spec_of_a_run_holds_what_its_options_were(tmp_path, monkeypatch) -> None:
+    """Also where a later version has other defaults."""
+    made = qa.plan(qa.Spec(backend="hqq", adapter="lora", output=str(tmp_path / "run")))
+    spec = made.resolved
+    assert spec.backend.options == made.quantizer.model_dump()
+    assert spec.adapter.options == {"r": 16, "lora_alpha": 32}
+    lora = registry().adapter("lora")
+    monkeypatch.setitem(lora.defaults, "r", 64)
+    assert qa.plan(spec, check_output=False).adapter_options["r"] == 16
+
+
+def test_a_module_and_a_checkpoint_are_one_too_many() -> None:
+    from torch import nn
+
+    with pytest.raises(PlanRefused, match="some/model is not read"):
+        qa.plan(qa.Spec(model="some/model"), module=nn.Linear(2, 2), check_output=False)
+
+
+def test_nothing_is_left_to_fit_where_all_is_quantized(tmp_path) -> None:
+    config = {**LLAMA_8B, "quantization_config": NF4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = qa.Spec(model=str(tmp_path), backend="bnb-nf4", skip_misfits=True)
+    with pytest.raises(PlanRefused, match="quantized already: no layer is left"):
+        qa.plan(spec, check_output=False, weights=False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from quantadapt.errors import Problem, SpecError
-from quantadapt.spec import Spec, apply_overrides, read_yaml, wrong_value
+from quantadapt.plain_yaml import MAX_VALUES, parse, read_yaml, to_yaml
+from quantadapt.spec import Spec, apply_overrides, wrong_value
 
 
 def test_a_bare_string_is_a_name() -> None:
@@ -72,7 +73,7 @@ def test_yaml_goes_round(tmp_path) -> None:
     [
         ("backend: [hqq\n", ":2", "not valid YAML"),
         ("- hqq\n", "", "holds no mapping"),
-        ("? [hqq]\n: 4\n", ":1", "found unhashable key"),
+        ("? [hqq]\n: 4\n", ":1", "a key is a list or a mapping"),
         ("\x00\x01", "", "not valid YAML"),
         (
             "seed: 1\ntrain: {max_steps: 3, max_steps: 4}\n",
@@ -114,3 +115,96 @@ def test_a_bare_string_is_the_path_of_the_data() -> None:
 def test_an_override_does_not_hide_a_mistake() -> None:
     with pytest.raises(SpecError, match="'train' is 5, which has no 'max_steps'"):
         apply_overrides({"train": 5}, ["train.max_steps=3"])
+
+
+# Values as people mean them -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("5e-2", 0.05), ("1e5", 1e5), ("-2E-3", -0.002), (".5", 0.5), ("1_000", 1000), ("010", 10),
+     ("0x10", 16), ("12:30", "12:30"), ("2024-01-01", "2024-01-01"), ("yes", True),
+     ("1.2.3", "1.2.3"), ("1e", "1e"), ("~", None), ("on: 1", {"on": 1}),
+     ("1: 2", {"1": 2}), ("[5e-1, a]", [0.5, "a"]),
+     ("{a: &x 1, b: *x}", {"a": 1, "b": 1})],
+)  # fmt: skip
+def test_yaml_is_read_as_people_mean_it(text, value) -> None:
+    found = parse(text)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_so_are_values_on_the_command_line(tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("train: {learning_rate: 5e-2}")
+    assert Spec.load(file).train.learning_rate == 0.05
+    assert Spec.load(file, ["seed=010"]).seed == 10
+    found = apply_overrides({}, ["adapter.lora_dropout=5e-2", "output=12:30"])
+    assert found == {"adapter": {"lora_dropout": 0.05}, "output": "12:30"}
+
+
+@pytest.mark.parametrize("text", ["5e-2", "1e5", "12:30", "010", "on", "null", "2024-01-01", "*a"])
+def test_text_that_looks_like_a_number_goes_round(text) -> None:
+    assert parse(to_yaml({"output": text})) == {"output": text}
+
+
+ALIASES = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, name in zip("abcdefg", "bcdefgh", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (ALIASES, f"more than {MAX_VALUES} values"),
+        ("a: &a [*a]", "an alias stands inside"),
+        ("? [a]\n: 1", "it has to be text"),
+        ("[" * 5000, "nested too deeply"),
+        ("seed: " + "9" * 5000, "too long"),
+        ("on: 1", "unknown key 'on'"),
+        ("1: 2", "unknown key '1'"),
+        ("null: 2", "unknown key 'null'"),
+        ("train: {true: 2}", "unknown key 'true'"),
+    ],
+)
+def test_odd_yaml_is_a_sentence(tmp_path, text, what) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(SpecError, match=what):
+        Spec.load(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "where"),
+    [("learning_rate", "abc", "train"), ("learning_rate", float("inf"), "train"),
+     ("weight_decay", float("nan"), "train"), ("max_steps", "many", "train")],
+)  # fmt: skip
+def test_what_is_no_number_is_told(key, value, where) -> None:
+    with pytest.raises(SpecError, match=rf"{where}\.{key}: .* is not possible"):
+        Spec(**{where: {key: value}})
+
+
+def test_a_seed_that_numpy_does_not_take() -> None:
+    with pytest.raises(SpecError, match="less than 4294967296"):
+        Spec(seed=2**32)
+
+
+@pytest.mark.parametrize(
+    ("values", "meant"),
+    [
+        ({"train": {"lr": 1}}, "learning_rate"),
+        ({"train": {"bs": 1}}, "per_device_train_batch_size"),
+        ({"train": {"batch": 1}}, "per_device_train_batch_size"),
+        ({"train": {"epochs": 1}}, "num_train_epochs"),
+        ({"train": {"seq_len": 1}}, "data.max_length"),
+        ({"train": {"learning_rte": 1}}, "learning_rate"),
+        ({"data": {"max_seq_length": 1}}, "max_length"),
+        ({"lr": 1}, "train.learning_rate"),
+        ({"max_lenght": 1}, "data.max_length"),
+        ({"r": 1}, "adapter.r"),
+        ({"quantization": "hqq"}, "backend"),
+    ],
+)
+def test_a_key_of_another_tool_or_section_is_known(values, meant) -> None:
+    with pytest.raises(SpecError, match=f"did you mean '{meant}'"):
+        Spec(**values)

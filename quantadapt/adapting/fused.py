@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import MISSING, Field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -84,14 +85,65 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
         # accelerate's hooks bring what is offloaded when a module's own forward is called.
         if any("_hf_hook" in part.__dict__ for part in (base, a, b)):
             return None
+        if self._has_unknown_part(adapter):
+            return None
         # Where activations are quantized, a sum that is rounded another way makes other codes.
         dora = type(variant) is DoraLinearVariant and not base.rounds_activations
         return adapter if variant is None or dora else None
 
+    def _has_unknown_part(self, adapter: str) -> bool:
+        """Say whether PEFT keeps something for the adapter in this layer that is not known here, so
+        that its own forward may do more than ours."""
+        parts = {*self.adapter_layer_names, *self.other_param_names} - _KNOWN_PARTS
+        kept = [getattr(self, name, None) for name in parts]
+        return any(
+            part is not None and adapter in part and _matters(part[adapter]) for part in kept
+        )
+
+
+_KNOWN_PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
+                "r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora",
+                "lora_bias"}  # fmt: skip
+_KNOWN_OPTIONS = {
+    # what is adapted, how it begins and what else is trained: nothing of it is in the forward
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out",
+    "bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "trainable_token_indices",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "layer_replication",
+    "runtime_config", "target_parameters", "ensure_weight_tying",
+    # what becomes a variant, or layers of another type, and is seen there
+    "use_dora", "velora_config", "alora_invocation_tokens", "use_qalora", "qalora_group_size",
+    "monteclora_config", "lora_bias", "use_bdlora", "arrow_config", "kasa_config",
+    # of every PeftConfig
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode",
+}  # fmt: skip
+"""The options of LoRA up to PEFT 0.21.2. What a later one adds may change the forward."""
+
+
+def _matters(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+def unknown_options(config: LoraConfig) -> list[str]:
+    """Return the options of `config` that are set and that no PEFT had when this was written."""
+    later = [field for field in fields(config) if field.name not in _KNOWN_OPTIONS]
+    used = [field for field in later if not _is_default(config, field)]
+    return [field.name for field in used if _matters(getattr(config, field.name))]
+
+
+def _is_default(config: LoraConfig, field: Field[Any]) -> bool:
+    if field.default_factory is not MISSING:
+        return bool(getattr(config, field.name) == field.default_factory())
+    return bool(getattr(config, field.name) == field.default)
+
 
 def use_fused_layers(config: LoraConfig) -> None:
-    """Have PEFT make fused layers over facades when it attaches or loads a LoRA of `config`."""
-    config._register_custom_module({QuantLinear: FusedLoraLinear})
+    """Have PEFT make fused layers over facades when it attaches or loads a LoRA of `config`; with
+    an option that is not known here it makes its own, which are right and slower."""
+    if not unknown_options(config):
+        config._register_custom_module({QuantLinear: FusedLoraLinear})
 
 
 class _Siblings:

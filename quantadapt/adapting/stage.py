@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from ..dependencies import unchanged_process
-from ..errors import PlanRefused, Problem, did_you_mean
+from ..errors import PlanRefused, Problem, QuantadaptError
 from ..facade import facades
 from ..planning.refusals import wants_loftq, without_loftq
-from ..quantizing.stage import nothing_quantized
 from ..quantizing.state import ModelState
 from ..records import Adapter
 from . import loftq
+from .injecting import all_or_nothing, injected
+from .targets import adapted_problems, name_problems, quantizable, resolve_targets
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-ALL_LINEAR = "all-linear"
+    from ..planning.stage import Plan
 
 
 def attach_adapter(
@@ -29,39 +30,66 @@ def attach_adapter(
     """Return a PeftModel with a new, untrained adapter; only its parameters are trainable.
 
     Args:
-        model: holds facades; changed in place, as PEFT does.
+        model: holds facades; changed in place, as PEFT does. If this raises, it is as it was.
         state: that of `model`; remembers the adapter.
         adapter: which method.
         options: fields of its PEFT config. `target_modules` is a list of name endings, a regular
             expression for full names, or "all-linear" (the default): every quantized layer.
 
     Raises:
-        PlanRefused: `target_modules` matches nothing, the model has an adapter already, or PEFT
+        PlanRefused: the options name what is not there, the model has an adapter already, or PEFT
             refuses the options.
     """
-    from peft import get_peft_model
-
     from .fused import use_fused_layers
 
     _refuse_second(model)
     options = {**adapter.defaults, **options}
-    given = without_loftq(options) if wants_loftq(options) else options
-    _refuse_parameters(model, given.get("target_parameters"))
-    config = peft_config(model, adapter, given)
+    config = peft_config(model, adapter, options)
     if adapter.peft_type == "LORA":
         use_fused_layers(config)  # type: ignore[arg-type]
     before = {id(facade.vendor) for _, facade in facades(model)}
-    try:
-        with unchanged_process():  # PEFT imports libraries of quantizers, of other models' too
-            tuned = get_peft_model(model, config)  # type: ignore[arg-type]
-    except (ValueError, TypeError, ImportError, AssertionError) as error:
-        raise PlanRefused([Problem(f"PEFT refuses it: {error}", where="adapter")]) from error
-    if wants_loftq(options):
-        loftq.initialize(tuned, state, options)  # type: ignore[arg-type]
+    with all_or_nothing(model):
+        try:
+            tuned = injected(model, config)
+        except (QuantadaptError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever it is, it is one of these options that brought it up
+            raise PlanRefused([_refusal(error)]) from error
+        if wants_loftq(options):
+            loftq.initialize(tuned, state, options)  # type: ignore[arg-type]
     # PiSSA and LoftQ put new values into the base's layers.
     state.rewritten = any(id(facade.vendor) not in before for _, facade in facades(tuned))
     state.adapter, state.adapter_options = adapter, options
-    return tuned  # type: ignore[return-value]
+    return tuned
+
+
+def check_adapter(plan: Plan, skip: tuple[str, ...] | None) -> None:
+    """Attach the adapter of `plan` to a model without weights: what fails there is told now.
+
+    Args:
+        skip: the modules that stay dense; None means the default.
+
+    Raises:
+        PlanRefused: with all that `attach_adapter` could know from names and sizes.
+    """
+    from ..loading.reading import architecture
+
+    model = architecture(plan.model)
+    options = {**plan.adapter.defaults, **plan.adapter_options}
+    layers = quantizable(model, skip)
+    config: Any = peft_config(model, plan.adapter, options, layers)
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # others want values
+    try:
+        with torch.device("meta"):
+            injected(model, config)
+    except QuantadaptError:
+        raise
+    except (ValueError, TypeError, KeyError, AssertionError) as error:
+        if "meta" not in str(error):  # else it wants values, too
+            raise PlanRefused([_refusal(error)]) from error
+    except Exception:  # of a method that does not work without values
+        return
 
 
 def _refuse_second(model: nn.Module) -> None:
@@ -72,102 +100,52 @@ def _refuse_second(model: nn.Module) -> None:
         raise PlanRefused([Problem("the model has an adapter already", fix, where="adapter")])
 
 
-def _refuse_parameters(model: nn.Module, wanted: Iterable[str] | None) -> None:
-    """Raise PlanRefused where `target_parameters` names the weight of a quantized layer."""
-    weights = [f"{name}.weight" for name, _ in facades(model)]
-    fix = "name the layer in target_modules: for a linear layer that is the same"
-    problems = [
-        Problem(f"{name} is quantized, no parameter", fix, where="adapter.target_parameters")
-        for name in wanted or ()
-        if any(_ends(weight, name) for weight in weights)
-    ]
-    if problems:
-        raise PlanRefused(problems)
+def peft_config(
+    model: nn.Module,
+    adapter: Adapter,
+    options: Mapping[str, Any],
+    layers: list[str] | None = None,
+) -> PeftConfig:
+    """Return the PEFT config for `adapter` with `target_modules` resolved against `model`.
 
+    Args:
+        layers: names of the layers that are quantized, where `model` has no facades yet.
 
-def peft_config(model: nn.Module, adapter: Adapter, options: Mapping[str, Any]) -> PeftConfig:
-    """Return the PEFT config for `adapter` with `target_modules` resolved against `model`."""
+    Raises:
+        PlanRefused: with all that the options name and that is not there, or what PEFT refuses.
+    """
     from .method import made_config
 
     values = {**adapter.defaults, **options}
-    values["target_modules"] = resolve_targets(model, values.get("target_modules"))
+    layers = [name for name, _ in facades(model)] if layers is None else layers
+    problems = name_problems(model, values)
+    try:
+        values["target_modules"] = resolve_targets(model, values.get("target_modules"), layers)
+    except PlanRefused as error:
+        raise PlanRefused([*error.problems, *problems]) from None
     values.setdefault("task_type", _task_type(model))
     if adapter.peft_type == "ADALORA":
         # The real count is set when training starts; PEFT only wants it to be positive here.
         values.setdefault("total_step", 10_000)
     try:
-        return made_config(adapter, values)
-    except (ValueError, TypeError, ImportError) as error:
-        raise PlanRefused([Problem(f"PEFT refuses it: {error}", where="adapter")]) from error
+        config = made_config(adapter, without_loftq(values) if wants_loftq(values) else values)
+    except (ValueError, TypeError, ImportError, AttributeError) as error:
+        raise PlanRefused([*problems, _refusal(error)]) from error
+    if config.target_modules is not None:  # type: ignore[attr-defined]
+        start, own = values.get("init_lora_weights"), bool(adapter.method)
+        problems += adapted_problems(model, config, layers, start=start, own_method=own)
+    if problems:
+        raise PlanRefused(problems)
+    return config
 
 
-def resolve_targets(model: nn.Module, wanted: str | Iterable[str] | None) -> list[str] | str:
-    """Return `target_modules` for PEFT. Raises PlanRefused if nothing would match."""
-    return _resolve(model, [name for name, _ in facades(model)], wanted)
-
-
-def check_targets(source: str, wanted: str | Iterable[str] | None) -> None:
-    """Raise PlanRefused if `target_modules` matches no layer of the checkpoint `source`.
-
-    Looks at the model's architecture only; no weights are loaded.
-    """
-    if wanted is None or wanted == ALL_LINEAR:
-        return
-    from ..loading.reading import architecture
-
-    model = architecture(source)
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    _resolve(model, names, wanted)
-
-
-def _resolve(
-    model: nn.Module, names: list[str], wanted: str | Iterable[str] | None
-) -> list[str] | str:
-    if wanted is None or wanted == ALL_LINEAR:
-        if not names:
-            raise nothing_quantized(model)
-        return _endings(model, names)
-    if isinstance(wanted, str):
-        if not any(re.fullmatch(wanted, name) for name, _ in model.named_modules()):
-            raise _no_target([wanted], names)
-        return wanted
-    endings = list(wanted)
-    missing = [e for e in endings if not any(_ends(name, e) for name, _ in model.named_modules())]
-    if missing:
-        raise _no_target(missing, names)
-    return endings
-
-
-def _ends(name: str, ending: str) -> bool:
-    return name == ending or name.endswith(f".{ending}")
-
-
-def _endings(model: nn.Module, names: list[str]) -> list[str]:
-    """Return the shortest name endings that match the facades and nothing else."""
-    wanted = set(names)
-    endings = {name.rpartition(".")[2] for name in names}
-    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
-    if matched == wanted and not any(ending.isdigit() for ending in endings):
-        return sorted(endings)
-    return sorted(wanted)
-
-
-def _no_target(missing: list[str], names: list[str]) -> PlanRefused:
-    known = sorted({name.rpartition(".")[2] for name in names})
-    problems = [
-        Problem(
-            f"no layer of the model matches {ending!r}",
-            _layer_hint(ending, known),
-            where="adapter.target_modules",
-        )
-        for ending in missing
-    ]
-    return PlanRefused(problems)
-
-
-def _layer_hint(ending: str, known: list[str]) -> str:
-    hint, layers = did_you_mean(ending, known), ", ".join(known)
-    return f"name one of its layers: {layers}" if layers in hint else f"{hint} (layers: {layers})"
+def _refusal(error: Exception) -> Problem:
+    """Return what PEFT says, without the modules that it prints in full."""
+    text = re.sub(r"\(\n.*?\n\)", "", str(error), flags=re.DOTALL).strip()
+    said = " ".join(text.split())[:300] or type(error).__name__
+    expected = isinstance(error, (ValueError, TypeError, ImportError))
+    what = f"PEFT refuses it: {said}" if expected else f"PEFT fails: {type(error).__name__}: {said}"
+    return Problem(what, "change the option that this is about", where="adapter")
 
 
 def _task_type(model: nn.Module) -> str | None:

@@ -139,7 +139,8 @@ class SpecFlags:
     def spec(self) -> Spec:
         """Return the spec. Raises SpecError with every mistake."""
         from ..errors import SpecError
-        from ..spec import Spec, apply_overrides, read_yaml
+        from ..plain_yaml import read_yaml
+        from ..spec import Spec, apply_overrides
 
         values = read_yaml(self.config) if self.config else {}
         for name, key in _KEYS.items():

@@ -142,14 +142,14 @@ def check_onto(manifest: Mapping[str, Any], exporter: OntoBase) -> None:
 def _attached(base: str, adapter: Path, device: str) -> PeftModel:
     """Return the base, its layers on disk, under the adapter. Merging is done in float32."""
     import torch
-    from peft import PeftModel
 
+    from ..adapting.injecting import reloaded
     from .stored import open_stored
 
     refuse_not_trained(adapter)
     model: Any = open_stored(base, device=device, dtype=torch.float32)
     try:
-        return PeftModel.from_pretrained(model, str(adapter)).eval()
+        return reloaded(model, adapter).eval()
     except (RuntimeError, ValueError) as error:
         what = f"the adapter does not fit this base: {str(error).strip().splitlines()[-1].strip()}"
         fix = "pass the model that the quantized base was made from"

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..dependencies import unchanged_process
 from ..errors import ModelError, OutputError
 from ..folders.atomic import atomic_folder
 from ..inputs.documents import read_object
@@ -157,9 +156,10 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> PeftModel:
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig
 
     from ..adapting.fused import use_fused_layers
+    from ..adapting.injecting import reloaded
     from ..adapting.method import config_class
     from ..facade import facades
 
@@ -192,13 +192,7 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
         if state.rewritten:  # the base has given its part to the adapter already
             config.init_lora_weights = True
     before = {id(facade.vendor) for _, facade in facades(model)}
-    with unchanged_process():
-        peft_model = PeftModel.from_pretrained(
-            model,  # type: ignore[arg-type]
-            str(folder),
-            is_trainable=True,
-            config=config,
-        )
+    peft_model = reloaded(model, folder, config, is_trainable=True)
     # PiSSA starts again from the base as it was, and so rewrites it again.
     state.rewritten |= any(id(facade.vendor) not in before for _, facade in facades(peft_model))
     state.adapter = adapter

@@ -27,6 +27,13 @@ def config_of_module(module: nn.Module) -> dict[str, Any]:
     return dict(config) if isinstance(config, Mapping) else {}
 
 
+def refuse_unused(draft: Draft) -> None:
+    """Note what has no effect on a module that is there already."""
+    if draft.spec.model is not None:
+        what = f"the module is taken as it is, and {draft.spec.model} is not read"
+        draft.problems.append(Problem(what, "leave the model out, or the module", where="model"))
+
+
 def quantizer_of_module(
     draft: Draft, backend: Backend | None, module: nn.Module
 ) -> tuple[Quantizer | None, bool]:

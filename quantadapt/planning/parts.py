@@ -6,7 +6,6 @@ As pure as the plan. What is wrong is noted in the draft, so that all of it is t
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,12 +22,14 @@ from ..inputs.documents import shown
 from ..inputs.patterns import pattern_problems
 from ..machine import Machine
 from ..paths import is_local_path, path_problem
+from ..plain_yaml import read_yaml
 from ..protocols import Evaluator, Quantizer, Task
 from ..records import Adapter, Backend, Evaluation, Objective, R, Record, kind_of
 from ..registry.discovery import Registry, adopted
-from ..spec import Named, Spec, read_yaml, wrong_value
+from ..spec import Named, Spec, wrong_value
+from .adapter_options import checked_options
 from .on_disk import check_model, has_config_alone, quantization_in
-from .peft_options import method_problems, peft_options
+from .peft_options import method_problems
 from .processes import device_problems
 
 Made = TypeVar("Made", bound=BaseModel)
@@ -158,12 +159,24 @@ def fresh_quantizer(draft: Draft, backend: Backend | None) -> Quantizer | None:
 
 
 def refuse_other_options(draft: Draft, adopted: Quantizer, what_is: str) -> None:
-    """Note options of the spec that are not those of what is quantized already."""
+    """Note options of the spec that are not those of what is quantized already, or that say how."""
     for name, value in draft.spec.backend.options.items():
-        if (has := getattr(adopted, name, None)) != value:
+        has = getattr(adopted, name, None)
+        if value != has and _read_as(adopted, name, value) != has:
             what = f"the {what_is} is quantized already, with {name}={has!r}"
             fix = f"leave out {name}={value!r}, or start from the unquantized model"
             draft.problems.append(Problem(what, fix, where=f"backend.{name}"))
+    if draft.spec.skip_misfits:
+        what = f"the {what_is} is quantized already: no layer is left to fit or not"
+        draft.problems.append(Problem(what, "leave it out", where="skip_misfits"))
+
+
+def _read_as(adopted: Quantizer, name: str, value: Any) -> Any:
+    """Return a value as the quantizer reads it, a list as a tuple, say."""
+    try:
+        return getattr(type(adopted)(**{name: value}), name, None)
+    except ValidationError:
+        return value
 
 
 def _wrong_checkpoint(draft: Draft, backend: Backend, found: Mapping[str, Any]) -> Problem:
@@ -189,44 +202,9 @@ def adapter_options(draft: Draft, adapter: Adapter | None) -> dict[str, Any]:
         return {}
     if not missing_requirements(adapter):
         draft.problems += method_problems(adapter)
-    options = dict(adapter.defaults)
-    for name, value in draft.spec.adapter.options.items():
-        if problem := _adapter_option_problem(adapter, name, value):
-            draft.problems.append(problem)
-        else:
-            options[name] = value
-    draft.problems += pattern_problems(options)
+    options, problems = checked_options(adapter, draft.spec.adapter.options)
+    draft.problems += problems + pattern_problems(options)
     return options
-
-
-_USUAL_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
-"""What people say -> what LoRA's config calls it."""
-
-
-def _adapter_option_problem(adapter: Adapter, name: str, value: Any) -> Problem | None:
-    where, known = f"adapter.{name}", peft_options(adapter)
-    if name not in known:
-        what = f"adapter {adapter.name!r} has no option {name!r}"
-        return Problem(what, did_you_mean(_USUAL_NAMES.get(name, name), known), where)
-    if not known[name].accepts(value):
-        what = f"{value!r} is not of type {known[name].annotation}"
-        default = adapter.defaults.get(name, known[name].default)
-        return Problem(what, f"the default is {default}", where)
-    if name in ("r", "init_r", "target_r") and isinstance(value, int) and value < 1:
-        return Problem(f"{value} is no rank", "use 1 or more", where)
-    if name == "loftq_config" and not _is_loftq_config(value):
-        return Problem(f"{value!r} has another form", "write {loftq_iter: 1}", where)
-    if name == "target_modules" and isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            what = f"{value!r} is no regular expression: {error}"
-            return Problem(what, "list the endings of names, e.g. [q_proj, v_proj]", where)
-    return None
-
-
-def _is_loftq_config(value: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("loftq_iter", 1), int)
 
 
 def evaluators_of(draft: Draft) -> dict[str, Evaluator]:

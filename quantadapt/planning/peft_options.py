@@ -8,22 +8,36 @@ that of a plugin.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Union
+
+from pydantic import (
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+)
 
 from ..errors import Problem
 from ..records import Adapter
 
-_SCALARS: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "bool": (bool,),
-    "str": (str,),
+_SCALARS: dict[str, Any] = {
+    "int": StrictInt,
+    "float": StrictFloat | StrictInt,
+    "bool": StrictBool,
+    "str": StrictStr,
+    "None": None,
 }
+_UNLISTED = {"init_lora_weights": ("lora_ga",)}
+"""What PEFT takes besides what its annotation lists."""
 _INTERNAL = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
              "task_type", "inference_mode", "runtime_config"}  # fmt: skip
 
@@ -38,29 +52,70 @@ class Option:
     help: str
 
     def accepts(self, value: Any) -> bool:
-        """Say whether `value` fits the annotation, as far as plain scalars go."""
-        types = _scalar_types(self.annotation)
-        if types is None:
+        """Say whether `value`, of plain types, fits the annotation; what is no plain type itself
+        takes anything."""
+        if value in _UNLISTED.get(self.name, ()):
             return True
-        if isinstance(value, bool):
-            return bool in types
-        return isinstance(value, types)
+        try:
+            _validator(self.annotation).validate_python(value)
+        except ValidationError:
+            return False
+        return True
+
+    @property
+    def choices(self) -> list[str]:
+        """The texts that the annotation lists; empty where any will do."""
+        tree = ast.parse(self.annotation, mode="eval")
+        listed = [node for node in ast.walk(tree) if _is_literal(node)]
+        nodes = [part for node in listed for part in ast.walk(node.slice)]  # type: ignore[attr-defined]
+        found = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        return [*found, *_UNLISTED.get(self.name, ())]
+
+    @property
+    def takes_list(self) -> bool:
+        """Whether it is a list, of which a single text is none."""
+        return "list[str]" in self.annotation.lower() and not self.accepts("")
 
 
-def _scalar_types(annotation: str) -> tuple[type, ...] | None:
-    """Return the types that a plain annotation allows, or None where it is not that plain."""
-    text = annotation.replace("Optional[", "").replace("Union[", "").replace("]", "")
-    text = text.replace("typing.", "")
-    parts = [part.strip() for chunk in text.split("|") for part in chunk.split(",")]
-    types: list[type] = [type(None)] if "Optional" in annotation else []
-    for part in parts:
-        if part == "None":
-            types.append(type(None))
-        elif part in _SCALARS:
-            types.extend(_SCALARS[part])
-        else:
-            return None
-    return tuple(types)
+@cache
+def _validator(annotation: str) -> TypeAdapter[Any]:
+    return TypeAdapter(_type(ast.parse(annotation, mode="eval").body))
+
+
+def _type(node: ast.expr) -> Any:
+    """Return the type that an annotation names. Other classes are those of PEFT's own options in
+    options, which are written as mappings."""
+    if isinstance(node, ast.BinOp):
+        return Union[_type(node.left), _type(node.right)]  # noqa: UP007
+    if isinstance(node, ast.Subscript):
+        name = ast.unparse(node.value).rpartition(".")[2].lower()
+        parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        if name == "literal":
+            return Union[tuple(_literal(ast.literal_eval(part)) for part in parts)]  # noqa: UP007
+        types = tuple(_type(part) for part in parts)
+        if name in ("optional", "union"):
+            types = (*types, None) if name == "optional" else types
+            return Union[types]  # noqa: UP007
+        containers = {"list": list, "dict": dict, "tuple": tuple, "set": list}
+        return containers[name][types] if name in containers else Any  # type: ignore[index]
+    name = ast.unparse(node).rpartition(".")[2]
+    if name in _SCALARS:
+        return _SCALARS[name]
+    mapping = name.endswith("Config") or name.lower() == "dict"
+    return dict[str, Any] if mapping else list[Any] if name.lower() == "list" else Any
+
+
+def _literal(value: Any) -> Any:
+    """Return the type of one value. PEFT writes `pissa_niter_[number of iters]` for a pattern."""
+    text, bracket, _ = value.partition("[") if isinstance(value, str) else ("", "", "")
+    if bracket:
+        return Annotated[str, Field(pattern=rf"^{re.escape(text)}\d+$")]
+    return Literal[value]
+
+
+def _is_literal(node: ast.AST) -> bool:
+    named = isinstance(node, ast.Subscript) and ast.unparse(node.value)
+    return bool(named) and str(named).rpartition(".")[2] == "Literal"
 
 
 def peft_options(adapter: Adapter) -> dict[str, Option]:

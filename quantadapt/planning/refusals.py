@@ -113,6 +113,20 @@ def task_problems(task: Task, train: TrainSpec, *, adds_to_loss: bool) -> list[P
     return found
 
 
+_FROM_DATA = ("eva", "corda", "lora_ga")
+"""Starts of LoRA that PEFT computes from data, by a function that one calls oneself."""
+
+
+def data_start_problems(options: Mapping[str, Any]) -> list[Problem]:
+    """Return why a run cannot start the adapter as its options say; empty if it can."""
+    start = options.get("init_lora_weights")
+    if not isinstance(start, str) or start not in _FROM_DATA:
+        return []
+    what = f"{start} is computed from data by a function of PEFT's own, which a run does not call"
+    fix = "use true, pissa or olora; or call PEFT's function in Python, stage by stage"
+    return [Problem(what, fix, "adapter.init_lora_weights")]
+
+
 LOFTQ = "loftq"
 
 

@@ -22,7 +22,7 @@ from ..registry.discovery import Registry, registry
 from ..spec import Spec
 from . import processes
 from .exports import MERGES, PlannedExport, exports_of, makes_dense, refused_where
-from .live import config_of_module, quantizer_of_module
+from .live import config_of_module, quantizer_of_module, refuse_unused
 from .memory import MemoryPlan, memory_plan
 from .on_disk import config_of, quantization_of
 from .parts import (
@@ -43,6 +43,7 @@ from .parts import (
 from .processes import NO_MERGE, Parallel
 from .refusals import (
     attach_refusals,
+    data_start_problems,
     export_refusals,
     loftq_problems,
     make_cell,
@@ -129,6 +130,21 @@ class Plan:
         merges = [export for export in self.exports if export.name in MERGES.values()]
         return tuple(problem for export in merges for problem in export.refusals)
 
+    @property
+    def resolved(self) -> Spec:
+        """The spec with all options as they were resolved, so that it plans the same again, also
+        where other defaults have come."""
+        named = {
+            "backend": (self.backend.name, self.quantizer.model_dump(mode="json")),
+            "adapter": (self.adapter.name, dict(self.adapter_options)),
+            "objective": (self.objective.name, self.task.model_dump(mode="json")),
+        }
+        evaluations = [{"name": n, **e.model_dump(mode="json")} for n, e in self.evaluators.items()]
+        values = self.spec.model_dump()
+        values |= {kind: {"name": name, **options} for kind, (name, options) in named.items()}
+        values["evaluate"]["evaluations"] = evaluations
+        return Spec(**values)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-ready data."""
         return {
@@ -187,6 +203,7 @@ def plan(
         quantizer, adopt = quantizer_of(draft, backend, config or {})
     else:
         model, config = "", config_of_module(module)
+        refuse_unused(draft)
         quantizer, adopt = quantizer_of_module(draft, backend, module)
     device = device_of(draft)
     options = adapter_options(draft, adapter)
@@ -337,6 +354,7 @@ def _combined(draft: Draft, made: Plan) -> Plan:
     spec, cell, backend, adapter = made.spec, made.cell, made.backend, made.adapter
     config = made.config or {}
     draft.problems += _cell_problems(made)
+    draft.problems += data_start_problems(made.adapter_options)
     draft.problems += refusals_beside(cell, made.objective, made.task.model_dump())
     draft.problems += task_problems(
         made.task, spec.train, adds_to_loss=adapter.peft_type == "ADALORA"

@@ -1,0 +1,188 @@
+"""PEFT puts its layers into a model: where the adapter's config says, or nowhere at all.
+
+PEFT reads the targets of some mixtures of experts in its own way: names that transformers 4 had for
+experts are sent to the fused experts of transformers 5, also where ordinary layers have such names
+(DeepSeek-V3's shared experts), and a regular expression becomes the last parts of what it matches.
+Here a config whose targets are there is taken at its word, and compared with what was adapted.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..dependencies import unchanged_process
+from ..errors import PlanRefused, Problem
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+_CONVERSION = "convert_peft_config_for_transformers"
+
+
+class TargetsWarning(UserWarning):
+    """PEFT by itself would put a saved adapter into other layers than it was trained in."""
+
+
+def injected(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """Return a PeftModel with a new adapter, in exactly the modules that `config` names.
+
+    What PEFT raises comes through; then, and if it adapted anything else, `model` is as it was.
+
+    Raises:
+        PlanRefused: PEFT adapted other modules than are named.
+    """
+    from peft import get_peft_model
+
+    return _exactly(model, config, lambda: get_peft_model(model, config))  # type: ignore[arg-type]
+
+
+def reloaded(
+    model: nn.Module, folder: str | Path, config: PeftConfig | None = None, **kwargs: Any
+) -> PeftModel:
+    """Return a PeftModel with the adapter saved in `folder`; see `injected`.
+
+    Args:
+        config: that of the folder, which is read where it is missing.
+        kwargs: of `PeftModel.from_pretrained`.
+    """
+    from peft import PeftConfig, PeftModel
+
+    read = config or PeftConfig.from_pretrained(str(folder))
+
+    def load() -> PeftModel:
+        return PeftModel.from_pretrained(model, str(folder), config=read, **kwargs)  # type: ignore[arg-type]
+
+    return _exactly(model, read, load)
+
+
+def _exactly(model: nn.Module, config: PeftConfig, inject: Callable[[], PeftModel]) -> PeftModel:
+    literal = _names_what_is_there(model, config)
+    expected = set(matched(model, config)) if literal else set()
+    misread = literal and _would_convert(model, config)
+    with all_or_nothing(model):
+        # PEFT imports libraries of quantizers, of other models' too.
+        with unchanged_process(), _taken_literally(literal):
+            tuned = inject()
+        if literal and (wrong := expected ^ set(adapted(tuned.get_base_model()))):
+            some = ", ".join(sorted(wrong)[:3])
+            what = f"PEFT does not adapt what is named: {len(wrong)} modules differ, e.g. {some}"
+            fix = "name other layers in target_modules, or use another adapter"
+            raise PlanRefused([Problem(what, fix, where="adapter.target_modules")])
+    if misread:
+        text = "PEFT by itself takes these target_modules for the fused experts of this model"
+        fix = "load the adapter with quantadapt.load, or merge it"
+        warnings.warn(f"{text}: {fix}", TargetsWarning, stacklevel=5)
+    return tuned
+
+
+def matched(model: nn.Module, config: PeftConfig) -> list[str]:
+    """Return the names of the modules of `model` that `config` names as targets."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+
+    method: Any = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type, BaseTuner)  # type: ignore[call-overload]
+    is_target = method._check_target_module_exists
+    return [name for name, _ in model.named_modules() if name and is_target(config, name)]
+
+
+def adapted(base: nn.Module) -> list[str]:
+    """Return the names of the modules of `base` that an adapter stands in front of. Parameters,
+    tokens and modules that are trained whole are named by other options, so they are left out."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    modules = dict(base.named_modules())
+    aside = [f"{n}." for n, m in modules.items() if isinstance(m, AuxiliaryTrainingWrapper)]
+    return [
+        name
+        for name, module in modules.items()
+        if isinstance(module, BaseTunerLayer)
+        and not hasattr(module, "parameter_name")
+        and not name.startswith(tuple(aside))
+    ]
+
+
+def _names_what_is_there(model: nn.Module, config: PeftConfig) -> bool:
+    """Say whether every target is a module of `model`, so that none is meant for an older one."""
+    wanted = getattr(config, "target_modules", None)
+    if not wanted:
+        return False
+    if isinstance(wanted, str):
+        return bool(matched(model, config))
+    names = [f".{name}" for name, _ in model.named_modules()]
+    return all(any(name.endswith(f".{target}") for name in names) for target in wanted)
+
+
+def _would_convert(model: nn.Module, config: PeftConfig) -> bool:
+    """Say whether PEFT by itself would read the targets otherwise."""
+    convert = getattr(_conversions(), _CONVERSION, None)
+    if convert is None or not hasattr(config, "target_parameters"):
+        return False
+    converted: Any = copy.deepcopy(config)
+    try:
+        convert(converted, model=model, conversions=None)
+    except Exception:  # it refuses some of them
+        return True
+    return bool(set(converted.target_parameters or ()) - set(config.target_parameters or ()))
+
+
+@contextmanager
+def _taken_literally(literal: bool) -> Iterator[None]:
+    """Inside, PEFT leaves the targets of its configs as they are, if `literal`."""
+    conversions = _conversions()
+    convert = getattr(conversions, _CONVERSION, None)
+    if convert is None or not literal:
+        yield
+        return
+    setattr(conversions, _CONVERSION, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        setattr(conversions, _CONVERSION, convert)
+
+
+def _conversions() -> Any:
+    try:
+        from peft.utils import transformers_weight_conversion
+    except ImportError:  # a release without it, which converts nothing
+        return None
+    return transformers_weight_conversion
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Put `model` back as it was where the body raises: its modules, attributes and parameters."""
+    modules = list(model.modules())
+    attributes = [dict(vars(module)) for module in modules]
+    # The dictionaries of modules, parameters, hooks and so on, which are changed in place.
+    contents = [{n: dict(v) for n, v in a.items() if isinstance(v, dict)} for a in attributes]
+    plain = (p for p in model.parameters() if type(p.data) is Tensor)
+    data = [(parameter, parameter.data) for parameter in plain]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    settings = getattr(getattr(model, "config", None), "__dict__", {})
+    settings_before = dict(settings)
+    try:
+        yield
+    except BaseException:
+        for module, before, inside in zip(modules, attributes, contents, strict=True):
+            _refill(vars(module), before)
+            for name, content in inside.items():
+                _refill(before[name], content)
+        for parameter, values in data:
+            parameter.data = values
+        for parameter, was_trained in trained:
+            parameter.requires_grad_(was_trained)
+        _refill(settings, settings_before)
+        raise
+
+
+def _refill(mapping: dict[str, Any], content: dict[str, Any]) -> None:
+    mapping.clear()
+    mapping.update(content)

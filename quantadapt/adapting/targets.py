@@ -1,0 +1,273 @@
+"""What an adapter's options name in a model: layers, patterns for them, parameters and tokens.
+
+Looks at names and sizes alone, so a model without weights (on the meta device) is as good, and what
+is wrong is told before any work, all of it at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import PlanRefused, Problem, did_you_mean
+from ..facade import QuantLinear, facades
+from ..model.modules import linear_layers, skipped_modules
+from ..quantizing.stage import nothing_quantized
+from .injecting import matched
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+ALL_LINEAR = "all-linear"
+
+_OF_SINGULAR_VECTORS = ("pissa", "olora", "corda", "orthogonal", "mica", "lora_ga", "loftq")
+"""Starts of LoRA that take a singular vector for each rank; a longer name may follow."""
+
+
+def resolve_targets(
+    model: nn.Module, wanted: str | Iterable[str] | None, names: list[str] | None = None
+) -> list[str] | str:
+    """Return `target_modules` for PEFT. Raises PlanRefused where one matches nothing.
+
+    Args:
+        names: the layers that "all-linear" stands for; the quantized ones where this is missing.
+    """
+    names = [name for name, _ in facades(model)] if names is None else names
+    if wanted is None or (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR):
+        if not names:
+            raise nothing_quantized(model)
+        return _endings(model, names)
+    targets = wanted if isinstance(wanted, str) else list(wanted)
+    if problems := _target_problems(model, targets, names):
+        raise PlanRefused(problems)
+    return targets
+
+
+def quantizable(model: nn.Module, skip: tuple[str, ...] | None) -> list[str]:
+    """Return the names of the layers of a dense model that will be quantized."""
+    return [name for name, _ in linear_layers(model, skipped_modules(model, skip))]
+
+
+def _endings(model: nn.Module, names: list[str]) -> list[str]:
+    """Return the shortest name endings that match `names` and nothing else."""
+    wanted = set(names)
+    endings = {name.rpartition(".")[2] for name in names}
+    found = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
+    if found == wanted and not any(ending.isdigit() for ending in endings):
+        return sorted(endings)
+    return sorted(wanted)
+
+
+def _target_problems(
+    model: nn.Module, targets: str | list[str], layers: list[str]
+) -> list[Problem]:
+    where = "adapter.target_modules"
+    names = [name for name, _ in model.named_modules()]
+    known = sorted({name.rpartition(".")[2] for name in layers})
+    if isinstance(targets, str):
+        if any(re.fullmatch(targets, name) for name in names):
+            return []
+        parts = [part.strip() for part in targets.strip("[]").split(",")]
+        if all(any(_ends(name, part) for name in names) for part in parts):
+            what = f"{targets!r} is text, so a regular expression for whole names; none matches"
+            return [Problem(what, f"write a list: [{', '.join(parts)}]", where)]
+        return [Problem(f"no layer of the model matches {targets!r}", _hint(targets, known), where)]
+    if not targets:
+        what = "it names no layer"
+        return [Problem(what, f"use {ALL_LINEAR}, or some of {', '.join(known)}", where)]
+    return [
+        Problem(f"no layer of the model matches {target!r}", _hint(target, known), where)
+        for target in targets
+        if not any(_ends(name, target) for name in names)
+    ]
+
+
+def _ends(name: str, ending: str) -> bool:
+    return f".{name}".endswith(f".{ending}")
+
+
+def _hint(name: str, known: list[str]) -> str:
+    hint, layers = did_you_mean(name, known), ", ".join(known)
+    return f"name one of its layers: {layers}" if layers in hint else f"{hint} (layers: {layers})"
+
+
+# Options that name other things -------------------------------------------------------------------
+
+
+def name_problems(model: nn.Module, options: Mapping[str, Any]) -> list[Problem]:
+    """Return what is named by options beside `target_modules` and is not in `model`."""
+    names = [name for name, _ in model.named_modules() if name]
+    found = [*_unknown_parameters(model, options.get("target_parameters"))]
+    found += _token_problems(model, options.get("trainable_token_indices"))
+    for option in ("exclude_modules", "modules_to_save"):
+        wanted = options.get(option) or ()
+        if isinstance(wanted, str):
+            missing = [] if any(re.fullmatch(wanted, name) for name in names) else [wanted]
+        else:
+            missing = [w for w in wanted if not any(_ends(name, w) for name in names)]
+        found += [_not_there(w, names, f"adapter.{option}") for w in missing]
+    return found
+
+
+def _not_there(wanted: str, names: Iterable[str], where: str) -> Problem:
+    known = sorted({name.rpartition(".")[2] for name in names} - {str(n) for n in range(1000)})
+    return Problem(f"no module of the model matches {wanted!r}", did_you_mean(wanted, known), where)
+
+
+def _unknown_parameters(model: nn.Module, wanted: Iterable[str] | None) -> Iterator[Problem]:
+    where = "adapter.target_parameters"
+    weights = [f"{name}.weight" for name, _ in facades(model)]
+    names = [name for name, _ in model.named_parameters()]
+    for name in wanted or ():
+        if any(_ends(weight, name) for weight in weights):
+            fix = "name the layer in target_modules: for a linear layer that is the same"
+            yield Problem(f"{name} is quantized, no parameter", fix, where)
+        elif not any(_ends(other, name) for other in names):
+            known = sorted({".".join(other.split(".")[-2:]) for other in names})
+            yield Problem(
+                f"no parameter of the model matches {name!r}", did_you_mean(name, known), where
+            )
+
+
+def _token_problems(model: nn.Module, wanted: Any) -> Iterator[Problem]:
+    """Yield what is wrong with `trainable_token_indices`: ids, or the ids of each embedding."""
+    where = "adapter.trainable_token_indices"
+    if wanted is None:
+        return
+    embeddings = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    if not isinstance(wanted, Mapping):
+        embedding: Any = getattr(model, "get_input_embeddings", lambda: None)
+        yield from _id_problems(wanted, embedding(), where)
+        return
+    for name, ids in wanted.items():
+        there = [module for key, module in embeddings.items() if _ends(key, name)]
+        if not there:
+            known = sorted({key.rpartition(".")[2] for key in embeddings})
+            yield Problem(f"the model has no embedding {name!r}", did_you_mean(name, known), where)
+        else:
+            yield from _id_problems(ids, there[0], f"{where}.{name}")
+
+
+def _id_problems(ids: list[int], embedding: Any, where: str) -> Iterator[Problem]:
+    if embedding is None:
+        yield Problem("the model has no token embedding", "leave it out", where)
+        return
+    rows = embedding.weight.shape[0]
+    if not ids:
+        yield Problem("it names no token", "leave it out, or name token ids", where)
+    elif outside := [i for i in ids if not 0 <= i < rows]:
+        fix = "resize the embedding first (model.resize_token_embeddings) where tokens are new"
+        yield Problem(f"token {outside[0]} is outside of the embedding of {rows}", fix, where)
+    elif len(set(ids)) < len(ids):
+        yield Problem("it names a token twice", "name each once", where)
+
+
+# What the targets come to -------------------------------------------------------------------------
+
+
+def adapted_problems(
+    model: nn.Module,
+    config: PeftConfig,
+    layers: list[str],
+    *,
+    start: Any = None,
+    own_method: bool = False,
+) -> list[Problem]:
+    """Return what is wrong with the modules that `config` comes to.
+
+    Args:
+        layers: the linear layers that may be named instead.
+        start: what `init_lora_weights` says.
+        own_method: whether PEFT does not ship the method, which may adapt anything.
+    """
+    chosen = {name: model.get_submodule(name) for name in matched(model, config)}
+    found = [] if own_method else [*_blocks(chosen, layers)]
+    found += _layer_problems(model, config)
+    for option in ("rank_pattern", "alpha_pattern"):
+        found += _pattern_problems(option, getattr(config, option, None) or {}, list(chosen))
+    if isinstance(start, str):
+        found += _rank_problems(start, config, chosen)
+    if not (found or chosen or getattr(config, "target_parameters", None)):
+        what = "nothing is left to adapt: what is named is excluded, or trained whole"
+        fix = "look at target_modules, exclude_modules and modules_to_save"
+        found.append(Problem(what, fix, "adapter.target_modules"))
+    return found
+
+
+def _blocks(chosen: Mapping[str, nn.Module], layers: list[str]) -> Iterator[Problem]:
+    """Yield a problem for each kind of module that is named and holds linear layers itself."""
+    told = set()
+    for name, module in chosen.items():
+        inside = sorted({n.rpartition(".")[2] for n in layers if n.startswith(f"{name}.")})
+        ending = name.rpartition(".")[2]
+        if inside and not isinstance(module, nn.MultiheadAttention) and ending not in told:
+            told.add(ending)
+            what = f"{name} is no layer, but a {type(module).__name__} of several"
+            fix = f"name its layers: {', '.join(inside)}"
+            yield Problem(what, fix, "adapter.target_modules")
+
+
+def _layer_problems(model: nn.Module, config: Any) -> Iterator[Problem]:
+    """Yield what is wrong with `layers_to_transform` and `layers_pattern`."""
+    wanted = getattr(config, "layers_to_transform", None)
+    if wanted is None or wanted == [] or isinstance(config.target_modules, str):
+        return
+    given = getattr(config, "layers_pattern", None) or []
+    patterns = [given] if isinstance(given, str) else given
+    targets = [
+        n for n, _ in model.named_modules() if any(_ends(n, t) for t in config.target_modules)
+    ]
+    counted = {(m[1], int(m[2])) for n in targets if (m := re.match(r".*?([^.]+)\.(\d+)\.", n))}
+    known = sorted({stack for stack, _ in counted})
+    if patterns:
+        if not any(re.fullmatch(p, stack) for p in patterns for stack in known):
+            what = f"no layers are called {', '.join(map(repr, patterns))}"
+            yield Problem(what, did_you_mean(patterns[0], known), "adapter.layers_pattern")
+            return
+        counted = {(s, i) for s, i in counted if any(re.fullmatch(p, s) for p in patterns)}
+    there = {index for _, index in counted}
+    asked = [wanted] if isinstance(wanted, int) else wanted
+    if missing := [index for index in asked if index not in there]:
+        what = f"there is no layer {', '.join(map(str, missing))} that is named"
+        fix = f"use {min(there)} to {max(there)}" if there else "leave it out: no layer is counted"
+        yield Problem(what, fix, "adapter.layers_to_transform")
+
+
+def _pattern_problems(
+    option: str, patterns: Mapping[str, Any], names: list[str]
+) -> Iterator[Problem]:
+    for key in patterns:
+        if not any(_of_pattern(key, name) for name in names):
+            known = sorted({name.rpartition(".")[2] for name in names})
+            what = f"{key!r} matches no layer that is adapted"
+            yield Problem(what, f"adapted are {', '.join(known)}", f"adapter.{option}")
+
+
+def _of_pattern(key: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", name) is not None  # as PEFT does
+
+
+def _rank_problems(start: str, config: Any, chosen: Mapping[str, nn.Module]) -> Iterator[Problem]:
+    """Yield a problem for the first layer that has fewer singular vectors than ranks are wanted,
+    and where there is nothing to take them of."""
+    if not start.startswith(_OF_SINGULAR_VECTORS):
+        return
+    if start == "lora_ga" and not any(hasattr(m, "_peft_loraga_grad") for m in chosen.values()):
+        what = "LoRA-GA starts from gradients, and none were taken"
+        fix = "call PEFT's preprocess_loraga first, or use init_lora_weights: true"
+        yield Problem(what, fix, "adapter.init_lora_weights")
+    for name, module in chosen.items():
+        if not isinstance(module, (nn.Linear, QuantLinear)):
+            continue
+        key = next((k for k in config.rank_pattern or {} if _of_pattern(k, name)), None)
+        rank = config.r if key is None else config.rank_pattern[key]
+        side = min(module.in_features, module.out_features)
+        if rank > side:
+            what = f"{start} needs a singular vector for each rank; {name} has {side}, not {rank}"
+            fix = f"use {side} or less, or init_lora_weights: true"
+            where = "adapter.r" if key is None else f"adapter.rank_pattern.{key}"
+            yield Problem(what, fix, where)
+            return
