@@ -308,7 +308,7 @@ def test_an_adapter_of_another_type_is_refused(adapter: Path) -> None:
 @pytest.mark.parametrize("values", [{"r": "2"}, {"r": 0}, {"r": True}, {"lora_alpha": None}])
 def test_an_adapter_config_of_wrong_types_is_refused(values: dict[str, Any], adapter: Path) -> None:
     changed(adapter / "adapter_config.json", **values)
-    with pytest.raises(ModelError, match=f"{next(iter(values))} is "):
+    with pytest.raises(ModelError, match=rf"\b{next(iter(values))}\b"):
         qa.load(adapter)
 
 
@@ -455,7 +455,7 @@ def test_an_endless_chat_template_is_refused(tmp_path: Path, tokenizer: Any) -> 
 )  # fmt: skip
 def test_what_is_no_object_is_refused_in_a_sentence(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(raw)
-    with pytest.raises(ModelError, match=r"x\.json: it (is|holds) "):
+    with pytest.raises(ModelError, match=r"x\.json: (it is|it holds|not valid JSON)"):
         read_object(tmp_path / "x.json")
 
 

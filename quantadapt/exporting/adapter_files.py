@@ -4,12 +4,13 @@ numbers."""
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
-from ..inputs.documents import read_object, shown
+from ..errors import ModelError, QuantadaptError
+from ..inputs.documents import read_object, reason, shown
 from ..inputs.patterns import pattern_problems
 from ..inputs.weights import file_in, read_header, refuse_pickles
 from ..planning.peft_options import Option, peft_options
@@ -67,7 +68,7 @@ def _names_layers(targets: Any) -> bool:
 
 def _is_no_rank(config: Mapping[str, Any], name: str) -> bool:
     value = config.get(name)
-    return isinstance(value, int) and (isinstance(value, bool) or not 0 < value <= 2**16)
+    return isinstance(value, int) and (isinstance(value, bool) or not 0 <= value <= 2**16)
 
 
 def refuse_not_trained(folder: Path) -> None:
@@ -80,3 +81,16 @@ def refuse_not_trained(folder: Path) -> None:
     with safe_open(folder / WEIGHTS, framework="pt") as opened:
         named = ((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118
         refuse_not_numbers(named, where=str(folder / WEIGHTS), fix=fix)
+
+
+@contextmanager
+def peft_in_words(folder: Path) -> Iterator[None]:
+    """Turn what PEFT raises about the files in `folder` into a ModelError."""
+    try:
+        yield
+    except (QuantadaptError, MemoryError):
+        raise
+    except Exception as error:  # what is in the files decides what PEFT does
+        what = f"PEFT cannot load the adapter: {reason(error)}"
+        fix = "look whether it belongs to this base, and whether its files are whole"
+        raise ModelError(what, fix=fix, where=str(folder)) from error

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from ..capabilities import Cell
-from ..errors import MergeRefused, ModelError, Problem
+from ..errors import MergeRefused, ModelError, Problem, QuantadaptError
+from ..inputs.documents import reason
 from ..machine import this_machine
 from ..paths import INDEX
 from ..planning.on_disk import check_model
@@ -25,7 +26,7 @@ from ..protocols import Exporter, Figure
 from ..records import Adapter, Backend
 from ..registry.discovery import registry
 from ..stages import held_out_data
-from .adapter_files import refuse_not_trained
+from .adapter_files import check_adapter, refuse_not_trained
 from .manifest import MANIFEST, MERGED, adapter_folder, combination
 from .stage import merge_words, write
 from .tuned import Tuned, compared
@@ -74,7 +75,9 @@ class OntoBase(Exporter):
         from ..loading.tensors import Checkpoint
         from .stored import open_stored
 
-        config_class(registry().adapter(tuned.manifest["adapter"]))  # PEFT may not know it yet
+        adapter = registry().adapter(tuned.manifest["adapter"])
+        config_class(adapter)  # PEFT may not know it yet
+        check_adapter(tuned.adapter, adapter)
         base, device = os.path.expanduser(self.base), tuned.device
         device = this_machine().default_device if device == "auto" else device
         data = tuned.held_out if self.check else None
@@ -150,8 +153,10 @@ def _attached(base: str, adapter: Path, device: str) -> PeftModel:
     model: Any = open_stored(base, device=device, dtype=torch.float32)
     try:
         return reloaded(model, adapter).eval()
-    except (RuntimeError, ValueError) as error:
-        what = f"the adapter does not fit this base: {str(error).strip().splitlines()[-1].strip()}"
+    except QuantadaptError:
+        raise
+    except Exception as error:  # what is in the files decides what PEFT does
+        what = f"the adapter does not fit this base: {reason(error)}"
         fix = "pass the model that the quantized base was made from"
         raise ModelError(what, fix=fix, where=base) from error
 

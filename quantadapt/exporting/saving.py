@@ -21,7 +21,7 @@ from ..protocols import Exporter, Figure
 from ..quantizing.state import ModelState, state_of
 from ..registry.discovery import registry
 from ..stages import quantize
-from .adapter_files import refuse_not_trained
+from .adapter_files import check_adapter, peft_in_words, refuse_not_trained
 from .manifest import ADAPTER, BASE, MANIFEST, MERGED, adapter_in, read_manifest, write_manifest
 
 if TYPE_CHECKING:
@@ -167,9 +167,11 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
     if manifest["adapter"] is None:
         what = f"its {MANIFEST} says of no adapter, and there is one"
         raise ModelError(what, fix="restore the file", where=str(folder))
-    refuse_not_trained(folder)
     adapter = registry().adapter(manifest["adapter"])
-    config: Any = config_class(adapter).from_pretrained(str(folder))
+    check_adapter(folder, adapter)
+    refuse_not_trained(folder)
+    with peft_in_words(folder):
+        config: Any = config_class(adapter).from_pretrained(str(folder))
     if base is None and (folder.parent / BASE / MANIFEST).exists():
         model = load_base(folder.parent / BASE, device)
     elif base is None or isinstance(base, str):
@@ -192,7 +194,8 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
         if state.rewritten:  # the base has given its part to the adapter already
             config.init_lora_weights = True
     before = {id(facade.vendor) for _, facade in facades(model)}
-    peft_model = reloaded(model, folder, config, is_trainable=True)
+    with peft_in_words(folder):
+        peft_model = reloaded(model, folder, config, is_trainable=True)
     # PiSSA starts again from the base as it was, and so rewrites it again.
     state.rewritten |= any(id(facade.vendor) not in before for _, facade in facades(peft_model))
     state.adapter = adapter

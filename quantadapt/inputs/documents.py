@@ -46,7 +46,7 @@ def read_object(
     except RecursionError:
         raise error("it is nested too deeply", fix=fix, where=str(file)) from None
     except ValueError as failure:
-        raise error(f"it is no valid JSON: {failure}", fix=fix, where=str(file)) from None
+        raise error(f"not valid JSON: {failure}", fix=fix, where=str(file)) from None
     if not isinstance(value, dict):
         what = f"it holds {_kind(value)}, not an object"
         raise error(what, fix=fix, where=str(file))
