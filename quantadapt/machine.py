@@ -122,10 +122,12 @@ def run_python(code: str, arguments: Sequence[str], timeout: float | None) -> tu
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode("utf-8", "replace"))
-    return _ending(done.returncode, texts[1]), texts[0]
+    return ending(done.returncode, texts[1]), texts[0]
 
 
-def _ending(code: int, errors: str) -> str:
+def ending(code: int, errors: str) -> str:
+    """Return what went wrong in a process of Python, by its exit status and what it wrote to
+    stderr; nothing where all went well."""
     if code == 0:
         return ""
     if code < 0:

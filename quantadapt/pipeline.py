@@ -19,6 +19,7 @@ from .distributed.talking import peers_in_words, reduced, start
 from .distributed.world import as_launched, world
 from .errors import NumbersError, PlanRefused, QuantadaptError, TrainingError
 from .evaluation.sizes import size_mib
+from .evaluation.verdict import warnings_of
 from .exporting.manifest import BASE
 from .exporting.saving import load_base, save, save_base
 from .exporting.stage import export, merge_entry
@@ -47,8 +48,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[str, Mapping[str, Any]], None]
-"""Called with an event ("stage", "figures", "log", "export", "note") and its data, to show
-progress."""
+"""Called with an event and its data, to show progress: "stage", "figures", "log", "validation",
+"export", "note" or "warning"."""
 
 
 @dataclass(frozen=True)
@@ -337,7 +338,7 @@ class _Run:
 
         def on_log(entry: dict[str, Any]) -> None:
             self.folder.append_metric(entry)
-            self.listener("log", entry)
+            self.listener("validation" if "eval_loss" in entry else "log", entry)
 
         return train_(
             model,
@@ -347,12 +348,15 @@ class _Run:
             task=self.plan.task,
             output=self.folder.path,
             seed=self.spec.seed,
+            held_out=self.held_out(data),
             on_log=on_log,
             on_note=lambda text: self.listener("note", {"text": text}),
         )
 
     def record_training(self, result: TrainResult) -> None:
-        names = ("steps", "seconds", "tokens", "peak_memory_gib", "resumed_from",
+        self.losses = result.losses
+        names = ("steps", "validation", "best_step", "kept_step", "stopped_early",
+                 "seconds", "tokens", "peak_memory_gib", "resumed_from",
                  "trainable_parameters", "base_parameters", "dequantize_share")  # fmt: skip
         self.metrics["train"] = {name: getattr(result, name) for name in names}
         self.metrics["train"] |= {"processes": self.world.size, "parallel": self.plan.parallel}
@@ -369,6 +373,9 @@ class _Run:
 
     def measure_tuned(self, model: PeftModel, data: Data) -> None:
         self.measure("tuned", model, data, split=True)
+        self.metrics["warnings"] = warnings_of(self.metrics, self.losses)
+        for text in self.metrics["warnings"]:
+            self.listener("warning", {"text": text})
         if not self.answers_prompts:
             return
         after = self.answers(model, data)
@@ -417,7 +424,7 @@ class _Run:
         if not {"quantized", "tuned", "merged"} <= found.keys():
             return {}
         kept = gain_kept(found["quantized"], found["tuned"], found["merged"])
-        return {"gain_kept": Figure(kept, "share", "higher")}
+        return {} if kept is None else {"gain_kept": Figure(kept, "share", "higher")}
 
     def finish(self, state: Literal["finished", "failed", "interrupted"]) -> None:
         """Write the figures and the report, also of a run that did not get to its end."""

@@ -159,8 +159,37 @@ class TrainSpec(_Strict):
     )
     logging_steps: int = Field(5, ge=1)
     save_steps: int | None = Field(None, ge=1, description="checkpoint every so many steps")
+    eval_strategy: Literal["no", "steps", "epoch"] | None = Field(
+        None,
+        description="when to measure the loss on held-out data; steps where eval_steps is set",
+    )
+    eval_steps: int | None = Field(
+        None, ge=1, description="measure it every so many steps, and after the last"
+    )
+    load_best_model_at_end: bool = Field(
+        False, description="keep the adapter of the step where that loss was lowest"
+    )
+    metric_for_best_model: Literal["eval_loss", "loss"] = Field(
+        "eval_loss", description="by which a step is best: the loss on held-out data"
+    )
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="stop after so many validations without a lower loss"
+    )
+    early_stopping_threshold: float = Field(
+        0.0, ge=0, description="by how much it has to be lower, in nats per token"
+    )
     report_to: list[str] = Field(default_factory=list, description="e.g. [tensorboard, wandb]")
     resume: bool = Field(False, description="go on from the last checkpoint in the output folder")
+
+    @property
+    def validates(self) -> Literal["no", "steps", "epoch"]:
+        """When the loss on held-out data is measured while training."""
+        return self.eval_strategy or ("steps" if self.eval_steps else "no")
+
+    @field_validator("eval_strategy", mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML takes a bare `no` for false
 
     @field_validator("memory", mode="wrap")
     @classmethod

@@ -113,6 +113,7 @@ def train(
     *,
     objective: str | Mapping[str, Any] = "sft",
     output: str | Path | None = None,
+    eval_data: str | Path | Dataset | None = None,
     seed: int = 0,
     tokenizer: Any = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
@@ -127,9 +128,12 @@ def train(
         data: a file, folder or hub id (see DataSpec), a tokenized Dataset, or None for the demo's.
         objective: see `quantadapt objectives`; a name, or `{"name": ..., option: value}`.
         output: where checkpoints go; a temporary folder if missing.
+        eval_data: what `eval_steps` or `eval_strategy` measure on while training: a file or a
+            tokenized Dataset; by default what is held out of `data`.
         seed: for shuffling and dropout.
         tokenizer: needed for a live module only.
-        on_log: called at each logging step with step, loss, learning_rate, ...
+        on_log: called at each logging step with step, loss, learning_rate, ..., and after each
+            validation with step, eval_loss, ...
         on_note: told in a sentence what became of each data file, and how memory is used, where
             that was chosen or had to change.
         max_length: longest example in tokens, where `data` is read from a file.
@@ -144,11 +148,18 @@ def train(
     spec = Spec(train=options, objective=objective)
     task = planning.task_for(spec)
     tokenizer = tokenizer or state_of(model).tokenizer
+    rest: Dataset | None = None
+    if eval_data is not None:
+        if spec.train.validates == "no":
+            what = "eval_data has no effect where nothing says when to measure on it"
+            raise QuantadaptError(what, fix="pass eval_steps=..., or eval_strategy='epoch'")
+        rest = held_out_data(eval_data, tokenizer, max_length)
     if data is None or isinstance(data, str | Path):
         path = None if data is None else str(data)
         wanted = Spec(data={"path": path, "max_length": max_length}).data
         read = task.read(wanted, _needed(tokenizer), seed=seed)
         data = read.train
+        rest = read.eval if rest is None else rest
         if hasattr(model, "quantadapt"):
             state_of(model).max_length = max_length
         if on_note is not None:
@@ -160,6 +171,7 @@ def train(
             task=task,
             output=Path(output or scratch).expanduser(),
             seed=seed,
+            held_out=rest,
             on_log=on_log,
             on_note=on_note,
         )

@@ -19,7 +19,7 @@ import pytest
 import quantadapt.pipeline
 from quantadapt import cli, demo
 from quantadapt.cli.commands import COMMANDS, TRACEBACK
-from quantadapt.errors import TrainingError
+from quantadapt.errors import PlanRefused, TrainingError
 from quantadapt.folders.run_folder import RunFolder
 from quantadapt.hookspecs import hookimpl
 from quantadapt.machine import Machine
@@ -770,3 +770,78 @@ def test_a_run_tells_what_became_of_its_data(run_cli, lossy):
     model = quantadapt.load(folder)
     assert quantadapt.evaluate(model, lossy)["tokens"] == lengths[0]
     assert quantadapt.evaluate(model, lossy, max_length=512)["tokens"] > lengths[0]
+
+
+# Words and files ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", ["60", "80", "120"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["backends"], ["adapters"], ["evaluations"], ["exports"], ["objectives"], ["plan"]),
+        *(["backends", "show", "hqq"], ["adapters", "show", "lora"], ["matrix"]),
+        ["doctor", "--no-imports"],
+    ],
+    ids=" ".join,
+)
+def test_no_word_is_broken_in_the_middle(run_cli, monkeypatch, command, width) -> None:
+    """Each word of a narrow page is one of the widest."""
+    monkeypatch.setenv("COLUMNS", "3000")
+    whole = {word.strip("(),") for word in run_cli(*command).out.split()}
+    monkeypatch.setenv("COLUMNS", width)
+    lines = run_cli(*command).out
+    other = {"by"}  # options that do not fit stand one below the other, with "by default"
+    broken = {word.strip("(),") for word in lines.split()} - whole - other
+    assert broken == set()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_lines_on_a_terminal_end_between_words(monkeypatch, width) -> None:
+    """Which would break them where it is full; a path stays in one piece."""
+    import io
+
+    from quantadapt.cli import session
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(session, "_width", lambda stream: width)
+    monkeypatch.setenv("TERM", "xterm")
+    screen, path = Terminal(), "/a/path/" + "that-is-longer-than-the-screen/" * 6
+    text = f"note: {'something happened ' * 9}in {path} and was told"
+    session._console(screen).print(text, markup=False, soft_wrap=True)
+    lines = screen.getvalue().splitlines()
+    assert len(lines) > 2
+    assert " ".join(" ".join(lines).split()) == text
+    assert [line for line in lines if len(line.rstrip()) > width] == [path]
+
+
+def test_no_log_is_left_in_the_temporary_folder(capsys, tmp_path, monkeypatch) -> None:
+    import tempfile
+
+    from quantadapt.cli.session import session
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv(TRACEBACK, raising=False)
+
+    def ends_with(error: BaseException) -> str:
+        def work() -> None:
+            with session():
+                os.write(2, b"what a vendor prints\n")
+                assert list(tmp_path.iterdir()) == []  # also while it runs: it may be killed
+                raise error
+
+        with pytest.raises(SystemExit):
+            work()
+        return capsys.readouterr().err
+
+    for quiet in (SystemExit(1), KeyboardInterrupt(), PlanRefused([])):
+        ends_with(quiet)
+        assert list(tmp_path.iterdir()) == []
+    told = ends_with(RuntimeError("a bug"))
+    (log,) = tmp_path.iterdir()
+    assert f"the traceback is in {log}" in told
+    assert log.read_text().startswith("what a vendor prints")
+    assert "RuntimeError: a bug" in log.read_text()

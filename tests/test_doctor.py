@@ -41,6 +41,7 @@ def vendor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Write a module that other processes can import, and return a backend that needs it."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(doctor, "_TORCH_PROBE", "print('{}')")
+    monkeypatch.setattr(doctor, "PRELOAD", ())
 
     def write(code: str) -> Backend:
         (tmp_path / "vendor_module.py").write_text(code)
@@ -68,7 +69,57 @@ def test_a_vendor_that_imports_is_ready(vendor):
 def test_a_vendor_that_breaks_is_named_and_explained(vendor, code: str, problem: str):
     found = health(vendor(code), timeout=1.0 if "sleep" in code else 30.0)
     assert (found.state, found.problem) == ("broken", problem)
-    assert found.fix == "pip install --force-reinstall 'quantadapt[v]'"
+    assert "pip install --force-reinstall 'quantadapt[v]'" in found.fix
+    assert ("wait longer, with --timeout 2" in found.fix) == ("sleep" in code)
+
+
+def test_backends_are_told_as_soon_as_they_are_known(vendor, monkeypatch):
+    """What is slow keeps nobody waiting, and what hangs or crashes takes nobody along."""
+    vendor("import time; time.sleep(60)")
+    slow = Backend("a-slow", "", Plain, imports=("vendor_module",))
+    quick = [Backend(f"b{i}", "", Plain, imports=(name,)) for i, name in enumerate(["json", "csv"])]
+    missing = Backend("c", "", Plain, requires=("no-such-distribution>=1",))
+    parts: list[Any] = []
+    made = doctor.diagnose(
+        found=plugins(slow, *quick, missing),
+        timeout=3,
+        on_look=parts.append,
+        on_torch=parts.append,
+        on_backend=parts.append,
+    )
+    assert isinstance(parts[0], doctor.Diagnosis)
+    assert parts[0].libraries == made.libraries
+    states = {part.name: part.state for part in parts[1:] if isinstance(part, doctor.BackendHealth)}
+    assert states == {"c": "not installed", "b0": "ready", "b1": "ready", "a-slow": "broken"}
+    assert next(iter(states)) == "c"
+    assert list(states)[-1] == "a-slow"
+    assert [backend.name for backend in made.backends] == ["a-slow", "b0", "b1", "c"]
+
+
+@pytest.mark.parametrize(
+    "preload", ["no_such_module_at_all", "broken_preload", "crashing_preload"], ids=str
+)
+def test_what_breaks_while_it_is_preloaded_hides_nothing(vendor, monkeypatch, tmp_path, preload):
+    (tmp_path / "broken_preload.py").write_text("raise RuntimeError('no')")
+    (tmp_path / "crashing_preload.py").write_text("import os; os.kill(os.getpid(), 11)")
+    monkeypatch.setattr(doctor, "PRELOAD", (preload,))
+    assert health(vendor("x = 1"), timeout=30.0).state == "ready"
+    found = health(vendor("import no_such_module_at_all"), timeout=30.0)
+    assert "No module named 'no_such_module_at_all'" in found.problem
+
+
+def test_what_is_preloaded_is_there_once(vendor, monkeypatch, tmp_path):
+    """Copied, not imported again; and what one probe does to it, another does not see."""
+    (tmp_path / "heavy.py").write_text(f"open({str(tmp_path / 'count')!r}, 'a').write('x')\nn = 0")
+    code = "import heavy; heavy.n += 1; assert heavy.n == 1, heavy.n"
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.py").write_text(code)
+    vendor("")
+    monkeypatch.setattr(doctor, "PRELOAD", ("heavy",))
+    both = plugins(*(Backend(name, "", Plain, imports=(name,)) for name in ("one", "two")))
+    made = doctor.diagnose(found=both, timeout=30)
+    assert [backend.state for backend in made.backends] == ["ready", "ready"], made.backends
+    assert (tmp_path / "count").read_text() == "x"
 
 
 def test_nothing_is_imported_if_that_is_wished(vendor):

@@ -233,16 +233,21 @@ def test_no_token_to_predict_is_an_error():
         (3.0, 2.0, 3.0, 0.0),
         (3.0, 2.0, 3.5, -0.5),
         (3.0, 2.0, 1.5, 1.5),
-        (2.0, 2.0, 2.0, 1.0),  # nothing gained, nothing lost
-        (2.0, 2.5, 2.5, 1.0),
-        (2.0, 2.5, 2.6, 0.0),
         (3.0, 2.0, math.nan, 0.0),
         (3.0, 2.0, math.inf, 0.0),
         (math.inf, 2.0, 2.0, 1.0),
+        (math.log(16), math.log(4), math.log(8), 0.5),  # of perplexities it would be 0.667
     ],
 )
 def test_gain_kept(base, tuned, merged, kept):
     assert gain_kept(base, tuned, merged) == pytest.approx(kept)
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned"), [(2.0, 2.0), (2.0, 2.5), (2.77, 7.62), (3.0, math.nan), (3.0, math.inf)]
+)
+def test_without_a_gain_none_is_kept(base, tuned):
+    assert gain_kept(base, tuned, tuned) is None
 
 
 def test_greedy_takes_the_likeliest_token_whatever_the_batch(capfd, caplog):

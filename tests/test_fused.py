@@ -205,13 +205,13 @@ def test_an_adapter_over_a_base_that_was_made_dense() -> None:
 def test_without_gradients_no_function_of_autograd_runs(monkeypatch, autocast) -> None:
     """It would take as long as the layer itself when single tokens are decoded."""
     from quantadapt.adapting.fused_lora import _FusedLora
-    from quantadapt.facade import _Frozen
+    from quantadapt.facade.frozen import Frozen
 
     fused, base = adapted(True, torch.float32), model(torch.float32)
     x, among = X.float(), torch.autocast("cpu", torch.bfloat16, enabled=autocast)
     with among:
         expected = [made(x).detach() for made in (fused, base)]
-    for function in (_Frozen, _FusedLora):
+    for function in (Frozen, _FusedLora):
         monkeypatch.setattr(function, "apply", None)
     with among, torch.no_grad():
         found = [made(x) for made in (fused, base)]

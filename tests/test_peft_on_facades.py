@@ -269,6 +269,23 @@ def test_modules_to_save_train_a_dense_copy(pair, kept, tmp_path: Path) -> None:
     assert close(loaded.eval()(X), model.eval()(X))
 
 
+def test_layers_that_are_tuned_whole_are_dense_copies(pair, tmp_path: Path) -> None:
+    """LN tuning copies the layers that it is given, and trains the copies."""
+    config = peft.LNTuningConfig(target_modules=["b"])
+    model, dense = (tuned(each, config) for each in pair)
+    assert close(model(X), dense(X))
+    for each in (model, dense):
+        each(X).square().sum().backward()
+    grads = [
+        each.base_model.model.b.ln_tuning_layers.default.weight.grad for each in (model, dense)
+    ]
+    assert close(*grads, 1e-3)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(made_like(model)[0], tmp_path)
+    assert close(loaded(X), dense(X))
+    assert close(loaded.merge_and_unload()(X), dense.merge_and_unload()(X))
+
+
 def made_like(model: Any) -> tuple[nn.Module, nn.Module]:
     return made(model.quantadapt.backend.name)
 
@@ -397,29 +414,213 @@ def test_adapters_of_stock_peft_load_onto_facades(pair, tmp_path: Path) -> None:
     assert close(loaded(X), outputs[0])
 
 
-def test_a_classifier_with_its_head(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForSequenceClassification
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("backend", [*BACKENDS, "bnb-int8", "quanto", "eetq"])
+def test_parameters_are_counted_as_dense_ones(backend, bias, capsys) -> None:
+    models = made(backend, bias)
+    config = LoraConfig(r=4, target_modules=TARGETS, bias="lora_only")
+    facade, stock = (get_peft_model(model, config) for model in models)
+    assert facade.get_nb_trainable_parameters() == stock.get_nb_trainable_parameters()
+    capsys.readouterr()  # what vendors print as they are imported
+    facade.print_trainable_parameters()
+    text = capsys.readouterr().out
+    stock.print_trainable_parameters()
+    assert text == capsys.readouterr().out
+    mixed = peft.get_peft_model(made(backend)[0], peft.LoHaConfig(target_modules=["a"]), mixed=True)
+    plain = peft.get_peft_model(made(backend)[1], peft.LoHaConfig(target_modules=["a"]), mixed=True)
+    assert mixed.get_nb_trainable_parameters() == plain.get_nb_trainable_parameters()
+
+
+def llama(backend: str | None, cls: str = "LlamaForCausalLM", **options: Any) -> Any:
+    import transformers
 
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=32, num_hidden_layers=1, num_labels=3, pad_token_id=0, **sizes)
+    config = transformers.LlamaConfig(vocab_size=32, num_hidden_layers=1, pad_token_id=0, **sizes)
+    torch.manual_seed(0)
+    model = getattr(transformers, cls)(config)
+    if backend is None:
+        return model
+    return qa.quantize(model, backend=backend, device="cpu", dtype="float32", **options)
 
-    def base(backend: str) -> nn.Module:
-        torch.manual_seed(0)
-        model = LlamaForSequenceClassification(config)
-        return qa.quantize(
-            model, backend=backend, device="cpu", dtype="float32", skip_modules=["score"]
-        )
 
-    ids = torch.arange(1, 13).view(2, 6)
-    lora = LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["q_proj", "down_proj"])
-    model = tuned(base("hqq"), lora).eval()
+@pytest.mark.parametrize("backend", ["hqq", "bnb-nf4"])
+def test_transformers_counts_parameters_as_dense_ones(backend) -> None:
+    model, dense = llama(backend), llama(None)
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    for embeddings in (False, True):
+        counts = [m.num_parameters(exclude_embeddings=embeddings) for m in (model, dense)]
+        assert counts[0] == counts[1]
+    assert model.num_parameters(only_trainable=True) < dense.num_parameters()
+    counts = [get_peft_model(m, prompt).get_nb_trainable_parameters() for m in (model, dense)]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("backend", ["none", "hqq", "torchao-int8"])  # bnb loads none of its own
+def test_a_state_dict_is_loaded_with_its_biases(backend, assign) -> None:
+    model, _ = made(backend)
+    state = {key: copy.deepcopy(value) for key, value in model.state_dict().items()}
+    y, biases = model(X), {n: f.bias.detach().clone() for n, f in facades(model)}
+    with torch.no_grad():
+        for _, facade in facades(model):
+            facade.bias.add_(1)
+    assert not close(model(X), y, 0.1)
+    model.load_state_dict(state, assign=assign)
+    assert torch.equal(model(X), y)
+    for name, facade in facades(model):
+        assert torch.equal(facade.bias, biases[name])
+    with pytest.raises(RuntimeError, match=r"size mismatch for b\.bias"):
+        model.load_state_dict({**state, "b.bias": torch.zeros(3)}, strict=False)
+    state.pop("b.bias")
+    with pytest.raises(RuntimeError, match=r"Missing key.*b\.bias"):
+        model.load_state_dict(state)
+
+
+IDS = torch.arange(1, 25).view(4, 6)
+PROJECTIONS = ["q_proj", "down_proj"]
+
+
+def llamas(backend: str, cls: str = "LlamaForCausalLM") -> tuple[Any, Any]:
+    """A model of facades, and a dense one with the same numbers."""
+    skip = ["score"] if cls.endswith("SequenceClassification") else []
+    model, dense = llama(backend, cls, skip_modules=skip), llama(None, cls)
+    for name, facade in facades(model):
+        dense.get_submodule(name).weight.data.copy_(facade.dequantize())
+    return model.eval(), dense.eval()
+
+
+def with_lora(model: Any, how: str = "get_peft_model", **options: Any) -> Any:
+    options = {"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS, **options}
+    if how == "attach":
+        return qa.attach(model, "lora", **options)
+    return get_peft_model(model, LoraConfig(**options))
+
+
+def fill(model: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        if any(part in name for part in ("lora_", "modules_to_save")):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def logits(model: Any, **options: Any) -> torch.Tensor:
+    return model.eval()(input_ids=IDS, **options).logits.detach()
+
+
+WEIGHTED = {
+    "linear": (["one", "two"], {}),
+    "cat": (["one", "three"], {}),
+    "svd": (["one", "three"], {}),
+    "ties": (["one", "two"], {"density": 0.6}),
+    "dare_linear": (["one", "two"], {"density": 0.6}),
+    "magnitude_prune": (["one", "two"], {"density": 0.6}),
+    "dare_ties_svd": (["one", "three"], {"density": 0.6}),
+}
+
+
+@pytest.mark.parametrize("how", ["get_peft_model", "attach"])
+@pytest.mark.parametrize("backend", ["hqq", "bnb-nf4"])
+def test_several_adapters_work_as_on_dense_layers(backend, how) -> None:
+    def same_as_stock(change: Any = lambda model: None, **options: Any) -> bool:
+        outputs = []
+        for each in (model, stock):
+            torch.manual_seed(9)  # dare drops at random
+            change(each)
+            outputs.append(logits(each, **options))
+        return close(*outputs)
+
+    model, stock = llamas(backend)
+    model, stock = with_lora(model, how), with_lora(stock)
+    for each in (model, stock):
+        each.add_adapter("one", LoraConfig(r=4, target_modules=PROJECTIONS))
+        each.add_adapter("two", LoraConfig(r=4, target_modules=PROJECTIONS, use_rslora=True))
+        each.add_adapter("three", LoraConfig(r=6, target_modules=PROJECTIONS, lora_alpha=3))
+        fill(each, 7)
+    for name in ("default", "one", "three", "two"):
+        assert same_as_stock(lambda each, name=name: each.set_adapter(name))
+    assert same_as_stock(adapter_names=["one", "two", "__base__", "three"])
+    for kind, (names, options) in WEIGHTED.items():
+        assert same_as_stock(
+            lambda each, kind=kind, names=names, options=options: (
+                each.add_weighted_adapter(
+                    names, [0.7, 0.5], kind, combination_type=kind, **options
+                ),
+                each.set_adapter(kind),
+            )
+        ), kind
+    assert same_as_stock(lambda each: each.base_model.set_adapter(["one", "two"]))
+    assert same_as_stock(lambda each: each.merge_adapter(["one", "two"]))
+    assert same_as_stock(lambda each: each.unmerge_adapter())
+    assert same_as_stock(lambda each: (each.delete_adapter("two"), each.set_adapter("cat")))
+
+
+@pytest.mark.parametrize("how", ["get_peft_model", "attach"])
+@pytest.mark.parametrize("backend", ["hqq", "bnb-nf4"])
+def test_adapters_go_from_facades_to_stock_layers_and_are_swapped(
+    backend, how, tmp_path: Path
+) -> None:
+    from peft.utils.hotswap import hotswap_adapter
+
+    model, dense = llamas(backend)
+    tuned = with_lora(model, how, modules_to_save=["lm_head"])
+    fill(tuned, 1)
+    y = logits(tuned)
+    tuned.save_pretrained(tmp_path / "one")
+    for low in (False, True):
+        base = copy.deepcopy(dense)
+        there = PeftModel.from_pretrained(base, tmp_path / "one", low_cpu_mem_usage=low)
+        assert close(logits(there), y)
+    base = llamas(backend)[0]
+    base.load_adapter(str(tmp_path / "one"))  # transformers' own way
+    assert close(logits(base), y)
+    plain = with_lora(llamas(backend)[0], how)
+    fill(plain, 2)
+    z = logits(plain)
+    plain.save_pretrained(tmp_path / "two")
+    fill(plain, 3)
+    assert not close(logits(plain), z, 0.1)
+    hotswap_adapter(plain, str(tmp_path / "two"), "default")
+    assert close(logits(plain), z)
+
+
+def test_a_classifier_is_trained_with_its_head(tmp_path: Path) -> None:
+    cls = "LlamaForSequenceClassification"
+    model, dense = llamas("hqq", cls)
+    model = with_lora(model, task_type="SEQ_CLS")
     assert model.base_model.model.score.modules_to_save.default.weight.requires_grad
+    fill(model, 1)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(base("hqq"), tmp_path).eval()
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
-    merged, logits = copy.deepcopy(model), model(ids).logits
-    merged.merge_adapter()
-    assert close(merged(ids).logits, logits)
-    merged.unmerge_adapter()
-    assert close(merged(ids).logits, logits)
-    assert close(merged.merge_and_unload()(ids).logits, logits, 0.3)
+    for base in (dense, llamas("hqq", cls)[0]):
+        assert close(logits(PeftModel.from_pretrained(base, tmp_path)), logits(model))
+    y = logits(model)
+    model.merge_adapter()
+    assert close(logits(model), y)
+    model.unmerge_adapter()
+    assert close(logits(model.merge_and_unload()), y, 0.3)  # what 4 bits cost
+
+
+def test_lora_ga_takes_gradients_of_the_dense_model(tmp_path: Path) -> None:
+    """A quantized weight has no gradient; `cache_file` brings those of the unquantized model."""
+    from peft.tuners.lora.config import LoraGAConfig
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    model, dense = made("hqq")
+    config = LoraConfig(
+        r=4,
+        target_modules=TARGETS,
+        init_lora_weights="lora_ga",
+        lora_ga_config=LoraGAConfig(),
+    )
+    with pytest.raises(ModelError, match="frozen") as caught:
+        preprocess_loraga(model, config, lambda: model(X).square().sum().backward())
+    assert "cache_file" in str(caught.value)
+    file = str(tmp_path / "gradients" / "file")
+    preprocess_loraga(dense, config, lambda: dense(X).square().sum().backward(), cache_file=file)
+    preprocess_loraga(model, config, lambda: None, cache_file=file)
+    torch.manual_seed(2)  # its decomposition starts at random
+    facade = get_peft_model(model, config)
+    torch.manual_seed(2)
+    stock = get_peft_model(dense, config)
+    for name, parameter in stock.named_parameters():
+        if "lora_" in name:
+            assert close(facade.get_parameter(name), parameter, 1e-4)

@@ -250,13 +250,25 @@ def _show(shown: Session, facts: Mapping[str, Any], *lines: tuple[str, str]) -> 
     shown.out.print("\n[bold]Options[/bold]" if options else "\nIt has no options.")
     rows = [(o["name"], o["type"], _default(o), o["description"]) for o in options]
     if rows:
-        shown.out.print(_columns(("name", "type", "default", ""), rows))
+        _print_options(shown, rows)
     if facts["rules"]:
         shown.out.print("\n[bold]Rules[/bold]")
     for rule in facts["rules"]:
         when = ", ".join(f"{k} {' or '.join(map(str, v))}" for k, v in rule["when"].items())
         text = f"  {rule['id']} (where {when}): {rule['reason']}\n      fix: {rule['fix']}"
         shown.out.print(text, markup=False, soft_wrap=True)
+
+
+def _print_options(shown: Session, rows: list[tuple[str, str, str, str]]) -> None:
+    """Print options as a table, or where that would break words, one below the other."""
+    table = _columns(("name", "type", "default", ""), rows)
+    if sum(column.min_width or 0 for column in table.columns) + 6 <= shown.out.width:
+        shown.out.print(table)
+        return
+    for name, type_, default, description in rows:
+        shown.out.print(f"  {name} ({type_}), by default {default}", markup=False, soft_wrap=True)
+        if description:
+            shown.out.print(f"      {description}", markup=False, soft_wrap=True)
 
 
 def _default(option: Mapping[str, Any]) -> str:
@@ -270,9 +282,12 @@ def _columns(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for index, head in enumerate(heads):
-        table.add_column(head, overflow="fold", no_wrap=not index)
-    for row in rows:
+    cells = [[*heads], *([*row] for row in rows)]
+    for index, head in enumerate(cells[0]):
+        words = [word for row in cells for word in row[index].split()]
+        widest = max(map(len, words), default=0)  # no word is to be broken
+        table.add_column(head, overflow="fold", no_wrap=not index, min_width=widest)
+    for row in cells[1:]:
         table.add_row(*(escape(cell) for cell in row))
     return table
 
@@ -285,7 +300,7 @@ _START = {
 _KINDS = {
     "backends": _Kind(
         *("backend", "hqq", _backend_facts),
-        {"libraries": _state, "devices": lambda f: "/".join(f["devices"])},
+        {"libraries": _state, "devices": lambda f: ", ".join(f["devices"])},
         _backend_lines,
     ),
     "adapters": _Kind("adapter", "lora", _adapter_facts, {"merge": _refused_word}, _adapter_lines),

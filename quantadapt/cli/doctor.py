@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,24 +38,66 @@ def doctor(
 ) -> None:
     """Check this installation and say what to install.
 
+    What is installed is shown at once; the backends follow, as their libraries have been imported.
     Exits with 1 if something is missing that quantadapt itself needs. A backend that is missing
     or broken is named, and harms nothing.
     """
     with session(as_json=json) as shown:
         from ..registry.doctor import diagnose
-        from .progress import spinner
 
-        with spinner(shown.progress, "importing every backend" if imports else "looking"):
-            found = diagnose(imports=imports, timeout=timeout)
         if json:
+            found = diagnose(imports=imports, timeout=timeout)
             shown.print_json(found.to_dict())
         else:
-            _show(shown, found)
+            found = _told(shown, imports, timeout)
         if found.problems:
             raise SystemExit(1)
 
 
+def _told(shown: Session, imports: bool, timeout: float) -> Diagnosis:
+    """Show what is found as soon as it is."""
+    from ..registry.doctor import diagnose
+    from .progress import Waiting
+
+    with Waiting(shown.progress, "importing torch and every backend" if imports else "") as wait:
+
+        def looked(found: Diagnosis) -> None:
+            with wait.aside():
+                _show(shown, found)
+                _heading(shown, "Torch and backends")
+
+        def torch(facts: dict[str, Any]) -> None:
+            with wait.aside():
+                problem = str(facts.get("problem", ""))
+                _line(shown, "torch", problem or _torch(facts), TORCH_FIX if problem else "")
+
+        def backend(health: BackendHealth) -> None:
+            with wait.aside():
+                _backend(shown, health)
+
+        found = diagnose(
+            imports=imports,
+            timeout=timeout,
+            on_look=looked,
+            on_torch=torch,
+            on_backend=backend,
+        )
+    verdict = "; ".join(found.problems)
+    shown.out.print()
+    shown.out.print(
+        f"Missing: {verdict}" if verdict else "All that quantadapt itself needs is there.",
+        style="bold red" if verdict else "bold green",
+        markup=False,
+        soft_wrap=True,
+    )
+    return found
+
+
+TORCH_FIX = "reinstall it, in the build for your driver: https://pytorch.org/get-started/locally"
+
+
 def _show(shown: Session, found: Diagnosis) -> None:
+    """Show what is known without any import."""
     _heading(shown, "Machine")
     for name, value in _machine(found):
         _line(shown, name, value)
@@ -66,39 +108,26 @@ def _show(shown: Session, found: Diagnosis) -> None:
     _heading(shown, "Plugins")
     for plugin in found.plugins:
         _plugin(shown, plugin)
-    _heading(shown, "Backends")
-    for backend in found.backends:
-        _backend(shown, backend)
     if found.commands:
         _heading(shown, "Commands of plugins")
         for origin in found.commands:
             _line(shown, "", origin)
-    shown.out.print()
-    verdict = "; ".join(found.problems)
-    shown.out.print(
-        f"Missing: {verdict}" if verdict else "All that quantadapt itself needs is there.",
-        style="bold red" if verdict else "bold green",
-        markup=False,
-        soft_wrap=True,
-    )
 
 
 def _machine(found: Diagnosis) -> list[tuple[str, str]]:
-    torch = found.torch
-    build = torch.get("cuda_build")
-    if torch.get("problem"):
-        text = torch["problem"]
-    else:
-        text = f"built for CUDA {build}" if build else "built without CUDA"
-    devices = torch.get("devices") or found.cuda
     return [
         ("quantadapt", found.quantadapt),
         ("python", found.python),
         ("platform", found.platform),
         ("cpus", str(found.cpus)),
-        ("gpus", ", ".join(devices) or "none that torch can use"),
-        *([("torch", text)] if torch else []),
+        ("gpus", ", ".join(found.cuda) or "none that torch can use"),
     ]
+
+
+def _torch(facts: dict[str, Any]) -> str:
+    build, devices = facts.get("cuda_build"), facts.get("devices") or []
+    text = f"ready, built for CUDA {build}" if build else "ready, built without CUDA"
+    return ", ".join([text, *devices])
 
 
 def _plugin(shown: Session, plugin: PluginHealth) -> None:

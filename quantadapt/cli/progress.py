@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import Problem
 from ..folders.metrics import MODELS, direction, label, told_apart, with_unit
@@ -44,6 +45,7 @@ class RunDisplay:
         self.console = console
         self.details: list[str] = []
         self.stage = ""
+        self._validated: list[str] = []
         self._live: Progress | None = None
         self._task = TaskID(0)
         self._last_line = 0
@@ -92,16 +94,30 @@ class RunDisplay:
         """Something the user may want to know."""
         self.console.print(f"note: {data['text']}", markup=False, soft_wrap=True)
 
+    def on_warning(self, data: Mapping[str, Any]) -> None:
+        """Something is wrong with what came out."""
+        self.console.print(warning(data["text"]), soft_wrap=True)
+
     def on_log(self, data: Mapping[str, Any]) -> None:
         """Training reports a step."""
         step, most = int(data["step"]), int(data["max_steps"])
         numbers = f"loss {data['loss']:.4f}   lr {data['learning_rate']:.2e}"
-        self.details = [f"{step} steps   loss {data['loss']:.4f}"]
+        self.details = [f"{step} steps   loss {data['loss']:.4f}", *self._validated]
+        numbers = "   ".join([numbers, *self._validated]) if self.console.is_terminal else numbers
         if self.console.is_terminal:
             self._train_bar(step, most, numbers)
         elif step >= most or (step - self._last_line) * _PLAIN_LINES >= most:
             self._last_line = step
             self.console.print(f"  train step {step}/{most}   {numbers}", soft_wrap=True)
+
+    def on_validation(self, data: Mapping[str, Any]) -> None:
+        """Training has measured the loss on held-out data."""
+        step, most = int(data["step"]), int(data["max_steps"])
+        text = f"held-out loss {data['eval_loss']:.4f}"
+        best = ", the lowest so far" if data["best"] else ""
+        self._validated = [text]
+        if not self.console.is_terminal:
+            self.console.print(f"  train step {step}/{most}   {text}{best}", soft_wrap=True)
 
     def _train_bar(self, step: int, most: int, numbers: str) -> None:
         if self._live is None or self._live.tasks[0].total is None:
@@ -148,6 +164,37 @@ def spinner(console: Console, text: str) -> Iterator[None]:
     with _spinner(console) as live:
         live.add_task(text, total=None)
         yield
+
+
+class Waiting:
+    """A spinner beside which lines may be printed; nothing where there is no terminal, or no text.
+
+    Use it as a context manager, and print in that of `aside`.
+    """
+
+    def __init__(self, console: Console, text: str) -> None:
+        self.console, self.text = console, text
+        self._live: Progress | None = None
+
+    def __enter__(self) -> Waiting:
+        if self.console.is_terminal and self.text:
+            self._live = _spinner(self.console)
+            self._live.add_task(self.text, total=None)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the spinner off for a moment."""
+        if self._live is not None:
+            self._live.stop()
+        yield
+        if self._live is not None:
+            self._live.start()
 
 
 def _spinner(console: Console) -> Progress:
@@ -209,7 +256,10 @@ def _call(name: str, options: Mapping[str, Any]) -> str:
 def show_result(console: Console, folder: Path, metrics: Mapping[str, Any]) -> None:
     """Print what was measured, a sample before and after, what was written and the report."""
     console.print()
-    console.print(_figures(metrics.get("evaluations", {})))
+    warnings = metrics.get("warnings", [])
+    console.print(_figures(metrics.get("evaluations", {}), "yellow" if warnings else "green"))
+    for text in warnings:
+        console.print(warning(text), soft_wrap=True)
     for name, why in metrics.get("failed_evaluations", {}).items():
         console.print(f"{name}: {why}", markup=False, soft_wrap=True)
     for sample in metrics.get("samples", [])[:1]:
@@ -219,8 +269,14 @@ def show_result(console: Console, folder: Path, metrics: Mapping[str, Any]) -> N
     console.print(f"report: [bold]{escape(str(folder / 'report.html'))}[/bold]", soft_wrap=True)
 
 
-def _figures(evaluations: Mapping[str, Mapping[str, Measured]]) -> Table:
-    """Return a row for each model, a column for the first figure of each evaluation."""
+def warning(text: str) -> Text:
+    """Return a warning as it is shown."""
+    return Text(f"warning: {text}", style="bold yellow")
+
+
+def _figures(evaluations: Mapping[str, Mapping[str, Measured]], colour: str) -> Table:
+    """Return a row for each model, a column for the first figure of each evaluation; the tuned
+    model's is in `colour`."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("on held-out data")
     columns = []
@@ -237,7 +293,7 @@ def _figures(evaluations: Mapping[str, Mapping[str, Measured]]) -> Table:
             for values, beside in columns
         ]
         if any(cells):
-            style = "bold green" if model == "tuned" else ""
+            style = f"bold {colour}" if model == "tuned" else ""
             table.add_row(f"{model}: {text}", *cells, style=style)
     return table
 

@@ -30,19 +30,21 @@ class Quiet:
 
     Attributes:
         out, err: streams that reach the user whatever is redirected.
-        log: the log file; a temporary one until `move_log` puts it where it belongs.
+        log: the log file, once `move_log` or `kept_log` has given it a name. Before that it has
+            none, so that nothing stays behind, however the process ends.
     """
+
+    log: Path | None = None
 
     def __init__(self, on_warning: Callable[[str, type[Warning]], None]) -> None:
         self.on_warning = on_warning
-        self._temporary = True
 
     def start(self) -> None:
         """Begin to redirect."""
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        number, path = tempfile.mkstemp(prefix="quantadapt-", suffix=".log")
-        self.log, self._log_file = Path(path), number
+        with tempfile.TemporaryFile() as file:
+            self._log_file = os.dup(file.fileno())
         self._streams = sys.stdout, sys.stderr
         self._flush()
         self.out = _user_stream(self._streams[0], 1)
@@ -52,8 +54,8 @@ class Quiet:
         self._show_warning = warnings.showwarning
         warnings.showwarning = self._warn
 
-    def stop(self, *, keep_log: bool) -> None:
-        """Undo everything. A temporary log goes, unless it is to be kept and holds something."""
+    def stop(self) -> None:
+        """Undo everything."""
         warnings.showwarning = self._show_warning
         self._flush()
         sys.stdout, sys.stderr = self._streams
@@ -64,19 +66,32 @@ class Quiet:
                 os.dup2(saved, descriptor)
                 os.close(saved)
         os.close(self._log_file)
-        if self._temporary and not (keep_log and self.log.stat().st_size):
-            self.log.unlink(missing_ok=True)
+
+    def kept_log(self) -> str:
+        """Return the path of the log; it gets one if it has none. Empty if nothing was logged."""
+        if self.log is None and self._logged():
+            number, path = tempfile.mkstemp(prefix="quantadapt-", suffix=".log")
+            os.close(number)
+            self.move_log(Path(path))
+        return str(self.log) if self.log and self.log.stat().st_size else ""
+
+    def _logged(self) -> bytes:
+        """Return what is in a log that has no name."""
+        self._flush()
+        size = os.fstat(self._log_file).st_size
+        found, at = b"", os.lseek(self._log_file, 0, os.SEEK_SET)
+        while at < size and (part := os.read(self._log_file, size - at)):
+            found, at = found + part, at + len(part)
+        return found
 
     def move_log(self, path: Path) -> None:
         """Go on logging in `path`, with all that was logged so far at its end."""
-        self._flush()
+        logged = self.log.read_bytes() if self.log else self._logged()
         with path.open("ab") as file:
-            file.write(self.log.read_bytes())
-        if self._temporary:
-            self.log.unlink(missing_ok=True)
+            file.write(logged)
         os.close(self._log_file)
         self._log_file = os.open(path, os.O_WRONLY | os.O_APPEND)
-        self.log, self._temporary = path, False
+        self.log = path
         self._point_at_log()
 
     def write_log(self, text: str) -> None:

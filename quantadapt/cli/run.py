@@ -120,8 +120,8 @@ def _logging_to_folder(display: Listener, shown: Session, folder: Path) -> Liste
         if not moved and marker.exists() and marker.stat().st_mtime_ns != before:
             shown.move_log(folder / "log.txt")
             moved = True
-        if event == "note":
-            shown.quiet.write_log(f"note: {data['text']}\n")
+        if event in ("note", "warning"):
+            shown.quiet.write_log(f"{event}: {data['text']}\n")
         display(event, data)
 
     return listener

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from .quiet import Quiet
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 INTERRUPTED = 130
 _SPACE, _RIGHTS = "free space on that disk, or use another", "make it readable and writable"
@@ -119,7 +120,7 @@ def session(*, as_json: bool = False) -> Iterator[Session]:
         code = _report(shown, of_the_system(error))
     finally:
         progress.stop()
-        quiet.stop(keep_log=code == 1)
+        quiet.stop()
     if code:
         raise SystemExit(code)
 
@@ -154,27 +155,40 @@ def _named(error: BaseException) -> str:
     return " and ".join(repr(str(name)).strip("'") for name in names if name is not None)
 
 
-def report_failure(error: BaseException, stream: IO[str], log: str = "") -> int:
+class _Lines:
+    """What is written to it is printed on a console, broken between words."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def write(self, text: str) -> None:
+        self.console.print(text, end="", markup=False, soft_wrap=True)
+
+
+def report_failure(
+    error: BaseException, stream: IO[str] | _Lines, log: Callable[[], str] = str
+) -> int:
     """Print what went wrong, as sentences, and return the exit code.
 
     Args:
         error: a QuantadaptError has its own words and code; anything else is a bug.
         stream: where to.
-        log: the file that holds the traceback, if there is one.
+        log: returns the file that holds the traceback, if there is one, and keeps it.
     """
     from ..errors import QuantadaptError
 
     if os.environ.get(TRACEBACK, "") not in ("", "0"):
-        traceback.print_exception(error, file=stream)
+        stream.write("".join(traceback.format_exception(error)))
     if isinstance(error, KeyboardInterrupt):
         stream.write("Interrupted.\n")
         return INTERRUPTED
     if isinstance(error, QuantadaptError):
         stream.write(f"Error: {error}\n")
-        if log and error.exit_code == 1:
-            stream.write(f"Details are in {log}\n")
+        if error.exit_code == 1 and (kept := log()):
+            stream.write(f"Details are in {kept}\n")
         return error.exit_code
-    place = f"the traceback is in {log}" if log else f"{TRACEBACK}=1 shows the traceback"
+    kept = log()
+    place = f"the traceback is in {kept}" if kept else f"{TRACEBACK}=1 shows the traceback"
     reason = " ".join(str(error).split())[:300]
     stream.write(
         f"Error: {type(error).__name__}: {reason}\n"
@@ -189,9 +203,7 @@ def _report(shown: Session, error: BaseException) -> int:
     expected = isinstance(error, KeyboardInterrupt | QuantadaptError)
     if not expected or error.__cause__ is not None:
         shown.quiet.write_log("".join(traceback.format_exception(error)))
-    log = shown.quiet.log
-    has_log = log.stat().st_size > 0
-    code = report_failure(error, shown.err.file, str(log) if has_log else "")
+    code = report_failure(error, _Lines(shown.err), shown.quiet.kept_log)
     if shown.as_json:
         shown.print_json(_error_document(error, code))
     return code
@@ -211,10 +223,46 @@ def _of_main(stream: TextIO) -> TextIO:
 
 
 def _console(stream: TextIO) -> Console:
+    """Return a console whose lines end between words. What is no terminal gets them whole."""
     from rich.console import Console
+    from rich.text import Text
 
-    width = _width(stream)
-    return Console(file=stream, highlight=False, width=width, emoji=False)
+    class WholeWords(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            if options.get("soft_wrap") and self.is_terminal:
+                objects = tuple(
+                    self.render_str(text, markup=options.get("markup", True))
+                    if isinstance(text, str)
+                    else text
+                    for text in objects
+                )
+                objects = tuple(
+                    between_words(text, self.width) if isinstance(text, Text) else text
+                    for text in objects
+                )
+            super().print(*objects, **options)
+
+    return WholeWords(file=stream, highlight=False, width=_width(stream), emoji=False)
+
+
+def between_words(text: Text, width: int) -> Text:
+    """Return `text` in lines of at most `width` that end between words and begin as far in as the
+    line that they come from. A word that is longer, such as a path, is a line of its own."""
+    from rich.text import Text
+
+    made: list[Text] = []
+    for line in text.split("\n", allow_blank=True):
+        indent = len(line.plain) - len(line.plain.lstrip())
+        starts, begin = list[int](), 0
+        for word in re.finditer(r"\S+", line.plain):
+            room = width - (indent if starts else 0)
+            if word.end() - begin > room and word.start() > max(begin, indent):
+                starts.append(begin := word.start())
+        first, *others = line.divide(starts)
+        made += [first, *(Text(" " * indent) + other for other in others)]
+    for line in made:
+        line.rstrip()
+    return Text("\n").join(made)
 
 
 def _width(stream: TextIO) -> int | None:

@@ -17,6 +17,8 @@ MODELS = {
 """The models of a run that are measured, in their order, and what they are."""
 NATS = "nats per token"
 """The unit of a figure called `loss`, by which a merge is judged."""
+HIGHER = "higher"
+"""What `better` says of a figure that is to grow."""
 SHARE = "share"
 """The unit of figures that are shown in percent."""
 
@@ -73,9 +75,14 @@ def told_apart(unit: str) -> tuple[str, str]:
 
 class Training(TypedDict, total=False):
     """What training took; `seconds` is the training loop alone, of which `dequantize_share` went
-    into dequantizing the base."""
+    into dequantizing the base. `validation` is [step, loss on held-out data in nats per token] of
+    all validations, the lowest at `best_step`; the adapter is that of `kept_step`."""
 
     steps: int
+    validation: list[tuple[int, float]]
+    best_step: int | None
+    kept_step: int
+    stopped_early: bool
     seconds: float
     tokens: int | None
     peak_memory_gib: float | None
@@ -188,12 +195,14 @@ class Metrics(TypedDict, total=False):
     """The layout of `metrics.json`. Every part may be missing; `stages` are seconds by name.
 
     `evaluations` are figures by evaluation and name, the first of each its headline;
-    `failed_evaluations` say why one was left out. `perplexity` is the figure of that name again, as
+    `failed_evaluations` say why one was left out, `warnings` what is wrong with the tuned model,
+    such as that it got worse. `perplexity` is the figure of that name again, as
     it stood before there were other evaluations, for one version.
     """
 
     evaluations: dict[str, dict[str, Measured]]
     failed_evaluations: dict[str, str]
+    warnings: list[str]
     perplexity: dict[str, float | None]
     stages: dict[str, float]
     train: Training

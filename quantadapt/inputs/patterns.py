@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import Problem
 from .patience import TooSlow, at_most
 
-_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")
 _PATTERN_KEYS = ("rank_pattern", "alpha_pattern")
 _NAMES = tuple(
     name.format(layer)
@@ -31,8 +31,11 @@ def pattern_problems(options: Mapping[str, Any]) -> list[Problem]:
     none, and those that take for ever. Each is tried on names such as models have."""
     found = []
     for key in _PATTERNS:
-        if isinstance(options.get(key), str):
-            found += _pattern_problem(key, options[key])
+        given = options.get(key)
+        patterns = given if key == "layers_pattern" and isinstance(given, list) else [given]
+        for pattern in patterns:
+            if isinstance(pattern, str):
+                found += _pattern_problem(key, pattern)
     for key in _PATTERN_KEYS:
         if isinstance(options.get(key), dict):
             for pattern in options[key]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import PurePath
 from typing import Any
 
 from ..errors import Problem, did_you_mean
+from ..inputs.patterns import pattern_problems
 from ..records import Adapter
 from .peft_options import Option, peft_options
 
@@ -23,8 +23,6 @@ MAX_RANK = 2**16
 
 _LEAST = {"r": 1, "init_r": 1, "target_r": 1, "deltaT": 1, "total_step": 1, "tinit": 0, "tfinal": 0}
 _SHARES = ("beta1", "beta2")
-_PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
-"""Options of which a text is a regular expression."""
 
 _STACKED = "PEFT stacks layers again that share their weights, which cannot be saved or merged"
 _NOT_HERE = {
@@ -66,7 +64,7 @@ def checked_options(
             problems.append(problem)
         elif value is not None or known[name].default == "None":  # else it means the default
             options[name] = value
-    return options, problems + _joint_problems(adapter, options)
+    return options, problems + pattern_problems(options) + _joint_problems(adapter, options)
 
 
 def plain(value: Any) -> Any:
@@ -99,7 +97,7 @@ def _problem(
         return _wrong_type(adapter, known[name], value)
     if value != adapter.defaults.get(name) and (found := _unread(adapter, name, value)):
         return found
-    return _out_of_range(name, value) or _no_pattern(name, value)
+    return _out_of_range(name, value)
 
 
 def _wrong_type(adapter: Adapter, option: Option, value: Any) -> Problem:
@@ -172,23 +170,6 @@ def _is_number(value: Any) -> bool:
 
 def _is_rank(value: Any) -> bool:
     return _is_number(value) and isinstance(value, int) and 1 <= value <= MAX_RANK
-
-
-def _no_pattern(name: str, value: Any) -> Problem | None:
-    """Return a problem where a regular expression is none."""
-    patterns: list[Any] = []
-    if name in _PATTERNS:
-        patterns = [value] if isinstance(value, str) else value if name == "layers_pattern" else []
-    elif name in ("rank_pattern", "alpha_pattern"):
-        patterns = list(value or ())
-    for pattern in patterns or ():
-        try:
-            re.compile(str(pattern))
-        except (re.error, OverflowError, RecursionError) as error:
-            what = f"{pattern!r} is no regular expression: {error}"
-            fix = "list the endings of names, e.g. [q_proj, v_proj]"
-            return Problem(what, fix, f"adapter.{name}")
-    return None
 
 
 def _joint_problems(adapter: Adapter, options: Mapping[str, Any]) -> list[Problem]:

@@ -19,7 +19,6 @@ from ..distributed.world import world
 from ..errors import OutputError, PlanRefused, PluginError, Problem, did_you_mean
 from ..folders.run_folder import RunFolder, json_ready
 from ..inputs.documents import shown
-from ..inputs.patterns import pattern_problems
 from ..machine import Machine
 from ..paths import is_local_path, path_problem
 from ..plain_yaml import read_yaml
@@ -203,7 +202,7 @@ def adapter_options(draft: Draft, adapter: Adapter | None) -> dict[str, Any]:
     if not missing_requirements(adapter):
         draft.problems += method_problems(adapter)
     options, problems = checked_options(adapter, draft.spec.adapter.options)
-    draft.problems += problems + pattern_problems(options)
+    draft.problems += problems
     return options
 
 

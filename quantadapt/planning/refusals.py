@@ -110,6 +110,27 @@ def task_problems(task: Task, train: TrainSpec, *, adds_to_loss: bool) -> list[P
         what = f"{name} has a loss of its own, without what AdaLoRA adds to the model's"
         fix = "use another adapter, e.g. lora, or objective: sft"
         found.append(Problem(what, fix, "objective", "task-loss-adalora"))
+    return found + validation_problems(train)
+
+
+def validation_problems(train: TrainSpec) -> list[Problem]:
+    """Return which settings of validation while training have no effect, or contradict."""
+    found, measure = [], "set train.eval_steps, or train.eval_strategy: epoch"
+    wants = {
+        "load_best_model_at_end": train.load_best_model_at_end,
+        "early_stopping_patience": train.early_stopping_patience is not None,
+        "early_stopping_threshold": train.early_stopping_threshold > 0,
+    }
+    for name in (name for name, wanted in wants.items() if wanted):
+        if train.validates == "no":
+            what = "nothing is measured on held-out data while training"
+            found.append(Problem(what, measure, f"train.{name}"))
+    if train.early_stopping_threshold > 0 and train.early_stopping_patience is None:
+        what, fix = "it has no effect by itself", "set train.early_stopping_patience, too"
+        found.append(Problem(what, fix, "train.early_stopping_threshold"))
+    if train.eval_steps is not None and train.validates != "steps":
+        what = f"it has no effect with eval_strategy: {train.validates}"
+        found.append(Problem(what, "leave one of both out", "train.eval_steps"))
     return found
 
 

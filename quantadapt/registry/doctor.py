@@ -1,7 +1,8 @@
 """Looks at an installation: what is there, what works, and what to install.
 
 Vendors are imported in processes of their own, with a time limit, so that one that crashes or
-hangs harms nothing. Nothing here raises.
+hangs harms nothing. Nothing here raises. What takes no import is there at once; the backends follow
+as their imports end.
 """
 
 from __future__ import annotations
@@ -9,20 +10,23 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from typing import Any
 
 from packaging.requirements import Requirement
 
-from ..machine import installed_version, run_python, this_machine
+from ..machine import installed_version, this_machine
 from ..records import Backend
 from .discovery import Registry, registry
+from .probing import Answer, Probe, probe_all
 
 DISTRIBUTION = "quantadapt"
 TIMEOUT = 120.0
+PRELOAD = ("torch", "transformers.modeling_utils")
+"""What most vendors import, and takes seconds; loaded once for all of them."""
+_TORCH = "torch"
 SLOW = 1.0
 """Seconds that a plugin may take to import: everybody waits for it, whatever they ask for."""
 
@@ -120,6 +124,9 @@ def diagnose(
     imports: bool = True,
     timeout: float = TIMEOUT,
     found: Registry | None = None,
+    on_look: Callable[[Diagnosis], None] = lambda _: None,
+    on_torch: Callable[[dict[str, Any]], None] = lambda _: None,
+    on_backend: Callable[[BackendHealth], None] = lambda _: None,
 ) -> Diagnosis:
     """Look at everything.
 
@@ -127,20 +134,31 @@ def diagnose(
         imports: also import torch and each backend's libraries, in processes of their own.
         timeout: seconds after which an import counts as hanging.
         found: the plugins; those installed by default.
+        on_look: given what is known without any import, which takes no time.
+        on_torch, on_backend: given torch's facts, and each backend, as soon as they are known.
     """
     found = found or registry()
-    return Diagnosis(
+    looked = Diagnosis(
         quantadapt=installed_version(DISTRIBUTION) or "not installed",
         python=platform.python_version(),
         platform=platform.platform(),
         cpus=os.cpu_count() or 1,
-        torch=_torch(timeout) if imports else {},
+        torch={},
         cuda=_cuda(),
         libraries=required_libraries(),
         plugins=_plugins(found),
-        backends=_backends(found, timeout if imports else None),
         commands=_commands(found),
     )
+    on_look(looked)
+    torch, health = dict[str, Any](), list[BackendHealth]()
+    for part in _imported(found, timeout) if imports else _not_imported(found):
+        if isinstance(part, BackendHealth):
+            health.append(part)
+            on_backend(part)
+        else:
+            torch = part
+            on_torch(part)
+    return replace(looked, torch=torch, backends=sorted(health, key=lambda backend: backend.name))
 
 
 def required_libraries() -> list[Library]:
@@ -168,12 +186,11 @@ def _cuda() -> list[str]:
         return [f"cannot be looked at: {error!r}"]
 
 
-def _torch(timeout: float) -> dict[str, Any]:
-    problem, output = run_python(_TORCH_PROBE, (), timeout)
-    if problem:
-        return {"problem": problem}
+def _torch(answer: Answer) -> dict[str, Any]:
+    if answer.problem:
+        return {"problem": answer.problem}
     try:
-        facts: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+        facts: dict[str, Any] = json.loads(answer.output.strip().splitlines()[-1])
     except (ValueError, IndexError):
         return {"problem": "it imports, but prints nothing sensible"}
     return facts
@@ -198,30 +215,45 @@ def _commands(found: Registry) -> list[str]:
     return [str(found.plugins.get(hook.plugin_name, hook.plugin_name)) for hook in hooks]
 
 
-def _backends(found: Registry, timeout: float | None) -> list[BackendHealth]:
-    """Check each backend; those that import the same modules share one check."""
-    backends = found.backends()
-    ready = [b for b in backends if all(lib.fits for lib in _libraries(b)) and b.imports]
-    groups = list(dict.fromkeys(b.imports for b in ready)) if timeout else []
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        problems = dict(
-            zip(groups, pool.map(lambda g: check_imports(g, timeout), groups), strict=True)
-        )
-    health = [_backend_health(b, problems, checked=timeout is not None) for b in backends]
+def _not_imported(found: Registry) -> Iterator[BackendHealth]:
+    """Yield what is known of each backend without importing its libraries."""
+    yield from _clashes(found)
+    for backend in found.backends():
+        yield _installed(backend) or BackendHealth(backend.name, "not checked", _libraries(backend))
+
+
+def _imported(found: Registry, timeout: float) -> Iterator[dict[str, Any] | BackendHealth]:
+    """Yield torch's facts and each backend as soon as they are known; backends that import the same
+    modules share one process."""
+    yield from _clashes(found)
+    groups: dict[str, list[Backend]] = {}
+    for backend in found.backends():
+        if known := _installed(backend):
+            yield known
+        else:
+            groups.setdefault(" ".join(backend.imports), []).append(backend)
+    probes = [Probe(_TORCH, _TORCH_PROBE)]
+    probes += [Probe(name, _PROBE, group[0].imports) for name, group in groups.items()]
+    for answer in probe_all(probes, timeout, PRELOAD):
+        if answer.name == _TORCH:
+            yield _torch(answer)
+        for backend in groups.get(answer.name, ()):
+            yield _tried(backend, answer.problem, timeout)
+
+
+def _clashes(found: Registry) -> Iterator[BackendHealth]:
     fix = "uninstall one of them, or restrict QUANTADAPT_PLUGINS"
-    clashes = [
-        BackendHealth(text, "claimed twice", problem=text, fix=fix) for text in found.clashes()
-    ]
-    return health + clashes
+    for text in found.clashes():
+        yield BackendHealth(text, "claimed twice", problem=text, fix=fix)
 
 
 def _libraries(backend: Backend) -> tuple[Library, ...]:
     return tuple(_library(Requirement(text), backend.extra) for text in backend.requires)
 
 
-def _backend_health(
-    backend: Backend, problems: dict[tuple[str, ...], str], *, checked: bool
-) -> BackendHealth:
+def _installed(backend: Backend) -> BackendHealth | None:
+    """Return the health of a backend whose libraries are missing or do not fit, or that has none to
+    import; None for one that has to be tried."""
     libraries = _libraries(backend)
     if wrong := [lib for lib in libraries if not lib.fits]:
         state = "not installed" if any(lib.found is None for lib in wrong) else "too old or new"
@@ -229,16 +261,14 @@ def _backend_health(
             f"{lib.name}{lib.wanted} wanted, {lib.found or 'none'} found" for lib in wrong
         )
         return BackendHealth(backend.name, state, libraries, reason, wrong[0].fix)
-    if not backend.imports:
+    return None if backend.imports else BackendHealth(backend.name, "ready", libraries)
+
+
+def _tried(backend: Backend, problem: str, timeout: float) -> BackendHealth:
+    libraries = _libraries(backend)
+    if not problem:
         return BackendHealth(backend.name, "ready", libraries)
-    if not checked:
-        return BackendHealth(backend.name, "not checked", libraries)
-    if problem := problems[backend.imports]:
-        fix = f"pip install --force-reinstall '{backend.extra or backend.imports[0]}'"
-        return BackendHealth(backend.name, "broken", libraries, problem, fix)
-    return BackendHealth(backend.name, "ready", libraries)
-
-
-def check_imports(modules: Sequence[str], timeout: float | None) -> str:
-    """Import `modules` in a process of its own. Returns what went wrong, or nothing."""
-    return run_python(_PROBE, modules, timeout)[0]
+    fix = f"pip install --force-reinstall '{backend.extra or backend.imports[0]}'"
+    if problem.startswith("no end"):  # a machine that is busy does not get faster by installing
+        fix = f"wait longer, with --timeout {2 * timeout:g}; if that does not help, {fix}"
+    return BackendHealth(backend.name, "broken", libraries, problem, fix)

@@ -87,29 +87,47 @@ class _Scale:
         return math.log10(value) if self.log else value
 
 
-def line_chart(points: Sequence[tuple[float, float]], resumed_from: float | None) -> Html:
-    """Return the loss curve, raw and smoothed, for wide and narrow screens, and a table."""
-    smooth = smoothed(points)
-    drawings = [
-        _draw_line(points, smooth, resumed_from, *size) for size in ((_WIDE, 300), (_NARROW, 240))
-    ]
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The losses of a training run, as (step, loss).
+
+    Attributes:
+        points: of the training data, one at least.
+        held_out: of held-out data.
+        kept: the step whose weights are kept, where that is not the last.
+        resumed_from: the step that a resumed run went on from.
+    """
+
+    points: Points
+    held_out: Points = ()
+    kept: float | None = None
+    resumed_from: float | None = None
+
+
+def line_chart(curve: Curve) -> Html:
+    """Return the loss curves, of training raw and smoothed, for wide and narrow screens, and as
+    tables."""
+    points, smooth = curve.points, smoothed(curve.points)
+    drawings = [_draw_line(curve, smooth, *size) for size in ((_WIDE, 300), (_NARROW, 240))]
     rows = [
         [f"{raw[0]:g}", f"{raw[1]:.4g}", f"{mean[1]:.4g}"]
         for raw, mean in thinned(list(zip(points, smooth, strict=True)), 20)
     ]
-    table = numbers_table(["step", "loss (nats per token)", "moving average"], rows)
-    return el("figure", *drawings, details("Numbers", table))
+    tables = [numbers_table(["step", "loss (nats per token)", "moving average"], rows)]
+    if curve.held_out:
+        rows = [[f"{step:g}", f"{loss:.4g}"] for step, loss in thinned(curve.held_out, 40)]
+        tables.append(numbers_table(["step", "loss on held-out data (nats per token)"], rows))
+    return el("figure", *drawings, details("Numbers", *tables))
 
 
-def _draw_line(
-    points: Sequence[tuple[float, float]],
-    smooth: Sequence[tuple[float, float]],
-    resumed_from: float | None,
-    width: int,
-    height: int,
-) -> Html:
+def _draw_line(curve: Curve, smooth: Points, width: int, height: int) -> Html:
+    points, held_out, resumed_from = curve.points, curve.held_out, curve.resumed_from
     left, right, top, bottom = 44, width - 50, 26, height - 44
-    steps, losses = [p[0] for p in points], [p[1] for p in points]
+    shown = sorted([*points, *held_out])
+    steps, losses = [p[0] for p in shown], [p[1] for p in shown]
     x_ticks = nice_ticks(steps[0], steps[-1], 6 if width == _WIDE else 4)
     y_ticks = nice_ticks(min(losses), max(losses), 5)
     low, high = min(y_ticks[0], min(losses)), max(y_ticks[-1], max(losses))
@@ -136,15 +154,30 @@ def _draw_line(
     path = " ".join(f"{_px(x(s))},{_px(y(v))}" for s, v in thinned(smooth, 400))
     parts.append(el("polyline", points=path, class_="curve"))
     last = smooth[-1]
-    parts.append(_svg_text(short(last[1]), x(last[0]) + 8, y(last[1]) + 5, kind="value after"))
+    at = y(last[1]) + 5
+    parts.append(_svg_text(short(last[1]), x(last[0]) + 8, at, kind="value after"))
     described = (
-        f"From {short(smooth[0][1])} at step {steps[0]:g} to {short(last[1])} at {steps[-1]:g}."
+        f"From {short(smooth[0][1])} at step {points[0][0]:g} to {short(last[1])} at {last[0]:g}."
     )
+    if held_out:
+        path = " ".join(f"{_px(x(s))},{_px(y(v))}" for s, v in thinned(held_out, 400))
+        parts.append(el("polyline", points=path, class_="curve held-out"))
+        marks = thinned(held_out, 40)
+        parts += [_diamond(x(s), y(v), 7 if s == curve.kept else 4) for s, v in marks]
+        end, loss = held_out[-1]
+        beside = y(loss) + 5
+        if abs(beside - at) < 16:
+            beside = at + (16 if beside >= at else -16)
+        parts.append(_svg_text(short(loss), x(end) + 8, beside, kind="value held-out"))
+        described += f" On held-out data from {short(held_out[0][1])} to {short(loss)}."
+    if curve.kept is not None and steps[0] <= curve.kept <= steps[-1]:
+        parts += _vertical(x(curve.kept), bottom, "", top)
+        parts.append(_svg_text("kept", x(curve.kept) + 5, top + 10, kind="axis"))
     title = "Training loss by step"
     return _svg(title, described, width, height, parts, title)
 
 
-def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def smoothed(points: Points) -> list[tuple[float, float]]:
     """Return a centred moving average over about a tenth of the points."""
     reach = max(1, len(points) // 20)
     means = []
@@ -202,6 +235,11 @@ def _rounded(x: float, y: float, width: float, height: float, kind: str) -> Html
     end = f"a{r} {r} 0 0 1 {r} {r}v{_px(height - 2 * r)}a{r} {r} 0 0 1 {-r} {r}"
     across = _px(width - r)
     return el("path", d=f"M{_px(x)} {_px(y)}h{across}{end}h-{across}z", class_=f"bar {kind}")
+
+
+def _diamond(x: float, y: float, reach: float) -> Html:
+    path = f"M{_px(x)} {_px(y - reach)}l{reach} {reach}l-{reach} {reach}l-{reach} -{reach}z"
+    return el("path", d=path, class_="mark")
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Html:

@@ -13,7 +13,7 @@ from typing import Any
 from ..folders.metrics import direction, told_apart, with_unit
 from ..folders.run_folder import RunFolder
 from ..memory.workload import Setting
-from .charts import Bar, bar_chart, line_chart
+from .charts import Bar, Curve, bar_chart, line_chart
 from .html import (
     Child,
     Html,
@@ -65,7 +65,12 @@ def _header(run: Run) -> Html:
     result = result.replace(" → ", "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}")
     title = el("h1", cell, el("span", result, class_="result") if result else "")
     words = lede(run)
-    return el("header", eyebrow, title, el("p", words, class_="lede") if words else "")
+    found = run.metrics.get("warnings")
+    warnings = [
+        el("p", el("strong", "Warning: "), capital(str(warning)), class_="warning", role="alert")
+        for warning in (found if isinstance(found, list) else [])
+    ]
+    return el("header", eyebrow, title, el("p", words, class_="lede") if words else "", *warnings)
 
 
 def _footer(run: Run) -> Html:
@@ -135,11 +140,7 @@ def _others(figures: Sequence[Measured]) -> Html:
 
 
 def _loss(run: Run) -> Html:
-    points = [
-        (step, loss)
-        for line in run.log
-        if (step := number(line, "step")) is not None and (loss := number(line, "loss")) is not None
-    ]
+    points, held_out = _points(run, "loss"), _points(run, "eval_loss")
     if len(points) < 2:
         return Html()
     facts = [f"{points[0][0]:g} to {points[-1][0]:g} optimizer steps"]
@@ -147,8 +148,24 @@ def _loss(run: Run) -> Html:
     if seconds and tokens:
         facts.append(f"{count(tokens)} tokens at {short(tokens / seconds)} per second")
     note = f"{'; '.join(facts)}. The line is a moving average over the dots."
-    chart = line_chart(points, number(run.metrics, "train", "resumed_from"))
+    train = part(run.metrics, "train")
+    kept, best = number(train, "kept_step"), number(train, "best_step")
+    last = number(train, "steps")
+    if held_out:
+        note += " The dashed line with diamonds is the loss on held-out data."
+    words = [f"It was lowest at step {best:g}." if best is not None else ""]
+    words += [f"The adapter of step {kept:g} is kept." if held_out and kept is not None else ""]
+    words += ["Training stopped early." if train.get("stopped_early") is True else ""]
+    note = " ".join(filter(None, [note, *words]))
+    earlier = kept if kept != last else None
+    chart = line_chart(Curve(points, held_out, earlier, number(train, "resumed_from")))
     return section("Training loss", el("p", capital(note), class_="note"), chart)
+
+
+def _points(run: Run, key: str) -> list[tuple[float, float]]:
+    """Return (step, value) of the log's lines that have both."""
+    pairs = ((number(line, "step"), number(line, key)) for line in run.log)
+    return [(step, value) for step, value in pairs if step is not None and value is not None]
 
 
 def _data(run: Run) -> Html:

@@ -2,17 +2,19 @@
 
     pytest --pyargs quantadapt.testing --backend hqq --peft-suite=peft-0.21.2
 
-PEFT's sdist holds its tests (`pip download --no-binary :all: --no-deps peft`). They build a model,
-and before PEFT sees it, every `nn.Linear` in it becomes a facade of the backend. Layers that the
-backend cannot quantize become facades of `none`; those of PEFT's small models suit hqq with
-`--backend-options group_size=null`. What merge_and_unload quantizes again has other numbers, which
-PEFT's tests do not expect: these failures are counted by themselves.
+PEFT's sdist holds its tests (`pip download --no-binary :all: --no-deps peft`). They build or load a
+model, and before PEFT sees it, every `nn.Linear` in it becomes a facade of the backend. Layers that
+the backend cannot quantize become facades of `none`; those of PEFT's small models suit hqq with
+`--backend-options group_size=null`. Small models of the hub are made here, see `stand_ins`. What
+merge_and_unload quantizes again has other numbers, which PEFT's tests do not expect: these failures
+are counted by themselves.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,10 +28,27 @@ from ..facade import QuantLinear
 from ..matrix.verify import parse_options
 from ..protocols import LayerwiseQuantizer
 from ..registry.discovery import registry
+from .stand_ins import write_stand_ins
 
-FILES = ("test_custom_models.py", "test_decoder_models.py", "test_initialization.py")
+FILES = (
+    "test_custom_models.py",
+    "test_decoder_models.py",
+    "test_encoder_decoder_models.py",
+    "test_feature_extraction_models.py",
+    "test_initialization.py",
+    "test_mixed.py",
+    "test_seq_classifier.py",
+)
 DOWNLOAD, REFUSED = "needs a download", "refused in a sentence"
-CLASS, NUMBERS, ELSE = "PEFT wants nn.Linear itself", "other numbers", "something else"
+CLASS, FLAT = "PEFT wants nn.Linear itself", "FSDP 1 flattens no packed integers"
+NUMBERS, ELSE = "other numbers", "something else"
+
+
+class _Cached(Counter[str]):
+    """How often each model was asked for, as PEFT's tests count it: no model is asked for first."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
 
 
 class PeftSuite:
@@ -54,6 +73,8 @@ class PeftSuite:
         for file in folder.iterdir():
             (package / file.name).symlink_to(file.resolve())
         self.files = [str(package / name) for name in found]
+        self.cache = Path(self.package.name, "hub")
+        write_stand_ins(self.cache, [Path(file).read_text("utf-8") for file in self.files])
         self.backend = backend
         self.quantizer = registry().backend(backend).quantizer(**options)
         if not isinstance(self.quantizer, LayerwiseQuantizer):
@@ -75,23 +96,37 @@ class PeftSuite:
 
     @pytest.fixture(autouse=True)
     def _over_facades(self, request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Put facades into each model that PEFT's tests load or move to their device."""
+        """Put facades into each model that PEFT's tests build or load."""
         from transformers import PreTrainedModel
 
-        ours, to = request.module.__name__, nn.Module.to
+        ours, to, load = request.module.__name__, nn.Module.to, PreTrainedModel.from_pretrained
 
         def moved(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             result = to(module, *args, **kwargs)
             built = type(module).__module__ == ours or isinstance(module, PreTrainedModel)
             return self.put_facades(result) if built else result
 
+        def loaded(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            return self.put_facades(load.__func__(cls, *args, **kwargs))  # type: ignore[attr-defined]
+
         monkeypatch.setattr(nn.Module, "to", moved)
+        monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(loaded))
         wrapper = getattr(request.module, "MockTransformerWrapper", None)
         if wrapper is not None:
-            load = wrapper.from_pretrained
+            mock = wrapper.from_pretrained
             monkeypatch.setattr(
-                wrapper, "from_pretrained", lambda *a, **k: self.put_facades(load(*a, **k))
+                wrapper, "from_pretrained", lambda *a, **k: self.put_facades(mock(*a, **k))
             )
+
+    @pytest.fixture(autouse=True)
+    def _offline(self, request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have the stand-ins found, and keep PEFT's tests from asking the hub."""
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(self.cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        utils = import_module(f"{request.module.__package__}.testing_utils")
+        monkeypatch.setattr(utils, "_HUB_MODEL_ACCESSES", _Cached())
 
     def put_facades(self, model: nn.Module) -> nn.Module:
         """Put facades in front of the linear layers of `model`, unless PEFT is there already."""
@@ -141,6 +176,8 @@ def why(error: BaseException, statement: str = "") -> str:
         return REFUSED
     if "not a plain torch.nn.Linear" in text:
         return CLASS
+    if "flatten integer" in text or "flatten tensors with uniform dtype" in text:
+        return FLAT
     if isinstance(error, AssertionError) and "close" in text + statement:
         return NUMBERS
     return ELSE

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..protocols import Task
     from .expected_calls import ExpectedCalls
     from .memory_fit import MemoryFit
+    from .validation import Validation
 
 CHECKPOINTS = "checkpoints"
 PREFIX = "checkpoint-"
@@ -51,6 +52,7 @@ class TrainingLoop:
     memory_fit: MemoryFit | None = None
     fused: FusedTraining | None = None
     calls: ExpectedCalls | None = None
+    validation: Validation | None = None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: the run folder has its own report."""
@@ -106,10 +108,14 @@ class TrainingLoop:
         return grad_norm
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Show and save no step that turns out to be a bad one."""
-        wanted = self.control.should_log or self.control.should_save
+        """Show, measure and save no step that turns out to be a bad one."""
+        control = self.control
+        wanted = control.should_log or control.should_save or control.should_evaluate
         if self.gradient_check is not None and wanted:
             self.gradient_check.settle()
+        if self.validation is not None and self.control.should_evaluate:
+            self.validation.run()  # first, so that a checkpoint of this step knows of it
+        self.control.should_evaluate = False
         super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -140,6 +146,8 @@ class TrainingLoop:
                 self.calls.checkpoint_written()
             if self.is_world_process_zero():
                 save_ranks(self.model, partial / name)
+                if self.validation is not None:
+                    self.validation.save(partial / name)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 shutil.rmtree(self.checkpoints / name, ignore_errors=True)

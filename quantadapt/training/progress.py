@@ -40,6 +40,8 @@ class Watcher:
         self._refresh()
         if self.trainer.memory_fit is not None:
             self.trainer.memory_fit.start()
+        if self.trainer.validation is not None:
+            self.trainer.validation.start()
         self.progress.started = time.perf_counter()
         self.progress.first_step = state.global_step + 1
         if self.adalora is not None:
@@ -62,9 +64,18 @@ class Watcher:
             allocate_ranks(self.adalora, state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Have the first and the last step logged."""
+        """Have the first and the last step logged, and validate where that is due."""
         if state.global_step in (self.progress.first_step, state.max_steps):
             control.should_log = True
+        validation = self.trainer.validation
+        if validation is not None and validation.due(state.global_step, state.max_steps):
+            control.should_evaluate = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Validate after each epoch, where that is wanted."""
+        validation = self.trainer.validation
+        if validation is not None and validation.spec.validates == "epoch":
+            control.should_evaluate = True
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any

@@ -25,6 +25,7 @@ from .loop import CHECKPOINTS, PREFIX, STATE, TrainingLoop
 from .memory_fit import MemoryFit
 from .progress import OnLog, Watcher
 from .trainer import Setup, make_trainer
+from .validation import Validation, best_of, curve, has_stopped
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,6 +45,7 @@ def train(
     task: Task | None = None,
     output: Path,
     seed: int,
+    held_out: Dataset | None = None,
     on_log: OnLog | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> TrainResult:
@@ -54,8 +56,11 @@ def train(
         dataset: the columns that the task reads; for sft `input_ids` and `completion_mask`.
         task: the options of the objective; those of sft by default.
         output: run folder; checkpoints go to `output / "checkpoints"`.
+        held_out: examples that `spec` may have measured while training; the columns of `dataset`.
         on_log: called at the first, the last and every `logging_steps`-th step with step,
-            max_steps, loss, learning_rate, grad_norm, seconds and tokens.
+            max_steps, loss, learning_rate, grad_norm, seconds and tokens; and after each
+            validation with step, max_steps, eval_loss in nats per token, whether that is the
+            `best`, and the seconds that it took.
         on_note: told in a sentence how memory is used, where that was chosen or had to change.
 
     Raises:
@@ -66,18 +71,28 @@ def train(
     """
     task = task or registry().record(Objective, "sft").task()
     _check(model, spec, task)
+    _check_held_out(spec, held_out)
     checkpoint = _checkpoint_to_resume(Path(output), spec)
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
     share(p for p in model.parameters() if p.requires_grad)  # all begin with the same weights
     # kernels, casts and the like; taken back at the end
-    with lent(model, spec, task, on_note or (lambda _: None)) as loans:
+    note = on_note or (lambda _: None)
+    with lent(model, spec, task, note) as loans:
         setup = Setup(model, tokenizer, dataset, spec, Path(output), seed)
         trainer = make_trainer(task, setup, on_log)  # task.trainer: trl's SFTTrainer, for one
         trainer.fused = loans.fused
         trainer.memory_fit = MemoryFit(trainer, loans.recomputer, spec, on_note)
         trainer.memory_fit.graphs = loans.graphs
-        trainer.calls = expect_calls(trainer, on_note or (lambda _: None))
+        if held_out is not None and spec.validates != "no":
+            collator = task.collator(setup.of(held_out))
+            trainer.validation = Validation(
+                trainer, held_out, collator, spec, on_log or (lambda _: None), note
+            )
+            trainer.validation.checkpoint = checkpoint
+        trainer.calls = expect_calls(trainer, note)
         _run(trainer, checkpoint)  # Trainer.train, see below
+        if trainer.validation is not None:
+            trainer.validation.end()  # may put the best weights back
         return _result(trainer, checkpoint)
 
 
@@ -97,7 +112,7 @@ EACH_STEP = (
     TrainingLoop._get_grad_norm,  # stops at a number that is none, before the optimizer steps
     Watcher.on_optimizer_step,  # AdaLoRA allocates its ranks while the gradients are there
     Watcher.on_step_end,  # the first and the last step are logged
-    TrainingLoop._maybe_log_save_evaluate,
+    TrainingLoop._maybe_log_save_evaluate,  # with `train.eval_steps`, at some: Validation.run
     Watcher.on_log,  # at some steps: the caller's on_log
     TrainingLoop._save_checkpoint,  # at some steps: beside its place, and moved there when whole
     TrainingLoop._save,  # the adapter alone
@@ -112,7 +127,11 @@ class TrainResult:
     Attributes:
         steps: optimizer steps done in all, those before a resume included.
         losses: (step, mean loss since the entry before) of all logged steps, in nats per token.
-        seconds: wall-clock time of the training loop of this call.
+        validation: (step, mean loss on held-out data) of all validations, in nats per token.
+        best_step: the step where that was lowest; None without validations.
+        kept_step: the step whose weights the model has; the last one, or the best.
+        stopped_early: whether patience ended the training.
+        seconds: wall-clock time of the training loop of this call, without validations.
         tokens: tokens without padding that went through the model in this call, over all processes.
         peak_memory_gib: of the GPU during this call, or of the process where there is none; the
             highest of all processes.
@@ -128,6 +147,10 @@ class TrainResult:
 
     steps: int
     losses: list[tuple[int, float]]
+    validation: list[tuple[int, float]]
+    best_step: int | None
+    kept_step: int
+    stopped_early: bool
     seconds: float
     tokens: int
     peak_memory_gib: float
@@ -149,10 +172,23 @@ def _check(model: Any, spec: TrainSpec, task: Task) -> None:
         raise PlanRefused(found)
 
 
+def _check_held_out(spec: TrainSpec, held_out: Dataset | None) -> None:
+    """Raise TrainingError where there is nothing to measure on while training."""
+    if spec.validates != "no" and not held_out:
+        what = "there are no held-out examples to measure on while training"
+        fix = "pass some as eval_data, or leave train.eval_steps and train.eval_strategy out"
+        raise TrainingError(what, fix=fix, where="train")
+
+
 def _result(trainer: Any, checkpoint: Path | None) -> TrainResult:
     model, device, fit = trainer.model, trainer.memory_fit.device, trainer.memory_fit
+    steps, measured = trainer.state.global_step, curve(trainer.state.log_history)
     return TrainResult(
-        steps=trainer.state.global_step,
+        steps=steps,
+        validation=measured,
+        best_step=best_of(measured),
+        kept_step=trainer.validation.kept_step if trainer.validation else steps,
+        stopped_early=has_stopped(measured, fit.spec) and steps < trainer.state.max_steps,
         losses=[(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e],
         seconds=trainer.progress.seconds,
         tokens=int(reduced(float(trainer.progress.tokens), device, "sum")),
@@ -223,10 +259,13 @@ def _is_finished(trainer: Any, checkpoint: Path) -> bool:
 
     state = TrainerState.load_from_json(str(checkpoint / STATE))
     wanted = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
-    if state.global_step < wanted:
+    stopped = has_stopped(curve(state.log_history), trainer.memory_fit.spec)
+    if state.global_step < wanted and not stopped:
         return False
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = state
+    if trainer.validation is not None:
+        trainer.validation.load(checkpoint)
     return True
 
 

@@ -7,7 +7,7 @@ otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,11 @@ class Setup:
     spec: TrainSpec
     output: Path
     seed: int
+
+    def of(self, held_out: Dataset) -> Setup:
+        """Return the setup for batches of held-out examples: nothing is packed."""
+        spec = self.spec.model_copy(update={"packing": False})
+        return replace(self, dataset=held_out, spec=spec)
 
     @property
     def pad_token_id(self) -> int:

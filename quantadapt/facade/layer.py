@@ -1,28 +1,22 @@
-"""`QuantLinear`: an `nn.Linear` in front of one vendor module, so that PEFT never meets a vendor.
-
-The facade shares the vendor module's parameter and buffer dictionaries: `named_parameters`, `to`,
-FSDP and `state_dict` see the vendor's own tensors under the vendor's own names, while the module
-tree holds one `nn.Linear` per layer and nothing behind it. `weight` is a `LazyWeight`: shape,
-dtype and device are free, the dequantized numbers are made when somebody computes with it.
-"""
+"""`QuantLinear`, the facade of one layer."""
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .compiling import results_in
-from .errors import ModelError, PluginError
-from .model.lazy_weight import DENSE, TAKEN_OUT, LazyWeight
-from .model.modules import is_skipped
-from .model.peft_calls import copies_to_train, merging_layer
-from .protocols import AdapterTarget
+from ..compiling import results_in
+from ..errors import ModelError
+from ..protocols import AdapterTarget
+from .counting import count_as_dense
+from .frozen import Frozen, is_recomputing
+from .lazy_weight import DENSE, TAKEN_OUT, LazyWeight
+from .peft_calls import copies_to_train, merging_layer
 
 
 class _Merged(NamedTuple):
@@ -39,49 +33,6 @@ class _Merged(NamedTuple):
     returns: bool
 
 
-class _Frozen(torch.autograd.Function):
-    """Vendor forward; backward through the dequantized weight (exact for weight-only methods,
-    straight-through where activations are quantized as well). Saves no tensor. `bias` is given
-    where it is trained."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, facade: QuantLinear, bias: Tensor | None) -> Tensor:
-        ctx.facade, ctx.dtype = facade, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        y = facade.vendor_forward(x)
-        # Autograd forbids in-place changes of a view that was made in here, and adapters add to
-        # the base's output in place; this forgets that y is one, without a copy.
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        (dy,) = grads
-        dx = dbias = None
-        if ctx.needs_input_grad[0]:
-            weight = ctx.facade.weight_for_backward()
-            dx = (dy.to(weight.dtype) @ weight).to(ctx.dtype)
-        if ctx.bias_dtype is not None:
-            dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return dx, None, dbias
-
-
-_recomputing = False
-
-
-@contextmanager
-def recomputing() -> Iterator[None]:
-    """Inside, each facade keeps the weight that it dequantizes for its backward.
-
-    For gradient checkpointing, where backward follows at once; elsewhere all weights would pile up.
-    """
-    global _recomputing
-    before, _recomputing = _recomputing, True
-    try:
-        yield
-    finally:
-        _recomputing = before
-
-
 class QuantLinear(nn.Linear):
     """One quantized linear layer, seen as `nn.Linear`.
 
@@ -95,7 +46,6 @@ class QuantLinear(nn.Linear):
     _kept: Tensor | None = None
     _kept_product: tuple[Tensor, Tensor] | None = None
     _merged: _Merged | None = None
-    _plain_bias = False
 
     def __init__(self, vendor: nn.Module, target: AdapterTarget, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -103,6 +53,7 @@ class QuantLinear(nn.Linear):
         self.target = target
         self.compute_dtype = dtype
         self._adopt(vendor)
+        count_as_dense()
         self.train(vendor.training)
         for parameter in self.parameters():
             parameter.requires_grad_(False)
@@ -113,7 +64,6 @@ class QuantLinear(nn.Linear):
         object.__setattr__(self, "_vendor", vendor)
         bias, own = vendor.bias, "bias" in vendor.__dict__  # or a property, say of a wrapper
         if (own or "bias" in vendor._buffers) and isinstance(bias, Tensor):
-            self.__dict__["_plain_bias"] = own
             vendor.bias = nn.Parameter(bias, requires_grad=False)  # so that it can be trained
         object.__setattr__(self, "_parameters", vendor._parameters)
         object.__setattr__(self, "_buffers", vendor._buffers)
@@ -136,6 +86,7 @@ class QuantLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight, [out_features, in_features]: read lazily, and what is written into it is
         quantized into the layer. See `LazyWeight`."""
+        count_as_dense()  # PEFT reads the weight of each layer that it takes
         shape = (self.out_features, self.in_features)
         layout = torch.empty(shape, dtype=self.compute_dtype, device="meta")
         return LazyWeight(self, layout, self.device)
@@ -222,7 +173,7 @@ class QuantLinear(nn.Linear):
         """Return the weight as `dequantize` does; a recomputation keeps it for its backward, unless
         that takes as much memory as `x`, its input."""
         weight = self.dequantize()
-        keep = _recomputing and self.in_features * self.out_features < x.numel()
+        keep = is_recomputing() and self.in_features * self.out_features < x.numel()
         # Not by setattr, which takes nn.Module long.
         self.__dict__["_kept"] = weight if keep else None
         return weight
@@ -234,7 +185,7 @@ class QuantLinear(nn.Linear):
 
     def keep_product(self, x: Tensor, product: Tensor) -> None:
         """Have a recomputation keep x Wᵀ, too, for a backward that wants it."""
-        self.__dict__["_kept_product"] = (x.detach(), product) if _recomputing else None
+        self.__dict__["_kept_product"] = (x.detach(), product) if is_recomputing() else None
 
     def product_for_backward(self, x: Tensor) -> Tensor | None:
         """Return what was kept with `x`, if it is that which was kept last, and give it away."""
@@ -312,7 +263,7 @@ class QuantLinear(nn.Linear):
             return self.vendor_forward(input)
         bias = self._vendor.bias
         trained = bias if bias is not None and bias.requires_grad else None
-        output: Tensor = _Frozen.apply(input, self, trained)  # type: ignore[no-untyped-call]
+        output: Tensor = Frozen.apply(input, self, trained)  # type: ignore[no-untyped-call]
         return output
 
     def dense(self) -> nn.Linear:
@@ -351,24 +302,40 @@ class QuantLinear(nn.Linear):
         local_metadata: Any,
         strict: bool,
         missing_keys: list[str],
-        *args: Any,
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        """Load the vendor's tensors; or a bias alone, which is what an adapter's file holds."""
+        """Load the vendor's tensors, and the bias by itself: vendors keep it in ways that a
+        parameter is not loaded by, and an adapter's file may hold it alone."""
         vendor: Any = self._vendor
-        key, bias = f"{prefix}bias", self.bias
+        bias, key = vendor._parameters.get("bias"), f"{prefix}bias"
         given = state_dict.get(key)
-        if [name for name in state_dict if name.startswith(prefix)] == [key] and bias is not None:
+        if bias is not None and [name for name in state_dict if name.startswith(prefix)] == [key]:
             missing_keys.append(f"{prefix}weight")
         else:
-            if self._plain_bias:
-                vendor.bias = None  # a tensor cannot take the place of a parameter
+            if bias is not None:
+                vendor.bias = None
+                state_dict = {name: t for name, t in state_dict.items() if name != key}
             vendor._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, *args
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
             )
             self.__dict__["_merged"] = None
         if bias is not None:
             vendor.bias = bias
-            if given is not None:
+            if given is None:
+                missing_keys.append(key)
+            elif given.shape != bias.shape:
+                sizes = f"{tuple(given.shape)} in the file, {tuple(bias.shape)} in the model"
+                error_msgs.append(f"size mismatch for {key}: {sizes}")
+            elif local_metadata.get("assign_to_params_buffers") or bias.is_meta:
+                vendor.bias = nn.Parameter(given, requires_grad=bias.requires_grad)
+            else:
                 with torch.no_grad():
                     bias.copy_(given)
         self._adopt(vendor)
@@ -397,79 +364,3 @@ class QuantLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, vendor={type(self._vendor).__name__}"
-
-
-def facades(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
-    """Yield (name, facade) for every facade in `model`."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            yield name, module
-
-
-def wrap(
-    model: nn.Module, target: AdapterTarget, dtype: torch.dtype, skip: tuple[str, ...] = ()
-) -> nn.Module:
-    """Put a facade in front of every vendor layer that `target` matches, in place.
-
-    Args:
-        model: holds vendor modules; a single vendor module is returned wrapped.
-        target: the backend's view of its layers.
-        dtype: compute dtype of the facades.
-        skip: names of modules that stay as they are.
-
-    Raises:
-        PluginError: the target's `shape` is not that of its dequantized weight.
-    """
-    if not isinstance(model, QuantLinear) and target.matches(model):
-        return _checked(model, target, dtype, set())
-    seen: set[tuple[int, int]] = set()
-    wrapped: tuple[str, ...] = ()
-    for name, module in list(model.named_modules()):
-        if f"{name}.".startswith(wrapped):
-            continue  # a vendor's layer, or a part of one
-        for child_name, child in list(module.named_children()):
-            path = f"{name}.{child_name}".lstrip(".")
-            if isinstance(child, QuantLinear) or is_skipped(path, skip):
-                continue
-            if target.matches(child):
-                try:
-                    setattr(module, child_name, _checked(child, target, dtype, seen))
-                    wrapped = (*wrapped, f"{path}.")
-                except PluginError as error:
-                    raise PluginError(f"{path}: {error}") from None
-    return model
-
-
-def _checked(
-    vendor: nn.Module, target: AdapterTarget, dtype: torch.dtype, seen: set[tuple[int, int]]
-) -> QuantLinear:
-    """Return a facade whose weight has the shape that `target` claims; each shape is tried once."""
-    name, shape = type(target).__name__, target.shape(vendor)
-    if not all(isinstance(size, int) and size > 0 for size in shape):
-        raise PluginError(f"{name}.shape returned {shape}, expected two sizes")
-    facade = QuantLinear(vendor, target, dtype)
-    if shape not in seen:
-        found, claimed = tuple(facade.dequantize().shape), (shape[1], shape[0])
-        if found != claimed:
-            what = f"{name}.dequantize returned {found}, its shape says {claimed} (out, in)"
-            raise PluginError(what, fix="tell the authors of the backend")
-        seen.add(shape)
-    return facade
-
-
-def replace(model: nn.Module, make: Callable[[str, QuantLinear], nn.Module]) -> nn.Module:
-    """Replace every facade in `model` by `make(name, facade)`, one at a time, in place."""
-    for name, facade in list(facades(model)):
-        parent_name, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child, make(name, facade))
-    return model
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Take the facades away again, in place: the vendor's modules stand where they stood."""
-    return replace(model, lambda _, facade: facade.vendor)
-
-
-def densify(model: nn.Module) -> nn.Module:
-    """Replace every facade by an ordinary `nn.Linear` with the dequantized weight, in place."""
-    return replace(model, lambda _, facade: facade.dense())

@@ -1,0 +1,23 @@
+"""`QuantLinear`: an `nn.Linear` in front of one vendor module, so that PEFT never meets a vendor.
+
+The facade shares the vendor module's parameter and buffer dictionaries: `named_parameters`, `to`,
+FSDP and `state_dict` see the vendor's own tensors under the vendor's own names, while the module
+tree holds one `nn.Linear` per layer and nothing behind it. `weight` is a `LazyWeight`: shape,
+dtype and device are free, the dequantized numbers are made when somebody computes with it.
+"""
+
+from .frozen import recomputing
+from .layer import QuantLinear
+from .lazy_weight import LazyWeight
+from .wrapping import densify, facades, replace, unwrap, wrap
+
+__all__ = [
+    "LazyWeight",
+    "QuantLinear",
+    "densify",
+    "facades",
+    "recomputing",
+    "replace",
+    "unwrap",
+    "wrap",
+]

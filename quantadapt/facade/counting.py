@@ -1,0 +1,70 @@
+"""Parameters counted as those of dense layers. Libraries count the tensors that they find: packed
+ones, where a number may hold several weights, and no buffers, where many vendors keep theirs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import wraps
+from typing import Any
+
+from torch import Tensor, nn
+
+from .lazy_weight import LazyWeight
+
+_COUNTERS = {
+    ("peft.peft_model", "PeftModel", "get_nb_trainable_parameters"),
+    ("peft.mixed_model", "PeftMixedModel", "get_nb_trainable_parameters"),
+    ("transformers.modeling_utils", "PreTrainedModel", "num_parameters"),
+}
+"""Module, class and method of what counts; what is changed already is taken out."""
+
+
+def count_as_dense() -> None:
+    """Have PEFT and transformers count the weights that a quantized layer stands for.
+
+    Changes those of their methods whose modules are imported by now; models without quantized
+    layers are counted as before. So it is called wherever such a layer meets a library.
+    """
+    for counter in _COUNTERS.copy():
+        module, kind, name = counter
+        cls = getattr(sys.modules.get(module), kind, None)
+        if cls is not None:
+            setattr(cls, name, _counting_dense(getattr(cls, name)))
+            _COUNTERS.discard(counter)
+
+
+def _counting_dense(count: Any) -> Any:
+    @wraps(count)
+    def counted(model: Any, *args: Any, **kwargs: Any) -> Any:
+        quantized = any(True for _ in _quantized(model))
+        return count(_AsDense(model) if quantized else model, *args, **kwargs)
+
+    return counted
+
+
+class _AsDense:
+    """A model as functions see it that count its parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the model's parameters, with one weight for what a quantized layer has packed."""
+        packed: set[int] = set()
+        for name, layer in _quantized(self.model):
+            yield f"{name}.weight", layer.weight
+            frozen = (p for p in layer.parameters() if p is not layer.bias and not p.requires_grad)
+            packed.update(map(id, frozen))
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) not in packed:
+                yield name, parameter
+
+
+def _quantized(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and isinstance(module.weight, LazyWeight):
+            yield name, module
