@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 from yaml import YAMLError as YAMLError
 
-from .errors import Problem, SpecError
+from .errors import ModelError, Problem, SpecError
+from .inputs.documents import read_text
 
 MAX_VALUES = 100_000
 """More than any run has; a small file whose aliases repeat each other can come to billions."""
@@ -112,11 +113,10 @@ def parse(text: str) -> Any:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the mapping in a YAML file. Raises SpecError naming file and line."""
     try:
-        values = parse(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        what, fix = f"cannot read it: {error.strerror}", "check the path of the YAML file"
-        raise SpecError([Problem(what, fix, where=str(path))]) from None
-    except (YAMLError, ValueError) as error:  # no UTF-8, or no name of a file
+        values = parse(read_text(Path(path), fix="check the path of the YAML file"))
+    except ModelError as error:
+        raise SpecError(error.problems) from None
+    except (YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         what = f"not valid YAML: {getattr(error, 'problem', None) or error}"

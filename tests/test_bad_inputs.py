@@ -151,7 +151,7 @@ def test_an_index_cannot_make_a_merge_write_elsewhere(folder: Path) -> None:
         qa.plan(qa.Spec(model=str(folder)), check_output=False)
 
 
-# safetensors files ---------------------------------------------------------------------------------
+# safetensors files -------------------------------------------------------------------------------
 
 
 def test_headers_are_those_of_the_library(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_file_that_is_cut_short_is_refused(length: int, tmp_path: Path) -> Non
         read_header(file)
 
 
-# config.json ---------------------------------------------------------------------------------------
+# config.json -------------------------------------------------------------------------------------
 
 EMPTY = ("esm", "rag", "wav2vec2-bert", "wav2vec2-conformer")
 """Their classes have no vocabulary until a checkpoint gives them one."""
@@ -246,7 +246,7 @@ def test_a_config_that_announces_more_than_there_is_is_refused(tmp_path: Path) -
         qa.plan(qa.Spec(model=str(tmp_path)), check_output=False)
 
 
-# quantadapt.json -----------------------------------------------------------------------------------
+# quantadapt.json ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +308,7 @@ def test_an_adapter_of_another_type_is_refused(adapter: Path) -> None:
 @pytest.mark.parametrize("values", [{"r": "2"}, {"r": 0}, {"r": True}, {"lora_alpha": None}])
 def test_an_adapter_config_of_wrong_types_is_refused(values: dict[str, Any], adapter: Path) -> None:
     changed(adapter / "adapter_config.json", **values)
-    with pytest.raises(ModelError, match=f"{next(iter(values))} is "):
+    with pytest.raises(ModelError, match=rf"\b{next(iter(values))}\b"):
         qa.load(adapter)
 
 
@@ -455,7 +455,7 @@ def test_an_endless_chat_template_is_refused(tmp_path: Path, tokenizer: Any) -> 
 )  # fmt: skip
 def test_what_is_no_object_is_refused_in_a_sentence(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(raw)
-    with pytest.raises(ModelError, match=r"x.json: it "):
+    with pytest.raises(ModelError, match=r"x\.json: (it is|it holds|not valid JSON)"):
         read_object(tmp_path / "x.json")
 
 

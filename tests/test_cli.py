@@ -335,6 +335,7 @@ def test_a_forbidden_merge_is_refused_before_loading(run_cli):
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text("{}")
     record = {"base": "x", "backend": "hqq", "options": {}, "dtype": "float32", "adapter": "lily"}
+    record |= {"format": 1, "skip_modules": []}
     (adapter / "quantadapt.json").write_text(json.dumps(record))
     shown = run_cli("merge", "run")
     assert shown.code == 2

@@ -9,10 +9,9 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +39,28 @@ class Result:
 
 def healthy(folder: Path) -> Path:
     """Make what all cases start from, and return where it is."""
+    folder.mkdir(parents=True)
+    child = os.fork()
+    if child == 0:  # the libraries start threads, and what has threads must not be forked
+        code = 1
+        try:
+            _make_model(folder)
+            code = 0
+        finally:
+            os._exit(code)
+    os.waitpid(child, 0)
+    lines = [f'{{"text": "Line {n} says that {n} and {n} are {2 * n}."}}\n' for n in range(24)]
+    (folder / DATA).write_text("".join(lines))
+    few = ("--max-steps", "2", "--set", "train.save_steps=1", "--set", "evaluate.samples=0")
+    made = ("run", "--model", MODEL, "--data", DATA, "--output", RUN, "--merge", "never", *few)
+    for arguments in (made, ("quantize", MODEL, "--output", QUANTIZED)):
+        code, output, _ = command(arguments, folder)
+        if code:
+            raise RuntimeError(output)
+    return folder
+
+
+def _make_model(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -53,15 +74,6 @@ def healthy(folder: Path) -> Path:
     config = LlamaConfig(vocab_size=len(tokenizer), **sizes, **heads, **ids)
     LlamaForCausalLM(config).save_pretrained(folder / MODEL)
     tokenizer.save_pretrained(folder / MODEL)
-    lines = [f'{{"text": "Line {n} says that {n} and {n} are {2 * n}."}}\n' for n in range(24)]
-    (folder / DATA).write_text("".join(lines))
-    few = ("--max-steps", "2", "--set", "train.save_steps=1", "--set", "evaluate.samples=0")
-    made = ("run", "--model", MODEL, "--data", DATA, "--output", RUN, "--merge", "never", *few)
-    for arguments in (made, ("quantize", MODEL, "--output", QUANTIZED)):
-        code, output, _ = command(arguments, folder)
-        if code:
-            raise RuntimeError(output)
-    return folder
 
 
 def load_libraries() -> None:
@@ -98,18 +110,12 @@ def command(
         finally:
             os._exit(70)  # whatever happens, it must not go on as its parent
     os.close(writing)
-    printed: list[bytes] = []
-    reader = threading.Thread(target=_read, args=(reading, printed), daemon=True)
-    reader.start()
-    code = _wait(child, started)
-    reader.join(1.0)  # longer only if a process that it started holds the pipe
-    return code, b"".join(printed).decode("utf-8", "replace"), time.monotonic() - started
-
-
-def _read(stream: int, printed: list[bytes]) -> None:
-    with open(stream, "rb", buffering=0) as file:
-        while part := file.read(65536):
-            printed.append(part)
+    os.set_blocking(reading, False)
+    with open(reading, "rb", buffering=0) as stream:
+        printed: list[bytes] = []
+        code = _wait(child, started, lambda: printed.append(stream.read() or b""))
+    output = b"".join(printed).decode("utf-8", "replace")
+    return code, output, time.monotonic() - started
 
 
 def _be_the_command(arguments: list[str], folder: Path, case: Case | None, stream: int) -> None:
@@ -139,9 +145,12 @@ def _be_the_command(arguments: list[str], folder: Path, case: Case | None, strea
     os._exit(code)
 
 
-def _wait(child: int, started: float) -> int | None:
+def _wait(child: int, started: float, read: Callable[[], object]) -> int | None:
+    """Wait for a process, reading what it prints; return its exit code, or None if it took too
+    long and was ended."""
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
+        read()
         if ended:
             return os.waitstatus_to_exitcode(status)
         passed = time.monotonic() - started

@@ -118,6 +118,7 @@ def check_export(run: str, planned: PlannedExport, found: Iterable[Problem] = ()
         found: what is wrong besides.
     """
     from ..errors import MergeRefused
+    from ..exporting.adapter_files import check_adapter
     from ..exporting.manifest import adapter_folder, combination, read_manifest
     from ..planning.refusals import export_refusals
 
@@ -126,11 +127,13 @@ def check_export(run: str, planned: PlannedExport, found: Iterable[Problem] = ()
     if problems:
         kind = PlanRefused
     try:
-        manifest = read_manifest(adapter_folder(Path(run)))
-        refused = export_refusals(planned.record, planned.exporter, *combination(manifest))
+        folder = adapter_folder(Path(run))
+        cell, backend, adapter = combination(read_manifest(folder))
+        refused = export_refusals(planned.record, planned.exporter, cell, backend, adapter)
         problems += [problem for problem in refused if problem not in problems]
+        check_adapter(folder, adapter)
     except (ModelError, PlanRefused) as error:
-        kind = PlanRefused
+        kind = kind if problems else PlanRefused
         problems += error.problems
     if problems:
         raise kind(problems)

@@ -133,18 +133,26 @@ def of_the_system(error: BaseException) -> BaseException:
     if isinstance(error, MemoryError):
         fix = "use a smaller model or shorter examples, or a machine with more memory"
         found = QuantadaptError("the memory does not suffice", fix=fix)
-    elif isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
-        what = f"the system refuses it: {os.strerror(error.errno).lower()}"
-        found = OutputError(what, fix=_OF_THE_SYSTEM[error.errno], where=_named(error))
+    elif (number := _number(error)) in _OF_THE_SYSTEM:
+        what = f"the system refuses it: {os.strerror(number).lower()}"
+        found = OutputError(what, fix=_OF_THE_SYSTEM[number], where=_named(error))
     if found is None:
         return error
     found.__cause__ = error
     return found
 
 
-def _named(error: OSError) -> str:
-    names = [name for name in (error.filename, error.filename2) if name is not None]
-    return " and ".join(repr(str(name)).strip("'") for name in names)
+def _number(error: BaseException) -> int:
+    """Return the system's number of an error; safetensors has it in its text."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    quoted = re.search(r"\(os error (\d+)\)", str(error))
+    return int(quoted[1]) if quoted else 0
+
+
+def _named(error: BaseException) -> str:
+    names = [getattr(error, name, None) for name in ("filename", "filename2")]
+    return " and ".join(repr(str(name)).strip("'") for name in names if name is not None)
 
 
 class _Lines:

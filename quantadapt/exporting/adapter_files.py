@@ -4,12 +4,13 @@ numbers."""
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
-from ..inputs.documents import read_object, shown
+from ..errors import ModelError, QuantadaptError
+from ..inputs.documents import read_object, reason, shown
 from ..inputs.patterns import pattern_problems
 from ..inputs.weights import file_in, read_header, refuse_pickles
 from ..planning.peft_options import Option, peft_options
@@ -39,6 +40,8 @@ def check_adapter(folder: Path, adapter: Adapter) -> None:
         if name in known and not _fits(known[name], value)
     ]
     wrong += [f"{name} is missing" for name in _NEEDED if name in known.keys() - config]
+    if not _names_layers(targets := config.get("target_modules", "")):
+        wrong.append(f"target_modules is {shown(targets)}, which names no layers")
     wrong += [f"{name} is no rank" for name in _RANKS if _is_no_rank(config, name)]
     wrong += [problem.what for problem in pattern_problems(config)]
     if wrong:
@@ -57,9 +60,15 @@ def _fits(option: Option, value: Any) -> bool:
     return option.accepts(value)
 
 
+def _names_layers(targets: Any) -> bool:
+    """Say whether it is a pattern, or a list of names. Saving writes what was resolved."""
+    names = targets if isinstance(targets, list) else [targets]
+    return bool(names) and all(isinstance(name, str) for name in names)
+
+
 def _is_no_rank(config: Mapping[str, Any], name: str) -> bool:
     value = config.get(name)
-    return isinstance(value, int) and (isinstance(value, bool) or not 0 < value <= 2**16)
+    return isinstance(value, int) and (isinstance(value, bool) or not 0 <= value <= 2**16)
 
 
 def refuse_not_trained(folder: Path) -> None:
@@ -72,3 +81,16 @@ def refuse_not_trained(folder: Path) -> None:
     with safe_open(folder / WEIGHTS, framework="pt") as opened:
         named = ((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118
         refuse_not_numbers(named, where=str(folder / WEIGHTS), fix=fix)
+
+
+@contextmanager
+def peft_in_words(folder: Path) -> Iterator[None]:
+    """Turn what PEFT raises about the files in `folder` into a ModelError."""
+    try:
+        yield
+    except (QuantadaptError, MemoryError):
+        raise
+    except Exception as error:  # what is in the files decides what PEFT does
+        what = f"the adapter does not fit this base, or is damaged: {reason(error)}"
+        fix = "pass the base that it was trained on, and look whether its files are whole"
+        raise ModelError(what, fix=fix, where=str(folder)) from error

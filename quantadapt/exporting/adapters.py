@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapting.injecting import all_or_nothing, reloaded
 from ..errors import ModelError
+from .adapter_files import peft_in_words
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -66,7 +67,7 @@ def put_on(
     """
     first, *others = active
     places = {first: folder} | {name: folder / name for name in others}
-    with all_or_nothing(model):
+    with peft_in_words(folder), all_or_nothing(model):
         tuned = reloaded(model, folder, config, adapter_name=first, is_trainable=is_trainable)
         for name, place in places.items():  # also the first: only this tells what was read
             read = tuned.load_adapter(str(place), name, is_trainable=is_trainable)

@@ -21,7 +21,7 @@ from ..planning.refusals import make_cell
 from ..quantizing.state import ModelState
 from ..records import Adapter, Backend
 from ..registry.discovery import registry
-from .adapter_files import CONFIG, check_adapter
+from .adapter_files import CONFIG
 
 MANIFEST = "quantadapt.json"
 ADAPTER = "adapter"
@@ -89,8 +89,7 @@ class Manifest(BaseModel):
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return what `save` wrote about the base: checked, with options that the backend has. The
-    files of an adapter beside it are looked at as well.
+    """Return what `save` wrote about the base: checked, and with options that the backend has.
 
     Raises:
         ModelError: it is not there, was damaged, or a newer version wrote it.
@@ -120,8 +119,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 problems.append(f"adapter option {name} is {shown(value)}, not of type {wanted}")
     if problems:
         raise ModelError(f"it cannot be used: {'; '.join(problems)}", fix=fix, where=str(file))
-    if manifest["adapter"] is not None and (folder / CONFIG).exists():
-        check_adapter(folder, registry().adapter(manifest["adapter"]))
     return manifest
 
 

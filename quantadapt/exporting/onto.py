@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from ..capabilities import Cell
-from ..errors import MergeRefused, ModelError, Problem
+from ..errors import MergeRefused, Problem
 from ..machine import this_machine
 from ..paths import INDEX
 from ..planning.on_disk import check_model
@@ -27,7 +27,7 @@ from ..protocols import Exporter, Figure
 from ..records import Adapter, Backend
 from ..registry.discovery import registry
 from ..stages import held_out_data
-from .adapter_files import refuse_not_trained
+from .adapter_files import check_adapter, refuse_not_trained
 from .adapters import put_on
 from .manifest import MANIFEST, MERGED, adapter_folder, combination
 from .merging import adapted_parts, check_mergeable
@@ -73,7 +73,9 @@ class OntoBase(Exporter):
         from ..loading.tensors import Checkpoint
         from .shards import MergedShards
 
-        config_class(registry().adapter(tuned.manifest["adapter"]))  # PEFT may not know it yet
+        adapter = registry().adapter(tuned.manifest["adapter"])
+        config_class(adapter)  # PEFT may not know it yet
+        check_adapter(tuned.adapter, adapter)
         base, device = os.path.expanduser(self.base), tuned.device
         device = this_machine().default_device if device == "auto" else device
         data = tuned.held_out if self.check else None
@@ -174,13 +176,7 @@ class _Opened:
         places = [adapter, *(adapter / name for name in active[1:])]
         for place in places:
             refuse_not_trained(place)
-        try:
-            tuned = put_on(self.model, adapter, active).eval()
-        except (RuntimeError, ValueError) as error:
-            last = str(error).strip().splitlines()[-1].strip()
-            fix = "pass the model that the quantized base was made from"
-            what = f"the adapter does not fit this base: {last}"
-            raise ModelError(what, fix=fix, where=self.base) from error
+        tuned = put_on(self.model, adapter, active).eval()
         keys = {key for place in places for key in Checkpoint(str(place)).files}
         found = {key.removeprefix("base_model.model.") for key in keys} & self.parameters
         parts = tuple(f"{name}." for name, _ in adapted_parts(tuned.get_base_model()))

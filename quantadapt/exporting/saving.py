@@ -21,7 +21,7 @@ from ..protocols import Exporter, Figure
 from ..quantizing.state import ModelState, state_of
 from ..registry.discovery import registry
 from ..stages import quantize
-from .adapter_files import refuse_not_trained
+from .adapter_files import check_adapter, peft_in_words, refuse_not_trained
 from .adapters import put_on, save_adapters
 from .manifest import ADAPTER, BASE, MANIFEST, MERGED, adapter_in, read_manifest, write_manifest
 
@@ -169,9 +169,11 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
     if manifest["adapter"] is None:
         what = f"its {MANIFEST} says of no adapter, and there is one"
         raise ModelError(what, fix="restore the file", where=str(folder))
-    refuse_not_trained(folder)
     adapter = registry().adapter(manifest["adapter"])
-    config: Any = config_class(adapter).from_pretrained(str(folder))
+    check_adapter(folder, adapter)
+    refuse_not_trained(folder)
+    with peft_in_words(folder):
+        config: Any = config_class(adapter).from_pretrained(str(folder))
     if base is None and (folder.parent / BASE / MANIFEST).exists():
         model = load_base(folder.parent / BASE, device)
     elif base is None or isinstance(base, str):

@@ -22,7 +22,7 @@ def read_text(file: Path, error: type[QuantadaptError] = ModelError, *, fix: str
     what = ""
     try:
         if not file.exists() and not file.is_symlink():
-            what = "it is missing"
+            what = "cannot read it: No such file or directory"
         elif not file.is_file():  # reading a pipe or a device may never end
             what = "it is no file"
         elif file.stat().st_size > LIMIT:
@@ -32,7 +32,7 @@ def read_text(file: Path, error: type[QuantadaptError] = ModelError, *, fix: str
     except UnicodeDecodeError:
         what = "it is no UTF-8 text"
     except (OSError, ValueError) as failure:
-        what = f"it cannot be read: {reason(failure)}"
+        what = f"cannot read it: {getattr(failure, 'strerror', None) or failure}"
     raise error(what, fix=fix, where=str(file))
 
 
@@ -46,7 +46,7 @@ def read_object(
     except RecursionError:
         raise error("it is nested too deeply", fix=fix, where=str(file)) from None
     except ValueError as failure:
-        raise error(f"it is no valid JSON: {failure}", fix=fix, where=str(file)) from None
+        raise error(f"not valid JSON: {failure}", fix=fix, where=str(file)) from None
     if not isinstance(value, dict):
         what = f"it holds {_kind(value)}, not an object"
         raise error(what, fix=fix, where=str(file))

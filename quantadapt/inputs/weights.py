@@ -124,7 +124,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     """
     try:
         if not file.is_file():
-            raise ModelError("it is no file", fix="download it again", where=str(file))
+            raise _wrong(file, "is no file")
         size = file.stat().st_size
         with file.open("rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
@@ -132,7 +132,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
                 raise _damaged(file)
             header = json.loads(opened.read(length))
     except OSError as error:
-        raise ModelError(f"it cannot be read: {reason(error)}", where=str(file)) from None
+        raise _wrong(file, f"cannot be read: {reason(error)}") from None
     except (struct.error, ValueError, RecursionError):
         raise _damaged(file) from None
     if not isinstance(header, dict):
@@ -144,9 +144,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     for name, tensor in sorted(header.items(), key=_place):
         end = _end(file, name, tensor, end)
     if size != 8 + length + end:
-        expected = 8 + length + end
-        what = f"it is cut short: {size} bytes, its header announces {expected}"
-        raise ModelError(what, fix="download it again", where=str(file))
+        raise _wrong(file, f"is cut short: {size} bytes, its header announces {8 + length + end}")
     return header
 
 
@@ -165,11 +163,13 @@ def _end(file: Path, name: str, tensor: Any, begin: int) -> int:
     bits = _BITS.get(dtype)
     wrong = bits is not None and (end - start) * 8 != bits * math.prod(shape)
     if start != begin or end < start or any(size < 0 for size in shape) or wrong:
-        what = f"{shown(name)} does not lie where its header says"
-        raise ModelError(what, fix="download it again", where=str(file))
+        raise _wrong(file, f"is damaged: {shown(name)} does not lie where its header says")
     return int(end)
 
 
 def _damaged(file: Path) -> ModelError:
-    what = "it is not a safetensors file, or is damaged"
-    return ModelError(what, fix="download it again", where=str(file))
+    return _wrong(file, "is not a safetensors file, or is damaged")
+
+
+def _wrong(file: Path, what: str) -> ModelError:
+    return ModelError(f"{file.name} {what}", fix="download it again", where=str(file.parent))
