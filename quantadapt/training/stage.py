@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapting.adalora import tuner_of
+from ..data.vocabulary import check_tokens
 from ..distributed.talking import average_gradients, reduced, share, start
 from ..errors import OutputError, PlanRefused, Problem, TrainingError, did_you_mean
 from ..memory.workload import OOM_FIX, Setting
@@ -66,6 +67,7 @@ def train(
     """
     task = task or registry().record(Objective, "sft").task()
     _check(model, spec, task)
+    check_tokens(dataset, _embedding_rows(model), tokenizer)
     checkpoint = _checkpoint_to_resume(Path(output), spec)
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
     share(p for p in model.parameters() if p.requires_grad)  # all begin with the same weights
@@ -147,6 +149,15 @@ def _check(model: Any, spec: TrainSpec, task: Task) -> None:
         raise TrainingError("the model has no trainable weights", fix=fix)
     if found := task_problems(task, spec, adds_to_loss=tuner_of(model) is not None):
         raise PlanRefused(found)
+
+
+def _embedding_rows(model: Any) -> int | None:
+    """Return how many tokens the model has an embedding for; None where it has none."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return getattr(embedding, "num_embeddings", None)
 
 
 def _result(trainer: Any, checkpoint: Path | None) -> TrainResult:
