@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import planning
+from .data.vocabulary import check_tokens
 from .dependencies import import_requirements
 from .distributed.talking import peers_in_words, reduced, start
 from .distributed.world import as_launched, world
@@ -220,6 +221,8 @@ class _Run:
         self.tokenizer = load_tokenizer(self.plan.model)
         task: Task = self.plan.task
         data = task.read(self.spec.data, self.tokenizer, seed=self.spec.seed)
+        for part in (data.train, data.eval):
+            check_tokens(part, (self.plan.config or {}).get("vocab_size"), self.tokenizer)
         if data.report.files:  # a task that reads for itself may count nothing
             self.metrics["data"] = data.report.to_dict()
         for text in data.report.words():

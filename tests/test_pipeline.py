@@ -181,8 +181,7 @@ def test_a_tied_weight_counts_once(small) -> None:
 
 
 def test_experts_with_adapters_are_merged() -> None:
-    """PEFT adapts the parameters of experts, too, where all linear layers are asked for: with one
-    layer around another."""
+    """PEFT adapts the parameters of experts, too, with one layer around another."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     config = DeepseekV3Config(
@@ -195,7 +194,9 @@ def test_experts_with_adapters_are_merged() -> None:
     base = qa.quantize(DeepseekV3ForCausalLM(config), "hqq", device="cpu", dtype="float32").eval()
     ids = torch.arange(24)[None]
     before = base(ids).logits
-    model = qa.attach(base, "lora", r=4, init_lora_weights=False).eval()
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    options = {"r": 4, "init_lora_weights": False, "target_parameters": experts}
+    model = qa.attach(base, "lora", **options).eval()
     expected = model(ids).logits
     assert {name for name, _ in model.named_parameters() if ".experts.base_layer.lora_A" in name}
     assert not torch.allclose(expected, before, atol=0.1)

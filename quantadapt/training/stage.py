@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapting.adalora import tuner_of
+from ..data.vocabulary import check_tokens
 from ..distributed.talking import average_gradients, reduced, share, start
 from ..errors import OutputError, PlanRefused, Problem, TrainingError, did_you_mean
 from ..memory.workload import OOM_FIX, Setting
@@ -72,6 +73,7 @@ def train(
     task = task or registry().record(Objective, "sft").task()
     _check(model, spec, task)
     _check_held_out(spec, held_out)
+    check_tokens(dataset, _embedding_rows(model), tokenizer)
     checkpoint = _checkpoint_to_resume(Path(output), spec)
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
     share(p for p in model.parameters() if p.requires_grad)  # all begin with the same weights
@@ -178,6 +180,15 @@ def _check_held_out(spec: TrainSpec, held_out: Dataset | None) -> None:
         what = "there are no held-out examples to measure on while training"
         fix = "pass some as eval_data, or leave train.eval_steps and train.eval_strategy out"
         raise TrainingError(what, fix=fix, where="train")
+
+
+def _embedding_rows(model: Any) -> int | None:
+    """Return how many tokens the model has an embedding for; None where it has none."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return getattr(embedding, "num_embeddings", None)
 
 
 def _result(trainer: Any, checkpoint: Path | None) -> TrainResult:
