@@ -97,6 +97,7 @@ class _Run:
         self.metrics: dict[str, Any] = {"command": command, "stages": {}, "evaluations": {}}
         self.metrics["failed_evaluations"] = {}
         self.world = world()
+        self.started = time.monotonic()
         with self.stage("plan") as done:
             if isinstance(spec, Spec):
                 spec = planning.plan(as_launched(spec), check_output=self.world.is_main)
@@ -104,7 +105,14 @@ class _Run:
         self.spec = self.plan.spec
 
     def go(self) -> RunResult:
+        from .training.stopping import Stop
+
         import_requirements(self.plan.backend)
+        with Stop(self.spec.train.max_time, since=self.started).listening() as self.stop:
+            return self.listened()
+
+    def listened(self) -> RunResult:
+        """Do the run, while signals are obeyed."""
         self.check()
         data = self.read_data()
         self.examples = self.calibration(data)
@@ -353,6 +361,7 @@ class _Run:
             held_out=self.held_out(data),
             on_log=on_log,
             on_note=lambda text: self.listener("note", {"text": text}),
+            stop=self.stop,
         )
 
     def record_training(self, result: TrainResult) -> None:

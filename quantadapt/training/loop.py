@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..protocols import Task
     from .expected_calls import ExpectedCalls
     from .memory_fit import MemoryFit
+    from .stopping import Stop
     from .validation import Validation
 
 
@@ -47,6 +48,8 @@ class TrainingLoop:
     checkpoints: Path
     saving_to: Path | None = None
     resumed: Checkpoint | None = None
+    stop: Stop | None = None
+    interrupted: bool = False
     loss_since_log: Any = None
     gradient_check: GradientCheck | None = None
     memory_fit: MemoryFit | None = None

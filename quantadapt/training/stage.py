@@ -25,6 +25,7 @@ from .lent import lent, quiet
 from .loop import TrainingLoop
 from .memory_fit import MemoryFit
 from .progress import OnLog, Watcher
+from .stopping import Stop
 from .trainer import Setup, make_trainer
 from .validation import Validation, best_of, curve, has_stopped
 
@@ -49,6 +50,7 @@ def train(
     held_out: Dataset | None = None,
     on_log: OnLog | None = None,
     on_note: Callable[[str], None] | None = None,
+    stop: Stop | None = None,
 ) -> TrainResult:
     """Train the adapter of `model`, in place.
 
@@ -63,11 +65,13 @@ def train(
             validation with step, max_steps, eval_loss in nats per token, whether that is the
             `best`, and the seconds that it took.
         on_note: told in a sentence how memory is used, where that was chosen or had to change.
+        stop: may end it early; by default when `spec.max_time` is over, from now on.
 
     Raises:
         PlanRefused: the task does not go with the adapter or with `spec`.
         TrainingError: a setting cannot be used, the loss is no number, or memory runs out.
         OutputError: there are checkpoints of another run, or writing one failed.
+        Interrupted: it ended early, as `stop` said, and left a checkpoint.
         KeyboardInterrupt: as it came; earlier checkpoints are whole, none is half written.
     """
     task = task or registry().record(Objective, "sft").task()
@@ -90,6 +94,7 @@ def train(
                 trainer, held_out, collator, spec, on_log or (lambda _: None), note
             )
             trainer.validation.checkpoint = checkpoint.path if checkpoint else None
+        trainer.stop = stop or Stop(spec.max_time)
         trainer.calls = expect_calls(trainer, note)
         _run(trainer, checkpoint, note)  # Trainer.train, see below
         if trainer.validation is not None:
@@ -249,7 +254,7 @@ def _run(trainer: Any, checkpoint: Checkpoint | None, tell: Callable[[str], None
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
-        with quiet():
+        with quiet(), trainer.stop.while_training():
             path = str(checkpoint.path) if checkpoint else None
             trainer.train(resume_from_checkpoint=path)
         trainer.calls.end()
@@ -257,6 +262,8 @@ def _run(trainer: Any, checkpoint: Checkpoint | None, tell: Callable[[str], None
         words = trainer.memory_fit.describe(trainer.memory_fit.setting)
         what = f"the GPU has run out of memory, with {words}"
         raise TrainingError(what, fix=OOM_FIX, where="train") from error
+    if trainer.interrupted:
+        raise trainer.stop.error(trainer.state.global_step, trainer.state.max_steps)
 
 
 def _is_finished(trainer: Any, checkpoint: Checkpoint, tell: Callable[[str], None]) -> bool:
