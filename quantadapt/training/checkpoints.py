@@ -87,11 +87,9 @@ def set_rates(trainer: Any) -> None:
     """Set the learning rate that the schedule has for the next step. The optimizer brings the one
     that was next when it was saved, by a schedule which may have had another end."""
     scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
-    of_group = zip(
-        trainer.optimizer.param_groups,
-        getattr(scheduler, "base_lrs", ()),
-        getattr(scheduler, "lr_lambdas", ()),
-        strict=False,
-    )
-    for group, base, factor in of_group:
-        group["lr"] = base * factor(scheduler.last_epoch)
+    if not hasattr(scheduler, "lr_lambdas"):
+        return
+    each = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    scheduler._last_lr = [base * factor(scheduler.last_epoch) for base, factor in each]
+    for group, rate in zip(trainer.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate
