@@ -240,7 +240,7 @@ def test_without_a_whole_checkpoint_it_is_refused(interrupted: Any, tmp_path: Pa
 def test_when_the_time_is_over_there_is_a_checkpoint(
     interrupted: Any, trained: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(Interrupted, match="max_time.*after step 1 of 6; checkpoint-1 ") as caught:
+    with pytest.raises(Interrupted, match=r"max_time.*after step 1 of 6; checkpoint-1 ") as caught:
         trained("run", max_time=1e-6, save_steps=None)
     assert caught.value.exit_code == EXIT_OUT_OF_TIME
     resumed, _ = trained("run", resume=True)

@@ -32,6 +32,7 @@ from transformers import (
 from quantadapt.data.batches import CausalCollator
 from quantadapt.errors import OutputError, TrainingError
 from quantadapt.evaluation import perplexity
+from quantadapt.folders.checkpoints import PARTIAL
 from quantadapt.sharding import PACKED
 from quantadapt.spec import TrainSpec
 from quantadapt.training import base_parameters, problems, train
@@ -177,8 +178,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_others_whole(
 
 def test_what_a_run_that_was_killed_has_left_is_replaced(tokenizer, data, tmp_path):
     checkpoints = tmp_path / "checkpoints"
-    (checkpoints / ".partial" / "checkpoint-2").mkdir(parents=True)
-    (checkpoints / ".partial" / "checkpoint-2" / "half").write_text("a file")
+    (checkpoints / PARTIAL / "checkpoint-2").mkdir(parents=True)
+    (checkpoints / PARTIAL / "checkpoint-2" / "half").write_text("a file")
     train(adapted(), tokenizer, data, spec(save_steps=2), output=tmp_path, seed=0)
     assert sorted(p.name for p in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     assert list(checkpoints.rglob("half")) == []

@@ -22,6 +22,8 @@ CHECKPOINTS = "checkpoints"
 PREFIX = "checkpoint-"
 STATE = "trainer_state.json"
 FACTS = "quantadapt-checkpoint.json"
+PARTIAL = ".checkpoint.00000000.tmp"
+"""What is being written: one name, which all processes know."""
 
 
 @dataclass(frozen=True)

@@ -84,17 +84,16 @@ def not_ours(folder: Path, names: Names | None = None) -> list[str]:
         if entry.is_dir() and not entry.is_symlink() and inner is not None:
             found += [f"{name}/{file}" for file in not_ours(entry, inner)]
         elif inner is None:
-            below = [f"{name}/{file}" for file in _files(entry)]
-            found += [
-                f for f in (below if entry.is_dir() else [name]) if not _is_as(listed, folder, f)
-            ]
+            is_folder = entry.is_dir() and not entry.is_symlink()
+            files = [f"{name}/{file}" for file in _files(entry)] if is_folder else [name]
+            found += [file for file in files if not _is_as(listed, folder, file)]
     return found
 
 
 def is_leftover(name: str) -> bool:
     """Say whether a file or folder of this name is a lock, or was being written or replaced when a
     process died."""
-    return _LEFTOVER.fullmatch(name) is not None or name == ".partial"
+    return _LEFTOVER.fullmatch(name) is not None
 
 
 def leftovers(folder: Path) -> Iterator[tuple[str, str, Path]]:

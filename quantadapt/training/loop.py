@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..adapting.adalora import load_ranks, save_ranks
 from ..errors import OutputError, TrainingError
-from ..folders.checkpoints import PREFIX, seal
+from ..folders.checkpoints import PARTIAL, PREFIX, seal
 from .checkpoints import facts_of, set_rates
 from .progress import Progress
 
@@ -139,7 +139,7 @@ class TrainingLoop:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint beside its place and move it there when it is whole."""
         name = f"{PREFIX}{self.state.global_step}"
-        partial = self.checkpoints / ".partial"
+        partial = self.checkpoints / PARTIAL
         if self.is_world_process_zero():
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
