@@ -177,15 +177,19 @@ def checked_output(
 def _output_problems(
     folder: Path, overwrite: bool, inputs: Iterable[str | Path | None]
 ) -> list[Problem]:
+    where = str(folder)
     try:
         refuse_in_use(folder)
         put_back(folder)
-        refuse_overlap(folder, inputs)
         with in_words(folder):
-            ours = is_free(folder) or not folder.is_dir() or "backend" in (_manifest(folder) or {})
-        if not ours:
+            taken = folder.is_dir() and not is_free(folder)
+        if taken and "backend" not in (_manifest(folder) or {}):
             what = "the folder is not empty and was not made by quantadapt"
-            return [Problem(what, OTHER_OUTPUT, str(folder))]
+            return [Problem(what, OTHER_OUTPUT, where)]
+        if taken and not overwrite:
+            what = "the folder holds a model already"
+            return [Problem(what, f"{OTHER_OUTPUT}, or pass --overwrite", where)]
+        refuse_overlap(folder, inputs)
         refuse_occupied(folder, overwrite)
     except OutputError as error:
         return list(error.problems)

@@ -98,8 +98,9 @@ class RunFolder:
             folder._lock = take(target)
             try:
                 clear_up(target)
-                for name in {name for name, _, _ in leftovers(target)}:
-                    tidy(target / name)
+                for inner in (target, target / "checkpoints"):
+                    for name in {name for name, _, _ in leftovers(inner)}:
+                        tidy(inner / name)
                 cls.check(path, overwrite=overwrite, resume=resume, inputs=inputs, locked=True)
                 if resume and folder.marker:
                     folder.set_state("running")
