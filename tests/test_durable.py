@@ -326,7 +326,8 @@ def test_quantize_never_deletes_its_source(dense: Path, tmp_path: Path, capsys: 
     before = tree(tmp_path)
     for output in (out, source, source / "inside"):
         assert run_cli(*command, output) == 2
-        assert "which is read" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "which is read" in told or (output == source and "not made by quantadapt" in told)
     shutil.move(source, tmp_path / "source")
     (out / "mine.txt").write_text("mine")
     assert run_cli("quantize", tmp_path / "source", "-b", "none", "-o", out, "--overwrite") == 2
