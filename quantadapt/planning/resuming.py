@@ -14,8 +14,9 @@ from pydantic import BaseModel
 from ..errors import OutputError, Problem
 from ..folders.checkpoints import last_whole, too_few_steps
 from ..folders.run_folder import RunFolder, json_ready
+from ..plain_yaml import read_yaml
 from ..protocols import Quantizer, Task
-from ..spec import Named, Spec, read_yaml
+from ..spec import Named, Spec
 
 OnResume = Literal["may", "more", "must not", "no effect", "not kept"]
 
