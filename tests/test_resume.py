@@ -1,6 +1,7 @@
 """Resuming: the run that was not interrupted, bit by bit, or a refusal in a sentence."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -259,6 +260,17 @@ def test_a_signal_waits_for_the_step_and_outside_of_training_it_does_not() -> No
             with pytest.raises(Interrupted):
                 signal.raise_signal(number)
         assert signal.getsignal(number) is before
+
+
+def test_a_forked_worker_just_ends() -> None:
+    with Stop().listening() as stop, stop.while_training():
+        child = os.fork()
+        if child == 0:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+        assert not stop.due(1, 1, None)
 
 
 def test_somebody_elses_handler_stays() -> None:

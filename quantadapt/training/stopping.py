@@ -6,6 +6,7 @@ and a checkpoint is written; in any other stage a signal ends the run at once.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -34,6 +35,7 @@ class Stop:
         self._minutes = minutes
         self._signal: signal.Signals | None = None
         self._others = False
+        self._process = os.getpid()
         self._training = False
 
     @contextmanager
@@ -60,6 +62,10 @@ class Stop:
                 signal.signal(number, handler)
 
     def _received(self, number: int, _: Any) -> None:
+        if os.getpid() != self._process:  # a worker that was forked: none of its business
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         self._signal = signal.Signals(number)
         if not self._training:
             raise Interrupted(f"by {self._signal.name}", 128 + number)
