@@ -426,7 +426,7 @@ class TestTheBaseBesideAnAdapter:
 
     def saved(self, small, path, adapter: str, bits: int) -> torch.Tensor:
         model = qa.attach(qa.quantize(small, "hqq", bits=bits), adapter, r=4)
-        qa.save(model, path)
+        qa.save(model, path, overwrite=True)
         return logits(model)
 
     def test_a_calibrated_one_goes_along_as_it_is(self, small, tmp_path) -> None:
@@ -456,7 +456,7 @@ class TestTheBaseBesideAnAdapter:
         state.backend = replace(state.backend, calibration=True)
         qa.save(loaded, tmp_path / "again", base=False)
         assert not (tmp_path / "again" / "base").exists()
-        qa.save(loaded, tmp_path / "again")
+        qa.save(loaded, tmp_path / "again", overwrite=True)
         assert (tmp_path / "again" / "base" / "config.json").exists()
 
     def test_one_that_loading_rewrites_goes_along(self, small, tmp_path) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from .. import planning
 from ..capabilities import Merge
 from ..errors import MergeRefused, ModelError, Problem
-from ..folders.atomic import atomic_folder, refuse_occupied
+from ..folders.atomic import atomic_folder, refuse_occupied, refuse_overlap
 from ..planning.exports import MERGES, MergeKind, PlannedExport
 from ..planning.stage import Plan
 from ..protocols import Exporter, Figure
@@ -78,6 +78,7 @@ def write(
     """
     if isinstance(exporter, AdapterFolder) and final == tuned.saved:
         return dict(exporter.write(tuned, final))  # it is there since it was saved
+    refuse_overlap(final, [tuned.saved, *exporter.reads])
     refuse_occupied(final, overwrite)
     with atomic_folder(final, overwrite=overwrite, needed=exporter.needed(tuned)) as folder:
         figures = dict(exporter.write(tuned, folder))
