@@ -78,7 +78,8 @@ def train(
     task = task or registry().record(Objective, "sft").task()
     _check(model, spec, task)
     _check_held_out(spec, held_out)
-    check_tokens(dataset, _embedding_rows(model), tokenizer)
+    for part in (dataset, held_out):
+        check_tokens(part, _embedding_rows(model), tokenizer)
     note = on_note or (lambda _: None)
     checkpoint = checkpoint_to_resume(Path(output), spec, note)
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
