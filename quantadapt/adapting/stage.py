@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 
     from ..planning.stage import Plan
 
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+"""How the classes of transformers' models end -> PEFT's `task_type`, with which it trains the head
+too, and saves it with the adapter."""
+
 
 def attach_adapter(
     model: nn.Module, state: ModelState, adapter: Adapter, options: Mapping[str, Any]
@@ -149,7 +157,10 @@ def _refusal(error: Exception) -> Problem:
 
 
 def _task_type(model: nn.Module) -> str | None:
-    config = getattr(model, "config", None)
+    config, name = getattr(model, "config", None), type(model).__name__
+    for ending, task in _TASKS.items():
+        if config is not None and name.endswith(ending):
+            return task
     if config is None or not hasattr(model, "prepare_inputs_for_generation"):
         return None
     return "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"

@@ -20,7 +20,7 @@ from ..inputs.weights import refuse_pickles
 from ..model.linears import as_linear, is_conv1d, other_linears
 from ..model.numbers import refuse_not_numbers_in
 from .accounting import OwnReport, WrongTensors, account, listed, repeatable, without_tensors
-from .tensors import Checkpoint, local_folder
+from .tensors import Checkpoint
 
 
 def model_class(config: Any) -> Any:
