@@ -210,8 +210,8 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
             device=device,
             dtype=manifest["dtype"],
             skip_modules=manifest["skip_modules"],
-            new_modules=manifest.get("new_modules", ()),
-            unused_modules=manifest.get("unused_modules", ()),
+            new_modules=manifest["new_modules"],
+            unused_modules=manifest["unused_modules"],
             **manifest["options"],
         )
     else:
