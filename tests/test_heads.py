@@ -113,3 +113,16 @@ def test_training_a_classifier_is_that_of_peft(tmp_path) -> None:
     for found, parameter in tuned.named_parameters():
         if parameter.requires_grad:
             assert error(parameter.grad, gradients[found]) < 1e-4, found
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "BertModel", "BertForMaskedLM"])
+def test_a_run_that_learns_tokens_is_refused_for_other_models(name, tmp_path) -> None:
+    from quantadapt.errors import PlanRefused
+    from quantadapt.planning import plan
+    from quantadapt.spec import Spec
+
+    source = str(made(name, tmp_path / "source"))
+    message = f"learns to predict tokens, and the checkpoint is a {name}"
+    with pytest.raises(PlanRefused, match=message):
+        plan(Spec(model=source, output=str(tmp_path / "run"), device="cpu"))
+    assert plan(Spec(model=source), check_output=False).model == source

@@ -81,8 +81,9 @@ def check_adapter(plan: Plan, skip: tuple[str, ...] | None) -> None:
         PlanRefused: with all that `attach_adapter` could know from names and sizes.
     """
     from ..loading.reading import architecture
+    from ..model.modules import make_linear
 
-    model = architecture(plan.model)
+    model = make_linear(architecture(plan.model))  # as the facades will be
     options = {**plan.adapter.defaults, **plan.adapter_options}
     layers = quantizable(model, skip)
     config: Any = peft_config(model, plan.adapter, options, layers)
