@@ -345,7 +345,8 @@ class _Run:
         state_of(tuned).max_length = self.spec.data.max_length
         targets = tuned.peft_config["default"].target_modules  # type: ignore[union-attr]
         found = sorted(targets) if isinstance(targets, (list, set)) else [targets]
-        self.folder.write_json("plan.json", plan.to_dict() | {"target_modules": found})
+        more = {"target_modules": found, "notes": [*plan.notes, *state_of(tuned).notes]}
+        self.folder.write_json("plan.json", plan.to_dict() | more)
         return tuned
 
     def train(self, model: PeftModel, data: Data) -> TrainResult:

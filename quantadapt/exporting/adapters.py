@@ -39,9 +39,7 @@ def save_adapters(model: Any, folder: Path) -> list[str]:
         place = folder if name == active[0] else folder / name
         place.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            model.save_pretrained(
-                scratch, selected_adapters=[name], save_embedding_layers=ends
-            )
+            model.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=ends)
             made = Path(scratch) if name == DEFAULT else Path(scratch, name)
             for file in [f for f in made.iterdir() if f.is_file()]:
                 file.rename(place / file.name)

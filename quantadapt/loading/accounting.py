@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _new: ContextVar[tuple[str, ...]] = ContextVar("new", default=())
 _unused: ContextVar[tuple[str, ...]] = ContextVar("unused", default=())
+_notes: ContextVar[list[str] | None] = ContextVar("notes", default=None)
 _TOLD = 3
 """So many names of a kind are told; the rest is counted."""
 
@@ -38,13 +39,17 @@ class WrongTensors(ProblemsError, ModelError):
 
 
 @contextmanager
-def expecting(new: Iterable[str] = (), unused: Iterable[str] = ()) -> Iterator[None]:
+def expecting(new: Iterable[str] = (), unused: Iterable[str] = ()) -> Iterator[list[str]]:
     """Inside, modules named in `new` may be missing in a checkpoint, too, and those in `unused` be
-    there without a place in the model. Names are as in `skip_modules`."""
+    there without a place in the model. Names are as in `skip_modules`. What is told of others is
+    in the list that is yielded, too."""
+    notes: list[str] = []
     tokens = _new.set((*_new.get(), *new)), _unused.set((*_unused.get(), *unused))
+    told = _notes.set(notes)
     try:
-        yield
+        yield notes
     finally:
+        _notes.reset(told)
         _new.reset(tokens[0])
         _unused.reset(tokens[1])
 
@@ -116,7 +121,9 @@ def account(
         raise WrongTensors([_at(problem, source) for problem in problems])
     if unexpected:
         text = f"{source} holds tensors that the model does not use: {listed(unexpected)}"
-        warnings.warn(text, UnusedTensorsWarning, stacklevel=3)
+        warnings.warn(text, UnusedTensorsWarning, stacklevel=2)
+        if (notes := _notes.get()) is not None:
+            notes.append(text)
 
 
 def without_tensors(model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -57,7 +57,8 @@ def quantize_plan(
     skip = _wanted_skip(plan)
     examples = _examples(plan, calibration)
     conv1d = () if module is None else conv1d_layers(module)
-    with expecting(plan.spec.new_modules, plan.spec.unused_modules), _sharding_blocks(plan):
+    expected = expecting(plan.spec.new_modules, plan.spec.unused_modules)
+    with expected as notes, _sharding_blocks(plan):
         if not plan.adopt:
             skip = skip_for(plan, module)
             with blaming(plan.backend, "quantizing"):
@@ -105,6 +106,7 @@ def quantize_plan(
         conv1d=conv1d or conv1d_layers(model),
         new_modules=tuple(plan.spec.new_modules),
         unused_modules=tuple(plan.spec.unused_modules),
+        notes=tuple(notes),
     )
     return model
 

@@ -33,6 +33,7 @@ class ModelState:
         tokenizer: the checkpoint's tokenizer, or None.
         calibration: the examples that the base was calibrated on here, or None.
         rewritten: attaching the adapter changed the base for good.
+        notes: what loading found that a user may want to know of.
         own_base: it was loaded from a base that lies beside an adapter, and may be there alone.
         loaded_from: the folder that `load` read it from, if it did.
         adapter, adapter_options: what is attached, if anything.
@@ -50,6 +51,7 @@ class ModelState:
     conv1d: tuple[str, ...] = ()
     new_modules: tuple[str, ...] = ()
     unused_modules: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     rewritten: bool = False
     own_base: bool = False
     loaded_from: str = ""
