@@ -281,16 +281,18 @@ class _Run:
         wanted = asked and self.spec.evaluate.unquantized and not self.plan.adopt
         if not wanted or not self.world.is_main or self.plan.parallel == "fsdp":
             return
+        from .loading.accounting import expecting
         from .loading.reading import from_pretrained
 
         with self.stage("evaluate"):
             import torch
 
-            model = from_pretrained(
-                self.plan.model,
-                dtype=getattr(torch, self.plan.dtype),
-                device_map={"": self.plan.device},
-            )
+            with expecting(self.spec.new_modules, self.spec.unused_modules):
+                model = from_pretrained(
+                    self.plan.model,
+                    dtype=getattr(torch, self.plan.dtype),
+                    device_map={"": self.plan.device},
+                )
             self.metrics["size"] = {"dense_mib": size_mib(model)}
             self.measure("unquantized", model, data)
 
@@ -343,7 +345,8 @@ class _Run:
         state_of(tuned).max_length = self.spec.data.max_length
         targets = tuned.peft_config["default"].target_modules  # type: ignore[union-attr]
         found = sorted(targets) if isinstance(targets, (list, set)) else [targets]
-        self.folder.write_json("plan.json", plan.to_dict() | {"target_modules": found})
+        more = {"target_modules": found, "notes": [*plan.notes, *state_of(tuned).notes]}
+        self.folder.write_json("plan.json", plan.to_dict() | more)
         return tuned
 
     def train(self, model: PeftModel, data: Data) -> TrainResult:

@@ -275,6 +275,16 @@ class Spec(_Strict):
     skip_misfits: bool = Field(
         False, description="also leave layers dense whose size the backend cannot quantize"
     )
+    new_modules: list[str] = Field(
+        default_factory=list,
+        description="modules that the checkpoint does not hold and that start at random, such as "
+        "the head of a classifier; whatever else is missing is refused",
+    )
+    unused_modules: list[str] = Field(
+        default_factory=list,
+        description="modules that the checkpoint holds and the model has not, such as layers "
+        "beyond those of its config; without it, those are refused",
+    )
     seed: int = Field(
         0, ge=0, lt=2**32, description="of the adapter, the shuffling and the held-out split"
     )

@@ -41,6 +41,8 @@ def quantize(
     calibration: Calibration = None,
     skip_modules: tuple[str, ...] | list[str] | None = None,
     skip_misfits: bool = False,
+    new_modules: tuple[str, ...] | list[str] = (),
+    unused_modules: tuple[str, ...] | list[str] = (),
     **options: Any,
 ) -> nn.Module:
     """Load and quantize a model; its linear layers become `QuantLinear` facades.
@@ -56,6 +58,9 @@ def quantize(
             `{"input_ids": int64 tensor [1, length]}`. The demo model has its own.
         skip_modules: module names left dense; by default the output head.
         skip_misfits: leave layers dense, too, whose size the backend cannot quantize.
+        new_modules: module names that the checkpoint does not hold and that start at random, such
+            as the head of a classifier; whatever else is missing is refused.
+        unused_modules: module names that the checkpoint holds and the model has not.
         options: the backend's options, e.g. `bits=4`.
 
     Returns:
@@ -74,6 +79,8 @@ def quantize(
         dtype=dtype,
         skip_modules=None if skip_modules is None else list(skip_modules),
         skip_misfits=skip_misfits,
+        new_modules=list(new_modules),
+        unused_modules=list(unused_modules),
         train=_WHOLE,
     )
     module = None if source is None or isinstance(source, str) else source
@@ -131,7 +138,7 @@ def train(
         eval_data: what `eval_steps` or `eval_strategy` measure on while training: a file or a
             tokenized Dataset; by default what is held out of `data`.
         seed: for shuffling and dropout.
-        tokenizer: needed for a live module only.
+        tokenizer: needed where the model came without one: a live module, for instance.
         on_log: called at each logging step with step, loss, learning_rate, ..., and after each
             validation with step, eval_loss, ...
         on_note: told in a sentence what became of each data file, and how memory is used, where
@@ -202,7 +209,7 @@ def evaluate(
         max_length: longest example in tokens, where `data` is read from a file; by default what
             the model was trained with, or 512.
         max_new_tokens: longest answer, in tokens, where the model is asked to answer.
-        tokenizer: needed for a live module only.
+        tokenizer: needed where the model came without one: a live module, for instance.
         options: the evaluation's options.
 
     Raises:
@@ -250,8 +257,8 @@ def held_out_data(
 
 
 def _needed(tokenizer: Any) -> Any:
-    """Return the tokenizer. Raises QuantadaptError where a live module has none."""
+    """Return the tokenizer. Raises QuantadaptError where the model came without one."""
     if tokenizer is None:
         fix = "pass tokenizer=..., or a tokenized Dataset as data"
-        raise QuantadaptError("the model was made from a live module, without a tokenizer", fix=fix)
+        raise QuantadaptError("the model came without a tokenizer", fix=fix)
     return tokenizer

@@ -45,6 +45,7 @@ from .refusals import (
     attach_refusals,
     data_start_problems,
     export_refusals,
+    head_problems,
     loftq_problems,
     make_cell,
     refusals_beside,
@@ -360,6 +361,8 @@ def _combined(draft: Draft, made: Plan) -> Plan:
     draft.problems += task_problems(
         made.task, spec.train, adds_to_loss=adapter.peft_type == "ADALORA"
     )
+    if made.trains:
+        draft.problems += head_problems(made.task, config)
     for name, evaluator in made.evaluators.items():
         record = draft.registry.record(Evaluation, name)
         draft.problems += refusals_beside(cell, record, evaluator.model_dump())

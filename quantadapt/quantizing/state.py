@@ -26,9 +26,16 @@ class ModelState:
         device: "cpu", "cuda:0", ...
         dtype: compute dtype.
         skip_modules: names left dense.
+        conv1d: names of the layers that are `Conv1D` in the model's own class, so that dense ones
+            are to be written with their weight transposed.
+        new_modules: names that may be missing in the checkpoint.
+        unused_modules: names that may be in the checkpoint and not in the model.
         tokenizer: the checkpoint's tokenizer, or None.
         calibration: the examples that the base was calibrated on here, or None.
         rewritten: attaching the adapter changed the base for good.
+        notes: what loading found that a user may want to know of.
+        own_base: it was loaded from a base that lies beside an adapter, and may be there alone.
+        loaded_from: the folder that `load` read it from, if it did.
         adapter, adapter_options: what is attached, if anything.
         max_length: the longest example in tokens that it was trained on, where that is known.
     """
@@ -41,7 +48,13 @@ class ModelState:
     skip_modules: tuple[str, ...] = ()
     tokenizer: Any = None
     calibration: list[dict[str, Tensor]] | None = None
+    conv1d: tuple[str, ...] = ()
+    new_modules: tuple[str, ...] = ()
+    unused_modules: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     rewritten: bool = False
+    own_base: bool = False
+    loaded_from: str = ""
     adapter: Adapter | None = None
     adapter_options: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = None
@@ -67,6 +80,8 @@ class ModelState:
             "options": self.quantizer.model_dump(),
             "dtype": self.dtype_name,
             "skip_modules": list(self.skip_modules),
+            "new_modules": list(self.new_modules),
+            "unused_modules": list(self.unused_modules),
             "adapter": self.adapter.name if self.adapter else None,
             "adapter_options": self.adapter_options,
             "max_length": self.max_length,
