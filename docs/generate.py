@@ -25,6 +25,7 @@ from quantadapt.capabilities import Rule
 from quantadapt.exporting.tuned import Tuned
 from quantadapt.matrix import results, tables
 from quantadapt.objectives.sft import SFT
+from quantadapt.planning import resuming
 from quantadapt.spec import Spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +46,7 @@ def pages() -> dict[Path, str]:
     known = _own_plugins()
     found = {
         "spec.md": spec_page(),
+        "resuming.md": resuming_page(),
         "backends.md": backends_page(known),
         "adapters.md": adapters_page(known),
         "evaluations.md": evaluations_page(known),
@@ -154,6 +156,43 @@ def _type(schema: Mapping[str, Any]) -> str:
     }
     found = [text.format(schema[key]) for key, text in limits.items() if key in schema]
     return " ".join([str(schema.get("type", "any")), ", ".join(found)]).strip()
+
+
+RESUMING = {
+    "may": ("may change", "It counts from there on."),
+    "more": (
+        "may grow",
+        "More epochs or steps go on; fewer than were done are refused. A schedule that decays is "
+        "that of the longer run from there on.",
+    ),
+    "must not": (
+        "must not change",
+        "Adapter, optimizer, schedule and the place in the data come from it: refused, with the "
+        "value to resume with.",
+    ),
+    "no effect": ("has no effect", "It made the base, which is in the run folder. A note says so."),
+    "not kept": ("not kept", "Says where and how this call writes."),
+}
+"""What `planning.resuming.on_resume` says -> how the page calls it, and what that means."""
+
+
+def resuming_page() -> str:
+    """Return which keys may change when a run is resumed."""
+    by_kind: dict[str, list[str]] = {kind: [] for kind in RESUMING}
+    for key in resuming.keys_of(Spec):
+        by_kind[resuming.on_resume(key)].append(_code(key))
+    rows = [(word, text, ", ".join(by_kind[kind])) for kind, (word, text) in RESUMING.items()]
+    return "\n\n".join(
+        [
+            "# What may change on resume",
+            "`quantadapt run --resume` goes on with a run, see "
+            "[Resume a killed run](../how-to/resume.md). What the spec says then is compared with "
+            "`spec.yaml` and `plan.json` in the run folder, the options of backend, adapter and "
+            "objective included. The number of processes must not change, either, and the examples "
+            "have to be the same: a checkpoint knows how many there were, and how long.",
+            _table(("on resume", "what happens", "keys"), rows),
+        ]
+    )
 
 
 # Records ---------------------------------------------------------------------------------------
@@ -555,7 +594,16 @@ def errors_page() -> str:
     codes = [
         (str(errors.EXIT_OK), "Done."),
         (str(errors.EXIT_FAILURE), "Failed while working. The message says what, and what to do."),
-        (str(errors.EXIT_REFUSED), "Refused or misused, before any work: nothing was touched."),
+        (
+            str(errors.EXIT_REFUSED),
+            "Refused or misused, before any work: nothing was touched. So is a folder in which "
+            "another process is writing.",
+        ),
+        (
+            str(errors.EXIT_OUT_OF_TIME),
+            "`train.max_time` is over: a checkpoint is written, `--resume` goes on.",
+        ),
+        ("129, 143", "The same after SIGHUP or SIGTERM; a signal outside training just ends it."),
         (str(INTERRUPTED), "Interrupted with Ctrl-C."),
     ]
     classes = [

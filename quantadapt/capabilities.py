@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from fnmatch import fnmatchcase
 from typing import Any
 
 from .errors import PluginError, Problem
@@ -36,6 +37,15 @@ class Merge(IntEnum):
         return (never, dense, f"{dense}, or quantized again")[self]
 
 
+class Patterns(tuple[str, ...]):
+    """Values of a rule's condition, as file names are matched: `pissa_niter_*` is any of them."""
+
+    __slots__ = ()
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, str) and any(fnmatchcase(value, pattern) for pattern in self)
+
+
 @dataclass(frozen=True)
 class Rule:
     """A combination that is refused.
@@ -46,7 +56,7 @@ class Rule:
             `action` ("attach", "merge", "requantize", "onto", "shard"), `backend`, `adapter`,
             `device` ("cpu", "cuda", ...), `dtype` ("float32", ...), `backend.<option>`,
             `adapter.<option>`; for a rule of another kind of record also its own `<kind>` and
-            `<kind>.<option>`.
+            `<kind>.<option>`. The values may be `Patterns`.
         reason: why it is refused, as a sentence.
         fix: what to do instead, as a sentence.
         policy: it would work, but is unsound; the conformance suite then tries the way out

@@ -14,6 +14,8 @@ from difflib import get_close_matches
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_REFUSED = 2
+EXIT_OUT_OF_TIME = 124
+"""`train.max_time` is over, as `timeout` has it."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,24 @@ class NumbersError(ModelError):
 
 class OutputError(QuantadaptError):
     """The output folder cannot be used, or writing to it failed; what was there is untouched."""
+
+
+class FolderInUse(OutputError):
+    """Another process is writing in the output folder; nothing was touched. Exit code 2."""
+
+    exit_code = EXIT_REFUSED
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was told to end early, and left a checkpoint where it was training.
+
+    Attributes:
+        exit_code: 128 and the number of the signal, or `EXIT_OUT_OF_TIME`.
+    """
+
+    def __init__(self, what: str, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(what)
 
 
 class TrainingError(QuantadaptError):

@@ -166,7 +166,7 @@ class _Placeholder(nn.Module):
         self._is_hf_initialized = True  # type: ignore[assignment]
 
 
-def _renaming(model: nn.Module) -> Callable[[str], str]:
+def renaming(model: nn.Module) -> Callable[[str], str]:
     """Return what transformers makes of a key in a checkpoint: some models call modules otherwise
     there."""
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -271,7 +271,7 @@ def _loader_config() -> Any:
                 self.blocks = Blocks(model, names)
                 return
             layers = dict(linear_layers(model, ()))
-            self.state = _packed_state(config.packed, layers, _renaming(model))
+            self.state = _packed_state(config.packed, layers, renaming(model))
             if not self.state:  # or layers would be left as they happen to start
                 what = "none of this model's layers is quantized in the checkpoint"
                 fix = "check that config.json and the weights belong together"

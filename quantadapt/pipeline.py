@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import planning
+from .data.vocabulary import check_tokens
 from .dependencies import import_requirements
 from .distributed.talking import peers_in_words, reduced, start
 from .distributed.world import as_launched, world
@@ -97,6 +98,7 @@ class _Run:
         self.metrics: dict[str, Any] = {"command": command, "stages": {}, "evaluations": {}}
         self.metrics["failed_evaluations"] = {}
         self.world = world()
+        self.started = time.monotonic()
         with self.stage("plan") as done:
             if isinstance(spec, Spec):
                 spec = planning.plan(as_launched(spec), check_output=self.world.is_main)
@@ -104,20 +106,28 @@ class _Run:
         self.spec = self.plan.spec
 
     def go(self) -> RunResult:
+        from .training.stopping import Stop
+
         import_requirements(self.plan.backend)
+        with Stop(self.spec.train.max_time, since=self.started).listening() as self.stop:
+            return self.listened()
+
+    def listened(self) -> RunResult:
+        """Do the run, while signals are obeyed."""
         self.check()
         data = self.read_data()
         self.examples = self.calibration(data)
         self.folder = self.create_folder()
-        try:
-            with peers_in_words():
-                tuned = self.work(data)
-        except BaseException as error:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            with suppress(Exception):  # the first error is the one to tell
-                self.finish("interrupted" if interrupted else "failed")
-            raise
-        self.finish("finished")
+        with self.folder:
+            try:
+                with peers_in_words():
+                    tuned = self.work(data)
+            except BaseException as error:
+                interrupted = isinstance(error, KeyboardInterrupt)
+                with suppress(Exception):  # the first error is the one to tell
+                    self.finish("interrupted" if interrupted else "failed")
+                raise
+            self.finish("finished")
         return RunResult(tuned, self.folder.path, self.plan, self.metrics)
 
     def check(self) -> None:
@@ -207,6 +217,7 @@ class _Run:
                 self.listener("note", {"text": text})
 
     def write_start(self) -> None:
+        self.folder.note_exports(planned.folder for planned in self.plan.exports)
         # Without what only concerned this folder, so that the file runs again as it stands.
         train = self.spec.train.model_copy(update={"resume": False})
         again = self.plan.resolved.model_copy(update={"overwrite": False, "train": train})
@@ -220,6 +231,8 @@ class _Run:
         self.tokenizer = load_tokenizer(self.plan.model)
         task: Task = self.plan.task
         data = task.read(self.spec.data, self.tokenizer, seed=self.spec.seed)
+        for part in (data.train, data.eval):
+            check_tokens(part, (self.plan.config or {}).get("vocab_size"), self.tokenizer)
         if data.report.files:  # a task that reads for itself may count nothing
             self.metrics["data"] = data.report.to_dict()
         for text in data.report.words():
@@ -351,6 +364,7 @@ class _Run:
             held_out=self.held_out(data),
             on_log=on_log,
             on_note=lambda text: self.listener("note", {"text": text}),
+            stop=self.stop,
         )
 
     def record_training(self, result: TrainResult) -> None:
@@ -389,7 +403,8 @@ class _Run:
         if not self.world.is_main:
             return
         # A base that was calibrated is there since it was quantized.
-        self.saved = save(model, self.folder.path, base=not self.plan.calibrates)
+        root, base = self.folder.path, not self.plan.calibrates
+        self.saved = save(model, root, base=base, overwrite=self.spec.train.resume)
         files = (file for file in self.saved.rglob("*.safetensors"))
         self.metrics["size"]["adapter_mib"] = sum(f.stat().st_size for f in files) / 2**20
 

@@ -178,6 +178,12 @@ class TrainSpec(_Strict):
     early_stopping_threshold: float = Field(
         0.0, ge=0, description="by how much it has to be lower, in nats per token"
     )
+    max_time: float | None = Field(
+        None,
+        gt=0,
+        description="minutes from the start of the run after which training ends with a "
+        "checkpoint, to go on with `resume`",
+    )
     report_to: list[str] = Field(default_factory=list, description="e.g. [tensorboard, wandb]")
     resume: bool = Field(False, description="go on from the last checkpoint in the output folder")
 

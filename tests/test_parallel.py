@@ -44,11 +44,12 @@ def two_cards(gib: float, other: float | None = None) -> Machine:
 @pytest.fixture
 def planned(tmp_path: Path) -> Any:
     """Plan training a Llama of 8B parameters, of which only the config is there."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
 
     def call(machine: Machine, processes: int = 2, **values: Any) -> Plan:
         options: dict[str, Any] = {
-            "model": str(tmp_path),
+            "model": str(tmp_path / "model"),
             "backend": "bnb-nf4",
             "data": {"path": str(demo.TRAIN_FILE), "max_length": 2048},
             "evaluate": {"unquantized": False},

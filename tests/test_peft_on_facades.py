@@ -456,7 +456,7 @@ def test_transformers_counts_parameters_as_dense_ones(backend) -> None:
 
 
 @pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("backend", ["none", "hqq", "torchao-int8"])  # bnb loads none of its own
+@pytest.mark.parametrize("backend", ["none", "hqq", "torchao-int8"])
 def test_a_state_dict_is_loaded_with_its_biases(backend, assign) -> None:
     model, _ = made(backend)
     state = {key: copy.deepcopy(value) for key, value in model.state_dict().items()}
@@ -474,6 +474,20 @@ def test_a_state_dict_is_loaded_with_its_biases(backend, assign) -> None:
     state.pop("b.bias")
     with pytest.raises(RuntimeError, match=r"Missing key.*b\.bias"):
         model.load_state_dict(state)
+
+
+def test_a_state_dict_of_other_scales_is_refused() -> None:
+    """bitsandbytes' 4-bit layers load their codes, and leave the scales as they are."""
+    model, _ = made("bnb-nf4")
+    state, y = copy.deepcopy(model.state_dict()), model(X)
+    model.load_state_dict(state)
+    assert torch.equal(model(X), y)
+    with torch.no_grad():
+        model.b.weight.mul_(3)
+    with pytest.raises(RuntimeError, match=r"loads no b\.weight\.\w+.*anew"):
+        model.load_state_dict(state, strict=False)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*b\.weight\.else"):
+        made("bnb-nf4")[0].load_state_dict({**state, "b.weight.else": torch.ones(1)})
 
 
 IDS = torch.arange(1, 25).view(4, 6)

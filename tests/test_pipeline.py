@@ -167,7 +167,7 @@ def test_a_bias_of_the_adapter_is_merged_into_a_layer_that_is_quantized_again() 
     layer = qa.attach(base, "lora", r=4, lora_bias=True, target_modules=["0"]).base_model.model[0]
     with torch.no_grad():
         layer.lora_B["default"].bias.copy_(torch.linspace(-1, 1, 64))
-    merged = merging.merged_layer(layer, "requantize")
+    merged = merging.merged_part(layer, "requantize")
     added = layer.scaling["default"] * torch.linspace(-1, 1, 64)
     torch.testing.assert_close(merged.bias, layer.base_layer.bias + added)
     assert not merged.bias.requires_grad
@@ -181,8 +181,7 @@ def test_a_tied_weight_counts_once(small) -> None:
 
 
 def test_experts_with_adapters_are_merged() -> None:
-    """PEFT adapts the parameters of experts, too, where all linear layers are asked for: with one
-    layer around another."""
+    """PEFT adapts the parameters of experts, too, with one layer around another."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     config = DeepseekV3Config(
@@ -195,7 +194,9 @@ def test_experts_with_adapters_are_merged() -> None:
     base = qa.quantize(DeepseekV3ForCausalLM(config), "hqq", device="cpu", dtype="float32").eval()
     ids = torch.arange(24)[None]
     before = base(ids).logits
-    model = qa.attach(base, "lora", r=4, init_lora_weights=False).eval()
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    options = {"r": 4, "init_lora_weights": False, "target_parameters": experts}
+    model = qa.attach(base, "lora", **options).eval()
     expected = model(ids).logits
     assert {name for name, _ in model.named_parameters() if ".experts.base_layer.lora_A" in name}
     assert not torch.allclose(expected, before, atol=0.1)
@@ -348,7 +349,7 @@ class TestRun:
     def test_ctrl_c_during_export_leaves_no_half_adapter(
         self, small, tmp_path, monkeypatch
     ) -> None:
-        def interrupted(folder: Path, state: object) -> None:
+        def interrupted(folder: Path, state: object, **more: object) -> None:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(saving, "write_manifest", interrupted)
@@ -425,7 +426,7 @@ class TestTheBaseBesideAnAdapter:
 
     def saved(self, small, path, adapter: str, bits: int) -> torch.Tensor:
         model = qa.attach(qa.quantize(small, "hqq", bits=bits), adapter, r=4)
-        qa.save(model, path)
+        qa.save(model, path, overwrite=True)
         return logits(model)
 
     def test_a_calibrated_one_goes_along_as_it_is(self, small, tmp_path) -> None:
@@ -455,7 +456,7 @@ class TestTheBaseBesideAnAdapter:
         state.backend = replace(state.backend, calibration=True)
         qa.save(loaded, tmp_path / "again", base=False)
         assert not (tmp_path / "again" / "base").exists()
-        qa.save(loaded, tmp_path / "again")
+        qa.save(loaded, tmp_path / "again", overwrite=True)
         assert (tmp_path / "again" / "base" / "config.json").exists()
 
     def test_one_that_loading_rewrites_goes_along(self, small, tmp_path) -> None:

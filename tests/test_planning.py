@@ -205,9 +205,10 @@ class TestMergingNeedsMemory:
         sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
         sizes |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
         config = {"model_type": "llama", "rms_norm_eps": 1e-5, **sizes}
-        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
         spec = Spec(
-            model=str(tmp_path),
+            model=str(tmp_path / "model"),
             backend="bnb-nf4",
             data=str(demo.TRAIN_FILE),
             evaluate={"unquantized": False},
@@ -346,10 +347,10 @@ def test_there_has_to_be_a_run_to_resume(tmp_path) -> None:
 def test_a_resumed_run_has_to_be_the_one_that_was_begun(tmp_path) -> None:
     adapter = {"name": "lora", "target_modules": {"q_proj", "k_proj", "v_proj"}}
     begun = {"output": str(tmp_path), "backend": "hqq", "adapter": adapter}
-    folder = RunFolder.create(tmp_path)
     made = plan(Spec(**begun), machine=CPU, check_output=False)
-    folder.write_text("spec.yaml", made.spec.to_yaml())
-    folder.write_json("plan.json", made.to_dict())
+    with RunFolder.create(tmp_path) as folder:
+        folder.write_text("spec.yaml", made.spec.to_yaml())
+        folder.write_json("plan.json", made.to_dict())
 
     train = {"save_steps": 7, "resume": True}
     same = {"name": "hqq", "bits": 4}

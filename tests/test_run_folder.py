@@ -17,6 +17,7 @@ from quantadapt.folders import atomic
 from quantadapt.folders.atomic import atomic_folder, write_atomic
 from quantadapt.folders.environment import environment
 from quantadapt.folders.run_folder import MARKER, RunFolder
+from quantadapt.folders.written import LIST
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -26,6 +27,11 @@ def contents(folder: Path) -> dict[str, bytes | None]:
         str(p.relative_to(folder)): p.read_bytes() if p.is_file() and not p.is_symlink() else None
         for p in paths
     }
+
+
+def listed(sizes: dict[str, int]) -> bytes:
+    files = {name: {"size": size} for name, size in sizes.items()}
+    return f"{json.dumps({'files': files}, indent=1)}\n".encode()
 
 
 def no_space(*_: Any) -> None:
@@ -49,30 +55,45 @@ def foreign(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def earlier(tmp_path: Path) -> RunFolder:
-    folder = RunFolder.create(tmp_path / "run")
-    folder.write_text("spec.yaml", "seed: 0\n")
-    (folder.path / "adapter").mkdir()
-    ((folder.path / "adapter") / "weights").write_bytes(b"trained")
-    folder.set_state("finished")
+    with RunFolder.create(tmp_path / "run") as folder:
+        folder.write_text("spec.yaml", "seed: 0\n")
+        with atomic_folder(folder.path / "adapter") as adapter:
+            (adapter / "weights").write_bytes(b"trained")
+        folder.set_state("finished")
     return folder
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Path:
+    """A folder that quantadapt wrote: with a list of its files."""
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "part").mkdir()
+        (folder / "part" / "weights").write_bytes(b"earlier")
+    return tmp_path / "model"
+
+
+def created(path: Path, **how: Any) -> RunFolder:
+    """Create a run folder, and give it free."""
+    with RunFolder.create(path, **how) as folder:
+        return folder
 
 
 class TestCreate:
     def test_new_with_parents(self, tmp_path: Path) -> None:
-        folder = RunFolder.create(tmp_path / "a" / "b")
+        folder = created(tmp_path / "a" / "b")
         assert list(contents(tmp_path)) == ["a", "a/b", f"a/b/{MARKER}"]
         assert folder.marker["state"] == "running"
         assert {"version", "started"} <= set(folder.marker)
 
     def test_new_obeys_the_umask(self, tmp_path: Path) -> None:
         (tmp_path / "plain").mkdir()
-        RunFolder.create(tmp_path / "run")
+        created(tmp_path / "run")
         modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "run")]
         assert modes[0] == modes[1]
 
     def test_empty_folder_is_taken_in_place(self, tmp_path: Path) -> None:
         before = tmp_path.stat().st_ino
-        RunFolder.create(tmp_path)
+        created(tmp_path)
         assert tmp_path.stat().st_ino == before
         assert list(contents(tmp_path)) == [MARKER]
 
@@ -84,7 +105,7 @@ class TestCreate:
     ) -> None:
         before = contents(tmp_path)
         with pytest.raises(OutputError, match=r"fix: .*--output"):
-            RunFolder.create(foreign, **how)
+            created(foreign, **how)
         assert contents(tmp_path) == before
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"name": "other"}'])
@@ -92,19 +113,19 @@ class TestCreate:
         (foreign / MARKER).write_text(text)
         before = contents(foreign)
         with pytest.raises(OutputError, match="not made by quantadapt"):
-            RunFolder.create(foreign, overwrite=True)
+            created(foreign, overwrite=True)
         assert contents(foreign) == before
 
     def test_earlier_run_is_refused(self, earlier: RunFolder, tmp_path: Path) -> None:
         before = contents(tmp_path)
         with pytest.raises(OutputError) as caught:
-            RunFolder.create(earlier.path)
+            created(earlier.path)
         assert contents(tmp_path) == before
         for word in ("earlier run", "finished", "--output", "--overwrite", "resume"):
             assert word in str(caught.value)
 
     def test_overwrite_replaces_an_earlier_run(self, earlier: RunFolder, tmp_path: Path) -> None:
-        RunFolder.create(earlier.path, overwrite=True)
+        created(earlier.path, overwrite=True)
         assert list(contents(tmp_path)) == ["run", f"run/{MARKER}"]
         assert earlier.marker["state"] == "running"
 
@@ -114,7 +135,7 @@ class TestCreate:
         before = contents(tmp_path)
         monkeypatch.setattr(os, "fsync", no_space)
         with pytest.raises(OutputError, match="not enough disk space"):
-            RunFolder.create(earlier.path, overwrite=True)
+            created(earlier.path, overwrite=True)
         assert contents(tmp_path) == before
 
     def test_overwrite_through_a_link_keeps_the_link(
@@ -122,14 +143,14 @@ class TestCreate:
     ) -> None:
         link = tmp_path / "latest"
         link.symlink_to(earlier.path)
-        RunFolder.create(link, overwrite=True)
+        created(link, overwrite=True)
         assert link.is_symlink()
         assert list(contents(earlier.path)) == [MARKER]
 
     def test_overwrite_never_deletes_an_input(self, earlier: RunFolder) -> None:
         before = contents(earlier.path)
-        with pytest.raises(OutputError, match=r"would delete .*adapter"):
-            RunFolder.create(earlier.path, overwrite=True, inputs=[(earlier.path / "adapter")])
+        with pytest.raises(OutputError, match=r"would replace .*adapter, which is read"):
+            created(earlier.path, overwrite=True, inputs=[(earlier.path / "adapter")])
         assert contents(earlier.path) == before
 
     def test_overwrite_never_deletes_the_working_directory(
@@ -137,14 +158,14 @@ class TestCreate:
     ) -> None:
         monkeypatch.chdir(earlier.path / "adapter")
         with pytest.raises(OutputError, match="in use"):
-            RunFolder.create("..", overwrite=True)
+            created(Path(".."), overwrite=True)
 
     def test_resume_keeps_everything_and_clears_leftovers(self, earlier: RunFolder) -> None:
         before = contents(earlier.path)
         started = earlier.marker["started"]
-        (earlier.path / ".merged.0a1b.tmp").mkdir()
-        (earlier.path / ".plan.json.0a1b.tmp").write_text("{")
-        RunFolder.create(earlier.path, resume=True)
+        (earlier.path / ".merged.0a1b2c3d.tmp").mkdir()
+        (earlier.path / ".plan.json.0a1b2c3d.tmp").write_text("{")
+        created(earlier.path, resume=True)
         assert {**contents(earlier.path), MARKER: None} == {**before, MARKER: None}
         assert earlier.marker["state"] == "running"
         assert earlier.marker["started"] == started
@@ -152,13 +173,13 @@ class TestCreate:
 
     def test_resume_needs_an_earlier_run(self, tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="no earlier run"):
-            RunFolder.create(tmp_path / "typo", resume=True)
+            created(tmp_path / "typo", resume=True)
         assert contents(tmp_path) == {}
 
     def test_resume_and_overwrite_exclude_each_other(self, earlier: RunFolder) -> None:
         before = contents(earlier.path)
         with pytest.raises(OutputError, match="exclude"):
-            RunFolder.create(earlier.path, resume=True, overwrite=True)
+            created(earlier.path, resume=True, overwrite=True)
         assert contents(earlier.path) == before
 
     @pytest.mark.parametrize("overwrite", [False, True])
@@ -166,13 +187,13 @@ class TestCreate:
         path = tmp_path / "run"
         path.write_text("mine")
         with pytest.raises(OutputError, match="a file is in the way"):
-            RunFolder.create(path, overwrite=overwrite)
+            created(path, overwrite=overwrite)
         assert path.read_text() == "mine"
 
     def test_parent_that_is_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         with pytest.raises(OutputError, match=r"cannot write it: .*\n +fix: "):
-            RunFolder.create(tmp_path / "file" / "run")
+            created(tmp_path / "file" / "run")
 
 
 @pytest.fixture
@@ -300,6 +321,7 @@ class TestAtomicFolder:
             "merged": None,
             "merged/part": None,
             "merged/part/weights": b"new",
+            f"merged/{LIST}": listed({"part/weights": 3}),
         }
 
     def test_every_file_is_flushed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +352,7 @@ class TestAtomicFolder:
         final.mkdir()
         with atomic_folder(final) as temporary:
             (temporary / "weights").write_bytes(b"new")
-        assert contents(tmp_path) == {"merged": None, "merged/weights": b"new"}
+        assert contents(tmp_path).keys() == {"merged", "merged/weights", f"merged/{LIST}"}
 
     def test_occupied_is_refused_before_the_body(self, foreign: Path, tmp_path: Path) -> None:
         before = contents(tmp_path)
@@ -349,11 +371,20 @@ class TestAtomicFolder:
             fill(final, theirs)
         assert contents(tmp_path) == {"merged": None, "merged/theirs": b"theirs"}
 
-    def test_overwrite(self, foreign: Path, tmp_path: Path) -> None:
-        with atomic_folder(foreign, overwrite=True) as temporary:
+    def test_overwrite(self, ours: Path, tmp_path: Path) -> None:
+        with atomic_folder(ours, overwrite=True) as temporary:
             (temporary / "weights").write_bytes(b"new")
-            assert (foreign / "thesis.tex").exists()
-        assert contents(tmp_path) == {"thesis": None, "thesis/weights": b"new"}
+            assert (ours / "part" / "weights").read_bytes() == b"earlier"
+        assert contents(tmp_path).keys() == {"model", "model/weights", f"model/{LIST}"}
+
+    def test_overwrite_never_deletes_what_is_not_ours(self, foreign: Path, tmp_path: Path) -> None:
+        before = contents(tmp_path)
+        with (
+            pytest.raises(OutputError, match=r"figures/one\.pdf, metrics\.json, thesis\.tex"),
+            atomic_folder(foreign, overwrite=True),
+        ):
+            pytest.fail("the body ran")
+        assert contents(tmp_path) == before
 
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_file_is_never_replaced(self, tmp_path: Path, overwrite: bool) -> None:
@@ -367,7 +398,7 @@ class TestAtomicFolder:
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), ValueError("x")])
     def test_any_exception_leaves_no_trace(
-        self, foreign: Path, tmp_path: Path, error: BaseException
+        self, ours: Path, tmp_path: Path, error: BaseException
     ) -> None:
         before = contents(tmp_path)
 
@@ -376,7 +407,7 @@ class TestAtomicFolder:
             raise error
 
         with pytest.raises(type(error)) as caught:
-            fill(foreign, half, overwrite=True)
+            fill(ours, half, overwrite=True)
         assert caught.value is error
         assert contents(tmp_path) == before
 
@@ -384,7 +415,7 @@ class TestAtomicFolder:
     @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.EIO, "broken")])
     def test_failing_swap_puts_the_old_folder_back(
         self,
-        foreign: Path,
+        ours: Path,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         call: int,
@@ -402,23 +433,23 @@ class TestAtomicFolder:
         monkeypatch.setattr(os, "rename", fail)
         with (
             pytest.raises((KeyboardInterrupt, OutputError)),
-            atomic_folder(foreign, overwrite=True) as temporary,
+            atomic_folder(ours, overwrite=True) as temporary,
         ):
             (temporary / "weights").write_bytes(b"new")
         assert contents(tmp_path) == before
 
     def test_full_disk_while_flushing(
-        self, foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         before = contents(tmp_path)
         monkeypatch.setattr(os, "fsync", no_space)
         with (
             pytest.raises(OutputError) as caught,
-            atomic_folder(foreign, overwrite=True, needed=2048) as temporary,
+            atomic_folder(ours, overwrite=True, needed=2048) as temporary,
         ):
             (temporary / "weights").write_bytes(b"x" * 1024)
         assert contents(tmp_path) == before
-        for words in ("2.0 KiB are needed", "1.0 KiB had been written", "are free", "fix: free"):
+        for words in ("2.0 KiB are needed", "1.1 KiB had been written", "are free", "fix: free"):
             assert words in str(caught.value)
 
     @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -32,6 +32,7 @@ from transformers import (
 from quantadapt.data.batches import CausalCollator
 from quantadapt.errors import OutputError, TrainingError
 from quantadapt.evaluation import perplexity
+from quantadapt.folders.checkpoints import PARTIAL
 from quantadapt.sharding import PACKED
 from quantadapt.spec import TrainSpec
 from quantadapt.training import base_parameters, problems, train
@@ -177,9 +178,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_others_whole(
 
 def test_what_a_run_that_was_killed_has_left_is_replaced(tokenizer, data, tmp_path):
     checkpoints = tmp_path / "checkpoints"
-    for name in ("checkpoint-4", ".partial/checkpoint-2"):
-        (checkpoints / name).mkdir(parents=True)
-        (checkpoints / name / "half").write_text("a file")
+    (checkpoints / PARTIAL / "checkpoint-2").mkdir(parents=True)
+    (checkpoints / PARTIAL / "checkpoint-2" / "half").write_text("a file")
     train(adapted(), tokenizer, data, spec(save_steps=2), output=tmp_path, seed=0)
     assert sorted(p.name for p in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     assert list(checkpoints.rglob("half")) == []
@@ -394,7 +394,7 @@ def test_what_a_slow_dequantize_costs_is_told(tmp_path, monkeypatch) -> None:
     model = qa.attach(qa.quantize(str(small_model()), "hqq", device="cpu"), "lora")
 
     def share(folder: str, **options) -> float:
-        result = qa.train(model, max_steps=3, output=tmp_path / folder, **options)
+        result = qa.train(model, max_steps=6, output=tmp_path / folder, **options)
         assert not {"train", "zero_grad", "forward"} & vars(model).keys()
         return result.dequantize_share
 

@@ -148,9 +148,14 @@ def use_fused_layers(config: LoraConfig) -> None:
 
 class _Siblings:
     """The fused layers of one module. Which of them get the same x shows when they are called: the
-    first pass computes them one by one, later ones all of them when the first is called."""
+    first pass computes them one by one, later ones all of them when the first is called.
+
+    Attributes:
+        learnt: whether that has shown something new since this was set to False.
+    """
 
     def __init__(self) -> None:
+        self.learnt = False
         self._partners: dict[FusedLoraLinear, list[FusedLoraLinear]] = {}
         self.restart()
 
@@ -168,12 +173,14 @@ class _Siblings:
             partners = self._partners.setdefault(self._leader, [])
             if layer not in partners:
                 partners.append(layer)
+                self.learnt = True
             (output,) = fused_lora(x, None, [term])
             return output
         for unused in self._ready:  # computed in vain: do so no more
             for partners in self._partners.values():
                 if unused in partners:
                     partners.remove(unused)
+                    self.learnt = True
         self._leader, self._x = layer, weakref.ref(x)
         together, terms = [layer], [term]
         for partner in self._partners.get(layer, ()):
@@ -207,10 +214,12 @@ class FusedTraining:
     def __init__(self, model: nn.Module, keep_casts: bool = True) -> None:
         self.keep_casts = keep_casts
         self.layers: list[FusedLoraLinear] = []
+        self._siblings: list[_Siblings] = []
         self._masters: list[Tensor] = []
         self._casts: list[Tensor] = []
         for module in model.modules():
             siblings = _Siblings()
+            self._siblings.append(siblings)
             for child in module.children():
                 if isinstance(child, FusedLoraLinear) and (lora := child.single_lora()):
                     self._lend(child, *lora, siblings)
@@ -235,6 +244,14 @@ class FusedTraining:
         """Cast A and B of all layers again; to be called whenever an optimizer has changed them."""
         if self._masters:
             torch._foreach_copy_(self._casts, self._masters)
+
+    def has_learnt(self) -> bool:
+        """Say whether a pass has shown which layers get the same x, since this was asked last. It
+        computed them one by one, and rounded otherwise than passes that know."""
+        learnt = [siblings for siblings in self._siblings if siblings.learnt]
+        for siblings in learnt:
+            siblings.learnt = False
+        return bool(learnt)
 
     def end(self) -> None:
         """Take back what was lent."""

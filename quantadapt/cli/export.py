@@ -82,11 +82,11 @@ def export(
 
         from ..planning.exports import export_of
         from ..spec import apply_overrides
-        from .models import check_export, checked_output
+        from .models import check_export, checked_output, inputs_of
 
         planned = export_of(name, apply_overrides({}, options or ()))
         final = (output or Path(run)) / planned.folder
-        with checked_output(final, overwrite):
+        with checked_output(final, overwrite, inputs_of(planned, run, data, calibration)):
             check_export(run, planned)
         found = written(shown, run, planned, final, data, calibration, device, overwrite)
         if json:

@@ -100,6 +100,14 @@ class SpecFlags:
         int | None,
         typer.Option(help="Optimizer steps.", show_default="one epoch", rich_help_panel=_HOW),
     ] = None
+    max_time: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MINUTES",
+            help="Write a checkpoint and end after so long; --resume goes on.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None
     learning_rate: Annotated[
         float | None,
         typer.Option("--learning-rate", "--lr", help="Peak learning rate.", rich_help_panel=_HOW),
@@ -193,6 +201,7 @@ _KEYS = {
     "model": "model",
     "data": "data.path",
     "max_steps": "train.max_steps",
+    "max_time": "train.max_time",
     "learning_rate": "train.learning_rate",
     "resume": "train.resume",
     "seed": "seed",

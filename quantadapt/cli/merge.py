@@ -65,14 +65,15 @@ def merge(
 ) -> None:
     """Merge a trained adapter into its base.
 
-    The merged model is compared with the adapter on held-out tokens before it is written. A merge
-    that a rule forbids is refused, with the reason and the way out. --onto merges into the
-    unquantized model that the base was made from, in the memory of one shard.
+    What was written is loaded again and compared with the adapter on held-out tokens before the
+    folder gets its name. A merge that a rule forbids is refused, with the reason and the way out.
+    --onto merges into the unquantized model that the base was made from, in the memory of one
+    shard.
     """
     with session(as_json=json) as shown:
         from ..planning.exports import MERGES, export_of
         from ..planning.on_disk import check_model
-        from .models import check_export, checked_output
+        from .models import check_export, checked_output, inputs_of
 
         name = MERGES[kind] if onto is None else "onto-base"
         planned = export_of(name, {} if onto is None else {"base": onto, "check": check})
@@ -82,7 +83,7 @@ def merge(
             what = "onto an unquantized base the result is dense"
             fix = "leave --kind out, and quantize the merged model: quantadapt quantize"
             found.append(Problem(what, fix, where="--kind"))
-        with checked_output(final, overwrite):
+        with checked_output(final, overwrite, inputs_of(planned, run, data, calibration)):
             check_export(run, planned, found)
         figures = written(shown, run, planned, final, data, calibration, device, overwrite)
         if json:

@@ -8,9 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError, PlanRefused, Problem
+from ..errors import ModelError, OutputError, PlanRefused, Problem
 from ..exporting.manifest import ADAPTER, MANIFEST, MERGED, adapter_in
-from ..folders.atomic import OTHER_OUTPUT, in_words, is_free
+from ..folders.atomic import (
+    OTHER_OUTPUT,
+    in_words,
+    is_free,
+    put_back,
+    refuse_occupied,
+    refuse_overlap,
+)
+from ..folders.lock import refuse_in_use
 from ..inputs.documents import read_object
 from ..paths import path_problem
 
@@ -45,7 +53,7 @@ def open_model(path: str, device: str | None) -> nn.Module:
 
     if found := path_problem(path):
         raise ModelError(f"{path!r} is no path: {found}", fix="check the path")
-    folder = Path(path).expanduser()
+    folder = put_back(path)
     ours = any((folder / name / MANIFEST).exists() for name in (".", ADAPTER, MERGED))
     if ours:
         return load(folder, device=device or "auto")
@@ -111,6 +119,15 @@ def calibration_of(path: str, calibration: str | None, tokenizer: Any) -> Any:
     )
 
 
+def inputs_of(planned: PlannedExport, run: str, *data: str | None) -> list[str | Path | None]:
+    """Return what an export of `run` reads."""
+    from ..exporting.manifest import BASE, adapter_in
+
+    adapter = None if path_problem(run) else adapter_in(put_back(run))
+    own = [adapter, adapter.parent / BASE] if adapter else []
+    return [*own, *planned.exporter.reads, *data]
+
+
 def check_export(run: str, planned: PlannedExport, found: Iterable[Problem] = ()) -> None:
     """Raise, before anything is loaded, where there is no adapter or a rule forbids the export.
 
@@ -140,12 +157,18 @@ def check_export(run: str, planned: PlannedExport, found: Iterable[Problem] = ()
 
 
 @contextmanager
-def checked_output(folder: Path, overwrite: bool) -> Iterator[None]:
-    """Refuse, together with what the body is refused for, a folder that could not be written."""
+def checked_output(
+    folder: Path, overwrite: bool, inputs: Iterable[str | Path | None] = ()
+) -> Iterator[None]:
+    """Refuse, together with what the body is refused for, a folder that could not be written.
+
+    Args:
+        inputs: what is read, which must not lie in the folder, nor the folder in it.
+    """
     if problem := path_problem(str(folder)):
         found = [Problem(f"{str(folder)!r} is no path: {problem}", OTHER_OUTPUT, "--output")]
     else:
-        found = _output_problems(folder.expanduser(), overwrite)
+        found = _output_problems(folder.expanduser(), overwrite, inputs)
     try:
         yield
     except PlanRefused as error:
@@ -154,19 +177,25 @@ def checked_output(folder: Path, overwrite: bool) -> Iterator[None]:
         raise PlanRefused(found)
 
 
-def _output_problems(folder: Path, overwrite: bool) -> list[Problem]:
-    with in_words(folder):
-        if is_free(folder):
-            return []
+def _output_problems(
+    folder: Path, overwrite: bool, inputs: Iterable[str | Path | None]
+) -> list[Problem]:
     where = str(folder)
-    if not folder.is_dir():
-        return [Problem("a file is in the way", OTHER_OUTPUT, where)]
-    if "backend" not in (_manifest(folder) or {}):
-        what = "the folder is not empty and was not made by quantadapt"
-        return [Problem(what, OTHER_OUTPUT, where)]
-    if not overwrite:
-        what = "the folder holds a model already"
-        return [Problem(what, f"{OTHER_OUTPUT}, or pass --overwrite", where)]
+    try:
+        refuse_in_use(folder)
+        put_back(folder)
+        with in_words(folder):
+            taken = folder.is_dir() and not is_free(folder)
+        if taken and "backend" not in (_manifest(folder) or {}):
+            what = "the folder is not empty and was not made by quantadapt"
+            return [Problem(what, OTHER_OUTPUT, where)]
+        if taken and not overwrite:
+            what = "the folder holds a model already"
+            return [Problem(what, f"{OTHER_OUTPUT}, or pass --overwrite", where)]
+        refuse_overlap(folder, inputs)
+        refuse_occupied(folder, overwrite)
+    except OutputError as error:
+        return list(error.problems)
     return []
 
 

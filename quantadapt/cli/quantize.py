@@ -69,7 +69,7 @@ def quantize(
 
         given = {"device": device, "dtype": dtype, "skip_misfits": skip_misfits or None}
         spec = _spec(model, backend, set_ or [], **given)
-        with checked_output(output, overwrite):
+        with checked_output(output, overwrite, (model, calibration)):
             made = with_config(plan(spec, check_output=False))
         with waiting(shown, f"quantizing with {made.backend.name}"):
             facts = _quantized(made, output, calibration, overwrite)

@@ -175,10 +175,13 @@ def report_failure(
         stream: where to.
         log: returns the file that holds the traceback, if there is one, and keeps it.
     """
-    from ..errors import QuantadaptError
+    from ..errors import Interrupted, QuantadaptError
 
     if os.environ.get(TRACEBACK, "") not in ("", "0"):
         stream.write("".join(traceback.format_exception(error)))
+    if isinstance(error, Interrupted):
+        stream.write(f"Interrupted {error}.\n")
+        return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         stream.write("Interrupted.\n")
         return INTERRUPTED

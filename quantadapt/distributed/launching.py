@@ -23,6 +23,9 @@ from .talking import PeerLost
 GRACE = 10.0
 """Seconds that the processes get to end by themselves once one has failed."""
 
+SAVING = 600.0
+"""Seconds that they get to write a checkpoint when the run is told to end."""
+
 ERROR = "Error: "
 """How the command line begins to say what went wrong."""
 
@@ -46,16 +49,20 @@ class Failure:
 
 def launch(command: Sequence[str], count: int) -> Failure | None:
     """Run `command` in `count` processes; return which failed first, or None."""
-    before = signal.signal(signal.SIGTERM, _exit)
+    before = {number: signal.signal(number, _exit) for number in _SIGNALS}
     try:
         return _launched(command, count)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _exit(*_: object) -> None:
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+def _exit(number: int, _: object) -> None:
     """Leave nobody behind: as an exception it stops the processes on its way out."""
-    raise SystemExit(128 + signal.SIGTERM)
+    raise SystemExit(128 + number)
 
 
 def _launched(command: Sequence[str], count: int) -> Failure | None:
@@ -66,7 +73,12 @@ def _launched(command: Sequence[str], count: int) -> Failure | None:
         try:
             codes = _watch(processes, _Tail(logs[0]))
         except KeyboardInterrupt:  # which they have got as well
-            _wait(processes)
+            _wait(processes, GRACE)
+            raise
+        except SystemExit:  # each of them writes its part of a checkpoint
+            for process in processes:
+                process.terminate()
+            _wait(processes, SAVING)
             raise
         finally:
             _stop(processes)
@@ -130,8 +142,8 @@ def _watch(processes: list[subprocess.Popen[bytes]], tail: _Tail) -> list[int | 
         time.sleep(_POLL)
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + GRACE
+def _wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and any(p.poll() is None for p in processes):
         time.sleep(_POLL)
 

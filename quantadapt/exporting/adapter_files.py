@@ -91,6 +91,6 @@ def peft_in_words(folder: Path) -> Iterator[None]:
     except (QuantadaptError, MemoryError):
         raise
     except Exception as error:  # what is in the files decides what PEFT does
-        what = f"PEFT cannot load the adapter: {reason(error)}"
-        fix = "look whether it belongs to this base, and whether its files are whole"
+        what = f"the adapter does not fit this base, or is damaged: {reason(error)}"
+        fix = "pass the base that it was trained on, and look whether its files are whole"
         raise ModelError(what, fix=fix, where=str(folder)) from error

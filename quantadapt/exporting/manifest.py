@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..capabilities import Cell
 from ..errors import ModelError
+from ..folders.atomic import put_back
 from ..folders.environment import environment
 from ..inputs.documents import problems_in, read_object, shown, validated
 from ..machine import this_machine
@@ -50,7 +51,7 @@ def adapter_in(folder: Path) -> Path | None:
 
 def adapter_folder(folder: Path) -> Path:
     """Return the PEFT folder of a run folder or of itself. Raises ModelError if there is none."""
-    if (found := adapter_in(Path(os.path.expanduser(folder)))) is None:
+    if (found := adapter_in(put_back(folder))) is None:
         fix = "pass the folder of a run, or of an adapter"
         raise ModelError("there is no adapter here", fix=fix, where=str(folder))
     return found
@@ -71,6 +72,14 @@ class Manifest(BaseModel):
     adapter_options: dict[str, Any] = Field(default_factory=dict)
     max_length: int | None = Field(None, ge=1)
     rewritten: bool = False
+    active: list[str] = Field(default=["default"], min_length=1)
+
+    @field_validator("active")
+    @classmethod
+    def _are_names(cls, value: list[str]) -> list[str]:
+        if wrong := [name for name in value if name in ("", ".", "..") or Path(name).name != name]:
+            raise ValueError(f"should be names of adapters, which {wrong[0]!r} is not")
+        return value
 
     @field_validator("base")
     @classmethod

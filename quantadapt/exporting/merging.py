@@ -9,48 +9,66 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..errors import DataError
+from ..capabilities import KEEP
+from ..errors import DataError, MergeRefused, Problem
 from ..evaluation.sizes import size_mib
 from ..facade import QuantLinear, facades, wrap
+from ..planning.exports import MergeKind
 from ..quantizing.state import ModelState, state_of
+from .ties import settle_ties
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
 @torch.no_grad()
-def merged_model(model: PeftModel, kind: Literal["dense", "requantize"]) -> nn.Module:
-    """Return the base model with the active adapter merged in; `model` stays as it is.
+def merged_model(model: PeftModel, kind: MergeKind) -> nn.Module:
+    """Return the base model with the active adapters merged in; `model` stays as it is.
 
     Args:
         model: a PeftModel over facades.
         kind: "dense" leaves `nn.Linear` layers; "requantize" quantizes the merged weights again
             as they were, and returns facades. A backend that calibrates sees the same examples.
+
+    Raises:
+        MergeRefused: a layer cannot hold what the adapter adds to it; see `check_mergeable`.
     """
+    check_mergeable(model)
     state = state_of(model)
     if kind == "requantize" and state.backend.calibration:
         return _quantized_whole(merged_model(model, "dense"), state)
+    memo = {id(state.tokenizer): state.tokenizer}
+    merged = _copied(model.get_base_model(), kind, memo).requires_grad_(False)
+    settle_ties(merged)
+    return merged
+
+
+def check_mergeable(model: PeftModel) -> None:
+    """Raise MergeRefused where a layer cannot hold what the active adapters add to it."""
     base: nn.Module = model.get_base_model()
-    memo: dict[int, Any] = {}
-    layers = list(_adapter_layers(base))
-    inner = {id(layer.base_layer) for layer in layers}  # merged with the layer around it
-    for layer in layers:
-        if id(layer) not in inner:
-            memo[id(layer)] = merged_layer(layer, kind)
-    for _, facade in facades(base):
-        if kind == "dense":
-            memo.setdefault(id(facade), facade.dense())
-    for wrapper in _kept_wrappers(base):
-        memo[id(wrapper)] = copy.deepcopy(wrapper.modules_to_save[wrapper.active_adapters[0]])
-    return _copy(base, state, memo).requires_grad_(False)
+    lost = [name for name, layer in adapted_parts(base) if _adds_bias(layer)]
+    if lost:
+        what = f"lora_bias trained a bias for layers that have none, e.g. {lost[0]}"
+        fix = f"{KEEP}, or train without lora_bias"
+        raise MergeRefused([Problem(what, fix, where="adapter.lora_bias")])
 
 
-def merged_bytes(model: PeftModel, kind: Literal["dense", "requantize"]) -> int:
+def _adds_bias(layer: Any) -> bool:
+    """Say whether an active LoRA has a bias that the layer has no place for."""
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(layer, LoraLayer):
+        return False
+    wanted = any(layer.lora_bias.get(name, False) for name in layer.active_adapters)
+    return wanted and getattr(layer.get_base_layer(), "bias", None) is None
+
+
+def merged_bytes(model: PeftModel, kind: MergeKind) -> int:
     """Return what a checkpoint of the merged model takes, without merging."""
     base, mib = bare_base(model), 2**20
     found = size_mib(base) * mib
@@ -64,16 +82,63 @@ def merged_bytes(model: PeftModel, kind: Literal["dense", "requantize"]) -> int:
 def bare_base(model: PeftModel) -> nn.Module:
     """Return the base without any adapter: another tree of modules over the same tensors."""
     base: nn.Module = model.get_base_model()
+    tokenizer = state_of(model).tokenizer
     memo: dict[int, Any] = {id(facade): facade for _, facade in facades(base)}
-    memo |= {id(layer): layer.get_base_layer() for layer in _adapter_layers(base)}
-    memo |= {id(wrapper): wrapper.original_module for wrapper in _kept_wrappers(base)}
+    memo |= {id(part): _base_of(part) for _, part in adapted_parts(base)}
     memo |= {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-    return _copy(base, state_of(model), memo)
+    return _unmarked(copy.deepcopy(base, {**memo, id(tokenizer): tokenizer}))
 
 
-def _copy(base: nn.Module, state: ModelState, memo: dict[int, Any]) -> nn.Module:
-    memo[id(state.tokenizer)] = state.tokenizer
-    copied: nn.Module = copy.deepcopy(base, memo)
+def adapted_parts(root: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield (name, module) of PEFT's modules in `root`, the outermost only: each stands where a
+    module of the base stood, which it holds."""
+    for name, module in _outermost(root, ""):
+        if _is_pefts(module):
+            yield name, module
+
+
+def _outermost(root: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield PEFT's modules and facades, and nothing that lies inside of one."""
+    for child_name, child in root.named_children():
+        name = f"{prefix}{child_name}"
+        if _is_pefts(child) or isinstance(child, QuantLinear):
+            yield name, child
+        else:
+            yield from _outermost(child, f"{name}.")
+
+
+def _is_pefts(module: nn.Module) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+
+def _base_of(part: Any) -> Any:
+    """Return the module of the base that stands behind one of PEFT's."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if not _is_pefts(part):
+        return part
+    wraps = isinstance(part, AuxiliaryTrainingWrapper)
+    return _base_of(part.original_module if wraps else part.base_layer)
+
+
+def _copied(root: nn.Module, kind: MergeKind, memo: dict[int, Any]) -> nn.Module:
+    """Return a copy of `root` with everything in it merged; each layer is made dense once."""
+    if _is_pefts(root):
+        return merged_part(root, kind)
+    for _, module in _outermost(root, ""):
+        if id(module) in memo:
+            continue  # one module in two places
+        if _is_pefts(module):
+            memo[id(module)] = merged_part(module, kind)
+        elif kind == "dense" and isinstance(module, QuantLinear):
+            memo[id(module)] = module.dense()
+    return _unmarked(copy.deepcopy(root, memo))
+
+
+def _unmarked(copied: nn.Module) -> nn.Module:
     for name in ("peft_config", "_hf_peft_config_loaded"):
         if name in vars(copied):
             delattr(copied, name)
@@ -99,53 +164,56 @@ def _quantized_whole(merged: nn.Module, state: ModelState) -> nn.Module:
     )
 
 
-def _adapter_layers(base: nn.Module) -> Iterator[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for module in base.modules():
-        if isinstance(module, BaseTunerLayer):
-            yield module
-
-
-def _kept_wrappers(base: nn.Module) -> Iterator[Any]:
-    from peft.utils import ModulesToSaveWrapper
-
-    for module in base.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            yield module
-
-
 @torch.no_grad()
-def merged_layer(layer: Any, kind: str) -> nn.Module:
-    """Return the base layer of a PEFT layer with the adapter merged in; `layer` stays as it is."""
-    facade = layer.get_base_layer()
-    if not isinstance(facade, QuantLinear):
-        return _merged_plain(layer, facade)
-    dense = facade.dense()
-    with _base_layer(layer, dense):
-        layer.merge(safe_merge=True)
-    if kind == "dense":
+def merged_part(part: Any, kind: MergeKind) -> nn.Module:
+    """Return the module of the base that stands behind one of PEFT's, with the active adapters
+    merged in; `part` stays as it is."""
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    if isinstance(part, ModulesToSaveWrapper):
+        trained = part.active_adapters
+        whole = part.modules_to_save[trained[0]] if trained else part.original_module
+        copied = _copied(whole, kind, {})
+        copied.to(_dtype_of(_base_of(part)))  # it trains in float32
+        return copied.requires_grad_(False)
+    return _merged_layer(
+        part.token_adapter if isinstance(part, TrainableTokensWrapper) else part, kind
+    )
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype | None:
+    """Return the dtype in which a module computes."""
+    if isinstance(module, QuantLinear):
+        return module.compute_dtype
+    floating = (p.dtype for p in module.parameters() if p.is_floating_point())
+    return next(floating, None)
+
+
+def _merged_layer(layer: Any, kind: MergeKind) -> nn.Module:
+    """Merge a layer of PEFT's, and those that it stands around: experts are one module with several
+    parameters, and PEFT puts a layer for each around it, one around the other."""
+    around = [layer]
+    while _is_pefts(around[-1].base_layer):
+        around.append(around[-1].base_layer)
+    base: nn.Module = around[-1].base_layer
+    dense = base.dense() if isinstance(base, QuantLinear) else copy.deepcopy(base)
+    changed = [_merges_into(each, dense) for each in reversed(around)]
+    if kind == "dense" or not isinstance(base, QuantLinear):
         return dense.requires_grad_(False)
-    result = copy.deepcopy(facade)
-    result.requantize(dense.weight)
+    result: Any = copy.deepcopy(base)
+    if any(changed):
+        result.requantize(dense.weight)
     if dense.bias is not None:
         result.bias.data = dense.bias.data  # whether the vendor keeps a parameter or a tensor
-    return result
+    merged: nn.Module = result.requires_grad_(False)
+    return merged
 
 
-def _merged_plain(layer: Any, base: nn.Module) -> nn.Module:
-    """Merge a layer that is adapted but not quantized, e.g. a head named in target_modules.
-
-    Experts are one module with several parameters; PEFT puts a layer for each around it, one around
-    the other.
-    """
-    dense = copy.deepcopy(base)
-    while layer is not base:
-        before = layer.base_layer
-        with _base_layer(layer, dense):
-            layer.merge(safe_merge=True)
-        layer = before
-    return dense.requires_grad_(False)
+def _merges_into(layer: Any, dense: nn.Module) -> bool:
+    """Merge the active adapters of one layer into `dense`; say whether there are any."""
+    with _base_layer(layer, dense):
+        layer.merge(safe_merge=True)
+        return bool(layer.merged_adapters)
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """Merge an adapter onto an unquantized base, shard by shard.
 
 Works for every backend, because the base that the adapter was trained on is not needed: memory is
-bounded by the largest shard (and, for the check, the embeddings), whatever the size of the model.
+bounded by the largest shard and the embeddings, whatever the size of the model. For the check the
+adapter runs on the base, layer by layer from disk, and what was written as transformers reads it,
+block by block from disk.
 """
 
 from __future__ import annotations
@@ -16,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from ..capabilities import Cell
-from ..errors import MergeRefused, ModelError, Problem, QuantadaptError
-from ..inputs.documents import reason
+from ..errors import MergeRefused, Problem
 from ..machine import this_machine
 from ..paths import INDEX
 from ..planning.on_disk import check_model
@@ -27,18 +28,17 @@ from ..records import Adapter, Backend
 from ..registry.discovery import registry
 from ..stages import held_out_data
 from .adapter_files import check_adapter, refuse_not_trained
+from .adapters import put_on
 from .manifest import MANIFEST, MERGED, adapter_folder, combination
+from .merging import adapted_parts, check_mergeable
 from .stage import merge_words, write
 from .tuned import Tuned, compared
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
-    from torch import Tensor, nn
 
     from ..loading.tensors import Checkpoint
-
-_IN_MEMORY = "merge it in memory: quantadapt merge, without --onto"
 
 
 class OntoBase(Exporter):
@@ -69,11 +69,9 @@ class OntoBase(Exporter):
         return Checkpoint(os.path.expanduser(self.base)).size
 
     def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
-        import torch
-
         from ..adapting.method import config_class
         from ..loading.tensors import Checkpoint
-        from .stored import open_stored
+        from .shards import MergedShards
 
         adapter = registry().adapter(tuned.manifest["adapter"])
         config_class(adapter)  # PEFT may not know it yet
@@ -82,15 +80,18 @@ class OntoBase(Exporter):
         device = this_machine().default_device if device == "auto" else device
         data = tuned.held_out if self.check else None
         checkpoint = Checkpoint(base)
-        model = _attached(base, tuned.adapter, device)
-        found = {"layers": Figure(_write_shards(model, checkpoint, folder))}
+        under = _Opened(base, checkpoint, device)
+        attached = under.attached(tuned.adapter, tuned.manifest["active"])
+        check_mergeable(attached)
+        shards = MergedShards(attached, checkpoint, under.names, under.ties, under.trained)
+        shards.write(folder)
         _copy_rest(checkpoint.folder, tuned.adapter, folder)
+        if shards.unties:
+            _untie(folder, under.config)
         text = json.dumps({**tuned.manifest, "base": base}, indent=2) + "\n"
         (folder / MANIFEST).write_text(text, encoding="utf-8")
-        if data is not None:
-            merged = open_stored(str(folder), device=device, dtype=torch.float32)
-            found |= compared(model, merged, data)
-        return found
+        found = {"layers": Figure(shards.layers)}
+        return found if data is None else found | under.checked(attached, folder, data)
 
 
 def merge_onto(
@@ -142,100 +143,74 @@ def check_onto(manifest: Mapping[str, Any], exporter: OntoBase) -> None:
         raise MergeRefused(found)
 
 
-def _attached(base: str, adapter: Path, device: str) -> PeftModel:
-    """Return the base, its layers on disk, under the adapter. Merging is done in float32."""
-    import torch
+class _Opened:
+    """A base whose linear layers stay on disk, computing in float32, and what has to be known of it
+    before PEFT changes its tree.
 
-    from ..adapting.injecting import reloaded
-    from .stored import open_stored
-
-    refuse_not_trained(adapter)
-    model: Any = open_stored(base, device=device, dtype=torch.float32)
-    try:
-        return reloaded(model, adapter).eval()
-    except QuantadaptError:
-        raise
-    except Exception as error:  # what is in the files decides what PEFT does
-        what = f"the adapter does not fit this base: {reason(error)}"
-        fix = "pass the model that the quantized base was made from"
-        raise ModelError(what, fix=fix, where=base) from error
-
-
-def _write_shards(tuned: PeftModel, checkpoint: Checkpoint, folder: Path) -> int:
-    """Write the files of `checkpoint` again with merged weights in them; return how many."""
-    from safetensors.torch import save_file
-
-    layers = _adapted(tuned)
-    trained = _trained_modules(tuned)
-    weight_map: dict[str, str] = {}
-    for file, keys in checkpoint.shards():
-        tensors: dict[str, Tensor] = {}
-        for key in keys:
-            name, _, part = key.rpartition(".")
-            if name in layers and part == "bias":
-                continue  # written beside its weight
-            stored = checkpoint.read(key)
-            values = {key: trained.get(key, stored)}
-            if name in layers and part == "weight":
-                values = {f"{name}.{part}": value for part, value in _merged(layers[name]).items()}
-            tensors |= {k: v.to(stored.dtype).cpu().contiguous() for k, v in values.items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-    if (checkpoint.folder / INDEX).exists():
-        index = json.loads((checkpoint.folder / INDEX).read_text(encoding="utf-8"))
-        index["weight_map"] = weight_map
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return len(layers)
-
-
-def _adapted(tuned: PeftModel) -> dict[str, Any]:
-    """Return name -> adapted layer. Raises ModelError where one is not in the checkpoint."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    from ..facade import QuantLinear
-
-    base: nn.Module = tuned.get_base_model()
-    layers = {n: m for n, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
-    lost = [n for n, m in layers.items() if not isinstance(m.get_base_layer(), QuantLinear)]
-    if lost:
-        what = f"these layers are no linear layers of the checkpoint: {', '.join(lost[:3])}"
-        raise ModelError(what, fix=_IN_MEMORY)
-    return layers
-
-
-def _trained_modules(tuned: PeftModel) -> dict[str, Tensor]:
-    """Return key -> value of modules that were trained whole (PEFT's `modules_to_save`).
-
-    Raises ModelError where one is tied to another, of which the checkpoint holds a single tensor.
+    Attributes:
+        names: key in its files -> name of the parameter.
+        ties: its parameters that are tied.
+        trained: once an adapter is attached, names of its own parameters that the adapter holds.
     """
-    from peft.utils import ModulesToSaveWrapper
 
-    base: nn.Module = tuned.get_base_model()
-    found: dict[str, Tensor] = {}
-    for name, module in base.named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            if _is_tied(base, name):
-                what = f"{name} was trained whole, and is tied to another layer of the checkpoint"
-                raise ModelError(what, fix=_IN_MEMORY)
-            kept: Any = module.modules_to_save[module.active_adapters[0]]
-            found |= {f"{name}.{key}": value for key, value in kept.state_dict().items()}
-    return found
+    def __init__(self, base: str, checkpoint: Checkpoint, device: str) -> None:
+        import torch
+
+        from ..layerwise import renaming
+        from .stored import open_stored
+        from .ties import tied_groups
+
+        self.base, self.checkpoint, self.device = base, checkpoint, device
+        self.model = open_stored(base, device=device, dtype=torch.float32)
+        self.kind, self.config = type(self.model), self.model.config
+        renamed = renaming(self.model)
+        self.names = {key: renamed(key) for key in checkpoint.files}
+        self.ties = tied_groups(self.model)
+        self.parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        self.trained: list[str] = []
+
+    def attached(self, adapter: Path, active: list[str]) -> PeftModel:
+        """Return it under the saved adapters that are active; see `put_on`."""
+        from ..loading.tensors import Checkpoint
+
+        places = [adapter, *(adapter / name for name in active[1:])]
+        for place in places:
+            refuse_not_trained(place)
+        tuned = put_on(self.model, adapter, active).eval()
+        keys = {key for place in places for key in Checkpoint(str(place)).files}
+        found = {key.removeprefix("base_model.model.") for key in keys} & self.parameters
+        parts = tuple(f"{name}." for name, _ in adapted_parts(tuned.get_base_model()))
+        self.trained = sorted(name for name in found if not name.startswith(parts))
+        return tuned
+
+    def checked(self, tuned: PeftModel, folder: Path, data: Dataset) -> dict[str, Figure]:
+        """Return how far what was written is from the adapter on the base. Raises ModelError where
+        that is more than rounding."""
+        import torch
+
+        from .checking import blocks_on_disk, refuse_far, written_model
+
+        with blocks_on_disk(folder, self.device) as places:
+            merged = written_model(self.kind, folder, dtype=torch.float32, **places)
+            found = compared(tuned, merged, data)
+        stored = self.checkpoint.read(next(iter(self.names))).dtype
+        refuse_far(found, stored, activations=False)
+        return found
 
 
-def _is_tied(base: nn.Module, name: str) -> bool:
-    """Say whether a weight of the module `name` is also one of a module elsewhere."""
-    inside: set[int] = set()
-    outside: set[int] = set()
-    for key, parameter in base.named_parameters(remove_duplicate=False):
-        (inside if key.startswith(f"{name}.") else outside).add(id(parameter))
-    return bool(inside & outside)
+def _untie(folder: Path, config: Any) -> None:
+    """Have the config in `folder` say that head and embedding are two; `config` is the model's."""
+    from .ties import untie
 
-
-def _merged(layer: Any) -> dict[str, Tensor]:
-    from .merging import merged_layer
-
-    dense: Any = merged_layer(layer, "dense")
-    return {"weight": dense.weight} | ({} if dense.bias is None else {"bias": dense.bias})
+    if not untie(config):
+        return
+    file = folder / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    parts = [values, *(v for v in values.values() if isinstance(v, dict))]
+    for part in parts:
+        if part is values or "tie_word_embeddings" in part:
+            part["tie_word_embeddings"] = False
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_rest(source: Path, adapter: Path, folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, OutputError
-from ..folders.atomic import atomic_folder
+from ..folders.atomic import atomic_folder, put_back, refuse_occupied, refuse_overlap
 from ..inputs.documents import read_object
 from ..paths import is_local_path, path_problem
 from ..planning.on_disk import quantization_of
@@ -22,6 +22,7 @@ from ..quantizing.state import ModelState, state_of
 from ..registry.discovery import registry
 from ..stages import quantize
 from .adapter_files import check_adapter, peft_in_words, refuse_not_trained
+from .adapters import put_on, save_adapters
 from .manifest import ADAPTER, BASE, MANIFEST, MERGED, adapter_in, read_manifest, write_manifest
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class BaseMismatchWarning(UserWarning):
     """An adapter is loaded onto a base that it was not trained on."""
 
 
-def save(model: nn.Module, path: str | Path, *, overwrite: bool = True, base: bool = True) -> Path:
+def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, base: bool = True) -> Path:
     """Save the adapter to `path/adapter`, or, without one, the quantized base to `path`.
 
     The adapter is a plain PEFT folder; `quantadapt.json` in it records the base. A base that was
@@ -44,8 +45,8 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True, base: bo
 
     Args:
         model: what `quantize`, `attach` or `load` returned.
-        path: a folder; what an earlier `save` wrote there, a base too, is replaced if `overwrite`.
-        overwrite: only ever replaces a folder that `save` wrote.
+        path: a folder, which must not be one that the model was read from.
+        overwrite: replace what an earlier `save` wrote there, a base too, and never anything else.
         base: False leaves such a base out, and one that is there as it is.
 
     Raises:
@@ -54,20 +55,28 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = True, base: bo
     state, root = state_of(model), Path(path).expanduser()
     final = root / ADAPTER if state.adapter else root
     saves_base = state.adapter is not None and _has_own_base(state)
+    own_base = root / BASE
+    refuse_overlap(final, [state.source])
     _refuse_foreign(final)
+    refuse_occupied(final, overwrite)
+    if state.adapter and (own_base / MANIFEST).exists() and base:
+        refuse_occupied(own_base, overwrite)
     if saves_base and base:
-        _refuse_foreign(root / BASE)
-        save_base(model, state, root / BASE, overwrite=overwrite)
+        _refuse_foreign(own_base)
     with atomic_folder(final, overwrite=overwrite) as folder:
+        more = {}
         if state.adapter:
-            model.save_pretrained(str(folder))  # type: ignore[operator]
+            more = {"active": save_adapters(model, folder)}
         else:
             state.quantizer.save(model, folder)
         if state.tokenizer is not None:
             state.tokenizer.save_pretrained(str(folder))
-        write_manifest(folder, state)
-    if state.adapter and not saves_base and overwrite and (root / BASE / MANIFEST).exists():
-        shutil.rmtree(root / BASE)  # of an earlier adapter: `load` would put this one onto it
+        write_manifest(folder, state, **more)
+    if saves_base and base:  # afterwards: the base alone could be made again
+        save_base(model, state, own_base, overwrite=overwrite)
+    if state.adapter and not saves_base and overwrite and (own_base / MANIFEST).exists():
+        refuse_occupied(own_base, overwrite)
+        shutil.rmtree(own_base)  # of an earlier adapter: `load` would put this one onto it
     return final
 
 
@@ -134,7 +143,7 @@ def load(
     """
     if problem := path_problem(str(path)):
         raise ModelError(f"{path} is no path: {problem}", fix="check the path")
-    folder = Path(path).expanduser()
+    folder = put_back(path)
     if (adapter := adapter_in(folder)) is not None:
         tuned: nn.Module = _load_adapter(adapter, base, device)
         return tuned
@@ -159,7 +168,6 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
     from peft import LoraConfig
 
     from ..adapting.fused import use_fused_layers
-    from ..adapting.injecting import reloaded
     from ..adapting.method import config_class
     from ..facade import facades
 
@@ -194,8 +202,7 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
         if state.rewritten:  # the base has given its part to the adapter already
             config.init_lora_weights = True
     before = {id(facade.vendor) for _, facade in facades(model)}
-    with peft_in_words(folder):
-        peft_model = reloaded(model, folder, config, is_trainable=True)
+    peft_model = put_on(model, folder, manifest["active"], config=config, is_trainable=True)
     # PiSSA starts again from the base as it was, and so rewrites it again.
     state.rewritten |= any(id(facade.vendor) not in before for _, facade in facades(peft_model))
     state.adapter = adapter

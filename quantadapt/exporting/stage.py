@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import planning
 from ..capabilities import Merge
-from ..errors import MergeRefused, Problem
-from ..folders.atomic import atomic_folder, refuse_occupied
+from ..errors import MergeRefused, ModelError, Problem
+from ..folders.atomic import atomic_folder, refuse_occupied, refuse_overlap
 from ..planning.exports import MERGES, MergeKind, PlannedExport
 from ..planning.stage import Plan
 from ..protocols import Exporter, Figure
@@ -24,12 +24,13 @@ from ..quantizing.stage import blaming
 from ..quantizing.state import ModelState, state_of
 from ..stages import held_out_data
 from .manifest import MANIFEST, MERGED, write_manifest
-from .saving import AdapterFolder
-from .tuned import Tuned
+from .saving import AdapterFolder, load
+from .tuned import Tuned, memory_in_words
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
+    from torch import nn
 
     from ..quantizing.examples import Calibration
 
@@ -77,6 +78,7 @@ def write(
     """
     if isinstance(exporter, AdapterFolder) and final == tuned.saved:
         return dict(exporter.write(tuned, final))  # it is there since it was saved
+    refuse_overlap(final, [tuned.saved, *exporter.reads])
     refuse_occupied(final, overwrite)
     with atomic_folder(final, overwrite=overwrite, needed=exporter.needed(tuned)) as folder:
         figures = dict(exporter.write(tuned, folder))
@@ -116,7 +118,8 @@ def merge_entry(plan: Plan, entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Merged(Exporter):
-    """A merged model, compared with the adapter before it is written."""
+    """A merged model; what was written is read again and compared with the adapter before the
+    folder gets its name."""
 
     kind: ClassVar[MergeKind]
 
@@ -141,23 +144,64 @@ class _Merged(Exporter):
         return merged_bytes(tuned.model, self.kind)
 
     def write(self, tuned: Tuned, folder: Path) -> Mapping[str, Figure]:
+        from .checking import refuse_other_tensors, sketches
+
+        _refuse_foreign_class(tuned.model)
         _ = tuned.held_out  # what is wrong with the data is told before the work
         merged: Any = tuned.merged(self.kind)
-        figures, state = tuned.compared(merged), state_of(merged)
-        if self.kind == "requantize":
-            state.quantizer.save(merged, folder)
-        else:
-            merged.save_pretrained(str(folder))
+        state = state_of(merged)
+        self._save(merged, state, folder)
         if state.tokenizer is not None:
             state.tokenizer.save_pretrained(str(folder))
         write_manifest(folder, state)
+        meant, kind = sketches(merged), type(merged)
+        del merged  # what is read from the files takes its place
+        with memory_in_words():
+            loaded = self._loaded(kind, state, folder)
+        refuse_other_tensors(meant, loaded)
+        figures = tuned.compared(loaded)
+        self._refuse_far(figures, state)
         return figures
+
+    def _save(self, merged: Any, state: ModelState, folder: Path) -> None:
+        raise NotImplementedError
+
+    def _loaded(self, kind: type[Any], state: ModelState, folder: Path) -> nn.Module:
+        """Return the model that was written, read from its files."""
+        raise NotImplementedError
+
+    def _refuse_far(self, figures: Mapping[str, Figure], state: ModelState) -> None:
+        """Raise ModelError where what was written is not as near to the adapter as it has to be."""
+        raise NotImplementedError
+
+
+def _refuse_foreign_class(model: PeftModel) -> None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(base := model.get_base_model(), PreTrainedModel):
+        what = f"{type(base).__name__} is no model of transformers, so there is no format for it"
+        fix = "merge in memory, model.merge_and_unload(), and save its state_dict yourself"
+        raise ModelError(what, fix=fix)
 
 
 class MergedDense(_Merged):
     """The adapter merged into dense weights: a checkpoint that transformers loads."""
 
     kind = "dense"
+
+    def _save(self, merged: Any, state: ModelState, folder: Path) -> None:
+        merged.save_pretrained(str(folder))
+
+    def _loaded(self, kind: type[Any], state: ModelState, folder: Path) -> nn.Module:
+        from .checking import written_model
+
+        return written_model(kind, folder, dtype=state.dtype, device_map={"": state.device})
+
+    def _refuse_far(self, figures: Mapping[str, Figure], state: ModelState) -> None:
+        from .checking import refuse_far
+
+        activations = state.quantizer.target.quantizes_activations
+        refuse_far(figures, state.dtype, activations=activations)
 
     @property
     def planned(self) -> str:
@@ -168,6 +212,17 @@ class MergedRequantized(_Merged):
     """The adapter merged, and the weights quantized again as the base was."""
 
     kind = "requantize"
+
+    def _save(self, merged: Any, state: ModelState, folder: Path) -> None:
+        state.quantizer.save(merged, folder)
+
+    def _loaded(self, kind: type[Any], state: ModelState, folder: Path) -> nn.Module:
+        return load(folder, device=state.device).eval()
+
+    def _refuse_far(self, figures: Mapping[str, Figure], state: ModelState) -> None:
+        from .checking import refuse_no_number
+
+        refuse_no_number(figures)  # how far it is, is the quantizer's error
 
     @property
     def planned(self) -> str:
@@ -200,7 +255,8 @@ def merge(
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Merge the adapter into its base, check it on held-out tokens, and write `path/merged`.
+    """Merge the adapter into its base and write `path/merged`; the folder gets its name only when
+    what lies in it, read again, answers held-out tokens as the adapter does.
 
     `model` itself stays as it is.
 
@@ -219,7 +275,8 @@ def merge(
 
     Raises:
         MergeRefused: a rule forbids it; names the rule, the reason and the way out.
-        OutputError: `path/merged` is there already. ModelError: GPU memory does not suffice.
+        OutputError: `path/merged` is there already. ModelError: GPU memory does not suffice, or
+        what was written is not what was merged.
     """
     state = state_of(model)
     check_merge(state, kind)

@@ -326,6 +326,7 @@ class QuantLinear(nn.Linear):
                 error_msgs,
             )
             self.__dict__["_merged"] = None
+            self._settle_unread(state_dict, prefix, unexpected_keys, error_msgs)
         if bias is not None:
             vendor.bias = bias
             if given is None:
@@ -339,6 +340,23 @@ class QuantLinear(nn.Linear):
                 with torch.no_grad():
                     bias.copy_(given)
         self._adopt(vendor)
+
+    def _settle_unread(
+        self, state_dict: Any, prefix: str, unexpected_keys: list[str], error_msgs: list[str]
+    ) -> None:
+        """Tell apart what a vendor saves and does not load (some leave their scales as they are):
+        the numbers that are there anyway are expected; with others the codes mean nothing."""
+        unread = [key for key in unexpected_keys if key.startswith(prefix)]
+        own = self._vendor.state_dict() if unread else {}
+        for key in unread:
+            if (tensor := own.get(key.removeprefix(prefix))) is None:
+                continue
+            unexpected_keys.remove(key)
+            if not torch.equal(tensor, state_dict[key].to(tensor.device)):
+                kind = type(self._vendor).__name__
+                error_msgs.append(
+                    f"{kind} loads no {key}, and the file's is another: load the whole model anew"
+                )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """Return a copy; an ordinary linear layer where PEFT copies it to train it in full."""

@@ -11,11 +11,14 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import OutputError
+from ..paths import path_problem
+from .lock import take
+from .written import Names, is_leftover, leftovers, not_ours, write_list
 
 OTHER_OUTPUT = "choose another --output"
 
@@ -24,36 +27,103 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def atomic_folder(
-    final: str | Path, *, overwrite: bool = False, needed: int | None = None
+    final: str | Path, *, overwrite: bool = False, needed: int | None = None, listed: bool = True
 ) -> Iterator[Path]:
     """Yield a temporary folder that becomes `final` if the body succeeds, and is removed if not.
 
+    Nobody else can write `final` meanwhile. What processes that died have left of it is put back or
+    removed first.
+
     Args:
         final: the folder to make. What is there stays untouched until the new one is on disk.
-        overwrite: replace a folder that is not empty.
+        overwrite: replace a folder that we wrote. Files in it that are not ours are never deleted.
         needed: bytes that will be written, where known; refused at once if they do not fit.
+        listed: put a list of the files into it, by which it can be replaced another time.
 
     Raises:
         OutputError: `final` is taken, cannot be written, or the disk is full.
+        FolderInUse: somebody else is writing it.
     """
     target = Path(final).expanduser().resolve()
     refuse_occupied(target, overwrite)
     _refuse_if_too_small(target, needed)
+    with locked(target):
+        refuse_occupied(target, overwrite)
+        with unlocked_folder(target, needed=needed) as temporary:
+            yield temporary
+            with in_words(target):
+                refuse_occupied(target, overwrite)
+                if listed:
+                    write_list(temporary)
+
+
+@contextmanager
+def locked(final: Path) -> Iterator[None]:
+    """Be the one who writes the folder `final`, and clear up what is left of those who died.
+
+    Raises:
+        FolderInUse: somebody else is.
+    """
+    with in_words(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        lock = take(final)
+    try:
+        clear_up(final)
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def unlocked_folder(target: Path, *, needed: int | None = None) -> Iterator[Path]:
+    """Do what `atomic_folder` does, for those who have the lock and may replace what is there."""
     temporary = _beside(target, "tmp")
     try:
         with in_words(target):
             temporary.mkdir(parents=True)
         yield temporary
         with in_words(target):
-            _sync_tree(temporary)
-            refuse_occupied(target, overwrite)
-            _swap_in(temporary, target)
+            sync_tree(temporary)
+            put_in_place(temporary, target)
     except BaseException as error:
         full, written = _is_full(error, temporary), folder_size(temporary)
         shutil.rmtree(temporary, ignore_errors=True)
         if full and isinstance(error, Exception):
             raise _disk_full(target, written, needed) from error
         raise
+
+
+def clear_up(final: Path) -> None:
+    """Put back what was at `final` when a process died that replaced it, and remove what such
+    processes had not finished. The caller has the lock."""
+    mine = [(kind, path) for name, kind, path in leftovers(final.parent) if name == final.name]
+    for kind, path in mine:
+        if kind == "old" and not os.path.lexists(final):
+            os.rename(path, final)
+            sync_folder(final.parent)
+        elif kind and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif kind:
+            path.unlink(missing_ok=True)
+
+
+def tidy(final: Path) -> None:
+    """Do what `clear_up` does, unless somebody is at work there or nothing can be written."""
+    with suppress(OSError, OutputError), locked(final):
+        pass
+
+
+def put_back(folder: str | Path) -> Path:
+    """Return `folder`, for those who are about to read it. If a process died while it replaced the
+    folder, or one in it, what was there before is put back."""
+    path = Path(os.path.expanduser(folder))
+    resolved = path.resolve()
+    for above in (resolved.parent, resolved):
+        for name, kind, _ in list(leftovers(above)):
+            wanted = above == resolved or name == resolved.name
+            if kind == "old" and wanted and not os.path.lexists(above / name):
+                tidy(above / name)
+    return path
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -66,7 +136,7 @@ def write_atomic(path: Path, text: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -79,22 +149,57 @@ def folder_size(path: Path) -> int:
 
 
 def is_free(path: Path) -> bool:
-    """Say whether nothing is at `path`, or only an empty folder."""
-    return not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
+    """Say whether nothing is at `path`, or an empty folder; what processes left as they died is
+    nothing."""
+    if not os.path.lexists(path):
+        return True
+    return path.is_dir() and all(is_leftover(entry.name) for entry in path.iterdir())
 
 
-def refuse_occupied(final: Path, overwrite: bool) -> None:
-    """Raise OutputError unless nothing is at `final`, or a folder that may be replaced."""
+def refuse_occupied(final: Path, overwrite: bool, names: Names | None = None) -> None:
+    """Raise OutputError unless nothing is at `final`, or a folder that may be replaced.
+
+    Args:
+        names: what is ours in it besides the files on its list.
+    """
     with in_words(final):
         free = is_free(final)
-    if free or (overwrite and final.is_dir()):
+    if free:
         return
-    if final.is_dir():
-        what = "the folder is not empty"
+    where = str(final)
+    if not final.is_dir():
+        raise OutputError("a file is in the way", fix="choose another folder", where=where)
+    if not overwrite:
         fix = "choose another folder, or replace it: --overwrite, in Python overwrite=True"
-    else:
-        what, fix = "a file is in the way", "choose another folder"
-    raise OutputError(what, fix=fix, where=str(final))
+        raise OutputError("the folder is not empty", fix=fix, where=where)
+    with in_words(final):
+        others = not_ours(final, names)
+    if others:
+        shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if others[3:] else "")
+        what = f"replacing the folder would delete what quantadapt did not write there: {shown}"
+        fix = "choose another folder, or move that away or delete it yourself"
+        raise OutputError(what, fix=fix, where=where)
+
+
+def refuse_overlap(final: Path, inputs: Iterable[str | Path | None]) -> None:
+    """Raise OutputError where one of `inputs` lies in the output folder, or that in one of them.
+
+    Args:
+        inputs: files, folders, and hub ids, of which no folder is here.
+    """
+    target = Path(os.path.expanduser(final)).resolve()
+    for given in inputs:
+        path = os.path.expanduser(given or "")
+        if path_problem(path) or not os.path.exists(path):
+            continue
+        used = Path(path).resolve()
+        if used.is_relative_to(target):
+            what = f"writing the folder would replace {given}, which is read"
+        elif target.is_relative_to(used):
+            what = f"the folder is inside {given}, which is read"
+        else:
+            continue
+        raise OutputError(what, fix="choose another folder", where=str(final))
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -120,7 +225,7 @@ def _refuse_if_too_small(final: Path, needed: int | None) -> None:
         raise _disk_full(final, 0, needed)
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
     """Flush every file and folder to disk, so that the rename cannot come before the contents."""
     for root, _, names in os.walk(folder, topdown=False):
         for file in (Path(root, name) for name in names):
@@ -130,10 +235,11 @@ def _sync_tree(folder: Path) -> None:
                     os.fsync(descriptor)
                 finally:
                     os.close(descriptor)
-        _sync_folder(Path(root))
+        sync_folder(Path(root))
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk."""
     if os.name == "nt":  # folders cannot be flushed there
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -143,14 +249,14 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _swap_in(new: Path, final: Path) -> None:
+def put_in_place(new: Path, final: Path) -> None:
     """Put `new` at `final`; what was there is deleted last, or put back if that fails."""
     old = _beside(final, "old")
     try:
         if final.exists():
             os.rename(final, old)
         os.rename(new, final)
-        _sync_folder(final.parent)
+        sync_folder(final.parent)
     finally:
         if old.exists() and not new.exists():
             shutil.rmtree(old, ignore_errors=True)

@@ -1,8 +1,10 @@
 """The folder that a run leaves behind.
 
 A run folder carries `quantadapt-run.json`. Without that marker a folder is somebody else's and is
-never touched; with it, it is replaced only on request. Everything but the two logs appears
-under its final name only when it is complete and on disk (`atomic`). It imports nothing heavy.
+never touched; with it, it is replaced only on request, and only if nothing else lies in it
+(`RunFolder.names`). Whoever makes or takes up a run has the folder alone (`lock`) until `release`.
+Everything but the two logs appears under its final name only when it is complete and on disk
+(`atomic`). It imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,12 +21,37 @@ from typing import Any, Literal
 from ..errors import OutputError
 from ..inputs.documents import read_object
 from ..machine import installed_version
-from .atomic import OTHER_OUTPUT, atomic_folder, in_words, is_free, refuse_unwritable, write_atomic
+from .atomic import (
+    OTHER_OUTPUT,
+    clear_up,
+    in_words,
+    is_free,
+    put_back,
+    refuse_occupied,
+    refuse_overlap,
+    refuse_unwritable,
+    tidy,
+    unlocked_folder,
+    write_atomic,
+)
 from .environment import environment
+from .lock import Lock, refuse_in_use, take
+from .written import Names, leftovers
 
 MARKER = "quantadapt-run.json"
 
 State = Literal["running", "finished", "failed", "interrupted"]
+
+_FILES = (
+    *(MARKER, "spec.yaml", "plan.json", "metrics.jsonl", "metrics.json", "environment.json"),
+    *("log.txt", "report.html"),
+)
+_NAMES: Names = {
+    **{name: {} for name in (*_FILES, "adapter", "base", "merged")},
+    "checkpoints": {"checkpoint-*": {}},
+    "runs": {"*": {"events.out.tfevents.*": {}}},
+}
+"""What a run writes; each folder has its own list. `runs` is tensorboard's."""
 
 
 class RunFolder:
@@ -35,6 +61,8 @@ class RunFolder:
     `log.txt`, `report.html`, `adapter/`, `checkpoints/` and, where one was made, `base/` and
     `merged/`.
     """
+
+    _lock: Lock | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,17 +85,30 @@ class RunFolder:
             path: where; missing parents are made, and an empty folder is taken as it is.
             overwrite: replace an earlier run. A folder without the marker is never replaced.
             resume: keep an earlier run and go on in it.
-            inputs: what the run reads. An overwrite that would delete one of them is refused.
+            inputs: what the run reads. None may lie in the folder, nor the folder in one of them.
 
         Raises:
             OutputError: the folder cannot be used; nothing in it was touched.
+            FolderInUse: another process has it.
         """
         folder = cls.check(path, overwrite=overwrite, resume=resume, inputs=inputs)
         with in_words(folder.path):
-            if resume:
-                folder._take_up()
-            else:
-                folder._start(replace=not is_free(folder.path))
+            target = folder.path.resolve()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder._lock = take(target)
+            try:
+                clear_up(target)
+                for inner in (target, target / "checkpoints"):
+                    for name in {name for name, _, _ in leftovers(inner)}:
+                        tidy(inner / name)
+                cls.check(path, overwrite=overwrite, resume=resume, inputs=inputs, locked=True)
+                if resume and folder.marker:
+                    folder.set_state("running")
+                else:
+                    folder._start(replace=not is_free(folder.path))
+            except BaseException:
+                folder.release()
+                raise
         return folder
 
     @classmethod
@@ -78,26 +119,51 @@ class RunFolder:
         overwrite: bool = False,
         resume: bool = False,
         inputs: Iterable[str | Path] = (),
+        locked: bool = False,
     ) -> RunFolder:
-        """Raise what `create` would raise about the folder as it is; touches nothing."""
+        """Raise what `create` would raise about the folder as it is; touches nothing, but for what
+        a process left that died while it replaced the folder.
+
+        Args:
+            locked: the caller has the folder's lock.
+        """
         folder = cls(Path(path).expanduser())
         if overwrite and resume:
             fix = "choose one: resume keeps the earlier run, overwrite deletes it"
             raise OutputError("overwrite and resume exclude each other", fix=fix)
-        if resume and not folder.marker:
+        if not locked:
+            refuse_in_use(folder.path)
+        begun = locked or folder._was_begun
+        put_back(folder.path)
+        if resume and not folder.marker and not (begun and is_free(folder.path)):
             what = "there is no earlier run to resume here"
             fix = "check --output, or start anew without resume"
             raise OutputError(what, fix=fix, where=str(folder.path))
         with in_words(folder.path):
-            if not resume and not is_free(folder.path):
-                folder._refuse_unless(overwrite, [Path(item) for item in inputs])
+            if resume:
+                folder._refuse_changed()
+            elif not is_free(folder.path):
+                folder._refuse_unless(overwrite)
             refuse_unwritable(folder.path)
+        if not resume:
+            refuse_overlap(folder.path, inputs)
         return folder
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the folder free for other processes."""
+        if self._lock is not None:
+            self._lock.release()
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
         """Return the run folder at `path` for reading. Raises OutputError if it is none."""
-        folder = cls(Path(path).expanduser())
+        folder = cls(put_back(Path(path)))
         if not folder.marker:
             what = "there is no such folder" if not folder.path.exists() else "it is no run folder"
             fix = f"name a folder that holds {MARKER}; `quantadapt run` makes one"
@@ -112,6 +178,23 @@ class RunFolder:
         except OutputError:
             return {}
         return values if "version" in values else {}
+
+    @property
+    def _was_begun(self) -> bool:
+        """Whether a process died here before there was a marker."""
+        above = self.path.resolve()
+        return any(name == above.name for name, _, _ in leftovers(above.parent)) or any(
+            name == MARKER for name, _, _ in leftovers(above)
+        )
+
+    @property
+    def names(self) -> Names:
+        """What in the folder is the run's: `spec.yaml`, `adapter/`, its exports, and so on."""
+        return {**_NAMES, **{str(name): {} for name in self.marker.get("exports", ())}}
+
+    def note_exports(self, names: Iterable[str]) -> None:
+        """Note the folders that exports will write, so that they are the run's."""
+        self.write_json(MARKER, {**self.marker, "exports": sorted(names)})
 
     def set_state(self, state: State) -> None:
         """Note in the marker how far the run got."""
@@ -174,18 +257,16 @@ class RunFolder:
         if not replace and self.path.exists():  # empty, and perhaps a mount point: stay in place
             self.write_json(MARKER, marker)
             return
-        with atomic_folder(self.path, overwrite=replace) as temporary:
+        with unlocked_folder(self.path.resolve()) as temporary:
             RunFolder(temporary).write_json(MARKER, marker)
 
-    def _take_up(self) -> None:
-        for leftover in self.path.glob(".*.tmp"):  # of a run that was killed while writing
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
-        self.set_state("running")
+    def _refuse_changed(self) -> None:
+        """Raise where a resumed run would replace what somebody put into its folders."""
+        for name in self.names:
+            if name not in ("checkpoints", "runs") and (self.path / name).is_dir():
+                refuse_occupied(self.path / name, overwrite=True)
 
-    def _refuse_unless(self, overwrite: bool, inputs: list[Path]) -> None:
+    def _refuse_unless(self, overwrite: bool) -> None:
         """Raise unless this is an earlier run that may be replaced."""
         where = str(self.path)
         if not self.path.is_dir():
@@ -199,10 +280,10 @@ class RunFolder:
             what = f"the folder holds an earlier run ({state}, started {started})"
             fix = f"{OTHER_OUTPUT}, replace it with --overwrite, or go on with it with --resume"
             raise OutputError(what, fix=fix, where=where)
-        for used in [*inputs, Path.cwd()]:
-            if used.expanduser().resolve().is_relative_to(self.path.resolve()):
-                what = f"replacing the folder would delete {used}, which is in use"
-                raise OutputError(what, fix=OTHER_OUTPUT, where=where)
+        if Path.cwd().is_relative_to(self.path.resolve()):
+            what = f"replacing the folder would delete {Path.cwd()}, which is in use"
+            raise OutputError(what, fix=OTHER_OUTPUT, where=where)
+        refuse_occupied(self.path, overwrite, self.names)
 
 
 class UnwrittenFolder(RunFolder):

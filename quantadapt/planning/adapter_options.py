@@ -64,7 +64,10 @@ def checked_options(
             problems.append(problem)
         elif value is not None or known[name].default == "None":  # else it means the default
             options[name] = value
-    return options, problems + pattern_problems(options) + _joint_problems(adapter, options)
+    for problem in pattern_problems(options):
+        problems.append(problem)
+        options.pop(problem.where.split(".")[1], None)
+    return options, problems + _joint_problems(adapter, options)
 
 
 def plain(value: Any) -> Any:

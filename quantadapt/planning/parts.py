@@ -17,11 +17,10 @@ from .. import demo
 from ..dependencies import missing_for_optimizer, missing_requirements
 from ..distributed.world import world
 from ..errors import OutputError, PlanRefused, PluginError, Problem, did_you_mean
-from ..folders.run_folder import RunFolder, json_ready
+from ..folders.run_folder import RunFolder
 from ..inputs.documents import shown
 from ..machine import Machine
 from ..paths import is_local_path, path_problem
-from ..plain_yaml import read_yaml
 from ..protocols import Evaluator, Quantizer, Task
 from ..records import Adapter, Backend, Evaluation, Objective, R, Record, kind_of
 from ..registry.discovery import Registry, adopted
@@ -30,6 +29,7 @@ from .adapter_options import checked_options
 from .on_disk import check_model, has_config_alone, quantization_in
 from .peft_options import method_problems
 from .processes import device_problems
+from .resuming import resumed
 
 Made = TypeVar("Made", bound=BaseModel)
 
@@ -278,19 +278,6 @@ def check_folder(draft: Draft) -> None:
         draft.problems += [replace(p, where=f"output {p.where}".strip()) for p in error.problems]
 
 
-_KEPT_WHEN_RESUMED = (
-    "seed",
-    "data.format",
-    "data.max_length",
-    "data.max_examples",
-    "data.eval_fraction",
-    "train.per_device_train_batch_size",
-    "train.gradient_accumulation_steps",
-    "train.packing",
-)
-"""Keys of the spec that a checkpoint depends on, beside backend, adapter and objective."""
-
-
 def check_resumed(
     draft: Draft,
     quantizer: Quantizer | None,
@@ -298,38 +285,10 @@ def check_resumed(
     task: Task | None,
 ) -> None:
     """Look whether a run that is to be resumed is still the one that was begun."""
-    spec = draft.spec
-    if path_problem(spec.output or ""):
+    if path_problem(draft.spec.output or ""):
         return
-    folder = RunFolder(Path(spec.output or "").expanduser())
-    if not (spec.train.resume and quantizer and task and (folder.path / "spec.yaml").is_file()):
-        return
-    begun = folder.read_json("plan.json")
-    then = _facts(read_yaml(folder.path / "spec.yaml"), begun)
-    now = {
-        "backend": {"name": spec.backend.name, "options": quantizer.model_dump(mode="json")},
-        "adapter": {"name": spec.adapter.name, "options": dict(adapter_options)},
-        "objective": {"name": spec.objective.name, "options": task.model_dump(mode="json")},
-    }
-    for key, value in _facts(spec.model_dump(mode="json"), now).items():
-        if key in then and then[key] != value:
-            what = f"{value!r} makes it another run; the one in {folder.path} has {then[key]!r}"
-            fix = f"resume with {key}={then[key]!r}, or start the other run in another --output"
-            draft.problems.append(Problem(what, fix, where=key))
-
-
-def _facts(spec: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Return dotted key -> value of what a checkpoint depends on."""
-    facts: dict[str, Any] = {}
-    for key in _KEPT_WHEN_RESUMED:
-        section, _, name = key.rpartition(".")
-        values = spec.get(section) if section else spec
-        if isinstance(values, Mapping) and name in values:
-            facts[key] = values[name]
-    for kind in ("backend", "adapter", "objective"):
-        record = plan.get(kind)
-        options = record.get("options") if isinstance(record, Mapping) else None
-        if isinstance(record, Mapping) and isinstance(options, Mapping):  # else it was damaged
-            values = {"name": record.get("name"), **options}
-            facts |= {f"{kind}.{name}": json_ready(value) for name, value in values.items()}
-    return facts
+    if draft.spec.train.resume and quantizer and task:
+        given = draft.spec, quantizer, adapter_options, task, draft.processes
+        draft.spec, problems, notes = resumed(*given)
+        draft.problems += problems
+        draft.notes += notes

@@ -216,6 +216,7 @@ def plan(
     if check_output:
         check_folder(draft)
         check_resumed(draft, quantizer, options, task)
+        spec = draft.spec
     if not (backend and adapter and quantizer and objective and task):
         raise PlanRefused(draft.problems)
     made = Plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,6 +34,13 @@ class Exporter(Options, ABC):
     def folder(self) -> str:
         """The folder that is written, in that of the run; empty: called as the export is."""
         return ""
+
+    @property
+    def reads(self) -> list[str]:
+        """The files and folders that it reads besides the tuned model, which must not lie in the
+        folder that is written; by default each option that names one."""
+        options = self.model_dump().values()
+        return [o for o in options if isinstance(o, str) and os.path.exists(os.path.expanduser(o))]
 
     def refusals(self, cell: Cell, backend: Backend, adapter: Adapter) -> Iterable[Problem]:
         """Return what else is wrong with this export of this combination. Asked before any work

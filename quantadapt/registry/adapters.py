@@ -6,7 +6,7 @@ nothing about a backend is said here, because PEFT only ever meets `QuantLinear`
 
 from __future__ import annotations
 
-from ..capabilities import KEEP, Merge, Rule
+from ..capabilities import KEEP, Merge, Patterns, Rule
 from ..hookspecs import hookimpl
 from ..records import Adapter, Start
 
@@ -26,27 +26,43 @@ LOFTQ_ONTO = Rule(
     "merge it dense into its own base, or keep it beside the base",
 )
 
+RANDOM_START_ONTO = Rule(
+    "random-start-onto",
+    {
+        "adapter.init_lora_weights": Patterns(("pissa_niter_*", "corda", "lora_ga")),
+        "action": ("onto",),
+    },
+    "this start takes away from the base what it gives to the adapter, by random numbers or data,"
+    " so what it took cannot be found again in another copy of the base",
+    "merge it into its own base (quantadapt merge RUN), or start with init_lora_weights: pissa;"
+    " PEFT can convert an adapter whose first state was kept: path_initial_model_for_weight_"
+    "conversion",
+)
+"""PiSSA's exact start and OLoRA's are found again, so these are merged onto any copy. The starts
+that leave the base as it is (true, false, gaussian, orthogonal, eva, mica) need nothing."""
+LORA_RULES = (LOFTQ_ONTO, RANDOM_START_ONTO)
+
 ADAPTERS = (
     Adapter(
         "lora",
         "low-rank update, arXiv:2106.09685",
         "LORA",
         {"r": 16, "lora_alpha": 32},
-        rules=(LOFTQ_ONTO,),
+        rules=LORA_RULES,
     ),
     Adapter(
         "dora",
         "LoRA with the magnitude learned apart, arXiv:2402.09353",
         "LORA",
         {"r": 16, "lora_alpha": 32, "use_dora": True},
-        rules=(LOFTQ_ONTO,),
+        rules=LORA_RULES,
     ),
     Adapter(
         "rslora",
         "LoRA scaled by alpha/sqrt(r), arXiv:2312.03732",
         "LORA",
         {"r": 16, "lora_alpha": 16, "use_rslora": True},
-        rules=(LOFTQ_ONTO,),
+        rules=LORA_RULES,
     ),
     Adapter(
         "pissa",
@@ -54,6 +70,7 @@ ADAPTERS = (
         "LORA",
         {"r": 16, "lora_alpha": 16, "init_lora_weights": "pissa"},
         start=Start.CHANGED,
+        rules=LORA_RULES,
     ),
     Adapter(
         "loftq",
@@ -61,7 +78,7 @@ ADAPTERS = (
         "LORA",
         {"r": 16, "lora_alpha": 16, "init_lora_weights": "loftq"},
         start=Start.CHANGED,
-        rules=(LOFTQ_ONTO,),
+        rules=LORA_RULES,
     ),
     Adapter("vera", "trained scales on shared random matrices, arXiv:2310.11454", "VERA"),
     Adapter(

@@ -102,7 +102,7 @@ def write(name: str, folder: Path, kind: Kind = "backend") -> list[str]:
     if folder.expanduser().is_dir() and not is_free(folder.expanduser()):
         raise OutputError("the folder is not empty", fix="name a new folder", where=str(folder))
     made = contents(name, kind)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, listed=False) as temporary:
         for path, text in made.items():
             target = temporary / path
             target.parent.mkdir(parents=True, exist_ok=True)

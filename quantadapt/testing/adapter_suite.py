@@ -218,17 +218,28 @@ class AdapterSuite(Suite):
 
     @cells("requantize")
     def test_requantized_merge_keeps_biases(self, bench: Bench, adapter: str) -> None:
+        """Those of the base, trained ones (PEFT's `bias: all`), and what the files hold of them."""
         from ..exporting.merging import merged_model
         from ..facade import facades
+        from ..quantizing.state import state_of
 
         if adapter != bench.adapters_for("requantize")[0] or bench.record.calibration:
             return
         model = bench.attach(adapter, copy.deepcopy(bench.biased))
-        dense = merged_model(model, "dense")
-        for name, facade in facades(merged_model(model, "requantize")):
-            bias: Any = dense.get_submodule(name).bias
-            what = f"merged and quantized again, the bias of {name} is off"
-            assert_equal(facade.bias, bias, what, "`requantize` of the target keeps the bias")
+        biased = {_plain(name): facade.bias for name, facade in facades(model)}
+        assert biased, "no layer of the suite's model with biases is quantized"
+        for bias in biased.values():
+            bias.data += 0.25
+        merged = merged_model(model, "requantize")
+        folder = bench.folder()
+        state_of(model).quantizer.save(merged, folder)
+        fix = "`requantize` of the target keeps the bias"
+        for where, found in (("", merged), (", saved and loaded", _load_base(bench, folder))):
+            for name, bias in biased.items():
+                kept: Any = found.get_submodule(name).bias
+                assert kept is not None, f"the bias of {name} is gone{where}. {fix}"
+                what = f"merged and quantized again{where}, the bias of {name} is off"
+                assert_equal(kept, bias, what, fix)
 
     @cells("requantize")
     def test_requantized_merge_is_saved(self, bench: Bench, adapter: str) -> None:
@@ -268,6 +279,11 @@ def _load_base(bench: Bench, folder: Any) -> nn.Module:
     model = quantizer.load(str(folder), device=bench.suite.device, dtype=bench.torch_dtype)
     skip: tuple[str, ...] = bench.base.quantadapt.skip_modules  # type: ignore[union-attr, assignment]
     return wrap(model, quantizer.target, bench.torch_dtype, skip)
+
+
+def _plain(name: str) -> str:
+    """Return the name of a layer of the base, of a model with an adapter."""
+    return name.removeprefix("base_model.model.").removesuffix(".base_layer")
 
 
 def _differing(one: dict[str, str], other: dict[str, str]) -> list[str]:

@@ -103,8 +103,7 @@ class PeftSuite:
 
         def moved(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             result = to(module, *args, **kwargs)
-            built = type(module).__module__ == ours or isinstance(module, PreTrainedModel)
-            return self.put_facades(result) if built else result
+            return self.put_facades(result) if type(module).__module__ == ours else result
 
         def loaded(cls: Any, *args: Any, **kwargs: Any) -> Any:
             return self.put_facades(load.__func__(cls, *args, **kwargs))  # type: ignore[attr-defined]

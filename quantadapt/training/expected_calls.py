@@ -39,7 +39,10 @@ class Expected:
 
 _TRAINER = ("transformers", "trl")
 
-RESUMING = (Expected("_load_from_checkpoint", "the run would go on with an untrained adapter"),)
+RESUMING = (
+    Expected("_load_from_checkpoint", "the run would go on with an untrained adapter"),
+    Expected("_load_optimizer_and_scheduler", "the first step would have an earlier learning rate"),
+)
 STEP = (
     Expected("_get_num_items_in_batch", "not all tokens of a step would weigh the same"),
     Expected("on_step_begin", "the adapter would compute with weights of an earlier step"),

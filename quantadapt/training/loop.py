@@ -6,7 +6,6 @@ allocation, and no telemetry, model cards, token statistics or console output.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,18 +16,18 @@ from torch import Tensor
 
 from ..adapting.adalora import load_ranks, save_ranks
 from ..errors import OutputError, TrainingError
+from ..folders.checkpoints import PARTIAL, PREFIX, seal
+from .checkpoints import facts_of, set_rates
 from .progress import Progress
 
 if TYPE_CHECKING:
     from ..adapting.fused import FusedTraining
+    from ..folders.checkpoints import Checkpoint
     from ..protocols import Task
     from .expected_calls import ExpectedCalls
     from .memory_fit import MemoryFit
+    from .stopping import Stop
     from .validation import Validation
-
-CHECKPOINTS = "checkpoints"
-PREFIX = "checkpoint-"
-STATE = "trainer_state.json"
 
 
 class TrainingLoop:
@@ -48,6 +47,10 @@ class TrainingLoop:
     model_accepts_loss_kwargs: bool
     checkpoints: Path
     saving_to: Path | None = None
+    resumed: Checkpoint | None = None
+    stop: Stop | None = None
+    interrupted: bool = False
+    loss_since_log: Any = None
     gradient_check: GradientCheck | None = None
     memory_fit: MemoryFit | None = None
     fused: FusedTraining | None = None
@@ -107,8 +110,9 @@ class TrainingLoop:
             self.gradient_check.see(grad_norm, self.state.global_step + 1, self.optimizer)
         return grad_norm
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(self, tr_loss: Any, *args: Any, **kwargs: Any) -> None:
         """Show, measure and save no step that turns out to be a bad one."""
+        self.loss_since_log = tr_loss
         control = self.control
         wanted = control.should_log or control.should_save or control.should_evaluate
         if self.gradient_check is not None and wanted:
@@ -116,7 +120,7 @@ class TrainingLoop:
         if self.validation is not None and self.control.should_evaluate:
             self.validation.run()  # first, so that a checkpoint of this step knows of it
         self.control.should_evaluate = False
-        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.saving_to or self.checkpoints)
@@ -135,7 +139,7 @@ class TrainingLoop:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint beside its place and move it there when it is whole."""
         name = f"{PREFIX}{self.state.global_step}"
-        partial = self.checkpoints / ".partial"
+        partial = self.checkpoints / PARTIAL
         if self.is_world_process_zero():
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -148,10 +152,10 @@ class TrainingLoop:
                 save_ranks(self.model, partial / name)
                 if self.validation is not None:
                     self.validation.save(partial / name)
+            facts = facts_of(self)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                shutil.rmtree(self.checkpoints / name, ignore_errors=True)
-                os.replace(partial / name, self.checkpoints / name)
+                seal(partial / name, self.checkpoints / name, facts)
         except OSError as error:
             fix = "free some space, or write elsewhere with output"
             what = f"the checkpoint cannot be written: {error.strerror or error}"
@@ -164,6 +168,12 @@ class TrainingLoop:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not load_ranks(self.model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Let the next step have the learning rate of the schedule as it is now."""
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None:
+            set_rates(self)
 
 
 _FIX = "lower train.learning_rate, use dtype bfloat16 instead of float16, or check the data"

@@ -142,15 +142,25 @@ class MemoryFit:
     ) -> Tensor:
         """Run one training step, in parts; where memory runs out, again with a lower setting.
 
+        On a CPU a step that was the first to see which layers get the same input is done again, now
+        that it is known: else the first step of a resumed run would round otherwise than the same
+        step of one that was not interrupted.
+
         Args:
             run: the trainer's own step: forward, backward, returns the loss.
             inputs: the batch. count: the tokens that its loss is divided by.
         """
         before = self._gradients()
         state = _random_state(self.device)
+        again = self.device.type == "cpu" and not is_sharded(self.trainer.model)
         while True:
             try:
-                return self._in_parts(run, model, inputs, count)
+                loss = self._in_parts(run, model, inputs, count)
+                if not (again and self.trainer.fused.has_learnt()):
+                    return loss
+                again = False
+                self._undo(before, state)
+                continue
             except torch.OutOfMemoryError:
                 with_graphs = self.graphs is not None and self.graphs.stop()
                 lower = self.setting if with_graphs else self._lowered()

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..adapting.adalora import allocate_ranks, set_schedule
 from ..distributed.talking import reduced
+from .checkpoints import take_up
 
 OnLog = Callable[[dict[str, Any]], None]
 
@@ -44,6 +45,8 @@ class Watcher:
             self.trainer.validation.start()
         self.progress.started = time.perf_counter()
         self.progress.first_step = state.global_step + 1
+        if self.trainer.resumed is not None:
+            take_up(self.trainer, self.trainer.resumed)
         if self.adalora is not None:
             set_schedule(self.adalora, state.max_steps)
 
@@ -64,18 +67,27 @@ class Watcher:
             allocate_ranks(self.adalora, state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Have the first and the last step logged, and validate where that is due."""
-        if state.global_step in (self.progress.first_step, state.max_steps):
+        """Have the first and the last step logged, and validate where that is due; a resumed run
+        logs what it would have anyway."""
+        if state.global_step in (1, state.max_steps):
             control.should_log = True
+        self._stop_if_due(args, state, control)
         validation = self.trainer.validation
         if validation is not None and validation.due(state.global_step, state.max_steps):
             control.should_evaluate = True
 
+    def _stop_if_due(self, args: Any, state: Any, control: Any) -> None:
+        """Save a checkpoint and end, where that is due before the last step."""
+        stop, step = self.trainer.stop, state.global_step
+        if stop is not None and stop.due(step, args.logging_steps, args.device):
+            self.trainer.interrupted = step < state.max_steps
+            control.should_save = control.should_training_stop = True
+
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Validate after each epoch, where that is wanted."""
+        """Validate after each epoch, where that is wanted; not after a part of one."""
         validation = self.trainer.validation
-        if validation is not None and validation.spec.validates == "epoch":
-            control.should_evaluate = True
+        if validation is not None and not self.trainer.interrupted:
+            control.should_evaluate |= validation.spec.validates == "epoch"
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any

@@ -5,25 +5,28 @@ Nothing of the model is left changed but the adapter's weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapting.adalora import tuner_of
+from ..data.vocabulary import check_tokens
 from ..distributed.talking import average_gradients, reduced, share, start
-from ..errors import OutputError, PlanRefused, Problem, TrainingError, did_you_mean
+from ..errors import PlanRefused, Problem, TrainingError, did_you_mean
+from ..folders.checkpoints import STATE, Checkpoint, finished, too_few_steps
 from ..memory.workload import OOM_FIX, Setting
 from ..planning.refusals import task_problems
 from ..records import Objective
 from ..registry.discovery import registry
+from .checkpoints import checkpoint_to_resume, refuse_other_data
 from .expected_calls import expect_calls
 from .figures import adapter_device, base_parameters, dequantize_share, peak_memory_gib
 from .lent import lent, quiet
-from .loop import CHECKPOINTS, PREFIX, STATE, TrainingLoop
+from .loop import TrainingLoop
 from .memory_fit import MemoryFit
 from .progress import OnLog, Watcher
+from .stopping import Stop
 from .trainer import Setup, make_trainer
 from .validation import Validation, best_of, curve, has_stopped
 
@@ -48,6 +51,7 @@ def train(
     held_out: Dataset | None = None,
     on_log: OnLog | None = None,
     on_note: Callable[[str], None] | None = None,
+    stop: Stop | None = None,
 ) -> TrainResult:
     """Train the adapter of `model`, in place.
 
@@ -62,21 +66,24 @@ def train(
             validation with step, max_steps, eval_loss in nats per token, whether that is the
             `best`, and the seconds that it took.
         on_note: told in a sentence how memory is used, where that was chosen or had to change.
+        stop: may end it early; by default when `spec.max_time` is over, from now on.
 
     Raises:
         PlanRefused: the task does not go with the adapter or with `spec`.
         TrainingError: a setting cannot be used, the loss is no number, or memory runs out.
         OutputError: there are checkpoints of another run, or writing one failed.
+        Interrupted: it ended early, as `stop` said, and left a checkpoint.
         KeyboardInterrupt: as it came; earlier checkpoints are whole, none is half written.
     """
     task = task or registry().record(Objective, "sft").task()
     _check(model, spec, task)
     _check_held_out(spec, held_out)
-    checkpoint = _checkpoint_to_resume(Path(output), spec)
+    check_tokens(dataset, _embedding_rows(model), tokenizer)
+    note = on_note or (lambda _: None)
+    checkpoint = checkpoint_to_resume(Path(output), spec, note)
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
     share(p for p in model.parameters() if p.requires_grad)  # all begin with the same weights
     # kernels, casts and the like; taken back at the end
-    note = on_note or (lambda _: None)
     with lent(model, spec, task, note) as loans:
         setup = Setup(model, tokenizer, dataset, spec, Path(output), seed)
         trainer = make_trainer(task, setup, on_log)  # task.trainer: trl's SFTTrainer, for one
@@ -88,9 +95,10 @@ def train(
             trainer.validation = Validation(
                 trainer, held_out, collator, spec, on_log or (lambda _: None), note
             )
-            trainer.validation.checkpoint = checkpoint
+            trainer.validation.checkpoint = checkpoint.path if checkpoint else None
+        trainer.stop = stop or Stop(spec.max_time)
         trainer.calls = expect_calls(trainer, note)
-        _run(trainer, checkpoint)  # Trainer.train, see below
+        _run(trainer, checkpoint, note)  # Trainer.train, see below
         if trainer.validation is not None:
             trainer.validation.end()  # may put the best weights back
         return _result(trainer, checkpoint)
@@ -99,6 +107,7 @@ def train(
 # What transformers' Trainer.train calls of ours, in this order; `expected_calls` sees that it does.
 BEFORE = (
     TrainingLoop._load_from_checkpoint,  # only where a run is resumed
+    TrainingLoop._load_optimizer_and_scheduler,  # likewise
     Watcher.on_train_begin,
     MemoryFit.start,  # chooses what is recomputed, on a GPU by passes over the longest examples
 )
@@ -180,7 +189,16 @@ def _check_held_out(spec: TrainSpec, held_out: Dataset | None) -> None:
         raise TrainingError(what, fix=fix, where="train")
 
 
-def _result(trainer: Any, checkpoint: Path | None) -> TrainResult:
+def _embedding_rows(model: Any) -> int | None:
+    """Return how many tokens the model has an embedding for; None where it has none."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return getattr(embedding, "num_embeddings", None)
+
+
+def _result(trainer: Any, checkpoint: Checkpoint | None) -> TrainResult:
     model, device, fit = trainer.model, trainer.memory_fit.device, trainer.memory_fit
     steps, measured = trainer.state.global_step, curve(trainer.state.log_history)
     return TrainResult(
@@ -193,7 +211,7 @@ def _result(trainer: Any, checkpoint: Path | None) -> TrainResult:
         seconds=trainer.progress.seconds,
         tokens=int(reduced(float(trainer.progress.tokens), device, "sum")),
         peak_memory_gib=reduced(peak_memory_gib(device), device, "max"),
-        resumed_from=_step(checkpoint) if checkpoint else None,
+        resumed_from=checkpoint.step if checkpoint else None,
         trainable_parameters=sum(weight.numel() for weight in fit.weights),
         base_parameters=base_parameters(model),
         setting=fit.setting,
@@ -235,58 +253,43 @@ def _reporting_problems(wanted: Iterable[str]) -> list[Problem]:
     return found
 
 
-def _run(trainer: Any, checkpoint: Path | None) -> None:
+def _run(trainer: Any, checkpoint: Checkpoint | None, tell: Callable[[str], None]) -> None:
     """Train, or go on from `checkpoint`; turn what may go wrong into words."""
     import torch
 
-    if checkpoint and _is_finished(trainer, checkpoint):
-        return
+    if checkpoint is not None:
+        refuse_other_data(trainer, checkpoint)
+        if _is_finished(trainer, checkpoint, tell):
+            return
+        trainer.resumed = checkpoint
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
-        with quiet():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with quiet(), trainer.stop.while_training():
+            path = str(checkpoint.path) if checkpoint else None
+            trainer.train(resume_from_checkpoint=path)
         trainer.calls.end()
     except torch.OutOfMemoryError as error:
         words = trainer.memory_fit.describe(trainer.memory_fit.setting)
         what = f"the GPU has run out of memory, with {words}"
         raise TrainingError(what, fix=OOM_FIX, where="train") from error
+    if trainer.interrupted:
+        raise trainer.stop.error(trainer.state.global_step, trainer.state.max_steps)
 
 
-def _is_finished(trainer: Any, checkpoint: Path) -> bool:
+def _is_finished(trainer: Any, checkpoint: Checkpoint, tell: Callable[[str], None]) -> bool:
     """Load a checkpoint that was the last one, and say so."""
     from transformers import TrainerState
 
-    state = TrainerState.load_from_json(str(checkpoint / STATE))
-    wanted = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
-    stopped = has_stopped(curve(state.log_history), trainer.memory_fit.spec)
-    if state.global_step < wanted and not stopped:
+    spec = trainer.memory_fit.spec
+    if problem := too_few_steps(checkpoint, spec):
+        raise TrainingError(problem.what, fix=problem.fix, where=problem.where)
+    state = TrainerState.load_from_json(str(checkpoint.path / STATE))
+    if not finished(checkpoint, spec) and not has_stopped(curve(state.log_history), spec):
         return False
-    trainer._load_from_checkpoint(str(checkpoint))
+    tell(f"all {checkpoint.step} steps had been done: nothing was trained")
+    trainer._load_from_checkpoint(str(checkpoint.path))
     trainer.state = state
     if trainer.validation is not None:
-        trainer.validation.load(checkpoint)
+        trainer.validation.load(checkpoint.path)
     return True
-
-
-def _checkpoint_to_resume(output: Path, spec: TrainSpec) -> Path | None:
-    """Return the last whole checkpoint, if the spec asks to go on. Raises OutputError."""
-    folder = output / CHECKPOINTS
-    found = [p for p in folder.glob(f"{PREFIX}*") if (p / STATE).is_file() and _step(p)]
-    if not found:
-        return None
-    if not spec.resume:
-        fix = "set train.resume to go on from them, or use another output folder"
-        raise OutputError("there are checkpoints of an earlier run", fix=fix, where=str(folder))
-    last = max(found, key=_step)
-    try:
-        json.loads((last / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        fix = "delete this checkpoint to go on from the one before"
-        raise OutputError(f"cannot read it: {error}", fix=fix, where=str(last)) from None
-    return last
-
-
-def _step(checkpoint: Path) -> int:
-    number = checkpoint.name.removeprefix(PREFIX)
-    return int(number) if number.isdigit() else 0

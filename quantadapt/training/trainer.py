@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from ..adapting.adalora import tuner_of
 from ..dependencies import moved
 from ..errors import TrainingError
+from ..folders.checkpoints import CHECKPOINTS
 from ..memory.workload import LENGTH_MULTIPLE
 from .figures import adapter_device, compute_dtype
 from .lent import clip_what_is_trained
-from .loop import CHECKPOINTS, TrainingLoop
+from .loop import TrainingLoop
 from .progress import OnLog, Progress, Watcher
 
 if TYPE_CHECKING:

@@ -1,0 +1,106 @@
+"""The adapters of a model as files: the active one lies where PEFT looks first, in the folder
+itself; others lie in a folder each, under their names."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..adapting.injecting import all_or_nothing, reloaded
+from ..errors import ModelError
+from .adapter_files import peft_in_words
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from torch import nn
+
+DEFAULT = "default"
+"""What PEFT calls an adapter to which nobody gave a name."""
+_SHARED = ("vblora_vector_bank", "prompt_encoder", ".tinylora_v.", ".unilora_theta_d.")
+"""Of what PEFT names where it is shared and stores once."""
+
+
+def active_adapters(model: Any) -> list[str]:
+    """Return the names of the adapters that `model` computes with."""
+    return list(model.base_model.active_adapters)
+
+
+def save_adapters(model: Any, folder: Path) -> list[str]:
+    """Write all adapters of `model` into `folder`; return the names of the active ones, of which
+    the first lies in `folder` itself."""
+    active = active_adapters(model)
+    if active[0] == DEFAULT:
+        model.save_pretrained(str(folder))
+        return active
+    for name in model.peft_config:
+        place = folder if name == active[0] else folder / name
+        place.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            model.save_pretrained(scratch, selected_adapters=[name])
+            made = Path(scratch) if name == DEFAULT else Path(scratch, name)
+            for file in [f for f in made.iterdir() if f.is_file()]:
+                file.rename(place / file.name)
+    return active
+
+
+def put_on(
+    model: nn.Module,
+    folder: Path,
+    active: Sequence[str],
+    *,
+    config: PeftConfig | None = None,
+    is_trainable: bool = False,
+) -> PeftModel:
+    """Put the saved adapters called `active` onto a base, all of them or none.
+
+    Args:
+        model: the base.
+        folder: what `save_adapters` wrote, or a PEFT folder.
+        active: names, of which the first lies in `folder` itself.
+        config: that of the first adapter, which is read where it is missing.
+        is_trainable: whether the adapters can be trained further.
+
+    Raises:
+        ModelError: an adapter holds something that the base has no place for, or lacks something.
+    """
+    first, *others = active
+    places = {first: folder} | {name: folder / name for name in others}
+    with peft_in_words(folder), all_or_nothing(model):
+        tuned = reloaded(model, folder, config, adapter_name=first, is_trainable=is_trainable)
+        for name, place in places.items():  # also the first: only this tells what was read
+            read = tuned.load_adapter(str(place), name, is_trainable=is_trainable)
+            _refuse_other_keys(read, _write_weights(tuned, read.unexpected_keys, place), place)
+        if others:
+            tuned.base_model.set_adapter(list(active))
+    return tuned
+
+
+def _write_weights(tuned: PeftModel, keys: Sequence[str], folder: Path) -> list[str]:
+    """Write whole weights that the adapter holds into quantized layers, which have no parameter of
+    that name: PEFT saves a head or embedding that is adapted. Return the keys of other tensors."""
+    from ..facade import QuantLinear
+    from ..loading.tensors import Checkpoint
+
+    others, saved = [], Checkpoint(str(folder))
+    modules = dict(tuned.named_modules()) if keys else {}
+    for key in keys:
+        layer = modules.get(key.removesuffix(".weight"))
+        if isinstance(layer, QuantLinear) and key in saved:
+            layer.write(saved.read(key))
+        else:
+            others.append(key)
+    return others
+
+
+def _refuse_other_keys(read: Any, unexpected: Sequence[str], folder: Path) -> None:
+    missing = [key for key in read.missing_keys if not any(part in key for part in _SHARED)]
+    for keys, what in (
+        (unexpected, "the adapter holds what this base has no place for"),
+        (missing, "the adapter lacks what its config says is there"),
+    ):
+        if keys:
+            shown = ", ".join(list(keys)[:3]) + (f" and {len(keys) - 3} more" if keys[3:] else "")
+            fix = "pass the model that the adapter was trained on"
+            raise ModelError(f"{what}: {shown}", fix=fix, where=str(folder))

@@ -1,0 +1,135 @@
+"""The files of a checkpoint written again, one after the other, with an adapter merged in.
+
+Whatever the adapter holds ends up in a tensor that is written, or it is an error: each of PEFT's
+modules is asked what it makes of the tensors of the module that it stands around.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..loading.tensors import Checkpoint
+from ..paths import INDEX
+from .merging import adapted_parts, merged_part
+from .ties import all_equal
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+IN_MEMORY = "merge it in memory: quantadapt merge, without --onto"
+
+
+class MergedShards:
+    """What has to be written in place of the files of `checkpoint`.
+
+    Args:
+        tuned: the base, its linear layers on disk, under the adapter.
+        checkpoint: the files of that base.
+        names: key in the files -> name of the base's parameter.
+        ties: the base's parameters that are tied, see `tied_groups`.
+        trained: names of parameters of the base itself that the adapter holds, such as biases.
+
+    Raises:
+        ModelError: something of the adapter has no place in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        tuned: PeftModel,
+        checkpoint: Checkpoint,
+        names: Mapping[str, str],
+        ties: Iterable[tuple[str, ...]],
+        trained: Iterable[str],
+    ) -> None:
+        base: nn.Module = tuned.get_base_model()
+        self.checkpoint, self.names = checkpoint, names
+        self.keys = {name: key for key, name in names.items()}
+        self.parts = dict(adapted_parts(base))
+        self.values: dict[str, Tensor] = {name: base.get_parameter(name) for name in trained}
+        groups = [g for g in ties if any(self._changes(n) for n in g)]
+        self.places = {*self.keys, *(name for group in groups for name in group)}
+        self._refuse_homeless()
+        self.tied = {name: values for g in groups for values in [self._of(g)] for name in g}
+        self.unties = any(not all_equal(list(values.values())) for values in self.tied.values())
+
+    @property
+    def layers(self) -> int:
+        """How many modules of the base are adapted or trained whole."""
+        return len(self.parts)
+
+    def write(self, folder: Path) -> None:
+        """Write all files; memory holds one of them, and embeddings that are tied."""
+        from safetensors.torch import save_file
+
+        weight_map: dict[str, str] = {}
+        for file, keys in self.checkpoint.shards():
+            tensors: dict[str, Tensor] = {}
+            for key in keys:
+                if key in tensors or key in weight_map:
+                    continue  # written beside another tensor of its module
+                stored = self.checkpoint.read(key)
+                for name, value in self._written(key, stored).items():
+                    tensors[name] = value.detach().to("cpu", stored.dtype).contiguous()
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file)
+        self._write_index(folder, weight_map)
+
+    def _written(self, key: str, stored: Tensor) -> Mapping[str, Tensor]:
+        """Return what is written where the files hold `key`, by the names in the files."""
+        name = self.names[key]
+        values = {name: self.values.get(name, stored)}
+        if name in self.tied:
+            values = {name: self.tied[name][name]}
+            if self.unties:  # each has memory of its own then, also where some are still equal
+                values = {name: value.clone() for name, value in self.tied[name].items()}
+        elif (part := self._part_of(name)) is not None:
+            values = self._merged(part)
+        return {self.keys.get(name, name): value for name, value in values.items()}
+
+    def _merged(self, part: str) -> dict[str, Tensor]:
+        """Return name -> value of what one of PEFT's parts makes of its module's tensors."""
+        merged = merged_part(self.parts[part], "dense").state_dict()
+        values = {f"{part}.{key}": value for key, value in merged.items()}
+        if lost := sorted(values.keys() - self.places):
+            raise self._homeless(lost)
+        return values
+
+    def _part_of(self, name: str) -> str | None:
+        return next((part for part in self.parts if name.startswith(f"{part}.")), None)
+
+    def _changes(self, name: str) -> bool:
+        return name in self.values or self._part_of(name) is not None
+
+    def _of(self, group: tuple[str, ...]) -> dict[str, Tensor]:
+        """Return name -> value of parameters that are tied, of which the files may hold one."""
+        key = next(key for key, name in self.names.items() if name in group)
+        stored = self.checkpoint.read(key)
+        found = {}
+        for name in group:
+            part = self._part_of(name)
+            value = self.values.get(name, stored) if part is None else self._merged(part)[name]
+            found[name] = value.detach().to("cpu", stored.dtype)
+        return found
+
+    def _refuse_homeless(self) -> None:
+        """Raise ModelError where the adapter changes a module of which the files hold nothing."""
+        held = {part for name in self.places if (part := self._part_of(name)) is not None}
+        if lost := sorted({*self.parts} - held | self.values.keys() - self.places):
+            raise self._homeless(lost)
+
+    def _homeless(self, names: list[str]) -> ModelError:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+        what = f"the checkpoint has no place for what the adapter trained: {shown}"
+        return ModelError(what, fix=IN_MEMORY, where=str(self.checkpoint.folder))
+
+    def _write_index(self, folder: Path, weight_map: Mapping[str, str]) -> None:
+        if (self.checkpoint.folder / INDEX).exists():
+            index = json.loads((self.checkpoint.folder / INDEX).read_text(encoding="utf-8"))
+            index["weight_map"] = weight_map
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

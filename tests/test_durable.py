@@ -1,0 +1,503 @@
+"""One writer for each folder, nothing of the user's deleted, nothing broken by a kill."""
+
+import errno
+import fcntl
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import quantadapt as qa
+from quantadapt import cli
+from quantadapt.errors import FolderInUse, OutputError, PlanRefused
+from quantadapt.folders import lock, written
+from quantadapt.folders.atomic import atomic_folder, clear_up, put_back, refuse_overlap
+from quantadapt.folders.lock import LockTakenOver, lock_file, take
+from quantadapt.folders.run_folder import RunFolder
+from quantadapt.folders.written import LIST, not_ours
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+DEAD = 2**22 + 1  # above Linux's largest process id
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def model_at(folder: Path, text: str = "earlier", **how: Any) -> Path:
+    """Write a folder as a backend's checkpoint would be."""
+    with atomic_folder(folder, **how) as made:
+        (made / "weights").write_text(text)
+        (made / "quantadapt.json").write_text('{"backend": "none"}')
+    return folder
+
+
+# Locks -------------------------------------------------------------------------------------------
+
+
+HOLDER = """
+import sys, time
+from quantadapt.folders.run_folder import RunFolder
+from quantadapt.folders.lock import take
+from pathlib import Path
+held = take(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Any]:
+    """Have another process lock a folder; kill it at the end."""
+    processes = []
+
+    def hold(folder: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", HOLDER, str(folder)]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        assert processes[-1].stdout.readline() == "held\n"
+        return processes[-1]
+
+    yield hold
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_a_live_run_keeps_everybody_else_out(tmp_path: Path, elsewhere: Any) -> None:
+    run = tmp_path / "run"
+    with RunFolder.create(run) as folder:
+        folder.set_state("interrupted")
+    other = elsewhere(run)
+    before = tree(run)
+    for how in ({"resume": True}, {"overwrite": True}):
+        for attempt in (RunFolder.check, RunFolder.create):
+            with pytest.raises(FolderInUse) as caught:
+                attempt(run, **how)
+            assert f"process {other.pid} on {socket.gethostname()}, since 20" in str(caught.value)
+    with pytest.raises(OutputError), atomic_folder(run, overwrite=True):
+        pytest.fail("the body ran")
+    assert caught.value.exit_code == 2
+    assert tree(run) == before
+    spec = {"backend": "none", "output": str(run), "train": {"resume": True}}
+    with pytest.raises(PlanRefused, match=f"process {other.pid} on .* is writing there"):
+        qa.plan(qa.Spec(**spec))
+
+
+def test_the_lock_of_a_dead_process_is_taken_over_and_told(tmp_path: Path, elsewhere: Any) -> None:
+    run = tmp_path / "run"
+    with RunFolder.create(run):
+        pass
+    other = elsewhere(run)
+    other.kill()
+    other.wait()
+    assert lock_file(run).exists()
+    with (
+        pytest.warns(LockTakenOver, match=f"left by process {other.pid} .* does not run any more"),
+        RunFolder.create(run, resume=True),
+    ):
+        assert lock_file(run).exists()
+    assert not lock_file(run).exists()
+
+
+def test_one_of_many_threads_writes(tmp_path: Path) -> None:
+    inside, refused, together = [0], [], []
+    gate = threading.Barrier(8)
+
+    def write() -> None:
+        gate.wait()
+        try:
+            with atomic_folder(tmp_path / "model", overwrite=True) as folder:
+                inside[0] += 1
+                together.append(inside[0])
+                time.sleep(0.05)
+                (folder / "weights").write_text("x")
+                inside[0] -= 1
+        except FolderInUse:
+            refused.append(1)
+
+    threads = [threading.Thread(target=write) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(together) == {1}
+    assert len(together) + len(refused) == 8
+    assert refused
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_each_writer_has_the_lock_alone_however_quickly_they_follow(tmp_path: Path) -> None:
+    """A lock file that is removed while somebody opens it must not count."""
+    inside, wrong = [0], []
+
+    def write() -> None:
+        for _ in range(200):
+            try:
+                held = take(tmp_path / "model")
+            except FolderInUse:
+                continue
+            inside[0] += 1
+            if inside[0] != 1:
+                wrong.append(inside[0])
+            inside[0] -= 1
+            held.release()
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert list(tmp_path.iterdir()) == []
+
+
+def held_by(folder: Path, **facts: Any) -> Path:
+    """Write a lock file that nobody holds any more, or that flock does not reach."""
+    holder = {"host": socket.gethostname(), "pid": DEAD, "since": "2026-01-01", "born": ""}
+    file = lock_file(folder)
+    file.write_text(json.dumps(holder | facts))
+    return file
+
+
+@pytest.fixture
+def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.usefixtures("without_flock")
+def test_without_flock_the_process_is_looked_for(tmp_path: Path) -> None:
+    file = held_by(tmp_path / "a")
+    with pytest.warns(LockTakenOver, match=str(DEAD)):
+        take(tmp_path / "a").release()
+    assert not file.exists()
+    mine = {"pid": os.getpid(), "born": lock._born(os.getpid())}
+    held_by(tmp_path / "b", **mine)
+    with pytest.raises(FolderInUse, match=f"process {os.getpid()}"):
+        take(tmp_path / "b")
+    held_by(tmp_path / "c", **mine | {"born": "1"})  # an earlier process of that number
+    with pytest.warns(LockTakenOver):
+        take(tmp_path / "c").release()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_other_machines_on_a_shared_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """flock may not reach them: a lock counts for as long as its holder touches it."""
+    monkeypatch.setattr(lock, "_is_shared", lambda file: shared)
+    file = held_by(tmp_path / "run", host="elsewhere")
+    if shared:
+        with pytest.raises(
+            FolderInUse, match=rf"on elsewhere(.|\n)*wait 5 minutes, or delete {file}"
+        ):
+            take(tmp_path / "run")
+        long_ago = time.time() - lock.LEASE - 60
+        os.utime(file, (long_ago, long_ago))
+    with pytest.warns(LockTakenOver, match="elsewhere"):
+        take(tmp_path / "run").release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_held_lock_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "LEASE", 0.25)
+    monkeypatch.setattr(lock, "_is_shared", lambda file: True)
+    held = take(tmp_path / "run")
+    os.utime(held.file, (0, 0))
+    deadline = time.monotonic() + 10
+    while held.file.stat().st_mtime == 0 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert held.file.stat().st_mtime > 0
+    held.release()
+
+
+def test_which_file_systems_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = "\n".join(
+        [
+            "/dev/sda / ext4 rw 0 0",
+            "srv:/x /mnt/my\\040home nfs4 rw 0 0",
+            "tmpfs /mnt/b tmpfs rw 0 0",
+        ]
+    )
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: mounts)
+    assert lock._is_shared(Path("/mnt/my home/runs/x"))
+    assert not lock._is_shared(Path("/mnt/b/x"))
+    assert not lock._is_shared(Path("/home/x"))
+
+
+# Lists: what is ours -----------------------------------------------------------------------------
+
+
+def test_what_is_not_on_the_list_is_found(tmp_path: Path) -> None:
+    folder = model_at(tmp_path / "model")
+    assert not_ours(folder) == []
+    (folder / "notes").mkdir()
+    (folder / "notes" / "mine.txt").write_text("mine")
+    (folder / "weights").write_text("changed by me")
+    (folder / "link").symlink_to(tmp_path)
+    model_at(folder / "adapter")  # ours, and not of this folder
+    assert not_ours(folder) == [
+        *("adapter/quantadapt.json", "adapter/weights"),
+        *("link", "notes/mine.txt", "weights"),
+    ]
+
+
+def test_a_run_with_files_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with RunFolder.create(run) as folder:
+        model_at(run / "adapter")
+        model_at(run / "tiny")
+        model_at(run / "mine")
+        folder.note_exports(["tiny"])
+    before = tree(run)
+    with pytest.raises(OutputError, match=r"did not write there: mine/"):
+        RunFolder.create(run, overwrite=True)
+    assert tree(run) == before
+    shutil.move(run / "mine", tmp_path)
+    (run / "adapter" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"did not write there: adapter/notes.txt"):
+        RunFolder.create(run, overwrite=True)
+    (run / "adapter" / "notes.txt").unlink()
+    with RunFolder.create(run, overwrite=True):
+        assert [path.name for path in run.iterdir()] == ["quantadapt-run.json"]
+
+
+@pytest.mark.parametrize("listed", ["[]", "{", '{"files": [1]}', '{"files": {"weights": 3}}'])
+def test_with_a_list_that_is_none_nothing_is_ours(tmp_path: Path, listed: str) -> None:
+    folder = model_at(tmp_path / "model")
+    (folder / LIST).write_text(listed)
+    with pytest.raises(OutputError, match=r"quantadapt\.json, weights"):
+        model_at(folder, overwrite=True)
+
+
+def test_names_that_no_text_can_hold(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "model") as made:
+        (made / os.fsdecode(b"caf\xe9 \xff")).write_text("x")
+    assert not_ours(tmp_path / "model") == []
+
+
+# Inputs and outputs ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kills() -> Any:
+    spec = importlib.util.spec_from_file_location("kills", BENCHMARKS / "kills.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kills"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def dense(kills: Any, tmp_path_factory: Any) -> Path:
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    kills.make_model(folder)
+    return folder
+
+
+def run_cli(*arguments: Any) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    code = ended.value.code
+    return code if isinstance(code, int) else 0
+
+
+def test_quantize_never_deletes_its_source(dense: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    source = shutil.copytree(dense, out / "source")
+    model_at(tmp_path / "made")
+    for file in (tmp_path / "made").iterdir():
+        shutil.move(file, out)  # as if it had been quantized into OUT before
+    command = ("quantize", source, "--backend", "none", "--overwrite", "--output")
+    before = tree(tmp_path)
+    for output in (out, source, source / "inside"):
+        assert run_cli(*command, output) == 2
+        told = capsys.readouterr().err
+        assert "which is read" in told or (output == source and "not made by quantadapt" in told)
+    shutil.move(source, tmp_path / "source")
+    (out / "mine.txt").write_text("mine")
+    assert run_cli("quantize", tmp_path / "source", "-b", "none", "-o", out, "--overwrite") == 2
+    assert "did not write there: mine.txt" in capsys.readouterr().err
+    (out / "mine.txt").unlink()
+    shutil.move(tmp_path / "source", source)
+    assert tree(tmp_path) == before
+
+
+def test_save_replaces_only_what_it_is_asked_to(dense: Path, tmp_path: Path) -> None:
+    model = qa.quantize(str(dense), "none", device="cpu")
+    out = tmp_path / "out"
+    model_at(out / "adapter")
+    model_at(out / "merged")
+    before = tree(out)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError):
+            qa.save(model, out, overwrite=overwrite)
+        assert tree(out) == before
+    saved = qa.save(model, tmp_path / "saved")
+    first = tree(saved)
+    with pytest.raises(OutputError, match="overwrite=True"):
+        qa.save(model, saved)
+    assert tree(saved) == first
+    qa.save(model, saved, overwrite=True)
+    tuned = qa.attach(model, "lora", r=2)
+    qa.save(tuned, tmp_path / "tuned")
+    with pytest.raises(OutputError, match="overwrite=True"):
+        qa.save(tuned, tmp_path / "tuned")
+    qa.save(tuned, tmp_path / "tuned", overwrite=True)
+
+
+def test_save_never_replaces_what_the_model_was_read_from(dense: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(dense, tmp_path / "source")
+    model = qa.quantize(str(source), "none", device="cpu")
+    before = tree(source)
+    for place in (source, source / "inside", tmp_path):
+        with pytest.raises(OutputError, match=f"{source}, which is read"):
+            qa.save(model, place, overwrite=True)
+    assert tree(source) == before
+
+
+def test_merging_onto_a_base_never_touches_it(dense: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(dense, tmp_path / "merged")
+    tuned = qa.attach(qa.quantize(str(dense), "none", device="cpu"), "lora", r=2)
+    qa.save(tuned, tmp_path / "run")
+    before = tree(base)
+    for place in (tmp_path, base):  # `merged` goes into them
+        with pytest.raises(OutputError, match="which is read"):
+            qa.merge_onto(tmp_path / "run", str(base), place, check=False, overwrite=True)
+    assert tree(base) == before
+    command = ["merge", tmp_path / "run", "--onto", base, "--overwrite", "--output"]
+    assert run_cli(*command, tmp_path) == run_cli(*command, tmp_path / "run" / "adapter") == 2
+    assert tree(base) == before
+
+
+def test_a_run_whose_data_or_model_overlap_with_its_folder_is_refused(
+    dense: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text('{"text": "a"}\n' * 8)
+    spec = {"model": str(dense), "backend": "none", "data": str(tmp_path / "data")}
+    for output in (tmp_path / "data" / "run", dense / "run"):
+        with pytest.raises(PlanRefused, match=r"the folder is inside .*, which is read"):
+            qa.plan(qa.Spec(output=str(output), **spec))
+
+
+def test_links_do_not_hide_an_overlap(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(OutputError):
+        refuse_overlap(tmp_path / "link", [tmp_path / "real" / "model"])
+    with pytest.raises(OutputError):
+        refuse_overlap(tmp_path / "real" / "model" / "out", [tmp_path / "link" / "model"])
+    refuse_overlap(tmp_path / "real" / "model2", [tmp_path / "link" / "model", "ORG/NAME", None])
+
+
+# What a kill leaves ------------------------------------------------------------------------------
+
+
+def killed_between_renames(folder: Path) -> dict[str, bytes]:
+    before = tree(folder)
+    folder.rename(folder.with_name(f".{folder.name}.0a1b2c3d.old"))
+    half = folder.with_name(f".{folder.name}.4e5f6a7b.tmp")
+    half.mkdir()
+    (half / "weights").write_text("new")
+    return before
+
+
+def test_what_was_there_comes_back_on_the_next_look(tmp_path: Path) -> None:
+    for reader in (put_back, RunFolder.open):
+        run = tmp_path / reader.__name__
+        with RunFolder.create(run):
+            model_at(run / "adapter")
+        inner = killed_between_renames(run / "adapter")
+        outer = killed_between_renames(run)
+        reader(run)
+        assert tree(run / "adapter") == inner
+        assert set(outer) - set(tree(run)) == {n for n in outer if "0a1b2c3d" in n or "4e5f" in n}
+        assert [path.name for path in tmp_path.glob(".*")] == []
+        shutil.rmtree(run)
+
+
+def test_a_model_comes_back_when_it_is_loaded(dense: Path, tmp_path: Path) -> None:
+    saved = qa.save(qa.quantize(str(dense), "none", device="cpu"), tmp_path / "saved")
+    before = killed_between_renames(saved)
+    qa.load(saved, device="cpu")
+    assert tree(saved) == before
+
+
+def test_a_finished_swap_only_loses_the_earlier_one(tmp_path: Path) -> None:
+    folder = model_at(tmp_path / "model", "new")
+    old = tmp_path / ".model.0a1b2c3d.old"
+    old.mkdir()
+    (old / "weights").write_text("earlier")
+    put_back(folder)
+    assert old.exists()  # reading deletes nothing
+    model_at(folder, "newer", overwrite=True)
+    assert (folder / "weights").read_text() == "newer"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_somebody_is_writing_is_left_alone(tmp_path: Path, elsewhere: Any) -> None:
+    folder = model_at(tmp_path / "model")
+    killed_between_renames(folder)
+    elsewhere(folder)
+    before = tree(tmp_path)
+    put_back(folder)
+    assert tree(tmp_path) == before
+
+
+def test_hidden_files_of_others_stay(tmp_path: Path) -> None:
+    names = (".model.backup.old", ".model.tmp", ".model.lock", ".models.0a1b2c3d.tmp", ".yarn.lock")
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    model_at(tmp_path / "model")
+    clear_up(tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", *names}
+    assert not any(written.is_leftover(name) for name in names if "0a1b2c3d" not in name)
+
+
+def test_a_run_that_died_before_its_marker_is_resumed(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".quantadapt-run.json.0a1b2c3d.tmp").write_text("{")
+    (tmp_path / ".b.0a1b2c3d.tmp").mkdir()
+    for name in ("a", "b"):
+        RunFolder.check(tmp_path / name, resume=True)
+        with RunFolder.create(tmp_path / name, resume=True) as folder:
+            assert folder.marker["state"] == "running"
+            assert tree(folder.path).keys() == {"quantadapt-run.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+def killed(*options: str) -> None:
+    """Run the campaign in a process of its own, for it forks."""
+    command = [sys.executable, str(BENCHMARKS / "kills.py"), *options]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-1000:]
+    assert "0 with something wrong" in ended.stdout
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, /proc")
+def test_a_command_that_is_killed_breaks_nothing() -> None:
+    """A tenth of the changes of three commands; the rest is slow."""
+    killed("--every", "10", "--only", "run", "--only", "quantize-overwrite", "--only", "onto")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_all_commands_killed_at_every_change() -> None:
+    killed()

@@ -1,0 +1,298 @@
+"""What a merge writes is the adapter, as transformers alone loads it from the files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from merging import (
+    ADAPTERS,
+    HELD_OUT,
+    llama,
+    logits,
+    moved,
+    relative,
+    seq2seq,
+    stock,
+    stock_adapter,
+    tuned,
+)
+
+import quantadapt as qa
+from quantadapt.errors import MergeRefused, ModelError, PlanRefused
+from quantadapt.facade import QuantLinear
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def base(request, tmp_path_factory) -> str:
+    return llama(tmp_path_factory.mktemp("base"), tied=request.param)
+
+
+def tied_in_config(folder) -> bool:
+    return json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+
+
+def merged(model, kind, base, folder) -> None:
+    if kind == "onto":
+        qa.merge_onto(model, base, folder, data=HELD_OUT)
+    else:
+        qa.merge(model, folder, kind=kind, data=HELD_OUT)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_dense(base, adapter, tmp_path) -> None:
+    model = tuned(base, "hqq", **ADAPTERS[adapter])
+    expected = logits(model)
+    found = qa.merge(model, tmp_path, data=HELD_OUT)
+    assert found["kl"] < 1e-6
+    loaded = stock(tmp_path / "merged")
+    assert relative(logits(loaded), expected) < 1e-5
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+    shared = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert tied_in_config(tmp_path / "merged") == shared
+
+
+@pytest.mark.parametrize("adapter", ["tokens", "tokens-named", "whole-linear", "biases", "head"])
+def test_quantized_again(base, adapter, tmp_path) -> None:
+    model = tuned(base, "hqq", **ADAPTERS[adapter])
+    qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT)
+    assert relative(logits(qa.load(tmp_path / "merged")), logits(model)) < 0.02
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_onto_the_base(base, adapter, tmp_path) -> None:
+    saved = qa.save(tuned(base, **ADAPTERS[adapter]), tmp_path)
+    found = qa.merge_onto(saved, base, tmp_path, data=HELD_OUT)
+    assert found["kl"] < 1e-6
+    expected = logits(stock_adapter(base, saved))
+    assert relative(expected, logits(stock(base))) > 0.01
+    assert relative(logits(stock(tmp_path / "merged")), expected) < 1e-5
+
+
+def test_only_what_is_still_equal_stays_tied(tmp_path) -> None:
+    base = llama(tmp_path / "base", tied=True)
+    for adapter, stays in {"tokens": True, "whole-both-tied": True, "head": False}.items():
+        model = tuned(base, **ADAPTERS[adapter])
+        for kind in ("dense", "onto"):
+            folder = tmp_path / f"{adapter}-{kind}"
+            merged(model, kind, base, folder)
+            assert tied_in_config(folder / "merged") is stays
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [105, 106]}],
+    ids=["layers", "whole-head", "tokens"],
+)
+def test_encoder_decoders(name, options, tmp_path) -> None:
+    """They tie an embedding with two others and the head."""
+    base = seq2seq(tmp_path / "base", name)
+    model = tuned(base, r=4, **options)
+    expected = logits(model)
+    for kind in ("dense", "onto"):
+        merged(model, kind, base, tmp_path / kind)
+        assert relative(logits(stock(tmp_path / kind / "merged")), expected) < 1e-5
+
+
+# Several adapters --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_the_active_adapter_is_merged_whatever_its_name(base, live, tmp_path) -> None:
+    model = tuned(base, target_modules=["q_proj"])
+    other = qa.attach(qa.quantize(base, "none"), "lora", target_modules=["down_proj"], r=2)
+    model.add_adapter("other", other.peft_config["default"])
+    model.set_adapter("other")
+    expected = logits(moved(model))
+    saved = model if live else qa.save(model, tmp_path)
+    qa.merge_onto(saved, base, tmp_path, data=HELD_OUT)
+    assert relative(logits(stock(tmp_path / "merged")), expected) < 1e-5
+    qa.merge(model, tmp_path / "dense", data=HELD_OUT)
+    assert relative(logits(stock(tmp_path / "dense" / "merged")), expected) < 1e-5
+    if not live:
+        assert relative(logits(stock_adapter(base, saved)), expected) < 1e-5
+        again = qa.load(saved)
+        assert again.active_adapters == ["other"]
+        assert relative(logits(again), expected) < 1e-5
+
+
+def test_two_active_adapters_and_one_that_is_not(base, tmp_path) -> None:
+    model = tuned(base, target_modules=["q_proj"])
+    for name in ("second", "idle"):
+        model.add_adapter(name, model.peft_config["default"])
+        model.set_adapter(name)
+        moved(model)
+    model.base_model.set_adapter(["default", "second"])
+    expected = logits(model)
+    saved = qa.save(model, tmp_path)
+    assert relative(logits(qa.load(saved)), expected) < 1e-5
+    qa.merge_onto(saved, base, tmp_path, data=HELD_OUT)
+    qa.merge(model, tmp_path / "dense", data=HELD_OUT)
+    for folder in (tmp_path, tmp_path / "dense"):
+        assert relative(logits(stock(folder / "merged")), expected) < 1e-5
+
+
+# Starts that rewrite the base --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "gaussian", "orthogonal"])
+@pytest.mark.parametrize("backend", ["none", "hqq"])
+def test_starts_are_merged_into_their_own_base(base, backend, start, tmp_path) -> None:
+    """Live, and from the files of a run."""
+    model = tuned(base, backend, r=4, init_lora_weights=start)
+    expected = logits(model)
+    saved = qa.save(model, tmp_path)
+    assert relative(logits(qa.load(saved)), expected) < 1e-5
+    for adapter in (model, qa.load(saved)):
+        qa.merge(adapter, tmp_path, data=HELD_OUT, overwrite=True)
+        assert relative(logits(stock(tmp_path / "merged")), expected) < 1e-5
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "gaussian", "orthogonal", False])
+def test_starts_that_are_found_again_are_merged_onto_the_base(base, start, tmp_path) -> None:
+    model = tuned(base, r=4, init_lora_weights=start)
+    saved = qa.save(model, tmp_path)
+    qa.merge_onto(saved, base, tmp_path, data=HELD_OUT)
+    merged = logits(stock(tmp_path / "merged"))
+    assert relative(merged, logits(model)) < 1e-4
+    assert relative(merged, logits(stock_adapter(base, saved))) < 1e-4
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "rslora", "pissa"])
+@pytest.mark.parametrize("start", ["pissa_niter_4", "pissa_niter_16", "corda", "lora_ga"])
+def test_starts_that_are_not_found_again_are_refused(base, adapter, start, tmp_path) -> None:
+    spec = {"name": adapter, "init_lora_weights": start}
+    onto = {"name": "onto-base", "base": base}
+    planned = qa.Spec(
+        model=base, backend="none", adapter=spec, output=str(tmp_path), export={"formats": [onto]}
+    )
+    with pytest.raises(PlanRefused, match="random-start-onto"):
+        qa.plan(planned)
+
+
+def test_a_random_start_of_a_saved_adapter_is_refused(base, tmp_path) -> None:
+    saved = qa.save(tuned(base, r=4, init_lora_weights="pissa_niter_4"), tmp_path)
+    with pytest.raises(MergeRefused, match="random-start-onto"):
+        qa.merge_onto(saved, base, tmp_path, data=HELD_OUT)
+    assert not (tmp_path / "merged").exists()
+
+
+# Memory ------------------------------------------------------------------------------------------
+
+
+def test_each_layer_is_made_dense_once(base, monkeypatch) -> None:
+    from quantadapt.exporting.merging import merged_model
+
+    model, calls = tuned(base, "hqq", target_modules=["q_proj", "down_proj"]), []
+    make = QuantLinear.dense
+    monkeypatch.setattr(QuantLinear, "dense", lambda self: calls.append(self) or make(self))
+    merged_model(model, "dense")
+    assert len(calls) == len(set(calls)) == 14
+
+
+def test_the_adapter_is_there_when_its_base_cannot_be_saved(base, tmp_path, monkeypatch) -> None:
+    from quantadapt.exporting import saving
+
+    def full(*args, **kwargs) -> None:
+        raise OSError("no space")
+
+    model = tuned(base, "hqq", "pissa", r=4)
+    monkeypatch.setattr(saving, "save_base", full)
+    with pytest.raises(OSError, match="no space"):
+        qa.save(model, tmp_path)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+# What is not right is not written ----------------------------------------------------------------
+
+
+def damaged(monkeypatch, change) -> None:
+    """Have every file that safetensors writes changed once it is there."""
+    import safetensors.torch as st
+
+    write = st.save_file
+
+    def written(tensors, path, **kwargs):
+        write(change(dict(tensors)), path, **kwargs)
+
+    monkeypatch.setattr(st, "save_file", written)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", written)
+
+
+def without(name):
+    return lambda tensors: {k: v for k, v in tensors.items() if not k.endswith(name)}
+
+
+def scaled(name):
+    return lambda tensors: {k: v * 1.5 if k.endswith(name) else v for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (without("layers.1.mlp.down_proj.weight"), r"layers\.1\.mlp\.down_proj.weight"),
+        (without("k_proj.bias"), r"model\.layers\.0\.self_attn\.k_proj.bias"),
+        (scaled("layers.1.mlp.down_proj.weight"), "down_proj.weight|does not answer"),
+        (scaled("embed_tokens.weight"), "embed_tokens.weight|does not answer"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["dense", "requantize", "onto"])
+def test_damaged_files_are_no_success(base, tmp_path, monkeypatch, kind, change, what) -> None:
+    model = tuned(base, target_modules=["q_proj"])
+    (tmp_path / "merged").mkdir()
+    damaged(monkeypatch, change)
+    with pytest.raises(ModelError, match=what):
+        merged(model, kind, base, tmp_path)
+    assert list((tmp_path / "merged").iterdir()) == []
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_an_adapter_that_is_lost_is_no_success(base, tmp_path, monkeypatch) -> None:
+    """Of a merge that merges nothing the files are as meant; the answers show it."""
+    from peft.tuners.lora import Linear
+
+    model = tuned(base)
+    monkeypatch.setattr(Linear, "merge", lambda self, **kwargs: None)
+    for kind in ("dense", "onto"):
+        with pytest.raises(ModelError, match="does not answer as the adapter"):
+            merged(model, kind, base, tmp_path)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_without_numbers_is_no_success(base, tmp_path) -> None:
+    model = tuned(base, modules_to_save=["norm"], target_modules=["q_proj"])
+    for name, parameter in model.named_parameters():
+        if "norm.modules_to_save" in name:
+            parameter.data.fill_(float("nan"))
+    for kind in ("dense", "requantize"):
+        with pytest.raises(ModelError):
+            qa.merge(model, tmp_path, kind=kind, data=HELD_OUT)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_keys_that_the_base_has_no_place_for_are_named(base, tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    saved = qa.save(tuned(base), tmp_path)
+    file = saved / "adapter_model.safetensors"
+    key = "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"
+    save_file(load_file(file) | {key: torch.zeros(2, 2)}, file)
+    with pytest.raises(ModelError, match=r"no place for: .*layers\.9"):
+        qa.merge_onto(saved, base, tmp_path, data=HELD_OUT)
+    kept = {k: v for k, v in load_file(file).items() if "layers.1" not in k and k != key}
+    save_file(kept, file)
+    with pytest.raises(ModelError, match="lacks what its config says"):
+        qa.merge_onto(saved, base, tmp_path, data=HELD_OUT)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_bias_for_layers_without_one_is_refused_in_words(tmp_path) -> None:
+    from quantadapt.testing.small_demo import small_model
+
+    model = tuned(str(small_model()), lora_bias=True, target_modules=["q_proj"])
+    for kind in ("dense", "requantize", "onto"):
+        with pytest.raises(MergeRefused, match=r"lora_bias: .* layers that have none, e.g. model"):
+            merged(model, kind, str(small_model()), tmp_path)
+    assert not (tmp_path / "merged").exists()

@@ -1,0 +1,54 @@
+"""Data may hold tokens that the model has no embedding for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+import quantadapt as qa
+from quantadapt.errors import DataError
+from quantadapt.testing.small_demo import small_model
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A model whose tokenizer got two tokens more."""
+    folder = tmp_path / "model"
+    shutil.copytree(small_model(), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<obs>", "</obs>"])
+    tokenizer.save_pretrained(folder)
+    rows = [{"prompt": "say it", "completion": text} for text in ["<obs> 1 </obs>", "two"] * 8]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_a_run_says_so_before_a_weight_is_loaded(checkpoint, tmp_path) -> None:
+    data = {"path": str(tmp_path / "data.jsonl")}
+    spec = qa.Spec(model=str(checkpoint), backend="none", data=data, output=str(tmp_path / "o"))
+    size = len(AutoTokenizer.from_pretrained(checkpoint))
+    with pytest.raises(DataError, match=f"the tokenizer has {size} tokens") as caught:
+        qa.run(spec)
+    assert "'<obs>'" in str(caught.value)
+    assert f"resize_token_embeddings({size})" in str(caught.value)
+    assert not (tmp_path / "o").exists()
+
+
+def test_so_does_training_in_python(checkpoint, tmp_path) -> None:
+    tuned = qa.attach(qa.quantize(str(checkpoint), "none"), "lora", r=2)
+    with pytest.raises(DataError, match="of 15 examples hold tokens"):
+        qa.train(tuned, str(tmp_path / "data.jsonl"), max_steps=1)
+
+
+def test_ids_of_another_tokenizer_are_told() -> None:
+    data = Dataset.from_dict({"input_ids": [[1, 2], [3, 99999]], "completion_mask": [[1, 1]] * 2})
+    tuned = qa.attach(qa.quantize(str(small_model()), "none"), "lora", r=2)
+    with pytest.raises(DataError, match="1 of 2 examples hold tokens"):
+        qa.train(tuned, data, max_steps=1)
+    qa.train(tuned, data.select([0]), max_steps=1, per_device_train_batch_size=1)
