@@ -13,6 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -95,9 +96,10 @@ class Quiet:
         self._point_at_log()
 
     def write_log(self, text: str) -> None:
-        """Append to the log."""
+        """Append to the log, where the system lets us: a full disk must not cost the command."""
         self._flush()
-        os.write(self._log_file, text.encode("utf-8", "backslashreplace"))
+        with suppress(OSError):
+            os.write(self._log_file, text.encode("utf-8", "backslashreplace"))
 
     def _point_at_log(self) -> None:
         for descriptor in (1, 2):
@@ -110,7 +112,8 @@ class Quiet:
     def _flush(self) -> None:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
-                stream.flush()
+                with suppress(OSError):  # into the log, on a full disk
+                    stream.flush()
 
     def _warn(
         self,
