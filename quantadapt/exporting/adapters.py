@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapting.injecting import all_or_nothing, reloaded
 from ..errors import ModelError
 from .adapter_files import peft_in_words
 
@@ -77,6 +76,8 @@ def put_on(
     Raises:
         ModelError: an adapter holds something that the base has no place for, or lacks something.
     """
+    from ..adapting.injecting import all_or_nothing, reloaded
+
     first, *others = active
     places = {first: folder} | {name: folder / name for name in others}
     with peft_in_words(folder), all_or_nothing(model):
