@@ -17,6 +17,7 @@ ORDER = [
     *(
         "exporting",
         "stages",
+        "showing",
         "objectives",
         "training",
         "adapting",

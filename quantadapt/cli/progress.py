@@ -1,0 +1,128 @@
+"""What a plan and a run come to, as the command line prints it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from ..folders.metrics import MODELS, direction, label, told_apart, with_unit
+from ..records import as_call
+from ..showing.display import RunDisplay, Waiting, export_lines, four_digits, spinner, warning
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..folders.metrics import Measured
+    from ..planning.stage import Plan
+    from ..spec import TrainSpec
+
+__all__ = [
+    "RunDisplay",
+    "Waiting",
+    "device_words",
+    "export_lines",
+    "export_words",
+    "four_digits",
+    "model_name",
+    "plan_lines",
+    "show_result",
+    "spinner",
+    "steps_words",
+]
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """Return the plan in three lines."""
+    spec, train = plan.spec, plan.spec.train
+    quantizer = as_call(plan.backend.name, plan.quantizer.model_dump())
+    adapter = as_call(plan.adapter.name, plan.adapter_options)
+    return [
+        f"model   {model_name(plan)} on {device_words(plan)} in {plan.dtype}",
+        f"train   {adapter} on {quantizer}, {steps_words(train)} at {train.learning_rate:g}",
+        f"output  {spec.output}: {export_words(plan)}",
+    ]
+
+
+def steps_words(train: TrainSpec) -> str:
+    """Say how long the training is."""
+    if train.max_steps > 0:
+        return f"{train.max_steps} steps"
+    return f"{train.num_train_epochs:g} epochs"
+
+
+def model_name(plan: Plan) -> str:
+    """Return the model as the user named it."""
+    return plan.spec.model or "the bundled demo"
+
+
+def device_words(plan: Plan) -> str:
+    """Say on what the plan works."""
+    if plan.processes == 1:
+        return plan.device
+    return f"{plan.processes} x {plan.device.partition(':')[0]} ({plan.parallel})"
+
+
+def export_words(plan: Plan) -> str:
+    """Say what will be written."""
+    return ", ".join(export.words for export in plan.exports)
+
+
+def show_result(console: Console, folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Print what was measured, a sample before and after, what was written and the report."""
+    console.print()
+    warnings = metrics.get("warnings", [])
+    console.print(_figures(metrics.get("evaluations", {}), "yellow" if warnings else "green"))
+    for text in warnings:
+        console.print(warning(text), soft_wrap=True)
+    for name, why in metrics.get("failed_evaluations", {}).items():
+        console.print(f"{name}: {why}", markup=False, soft_wrap=True)
+    for sample in metrics.get("samples", [])[:1]:
+        console.print(_sample(sample))
+    for line in export_lines(metrics.get("exports", {})):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(f"report: [bold]{escape(str(folder / 'report.html'))}[/bold]", soft_wrap=True)
+
+
+def _figures(evaluations: Mapping[str, Mapping[str, Measured]], colour: str) -> Table:
+    """Return a row for each model, a column for the first figure of each evaluation; the tuned
+    model's is in `colour`."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("on held-out data")
+    columns = []
+    for evaluation, figures in evaluations.items():
+        name, figure = next(iter(figures.items()))
+        above, beside = told_apart(figure["unit"])
+        columns.append((figure["values"], beside))
+        head = ", ".join(filter(None, (label(evaluation, name), above)))
+        head = f"{head}\n{direction(figure['better'])}".strip()
+        table.add_column(escape(head), justify="right")
+    for model, text in MODELS.items():
+        cells = [
+            "" if (value := values.get(model)) is None else with_unit(value, beside, four_digits)
+            for values, beside in columns
+        ]
+        if any(cells):
+            style = f"bold {colour}" if model == "tuned" else ""
+            table.add_row(f"{model}: {text}", *cells, style=style)
+    return table
+
+
+def _sample(sample: Mapping[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 3, 0, 0))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    table.add_row("")
+    for name in ("prompt", "before", "after"):
+        table.add_row(name, escape(_shown(str(sample.get(name, "")))))
+    table.add_row("")
+    return table
+
+
+def _shown(text: str, lines: int = 6) -> str:
+    """Return the first lines of a text, without the empty ones around them."""
+    kept = text.strip().splitlines()
+    return "\n".join([*kept[:lines], "..."] if len(kept) > lines else kept) or "(nothing)"
