@@ -17,7 +17,7 @@ import quantadapt as qa
 from quantadapt.registry import registry
 from quantadapt.showing.notebook import NotebookDisplay
 from quantadapt.showing.python import display
-from quantadapt.showing.quietly import quiet, quietly
+from quantadapt.showing.quietly import logged, quiet, quietly
 
 TRAIN = {"max_steps": 4, "eval_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
 
@@ -166,6 +166,13 @@ def test_libraries_are_quiet_and_then_as_they_were(caplog) -> None:
     assert of_transformers.is_progress_bar_enabled()
     assert not datasets.are_progress_bars_disabled()
     logger.setLevel(logging.NOTSET)
+
+
+def test_what_libraries_say_is_in_the_log_where_there_is_one() -> None:
+    with warnings.catch_warnings(record=True) as caught, logged(), quietly():
+        warn_as("peft.tuners", "merging may give other outputs")
+        assert logging.getLogger("peft").getEffectiveLevel() < logging.ERROR
+    assert [str(warning.message) for warning in caught] == ["merging may give other outputs"]
 
 
 def test_they_are_as_they_were_after_an_error_too() -> None:

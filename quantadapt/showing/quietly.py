@@ -9,26 +9,41 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+from ..errors import DataWarning, SlowerWarning
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 LIBRARIES = (
     *("transformers", "peft", "datasets", "trl", "accelerate", "huggingface_hub", "torch"),
 )
+_logs = False
+"""Whether what libraries say goes to a log, where it can be found."""
+
+
+@contextmanager
+def logged() -> Iterator[None]:
+    """Let libraries say what they like, all of which goes to a log."""
+    global _logs
+    before, _logs = _logs, True
+    try:
+        yield
+    finally:
+        _logs = before
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
     """Keep progress bars, log messages below errors, and warnings of the libraries off the screen:
     those of transformers and the like, and of what the installed backends need. Warnings of ours,
-    and of anybody else, come through."""
+    and of anybody else, come through; where all goes to a log (`logged`), all but the bars."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import datasets
         import torch  # noqa: F401  # they set levels of their loggers while they are imported
         from transformers.utils import logging as of_transformers
 
-    names = sorted({*LIBRARIES, *_of_backends()})
+    names = [] if _logs else sorted({*LIBRARIES, *_of_backends()})
     before = {name: logging.getLogger(name).level for name in names}
     bars = of_transformers.is_progress_bar_enabled()
     reading = not datasets.are_progress_bars_disabled()
@@ -39,7 +54,10 @@ def quietly() -> Iterator[None]:
         logging.getLogger(name).setLevel(max(level, logging.ERROR))
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=rf"({'|'.join(names)})(\.|$)")
+            if names:
+                warnings.filterwarnings("ignore", module=rf"({'|'.join(names)})(\.|$)")
+            for ours in (DataWarning, SlowerWarning):  # wherever they are raised
+                warnings.simplefilter("default", ours)
             yield
     finally:
         for name, level in before.items():
