@@ -17,12 +17,12 @@ ORDER = [
     *(
         "exporting",
         "stages",
-        "showing",
         "objectives",
         "training",
         "adapting",
         "quantizing",
         "planning",
+        "showing",
         "registry",
     ),
     *("evaluation", "data", "sharding", "dependencies", "facade", "records", "protocols"),
