@@ -6,7 +6,7 @@ An unknown key is an error with a suggestion; all mistakes are reported at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -29,6 +29,13 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Show what differs from the defaults."""
+        for name, value in super().__repr_args__():
+            known = type(self).model_fields.get(name or "")
+            if known is None or value != known.get_default(call_default_factory=True):
+                yield name, value
 
 
 SHORTHAND = {"backend": "name", "adapter": "name", "objective": "name", "data": "path"}

@@ -20,6 +20,7 @@ from ..planning.on_disk import quantization_of
 from ..protocols import Exporter, Figure
 from ..quantizing.state import ModelState, state_of
 from ..registry.discovery import registry
+from ..showing.quietly import quiet
 from ..stages import quantize
 from .adapter_files import check_adapter, peft_in_words, refuse_not_trained
 from .adapters import put_on, save_adapters
@@ -134,6 +135,7 @@ class AdapterFolder(Exporter):
         return {"size": Figure(sum(sizes) / 2**20, "MiB")}
 
 
+@quiet
 def load(
     path: str | Path, *, base: str | nn.Module | None = None, device: str = "auto"
 ) -> nn.Module:

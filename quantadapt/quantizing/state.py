@@ -9,14 +9,14 @@ from ..capabilities import Cell
 from ..errors import QuantadaptError
 from ..planning.refusals import make_cell
 from ..protocols import Quantizer
-from ..records import Adapter, Backend
+from ..records import Adapter, Backend, as_call
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
 
-@dataclass
+@dataclass(repr=False)
 class ModelState:
     """How a model was made.
 
@@ -58,6 +58,13 @@ class ModelState:
     adapter: Adapter | None = None
     adapter_options: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = None
+
+    def __repr__(self) -> str:
+        base = as_call(self.backend.name, self.quantizer.model_dump())
+        adapter = self.adapter and as_call(self.adapter.name, self.adapter_options)
+        tuned = f", {adapter}" if adapter else ""
+        source = self.source or "a live module"
+        return f"<ModelState {source!r}: {base}{tuned}, on {self.device} in {self.dtype_name}>"
 
     @property
     def dtype_name(self) -> str:
