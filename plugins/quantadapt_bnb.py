@@ -34,6 +34,10 @@ class _BitsAndBytes(LayerwiseQuantizer):
 class _FourBit(_BitsAndBytes):
     quant_type: ClassVar[str]
 
+    def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
+        _check_nested(path)
+        return super().load(path, device=device, dtype=dtype)
+
     double_quant: bool = Field(
         True, description="quantize the scales too (0.4 bits per weight less)"
     )
@@ -174,6 +178,20 @@ class Int8(_BitsAndBytes):
             if _is(module, "Int8Params"):
                 return cls(threshold=module.state.threshold)  # type: ignore[union-attr, arg-type]
         return None
+
+
+def _check_nested(path: str) -> None:
+    """Raise ModelError where the scales of quantized scales are gone: bitsandbytes would take their
+    codes for scales."""
+    from quantadapt.errors import ModelError
+    from quantadapt.loading import Checkpoint
+
+    names = Checkpoint(path).files
+    for name in names:
+        layer, _, part = name.rpartition(".weight.")
+        if part == "nested_quant_map" and f"{layer}.weight.nested_absmax" not in names:
+            what = f"it has no {layer}.weight.nested_absmax"
+            raise ModelError(what, fix="make or download the checkpoint again", where=path)
 
 
 class FourBitTarget(LayerwiseTarget):

@@ -49,16 +49,35 @@ class Dense(LayerwiseQuantizer):
 
 
 class DenseTarget(LayerwiseTarget):
-    """`torch.nn.Linear` itself."""
+    """The model's own linear layers, as they are: `nn.Linear`, or transformers' `Conv1D`."""
 
     def matches(self, module: nn.Module) -> bool:
         from torch import nn
 
-        return type(module) is nn.Linear and type(module.weight) is nn.Parameter
+        from quantadapt.loading import is_linear
+
+        return is_linear(module) and type(module.weight) is nn.Parameter
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        rows, columns = self.dequantize(module).shape
+        return columns, rows
 
     def dequantize(self, module: nn.Module) -> Tensor:
+        from quantadapt.loading import is_conv1d
+
         weight: Tensor = module.weight.detach()  # type: ignore[operator, assignment]
-        return weight
+        return weight.t() if is_conv1d(module) else weight
+
+    def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        from torch import nn
+
+        from quantadapt.loading import as_conv1d, is_conv1d
+
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = module.bias  # type: ignore[assignment]
+        made = as_conv1d(linear) if is_conv1d(module) else linear
+        return made.train(module.training)
 
 
 @hookimpl

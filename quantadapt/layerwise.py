@@ -17,10 +17,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .errors import ModelError
+from .errors import ModelError, Problem
 from .loading import reading
+from .loading.accounting import WrongTensors, listed
 from .loading.blocks import Blocks
 from .loading.read_ahead import reading_ahead
+from .loading.tensors import local_folder
+from .model.linears import as_linear
 from .model.modules import linear_layers, set_submodule, skipped_modules
 from .model.numbers import refuse_not_numbers
 
@@ -29,6 +32,11 @@ METHOD = "quantadapt"
 
 class LinearQuantizer(Protocol):
     """What is wanted of a quantizer here, as `protocols.LayerwiseQuantizer` says it."""
+
+    @property
+    def target(self) -> Any:
+        """The view of the layers that this quantizer makes."""
+        ...
 
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
         """Return the vendor module for a dense layer."""
@@ -62,7 +70,11 @@ def quantize_layerwise(
     try:
         with reading_ahead(device):
             model = reading.from_pretrained(
-                source, dtype=dtype, device_map={"": device}, quantization_config=loader
+                source,
+                dtype=dtype,
+                device_map={"": device},
+                quantization_config=loader,
+                mismatched=loader.mismatched,
             )
     except ModelError:
         if loader.failure is not None:  # transformers tells only that some conversion failed
@@ -84,9 +96,13 @@ def _quantize_module(
     blocks = Blocks(model, linears)
     for name in list(linears):
         linear = linears.pop(name)
-        linear.requires_grad_(False)
-        refuse_not_numbers((f"{name}.{key}", p.data) for key, p in linear.named_parameters())
-        vendor = quantizer.quantize_linear(linear.to(device=device, dtype=dtype))
+        own = model.get_submodule(name).requires_grad_(False)
+        if linear is own:
+            linear.to(device=device, dtype=dtype)
+        else:
+            linear = as_linear(own.to(device=device, dtype=dtype))
+        refuse_not_numbers((f"{name}.{key}", p.data) for key, p in own.named_parameters())
+        vendor = _own_if_dense(quantizer.quantize_linear(linear), linear, own)
         vendors.update(vendor.modules())
         set_submodule(model, name, vendor.train(linear.training))
         blocks.add(model, name, vendor)
@@ -95,6 +111,13 @@ def _quantize_module(
         if module not in vendors:
             _move_own(module, device, dtype, moved)
     return model
+
+
+def _own_if_dense(vendor: nn.Module, linear: nn.Linear, own: nn.Module) -> nn.Module:
+    """Return what a backend made of `linear`; where it handed that back, unquantized, the layer
+    that the model itself has there."""
+    same = vendor is linear and type(linear.weight) is nn.Parameter
+    return own if same else vendor
 
 
 def _move_own(
@@ -123,7 +146,12 @@ def load_layerwise(
         del config.quantization_config
     loader = _loader_config()(quantizer=quantizer, packed=path, device=device)
     model = reading.from_pretrained(
-        path, config=config, dtype=dtype, device_map={"": device}, quantization_config=loader
+        path,
+        config=config,
+        dtype=dtype,
+        device_map={"": device},
+        quantization_config=loader,
+        consumed=loader.consumed,
     )
     return reading.unmarked(model)
 
@@ -185,7 +213,7 @@ def _packed_state(
     from safetensors import safe_open
 
     state: dict[str, dict[str, Tensor]] = {}
-    for file in sorted(reading.local_folder(path).glob("*.safetensors")):
+    for file in sorted(local_folder(path).glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118 (not a dict)
                 name = renamed(key)
@@ -194,6 +222,31 @@ def _packed_state(
                     tensors = state.setdefault(layer, {})
                     tensors[name.removeprefix(f"{layer}.")] = opened.get_tensor(key)
     return {layer: t for layer, t in state.items() if t.keys() - {"weight", "bias"}}
+
+
+def _loaded(
+    quantizer: LinearQuantizer, name: str, linear: nn.Linear, state: dict[str, Tensor], path: str
+) -> nn.Module:
+    """Return the vendor module for the tensors of one layer. Raises WrongTensors where they are not
+    what the backend saves."""
+    has = sorted(state)
+    fix = "check that config.json and the weights belong together, or download them again"
+    if linear.bias is not None and not any(part.rpartition(".")[2] == "bias" for part in has):
+        what = f"it has no {name}.bias, which its config says is there"
+        raise WrongTensors([Problem(what, fix, where=path)])
+    try:
+        vendor = quantizer.load_linear(linear, state)
+    except ModelError as error:
+        raise WrongTensors([Problem(f"{name}: {error.problems[0].what}", fix, path)]) from error
+    except (KeyError, AttributeError, IndexError, RuntimeError, AssertionError) as error:
+        missing = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error).strip()
+        what = f"{name} cannot be made of what it holds for it, {listed(has)}: {missing}"
+        raise WrongTensors([Problem(what, fix, where=path)]) from error
+    sizes, wanted = quantizer.target.shape(vendor), (linear.in_features, linear.out_features)
+    if sizes != wanted:
+        what = f"{name} has {sizes} inputs and outputs, its config wants {wanted}"
+        raise WrongTensors([Problem(what, fix, where=path)])
+    return vendor
 
 
 @cache
@@ -217,6 +270,8 @@ def _loader_config() -> Any:
             self.quantizer, self.skip = quantizer, skip
             self.packed, self.device = packed, device
             self.failure: Exception | None = None
+            self.consumed: set[str] = set()
+            self.mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
 
         def to_dict(self) -> dict[str, Any]:
             return {"quant_method": METHOD}
@@ -233,19 +288,26 @@ def _loader_config() -> Any:
             for key, value in input_dict.items():
                 tensor = value[0] if isinstance(value, list) else value
                 name = key.rpartition(".")[0]
-                linear = model.get_submodule(name)
-                linear.weight = nn.Parameter(tensor.to(self.loader.dtype), requires_grad=False)
-                vendor = self.quantized(linear, key)
-                set_submodule(model, name, vendor.train(linear.training))
+                own = model.get_submodule(name)
                 missing_keys.discard(key)
+                if tensor.shape != own.weight.shape:
+                    shapes = tuple(tensor.shape), tuple(own.weight.shape)
+                    self.loader.quantization_config.mismatched.append((key, *shapes))
+                    continue
+                own.weight = nn.Parameter(tensor.to(self.loader.dtype), requires_grad=False)
+                vendor = self.quantized(own, key)
+                bias = vars(vendor).get("bias")
+                if isinstance(bias, Tensor):  # or transformers does not find it while it is missing
+                    vendor.bias = nn.Parameter(bias, requires_grad=False)
+                set_submodule(model, name, vendor.train(own.training))
                 self.loader.blocks.add(model, name, vendor)
             return {}
 
-        def quantized(self, linear: nn.Linear, key: str) -> Any:
-            config = self.loader.quantization_config
+        def quantized(self, own: nn.Module, key: str) -> Any:
+            config, linear = self.loader.quantization_config, as_linear(own)
             try:
                 refuse_not_numbers([(key, linear.weight.data)])
-                return config.quantizer.quantize_linear(linear)
+                return _own_if_dense(config.quantizer.quantize_linear(linear), linear, own)
             except Exception as error:
                 config.failure = config.failure or error
                 raise
@@ -277,10 +339,9 @@ def _loader_config() -> Any:
                 fix = "check that config.json and the weights belong together"
                 raise ModelError(what, fix=fix, where=config.packed)
             self.blocks = Blocks(model, self.state)
-            for name in self.state:
+            for name, tensors in self.state.items():
                 set_submodule(model, name, _Placeholder(layers[name]))
-            patterns = set(model._keys_to_ignore_on_load_unexpected or ())
-            model._keys_to_ignore_on_load_unexpected = patterns | {".*"}
+                config.consumed.update(f"{name}.{part}" for part in tensors)
 
         def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
             return param_name in self.names
@@ -298,7 +359,8 @@ def _loader_config() -> Any:
                 if isinstance(module, _Placeholder):
                     state = {k: v.to(config.device) for k, v in self.state.pop(name).items()}
                     refuse_not_numbers((f"{name}.{key}", value) for key, value in state.items())
-                    vendor = config.quantizer.load_linear(module.linear, state)
+                    linear: Any = module.linear
+                    vendor = _loaded(config.quantizer, name, linear, state, config.packed)
                     set_submodule(model, name, vendor.train(model.training))
                     self.blocks.add(model, name, vendor)
             return model

@@ -25,7 +25,7 @@ from .exporting.manifest import BASE
 from .exporting.saving import load_base, save, save_base
 from .exporting.stage import export, merge_entry
 from .exporting.tuned import Tuned
-from .folders.metrics import add_figures, losses
+from .folders.metrics import add_figures, label, losses, with_unit
 from .folders.run_folder import RunFolder, UnwrittenFolder
 from .planning.stage import Plan
 from .protocols import Figure
@@ -33,6 +33,8 @@ from .quantizing.examples import calibration_examples
 from .quantizing.stage import load_tokenizer, quantize_plan, skip_for, with_config
 from .quantizing.state import state_of
 from .registry.discovery import registry
+from .showing.python import display
+from .showing.quietly import quietly
 from .spec import Spec
 from .stages import attach_planned, given_of
 
@@ -53,7 +55,7 @@ Listener = Callable[[str, Mapping[str, Any]], None]
 "export", "note" or "warning"."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunResult:
     """What a run leaves: the tuned model, its folder and the figures in `metrics.json`."""
 
@@ -62,19 +64,49 @@ class RunResult:
     plan: Plan
     metrics: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        words = []
+        for evaluation, figures in self.metrics.get("evaluations", {}).items():
+            name, figure = next(iter(figures.items()))
+            found = {
+                model: with_unit(value, figure["unit"], "{:.4g}".format)
+                for model, value in figure["values"].items()
+                if value is not None
+            }
+            if {"quantized", "tuned"} <= found.keys():
+                what = label(evaluation, name)
+                words.append(f"{what} {found['quantized']} to {found['tuned']}")
+        words += [f"warning: {text}" for text in self.metrics.get("warnings", [])]
+        return f"<RunResult {str(self.folder)!r}{''.join(f'; {word}' for word in words)}>"
 
-def run(spec: Spec | Plan, *, listener: Listener | None = None, command: str = "") -> RunResult:
+
+def run(
+    spec: Spec | Plan,
+    *,
+    listener: Listener | None = None,
+    command: str = "",
+    verbose: bool | None = None,
+) -> RunResult:
     """Plan, quantize, attach, train, evaluate, export; leave a run folder.
 
     Args:
         spec: what to do; a plan that was made of one is carried out as it is.
         listener: told about stages, training steps and notes as they happen.
         command: the command line that led here, for the report.
+        verbose: whether to show progress; by default on a terminal and in a notebook, where there
+            is no `listener`.
 
     Raises:
         PlanRefused: before anything is touched. OutputError: the run folder cannot be used.
     """
-    return _Run(spec, listener or (lambda event, data: None), command).go()
+    with display(False if listener and verbose is None else verbose) as shown, quietly():
+
+        def told(event: str, data: Mapping[str, Any]) -> None:
+            shown(event, data)
+            if listener is not None:
+                listener(event, data)
+
+        return _Run(spec, told, command).go()
 
 
 def meet(plan: Plan) -> None:
@@ -281,16 +313,18 @@ class _Run:
         wanted = asked and self.spec.evaluate.unquantized and not self.plan.adopt
         if not wanted or not self.world.is_main or self.plan.parallel == "fsdp":
             return
+        from .loading.accounting import expecting
         from .loading.reading import from_pretrained
 
         with self.stage("evaluate"):
             import torch
 
-            model = from_pretrained(
-                self.plan.model,
-                dtype=getattr(torch, self.plan.dtype),
-                device_map={"": self.plan.device},
-            )
+            with expecting(self.spec.new_modules, self.spec.unused_modules):
+                model = from_pretrained(
+                    self.plan.model,
+                    dtype=getattr(torch, self.plan.dtype),
+                    device_map={"": self.plan.device},
+                )
             self.metrics["size"] = {"dense_mib": size_mib(model)}
             self.measure("unquantized", model, data)
 
@@ -343,7 +377,8 @@ class _Run:
         state_of(tuned).max_length = self.spec.data.max_length
         targets = tuned.peft_config["default"].target_modules  # type: ignore[union-attr]
         found = sorted(targets) if isinstance(targets, (list, set)) else [targets]
-        self.folder.write_json("plan.json", plan.to_dict() | {"target_modules": found})
+        more = {"target_modules": found, "notes": [*plan.notes, *state_of(tuned).notes]}
+        self.folder.write_json("plan.json", plan.to_dict() | more)
         return tuned
 
     def train(self, model: PeftModel, data: Data) -> TrainResult:

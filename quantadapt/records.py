@@ -25,8 +25,24 @@ class Start(StrEnum):
     """They differ: the method starts from random or rearranged weights."""
 
 
-@dataclass(frozen=True)
-class Backend:
+def as_call(name: str, options: Mapping[str, Any]) -> str:
+    """Return a name with its options, e.g. `hqq(bits=4, group_size=64)`."""
+    given = ", ".join(f"{key}={value}" for key, value in options.items())
+    return f"{name}({given})" if given else name
+
+
+class _Named:
+    """Records are shown by name: their fields fill a page."""
+
+    name: str
+    summary: str
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}: {self.summary}>"
+
+
+@dataclass(frozen=True, repr=False)
+class Backend(_Named):
     """A way to quantize.
 
     Attributes:
@@ -56,8 +72,8 @@ class Backend:
     rules: tuple[Rule, ...] = ()
 
 
-@dataclass(frozen=True)
-class Adapter:
+@dataclass(frozen=True, repr=False)
+class Adapter(_Named):
     """A method of PEFT, or one of the plugin's own, under the name that users write after
     `--adapter`.
 
@@ -93,8 +109,8 @@ class Adapter:
             object.__setattr__(self, "peft_type", self.name.upper().replace("-", "_"))
 
 
-@dataclass(frozen=True)
-class Objective:
+@dataclass(frozen=True, repr=False)
+class Objective(_Named):
     """What is learnt: how examples become batches and a loss. Named by `objective:` in the spec.
 
     Attributes:
@@ -114,8 +130,8 @@ class Objective:
     rules: tuple[Rule, ...] = ()
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(_Named):
     """Something to measure on a model, before and after training.
 
     Attributes:
@@ -135,8 +151,8 @@ class Evaluation:
     rules: tuple[Rule, ...] = ()
 
 
-@dataclass(frozen=True)
-class Export:
+@dataclass(frozen=True, repr=False)
+class Export(_Named):
     """Something that is written from a tuned model.
 
     Attributes:

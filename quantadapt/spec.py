@@ -6,7 +6,7 @@ An unknown key is an error with a suggestion; all mistakes are reported at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -29,6 +29,13 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Show what differs from the defaults."""
+        for name, value in super().__repr_args__():
+            known = type(self).model_fields.get(name or "")
+            if known is None or value != known.get_default(call_default_factory=True):
+                yield name, value
 
 
 SHORTHAND = {"backend": "name", "adapter": "name", "objective": "name", "data": "path"}
@@ -274,6 +281,16 @@ class Spec(_Strict):
     )
     skip_misfits: bool = Field(
         False, description="also leave layers dense whose size the backend cannot quantize"
+    )
+    new_modules: list[str] = Field(
+        default_factory=list,
+        description="modules that the checkpoint does not hold and that start at random, such as "
+        "the head of a classifier; whatever else is missing is refused",
+    )
+    unused_modules: list[str] = Field(
+        default_factory=list,
+        description="modules that the checkpoint holds and the model has not, such as layers "
+        "beyond those of its config; without it, those are refused",
     )
     seed: int = Field(
         0, ge=0, lt=2**32, description="of the adapter, the shuffling and the held-out split"

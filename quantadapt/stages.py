@@ -17,6 +17,9 @@ from .planning.stage import Plan
 from .protocols import Given
 from .quantizing.stage import quantize_plan
 from .quantizing.state import ModelState, state_of
+from .records import as_call
+from .showing.python import stage
+from .showing.quietly import quietly
 from .spec import Spec, TrainSpec
 
 if TYPE_CHECKING:
@@ -41,6 +44,9 @@ def quantize(
     calibration: Calibration = None,
     skip_modules: tuple[str, ...] | list[str] | None = None,
     skip_misfits: bool = False,
+    new_modules: tuple[str, ...] | list[str] = (),
+    unused_modules: tuple[str, ...] | list[str] = (),
+    verbose: bool | None = None,
     **options: Any,
 ) -> nn.Module:
     """Load and quantize a model; its linear layers become `QuantLinear` facades.
@@ -56,6 +62,10 @@ def quantize(
             `{"input_ids": int64 tensor [1, length]}`. The demo model has its own.
         skip_modules: module names left dense; by default the output head.
         skip_misfits: leave layers dense, too, whose size the backend cannot quantize.
+        new_modules: module names that the checkpoint does not hold and that start at random, such
+            as the head of a classifier; whatever else is missing is refused.
+        unused_modules: module names that the checkpoint holds and the model has not.
+        verbose: whether to show progress; by default on a terminal and in a notebook.
         options: the backend's options, e.g. `bits=4`.
 
     Returns:
@@ -74,11 +84,16 @@ def quantize(
         dtype=dtype,
         skip_modules=None if skip_modules is None else list(skip_modules),
         skip_misfits=skip_misfits,
+        new_modules=list(new_modules),
+        unused_modules=list(unused_modules),
         train=_WHOLE,
     )
     module = None if source is None or isinstance(source, str) else source
     made = planning.plan(spec, module=module, check_output=False)
-    return quantize_plan(made, module=module, calibration=calibration)
+    with stage("quantize", verbose) as tell:
+        model = quantize_plan(made, module=module, calibration=calibration)
+        tell("detail", {"text": as_call(made.backend.name, made.quantizer.model_dump())})
+    return model
 
 
 def attach(model: nn.Module, adapter: str = "lora", *, seed: int = 0, **options: Any) -> PeftModel:
@@ -94,7 +109,9 @@ def attach(model: nn.Module, adapter: str = "lora", *, seed: int = 0, **options:
         PlanRefused: a rule forbids the combination, or an option is wrong.
     """
     state, spec = state_of(model), Spec(adapter={"name": adapter, **options}, seed=seed)
-    return attach_planned(model, state, planning.plan_adapter(state, spec))
+    made = planning.plan_adapter(state, spec)
+    with quietly():
+        return attach_planned(model, state, made)
 
 
 def attach_planned(model: nn.Module, state: ModelState, plan: Plan) -> PeftModel:
@@ -119,6 +136,7 @@ def train(
     on_log: Callable[[dict[str, Any]], None] | None = None,
     on_note: Callable[[str], None] | None = None,
     max_length: int = 512,
+    verbose: bool | None = None,
     **options: Any,
 ) -> TrainResult:
     """Train the adapter.
@@ -131,18 +149,20 @@ def train(
         eval_data: what `eval_steps` or `eval_strategy` measure on while training: a file or a
             tokenized Dataset; by default what is held out of `data`.
         seed: for shuffling and dropout.
-        tokenizer: needed for a live module only.
+        tokenizer: needed where the model came without one: a live module, for instance.
         on_log: called at each logging step with step, loss, learning_rate, ..., and after each
             validation with step, eval_loss, ...
         on_note: told in a sentence what became of each data file, and how memory is used, where
             that was chosen or had to change.
         max_length: longest example in tokens, where `data` is read from a file.
+        verbose: whether to show progress and notes; by default on a terminal and in a notebook.
         options: fields of TrainSpec, e.g. `max_steps=200`, `learning_rate=1e-4`.
 
     Raises:
         SpecError: an option is unknown or wrong. PlanRefused: the objective is, or does not go with
         the others. DataError: the data cannot be used. TrainingError: training cannot go on.
     """
+    from .evaluation.verdict import training_warnings
     from .training.stage import train as train_
 
     spec = Spec(train=options, objective=objective)
@@ -154,27 +174,40 @@ def train(
             what = "eval_data has no effect where nothing says when to measure on it"
             raise QuantadaptError(what, fix="pass eval_steps=..., or eval_strategy='epoch'")
         rest = held_out_data(eval_data, tokenizer, max_length)
-    if data is None or isinstance(data, str | Path):
-        path = None if data is None else str(data)
-        wanted = Spec(data={"path": path, "max_length": max_length}).data
-        read = task.read(wanted, _needed(tokenizer), seed=seed)
-        data = read.train
-        rest = read.eval if rest is None else rest
-        if hasattr(model, "quantadapt"):
-            state_of(model).max_length = max_length
-        if on_note is not None:
+    with stage("train", verbose) as tell, tempfile.TemporaryDirectory() as scratch:
+
+        def note(text: str) -> None:
+            tell("note", {"text": text})
+            if on_note is not None:
+                on_note(text)
+
+        def log(entry: dict[str, Any]) -> None:
+            tell("validation" if "eval_loss" in entry else "log", entry)
+            if on_log is not None:
+                on_log(entry)
+
+        if data is None or isinstance(data, str | Path):
+            path = None if data is None else str(data)
+            wanted = Spec(data={"path": path, "max_length": max_length}).data
+            read = task.read(wanted, _needed(tokenizer), seed=seed)
+            data = read.train
+            rest = read.eval if rest is None else rest
+            if hasattr(model, "quantadapt"):
+                state_of(model).max_length = max_length
             for text in read.report.words():
-                on_note(f"data: {text}")
-    with tempfile.TemporaryDirectory() as scratch:
-        return train_(
+                note(f"data: {text}")
+        result = train_(
             *(model, tokenizer, data, spec.train),
             task=task,
             output=Path(output or scratch).expanduser(),
             seed=seed,
             held_out=rest,
-            on_log=on_log,
-            on_note=on_note,
+            on_log=log,
+            on_note=note,
         )
+        for text in training_warnings(result.losses):
+            tell("warning", {"text": text})
+        return result
 
 
 def evaluate(
@@ -187,6 +220,7 @@ def evaluate(
     max_length: int | None = None,
     max_new_tokens: int = 64,
     tokenizer: Any = None,
+    verbose: bool | None = None,
     **options: Any,
 ) -> dict[str, float]:
     """Return the figures of an evaluation by name: for `perplexity` the mean `loss` in nats per
@@ -202,7 +236,8 @@ def evaluate(
         max_length: longest example in tokens, where `data` is read from a file; by default what
             the model was trained with, or 512.
         max_new_tokens: longest answer, in tokens, where the model is asked to answer.
-        tokenizer: needed for a live module only.
+        tokenizer: needed where the model came without one: a live module, for instance.
+        verbose: whether to show progress; by default on a terminal and in a notebook.
         options: the evaluation's options.
 
     Raises:
@@ -213,10 +248,12 @@ def evaluate(
     evaluators = planning.evaluators([{"name": evaluation, **options}])
     tokenizer = tokenizer or state_of(model).tokenizer
     trained = getattr(getattr(model, "quantadapt", None), "max_length", None)
-    found = held_out(data, tokenizer, max_length or trained)
-    given = given_of(found, tokenizer, max_examples)
-    given = replace(given, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    figures = measure(evaluation, evaluators[evaluation], model, given)
+    with stage("evaluate", verbose) as tell:
+        found = held_out(data, tokenizer, max_length or trained)
+        given = given_of(found, tokenizer, max_examples)
+        given = replace(given, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        figures = measure(evaluation, evaluators[evaluation], model, given)
+        tell("figures", {"evaluation": evaluation, "model": "", "figures": figures})
     return {name: figure.value for name, figure in figures.items()}
 
 
@@ -250,8 +287,8 @@ def held_out_data(
 
 
 def _needed(tokenizer: Any) -> Any:
-    """Return the tokenizer. Raises QuantadaptError where a live module has none."""
+    """Return the tokenizer. Raises QuantadaptError where the model came without one."""
     if tokenizer is None:
         fix = "pass tokenizer=..., or a tokenized Dataset as data"
-        raise QuantadaptError("the model was made from a live module, without a tokenizer", fix=fix)
+        raise QuantadaptError("the model came without a tokenizer", fix=fix)
     return tokenizer

@@ -42,7 +42,7 @@ def train(
     given = {"max_steps": STEPS, "logging_steps": 1, "learning_rate": 3e-3} | options
     qa.train(model, output=output, on_log=logs.append, per_device_train_batch_size=batch, **given)
     if world().is_main:
-        qa.save(model, output)
+        qa.save(model, output, overwrite=True)
     weights = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
     keys = ("step", "loss", "grad_norm", "tokens")
     return {"logs": [[log[key] for key in keys] for log in logs], "weights": weights}

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import in_processes
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -264,6 +265,7 @@ def test_values_of_tensors_become_numbers() -> None:
         ([{"name": "bits-per-byte", "frist": 3}], "did you mean 'first'?"),
         ([{"name": "bits-per-byte", "first": 0}], "evaluation.first: 0 is not possible"),
         (["perplexity", "perplexity"], "'perplexity' is named twice"),
+        ([{"name": "bits-per-byte", "first": 2}] * 2, "with other options"),
         (["far"], "evaluation 'far' needs not-there-at-all"),
         (["gpu-judge"], "a CPU is too slow [rule judge-no-cpu]"),
     ],
@@ -284,6 +286,58 @@ def test_the_plan_tells_the_options(toy) -> None:
     ]
     again = qa.Spec.load(_written(made.spec.to_yaml()))
     assert qa.plan(again).evaluators == made.evaluators
+
+
+def test_one_name_with_other_options_is_another_evaluation(toy, tmp_path) -> None:
+    few, many = ({"name": "bits-per-byte", "first": count} for count in (1, 3))
+    wanted = spec(
+        "bits-per-byte", few, many, backend="none", export={"merge": "never"},
+        output=str(tmp_path / "run"), train={"max_steps": 1},
+    )  # fmt: skip
+    assert [item["name"] for item in qa.plan(wanted).to_dict()["evaluations"]] == [
+        "bits-per-byte"
+    ] * 3
+    found = qa.run(wanted)
+    figures = found.metrics["evaluations"]
+    assert list(figures) == ["bits-per-byte", "bits-per-byte (first=1)", "bits-per-byte (first=3)"]
+    for name, count in (("bits-per-byte (first=1)", 1), ("bits-per-byte (first=3)", 3)):
+        alone = qa.evaluate(
+            found.model, evaluation="bits-per-byte", max_examples=EXAMPLES, first=count
+        )
+        assert figures[name]["rate"]["values"]["tuned"] == pytest.approx(alone["rate"])
+    page = (found.folder / "report.html").read_text()
+    assert "Bits-per-byte (first=3) rate" in page
+
+
+def fails_in_two(folder: Path, plugins: Path) -> list[Any]:
+    """Run with an evaluation that fails on the tuned model, in one of two processes."""
+    import os
+
+    sys.path.insert(0, str(plugins))
+    os.environ["QUANTADAPT_PLUGINS"] = "none,toy"
+    registry.cache_clear()
+    wanted = spec(
+        "judge", backend="none", device="cpu", output=str(folder / "run"), train={"max_steps": 1}
+    )
+    try:
+        qa.run(wanted)
+    except qa.QuantadaptError as error:
+        return [type(error).__name__, str(error)]
+    return ["nothing", "was raised"]
+
+
+def test_one_that_fails_on_several_processes_ends_the_run_in_all(tmp_path) -> None:
+    """Some may wait for others in it, so none goes on; what was trained is kept."""
+    plugins = tmp_path / "plugins"
+    plugins.mkdir()
+    install(plugins, "toy", TOY)
+    for kind, text in in_processes(2, fails_in_two, tmp_path, tmp_path, plugins):
+        assert kind == "PluginError"
+        assert "evaluation 'judge': it failed with RuntimeError: the judge does not" in text
+    run = tmp_path / "run"
+    assert (run / "adapter" / "adapter_model.safetensors").exists()
+    assert json.loads((run / "quantadapt-run.json").read_text())["state"] == "failed"
+    assert (run / "report.html").exists()
 
 
 def _written(text: str) -> Path:

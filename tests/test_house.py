@@ -22,6 +22,7 @@ ORDER = [
         "adapting",
         "quantizing",
         "planning",
+        "showing",
         "registry",
     ),
     *("evaluation", "data", "sharding", "dependencies", "facade", "records", "protocols"),

@@ -230,7 +230,7 @@ def test_libraries_are_quiet_but_what_makes_us_slower_is_told() -> None:
 
     before = constants.HF_HUB_DISABLE_TELEMETRY
     with warnings.catch_warnings(record=True) as heard, quiet():
-        warnings.warn("advice", UserWarning, stacklevel=1)
+        warnings.warn_explicit("advice", UserWarning, "trainer.py", 1, "transformers.trainer")
         warnings.warn("slow", SlowerWarning, stacklevel=1)
         assert constants.HF_HUB_DISABLE_TELEMETRY is True
     assert [str(warning.message) for warning in heard] == ["slow"]

@@ -300,3 +300,132 @@ after = dict(os.environ), logging.getLogger().level, logging.getLogger().handler
 assert after == before, set(after[0].items()) ^ set(before[0].items())
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Saving where it was loaded from ------------------------------------------------------------------
+
+IDS = torch.arange(40).reshape(2, 20) + 100
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def trained(model: Any) -> Any:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.05)
+    return model
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_calibrated_base_survives_saving_over_itself(small, live, tmp_path) -> None:
+    """Of a live module it lies there alone."""
+    examples = [{"input_ids": torch.arange(60 * n, 60 * n + 60)[None]} for n in range(2)]
+    source = from_pretrained(small) if live else small
+    options = {"group_size": 32, "calibration": examples}
+    model = trained(qa.attach(qa.quantize(source, "gptq", device="cpu", **options), "lora", r=2))
+    qa.save(model, tmp_path)
+    expected = logits(model)
+    for folder in (tmp_path, tmp_path, tmp_path / "elsewhere"):
+        loaded = qa.load(tmp_path, device="cpu")
+        qa.save(loaded, folder)
+        assert torch.equal(logits(qa.load(folder, device="cpu")), expected)
+    qa.save(qa.load(tmp_path, device="cpu"), tmp_path, base=False)
+    assert torch.equal(logits(qa.load(tmp_path, device="cpu")), expected)
+
+
+@pytest.mark.parametrize("start", [True, "pissa"])
+def test_an_adapter_survives_saving_over_itself(small, start, tmp_path) -> None:
+    model = trained(qa.attach(qa.quantize(small, "hqq"), "lora", r=2, init_lora_weights=start))
+    qa.save(model, tmp_path)
+    for _ in range(2):
+        qa.save(qa.load(tmp_path), tmp_path)
+    assert torch.allclose(logits(qa.load(tmp_path)), logits(model), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["none", "hqq"])
+def test_a_base_survives_saving_over_itself(small, backend, tmp_path) -> None:
+    model = qa.quantize(small, backend)
+    qa.save(model, tmp_path / "q")
+    qa.save(qa.load(tmp_path / "q"), tmp_path / "q", overwrite=True)
+    assert torch.equal(logits(qa.load(tmp_path / "q")), logits(model))
+
+
+def test_a_model_is_not_written_over_the_one_that_it_was_made_from(small, tmp_path) -> None:
+    from quantadapt.errors import OutputError
+
+    dense = qa.save(qa.quantize(small, "none"), tmp_path / "dense")
+    before = (dense / "model.safetensors").read_bytes()
+    for backend in ("hqq", "none"):
+        with pytest.raises(OutputError, match="holds the model that this one was made from"):
+            qa.save(qa.quantize(str(dense), backend), dense, overwrite=True)
+    assert (dense / "model.safetensors").read_bytes() == before
+    # A base beside an adapter that was put onto it by hand: it is what `load` will want.
+    base = qa.save(qa.quantize(small, "hqq"), tmp_path / "run" / "base")
+    tuned = trained(qa.attach(qa.quantize(str(base), "hqq"), "lora", r=2))
+    qa.save(tuned, tmp_path / "run", overwrite=True)
+    assert torch.equal(logits(qa.load(tmp_path / "run")), logits(tuned))
+
+
+def test_the_adapter_is_there_even_if_its_base_cannot_be_saved(small, tmp_path, monkeypatch):
+    from quantadapt.exporting import saving
+
+    model = qa.attach(qa.quantize(small, "hqq"), "lora", r=2, init_lora_weights="pissa")
+    monkeypatch.setattr(saving, "save_base", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        qa.save(model, tmp_path)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+# Heads, and what a checkpoint is ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "backend", ["none", "hqq", "bnb-nf4", "bnb-int8", "torchao-int8", "eetq", "quanto"]
+)
+def test_a_head_that_is_quantized_comes_back(backend, tmp_path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 256}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
+    model = qa.quantize(str(tmp_path / "source"), backend, skip_modules=[])
+    names = [name for name, _ in facades(model)]
+    assert "lm_head" in names
+    loaded = qa.load(qa.save(model, tmp_path / "q"))
+    assert [name for name, _ in facades(loaded)] == names
+    assert torch.equal(logits(loaded), logits(model))
+    tuned = trained(qa.attach(loaded, "lora", target_modules=["lm_head"]))
+    qa.save(tuned, tmp_path / "tuned")
+    assert torch.equal(logits(qa.load(tmp_path / "tuned")), logits(tuned))
+
+
+def test_a_dense_head_of_a_quantized_checkpoint_is_not_quantized_by_a_merge(small, tmp_path):
+    from quantadapt.exporting.merging import merged_model
+
+    folder = qa.save(qa.quantize(small, "hqq", bits=8), tmp_path / "q")
+    tuned = trained(qa.attach(qa.quantize(str(folder), "hqq"), "lora", r=2))
+    assert "lm_head" in tuned.quantadapt.skip_modules
+    merged = merged_model(tuned, "requantize")
+    assert type(merged.lm_head) is nn.Linear
+
+
+def test_a_checkpoint_without_a_tokenizer_is_loaded(small, tmp_path) -> None:
+    from quantadapt.errors import QuantadaptError
+
+    bare = tmp_path / "bare"
+    shutil.copytree(small, bare, ignore=lambda _, names: [n for n in names if "token" in n])
+    model = qa.quantize(str(bare), "hqq")
+    assert model.quantadapt.tokenizer is None
+    tuned = trained(qa.attach(model, "lora", r=2))
+    qa.save(tuned, tmp_path / "tuned")
+    assert torch.equal(logits(qa.load(tmp_path / "tuned")), logits(tuned))
+    with pytest.raises(QuantadaptError, match="came without a tokenizer"):
+        qa.train(tuned, str(demo.TRAIN_FILE), max_steps=1)
+    (bare / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="its tokenizer cannot be loaded"):
+        qa.quantize(str(bare), "hqq")

@@ -205,7 +205,7 @@ class TestMergingNeedsMemory:
         sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
         sizes |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
         config = {"model_type": "llama", "rms_norm_eps": 1e-5, **sizes}
-        (tmp_path / "model").mkdir()
+        (tmp_path / "model").mkdir(exist_ok=True)
         (tmp_path / "model" / "config.json").write_text(json.dumps(config))
         spec = Spec(
             model=str(tmp_path / "model"),

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 from test_conformance_catches import Absmax, AbsmaxTarget, Plugin, make  # noqa: F401 (a fixture)
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
 from quantadapt import demo
@@ -237,6 +237,11 @@ def test_quantizing_leaves_torchs_settings_alone(backend) -> None:
 
 
 def test_a_model_without_linear_layers_says_what_it_has_instead() -> None:
-    config = GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2)
-    with pytest.raises(PlanRefused, match="its layers are Conv1D"):
-        qa.quantize(GPT2LMHeadModel(config), "hqq", device="cpu", dtype="float32")
+    model = torch.nn.Sequential(torch.nn.Bilinear(4, 4, 4), OnlyNamedSo(4, 4))
+    with pytest.raises(PlanRefused, match="its layers are OnlyNamedSo"):
+        qa.quantize(model, "hqq", device="cpu", dtype="float32")
+
+
+class OnlyNamedSo(torch.nn.Linear):
+    def forward(self, input):
+        return super().forward(input).relu()

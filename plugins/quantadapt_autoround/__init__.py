@@ -84,9 +84,12 @@ class AutoRound(LayerwiseQuantizer):
         _cast(model, dtype)
         skip = loading.skipped_modules(model, skip_modules)
         names = {name for name, _ in loading.linear_layers(model, skip)}
-        for name, found in tune(self, model, names, rows_of(calibration or []), device).items():
+        tuned = tune(self, model, names, rows_of(calibration or []), device)
+        for name in sorted(names):
             linear: Any = model.get_submodule(name).to(device)
-            vendor = packed(self, linear, *found)
+            # What is in no block, a head say, is rounded to nearest.
+            found = tuned.get(name)
+            vendor = packed(self, linear, *found) if found else self.quantize_linear(linear)
             loading.set_submodule(model, name, vendor.train(linear.training))
         _cast(model, dtype)
         return model.to(device)

@@ -27,6 +27,7 @@ from quantadapt.hookspecs import hookimpl
 from quantadapt.records import Backend
 from quantadapt_gptqmodel.base import GPTQModel
 from quantadapt_gptqmodel.checkpoints import (
+    SCALES_OF_ACTIVATIONS,
     check_activations,
     layout_of,
     scales_of_activations,
@@ -233,8 +234,11 @@ class AWQ(GPTQModel):
         return self._module(linear, self.bits, state)
 
     def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
+        from quantadapt.loading import expecting
+
         check_activations(path)
-        return super().load(path, device=device, dtype=dtype)
+        with expecting(unused=SCALES_OF_ACTIVATIONS):
+            return super().load(path, device=device, dtype=dtype)
 
     def save(self, model: nn.Module, path: Path) -> None:
         with scales_of_activations(model):

@@ -120,6 +120,9 @@ class GPTQModel(LayerwiseQuantizer):
         import quantadapt_gptqmodel.vendor  # noqa: F401 (before gptqmodel itself)
         from quantadapt_gptqmodel.layers import plain
 
+        if missing := {"qweight", "qzeros", "scales"} - state.keys():
+            what = f"a layer has no {', '.join(sorted(missing))}"
+            raise ModelError(what, fix="make or download the checkpoint again", where=self.method)
         module: Any = plain(self._vendor_class())(
             bits=bits,
             group_size=self.group_size,

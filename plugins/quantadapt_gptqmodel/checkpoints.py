@@ -16,6 +16,8 @@ _READABLE = re.compile(
     "Torch(Aten|Fused)?(Awq)?Linear|TritonV2Linear|AwqTorchLinear|AwqGEMM(Triton)?Linear"
 )
 
+SCALES_OF_ACTIVATIONS = ("act.scales", "gelu_impl.scales")
+
 
 def check_readable(name: str, module: nn.Module) -> None:
     """Raise ModelError where the kernel of a live layer keeps weights in an order of its own."""
@@ -58,7 +60,7 @@ def check_activations(path: str) -> None:
     for file in local_folder(path).glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118 (not a dict)
-                if key.endswith(("act.scales", "gelu_impl.scales")):
+                if key.endswith(SCALES_OF_ACTIVATIONS):
                     scales = opened.get_tensor(key)
                     if not bool((scales == 1).all()):
                         what = f"{key}: activations that are rescaled cannot be loaded"

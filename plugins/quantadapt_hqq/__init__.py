@@ -107,12 +107,18 @@ class HQQ(LayerwiseQuantizer):
         )
         state["W_q"] = nn.Parameter(state["W_q"], requires_grad=False)
         module.load_state_dict(state)
+        for name in ("scale", "zero"):
+            if not module.meta.keys() & {name, f"{name}_q", f"meta_{name}"}:
+                raise KeyError(name)
         module.in_features, module.out_features = linear.in_features, linear.out_features
         vendor: nn.Module = module
         return vendor
 
     def quantization_config(self) -> dict[str, Any]:
-        return {"quant_method": "hqq", "quant_config": self._config(), "skip_modules": ["lm_head"]}
+        return {"quant_method": "hqq", "quant_config": self._config()}
+
+    def left_dense(self, names: list[str], head: str | None) -> dict[str, Any]:
+        return {"skip_modules": names}
 
     @classmethod
     def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> HQQ | None:

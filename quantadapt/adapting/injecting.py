@@ -15,13 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
 from ..dependencies import unchanged_process
 from ..errors import PlanRefused, Problem
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+    from torch import nn
 
 _CONVERSION = "convert_peft_config_for_transformers"
 
@@ -159,6 +158,8 @@ def _conversions() -> Any:
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Put `model` back as it was where the body raises: its modules, attributes and parameters."""
+    from torch import Tensor
+
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
     # The dictionaries of modules, parameters, hooks and so on, which are changed in place.

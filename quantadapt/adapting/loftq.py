@@ -43,7 +43,9 @@ def initialize(model: PeftModel, state: ModelState, options: Mapping[str, Any]) 
             if key not in checkpoint:
                 what = f"it holds no {key}, which LoftQ starts from"
                 raise ModelError(what, fix="use init_lora_weights: true", where=state.source)
-            _initialize_layer(layer, checkpoint.read(key), loftq_iterations(options))
+            original = checkpoint.read(key)
+            original = original.t() if name in state.conv1d else original
+            _initialize_layer(layer, original, loftq_iterations(options))
 
 
 def _initialize_layer(layer: Any, original: Tensor, count: int) -> None:

@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 
     from ..planning.stage import Plan
 
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+"""How the classes of transformers' models end -> PEFT's `task_type`, with which it trains the head
+too, and saves it with the adapter."""
+
 
 def attach_adapter(
     model: nn.Module, state: ModelState, adapter: Adapter, options: Mapping[str, Any]
@@ -73,8 +81,9 @@ def check_adapter(plan: Plan, skip: tuple[str, ...] | None) -> None:
         PlanRefused: with all that `attach_adapter` could know from names and sizes.
     """
     from ..loading.reading import architecture
+    from ..model.modules import make_linear
 
-    model = architecture(plan.model)
+    model = make_linear(architecture(plan.model))  # as the facades will be
     options = {**plan.adapter.defaults, **plan.adapter_options}
     layers = quantizable(model, skip)
     config: Any = peft_config(model, plan.adapter, options, layers)
@@ -149,7 +158,10 @@ def _refusal(error: Exception) -> Problem:
 
 
 def _task_type(model: nn.Module) -> str | None:
-    config = getattr(model, "config", None)
+    config, name = getattr(model, "config", None), type(model).__name__
+    for ending, task in _TASKS.items():
+        if config is not None and name.endswith(ending):
+            return task
     if config is None or not hasattr(model, "prepare_inputs_for_generation"):
         return None
     return "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from ..errors import DataWarning
+from ..showing.quietly import logged
 from .commands import TRACEBACK
 from .quiet import Quiet
 
@@ -113,7 +114,8 @@ def session(*, as_json: bool = False) -> Iterator[Session]:
     progress.start()
     code = 0
     try:
-        yield shown
+        with logged():
+            yield shown
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException as error:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def check_tokens(
-    dataset: Dataset, rows: int | None, tokenizer: PreTrainedTokenizerBase | None
+    dataset: Dataset | None, rows: int | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
     """Raise DataError where examples hold token ids that are no row of the embedding.
 
@@ -22,12 +22,11 @@ def check_tokens(
         rows: of the model's embedding; None where that is not known.
         tokenizer: names the tokens in the message.
     """
-    columns = [
-        name for name in getattr(dataset, "column_names", None) or () if name.endswith("ids")
-    ]
-    for column in columns if rows else ():
-        assert rows is not None
-        if _may_hold(dataset, column, rows) and (found := _outside(dataset, column, rows)):
+    if rows is None or dataset is None:
+        return
+    for column in getattr(dataset, "column_names", None) or ():
+        outside = column.endswith("ids") and _may_hold(dataset, column, rows)
+        if outside and (found := _outside(dataset, column, rows)):
             raise _too_few(found, len(dataset), rows, tokenizer)
 
 

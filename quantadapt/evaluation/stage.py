@@ -86,9 +86,11 @@ def measure(name: str, evaluator: Evaluator, model: nn.Module, given: Given) -> 
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        fix = "leave it out of evaluate.evaluations, or mend it"
-        if type(error).__name__ == "OutOfMemoryError":
-            fix = "lower evaluate.batch_size"
+        fix = "leave it out, or mend it"
+        if isinstance(error, ImportError):
+            fix = "install what is missing, or leave it out"
+        elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            fix = "lower the batch size (evaluate.batch_size), or measure fewer examples"
         raise PluginError(f"it failed with {reason}", fix=fix, where=where) from error
     if not isinstance(found, Mapping) or not found:
         raise PluginError(f"it returned {found!r}, not figures by name", where=where)

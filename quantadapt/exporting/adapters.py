@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapting.injecting import all_or_nothing, reloaded
 from ..errors import ModelError
 from .adapter_files import peft_in_words
 
@@ -31,18 +30,30 @@ def save_adapters(model: Any, folder: Path) -> list[str]:
     """Write all adapters of `model` into `folder`; return the names of the active ones, of which
     the first lies in `folder` itself."""
     active = active_adapters(model)
+    ends = "auto" if _has_dense_ends(model) else False
     if active[0] == DEFAULT:
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), save_embedding_layers=ends)
         return active
     for name in model.peft_config:
         place = folder if name == active[0] else folder / name
         place.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            model.save_pretrained(scratch, selected_adapters=[name])
+            model.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=ends)
             made = Path(scratch) if name == DEFAULT else Path(scratch, name)
             for file in [f for f in made.iterdir() if f.is_file()]:
                 file.rename(place / file.name)
     return active
+
+
+def _has_dense_ends(model: Any) -> bool:
+    """Whether neither embedding nor head is quantized: PEFT saves those that are targets, too, and
+    a quantized one is in the base."""
+    from ..facade import QuantLinear
+
+    base = model.get_base_model()
+    ends = (getattr(base, f"get_{end}_embeddings", lambda: None) for end in ("input", "output"))
+    layers = [getattr(end(), "base_layer", end()) for end in ends]
+    return not any(isinstance(layer, QuantLinear) for layer in layers)
 
 
 def put_on(
@@ -65,6 +76,8 @@ def put_on(
     Raises:
         ModelError: an adapter holds something that the base has no place for, or lacks something.
     """
+    from ..adapting.injecting import all_or_nothing, reloaded
+
     first, *others = active
     places = {first: folder} | {name: folder / name for name in others}
     with peft_in_words(folder), all_or_nothing(model):

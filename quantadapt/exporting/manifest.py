@@ -70,6 +70,8 @@ class Manifest(BaseModel):
     options: dict[str, Any]
     dtype: Dtype
     skip_modules: list[str]
+    new_modules: list[str] = Field(default_factory=list)
+    unused_modules: list[str] = Field(default_factory=list)
     adapter: str | None
     adapter_options: dict[str, Any] = Field(default_factory=dict)
     max_length: int | None = Field(None, ge=1)

@@ -18,6 +18,7 @@ from ..capabilities import KEEP
 from ..errors import DataError, MergeRefused, Problem
 from ..evaluation.sizes import size_mib
 from ..facade import QuantLinear, facades, wrap
+from ..model.modules import in_own_layout, make_linear
 from ..planning.exports import MergeKind
 from ..quantizing.state import ModelState, state_of
 from .ties import settle_ties
@@ -45,7 +46,7 @@ def merged_model(model: PeftModel, kind: MergeKind) -> nn.Module:
     memo = {id(state.tokenizer): state.tokenizer}
     merged = _copied(model.get_base_model(), kind, memo).requires_grad_(False)
     settle_ties(merged)
-    return merged
+    return in_own_layout(merged, state.conv1d)
 
 
 def check_mergeable(model: PeftModel) -> None:
@@ -153,7 +154,7 @@ def _quantized_whole(merged: nn.Module, state: ModelState) -> nn.Module:
         )
         raise DataError(what, fix="pass calibration=... (--calibration FILE)", where="calibration")
     model = state.quantizer.quantize(
-        merged,
+        make_linear(merged, state.skip_modules),
         device=state.device,
         dtype=state.dtype,
         calibration=state.calibration,

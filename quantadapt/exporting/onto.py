@@ -30,7 +30,6 @@ from ..stages import held_out_data
 from .adapter_files import check_adapter, refuse_not_trained
 from .adapters import put_on
 from .manifest import MANIFEST, MERGED, adapter_folder, combination
-from .merging import adapted_parts, check_mergeable
 from .stage import merge_words, write
 from .tuned import Tuned, compared
 
@@ -71,6 +70,7 @@ class OntoBase(Exporter):
     def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
         from ..adapting.method import config_class
         from ..loading.tensors import Checkpoint
+        from .merging import check_mergeable
         from .shards import MergedShards
 
         adapter = registry().adapter(tuned.manifest["adapter"])
@@ -172,6 +172,7 @@ class _Opened:
     def attached(self, adapter: Path, active: list[str]) -> PeftModel:
         """Return it under the saved adapters that are active; see `put_on`."""
         from ..loading.tensors import Checkpoint
+        from .merging import adapted_parts
 
         places = [adapter, *(adapter / name for name in active[1:])]
         for place in places:

@@ -20,6 +20,7 @@ from ..planning.on_disk import quantization_of
 from ..protocols import Exporter, Figure
 from ..quantizing.state import ModelState, state_of
 from ..registry.discovery import registry
+from ..showing.quietly import quiet
 from ..stages import quantize
 from .adapter_files import check_adapter, peft_in_words, refuse_not_trained
 from .adapters import put_on, save_adapters
@@ -74,15 +75,22 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, base: b
         write_manifest(folder, state, **more)
     if saves_base and base:  # afterwards: the base alone could be made again
         save_base(model, state, own_base, overwrite=overwrite)
-    if state.adapter and not saves_base and overwrite and (own_base / MANIFEST).exists():
+    stale = overwrite and not saves_base and (own_base / MANIFEST).exists()
+    if state.adapter and stale and not _lies_in(state.source, own_base):
         refuse_occupied(own_base, overwrite)
         shutil.rmtree(own_base)  # of an earlier adapter: `load` would put this one onto it
     return final
 
 
+def _lies_in(source: str, folder: Path) -> bool:
+    """Say whether a local checkpoint is `folder` or lies in it."""
+    found = Path(source).expanduser()
+    return bool(source) and found.exists() and found.resolve().is_relative_to(folder.resolve())
+
+
 def _has_own_base(state: ModelState) -> bool:
     """Whether the base cannot be made again from its checkpoint and options alone."""
-    if state.rewritten or state.calibration is not None:
+    if state.rewritten or state.own_base or state.calibration is not None:
         return True
     calibrates = state.backend.calibration and state.quantizer.needs_data
     return bool(state.source) and calibrates and quantization_of(state.source) is None
@@ -127,6 +135,7 @@ class AdapterFolder(Exporter):
         return {"size": Figure(sum(sizes) / 2**20, "MiB")}
 
 
+@quiet
 def load(
     path: str | Path, *, base: str | nn.Module | None = None, device: str = "auto"
 ) -> nn.Module:
@@ -149,12 +158,25 @@ def load(
         return tuned
     if not (folder / "config.json").exists() and (folder / MERGED).is_dir():
         folder = folder / MERGED
+    model = _load_whole(folder, device)
+    state = state_of(model)
+    state.max_length = read_manifest(folder).get("max_length")
+    state.loaded_from = str(folder.resolve())
+    return model
+
+
+def _load_whole(folder: Path, device: str) -> nn.Module:
+    """Load a saved base or merged model."""
     quantized = "quantization_config" in _config(folder)
     manifest = read_manifest(folder)
-    backend = manifest["backend"] if quantized else "none"
-    model = quantize(str(folder), backend, device=device, dtype=manifest["dtype"])
-    state_of(model).max_length = manifest.get("max_length")
-    return model
+    return quantize(
+        str(folder),
+        manifest["backend"] if quantized else "none",
+        device=device,
+        dtype=manifest["dtype"],
+        # What is quantized in the files is known from them; of dense layers it has to be said.
+        skip_modules=None if quantized else manifest.get("skip_modules"),
+    )
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -190,6 +212,8 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
             device=device,
             dtype=manifest["dtype"],
             skip_modules=manifest["skip_modules"],
+            new_modules=manifest["new_modules"],
+            unused_modules=manifest["unused_modules"],
             **manifest["options"],
         )
     else:
@@ -221,9 +245,10 @@ def _refuse_missing_base(base: str, adapter: Path) -> None:
 def load_base(folder: Path, device: str) -> nn.Module:
     """Load what `save_base` wrote, under the name and options that it was made from."""
     manifest = read_manifest(folder)
-    model = quantize(str(folder), manifest["backend"], device=device, dtype=manifest["dtype"])
+    model = _load_whole(folder, device)
     state = state_of(model)
     state.source, state.rewritten = manifest["base"], manifest.get("rewritten", False)
+    state.own_base = True
     state.quantizer = state.backend.quantizer(**manifest["options"])
     return model
 

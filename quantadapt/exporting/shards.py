@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..loading.tensors import Checkpoint
+from ..model.linears import as_conv1d, conv1d_layers
 from ..paths import INDEX
 from .merging import adapted_parts, merged_part
 from .ties import all_equal
@@ -51,6 +52,7 @@ class MergedShards:
         self.checkpoint, self.names = checkpoint, names
         self.keys = {name: key for key, name in names.items()}
         self.parts = dict(adapted_parts(base))
+        self.conv1d = conv1d_layers(base)
         self.values: dict[str, Tensor] = {name: base.get_parameter(name) for name in trained}
         groups = [g for g in ties if any(self._changes(n) for n in g)]
         self.places = {*self.keys, *(name for group in groups for name in group)}
@@ -94,7 +96,10 @@ class MergedShards:
 
     def _merged(self, part: str) -> dict[str, Tensor]:
         """Return name -> value of what one of PEFT's parts makes of its module's tensors."""
-        merged = merged_part(self.parts[part], "dense").state_dict()
+        module = merged_part(self.parts[part], "dense")
+        if part in self.conv1d and type(module) is nn.Linear:
+            module = as_conv1d(module)
+        merged = module.state_dict()
         values = {f"{part}.{key}": value for key, value in merged.items()}
         if lost := sorted(values.keys() - self.places):
             raise self._homeless(lost)

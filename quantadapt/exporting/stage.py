@@ -22,6 +22,7 @@ from ..protocols import Exporter, Figure
 from ..quantizing.examples import examples_from
 from ..quantizing.stage import blaming
 from ..quantizing.state import ModelState, state_of
+from ..showing.quietly import quiet
 from ..stages import held_out_data
 from .manifest import MANIFEST, MERGED, write_manifest
 from .saving import AdapterFolder, load
@@ -245,6 +246,7 @@ def merge_words(figures: Mapping[str, Figure]) -> str:
     return ", ".join(facts)
 
 
+@quiet
 def merge(
     model: PeftModel,
     path: str | Path,

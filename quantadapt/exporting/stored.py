@@ -17,16 +17,29 @@ from ..errors import ModelError
 from ..facade import wrap
 from ..loading.reading import architecture
 from ..loading.tensors import Checkpoint
-from ..model.modules import set_submodule
+from ..model.linears import is_conv1d
+from ..model.modules import linear_layers, set_submodule
 from ..protocols import AdapterTarget
 
 
 class StoredLinear(nn.Module):
-    """A linear layer of which only the sizes, and a bias, are in memory."""
+    """A linear layer of which only the sizes, and a bias, are in memory.
 
-    def __init__(self, checkpoint: Checkpoint, key: str, linear: nn.Linear, device: str) -> None:
+    Attributes:
+        transposed: whether it is stored as [in_features, out_features], as `Conv1D` is.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        key: str,
+        linear: nn.Linear,
+        device: str,
+        *,
+        transposed: bool = False,
+    ) -> None:
         super().__init__()
-        self.checkpoint, self.key = checkpoint, key
+        self.checkpoint, self.key, self.transposed = checkpoint, key, transposed
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_buffer("place", torch.empty(0, device=device), persistent=False)
         self.bias: nn.Parameter | None = None
@@ -50,7 +63,8 @@ class StoredTarget(AdapterTarget):
     def dequantize(self, module: nn.Module) -> Tensor:
         stored: Any = module
         weight: Tensor = stored.checkpoint.read(stored.key)
-        return weight.to(stored.place.device)
+        weight = weight.to(stored.place.device)
+        return weight.t() if stored.transposed else weight
 
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
         from safetensors.torch import save_file
@@ -80,10 +94,12 @@ def open_stored(source: str, *, device: str = "cpu", dtype: torch.dtype) -> nn.M
     checkpoint = Checkpoint(source)
     with init_empty_weights(include_buffers=False):
         model = architecture(source, device="cpu")
-    for name, linear in list(model.named_modules()):
+    for name, linear in list(linear_layers(model, ())):
         key = f"{name}.weight"
-        if type(linear) is nn.Linear and key in checkpoint:
-            set_submodule(model, name, StoredLinear(checkpoint, key, linear, device))
+        if key in checkpoint:
+            transposed = is_conv1d(model.get_submodule(name))
+            stored = StoredLinear(checkpoint, key, linear, device, transposed=transposed)
+            set_submodule(model, name, stored)
     _read_rest(model, checkpoint, device, dtype)
     model.requires_grad_(False)
     return wrap(model, StoredTarget(), dtype).eval()

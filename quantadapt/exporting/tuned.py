@@ -14,7 +14,7 @@ from ..errors import ModelError
 from ..planning.exports import MergeKind
 from ..planning.memory import MERGE_IN_LESS
 from ..protocols import Figure
-from ..quantizing.stage import load_tokenizer
+from ..quantizing.stage import find_tokenizer
 from ..quantizing.state import state_of
 from .manifest import read_manifest
 from .saving import load, save
@@ -79,7 +79,7 @@ class Tuned:
     def tokenizer(self) -> Any:
         """The tokenizer that it was trained with; None for a live module without one."""
         if self.live is None:
-            return load_tokenizer(str(self.adapter))
+            return find_tokenizer(str(self.adapter))
         return state_of(self.live).tokenizer
 
     @cached_property

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from ..model.linears import as_conv1d, is_conv1d, is_linear
 from ..model.modules import linear_layers, set_submodule, skipped_modules
+from .accounting import UnusedTensorsWarning, WrongTensors, expecting
 from .blocks import BlockDone, Blocks, watching_blocks
-from .reading import architecture, from_pretrained, load_native, local_folder, read_config
+from .reading import architecture, from_pretrained, load_native, read_config
+from .tensors import Checkpoint, local_folder
 
 __all__ = [
     "BlockDone",
     "Blocks",
+    "Checkpoint",
+    "UnusedTensorsWarning",
+    "WrongTensors",
     "architecture",
+    "as_conv1d",
+    "expecting",
     "from_pretrained",
+    "is_conv1d",
+    "is_linear",
     "linear_layers",
     "load_native",
     "local_folder",

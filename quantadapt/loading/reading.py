@@ -5,26 +5,39 @@ Weights are read from safetensors only, never from pickles.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import ModelError, QuantadaptError
+from ..errors import ModelError, Problem, QuantadaptError
 from ..inputs.documents import reason
 from ..inputs.model_config import config_problems
 from ..inputs.weights import refuse_pickles
+from ..model.linears import as_linear, is_conv1d, other_linears
 from ..model.numbers import refuse_not_numbers_in
+from .accounting import OwnReport, WrongTensors, account, listed, repeatable, without_tensors
+from .tensors import Checkpoint
 
 
-def auto_class(config: Any) -> Any:
-    """Return transformers' auto class: seq2seq for encoder-decoders, else causal LM."""
+def model_class(config: Any) -> Any:
+    """Return the class of a checkpoint's model: what its config names in `architectures`; else, or
+    where transformers has no such class, seq2seq for encoder-decoders and causal LM for others."""
     import transformers
 
+    for name in (getattr(config, "architectures", None) or ())[:1]:
+        found: Any = getattr(transformers, name, None)
+        fits = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        if fits and (found.config_class is None or isinstance(config, found.config_class)):
+            return found
+    auto: Any = transformers.AutoModelForCausalLM
     if getattr(config, "is_encoder_decoder", False):
-        return transformers.AutoModelForSeq2SeqLM
-    return transformers.AutoModelForCausalLM
+        auto = transformers.AutoModelForSeq2SeqLM
+    kind = auto._model_mapping.get(type(config), None)
+    return kind if isinstance(kind, type) else auto
 
 
 def read_config(source: str) -> Any:
@@ -50,25 +63,94 @@ def architecture(source: str, device: str = "meta") -> nn.Module:
     config = read_config(source)
     try:
         with torch.device(device):
-            model: nn.Module = auto_class(config).from_config(config)
+            found = model_class(config)
+            make = found.from_config if hasattr(found, "from_config") else found._from_config
+            model: nn.Module = make(config)
     except Exception as error:
         raise _load_error(source, error) from error
     return model
 
 
-def from_pretrained(source: str, **kwargs: Any) -> nn.Module:
-    """`AutoModel.from_pretrained`, safetensors only; what goes wrong becomes a ModelError."""
-    config = kwargs.pop("config", None) or read_config(source)
+def from_pretrained(
+    source: str,
+    *,
+    config: Any = None,
+    consumed: Collection[str] = (),
+    mismatched: Collection[Any] = (),
+    plain: Collection[str] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Return the model of a checkpoint, read through transformers from safetensors only. Its
+    linear layers are `nn.Linear`, or `Conv1D`.
+
+    Args:
+        source: folder or hub id.
+        config: that of transformers, if it is not to be read from `source`.
+        consumed: names of tensors that somebody else uses; may be filled while the model is loaded.
+        mismatched: (name, shape, expected shape) of tensors that somebody else refused, likewise.
+        plain: names of the tensors in the files where the layers that lack a weight among them are
+            quantized: each of those is made an `nn.Linear`, a `Conv1D` too.
+        kwargs: as for transformers' `from_pretrained`.
+
+    Raises:
+        WrongTensors: its tensors are not those of the model. ModelError: it cannot be read.
+    """
+    config = config or read_config(source)
+    report = OwnReport()
     try:
-        model: nn.Module = auto_class(config).from_pretrained(
-            source, config=config, use_safetensors=True, **kwargs
-        )
+        with report, repeatable():
+            model, info = _plain_class(model_class(config), plain).from_pretrained(
+                source,
+                config=config,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **kwargs,
+            )
     except QuantadaptError:
         raise
     except Exception as error:  # what is in the files decides what transformers does
-        raise _load_error(source, error) from error
+        raise _wrong_tensors(source, report.broken) or _load_error(source, error) from error
+    info["mismatched_keys"] = {*info["mismatched_keys"], *mismatched}
+    account(model, source, info, consumed)
     refuse_not_numbers_in(model, where=source)
-    return model
+    found: nn.Module = model
+    return found
+
+
+def _plain_class(found: Any, stored: Collection[str] | None) -> Any:
+    """Return a model class whose instances hold `nn.Linear` in place of subclasses of it, for
+    loaders that look for that class alone; see `from_pretrained` for `stored`."""
+    kinds = [k for k in vars(sys.modules[found.__module__]).values() if isinstance(k, type)]
+    own = any(issubclass(kind, nn.Linear) and kind is not nn.Linear for kind in kinds)
+    conv1d = stored is not None and any(kind.__name__ == "Conv1D" for kind in kinds)
+    if hasattr(found, "from_config") or not (own or conv1d):
+        return found
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        found.__init__(self, *args, **kwargs)
+        self.__class__ = found
+        for name, module in list(other_linears(self)):
+            if not is_conv1d(module) or not (stored is None or f"{name}.weight" in stored):
+                self.set_submodule(name, as_linear(module))
+
+    names = {name: getattr(found, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(found.__name__, (found,), {"__init__": init, **names})
+
+
+def _wrong_tensors(source: str, broken: list[str]) -> ModelError | None:
+    """Say which tensors a failed load missed, if it is that; `broken` are those that it named."""
+    fix = "make or download the checkpoint again"
+    if broken:
+        what = f"{listed(broken)} cannot be made of the tensors that the files hold for it"
+        return WrongTensors([Problem(what, fix, where=source)])
+    try:
+        without = without_tensors(architecture(source), Checkpoint(source).files)
+    except Exception:  # this looks for the reason of a failure, and must not be another
+        return None
+    if not without:
+        return None
+    return WrongTensors([Problem(f"it has no tensor for {listed(without)}", fix, where=source)])
 
 
 def _load_error(source: str, error: Exception) -> ModelError:
@@ -95,7 +177,8 @@ def _load_error(source: str, error: Exception) -> ModelError:
 
 def load_native(path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
     """Load a quantized checkpoint whose format transformers knows. See `Quantizer.load`."""
-    return unmarked(from_pretrained(path, dtype=dtype, device_map={"": device}))
+    stored = Checkpoint(path).files
+    return unmarked(from_pretrained(path, dtype=dtype, device_map={"": device}, plain=stored))
 
 
 def unmarked(model: nn.Module) -> nn.Module:
@@ -122,12 +205,3 @@ def _is_reversible(conversion: Any) -> bool:
     except NotImplementedError:
         return False
     return True
-
-
-def local_folder(path: str) -> Path:
-    """Return the folder of a checkpoint; that of a hub id is downloaded if it has to be."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))

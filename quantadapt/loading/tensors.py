@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from torch import Tensor
 
 from ..inputs.weights import check_weights
 from ..model.numbers import refuse_not_numbers
-from .reading import local_folder
 
 
 class Checkpoint:
@@ -40,3 +40,12 @@ class Checkpoint:
             tensor: Tensor = opened.get_tensor(key)
         refuse_not_numbers([(key, tensor)], where=str(self.folder))
         return tensor
+
+
+def local_folder(path: str) -> Path:
+    """Return the folder of a checkpoint; that of a hub id is downloaded if it has to be."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))

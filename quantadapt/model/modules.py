@@ -6,23 +6,49 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from .linears import as_conv1d, as_linear, is_linear, other_linears
+
 
 def skipped_modules(model: nn.Module, skip: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Return the names that stay dense: `skip`, or the output head and what is tied to it."""
+    """Return the names that stay dense: `skip`, or the head and what is tied to it."""
     if skip is not None:
         return skip
     if not hasattr(model, "get_output_embeddings"):
         return ()  # no transformers model
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    return tuple(get_keys_to_not_convert(model))
+    head = set(get_keys_to_not_convert(model))
+    base: nn.Module = model.base_model  # type: ignore[assignment]
+    if base is not model and not model.can_generate():  # type: ignore[operator]
+        # A classifier: all that it has beside the encoder or decoder.
+        head |= {name for name, child in model.named_children() if child is not base}
+    return tuple(sorted(head & {name for name, _ in model.named_modules()}))
 
 
 def linear_layers(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the plain linear layers that are to be quantized."""
+    """Yield the dense linear layers that are to be quantized, each as `nn.Linear`: itself, or one
+    over the same tensors."""
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and not is_skipped(name, skip):
-            yield name, module
+        if is_linear(module) and not is_skipped(name, skip):
+            yield name, as_linear(module)
+
+
+def make_linear(model: nn.Module, skip: tuple[str, ...] = ()) -> nn.Module:
+    """Put an `nn.Linear` in the place of each linear layer that is none, in place: for backends
+    that look for that class alone."""
+    for name, module in list(other_linears(model)):
+        if not is_skipped(name, skip):
+            set_submodule(model, name, as_linear(module))
+    return model
+
+
+def in_own_layout(model: nn.Module, conv1d: Iterable[str]) -> nn.Module:
+    """Put a `Conv1D` in the place of each `nn.Linear` that is named, in place: the model's own
+    class has one there, and so has its checkpoint."""
+    for name in conv1d:
+        if type(module := model.get_submodule(name)) is nn.Linear:
+            set_submodule(model, name, as_conv1d(module))
+    return model
 
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -44,7 +70,11 @@ def is_skipped(name: str, skip: tuple[str, ...]) -> bool:
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module] | None:
     """Return name -> block, where the linear layers stand in one list of blocks, else None."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or is_linear(module)
+    ]
     found = stacks(model, linears)
     return found[0] if len(found) == 1 else None
 

@@ -16,7 +16,11 @@ def refuse_not_numbers(
 ) -> None:
     """Raise NumbersError where a tensor of floats holds NaN or infinity, naming the first."""
     for name, tensor in named:
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if not tensor.is_floating_point():
+            continue
+        # torch cannot look at eight bits as they are.
+        values = tensor.float() if tensor.itemsize == 1 else tensor
+        if not bool(values.isfinite().all()):
             what = f"{name} holds values that are no numbers (NaN or infinity)"
             raise NumbersError(what, fix=fix, where=where)
 

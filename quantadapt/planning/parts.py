@@ -207,17 +207,30 @@ def adapter_options(draft: Draft, adapter: Adapter | None) -> dict[str, Any]:
 
 
 def evaluators_of(draft: Draft) -> dict[str, Evaluator]:
-    """Return what measures, by the names of the evaluations, in the order of the spec."""
+    """Return what measures, by the names of the evaluations, in the order of the spec. Of several
+    with one name, those with options have these in their names, too: `exact (shots=5)`."""
     found: dict[str, Evaluator] = {}
-    for named in draft.spec.evaluate.evaluations:
+    wanted = draft.spec.evaluate.evaluations
+    names = [named.name for named in wanted]
+    for named in wanted:
+        told = ", ".join(f"{key}={value}" for key, value in named.options.items())
+        label = named.name
+        if names.count(label) > 1 and told:
+            label = f"{label} ({told})"
         record = record_of(draft, Evaluation, named)
         evaluator = options_of(draft, record, named, lambda record: record.evaluator)
-        if named.name in found:
-            what, fix = f"{named.name!r} is named twice", "name it once"
+        if label in found:
+            what = f"{label!r} is named twice"
+            fix = "name it once, or with other options"
             draft.problems.append(Problem(what, fix, where="evaluate.evaluations"))
         if evaluator is not None:
-            found[named.name] = evaluator
+            found[label] = evaluator
     return found
+
+
+def evaluation_of(label: str) -> str:
+    """Return the name of the evaluation that is called `label` in a plan."""
+    return label.partition(" (")[0]
 
 
 def dtype_of(draft: Draft, backend: Backend | None, device: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -146,6 +147,24 @@ def data_start_problems(options: Mapping[str, Any]) -> list[Problem]:
     what = f"{start} is computed from data by a function of PEFT's own, which a run does not call"
     fix = "use true, pissa or olora; or call PEFT's function in Python, stage by stage"
     return [Problem(what, fix, "adapter.init_lora_weights")]
+
+
+_OTHER_HEADS = re.compile(
+    r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM"
+    r"|NextSentencePrediction|PreTraining)$|(?<!LMHead)(?<!DoubleHeads)Model$"
+)
+"""How transformers' classes end that do not predict the next token."""
+
+
+def head_problems(task: Task, config: Mapping[str, Any]) -> list[Problem]:
+    """Return why the objective cannot learn from the model that a config.json names."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    if not task.wants_lm or not isinstance(name, str) or not _OTHER_HEADS.search(name):
+        return []
+    what = f"{type(task).__name__} learns to predict tokens, and the checkpoint is a {name}"
+    fix = "train it from Python (quantize, attach, a Trainer of yours), or use an objective for it"
+    return [Problem(what, fix, "objective", "task-head")]
 
 
 LOFTQ = "loftq"

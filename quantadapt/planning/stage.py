@@ -17,7 +17,7 @@ from ..errors import MergeRefused, PlanRefused, Problem
 from ..machine import Machine, this_machine
 from ..memory.workload import GIB
 from ..protocols import Evaluator, Quantizer, Task
-from ..records import Adapter, Backend, Evaluation, Objective
+from ..records import Adapter, Backend, Evaluation, Objective, as_call
 from ..registry.discovery import Registry, registry
 from ..spec import Spec
 from . import processes
@@ -34,6 +34,7 @@ from .parts import (
     check_training,
     device_of,
     dtype_of,
+    evaluation_of,
     evaluators_of,
     model_of,
     quantizer_of,
@@ -45,6 +46,7 @@ from .refusals import (
     attach_refusals,
     data_start_problems,
     export_refusals,
+    head_problems,
     loftq_problems,
     make_cell,
     refusals_beside,
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
 MergePlan = Literal["dense", "requantize", "never"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What a run will do.
 
@@ -100,6 +102,16 @@ class Plan:
     config: Mapping[str, Any] | None = field(default=None, repr=False)
     machine: Machine = field(default_factory=this_machine, repr=False)
     trains: bool = False
+
+    def __repr__(self) -> str:
+        quantizer = as_call(self.backend.name, self.quantizer.model_dump())
+        adapter = as_call(self.adapter.name, self.adapter_options)
+        written = ", ".join(export.words for export in self.exports)
+        device = self.device if self.processes == 1 else f"{self.processes} x {self.device}"
+        return (
+            f"<Plan {adapter} on {quantizer}, model {self.model or 'a live module'!r}, on {device}"
+            f" in {self.dtype}; output {self.spec.output!r}: {written}>"
+        )
 
     @property
     def calibrates(self) -> bool:
@@ -156,7 +168,7 @@ class Plan:
             "dtype": self.dtype,
             "adopt": self.adopt,
             "evaluations": [
-                {"name": name, "options": evaluator.model_dump()}
+                {"name": evaluation_of(name), "options": evaluator.model_dump()}
                 for name, evaluator in self.evaluators.items()
             ],
             "merge": self.merge,
@@ -360,8 +372,10 @@ def _combined(draft: Draft, made: Plan) -> Plan:
     draft.problems += task_problems(
         made.task, spec.train, adds_to_loss=adapter.peft_type == "ADALORA"
     )
+    if made.trains:
+        draft.problems += head_problems(made.task, config)
     for name, evaluator in made.evaluators.items():
-        record = draft.registry.record(Evaluation, name)
+        record = draft.registry.record(Evaluation, evaluation_of(name))
         draft.problems += refusals_beside(cell, record, evaluator.model_dump())
     draft.notes += made.quantizer.notes(made.device)
     exports = refused_where(

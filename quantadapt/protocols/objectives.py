@@ -32,6 +32,8 @@ class Task(Options, ABC):
             batch may go through the model in parts.
         repeats: whether every step does the same with batches of one shape, so that passes through
             the decoder may be recorded as CUDA graphs.
+        wants_lm: whether it learns from a model that predicts tokens; classifiers and bare encoders
+            are refused then.
         packs: whether several examples may share a row (`train.packing`).
         logits: who makes logits, and how many are held. "model": the model, with its own loss;
             "chunks": `loss`, some at a time; "whole": `loss`, all of a batch. A loss that is not
@@ -42,6 +44,7 @@ class Task(Options, ABC):
     adds_up: ClassVar[bool] = True
     repeats: ClassVar[bool] = True
     packs: ClassVar[bool] = False
+    wants_lm: ClassVar[bool] = True
     logits: ClassVar[Literal["model", "chunks", "whole"]] = "whole"
 
     @abstractmethod

@@ -6,10 +6,12 @@ the facades in front of what it made.
 
 from __future__ import annotations
 
+import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import planning
@@ -17,15 +19,20 @@ from ..dependencies import import_requirements
 from ..errors import ModelError, PlanRefused, PluginError, Problem, QuantadaptError
 from ..planning.on_disk import config_of
 from ..planning.stage import Plan
-from ..protocols import Quantizer
+from ..protocols import LayerwiseQuantizer, Quantizer
 from ..records import Record, kind_of
 from ..registry.discovery import registry
 from .state import ModelState
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from .examples import Calibration, Examples
+
+
+_OF_TOKENIZER = re.compile(r"tokenizer|^(vocab|merges)\.|^spiece\.|\.(spm|bpe|tiktoken)$", re.I)
+"""What the files of a tokenizer are called, among those of a checkpoint."""
 
 
 class UnusedOptionWarning(UserWarning):
@@ -39,7 +46,9 @@ def quantize_plan(
     import torch
 
     from ..facade import facades, wrap
-    from ..model.modules import skipped_modules
+    from ..loading.accounting import expecting
+    from ..model.linears import conv1d_layers
+    from ..model.modules import linear_layers, skipped_modules
 
     import_requirements(plan.backend)
     plan = with_config(plan)
@@ -47,31 +56,44 @@ def quantize_plan(
     dtype = getattr(torch, plan.dtype)
     skip = _wanted_skip(plan)
     examples = _examples(plan, calibration)
-    if not plan.adopt:
-        skip = skip_for(plan, module)
-        with blaming(plan.backend, "quantizing"), _sharding_blocks(plan):
-            model = quantizer.quantize(
-                plan.model if module is None else module,
-                device=plan.device,
-                dtype=dtype,
-                calibration=examples,
-                skip_modules=skip,
-            )
-    elif module is not None:
-        model = module
-    else:
-        with _sharding_blocks(plan):
+    conv1d = () if module is None else conv1d_layers(module)
+    expected = expecting(plan.spec.new_modules, plan.spec.unused_modules)
+    with expected as notes, _sharding_blocks(plan):
+        if not plan.adopt:
+            skip = skip_for(plan, module)
+            with blaming(plan.backend, "quantizing"):
+                model = quantizer.quantize(
+                    _source(plan, module, skip, dtype),
+                    device=plan.device,
+                    dtype=dtype,
+                    calibration=examples,
+                    skip_modules=skip,
+                )
+            skip = skipped_modules(model, skip)
+        elif module is not None:
+            model = module
+        else:
             model = quantizer.load(plan.model, device=plan.device, dtype=dtype)
-    skip = skipped_modules(model, skip)
     model.requires_grad_(False)
-    if plan.parallel == "fsdp":
-        from ..sharding import GatheringTarget, shard
+    # What is quantized already gets a facade, a head too, unless somebody said otherwise.
+    target, skip = quantizer.target, skip or ()
+    try:
+        if plan.parallel == "fsdp":
+            from ..sharding import GatheringTarget, shard
 
-        model = shard(wrap(model, GatheringTarget(quantizer.target), dtype, skip))
-    else:
-        model = wrap(model, quantizer.target, dtype, skip)
+            model = shard(wrap(model, GatheringTarget(target), dtype, skip))
+        else:
+            model = wrap(model, target, dtype, skip)
+    except PluginError as error:
+        if not (plan.adopt and plan.model):
+            raise
+        what = f"its quantized layers are not of the sizes that config.json says: {error}"
+        fix = "check that config.json and the weights belong together"
+        raise ModelError(what, fix=fix, where=plan.model) from error
     if next(facades(model), None) is None:
         raise nothing_quantized(model)
+    if plan.adopt and not skip:  # what a merge must not quantize
+        skip = tuple(name for name, _ in linear_layers(model, ()))
     model.quantadapt = ModelState(  # type: ignore[assignment]
         source=plan.model,
         backend=plan.backend,
@@ -79,19 +101,40 @@ def quantize_plan(
         device=plan.device,
         dtype=dtype,
         skip_modules=skip,
-        tokenizer=load_tokenizer(plan.model) if plan.model else None,
+        tokenizer=find_tokenizer(plan.model) if plan.model else None,
         calibration=examples,
+        conv1d=conv1d or conv1d_layers(model),
+        new_modules=tuple(plan.spec.new_modules),
+        unused_modules=tuple(plan.spec.unused_modules),
+        notes=tuple(notes),
     )
     return model
 
 
+def _source(
+    plan: Plan, module: nn.Module | None, skip: tuple[str, ...] | None, dtype: torch.dtype
+) -> str | nn.Module:
+    """Return what the backend gets. One that does not work layer by layer on load looks for
+    `nn.Linear` itself: where a model has other linear layers, it gets one that has not."""
+    from ..loading.reading import architecture, from_pretrained
+    from ..model.linears import other_linears
+    from ..model.modules import make_linear, skipped_modules
+
+    if type(plan.quantizer).quantize is LayerwiseQuantizer.quantize:
+        return plan.model if module is None else module
+    if next(other_linears(architecture(plan.model) if module is None else module), None) is None:
+        return plan.model if module is None else module
+    dense = from_pretrained(plan.model, dtype=dtype) if module is None else module
+    return make_linear(dense, skipped_modules(dense, skip))
+
+
 def nothing_quantized(model: nn.Module) -> PlanRefused:
-    """Say which layers the model has in place of `nn.Linear`, the only one that is quantized."""
+    """Say which layers the model has in place of linear ones, which alone are quantized."""
     matrices = (m for m in model.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2)
     others = {type(m).__name__ for m in matrices} - {"Linear", "Embedding"}
     what = "the model has no linear layer to quantize"
     if others:
-        what += f": only nn.Linear is quantized, and its layers are {', '.join(sorted(others))}"
+        what += f": nn.Linear and Conv1D are quantized, its layers are {', '.join(sorted(others))}"
     fix = "use another model, or name fewer layers in skip_modules"
     return PlanRefused([Problem(what, fix, where="model")])
 
@@ -220,3 +263,16 @@ def load_tokenizer(source: str) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def find_tokenizer(source: str) -> Any:
+    """Return the checkpoint's tokenizer as `load_tokenizer` does, or None where it has no files of
+    one. Raises ModelError where those that it has are damaged."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        names = [file.name for file in folder.iterdir()]
+        return load_tokenizer(source) if any(map(_OF_TOKENIZER.search, names)) else None
+    try:
+        return load_tokenizer(source)
+    except ModelError:
+        return None

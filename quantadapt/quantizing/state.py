@@ -9,14 +9,14 @@ from ..capabilities import Cell
 from ..errors import QuantadaptError
 from ..planning.refusals import make_cell
 from ..protocols import Quantizer
-from ..records import Adapter, Backend
+from ..records import Adapter, Backend, as_call
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
 
-@dataclass
+@dataclass(repr=False)
 class ModelState:
     """How a model was made.
 
@@ -26,9 +26,16 @@ class ModelState:
         device: "cpu", "cuda:0", ...
         dtype: compute dtype.
         skip_modules: names left dense.
+        conv1d: names of the layers that are `Conv1D` in the model's own class, so that dense ones
+            are to be written with their weight transposed.
+        new_modules: names that may be missing in the checkpoint.
+        unused_modules: names that may be in the checkpoint and not in the model.
         tokenizer: the checkpoint's tokenizer, or None.
         calibration: the examples that the base was calibrated on here, or None.
         rewritten: attaching the adapter changed the base for good.
+        notes: what loading found that a user may want to know of.
+        own_base: it was loaded from a base that lies beside an adapter, and may be there alone.
+        loaded_from: the folder that `load` read it from, if it did.
         adapter, adapter_options: what is attached, if anything.
         max_length: the longest example in tokens that it was trained on, where that is known.
     """
@@ -41,10 +48,23 @@ class ModelState:
     skip_modules: tuple[str, ...] = ()
     tokenizer: Any = None
     calibration: list[dict[str, Tensor]] | None = None
+    conv1d: tuple[str, ...] = ()
+    new_modules: tuple[str, ...] = ()
+    unused_modules: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     rewritten: bool = False
+    own_base: bool = False
+    loaded_from: str = ""
     adapter: Adapter | None = None
     adapter_options: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = None
+
+    def __repr__(self) -> str:
+        base = as_call(self.backend.name, self.quantizer.model_dump())
+        adapter = self.adapter and as_call(self.adapter.name, self.adapter_options)
+        tuned = f", {adapter}" if adapter else ""
+        source = self.source or "a live module"
+        return f"<ModelState {source!r}: {base}{tuned}, on {self.device} in {self.dtype_name}>"
 
     @property
     def dtype_name(self) -> str:
@@ -67,6 +87,8 @@ class ModelState:
             "options": self.quantizer.model_dump(),
             "dtype": self.dtype_name,
             "skip_modules": list(self.skip_modules),
+            "new_modules": list(self.new_modules),
+            "unused_modules": list(self.unused_modules),
             "adapter": self.adapter.name if self.adapter else None,
             "adapter_options": self.adapter_options,
             "max_length": self.max_length,

@@ -36,7 +36,6 @@ FILES = (
     "test_encoder_decoder_models.py",
     "test_feature_extraction_models.py",
     "test_initialization.py",
-    "test_mixed.py",
     "test_seq_classifier.py",
 )
 DOWNLOAD, REFUSED = "needs a download", "refused in a sentence"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 import types
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -18,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..dependencies import in_words
 from ..distributed.talking import average_gradients
-from ..errors import SlowerWarning
 from ..memory import rules
 from ..model.head import Head
 from ..sharding import PACKED
+from ..showing.quietly import quietly
 from .figures import adapter_device, compute_dtype
 
 if TYPE_CHECKING:
@@ -430,20 +429,7 @@ def clip_what_is_trained(accelerator: Any, trained: list[nn.Parameter]) -> None:
 def quiet() -> Iterator[None]:
     """Keep progress bars and advice of the libraries off the screen, and let them send no
     telemetry; errors, and what makes us slower, still come through."""
-    import datasets
     from huggingface_hub import constants
-    from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    bars = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings(), patched(constants, HF_HUB_DISABLE_TELEMETRY=True):
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("default", SlowerWarning)
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            datasets.enable_progress_bars()
+    with quietly(), patched(constants, HF_HUB_DISABLE_TELEMETRY=True):
+        yield

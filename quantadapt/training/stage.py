@@ -78,7 +78,8 @@ def train(
     task = task or registry().record(Objective, "sft").task()
     _check(model, spec, task)
     _check_held_out(spec, held_out)
-    check_tokens(dataset, _embedding_rows(model), tokenizer)
+    for part in (dataset, held_out):
+        check_tokens(part, _embedding_rows(model), tokenizer)
     note = on_note or (lambda _: None)
     checkpoint = checkpoint_to_resume(Path(output), spec, note)
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
@@ -129,7 +130,7 @@ EACH_STEP = (
 AFTER = (Watcher.on_train_end,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainResult:
     """What a training run did.
 
@@ -170,6 +171,16 @@ class TrainResult:
     layers: int
     longest: int
     dequantize_share: float | None
+
+    def __repr__(self) -> str:
+        words = [f"{self.steps} steps in {self.seconds:.1f} s, {self.tokens:,} tokens"]
+        for name, found in (("loss", self.losses), ("held-out loss", self.validation)):
+            if found:
+                words.append(f"{name} {found[0][1]:.4g} to {found[-1][1]:.4g}")
+        if self.kept_step != self.steps:
+            words.append(f"the adapter of step {self.kept_step} is kept")
+        words.append(f"peak memory {self.peak_memory_gib:.2f} GiB")
+        return f"<TrainResult {', '.join(words)}>"
 
 
 def _check(model: Any, spec: TrainSpec, task: Task) -> None:

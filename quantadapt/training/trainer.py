@@ -15,7 +15,7 @@ from ..adapting.adalora import tuner_of
 from ..dependencies import moved
 from ..errors import TrainingError
 from ..folders.checkpoints import CHECKPOINTS
-from ..memory.workload import LENGTH_MULTIPLE
+from ..memory.workload import LENGTH_MULTIPLE, OOM_FIX
 from .figures import adapter_device, compute_dtype
 from .lent import clip_what_is_trained
 from .loop import TrainingLoop
@@ -114,6 +114,10 @@ def make_trainer(task: Task, setup: Setup, on_log: OnLog | None) -> Any:
         trainer.add_callback(watcher)
     except (ValueError, ImportError, RuntimeError) as error:
         fix = "check the keys under train:"
+        if isinstance(error, ImportError):
+            fix = "install what is missing, or use another train.optim or train.report_to"
+        elif type(error).__name__ == "OutOfMemoryError":
+            fix = OOM_FIX
         raise TrainingError(f"the trainer cannot be set up: {error}", fix=fix) from error
     trainer.remove_callback(PrinterCallback)
     clip_what_is_trained(trainer.accelerator, [p for p in model.parameters() if p.requires_grad])

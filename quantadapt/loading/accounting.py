@@ -1,0 +1,200 @@
+"""Every tensor of a checkpoint is accounted for: what transformers says of a load is read.
+
+A tensor that the model wants and no file holds would start at random: refused by name, unless it
+is of a module that was asked to be new. A tensor that no module takes is told, or refused where it
+shows that files and config are not of one model.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError, Problem, ProblemsError
+from ..model.modules import is_skipped
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_new: ContextVar[tuple[str, ...]] = ContextVar("new", default=())
+_unused: ContextVar[tuple[str, ...]] = ContextVar("unused", default=())
+_notes: ContextVar[list[str] | None] = ContextVar("notes", default=None)
+_TOLD = 3
+"""So many names of a kind are told; the rest is counted."""
+
+
+class UnusedTensorsWarning(UserWarning):
+    """A checkpoint holds tensors that the model has no place for."""
+
+
+class WrongTensors(ProblemsError, ModelError):
+    """The tensors of a checkpoint are not those of the model, or not all of them."""
+
+    heading = "the checkpoint does not fit its model, {count}:"
+
+
+@contextmanager
+def expecting(new: Iterable[str] = (), unused: Iterable[str] = ()) -> Iterator[list[str]]:
+    """Inside, modules named in `new` may be missing in a checkpoint, too, and those in `unused` be
+    there without a place in the model. Names are as in `skip_modules`. What is told of others is
+    in the list that is yielded, too."""
+    notes: list[str] = []
+    tokens = _new.set((*_new.get(), *new)), _unused.set((*_unused.get(), *unused))
+    told = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(told)
+        _new.reset(tokens[0])
+        _unused.reset(tokens[1])
+
+
+class OwnReport:
+    """Inside, transformers does not log its table of tensors: `account` tells what is in it.
+
+    Attributes:
+        broken: names of those that could not be made of what the files hold.
+    """
+
+    def __init__(self) -> None:
+        self.broken: list[str] = []
+        self.logger = logging.getLogger("transformers.modeling_utils")
+
+    def __enter__(self) -> None:
+        self.before, self.shown = self.logger.level, self.logger.getEffectiveLevel()
+        self.logger.addFilter(self._wanted)
+        self.logger.setLevel(min(self.shown, logging.WARNING))
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.setLevel(self.before)
+        self.logger.removeFilter(self._wanted)
+
+    def _wanted(self, record: logging.LogRecord) -> bool:
+        text = str(record.msg)
+        self.broken += re.findall(r"^(\S+)\s*\|.*CONVERSION", text, re.MULTILINE)
+        told = "LOAD REPORT" not in text or bool(self.broken)  # then it has the reasons
+        return told and record.levelno >= self.shown
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Inside, what starts at random does so alike each time; the process's own state is kept."""
+    import torch
+
+    if not _new.get():
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def account(
+    model: nn.Module, source: str, info: Mapping[str, Any], consumed: Collection[str] = ()
+) -> None:
+    """Raise WrongTensors, or warn, where the tensors of `source` are not those of `model`.
+
+    Args:
+        model: as transformers loaded it.
+        source: folder or hub id.
+        info: transformers' `output_loading_info`.
+        consumed: names that transformers found no place for, but somebody else has used.
+    """
+    new, unused = _new.get(), _unused.get()
+    unexpected = sorted(set(info["unexpected_keys"]) - set(consumed))
+    unexpected = [key for key in unexpected if not is_skipped(key, unused)]
+    missing = sorted(key for key in info["missing_keys"] if not is_skipped(key, new))
+    mismatched = sorted(info["mismatched_keys"])
+    problems = [_missing(missing, unexpected)] if missing else []
+    problems += [_mismatch(*entry) for entry in mismatched[:_TOLD]]
+    further = _further(model, unexpected)
+    if further and not missing:
+        problems.append(_of_more(further))
+    if beside := _beside(model, unexpected):
+        problems.append(_without_place(beside))
+    if problems:
+        raise WrongTensors([_at(problem, source) for problem in problems])
+    if unexpected:
+        text = f"{source} holds tensors that the model does not use: {listed(unexpected)}"
+        warnings.warn(text, UnusedTensorsWarning, stacklevel=2)
+        if (notes := _notes.get()) is not None:
+            notes.append(text)
+
+
+def without_tensors(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the modules of `model` with parameters of their own for which none of `names`, those
+    of the tensors in the files, is there: for loads that broke without a word on it."""
+    split = [name.split(".") for name in names]
+    held = {".".join(parts[:n]) for parts in split for n in range(len(parts))}
+    tied = {name.rpartition(".")[0] for name in getattr(model, "all_tied_weights_keys", ())}
+    own = [name for name, module in model.named_modules() if name and module._parameters]
+    found = [name for name in own if name not in held and name not in tied]
+    return found if len(found) < len(own) / 2 else []  # or the names are others altogether
+
+
+def listed(names: Collection[str]) -> str:
+    """Return the first names, and how many more there are."""
+    first = ", ".join(list(names)[:_TOLD])
+    return f"{first} and {len(names) - _TOLD} more" if len(names) > _TOLD else first
+
+
+def _at(problem: Problem, source: str) -> Problem:
+    return Problem(problem.what, problem.fix, where=source)
+
+
+def _missing(missing: list[str], unexpected: list[str]) -> Problem:
+    what = f"it has no {listed(missing)}, which would start at random"
+    ending = next((k for k in unexpected if k.endswith(tuple(f".{m}" for m in missing))), None)
+    if ending:
+        name = next(m for m in missing if ending.endswith(f".{m}"))
+        what += f"; its names begin with {ending.removesuffix(name)!r}"
+        fix = "save it again without that prefix, e.g. the base model and not a wrapper around it"
+        return Problem(what, fix)
+    modules = sorted({name.rpartition(".")[0] or name for name in missing})
+    if len(modules) <= _TOLD:
+        fix = f"download it again; or, if they shall be new, new_modules: [{', '.join(modules)}]"
+    else:
+        fix = "download it again, or check that config.json and the weights belong together"
+    return Problem(what, fix)
+
+
+def _mismatch(name: str, has: Iterable[int], wanted: Iterable[int]) -> Problem:
+    what = f"its {name} has the shape {list(has)}, its config wants {list(wanted)}"
+    return Problem(what, "check that config.json and the weights belong together")
+
+
+def _further(model: nn.Module, unexpected: list[str]) -> list[str]:
+    """Return names that differ from names of the model in a number alone: of further layers."""
+    if not unexpected:
+        return []
+    known = {re.sub(r"\d+", "0", name) for name in model.state_dict()}
+    return [name for name in unexpected if re.sub(r"\d+", "0", name) in known]
+
+
+def _beside(model: nn.Module, unexpected: list[str]) -> list[str]:
+    """Return weights and biases of layers that the model has, but without them."""
+    modules = dict(model.named_modules()) if unexpected else {}
+    split = [(name, *name.rpartition(".")[::2]) for name in unexpected]
+    return [
+        name
+        for name, parent, part in split
+        if part in ("weight", "bias") and parent in modules and modules[parent]._parameters
+    ]
+
+
+def _without_place(names: list[str]) -> Problem:
+    what = f"its config makes layers without what it holds for them: {listed(names)}"
+    return Problem(what, "check that config.json and the weights belong together")
+
+
+def _of_more(further: list[str]) -> Problem:
+    what = f"it holds more layers than its config has: {listed(further)}"
+    module = re.match(r".*?\.\d+(?=\.)|[^.]+", further[0])
+    named = module.group() if module else further[0]
+    fix = "check that config.json and the weights belong together"
+    return Problem(what, f"{fix}; or, to leave them out, unused_modules: [{named}, ...]")

@@ -1,0 +1,1 @@
+"""What somebody who looks is shown while work goes on, and what is kept from them."""

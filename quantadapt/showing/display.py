@@ -1,0 +1,230 @@
+"""Shows a run while it goes on, and what came out of it.
+
+On a terminal there is a spinner for the stage that is going on and a bar with loss and learning
+rate while training; elsewhere the same facts come as plain lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from ..errors import Problem
+from ..folders.metrics import label, with_unit
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+BETWEEN = "loading libraries and data"
+_PLAIN_LINES = 10
+
+
+class RunDisplay:
+    """A listener for `pipeline.run`; use it as a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live = console.is_terminal
+        self.details: list[str] = []
+        self.stage = ""
+        self._validated: list[str] = []
+        self._live: Progress | None = None
+        self._task = TaskID(0)
+        self._last_line = 0
+
+    def __enter__(self) -> RunDisplay:
+        self._wait(BETWEEN)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def __call__(self, event: str, data: Mapping[str, Any]) -> None:
+        """Show one event; those it does not know are passed over."""
+        handler = getattr(self, f"on_{event}", None)
+        if handler is not None:
+            handler(data)
+
+    def on_stage(self, data: Mapping[str, Any]) -> None:
+        """A stage begins or is done."""
+        name = str(data["name"])
+        if data["state"] == "start":
+            self.stage, self.details, self._last_line = name, [], 0
+            self._wait(name)
+            return
+        details = "   ".join(self.details)
+        self._stop()
+        line = f"[green]✓[/green] {name:<9}{data['seconds']:>7.1f} s   {details}"
+        self.console.print(line.rstrip(), soft_wrap=True)
+        self._wait(BETWEEN)
+
+    def on_figures(self, data: Mapping[str, Any]) -> None:
+        """An evaluation has measured a model; the first of its figures is shown."""
+        name, figure = next(iter(data["figures"].items()))
+        what = escape(f"{label(data['evaluation'], name)} {data['model']}".rstrip())
+        value = escape(with_unit(figure.value, figure.unit, four_digits))
+        self.details.append(f"{what} [bold]{value}[/bold]")
+
+    def on_export(self, data: Mapping[str, Any]) -> None:
+        """An export was written, or not."""
+        self.details.append(f"{data['name']} {data['state']}")
+        if data["state"] == "failed":
+            for line in export_lines({data["name"]: data}):
+                self.console.print(line, markup=False, soft_wrap=True)
+
+    def on_detail(self, data: Mapping[str, Any]) -> None:
+        """Something to say when the stage is done."""
+        self.details.append(escape(str(data["text"])))
+
+    def on_note(self, data: Mapping[str, Any]) -> None:
+        """Something the user may want to know."""
+        self.console.print(f"note: {data['text']}", markup=False, soft_wrap=True)
+
+    def on_warning(self, data: Mapping[str, Any]) -> None:
+        """Something is wrong with what came out."""
+        self.console.print(warning(data["text"]), soft_wrap=True)
+
+    def on_log(self, data: Mapping[str, Any]) -> None:
+        """Training reports a step."""
+        step, most = int(data["step"]), int(data["max_steps"])
+        numbers = f"loss {data['loss']:.4f}   lr {data['learning_rate']:.2e}"
+        self.details = [f"{step} steps   loss {data['loss']:.4f}", *self._validated]
+        if self.live:
+            self._train_bar(step, most, "   ".join([numbers, *self._validated]))
+        elif step >= most or (step - self._last_line) * _PLAIN_LINES >= most:
+            self._last_line = step
+            self.console.print(f"  train step {step}/{most}   {numbers}", soft_wrap=True)
+
+    def on_validation(self, data: Mapping[str, Any]) -> None:
+        """Training has measured the loss on held-out data."""
+        step, most = int(data["step"]), int(data["max_steps"])
+        text = f"held-out loss {data['eval_loss']:.4f}"
+        best = ", the lowest so far" if data["best"] else ""
+        self._validated = [text]
+        if not self.live:
+            self.console.print(f"  train step {step}/{most}   {text}{best}", soft_wrap=True)
+
+    def _train_bar(self, step: int, most: int, numbers: str) -> None:
+        if self._live is None or self._live.tasks[0].total is None:
+            self._start(
+                Progress(
+                    SpinnerColumn(),
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    TextColumn("{task.completed}/{task.total}"),
+                    TextColumn("{task.fields[numbers]}"),
+                    TimeRemainingColumn(),
+                    **_options(self.console),
+                ),
+                "train",
+                total=most,
+                numbers=numbers,
+            )
+        assert self._live is not None
+        self._live.update(self._task, completed=step, numbers=numbers)
+
+    def _wait(self, text: str) -> None:
+        """Show a spinner; nothing where there is no terminal."""
+        if self.live:
+            self._start(_spinner(self.console), text, total=None)
+
+    def _start(self, live: Progress, text: str, **task: Any) -> None:
+        self._stop()
+        self._live = live
+        self._task = live.add_task(text, **task)
+        live.start()
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+@contextmanager
+def spinner(console: Console, text: str) -> Iterator[None]:
+    """Show a spinner while the body runs; nothing where there is no terminal."""
+    if not console.is_terminal:
+        yield
+        return
+    with _spinner(console) as live:
+        live.add_task(text, total=None)
+        yield
+
+
+class Waiting:
+    """A spinner beside which lines may be printed; nothing where there is no terminal, or no text.
+
+    Use it as a context manager, and print in that of `aside`.
+    """
+
+    def __init__(self, console: Console, text: str) -> None:
+        self.console, self.text = console, text
+        self._live: Progress | None = None
+
+    def __enter__(self) -> Waiting:
+        if self.console.is_terminal and self.text:
+            self._live = _spinner(self.console)
+            self._live.add_task(self.text, total=None)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the spinner off for a moment."""
+        if self._live is not None:
+            self._live.stop()
+        yield
+        if self._live is not None:
+            self._live.start()
+
+
+def _spinner(console: Console) -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    return Progress(*columns, **_options(console))
+
+
+def _options(console: Console) -> dict[str, Any]:
+    """Leave stdout alone: vendors' output must not come to the screen through rich."""
+    return {
+        "console": console,
+        "transient": True,
+        "redirect_stdout": False,
+        "redirect_stderr": False,
+    }
+
+
+def warning(text: str) -> Text:
+    """Return a warning as it is shown."""
+    return Text(f"warning: {text}", style="bold yellow")
+
+
+def four_digits(value: float) -> str:
+    """Return four significant digits, zeros at the end included: 14.00."""
+    return f"{value:#.4g}".rstrip(".")
+
+
+def export_lines(exports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what became of the exports, as `metrics.json` has them, and why one was refused."""
+    lines = []
+    for name, found in exports.items():
+        lines.append(f"{name}: {found['words']}")
+        lines += [f"  {Problem(**refusal)}" for refusal in found["refusals"]]
+    return lines
