@@ -51,6 +51,8 @@ def adapter_in(folder: Path) -> Path | None:
 
 def adapter_folder(folder: Path) -> Path:
     """Return the PEFT folder of a run folder or of itself. Raises ModelError if there is none."""
+    if problem := path_problem(str(folder)):
+        raise ModelError(f"it is no path: {problem}", fix="check the path", where=str(folder))
     if (found := adapter_in(put_back(folder))) is None:
         fix = "pass the folder of a run, or of an adapter"
         raise ModelError("there is no adapter here", fix=fix, where=str(folder))
