@@ -250,7 +250,7 @@ class TestFiles:
 
     def test_broken_json_is_named(self, earlier: RunFolder) -> None:
         earlier.write_text("plan.json", "{")
-        with pytest.raises(OutputError, match=r"plan\.json: it is no valid JSON"):
+        with pytest.raises(OutputError, match=r"plan\.json: not valid JSON"):
             earlier.read_json("plan.json")
 
     @pytest.mark.parametrize("failing", ["fsync", "replace"])
