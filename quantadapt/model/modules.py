@@ -10,7 +10,7 @@ from .linears import as_conv1d, as_linear, is_linear, other_linears
 
 
 def skipped_modules(model: nn.Module, skip: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Return the names that stay dense: `skip`, or the head and what is tied to it."""
+    """Return the names that stay dense: `skip`, or the head and linear layers tied to it."""
     if skip is not None:
         return skip
     if not hasattr(model, "get_output_embeddings"):
@@ -22,7 +22,12 @@ def skipped_modules(model: nn.Module, skip: tuple[str, ...] | None) -> tuple[str
     if base is not model and not model.can_generate():  # type: ignore[operator]
         # A classifier: all that it has beside the encoder or decoder.
         head |= {name for name, child in model.named_children() if child is not base}
-    return tuple(sorted(head & {name for name, _ in model.named_modules()}))
+    modules = dict(model.named_modules())  # norms and embeddings are dense in any case
+    return tuple(
+        name
+        for name in sorted(head & modules.keys())
+        if any(map(is_linear, modules[name].modules()))
+    )
 
 
 def linear_layers(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, nn.Linear]]:
