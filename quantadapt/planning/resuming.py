@@ -23,6 +23,7 @@ OnResume = Literal["may", "more", "must not", "no effect", "not kept"]
 KEPT = frozenset(
     (
         *("model", "seed", "dtype", "skip_modules", "skip_misfits"),
+        *("new_modules", "unused_modules"),
         *("data.path", "data.eval_path", "data.eval_fraction", "data.format", "data.columns"),
         *("data.max_length", "data.max_examples"),
         *("train.learning_rate", "train.lr_scheduler_type", "train.warmup_ratio"),
