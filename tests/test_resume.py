@@ -342,6 +342,8 @@ OTHER: dict[str, Any] = {
     "data.eval_fraction": 0.3,
     "data.format": "text",
     "data.columns": {"text": "text"},
+    "new_modules": ["lm_head"],
+    "unused_modules": ["model.layers.9"],
     "data.max_length": 24,
     "data.max_examples": 4,
     "train.learning_rate": 1e-3,
