@@ -46,6 +46,7 @@ def quantize(
     skip_misfits: bool = False,
     new_modules: tuple[str, ...] | list[str] = (),
     unused_modules: tuple[str, ...] | list[str] = (),
+    trust_remote_code: bool = False,
     verbose: bool | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -65,6 +66,8 @@ def quantize(
         new_modules: module names that the checkpoint does not hold and that start at random, such
             as the head of a classifier; whatever else is missing is refused.
         unused_modules: module names that the checkpoint holds and the model has not.
+        trust_remote_code: run Python code that comes with the checkpoint; without it, one that
+            needs that is refused.
         verbose: whether to show progress; by default on a terminal and in a notebook.
         options: the backend's options, e.g. `bits=4`.
 
@@ -86,6 +89,7 @@ def quantize(
         skip_misfits=skip_misfits,
         new_modules=list(new_modules),
         unused_modules=list(unused_modules),
+        trust_remote_code=trust_remote_code,
         train=_WHOLE,
     )
     module = None if source is None or isinstance(source, str) else source

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import PlanRefused
+from ..remote_code import code_problems, trusting
 from .commands import add
-from .flags import JsonOption
+from .flags import JsonOption, TrustOption
 from .session import Session, session
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def data(
             metavar="OURS=YOURS", help="As data.columns, e.g. prompt=question. May be repeated."
         ),
     ] = None,
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Show what is learnt of a data file, and what is cut or dropped.
@@ -56,11 +59,13 @@ def data(
     Examples are printed as the model will see them; what is learnt is green, and stands behind the
     word learnt. Then come the counts.
     """
-    with session(as_json=json) as shown:
+    with session(as_json=json) as shown, trusting(trust_remote_code):
         from .. import demo
         from .models import waiting
 
         spec = _spec(file, max_length, format, column or [])
+        if problems := code_problems(model or ""):
+            raise PlanRefused(problems)
         with waiting(shown, "reading"):
             from ..data.reading import look
             from ..quantizing.stage import load_tokenizer
