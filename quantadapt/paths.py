@@ -54,3 +54,11 @@ def local_file(source: str, name: str) -> Path | None:
 
     found = try_to_load_from_cache(source, name)
     return Path(found) if isinstance(found, str) else None
+
+
+def cache_folder() -> Path:
+    """Return where things are kept that can be made again: $QUANTADAPT_CACHE, or quantadapt in the
+    user's cache folder. It need not be there yet."""
+    if cache := os.environ.get("QUANTADAPT_CACHE"):
+        return Path(cache)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantadapt"

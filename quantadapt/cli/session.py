@@ -203,8 +203,10 @@ def report_failure(
 
 
 def _report(shown: Session, error: BaseException) -> int:
-    from ..errors import QuantadaptError
+    from ..errors import PluginError, QuantadaptError
 
+    if isinstance(error, UnicodeDecodeError) and (torn := _torn()):
+        error = PluginError(f"{torn}, which torch and others read", fix="install that again")
     expected = isinstance(error, KeyboardInterrupt | QuantadaptError)
     if not expected or error.__cause__ is not None:
         shown.quiet.write_log("".join(traceback.format_exception(error)))
@@ -212,6 +214,13 @@ def _report(shown: Session, error: BaseException) -> int:
     if shown.as_json:
         shown.print_json(_error_document(error, code))
     return code
+
+
+def _torn() -> str:
+    """Return which installed distribution spoils the list of all entry points, and why."""
+    from ..registry.discovery import torn_distributions
+
+    return next((f"{torn.provenance}: {torn.reason}" for torn in torn_distributions()), "")
 
 
 def _error_document(error: BaseException, code: int) -> dict[str, Any]:
