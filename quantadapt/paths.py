@@ -42,6 +42,8 @@ def path_problem(source: str) -> str:
         if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL):
             return (error.strerror or str(error)).lower()
     return ""
+
+
 def local_file(source: str, name: str) -> Path | None:
     """Return where a file of a checkpoint is on this machine: in its folder, or, of a hub id, in
     the hub's cache. None where it is not; nothing is downloaded."""

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 import quantadapt as qa
+from quantadapt import cli
 from quantadapt.errors import PlanRefused
 from quantadapt.testing.small_demo import small_model
 
@@ -228,3 +229,111 @@ def test_what_transformers_has_itself_needs_no_code(own_model: Path, marker: Pat
     model = qa.quantize(str(own_model), "none", device="cpu")
     assert type(model).__name__ == "LlamaForCausalLM"
     assert not marker.exists()
+
+
+# What is shown on a terminal ----------------------------------------------------------------------
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e[red]x[/red]"
+SHOWN = r"\x1b]0;owned\x1b[2J\x9b31m\u202e[red]x[/red]"
+
+
+def test_a_screen_obeys_nothing_that_it_is_given() -> None:
+    from io import StringIO
+
+    from rich.markup import escape
+    from rich.progress import Progress, TextColumn
+    from rich.table import Table
+    from rich.text import Text
+
+    from quantadapt.cli.screen import Screen
+
+    out = StringIO()
+    screen = Screen(out, width=200)
+    table = Table(title=Text(EVIL), caption=Text(EVIL))
+    table.add_column(escape(EVIL))
+    table.add_row(Text(EVIL))
+    screen.print(EVIL, markup=False)
+    screen.print(table)
+    with Progress(TextColumn("{task.description}", markup=False), console=screen) as bar:
+        bar.add_task(EVIL)
+    text = out.getvalue()
+    assert not {"\x1b", "\x9b", "\x07", "\u202e"} & set(text)
+    assert text.count(SHOWN) >= 3, "rich leaves the bell out itself"
+    screen.print("one\ttwo\nthree é 日本 😀", markup=False)
+    assert out.getvalue().endswith("one     two\nthree é 日本 😀\n")
+
+
+def test_its_own_colours_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    from io import StringIO
+
+    from quantadapt.cli.screen import Screen
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    out = StringIO()
+    Screen(out).print("[bold]x[/bold]", "\x1b[31m", sep="")
+    assert out.getvalue() == "\x1b[1mx\x1b[0m\\x1b[31m\n"
+
+
+def test_data_names_and_errors_are_shown_as_they_are(tmp_path: Path, capsys) -> None:
+    """Prompts, the names of folders and models, keys of a spec: as text, wherever they come out."""
+    model, out = tmp_path / f"m{EVIL.replace('/', '')}", tmp_path / f"run{EVIL.replace('/', '')}"
+    shutil.copytree(small_model(), model)
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"{EVIL} {i}", "completion": f"{EVIL} {i}"} for i in range(8)]
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    what = ["--model", model, "--data", data, "--backend", "none", "--max-steps", 1, "-o", out]
+    less = ["--set", "evaluate.max_examples=2", "--set", "evaluate.max_new_tokens=2"]
+    calls = [
+        ("run", *what, *less),
+        ("plan", *what, "--overwrite", "--json"),
+        ("plan", *what, "--set", f"train.{EVIL}=1", "--backend", EVIL),
+        ("data", data, "--model", model),
+        ("eval", out, "--data", data, "--json"),
+        ("generate", out, "--prompt", EVIL),
+        ("generate", tmp_path / EVIL.replace("/", ""), "--prompt", "x"),
+    ]
+    for arguments in calls:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*map(str, arguments)])
+        text = "".join(capsys.readouterr())
+        assert not {"\x1b", "\x9b", "\x07", "\u202e"} & set(text), arguments[0]
+        assert ended.value.code in (0, 1, 2)
+        assert "not expected" not in text, text
+        assert "[red]x" in text or arguments[0] in ("eval", "generate")
+    page = (out / "report.html").read_text()
+    assert "\x1b" not in page
+    assert "\x07" not in page
+
+
+def test_an_error_is_plain_text_in_python_too() -> None:
+    with pytest.raises(PlanRefused) as caught:
+        qa.plan(qa.Spec(backend=EVIL))
+    assert "\x1b" not in str(caught.value)
+    assert "[red]x[/red]" in str(caught.value)
+
+
+def test_records_of_plugins_are_shown_as_they_are(tmp_path: Path) -> None:
+    name = EVIL
+    (tmp_path / "qa_evil.py").write_text(
+        "from quantadapt import Backend, Quantizer, hookimpl\n"
+        "@hookimpl\ndef quantadapt_backends():\n"
+        f"    return [Backend({name!r}, {EVIL!r}, Quantizer, requires=())]\n"
+    )
+    info = tmp_path / "qa_evil-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: qa-evil\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text("[quantadapt]\nevil = qa_evil\n")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    commands = [["backends"], ["backends", "show", name], ["matrix", "--backend", name]]
+    for command in commands:
+        shown = subprocess.run(
+            [sys.executable, "-m", "quantadapt", *command],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        text = shown.stdout + shown.stderr
+        assert "Traceback" not in text
+        assert not {"\x1b", "\x9b", "\x07", "\u202e"} & set(text), command

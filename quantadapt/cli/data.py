@@ -113,18 +113,10 @@ def _print_example(
     head = f"{where}   {len(ids):,} tokens, {sum(mask):,} of them learnt"
     shown.out.print(Text(head, style="bold"), soft_wrap=True)
     for learnt, stretch in groupby(zip(ids, mask, strict=True), key=lambda pair: bool(pair[1])):
-        text = _visible(tokenizer.decode([token for token, _ in stretch]))
+        text = tokenizer.decode([token for token, _ in stretch])
         for index, line in enumerate(text.split("\n")):
             label = "" if index else "learnt" if learnt else "given"
             style = "green" if learnt else "dim"
             printed = Text(f"  {label:<6} | ", style="dim") + Text(line, style=style)
             shown.out.print(printed, soft_wrap=True)
     shown.out.print()
-
-
-def _visible(text: str) -> str:
-    """Return text in which control characters, but for line breaks, are spelled out."""
-    return "".join(
-        char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode()
-        for char in text
-    )

@@ -39,7 +39,8 @@ def waiting(shown: Session, text: str) -> Iterator[None]:
     started = time.perf_counter()
     with spinner(shown.progress, text):
         yield
-    shown.err.print(f"{text}: {time.perf_counter() - started:.1f} s", style="dim", soft_wrap=True)
+    took = f"{text}: {time.perf_counter() - started:.1f} s"
+    shown.err.print(took, style="dim", markup=False, soft_wrap=True)
 
 
 def open_model(path: str, device: str | None) -> nn.Module:
