@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import planning
 from .data.vocabulary import check_tokens
-from .dependencies import import_requirements
+from .dependencies import import_requirements, in_turn
 from .distributed.talking import peers_in_words, reduced, start
 from .distributed.world import as_launched, world
 from .errors import NumbersError, PlanRefused, QuantadaptError, TrainingError
@@ -81,6 +81,7 @@ class RunResult:
         return f"<RunResult {str(self.folder)!r}{''.join(f'; {word}' for word in words)}>"
 
 
+@in_turn
 @as_the_spec_says
 def run(
     spec: Spec | Plan,

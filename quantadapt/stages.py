@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import planning
+from .dependencies import in_turn
 from .errors import QuantadaptError
 from .planning.stage import Plan
 from .protocols import Given
@@ -35,6 +36,7 @@ _WHOLE = TrainSpec(parallel="ddp")
 """Whoever works stage by stage shards the base where they want to."""
 
 
+@in_turn
 def quantize(
     source: str | Path | nn.Module | None = None,
     backend: str = "hqq",
@@ -100,6 +102,7 @@ def quantize(
     return model
 
 
+@in_turn
 def attach(model: nn.Module, adapter: str = "lora", *, seed: int = 0, **options: Any) -> PeftModel:
     """Attach an untrained adapter to a model that `quantize` returned.
 
@@ -128,6 +131,7 @@ def attach_planned(model: nn.Module, state: ModelState, plan: Plan) -> PeftModel
     return attach_adapter(model, state, plan.adapter, plan.adapter_options)
 
 
+@in_turn
 def train(
     model: PeftModel,
     data: str | Path | Dataset | None = None,
@@ -214,6 +218,7 @@ def train(
         return result
 
 
+@in_turn
 def evaluate(
     model: nn.Module,
     data: str | Path | Dataset | HeldOut | None = None,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from ..capabilities import Cell
+from ..dependencies import in_turn
 from ..errors import MergeRefused, Problem
 from ..machine import this_machine
 from ..paths import INDEX
@@ -95,6 +96,7 @@ class OntoBase(Exporter):
         return found if data is None else found | under.checked(attached, folder, data)
 
 
+@in_turn
 def merge_onto(
     adapter: str | Path | PeftModel,
     base: str,

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..dependencies import in_turn
 from ..errors import ModelError, OutputError
 from ..folders.atomic import atomic_folder, put_back, refuse_occupied, refuse_overlap
 from ..inputs.documents import read_object
@@ -38,6 +39,7 @@ class BaseMismatchWarning(UserWarning):
     """An adapter is loaded onto a base that it was not trained on."""
 
 
+@in_turn
 def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, base: bool = True) -> Path:
     """Save the adapter to `path/adapter`, or, without one, the quantized base to `path`.
 
@@ -136,6 +138,7 @@ class AdapterFolder(Exporter):
         return {"size": Figure(sum(sizes) / 2**20, "MiB")}
 
 
+@in_turn
 @quiet
 def load(
     path: str | Path,
