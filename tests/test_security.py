@@ -231,6 +231,31 @@ def test_what_transformers_has_itself_needs_no_code(own_model: Path, marker: Pat
     assert not marker.exists()
 
 
+def test_a_chat_template_cannot_reach_python(tmp_path: Path, marker: Path) -> None:
+    shutil.copytree(small_model(), tmp_path / "m")
+    code = "''.__class__.__mro__[1].__subclasses__()"
+    template = "{{ %s }}{%% for m in messages %%}{{ m['content'] }}{%% endfor %%}" % code
+    (tmp_path / "m" / "chat_template.jinja").write_text(template)
+    data = tmp_path / "chats.jsonl"
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    data.write_text(json.dumps({"messages": chat}) + "\n")
+    shown = call("data", data, "--model", tmp_path / "m")
+    assert shown.returncode != 0
+    assert "not expected" not in shown.stderr, shown.stderr
+    assert "<class" not in shown.stdout + shown.stderr
+
+
+@pytest.mark.parametrize("tag", ["python/object/apply:os.system", "python/name:os.system"])
+def test_a_spec_makes_no_objects(tmp_path: Path, marker: Path, tag: str) -> None:
+    (tmp_path / "spec.yaml").write_text(f"backend: !!{tag} ['touch {marker}']\n")
+    with pytest.raises(qa.QuantadaptError):
+        qa.Spec.load(tmp_path / "spec.yaml")
+    (tmp_path / "plain.yaml").write_text("backend: none\n")
+    text = f"!!{tag} ['touch {marker}']"
+    assert qa.Spec.load(tmp_path / "plain.yaml", [f"model={text}"]).model == text
+    assert not marker.exists()
+
+
 # What is shown on a terminal ----------------------------------------------------------------------
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e[red]x[/red]"
@@ -277,7 +302,7 @@ def test_its_own_colours_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_data_names_and_errors_are_shown_as_they_are(tmp_path: Path, capsys) -> None:
     """Prompts, the names of folders and models, keys of a spec: as text, wherever they come out."""
-    model, out = tmp_path / f"m{EVIL.replace('/', '')}", tmp_path / f"run{EVIL.replace('/', '')}"
+    model, out = tmp_path / "m[red]x", tmp_path / "run[red]x"
     shutil.copytree(small_model(), model)
     data = tmp_path / "data.jsonl"
     rows = [{"prompt": f"{EVIL} {i}", "completion": f"{EVIL} {i}"} for i in range(8)]
@@ -292,6 +317,7 @@ def test_data_names_and_errors_are_shown_as_they_are(tmp_path: Path, capsys) -> 
         ("eval", out, "--data", data, "--json"),
         ("generate", out, "--prompt", EVIL),
         ("generate", tmp_path / EVIL.replace("/", ""), "--prompt", "x"),
+        ("plan", "--model", tmp_path / EVIL.replace("/", ""), "--data", EVIL),
     ]
     for arguments in calls:
         with pytest.raises(SystemExit) as ended:
