@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from quantadapt.errors import PlanRefused
-from quantadapt.registry import BrokenPlugin, PluginWarning, Provenance, Registry, discover
+from quantadapt.registry import BrokenPlugin, PluginWarning, Provenance, Registry, discover, trial
 from quantadapt.registry.doctor import diagnose
 
 
@@ -251,9 +251,8 @@ def test_a_hanging_import_is_left_behind(install, monkeypatch: pytest.MonkeyPatc
     assert 'qa_slow.py", line 2' in broken.details, "the stack says where it hangs"
     assert {"mine", "hqq"} <= {backend.name for backend in found.backends()}
     assert "slow" not in found.plugins
-    started = time.perf_counter()
+    monkeypatch.setattr(trial, "_tried", lambda *_: pytest.fail("that is remembered"))
     assert broken_one(discover(), "qa-slow").reason == broken.reason
-    assert time.perf_counter() - started < 0.4, "that is remembered"
 
 
 def test_one_that_hangs_here_alone_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,8 +326,6 @@ def test_an_unreadable_file_of_a_distribution(install, tmp_path: Path, file: str
 
 def test_a_plugin_that_works_is_tried_once(install, monkeypatch, tmp_path: Path) -> None:
     """Its verdict goes with its version and files; a trial takes as long as starting Python."""
-    from quantadapt.registry import trial
-
     tried: list[str] = []
     monkeypatch.setattr(
         trial, "_tried", lambda point, _: tried.append(point.name) or trial.Verdict(lasts=True)
