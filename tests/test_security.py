@@ -234,7 +234,9 @@ def test_what_transformers_has_itself_needs_no_code(own_model: Path, marker: Pat
 def test_a_chat_template_cannot_reach_python(tmp_path: Path, marker: Path) -> None:
     shutil.copytree(small_model(), tmp_path / "m")
     code = "''.__class__.__mro__[1].__subclasses__()"
-    template = "{{ %s }}{%% for m in messages %%}{{ m['content'] }}{%% endfor %%}" % code
+    template = "{{ CODE }}{% for m in messages %}{{ m['content'] }}{% endfor %}".replace(
+        "CODE", code
+    )
     (tmp_path / "m" / "chat_template.jinja").write_text(template)
     data = tmp_path / "chats.jsonl"
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
