@@ -272,7 +272,7 @@ def test_a_screen_obeys_nothing_that_it_is_given() -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from quantadapt.cli.screen import Screen
+    from quantadapt.showing.screen import Screen
 
     out = StringIO()
     screen = Screen(out, width=200)
@@ -293,7 +293,7 @@ def test_a_screen_obeys_nothing_that_it_is_given() -> None:
 def test_its_own_colours_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     from io import StringIO
 
-    from quantadapt.cli.screen import Screen
+    from quantadapt.showing.screen import Screen
 
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")

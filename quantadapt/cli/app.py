@@ -47,7 +47,7 @@ def _nothing() -> None:
 def add_plugin_commands(app: typer.Typer) -> None:
     """Let the installed plugins add theirs; one that fails is named and left out."""
     from ..registry.discovery import registry
-    from .screen import write
+    from ..showing.screen import write
 
     for implementation in registry().manager.hook.quantadapt_commands.get_hookimpls():
         try:

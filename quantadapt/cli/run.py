@@ -60,7 +60,7 @@ def run(flags: SpecFlags, json: JsonOption = False, gpus: GpusOption = 1) -> Non
 def _launch(flags: SpecFlags, json: bool, gpus: int) -> None:
     """Plan here, so that nothing is started in vain, and run this command line in processes."""
     from ..distributed.launching import launch
-    from .screen import write
+    from ..showing.screen import write
 
     with session(as_json=json):
         from ..planning.stage import plan

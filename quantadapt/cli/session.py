@@ -75,7 +75,7 @@ class Session:
 
     def print_json(self, value: object) -> None:
         """Print a JSON document; numbers that JSON cannot hold become null."""
-        from .screen import visible_json
+        from ..showing.screen import visible_json
 
         text = json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str)
         self.out.file.write(f"{visible_json(text)}\n")
@@ -179,7 +179,7 @@ def report_failure(
         log: returns the file that holds the traceback, if there is one, and keeps it.
     """
     from ..errors import Interrupted, QuantadaptError
-    from .screen import write
+    from ..showing.screen import write
 
     if os.environ.get(TRACEBACK, "") not in ("", "0"):
         write(stream, "".join(traceback.format_exception(error)))
@@ -240,7 +240,7 @@ def _of_main(stream: TextIO) -> TextIO:
 
 
 def _console(stream: TextIO) -> Console:
-    from .screen import Screen
+    from ..showing.screen import Screen
 
     return Screen(stream, _width(stream))
 

@@ -21,8 +21,8 @@ from ..planning.on_disk import quantization_of
 from ..protocols import Exporter, Figure
 from ..quantizing.state import ModelState, state_of
 from ..registry.discovery import registry
-from ..showing.quietly import quiet
 from ..remote_code import trusted, trusting
+from ..showing.quietly import quiet
 from ..stages import quantize
 from .adapter_files import check_adapter, peft_in_words, refuse_not_trained
 from .adapters import put_on, save_adapters

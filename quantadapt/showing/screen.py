@@ -30,8 +30,8 @@ class Screen(Console):
     """A console that prints all text through `visible`, in tables and progress bars as well. Its
     lines end between words; what is no terminal gets them whole."""
 
-    def __init__(self, file: TextIO, width: int | None = None) -> None:
-        super().__init__(file=file, highlight=False, width=width, emoji=False)
+    def __init__(self, file: TextIO, width: int | None = None, **options: Any) -> None:
+        super().__init__(file=file, highlight=False, width=width, emoji=False, **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
         """As a Console does. Text that wraps softly is broken between words on a terminal."""
