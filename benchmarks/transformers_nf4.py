@@ -16,6 +16,7 @@ def transformers_nf4(path: Path, device: str, dtype: torch.dtype = torch.bfloat1
         path,
         dtype=dtype,
         device_map={"": device},
+        trust_remote_code=False,
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

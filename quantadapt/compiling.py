@@ -7,6 +7,7 @@ each shape, so it is started in training only, and for weights that are large en
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ LEAST_BYTES = 2**19
 """Packed weights below this size are left to eager mode: starting a kernel costs more."""
 
 _active = False
-_dtype: torch.dtype | None = None
+"""While a model trains: backward runs in threads of autograd's, so this is for all threads."""
+_wanted = threading.local()
 _kernels: dict[Any, Callable[..., Any] | None] = {}
 
 
@@ -43,12 +45,18 @@ def results_in(dtype: torch.dtype) -> Iterator[None]:
     """Inside, a kernel of `one_kernel` also casts to `dtype` and lays the result out row by row:
     afterwards, that would be another pass through the weight. Eager mode leaves it to the caller.
     """
-    global _dtype
-    before, _dtype = _dtype, dtype
+    before = _dtype()
+    _wanted.dtype = dtype
     try:
         yield
     finally:
-        _dtype = before
+        _wanted.dtype = before
+
+
+def _dtype() -> torch.dtype | None:
+    """Return what `results_in` says in this thread."""
+    found: torch.dtype | None = getattr(_wanted, "dtype", None)
+    return found
 
 
 def one_kernel(
@@ -81,9 +89,9 @@ def _kernel(
 ) -> Callable[..., Any] | None:
     """Return the kernel, made now if kernels are; what training has compiled is there afterwards,
     too."""
-    key = (function, static, _dtype, tensors[0].device, *[(t.shape, t.dtype) for t in tensors])
+    key = (function, static, _dtype(), tensors[0].device, *[(t.shape, t.dtype) for t in tensors])
     if _active and key not in _kernels:
-        _kernels[key] = _compile(function, tensors, static, _dtype)
+        _kernels[key] = _compile(function, tensors, static, _dtype())
     return _kernels.get(key)
 
 

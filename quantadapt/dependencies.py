@@ -1,14 +1,18 @@
-"""Are the libraries of a backend or adapter there, new enough, and do they import?"""
+"""Are the libraries of a backend or adapter there, new enough, and do they import? And what keeps
+the state that they share in a process in order."""
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import wraps
 from importlib import import_module
 from io import StringIO
+from typing import Any, TypeVar
 
 from packaging.requirements import Requirement
 
@@ -63,6 +67,25 @@ def moved(libraries: tuple[str, ...], what: str, otherwise: str) -> TrainingErro
         f"install the {names} of constraints.txt, which this was tested with, or a newer quantadapt"
     )
     return TrainingError(f"{in_words(*libraries)} {what}: {otherwise}", fix=fix, where="train")
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+_TURN = threading.RLock()
+
+
+def in_turn(function: Function) -> Function:
+    """Let threads that call `function`, or others that are marked so, take turns.
+
+    While transformers loads and PEFT attaches, initializers and the default dtype are others for
+    the whole process; all draw from one random state. A call within a call goes on at once.
+    """
+
+    @wraps(function)
+    def turn(*args: Any, **kwargs: Any) -> Any:
+        with _TURN:
+            return function(*args, **kwargs)
+
+    return turn  # type: ignore[return-value]
 
 
 @contextmanager

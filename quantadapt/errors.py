@@ -7,6 +7,7 @@ what is wrong, why, and what to do about it. The command line prints `str(error)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,6 +17,18 @@ EXIT_FAILURE = 1
 EXIT_REFUSED = 2
 EXIT_OUT_OF_TIME = 124
 """`train.max_time` is over, as `timeout` has it."""
+
+
+OBEYED = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""What a terminal obeys: control characters but for tab and line feed, and those that set the
+direction of writing."""
+
+
+def visible(text: str) -> str:
+    """Return text with whatever a terminal would obey spelled out, as in a Python string."""
+    return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,7 @@ class Problem:
         head = f"{self.where}: {self.what}" if self.where else self.what
         if self.rule:
             head += f" [rule {self.rule}]"
-        return f"{head}\n    fix: {self.fix}" if self.fix else head
+        return visible(f"{head}\n    fix: {self.fix}" if self.fix else head)
 
 
 class QuantadaptError(Exception):

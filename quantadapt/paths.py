@@ -42,3 +42,25 @@ def path_problem(source: str) -> str:
         if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL):
             return (error.strerror or str(error)).lower()
     return ""
+
+
+def local_file(source: str, name: str) -> Path | None:
+    """Return where a file of a checkpoint is on this machine: in its folder, or, of a hub id, in
+    the hub's cache. None where it is not; nothing is downloaded."""
+    file = Path(source).expanduser() / name
+    if file.exists():
+        return file
+    if source.count("/") != 1 or is_local_path(source):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source, name)
+    return Path(found) if isinstance(found, str) else None
+
+
+def cache_folder() -> Path:
+    """Return where things are kept that can be made again: $QUANTADAPT_CACHE, or quantadapt in the
+    user's cache folder. It need not be there yet."""
+    if cache := os.environ.get("QUANTADAPT_CACHE"):
+        return Path(cache)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantadapt"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import planning
 from .data.vocabulary import check_tokens
-from .dependencies import import_requirements
+from .dependencies import import_requirements, in_turn
 from .distributed.talking import peers_in_words, reduced, start
 from .distributed.world import as_launched, world
 from .errors import NumbersError, PlanRefused, QuantadaptError, TrainingError
@@ -33,6 +33,7 @@ from .quantizing.examples import calibration_examples
 from .quantizing.stage import load_tokenizer, quantize_plan, skip_for, with_config
 from .quantizing.state import state_of
 from .registry.discovery import registry
+from .remote_code import as_the_spec_says
 from .showing.python import display
 from .showing.quietly import quietly
 from .spec import Spec
@@ -80,6 +81,8 @@ class RunResult:
         return f"<RunResult {str(self.folder)!r}{''.join(f'; {word}' for word in words)}>"
 
 
+@in_turn
+@as_the_spec_says
 def run(
     spec: Spec | Plan,
     *,
@@ -250,9 +253,11 @@ class _Run:
 
     def write_start(self) -> None:
         self.folder.note_exports(planned.folder for planned in self.plan.exports)
-        # Without what only concerned this folder, so that the file runs again as it stands.
+        # Without what only concerned this folder, so that the file runs again as it stands; trust
+        # in code is asked for again: the folder may come from elsewhere then.
         train = self.spec.train.model_copy(update={"resume": False})
-        again = self.plan.resolved.model_copy(update={"overwrite": False, "train": train})
+        anew = {"overwrite": False, "trust_remote_code": False, "train": train}
+        again = self.plan.resolved.model_copy(update=anew)
         self.folder.write_text("spec.yaml", again.to_yaml())
         self.folder.write_json("plan.json", self.plan.to_dict())
         self.folder.write_environment(self.plan.backend.requires)

@@ -261,6 +261,9 @@ class Spec(_Strict):
     """One run."""
 
     model: str | None = Field(None, description="checkpoint folder or hub id; the demo if missing")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with the model; without it that is refused"
+    )
     backend: BackendSpec = Field(default_factory=lambda: BackendSpec(name="hqq"))
     adapter: AdapterSpec = Field(default_factory=lambda: AdapterSpec(name="lora"))
     objective: ObjectiveSpec = Field(default_factory=lambda: ObjectiveSpec(name="sft"))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import planning
+from .dependencies import in_turn
 from .errors import QuantadaptError
 from .planning.stage import Plan
 from .protocols import Given
@@ -35,6 +36,7 @@ _WHOLE = TrainSpec(parallel="ddp")
 """Whoever works stage by stage shards the base where they want to."""
 
 
+@in_turn
 def quantize(
     source: str | Path | nn.Module | None = None,
     backend: str = "hqq",
@@ -46,6 +48,7 @@ def quantize(
     skip_misfits: bool = False,
     new_modules: tuple[str, ...] | list[str] = (),
     unused_modules: tuple[str, ...] | list[str] = (),
+    trust_remote_code: bool = False,
     verbose: bool | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -65,6 +68,8 @@ def quantize(
         new_modules: module names that the checkpoint does not hold and that start at random, such
             as the head of a classifier; whatever else is missing is refused.
         unused_modules: module names that the checkpoint holds and the model has not.
+        trust_remote_code: run Python code that comes with the checkpoint; without it, one that
+            needs that is refused.
         verbose: whether to show progress; by default on a terminal and in a notebook.
         options: the backend's options, e.g. `bits=4`.
 
@@ -86,6 +91,7 @@ def quantize(
         skip_misfits=skip_misfits,
         new_modules=list(new_modules),
         unused_modules=list(unused_modules),
+        trust_remote_code=trust_remote_code,
         train=_WHOLE,
     )
     module = None if source is None or isinstance(source, str) else source
@@ -96,6 +102,7 @@ def quantize(
     return model
 
 
+@in_turn
 def attach(model: nn.Module, adapter: str = "lora", *, seed: int = 0, **options: Any) -> PeftModel:
     """Attach an untrained adapter to a model that `quantize` returned.
 
@@ -124,6 +131,7 @@ def attach_planned(model: nn.Module, state: ModelState, plan: Plan) -> PeftModel
     return attach_adapter(model, state, plan.adapter, plan.adapter_options)
 
 
+@in_turn
 def train(
     model: PeftModel,
     data: str | Path | Dataset | None = None,
@@ -210,6 +218,7 @@ def train(
         return result
 
 
+@in_turn
 def evaluate(
     model: nn.Module,
     data: str | Path | Dataset | HeldOut | None = None,

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from quantadapt.errors import PlanRefused
-from quantadapt.registry import BrokenPlugin, PluginWarning, Registry, discover
+from quantadapt.registry import BrokenPlugin, PluginWarning, Provenance, Registry, discover, trial
 from quantadapt.registry.doctor import diagnose
 
 
@@ -241,22 +241,30 @@ HANGS = {
 
 
 def test_a_hanging_import_is_left_behind(install, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread is let go at the end, so that it does not go on in the tests that follow."""
-    release = threading.Event()
-    monkeypatch.setattr(threading, "qa_release", release, raising=False)
     monkeypatch.setenv("QUANTADAPT_PLUGIN_TIMEOUT", "0.5")
-    install("qa-slow", "slow", "qa_slow", "import threading\nthreading.qa_release.wait(60)")
+    install("qa-slow", "slow", "qa_slow", HANGS["asleep"])
     install("qa-mine", "mine", "qa_mine", BACKEND.format(name="mine"))
-    try:
-        with pytest.warns(PluginWarning, match=r"slow \(qa-slow 1.2\).*QUANTADAPT_PLUGINS"):
-            found = discover()
-    finally:
-        release.set()
+    with pytest.warns(PluginWarning, match=r"slow \(qa-slow 1.2\).*QUANTADAPT_PLUGINS"):
+        found = discover()
     broken = broken_one(found, "qa-slow")
     assert broken.reason == "its import did not finish within 0.5 s"
-    assert "qa_release.wait(60)" in broken.details, "the stack says where it hangs"
+    assert 'qa_slow.py", line 2' in broken.details, "the stack says where it hangs"
     assert {"mine", "hqq"} <= {backend.name for backend in found.backends()}
     assert "slow" not in found.plugins
+    monkeypatch.setattr(trial, "_tried", lambda *_: pytest.fail("that is remembered"))
+    assert broken_one(discover(), "qa-slow").reason == broken.reason
+
+
+def test_one_that_hangs_here_alone_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread is let go at the end, so that it does not go on in the tests that follow."""
+    release, found = threading.Event(), discover()
+    monkeypatch.setenv("QUANTADAPT_PLUGIN_TIMEOUT", "0.5")
+    try:
+        with pytest.warns(PluginWarning, match="slow: its import did not finish within 0.5 s"):
+            found.add("slow", lambda: release.wait(60), Provenance("slow"))
+    finally:
+        release.set()
+    assert "release.wait(60)" in found.broken[-1].details
 
 
 @pytest.mark.parametrize("how", HANGS)
@@ -266,6 +274,72 @@ def test_the_command_line_works_beside_a_hanging_plugin(install, tmp_path, how: 
     assert "hqq" in shown.stdout
     assert "its import did not finish within 0.5 s" in shown.stderr
     assert "or name the plugins to load in QUANTADAPT_PLUGINS" in shown.stderr
+
+
+KILLS = {
+    "exits": ("import os\nos._exit(0)", "its import ends Python"),
+    "exits later": (backends("import os; os._exit(3)"), "its import ends Python"),
+    "leaves": ("import sys\nsys.exit(0)", "SystemExit: 0 (qa_kills.py, line 2)"),
+    "crashes": (
+        "import ctypes\nctypes.string_at(0)",
+        "its import crashes Python (signal 11)",
+    ),
+    "moves": (f"import os\nos.chdir('/')\n{textwrap.dedent(BACKEND.format(name='moved'))}",
+              "its import changes the working directory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", KILLS)
+def test_a_plugin_cannot_take_the_command_down(install, tmp_path: Path, how: str) -> None:
+    source, reason = KILLS[how]
+    install("qa-kills", "kills", "qa_kills", source)
+    shown = call(tmp_path, "backends", "--json")
+    assert "hqq" in {row["name"] for row in json.loads(shown.stdout)}
+    told = call(tmp_path, "doctor", "--no-imports").stdout
+    assert f"kills (qa-kills 1.2) is broken: {reason}" in told
+
+
+def test_what_a_plugin_prints_is_no_result(install, tmp_path: Path) -> None:
+    source = "import os\nprint('hello')\nos.write(1, b'deep')\n" + textwrap.dedent(BACKEND)
+    install("qa-loud", "loud", "qa_loud", source.format(name="loud"))
+    shown = call(tmp_path, "backends", "--json")
+    assert "loud" in {row["name"] for row in json.loads(shown.stdout)}
+    told = call(tmp_path, "doctor", "--no-imports").stdout
+    assert "loud (qa-loud 1.2): it writes to stdout while it is imported" in told
+
+
+@pytest.mark.parametrize("file", ["entry_points.txt", "METADATA"])
+def test_an_unreadable_file_of_a_distribution(install, tmp_path: Path, file: str) -> None:
+    install("qa-torn", "torn", "qa_torn", BACKEND.format(name="torn"))
+    (tmp_path / "qa_torn-1.2.dist-info" / file).write_bytes(b"\xff\xfe\x00[quantadapt\x80")
+    shown = call(tmp_path, "backends", "--json")
+    assert "hqq" in {row["name"] for row in json.loads(shown.stdout)}
+    if file == "METADATA":
+        return
+    told = call(tmp_path, "doctor", "--no-imports").stdout
+    assert "(qa-torn 1.2) is broken: its entry_points.txt cannot be read" in told
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        call(tmp_path, "run", "--backend", "none")  # which torch cannot be imported for
+    assert "(qa-torn 1.2): its entry_points.txt cannot be read" in caught.value.stderr
+    assert "fix: install that again" in caught.value.stderr
+
+
+def test_a_plugin_that_works_is_tried_once(install, monkeypatch, tmp_path: Path) -> None:
+    """Its verdict goes with its version and files; a trial takes as long as starting Python."""
+    tried: list[str] = []
+    monkeypatch.setattr(
+        trial, "_tried", lambda point, _: tried.append(point.name) or trial.Verdict(lasts=True)
+    )
+    install("qa-mine", "mine", "qa_mine", BACKEND.format(name="mine"))
+    for _ in range(3):
+        assert discover().backend("mine").name == "mine"
+    assert tried == ["mine"]
+    (tmp_path / "qa_mine.py").write_text(textwrap.dedent(BACKEND.format(name="mine")) + "# new")
+    discover()
+    assert tried == ["mine", "mine"]
+    (tmp_path / "qa_mine-1.2.dist-info").rename(tmp_path / "qa_mine-1.3.dist-info")
+    discover()
+    assert tried == ["mine"] * 3
 
 
 def test_the_doctor_names_what_hangs(install, tmp_path: Path) -> None:
@@ -285,9 +359,10 @@ def test_help_waits_for_no_plugin(install, tmp_path: Path) -> None:
 
 def call(site: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, with the distributions in `site`."""
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, "-m", "quantadapt.cli", *arguments],
-        env={**os.environ, "PYTHONPATH": str(site), **environment},
+        env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
         timeout=60,
@@ -336,8 +411,6 @@ def test_no_time_limit_is_a_time_limit_too(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_loading_costs_next_to_nothing(install) -> None:
     """A thread for each plugin is a matter of microseconds."""
-    from quantadapt.registry import Provenance
-
     found = discover()
     started = time.process_time()
     for index in range(100):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from quantadapt.calibration import LayerInputs, walk_blocks
 from quantadapt.errors import ModelError, OutputError
 from quantadapt.loading import from_pretrained, linear_layers, set_submodule, skipped_modules
+from quantadapt.paths import cache_folder
 from quantadapt_aqlm import additive
 
 if TYPE_CHECKING:
@@ -194,10 +195,7 @@ class WorkFolder:
 def _root(quantizer: AQLM) -> Path:
     if quantizer.work_folder:
         return Path(quantizer.work_folder).expanduser()
-    if cache := os.environ.get("QUANTADAPT_CACHE"):
-        return Path(cache) / "aqlm"
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "quantadapt" / "aqlm"
+    return cache_folder() / "aqlm"
 
 
 def _key(

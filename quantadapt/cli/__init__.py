@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         sys.stdout.write(f"quantadapt {__version__}\n")
         raise SystemExit(0)
+    # It reads every entry_points.txt there is, and one that is torn would end each command.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     from .app import run_app
 
     run_app(arguments)

@@ -47,10 +47,11 @@ def _nothing() -> None:
 def add_plugin_commands(app: typer.Typer) -> None:
     """Let the installed plugins add theirs; one that fails is named and left out."""
     from ..registry.discovery import registry
+    from ..showing.screen import write
 
     for implementation in registry().manager.hook.quantadapt_commands.get_hookimpls():
         try:
             implementation.function(*[app for _ in implementation.argnames])
         except Exception as error:
             text = f"plugin {implementation.plugin_name} could not add its commands: {error!r}"
-            print(text, file=sys.stderr)
+            write(sys.stderr, f"{text}\n")

@@ -243,7 +243,10 @@ def _after_list(shown: Session, name: str) -> None:
 
 
 def _show(shown: Session, facts: Mapping[str, Any], *lines: tuple[str, str]) -> None:
-    shown.out.print(f"[bold]{facts['name']}[/bold]  {facts['summary']}\n", soft_wrap=True)
+    from rich.markup import escape
+
+    name, summary = (escape(str(facts[key])) for key in ("name", "summary"))
+    shown.out.print(f"[bold]{name}[/bold]  {summary}\n", soft_wrap=True)
     for key, value in (*lines, ("plugin", facts["plugin"])):
         shown.out.print(f"  {key:<12} {value}", markup=False, soft_wrap=True)
     options = facts["options"]

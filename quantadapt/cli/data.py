@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import PlanRefused
+from ..remote_code import code_problems, trusting
 from .commands import add
-from .flags import JsonOption
+from .flags import JsonOption, TrustOption
 from .session import Session, session
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def data(
             metavar="OURS=YOURS", help="As data.columns, e.g. prompt=question. May be repeated."
         ),
     ] = None,
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Show what is learnt of a data file, and what is cut or dropped.
@@ -56,11 +59,13 @@ def data(
     Examples are printed as the model will see them; what is learnt is green, and stands behind the
     word learnt. Then come the counts.
     """
-    with session(as_json=json) as shown:
+    with session(as_json=json) as shown, trusting(trust_remote_code):
         from .. import demo
         from .models import waiting
 
         spec = _spec(file, max_length, format, column or [])
+        if problems := code_problems(model or ""):
+            raise PlanRefused(problems)
         with waiting(shown, "reading"):
             from ..data.reading import look
             from ..quantizing.stage import load_tokenizer
@@ -108,18 +113,10 @@ def _print_example(
     head = f"{where}   {len(ids):,} tokens, {sum(mask):,} of them learnt"
     shown.out.print(Text(head, style="bold"), soft_wrap=True)
     for learnt, stretch in groupby(zip(ids, mask, strict=True), key=lambda pair: bool(pair[1])):
-        text = _visible(tokenizer.decode([token for token, _ in stretch]))
+        text = tokenizer.decode([token for token, _ in stretch])
         for index, line in enumerate(text.split("\n")):
             label = "" if index else "learnt" if learnt else "given"
             style = "green" if learnt else "dim"
             printed = Text(f"  {label:<6} | ", style="dim") + Text(line, style=style)
             shown.out.print(printed, soft_wrap=True)
     shown.out.print()
-
-
-def _visible(text: str) -> str:
-    """Return text in which control characters, but for line breaks, are spelled out."""
-    return "".join(
-        char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode()
-        for char in text
-    )

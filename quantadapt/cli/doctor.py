@@ -141,7 +141,8 @@ def _plugin(shown: Session, plugin: PluginHealth) -> None:
         text = f"{plugin.origin} is slow: its import takes {plugin.seconds:.1f} s"
         _line(shown, plugin.name, text, fix)
     else:
-        _line(shown, plugin.name, plugin.origin)
+        text = f"{plugin.origin}: {plugin.remark}" if plugin.remark else plugin.origin
+        _line(shown, plugin.name, text)
 
 
 def _backend(shown: Session, backend: BackendHealth) -> None:

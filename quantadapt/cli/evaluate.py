@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..folders.metrics import direction, label, with_unit
+from ..remote_code import trusting
 from .commands import add
-from .flags import DeviceOption, JsonOption
+from .flags import DeviceOption, JsonOption, TrustOption
 from .session import session
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 8,
     max_new_tokens: MaxNewTokensOption = 64,
     device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Measure a model, a run or an adapter.
@@ -79,7 +81,7 @@ def evaluate(
     By default its perplexity. A checkpoint is measured as it is; a run or adapter together with the
     quantized base that it was trained on.
     """
-    with session(as_json=json) as shown:
+    with session(as_json=json) as shown, trusting(trust_remote_code):
         from ..planning.stage import evaluators
         from .models import held_out_of, open_model, waiting
 
@@ -141,13 +143,14 @@ def generate(
     ],
     max_new_tokens: MaxNewTokensOption = 64,
     device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Answer a prompt greedily.
 
     The answer goes to stdout, all else to stderr.
     """
-    with session(as_json=json) as shown:
+    with session(as_json=json) as shown, trusting(trust_remote_code):
         from .models import open_model, waiting
 
         prompts = [sys.stdin.read().strip() if text == "-" else text for text in prompt]

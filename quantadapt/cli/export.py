@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..remote_code import trusting
 from .commands import add
-from .flags import DeviceOption, JsonOption
+from .flags import DeviceOption, JsonOption, TrustOption
 from .session import Session, session
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def export(
     calibration: CalibrationOption = None,
     overwrite: OverwriteOption = False,
     device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Write a tuned model in another form.
@@ -77,7 +79,7 @@ def export(
     Whatever a run can export can be written later from its folder. An export that a rule forbids
     is refused, with the reason and the way out.
     """
-    with session(as_json=json) as shown:
+    with session(as_json=json) as shown, trusting(trust_remote_code):
         from dataclasses import asdict
 
         from ..planning.exports import export_of

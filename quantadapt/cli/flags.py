@@ -48,6 +48,14 @@ GpusOption = Annotated[
         rich_help_panel=_WHERE,
     ),
 ]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the model; without it that is refused.",
+        rich_help_panel=_WHERE,
+    ),
+]
 DtypeOption = Annotated[
     str | None,
     typer.Option(
@@ -143,14 +151,14 @@ class SpecFlags:
     ] = None
     device: DeviceOption = None
     dtype: DtypeOption = None
+    trust_remote_code: TrustOption = False
 
     def spec(self) -> Spec:
         """Return the spec. Raises SpecError with every mistake."""
         from ..errors import SpecError
-        from ..plain_yaml import read_yaml
         from ..spec import Spec, apply_overrides
 
-        values = read_yaml(self.config) if self.config else {}
+        values = _read(self.config) if self.config else {}
         for name, key in _KEYS.items():
             given = getattr(self, name)
             if given is not None and given is not False:
@@ -163,6 +171,18 @@ class SpecFlags:
             return Spec(**values)
         except SpecError as error:
             raise SpecError([*error.problems, *_of_the_rest(values, error.problems)]) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return what a YAML file says. That of a run folder, which may come from elsewhere, cannot say
+    that code is trusted."""
+    from ..folders.run_folder import MARKER
+    from ..plain_yaml import read_yaml
+
+    values = read_yaml(file)
+    if (file.parent / MARKER).exists():
+        values.pop("trust_remote_code", None)
+    return values
 
 
 def _of_the_rest(values: Mapping[str, Any], known: Iterable[Problem]) -> list[Problem]:
@@ -210,6 +230,7 @@ _KEYS = {
     "merge": "export.merge",
     "device": "device",
     "dtype": "dtype",
+    "trust_remote_code": "trust_remote_code",
 }
 
 

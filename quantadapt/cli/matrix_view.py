@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from .session import Session
 
 if TYPE_CHECKING:
@@ -63,8 +65,8 @@ def show_verified(shown: Session, part: Verified) -> None:
     shown.out.print()
     _print_tables(shown, f"Verified, on {part.origin}", cells, words)
     for (title, dtype), group in variants(part).items():
-        texts = ", ".join(f"{cell.adapter} {_verified_word(cell)}" for cell in group)
-        shown.out.print(f"{title} in {dtype}: {texts}", soft_wrap=True)
+        texts = ", ".join(f"{escape(cell.adapter)} {_verified_word(cell)}" for cell in group)
+        shown.out.print(f"{escape(title)} in {dtype}: {texts}", soft_wrap=True)
     shown.out.print(NUMBER, style="dim")
     for line in unwell(part):
         style = "dim" if line.startswith("not run") else "red"
@@ -133,9 +135,9 @@ def _table(
 
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
     for head in ("", *adapters):
-        table.add_column(head, no_wrap=True)
+        table.add_column(escape(head), no_wrap=True)
     for backend in backends:
         row = [words.get((backend, adapter), "") for adapter in adapters]
         if any(row):
-            table.add_row(backend, *row)
+            table.add_row(escape(backend), *row)
     return table

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..errors import Problem
+from ..remote_code import trusting
 from .commands import add
 from .export import CalibrationOption, DataOption, OverwriteOption, RunArgument, written
-from .flags import DeviceOption, JsonOption
+from .flags import DeviceOption, JsonOption, TrustOption
 from .session import Session, session
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def merge(
     ] = True,
     overwrite: OverwriteOption = False,
     device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Merge a trained adapter into its base.
@@ -70,7 +72,7 @@ def merge(
     --onto merges into the unquantized model that the base was made from, in the memory of one
     shard.
     """
-    with session(as_json=json) as shown:
+    with session(as_json=json) as shown, trusting(trust_remote_code):
         from ..planning.exports import MERGES, export_of
         from ..planning.on_disk import check_model
         from .models import check_export, checked_output, inputs_of

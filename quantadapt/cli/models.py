@@ -21,6 +21,7 @@ from ..folders.atomic import (
 from ..folders.lock import refuse_in_use
 from ..inputs.documents import read_object
 from ..paths import path_problem
+from ..remote_code import trusted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +39,8 @@ def waiting(shown: Session, text: str) -> Iterator[None]:
     started = time.perf_counter()
     with spinner(shown.progress, text):
         yield
-    shown.err.print(f"{text}: {time.perf_counter() - started:.1f} s", style="dim", soft_wrap=True)
+    took = f"{text}: {time.perf_counter() - started:.1f} s"
+    shown.err.print(took, style="dim", markup=False, soft_wrap=True)
 
 
 def open_model(path: str, device: str | None) -> nn.Module:
@@ -55,15 +57,14 @@ def open_model(path: str, device: str | None) -> nn.Module:
         raise ModelError(f"{path!r} is no path: {found}", fix="check the path")
     folder = put_back(path)
     ours = any((folder / name / MANIFEST).exists() for name in (".", ADAPTER, MERGED))
-    if ours:
-        return load(folder, device=device or "auto")
-    if adapter_in(folder) is not None:
-        return load(folder, device=device or "auto")  # says what it misses
+    if ours or adapter_in(folder) is not None:  # `load` says what it misses
+        return load(folder, device=device or "auto", trust_remote_code=trusted())
     if problems := check_model(path):
         raise PlanRefused(problems)
     config = quantization_of(str(folder))
     backend = "none" if config is None else _backend_of(config, path)
-    return quantize(str(folder) if folder.exists() else path, backend, device=device or "auto")
+    source = str(folder) if folder.exists() else path
+    return quantize(source, backend, device=device or "auto", trust_remote_code=trusted())
 
 
 def _backend_of(config: dict[str, Any], path: str) -> str:

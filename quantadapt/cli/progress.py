@@ -107,7 +107,7 @@ def _figures(evaluations: Mapping[str, Mapping[str, Measured]], colour: str) -> 
         ]
         if any(cells):
             style = f"bold {colour}" if model == "tuned" else ""
-            table.add_row(f"{model}: {text}", *cells, style=style)
+            table.add_row(f"{model}: {text}", *map(escape, cells), style=style)
     return table
 
 

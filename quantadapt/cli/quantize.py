@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .commands import add
-from .flags import DeviceOption, DtypeOption, JsonOption
+from .flags import DeviceOption, DtypeOption, JsonOption, TrustOption
 from .session import session
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def quantize(
     ] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    trust_remote_code: TrustOption = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model that quantadapt wrote there.")
     ] = False,
@@ -67,7 +68,8 @@ def quantize(
         from ..quantizing.stage import with_config
         from .models import checked_output, waiting
 
-        given = {"device": device, "dtype": dtype, "skip_misfits": skip_misfits or None}
+        given: dict[str, Any] = {"device": device, "dtype": dtype}
+        given |= {"skip_misfits": skip_misfits, "trust_remote_code": trust_remote_code}
         spec = _spec(model, backend, set_ or [], **given)
         with checked_output(output, overwrite, (model, calibration)):
             made = with_config(plan(spec, check_output=False))

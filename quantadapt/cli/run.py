@@ -60,6 +60,7 @@ def run(flags: SpecFlags, json: JsonOption = False, gpus: GpusOption = 1) -> Non
 def _launch(flags: SpecFlags, json: bool, gpus: int) -> None:
     """Plan here, so that nothing is started in vain, and run this command line in processes."""
     from ..distributed.launching import launch
+    from ..showing.screen import write
 
     with session(as_json=json):
         from ..planning.stage import plan
@@ -71,7 +72,7 @@ def _launch(flags: SpecFlags, json: bool, gpus: int) -> None:
         raise SystemExit(report_failure(error, sys.stderr)) from None
     if failure is not None:
         _note_failure(_folder(made))
-        sys.stderr.write(f"process {failure.rank} of {gpus} failed:\n{failure.text}\n")
+        write(sys.stderr, f"process {failure.rank} of {gpus} failed:\n{failure.text}\n")
         raise SystemExit(failure.exit_code)
 
 

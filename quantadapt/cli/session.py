@@ -27,7 +27,6 @@ from .quiet import Quiet
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
 INTERRUPTED = 130
 _SPACE, _RIGHTS = "free space on that disk, or use another", "make it readable and writable"
@@ -76,8 +75,10 @@ class Session:
 
     def print_json(self, value: object) -> None:
         """Print a JSON document; numbers that JSON cannot hold become null."""
+        from ..showing.screen import visible_json
+
         text = json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str)
-        self.out.file.write(f"{text}\n")
+        self.out.file.write(f"{visible_json(text)}\n")
 
     def move_log(self, path: Path) -> None:
         """Log into `path` from now on."""
@@ -178,33 +179,37 @@ def report_failure(
         log: returns the file that holds the traceback, if there is one, and keeps it.
     """
     from ..errors import Interrupted, QuantadaptError
+    from ..showing.screen import write
 
     if os.environ.get(TRACEBACK, "") not in ("", "0"):
-        stream.write("".join(traceback.format_exception(error)))
+        write(stream, "".join(traceback.format_exception(error)))
     if isinstance(error, Interrupted):
-        stream.write(f"Interrupted {error}.\n")
+        write(stream, f"Interrupted {error}.\n")
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         stream.write("Interrupted.\n")
         return INTERRUPTED
     if isinstance(error, QuantadaptError):
-        stream.write(f"Error: {error}\n")
+        write(stream, f"Error: {error}\n")
         if error.exit_code == 1 and (kept := log()):
-            stream.write(f"Details are in {kept}\n")
+            write(stream, f"Details are in {kept}\n")
         return error.exit_code
     kept = log()
     place = f"the traceback is in {kept}" if kept else f"{TRACEBACK}=1 shows the traceback"
     reason = " ".join(str(error).split())[:300]
-    stream.write(
+    write(
+        stream,
         f"Error: {type(error).__name__}: {reason}\n"
-        f"This was not expected; {place}. Please report it together with that file.\n"
+        f"This was not expected; {place}. Please report it together with that file.\n",
     )
     return 1
 
 
 def _report(shown: Session, error: BaseException) -> int:
-    from ..errors import QuantadaptError
+    from ..errors import PluginError, QuantadaptError
 
+    if isinstance(error, UnicodeDecodeError) and (torn := _torn()):
+        error = PluginError(f"{torn}, which torch and others read", fix="install that again")
     expected = isinstance(error, KeyboardInterrupt | QuantadaptError)
     if not expected or error.__cause__ is not None:
         shown.quiet.write_log("".join(traceback.format_exception(error)))
@@ -212,6 +217,13 @@ def _report(shown: Session, error: BaseException) -> int:
     if shown.as_json:
         shown.print_json(_error_document(error, code))
     return code
+
+
+def _torn() -> str:
+    """Return which installed distribution spoils the list of all entry points, and why."""
+    from ..registry.discovery import torn_distributions
+
+    return next((f"{torn.provenance}: {torn.reason}" for torn in torn_distributions()), "")
 
 
 def _error_document(error: BaseException, code: int) -> dict[str, Any]:
@@ -228,46 +240,9 @@ def _of_main(stream: TextIO) -> TextIO:
 
 
 def _console(stream: TextIO) -> Console:
-    """Return a console whose lines end between words. What is no terminal gets them whole."""
-    from rich.console import Console
-    from rich.text import Text
+    from ..showing.screen import Screen
 
-    class WholeWords(Console):
-        def print(self, *objects: Any, **options: Any) -> None:
-            if options.get("soft_wrap") and self.is_terminal:
-                objects = tuple(
-                    self.render_str(text, markup=options.get("markup", True))
-                    if isinstance(text, str)
-                    else text
-                    for text in objects
-                )
-                objects = tuple(
-                    between_words(text, self.width) if isinstance(text, Text) else text
-                    for text in objects
-                )
-            super().print(*objects, **options)
-
-    return WholeWords(file=stream, highlight=False, width=_width(stream), emoji=False)
-
-
-def between_words(text: Text, width: int) -> Text:
-    """Return `text` in lines of at most `width` that end between words and begin as far in as the
-    line that they come from. A word that is longer, such as a path, is a line of its own."""
-    from rich.text import Text
-
-    made: list[Text] = []
-    for line in text.split("\n", allow_blank=True):
-        indent = len(line.plain) - len(line.plain.lstrip())
-        starts, begin = list[int](), 0
-        for word in re.finditer(r"\S+", line.plain):
-            room = width - (indent if starts else 0)
-            if word.end() - begin > room and word.start() > max(begin, indent):
-                starts.append(begin := word.start())
-        first, *others = line.divide(starts)
-        made += [first, *(Text(" " * indent) + other for other in others)]
-    for line in made:
-        line.rstrip()
-    return Text("\n").join(made)
+    return Screen(stream, _width(stream))
 
 
 def _width(stream: TextIO) -> int | None:

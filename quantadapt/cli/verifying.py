@@ -120,7 +120,7 @@ class VerifyDisplay:
     def on_job(self, facts: Mapping[str, Any]) -> None:
         """A process begins."""
         job: Job = facts["job"]
-        self._bars[_key(job)] = self._live.add_task(job.title, total=None, test="starting")
+        self._bars[_key(job)] = self._live.add_task(escape(job.title), total=None, test="starting")
 
     def on_test(self, facts: Mapping[str, Any]) -> None:
         """A process began with a test."""

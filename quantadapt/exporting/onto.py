@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from ..capabilities import Cell
+from ..dependencies import in_turn
 from ..errors import MergeRefused, Problem
 from ..machine import this_machine
 from ..paths import INDEX
@@ -26,6 +27,7 @@ from ..planning.refusals import onto_refusals
 from ..protocols import Exporter, Figure
 from ..records import Adapter, Backend
 from ..registry.discovery import registry
+from ..remote_code import trusting
 from ..stages import held_out_data
 from .adapter_files import check_adapter, refuse_not_trained
 from .adapters import put_on
@@ -94,6 +96,7 @@ class OntoBase(Exporter):
         return found if data is None else found | under.checked(attached, folder, data)
 
 
+@in_turn
 def merge_onto(
     adapter: str | Path | PeftModel,
     base: str,
@@ -103,6 +106,7 @@ def merge_onto(
     check: bool = True,
     device: str = "auto",
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Merge an adapter onto an unquantized base and write `path/merged`, shard by shard.
 
@@ -115,6 +119,7 @@ def merge_onto(
             into place. Runs both models with their layers on disk.
         device: where layers are merged and the check runs: auto, cpu, cuda, ...
         overwrite: replace an earlier `merged`.
+        trust_remote_code: run Python code that comes with the checkpoint.
 
     Returns:
         kind ("onto"), base, layers (how many were merged), and with `check` kl (nats per token),
@@ -131,8 +136,9 @@ def merge_onto(
         data=lambda own: held_out_data(data, own, tuned.manifest.get("max_length")),
     )
     exporter = OntoBase(base=base, check=check)
-    check_onto(tuned.manifest, exporter)
-    found = write(exporter, tuned, Path(path) / MERGED, overwrite=overwrite)
+    with trusting(trust_remote_code):
+        check_onto(tuned.manifest, exporter)
+        found = write(exporter, tuned, Path(path) / MERGED, overwrite=overwrite)
     values = {name: figure.value for name, figure in found.items()}
     return {"kind": "onto", "base": os.path.expanduser(base), **values}
 
@@ -216,7 +222,7 @@ def _untie(folder: Path, config: Any) -> None:
 
 def _copy_rest(source: Path, adapter: Path, folder: Path) -> None:
     """Copy config and tokenizer; the adapter's tokenizer wins over the base's."""
-    wanted = {".json", ".txt", ".model", ".jinja"}
+    wanted = {".json", ".txt", ".model", ".jinja", ".py"}  # code of the model's own, too
     files = [f for f in source.iterdir() if f.suffix in wanted and f.name not in (INDEX, MANIFEST)]
     files += [f for f in adapter.iterdir() if "token" in f.name or f.suffix == ".jinja"]
     for file in files:

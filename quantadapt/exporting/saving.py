@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..dependencies import in_turn
 from ..errors import ModelError, OutputError
 from ..folders.atomic import atomic_folder, put_back, refuse_occupied, refuse_overlap
 from ..inputs.documents import read_object
@@ -20,6 +21,7 @@ from ..planning.on_disk import quantization_of
 from ..protocols import Exporter, Figure
 from ..quantizing.state import ModelState, state_of
 from ..registry.discovery import registry
+from ..remote_code import trusted, trusting
 from ..showing.quietly import quiet
 from ..stages import quantize
 from .adapter_files import check_adapter, peft_in_words, refuse_not_trained
@@ -37,6 +39,7 @@ class BaseMismatchWarning(UserWarning):
     """An adapter is loaded onto a base that it was not trained on."""
 
 
+@in_turn
 def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, base: bool = True) -> Path:
     """Save the adapter to `path/adapter`, or, without one, the quantized base to `path`.
 
@@ -135,9 +138,14 @@ class AdapterFolder(Exporter):
         return {"size": Figure(sum(sizes) / 2**20, "MiB")}
 
 
+@in_turn
 @quiet
 def load(
-    path: str | Path, *, base: str | nn.Module | None = None, device: str = "auto"
+    path: str | Path,
+    *,
+    base: str | nn.Module | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load what `save`, `merge` or a run wrote.
 
@@ -146,13 +154,19 @@ def load(
         base: put the adapter onto this base instead of the recorded one: a path, which is quantized
             as recorded, or a model from `quantize`. A base other than recorded warns.
         device: auto, cpu, cuda, ...
+        trust_remote_code: run Python code that comes with the model. It has to be said at each
+            call; what the folder says of it does not count.
 
     Raises:
-        ModelError: there is nothing to load.
+        ModelError: there is nothing to load. PlanRefused: it needs code of its own.
     """
     if problem := path_problem(str(path)):
         raise ModelError(f"{path} is no path: {problem}", fix="check the path")
-    folder = put_back(path)
+    with trusting(trust_remote_code):
+        return _load(put_back(path), base, device)
+
+
+def _load(folder: Path, base: str | nn.Module | None, device: str) -> nn.Module:
     if (adapter := adapter_in(folder)) is not None:
         tuned: nn.Module = _load_adapter(adapter, base, device)
         return tuned
@@ -169,7 +183,7 @@ def _load_whole(folder: Path, device: str) -> nn.Module:
     """Load a saved base or merged model."""
     quantized = "quantization_config" in _config(folder)
     manifest = read_manifest(folder)
-    return quantize(
+    return _quantized(
         str(folder),
         manifest["backend"] if quantized else "none",
         device=device,
@@ -206,7 +220,7 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
         model = load_base(folder.parent / BASE, device)
     elif base is None or isinstance(base, str):
         _refuse_missing_base(base or manifest["base"], folder)
-        model = quantize(
+        model = _quantized(
             base or manifest["base"],
             manifest["backend"],
             device=device,
@@ -233,6 +247,11 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
     state.adapter_options = dict(manifest["adapter_options"])
     state.max_length = manifest.get("max_length")
     return peft_model
+
+
+def _quantized(source: str, backend: str, **options: Any) -> nn.Module:
+    """`quantize`, with code of the checkpoint if whoever loads this trusts that."""
+    return quantize(source, backend, trust_remote_code=trusted(), **options)
 
 
 def _refuse_missing_base(base: str, adapter: Path) -> None:

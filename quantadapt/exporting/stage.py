@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import planning
 from ..capabilities import Merge
+from ..dependencies import in_turn
 from ..errors import MergeRefused, ModelError, Problem
 from ..folders.atomic import atomic_folder, refuse_occupied, refuse_overlap
 from ..planning.exports import MERGES, MergeKind, PlannedExport
@@ -246,6 +247,7 @@ def merge_words(figures: Mapping[str, Figure]) -> str:
     return ", ".join(facts)
 
 
+@in_turn
 @quiet
 def merge(
     model: PeftModel,

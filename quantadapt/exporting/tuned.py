@@ -16,6 +16,7 @@ from ..planning.memory import MERGE_IN_LESS
 from ..protocols import Figure
 from ..quantizing.stage import find_tokenizer
 from ..quantizing.state import state_of
+from ..remote_code import trusted
 from .manifest import read_manifest
 from .saving import load, save
 
@@ -58,7 +59,7 @@ class Tuned:
         """The base with its adapter; loaded if it is not in memory. Leave it as it is."""
         if self.live is not None:
             return self.live
-        model: Any = load(self.adapter, device=self.device)
+        model: Any = load(self.adapter, device=self.device, trust_remote_code=trusted())
         return model  # type: ignore[no-any-return]
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .layer import QuantLinear
 
-_recomputing = False
+_local = threading.local()
 
 
 @contextmanager
@@ -21,17 +22,17 @@ def recomputing() -> Iterator[None]:
 
     For gradient checkpointing, where backward follows at once; elsewhere all weights would pile up.
     """
-    global _recomputing
-    before, _recomputing = _recomputing, True
+    before = is_recomputing()
+    _local.recomputing = True
     try:
         yield
     finally:
-        _recomputing = before
+        _local.recomputing = before
 
 
 def is_recomputing() -> bool:
-    """Say whether a forward is done again for a backward that follows at once."""
-    return _recomputing
+    """Say whether this thread does a forward again for a backward that follows at once."""
+    return getattr(_local, "recomputing", False)
 
 
 class Frozen(torch.autograd.Function):

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -39,9 +40,11 @@ def reading_ahead(device: str) -> Iterator[None]:
     from transformers import core_model_loading as transformers_loading
 
     spawn: Any = getattr(transformers_loading, "spawn_materialize", None)
-    reader, calls = ReadAhead(device), count()
+    reader, calls, mine = ReadAhead(device), count(), get_ident()
 
     def materialize(pool: Any, source: Any, device: Any, dtype: Any = None, **kw: Any) -> Any:
+        if get_ident() != mine:  # somebody else loads a model meanwhile
+            return spawn(pool, source, device, dtype, **kw)
         next(calls)
         if pool is not None:  # nothing is quantized, and transformers' threads read
             return spawn(pool, source, device, dtype, **kw)

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ModelError, Problem, QuantadaptError
+from ..errors import ModelError, PlanRefused, Problem, QuantadaptError
 from ..inputs.documents import reason
 from ..inputs.model_config import config_problems
 from ..inputs.weights import refuse_pickles
 from ..model.linears import as_linear, is_conv1d, other_linears
 from ..model.numbers import refuse_not_numbers_in
+from ..remote_code import code_problems, refusal, trusted
 from .accounting import OwnReport, WrongTensors, account, listed, repeatable, without_tensors
 from .tensors import Checkpoint
 
@@ -28,7 +29,8 @@ def model_class(config: Any) -> Any:
     where transformers has no such class, seq2seq for encoder-decoders and causal LM for others."""
     import transformers
 
-    for name in (getattr(config, "architectures", None) or ())[:1]:
+    own = trusted() and getattr(config, "auto_map", None)  # the classes that it names come first
+    for name in () if own else (getattr(config, "architectures", None) or ())[:1]:
         found: Any = getattr(transformers, name, None)
         fits = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
         if fits and (found.config_class is None or isinstance(config, found.config_class)):
@@ -50,12 +52,15 @@ def read_config(source: str) -> Any:
         values, _ = PretrainedConfig.get_config_dict(source)
         if found := config_problems(values):
             raise ModelError(f"config.json: {'; '.join(found)}", fix=fix, where=source)
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trusted())
     except QuantadaptError:
         raise
     except Exception as error:  # what is in the file decides what transformers does
+        refuse_code(source, error)
         what = f"no model can be read here: {reason(error)}"
         raise ModelError(what, fix=fix, where=source) from error
+    refuse_code(source)  # of a hub id, whose files are here only now
+    return config
 
 
 def architecture(source: str, device: str = "meta") -> nn.Module:
@@ -64,11 +69,25 @@ def architecture(source: str, device: str = "meta") -> nn.Module:
     try:
         with torch.device(device):
             found = model_class(config)
-            make = found.from_config if hasattr(found, "from_config") else found._from_config
-            model: nn.Module = make(config)
+            if hasattr(found, "from_config"):
+                made = found.from_config(config, trust_remote_code=trusted())
+            else:
+                made = found._from_config(config)
+            model: nn.Module = made
     except Exception as error:
+        refuse_code(source, error)
         raise _load_error(source, error) from error
     return model
+
+
+def refuse_code(source: str, error: Exception | None = None) -> None:
+    """Raise PlanRefused if a checkpoint needs code that is not trusted: its files say so, or
+    transformers' `error` does."""
+    found = code_problems(source)
+    if not found and "trust_remote_code" in str(error) and not trusted():
+        found = [refusal(source)]
+    if found:
+        raise PlanRefused(found) from None
 
 
 def from_pretrained(
@@ -105,11 +124,13 @@ def from_pretrained(
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                trust_remote_code=trusted(),
                 **kwargs,
             )
     except QuantadaptError:
         raise
     except Exception as error:  # what is in the files decides what transformers does
+        refuse_code(source, error)
         raise _wrong_tensors(source, report.broken) or _load_error(source, error) from error
     info["mismatched_keys"] = {*info["mismatched_keys"], *mismatched}
     account(model, source, info, consumed)

@@ -10,7 +10,8 @@ from ..errors import ModelError, Problem
 from ..inputs.documents import as_problem, read_object, shown
 from ..inputs.model_config import config_problems, too_large
 from ..inputs.weights import check_weights, file_in
-from ..paths import PICKLES, is_local_path, path_problem
+from ..paths import PICKLES, is_local_path, local_file, path_problem
+from ..remote_code import code_problems
 
 
 def config_of(source: str) -> dict[str, Any] | None:
@@ -20,8 +21,8 @@ def config_of(source: str) -> dict[str, Any] | None:
     """
     if path_problem(source):
         return None
-    file = Path(source).expanduser() / "config.json"
-    found = _read_json(file if file.exists() else _cached_config(source) or file)
+    file = local_file(source, "config.json")
+    found = _read_json(file) if file else None
     return None if found is None or config_problems(found) else found
 
 
@@ -36,18 +37,9 @@ def quantization_in(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _cached_config(source: str) -> Path | None:
-    """Return the cached config.json of a hub id, if there is one."""
-    if source.count("/") != 1 or is_local_path(source):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(source, "config.json")
-    return Path(found) if isinstance(found, str) else None
-
-
 def check_model(source: str) -> list[Problem]:
-    """Return what is wrong with a local checkpoint folder; a hub id cannot be checked here."""
+    """Return what is wrong with a local checkpoint folder; of a hub id only what the cache knows.
+    Code that it brings along is a problem where that is not trusted."""
     if problem := path_problem(source):
         return [Problem(f"{shown(source)} is no path: {problem}", "check the path", where="model")]
     folder = Path(source).expanduser()
@@ -55,13 +47,15 @@ def check_model(source: str) -> list[Problem]:
         if is_local_path(source):
             fix = "check the path; a hub id has the form owner/name"
             return [Problem(f"{source} does not exist", fix, where="model")]
-        return []
+        return code_problems(source)
     if not folder.is_dir():
         fix = "pass the folder that holds config.json and *.safetensors"
         return [Problem(f"{source} is a file, not a checkpoint folder", fix, where="model")]
     if not any(folder.iterdir()):
         return [Problem(f"{source} is empty", "download the model again", where="model")]
-    return _check_config(folder) or _check_links(folder) or _check_weights(folder)
+    if found := _check_config(folder):
+        return found
+    return [*code_problems(source), *(_check_links(folder) or _check_weights(folder))]
 
 
 def has_config_alone(source: str) -> bool:

@@ -24,6 +24,7 @@ from ..paths import is_local_path, path_problem
 from ..protocols import Evaluator, Quantizer, Task
 from ..records import Adapter, Backend, Evaluation, Objective, R, Record, kind_of
 from ..registry.discovery import Registry, adopted
+from ..remote_code import code_notes
 from ..spec import Named, Spec, wrong_value
 from .adapter_options import checked_options
 from .on_disk import check_model, has_config_alone, quantization_in
@@ -99,6 +100,7 @@ def model_of(draft: Draft, weights: bool) -> str:
         draft.notes.append("there are no weights here: this is a prediction, a run needs them")
     else:
         draft.problems += check_model(draft.spec.model)
+    draft.notes += code_notes(draft.spec.model)
     return os.path.expanduser(draft.spec.model)
 
 

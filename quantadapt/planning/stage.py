@@ -19,6 +19,7 @@ from ..memory.workload import GIB
 from ..protocols import Evaluator, Quantizer, Task
 from ..records import Adapter, Backend, Evaluation, Objective, as_call
 from ..registry.discovery import Registry, registry
+from ..remote_code import as_the_spec_says
 from ..spec import Spec
 from . import processes
 from .exports import MERGES, PlannedExport, exports_of, makes_dense, refused_where
@@ -181,6 +182,7 @@ class Plan:
         }
 
 
+@as_the_spec_says
 def plan(
     spec: Spec,
     *,

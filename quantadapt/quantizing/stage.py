@@ -22,6 +22,7 @@ from ..planning.stage import Plan
 from ..protocols import LayerwiseQuantizer, Quantizer
 from ..records import Record, kind_of
 from ..registry.discovery import registry
+from ..remote_code import as_the_spec_says, trusted
 from .state import ModelState
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class UnusedOptionWarning(UserWarning):
     """Something was given that has no effect."""
 
 
+@as_the_spec_says
 def quantize_plan(
     plan: Plan, *, module: nn.Module | None = None, calibration: Calibration = None
 ) -> nn.Module:
@@ -239,6 +241,7 @@ def blaming(record: Record, doing: str) -> Iterator[None]:
         raise PluginError(what, fix=fix, where=where) from error
 
 
+@as_the_spec_says
 def with_config(plan: Plan) -> Plan:
     """Return the plan completed: a hub id's config is downloaded where it is not here yet."""
     from ..loading.reading import read_config
@@ -253,13 +256,17 @@ def load_tokenizer(source: str) -> Any:
     """Return the checkpoint's tokenizer, with a pad token. Raises ModelError if there is none."""
     from transformers import AutoTokenizer
 
+    from ..loading.reading import refuse_code
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted())
     except Exception as error:  # as many kinds as there are tokenizers
+        refuse_code(source, error)
         text = str(error).strip().splitlines() or [type(error).__name__]
         what = f"its tokenizer cannot be loaded: {text[0].rstrip(' :')}"
         fix = "put the tokenizer's files beside config.json"
         raise ModelError(what, fix=fix, where=source) from None
+    refuse_code(source)  # transformers may have taken another tokenizer instead
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

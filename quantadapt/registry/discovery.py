@@ -2,8 +2,9 @@
 
 Plugins come from entry points in the group `quantadapt`; the core names none of them. A plugin
 that is broken is kept, with the reason, and everything else goes on working. Two plugins that
-claim one name are both told apart in the error; neither wins silently. Each plugin is imported in
-a thread of its own, with a time limit: one that hangs is left behind.
+claim one name are both told apart in the error; neither wins silently. A plugin of others is first
+imported in a process of its own (`trial`), and here only once that went well: in a thread, with a
+time limit, and without what it writes to stdout.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import traceback
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
-from pathlib import Path
+from io import StringIO
 from typing import Any
 
 import pluggy
@@ -30,6 +32,7 @@ from ..errors import PlanRefused, PluginError, Problem, did_you_mean
 from ..protocols import Quantizer
 from ..records import KINDS, Adapter, Backend, R, Record, kind_of
 from .checks import Contents, contents
+from .trial import Verdict, hangs, load, reason, verdicts
 
 BUILTIN = {
     "builtin": "quantadapt.registry.adapters",
@@ -86,12 +89,14 @@ class Registry:
         plugins: the plugins that work, by name.
         broken: those that do not.
         seconds: how long each of `plugins` took to import.
+        remarks: what the authors of some of `plugins` should mend.
     """
 
     manager: pluggy.PluginManager
     plugins: dict[str, Provenance] = field(default_factory=dict)
     broken: list[BrokenPlugin] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    remarks: dict[str, str] = field(default_factory=dict)
     _tables: dict[str, dict[str, list[_Entry]]] = field(
         default_factory=lambda: {kind: {} for kind in KINDS}
     )
@@ -203,15 +208,13 @@ class Registry:
 
     def _keep_broken(self, provenance: Provenance, error: BaseException) -> None:
         details = "".join(traceback.format_exception(error))
-        self.broken.append(BrokenPlugin(provenance, _reason(error), details))
+        self.broken.append(BrokenPlugin(provenance, reason(error), details))
 
     def _leave_behind(self, provenance: Provenance, thread: threading.Thread, limit: float) -> None:
-        reason = f"its import did not finish within {limit:g} s"
         frame = sys._current_frames().get(thread.ident or 0)
         details = "".join(traceback.format_stack(frame)) if frame else ""
-        self.broken.append(BrokenPlugin(provenance, reason, details))
-        fix = f"uninstall it, or name the plugins to load in {ONLY}, or allow more in {TIME_LIMIT}"
-        warnings.warn(f"plugin {provenance}: {reason}; {fix}", PluginWarning, stacklevel=4)
+        self.broken.append(BrokenPlugin(provenance, hangs(limit), details))
+        _warn_of_waiting(provenance, limit)
 
 
 def adopted(backend: Backend, found: Mapping[str, Any]) -> Any:
@@ -224,7 +227,7 @@ def adopted(backend: Backend, found: Mapping[str, Any]) -> Any:
     try:
         quantizer = backend.quantizer.from_checkpoint(dict(found))
     except (Exception, SystemExit) as error:
-        what = f"it cannot make anything of the checkpoint's quantization_config: {_reason(error)}"
+        what = f"it cannot make anything of the checkpoint's quantization_config: {reason(error)}"
         fix = "restore config.json, or start from the unquantized model"
         raise PluginError(what, fix=fix, where=f"backend {backend.name}") from error
     if quantizer is not None and not isinstance(quantizer, Quantizer):
@@ -236,6 +239,11 @@ def adopted(backend: Backend, found: Mapping[str, Any]) -> Any:
 def _clash(kind: str, name: str, entries: Iterable[_Entry]) -> str:
     providers = " and ".join(str(entry.provenance) for entry in entries)
     return f"the {kind} name {name!r} is claimed by {providers}"
+
+
+def _warn_of_waiting(provenance: Provenance, limit: float) -> None:
+    fix = f"uninstall it, or name the plugins to load in {ONLY}, or allow more in {TIME_LIMIT}"
+    warnings.warn(f"plugin {provenance}: {hangs(limit)}; {fix}", PluginWarning, stacklevel=4)
 
 
 def _in_thread(work: Callable[[], Contents]) -> tuple[threading.Thread, Future[Contents]]:
@@ -266,28 +274,6 @@ def _time_limit() -> float:
     return min(seconds, threading.TIMEOUT_MAX)
 
 
-def _reason(error: BaseException) -> str:
-    """Say on one line what a plugin raised, and at which line of it."""
-    text = " ".join(str(error).split())
-    if isinstance(error, PluginError):
-        return text
-    name, place = type(error).__name__, _place(error)
-    return f"{name}: {text}{place}" if text else f"{name}{place}"
-
-
-def _place(error: BaseException) -> str:
-    """Return the last line in the folder of the first file that is neither ours nor Python's."""
-    ours = [
-        f"{folder}{os.sep}"
-        for folder in (Path(__file__).parents[1], Path(importlib.__file__).parent)
-    ]
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if not frame.filename.startswith((*ours, "<"))]
-    folder = Path(theirs[0].filename).parent if theirs else Path()
-    own = [frame for frame in theirs if Path(frame.filename).is_relative_to(folder)]
-    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-
-
 def _provenance(plugin: str, module: str, dist: Distribution | None) -> Provenance:
     return Provenance(plugin, module, *(_name_and_version(dist) if dist else ("", "")))
 
@@ -302,13 +288,6 @@ def _name_and_version(dist: Distribution) -> tuple[str, str]:
         return "", ""
 
 
-def _load(entry_point: EntryPoint) -> Any:
-    if not EntryPoint.pattern.match(entry_point.value):
-        what = f"its entry point is {entry_point.value!r}, which names no module"
-        raise PluginError(what)
-    return entry_point.load()
-
-
 def _wanted() -> set[str] | None:
     """Return the plugin names in QUANTADAPT_PLUGINS (comma-separated); None means all."""
     value = os.environ.get(ONLY)
@@ -320,15 +299,29 @@ def _entry_points(broken: list[BrokenPlugin]) -> list[tuple[Provenance, EntryPoi
     try:
         found = list(entry_points(group=GROUP))
     except Exception:  # one unreadable entry_points.txt spoils the list of all
-        found = []
-        for dist in distributions():
-            try:
-                found += dist.entry_points.select(group=GROUP)
-            except Exception as error:
-                reason = f"its entry_points.txt cannot be read: {error}"
-                broken.append(BrokenPlugin(_provenance("unknown", "", dist), reason))
+        found = [e for d in distributions() if not _torn(d) for e in d.entry_points]
+        found = [entry_point for entry_point in found if entry_point.group == GROUP]
+        broken += torn_distributions()
     known = [(_provenance(e.name, e.value.partition(":")[0].strip(), e.dist), e) for e in found]
     return sorted(known, key=lambda item: _order(item[0]))
+
+
+def torn_distributions() -> list[BrokenPlugin]:
+    """Return what is installed and has an entry_points.txt that cannot be read: torch, pydantic and
+    others read all of them, and fail at one."""
+    return [
+        BrokenPlugin(_provenance("unknown", "", dist), f"its entry_points.txt {why}")
+        for dist in distributions()
+        if (why := _torn(dist))
+    ]
+
+
+def _torn(dist: Distribution) -> str:
+    try:
+        _ = dist.entry_points
+    except Exception as error:
+        return f"cannot be read: {error}"
+    return ""
 
 
 def _order(provenance: Provenance) -> tuple[str, bool, str]:
@@ -344,21 +337,45 @@ def discover() -> Registry:
     seen = {name: Provenance(name, module) for name, module in BUILTIN.items()}
     for name, provenance in seen.items():
         found.add(name, partial(importlib.import_module, provenance.module), provenance)
-    wanted = _wanted()
+    _add_installed(found, seen)
+    return found
+
+
+def _add_installed(found: Registry, seen: dict[str, Provenance]) -> None:
+    """Add the plugins of entry points; `seen` has the names that are taken."""
+    wanted, chosen = _wanted(), []
     for provenance, entry_point in _entry_points(found.broken):
         name = provenance.plugin
         if wanted is not None and name not in wanted:
             continue
         if name in seen:
-            reason = f"{provenance} has the same plugin name as {seen[name]}"
-            found.broken.append(BrokenPlugin(provenance, reason))
+            why = f"{provenance} has the same plugin name as {seen[name]}"
+            found.broken.append(BrokenPlugin(provenance, why))
             continue
         seen[name] = provenance
-        found.add(name, partial(_load, entry_point), provenance)
-    return found
+        chosen.append((provenance, entry_point))
+    limit = _time_limit()
+    foreign = [point for origin, point in chosen if origin.distribution != hookspecs.PROJECT]
+    known = dict(zip((p.name for p in foreign), verdicts(foreign, limit), strict=True))
+    for provenance, entry_point in chosen:
+        verdict, fresh = known.get(entry_point.name, (Verdict(), False))
+        if verdict.problem:
+            found.broken.append(BrokenPlugin(provenance, verdict.problem, verdict.details))
+            if fresh and verdict.problem == hangs(limit):
+                _warn_of_waiting(provenance, limit)
+            continue
+        if verdict.remark:
+            found.remarks[entry_point.name] = verdict.remark
+        with redirect_stdout(StringIO()):  # which belongs to the command
+            found.add(entry_point.name, partial(load, entry_point), provenance)
 
 
-@cache
 def registry() -> Registry:
-    """Return the plugins of this process, discovered once."""
-    return discover()
+    """Return the plugins of this process, discovered once, whatever thread asks first."""
+    with _LOCK:
+        return _registry()
+
+
+_LOCK = threading.RLock()
+_registry = cache(discover)
+registry.cache_clear = _registry.cache_clear  # type: ignore[attr-defined]

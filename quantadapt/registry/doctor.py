@@ -64,6 +64,7 @@ class PluginHealth:
         problem: what is wrong with it; empty where it works.
         seconds: how long its import took; None where it is broken.
         slow: whether that is more than a plugin should take.
+        remark: what else its authors should mend.
         details: the traceback of a broken one, or where it hangs.
     """
 
@@ -72,6 +73,7 @@ class PluginHealth:
     problem: str = ""
     seconds: float | None = None
     slow: bool = False
+    remark: str = ""
     details: str = ""
 
 
@@ -199,7 +201,11 @@ def _torch(answer: Answer) -> dict[str, Any]:
 def _plugins(found: Registry) -> list[PluginHealth]:
     good = [
         PluginHealth(
-            name, str(origin), seconds=found.seconds[name], slow=found.seconds[name] > SLOW
+            name,
+            str(origin),
+            seconds=found.seconds[name],
+            slow=found.seconds[name] > SLOW,
+            remark=found.remarks.get(name, ""),
         )
         for name, origin in sorted(found.plugins.items())
     ]

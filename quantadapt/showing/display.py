@@ -81,7 +81,7 @@ class RunDisplay:
 
     def on_export(self, data: Mapping[str, Any]) -> None:
         """An export was written, or not."""
-        self.details.append(f"{data['name']} {data['state']}")
+        self.details.append(escape(f"{data['name']} {data['state']}"))
         if data["state"] == "failed":
             for line in export_lines({data["name"]: data}):
                 self.console.print(line, markup=False, soft_wrap=True)
@@ -161,7 +161,7 @@ def spinner(console: Console, text: str) -> Iterator[None]:
         yield
         return
     with _spinner(console) as live:
-        live.add_task(text, total=None)
+        live.add_task(escape(text), total=None)
         yield
 
 
@@ -178,7 +178,7 @@ class Waiting:
     def __enter__(self) -> Waiting:
         if self.console.is_terminal and self.text:
             self._live = _spinner(self.console)
-            self._live.add_task(self.text, total=None)
+            self._live.add_task(escape(self.text), total=None)
             self._live.start()
         return self
 

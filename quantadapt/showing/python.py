@@ -26,15 +26,13 @@ def display(verbose: bool | None) -> Iterator[Listener]:
     if not shows or not world().is_main:
         yield lambda event, data: None
         return
-    from rich.console import Console
-
     from .display import RunDisplay
     from .notebook import NotebookDisplay
+    from .screen import Screen
 
     kind, file = (NotebookDisplay, sys.stdout) if _is_notebook() else (RunDisplay, sys.stderr)
     plain: dict[str, Any] = {"force_terminal": False} if kind is NotebookDisplay else {}
-    console = Console(file=file, highlight=False, emoji=False, force_jupyter=False, **plain)
-    with kind(console) as shown:
+    with kind(Screen(file, force_jupyter=False, **plain)) as shown:
         yield shown
 
 

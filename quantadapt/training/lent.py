@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from importlib.util import find_spec
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..dependencies import in_words
@@ -305,8 +306,9 @@ def one_row_each(on_note: OnNote) -> Iterator[None]:
     the case that there are some."""
     from transformers import masking_utils
 
-    answers = {"find_packed_sequence_indices": lambda _: None, "is_tracing": lambda *_: False}
-    known = {name: answer for name, answer in answers.items() if name in vars(masking_utils)}
+    answers = {"find_packed_sequence_indices": None, "is_tracing": False}
+    own, mine = vars(masking_utils), get_ident()
+    known = {name: _answering(own[name], answers[name], mine) for name in answers if name in own}
     if missing := answers.keys() - known.keys():
         on_note(
             f"each step waits for the GPU once more: {in_words('transformers')} has no"
@@ -314,6 +316,11 @@ def one_row_each(on_note: OnNote) -> Iterator[None]:
         )
     with patched(masking_utils, **known):
         yield
+
+
+def _answering(function: Callable[..., Any], answer: Any, thread: int) -> Callable[..., Any]:
+    """Return what answers so in `thread`, and is `function` for models that run in others."""
+    return lambda *args, **kw: answer if get_ident() == thread else function(*args, **kw)
 
 
 @contextmanager

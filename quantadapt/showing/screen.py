@@ -1,0 +1,75 @@
+"""Where text goes out to a terminal: what data, names and errors hold is shown, and never obeyed,
+and lines end between words.
+
+Escape sequences could move the cursor, set the title or hide text; characters that turn the
+direction of writing could show it in another order. Both are spelled out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console
+from rich.segment import Segment
+from rich.text import Text
+
+from ..errors import OBEYED, visible
+
+if TYPE_CHECKING:
+    from rich.console import ConsoleOptions, RenderableType
+
+
+def visible_json(text: str) -> str:
+    """Return a JSON document with such characters as JSON escapes; it says the same."""
+    return OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class Screen(Console):
+    """A console that prints all text through `visible`, in tables and progress bars as well. Its
+    lines end between words; what is no terminal gets them whole."""
+
+    def __init__(self, file: TextIO, width: int | None = None, **options: Any) -> None:
+        super().__init__(file=file, highlight=False, width=width, emoji=False, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As a Console does. Text that wraps softly is broken between words on a terminal."""
+        if options.get("soft_wrap") and self.is_terminal:
+            objects = tuple(self._broken(text, options.get("markup", True)) for text in objects)
+        super().print(*objects, **options)
+
+    def _broken(self, text: Any, markup: bool) -> Any:
+        text = self.render_str(text, markup=markup) if isinstance(text, str) else text
+        return between_words(text, self.width) if isinstance(text, Text) else text
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Yield the segments of `renderable`; those that rich itself controls the screen with are
+        left alone."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
+
+
+def write(stream: Any, text: str) -> None:
+    """Write lines of plain text to a stream that is no console."""
+    stream.write(visible(text))
+
+
+def between_words(text: Text, width: int) -> Text:
+    """Return `text` in lines of at most `width` that end between words and begin as far in as the
+    line that they come from. A word that is longer, such as a path, is a line of its own."""
+    made: list[Text] = []
+    for line in text.split("\n", allow_blank=True):
+        indent = len(line.plain) - len(line.plain.lstrip())
+        starts, begin = list[int](), 0
+        for word in re.finditer(r"\S+", line.plain):
+            room = width - (indent if starts else 0)
+            if word.end() - begin > room and word.start() > max(begin, indent):
+                starts.append(begin := word.start())
+        first, *others = line.divide(starts)
+        made += [first, *(Text(" " * indent) + other for other in others)]
+    for line in made:
+        line.rstrip()
+    return Text("\n").join(made)
