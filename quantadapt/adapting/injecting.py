@@ -43,22 +43,39 @@ def injected(model: nn.Module, config: PeftConfig) -> PeftModel:
 
 
 def reloaded(
-    model: nn.Module, folder: str | Path, config: PeftConfig | None = None, **kwargs: Any
-) -> PeftModel:
-    """Return a PeftModel with the adapter saved in `folder`; see `injected`.
+    model: nn.Module,
+    folder: str | Path,
+    config: PeftConfig | None = None,
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+) -> tuple[PeftModel, Any]:
+    """Return a PeftModel with the adapter saved in `folder`, see `injected`, and what PEFT tells of
+    the keys: `missing_keys` and `unexpected_keys`, which `PeftModel.from_pretrained` keeps to
+    itself.
 
     Args:
         config: that of the folder, which is read where it is missing.
-        kwargs: of `PeftModel.from_pretrained`.
+        is_trainable: whether the adapter can be trained further.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 
     read = config or PeftConfig.from_pretrained(str(folder))
+    read.inference_mode = not is_trainable
+    kind: Any = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(read.task_type, PeftModel)  # type: ignore[call-overload]
+    told: list[Any] = []
 
     def load() -> PeftModel:
-        return PeftModel.from_pretrained(model, str(folder), config=read, **kwargs)  # type: ignore[arg-type]
+        tuned: PeftModel = kind(model, read, adapter_name)
+        mapping = getattr(model, "_checkpoint_conversion_mapping", {})
+        told.append(
+            tuned.load_adapter(
+                str(folder), adapter_name, is_trainable=is_trainable, key_mapping=mapping
+            )
+        )
+        return tuned
 
-    return _exactly(model, read, load)
+    return _exactly(model, read, load), told[0]
 
 
 def _exactly(model: nn.Module, config: PeftConfig, inject: Callable[[], PeftModel]) -> PeftModel:

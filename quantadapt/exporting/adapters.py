@@ -81,9 +81,10 @@ def put_on(
     first, *others = active
     places = {first: folder} | {name: folder / name for name in others}
     with peft_in_words(folder), all_or_nothing(model):
-        tuned = reloaded(model, folder, config, adapter_name=first, is_trainable=is_trainable)
-        for name, place in places.items():  # also the first: only this tells what was read
-            read = tuned.load_adapter(str(place), name, is_trainable=is_trainable)
+        tuned, read = reloaded(model, folder, config, adapter_name=first, is_trainable=is_trainable)
+        for name, place in places.items():
+            if name != first:
+                read = tuned.load_adapter(str(place), name, is_trainable=is_trainable)
             _refuse_other_keys(read, _write_weights(tuned, read.unexpected_keys, place), place)
         if others:
             tuned.base_model.set_adapter(list(active))

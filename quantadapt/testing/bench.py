@@ -185,7 +185,8 @@ class Bench:
         from ..quantizing.stage import quantize_plan
 
         if module is not None:
-            made = plan(made.spec, module=module, check_output=False)
+            spec = made.spec.model_copy(update={"model": None})
+            made = plan(spec, module=module, check_output=False)
         examples = calibration_examples() if made.calibrates else None
         return quantize_plan(made, module=module, calibration=examples).eval()
 
