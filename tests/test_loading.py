@@ -198,9 +198,10 @@ def test_buffers_that_no_file_holds_are_made(backend, tmp_path) -> None:
 
     sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "rotary_dim": 8, "n_positions": 32}
     source = GPTJForCausalLM(GPTJConfig(vocab_size=64, **sizes))
-    source.save_pretrained(tmp_path)
-    shutil.copytree(demo.MODEL_DIR, tmp_path, dirs_exist_ok=True, ignore=_all_but_tokenizer)
-    loaded = qa.quantize(str(tmp_path), backend, device="cpu", dtype="float32")
+    folder = tmp_path / "model"
+    source.save_pretrained(folder)
+    shutil.copytree(demo.MODEL_DIR, folder, dirs_exist_ok=True, ignore=_all_but_tokenizer)
+    loaded = qa.quantize(str(folder), backend, device="cpu", dtype="float32")
     qa.save(loaded, tmp_path / "saved")
     for model in (loaded, qa.load(tmp_path / "saved", device="cpu")):
         found = model.transformer.h[0].attn.embed_positions

@@ -92,11 +92,11 @@ def on_the_hub(tmp_path, monkeypatch) -> Any:
         if late:
             from quantadapt.loading import reading
 
-            cached, read = on_disk._cached_config, reading.read_config
-            monkeypatch.setattr(on_disk, "_cached_config", lambda source: None)
+            cached, read = on_disk.local_file, reading.read_config
+            monkeypatch.setattr(on_disk, "local_file", lambda source, name: None)
 
             def arriving(source: str) -> Any:
-                monkeypatch.setattr(on_disk, "_cached_config", cached)
+                monkeypatch.setattr(on_disk, "local_file", cached)
                 return read(source)
 
             monkeypatch.setattr(reading, "read_config", arriving)
