@@ -317,6 +317,7 @@ def _loader_config() -> Any:
         def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
             super().__init__(quantization_config, **kwargs)
             self.names: set[str] = set()
+            self.shapes: dict[str, torch.Size] = {}
             self.blocks = Blocks(nn.Module(), ())
             self.dtype = torch.float32
 
@@ -326,6 +327,7 @@ def _loader_config() -> Any:
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
             config = self.quantization_config
+            self.shapes = {name: weight.shape for name, weight in model.named_parameters()}
             if config.packed is None:
                 skip = skipped_modules(model, config.skip)
                 names = [name for name, _ in linear_layers(model, skip)]
@@ -355,6 +357,11 @@ def _loader_config() -> Any:
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
             config = self.quantization_config
+            # Older transformers puts a tensor of another size into a model that has a quantizer.
+            for name, weight in model.named_parameters():
+                shape = self.shapes.get(name, weight.shape)
+                if name not in self.names and weight.shape != shape:
+                    config.mismatched.append((name, tuple(weight.shape), tuple(shape)))
             for name, module in list(model.named_modules()):
                 if isinstance(module, _Placeholder):
                     state = {k: v.to(config.device) for k, v in self.state.pop(name).items()}

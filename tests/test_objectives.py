@@ -328,7 +328,7 @@ def test_it_is_trained_by_a_run_from_yaml_and_by_hand(tmp_path, capsys) -> None:
     result = qa.run(qa.Spec(**values, output=str(tmp_path / "run")))
     logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line)["loss"] for line in logged]
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert found == pytest.approx(expected, abs=5e-5)
     assert expected[-1] < expected[0]
     assert result.plan.task.alpha == 2.0
     kept = json.loads((tmp_path / "run" / "plan.json").read_text())["objective"]
@@ -387,14 +387,14 @@ def test_batches_in_parts_and_accumulated_are_the_same(objective, tmp_path, monk
     )
     split, in_parts = trained(tmp_path, objective, data, 1, monkeypatch)
     assert split.setting.micro_batch == 1
-    assert in_parts == pytest.approx(expected, abs=1e-5)
-    assert accumulated == pytest.approx(expected, abs=1e-5)
+    assert in_parts == pytest.approx(expected, abs=5e-5)
+    assert accumulated == pytest.approx(expected, abs=5e-5)
     assert expected[-1] < expected[0]
     assert split.tokens == whole.tokens
     if objective == "better":
         tokenizer = qa.quantize(None, "none").quantadapt.tokenizer
         assert whole.tokens == 3 * sum(map(len, tokenizer(texts)["input_ids"]))
-        assert expected[0] == pytest.approx(preferred_by_hand(rows), abs=1e-5)
+        assert expected[0] == pytest.approx(preferred_by_hand(rows), abs=5e-5)
 
 
 def preferred_by_hand(rows: list[dict[str, str]]) -> float:
@@ -439,7 +439,7 @@ def test_a_trainer_of_its_own_computes_the_loss_by_itself(tmp_path) -> None:
         output = tmp_path / type(task).__name__
         found = train(model, tokenizer, data, spec.train, task=task, output=output, seed=0)
         losses.append([loss for _, loss in found.losses])
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[1] == pytest.approx(losses[0], abs=5e-5)
 
 
 def test_a_column_that_holds_no_number_is_told_with_its_line(tmp_path) -> None:
