@@ -282,6 +282,7 @@ def stock(folder) -> nn.Module:
     ],
     ids=["2x8", "1x9", "2x6 in two rows"],
 )
+@pytest.mark.slow
 def test_the_stock_library_reads_what_is_made(options, tmp_path) -> None:
     import aqlm
 
@@ -493,6 +494,7 @@ def test_layers_that_do_not_fit_are_named(options, said) -> None:
     assert said in str(caught.value)
 
 
+@pytest.mark.slow
 def test_layers_that_do_not_fit_stay_dense_on_request(tmp_path) -> None:
     least = {**QUICK, "init_max_iter": 0, "max_epochs": 0}
     model = make(**least, skip_misfits=True, num_codebooks=1, nbits_per_codebook=12)

@@ -492,12 +492,13 @@ def killed(*options: str) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, /proc")
+@pytest.mark.slow
 def test_a_command_that_is_killed_breaks_nothing() -> None:
     """A tenth of the changes of three commands; the rest is slow."""
     killed("--every", "10", "--only", "run", "--only", "quantize-overwrite", "--only", "onto")
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.timeout(7200)
 def test_all_commands_killed_at_every_change() -> None:
     killed()

@@ -326,6 +326,7 @@ def fails_in_two(folder: Path, plugins: Path) -> list[Any]:
     return ["nothing", "was raised"]
 
 
+@pytest.mark.slow
 def test_one_that_fails_on_several_processes_ends_the_run_in_all(tmp_path) -> None:
     """Some may wait for others in it, so none goes on; what was trained is kept."""
     plugins = tmp_path / "plugins"

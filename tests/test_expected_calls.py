@@ -232,6 +232,7 @@ def both(folder: Any, data: Any, tokenizer: Any) -> list[str]:
     return [beside_another(folder, clips, data, tokenizer) for clips in (True, False)]
 
 
+@pytest.mark.slow
 def test_gradients_that_would_not_be_averaged(tmp_path, random_data, tokenizer) -> None:
     for right, wrong in in_processes(2, both, tmp_path, tmp_path, random_data, tokenizer):
         assert right == "2: trained"

@@ -287,6 +287,7 @@ def test_a_checkpoint_of_other_layers_is_refused(small, tmp_path) -> None:
         qa.load(folder)
 
 
+@pytest.mark.slow
 def test_attaching_and_loading_leave_the_process_as_it_was(small, tmp_path) -> None:
     """For VeRA, PEFT looks for layers of GPTQ, and so imports gptqmodel, which sets variables."""
     code = f"""

@@ -206,6 +206,7 @@ def test_merges_are_those_of_float64(inputs: bool) -> None:
         assert 0 < relative(facade.dequantize(), expected[name][0]) < 0.15
 
 
+@pytest.mark.slow
 def test_it_is_merged_onto_the_unquantized_base_in_a_fresh_process(tmp_path) -> None:
     model = qa.attach(qa.quantize(str(small_model()), "hqq", device="cpu"), "rescale")
     set_randomly(model)

@@ -374,6 +374,7 @@ def both(folder: Path) -> list[Any]:
     return [in_two(folder, "ddp"), in_two(folder, "fsdp")]
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path) -> None:
     found = in_processes(2, both, tmp_path, tmp_path)
     assert found[0] == found[1]
