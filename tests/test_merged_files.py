@@ -229,13 +229,26 @@ def scaled(name):
     return lambda tensors: {k: v * 1.5 if k.endswith(name) else v for k, v in tensors.items()}
 
 
+def other_row(name, row):
+    """A change that no held-out token shows: it does not touch that row."""
+
+    def changed(tensors):
+        for key, value in tensors.items():
+            if key.endswith(name) and len(value) > row:
+                tensors[key] = value.clone().index_fill_(0, torch.tensor([row]), 0.5)
+        return tensors
+
+    return changed
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
         (without("layers.1.mlp.down_proj.weight"), r"layers\.1\.mlp\.down_proj.weight"),
         (without("k_proj.bias"), r"model\.layers\.0\.self_attn\.k_proj.bias"),
-        (scaled("layers.1.mlp.down_proj.weight"), "down_proj.weight|does not answer"),
-        (scaled("embed_tokens.weight"), "embed_tokens.weight|does not answer"),
+        (scaled("layers.1.mlp.down_proj.weight"), "down_proj.weight off by"),
+        (scaled("embed_tokens.weight"), "embed_tokens.weight"),
+        (other_row("embed_tokens.weight", 2000), "embed_tokens.weight off by"),
     ],
 )
 @pytest.mark.parametrize("kind", ["dense", "requantize", "onto"])

@@ -17,6 +17,7 @@ from ..errors import ModelError
 from ..loading.tensors import Checkpoint
 from ..model.linears import as_conv1d, conv1d_layers
 from ..paths import INDEX
+from .checking import Sketch, sketch
 from .merging import adapted_parts, merged_part
 from .ties import all_equal
 
@@ -65,11 +66,13 @@ class MergedShards:
         """How many modules of the base are adapted or trained whole."""
         return len(self.parts)
 
-    def write(self, folder: Path) -> None:
-        """Write all files; memory holds one of them, and embeddings that are tied."""
+    def write(self, folder: Path, *, sketched: bool) -> dict[str, Sketch]:
+        """Write all files and return a sketch of each tensor in them, if `sketched`. Memory holds
+        one file, and embeddings that are tied."""
         from safetensors.torch import save_file
 
         weight_map: dict[str, str] = {}
+        meant: dict[str, Sketch] = {}
         for file, keys in self.checkpoint.shards():
             tensors: dict[str, Tensor] = {}
             for key in keys:
@@ -78,9 +81,11 @@ class MergedShards:
                 stored = self.checkpoint.read(key)
                 for name, value in self._written(key, stored).items():
                     tensors[name] = value.detach().to("cpu", stored.dtype).contiguous()
+            meant |= {key: sketch(tensor) for key, tensor in tensors.items() if sketched}
             save_file(tensors, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
         self._write_index(folder, weight_map)
+        return meant
 
     def _written(self, key: str, stored: Tensor) -> Mapping[str, Tensor]:
         """Return what is written where the files hold `key`, by the names in the files."""
