@@ -73,6 +73,24 @@ def seq2seq(folder: Path, name: str) -> str:
     return saved_model(t.AutoModelForSeq2SeqLM.from_config(config), folder)
 
 
+def gpt2(folder: Path) -> str:
+    """A small GPT-2, whose linear layers are `Conv1D`, some of them square; return its folder."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    ids = {"bos_token_id": 1, "eos_token_id": 1}
+    config = GPT2Config(vocab_size=2048, n_embd=32, n_layer=2, n_head=2, **ids)
+    return saved_model(GPT2LMHeadModel(config), folder)
+
+
+def neox(folder: Path) -> str:
+    """A small GPT-NeoX, whose files call the head otherwise than the model; return its folder."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = GPTNeoXConfig(vocab_size=2048, num_attention_heads=2, **sizes)
+    return saved_model(GPTNeoXForCausalLM(config), folder)
+
+
 def saved_model(model: nn.Module, folder: Path) -> str:
     """Save a model whose numbers are all far from zero; return its folder."""
     generator = torch.Generator().manual_seed(0)

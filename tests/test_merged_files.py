@@ -9,6 +9,7 @@ import torch
 from merging import (
     ADAPTERS,
     HELD_OUT,
+    gpt2,
     llama,
     logits,
     moved,
@@ -94,6 +95,27 @@ def test_encoder_decoders(name, options, tmp_path) -> None:
     for kind in ("dense", "onto"):
         merged(model, kind, base, tmp_path / kind)
         assert relative(logits(stock(tmp_path / kind / "merged")), expected) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["none", "hqq"])
+@pytest.mark.parametrize("whole", ["mlp", "c_proj", "h.1"])
+def test_layers_of_gpt2_that_are_trained_whole(backend, whole, tmp_path) -> None:
+    """The adapter holds them as GPT-2 does, transposed; of square ones no shape would tell."""
+    base = gpt2(tmp_path / "base")
+    options = {"target_modules": ["h.0.attn.c_attn"], "modules_to_save": [whole]}
+    model = tuned(base, backend, **options)
+    saved = qa.save(model, tmp_path / "run")
+    read = {k: v for k, v in stock_adapter(base, saved).named_parameters() if "_to_save" in k}
+    for name, parameter in model.named_parameters():
+        if "_to_save" in name:
+            torch.testing.assert_close(read[name], parameter, rtol=0, atol=0)
+    expected = logits(model)
+    assert relative(logits(qa.load(saved)), expected) < 1e-5
+    merged(model, "dense", base, tmp_path)
+    assert relative(logits(stock(tmp_path / "merged")), expected) < 1e-5
+    merged(saved, "onto", base, tmp_path / "onto")
+    loaded = logits(stock(tmp_path / "onto" / "merged"))
+    assert relative(loaded, logits(stock_adapter(base, saved))) < 1e-5
 
 
 # Several adapters --------------------------------------------------------------------------------

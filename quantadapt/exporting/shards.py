@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..loading.tensors import Checkpoint
-from ..model.linears import as_conv1d, conv1d_layers
+from ..model.linears import conv1d_layers
+from ..model.modules import in_own_layout
 from ..paths import INDEX
 from .checking import Sketch, sketch
 from .merging import adapted_parts, merged_part
@@ -101,11 +102,10 @@ class MergedShards:
 
     def _merged(self, part: str) -> dict[str, Tensor]:
         """Return name -> value of what one of PEFT's parts makes of its module's tensors."""
-        module = merged_part(self.parts[part], "dense")
-        if part in self.conv1d and type(module) is nn.Linear:
-            module = as_conv1d(module)
-        merged = module.state_dict()
-        values = {f"{part}.{key}": value for key, value in merged.items()}
+        made = nn.ModuleDict({"made": merged_part(self.parts[part], "dense")})
+        inside = [n.removeprefix(part) for n in self.conv1d if f"{n}.".startswith(f"{part}.")]
+        merged = in_own_layout(made, [f"made{name}" for name in inside]).state_dict()
+        values = {f"{part}{key.removeprefix('made')}": value for key, value in merged.items()}
         if lost := sorted(values.keys() - self.places):
             raise self._homeless(lost)
         return values

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..facade import wrap
+from ..facade import mark_conv1d, wrap
 from ..loading.reading import architecture
 from ..loading.tensors import Checkpoint
-from ..model.linears import is_conv1d
+from ..model.linears import conv1d_layers, is_conv1d
 from ..model.modules import linear_layers, set_submodule
 from ..protocols import AdapterTarget
 
@@ -102,7 +102,9 @@ def open_stored(source: str, *, device: str = "cpu", dtype: torch.dtype) -> nn.M
             set_submodule(model, name, stored)
     _read_rest(model, checkpoint, device, dtype)
     model.requires_grad_(False)
-    return wrap(model, StoredTarget(), dtype).eval()
+    wrap(model, StoredTarget(), dtype)
+    mark_conv1d(model, conv1d_layers(model))
+    return model.eval()
 
 
 def _read_rest(model: nn.Module, checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> None:
