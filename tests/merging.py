@@ -30,6 +30,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "whole-block": {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
     "whole-norm": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [105, 106, 1000]},
+    "tokens-and-head": {
+        "target_modules": ["q_proj", "lm_head"],
+        "trainable_token_indices": [105, 106, 1000],
+    },
     "tokens-named": {
         "target_modules": ["q_proj"],
         "trainable_token_indices": {"embed_tokens": [105, 106]},
@@ -89,6 +93,16 @@ def neox(folder: Path) -> str:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     config = GPTNeoXConfig(vocab_size=2048, num_attention_heads=2, **sizes)
     return saved_model(GPTNeoXForCausalLM(config), folder)
+
+
+def mixtral(folder: Path) -> str:
+    """A small Mixtral; return its folder."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=2048, num_local_experts=2, **sizes, **heads)
+    return saved_model(MixtralForCausalLM(config), folder)
 
 
 def saved_model(model: nn.Module, folder: Path) -> str:

@@ -12,7 +12,9 @@ from merging import (
     gpt2,
     llama,
     logits,
+    mixtral,
     moved,
+    neox,
     relative,
     seq2seq,
     stock,
@@ -116,6 +118,28 @@ def test_layers_of_gpt2_that_are_trained_whole(backend, whole, tmp_path) -> None
     merged(saved, "onto", base, tmp_path / "onto")
     loaded = logits(stock(tmp_path / "onto" / "merged"))
     assert relative(loaded, logits(stock_adapter(base, saved))) < 1e-5
+
+
+def test_a_base_whose_files_have_other_names(tmp_path) -> None:
+    base = neox(tmp_path / "base")
+    saved = qa.save(tuned(base), tmp_path)
+    merged(saved, "onto", base, tmp_path)
+    expected = logits(stock_adapter(base, saved))
+    assert relative(logits(stock(tmp_path / "merged")), expected) < 1e-5
+
+
+def test_experts_are_merged_in_memory_as_the_refusal_says(tmp_path) -> None:
+    """Files hold them one by one, and the model as one parameter."""
+    base = mixtral(tmp_path / "base")
+    model = tuned(base, "hqq", target_modules=["q_proj"])
+    saved = qa.save(model, tmp_path)
+    with pytest.raises(ModelError, match=r"merge in memory: load\(ADAPTER, base=quantize"):
+        qa.merge_onto(saved, base, tmp_path, data=HELD_OUT)
+    with pytest.warns(qa.BaseMismatchWarning):
+        loaded = qa.load(saved, base=qa.quantize(base, "none"))
+    qa.merge(loaded, tmp_path, data=HELD_OUT)
+    expected = logits(stock_adapter(base, saved))
+    assert relative(logits(stock(tmp_path / "merged")), expected) < 1e-5
 
 
 # Several adapters --------------------------------------------------------------------------------
