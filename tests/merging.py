@@ -30,6 +30,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "whole-block": {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
     "whole-norm": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [105, 106, 1000]},
+    "tokens-and-head": {
+        "target_modules": ["q_proj", "lm_head"],
+        "trainable_token_indices": [105, 106, 1000],
+    },
     "tokens-named": {
         "target_modules": ["q_proj"],
         "trainable_token_indices": {"embed_tokens": [105, 106]},
@@ -71,6 +75,34 @@ def seq2seq(folder: Path, name: str) -> str:
             vocab_size=2048, decoder_start_token_id=1, **sizes, **heads, **ffn, **ids
         )
     return saved_model(t.AutoModelForSeq2SeqLM.from_config(config), folder)
+
+
+def gpt2(folder: Path) -> str:
+    """A small GPT-2, whose linear layers are `Conv1D`, some of them square; return its folder."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    ids = {"bos_token_id": 1, "eos_token_id": 1}
+    config = GPT2Config(vocab_size=2048, n_embd=32, n_layer=2, n_head=2, **ids)
+    return saved_model(GPT2LMHeadModel(config), folder)
+
+
+def neox(folder: Path) -> str:
+    """A small GPT-NeoX, whose files call the head otherwise than the model; return its folder."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = GPTNeoXConfig(vocab_size=2048, num_attention_heads=2, **sizes)
+    return saved_model(GPTNeoXForCausalLM(config), folder)
+
+
+def mixtral(folder: Path) -> str:
+    """A small Mixtral; return its folder."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=2048, num_local_experts=2, **sizes, **heads)
+    return saved_model(MixtralForCausalLM(config), folder)
 
 
 def saved_model(model: nn.Module, folder: Path) -> str:

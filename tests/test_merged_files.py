@@ -9,9 +9,12 @@ import torch
 from merging import (
     ADAPTERS,
     HELD_OUT,
+    gpt2,
     llama,
     logits,
+    mixtral,
     moved,
+    neox,
     relative,
     seq2seq,
     stock,
@@ -94,6 +97,49 @@ def test_encoder_decoders(name, options, tmp_path) -> None:
     for kind in ("dense", "onto"):
         merged(model, kind, base, tmp_path / kind)
         assert relative(logits(stock(tmp_path / kind / "merged")), expected) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["none", "hqq"])
+@pytest.mark.parametrize("whole", ["mlp", "c_proj", "h.1"])
+def test_layers_of_gpt2_that_are_trained_whole(backend, whole, tmp_path) -> None:
+    """The adapter holds them as GPT-2 does, transposed; of square ones no shape would tell."""
+    base = gpt2(tmp_path / "base")
+    options = {"target_modules": ["h.0.attn.c_attn"], "modules_to_save": [whole]}
+    model = tuned(base, backend, **options)
+    saved = qa.save(model, tmp_path / "run")
+    read = {k: v for k, v in stock_adapter(base, saved).named_parameters() if "_to_save" in k}
+    for name, parameter in model.named_parameters():
+        if "_to_save" in name:
+            torch.testing.assert_close(read[name], parameter, rtol=0, atol=0)
+    expected = logits(model)
+    assert relative(logits(qa.load(saved)), expected) < 1e-5
+    merged(model, "dense", base, tmp_path)
+    assert relative(logits(stock(tmp_path / "merged")), expected) < 1e-5
+    merged(saved, "onto", base, tmp_path / "onto")
+    loaded = logits(stock(tmp_path / "onto" / "merged"))
+    assert relative(loaded, logits(stock_adapter(base, saved))) < 1e-5
+
+
+def test_a_base_whose_files_have_other_names(tmp_path) -> None:
+    base = neox(tmp_path / "base")
+    saved = qa.save(tuned(base), tmp_path)
+    merged(saved, "onto", base, tmp_path)
+    expected = logits(stock_adapter(base, saved))
+    assert relative(logits(stock(tmp_path / "merged")), expected) < 1e-5
+
+
+def test_experts_are_merged_in_memory_as_the_refusal_says(tmp_path) -> None:
+    """Files hold them one by one, and the model as one parameter."""
+    base = mixtral(tmp_path / "base")
+    model = tuned(base, "hqq", target_modules=["q_proj"])
+    saved = qa.save(model, tmp_path)
+    with pytest.raises(ModelError, match=r"merge in memory: load\(ADAPTER, base=quantize"):
+        qa.merge_onto(saved, base, tmp_path, data=HELD_OUT)
+    with pytest.warns(qa.BaseMismatchWarning):
+        loaded = qa.load(saved, base=qa.quantize(base, "none"))
+    qa.merge(loaded, tmp_path, data=HELD_OUT)
+    expected = logits(stock_adapter(base, saved))
+    assert relative(logits(stock(tmp_path / "merged")), expected) < 1e-5
 
 
 # Several adapters --------------------------------------------------------------------------------
@@ -229,13 +275,26 @@ def scaled(name):
     return lambda tensors: {k: v * 1.5 if k.endswith(name) else v for k, v in tensors.items()}
 
 
+def other_row(name, row):
+    """A change that no held-out token shows: it does not touch that row."""
+
+    def changed(tensors):
+        for key, value in tensors.items():
+            if key.endswith(name) and len(value) > row:
+                tensors[key] = value.clone().index_fill_(0, torch.tensor([row]), 0.5)
+        return tensors
+
+    return changed
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
         (without("layers.1.mlp.down_proj.weight"), r"layers\.1\.mlp\.down_proj.weight"),
         (without("k_proj.bias"), r"model\.layers\.0\.self_attn\.k_proj.bias"),
-        (scaled("layers.1.mlp.down_proj.weight"), "down_proj.weight|does not answer"),
-        (scaled("embed_tokens.weight"), "embed_tokens.weight|does not answer"),
+        (scaled("layers.1.mlp.down_proj.weight"), "down_proj.weight off by"),
+        (scaled("embed_tokens.weight"), "embed_tokens.weight"),
+        (other_row("embed_tokens.weight", 2000), "embed_tokens.weight off by"),
     ],
 )
 @pytest.mark.parametrize("kind", ["dense", "requantize", "onto"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..facade import facades
 from ..loading.reading import architecture
+from ..loading.tensors import Checkpoint
 from ..model.modules import stacks
 from ..protocols import Figure
 
@@ -95,10 +96,23 @@ def _contents(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def refuse_other_tensors(meant: Mapping[str, Sketch], loaded: nn.Module) -> None:
+def refuse_other_model(meant: Mapping[str, Sketch], loaded: nn.Module) -> None:
     """Raise ModelError where a model read from files is not the one that was written."""
-    found = sketches(loaded)
-    packed = {f"{name}.weight" for name, _ in facades(loaded)}
+    refuse_other(meant, sketches(loaded), packed={f"{name}.weight" for name, _ in facades(loaded)})
+
+
+def refuse_other_files(meant: Mapping[str, Sketch], folder: Path) -> None:
+    """Raise ModelError where the files in `folder` do not hold what was meant. What is said of them
+    token by token says nothing of what no token uses, such as rows of an embedding."""
+    checkpoint = Checkpoint(str(folder))
+    refuse_other(meant, {key: sketch(checkpoint.read(key)) for key in checkpoint.files})
+
+
+def refuse_other(
+    meant: Mapping[str, Sketch], found: Mapping[str, Sketch], packed: Collection[str] = ()
+) -> None:
+    """Raise ModelError where tensors are not those that were meant, up to rounding. `packed` are
+    names of those that a quantizer computes."""
     wrong = {}
     for name in sorted(meant.keys() | found.keys()):
         if name not in found or name not in meant:

@@ -169,7 +169,7 @@ def _quantized_whole(merged: nn.Module, state: ModelState) -> nn.Module:
 def merged_part(part: Any, kind: MergeKind) -> nn.Module:
     """Return the module of the base that stands behind one of PEFT's, with the active adapters
     merged in; `part` stays as it is."""
-    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+    from peft.utils.other import ModulesToSaveWrapper
 
     if isinstance(part, ModulesToSaveWrapper):
         trained = part.active_adapters
@@ -177,9 +177,14 @@ def merged_part(part: Any, kind: MergeKind) -> nn.Module:
         copied = _copied(whole, kind, {})
         copied.to(_dtype_of(_base_of(part)))  # it trains in float32
         return copied.requires_grad_(False)
-    return _merged_layer(
-        part.token_adapter if isinstance(part, TrainableTokensWrapper) else part, kind
-    )
+    return _merged_layer(_unwrapped(part), kind)
+
+
+def _unwrapped(part: Any) -> Any:
+    """Return the layer of PEFT's that `part` is or, where tokens are trained, has inside."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    return part.token_adapter if isinstance(part, TrainableTokensWrapper) else part
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype | None:
@@ -192,10 +197,11 @@ def _dtype_of(module: nn.Module) -> torch.dtype | None:
 
 def _merged_layer(layer: Any, kind: MergeKind) -> nn.Module:
     """Merge a layer of PEFT's, and those that it stands around: experts are one module with several
-    parameters, and PEFT puts a layer for each around it, one around the other."""
+    parameters, and PEFT puts a layer for each around it, one around the other; of a head that is
+    tied to an embedding, it trains tokens behind an adapter."""
     around = [layer]
     while _is_pefts(around[-1].base_layer):
-        around.append(around[-1].base_layer)
+        around.append(_unwrapped(around[-1].base_layer))
     base: nn.Module = around[-1].base_layer
     dense = base.dense() if isinstance(base, QuantLinear) else copy.deepcopy(base)
     changed = [_merges_into(each, dense) for each in reversed(around)]

@@ -72,6 +72,7 @@ class OntoBase(Exporter):
     def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
         from ..adapting.method import config_class
         from ..loading.tensors import Checkpoint
+        from .checking import refuse_other_files
         from .merging import check_mergeable
         from .shards import MergedShards
 
@@ -86,14 +87,17 @@ class OntoBase(Exporter):
         attached = under.attached(tuned.adapter, tuned.manifest["active"])
         check_mergeable(attached)
         shards = MergedShards(attached, checkpoint, under.names, under.ties, under.trained)
-        shards.write(folder)
+        meant = shards.write(folder, sketched=self.check)
         _copy_rest(checkpoint.folder, tuned.adapter, folder)
         if shards.unties:
             _untie(folder, under.config)
         text = json.dumps({**tuned.manifest, "base": base}, indent=2) + "\n"
         (folder / MANIFEST).write_text(text, encoding="utf-8")
         found = {"layers": Figure(shards.layers)}
-        return found if data is None else found | under.checked(attached, folder, data)
+        if data is None:
+            return found
+        refuse_other_files(meant, folder)
+        return found | under.checked(attached, folder, data)
 
 
 @in_turn

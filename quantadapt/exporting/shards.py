@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..loading.tensors import Checkpoint
-from ..model.linears import as_conv1d, conv1d_layers
+from ..model.linears import conv1d_layers
+from ..model.modules import in_own_layout
 from ..paths import INDEX
+from .checking import Sketch, sketch
 from .merging import adapted_parts, merged_part
 from .ties import all_equal
 
@@ -65,11 +67,13 @@ class MergedShards:
         """How many modules of the base are adapted or trained whole."""
         return len(self.parts)
 
-    def write(self, folder: Path) -> None:
-        """Write all files; memory holds one of them, and embeddings that are tied."""
+    def write(self, folder: Path, *, sketched: bool) -> dict[str, Sketch]:
+        """Write all files and return a sketch of each tensor in them, if `sketched`. Memory holds
+        one file, and embeddings that are tied."""
         from safetensors.torch import save_file
 
         weight_map: dict[str, str] = {}
+        meant: dict[str, Sketch] = {}
         for file, keys in self.checkpoint.shards():
             tensors: dict[str, Tensor] = {}
             for key in keys:
@@ -78,9 +82,11 @@ class MergedShards:
                 stored = self.checkpoint.read(key)
                 for name, value in self._written(key, stored).items():
                     tensors[name] = value.detach().to("cpu", stored.dtype).contiguous()
+            meant |= {key: sketch(tensor) for key, tensor in tensors.items() if sketched}
             save_file(tensors, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
         self._write_index(folder, weight_map)
+        return meant
 
     def _written(self, key: str, stored: Tensor) -> Mapping[str, Tensor]:
         """Return what is written where the files hold `key`, by the names in the files."""
@@ -96,11 +102,10 @@ class MergedShards:
 
     def _merged(self, part: str) -> dict[str, Tensor]:
         """Return name -> value of what one of PEFT's parts makes of its module's tensors."""
-        module = merged_part(self.parts[part], "dense")
-        if part in self.conv1d and type(module) is nn.Linear:
-            module = as_conv1d(module)
-        merged = module.state_dict()
-        values = {f"{part}.{key}": value for key, value in merged.items()}
+        made = nn.ModuleDict({"made": merged_part(self.parts[part], "dense")})
+        inside = [n.removeprefix(part) for n in self.conv1d if f"{n}.".startswith(f"{part}.")]
+        merged = in_own_layout(made, [f"made{name}" for name in inside]).state_dict()
+        values = {f"{part}{key.removeprefix('made')}": value for key, value in merged.items()}
         if lost := sorted(values.keys() - self.places):
             raise self._homeless(lost)
         return values

@@ -146,7 +146,7 @@ class _Merged(Exporter):
         return merged_bytes(tuned.model, self.kind)
 
     def write(self, tuned: Tuned, folder: Path) -> Mapping[str, Figure]:
-        from .checking import refuse_other_tensors, sketches
+        from .checking import refuse_other_model, sketches
 
         _refuse_foreign_class(tuned.model)
         _ = tuned.held_out  # what is wrong with the data is told before the work
@@ -160,7 +160,7 @@ class _Merged(Exporter):
         del merged  # what is read from the files takes its place
         with memory_in_words():
             loaded = self._loaded(kind, state, folder)
-        refuse_other_tensors(meant, loaded)
+        refuse_other_model(meant, loaded)
         figures = tuned.compared(loaded)
         self._refuse_far(figures, state)
         return figures

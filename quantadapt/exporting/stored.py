@@ -7,6 +7,7 @@ model runs, in the memory of one layer at a time (and the embeddings).
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..facade import wrap
+from ..facade import mark_conv1d, wrap
+from ..layerwise import renaming
 from ..loading.reading import architecture
 from ..loading.tensors import Checkpoint
-from ..model.linears import is_conv1d
+from ..model.linears import conv1d_layers, is_conv1d
 from ..model.modules import linear_layers, set_submodule
 from ..protocols import AdapterTarget
 
@@ -87,37 +89,48 @@ def open_stored(source: str, *, device: str = "cpu", dtype: torch.dtype) -> nn.M
         dtype: in which the model computes.
 
     Raises:
-        ModelError: it is quantized, or its layers are stored under other names than they have.
+        ModelError: it is quantized, or what it holds is not one tensor for each parameter, as where
+            experts are stored one by one.
     """
     from accelerate import init_empty_weights
 
     checkpoint = Checkpoint(source)
     with init_empty_weights(include_buffers=False):
         model = architecture(source, device="cpu")
+    renamed = renaming(model)
+    keys = {renamed(key): key for key in checkpoint.files}
     for name, linear in list(linear_layers(model, ())):
-        key = f"{name}.weight"
-        if key in checkpoint:
+        if key := keys.get(f"{name}.weight"):
             transposed = is_conv1d(model.get_submodule(name))
             stored = StoredLinear(checkpoint, key, linear, device, transposed=transposed)
             set_submodule(model, name, stored)
-    _read_rest(model, checkpoint, device, dtype)
+    _read_rest(model, checkpoint, keys, device, dtype)
     model.requires_grad_(False)
-    return wrap(model, StoredTarget(), dtype).eval()
+    wrap(model, StoredTarget(), dtype)
+    mark_conv1d(model, conv1d_layers(model))
+    return model.eval()
 
 
-def _read_rest(model: nn.Module, checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> None:
-    """Read what is no linear layer: embeddings, norms, and a head that is tied to them."""
+def _read_rest(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    keys: Mapping[str, str],
+    device: str,
+    dtype: torch.dtype,
+) -> None:
+    """Read what is no linear layer: embeddings, norms, and a head that is tied to them. `keys` are
+    those in the checkpoint, by parameter."""
     for name, module in model.named_modules():
         for key in module._parameters:
             full = f"{name}.{key}".lstrip(".")
-            if module._parameters[key] is not None and full in checkpoint:
-                value = checkpoint.read(full).to(device, dtype)
+            if module._parameters[key] is not None and full in keys:
+                value = checkpoint.read(keys[full]).to(device, dtype)
                 module._parameters[key] = nn.Parameter(value, requires_grad=False)
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = buffer.to(device)
     model.tie_weights()  # type: ignore[operator]
     if missing := [n for n, p in model.named_parameters() if p.device.type == "meta"]:
-        what = f"it stores these weights under other names: {', '.join(missing[:3])}"
-        fix = "load it with transformers and save_pretrained it again"
+        what = f"no tensor of it is one of these weights: {', '.join(missing[:3])}"
+        fix = "merge in memory: load(ADAPTER, base=quantize(BASE, 'none')), then merge"
         raise ModelError(what, fix=fix, where=str(checkpoint.folder))

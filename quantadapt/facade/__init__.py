@@ -9,13 +9,14 @@ dtype and device are free, the dequantized numbers are made when somebody comput
 from .frozen import recomputing
 from .layer import QuantLinear
 from .lazy_weight import LazyWeight
-from .wrapping import densify, facades, replace, unwrap, wrap
+from .wrapping import densify, facades, mark_conv1d, replace, unwrap, wrap
 
 __all__ = [
     "LazyWeight",
     "QuantLinear",
     "densify",
     "facades",
+    "mark_conv1d",
     "recomputing",
     "replace",
     "unwrap",

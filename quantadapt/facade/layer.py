@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..compiling import results_in
 from ..errors import ModelError
+from ..model.linears import as_conv1d
 from ..protocols import AdapterTarget
 from .counting import count_as_dense
 from .frozen import Frozen, is_recomputing
@@ -40,7 +41,13 @@ class QuantLinear(nn.Linear):
         vendor: the vendor's module.
         target: the backend's view of it.
         dtype: dtype in which the layer computes, and of the weight when read.
+
+    Attributes:
+        conv1d: whether the model's own class has a `Conv1D` here. What PEFT trains in its place
+            is one then, so that PEFT reads it again without this facade.
     """
+
+    conv1d: bool = False
 
     _vendor: nn.Module
     _kept: Tensor | None = None
@@ -361,11 +368,12 @@ class QuantLinear(nn.Linear):
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """Return a copy; an ordinary linear layer where PEFT copies it to train it in full."""
         if copies_to_train():
-            memo[id(self)] = dense = self.dense()
-            return dense
-        memo[id(self)] = copied = type(self).__new__(type(self))
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return copied
+            dense = self.dense()
+            memo[id(self)] = copied = as_conv1d(dense) if self.conv1d else dense
+            return copied
+        memo[id(self)] = facade = type(self).__new__(type(self))
+        facade.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return facade
 
     def __getstate__(self) -> dict[str, Any]:
         self._merged_weight()  # settles what PEFT's layer has left behind

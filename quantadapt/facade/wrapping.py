@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 import torch
 from torch import nn
@@ -11,6 +11,12 @@ from ..errors import PluginError
 from ..model.modules import is_skipped
 from ..protocols import AdapterTarget
 from .layer import QuantLinear
+
+
+def mark_conv1d(model: nn.Module, names: Container[str]) -> None:
+    """Tell the facades called `names` that the model's own class has a `Conv1D` there."""
+    for name, facade in facades(model):
+        facade.conv1d = name in names
 
 
 def facades(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:

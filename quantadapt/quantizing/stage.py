@@ -47,7 +47,7 @@ def quantize_plan(
     """Do what `plan` says about the base. `module` is the live module that it was made for."""
     import torch
 
-    from ..facade import facades, wrap
+    from ..facade import facades, mark_conv1d, wrap
     from ..loading.accounting import expecting
     from ..model.linears import conv1d_layers
     from ..model.modules import linear_layers, skipped_modules
@@ -94,6 +94,8 @@ def quantize_plan(
         raise ModelError(what, fix=fix, where=plan.model) from error
     if next(facades(model), None) is None:
         raise nothing_quantized(model)
+    conv1d = conv1d or conv1d_layers(model)
+    mark_conv1d(model, conv1d)
     if plan.adopt and not skip:  # what a merge must not quantize
         skip = tuple(name for name, _ in linear_layers(model, ()))
     model.quantadapt = ModelState(  # type: ignore[assignment]
@@ -105,7 +107,7 @@ def quantize_plan(
         skip_modules=skip,
         tokenizer=find_tokenizer(plan.model) if plan.model else None,
         calibration=examples,
-        conv1d=conv1d or conv1d_layers(model),
+        conv1d=conv1d,
         new_modules=tuple(plan.spec.new_modules),
         unused_modules=tuple(plan.spec.unused_modules),
         notes=tuple(notes),
