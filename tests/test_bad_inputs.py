@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import quantadapt as qa
 from quantadapt import demo
-from quantadapt.errors import ModelError, NumbersError, PlanRefused
+from quantadapt.errors import ModelError, NumbersError, PlanRefused, SpecError
 from quantadapt.exporting.manifest import read_manifest
 from quantadapt.inputs.documents import read_object
 from quantadapt.inputs.model_config import config_problems
@@ -457,6 +457,16 @@ def test_what_is_no_object_is_refused_in_a_sentence(raw: bytes, tmp_path: Path) 
     (tmp_path / "x.json").write_bytes(raw)
     with pytest.raises(ModelError, match=r"x\.json: (it is|it holds|not valid JSON)"):
         read_object(tmp_path / "x.json")
+
+
+def test_a_run_whose_spec_is_a_broken_link_is_not_measured_on_other_data(tmp_path: Path) -> None:
+    from quantadapt.cli.models import calibration_of, held_out_of
+
+    (tmp_path / "spec.yaml").symlink_to("spec.yaml")
+    with pytest.raises(SpecError, match=r"spec\.yaml"):
+        held_out_of(str(tmp_path), None, None)
+    with pytest.raises(SpecError, match=r"spec\.yaml"):
+        calibration_of(str(tmp_path), None, None)
 
 
 @pytest.mark.parametrize(
