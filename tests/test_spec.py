@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from quantadapt.errors import Problem, SpecError
 from quantadapt.plain_yaml import MAX_VALUES, parse, read_yaml, to_yaml
+from quantadapt.protocols.options import Options
 from quantadapt.spec import Spec, apply_overrides, wrong_value
 
 
@@ -140,6 +142,30 @@ def test_so_are_values_on_the_command_line(tmp_path) -> None:
     assert Spec.load(file, ["seed=010"]).seed == 10
     found = apply_overrides({}, ["adapter.lora_dropout=5e-2", "output=12:30"])
     assert found == {"adapter": {"lora_dropout": 0.05}, "output": "12:30"}
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [("seed=true", "seed"), ("train.max_steps=true", "train.max_steps"),
+     ("train.weight_decay=false", "train.weight_decay"), ("train.memory=true", "train.memory"),
+     ("data.max_examples=true", "data.max_examples")],
+)  # fmt: skip
+def test_true_is_no_number(override, where) -> None:
+    with pytest.raises(SpecError) as caught:
+        Spec(**apply_overrides({}, [override]))
+    (problem,) = caught.value.problems
+    assert problem.where == where
+    assert "number" in problem.fix or "number" in problem.what
+
+
+@pytest.mark.parametrize("given", [True, float("nan"), [2, False], {"a": True}])
+def test_options_of_plugins_take_numbers_alone(given) -> None:
+    class Made(Options):
+        some: int | float | list[int] | dict[str, float]
+
+    with pytest.raises(ValidationError, match="number"):
+        Made(some=given)
+    assert Made(some=1).some == 1
 
 
 @pytest.mark.parametrize("text", ["5e-2", "1e5", "12:30", "010", "on", "null", "2024-01-01", "*a"])

@@ -37,7 +37,9 @@ def _manifests() -> Iterator[Case]:
         command = _COMMANDS[index % len(_COMMANDS)]
         yield Case("quantadapt.json", name, command, at(ADAPTER_RECORD, damage))
         wanted = "works" if name == "missing" else "refused"  # it is one that stock hqq loads
-        yield Case("quantadapt.json of a base", name, EVAL_QUANTIZED, at(BASE_RECORD, damage), wanted)
+        yield Case(
+            "quantadapt.json of a base", name, EVAL_QUANTIZED, at(BASE_RECORD, damage), wanted
+        )
     for key in ("format", "base", "backend", "options", "dtype", "skip_modules", "adapter",
                 "adapter_options", "max_length"):  # fmt: skip
         for index, value in enumerate(WRONG):

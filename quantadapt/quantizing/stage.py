@@ -76,6 +76,9 @@ def quantize_plan(
             model = module
         else:
             model = quantizer.load(plan.model, device=plan.device, dtype=dtype)
+    if not isinstance(model, torch.nn.Module):
+        what, fix = f"it returned {model!r}, which is no module", "tell its authors"
+        raise PluginError(what, fix=fix, where=f"backend {plan.backend.name}")
     model.requires_grad_(False)
     # What is quantized already gets a facade, a head too, unless somebody said otherwise.
     target, skip = quantizer.target, skip or ()
