@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import quantadapt as qa
 from quantadapt import demo
-from quantadapt.errors import ModelError, NumbersError, PlanRefused, SpecError
+from quantadapt.errors import DataError, ModelError, NumbersError, PlanRefused, SpecError
 from quantadapt.exporting.manifest import read_manifest
 from quantadapt.inputs.documents import read_object
 from quantadapt.inputs.model_config import config_problems
@@ -431,18 +431,40 @@ def test_usual_patterns_are_fine(pattern: str) -> None:
     assert not pattern_problems({"target_modules": pattern, "rank_pattern": {pattern: 4}})
 
 
-def test_an_endless_chat_template_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+ENDLESS = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3
+ANSWERS = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}{{ eos_token }}{% endfor %}"
+
+
+def chats_with(template: str, tokenizer: Any, folder: Path) -> Any:
     from quantadapt.data import load_data
-    from quantadapt.errors import DataError
     from quantadapt.spec import DataSpec
 
-    loops = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc")
-    slow = copy.deepcopy(tokenizer)
-    slow.chat_template = loops + "{% endfor %}" * 3
+    templated = copy.deepcopy(tokenizer)
+    templated.chat_template = template
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    (tmp_path / "chats.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
-    with pytest.raises(DataError, match="takes more than"):
-        load_data(DataSpec(path=str(tmp_path / "chats.jsonl")), slow, seed=0)
+    (folder / "chats.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    return load_data(DataSpec(path=str(folder / "chats.jsonl")), templated, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (ENDLESS, "takes more than"),
+        ("{{ 10 ** (10 ** 10) }}", "raises to a power"),
+        ("{% set n = messages | length %}{{ n** 10000000000 }}", "raises to a power"),
+        ("{{ (9)\n**\n9999999999 }}", "raises to a power"),
+    ],
+)
+def test_an_endless_chat_template_is_refused(
+    template: str, said: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    with pytest.raises(DataError, match=said):
+        chats_with(template, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("more", ["**{{ '**' }}**", "{{ dict(**{'a': 1}).a }}", "{# a ** b #}"])
+def test_stars_that_are_no_power_are_fine(more: str, tmp_path: Path, tokenizer: Any) -> None:
+    assert len(chats_with(more + ANSWERS, tokenizer, tmp_path).train) > 0
 
 
 # Documents and paths -----------------------------------------------------------------------------

@@ -131,7 +131,8 @@ def inputs_of(planned: PlannedExport, run: str, *data: str | None) -> list[str |
     from ..exporting.manifest import BASE, adapter_in
 
     adapter = None if path_problem(run) else adapter_in(put_back(run))
-    own = [adapter, adapter.parent / BASE] if adapter else []
+    base = (_manifest(adapter) or {}).get("base") if adapter else None
+    own = [adapter, adapter.parent / BASE, str(base or "")] if adapter else []
     return [*own, *planned.exporter.reads, *data]
 
 
