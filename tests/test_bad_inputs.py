@@ -312,6 +312,18 @@ def test_an_adapter_config_of_wrong_types_is_refused(values: dict[str, Any], ada
         qa.load(adapter)
 
 
+@pytest.mark.parametrize("backend", ["none", "hqq", "bnb-nf4", "torchao-int8", "quanto"])
+def test_tensors_that_a_layer_has_no_place_for_are_told(backend: str) -> None:
+    """An adapter's of layers that its config leaves out, for one."""
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False))
+    model = qa.quantize(layers, backend, skip_modules=())
+    stray = {"0.lora_A.weight": torch.ones(2, 64), "0.more": torch.ones(1)}
+    assert sorted(model.load_state_dict(stray, strict=False).unexpected_keys) == sorted(stray)
+    whole = model.load_state_dict({**model.state_dict(), **stray}, strict=False)
+    assert sorted(whole.unexpected_keys) == sorted(stray)
+    assert not whole.missing_keys
+
+
 def test_an_adapter_that_is_a_pickle_is_refused(adapter: Path) -> None:
     tensors = load_file(adapter / "adapter_model.safetensors")
     torch.save(tensors, adapter / "adapter_model.bin")
