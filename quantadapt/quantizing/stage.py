@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .. import planning
 from ..dependencies import import_requirements
 from ..errors import ModelError, PlanRefused, PluginError, Problem, QuantadaptError
+from ..inputs.documents import shown
 from ..planning.on_disk import config_of
 from ..planning.stage import Plan
 from ..protocols import LayerwiseQuantizer, Quantizer
@@ -270,7 +271,11 @@ def load_tokenizer(source: str) -> Any:
         fix = "put the tokenizer's files beside config.json"
         raise ModelError(what, fix=fix, where=source) from None
     refuse_code(source)  # transformers may have taken another tokenizer instead
-    if tokenizer.pad_token_id is None:
+    if not isinstance(longest := tokenizer.model_max_length, int | float):
+        what = f"model_max_length of its tokenizer is {shown(longest)}, no number"
+        raise ModelError(what, fix="restore tokenizer_config.json", where=source)
+    pad, rows = tokenizer.pad_token_id, (config_of(source) or {}).get("vocab_size")
+    if pad is None or (isinstance(rows, int) and pad >= rows):  # one without a row of the embedding
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
