@@ -84,6 +84,12 @@ for _kind, (_pattern, _first) in _NUMBERS.items():
     _tag, _whole = f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern})$")
     _Loader.add_implicit_resolver(_tag, _whole, list(_first))
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+_Loader.yaml_constructors = {  # a tag such as !!binary or !!set makes what no key takes
+    tag: made
+    for tag, made in _Loader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in _PLAIN
+}
 
 
 class _Dumper(yaml.SafeDumper):

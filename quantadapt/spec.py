@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from .errors import Problem, SpecError, did_you_mean, likely_name
+from .inputs.typed import Typed
 from .plain_yaml import YAMLError, parse, read_yaml, to_yaml
 
 MergeChoice = Literal["auto", "dense", "requantize", "never"]
@@ -27,8 +28,8 @@ Column = Literal["text", "prompt", "completion", "instruction", "input", "output
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+class _Strict(Typed):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Show what differs from the defaults."""
@@ -208,8 +209,6 @@ class TrainSpec(_Strict):
     @classmethod
     def _one_message(cls, value: Any, check: Callable[[Any], Any]) -> Any:
         try:
-            if isinstance(value, bool):
-                raise ValueError(value)
             return check(value)
         except ValueError:
             text = "use auto, min, or a number of GiB above 0"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import quantadapt as qa
 from quantadapt import demo
-from quantadapt.errors import ModelError, NumbersError, PlanRefused
+from quantadapt.errors import DataError, ModelError, NumbersError, PlanRefused, SpecError
 from quantadapt.exporting.manifest import read_manifest
 from quantadapt.inputs.documents import read_object
 from quantadapt.inputs.model_config import config_problems
@@ -312,6 +312,18 @@ def test_an_adapter_config_of_wrong_types_is_refused(values: dict[str, Any], ada
         qa.load(adapter)
 
 
+@pytest.mark.parametrize("backend", ["none", "hqq", "bnb-nf4", "torchao-int8", "quanto"])
+def test_tensors_that_a_layer_has_no_place_for_are_told(backend: str) -> None:
+    """An adapter's of layers that its config leaves out, for one."""
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False))
+    model = qa.quantize(layers, backend, skip_modules=())
+    stray = {"0.lora_A.weight": torch.ones(2, 64), "0.more": torch.ones(1)}
+    assert sorted(model.load_state_dict(stray, strict=False).unexpected_keys) == sorted(stray)
+    whole = model.load_state_dict({**model.state_dict(), **stray}, strict=False)
+    assert sorted(whole.unexpected_keys) == sorted(stray)
+    assert not whole.missing_keys
+
+
 def test_an_adapter_that_is_a_pickle_is_refused(adapter: Path) -> None:
     tensors = load_file(adapter / "adapter_model.safetensors")
     torch.save(tensors, adapter / "adapter_model.bin")
@@ -431,18 +443,40 @@ def test_usual_patterns_are_fine(pattern: str) -> None:
     assert not pattern_problems({"target_modules": pattern, "rank_pattern": {pattern: 4}})
 
 
-def test_an_endless_chat_template_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+ENDLESS = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3
+ANSWERS = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}{{ eos_token }}{% endfor %}"
+
+
+def chats_with(template: str, tokenizer: Any, folder: Path) -> Any:
     from quantadapt.data import load_data
-    from quantadapt.errors import DataError
     from quantadapt.spec import DataSpec
 
-    loops = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc")
-    slow = copy.deepcopy(tokenizer)
-    slow.chat_template = loops + "{% endfor %}" * 3
+    templated = copy.deepcopy(tokenizer)
+    templated.chat_template = template
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    (tmp_path / "chats.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
-    with pytest.raises(DataError, match="takes more than"):
-        load_data(DataSpec(path=str(tmp_path / "chats.jsonl")), slow, seed=0)
+    (folder / "chats.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    return load_data(DataSpec(path=str(folder / "chats.jsonl")), templated, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (ENDLESS, "takes more than"),
+        ("{{ 10 ** (10 ** 10) }}", "raises to a power"),
+        ("{% set n = messages | length %}{{ n** 10000000000 }}", "raises to a power"),
+        ("{{ (9)\n**\n9999999999 }}", "raises to a power"),
+    ],
+)
+def test_an_endless_chat_template_is_refused(
+    template: str, said: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    with pytest.raises(DataError, match=said):
+        chats_with(template, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("more", ["**{{ '**' }}**", "{{ dict(**{'a': 1}).a }}", "{# a ** b #}"])
+def test_stars_that_are_no_power_are_fine(more: str, tmp_path: Path, tokenizer: Any) -> None:
+    assert len(chats_with(more + ANSWERS, tokenizer, tmp_path).train) > 0
 
 
 # Documents and paths -----------------------------------------------------------------------------
@@ -457,6 +491,16 @@ def test_what_is_no_object_is_refused_in_a_sentence(raw: bytes, tmp_path: Path) 
     (tmp_path / "x.json").write_bytes(raw)
     with pytest.raises(ModelError, match=r"x\.json: (it is|it holds|not valid JSON)"):
         read_object(tmp_path / "x.json")
+
+
+def test_a_run_whose_spec_is_a_broken_link_is_not_measured_on_other_data(tmp_path: Path) -> None:
+    from quantadapt.cli.models import calibration_of, held_out_of
+
+    (tmp_path / "spec.yaml").symlink_to("spec.yaml")
+    with pytest.raises(SpecError, match=r"spec\.yaml"):
+        held_out_of(str(tmp_path), None, None)
+    with pytest.raises(SpecError, match=r"spec\.yaml"):
+        calibration_of(str(tmp_path), None, None)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from quantadapt.folders.run_folder import RunFolder
 from quantadapt.hookspecs import hookimpl
 from quantadapt.machine import Machine
 from quantadapt.protocols import Figure
+from quantadapt.registry.discovery import Provenance, registry
 
 TRAIN = str(demo.TRAIN_FILE)
 
@@ -519,6 +520,27 @@ def test_a_bug_is_one_line_and_the_log_has_the_traceback(run_cli, pipeline, monk
     assert "Traceback" in run_cli("run", "--output", "out", "--overwrite").err
 
 
+@pytest.mark.parametrize("distribution", ["others", "quantadapt"])
+def test_a_bug_of_a_plugin_names_its_authors(
+    distribution, run_cli, pipeline, tmp_path, monkeypatch
+):
+    """Those of our own are reported to us."""
+    others: dict[str, Any] = {"__name__": "others_plugin.backend"}
+    code = "def work(*args, **kwargs):\n    return {}['W_q']\n"
+    exec(compile(code, "others_plugin/backend.py", "exec"), others)
+    provenance = Provenance("theirs", "others_plugin", distribution, "1.0")
+    monkeypatch.setitem(registry().plugins, "theirs", provenance)
+    pipeline(others["work"])
+    shown = run_cli("run", "--output", "out")
+    assert shown.code == 1
+    theirs = distribution == "others"
+    assert ("This was not expected" in shown.err) is not theirs
+    assert ("plugin theirs: it failed: KeyError: 'W_q'" in shown.err) is theirs
+    assert ("tell its authors (theirs (others 1.0)): others_plugin/backend.py:2" in shown.err) is (
+        theirs
+    )
+
+
 def test_ctrl_c_is_one_line_and_130(run_cli, pipeline):
     pipeline(raises(KeyboardInterrupt()))
     shown = run_cli("run", "--output", "out")
@@ -633,11 +655,18 @@ class Broken:
         raise RuntimeError("out of order")
 
 
+class Exits:
+    @hookimpl
+    def quantadapt_commands(self, app: Any) -> None:
+        raise SystemExit(3)
+
+
 def test_a_plugin_may_add_commands(run_cli, plugins):
-    plugins(greeting=Greeting(), broken=Broken())
+    plugins(greeting=Greeting(), broken=Broken(), exits=Exits())
     shown = run_cli("greet")
     assert (shown.code, shown.out) == (0, "hello\n")
     assert "plugin broken could not add its commands: RuntimeError('out of order')" in shown.err
+    assert "plugin exits could not add its commands: SystemExit(3)" in shown.err
 
 
 def test_plugins_are_left_alone_for_our_own_commands(run_cli, monkeypatch):

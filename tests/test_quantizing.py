@@ -207,6 +207,17 @@ def test_a_backend_that_raises_is_named(make) -> None:  # noqa: F811
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+class ReturnsNothing(Absmax):
+    def quantize(self, *args, **kwargs):
+        return None
+
+
+def test_a_backend_that_returns_no_module_is_named(make) -> None:  # noqa: F811
+    make(Plugin(ReturnsNothing))
+    with pytest.raises(PluginError, match="backend absmax: it returned None, which is no module"):
+        qa.quantize(SMALL, "absmax")
+
+
 def test_a_backend_that_lies_about_its_shape_is_caught_at_once(make) -> None:  # noqa: F811
     make(Plugin(Lies))
     with pytest.raises(PluginError, match=r"q_proj: LyingTarget\.dequantize returned \(\d+, \d+\)"):

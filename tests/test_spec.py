@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from quantadapt.errors import Problem, SpecError
 from quantadapt.plain_yaml import MAX_VALUES, parse, read_yaml, to_yaml
+from quantadapt.protocols.options import Options
 from quantadapt.spec import Spec, apply_overrides, wrong_value
 
 
@@ -142,6 +144,30 @@ def test_so_are_values_on_the_command_line(tmp_path) -> None:
     assert found == {"adapter": {"lora_dropout": 0.05}, "output": "12:30"}
 
 
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [("seed=true", "seed"), ("train.max_steps=true", "train.max_steps"),
+     ("train.weight_decay=false", "train.weight_decay"), ("train.memory=true", "train.memory"),
+     ("data.max_examples=true", "data.max_examples")],
+)  # fmt: skip
+def test_true_is_no_number(override, where) -> None:
+    with pytest.raises(SpecError) as caught:
+        Spec(**apply_overrides({}, [override]))
+    (problem,) = caught.value.problems
+    assert problem.where == where
+    assert "number" in problem.fix or "number" in problem.what
+
+
+@pytest.mark.parametrize("given", [True, float("nan"), [2, False], {"a": True}])
+def test_options_of_plugins_take_numbers_alone(given) -> None:
+    class Made(Options):
+        some: int | float | list[int] | dict[str, float]
+
+    with pytest.raises(ValidationError, match="number"):
+        Made(some=given)
+    assert Made(some=1).some == 1
+
+
 @pytest.mark.parametrize("text", ["5e-2", "1e5", "12:30", "010", "on", "null", "2024-01-01", "*a"])
 def test_text_that_looks_like_a_number_goes_round(text) -> None:
     assert parse(to_yaml({"output": text})) == {"output": text}
@@ -161,6 +187,9 @@ ALIASES = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("? [a]\n: 1", "it has to be text"),
         ("[" * 5000, "nested too deeply"),
         ("seed: " + "9" * 5000, "too long"),
+        ("model: !!binary aGVsbG8=", "tag:yaml.org,2002:binary"),
+        ("skip_modules: !!set {a, b}", "tag:yaml.org,2002:set"),
+        ("model: !!timestamp 2024-01-01", "tag:yaml.org,2002:timestamp"),
         ("on: 1", "unknown key 'on'"),
         ("1: 2", "unknown key '1'"),
         ("null: 2", "unknown key 'null'"),

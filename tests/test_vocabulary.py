@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 import quantadapt as qa
-from quantadapt.errors import DataError
+from quantadapt.errors import DataError, ModelError
+from quantadapt.quantizing.stage import load_tokenizer
 from quantadapt.testing.small_demo import small_model
 
 
@@ -52,3 +54,25 @@ def test_ids_of_another_tokenizer_are_told() -> None:
     with pytest.raises(DataError, match="1 of 2 examples hold tokens"):
         qa.train(tuned, data, max_steps=1)
     qa.train(tuned, data.select([0]), max_steps=1, per_device_train_batch_size=1)
+
+
+def configured(folder: Path, **values: object) -> str:
+    """Change the config of the tokenizer of a small model."""
+    shutil.copytree(small_model(), folder, dirs_exist_ok=True)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    return str(folder)
+
+
+def test_a_pad_token_without_an_embedding_is_not_padded_with(tmp_path) -> None:
+    model = qa.quantize(configured(tmp_path, pad_token="<never seen>"), "none")
+    data = Dataset.from_dict({"input_ids": [[1, 2], [3]], "completion_mask": [[1, 1], [1]]})
+    tuned = qa.attach(model, "lora", r=2)
+    assert math.isfinite(qa.train(tuned, data, max_steps=1).losses[-1][1])
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_a_longest_length_that_is_text_is_told(tmp_path) -> None:
+    with pytest.raises(ModelError, match='model_max_length of its tokenizer is "long"'):
+        load_tokenizer(configured(tmp_path, model_max_length="long"))

@@ -52,6 +52,6 @@ def add_plugin_commands(app: typer.Typer) -> None:
     for implementation in registry().manager.hook.quantadapt_commands.get_hookimpls():
         try:
             implementation.function(*[app for _ in implementation.argnames])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             text = f"plugin {implementation.plugin_name} could not add its commands: {error!r}"
             write(sys.stderr, f"{text}\n")

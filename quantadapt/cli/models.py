@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from ..data.reading import HeldOut
     from ..planning.exports import PlannedExport
+    from ..spec import Spec
     from .session import Session
 
 
@@ -88,10 +90,9 @@ def held_out_of(path: str, data: str | None, tokenizer: Any) -> tuple[HeldOut, s
     """
     from .. import planning
     from ..data.reading import MAX_LENGTH, read_held_out
-    from ..spec import DataSpec, Spec
+    from ..spec import DataSpec
 
-    folder = Path(path).expanduser()
-    run = Spec.load(folder / "spec.yaml") if (folder / "spec.yaml").exists() else None
+    folder, run = Path(path).expanduser(), _spec_of(path)
     if data is None and run is not None:
         origin = f"what the run held out of {run.data.path or 'the bundled demo data'}"
         read = planning.task_for(run).read(run.data, tokenizer, seed=run.seed)
@@ -106,18 +107,23 @@ def calibration_of(path: str, calibration: str | None, tokenizer: Any) -> Any:
     """Return what to calibrate on: what `calibration` names, or what the run at `path` used."""
     from .. import planning
     from ..quantizing.examples import calibration_examples, examples_from
-    from ..spec import Spec
 
     if calibration is not None:
         return examples_from(calibration, tokenizer)
-    file = Path(path).expanduser() / "spec.yaml"
-    if not file.exists():
+    if (spec := _spec_of(path)) is None:
         return None
-    spec = Spec.load(file)
     read = planning.task_for(spec).read
     return calibration_examples(
         spec, tokenizer, lambda: read(spec.data, tokenizer, seed=spec.seed).train
     )
+
+
+def _spec_of(path: str) -> Spec | None:
+    """Return the spec of the run at `path`, or None where there is no run."""
+    from ..spec import Spec
+
+    file = Path(path).expanduser() / "spec.yaml"
+    return Spec.load(file) if os.path.lexists(file) else None  # a link that leads nowhere is told
 
 
 def inputs_of(planned: PlannedExport, run: str, *data: str | None) -> list[str | Path | None]:
@@ -125,7 +131,8 @@ def inputs_of(planned: PlannedExport, run: str, *data: str | None) -> list[str |
     from ..exporting.manifest import BASE, adapter_in
 
     adapter = None if path_problem(run) else adapter_in(put_back(run))
-    own = [adapter, adapter.parent / BASE] if adapter else []
+    base = (_manifest(adapter) or {}).get("base") if adapter else None
+    own = [adapter, adapter.parent / BASE, str(base or "")] if adapter else []
     return [*own, *planned.exporter.reads, *data]
 
 

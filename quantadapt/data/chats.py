@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
@@ -222,6 +223,7 @@ class _Writer:
     def render(self, count: int, *, ask: bool = False) -> str:
         """Return the first `count` turns as text; `ask` opens an answer after them."""
         try:
+            _refuse_powers(self.tokenizer.get_chat_template(tools=self.tools))
             with at_most(2.0):
                 text = self.tokenizer.apply_chat_template(
                     self.turns[:count], tools=self.tools, tokenize=False, add_generation_prompt=ask
@@ -231,6 +233,19 @@ class _Writer:
             fix = "reorder the turns, or use another format"
             raise DataError(what, fix=fix, where=self.where) from error
         return checked_text(str(text), "the chat as its template writes it", self.where)
+
+
+@lru_cache(maxsize=16)
+def _refuse_powers(template: str) -> None:
+    """Raise ValueError where a template raises to a power. The time limit cannot end that: Python
+    works on one large number until it is done. No template in use needs it."""
+    from jinja2 import Environment
+
+    before = ""
+    for _, kind, value in Environment().lex(template):
+        if (kind, value) == ("operator", "**") and before not in ("(", ","):  # not (**arguments)
+            raise ValueError("it raises to a power (**), which can take for ever")
+        before = before if kind == "whitespace" else value
 
 
 def _writer(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> _Writer:

@@ -80,7 +80,7 @@ def write(
     """
     if isinstance(exporter, AdapterFolder) and final == tuned.saved:
         return dict(exporter.write(tuned, final))  # it is there since it was saved
-    refuse_overlap(final, [tuned.saved, *exporter.reads])
+    refuse_overlap(final, [tuned.saved, tuned.manifest.get("base"), *exporter.reads])
     refuse_occupied(final, overwrite)
     with atomic_folder(final, overwrite=overwrite, needed=exporter.needed(tuned)) as folder:
         figures = dict(exporter.write(tuned, folder))

@@ -352,11 +352,18 @@ class QuantLinear(nn.Linear):
         self, state_dict: Any, prefix: str, unexpected_keys: list[str], error_msgs: list[str]
     ) -> None:
         """Tell apart what a vendor saves and does not load (some leave their scales as they are):
-        the numbers that are there anyway are expected; with others the codes mean nothing."""
-        unread = [key for key in unexpected_keys if key.startswith(prefix)]
-        own = self._vendor.state_dict() if unread else {}
-        for key in unread:
-            if (tensor := own.get(key.removeprefix(prefix))) is None:
+        the numbers that are there anyway are expected; with others the codes mean nothing. What
+        it knows nothing of is unexpected, though not every vendor says so."""
+        left = [key for key in state_dict if key.startswith(prefix)]
+        own = self._vendor.state_dict() if left else {}
+        known = {name.partition(".")[0] for name in own}
+        for key in left:
+            name = key.removeprefix(prefix)
+            if key not in unexpected_keys:
+                if name.partition(".")[0] not in known:
+                    unexpected_keys.append(key)
+                continue
+            if (tensor := own.get(name)) is None:
                 continue
             unexpected_keys.remove(key)
             if not torch.equal(tensor, state_dict[key].to(tensor.device)):

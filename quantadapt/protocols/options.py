@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
+
+from ..inputs.typed import Typed
 
 
-class Options(BaseModel):
+class Options(Typed):
     """The options of a record: frozen, with every field something that users set.
 
     Field types, defaults and descriptions are what users see in `quantadapt backends show NAME` and

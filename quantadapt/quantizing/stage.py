@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .. import planning
 from ..dependencies import import_requirements
 from ..errors import ModelError, PlanRefused, PluginError, Problem, QuantadaptError
+from ..inputs.documents import shown
 from ..planning.on_disk import config_of
 from ..planning.stage import Plan
 from ..protocols import LayerwiseQuantizer, Quantizer
@@ -76,6 +77,9 @@ def quantize_plan(
             model = module
         else:
             model = quantizer.load(plan.model, device=plan.device, dtype=dtype)
+    if not isinstance(model, torch.nn.Module):
+        what, fix = f"it returned {model!r}, which is no module", "tell its authors"
+        raise PluginError(what, fix=fix, where=f"backend {plan.backend.name}")
     model.requires_grad_(False)
     # What is quantized already gets a facade, a head too, unless somebody said otherwise.
     target, skip = quantizer.target, skip or ()
@@ -269,7 +273,11 @@ def load_tokenizer(source: str) -> Any:
         fix = "put the tokenizer's files beside config.json"
         raise ModelError(what, fix=fix, where=source) from None
     refuse_code(source)  # transformers may have taken another tokenizer instead
-    if tokenizer.pad_token_id is None:
+    if not isinstance(longest := tokenizer.model_max_length, int | float):
+        what = f"model_max_length of its tokenizer is {shown(longest)}, no number"
+        raise ModelError(what, fix="restore tokenizer_config.json", where=source)
+    pad, rows = tokenizer.pad_token_id, (config_of(source) or {}).get("vocab_size")
+    if pad is None or (isinstance(rows, int) and pad >= rows):  # one without a row of the embedding
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

@@ -1,0 +1,34 @@
+"""What the records that people fill in share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidatorFunctionWrapHandler, field_validator
+from pydantic_core import PydanticCustomError
+
+
+class Typed(BaseModel):
+    """A record whose numbers are numbers: not nan or inf, and not true or false."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        taken = check(value)
+        if _truth_for_a_number(value, taken):
+            raise PydanticCustomError("number", "Input should be a number")
+        return taken
+
+
+def _truth_for_a_number(given: Any, taken: Any) -> bool:
+    """Tell whether pydantic made a number of true or false, here or deeper."""
+    if isinstance(given, bool):
+        return isinstance(taken, int | float) and not isinstance(taken, bool)
+    if isinstance(given, Mapping) and isinstance(taken, Mapping):
+        return any(_truth_for_a_number(given[key], taken.get(key)) for key in given)
+    if isinstance(given, list | tuple) and isinstance(taken, Sequence):
+        return any(map(_truth_for_a_number, given, taken))
+    return False
