@@ -45,7 +45,7 @@ def test_one_in_forty_bad_inputs_is_refused_or_right() -> None:
     assert "cases in" in campaign("--every", "40", timeout=250)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.timeout(7200)
 def test_every_bad_input_is_refused_or_right() -> None:
     assert "cases in" in campaign(timeout=7000)
