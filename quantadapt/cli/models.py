@@ -132,7 +132,9 @@ def inputs_of(planned: PlannedExport, run: str, *data: str | None) -> list[str |
 
     adapter = None if path_problem(run) else adapter_in(put_back(run))
     base = (_manifest(adapter) or {}).get("base") if adapter else None
-    own = [adapter, adapter.parent / BASE, str(base or "")] if adapter else []
+    own: list[str | Path | None] = []
+    if adapter:
+        own = [adapter, adapter.parent / BASE, str(base or "")]
     return [*own, *planned.exporter.reads, *data]
 
 
