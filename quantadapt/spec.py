@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from .errors import Problem, SpecError, did_you_mean, likely_name
+from .inputs.plain_yaml import YAMLError, parse, read_yaml, to_yaml
 from .inputs.typed import Typed
-from .plain_yaml import YAMLError, parse, read_yaml, to_yaml
 
 MergeChoice = Literal["auto", "dense", "requantize", "never"]
 # fmt: off

@@ -27,14 +27,14 @@ ORDER = [
     ),
     *("evaluation", "data", "sharding", "dependencies", "facade", "records", "protocols"),
     *("layerwise", "loading", "calibration", "model", "hookspecs", "distributed", "folders"),
-    *("spec", "plain_yaml", "capabilities", "memory", "compiling", "machine"),
+    *("spec", "capabilities", "memory", "compiling", "machine"),
     *("remote_code", "inputs", "paths", "probe", "demo", "errors", "moved"),
 ]
 """A file imports only from rooms further on in this list, and from its own."""
 WITHOUT_TORCH = [
     *("planning", "registry", "memory", "folders", "distributed", "data", "reporting", "matrix"),
     *("pipeline", "stages", "errors", "capabilities", "records", "protocols", "hookspecs"),
-    *("spec", "plain_yaml", "inputs", "paths", "machine", "dependencies", "remote_code"),
+    *("spec", "inputs", "paths", "machine", "dependencies", "remote_code"),
 ]
 
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from quantadapt.errors import Problem, SpecError
-from quantadapt.plain_yaml import MAX_VALUES, parse, read_yaml, to_yaml
+from quantadapt.inputs.plain_yaml import MAX_VALUES, parse, read_yaml, to_yaml
 from quantadapt.protocols.options import Options
 from quantadapt.spec import Spec, apply_overrides, wrong_value
 

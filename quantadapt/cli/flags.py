@@ -177,7 +177,7 @@ def _read(file: Path) -> dict[str, Any]:
     """Return what a YAML file says. That of a run folder, which may come from elsewhere, cannot say
     that code is trusted."""
     from ..folders.run_folder import MARKER
-    from ..plain_yaml import read_yaml
+    from ..inputs.plain_yaml import read_yaml
 
     values = read_yaml(file)
     if (file.parent / MARKER).exists():

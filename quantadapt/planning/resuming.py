@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from ..errors import OutputError, Problem
 from ..folders.checkpoints import last_whole, too_few_steps
 from ..folders.run_folder import RunFolder, json_ready
-from ..plain_yaml import read_yaml
+from ..inputs.plain_yaml import read_yaml
 from ..protocols import Quantizer, Task
 from ..spec import Named, Spec
 

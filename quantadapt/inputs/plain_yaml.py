@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from yaml import YAMLError as YAMLError
 
-from .errors import ModelError, Problem, SpecError
-from .inputs.documents import read_text
+from ..errors import ModelError, Problem, SpecError
+from .documents import read_text
 
 MAX_VALUES = 100_000
 """More than any run has; a small file whose aliases repeat each other can come to billions."""
