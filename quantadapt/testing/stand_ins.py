@@ -87,7 +87,10 @@ def _write(kind: str, folder: Path) -> None:
     config = cls.config_class(**{key: n for key, n in _SIZES.items() if hasattr(known, key)})
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        cls(config).save_pretrained(folder)
+        model = cls(config)
+    if config.is_encoder_decoder:
+        model.generation_config.decoder_start_token_id = _SIZES["decoder_start_token_id"]
+    model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
 
 
