@@ -105,6 +105,16 @@ def mixtral(folder: Path) -> str:
     return saved_model(MixtralForCausalLM(config), folder)
 
 
+def classifier(folder: Path) -> str:
+    """A small Qwen2 that tells three classes apart; return its folder."""
+    from transformers import Qwen2Config, Qwen2ForSequenceClassification
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = Qwen2Config(vocab_size=2048, num_labels=3, pad_token_id=0, **sizes, **heads)
+    return saved_model(Qwen2ForSequenceClassification(config), folder)
+
+
 def saved_model(model: nn.Module, folder: Path) -> str:
     """Save a model whose numbers are all far from zero; return its folder."""
     generator = torch.Generator().manual_seed(0)

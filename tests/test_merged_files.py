@@ -9,6 +9,7 @@ import torch
 from merging import (
     ADAPTERS,
     HELD_OUT,
+    classifier,
     gpt2,
     llama,
     logits,
@@ -140,6 +141,29 @@ def test_experts_are_merged_in_memory_as_the_refusal_says(tmp_path) -> None:
     qa.merge(loaded, tmp_path, data=HELD_OUT)
     expected = logits(stock_adapter(base, saved))
     assert relative(logits(stock(tmp_path / "merged")), expected) < 1e-5
+
+
+def test_a_classifier_is_merged_and_checked_by_what_it_answers(tmp_path, monkeypatch) -> None:
+    """Its head is trained whole, and it predicts no tokens."""
+    from peft import PeftModel
+    from peft.tuners.lora import Linear
+    from transformers import AutoModelForSequenceClassification as Classifier
+
+    base = classifier(tmp_path / "base")
+    model = tuned(base)
+    saved, expected = qa.save(model, tmp_path), logits(model)
+    by_peft = PeftModel.from_pretrained(Classifier.from_pretrained(base), str(saved))
+    assert relative(logits(by_peft), expected) < 1e-5
+    with pytest.raises(ModelError, match="as a classifier does, and predicts no tokens"):
+        qa.evaluate(model, HELD_OUT)
+    for kind in ("dense", "onto"):
+        merged(model, kind, base, tmp_path / kind)
+        files = Classifier.from_pretrained(tmp_path / kind / "merged")
+        assert relative(logits(files), expected) < 1e-5
+    monkeypatch.setattr(Linear, "merge", lambda self, **kwargs: None)
+    for kind in ("dense", "onto"):
+        with pytest.raises(ModelError, match="does not answer as the adapter: a relative error"):
+            merged(model, kind, base, tmp_path / "lost")
 
 
 # Several adapters --------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..data.batches import encoder_decoder_batch, padded
 from ..distributed.world import World, world
+from ..errors import ModelError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -139,6 +140,9 @@ def _causal(model: nn.Module, batch: list[Any], pad: int, device: Any) -> tuple[
         attention_mask=padded([[1] * len(ids) for ids, _ in batch], 0).to(device),
         use_cache=False,
     )
+    if output.logits.dim() != 3:
+        what = "it answers an example as a whole, as a classifier does, and predicts no tokens"
+        raise ModelError(what, fix="measure it with your own code, or with transformers' Trainer")
     # models with virtual prompt tokens return more logits than they were given tokens
     return output.logits[:, -labels.shape[1] : -1], labels[:, 1:]
 
@@ -179,6 +183,12 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     from torch.nn.functional import cross_entropy
 
     return cross_entropy(logits, targets, reduction="none")
+
+
+def predicts_tokens(model: nn.Module) -> bool:
+    """Say whether a model gives logits for each token; a classifier of transformers does not."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    return bool(getattr(base, "can_generate", lambda: True)())
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

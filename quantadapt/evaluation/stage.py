@@ -167,6 +167,22 @@ def compare(reference: Snapshot, candidate: Snapshot) -> Agreement:
     )
 
 
+def answers_apart(reference: nn.Module, candidate: nn.Module, dataset: Examples) -> float:
+    """Return how far two models that predict no tokens are apart: the relative error of what the
+    candidate answers to `dataset`, whatever that is, such as logits of classes."""
+    expected, found = _answers(reference, dataset), _answers(candidate, dataset)
+    return float((found - expected).norm() / expected.norm())
+
+
+def _answers(model: nn.Module, dataset: Examples) -> Tensor:
+    import torch
+
+    examples = [list(row["input_ids"]) for row in first_tokens(dataset, 1024)]
+    with evaluating(model), torch.no_grad():
+        inputs = [torch.tensor([ids], device=device_of(model)) for ids in examples]
+        return torch.cat([model(input_ids=ids)[0].double().cpu().flatten() for ids in inputs])
+
+
 def agreement(
     reference: nn.Module, candidate: nn.Module, dataset: Examples, **options: Any
 ) -> Agreement:

@@ -30,9 +30,9 @@ DIRECTIONS = 8
 CHUNK = 2**20
 
 ROUNDED = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
-"""Nats per token, by compute dtype, that rounding alone may put between an adapter and the same
-adapter merged into dense weights. On small models it is below 1e-9, 3e-3 and 1e-4; an adapter that
-is lost, or a tensor that starts at random, is 0.1 and more."""
+"""Nats per token (or the relative error of other answers), by compute dtype, that rounding alone
+may put between an adapter and the same merged into dense weights. On small models it is below
+1e-9, 3e-3 and 1e-4; an adapter that is lost, or a tensor that starts at random, is 0.1 and more."""
 ACTIVATIONS = 0.05
 """The same where the base quantizes activations, which dense weights do not: int8 2e-5."""
 
@@ -133,16 +133,23 @@ def refuse_far(figures: Mapping[str, Figure], dtype: torch.dtype, *, activations
         dtype: in which the adapter computes.
         activations: whether its base quantizes activations.
     """
-    kl, limit = figures["kl"].value, max(ROUNDED[dtype], ACTIVATIONS * activations)
-    if not kl <= limit:
-        what = f"the merged model does not answer as the adapter: KL {kl:.2g} nats per token"
+    limit, (words, far) = max(ROUNDED[dtype], ACTIVATIONS * activations), _apart(figures)
+    if not far <= limit:
+        what = f"the merged model does not answer as the adapter: {words} of {far:.2g}"
         raise _wrong(f"{what}, where rounding explains {limit:g}")
 
 
 def refuse_no_number(figures: Mapping[str, Figure]) -> None:
     """Raise ModelError where a merged model gives no numbers."""
-    if not figures["kl"].value < float("inf"):
+    if not _apart(figures)[1] < float("inf"):
         raise _wrong("the merged model gives no finite numbers")
+
+
+def _apart(figures: Mapping[str, Figure]) -> tuple[str, float]:
+    """Return how far `compared` says that models are apart, and what that is."""
+    if "kl" in figures:
+        return "a KL in nats per token", figures["kl"].value
+    return "a relative error", figures["error"].value
 
 
 def _wrong(what: str) -> ModelError:

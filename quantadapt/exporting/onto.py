@@ -127,7 +127,8 @@ def merge_onto(
 
     Returns:
         kind ("onto"), base, layers (how many were merged), and with `check` kl (nats per token),
-        top1 (share), perplexity_adapter (on the unquantized base) and perplexity_merged.
+        top1 (share), perplexity_adapter (on the unquantized base) and perplexity_merged;
+        of a model that predicts no tokens error, as `merge` does.
 
     Raises:
         MergeRefused: a rule forbids it. ModelError: the adapter does not fit `base`.

@@ -240,6 +240,8 @@ def merge_words(figures: Mapping[str, Figure]) -> str:
     if (kl := found.get("kl")) is not None:
         size = "below 1e-7" if kl < 1e-7 else f"{kl:.1e}"
         facts.append(f"KL to the adapter {size} nats per token")
+    if (error := found.get("error")) is not None:
+        facts.append(f"answers are off by {error:.1e} of the adapter's")
     if (top1 := found.get("top1")) is not None:
         facts.append(f"same first choice for {top1:.1%} of tokens")
     if (kept := found.get("gain_kept")) is not None:
@@ -275,7 +277,8 @@ def merge(
         overwrite: replace an earlier `merged`.
 
     Returns:
-        kind, kl (nats per token), top1 (share), perplexity_adapter, perplexity_merged.
+        kind, kl (nats per token), top1 (share), perplexity_adapter, perplexity_merged; of a model
+        that predicts no tokens, such as a classifier, kind and error (relative, of its answers).
 
     Raises:
         MergeRefused: a rule forbids it; names the rule, the reason and the way out.

@@ -112,8 +112,11 @@ class Tuned:
 
 def compared(model: nn.Module, merged: nn.Module, data: Dataset) -> dict[str, Figure]:
     """Return how far a merged model is from the model that was merged, on held-out data."""
-    from ..evaluation.stage import compare, snapshot
+    from ..evaluation.predictions import predicts_tokens
+    from ..evaluation.stage import answers_apart, compare, snapshot
 
+    if not predicts_tokens(model):
+        return {"error": Figure(answers_apart(model, merged, data), "relative", "lower")}
     check = compare(snapshot(model, data), snapshot(merged, data))
     return {
         "kl": Figure(check.kl, "nats per token", "lower"),
