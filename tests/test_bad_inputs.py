@@ -20,7 +20,15 @@ from safetensors.torch import load_file, save_file
 
 import quantadapt as qa
 from quantadapt import demo
-from quantadapt.errors import DataError, ModelError, NumbersError, PlanRefused, SpecError
+from quantadapt.cli.models import checked_output, inputs_of
+from quantadapt.errors import (
+    DataError,
+    ModelError,
+    NumbersError,
+    OutputError,
+    PlanRefused,
+    SpecError,
+)
 from quantadapt.exporting.manifest import read_manifest
 from quantadapt.inputs.documents import read_object
 from quantadapt.inputs.model_config import config_problems
@@ -29,6 +37,7 @@ from quantadapt.inputs.patterns import pattern_problems
 from quantadapt.inputs.weights import check_weights, file_in, read_header, weight_map
 from quantadapt.loading.tensors import Checkpoint
 from quantadapt.paths import INDEX, path_problem
+from quantadapt.planning.exports import MERGES, export_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,8 +50,8 @@ def campaign(*arguments: str, timeout: float) -> str:
     return done.stdout
 
 
-def test_one_in_forty_bad_inputs_is_refused_or_right() -> None:
-    assert "cases in" in campaign("--every", "40", timeout=250)
+def test_one_in_two_hundred_bad_inputs_is_refused_or_right() -> None:
+    assert "cases in" in campaign("--every", "200", timeout=250)
 
 
 @pytest.mark.campaign
@@ -344,6 +353,19 @@ def test_an_adapter_that_holds_no_numbers_is_refused_by_name(value: str, adapter
     with pytest.raises(NumbersError, match=re.escape(name)):
         qa.merge_onto(adapter, str(demo.MODEL_DIR), adapter.parent / "out", check=False)
     assert not (adapter.parent / "out" / "merged").exists()
+
+
+def test_nothing_is_written_into_the_base_that_it_is_made_of(adapter: Path, tmp_path: Path) -> None:
+    """Beside the base's config a folder `merged` would be loaded in its place."""
+    base = Path(shutil.copytree(demo.MODEL_DIR, tmp_path / "base"))
+    changed(adapter / "quantadapt.json", base=str(base))
+    read = inputs_of(export_of(MERGES["dense"], {}), str(adapter))
+    refused = pytest.raises(PlanRefused, match="the folder is inside")
+    with refused, checked_output(base / "merged", False, read):
+        pass
+    with pytest.raises(OutputError, match="the folder is inside"):
+        qa.merge(qa.load(adapter), base / "merged")
+    assert not (base / "merged").exists()
 
 
 # Numbers -----------------------------------------------------------------------------------------

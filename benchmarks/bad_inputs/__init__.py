@@ -1,4 +1,4 @@
-"""Some 900 bad inputs, what the real commands make of each, and the count by outcome.
+"""Some 1800 bad inputs, what the real commands make of each, and the count by outcome.
 
     python -m benchmarks.bad_inputs [--kind NAME] [--match TEXT] [--every N] [--show OUTCOME]
 

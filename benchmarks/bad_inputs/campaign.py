@@ -196,7 +196,7 @@ def judged(case: Case, code: int | None, output: str, harmed: bool) -> str:
         return "hung"
     if "This was not expected" in output or "Traceback (most recent" in output:
         return "unexpected"
-    if code == 0:
+    if code == 0 or "Interrupted by train.max_time" in output:
         told = bool(case.told) and case.told.lower() in output.lower()
         return "silent" if case.wanted == "refused" and not told else "worked"
     if code not in (1, 2) or not ("Error" in output or "Usage" in output):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from .cases import DATA, MODEL, TRAIN, Case, as_folder, at, nested, written
 
@@ -104,6 +103,3 @@ def cases() -> Iterator[Case]:
     }
     for name, value in columns.items():
         yield Case("data.columns", name, (*TRAIN, "--set", f"data.columns={value}"))
-
-
-def _unused(folder: Path) -> None: ...

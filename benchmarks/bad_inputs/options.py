@@ -138,7 +138,8 @@ def _numbers() -> Iterator[Case]:
                        ("train.gradient_accumulation_steps", 10**9), ("train.save_steps", 10**30),
                        ("train.logging_steps", 10**30), ("train.max_steps", 10**30),
                        ("train.num_train_epochs", 1e300), ("data.eval_fraction", 0.9999999)):  # fmt: skip
-        limit = ("--set", "train.max_steps=1") if key != "train.max_steps" else ()
+        # so many steps are done as told: time ends them
+        limit = ("--set", f"train.max_{'time=0.01' if key == 'train.max_steps' else 'steps=1'}")
         yield Case(
             "numbers in options",
             f"{key}={value}",
