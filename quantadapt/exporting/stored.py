@@ -119,5 +119,8 @@ def _read_rest(model: nn.Module, checkpoint: Checkpoint, device: str, dtype: tor
     model.tie_weights()  # type: ignore[operator]
     if missing := [n for n, p in model.named_parameters() if p.device.type == "meta"]:
         what = f"it stores these weights under other names: {', '.join(missing[:3])}"
-        fix = "load it with transformers and save_pretrained it again"
+        fix = (
+            "load it with transformers, and save it again under the names of its layers:"
+            " model.save_pretrained(FOLDER, save_original_format=False)"
+        )
         raise ModelError(what, fix=fix, where=str(checkpoint.folder))
