@@ -157,6 +157,17 @@ def test_plan_without_anything_is_the_demo(run_cli):
     assert made["spec"]["output"] == "runs/hqq-lora"
 
 
+@pytest.mark.parametrize(
+    ("length", "words"),
+    [("train.max_steps=20", "20 steps,"), ("train.max_steps=1", "1 step,"),
+     ("train.num_train_epochs=1", "1 epoch,"), ("train.num_train_epochs=2", "2 epochs,")],
+)  # fmt: skip
+def test_a_plan_says_how_long_training_is(run_cli, length: str, words: str):
+    steps = ["--set", "train.max_steps=-1"] if "epochs" in length else []
+    shown = run_cli("plan", "--adapter", "lora", *steps, "--set", length)
+    assert f"{words} 8 examples in a step" in shown.out
+
+
 def test_plan_for_people(run_cli):
     shown = run_cli("plan", "--adapter", "lily")
     assert shown.code == 0

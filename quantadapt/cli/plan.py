@@ -125,7 +125,7 @@ def _rows(made: Plan, data: DataReport | None) -> list[tuple[str, str]]:
 
     spec, train = made.spec, made.spec.train
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * made.processes
-    steps = f"{steps_words(train)} of {batch} examples"
+    steps = f"{steps_words(train)}, {batch} examples in a step"
     backend = _options(made.backend.name, made.quantizer.model_dump())
     return [
         ("model", model_name(made)),

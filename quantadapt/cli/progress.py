@@ -50,8 +50,8 @@ def plan_lines(plan: Plan) -> list[str]:
 def steps_words(train: TrainSpec) -> str:
     """Say how long the training is."""
     if train.max_steps > 0:
-        return f"{train.max_steps} steps"
-    return f"{train.num_train_epochs:g} epochs"
+        return "1 step" if train.max_steps == 1 else f"{train.max_steps} steps"
+    return "1 epoch" if train.num_train_epochs == 1 else f"{train.num_train_epochs:g} epochs"
 
 
 def model_name(plan: Plan) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .. import demo
@@ -53,6 +54,7 @@ from .refusals import (
     refusals_beside,
     task_problems,
 )
+from .share import dense_experts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -380,6 +382,7 @@ def _combined(draft: Draft, made: Plan) -> Plan:
         record = draft.registry.record(Evaluation, evaluation_of(name))
         draft.problems += refusals_beside(cell, record, evaluator.model_dump())
     draft.notes += made.quantizer.notes(made.device)
+    draft.notes += _dense_notes(draft, made)
     exports = refused_where(
         made.exports, lambda e: export_refusals(e.record, e.exporter, cell, backend, adapter)
     )
@@ -400,6 +403,17 @@ def _combined(draft: Draft, made: Plan) -> Plan:
     elif memory is not None:
         _look_at_memory(draft, memory, adopt=made.adopt)
     return replace(made, exports=exports, parallel=kind, memory=memory)
+
+
+def _dense_notes(draft: Draft, made: Plan) -> list[str]:
+    """Return what a run should tell of weights that will not be quantized; where the weights are
+    not here yet, or nothing is run, quantizing tells it."""
+    folder = Path(made.model)
+    dense = made.backend.name == "none" or made.adopt
+    if dense or draft.problems or not made.trains or not made.model:
+        return []
+    note = dense_experts(folder, (made.config or {}).get("vocab_size"))
+    return [note] if note else []
 
 
 def _with_defaults(spec: Spec, *, demo_run: bool) -> Spec:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from ..dependencies import import_requirements
 from ..errors import ModelError, PlanRefused, PluginError, Problem, QuantadaptError
 from ..inputs.documents import shown
 from ..planning.on_disk import config_of
+from ..planning.share import BEGINNING, mostly_dense
 from ..planning.stage import Plan
 from ..protocols import LayerwiseQuantizer, Quantizer
 from ..records import Record, kind_of
@@ -39,6 +41,10 @@ _OF_TOKENIZER = re.compile(r"tokenizer|^(vocab|merges)\.|^spiece\.|\.(spm|bpe|ti
 
 class UnusedOptionWarning(UserWarning):
     """Something was given that has no effect."""
+
+
+class MostlyDenseWarning(UserWarning):
+    """Few of a model's weights are quantized."""
 
 
 @as_the_spec_says
@@ -102,6 +108,8 @@ def quantize_plan(
     mark_conv1d(model, conv1d)
     if plan.adopt and not skip:  # what a merge must not quantize
         skip = tuple(name for name, _ in linear_layers(model, ()))
+    if plan.backend.name != "none":
+        notes += _tell_dense(model, skip, told=plan.notes)
     model.quantadapt = ModelState(  # type: ignore[assignment]
         source=plan.model,
         backend=plan.backend,
@@ -134,6 +142,29 @@ def _source(
         return plan.model if module is None else module
     dense = from_pretrained(plan.model, dtype=dtype) if module is None else module
     return make_linear(dense, skipped_modules(dense, skip))
+
+
+def _tell_dense(model: nn.Module, skip: tuple[str, ...], told: Sequence[str]) -> list[str]:
+    """Warn where few of the weights are quantized, and return what was told; nothing where the
+    plan has told already."""
+    from torch import nn
+
+    from ..facade import facades
+    from ..model.modules import is_skipped
+
+    found = dict(facades(model))
+    dense: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) or is_skipped(name, (*skip, *found)):
+            continue
+        own = module.parameters(recurse=False)
+        dense[type(module).__name__] += sum(p.numel() for p in own if p.ndim > 1)
+    quantized = sum(facade.in_features * facade.out_features for facade in found.values())
+    text = mostly_dense(quantized, dense)
+    if text is None or any(note.startswith(BEGINNING) for note in told):
+        return []
+    warnings.warn(text, MostlyDenseWarning, stacklevel=4)
+    return [text]
 
 
 def nothing_quantized(model: nn.Module) -> PlanRefused:
