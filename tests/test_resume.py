@@ -140,6 +140,13 @@ def test_fewer_steps_than_were_done_are_refused(trained: Any, options: Any) -> N
         trained("run", resume=True, **options)
 
 
+def test_a_run_that_goes_on_says_where(trained: Any) -> None:
+    notes = list[str]()
+    trained("run", max_steps=4)
+    trained("run", max_steps=8, resume=True, on_note=notes.append)
+    assert [note for note in notes if "step 4" in note] == ["training goes on after step 4"]
+
+
 def test_a_run_that_was_over_says_so(trained: Any) -> None:
     first, notes = trained("run"), list[str]()
     again = trained("run", resume=True, on_note=notes.append)

@@ -289,7 +289,7 @@ def _run(trainer: Any, checkpoint: Checkpoint | None, tell: Callable[[str], None
 
 
 def _is_finished(trainer: Any, checkpoint: Checkpoint, tell: Callable[[str], None]) -> bool:
-    """Load a checkpoint that was the last one, and say so."""
+    """Load a checkpoint if it was the last one, and say so, or where training goes on."""
     from transformers import TrainerState
 
     spec = trainer.memory_fit.spec
@@ -297,6 +297,7 @@ def _is_finished(trainer: Any, checkpoint: Checkpoint, tell: Callable[[str], Non
         raise TrainingError(problem.what, fix=problem.fix, where=problem.where)
     state = TrainerState.load_from_json(str(checkpoint.path / STATE))
     if not finished(checkpoint, spec) and not has_stopped(curve(state.log_history), spec):
+        tell(f"training goes on after step {checkpoint.step}")
         return False
     tell(f"all {checkpoint.step} steps had been done: nothing was trained")
     trainer._load_from_checkpoint(str(checkpoint.path))
