@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch as st
 import torch
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
 from quantadapt.errors import MergeRefused, ModelError
@@ -178,23 +178,6 @@ def test_refusals(sharded, tmp_path) -> None:
     with pytest.raises(ModelError, match="does not fit this base"):
         qa.merge_onto(adapter, str(tmp_path / "other"), tmp_path)
     assert not (tmp_path / "merged").exists()
-
-
-def test_names_that_are_not_the_layers_are_refused_with_a_way_out_that_works(tmp_path) -> None:
-    """A Mixtral on disk has each expert by itself, in memory they are one stack."""
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=4, num_local_experts=2,
-    )  # fmt: skip
-    model = MixtralForCausalLM(config)
-    model.save_pretrained(tmp_path / "usual")
-    model.save_pretrained(tmp_path / "own", save_original_format=False)
-    with pytest.raises(ModelError, match="save_original_format=False"):
-        open_stored(str(tmp_path / "usual"), dtype=torch.float32)
-    tokens = torch.arange(12)[None]
-    with torch.no_grad():
-        found = open_stored(str(tmp_path / "own"), dtype=torch.float32)(input_ids=tokens).logits
-        assert relative(found, model.eval()(input_ids=tokens).logits) < 1e-5
 
 
 def test_the_command(sharded, tmp_path, capsys) -> None:
