@@ -436,7 +436,7 @@ def test_published_checkpoints_load(sizes, tmp_path) -> None:
     ("change_", "said"),
     [
         ({"in_group_size": 16}, r"codebooks of a layer has shape \[2, 256, 1, 8\], expected"),
-        ({"num_codebooks": "many"}, "is no AQLM one"),  # told by the plan
+        ({"num_codebooks": "many"}, "is no AQLM one"),
     ],
 )
 def test_a_config_that_is_not_the_checkpoints(change_, said, tmp_path) -> None:
@@ -445,7 +445,7 @@ def test_a_config_that_is_not_the_checkpoints(change_, said, tmp_path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= change_
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises((ModelError, PlanRefused), match=said):
+    with pytest.raises((ModelError, PlanRefused), match=said):  # the plan, or the files
         qa.quantize(str(folder), "aqlm")
 
 

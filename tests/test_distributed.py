@@ -227,7 +227,8 @@ def test_a_process_that_dies_stops_the_others(tmp_path, kind) -> None:
     first = folder / "checkpoints" / "checkpoint-2"
     done = run(tmp_path, "--device", kind, DIES="1", DIES_AFTER=str(first))
     assert done.returncode == 1
-    assert "process 1 of 2 failed:\nError: ArithmeticError: out of luck" in done.stderr
+    told = "process 1 of 2 failed:\nError: plugin unlucky: it failed: ArithmeticError: out of luck"
+    assert told in done.stderr
     assert "another process" not in done.stderr
     assert list((folder / "checkpoints").glob("checkpoint-*")) == [first]
     assert json.loads((folder / "quantadapt-run.json").read_text())["state"] == "failed"

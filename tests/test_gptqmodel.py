@@ -386,7 +386,7 @@ def edit_config(folder: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) 
 def test_checkpoints_that_cannot_be_read(made, backend, changes, message, tmp_path) -> None:
     qa.save(made(backend, group_size=64), tmp_path / "q")
     edit_config(tmp_path / "q", lambda old: {**old, **changes})
-    with pytest.raises(ModelError, match=message) as caught:
+    with pytest.raises(PlanRefused, match=message) as caught:
         qa.quantize(str(tmp_path / "q"), backend, dtype="float32")
     assert caught.value.problems[0].fix
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from .. import demo
 from ..dependencies import missing_for_optimizer, missing_requirements
 from ..distributed.world import world
-from ..errors import OutputError, PlanRefused, PluginError, Problem, did_you_mean
+from ..errors import ModelError, OutputError, PlanRefused, PluginError, Problem, did_you_mean
 from ..folders.run_folder import RunFolder
 from ..inputs.documents import shown
 from ..machine import Machine
@@ -143,7 +143,7 @@ def quantizer_of(
         return fresh_quantizer(draft, backend), False
     try:
         quantizer = adopted(backend, found)
-    except PluginError as error:
+    except (PluginError, ModelError) as error:
         draft.problems += error.problems
         return None, True
     if quantizer is None:

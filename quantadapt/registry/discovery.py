@@ -28,7 +28,14 @@ from typing import Any
 import pluggy
 
 from .. import hookspecs
-from ..errors import PlanRefused, PluginError, Problem, did_you_mean
+from ..errors import (
+    ModelError,
+    PlanRefused,
+    PluginError,
+    Problem,
+    QuantadaptError,
+    did_you_mean,
+)
 from ..protocols import Quantizer
 from ..records import KINDS, Adapter, Backend, R, Record, kind_of
 from .checks import Contents, contents
@@ -127,15 +134,15 @@ class Registry:
         """Return the adapter called `name`. Raises PlanRefused, saying what to do."""
         return self.record(Adapter, name)
 
-    def readers(self, found: Mapping[str, Any]) -> tuple[list[Backend], list[PluginError]]:
+    def readers(self, found: Mapping[str, Any]) -> tuple[list[Backend], list[QuantadaptError]]:
         """Return the backends that read a checkpoint with that `quantization_config`, and what went
         wrong with those whose plugin fails over it."""
         readers: list[Backend] = []
-        failures: list[PluginError] = []
+        failures: list[QuantadaptError] = []
         for backend in self.backends():
             try:
                 readers += [backend] if adopted(backend, found) is not None else []
-            except PluginError as error:
+            except (PluginError, ModelError) as error:
                 failures.append(error)
         return readers, failures
 
@@ -222,10 +229,13 @@ def adopted(backend: Backend, found: Mapping[str, Any]) -> Any:
     is another backend's.
 
     Raises:
-        PluginError: the backend fails over it.
+        PluginError: the backend fails over it. ModelError: it is one that the backend cannot read,
+            in the backend's own words.
     """
     try:
         quantizer = backend.quantizer.from_checkpoint(dict(found))
+    except ModelError:
+        raise
     except (Exception, SystemExit) as error:
         what = f"it cannot make anything of the checkpoint's quantization_config: {reason(error)}"
         fix = "restore config.json, or start from the unquantized model"
