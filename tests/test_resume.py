@@ -258,7 +258,7 @@ def test_when_the_time_is_over_there_is_a_checkpoint(
 
 def test_a_signal_waits_for_the_step_and_outside_of_training_it_does_not() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
-        before = signal.getsignal(number)
+        own = signal.signal(number, signal.SIG_DFL)  # under nohup, SIGHUP is ignored
         with Stop().listening() as stop:
             with stop.while_training():
                 signal.raise_signal(number)
@@ -266,7 +266,8 @@ def test_a_signal_waits_for_the_step_and_outside_of_training_it_does_not() -> No
             assert stop.error(1, 2).exit_code == 128 + number
             with pytest.raises(Interrupted):
                 signal.raise_signal(number)
-        assert signal.getsignal(number) is before
+        assert signal.getsignal(number) is signal.SIG_DFL
+        signal.signal(number, own)
 
 
 def test_a_forked_worker_just_ends() -> None:
