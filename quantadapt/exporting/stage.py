@@ -7,6 +7,7 @@ base, compare the merged model with it and write it; `merge` does that for a liv
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -165,16 +166,17 @@ class _Merged(Exporter):
         self._refuse_far(figures, state)
         return figures
 
+    @abstractmethod
     def _save(self, merged: Any, state: ModelState, folder: Path) -> None:
-        raise NotImplementedError
+        """Write the merged model."""
 
+    @abstractmethod
     def _loaded(self, kind: type[Any], state: ModelState, folder: Path) -> nn.Module:
         """Return the model that was written, read from its files."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _refuse_far(self, figures: Mapping[str, Figure], state: ModelState) -> None:
         """Raise ModelError where what was written is not as near to the adapter as it has to be."""
-        raise NotImplementedError
 
 
 def _refuse_foreign_class(model: PeftModel) -> None:
