@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from merging import moved
 
 import quantadapt as qa
 from quantadapt.exporting.merging import merged_model
@@ -56,15 +57,6 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def trained(model: Any) -> Any:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.1)
-    return model
-
-
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("backend", ["none", "hqq", "bnb-nf4"])
 def test_it_is_loaded_adapted_saved_and_merged_as_what_it_is(name, backend, tmp_path) -> None:
@@ -84,7 +76,7 @@ def test_it_is_loaded_adapted_saved_and_merged_as_what_it_is(name, backend, tmp_
     assert [found for found, _ in facades(loaded)] == names
     assert torch.equal(outputs(loaded), outputs(model))
 
-    tuned = trained(qa.attach(model, "lora", r=4))
+    tuned = moved(qa.attach(model, "lora", r=4))
     assert tuned.peft_config["default"].task_type == task
     heads = [n for n, p in tuned.named_parameters() if p.requires_grad and "lora_" not in n]
     assert bool(heads) == (task is not None)  # PEFT trains the head of a classifier, too
@@ -102,7 +94,7 @@ def test_training_a_classifier_is_that_of_peft(tmp_path) -> None:
 
     name = "BertForSequenceClassification"
     source = made(name, tmp_path / "source")
-    tuned = trained(qa.attach(qa.quantize(str(source), "none", device="cpu"), "lora", r=4))
+    tuned = moved(qa.attach(qa.quantize(str(source), "none", device="cpu"), "lora", r=4))
     qa.save(tuned, tmp_path / "tuned")
     dense = getattr(transformers, name).from_pretrained(source)
     expected = PeftModel.from_pretrained(dense, tmp_path / "tuned" / "adapter", is_trainable=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from merging import moved
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -126,7 +127,7 @@ def test_a_live_model_becomes_what_its_checkpoint_does(sources, kind, backend) -
 @pytest.mark.parametrize("backend", ["none", "hqq", "bnb-nf4", "gptq"])
 def test_a_dense_merge_has_the_layout_of_its_class(sources, kind, backend, tmp_path) -> None:
     """Square layers, too, which would fit either way round."""
-    tuned = trained(qa.attach(quantize(sources[kind], backend), "lora", r=4))
+    tuned = moved(qa.attach(quantize(sources[kind], backend), "lora", r=4))
     merged = merged_model(tuned, "dense")
     merged.save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -140,19 +141,10 @@ def test_a_dense_merge_has_the_layout_of_its_class(sources, kind, backend, tmp_p
 @pytest.mark.parametrize("backend", ["none", "hqq", "gptq"])
 def test_a_merge_can_be_quantized_again(sources, kind, backend) -> None:
     model = quantize(sources[kind], backend, **({"bits": 8} if backend != "none" else {}))
-    tuned = trained(qa.attach(model, "lora", r=4))
+    tuned = moved(qa.attach(model, "lora", r=4))
     merged = merged_model(tuned, "requantize")
     assert len(list(facades(merged))) == 4
     assert error(logits(merged), logits(tuned)) < 0.03
-
-
-def trained(model: Any) -> Any:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.1)
-    return model
 
 
 @BOTH
@@ -162,7 +154,7 @@ def test_an_adapter_is_that_of_peft_on_the_dense_model(sources, kind, backend, a
     """Same outputs, gradients and file, and the file fits either model."""
     model = quantize(sources[kind], backend)
     dense = dequantized(model, kind)
-    tuned = trained(qa.attach(model, adapter))
+    tuned = moved(qa.attach(model, adapter))
     qa.save(tuned, tmp_path)
     from peft import PeftModel
 
@@ -182,7 +174,7 @@ def test_an_adapter_of_stock_peft_for_conv1d_is_loaded(sources, tmp_path) -> Non
 
     model = quantize(sources["gpt2"], "hqq")
     lora = LoraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
-    expected = trained(get_peft_model(dequantized(model, "gpt2"), lora))
+    expected = moved(get_peft_model(dequantized(model, "gpt2"), lora))
     expected.save_pretrained(tmp_path)
     found = PeftModel.from_pretrained(model, str(tmp_path))
     assert error(logits(found), logits(expected)) < 1e-5
@@ -201,7 +193,7 @@ def test_those_that_stay_dense_stay_what_they_are(sources, backend, tmp_path) ->
 
 
 def test_merging_onto_the_dense_base(sources, tmp_path) -> None:
-    tuned = trained(qa.attach(quantize(sources["gpt2"], "hqq"), "lora", r=4))
+    tuned = moved(qa.attach(quantize(sources["gpt2"], "hqq"), "lora", r=4))
     qa.save(tuned, tmp_path / "tuned")
     qa.merge_onto(tmp_path / "tuned", str(sources["gpt2"]), tmp_path / "out", check=False)
     from peft import PeftModel
@@ -316,7 +308,7 @@ def test_gpt2_with_a_head_for_classes(tmp_path) -> None:
     config.pad_token_id, config.num_labels = 2, 3
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "source")
     model = quantize(tmp_path / "source", "hqq")
-    tuned = trained(qa.attach(model, "lora", r=4))
+    tuned = moved(qa.attach(model, "lora", r=4))
     merged_model(tuned, "dense").save_pretrained(tmp_path / "merged")
     plain = GPT2ForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert error(logits(plain), logits(tuned)) < 1e-5

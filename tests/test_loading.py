@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from merging import moved
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -314,22 +315,13 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(IDS).logits
 
 
-def trained(model: Any) -> Any:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.05)
-    return model
-
-
 @pytest.mark.parametrize("live", [True, False])
 def test_a_calibrated_base_survives_saving_over_itself(small, live, tmp_path) -> None:
     """Of a live module it lies there alone."""
     examples = [{"input_ids": torch.arange(60 * n, 60 * n + 60)[None]} for n in range(2)]
     source = from_pretrained(small) if live else small
     options = {"group_size": 32, "calibration": examples}
-    model = trained(qa.attach(qa.quantize(source, "gptq", device="cpu", **options), "lora", r=2))
+    model = moved(qa.attach(qa.quantize(source, "gptq", device="cpu", **options), "lora", r=2))
     qa.save(model, tmp_path)
     expected = logits(model)
     for folder in (tmp_path, tmp_path, tmp_path / "elsewhere"):
@@ -342,7 +334,7 @@ def test_a_calibrated_base_survives_saving_over_itself(small, live, tmp_path) ->
 
 @pytest.mark.parametrize("start", [True, "pissa"])
 def test_an_adapter_survives_saving_over_itself(small, start, tmp_path) -> None:
-    model = trained(qa.attach(qa.quantize(small, "hqq"), "lora", r=2, init_lora_weights=start))
+    model = moved(qa.attach(qa.quantize(small, "hqq"), "lora", r=2, init_lora_weights=start))
     qa.save(model, tmp_path)
     for _ in range(2):
         qa.save(qa.load(tmp_path), tmp_path, overwrite=True)
@@ -367,7 +359,7 @@ def test_a_model_is_not_written_over_the_one_that_it_was_made_from(small, tmp_pa
     assert (dense / "model.safetensors").read_bytes() == before
     # A base beside an adapter that was put onto it by hand: it is what `load` will want.
     base = qa.save(qa.quantize(small, "hqq"), tmp_path / "run" / "base")
-    tuned = trained(qa.attach(qa.quantize(str(base), "hqq"), "lora", r=2))
+    tuned = moved(qa.attach(qa.quantize(str(base), "hqq"), "lora", r=2))
     qa.save(tuned, tmp_path / "run", overwrite=True)
     assert torch.equal(logits(qa.load(tmp_path / "run")), logits(tuned))
 
@@ -400,7 +392,7 @@ def test_a_head_that_is_quantized_comes_back(backend, tmp_path) -> None:
     loaded = qa.load(qa.save(model, tmp_path / "q"))
     assert [name for name, _ in facades(loaded)] == names
     assert torch.equal(logits(loaded), logits(model))
-    tuned = trained(qa.attach(loaded, "lora", target_modules=["lm_head"]))
+    tuned = moved(qa.attach(loaded, "lora", target_modules=["lm_head"]))
     qa.save(tuned, tmp_path / "tuned")
     assert torch.equal(logits(qa.load(tmp_path / "tuned")), logits(tuned))
 
@@ -409,7 +401,7 @@ def test_a_dense_head_of_a_quantized_checkpoint_is_not_quantized_by_a_merge(smal
     from quantadapt.exporting.merging import merged_model
 
     folder = qa.save(qa.quantize(small, "hqq", bits=8), tmp_path / "q")
-    tuned = trained(qa.attach(qa.quantize(str(folder), "hqq"), "lora", r=2))
+    tuned = moved(qa.attach(qa.quantize(str(folder), "hqq"), "lora", r=2))
     assert "lm_head" in tuned.quantadapt.skip_modules
     merged = merged_model(tuned, "requantize")
     assert type(merged.lm_head) is nn.Linear
@@ -422,7 +414,7 @@ def test_a_checkpoint_without_a_tokenizer_is_loaded(small, tmp_path) -> None:
     shutil.copytree(small, bare, ignore=lambda _, names: [n for n in names if "token" in n])
     model = qa.quantize(str(bare), "hqq")
     assert model.quantadapt.tokenizer is None
-    tuned = trained(qa.attach(model, "lora", r=2))
+    tuned = moved(qa.attach(model, "lora", r=2))
     qa.save(tuned, tmp_path / "tuned")
     assert torch.equal(logits(qa.load(tmp_path / "tuned")), logits(tuned))
     with pytest.raises(QuantadaptError, match="came without a tokenizer"):
