@@ -23,6 +23,7 @@ from .loading.accounting import WrongTensors, listed
 from .loading.blocks import Blocks
 from .loading.read_ahead import reading_ahead
 from .loading.tensors import local_folder
+from .model.experts import Stack, expert_stacks, set_stack
 from .model.linears import as_linear
 from .model.modules import linear_layers, set_submodule, skipped_modules
 from .model.numbers import refuse_not_numbers
@@ -92,8 +93,10 @@ def _quantize_module(
     skip: tuple[str, ...] | None,
 ) -> nn.Module:
     vendors: set[nn.Module] = set()
-    linears = dict(linear_layers(model, skipped_modules(model, skip)))
-    blocks = Blocks(model, linears)
+    skip = skipped_modules(model, skip)
+    linears = dict(linear_layers(model, skip))
+    stacks = list(expert_stacks(model, skip))
+    blocks = Blocks(model, [*linears, *(stack.name for stack in stacks)])
     for name in list(linears):
         linear = linears.pop(name)
         own = model.get_submodule(name).requires_grad_(False)
@@ -106,6 +109,14 @@ def _quantize_module(
         vendors.update(vendor.modules())
         set_submodule(model, name, vendor.train(linear.training))
         blocks.add(model, name, vendor)
+    for stack in stacks:
+        stored = model.get_parameter(stack.name).data
+        refuse_not_numbers([(stack.name, stored)])
+        made = _quantized_stack(quantizer, stack, stored.to(device=device, dtype=dtype))
+        if made is not None:
+            vendors.update(made.modules())
+            set_stack(model, stack, made)
+        blocks.add(model, stack.name, made)
     moved: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         if module not in vendors:
@@ -118,6 +129,14 @@ def _own_if_dense(vendor: nn.Module, linear: nn.Linear, own: nn.Module) -> nn.Mo
     that the model itself has there."""
     same = vendor is linear and type(linear.weight) is nn.Parameter
     return own if same else vendor
+
+
+def _quantized_stack(quantizer: LinearQuantizer, stack: Stack, stored: Tensor) -> nn.Module | None:
+    """Return what a backend makes of a stack of experts, kept as `stored`: the tall layer,
+    quantized; None where it stays dense."""
+    linear = stack.as_linear(stored)
+    vendor = quantizer.quantize_linear(linear)
+    return None if vendor is linear and type(linear.weight) is nn.Parameter else vendor.eval()
 
 
 def _move_own(
@@ -205,6 +224,12 @@ def renaming(model: nn.Module) -> Callable[[str], str]:
     return lambda key: rename_source_key(key, renamings, [])[0]
 
 
+def _on_meta(stack: Stack, model: nn.Module) -> nn.Linear:
+    """Return the tall layer of a stack without values."""
+    dtype = model.get_parameter(stack.name).dtype
+    return nn.Linear(stack.in_features, stack.rows, bias=False, device="meta", dtype=dtype)
+
+
 def _packed_state(
     path: str, layers: Container[str], renamed: Callable[[str], str]
 ) -> dict[str, dict[str, Tensor]]:
@@ -285,8 +310,13 @@ def _loader_config() -> Any:
         def convert(
             self, input_dict: Any, model: Any = None, missing_keys: Any = None, **_: Any
         ) -> dict[str, Any]:
+            dense = {}
             for key, value in input_dict.items():
                 tensor = value[0] if isinstance(value, list) else value
+                if (stack := self.loader.stacks.get(key)) is not None:
+                    if not self.takes_stack(model, stack, tensor, missing_keys):
+                        dense[key] = tensor
+                    continue
                 name = key.rpartition(".")[0]
                 own = model.get_submodule(name)
                 missing_keys.discard(key)
@@ -301,7 +331,27 @@ def _loader_config() -> Any:
                     vendor.bias = nn.Parameter(bias, requires_grad=False)
                 set_submodule(model, name, vendor.train(own.training))
                 self.loader.blocks.add(model, name, vendor)
-            return {}
+            return dense
+
+        def takes_stack(self, model: Any, stack: Stack, tensor: Tensor, missing: Any) -> bool:
+            """Put the quantized stack into the model; False where it is to stay dense."""
+            config, wanted = self.loader.quantization_config, self.loader.shapes[stack.name]
+            if tensor.shape != wanted:
+                missing.discard(stack.name)
+                config.mismatched.append((stack.name, tuple(tensor.shape), tuple(wanted)))
+                return True
+            try:
+                refuse_not_numbers([(stack.name, tensor)])
+                stored = tensor.to(self.loader.dtype)
+                vendor = _quantized_stack(config.quantizer, stack, stored)
+            except Exception as error:
+                config.failure = config.failure or error
+                raise
+            if vendor is not None:
+                missing.discard(stack.name)
+                set_stack(model, stack, vendor)
+            self.loader.blocks.add(model, stack.name, vendor)
+            return vendor is not None
 
         def quantized(self, own: nn.Module, key: str) -> Any:
             config, linear = self.loader.quantization_config, as_linear(own)
@@ -317,6 +367,7 @@ def _loader_config() -> Any:
         def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
             super().__init__(quantization_config, **kwargs)
             self.names: set[str] = set()
+            self.stacks: dict[str, Stack] = {}
             self.shapes: dict[str, torch.Size] = {}
             self.blocks = Blocks(nn.Module(), ())
             self.dtype = torch.float32
@@ -331,10 +382,13 @@ def _loader_config() -> Any:
             if config.packed is None:
                 skip = skipped_modules(model, config.skip)
                 names = [name for name, _ in linear_layers(model, skip)]
-                self.names = {f"{name}.weight" for name in names}
-                self.blocks = Blocks(model, names)
+                self.stacks = {stack.name: stack for stack in expert_stacks(model, skip)}
+                self.names = {*(f"{name}.weight" for name in names), *self.stacks}
+                self.blocks = Blocks(model, [*names, *self.stacks])
                 return
+            self.stacks = {stack.module: stack for stack in expert_stacks(model, ())}
             layers = dict(linear_layers(model, ()))
+            layers |= {name: _on_meta(stack, model) for name, stack in self.stacks.items()}
             self.state = _packed_state(config.packed, layers, renaming(model))
             if not self.state:  # or layers would be left as they happen to start
                 what = "none of this model's layers is quantized in the checkpoint"
@@ -342,7 +396,7 @@ def _loader_config() -> Any:
                 raise ModelError(what, fix=fix, where=config.packed)
             self.blocks = Blocks(model, self.state)
             for name, tensors in self.state.items():
-                set_submodule(model, name, _Placeholder(layers[name]))
+                self.put(model, name, _Placeholder(layers[name]))
                 config.consumed.update(f"{name}.{part}" for part in tensors)
 
         def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
@@ -368,9 +422,15 @@ def _loader_config() -> Any:
                     refuse_not_numbers((f"{name}.{key}", value) for key, value in state.items())
                     linear: Any = module.linear
                     vendor = _loaded(config.quantizer, name, linear, state, config.packed)
-                    set_submodule(model, name, vendor.train(model.training))
+                    self.put(model, name, vendor.train(model.training))
                     self.blocks.add(model, name, vendor)
             return model
+
+        def put(self, model: Any, name: str, module: nn.Module) -> None:
+            if (stack := self.stacks.get(name)) is not None:
+                set_stack(model, stack, module)
+            else:
+                set_submodule(model, name, module)
 
         def is_serializable(self) -> bool:
             return True

@@ -10,13 +10,20 @@ import torch
 from torch import nn
 
 from ..errors import PlanRefused, Problem, QuantadaptError
-from ..facade import facades
+from ..facade import facades, linear_facades, stack_facades
+from ..model.experts import expert_stacks
 from ..planning.refusals import wants_loftq, without_loftq
 from ..quantizing.state import ModelState
 from ..records import Adapter
 from . import loftq
 from .injecting import all_or_nothing, injected
-from .targets import adapted_problems, name_problems, quantizable, resolve_targets
+from .targets import (
+    adapted_problems,
+    name_problems,
+    quantizable,
+    quantizable_stacks,
+    resolve_targets,
+)
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -52,7 +59,7 @@ def attach_adapter(
 
     _refuse_second(model)
     options = {**adapter.defaults, **options}
-    config = peft_config(model, adapter, options)
+    config = peft_config(model, adapter, options, adaptable(model, state.skip_modules))
     if adapter.peft_type == "LORA":
         use_fused_layers(config)  # type: ignore[arg-type]
     before = {id(facade.vendor) for _, facade in facades(model)}
@@ -85,8 +92,8 @@ def check_adapter(plan: Plan, skip: tuple[str, ...] | None) -> None:
 
     model = make_linear(architecture(plan.model))  # as the facades will be
     options = {**plan.adapter.defaults, **plan.adapter_options}
-    layers = quantizable(model, skip)
-    config: Any = peft_config(model, plan.adapter, options, layers)
+    there = quantizable(model, skip), quantizable_stacks(model, skip)
+    config: Any = peft_config(model, plan.adapter, options, there)
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # others want values
     try:
@@ -101,6 +108,14 @@ def check_adapter(plan: Plan, skip: tuple[str, ...] | None) -> None:
         return
 
 
+def adaptable(model: nn.Module, skip: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
+    """Return the names of the quantized linear layers, and of the stacks of experts: the quantized
+    ones, and those that are dense though they are not in `skip`."""
+    layers = [name for name, _ in linear_facades(model)]
+    stacks = [name for name, _ in stack_facades(model)]
+    return layers, stacks + [stack.name for stack in expert_stacks(model, skip)]
+
+
 def _refuse_second(model: nn.Module) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -113,12 +128,13 @@ def peft_config(
     model: nn.Module,
     adapter: Adapter,
     options: Mapping[str, Any],
-    layers: list[str] | None = None,
+    there: tuple[list[str], list[str]] | None = None,
 ) -> PeftConfig:
     """Return the PEFT config for `adapter` with `target_modules` resolved against `model`.
 
     Args:
-        layers: names of the layers that are quantized, where `model` has no facades yet.
+        there: names of the layers and of the stacks of experts that are quantized, where `model`
+            has no facades yet.
 
     Raises:
         PlanRefused: with all that the options name and that is not there, or what PEFT refuses.
@@ -126,12 +142,15 @@ def peft_config(
     from .method import made_config
 
     values = {**adapter.defaults, **options}
-    layers = [name for name, _ in facades(model)] if layers is None else layers
+    layers, stacks = there or adaptable(model)
     problems = name_problems(model, values)
     try:
-        values["target_modules"] = resolve_targets(model, values.get("target_modules"), layers)
+        targets = resolve_targets(model, values, layers, stacks)
     except PlanRefused as error:
         raise PlanRefused([*error.problems, *problems]) from None
+    values["target_modules"] = targets.modules
+    if targets.parameters:
+        values["target_parameters"] = targets.parameters
     values.setdefault("task_type", _task_type(model))
     if adapter.peft_type == "ADALORA":
         # The real count is set when training starts; PEFT only wants it to be positive here.

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from ..errors import PlanRefused, Problem, did_you_mean
-from ..facade import QuantLinear, facades
+from ..facade import QuantLinear, linear_facades, stack_facades
+from ..model.experts import expert_stacks
 from ..model.modules import linear_layers, skipped_modules
 from ..quantizing.stage import nothing_quantized
 from .injecting import matched
@@ -27,28 +28,82 @@ _OF_SINGULAR_VECTORS = ("pissa", "olora", "corda", "orthogonal", "mica", "lora_g
 """Starts of LoRA that take a singular vector for each rank; a longer name may follow."""
 
 
+class Targets(NamedTuple):
+    """What PEFT is to adapt.
+
+    Attributes:
+        modules: `target_modules`.
+        parameters: `target_parameters`: stacks of experts, and what was asked for.
+    """
+
+    modules: list[str] | str
+    parameters: list[str]
+
+
 def resolve_targets(
-    model: nn.Module, wanted: str | Iterable[str] | None, names: list[str] | None = None
-) -> list[str] | str:
-    """Return `target_modules` for PEFT. Raises PlanRefused where one matches nothing.
+    model: nn.Module, options: Mapping[str, Any], layers: list[str], stacks: list[str]
+) -> Targets:
+    """Return what `target_modules` and `target_parameters` come to.
 
     Args:
-        names: the layers that "all-linear" stands for; the quantized ones where this is missing.
+        layers: the linear layers that "all-linear" stands for.
+        stacks: the stacks of experts that it stands for; they are named as modules are.
+
+    Raises:
+        PlanRefused: one of `target_modules` matches nothing.
     """
-    names = [name for name, _ in facades(model)] if names is None else names
+    wanted = options.get("target_modules")
+    asked = [*(options.get("target_parameters") or ())]
+    stacks = [name for name in stacks if not is_excluded(name, options.get("exclude_modules"))]
     if wanted is None or (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR):
-        if not names:
+        if not layers and not stacks:
             raise nothing_quantized(model)
-        return _endings(model, names)
+        return Targets(_endings(model, layers), _merged(asked, _stack_endings(stacks, stacks)))
     targets = wanted if isinstance(wanted, str) else list(wanted)
-    if problems := _target_problems(model, targets, names):
+    named = [name for name in stacks if _names(targets, name)]
+    if problems := _target_problems(model, targets, layers, stacks):
         raise PlanRefused(problems)
-    return targets
+    if not isinstance(targets, str):
+        owners = {name.rpartition(".")[0] for name in stacks}
+        modules = [n for n, _ in model.named_modules() if n not in owners and n not in stacks]
+        targets = [target for target in targets if any(_ends(name, target) for name in modules)]
+    return Targets(targets, _merged(asked, _stack_endings(named, stacks)))
+
+
+def is_excluded(name: str, excluded: str | Iterable[str] | None) -> bool:
+    """Say whether `exclude_modules` names a stack of experts, or the module that owns it."""
+    if not excluded:
+        return False
+    return _names(excluded if isinstance(excluded, str) else list(excluded), name)
+
+
+def _names(wanted: str | list[str], stack: str) -> bool:
+    """Say whether a stack, or the module that owns it, is named."""
+    both = (stack, stack.rpartition(".")[0])
+    if isinstance(wanted, str):
+        return any(re.fullmatch(wanted, name) for name in both)
+    return any(_ends(name, ending) for ending in wanted for name in both)
+
+
+def _stack_endings(wanted: list[str], stacks: list[str]) -> list[str]:
+    """Return the shortest endings of two parts that match `wanted` and no other stack."""
+    endings = sorted({".".join(name.split(".")[-2:]) for name in wanted})
+    found = {name for name in stacks if any(_ends(name, ending) for ending in endings)}
+    return endings if found == set(wanted) else sorted(wanted)
+
+
+def _merged(asked: list[str], found: list[str]) -> list[str]:
+    return asked + [name for name in found if name not in asked]
 
 
 def quantizable(model: nn.Module, skip: tuple[str, ...] | None) -> list[str]:
     """Return the names of the layers of a dense model that will be quantized."""
     return [name for name, _ in linear_layers(model, skipped_modules(model, skip))]
+
+
+def quantizable_stacks(model: nn.Module, skip: tuple[str, ...] | None) -> list[str]:
+    """Return the names of the stacks of experts of a dense model that will be quantized."""
+    return [stack.name for stack in expert_stacks(model, skipped_modules(model, skip))]
 
 
 def _endings(model: nn.Module, names: list[str]) -> list[str]:
@@ -62,11 +117,11 @@ def _endings(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def _target_problems(
-    model: nn.Module, targets: str | list[str], layers: list[str]
+    model: nn.Module, targets: str | list[str], layers: list[str], stacks: list[str]
 ) -> list[Problem]:
     where = "adapter.target_modules"
-    names = [name for name, _ in model.named_modules()]
-    known = sorted({name.rpartition(".")[2] for name in layers})
+    names = [*(name for name, _ in model.named_modules()), *stacks]
+    known = sorted({name.rpartition(".")[2] for name in [*layers, *stacks]})
     if isinstance(targets, str):
         if any(re.fullmatch(targets, name) for name in names):
             return []
@@ -119,8 +174,8 @@ def _not_there(wanted: str, names: Iterable[str], where: str) -> Problem:
 
 def _unknown_parameters(model: nn.Module, wanted: Iterable[str] | None) -> Iterator[Problem]:
     where = "adapter.target_parameters"
-    weights = [f"{name}.weight" for name, _ in facades(model)]
-    names = [name for name, _ in model.named_parameters()]
+    weights = [f"{name}.weight" for name, _ in linear_facades(model)]
+    names = [name for name, _ in (*model.named_parameters(), *stack_facades(model))]
     for name in wanted or ():
         if any(_ends(weight, name) for weight in weights):
             fix = "name the layer in target_modules: for a linear layer that is the same"

@@ -6,19 +6,35 @@ tree holds one `nn.Linear` per layer and nothing behind it. `weight` is a `LazyW
 dtype and device are free, the dequantized numbers are made when somebody computes with it.
 """
 
+from .experts import QuantExperts, QuantStack
 from .frozen import recomputing
-from .layer import QuantLinear
+from .layer import QuantWeight
 from .lazy_weight import LazyWeight
-from .wrapping import densify, facades, mark_conv1d, replace, unwrap, wrap
+from .linear import QuantLinear
+from .wrapping import (
+    densify,
+    facades,
+    linear_facades,
+    mark_conv1d,
+    replace,
+    stack_facades,
+    unwrap,
+    wrap,
+)
 
 __all__ = [
     "LazyWeight",
+    "QuantExperts",
     "QuantLinear",
+    "QuantStack",
+    "QuantWeight",
     "densify",
     "facades",
+    "linear_facades",
     "mark_conv1d",
     "recomputing",
     "replace",
+    "stack_facades",
     "unwrap",
     "wrap",
 ]

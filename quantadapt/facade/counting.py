@@ -64,7 +64,7 @@ class _AsDense:
                 yield name, parameter
 
 
-def _quantized(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def _quantized(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and isinstance(module.weight, LazyWeight):
+        if isinstance(getattr(module, "weight", None), LazyWeight):
             yield name, module

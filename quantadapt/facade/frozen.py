@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .layer import QuantLinear
+    from .linear import QuantLinear
 
 _local = threading.local()
 

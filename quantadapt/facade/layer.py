@@ -1,23 +1,23 @@
-"""`QuantLinear`, the facade of one layer."""
+"""`QuantWeight`: a vendor's layer whose weight is read and written as if it were dense. What
+`QuantLinear` and `QuantStack` share."""
 
 from __future__ import annotations
 
 import copy
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..compiling import results_in
 from ..errors import ModelError
-from ..model.linears import as_conv1d
 from ..protocols import AdapterTarget
 from .counting import count_as_dense
-from .frozen import Frozen, is_recomputing
+from .frozen import is_recomputing
 from .lazy_weight import DENSE, TAKEN_OUT, LazyWeight
-from .peft_calls import copies_to_train, merging_layer
+from .peft_calls import merging_layer
 
 
 class _Merged(NamedTuple):
@@ -34,20 +34,14 @@ class _Merged(NamedTuple):
     returns: bool
 
 
-class QuantLinear(nn.Linear):
-    """One quantized linear layer, seen as `nn.Linear`.
+class QuantWeight(nn.Module):
+    """What stands in front of a vendor's layer: its weight, read and written as if it were dense.
 
     Args:
         vendor: the vendor's module.
         target: the backend's view of it.
         dtype: dtype in which the layer computes, and of the weight when read.
-
-    Attributes:
-        conv1d: whether the model's own class has a `Conv1D` here. What PEFT trains in its place
-            is one then, so that PEFT reads it again without this facade.
     """
-
-    conv1d: bool = False
 
     _vendor: nn.Module
     _kept: Tensor | None = None
@@ -230,61 +224,15 @@ class QuantLinear(nn.Linear):
                 parameter.requires_grad_(False)
         return vendor
 
-    @property
-    def rounds_activations(self) -> bool:
-        """Whether the vendor's forward runs because it quantizes activations."""
-        target = self.target
-        rounds = target.quantizes_activations and (target.straight_through or not self.training)
-        return rounds and self._merged is None
-
     def compute_dtype_for(self, device_type: str) -> torch.dtype:
         """Return the dtype that the layer computes in: that of autocast where it is on."""
         if torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
         return self.compute_dtype
 
-    def vendor_forward(self, x: Tensor) -> Tensor:
-        """Run the layer in the compute dtype; the output has the dtype of x, or that of autocast.
-
-        To be called where gradients are off: this is what autograd's functions run.
-        """
-        device_type = x.device.type
-        if not torch.is_autocast_enabled(device_type):
-            return self._run(x.to(self.compute_dtype)).to(x.dtype)
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            return self._run(x.to(dtype))
-
-    def _run(self, x: Tensor) -> Tensor:
-        target, dtype = self.target, x.dtype
-        if self._merged is not None:
-            self._merged_weight()  # which looks whether it still is
-        decodes = not self.training and self._merged is None and target.decodes(self._vendor, x)
-        if decodes or self.rounds_activations:
-            return target.forward(self._vendor, x).to(dtype)
-        weight, bias = self.weight_for_forward(x), self.bias
-        return nn.functional.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():  # decoding waits for Python, so no function of autograd
-            return self.vendor_forward(input)
-        bias = self._vendor.bias
-        trained = bias if bias is not None and bias.requires_grad else None
-        output: Tensor = Frozen.apply(input, self, trained)  # type: ignore[no-untyped-call]
-        return output
-
-    def dense(self) -> nn.Linear:
-        """Return an ordinary linear layer with the dequantized weight and a copy of the bias."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.dequantize().clone(), requires_grad=False)
-        if self.bias is not None:
-            bias = self.bias.detach().to(self.compute_dtype).clone()
-            linear.bias = nn.Parameter(bias, requires_grad=False)
-        return linear.train(self.training)
-
     # Saving and moving are the vendor's business: it knows what its tensors mean.
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if hasattr(self._vendor, "_shard"):  # its tensors have no memory of their own, see sharding
             return self
         dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device)).dtype
@@ -373,11 +321,6 @@ class QuantLinear(nn.Linear):
                 )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        """Return a copy; an ordinary linear layer where PEFT copies it to train it in full."""
-        if copies_to_train():
-            dense = self.dense()
-            memo[id(self)] = copied = as_conv1d(dense) if self.conv1d else dense
-            return copied
         memo[id(self)] = facade = type(self).__new__(type(self))
         facade.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return facade

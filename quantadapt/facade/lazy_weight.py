@@ -86,6 +86,10 @@ class LazyWeight(torch.Tensor):
         aliases = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
         return self._layer is layer and all(view.func in aliases for view in self._views)
 
+    def is_part_of(self, layer: Layer) -> bool:
+        """Say whether this is the weight of `layer`, or a view of it."""
+        return self._layer is layer
+
     def of(self, dense: Tensor) -> Tensor:
         """Return this view of `dense`, the numbers of the whole weight."""
         for view in self._views:
@@ -99,10 +103,16 @@ class LazyWeight(torch.Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        if not self.is_all_of(self._layer):
-            what = "the data of a view of a quantized layer's weight cannot be exchanged"
-            raise ModelError(what, fix="write into it: view.copy_(value)")
-        self._layer.write(value)
+        same = isinstance(value, LazyWeight) and value.is_part_of(self._layer)
+        if same and value._views == self._views:  # type: ignore[attr-defined]
+            return  # it was changed in place, and is written already
+        if self.is_all_of(self._layer):
+            self._layer.write(value)
+        elif self.shape == value.shape:
+            self.copy_(value)
+        else:
+            what = f"this weight has the shape {tuple(self.shape)}, what is written"
+            raise ModelError(f"{what} {tuple(value.shape)}")
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]

@@ -8,22 +8,39 @@ import torch
 from torch import nn
 
 from ..errors import PluginError
+from ..model.experts import SUFFIX, Stack, set_dense, stacks_of
 from ..model.modules import is_skipped
 from ..protocols import AdapterTarget
-from .layer import QuantLinear
+from .experts import QuantStack, become_dense, become_quantized
+from .layer import QuantWeight
+from .linear import QuantLinear
 
 
 def mark_conv1d(model: nn.Module, names: Container[str]) -> None:
     """Tell the facades called `names` that the model's own class has a `Conv1D` there."""
-    for name, facade in facades(model):
+    for name, facade in linear_facades(model):
         facade.conv1d = name in names
 
 
-def facades(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
-    """Yield (name, facade) for every facade in `model`."""
+def facades(model: nn.Module) -> Iterator[tuple[str, QuantLinear | QuantStack]]:
+    """Yield (name, facade) for every facade in `model`, of layers and of stacks of experts."""
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, (QuantLinear, QuantStack)):
             yield name, module
+
+
+def linear_facades(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
+    """Yield (name, facade) for every quantized linear layer in `model`."""
+    for name, facade in facades(model):
+        if isinstance(facade, QuantLinear):
+            yield name, facade
+
+
+def stack_facades(model: nn.Module) -> Iterator[tuple[str, QuantStack]]:
+    """Yield (name of the parameter, facade) for every quantized stack of experts in `model`."""
+    for name, facade in facades(model):
+        if isinstance(facade, QuantStack):
+            yield name.removesuffix(SUFFIX), facade
 
 
 def wrap(
@@ -49,11 +66,15 @@ def wrap(
             continue  # a vendor's layer, or a part of one
         for child_name, child in list(module.named_children()):
             path = f"{name}.{child_name}".lstrip(".")
-            if isinstance(child, QuantLinear) or is_skipped(path, skip):
+            if isinstance(child, QuantWeight) or is_skipped(path, skip):
                 continue
             if target.matches(child):
                 try:
-                    setattr(module, child_name, _checked(child, target, dtype, seen))
+                    stack = stacks_of(module).get(child_name)
+                    facade = _checked(child, target, dtype, seen, stack)
+                    setattr(module, child_name, facade)
+                    if isinstance(facade, QuantStack):
+                        become_quantized(module)
                     wrapped = (*wrapped, f"{path}.")
                 except PluginError as error:
                     raise PluginError(f"{path}: {error}") from None
@@ -61,13 +82,24 @@ def wrap(
 
 
 def _checked(
-    vendor: nn.Module, target: AdapterTarget, dtype: torch.dtype, seen: set[tuple[int, int]]
-) -> QuantLinear:
+    vendor: nn.Module,
+    target: AdapterTarget,
+    dtype: torch.dtype,
+    seen: set[tuple[int, int]],
+    stack: Stack | None = None,
+) -> QuantLinear | QuantStack:
     """Return a facade whose weight has the shape that `target` claims; each shape is tried once."""
     name, shape = type(target).__name__, target.shape(vendor)
     if not all(isinstance(size, int) and size > 0 for size in shape):
         raise PluginError(f"{name}.shape returned {shape}, expected two sizes")
-    facade = QuantLinear(vendor, target, dtype)
+    facade: QuantLinear | QuantStack
+    if stack is None:
+        facade = QuantLinear(vendor, target, dtype)
+    else:
+        facade = QuantStack(vendor, target, dtype, stack)
+        if shape != (stack.in_features, stack.rows):
+            what = f"{name}.shape returned {shape}, the stack has {stack.in_features, stack.rows}"
+            raise PluginError(what)
     if shape not in seen:
         found, claimed = tuple(facade.dequantize().shape), (shape[1], shape[0])
         if found != claimed:
@@ -77,11 +109,21 @@ def _checked(
     return facade
 
 
-def replace(model: nn.Module, make: Callable[[str, QuantLinear], nn.Module]) -> nn.Module:
-    """Replace every facade in `model` by `make(name, facade)`, one at a time, in place."""
+def replace(
+    model: nn.Module,
+    make: Callable[[str, QuantLinear | QuantStack], nn.Module | nn.Parameter],
+) -> nn.Module:
+    """Replace every facade in `model` by `make(name, facade)`, one at a time, in place: a stack of
+    experts by a module or a dense parameter."""
     for name, facade in list(facades(model)):
         parent_name, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child, make(name, facade))
+        parent, made = model.get_submodule(parent_name), make(name, facade)
+        if isinstance(made, nn.Parameter):
+            assert isinstance(facade, QuantStack)
+            set_dense(model, facade.stack._replace(name=name.removesuffix(SUFFIX)), made)
+        else:
+            setattr(parent, child, made)
+        become_dense(parent)
     return model
 
 
@@ -91,5 +133,6 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Replace every facade by an ordinary `nn.Linear` with the dequantized weight, in place."""
+    """Replace every facade by an ordinary `nn.Linear` with the dequantized weight, and stacks of
+    experts by parameters, in place."""
     return replace(model, lambda _, facade: facade.dense())

@@ -35,12 +35,13 @@ class Blocks:
         }
         self.made: dict[str, list[nn.Module]] = {block: [] for block in blocks}
 
-    def add(self, model: nn.Module, name: str, vendor: nn.Module) -> None:
-        """Note that the layer `name` has become `vendor`."""
+    def add(self, model: nn.Module, name: str, vendor: nn.Module | None) -> None:
+        """Note that the layer `name` has become `vendor`; None: that it stays dense."""
         block = next((block for block, names in self.waiting.items() if name in names), None)
         if block is None or _block_done is None:
             return
         self.waiting[block].discard(name)
-        self.made[block].append(vendor)
+        if vendor is not None:
+            self.made[block].append(vendor)
         if not self.waiting[block]:
             _block_done(model.get_submodule(block), self.made.pop(block))

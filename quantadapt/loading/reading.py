@@ -17,6 +17,7 @@ from ..errors import ModelError, PlanRefused, Problem, QuantadaptError
 from ..inputs.documents import reason
 from ..inputs.model_config import config_problems
 from ..inputs.weights import refuse_pickles
+from ..model.experts import stacks_of
 from ..model.linears import as_linear, is_conv1d, other_linears
 from ..model.numbers import refuse_not_numbers_in
 from ..remote_code import code_problems, refusal, trusted
@@ -215,9 +216,17 @@ def unmarked(model: nn.Module) -> nn.Module:
             delattr(config, name)
     if conversions := vars(model).get("_weight_conversions"):
         # Saving runs them backwards, which those that unpacked a quantized checkpoint cannot.
-        kept = [conversion for conversion in conversions if _is_reversible(conversion)]
+        stacks = [s.name for module in model.modules() for s in stacks_of(module).values()]
+        kept = [one for one in conversions if _is_reversible(one) and not _makes(one, stacks)]
         model._weight_conversions = kept  # type: ignore[assignment]
     return model
+
+
+def _makes(conversion: Any, names: Collection[str]) -> bool:
+    """Say whether a conversion makes one of the tensors called `names`: run backwards, it would
+    take their packed parts for dense tensors."""
+    patterns = [pattern.rstrip("$") for pattern in conversion.target_patterns]
+    return any(pattern in name for pattern in patterns for name in names)
 
 
 def _is_reversible(conversion: Any) -> bool:

@@ -204,9 +204,9 @@ class Bench:
 
     def facades(self) -> dict[str, QuantLinear]:
         """Return name -> facade of the base."""
-        from ..facade import facades
+        from ..facade import linear_facades
 
-        return dict(facades(self.base))
+        return dict(linear_facades(self.base))
 
     @property
     def widest(self) -> str:

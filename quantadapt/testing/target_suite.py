@@ -263,9 +263,9 @@ class TargetSuite(LayerSuite):
 
 
 def _facades(model: nn.Module) -> dict[str, QuantLinear]:
-    from ..facade import facades
+    from ..facade import linear_facades
 
-    return dict(facades(model))
+    return dict(linear_facades(model))
 
 
 def _assert_options(bench: Bench, model: nn.Module) -> None:

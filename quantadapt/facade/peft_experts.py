@@ -1,0 +1,75 @@
+"""PEFT's `target_parameters` on quantized stacks of experts.
+
+PEFT puts a `ParamWrapper` in front of the experts module, and adds the whole update to the
+parameter in each forward: a second tensor as large as the dense weight. Here a plain LoRA is handed
+to the experts' forward instead, which applies A and B to the tokens; anything else is added to the
+weight as PEFT does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from .experts import QuantExperts, quantized_stacks
+from .grouped import StackLora
+
+_taught: set[type] = set()
+
+
+def teach_peft() -> None:
+    """Have PEFT's `ParamWrapper` know quantized experts, once it is imported. Changes how it works
+    on them alone. To be called wherever PEFT meets such experts."""
+    kind: Any = getattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper", None)
+    if kind is None or kind in _taught or not hasattr(kind, "_activate_lora"):
+        return
+    _taught.add(kind)
+    kind._activate_lora = _activating(kind._activate_lora)
+
+
+def _activating(activate: Any) -> Any:
+    @wraps(activate)
+    @contextmanager
+    def activated(self: Any, active_adapters: list[str]) -> Iterator[None]:
+        experts = self.get_base_layer()
+        if not isinstance(experts, QuantExperts) or (
+            self.parameter_name not in quantized_stacks(experts)
+        ):
+            with activate(self, active_adapters):
+                yield
+            return
+        active = [name for name in active_adapters if name in self.lora_A]
+        if len(active) == 1 and (lora := stack_lora(self, active[0])) is not None:
+            lent = experts.lending(self.parameter_name, lora)
+        else:
+            lent = experts.adding(self.parameter_name, lambda weight: _sum(self, active, weight))
+        with lent:
+            yield
+
+    return activated
+
+
+def _sum(wrapper: Any, active: list[str], weight: Any) -> Any:
+    for name in active:
+        weight = weight + wrapper.get_delta_weight(name)
+    return weight
+
+
+def stack_lora(wrapper: Any, adapter: str) -> StackLora | None:
+    """Return the LoRA of one of PEFT's `ParamWrapper`s by expert; None where it is something
+    else than a plain one."""
+    experts = wrapper.get_base_layer()
+    stack = quantized_stacks(experts)[wrapper.parameter_name].stack
+    a, b = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
+    sizes = (a.weight.shape[1], b.weight.shape[0])
+    if sizes != (stack.in_features, stack.out_features) or b.bias is not None:
+        return None
+    if not experts.is_dispatched or adapter in wrapper.lora_variant:
+        return None
+    by_expert_a = a.weight.reshape(stack.experts, -1, stack.in_features)
+    # PEFT keeps [out_features, r, experts].
+    by_expert_b = b.weight.reshape(stack.out_features, -1, stack.experts).permute(2, 0, 1)
+    return StackLora(by_expert_a, by_expert_b, wrapper.scaling[adapter])
