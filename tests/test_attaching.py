@@ -23,7 +23,7 @@ import quantadapt as qa
 from quantadapt.adapting import injecting
 from quantadapt.adapting.injecting import TargetsWarning, all_or_nothing
 from quantadapt.errors import PlanRefused
-from quantadapt.facade import facades
+from quantadapt.facade import facades, linear_facades
 from quantadapt.testing.tensors import relative
 
 SIZES = {
@@ -79,7 +79,7 @@ class TestExactlyTheLayersThatAreNamed:
     @pytest.mark.parametrize("adapter", ["lora", "dora", "vera", "ia3"])
     def test_all_linear_is_every_quantized_layer(self, kind, adapter) -> None:
         model = quantized(kind)
-        layers = {name for name, _ in facades(model)}
+        layers = {name for name, _ in linear_facades(model)}
         assert adapted(qa.attach(model, adapter)) == layers
 
     @pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "deepseek-v3"])

@@ -23,6 +23,8 @@ from ..protocols import AdapterTarget
 from .grouped import StackLora, run_experts
 from .layer import QuantWeight
 from .lazy_weight import LazyWeight
+from .peft_calls import looks_for_parameters
+from .peft_experts import teach_peft
 
 IMPLEMENTATION = "quantadapt"
 """What our function is called in transformers' registry."""
@@ -106,6 +108,12 @@ class QuantExperts(nn.Module):
             raise ModelError(what, fix=fix)
 
     @property
+    def quantized_stacks(self) -> dict[str, QuantStack]:
+        """The quantized stacks, by the name of the parameter that each was."""
+        modules = self._modules.items()
+        return {n.removesuffix(SUFFIX): m for n, m in modules if isinstance(m, QuantStack)}
+
+    @property
     def is_dispatched(self) -> bool:
         """Whether transformers runs this module through its registry of experts' functions."""
         return is_dispatched(self)
@@ -113,14 +121,11 @@ class QuantExperts(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Any]]:
-        """Yield the parameters; without `recurse` also the stacks, lazily: there PEFT looks for
-        `target_parameters`."""
+        """Yield the parameters; where PEFT looks for `target_parameters`, the stacks, too."""
         yield from super().named_parameters(prefix, recurse, remove_duplicate)
-        if not recurse:
-            from .peft_experts import teach_peft
-
+        if not recurse and looks_for_parameters():
             teach_peft()
-            for name, stack in quantized_stacks(self).items():
+            for name, stack in self.quantized_stacks.items():
                 yield f"{prefix}.{name}".lstrip("."), stack.weight
 
     @contextmanager
@@ -173,12 +178,6 @@ def experts_forward(
     return run_experts(self, hidden_states, top_k_index, top_k_weights, loras)
 
 
-def quantized_stacks(experts: nn.Module) -> dict[str, QuantStack]:
-    """Return the quantized stacks of an experts module, by the name of the parameter."""
-    modules = experts._modules.items()
-    return {n.removesuffix(SUFFIX): m for n, m in modules if isinstance(m, QuantStack)}
-
-
 def is_dispatched(experts: nn.Module) -> bool:
     """Say whether transformers runs this module through its registry of experts' functions."""
     return hasattr(experts, "has_gate") and hasattr(experts, "is_transposed")
@@ -200,7 +199,7 @@ def become_quantized(experts: nn.Module) -> None:
 
 def become_dense(experts: nn.Module) -> None:
     """Make an experts module one of the model's own class again, once no `QuantStack` is in it."""
-    if isinstance(experts, QuantExperts) and not quantized_stacks(experts):
+    if isinstance(experts, QuantExperts) and not experts.quantized_stacks:
         experts.__class__ = _model_class(experts)
         if (config := experts.__dict__.pop("_config_before", None)) is not None:
             experts.config = config

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from .experts import QuantExperts, quantized_stacks
 from .grouped import StackLora
 
 _taught: set[type] = set()
@@ -35,9 +34,7 @@ def _activating(activate: Any) -> Any:
     @contextmanager
     def activated(self: Any, active_adapters: list[str]) -> Iterator[None]:
         experts = self.get_base_layer()
-        if not isinstance(experts, QuantExperts) or (
-            self.parameter_name not in quantized_stacks(experts)
-        ):
+        if self.parameter_name not in getattr(experts, "quantized_stacks", {}):
             with activate(self, active_adapters):
                 yield
             return
@@ -62,7 +59,7 @@ def stack_lora(wrapper: Any, adapter: str) -> StackLora | None:
     """Return the LoRA of one of PEFT's `ParamWrapper`s by expert; None where it is something
     else than a plain one."""
     experts = wrapper.get_base_layer()
-    stack = quantized_stacks(experts)[wrapper.parameter_name].stack
+    stack = experts.quantized_stacks[wrapper.parameter_name].stack
     a, b = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
     sizes = (a.weight.shape[1], b.weight.shape[0])
     if sizes != (stack.in_features, stack.out_features) or b.bias is not None:
