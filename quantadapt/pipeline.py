@@ -27,6 +27,7 @@ from .exporting.stage import export, merge_entry
 from .exporting.tuned import Tuned
 from .folders.metrics import add_figures, label, losses, with_unit
 from .folders.run_folder import RunFolder, UnwrittenFolder
+from .planning.share import BEGINNING
 from .planning.stage import Plan
 from .protocols import Figure
 from .quantizing.examples import calibration_examples
@@ -192,6 +193,9 @@ class _Run:
         self.measure_unquantized(data)
         with self.stage("quantize") as done:
             model = done(self.quantize())
+            for note in state_of(model).notes:
+                if note.startswith(BEGINNING):
+                    self.listener("detail", {"text": note})
         self.measure_base(model, data)
         with self.stage("attach") as done:
             tuned: PeftModel = done(self.attach(model))
@@ -382,7 +386,9 @@ class _Run:
         state_of(tuned).max_length = self.spec.data.max_length
         targets = tuned.peft_config["default"].target_modules  # type: ignore[union-attr]
         found = sorted(targets) if isinstance(targets, (list, set)) else [targets]
-        more = {"target_modules": found, "notes": [*plan.notes, *state_of(tuned).notes]}
+        # What was quantized says more exactly how much than the plan could.
+        planned = [note for note in plan.notes if not note.startswith(BEGINNING)]
+        more = {"target_modules": found, "notes": [*planned, *state_of(tuned).notes]}
         self.folder.write_json("plan.json", plan.to_dict() | more)
         return tuned
 

@@ -87,6 +87,7 @@ class Adapter(_Named):
         start: what attaching it does to the outputs before any training.
         requires: distributions it needs beside PEFT, as requirement strings.
         rules: combinations that are refused.
+        experts: whether it goes onto stacks of experts, too, which are parameters and no layers.
         config: where the options of a method that PEFT does not ship are, as "module:Class": a
             dataclass that derives from `peft.PeftConfig` and has `target_modules`.
         method: where such a method is, as "module:Class": a subclass of PEFT's `BaseTuner`. Both
@@ -101,6 +102,7 @@ class Adapter(_Named):
     start: Start = Start.ZERO
     requires: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
+    experts: bool = False
     config: str = ""
     method: str = ""
 

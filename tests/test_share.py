@@ -1,4 +1,4 @@
-"""What a user is told where few of a model's weights are quantized."""
+"""What a user is told of how many of a model's weights are quantized."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 import quantadapt as qa
 from quantadapt.planning.share import BEGINNING
-from quantadapt.quantizing.stage import MostlyDenseWarning
+from quantadapt.quantizing.stage import MostlyDenseWarning, share_of
+from quantadapt.quantizing.state import state_of
 
 SIZES = {
     "vocab_size": 100,
@@ -22,39 +23,71 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
+ATTENTION, EXPERTS, ROUTER = 4 * 32 * 32, 4 * 3 * 32 * 64, 4 * 32
+"""Weights of each in a layer of the model below."""
 
 
 def mixtral() -> nn.Module:
-    """In each layer 4 * 32 * 32 weights of attention, 4 * 3 * 32 * 64 of experts, 4 * 32 of a
-    router: 4096 of 28800 can be quantized."""
     torch.manual_seed(0)
     config = MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
     made: nn.Module = AutoModelForCausalLM.from_config(config).float()
     return made
 
 
-def spec(path: Path, backend: str = "hqq") -> qa.Spec:
+def planned(path: Path, backend: str, **more: object) -> qa.Plan:
+    mixtral().save_pretrained(path / "model")
     options = {"group_size": 16} if backend == "hqq" else {}
-    return qa.Spec(
-        model=str(path / "model"), backend={"name": backend, **options}, output=str(path / "run")
+    spec = qa.Spec(
+        model=str(path / "model"),
+        backend={"name": backend, **options},
+        adapter="lora",
+        output=str(path / "run"),
+        **more,
+    )
+    return qa.plan(spec)
+
+
+def test_a_plan_tells_that_experts_are_quantized_and_routers_are_not(tmp_path: Path) -> None:
+    share = planned(tmp_path, "hqq").share
+    assert share is not None
+    assert share.quantized == 2 * (ATTENTION + EXPERTS)
+    assert share.dense == {"routers": 2 * ROUTER}
+    assert share.words == (
+        "quantized are 99.6% of the weights, embeddings and head not counted; dense stay routers"
+        " 0.4%"
     )
 
 
-@pytest.mark.parametrize(("backend", "told"), [("hqq", 1), ("none", 0)])
-def test_a_plan_tells_that_experts_stay_dense(tmp_path: Path, backend: str, told: int) -> None:
-    mixtral().save_pretrained(tmp_path / "model")
-    notes = [n for n in qa.plan(spec(tmp_path, backend)).notes if n.startswith(BEGINNING)]
-    assert len(notes) == told
-    assert all(": 14%" in note and "experts" in note for note in notes)
+def test_a_plan_warns_of_a_model_that_stays_mostly_dense(tmp_path: Path) -> None:
+    skipped = planned(tmp_path, "hqq", skip_modules=["lm_head"])
+    assert skipped.share is not None
+    assert not [note for note in skipped.notes if note.startswith(BEGINNING)]
+    assert planned(tmp_path, "none").share is None
 
 
-def test_quantizing_tells_it_in_python() -> None:
-    with pytest.warns(MostlyDenseWarning, match="14%.*MixtralExperts"):
-        qa.quantize(mixtral(), "hqq", group_size=16, device="cpu", dtype="float32")
+def test_a_quantized_model_has_what_the_plan_said(tmp_path: Path) -> None:
+    share = planned(tmp_path, "hqq").share
+    model = qa.quantize(str(tmp_path / "model"), "hqq", group_size=16, dtype="float32")
+    found = share_of(model, ("lm_head",))
+    assert share is not None
+    assert (found.quantized, sum(found.dense.values())) == (share.quantized, 2 * ROUTER)
+    assert found.dense["MixtralTopKRouter"] == 2 * ROUTER
+    assert any(note.startswith(BEGINNING) for note in state_of(model).notes)
+
+
+def test_quantizing_warns_where_most_stays_dense() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(32, 32)
+            self.large = nn.Conv2d(32, 64, 3)
+
+    with pytest.warns(MostlyDenseWarning, match=r"quantized are 5\.3% .*Conv2d 94\.7%"):
+        qa.quantize(Attention(), "hqq", group_size=16, device="cpu", dtype="float32")
 
 
 def test_a_model_of_linear_layers_is_not_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", MostlyDenseWarning)
-        qa.quantize(backend="hqq", device="cpu", dtype="float32")
-    assert not [n for n in qa.plan(qa.Spec(backend="hqq")).notes if n.startswith(BEGINNING)]
+        model = qa.quantize(backend="hqq", device="cpu", dtype="float32")
+    assert share_of(model, ("lm_head",)).fraction == 1.0

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import PlanRefused, Problem, QuantadaptError
 from ..facade import facades, linear_facades, stack_facades
 from ..model.experts import expert_stacks
-from ..planning.refusals import wants_loftq, without_loftq
+from ..planning.refusals import experts_problems, wants_loftq, without_loftq
 from ..quantizing.state import ModelState
 from ..records import Adapter
 from . import loftq
@@ -143,13 +143,15 @@ def peft_config(
 
     values = {**adapter.defaults, **options}
     layers, stacks = there or adaptable(model)
-    problems = name_problems(model, values)
+    problems = name_problems(model, values, stacks)
     try:
         targets = resolve_targets(model, values, layers, stacks)
     except PlanRefused as error:
         raise PlanRefused([*error.problems, *problems]) from None
     values["target_modules"] = targets.modules
-    if targets.parameters:
+    unfit = experts_problems(adapter, values, layers) if targets.stacks else []
+    problems += unfit
+    if targets.parameters and not unfit:
         values["target_parameters"] = targets.parameters
     values.setdefault("task_type", _task_type(model))
     if adapter.peft_type == "ADALORA":

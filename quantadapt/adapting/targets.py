@@ -7,7 +7,7 @@ is wrong is told before any work, all of it at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -33,10 +33,12 @@ class Targets(NamedTuple):
 
     Attributes:
         modules: `target_modules`.
-        parameters: `target_parameters`: stacks of experts, and what was asked for.
+        stacks: full names of the stacks of experts among what is named.
+        parameters: `target_parameters`: those, and what was asked for.
     """
 
     modules: list[str] | str
+    stacks: list[str]
     parameters: list[str]
 
 
@@ -54,20 +56,42 @@ def resolve_targets(
     """
     wanted = options.get("target_modules")
     asked = [*(options.get("target_parameters") or ())]
-    stacks = [name for name in stacks if not is_excluded(name, options.get("exclude_modules"))]
+    excluded, layer = options.get("exclude_modules"), _is_in_layers(options)
+    there = [name for name in stacks if not is_excluded(name, excluded) and layer(name)]
     if wanted is None or (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR):
         if not layers and not stacks:
             raise nothing_quantized(model)
-        return Targets(_endings(model, layers), _merged(asked, _stack_endings(stacks, stacks)))
+        return _targets(_endings(model, layers), there, stacks, asked)
     targets = wanted if isinstance(wanted, str) else list(wanted)
-    named = [name for name in stacks if _names(targets, name)]
+    named = [name for name in there if _names(targets, name)]
     if problems := _target_problems(model, targets, layers, stacks):
         raise PlanRefused(problems)
     if not isinstance(targets, str):
         owners = {name.rpartition(".")[0] for name in stacks}
         modules = [n for n, _ in model.named_modules() if n not in owners and n not in stacks]
         targets = [target for target in targets if any(_ends(name, target) for name in modules)]
-    return Targets(targets, _merged(asked, _stack_endings(named, stacks)))
+    return _targets(targets, named, stacks, asked)
+
+
+def _targets(
+    modules: list[str] | str, named: list[str], stacks: list[str], asked: list[str]
+) -> Targets:
+    named += [name for name in stacks if any(_ends(name, a) for a in asked) and name not in named]
+    covered = [name for name in named if not any(_ends(name, ending) for ending in asked)]
+    return Targets(modules, named, asked + _stack_endings(covered, stacks))
+
+
+def _is_in_layers(options: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Return what says whether a stack is in one of `layers_to_transform`, which PEFT looks at for
+    modules alone."""
+    wanted = options.get("layers_to_transform")
+    if wanted is None or wanted == []:
+        return lambda name: True
+    layers = {wanted} if isinstance(wanted, int) else set(wanted)
+    given = options.get("layers_pattern") or []
+    patterns = "|".join([given] if isinstance(given, str) else given) or r"[^.]*"
+    counted = re.compile(rf"(?:^|.*?\.)(?:{patterns})\.(\d+)\.")
+    return lambda name: (found := counted.match(name)) is not None and int(found[1]) in layers
 
 
 def is_excluded(name: str, excluded: str | Iterable[str] | None) -> bool:
@@ -90,10 +114,6 @@ def _stack_endings(wanted: list[str], stacks: list[str]) -> list[str]:
     endings = sorted({".".join(name.split(".")[-2:]) for name in wanted})
     found = {name for name in stacks if any(_ends(name, ending) for ending in endings)}
     return endings if found == set(wanted) else sorted(wanted)
-
-
-def _merged(asked: list[str], found: list[str]) -> list[str]:
-    return asked + [name for name in found if name not in asked]
 
 
 def quantizable(model: nn.Module, skip: tuple[str, ...] | None) -> list[str]:
@@ -152,9 +172,10 @@ def _hint(name: str, known: list[str]) -> str:
 # Options that name other things -------------------------------------------------------------------
 
 
-def name_problems(model: nn.Module, options: Mapping[str, Any]) -> list[Problem]:
-    """Return what is named by options beside `target_modules` and is not in `model`."""
-    names = [name for name, _ in model.named_modules() if name]
+def name_problems(model: nn.Module, options: Mapping[str, Any], stacks: list[str]) -> list[Problem]:
+    """Return what is named by options beside `target_modules` and is not in `model`, whose stacks
+    of experts are called `stacks`."""
+    names = [*(name for name, _ in model.named_modules() if name), *stacks]
     found = [*_unknown_parameters(model, options.get("target_parameters"))]
     found += _token_problems(model, options.get("trainable_token_indices"))
     for option in ("exclude_modules", "modules_to_save"):

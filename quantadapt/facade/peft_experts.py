@@ -42,17 +42,12 @@ def _activating(activate: Any) -> Any:
         if len(active) == 1 and (lora := stack_lora(self, active[0])) is not None:
             lent = experts.lending(self.parameter_name, lora)
         else:
-            lent = experts.adding(self.parameter_name, lambda weight: _sum(self, active, weight))
+            deltas = [self.get_delta_weight(name) for name in active]
+            lent = experts.adding(self.parameter_name, lambda weight: sum(deltas, weight))
         with lent:
             yield
 
     return activated
-
-
-def _sum(wrapper: Any, active: list[str], weight: Any) -> Any:
-    for name in active:
-        weight = weight + wrapper.get_delta_weight(name)
-    return weight
 
 
 def stack_lora(wrapper: Any, adapter: str) -> StackLora | None:

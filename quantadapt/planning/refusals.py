@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from ..capabilities import KEEP, Cell, Merge, refusals
@@ -12,6 +12,7 @@ from ..protocols import Exporter, Quantizer, Task
 from ..records import Adapter, Backend, Export, Record, kind_of
 from ..spec import TrainSpec
 from .on_disk import quantization_of
+from .peft_options import peft_options
 
 WAY_OUT = f"{KEEP}, or merge it onto the unquantized base (quantadapt merge RUN --onto BASE)"
 
@@ -147,6 +148,45 @@ def data_start_problems(options: Mapping[str, Any]) -> list[Problem]:
     what = f"{start} is computed from data by a function of PEFT's own, which a run does not call"
     fix = "use true, pissa or olora; or call PEFT's function in Python, stage by stage"
     return [Problem(what, fix, "adapter.init_lora_weights")]
+
+
+_NOT_ON_EXPERTS = {
+    "lora_dropout": "has no dropout on stacks of experts",
+    "lora_bias": "has no bias on stacks of experts",
+    "use_dora": "has no DoRA on stacks of experts",
+    "velora_config": "has no VeLoRA on stacks of experts",
+    "kasa_config": "has no KaSA on stacks of experts",
+}
+"""Options of LoRA that PEFT does not take for parameters."""
+
+
+def experts_problems(
+    adapter: Adapter, options: Mapping[str, Any], layers: Iterable[str] = ()
+) -> list[Problem]:
+    """Return why an adapter does not go onto stacks of experts; empty if it does.
+
+    Args:
+        layers: the linear layers that it can go onto.
+    """
+    rule = f"{adapter.name}-experts"
+    without = "leave them out, exclude_modules: [experts]"
+    if "exclude_modules" not in peft_options(adapter):
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}) or ["q_proj", "..."])
+        without = f"name the layers, target_modules: [{names}]"
+    if not adapter.experts:
+        what = f"{adapter.name} adapts layers alone, and the model's experts are stacked parameters"
+        return [Problem(what, f"{without}; or use lora", "adapter.target_modules", rule)]
+    found = [
+        Problem(f"PEFT {why}", f"leave {name} out, or {without}", f"adapter.{name}", rule)
+        for name, why in _NOT_ON_EXPERTS.items()
+        if options.get(name)
+    ]
+    start = options.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() != "gaussian":
+        what = f"{start} starts from the weights of layers, not of stacked experts"
+        fix = f"use init_lora_weights: true, or {without}"
+        found.append(Problem(what, fix, "adapter.init_lora_weights", rule))
+    return found
 
 
 _OTHER_HEADS = re.compile(

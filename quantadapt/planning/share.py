@@ -1,5 +1,5 @@
-"""How much of a model is quantized: told where it is little, so that nobody counts on less memory
-than a mixture of experts takes, whose experts stay dense."""
+"""How much of a model is quantized, and what stays dense: told for every model, and loudly where it
+is little, so that nobody counts on less memory than the model takes."""
 
 from __future__ import annotations
 
@@ -7,45 +7,82 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..inputs.weights import file_in, read_header
 
 ENOUGH = 0.8
-"""Below this share of the weights a user is told."""
-_DENSE = re.compile(r"\.(experts|gate|router)\.")
-"""What mixtures of experts call what is no linear layer in them."""
-BEGINNING = "only a part of the weights is quantized"
+"""Below this share of the weights a user is warned."""
+BEGINNING = "quantized are"
+_EXPERTS = re.compile(r"\.experts\.")
+_ROUTER = re.compile(r"\.(gate|router)\.(weight|wg\.weight)$")
+_TABLE = re.compile(r"(^|\.)(embed_tokens|wte|wpe|embed_in|word_embeddings|lm_head)\.weight$")
+_MOST = 3
+"""So many kinds of what stays dense are named."""
 
 
-def mostly_dense(quantized: int, dense: Mapping[str, int]) -> str | None:
-    """Return what to tell of a model with so many quantized weights, or None where most are.
+@dataclass(frozen=True)
+class Share:
+    """How many weights are quantized.
 
-    Args:
-        quantized: how many weights are quantized.
-        dense: how many are not, by what holds them; without embeddings and what was left out.
+    Attributes:
+        quantized: their number.
+        dense: the number of those that are not, by what holds them; without embeddings and what
+            was left out on purpose.
     """
-    total = quantized + sum(dense.values())
-    if not total or quantized / total >= ENOUGH:
-        return None
-    most = sorted((name for name in dense if dense[name]), key=lambda name: -dense[name])[:3]
-    return (
-        f"{BEGINNING}: {quantized / total:.0%}, embeddings and head not counted; these stay"
-        f" dense, and take memory as such: {', '.join(most)}"
-    )
+
+    quantized: int
+    dense: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def fraction(self) -> float:
+        """The share that is quantized, 0 to 1."""
+        total = self.quantized + sum(self.dense.values())
+        return self.quantized / total if total else 1.0
+
+    @property
+    def is_low(self) -> bool:
+        """Whether a user is to be warned."""
+        return self.fraction < ENOUGH
+
+    @property
+    def words(self) -> str:
+        """What is told of it, one sentence."""
+        total = self.quantized + sum(self.dense.values())
+        names = sorted((n for n in self.dense if self.dense[n]), key=lambda n: -self.dense[n])
+        some = ", ".join(f"{n} {self.dense[n] / total:.1%}" for n in names[:_MOST])
+        rest = f"; dense stay {some}" if some else ""
+        counted = "of the weights, embeddings and head not counted"
+        return f"{BEGINNING} {self.fraction:.1%} {counted}{rest}"
 
 
-def dense_experts(folder: Path, vocabulary: int | None) -> str | None:
-    """Return what to tell of a checkpoint whose experts stay dense: they are no linear layers.
+def share_on_disk(
+    folder: Path, vocabulary: int | None, skip: tuple[str, ...], *, experts: bool
+) -> Share | None:
+    """Return what will be quantized of a checkpoint, as the names and sizes in its files say it;
+    None where they are not here.
 
     Args:
         folder: where the weights lie; their headers have been checked.
         vocabulary: how many tokens the model has, by which embedding and head are known.
+        skip: the modules that are left out.
+        experts: whether the backend quantizes stacks of experts.
     """
-    counts: Counter[bool] = Counter()
+    dense: Counter[str] = Counter()
+    quantized = 0
     for file in folder.glob("*.safetensors"):
         for name, tensor in read_header(file_in(folder, file.name)).items():
             shape = tensor["shape"]
-            if len(shape) > 1 and vocabulary not in shape:
-                counts[bool(_DENSE.search(name))] += math.prod(shape)
-    return mostly_dense(counts[False], {"experts": counts[True]}) if counts[True] else None
+            if len(shape) < 2 or vocabulary in shape or _TABLE.search(name):
+                continue
+            if any(f".{s}." in f".{name}." for s in skip):
+                continue
+            if _EXPERTS.search(name) and len(shape) < 3 and name.endswith("bias"):
+                continue  # one for each expert
+            kind = "experts" if _EXPERTS.search(name) else "routers" if _ROUTER.search(name) else ""
+            if kind == "routers" or (kind == "experts" and not experts):
+                dense[kind] += math.prod(shape)
+            else:
+                quantized += math.prod(shape)
+    return Share(quantized, dense) if quantized or dense else None

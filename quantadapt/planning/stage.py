@@ -54,7 +54,7 @@ from .refusals import (
     refusals_beside,
     task_problems,
 )
-from .share import dense_experts
+from .share import Share, share_on_disk
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,6 +79,7 @@ class Plan:
         processes: how many work on it, one device each.
         parallel: "ddp" or "fsdp" if there are several, else "none".
         memory: what training needs on a GPU; None where that cannot be predicted.
+        share: how much of the model will be quantized; None where that is not known before it is.
         config: the model's config.json; None where it is not here yet, as before the first download
             of a hub id. `completed` adds what it tells.
         machine: the devices that it was made for.
@@ -102,6 +103,7 @@ class Plan:
     processes: int = 1
     parallel: Parallel = "none"
     memory: MemoryPlan | None = None
+    share: Share | None = None
     config: Mapping[str, Any] | None = field(default=None, repr=False)
     machine: Machine = field(default_factory=this_machine, repr=False)
     trains: bool = False
@@ -180,6 +182,7 @@ class Plan:
             "processes": self.processes,
             "parallel": self.parallel,
             "memory": self.memory.to_dict() if self.memory else None,
+            "share": self.share.fraction if self.share else None,
             "notes": list(self.notes),
         }
 
@@ -382,7 +385,9 @@ def _combined(draft: Draft, made: Plan) -> Plan:
         record = draft.registry.record(Evaluation, evaluation_of(name))
         draft.problems += refusals_beside(cell, record, evaluator.model_dump())
     draft.notes += made.quantizer.notes(made.device)
-    draft.notes += _dense_notes(draft, made)
+    share = _share(draft, made)
+    if share is not None and share.is_low:
+        draft.notes.append(share.words)
     exports = refused_where(
         made.exports, lambda e: export_refusals(e.record, e.exporter, cell, backend, adapter)
     )
@@ -402,18 +407,17 @@ def _combined(draft: Draft, made: Plan) -> Plan:
         memory = None
     elif memory is not None:
         _look_at_memory(draft, memory, adopt=made.adopt)
-    return replace(made, exports=exports, parallel=kind, memory=memory)
+    return replace(made, exports=exports, parallel=kind, memory=memory, share=share)
 
 
-def _dense_notes(draft: Draft, made: Plan) -> list[str]:
-    """Return what a run should tell of weights that will not be quantized; where the weights are
-    not here yet, or nothing is run, quantizing tells it."""
-    folder = Path(made.model)
+def _share(draft: Draft, made: Plan) -> Share | None:
+    """Return how much of a local checkpoint will be quantized."""
     dense = made.backend.name == "none" or made.adopt
-    if dense or draft.problems or not made.trains or not made.model:
-        return []
-    note = dense_experts(folder, (made.config or {}).get("vocab_size"))
-    return [note] if note else []
+    if dense or draft.problems or not made.model:
+        return None
+    vocabulary, skip = (made.config or {}).get("vocab_size"), tuple(made.spec.skip_modules or ())
+    experts = made.quantizer.quantizes_experts
+    return share_on_disk(Path(made.model).expanduser(), vocabulary, skip, experts=experts)
 
 
 def _with_defaults(spec: Spec, *, demo_run: bool) -> Spec:

@@ -115,6 +115,11 @@ class Quantizer(Options, ABC):
         """
         return None
 
+    @property
+    def quantizes_experts(self) -> bool:
+        """Whether stacks of experts are quantized as well as linear layers."""
+        return False
+
     def notes(self, device: str) -> tuple[str, ...]:
         """Return what a plan for `device` should tell, e.g. which kernel will run."""
         return ()
@@ -167,6 +172,10 @@ class LayerwiseQuantizer(Quantizer):
     Implement `target`, `quantize_linear` and `quantization_config`; and `load_linear`, unless
     transformers itself loads your checkpoints: then override `load` with `Quantizer.load`.
     """
+
+    @property
+    def quantizes_experts(self) -> bool:
+        return type(self).quantize is LayerwiseQuantizer.quantize
 
     @abstractmethod
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:

@@ -20,7 +20,7 @@ from ..dependencies import import_requirements
 from ..errors import ModelError, PlanRefused, PluginError, Problem, QuantadaptError
 from ..inputs.documents import shown
 from ..planning.on_disk import config_of
-from ..planning.share import BEGINNING, mostly_dense
+from ..planning.share import BEGINNING, Share
 from ..planning.stage import Plan
 from ..protocols import LayerwiseQuantizer, Quantizer
 from ..records import Record, kind_of
@@ -109,7 +109,7 @@ def quantize_plan(
     if plan.adopt and not skip:  # what a merge must not quantize
         skip = tuple(name for name, _ in linear_layers(model, ()))
     if plan.backend.name != "none":
-        notes += _tell_dense(model, skip, told=plan.notes)
+        notes.append(_tell_share(model, skip, plan.notes))
     model.quantadapt = ModelState(  # type: ignore[assignment]
         source=plan.model,
         backend=plan.backend,
@@ -144,9 +144,22 @@ def _source(
     return make_linear(dense, skipped_modules(dense, skip))
 
 
-def _tell_dense(model: nn.Module, skip: tuple[str, ...], told: Sequence[str]) -> list[str]:
-    """Warn where few of the weights are quantized, and return what was told; nothing where the
-    plan has told already."""
+def _tell_share(model: nn.Module, skip: tuple[str, ...], told: Sequence[str]) -> str:
+    """Return how much of the weights is quantized, and what stays dense; warn where it is little,
+    and the plan has not told it."""
+    share = share_of(model, skip)
+    if share.is_low and not any(note.startswith(BEGINNING) for note in told):
+        warnings.warn(share.words, MostlyDenseWarning, stacklevel=4)
+    return share.words
+
+
+def share_of(model: nn.Module, skip: tuple[str, ...] = ()) -> Share:
+    """Return how much of a quantized model's weights is quantized.
+
+    Args:
+        model: with facades.
+        skip: the modules that were left dense on purpose.
+    """
     from torch import nn
 
     from ..facade import facades
@@ -159,12 +172,7 @@ def _tell_dense(model: nn.Module, skip: tuple[str, ...], told: Sequence[str]) ->
             continue
         own = module.parameters(recurse=False)
         dense[type(module).__name__] += sum(p.numel() for p in own if p.ndim > 1)
-    quantized = sum(facade.in_features * facade.out_features for facade in found.values())
-    text = mostly_dense(quantized, dense)
-    if text is None or any(note.startswith(BEGINNING) for note in told):
-        return []
-    warnings.warn(text, MostlyDenseWarning, stacklevel=4)
-    return [text]
+    return Share(sum(f.in_features * f.out_features for f in found.values()), dense)
 
 
 def nothing_quantized(model: nn.Module) -> PlanRefused:

@@ -49,6 +49,7 @@ ADAPTERS = (
         "LORA",
         {"r": 16, "lora_alpha": 32},
         rules=LORA_RULES,
+        experts=True,
     ),
     Adapter(
         "dora",
@@ -63,6 +64,7 @@ ADAPTERS = (
         "LORA",
         {"r": 16, "lora_alpha": 16, "use_rslora": True},
         rules=LORA_RULES,
+        experts=True,
     ),
     Adapter(
         "pissa",
