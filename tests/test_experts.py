@@ -15,6 +15,7 @@ from peft.utils import transformers_weight_conversion
 from torch import Tensor, nn
 
 import quantadapt as qa
+from quantadapt.adapting.targets import StacksWarning
 from quantadapt.errors import PlanRefused
 from quantadapt.facade import QuantExperts, densify, linear_facades, stack_facades
 
@@ -214,8 +215,11 @@ def test_target_modules_may_name_experts_or_leave_them_out() -> None:
     assert everything == layers | owners | nested
     assert adapted(with_lora(copy.deepcopy(model), exclude_modules=["experts"])) == layers
     assert adapted(with_lora(copy.deepcopy(model), target_modules=["experts"])) == owners | nested
-    named = adapted(with_lora(copy.deepcopy(model), target_modules=["down_proj"]))
-    assert named == owners | {name for name in layers if name.endswith("down_proj")}
+    with pytest.warns(StacksWarning, match="add 'experts' to adapt experts, too"):
+        named = adapted(with_lora(copy.deepcopy(model), target_modules=["down_proj"]))
+    assert named == {name for name in layers if name.endswith("down_proj")}
+    both = adapted(with_lora(copy.deepcopy(model), target_modules=["down_proj", "experts"]))
+    assert both == named | owners | nested
     one = adapted(with_lora(copy.deepcopy(model), layers_to_transform=[1]))
     assert one == {name for name in everything if name.startswith("model.layers.1.")}
 

@@ -7,6 +7,7 @@ is wrong is told before any work, all of it at once.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +27,14 @@ ALL_LINEAR = "all-linear"
 
 _OF_SINGULAR_VECTORS = ("pissa", "olora", "corda", "orthogonal", "mica", "lora_ga", "loftq")
 """Starts of LoRA that take a singular vector for each rank; a longer name may follow."""
+
+
+EXPERTS = "experts"
+"""What models call the module that owns stacks of experts."""
+
+
+class StacksWarning(UserWarning):
+    """A name stands for layers and for stacks of experts."""
 
 
 class Targets(NamedTuple):
@@ -63,14 +72,19 @@ def resolve_targets(
             raise nothing_quantized(model)
         return _targets(_endings(model, layers), there, stacks, asked)
     targets = wanted if isinstance(wanted, str) else list(wanted)
-    named = [name for name in there if _names(targets, name)]
     if problems := _target_problems(model, targets, layers, stacks):
         raise PlanRefused(problems)
-    if not isinstance(targets, str):
-        owners = {name.rpartition(".")[0] for name in stacks}
-        modules = [n for n, _ in model.named_modules() if n not in owners and n not in stacks]
-        targets = [target for target in targets if any(_ends(name, target) for name in modules)]
-    return _targets(targets, named, stacks, asked)
+    if isinstance(targets, str):
+        return _targets(targets, [n for n in there if _names(targets, n)], stacks, asked)
+    owners = {name.rpartition(".")[0] for name in stacks}
+    modules = [n for n, _ in model.named_modules() if n not in owners and n not in stacks]
+    # Of a name that both have, as down_proj where experts are shared, it is the layers, as in PEFT.
+    of_layers = [target for target in targets if any(_ends(name, target) for name in modules)]
+    of_stacks = [target for target in targets if target not in of_layers]
+    if both := [name for name in there if not _names(of_stacks, name) and _names(of_layers, name)]:
+        text = f"target_modules names layers; {both[0]}, called the same, stays as it is"
+        warnings.warn(f"{text}: add {EXPERTS!r} to adapt experts, too", StacksWarning, stacklevel=6)
+    return _targets(of_layers, [n for n in there if _names(of_stacks, n)], stacks, asked)
 
 
 def _targets(
