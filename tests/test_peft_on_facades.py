@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import quantadapt as qa
-from quantadapt.errors import ModelError, PlanRefused
+from quantadapt.errors import ModelError
 from quantadapt.facade import LazyWeight, QuantLinear, facades
 from quantadapt.protocols import AdapterTarget
 
@@ -380,12 +380,6 @@ def test_bdlora_and_compiling_and_offloading_over_fused_layers() -> None:
     assert sum(p.grad is not None for p in attached.parameters()) == 4
     cpu_offload(attached.eval(), execution_device="cpu")
     assert close(attached(X), y)
-
-
-def test_target_parameters_of_a_quantized_layer_are_refused() -> None:
-    model, _ = made("hqq")
-    with pytest.raises(PlanRefused, match=r"a\.weight.*quantized"):
-        qa.attach(model, "lora", r=4, target_modules=["b"], target_parameters=["a.weight"])
 
 
 def test_adapters_of_stock_peft_load_onto_facades(pair, tmp_path: Path) -> None:

@@ -129,7 +129,8 @@ def peft_config(
     layers = [name for name, _ in facades(model)] if layers is None else layers
     problems = name_problems(model, values)
     try:
-        values["target_modules"] = resolve_targets(model, values.get("target_modules"), layers)
+        targets, parameters = values.get("target_modules"), values.get("target_parameters")
+        values["target_modules"] = resolve_targets(model, targets, layers, parameters=parameters)
     except PlanRefused as error:
         raise PlanRefused([*error.problems, *problems]) from None
     values.setdefault("task_type", _task_type(model))

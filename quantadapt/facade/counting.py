@@ -3,7 +3,6 @@ ones, where a number may hold several weights, and no buffers, where many vendor
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from functools import wraps
 from typing import Any
@@ -12,29 +11,10 @@ from torch import Tensor, nn
 
 from .lazy_weight import LazyWeight
 
-_COUNTERS = {
-    ("peft.peft_model", "PeftModel", "get_nb_trainable_parameters"),
-    ("peft.mixed_model", "PeftMixedModel", "get_nb_trainable_parameters"),
-    ("transformers.modeling_utils", "PreTrainedModel", "num_parameters"),
-}
-"""Module, class and method of what counts; what is changed already is taken out."""
 
+def counting_dense(count: Any) -> Any:
+    """Return a method that counts the weights that a quantized layer stands for."""
 
-def count_as_dense() -> None:
-    """Have PEFT and transformers count the weights that a quantized layer stands for.
-
-    Changes those of their methods whose modules are imported by now; models without quantized
-    layers are counted as before. So it is called wherever such a layer meets a library.
-    """
-    for counter in _COUNTERS.copy():
-        module, kind, name = counter
-        cls = getattr(sys.modules.get(module), kind, None)
-        if cls is not None:
-            setattr(cls, name, _counting_dense(getattr(cls, name)))
-            _COUNTERS.discard(counter)
-
-
-def _counting_dense(count: Any) -> Any:
     @wraps(count)
     def counted(model: Any, *args: Any, **kwargs: Any) -> Any:
         quantized = any(True for _ in _quantized(model))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +14,10 @@ from ..compiling import results_in
 from ..errors import ModelError
 from ..model.linears import as_conv1d
 from ..protocols import AdapterTarget
-from .counting import count_as_dense
 from .frozen import Frozen, is_recomputing
 from .lazy_weight import DENSE, TAKEN_OUT, LazyWeight
-from .peft_calls import copies_to_train, merging_layer
+from .libraries import meet_libraries
+from .peft_calls import copies_to_train, looks_for_parameters, merging_layer
 
 
 class _Merged(NamedTuple):
@@ -60,7 +60,7 @@ class QuantLinear(nn.Linear):
         self.target = target
         self.compute_dtype = dtype
         self._adopt(vendor)
-        count_as_dense()
+        meet_libraries()
         self.train(vendor.training)
         for parameter in self.parameters():
             parameter.requires_grad_(False)
@@ -93,7 +93,7 @@ class QuantLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight, [out_features, in_features]: read lazily, and what is written into it is
         quantized into the layer. See `LazyWeight`."""
-        count_as_dense()  # PEFT reads the weight of each layer that it takes
+        meet_libraries()  # PEFT reads the weight of each layer that it takes
         shape = (self.out_features, self.in_features)
         layout = torch.empty(shape, dtype=self.compute_dtype, device="meta")
         return LazyWeight(self, layout, self.device)
@@ -120,6 +120,17 @@ class QuantLinear(nn.Linear):
     @bias.setter
     def bias(self, value: Any) -> None:
         self._vendor.bias = value
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the vendor's parameters; to PEFT's `target_parameters` those of a dense layer."""
+        if looks_for_parameters():
+            yield f"{prefix}.weight".lstrip("."), self.weight  # type: ignore[misc]
+            if self.bias is not None:
+                yield f"{prefix}.bias".lstrip("."), self.bias
+        else:
+            yield from super().named_parameters(prefix, recurse, remove_duplicate)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):  # nn.Module takes parameters before it looks at properties

@@ -40,6 +40,12 @@ def copies_to_train() -> bool:
     )
 
 
+def looks_for_parameters() -> bool:
+    """Say whether PEFT is looking for the parameters that `target_parameters` names."""
+    tuners = _callers("peft.tuners.tuners_utils", "BaseTuner")
+    return any(name == "_inject_parameters" for name, _ in tuners)
+
+
 def _callers(module: str, kind: str) -> Iterator[tuple[str, Any]]:
     """Yield (name, self) of every method of a `kind` that runs, the innermost first."""
     wanted = getattr(sys.modules.get(module), kind, None)
