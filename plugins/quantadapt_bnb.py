@@ -290,6 +290,11 @@ class Int8Target(LayerwiseTarget):
             scale = vendor.state.SCB
         return one_kernel(_dequantize_int8, codes, scale)
 
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Round the activations, as in evaluation; a layer of a model that was training when it was
+        quantized would not, on a CPU."""
+        return super().forward(module.eval() if module.training else module, x)
+
 
 def _restore(weight: Any) -> None:
     """Undo the layout that a vendor's forward on a CPU left a weight in. The vendor's own way back

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .lazy_weight import LazyWeight
+from .lazy_weight import quantized_layers
 
 
 def counting_dense(count: Any) -> Any:
@@ -17,7 +17,7 @@ def counting_dense(count: Any) -> Any:
 
     @wraps(count)
     def counted(model: Any, *args: Any, **kwargs: Any) -> Any:
-        quantized = any(True for _ in _quantized(model))
+        quantized = any(True for _ in quantized_layers(model))
         return count(_AsDense(model) if quantized else model, *args, **kwargs)
 
     return counted
@@ -35,16 +35,10 @@ class _AsDense:
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the model's parameters, with one weight for what a quantized layer has packed."""
         packed: set[int] = set()
-        for name, layer in _quantized(self.model):
+        for name, layer in quantized_layers(self.model):
             yield f"{name}.weight", layer.weight
             frozen = (p for p in layer.parameters() if p is not layer.bias and not p.requires_grad)
             packed.update(map(id, frozen))
         for name, parameter in self.model.named_parameters():
             if id(parameter) not in packed:
                 yield name, parameter
-
-
-def _quantized(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and isinstance(module.weight, LazyWeight):
-            yield name, module

@@ -8,11 +8,13 @@ from typing import Any
 
 from .counting import counting_dense
 from .parameters import beside_the_layer
+from .saving import saving_as_quantized
 
 _waiting: dict[tuple[str, str, str], Callable[[Any], Any]] = {
     ("peft.peft_model", "PeftModel", "get_nb_trainable_parameters"): counting_dense,
     ("peft.mixed_model", "PeftMixedModel", "get_nb_trainable_parameters"): counting_dense,
     ("transformers.modeling_utils", "PreTrainedModel", "num_parameters"): counting_dense,
+    ("transformers.modeling_utils", "PreTrainedModel", "save_pretrained"): saving_as_quantized,
     ("peft.tuners.lora.layer", "ParamWrapper", "forward"): beside_the_layer,
 }
 """Module, class and method -> what to make of it; what is changed already is taken out."""
