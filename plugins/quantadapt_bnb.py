@@ -11,6 +11,7 @@ from pydantic import Field
 
 from quantadapt.capabilities import Merge
 from quantadapt.compiling import one_kernel
+from quantadapt.errors import ModelError
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, Quantizer
 from quantadapt.records import Backend
@@ -75,6 +76,31 @@ class _FourBit(_BitsAndBytes):
         packed = Params4bit(linear.weight.data, requires_grad=False, **options)
         module.weight = packed.to(linear.weight.device)
         module.bias = linear.bias
+        return module
+
+    def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
+        """transformers loads whole checkpoints; `load_state_dict` leaves out the scales."""
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        codes, stats = state["weight"].clone(), {**state}
+        del stats["weight"]
+        packed = Params4bit.from_prequantized(codes, stats, device=codes.device)
+        found, wanted = tuple(packed.quant_state.shape), (linear.out_features, linear.in_features)
+        if (packed.quant_type, found) != (self.quant_type, wanted):
+            what = f"they are {packed.quant_type} of {found}, not {self.quant_type} of {wanted}"
+            raise ModelError(what)
+        module: nn.Module = Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compute_dtype=packed.quant_state.dtype,
+            compress_statistics=packed.compress_statistics,
+            quant_type=self.quant_type,
+            quant_storage=packed.quant_storage,
+            device="meta",
+        )
+        packed.module = module
+        module.weight = packed
         return module
 
     def quantization_config(self) -> dict[str, Any]:
@@ -183,7 +209,6 @@ class Int8(_BitsAndBytes):
 def _check_nested(path: str) -> None:
     """Raise ModelError where the scales of quantized scales are gone: bitsandbytes would take their
     codes for scales."""
-    from quantadapt.errors import ModelError
     from quantadapt.loading import Checkpoint
 
     names = Checkpoint(path).files
@@ -264,6 +289,11 @@ class Int8Target(LayerwiseTarget):
         if scale is None:  # the first forward moves it
             scale = vendor.state.SCB
         return one_kernel(_dequantize_int8, codes, scale)
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Round the activations, as in evaluation; a layer of a model that was training when it was
+        quantized would not, on a CPU."""
+        return super().forward(module.eval() if module.training else module, x)
 
 
 def _restore(weight: Any) -> None:

@@ -38,6 +38,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "target_modules": ["q_proj"],
         "trainable_token_indices": {"embed_tokens": [105, 106]},
     },
+    "parameters": {"target_modules": ["q_proj"], "target_parameters": ["mlp.down_proj.weight"]},
     "biases": {"target_modules": ["q_proj"], "bias": "all"},
     "biases-adapted": {"target_modules": ["q_proj"], "bias": "lora_only"},
     "lora-bias": {"target_modules": ["q_proj", "v_proj"], "lora_bias": True},

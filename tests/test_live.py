@@ -151,3 +151,21 @@ def test_one_that_is_not_is_cast_and_moved_as_asked() -> None:
     model = qa.quantize(tiny(torch.bfloat16), "hqq", dtype="float32", device="cpu")
     assert model.quantadapt.dtype == torch.float32
     assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_tied_to_an_embedding_stays_dense(tied) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(64, 32)
+            self.middle = nn.Linear(32, 32)
+            self.out = nn.Linear(32, 64, bias=False)
+            if tied:
+                self.out.weight = self.embedding.weight
+
+    model = qa.quantize(Model(), "hqq", device="cpu", dtype="float32", group_size=None)
+    assert [name for name, _ in facades(model)] == (["middle"] if tied else ["middle", "out"])
+    assert not tied or model.out.weight is model.embedding.weight
+    everything = qa.quantize(Model(), "hqq", device="cpu", skip_modules=[], group_size=None)
+    assert [name for name, _ in facades(everything)] == ["middle", "out"]

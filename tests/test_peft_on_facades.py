@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import quantadapt as qa
-from quantadapt.errors import ModelError, PlanRefused
+from quantadapt.errors import ModelError
 from quantadapt.facade import LazyWeight, QuantLinear, facades
 from quantadapt.protocols import AdapterTarget
 
@@ -382,12 +382,6 @@ def test_bdlora_and_compiling_and_offloading_over_fused_layers() -> None:
     assert close(attached(X), y)
 
 
-def test_target_parameters_of_a_quantized_layer_are_refused() -> None:
-    model, _ = made("hqq")
-    with pytest.raises(PlanRefused, match=r"a\.weight.*quantized"):
-        qa.attach(model, "lora", r=4, target_modules=["b"], target_parameters=["a.weight"])
-
-
 def test_adapters_of_stock_peft_load_onto_facades(pair, tmp_path: Path) -> None:
     """Two of them, with heads of their own, switched and merged."""
     _, dense = pair
@@ -476,18 +470,47 @@ def test_a_state_dict_is_loaded_with_its_biases(backend, assign) -> None:
         model.load_state_dict(state)
 
 
-def test_a_state_dict_of_other_scales_is_refused() -> None:
-    """bitsandbytes' 4-bit layers load their codes, and leave the scales as they are."""
-    model, _ = made("bnb-nf4")
-    state, y = copy.deepcopy(model.state_dict()), model(X)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("backend", [*BACKENDS, "bnb-fp4", "bnb-int8", "quanto", "eetq"])
+def test_the_state_dict_of_another_model_is_loaded(backend, bias) -> None:
+    """bitsandbytes' own 4-bit layers would load the codes, and leave the scales as they are."""
+    another, _ = made(backend, bias)
+    with torch.no_grad():
+        another.b.weight.mul_(3)
+        another.a.weight.copy_(another.a.weight.flip(0))
+    state, y = {k: copy.deepcopy(v) for k, v in another.state_dict().items()}, another(X)
+    model, _ = made(backend, bias)
+    assert not close(model(X), y, 0.1)
     model.load_state_dict(state)
     assert torch.equal(model(X), y)
-    with torch.no_grad():
-        model.b.weight.mul_(3)
-    with pytest.raises(RuntimeError, match=r"loads no b\.weight\.\w+.*anew"):
+    assert not any(p.requires_grad for n, p in model.b.named_parameters() if n != "bias")
+    another.b.weight.data.zero_()  # and it is a copy
+    assert torch.equal(model(X), y)
+    for config in (LoraConfig(target_modules=["a", "b"]), ADAMSS):
+        model = get_peft_model(made(backend, bias)[0], config)
+        found = peft.get_base_model_state_dict(model)
+        assert found.keys() == state.keys()
+        told = peft.set_base_model_state_dict(model, state)
+        assert not told.missing_keys + told.unexpected_keys
+        with model.disable_adapter():
+            assert close(model(X), y, 1e-6)
+
+
+ADAMSS = peft.AdamssConfig(target_modules=["a"], r=4, num_subspaces=2, subspace_rank=2)
+
+
+def test_a_state_dict_that_is_another_methods_is_refused() -> None:
+    model, state = made("bnb-nf4")[0], made("bnb-fp4")[0].state_dict()
+    with pytest.raises(RuntimeError, match=r"b cannot be made of these tensors.*fp4"):
         model.load_state_dict(state, strict=False)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*b\.weight\.else"):
-        made("bnb-nf4")[0].load_state_dict({**state, "b.weight.else": torch.ones(1)})
+        made("bnb-nf4")[0].load_state_dict({**model.state_dict(), "b.weight.else": torch.ones(1)})
+    with torch.no_grad():
+        model.b.weight.mul_(3)
+    state = model.state_dict()
+    del state["b.weight.quant_map"]
+    with pytest.raises(RuntimeError, match=r"b cannot be made.*quant_map"):
+        made("bnb-nf4")[0].load_state_dict(state, strict=False)
 
 
 IDS = torch.arange(1, 25).view(4, 6)

@@ -143,7 +143,12 @@ def use_fused_layers(config: LoraConfig) -> None:
     """Have PEFT make fused layers over facades when it attaches or loads a LoRA of `config`; with
     an option that is not known here it makes its own, which are right and slower."""
     if not unknown_options(config):
-        config._register_custom_module({QuantLinear: FusedLoraLinear})
+        config._register_custom_module({QuantLinear: _fused_layer})
+
+
+def _fused_layer(*args: Any, parameter_name: str | None = None, **kwargs: Any) -> Any:
+    """Return a fused layer, or None where PEFT is to make the one that it has for parameters."""
+    return FusedLoraLinear(*args, **kwargs) if parameter_name is None else None
 
 
 class _Siblings:

@@ -72,6 +72,8 @@ def resolve_targets(
             raise nothing_quantized(model)
         return _targets(_endings(model, layers), there, stacks, asked)
     targets = wanted if isinstance(wanted, str) else list(wanted)
+    if targets == [] and asked:
+        return Targets([], [n for n in stacks if any(_ends(n, a) for a in asked)], asked)
     if problems := _target_problems(model, targets, layers, stacks):
         raise PlanRefused(problems)
     if isinstance(targets, str):
@@ -209,13 +211,10 @@ def _not_there(wanted: str, names: Iterable[str], where: str) -> Problem:
 
 def _unknown_parameters(model: nn.Module, wanted: Iterable[str] | None) -> Iterator[Problem]:
     where = "adapter.target_parameters"
-    weights = [f"{name}.weight" for name, _ in linear_facades(model)]
     names = [name for name, _ in (*model.named_parameters(), *stack_facades(model))]
+    names += [f"{name}.weight" for name, _ in linear_facades(model)]
     for name in wanted or ():
-        if any(_ends(weight, name) for weight in weights):
-            fix = "name the layer in target_modules: for a linear layer that is the same"
-            yield Problem(f"{name} is quantized, no parameter", fix, where)
-        elif not any(_ends(other, name) for other in names):
+        if not any(_ends(other, name) for other in names):
             known = sorted({".".join(other.split(".")[-2:]) for other in names})
             yield Problem(
                 f"no parameter of the model matches {name!r}", did_you_mean(name, known), where
@@ -280,11 +279,19 @@ def adapted_problems(
         found += _pattern_problems(option, getattr(config, option, None) or {}, list(chosen))
     if isinstance(start, str):
         found += _rank_problems(start, config, chosen)
-    if not (found or chosen or getattr(config, "target_parameters", None)):
+    parameters = getattr(config, "target_parameters", None) or ()
+    found += [_named_twice(p, n) for p in parameters for n in chosen if _ends(f"{n}.weight", p)]
+    if not (found or chosen or parameters):
         what = "nothing is left to adapt: what is named is excluded, or trained whole"
         fix = "look at target_modules, exclude_modules and modules_to_save"
         found.append(Problem(what, fix, "adapter.target_modules"))
     return found
+
+
+def _named_twice(parameter: str, layer: str) -> Problem:
+    what = f"target_modules names {layer}, so {parameter} is adapted already"
+    fix = "name it in one place; target_modules is the same for a linear layer, and faster"
+    return Problem(what, fix, "adapter.target_parameters")
 
 
 def _blocks(chosen: Mapping[str, nn.Module], layers: list[str]) -> Iterator[Problem]:

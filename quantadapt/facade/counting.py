@@ -3,41 +3,21 @@ ones, where a number may hold several weights, and no buffers, where many vendor
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
 
-from .lazy_weight import LazyWeight
-
-_COUNTERS = {
-    ("peft.peft_model", "PeftModel", "get_nb_trainable_parameters"),
-    ("peft.mixed_model", "PeftMixedModel", "get_nb_trainable_parameters"),
-    ("transformers.modeling_utils", "PreTrainedModel", "num_parameters"),
-}
-"""Module, class and method of what counts; what is changed already is taken out."""
+from .lazy_weight import quantized_layers
 
 
-def count_as_dense() -> None:
-    """Have PEFT and transformers count the weights that a quantized layer stands for.
+def counting_dense(count: Any) -> Any:
+    """Return a method that counts the weights that a quantized layer stands for."""
 
-    Changes those of their methods whose modules are imported by now; models without quantized
-    layers are counted as before. So it is called wherever such a layer meets a library.
-    """
-    for counter in _COUNTERS.copy():
-        module, kind, name = counter
-        cls = getattr(sys.modules.get(module), kind, None)
-        if cls is not None:
-            setattr(cls, name, _counting_dense(getattr(cls, name)))
-            _COUNTERS.discard(counter)
-
-
-def _counting_dense(count: Any) -> Any:
     @wraps(count)
     def counted(model: Any, *args: Any, **kwargs: Any) -> Any:
-        quantized = any(True for _ in _quantized(model))
+        quantized = any(True for _ in quantized_layers(model))
         return count(_AsDense(model) if quantized else model, *args, **kwargs)
 
     return counted
@@ -55,16 +35,10 @@ class _AsDense:
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the model's parameters, with one weight for what a quantized layer has packed."""
         packed: set[int] = set()
-        for name, layer in _quantized(self.model):
+        for name, layer in quantized_layers(self.model):
             yield f"{name}.weight", layer.weight
             frozen = (p for p in layer.parameters() if p is not layer.bias and not p.requires_grad)
             packed.update(map(id, frozen))
         for name, parameter in self.model.named_parameters():
             if id(parameter) not in packed:
                 yield name, parameter
-
-
-def _quantized(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), LazyWeight):
-            yield name, module

@@ -23,8 +23,8 @@ from ..protocols import AdapterTarget
 from .grouped import StackLora, run_experts
 from .layer import QuantWeight
 from .lazy_weight import LazyWeight
+from .libraries import meet_libraries
 from .peft_calls import looks_for_parameters
-from .peft_experts import teach_peft
 
 IMPLEMENTATION = "quantadapt"
 """What our function is called in transformers' registry."""
@@ -124,7 +124,7 @@ class QuantExperts(nn.Module):
         """Yield the parameters; where PEFT looks for `target_parameters`, the stacks, too."""
         yield from super().named_parameters(prefix, recurse, remove_duplicate)
         if not recurse and looks_for_parameters():
-            teach_peft()
+            meet_libraries()
             for name, stack in self.quantized_stacks.items():
                 yield f"{prefix}.{name}".lstrip("."), stack.weight
 

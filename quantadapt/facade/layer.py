@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..compiling import results_in
 from ..errors import ModelError
 from ..protocols import AdapterTarget
-from .counting import count_as_dense
 from .frozen import is_recomputing
 from .lazy_weight import DENSE, TAKEN_OUT, LazyWeight
-from .peft_calls import merging_layer
+from .libraries import meet_libraries
+from .peft_calls import makes_room, merging_layer
+from .reloading import reload
 
 
 class _Merged(NamedTuple):
@@ -54,7 +55,7 @@ class QuantWeight(nn.Module):
         self.target = target
         self.compute_dtype = dtype
         self._adopt(vendor)
-        count_as_dense()
+        meet_libraries()
         self.train(vendor.training)
         for parameter in self.parameters():
             parameter.requires_grad_(False)
@@ -87,7 +88,7 @@ class QuantWeight(nn.Module):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight, [out_features, in_features]: read lazily, and what is written into it is
         quantized into the layer. See `LazyWeight`."""
-        count_as_dense()  # PEFT reads the weight of each layer that it takes
+        meet_libraries()  # PEFT reads the weight of each layer that it takes
         shape = (self.out_features, self.in_features)
         layout = torch.empty(shape, dtype=self.compute_dtype, device="meta")
         return LazyWeight(self, layout, self.device)
@@ -99,6 +100,8 @@ class QuantWeight(nn.Module):
             # merged stays so.
             if (merged := self._merged_weight()) is not None:
                 self.requantize(merged)
+        elif makes_room(self):
+            return
         elif value.requires_grad and value.is_leaf:
             what = "a quantized layer cannot take a weight that is trained"
             fix = "pass nn.Parameter(..., requires_grad=False), or put an nn.Linear in its place"
@@ -250,75 +253,9 @@ class QuantWeight(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.vendor._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Load the vendor's tensors, and the bias by itself: vendors keep it in ways that a
-        parameter is not loaded by, and an adapter's file may hold it alone."""
-        vendor: Any = self._vendor
-        bias, key = vendor._parameters.get("bias"), f"{prefix}bias"
-        given = state_dict.get(key)
-        if bias is not None and [name for name in state_dict if name.startswith(prefix)] == [key]:
-            missing_keys.append(f"{prefix}weight")
-        else:
-            if bias is not None:
-                vendor.bias = None
-                state_dict = {name: t for name, t in state_dict.items() if name != key}
-            vendor._load_from_state_dict(
-                state_dict,
-                prefix,
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
-            )
-            self.__dict__["_merged"] = None
-            self._settle_unread(state_dict, prefix, unexpected_keys, error_msgs)
-        if bias is not None:
-            vendor.bias = bias
-            if given is None:
-                missing_keys.append(key)
-            elif given.shape != bias.shape:
-                sizes = f"{tuple(given.shape)} in the file, {tuple(bias.shape)} in the model"
-                error_msgs.append(f"size mismatch for {key}: {sizes}")
-            elif local_metadata.get("assign_to_params_buffers") or bias.is_meta:
-                vendor.bias = nn.Parameter(given, requires_grad=bias.requires_grad)
-            else:
-                with torch.no_grad():
-                    bias.copy_(given)
-        self._adopt(vendor)
-
-    def _settle_unread(
-        self, state_dict: Any, prefix: str, unexpected_keys: list[str], error_msgs: list[str]
-    ) -> None:
-        """Tell apart what a vendor saves and does not load (some leave their scales as they are):
-        the numbers that are there anyway are expected; with others the codes mean nothing. What
-        it knows nothing of is unexpected, though not every vendor says so."""
-        left = [key for key in state_dict if key.startswith(prefix)]
-        own = self._vendor.state_dict() if left else {}
-        known = {name.partition(".")[0] for name in own}
-        for key in left:
-            name = key.removeprefix(prefix)
-            if key not in unexpected_keys:
-                if name.partition(".")[0] not in known:
-                    unexpected_keys.append(key)
-                continue
-            if (tensor := own.get(name)) is None:
-                continue
-            unexpected_keys.remove(key)
-            if not torch.equal(tensor, state_dict[key].to(tensor.device)):
-                kind = type(self._vendor).__name__
-                error_msgs.append(
-                    f"{kind} loads no {key}, and the file's is another: load the whole model anew"
-                )
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *told: Any) -> None:
+        self.__dict__["_merged"] = None
+        self._adopt(reload(self._vendor, self.target, state_dict, prefix, *told))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         memo[id(self)] = facade = type(self).__new__(type(self))

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ..errors import ModelError
@@ -182,6 +182,13 @@ class LazyWeight(torch.Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield (name, module) for every layer and stack of experts of `model` with such a weight."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), LazyWeight):
+            yield name, module
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..model.linears import as_conv1d
 from .frozen import Frozen
 from .layer import QuantWeight
-from .peft_calls import copies_to_train
+from .peft_calls import copies_to_train, looks_for_parameters
 
 
 class QuantLinear(QuantWeight, nn.Linear):
@@ -68,6 +69,17 @@ class QuantLinear(QuantWeight, nn.Linear):
             bias = self.bias.detach().to(self.compute_dtype).clone()
             linear.bias = nn.Parameter(bias, requires_grad=False)
         return linear.train(self.training)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the vendor's parameters; to PEFT's `target_parameters` those of a dense layer."""
+        if looks_for_parameters():
+            yield f"{prefix}.weight".lstrip("."), self.weight  # type: ignore[misc]
+            if self.bias is not None:
+                yield f"{prefix}.bias".lstrip("."), self.bias
+        else:
+            yield from super().named_parameters(prefix, recurse, remove_duplicate)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """Return a copy; an ordinary linear layer where PEFT copies it to train it in full."""

@@ -40,10 +40,19 @@ def copies_to_train() -> bool:
     )
 
 
+def makes_room(base: nn.Module) -> bool:
+    """Say whether a PEFT layer around `base` is putting an empty weight, of the shape of a file's,
+    there before it loads the file (AdaMSS): packed weights have shapes of their own."""
+    layers = _callers("peft.tuners.tuners_utils", "BaseTunerLayer")
+    return any(
+        name == "_load_from_state_dict" and layer.get_base_layer() is base for name, layer in layers
+    )
+
+
 def looks_for_parameters() -> bool:
-    """Say whether PEFT is looking for what `target_parameters` names."""
-    callers = _callers("peft.tuners.tuners_utils", "BaseTuner")
-    return any(name == "_inject_parameters" for name, _ in callers)
+    """Say whether PEFT is looking for the parameters that `target_parameters` names."""
+    tuners = _callers("peft.tuners.tuners_utils", "BaseTuner")
+    return any(name == "_inject_parameters" for name, _ in tuners)
 
 
 def _callers(module: str, kind: str) -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,6 @@ weight as PEFT does.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -16,20 +15,10 @@ from typing import Any
 
 from .grouped import StackLora
 
-_taught: set[type] = set()
 
+def with_lent_lora(activate: Any) -> Any:
+    """Return `ParamWrapper._activate_lora` as it is, and for quantized stacks of experts."""
 
-def teach_peft() -> None:
-    """Have PEFT's `ParamWrapper` know quantized experts, once it is imported. Changes how it works
-    on them alone. To be called wherever PEFT meets such experts."""
-    kind: Any = getattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper", None)
-    if kind is None or kind in _taught or not hasattr(kind, "_activate_lora"):
-        return
-    _taught.add(kind)
-    kind._activate_lora = _activating(kind._activate_lora)
-
-
-def _activating(activate: Any) -> Any:
     @wraps(activate)
     @contextmanager
     def activated(self: Any, active_adapters: list[str]) -> Iterator[None]:

@@ -14,7 +14,7 @@ def skipped_modules(model: nn.Module, skip: tuple[str, ...] | None) -> tuple[str
     if skip is not None:
         return skip
     if not hasattr(model, "get_output_embeddings"):
-        return ()  # no transformers model
+        return tuple(_tied_linears(model))  # no transformers model
     from transformers.quantizers.base import get_keys_to_not_convert
 
     head = set(get_keys_to_not_convert(model))
@@ -28,6 +28,20 @@ def skipped_modules(model: nn.Module, skip: tuple[str, ...] | None) -> tuple[str
         for name in sorted(head & modules.keys())
         if any(map(is_linear, modules[name].modules()))
     )
+
+
+def _tied_linears(model: nn.Module) -> Iterator[str]:
+    """Yield the names of linear layers whose weight is that of another module, say an embedding."""
+    modules = dict(model.named_modules())
+    others = {
+        id(parameter)
+        for module in modules.values()
+        if not is_linear(module)
+        for parameter in module._parameters.values()
+    }
+    for name, module in modules.items():
+        if is_linear(module) and id(module.weight) in others:
+            yield name
 
 
 def linear_layers(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, nn.Linear]]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from ..errors import PluginError
+from ..errors import ModelError, PluginError
 from .options import Options
 
 if TYPE_CHECKING:
@@ -59,6 +59,13 @@ class AdapterTarget(Protocol):
         `module` was. Called only where the backend declares `Merge.REQUANTIZE`."""
         name = type(self).__name__
         raise PluginError(f"{name} has no requantize", fix="declare Merge.DENSE, or implement it")
+
+    def restore(self, module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+        """Return a new vendor module, of the size of `module`, that holds `state`: what another's
+        `state_dict` gave, without prefix and bias. Called by `load_state_dict` where the vendor's
+        own leaves some of it unread, e.g. scales."""
+        name = type(module).__name__
+        raise ModelError(f"{name} does not load all of them", fix="load the whole model anew")
 
 
 class Quantizer(Options, ABC):
@@ -164,6 +171,13 @@ class LayerwiseTarget(AdapterTarget):
         elif module.bias is not None:  # some vendors keep it as a plain tensor
             linear.bias = nn.Parameter(module.bias, requires_grad=False)  # type: ignore[arg-type]
         return self.quantizer.quantize_linear(linear).train(module.training)
+
+    def restore(self, module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+        from torch import nn
+
+        inputs, outputs = self.shape(module)
+        linear = nn.Linear(inputs, outputs, bias=False, device="meta")
+        return self.quantizer.load_linear(linear, state)
 
 
 class LayerwiseQuantizer(Quantizer):

@@ -26,6 +26,7 @@ from torch import nn
 from ..errors import QuantadaptError
 from ..facade import QuantLinear
 from ..matrix.verify import parse_options
+from ..model.modules import linear_layers, set_submodule, skipped_modules
 from ..protocols import LayerwiseQuantizer
 from ..registry.discovery import registry
 from .stand_ins import write_stand_ins
@@ -66,7 +67,7 @@ class PeftSuite:
         if not found:
             raise pytest.UsageError(f"--peft-suite: {folder} holds none of {', '.join(FILES)}")
         self.package = TemporaryDirectory(prefix="peft-suite-")  # the sdist's tests are none
-        package = Path(self.package.name, "peft_tests")
+        package = Path(self.package.name, "tests")  # as PEFT calls it
         package.mkdir()
         (package / "__init__.py").touch()
         for file in folder.iterdir():
@@ -127,16 +128,16 @@ class PeftSuite:
         monkeypatch.setattr(utils, "_HUB_MODEL_ACCESSES", _Cached())
 
     def put_facades(self, model: nn.Module) -> nn.Module:
-        """Put facades in front of the linear layers of `model`, unless PEFT is there already."""
+        """Put facades where quantadapt would in `model`, unless PEFT is there already."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         if any(isinstance(module, (BaseTunerLayer, QuantLinear)) for module in model.modules()):
             return model
-        heads = getattr(model, "get_output_embeddings", lambda: None)()
-        for parent in list(model.modules()):
-            for name, linear in list(parent.named_children()):
-                if type(linear) is nn.Linear and linear is not heads:
-                    setattr(parent, name, self._facade(linear))
+        for name, linear in list(linear_layers(model, skipped_modules(model, None))):
+            if name and linear is model.get_submodule(
+                name
+            ):  # no Conv1D, which PEFT's tests look for
+                set_submodule(model, name, self._facade(linear))
         return model
 
     def _facade(self, linear: nn.Linear) -> QuantLinear:

@@ -1,0 +1,60 @@
+"""transformers' `save_pretrained`: what it writes of a quantized model says how it is quantized.
+Without that, packed weights would be read as dense ones, or left out for random numbers."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import ModelError
+from ..protocols import Quantizer
+from .lazy_weight import quantized_layers
+
+_local = threading.local()
+
+
+def saving_as_quantized(save: Any) -> Any:
+    """Return `PreTrainedModel.save_pretrained` as it is for other models; quantized ones are
+    written by their backend, which calls it in turn and gets the caller's options, too."""
+
+    @wraps(save)
+    def saved(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        writing, options = getattr(_local, "writing", (None, {}))
+        if writing is model:
+            return save(model, save_directory, *args, **{**options, **kwargs})
+        adapter_alone = getattr(model, "_hf_peft_config_loaded", False)
+        if adapter_alone or (quantizer := _quantizer_of(model)) is None:
+            return save(model, save_directory, *args, **kwargs)
+        _local.writing = model, {**dict(zip(_names(save), args, strict=False)), **kwargs}
+        try:
+            quantizer.save(model, Path(save_directory))
+        finally:
+            _local.writing = writing, options
+
+    return saved
+
+
+def _names(save: Any) -> list[str]:
+    """Return the names of what follows model and folder in the call."""
+    return list(inspect.signature(save).parameters)[2:]
+
+
+def _quantizer_of(model: nn.Module) -> Quantizer | None:
+    """Return what a model is quantized by; None where nothing is.
+
+    Raises:
+        ModelError: nobody has kept that.
+    """
+    facade: Any = next((layer for _, layer in quantized_layers(model)), None)
+    if facade is None:
+        return None
+    for knows in (getattr(model, "quantadapt", None), facade.target):
+        if isinstance(found := getattr(knows, "quantizer", None), Quantizer):
+            return found
+    what = "it is quantized, and nothing says by which options"
+    raise ModelError(what, fix="save it with quantadapt.save")
