@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..capabilities import KEEP
 from ..errors import PlanRefused, Problem, did_you_mean
 from ..facade import QuantLinear, facades
 from ..model.modules import linear_layers, skipped_modules
@@ -195,6 +196,23 @@ def adapted_problems(
         fix = "look at target_modules, exclude_modules and modules_to_save"
         found.append(Problem(what, fix, "adapter.target_modules"))
     return found
+
+
+def bias_problem(model: nn.Module, config: Any) -> Problem | None:
+    """Return what keeps an adapter with `lora_bias` from being merged: layers without a bias."""
+    if not getattr(config, "lora_bias", False):
+        return None
+    named = ((name, model.get_submodule(name)) for name in matched(model, config))
+    return lost_biases([name for name, layer in named if getattr(layer, "bias", None) is None])
+
+
+def lost_biases(without: list[str]) -> Problem | None:
+    """Return why an adapter with `lora_bias` cannot be merged into the layers called so, none of
+    which has a bias; None where there is no such layer."""
+    if not without:
+        return None
+    what = f"lora_bias trains a bias for layers that have none, e.g. {without[0]}"
+    return Problem(what, f"{KEEP}, or train without lora_bias", "adapter.lora_bias", "lora-bias")
 
 
 def _blocks(chosen: Mapping[str, nn.Module], layers: list[str]) -> Iterator[Problem]:
