@@ -171,10 +171,12 @@ def train(
         the others. DataError: the data cannot be used. TrainingError: training cannot go on.
     """
     from .evaluation.verdict import training_warnings
+    from .training.stage import check
     from .training.stage import train as train_
 
     spec = Spec(train=options, objective=objective)
     task = planning.task_for(spec)
+    check(model, spec.train, task)
     tokenizer = tokenizer or state_of(model).tokenizer
     rest: Dataset | None = None
     if eval_data is not None:
