@@ -25,6 +25,11 @@ DECODING = 32
 
 
 class _BitsAndBytes(LayerwiseQuantizer):
+    def stays_dense(self, model: nn.Module, skip_modules: tuple[str, ...]) -> tuple[str, ...]:
+        from quantadapt.loading import not_converted
+
+        return not_converted(model, skip_modules)
+
     def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
         return Quantizer.load(self, path, device=device, dtype=dtype)
 

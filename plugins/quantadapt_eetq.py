@@ -52,6 +52,11 @@ class EETQ(LayerwiseQuantizer):
     def target(self) -> EETQTarget:
         return EETQTarget(self)
 
+    def stays_dense(self, model: nn.Module, skip_modules: tuple[str, ...]) -> tuple[str, ...]:
+        from quantadapt.loading import not_converted
+
+        return not_converted(model, skip_modules)
+
     def misfit(self, in_features: int, out_features: int) -> str | None:
         for size, what in ((in_features, "inputs"), (out_features, "outputs")):
             if size % TILE:

@@ -25,7 +25,7 @@ from .loading.read_ahead import reading_ahead
 from .loading.tensors import local_folder
 from .model.experts import Stack, expert_stacks, set_stack
 from .model.linears import as_linear
-from .model.modules import linear_layers, set_submodule, skipped_modules
+from .model.modules import linear_layers, set_submodule, skipped_modules, wanted_dtype
 from .model.numbers import refuse_not_numbers
 
 METHOD = "quantadapt"
@@ -118,9 +118,10 @@ def _quantize_module(
             set_stack(model, stack, made)
         blocks.add(model, stack.name, made)
     moved: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
+    wanted = wanted_dtype(model, dtype)
+    for name, module in model.named_modules():
         if module not in vendors:
-            _move_own(module, device, dtype, moved)
+            _move_own(module, f"{name}.", device, wanted, moved)
     return model
 
 
@@ -140,14 +141,19 @@ def _quantized_stack(quantizer: LinearQuantizer, stack: Stack, stored: Tensor) -
 
 
 def _move_own(
-    module: nn.Module, device: str, dtype: torch.dtype, moved: dict[nn.Parameter, nn.Parameter]
+    module: nn.Module,
+    prefix: str,
+    device: str,
+    wanted: Callable[[str], torch.dtype],
+    moved: dict[nn.Parameter, nn.Parameter],
 ) -> None:
-    """Move what stays dense; floating point parameters also get the compute dtype. Tied ones stay
-    tied: `moved` remembers what became of each."""
+    """Move what stays dense; floating point parameters also get the dtype that is wanted for their
+    name. Tied ones stay tied: `moved` remembers what became of each."""
     for name, parameter in module._parameters.items():
         if parameter is not None and type(parameter) is nn.Parameter:
             if parameter not in moved:
-                target = dtype if parameter.is_floating_point() else parameter.dtype
+                floats = parameter.is_floating_point()
+                target = wanted(prefix + name) if floats else parameter.dtype
                 data = parameter.data.to(device=device, dtype=target)
                 moved[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
             module._parameters[name] = moved[parameter]

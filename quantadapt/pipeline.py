@@ -28,7 +28,7 @@ from .exporting.tuned import Tuned
 from .folders.metrics import add_figures, label, losses, with_unit
 from .folders.run_folder import RunFolder, UnwrittenFolder
 from .planning.share import BEGINNING
-from .planning.stage import Plan
+from .planning.stage import Plan, without_merges
 from .protocols import Figure
 from .quantizing.examples import calibration_examples
 from .quantizing.stage import load_tokenizer, quantize_plan, skip_for, with_config
@@ -182,7 +182,7 @@ class _Run:
         except PlanRefused as error:
             found += error.problems
         try:
-            check_adapter(self.plan, skip)
+            self.plan = without_merges(self.plan, check_adapter(self.plan, skip))
         except PlanRefused as error:
             found += error.problems
         if found:

@@ -143,7 +143,7 @@ def train(
     tokenizer: Any = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     on_note: Callable[[str], None] | None = None,
-    max_length: int = 512,
+    max_length: int | None = None,
     verbose: bool | None = None,
     **options: Any,
 ) -> TrainResult:
@@ -162,19 +162,25 @@ def train(
             validation with step, eval_loss, ...
         on_note: told in a sentence what became of each data file, and how memory is used, where
             that was chosen or had to change.
-        max_length: longest example in tokens, where `data` is read from a file.
+        max_length: longest example in tokens, where data is read from a file; by default 512.
         verbose: whether to show progress and notes; by default on a terminal and in a notebook.
         options: fields of TrainSpec, e.g. `max_steps=200`, `learning_rate=1e-4`.
 
     Raises:
         SpecError: an option is unknown or wrong. PlanRefused: the objective is, or does not go with
-        the others. DataError: the data cannot be used. TrainingError: training cannot go on.
+        the others or with the model. QuantadaptError: an argument has no effect. DataError: the
+        data cannot be used. TrainingError: training cannot go on.
     """
+    from .data.reading import MAX_LENGTH
     from .evaluation.verdict import training_warnings
+    from .training.stage import check
     from .training.stage import train as train_
 
     spec = Spec(train=options, objective=objective)
     task = planning.task_for(spec)
+    check(model, spec.train, task)
+    _refuse_length(max_length, data, data if eval_data is None else eval_data)
+    max_length = MAX_LENGTH if max_length is None else max_length
     tokenizer = tokenizer or state_of(model).tokenizer
     rest: Dataset | None = None
     if eval_data is not None:
@@ -242,28 +248,39 @@ def evaluate(
         evaluation: see `quantadapt evaluations`.
         batch_size: examples per forward pass.
         max_examples: use at most so many.
-        max_length: longest example in tokens, where `data` is read from a file; by default what
-            the model was trained with, or 512.
+        max_length: longest example in tokens, where data is read from a file; by default what the
+            model was trained with, or 512.
         max_new_tokens: longest answer, in tokens, where the model is asked to answer.
         tokenizer: needed where the model came without one: a live module, for instance.
         verbose: whether to show progress; by default on a terminal and in a notebook.
         options: the evaluation's options.
 
     Raises:
-        PlanRefused: there is no such evaluation or option. PluginError: the evaluation failed.
+        PlanRefused: there is no such evaluation or option. QuantadaptError: `max_length` is given
+        with a Dataset. PluginError: the evaluation failed.
     """
     from .evaluation.stage import measure
 
     evaluators = planning.evaluators([{"name": evaluation, **options}])
+    _refuse_length(max_length, data)
     tokenizer = tokenizer or state_of(model).tokenizer
     trained = getattr(getattr(model, "quantadapt", None), "max_length", None)
     with stage("evaluate", verbose) as tell:
-        found = held_out(data, tokenizer, max_length or trained)
+        found = held_out(data, tokenizer, trained if max_length is None else max_length)
         given = given_of(found, tokenizer, max_examples)
         given = replace(given, batch_size=batch_size, max_new_tokens=max_new_tokens)
         figures = measure(evaluation, evaluators[evaluation], model, given)
         tell("figures", {"evaluation": evaluation, "model": "", "figures": figures})
     return {name: figure.value for name, figure in figures.items()}
+
+
+def _refuse_length(max_length: int | None, *data: Any) -> None:
+    """Raise QuantadaptError where a longest example is given and none of `data` is read."""
+    if max_length is None or any(d is None or isinstance(d, str | Path) for d in data):
+        return
+    what = "max_length has no effect on a Dataset that is tokenized already"
+    fix = "leave it out, and cut the examples yourself: dataset.map(lambda e: {k: v[:n] ...})"
+    raise QuantadaptError(what, fix=fix)
 
 
 def given_of(held_out: HeldOut, tokenizer: Any, max_examples: int) -> Given:
@@ -283,7 +300,9 @@ def held_out(
     from .data.reading import MAX_LENGTH, HeldOut, read_held_out
 
     if data is None or isinstance(data, str | Path):
-        source, length = None if data is None else str(data), max_length or MAX_LENGTH
+        source = None if data is None else str(data)
+        wanted = MAX_LENGTH if max_length is None else max_length
+        length = Spec(data={"max_length": wanted}).data.max_length
         return read_held_out(source, _needed(tokenizer), max_length=length)
     return data if isinstance(data, HeldOut) else HeldOut(data)
 

@@ -114,7 +114,39 @@ def test_a_run_that_learns_tokens_is_refused_for_other_models(name, tmp_path) ->
     from quantadapt.spec import Spec
 
     source = str(made(name, tmp_path / "source"))
-    message = f"learns to predict tokens, and the checkpoint is a {name}"
+    message = f"learns to predict tokens, and the model is a {name}"
     with pytest.raises(PlanRefused, match=message):
         plan(Spec(model=source, output=str(tmp_path / "run"), device="cpu"))
     assert plan(Spec(model=source), check_output=False).model == source
+
+
+@pytest.mark.parametrize(
+    "name", ["LlamaForSequenceClassification", "BertForTokenClassification", "BertForMaskedLM"]
+)
+def test_train_is_refused_before_any_work(name, tmp_path) -> None:
+    """No data is read, and no weight is changed."""
+    from quantadapt.errors import PlanRefused
+
+    model = qa.attach(qa.quantize(made(name, tmp_path / "source"), "none", device="cpu"))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(PlanRefused, match=f"learns to predict tokens, and the model is a {name}"):
+        qa.train(model, tmp_path / "missing.jsonl", max_steps=1)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_class_of_ones_own_may_have_any_name(tmp_path) -> None:
+    from datasets import Dataset
+
+    class BertModel(transformers.LlamaForCausalLM):
+        pass
+
+    model = qa.attach(
+        qa.quantize(BertModel(LLAMA), "none", device="cpu"), target_modules=["q_proj"]
+    )
+    rows = {"input_ids": [IDS[0].tolist()] * 2, "completion_mask": [[1] * 20] * 2}
+    result = qa.train(model, Dataset.from_dict(rows), max_steps=1, tokenizer=demo_tokenizer())
+    assert result.steps == 1
+
+
+def demo_tokenizer() -> Any:
+    return transformers.AutoTokenizer.from_pretrained(qa.demo.MODEL_DIR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -24,8 +25,12 @@ from merging import (
 )
 
 import quantadapt as qa
+from quantadapt import demo
+from quantadapt.adapting.stage import UnmergeableWarning
 from quantadapt.errors import MergeRefused, ModelError, PlanRefused
 from quantadapt.facade import QuantLinear
+from quantadapt.spec import Spec
+from quantadapt.testing.small_demo import small_model
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -371,11 +376,40 @@ def test_keys_that_the_base_has_no_place_for_are_named(base, tmp_path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_bias_for_layers_without_one_is_refused_in_words(tmp_path) -> None:
-    from quantadapt.testing.small_demo import small_model
+NO_BIAS = r"lora_bias trains .* layers that have none, e.g. model"
 
-    model = tuned(str(small_model()), lora_bias=True, target_modules=["q_proj"])
+
+def test_a_bias_for_layers_without_one_is_refused_in_words(tmp_path) -> None:
+    with pytest.warns(UnmergeableWarning, match=rf"cannot be merged: {NO_BIAS}"):
+        model = tuned(str(small_model()), lora_bias=True, target_modules=["q_proj"])
     for kind in ("dense", "requantize", "onto"):
-        with pytest.raises(MergeRefused, match=r"lora_bias: .* layers that have none, e.g. model"):
+        with pytest.raises(MergeRefused, match=rf"lora_bias: {NO_BIAS}"):
             merged(model, kind, str(small_model()), tmp_path)
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_bias_that_layers_have_a_place_for_is_told_nothing_of(tmp_path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnmergeableWarning)
+        tuned(llama(tmp_path, tied=False), lora_bias=True)
+
+
+@pytest.mark.parametrize("merge", ["dense", "requantize", "auto"])
+def test_a_run_does_not_plan_to_merge_such_a_bias(merge, tmp_path) -> None:
+    spec = Spec(
+        model=str(small_model()),
+        data={"path": str(demo.TRAIN_FILE)},
+        adapter={"name": "lora", "lora_bias": True},
+        train={"max_steps": 1},
+        evaluate={"max_examples": 1, "samples": 0},
+        export={"merge": merge},
+        output=str(tmp_path / "run"),
+    )
+    if merge != "auto":
+        with pytest.raises(PlanRefused, match=NO_BIAS):
+            qa.run(spec)
+        assert not (tmp_path / "run").exists()
+        return
+    found = qa.run(spec)
+    assert [problem.rule for problem in found.plan.merge_refusals] == ["lora-bias"]
+    assert not (tmp_path / "run" / "merged").exists()

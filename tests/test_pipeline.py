@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
 import quantadapt as qa
 from quantadapt import demo
@@ -19,6 +20,7 @@ from quantadapt.errors import (
     ModelError,
     OutputError,
     PlanRefused,
+    QuantadaptError,
     SpecError,
 )
 from quantadapt.evaluation.sizes import size_mib
@@ -99,8 +101,33 @@ def test_the_stages_take_paths_and_explain_mistakes(small, tmp_path) -> None:
     assert qa.evaluate(model, data)["tokens"] > 100
     with pytest.raises(SpecError, match="did you mean 'max_steps'"):
         qa.train(model, data, max_step=3)
-    with pytest.raises(SpecError, match=r"data\.max_length: 1 is not possible"):
-        qa.train(model, data, max_length=1)
+    for wrong in (0, 1):
+        with pytest.raises(SpecError, match=rf"data\.max_length: {wrong} is not possible"):
+            qa.train(model, data, max_length=wrong)
+        with pytest.raises(SpecError, match=rf"data\.max_length: {wrong} is not possible"):
+            qa.evaluate(model, data, max_length=wrong)
+
+
+def test_arguments_without_effect_are_refused(small, tmp_path) -> None:
+    base = qa.quantize(small, "hqq", device="cpu")
+    model = qa.attach(base, "lora", r=2)
+    tokens = Dataset.from_dict({"input_ids": [[5] * 20] * 4, "completion_mask": [[1] * 20] * 4})
+    for call in (
+        lambda: qa.train(model, tokens, max_length=16, max_steps=1),
+        lambda: qa.train(model, tokens, eval_data=tokens, eval_steps=1, max_length=16),
+        lambda: qa.evaluate(model, tokens, max_length=16),
+    ):
+        with pytest.raises(QuantadaptError, match="max_length has no effect on a Dataset"):
+            call()
+    assert qa.evaluate(model, tokens)["tokens"] == 4 * 19
+    qa.save(model, tmp_path)
+    bare = qa.quantize(small, "hqq", device="cpu")
+    with pytest.raises(QuantadaptError, match=r"device='cuda:1' has no effect: .* is, to cpu"):
+        qa.load(tmp_path, base=bare, device="cuda:1")
+    assert qa.load(tmp_path, base=bare, device="cpu").active_adapters == ["default"]
+    qa.save(qa.quantize(small, "hqq"), tmp_path / "base")
+    with pytest.raises(QuantadaptError, match=r"base has no effect: .* holds no adapter"):
+        qa.load(tmp_path / "base", base=small)
 
 
 def test_one_base_serves_one_adapter_at_a_time(small) -> None:

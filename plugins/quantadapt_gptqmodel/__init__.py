@@ -244,6 +244,11 @@ class AWQ(GPTQModel):
         with scales_of_activations(model):
             super().save(model, path)
 
+    def stays_dense(self, model: nn.Module, skip_modules: tuple[str, ...]) -> tuple[str, ...]:
+        from quantadapt.loading import not_converted
+
+        return not_converted(model, skip_modules)
+
     def quantization_config(self) -> dict[str, Any]:
         options = self.model_dump()  # zero points are stored for symmetric levels, too
         return {"quant_method": "awq", **options, "zero_point": True, "version": "gemm"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from . import loftq
 from .injecting import all_or_nothing, injected
 from .targets import (
     adapted_problems,
+    bias_problem,
     name_problems,
     quantizable,
     quantizable_stacks,
@@ -37,6 +39,10 @@ _TASKS = {
 }
 """How the classes of transformers' models end -> PEFT's `task_type`, with which it trains the head
 too, and saves it with the adapter."""
+
+
+class UnmergeableWarning(UserWarning):
+    """What an adapter will have learnt cannot be merged into its base."""
 
 
 def attach_adapter(
@@ -62,6 +68,9 @@ def attach_adapter(
     config = peft_config(model, adapter, options, adaptable(model, state.skip_modules))
     if adapter.peft_type == "LORA":
         use_fused_layers(config)  # type: ignore[arg-type]
+    if problem := bias_problem(model, config):
+        text = f"the adapter cannot be merged: {problem.what}; {problem.fix}"
+        warnings.warn(text, UnmergeableWarning, stacklevel=5)
     before = {id(facade.vendor) for _, facade in facades(model)}
     with all_or_nothing(model):
         try:
@@ -78,11 +87,14 @@ def attach_adapter(
     return tuned
 
 
-def check_adapter(plan: Plan, skip: tuple[str, ...] | None) -> None:
+def check_adapter(plan: Plan, skip: tuple[str, ...] | None) -> list[Problem]:
     """Attach the adapter of `plan` to a model without weights: what fails there is told now.
 
     Args:
         skip: the modules that stay dense; None means the default.
+
+    Returns:
+        What keeps it from being merged.
 
     Raises:
         PlanRefused: with all that `attach_adapter` could know from names and sizes.
@@ -94,6 +106,13 @@ def check_adapter(plan: Plan, skip: tuple[str, ...] | None) -> None:
     options = {**plan.adapter.defaults, **plan.adapter_options}
     there = quantizable(model, skip), quantizable_stacks(model, skip)
     config: Any = peft_config(model, plan.adapter, options, there)
+    problem = bias_problem(model, config)
+    _try_without_values(model, config)
+    return [problem] if problem else []
+
+
+def _try_without_values(model: nn.Module, config: Any) -> None:
+    """Attach to a model on the meta device. Raises PlanRefused with what PEFT refuses."""
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # others want values
     try:

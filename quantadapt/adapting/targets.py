@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from ..capabilities import KEEP
 from ..errors import PlanRefused, Problem, did_you_mean
 from ..facade import QuantLinear, linear_facades, stack_facades
 from ..model.experts import expert_stacks
@@ -292,6 +293,23 @@ def _named_twice(parameter: str, layer: str) -> Problem:
     what = f"target_modules names {layer}, so {parameter} is adapted already"
     fix = "name it in one place; target_modules is the same for a linear layer, and faster"
     return Problem(what, fix, "adapter.target_parameters")
+
+
+def bias_problem(model: nn.Module, config: Any) -> Problem | None:
+    """Return what keeps an adapter with `lora_bias` from being merged: layers without a bias."""
+    if not getattr(config, "lora_bias", False):
+        return None
+    named = ((name, model.get_submodule(name)) for name in matched(model, config))
+    return lost_biases([name for name, layer in named if getattr(layer, "bias", None) is None])
+
+
+def lost_biases(without: list[str]) -> Problem | None:
+    """Return why an adapter with `lora_bias` cannot be merged into the layers called so, none of
+    which has a bias; None where there is no such layer."""
+    if not without:
+        return None
+    what = f"lora_bias trains a bias for layers that have none, e.g. {without[0]}"
+    return Problem(what, f"{KEEP}, or train without lora_bias", "adapter.lora_bias", "lora-bias")
 
 
 def _blocks(chosen: Mapping[str, nn.Module], layers: list[str]) -> Iterator[Problem]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..capabilities import KEEP
-from ..errors import DataError, MergeRefused, Problem
+from ..adapting.targets import lost_biases
+from ..errors import DataError, MergeRefused
 from ..evaluation.sizes import size_mib
 from ..facade import QuantLinear, facades, wrap
 from ..model.modules import in_own_layout, make_linear
@@ -53,10 +53,8 @@ def check_mergeable(model: PeftModel) -> None:
     """Raise MergeRefused where a layer cannot hold what the active adapters add to it."""
     base: nn.Module = model.get_base_model()
     lost = [name for name, layer in adapted_parts(base) if _adds_bias(layer)]
-    if lost:
-        what = f"lora_bias trained a bias for layers that have none, e.g. {lost[0]}"
-        fix = f"{KEEP}, or train without lora_bias"
-        raise MergeRefused([Problem(what, fix, where="adapter.lora_bias")])
+    if problem := lost_biases(lost):
+        raise MergeRefused([problem])
 
 
 def _adds_bias(layer: Any) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..dependencies import in_turn
-from ..errors import ModelError, OutputError
+from ..errors import ModelError, OutputError, QuantadaptError
 from ..folders.atomic import atomic_folder, put_back, refuse_occupied, refuse_overlap
 from ..inputs.documents import read_object
 from ..paths import is_local_path, path_problem
@@ -159,6 +159,7 @@ def load(
 
     Raises:
         ModelError: there is nothing to load. PlanRefused: it needs code of its own.
+        QuantadaptError: `base` or `device` would have no effect.
     """
     if problem := path_problem(str(path)):
         raise ModelError(f"{path} is no path: {problem}", fix="check the path")
@@ -168,8 +169,12 @@ def load(
 
 def _load(folder: Path, base: str | nn.Module | None, device: str) -> nn.Module:
     if (adapter := adapter_in(folder)) is not None:
+        _refuse_other_device(base, device)
         tuned: nn.Module = _load_adapter(adapter, base, device)
         return tuned
+    if base is not None:
+        what = f"base has no effect: {folder} holds no adapter, but a whole model"
+        raise QuantadaptError(what, fix="leave base out, or pass the folder of an adapter")
     if not (folder / "config.json").exists() and (folder / MERGED).is_dir():
         folder = folder / MERGED
     model = _load_whole(folder, device)
@@ -177,6 +182,20 @@ def _load(folder: Path, base: str | nn.Module | None, device: str) -> nn.Module:
     state.max_length = read_manifest(folder).get("max_length")
     state.loaded_from = str(folder.resolve())
     return model
+
+
+def _refuse_other_device(base: str | nn.Module | None, device: str) -> None:
+    """Raise QuantadaptError where a live base lies elsewhere: it stays there."""
+    if base is None or isinstance(base, str) or device == "auto":
+        return
+    there = state_of(base).device
+    if _with_index(device) != _with_index(there):
+        what = f"device={device!r} has no effect: the adapter goes where its base is, to {there}"
+        raise QuantadaptError(what, fix=f"leave device out, or quantize the base on {device}")
+
+
+def _with_index(device: str) -> str:
+    return device if ":" in device or device == "cpu" else f"{device}:0"
 
 
 def _load_whole(folder: Path, device: str) -> nn.Module:

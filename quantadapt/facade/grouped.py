@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..model.experts import SUFFIX
-from .layer import QuantWeight
 
 
 class StackLora(NamedTuple):
@@ -68,7 +67,7 @@ def _linear(
     """Return x Wᵀ + bias, and what LoRA adds: [rows, in_features] -> [rows, out_features]."""
     stack, lora = experts._modules.get(f"{name}{SUFFIX}"), loras.get(name)
     added = name in getattr(experts, "_deltas", ())  # an adapter changes the weight itself
-    if isinstance(stack, QuantWeight) and not added:
+    if stack is not None and not added:
         x = x.to(stack.compute_dtype_for(x.device.type))
         y: Tensor = _Frozen.apply(x, stack, ends)  # type: ignore[no-untyped-call]
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..model.linears import as_conv1d, is_conv1d, is_linear
-from ..model.modules import linear_layers, set_submodule, skipped_modules
+from ..model.modules import linear_layers, not_converted, set_submodule, skipped_modules
 from .accounting import UnusedTensorsWarning, WrongTensors, expecting
 from .blocks import BlockDone, Blocks, watching_blocks
 from .reading import architecture, from_pretrained, load_native, read_config
@@ -24,6 +24,7 @@ __all__ = [
     "linear_layers",
     "load_native",
     "local_folder",
+    "not_converted",
     "read_config",
     "set_submodule",
     "skipped_modules",

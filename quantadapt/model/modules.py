@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 
+import torch
 from torch import nn
 
 from .linears import as_conv1d, as_linear, is_linear, other_linears
@@ -42,6 +44,29 @@ def _tied_linears(model: nn.Module) -> Iterator[str]:
     for name, module in modules.items():
         if is_linear(module) and id(module.weight) in others:
             yield name
+
+
+def not_converted(model: nn.Module, skip: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the linear layers that transformers' loaders of quantized checkpoints take for dense,
+    beside those of `skip`: what the model's class wants in float32 (`wo` of T5), and what a name in
+    `skip` happens to match."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    patterns = [*skip, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    layers = (name for name, _ in linear_layers(model, skip))
+    return tuple(name for name in layers if not should_convert_module(name, patterns))
+
+
+def wanted_dtype(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """Return what says for the name of a dense parameter which dtype transformers gives it where a
+    checkpoint is loaded in `dtype`: some classes want float32 for some."""
+    wanted = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        wanted |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if not wanted or dtype not in (torch.float16, torch.bfloat16):
+        return lambda name: dtype
+    kept = re.compile("|".join(pattern.replace("*", ".*") for pattern in sorted(wanted)))
+    return lambda name: torch.float32 if kept.search(name) else dtype
 
 
 def linear_layers(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, nn.Linear]]:

@@ -334,13 +334,28 @@ def _cell_problems(made: Plan) -> list[Problem]:
 def _settled(draft: Draft, made: Plan) -> Plan:
     """Return `made` with what its parts come to together. Raises what speaks against it."""
     made = _combined(draft, made)
+    _raise_refused(draft.problems, made)
+    return replace(made, notes=tuple(dict.fromkeys(draft.notes)))
+
+
+def without_merges(made: Plan, why: list[Problem]) -> Plan:
+    """Return `made` without the exports that merge the adapter, where `why` holds anything that
+    only the model tells. Raises MergeRefused where the spec asks for one."""
+    if why:
+        exports = refused_where(made.exports, lambda e: why if e.exporter.merges else [])
+        made = replace(made, exports=exports)
+        _raise_refused([], made)
+    return made
+
+
+def _raise_refused(problems: list[Problem], made: Plan) -> None:
+    """Raise `problems`, and what speaks against an export that the spec asks for."""
     refused = [export for export in made.exports if export.required and export.refusals]
     forbidden = [problem for export in refused for problem in export.refusals]
-    if draft.problems or not all(export.exporter.merges for export in refused):
-        raise PlanRefused([*draft.problems, *forbidden])
+    if problems or not all(export.exporter.merges for export in refused):
+        raise PlanRefused([*problems, *forbidden])
     if forbidden:
         raise MergeRefused(forbidden)
-    return replace(made, notes=tuple(dict.fromkeys(draft.notes)))
 
 
 def task_for(spec: Spec) -> Task:

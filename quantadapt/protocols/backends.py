@@ -109,6 +109,12 @@ class Quantizer(Options, ABC):
         inputs"), or return None. Asked before any weight is loaded."""
         return None
 
+    def stays_dense(self, model: nn.Module, skip_modules: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the names of linear layers of `model`, beside those of `skip_modules`, that have
+        to stay dense whatever their size; users are told. Where transformers loads your
+        checkpoints and goes by names, that is `loading.not_converted(model, skip_modules)`."""
+        return ()
+
     def bits_per_weight(
         self, in_features: int, out_features: int, *, device: str, dtype: str
     ) -> float | None:

@@ -39,6 +39,10 @@ _OF_TOKENIZER = re.compile(r"tokenizer|^(vocab|merges)\.|^spiece\.|\.(spm|bpe|ti
 """What the files of a tokenizer are called, among those of a checkpoint."""
 
 
+_DECIDING = ("stays_dense", "misfit")
+"""What a backend decides by which layers stay dense."""
+
+
 class UnusedOptionWarning(UserWarning):
     """Something was given that has no effect."""
 
@@ -79,6 +83,7 @@ def quantize_plan(
                     skip_modules=skip,
                 )
             skip = skipped_modules(model, skip)
+            notes += _tell_kept(plan, model)
         elif module is not None:
             model = module
         else:
@@ -142,6 +147,23 @@ def _source(
         return plan.model if module is None else module
     dense = from_pretrained(plan.model, dtype=dtype) if module is None else module
     return make_linear(dense, skipped_modules(dense, skip))
+
+
+def _tell_kept(plan: Plan, model: nn.Module) -> list[str]:
+    """Warn of the layers of a quantized model that its backend had to leave dense, and return what
+    was told."""
+    from ..model.modules import skipped_modules
+
+    with blaming(plan.backend, "deciding what stays dense"):
+        kept = plan.quantizer.stays_dense(model, skipped_modules(model, _wanted_skip(plan)))
+    if not kept:
+        return []
+    text = (
+        f"{plan.backend.name} leaves {len(kept)} linear layers dense ({kept[0]} is the first):"
+        " transformers could not load them from a checkpoint if they were quantized"
+    )
+    warnings.warn(text, MostlyDenseWarning, stacklevel=4)
+    return [text]
 
 
 def _tell_share(model: nn.Module, skip: tuple[str, ...], told: Sequence[str]) -> str:
@@ -215,19 +237,21 @@ def skip_for(plan: Plan, module: nn.Module | None = None) -> tuple[str, ...] | N
     from ..loading.reading import architecture
     from ..model.modules import linear_layers, skipped_modules
 
-    skip, misfit = _wanted_skip(plan), plan.quantizer.misfit
-    if type(plan.quantizer).misfit is Quantizer.misfit:
+    skip, quantizer = _wanted_skip(plan), plan.quantizer
+    if all(getattr(type(quantizer), name) is getattr(Quantizer, name) for name in _DECIDING):
         return skip  # everything fits
     model = architecture(plan.model) if module is None else module
     default = skipped_modules(model, skip)
-    reasons = {
-        name: reason
-        for name, linear in linear_layers(model, default)
-        if (reason := misfit(linear.in_features, linear.out_features))
-    }
+    with blaming(plan.backend, "deciding what stays dense"):
+        dense = quantizer.stays_dense(model, default)
+        reasons = {
+            name: reason
+            for name, linear in linear_layers(model, (*default, *dense))
+            if (reason := quantizer.misfit(linear.in_features, linear.out_features))
+        }
     if reasons and not plan.spec.skip_misfits:
         raise PlanRefused(_misfits(reasons))
-    return (*default, *reasons) if reasons else skip
+    return (*default, *dense, *reasons) if dense or reasons else skip
 
 
 def _misfits(reasons: Mapping[str, str]) -> list[Problem]:

@@ -16,7 +16,7 @@ from ..distributed.talking import average_gradients, reduced, share, start
 from ..errors import PlanRefused, Problem, TrainingError, did_you_mean
 from ..folders.checkpoints import STATE, Checkpoint, finished, too_few_steps
 from ..memory.workload import OOM_FIX, Setting
-from ..planning.refusals import task_problems
+from ..planning.refusals import head_problems, task_problems
 from ..records import Objective
 from ..registry.discovery import registry
 from .checkpoints import checkpoint_to_resume, refuse_other_data
@@ -76,7 +76,7 @@ def train(
         KeyboardInterrupt: as it came; earlier checkpoints are whole, none is half written.
     """
     task = task or registry().record(Objective, "sft").task()
-    _check(model, spec, task)
+    check(model, spec, task)
     _check_held_out(spec, held_out)
     for part in (dataset, held_out):
         check_tokens(part, _embedding_rows(model), tokenizer)
@@ -183,13 +183,22 @@ class TrainResult:
         return f"<TrainResult {', '.join(words)}>"
 
 
-def _check(model: Any, spec: TrainSpec, task: Task) -> None:
-    """Raise TrainingError or PlanRefused before anything is changed."""
+def check(model: Any, spec: TrainSpec, task: Task) -> None:
+    """Look at what `train` is given, data aside. Raises TrainingError or PlanRefused."""
     if not any(p.requires_grad for p in model.parameters()):
         fix = "check adapter.target_modules, and that the adapter was not loaded for inference"
         raise TrainingError("the model has no trainable weights", fix=fix)
-    if found := task_problems(task, spec, adds_to_loss=tuner_of(model) is not None):
+    found = task_problems(task, spec, adds_to_loss=tuner_of(model) is not None)
+    found += head_problems(task, {"architectures": [_class_name(model)]})
+    if found:
         raise PlanRefused(found)
+
+
+def _class_name(model: Any) -> str:
+    """Return the class of the base where that is transformers' own; others may be called so and
+    predict tokens."""
+    base = type(getattr(model, "get_base_model", lambda: model)())
+    return base.__name__ if base.__module__.startswith("transformers.models.") else ""
 
 
 def _check_held_out(spec: TrainSpec, held_out: Dataset | None) -> None:
