@@ -8,6 +8,7 @@ what is wrong, why, and what to do about it. The command line prints `str(error)
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,6 +19,11 @@ EXIT_REFUSED = 2
 EXIT_OUT_OF_TIME = 124
 """`train.max_time` is over, as `timeout` has it."""
 
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""What a run obeys by ending early, with 128 and the number of the signal."""
+
+ENDED_EARLY = (EXIT_OUT_OF_TIME, *(128 + number for number in SIGNALS))
+"""The exit codes of such a run."""
 
 OBEYED = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"

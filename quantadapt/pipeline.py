@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import planning
 from .data.vocabulary import check_tokens
 from .dependencies import import_requirements, in_turn
-from .distributed.talking import peers_in_words, reduced, start
+from .distributed.talking import PeerLost, peers_in_words, reduced, start
 from .distributed.world import as_launched, world
 from .errors import NumbersError, PlanRefused, QuantadaptError, TrainingError
 from .evaluation.sizes import size_mib
@@ -153,15 +153,23 @@ class _Run:
         self.check()
         data = self.read_data()
         self.examples = self.calibration(data)
+        self.stop.hold()  # from here on the folder says how the run has ended
         self.folder = self.create_folder()
         with self.folder:
             try:
+                self.stop.obey()
                 with peers_in_words():
                     tuned = self.work(data)
+                self.stop.hold()
             except BaseException as error:
-                interrupted = isinstance(error, KeyboardInterrupt)
+                self.stop.hold()
+                # A process that is told to end may first notice that another one has.
+                told = isinstance(error, PeerLost) and self.stop.signalled
+                interrupted = told or isinstance(error, KeyboardInterrupt)
                 with suppress(Exception):  # the first error is the one to tell
                     self.finish("interrupted" if interrupted else "failed")
+                if told:
+                    self.stop.obey()
                 raise
             self.finish("finished")
         return RunResult(tuned, self.folder.path, self.plan, self.metrics)
@@ -202,6 +210,7 @@ class _Run:
         with self.stage("train") as done:
             self.record_training(done(self.train(tuned, data)))
             self.save(tuned)
+            self.stop.obey(self.plan.device)  # a signal that came in training
         with self.stage("evaluate") as done:
             self.measure_tuned(tuned, data)
             done(self.metrics["evaluations"])

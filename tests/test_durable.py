@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import importlib.util
 import json
 import os
 import shutil
@@ -16,17 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import quantadapt as qa
 from quantadapt import cli
-from quantadapt.errors import FolderInUse, OutputError, PlanRefused
+from quantadapt.errors import FolderInUse, ModelError, OutputError, PlanRefused
+from quantadapt.exporting import saving
 from quantadapt.folders import lock, written
 from quantadapt.folders.atomic import atomic_folder, clear_up, put_back, refuse_overlap
 from quantadapt.folders.lock import LockTakenOver, lock_file, take
 from quantadapt.folders.run_folder import RunFolder
 from quantadapt.folders.written import LIST, not_ours
+from quantadapt.testing.small_demo import small_model
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+ROOT = Path(__file__).parent.parent
 
 DEAD = 2**22 + 1  # above Linux's largest process id
 
@@ -294,19 +296,8 @@ def test_names_that_no_text_can_hold(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def kills() -> Any:
-    spec = importlib.util.spec_from_file_location("kills", BENCHMARKS / "kills.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kills"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def dense(kills: Any, tmp_path_factory: Any) -> Path:
-    folder = tmp_path_factory.mktemp("dense") / "model"
-    kills.make_model(folder)
-    return folder
+def dense(tmp_path_factory: Any) -> Path:
+    return shutil.copytree(small_model(), tmp_path_factory.mktemp("dense") / "model")
 
 
 def run_cli(*arguments: Any) -> int:
@@ -482,23 +473,86 @@ def test_a_run_that_died_before_its_marker_is_resumed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
 
-def killed(*options: str) -> None:
+def with_own_base(rank: int) -> Any:
+    """Return a model whose adapter has rewritten the base."""
+    return qa.attach(qa.quantize(small_model(), "hqq", device="cpu"), "pissa", r=rank)
+
+
+def test_an_adapter_is_never_put_onto_the_base_of_another(tmp_path: Path) -> None:
+    """As a process leaves them that dies between the two renames."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    qa.save(with_own_base(2), run)
+    model = with_own_base(3)
+    qa.save(model, other)
+    shutil.rmtree(run / "adapter")
+    shutil.copytree(other / "adapter", run / "adapter")
+    with pytest.raises(ModelError, match=r"base is not the one .*(.|\n)*fix: save both again"):
+        qa.load(run, device="cpu")
+    shutil.rmtree(run / "base")
+    with pytest.raises(ModelError, match="its own base, which was saved with it, is not in"):
+        qa.load(run / "adapter", device="cpu")
+    qa.load(run, base=qa.quantize(small_model(), "hqq", device="cpu"))  # asked for
+    qa.save(model, run, overwrite=True)
+    loaded, ids = qa.load(run, device="cpu"), torch.arange(3, 19)[None]
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+    plain = qa.attach(qa.quantize(small_model(), "hqq", device="cpu"), "lora", r=2)
+    qa.save(plain, run, overwrite=True, base=False)
+    shutil.rmtree(run / "base", ignore_errors=True)
+    shutil.copytree(other / "base", run / "base")  # died before that of the earlier one was removed
+    with pytest.raises(ModelError, match="base is not the one"):
+        qa.load(run, device="cpu")
+
+
+def test_an_earlier_pair_stays_until_all_of_the_new_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qa.save(with_own_base(2), tmp_path)
+    before = tree(tmp_path)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("_write_base", "_write"):
+        with monkeypatch.context() as patched:
+            patched.setattr(saving, name, full)
+            with pytest.raises(OutputError, match="not enough disk space"):
+                qa.save(with_own_base(3), tmp_path, overwrite=True)
+        assert tree(tmp_path) == before
+    qa.load(tmp_path, device="cpu")
+
+
+def test_an_adapter_is_exported_with_its_base_again_and_again(tmp_path: Path) -> None:
+    for rank in (2, 3):
+        qa.save(with_own_base(rank), tmp_path / str(rank))
+    out = tmp_path / "out"
+    export = ("export", tmp_path / "2", "adapter", "--output", out)
+    assert run_cli(*export) == 0
+    shutil.rmtree(out / "adapter")  # killed before it was there
+    assert run_cli(*export) == 0
+    assert run_cli(*export) == 2
+    assert run_cli("export", tmp_path / "3", "adapter", "--output", out, "--overwrite") == 0
+    assert tree(out / "base") == tree(tmp_path / "3" / "base")
+    qa.load(out, device="cpu")
+
+
+def faults(*options: str) -> None:
     """Run the campaign in a process of its own, for it forks."""
-    command = [sys.executable, str(BENCHMARKS / "kills.py"), *options]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-1000:]
-    assert "0 with something wrong" in ended.stdout
+    command = [sys.executable, "-m", "benchmarks.faults", *options]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-1000:]
+    assert " 0 with something wrong" in ended.stdout
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, /proc")
 @pytest.mark.slow
-def test_a_command_that_is_killed_breaks_nothing() -> None:
-    """A tenth of the changes of three commands; the rest is slow."""
-    killed("--every", "10", "--only", "run", "--only", "quantize-overwrite", "--only", "onto")
+def test_some_of_the_faults() -> None:
+    """Bad inputs have a test of their own."""
+    parts = ("killed", "signalled", "write fails", "full disk", "damaged", "two writers", "threads")
+    faults("--share", "0.02", *(word for part in parts for word in ("--part", part)))
 
 
 @pytest.mark.campaign
-@pytest.mark.timeout(7200)
-def test_all_commands_killed_at_every_change() -> None:
-    killed()
+@pytest.mark.timeout(20000)
+def test_all_faults() -> None:
+    faults()

@@ -260,10 +260,17 @@ def test_a_signal_waits_for_the_step_and_outside_of_training_it_does_not() -> No
     for number in (signal.SIGTERM, signal.SIGHUP):
         own = signal.signal(number, signal.SIG_DFL)  # under nohup, SIGHUP is ignored
         with Stop().listening() as stop:
-            with stop.while_training():
-                signal.raise_signal(number)
-                assert stop.due(1, 1, None)
+            stop.hold()
+            signal.raise_signal(number)
+            assert stop.due(1, 1, None)
             assert stop.error(1, 2).exit_code == 128 + number
+            with pytest.raises(Interrupted, match=f"by {number.name}") as caught:
+                stop.obey()
+            assert caught.value.exit_code == 128 + number
+            signal.raise_signal(number)  # once is enough
+        with Stop().listening() as stop:
+            stop.hold()
+            stop.obey()
             with pytest.raises(Interrupted):
                 signal.raise_signal(number)
         assert signal.getsignal(number) is signal.SIG_DFL
@@ -271,7 +278,8 @@ def test_a_signal_waits_for_the_step_and_outside_of_training_it_does_not() -> No
 
 
 def test_a_forked_worker_just_ends() -> None:
-    with Stop().listening() as stop, stop.while_training():
+    with Stop().listening() as stop:
+        stop.hold()
         child = os.fork()
         if child == 0:
             signal.raise_signal(signal.SIGTERM)

@@ -12,6 +12,7 @@ import typer
 
 from ..distributed.talking import stop
 from ..distributed.world import as_launched, world
+from ..errors import ENDED_EARLY
 from .commands import add
 from .flags import GpusOption, JsonOption, SpecFlags, with_spec_flags
 from .session import Session, report_failure, session
@@ -70,6 +71,8 @@ def _launch(flags: SpecFlags, json: bool, gpus: int) -> None:
         failure = launch([sys.executable, "-m", "quantadapt", *sys.argv[1:]], gpus)
     except KeyboardInterrupt as error:
         raise SystemExit(report_failure(error, sys.stderr)) from None
+    if failure is not None and failure.exit_code in ENDED_EARLY:
+        raise SystemExit(failure.exit_code)  # the first process has said why
     if failure is not None:
         _note_failure(_folder(made))
         write(sys.stderr, f"process {failure.rank} of {gpus} failed:\n{failure.text}\n")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ..errors import ENDED_EARLY, SIGNALS
 from .talking import PeerLost
 
 GRACE = 10.0
@@ -34,7 +35,7 @@ _POLL = 0.05
 
 @dataclass
 class Failure:
-    """The process that failed first.
+    """The process that failed first, or that was told to end early.
 
     Attributes:
         rank: its number.
@@ -49,7 +50,7 @@ class Failure:
 
 def launch(command: Sequence[str], count: int) -> Failure | None:
     """Run `command` in `count` processes; return which failed first, or None."""
-    before = {number: signal.signal(number, _exit) for number in _SIGNALS}
+    before = {number: signal.signal(number, _exit) for number in SIGNALS}
     try:
         return _launched(command, count)
     finally:
@@ -57,11 +58,10 @@ def launch(command: Sequence[str], count: int) -> Failure | None:
             signal.signal(number, handler)
 
 
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-
-
 def _exit(number: int, _: object) -> None:
     """Leave nobody behind: as an exception it stops the processes on its way out."""
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)  # one is enough
     raise SystemExit(128 + number)
 
 
@@ -70,15 +70,17 @@ def _launched(command: Sequence[str], count: int) -> Failure | None:
         logs = [Path(folder) / f"stderr-{rank}" for rank in range(count)]
         port = _free_port()
         processes = [_start(command, rank, count, port, log) for rank, log in enumerate(logs)]
+        tail = _Tail(logs[0])
         try:
-            codes = _watch(processes, _Tail(logs[0]))
+            codes = _watch(processes, tail)
         except KeyboardInterrupt:  # which they have got as well
             _wait(processes, GRACE)
             raise
-        except SystemExit:  # each of them writes its part of a checkpoint
+        except SystemExit as told:  # each of them writes its part of a checkpoint
             for process in processes:
-                process.terminate()
+                process.send_signal(int(told.code or 0) - 128)
             _wait(processes, SAVING)
+            tail()
             raise
         finally:
             _stop(processes)
@@ -136,7 +138,8 @@ def _watch(processes: list[subprocess.Popen[bytes]], tail: _Tail) -> list[int | 
         if None not in codes:
             return codes
         if any(codes):
-            deadline = deadline or time.monotonic() + GRACE
+            early = any(code in ENDED_EARLY for code in codes)  # the others save, too
+            deadline = deadline or time.monotonic() + (SAVING if early else GRACE)
         if deadline and time.monotonic() > deadline:
             return codes
         time.sleep(_POLL)

@@ -76,6 +76,7 @@ class Manifest(BaseModel):
     adapter_options: dict[str, Any] = Field(default_factory=dict)
     max_length: int | None = Field(None, ge=1)
     rewritten: bool = False
+    base_id: str = ""
     active: list[str] = Field(default=["default"], min_length=1)
 
     @field_validator("active")

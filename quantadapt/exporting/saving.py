@@ -6,15 +6,17 @@ temporary folder first and renamed.
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..dependencies import in_turn
 from ..errors import ModelError, OutputError, QuantadaptError
-from ..folders.atomic import atomic_folder, put_back, refuse_occupied, refuse_overlap
+from ..folders.atomic import atomic_folder, put_back, refuse_occupied, refuse_overlap, remove
 from ..inputs.documents import read_object
 from ..paths import is_local_path, path_problem
 from ..planning.on_disk import quantization_of
@@ -45,7 +47,8 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, base: b
 
     The adapter is a plain PEFT folder; `quantadapt.json` in it records the base. A base that was
     calibrated here, or rewritten by PiSSA or LoftQ, cannot be made again from that alone; it is
-    saved too, to `path/base`.
+    saved too, to `path/base`. Both note the same `base_id`, so that `load` knows a base that is not
+    the adapter's, as a process may leave it that dies between the two.
 
     Args:
         model: what `quantize`, `attach` or `load` returned.
@@ -67,22 +70,46 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, base: b
         refuse_occupied(own_base, overwrite)
     if saves_base and base:
         _refuse_foreign(own_base)
-    with atomic_folder(final, overwrite=overwrite) as folder:
-        more = {}
-        if state.adapter:
-            more = {"active": save_adapters(model, folder)}
-        else:
-            state.quantizer.save(model, folder)
-        if state.tokenizer is not None:
-            state.tokenizer.save_pretrained(str(folder))
-        write_manifest(folder, state, **more)
-    if saves_base and base:  # afterwards: the base alone could be made again
+    if saves_base and base:
+        state.base_id = secrets.token_hex(8)
+    with ExitStack() as stack:
+        replaces = saves_base and base and (own_base / MANIFEST).exists()
+        if replaces:  # nothing of the earlier pair is replaced until all of the new one is there
+            _write_base(model, state, stack.enter_context(atomic_folder(own_base, overwrite=True)))
+        with atomic_folder(final, overwrite=overwrite) as folder:
+            _write(model, state, folder, base_id=_noted(state, own_base, saves_base and base))
+    if saves_base and base and not replaces:  # afterwards: the base alone could be made again
         save_base(model, state, own_base, overwrite=overwrite)
     stale = overwrite and not saves_base and (own_base / MANIFEST).exists()
     if state.adapter and stale and not _lies_in(state.source, own_base):
         refuse_occupied(own_base, overwrite)
-        shutil.rmtree(own_base)  # of an earlier adapter: `load` would put this one onto it
+        remove(own_base)  # of an earlier adapter: it is not this one's
     return final
+
+
+def _write(model: nn.Module, state: ModelState, folder: Path, *, base_id: str) -> None:
+    """Write the adapter of `model`, or the base that has none, into `folder`."""
+    more: dict[str, Any] = {"base_id": base_id} if base_id else {}
+    if state.adapter:
+        more["active"] = save_adapters(model, folder)  # type: ignore[arg-type]
+    else:
+        state.quantizer.save(model, folder)
+    if state.tokenizer is not None:
+        state.tokenizer.save_pretrained(str(folder))
+    write_manifest(folder, state, **more)
+
+
+def _noted(state: ModelState, own_base: Path, is_saved: bool) -> str:
+    """Return the `base_id` that an adapter notes: that of the base beside it."""
+    known = is_saved or (state.base_id and _base_id(own_base) == state.base_id)
+    return state.base_id if known else ""
+
+
+def _base_id(base: Path) -> str:
+    """Return what a base and the adapter beside it are told to belong together by; empty for one
+    that is not there, or that no adapter was saved with."""
+    noted: str = read_manifest(base)["base_id"] if (base / MANIFEST).exists() else ""
+    return noted
 
 
 def _lies_in(source: str, folder: Path) -> bool:
@@ -109,14 +136,19 @@ def save_base(
     model: nn.Module, state: ModelState, folder: Path, *, overwrite: bool = False
 ) -> None:
     """Save the quantized base of `model`, adapter or not; `state` is the model's."""
+    state.base_id = state.base_id or secrets.token_hex(8)
+    with atomic_folder(folder, overwrite=overwrite) as made:
+        _write_base(model, state, made)
+
+
+def _write_base(model: nn.Module, state: ModelState, folder: Path) -> None:
     from .merging import bare_base
 
     base = model if state.adapter is None else bare_base(model)  # type: ignore[arg-type]
-    with atomic_folder(folder, overwrite=overwrite) as made:
-        state.quantizer.save(base, made)
-        if state.tokenizer is not None:
-            state.tokenizer.save_pretrained(str(made))
-        write_manifest(made, state, rewritten=state.rewritten)
+    state.quantizer.save(base, folder)
+    if state.tokenizer is not None:
+        state.tokenizer.save_pretrained(str(folder))
+    write_manifest(folder, state, rewritten=state.rewritten, base_id=state.base_id)
 
 
 class AdapterFolder(Exporter):
@@ -131,8 +163,11 @@ class AdapterFolder(Exporter):
         base = tuned.adapter.parent / BASE
         if folder != tuned.adapter:
             shutil.copytree(tuned.adapter, folder, dirs_exist_ok=True)
-            if (base / MANIFEST).exists():
-                with atomic_folder(folder.parent / BASE) as beside:
+            final = folder.parent / BASE
+            if (base / MANIFEST).exists() and not _base_id(base) == _base_id(final) != "":
+                # There is an adapter only where it may be replaced, and its base with it.
+                replaces = (folder.parent / ADAPTER).exists()
+                with atomic_folder(final, overwrite=replaces) as beside:
                     shutil.copytree(base, beside, dirs_exist_ok=True)
         sizes = (file.stat().st_size for file in folder.rglob("*.safetensors"))
         return {"size": Figure(sum(sizes) / 2**20, "MiB")}
@@ -235,8 +270,11 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
     refuse_not_trained(folder)
     with peft_in_words(folder):
         config: Any = config_class(adapter).from_pretrained(str(folder))
-    if base is None and (folder.parent / BASE / MANIFEST).exists():
-        model = load_base(folder.parent / BASE, device)
+    own_base = folder.parent / BASE
+    if base is None:
+        _refuse_mixed(folder, manifest, own_base)
+    if base is None and (own_base / MANIFEST).exists():
+        model = load_base(own_base, device)
     elif base is None or isinstance(base, str):
         _refuse_missing_base(base or manifest["base"], folder)
         model = _quantized(
@@ -273,6 +311,17 @@ def _quantized(source: str, backend: str, **options: Any) -> nn.Module:
     return quantize(source, backend, trust_remote_code=trusted(), **options)
 
 
+def _refuse_mixed(folder: Path, manifest: Mapping[str, Any], own_base: Path) -> None:
+    """Raise ModelError where the base beside an adapter is not the one that it was saved with."""
+    if _base_id(own_base) == manifest["base_id"]:
+        return
+    what = f"the base in {own_base} is not the one that it was saved with"
+    if not (own_base / MANIFEST).exists():
+        what = f"its own base, which was saved with it, is not in {own_base}"
+    fix = "save both again (a run: --resume), copy them together, or pass base=... to load"
+    raise ModelError(what, fix=fix, where=str(folder))
+
+
 def _refuse_missing_base(base: str, adapter: Path) -> None:
     if is_local_path(base) and not Path(base).expanduser().exists():
         what = f"its base {base} is not there, seen from {Path.cwd()}"
@@ -286,7 +335,7 @@ def load_base(folder: Path, device: str) -> nn.Module:
     model = _load_whole(folder, device)
     state = state_of(model)
     state.source, state.rewritten = manifest["base"], manifest.get("rewritten", False)
-    state.own_base = True
+    state.own_base, state.base_id = True, manifest["base_id"]
     state.quantizer = state.backend.quantizer(**manifest["options"])
     return model
 

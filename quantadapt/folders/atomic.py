@@ -107,6 +107,15 @@ def clear_up(final: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove(folder: Path) -> None:
+    """Delete a folder that we wrote; of a process that dies meanwhile, nothing with its name is
+    left. Raises FolderInUse."""
+    with locked(folder), in_words(folder):
+        gone = _beside(folder, "tmp")
+        os.rename(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
 def tidy(final: Path) -> None:
     """Do what `clear_up` does, unless somebody is at work there or nothing can be written."""
     with suppress(OSError, OutputError), locked(final):

@@ -35,6 +35,7 @@ class ModelState:
         rewritten: attaching the adapter changed the base for good.
         notes: what loading found that a user may want to know of.
         own_base: it was loaded from a base that lies beside an adapter, and may be there alone.
+        base_id: by what such a base and its adapter are known to belong together, once saved.
         loaded_from: the folder that `load` read it from, if it did.
         adapter, adapter_options: what is attached, if anything.
         max_length: the longest example in tokens that it was trained on, where that is known.
@@ -54,6 +55,7 @@ class ModelState:
     notes: tuple[str, ...] = ()
     rewritten: bool = False
     own_base: bool = False
+    base_id: str = ""
     loaded_from: str = ""
     adapter: Adapter | None = None
     adapter_options: dict[str, Any] = field(default_factory=dict)

@@ -156,6 +156,8 @@ class TrainingLoop:
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 seal(partial / name, self.checkpoints / name, facts)
+            # Who ends before it is in its place has others ended by their launcher.
+            self.accelerator.wait_for_everyone()
         except OSError as error:
             fix = "free some space, or write elsewhere with output"
             what = f"the checkpoint cannot be written: {error.strerror or error}"

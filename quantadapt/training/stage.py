@@ -284,8 +284,9 @@ def _run(trainer: Any, checkpoint: Checkpoint | None, tell: Callable[[str], None
         trainer.resumed = checkpoint
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    trainer.stop.hold()
     try:
-        with quiet(), trainer.stop.while_training():
+        with quiet():
             path = str(checkpoint.path) if checkpoint else None
             trainer.train(resume_from_checkpoint=path)
         trainer.calls.end()

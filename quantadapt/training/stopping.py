@@ -1,7 +1,8 @@
 """Ends a run early and leaves a checkpoint: at SIGTERM or SIGHUP, and when its time is over.
 
 For machines that may be taken away. While a model trains, the step that is under way is finished
-and a checkpoint is written; in any other stage a signal ends the run at once.
+and a checkpoint is written, by all processes if one was told to end; in any other stage a signal
+ends the run at once.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ from typing import Any
 
 from ..distributed.talking import reduced
 from ..distributed.world import world
-from ..errors import EXIT_OUT_OF_TIME, Interrupted
-
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+from ..errors import EXIT_OUT_OF_TIME, SIGNALS, Interrupted
 
 
 class Stop:
@@ -34,18 +33,31 @@ class Stop:
         self._end = None if minutes is None else begun + 60 * minutes
         self._minutes = minutes
         self._signal: signal.Signals | None = None
-        self._others = False
+        self._code = 0  # what all processes have agreed to end with
         self._process = os.getpid()
-        self._training = False
+        self._holds = False
 
-    @contextmanager
-    def while_training(self) -> Iterator[None]:
-        """Let a signal in the body wait for the step that is under way."""
-        self._training = True
-        try:
-            yield
-        finally:
-            self._training = False
+    def hold(self) -> None:
+        """Let a signal wait from now on, for `due` or `obey`."""
+        self._holds = True
+
+    def obey(self, device: Any = None) -> None:
+        """Let a signal end the run at once from now on; one that waits does so here.
+
+        Args:
+            device: that of this process, where all of them come by and end together.
+        """
+        self._holds = False
+        code = 128 + self._signal if self._signal is not None else 0
+        if device is not None:
+            code = int(reduced(float(code), device, "max"))
+        if code:
+            raise _interrupted(code)
+
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal has come."""
+        return self._signal is not None
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
@@ -66,26 +78,31 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
+        if self._signal is not None:  # it is being obeyed
+            return
         self._signal = signal.Signals(number)
-        if not self._training:
-            raise Interrupted(f"by {self._signal.name}", 128 + number)
+        if not self._holds:
+            raise _interrupted(128 + number)
 
     def due(self, step: int, every: int, device: Any) -> bool:
         """Say after a step whether to stop there; of several processes, all do or none, and they
         talk about it every so many steps."""
-        asked = self._signal is not None or (self._end is not None and time.monotonic() > self._end)
+        code = 128 + self._signal if self._signal is not None else 0
+        if not code and self._end is not None and time.monotonic() > self._end:
+            code = EXIT_OUT_OF_TIME
         if world().size == 1:
-            return asked
-        if step % every == 0:
-            self._others = reduced(float(asked), device, "max") > 0
-        return self._others
+            self._code = code
+        elif step % every == 0:
+            self._code = int(reduced(float(code), device, "max"))
+        return self._code > 0
 
     def error(self, step: int, steps: int) -> Interrupted:
         """Return what ends a run after a step, of so many; its checkpoint is there."""
-        if self._signal is not None:
-            who, code = f"by {self._signal.name}", 128 + self._signal
-        else:
-            limit = "" if self._minutes is None else f", {self._minutes:g} minutes"
-            who, code = f"by train.max_time{limit}", EXIT_OUT_OF_TIME
         saved = f"checkpoint-{step} is saved, go on with --resume"
-        return Interrupted(f"{who} after step {step} of {steps}; {saved}", code)
+        return _interrupted(self._code, f" after step {step} of {steps}; {saved}", self._minutes)
+
+
+def _interrupted(code: int, where: str = "", minutes: float | None = None) -> Interrupted:
+    who = f"by {signal.Signals(code - 128).name}" if code > 128 else "by train.max_time"
+    limit = f", {minutes:g} minutes" if code < 128 and minutes is not None else ""
+    return Interrupted(f"{who}{limit}{where}", code)
