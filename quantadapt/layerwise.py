@@ -425,7 +425,8 @@ def _loader_config() -> Any:
             for name, module in list(model.named_modules()):
                 if isinstance(module, _Placeholder):
                     state = {k: v.to(config.device) for k, v in self.state.pop(name).items()}
-                    refuse_not_numbers((f"{name}.{key}", value) for key, value in state.items())
+                    named = ((f"{name}.{key}", value) for key, value in state.items())
+                    refuse_not_numbers(named, where=config.packed)
                     linear: Any = module.linear
                     vendor = _loaded(config.quantizer, name, linear, state, config.packed)
                     self.put(model, name, vendor.train(model.training))

@@ -9,8 +9,7 @@ whole on every rank. ZeRO-3: https://arxiv.org/abs/1910.02054
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from .errors import ModelError
 from .facade import facades
+from .model.held import held_tensors
 from .model.modules import decoder_blocks
 from .protocols import AdapterTarget
 
@@ -253,7 +253,7 @@ def _laid_out(vendors: Iterable[nn.Module]) -> tuple[list[_Leaf], int]:
     leaves: list[_Leaf] = []
     offsets: dict[Any, int] = {}
     end = 0
-    for tensor in _tensors(vendors):
+    for _, tensor in held_tensors(list(vendors)):
         size = tensor.numel() * tensor.element_size()
         if size < SMALLEST or not _is_dense(tensor):
             continue
@@ -276,37 +276,3 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     """Return the memory of a dense tensor as uint8 [bytes]."""
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
         return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-
-
-def _tensors(vendors: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """Yield every plain tensor that the modules `vendors` hold, each once, however deep."""
-    seen: dict[int, Any] = {}
-    waiting: list[Any] = list(vendors)[::-1]
-    while waiting:
-        value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen[id(value)] = value
-        if isinstance(value, Tensor) and not hasattr(value, "__tensor_flatten__"):
-            yield value
-        waiting += list(_parts(value))[::-1]
-
-
-def _parts(value: Any) -> Iterable[Any]:
-    """Return what a vendor's module, tensor, container or record holds."""
-    if isinstance(value, nn.Module):
-        states = value._parameters, value._buffers, value._modules
-        own = (v for k, v in vars(value).items() if not isinstance(v, nn.Module) and k[:1] != "_")
-        return (*(part for state in states for part in state.values()), *own)
-    if isinstance(value, Tensor):
-        names = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else ()
-        return (*(getattr(value, name) for name in names), *vars(value).values())
-    if isinstance(value, Mapping):
-        return value.values()
-    if isinstance(value, list | tuple):
-        return value
-    home = type(value).__module__.partition(".")[0]
-    is_record = hasattr(value, "__dict__") and not isinstance(value, type | nn.Module)
-    if is_record and home not in sys.stdlib_module_names and home not in ("torch", "quantadapt"):
-        return tuple(vars(value).values())
-    return ()

@@ -194,7 +194,7 @@ def test_a_bias_of_the_adapter_is_merged_into_a_layer_that_is_quantized_again() 
     layer = qa.attach(base, "lora", r=4, lora_bias=True, target_modules=["0"]).base_model.model[0]
     with torch.no_grad():
         layer.lora_B["default"].bias.copy_(torch.linspace(-1, 1, 64))
-    merged = merging.merged_part(layer, "requantize")
+    merged = merging.merged_part("layer", layer, "requantize")
     added = layer.scaling["default"] * torch.linspace(-1, 1, 64)
     torch.testing.assert_close(merged.bias, layer.base_layer.bias + added)
     assert not merged.bias.requires_grad

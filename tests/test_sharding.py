@@ -57,9 +57,10 @@ def passes(model: Any) -> list[torch.Tensor]:
 def held(model: Any) -> int:
     """Bytes of quantized layers in this process's memory."""
     from quantadapt.facade import facades
-    from quantadapt.sharding import PACKED, _tensors
+    from quantadapt.model.held import held_tensors
+    from quantadapt.sharding import PACKED
 
-    leaves = _tensors([facade.vendor for _, facade in facades(model)])
+    leaves = [t for _, t in held_tensors([facade.vendor for _, facade in facades(model)])]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in leaves}
     shares = [p.to_local().nbytes for n, p in model.named_parameters() if n.endswith(PACKED)]
     return sum(storages.values()) + sum(shares)

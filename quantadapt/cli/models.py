@@ -145,7 +145,7 @@ def check_export(run: str, planned: PlannedExport, found: Iterable[Problem] = ()
         found: what is wrong besides.
     """
     from ..errors import MergeRefused
-    from ..exporting.adapter_files import check_adapter
+    from ..exporting.adapter_files import check_adapters
     from ..exporting.manifest import adapter_folder, combination, read_manifest
     from ..planning.refusals import export_refusals
 
@@ -155,10 +155,11 @@ def check_export(run: str, planned: PlannedExport, found: Iterable[Problem] = ()
         kind = PlanRefused
     try:
         folder = adapter_folder(Path(run))
-        cell, backend, adapter = combination(read_manifest(folder))
+        manifest = read_manifest(folder)
+        cell, backend, adapter = combination(manifest)
         refused = export_refusals(planned.record, planned.exporter, cell, backend, adapter)
         problems += [problem for problem in refused if problem not in problems]
-        check_adapter(folder, adapter)
+        check_adapters(folder, manifest["active"], adapter)
     except (ModelError, PlanRefused) as error:
         kind = kind if problems else PlanRefused
         problems += error.problems

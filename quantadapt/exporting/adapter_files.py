@@ -4,13 +4,13 @@ numbers."""
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, QuantadaptError
-from ..inputs.documents import read_object, reason, shown
+from ..inputs.documents import odd_numbers, read_object, reason, shown
 from ..inputs.patterns import pattern_problems
 from ..inputs.weights import file_in, read_header, refuse_pickles
 from ..planning.peft_options import Option, peft_options
@@ -21,13 +21,26 @@ _NEEDED, _RANKS = ("r", "target_modules"), ("r", "init_r", "target_r")
 _AGAIN = "restore it from where you have the folder from"
 
 
-def check_adapter(folder: Path, adapter: Adapter) -> None:
-    """Look at the files of an adapter that was trained as `adapter`. No torch, no weights read.
+def adapter_places(folder: Path, active: Sequence[str]) -> dict[str, Path]:
+    """Return name -> folder of the saved adapters called `active`: the first lies in `folder`
+    itself. Raises ModelError where a link leads out of it."""
+    first, *others = active
+    return {first: folder} | {name: file_in(folder, name) for name in others}
+
+
+def check_adapters(folder: Path, active: Sequence[str], adapter: Adapter) -> None:
+    """Look at the files of the adapters called `active`, trained as `adapter`, in `folder`. No
+    torch, no weights read.
 
     Raises:
         ModelError: the config is that of another method, has values that PEFT has no use for, or
             patterns that take for ever; or the weights are pickles or damaged.
     """
+    for place in adapter_places(folder, active).values():
+        _check_adapter(place, adapter)
+
+
+def _check_adapter(folder: Path, adapter: Adapter) -> None:
     config = read_object(file_in(folder, CONFIG), fix=_AGAIN)
     where = str(folder / CONFIG)
     if config.get("peft_type") != adapter.peft_type:
@@ -43,6 +56,7 @@ def check_adapter(folder: Path, adapter: Adapter) -> None:
     if not _names_layers(targets := config.get("target_modules", "")):
         wrong.append(f"target_modules is {shown(targets)}, which names no layers")
     wrong += [f"{name} is no rank" for name in _RANKS if _is_no_rank(config, name)]
+    wrong += [f"{name} is no finite number" for name in odd_numbers(config, finite=True)]
     wrong += [problem.what for problem in pattern_problems(config)]
     if wrong:
         raise ModelError(f"it cannot be used: {'; '.join(wrong)}", fix=_AGAIN, where=where)
@@ -71,16 +85,18 @@ def _is_no_rank(config: Mapping[str, Any], name: str) -> bool:
     return isinstance(value, int) and (isinstance(value, bool) or not 0 <= value <= 2**16)
 
 
-def refuse_not_trained(folder: Path) -> None:
-    """Raise NumbersError where a weight of the adapter is NaN or infinite, naming the tensor."""
+def refuse_not_trained(folder: Path, active: Sequence[str]) -> None:
+    """Raise NumbersError where a weight of the adapters called `active` is NaN or infinite, naming
+    the tensor."""
     from safetensors import safe_open
 
     from ..model.numbers import refuse_not_numbers
 
     fix = "train it again, with a lower learning rate"
-    with safe_open(folder / WEIGHTS, framework="pt") as opened:
-        named = ((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118
-        refuse_not_numbers(named, where=str(folder / WEIGHTS), fix=fix)
+    for place in adapter_places(folder, active).values():
+        with safe_open(place / WEIGHTS, framework="pt") as opened:
+            named = ((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118
+            refuse_not_numbers(named, where=str(place / WEIGHTS), fix=fix)
 
 
 @contextmanager

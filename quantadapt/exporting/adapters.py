@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from .adapter_files import peft_in_words
+from .adapter_files import adapter_places, peft_in_words
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -79,13 +79,14 @@ def put_on(
     from ..adapting.injecting import all_or_nothing, reloaded
 
     first, *others = active
-    places = {first: folder} | {name: folder / name for name in others}
+    places = adapter_places(folder, active)
     with peft_in_words(folder), all_or_nothing(model):
         tuned, read = reloaded(model, folder, config, adapter_name=first, is_trainable=is_trainable)
         for name, place in places.items():
             if name != first:
                 read = tuned.load_adapter(str(place), name, is_trainable=is_trainable)
-            _refuse_other_keys(read, _write_weights(tuned, read.unexpected_keys, place), place)
+            unexpected = _write_weights(tuned, read.unexpected_keys, place)
+            _refuse_other_keys(_missing(read.missing_keys, name), unexpected, place)
         if others:
             tuned.base_model.set_adapter(list(active))
     return tuned
@@ -108,8 +109,14 @@ def _write_weights(tuned: PeftModel, keys: Sequence[str], folder: Path) -> list[
     return others
 
 
-def _refuse_other_keys(read: Any, unexpected: Sequence[str], folder: Path) -> None:
-    missing = [key for key in read.missing_keys if not any(part in key for part in _SHARED)]
+def _missing(keys: Sequence[str], name: str) -> list[str]:
+    """Return which of the keys that PEFT misses are those of the adapter `name`: it takes all that
+    hold the name anywhere, and `a` is in nearly every one. What is shared is stored once."""
+    own = [key for key in keys if name in key.split(".")]
+    return [key for key in own if not any(part in key for part in _SHARED)]
+
+
+def _refuse_other_keys(missing: Sequence[str], unexpected: Sequence[str], folder: Path) -> None:
     for keys, what in (
         (unexpected, "the adapter holds what this base has no place for"),
         (missing, "the adapter lacks what its config says is there"),

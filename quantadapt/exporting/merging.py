@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..adapting.targets import lost_biases
-from ..errors import DataError, MergeRefused
+from ..errors import DataError, MergeRefused, NumbersError
 from ..evaluation.sizes import size_mib
 from ..facade import QuantLinear, facades, wrap
 from ..model.modules import in_own_layout, make_linear
@@ -126,12 +126,12 @@ def _base_of(part: Any) -> Any:
 def _copied(root: nn.Module, kind: MergeKind, memo: dict[int, Any]) -> nn.Module:
     """Return a copy of `root` with everything in it merged; each layer is made dense once."""
     if _is_pefts(root):
-        return merged_part(root, kind)
-    for _, module in _outermost(root, ""):
+        return merged_part("", root, kind)
+    for name, module in _outermost(root, ""):
         if id(module) in memo:
             continue  # one module in two places
         if _is_pefts(module):
-            memo[id(module)] = merged_part(module, kind)
+            memo[id(module)] = merged_part(name, module, kind)
         elif kind == "dense" and isinstance(module, QuantLinear):
             memo[id(module)] = module.dense()
     return _unmarked(copy.deepcopy(root, memo))
@@ -164,9 +164,9 @@ def _quantized_whole(merged: nn.Module, state: ModelState) -> nn.Module:
 
 
 @torch.no_grad()
-def merged_part(part: Any, kind: MergeKind) -> nn.Module:
+def merged_part(name: str, part: Any, kind: MergeKind) -> nn.Module:
     """Return the module of the base that stands behind one of PEFT's, with the active adapters
-    merged in; `part` stays as it is."""
+    merged in; `part` stays as it is. Raises NumbersError where that gives NaN or infinity."""
     from peft.utils.other import ModulesToSaveWrapper
 
     if isinstance(part, ModulesToSaveWrapper):
@@ -175,7 +175,14 @@ def merged_part(part: Any, kind: MergeKind) -> nn.Module:
         copied = _copied(whole, kind, {})
         copied.to(_dtype_of(_base_of(part)))  # it trains in float32
         return copied.requires_grad_(False)
-    return _merged_layer(_unwrapped(part), kind)
+    try:
+        return _merged_layer(_unwrapped(part), kind)
+    except ValueError as error:  # PEFT looks at what it merges
+        if "NaN" not in str(error):
+            raise
+        what = f"merged with the adapter, {name} holds values that are no numbers (NaN or infinity)"
+        fix = "train the adapter again, with a lower learning rate or lora_alpha"
+        raise NumbersError(what, fix=fix) from error
 
 
 def _unwrapped(part: Any) -> Any:

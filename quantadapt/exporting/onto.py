@@ -29,7 +29,7 @@ from ..records import Adapter, Backend
 from ..registry.discovery import registry
 from ..remote_code import trusting
 from ..stages import held_out_data
-from .adapter_files import check_adapter, refuse_not_trained
+from .adapter_files import adapter_places, check_adapters, refuse_not_trained
 from .adapters import put_on
 from .manifest import MANIFEST, MERGED, adapter_folder, combination
 from .stage import merge_words, write
@@ -78,7 +78,7 @@ class OntoBase(Exporter):
 
         adapter = registry().adapter(tuned.manifest["adapter"])
         config_class(adapter)  # PEFT may not know it yet
-        check_adapter(tuned.adapter, adapter)
+        check_adapters(tuned.adapter, tuned.manifest["active"], adapter)
         base, device = os.path.expanduser(self.base), tuned.device
         device = this_machine().default_device if device == "auto" else device
         data = tuned.held_out if self.check else None
@@ -185,11 +185,10 @@ class _Opened:
         from ..loading.tensors import Checkpoint
         from .merging import adapted_parts
 
-        places = [adapter, *(adapter / name for name in active[1:])]
-        for place in places:
-            refuse_not_trained(place)
+        refuse_not_trained(adapter, active)
         tuned = put_on(self.model, adapter, active).eval()
-        keys = {key for place in places for key in Checkpoint(str(place)).files}
+        places = adapter_places(adapter, active)
+        keys = {k for p in places.values() for k in Checkpoint(str(p)).files}
         found = {key.removeprefix("base_model.model.") for key in keys} & self.parameters
         parts = tuple(f"{name}." for name, _ in adapted_parts(tuned.get_base_model()))
         self.trained = sorted(name for name in found if not name.startswith(parts))

@@ -26,7 +26,7 @@ from ..registry.discovery import registry
 from ..remote_code import trusted, trusting
 from ..showing.quietly import quiet
 from ..stages import quantize
-from .adapter_files import check_adapter, peft_in_words, refuse_not_trained
+from .adapter_files import check_adapters, peft_in_words, refuse_not_trained
 from .adapters import put_on, save_adapters
 from .manifest import ADAPTER, BASE, MANIFEST, MERGED, adapter_in, read_manifest, write_manifest
 
@@ -266,8 +266,8 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
         what = f"its {MANIFEST} says of no adapter, and there is one"
         raise ModelError(what, fix="restore the file", where=str(folder))
     adapter = registry().adapter(manifest["adapter"])
-    check_adapter(folder, adapter)
-    refuse_not_trained(folder)
+    check_adapters(folder, manifest["active"], adapter)
+    refuse_not_trained(folder, manifest["active"])
     with peft_in_words(folder):
         config: Any = config_class(adapter).from_pretrained(str(folder))
     own_base = folder.parent / BASE

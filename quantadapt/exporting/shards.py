@@ -102,7 +102,7 @@ class MergedShards:
 
     def _merged(self, part: str) -> dict[str, Tensor]:
         """Return name -> value of what one of PEFT's parts makes of its module's tensors."""
-        made = nn.ModuleDict({"made": merged_part(self.parts[part], "dense")})
+        made = nn.ModuleDict({"made": merged_part(part, self.parts[part], "dense")})
         inside = [n.removeprefix(part) for n in self.conv1d if f"{n}.".startswith(f"{part}.")]
         merged = in_own_layout(made, [f"made{name}" for name in inside]).state_dict()
         values = {f"{part}{key.removeprefix('made')}": value for key, value in merged.items()}

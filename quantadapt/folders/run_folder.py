@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from glob import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -190,7 +191,14 @@ class RunFolder:
     @property
     def names(self) -> Names:
         """What in the folder is the run's: `spec.yaml`, `adapter/`, its exports, and so on."""
-        return {**_NAMES, **{str(name): {} for name in self.marker.get("exports", ())}}
+        given = self.marker.get("exports")
+        exports = given if isinstance(given, list) else []
+        # The marker may come from elsewhere: what it names is a folder of a plain name, which has
+        # a list of its own.
+        folders = [
+            name for name in exports if isinstance(name, str) and _is_folder(self.path, name)
+        ]
+        return {**_NAMES, **{escape(name): {} for name in folders}}
 
     def note_exports(self, names: Iterable[str]) -> None:
         """Note the folders that exports will write, so that they are the run's."""
@@ -261,7 +269,13 @@ class RunFolder:
             RunFolder(temporary).write_json(MARKER, marker)
 
     def _refuse_changed(self) -> None:
-        """Raise where a resumed run would replace what somebody put into its folders."""
+        """Raise where a resumed run would replace what somebody put into its folders, or write to
+        another place: a run folder may come from elsewhere, with links in it."""
+        for entry in self.path.iterdir() if self.path.is_dir() else ():
+            if entry.is_symlink() and not entry.resolve().is_relative_to(self.path.resolve()):
+                what = f"{entry.name} is a link that leads out of the run folder"
+                fix = "put what it names into the folder, or start anew in another --output"
+                raise OutputError(what, fix=fix, where=str(self.path))
         for name in self.names:
             if name not in ("checkpoints", "runs") and (self.path / name).is_dir():
                 refuse_occupied(self.path / name, overwrite=True)
@@ -295,6 +309,10 @@ class UnwrittenFolder(RunFolder):
 
     def append_metric(self, values: Mapping[str, Any]) -> None:
         """Leave it to the first process."""
+
+
+def _is_folder(folder: Path, name: str) -> bool:
+    return Path(name).name == name and (folder / name).is_dir()
 
 
 def _now() -> str:

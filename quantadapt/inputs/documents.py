@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,6 +89,19 @@ def _phrases(error: ValidationError) -> list[str]:
         if key not in found:
             found[key] = f"{key} {'is missing' if detail['type'] == 'missing' else text}{given}"
     return list(found.values())
+
+
+def odd_numbers(value: Any, place: str = "", *, finite: bool = False) -> Iterator[str]:
+    """Yield the keys in a document under which NaN stands or, if `finite`, infinity."""
+    if isinstance(value, float):
+        if math.isnan(value) or (finite and math.isinf(value)):
+            yield place
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from odd_numbers(item, f"{place}.{key}".lstrip("."), finite=finite)
+    elif isinstance(value, list):
+        for item in value:
+            yield from odd_numbers(item, place, finite=finite)
 
 
 def shown(value: Any) -> str:

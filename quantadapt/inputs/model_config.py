@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from .documents import problems_in, shown
+from .documents import odd_numbers, problems_in, shown
 
 MOST_LAYERS = 10_000
 _MOST = 10**9
@@ -69,7 +68,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     found = problems_in(ModelConfig, config)
     if any(not isinstance(key, str) for key in config):
         found.append("it has keys that are no text")
-    found += [f"{place} is not a number" for place in _not_numbers(config, "")]
+    found += [f"{place} is not a number" for place in odd_numbers(config)]
     method = config.get("quantization_config")
     if isinstance(method, Mapping) and not isinstance(method.get("quant_method", ""), str):
         found.append("quant_method of quantization_config should be a text")
@@ -79,18 +78,6 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     if isinstance(part := config.get("text_config"), Mapping):
         found += [f"text_config: {problem}" for problem in problems_in(ModelConfig, part)]
     return list(dict.fromkeys(found))
-
-
-def _not_numbers(value: Any, place: str) -> Iterator[str]:
-    """Yield where a NaN stands."""
-    if isinstance(value, float) and math.isnan(value):
-        yield place
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _not_numbers(item, f"{place}.{key}".lstrip("."))
-    elif isinstance(value, list):
-        for item in value:
-            yield from _not_numbers(item, place)
 
 
 def too_large(config: Mapping[str, Any], tensors: int, size: int) -> list[str]:

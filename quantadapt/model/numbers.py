@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
 from ..errors import NumbersError
+from .held import held_tensors
 
 _FIX = "get a model whose weights are whole: what follows from these would be NaN as well"
 
@@ -16,7 +17,8 @@ def refuse_not_numbers(
 ) -> None:
     """Raise NumbersError where a tensor of floats holds NaN or infinity, naming the first."""
     for name, tensor in named:
-        if not tensor.is_floating_point():
+        # A sharded layer's tensors have no memory between the passes.
+        if not tensor.is_floating_point() or not tensor.untyped_storage().nbytes():
             continue
         # torch cannot look at eight bits as they are.
         values = tensor.float() if tensor.itemsize == 1 else tensor
@@ -34,3 +36,14 @@ def refuse_not_numbers_in(model: nn.Module, *, where: str = "") -> None:
         if type(parameter) is nn.Parameter and parameter.device.type != "meta"
     )
     refuse_not_numbers(plain, where=where)
+
+
+def refuse_not_numbers_packed(
+    model: nn.Module, is_packed: Callable[[nn.Module], bool], *, where: str = ""
+) -> None:
+    """Look at all that the quantized layers of a model hold, scales and zero points too."""
+    packed = [(name, module) for name, module in model.named_modules() if is_packed(module)]
+    held = (
+        (f"{name}.{part}", tensor) for name, layer in packed for part, tensor in held_tensors(layer)
+    )
+    refuse_not_numbers(held, where=where)

@@ -62,6 +62,7 @@ def quantize_plan(
     from ..loading.accounting import expecting
     from ..model.linears import conv1d_layers
     from ..model.modules import linear_layers, skipped_modules
+    from ..model.numbers import refuse_not_numbers_in, refuse_not_numbers_packed
 
     import_requirements(plan.backend)
     plan = with_config(plan)
@@ -94,6 +95,10 @@ def quantize_plan(
     model.requires_grad_(False)
     # What is quantized already gets a facade, a head too, unless somebody said otherwise.
     target, skip = quantizer.target, skip or ()
+    if plan.adopt:
+        refuse_not_numbers_packed(model, target.matches, where=plan.model)
+        if module is not None:
+            refuse_not_numbers_in(model)
     try:
         if plan.parallel == "fsdp":
             from ..sharding import GatheringTarget, shard

@@ -7,7 +7,8 @@ allocation, and no telemetry, model cards, token statistics or console output.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..adapting.adalora import load_ranks, save_ranks
-from ..errors import OutputError, TrainingError
+from ..errors import OutputError, QuantadaptError, TrainingError
 from ..folders.checkpoints import PARTIAL, PREFIX, seal
+from ..inputs.documents import reason
 from .checkpoints import facts_of, set_rates
 from .progress import Progress
 
@@ -168,14 +170,40 @@ class TrainingLoop:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not load_ranks(self.model, Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        with _taking_up(resume_from_checkpoint):
+            if not load_ranks(self.model, Path(resume_from_checkpoint)):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Let the next step have the learning rate of the schedule as it is now."""
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        with _taking_up(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is not None:
             set_rates(self)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _taking_up(checkpoint):
+            super()._load_scaler(checkpoint)  # type: ignore[misc]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _taking_up(checkpoint):
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
+
+@contextmanager
+def _taking_up(checkpoint: str | None) -> Iterator[None]:
+    """Turn what is raised about the files of a checkpoint into words: whole they are, but who knows
+    who wrote them. Pickles among them are read as torch reads weights, which runs nothing."""
+    try:
+        yield
+    except (QuantadaptError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if checkpoint is None:
+            raise
+        what = f"the checkpoint cannot be taken up: {reason(error)}"
+        fix = "delete it to go on from the one before, or start anew in another --output"
+        raise TrainingError(what, fix=fix, where=checkpoint) from error
 
 
 _FIX = "lower train.learning_rate, use dtype bfloat16 instead of float16, or check the data"
