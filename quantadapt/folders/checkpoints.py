@@ -105,7 +105,8 @@ def _not_readable(path: Path) -> str:
         except (OSError, ValueError):
             return f"{name} cannot be read"
     state, count = _read(path / STATE), (int, float)
-    counts = {"global_step": int, "train_batch_size": int, "epoch": count, "log_history": list}
+    counts: dict[str, Any] = {"global_step": int, "train_batch_size": int}
+    counts |= {"epoch": count, "log_history": list}
     wrong = [key for key, kind in counts.items() if not isinstance(state.get(key), kind)]
     return f"{STATE} has no {wrong[0]}" if wrong else ""
 

@@ -37,7 +37,8 @@ def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
         return (*(item for state in states for item in state.items()), *own)
     if isinstance(value, Tensor):
         names = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else ()
-        return (*((name, getattr(value, name)) for name in names), *vars(value).items())
+        inside = [(name, getattr(value, name)) for name in names]
+        return [*inside, *vars(value).items()]
     if isinstance(value, Mapping):
         return value.items()
     if isinstance(value, list | tuple):
@@ -45,5 +46,6 @@ def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
     home = type(value).__module__.partition(".")[0]
     is_record = hasattr(value, "__dict__") and not isinstance(value, type | nn.Module)
     if is_record and home not in sys.stdlib_module_names and home not in ("torch", "quantadapt"):
-        return vars(value).items()
+        fields: dict[str, Any] = vars(value)
+        return fields.items()
     return ()
