@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import peft
 import pytest
 import torch
+from merging import gpt2
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
@@ -346,3 +349,27 @@ def test_every_adapter_passes_without_weights(checkpoint) -> None:
         except PlanRefused:  # by its own rules
             continue
         check_adapter(made, None)
+
+
+def test_what_peft_does_otherwise_to_conv1d_is_refused_or_told(tmp_path, recwarn) -> None:
+    """GPT-2's layers: what is saved of them is compared with what stock PEFT makes of it."""
+    from quantadapt.adapting.stage import check_adapter
+    from quantadapt.planning import plan
+
+    base = gpt2(tmp_path / "base")
+    stock = AutoModelForCausalLM.from_pretrained
+    for adapter, options in {"lora": {"init_lora_weights": "olora"}, "osf": {}}.items():
+        options = {"target_modules": ["c_attn"], **options}
+        with pytest.raises(PlanRefused, match=r"c_attn is a Conv1D"):
+            qa.attach(qa.quantize(base, "none", device="cpu"), adapter, **options)
+        spec = qa.Spec(model=base, backend="none", adapter={"name": adapter, **options})
+        made = plan(spec, check_output=False)
+        with pytest.raises(PlanRefused, match=r"c_attn is a Conv1D"):
+            check_adapter(made, None)
+    for adapter, told in {"loha": True, "oft": True, "lora": False, "vera": False}.items():
+        recwarn.clear()
+        model = qa.quantize(base, "hqq", device="cpu", group_size=None)
+        qa.save(qa.attach(model, adapter, target_modules=["c_attn"]), tmp_path / adapter)
+        assert told == any(w.category is TargetsWarning for w in recwarn.list)
+        with pytest.raises(TypeError, match="Conv1D") if told else contextlib.nullcontext():
+            PeftModel.from_pretrained(stock(base), str(tmp_path / adapter / "adapter"))

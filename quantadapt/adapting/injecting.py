@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from torch import nn
 
+_ELSEWHERE = "load the adapter with quantadapt.load, or merge it"
 _CONVERSION = "convert_peft_config_for_transformers"
 
 
 class TargetsWarning(UserWarning):
-    """PEFT by itself would put a saved adapter into other layers than it was trained in."""
+    """PEFT by itself would not put a saved adapter into the layers that it was trained in."""
 
 
 def injected(model: nn.Module, config: PeftConfig) -> PeftModel:
@@ -39,7 +40,11 @@ def injected(model: nn.Module, config: PeftConfig) -> PeftModel:
     """
     from peft import get_peft_model
 
-    return _exactly(model, config, lambda: get_peft_model(model, config))  # type: ignore[arg-type]
+    tuned = _exactly(model, config, lambda: get_peft_model(model, config))  # type: ignore[arg-type]
+    if not _taken_by_conv1d(config, tuned):
+        text = "PEFT by itself does not put this adapter onto the Conv1D layers of this model"
+        warnings.warn(f"{text}: {_ELSEWHERE}", TargetsWarning, stacklevel=4)
+    return tuned
 
 
 def reloaded(
@@ -93,9 +98,33 @@ def _exactly(model: nn.Module, config: PeftConfig, inject: Callable[[], PeftMode
             raise PlanRefused([Problem(what, fix, where="adapter.target_modules")])
     if misread:
         text = "PEFT by itself takes these target_modules for the fused experts of this model"
-        fix = "load the adapter with quantadapt.load, or merge it"
-        warnings.warn(f"{text}: {fix}", TargetsWarning, stacklevel=5)
+        warnings.warn(f"{text}: {_ELSEWHERE}", TargetsWarning, stacklevel=5)
     return tuned
+
+
+def _taken_by_conv1d(config: PeftConfig, tuned: PeftModel) -> bool:
+    """Say whether PEFT itself takes the layers that are `Conv1D` in the model's own class, if any
+    are adapted; only the facade in front of them is an `nn.Linear`."""
+    import torch
+    from peft import get_peft_model
+    from torch import nn
+
+    from ..model.linears import as_conv1d
+
+    modules = tuned.get_base_model()
+    bases = (modules.get_submodule(name).get_base_layer() for name in adapted(modules))  # type: ignore[operator]
+    layer = next((base for base in bases if getattr(base, "conv1d", False)), None)
+    if layer is None:
+        return True
+    one = type(config)(target_modules=["layer"])  # type: ignore[call-arg]
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            linear = nn.Linear(layer.in_features, layer.out_features)
+            get_peft_model(nn.ModuleDict({"layer": as_conv1d(linear)}), one)  # type: ignore[arg-type]
+    except Exception as error:  # others are about the meta device, or sizes
+        return "Conv1D" not in str(error)
+    return True
 
 
 def matched(model: nn.Module, config: PeftConfig) -> list[str]:

@@ -100,9 +100,14 @@ def check_adapter(plan: Plan, skip: tuple[str, ...] | None) -> list[Problem]:
         PlanRefused: with all that `attach_adapter` could know from names and sizes.
     """
     from ..loading.reading import architecture
+    from ..model.linears import is_conv1d, other_linears
     from ..model.modules import make_linear
 
-    model = make_linear(architecture(plan.model))  # as the facades will be
+    own = architecture(plan.model)
+    conv1d = [name for name, module in other_linears(own) if is_conv1d(module)]
+    model = make_linear(own)
+    for name in conv1d:
+        model.get_submodule(name).conv1d = True  # type: ignore[assignment] # as of facades
     options = {**plan.adapter.defaults, **plan.adapter_options}
     there = quantizable(model, skip), quantizable_stacks(model, skip)
     config: Any = peft_config(model, plan.adapter, options, there)

@@ -280,6 +280,7 @@ def adapted_problems(
         found += _pattern_problems(option, getattr(config, option, None) or {}, list(chosen))
     if isinstance(start, str):
         found += _rank_problems(start, config, chosen)
+    found += _conv1d_problems(config, chosen)
     parameters = getattr(config, "target_parameters", None) or ()
     found += [_named_twice(p, n) for p in parameters for n in chosen if _ends(f"{n}.weight", p)]
     if not (found or chosen or parameters):
@@ -363,6 +364,18 @@ def _pattern_problems(
 
 def _of_pattern(key: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", name) is not None  # as PEFT does
+
+
+def _conv1d_problems(config: Any, chosen: Mapping[str, nn.Module]) -> Iterator[Problem]:
+    """Yield a problem where PEFT would read the adapter otherwise in the model's own class, without
+    a word: it takes a `Conv1D`, which keeps its weight transposed, as it is."""
+    name = next((name for name, module in chosen.items() if getattr(module, "conv1d", False)), "")
+    what = f"{name} is a Conv1D in the model's own class: PEFT alone reads"
+    if name and config.peft_type == "OSF":
+        yield Problem(f"{what} OSF there as something else", "use another adapter", "adapter")
+    elif name and getattr(config, "init_lora_weights", None) == "olora":
+        fix, where = "use pissa, which is started alike", "adapter.init_lora_weights"
+        yield Problem(f"{what} the start olora there as something else", fix, where)
 
 
 def _rank_problems(start: str, config: Any, chosen: Mapping[str, nn.Module]) -> Iterator[Problem]:
