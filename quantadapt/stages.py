@@ -168,7 +168,8 @@ def train(
 
     Raises:
         SpecError: an option is unknown or wrong. PlanRefused: the objective is, or does not go with
-        the others or with the model. QuantadaptError: an argument has no effect. DataError: the data cannot be used. TrainingError: training cannot go on.
+        the others or with the model. QuantadaptError: an argument has no effect. DataError: the
+        data cannot be used. TrainingError: training cannot go on.
     """
     from .data.reading import MAX_LENGTH
     from .evaluation.verdict import training_warnings

@@ -140,7 +140,9 @@ def test_a_class_of_ones_own_may_have_any_name(tmp_path) -> None:
     class BertModel(transformers.LlamaForCausalLM):
         pass
 
-    model = qa.attach(qa.quantize(BertModel(LLAMA), "none", device="cpu"), target_modules=["q_proj"])
+    model = qa.attach(
+        qa.quantize(BertModel(LLAMA), "none", device="cpu"), target_modules=["q_proj"]
+    )
     rows = {"input_ids": [IDS[0].tolist()] * 2, "completion_mask": [[1] * 20] * 2}
     result = qa.train(model, Dataset.from_dict(rows), max_steps=1, tokenizer=demo_tokenizer())
     assert result.steps == 1

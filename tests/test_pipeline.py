@@ -122,11 +122,11 @@ def test_arguments_without_effect_are_refused(small, tmp_path) -> None:
     assert qa.evaluate(model, tokens)["tokens"] == 4 * 19
     qa.save(model, tmp_path)
     bare = qa.quantize(small, "hqq", device="cpu")
-    with pytest.raises(QuantadaptError, match="device='cuda:1' has no effect: .* is, to cpu"):
+    with pytest.raises(QuantadaptError, match=r"device='cuda:1' has no effect: .* is, to cpu"):
         qa.load(tmp_path, base=bare, device="cuda:1")
     assert qa.load(tmp_path, base=bare, device="cpu").active_adapters == ["default"]
     qa.save(qa.quantize(small, "hqq"), tmp_path / "base")
-    with pytest.raises(QuantadaptError, match="base has no effect: .* holds no adapter"):
+    with pytest.raises(QuantadaptError, match=r"base has no effect: .* holds no adapter"):
         qa.load(tmp_path / "base", base=small)
 
 

@@ -9,7 +9,7 @@ from .run import Measured, Run, measured, number, part, text
 
 
 def short(value: float) -> str:
-    """Return three significant digits, e.g. 3.12, 41.2, 1,230; an int, which is a count, in full."""
+    """Return three significant digits, e.g. 3.12, 41.2, 1,230; of an int, a count, all."""
     if isinstance(value, int) and abs(value) < 1e7:
         return f"{value:,}"
     if value and (abs(value) >= 1e7 or abs(value) < 1e-3):
