@@ -33,6 +33,7 @@ from .protocols import Figure
 from .quantizing.examples import calibration_examples
 from .quantizing.stage import load_tokenizer, quantize_plan, skip_for, with_config
 from .quantizing.state import state_of
+from .registry.blame import blamed, blaming_plugins
 from .registry.discovery import registry
 from .remote_code import as_the_spec_says
 from .showing.python import display
@@ -83,6 +84,7 @@ class RunResult:
 
 
 @in_turn
+@blaming_plugins
 @as_the_spec_says
 def run(
     spec: Spec | Plan,
@@ -317,7 +319,8 @@ class _Run:
             except QuantadaptError as error:
                 if split and self.world.size > 1:  # the others may be waiting for this process
                     raise
-                failed[evaluation] = f"{error.problems[0].what}, on the {name} model"
+                told = blamed(error.__cause__) or error
+                failed[evaluation] = f"{told.problems[0].what}, on the {name} model"
                 text = f"evaluation {evaluation!r} is left out from here on: {failed[evaluation]}"
                 logger.warning(text, exc_info=True)
                 self.listener("note", {"text": text})

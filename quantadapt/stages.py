@@ -19,6 +19,7 @@ from .protocols import Given
 from .quantizing.stage import quantize_plan
 from .quantizing.state import ModelState, state_of
 from .records import as_call
+from .registry.blame import blaming_plugins
 from .showing.python import stage
 from .showing.quietly import quietly
 from .spec import Spec, TrainSpec
@@ -37,6 +38,7 @@ _WHOLE = TrainSpec(parallel="ddp")
 
 
 @in_turn
+@blaming_plugins
 def quantize(
     source: str | Path | nn.Module | None = None,
     backend: str = "hqq",
@@ -103,6 +105,7 @@ def quantize(
 
 
 @in_turn
+@blaming_plugins
 def attach(model: nn.Module, adapter: str = "lora", *, seed: int = 0, **options: Any) -> PeftModel:
     """Attach an untrained adapter to a model that `quantize` returned.
 
@@ -132,6 +135,7 @@ def attach_planned(model: nn.Module, state: ModelState, plan: Plan) -> PeftModel
 
 
 @in_turn
+@blaming_plugins
 def train(
     model: PeftModel,
     data: str | Path | Dataset | None = None,
@@ -225,6 +229,7 @@ def train(
 
 
 @in_turn
+@blaming_plugins
 def evaluate(
     model: nn.Module,
     data: str | Path | Dataset | HeldOut | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -731,7 +732,11 @@ def test_data_shows_what_is_learnt(run_cli, lossy):
     shown = run_cli("data", lossy, "--max-length", "32", "--limit", "1")
     assert shown.code == 0
     lines = [line.rstrip() for line in shown.out.splitlines()]
-    assert lines[0].startswith(f"{lossy}:1   32 tokens, ")
+    count, whole = re.fullmatch(
+        r"(\d+) of (\d+) tokens, \d+ of them learnt", lines[0].removeprefix(f"{lossy}:1   ")
+    ).groups()
+    assert count == "32"
+    assert f"  cut    | {int(whole) - 32} more tokens" in lines
     assert lines[1] == r"  given  | <s>say [b]\x1b[31m"
     assert lines[2].startswith("  learnt | word word")
     assert "27 examples" in shown.out
@@ -739,6 +744,8 @@ def test_data_shows_what_is_learnt(run_cli, lossy):
     assert "3 dropped (3 with an empty answer)" in shown.out
     assert "\x1b" not in shown.out
     assert f"warning: 43% of the examples in {lossy}" in shown.err
+    assert "--max-length is 32" in shown.err
+    assert "quantadapt data" not in shown.err
 
 
 def test_data_as_json_gives_tokens_and_masks(run_cli, lossy):
@@ -747,6 +754,7 @@ def test_data_as_json_gives_tokens_and_masks(run_cli, lossy):
     assert first["where"] == f"{lossy}:1"
     lengths = {len(first[key]) for key in ("tokens", "input_ids", "completion_mask")}
     assert lengths == {32}
+    assert first["cut"] > 0
     pairs = zip(first["tokens"], first["completion_mask"], strict=True)
     assert "".join(token for token, on in pairs if on).startswith("word word")
     (file,) = shown.json["files"]
@@ -759,7 +767,16 @@ def test_data_reads_columns_of_any_name(run_cli, tmp_path):
     assert "prompt-completion, 1 examples" in run_cli("data", tmp_path / "a.csv", *names).out
     shown = run_cli("data", tmp_path / "a.csv")
     assert shown.code == 1
-    assert "data.columns" in shown.err
+    assert "name yours in --column, e.g. --column prompt=question --column compl" in shown.err
+    assert "data.columns" not in shown.err
+    shown = run_cli("data", tmp_path / "a.csv", "--column", "prompt=who", "--column", "text=a")
+    assert "--column names 'who', which is not there" in shown.err
+    (tmp_path / "b.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
+    fix = "say which columns hold it, e.g. --column prompt=prompt --column completion=chosen"
+    assert fix in run_cli("data", tmp_path / "b.jsonl").err
+    (tmp_path / "c.jsonl").write_text('{"text": "p", "label": 1}\n')
+    assert "set --format text" in run_cli("data", tmp_path / "c.jsonl").err
+    assert "data.format" not in run_cli("data", tmp_path / "a.csv", "--format", "odd").err
 
 
 def test_plan_tells_formats_and_rows(run_cli, lossy, tmp_path, monkeypatch):

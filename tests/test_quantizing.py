@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from datasets import Dataset
 from test_conformance_catches import Absmax, AbsmaxTarget, Plugin, make  # noqa: F401 (a fixture)
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,6 +18,7 @@ from quantadapt.facade import facades
 from quantadapt.pipeline import run
 from quantadapt.quantizing.examples import check_vocabulary, choose, examples_from
 from quantadapt.registry import registry
+from quantadapt.registry.discovery import Provenance
 from quantadapt.spec import Spec
 from quantadapt.testing.small_demo import calibration_examples, small_model
 
@@ -205,6 +207,77 @@ def test_a_backend_that_raises_is_named(make) -> None:  # noqa: F811
     assert "tell its authors (absmax)" in str(caught.value)
     assert "test_quantizing.py:" in str(caught.value)
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+class BreakingTarget(AbsmaxTarget):
+    broken = False
+
+    def dequantize(self, module):
+        if self.broken:
+            raise KeyError("scale")
+        return super().dequantize(module)
+
+
+class Breaks(Absmax):
+    @cached_property
+    def target(self):
+        return BreakingTarget(self)
+
+    def save(self, model, path):
+        raise KeyError("scale")
+
+    def notes(self, device):
+        if BreakingTarget.broken:
+            raise KeyError("scale")
+        return ()
+
+
+TOKENS = Dataset.from_dict({"input_ids": [[5] * 20] * 4, "completion_mask": [[1] * 20] * 4})
+
+
+@pytest.mark.parametrize("call", ["plan", "attach", "train", "evaluate", "merge", "save"])
+def test_whatever_of_a_plugin_breaks_is_named(call, make, monkeypatch, tmp_path) -> None:  # noqa: F811
+    make(Plugin(Breaks))
+    theirs = Provenance("absmax", "test_quantizing", "others", "1.0")
+    monkeypatch.setitem(registry().plugins, "absmax", theirs)
+    model = qa.quantize(SMALL, "absmax")
+    if call not in ("plan", "attach", "save"):
+        model = qa.attach(model, r=2)
+    monkeypatch.setattr(BreakingTarget, "broken", True)
+    calls = {
+        "plan": lambda: qa.plan(Spec(model=SMALL, backend="absmax"), check_output=False),
+        "attach": lambda: qa.attach(model, r=2, init_lora_weights="pissa"),
+        "train": lambda: qa.train(model, TOKENS, max_steps=1),
+        "evaluate": lambda: qa.evaluate(model, TOKENS),
+        "merge": lambda: qa.merge(model, tmp_path / "merged", data=TOKENS),
+        "save": lambda: qa.save(model, tmp_path / "saved"),
+    }
+    with pytest.raises(
+        PluginError, match=r"^plugin absmax: it failed: KeyError: 'scale'"
+    ) as caught:
+        calls[call]()
+    assert "tell its authors (absmax (others 1.0)): " in str(caught.value)
+    assert "test_quantizing.py:" in str(caught.value)
+    assert isinstance(caught.value.__cause__, KeyError)
+    if call == "attach":
+        assert qa.attach(qa.quantize(SMALL, "hqq"), r=2).active_adapters == ["default"]
+
+
+def test_what_is_no_fault_of_a_plugin_stays_as_it_is(make, monkeypatch) -> None:  # noqa: F811
+    make(Plugin(Breaks))
+    theirs = Provenance("absmax", "test_quantizing", "others", "1.0")
+    monkeypatch.setitem(registry().plugins, "absmax", theirs)
+    model = qa.attach(qa.quantize(SMALL, "absmax"), r=2)
+
+    with pytest.raises(TypeError, match="not callable"):
+        qa.train(model, TOKENS, max_steps=1, on_log=3)
+
+    def full(self, module):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(BreakingTarget, "dequantize", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        qa.attach(model.unload(), r=2, init_lora_weights="pissa")
 
 
 class ReturnsNothing(Absmax):

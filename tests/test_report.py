@@ -267,9 +267,31 @@ def test_a_figure_that_no_page_knows_is_shown() -> None:
     figures = {"shards_written": {"value": 12, "unit": "files", "better": ""}, "odd": {"value": 1}}
     found = {"gguf": {"state": "written", "words": "written to gguf/", "figures": figures}}
     page = render(run(metrics={"exports": found}))
-    assert "<dt>shards written</dt><dd>12.0 files</dd>" in page
-    assert "<dt>odd</dt><dd>1.00</dd>" in page
+    assert "<dt>shards written</dt><dd>12 files</dd>" in page
+    assert "<dt>odd</dt><dd>1</dd>" in page
     assert "Way out" not in page
+
+
+def test_figures_of_an_export_are_shown_once() -> None:
+    """Where its words tell them, they are not listed beside."""
+    figures = {"size": {"value": 33.6, "unit": "MiB"}, "tensors": {"value": 15, "unit": ""}}
+    words = "written to tiny2/, size 33.6 MiB, tensors 15"
+    found = {"tiny": {"state": "written", "folder": "tiny2", "words": words, "figures": figures}}
+    text = Page(render(run(metrics={"exports": found}))).text
+    assert words in text
+    assert text.count("33.6") == text.count("tensors") == 1
+    found["tiny"]["words"] = "written to tiny2/"
+    text = Page(render(run(metrics={"exports": found}))).text
+    assert text.count("33.6") == text.count("tensors") == 1
+    assert "15.0" not in text
+
+
+def test_counts_of_an_evaluation_are_whole() -> None:
+    values = {"quantized": 2345, "tuned": 2345.0}
+    first = {"unit": "", "better": "lower", "values": {"quantized": 3.5, "tuned": 2.5}}
+    table = {"perplexity": first, "tokens": {"unit": "", "better": "", "values": values}}
+    text = Page(render(run(metrics={"evaluations": {"perplexity": table}}))).text
+    assert text.count("2,345") == 2
 
 
 @pytest.mark.parametrize("missing", list(METRICS))
@@ -410,6 +432,9 @@ def _sizes(path: str) -> tuple[str, str]:
         (3.1, "3.10"),
         (41.23, "41.2"),
         (0, "0"),
+        (15, "15"),
+        (15.0, "15.0"),
+        (-4321, "-4,321"),
         (1234.5, "1,230"),
         (0.05, "0.0500"),
         (2e9, "2.00e+09"),

@@ -168,6 +168,28 @@ def test_libraries_are_quiet_and_then_as_they_were(caplog) -> None:
     logger.setLevel(logging.NOTSET)
 
 
+@pytest.mark.parametrize("name", ["neural_compressor", "autoround"])
+def test_a_library_that_is_imported_meanwhile_is_quiet(name, caplog) -> None:
+    """Some give their logger a level and a handler then."""
+    logger = logging.getLogger(name)
+    level, handlers = logger.level, logger.handlers[:]
+    try:
+        with quietly():
+            logger.handlers[:] = [caplog.handler]
+            logger.setLevel(logging.INFO)
+            with quietly():
+                logger.warning("noise")
+            logger.warning("noise")
+            logger.error("it broke")
+        logger.setLevel(logging.INFO)
+        logger.warning("heard again")
+    finally:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+    found = [record.message for record in caplog.get_records("call") if record.name == name]
+    assert list(dict.fromkeys(found)) == ["it broke", "heard again"]
+
+
 def test_what_libraries_say_is_in_the_log_where_there_is_one() -> None:
     with warnings.catch_warnings(record=True) as caught, logged(), quietly():
         warn_as("peft.tuners", "merging may give other outputs")

@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -125,8 +126,9 @@ def rows_of(calibration: list[dict[str, Tensor]]) -> list[Tensor]:
 def restored(model: nn.Module) -> Iterator[None]:
     """Undo what auto-round does beside quantizing: it seeds every generator, sets a variable of
     cuBLAS, changes how tensors are printed, keeps the model, and leaves attributes on it, among
-    them `forward` functions that a copy would share with the original. And spare it most of its
-    time: it collects garbage after each step, here only its own."""
+    them `forward` functions that a copy would share with the original. And spare it its bars and
+    most of its time: it collects garbage after each step, here only its own."""
+    from auto_round.compressors import orchestrator
     from auto_round.context.compress import CompressContext
     from auto_round.context.model import ModelContext
 
@@ -134,10 +136,12 @@ def restored(model: nn.Module) -> Iterator[None]:
     training, variable = model.training, os.environ.get(CUBLAS)
     states = random.getstate(), numpy.random.get_state()
     gc.freeze()
+    bars, orchestrator.tqdm = orchestrator.tqdm, partial(orchestrator.tqdm, disable=True)
     try:
         with torch.random.fork_rng(), torch._tensor_str.printoptions():
             yield
     finally:
+        orchestrator.tqdm = bars
         give_logging_back()
         gc.unfreeze()
         if variable is None:

@@ -16,6 +16,7 @@ from ..model.experts import expert_stacks
 from ..planning.refusals import experts_problems, wants_loftq, without_loftq
 from ..quantizing.state import ModelState
 from ..records import Adapter
+from ..registry.blame import blamed
 from . import loftq
 from .injecting import all_or_nothing, injected
 from .targets import (
@@ -78,7 +79,7 @@ def attach_adapter(
         except (QuantadaptError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever it is, it is one of these options that brought it up
-            raise PlanRefused([_refusal(error)]) from error
+            raise blamed(error) or PlanRefused([_refusal(error)]) from error
         if wants_loftq(options):
             loftq.initialize(tuned, state, options)  # type: ignore[arg-type]
     # PiSSA and LoftQ put new values into the base's layers.
@@ -127,7 +128,7 @@ def _try_without_values(model: nn.Module, config: Any) -> None:
         raise
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         if "meta" not in str(error):  # else it wants values, too
-            raise PlanRefused([_refusal(error)]) from error
+            raise blamed(error) or PlanRefused([_refusal(error)]) from error
     except Exception:  # of a method that does not work without values
         return
 
@@ -184,7 +185,7 @@ def peft_config(
     try:
         config = made_config(adapter, without_loftq(values) if wants_loftq(values) else values)
     except (ValueError, TypeError, ImportError, AttributeError) as error:
-        raise PlanRefused([*problems, _refusal(error)]) from error
+        raise blamed(error) or PlanRefused([*problems, _refusal(error)]) from error
     if config.target_modules is not None:  # type: ignore[attr-defined]
         start, own = values.get("init_lora_weights"), bool(adapter.method)
         problems += adapted_problems(model, config, layers, start=start, own_method=own)

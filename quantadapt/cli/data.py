@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import PlanRefused
+from ..errors import DataError, PlanRefused, Problem, SpecError
 from ..remote_code import code_problems, trusting
 from .commands import add
 from .flags import JsonOption, TrustOption
 from .session import Session, session
 
 if TYPE_CHECKING:
+    from ..data.reading import Shown
     from ..data.report import DataReport
     from ..spec import DataSpec
 
-_Shown = list[tuple[str, list[int], list[int]]]
+_OPTIONS = {"format": "--format", "max_length": "--max-length", "path": "FILE"}
+"""Keys of a spec's data -> what this command calls them."""
 
 
 def register(app: typer.Typer, name: str) -> None:
@@ -63,10 +68,11 @@ def data(
         from .. import demo
         from .models import waiting
 
-        spec = _spec(file, max_length, format, column or [])
+        with _as_options():
+            spec = _spec(file, max_length, format, column or [])
         if problems := code_problems(model or ""):
             raise PlanRefused(problems)
-        with waiting(shown, "reading"):
+        with waiting(shown, "reading"), _as_options():
             from ..data.reading import look
             from ..quantizing.stage import load_tokenizer
 
@@ -75,11 +81,11 @@ def data(
         if json:
             shown.print_json(_document(found, report, tokenizer))
             return
-        for where, ids, mask in found:
-            _print_example(shown, where, ids, mask, tokenizer)
+        for example in found:
+            _print_example(shown, example, tokenizer)
         for words in report.words():
             shown.out.print(words, markup=False, soft_wrap=True)
-        for words in report.warnings():
+        for words in _warnings(report):
             shown.err.print(f"warning: {words}", markup=False, soft_wrap=True, style="bold yellow")
 
 
@@ -91,27 +97,66 @@ def _spec(file: str, max_length: int, format: str | None, columns: list[str]) ->
     return Spec(data=values).data
 
 
-def _document(found: _Shown, report: DataReport, tokenizer: Any) -> dict[str, Any]:
+@contextmanager
+def _as_options() -> Iterator[None]:
+    """Let errors name the options of this command, not the keys of a spec."""
+    try:
+        yield
+    except (DataError, SpecError) as error:
+        said = [
+            Problem(in_options(p.what), in_options(p.fix), in_options(p.where))
+            for p in error.problems
+        ]
+        if isinstance(error, SpecError):
+            raise SpecError(said) from error
+        raise DataError(said[0].what, fix=said[0].fix, where=said[0].where) from error
+
+
+def in_options(text: str) -> str:
+    """Return what is said of a spec's data in the words of this command, e.g. `--column prompt=q`
+    for `data.columns: {prompt: q}`."""
+
+    def options(found: re.Match[str]) -> str:
+        pairs = (pair.split(": ") for pair in found[2].split(", "))
+        named = " ".join(f"--column {ours}={yours}" for ours, yours in pairs)
+        return f"--column, e.g. {named}" if found[1] else named
+
+    text = re.sub(r"data\.columns(?:: |(, e\.g\. ))\{([^{}]*)\}", options, text)
+    text = re.sub(r"data\.columns\.(\w+)", r"--column \1", text.replace("data.columns", "--column"))
+    for key, option in _OPTIONS.items():
+        text = re.sub(rf"\bdata\.{key}\b:?", option, text)
+    return text
+
+
+def _warnings(report: DataReport) -> list[str]:
+    length = f"--max-length is {report.max_length}"
+    return [f"{text}; {length}" for _, text in report.warnings()]
+
+
+def _document(found: list[Shown], report: DataReport, tokenizer: Any) -> dict[str, Any]:
     examples = [
         {
             "where": where,
             "tokens": [tokenizer.decode([token]) for token in ids],
             "input_ids": ids,
             "completion_mask": mask,
+            "cut": cut,
         }
-        for where, ids, mask in found
+        for where, ids, mask, cut in found
     ]
-    return {"examples": examples, **report.to_dict(), "warnings": report.warnings()}
+    return {"examples": examples, **report.to_dict(), "warnings": _warnings(report)}
 
 
-def _print_example(
-    shown: Session, where: str, ids: list[int], mask: list[int], tokenizer: Any
-) -> None:
-    """Print the text of an example in stretches that are learnt and stretches that are not."""
+def _print_example(shown: Session, example: Shown, tokenizer: Any) -> None:
+    """Print the text of an example in stretches that are learnt and stretches that are not, and
+    what is cut off behind it."""
     from rich.text import Text
 
-    head = f"{where}   {len(ids):,} tokens, {sum(mask):,} of them learnt"
-    shown.out.print(Text(head, style="bold"), soft_wrap=True)
+    where, ids, mask, cut = example
+    whole = f"{len(ids):,} of {len(ids) + cut:,} tokens" if cut else f"{len(ids):,} tokens"
+    shown.out.print(
+        Text(f"{where}   {whole}, {sum(mask):,} of them learnt", style="bold"), soft_wrap=True
+    )
     for learnt, stretch in groupby(zip(ids, mask, strict=True), key=lambda pair: bool(pair[1])):
         text = tokenizer.decode([token for token, _ in stretch])
         for index, line in enumerate(text.split("\n")):
@@ -119,4 +164,6 @@ def _print_example(
             style = "green" if learnt else "dim"
             printed = Text(f"  {label:<6} | ", style="dim") + Text(line, style=style)
             shown.out.print(printed, soft_wrap=True)
+    if cut:
+        shown.out.print(Text(f"  cut    | {cut:,} more tokens", style="yellow"), soft_wrap=True)
     shown.out.print()

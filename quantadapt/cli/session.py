@@ -207,11 +207,12 @@ def report_failure(
 
 def _report(shown: Session, error: BaseException) -> int:
     from ..errors import PluginError, QuantadaptError
+    from ..registry.blame import blamed
 
     if isinstance(error, UnicodeDecodeError) and (torn := _torn()):
         error = PluginError(f"{torn}, which torch and others read", fix="install that again")
     elif not isinstance(error, KeyboardInterrupt | QuantadaptError):
-        error = _blamed(error) or error
+        error = blamed(error) or error
     expected = isinstance(error, KeyboardInterrupt | QuantadaptError)
     if not expected or error.__cause__ is not None:
         shown.quiet.write_log("".join(traceback.format_exception(error)))
@@ -226,25 +227,6 @@ def _torn() -> str:
     from ..registry.discovery import torn_distributions
 
     return next((f"{torn.provenance}: {torn.reason}" for torn in torn_distributions()), "")
-
-
-def _blamed(error: BaseException) -> BaseException | None:
-    """Return an error that names the plugin in whose code this one arose, if it is not our own."""
-    from ..errors import PluginError
-    from ..registry.discovery import registry
-
-    plugins = {plugin.module.partition(".")[0]: plugin for plugin in registry().plugins.values()}
-    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package == "quantadapt":
-            return None
-        if package in plugins and plugins[package].distribution != "quantadapt":
-            what = f"it failed: {type(error).__name__}: {error}"
-            fix = f"tell its authors ({plugins[package]}): {frame.f_code.co_filename}:{line}"
-            blamed = PluginError(what, fix=fix, where=f"plugin {plugins[package].plugin}")
-            blamed.__cause__ = error
-            return blamed
-    return None
 
 
 def _error_document(error: BaseException, code: int) -> dict[str, Any]:

@@ -9,18 +9,19 @@ the same way. What was cut, dropped or not used is counted on the way (`report`)
 from __future__ import annotations
 
 import random
+import shlex
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import DataError, DataWarning
 from ..spec import DataSpec
 from .files import Row
 from .formats import Example, examples
 from .pieces import Pieces
-from .report import DataReport
+from .report import DataReport, source_of
 from .segments import segments
 from .sources import local_files, read, read_source
 from .tokens import Prompt, encode_prompt, prompt_and_completion, token_ids, tokenize
@@ -187,24 +188,35 @@ def load_everything(
     return _read(rows, _like(like, rows, max_length), tokenizer)[1]
 
 
+class Shown(NamedTuple):
+    """An example as the model sees it: token ids, 1 where one is learnt, and how many tokens were
+    cut off behind them."""
+
+    where: str
+    ids: list[int]
+    mask: list[int]
+    cut: int
+
+
 def look(
     spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int
-) -> tuple[list[tuple[str, list[int], list[int]]], DataReport]:
+) -> tuple[list[Shown], DataReport]:
     """Read all that `spec` names, unsplit.
 
     Returns:
-        (where, token ids, mask) of the first `limit` examples that are used, and the report.
+        The first `limit` examples that are used, and the report.
 
     Raises:
         DataError: as `load_data`.
     """
-    report = DataReport(spec.max_length)
-    shown = list[tuple[str, list[int], list[int]]]()
+    report, length = DataReport(spec.max_length), spec.max_length
+    shown = list[Shown]()
     for rows, held_out in zip(read(spec), (False, True), strict=True):
         found = islice(examples(rows, spec, report), spec.max_examples)
         for example, ids, mask in _tokenized(found, tokenizer, report, held_out=held_out):
             if len(shown) < limit:
-                shown.append((example.where, ids, mask))
+                cut = max(0, len(ids) - length)
+                shown.append(Shown(example.where, ids[:length], mask[:length], cut))
     return shown, report
 
 
@@ -249,8 +261,10 @@ def _read(
 
 
 def _warn(report: DataReport) -> None:
-    for text in report.warnings():
-        warnings.warn(text, DataWarning, stacklevel=4)
+    for file, text in report.warnings():
+        fix = f"See them with `quantadapt data {shlex.quote(source_of(file))}`"
+        length = f"data.max_length is {report.max_length}"
+        warnings.warn(f"{text}. {fix}; {length}", DataWarning, stacklevel=4)
 
 
 def _split(found: list[Example], spec: DataSpec, seed: int) -> tuple[list[Example], list[Example]]:
@@ -297,7 +311,8 @@ def _tokenized(
     *,
     held_out: bool,
 ) -> Iterator[tuple[Example, list[int], list[int]]]:
-    """Yield each example with its token ids and mask, and count what is kept, cut and dropped."""
+    """Yield each example that is used with all its token ids and mask, and count what is kept,
+    cut and dropped."""
     found, limit = iter(found), report.max_length
     while batch := [*islice(found, _BATCH)]:
         texts = []
@@ -311,7 +326,7 @@ def _tokenized(
             counts = report.of(example.file)
             if any(mask[1:limit]):
                 counts.keep(mask, limit, held_out=held_out)
-                yield example, ids[:limit], mask[:limit]
+                yield example, ids, mask
             elif any(mask[1:]):
                 counts.dropped[f"with nothing to learn within {limit} tokens"] += 1
             else:
@@ -333,8 +348,8 @@ def _dataset(
 
     all_ids, masks, more = [], [], []
     for example, ids, mask in _tokenized(found, tokenizer, report, held_out=held_out):
-        all_ids.append(numpy.asarray(ids, dtype=numpy.int32))
-        masks.append(numpy.asarray(mask, dtype=numpy.int8))
+        all_ids.append(numpy.asarray(ids[: report.max_length], dtype=numpy.int32))
+        masks.append(numpy.asarray(mask[: report.max_length], dtype=numpy.int8))
         more.append(columns(example))
     if not all_ids:
         reasons = "; ".join(text for f in report.files for text in f.losses(report.max_length))

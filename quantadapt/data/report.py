@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,7 +84,7 @@ class FileReport:
         return found
 
 
-def _source(file: str) -> str:
+def source_of(file: str) -> str:
     """Return the hub id without its split; a path as it is."""
     return file.rpartition("[")[0] if file.endswith("]") else file
 
@@ -112,12 +111,15 @@ class DataReport:
             for f in self.files
         ]
 
-    def warnings(self) -> list[str]:
-        """Return a sentence for each file that lost more than `LOUD` of its examples."""
+    def warnings(self) -> list[tuple[str, str]]:
+        """Return (file, what is lost, in words) for each that lost more than `LOUD` of its
+        examples."""
         return [
-            f"{f.harmed:.0%} of the examples in {f.file} are cut or dropped: "
-            f"{', '.join(f.losses(self.max_length))}. See them with `quantadapt data "
-            f"{shlex.quote(_source(f.file))}`; data.max_length is {self.max_length}"
+            (
+                f.file,
+                f"{f.harmed:.0%} of the examples in {f.file} are cut or dropped: "
+                f"{', '.join(f.losses(self.max_length))}",
+            )
             for f in self.files
             if f.harmed > LOUD
         ]

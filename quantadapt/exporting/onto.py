@@ -26,6 +26,7 @@ from ..planning.on_disk import check_model
 from ..planning.refusals import onto_refusals
 from ..protocols import Exporter, Figure
 from ..records import Adapter, Backend
+from ..registry.blame import blaming_plugins
 from ..registry.discovery import registry
 from ..remote_code import trusting
 from ..stages import held_out_data
@@ -101,6 +102,7 @@ class OntoBase(Exporter):
 
 
 @in_turn
+@blaming_plugins
 def merge_onto(
     adapter: str | Path | PeftModel,
     base: str,

@@ -22,6 +22,7 @@ from ..paths import is_local_path, path_problem
 from ..planning.on_disk import quantization_of
 from ..protocols import Exporter, Figure
 from ..quantizing.state import ModelState, state_of
+from ..registry.blame import blaming_plugins
 from ..registry.discovery import registry
 from ..remote_code import trusted, trusting
 from ..showing.quietly import quiet
@@ -42,6 +43,7 @@ class BaseMismatchWarning(UserWarning):
 
 
 @in_turn
+@blaming_plugins
 def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, base: bool = True) -> Path:
     """Save the adapter to `path/adapter`, or, without one, the quantized base to `path`.
 
@@ -174,6 +176,7 @@ class AdapterFolder(Exporter):
 
 
 @in_turn
+@blaming_plugins
 @quiet
 def load(
     path: str | Path,

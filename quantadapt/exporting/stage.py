@@ -24,6 +24,7 @@ from ..protocols import Exporter, Figure
 from ..quantizing.examples import examples_from
 from ..quantizing.stage import blaming
 from ..quantizing.state import ModelState, state_of
+from ..registry.blame import blaming_plugins
 from ..showing.quietly import quiet
 from ..stages import held_out_data
 from .manifest import MANIFEST, MERGED, write_manifest
@@ -252,6 +253,7 @@ def merge_words(figures: Mapping[str, Figure]) -> str:
 
 
 @in_turn
+@blaming_plugins
 @quiet
 def merge(
     model: PeftModel,

@@ -19,6 +19,7 @@ from ..machine import Machine, this_machine
 from ..memory.workload import GIB
 from ..protocols import Evaluator, Quantizer, Task
 from ..records import Adapter, Backend, Evaluation, Objective, as_call
+from ..registry.blame import blaming_plugins
 from ..registry.discovery import Registry, registry
 from ..remote_code import as_the_spec_says
 from ..spec import Spec
@@ -188,6 +189,7 @@ class Plan:
 
 
 @as_the_spec_says
+@blaming_plugins
 def plan(
     spec: Spec,
     *,

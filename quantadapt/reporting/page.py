@@ -6,6 +6,7 @@ Everything goes through `el`, which escapes all text; nothing else makes HTML.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from .html import (
     section,
 )
 from .run import Measured, Run, items, measured, number, part, text
-from .words import count, duration, headline, lede, mebibytes, percent, short
+from .words import count, counted, duration, headline, lede, mebibytes, percent, short
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -134,7 +135,10 @@ def _others(figures: Sequence[Measured]) -> Html:
         above, beside = told_apart(figure.unit)
         name = ", ".join(filter(None, (figure.name, above, direction(figure.better))))
         values = [figure.values.get(model) for model in models]
-        cells = ["" if value is None else with_unit(value, beside, short) for value in values]
+        cells = [
+            "" if value is None else with_unit(counted(value, figure.better), beside, short)
+            for value in values
+        ]
         rows.append([name, *cells])
     return numbers_table(["", *models], rows) if models else Html()
 
@@ -265,19 +269,23 @@ def _exports(run: Run) -> Html:
 
 
 def _export(name: str, export: Mapping[str, Any]) -> Html:
-    state = text(export, "state")
-    verdict = el("p", el("strong", name), ": ", text(export, "words"), class_=f"verdict {state}")
+    state, words = text(export, "state"), text(export, "words")
+    verdict = el("p", el("strong", name), ": ", words, class_=f"verdict {state}")
     figures = part(export, "figures")
+    told = re.search(r"\d", words.replace(text(export, "folder"), ""))  # by the words already
     shown = [
-        (_figure(value, text(part(figures, key), "unit")), key.replace("_", " "))
+        (_figure(value, part(figures, key)), key.replace("_", " "))
         for key in figures
-        if (value := number(figures, key, "value")) is not None
+        if not told and (value := number(figures, key, "value")) is not None
     ]
     return el("div", verdict, figures_list(shown), *map(_refusal, items(export, "refusals")))
 
 
-def _figure(value: float, unit: str) -> str:
-    return percent(value) if unit == "share" else f"{short(value)} {unit}".strip()
+def _figure(value: float, figure: Mapping[str, Any]) -> str:
+    unit = text(figure, "unit")
+    if unit == "share":
+        return percent(value)
+    return f"{short(counted(value, text(figure, 'better')))} {unit}".strip()
 
 
 def _refusal(refusal: Mapping[str, Any]) -> Html:

@@ -9,12 +9,19 @@ from .run import Measured, Run, measured, number, part, text
 
 
 def short(value: float) -> str:
-    """Return three significant digits, e.g. 3.12, 41.2, 1,234."""
+    """Return three significant digits, e.g. 3.12, 41.2, 1,230; of an int, a count, all."""
+    if isinstance(value, int) and abs(value) < 1e7:
+        return f"{value:,}"
     if value and (abs(value) >= 1e7 or abs(value) < 1e-3):
         return f"{value:.2e}"
     digits = 2 - math.floor(math.log10(abs(value))) if value else 0
     rounded = round(value, digits)
     return f"{rounded:,.{min(max(digits, 0), 4)}f}"
+
+
+def counted(value: float, better: str) -> float:
+    """Return a figure of which neither more nor less is better as the count that it seems to be."""
+    return int(value) if not better and value == round(value) else value
 
 
 def percent(share: float) -> str:

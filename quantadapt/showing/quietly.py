@@ -50,8 +50,10 @@ def quietly() -> Iterator[None]:
     # Its own function would switch the hub's off as well, which show how a download gets on.
     of_transformers._tqdm_active = False
     datasets.disable_progress_bars()
+    errors = _Errors()
     for name, level in before.items():
         logging.getLogger(name).setLevel(max(level, logging.ERROR))
+        logging.getLogger(name).addFilter(errors)
     try:
         with warnings.catch_warnings():
             if names:
@@ -62,9 +64,17 @@ def quietly() -> Iterator[None]:
     finally:
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)
+            logging.getLogger(name).removeFilter(errors)
         of_transformers._tqdm_active = bars
         if reading:
             datasets.enable_progress_bars()
+
+
+class _Errors(logging.Filter):
+    """Lets errors pass, also where a library sets its logger's level while it is imported."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
 
 
 def quiet(function: Callable[P, R]) -> Callable[P, R]:
@@ -79,7 +89,9 @@ def quiet(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _of_backends() -> set[str]:
-    """Return the top-level modules that the installed backends import."""
+    """Return the top-level modules that the installed backends import, and what the loggers of
+    some are called: auto_round's is `autoround`."""
     from ..registry.discovery import registry
 
-    return {name.partition(".")[0] for b in registry().backends() for name in b.imports}
+    names = {name.partition(".")[0] for b in registry().backends() for name in b.imports}
+    return names | {name.replace("_", "") for name in names}
