@@ -14,6 +14,10 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
+# Forked from a process that has imported torch and trl; CUDA does not survive a fork.
+START = "spawn" if torch.cuda.is_available() else "forkserver"
+multiprocessing.set_forkserver_preload(["trl.trainer.sft_trainer", "quantadapt"])
+
 wants_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants two GPUs")
 """NCCL wants one for each process."""
 
@@ -23,15 +27,16 @@ def in_processes(count: int, function: Callable[..., Any], folder: Path, *args: 
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    multiprocessing.spawn(_work, (count, port, folder, function, args), nprocs=count)
+    launched = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    given = ({**os.environ, **launched}, folder, function, args)
+    multiprocessing.start_processes(_work, given, nprocs=count, start_method=START)
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(count)]
 
 
 def _work(
-    rank: int, count: int, port: int, folder: Path, function: Callable[..., Any], args: Any
+    rank: int, given: dict[str, str], folder: Path, function: Callable[..., Any], args: Any
 ) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(given, RANK=str(rank), LOCAL_RANK=str(rank))
     from quantadapt.distributed import stop
 
     made = function(*args)

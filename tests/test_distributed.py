@@ -19,6 +19,7 @@ from torch.distributed import ReduceOp
 import quantadapt as qa
 from quantadapt.distributed import PeerLost, World, as_launched, talking, world
 from quantadapt.spec import Spec
+from quantadapt.testing.small_demo import small_model
 
 STEPS = 4
 DEVICES = [
@@ -31,10 +32,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {"lora": {"r": 4}, "adalora": {"init_r": 6
 def train(
     adapter: str, parallel: str, batch: int, output: Path, device: str, **options: Any
 ) -> dict[str, Any]:
-    """Train on the demo's data; return what the run logged, and the adapter's weights."""
+    """Train the model beside `output`; return what the run logged, and the adapter's weights."""
     from quantadapt.sharding import shard
 
-    base = qa.quantize(None, "bnb-nf4", device=device, dtype="float32")
+    base = qa.quantize(str(output.parent / "model"), "bnb-nf4", device=device, dtype="float32")
     if parallel == "fsdp":
         shard(base)
     model = qa.attach(base, adapter, **ADAPTERS[adapter])
@@ -107,7 +108,9 @@ def device(request) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, device) -> Path:
-    return tmp_path_factory.mktemp(device)
+    folder = tmp_path_factory.mktemp(device)
+    shutil.copytree(small_model(), folder / "model")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +186,7 @@ def train_alone(output: Path) -> tuple[int, int]:
 
 
 def test_a_launcher_of_one_process_changes_nothing(tmp_path) -> None:
+    shutil.copytree(small_model(), tmp_path / "model")
     assert in_processes(1, train_alone, tmp_path, tmp_path / "run") == [(STEPS, 0)]
 
 
@@ -216,6 +220,7 @@ def run(folder: Path, *arguments: str, **variables: str) -> subprocess.Completed
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DEVICES)
 def test_a_process_that_dies_stops_the_others(tmp_path, kind) -> None:
     (tmp_path / "unlucky.py").write_text(PLUGIN, encoding="utf-8")
