@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -33,9 +35,24 @@ from quantadapt.spec import Spec
 from quantadapt.testing.small_demo import small_model
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+@pytest.fixture(scope="module", params=["untied", "tied"])
 def base(request, tmp_path_factory) -> str:
-    return llama(tmp_path_factory.mktemp("base"), tied=request.param)
+    return llama(tmp_path_factory.mktemp("base"), tied=request.param == "tied")
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory) -> str:
+    """For what has nothing to do with ties."""
+    return llama(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+def on_bases(name: str, cases: Iterable[Any], tied: Iterable[Any]) -> pytest.MarkDecorator:
+    """Every case on an untied base; on a tied one as well those that a tie may change."""
+    pairs = [("untied", case) for case in cases] + [("tied", case) for case in tied]
+    return pytest.mark.parametrize(("base", name), pairs, indirect=["base"])
+
+
+TIES = [name for name in ADAPTERS if {"head", "embedding", "both", "tokens"} & {*name.split("-")}]
 
 
 def tied_in_config(folder) -> bool:
@@ -49,7 +66,7 @@ def merged(model, kind, base, folder) -> None:
         qa.merge(model, folder, kind=kind, data=HELD_OUT)
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@on_bases("adapter", ADAPTERS, TIES)
 def test_dense(base, adapter, tmp_path) -> None:
     model = tuned(base, "hqq", **ADAPTERS[adapter])
     expected = logits(model)
@@ -62,14 +79,14 @@ def test_dense(base, adapter, tmp_path) -> None:
     assert tied_in_config(tmp_path / "merged") == shared
 
 
-@pytest.mark.parametrize("adapter", ["tokens", "tokens-named", "whole-linear", "biases", "head"])
+@on_bases("adapter", ["tokens-named", "whole-linear", "biases", "head"], ["tokens", "head"])
 def test_quantized_again(base, adapter, tmp_path) -> None:
     model = tuned(base, "hqq", **ADAPTERS[adapter])
     qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT)
     assert relative(logits(qa.load(tmp_path / "merged")), logits(model)) < 0.02
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@on_bases("adapter", ADAPTERS, TIES)
 def test_onto_the_base(base, adapter, tmp_path) -> None:
     saved = qa.save(tuned(base, **ADAPTERS[adapter]), tmp_path)
     found = qa.merge_onto(saved, base, tmp_path, data=HELD_OUT)
@@ -212,7 +229,7 @@ def test_two_active_adapters_and_one_that_is_not(base, tmp_path) -> None:
 # Starts that rewrite the base --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "gaussian", "orthogonal"])
+@on_bases("start", ["pissa", "olora", "orthogonal"], ["pissa_niter_4", "gaussian"])
 @pytest.mark.parametrize("backend", ["none", "hqq"])
 def test_starts_are_merged_into_their_own_base(base, backend, start, tmp_path) -> None:
     """Live, and from the files of a run."""
@@ -225,7 +242,7 @@ def test_starts_are_merged_into_their_own_base(base, backend, start, tmp_path) -
         assert relative(logits(stock(tmp_path / "merged")), expected) < 1e-5
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora", "gaussian", "orthogonal", False])
+@on_bases("start", ["pissa", "gaussian", False], ["olora", "orthogonal"])
 def test_starts_that_are_found_again_are_merged_onto_the_base(base, start, tmp_path) -> None:
     model = tuned(base, r=4, init_lora_weights=start)
     saved = qa.save(model, tmp_path)
@@ -237,43 +254,43 @@ def test_starts_that_are_found_again_are_merged_onto_the_base(base, start, tmp_p
 
 @pytest.mark.parametrize("adapter", ["lora", "dora", "rslora", "pissa"])
 @pytest.mark.parametrize("start", ["pissa_niter_4", "pissa_niter_16", "corda", "lora_ga"])
-def test_starts_that_are_not_found_again_are_refused(base, adapter, start, tmp_path) -> None:
+def test_starts_that_are_not_found_again_are_refused(untied, adapter, start, tmp_path) -> None:
     spec = {"name": adapter, "init_lora_weights": start}
-    onto = {"name": "onto-base", "base": base}
+    onto = {"name": "onto-base", "base": untied}
     planned = qa.Spec(
-        model=base, backend="none", adapter=spec, output=str(tmp_path), export={"formats": [onto]}
+        model=untied, backend="none", adapter=spec, output=str(tmp_path), export={"formats": [onto]}
     )
     with pytest.raises(PlanRefused, match="random-start-onto"):
         qa.plan(planned)
 
 
-def test_a_random_start_of_a_saved_adapter_is_refused(base, tmp_path) -> None:
-    saved = qa.save(tuned(base, r=4, init_lora_weights="pissa_niter_4"), tmp_path)
+def test_a_random_start_of_a_saved_adapter_is_refused(untied, tmp_path) -> None:
+    saved = qa.save(tuned(untied, r=4, init_lora_weights="pissa_niter_4"), tmp_path)
     with pytest.raises(MergeRefused, match="random-start-onto"):
-        qa.merge_onto(saved, base, tmp_path, data=HELD_OUT)
+        qa.merge_onto(saved, untied, tmp_path, data=HELD_OUT)
     assert not (tmp_path / "merged").exists()
 
 
 # Memory ------------------------------------------------------------------------------------------
 
 
-def test_each_layer_is_made_dense_once(base, monkeypatch) -> None:
+def test_each_layer_is_made_dense_once(untied, monkeypatch) -> None:
     from quantadapt.exporting.merging import merged_model
 
-    model, calls = tuned(base, "hqq", target_modules=["q_proj", "down_proj"]), []
+    model, calls = tuned(untied, "hqq", target_modules=["q_proj", "down_proj"]), []
     make = QuantLinear.dense
     monkeypatch.setattr(QuantLinear, "dense", lambda self: calls.append(self) or make(self))
     merged_model(model, "dense")
     assert len(calls) == len(set(calls)) == 14
 
 
-def test_the_adapter_is_there_when_its_base_cannot_be_saved(base, tmp_path, monkeypatch) -> None:
+def test_the_adapter_is_there_when_its_base_cannot_be_saved(untied, tmp_path, monkeypatch) -> None:
     from quantadapt.exporting import saving
 
     def full(*args, **kwargs) -> None:
         raise OSError("no space")
 
-    model = tuned(base, "hqq", "pissa", r=4)
+    model = tuned(untied, "hqq", "pissa", r=4)
     monkeypatch.setattr(saving, "save_base", full)
     with pytest.raises(OSError, match="no space"):
         qa.save(model, tmp_path)
@@ -316,19 +333,20 @@ def other_row(name, row):
     return changed
 
 
-@pytest.mark.parametrize(
-    ("change", "what"),
-    [
-        (without("layers.1.mlp.down_proj.weight"), r"layers\.1\.mlp\.down_proj.weight"),
-        (without("k_proj.bias"), r"model\.layers\.0\.self_attn\.k_proj.bias"),
-        (scaled("layers.1.mlp.down_proj.weight"), "down_proj.weight off by"),
-        (scaled("embed_tokens.weight"), "embed_tokens.weight"),
-        (other_row("embed_tokens.weight", 2000), "embed_tokens.weight off by"),
-    ],
-)
+DAMAGES = {
+    "lost": (without("layers.1.mlp.down_proj.weight"), r"layers\.1\.mlp\.down_proj.weight"),
+    "lost-bias": (without("k_proj.bias"), r"model\.layers\.0\.self_attn\.k_proj.bias"),
+    "scaled": (scaled("layers.1.mlp.down_proj.weight"), "down_proj.weight off by"),
+    "scaled-embedding": (scaled("embed_tokens.weight"), "embed_tokens.weight"),
+    "unused-row": (other_row("embed_tokens.weight", 2000), "embed_tokens.weight off by"),
+}
+
+
+@on_bases("damage", DAMAGES, ["scaled-embedding"])
 @pytest.mark.parametrize("kind", ["dense", "requantize", "onto"])
-def test_damaged_files_are_no_success(base, tmp_path, monkeypatch, kind, change, what) -> None:
+def test_damaged_files_are_no_success(base, tmp_path, monkeypatch, kind, damage) -> None:
     model = tuned(base, target_modules=["q_proj"])
+    change, what = DAMAGES[damage]
     (tmp_path / "merged").mkdir()
     damaged(monkeypatch, change)
     with pytest.raises(ModelError, match=what):
@@ -337,20 +355,20 @@ def test_damaged_files_are_no_success(base, tmp_path, monkeypatch, kind, change,
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
-def test_an_adapter_that_is_lost_is_no_success(base, tmp_path, monkeypatch) -> None:
+def test_an_adapter_that_is_lost_is_no_success(untied, tmp_path, monkeypatch) -> None:
     """Of a merge that merges nothing the files are as meant; the answers show it."""
     from peft.tuners.lora import Linear
 
-    model = tuned(base)
+    model = tuned(untied)
     monkeypatch.setattr(Linear, "merge", lambda self, **kwargs: None)
     for kind in ("dense", "onto"):
         with pytest.raises(ModelError, match="does not answer as the adapter"):
-            merged(model, kind, base, tmp_path)
+            merged(model, kind, untied, tmp_path)
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_adapter_without_numbers_is_no_success(base, tmp_path) -> None:
-    model = tuned(base, modules_to_save=["norm"], target_modules=["q_proj"])
+def test_an_adapter_without_numbers_is_no_success(untied, tmp_path) -> None:
+    model = tuned(untied, modules_to_save=["norm"], target_modules=["q_proj"])
     for name, parameter in model.named_parameters():
         if "norm.modules_to_save" in name:
             parameter.data.fill_(float("nan"))
@@ -360,19 +378,19 @@ def test_an_adapter_without_numbers_is_no_success(base, tmp_path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
-def test_keys_that_the_base_has_no_place_for_are_named(base, tmp_path) -> None:
+def test_keys_that_the_base_has_no_place_for_are_named(untied, tmp_path) -> None:
     from safetensors.torch import load_file, save_file
 
-    saved = qa.save(tuned(base), tmp_path)
+    saved = qa.save(tuned(untied), tmp_path)
     file = saved / "adapter_model.safetensors"
     key = "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"
     save_file(load_file(file) | {key: torch.zeros(2, 2)}, file)
     with pytest.raises(ModelError, match=r"no place for: .*layers\.9"):
-        qa.merge_onto(saved, base, tmp_path, data=HELD_OUT)
+        qa.merge_onto(saved, untied, tmp_path, data=HELD_OUT)
     kept = {k: v for k, v in load_file(file).items() if "layers.1" not in k and k != key}
     save_file(kept, file)
     with pytest.raises(ModelError, match="lacks what its config says"):
-        qa.merge_onto(saved, base, tmp_path, data=HELD_OUT)
+        qa.merge_onto(saved, untied, tmp_path, data=HELD_OUT)
     assert not (tmp_path / "merged").exists()
 
 
