@@ -5,6 +5,7 @@ What is run here asks no vendor to work; test_verify runs the whole suite throug
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -13,11 +14,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from quantadapt import __version__
-from quantadapt.testing.plugin import Results
+from quantadapt.testing.asked import Asked
+from quantadapt.testing.plugin import Results, pytest_addoption
 
 PYARGS = ("--pyargs", "quantadapt.testing")
 SECTION = f"not verified here (conformance suite of quantadapt {__version__})"
@@ -105,10 +108,21 @@ def test_other_runs_do_not_notice_it(run):
         ("--backend none --dtype float64", "'float64' is not possible"),
     ],
 )
-def test_mistakes_are_usage_errors(run, arguments: str, message: str):
-    done = run(*PYARGS, *arguments.split())
+def test_mistakes_are_usage_errors(arguments: str, message: str):
+    options = argparse.ArgumentParser()
+    group = SimpleNamespace(addoption=options.add_argument)
+    called = SimpleNamespace(invocation_params=SimpleNamespace(args=PYARGS))
+    pytest_addoption(
+        SimpleNamespace(getgroup=lambda *_: group), SimpleNamespace(get_plugin=lambda _: called)
+    )
+    with pytest.raises(pytest.UsageError, match=re.escape(message)):
+        Asked(SimpleNamespace(option=options.parse_args(arguments.split())))
+
+
+def test_a_mistake_ends_pytest_without_a_traceback(run):
+    done = run(*PYARGS, "--backend", "hqw")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert message in done.stderr
+    assert "no backend is called 'hqw'\n    fix: did you mean 'hqq'?" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
 
 
