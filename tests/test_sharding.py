@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from quantadapt.registry import registry
 from quantadapt.spec import Spec
 
 IDS = torch.arange(24).reshape(2, 12)
-BACKENDS = sorted(
+FEW = ("bnb-nf4", "hqq", "none", "torchao-int8")
+"""Each keeps its tensors in another way."""
+OTHERS = sorted(
     record.name
     for record in registry().backends()
-    if "cpu" in record.devices and not missing_requirements(record)
+    if "cpu" in record.devices and record.name not in FEW and not missing_requirements(record)
 )
 
 
@@ -66,7 +69,7 @@ def held(model: Any) -> int:
     return sum(storages.values()) + sum(shares)
 
 
-def every_backend(tiny: str) -> dict[str, Any]:
+def computed(tiny: str, backends: Sequence[str]) -> dict[str, Any]:
     import quantadapt as qa
     from quantadapt.distributed import start
     from quantadapt.facade import facades
@@ -74,7 +77,7 @@ def every_backend(tiny: str) -> dict[str, Any]:
 
     data = [{"input_ids": torch.arange(64).reshape(1, 64) + i} for i in range(4)]
     models = {}
-    for name in BACKENDS:  # before the processes meet: some vendors would calibrate together
+    for name in backends:  # before the processes meet: some vendors would calibrate together
         record = registry().backend(name)
         models[name] = qa.quantize(tiny, name, calibration=data if record.calibration else None)
     found = {}
@@ -90,16 +93,35 @@ def every_backend(tiny: str) -> dict[str, Any]:
             "read": torch.equal(read, weight),
             "share": held(model) / size,
         }
-    return found | {"loaded": load_sharded(tiny)}
+    return found
+
+
+def few(tiny: str) -> dict[str, Any]:
+    return computed(tiny, FEW) | {"loaded": load_sharded(tiny)}
 
 
 @pytest.fixture(scope="module")
 def sharded(tiny, tmp_path_factory) -> list[dict[str, Any]]:
-    return in_processes(2, every_backend, tmp_path_factory.mktemp("sharded"), tiny)
+    return in_processes(2, few, tmp_path_factory.mktemp("sharded"), tiny)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.fixture(scope="module")
+def sharded_others(tiny, tmp_path_factory) -> list[dict[str, Any]]:
+    return in_processes(2, computed, tmp_path_factory.mktemp("others"), tiny, OTHERS)
+
+
+@pytest.mark.parametrize("backend", FEW)
 def test_a_sharded_base_computes_the_same(sharded, backend) -> None:
+    assert_the_same(sharded, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", OTHERS)
+def test_other_backends_compute_the_same(sharded_others, backend) -> None:
+    assert_the_same(sharded_others, backend)
+
+
+def assert_the_same(sharded: list[dict[str, Any]], backend: str) -> None:
     for found in sharded:
         assert found[backend]["equal"] == [True] * 4
         assert found[backend]["read"]
