@@ -325,13 +325,13 @@ JUNK: list[object] = [None, {}, [], "text", [None, 3], 0, -1.0, 1e300, 1e-300, f
 @pytest.mark.parametrize("path", [path for path in paths(METRICS) if path], ids=".".join)
 def test_no_value_breaks_the_page(path: tuple[str, ...]) -> None:
     for junk in JUNK:
-        Page(render(run(metrics=replaced(METRICS, path, junk))))
+        Page(render(run(metrics=replaced(METRICS, path, junk), log=LOG[:2])))
 
 
 @pytest.mark.parametrize("path", [path for path in paths(PLAN) if path], ids=".".join)
 def test_no_plan_breaks_the_page(path: tuple[str, ...]) -> None:
     for junk in JUNK:
-        Page(render(run(plan=replaced(PLAN, path, junk))))
+        Page(render(run(plan=replaced(PLAN, path, junk), log=LOG[:2])))
 
 
 @pytest.mark.parametrize(
