@@ -17,6 +17,7 @@ from quantadapt.errors import DataError, PlanRefused
 from quantadapt.machine import Machine
 from quantadapt.memory import GIB, Setting
 from quantadapt.registry import registry
+from quantadapt.testing.small_demo import small_model
 from quantadapt.training import stage
 from quantadapt.training.memory_fit import MemoryFit
 
@@ -353,7 +354,7 @@ def trained(tmp_path: Path, objective: str, data: Path, size: int, monkeypatch=N
     """Losses of three steps, in micro-batches of `size` where there is a monkeypatch."""
     if monkeypatch is not None:
         monkeypatch.setattr(MemoryFit, "_given", lambda self: Setting(0, False, size))
-    model = qa.attach(qa.quantize(None, "none"), "lora")
+    model = qa.attach(qa.quantize(str(small_model()), "none"), "lora")
     found = qa.train(model, data, objective=objective, **TRAIN | options)
     return found, [loss for _, loss in found.losses]
 
@@ -402,7 +403,7 @@ def preferred_by_hand(rows: list[dict[str, str]]) -> float:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
-    model = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(small_model(), dtype=torch.float32).eval()
 
     def mean(text: str) -> float:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
