@@ -80,6 +80,7 @@ def bits_per_weight(model: nn.Module) -> float:
     return (code_bits + 16 * numbers) / sum(v.in_features * v.out_features for v in layers)
 
 
+@pytest.mark.slow
 def test_it_beats_hqq_at_fewer_bits() -> None:
     hqq = output_errors(qa.quantize(str(small_model()), "hqq", bits=2, device="cpu"))
     model = make(2, num_codebooks=1, in_group_size=4, **{**QUICK, "max_epochs": 2})
@@ -183,6 +184,7 @@ def work_files(root) -> list:
     return sorted(root.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(monkeypatch, tmp_path, caplog) -> None:
     expected = make(2, **QUICK)
     options = {**QUICK, "work_folder": str(tmp_path)}

@@ -591,6 +591,7 @@ def test_importing_the_plugin_imports_no_vendor() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_importing_gptqmodel_changes_nothing_else() -> None:
     """In a process of its own, because it happens once."""
     code = """

@@ -361,6 +361,7 @@ def test_inc_keeps_no_module_alive(method, examples):
     assert tempfile.tempdir == scratch
 
 
+@pytest.mark.slow
 def test_inc_leaves_no_files_and_says_nothing(tmp_path):
     """In a process of its own, because most of it happens when INC is imported."""
     script = f"""

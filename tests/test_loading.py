@@ -214,7 +214,11 @@ def _all_but_tokenizer(_: str, names: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("backend", "options"), [("hqq", {"bits": 3}), ("bnb-nf4", {"double_quant": False})]
+    ("backend", "options"),
+    [
+        ("hqq", {"bits": 3}),
+        pytest.param("bnb-nf4", {"double_quant": False}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_quantized_checkpoint_on_the_hub_is_adopted(small, backend, options, tmp_path) -> None:
     """As it lies in the hub's cache after a download."""

@@ -115,7 +115,7 @@ def test_it_is_listed_and_shown(capsys) -> None:
 # The work -----------------------------------------------------------------------------------------
 
 
-def test_a_run_is_saved_merged_evaluated_and_loaded_elsewhere(tmp_path) -> None:
+def test_a_run_is_saved_merged_evaluated_and_loaded(tmp_path) -> None:
     values = {
         "model": str(small_model()),
         "backend": {"name": "hqq", "bits": 4},
@@ -131,6 +131,18 @@ def test_a_run_is_saved_merged_evaluated_and_loaded_elsewhere(tmp_path) -> None:
     assert result.metrics["merge"]["kind"] == "requantize"
     saved = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert (saved["peft_type"], saved["inputs"]) == ("RESCALE", True)
+    loaded = qa.load(tmp_path / "run", device="cpu")
+    assert torch.equal(logits(loaded), logits(result.model))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["eval", str(tmp_path / "run"), "--device", "cpu", "--max-examples", "4"])
+    assert not ended.value.code
+
+
+@pytest.mark.slow
+def test_it_is_loaded_in_a_fresh_process(tmp_path) -> None:
+    model = qa.attach(qa.quantize(str(small_model()), "hqq", device="cpu"), "rescale")
+    set_randomly(model)
+    qa.save(model, tmp_path / "run")
     code = (
         "import sys, torch, quantadapt as qa\n"
         "model = qa.load(sys.argv[1], device='cpu').eval()\n"
@@ -140,10 +152,7 @@ def test_a_run_is_saved_merged_evaluated_and_loaded_elsewhere(tmp_path) -> None:
         "assert trainable and all('rescale_' in name for name in trainable), trainable\n"
     )
     elsewhere(code, str(tmp_path / "run"), str(tmp_path / "logits.pt"))
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(result.model))
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["eval", str(tmp_path / "run"), "--device", "cpu", "--max-examples", "4"])
-    assert not ended.value.code
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model))
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path) -> None:

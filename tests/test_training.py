@@ -121,7 +121,9 @@ def test_losses_equal_a_loop_written_by_hand(tokenizer, data, tmp_path):
     assert found.tokens == 4 * sum(map(len, part["input_ids"]))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", ["lora", "adalora", *(pytest.param(n, marks=pytest.mark.slow) for n in [*CONFIGS][2:])]
+)
 def test_a_resume_goes_on_with_the_same_losses(name, tokenizer, data, tmp_path):
     kind = spec(max_steps=12, save_steps=6)  # 8 steps per epoch: in the middle of one
     whole = train(adapted(name), tokenizer, data, kind, output=tmp_path / "a", seed=3)
@@ -394,7 +396,7 @@ def test_what_a_slow_dequantize_costs_is_told(tmp_path, monkeypatch) -> None:
     model = qa.attach(qa.quantize(str(small_model()), "hqq", device="cpu"), "lora")
 
     def share(folder: str, **options) -> float:
-        result = qa.train(model, max_steps=6, output=tmp_path / folder, **options)
+        result = qa.train(model, max_steps=3, output=tmp_path / folder, **options)
         assert not {"train", "zero_grad", "forward"} & vars(model).keys()
         return result.dequantize_share
 

@@ -434,6 +434,7 @@ def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     return int(ended.value.code or 0), shown.out, shown.err
 
 
+@pytest.mark.slow
 def test_one_broken_backend_stops_no_other(toys: Path, capsys, monkeypatch):
     started = []
     popen = subprocess.Popen
