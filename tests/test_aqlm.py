@@ -208,6 +208,7 @@ def test_a_killed_run_goes_on_where_it_was(monkeypatch, tmp_path, caplog) -> Non
     assert any("layer 14 of 14, model.layers.1.mlp.down_proj, took" in line for line in said)
 
 
+@pytest.mark.slow
 def test_damaged_layers_are_made_again(monkeypatch, tmp_path, caplog) -> None:
     options = {**QUICK, "work_folder": str(tmp_path)}
     expected = codes(make(**options))

@@ -63,7 +63,9 @@ def logits(model, ids=None):
 # What it is for ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("bits", "sym"), [(2, False), (3, True)])
+@pytest.mark.parametrize(
+    ("bits", "sym"), [(2, False), pytest.param(3, True, marks=pytest.mark.slow)]
+)
 def test_tuned_rounding_beats_the_nearest(bits, sym):
     """On the data that it was tuned on, and on other data."""
     quantizer = AutoRound(bits=bits, group_size=64, sym=sym, iters=20)

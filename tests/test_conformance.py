@@ -20,6 +20,7 @@ class TestNF4(BackendSuite):
 
 class TestFP4(BackendSuite):
     backend = "bnb-fp4"
+    adapters = ("lora", "dora")  # NF4 with another table
 
 
 class TestInt8(BackendSuite):

@@ -185,6 +185,7 @@ def train_alone(output: Path) -> tuple[int, int]:
     return steps, len(wrapped)
 
 
+@pytest.mark.slow
 def test_a_launcher_of_one_process_changes_nothing(tmp_path) -> None:
     shutil.copytree(small_model(), tmp_path / "model")
     assert in_processes(1, train_alone, tmp_path, tmp_path / "run") == [(STEPS, 0)]

@@ -321,7 +321,7 @@ def losses(**options) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_training_has_the_losses_of_peft(dropout) -> None:
     with peft_is_not_asked():
         found = losses(lora_dropout=dropout)

@@ -96,6 +96,7 @@ def two(tmp_path_factory) -> list[dict[str, Any]]:
     return in_processes(2, measured, tmp_path_factory.mktemp("two"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_shares_are_as_large_as_predicted(two, case) -> None:
     work = workload(*CASES[case])
@@ -104,6 +105,7 @@ def test_shares_are_as_large_as_predicted(two, case) -> None:
         assert found[case]["dense"] == work.dense_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_backward_gathers_a_block_and_the_next(two, case) -> None:
     work = workload(*CASES[case])

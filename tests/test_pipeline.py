@@ -357,6 +357,7 @@ class TestRun:
         with pytest.raises(PlanRefused, match="overwrite"):
             qa.run(self.spec(small, tmp_path))
 
+    @pytest.mark.slow
     def test_the_spec_of_a_resumed_run_runs_again(self, small, tmp_path) -> None:
         evaluate = {"max_examples": 4, "samples": 0, "unquantized": False}
         values = {"backend": "none", "export": {"merge": "never"}, "evaluate": evaluate}
@@ -364,6 +365,7 @@ class TestRun:
         qa.run(self.spec(small, tmp_path, train=FAST | {"resume": True}, **values))
         assert not qa.Spec.load(tmp_path / "run" / "spec.yaml").train.resume
 
+    @pytest.mark.slow
     def test_the_same_seed_gives_the_same_losses(self, small, tmp_path) -> None:
         def losses(name: str) -> list[float]:
             qa.run(self.spec(small, tmp_path, output=str(tmp_path / name)))

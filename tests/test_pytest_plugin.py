@@ -205,6 +205,7 @@ def test_the_class_form_has_the_section_as_well(run):
     assert without in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="xdist is not installed")
 def test_workers_report_to_one_section(run, tmp_path, monkeypatch):
     monkeypatch.setenv("QUANTADAPT_RESULTS", str(tmp_path / "results.json"))
