@@ -143,7 +143,8 @@ class PeftSuite:
             if name and linear is model.get_submodule(
                 name
             ):  # no Conv1D, which PEFT's tests look for
-                set_submodule(model, name, self._facade(linear))
+                dtype = getattr(model, "dtype", linear.weight.dtype)  # one for all layers
+                set_submodule(model, name, self._facade(linear.to(dtype)))
         return model
 
     def _facade(self, linear: nn.Linear) -> QuantLinear:
