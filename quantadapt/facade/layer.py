@@ -96,10 +96,7 @@ class QuantWeight(nn.Module):
     @weight.setter
     def weight(self, value: Tensor) -> None:
         if isinstance(value, LazyWeight) and value.is_all_of(self):
-            # PEFT hands a layer its own weight when it takes the adapter's layer away: what is
-            # merged stays so.
-            if (merged := self._merged_weight()) is not None:
-                self.requantize(merged)
+            self.keep_merged()  # so PEFT takes the adapter's layer away
         elif makes_room(self):
             return
         elif value.requires_grad and value.is_leaf:
@@ -165,6 +162,11 @@ class QuantWeight(nn.Module):
             self.requantize(merged.weight)
         self.__dict__["_merged"] = None
         return None
+
+    def keep_merged(self) -> None:
+        """Quantize what is merged, for good."""
+        if (merged := self._merged_weight()) is not None:
+            self.requantize(merged)
 
     def dequantize(self) -> Tensor:
         """Return the weight, [out_features, in_features], in the compute dtype."""

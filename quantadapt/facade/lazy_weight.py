@@ -187,7 +187,8 @@ class LazyWeight(torch.Tensor):
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield (name, module) for every layer and stack of experts of `model` with such a weight."""
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), LazyWeight):
+        weight = getattr(module, "weight", None)  # PEFT's layers show that of the one behind
+        if isinstance(weight, LazyWeight) and weight._layer is module:
             yield name, module
 
 

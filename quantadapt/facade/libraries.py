@@ -10,12 +10,15 @@ from .counting import counting_dense
 from .parameters import beside_the_layer
 from .peft_experts import with_lent_lora
 from .saving import saving_as_quantized
+from .unloading import keeping_what_is_merged
 
 _waiting: dict[tuple[str, str, str], Callable[[Any], Any]] = {
     ("peft.peft_model", "PeftModel", "get_nb_trainable_parameters"): counting_dense,
     ("peft.mixed_model", "PeftMixedModel", "get_nb_trainable_parameters"): counting_dense,
     ("transformers.modeling_utils", "PreTrainedModel", "num_parameters"): counting_dense,
     ("transformers.modeling_utils", "PreTrainedModel", "save_pretrained"): saving_as_quantized,
+    ("peft.tuners.tuners_utils", "BaseTuner", "merge_and_unload"): keeping_what_is_merged,
+    ("peft.tuners.tuners_utils", "BaseTuner", "unload"): keeping_what_is_merged,
     ("peft.tuners.lora.layer", "ParamWrapper", "forward"): beside_the_layer,
     ("peft.tuners.lora.layer", "ParamWrapper", "_activate_lora"): with_lent_lora,
 }

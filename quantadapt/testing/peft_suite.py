@@ -24,9 +24,10 @@ import torch
 from torch import nn
 
 from ..errors import QuantadaptError
-from ..facade import QuantLinear
+from ..facade import QuantLinear, wrap
 from ..matrix.verify import parse_options
 from ..model.modules import linear_layers, set_submodule, skipped_modules
+from ..planning.on_disk import quantization_of
 from ..protocols import LayerwiseQuantizer
 from ..registry.discovery import registry
 from .stand_ins import write_stand_ins
@@ -105,8 +106,13 @@ class PeftSuite:
             result = to(module, *args, **kwargs)
             return self.put_facades(result) if type(module).__module__ == ours else result
 
-        def loaded(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            return self.put_facades(load.__func__(cls, *args, **kwargs))  # type: ignore[attr-defined]
+        def loaded(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+            with monkeypatch.context() as patch:
+                patch.setattr(PreTrainedModel, "from_pretrained", load)
+                if quantization_of(str(name)):  # a test saved it; transformers knows few methods
+                    model = self.quantizer.load(str(name), device="cpu", dtype=torch.float32)
+                    return wrap(model, self.quantizer.target, torch.float32)
+                return self.put_facades(load.__func__(cls, name, *args, **kwargs))  # type: ignore[attr-defined]
 
         monkeypatch.setattr(nn.Module, "to", moved)
         monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(loaded))
@@ -137,7 +143,8 @@ class PeftSuite:
             if name and linear is model.get_submodule(
                 name
             ):  # no Conv1D, which PEFT's tests look for
-                set_submodule(model, name, self._facade(linear))
+                dtype = getattr(model, "dtype", linear.weight.dtype)  # one for all layers
+                set_submodule(model, name, self._facade(linear.to(dtype)))
         return model
 
     def _facade(self, linear: nn.Linear) -> QuantLinear:

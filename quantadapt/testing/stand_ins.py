@@ -65,6 +65,8 @@ _SIZES = {
     "eos_token_id": 2,
     "decoder_start_token_id": 0,
 }
+_MORE = {"OPTForCausalLM": {"num_hidden_layers": 5}}
+"""Sizes that tests count on."""
 _REVISION = "0" * 40
 
 
@@ -84,7 +86,8 @@ def _write(kind: str, folder: Path) -> None:
 
     cls = getattr(transformers, kind)
     known = cls.config_class()
-    config = cls.config_class(**{key: n for key, n in _SIZES.items() if hasattr(known, key)})
+    sizes = _SIZES | _MORE.get(kind, {})
+    config = cls.config_class(**{key: n for key, n in sizes.items() if hasattr(known, key)})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = cls(config)
