@@ -177,6 +177,7 @@ def load_layerwise(
         device_map={"": device},
         quantization_config=loader,
         consumed=loader.consumed,
+        mismatched=loader.mismatched,
     )
     return reading.unmarked(model)
 
@@ -240,7 +241,7 @@ def _packed_state(
     path: str, layers: Container[str], renamed: Callable[[str], str]
 ) -> dict[str, dict[str, Tensor]]:
     """Return layer name -> the tensors saved for it, for those of `layers` that are packed: they
-    hold more than a weight and a bias."""
+    hold more than a weight and a bias, or a weight of codes."""
     from safetensors import safe_open
 
     state: dict[str, dict[str, Tensor]] = {}
@@ -252,7 +253,12 @@ def _packed_state(
                 if layer := next((parent for parent in parents if parent in layers), None):
                     tensors = state.setdefault(layer, {})
                     tensors[name.removeprefix(f"{layer}.")] = opened.get_tensor(key)
-    return {layer: t for layer, t in state.items() if t.keys() - {"weight", "bias"}}
+    return {layer: tensors for layer, tensors in state.items() if not _is_dense(tensors)}
+
+
+def _is_dense(tensors: dict[str, Tensor]) -> bool:
+    codes = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    return not codes and tensors.keys() <= {"weight", "bias"}
 
 
 def _loaded(

@@ -14,7 +14,7 @@ from quantadapt import hookspecs
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import Quantizer
 from quantadapt.records import Backend
-from quantadapt.registry import Provenance, Registry, doctor
+from quantadapt.registry import Provenance, Registry, doctor, imported
 
 
 class Plain(Quantizer):
@@ -120,6 +120,49 @@ def test_what_is_preloaded_is_there_once(vendor, monkeypatch, tmp_path):
     made = doctor.diagnose(found=both, timeout=30)
     assert [backend.state for backend in made.backends] == ["ready", "ready"], made.backends
     assert (tmp_path / "count").read_text() == "x"
+
+
+COUNTING = """
+import os
+with open(os.environ["COUNT"], "a") as file:
+    file.write("x")
+"""
+
+
+def test_what_was_imported_well_is_not_imported_again(vendor, monkeypatch, tmp_path):
+    """As long as nothing has changed that it depends on."""
+    count = tmp_path / "count"
+    monkeypatch.setenv("COUNT", str(count))
+    monkeypatch.setenv("QUANTADAPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(tmp_path)
+    backend = vendor(COUNTING)
+
+    def imports(**options: Any) -> int:
+        before = len(count.read_text()) if count.exists() else 0
+        assert health(backend, **options).state == "ready"
+        return len(count.read_text()) - before
+
+    assert [imports(), imports(), imports(anew=True), imports()] == [1, 0, 1, 0]
+    vendor(COUNTING + "# another version")
+    assert [imports(), imports()] == [1, 0]
+    (tmp_path / "other-1.0.dist-info").mkdir()  # something is installed
+    assert [imports(), imports()] == [1, 0]
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/elsewhere")
+    assert [imports(), imports()] == [1, 0]
+    monkeypatch.setattr(imported, "KEPT", 0)
+    assert imports() == 1
+    (tmp_path / "cache" / "imported.json").write_text("[1]")
+    assert imports() == 1
+
+
+def test_what_breaks_is_tried_each_time(vendor, monkeypatch, tmp_path):
+    monkeypatch.setenv("BROKEN", "1")
+    monkeypatch.setenv("QUANTADAPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(tmp_path)
+    backend = vendor("import os\nassert not os.environ.get('BROKEN')")
+    assert [health(backend).state for _ in range(2)] == ["broken"] * 2
+    monkeypatch.delenv("BROKEN")
+    assert health(backend).state == "ready"
 
 
 def test_nothing_is_imported_if_that_is_wished(vendor):

@@ -200,9 +200,13 @@ def test_a_quantized_checkpoint_without_a_tensor_is_refused(source, variant, bac
         torch.manual_seed(0)
         more["calibration"] = [{"input_ids": torch.randint(0, 90, (1, 40))} for _ in range(2)]
     packed = qa.save(quantize(str(source), backend, **more), tmp_path / "packed")
-    layer = "model.layers.1.mlp.up_proj"
-    for lost in (layer, f"{layer}.{SCALES[backend]}", "layers.1.input_layernorm", "lm_head"):
-        name = layer if lost.startswith(layer) else lost
+    layer, square = "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"
+    scales = SCALES[backend]
+    for lost in (
+        *(layer, f"{layer}.{scales}", f"{square}.{scales}"),
+        *("layers.1.input_layernorm", "lm_head"),
+    ):
+        name = lost.removesuffix(f".{scales}")
         with pytest.raises(ModelError, match=name):
             qa.load(variant(without(lost), packed), device="cpu")
     with pytest.raises(ModelError, match="config"):

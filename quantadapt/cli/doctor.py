@@ -31,6 +31,10 @@ def doctor(
         bool,
         typer.Option("--imports/--no-imports", help="Also import every backend's libraries."),
     ] = True,
+    anew: Annotated[
+        bool,
+        typer.Option("--anew", help="Also those that were imported well before."),
+    ] = False,
     timeout: Annotated[
         float, typer.Option(min=1, help="Seconds after which an import counts as hanging.")
     ] = 120,
@@ -39,6 +43,7 @@ def doctor(
     """Check this installation and say what to install.
 
     What is installed is shown at once; the backends follow, as their libraries have been imported.
+    Those that were imported well within a week, and have not changed since, are not imported again.
     Exits with 1 if something is missing that quantadapt itself needs. A backend that is missing
     or broken is named, and harms nothing.
     """
@@ -46,15 +51,15 @@ def doctor(
         from ..registry.doctor import diagnose
 
         if json:
-            found = diagnose(imports=imports, timeout=timeout)
+            found = diagnose(imports=imports, anew=anew, timeout=timeout)
             shown.print_json(found.to_dict())
         else:
-            found = _told(shown, imports, timeout)
+            found = _told(shown, imports, anew, timeout)
         if found.problems:
             raise SystemExit(1)
 
 
-def _told(shown: Session, imports: bool, timeout: float) -> Diagnosis:
+def _told(shown: Session, imports: bool, anew: bool, timeout: float) -> Diagnosis:
     """Show what is found as soon as it is."""
     from ..registry.doctor import diagnose
     from .progress import Waiting
@@ -77,6 +82,7 @@ def _told(shown: Session, imports: bool, timeout: float) -> Diagnosis:
 
         found = diagnose(
             imports=imports,
+            anew=anew,
             timeout=timeout,
             on_look=looked,
             on_torch=torch,

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from ..machine import installed_version, this_machine
 from ..records import Backend
 from .discovery import Registry, registry
+from .imported import Imported
 from .probing import Answer, Probe, probe_all
 
 DISTRIBUTION = "quantadapt"
@@ -124,6 +125,7 @@ class Diagnosis:
 def diagnose(
     *,
     imports: bool = True,
+    anew: bool = False,
     timeout: float = TIMEOUT,
     found: Registry | None = None,
     on_look: Callable[[Diagnosis], None] = lambda _: None,
@@ -134,6 +136,7 @@ def diagnose(
 
     Args:
         imports: also import torch and each backend's libraries, in processes of their own.
+        anew: import those, too, that were imported well before and have not changed since.
         timeout: seconds after which an import counts as hanging.
         found: the plugins; those installed by default.
         on_look: given what is known without any import, which takes no time.
@@ -153,7 +156,8 @@ def diagnose(
     )
     on_look(looked)
     torch, health = dict[str, Any](), list[BackendHealth]()
-    for part in _imported(found, timeout) if imports else _not_imported(found):
+    parts = _imported(found, timeout, anew=anew) if imports else _not_imported(found)
+    for part in parts:
         if isinstance(part, BackendHealth):
             health.append(part)
             on_backend(part)
@@ -228,9 +232,11 @@ def _not_imported(found: Registry) -> Iterator[BackendHealth]:
         yield _installed(backend) or BackendHealth(backend.name, "not checked", _libraries(backend))
 
 
-def _imported(found: Registry, timeout: float) -> Iterator[dict[str, Any] | BackendHealth]:
+def _imported(
+    found: Registry, timeout: float, *, anew: bool
+) -> Iterator[dict[str, Any] | BackendHealth]:
     """Yield torch's facts and each backend as soon as they are known; backends that import the same
-    modules share one process."""
+    modules share one process. What was imported well before is not imported again, but `anew`."""
     yield from _clashes(found)
     groups: dict[str, list[Backend]] = {}
     for backend in found.backends():
@@ -238,13 +244,22 @@ def _imported(found: Registry, timeout: float) -> Iterator[dict[str, Any] | Back
             yield known
         else:
             groups.setdefault(" ".join(backend.imports), []).append(backend)
+    memory = Imported()
+    keys = {name: memory.key(group[0].imports) for name, group in groups.items()}
+    fine = {name for name, key in keys.items() if not anew and memory.knows(key)}
+    yield from (_tried(backend, "", timeout) for name in sorted(fine) for backend in groups[name])
+    new = {name: group for name, group in groups.items() if name not in fine}
     probes = [Probe(_TORCH, _TORCH_PROBE)]
-    probes += [Probe(name, _PROBE, group[0].imports) for name, group in groups.items()]
-    for answer in probe_all(probes, timeout, PRELOAD):
+    probes += [Probe(name, _PROBE, group[0].imports) for name, group in new.items()]
+    good = []
+    for answer in probe_all(probes, timeout, PRELOAD if new else PRELOAD[:1]):
         if answer.name == _TORCH:
             yield _torch(answer)
-        for backend in groups.get(answer.name, ()):
+        elif not answer.problem:
+            good.append(keys[answer.name])
+        for backend in new.get(answer.name, ()):
             yield _tried(backend, answer.problem, timeout)
+    memory.remember(good)
 
 
 def _clashes(found: Registry) -> Iterator[BackendHealth]:

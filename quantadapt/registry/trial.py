@@ -100,7 +100,7 @@ def _tried(point: EntryPoint, limit: float) -> Verdict:
         where = [point.name, point.value, str(limit), str(report), str(stack)]
         found = json.dumps([entry for entry in sys.path if isinstance(entry, str)])
         ended, printed = run_python(_CODE, [found, *where], limit + _PATIENCE)
-        told = _read(report)
+        told = read_json(report)
         if told is None:  # it never began: whatever the reason, it is not the plugin's
             return Verdict()
         made = _verdict(told, ended, stack, limit)
@@ -123,7 +123,7 @@ def _verdict(told: dict[str, Any], ended: str, stack: Path, limit: float) -> Ver
 def _key(point: EntryPoint) -> str:
     """Return what a verdict depends on: the plugin, its version, its files and this Python."""
     top = point.value.partition(":")[0].strip().partition(".")[0]
-    facts = [point.name, point.value, _version(point), sys.executable, sys.version, *_files(top)]
+    facts = [point.name, point.value, _version(point), sys.executable, sys.version, *files_of(top)]
     return hashlib.sha256("\0".join(facts).encode("utf-8", "replace")).hexdigest()
 
 
@@ -132,7 +132,7 @@ def _version(point: EntryPoint) -> str:
     return str(getattr(point.dist, "_path", ""))
 
 
-def _files(module: str) -> Iterator[str]:
+def files_of(module: str) -> Iterator[str]:
     """Yield the files of a module of the top level with their times and sizes; imports nothing."""
     try:
         spec = find_spec(module)
@@ -152,7 +152,7 @@ def _files(module: str) -> Iterator[str]:
 
 def _remembered() -> dict[str, Verdict]:
     found: dict[str, Verdict] = {}
-    for key, value in (_read(_memory()) or {}).items():
+    for key, value in (read_json(_memory()) or {}).items():
         with contextlib.suppress(TypeError):
             found[key] = Verdict(**value)
     return found
@@ -170,7 +170,8 @@ def _memory() -> Path:
     return cache_folder() / "plugins.json"
 
 
-def _read(file: Path) -> dict[str, Any] | None:
+def read_json(file: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file; None where there is none to be read."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
