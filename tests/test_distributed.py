@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from torch.distributed import ReduceOp
 
 import quantadapt as qa
 from quantadapt.distributed import PeerLost, World, as_launched, talking, world
+from quantadapt.folders.checkpoints import last_whole
+from quantadapt.folders.run_folder import RunFolder
 from quantadapt.spec import Spec
 from quantadapt.testing.small_demo import small_model
 
@@ -246,6 +250,68 @@ def test_a_process_that_dies_stops_the_others(tmp_path, kind) -> None:
     assert metrics["train"]["resumed_from"] == 2
     assert (metrics["train"]["processes"], metrics["train"]["parallel"]) == (2, "fsdp")
     assert metrics["merge"]["refusals"][0]["rule"] == "fsdp-no-merge"
+
+
+@pytest.fixture
+def endless(tmp_path) -> list[str]:
+    """The command line of a run on two processes that takes for ever."""
+    spec = {
+        "train": {"max_steps": 100000, "logging_steps": 1, "per_device_train_batch_size": 1},
+        "evaluate": {"samples": 0, "evaluations": [], "unquantized": False},
+        "backend": "none",
+        "adapter": {"name": "lora", "r": 2},
+        "data": {"path": str(tmp_path / "data.jsonl"), "max_length": 16},
+        "device": "cpu",
+        "model": str(small_model()),
+        "output": str(tmp_path / "run"),
+    }
+    rows = ({"text": f"Line {i}. "} for i in range(12))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "c.yaml").write_text(json.dumps(spec), encoding="utf-8")
+    return [sys.executable, "-m", "quantadapt", "run", str(tmp_path / "c.yaml"), "--gpus", "2"]
+
+
+def processes_of(launcher: int) -> list[int]:
+    """Return the processes of a launcher, by their ranks."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    found = {}
+    for child in children:
+        for value in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            if value.startswith(b"RANK="):
+                found[int(value[5:])] = int(child)
+    return [found[rank] for rank in sorted(found)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+@pytest.mark.parametrize(
+    ("number", "told"), [(signal.SIGTERM, "launcher"), (signal.SIGHUP, "last")]
+)
+def test_all_processes_end_early_with_one_checkpoint(tmp_path, endless, number, told) -> None:
+    run = tmp_path / "run"
+    started = subprocess.Popen(endless, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    metrics = run / "metrics.jsonl"
+    while started.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.1)
+    assert started.poll() is None, started.communicate()[1].decode()
+    os.kill(started.pid if told == "launcher" else processes_of(started.pid)[-1], number)
+    text = started.communicate(timeout=200)[1].decode()
+    assert started.returncode == 128 + number, text
+    ended = re.findall(rf"Interrupted by {number.name} after step \d+ of 100000; (\S+) is", text)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ended
+    assert "failed" not in text
+    assert RunFolder.open(run).marker["state"] == "interrupted"
+    step = last_whole(run).step
+
+    over = ["--resume", "--max-time", "0.0001"]
+    done = subprocess.run([*endless, *over], capture_output=True, text=True, check=False)
+    assert done.returncode == 124, done.stderr
+    what = rf"Interrupted by train.max_time, 0.0001 minutes after step {step + 1} of"
+    assert len(re.findall(what, done.stderr)) == 1
+    assert "failed" not in done.stderr
+    assert RunFolder.open(run).marker["state"] == "interrupted"
+    assert last_whole(run).step == step + 1
 
 
 def test_a_refused_run_starts_no_process(tmp_path) -> None:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from quantadapt import cli
 from quantadapt.errors import FolderInUse, ModelError, OutputError, PlanRefused
 from quantadapt.exporting import saving
 from quantadapt.folders import lock, written
-from quantadapt.folders.atomic import atomic_folder, clear_up, put_back, refuse_overlap
+from quantadapt.folders.atomic import atomic_folder, clear_up, in_words, put_back, refuse_overlap
 from quantadapt.folders.lock import LockTakenOver, lock_file, take
 from quantadapt.folders.run_folder import RunFolder
 from quantadapt.folders.written import LIST, not_ours
@@ -471,6 +472,35 @@ def test_a_run_that_died_before_its_marker_is_resumed(tmp_path: Path) -> None:
             assert folder.marker["state"] == "running"
             assert tree(folder.path).keys() == {"quantadapt-run.json"}
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """Let no file have more than 1000 bytes, as a disk that fails in the middle of one."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_what_libraries_cannot_write_is_told_in_words(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    weight = torch.zeros(1000)
+    for name, write in {
+        "text": lambda file: file.write_text("x" * 4000),
+        "safetensors": lambda file: save_file({"w": weight}, file),
+        "pickle": lambda file: torch.save(weight, file),
+    }.items():
+        told = pytest.raises(OutputError, match=f"{name}: cannot write it: .+(.|\n)*fix: ")
+        with told, atomic_folder(tmp_path / name) as folder:
+            write(folder / "weights")
+        with pytest.raises(OutputError, match="cannot write it"), in_words(tmp_path):
+            write(tmp_path / "weights")
+    with pytest.raises(ValueError, match="mine"), atomic_folder(tmp_path / "other"):
+        raise ValueError("mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
 
 
 def with_own_base(rank: int) -> Any:

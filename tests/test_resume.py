@@ -18,6 +18,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
+from quantadapt.distributed import World
 from quantadapt.errors import (
     EXIT_OUT_OF_TIME,
     Interrupted,
@@ -29,6 +30,7 @@ from quantadapt.folders.checkpoints import last_whole
 from quantadapt.folders.run_folder import RunFolder
 from quantadapt.planning import resuming
 from quantadapt.spec import Spec
+from quantadapt.training import stopping
 from quantadapt.training.stopping import Stop
 
 OPTIONS = {
@@ -275,6 +277,21 @@ def test_a_signal_waits_for_the_step_and_outside_of_training_it_does_not() -> No
                 signal.raise_signal(number)
         assert signal.getsignal(number) is signal.SIG_DFL
         signal.signal(number, own)
+
+
+def test_all_processes_end_where_one_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the others say: two processes, of which the other one has got SIGTERM."""
+    monkeypatch.setattr(stopping, "world", lambda: World(size=2))
+    monkeypatch.setattr(stopping, "reduced", lambda value, *_: max(value, 128.0 + signal.SIGTERM))
+    stop = Stop(1e-9)
+    stop.hold()
+    assert not stop.due(1, 2, None)  # they talk at each second step
+    assert stop.due(2, 2, None)
+    assert stop.error(2, 9).exit_code == 128 + signal.SIGTERM
+    assert str(stop.error(2, 9)).startswith("by SIGTERM after step 2 of 9; checkpoint-2 is saved")
+    with pytest.raises(Interrupted, match="by SIGTERM"):
+        stop.obey("cpu")
+    stop.obey()  # asked alone, nobody has told this one
 
 
 def test_a_forked_worker_just_ends() -> None:

@@ -79,7 +79,7 @@ def _make_model(folder: Path) -> None:
 def load_libraries() -> None:
     """Import what the commands will, once for all forks."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["QUANTADAPT_PLUGIN_TIMEOUT"] = "3"
+    os.environ.setdefault("QUANTADAPT_PLUGIN_TIMEOUT", "3")
     import datasets  # noqa: F401
     import peft
     import torch

@@ -14,6 +14,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("QUANTADAPT_PLUGIN_TIMEOUT", "60")  # on a machine that others use as well
 
 from benchmarks.bad_inputs.campaign import load_libraries
 
@@ -91,7 +92,7 @@ def _tried(trial: Trial) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Try faults, and count what goes wrong.")
-    parser.add_argument("--share", type=float, default=1.0, help="of each group; 1 for all")
+    parser.add_argument("--share", type=float, default=1.0, help="of each part; 1 for all")
     parser.add_argument("--seed", type=int, default=0, help="which share")
     parser.add_argument("--part", action="append", choices=PARTS, help="may be repeated")
     parser.add_argument("--match", default="", help="only trials whose title holds this text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def trials(scratch: Path) -> Iterator[Trial]:
 
 def _trial(case: Case, made: Path) -> Callable[[], list[str]]:
     def wrong() -> list[str]:
+        os.environ["QUANTADAPT_PLUGIN_TIMEOUT"] = "3"  # those that hang are among them
         start = made if made.exists() else healthy(made)
         result = run(case, start, made.parent)
         bad = f"{result.outcome}, {result.seconds:.1f} s: {result.output[-600:]}"

@@ -29,7 +29,7 @@ class Trial:
 
     Attributes:
         part: which part of the campaign, a row of its table.
-        group: which command; of each group a share is tried.
+        group: which command, or file; what is counted together.
         name: what happens.
         wrong: does it; returns what is wrong.
     """
@@ -46,15 +46,12 @@ class Trial:
 
 
 def share_of(trials: list[Trial], share: float, seed: int) -> Iterator[Trial]:
-    """Yield a share of the trials of each group, at least one, in their order."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for number, trial in enumerate(trials):
-        groups.setdefault((trial.part, trial.group), []).append(number)
-    drawn, chosen = random.Random(seed), set[int]()
-    for numbers in groups.values():
-        count = len(numbers) if share >= 1 else max(1, round(share * len(numbers)))
-        chosen.update(drawn.sample(numbers, count))
-    yield from (trials[number] for number in sorted(chosen))
+    """Yield a share of the trials of each part, evenly spread, in their order."""
+    begin = random.Random(seed).random()
+    for part in dict.fromkeys(trial.part for trial in trials):
+        found = [trial for trial in trials if trial.part == part]
+        count = max(1, round(share * len(found)))
+        yield from (found[int((number + begin) * len(found) / count)] for number in range(count))
 
 
 # Kills -------------------------------------------------------------------------------------------

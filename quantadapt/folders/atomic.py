@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import OutputError
+from ..errors import OutputError, QuantadaptError
 from ..paths import path_problem
 from .lock import take
 from .written import Names, is_leftover, leftovers, not_ours, write_list
@@ -23,6 +24,9 @@ from .written import Names, is_leftover, leftovers, not_ours, write_list
 OTHER_OUTPUT = "choose another --output"
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_WRITING = (*_FULL, errno.EFBIG, errno.EROFS)
+"""Nothing that is read fails with these."""
+_QUOTED = re.compile(r"os error (\d+)")
 
 
 @contextmanager
@@ -85,11 +89,16 @@ def unlocked_folder(target: Path, *, needed: int | None = None) -> Iterator[Path
         with in_words(target):
             sync_tree(temporary)
             put_in_place(temporary, target)
-    except BaseException as error:
-        full, written = _is_full(error, temporary), folder_size(temporary)
+    except Exception as error:
+        failed, written = _failed_write(error, temporary), folder_size(temporary)
         shutil.rmtree(temporary, ignore_errors=True)
-        if full and isinstance(error, Exception):
+        if failed is not None and failed.errno in _FULL:
             raise _disk_full(target, written, needed) from error
+        if failed is not None and not isinstance(error, QuantadaptError):
+            raise _not_written(target, failed) from error
+        raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
@@ -275,29 +284,41 @@ def put_in_place(new: Path, final: Path) -> None:
 
 @contextmanager
 def in_words(path: Path) -> Iterator[None]:
-    """Turn an OSError about `path` into an OutputError."""
+    """Turn what goes wrong as `path` is written, whichever library tells it, into an OutputError;
+    so any OSError."""
     try:
         yield
-    except OSError as error:
-        if _is_full(error, path):
+    except Exception as error:
+        failed = error if isinstance(error, OSError) else _failed_write(error, path)
+        if failed is None or isinstance(error, QuantadaptError):
+            raise
+        if failed.errno in _FULL:
             raise _disk_full(path, 0, None) from error
-        reason = (error.strerror or str(error)).lower()
-        fix = f"make {_existing(path)} writable, or {OTHER_OUTPUT}"
-        raise OutputError(f"cannot write it: {reason}", fix=fix, where=str(path)) from error
+        raise _not_written(path, failed) from error
 
 
-def _is_full(error: BaseException | None, path: Path) -> bool:
-    """Say whether a full disk or quota is behind `error`, whichever library reports it."""
+def _failed_write(error: BaseException | None, path: Path) -> OSError | None:
+    """Return the system's error behind `error` if it kept something below `path` from being
+    written, whichever library reports it."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return True
-        text = str(error)  # safetensors quotes the system, torch.save says only that it failed
-        if "No space left on device" in text or "os error 28" in text:
-            return True
-        if "inline_container.cc" in text and (_free_space(path) or 0) < 2**20:
-            return True
+        text = str(error)
+        if isinstance(error, OSError) and (error.errno in _WRITING or str(path) in text):
+            return error
+        number = int(found[1]) if (found := _QUOTED.search(text)) else 0  # safetensors quotes it
+        if number in _WRITING or (number and "serializ" in text):
+            return OSError(number, os.strerror(number))
+        # torch.save says only that it failed
+        if "inline_container.cc" in text and "PytorchStreamReader" not in text:
+            number = errno.ENOSPC if (_free_space(path) or 0) < 2**20 else errno.EIO
+            return OSError(number, os.strerror(number))
         error = error.__cause__ or error.__context__
-    return False
+    return None
+
+
+def _not_written(path: Path, error: OSError) -> OutputError:
+    reason = (error.strerror or str(error)).lower()
+    fix = f"make {_existing(path)} writable, or {OTHER_OUTPUT}"
+    return OutputError(f"cannot write it: {reason}", fix=fix, where=str(path))
 
 
 def _disk_full(path: Path, written: int, needed: int | None) -> OutputError:

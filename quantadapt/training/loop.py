@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..adapting.adalora import load_ranks, save_ranks
-from ..errors import OutputError, QuantadaptError, TrainingError
+from ..errors import QuantadaptError, TrainingError
+from ..folders.atomic import in_words
 from ..folders.checkpoints import PARTIAL, PREFIX, seal
 from ..inputs.documents import reason
 from .checkpoints import facts_of, set_rates
@@ -147,23 +148,20 @@ class TrainingLoop:
         self.accelerator.wait_for_everyone()
         self.saving_to = partial
         try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            if self.calls is not None:
-                self.calls.checkpoint_written()
-            if self.is_world_process_zero():
-                save_ranks(self.model, partial / name)
-                if self.validation is not None:
-                    self.validation.save(partial / name)
-            facts = facts_of(self)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                seal(partial / name, self.checkpoints / name, facts)
-            # Who ends before it is in its place has others ended by their launcher.
-            self.accelerator.wait_for_everyone()
-        except OSError as error:
-            fix = "free some space, or write elsewhere with output"
-            what = f"the checkpoint cannot be written: {error.strerror or error}"
-            raise OutputError(what, fix=fix, where=str(self.checkpoints / name)) from error
+            with in_words(self.checkpoints / name):
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                if self.calls is not None:
+                    self.calls.checkpoint_written()
+                if self.is_world_process_zero():
+                    save_ranks(self.model, partial / name)
+                    if self.validation is not None:
+                        self.validation.save(partial / name)
+                facts = facts_of(self)
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    seal(partial / name, self.checkpoints / name, facts)
+                # Who ends before it is in its place has others ended by their launcher.
+                self.accelerator.wait_for_everyone()
         finally:
             self.saving_to = None
             if self.is_world_process_zero():
