@@ -9,14 +9,13 @@ Here a config whose targets are there is taken at its word, and compared with wh
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..dependencies import unchanged_process
-from ..errors import PlanRefused, Problem
+from ..errors import PlanRefused, Problem, warn
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -94,7 +93,7 @@ def _exactly(model: nn.Module, config: PeftConfig, inject: Callable[[], PeftMode
     if misread:
         text = "PEFT by itself takes these target_modules for the fused experts of this model"
         fix = "load the adapter with quantadapt.load, or merge it"
-        warnings.warn(f"{text}: {fix}", TargetsWarning, stacklevel=5)
+        warn(f"{text}: {fix}", TargetsWarning, stacklevel=5)
     return tuned
 
 

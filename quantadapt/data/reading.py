@@ -9,13 +9,12 @@ the same way. What was cut, dropped or not used is counted on the way (`report`)
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, DataWarning
+from ..errors import DataError, DataWarning, warn
 from ..spec import DataSpec
 from .files import Row
 from .formats import Example, examples
@@ -250,7 +249,7 @@ def _read(
 
 def _warn(report: DataReport) -> None:
     for text in report.warnings():
-        warnings.warn(text, DataWarning, stacklevel=4)
+        warn(text, DataWarning, stacklevel=4)
 
 
 def _split(found: list[Example], spec: DataSpec, seed: int) -> tuple[list[Example], list[Example]]:

@@ -7,13 +7,12 @@ temporary folder first and renamed.
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..dependencies import in_turn
-from ..errors import ModelError, OutputError
+from ..errors import ModelError, OutputError, warn
 from ..folders.atomic import atomic_folder, put_back, refuse_occupied, refuse_overlap
 from ..inputs.documents import read_object
 from ..paths import is_local_path, path_problem
@@ -64,6 +63,9 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, base: b
     _refuse_foreign(final)
     refuse_occupied(final, overwrite)
     if state.adapter and (own_base / MANIFEST).exists() and base:
+        if own_base.is_symlink():  # whose it is, and what else reads it, is not known
+            fix = "remove the link, or choose another folder"
+            raise OutputError("a link is in the way", fix=fix, where=str(own_base))
         refuse_occupied(own_base, overwrite)
     if saves_base and base:
         _refuse_foreign(own_base)
@@ -281,4 +283,4 @@ def _warn_other_base(state: ModelState, manifest: Mapping[str, Any]) -> None:
     ]
     if differing:
         text = f"the adapter was trained on another base: {'; '.join(differing)}"
-        warnings.warn(text, BaseMismatchWarning, stacklevel=4)
+        warn(text, BaseMismatchWarning, stacklevel=4)

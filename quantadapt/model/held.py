@@ -39,11 +39,11 @@ def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
         names = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else ()
         return (*((name, getattr(value, name)) for name in names), *vars(value).items())
     if isinstance(value, Mapping):
-        return value.items()
+        return list(value.items())
     if isinstance(value, list | tuple):
         return enumerate(value)
     home = type(value).__module__.partition(".")[0]
     is_record = hasattr(value, "__dict__") and not isinstance(value, type | nn.Module)
     if is_record and home not in sys.stdlib_module_names and home not in ("torch", "quantadapt"):
-        return vars(value).items()
+        return list(vars(value).items())
     return ()
