@@ -8,13 +8,12 @@ each shape, so it is started in training only, and for weights that are large en
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from .errors import SlowerWarning
+from .errors import SlowerWarning, warn
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +114,7 @@ def _compile(
     except Exception as error:
         name, reason = function.__name__, (str(error).strip() or type(error).__name__).splitlines()
         what = f"{name} runs uncompiled, which is slower: {reason[0]}"
-        warnings.warn(what, SlowerWarning, stacklevel=2)
+        warn(what, SlowerWarning, stacklevel=2)
         return None
     return lambda *given: kernel([*given])[0]
 

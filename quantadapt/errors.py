@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import signal
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -35,6 +36,11 @@ direction of writing."""
 def visible(text: str) -> str:
     """Return text with whatever a terminal would obey spelled out, as in a Python string."""
     return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def warn(text: str, category: type[Warning], *, stacklevel: int) -> None:
+    """Warn as `warnings.warn` does, with whatever a terminal would obey spelled out."""
+    warnings.warn(visible(text), category, stacklevel=stacklevel + 1)
 
 
 @dataclass(frozen=True)

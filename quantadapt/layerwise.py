@@ -268,8 +268,11 @@ def _loaded(
     what the backend saves."""
     has = sorted(state)
     fix = "check that config.json and the weights belong together, or download them again"
-    if linear.bias is not None and not any(part.rpartition(".")[2] == "bias" for part in has):
+    biased = any(part.rpartition(".")[2] == "bias" for part in has)
+    if biased != (linear.bias is not None):
         what = f"it has no {name}.bias, which its config says is there"
+        if biased:
+            what = f"it has {name}.bias, which its config says is not there"
         raise WrongTensors([Problem(what, fix, where=path)])
     try:
         vendor = quantizer.load_linear(linear, state)

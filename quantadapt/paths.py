@@ -6,6 +6,7 @@ import errno
 import os
 from pathlib import Path
 
+ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DATA_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import quantadapt as qa
 from quantadapt import demo
 from quantadapt.cli.models import checked_output, inputs_of
+from quantadapt.data import templates
 from quantadapt.errors import (
     DataError,
     ModelError,
@@ -30,11 +32,12 @@ from quantadapt.errors import (
     SpecError,
 )
 from quantadapt.exporting.manifest import read_manifest
+from quantadapt.inputs import patterns
 from quantadapt.inputs.documents import read_object
 from quantadapt.inputs.model_config import config_problems
 from quantadapt.inputs.patience import TooSlow, at_most
 from quantadapt.inputs.patterns import pattern_problems
-from quantadapt.inputs.weights import check_weights, file_in, read_header, weight_map
+from quantadapt.inputs.weights import check_weights, file_in, read_header
 from quantadapt.loading.tensors import Checkpoint
 from quantadapt.paths import INDEX, path_problem
 from quantadapt.planning.exports import MERGES, export_of
@@ -148,7 +151,6 @@ def test_a_link_inside_the_folder_is_fine(folder: Path) -> None:
 
 def test_a_shard_that_lacks_what_the_index_says_is_refused(folder: Path) -> None:
     mapped(folder, "two.safetensors")
-    assert weight_map(folder)["a"] == "two.safetensors"
     with pytest.raises(ModelError, match="holds no"):
         check_weights(folder)
 
@@ -431,17 +433,40 @@ def test_the_time_limit_is_taken_back() -> None:
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
-def test_there_is_no_limit_in_other_threads() -> None:
-    found: list[str] = []
+def in_a_thread(call: Any) -> Any:
+    """Return what `call` returns or raises in another thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result(timeout=60)
 
+
+def test_the_time_is_over_in_other_threads_too() -> None:
     def work() -> None:
-        with at_most(0.0001):
-            found.append("done")
+        with at_most(0.1):
+            for _ in itertools.count():
+                pass
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert found == ["done"]
+    with pytest.raises(TooSlow):
+        in_a_thread(work)
+
+
+def test_what_is_done_in_time_is_left_alone_in_other_threads() -> None:
+    def work() -> int:
+        for _ in range(100):
+            with at_most(0.5):
+                pass
+        return sum(range(10**6))
+
+    assert in_a_thread(work) == 499999500000
+
+
+def test_a_pattern_that_takes_for_ever_is_refused_in_other_threads(monkeypatch) -> None:
+    monkeypatch.setattr(patterns, "PATIENCE", 0.2)
+    (problem,) = in_a_thread(lambda: pattern_problems({"target_modules": "(.+)+(.+)+(.+)+z"}))
+    assert "takes for ever" in problem.what
+
+
+def test_a_usual_pattern_is_fine_in_other_threads() -> None:
+    assert not in_a_thread(lambda: pattern_problems({"target_modules": r".*\.(q|v)_proj"}))
 
 
 @pytest.mark.parametrize(
@@ -469,14 +494,14 @@ ENDLESS = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{%
 ANSWERS = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}{{ eos_token }}{% endfor %}"
 
 
-def chats_with(template: str, tokenizer: Any, folder: Path) -> Any:
+def chats_with(template: str, tokenizer: Any, folder: Path, rows: int = 4) -> Any:
     from quantadapt.data import load_data
     from quantadapt.spec import DataSpec
 
     templated = copy.deepcopy(tokenizer)
     templated.chat_template = template
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    (folder / "chats.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    (folder / "chats.jsonl").write_text(f"{json.dumps(row)}\n" * rows)
     return load_data(DataSpec(path=str(folder / "chats.jsonl")), templated, seed=0)
 
 
@@ -487,6 +512,12 @@ def chats_with(template: str, tokenizer: Any, folder: Path) -> Any:
         ("{{ 10 ** (10 ** 10) }}", "raises to a power"),
         ("{% set n = messages | length %}{{ n** 10000000000 }}", "raises to a power"),
         ("{{ (9)\n**\n9999999999 }}", "raises to a power"),
+        ("{{ 'a' * 10000000000 }}", "multiplies"),
+        ("{{ 10000000000 * 'a' }}", "multiplies"),
+        ("{% set n = messages | length %}{{ n * n }}", "multiplies"),
+        ("{{ '%10000000000d' % 1 }}", "GiB of memory"),
+        ("{{ 'a' | center(10000000000) }}", "GiB of memory"),
+        ("{{ 'a'.ljust(10000000000) }}", "GiB of memory"),
     ],
 )
 def test_an_endless_chat_template_is_refused(
@@ -496,7 +527,34 @@ def test_an_endless_chat_template_is_refused(
         chats_with(template, tokenizer, tmp_path)
 
 
-@pytest.mark.parametrize("more", ["**{{ '**' }}**", "{{ dict(**{'a': 1}).a }}", "{# a ** b #}"])
+def test_a_chat_template_that_is_slow_for_each_chat_is_refused(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(templates, "IN_ALL", 0.1)
+    monkeypatch.setattr(templates, "EACH", 0)
+    slow = f"{{% for i in range(60000) %}}{{% set x = i %}}{{% endfor %}}{ANSWERS}"
+    with pytest.raises(DataError, match="for each chat"):
+        chats_with(slow, tokenizer, tmp_path, rows=100)
+
+
+def test_a_template_is_limited_in_other_threads(
+    tmp_path: Path, tokenizer: Any, monkeypatch
+) -> None:
+    monkeypatch.setattr(templates, "ONCE", 0.2)
+    with pytest.raises(DataError, match="takes too long"):
+        in_a_thread(lambda: chats_with(ENDLESS + ANSWERS, tokenizer, tmp_path))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
+def test_the_limit_of_memory_is_taken_back(tmp_path: Path, tokenizer: Any) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    chats_with(ANSWERS, tokenizer, tmp_path)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+@pytest.mark.parametrize(
+    "more", ["{{ '=' * 20 }}", "**{{ '**' }}**", "{{ dict(**{'a': 1}).a }}", "{# a ** b #}"]
+)
 def test_stars_that_are_no_power_are_fine(more: str, tmp_path: Path, tokenizer: Any) -> None:
     assert len(chats_with(more + ANSWERS, tokenizer, tmp_path).train) > 0
 

@@ -186,19 +186,18 @@ def test_an_adapters_config(call: str, value: dict[str, Any], tmp_path: Path) ->
         CALLS[call](tmp_path / "saved", tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", ["dense", "onto"])
+MERGES = {
+    "dense": lambda model, out: qa.merge(model, out),
+    "onto": lambda model, out: qa.merge_onto(model, str(small_model()), out, check=False),
+}
+
+
+@pytest.mark.parametrize("kind", MERGES)
 def test_an_adapter_that_is_too_large_for_its_base(kind: str, tmp_path: Path) -> None:
     model = tuned(["default"])
     for name, parameter in model.named_parameters():
         if "up_proj.lora_" in name:
             parameter.data.fill_(1e30)  # a number, but the product is none
-
-    def merge() -> None:
-        if kind == "dense":
-            qa.merge(model, tmp_path)
-        else:
-            qa.merge_onto(model, str(small_model()), tmp_path, check=False)
-
     with pytest.raises(NumbersError, match="up_proj"):
-        merge()
+        MERGES[kind](model, tmp_path)
     assert not (tmp_path / "merged").exists()

@@ -365,3 +365,17 @@ def test_records_of_plugins_are_shown_as_they_are(tmp_path: Path) -> None:
         text = shown.stdout + shown.stderr
         assert "Traceback" not in text
         assert not {"\x1b", "\x9b", "\x07", "\u202e"} & set(text), command
+
+
+def test_a_warning_is_plain_text_in_python_too(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "base"
+    shutil.copytree(small_model(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["vis\x1b]0;title\x07ual.x"] = torch.ones(2)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="vis") as caught:
+        qa.quantize(folder, "none", device="cpu")
+    assert all("\x1b" not in str(warning.message) for warning in caught)
+    assert any(r"vis\x1b]0;title\x07ual.x" in str(warning.message) for warning in caught)

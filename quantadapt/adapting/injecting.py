@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..dependencies import unchanged_process
-from ..errors import PlanRefused, Problem
+from ..errors import PlanRefused, Problem, warn
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -43,7 +43,7 @@ def injected(model: nn.Module, config: PeftConfig) -> PeftModel:
     tuned = _exactly(model, config, lambda: get_peft_model(model, config))  # type: ignore[arg-type]
     if not _taken_by_conv1d(config, tuned):
         text = "PEFT by itself does not put this adapter onto the Conv1D layers of this model"
-        warnings.warn(f"{text}: {_ELSEWHERE}", TargetsWarning, stacklevel=4)
+        warn(f"{text}: {_ELSEWHERE}", TargetsWarning, stacklevel=4)
     return tuned
 
 
@@ -98,7 +98,7 @@ def _exactly(model: nn.Module, config: PeftConfig, inject: Callable[[], PeftMode
             raise PlanRefused([Problem(what, fix, where="adapter.target_modules")])
     if misread:
         text = "PEFT by itself takes these target_modules for the fused experts of this model"
-        warnings.warn(f"{text}: {_ELSEWHERE}", TargetsWarning, stacklevel=5)
+        warn(f"{text}: {_ELSEWHERE}", TargetsWarning, stacklevel=5)
     return tuned
 
 

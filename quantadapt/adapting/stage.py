@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..errors import PlanRefused, Problem, QuantadaptError
+from ..errors import PlanRefused, Problem, QuantadaptError, warn
 from ..facade import facades, linear_facades, stack_facades
 from ..model.experts import expert_stacks
 from ..planning.refusals import experts_problems, wants_loftq, without_loftq
@@ -71,7 +70,7 @@ def attach_adapter(
         use_fused_layers(config)  # type: ignore[arg-type]
     if problem := bias_problem(model, config):
         text = f"the adapter cannot be merged: {problem.what}; {problem.fix}"
-        warnings.warn(text, UnmergeableWarning, stacklevel=5)
+        warn(text, UnmergeableWarning, stacklevel=5)
     before = {id(facade.vendor) for _, facade in facades(model)}
     with all_or_nothing(model):
         try:

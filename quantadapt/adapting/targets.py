@@ -7,14 +7,13 @@ is wrong is told before any work, all of it at once.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from ..capabilities import KEEP
-from ..errors import PlanRefused, Problem, did_you_mean
+from ..errors import PlanRefused, Problem, did_you_mean, warn
 from ..facade import QuantLinear, linear_facades, stack_facades
 from ..model.experts import expert_stacks
 from ..model.modules import linear_layers, skipped_modules
@@ -86,7 +85,7 @@ def resolve_targets(
     of_stacks = [target for target in targets if target not in of_layers]
     if both := [name for name in there if not _names(of_stacks, name) and _names(of_layers, name)]:
         text = f"target_modules names layers; {both[0]}, called the same, stays as it is"
-        warnings.warn(f"{text}: add {EXPERTS!r} to adapt experts, too", StacksWarning, stacklevel=6)
+        warn(f"{text}: add {EXPERTS!r} to adapt experts, too", StacksWarning, stacklevel=6)
     return _targets(of_layers, [n for n in there if _names(of_stacks, n)], stacks, asked)
 
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
-from ..inputs.patience import at_most
 from .files import first_line, kind_of
 from .formats import Example, checked_text, from_json
 from .pieces import Pieces, Segment, joined
+from .templates import written_by_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -223,29 +222,12 @@ class _Writer:
     def render(self, count: int, *, ask: bool = False) -> str:
         """Return the first `count` turns as text; `ask` opens an answer after them."""
         try:
-            _refuse_powers(self.tokenizer.get_chat_template(tools=self.tools))
-            with at_most(2.0):
-                text = self.tokenizer.apply_chat_template(
-                    self.turns[:count], tools=self.tools, tokenize=False, add_generation_prompt=ask
-                )
+            text = written_by_template(self.tokenizer, self.turns[:count], self.tools, ask=ask)
         except Exception as error:  # a template is a program and may raise anything
             what = f"the chat template refuses it: {first_line(error)}"
             fix = "reorder the turns, or use another format"
             raise DataError(what, fix=fix, where=self.where) from error
-        return checked_text(str(text), "the chat as its template writes it", self.where)
-
-
-@lru_cache(maxsize=16)
-def _refuse_powers(template: str) -> None:
-    """Raise ValueError where a template raises to a power. The time limit cannot end that: Python
-    works on one large number until it is done. No template in use needs it."""
-    from jinja2 import Environment
-
-    before = ""
-    for _, kind, value in Environment().lex(template):
-        if (kind, value) == ("operator", "**") and before not in ("(", ","):  # not (**arguments)
-            raise ValueError("it raises to a power (**), which can take for ever")
-        before = before if kind == "whitespace" else value
+        return checked_text(text, "the chat as its template writes it", self.where)
 
 
 def _writer(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> _Writer:

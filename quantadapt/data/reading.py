@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import random
 import shlex
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import DataError, DataWarning
+from ..errors import DataError, DataWarning, warn
 from ..spec import DataSpec
 from .files import Row
 from .formats import Example, examples
@@ -264,7 +263,7 @@ def _warn(report: DataReport) -> None:
     for file, text in report.warnings():
         fix = f"See them with `quantadapt data {shlex.quote(source_of(file))}`"
         length = f"data.max_length is {report.max_length}"
-        warnings.warn(f"{text}. {fix}; {length}", DataWarning, stacklevel=4)
+        warn(f"{text}. {fix}; {length}", DataWarning, stacklevel=4)
 
 
 def _split(found: list[Example], spec: DataSpec, seed: int) -> tuple[list[Example], list[Example]]:

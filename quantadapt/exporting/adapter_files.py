@@ -13,10 +13,11 @@ from ..errors import ModelError, QuantadaptError
 from ..inputs.documents import odd_numbers, read_object, reason, shown
 from ..inputs.patterns import pattern_problems
 from ..inputs.weights import file_in, read_header, refuse_pickles
+from ..paths import ADAPTER_CONFIG
 from ..planning.peft_options import Option, peft_options
 from ..records import Adapter
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 _NEEDED, _RANKS = ("r", "target_modules"), ("r", "init_r", "target_r")
 _AGAIN = "restore it from where you have the folder from"
 

@@ -133,7 +133,7 @@ def refuse_far(figures: Mapping[str, Figure], dtype: torch.dtype, *, activations
         dtype: in which the adapter computes.
         activations: whether its base quantizes activations.
     """
-    limit, (words, far) = max(ROUNDED[dtype], ACTIVATIONS * activations), _apart(figures)
+    limit, (words, far) = max(ROUNDED.get(dtype, 1e-4), ACTIVATIONS * activations), _apart(figures)
     if not far <= limit:
         what = f"the merged model does not answer as the adapter: {words} of {far:.2g}"
         raise _wrong(f"{what}, where rounding explains {limit:g}")
@@ -157,8 +157,11 @@ def _wrong(what: str) -> ModelError:
     return ModelError(what, fix=fix)
 
 
-def written_model(kind: type[Any], folder: Path, **options: Any) -> nn.Module:
-    """Load a dense model as any user would, by its class in transformers.
+def written_model(
+    kind: type[Any], folder: Path, *, unused: Collection[str] = (), **options: Any
+) -> nn.Module:
+    """Load a dense model as any user would, by its class in transformers. `unused` are names of
+    tensors that the base had beside, too.
 
     Raises:
         ModelError: a tensor is missing from the files, or is in them and of no use.
@@ -172,7 +175,7 @@ def written_model(kind: type[Any], folder: Path, **options: Any) -> nn.Module:
         "mismatched_keys": "hold {} in another shape",
     }
     for key, said in words.items():
-        if names := sorted(str(name) for name in report[key]):
+        if names := sorted({str(name) for name in report[key]} - set(unused)):
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
             raise _wrong(f"the files written {said.format(shown)}")
     loaded: nn.Module = model.eval()

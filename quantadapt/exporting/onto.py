@@ -72,6 +72,7 @@ class OntoBase(Exporter):
 
     def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
         from ..adapting.method import config_class
+        from ..loading.accounting import expecting
         from ..loading.tensors import Checkpoint
         from .checking import refuse_other_files
         from .merging import check_mergeable
@@ -84,7 +85,9 @@ class OntoBase(Exporter):
         device = this_machine().default_device if device == "auto" else device
         data = tuned.held_out if self.check else None
         checkpoint = Checkpoint(base)
-        under = _Opened(base, checkpoint, device)
+        known = tuned.manifest
+        with expecting(known["new_modules"], known["unused_modules"]):
+            under = _Opened(base, checkpoint, device)
         attached = under.attached(tuned.adapter, tuned.manifest["active"])
         check_mergeable(attached)
         shards = MergedShards(attached, checkpoint, under.names, under.ties, under.trained)
@@ -163,12 +166,14 @@ class _Opened:
     Attributes:
         names: key in its files -> name of the parameter.
         ties: its parameters that are tied.
+        unused: keys in its files that the model has no place for.
         trained: once an adapter is attached, names of its own parameters that the adapter holds.
     """
 
     def __init__(self, base: str, checkpoint: Checkpoint, device: str) -> None:
         import torch
 
+        from ..facade import facades
         from ..layerwise import renaming
         from .stored import open_stored
         from .ties import tied_groups
@@ -180,6 +185,9 @@ class _Opened:
         self.names = {key: renamed(key) for key in checkpoint.files}
         self.ties = tied_groups(self.model)
         self.parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        layers = {f"{name}.weight" for name, _ in facades(self.model)}
+        held = {*self.parameters, *layers, *(name for name, _ in self.model.named_buffers())}
+        self.unused = {key for key, name in self.names.items() if name not in held}
         self.trained: list[str] = []
 
     def attached(self, adapter: Path, active: list[str]) -> PeftModel:
@@ -204,7 +212,8 @@ class _Opened:
         from .checking import blocks_on_disk, refuse_far, written_model
 
         with blocks_on_disk(folder, self.device) as places:
-            merged = written_model(self.kind, folder, dtype=torch.float32, **places)
+            options = {"dtype": torch.float32, **places}
+            merged = written_model(self.kind, folder, unused=self.unused, **options)
             found = compared(tuned, merged, data)
         stored = self.checkpoint.read(next(iter(self.names))).dtype
         refuse_far(found, stored, activations=False)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..dependencies import in_turn
-from ..errors import ModelError, OutputError, QuantadaptError
+from ..errors import ModelError, OutputError, QuantadaptError, warn
 from ..folders.atomic import atomic_folder, put_back, refuse_occupied, refuse_overlap, remove
 from ..inputs.documents import read_object
 from ..paths import is_local_path, path_problem
@@ -69,6 +68,9 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, base: b
     _refuse_foreign(final)
     refuse_occupied(final, overwrite)
     if state.adapter and (own_base / MANIFEST).exists() and base:
+        if own_base.is_symlink():  # whose it is, and what else reads it, is not known
+            fix = "remove the link, or choose another folder"
+            raise OutputError("a link is in the way", fix=fix, where=str(own_base))
         refuse_occupied(own_base, overwrite)
     if saves_base and base:
         _refuse_foreign(own_base)
@@ -352,4 +354,4 @@ def _warn_other_base(state: ModelState, manifest: Mapping[str, Any]) -> None:
     ]
     if differing:
         text = f"the adapter was trained on another base: {'; '.join(differing)}"
-        warnings.warn(text, BaseMismatchWarning, stacklevel=4)
+        warn(text, BaseMismatchWarning, stacklevel=4)

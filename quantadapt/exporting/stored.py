@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..facade import mark_conv1d, wrap
 from ..layerwise import renaming
+from ..loading.accounting import account_for
 from ..loading.reading import architecture
 from ..loading.tensors import Checkpoint
 from ..model.linears import conv1d_layers, is_conv1d
@@ -89,8 +90,8 @@ def open_stored(source: str, *, device: str = "cpu", dtype: torch.dtype) -> nn.M
         dtype: in which the model computes.
 
     Raises:
-        ModelError: it is quantized, or what it holds is not one tensor for each parameter, as where
-            experts are stored one by one.
+        ModelError: it is quantized, it holds more or other tensors than its config says, or not one
+            for each parameter, as where experts are stored one by one.
     """
     from accelerate import init_empty_weights
 
@@ -99,6 +100,7 @@ def open_stored(source: str, *, device: str = "cpu", dtype: torch.dtype) -> nn.M
         model = architecture(source, device="cpu")
     renamed = renaming(model)
     keys = {renamed(key): key for key in checkpoint.files}
+    account_for(model, source, {name: checkpoint.shapes[key] for name, key in keys.items()})
     for name, linear in list(linear_layers(model, ())):
         if key := keys.get(f"{name}.weight"):
             transposed = is_conv1d(model.get_submodule(name))

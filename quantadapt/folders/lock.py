@@ -13,12 +13,11 @@ import os
 import socket
 import sys
 import threading
-import warnings
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ..errors import FolderInUse
+from ..errors import FolderInUse, warn
 from .written import LOCK
 
 try:
@@ -100,7 +99,7 @@ def take(folder: Path) -> Lock:
             raise
         if earlier:
             text = f"{folder} was left by {earlier}, which does not run any more; going on in it"
-            warnings.warn(text, LockTakenOver, stacklevel=2)
+            warn(text, LockTakenOver, stacklevel=2)
         return Lock(file, descriptor, touched=not locked or _is_shared(file))
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from ..paths import INDEX
 from .documents import odd_numbers, problems_in, shown
 
 MOST_LAYERS = 10_000
@@ -72,6 +73,9 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     method = config.get("quantization_config")
     if isinstance(method, Mapping) and not isinstance(method.get("quant_method", ""), str):
         found.append("quant_method of quantization_config should be a text")
+    if config.get("transformers_weights") not in (None, "model.safetensors", INDEX):
+        given = shown(config["transformers_weights"])
+        found.append(f"transformers_weights is {given}: weights are read from model.safetensors")
     heads = config.get("num_attention_heads", 1)
     if config.keys() >= {"hidden_size", "vocab_size"} and not isinstance(heads, int):
         found.append(f"num_attention_heads should be a number, not {shown(heads)}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,21 +17,28 @@ SECONDS = 5.0
 class TooSlow(Exception):
     """The time is over."""
 
+    def __init__(self, text: str = "it takes too long") -> None:
+        super().__init__(text)
+
+
+def in_main_thread() -> bool:
+    """Say whether signals arrive in this thread; on no other can `at_most` end a search of `re`."""
+    return threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGVTALRM")
+
 
 @contextmanager
 def at_most(seconds: float = SECONDS) -> Iterator[None]:
     """Raise TooSlow inside once that many seconds of the processor are used.
 
-    It takes the process's timer of that kind, which nobody else uses; `re` and Python code look at
-    signals. There is no limit outside the main thread, where signals do not arrive, and where the
-    system has no such timer.
+    In the main thread it takes the process's timer of that kind, which nobody else uses; `re` and
+    Python code look at signals. In others, what is sent to them ends Python code alone.
     """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(
-        signal, "SIGVTALRM"
-    ):
+    with _by_signal(seconds) if in_main_thread() else _from_outside(seconds):
         yield
-        return
 
+
+@contextmanager
+def _by_signal(seconds: float) -> Iterator[None]:
     def over(number: int, frame: FrameType | None) -> None:
         raise TooSlow(f"it takes more than {seconds:g} s")
 
@@ -40,3 +49,41 @@ def at_most(seconds: float = SECONDS) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+@contextmanager
+def _from_outside(seconds: float) -> Iterator[None]:
+    """Have a thread watch this one, and raise in it."""
+    thread, done, lock = threading.get_ident(), threading.Event(), threading.Lock()
+    end = _used(thread) + seconds
+
+    def watch() -> None:
+        left = seconds
+        while not done.wait(max(left, 0.01)):
+            if (left := end - _used(thread)) > 0:
+                continue
+            with lock:
+                if not done.is_set():
+                    _raise_in(thread, TooSlow)
+            return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        with lock:
+            done.set()
+            _raise_in(thread, None)  # what has not arrived yet is taken back
+
+
+def _used(thread: int) -> float:
+    """Return the seconds of the processor that a thread has used, or, where the system cannot say,
+    seconds."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return time.monotonic()
+    return time.clock_gettime(time.pthread_getcpuclockid(thread))
+
+
+def _raise_in(thread: int, error: type[Exception] | None) -> None:
+    given = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), given)

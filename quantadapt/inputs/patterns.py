@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import Problem
-from .patience import TooSlow, at_most
+from .patience import TooSlow, at_most, in_main_thread
+
+PATIENCE = 2.0
+"""Seconds of the processor."""
 
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")
 _PATTERN_KEYS = ("rank_pattern", "alpha_pattern")
@@ -46,14 +51,34 @@ def pattern_problems(options: Mapping[str, Any]) -> list[Problem]:
 def _pattern_problem(key: str, pattern: str) -> list[Problem]:
     where, fix = f"adapter.{key}", "list the endings of names, e.g. [q_proj, v_proj]"
     try:
-        with at_most(2.0):
-            compiled = re.compile(pattern)
-            for name in _NAMES:
-                compiled.fullmatch(name)
-                compiled.match(name)
+        _try(pattern)
     except TooSlow:
         what = f"the pattern {pattern!r} takes for ever on the names of layers"
         return [Problem(what, f"{fix}, or repeat no group that repeats something itself", where)]
     except (re.error, RecursionError, OverflowError) as error:
         return [Problem(f"{pattern!r} is no regular expression: {error}", fix, where)]
     return []
+
+
+_CODE = """
+import re, sys
+compiled = re.compile(sys.argv[1])
+for name in sys.argv[2:]:
+    compiled.fullmatch(name), compiled.match(name)
+"""
+
+
+def _try(pattern: str) -> None:
+    """Match names such as models have. Raises TooSlow."""
+    compiled = re.compile(pattern)
+    if in_main_thread():
+        with at_most(PATIENCE):
+            for name in _NAMES:
+                compiled.fullmatch(name)
+                compiled.match(name)
+        return
+    try:  # nothing ends it in this thread
+        command = [sys.executable, "-c", _CODE, pattern, *_NAMES]
+        subprocess.run(command, capture_output=True, timeout=5 * PATIENCE, check=False)
+    except subprocess.TimeoutExpired:
+        raise TooSlow from None

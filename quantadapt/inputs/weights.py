@@ -21,7 +21,10 @@ _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32
          "I64": 64, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F8_E4M3": 8,
          "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6,
          "F6_E3M2": 6}  # fmt: skip
+_FLOATS = ("F", "BF")
+"""How the names of such dtypes begin: F32, BF16, F8_E4M3."""
 _AGAIN = "download the model again"
+WEIGHTS = "model.safetensors"
 
 
 class _Tensor(BaseModel):
@@ -64,17 +67,55 @@ def _in_cache(real: Path, root: Path) -> bool:
     return snapshots is not None and real.is_relative_to(snapshots.parent / "blobs")
 
 
-def weight_map(folder: Path) -> dict[str, str]:
+def check_weights(folder: Path) -> Mapping[str, str]:
     """Return tensor name -> file name of a checkpoint folder, in the order of the files. All names
-    are plain, and all files are there.
+    are plain, each file is a whole safetensors file, and each tensor is in one of them.
+
+    The files are those that transformers reads, and of these it reads every tensor, whether the
+    index names it or not.
 
     Raises:
-        ModelError: the index or a header cannot be used.
+        ModelError: that is not so, or all weights are pickles.
     """
+    refuse_pickles(folder, "*.safetensors")
+    indexed = _index(folder)
+    names = sorted(set(indexed.values())) or _without_index(folder)
+    headers = {name: read_header(file_in(folder, name)) for name in names}
+    for file in sorted(folder.glob("*.safetensors")):  # some loaders read those beside, too
+        read_header(file_in(folder, file.name))
+    found: dict[str, str] = {}
+    for name in names:
+        for key in headers[name]:
+            if key in found:
+                what = f"{found[key]} and {name} both hold {shown(key)}: which is meant?"
+                fix = f"{_AGAIN}, into an empty folder"
+                raise ModelError(what, fix=fix, where=str(folder))
+            found[key] = name
+    for key, name in indexed.items():
+        if key not in headers[name]:
+            raise ModelError(f"{name} holds no {shown(key)}", fix=_AGAIN, where=str(folder))
+    _refuse_no_floats(folder, {k: headers[name][k]["dtype"] for k, name in found.items()})
+    return found
+
+
+def _refuse_no_floats(folder: Path, dtypes: Mapping[str, str]) -> None:
+    """Raise ModelError where a dense weight is of integers: read as floats they would be others. Of
+    a layer that is packed there is more than a weight and a bias."""
+    parts = ("weight", "bias")
+    split = {key: key.rpartition(".") for key in dtypes}
+    packed = {layer for layer, _, part in split.values() if part not in parts}
+    packed |= {layer.rpartition(".")[0] for layer in packed}  # as in `weight.absmax`
+    for key, (layer, _, part) in split.items():
+        if part in parts and layer not in packed and not dtypes[key].startswith(_FLOATS):
+            what = f"{shown(key)} is of {dtypes[key]}, and weights are floating point numbers"
+            raise ModelError(what, fix=_AGAIN, where=str(folder))
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Return tensor name -> file name as the index says; empty if there is none."""
     index = folder / INDEX
     if not index.exists() and not index.is_symlink():
-        files = sorted(folder.glob("*.safetensors"))
-        return {key: f.name for f in files for key in read_header(file_in(folder, f.name))}
+        return {}
     values = read_object(file_in(folder, INDEX), fix=_AGAIN).get("weight_map")
     if not isinstance(values, dict) or not values:
         raise ModelError("it has no weight_map", fix=_AGAIN, where=str(index))
@@ -82,25 +123,18 @@ def weight_map(folder: Path) -> dict[str, str]:
     for name in names.values():
         if not file_in(folder, name).is_file():
             raise ModelError(f"the shard {name} is missing", fix=_AGAIN, where=str(folder))
-    return dict(sorted(values.items(), key=lambda item: item[1]))
+    if os.path.lexists(folder / WEIGHTS) and set(values.values()) != {WEIGHTS}:
+        what = f"it holds {WEIGHTS}, and an index of other files: which is meant?"
+        fix = f"remove {WEIGHTS}, or {INDEX} and its files"
+        raise ModelError(what, fix=fix, where=str(folder))
+    return values
 
 
-def check_weights(folder: Path) -> Mapping[str, str]:
-    """Return `weight_map` once each header was read: every file is a whole safetensors file, and
-    holds what the index says.
-
-    Raises:
-        ModelError: one is not, or all weights are pickles.
-    """
-    refuse_pickles(folder, "*.safetensors")
-    found = weight_map(folder)
-    headers = {name: read_header(file_in(folder, name)) for name in dict.fromkeys(found.values())}
-    for file in folder.glob("*.safetensors"):  # transformers may read those beside the index too
-        read_header(file_in(folder, file.name))
-    for key, name in found.items():
-        if key not in headers[name]:
-            raise ModelError(f"{name} holds no {shown(key)}", fix=_AGAIN, where=str(folder))
-    return found
+def _without_index(folder: Path) -> list[str]:
+    """Return the one file that transformers reads, or all of them, as in an adapter's folder."""
+    if os.path.lexists(folder / WEIGHTS):
+        return [WEIGHTS]
+    return sorted(file.name for file in folder.glob("*.safetensors"))
 
 
 def refuse_pickles(folder: Path, pattern: str) -> None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import logging
 import re
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError, Problem, ProblemsError
+from ..errors import ModelError, Problem, ProblemsError, warn
 from ..model.modules import is_skipped
 
 if TYPE_CHECKING:
@@ -121,9 +120,36 @@ def account(
         raise WrongTensors([_at(problem, source) for problem in problems])
     if unexpected:
         text = f"{source} holds tensors that the model does not use: {listed(unexpected)}"
-        warnings.warn(text, UnusedTensorsWarning, stacklevel=2)
+        warn(text, UnusedTensorsWarning, stacklevel=2)
         if (notes := _notes.get()) is not None:
             notes.append(text)
+
+
+def account_for(model: nn.Module, source: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Do what `account` does for a model that is not read through transformers, but for what is
+    missing.
+
+    Args:
+        model: all of it, on whatever device.
+        source: folder or hub id.
+        shapes: of the tensors in its files, under the names of the model.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    info: dict[str, list[Any]] = {
+        "unexpected_keys": [
+            name
+            for name in shapes
+            if name not in wanted and not any(re.search(pattern, name) for pattern in ignored)
+        ],
+        "missing_keys": [],
+        "mismatched_keys": [
+            (name, shape, wanted[name])
+            for name, shape in shapes.items()
+            if name in wanted and shape != wanted[name]
+        ],
+    }
+    account(model, source, info)
 
 
 def without_tensors(model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -8,7 +8,6 @@ reading instead, a bounded number of bytes ahead.
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SlowerWarning
+from ..errors import SlowerWarning, warn
 from ..machine import installed_version
 
 AHEAD = 256 * 2**20
@@ -58,7 +57,7 @@ def reading_ahead(device: str) -> Iterator[None]:
         if next(calls) == 0:
             version = installed_version("transformers")
             what = f"loading is slower: transformers {version} does not call spawn_materialize"
-            warnings.warn(what, SlowerWarning, stacklevel=3)
+            warn(what, SlowerWarning, stacklevel=3)
     finally:
         if spawn is not None:
             transformers_loading.spawn_materialize = spawn

@@ -20,6 +20,7 @@ from ..inputs.weights import refuse_pickles
 from ..model.experts import stacks_of
 from ..model.linears import as_linear, is_conv1d, other_linears
 from ..model.numbers import refuse_not_numbers_in
+from ..paths import ADAPTER_CONFIG
 from ..remote_code import code_problems, refusal, trusted
 from .accounting import OwnReport, WrongTensors, account, listed, repeatable, without_tensors
 from .tensors import Checkpoint
@@ -133,6 +134,9 @@ def from_pretrained(
     except Exception as error:  # what is in the files decides what transformers does
         refuse_code(source, error)
         raise _wrong_tensors(source, report.broken) or _load_error(source, error) from error
+    if hasattr(model, "peft_config"):  # of a hub id, whose files are here only now
+        what = f"it holds an adapter ({ADAPTER_CONFIG}), which transformers has put into the model"
+        raise ModelError(what, fix="use the id of the model without it", where=source)
     info["mismatched_keys"] = {*info["mismatched_keys"], *mismatched}
     account(model, source, info, consumed)
     refuse_not_numbers_in(model, where=source)

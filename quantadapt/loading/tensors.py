@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
 
-from ..inputs.weights import check_weights
+from ..inputs.weights import check_weights, read_header
 from ..model.numbers import refuse_not_numbers
 
 
@@ -17,6 +18,12 @@ class Checkpoint:
     def __init__(self, source: str) -> None:
         self.folder = local_folder(source)
         self.files = dict(check_weights(self.folder))
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor."""
+        headers = (read_header(self.folder / file) for file in set(self.files.values()))
+        return {key: tuple(facts["shape"]) for header in headers for key, facts in header.items()}
 
     @property
     def size(self) -> int:

@@ -40,12 +40,12 @@ def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
         inside = [(name, getattr(value, name)) for name in names]
         return [*inside, *vars(value).items()]
     if isinstance(value, Mapping):
-        return value.items()
+        return list(value.items())
     if isinstance(value, list | tuple):
         return enumerate(value)
     home = type(value).__module__.partition(".")[0]
     is_record = hasattr(value, "__dict__") and not isinstance(value, type | nn.Module)
     if is_record and home not in sys.stdlib_module_names and home not in ("torch", "quantadapt"):
         fields: dict[str, Any] = vars(value)
-        return fields.items()
+        return list(fields.items())
     return ()

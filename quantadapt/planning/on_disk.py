@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from ..errors import ModelError, Problem
 from ..inputs.documents import as_problem, read_object, shown
 from ..inputs.model_config import config_problems, too_large
 from ..inputs.weights import check_weights, file_in
-from ..paths import PICKLES, is_local_path, local_file, path_problem
+from ..paths import ADAPTER_CONFIG, PICKLES, is_local_path, local_file, path_problem
 from ..remote_code import code_problems
 
 
@@ -55,6 +56,10 @@ def check_model(source: str) -> list[Problem]:
         return [Problem(f"{source} is empty", "download the model again", where="model")]
     if found := _check_config(folder):
         return found
+    if os.path.lexists(folder / ADAPTER_CONFIG):
+        what = f"{folder} holds an adapter beside the model, which transformers would put into it"
+        fix = f"move {ADAPTER_CONFIG} and its weights to a folder of their own"
+        return [Problem(what, fix, where="model")]
     return [*code_problems(source), *(_check_links(folder) or _check_weights(folder))]
 
 

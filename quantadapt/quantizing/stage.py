@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import traceback
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import planning
 from ..dependencies import import_requirements
-from ..errors import ModelError, PlanRefused, PluginError, Problem, QuantadaptError
-from ..inputs.documents import shown
+from ..errors import ModelError, PlanRefused, PluginError, Problem, QuantadaptError, warn
+from ..inputs.documents import reason, shown
 from ..planning.on_disk import config_of
 from ..planning.share import BEGINNING, Share
 from ..planning.stage import Plan
@@ -106,10 +105,12 @@ def quantize_plan(
             model = shard(wrap(model, GatheringTarget(target), dtype, skip))
         else:
             model = wrap(model, target, dtype, skip)
-    except PluginError as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         if not (plan.adopt and plan.model):
             raise
-        what = f"its quantized layers are not of the sizes that config.json says: {error}"
+        what = f"its quantized layers are not what config.json says: {reason(error)}"
         fix = "check that config.json and the weights belong together"
         raise ModelError(what, fix=fix, where=plan.model) from error
     if next(facades(model), None) is None:
@@ -167,7 +168,7 @@ def _tell_kept(plan: Plan, model: nn.Module) -> list[str]:
         f"{plan.backend.name} leaves {len(kept)} linear layers dense ({kept[0]} is the first):"
         " transformers could not load them from a checkpoint if they were quantized"
     )
-    warnings.warn(text, MostlyDenseWarning, stacklevel=4)
+    warn(text, MostlyDenseWarning, stacklevel=4)
     return [text]
 
 
@@ -176,7 +177,7 @@ def _tell_share(model: nn.Module, skip: tuple[str, ...], told: Sequence[str]) ->
     and the plan has not told it."""
     share = share_of(model, skip)
     if share.is_low and not any(note.startswith(BEGINNING) for note in told):
-        warnings.warn(share.words, MostlyDenseWarning, stacklevel=4)
+        warn(share.words, MostlyDenseWarning, stacklevel=4)
     return share.words
 
 
@@ -262,11 +263,11 @@ def skip_for(plan: Plan, module: nn.Module | None = None) -> tuple[str, ...] | N
 def _misfits(reasons: Mapping[str, str]) -> list[Problem]:
     """Return a problem for each reason; it names the first layer and counts the others."""
     problems = []
-    for reason in dict.fromkeys(reasons.values()):
-        first, *others = [name for name, text in reasons.items() if text == reason]
+    for why in dict.fromkeys(reasons.values()):
+        first, *others = [name for name, text in reasons.items() if text == why]
         more = f" and {len(others)} more" if others else ""
         fix = "change the backend's options, or set skip_misfits: true to leave such layers dense"
-        problems.append(Problem(reason, fix, where=f"{first}{more}"))
+        problems.append(Problem(why, fix, where=f"{first}{more}"))
     return problems
 
 
@@ -279,7 +280,7 @@ def _examples(plan: Plan, given: Calibration) -> Examples | None:
         if given is not None:
             needless = f"these options of {plan.backend.name} need no data"
             why = "the model is quantized already" if plan.adopt else needless
-            warnings.warn(f"calibration is not used: {why}", UnusedOptionWarning, stacklevel=4)
+            warn(f"calibration is not used: {why}", UnusedOptionWarning, stacklevel=4)
         return None
     if given is None and plan.model == str(demo.MODEL_DIR):
         given = str(demo.TRAIN_FILE)

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import redirect_stdout
@@ -35,6 +34,7 @@ from ..errors import (
     Problem,
     QuantadaptError,
     did_you_mean,
+    warn,
 )
 from ..protocols import Quantizer
 from ..records import KINDS, Adapter, Backend, R, Record, kind_of
@@ -253,7 +253,7 @@ def _clash(kind: str, name: str, entries: Iterable[_Entry]) -> str:
 
 def _warn_of_waiting(provenance: Provenance, limit: float) -> None:
     fix = f"uninstall it, or name the plugins to load in {ONLY}, or allow more in {TIME_LIMIT}"
-    warnings.warn(f"plugin {provenance}: {hangs(limit)}; {fix}", PluginWarning, stacklevel=4)
+    warn(f"plugin {provenance}: {hangs(limit)}; {fix}", PluginWarning, stacklevel=4)
 
 
 def _in_thread(work: Callable[[], Contents]) -> tuple[threading.Thread, Future[Contents]]:
