@@ -219,17 +219,6 @@ class _Placeholder(nn.Module):
         self._is_hf_initialized = True  # type: ignore[assignment]
 
 
-def renaming(model: nn.Module) -> Callable[[str], str]:
-    """Return what transformers makes of a key in a checkpoint: some models call modules otherwise
-    there."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    conversions = get_model_conversion_mapping(model)
-    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-    return lambda key: rename_source_key(key, renamings, [])[0]
-
-
 def _on_meta(stack: Stack, model: nn.Module) -> nn.Linear:
     """Return the tall layer of a stack without values."""
     dtype = model.get_parameter(stack.name).dtype
@@ -395,7 +384,7 @@ def _loader_config() -> Any:
             self.stacks = {stack.module: stack for stack in expert_stacks(model, ())}
             layers = dict(linear_layers(model, ()))
             layers |= {name: _on_meta(stack, model) for name, stack in self.stacks.items()}
-            self.state = _packed_state(config.packed, layers, renaming(model))
+            self.state = _packed_state(config.packed, layers, reading.renaming(model))
             if not self.state:  # or layers would be left as they happen to start
                 what = "none of this model's layers is quantized in the checkpoint"
                 fix = "check that config.json and the weights belong together"

@@ -169,7 +169,7 @@ class _Opened:
     def __init__(self, base: str, checkpoint: Checkpoint, device: str) -> None:
         import torch
 
-        from ..layerwise import renaming
+        from ..loading.reading import renaming
         from .stored import open_stored
         from .ties import tied_groups
 

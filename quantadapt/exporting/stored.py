@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..facade import mark_conv1d, wrap
-from ..layerwise import renaming
+from ..loading.reading import renaming
 from ..loading.reading import architecture
 from ..loading.tensors import Checkpoint
 from ..model.linears import conv1d_layers, is_conv1d

@@ -240,6 +240,7 @@ def skip_for(plan: Plan, module: nn.Module | None = None) -> tuple[str, ...] | N
     backend cannot quantize, unless the spec says `skip_misfits`.
     """
     from ..loading.reading import architecture
+    from ..model.experts import expert_stacks
     from ..model.modules import linear_layers, skipped_modules
 
     skip, quantizer = _wanted_skip(plan), plan.quantizer
@@ -249,11 +250,14 @@ def skip_for(plan: Plan, module: nn.Module | None = None) -> tuple[str, ...] | N
     default = skipped_modules(model, skip)
     with blaming(plan.backend, "deciding what stays dense"):
         dense = quantizer.stays_dense(model, default)
-        reasons = {
-            name: reason
-            for name, linear in linear_layers(model, (*default, *dense))
-            if (reason := quantizer.misfit(linear.in_features, linear.out_features))
+        left = (*default, *dense)
+        sizes = {
+            name: (linear.in_features, linear.out_features)
+            for name, linear in linear_layers(model, left)
         }
+        stacks = expert_stacks(model, left)
+        sizes |= {stack.name: (stack.in_features, stack.rows) for stack in stacks}
+        reasons = {n: reason for n, size in sizes.items() if (reason := quantizer.misfit(*size))}
     if reasons and not plan.spec.skip_misfits:
         raise PlanRefused(_misfits(reasons))
     return (*default, *dense, *reasons) if dense or reasons else skip
