@@ -16,6 +16,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from quantadapt.calibration.experts import Tokens
+from quantadapt.calibration.recording import run
 from quantadapt.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -52,6 +54,10 @@ def tune(
     """
     from auto_round import AutoRound as Tuner
 
+    tokens = Tokens(show_all=False)
+    with torch.no_grad():
+        tokens.count(model, lambda: [run(model, {"input_ids": row}) for row in rows])
+    tokens.tell()
     with restored(model):
         try:
             tuner = Tuner(model, **_settings(quantizer, model, names, rows, device))
