@@ -165,7 +165,7 @@ class _Experts:
     def spread(self, dense: Tensor) -> None:
         """Let each expert's layer compute with its part of `dense`."""
         rows = len(dense) // len(self.opened.layers)
-        for name, weight in zip(self.opened.layers, dense.split(rows), strict=True):
+        for name, weight in zip(self.opened.layers, torch.split(dense, rows), strict=True):
             self.linears[name].weight.data = weight
         self.linears, self.moment = {}, None
 

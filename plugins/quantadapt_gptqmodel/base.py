@@ -118,7 +118,8 @@ class GPTQModel(LayerwiseQuantizer):
         from torch import nn
 
         vendors: list[Any] = layers
-        bits, orders = vendors[0].bits, [getattr(vendor, "g_idx", None) for vendor in vendors]
+        bits = vendors[0].bits
+        orders: list[Any] = [getattr(vendor, "g_idx", None) for vendor in vendors]
         state = {
             name: torch.cat([getattr(vendor, name) for vendor in vendors], 1)
             for name in ("qweight", "qzeros", "scales")

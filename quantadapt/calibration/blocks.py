@@ -55,6 +55,11 @@ class Block:
             pass
 
 
+def _run_all(passes: list[Pass]) -> None:
+    for one in passes:
+        one.run()
+
+
 @torch.no_grad()
 def each_block(
     model: nn.Module,
@@ -90,7 +95,7 @@ def each_block(
         block.to(device)
         passes = recorder.passes(number)
         inside = {n: m for n, m in linears.items() if n.startswith(f"{name}.")}
-        tokens.count(block, lambda passes=passes: [one.run() for one in passes])
+        tokens.count(block, partial(_run_all, passes))
         yield Block(name, block, inside, passes)
         if number + 1 < len(blocks):
             recorder.advance(passes)

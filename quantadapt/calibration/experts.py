@@ -77,7 +77,8 @@ def open_experts(model: nn.Module, skip: tuple[str, ...], misfit: Misfit) -> lis
         parts = _fitting_parts(owner, key, stack, misfit) if is_dispatched(owner) else ()
         if not parts:
             continue
-        rows = stack.tall(owner._parameters.pop(key).data).split(stack.out_features // len(parts))
+        tall = stack.tall(owner._parameters.pop(key).data)
+        rows = torch.split(tall, stack.out_features // len(parts))
         layers = layers_of(stack, parts)
         for name, weight in zip(layers, rows, strict=True):
             _put(model, owner_name, name, _linear(weight))
@@ -184,11 +185,14 @@ def opened_forward(
 
 
 def _run_expert(experts: Any, expert: int, x: Tensor) -> Tensor:
+    y: Tensor
     first = "gate_up_proj" if experts.has_gate else "up_proj"
     y = _apply(experts, first, expert, x)
     y = experts._apply_gate(y) if experts.has_gate else experts.act_fn(y)
     y = _apply(experts, "down_proj", expert, y)
-    return experts.post_expert_norm(y) if getattr(experts, "has_post_expert_norm", False) else y
+    if getattr(experts, "has_post_expert_norm", False):
+        y = experts.post_expert_norm(y)
+    return y
 
 
 def _apply(experts: Any, key: str, expert: int, x: Tensor) -> Tensor:
@@ -250,4 +254,4 @@ class Tokens:
 def _inputs(experts: Any) -> int:
     """Return how many inputs the layers of one expert have, at most."""
     modules = next(m for key, m in experts._modules.items() if key.isdigit()).children()
-    return max(layer.in_features for layer in modules)
+    return max(int(layer.in_features) for layer in modules)
