@@ -20,9 +20,10 @@ from .loading import reading
 from .loading.blocks import Blocks
 from .loading.packed import PackedLayer, packed_layers
 from .loading.read_ahead import reading_ahead
+from .model.dense import skipped_modules
 from .model.experts import Stack, expert_stacks, set_stack
 from .model.linears import as_linear
-from .model.modules import linear_layers, set_submodule, skipped_modules, wanted_dtype
+from .model.modules import linear_layers, set_submodule, wanted_dtype
 from .model.numbers import refuse_not_numbers
 
 METHOD = "quantadapt"

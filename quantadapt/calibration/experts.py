@@ -159,7 +159,7 @@ def round_experts(
         set_stack(model, stack, quantizer.quantize_linear(linear).eval())
     if stacks:
         what = f"{len(stacks)} stacks of experts are rounded without calibration data: {why}"
-        warnings.warn(what, ExpertsWarning, stacklevel=2)
+        warnings.warn(what, ExpertsWarning, stacklevel=1)
 
 
 # Running ---------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ class Tokens:
                 f" inputs ({self.none} see none): {helped if self.show_all else ''}give more or"
                 " longer examples"
             )
-            warnings.warn(what, ExpertsWarning, stacklevel=2)
+            warnings.warn(what, ExpertsWarning, stacklevel=1)
 
 
 def _inputs(experts: Any) -> int:

@@ -131,6 +131,12 @@ def set_stack(model: nn.Module, stack: Stack, made: nn.Module) -> None:
     parent.__dict__["_stacks"] = {**stacks_of(parent), f"{key}{SUFFIX}": stack}
 
 
+def experts_in(module: nn.Module) -> int:
+    """Return how many experts a module holds in stacks, quantized or not; 0 if it holds none."""
+    dense = any(_is_stack(module, parameter) for parameter in module._parameters.values())
+    return int(module.num_experts) if dense or stacks_of(module) else 0  # type: ignore[arg-type]
+
+
 def set_dense(model: nn.Module, stack: Stack, parameter: nn.Parameter) -> None:
     """Put a dense parameter, as the model keeps it, in the place of a quantized stack."""
     parent = model.get_submodule(stack.name.rpartition(".")[0])

@@ -60,8 +60,9 @@ def quantize_plan(
 
     from ..facade import facades, mark_conv1d, wrap
     from ..loading.accounting import expecting
+    from ..model.dense import skipped_modules
     from ..model.linears import conv1d_layers
-    from ..model.modules import linear_layers, skipped_modules
+    from ..model.modules import linear_layers
     from ..model.numbers import refuse_not_numbers_in, refuse_not_numbers_packed
 
     import_requirements(plan.backend)
@@ -143,8 +144,9 @@ def _source(
     """Return what the backend gets. One that does not work layer by layer on load looks for
     `nn.Linear` itself: where a model has other linear layers, it gets one that has not."""
     from ..loading.reading import architecture, from_pretrained
+    from ..model.dense import skipped_modules
     from ..model.linears import other_linears
-    from ..model.modules import make_linear, skipped_modules
+    from ..model.modules import make_linear
 
     if type(plan.quantizer).quantize is LayerwiseQuantizer.quantize:
         return plan.model if module is None else module
@@ -240,8 +242,9 @@ def skip_for(plan: Plan, module: nn.Module | None = None) -> tuple[str, ...] | N
     backend cannot quantize, unless the spec says `skip_misfits`.
     """
     from ..loading.reading import architecture
+    from ..model.dense import skipped_modules
     from ..model.experts import expert_stacks
-    from ..model.modules import linear_layers, skipped_modules
+    from ..model.modules import linear_layers
 
     skip, quantizer = _wanted_skip(plan), plan.quantizer
     if all(getattr(type(quantizer), name) is getattr(Quantizer, name) for name in _DECIDING):
