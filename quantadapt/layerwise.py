@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .errors import ModelError
 from .loading import reading
 from .loading.blocks import Blocks
+from .loading.mxfp4 import conversions, is_mxfp4
 from .loading.packed import PackedLayer, packed_layers
 from .loading.read_ahead import reading_ahead
 from .model.dense import skipped_modules
@@ -70,6 +71,8 @@ def quantize_layerwise(
     if isinstance(source, nn.Module):
         return _quantize_module(quantizer, source, device=device, dtype=dtype, skip=skip)
     loader = _loader_config()(quantizer=quantizer, skip=skip)
+    if is_mxfp4(reading.read_config(source)):
+        loader.conversions = conversions()
     try:
         with reading_ahead(device):
             model = reading.from_pretrained(
@@ -242,6 +245,7 @@ def _loader_config() -> Any:
             self.packed, self.device = packed, device
             self.failure: Exception | None = None
             self.consumed: set[str] = set()
+            self.conversions: list[Any] = []
             self.mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
 
         def to_dict(self) -> dict[str, Any]:
@@ -348,6 +352,9 @@ def _loader_config() -> Any:
 
         def get_quantize_ops(self) -> Any:
             return QuantizeLinear(self)
+
+        def get_weight_conversions(self) -> list[Any]:
+            return self.quantization_config.conversions  # type: ignore[no-any-return]
 
         def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
             # transformers reserves memory on the device before it loads: not for these

@@ -5,6 +5,7 @@ Weights are read from safetensors only, never from pickles.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..model.linears import as_linear, is_conv1d, other_linears
 from ..model.numbers import refuse_not_numbers_in
 from ..remote_code import code_problems, refusal, trusted
 from .accounting import OwnReport, WrongTensors, account, listed, repeatable, without_tensors
+from .mxfp4 import dequantizing, is_mxfp4
 from .tensors import Checkpoint
 
 
@@ -117,6 +119,12 @@ def from_pretrained(
         WrongTensors: its tensors are not those of the model. ModelError: it cannot be read.
     """
     config = config or read_config(source)
+    stored = is_mxfp4(config)
+    if stored and "quantization_config" in kwargs:  # which has the conversions
+        config = copy.deepcopy(config)
+        del config.quantization_config
+    elif stored:
+        kwargs["quantization_config"] = dequantizing()
     report = OwnReport()
     try:
         with report, repeatable():
@@ -137,7 +145,7 @@ def from_pretrained(
     info["mismatched_keys"] = {*info["mismatched_keys"], *mismatched}
     account(model, source, info, consumed)
     refuse_not_numbers_in(model, where=source)
-    found: nn.Module = model
+    found: nn.Module = unmarked(model) if stored else model
     return found
 
 
