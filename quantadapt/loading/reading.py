@@ -146,6 +146,10 @@ def from_pretrained(
     account(model, source, info, consumed)
     refuse_not_numbers_in(model, where=source)
     found: nn.Module = unmarked(model) if stored else model
+    if stored and (dtype := kwargs.get("dtype")):  # older transformers always makes bfloat16
+        for parameter in found.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
     return found
 
 
