@@ -8,6 +8,7 @@ is the quantized model, one layer, and the weights that `read_ahead` has read.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol

@@ -186,11 +186,12 @@ def opened_forward(
 
 def _run_expert(experts: Any, expert: int, x: Tensor) -> Tensor:
     first = "gate_up_proj" if experts.has_gate else "up_proj"
-    y = _apply(experts, first, expert, x)
-    y = experts._apply_gate(y) if experts.has_gate else experts.act_fn(y)
-    y = _apply(experts, "down_proj", expert, y)
-    after = getattr(experts, "has_post_expert_norm", False)
-    return experts.post_expert_norm(y) if after else y  # type: ignore[no-any-return]
+    x = _apply(experts, first, expert, x)
+    x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
+    y: Tensor = _apply(experts, "down_proj", expert, x)
+    if getattr(experts, "has_post_expert_norm", False):
+        y = experts.post_expert_norm(y)
+    return y
 
 
 def _apply(experts: Any, key: str, expert: int, x: Tensor) -> Tensor:

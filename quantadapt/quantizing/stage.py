@@ -159,7 +159,7 @@ def _source(
 def _tell_kept(plan: Plan, model: nn.Module) -> list[str]:
     """Warn of the layers of a quantized model that its backend had to leave dense, and return what
     was told."""
-    from ..model.modules import skipped_modules
+    from ..model.dense import skipped_modules
 
     with blaming(plan.backend, "deciding what stays dense"):
         kept = plan.quantizer.stays_dense(model, skipped_modules(model, _wanted_skip(plan)))
