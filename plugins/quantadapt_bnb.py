@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+_OF_EXPERT = re.compile(r"experts\.\d+\..*\.(absmax|SCB)$")
+"""Tensors of checkpoints whose experts are quantized one by one."""
 DECODING = 32
 """Tokens up to which the vendor's product with 4-bit weights beats dequantizing on CUDA."""
 
@@ -31,6 +34,10 @@ class _BitsAndBytes(LayerwiseQuantizer):
         return not_converted(model, skip_modules)
 
     def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
+        from quantadapt.loading import Checkpoint
+
+        if any(map(_OF_EXPERT.search, Checkpoint(path).files)):  # which transformers 5 cannot load
+            return super().load(path, device=device, dtype=dtype)
         return Quantizer.load(self, path, device=device, dtype=dtype)
 
     def left_dense(self, names: list[str], head: str | None) -> dict[str, Any]:
@@ -64,8 +71,20 @@ class _FourBit(_BitsAndBytes):
         return 4 + (8 + 32 / block_of_scales) / block + tables / (in_features * out_features)
 
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
+        from bitsandbytes.nn import Params4bit
+
+        module: Any = self._empty(linear)
+        options = {k: v for k, v in vars(module.weight).items() if k != "module"}
+        packed = Params4bit(linear.weight.data, requires_grad=False, **options)
+        module.weight = packed.to(linear.weight.device)
+        module.bias = linear.bias
+        vendor: nn.Module = module
+        return vendor
+
+    def _empty(self, linear: nn.Linear) -> nn.Module:
+        """Return the vendor's module of that size."""
         import torch
-        from bitsandbytes.nn import Linear4bit, Params4bit
+        from bitsandbytes.nn import Linear4bit
 
         module: nn.Module = Linear4bit(
             linear.in_features,
@@ -77,24 +96,22 @@ class _FourBit(_BitsAndBytes):
             quant_storage=getattr(torch, self.quant_storage),
             device="meta",
         )
-        options = {k: v for k, v in vars(module.weight).items() if k != "module"}
-        packed = Params4bit(linear.weight.data, requires_grad=False, **options)
-        module.weight = packed.to(linear.weight.device)
-        module.bias = linear.bias
         return module
 
     def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
         """transformers loads whole checkpoints; `load_state_dict` leaves out the scales."""
         from bitsandbytes.nn import Linear4bit, Params4bit
+        from torch import nn
 
         codes, stats = state["weight"].clone(), {**state}
         del stats["weight"]
+        bias = stats.pop("bias", None)
         packed = Params4bit.from_prequantized(codes, stats, device=codes.device)
         found, wanted = tuple(packed.quant_state.shape), (linear.out_features, linear.in_features)
         if (packed.quant_type, found) != (self.quant_type, wanted):
             what = f"they are {packed.quant_type} of {found}, not {self.quant_type} of {wanted}"
             raise ModelError(what)
-        module: nn.Module = Linear4bit(
+        module: Any = Linear4bit(
             linear.in_features,
             linear.out_features,
             bias=False,
@@ -106,7 +123,39 @@ class _FourBit(_BitsAndBytes):
         )
         packed.module = module
         module.weight = packed
-        return module
+        module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        vendor: nn.Module = module
+        return vendor
+
+    def join_rows(self, layers: list[nn.Module]) -> nn.Module:
+        """Join them; quantized scales become plain ones, as each layer has an offset of its own."""
+        import torch
+        from bitsandbytes.nn import Params4bit
+        from torch import nn
+
+        packed: list[Any] = [layer.weight for layer in layers]
+        states = [weight.quant_state for weight in packed]
+        first, rows = states[0], sum(state.shape[0] for state in states)
+        columns = first.shape[1]
+        if any(state.shape.numel() % state.blocksize for state in states):
+            what = f"the last block of {first.blocksize} weights of an expert is not full"
+            raise ModelError(what, fix="quantize the original model again")
+        stats = {
+            "absmax": torch.cat([_scales(state) for state in states]),
+            "quant_map": first.code,
+            "blocksize": first.blocksize,
+            "quant_type": first.quant_type,
+            "dtype": str(first.dtype).removeprefix("torch."),
+            "shape": (rows, columns),
+        }
+        linear = nn.Linear(columns, rows, bias=False, device="meta", dtype=first.dtype)
+        module: Any = self._empty(linear)
+        codes = torch.cat([weight.data.reshape(-1, 1) for weight in packed])
+        module.weight = Params4bit.from_prequantized(
+            codes, stats, device=codes.device, module=module
+        )
+        vendor: nn.Module = module
+        return vendor
 
     def quantization_config(self) -> dict[str, Any]:
         from transformers import BitsAndBytesConfig
@@ -172,7 +221,14 @@ class Int8(_BitsAndBytes):
         return 8 + 32 / in_features
 
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
-        from bitsandbytes.nn import Int8Params, Linear8bitLt
+        from bitsandbytes.nn import Int8Params
+
+        device = linear.weight.device
+        packed = Int8Params(linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
+        return self._module(linear, packed.to(device), linear.bias)
+
+    def _module(self, linear: nn.Linear, packed: Any, bias: Any) -> nn.Module:
+        from bitsandbytes.nn import Linear8bitLt
 
         module: nn.Module = Linear8bitLt(
             linear.in_features,
@@ -182,11 +238,25 @@ class Int8(_BitsAndBytes):
             threshold=self.threshold,
             device="meta",
         )
-        device = linear.weight.device
-        packed = Int8Params(linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
-        module.weight = packed.to(device)
-        module.bias = linear.bias
+        module.weight = packed
+        module.bias = bias
         return module
+
+    def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
+        from torch import nn
+
+        bias = None if "bias" not in state else nn.Parameter(state["bias"], requires_grad=False)
+        return self._module(linear, _int8(state["weight"], state["SCB"]), bias)
+
+    def join_rows(self, layers: list[nn.Module]) -> nn.Module:
+        import torch
+        from torch import nn
+
+        packed: list[Any] = [layer.weight for layer in layers]
+        codes = torch.cat([weight.data for weight in packed])
+        scales = torch.cat([weight.SCB for weight in packed])
+        linear = nn.Linear(codes.shape[1], len(codes), bias=False, device="meta")
+        return self._module(linear, _int8(codes, scales), None)
 
     def quantization_config(self) -> dict[str, Any]:
         from transformers import BitsAndBytesConfig
@@ -209,6 +279,24 @@ class Int8(_BitsAndBytes):
             if _is(module, "Int8Params"):
                 return cls(threshold=module.state.threshold)  # type: ignore[union-attr, arg-type]
         return None
+
+
+def _scales(state: Any) -> Tensor:
+    """Return the scales of 4-bit blocks in float32, of quantized ones the numbers that they are."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    if not state.nested:
+        scales: Tensor = state.absmax
+        return scales
+    plain: Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return plain.float()
+
+
+def _int8(codes: Tensor, scales: Tensor) -> Any:
+    """Return int8 codes [out, in] and the scales of their rows as bitsandbytes holds them."""
+    from bitsandbytes.nn import Int8Params
+
+    return Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
 
 
 def _check_nested(path: str) -> None:

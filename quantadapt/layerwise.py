@@ -8,24 +8,24 @@ is the quantized model, one layer, and the weights that `read_ahead` has read.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ModelError, Problem
+from .errors import ModelError
 from .loading import reading
-from .loading.accounting import WrongTensors, listed
 from .loading.blocks import Blocks
+from .loading.mxfp4 import conversions, is_mxfp4
+from .loading.packed import PackedLayer, packed_layers
 from .loading.read_ahead import reading_ahead
-from .loading.tensors import local_folder
+from .model.dense import skipped_modules
 from .model.experts import Stack, expert_stacks, set_stack
 from .model.linears import as_linear
-from .model.modules import linear_layers, set_submodule, skipped_modules, wanted_dtype
+from .model.modules import linear_layers, set_submodule, wanted_dtype
 from .model.numbers import refuse_not_numbers
 
 METHOD = "quantadapt"
@@ -45,6 +45,10 @@ class LinearQuantizer(Protocol):
 
     def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
         """Return the vendor module for the tensors that were saved for it."""
+        ...
+
+    def join_rows(self, layers: list[nn.Module]) -> nn.Module:
+        """Return one vendor module with the rows of all `layers`."""
         ...
 
     def quantization_config(self) -> dict[str, Any]:
@@ -68,6 +72,8 @@ def quantize_layerwise(
     if isinstance(source, nn.Module):
         return _quantize_module(quantizer, source, device=device, dtype=dtype, skip=skip)
     loader = _loader_config()(quantizer=quantizer, skip=skip)
+    if is_mxfp4(reading.read_config(source)):
+        loader.conversions = conversions()
     try:
         with reading_ahead(device):
             model = reading.from_pretrained(
@@ -214,79 +220,9 @@ def _left_dense(quantizer: LinearQuantizer, model: nn.Module) -> dict[str, Any]:
 class _Placeholder(nn.Module):
     """Stands for a packed layer while transformers loads everything else."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        object.__setattr__(self, "linear", linear)
         self._is_hf_initialized = True  # type: ignore[assignment]
-
-
-def renaming(model: nn.Module) -> Callable[[str], str]:
-    """Return what transformers makes of a key in a checkpoint: some models call modules otherwise
-    there."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    conversions = get_model_conversion_mapping(model)
-    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-    return lambda key: rename_source_key(key, renamings, [])[0]
-
-
-def _on_meta(stack: Stack, model: nn.Module) -> nn.Linear:
-    """Return the tall layer of a stack without values."""
-    dtype = model.get_parameter(stack.name).dtype
-    return nn.Linear(stack.in_features, stack.rows, bias=False, device="meta", dtype=dtype)
-
-
-def _packed_state(
-    path: str, layers: Container[str], renamed: Callable[[str], str]
-) -> dict[str, dict[str, Tensor]]:
-    """Return layer name -> the tensors saved for it, for those of `layers` that are packed: they
-    hold more than a weight and a bias, or a weight of codes."""
-    from safetensors import safe_open
-
-    state: dict[str, dict[str, Tensor]] = {}
-    for file in sorted(local_folder(path).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 (not a dict)
-                name = renamed(key)
-                parents = accumulate(name.split("."), lambda parent, part: f"{parent}.{part}")
-                if layer := next((parent for parent in parents if parent in layers), None):
-                    tensors = state.setdefault(layer, {})
-                    tensors[name.removeprefix(f"{layer}.")] = opened.get_tensor(key)
-    return {layer: tensors for layer, tensors in state.items() if not _is_dense(tensors)}
-
-
-def _is_dense(tensors: dict[str, Tensor]) -> bool:
-    codes = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
-    return not codes and tensors.keys() <= {"weight", "bias"}
-
-
-def _loaded(
-    quantizer: LinearQuantizer, name: str, linear: nn.Linear, state: dict[str, Tensor], path: str
-) -> nn.Module:
-    """Return the vendor module for the tensors of one layer. Raises WrongTensors where they are not
-    what the backend saves."""
-    has = sorted(state)
-    fix = "check that config.json and the weights belong together, or download them again"
-    biased = any(part.rpartition(".")[2] == "bias" for part in has)
-    if biased != (linear.bias is not None):
-        what = f"it has no {name}.bias, which its config says is there"
-        if biased:
-            what = f"it has {name}.bias, which its config says is not there"
-        raise WrongTensors([Problem(what, fix, where=path)])
-    try:
-        vendor = quantizer.load_linear(linear, state)
-    except ModelError as error:
-        raise WrongTensors([Problem(f"{name}: {error.problems[0].what}", fix, path)]) from error
-    except (KeyError, AttributeError, IndexError, RuntimeError, AssertionError) as error:
-        missing = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error).strip()
-        what = f"{name} cannot be made of what it holds for it, {listed(has)}: {missing}"
-        raise WrongTensors([Problem(what, fix, where=path)]) from error
-    sizes, wanted = quantizer.target.shape(vendor), (linear.in_features, linear.out_features)
-    if sizes != wanted:
-        what = f"{name} has {sizes} inputs and outputs, its config wants {wanted}"
-        raise WrongTensors([Problem(what, fix, where=path)])
-    return vendor
 
 
 @cache
@@ -311,6 +247,7 @@ def _loader_config() -> Any:
             self.packed, self.device = packed, device
             self.failure: Exception | None = None
             self.consumed: set[str] = set()
+            self.conversions: list[Any] = []
             self.mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
 
         def to_dict(self) -> dict[str, Any]:
@@ -383,6 +320,7 @@ def _loader_config() -> Any:
             super().__init__(quantization_config, **kwargs)
             self.names: set[str] = set()
             self.stacks: dict[str, Stack] = {}
+            self.packed: dict[str, PackedLayer] = {}
             self.shapes: dict[str, torch.Size] = {}
             self.blocks = Blocks(nn.Module(), ())
             self.dtype = torch.float32
@@ -401,24 +339,24 @@ def _loader_config() -> Any:
                 self.names = {*(f"{name}.weight" for name in names), *self.stacks}
                 self.blocks = Blocks(model, [*names, *self.stacks])
                 return
-            self.stacks = {stack.module: stack for stack in expert_stacks(model, ())}
-            layers = dict(linear_layers(model, ()))
-            layers |= {name: _on_meta(stack, model) for name, stack in self.stacks.items()}
-            self.state = _packed_state(config.packed, layers, renaming(model))
-            if not self.state:  # or layers would be left as they happen to start
+            self.packed = packed_layers(config.packed, model)
+            if not self.packed:  # or layers would be left as they happen to start
                 what = "none of this model's layers is quantized in the checkpoint"
                 fix = "check that config.json and the weights belong together"
                 raise ModelError(what, fix=fix, where=config.packed)
-            self.blocks = Blocks(model, self.state)
-            for name, tensors in self.state.items():
-                self.put(model, name, _Placeholder(layers[name]))
-                config.consumed.update(f"{name}.{part}" for part in tensors)
+            self.blocks = Blocks(model, self.packed)
+            for name, layer in self.packed.items():
+                self.put(model, name, _Placeholder())
+                config.consumed.update(layer.names())
 
         def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
             return param_name in self.names
 
         def get_quantize_ops(self) -> Any:
             return QuantizeLinear(self)
+
+        def get_weight_conversions(self) -> list[Any]:
+            return self.quantization_config.conversions  # type: ignore[no-any-return]
 
         def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
             # transformers reserves memory on the device before it loads: not for these
@@ -433,17 +371,14 @@ def _loader_config() -> Any:
                     config.mismatched.append((name, tuple(weight.shape), tuple(shape)))
             for name, module in list(model.named_modules()):
                 if isinstance(module, _Placeholder):
-                    state = {k: v.to(config.device) for k, v in self.state.pop(name).items()}
-                    named = ((f"{name}.{key}", value) for key, value in state.items())
-                    refuse_not_numbers(named, where=config.packed)
-                    linear: Any = module.linear
-                    vendor = _loaded(config.quantizer, name, linear, state, config.packed)
+                    layer = self.packed[name]
+                    vendor = layer.made(config.quantizer, config.packed, config.device)
                     self.put(model, name, vendor.train(model.training))
                     self.blocks.add(model, name, vendor)
             return model
 
         def put(self, model: Any, name: str, module: nn.Module) -> None:
-            if (stack := self.stacks.get(name)) is not None:
+            if (stack := self.packed[name].stack) is not None:
                 set_stack(model, stack, module)
             else:
                 set_submodule(model, name, module)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from quantadapt.calibration import LayerInputs, walk_blocks
+from quantadapt.calibration.experts import Opened, close_experts, open_experts, round_experts
 from quantadapt.errors import ModelError, OutputError
 from quantadapt.loading import from_pretrained, linear_layers, set_submodule, skipped_modules
 from quantadapt.paths import cache_folder
@@ -47,9 +48,11 @@ def make(
     model = from_pretrained(source, dtype=dtype) if isinstance(source, str) else source
     training = model.training
     _cast(model.eval(), dtype)
-    names = [name for name, _ in linear_layers(model, skipped_modules(model, skip))]
+    skip = skipped_modules(model, skip)
+    opened = open_experts(model, skip, lambda *sizes: None)
+    names = [name for name, _ in linear_layers(model, skip)]
     work = WorkFolder(_root(quantizer), _key(quantizer, model, names, examples, device, dtype))
-    maker = _Maker(quantizer, model, work, len(names), dtype)
+    maker = _Maker(quantizer, model, work, names, dtype, opened)
     walk_blocks(
         model,
         examples,
@@ -58,6 +61,8 @@ def make(
         on_block=maker.on_block,
         device=device,
     )
+    close_experts(model, opened, lambda one, _: maker.made.pop(one.stack.name))
+    round_experts(model, skip, quantizer, device)
     return model.to(device).train(training)
 
 
@@ -71,13 +76,29 @@ class _Maker:
     """Fits the layers that the walk hands over, and puts them into the model block by block."""
 
     def __init__(
-        self, quantizer: AQLM, model: nn.Module, work: WorkFolder, count: int, dtype: torch.dtype
+        self,
+        quantizer: AQLM,
+        model: nn.Module,
+        work: WorkFolder,
+        names: list[str],
+        dtype: torch.dtype,
+        opened: list[Opened],
     ) -> None:
         self.quantizer, self.model, self.work, self.dtype = quantizer, model, work, dtype
-        self.count, self.number = count, 0
+        shared = [(one, _Experts(one)) for one in opened]
+        self.stacks = {name: experts for one, experts in shared for name in one.layers}
+        self.count = len(names) - sum(len(one.layers) - 1 for one in opened)
+        self.number = 0
         self.made: dict[str, nn.Module] = {}
 
     def on_layer(self, name: str, linear: nn.Linear, inputs: LayerInputs) -> None:
+        if (experts := self.stacks.get(name)) is None:
+            self.make(name, linear, inputs)
+        elif experts.add(name, linear, inputs):
+            experts.spread(self.make(experts.opened.stack.name, *experts.together()))
+
+    def make(self, name: str, linear: nn.Linear, inputs: LayerInputs) -> Tensor:
+        """Fit a layer, and return its weight as it is then."""
         self.number += 1
         linear.weight.requires_grad_(False)
         state = self.work.read(name, linear.weight.device)
@@ -98,6 +119,7 @@ class _Maker:
         # Until its block is done, the layer computes as what it will be, without unpacking it.
         linear.weight.data = dense
         self.made[name] = vendor
+        return dense
 
     def _fit(self, name: str, linear: nn.Linear, inputs: LayerInputs) -> dict[str, Tensor]:
         if not inputs.rows:
@@ -108,8 +130,44 @@ class _Maker:
         return fitted(self.quantizer, linear, inputs, name)
 
     def on_block(self, name: str) -> None:
+        stacks = {experts.opened.stack.name for experts in self.stacks.values()}
         for layer in [n for n in self.made if not name or n.startswith(f"{name}.")]:
-            set_submodule(self.model, layer, self.made.pop(layer))
+            if layer not in stacks:
+                set_submodule(self.model, layer, self.made.pop(layer))
+
+
+class _Experts:
+    """Collects what the layers of all experts of a stack are fed: they share their codebooks, so
+    they are fitted together, to the inputs of all."""
+
+    def __init__(self, opened: Opened) -> None:
+        self.opened = opened
+        self.linears: dict[str, nn.Linear] = {}
+        self.moment: Tensor | None = None
+        self.rows = 0
+
+    def add(self, name: str, linear: nn.Linear, inputs: LayerInputs) -> bool:
+        """Note a layer; say whether it is the last one."""
+        self.linears[name] = linear
+        moment = inputs.second_moment
+        self.moment = moment.clone() if self.moment is None else self.moment.add_(moment)
+        self.rows += inputs.rows
+        return len(self.linears) == len(self.opened.layers)
+
+    def together(self) -> tuple[nn.Linear, LayerInputs]:
+        """Return the tall layer and its inputs."""
+        assert self.moment is not None
+        weight = torch.cat([self.linears[name].weight for name in self.opened.layers])
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        return linear, LayerInputs(self.moment, self.rows)
+
+    def spread(self, dense: Tensor) -> None:
+        """Let each expert's layer compute with its part of `dense`."""
+        rows = len(dense) // len(self.opened.layers)
+        for name, weight in zip(self.opened.layers, torch.split(dense, rows), strict=True):
+            self.linears[name].weight.data = weight
+        self.linears, self.moment = {}, None
 
 
 def fitted(

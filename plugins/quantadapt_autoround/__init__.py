@@ -74,6 +74,7 @@ class AutoRound(LayerwiseQuantizer):
         skip_modules: tuple[str, ...] | None = None,
     ) -> nn.Module:
         from quantadapt import loading
+        from quantadapt.calibration.experts import close_experts, open_experts, round_experts
         from quantadapt_autoround.layers import packed
         from quantadapt_autoround.tuning import rows_of, tune
 
@@ -83,6 +84,7 @@ class AutoRound(LayerwiseQuantizer):
         model.requires_grad_(False)
         _cast(model, dtype)
         skip = loading.skipped_modules(model, skip_modules)
+        opened = open_experts(model, skip, self.misfit)
         names = {name for name, _ in loading.linear_layers(model, skip)}
         tuned = tune(self, model, names, rows_of(calibration or []), device)
         for name in sorted(names):
@@ -91,6 +93,8 @@ class AutoRound(LayerwiseQuantizer):
             found = tuned.get(name)
             vendor = packed(self, linear, *found) if found else self.quantize_linear(linear)
             loading.set_submodule(model, name, vendor.train(linear.training))
+        close_experts(model, opened, lambda _, layers: self.join_rows(layers))
+        round_experts(model, skip, self, device)
         _cast(model, dtype)
         return model.to(device)
 
@@ -103,6 +107,21 @@ class AutoRound(LayerwiseQuantizer):
         weight = linear.weight.detach().float()
         _, scales, zeros = nearest(weight, bits=self.bits, group_size=self.group_size or -1)
         return packed(self, linear, scales, zeros)
+
+    def join_rows(self, layers: list[nn.Module]) -> nn.Module:
+        import torch
+        from torch import nn
+
+        from quantadapt_autoround.layers import empty
+
+        vendors: list[Any] = layers
+        rows = sum(vendor.outfeatures for vendor in vendors)
+        linear = nn.Linear(vendors[0].infeatures, rows, bias=False, device="meta")
+        module = empty(self, linear)
+        for name in ("qweight", "qzeros", "scales"):
+            setattr(module, name, torch.cat([getattr(vendor, name) for vendor in vendors], 1))
+        vendor: nn.Module = module
+        return vendor
 
     def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
         from quantadapt_autoround.layers import empty

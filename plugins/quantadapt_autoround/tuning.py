@@ -16,6 +16,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from quantadapt.calibration.experts import Tokens
+from quantadapt.calibration.recording import run
 from quantadapt.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -52,6 +54,10 @@ def tune(
     """
     from auto_round import AutoRound as Tuner
 
+    tokens = Tokens(show_all=False)
+    with torch.no_grad():
+        tokens.count(model, lambda: [run(model, {"input_ids": row}) for row in rows])
+    tokens.tell()
     with restored(model):
         try:
             tuner = Tuner(model, **_settings(quantizer, model, names, rows, device))
@@ -95,14 +101,14 @@ def _kept_dense(model: nn.Module, names: set[str]) -> list[str]:
     """Return the layers that auto-round would quantize although they are not among `names`."""
     from auto_round.utils import SUPPORTED_LAYER_TYPES
 
-    from quantadapt.loading import skipped_modules
+    from quantadapt.model.dense import heads
     from quantadapt.model.modules import is_skipped
 
-    kinds, heads = tuple(SUPPORTED_LAYER_TYPES), skipped_modules(model, None)
+    kinds, left = tuple(SUPPORTED_LAYER_TYPES), heads(model)
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, kinds) and name not in names and not is_skipped(name, heads)
+        if isinstance(module, kinds) and name not in names and not is_skipped(name, left)
     ]
 
 
@@ -131,7 +137,12 @@ def restored(model: nn.Module) -> Iterator[None]:
     from auto_round.compressors import orchestrator
     from auto_round.context.compress import CompressContext
     from auto_round.context.model import ModelContext
+    from auto_round.modeling.fused_moe import replace_modules
 
+    # It would put classes of its own in the place of some mixtures of experts: ours are taken
+    # apart already, or stay whole.
+    is_replaced = replace_modules.is_custom_model
+    replace_modules.is_custom_model = lambda model: False
     before = {id(module): set(vars(module)) for module in model.modules()}
     training, variable = model.training, os.environ.get(CUBLAS)
     states = random.getstate(), numpy.random.get_state()
@@ -144,6 +155,7 @@ def restored(model: nn.Module) -> Iterator[None]:
         orchestrator.tqdm = bars
         give_logging_back()
         gc.unfreeze()
+        replace_modules.is_custom_model = is_replaced
         if variable is None:
             os.environ.pop(CUBLAS, None)
         random.setstate(states[0])

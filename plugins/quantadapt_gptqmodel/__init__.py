@@ -70,7 +70,10 @@ class GPTQ(GPTQModel):
     def _quantize_block(self, block: Block) -> dict[str, nn.Module]:
         from gptqmodel.quantization.gptq import GPTQ as Solver  # noqa: N811
 
-        solvers = {name: Solver(lin, self._config()) for name, lin in block.linears.items()}
+        solvers = {
+            name: Solver(linear, self._config(self.desc_act and name not in block.of_experts))
+            for name, linear in block.linears.items()
+        }
         with ExitStack() as hooks:
             for name, solver in solvers.items():
                 solver.quantizer.configure(perchannel=True)
@@ -95,14 +98,14 @@ class GPTQ(GPTQModel):
         codes = codes_of(weight, scales[:, g_idx], zeros[:, g_idx], self.bits)
         return self._packed(linear, self.bits, codes, scales, zeros, g_idx)
 
-    def _config(self) -> Any:
+    def _config(self, desc_act: bool) -> Any:
         from gptqmodel.quantization import QuantizeConfig
 
         return QuantizeConfig(
             bits=self.bits,
             group_size=self.group_size,
-            desc_act=self.desc_act,
-            act_group_aware=self.group_size != -1 and not self.desc_act,
+            desc_act=desc_act,
+            act_group_aware=self.group_size != -1 and not desc_act,
             sym=self.sym,
             damp_percent=self.damp_percent,
             offload_to_disk=False,
@@ -161,10 +164,10 @@ class GPTQ(GPTQModel):
 
     def _layers(self, model: nn.Module) -> Iterator[tuple[str, Any]]:
         """Yield the vendor modules in `model`, from behind their facades if they have any."""
-        from quantadapt.facade import QuantLinear
+        from quantadapt.facade import QuantWeight
 
         for name, module in model.named_modules():
-            vendor = module.vendor if isinstance(module, QuantLinear) else module
+            vendor = module.vendor if isinstance(module, QuantWeight) else module
             if self.target.matches(vendor):
                 yield name, vendor
 

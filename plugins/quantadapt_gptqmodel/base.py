@@ -85,9 +85,12 @@ class GPTQModel(LayerwiseQuantizer):
     ) -> None:
         """Quantize block by block, each fed by what the quantized ones before it return."""
         from quantadapt.calibration.blocks import each_block
+        from quantadapt.calibration.experts import close_experts, open_experts, round_experts
         from quantadapt.loading import linear_layers, skipped_modules
 
-        names = [name for name, _ in linear_layers(model, skipped_modules(model, skip_modules))]
+        skip = skipped_modules(model, skip_modules)
+        opened = open_experts(model, skip, self.misfit)
+        names = [name for name, _ in linear_layers(model, skip)]
         made: dict[str, nn.Module] = {}
         for block in each_block(model, examples, names=names, device=device):
             _put(model, made)
@@ -98,6 +101,8 @@ class GPTQModel(LayerwiseQuantizer):
                 dense = self.target.dequantize(vendor).to(dtypes[name])
                 block.linears[name].weight.data = dense
         _put(model, made)
+        close_experts(model, opened, lambda _, layers: self.join_rows(layers))
+        round_experts(model, skip, self, device)
 
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
         """Round to nearest, without data."""
@@ -107,6 +112,27 @@ class GPTQModel(LayerwiseQuantizer):
         g_idx = groups_of(linear.in_features, self.group_size, weight.device)
         found = nearest(weight, g_idx, self.bits, self.sym)
         return self._packed(linear, self.bits, *found, g_idx)
+
+    def join_rows(self, layers: list[nn.Module]) -> nn.Module:
+        import torch
+        from torch import nn
+
+        vendors: list[Any] = layers
+        bits = vendors[0].bits
+        orders: list[Any] = [getattr(vendor, "g_idx", None) for vendor in vendors]
+        state = {
+            name: torch.cat([getattr(vendor, name) for vendor in vendors], 1)
+            for name in ("qweight", "qzeros", "scales")
+        }
+        if orders[0] is not None:
+            if not all(torch.equal(order, orders[0]) for order in orders):
+                what = "its experts have their columns in different groups (desc_act)"
+                fix = "use a checkpoint that was made with desc_act: false"
+                raise ModelError(what, fix=fix, where=self.method)
+            state["g_idx"] = orders[0]
+        rows = sum(vendor.out_features for vendor in vendors)
+        linear = nn.Linear(vendors[0].in_features, rows, bias=False, device="meta")
+        return self._module(linear, bits, state)
 
     def _packed(self, linear: nn.Linear, bits: int, *found: Tensor) -> nn.Module:
         state = self._pack(bits, *found)

@@ -131,16 +131,19 @@ class INC(LayerwiseQuantizer):
             return super().quantize(source, device=device, dtype=dtype, skip_modules=skip_modules)
         import torch
 
+        from quantadapt.calibration.experts import round_experts
         from quantadapt.loading import from_pretrained, linear_layers, skipped_modules
 
         if isinstance(source, str):
             source = from_pretrained(source, dtype=dtype, device_map={"": device})
-        names = [name for name, _ in linear_layers(source, skipped_modules(source, skip_modules))]
+        skip = skipped_modules(source, skip_modules)
+        names = [name for name, _ in linear_layers(source, skip)]
         model = cast(source.to(device), dtype)
         if self.method != "fp8":
             in_blocks(names, model, self.method)
             cast(model, torch.float32)
         self._run(model, names, self.method, dtype, calibration or [])
+        round_experts(model, skip, self, device, f"INC's {self.method} knows linear layers alone")
         return cast(model, dtype)
 
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:

@@ -15,8 +15,9 @@ from torch import nn
 from ..capabilities import KEEP
 from ..errors import PlanRefused, Problem, did_you_mean, warn
 from ..facade import QuantLinear, linear_facades, stack_facades
+from ..model.dense import skipped_modules
 from ..model.experts import expert_stacks
-from ..model.modules import linear_layers, skipped_modules
+from ..model.modules import linear_layers
 from ..quantizing.stage import nothing_quantized
 from .injecting import matched
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..model.modules import stacks
+from .experts import Tokens, is_opened
 from .recording import Pass, record_blocks, run
 
 Linears = dict[str, nn.Linear]
@@ -36,6 +37,13 @@ class Block:
     linears: Linears
     passes: list[Pass]
 
+    @property
+    def of_experts(self) -> set[str]:
+        """The names of the layers that are experts', taken apart."""
+        owners = [name for name, module in self.module.named_modules() if is_opened(module)]
+        prefixes = tuple(f"{self.name}.{owner}.".lstrip(".") for owner in owners)
+        return {name for name in self.linears if name.startswith(prefixes)}
+
     def run(self, count: int | None = None) -> Iterator[Any]:
         """Yield the output of each pass, or of the first `count`."""
         for one in self.passes[:count]:
@@ -45,6 +53,11 @@ class Block:
         """Run every pass, for the hooks on the layers to see."""
         for _ in self.run():
             pass
+
+
+def _run_all(passes: list[Pass]) -> None:
+    for one in passes:
+        one.run()
 
 
 @torch.no_grad()
@@ -76,15 +89,18 @@ def each_block(
     blocks = {name: block for stack in found for name, block in stack.items()}
     rest = {n: m for n, m in linears.items() if not any(n.startswith(f"{b}.") for b in blocks)}
     chain = len(found) == 1
+    tokens = Tokens()
     recorder = record_blocks(model, list(blocks.values()), shown, device, chain=chain)
     for number, (name, block) in enumerate(blocks.items()):
         block.to(device)
         passes = recorder.passes(number)
         inside = {n: m for n, m in linears.items() if n.startswith(f"{name}.")}
+        tokens.count(block, partial(_run_all, passes))
         yield Block(name, block, inside, passes)
         if number + 1 < len(blocks):
             recorder.advance(passes)
         recorder.calls[number].clear()
+    tokens.tell()
     if rest and (names is not None or not blocks):
         model.to(device)
         passes = [Pass(partial(run, model, e), e.get("attention_mask")) for e in shown]

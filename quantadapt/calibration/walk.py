@@ -94,13 +94,18 @@ def walk_blocks(
 
 def _walk_block(model: nn.Module, block: Block, on_layer: OnLayer) -> None:
     linears = block.linears
-    reached = _stages(linears, block.passes[0]) if linears and block.passes else []
+    experts = block.of_experts
+    reached = _stages(linears, experts, block.passes[0]) if linears and block.passes else []
     for stage in reached:
-        (inputs,) = _measure({stage[0]: linears[stage[0]]}, block.passes, stop=True).values()
+        # What shares its input is measured once: gate and up of one expert, say.
+        alike = {name: name.rpartition(".")[0] if name in experts else "" for name in stage}
+        first = {like: name for name, like in reversed(alike.items())}
+        measured = {name: linears[name] for name in first.values()}
+        found = _measure(measured, block.passes, stop=len(measured) == 1)
         for name in stage:
-            _hand_over(model, name, linears[name], inputs, on_layer)
+            _hand_over(model, name, linears[name], found[first[alike[name]]], on_layer)
     missed = {name: linears[name] for name in linears.keys() - set().union(*reached)}
-    _hand_over_all(model, block, missed, on_layer)  # experts, say
+    _hand_over_all(model, block, missed, on_layer)
 
 
 def _hand_over_all(model: nn.Module, block: Block, linears: Linears, on_layer: OnLayer) -> None:
@@ -117,14 +122,20 @@ def _hand_over(
         set_submodule(model, name, made)
 
 
-def _stages(linears: Linears, one: Pass) -> list[list[str]]:
-    """Return the layers that a pass reaches, in its order, those with one input together."""
+def _stages(linears: Linears, experts: set[str], one: Pass) -> list[list[str]]:
+    """Return the layers that a pass reaches, in its order, those with one input together; and so
+    the layers of all experts of a module, reached or not: first what they begin with, then what
+    they end with."""
     inputs: list[Tensor] = []
     stages: list[list[str]] = []
     seen: set[str] = set()
 
     def note(name: str, x: Tensor) -> None:
         if name in seen:
+            return
+        if name in experts:
+            stages.append([other for other in linears if _kind(other) == _kind(name)])
+            seen.update(stages[-1])
             return
         seen.add(name)
         if not inputs or inputs[-1] is not x:
@@ -135,6 +146,12 @@ def _stages(linears: Linears, one: Pass) -> list[list[str]]:
     with _watched(linears, note):
         one.run()
     return stages
+
+
+def _kind(name: str) -> tuple[str, bool]:
+    """Return which experts' layer this is: of which module, and whether it is the last one."""
+    expert, _, part = name.rpartition(".")
+    return expert.rpartition(".")[0], part == "down_proj"
 
 
 def _measure(linears: Linears, passes: list[Pass], *, stop: bool = False) -> dict[str, LayerInputs]:

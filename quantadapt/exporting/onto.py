@@ -174,7 +174,7 @@ class _Opened:
         import torch
 
         from ..facade import facades
-        from ..layerwise import renaming
+        from ..loading.reading import renaming
         from .stored import open_stored
         from .ties import tied_groups
 

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..facade import mark_conv1d, wrap
-from ..layerwise import renaming
 from ..loading.accounting import account_for
-from ..loading.reading import architecture
+from ..loading.reading import architecture, renaming
 from ..loading.tensors import Checkpoint
 from ..model.linears import conv1d_layers, is_conv1d
 from ..model.modules import linear_layers, set_submodule

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..model.experts import SUFFIX, Stack
+from ..model.experts import SUFFIX, Stack, is_dispatched
 from ..protocols import AdapterTarget
 from .grouped import StackLora, run_experts
 from .layer import QuantWeight
@@ -176,11 +176,6 @@ def experts_forward(
     """
     loras = getattr(self, "_loras", {})
     return run_experts(self, hidden_states, top_k_index, top_k_weights, loras)
-
-
-def is_dispatched(experts: nn.Module) -> bool:
-    """Say whether transformers runs this module through its registry of experts' functions."""
-    return hasattr(experts, "has_gate") and hasattr(experts, "is_transposed")
 
 
 def become_quantized(experts: nn.Module) -> None:

@@ -60,6 +60,9 @@ ModelConfig = create_model("ModelConfig", __base__=_Strict, **_fields)
 """What is checked of a config.json, under the names that the models of transformers use. All else
 is left to transformers."""
 
+DEQUANTIZED = ("mxfp4",)
+"""Methods that checkpoints are stored with to be dequantized while they are read."""
+
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the contents of a config.json; empty if nothing is.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ..model.dense import skipped_modules
 from ..model.linears import as_conv1d, is_conv1d, is_linear
-from ..model.modules import linear_layers, not_converted, set_submodule, skipped_modules
+from ..model.modules import linear_layers, not_converted, set_submodule
 from .accounting import UnusedTensorsWarning, WrongTensors, expecting
 from .blocks import BlockDone, Blocks, watching_blocks
 from .reading import architecture, from_pretrained, load_native, read_config

@@ -5,8 +5,9 @@ Weights are read from safetensors only, never from pickles.
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from ..errors import ModelError, PlanRefused, Problem, QuantadaptError
 from ..inputs.documents import reason
 from ..inputs.model_config import config_problems
 from ..inputs.weights import refuse_pickles
-from ..model.experts import stacks_of
+from ..model.experts import SUFFIX, expert_stacks, set_stack, stacks_of
 from ..model.linears import as_linear, is_conv1d, other_linears
 from ..model.numbers import refuse_not_numbers_in
 from ..paths import ADAPTER_CONFIG
 from ..remote_code import code_problems, refusal, trusted
 from .accounting import OwnReport, WrongTensors, account, listed, repeatable, without_tensors
+from .mxfp4 import dequantizing, is_mxfp4
 from .tensors import Checkpoint
 
 
@@ -110,13 +112,20 @@ def from_pretrained(
         consumed: names of tensors that somebody else uses; may be filled while the model is loaded.
         mismatched: (name, shape, expected shape) of tensors that somebody else refused, likewise.
         plain: names of the tensors in the files where the layers that lack a weight among them are
-            quantized: each of those is made an `nn.Linear`, a `Conv1D` too.
+            quantized: each of those is made an `nn.Linear`, a `Conv1D` too. So is each stack of
+            experts that is a module in the files.
         kwargs: as for transformers' `from_pretrained`.
 
     Raises:
         WrongTensors: its tensors are not those of the model. ModelError: it cannot be read.
     """
     config = config or read_config(source)
+    stored = is_mxfp4(config)
+    if stored and "quantization_config" in kwargs:  # which has the conversions
+        config = copy.deepcopy(config)
+        del config.quantization_config
+    elif stored:
+        kwargs["quantization_config"] = dequantizing()
     report = OwnReport()
     try:
         with report, repeatable():
@@ -140,7 +149,11 @@ def from_pretrained(
     info["mismatched_keys"] = {*info["mismatched_keys"], *mismatched}
     account(model, source, info, consumed)
     refuse_not_numbers_in(model, where=source)
-    found: nn.Module = model
+    found: nn.Module = unmarked(model) if stored else model
+    if stored and (dtype := kwargs.get("dtype")):  # older transformers always makes bfloat16
+        for parameter in found.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
     return found
 
 
@@ -150,7 +163,8 @@ def _plain_class(found: Any, stored: Collection[str] | None) -> Any:
     kinds = [k for k in vars(sys.modules[found.__module__]).values() if isinstance(k, type)]
     own = any(issubclass(kind, nn.Linear) and kind is not nn.Linear for kind in kinds)
     conv1d = stored is not None and any(kind.__name__ == "Conv1D" for kind in kinds)
-    if hasattr(found, "from_config") or not (own or conv1d):
+    stacks = any(f"{SUFFIX}." in name for name in stored or ())
+    if hasattr(found, "from_config") or not (own or conv1d or stacks):
         return found
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -159,9 +173,25 @@ def _plain_class(found: Any, stored: Collection[str] | None) -> Any:
         for name, module in list(other_linears(self)):
             if not is_conv1d(module) or not (stored is None or f"{name}.weight" in stored):
                 self.set_submodule(name, as_linear(module))
+        if stacks:
+            renamed = {renaming(self)(name) for name in stored or ()}
+            for stack in list(expert_stacks(self, ())):
+                if any(name.startswith(f"{stack.module}.") for name in renamed):
+                    set_stack(self, stack, nn.Linear(stack.in_features, stack.rows, bias=False))
 
     names = {name: getattr(found, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(found.__name__, (found,), {"__init__": init, **names})
+
+
+def renaming(model: nn.Module) -> Callable[[str], str]:
+    """Return what transformers makes of a key in a checkpoint: some models call modules otherwise
+    there."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    return lambda key: rename_source_key(key, renamings, [])[0]
 
 
 def _wrong_tensors(source: str, broken: list[str]) -> ModelError | None:

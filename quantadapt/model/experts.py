@@ -101,6 +101,24 @@ def _is_transposed(module: nn.Module, key: str, rows: int, columns: int) -> bool
     return bool(rows != hidden if key.startswith("down") else columns != hidden)
 
 
+def is_dispatched(experts: nn.Module) -> bool:
+    """Say whether transformers runs this module through its registry of experts' functions."""
+    return hasattr(experts, "has_gate") and hasattr(experts, "is_transposed")
+
+
+def layers_of(stack: Stack, parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names for the layers that hold a stack's rows one expert after the other, in their
+    order: "experts.0.gate_proj", "experts.0.up_proj", "experts.1.gate_proj", ..., as they are
+    called where experts are modules.
+
+    Args:
+        stack: names the parameter, "experts.gate_up_proj".
+        parts: what the rows of one expert are made of, here "gate_proj" and "up_proj".
+    """
+    owner = stack.name.rpartition(".")[0]
+    return tuple(f"{owner}.{n}.{part}" for n in range(stack.experts) for part in parts)
+
+
 def set_stack(model: nn.Module, stack: Stack, made: nn.Module) -> None:
     """Put a vendor's module in the place of a stack, as `stack.module`. The module that owns it
     remembers the sizes: `stacks_of` tells them."""
@@ -111,6 +129,12 @@ def set_stack(model: nn.Module, stack: Stack, made: nn.Module) -> None:
     parent._parameters.pop(key, None)
     setattr(parent, f"{key}{SUFFIX}", made)
     parent.__dict__["_stacks"] = {**stacks_of(parent), f"{key}{SUFFIX}": stack}
+
+
+def experts_in(module: nn.Module) -> int:
+    """Return how many experts a module holds in stacks, quantized or not; 0 if it holds none."""
+    dense = any(_is_stack(module, parameter) for parameter in module._parameters.values())
+    return int(module.num_experts) if dense or stacks_of(module) else 0  # type: ignore[arg-type]
 
 
 def set_dense(model: nn.Module, stack: Stack, parameter: nn.Parameter) -> None:

@@ -11,41 +11,6 @@ from torch import nn
 from .linears import as_conv1d, as_linear, is_linear, other_linears
 
 
-def skipped_modules(model: nn.Module, skip: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Return the names that stay dense: `skip`, or the head and linear layers tied to it."""
-    if skip is not None:
-        return skip
-    if not hasattr(model, "get_output_embeddings"):
-        return tuple(_tied_linears(model))  # no transformers model
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    head = set(get_keys_to_not_convert(model))
-    base: nn.Module = model.base_model  # type: ignore[assignment]
-    if base is not model and not model.can_generate():  # type: ignore[operator]
-        # A classifier: all that it has beside the encoder or decoder.
-        head |= {name for name, child in model.named_children() if child is not base}
-    modules = dict(model.named_modules())  # norms and embeddings are dense in any case
-    return tuple(
-        name
-        for name in sorted(head & modules.keys())
-        if any(map(is_linear, modules[name].modules()))
-    )
-
-
-def _tied_linears(model: nn.Module) -> Iterator[str]:
-    """Yield the names of linear layers whose weight is that of another module, say an embedding."""
-    modules = dict(model.named_modules())
-    others = {
-        id(parameter)
-        for module in modules.values()
-        if not is_linear(module)
-        for parameter in module._parameters.values()
-    }
-    for name, module in modules.items():
-        if is_linear(module) and id(module.weight) in others:
-            yield name
-
-
 def not_converted(model: nn.Module, skip: tuple[str, ...]) -> tuple[str, ...]:
     """Return the linear layers that transformers' loaders of quantized checkpoints take for dense,
     beside those of `skip`: what the model's class wants in float32 (`wo` of T5), and what a name in

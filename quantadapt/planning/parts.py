@@ -19,6 +19,7 @@ from ..distributed.world import world
 from ..errors import ModelError, OutputError, PlanRefused, PluginError, Problem, did_you_mean
 from ..folders.run_folder import RunFolder
 from ..inputs.documents import shown
+from ..inputs.model_config import DEQUANTIZED
 from ..machine import Machine
 from ..paths import is_local_path, path_problem
 from ..protocols import Evaluator, Quantizer, Task
@@ -139,6 +140,11 @@ def quantizer_of(
         config: the checkpoint's config.json; empty where it is not known.
     """
     found = quantization_in(config)
+    if found and (method := found.get("quant_method")) in DEQUANTIZED:
+        draft.notes.append(
+            f"what the checkpoint stores in {method} is dequantized while it is read"
+        )
+        found = None
     if backend is None or found is None:
         return fresh_quantizer(draft, backend), False
     try:

@@ -210,6 +210,14 @@ class LayerwiseQuantizer(Quantizer):
         fix = "implement load_linear, or override load with Quantizer.load"
         raise PluginError(f"{name} has no load_linear", fix=fix)
 
+    def join_rows(self, layers: list[nn.Module]) -> nn.Module:
+        """Return one vendor module that holds the rows of all `layers`, vendor modules without
+        bias and of one size, in their order: what is the same to the bit for each. Experts that
+        were quantized one by one become a stack with it."""
+        name = type(self).__name__
+        fix = "implement join_rows, or use a checkpoint whose experts are not quantized"
+        raise PluginError(f"{name} cannot join layers to a stack of experts", fix=fix)
+
     @abstractmethod
     def quantization_config(self) -> dict[str, Any]:
         """What goes into the checkpoint's config.json under `quantization_config`; it must hold

@@ -59,8 +59,9 @@ def quantize_plan(
 
     from ..facade import facades, mark_conv1d, wrap
     from ..loading.accounting import expecting
+    from ..model.dense import skipped_modules
     from ..model.linears import conv1d_layers
-    from ..model.modules import linear_layers, skipped_modules
+    from ..model.modules import linear_layers
     from ..model.numbers import refuse_not_numbers_in, refuse_not_numbers_packed
 
     import_requirements(plan.backend)
@@ -144,8 +145,9 @@ def _source(
     """Return what the backend gets. One that does not work layer by layer on load looks for
     `nn.Linear` itself: where a model has other linear layers, it gets one that has not."""
     from ..loading.reading import architecture, from_pretrained
+    from ..model.dense import skipped_modules
     from ..model.linears import other_linears
-    from ..model.modules import make_linear, skipped_modules
+    from ..model.modules import make_linear
 
     if type(plan.quantizer).quantize is LayerwiseQuantizer.quantize:
         return plan.model if module is None else module
@@ -158,7 +160,7 @@ def _source(
 def _tell_kept(plan: Plan, model: nn.Module) -> list[str]:
     """Warn of the layers of a quantized model that its backend had to leave dense, and return what
     was told."""
-    from ..model.modules import skipped_modules
+    from ..model.dense import skipped_modules
 
     with blaming(plan.backend, "deciding what stays dense"):
         kept = plan.quantizer.stays_dense(model, skipped_modules(model, _wanted_skip(plan)))
@@ -241,7 +243,9 @@ def skip_for(plan: Plan, module: nn.Module | None = None) -> tuple[str, ...] | N
     backend cannot quantize, unless the spec says `skip_misfits`.
     """
     from ..loading.reading import architecture
-    from ..model.modules import linear_layers, skipped_modules
+    from ..model.dense import skipped_modules
+    from ..model.experts import expert_stacks
+    from ..model.modules import linear_layers
 
     skip, quantizer = _wanted_skip(plan), plan.quantizer
     if all(getattr(type(quantizer), name) is getattr(Quantizer, name) for name in _DECIDING):
@@ -250,11 +254,14 @@ def skip_for(plan: Plan, module: nn.Module | None = None) -> tuple[str, ...] | N
     default = skipped_modules(model, skip)
     with blaming(plan.backend, "deciding what stays dense"):
         dense = quantizer.stays_dense(model, default)
-        reasons = {
-            name: reason
-            for name, linear in linear_layers(model, (*default, *dense))
-            if (reason := quantizer.misfit(linear.in_features, linear.out_features))
+        left = (*default, *dense)
+        sizes = {
+            name: (linear.in_features, linear.out_features)
+            for name, linear in linear_layers(model, left)
         }
+        stacks = expert_stacks(model, left)
+        sizes |= {stack.name: (stack.in_features, stack.rows) for stack in stacks}
+        reasons = {n: reason for n, size in sizes.items() if (reason := quantizer.misfit(*size))}
     if reasons and not plan.spec.skip_misfits:
         raise PlanRefused(_misfits(reasons))
     return (*default, *dense, *reasons) if dense or reasons else skip

@@ -26,7 +26,8 @@ from torch import nn
 from ..errors import QuantadaptError
 from ..facade import QuantLinear, wrap
 from ..matrix.verify import parse_options
-from ..model.modules import linear_layers, set_submodule, skipped_modules
+from ..model.dense import skipped_modules
+from ..model.modules import linear_layers, set_submodule
 from ..planning.on_disk import quantization_of
 from ..protocols import LayerwiseQuantizer
 from ..registry.discovery import registry
