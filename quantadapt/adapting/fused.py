@@ -18,9 +18,9 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from ..facade import QuantLinear
+from ..facade import QuantLinear, kept
 from .fused_dora import fused_dora
-from .fused_lora import LoraTerm, Magnitude, fused_lora, kept
+from .fused_lora import LoraTerm, Magnitude, fused_lora
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -8,6 +8,7 @@ dtype and device are free, the dequantized numbers are made when somebody comput
 
 from .experts import QuantExperts, QuantStack
 from .frozen import recomputing
+from .keeping import kept
 from .layer import QuantWeight
 from .lazy_weight import LazyWeight
 from .linear import QuantLinear
@@ -30,6 +31,7 @@ __all__ = [
     "QuantWeight",
     "densify",
     "facades",
+    "kept",
     "linear_facades",
     "mark_conv1d",
     "recomputing",

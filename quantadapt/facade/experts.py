@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..model.experts import SUFFIX, Stack
 from ..protocols import AdapterTarget
-from .grouped import StackLora, run_experts
+from .fused_experts import run_experts
+from .grouped import StackLora
 from .layer import QuantWeight
 from .lazy_weight import LazyWeight
 from .peft_calls import looks_for_parameters
@@ -65,11 +66,6 @@ class QuantStack(QuantWeight):
         """Return the dequantized weight, [experts, out_features, in_features]."""
         stack = self.stack
         return self.dequantize().view(stack.experts, stack.out_features, stack.in_features)
-
-    def by_expert_for_backward(self) -> Tensor:
-        """As `by_expert`; one kept by a recomputation is given away."""
-        stack, weight = self.stack, self.weight_for_backward()
-        return weight.view(stack.experts, stack.out_features, stack.in_features)
 
     def extra_repr(self) -> str:
         stack, vendor = self.stack, type(self._vendor).__name__

@@ -66,7 +66,4 @@ def stack_lora(wrapper: Any, adapter: str) -> StackLora | None:
         return None
     if not experts.is_dispatched or adapter in wrapper.lora_variant:
         return None
-    by_expert_a = a.weight.reshape(stack.experts, -1, stack.in_features)
-    # PEFT keeps [out_features, r, experts].
-    by_expert_b = b.weight.reshape(stack.out_features, -1, stack.experts).permute(2, 0, 1)
-    return StackLora(by_expert_a, by_expert_b, wrapper.scaling[adapter])
+    return StackLora(a.weight, b.weight, wrapper.scaling[adapter], stack.experts)
