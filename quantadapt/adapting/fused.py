@@ -18,7 +18,14 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from ..facade import QuantLinear, kept
+from ..facade import (
+    QuantLinear,
+    QuantWeight,
+    kept,
+    lend_stack_lora,
+    stack_wrappers,
+    take_back_stack_lora,
+)
 from .fused_dora import fused_dora
 from .fused_lora import LoraTerm, Magnitude, fused_lora
 
@@ -223,6 +230,12 @@ class FusedTraining:
             for child in module.children():
                 if isinstance(child, FusedLoraLinear) and (lora := child.single_lora()):
                     self._lend(child, *lora, siblings)
+        self._stacks = list(stack_wrappers(model)) if keep_casts else []
+        for wrapper in self._stacks:
+            if (stack := lend_stack_lora(wrapper)) is not None and stack.casts is not None:
+                (a, b), rank = stack.casts, stack.rank
+                self._masters += [part.detach() for part in stack.views()]
+                self._casts += [a[:, :rank], b[:, :, :rank]]
 
     def _lend(
         self,
@@ -257,12 +270,14 @@ class FusedTraining:
         """Take back what was lent."""
         for layer in self.layers:
             layer.__dict__.pop("_in_training", None)
+        for wrapper in self._stacks:
+            take_back_stack_lora(wrapper)
 
 
 def forget_unfinished(model: nn.Module) -> None:
     """Drop what a pass that did not end has left behind in the layers of `model`."""
     for module in model.modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantWeight):
             module.forget()
         elif isinstance(module, FusedLoraLinear) and module._in_training is not None:
             module._in_training.siblings.restart()

@@ -12,6 +12,12 @@ from .keeping import kept
 from .layer import QuantWeight
 from .lazy_weight import LazyWeight
 from .linear import QuantLinear
+from .peft_experts import (
+    lend_stack_lora,
+    single_stack_lora,
+    stack_wrappers,
+    take_back_stack_lora,
+)
 from .wrapping import (
     densify,
     facades,
@@ -32,11 +38,15 @@ __all__ = [
     "densify",
     "facades",
     "kept",
+    "lend_stack_lora",
     "linear_facades",
     "mark_conv1d",
     "recomputing",
     "replace",
+    "single_stack_lora",
     "stack_facades",
+    "stack_wrappers",
+    "take_back_stack_lora",
     "unwrap",
     "wrap",
 ]

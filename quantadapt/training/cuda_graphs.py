@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapting.fused import FusedLoraLinear, free
+from ..facade import single_stack_lora, stack_wrappers
 from ..sharding import is_sharded
 
 SEEN_BEFORE = 2
@@ -171,10 +172,13 @@ def can_record(model: Any) -> bool:
     """Say whether passes of `model` may be recorded: on CUDA, the same at each step, without the
     gathering of a sharded base, and with gradients for nothing but plain LoRA."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    plain: set[nn.Parameter] = set()
+    plain: set[Tensor] = set()
     for module in model.modules():
         if isinstance(module, FusedLoraLinear) and module.single_lora() is not None:
             plain.update(module.parameters())
+    for wrapper in stack_wrappers(model):
+        if (lora := single_stack_lora(wrapper)) is not None:
+            plain |= {lora.a, lora.b}
     base = model.get_base_model()
     return (
         plain.issuperset(weights)
