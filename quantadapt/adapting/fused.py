@@ -230,12 +230,9 @@ class FusedTraining:
             for child in module.children():
                 if isinstance(child, FusedLoraLinear) and (lora := child.single_lora()):
                     self._lend(child, *lora, siblings)
-        self._stacks = list(stack_wrappers(model)) if keep_casts else []
-        for wrapper in self._stacks:
-            if (stack := lend_stack_lora(wrapper)) is not None and stack.casts is not None:
-                (a, b), rank = stack.casts, stack.rank
-                self._masters += [part.detach() for part in stack.views()]
-                self._casts += [a[:, :rank], b[:, :, :rank]]
+        self._wrappers = list(stack_wrappers(model)) if keep_casts else []
+        lent = [lend_stack_lora(wrapper) for wrapper in self._wrappers]
+        self._stacks = [stack for stack in lent if stack is not None]
 
     def _lend(
         self,
@@ -257,6 +254,9 @@ class FusedTraining:
         """Cast A and B of all layers again; to be called whenever an optimizer has changed them."""
         if self._masters:
             torch._foreach_copy_(self._casts, self._masters)
+        for stack in self._stacks:
+            if stack.casts is not None:
+                stack.cast(stack.casts)
 
     def has_learnt(self) -> bool:
         """Say whether a pass has shown which layers get the same x, since this was asked last. It
@@ -270,7 +270,7 @@ class FusedTraining:
         """Take back what was lent."""
         for layer in self.layers:
             layer.__dict__.pop("_in_training", None)
-        for wrapper in self._stacks:
+        for wrapper in self._wrappers:
             take_back_stack_lora(wrapper)
 
 

@@ -70,15 +70,14 @@ class Gate(NamedTuple):
 
 
 class Added(NamedTuple):
-    """What LoRA adds to rows: scaling * h Bᵀ, with h [rows, r] and B [experts, out_features, r]."""
+    """What LoRA adds to rows: h Bᵀ, with h [rows, r] and B [experts, out_features, r]."""
 
     h: Tensor
     b: Tensor
-    scaling: float
 
     def product(self, ends: Tensor) -> Tensor:
         """Return it, [rows, out_features]."""
-        return grouped(self.h, self.b.transpose(1, 2), ends).mul_(self.scaling)
+        return grouped(self.h, self.b.transpose(1, 2), ends)
 
 
 def add(y: Tensor, added: Added | None, routing: Routing) -> Tensor:
@@ -165,7 +164,7 @@ def _whole(y: Tensor, bias: Tensor | None, added: Added | None, routing: Routing
     if added is not None:
         y = y + added.product(routing.ends)
     if bias is not None:
-        y = y + bias[routing.expert.clamp(max=len(bias) - 1)].to(y.dtype)
+        y = y + bias[routing.expert.clamp(max=len(bias) - 1).long()].to(y.dtype)
     return y
 
 

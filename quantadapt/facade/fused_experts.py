@@ -94,7 +94,7 @@ class _Parts(NamedTuple):
         if (lora := self.loras[which]) is None:
             return None
         a, b = lora.by_expert(self.dtype)
-        return Added(grouped(x, a.transpose(1, 2), routing.ends), b, lora.scaling)
+        return Added(lora.scaled(grouped(x, a.transpose(1, 2), routing.ends)), b)
 
     def forward(self, hidden: Tensor, weights: Tensor, routing: Routing) -> Tensor:
         """Return what the experts make of the tokens."""
@@ -186,7 +186,7 @@ def _backward_added(
     if lora is None:
         return None
     a, b = lora.by_expert(dtype)
-    return Added(grouped(dy, b, ends), a.transpose(1, 2), lora.scaling)
+    return Added(lora.scaled(grouped(dy, b, ends)), a.transpose(1, 2))
 
 
 def _of_lora(
@@ -200,9 +200,8 @@ def _of_lora(
     """Return the gradients of A and B."""
     if lora is None or d_added is None or added is None:
         return []
-    da = grouped_outer(d_added.h, x, routing.ends).mul_(lora.scaling)
-    db = grouped_outer(dy, added.h, routing.ends).mul_(lora.scaling)
-    return list(lora.gradients(da, db, routing))
+    da, db = grouped_outer(d_added.h, x, routing.ends), grouped_outer(dy, added.h, routing.ends)
+    return list(lora.gradients(da, db))
 
 
 def _shares(weights: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
@@ -214,7 +213,7 @@ def _shares(weights: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
 
 def _kinds(routing: Routing) -> Tensor:
     """Return the experts of each token, [tokens, k]; their number where it is none."""
-    return routing.by_token(routing.expert).clamp(max=len(routing.ends))
+    return routing.by_token(routing.expert).long()
 
 
 def _names(experts: Any) -> tuple[str, str]:
@@ -268,5 +267,5 @@ def _linear(
         a, b = (part.to(x.dtype).transpose(1, 2) for part in lora.views())
         y = y + lora.scaling * grouped(grouped(x, a, routing.ends), b, routing.ends)
     if (bias := _bias(experts, name)) is not None:
-        y = y + bias[routing.expert.clamp(max=len(bias) - 1)].to(y.dtype)
+        y = y + bias[routing.expert.clamp(max=len(bias) - 1).long()].to(y.dtype)
     return y

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..compiling import has_triton
+
 ALIGNED = 8
 """Numbers of two bytes in 16, of which `torch._grouped_mm` wants all rows to be made."""
 
@@ -21,7 +23,7 @@ class Routing(NamedTuple):
     Attributes:
         token: int64 [rows], the token of each row.
         row: int64 [tokens, k], where the rows of each token are.
-        expert: int64 [rows].
+        expert: int16 or int64 [rows]; the number of experts where it is none.
         ends: int32 [experts], where the rows of each expert end.
     """
 
@@ -34,8 +36,10 @@ class Routing(NamedTuple):
     def of(cls, index: Tensor, experts: int) -> Routing:
         """Sort `index`, int64 [tokens, k], the experts of each token; those from `experts` on are
         none. Waits for no device."""
-        expert, order = torch.sort(index.reshape(-1), stable=True)
-        kinds = torch.arange(experts, device=index.device)
+        # Each byte of what is sorted is a pass.
+        small = torch.int16 if experts < 2**15 else torch.int64
+        expert, order = torch.sort(index.reshape(-1).clamp(max=experts).to(small), stable=True)
+        kinds = torch.arange(experts, device=index.device, dtype=small)
         ends = torch.searchsorted(expert, kinds, right=True).to(torch.int32)
         row = torch.empty_like(order)
         row[order] = torch.arange(len(order), device=order.device)
@@ -88,20 +92,44 @@ class StackLora(NamedTuple):
         grouped products want them."""
         if self.casts is not None and self.casts[0].dtype == dtype:
             return self.casts
-        a, b = (part.detach() for part in self.views())
-        added = -self.rank % ALIGNED if _takes(self.a.device, dtype) else 0
-        a = torch.nn.functional.pad(a, (0, 0, 0, added)) if added else a
-        b = torch.nn.functional.pad(b, (0, added)) if added else b
-        return a.to(dtype).contiguous(), b.to(dtype).contiguous()
+        a, b = self.a.detach(), self.b.detach()
+        added = -self.rank % ALIGNED if _takes(a.device, dtype) else 0
+        sizes = (self.experts, self.rank + added)
+        made = (
+            a.new_zeros(*sizes, a.shape[1], dtype=dtype),
+            b.new_zeros(sizes[0], b.shape[0], sizes[1], dtype=dtype),
+        )
+        self.cast(made)
+        return made
 
-    def gradients(self, da: Tensor, db: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    def cast(self, casts: tuple[Tensor, Tensor]) -> None:
+        """Bring what `by_expert` has returned up to date."""
+        (a, b), rank = casts, self.rank
+        a[:, :rank].copy_(self.views()[0].detach())
+        if b.shape[2] == rank:
+            transpose(self.b.detach().view(-1, self.experts), b.view(self.experts, -1))
+        else:
+            b[:, :, :rank].copy_(self.views()[1].detach())
+
+    def scaled(self, h: Tensor) -> Tensor:
+        """Return h times the factor, in its memory."""
+        return h if self.scaling == 1 else h.mul_(self.scaling)
+
+    def gradients(self, da: Tensor, db: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of `a` and `b`, of those of the two of `by_expert`."""
-        ends = routing.ends
-        used = (torch.diff(ends, prepend=ends.new_zeros(1)) > 0).view(-1, 1, 1)
-        da = torch.where(used, da[:, : self.rank], 0).to(self.a.dtype)
-        db = torch.where(used, db[:, :, : self.rank], 0).permute(1, 2, 0)
-        db = torch.empty(db.shape, dtype=self.b.dtype, device=db.device).copy_(db)
-        return da.reshape(self.a.shape), db.view(self.b.shape)
+        made = torch.empty_like(self.b, memory_format=torch.contiguous_format)
+        transpose(db[:, :, : self.rank].reshape(self.experts, -1), made.view(-1, self.experts))
+        return da[:, : self.rank].to(self.a.dtype).reshape(self.a.shape), made
+
+
+def transpose(x: Tensor, made: Tensor) -> None:
+    """Write x [m, n] into `made` [n, m], in its dtype; both contiguous."""
+    if x.is_cuda and has_triton():
+        from .triton_experts import transposed
+
+        transposed(x, made)
+    else:
+        made.copy_(x.t())
 
 
 def _takes(device: torch.device, dtype: torch.dtype) -> bool:
@@ -133,8 +161,7 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def grouped_outer(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    """Return yᵀ x over the rows of each group: [groups, m, n], of [rows, m] and [rows, n]. What a
-    group without rows gets is not set on CUDA, and 0 elsewhere."""
+    """Return yᵀ x over the rows of each group: [groups, m, n], of [rows, m] and [rows, n]."""
     if _takes(x.device, x.dtype) and not (y.shape[1] % ALIGNED or x.shape[1] % ALIGNED):
         product: Tensor = torch._grouped_mm(y.t(), x, offs=ends)
         return product

@@ -17,49 +17,59 @@ if TYPE_CHECKING:
 ROWS = 64
 COLUMNS = 64
 WIDE = 128
+SIZE = 64
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _product(  # type: ignore[no-untyped-def]
-    made,
+def _kinds(expert, at, rows, experts):  # type: ignore[no-untyped-def]
+    """Return the expert of each row, and the first and the last of a block of rows."""
+    kinds = tl.load(expert + at, mask=at < rows, other=experts).to(tl.int32)
+    first = tl.min(kinds, axis=0)
+    last = tl.max(tl.where(kinds < experts, kinds, -1), axis=0)
+    return kinds, first, last
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _whole(  # type: ignore[no-untyped-def]
+    y,
+    columns,
     h,
     stride_h,
     b,
     stride_e,
     stride_n,
     stride_r,
-    scaling,
+    ranks,
+    bias,
     at,
     at_n,
+    within,
     kinds,
     first,
     last,
     rows,
-    columns,
-    ranks,
     R: tl.constexpr,  # noqa: N803
+    HAS_BIAS: tl.constexpr,  # noqa: N803
 ):
-    """Add scaling * h Bᵀ to `made`, float32: rows `at`, columns `at_n` of B."""
-    at_r = tl.arange(0, R)
-    mask = (at < rows)[:, None] & (at_r < ranks)[None, :]
-    left = tl.load(h + at[:, None] * stride_h + at_r[None, :], mask=mask, other=0.0)
-    mask = (at_r < ranks)[:, None] & (at_n < columns)[None, :]
-    inner = b + at_n[None, :] * stride_n + at_r[:, None] * stride_r
-    total = tl.zeros_like(made)
-    for kind in range(first, last + 1):
-        right = tl.load(inner + kind * stride_e, mask=mask, other=0.0)
-        own = tl.where((kinds == kind)[:, None], left, 0.0).to(right.dtype)
-        total += tl.dot(own, right)
-    return made + scaling * total
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _kinds(expert, at, rows, experts):  # type: ignore[no-untyped-def]
-    """Return the expert of each row, and the first and the last of a block of rows."""
-    kinds = tl.load(expert + at, mask=at < rows, other=experts)
-    first = tl.min(kinds, axis=0)
-    last = tl.max(tl.where(kinds < experts, kinds, -1), axis=0)
-    return kinds, first, last
+    """Return y, with what LoRA adds to it, and the bias: float32, rows `at`, columns `at_n` where
+    `within`."""
+    mask = (at < rows)[:, None] & within[None, :]
+    made = tl.load(y + at[:, None] * columns + at_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    if R:
+        at_r = tl.arange(0, R)
+        mask = (at < rows)[:, None] & (at_r < ranks)[None, :]
+        left = tl.load(h + at[:, None] * stride_h + at_r[None, :], mask=mask, other=0.0)
+        mask = (at_r < ranks)[:, None] & within[None, :]
+        inner = b + at_n[None, :] * stride_n + at_r[:, None] * stride_r
+        for kind in range(first, last + 1):
+            right = tl.load(inner + kind * stride_e, mask=mask, other=0.0)
+            own = tl.where((kinds == kind)[:, None], left, 0.0).to(right.dtype)
+            made += tl.dot(own, right)
+    if HAS_BIAS:
+        for kind in range(first, last + 1):
+            own = tl.load(bias + kind * columns + at_n, mask=within, other=0.0).to(tl.float32)
+            made += tl.where((kinds == kind)[:, None], own[None, :], 0.0)
+    return made
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -71,7 +81,6 @@ def _add(  # type: ignore[no-untyped-def]
     stride_e,
     stride_n,
     stride_r,
-    scaling,
     expert,
     experts,
     rows,
@@ -84,58 +93,58 @@ def _add(  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at_n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     kinds, first, last = _kinds(expert, at, rows, experts)
-    mask = (at < rows)[:, None] & (at_n < columns)[None, :]
-    place = y + at[:, None] * columns + at_n[None, :]
-    made = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    made = _product(
-        made, h, stride_h, b, stride_e, stride_n, stride_r, scaling,
-        at, at_n, kinds, first, last, rows, columns, ranks, R,
+    made = _whole(
+        y, columns, h, stride_h, b, stride_e, stride_n, stride_r, ranks, y,
+        at, at_n, at_n < columns, kinds, first, last, rows, R, False,
     )  # fmt: skip
-    tl.store(place, made.to(y.dtype.element_ty), mask=mask)
+    mask = (at < rows)[:, None] & (at_n < columns)[None, :]
+    tl.store(y + at[:, None] * columns + at_n[None, :], made.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _biased(made, bias, at_n, kinds, first, last, columns, width):  # type: ignore[no-untyped-def]
-    for kind in range(first, last + 1):
-        own = tl.load(bias + kind * width + at_n, mask=at_n < columns, other=0.0)
-        made += tl.where((kinds == kind)[:, None], own.to(tl.float32)[None, :], 0.0)
-    return made
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _half(  # type: ignore[no-untyped-def]
+def _halves(  # type: ignore[no-untyped-def]
     y,
-    place,
     h,
     stride_h,
     b,
     stride_e,
     stride_n,
     stride_r,
-    scaling,
+    ranks,
     bias,
     at,
-    at_n,
+    start,
     kinds,
     first,
     last,
     rows,
-    width,
-    ranks,
+    columns,
+    INTERLEAVED: tl.constexpr,  # noqa: N803
     R: tl.constexpr,  # noqa: N803
     HAS_BIAS: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
 ):
-    """Return the columns `at_n` of y, with what LoRA adds to it, and the bias: float32."""
-    mask = (at < rows)[:, None] & (at_n < width)[None, :]
-    made = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    if R:
-        made = _product(
-            made, h, stride_h, b, stride_e, stride_n, stride_r, scaling,
-            at, at_n, kinds, first, last, rows, width, ranks, R,
+    """Return what the gate takes, g and u."""
+    width = 2 * columns
+    if INTERLEAVED:
+        at_y = 2 * start + tl.arange(0, 2 * COLUMNS)
+        made = _whole(
+            y, width, h, stride_h, b, stride_e, stride_n, stride_r, ranks, bias,
+            at, at_y, at_y < width, kinds, first, last, rows, R, HAS_BIAS,
         )  # fmt: skip
-    if HAS_BIAS:
-        made = _biased(made, bias, at_n, kinds, first, last, width, width)
-    return made
+        g, u = tl.split(tl.reshape(made, (ROWS, COLUMNS, 2)))
+    else:
+        at_z = start + tl.arange(0, COLUMNS)
+        g = _whole(
+            y, width, h, stride_h, b, stride_e, stride_n, stride_r, ranks, bias,
+            at, at_z, at_z < columns, kinds, first, last, rows, R, HAS_BIAS,
+        )  # fmt: skip
+        u = _whole(
+            y, width, h, stride_h, b, stride_e, stride_n, stride_r, ranks, bias,
+            at, at_z + columns, at_z < columns, kinds, first, last, rows, R, HAS_BIAS,
+        )  # fmt: skip
+    return g, u
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -148,7 +157,6 @@ def _gated(  # type: ignore[no-untyped-def]
     stride_e,
     stride_n,
     stride_r,
-    scaling,
     bias,
     share,
     expert,
@@ -166,28 +174,18 @@ def _gated(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,  # noqa: N803
 ):
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    at_z = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    start = tl.program_id(1) * COLUMNS
     kinds, first, last = _kinds(expert, at, rows, experts)
-    width = 2 * columns
-    if INTERLEAVED:
-        at_g, at_u = 2 * at_z, 2 * at_z + 1
-    else:
-        # behind the last column, so that nothing of the other half is read
-        at_g, at_u = tl.where(at_z < columns, at_z, width), at_z + columns
-    row = y + at[:, None] * width
-    g = _half(
-        y, row + at_g[None, :], h, stride_h, b, stride_e, stride_n, stride_r, scaling, bias,
-        at, at_g, kinds, first, last, rows, width, ranks, R, HAS_BIAS,
-    )  # fmt: skip
-    u = _half(
-        y, row + at_u[None, :], h, stride_h, b, stride_e, stride_n, stride_r, scaling, bias,
-        at, at_u, kinds, first, last, rows, width, ranks, R, HAS_BIAS,
+    g, u = _halves(
+        y, h, stride_h, b, stride_e, stride_n, stride_r, ranks, bias,
+        at, start, kinds, first, last, rows, columns, INTERLEAVED, R, HAS_BIAS, ROWS, COLUMNS,
     )  # fmt: skip
     g = tl.minimum(g, limit)
     u = tl.minimum(tl.maximum(u, -limit), limit)
     part = tl.load(share + at, mask=at < rows, other=0.0).to(tl.float32)
     made = g * tl.sigmoid(alpha * g) * (u + offset) * part[:, None]
     made = tl.where((kinds < experts)[:, None], made, 0.0)
+    at_z = start + tl.arange(0, COLUMNS)
     mask = (at < rows)[:, None] & (at_z < columns)[None, :]
     tl.store(z + at[:, None] * columns + at_z[None, :], made.to(z.dtype.element_ty), mask=mask)
 
@@ -202,14 +200,12 @@ def _gated_backward(  # type: ignore[no-untyped-def]
     stride_e,
     stride_n,
     stride_r,
-    scaling,
     dh,
     stride_dh,
     db,
     stride_de,
     stride_dn,
     stride_dr,
-    d_scaling,
     bias,
     share,
     d_share,
@@ -229,51 +225,62 @@ def _gated_backward(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,  # noqa: N803
     COLUMNS: tl.constexpr,  # noqa: N803
 ):
-    """`z` holds dz and gets z, `y` gets dy."""
+    """`z` holds dz and gets z, `y` gets dy, `d_share` [column blocks, rows] its parts."""
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(1) * COLUMNS
     kinds, first, last = _kinds(expert, at, rows, experts)
-    routed = (kinds < experts)[:, None]
-    width = 2 * columns
-    row = y + at[:, None] * width
+    g, u = _halves(
+        y, h, stride_h, b, stride_e, stride_n, stride_r, ranks, bias,
+        at, start, kinds, first, last, rows, columns, INTERLEAVED, R, HAS_BIAS, ROWS, COLUMNS,
+    )  # fmt: skip
+    at_z = start + tl.arange(0, COLUMNS)
+    dz = _whole(
+        z, columns, dh, stride_dh, db, stride_de, stride_dn, stride_dr, d_ranks, bias,
+        at, at_z, at_z < columns, kinds, first, last, rows, DR, False,
+    )  # fmt: skip
     part = tl.load(share + at, mask=at < rows, other=0.0).to(tl.float32)[:, None]
-    total = tl.zeros([ROWS], dtype=tl.float32)
-    for start in range(0, columns, COLUMNS):
-        at_z = start + tl.arange(0, COLUMNS)
-        if INTERLEAVED:
-            at_g, at_u = 2 * at_z, 2 * at_z + 1
-        else:
-            at_g, at_u = tl.where(at_z < columns, at_z, width), at_z + columns
-        g = _half(
-            y, row + at_g[None, :], h, stride_h, b, stride_e, stride_n, stride_r, scaling, bias,
-            at, at_g, kinds, first, last, rows, width, ranks, R, HAS_BIAS,
-        )  # fmt: skip
-        u = _half(
-            y, row + at_u[None, :], h, stride_h, b, stride_e, stride_n, stride_r, scaling, bias,
-            at, at_u, kinds, first, last, rows, width, ranks, R, HAS_BIAS,
-        )  # fmt: skip
-        mask = (at < rows)[:, None] & (at_z < columns)[None, :]
-        place = z + at[:, None] * columns + at_z[None, :]
-        dz = _half(
-            z, place, dh, stride_dh, db, stride_de, stride_dn, stride_dr, d_scaling, bias,
-            at, at_z, kinds, first, last, rows, columns, d_ranks, DR, False,
-        )  # fmt: skip
-        below, within = g <= limit, (u <= limit) & (u >= -limit)
-        g = tl.minimum(g, limit)
-        u = tl.minimum(tl.maximum(u, -limit), limit) + offset
-        s = tl.sigmoid(alpha * g)
-        made = g * s
-        dz = tl.where(routed & mask, dz, 0.0)
-        total += tl.sum(tl.where(routed & mask, dz * made * u, 0.0), axis=1)
-        dz = dz * part
-        dg = tl.where(below & routed, dz * u * s * (1 + alpha * g * (1 - s)), 0.0)
-        du = tl.where(within & routed, dz * made, 0.0)
-        made = tl.where(routed, made * u * part, 0.0)
-        tl.debug_barrier()  # what was read is written over
-        kind = z.dtype.element_ty
-        tl.store(place, made.to(kind), mask=mask)
-        tl.store(row + at_g[None, :], dg.to(kind), mask=mask)
-        tl.store(row + at_u[None, :], du.to(kind), mask=mask)
-    tl.store(d_share + at, total, mask=at < rows)
+    below, between = g <= limit, (u <= limit) & (u >= -limit)
+    g = tl.minimum(g, limit)
+    u = tl.minimum(tl.maximum(u, -limit), limit) + offset
+    s = tl.sigmoid(alpha * g)
+    made = g * s
+    mask = (at < rows)[:, None] & (at_z < columns)[None, :]
+    used = mask & (kinds < experts)[:, None]
+    total = tl.sum(tl.where(used, dz * made * u, 0.0), axis=1)
+    dz = dz * part
+    dg = tl.where(below & used, dz * u * s * (1 + alpha * g * (1 - s)), 0.0)
+    du = tl.where(between & used, dz * made, 0.0)
+    made = tl.where(used, made * u * part, 0.0)
+    tl.debug_barrier()  # what was read is written over
+    kind = z.dtype.element_ty
+    tl.store(z + at[:, None] * columns + at_z[None, :], made.to(kind), mask=mask)
+    row = y + at[:, None] * (2 * columns)
+    if INTERLEAVED:
+        at_y = 2 * start + tl.arange(0, 2 * COLUMNS)
+        dy = tl.reshape(tl.join(dg, du), (ROWS, 2 * COLUMNS)).to(kind)
+        mask = (at < rows)[:, None] & (at_y < 2 * columns)[None, :]
+        tl.store(row + at_y[None, :], dy, mask=mask)
+    else:
+        tl.store(row + at_z[None, :], dg.to(kind), mask=mask)
+        tl.store(row + columns + at_z[None, :], du.to(kind), mask=mask)
+    tl.store(d_share + tl.program_id(1).to(tl.int64) * rows + at, total, mask=at < rows)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _transposed(  # type: ignore[no-untyped-def]
+    made,
+    x,
+    rows,
+    columns,
+    SIZE: tl.constexpr,  # noqa: N803
+):
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    at_n = tl.program_id(1).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    mask = (at < rows)[:, None] & (at_n < columns)[None, :]
+    tile = tl.load(x + at[:, None] * columns + at_n[None, :], mask=mask, other=0.0)
+    mask = (at_n < columns)[:, None] & (at < rows)[None, :]
+    place = made + at_n[:, None] * rows + at[None, :]
+    tl.store(place, tl.trans(tile).to(made.dtype.element_ty), mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -321,7 +328,7 @@ def gated(
     ranks, r = _ranks(added)
     if rows:
         _gated[(triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS))](
-            *(z, y, *_lora(added), _or(bias, y), share, *_routing(routing)),
+            *(z, y, *_lora(added), bias, share, *_routing(routing)),
             *(rows, columns, ranks, gate.alpha, gate.limit, gate.offset),
             *(gate.interleaved, r, bias is not None, ROWS, COLUMNS),
         )
@@ -340,16 +347,24 @@ def gated_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `expert_steps.gated_backward`, with its gate."""
     rows, columns = dz.shape
-    d_share = torch.empty(rows, dtype=torch.float32, device=y.device)
+    blocks = triton.cdiv(columns, COLUMNS)
+    d_share = torch.empty(blocks, rows, dtype=torch.float32, device=y.device)
     (ranks, r), (d_ranks, dr) = _ranks(added), _ranks(d_added)
     if rows:
-        _gated_backward[(triton.cdiv(rows, ROWS),)](
-            *(dz, y, *_lora(added), *_lora(d_added), _or(bias, y), share, d_share),
+        _gated_backward[(triton.cdiv(rows, ROWS), blocks)](
+            *(dz, y, *_lora(added), *_lora(d_added), bias, share, d_share),
             *(*_routing(routing), rows, columns, ranks, d_ranks),
             *(gate.alpha, gate.limit, gate.offset),
             *(gate.interleaved, r, dr, bias is not None, ROWS, COLUMNS),
         )
-    return y, dz, d_share
+    return y, dz, d_share.sum(0)
+
+
+def transposed(x: Tensor, made: Tensor) -> Tensor:
+    """Write x [m, n], contiguous, into `made` [n, m], in its dtype."""
+    rows, columns = x.shape
+    _transposed[(triton.cdiv(rows, SIZE), triton.cdiv(columns, SIZE))](made, x, rows, columns, SIZE)
+    return made
 
 
 def combined(y: Tensor, routing: Routing) -> Tensor:
@@ -365,10 +380,10 @@ def combined(y: Tensor, routing: Routing) -> Tensor:
 
 
 def _lora(added: Added | None) -> tuple[Any, ...]:
-    """Return h and its stride, B and its strides, and the factor."""
+    """Return h and its stride, and B and its strides."""
     if added is None:
-        return None, 0, None, 0, 0, 0, 0.0
-    return added.h, added.h.stride(0), added.b, *added.b.stride(), added.scaling
+        return None, 0, None, 0, 0, 0
+    return added.h, added.h.stride(0), added.b, *added.b.stride()
 
 
 def _ranks(added: Added | None) -> tuple[int, int]:
@@ -380,6 +395,3 @@ def _ranks(added: Added | None) -> tuple[int, int]:
 def _routing(routing: Routing) -> tuple[Tensor, int]:
     return routing.expert, len(routing.ends)
 
-
-def _or(bias: Tensor | None, other: Tensor) -> Tensor:
-    return other if bias is None else bias
