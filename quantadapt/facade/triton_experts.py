@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .expert_steps import Added, Gate
     from .grouped import Routing
 
-ROWS = 64
+ROWS = 32
 COLUMNS = 64
 WIDE = 128
 SIZE = 64

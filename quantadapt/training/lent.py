@@ -253,7 +253,8 @@ def fused_kernels(model: Any, on_note: OnNote) -> Iterator[bool]:
             lend(base, fused_linear_cross_entropy=False, cross_entropy=False)
             # Its experts look for their kernels for minutes, and make gradients of frozen weights.
             for module, was in zip(base.modules(), before[1:], strict=True):
-                if owns_stacks(module):
+                # PEFT's wrapper stands where it looks for them.
+                if owns_stacks(getattr(module, "get_base_layer", lambda m=module: m)()):
                     _put_back(vars(module), was, _changed(vars(module), was))
         finally:
             changed = [_changed(own, was) for own, was in zip(owners, before, strict=True)]
