@@ -3,9 +3,9 @@
     python benchmarks/experts.py --shape qwen3-30b --layers 12 --case unsloth peft ours-nf4
 
 Cases: `peft` (attention in nf4, experts in bf16, LoRA on both through `target_parameters`: PEFT
-quantizes no experts), `unsloth` (experts in nf4), `ours-BACKEND:MEMORY` as in speed.py, with
-`+graphs` behind it also CUDA graphs. LoRA r=16 on attention and experts, AdamW, in processes of
-their own. The weights are random and made on the spot, block by block (for Unsloth, in a checkpoint
+quantizes no experts), `unsloth` (experts in nf4), `ours-BACKEND:MEMORY` as in speed.py; with
+`+eager` behind it without CUDA graphs. LoRA r=16 on attention and experts, AdamW, in processes of
+their own; `--adapt attention` leaves the experts as they are. The weights are random and made on the spot, block by block (for Unsloth, in a checkpoint
 first), so `load peak` is the quantized model and one dense block.
 
 Prints a Markdown table: tokens per second (median of groups of four steps, after four), their ratio
@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ COLUMNS = {
     "trained M": ("trained", ".1f"),
     "recomputed": ("recomputed", ".0%"),
 }
-GRAPHS = "+graphs"
+EAGER = "+eager"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -140,7 +141,7 @@ def main() -> None:
             given.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
     sys.path.append(given.unsloth_site or "")
     shape = shape_of(given)
-    what = f"{given.shape}, {shape.layers} layers, {shape.batch} x {shape.length} tokens"
+    what = f"{given.shape}, {shape.layers} layers, {shape.batch} x {shape.length} tokens, LoRA on {given.adapt}"
     print(f"\n{what}; {device_name(given.device)}; {versions(*PACKAGES)}")
     for found in results:
         for key in ("setting", "tables"):
@@ -156,6 +157,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="demo")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--batch", type=int)
+    parser.add_argument("--adapt", choices=("all", "attention"), default="all")
     parser.add_argument("--case", nargs="+", type=check, default=["peft", "ours-nf4"])
     parser.add_argument("--steps", type=int, default=20, help=f"the first {WARM_UP} do not count")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -174,7 +176,7 @@ def arguments() -> argparse.Namespace:
 
 def check(case: str) -> str:
     """Return the case. Raises ArgumentTypeError if there is none of that name."""
-    name, _, memory = case.removesuffix(GRAPHS).partition(":")
+    name, _, memory = case.removesuffix(EAGER).partition(":")
     if case not in ("peft", "unsloth") and (name not in OURS or _memory(memory) is None):
         raise argparse.ArgumentTypeError(f"{case}: take one of {['peft', 'unsloth', *OURS]}")
     return case
@@ -221,7 +223,7 @@ def run_here(given: argparse.Namespace) -> dict[str, Any]:
     _synchronize(device)
     _peak_gib(device)
     started = time.perf_counter()
-    model = load(case, shape, device, path)
+    model = load(case, shape, device, path, given.adapt == "all")
     _synchronize(device)
     found: dict[str, Any] = {"case": case, "load_seconds": time.perf_counter() - started}
     found["load_peak_gib"] = _peak_gib(device)
@@ -230,8 +232,8 @@ def run_here(given: argparse.Namespace) -> dict[str, Any]:
     watch = Watch(given.steps, Profile(device) if given.profile else None)
     batches = _batches(shape, watch.steps)  # type: ignore[arg-type]
     if case.startswith("ours-"):
-        name, _, memory = case.removesuffix(GRAPHS).partition(":")
-        options = {**(_memory(memory) or {}), "cuda_graphs": case.endswith(GRAPHS)}
+        name, _, memory = case.removesuffix(EAGER).partition(":")
+        options = {**(_memory(memory) or {}), "cuda_graphs": not case.endswith(EAGER)}
         found |= our_loop(model, batches, watch, OURS[name], options)
     else:
         found |= plain_loop(model, batches, watch, recomputed=1.0)
@@ -248,31 +250,30 @@ def run_here(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def load(case: str, shape: Experts, device: str, path: Path | None) -> Any:
-    """Return the model of a case, with LoRA on attention and experts."""
+def load(case: str, shape: Experts, device: str, path: Path | None, whole: bool) -> Any:
+    """Return the model of a case, with LoRA on attention, and on experts if `whole`."""
     if case == "unsloth":
-        return unsloth(path, shape)
-    if case == "peft":
-        return peft(shape, device)
-    return ours(case, shape, device)
+        return unsloth(path, shape, whole)
+    return (peft if case == "peft" else partial(ours, case))(shape, device, whole)
 
 
-def ours(case: str, shape: Experts, device: str) -> Any:
+def ours(case: str, shape: Experts, device: str, whole: bool) -> Any:
     import torch
     from random_models import random_model
 
     import quantadapt as qa
     from quantadapt.registry import registry
 
-    options = dict(OURS[case.removesuffix(GRAPHS).partition(":")[0]])
+    options = dict(OURS[case.removesuffix(EAGER).partition(":")[0]])
     name = options.pop("backend")
     quantize = registry().backend(name).quantizer(**options).quantize_linear
     model = random_model(shape.config(), quantize, device, torch.bfloat16)
     model = qa.quantize(model, name, **options, device=device, dtype="bfloat16")
-    return qa.attach(model, "lora", r=RANK, lora_alpha=RANK)
+    targets = {} if whole else {"target_modules": ATTENTION}
+    return qa.attach(model, "lora", r=RANK, lora_alpha=RANK, **targets)
 
 
-def peft(shape: Experts, device: str) -> Any:
+def peft(shape: Experts, device: str, whole: bool) -> Any:
     """Return what the PEFT documentation tells to write, without the cast of what is not quantized
     to float32, which the experts would be, too."""
     import torch
@@ -297,13 +298,13 @@ def peft(shape: Experts, device: str) -> Any:
         r=RANK,
         lora_alpha=RANK,
         target_modules=ATTENTION,
-        target_parameters=STACKS,
+        target_parameters=STACKS if whole else None,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
 
 
-def unsloth(path: Path | None, shape: Experts) -> Any:
+def unsloth(path: Path | None, shape: Experts, whole: bool) -> Any:
     """Return what Unsloth's notebooks write."""
     from unsloth import FastLanguageModel
 
@@ -320,7 +321,7 @@ def unsloth(path: Path | None, shape: Experts) -> Any:
         lora_alpha=RANK,
         lora_dropout=0,
         bias="none",
-        target_modules=[*PROJECTIONS, "gate_up_proj"],
+        target_modules=[*PROJECTIONS, "gate_up_proj"] if whole else ATTENTION,
         use_gradient_checkpointing="unsloth",
     )
 
@@ -339,7 +340,9 @@ def checkpoint(shape: Experts, given: argparse.Namespace) -> Path:
     if path.exists():
         return path
     shutil.rmtree(partial, ignore_errors=True)
-    model = random_model(shape.config(), lambda linear: linear, given.device, torch.bfloat16, stacks=False)
+    model = random_model(
+        shape.config(), lambda linear: linear, given.device, torch.bfloat16, stacks=False
+    )
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(partial)
     os.replace(partial, path)

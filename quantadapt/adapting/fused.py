@@ -18,14 +18,7 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from ..facade import (
-    QuantLinear,
-    QuantWeight,
-    kept,
-    lend_stack_lora,
-    stack_wrappers,
-    take_back_stack_lora,
-)
+from ..facade import QuantLinear, QuantWeight, kept
 from .fused_dora import fused_dora
 from .fused_lora import LoraTerm, Magnitude, fused_lora
 
@@ -230,9 +223,6 @@ class FusedTraining:
             for child in module.children():
                 if isinstance(child, FusedLoraLinear) and (lora := child.single_lora()):
                     self._lend(child, *lora, siblings)
-        self._wrappers = list(stack_wrappers(model)) if keep_casts else []
-        lent = [lend_stack_lora(wrapper) for wrapper in self._wrappers]
-        self._stacks = [stack for stack in lent if stack is not None]
 
     def _lend(
         self,
@@ -254,9 +244,6 @@ class FusedTraining:
         """Cast A and B of all layers again; to be called whenever an optimizer has changed them."""
         if self._masters:
             torch._foreach_copy_(self._casts, self._masters)
-        for stack in self._stacks:
-            if stack.casts is not None:
-                stack.cast(stack.casts)
 
     def has_learnt(self) -> bool:
         """Say whether a pass has shown which layers get the same x, since this was asked last. It
@@ -270,8 +257,6 @@ class FusedTraining:
         """Take back what was lent."""
         for layer in self.layers:
             layer.__dict__.pop("_in_training", None)
-        for wrapper in self._wrappers:
-            take_back_stack_lora(wrapper)
 
 
 def forget_unfinished(model: nn.Module) -> None:

@@ -12,12 +12,7 @@ from .keeping import kept
 from .layer import QuantWeight
 from .lazy_weight import LazyWeight
 from .linear import QuantLinear
-from .peft_experts import (
-    lend_stack_lora,
-    single_stack_lora,
-    stack_wrappers,
-    take_back_stack_lora,
-)
+from .peft_experts import single_stack_lora, stack_wrappers
 from .wrapping import (
     densify,
     facades,
@@ -38,7 +33,6 @@ __all__ = [
     "densify",
     "facades",
     "kept",
-    "lend_stack_lora",
     "linear_facades",
     "mark_conv1d",
     "recomputing",
@@ -46,7 +40,6 @@ __all__ = [
     "single_stack_lora",
     "stack_facades",
     "stack_wrappers",
-    "take_back_stack_lora",
     "unwrap",
     "wrap",
 ]

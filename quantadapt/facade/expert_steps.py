@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import product
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -42,10 +43,9 @@ class Gate(NamedTuple):
     @classmethod
     def of(cls, experts: Any) -> Gate | None:
         """Return the one that `experts` has; None where it is something else. Found by trying."""
-        if "_gate" not in vars(experts):
-            experts.__dict__["_gate"] = cls._found(experts)
-        found: Gate | None = vars(experts)["_gate"]
-        return found
+        if experts not in _gates:
+            _gates[experts] = cls._found(experts)
+        return _gates[experts]
 
     @classmethod
     def _found(cls, experts: Any) -> Gate | None:
@@ -67,6 +67,9 @@ class Gate(NamedTuple):
             if made.shape == expected.shape and torch.allclose(made, expected, atol=1e-5):
                 return gate
         return None
+
+
+_gates: WeakKeyDictionary[Any, Gate | None] = WeakKeyDictionary()
 
 
 class Added(NamedTuple):
@@ -92,7 +95,12 @@ def add(y: Tensor, added: Added | None, routing: Routing) -> Tensor:
 
 
 def gated(
-    experts: Any, y: Tensor, bias: Tensor | None, added: Added | None, share: Tensor, routing: Routing
+    experts: Any,
+    y: Tensor,
+    bias: Tensor | None,
+    added: Added | None,
+    share: Tensor,
+    routing: Routing,
 ) -> Tensor:
     """Return the gate's output times the routing weights: [rows, intermediate]; 0 in rows of none.
 
@@ -171,9 +179,7 @@ def _whole(y: Tensor, bias: Tensor | None, added: Added | None, routing: Routing
 def _activation(experts: Any, gate: Gate | None) -> Callable[[Tensor], Tensor]:
     if gate is not None:
         return gate
-    found: Callable[[Tensor], Tensor] = (
-        experts._apply_gate if experts.has_gate else experts.act_fn
-    )
+    found: Callable[[Tensor], Tensor] = experts._apply_gate if experts.has_gate else experts.act_fn
     return found
 
 

@@ -42,6 +42,30 @@ def run_experts(
     return output
 
 
+class _Casts(NamedTuple):
+    """LoRA on a stack, A [experts, r, in_features] and B [experts, out_features, r] in the dtype
+    of the computation."""
+
+    lora: StackLora
+    a: Tensor
+    b: Tensor
+
+    def added(self, x: Tensor, ends: Tensor) -> Added:
+        """Return what it adds to what the stack makes of x."""
+        return Added(self.lora.scaled(grouped(x, self.a.transpose(1, 2), ends)), self.b)
+
+    def backward_added(self, dy: Tensor, ends: Tensor) -> Added:
+        """Return what it adds to the gradient of x: scaling * (dy B) A."""
+        return Added(self.lora.scaled(grouped(dy, self.b, ends)), self.a.transpose(1, 2))
+
+    def gradients(
+        self, x: Tensor, added: Added, dy: Tensor, d_added: Added, ends: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return those of A and B."""
+        da, db = grouped_outer(d_added.h, x, ends), grouped_outer(dy, added.h, ends)
+        return self.lora.gradients(da, db)
+
+
 class _Parts(NamedTuple):
     """What the function works with, besides tokens.
 
@@ -85,26 +109,25 @@ class _Parts(NamedTuple):
         """Return a stack's bias, [experts, out_features]."""
         return _bias(self.experts, self.names[which])
 
-    def product(self, x: Tensor, which: int, routing: Routing) -> Tensor:
+    def product(self, x: Tensor, which: int, ends: Tensor) -> Tensor:
         """Return x Wᵀ, by expert."""
-        return grouped(x, self.weight(which).transpose(1, 2), routing.ends)
+        return grouped(x, self.weight(which).transpose(1, 2), ends)
 
-    def added(self, x: Tensor, which: int, routing: Routing) -> Added | None:
-        """Return what LoRA adds to it."""
+    def casts(self, which: int) -> _Casts | None:
+        """Return the LoRA on a stack, as products want it."""
         if (lora := self.loras[which]) is None:
             return None
-        a, b = lora.by_expert(self.dtype)
-        return Added(lora.scaled(grouped(x, a.transpose(1, 2), routing.ends)), b)
+        return _Casts(lora, *lora.by_expert(self.dtype))
 
     def forward(self, hidden: Tensor, weights: Tensor, routing: Routing) -> Tensor:
         """Return what the experts make of the tokens."""
+        ends, first, second = routing.ends, self.casts(0), self.casts(1)
         x = hidden.to(self.dtype)[routing.token]
-        y, added = self.product(x, 0, routing), self.added(x, 0, routing)
+        y, added = self.product(x, 0, ends), first and first.added(x, ends)
         del x
-        share = routing.by_row(weights)
-        z = gated(self.experts, y, self.bias(0), added, share, routing)
+        z = gated(self.experts, y, self.bias(0), added, routing.by_row(weights), routing)
         del y
-        y = add(self.product(z, 1, routing), self.added(z, 1, routing), routing)
+        y = add(self.product(z, 1, ends), second and second.added(z, ends), routing)
         del z
         output = combined(y, routing)
         if (bias := self.bias(1)) is not None:
@@ -153,55 +176,32 @@ def _gradients(
 
     In such an order that no more than one weight is there at a time, and rows as few as can be.
     """
-    ends, (first, second) = routing.ends, parts.loras
+    ends, first, second = routing.ends, parts.casts(0), parts.casts(1)
     d_output, share = d_output.to(parts.dtype), routing.by_row(weights)
     x = hidden.to(parts.dtype)[routing.token]
-    y, added = parts.product(x, 0, routing), parts.added(x, 0, routing)
-
+    y, added = parts.product(x, 0, ends), first and first.added(x, ends)
     dy = d_output[routing.token]
-    dz, d_added = grouped(dy, parts.weight(1), ends), _backward_added(second, dy, parts.dtype, ends)
-    dup, z, d_share = gated_backward(
+    dz, d_added = grouped(dy, parts.weight(1), ends), second and second.backward_added(dy, ends)
+    d_up, z, d_share = gated_backward(
         parts.experts, y, parts.bias(0), added, share, routing, dz, d_added
     )
-    of_second = _of_lora(second, d_added, parts.added(z, 1, routing), dy, z, routing)
-    del y, dz, dy, z
-    d_added = _backward_added(first, dup, parts.dtype, ends)
-    of_first = _of_lora(first, d_added, added, dup, x, routing)
-    del x
+    of_loras: list[Tensor] = []
+    if second and d_added:
+        of_loras += second.gradients(z, second.added(z, ends), dy, d_added, ends)
+    del y, dz, dy, z, d_added
+    d_added = first and first.backward_added(d_up, ends)
+    if first and added and d_added:
+        of_loras = [*first.gradients(x, added, d_up, d_added, ends), *of_loras]
+    del x, added
     dx = None
     if wants_dx:
-        dx = grouped(dup, parts.weight(0), ends)
+        dx = grouped(d_up, parts.weight(0), ends)
         dx = combined(add(dx, d_added, routing), routing).to(hidden.dtype)
     d_weights = routing.by_token(d_share)
     if (bias := parts.bias(1)) is not None:
         of_bias = torch.nn.functional.pad(d_output @ bias.to(parts.dtype).T, (0, 1))
         d_weights = d_weights + of_bias.gather(1, _kinds(routing))
-    return [dx, d_weights.to(weights.dtype), *of_first, *of_second]
-
-
-def _backward_added(
-    lora: StackLora | None, dy: Tensor, dtype: torch.dtype, ends: Tensor
-) -> Added | None:
-    """Return what LoRA adds to the gradient of what its stack gets: scaling * (dy B) A."""
-    if lora is None:
-        return None
-    a, b = lora.by_expert(dtype)
-    return Added(lora.scaled(grouped(dy, b, ends)), a.transpose(1, 2))
-
-
-def _of_lora(
-    lora: StackLora | None,
-    d_added: Added | None,
-    added: Added | None,
-    dy: Tensor,
-    x: Tensor,
-    routing: Routing,
-) -> list[Tensor]:
-    """Return the gradients of A and B."""
-    if lora is None or d_added is None or added is None:
-        return []
-    da, db = grouped_outer(d_added.h, x, routing.ends), grouped_outer(dy, added.h, routing.ends)
-    return list(lora.gradients(da, db))
+    return [dx, d_weights.to(weights.dtype), *of_loras]
 
 
 def _shares(weights: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
@@ -255,9 +255,7 @@ def _place(routing: Routing) -> Tensor:
     return routing.by_row(torch.arange(k, device=routing.row.device).expand_as(routing.row))
 
 
-def _linear(
-    experts: Any, name: str, x: Tensor, routing: Routing, lora: StackLora | None
-) -> Tensor:
+def _linear(experts: Any, name: str, x: Tensor, routing: Routing, lora: StackLora | None) -> Tensor:
     """Return x Wᵀ + bias, and what LoRA adds: [rows, in_features] -> [rows, out_features]."""
     weight = getattr(experts, name)
     x = x.to(weight.dtype)

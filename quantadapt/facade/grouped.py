@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..compiling import has_triton
 
@@ -68,14 +69,12 @@ class StackLora(NamedTuple):
         b: [out_features, r * experts], the experts of each rank beside each other.
         scaling: the factor.
         experts: how many there are.
-        casts: what `by_expert` returns, where it was made before.
     """
 
     a: Tensor
     b: Tensor
     scaling: float
     experts: int
-    casts: tuple[Tensor, Tensor] | None = None
 
     @property
     def rank(self) -> int:
@@ -90,26 +89,14 @@ class StackLora(NamedTuple):
     def by_expert(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the two of `views`, contiguous, in `dtype`, with ranks of zeros added where
         grouped products want them."""
-        if self.casts is not None and self.casts[0].dtype == dtype:
-            return self.casts
         a, b = self.a.detach(), self.b.detach()
         added = -self.rank % ALIGNED if _takes(a.device, dtype) else 0
-        sizes = (self.experts, self.rank + added)
-        made = (
-            a.new_zeros(*sizes, a.shape[1], dtype=dtype),
-            b.new_zeros(sizes[0], b.shape[0], sizes[1], dtype=dtype),
-        )
-        self.cast(made)
-        return made
-
-    def cast(self, casts: tuple[Tensor, Tensor]) -> None:
-        """Bring what `by_expert` has returned up to date."""
-        (a, b), rank = casts, self.rank
-        a[:, :rank].copy_(self.views()[0].detach())
-        if b.shape[2] == rank:
-            transpose(self.b.detach().view(-1, self.experts), b.view(self.experts, -1))
-        else:
-            b[:, :, :rank].copy_(self.views()[1].detach())
+        by_rank = b.new_empty(self.experts, b.shape[0], self.rank, dtype=dtype)
+        transpose(b.view(-1, self.experts), by_rank.view(self.experts, -1))
+        a = a.to(dtype).view(self.experts, self.rank, -1)
+        if added:
+            return pad(a, (0, 0, 0, added)), pad(by_rank, (0, added))
+        return a, by_rank
 
     def scaled(self, h: Tensor) -> Tensor:
         """Return h times the factor, in its memory."""

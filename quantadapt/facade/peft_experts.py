@@ -16,7 +16,6 @@ from typing import Any
 
 from .grouped import StackLora
 
-_IN_TRAINING = "_lora_in_training"
 _taught: set[type] = set()
 
 
@@ -40,7 +39,7 @@ def _activating(activate: Any) -> Any:
                 yield
             return
         active = [name for name in active_adapters if name in self.lora_A]
-        if (lora := _active_lora(self, active)) is not None:
+        if len(active) == 1 and (lora := stack_lora(self, active[0])) is not None:
             lent = experts.lending(self.parameter_name, lora)
         else:
             lent = experts.adding(self.parameter_name, lambda weight: _sum(self, active, weight))
@@ -56,14 +55,6 @@ def _sum(wrapper: Any, active: list[str], weight: Any) -> Any:
     return weight
 
 
-def _active_lora(wrapper: Any, active: list[str]) -> StackLora | None:
-    """Return the only active adapter's LoRA; as it was lent, while the model trains."""
-    if len(active) != 1:
-        return None
-    name, lora = wrapper.__dict__.get(_IN_TRAINING, (None, None))
-    return lora if name == active[0] else stack_lora(wrapper, active[0])
-
-
 def single_stack_lora(wrapper: Any) -> StackLora | None:
     """Return the only active adapter's LoRA of one of PEFT's `ParamWrapper`s; None where it is
     something else than a plain one, or more than one."""
@@ -71,23 +62,6 @@ def single_stack_lora(wrapper: Any) -> StackLora | None:
     if wrapper.disable_adapters or wrapper.merged or len(active) != 1:
         return None
     return stack_lora(wrapper, active[0])
-
-
-def lend_stack_lora(wrapper: Any) -> StackLora | None:
-    """Look up once what `single_stack_lora` returns, and make its casts, which are to be kept up to
-    date. Taken back by `take_back_stack_lora`."""
-    if (lora := single_stack_lora(wrapper)) is None:
-        return None
-    stack = wrapper.get_base_layer().quantized_stacks[wrapper.parameter_name]
-    lora = lora._replace(casts=lora.by_expert(stack.compute_dtype_for(lora.a.device.type)))
-    (name,) = (name for name in wrapper.active_adapters if name in wrapper.lora_A)
-    wrapper.__dict__[_IN_TRAINING] = name, lora
-    return lora
-
-
-def take_back_stack_lora(wrapper: Any) -> None:
-    """Forget what `lend_stack_lora` looked up."""
-    wrapper.__dict__.pop(_IN_TRAINING, None)
 
 
 def stack_wrappers(model: Any) -> Iterator[Any]:

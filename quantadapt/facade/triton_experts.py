@@ -18,6 +18,7 @@ ROWS = 32
 COLUMNS = 64
 WIDE = 128
 SIZE = 64
+WARPS = 4
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -30,46 +31,34 @@ def _kinds(expert, at, rows, experts):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _whole(  # type: ignore[no-untyped-def]
-    y,
-    columns,
-    h,
-    stride_h,
+def _tile(y, columns, at, at_n, within, rows):  # type: ignore[no-untyped-def]
+    """Return y at rows `at` and columns `at_n`: float32, 0 where not `within`."""
+    mask = (at < rows)[:, None] & within[None, :]
+    return tl.load(y + at[:, None] * columns + at_n[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _h(h, stride, at, rows, ranks, R: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    """Return rows `at` of h [rows, ranks]."""
+    at_r = tl.arange(0, R)
+    mask = (at < rows)[:, None] & (at_r < ranks)[None, :]
+    return tl.load(h + at[:, None] * stride + at_r[None, :], mask=mask, other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _b(  # type: ignore[no-untyped-def]
     b,
-    stride_e,
     stride_n,
     stride_r,
-    ranks,
-    bias,
-    at,
     at_n,
     within,
-    kinds,
-    first,
-    last,
-    rows,
+    ranks,
     R: tl.constexpr,  # noqa: N803
-    HAS_BIAS: tl.constexpr,  # noqa: N803
 ):
-    """Return y, with what LoRA adds to it, and the bias: float32, rows `at`, columns `at_n` where
-    `within`."""
-    mask = (at < rows)[:, None] & within[None, :]
-    made = tl.load(y + at[:, None] * columns + at_n[None, :], mask=mask, other=0.0).to(tl.float32)
-    if R:
-        at_r = tl.arange(0, R)
-        mask = (at < rows)[:, None] & (at_r < ranks)[None, :]
-        left = tl.load(h + at[:, None] * stride_h + at_r[None, :], mask=mask, other=0.0)
-        mask = (at_r < ranks)[:, None] & within[None, :]
-        inner = b + at_n[None, :] * stride_n + at_r[:, None] * stride_r
-        for kind in range(first, last + 1):
-            right = tl.load(inner + kind * stride_e, mask=mask, other=0.0)
-            own = tl.where((kinds == kind)[:, None], left, 0.0).to(right.dtype)
-            made += tl.dot(own, right)
-    if HAS_BIAS:
-        for kind in range(first, last + 1):
-            own = tl.load(bias + kind * columns + at_n, mask=within, other=0.0).to(tl.float32)
-            made += tl.where((kinds == kind)[:, None], own[None, :], 0.0)
-    return made
+    """Return B of one expert, transposed, at columns `at_n`: [R, columns]."""
+    at_r = tl.arange(0, R)
+    mask = (at_r < ranks)[:, None] & within[None, :]
+    return tl.load(b + at_n[None, :] * stride_n + at_r[:, None] * stride_r, mask=mask, other=0.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -92,59 +81,15 @@ def _add(  # type: ignore[no-untyped-def]
 ):
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at_n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    within = at_n < columns
+    made = _tile(y, columns, at, at_n, within, rows)
+    left = _h(h, stride_h, at, rows, ranks, R)
     kinds, first, last = _kinds(expert, at, rows, experts)
-    made = _whole(
-        y, columns, h, stride_h, b, stride_e, stride_n, stride_r, ranks, y,
-        at, at_n, at_n < columns, kinds, first, last, rows, R, False,
-    )  # fmt: skip
-    mask = (at < rows)[:, None] & (at_n < columns)[None, :]
+    for kind in range(first, last + 1):
+        own = tl.where((kinds == kind)[:, None], left, 0.0).to(left.dtype)
+        made += tl.dot(own, _b(b + kind * stride_e, stride_n, stride_r, at_n, within, ranks, R))
+    mask = (at < rows)[:, None] & within[None, :]
     tl.store(y + at[:, None] * columns + at_n[None, :], made.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _halves(  # type: ignore[no-untyped-def]
-    y,
-    h,
-    stride_h,
-    b,
-    stride_e,
-    stride_n,
-    stride_r,
-    ranks,
-    bias,
-    at,
-    start,
-    kinds,
-    first,
-    last,
-    rows,
-    columns,
-    INTERLEAVED: tl.constexpr,  # noqa: N803
-    R: tl.constexpr,  # noqa: N803
-    HAS_BIAS: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
-):
-    """Return what the gate takes, g and u."""
-    width = 2 * columns
-    if INTERLEAVED:
-        at_y = 2 * start + tl.arange(0, 2 * COLUMNS)
-        made = _whole(
-            y, width, h, stride_h, b, stride_e, stride_n, stride_r, ranks, bias,
-            at, at_y, at_y < width, kinds, first, last, rows, R, HAS_BIAS,
-        )  # fmt: skip
-        g, u = tl.split(tl.reshape(made, (ROWS, COLUMNS, 2)))
-    else:
-        at_z = start + tl.arange(0, COLUMNS)
-        g = _whole(
-            y, width, h, stride_h, b, stride_e, stride_n, stride_r, ranks, bias,
-            at, at_z, at_z < columns, kinds, first, last, rows, R, HAS_BIAS,
-        )  # fmt: skip
-        u = _whole(
-            y, width, h, stride_h, b, stride_e, stride_n, stride_r, ranks, bias,
-            at, at_z + columns, at_z < columns, kinds, first, last, rows, R, HAS_BIAS,
-        )  # fmt: skip
-    return g, u
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -174,19 +119,48 @@ def _gated(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,  # noqa: N803
 ):
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    start = tl.program_id(1) * COLUMNS
+    at_z = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    within, width = at_z < columns, 2 * columns
+    if INTERLEAVED:
+        at_y = tl.program_id(1) * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
+        within_y = at_y < width
+        both = _tile(y, width, at, at_y, within_y, rows)
+        g, u = 0.0, 0.0
+    else:
+        at_y, within_y, both = at_z, within, 0.0
+        g = _tile(y, width, at, at_z, within, rows)
+        u = _tile(y, width, at, at_z + columns, within, rows)
+    if R:
+        left = _h(h, stride_h, at, rows, ranks, R)
+    part = tl.load(share + at, mask=at < rows, other=0.0).to(tl.float32)
     kinds, first, last = _kinds(expert, at, rows, experts)
-    g, u = _halves(
-        y, h, stride_h, b, stride_e, stride_n, stride_r, ranks, bias,
-        at, start, kinds, first, last, rows, columns, INTERLEAVED, R, HAS_BIAS, ROWS, COLUMNS,
-    )  # fmt: skip
+    for kind in range(first, last + 1):
+        mine = (kinds == kind)[:, None]
+        if R:
+            own, of_kind = tl.where(mine, left, 0.0).to(left.dtype), b + kind * stride_e
+            if INTERLEAVED:
+                both += tl.dot(own, _b(of_kind, stride_n, stride_r, at_y, within_y, ranks, R))
+            else:
+                g += tl.dot(own, _b(of_kind, stride_n, stride_r, at_z, within, ranks, R))
+                of_u = of_kind + columns * stride_n
+                u += tl.dot(own, _b(of_u, stride_n, stride_r, at_z, within, ranks, R))
+        if HAS_BIAS:
+            row = bias + kind * width
+            if INTERLEAVED:
+                own = tl.load(row + at_y, mask=within_y, other=0.0).to(tl.float32)
+                both += tl.where(mine, own[None, :], 0.0)
+            else:
+                own = tl.load(row + at_z, mask=within, other=0.0).to(tl.float32)
+                g += tl.where(mine, own[None, :], 0.0)
+                own = tl.load(row + columns + at_z, mask=within, other=0.0).to(tl.float32)
+                u += tl.where(mine, own[None, :], 0.0)
+    if INTERLEAVED:
+        g, u = tl.split(tl.reshape(both, (ROWS, COLUMNS, 2)))
     g = tl.minimum(g, limit)
     u = tl.minimum(tl.maximum(u, -limit), limit)
-    part = tl.load(share + at, mask=at < rows, other=0.0).to(tl.float32)
     made = g * tl.sigmoid(alpha * g) * (u + offset) * part[:, None]
     made = tl.where((kinds < experts)[:, None], made, 0.0)
-    at_z = start + tl.arange(0, COLUMNS)
-    mask = (at < rows)[:, None] & (at_z < columns)[None, :]
+    mask = (at < rows)[:, None] & within[None, :]
     tl.store(z + at[:, None] * columns + at_z[None, :], made.to(z.dtype.element_ty), mask=mask)
 
 
@@ -225,26 +199,58 @@ def _gated_backward(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,  # noqa: N803
     COLUMNS: tl.constexpr,  # noqa: N803
 ):
-    """`z` holds dz and gets z, `y` gets dy, `d_share` [column blocks, rows] its parts."""
+    """`z` holds dz and gets z, `y` gets dy, `d_share` [column blocks, rows] its parts. Begins as
+    `_gated`: a helper that returns either of two layouts is not to be had."""
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    start = tl.program_id(1) * COLUMNS
-    kinds, first, last = _kinds(expert, at, rows, experts)
-    g, u = _halves(
-        y, h, stride_h, b, stride_e, stride_n, stride_r, ranks, bias,
-        at, start, kinds, first, last, rows, columns, INTERLEAVED, R, HAS_BIAS, ROWS, COLUMNS,
-    )  # fmt: skip
-    at_z = start + tl.arange(0, COLUMNS)
-    dz = _whole(
-        z, columns, dh, stride_dh, db, stride_de, stride_dn, stride_dr, d_ranks, bias,
-        at, at_z, at_z < columns, kinds, first, last, rows, DR, False,
-    )  # fmt: skip
+    at_z = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    within, width = at_z < columns, 2 * columns
+    dz = _tile(z, columns, at, at_z, within, rows)
+    if INTERLEAVED:
+        at_y = tl.program_id(1) * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
+        within_y = at_y < width
+        both = _tile(y, width, at, at_y, within_y, rows)
+        g, u = 0.0, 0.0
+    else:
+        at_y, within_y, both = at_z, within, 0.0
+        g = _tile(y, width, at, at_z, within, rows)
+        u = _tile(y, width, at, at_z + columns, within, rows)
+    if R:
+        left = _h(h, stride_h, at, rows, ranks, R)
+    if DR:
+        d_left = _h(dh, stride_dh, at, rows, d_ranks, DR)
     part = tl.load(share + at, mask=at < rows, other=0.0).to(tl.float32)[:, None]
+    kinds, first, last = _kinds(expert, at, rows, experts)
+    for kind in range(first, last + 1):
+        mine = (kinds == kind)[:, None]
+        if R:
+            own, of_kind = tl.where(mine, left, 0.0).to(left.dtype), b + kind * stride_e
+            if INTERLEAVED:
+                both += tl.dot(own, _b(of_kind, stride_n, stride_r, at_y, within_y, ranks, R))
+            else:
+                g += tl.dot(own, _b(of_kind, stride_n, stride_r, at_z, within, ranks, R))
+                of_u = of_kind + columns * stride_n
+                u += tl.dot(own, _b(of_u, stride_n, stride_r, at_z, within, ranks, R))
+        if DR:
+            d_own, of_kind = tl.where(mine, d_left, 0.0).to(d_left.dtype), db + kind * stride_de
+            dz += tl.dot(d_own, _b(of_kind, stride_dn, stride_dr, at_z, within, d_ranks, DR))
+        if HAS_BIAS:
+            row = bias + kind * width
+            if INTERLEAVED:
+                own = tl.load(row + at_y, mask=within_y, other=0.0).to(tl.float32)
+                both += tl.where(mine, own[None, :], 0.0)
+            else:
+                own = tl.load(row + at_z, mask=within, other=0.0).to(tl.float32)
+                g += tl.where(mine, own[None, :], 0.0)
+                own = tl.load(row + columns + at_z, mask=within, other=0.0).to(tl.float32)
+                u += tl.where(mine, own[None, :], 0.0)
+    if INTERLEAVED:
+        g, u = tl.split(tl.reshape(both, (ROWS, COLUMNS, 2)))
     below, between = g <= limit, (u <= limit) & (u >= -limit)
     g = tl.minimum(g, limit)
     u = tl.minimum(tl.maximum(u, -limit), limit) + offset
     s = tl.sigmoid(alpha * g)
     made = g * s
-    mask = (at < rows)[:, None] & (at_z < columns)[None, :]
+    mask = (at < rows)[:, None] & within[None, :]
     used = mask & (kinds < experts)[:, None]
     total = tl.sum(tl.where(used, dz * made * u, 0.0), axis=1)
     dz = dz * part
@@ -252,17 +258,15 @@ def _gated_backward(  # type: ignore[no-untyped-def]
     du = tl.where(between & used, dz * made, 0.0)
     made = tl.where(used, made * u * part, 0.0)
     tl.debug_barrier()  # what was read is written over
-    kind = z.dtype.element_ty
-    tl.store(z + at[:, None] * columns + at_z[None, :], made.to(kind), mask=mask)
-    row = y + at[:, None] * (2 * columns)
+    kind_of = z.dtype.element_ty
+    tl.store(z + at[:, None] * columns + at_z[None, :], made.to(kind_of), mask=mask)
+    row_of = y + at[:, None] * width
     if INTERLEAVED:
-        at_y = 2 * start + tl.arange(0, 2 * COLUMNS)
-        dy = tl.reshape(tl.join(dg, du), (ROWS, 2 * COLUMNS)).to(kind)
-        mask = (at < rows)[:, None] & (at_y < 2 * columns)[None, :]
-        tl.store(row + at_y[None, :], dy, mask=mask)
+        dy = tl.reshape(tl.join(dg, du), (ROWS, 2 * COLUMNS)).to(kind_of)
+        tl.store(row_of + at_y[None, :], dy, mask=(at < rows)[:, None] & within_y[None, :])
     else:
-        tl.store(row + at_z[None, :], dg.to(kind), mask=mask)
-        tl.store(row + columns + at_z[None, :], du.to(kind), mask=mask)
+        tl.store(row_of + at_z[None, :], dg.to(kind_of), mask=mask)
+        tl.store(row_of + columns + at_z[None, :], du.to(kind_of), mask=mask)
     tl.store(d_share + tl.program_id(1).to(tl.int64) * rows + at, total, mask=at < rows)
 
 
@@ -310,7 +314,17 @@ def add(y: Tensor, added: Added, routing: Routing) -> Tensor:
     rows, columns = y.shape
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(columns, WIDE))
     if rows:
-        _add[grid](y, *_lora(added), *_routing(routing), rows, columns, *_ranks(added), ROWS, WIDE)
+        _add[grid](
+            y,
+            *_lora(added),
+            *_routing(routing),
+            rows,
+            columns,
+            *_ranks(added),
+            ROWS,
+            WIDE,
+            num_warps=WARPS,
+        )
     return y
 
 
@@ -331,6 +345,7 @@ def gated(
             *(z, y, *_lora(added), bias, share, *_routing(routing)),
             *(rows, columns, ranks, gate.alpha, gate.limit, gate.offset),
             *(gate.interleaved, r, bias is not None, ROWS, COLUMNS),
+            num_warps=WARPS,
         )
     return z
 
@@ -356,6 +371,7 @@ def gated_backward(
             *(*_routing(routing), rows, columns, ranks, d_ranks),
             *(gate.alpha, gate.limit, gate.offset),
             *(gate.interleaved, r, dr, bias is not None, ROWS, COLUMNS),
+            num_warps=WARPS,
         )
     return y, dz, d_share.sum(0)
 
@@ -394,4 +410,3 @@ def _ranks(added: Added | None) -> tuple[int, int]:
 
 def _routing(routing: Routing) -> tuple[Tensor, int]:
     return routing.expert, len(routing.ends)
-
