@@ -5,8 +5,8 @@
 Cases: `peft` (attention in nf4, experts in bf16, LoRA on both through `target_parameters`: PEFT
 quantizes no experts), `unsloth` (experts in nf4), `ours-BACKEND:MEMORY` as in speed.py; with
 `+eager` behind it without CUDA graphs. LoRA r=16 on attention and experts, AdamW, in processes of
-their own; `--adapt attention` leaves the experts as they are. The weights are random and made on the spot, block by block (for Unsloth, in a checkpoint
-first), so `load peak` is the quantized model and one dense block.
+their own; `--adapt attention` leaves the experts as they are. The weights are random and made on
+the spot, block by block (for Unsloth, in a checkpoint first), so `load peak` is the quantized model and one dense block.
 
 Prints a Markdown table: tokens per second (median of groups of four steps, after four), their ratio
 to the first case; GiB in use at most and what PyTorch held for it; GiB after loading, and at most
@@ -115,6 +115,17 @@ SHAPES = {
             **{"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True},
         },
     ),
+    "gpt-oss-demo": Experts(
+        "GptOssConfig",
+        2,
+        2048,
+        {
+            **{"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 4, "head_dim": 16},
+            **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2},
+        },
+        batch=2,
+        length=64,
+    ),
     "gpt-oss-20b": Experts("GptOssConfig", 24, 201088, {"num_local_experts": 32}),
 }
 
@@ -141,8 +152,8 @@ def main() -> None:
             given.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
     sys.path.append(given.unsloth_site or "")
     shape = shape_of(given)
-    what = f"{given.shape}, {shape.layers} layers, {shape.batch} x {shape.length} tokens, LoRA on {given.adapt}"
-    print(f"\n{what}; {device_name(given.device)}; {versions(*PACKAGES)}")
+    what = f"{given.shape}, {shape.layers} layers, {shape.batch} x {shape.length} tokens"
+    print(f"\n{what}, LoRA on {given.adapt}; {device_name(given.device)}; {versions(*PACKAGES)}")
     for found in results:
         for key in ("setting", "tables"):
             if found.get(key):
