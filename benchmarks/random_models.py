@@ -1,4 +1,4 @@
-"""Quantized Llamas with random weights, made on the spot block by block."""
+"""Quantized models with random weights, made on the spot block by block."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from shapes import Shape
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from quantadapt.loading import linear_layers, set_submodule
+from quantadapt.model.experts import expert_stacks, set_stack
+from quantadapt.model.modules import linear_layers, set_submodule
 from quantadapt.sharding import blocks, shard_block
 
 
@@ -22,34 +22,58 @@ def random_llama(
     dtype: torch.dtype,
     sharded: bool = False,
 ) -> Any:
-    """Make a Llama of `shape`, quantizing (and sharding) each block before the next is made."""
-    config = shape.config()
+    """Make a Llama of `shape`, as `random_model`."""
+    return random_model(shape.config(), quantize, device, dtype, sharded)
+
+
+def random_model(
+    config: Any,
+    quantize: Callable[[nn.Linear], nn.Module],
+    device: str,
+    dtype: torch.dtype,
+    sharded: bool = False,
+    stacks: bool = True,
+) -> Any:
+    """Make a model of `config`, quantizing (and sharding) each block before the next is made.
+
+    Args:
+        quantize: makes the vendor's layer of a dense one, or returns it as it is.
+        stacks: whether stacks of experts are quantized, too.
+    """
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.device(device):
-        model.model.rotary_emb = LlamaRotaryEmbedding(config)
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
 
-    def filled(module: nn.Module) -> Any:
-        module.to_empty(device=device)
-        for parameter in module.parameters():
-            if parameter.ndim == 1:
-                nn.init.ones_(parameter)
-            else:
-                parameter.data.normal_(0, 0.02, generator=generator)
-        return module.requires_grad_(False)
+    def filled(parameter: nn.Parameter) -> nn.Parameter:
+        made = torch.empty(parameter.shape, dtype=dtype, device=device)
+        made = made.fill_(1) if made.ndim == 1 else made.normal_(0, 0.02, generator=generator)
+        return nn.Parameter(made, requires_grad=False)
+
+    def fill(module: nn.Module) -> None:
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    part._parameters[name] = filled(parameter)
 
     for block in blocks(model).values():
         vendors = []
         for name, linear in list(linear_layers(block, ())):
-            vendors.append(quantize(filled(linear)))
+            fill(linear)
+            vendors.append(quantize(linear))
             set_submodule(block, name, vendors[-1])
-        filled(block.input_layernorm)
-        filled(block.post_attention_layernorm)
+        for stack in list(expert_stacks(block, ())) if stacks else ():
+            vendors.append(quantize(stack.as_linear(filled(block.get_parameter(stack.name)))))
+            set_stack(block, stack, vendors[-1])
+        fill(block)
+        for name, buffer in list(block.named_buffers()):
+            if buffer.is_meta:
+                parent, _, key = name.rpartition(".")
+                block.get_submodule(parent)._buffers[key] = torch.zeros_like(buffer, device=device)
         if sharded:
             shard_block(block, vendors)
-    for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
-        filled(module)
+    fill(model)
     return model
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +29,17 @@ _wanted = threading.local()
 _kernels: dict[Any, Callable[..., Any] | None] = {}
 
 
+@cache
+def has_triton() -> bool:
+    """Say whether Triton is installed, as it is with CUDA builds of torch."""
+    return find_spec("triton") is not None
+
+
 @contextmanager
 def compiled_functions() -> Iterator[None]:
     """Inside, `one_kernel` compiles where that pays."""
     global _active
-    before, _active = _active, find_spec("triton") is not None
+    before, _active = _active, has_triton()
     try:
         yield
     finally:

@@ -18,9 +18,9 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from ..facade import QuantLinear
+from ..facade import QuantLinear, QuantWeight, kept
 from .fused_dora import fused_dora
-from .fused_lora import LoraTerm, Magnitude, fused_lora, kept
+from .fused_lora import LoraTerm, Magnitude, fused_lora
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -267,7 +267,7 @@ class FusedTraining:
 def forget_unfinished(model: nn.Module) -> None:
     """Drop what a pass that did not end has left behind in the layers of `model`."""
     for module in model.modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantWeight):
             module.forget()
         elif isinstance(module, FusedLoraLinear) and module._in_training is not None:
             module._in_training.siblings.restart()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .fused_lora import LoraTerm, Magnitude, flat, kept, no_autocast
+from ..facade import kept
+from .fused_lora import LoraTerm, Magnitude, flat, no_autocast
 
 
 def fused_dora(x: Tensor, dropped: Tensor | None, term: LoraTerm) -> Tensor:

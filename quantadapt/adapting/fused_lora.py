@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..facade import QuantLinear
+from ..facade import QuantLinear, kept
 
 
 @dataclass
@@ -61,32 +61,6 @@ def fused_lora(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> 
     weights = [weight for term in terms for weight in (term.a, term.b)]
     outputs: tuple[Tensor, ...] = _FusedLora.apply(x, dropped, terms, keeper, *weights)  # type: ignore[no-untyped-call]
     return outputs
-
-
-def kept(x: Tensor) -> tuple[Tensor, Any]:
-    """Return x, saved for backward, and the node that has it; without a graph, x and None."""
-    if not (x.requires_grad and torch.is_grad_enabled()):
-        return x, None
-    x = _Keep.apply(x)  # type: ignore[no-untyped-call]
-    return x, x.grad_fn
-
-
-class _Keep(torch.autograd.Function):
-    """Saves x in front of the layers, for their backward.
-
-    Gradient checkpointing recomputes a block until the last tensor that was saved in it is there
-    again. x is saved before the matrix products, and they save nothing, so those of the block's
-    last layer (down_proj, mostly) are never computed again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
 
 
 class _FusedLora(torch.autograd.Function):

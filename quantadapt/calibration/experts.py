@@ -196,12 +196,14 @@ def _run_expert(experts: Any, expert: int, x: Tensor) -> Tensor:
 
 def _apply(experts: Any, key: str, expert: int, x: Tensor) -> Tensor:
     if (weight := experts._parameters.get(key)) is not None:  # one that is skipped
-        y = x @ (weight[expert] if experts.is_transposed else weight[expert].t())
+        y: Tensor = x @ (weight[expert] if experts.is_transposed else weight[expert].t())
     else:
         layers = experts._modules[str(expert)]._modules
         parts = (key,) if key in layers else ("gate_proj", "up_proj")
         y = torch.cat([layers[part](x) for part in parts], -1)
-    return y + getattr(experts, f"{key}_bias")[expert].to(y.dtype) if experts.has_bias else y
+    if experts.has_bias:
+        y = y + getattr(experts, f"{key}_bias")[expert].to(y.dtype)
+    return y
 
 
 @cache

@@ -8,9 +8,11 @@ dtype and device are free, the dequantized numbers are made when somebody comput
 
 from .experts import QuantExperts, QuantStack
 from .frozen import recomputing
+from .keeping import kept
 from .layer import QuantWeight
 from .lazy_weight import LazyWeight
 from .linear import QuantLinear
+from .peft_experts import single_stack_lora, stack_wrappers
 from .wrapping import (
     densify,
     facades,
@@ -30,11 +32,14 @@ __all__ = [
     "QuantWeight",
     "densify",
     "facades",
+    "kept",
     "linear_facades",
     "mark_conv1d",
     "recomputing",
     "replace",
+    "single_stack_lora",
     "stack_facades",
+    "stack_wrappers",
     "unwrap",
     "wrap",
 ]

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..model.experts import SUFFIX, Stack, is_dispatched
 from ..protocols import AdapterTarget
-from .grouped import StackLora, run_experts
+from .fused_experts import run_experts
+from .grouped import StackLora
 from .layer import QuantWeight
 from .lazy_weight import LazyWeight
 from .libraries import meet_libraries
@@ -65,11 +66,6 @@ class QuantStack(QuantWeight):
         """Return the dequantized weight, [experts, out_features, in_features]."""
         stack = self.stack
         return self.dequantize().view(stack.experts, stack.out_features, stack.in_features)
-
-    def by_expert_for_backward(self) -> Tensor:
-        """As `by_expert`; one kept by a recomputation is given away."""
-        stack, weight = self.stack, self.weight_for_backward()
-        return weight.view(stack.experts, stack.out_features, stack.in_features)
 
     def extra_repr(self) -> str:
         stack, vendor = self.stack, type(self._vendor).__name__
@@ -131,25 +127,30 @@ class QuantExperts(nn.Module):
     @contextmanager
     def lending(self, name: str, lora: StackLora) -> Iterator[None]:
         """Inside, the forward applies `lora` to what the stack `name` gets."""
-        before = self._loras
-        self.__dict__["_loras"] = {**before, name: lora}
-        try:
+        with self._having("_loras", {**self._loras, name: lora}):
             yield
-        finally:
-            self.__dict__["_loras"] = before
 
     @contextmanager
     def adding(self, name: str, delta: Any) -> Iterator[None]:
         """Inside, the parameter `name` reads as `delta(parameter)`: for adapters that change the
         weight itself. Deltas of one parameter add up, the first first."""
-        before = self._deltas
-        inner = before.get(name)
+        inner = self._deltas.get(name)
         both = delta if inner is None else lambda weight: delta(inner(weight))
-        self.__dict__["_deltas"] = {**before, name: both}
+        with self._having("_deltas", {**self._deltas, name: both}):
+            yield
+
+    @contextmanager
+    def _having(self, attribute: str, value: Any) -> Iterator[None]:
+        own = self.__dict__
+        before = own.get(attribute)
+        own[attribute] = value
         try:
             yield
         finally:
-            self.__dict__["_deltas"] = before
+            if before is None:
+                del own[attribute]
+            else:
+                own[attribute] = before
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state: Any = self

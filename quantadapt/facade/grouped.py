@@ -1,104 +1,127 @@
-"""Experts computed as grouped products: tokens sorted by expert, one product for each stack.
+"""Products by expert: tokens sorted by expert, one product for all of them.
 
-y = x Wᵀ + s (x Aᵀ) Bᵀ with the weight, A and B of each token's expert. On CUDA all experts are one
-product (`torch._grouped_mm`), elsewhere a loop. Weights are dequantized again for backward.
+On CUDA all experts are one product (`torch._grouped_mm`), elsewhere a loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..model.experts import SUFFIX
+from ..compiling import has_triton
+
+ALIGNED = 8
+"""Numbers of two bytes in 16, of which `torch._grouped_mm` wants all rows to be made."""
+
+
+class Routing(NamedTuple):
+    """Which rows are whose. A row is one token in one of its experts; rows are sorted by expert,
+    and those of no expert come last.
+
+    Attributes:
+        token: int64 [rows], the token of each row.
+        row: int64 [tokens, k], where the rows of each token are.
+        expert: int16 or int64 [rows]; the number of experts where it is none.
+        ends: int32 [experts], where the rows of each expert end.
+    """
+
+    token: Tensor
+    row: Tensor
+    expert: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor, experts: int) -> Routing:
+        """Sort `index`, int64 [tokens, k], the experts of each token; those from `experts` on are
+        none. Waits for no device."""
+        # Each byte of what is sorted is a pass.
+        small = torch.int16 if experts < 2**15 else torch.int64
+        expert, order = torch.sort(index.reshape(-1).clamp(max=experts).to(small), stable=True)
+        kinds = torch.arange(experts, device=index.device, dtype=small)
+        ends = torch.searchsorted(expert, kinds, right=True).to(torch.int32)
+        row = torch.empty_like(order)
+        row[order] = torch.arange(len(order), device=order.device)
+        return cls(order // index.shape[1], row.view(index.shape), expert, ends)
+
+    def by_row(self, of_tokens: Tensor) -> Tensor:
+        """Return [tokens, k] as [rows]."""
+        found = of_tokens.new_empty(of_tokens.numel())
+        found[self.row.view(-1)] = of_tokens.reshape(-1)
+        return found
+
+    def by_token(self, of_rows: Tensor) -> Tensor:
+        """Return [rows] as [tokens, k]."""
+        return of_rows[self.row]
+
+    def is_routed(self) -> Tensor:
+        """Say of each row whether it is an expert's: bool [rows, 1]."""
+        return (self.expert < len(self.ends)).unsqueeze(-1)
 
 
 class StackLora(NamedTuple):
-    """LoRA on a stack of experts.
+    """LoRA on a stack of experts, as PEFT keeps it.
 
     Attributes:
-        a: [experts, r, in_features].
-        b: [experts, out_features, r].
+        a: [experts * r, in_features].
+        b: [out_features, r * experts], the experts of each rank beside each other.
         scaling: the factor.
+        experts: how many there are.
     """
 
     a: Tensor
     b: Tensor
     scaling: float
+    experts: int
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[0] // self.experts
+
+    def views(self) -> tuple[Tensor, Tensor]:
+        """Return A as [experts, r, in_features] and B as [experts, out_features, r]."""
+        a = self.a.view(self.experts, -1, self.a.shape[1])
+        return a, self.b.view(self.b.shape[0], -1, self.experts).permute(2, 0, 1)
+
+    def by_expert(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the two of `views`, contiguous, in `dtype`, with ranks of zeros added where
+        grouped products want them."""
+        a, b = self.a.detach(), self.b.detach()
+        added = -self.rank % ALIGNED if _takes(a.device, dtype) else 0
+        by_rank = b.new_empty(self.experts, b.shape[0], self.rank, dtype=dtype)
+        transpose(b.view(-1, self.experts), by_rank.view(self.experts, -1))
+        a = a.to(dtype).view(self.experts, self.rank, -1)
+        if added:
+            return pad(a, (0, 0, 0, added)), pad(by_rank, (0, added))
+        return a, by_rank
+
+    def scaled(self, h: Tensor) -> Tensor:
+        """Return h times the factor, in its memory."""
+        return h if self.scaling == 1 else h.mul_(self.scaling)
+
+    def gradients(self, da: Tensor, db: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of `a` and `b`, of those of the two of `by_expert`."""
+        made = torch.empty_like(self.b, memory_format=torch.contiguous_format)
+        transpose(db[:, :, : self.rank].reshape(self.experts, -1), made.view(-1, self.experts))
+        return da[:, : self.rank].to(self.a.dtype).reshape(self.a.shape), made
 
 
-def run_experts(
-    experts: Any,
-    hidden: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    loras: Mapping[str, StackLora],
-) -> Tensor:
-    """Return what `experts` make of `hidden`, see `experts_forward`."""
-    tokens, k = index.shape
-    chosen, order = torch.sort(index.reshape(-1), stable=True)
-    kinds = torch.arange(experts.num_experts, device=index.device)
-    ends = torch.searchsorted(chosen, kinds, right=True).to(torch.int32)
-    x = hidden[order // k]
-    first = "gate_up_proj" if experts.has_gate else "up_proj"
-    y = _linear(experts, first, x, chosen, ends, loras)
-    y = experts._apply_gate(y) if experts.has_gate else experts.act_fn(y)
-    y = _linear(experts, "down_proj", y, chosen, ends, loras)
-    if getattr(experts, "has_post_expert_norm", False):
-        y = experts.post_expert_norm(y)
-    share = weights.reshape(-1)[order].unsqueeze(-1)
-    # Rows of no expert hold anything: a mask and not a product, which would keep NaN.
-    y = torch.where((chosen < experts.num_experts).unsqueeze(-1), y * share, 0)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return y[back].view(tokens, k, -1).sum(1).to(hidden.dtype)
+def transpose(x: Tensor, made: Tensor) -> None:
+    """Write x [m, n] into `made` [n, m], in its dtype; both contiguous."""
+    if x.is_cuda and has_triton():
+        from .triton_experts import transposed
 
-
-def _linear(
-    experts: Any,
-    name: str,
-    x: Tensor,
-    chosen: Tensor,
-    ends: Tensor,
-    loras: Mapping[str, StackLora],
-) -> Tensor:
-    """Return x Wᵀ + bias, and what LoRA adds: [rows, in_features] -> [rows, out_features]."""
-    stack, lora = experts._modules.get(f"{name}{SUFFIX}"), loras.get(name)
-    added = name in getattr(experts, "_deltas", ())  # an adapter changes the weight itself
-    if stack is not None and not added:
-        x = x.to(stack.compute_dtype_for(x.device.type))
-        y: Tensor = _Frozen.apply(x, stack, ends)  # type: ignore[no-untyped-call]
+        transposed(x, made)
     else:
-        weight = getattr(experts, name)
-        x = x.to(weight.dtype)
-        y = grouped(x, weight if experts.is_transposed else weight.transpose(1, 2), ends)
-    if lora is not None:
-        h = grouped(x, lora.a.to(x.dtype).transpose(1, 2), ends)
-        y = y + lora.scaling * grouped(h, lora.b.to(x.dtype).transpose(1, 2), ends)
-    if experts.has_bias:
-        bias = getattr(experts, f"{name}_bias")
-        y = y + bias[chosen.clamp(max=experts.num_experts - 1)].to(y.dtype)
-    return y
+        made.copy_(x.t())
 
 
-class _Frozen(torch.autograd.Function):
-    """x Wᵀ by expert. Saves no tensor but the groups: W is dequantized again for backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stack: Any, ends: Tensor) -> Tensor:
-        ctx.stack, ctx.dtype = stack, x.dtype
-        ctx.save_for_backward(ends)
-        return grouped(x, stack.by_expert().to(x.dtype).transpose(1, 2), ends)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        (dy,), (ends,) = grads, ctx.saved_tensors
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        weight = ctx.stack.by_expert_for_backward().to(dy.dtype)
-        return grouped(dy, weight, ends).to(ctx.dtype), None, None
+def _takes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether all groups can be one product."""
+    return device.type == "cuda" and dtype is torch.bfloat16
 
 
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -112,7 +135,7 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Returns:
         [rows, m]. Rows behind the last group are not set on CUDA, and 0 elsewhere.
     """
-    if x.is_cuda and x.dtype is torch.bfloat16:
+    if _takes(x.device, x.dtype) and not (x.shape[1] % ALIGNED or weight.shape[2] % ALIGNED):
         product: Tensor = torch._grouped_mm(x, weight, offs=ends)
         return product
     parts, start = [], 0
@@ -122,3 +145,17 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         start = end
     parts.append(x.new_zeros(x.shape[0] - start, weight.shape[2]))
     return torch.cat(parts)
+
+
+def grouped_outer(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """Return yᵀ x over the rows of each group: [groups, m, n], of [rows, m] and [rows, n]."""
+    if _takes(x.device, x.dtype) and not (y.shape[1] % ALIGNED or x.shape[1] % ALIGNED):
+        product: Tensor = torch._grouped_mm(y.t(), x, offs=ends)
+        return product
+    made = x.new_zeros(len(ends), y.shape[1], x.shape[1])
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        if end > start:
+            torch.mm(y[start:end].t(), x[start:end], out=made[group])
+        start = end
+    return made

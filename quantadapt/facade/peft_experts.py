@@ -8,6 +8,7 @@ weight as PEFT does.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -39,6 +40,25 @@ def with_lent_lora(activate: Any) -> Any:
     return activated
 
 
+def single_stack_lora(wrapper: Any) -> StackLora | None:
+    """Return the only active adapter's LoRA of one of PEFT's `ParamWrapper`s; None where it is
+    something else than a plain one, or more than one."""
+    active = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+    if wrapper.disable_adapters or wrapper.merged or len(active) != 1:
+        return None
+    return stack_lora(wrapper, active[0])
+
+
+def stack_wrappers(model: Any) -> Iterator[Any]:
+    """Yield PEFT's `ParamWrapper`s of quantized stacks in `model`."""
+    kind: Any = getattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper", None)
+    for module in model.modules() if kind is not None else ():
+        if isinstance(module, kind):
+            experts: Any = module.get_base_layer()  # type: ignore[attr-defined]
+            if module.parameter_name in getattr(experts, "quantized_stacks", {}):
+                yield module
+
+
 def stack_lora(wrapper: Any, adapter: str) -> StackLora | None:
     """Return the LoRA of one of PEFT's `ParamWrapper`s by expert; None where it is something
     else than a plain one."""
@@ -50,7 +70,4 @@ def stack_lora(wrapper: Any, adapter: str) -> StackLora | None:
         return None
     if not experts.is_dispatched or adapter in wrapper.lora_variant:
         return None
-    by_expert_a = a.weight.reshape(stack.experts, -1, stack.in_features)
-    # PEFT keeps [out_features, r, experts].
-    by_expert_b = b.weight.reshape(stack.out_features, -1, stack.experts).permute(2, 0, 1)
-    return StackLora(by_expert_a, by_expert_b, wrapper.scaling[adapter])
+    return StackLora(a.weight, b.weight, wrapper.scaling[adapter], stack.experts)

@@ -72,6 +72,12 @@ def expert_stacks(model: nn.Module, skip: tuple[str, ...]) -> Iterator[Stack]:
                 yield _stack(full, module, parameter)  # type: ignore[arg-type]
 
 
+def owns_stacks(module: nn.Module) -> bool:
+    """Say whether `module` keeps stacks of experts, quantized or not."""
+    parameters = module._parameters.values()
+    return bool(stacks_of(module)) or any(_is_stack(module, p) for p in parameters)
+
+
 def _is_stack(module: nn.Module, parameter: Tensor | None) -> bool:
     plain = type(parameter) is nn.Parameter and parameter.dtype.is_floating_point
     if not plain or parameter is None or parameter.ndim != 3:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..compiling import has_triton
 from ..memory.shape import SCALED_LOGITS
 from ..memory.workload import HEAD_CHUNK
 
@@ -127,7 +126,7 @@ def _chunks(tokens: int, weight: Tensor) -> list[slice]:
 
 def _to_gradient(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
     """Return the losses, float32 [tokens], and turn the logits into their gradient in place."""
-    if logits.is_cuda and _has_triton():
+    if logits.is_cuda and has_triton():
         from .triton_head import to_gradient
 
         return to_gradient(logits, labels, softcap)
@@ -141,8 +140,3 @@ def _to_gradient(logits: Tensor, labels: Tensor, softcap: float | None) -> Tenso
         gradient *= 1 - (capped / softcap) ** 2
     logits.copy_(gradient)
     return losses
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

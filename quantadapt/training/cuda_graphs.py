@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapting.fused import FusedLoraLinear, free
+from ..facade import single_stack_lora, stack_wrappers
 from ..sharding import is_sharded
 
 SEEN_BEFORE = 2
@@ -61,7 +62,7 @@ class Graphs:
         self._recorded: dict[torch.Size, _Recorded] = {}
         self._seen: Counter[torch.Size] = Counter()
         self._pool: Any = None
-        self._gradients: Tensor | None = None
+        self._gradients: list[Tensor] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The decoder's forward."""
@@ -95,13 +96,10 @@ class Graphs:
             return None
         failed = ""
         try:
-            if self._pool is None or self._gradients is None:
+            if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-                count = sum(weight.numel() for weight in self.weights)
-                self._gradients = self.weights[0].new_empty(count)
-            self._recorded[ids.shape] = _Recorded(
-                self.eager, ids, self.weights, self._gradients, self._pool
-            )
+            made = _Recorded(self.eager, ids, self.weights, self._gradients, self._pool)
+            self._recorded[ids.shape], self._gradients = made, made.gradients
         except RuntimeError as error:  # out of memory, or something that has to wait for the GPU
             failed = _reason(error.__context__ or error)  # recording could not be ended either
         if failed:
@@ -120,7 +118,7 @@ class Graphs:
 
 class _Recorded:
     """Forward and backward for one shape of `ids`, int64 [batch, length]; the latter leaves the
-    gradients of `weights` in `gradients`, one behind the other.
+    gradients of `weights` in `gradients`, which are made if there are none yet.
 
     All that were recorded into one pool share its memory: between a forward and its backward,
     nothing else may be replayed.
@@ -131,10 +129,10 @@ class _Recorded:
         run: Callable[..., Any],
         ids: Tensor,
         weights: list[Tensor],
-        gradients: Tensor,
+        gradients: list[Tensor] | None,
         pool: Any,
     ) -> None:
-        self.ids = ids.clone()
+        self.ids, self.weights = ids.clone(), weights
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, pool, capture_error_mode=CAPTURE_ERRORS):
             hidden = run(input_ids=self.ids, use_cache=False).last_hidden_state
@@ -143,9 +141,26 @@ class _Recorded:
         self.hidden = hidden.detach()
         with torch.cuda.graph(self.backward, pool, capture_error_mode=CAPTURE_ERRORS):
             grads = torch.autograd.grad(hidden, weights, self.hidden)
-            torch.cat([grad.flatten() for grad in grads], out=gradients)
+            if gradients is None:
+                gradients = [grad.contiguous() for grad in grads]
+            else:
+                torch._foreach_copy_(gradients, grads)
         self.gradients = gradients
-        self.shapes = [weight.shape for weight in weights]
+
+    def replay_backward(self) -> None:
+        """Replay it, and add to the gradients of the weights. Where there are none yet they are
+        `gradients` themselves, until the next replay: a copy would be memory for all of them."""
+        both = list(zip(self.weights, self.gradients, strict=True))
+        for weight, gradient in both:
+            if weight.grad is gradient:  # of a replay before, in the same step
+                weight.grad = gradient.clone()
+        self.backward.replay()
+        added = [(w.grad, g) for w, g in both if w.grad is not None]
+        if added:
+            torch._foreach_add_([there for there, _ in added], [new for _, new in added])
+        for weight, gradient in both:
+            if weight.grad is None:
+                weight.grad = gradient
 
 
 class _Replay(torch.autograd.Function):
@@ -158,28 +173,28 @@ class _Replay(torch.autograd.Function):
         return hidden
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         recorded: _Recorded = ctx.recorded
         recorded.hidden.copy_(grads[0])
-        recorded.backward.replay()
-        # A copy: the next replay writes over it, and autograd may keep what it gets as `.grad`.
-        parts = torch.split(recorded.gradients.clone(), [s.numel() for s in recorded.shapes])  # type: ignore[no-untyped-call]
-        return None, None, *map(Tensor.view, parts, recorded.shapes)
+        recorded.replay_backward()
+        return None, None, *[None] * len(recorded.weights)
 
 
 def can_record(model: Any) -> bool:
     """Say whether passes of `model` may be recorded: on CUDA, the same at each step, without the
     gathering of a sharded base, and with gradients for nothing but plain LoRA."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    plain: set[nn.Parameter] = set()
+    plain: set[Tensor] = set()
     for module in model.modules():
         if isinstance(module, FusedLoraLinear) and module.single_lora() is not None:
             plain.update(module.parameters())
+    for wrapper in stack_wrappers(model):
+        if (lora := single_stack_lora(wrapper)) is not None:
+            plain |= {lora.a, lora.b}
     base = model.get_base_model()
     return (
         plain.issuperset(weights)
-        and len({(p.device, p.dtype) for p in weights}) == 1
-        and weights[0].is_cuda
+        and all(weight.is_cuda for weight in weights)
         and base.base_model is not base
         and not _draws_random_numbers(model)
         and not is_sharded(model)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..dependencies import in_words
 from ..distributed.talking import average_gradients
 from ..memory import rules
+from ..model.experts import owns_stacks
 from ..model.head import Head
 from ..sharding import PACKED
 from ..showing.quietly import quietly
@@ -250,6 +251,11 @@ def fused_kernels(model: Any, on_note: OnNote) -> Iterator[bool]:
         try:
             # The loss is computed without logits elsewhere, see `add_head_loss`.
             lend(base, fused_linear_cross_entropy=False, cross_entropy=False)
+            # Its experts look for their kernels for minutes, and make gradients of frozen weights.
+            for module, was in zip(base.modules(), before[1:], strict=True):
+                # PEFT's wrapper stands where it looks for them.
+                if owns_stacks(getattr(module, "get_base_layer", lambda m=module: m)()):
+                    _put_back(vars(module), was, _changed(vars(module), was))
         finally:
             changed = [_changed(own, was) for own, was in zip(owners, before, strict=True)]
         if not any(changed[1:]):
