@@ -67,6 +67,16 @@ def test_so_is_one_that_an_adapter_was_merged_into(backend, whole, tmp_path: Pat
     assert off(tmp_path, expected) < 1e-6
 
 
+def test_some_layers_may_be_dense_behind_their_facade(tmp_path: Path) -> None:
+    model, dense = quantized("hqq"), quantized("none")
+    del model.quantadapt
+    model.model.layers[0].self_attn = dense.model.layers[0].self_attn
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    again = qa.quantize(str(tmp_path), "hqq", device="cpu", dtype="float32")
+    assert torch.equal(logits(again), expected)
+
+
 def test_one_of_unknown_options_is_refused(tmp_path: Path) -> None:
     model = quantized("hqq")
     target = type("Target", (), {name: getattr(type(facade.target), name) for _, facade in

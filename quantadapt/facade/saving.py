@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ModelError
-from ..protocols import Quantizer
+from ..protocols import LayerwiseQuantizer, Quantizer
 from .lazy_weight import quantized_layers
 
 _local = threading.local()
@@ -50,11 +50,18 @@ def _quantizer_of(model: nn.Module) -> Quantizer | None:
     Raises:
         ModelError: nobody has kept that.
     """
-    facade: Any = next((layer for _, layer in quantized_layers(model)), None)
-    if facade is None:
+    layers = [layer for _, layer in quantized_layers(model)]
+    if not layers:
         return None
-    for knows in (getattr(model, "quantadapt", None), facade.target):
-        if isinstance(found := getattr(knows, "quantizer", None), Quantizer):
-            return found
-    what = "it is quantized, and nothing says by which options"
-    raise ModelError(what, fix="save it with quantadapt.save")
+    knowing = (getattr(model, "quantadapt", None), *(layer.target for layer in layers))
+    found = [getattr(one, "quantizer", None) for one in knowing]
+    known = [one for one in found if isinstance(one, Quantizer)]
+    if not known:
+        what = "it is quantized, and nothing says by which options"
+        raise ModelError(what, fix="save it with quantadapt.save")
+    return next((one for one in known if _quantizes(one)), known[0])
+
+
+def _quantizes(quantizer: Quantizer) -> bool:
+    """Say whether there is something to write of it: some layers may be dense behind a facade."""
+    return not isinstance(quantizer, LayerwiseQuantizer) or bool(quantizer.quantization_config())

@@ -109,7 +109,7 @@ class PeftSuite:
 
         def loaded(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
             with monkeypatch.context() as patch:
-                patch.setattr(PreTrainedModel, "from_pretrained", load)
+                patch.setattr(PreTrainedModel, "from_pretrained", classmethod(load.__func__))  # type: ignore[attr-defined]
                 if quantization_of(str(name)):  # a test saved it; transformers knows few methods
                     model = self.quantizer.load(str(name), device="cpu", dtype=torch.float32)
                     return wrap(model, self.quantizer.target, torch.float32)
