@@ -83,15 +83,14 @@ def quantize_plan(
                     calibration=examples,
                     skip_modules=skip,
                 )
+            _refuse_other_than_module(model, plan.backend)
             skip = skipped_modules(model, skip)
             notes += _tell_kept(plan, model)
         elif module is not None:
             model = module
         else:
             model = quantizer.load(plan.model, device=plan.device, dtype=dtype)
-    if not isinstance(model, torch.nn.Module):
-        what, fix = f"it returned {model!r}, which is no module", "tell its authors"
-        raise PluginError(what, fix=fix, where=f"backend {plan.backend.name}")
+            _refuse_other_than_module(model, plan.backend)
     model.requires_grad_(False)
     # What is quantized already gets a facade, a head too, unless somebody said otherwise.
     target, skip = quantizer.target, skip or ()
@@ -137,6 +136,15 @@ def quantize_plan(
         notes=tuple(notes),
     )
     return model
+
+
+def _refuse_other_than_module(made: Any, backend: Record) -> None:
+    """Raise PluginError where a backend returned something else than a model."""
+    import torch
+
+    if not isinstance(made, torch.nn.Module):
+        what, fix = f"it returned {made!r}, which is no module", "tell its authors"
+        raise PluginError(what, fix=fix, where=f"backend {backend.name}")
 
 
 def _source(
