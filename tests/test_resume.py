@@ -28,6 +28,7 @@ from quantadapt.errors import (
 )
 from quantadapt.folders.checkpoints import last_whole
 from quantadapt.folders.run_folder import RunFolder
+from quantadapt.folders.written import LIST, write_list
 from quantadapt.planning import resuming
 from quantadapt.spec import Spec
 from quantadapt.training import stopping
@@ -220,6 +221,43 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(
     assert re.match(r"checkpoint-4 is damaged: ", told)
     if name != "quantadapt-files.json":
         assert name in told
+
+
+class Runs:
+    """What a pickle runs where it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"])
+def test_a_checkpoint_that_somebody_made_up_runs_nothing(
+    interrupted: Any, trained: Any, tmp_path: Path, name: str
+) -> None:
+    run = shutil.copytree(interrupted[0], tmp_path / "run")
+    checkpoint = run / "checkpoints" / "checkpoint-4"
+    torch.save({"a": Runs(tmp_path / "ran")}, checkpoint / name)
+    (checkpoint / LIST).unlink()
+    write_list(checkpoint, checksums=True)  # so it is whole
+    with pytest.raises(TrainingError, match="cannot be taken up"):
+        trained("run", resume=True)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("text", ['{"global_step": 4}', '{"global_step": NaN}', "{}"])
+def test_a_state_that_is_none_is_damage(interrupted: Any, tmp_path: Path, text: str) -> None:
+    run = shutil.copytree(interrupted[0], tmp_path / "run")
+    checkpoint = run / "checkpoints" / "checkpoint-4"
+    (checkpoint / "trainer_state.json").write_text(text)
+    (checkpoint / LIST).unlink()
+    write_list(checkpoint, checksums=True)
+    found = last_whole(run)
+    assert found is not None
+    assert (found.step, len(found.skipped)) == (2, 1)
+    assert "trainer_state.json" in found.skipped[0]
 
 
 @pytest.mark.parametrize(("name", "harm"), [("optimizer.pt", lose), ("rng_state.pth", flip)])

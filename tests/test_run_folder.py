@@ -14,7 +14,7 @@ import pytest
 
 from quantadapt.errors import OutputError
 from quantadapt.folders import atomic
-from quantadapt.folders.atomic import atomic_folder, write_atomic
+from quantadapt.folders.atomic import atomic_folder, refuse_overlap, write_atomic
 from quantadapt.folders.environment import environment
 from quantadapt.folders.run_folder import MARKER, RunFolder
 from quantadapt.folders.written import LIST
@@ -522,3 +522,51 @@ class TestAtomicFolder:
 def test_write_atomic_into_a_missing_folder_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no such file or directory"):
         write_atomic(tmp_path / "gone" / "x.txt", "text")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "adapter"])
+def test_a_resumed_run_writes_nowhere_else(name: str, tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "run").release()
+    elsewhere = tmp_path / name
+    elsewhere.write_text("mine")
+    (tmp_path / "run" / name).symlink_to(elsewhere)
+    with pytest.raises(OutputError, match="leads out of the run folder"):
+        RunFolder.create(tmp_path / "run", resume=True)
+    assert elsewhere.read_text() == "mine"
+
+
+@pytest.mark.parametrize("exports", [["*"], ["notes.txt"], ["../notes.txt"], 5, None, [{"a": 1}]])
+def test_what_a_marker_names_is_not_deleted(exports: object, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    RunFolder.create(folder).release()
+    marker = json.loads((folder / MARKER).read_text())
+    (folder / MARKER).write_text(json.dumps({**marker, "exports": exports}))
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"notes\.txt"):
+        RunFolder.create(folder, overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_the_folder_that_one_is_in_is_not_replaced(tmp_path: Path, monkeypatch) -> None:
+    with atomic_folder(tmp_path / "made") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("ours")
+    for inside in (tmp_path / "made", tmp_path / "made" / "inner"):
+        monkeypatch.chdir(inside)
+        with (
+            pytest.raises(OutputError, match="which is in use"),
+            atomic_folder(tmp_path / "made", overwrite=True),
+        ):
+            pass
+    assert (tmp_path / "made" / "inner" / "file").read_text() == "ours"
+
+
+def test_one_folder_under_two_names_is_one(tmp_path: Path, monkeypatch) -> None:
+    for name in ("Model", "model/out"):  # as if case did not count
+        (tmp_path / name).mkdir(parents=True)
+    same = lambda a, b: str(a).lower() == str(b).lower()  # noqa: E731
+    monkeypatch.setattr(os.path, "samefile", same)
+    with pytest.raises(OutputError, match="which is read"):
+        refuse_overlap(tmp_path / "Model", [tmp_path / "model" / "out"])
+    with pytest.raises(OutputError, match="which is read"):
+        refuse_overlap(tmp_path / "model" / "out", [tmp_path / "Model"])

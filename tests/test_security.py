@@ -379,3 +379,9 @@ def test_a_warning_is_plain_text_in_python_too(tmp_path: Path) -> None:
         qa.quantize(folder, "none", device="cpu")
     assert all("\x1b" not in str(warning.message) for warning in caught)
     assert any(r"vis\x1b]0;title\x07ual.x" in str(warning.message) for warning in caught)
+
+
+def test_all_warnings_are_spelled_out() -> None:
+    own = [file for file in Path(qa.__file__).parent.rglob("*.py") if file.name != "moved.py"]
+    direct = [str(file) for file in own if "warnings.warn(" in file.read_text(encoding="utf-8")]
+    assert [Path(file).name for file in direct] == ["errors.py"]

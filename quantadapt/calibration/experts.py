@@ -11,7 +11,6 @@ An expert that sees fewer tokens than it has inputs is shown all tokens of its b
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..errors import warn
 from ..model.experts import Stack, expert_stacks, is_dispatched, layers_of, set_stack
 
 IMPLEMENTATION = "quantadapt-opened"
@@ -159,7 +159,7 @@ def round_experts(
         set_stack(model, stack, quantizer.quantize_linear(linear).eval())
     if stacks:
         what = f"{len(stacks)} stacks of experts are rounded without calibration data: {why}"
-        warnings.warn(what, ExpertsWarning, stacklevel=1)
+        warn(what, ExpertsWarning, stacklevel=1)
 
 
 # Running ---------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ class Tokens:
                 f" inputs ({self.none} see none): {helped if self.show_all else ''}give more or"
                 " longer examples"
             )
-            warnings.warn(what, ExpertsWarning, stacklevel=1)
+            warn(what, ExpertsWarning, stacklevel=1)
 
 
 def _inputs(experts: Any) -> int:

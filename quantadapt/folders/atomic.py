@@ -191,6 +191,9 @@ def refuse_occupied(final: Path, overwrite: bool, names: Names | None = None) ->
         fix = "choose another folder, or replace it: --overwrite, in Python overwrite=True"
         raise OutputError("the folder is not empty", fix=fix, where=where)
     with in_words(final):
+        if Path.cwd().is_relative_to(final.resolve()):
+            what = f"replacing the folder would delete {Path.cwd()}, which is in use"
+            raise OutputError(what, fix=OTHER_OUTPUT, where=where)
         others = not_ours(final, names)
     if others:
         shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if others[3:] else "")
@@ -211,13 +214,22 @@ def refuse_overlap(final: Path, inputs: Iterable[str | Path | None]) -> None:
         if path_problem(path) or not os.path.exists(path):
             continue
         used = Path(path).resolve()
-        if used.is_relative_to(target):
+        if _lies_in(used, target):
             what = f"writing the folder would replace {given}, which is read"
-        elif target.is_relative_to(used):
+        elif _lies_in(target, used):
             what = f"the folder is inside {given}, which is read"
         else:
             continue
         raise OutputError(what, fix="choose another folder", where=str(final))
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Say whether a resolved path is `folder` or below it, whatever the file system makes of upper
+    and lower case, or where it is mounted twice."""
+    if path.is_relative_to(folder):
+        return True
+    above = [place for place in (path, *path.parents) if place.exists()]
+    return folder.exists() and any(os.path.samefile(place, folder) for place in above)
 
 
 def refuse_unwritable(path: Path) -> None:

@@ -294,9 +294,6 @@ class RunFolder:
             what = f"the folder holds an earlier run ({state}, started {started})"
             fix = f"{OTHER_OUTPUT}, replace it with --overwrite, or go on with it with --resume"
             raise OutputError(what, fix=fix, where=where)
-        if Path.cwd().is_relative_to(self.path.resolve()):
-            what = f"replacing the folder would delete {Path.cwd()}, which is in use"
-            raise OutputError(what, fix=OTHER_OUTPUT, where=where)
         refuse_occupied(self.path, overwrite, self.names)
 
 
@@ -311,8 +308,8 @@ class UnwrittenFolder(RunFolder):
         """Leave it to the first process."""
 
 
-def _is_folder(folder: Path, name: str) -> bool:
-    return Path(name).name == name and (folder / name).is_dir()
+def _is_folder(folder: Path, name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name and (folder / name).is_dir()
 
 
 def _now() -> str:
