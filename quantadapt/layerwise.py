@@ -185,6 +185,7 @@ def load_layerwise(
         consumed=loader.consumed,
         mismatched=loader.mismatched,
     )
+    reading.remember_stacks(model)
     return reading.unmarked(model)
 
 
@@ -204,7 +205,8 @@ def save_layerwise(
     if hf_quantizer is not None:
         model.hf_quantizer = hf_quantizer
     try:
-        model.save_pretrained(path)  # type: ignore[operator]
+        with reading.stacks_as_they_are(model):
+            model.save_pretrained(path)  # type: ignore[operator]
     finally:
         reading.unmarked(model)
 

@@ -7,7 +7,7 @@ the layer gets its facade back. The merged model is a copy in which those dense 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from ..adapting.targets import lost_biases
 from ..errors import DataError, MergeRefused, NumbersError
 from ..evaluation.sizes import size_mib
-from ..facade import QuantLinear, facades, wrap
+from ..facade import QuantExperts, QuantLinear, facades, wrap
 from ..model.modules import in_own_layout, make_linear
 from ..planning.exports import MergeKind
 from ..quantizing.state import ModelState, state_of
@@ -97,10 +97,10 @@ def adapted_parts(root: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _outermost(root: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield PEFT's modules and facades, and nothing that lies inside of one."""
+    """Yield PEFT's modules, quantized layers and experts, and nothing that lies inside of one."""
     for child_name, child in root.named_children():
         name = f"{prefix}{child_name}"
-        if _is_pefts(child) or isinstance(child, QuantLinear):
+        if _is_pefts(child) or isinstance(child, (QuantLinear, QuantExperts)):
             yield name, child
         else:
             yield from _outermost(child, f"{name}.")
@@ -126,15 +126,25 @@ def _base_of(part: Any) -> Any:
 def _copied(root: nn.Module, kind: MergeKind, memo: dict[int, Any]) -> nn.Module:
     """Return a copy of `root` with everything in it merged; each layer is made dense once."""
     if _is_pefts(root):
-        return merged_part("", root, kind)
+        return merged_part("", root, kind, memo)
+    if kind == "dense" and isinstance(root, (QuantLinear, QuantExperts)):
+        return _dense(root, memo)
     for name, module in _outermost(root, ""):
         if id(module) in memo:
             continue  # one module in two places
         if _is_pefts(module):
-            memo[id(module)] = merged_part(name, module, kind)
-        elif kind == "dense" and isinstance(module, QuantLinear):
-            memo[id(module)] = module.dense()
+            memo[id(module)] = merged_part(name, module, kind, memo)
+        elif kind == "dense":
+            memo[id(module)] = _dense(module, memo)
     return _unmarked(copy.deepcopy(root, memo))
+
+
+def _dense(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Return a copy of a module of the base in which nothing is quantized; `memo` is that of a
+    whole copy, if it is part of one."""
+    if isinstance(module, QuantLinear):
+        return module.dense()
+    return module.dense(memo) if isinstance(module, QuantExperts) else copy.deepcopy(module, memo)
 
 
 def _unmarked(copied: nn.Module) -> nn.Module:
@@ -164,19 +174,23 @@ def _quantized_whole(merged: nn.Module, state: ModelState) -> nn.Module:
 
 
 @torch.no_grad()
-def merged_part(name: str, part: Any, kind: MergeKind) -> nn.Module:
+def merged_part(
+    name: str, part: Any, kind: MergeKind, memo: dict[int, Any] | None = None
+) -> nn.Module:
     """Return the module of the base that stands behind one of PEFT's, with the active adapters
-    merged in; `part` stays as it is. Raises NumbersError where that gives NaN or infinity."""
+    merged in; `part` stays as it is. `memo` is that of a whole copy, if it is part of one. Raises
+    NumbersError where that gives NaN or infinity."""
     from peft.utils.other import ModulesToSaveWrapper
 
+    memo = {} if memo is None else memo
     if isinstance(part, ModulesToSaveWrapper):
         trained = part.active_adapters
         whole = part.modules_to_save[trained[0]] if trained else part.original_module
-        copied = _copied(whole, kind, {})
+        copied = _copied(whole, kind, memo)
         copied.to(_dtype_of(_base_of(part)))  # it trains in float32
         return copied.requires_grad_(False)
     try:
-        return _merged_layer(_unwrapped(part), kind)
+        return _merged_layer(_unwrapped(part), kind, memo)
     except ValueError as error:  # PEFT looks at what it merges
         if "NaN" not in str(error):
             raise
@@ -194,13 +208,13 @@ def _unwrapped(part: Any) -> Any:
 
 def _dtype_of(module: nn.Module) -> torch.dtype | None:
     """Return the dtype in which a module computes."""
-    if isinstance(module, QuantLinear):
-        return module.compute_dtype
+    for _, facade in facades(module):
+        return facade.compute_dtype
     floating = (p.dtype for p in module.parameters() if p.is_floating_point())
     return next(floating, None)
 
 
-def _merged_layer(layer: Any, kind: MergeKind) -> nn.Module:
+def _merged_layer(layer: Any, kind: MergeKind, memo: dict[int, Any]) -> nn.Module:
     """Merge a layer of PEFT's, and those that it stands around: experts are one module with several
     parameters, and PEFT puts a layer for each around it, one around the other; of a head that is
     tied to an embedding, it trains tokens behind an adapter."""
@@ -208,17 +222,26 @@ def _merged_layer(layer: Any, kind: MergeKind) -> nn.Module:
     while _is_pefts(around[-1].base_layer):
         around.append(_unwrapped(around[-1].base_layer))
     base: nn.Module = around[-1].base_layer
-    dense = base.dense() if isinstance(base, QuantLinear) else copy.deepcopy(base)
-    changed = [_merges_into(each, dense) for each in reversed(around)]
-    if kind == "dense" or not isinstance(base, QuantLinear):
+    quantized = isinstance(base, (QuantLinear, QuantExperts)) and kind == "requantize"
+    dense = _dense(base, {} if quantized else memo)
+    changed = [each for each in reversed(around) if _merges_into(each, dense)]
+    if not quantized:
         return dense.requires_grad_(False)
-    result: Any = copy.deepcopy(base)
-    if any(changed):
-        result.requantize(dense.weight)
-    if dense.bias is not None:
-        result.bias.data = dense.bias.data  # whether the vendor keeps a parameter or a tensor
-    merged: nn.Module = result.requires_grad_(False)
-    return merged
+    result = copy.deepcopy(base, memo)
+    _requantize(result, dense, {getattr(each, "parameter_name", "weight") for each in changed})
+    return result.requires_grad_(False)
+
+
+def _requantize(quantized: Any, dense: nn.Module, changed: Collection[str]) -> None:
+    """Write what `dense` holds into a quantized layer, or into quantized experts. Of the quantized
+    weights only those that are named are quantized anew."""
+    experts = isinstance(quantized, QuantExperts)
+    weights = quantized.quantized_stacks if experts else {"weight": quantized}
+    for name, parameter in dense.named_parameters(recurse=False):
+        if name not in weights:
+            getattr(quantized, name).data = parameter.data  # the vendor may keep it as a tensor
+        elif name in changed:
+            weights[name].weight = parameter.data
 
 
 def _merges_into(layer: Any, dense: nn.Module) -> bool:

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
 
-    from ..loading.tensors import Checkpoint
-
 
 class OntoBase(Exporter):
     """The adapter merged onto the unquantized base, shard by shard."""
@@ -73,7 +71,6 @@ class OntoBase(Exporter):
     def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
         from ..adapting.method import config_class
         from ..loading.accounting import expecting
-        from ..loading.tensors import Checkpoint
         from .checking import refuse_other_files
         from .merging import check_mergeable
         from .shards import MergedShards
@@ -84,15 +81,14 @@ class OntoBase(Exporter):
         base, device = os.path.expanduser(self.base), tuned.device
         device = this_machine().default_device if device == "auto" else device
         data = tuned.held_out if self.check else None
-        checkpoint = Checkpoint(base)
         known = tuned.manifest
         with expecting(known["new_modules"], known["unused_modules"]):
-            under = _Opened(base, checkpoint, device)
+            under = _Opened(base, device)
         attached = under.attached(tuned.adapter, tuned.manifest["active"])
         check_mergeable(attached)
-        shards = MergedShards(attached, checkpoint, under.names, under.ties, under.trained)
+        shards = MergedShards(attached, under.stored, under.ties, under.trained)
         meant = shards.write(folder, sketched=self.check)
-        _copy_rest(checkpoint.folder, tuned.adapter, folder)
+        _copy_rest(under.stored.checkpoint.folder, tuned.adapter, folder)
         if shards.unties:
             _untie(folder, under.config)
         text = json.dumps({**tuned.manifest, "base": base}, indent=2) + "\n"
@@ -160,34 +156,28 @@ def check_onto(manifest: Mapping[str, Any], exporter: OntoBase) -> None:
 
 
 class _Opened:
-    """A base whose linear layers stay on disk, computing in float32, and what has to be known of it
-    before PEFT changes its tree.
+    """A base whose layers stay on disk, computing in float32, and what has to be known of it before
+    PEFT changes its tree.
 
     Attributes:
-        names: key in its files -> name of the parameter.
+        stored: its parameters, in its files.
         ties: its parameters that are tied.
-        unused: keys in its files that the model has no place for.
         trained: once an adapter is attached, names of its own parameters that the adapter holds.
     """
 
-    def __init__(self, base: str, checkpoint: Checkpoint, device: str) -> None:
+    def __init__(self, base: str, device: str) -> None:
         import torch
 
-        from ..facade import facades
-        from ..loading.reading import renaming
+        from ..loading.conversion import Parameters
+        from ..loading.tensors import Checkpoint
         from .stored import open_stored
         from .ties import tied_groups
 
-        self.base, self.checkpoint, self.device = base, checkpoint, device
-        self.model = open_stored(base, device=device, dtype=torch.float32)
+        self.device, self.stored = device, Parameters(Checkpoint(base))
+        self.model = open_stored(base, device=device, dtype=torch.float32, parameters=self.stored)
         self.kind, self.config = type(self.model), self.model.config
-        renamed = renaming(self.model)
-        self.names = {key: renamed(key) for key in checkpoint.files}
         self.ties = tied_groups(self.model)
         self.parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        layers = {f"{name}.weight" for name, _ in facades(self.model)}
-        held = {*self.parameters, *layers, *(name for name, _ in self.model.named_buffers())}
-        self.unused = {key for key, name in self.names.items() if name not in held}
         self.trained: list[str] = []
 
     def attached(self, adapter: Path, active: list[str]) -> PeftModel:
@@ -213,10 +203,10 @@ class _Opened:
 
         with blocks_on_disk(folder, self.device) as places:
             options = {"dtype": torch.float32, **places}
-            merged = written_model(self.kind, folder, unused=self.unused, **options)
+            merged = written_model(self.kind, folder, unused=self.stored.unused, **options)
             found = compared(tuned, merged, data)
-        stored = self.checkpoint.read(next(iter(self.names))).dtype
-        refuse_far(found, stored, activations=False)
+        dtype = self.stored.dtype(next(iter(self.stored.checkpoint.files)))
+        refuse_far(found, dtype, activations=False)
         return found
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..loading.tensors import Checkpoint
+from ..loading.conversion import Group, Parameters
 from ..model.linears import conv1d_layers
 from ..model.modules import in_own_layout
 from ..paths import INDEX
@@ -29,12 +29,11 @@ IN_MEMORY = "merge it in memory: quantadapt merge, without --onto"
 
 
 class MergedShards:
-    """What has to be written in place of the files of `checkpoint`.
+    """What has to be written in place of the files of a base.
 
     Args:
         tuned: the base, its linear layers on disk, under the adapter.
-        checkpoint: the files of that base.
-        names: key in the files -> name of the base's parameter.
+        stored: the parameters of that base, in its files.
         ties: the base's parameters that are tied, see `tied_groups`.
         trained: names of parameters of the base itself that the adapter holds, such as biases.
 
@@ -45,19 +44,17 @@ class MergedShards:
     def __init__(
         self,
         tuned: PeftModel,
-        checkpoint: Checkpoint,
-        names: Mapping[str, str],
+        stored: Parameters,
         ties: Iterable[tuple[str, ...]],
         trained: Iterable[str],
     ) -> None:
         base: nn.Module = tuned.get_base_model()
-        self.checkpoint, self.names = checkpoint, names
-        self.keys = {name: key for key, name in names.items()}
+        self.stored, self.checkpoint = stored, stored.checkpoint
         self.parts = dict(adapted_parts(base))
         self.conv1d = conv1d_layers(base)
         self.values: dict[str, Tensor] = {name: base.get_parameter(name) for name in trained}
         groups = [g for g in ties if any(self._changes(n) for n in g)]
-        self.places = {*self.keys, *(name for group in groups for name in group)}
+        self.places = {*stored, *(name for group in groups for name in group)}
         self._refuse_homeless()
         self.tied = {name: values for g in groups for values in [self._of(g)] for name in g}
         self.unties = any(not all_equal(list(values.values())) for values in self.tied.values())
@@ -77,28 +74,45 @@ class MergedShards:
         for file, keys in self.checkpoint.shards():
             tensors: dict[str, Tensor] = {}
             for key in keys:
-                if key in tensors or key in weight_map:
-                    continue  # written beside another tensor of its module
-                stored = self.checkpoint.read(key)
-                for name, value in self._written(key, stored).items():
-                    tensors[name] = value.detach().to("cpu", stored.dtype).contiguous()
+                if key not in tensors and key not in weight_map:
+                    tensors |= self._written(key)  # and what is of one module with it
             meant |= {key: sketch(tensor) for key, tensor in tensors.items() if sketched}
             save_file(tensors, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
         self._write_index(folder, weight_map)
         return meant
 
-    def _written(self, key: str, stored: Tensor) -> Mapping[str, Tensor]:
+    def _written(self, key: str) -> dict[str, Tensor]:
         """Return what is written where the files hold `key`, by the names in the files."""
-        name = self.names[key]
-        values = {name: self.values.get(name, stored)}
+        group = self.stored.group(key=key)
+        if not any(self._changes(name) or name in self.tied for name in group.names):
+            return {key: self.checkpoint.read(key)}
+        values, groups, names = dict[str, Tensor](), list[Group](), [*group.names]
+        for name in names:  # which grows by what is merged, or converted, with it
+            if name not in values:
+                values |= self._values(name)
+            if name in self.stored and (group := self.stored.group(name=name)) not in groups:
+                groups.append(group)
+            names += [n for n in (*values, *group.names) if n not in names]
+        return self._in_files(values, groups)
+
+    def _in_files(self, values: Mapping[str, Tensor], groups: Iterable[Group]) -> dict[str, Tensor]:
+        """Return key -> tensor; what the files hold none of, as a head that was tied, gets the name
+        and dtype of its own."""
+        found = {key: t for group in groups for key, t in self.stored.stored(group, values).items()}
+        new = {name: value for name, value in values.items() if name not in self.stored}
+        return found | {name: value.detach().cpu().contiguous() for name, value in new.items()}
+
+    def _values(self, name: str) -> Mapping[str, Tensor]:
+        """Return the merged value of a parameter, and of those that are written with it."""
         if name in self.tied:
-            values = {name: self.tied[name][name]}
-            if self.unties:  # each has memory of its own then, also where some are still equal
-                values = {name: value.clone() for name, value in self.tied[name].items()}
-        elif (part := self._part_of(name)) is not None:
-            values = self._merged(part)
-        return {self.keys.get(name, name): value for name, value in values.items()}
+            if not self.unties:
+                return {name: self.tied[name][name]}
+            # Each has memory of its own then, also where some are still equal.
+            return {name: value.clone() for name, value in self.tied[name].items()}
+        if (part := self._part_of(name)) is not None:
+            return self._merged(part)
+        return {name: self.values[name] if name in self.values else self.stored.read(name)}
 
     def _merged(self, part: str) -> dict[str, Tensor]:
         """Return name -> value of what one of PEFT's parts makes of its module's tensors."""
@@ -118,8 +132,7 @@ class MergedShards:
 
     def _of(self, group: tuple[str, ...]) -> dict[str, Tensor]:
         """Return name -> value of parameters that are tied, of which the files may hold one."""
-        key = next(key for key, name in self.names.items() if name in group)
-        stored = self.checkpoint.read(key)
+        stored = self.stored.read(next(name for name in group if name in self.stored))
         found = {}
         for name in group:
             part = self._part_of(name)

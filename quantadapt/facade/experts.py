@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..model.experts import SUFFIX, Stack, is_dispatched
+from ..model.experts import SUFFIX, Stack, in_order, is_dispatched, set_dense
 from ..protocols import AdapterTarget
 from .fused_experts import run_experts
 from .grouped import StackLora
 from .layer import QuantWeight
 from .lazy_weight import LazyWeight
 from .libraries import meet_libraries
-from .peft_calls import looks_for_parameters
+from .peft_calls import copies_to_train, looks_for_parameters
 
 IMPLEMENTATION = "quantadapt"
 """What our function is called in transformers' registry."""
@@ -118,11 +118,16 @@ class QuantExperts(nn.Module):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Any]]:
         """Yield the parameters; where PEFT looks for `target_parameters`, the stacks, too."""
-        yield from super().named_parameters(prefix, recurse, remove_duplicate)
-        if not recurse and looks_for_parameters():
-            meet_libraries()
-            for name, stack in self.quantized_stacks.items():
-                yield f"{prefix}.{name}".lstrip("."), stack.weight
+        own = super().named_parameters(prefix, recurse, remove_duplicate)
+        if recurse or not looks_for_parameters():
+            yield from own
+            return
+        meet_libraries()
+        lead = f"{prefix}." if prefix else ""
+        found: dict[str, Any] = {name.removeprefix(lead): parameter for name, parameter in own}
+        found |= {name: stack.weight for name, stack in self.quantized_stacks.items()}
+        for name, parameter in in_order(self, found).items():
+            yield f"{lead}{name}", parameter
 
     @contextmanager
     def lending(self, name: str, lora: StackLora) -> Iterator[None]:
@@ -151,6 +156,29 @@ class QuantExperts(nn.Module):
                 del own[attribute]
             else:
                 own[attribute] = before
+
+    def dense(self, memo: dict[int, Any] | None = None) -> nn.Module:
+        """Return a copy of the model's own class, with dense parameters in the place of the stacks.
+
+        Args:
+            memo: that of a whole copy, if this is part of one.
+        """
+        memo, stacks = {} if memo is None else memo, self.quantized_stacks
+        memo |= {id(stack): stack for stack in stacks.values()}  # they are read, not copied
+        copied = self._copied(memo)
+        for name, stack in stacks.items():
+            set_dense(copied, stack.stack._replace(name=name), stack.dense())
+        become_dense(copied)
+        return copied
+
+    def _copied(self, memo: dict[int, Any]) -> nn.Module:
+        memo[id(self)] = copied = _again(_model_class(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """Return a copy; a dense one where PEFT copies the experts to train them in full."""
+        return self.dense(memo) if copies_to_train() else self._copied(memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state: Any = self

@@ -23,12 +23,19 @@ _COPY_TO_TRAIN = (
 """Module, class and method of what copies a layer of the base and trains the copy."""
 
 
-def merging_layer(base: nn.Module) -> Any:
-    """Return PEFT's layer around `base` whose `merge` or `unmerge` runs just now, or None."""
+def merging_layer(weight: nn.Module) -> Any:
+    """Return PEFT's layer around a quantized layer, or around experts with the quantized stack
+    `weight`, whose `merge` or `unmerge` runs just now, or None."""
     for name, caller in _callers("peft.tuners.tuners_utils", "BaseTunerLayer"):
-        if name in ("merge", "unmerge") and caller.get_base_layer() is base:
+        if name in ("merge", "unmerge") and _adapts(caller, weight):
             return caller
     return None
+
+
+def _adapts(layer: Any, weight: nn.Module) -> bool:
+    base = layer.get_base_layer()
+    stacks = getattr(base, "quantized_stacks", None)
+    return weight is (base if stacks is None else stacks.get(layer.parameter_name))
 
 
 def copies_to_train() -> bool:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,9 @@ def _load_error(source: str, error: Exception) -> ModelError:
 def load_native(path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
     """Load a quantized checkpoint whose format transformers knows. See `Quantizer.load`."""
     stored = Checkpoint(path).files
-    return unmarked(from_pretrained(path, dtype=dtype, device_map={"": device}, plain=stored))
+    model = from_pretrained(path, dtype=dtype, device_map={"": device}, plain=stored)
+    remember_stacks(model)
+    return unmarked(model)
 
 
 def unmarked(model: nn.Module) -> nn.Module:
@@ -250,15 +253,56 @@ def unmarked(model: nn.Module) -> nn.Module:
             delattr(config, name)
     if conversions := vars(model).get("_weight_conversions"):
         # Saving runs them backwards, which those that unpacked a quantized checkpoint cannot.
-        stacks = [s.name for module in model.modules() for s in stacks_of(module).values()]
-        kept = [one for one in conversions if _is_reversible(one) and not _makes(one, stacks)]
+        kept = [one for one in conversions if _is_reversible(one)]
         model._weight_conversions = kept  # type: ignore[assignment]
     return model
 
 
+@contextmanager
+def stacks_as_they_are(model: nn.Module) -> Iterator[None]:
+    """Inside, saving does not convert quantized stacks of experts, of which it would take the
+    packed parts for dense ones. What else a checkpoint is converted from, it is converted to."""
+    before = vars(model).get("_weight_conversions")
+    if not (stacks := _stacks(model)):
+        yield
+        return
+    conversions = _conversions(model) if before is None else before
+    kept = [one for one in conversions if not _makes(one, stacks)]
+    model._weight_conversions = kept  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        vars(model)["_weight_conversions"] = before
+        if before is None:
+            del model._weight_conversions
+
+
+def remember_stacks(model: nn.Module) -> None:
+    """Have a model whose stacks of experts were read as they are saved know how checkpoints of its
+    kind hold them: dense weights that are made of it are saved so."""
+    used, stacks = vars(model).get("_weight_conversions") or [], _stacks(model)
+    unused = [one for one in _conversions(model) if _makes(one, stacks)]
+    known = [one.target_patterns for one in used]
+    unused = [one for one in unused if one.target_patterns not in known]
+    model._weight_conversions = [*used, *unused]  # type: ignore[assignment]
+
+
+def _conversions(model: nn.Module) -> list[Any]:
+    """Return the conversions with which transformers saves a model that it did not load."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    found = get_model_conversion_mapping(model, add_legacy=False)  # type: ignore[arg-type]
+    return [one for one in found if type(one).__name__ != "PrefixChange"]
+
+
+def _stacks(model: nn.Module) -> list[str]:
+    return [s.name for module in model.modules() for s in stacks_of(module).values()]
+
+
 def _makes(conversion: Any, names: Collection[str]) -> bool:
-    """Say whether a conversion makes one of the tensors called `names`: run backwards, it would
-    take their packed parts for dense tensors."""
+    """Say whether a conversion makes one of the tensors called `names`."""
+    if not hasattr(conversion, "operations"):
+        return False
     patterns = [pattern.rstrip("$") for pattern in conversion.target_patterns]
     return any(pattern in name for pattern in patterns for name in names)
 

@@ -7,8 +7,8 @@ in_features], and each layer-by-layer backend quantizes it with the code that it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -132,6 +132,7 @@ def set_stack(model: nn.Module, stack: Stack, made: nn.Module) -> None:
     key = stack.name.rpartition(".")[2]
     for part in (parent, *made.modules()):
         part._is_hf_initialized = True  # type: ignore[assignment]
+    vars(parent).setdefault("_order", tuple(parent._parameters))
     parent._parameters.pop(key, None)
     setattr(parent, f"{key}{SUFFIX}", made)
     parent.__dict__["_stacks"] = {**stacks_of(parent), f"{key}{SUFFIX}": stack}
@@ -148,9 +149,19 @@ def set_dense(model: nn.Module, stack: Stack, parameter: nn.Parameter) -> None:
     parent = model.get_submodule(stack.name.rpartition(".")[0])
     key = stack.name.rpartition(".")[2]
     parent._modules.pop(f"{key}{SUFFIX}", None)
-    parent._parameters[key] = parameter
+    own = in_order(parent, {**parent._parameters, key: parameter})
+    parent._parameters.clear()
+    parent._parameters.update(own)
     left = {k: s for k, s in stacks_of(parent).items() if k != f"{key}{SUFFIX}"}
     parent.__dict__["_stacks"] = left
+
+
+def in_order(experts: nn.Module, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters of an experts module by name, in the order in which its class has them: by
+    it PEFT nests what it puts around several of them, and names it in its files."""
+    order = vars(experts).get("_order", ())
+    names = [name for name in order if name in parameters]
+    return {name: parameters[name] for name in dict.fromkeys([*names, *parameters])}
 
 
 def stacks_of(module: nn.Module) -> dict[str, Stack]:
