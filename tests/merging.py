@@ -96,16 +96,6 @@ def neox(folder: Path) -> str:
     return saved_model(GPTNeoXForCausalLM(config), folder)
 
 
-def mixtral(folder: Path) -> str:
-    """A small Mixtral; return its folder."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    config = MixtralConfig(vocab_size=2048, num_local_experts=2, **sizes, **heads)
-    return saved_model(MixtralForCausalLM(config), folder)
-
-
 def classifier(folder: Path) -> str:
     """A small Qwen2 that tells three classes apart; return its folder."""
     from transformers import Qwen2Config, Qwen2ForSequenceClassification

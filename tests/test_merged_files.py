@@ -16,7 +16,6 @@ from merging import (
     gpt2,
     llama,
     logits,
-    mixtral,
     moved,
     neox,
     relative,
@@ -147,20 +146,6 @@ def test_a_base_whose_files_have_other_names(tmp_path) -> None:
     base = neox(tmp_path / "base")
     saved = qa.save(tuned(base), tmp_path)
     merged(saved, "onto", base, tmp_path)
-    expected = logits(stock_adapter(base, saved))
-    assert relative(logits(stock(tmp_path / "merged")), expected) < 1e-5
-
-
-def test_experts_are_merged_in_memory_as_the_refusal_says(tmp_path) -> None:
-    """Files hold them one by one, and the model as one parameter."""
-    base = mixtral(tmp_path / "base")
-    model = tuned(base, "hqq", target_modules=["q_proj"])
-    saved = qa.save(model, tmp_path)
-    with pytest.raises(ModelError, match=r"merge in memory: load\(ADAPTER, base=quantize"):
-        qa.merge_onto(saved, base, tmp_path, data=HELD_OUT)
-    with pytest.warns(qa.BaseMismatchWarning):
-        loaded = qa.load(saved, base=qa.quantize(base, "none"))
-    qa.merge(loaded, tmp_path, data=HELD_OUT)
     expected = logits(stock_adapter(base, saved))
     assert relative(logits(stock(tmp_path / "merged")), expected) < 1e-5
 

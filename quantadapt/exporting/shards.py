@@ -65,17 +65,20 @@ class MergedShards:
         return len(self.parts)
 
     def write(self, folder: Path, *, sketched: bool) -> dict[str, Sketch]:
-        """Write all files and return a sketch of each tensor in them, if `sketched`. Memory holds
-        one file, and embeddings that are tied."""
+        """Write all files, each with what that of the base holds, and return a sketch of each
+        tensor in them, if `sketched`. Memory holds one file, what is merged with a tensor of it and
+        lies in a later one, and embeddings that are tied."""
         from safetensors.torch import save_file
 
         weight_map: dict[str, str] = {}
         meant: dict[str, Sketch] = {}
+        made: dict[str, Tensor] = {}
         for file, keys in self.checkpoint.shards():
-            tensors: dict[str, Tensor] = {}
             for key in keys:
-                if key not in tensors and key not in weight_map:
-                    tensors |= self._written(key)  # and what is of one module with it
+                if key not in made:
+                    made |= self._written(key)  # and what is of one module with it
+            here = [key for key in made if self.checkpoint.files.get(key, file) == file]
+            tensors = {key: made.pop(key) for key in here}
             meant |= {key: sketch(tensor) for key, tensor in tensors.items() if sketched}
             save_file(tensors, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)

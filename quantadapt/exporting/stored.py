@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..facade import mark_conv1d, wrap
-from ..loading.accounting import account_for
+from ..loading.accounting import account_for, listed
 from ..loading.conversion import Parameters
 from ..loading.reading import architecture
 from ..loading.tensors import Checkpoint
@@ -149,6 +149,7 @@ def _read_rest(model: nn.Module, stored: Parameters, device: str, dtype: torch.d
                 module._buffers[key] = value.to(device)
     model.tie_weights()  # type: ignore[operator]
     if missing := [n for n, p in model.named_parameters() if p.device.type == "meta"]:
-        what = f"no tensor of it is one of these weights: {', '.join(missing[:3])}"
-        fix = "merge in memory: load(ADAPTER, base=quantize(BASE, 'none')), then merge"
-        raise ModelError(what, fix=fix, where=str(stored.checkpoint.folder))
+        fix = "download it again, or check that config.json and the weights belong together"
+        raise ModelError(
+            f"it has no {listed(missing)}", fix=fix, where=str(stored.checkpoint.folder)
+        )

@@ -129,6 +129,14 @@ class QuantExperts(nn.Module):
         for name, parameter in in_order(self, found).items():
             yield f"{lead}{name}", parameter
 
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        """Yield the parameters; where a vendor keeps buffers alone, the stacks, lazily: PEFT looks
+        at the first for the device."""
+        found = list(super().parameters(recurse))
+        yield from found
+        if recurse and not found:
+            yield from (stack.weight for stack in self.quantized_stacks.values())
+
     @contextmanager
     def lending(self, name: str, lora: StackLora) -> Iterator[None]:
         """Inside, the forward applies `lora` to what the stack `name` gets."""

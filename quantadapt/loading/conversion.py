@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -116,14 +116,12 @@ class Parameters:
         """
         group = self._of_name[name]
         tensors = {key: self.checkpoint.read(key) for key in group.keys}
-        if group.converter is None:
-            return tensors[group.keys[0]]
         try:
             made = self._made(group, list(tensors.values()))
         except (RuntimeError, ValueError, KeyError) as error:
-            raise self._incomplete(group, name) from error
-        if made[name].shape != self.known[name].shape:
-            raise self._incomplete(group, name)
+            raise self._wrong(self.fault(name)) from error
+        if name in self.known and made[name].shape != self.known[name].shape:
+            raise self._wrong(self.fault(name))
         return made[name]
 
     def stored(self, group: Group, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -150,6 +148,8 @@ class Parameters:
         return {key: self._cast(key, tensor) for key, tensor in found.items()}
 
     def _made(self, group: Group, tensors: list[Tensor]) -> dict[str, Tensor]:
+        if group.converter is None:
+            return {group.first: tensors[0]}
         converter = copy.deepcopy(group.converter)
         for key, pattern, tensor in zip(group.keys, group.patterns, tensors, strict=True):
             converter.add_tensor(group.first, key, pattern, tensor)
@@ -186,31 +186,43 @@ class Parameters:
             tensor: Tensor = some[:0] if some.get_shape() else opened.get_tensor(key)
         return tensor.dtype
 
-    def _incomplete(self, group: Group, name: str) -> ModelError:
-        """Say which tensors are not there, or are not as they have to be."""
-        where = str(self.checkpoint.folder)
-        shapes = {
-            key: tuple(read_header(file_in(Path(where), file))[key]["shape"])
-            for key in group.keys
-            for file in [self.checkpoint.files[key]]
-        }
-        wanted = {n: torch.empty(self.known[n].shape, device="meta") for n in group.names}
-        try:
-            expected = {k: tuple(t.shape) for k, t in self._turned_back(group, wanted).items()}
-        except (NotImplementedError, RuntimeError, ValueError, KeyError):
-            expected = dict[str, tuple[int, ...]]()
-        lost = [key for key in expected if key not in shapes]
-        other = [k for k, shape in expected.items() if shapes.get(k, shape) != shape]
-        if lost:
-            return ModelError(f"it has no {listed(lost)}", fix=_FIX, where=where)
-        if other:
+    def fault(self, name: str) -> str:
+        """Say which tensors of a parameter are missing, or have another shape than they need."""
+        group = self._of_name[name]
+        folder, files = self.checkpoint.folder, self.checkpoint.files
+        headers = {file: read_header(file_in(folder, file)) for file in set(files.values())}
+        shapes = {key: tuple(headers[files[key]][key]["shape"]) for key in group.keys}
+        expected = self._expected(group)
+        if lost := [key for key in expected if key not in shapes]:
+            return f"it has no {listed([_as_named(key, group) for key in lost])}"
+        if other := [key for key, shape in expected.items() if shapes[key] != shape]:
             sizes = f"{list(shapes[other[0]])}, its config wants {list(expected[other[0]])}"
-            return ModelError(f"{other[0]} has the shape {sizes}", fix=_FIX, where=where)
-        what = f"{name} cannot be made of {len(shapes)} tensors, {listed(shapes)}"
-        return ModelError(what, fix=_FIX, where=where)
+            return f"its {other[0]} has the shape {sizes}"
+        return f"{name} cannot be made of {listed(shapes)}"
+
+    def _expected(self, group: Group) -> dict[str, tuple[int, ...]]:
+        """Return key -> shape of what the files have to hold; nothing where that is not known."""
+        meant = {n: torch.empty(self.known[n].shape, device="meta") for n in group.names}
+        try:
+            if group.converter is None:
+                return {key: tuple(meant[group.first].shape) for key in group.keys}
+            return {key: tuple(t.shape) for key, t in self._turned_back(group, meant).items()}
+        except (NotImplementedError, RuntimeError, ValueError, KeyError):
+            return {}
+
+    def _wrong(self, what: str) -> ModelError:
+        return ModelError(what, fix=_FIX, where=str(self.checkpoint.folder))
 
     def _one_way(self, group: Group) -> ModelError:
         what = f"what is stored as {listed(group.keys)} is converted when it is read"
         what = f"{what}, and transformers cannot turn that round"
         fix = "merge it in memory: quantadapt merge, without --onto"
         return ModelError(what, fix=fix, where=str(self.checkpoint.folder))
+
+
+def _as_named(name: str, group: Group) -> str:
+    """Return a name that transformers has for a tensor of `group` as the files have others."""
+    key, renamed = group.keys[0], group.renamed[0]
+    pairs = zip(reversed(key), reversed(renamed), strict=False)
+    end = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return name.replace(renamed[: len(renamed) - end], key[: len(key) - end], 1)

@@ -197,12 +197,15 @@ def renaming(model: nn.Module) -> Callable[[str], str]:
 
 def _wrong_tensors(source: str, broken: list[str]) -> ModelError | None:
     """Say which tensors a failed load missed, if it is that; `broken` are those that it named."""
+    from .conversion import Parameters
+
     fix = "make or download the checkpoint again"
-    if broken:
-        what = f"{listed(broken)} cannot be made of the tensors that the files hold for it"
-        return WrongTensors([Problem(what, fix, where=source)])
     try:
-        without = without_tensors(architecture(source), Checkpoint(source).files)
+        stored = Parameters(Checkpoint(source))
+        if broken:
+            whats = dict.fromkeys(stored.fault(name) for name in broken if name in stored)
+            return WrongTensors([Problem(what, fix, where=source) for what in whats])
+        without = without_tensors(stored.model, list(stored))
     except Exception:  # this looks for the reason of a failure, and must not be another
         return None
     if not without:
@@ -280,7 +283,9 @@ def stacks_as_they_are(model: nn.Module) -> Iterator[None]:
 def remember_stacks(model: nn.Module) -> None:
     """Have a model whose stacks of experts were read as they are saved know how checkpoints of its
     kind hold them: dense weights that are made of it are saved so."""
-    used, stacks = vars(model).get("_weight_conversions") or [], _stacks(model)
+    used, stacks = vars(model).get("_weight_conversions"), _stacks(model)
+    if used is None or not stacks:
+        return
     unused = [one for one in _conversions(model) if _makes(one, stacks)]
     known = [one.target_patterns for one in used]
     unused = [one for one in unused if one.target_patterns not in known]
