@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 import quantadapt as qa
 from quantadapt.errors import ModelError
 from quantadapt.exporting.merging import merged_model
+from quantadapt.exporting.stored import stored_parameters
 from quantadapt.facade import QuantExperts, densify, stack_facades
-from quantadapt.loading.conversion import Parameters
 from quantadapt.loading.tensors import Checkpoint
 
 IDS = torch.arange(24).reshape(2, 12) * 5 % 128
@@ -120,11 +120,13 @@ def test_a_quantized_checkpoint_is_merged_under_the_names_of_dense_ones(
     assert relative(right, logits(model)) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
+@pytest.mark.parametrize(
+    ("kind", "backend"), [("mixtral", "hqq"), ("gpt-oss", "hqq"), ("qwen3-moe", "bnb-nf4")]
+)
 def test_quantized_again_what_is_adapted_changes_alone(
-    kind: str, bases: Any, tmp_path: Path
+    kind: str, backend: str, bases: Any, tmp_path: Path
 ) -> None:
-    model = tuned(bases(kind), target_modules=["down_proj"])
+    model = tuned(bases(kind), backend, target_modules=["down_proj"])
     merged: Any = merged_model(model, "requantize")
     dense = dict(stack_facades(merged_model(model, "dense")))
     assert not dense
@@ -134,7 +136,7 @@ def test_quantized_again_what_is_adapted_changes_alone(
     ):
         off = relative(stack.weight.clone(), wanted[name])
         if name.endswith("down_proj"):
-            assert 1e-4 < off < 0.1
+            assert 1e-4 < off < 0.2
         else:
             torch.testing.assert_close(stack.dequantize(), base.dequantize(), rtol=0, atol=0)
     qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT)
@@ -345,7 +347,7 @@ def test_onto_keeps_the_dtype_of_the_files(bases: Any, tmp_path: Path) -> None:
 
 def test_parameters_are_those_that_transformers_makes(bases: Any) -> None:
     for kind in ALL:
-        stored = Parameters(Checkpoint(bases(kind)))
+        stored = stored_parameters(bases(kind))
         for name, tensor in AutoModelForCausalLM.from_pretrained(bases(kind)).state_dict().items():
             assert torch.equal(stored.read(name), tensor), name
 
@@ -370,8 +372,9 @@ W3 = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
         (lambda t: t.pop(W3), f"it has no {W3}"),
         (lambda t: t.update({W3: t[W3][:-1].clone()}), rf"{W3} has the shape \[63, 32\]"),
         (lambda t: t[W3].view(-1)[:1].fill_(float("nan")), "no numbers"),
+        (lambda t: t.update({W3.replace("2", "4"): t[W3].clone()}), "more than its config"),
     ],
-    ids=["lost", "cut", "nan"],
+    ids=["lost", "cut", "nan", "more"],
 )
 @pytest.mark.parametrize("command", ["quantize", "onto"])
 def test_a_lost_or_damaged_expert_is_named(

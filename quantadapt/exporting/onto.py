@@ -168,12 +168,10 @@ class _Opened:
     def __init__(self, base: str, device: str) -> None:
         import torch
 
-        from ..loading.conversion import Parameters
-        from ..loading.tensors import Checkpoint
-        from .stored import open_stored
+        from .stored import open_stored, stored_parameters
         from .ties import tied_groups
 
-        self.device, self.stored = device, Parameters(Checkpoint(base))
+        self.device, self.stored = device, stored_parameters(base)
         self.model = open_stored(base, device=device, dtype=torch.float32, parameters=self.stored)
         self.kind, self.config = type(self.model), self.model.config
         self.ties = tied_groups(self.model)

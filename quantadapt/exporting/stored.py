@@ -100,7 +100,7 @@ def open_stored(
     """
     from accelerate import init_empty_weights
 
-    stored = parameters or Parameters(Checkpoint(source))
+    stored = parameters or stored_parameters(source)
     with init_empty_weights(include_buffers=False):
         model = architecture(source, device="cpu")
     account_for(model, source, stored.shapes())
@@ -116,6 +116,11 @@ def open_stored(
     wrap(model, StoredTarget(), dtype)
     mark_conv1d(model, conv1d_layers(model))
     return model.eval()
+
+
+def stored_parameters(source: str) -> Parameters:
+    """Return the parameters of a checkpoint, a folder or hub id, in its files."""
+    return Parameters(Checkpoint(source), architecture(source))
 
 
 def _stored_linear(

@@ -11,15 +11,13 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import ModelError
-from ..inputs.weights import file_in, read_header
-from .accounting import listed
-from .reading import architecture
+from ..errors import ModelError, Problem
+from .accounting import WrongTensors, listed
 from .tensors import Checkpoint
 
 _FIX = "download the checkpoint again, or check that config.json and the weights belong together"
@@ -50,10 +48,11 @@ class Parameters:
     """The parameters and buffers of a model, read from its checkpoint one at a time.
 
     Args:
-        checkpoint: its folder has config.json, which says what the model is.
+        checkpoint: its files.
+        model: without weights, on the meta device; it stays as it is.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
             WeightConverter,
@@ -61,8 +60,7 @@ class Parameters:
             dot_natural_key,
         )
 
-        self.checkpoint = checkpoint
-        self.model: Any = architecture(str(checkpoint.folder))
+        self.checkpoint, self.model = checkpoint, cast(Any, model)
         self.known: dict[str, Tensor] = self.model.state_dict()
         transforms = get_model_conversion_mapping(self.model)
         self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
@@ -186,24 +184,51 @@ class Parameters:
             tensor: Tensor = some[:0] if some.get_shape() else opened.get_tensor(key)
         return tensor.dtype
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each parameter that the files make, by name; what has no place in the
+        model, too. Nothing is read.
+
+        Raises:
+            WrongTensors: tensors that are converted are not all there, or of other shapes.
+        """
+        found, wrong = dict[str, tuple[int, ...]](), []
+        for group in self._groups.values():
+            shape = self.checkpoint.shapes[group.keys[0]]
+            found |= {n: tuple(self.known[n].shape) if n in self.known else () for n in group.names}
+            if group.converter is None:
+                found[group.first] = shape
+            elif said := self._fault(group):
+                wrong.append(Problem(said, _FIX, where=str(self.checkpoint.folder)))
+        if wrong:
+            raise WrongTensors(wrong)
+        return found
+
+    @property
+    def unused(self) -> set[str]:
+        """The tensors in the files that the model has no place for."""
+        of_key = self._of_key.items()
+        return {key for key, group in of_key if not any(n in self.known for n in group.names)}
+
     def fault(self, name: str) -> str:
         """Say which tensors of a parameter are missing, or have another shape than they need."""
         group = self._of_name[name]
-        folder, files = self.checkpoint.folder, self.checkpoint.files
-        headers = {file: read_header(file_in(folder, file)) for file in set(files.values())}
-        shapes = {key: tuple(headers[files[key]][key]["shape"]) for key in group.keys}
-        expected = self._expected(group)
+        return self._fault(group) or f"{name} cannot be made of {listed(group.keys)}"
+
+    def _fault(self, group: Group) -> str:
+        shapes, expected = self.checkpoint.shapes, self._expected(group)
         if lost := [key for key in expected if key not in shapes]:
             return f"it has no {listed([_as_named(key, group) for key in lost])}"
         if other := [key for key, shape in expected.items() if shapes[key] != shape]:
             sizes = f"{list(shapes[other[0]])}, its config wants {list(expected[other[0]])}"
             return f"its {other[0]} has the shape {sizes}"
-        return f"{name} cannot be made of {listed(shapes)}"
+        if more := [key for key in group.keys if expected and key not in expected]:
+            return f"it holds more than its config has: {listed(more)}"
+        return ""
 
     def _expected(self, group: Group) -> dict[str, tuple[int, ...]]:
         """Return key -> shape of what the files have to hold; nothing where that is not known."""
-        meant = {n: torch.empty(self.known[n].shape, device="meta") for n in group.names}
         try:
+            meant = {n: torch.empty(self.known[n].shape, device="meta") for n in group.names}
             if group.converter is None:
                 return {key: tuple(meant[group.first].shape) for key in group.keys}
             return {key: tuple(t.shape) for key, t in self._turned_back(group, meant).items()}

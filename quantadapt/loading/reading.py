@@ -25,6 +25,7 @@ from ..model.numbers import refuse_not_numbers_in
 from ..paths import ADAPTER_CONFIG
 from ..remote_code import code_problems, refusal, trusted
 from .accounting import OwnReport, WrongTensors, account, listed, repeatable, without_tensors
+from .conversion import Parameters
 from .mxfp4 import dequantizing, is_mxfp4
 from .tensors import Checkpoint
 
@@ -197,11 +198,9 @@ def renaming(model: nn.Module) -> Callable[[str], str]:
 
 def _wrong_tensors(source: str, broken: list[str]) -> ModelError | None:
     """Say which tensors a failed load missed, if it is that; `broken` are those that it named."""
-    from .conversion import Parameters
-
     fix = "make or download the checkpoint again"
     try:
-        stored = Parameters(Checkpoint(source))
+        stored = Parameters(Checkpoint(source), architecture(source))
         if broken:
             whats = dict.fromkeys(stored.fault(name) for name in broken if name in stored)
             return WrongTensors([Problem(what, fix, where=source) for what in whats])
