@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import torch
 
 import quantadapt as qa
 from quantadapt import cli
+from quantadapt.cli.quiet import Quiet
 from quantadapt.errors import FolderInUse, ModelError, OutputError, PlanRefused
 from quantadapt.exporting import saving
 from quantadapt.folders import lock, written
@@ -501,6 +503,26 @@ def test_what_libraries_cannot_write_is_told_in_words(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mine"), atomic_folder(tmp_path / "other"):
         raise ValueError("mine")
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_log_that_cannot_be_moved_stays_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    quiet = Quiet(lambda *_: None)
+    quiet.start()
+    try:
+        quiet.write_log("first\n")
+        with pytest.raises(OSError, match="No space left"):
+            quiet.move_log(Path("/dev/full"))
+        quiet.write_log("second\n")
+        with monkeypatch.context() as patched:
+            patched.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+            assert quiet.kept_log() == ""
+        assert Path(quiet.kept_log()).read_text() == "first\nsecond\n"
+    finally:
+        quiet.stop()
 
 
 def with_own_base(rank: int) -> Any:

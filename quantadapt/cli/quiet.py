@@ -71,9 +71,10 @@ class Quiet:
     def kept_log(self) -> str:
         """Return the path of the log; it gets one if it has none. Empty if nothing was logged."""
         if self.log is None and self._logged():
-            number, path = tempfile.mkstemp(prefix="quantadapt-", suffix=".log")
-            os.close(number)
-            self.move_log(Path(path))
+            with suppress(OSError):  # a full disk must not hide what the command has to tell
+                number, path = tempfile.mkstemp(prefix="quantadapt-", suffix=".log")
+                os.close(number)
+                self.move_log(Path(path))
         return str(self.log) if self.log and self.log.stat().st_size else ""
 
     def _logged(self) -> bytes:
@@ -88,11 +89,15 @@ class Quiet:
     def move_log(self, path: Path) -> None:
         """Go on logging in `path`, with all that was logged so far at its end."""
         logged = self.log.read_bytes() if self.log else self._logged()
-        with path.open("ab") as file:
-            file.write(logged)
+        moved = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            with os.fdopen(os.dup(moved), "wb") as file:
+                file.write(logged)
+        except OSError:  # then it stays where it is
+            os.close(moved)
+            raise
         os.close(self._log_file)
-        self._log_file = os.open(path, os.O_WRONLY | os.O_APPEND)
-        self.log = path
+        self._log_file, self.log = moved, path
         self._point_at_log()
 
     def write_log(self, text: str) -> None:
