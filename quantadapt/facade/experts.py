@@ -25,7 +25,7 @@ from .grouped import StackLora
 from .layer import QuantWeight
 from .lazy_weight import LazyWeight
 from .libraries import meet_libraries
-from .peft_calls import looks_for_parameters
+from .peft_calls import looks_for_parameters, replaces_module
 
 IMPLEMENTATION = "quantadapt"
 """What our function is called in transformers' registry."""
@@ -117,9 +117,11 @@ class QuantExperts(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Any]]:
-        """Yield the parameters; where PEFT looks for `target_parameters`, the stacks, too."""
-        yield from super().named_parameters(prefix, recurse, remove_duplicate)
-        if not recurse and looks_for_parameters():
+        """Yield the parameters; where PEFT looks for `target_parameters`, the stacks, too, and
+        where it asks for the first one, of vendors that hold buffers only."""
+        own = list(super().named_parameters(prefix, recurse, remove_duplicate))
+        yield from own
+        if looks_for_parameters() if not recurse else not own and replaces_module():
             meet_libraries()
             for name, stack in self.quantized_stacks.items():
                 yield f"{prefix}.{name}".lstrip("."), stack.weight
