@@ -92,6 +92,10 @@ class AQLM(LayerwiseQuantizer):
             return f"{what}; 2 codebooks of 8 bits suit small layers"
         return None
 
+    @property
+    def quantizes_experts(self) -> bool:
+        return True
+
     def quantize(
         self,
         source: str | nn.Module,

@@ -119,6 +119,10 @@ class INC(LayerwiseQuantizer):
     def needs_data(self) -> bool:
         return self.method != "rtn"
 
+    @property
+    def quantizes_experts(self) -> bool:
+        return True
+
     def quantize(
         self,
         source: str | nn.Module,
