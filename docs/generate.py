@@ -435,11 +435,13 @@ BACKEND_API: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "What calibration hands over": (
         ("calibration.walk", ("LayerInputs", "walk_blocks")),
         ("calibration.blocks", ("each_block", "Block")),
+        ("calibration.experts", ("open_experts", "close_experts", "round_experts", "Opened")),
         ("calibration.recording", ("Pass",)),
     ),
     "What helps": (
         ("loading.reading", ("from_pretrained", "load_native")),
-        ("model.modules", ("linear_layers", "skipped_modules", "set_submodule")),
+        ("model.modules", ("linear_layers", "set_submodule")),
+        ("model.dense", ("skipped_modules",)),
         ("layerwise", ("save_layerwise",)),
         ("compiling", ("one_kernel",)),
         ("probe", ("dequantize_by_probe",)),

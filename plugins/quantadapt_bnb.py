@@ -203,7 +203,8 @@ class FP4(_FourBit):
 
 
 class Int8(_BitsAndBytes):
-    """LLM.int8: int8 weights per output channel, int8 activations per token."""
+    """LLM.int8: int8 weights per output channel, int8 activations per token. What goes into experts
+    is not rounded: they are multiplied with the dequantized weights."""
 
     threshold: float = Field(
         6.0,

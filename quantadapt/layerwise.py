@@ -22,6 +22,7 @@ from .loading.blocks import Blocks
 from .loading.mxfp4 import conversions, is_mxfp4
 from .loading.packed import PackedLayer, packed_layers
 from .loading.read_ahead import reading_ahead
+from .loading.writing import being_written
 from .model.dense import skipped_modules
 from .model.experts import Stack, expert_stacks, set_stack
 from .model.linears import as_linear
@@ -205,7 +206,7 @@ def save_layerwise(
     if hf_quantizer is not None:
         model.hf_quantizer = hf_quantizer
     try:
-        with reading.stacks_as_they_are(model):
+        with reading.stacks_as_they_are(model), being_written(model):
             model.save_pretrained(path)  # type: ignore[operator]
     finally:
         reading.unmarked(model)

@@ -125,7 +125,8 @@ def test_made_dense_it_is_a_model_of_transformers_own_again(kind: str) -> None:
 def test_saved_and_loaded_it_gives_the_same(kind: str, tmp_path: Path) -> None:
     model = quantized(kind)
     qa.save(model, tmp_path / "base")
-    assert torch.equal(logits(qa.load(tmp_path / "base")), logits(model))
+    # 1e-6: a dense gate of one output adds up in another order where its tensor lies otherwise.
+    assert error(logits(qa.load(tmp_path / "base")), logits(model)) < 1e-6
 
 
 def test_a_stack_reads_as_the_parameter_that_it_was(kind: str) -> None:

@@ -396,6 +396,44 @@ def test_experts_that_a_model_runs_itself_are_rounded_and_told() -> None:
     assert _share(model) > 0.95
 
 
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        ("torchao-int8", {}),
+        ("quanto", {"weights": "int8"}),
+        ("gptq", {"group_size": 32, "bits": 8}),
+        ("autoround", {"group_size": 32, "bits": 8, "iters": 1}),
+    ],
+)
+def test_adapters_learn_and_stacks_are_written(backend: str, options: Any) -> None:
+    """LoRA on experts starts at zero and gets the gradients that it has on the dequantized model;
+    a stack that is written anew holds what was written."""
+    import copy
+
+    from quantadapt.facade import densify
+
+    shown = {"calibration": examples(2)} if backend in ("gptq", "autoround") else {}
+    model = qa.quantize(fresh("Mixtral"), backend=backend, **shown, **options)
+    name, stack = next(stack_facades(model))
+    written = stack.dequantize().flip(0)
+    stack.write(written)
+    assert apart(stack.dequantize(), written) < 0.02
+    gradients = []
+    for base in (model, densify(copy.deepcopy(model))):
+        torch.manual_seed(0)
+        tuned = qa.attach(base, "lora", r=4, target_modules=[], target_parameters=[name])
+        before = logits(tuned)
+        for key, parameter in sorted(tuned.named_parameters()):
+            if "lora_B" in key:
+                parameter.data.normal_(0, 0.1)
+        tuned.train()(input_ids=tokens()).logits.float().square().mean().backward()
+        grads = [p.grad for _, p in sorted(tuned.named_parameters()) if p.grad is not None]
+        gradients.append([before, *grads])
+    assert len(gradients[0]) == 3
+    for ours, dense in zip(*gradients, strict=True):
+        assert apart(ours, dense) < 1e-5
+
+
 # One by one ------------------------------------------------------------------------------------
 
 ONE_BY_ONE: dict[str, dict[str, Any]] = {

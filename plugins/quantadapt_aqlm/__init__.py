@@ -34,9 +34,10 @@ DECODING = 128
 
 class AQLM(LayerwiseQuantizer):
     """Codes take num_codebooks * nbits_per_codebook / (in_group_size * out_group_size) bits per
-    weight, where a code of 1 to 7 bits is stored in 8, and one of 9 to 15 in 16; codebooks come on
-    top, once per layer. 2x8 with groups of 8 suits small models and is quick to make and to run;
-    from 1B parameters on, 1x16 with groups of 8 is the most accurate."""
+    weight, where a code of 1 to 7 bits is stored in 8, and one of 9 to 15 in 16; codebooks come
+    on top, once per layer, and once for a stack of experts, which is fitted as a whole. 2x8 with
+    groups of 8 suits small models and is quick to make and to run; from 1B parameters on, 1x16
+    with groups of 8 is the most accurate."""
 
     num_codebooks: int = Field(2, ge=1, le=16, description="entries that are summed for a group")
     nbits_per_codebook: int = Field(
@@ -90,6 +91,10 @@ class AQLM(LayerwiseQuantizer):
             what = f"its codebooks would hold {numbers} numbers, as many as its weight or more"
             return f"{what}; 2 codebooks of 8 bits suit small layers"
         return None
+
+    @property
+    def quantizes_experts(self) -> bool:
+        return True
 
     def quantize(
         self,

@@ -64,6 +64,10 @@ class AutoRound(LayerwiseQuantizer):
     ) -> float:
         return self.bits + (self.bits + 16) / (self.group_size or in_features)
 
+    @property
+    def quantizes_experts(self) -> bool:
+        return True
+
     def quantize(
         self,
         source: str | nn.Module,

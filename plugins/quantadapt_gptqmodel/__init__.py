@@ -60,7 +60,9 @@ class GPTQ(GPTQModel):
         128, description="weights along in_features that share a scale; -1: all of a row"
     )
     desc_act: bool = Field(
-        False, description="act-order: columns with large inputs first; groups are then scattered"
+        False,
+        description="act-order: columns with large inputs first; groups are then scattered. Not in"
+        " stacks of experts, whose columns share one order",
     )
     sym: bool = Field(True, description="levels symmetric around zero, which fast kernels want")
     damp_percent: float = Field(

@@ -39,6 +39,10 @@ class GPTQModel(LayerwiseQuantizer):
     def target(self) -> PackedTarget:
         return PackedTarget(self)
 
+    @property
+    def quantizes_experts(self) -> bool:
+        return True
+
     @abstractmethod
     def _quantize_block(self, block: Block) -> dict[str, nn.Module]:
         """Return vendor modules for the linear layers of `block`."""

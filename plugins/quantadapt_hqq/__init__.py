@@ -31,7 +31,10 @@ class HQQ(LayerwiseQuantizer):
     group_size: int | None = Field(
         64, ge=8, multiple_of=8, description="weights that share a scale; null: a whole row"
     )
-    axis: Literal[0, 1] = Field(1, description="1 groups along in_features, 0 along out_features")
+    axis: Literal[0, 1] = Field(
+        1,
+        description="1 groups along in_features, 0 along out_features and, in experts, across them",
+    )
 
     @cached_property
     def target(self) -> HQQTarget:

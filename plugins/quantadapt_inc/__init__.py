@@ -57,7 +57,8 @@ MADE_BY = "quantadapt_inc"
 
 
 class INC(LayerwiseQuantizer):
-    """fp8 rounds weights and activations; rtn, gptq and awq round weights."""
+    """fp8 rounds weights and activations; rtn, gptq and awq round weights. Stacks of experts are
+    rounded without data by each of them, and what goes into them is not rounded."""
 
     method: Literal["fp8", "rtn", "gptq", "awq"] = Field(
         "fp8", description="fp8, or integer weights by rounding to nearest, GPTQ or AWQ"
@@ -117,6 +118,10 @@ class INC(LayerwiseQuantizer):
     @property
     def needs_data(self) -> bool:
         return self.method != "rtn"
+
+    @property
+    def quantizes_experts(self) -> bool:
+        return True
 
     def quantize(
         self,

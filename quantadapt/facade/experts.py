@@ -25,7 +25,7 @@ from .grouped import StackLora
 from .layer import QuantWeight
 from .lazy_weight import LazyWeight
 from .libraries import meet_libraries
-from .peft_calls import copies_to_train, looks_for_parameters
+from .peft_calls import copies_to_train, looks_for_parameters, replaces_module
 
 IMPLEMENTATION = "quantadapt"
 """What our function is called in transformers' registry."""
@@ -117,9 +117,10 @@ class QuantExperts(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Any]]:
-        """Yield the parameters; where PEFT looks for `target_parameters`, the stacks, too."""
-        own = super().named_parameters(prefix, recurse, remove_duplicate)
-        if recurse or not looks_for_parameters():
+        """Yield the parameters; where PEFT looks for `target_parameters`, the stacks, too, and
+        where it asks for the first one, of vendors that hold buffers only."""
+        own = list(super().named_parameters(prefix, recurse, remove_duplicate))
+        if not (looks_for_parameters() if not recurse else not own and replaces_module()):
             yield from own
             return
         meet_libraries()
@@ -128,14 +129,6 @@ class QuantExperts(nn.Module):
         found |= {name: stack.weight for name, stack in self.quantized_stacks.items()}
         for name, parameter in in_order(self, found).items():
             yield f"{lead}{name}", parameter
-
-    def parameters(self, recurse: bool = True) -> Iterator[Any]:
-        """Yield the parameters; where a vendor keeps buffers alone, the stacks, lazily: PEFT looks
-        at the first for the device."""
-        found = list(super().parameters(recurse))
-        yield from found
-        if recurse and not found:
-            yield from (stack.weight for stack in self.quantized_stacks.values())
 
     @contextmanager
     def lending(self, name: str, lora: StackLora) -> Iterator[None]:

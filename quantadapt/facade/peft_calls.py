@@ -62,6 +62,12 @@ def looks_for_parameters() -> bool:
     return any(name == "_inject_parameters" for name, _ in tuners)
 
 
+def replaces_module() -> bool:
+    """Say whether PEFT is putting its layer in front of a module, which it asks where it is."""
+    tuners = _callers("peft.tuners.tuners_utils", "BaseTuner")
+    return any(name == "_replace_module" for name, _ in tuners)
+
+
 def _callers(module: str, kind: str) -> Iterator[tuple[str, Any]]:
     """Yield (name, self) of every method of a `kind` that runs, the innermost first."""
     wanted = getattr(sys.modules.get(module), kind, None)

@@ -4,7 +4,6 @@ Without that, packed weights would be read as dense ones, or left out for random
 from __future__ import annotations
 
 import inspect
-import threading
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import ModelError
+from ..loading.writing import being_written, written_now
 from ..protocols import LayerwiseQuantizer, Quantizer
 from .lazy_weight import quantized_layers
-
-_local = threading.local()
 
 
 def saving_as_quantized(save: Any) -> Any:
@@ -24,17 +22,15 @@ def saving_as_quantized(save: Any) -> Any:
 
     @wraps(save)
     def saved(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        writing, options = getattr(_local, "writing", (None, {}))
+        writing, options = written_now()
         if writing is model:
             return save(model, save_directory, *args, **{**options, **kwargs})
         adapter_alone = getattr(model, "_hf_peft_config_loaded", False)
         if adapter_alone or (quantizer := _quantizer_of(model)) is None:
             return save(model, save_directory, *args, **kwargs)
-        _local.writing = model, {**dict(zip(_names(save), args, strict=False)), **kwargs}
-        try:
+        with being_written(model, {**dict(zip(_names(save), args, strict=False)), **kwargs}):
             quantizer.save(model, Path(save_directory))
-        finally:
-            _local.writing = writing, options
+        return None
 
     return saved
 
