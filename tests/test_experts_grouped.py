@@ -204,11 +204,12 @@ def test_only_inputs_are_saved_and_nothing_is_made_again_to_save_them(monkeypatc
 
 
 def test_gates_are_known_by_what_they_do() -> None:
-    found = {name: Gate.of(experts_of(model(config))) for name, config in KINDS.items()}
-    inf = float("inf")
+    modules = {name: experts_of(model(config)) for name, config in KINDS.items()}
+    found = {name: Gate.of(module) for name, module in modules.items()}
+    inf, clamped = float("inf"), "clamped, biases, transposed"
     assert found["silu"] == found["many small"] == Gate(False, 1.0, inf, 0.0)
     assert found["gelu"] is None
-    assert found["clamped, biases, transposed"] == Gate(True, 1.702, 0.5, 1.0)
+    assert found[clamped] == Gate(True, 1.702, modules[clamped].limit, 1.0)
 
 
 def test_products_by_group() -> None:
