@@ -8,7 +8,13 @@ import pytest
 import torch
 from datasets import Dataset
 from processes import in_processes, wants_two_gpus
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import quantadapt as qa
 from quantadapt import demo
@@ -79,6 +85,41 @@ def test_only_plain_lora_on_cuda_is_recorded(monkeypatch) -> None:
     assert not can_record(adapted(modules_to_save=["lm_head"]))
     extra = qa.attach(qa.quantize(tiny_llama(), "bnb-nf4", dtype="bfloat16"), "ia3")
     assert not can_record(extra)
+
+
+def test_lora_on_experts_is_recorded(monkeypatch) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    model = qa.quantize(MixtralForCausalLM(config), "bnb-nf4", dtype="bfloat16")
+    model = qa.attach(model, "lora", r=4)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert can_record(model)
+
+
+def test_gradients_of_replays_are_kept_without_a_copy_and_added_up() -> None:
+    recorded = cuda_graphs._Recorded.__new__(cuda_graphs._Recorded)
+    weights = [torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True)]
+    recorded.weights, recorded.gradients = weights, [torch.zeros(2), torch.zeros(3)]
+
+    class Replayed:
+        def replay(self) -> None:
+            for i, gradient in enumerate(recorded.gradients, 1):
+                gradient.fill_(i)
+
+    recorded.backward = Replayed()
+    recorded.replay_backward()
+    assert all(w.grad is g for w, g in zip(weights, recorded.gradients, strict=True))
+    for weight in weights:
+        weight.grad.mul_(10)  # clipped, say
+    for times in (11, 12):  # further passes of the same step
+        recorded.replay_backward()
+        assert weights[0].grad.tolist() == [times] * 2
+    assert weights[1].grad.tolist() == [24] * 3
+    weights[0].grad = None  # the next step
+    recorded.replay_backward()
+    assert weights[0].grad is recorded.gradients[0]
+    assert weights[0].grad.tolist() == [1, 1]
+    assert weights[1].grad.tolist() == [26] * 3
 
 
 def test_a_forward_that_somebody_has_patched_is_given_back() -> None:

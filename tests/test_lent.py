@@ -282,6 +282,30 @@ def test_whatever_liger_patches_is_taken_back(fails, monkeypatch) -> None:
     assert (differences(before, everything(model)), notes) == ([], [])
 
 
+def test_experts_get_none_of_ligers_kernels(monkeypatch) -> None:
+    """Neither do those behind PEFT's wrappers, where Liger looks for them."""
+
+    def lend(model: Any, **_: Any) -> None:
+        patching(model)
+        for layer in model.model.layers:
+            layer.mlp.experts.forward = types.MethodType(len, layer.mlp.experts)
+
+    liger(monkeypatch, lend)
+    monkeypatch.setattr(
+        sys.modules["liger_kernel.transformers.monkey_patch"],
+        "MODEL_TYPE_TO_APPLY_LIGER_FN",
+        {"mixtral": None},
+    )
+    dense = qa.attach(qa.quantize(mixtral(), "none", device="cpu"), "lora").eval()
+    for model in (adapted(mixtral), dense):
+        before, notes = everything(model), []
+        with fused_kernels(model, notes.append):
+            changed = differences(before, everything(model))
+            assert changed
+            assert not [name for name in changed if "experts" in name]
+        assert (differences(before, everything(model)), notes) == ([], [])
+
+
 @pytest.mark.parametrize(
     ("lend", "words"), [(lambda *_, **__: None, "patched no layer"), (None, "cannot import name")]
 )
