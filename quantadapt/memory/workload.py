@@ -164,26 +164,21 @@ class Workload:
     @property
     def trained(self) -> int:
         """How many weights are trained."""
-        return sum(count * sum(work._adapted) for count, work in self.kinds)
+        return sum(count * work._adapted for count, work in self.kinds)
 
     @property
-    def _adapted(self) -> tuple[int, int]:
-        """How many weights of one decoder layer are trained: in front of layers, and behind."""
-        shape, rank = self.shape, max(self.rank, 1)
-        names = [name for name in self.targets if name in shape.linears]
-        inputs = sum(shape.linears[name][0] * shape.stacked(name) for name in names)
-        return inputs * rank, sum(shape.linears[name][1] for name in names) * rank
+    def _adapted(self) -> int:
+        """How many weights of one decoder layer are trained."""
+        shape = self.shape
+        sizes = {name: shape.linears[name] for name in self.targets if name in shape.linears}
+        both = (i * shape.stacked(name) + o for name, (i, o) in sizes.items())
+        return sum(both) * max(self.rank, 1)
 
     @property
     def adapter_bytes(self) -> int:
-        """The adapter in float32, its gradients, and what a step keeps beside them; of experts
-        also what they get of it in the compute dtype."""
+        """The adapter in float32, its gradients, and what a step keeps beside them."""
         kept = between_passes(self.trained, self.optim, accumulates=self.accumulates)
-        casts = 0
-        if self._fused_experts and self.dtype_bytes == 2:
-            outputs = [self.shape.linears[name][1] for name in STACKS if name in self.targets]
-            casts = self.kinds[-1][0] * sum(outputs) * self.rank * self.dtype_bytes
-        return self.trained * (4 + 4) + kept + casts
+        return self.trained * (4 + 4) + kept
 
     @property
     def _fused_experts(self) -> bool:

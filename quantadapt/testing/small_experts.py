@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .small_demo import demo_tokens
-
 if TYPE_CHECKING:
     from torch import nn
 
@@ -53,7 +51,7 @@ def small_experts(bench: Bench, kind: str) -> nn.Module:
     config = getattr(transformers, name)(
         **SIZES,
         **more,
-        vocab_size=int(demo_tokens().max()) + 1,
+        vocab_size=bench.dense.config.vocab_size,  # type: ignore[union-attr]
         num_experts_per_tok=4 if coarse else 2,
     )
     with torch.random.fork_rng():
