@@ -225,6 +225,7 @@ def _backend(backend: records.Backend) -> str:
         ("devices", ", ".join(backend.devices)),
         ("dtypes", ", ".join(backend.dtypes)),
         ("calibration data", "needed" if backend.calibration else "not needed"),
+        ("[stacks of experts](../how-to/experts.md)", _experts(backend.experts)),
         ("merge", backend.merge.words),
     ]
     return "\n\n".join(
@@ -236,6 +237,10 @@ def _backend(backend: records.Backend) -> str:
             *_rules(backend.rules),
         ]
     )
+
+
+def _experts(quantized: bool) -> str:
+    return "quantized" if quantized else "left dense"
 
 
 def adapters_page(known: registry.Registry) -> str:

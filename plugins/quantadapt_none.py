@@ -30,6 +30,10 @@ class Dense(LayerwiseQuantizer):
     ) -> float:
         return 32 if dtype == "float32" else 16
 
+    @property
+    def quantizes_experts(self) -> bool:
+        return False
+
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
         linear.requires_grad_(False)
         return linear

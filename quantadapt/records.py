@@ -71,6 +71,11 @@ class Backend(_Named):
     merge: Merge = Merge.DENSE
     rules: tuple[Rule, ...] = ()
 
+    @property
+    def experts(self) -> bool:
+        """Whether it quantizes stacks of experts, too, with its default options."""
+        return self.quantizer.model_construct().quantizes_experts
+
 
 @dataclass(frozen=True, repr=False)
 class Adapter(_Named):

@@ -19,6 +19,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from ..facade import QuantLinear, QuantWeight, kept
+from .expert_dora import ParamWrapper
 from .fused_dora import fused_dora
 from .fused_lora import LoraTerm, Magnitude, fused_lora
 
@@ -143,12 +144,22 @@ def use_fused_layers(config: LoraConfig) -> None:
     """Have PEFT make fused layers over facades when it attaches or loads a LoRA of `config`; with
     an option that is not known here it makes its own, which are right and slower."""
     if not unknown_options(config):
-        config._register_custom_module({QuantLinear: _fused_layer})
+        config._register_custom_module({QuantLinear: _fused_layer, nn.Module: _layer_of_experts})
 
 
 def _fused_layer(*args: Any, parameter_name: str | None = None, **kwargs: Any) -> Any:
     """Return a fused layer, or None where PEFT is to make the one that it has for parameters."""
     return FusedLoraLinear(*args, **kwargs) if parameter_name is None else None
+
+
+def _layer_of_experts(
+    target: Any, adapter: str, parameter_name: str | None = None, **options: Any
+) -> Any:
+    """Return a layer of stacks of experts that has DoRA, too, or None where PEFT is to make one."""
+    kind = target.get_base_layer() if isinstance(target, ParamWrapper) else target
+    if parameter_name is None or not hasattr(kind, "num_experts"):
+        return None
+    return ParamWrapper(target, adapter, parameter_name=parameter_name, **options)
 
 
 class _Siblings:

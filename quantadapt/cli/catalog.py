@@ -115,6 +115,7 @@ def _backend_facts(backend: Backend) -> dict[str, Any]:
         "devices": list(backend.devices),
         "dtypes": list(backend.dtypes),
         "calibration": backend.calibration,
+        "experts": backend.experts,
         "merge": backend.merge.name.lower(),
         "options": options_of(backend.quantizer),
     }
@@ -139,6 +140,7 @@ def _backend_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("devices", ", ".join(facts["devices"])),
         ("dtypes", ", ".join(facts["dtypes"])),
         ("calibration", "needs data" if facts["calibration"] else "needs no data"),
+        ("experts", "quantizes them" if facts["experts"] else "leaves them dense"),
         ("merge", _merge_words(facts)),
     ]
 
@@ -176,6 +178,7 @@ def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
     return _facts(adapter) | {
         "peft_type": adapter.peft_type,
         "method": adapter.method,
+        "experts": adapter.experts,
         "merge": adapter.merge.name.lower(),
         "start": str(adapter.start),
         "options": [
@@ -194,6 +197,7 @@ def _adapter_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("method", facts["method"] or f"PEFT's {facts['peft_type']}"),
         ("start", _START[facts["start"]]),
+        ("experts", "goes onto them" if facts["experts"] else "goes onto layers alone"),
         ("merge", _merge_words(facts)),
     ]
 
@@ -303,7 +307,11 @@ _START = {
 _KINDS = {
     "backends": _Kind(
         *("backend", "hqq", _backend_facts),
-        {"libraries": _state, "devices": lambda f: ", ".join(f["devices"])},
+        {
+            "libraries": _state,
+            "devices": lambda f: ", ".join(f["devices"]),
+            "experts": lambda f: "quantized" if f["experts"] else "dense",
+        },
         _backend_lines,
     ),
     "adapters": _Kind("adapter", "lora", _adapter_facts, {"merge": _refused_word}, _adapter_lines),

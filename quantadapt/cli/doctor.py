@@ -154,7 +154,8 @@ def _plugin(shown: Session, plugin: PluginHealth) -> None:
 def _backend(shown: Session, backend: BackendHealth) -> None:
     versions = ", ".join(f"{lib.name} {lib.found}" for lib in backend.libraries if lib.found)
     if backend.state in ("ready", "not checked"):
-        _line(shown, backend.name, f"{backend.state}{f', {versions}' if versions else ''}")
+        experts = "" if backend.experts else "leaves experts dense"
+        _line(shown, backend.name, ", ".join(filter(None, (backend.state, versions, experts))))
     else:
         _line(shown, backend.name, f"{backend.state}: {backend.problem}", backend.fix)
 

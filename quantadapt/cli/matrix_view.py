@@ -33,11 +33,14 @@ def show_matrix(
 ) -> None:
     """Print the declared matrix, and below it what was verified."""
     from ..matrix.declared import MEANING, footnotes
+    from ..matrix.tables import experts_words
     from ..registry.discovery import registry
 
     notes = list(footnotes(cells))
     words = {(cell.backend, cell.adapter): _declared_word(cell, notes) for cell in cells}
-    _print_tables(shown, f"Declared, for {where} and default options", cells, words)
+    experts = experts_words(cells)
+    title = f"Declared, for {where} and default options"
+    _print_tables(shown, title, cells, words | _column(experts))
     used = {cell.word for cell in cells}
     for word, meaning in MEANING.items():
         if word in used:
@@ -58,12 +61,13 @@ def show_matrix(
 
 def show_verified(shown: Session, part: Verified) -> None:
     """Print one file of verified results."""
-    from ..matrix.tables import NUMBER, plain, unwell, variants
+    from ..matrix.tables import NUMBER, experts_words, plain, unwell, variants
 
     cells = plain(part)
     words = {(cell.backend, cell.adapter): _verified_word(cell) for cell in cells}
     shown.out.print()
-    _print_tables(shown, f"Verified, on {part.origin}", cells, words)
+    title = f"Verified, on {part.origin}"
+    _print_tables(shown, title, cells, words | _column(experts_words(cells)))
     for (title, dtype), group in variants(part).items():
         texts = ", ".join(f"{escape(cell.adapter)} {_verified_word(cell)}" for cell in group)
         shown.out.print(f"{escape(title)} in {dtype}: {texts}", soft_wrap=True)
@@ -79,6 +83,13 @@ def _declared_word(cell: DeclaredCell, notes: list[str]) -> str:
     return f"[{style}]{_SHORT.get(cell.word, cell.word)}[/]" + (f" {marks}" if marks else "")
 
 
+def _column(experts: Mapping[str, str]) -> dict[tuple[str, str], str]:
+    """Return what becomes of stacks of experts as words of a column of its own."""
+    from ..matrix.tables import EXPERTS
+
+    return {(backend, EXPERTS): word for backend, word in experts.items()}
+
+
 def _verified_word(cell: VerifiedCell) -> str:
     return f"[{OUTCOMES[cell.verified]}]{cell.text()}[/]"
 
@@ -92,10 +103,11 @@ def _print_tables(
     from ..matrix.tables import grid
 
     backends, adapters = grid(cells)
+    heads = [*adapters, *dict.fromkeys(name for _, name in words if name not in adapters)]
     shown.out.print(title, style="bold", markup=False, soft_wrap=True)
     shown.out.print()
     gap = 1 if shown.out.width < _NARROW else 2
-    for block in _blocks(backends, adapters, words, shown.out.width, gap):
+    for block in _blocks(backends, heads, words, shown.out.width, gap):
         shown.out.print(_table(backends, block, words, gap))
         shown.out.print()
 

@@ -6,6 +6,7 @@ tree holds one `nn.Linear` per layer and nothing behind it. `weight` is a `LazyW
 dtype and device are free, the dequantized numbers are made when somebody computes with it.
 """
 
+from .expert_norms import row_norms
 from .experts import QuantExperts, QuantStack
 from .frozen import recomputing
 from .keeping import kept
@@ -37,6 +38,7 @@ __all__ = [
     "mark_conv1d",
     "recomputing",
     "replace",
+    "row_norms",
     "single_stack_lora",
     "stack_facades",
     "stack_wrappers",

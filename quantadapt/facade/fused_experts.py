@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..model.experts import SUFFIX
+from .expert_norms import dora_product
 from .expert_steps import Added, add, combined, gated, gated_backward
 from .grouped import Routing, StackLora, grouped, grouped_outer
 from .keeping import kept
@@ -89,6 +90,7 @@ class _Parts(NamedTuple):
         quantized = [stack for stack in stacks if isinstance(stack, QuantWeight)]
         dense = [experts._parameters.get(name) for name in names]
         trained = any(t is not None and t.requires_grad for t in (*biases, *dense))
+        trained |= any(lora.magnitude is not None for lora in loras.values())
         if not quantized or trained or _changes_later(experts):
             return None
         dtype = quantized[0].compute_dtype_for(hidden.device.type)
@@ -257,6 +259,20 @@ def _place(routing: Routing) -> Tensor:
 
 def _linear(experts: Any, name: str, x: Tensor, routing: Routing, lora: StackLora | None) -> Tensor:
     """Return x Wᵀ + bias, and what LoRA adds: [rows, in_features] -> [rows, out_features]."""
+    if lora is not None and lora.magnitude is not None:
+        stack = experts.quantized_stacks[name]
+        x = x.to(stack.compute_dtype_for(x.device.type))
+        y = dora_product(x, stack, routing, lora)
+    else:
+        y = _plain_product(experts, name, x, routing, lora)
+    if (bias := _bias(experts, name)) is not None:
+        y = y + bias[routing.expert.clamp(max=len(bias) - 1).long()].to(y.dtype)
+    return y
+
+
+def _plain_product(
+    experts: Any, name: str, x: Tensor, routing: Routing, lora: StackLora | None
+) -> Tensor:
     weight = getattr(experts, name)
     x = x.to(weight.dtype)
     weight = weight if experts.is_transposed else weight.transpose(1, 2)
@@ -264,6 +280,4 @@ def _linear(experts: Any, name: str, x: Tensor, routing: Routing, lora: StackLor
     if lora is not None:
         a, b = (part.to(x.dtype).transpose(1, 2) for part in lora.views())
         y = y + lora.scaling * grouped(grouped(x, a, routing.ends), b, routing.ends)
-    if (bias := _bias(experts, name)) is not None:
-        y = y + bias[routing.expert.clamp(max=len(bias) - 1).long()].to(y.dtype)
     return y

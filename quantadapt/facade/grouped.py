@@ -69,12 +69,14 @@ class StackLora(NamedTuple):
         b: [out_features, r * experts], the experts of each rank beside each other.
         scaling: the factor.
         experts: how many there are.
+        magnitude: DoRA's, [experts, out_features]; None of a plain LoRA.
     """
 
     a: Tensor
     b: Tensor
     scaling: float
     experts: int
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:

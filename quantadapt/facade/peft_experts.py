@@ -60,8 +60,8 @@ def stack_wrappers(model: Any) -> Iterator[Any]:
 
 
 def stack_lora(wrapper: Any, adapter: str) -> StackLora | None:
-    """Return the LoRA of one of PEFT's `ParamWrapper`s by expert; None where it is something
-    else than a plain one."""
+    """Return the LoRA or DoRA of one of PEFT's `ParamWrapper`s by expert; None where it is
+    something else."""
     experts = wrapper.get_base_layer()
     stack = experts.quantized_stacks[wrapper.parameter_name].stack
     a, b = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
@@ -70,4 +70,7 @@ def stack_lora(wrapper: Any, adapter: str) -> StackLora | None:
         return None
     if not experts.is_dispatched or adapter in wrapper.lora_variant:
         return None
-    return StackLora(a.weight, b.weight, wrapper.scaling[adapter], stack.experts)
+    magnitudes = wrapper.lora_magnitude_vector
+    magnitude = magnitudes[adapter].weight if adapter in magnitudes else None
+    scaling = wrapper.scaling[adapter]
+    return StackLora(a.weight, b.weight, scaling, stack.experts, magnitude=magnitude)

@@ -7,7 +7,7 @@ a run would. What was verified is kept apart, in `results`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -38,6 +38,7 @@ class DeclaredCell:
         refusals: why it cannot be attached; empty if it can.
         merge: the most that may become of it; None where it is refused.
         merge_refusals: why `merge` is not more.
+        experts: whether the backend quantizes stacks of experts, too.
     """
 
     backend: str
@@ -45,6 +46,7 @@ class DeclaredCell:
     refusals: tuple[Problem, ...] = ()
     merge: MergeWord | None = None
     merge_refusals: tuple[Problem, ...] = ()
+    experts: bool = False
 
     @property
     def word(self) -> str:
@@ -64,6 +66,7 @@ class DeclaredCell:
             "adapter": self.adapter,
             "declared": self.word,
             "rules": list(self.rules),
+            "experts": self.experts,
             "refusals": [vars(problem) for problem in self.refusals],
             "merge_refusals": [vars(problem) for problem in self.merge_refusals],
         }
@@ -123,10 +126,22 @@ def declared_cell(
     Args:
         options: of the backend, where they are not its defaults.
     """
+    found = _declared_cell(backend, adapter, device, dtype, options or {})
+    return replace(found, experts=declares_experts(backend, options or {}))
+
+
+def declares_experts(backend: Backend, options: Mapping[str, Any]) -> bool:
+    """Say whether the backend with these options says that it quantizes stacks of experts."""
+    return backend.quantizer.model_construct(**options).quantizes_experts
+
+
+def _declared_cell(
+    backend: Backend, adapter: Adapter, device: str, dtype: str, options: Mapping[str, Any]
+) -> DeclaredCell:
     where = f"{backend.name} x {adapter.name}"
     found = _machine_refusals(backend, device, dtype, where)
     try:
-        quantizer = backend.quantizer(**(options or {}))
+        quantizer = backend.quantizer(**options)
     except ValidationError as error:
         for detail in error.errors():
             what = f"{backend.name} cannot have {detail['loc'][0]}: {detail['msg']}"

@@ -29,7 +29,14 @@ from ..errors import DataError, PlanRefused
 from ..machine import installed_version
 from ..records import Adapter, Backend
 from ..registry.discovery import registry
-from .declared import MAIN, DeclaredCell, backend_title, declared_cell, preferred_dtype
+from .declared import (
+    MAIN,
+    DeclaredCell,
+    backend_title,
+    declared_cell,
+    declares_experts,
+    preferred_dtype,
+)
 
 Outcome = Literal["passed", "refused", "failed", "crashed", "not run"]
 
@@ -40,6 +47,10 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 """What every result depends on; the backend's own requirements and its plugin come on top."""
 
 HOW = "quantadapt matrix --verify"
+
+QUANTIZED = 0.95
+"""From this share of its weights on, embeddings and head not counted, a mixture of experts counts
+as quantized."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,12 @@ class VerifiedCell:
     def merge_error(self) -> float | None:
         """The relative error of the merged model's logits; None where nothing was merged."""
         return self.figures.get("merge_error")
+
+    @property
+    def experts_share(self) -> float | None:
+        """The share of the weights of mixtures of experts that were quantized, embeddings and head
+        not counted; None where that was not tried."""
+        return self.figures.get("experts_share")
 
     @property
     def bad(self) -> bool:
@@ -302,6 +319,8 @@ def disagreements(
             dtype=cell.dtype,
             options=cell.options,
         ).word
+        if not _agree_on_experts(cell, known_backends[cell.backend]):
+            found.append(f"{where}: quantized {cell.experts_share:.0%} of models with experts")
         if cell.declared != now:
             found.append(f"{where}: declared {now} now, {cell.declared or 'nothing'} when verified")
         if cell.verified != "not run" and not cell.options:
@@ -311,6 +330,11 @@ def disagreements(
         if missing and "cpu" in backend.devices:
             found.append(f"{backend.name} x {', '.join(missing)}: not verified on cpu")
     return found
+
+
+def _agree_on_experts(cell: VerifiedCell, backend: Backend) -> bool:
+    share = cell.experts_share
+    return share is None or (share >= QUANTIZED) == declares_experts(backend, cell.options)
 
 
 def to_json(cells: Sequence[DeclaredCell], verified: Sequence[Verified]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from .results import Verified, VerifiedCell
 
 Words = Mapping[tuple[str, str], str]
 
+EXPERTS = "experts"
+"""The head of the column on stacks of experts."""
 NUMBER = "The number is the relative error of the merged model's logits."
 LARGE = (
     "It is large where a backend quantizes activations as well, which a dense model does not do."
@@ -68,16 +70,35 @@ def summary(cells: Iterable[DeclaredCell], verified: Iterable[Verified]) -> list
             device = cell.device.partition(":")[0].upper()
             found.setdefault(cell.backend, {}).setdefault(cell.adapter, {})[device] = cell
     rows: dict[str, list[str]] = {}
+    experts: dict[str, str] = {}
     for declared in cells:
         results = found.get(declared.backend, {}).get(declared.adapter, {})
         row = rows.setdefault(declared.backend, [declared.backend])
+        experts[declared.backend] = experts_word(declared.experts)
         row.append(", ".join([declared.word, *_exceptions(declared.word, results)]))
     for backend, row in rows.items():
         devices = dict.fromkeys(
             name for results in found.get(backend, {}).values() for name in results
         )
-        row.append(", ".join(devices) or "nothing yet")
-    return [["backend", *MAIN, "verified on"], *rows.values()]
+        row += [experts[backend], ", ".join(devices) or "nothing yet"]
+    return [["backend", *MAIN, EXPERTS, "verified on"], *rows.values()]
+
+
+def experts_word(quantized: bool) -> str:
+    """Return what becomes of stacks of experts."""
+    return "quantized" if quantized else "dense"
+
+
+def experts_words(cells: Iterable[DeclaredCell | VerifiedCell]) -> dict[str, str]:
+    """Return backend -> what becomes of stacks of experts; of verified cells the share of the
+    weights that were quantized. Empty where nothing is known."""
+    found = {}
+    for cell in cells:
+        if isinstance(cell, DeclaredCell):
+            found[cell.backend] = experts_word(cell.experts)
+        elif (share := cell.experts_share) is not None:
+            found[cell.backend] = f"{share:.1%}" if share else experts_word(False)
+    return found
 
 
 def _exceptions(word: str, results: Mapping[str, VerifiedCell]) -> Iterator[str]:
@@ -93,7 +114,9 @@ def _exceptions(word: str, results: Mapping[str, VerifiedCell]) -> Iterator[str]
 
 def to_markdown(cells: Sequence[DeclaredCell], verified: Sequence[Verified]) -> str:
     """Return both parts as Markdown."""
-    parts = ["### Declared", "", *_tables(*grid(cells), _declared_words(cells)), *_legend(cells)]
+    columns = {EXPERTS: experts_words(cells)}
+    tables = _tables(*grid(cells), _declared_words(cells), columns)
+    parts = ["### Declared", "", *tables, *_legend(cells)]
     for piece in [piece for part in verified for piece in part.by_device()]:
         parts += ["", f"### Verified on {piece.where()}", "", *_verified(piece)]
     if not verified:
@@ -112,24 +135,29 @@ def _tables(
     backends: Sequence[str],
     adapters: Sequence[str],
     words: Words,
-    libraries: Mapping[str, str] | None = None,
+    columns: Mapping[str, Mapping[str, str]],
 ) -> list[str]:
-    """Return a table of backends by main adapters, and one of all others by backends."""
+    """Return a table of backends by main adapters, and one of all others by backends.
+
+    Args:
+        columns: what else there is in the first, by head and backend; empty ones are left out.
+    """
     main = [name for name in adapters if name in MAIN] or list(adapters)
-    head = ["backend", *main, *(["library"] if libraries else [])]
+    more = {head: column for head, column in columns.items() if any(column.values())}
+    head = ["backend", *main, *more]
     rows = [
         [
             backend,
             *(words.get((backend, name), "") for name in main),
-            *([libraries.get(backend, "")] if libraries else []),
+            *(column.get(backend, "") for column in more.values()),
         ]
         for backend in backends
     ]
     lines = [*markdown_table(head, rows), ""]
     if others := [name for name in adapters if name not in main]:
-        columns = [b for b in backends if any((b, name) in words for name in others)]
-        rows = [[name, *(words.get((b, name), "") for b in columns)] for name in others]
-        lines += [*markdown_table(["adapter", *columns], rows), ""]
+        shown = [b for b in backends if any((b, name) in words for name in others)]
+        rows = [[name, *(words.get((b, name), "") for b in shown)] for name in others]
+        lines += [*markdown_table(["adapter", *shown], rows), ""]
     return lines
 
 
@@ -146,7 +174,8 @@ def _verified(part: Verified) -> list[str]:
     cells = plain(part)
     words = {(cell.backend, cell.adapter): cell.text() for cell in cells}
     lines = [f"On {part.origin}. {NUMBER} {LARGE}", ""]
-    lines += _tables(*grid(cells), words, _libraries(part))
+    columns = {EXPERTS: experts_words(cells), "library": _libraries(part)}
+    lines += _tables(*grid(cells), words, columns)
     if found := variants(part):
         rows = [
             [title, dtype, ", ".join(f"{cell.adapter} {cell.text()}" for cell in group)]
@@ -170,7 +199,7 @@ def _libraries(part: Verified) -> dict[str, str]:
         versions = cell.origin.get("versions") or {}
         own = [f"{n} {v}" for n, v in versions.items() if n not in common and v]
         found.setdefault(cell.backend, ", ".join(own))
-    return found if any(found.values()) else {}
+    return found
 
 
 def _legend(cells: Sequence[DeclaredCell]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .changes import ways_out
 from .workload import (
     CONTEXT,
     FRAGMENTATION,
@@ -16,7 +17,6 @@ from .workload import (
     halves,
     optimizer_bytes,
     usable,
-    ways_out,
 )
 
 __all__ = [

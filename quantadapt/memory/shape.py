@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from .experts import Experts, Latent
 
 _PLAIN_MLP = ("apertus", "arcee", "gpt_neox", "nanochat", "phi", "starcoder2")
 """Decoders whose MLP is two layers without a gate."""
@@ -21,9 +23,13 @@ SCALED_LOGITS = (
 """What configs call it that models change their logits in a way of their own."""
 
 
+_NORMED_HEADS = ("olmoe", "qwen3", "qwen3_moe")
+"""Models that norm queries and keys, and keep them as they were before."""
+
+
 @dataclass(frozen=True)
 class Shape:
-    """A decoder of equal layers.
+    """A decoder of equal layers; of a mixture of experts the layers that have experts.
 
     Attributes:
         hidden: size of the hidden states.
@@ -34,6 +40,9 @@ class Shape:
         tied: whether the head is the embedding.
         gated: whether the MLP has a gate, as SwiGLU does.
         scaled: whether logits are more than the head's output, so that they are made all at once.
+        normed_heads: whether queries and keys are normed.
+        experts: what is in the place of the MLP, if it is experts.
+        latent: of attention that keeps latent states; `queries` and `keys` are then all heads'.
     """
 
     hidden: int
@@ -45,66 +54,106 @@ class Shape:
     tied: bool
     gated: bool = True
     scaled: bool = False
+    normed_heads: bool = False
+    experts: Experts | None = None
+    latent: Latent | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape | None:
         """Read the contents of a config.json; None for architectures whose sizes mean something
-        else (experts, latent or linear attention, encoders, several modalities)."""
-        plain = config.get("model_type") in _PLAIN_MLP
+        else (experts of a kind of their own, linear attention, encoders, several modalities)."""
+        kind = config.get("model_type")
+        plain = kind in _PLAIN_MLP
         known = plain or "rms_norm_eps" in config
-        other = config.get("is_encoder_decoder") or any(
-            "expert" in key or key.startswith(("kv_lora_", "linear_")) for key in config
-        )
+        other = config.get("is_encoder_decoder") or any(k.startswith("linear_") for k in config)
         if not known or other or "text_config" in config or "vision_config" in config:
             return None
         try:
+            experts, latent = Experts.of(config), Latent.of(config)
             hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
             head = int(config.get("head_dim") or hidden // heads)
+            keys = int(config.get("num_key_value_heads") or heads) * head
             return cls(
                 hidden=hidden,
                 intermediate=int(config["intermediate_size"]),
                 layers=int(config["num_hidden_layers"]),
-                queries=heads * head,
-                keys=int(config.get("num_key_value_heads") or heads) * head,
+                queries=latent.queries if latent else heads * head,
+                keys=latent.queries if latent else keys,
                 vocab=int(config["vocab_size"]),
                 tied=bool(config.get("tie_word_embeddings", config["model_type"] in _TIED)),
                 gated=not plain,
                 scaled=any(config.get(name) is not None for name in SCALED_LOGITS),
+                normed_heads=kind in _NORMED_HEADS or bool(config.get("use_qk_norm")),
+                experts=experts,
+                latent=latent,
             )
         except (KeyError, TypeError, ValueError, ZeroDivisionError):
             return None
 
     @property
+    def plain_layers(self) -> int:
+        """How many layers of a mixture of experts have an MLP all the same; its first, mostly."""
+        return self.experts.plain_layers if self.experts else 0
+
+    @property
+    def of_plain_layers(self) -> Shape:
+        """The sizes of those layers."""
+        return replace(self, experts=None)
+
+    def stacked(self, name: str) -> int:
+        """Return how many experts' layers a layer of `linears` is."""
+        return (
+            self.experts.count if self.experts and name in self.experts.stacks(self.hidden) else 1
+        )
+
+    @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """The linear layers of one decoder layer, (in_features, out_features) under Llama's
-        names. Models that fuse some of them have as many weights."""
-        h, i = self.hidden, self.intermediate
-        named = {
-            "q_proj": (h, self.queries),
-            "k_proj": (h, self.keys),
-            "v_proj": (h, self.keys),
-            "o_proj": (self.queries, h),
-            "gate_proj": (h, i),
-            "up_proj": (h, i),
-            "down_proj": (i, h),
-        }
-        if not self.gated:
-            del named["gate_proj"]
-        return named
+        names, in the order of computation. Models that fuse some of them have as many weights. A
+        stack of experts is one tall layer: its outputs are those of all experts."""
+        named = self._attention
+        if self.experts is None:
+            return named | _mlp("", self.hidden, self.intermediate, self.gated)
+        if self.experts.shared:
+            named |= _mlp("shared_expert.", self.hidden, self.experts.shared)
+        return named | self.experts.stacks(self.hidden)
+
+    @property
+    def _attention(self) -> dict[str, tuple[int, int]]:
+        if self.latent:
+            return self.latent.linears(self.hidden)
+        h = self.hidden
+        sizes = {"q_proj": self.queries, "k_proj": self.keys, "v_proj": self.keys}
+        return {**{name: (h, size) for name, size in sizes.items()}, "o_proj": (self.queries, h)}
+
+    @property
+    def mlp(self) -> int:
+        """Size inside the MLP that all tokens go through: with experts, of the shared ones."""
+        return self.experts.shared if self.experts else self.intermediate
 
     def kept(self, fused_kernels: bool, half: bool) -> int:
         """Return how many numbers per token one layer keeps for its backward: the inputs of both
         norms and of all linear layers, queries, keys and values, and what is inside the MLP.
+        Not what experts keep.
 
         Args:
             fused_kernels: whether norms, rotary positions and gate are Liger's.
             half: whether it computes in 16 bits; norms without Liger then keep a float32 copy.
         """
-        h, i = self.hidden, self.intermediate
-        numbers = 4 * h + 2 * self.queries + 2 * self.keys + (3 if self.gated else 2) * i
+        h, i = self.hidden, self.mlp
+        attention = self.latent.kept if self.latent else 2 * self.queries + 2 * self.keys
+        numbers = 4 * h + attention + (3 if self.gated else 2) * i
+        if self.normed_heads:
+            numbers += self.queries + self.keys
         if not fused_kernels:
             numbers += (i if self.gated else 0) + (2 * h if half else 0)
         return numbers
+
+
+def _mlp(prefix: str, hidden: int, inside: int, gated: bool = True) -> dict[str, tuple[int, int]]:
+    gate = {f"{prefix}gate_proj": (hidden, inside)} if gated else {}
+    rest = {f"{prefix}up_proj": (hidden, inside), f"{prefix}down_proj": (inside, hidden)}
+    return gate | rest
 
 
 _TIED = ("gemma", "gemma2", "gemma3_text", "cohere", "cohere2")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
+from .experts import STACKS
 from .shape import Shape
 
 GIB = 2**30
@@ -19,8 +19,6 @@ FRAGMENTATION = 0.05
 """Share of a card that the allocator may lose between blocks."""
 HEAD_CHUNK = 2**27
 """Logits that are there at a time while the loss is computed, in bytes (see `model.head`)."""
-SHORTEST = 128
-"""Tokens per example below which nobody is advised to go."""
 WORKSPACE = 2**25
 """What cuBLAS allocates for itself, for each thread and stream that computes."""
 LENGTH_MULTIPLE = 64
@@ -30,8 +28,6 @@ OOM_FIX = (
     "lower data.max_length, use a backend with fewer bits or a paged optimizer"
     " (train.optim: paged_adamw_8bit), or a larger card"
 )
-_Change = tuple[str, dict[str, Any]]
-"""In words, and as fields of a Workload."""
 _ONE_STATE = ("lion", "sgd", "rmsprop", "adagrad", "adafactor")
 
 
@@ -114,13 +110,30 @@ class Workload:
     @property
     def quantized_bytes(self) -> int:
         """The linear layers of the decoder; of those that are quantized, one GPU's share."""
-        whole = sum(self._linear_bytes(name) for name in self.dense)
-        return self.shape.layers * (whole + self.block_bytes // self.shards)
+        return sum(
+            count * (work._whole + work._shared // self.shards) for count, work in self.kinds
+        )
+
+    @property
+    def kinds(self) -> list[tuple[int, Workload]]:
+        """How many decoder layers are of one kind, and the workload whose shape is theirs: in a
+        mixture of experts the first ones may have none. This workload is the last."""
+        plain = self.shape.plain_layers
+        of_plain = [(plain, replace(self, shape=self.shape.of_plain_layers))] if plain else []
+        return [*of_plain, (self.shape.layers - plain, self)]
 
     @property
     def block_bytes(self) -> int:
-        """The quantized layers of one decoder layer, whole."""
+        """The quantized layers of one decoder layer, whole; of the largest one."""
+        return max(work._shared for _, work in self.kinds)
+
+    @property
+    def _shared(self) -> int:
         return sum(self._linear_bytes(n) for n in self.shape.linears if n not in self.dense)
+
+    @property
+    def _whole(self) -> int:
+        return sum(self._linear_bytes(n) for n in self.shape.linears if n in self.dense)
 
     def _linear_bytes(self, name: str) -> int:
         inputs, outputs = self.shape.linears[name]
@@ -133,22 +146,33 @@ class Workload:
 
     @property
     def dense_bytes(self) -> int:
-        """Embedding, head and norms. A head that is the embedding is not shared with other GPUs."""
+        """Embedding, head, norms and routers. A head that is the embedding is not shared with other
+        GPUs."""
         shape = self.shape
         tables = self.table_bytes if shape.tied else 2 * self.table_bytes // self.shards
-        return tables + (2 * shape.layers + 1) * shape.hidden * self.dtype_bytes
+        experts = shape.experts.count if shape.experts else 0
+        rows = 2 * shape.layers + 1 + (shape.layers - shape.plain_layers) * experts
+        return tables + rows * shape.hidden * self.dtype_bytes
 
     @property
     def unquantized_bytes(self) -> int:
         """The whole base in the compute dtype."""
-        weights = sum(i * o for i, o in self.shape.linears.values()) * self.shape.layers
+        sizes = [(count, work.shape.linears.values()) for count, work in self.kinds]
+        weights = sum(count * sum(i * o for i, o in layers) for count, layers in sizes)
         return weights * self.dtype_bytes + replace(self, shards=1).dense_bytes
 
     @property
     def trained(self) -> int:
         """How many weights are trained."""
-        sizes = (self.shape.linears[name] for name in self.targets)
-        return self.shape.layers * sum((i + o) * max(self.rank, 1) for i, o in sizes)
+        return sum(count * work._adapted for count, work in self.kinds)
+
+    @property
+    def _adapted(self) -> int:
+        """How many weights of one decoder layer are trained."""
+        shape = self.shape
+        sizes = {name: shape.linears[name] for name in self.targets if name in shape.linears}
+        both = (i * shape.stacked(name) + o for name, (i, o) in sizes.items())
+        return sum(both) * max(self.rank, 1)
 
     @property
     def adapter_bytes(self) -> int:
@@ -156,18 +180,33 @@ class Workload:
         kept = between_passes(self.trained, self.optim, accumulates=self.accumulates)
         return self.trained * (4 + 4) + kept
 
+    @property
+    def _fused_experts(self) -> bool:
+        """Whether experts are one function to autograd: quantized, and adapted by plain LoRA."""
+        quantized = self.shape.experts is not None and not set(STACKS) <= set(self.dense)
+        plain = self.fused_adapter and not self.dora
+        return quantized and (plain or not set(STACKS) & set(self.targets))
+
     # --- what comes and goes -----------------------------------------------------------------
 
     def kept_bytes(self, tokens: int) -> int:
         """What one layer that is not recomputed keeps until its backward."""
         shape, half = self.shape, self.dtype_bytes == 2
         numbers: float = shape.kept(self.fused_kernels, half)
-        inputs = sum(shape.linears[name][0] for name in self.targets)
+        layers = [name for name in self.targets if name in shape.linears and name not in STACKS]
+        inputs = sum(shape.linears[name][0] for name in layers)
         if self.dropout:  # each adapter sees its own, and keeps a mask
             numbers += inputs * (1 + 1 / self.dtype_bytes)
         if not self.fused_adapter and half:  # PEFT keeps a float32 copy of each input
             numbers += 2 * inputs
-        return int(numbers * tokens * self.dtype_bytes)
+        return int(numbers * tokens * self.dtype_bytes) + self._kept_by_experts(tokens)
+
+    def _kept_by_experts(self, tokens: int) -> int:
+        experts = self.shape.experts
+        if experts is None:
+            return 0
+        seen = 0 if self._fused_experts else experts.seen_numbers(tokens, self.shape.hidden)
+        return experts.kept_bytes(tokens) + seen * self.dtype_bytes
 
     def input_bytes(self, tokens: int) -> int:
         """The input of a layer."""
@@ -177,22 +216,32 @@ class Workload:
         """What a layer's backward works with: gradients and a dequantized weight."""
         shape = self.shape
         inside = (0 if self.fused_kernels else 2) + (0 if self.fused_adapter else 1)
-        gradients = shape.hidden + shape.intermediate * inside
+        gradients = shape.hidden + shape.mlp * inside
         if self.dora:  # the base's output, and then the gradient that is multiplied with the weight
-            gradients += shape.intermediate
-        weight = max(i * o for i, o in shape.linears.values())
-        return (tokens * gradients + weight) * self.dtype_bytes
+            gradients += shape.mlp
+        numbers = tokens * gradients + self._largest_weight
+        if shape.experts:  # the gradients of their output and of their input
+            inside = shape.experts.backward_numbers(tokens, shape.hidden)
+            numbers = max(numbers, tokens * 2 * shape.hidden + inside)
+        return numbers * self.dtype_bytes
+
+    @property
+    def _largest_weight(self) -> int:
+        """Of the layers beside stacks of experts."""
+        return max(i * o for name, (i, o) in self.shape.linears.items() if name not in STACKS)
 
     def recompute_bytes(self, tokens: int) -> int:
         """The weights that a recomputation keeps for the backward that follows: those that are
         smaller than their input. The last matrix product is not computed again."""
-        *others, _ = self.shape.linears.values()
-        return sum(i * o for i, o in others if o < tokens) * self.dtype_bytes
+        *others, _ = self.shape.linears.items()
+        kept = (i * o for name, (i, o) in others if o < tokens and name not in STACKS)
+        return sum(kept) * self.dtype_bytes
 
     def product_bytes(self, tokens: int) -> int:
         """The outputs of the base that a recomputation keeps, too, for DoRA's backward."""
         *others, _ = self.shape.linears.items()
-        outputs = sum(size[1] for name, size in others if name in self.targets)
+        layers = [(name, size) for name, size in others if name not in STACKS]
+        outputs = sum(size[1] for name, size in layers if name in self.targets)
         return outputs * tokens * self.dtype_bytes if self.dora else 0
 
     def loss_bytes(self, tokens: int) -> int:
@@ -206,11 +255,14 @@ class Workload:
         """What evaluating so many examples at a time needs beside the model: inside a layer, or
         for the logits, of which a chunk is there at a time unless the model scales them."""
         shape, tokens = self.shape, examples * self.length
-        inside = tokens * (2 * shape.hidden + (3 if shape.gated else 2) * shape.intermediate)
-        weight = max(i * o for i, o in shape.linears.values())
+        inside = tokens * (2 * shape.hidden + (3 if shape.gated else 2) * shape.mlp)
+        inside += self._largest_weight
+        if shape.experts:
+            in_experts = shape.experts.forward_numbers(tokens, shape.hidden)
+            inside = max(inside, tokens * 2 * shape.hidden + in_experts)
         logits = tokens * shape.vocab * self.dtype_bytes
         logits = 2 * logits if shape.scaled else min(logits, HEAD_CHUNK)
-        in_layer = (inside + weight) * self.dtype_bytes + 2 * self._gathered_block
+        in_layer = inside * self.dtype_bytes + 2 * self._gathered_block
         at_head = logits + 2 * self.input_bytes(tokens) + self._gathered_table
         return max(in_layer, at_head)
 
@@ -233,25 +285,28 @@ class Workload:
         """Yield inputs of recomputed layers, activations and working memory when they may peak."""
         length = -(-self.length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         tokens = setting.micro_batch * self.sequences * length
-        count, layers = setting.recomputed_layers, self.shape.layers
-        kept, single = self.kept_bytes(tokens), self.input_bytes(tokens)
+        count, single = setting.recomputed_layers, self.input_bytes(tokens)
+        kinds = [work for layers, work in self.kinds for _ in range(layers)]
+        kept = sum(work.kept_bytes(tokens) for work in kinds[count:])
         # One that is fetched from CPU memory, and the next, which is under way.
         inputs = single * (min(count, 2) if setting.offload else count)
         block, table = self._gathered_block, self._gathered_table
-        plain = self.backward_bytes(tokens)
-        work = max(plain + block, 2 * block) + (block if self.prefetches else 0)
+        ahead = block if self.prefetches else 0
+        work = max(self.backward_bytes(tokens) + block, 2 * block) + ahead
         # Before the first backward of a step there are no gradients.
         several = self.accumulates or setting.micro_batch < self.batch
         before = 0 if several else 4 * self.trained
         # The loss, and the last layer's backward.
         loss = self.loss_bytes(tokens) + table - before
-        yield inputs, (layers - count) * kept, max(loss, work)
+        yield inputs, kept, max(loss, work)
         if count:
             # The first layer that is recomputed, when what the others kept is gone. Where inputs go
             # to CPU memory, little is to be kept.
+            layer = kinds[count - 1]
+            work = max(layer.backward_bytes(tokens) + block, 2 * block) + ahead
             if not setting.offload:
-                work += self.recompute_bytes(tokens) + self.product_bytes(tokens)
-            yield inputs, kept - single, work
+                work += layer.recompute_bytes(tokens) + layer.product_bytes(tokens)
+            yield inputs, layer.kept_bytes(tokens) - single, work
 
     @property
     def _recorded(self) -> bool:
@@ -339,44 +394,3 @@ def usable(card: float, *, context: int = CONTEXT, limit: int | None = None) -> 
 def card_for(needed: int) -> float:
     """Return the bytes of the smallest card on which `needed` bytes can be allocated."""
     return (needed + CONTEXT) / (1 - FRAGMENTATION)
-
-
-def ways_out(work: Workload, budget: int) -> list[str]:
-    """Return changes of the spec, each of which makes `work` fit into `budget` bytes; where none
-    does, what does so together, or nothing if that is not enough either."""
-    alone = [
-        next((words for words, change in kind if replace(work, **change).fit(budget)), None)
-        for kind in _changes(work)
-    ]
-    if any(alone):
-        return [words for words in alone if words]
-    together: list[str] = []
-    for kind in _changes(work):
-        words, change = kind[-1]
-        work = replace(work, **change)
-        together.append(words)
-        if work.fit(budget):
-            return [" and ".join(together)]
-    return []
-
-
-def _shared_by(count: int) -> Iterator[_Change]:
-    words = f"train.parallel: fsdp on {count} GPUs"
-    yield words, {"shards": count}
-    yield f"{words} with train.memory: min", {"shards": count, "prefetches": False}
-
-
-def _changes(work: Workload) -> list[list[_Change]]:
-    """Return kinds of changes, each from the mildest to the strongest."""
-    lengths = [work.length >> shift for shift in range(1, work.length.bit_length())]
-    kinds: list[list[_Change]] = [
-        [(f"data.max_length: {n}", {"length": n}) for n in lengths if n >= SHORTEST]
-    ]
-    if max(work.bits.values()) > 6:
-        change = {"bits": dict.fromkeys(work.bits, 4.5)}
-        kinds.append([("a backend with 4 bits per weight", change)])
-    if optimizer_bytes(work.optim):
-        kinds.append([("train.optim: paged_adamw_8bit", {"optim": "paged_adamw_8bit"})])
-    if work.shards == 1 and work.shardable:
-        kinds.append([change for n in (2, 4, 8) for change in _shared_by(n)])
-    return [kind for kind in kinds if kind]

@@ -6,14 +6,16 @@ As pure as the plan: reads the model's config alone, imports neither torch nor a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import Problem
 from ..memory import rules
+from ..memory.changes import ways_out
+from ..memory.experts import STACKS
 from ..memory.shape import Shape
-from ..memory.workload import CONTEXT, GIB, Setting, Workload, card_for, usable, ways_out
+from ..memory.workload import CONTEXT, GIB, Setting, Workload, card_for, usable
 from ..protocols import Quantizer, Task
 from ..records import Adapter
 from ..spec import Spec
@@ -265,7 +267,7 @@ def memory_plan(
     work = Workload(
         shape=shape,
         bits=bits,
-        targets=_targets(shape, options.get("target_modules")),
+        targets=_targets(shape, options, experts=adapter.experts),
         rank=int(options.get("init_r") or options.get("r") or 0),
         optim=train.optim,
         dtype_bytes=_bytes(dtype),
@@ -299,11 +301,19 @@ def _is_unfused(options: Mapping[str, Any]) -> bool:
 def _dense(spec: Spec, quantizer: Quantizer, shape: Shape) -> tuple[str, ...]:
     """Return the names of the linear layers that are not quantized."""
     skipped = {skip.rpartition(".")[2] for skip in spec.skip_modules or ()}
+    left = () if quantizer.quantizes_experts else STACKS
     return tuple(
         name
-        for name, size in shape.linears.items()
-        if name in skipped or (spec.skip_misfits and quantizer.misfit(*size))
+        for name, size in _linears(shape).items()
+        if skipped & set(name.split("."))
+        or name in left
+        or (spec.skip_misfits and quantizer.misfit(*size))
     )
+
+
+def _linears(shape: Shape) -> dict[str, tuple[int, int]]:
+    """Return the sizes of the linear layers of all kinds of decoder layers."""
+    return shape.of_plain_layers.linears | shape.linears if shape.plain_layers else shape.linears
 
 
 def _bits(
@@ -311,7 +321,7 @@ def _bits(
 ) -> dict[str, float] | None:
     """Return the bits per weight of each linear layer; None where the backend does not tell."""
     found: dict[str, float] = {}
-    for name, size in shape.linears.items():
+    for name, size in _linears(shape).items():
         if name in dense:
             found[name] = 8.0 * _bytes(dtype)
             continue
@@ -322,18 +332,30 @@ def _bits(
     return found
 
 
-def _targets(shape: Shape, wanted: Any) -> tuple[str, ...]:
-    """Return the linear layers that `target_modules` names; all of them where the names are those
-    of another architecture."""
-    names = tuple(shape.linears)
+def _targets(shape: Shape, options: Mapping[str, Any], *, experts: bool) -> tuple[str, ...]:
+    """Return the linear layers that the adapter's options name; all of them where the names are
+    those of another architecture. Without `experts` the adapter goes onto none of those."""
+    wanted, parameters = options.get("target_modules"), options.get("target_parameters") or ()
+    names = tuple(name for name in _linears(shape) if experts or name not in STACKS)
+    named = {name for name in names if name in STACKS and _ends_in(name, parameters)}
     if isinstance(wanted, str) and wanted != "all-linear":
-        found = tuple(n for n in names if re.fullmatch(wanted, f"model.layers.0.{_parent(n)}.{n}"))
+        pattern = re.compile(wanted)
+        found = tuple(n for n in names if pattern.fullmatch(f"model.layers.0.{_parent(n)}.{n}"))
     elif wanted and wanted != "all-linear":
+        layers = [name for name in names if name not in STACKS]
         endings = {str(name).rpartition(".")[2] for name in wanted}
-        found = tuple(name for name in names if name in endings)
+        of_layers = {name for name in layers if _ends_in(name, endings)}
+        # A name that layers and experts share stands for the layers.
+        rest = endings - {name.rpartition(".")[2] for name in of_layers}
+        of_stacks = {n for n in names if n in STACKS and rest & set(n.split("."))}
+        found = tuple(name for name in names if name in of_layers | of_stacks | named)
     else:
         found = names
     return found or names
+
+
+def _ends_in(name: str, endings: Iterable[str]) -> bool:
+    return name.rpartition(".")[2] in {str(ending).rpartition(".")[2] for ending in endings}
 
 
 def _parent(name: str) -> str:

@@ -153,7 +153,6 @@ def data_start_problems(options: Mapping[str, Any]) -> list[Problem]:
 _NOT_ON_EXPERTS = {
     "lora_dropout": "has no dropout on stacks of experts",
     "lora_bias": "has no bias on stacks of experts",
-    "use_dora": "has no DoRA on stacks of experts",
     "velora_config": "has no VeLoRA on stacks of experts",
     "kasa_config": "has no KaSA on stacks of experts",
 }

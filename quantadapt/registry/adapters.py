@@ -57,6 +57,7 @@ ADAPTERS = (
         "LORA",
         {"r": 16, "lora_alpha": 32, "use_dora": True},
         rules=LORA_RULES,
+        experts=True,
     ),
     Adapter(
         "rslora",

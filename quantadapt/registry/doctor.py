@@ -87,6 +87,7 @@ class BackendHealth:
             "claimed twice".
         problem: why, where it is not ready.
         fix: what to do about it.
+        experts: whether it quantizes stacks of experts, too.
     """
 
     name: str
@@ -94,6 +95,7 @@ class BackendHealth:
     libraries: tuple[Library, ...] = ()
     problem: str = ""
     fix: str = ""
+    experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ def _not_imported(found: Registry) -> Iterator[BackendHealth]:
     """Yield what is known of each backend without importing its libraries."""
     yield from _clashes(found)
     for backend in found.backends():
-        yield _installed(backend) or BackendHealth(backend.name, "not checked", _libraries(backend))
+        yield _installed(backend) or _health(backend, "not checked")
 
 
 def _imported(
@@ -281,15 +283,19 @@ def _installed(backend: Backend) -> BackendHealth | None:
         reason = ", ".join(
             f"{lib.name}{lib.wanted} wanted, {lib.found or 'none'} found" for lib in wrong
         )
-        return BackendHealth(backend.name, state, libraries, reason, wrong[0].fix)
-    return None if backend.imports else BackendHealth(backend.name, "ready", libraries)
+        return _health(backend, state, reason, wrong[0].fix)
+    return None if backend.imports else _health(backend, "ready")
+
+
+def _health(backend: Backend, state: str, problem: str = "", fix: str = "") -> BackendHealth:
+    libraries, experts = _libraries(backend), backend.experts
+    return BackendHealth(backend.name, state, libraries, problem, fix, experts)
 
 
 def _tried(backend: Backend, problem: str, timeout: float) -> BackendHealth:
-    libraries = _libraries(backend)
     if not problem:
-        return BackendHealth(backend.name, "ready", libraries)
+        return _health(backend, "ready")
     fix = f"pip install --force-reinstall '{backend.extra or backend.imports[0]}'"
     if problem.startswith("no end"):  # a machine that is busy does not get faster by installing
         fix = f"wait longer, with --timeout {2 * timeout:g}; if that does not help, {fix}"
-    return BackendHealth(backend.name, "broken", libraries, problem, fix)
+    return _health(backend, "broken", problem, fix)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from .adapter_suite import AdapterSuite
+from .experts_suite import ExpertsSuite
 from .refusal_suite import RefusalSuite
 from .target_suite import TargetSuite
 
 
-class BackendSuite(TargetSuite, AdapterSuite, RefusalSuite):
+class BackendSuite(TargetSuite, ExpertsSuite, AdapterSuite, RefusalSuite):
     """Everything: subclass it, name the backend."""

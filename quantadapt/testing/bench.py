@@ -23,6 +23,7 @@ from ..registry.discovery import registry
 from ..spec import Spec
 from .short_training import Trained, train
 from .small_demo import biased, calibration_examples, demo_tokens, small_model
+from .small_experts import small_experts
 from .tolerances import Tolerance, tolerance
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Bench:
     def __init__(self, suite: type[Suite]) -> None:
         self.suite = suite
         self.figures: dict[str, dict[str, float]] = {}
+        self._experts: dict[tuple[str, bool], nn.Module] = {}
         self._trained: dict[str, Trained | Exception] = {}
         self._tracebacks: dict[str, TracebackType | None] = {}
 
@@ -129,6 +131,7 @@ class Bench:
         if "_scratch" in vars(self):
             self._scratch.cleanup()
         self._trained.clear()
+        self._experts.clear()
         for name in ("base", "biased", "dense", "_scratch"):
             vars(self).pop(name, None)
 
@@ -173,6 +176,19 @@ class Bench:
         model = self.quantize(plan(self.spec(model=self.source, skip_modules=skip)), biased(self))
         state_of(model).tokenizer = state_of(self.base).tokenizer
         return model
+
+    def experts(self, kind: str) -> nn.Module:
+        """The small mixture of experts of that kind, quantized; not to be changed."""
+        if (kind, True) not in self._experts:
+            made = plan(self.spec(model=self.source))
+            self._experts[kind, True] = self.quantize(made, copy.deepcopy(self.dense_experts(kind)))
+        return self._experts[kind, True]
+
+    def dense_experts(self, kind: str) -> nn.Module:
+        """The same, unquantized."""
+        if (kind, False) not in self._experts:
+            self._experts[kind, False] = small_experts(self, kind)
+        return self._experts[kind, False]
 
     @property
     def skipped(self) -> str:

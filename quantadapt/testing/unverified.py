@@ -9,11 +9,13 @@ from ..machine import this_machine
 from ..registry.discovery import registry
 from .adapter_suite import AdapterSuite
 from .bench import Bench
+from .experts_suite import ExpertsSuite
 from .refusal_suite import KINDS, RefusalSuite
 from .target_suite import TargetSuite
 
 PARTS = {
     TargetSuite: "the layers without an adapter",
+    ExpertsSuite: "mixtures of experts",
     AdapterSuite: "training, saving and merging adapters",
     RefusalSuite: "the refusals",
 }

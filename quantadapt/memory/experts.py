@@ -1,0 +1,168 @@
+"""The sizes of experts and of latent attention, as a config.json tells them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+STACKS = ("experts.gate_up_proj", "experts.down_proj")
+"""What the two stacks of a block are called here, whatever the model calls them."""
+_FAMILIES = (
+    *("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "granitemoeshared"),
+    *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
+)
+"""Mixtures of experts whose sizes mean what is said here."""
+_ROUTING = 18
+"""Bytes that a row keeps of its routing: its token, its place and its expert."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts in the place of an MLP, each of which has a gate.
+
+    Attributes:
+        count: how many there are in a layer.
+        chosen: how many a token goes through.
+        inside: size inside one of them.
+        shared: size inside the experts that all tokens go through; 0 if there are none.
+        plain_layers: how many layers have an MLP instead.
+    """
+
+    count: int
+    chosen: int
+    inside: int
+    shared: int = 0
+    plain_layers: int = 0
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Experts | None:
+        """Read the contents of a config.json; None where it speaks of no experts. Raises KeyError
+        where it does, and they are none that are known here."""
+        if not any("expert" in key for key in config):
+            return None
+        if config["model_type"] not in _FAMILIES:
+            raise KeyError("experts")
+        names = ("num_experts", "num_local_experts", "n_routed_experts")
+        inside = int(config.get("moe_intermediate_size") or config["intermediate_size"])
+        shared = (
+            config.get("shared_expert_intermediate_size")
+            or config.get("shared_intermediate_size")
+            or inside * (config.get("n_shared_experts") or 0)
+        )
+        return cls(
+            count=next(int(config[name]) for name in names if config.get(name)),
+            chosen=int(config["num_experts_per_tok"]),
+            inside=inside,
+            shared=int(shared),
+            plain_layers=_plain_layers(config),
+        )
+
+    def stacks(self, hidden: int) -> dict[str, tuple[int, int]]:
+        """Return the tall layers, (in_features, out_features)."""
+        first, second = STACKS
+        return {
+            first: (hidden, self.count * 2 * self.inside),
+            second: (self.inside, self.count * hidden),
+        }
+
+    def kept_bytes(self, tokens: int) -> int:
+        """Return what the router and the experts of a layer keep beside their input, which the
+        norm before them keeps: probabilities in float32, and where the rows of each token are."""
+        return tokens * (4 * self.count + (12 + _ROUTING) * self.chosen)
+
+    def seen_numbers(self, tokens: int, hidden: int) -> int:
+        """Return how many numbers experts keep whose products autograd sees one by one: rows, what
+        is inside, and both weights."""
+        rows = tokens * self.chosen * (2 * hidden + 4 * self.inside)
+        return rows + self._weights(hidden)[0] + self._weights(hidden)[1]
+
+    def _weights(self, hidden: int) -> tuple[int, int]:
+        first, second = (i * o for i, o in self.stacks(hidden).values())
+        return first, second
+
+    def forward_numbers(self, tokens: int, hidden: int) -> int:
+        """Return how many numbers the forward pass works with: rows and one dequantized stack."""
+        rows, (first, second) = tokens * self.chosen, self._weights(hidden)
+        return max(
+            rows * (hidden + 2 * self.inside) + first,
+            rows * (hidden + self.inside) + second,
+        )
+
+    def backward_numbers(self, tokens: int, hidden: int) -> int:
+        """Return how many numbers the backward pass works with, likewise: in the product that is
+        made again, in the gradient of what is inside, or in that of the input."""
+        rows, (first, second) = tokens * self.chosen, self._weights(hidden)
+        return max(
+            rows * (hidden + 2 * self.inside) + first,
+            rows * (2 * hidden + 3 * self.inside) + second,
+        )
+
+
+def _plain_layers(config: Mapping[str, Any]) -> int:
+    layers = int(config["num_hidden_layers"])
+    if kinds := config.get("mlp_layer_types"):
+        return sum(kind == "dense" for kind in kinds)
+    if (first := config.get("first_k_dense_replace")) is not None:
+        return min(int(first), layers)
+    plain = set(config.get("mlp_only_layers") or ())
+    step = int(config.get("decoder_sparse_step") or 1)
+    return sum(layer in plain or (layer + 1) % step != 0 for layer in range(layers))
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Attention whose keys and values come from a latent state, as DeepSeek's.
+
+    Attributes:
+        query_rank, key_rank: sizes of the latent states; the first is 0 where queries have none.
+        rope: size of the part of keys that knows positions, which all heads share.
+        queries, values: size of all heads' queries, as of their keys, and of all heads' values.
+        heads: how many.
+    """
+
+    query_rank: int
+    key_rank: int
+    rope: int
+    queries: int
+    values: int
+    heads: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Latent | None:
+        """Read the contents of a config.json; None for any other attention."""
+        if not config.get("kv_lora_rank"):
+            return None
+        if not str(config["model_type"]).startswith("deepseek_v"):
+            raise KeyError("kv_lora_rank")
+        heads, rope = int(config["num_attention_heads"]), int(config["qk_rope_head_dim"])
+        return cls(
+            query_rank=int(config.get("q_lora_rank") or 0),
+            key_rank=int(config["kv_lora_rank"]),
+            rope=rope,
+            queries=heads * (int(config["qk_nope_head_dim"]) + rope),
+            values=heads * int(config["v_head_dim"]),
+            heads=heads,
+        )
+
+    def linears(self, hidden: int) -> dict[str, tuple[int, int]]:
+        """Return the linear layers, (in_features, out_features)."""
+        made = self.queries - self.heads * self.rope + self.values
+        queries = {"q_proj": (hidden, self.queries)}
+        if self.query_rank:
+            first, second = (hidden, self.query_rank), (self.query_rank, self.queries)
+            queries = {"q_a_proj": first, "q_b_proj": second}
+        return queries | {
+            "kv_a_proj_with_mqa": (hidden, self.key_rank + self.rope),
+            "kv_b_proj": (self.key_rank, made),
+            "o_proj": (self.values, hidden),
+        }
+
+    @property
+    def kept(self) -> int:
+        """How many numbers per token attention keeps: both latent states before and after their
+        norms, queries and keys with their positions, values (which are a part of what is made of
+        the latent state), and what attention returns."""
+        states = 2 * (self.query_rank + self.key_rank)
+        made = self.queries - self.heads * self.rope + self.values
+        return states + 2 * self.queries + made + self.values

@@ -1,0 +1,201 @@
+"""Predicted memory of mixtures of experts: against real models, and against what was measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from quantadapt import demo
+from quantadapt.machine import Machine
+from quantadapt.memory import GIB, WORKSPACE, Setting, Workload, usable
+from quantadapt.memory.experts import STACKS
+from quantadapt.memory.shape import Shape
+from quantadapt.planning import plan
+from quantadapt.spec import Spec
+
+NF4 = 4.127
+QWEN3_30B = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "rms_norm_eps": 1e-6,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+}
+DENSE_FIRST = {"num_hidden_layers": 4, "first_k_dense_replace": 1}
+SHARED = {"shared_expert_intermediate_size": 5632, "decoder_sparse_step": 2}
+FAMILIES = {
+    "Qwen3MoeConfig": {"num_hidden_layers": 2, "head_dim": 128},
+    "Qwen2MoeConfig": {"num_hidden_layers": 4, **SHARED},
+    "MixtralConfig": {"num_hidden_layers": 2},
+    "OlmoeConfig": {"num_hidden_layers": 2},
+    "GptOssConfig": {"num_hidden_layers": 2, "num_local_experts": 32},
+    "DeepseekV3Config": DENSE_FIRST,
+    "DeepseekV2Config": DENSE_FIRST | {"q_lora_rank": None, "num_experts_per_tok": 6},
+    "GraniteMoeConfig": {"num_hidden_layers": 2, "num_local_experts": 8},
+    "Glm4MoeConfig": DENSE_FIRST | {"head_dim": 128},
+}
+"""Real sizes and few layers."""
+TOKENS = 4 * 2048
+ROWS = 8 * TOKENS
+
+
+def work(layers: int = 12, **options) -> Workload:
+    """What benchmarks/experts.py trains: LoRA of rank 16 on attention and experts, Liger."""
+    shape = Shape.of(QWEN3_30B | {"num_hidden_layers": layers})
+    bits = dict.fromkeys(shape.linears, NF4)
+    sizes = {"dtype_bytes": 2, "batch": 4, "length": 2048}
+    return Workload(shape, bits, tuple(shape.linears), 16, "adamw_torch", **(sizes | options))
+
+
+# --- against measurements (one H200, bnb-nf4, Liger's kernels, 12 layers) -------------------------
+
+
+def test_the_peak_is_that_which_was_measured() -> None:
+    assert work().peak(Setting(12, False, 4)) / GIB == pytest.approx(9.01, rel=0.05)
+
+
+def test_a_loaded_model_is_as_large_as_was_measured() -> None:
+    made = work()
+    assert made.trained == 160_628_736
+    loaded = made.quantized_bytes + made.dense_bytes + 4 * made.trained
+    assert loaded / GIB == pytest.approx(5.37, rel=0.01)
+
+
+# --- against the sizes of real models -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_those_of_the_real_model(family) -> None:
+    """All of them but biases and small norms; each layer by its sizes."""
+    config = getattr(transformers, family)(**FAMILIES[family])
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    shape = Shape.of(config.to_dict())
+    found = Workload(shape, {}, (), 0, "sgd", 4, 1, 1)
+    assert found.unquantized_bytes / 4 == pytest.approx(
+        sum(p.numel() for p in model.parameters()), rel=3e-4
+    )
+    known = shape.linears | (shape.of_plain_layers.linears if shape.plain_layers else {})
+    sizes = {(m.in_features, m.out_features) for m in model.modules() if type(m) is torch.nn.Linear}
+    routers_and_head = {(shape.hidden, n) for n in (1, shape.experts.count, shape.vocab)}
+    assert sizes - routers_and_head == {s for n, s in known.items() if n not in STACKS}
+    first, second = (known[name] for name in STACKS)
+    stacks = [p for n, p in model.named_parameters() if ".experts." in n and p.ndim == 3]
+    assert {p.numel() for p in stacks} == {first[0] * first[1], second[0] * second[1]}
+    assert len(stacks) == 2 * (shape.layers - shape.plain_layers)
+
+
+def test_lora_on_a_stack_is_one_on_each_expert() -> None:
+    stacks = replace(work(1), targets=STACKS)
+    assert stacks.trained == 128 * 16 * ((2048 + 2 * 768) + (768 + 2048))
+    assert replace(work(1), targets=("q_proj",)).trained == 16 * (2048 + 4096)
+
+
+# --- what a pass keeps and works with -------------------------------------------------------------
+
+
+def test_experts_keep_their_input_alone_unless_autograd_sees_their_products() -> None:
+    parts = work(8).parts(Setting(0, False, 4))
+    attention = 4 * 2048 + 3 * (4096 + 512)  # with queries and keys before their norms
+    routing = 4 * 128 + 30 * 8
+    assert parts["activations"] == 8 * TOKENS * (2 * attention + routing)
+    more = work(8, dora=True).kept_bytes(TOKENS) - work(8).kept_bytes(TOKENS)
+    weights = 3 * 128 * 2048 * 768
+    assert more == 2 * (ROWS * (2 * 2048 + 4 * 768) + weights)
+    dense = work(8, dense=STACKS)
+    assert dense.kept_bytes(TOKENS) == work(8, dora=True).kept_bytes(TOKENS)
+
+
+def test_the_backward_of_experts_holds_one_dequantized_stack_and_their_rows() -> None:
+    hidden, first, second = TOKENS * 2 * 2048, 2 * 128 * 2048 * 768, 128 * 2048 * 768
+    again, inside = ROWS * (2048 + 2 * 768) + first, ROWS * (2 * 2048 + 3 * 768) + second
+    assert work().backward_bytes(TOKENS) == 2 * (hidden + max(again, inside))
+    few = 64
+    assert work().backward_bytes(few) == 2 * (few * (2 * 2048 + 8 * (2048 + 2 * 768)) + first)
+    offloaded = work().parts(Setting(11, True, 4))
+    assert offloaded["working"] == work().backward_bytes(TOKENS) + WORKSPACE
+
+
+def test_layers_without_experts_count_as_what_they_are() -> None:
+    config = QWEN3_30B | {"num_hidden_layers": 6, "mlp_only_layers": [0, 1]}
+    shape = Shape.of(config)
+    assert shape.plain_layers == 2
+    names = shape.linears | shape.of_plain_layers.linears
+    mixed = Workload(shape, dict.fromkeys(names, 16.0), tuple(names), 16, "sgd", 2, 1, 64)
+    sparse, plain = (
+        2 * sum(i * o for i, o in s.linears.values()) for s in (shape, shape.of_plain_layers)
+    )
+    assert mixed.quantized_bytes == 4 * sparse + 2 * plain
+    assert mixed.block_bytes == sparse
+    assert mixed.parts(Setting(5, False, 1))["activations"] > 0
+
+
+# --- in the plan ----------------------------------------------------------------------------------
+
+
+def planned(tmp_path, config=QWEN3_30B, gib=24.0, backend="bnb-nf4", **adapter):
+    folder = tmp_path / "model"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    spec = Spec(
+        model=str(folder),
+        backend=backend,
+        adapter={"name": "lora", "r": 16, **adapter},
+        data={"path": str(demo.TRAIN_FILE), "max_length": 2048},
+        train={"per_device_train_batch_size": 1},
+        evaluate={"unquantized": False},
+        output=str(tmp_path / "run"),
+    )
+    card = Machine(cuda=((9, 0),), memory=(int(gib * GIB),))
+    return plan(spec, machine=card, weights=False).memory.work
+
+
+def test_what_the_adapter_names_decides_what_is_trained(tmp_path) -> None:
+    attention = 48 * 16 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    stacks = 48 * replace(work(1), targets=STACKS).trained
+
+    def trained(gib=80.0, **options):
+        return planned(tmp_path, gib=gib, **options).trained
+
+    assert trained() == attention + stacks
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert trained(target_modules=names) == attention
+    assert trained(target_modules=[*names, "experts"]) == attention + stacks
+    assert trained(target_parameters=["experts.gate_up_proj"], target_modules=names) > attention
+    assert trained(target_modules=r".*self_attn\.[qkvo]_proj") == attention
+    assert trained(target_modules=r".*\.experts\.(gate_up|down)_proj") == stacks
+
+
+def test_a_backend_that_leaves_experts_dense_needs_their_memory(tmp_path) -> None:
+    dense = planned(tmp_path, gib=141, backend="none")
+    assert dense.quantized_bytes == pytest.approx(2 * 48 * 623e6, rel=0.01)
+    quantized = planned(tmp_path, gib=141)
+    assert quantized.dense == ()
+    assert quantized.quantized_bytes == pytest.approx(48 * 623e6 * NF4 / 8, rel=0.01)
+
+
+def test_a_card_of_24_gib_is_answered_for(tmp_path) -> None:
+    made = planned(tmp_path, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    setting = made.fit(usable(24 * GIB))
+    assert setting is not None
+    assert 16 < made.peak(setting) / GIB < 22
+
+
+def test_experts_of_a_kind_that_is_not_known_are_not_read() -> None:
+    assert Shape.of(QWEN3_30B | {"model_type": "other_moe"}) is None
+    assert Shape.of({k: v for k, v in QWEN3_30B.items() if k != "num_experts_per_tok"}) is None
