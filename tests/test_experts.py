@@ -225,7 +225,7 @@ def test_target_modules_may_name_experts_or_leave_them_out() -> None:
     assert one == {name for name in everything if name.startswith("model.layers.1.")}
 
 
-@pytest.mark.parametrize("adapter", ["vera", "ia3", "adalora", "pissa", "dora"])
+@pytest.mark.parametrize("adapter", ["vera", "ia3", "adalora", "pissa"])
 def test_what_does_not_go_onto_experts_is_refused_with_the_way_out(adapter: str) -> None:
     model = quantized("qwen3-moe")
     names = ["k_proj", "o_proj", "q_proj", "v_proj"]

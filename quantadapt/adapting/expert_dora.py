@@ -75,7 +75,8 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
 
     def _weight(self) -> Tensor:
         """Return the parameter, dequantized, without its graph."""
-        return self.get_param().detach() + 0
+        weight: Tensor = self.get_param().detach() + 0
+        return weight
 
     def get_delta_weight(self, adapter_name: str, *args: Any, **options: Any) -> Tensor:
         """Return what the adapter adds to the parameter: with DoRA, (c - 1) W + c s B A."""
