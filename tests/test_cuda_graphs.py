@@ -101,22 +101,32 @@ def test_gradients_of_replays_are_kept_without_a_copy_and_added_up() -> None:
     weights = [torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True)]
     recorded.weights, recorded.gradients = weights, [torch.zeros(2), torch.zeros(3)]
 
-    class Replayed:
+    class Forward:
+        def replay(self) -> None:  # what it makes may lie over the gradients of the pass before
+            for gradient in recorded.gradients:
+                gradient.fill_(float("nan"))
+
+    class Backward:
         def replay(self) -> None:
             for i, gradient in enumerate(recorded.gradients, 1):
                 gradient.fill_(i)
 
-    recorded.backward = Replayed()
-    recorded.replay_backward()
+    def replay() -> None:
+        recorded.replay_forward(torch.zeros(1, 1, dtype=torch.int64))
+        recorded.replay_backward()
+
+    recorded.forward, recorded.backward = Forward(), Backward()
+    recorded.ids, recorded.hidden = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1)
+    replay()
     assert all(w.grad is g for w, g in zip(weights, recorded.gradients, strict=True))
     for weight in weights:
         weight.grad.mul_(10)  # clipped, say
     for times in (11, 12):  # further passes of the same step
-        recorded.replay_backward()
+        replay()
         assert weights[0].grad.tolist() == [times] * 2
     assert weights[1].grad.tolist() == [24] * 3
     weights[0].grad = None  # the next step
-    recorded.replay_backward()
+    replay()
     assert weights[0].grad is recorded.gradients[0]
     assert weights[0].grad.tolist() == [1, 1]
     assert weights[1].grad.tolist() == [26] * 3

@@ -147,13 +147,21 @@ class _Recorded:
                 torch._foreach_copy_(gradients, grads)
         self.gradients = gradients
 
+    def replay_forward(self, ids: Tensor) -> Tensor:
+        """Replay it for `ids` and return the hidden states. What the pass before left in
+        `gradients` is kept elsewhere: the memory of the pool is that of a forward, too."""
+        for weight, gradient in zip(self.weights, self.gradients, strict=True):
+            if weight.grad is gradient:  # of a replay before, in the same step
+                weight.grad = gradient.clone()
+        self.ids.copy_(ids)
+        self.forward.replay()
+        hidden: Tensor = self.hidden.detach()
+        return hidden
+
     def replay_backward(self) -> None:
         """Replay it, and add to the gradients of the weights. Where there are none yet they are
         `gradients` themselves, until the next replay: a copy would be memory for all of them."""
         both = list(zip(self.weights, self.gradients, strict=True))
-        for weight, gradient in both:
-            if weight.grad is gradient:  # of a replay before, in the same step
-                weight.grad = gradient.clone()
         self.backward.replay()
         added = [(w.grad, g) for w, g in both if w.grad is not None]
         if added:
@@ -167,10 +175,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recorded: _Recorded, ids: Tensor, *weights: Tensor) -> Tensor:
         ctx.recorded = recorded
-        recorded.ids.copy_(ids)
-        recorded.forward.replay()
-        hidden: Tensor = recorded.hidden.detach()
-        return hidden
+        return recorded.replay_forward(ids)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
