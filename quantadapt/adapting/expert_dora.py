@@ -133,6 +133,11 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
             parameter.data = (parameter.data / factors - delta).to(parameter.dtype)
 
 
+def has_dora_on_experts(model: nn.Module) -> bool:
+    """Say whether an adapter of `model` is a DoRA on stacks of experts."""
+    return any(isinstance(m, ParamWrapper) and m.lora_magnitude_vector for m in model.modules())
+
+
 class _Update(layer._LoraParameterProxy):  # type: ignore[misc]
     """Adds the updates of adapters to a parameter; PEFT finds it by the class that it is of.
 
