@@ -225,7 +225,7 @@ def _backend(backend: records.Backend) -> str:
         ("devices", ", ".join(backend.devices)),
         ("dtypes", ", ".join(backend.dtypes)),
         ("calibration data", "needed" if backend.calibration else "not needed"),
-        ("[stacks of experts](../how-to/experts.md)", _experts(backend.experts)),
+        ("[stacks of experts](../how-to/experts.md)", _experts(backend.quantizes_experts())),
         ("merge", backend.merge.words),
     ]
     return "\n\n".join(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from inspect import isabstract
 from typing import Any, TypeVar
 
 from .capabilities import Merge, Rule
@@ -71,10 +72,11 @@ class Backend(_Named):
     merge: Merge = Merge.DENSE
     rules: tuple[Rule, ...] = ()
 
-    @property
-    def experts(self) -> bool:
-        """Whether it quantizes stacks of experts, too, with its default options."""
-        return self.quantizer.model_construct().quantizes_experts
+    def quantizes_experts(self, options: Mapping[str, Any] | None = None) -> bool:
+        """Say whether it quantizes stacks of experts, too; with its default options or others."""
+        if isabstract(self.quantizer):
+            return False
+        return self.quantizer.model_construct(**(options or {})).quantizes_experts
 
 
 @dataclass(frozen=True, repr=False)

@@ -21,6 +21,7 @@ from quantadapt.records import Adapter, Backend, Start
 from quantadapt.registry import Provenance, registry
 from quantadapt.testing import BackendSuite, Bench
 from quantadapt.testing.plugin import Results
+from quantadapt.testing.small_experts import KINDS
 
 # An honest third-party backend: int8 per output channel -----------------------------------------
 
@@ -186,6 +187,22 @@ class DropsBiases(Absmax):
         return module
 
 
+class SaysNothingOfExperts(Absmax):
+    quantizes_experts: ClassVar = False
+
+
+class LeavesExpertsDense(Absmax):
+    def quantize_linear(self, linear):
+        return linear if linear.out_features >= 512 else super().quantize_linear(linear)
+
+
+class LosesExperts(Absmax):
+    def load_linear(self, linear, state):
+        if linear.out_features >= 512:
+            state["codes"] = state["codes"] // 2 * 2
+        return super().load_linear(linear, state)
+
+
 class SavesTooLittle(Absmax):
     def load_linear(self, linear, state):
         state["codes"] = state["codes"] // 2 * 2
@@ -318,6 +335,9 @@ def run(suite, bench, name):
         for adapter in bench.adapters_for(getattr(method, "cells", "attach")):
             for rest in [(kind,) for kind in kinds] or [()]:
                 method(bench, adapter, *rest)
+    elif "experts" in wanted:
+        for experts in KINDS:
+            method(bench, experts)
     elif "reentrant" in wanted:
         for reentrant in (True, False):
             method(bench, reentrant)
@@ -333,7 +353,18 @@ def test_an_honest_backend_passes(make):
         run(suite, bench, name)
 
 
+DECLARED = "test_experts_are_quantized_as_declared"
 LIES = {
+    "experts that are not told of": (Plugin(SaysNothingOfExperts), DECLARED),
+    "experts left dense": (Plugin(LeavesExpertsDense), DECLARED),
+    "experts that could be quantized": (
+        Plugin(SaysNothingOfExperts),
+        "test_experts_are_not_left_dense_without_need",
+    ),
+    "experts that are not loaded as saved": (
+        Plugin(LosesExperts),
+        "test_experts_are_saved_and_loaded",
+    ),
     "layers missed": (Plugin(lying(MissesLayers)), "test_finds_every_linear_layer_but_the_head"),
     "5 % off": (Plugin(lying(FivePercentOff)), "test_dequantized_is_close_to_the_original"),
     "5 % off, in the forward": (Plugin(lying(FivePercentOff)), "test_forward_is_the_vendors"),

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from test_experts import error, gradients, ids, logits, quantized
 from torch import Tensor, nn
 
 import quantadapt as qa
 from quantadapt.exporting.merging import merged_model
+from quantadapt.exporting.saving import NotPeftWarning
 from quantadapt.facade import densify
 
 KINDS = ("qwen3-moe", "gpt-oss")
@@ -154,7 +156,11 @@ def test_merged_in_place_and_taken_out_again_the_base_is_what_it_was() -> None:
 def test_saved_and_loaded_it_answers_the_same(backend: str, tmp_path: Path) -> None:
     qa.save(quantized("qwen3-moe", backend), tmp_path / "base")
     tuned = shaken(qa.attach(qa.load(tmp_path / "base"), "dora", r=4))
-    qa.save(tuned, tmp_path / "tuned")
+    with pytest.warns(NotPeftWarning, match="quantadapt merge"):
+        qa.save(tuned, tmp_path / "tuned")
+    names = safe_open(tmp_path / "tuned" / "adapter" / "adapter_model.safetensors", "pt").keys()
+    own = "base_model.model.model.layers.0.mlp.experts.lora_magnitude_vector"
+    assert own in names
     assert torch.equal(logits(qa.load(tmp_path / "tuned")), logits(tuned))
 
 

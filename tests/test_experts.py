@@ -236,3 +236,15 @@ def test_what_does_not_go_onto_experts_is_refused_with_the_way_out(adapter: str)
     way_out = {"exclude_modules": ["experts"]} if excludes else {"target_modules": names}
     tuned = qa.attach(model, adapter, **way_out)
     assert not any(".experts." in name for name, p in tuned.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("qwen3-moe", "gate"), ("gpt-oss", "router")])
+def test_routers_are_no_layers_and_their_weight_may_be_named(kind: str, name: str) -> None:
+    model = quantized(kind)
+    with pytest.raises(PlanRefused, match=re.escape(f"target_parameters: [{name}.weight]")):
+        qa.attach(model, "lora", r=4, target_modules=[name])
+    tuned = qa.attach(
+        model, "lora", r=4, target_modules=["q_proj"], target_parameters=[f"{name}.weight"]
+    )
+    trained = {n for n, p in tuned.named_parameters() if p.requires_grad}
+    assert any(f".{name}.lora_A" in n for n in trained)

@@ -194,8 +194,11 @@ def test_other_adapters_get_a_table_of_their_own(tmp_path: Path):
     cells = matrix.declared([backend(), backend("d")], [adapter("x"), adapter("lora")])
     lines = to_markdown(cells, []).splitlines()
     assert lines[2:6] == [
-        "| backend | lora |", "| --- | --- |", "| b | dense [1] |", "| d | dense [2] |"
-    ]  # fmt: skip
+        "| backend | lora | experts |",
+        "| --- | --- | --- |",
+        "| b | dense [1] | dense |",
+        "| d | dense [2] | dense |",
+    ]
     assert lines[7] == "| adapter | b | d |"
     assert lines[9] == "| x | dense [1] | dense [2] |"
 
@@ -242,9 +245,34 @@ def test_the_summary_names_what_is_not_as_declared():
         results.Verified.of([found(device="cuda", declared="never"), found("dora", device="cuda")]),
     ]
     assert summary(cells, parts)[1:] == [
-        ["b", "dense, never on CUDA", "dense, failed on CPU", "CPU, CUDA"],
-        ["d", "dense", "dense", "nothing yet"],
+        ["b", "dense, never on CUDA", "dense, failed on CPU", "dense", "CPU, CUDA"],
+        ["d", "dense", "dense", "dense", "nothing yet"],
     ]
+
+
+def test_what_becomes_of_experts_is_a_column_and_has_to_agree() -> None:
+    hqq, lora = registry().backend("hqq"), registry().adapter("lora")
+    cell = matrix.declared_cell(hqq, lora)
+    assert cell.experts
+    assert cell.to_dict()["experts"]
+    assert not matrix.declared_cell(registry().backend("none"), lora).experts
+
+    def measured(share: float) -> results.VerifiedCell:
+        facts = {"backend": "hqq", "declared": cell.word, "figures": {"experts_share": share}}
+        return found(**facts)
+
+    text = to_markdown([cell], [results.Verified.of([measured(0.987)])])
+    assert "| backend | lora | experts |" in text
+    assert f"| hqq | {cell.word} | quantized |" in text
+    assert "| hqq | passed | 98.7% |" in text
+    assert summary([cell], [])[1] == ["hqq", cell.word, "quantized", "nothing yet"]
+
+    def told(share: float) -> list[str]:
+        parts = [results.Verified.of([measured(share)])]
+        return [t for t in results.disagreements(parts, [hqq], [lora]) if "experts" in t]
+
+    assert told(0.987) == []
+    assert told(0.2) == ["hqq x lora on cpu in float32: quantized 20% of models with experts"]
 
 
 def test_json_holds_both_parts(tmp_path: Path):

@@ -65,8 +65,7 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
         a, b = self.lora_A[adapter].weight.detach(), self.lora_B[adapter].weight.detach()
         a = a.reshape(self.num_experts, -1, a.shape[1]).to(stored.device)
         b = b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1).to(stored.device)
-        norms: Tensor = row_norms(self._by_expert(stored), a, b, self.scaling[adapter])
-        return norms
+        return row_norms(self._by_expert(stored), a, b, self.scaling[adapter])
 
     def _factors(self, adapter: str, stored: Tensor) -> Tensor:
         """Return what the rows of W + s B A are multiplied with, as the model keeps them."""
@@ -132,6 +131,11 @@ class ParamWrapper(layer.ParamWrapper):  # type: ignore[misc]
             delta = super().get_delta_weight(adapter)
             factors, parameter = self._merged_with.pop(adapter, 1), self.get_param()
             parameter.data = (parameter.data / factors - delta).to(parameter.dtype)
+
+
+def has_dora_on_experts(model: nn.Module) -> bool:
+    """Say whether an adapter of `model` is a DoRA on stacks of experts."""
+    return any(isinstance(m, ParamWrapper) and m.lora_magnitude_vector for m in model.modules())
 
 
 class _Update(layer._LoraParameterProxy):  # type: ignore[misc]

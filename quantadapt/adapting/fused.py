@@ -159,6 +159,8 @@ def _layer_of_experts(
     kind = target.get_base_layer() if isinstance(target, ParamWrapper) else target
     if parameter_name is None or not hasattr(kind, "num_experts"):
         return None
+    if getattr(kind, parameter_name).ndim != 3:  # a router's
+        return None
     return ParamWrapper(target, adapter, parameter_name=parameter_name, **options)
 
 

@@ -274,7 +274,7 @@ def adapted_problems(
         own_method: whether PEFT does not ship the method, which may adapt anything.
     """
     chosen = {name: model.get_submodule(name) for name in matched(model, config)}
-    found = [] if own_method else [*_blocks(chosen, layers)]
+    found = [] if own_method else [*_blocks(chosen, layers), *_routers(chosen)]
     found += _layer_problems(model, config)
     for option in ("rank_pattern", "alpha_pattern"):
         found += _pattern_problems(option, getattr(config, option, None) or {}, list(chosen))
@@ -288,6 +288,16 @@ def adapted_problems(
         fix = "look at target_modules, exclude_modules and modules_to_save"
         found.append(Problem(what, fix, "adapter.target_modules"))
     return found
+
+
+def _routers(chosen: Mapping[str, nn.Module]) -> Iterator[Problem]:
+    """Yield the routers of experts among what is named: they hold a weight, and are no layers."""
+    kinds = {name.rpartition(".")[2] for name, m in chosen.items() if "Router" in type(m).__name__}
+    for kind in sorted(kinds):
+        what = f"{kind} is the router of experts, a parameter and no layer"
+        weight = f"target_parameters: [{kind}.weight]"
+        fix = f"name its weight, {weight}, or train it whole, modules_to_save: [{kind}]"
+        yield Problem(what, fix, "adapter.target_modules", "no-routers")
 
 
 def _named_twice(parameter: str, layer: str) -> Problem:

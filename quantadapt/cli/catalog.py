@@ -115,7 +115,7 @@ def _backend_facts(backend: Backend) -> dict[str, Any]:
         "devices": list(backend.devices),
         "dtypes": list(backend.dtypes),
         "calibration": backend.calibration,
-        "experts": backend.experts,
+        "experts": backend.quantizes_experts(),
         "merge": backend.merge.name.lower(),
         "options": options_of(backend.quantizer),
     }

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from .tuned import Tuned
 
 
+class NotPeftWarning(UserWarning):
+    """An adapter is saved that PEFT alone does not load."""
+
+
 class BaseMismatchWarning(UserWarning):
     """An adapter is loaded onto a base that it was not trained on."""
 
@@ -96,11 +100,20 @@ def _write(model: nn.Module, state: ModelState, folder: Path, *, base_id: str) -
     more: dict[str, Any] = {"base_id": base_id} if base_id else {}
     if state.adapter:
         more["active"] = save_adapters(model, folder)  # type: ignore[arg-type]
+        _tell_of_dora(model)
     else:
         state.quantizer.save(model, folder)
     if state.tokenizer is not None:
         state.tokenizer.save_pretrained(str(folder))
     write_manifest(folder, state, **more)
+
+
+def _tell_of_dora(model: nn.Module) -> None:
+    from ..adapting.expert_dora import has_dora_on_experts
+
+    if has_dora_on_experts(model):
+        what = "PEFT without quantadapt does not load DoRA on stacks of experts"
+        warn(f"{what}: merge it for others, quantadapt merge", NotPeftWarning, stacklevel=5)
 
 
 def _noted(state: ModelState, own_base: Path, is_saved: bool) -> str:

@@ -127,12 +127,7 @@ def declared_cell(
         options: of the backend, where they are not its defaults.
     """
     found = _declared_cell(backend, adapter, device, dtype, options or {})
-    return replace(found, experts=declares_experts(backend, options or {}))
-
-
-def declares_experts(backend: Backend, options: Mapping[str, Any]) -> bool:
-    """Say whether the backend with these options says that it quantizes stacks of experts."""
-    return backend.quantizer.model_construct(**options).quantizes_experts
+    return replace(found, experts=backend.quantizes_experts(options))
 
 
 def _declared_cell(

@@ -29,14 +29,7 @@ from ..errors import DataError, PlanRefused
 from ..machine import installed_version
 from ..records import Adapter, Backend
 from ..registry.discovery import registry
-from .declared import (
-    MAIN,
-    DeclaredCell,
-    backend_title,
-    declared_cell,
-    declares_experts,
-    preferred_dtype,
-)
+from .declared import MAIN, DeclaredCell, backend_title, declared_cell, preferred_dtype
 
 Outcome = Literal["passed", "refused", "failed", "crashed", "not run"]
 
@@ -334,7 +327,7 @@ def disagreements(
 
 def _agree_on_experts(cell: VerifiedCell, backend: Backend) -> bool:
     share = cell.experts_share
-    return share is None or (share >= QUANTIZED) == declares_experts(backend, cell.options)
+    return share is None or (share >= QUANTIZED) == backend.quantizes_experts(cell.options)
 
 
 def to_json(cells: Sequence[DeclaredCell], verified: Sequence[Verified]) -> dict[str, Any]:

@@ -71,11 +71,18 @@ class Experts:
         norm before them keeps: probabilities in float32, and where the rows of each token are."""
         return tokens * (4 * self.count + (12 + _ROUTING) * self.chosen)
 
-    def seen_numbers(self, tokens: int, hidden: int) -> int:
-        """Return how many numbers experts keep whose products autograd sees one by one: rows, what
-        is inside, and both weights."""
-        rows = tokens * self.chosen * (2 * hidden + 4 * self.inside)
-        return rows + self._weights(hidden)[0] + self._weights(hidden)[1]
+    def dense_numbers(self, tokens: int, hidden: int) -> int:
+        """Return how many numbers dense experts keep: rows, what is inside, and both weights with
+        what an adapter adds to them."""
+        return self._rows(tokens, 2 * hidden + 4 * self.inside) + sum(self._weights(hidden))
+
+    def dora_numbers(self, tokens: int, hidden: int) -> int:
+        """Return how many numbers quantized experts with DoRA keep: rows, what is inside, and for
+        each output what it is multiplied with."""
+        return self._rows(tokens, 4 * hidden + 8 * self.inside)
+
+    def _rows(self, tokens: int, numbers: int) -> int:
+        return tokens * self.chosen * numbers
 
     def _weights(self, hidden: int) -> tuple[int, int]:
         first, second = (i * o for i, o in self.stacks(hidden).values())
@@ -83,19 +90,19 @@ class Experts:
 
     def forward_numbers(self, tokens: int, hidden: int) -> int:
         """Return how many numbers the forward pass works with: rows and one dequantized stack."""
-        rows, (first, second) = tokens * self.chosen, self._weights(hidden)
+        first, second = self._weights(hidden)
         return max(
-            rows * (hidden + 2 * self.inside) + first,
-            rows * (hidden + self.inside) + second,
+            self._rows(tokens, hidden + 2 * self.inside) + first,
+            self._rows(tokens, hidden + self.inside) + second,
         )
 
     def backward_numbers(self, tokens: int, hidden: int) -> int:
         """Return how many numbers the backward pass works with, likewise: in the product that is
         made again, in the gradient of what is inside, or in that of the input."""
-        rows, (first, second) = tokens * self.chosen, self._weights(hidden)
+        first, second = self._weights(hidden)
         return max(
-            rows * (hidden + 2 * self.inside) + first,
-            rows * (2 * hidden + 3 * self.inside) + second,
+            self._rows(tokens, hidden + 2 * self.inside) + first,
+            self._rows(tokens, 2 * hidden + 3 * self.inside) + second,
         )
 
 

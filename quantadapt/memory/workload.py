@@ -180,13 +180,6 @@ class Workload:
         kept = between_passes(self.trained, self.optim, accumulates=self.accumulates)
         return self.trained * (4 + 4) + kept
 
-    @property
-    def _fused_experts(self) -> bool:
-        """Whether experts are one function to autograd: quantized, and adapted by plain LoRA."""
-        quantized = self.shape.experts is not None and not set(STACKS) <= set(self.dense)
-        plain = self.fused_adapter and not self.dora
-        return quantized and (plain or not set(STACKS) & set(self.targets))
-
     # --- what comes and goes -----------------------------------------------------------------
 
     def kept_bytes(self, tokens: int) -> int:
@@ -202,11 +195,15 @@ class Workload:
         return int(numbers * tokens * self.dtype_bytes) + self._kept_by_experts(tokens)
 
     def _kept_by_experts(self, tokens: int) -> int:
-        experts = self.shape.experts
+        experts, hidden = self.shape.experts, self.shape.hidden
         if experts is None:
             return 0
-        seen = 0 if self._fused_experts else experts.seen_numbers(tokens, self.shape.hidden)
-        return experts.kept_bytes(tokens) + seen * self.dtype_bytes
+        numbers = 0
+        if set(STACKS) <= set(self.dense):
+            numbers = experts.dense_numbers(tokens, hidden)
+        elif self.dora and set(STACKS) & set(self.targets):
+            numbers = experts.dora_numbers(tokens, hidden)
+        return experts.kept_bytes(tokens) + numbers * self.dtype_bytes
 
     def input_bytes(self, tokens: int) -> int:
         """The input of a layer."""

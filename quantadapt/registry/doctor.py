@@ -288,7 +288,7 @@ def _installed(backend: Backend) -> BackendHealth | None:
 
 
 def _health(backend: Backend, state: str, problem: str = "", fix: str = "") -> BackendHealth:
-    libraries, experts = _libraries(backend), backend.experts
+    libraries, experts = _libraries(backend), backend.quantizes_experts()
     return BackendHealth(backend.name, state, libraries, problem, fix, experts)
 
 

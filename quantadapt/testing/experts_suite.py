@@ -27,14 +27,14 @@ class ExpertsSuite(Suite):
     them, too: the model has to work all the same."""
 
     @pytest.fixture(params=list(KINDS))
-    def kind(self, request: pytest.FixtureRequest) -> str:
+    def experts(self, request: pytest.FixtureRequest) -> str:
         """What the mixture of experts is like."""
         return str(request.param)
 
-    def test_experts_are_quantized_as_declared(self, bench: Bench, kind: str) -> None:
+    def test_experts_are_quantized_as_declared(self, bench: Bench, experts: str) -> None:
         from ..facade import stack_facades
 
-        model, declared = bench.experts(kind), bench.plan.quantizer.quantizes_experts
+        model, declared = bench.experts(experts), bench.plan.quantizer.quantizes_experts
         share, stacks = quantized_share(model), dict(stack_facades(model))
         before = bench.figures.get("", {}).get("experts_share", 1.0)
         bench.note("", experts_share=min(share, before) if stacks else 0.0)
@@ -49,7 +49,7 @@ class ExpertsSuite(Suite):
         if bench.rescales:
             return
         what = "a dequantized stack differs from the original (relative, worst stack)"
-        dense = bench.dense_experts(kind)
+        dense = bench.dense_experts(experts)
         errors = [relative(s.weight + 0, dense.get_parameter(n)) for n, s in stacks.items()]
         fix = "Its rows are those of all experts, one below the other"
         assert_within(max(errors), bench.tolerance.weight.error, what, fix)
@@ -75,20 +75,20 @@ class ExpertsSuite(Suite):
             "layers. Leave `quantize` as LayerwiseQuantizer has it"
         )
 
-    def test_experts_are_saved_and_loaded(self, bench: Bench, kind: str) -> None:
+    def test_experts_are_saved_and_loaded(self, bench: Bench, experts: str) -> None:
         from ..exporting.saving import load, save
 
-        model = bench.experts(kind)
+        model = bench.experts(experts)
         loaded = load(save(model, bench.folder() / "saved"), device=bench.suite.device)
         what = "the logits of a model with experts change by saving and loading"
         fix = "`load` reads the tensors of a stack as those of a layer"
         assert_equal(bench.logits(loaded), bench.logits(model), what, fix)
 
-    def test_lora_on_experts_trains_and_is_merged(self, bench: Bench, kind: str) -> None:
+    def test_lora_on_experts_trains_and_is_merged(self, bench: Bench, experts: str) -> None:
         from ..exporting.merging import merged_model
         from ..facade import facades
 
-        tuned, losses = _trained(bench, bench.experts(kind))
+        tuned, losses = _trained(bench, bench.experts(experts))
         assert losses[-1] < losses[0], f"the loss goes from {losses[0]:.4f} to {losses[-1]:.4f}"
         if bench.refusals("lora", "dense"):
             return

@@ -1,4 +1,4 @@
-"""Mixtures of experts that the suites quantize: of two layers each, with random weights."""
+"""Mixtures of experts that the suites quantize: of one layer each, with random weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
@@ -28,7 +28,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "num_local_experts": 4,
             "sliding_window": 64,
-            "layer_types": ["sliding_attention", "full_attention"],
+            "layer_types": ["full_attention"],
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
         },
     ),
