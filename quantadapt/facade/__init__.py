@@ -1,4 +1,5 @@
-"""`QuantLinear`: an `nn.Linear` in front of one vendor module, so that PEFT never meets a vendor.
+"""Facades: `QuantLinear`, an `nn.Linear` in front of one vendor module, and `QuantStack`, in front
+of a stack of experts, so that PEFT never meets a vendor.
 
 The facade shares the vendor module's parameter and buffer dictionaries: `named_parameters`, `to`,
 FSDP and `state_dict` see the vendor's own tensors under the vendor's own names, while the module
@@ -10,10 +11,10 @@ from .expert_norms import row_norms
 from .experts import QuantExperts, QuantStack
 from .frozen import recomputing
 from .keeping import kept
-from .layer import QuantWeight
 from .lazy_weight import LazyWeight
 from .linear import QuantLinear
 from .peft_experts import single_stack_lora, stack_wrappers
+from .quant_weight import QuantWeight
 from .wrapping import (
     densify,
     facades,

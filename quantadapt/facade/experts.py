@@ -22,10 +22,10 @@ from ..model.experts import SUFFIX, Stack, in_order, is_dispatched, set_dense
 from ..protocols import AdapterTarget
 from .fused_experts import run_experts
 from .grouped import StackLora
-from .layer import QuantWeight
 from .lazy_weight import LazyWeight
 from .libraries import meet_libraries
 from .peft_calls import copies_to_train, looks_for_parameters, replaces_module
+from .quant_weight import QuantWeight
 
 IMPLEMENTATION = "quantadapt"
 """What our function is called in transformers' registry."""

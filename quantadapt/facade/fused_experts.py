@@ -20,7 +20,7 @@ from .expert_norms import dora_product
 from .expert_steps import Added, add, combined, gated, gated_backward
 from .grouped import Routing, StackLora, grouped, grouped_outer
 from .keeping import kept
-from .layer import QuantWeight
+from .quant_weight import QuantWeight
 
 
 def run_experts(

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..model.linears import as_conv1d
 from .frozen import Frozen
-from .layer import QuantWeight
 from .peft_calls import copies_to_train, looks_for_parameters
+from .quant_weight import QuantWeight
 
 
 class QuantLinear(QuantWeight, nn.Linear):

@@ -12,8 +12,8 @@ from ..model.experts import SUFFIX, Stack, set_dense, stacks_of
 from ..model.modules import is_skipped
 from ..protocols import AdapterTarget
 from .experts import QuantStack, become_dense, become_quantized
-from .layer import QuantWeight
 from .linear import QuantLinear
+from .quant_weight import QuantWeight
 
 
 def mark_conv1d(model: nn.Module, names: Container[str]) -> None:
