@@ -307,11 +307,7 @@ _START = {
 _KINDS = {
     "backends": _Kind(
         *("backend", "hqq", _backend_facts),
-        {
-            "libraries": _state,
-            "devices": lambda f: ", ".join(f["devices"]),
-            "experts": lambda f: "quantized" if f["experts"] else "dense",
-        },
+        {"libraries": _state, "devices": lambda f: ", ".join(f["devices"])},
         _backend_lines,
     ),
     "adapters": _Kind("adapter", "lora", _adapter_facts, {"merge": _refused_word}, _adapter_lines),
