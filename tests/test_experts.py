@@ -248,3 +248,15 @@ def test_routers_are_no_layers_and_their_weight_may_be_named(kind: str, name: st
     )
     trained = {n for n, p in tuned.named_parameters() if p.requires_grad}
     assert any(f".{name}.lora_A" in n for n in trained)
+
+
+@pytest.mark.parametrize("backend", ["hqq", "none"])
+def test_experts_may_have_a_rank_of_their_own(backend: str) -> None:
+    pattern = {"gate_up_proj": 2, "experts.down_proj": 1}
+    tuned = qa.attach(quantized("qwen2-moe", backend), "lora", r=4, rank_pattern=pattern)
+    rows = {n: len(p) for n, p in tuned.named_parameters() if ".layers.0." in n and "lora_A" in n}
+    of_experts = sorted(count for name, count in rows.items() if ".experts." in name)
+    assert of_experts == [1 * 4, 2 * 4]
+    assert {count for name, count in rows.items() if ".experts." not in name} == {4}
+    with pytest.raises(PlanRefused, match="rank_pattern"):
+        qa.attach(quantized("qwen2-moe", backend), "lora", r=4, rank_pattern={"expert_proj": 2})

@@ -276,12 +276,14 @@ def adapted_problems(
     chosen = {name: model.get_submodule(name) for name in matched(model, config)}
     found = [] if own_method else [*_blocks(chosen, layers), *_routers(chosen)]
     found += _layer_problems(model, config)
+    parameters = getattr(config, "target_parameters", None) or ()
+    weights = (name for name, _ in (*model.named_parameters(), *stack_facades(model)))
+    names = [*chosen, *(name for name in weights if any(_ends(name, p) for p in parameters))]
     for option in ("rank_pattern", "alpha_pattern"):
-        found += _pattern_problems(option, getattr(config, option, None) or {}, list(chosen))
+        found += _pattern_problems(option, getattr(config, option, None) or {}, names)
     if isinstance(start, str):
         found += _rank_problems(start, config, chosen)
     found += _conv1d_problems(config, chosen)
-    parameters = getattr(config, "target_parameters", None) or ()
     found += [_named_twice(p, n) for p in parameters for n in chosen if _ends(f"{n}.weight", p)]
     if not (found or chosen or parameters):
         what = "nothing is left to adapt: what is named is excluded, or trained whole"
