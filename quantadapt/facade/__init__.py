@@ -1,5 +1,5 @@
-"""Facades: `QuantLinear`, an `nn.Linear` in front of one vendor module, and `QuantStack`, in front of
-a stack of experts, so that PEFT never meets a vendor.
+"""Facades, so that PEFT never meets a vendor: `QuantLinear`, an `nn.Linear` in front of one vendor's
+layer, and `QuantStack`, in front of a stack of experts.
 
 The facade shares the vendor module's parameter and buffer dictionaries: `named_parameters`, `to`,
 FSDP and `state_dict` see the vendor's own tensors under the vendor's own names, while the module
