@@ -205,7 +205,7 @@ class _Run:
             model = done(self.quantize())
             for note in state_of(model).notes:
                 if note.startswith(BEGINNING):
-                    self.listener("detail", {"text": note})
+                    self.listener("detail", {"text": note.removeprefix(BEGINNING).lstrip()})
         self.measure_base(model, data)
         with self.stage("attach") as done:
             tuned: PeftModel = done(self.attach(model))

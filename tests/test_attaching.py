@@ -13,6 +13,7 @@ import torch
 from merging import gpt2
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from test_experts import made as made_experts
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -349,6 +350,35 @@ def test_every_adapter_passes_without_weights(checkpoint) -> None:
         except PlanRefused:  # by its own rules
             continue
         check_adapter(made, None)
+
+
+def test_without_weights_the_same_adapters_go_onto_experts_as_with_them(tmp_path) -> None:
+    """DoRA among them, which PEFT alone does not put there."""
+    from quantadapt.adapting.stage import check_adapter
+    from quantadapt.planning import plan
+    from quantadapt.registry import registry
+
+    made_experts("gpt-oss").save_pretrained(tmp_path)
+    reached: set[str] = set()
+    for adapter in registry().adapters():
+        try:
+            spec = qa.Spec(model=str(tmp_path), backend="none", device="cpu", adapter=adapter.name)
+            made = plan(spec, check_output=False)
+        except PlanRefused:  # by its own rules
+            continue
+        model = qa.quantize(str(tmp_path), "none", device="cpu")
+        right = refusal(qa.attach, model, adapter.name)
+        assert refusal(check_adapter, made, None) == right, adapter.name
+        reached |= set() if right else {adapter.name}
+    assert reached == {"lora", "rslora", "dora"}
+
+
+def refusal(call: Any, *arguments: Any) -> str:
+    try:
+        call(*arguments)
+    except PlanRefused as error:
+        return str(error)
+    return ""
 
 
 def test_what_peft_does_otherwise_to_conv1d_is_refused_or_told(tmp_path, recwarn) -> None:

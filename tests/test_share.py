@@ -56,6 +56,7 @@ def test_a_plan_tells_that_experts_are_quantized_and_routers_are_not(tmp_path: P
         "quantized are 99.6% of the weights, embeddings and head not counted; dense stay routers"
         " 0.4%"
     )
+    assert share.amount.startswith("99.6% of the weights")
 
 
 def test_a_plan_warns_of_a_model_that_stays_mostly_dense(tmp_path: Path) -> None:

@@ -61,13 +61,9 @@ def attach_adapter(
         PlanRefused: the options name what is not there, the model has an adapter already, or PEFT
             refuses the options.
     """
-    from .fused import use_fused_layers
-
     _refuse_second(model)
     options = {**adapter.defaults, **options}
     config = peft_config(model, adapter, options, adaptable(model, state.skip_modules))
-    if adapter.peft_type == "LORA":
-        use_fused_layers(config)  # type: ignore[arg-type]
     if problem := bias_problem(model, config):
         text = f"the adapter cannot be merged: {problem.what}; {problem.fix}"
         warn(text, UnmergeableWarning, stacklevel=5)
@@ -154,7 +150,8 @@ def peft_config(
     options: Mapping[str, Any],
     there: tuple[list[str], list[str]] | None = None,
 ) -> PeftConfig:
-    """Return the PEFT config for `adapter` with `target_modules` resolved against `model`.
+    """Return the PEFT config for `adapter` with `target_modules` resolved against `model`, and
+    with our layers in the place of PEFT's.
 
     Args:
         there: names of the layers and of the stacks of experts that are quantized, where `model`
@@ -163,6 +160,7 @@ def peft_config(
     Raises:
         PlanRefused: with all that the options name and that is not there, or what PEFT refuses.
     """
+    from .fused import use_fused_layers
     from .method import made_config
 
     values = {**adapter.defaults, **options}
@@ -190,6 +188,8 @@ def peft_config(
         problems += adapted_problems(model, config, layers, start=start, own_method=own)
     if problems:
         raise PlanRefused(problems)
+    if adapter.peft_type == "LORA":
+        use_fused_layers(config)  # type: ignore[arg-type]
     return config
 
 

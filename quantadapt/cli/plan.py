@@ -137,7 +137,7 @@ def _rows(made: Plan, data: DataReport | None) -> list[tuple[str, str]]:
         ("train", f"{steps}, learning rate {train.learning_rate:g}"),
         ("output", str(spec.output)),
         ("export", export_words(made)),
-        *([("quantized", made.share.words)] if made.share else []),
+        *([("quantized", made.share.amount)] if made.share else []),
         *([("memory", "\n".join(made.memory.words()))] if made.memory else []),
     ]
 

@@ -49,12 +49,17 @@ class Share:
     @property
     def words(self) -> str:
         """What is told of it, one sentence."""
+        return f"{BEGINNING} {self.amount}"
+
+    @property
+    def amount(self) -> str:
+        """The same, where it is said already that this is quantized."""
         total = self.quantized + sum(self.dense.values())
         names = sorted((n for n in self.dense if self.dense[n]), key=lambda n: -self.dense[n])
         some = ", ".join(f"{n} {self.dense[n] / total:.1%}" for n in names[:_MOST])
         rest = f"; dense stay {some}" if some else ""
         counted = "of the weights, embeddings and head not counted"
-        return f"{BEGINNING} {self.fraction:.1%} {counted}{rest}"
+        return f"{self.fraction:.1%} {counted}{rest}"
 
 
 def share_on_disk(
