@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
 
 import quantadapt as qa
 from quantadapt.planning.share import BEGINNING
@@ -72,7 +72,7 @@ def test_a_quantized_model_has_what_the_plan_said(tmp_path: Path) -> None:
     found = share_of(model, ("lm_head",))
     assert share is not None
     assert (found.quantized, sum(found.dense.values())) == (share.quantized, 2 * ROUTER)
-    assert found.dense["MixtralTopKRouter"] == 2 * ROUTER
+    assert found.dense["routers"] == 2 * ROUTER
     assert any(note.startswith(BEGINNING) for note in state_of(model).notes)
 
 
@@ -92,3 +92,14 @@ def test_a_model_of_linear_layers_is_not_warned_of() -> None:
         warnings.simplefilter("error", MostlyDenseWarning)
         model = qa.quantize(backend="hqq", device="cpu", dtype="float32")
     assert share_of(model, ("lm_head",)).fraction == 1.0
+
+
+def test_what_stays_dense_is_called_as_in_the_plan_and_biases_of_experts_are_no_weights() -> None:
+    sizes = {**SIZES, "head_dim": 8, "layer_types": ["full_attention"] * 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GptOssConfig(**sizes, num_local_experts=4)).float()
+    weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 3)
+    assert share_of(model).dense["experts"] == weights
+    share = share_of(qa.quantize(model, "hqq", device="cpu", group_size=16), ("lm_head",))
+    assert {name for name, count in share.dense.items() if count} == {"routers"}
+    assert share.dense["routers"] == 2 * ROUTER

@@ -89,7 +89,9 @@ def _exactly(model: nn.Module, config: PeftConfig, inject: Callable[[], PeftMode
     misread = literal and _would_convert(model, config)
     with all_or_nothing(model):
         # PEFT imports libraries of quantizers, of other models' too.
-        with unchanged_process(), _taken_literally(literal):
+        with unchanged_process(), _taken_literally(literal), warnings.catch_warnings():
+            # It looks at modules alone; patterns of ranks may name parameters, and were looked at.
+            warnings.filterwarnings("ignore", "The following .*_pattern keys did not match any")
             tuned = inject()
         if literal and (wrong := expected ^ set(adapted(tuned.get_base_model()))):
             some = ", ".join(sorted(wrong)[:3])

@@ -197,6 +197,10 @@ def _refusal(error: Exception) -> Problem:
     """Return what PEFT says, without the modules that it prints in full."""
     text = re.sub(r"\(\n.*?\n\)", "", str(error), flags=re.DOTALL).strip()
     said = " ".join(text.split())[:300] or type(error).__name__
+    if kind := re.match(r"Target module (\w+).* is not supported", said):
+        what = f"target_modules names a {kind[1]}, which is no layer that the adapter goes onto"
+        fix = "leave it out; modules_to_save trains a module whole"
+        return Problem(what, fix, where="adapter.target_modules")
     expected = isinstance(error, (ValueError, TypeError, ImportError))
     what = f"PEFT refuses it: {said}" if expected else f"PEFT fails: {type(error).__name__}: {said}"
     return Problem(what, "change the option that this is about", where="adapter")

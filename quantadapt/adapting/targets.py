@@ -7,7 +7,7 @@ is wrong is told before any work, all of it at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -19,6 +19,17 @@ from ..model.dense import skipped_modules
 from ..model.experts import expert_stacks
 from ..model.modules import linear_layers
 from ..quantizing.stage import nothing_quantized
+from .expert_names import (
+    EXPERTS,
+    StacksWarning,
+    ends,
+    is_excluded,
+    is_in_layers,
+    is_trained_whole,
+    names_stack,
+    parts_of_stacks,
+    stack_endings,
+)
 from .injecting import matched
 
 if TYPE_CHECKING:
@@ -28,14 +39,6 @@ ALL_LINEAR = "all-linear"
 
 _OF_SINGULAR_VECTORS = ("pissa", "olora", "corda", "orthogonal", "mica", "lora_ga", "loftq")
 """Starts of LoRA that take a singular vector for each rank; a longer name may follow."""
-
-
-EXPERTS = "experts"
-"""What models call the module that owns stacks of experts."""
-
-
-class StacksWarning(UserWarning):
-    """A name stands for layers and for stacks of experts."""
 
 
 class Targets(NamedTuple):
@@ -66,71 +69,72 @@ def resolve_targets(
     """
     wanted = options.get("target_modules")
     asked = [*(options.get("target_parameters") or ())]
-    excluded, layer = options.get("exclude_modules"), _is_in_layers(options)
-    there = [name for name in stacks if not is_excluded(name, excluded) and layer(name)]
+    excluded, layer = options.get("exclude_modules"), is_in_layers(options)
+    left = [n for n in stacks if is_excluded(n, excluded) or is_trained_whole(n, options)]
+    there = [name for name in stacks if name not in left and layer(name)]
     if wanted is None or (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR):
         if not layers and not stacks:
             raise nothing_quantized(model)
         return _targets(_endings(model, layers), there, stacks, asked)
     targets = wanted if isinstance(wanted, str) else list(wanted)
+    if not isinstance(targets, str) and stacks:
+        targets = _of_parts(model, targets, stacks, there)
     if targets == [] and asked:
-        return Targets([], [n for n in stacks if any(_ends(n, a) for a in asked)], asked)
+        return Targets([], [n for n in stacks if any(ends(n, a) for a in asked)], asked)
     if problems := _target_problems(model, targets, layers, stacks):
         raise PlanRefused(problems)
     if isinstance(targets, str):
-        return _targets(targets, [n for n in there if _names(targets, n)], stacks, asked)
+        named = [n for n in there if names_stack(targets, n)]
+        return _targets(_beside(model, targets, stacks), named, stacks, asked)
     owners = {name.rpartition(".")[0] for name in stacks}
     modules = [n for n, _ in model.named_modules() if n not in owners and n not in stacks]
     # Of a name that both have, as down_proj where experts are shared, it is the layers, as in PEFT.
-    of_layers = [target for target in targets if any(_ends(name, target) for name in modules)]
+    of_layers = [target for target in targets if any(ends(name, target) for name in modules)]
     of_stacks = [target for target in targets if target not in of_layers]
-    if both := [name for name in there if not _names(of_stacks, name) and _names(of_layers, name)]:
+    only = [name for name in there if not names_stack(of_stacks, name)]
+    if both := [name for name in only if names_stack(of_layers, name)]:
         text = f"target_modules names layers; {both[0]}, called the same, stays as it is"
         warn(f"{text}: add {EXPERTS!r} to adapt experts, too", StacksWarning, stacklevel=6)
-    return _targets(of_layers, [n for n in there if _names(of_stacks, n)], stacks, asked)
+    return _targets(of_layers, [n for n in there if names_stack(of_stacks, n)], stacks, asked)
+
+
+def _of_parts(
+    model: nn.Module, targets: list[str], stacks: list[str], there: list[str]
+) -> list[str]:
+    """Return `targets` with stacks of experts in the place of names that only parts of them have:
+    many lists name the layers of experts as checkpoints do."""
+    names = [*(name for name, _ in model.named_modules()), *stacks]
+    unknown = [target for target in targets if not any(ends(name, target) for name in names)]
+    parts = parts_of_stacks(model, stacks) if unknown else {}
+    found: dict[str, list[str]] = {}
+    for target in unknown:
+        if stack := parts.get(target.rpartition(".")[2]):
+            found.setdefault(stack, []).append(target)
+    adapted = {name.rpartition(".")[2] for name in there}
+    for stack, named in found.items():
+        if stack not in adapted:
+            continue
+        text = f"target_modules names {' and '.join(named)}, of which experts here are made as one"
+        warn(f"{text}: {stack} is adapted, name that", StacksWarning, stacklevel=7)
+    as_one = {target: stack for stack, named in found.items() for target in named}
+    return list(dict.fromkeys(as_one.get(target, target) for target in targets))
+
+
+def _beside(model: nn.Module, pattern: str, stacks: list[str]) -> str | list[str]:
+    """Return a regular expression as it is, or where it matches modules that own stacks, which PEFT
+    does not adapt, the other modules that it matches."""
+    owners = tuple({name.rpartition(".")[0] for name in stacks})
+    found = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
+    inside = [n for n in found if n in owners or n.startswith(tuple(f"{o}." for o in owners))]
+    return [name for name in found if name not in inside] if inside else pattern
 
 
 def _targets(
     modules: list[str] | str, named: list[str], stacks: list[str], asked: list[str]
 ) -> Targets:
-    named += [name for name in stacks if any(_ends(name, a) for a in asked) and name not in named]
-    covered = [name for name in named if not any(_ends(name, ending) for ending in asked)]
-    return Targets(modules, named, asked + _stack_endings(covered, stacks))
-
-
-def _is_in_layers(options: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Return what says whether a stack is in one of `layers_to_transform`, which PEFT looks at for
-    modules alone."""
-    wanted = options.get("layers_to_transform")
-    if wanted is None or wanted == []:
-        return lambda name: True
-    layers = {wanted} if isinstance(wanted, int) else set(wanted)
-    given = options.get("layers_pattern") or []
-    patterns = "|".join([given] if isinstance(given, str) else given) or r"[^.]*"
-    counted = re.compile(rf"(?:^|.*?\.)(?:{patterns})\.(\d+)\.")
-    return lambda name: (found := counted.match(name)) is not None and int(found[1]) in layers
-
-
-def is_excluded(name: str, excluded: str | Iterable[str] | None) -> bool:
-    """Say whether `exclude_modules` names a stack of experts, or the module that owns it."""
-    if not excluded:
-        return False
-    return _names(excluded if isinstance(excluded, str) else list(excluded), name)
-
-
-def _names(wanted: str | list[str], stack: str) -> bool:
-    """Say whether a stack, or the module that owns it, is named."""
-    both = (stack, stack.rpartition(".")[0])
-    if isinstance(wanted, str):
-        return any(re.fullmatch(wanted, name) for name in both)
-    return any(_ends(name, ending) for ending in wanted for name in both)
-
-
-def _stack_endings(wanted: list[str], stacks: list[str]) -> list[str]:
-    """Return the shortest endings of two parts that match `wanted` and no other stack."""
-    endings = sorted({".".join(name.split(".")[-2:]) for name in wanted})
-    found = {name for name in stacks if any(_ends(name, ending) for ending in endings)}
-    return endings if found == set(wanted) else sorted(wanted)
+    named += [name for name in stacks if any(ends(name, a) for a in asked) and name not in named]
+    covered = [name for name in named if not any(ends(name, ending) for ending in asked)]
+    return Targets(modules, named, asked + stack_endings(covered, stacks))
 
 
 def quantizable(model: nn.Module, skip: tuple[str, ...] | None) -> list[str]:
@@ -163,7 +167,7 @@ def _target_problems(
         if any(re.fullmatch(targets, name) for name in names):
             return []
         parts = [part.strip() for part in targets.strip("[]").split(",")]
-        if all(any(_ends(name, part) for name in names) for part in parts):
+        if all(any(ends(name, part) for name in names) for part in parts):
             what = f"{targets!r} is text, so a regular expression for whole names; none matches"
             return [Problem(what, f"write a list: [{', '.join(parts)}]", where)]
         return [Problem(f"no layer of the model matches {targets!r}", _hint(targets, known), where)]
@@ -173,12 +177,8 @@ def _target_problems(
     return [
         Problem(f"no layer of the model matches {target!r}", _hint(target, known), where)
         for target in targets
-        if not any(_ends(name, target) for name in names)
+        if not any(ends(name, target) for name in names)
     ]
-
-
-def _ends(name: str, ending: str) -> bool:
-    return f".{name}".endswith(f".{ending}")
 
 
 def _hint(name: str, known: list[str]) -> str:
@@ -200,7 +200,7 @@ def name_problems(model: nn.Module, options: Mapping[str, Any], stacks: list[str
         if isinstance(wanted, str):
             missing = [] if any(re.fullmatch(wanted, name) for name in names) else [wanted]
         else:
-            missing = [w for w in wanted if not any(_ends(name, w) for name in names)]
+            missing = [w for w in wanted if not any(ends(name, w) for name in names)]
         found += [_not_there(w, names, f"adapter.{option}") for w in missing]
     return found
 
@@ -212,14 +212,19 @@ def _not_there(wanted: str, names: Iterable[str], where: str) -> Problem:
 
 def _unknown_parameters(model: nn.Module, wanted: Iterable[str] | None) -> Iterator[Problem]:
     where = "adapter.target_parameters"
-    names = [name for name, _ in (*model.named_parameters(), *stack_facades(model))]
-    names += [f"{name}.weight" for name, _ in linear_facades(model)]
+    names = _parameters(model)
     for name in wanted or ():
-        if not any(_ends(other, name) for other in names):
+        if not any(ends(other, name) for other in names):
             known = sorted({".".join(other.split(".")[-2:]) for other in names})
             yield Problem(
                 f"no parameter of the model matches {name!r}", did_you_mean(name, known), where
             )
+
+
+def _parameters(model: nn.Module) -> list[str]:
+    """Return the names of all parameters, the quantized ones, too."""
+    names = [name for name, _ in (*model.named_parameters(), *stack_facades(model))]
+    return names + [f"{name}.weight" for name, _ in linear_facades(model)]
 
 
 def _token_problems(model: nn.Module, wanted: Any) -> Iterator[Problem]:
@@ -233,7 +238,7 @@ def _token_problems(model: nn.Module, wanted: Any) -> Iterator[Problem]:
         yield from _id_problems(wanted, embedding(), where)
         return
     for name, ids in wanted.items():
-        there = [module for key, module in embeddings.items() if _ends(key, name)]
+        there = [module for key, module in embeddings.items() if ends(key, name)]
         if not there:
             known = sorted({key.rpartition(".")[2] for key in embeddings})
             yield Problem(f"the model has no embedding {name!r}", did_you_mean(name, known), where)
@@ -274,17 +279,16 @@ def adapted_problems(
         own_method: whether PEFT does not ship the method, which may adapt anything.
     """
     chosen = {name: model.get_submodule(name) for name in matched(model, config)}
+    parameters = getattr(config, "target_parameters", None) or ()
+    adapted = [*chosen, *(n for n in _parameters(model) if any(ends(n, p) for p in parameters))]
     found = [] if own_method else [*_blocks(chosen, layers), *_routers(chosen)]
     found += _layer_problems(model, config)
-    parameters = getattr(config, "target_parameters", None) or ()
-    weights = (name for name, _ in (*model.named_parameters(), *stack_facades(model)))
-    names = [*chosen, *(name for name in weights if any(_ends(name, p) for p in parameters))]
     for option in ("rank_pattern", "alpha_pattern"):
-        found += _pattern_problems(option, getattr(config, option, None) or {}, names)
+        found += _pattern_problems(option, getattr(config, option, None) or {}, adapted)
     if isinstance(start, str):
         found += _rank_problems(start, config, chosen)
     found += _conv1d_problems(config, chosen)
-    found += [_named_twice(p, n) for p in parameters for n in chosen if _ends(f"{n}.weight", p)]
+    found += [_named_twice(p, n) for p in parameters for n in chosen if ends(f"{n}.weight", p)]
     if not (found or chosen or parameters):
         what = "nothing is left to adapt: what is named is excluded, or trained whole"
         fix = "look at target_modules, exclude_modules and modules_to_save"
@@ -346,7 +350,7 @@ def _layer_problems(model: nn.Module, config: Any) -> Iterator[Problem]:
     given = getattr(config, "layers_pattern", None) or []
     patterns = [given] if isinstance(given, str) else given
     targets = [
-        n for n, _ in model.named_modules() if any(_ends(n, t) for t in config.target_modules)
+        n for n, _ in model.named_modules() if any(ends(n, t) for t in config.target_modules)
     ]
     counted = {(m[1], int(m[2])) for n in targets if (m := re.match(r".*?([^.]+)\.(\d+)\.", n))}
     known = sorted({stack for stack, _ in counted})

@@ -91,7 +91,9 @@ class _Parts(NamedTuple):
         dense = [experts._parameters.get(name) for name in names]
         trained = any(t is not None and t.requires_grad for t in (*biases, *dense))
         trained |= any(lora.magnitude is not None for lora in loras.values())
-        if not quantized or trained or _changes_later(experts):
+        # One that is neither is computed of something else, as where PEFT adapts a dense stack.
+        there = sum(parameter is not None for parameter in dense) + len(quantized)
+        if not quantized or there < len(names) or trained or _changes_later(experts):
             return None
         dtype = quantized[0].compute_dtype_for(hidden.device.type)
         return cls(experts, names, (loras.get(names[0]), loras.get(names[1])), dtype)

@@ -83,11 +83,21 @@ def share_on_disk(
                 continue
             if any(f".{s}." in f".{name}." for s in skip):
                 continue
-            if _EXPERTS.search(name) and len(shape) < 3 and name.endswith("bias"):
-                continue  # one for each expert
-            kind = "experts" if _EXPERTS.search(name) else "routers" if _ROUTER.search(name) else ""
+            if is_expert_bias(name):
+                continue
+            kind = part_of(name)
             if kind == "routers" or (kind == "experts" and not experts):
                 dense[kind] += math.prod(shape)
             else:
                 quantized += math.prod(shape)
     return Share(quantized, dense) if quantized or dense else None
+
+
+def is_expert_bias(name: str) -> bool:
+    """Say whether a tensor holds biases, one row for each expert, and so no weights."""
+    return _EXPERTS.search(name) is not None and name.endswith("bias")
+
+
+def part_of(name: str) -> str:
+    """Return which part of a mixture of experts a tensor is: "experts", "routers", or ""."""
+    return "experts" if _EXPERTS.search(name) else "routers" if _ROUTER.search(name) else ""

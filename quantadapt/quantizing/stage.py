@@ -19,7 +19,7 @@ from ..dependencies import import_requirements
 from ..errors import ModelError, PlanRefused, PluginError, Problem, QuantadaptError, warn
 from ..inputs.documents import reason, shown
 from ..planning.on_disk import config_of
-from ..planning.share import BEGINNING, Share
+from ..planning.share import BEGINNING, Share, is_expert_bias, part_of
 from ..planning.stage import Plan
 from ..protocols import LayerwiseQuantizer, Quantizer
 from ..records import Record, kind_of
@@ -208,8 +208,10 @@ def share_of(model: nn.Module, skip: tuple[str, ...] = ()) -> Share:
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) or is_skipped(name, (*skip, *found)):
             continue
-        own = module.parameters(recurse=False)
-        dense[type(module).__name__] += sum(p.numel() for p in own if p.ndim > 1)
+        for key, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{key}"
+            if parameter.ndim > 1 and not is_expert_bias(full):
+                dense[part_of(full) or type(module).__name__] += parameter.numel()
     return Share(sum(f.in_features * f.out_features for f in found.values()), dense)
 
 

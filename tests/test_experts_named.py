@@ -1,0 +1,151 @@
+"""How options of adapters may name experts: as PEFT does, as checkpoints do, and as modules."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from test_experts import adapted, gradients, made, quantized, stock, with_lora
+from torch import nn
+
+import quantadapt as qa
+from quantadapt.adapting.targets import StacksWarning
+from quantadapt.errors import PlanRefused
+from quantadapt.facade import densify
+
+BACKENDS = ["hqq", "none"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def shapes(tuned: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {n: tuple(p.shape) for n, p in tuned.named_parameters() if p.requires_grad}
+
+
+def experts(model: nn.Module) -> set[str]:
+    """Return what `adapted` calls LoRA on both stacks of each layer."""
+    owners = {n for n, m in model.named_modules() if n.endswith(".experts")}
+    return owners | {f"{name}.base_layer" for name in owners}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("key", ["experts.gate_up_proj", "down_proj", ".*experts.*"])
+def test_patterns_of_ranks_may_name_stacks_as_in_peft(
+    key: str, backend: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = quantized("qwen3-moe", backend)
+    options: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 8,
+        "rank_pattern": {key: 8},
+        "alpha_pattern": {key: 64},
+    }
+    stacks = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(target_modules=ATTENTION, target_parameters=stacks, **options)
+    right: Any = get_peft_model(densify(copy.deepcopy(model)), config)  # type: ignore[arg-type]
+    recwarn.clear()
+    found: Any = qa.attach(model, "lora", **options)
+    assert not [w for w in recwarn if "did not match" in str(w.message)]
+    assert shapes(found) == shapes(right)
+    scalings = [
+        {n: m.scaling for n, m in tuned.named_modules() if hasattr(m, "scaling")}
+        for tuned in (found, right)
+    ]
+    assert scalings[0] == scalings[1]
+
+
+def test_a_pattern_that_names_no_stack_is_told_what_they_are_called() -> None:
+    with pytest.raises(PlanRefused, match="adapted are down_proj, gate_up_proj, k_proj"):
+        qa.attach(quantized("qwen3-moe"), "lora", rank_pattern={"up_projection": 8})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("qwen3-moe", ["gate_proj", "up_proj", "down_proj"]),
+        ("gpt-oss", ["gate_proj", "up_proj", "down_proj"]),
+        ("mixtral", ["w1", "w2", "w3"]),
+        ("mixtral", ["experts.w1", "experts.w2"]),
+    ],
+)
+def test_experts_may_be_named_as_the_layers_of_their_checkpoints(
+    kind: str, names: list[str], backend: str
+) -> None:
+    model = quantized(kind, backend)
+    layers = {n for n, _ in model.named_modules() if n.endswith(tuple(ATTENTION))}
+    with pytest.warns(StacksWarning, match="of which experts here are made as one: gate_up_proj"):
+        tuned: Any = qa.attach(copy.deepcopy(model), "lora", target_modules=[*ATTENTION, *names])
+    assert adapted(tuned) == layers | experts(model)
+    dense: Any = qa.attach(model, "lora", target_modules=[*names, "experts", *ATTENTION])
+    assert shapes(tuned) == shapes(dense)
+
+
+def test_layers_of_that_name_are_what_is_meant_where_there_are_some() -> None:
+    tuned = qa.attach(quantized("qwen2-moe"), "lora", target_modules=["gate_proj", "up_proj"])
+    assert all("shared_expert." in name for name in adapted(tuned))
+
+
+def test_parts_of_experts_that_are_excluded_are_left_out_without_a_word(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    names = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+    options: Any = {"target_modules": names, "exclude_modules": ["experts"]}
+    tuned = qa.attach(quantized("qwen3-moe"), "loha", **options)
+    assert not any(".experts." in name for name in shapes(tuned))
+    assert not [w for w in recwarn if issubclass(w.category, StacksWarning)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_regular_expression_may_match_experts_and_layers(backend: str) -> None:
+    model = quantized("qwen3-moe", backend)
+    layers = {n for n, _ in model.named_modules() if n.endswith("q_proj")}
+    tuned = qa.attach(copy.deepcopy(model), "lora", target_modules=r".*(q_proj|experts)")
+    assert adapted(tuned) == layers | experts(model)
+    alone = qa.attach(copy.deepcopy(model), "lora", target_modules=r".*layers\.1\.mlp\.experts")
+    assert adapted(alone) == {n for n in experts(model) if n.startswith("model.layers.1.")}
+
+
+@pytest.mark.parametrize("whole", ["experts", "mlp"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_experts_that_are_trained_whole_get_no_lora(whole: str, backend: str) -> None:
+    model = quantized("qwen3-moe", backend)
+    options: Any = {"target_modules": ATTENTION, "modules_to_save": [whole]}
+    dense: Any = densify(copy.deepcopy(model))
+    right: Any = get_peft_model(dense, LoraConfig(r=4, task_type="CAUSAL_LM", **options))
+    tuned = qa.attach(model, "lora", r=4, modules_to_save=[whole])
+    assert shapes(tuned) == shapes(right)
+    loss, found = gradients(tuned)
+    expected_loss, expected = gradients(right)
+    assert abs(loss - expected_loss) < 1e-6
+    names = [name for name in expected if "modules_to_save" in name]
+    assert any("down_proj" in name for name in names)
+    assert max(float((found[n] - expected[n]).abs().max()) for n in names) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_router_as_a_target_is_refused_with_the_way_out(backend: str) -> None:
+    model = quantized("qwen3-moe", backend)
+    fix = "leave it out; modules_to_save trains a module whole"
+    with pytest.raises(PlanRefused, match=re.escape(fix)) as refused:
+        qa.attach(model, "lora", target_modules=["gate"])
+    assert "Qwen3MoeTopKRouter, which is no layer" in str(refused.value)
+    tuned = qa.attach(model, "lora", target_modules=ATTENTION, modules_to_save=["gate"])
+    assert any("gate.modules_to_save" in name for name in shapes(tuned))
+
+
+@pytest.mark.parametrize("kind", ["qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize("dense", ["down_proj", "gate_up_proj"])
+def test_lora_on_two_stacks_of_which_one_is_dense(kind: str, dense: str) -> None:
+    skip = [f"model.layers.1.mlp.experts.{dense}", "lm_head"]
+    options: Any = {"bits": 8, "group_size": 32, "skip_modules": skip}
+    model = qa.quantize(made(kind), "hqq", device="cpu", dtype="float32", **options)
+    right: Any = densify(copy.deepcopy(model))
+    tuned = with_lora(model, target_modules=["experts"])
+    loss, found = gradients(tuned)
+    expected_loss, expected = gradients(stock(right, tuned))
+    assert abs(loss - expected_loss) < 1e-6
+    assert found.keys() == expected.keys()
+    assert max(float((found[n] - expected[n]).abs().max()) for n in found) < 1e-6
