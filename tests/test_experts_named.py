@@ -14,7 +14,7 @@ from torch import nn
 import quantadapt as qa
 from quantadapt.adapting.targets import StacksWarning
 from quantadapt.errors import PlanRefused
-from quantadapt.facade import densify
+from quantadapt.facade import densify, stack_facades
 
 BACKENDS = ["hqq", "none"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -149,3 +149,16 @@ def test_lora_on_two_stacks_of_which_one_is_dense(kind: str, dense: str) -> None
     assert abs(loss - expected_loss) < 1e-6
     assert found.keys() == expected.keys()
     assert max(float((found[n] - expected[n]).abs().max()) for n in found) < 1e-6
+
+
+@pytest.mark.parametrize("kept", ["model.layers.1.mlp.experts.down_proj", "experts"])
+def test_stacks_that_were_left_dense_are_adapted_where_they_are_named(kept: str) -> None:
+    options: Any = {"bits": 8, "group_size": 32, "skip_modules": [kept, "lm_head"]}
+    model = qa.quantize(made("qwen3-moe"), "hqq", device="cpu", dtype="float32", **options)
+    quantized_stacks = [name for name, _ in stack_facades(model)]
+    everything = adapted(qa.attach(copy.deepcopy(model), "lora"))
+    assert len([name for name in everything if ".experts" in name]) == len(quantized_stacks)
+    named = qa.attach(copy.deepcopy(model), "lora", target_modules=["experts"])
+    assert adapted(named) == experts(model)
+    by_pattern = qa.attach(model, "lora", target_modules=".*experts")
+    assert shapes(by_pattern) == shapes(named)

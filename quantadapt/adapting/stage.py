@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import PlanRefused, Problem, QuantadaptError, warn
-from ..facade import facades, linear_facades, stack_facades
-from ..model.experts import expert_stacks
+from ..facade import facades, linear_facades
 from ..planning.refusals import experts_problems, wants_loftq, without_loftq
 from ..quantizing.state import ModelState
 from ..records import Adapter
@@ -25,6 +24,7 @@ from .targets import (
     quantizable,
     quantizable_stacks,
     resolve_targets,
+    stacks_in,
 )
 
 if TYPE_CHECKING:
@@ -131,9 +131,7 @@ def _try_without_values(model: nn.Module, config: Any) -> None:
 def adaptable(model: nn.Module, skip: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
     """Return the names of the quantized linear layers, and of the stacks of experts: the quantized
     ones, and those that are dense though they are not in `skip`."""
-    layers = [name for name, _ in linear_facades(model)]
-    stacks = [name for name, _ in stack_facades(model)]
-    return layers, stacks + [stack.name for stack in expert_stacks(model, skip)]
+    return [name for name, _ in linear_facades(model)], stacks_in(model, skip)
 
 
 def _refuse_second(model: nn.Module) -> None:

@@ -62,20 +62,21 @@ def resolve_targets(
 
     Args:
         layers: the linear layers that "all-linear" stands for.
-        stacks: the stacks of experts that it stands for; they are named as modules are.
+        stacks: the stacks of experts that it stands for. Those, and others, are named as modules
+            are.
 
     Raises:
         PlanRefused: one of `target_modules` matches nothing.
     """
     wanted = options.get("target_modules")
     asked = [*(options.get("target_parameters") or ())]
-    excluded, layer = options.get("exclude_modules"), is_in_layers(options)
-    left = [n for n in stacks if is_excluded(n, excluded) or is_trained_whole(n, options)]
-    there = [name for name in stacks if name not in left and layer(name)]
     if wanted is None or (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR):
         if not layers and not stacks:
             raise nothing_quantized(model)
-        return _targets(_endings(model, layers), there, stacks, asked)
+        there = _wanted(stacks, options)
+        return _targets(_endings(model, layers), there, stacks_in(model), asked)
+    stacks = stacks_in(model)
+    there = _wanted(stacks, options)
     targets = wanted if isinstance(wanted, str) else list(wanted)
     if not isinstance(targets, str) and stacks:
         targets = _of_parts(model, targets, stacks, there)
@@ -96,6 +97,20 @@ def resolve_targets(
         text = f"target_modules names layers; {both[0]}, called the same, stays as it is"
         warn(f"{text}: add {EXPERTS!r} to adapt experts, too", StacksWarning, stacklevel=6)
     return _targets(of_layers, [n for n in there if names_stack(of_stacks, n)], stacks, asked)
+
+
+def _wanted(stacks: list[str], options: Mapping[str, Any]) -> list[str]:
+    """Return the `stacks` that no option leaves out."""
+    excluded, layer = options.get("exclude_modules"), is_in_layers(options)
+    left = [n for n in stacks if is_excluded(n, excluded) or is_trained_whole(n, options)]
+    return [name for name in stacks if name not in left and layer(name)]
+
+
+def stacks_in(model: nn.Module, skip: tuple[str, ...] = ()) -> list[str]:
+    """Return the names of the stacks of experts: the quantized ones, and those that are dense
+    though they are not in `skip`."""
+    names = [name for name, _ in stack_facades(model)]
+    return names + [stack.name for stack in expert_stacks(model, skip)]
 
 
 def _of_parts(
