@@ -128,10 +128,9 @@ def test_experts_that_are_trained_whole_get_no_lora(whole: str, backend: str) ->
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_router_as_a_target_is_refused_with_the_way_out(backend: str) -> None:
     model = quantized("qwen3-moe", backend)
-    fix = "leave it out; modules_to_save trains a module whole"
-    with pytest.raises(PlanRefused, match=re.escape(fix)) as refused:
+    fix = "train it whole, modules_to_save: [gate]"
+    with pytest.raises(PlanRefused, match=re.escape(fix)):
         qa.attach(model, "lora", target_modules=["gate"])
-    assert "Qwen3MoeTopKRouter, which is no layer" in str(refused.value)
     tuned = qa.attach(model, "lora", target_modules=ATTENTION, modules_to_save=["gate"])
     assert any("gate.modules_to_save" in name for name in shapes(tuned))
 
@@ -162,3 +161,9 @@ def test_stacks_that_were_left_dense_are_adapted_where_they_are_named(kept: str)
     assert adapted(named) == experts(model)
     by_pattern = qa.attach(model, "lora", target_modules=".*experts")
     assert shapes(by_pattern) == shapes(named)
+
+
+@pytest.mark.parametrize("name", ["mlp", "input_layernorm"])
+def test_what_is_no_layer_is_refused_by_its_kind(name: str) -> None:
+    with pytest.raises(PlanRefused, match=r"names a Qwen3Moe\w+, which is no layer that"):
+        qa.attach(quantized("qwen3-moe"), "lora", target_modules=[name])
