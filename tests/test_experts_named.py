@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_experts import adapted, gradients, made, quantized, stock, with_lora
 from torch import nn
 
 import quantadapt as qa
 from quantadapt.adapting.targets import StacksWarning
-from quantadapt.errors import PlanRefused
+from quantadapt.errors import PlanRefused, QuantadaptError
 from quantadapt.facade import densify, stack_facades
 
 BACKENDS = ["hqq", "none"]
@@ -167,3 +169,16 @@ def test_stacks_that_were_left_dense_are_adapted_where_they_are_named(kept: str)
 def test_what_is_no_layer_is_refused_by_its_kind(name: str) -> None:
     with pytest.raises(PlanRefused, match=r"names a Qwen3Moe\w+, which is no layer that"):
         qa.attach(quantized("qwen3-moe"), "lora", target_modules=[name])
+
+
+@pytest.mark.parametrize(
+    "cut", ["layers.1.mlp.experts.down_proj_stack.scale", "layers.1.self_attn.q_proj.W_q"]
+)
+def test_a_tensor_that_was_cut_is_found_while_loading(cut: str, tmp_path: Path) -> None:
+    qa.save(quantized("qwen3-moe"), tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"model.{cut}"] = tensors[f"model.{cut}"][:16].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(QuantadaptError, match=re.escape(cut.rpartition(".")[0])):
+        qa.load(tmp_path)
