@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -313,6 +314,20 @@ def _check_nested(path: str) -> None:
             raise ModelError(what, fix="make or download the checkpoint again", where=path)
 
 
+def _look_for_lost_scales(state: Any) -> None:
+    """Raise ValueError where there are too few of them: kernels would read past their end."""
+    counts = [(state.absmax, math.prod(state.shape), state.blocksize), (state.code, 16, 1)]
+    if state.nested:
+        of_scales = state.state2
+        counts += [(of_scales.absmax, state.absmax.numel(), of_scales.blocksize)]
+        counts += [(of_scales.code, 256, 1)]
+    for tensor, numbers, block in counts:
+        if tensor.numel() * block < numbers:
+            raise ValueError(
+                f"{tensor.numel()} scales or values where {-(-numbers // block)} are due"
+            )
+
+
 class FourBitTarget(LayerwiseTarget):
     """`bitsandbytes.nn.Linear4bit`."""
 
@@ -326,6 +341,7 @@ class FourBitTarget(LayerwiseTarget):
         if getattr(packed.quant_state, "packing_format_for_cpu", False):
             _restore(packed)
         data, state = packed.data, packed.quant_state
+        _look_for_lost_scales(state)
 
         def vendors() -> Tensor:
             return dequantize_4bit(data, state)  # type: ignore[no-any-return]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_experts import adapted, gradients, made, quantized, stock, with_lora
 from torch import nn
 
 import quantadapt as qa
 from quantadapt.adapting.targets import StacksWarning
-from quantadapt.errors import PlanRefused
+from quantadapt.errors import PlanRefused, QuantadaptError
 from quantadapt.facade import densify, stack_facades
 
 BACKENDS = ["hqq", "none"]
@@ -128,10 +130,9 @@ def test_experts_that_are_trained_whole_get_no_lora(whole: str, backend: str) ->
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_router_as_a_target_is_refused_with_the_way_out(backend: str) -> None:
     model = quantized("qwen3-moe", backend)
-    fix = "leave it out; modules_to_save trains a module whole"
-    with pytest.raises(PlanRefused, match=re.escape(fix)) as refused:
+    fix = "train it whole, modules_to_save: [gate]"
+    with pytest.raises(PlanRefused, match=re.escape(fix)):
         qa.attach(model, "lora", target_modules=["gate"])
-    assert "Qwen3MoeTopKRouter, which is no layer" in str(refused.value)
     tuned = qa.attach(model, "lora", target_modules=ATTENTION, modules_to_save=["gate"])
     assert any("gate.modules_to_save" in name for name in shapes(tuned))
 
@@ -162,3 +163,30 @@ def test_stacks_that_were_left_dense_are_adapted_where_they_are_named(kept: str)
     assert adapted(named) == experts(model)
     by_pattern = qa.attach(model, "lora", target_modules=".*experts")
     assert shapes(by_pattern) == shapes(named)
+
+
+@pytest.mark.parametrize("name", ["mlp", "input_layernorm"])
+def test_what_is_no_layer_is_refused_by_its_kind(name: str) -> None:
+    with pytest.raises(PlanRefused, match=r"names a Qwen3Moe\w+, which is no layer that"):
+        qa.attach(quantized("qwen3-moe"), "lora", target_modules=[name])
+
+
+@pytest.mark.parametrize(
+    ("backend", "cut"),
+    [
+        ("hqq", "layers.1.mlp.experts.down_proj_stack.scale"),
+        ("hqq", "layers.1.self_attn.q_proj.W_q"),
+        ("bnb-nf4", "layers.1.mlp.experts.down_proj_stack.weight.absmax"),
+        ("bnb-nf4", "layers.1.self_attn.q_proj.weight.nested_quant_map"),
+    ],
+)
+def test_a_tensor_that_was_cut_is_found_while_loading(
+    backend: str, cut: str, tmp_path: Path
+) -> None:
+    qa.save(quantized("qwen3-moe", backend), tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"model.{cut}"] = tensors[f"model.{cut}"][:8].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(QuantadaptError, match=re.escape(cut.partition("proj")[0])):
+        qa.load(tmp_path)

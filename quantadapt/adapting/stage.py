@@ -17,9 +17,8 @@ from ..records import Adapter
 from ..registry.blame import blamed
 from . import loftq
 from .injecting import all_or_nothing, injected
+from .target_problems import adapted_problems, bias_problem
 from .targets import (
-    adapted_problems,
-    bias_problem,
     name_problems,
     quantizable,
     quantizable_stacks,

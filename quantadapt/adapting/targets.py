@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..capabilities import KEEP
 from ..errors import PlanRefused, Problem, did_you_mean, warn
-from ..facade import QuantLinear, linear_facades, stack_facades
+from ..facade import linear_facades, stack_facades
 from ..model.dense import skipped_modules
 from ..model.experts import expert_stacks
 from ..model.modules import linear_layers
@@ -30,15 +29,8 @@ from .expert_names import (
     parts_of_stacks,
     stack_endings,
 )
-from .injecting import matched
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 ALL_LINEAR = "all-linear"
-
-_OF_SINGULAR_VECTORS = ("pissa", "olora", "corda", "orthogonal", "mica", "lora_ga", "loftq")
-"""Starts of LoRA that take a singular vector for each rank; a longer name may follow."""
 
 
 class Targets(NamedTuple):
@@ -227,7 +219,7 @@ def _not_there(wanted: str, names: Iterable[str], where: str) -> Problem:
 
 def _unknown_parameters(model: nn.Module, wanted: Iterable[str] | None) -> Iterator[Problem]:
     where = "adapter.target_parameters"
-    names = _parameters(model)
+    names = all_parameters(model)
     for name in wanted or ():
         if not any(ends(other, name) for other in names):
             known = sorted({".".join(other.split(".")[-2:]) for other in names})
@@ -236,7 +228,7 @@ def _unknown_parameters(model: nn.Module, wanted: Iterable[str] | None) -> Itera
             )
 
 
-def _parameters(model: nn.Module) -> list[str]:
+def all_parameters(model: nn.Module) -> list[str]:
     """Return the names of all parameters, the quantized ones, too."""
     names = [name for name, _ in (*model.named_parameters(), *stack_facades(model))]
     return names + [f"{name}.weight" for name, _ in linear_facades(model)]
@@ -273,160 +265,3 @@ def _id_problems(ids: list[int], embedding: Any, where: str) -> Iterator[Problem
         yield Problem(f"token {outside[0]} is outside of the embedding of {rows}", fix, where)
     elif len(set(ids)) < len(ids):
         yield Problem("it names a token twice", "name each once", where)
-
-
-# What the targets come to -------------------------------------------------------------------------
-
-
-def adapted_problems(
-    model: nn.Module,
-    config: PeftConfig,
-    layers: list[str],
-    *,
-    start: Any = None,
-    own_method: bool = False,
-) -> list[Problem]:
-    """Return what is wrong with the modules that `config` comes to.
-
-    Args:
-        layers: the linear layers that may be named instead.
-        start: what `init_lora_weights` says.
-        own_method: whether PEFT does not ship the method, which may adapt anything.
-    """
-    chosen = {name: model.get_submodule(name) for name in matched(model, config)}
-    parameters = getattr(config, "target_parameters", None) or ()
-    adapted = [*chosen, *(n for n in _parameters(model) if any(ends(n, p) for p in parameters))]
-    found = [] if own_method else [*_blocks(chosen, layers), *_routers(chosen)]
-    found += _layer_problems(model, config)
-    for option in ("rank_pattern", "alpha_pattern"):
-        found += _pattern_problems(option, getattr(config, option, None) or {}, adapted)
-    if isinstance(start, str):
-        found += _rank_problems(start, config, chosen)
-    found += _conv1d_problems(config, chosen)
-    found += [_named_twice(p, n) for p in parameters for n in chosen if ends(f"{n}.weight", p)]
-    if not (found or chosen or parameters):
-        what = "nothing is left to adapt: what is named is excluded, or trained whole"
-        fix = "look at target_modules, exclude_modules and modules_to_save"
-        found.append(Problem(what, fix, "adapter.target_modules"))
-    return found
-
-
-def _routers(chosen: Mapping[str, nn.Module]) -> Iterator[Problem]:
-    """Yield the routers of experts among what is named: they hold a weight, and are no layers."""
-    kinds = {name.rpartition(".")[2] for name, m in chosen.items() if "Router" in type(m).__name__}
-    for kind in sorted(kinds):
-        what = f"{kind} is the router of experts, a parameter and no layer"
-        weight = f"target_parameters: [{kind}.weight]"
-        fix = f"name its weight, {weight}, or train it whole, modules_to_save: [{kind}]"
-        yield Problem(what, fix, "adapter.target_modules", "no-routers")
-
-
-def _named_twice(parameter: str, layer: str) -> Problem:
-    what = f"target_modules names {layer}, so {parameter} is adapted already"
-    fix = "name it in one place; target_modules is the same for a linear layer, and faster"
-    return Problem(what, fix, "adapter.target_parameters")
-
-
-def bias_problem(model: nn.Module, config: Any) -> Problem | None:
-    """Return what keeps an adapter with `lora_bias` from being merged: layers without a bias."""
-    if not getattr(config, "lora_bias", False):
-        return None
-    named = ((name, model.get_submodule(name)) for name in matched(model, config))
-    return lost_biases([name for name, layer in named if getattr(layer, "bias", None) is None])
-
-
-def lost_biases(without: list[str]) -> Problem | None:
-    """Return why an adapter with `lora_bias` cannot be merged into the layers called so, none of
-    which has a bias; None where there is no such layer."""
-    if not without:
-        return None
-    what = f"lora_bias trains a bias for layers that have none, e.g. {without[0]}"
-    return Problem(what, f"{KEEP}, or train without lora_bias", "adapter.lora_bias", "lora-bias")
-
-
-def _blocks(chosen: Mapping[str, nn.Module], layers: list[str]) -> Iterator[Problem]:
-    """Yield a problem for each kind of module that is named and holds linear layers itself."""
-    told = set()
-    for name, module in chosen.items():
-        inside = sorted({n.rpartition(".")[2] for n in layers if n.startswith(f"{name}.")})
-        ending = name.rpartition(".")[2]
-        if inside and not isinstance(module, nn.MultiheadAttention) and ending not in told:
-            told.add(ending)
-            what = f"{name} is no layer, but a {type(module).__name__} of several"
-            fix = f"name its layers: {', '.join(inside)}"
-            yield Problem(what, fix, "adapter.target_modules")
-
-
-def _layer_problems(model: nn.Module, config: Any) -> Iterator[Problem]:
-    """Yield what is wrong with `layers_to_transform` and `layers_pattern`."""
-    wanted = getattr(config, "layers_to_transform", None)
-    if wanted is None or wanted == [] or isinstance(config.target_modules, str):
-        return
-    given = getattr(config, "layers_pattern", None) or []
-    patterns = [given] if isinstance(given, str) else given
-    targets = [
-        n for n, _ in model.named_modules() if any(ends(n, t) for t in config.target_modules)
-    ]
-    counted = {(m[1], int(m[2])) for n in targets if (m := re.match(r".*?([^.]+)\.(\d+)\.", n))}
-    known = sorted({stack for stack, _ in counted})
-    if patterns:
-        if not any(re.fullmatch(p, stack) for p in patterns for stack in known):
-            what = f"no layers are called {', '.join(map(repr, patterns))}"
-            yield Problem(what, did_you_mean(patterns[0], known), "adapter.layers_pattern")
-            return
-        counted = {(s, i) for s, i in counted if any(re.fullmatch(p, s) for p in patterns)}
-    there = {index for _, index in counted}
-    asked = [wanted] if isinstance(wanted, int) else wanted
-    if missing := [index for index in asked if index not in there]:
-        what = f"there is no layer {', '.join(map(str, missing))} that is named"
-        fix = f"use {min(there)} to {max(there)}" if there else "leave it out: no layer is counted"
-        yield Problem(what, fix, "adapter.layers_to_transform")
-
-
-def _pattern_problems(
-    option: str, patterns: Mapping[str, Any], names: list[str]
-) -> Iterator[Problem]:
-    for key in patterns:
-        if not any(_of_pattern(key, name) for name in names):
-            known = sorted({name.rpartition(".")[2] for name in names})
-            what = f"{key!r} matches no layer that is adapted"
-            yield Problem(what, f"adapted are {', '.join(known)}", f"adapter.{option}")
-
-
-def _of_pattern(key: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", name) is not None  # as PEFT does
-
-
-def _conv1d_problems(config: Any, chosen: Mapping[str, nn.Module]) -> Iterator[Problem]:
-    """Yield a problem where PEFT would read the adapter otherwise in the model's own class, without
-    a word: it takes a `Conv1D`, which keeps its weight transposed, as it is."""
-    name = next((name for name, module in chosen.items() if getattr(module, "conv1d", False)), "")
-    what = f"{name} is a Conv1D in the model's own class: PEFT alone reads"
-    if name and config.peft_type == "OSF":
-        yield Problem(f"{what} OSF there as something else", "use another adapter", "adapter")
-    elif name and getattr(config, "init_lora_weights", None) == "olora":
-        fix, where = "use pissa, which is started alike", "adapter.init_lora_weights"
-        yield Problem(f"{what} the start olora there as something else", fix, where)
-
-
-def _rank_problems(start: str, config: Any, chosen: Mapping[str, nn.Module]) -> Iterator[Problem]:
-    """Yield a problem for the first layer that has fewer singular vectors than ranks are wanted,
-    and where there is nothing to take them of."""
-    if not start.startswith(_OF_SINGULAR_VECTORS):
-        return
-    if start == "lora_ga" and not any(hasattr(m, "_peft_loraga_grad") for m in chosen.values()):
-        what = "LoRA-GA starts from gradients, and none were taken"
-        fix = "call PEFT's preprocess_loraga first, or use init_lora_weights: true"
-        yield Problem(what, fix, "adapter.init_lora_weights")
-    for name, module in chosen.items():
-        if not isinstance(module, (nn.Linear, QuantLinear)):
-            continue
-        key = next((k for k in config.rank_pattern or {} if _of_pattern(k, name)), None)
-        rank = config.r if key is None else config.rank_pattern[key]
-        side = min(module.in_features, module.out_features)
-        if rank > side:
-            what = f"{start} needs a singular vector for each rank; {name} has {side}, not {rank}"
-            fix = f"use {side} or less, or init_lora_weights: true"
-            where = "adapter.r" if key is None else f"adapter.rank_pattern.{key}"
-            yield Problem(what, fix, where)
-            return

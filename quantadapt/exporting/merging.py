@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..adapting.targets import lost_biases
+from ..adapting.target_problems import lost_biases
 from ..errors import DataError, MergeRefused, NumbersError
 from ..evaluation.sizes import size_mib
 from ..facade import QuantExperts, QuantLinear, facades, wrap

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,7 +60,7 @@ def wrap(
     """
     if not isinstance(model, QuantLinear) and target.matches(model):
         return _checked(model, target, dtype, set())
-    seen: set[tuple[int, int]] = set()
+    seen: set[Any] = set()
     wrapped: tuple[str, ...] = ()
     for name, module in list(model.named_modules()):
         if f"{name}.".startswith(wrapped):
@@ -85,10 +86,11 @@ def _checked(
     vendor: nn.Module,
     target: AdapterTarget,
     dtype: torch.dtype,
-    seen: set[tuple[int, int]],
+    seen: set[Any],
     stack: Stack | None = None,
 ) -> QuantLinear | QuantStack:
-    """Return a facade whose weight has the shape that `target` claims; each shape is tried once."""
+    """Return a facade whose weight has the shape that `target` claims; each shape is tried once for
+    tensors of the same sizes: one that was cut in its file is found before anything runs."""
     name, shape = type(target).__name__, target.shape(vendor)
     if not all(isinstance(size, int) and size > 0 for size in shape):
         raise PluginError(f"{name}.shape returned {shape}, expected two sizes")
@@ -100,13 +102,30 @@ def _checked(
         if shape != (stack.in_features, stack.rows):
             what = f"{name}.shape returned {shape}, the stack has {stack.in_features, stack.rows}"
             raise PluginError(what)
-    if shape not in seen:
-        found, claimed = tuple(facade.dequantize().shape), (shape[1], shape[0])
+    tried = (shape, _sizes(vendor))
+    if tried not in seen:
+        found, claimed = _dequantized_shape(facade, name), (shape[1], shape[0])
         if found != claimed:
             what = f"{name}.dequantize returned {found}, its shape says {claimed} (out, in)"
             raise PluginError(what, fix="tell the authors of the backend")
-        seen.add(shape)
+        seen.add(tried)
     return facade
+
+
+def _sizes(vendor: nn.Module) -> frozenset[tuple[str, torch.Size]]:
+    tensors = vendor.state_dict().items()
+    return frozenset((name, t.shape) for name, t in tensors if isinstance(t, torch.Tensor))
+
+
+def _dequantized_shape(facade: QuantLinear | QuantStack, name: str) -> tuple[int, ...]:
+    try:
+        return tuple(facade.dequantize().shape)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, LookupError) as error:
+        what = f"{name}.dequantize fails: {type(error).__name__}: {error}"
+        fix = "get the checkpoint again; if it is whole, tell the authors of the backend"
+        raise PluginError(what, fix=fix) from error
 
 
 def replace(
