@@ -10,8 +10,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from test_experts import error, gradients, ids, logits, quantized
+from test_experts import error, gradients, ids, logits, made, quantized
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import quantadapt as qa
 from quantadapt.exporting.merging import merged_model
@@ -162,6 +163,26 @@ def test_saved_and_loaded_it_answers_the_same(backend: str, tmp_path: Path) -> N
     own = "base_model.model.model.layers.0.mlp.experts.lora_magnitude_vector"
     assert own in names
     assert torch.equal(logits(qa.load(tmp_path / "tuned")), logits(tuned))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_onto_the_base_each_experts_weight_is_pefts_of_its_layer(kind, tmp_path) -> None:
+    """m (W + s B A) / ‖W + s B A‖ by hand, in float64, of the files that transformers loads."""
+    base = made(kind)
+    base.save_pretrained(tmp_path / "base")
+    tuned = shaken(qa.attach(qa.quantize(str(tmp_path / "base"), "hqq", bits=8), "dora", r=4))
+    saved = qa.save(tuned, tmp_path / "tuned")
+    qa.merge_onto(saved, str(tmp_path / "base"), tmp_path, check=False)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for n, layer in enumerate(tuned.base_model.model.model.layers):
+        for name, wrapper in wrappers_of(layer.mlp.experts).items():
+            key = f"model.layers.{n}.mlp.experts.{name}"
+            turned = base.model.layers[n].mlp.experts.is_transposed
+            for e, stored in enumerate(base.state_dict()[key].double()):
+                a, b, magnitude = (part.double() for part in by_expert(wrapper, e))
+                weight = (stored.T if turned else stored) + wrapper.scaling["default"] * b @ a
+                right = magnitude[:, None] * weight / weight.norm(dim=1, keepdim=True)
+                assert error(found[key][e].double(), right.T if turned else right) < 1e-6
 
 
 @pytest.mark.parametrize("backend", ["hqq", "none"])

@@ -24,7 +24,7 @@ from .fused_dora import fused_dora
 from .fused_lora import LoraTerm, Magnitude, fused_lora
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftConfig
 
 
 class FusedLoraLinear(Linear):  # type: ignore[misc]
@@ -140,11 +140,12 @@ def _is_default(config: LoraConfig, field: Field[Any]) -> bool:
     return bool(getattr(config, field.name) == field.default)
 
 
-def use_fused_layers(config: LoraConfig) -> None:
-    """Have PEFT make fused layers over facades when it attaches or loads a LoRA of `config`; with
-    an option that is not known here it makes its own, which are right and slower."""
-    if not unknown_options(config):
-        config._register_custom_module({QuantLinear: _fused_layer, nn.Module: _layer_of_experts})
+def use_fused_layers(config: PeftConfig) -> None:
+    """Have PEFT make fused layers over facades when it attaches or loads `config`, if that is of
+    LoRA; with an option that is not known here it makes its own, which are right and slower."""
+    lora: Any = config
+    if lora.peft_type == "LORA" and not unknown_options(lora):
+        lora._register_custom_module({QuantLinear: _fused_layer, nn.Module: _layer_of_experts})
 
 
 def _fused_layer(*args: Any, parameter_name: str | None = None, **kwargs: Any) -> Any:

@@ -84,6 +84,10 @@ def reloaded(
 
 
 def _exactly(model: nn.Module, config: PeftConfig, inject: Callable[[], PeftModel]) -> PeftModel:
+    """Call `inject`, with our layers in the place of PEFT's."""
+    from .fused import use_fused_layers
+
+    use_fused_layers(config)
     literal = _names_what_is_there(model, config)
     expected = set(matched(model, config)) if literal else set()
     misread = literal and _would_convert(model, config)

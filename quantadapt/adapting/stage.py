@@ -147,8 +147,7 @@ def peft_config(
     options: Mapping[str, Any],
     there: tuple[list[str], list[str]] | None = None,
 ) -> PeftConfig:
-    """Return the PEFT config for `adapter` with `target_modules` resolved against `model`, and
-    with our layers in the place of PEFT's.
+    """Return the PEFT config for `adapter` with `target_modules` resolved against `model`.
 
     Args:
         there: names of the layers and of the stacks of experts that are quantized, where `model`
@@ -157,7 +156,6 @@ def peft_config(
     Raises:
         PlanRefused: with all that the options name and that is not there, or what PEFT refuses.
     """
-    from .fused import use_fused_layers
     from .method import made_config
 
     values = {**adapter.defaults, **options}
@@ -185,8 +183,6 @@ def peft_config(
         problems += adapted_problems(model, config, layers, start=start, own_method=own)
     if problems:
         raise PlanRefused(problems)
-    if adapter.peft_type == "LORA":
-        use_fused_layers(config)  # type: ignore[arg-type]
     return config
 
 

@@ -275,7 +275,6 @@ def _config(folder: Path) -> dict[str, Any]:
 def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> PeftModel:
     from peft import LoraConfig
 
-    from ..adapting.fused import use_fused_layers
     from ..adapting.method import config_class
     from ..facade import facades
 
@@ -310,10 +309,8 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
     state = state_of(model)
     _warn_other_base(state, manifest)
     config.inference_mode = False
-    if isinstance(config, LoraConfig):
-        use_fused_layers(config)
-        if state.rewritten:  # the base has given its part to the adapter already
-            config.init_lora_weights = True
+    if isinstance(config, LoraConfig) and state.rewritten:
+        config.init_lora_weights = True  # the base has given its part to the adapter already
     before = {id(facade.vendor) for _, facade in facades(model)}
     peft_model = put_on(model, folder, manifest["active"], config=config, is_trainable=True)
     # PiSSA starts again from the base as it was, and so rewrites it again.
