@@ -208,7 +208,7 @@ def test_without_a_loss_no_gain_is_claimed() -> None:
 
 
 def test_one_that_fails_is_told_once_and_costs_nothing_else(shown) -> None:
-    why = "it failed with RuntimeError: the judge does not answer, on the tuned model"
+    why = "it failed: RuntimeError: the judge does not answer, on the tuned model"
     assert shown.text.count(f"evaluation 'judge' is left out from here on: {why}") == 1
     assert shown.metrics["failed_evaluations"] == {"judge": why}
     assert f"judge: {why}" in shown.text

@@ -529,9 +529,10 @@ def test_every_architecture_with_blocks(quantizer, name) -> None:
         calibration=ragged() * 4,
         group_size=32,
     )
-    assert not [
-        n for n, m in quantized.named_modules() if type(m) is nn.Linear and n[-4:] != "head"
-    ]
+    # transformers' loader of AWQ takes what T5 wants in float32 for dense.
+    dense = ("head", ".wo") if isinstance(quantizer, AWQ) else ("head",)
+    layers = (n for n, m in quantized.named_modules() if type(m) is nn.Linear)
+    assert not [n for n in layers if not n.endswith(dense)]
     assert relative(outputs(quantized), before) < plain
 
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import quantadapt as qa
-from quantadapt.errors import ModelError
+from quantadapt.errors import ModelError, PlanRefused
 from quantadapt.loading import UnusedTensorsWarning, WrongTensors, from_pretrained
+from quantadapt.planning.share import BEGINNING
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 90, "num_hidden_layers": 2}
 TINY = LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=4)
@@ -138,7 +139,8 @@ def test_tensors_without_a_place_are_told_once(variant, backend) -> None:
     with pytest.warns(UnusedTensorsWarning, match="does not use: foo.bar$") as told:
         model = quantize(variant(with_more(foo__bar=torch.ones(2))), backend)
     assert len(told) == 1
-    assert model.quantadapt.notes == (str(told[0].message),)  # for the report
+    notes = [note for note in model.quantadapt.notes if not note.startswith(BEGINNING)]
+    assert notes == [str(told[0].message)]  # for the report
 
 
 @pytest.mark.parametrize("backend", ["none", "hqq", "bnb-nf4"])
@@ -207,7 +209,8 @@ def test_a_quantized_checkpoint_without_a_tensor_is_refused(source, variant, bac
         *("layers.1.input_layernorm", "lm_head"),
     ):
         name = lost.removesuffix(f".{scales}")
-        with pytest.raises(ModelError, match=name):
+        # What is left of a layer without its scales may be no weight at all: the plan sees that.
+        with pytest.raises((ModelError, PlanRefused), match=name):
             qa.load(variant(without(lost), packed), device="cpu")
     with pytest.raises(ModelError, match="config"):
         qa.load(variant(None, packed, intermediate_size=192), device="cpu")

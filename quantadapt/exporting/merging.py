@@ -222,6 +222,8 @@ def _merged_layer(layer: Any, kind: MergeKind, memo: dict[int, Any]) -> nn.Modul
     while _is_pefts(around[-1].base_layer):
         around.append(_unwrapped(around[-1].base_layer))
     base: nn.Module = around[-1].base_layer
+    if not hasattr(base, "num_experts"):
+        memo = {}  # a layer that is tied must not hand on what is merged into it
     quantized = isinstance(base, (QuantLinear, QuantExperts)) and kind == "requantize"
     dense = _dense(base, {} if quantized else memo)
     changed = [each for each in reversed(around) if _merges_into(each, dense)]

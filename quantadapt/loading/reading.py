@@ -203,6 +203,8 @@ def _wrong_tensors(source: str, broken: list[str]) -> ModelError | None:
         stored = Parameters(Checkpoint(source), architecture(source))
         if broken:
             whats = dict.fromkeys(stored.fault(name) for name in broken if name in stored)
+            if not whats:  # the files have none of these names: a layer packed otherwise
+                whats = dict.fromkeys([f"{listed(broken)} cannot be made of what the files hold"])
             return WrongTensors([Problem(what, fix, where=source) for what in whats])
         without = without_tensors(stored.model, list(stored))
     except Exception:  # this looks for the reason of a failure, and must not be another

@@ -41,9 +41,11 @@ def refuse_not_numbers_in(model: nn.Module, *, where: str = "") -> None:
 def refuse_not_numbers_packed(
     model: nn.Module, is_packed: Callable[[nn.Module], bool], *, where: str = ""
 ) -> None:
-    """Look at all that the quantized layers of a model hold, scales and zero points too."""
+    """Look at all that the quantized layers of a model hold, scales and zero points too; not at
+    codes in a class of the vendor's, which may be kept as floats."""
     packed = [(name, module) for name, module in model.named_modules() if is_packed(module)]
     held = (
         (f"{name}.{part}", tensor) for name, layer in packed for part, tensor in held_tensors(layer)
     )
-    refuse_not_numbers(held, where=where)
+    plain = ((name, tensor) for name, tensor in held if type(tensor) in (Tensor, nn.Parameter))
+    refuse_not_numbers(plain, where=where)
