@@ -250,14 +250,19 @@ def merge(bench: Bench, run: str, folder: Path, *more: str) -> Action:
 
 
 def save(model: Path, folder: Path, seed: int = 0, overwrite: bool = False) -> Action:
-    """Return what saves an adapter and a base of its own in Python."""
+    """Return what saves an adapter and a base of its own in Python; what it refuses is told, and
+    ends, as a command does."""
 
     def act() -> int:
         import quantadapt as qa
 
-        base = qa.quantize(str(model), "hqq", device="cpu", group_size=32)
-        tuned = qa.attach(base, "pissa", r=2 + seed)
-        qa.save(tuned, folder, overwrite=overwrite)
+        try:
+            base = qa.quantize(str(model), "hqq", device="cpu", group_size=32)
+            tuned = qa.attach(base, "pissa", r=2 + seed)
+            qa.save(tuned, folder, overwrite=overwrite)
+        except qa.QuantadaptError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
         return 0
 
     return act
