@@ -42,6 +42,7 @@ from speed_cases import (
     _synchronize,
     our_loop,
     plain_loop,
+    unsloth_model,
 )
 from versions import versions
 
@@ -265,7 +266,8 @@ def run_here(given: argparse.Namespace) -> dict[str, Any]:
 def load(case: str, shape: Experts, device: str, path: Path | None, whole: bool) -> Any:
     """Return the model of a case, with LoRA on attention, and on experts if `whole`."""
     if case == "unsloth":
-        return unsloth(path, shape, whole)
+        targets = [*PROJECTIONS, "gate_up_proj"] if whole else ATTENTION
+        return unsloth_model(path, shape.length, targets, "unsloth")
     return (peft if case == "peft" else partial(ours, case))(shape, device, whole)
 
 
@@ -314,28 +316,6 @@ def peft(shape: Experts, device: str, whole: bool) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
-
-
-def unsloth(path: Path | None, shape: Experts, whole: bool) -> Any:
-    """Return what Unsloth's notebooks write."""
-    from unsloth import FastLanguageModel
-
-    model, _ = FastLanguageModel.from_pretrained(
-        model_name=str(path),
-        max_seq_length=shape.length,
-        dtype=None,
-        load_in_4bit=True,
-        use_gradient_checkpointing="unsloth",
-    )
-    return FastLanguageModel.get_peft_model(
-        model,
-        r=RANK,
-        lora_alpha=RANK,
-        lora_dropout=0,
-        bias="none",
-        target_modules=[*PROJECTIONS, "gate_up_proj"] if whole else ATTENTION,
-        use_gradient_checkpointing="unsloth",
-    )
 
 
 def checkpoint(shape: Experts, given: argparse.Namespace) -> Path:

@@ -220,11 +220,16 @@ def peft_nf4(path: Path, shape: Shape, device: str, use_dora: bool) -> Any:
 
 def unsloth(path: Path, shape: Shape, device: str, checkpointing: str | bool) -> Any:
     """Return what Unsloth's notebooks write; by itself it is nf4 with double quantization."""
+    return unsloth_model(path, shape.length, PROJECTIONS, checkpointing)
+
+
+def unsloth_model(path: Path, length: int, targets: list[str], checkpointing: str | bool) -> Any:
+    """Return Unsloth's LoRA on `targets`, on a base in 4 bits, for rows of `length` tokens."""
     from unsloth import FastLanguageModel
 
     model, _ = FastLanguageModel.from_pretrained(
         model_name=str(path),
-        max_seq_length=shape.length,
+        max_seq_length=length,
         dtype=None,
         load_in_4bit=True,
         use_gradient_checkpointing=checkpointing,
@@ -235,7 +240,7 @@ def unsloth(path: Path, shape: Shape, device: str, checkpointing: str | bool) ->
         lora_alpha=RANK,
         lora_dropout=0,
         bias="none",
-        target_modules=PROJECTIONS,
+        target_modules=targets,
         use_gradient_checkpointing=checkpointing,
     )
 

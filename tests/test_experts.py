@@ -260,3 +260,24 @@ def test_experts_may_have_a_rank_of_their_own(backend: str) -> None:
     assert {count for name, count in rows.items() if ".experts." not in name} == {4}
     with pytest.raises(PlanRefused, match="rank_pattern"):
         qa.attach(quantized("qwen2-moe", backend), "lora", r=4, rank_pattern={"expert_proj": 2})
+
+
+@pytest.mark.parametrize("adapter", ["pissa", "vera", "lora"])
+def test_a_plan_refuses_what_does_not_go_onto_experts(adapter: str, tmp_path: Path) -> None:
+    made("qwen3-moe").save_pretrained(tmp_path / "model")
+
+    def problems(**options: Any) -> list[str]:
+        spec = qa.Spec(
+            model=str(tmp_path / "model"),
+            backend={"name": "hqq", "group_size": 32},
+            adapter={"name": adapter, **options},
+            output=str(tmp_path / "run"),
+        )
+        try:
+            qa.plan(spec)
+        except PlanRefused as error:
+            return [problem.rule for problem in error.problems]
+        return []
+
+    assert problems() == ([] if adapter == "lora" else [f"{adapter}-experts"])
+    assert problems(target_modules=["q_proj", "v_proj"]) == []

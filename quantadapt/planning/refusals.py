@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..capabilities import KEEP, Cell, Merge, refusals
 from ..errors import Problem
+from ..memory.shape import Shape
 from ..protocols import Exporter, Quantizer, Task
 from ..records import Adapter, Backend, Export, Record, kind_of
 from ..spec import TrainSpec
@@ -186,6 +187,20 @@ def experts_problems(
         fix = f"use init_lora_weights: true, or {without}"
         found.append(Problem(what, fix, "adapter.init_lora_weights", rule))
     return found
+
+
+def all_linear_problems(
+    adapter: Adapter, options: Mapping[str, Any], config: Mapping[str, Any]
+) -> list[Problem]:
+    """Return why an adapter that is to go everywhere does not go onto the experts that config.json
+    tells of. What is named or excluded is looked at once the model's own names are there."""
+    shape, wanted = Shape.of(config), options.get("target_modules")
+    if shape is None or shape.experts is None or options.get("exclude_modules"):
+        return []
+    if wanted is not None and wanted != "all-linear":
+        return []
+    layers = [name for name in shape.linears if shape.stacked(name) == 1]
+    return experts_problems(adapter, options, layers)
 
 
 _OTHER_HEADS = re.compile(

@@ -46,6 +46,7 @@ from .parts import (
 )
 from .processes import NO_MERGE, Parallel
 from .refusals import (
+    all_linear_problems,
     attach_refusals,
     data_start_problems,
     export_refusals,
@@ -398,6 +399,8 @@ def _combined(draft: Draft, made: Plan) -> Plan:
     )
     if made.trains:
         draft.problems += head_problems(made.task, config)
+        if not spec.skip_modules:
+            draft.problems += all_linear_problems(adapter, made.adapter_options, config)
     for name, evaluator in made.evaluators.items():
         record = draft.registry.record(Evaluation, evaluation_of(name))
         draft.problems += refusals_beside(cell, record, evaluator.model_dump())
