@@ -104,8 +104,8 @@ def test_nothing_changes_on_a_cpu(backend):
 @pytest.mark.parametrize(
     ("backend", "module"),
     [
-        ("bnb-nf4", "quantadapt_bnb"),
-        ("bnb-fp4", "quantadapt_bnb"),
+        ("bnb-nf4", "quantadapt_bnb.four_bit"),
+        ("bnb-fp4", "quantadapt_bnb.four_bit"),
         ("gptq", "quantadapt_gptqmodel.base"),
         ("awq", "quantadapt_gptqmodel.base"),
         ("autoround", "quantadapt_autoround"),

@@ -1,51 +1,28 @@
-"""bitsandbytes: nf4 and fp4 (QLoRA, https://arxiv.org/abs/2305.14314) and LLM.int8
-(https://arxiv.org/abs/2208.07339). Checkpoints are transformers' own."""
+"""nf4 and fp4: blocks of 64 weights with a scale each, which may be quantized itself."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from quantadapt.capabilities import Merge
 from quantadapt.compiling import one_kernel
 from quantadapt.errors import ModelError
-from quantadapt.hookspecs import hookimpl
-from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, Quantizer
-from quantadapt.records import Backend
+from quantadapt.protocols import LayerwiseTarget
+from quantadapt_bnb.base import BitsAndBytes, holds
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-_OF_EXPERT = re.compile(r"experts\.\d+\..*\.(absmax|SCB)$")
-"""Tensors of checkpoints whose experts are quantized one by one."""
 DECODING = 32
 """Tokens up to which the vendor's product with 4-bit weights beats dequantizing on CUDA."""
 
 
-class _BitsAndBytes(LayerwiseQuantizer):
-    def stays_dense(self, model: nn.Module, skip_modules: tuple[str, ...]) -> tuple[str, ...]:
-        from quantadapt.loading import not_converted
-
-        return not_converted(model, skip_modules)
-
-    def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
-        from quantadapt.loading import Checkpoint
-
-        if any(map(_OF_EXPERT.search, Checkpoint(path).files)):  # which transformers 5 cannot load
-            return super().load(path, device=device, dtype=dtype)
-        return Quantizer.load(self, path, device=device, dtype=dtype)
-
-    def left_dense(self, names: list[str], head: str | None) -> dict[str, Any]:
-        return {"llm_int8_skip_modules": names}
-
-
-class _FourBit(_BitsAndBytes):
+class _FourBit(BitsAndBytes):
     quant_type: ClassVar[str]
 
     def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
@@ -182,7 +159,7 @@ class _FourBit(_BitsAndBytes):
     @classmethod
     def from_model(cls, model: nn.Module) -> _FourBit | None:
         for module in model.modules():
-            if _is(module, "Params4bit"):
+            if holds(module, "Params4bit"):
                 weight: Any = module.weight
                 if weight.quant_type != cls.quant_type:
                     return None
@@ -203,136 +180,11 @@ class FP4(_FourBit):
     quant_type = "fp4"
 
 
-class Int8(_BitsAndBytes):
-    """LLM.int8: int8 weights per output channel, int8 activations per token. What goes into experts
-    is not rounded: they are multiplied with the dequantized weights."""
-
-    threshold: float = Field(
-        6.0,
-        ge=0,
-        description="input columns with a larger magnitude are computed in 16 bits; 0: none",
-    )
-
-    @cached_property
-    def target(self) -> Int8Target:
-        return Int8Target(self)
-
-    def bits_per_weight(
-        self, in_features: int, out_features: int, *, device: str, dtype: str
-    ) -> float:
-        return 8 + 32 / in_features
-
-    def quantize_linear(self, linear: nn.Linear) -> nn.Module:
-        from bitsandbytes.nn import Int8Params
-
-        device = linear.weight.device
-        packed = Int8Params(linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
-        return self._module(linear, packed.to(device), linear.bias)
-
-    def _module(self, linear: nn.Linear, packed: Any, bias: Any) -> nn.Module:
-        from bitsandbytes.nn import Linear8bitLt
-
-        module: nn.Module = Linear8bitLt(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            has_fp16_weights=False,
-            threshold=self.threshold,
-            device="meta",
-        )
-        module.weight = packed
-        module.bias = bias
-        return module
-
-    def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
-        from torch import nn
-
-        bias = None if "bias" not in state else nn.Parameter(state["bias"], requires_grad=False)
-        return self._module(linear, _int8(state["weight"], state["SCB"]), bias)
-
-    def join_rows(self, layers: list[nn.Module]) -> nn.Module:
-        import torch
-        from torch import nn
-
-        packed: list[Any] = [layer.weight for layer in layers]
-        codes = torch.cat([weight.data for weight in packed])
-        scales = torch.cat([weight.SCB for weight in packed])
-        linear = nn.Linear(codes.shape[1], len(codes), bias=False, device="meta")
-        return self._module(linear, _int8(codes, scales), None)
-
-    def quantization_config(self) -> dict[str, Any]:
-        from transformers import BitsAndBytesConfig
-
-        config: dict[str, Any] = BitsAndBytesConfig(
-            load_in_8bit=True,
-            llm_int8_threshold=self.threshold,
-        ).to_dict()
-        return config
-
-    @classmethod
-    def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> Int8 | None:
-        if not quantization_config.get("load_in_8bit"):
-            return None
-        return cls(threshold=quantization_config.get("llm_int8_threshold", 6.0))
-
-    @classmethod
-    def from_model(cls, model: nn.Module) -> Int8 | None:
-        for module in model.modules():
-            if _is(module, "Int8Params"):
-                return cls(threshold=module.state.threshold)  # type: ignore[union-attr, arg-type]
-        return None
-
-
-def _scales(state: Any) -> Tensor:
-    """Return the scales of 4-bit blocks in float32, of quantized ones the numbers that they are."""
-    from bitsandbytes.functional import dequantize_blockwise
-
-    if not state.nested:
-        scales: Tensor = state.absmax
-        return scales
-    plain: Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset
-    return plain.float()
-
-
-def _int8(codes: Tensor, scales: Tensor) -> Any:
-    """Return int8 codes [out, in] and the scales of their rows as bitsandbytes holds them."""
-    from bitsandbytes.nn import Int8Params
-
-    return Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
-
-
-def _check_nested(path: str) -> None:
-    """Raise ModelError where the scales of quantized scales are gone: bitsandbytes would take their
-    codes for scales."""
-    from quantadapt.loading import Checkpoint
-
-    names = Checkpoint(path).files
-    for name in names:
-        layer, _, part = name.rpartition(".weight.")
-        if part == "nested_quant_map" and f"{layer}.weight.nested_absmax" not in names:
-            what = f"it has no {layer}.weight.nested_absmax"
-            raise ModelError(what, fix="make or download the checkpoint again", where=path)
-
-
-def _look_for_lost_scales(state: Any) -> None:
-    """Raise ValueError where there are too few of them: kernels would read past their end."""
-    counts = [(state.absmax, math.prod(state.shape), state.blocksize), (state.code, 16, 1)]
-    if state.nested:
-        of_scales = state.state2
-        counts += [(of_scales.absmax, state.absmax.numel(), of_scales.blocksize)]
-        counts += [(of_scales.code, 256, 1)]
-    for tensor, numbers, block in counts:
-        if tensor.numel() * block < numbers:
-            raise ValueError(
-                f"{tensor.numel()} scales or values where {-(-numbers // block)} are due"
-            )
-
-
 class FourBitTarget(LayerwiseTarget):
     """`bitsandbytes.nn.Linear4bit`."""
 
     def matches(self, module: nn.Module) -> bool:
-        return _is(module, "Params4bit")
+        return holds(module, "Params4bit")
 
     def dequantize(self, module: nn.Module) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
@@ -383,27 +235,42 @@ class FourBitTarget(LayerwiseTarget):
         return output
 
 
-class Int8Target(LayerwiseTarget):
-    """`bitsandbytes.nn.Linear8bitLt`."""
+def _scales(state: Any) -> Tensor:
+    """Return the scales of 4-bit blocks in float32, of quantized ones the numbers that they are."""
+    from bitsandbytes.functional import dequantize_blockwise
 
-    quantizes_activations = True
-    straight_through = False
-    """0.8 % of rounding a layer. The vendor's forward waits for the GPU and takes twice as long."""
+    if not state.nested:
+        scales: Tensor = state.absmax
+        return scales
+    plain: Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return plain.float()
 
-    def matches(self, module: nn.Module) -> bool:
-        return _is(module, "Int8Params")
 
-    def dequantize(self, module: nn.Module) -> Tensor:
-        vendor: Any = module
-        codes, scale = vendor.weight.data, vendor.weight.SCB
-        if scale is None:  # the first forward moves it
-            scale = vendor.state.SCB
-        return one_kernel(_dequantize_int8, codes, scale)
+def _check_nested(path: str) -> None:
+    """Raise ModelError where the scales of quantized scales are gone: bitsandbytes would take their
+    codes for scales."""
+    from quantadapt.loading import Checkpoint
 
-    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Round the activations, as in evaluation; a layer of a model that was training when it was
-        quantized would not, on a CPU."""
-        return super().forward(module.eval() if module.training else module, x)
+    names = Checkpoint(path).files
+    for name in names:
+        layer, _, part = name.rpartition(".weight.")
+        if part == "nested_quant_map" and f"{layer}.weight.nested_absmax" not in names:
+            what = f"it has no {layer}.weight.nested_absmax"
+            raise ModelError(what, fix="make or download the checkpoint again", where=path)
+
+
+def _look_for_lost_scales(state: Any) -> None:
+    """Raise ValueError where there are too few of them: kernels would read past their end."""
+    counts = [(state.absmax, math.prod(state.shape), state.blocksize), (state.code, 16, 1)]
+    if state.nested:
+        of_scales = state.state2
+        counts += [(of_scales.absmax, state.absmax.numel(), of_scales.blocksize)]
+        counts += [(of_scales.code, 256, 1)]
+    for tensor, numbers, block in counts:
+        if tensor.numel() * block < numbers:
+            raise ValueError(
+                f"{tensor.numel()} scales or values where {-(-numbers // block)} are due"
+            )
 
 
 def _restore(weight: Any) -> None:
@@ -438,32 +305,3 @@ def _dequantize_4bit(
     shifts = torch.arange(4, -1, -4, dtype=torch.uint8, device=packed.device)
     codes = (packed.view(torch.uint8).view(-1, 1) >> shifts) & 15
     return (code[codes.int()].view(-1, block) * absmax[:, None]).to(dtype).view(shape)
-
-
-def _dequantize_int8(codes: Tensor, scale: Tensor) -> Tensor:
-    return codes * (scale.view(-1, 1) / 127)
-
-
-def _is(module: nn.Module, weight_class: str) -> bool:
-    return type(getattr(module, "weight", None)).__name__ == weight_class
-
-
-def _backend(name: str, summary: str, quantizer: type[Quantizer]) -> Backend:
-    return Backend(
-        name=name,
-        summary=summary,
-        quantizer=quantizer,
-        requires=("bitsandbytes>=0.48",),
-        imports=("bitsandbytes",),
-        extra="quantadapt[bitsandbytes]",
-        merge=Merge.REQUANTIZE,
-    )
-
-
-@hookimpl
-def quantadapt_backends() -> list[Backend]:
-    return [
-        _backend("bnb-nf4", "bitsandbytes 4-bit NormalFloat, as in QLoRA", NF4),
-        _backend("bnb-fp4", "bitsandbytes 4-bit float", FP4),
-        _backend("bnb-int8", "bitsandbytes LLM.int8, int8 weights and activations", Int8),
-    ]
