@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from functools import wraps
+from types import FrameType
 from typing import ParamSpec, TypeVar
 
 from ..errors import PluginError, QuantadaptError
@@ -25,7 +26,7 @@ def blamed(error: BaseException | None) -> PluginError | None:
         return None
     plugins = {plugin.module.partition(".")[0]: plugin for plugin in registry().plugins.values()}
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        package = _package(frame)
         if package == PROJECT:
             return None
         if package in plugins and plugins[package].distribution != PROJECT:
@@ -44,15 +45,27 @@ def blaming_plugins(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except PluginError as error:  # of an evaluation, which only met what a backend raised
-            if (found := blamed(error.__cause__)) and error.problems[0].where.startswith(
-                "evaluation "
-            ):
-                raise found from error.__cause__
-            raise
+        except PluginError as error:
+            if _failed_by_itself(error) or (found := blamed(error.__cause__)) is None:
+                raise
+            raise found from error.__cause__
         except Exception as error:
             if (found := blamed(error)) is None:
                 raise
             raise found from error
 
     return call
+
+
+def _failed_by_itself(error: PluginError) -> bool:
+    """Whether what an error tells arose in the code of the very evaluation that it names: an
+    evaluation meets what a backend of others raises, too."""
+    if not error.problems[0].where.startswith("evaluation ") or error.__cause__ is None:
+        return True
+    called = [_package(frame) for frame, _ in traceback.walk_tb(error.__cause__.__traceback__)]
+    plugins = {plugin.module.partition(".")[0] for plugin in registry().plugins.values()}
+    return len(plugins & set(called[1:])) < 2 and called[1:2] != [PROJECT]
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
