@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 from quantadapt.capabilities import Merge
 from quantadapt.compiling import one_kernel
 from quantadapt.hookspecs import hookimpl
-from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget
+from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, UniformGrid, twin
 from quantadapt.records import Backend
 
 if TYPE_CHECKING:
@@ -169,6 +169,33 @@ class HQQTarget(LayerwiseTarget):
         output: Tensor = module(x)
         return output
 
+    def grid(self, module: nn.Module) -> UniformGrid | None:
+        _follow(module)
+        vendor: Any = module
+        meta = vendor.meta
+        if meta["quant_zero"] or meta["quant_scale"] or meta["view_as_float"]:
+            return None  # of layers that others made
+        scale, zero, size = _by_rows(meta)
+        bits, dtype = meta["nbits"], scale.dtype
+        return UniformGrid(
+            scale=scale, zero=zero, group_size=size, dtype=dtype, lowest=0, highest=2**bits - 1
+        )
+
+    def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        import torch
+        from hqq.core.quantize import Quantizer
+
+        grid, vendor = self.grid(module), twin(module)
+        assert grid is not None
+        meta: Any = vendor.meta
+        size = meta["group_size"] or meta["shape"][meta["axis"]]
+        codes = grid.codes(weight).to(torch.uint8)
+        codes = codes.reshape((-1, size) if meta["axis"] == 1 else (size, -1))
+        packed = Quantizer.pack[meta["packing"]](codes)
+        vendor.W_q = torch.nn.Parameter(packed, requires_grad=False)
+        repacked: nn.Module = vendor
+        return repacked
+
 
 def _dequantize(
     packed: Tensor, scale: Tensor, zero: Tensor, bits: int, shape: tuple[int, int]
@@ -183,6 +210,19 @@ def _dequantize(
     rows = shape[0] * shape[1] // packed.shape[1]
     weight: Tensor = (codes.flatten(0, 1)[:rows].to(scale.dtype) - zero) * scale
     return weight.view(shape)
+
+
+def _by_rows(meta: Mapping[str, Any]) -> tuple[Tensor, Tensor, int]:
+    """Return scales and zero points of a layer, [out_features, groups of a row], and how many
+    weights these groups have. Groups that are no part of a row become groups of one weight."""
+    (rows, columns), axis = meta["shape"], meta["axis"]
+    size = meta["group_size"] or meta["shape"][axis]
+    found: tuple[Tensor, Tensor] = meta["scale"], meta["zero"]
+    if axis == 1 and columns % size == 0:
+        return found[0].reshape(rows, -1), found[1].reshape(rows, -1), size
+    shape = (rows * columns // size, size) if axis == 1 else (size, rows * columns // size)
+    scale, zero = (part.expand(shape).reshape(rows, columns) for part in found)
+    return scale, zero, 1
 
 
 def _is_hqq(module: nn.Module) -> bool:

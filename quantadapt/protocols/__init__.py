@@ -7,21 +7,26 @@ to list them, and only asked to work later.
 
 from __future__ import annotations
 
-from .backends import AdapterTarget, LayerwiseQuantizer, LayerwiseTarget, Quantizer
+from .backends import AdapterTarget, LayerwiseQuantizer, LayerwiseTarget, Quantizer, twin
 from .evaluations import Evaluator, Given
 from .exports import Exporter
+from .grids import CodebookGrid, Grid, UniformGrid
 from .objectives import Task
 from .options import Figure, Options
 
 __all__ = [
     "AdapterTarget",
+    "CodebookGrid",
     "Evaluator",
     "Exporter",
     "Figure",
     "Given",
+    "Grid",
     "LayerwiseQuantizer",
     "LayerwiseTarget",
     "Options",
     "Quantizer",
     "Task",
+    "UniformGrid",
+    "twin",
 ]

@@ -6,6 +6,7 @@ quantize-on-load, saving, loading and re-quantization from the core.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from .options import Options
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from .grids import Grid
 
 
 @runtime_checkable
@@ -60,12 +63,37 @@ class AdapterTarget(Protocol):
         name = type(self).__name__
         raise PluginError(f"{name} has no requantize", fix="declare Merge.DENSE, or implement it")
 
+    def rounded(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """Return `weight` [out_features, in_features] as `requantize` would keep it: what
+        `dequantize` would give then, bit for bit. To be overridden where no module is needed."""
+        return self.dequantize(self.requantize(module, weight))
+
+    def grid(self, module: nn.Module) -> Grid | None:
+        """Return the values that the weights of `module` can take with the scales that it has; None
+        (the default) where that is not known. A backend that has it has `repack` as well."""
+        return None
+
+    def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        """Return a new vendor module with the scales of `module` and, of the values of its grid,
+        those nearest to `weight` [out_features, in_features]."""
+        name = type(self).__name__
+        raise PluginError(f"{name} has no repack", fix="implement it beside grid")
+
     def restore(self, module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
         """Return a new vendor module, of the size of `module`, that holds `state`: what another's
         `state_dict` gave, without prefix and bias. Called by `load_state_dict` where the vendor's
         own leaves some of it unread, e.g. scales."""
         name = type(module).__name__
         raise ModelError(f"{name} does not load all of them", fix="load the whole model anew")
+
+
+def twin(module: nn.Module) -> Any:
+    """Return a module that holds the very tensors of `module` until others are set in it: what
+    `repack` begins with."""
+    made: Any = copy.copy(module)
+    for name in ("_parameters", "_buffers", "_modules"):
+        setattr(made, name, dict(getattr(module, name)))
+    return made
 
 
 class Quantizer(Options, ABC):

@@ -217,6 +217,61 @@ class LayerSuite(Suite):
                 fix = "Let `misfit` return None for it"
                 assert not works, f"a layer of {size} is quantized well, but {misfit!r}. {fix}"
 
+    def test_rounded_is_what_requantize_keeps(self, bench: Bench) -> None:
+        """`rounded`, where it takes a way of its own."""
+        from ..capabilities import Merge
+
+        target: Any = bench.plan.quantizer.target
+        if bench.record.merge is not Merge.REQUANTIZE:
+            return
+        facade = bench.some_facade()
+        weight = _changed(facade.dequantize(), seed=0)
+        expected = target.dequantize(target.requantize(facade.vendor, weight))
+        fix = "`rounded` gives what `dequantize` gives after `requantize`"
+        assert_equal(target.rounded(facade.vendor, weight), expected, "`rounded` is off", fix)
+
+    def test_grid_holds_the_values_that_weights_can_take(self, bench: Bench) -> None:
+        import torch
+
+        target: Any = bench.plan.quantizer.target
+        for name, facade in bench.facades().items():
+            if (grid := target.grid(facade.vendor)) is None:
+                continue
+            kept = target.dequantize(facade.vendor)
+            fix = "`values` of its grid computes as `dequantize` does, in the same dtype"
+            assert grid.dtype == kept.dtype, f"{name}: {grid.dtype}, not {kept.dtype}. {fix}"
+            assert_equal(grid.nearest(kept), kept, f"{name}: its own weight is off its grid", fix)
+            weight = _changed(kept, seed=1).float()
+            rounded = grid.nearest(weight)
+            fix = "`columns` says which columns of the module are given"
+            for columns in (slice(1, 4), slice(5, None)):
+                part = grid.nearest(weight[:, columns], columns)
+                assert_equal(part, rounded[:, columns], f"{name}: columns are off", fix)
+            fix = "`codes` of its grid gives the nearest value"
+            off = (rounded.float() - weight).abs()
+            for seed in range(2, 6):
+                other = (grid.nearest(_changed(weight, seed)).float() - weight).abs()
+                slack = torch.finfo(kept.dtype).eps * weight.abs().max()
+                nearer = float((off - other).max() - slack)
+                assert_within(nearer, 0, f"{name}: a value is not the nearest", fix)
+
+    def test_repack_holds_values_of_the_grid(self, bench: Bench) -> None:
+        target: Any = bench.plan.quantizer.target
+        for name, facade in bench.facades().items():
+            if (grid := target.grid(facade.vendor)) is None:
+                continue
+            before = target.dequantize(facade.vendor)
+            weight = _changed(before, seed=6)
+            packed = target.repack(facade.vendor, weight)
+            fix = "`repack` packs the codes of the grid, into a module with the same scales"
+            what = f"{name}: another weight than the grid's is packed"
+            assert target.matches(packed), f"{name}: `matches` says no to what is packed. {fix}"
+            assert_equal(target.dequantize(packed), grid.nearest(weight), what, fix)
+            again = target.repack(packed, before)
+            assert_equal(target.dequantize(again), before, f"{name}: it has other scales", fix)
+            what = f"{name}: `repack` has changed the module that it was given"
+            assert_equal(target.dequantize(facade.vendor), before, what, fix)
+
     def test_bits_per_weight_are_those_of_a_layer(self, bench: Bench) -> None:
         """What is declared, and plans predict memory from, counts all that a layer holds."""
         facade = bench.some_facade()
@@ -264,6 +319,15 @@ def _quantization_error(bench: Bench, quantizer: Any, in_features: int, out_feat
     except Exception:
         return float("inf")
     return relative(found.cpu(), weight) if found.shape == weight.shape else float("inf")
+
+
+def _changed(weight: Tensor, seed: int) -> Tensor:
+    """Return a weight that is changed by about half of what it is."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(weight.shape, generator=generator).to(weight)
+    return weight + 0.5 * weight.std() * noise
 
 
 def _slope(found: Tensor, reference: Tensor) -> float:
