@@ -28,7 +28,7 @@ from quantadapt.compiling import one_kernel
 from quantadapt.errors import ModelError
 from quantadapt.hookspecs import hookimpl
 from quantadapt.machine import this_machine
-from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget
+from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, UniformGrid, twin
 from quantadapt.records import Backend
 
 if TYPE_CHECKING:
@@ -118,6 +118,27 @@ class EETQTarget(LayerwiseTarget):
     def dequantize(self, module: nn.Module) -> Tensor:
         vendor: Any = module
         return one_kernel(dequantize, vendor.weight.data, vendor.weight_scales.data)
+
+    def rounded(self, module: nn.Module, weight: Tensor) -> Tensor:
+        codes, scales = quantize_rows(weight)
+        return codes * scales.half().float()[:, None]
+
+    def grid(self, module: nn.Module) -> UniformGrid:
+        import torch
+
+        vendor: Any = module
+        scale, columns = vendor.weight_scales.data.float()[:, None], self.shape(module)[0]
+        return UniformGrid(
+            scale=scale, group_size=columns, dtype=torch.float32, lowest=-128, highest=127
+        )
+
+    def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        import torch
+
+        codes, vendor = self.grid(module).codes(weight).to(torch.int8), twin(module)
+        vendor.weight = torch.nn.Parameter(pack(codes), requires_grad=False)
+        repacked: nn.Module = vendor
+        return repacked
 
     def decodes(self, module: nn.Module, x: Tensor) -> bool:
         """Say whether the vendor's kernel is there and the faster one for `x`."""

@@ -16,15 +16,23 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
 from quantadapt.capabilities import Merge
 from quantadapt.compiling import one_kernel
 from quantadapt.hookspecs import hookimpl
-from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget
+from quantadapt.protocols import (
+    CodebookGrid,
+    Grid,
+    LayerwiseQuantizer,
+    LayerwiseTarget,
+    UniformGrid,
+    twin,
+)
 from quantadapt.records import Backend
 
 if TYPE_CHECKING:
@@ -139,6 +147,66 @@ class QuantoTarget(LayerwiseTarget):
 
     def dequantize(self, module: nn.Module) -> Tensor:
         return _dequantize(module.weight)
+
+    def grid(self, module: nn.Module) -> Grid | None:
+        import torch
+
+        weight: Any = module.weight
+        if weight.axis != 0:
+            return None
+        rows, columns = weight.shape
+        scale = weight._scale.reshape(rows, -1)
+        size, dtype = columns // scale.shape[1], scale.dtype
+        if not _is_packed(weight):
+            codes = weight._data.dtype
+            if not codes.is_floating_point:
+                return UniformGrid(
+                    scale=scale, group_size=size, dtype=dtype, lowest=-128, highest=127
+                )
+            levels = torch.arange(256, device=scale.device).to(torch.uint8).view(codes).float()
+            return CodebookGrid(scale=scale, group_size=size, dtype=dtype, levels=levels)
+        return ShiftedGrid(
+            scale=scale,
+            zero=weight._shift.reshape(rows, -1),
+            group_size=size,
+            dtype=dtype,
+            lowest=0,
+            highest=2**weight.qtype.bits - 1,
+        )
+
+    def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        import torch
+        from optimum.quanto.tensor.packed import PackedTensor
+
+        grid, old = self.grid(module), cast("Any", module.weight)
+        assert grid is not None
+        codes, names = grid.codes(weight), old.__tensor_flatten__()
+        parts = {name: getattr(old, name) for name in names[0]}
+        if _is_packed(old):
+            codes = codes.to(torch.uint8).view(old._data.shape)
+            parts["_data"] = PackedTensor.pack(codes, old.qtype.bits)
+        elif isinstance(grid, CodebookGrid):  # a code is the byte itself
+            parts["_data"] = codes.to(torch.uint8).view(old._data.dtype)
+        else:
+            parts["_data"] = codes.to(old._data.dtype)
+        packed = type(old).__tensor_unflatten__(parts, names[1], None, None)
+        vendor = twin(module)
+        vendor.weight = torch.nn.Parameter(packed, requires_grad=False)
+        repacked: nn.Module = vendor
+        return repacked
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ShiftedGrid(UniformGrid):
+    """Values scale * code - shift, with the shift in place of a zero point."""
+
+    def _codes(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        assert zero is not None
+        return super()._codes(weight, scale, zero / scale)
+
+    def _values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        assert zero is not None
+        return scale * codes.to(self.dtype) - zero
 
 
 def _is_quanto(module: nn.Module) -> bool:

@@ -9,14 +9,22 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field, ValidationError
 
 from quantadapt.capabilities import Merge, Rule
 from quantadapt.compiling import one_kernel
 from quantadapt.hookspecs import hookimpl
-from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, Quantizer
+from quantadapt.protocols import (
+    CodebookGrid,
+    Grid,
+    LayerwiseQuantizer,
+    LayerwiseTarget,
+    Quantizer,
+    UniformGrid,
+    twin,
+)
 from quantadapt.records import Backend
 
 if TYPE_CHECKING:
@@ -143,6 +151,16 @@ class Float8(_TorchAO):
     config_names = ("Float8WeightOnlyConfig",)
     tensor_names = ("Float8Tensor",)
 
+    def quantize_linear(self, linear: nn.Linear) -> nn.Module:
+        import torch
+
+        made = super().quantize_linear(linear)
+        weight: Any = made.weight
+        empty = weight.scale == 0  # a row of zeros has become 0 / 0
+        weight.qdata.view(torch.uint8).masked_fill_(empty, 0)
+        weight.scale.masked_fill_(empty, 1)
+        return made
+
     def bits_per_weight(
         self, in_features: int, out_features: int, *, device: str, dtype: str
     ) -> float:
@@ -257,6 +275,48 @@ class TorchAOTarget(LayerwiseTarget):
         return one_kernel(
             _dequantize_parts, *tensors, static=(layout,), otherwise=weight.dequantize
         )
+
+    def grid(self, module: nn.Module) -> Grid | None:
+        import torch
+
+        weight: Any = module.weight
+        kind, dtype = type(weight).__name__, weight.dtype
+        if kind == "Float8Tensor" and tuple(weight.block_size) == (1, weight.shape[1]):
+            levels = torch.arange(256, device=weight.device).to(torch.uint8)
+            return CodebookGrid(
+                scale=weight.scale.view(-1, 1),
+                group_size=weight.shape[1],
+                dtype=dtype,
+                levels=levels.view(weight.qdata.dtype).float(),
+            )
+        if kind not in ("Int8Tensor", "IntxUnpackedToInt8Tensor") or weight.block_size[0] != 1:
+            return None
+        bits = int(str(getattr(weight, "target_dtype", torch.int8)).removeprefix("torch.int"))
+        zero = weight.zero_point
+        return UniformGrid(
+            scale=weight.scale.view(weight.shape[0], -1),
+            zero=None if zero is None else zero.view(weight.shape[0], -1),
+            group_size=weight.block_size[1],
+            dtype=dtype,
+            lowest=-(2 ** (bits - 1)),
+            highest=2 ** (bits - 1) - 1,
+        )
+
+    def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        import torch
+
+        grid, old = self.grid(module), cast("Any", module.weight)
+        assert grid is not None
+        codes = grid.codes(weight)
+        if isinstance(grid, CodebookGrid):  # a code is the byte itself
+            codes = codes.to(torch.uint8).view(old.qdata.dtype)
+        names, context = old.__tensor_flatten__()
+        parts = {name: getattr(old, name) for name in names} | {"qdata": codes.to(old.qdata.dtype)}
+        packed = type(old).__tensor_unflatten__(parts, context, old.shape, old.stride())
+        vendor = twin(module)
+        vendor.weight = torch.nn.Parameter(packed, requires_grad=False)
+        repacked: nn.Module = vendor
+        return repacked
 
     def decodes(self, module: nn.Module, x: Tensor) -> bool:
         """Say whether torchao's product with such a weight is the faster one for `x` on CUDA."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from functools import cached_property
@@ -11,7 +12,7 @@ from pydantic import Field
 
 from quantadapt.compiling import one_kernel
 from quantadapt.errors import ModelError
-from quantadapt.protocols import LayerwiseTarget
+from quantadapt.protocols import CodebookGrid, LayerwiseTarget, twin
 from quantadapt_bnb.base import BitsAndBytes, holds
 
 if TYPE_CHECKING:
@@ -189,9 +190,7 @@ class FourBitTarget(LayerwiseTarget):
     def dequantize(self, module: nn.Module) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        packed: Any = module.weight
-        if getattr(packed.quant_state, "packing_format_for_cpu", False):
-            _restore(packed)
+        packed = _as_packed(module)
         data, state = packed.data, packed.quant_state
         _look_for_lost_scales(state)
 
@@ -207,6 +206,50 @@ class FourBitTarget(LayerwiseTarget):
             static=(state.blocksize, of_scales.blocksize, tuple(state.shape), state.dtype),
             otherwise=vendors,
         )
+
+    def rounded(self, module: nn.Module, weight: Tensor) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        packed: Any = module.weight
+        codes, state = quantize_4bit(
+            weight.contiguous(),
+            blocksize=packed.quant_state.blocksize,
+            compress_statistics=packed.compress_statistics,
+            quant_type=packed.quant_type,
+        )
+        dense: Tensor = dequantize_4bit(codes, state)
+        return dense
+
+    def grid(self, module: nn.Module) -> CodebookGrid | None:
+        packed = _as_packed(module)
+        state = packed.quant_state
+        if packed.data.shape[0] == 1:
+            return None
+        (rows, columns), size = state.shape, state.blocksize
+        scales = _scales(state)
+        if columns % size == 0:
+            scales = scales.view(rows, -1)
+        else:  # blocks that go on in the next row become blocks of one weight
+            scales, size = scales.repeat_interleave(size)[: rows * columns].view(rows, columns), 1
+        return CodebookGrid(scale=scales, group_size=size, dtype=state.dtype, levels=state.code)
+
+    def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        import torch
+
+        grid, packed = self.grid(module), copy.copy(_as_packed(module))
+        assert grid is not None
+        codes = grid.codes(weight).to(torch.uint8).view(-1)
+        if codes.numel() % 2:
+            codes = torch.nn.functional.pad(codes, (0, 1))
+        bytes_ = packed.data.view(torch.uint8)
+        both = codes.new_zeros(bytes_.numel())
+        both[: codes.numel() // 2] = codes[::2] << 4 | codes[1::2]
+        packed.data = both.view(bytes_.shape).view(packed.data.dtype)
+        vendor = twin(module)
+        vendor.weight = packed
+        packed.module = vendor
+        repacked: nn.Module = vendor
+        return repacked
 
     def decodes(self, module: nn.Module, x: Tensor) -> bool:
         """Say whether `x` is on CUDA and holds few tokens. There is no kernel for rows of partial
@@ -233,6 +276,14 @@ class FourBitTarget(LayerwiseTarget):
         finally:
             module.train(training)
         return output
+
+
+def _as_packed(module: nn.Module) -> Any:
+    """Return the weight in the layout of checkpoints, whatever a vendor's forward made of it."""
+    packed: Any = module.weight
+    if getattr(packed.quant_state, "packing_format_for_cpu", False):
+        _restore(packed)
+    return packed
 
 
 def _scales(state: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from quantadapt.compiling import one_kernel
-from quantadapt.protocols import LayerwiseTarget
+from quantadapt.protocols import LayerwiseTarget, UniformGrid, twin
 from quantadapt_bnb.base import BitsAndBytes, holds
 
 if TYPE_CHECKING:
@@ -108,15 +109,38 @@ class Int8Target(LayerwiseTarget):
 
     def dequantize(self, module: nn.Module) -> Tensor:
         vendor: Any = module
-        codes, scale = vendor.weight.data, vendor.weight.SCB
-        if scale is None:  # the first forward moves it
-            scale = vendor.state.SCB
-        return one_kernel(_dequantize_int8, codes, scale)
+        return one_kernel(_dequantize_int8, vendor.weight.data, _row_scales(module))
+
+    def grid(self, module: nn.Module) -> UniformGrid:
+        import torch
+
+        scale, columns = _row_scales(module).view(-1, 1) / 127, self.shape(module)[0]
+        return UniformGrid(
+            scale=scale, group_size=columns, dtype=torch.float32, lowest=-127, highest=127
+        )
+
+    def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        import torch
+
+        codes, vendor = self.grid(module).codes(weight).to(torch.int8), twin(module)
+        vendor.weight = _int8(codes, _row_scales(module))
+        vendor.state = copy.copy(vendor.state)
+        vendor.state.CB = vendor.state.SCB = None  # the first forward takes them from the weight
+        repacked: nn.Module = vendor
+        return repacked
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         """Round the activations, as in evaluation; a layer of a model that was training when it was
         quantized would not, on a CPU."""
         return super().forward(module.eval() if module.training else module, x)
+
+
+def _row_scales(module: nn.Module) -> Tensor:
+    """Return 127 times the scale of each row, float32 [out_features]."""
+    vendor: Any = module
+    # The first forward moves it.
+    scales: Tensor = vendor.state.SCB if vendor.weight.SCB is None else vendor.weight.SCB
+    return scales
 
 
 def _int8(codes: Tensor, scales: Tensor) -> Any:

@@ -26,7 +26,7 @@ class Grid(ABC):
         zero: like `scale`, in any dtype, where values are counted from there; else None.
         group_size: neighbours in a row that share a scale.
         dtype: of the values, as `dequantize` gives them.
-        groups: int64 [in_features], the group of each column, where a group is no neighbours (act-order).
+        groups: int64 [in_features], the group of each column, where these are no neighbours.
     """
 
     scale: Tensor

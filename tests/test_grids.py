@@ -1,0 +1,112 @@
+"""The values that a backend's scales allow: rounded to, and packed, bit for bit."""
+
+import pytest
+import torch
+from quantadapt_bnb.four_bit import FP4, NF4
+from quantadapt_bnb.int8 import Int8
+from quantadapt_eetq import EETQ
+from quantadapt_hqq import HQQ
+from quantadapt_quanto import Quanto
+from quantadapt_torchao import Float8, Int4, Intx
+from quantadapt_torchao import Int8 as TorchAOInt8
+from torch import nn
+
+from quantadapt.protocols import CodebookGrid, UniformGrid
+
+QUANTIZERS = [
+    *(HQQ(bits=b, axis=a, group_size=g) for b in (1, 2, 3, 4, 8) for a, g in ((0, 64), (1, None))),
+    *(HQQ(bits=b, group_size=32) for b in (1, 2, 3, 4, 8)),
+    *(NF4(), FP4(), NF4(double_quant=False), FP4(quant_storage="bfloat16"), Int8(), EETQ()),
+    *(TorchAOInt8(), Float8(), Int4(), Intx(bits=2), Intx(bits=8, group_size=32)),
+    *(Quanto(weights=weights) for weights in ("int8", "int4", "int2", "float8")),
+]
+SIZES = [(64, 128), (7, 33)]
+
+
+def quantized(quantizer, shape, dtype):
+    linear = nn.Linear(shape[1], shape[0]).to(dtype).requires_grad_(False)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    weight[1] = 0
+    linear.weight.data = weight.to(dtype)
+    return quantizer.quantize_linear(linear)
+
+
+def shaken(weight, seed):
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+    return weight.float() + 0.01 * noise
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: f"{type(q).__module__}-{q!r}")
+def test_grid_and_repack(quantizer, dtype):
+    target = quantizer.target
+    for shape in SIZES:
+        if quantizer.misfit(shape[1], shape[0]):
+            continue
+        module = quantized(quantizer, shape, dtype)
+        grid, kept = target.grid(module), target.dequantize(module)
+        assert grid.dtype == kept.dtype
+        assert torch.equal(grid.nearest(kept), kept)
+        weight = shaken(kept, 1)
+        rounded = grid.nearest(weight)
+        assert torch.equal(grid.nearest(weight[:, 3:20], slice(3, 20)), rounded[:, 3:20])
+        packed = target.repack(module, weight)
+        assert torch.equal(target.dequantize(packed), rounded)
+        assert torch.equal(target.dequantize(module), kept)
+        assert torch.equal(target.dequantize(target.repack(packed, kept)), kept)
+        slack = torch.finfo(dtype).eps * weight.abs().max()
+        for seed in (2, 3, 4):
+            other = grid.nearest(shaken(weight, seed)).float()
+            assert ((rounded.float() - weight).abs() <= (other - weight).abs() + slack).all()
+        dense = weight.to(dtype)
+        requantized = target.dequantize(target.requantize(module, dense))
+        assert torch.equal(target.rounded(module, dense), requantized)
+
+
+def test_repacked_goes_on_as_a_module():
+    """Its own forward, its state, and what a first forward has moved (int8)."""
+    for quantizer in (HQQ(), NF4(), Int8(), TorchAOInt8(), Quanto(), EETQ()):
+        module = quantized(quantizer, (64, 128), torch.float32).eval()
+        target, x = quantizer.target, torch.randn(9, 128)
+        target.forward(module, x)
+        packed = target.repack(module, shaken(target.dequantize(module), 1))
+        dense = x @ target.dequantize(packed).T + packed.bias
+        error = (target.forward(packed, x) - dense).norm() / dense.norm()
+        assert error < (0.02 if target.quantizes_activations else 1e-5)
+        assert packed.state_dict().keys() == module.state_dict().keys()
+
+
+def test_uniform_grid_by_brute_force():
+    """Groups of neighbours, and a group for each column: against all values there are."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.rand(6, 4, generator=generator) + 0.1
+    zero = torch.randint(0, 8, (6, 4), generator=generator)
+    weight = torch.randn(6, 32, generator=generator)
+    order = torch.arange(4).repeat(8)
+    for groups in (None, order):
+        column = torch.arange(4).repeat_interleave(8) if groups is None else order
+        grid = UniformGrid(scale=scale, zero=zero, group_size=8, dtype=torch.float32, groups=groups,
+                           lowest=0, highest=7)  # fmt: skip
+        every = (torch.arange(8) - zero[:, column, None]) * scale[:, column, None]
+        best = (every - weight[..., None]).abs().argmin(-1, keepdim=True)
+        assert torch.equal(grid.nearest(weight), every.gather(-1, best)[..., 0])
+        part = slice(5, 11)
+        assert torch.equal(grid.nearest(weight[:, part], part), grid.nearest(weight)[:, part])
+
+
+def test_codebook_grid_by_brute_force():
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randn(16, generator=generator)
+    levels[3] = torch.nan  # a code that is none
+    scale, weight = torch.rand(6, 4, generator=generator), torch.randn(6, 32, generator=generator)
+    grid = CodebookGrid(scale=scale, group_size=8, dtype=torch.float32, levels=levels)
+    every = levels[levels.isfinite()] * scale.repeat_interleave(8, 1)[..., None]
+    best = (every - weight[..., None]).abs().argmin(-1, keepdim=True)
+    assert torch.equal(grid.nearest(weight), every.gather(-1, best)[..., 0])
+
+
+def test_float8_keeps_a_row_of_zeros():
+    """Its scale would be 0, and the row 0 / 0."""
+    for dtype in (torch.float32, torch.bfloat16):
+        module = quantized(Float8(), (64, 128), dtype)
+        assert torch.equal(Float8().target.dequantize(module)[1], torch.zeros(128, dtype=dtype))
