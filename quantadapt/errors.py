@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import signal
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -103,9 +104,20 @@ class PlanRefused(ProblemsError):
 
 
 class MergeRefused(PlanRefused):
-    """A rule forbids this merge. Raised alike by CLI, YAML and Python. Exit code 2."""
+    """A rule forbids this merge, or it keeps too little of what was learned. Raised alike by CLI,
+    YAML and Python. Exit code 2.
+
+    Attributes:
+        figures: what was measured, by name; empty where a rule forbids it.
+    """
 
     heading = "this merge is refused, {count}:"
+
+    def __init__(
+        self, problems: Sequence[Problem], figures: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(problems)
+        self.figures = dict(figures or {})
 
 
 class MissingDependency(QuantadaptError):

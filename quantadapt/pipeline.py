@@ -25,11 +25,10 @@ from .exporting.manifest import BASE
 from .exporting.saving import load_base, save, save_base
 from .exporting.stage import export, merge_entry
 from .exporting.tuned import Tuned
-from .folders.metrics import add_figures, label, losses, with_unit
+from .folders.metrics import add_figures, label, with_unit
 from .folders.run_folder import RunFolder, UnwrittenFolder
 from .planning.share import BEGINNING
 from .planning.stage import Plan, without_merges
-from .protocols import Figure
 from .quantizing.examples import calibration_examples
 from .quantizing.stage import load_tokenizer, quantize_plan, skip_for, with_config
 from .quantizing.state import state_of
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .data.reading import Data
+    from .evaluation.gain import TokenLosses
     from .protocols import Task
     from .quantizing.examples import Examples
     from .training.stage import TrainResult
@@ -384,6 +384,17 @@ class _Run:
             self.metrics.setdefault("size", {})["quantized_mib"] = size_mib(model)
             self.measure("quantized", model, data, split=True)
             self.before = self.answers(model, data)
+            self.base_losses = self.losses_for_merges(model, data)
+
+    def losses_for_merges(self, model: nn.Module, data: Data) -> TokenLosses | None:
+        """Return the losses of the base, which training may change, where a merge is planned."""
+        from .evaluation.gain import token_losses
+        from .evaluation.predictions import predicts_tokens
+
+        merges = any(e.exporter.merges and not e.refusals for e in self.plan.exports)
+        if not (merges and self.world.is_main and predicts_tokens(model)):
+            return None
+        return token_losses(model, self.held_out(data))
 
     def answers(self, model: nn.Module, data: Data) -> list[str]:
         from .evaluation.stage import greedy
@@ -477,7 +488,8 @@ class _Run:
             saved=self.saved,
             data=lambda _: self.held_out(data),
             examples=lambda _: self.examples,
-            measured=lambda merged: self.measure_merged(merged, data),
+            before=self.base_losses,
+            measure=lambda merged: self.measure("merged", merged, data),
         )
         errors = []
         for planned in self.plan.exports:
@@ -488,16 +500,6 @@ class _Run:
         if errors:
             raise errors[0]
         return found
-
-    def measure_merged(self, merged: nn.Module, data: Data) -> dict[str, Figure]:
-        from .evaluation.stage import gain_kept
-
-        self.measure("merged", merged, data)
-        found = losses(self.metrics)
-        if not {"quantized", "tuned", "merged"} <= found.keys():
-            return {}
-        kept = gain_kept(found["quantized"], found["tuned"], found["merged"])
-        return {} if kept is None else {"gain_kept": Figure(kept, "share", "higher")}
 
     def finish(self, state: Literal["finished", "failed", "interrupted"]) -> None:
         """Write the figures and the report, also of a run that did not get to its end."""

@@ -18,6 +18,8 @@ from .inputs.plain_yaml import YAMLError, parse, read_yaml, to_yaml
 from .inputs.typed import Typed
 
 MergeChoice = Literal["auto", "dense", "requantize", "never"]
+MinGain = Annotated[float, Field(ge=0, le=1)]
+"""The share of an adapter's gain that a merged model has to keep, see `ExportSpec.min_gain`."""
 # fmt: off
 DataFormat = Literal["auto", "text", "prompt-completion", "alpaca", "dolly", "self-instruct",
                      "messages", "sharegpt", "oasst"]
@@ -248,6 +250,11 @@ class ExportSpec(_Strict):
 
     merge: MergeChoice = Field(
         "auto", description="auto: a dense merged model where the combination allows it"
+    )
+    min_gain: MinGain = Field(
+        0.9,
+        description="the share of what the adapter gained on held-out data, in nats, that a merged "
+        "model has to keep that is quantized again; one that keeps less is refused. 0 takes any",
     )
     formats: list[FormatSpec] = Field(
         default_factory=list,

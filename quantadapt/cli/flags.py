@@ -149,6 +149,15 @@ class SpecFlags:
             rich_help_panel=_WHERE,
         ),
     ] = None
+    min_gain: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="With --merge requantize: the share of the gain that it has to keep.",
+            show_default="0.9",
+            rich_help_panel=_WHERE,
+        ),
+    ] = None
     device: DeviceOption = None
     dtype: DtypeOption = None
     trust_remote_code: TrustOption = False
@@ -228,6 +237,7 @@ _KEYS = {
     "output": "output",
     "overwrite": "overwrite",
     "merge": "export.merge",
+    "min_gain": "export.min_gain",
     "device": "device",
     "dtype": "dtype",
     "trust_remote_code": "trust_remote_code",

@@ -48,6 +48,15 @@ def merge(
             "shard; works for every backend.",
         ),
     ] = None,
+    min_gain: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="With --kind requantize: the share of the adapter's gain on held-out data that it "
+            "has to keep; 0 takes any.",
+            show_default="0.9",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -68,7 +77,8 @@ def merge(
     """Merge a trained adapter into its base.
 
     What was written is loaded again and compared with the adapter on held-out tokens before the
-    folder gets its name. A merge that a rule forbids is refused, with the reason and the way out.
+    folder gets its name. A merge that a rule forbids, or that keeps too little of what was learned,
+    is refused, with the reason and the way out.
     --onto merges into the unquantized model that the base was made from, in the memory of one
     shard.
     """
@@ -78,7 +88,9 @@ def merge(
         from .models import check_export, checked_output, inputs_of
 
         name = MERGES[kind] if onto is None else "onto-base"
-        planned = export_of(name, {} if onto is None else {"base": onto, "check": check})
+        options = {} if onto is None else {"base": onto, "check": check}
+        options |= {} if min_gain is None else {"min_gain": min_gain}
+        planned = export_of(name, options)
         final = (output or Path(run)) / planned.folder
         found = [] if onto is None else check_model(onto)
         if onto is not None and kind == "requantize":

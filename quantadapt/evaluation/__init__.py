@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from .gain import Gain, TokenLosses, gain_kept, token_losses
 from .perplexity import Perplexity, perplexity
-from .stage import Agreement, Snapshot, agreement, compare, gain_kept, greedy, measure, snapshot
+from .stage import Agreement, Snapshot, agreement, compare, greedy, measure, snapshot
 
 __all__ = [
     "Agreement",
+    "Gain",
     "Perplexity",
     "Snapshot",
+    "TokenLosses",
     "agreement",
     "compare",
     "gain_kept",
@@ -16,4 +19,5 @@ __all__ = [
     "measure",
     "perplexity",
     "snapshot",
+    "token_losses",
 ]

@@ -37,10 +37,12 @@ class Predictions:
     Attributes:
         rows: what `head` makes logits of, [n, hidden_size]; without one, logits [n, vocabulary].
         targets: the tokens that really follow, int64 [n].
+        counts: how many of them are of each example, int64 [batch].
     """
 
     rows: Tensor
     targets: Tensor
+    counts: Tensor
     head: Head | None
 
     def loss(self) -> float:
@@ -80,7 +82,7 @@ def predicted(
             with torch.no_grad(), _without_head(model) as head:
                 output, labels = predict(model, batch, pad, device)
                 kept = labels != -100
-                found = Predictions(output[kept], labels[kept], head)
+                found = Predictions(output[kept], labels[kept], kept.sum(1), head)
                 del output
             yield found
 

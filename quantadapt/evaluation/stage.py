@@ -27,7 +27,6 @@ from .predictions import (
     predicted,
     to_perplexity,
 )
-from .verdict import NO_GAIN
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -188,28 +187,6 @@ def agreement(
 ) -> Agreement:
     """Compare two models that are both at hand. `options` are those of `snapshot`."""
     return compare(snapshot(reference, dataset, **options), snapshot(candidate, dataset, **options))
-
-
-def gain_kept(base: float, tuned: float, merged: float) -> float | None:
-    """Return the share of an adapter's gain that a merged model keeps.
-
-    Args:
-        base, tuned, merged: mean negative log-likelihoods in nats of the base without adapter, of
-            base and adapter, and of the merged model, on the same tokens; the logarithms of
-            perplexities, not perplexities.
-
-    Returns:
-        (base - merged) / (base - tuned): 1.0 keeps all, 0.0 is as bad as the base; it may be
-        above 1 or below 0. None where there is no gain to keep: the adapter gained less than
-        `NO_GAIN`, made the base worse, or has a loss that is no finite number. A merged model
-        whose loss is none keeps nothing: 0.0.
-    """
-    gain = base - tuned
-    if not math.isfinite(tuned) or not gain >= NO_GAIN:
-        return None
-    if not math.isfinite(merged):
-        return 0.0
-    return (base - merged) / gain if math.isfinite(gain) else 1.0
 
 
 def greedy(

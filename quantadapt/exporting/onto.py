@@ -32,8 +32,9 @@ from ..remote_code import trusting
 from ..stages import held_out_data
 from .adapter_files import adapter_places, check_adapters, refuse_not_trained
 from .adapters import put_on
+from .kept import merge_words
 from .manifest import MANIFEST, MERGED, adapter_folder, combination
-from .stage import merge_words, write
+from .stage import write
 from .tuned import Tuned, compared
 
 if TYPE_CHECKING:

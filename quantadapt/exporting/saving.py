@@ -294,16 +294,7 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
         model = load_base(own_base, device)
     elif base is None or isinstance(base, str):
         _refuse_missing_base(base or manifest["base"], folder)
-        model = _quantized(
-            base or manifest["base"],
-            manifest["backend"],
-            device=device,
-            dtype=manifest["dtype"],
-            skip_modules=manifest["skip_modules"],
-            new_modules=manifest["new_modules"],
-            unused_modules=manifest["unused_modules"],
-            **manifest["options"],
-        )
+        model = _made_again(base or manifest["base"], manifest, device)
     else:
         model = base
     state = state_of(model)
@@ -319,6 +310,34 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
     state.adapter_options = dict(manifest["adapter_options"])
     state.max_length = manifest.get("max_length")
     return peft_model
+
+
+def base_of(model: PeftModel) -> nn.Module | None:
+    """Return the base of `model` as it was without the adapter; None where training or the
+    adapter's start has changed it, and it cannot be made again."""
+    from .merging import bare_base
+
+    state = state_of(model)
+    biases = (getattr(config, "bias", "none") for config in model.peft_config.values())
+    if not state.rewritten and all(bias in ("none", False, None) for bias in biases):
+        return bare_base(model)
+    if not state.source or (state.backend.calibration and quantization_of(state.source) is None):
+        return None
+    return _made_again(state.source, state.manifest(), state.device)
+
+
+def _made_again(source: str, manifest: Mapping[str, Any], device: str) -> nn.Module:
+    """Return the checkpoint `source`, quantized as `manifest` says."""
+    return _quantized(
+        source,
+        manifest["backend"],
+        device=device,
+        dtype=manifest["dtype"],
+        skip_modules=manifest["skip_modules"],
+        new_modules=manifest["new_modules"],
+        unused_modules=manifest["unused_modules"],
+        **manifest["options"],
+    )
 
 
 def _quantized(source: str, backend: str, **options: Any) -> nn.Module:

@@ -13,12 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import Field
+
 from .. import planning
 from ..capabilities import Merge
 from ..dependencies import in_turn
 from ..errors import MergeRefused, ModelError, Problem
 from ..folders.atomic import atomic_folder, refuse_occupied, refuse_overlap
-from ..planning.exports import MERGES, MergeKind, PlannedExport
+from ..planning.exports import MERGES, MergeKind, PlannedExport, export_of
 from ..planning.stage import Plan
 from ..protocols import Exporter, Figure
 from ..quantizing.examples import examples_from
@@ -26,7 +28,9 @@ from ..quantizing.stage import blaming
 from ..quantizing.state import ModelState, state_of
 from ..registry.blame import blaming_plugins
 from ..showing.quietly import quiet
+from ..spec import MinGain
 from ..stages import held_out_data
+from .kept import merge_words
 from .manifest import MANIFEST, MERGED, write_manifest
 from .saving import AdapterFolder, load
 from .tuned import Tuned, memory_in_words
@@ -51,14 +55,15 @@ def export(
         What `metrics.json` says of it: state ("written", "refused" or "failed"), folder, words,
         figures by name, refusals; and the error where it failed.
     """
-    error, figures = None, dict[str, Figure]()
-    if planned.refusals:
-        state, words = "refused", planned.exporter.refused or f"no {planned.name}"
-    else:
+    error, figures, refusals = None, dict[str, Figure](), planned.refusals
+    state, words = "refused", planned.exporter.refused or f"no {planned.name}"
+    if not refusals:
         try:
             with blaming(planned.record, "exporting"):
                 figures = write(planned.exporter, tuned, root / planned.folder, overwrite=True)
             state, words = "written", done_words(planned, figures)
+        except MergeRefused as refusal:  # as measured: the run itself has done what it can
+            figures, refusals = refusal.figures, refusal.problems
         except Exception as failure:
             error, state, words = failure, "failed", _failed_words(planned, failure, root)
     entry = {
@@ -66,7 +71,7 @@ def export(
         "folder": planned.folder,
         "words": words,
         "figures": {name: asdict(figure) for name, figure in figures.items()},
-        "refusals": [vars(problem) for problem in planned.refusals],
+        "refusals": [vars(problem) for problem in refusals],
     }
     return entry, error
 
@@ -114,8 +119,11 @@ def merge_entry(plan: Plan, entries: Mapping[str, Any]) -> dict[str, Any]:
     if plan.merge == "never":
         refused = [vars(problem) for problem in plan.merge_refusals]
         return {"kind": "refused" if refused else "never", "refusals": refused}
-    figures = entries[MERGES[plan.merge]]["figures"]
-    return {"kind": plan.merge, **{name: figure["value"] for name, figure in figures.items()}}
+    entry = entries[MERGES[plan.merge]]
+    figures = {name: figure["value"] for name, figure in entry["figures"].items()}
+    if entry["state"] == "refused":
+        return {"kind": "refused", **figures, "refusals": entry["refusals"]}
+    return {"kind": plan.merge, **figures}
 
 
 # Merging ------------------------------------------------------------------------------------------
@@ -151,7 +159,7 @@ class _Merged(Exporter):
         from .checking import refuse_other_model, sketches
 
         _refuse_foreign_class(tuned.model)
-        _ = tuned.held_out  # what is wrong with the data is told before the work
+        _ = tuned.held_out, tuned.gain  # what is wrong with the data is told before the work
         merged: Any = tuned.merged(self.kind)
         state = state_of(merged)
         self._save(merged, state, folder)
@@ -163,9 +171,7 @@ class _Merged(Exporter):
         with memory_in_words():
             loaded = self._loaded(kind, state, folder)
         refuse_other_model(meant, loaded)
-        figures = tuned.compared(loaded)
-        self._refuse_far(figures, state)
-        return figures
+        return tuned.compared(loaded, lambda figures: self._refuse_far(figures, state))
 
     @abstractmethod
     def _save(self, merged: Any, state: ModelState, folder: Path) -> None:
@@ -177,7 +183,8 @@ class _Merged(Exporter):
 
     @abstractmethod
     def _refuse_far(self, figures: Mapping[str, Figure], state: ModelState) -> None:
-        """Raise ModelError where what was written is not as near to the adapter as it has to be."""
+        """Raise ModelError where what was written is not as near to the adapter as it has to be,
+        MergeRefused where that is what quantizing costs."""
 
 
 def _refuse_foreign_class(model: PeftModel) -> None:
@@ -218,6 +225,11 @@ class MergedRequantized(_Merged):
 
     kind = "requantize"
 
+    min_gain: MinGain = Field(
+        0.9,
+        description="the share of the adapter's gain, in nats on held-out data, to be kept",
+    )
+
     def _save(self, merged: Any, state: ModelState, folder: Path) -> None:
         state.quantizer.save(merged, folder)
 
@@ -226,30 +238,14 @@ class MergedRequantized(_Merged):
 
     def _refuse_far(self, figures: Mapping[str, Figure], state: ModelState) -> None:
         from .checking import refuse_no_number
+        from .kept import refuse_little
 
-        refuse_no_number(figures)  # how far it is, is the quantizer's error
+        refuse_no_number(figures)
+        refuse_little(figures, self.min_gain)
 
     @property
     def planned(self) -> str:
         return "merged model, quantized again"
-
-
-_MERGED: dict[MergeKind, type[_Merged]] = {"dense": MergedDense, "requantize": MergedRequantized}
-
-
-def merge_words(figures: Mapping[str, Figure]) -> str:
-    """Say how near a merged model is to the adapter."""
-    facts, found = [], {name: figure.value for name, figure in figures.items()}
-    if (kl := found.get("kl")) is not None:
-        size = "below 1e-7" if kl < 1e-7 else f"{kl:.1e}"
-        facts.append(f"KL to the adapter {size} nats per token")
-    if (error := found.get("error")) is not None:
-        facts.append(f"answers are off by {error:.1e} of the adapter's")
-    if (top1 := found.get("top1")) is not None:
-        facts.append(f"same first choice for {top1:.1%} of tokens")
-    if (kept := found.get("gain_kept")) is not None:
-        facts.append(f"keeps {kept:.0%} of the gain")
-    return ", ".join(facts)
 
 
 @in_turn
@@ -264,6 +260,7 @@ def merge(
     calibration: Calibration = None,
     tokenizer: Any = None,
     overwrite: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """Merge the adapter into its base and write `path/merged`; the folder gets its name only when
     what lies in it, read again, answers held-out tokens as the adapter does.
@@ -279,13 +276,17 @@ def merge(
             again; by default what it was shown before, if that happened in this process.
         tokenizer: needed for a live module only.
         overwrite: replace an earlier `merged`.
+        options: those of `merged-requantized`, e.g. `min_gain=0.8`.
 
     Returns:
-        kind, kl (nats per token), top1 (share), perplexity_adapter, perplexity_merged; of a model
-        that predicts no tokens, such as a classifier, kind and error (relative, of its answers).
+        kind, kl (nats per token), top1 (share), perplexity_adapter, perplexity_merged; gain (nats
+        per token that the adapter takes off the loss of the base), gain_error (its standard error)
+        and gain_kept (share), where they are known; of a model that predicts no tokens, such as a
+        classifier, kind and error (relative, of its answers).
 
     Raises:
-        MergeRefused: a rule forbids it; names the rule, the reason and the way out.
+        MergeRefused: a rule forbids it, or too little of the gain is kept; names the rule, the
+        reason and the way out. PlanRefused: an option is wrong.
         OutputError: `path/merged` is there already. ModelError: GPU memory does not suffice, or
         what was written is not what was merged.
     """
@@ -297,7 +298,7 @@ def merge(
         data=lambda own: held_out_data(data, tokenizer or own, state.max_length),
         examples=(lambda own: examples_from(calibration, tokenizer or own)) if shown else None,
     )
-    exporter = _MERGED[kind]()
+    exporter = export_of(MERGES[kind], options).exporter
     found = write(exporter, tuned, Path(path).expanduser() / exporter.folder, overwrite=overwrite)
     return {"kind": kind, **{name: figure.value for name, figure in found.items()}}
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
 
+    from ..evaluation.gain import Gain, TokenLosses
     from ..quantizing.examples import Examples
 
 
@@ -45,14 +46,16 @@ class Tuned:
 
     # What it is made from: the model where it is in memory, the saved adapter where there is one;
     # what returns held-out data, and what a backend that calibrates is shown again, for a
-    # tokenizer; what a run measures on a merged model besides.
+    # tokenizer; of a run, the losses of the base, measured before there was an adapter, and what
+    # it measures on a merged model besides.
 
     live: PeftModel | None = None
     saved: Path | None = None
     device: str = "auto"
     data: Callable[[Any], Dataset] | None = None
     examples: Callable[[Any], Examples | None] | None = None
-    measured: Callable[[nn.Module], Mapping[str, Figure]] | None = None
+    before: TokenLosses | None = None
+    measure: Callable[[nn.Module], None] | None = None
 
     @cached_property
     def model(self) -> PeftModel:
@@ -103,11 +106,61 @@ class Tuned:
         with memory_in_words():
             return merged_model(self.model, kind)
 
-    def compared(self, merged: nn.Module) -> dict[str, Figure]:
-        """Compare a merged model with this one, token by token, on held-out data."""
+    @cached_property
+    def losses(self) -> TokenLosses:
+        """The losses of base and adapter at held-out tokens."""
+        from ..evaluation.gain import token_losses
+
+        return token_losses(self.model, self.held_out)
+
+    @cached_property
+    def gain(self) -> Gain | None:
+        """What the adapter gained on held-out data; None where that is not known: the model
+        predicts no tokens, or the adapter has changed its base and that cannot be made again."""
+        from ..evaluation.gain import Gain
+
+        return None if self._base is None else Gain.between(self._base, self.losses)
+
+    @cached_property
+    def _base(self) -> TokenLosses | None:
+        from ..evaluation.gain import token_losses
+        from ..evaluation.predictions import predicts_tokens
+        from .saving import base_of
+
+        if self.before is not None or not predicts_tokens(self.model):
+            return self.before
+        base = base_of(self.model)
+        return None if base is None else token_losses(base, self.held_out)
+
+    def gain_kept(self, merged: nn.Module) -> float | None:
+        """Return the share of the gain that a merged model keeps, see `evaluation.gain_kept`."""
+        from ..evaluation.gain import gain_kept, token_losses
+
+        if self._base is None:
+            return None
+        found = token_losses(merged, self.held_out)
+        return gain_kept(self._base.mean, self.losses.mean, found.mean)
+
+    def compared(
+        self, merged: nn.Module, check: Callable[[Mapping[str, Figure]], None] | None = None
+    ) -> dict[str, Figure]:
+        """Compare a merged model with this one, token by token, on held-out data.
+
+        Args:
+            check: called with the figures before a run measures the merged model for its report.
+        """
         with memory_in_words():
-            found = dict(self.measured(merged)) if self.measured else {}
-            return compared(self.model, merged, self.held_out) | found
+            found = compared(self.model, merged, self.held_out)
+            if gain := self.gain:
+                found["gain"] = Figure(gain.value, "nats per token", "higher")
+                found["gain_error"] = Figure(gain.error, "nats per token")
+            if (kept := self.gain_kept(merged)) is not None:
+                found["gain_kept"] = Figure(kept, "share", "higher")
+            if check is not None:
+                check(found)
+            if self.measure is not None:
+                self.measure(merged)
+            return found
 
 
 def compared(model: nn.Module, merged: nn.Module, data: Dataset) -> dict[str, Figure]:

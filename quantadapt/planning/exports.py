@@ -82,7 +82,7 @@ def exports_of(draft: Draft) -> tuple[PlannedExport, ...]:
     """Return the exports that the spec names, the adapter first; rules are not looked at yet."""
     made = [_export(draft, named, required) for named, required in _named(draft.spec.export)]
     found = [export for export in made if export is not None]
-    draft.problems += _same_folder(found)
+    draft.problems += [*_same_folder(found), *_of_no_effect(draft.spec.export, found)]
     return tuple(found)
 
 
@@ -100,9 +100,32 @@ def _named(spec: ExportSpec) -> Iterable[tuple[Named, bool]]:
     listed = [named.name for named in spec.formats]
     for name in (ADAPTER, short):
         if name and name not in listed:
-            yield Named(name=name), spec.merge != "auto"
+            yield _with_options(Named(name=name), spec), spec.merge != "auto"
     for named in sorted(spec.formats, key=lambda named: named.name != ADAPTER):
-        yield named, True
+        yield _with_options(named, spec), True
+
+
+def _with_options(named: Named, spec: ExportSpec) -> Named:
+    """Return an export with what `export` says of merges that quantize again, where it is one."""
+    if named.name != MERGES["requantize"]:
+        return named
+    general = {name: getattr(spec, name) for name in _OPTIONS}
+    return Named(name=named.name, **general | named.options)
+
+
+_OPTIONS = ("min_gain",)
+"""Options of the merge that quantizes again, which the spec has too, under `export`."""
+
+
+def _of_no_effect(spec: ExportSpec, found: Sequence[PlannedExport]) -> list[Problem]:
+    """Return a problem for each of these options that is set where nothing is quantized again."""
+    if any(export.name == MERGES["requantize"] for export in found):
+        return []
+    what = "it has no effect: no merged model of this run is quantized again"
+    fix = "leave it out, or set export.merge to requantize"
+    fields = ExportSpec.model_fields
+    changed = (name for name in _OPTIONS if getattr(spec, name) != fields[name].default)
+    return [Problem(what, fix, where=f"export.{name}") for name in changed]
 
 
 def _same_folder(found: Sequence[PlannedExport]) -> list[Problem]:

@@ -1,0 +1,63 @@
+"""How near a merged model is to the adapter, in words, and the refusal where it keeps too little of
+what was learned. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..errors import MergeRefused, Problem
+from ..evaluation.gain import Gain
+from ..protocols import Figure
+
+RULE = "merge-keeps-the-gain"
+
+
+def merge_words(figures: Mapping[str, Figure]) -> str:
+    """Say how near a merged model is to the adapter."""
+    facts, found = [], {name: figure.value for name, figure in figures.items()}
+    if (kl := found.get("kl")) is not None:
+        size = "below 1e-7" if kl < 1e-7 else f"{kl:.1e}"
+        facts.append(f"KL to the adapter {size} nats per token")
+    if (error := found.get("error")) is not None:
+        facts.append(f"answers are off by {error:.1e} of the adapter's")
+    if (top1 := found.get("top1")) is not None:
+        facts.append(f"same first choice for {top1:.1%} of tokens")
+    return ", ".join(filter(None, [*facts, _gain_words(found)]))
+
+
+def _gain_words(found: Mapping[str, float]) -> str:
+    """Say what is kept of the gain, or why nobody can tell."""
+    if "gain" not in found:
+        return ""
+    if is_sure(found):
+        return f"keeps {found['gain_kept']:.0%} of the gain of {_size(found)}"
+    if "gain_kept" not in found:
+        return "no gain here that it could keep"
+    return f"the gain, {_size(found)}, is too small here to tell what is kept"
+
+
+def _size(found: Mapping[str, float]) -> str:
+    return f"{found['gain']:.2g} ± {found['gain_error']:.1g} nats per token"
+
+
+def is_sure(found: Mapping[str, float]) -> bool:
+    """Say whether figures tell of a gain that is more than chance on the held-out data."""
+    return "gain_kept" in found and Gain(found["gain"], found["gain_error"]).is_sure
+
+
+def refuse_little(figures: Mapping[str, Figure], least: float) -> None:
+    """Raise MergeRefused where a merged model keeps less than the share `least` of a gain that is
+    more than chance; 0 takes any."""
+    found = {name: figure.value for name, figure in figures.items()}
+    if least == 0 or not is_sure(found) or found["gain_kept"] >= least:
+        return
+    what = (
+        f"merged and quantized again, the model keeps {found['gain_kept']:.0%} of the gain "
+        f"({_size(found)} on held-out data), less than {least:.0%}"
+    )
+    fix = (
+        "merge dense (export.merge: dense, --kind dense), merge onto the unquantized base "
+        "(quantadapt merge RUN --onto BASE), keep the adapter beside the base, or lower "
+        "export.min_gain (--min-gain)"
+    )
+    raise MergeRefused([Problem(what, fix, "export.min_gain", RULE)], figures)

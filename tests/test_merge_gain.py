@@ -1,0 +1,291 @@
+"""A merge that is quantized again says what it keeps of the gain, and is refused if that is little.
+
+Gains are computed here from plain logits of transformers' forward, in float64.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from merging import HELD_OUT, classifier, llama, tuned
+
+import quantadapt as qa
+from quantadapt import cli, demo
+from quantadapt.errors import DataError, MergeRefused, PlanRefused, SpecError
+from quantadapt.evaluation import Gain, TokenLosses, token_losses
+from quantadapt.exporting.stage import export
+from quantadapt.exporting.tuned import Tuned
+from quantadapt.folders.run_folder import MARKER
+from quantadapt.planning.exports import export_of
+from quantadapt.stages import held_out_data
+from quantadapt.testing.small_demo import small_model
+
+TRAIN = {"max_steps": 8, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
+"""On hqq with 4 bits, this moves weights less than its steps."""
+
+
+@torch.no_grad()
+def nats(model: Any, data: Dataset) -> list[list[float]]:
+    """The loss at each completion token of each example, one example at a time."""
+    found = []
+    for row in data:
+        ids = torch.tensor([row["input_ids"]])
+        logits = model.eval()(input_ids=ids, use_cache=False).logits[0, :-1].double()
+        kept = torch.tensor(row["completion_mask"][1:]).bool()
+        found.append((-logits.log_softmax(-1))[kept, ids[0, 1:][kept]].tolist())
+    return found
+
+
+def mean(losses: list[list[float]]) -> float:
+    flat = [loss for example in losses for loss in example]
+    return sum(flat) / len(flat)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Any:
+    model = qa.attach(qa.quantize(str(small_model()), "hqq"), "lora")
+    qa.train(model, **TRAIN, verbose=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def data(trained) -> Dataset:
+    return held_out_data(None, trained.quantadapt.tokenizer).select(range(12))
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    qa.save(trained, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(trained, data, tmp_path_factory) -> tuple[dict[str, Any], Path]:
+    """A merge that takes whatever is kept."""
+    folder = tmp_path_factory.mktemp("written")
+    return qa.merge(trained, folder, kind="requantize", data=data, min_gain=0), folder / "merged"
+
+
+def test_the_gain_is_that_of_plain_losses(trained, data, written) -> None:
+    found, merged = written
+    base = qa.quantize(str(small_model()), "hqq")
+    losses = [nats(model, data) for model in (base, trained, qa.load(merged))]
+    before, after, kept = map(mean, losses)
+    assert found["gain"] == pytest.approx(before - after, abs=1e-6)
+    assert found["gain_kept"] == pytest.approx((before - kept) / (before - after), abs=1e-5)
+    assert found["gain"] > 0.3
+    assert found["gain_kept"] < 0.5
+    assert 0 < found["gain_error"] < found["gain"] / 4
+
+
+def test_too_little_is_refused_and_nothing_written(trained, data, written, tmp_path) -> None:
+    with pytest.raises(MergeRefused, match="quantized again, the model keeps") as refused:
+        qa.merge(trained, tmp_path, kind="requantize", data=data)
+    (problem,) = refused.value.problems
+    assert problem.rule == "merge-keeps-the-gain"
+    assert f"keeps {written[0]['gain_kept']:.0%} of the gain" in problem.what
+    assert "less than 90%" in problem.what
+    for way in ("--kind dense", "--onto", "beside the base", "min_gain"):
+        assert way in problem.fix
+    assert refused.value.figures["gain_kept"].value == written[0]["gain_kept"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lower_min_gain_takes_it(trained, data, written, tmp_path) -> None:
+    less = written[0]["gain_kept"] - 0.001
+    found = qa.merge(trained, tmp_path, kind="requantize", data=data, min_gain=max(less, 1e-9))
+    assert found["gain_kept"] == written[0]["gain_kept"]
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_a_dense_merge_keeps_all(trained, data, written, tmp_path) -> None:
+    found = qa.merge(trained, tmp_path, data=data)
+    assert found["gain_kept"] == pytest.approx(1, abs=1e-4)
+    assert found["gain"] == written[0]["gain"]
+
+
+def test_the_command_refuses_it_too(folder, tmp_path, capsys) -> None:
+    lines = demo.EVAL_FILE.read_text().splitlines()[:8]
+    (tmp_path / "some.jsonl").write_text("\n".join(lines))
+    command = ["merge", folder, "--kind", "requantize", "--data", tmp_path / "some.jsonl"]
+
+    def call(*arguments: object) -> tuple[int, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in (*command, *arguments)])
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), " ".join((out + err).split())
+
+    code, said = call("--output", tmp_path / "out")
+    assert code == 2
+    assert "less than 90% [rule merge-keeps-the-gain]" in said
+    assert not (tmp_path / "out" / "merged").exists()
+    code, said = call("--output", tmp_path / "out", "--min-gain", 0)
+    assert (code, " of the gain of " in said) == (0, True), said
+    for wrong in (2, -0.1, "nan"):
+        code, said = call("--output", tmp_path / "new", "--min-gain", wrong)
+        assert (code, "export.min_gain" in said) == (2, True)
+
+
+def test_a_run_ends_well_and_tells_it(tmp_path) -> None:
+    spec = qa.Spec(
+        model=str(small_model()),
+        backend="hqq",
+        train=TRAIN,
+        evaluate={"max_examples": 12, "samples": 0, "unquantized": False},
+        export={"merge": "requantize"},
+        output=str(tmp_path / "run"),
+    )
+    result = qa.run(spec, verbose=False)
+    entry = result.metrics["exports"]["merged-requantized"]
+    assert (entry["state"], entry["refusals"][0]["rule"]) == ("refused", "merge-keeps-the-gain")
+    assert result.metrics["merge"]["kind"] == "refused"
+    kept = result.metrics["merge"]["gain_kept"]
+    assert kept == entry["figures"]["gain_kept"]["value"]
+    assert kept < 0.9
+    assert "merged" not in result.metrics["evaluations"]["perplexity"]["loss"]["values"]
+    losses = result.metrics["evaluations"]["perplexity"]["loss"]["values"]
+    gain = entry["figures"]["gain"]["value"]
+    assert gain == pytest.approx(losses["quantized"] - losses["tuned"], abs=1e-6)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "run" / "merged").exists()
+    assert json.loads((tmp_path / "run" / MARKER).read_text())["state"] == "finished"
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert f"keeps {kept:.0%} of the gain" in report
+    assert "Way out:" in report
+    # with more of the same, from its folder
+    planned = export_of("merged-requantized", {"min_gain": 0})
+    again = Tuned(saved=tmp_path / "run" / "adapter", data=lambda own: held_out_data(None, own))
+    written, error = export(planned, again, tmp_path / "again")
+    assert (written["state"], error) == ("written", None)
+
+
+# What cannot be told --------------------------------------------------------------------------
+
+
+def test_a_gain_that_may_be_chance_refuses_nothing(tmp_path) -> None:
+    model = tuned(llama(tmp_path / "base", tied=False), "hqq", r=2)
+    planned = export_of("merged-requantized", {"min_gain": 1})
+    entry, error = export(planned, Tuned(model, data=lambda _: HELD_OUT), tmp_path / "run")
+    assert (entry["state"], error) == ("written", None)
+    gain, off = (entry["figures"][name]["value"] for name in ("gain", "gain_error"))
+    assert gain < 2 * off
+    assert ("too small here to tell" in entry["words"]) == (gain >= 1e-4)
+    assert ("no gain here" in entry["words"]) == (gain < 1e-4)
+    assert " of the gain of " not in entry["words"]
+
+
+def test_what_predicts_no_tokens_has_no_gain(tmp_path) -> None:
+    model = tuned(classifier(tmp_path / "base"), "hqq")
+    found = qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT)
+    assert set(found) == {"kind", "error"}
+
+
+@pytest.mark.parametrize(
+    ("losses", "examples", "error"),
+    [
+        ([0.5, 0.5, 0.5, 0.5], [0, 0, 1, 1], 0.0),
+        ([1.0, 0.0, 1.0, 0.0], [0, 0, 1, 1], math.sqrt(1 / 3) / 2),
+        ([1.0, 1.0, 0.0, 0.0], [0, 0, 1, 1], 0.5),  # tokens of an example go together
+        ([1.0, 1.0, 0.0], [0, 0, 2], 2 / 3 * math.sqrt(2) * math.sqrt(2) / 3),  # 1 says nothing
+        ([0.5], [0], math.inf),
+    ],
+)
+def test_the_standard_error_of_a_gain(losses, examples, error) -> None:
+    tuned = TokenLosses(torch.zeros(len(losses), dtype=torch.float64), torch.tensor(examples))
+    base = TokenLosses(torch.tensor(losses, dtype=torch.float64), torch.tensor(examples))
+    gain = Gain.between(base, tuned)
+    assert gain.value == pytest.approx(sum(losses) / len(losses))
+    assert gain.error == pytest.approx(error)
+    assert gain.is_sure == (gain.value > 2 * error)
+
+
+def test_the_error_is_what_resampling_examples_finds() -> None:
+    """Where tokens of an example go together; reference: a bootstrap over examples."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(5, 30, (60,), generator=generator)
+    shared = 0.3 + 0.4 * torch.randn(60, generator=generator, dtype=torch.float64)
+    examples = torch.arange(60).repeat_interleave(lengths)
+    noise = 0.2 * torch.randn(len(examples), generator=generator, dtype=torch.float64)
+    base = TokenLosses(shared[examples] + noise, examples)
+    gain = Gain.between(base, TokenLosses(torch.zeros_like(noise), examples))
+    sums = torch.zeros(60, dtype=torch.float64).index_add_(0, examples, base.nats)
+    drawn = torch.randint(60, (4000, 60), generator=generator)
+    means = sums[drawn].sum(1) / lengths[drawn].sum(1)
+    assert gain.error == pytest.approx(float(means.std()), rel=0.08)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"init_lora_weights": "pissa"}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}],
+    ids=["pissa", "biases", "whole-head"],
+)
+def test_the_base_is_the_one_before_the_adapter(tmp_path, options) -> None:
+    """Also where the adapter's start, or training, has changed what PEFT calls the base."""
+    source = llama(tmp_path / "base", tied=False)
+    bits = {"bits": 8, "group_size": 32}
+    expected = token_losses(qa.quantize(source, "hqq", **bits), HELD_OUT).mean
+    model = tuned(source, "hqq", **options)
+    found = Tuned(model, data=lambda _: HELD_OUT).gain
+    assert found.value == pytest.approx(expected - mean(nats(model, HELD_OUT)), abs=1e-5)
+
+
+def test_losses_are_those_of_transformers_forward(trained, data) -> None:
+    found, expected = token_losses(trained, data), nats(trained, data)
+    by_length = sorted(expected, key=len)
+    lengths = found.examples.bincount().tolist()
+    assert sorted(lengths) == [len(losses) for losses in by_length]
+    assert sorted(found.nats.tolist()) == pytest.approx(
+        sorted(loss for losses in expected for loss in losses), abs=1e-5
+    )
+
+
+# What is wrong --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [2, -0.5, math.nan, math.inf, "much", True])
+def test_values_that_are_no_share(wrong, folder, tmp_path) -> None:
+    model = qa.attach(qa.quantize(str(small_model()), "none"), "lora", r=2)
+    with pytest.raises(PlanRefused, match=r"export.min_gain"):
+        qa.merge(model, tmp_path, kind="requantize", min_gain=wrong)
+    with pytest.raises(SpecError, match=r"export.min_gain"):
+        qa.Spec(export={"merge": "requantize", "min_gain": wrong})
+
+
+def test_it_has_to_have_an_effect(tmp_path) -> None:
+    for export_ in ({"min_gain": 0.5}, {"merge": "never", "min_gain": 0.5}):
+        with pytest.raises(PlanRefused, match=r"export.min_gain: it has no effect"):
+            qa.plan(qa.Spec(export=export_, output=str(tmp_path)))
+    model = qa.attach(qa.quantize(str(small_model()), "none"), "lora", r=2)
+    with pytest.raises(PlanRefused, match="has no option 'min_gain'"):
+        qa.merge(model, tmp_path, min_gain=0.5)
+
+
+@pytest.mark.parametrize(
+    "export_",
+    [
+        {"merge": "requantize", "min_gain": 0.5},
+        {"merge": "never", "formats": ["merged-requantized"], "min_gain": 0.5},
+        {"merge": "never", "formats": [{"name": "merged-requantized", "min_gain": 0.5}]},
+        {"merge": "requantize", "formats": [{"name": "merged-requantized", "min_gain": 0.5}]},
+    ],
+)
+def test_it_is_planned(export_, tmp_path) -> None:
+    made = qa.plan(qa.Spec(export=export_, output=str(tmp_path)))
+    assert made.exports[-1].to_dict()["options"]["min_gain"] == 0.5
+
+
+def test_data_without_a_token_to_predict(trained, tmp_path) -> None:
+    silent = Dataset.from_dict({"input_ids": [[5, 6, 7]], "completion_mask": [[1, 0, 0]]})
+    with pytest.raises(DataError, match="hold no token to predict"):
+        qa.merge(trained, tmp_path, kind="requantize", data=silent)
+    empty = Dataset.from_dict({"input_ids": [], "completion_mask": []})
+    with pytest.raises(DataError, match="hold no token to predict"):
+        qa.merge(trained, tmp_path, data=empty)
