@@ -7,17 +7,17 @@ the layer gets its facade back. The merged model is a copy in which those dense 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapting.target_problems import lost_biases
 from ..errors import DataError, MergeRefused, NumbersError
 from ..evaluation.sizes import size_mib
-from ..facade import QuantExperts, QuantLinear, facades, wrap
+from ..facade import QuantExperts, QuantLinear, QuantStack, QuantWeight, facades, wrap
 from ..model.modules import in_own_layout, make_linear
 from ..planning.exports import MergeKind
 from ..quantizing.state import ModelState, state_of
@@ -28,23 +28,25 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def merged_model(model: PeftModel, kind: MergeKind) -> nn.Module:
+def merged_model(model: PeftModel, kind: MergeKind, write: Write | None = None) -> nn.Module:
     """Return the base model with the active adapters merged in; `model` stays as it is.
 
     Args:
         model: a PeftModel over facades.
         kind: "dense" leaves `nn.Linear` layers; "requantize" quantizes the merged weights again
             as they were, and returns facades. A backend that calibrates sees the same examples.
+        write: how merged weights come into a quantized layer; by default its backend quantizes
+            them anew.
 
     Raises:
         MergeRefused: a layer cannot hold what the adapter adds to it; see `check_mergeable`.
     """
     check_mergeable(model)
     state = state_of(model)
-    if kind == "requantize" and state.backend.calibration:
+    if kind == "requantize" and state.backend.calibration and write is None:
         return _quantized_whole(merged_model(model, "dense"), state)
     memo = {id(state.tokenizer): state.tokenizer}
-    merged = _copied(model.get_base_model(), kind, memo).requires_grad_(False)
+    merged = _copied(model.get_base_model(), kind, memo, write).requires_grad_(False)
     settle_ties(merged)
     return in_own_layout(merged, state.conv1d)
 
@@ -123,17 +125,19 @@ def _base_of(part: Any) -> Any:
     return _base_of(part.original_module if wraps else part.base_layer)
 
 
-def _copied(root: nn.Module, kind: MergeKind, memo: dict[int, Any]) -> nn.Module:
+def _copied(
+    root: nn.Module, kind: MergeKind, memo: dict[int, Any], write: Write | None = None
+) -> nn.Module:
     """Return a copy of `root` with everything in it merged; each layer is made dense once."""
     if _is_pefts(root):
-        return merged_part("", root, kind, memo)
+        return merged_part("", root, kind, memo, write)
     if kind == "dense" and isinstance(root, (QuantLinear, QuantExperts)):
         return _dense(root, memo)
     for name, module in _outermost(root, ""):
         if id(module) in memo:
             continue  # one module in two places
         if _is_pefts(module):
-            memo[id(module)] = merged_part(name, module, kind, memo)
+            memo[id(module)] = merged_part(name, module, kind, memo, write)
         elif kind == "dense":
             memo[id(module)] = _dense(module, memo)
     return _unmarked(copy.deepcopy(root, memo))
@@ -175,7 +179,11 @@ def _quantized_whole(merged: nn.Module, state: ModelState) -> nn.Module:
 
 @torch.no_grad()
 def merged_part(
-    name: str, part: Any, kind: MergeKind, memo: dict[int, Any] | None = None
+    name: str,
+    part: Any,
+    kind: MergeKind,
+    memo: dict[int, Any] | None = None,
+    write: Write | None = None,
 ) -> nn.Module:
     """Return the module of the base that stands behind one of PEFT's, with the active adapters
     merged in; `part` stays as it is. `memo` is that of a whole copy, if it is part of one. Raises
@@ -186,11 +194,11 @@ def merged_part(
     if isinstance(part, ModulesToSaveWrapper):
         trained = part.active_adapters
         whole = part.modules_to_save[trained[0]] if trained else part.original_module
-        copied = _copied(whole, kind, memo)
+        copied = _copied(whole, kind, memo, write)
         copied.to(_dtype_of(_base_of(part)))  # it trains in float32
         return copied.requires_grad_(False)
     try:
-        return _merged_layer(_unwrapped(part), kind, memo)
+        return _merged_layer(_unwrapped(part), kind, memo, write)
     except ValueError as error:  # PEFT looks at what it merges
         if "NaN" not in str(error):
             raise
@@ -214,7 +222,9 @@ def _dtype_of(module: nn.Module) -> torch.dtype | None:
     return next(floating, None)
 
 
-def _merged_layer(layer: Any, kind: MergeKind, memo: dict[int, Any]) -> nn.Module:
+def _merged_layer(
+    layer: Any, kind: MergeKind, memo: dict[int, Any], write: Write | None
+) -> nn.Module:
     """Merge a layer of PEFT's, and those that it stands around: experts are one module with several
     parameters, and PEFT puts a layer for each around it, one around the other; of a head that is
     tied to an embedding, it trains tokens behind an adapter."""
@@ -230,20 +240,38 @@ def _merged_layer(layer: Any, kind: MergeKind, memo: dict[int, Any]) -> nn.Modul
     if not quantized:
         return dense.requires_grad_(False)
     result = copy.deepcopy(base, memo)
-    _requantize(result, dense, {getattr(each, "parameter_name", "weight") for each in changed})
+    named = {getattr(each, "parameter_name", "weight") for each in changed}
+    _requantize(base, result, dense, named, write or _anew)
     return result.requires_grad_(False)
 
 
-def _requantize(quantized: Any, dense: nn.Module, changed: Collection[str]) -> None:
-    """Write what `dense` holds into a quantized layer, or into quantized experts. Of the quantized
-    weights only those that are named are quantized anew."""
-    experts = isinstance(quantized, QuantExperts)
-    weights = quantized.quantized_stacks if experts else {"weight": quantized}
+Write = Callable[[QuantWeight, QuantWeight, Tensor], None]
+"""Called with a facade of the base, its copy in the merged model, and the weight of a tall layer,
+[out_features, in_features], that is to be written into the copy."""
+
+
+def _anew(base: QuantWeight, copied: QuantWeight, weight: Tensor) -> None:
+    copied.write(weight)
+
+
+def _requantize(
+    base: nn.Module, quantized: Any, dense: nn.Module, changed: Collection[str], write: Write
+) -> None:
+    """Write what `dense` holds into `quantized`, a copy of a quantized layer, or of quantized
+    experts. Of the quantized weights only those that are named are quantized anew."""
+    weights, before = _quantized_weights(quantized), _quantized_weights(base)
     for name, parameter in dense.named_parameters(recurse=False):
         if name not in weights:
             getattr(quantized, name).data = parameter.data  # the vendor may keep it as a tensor
         elif name in changed:
-            weights[name].weight = parameter.data
+            made = weights[name]
+            tall = made.stack.tall(parameter.data) if isinstance(made, QuantStack) else parameter
+            write(before[name], made, tall.data)
+
+
+def _quantized_weights(module: Any) -> Mapping[str, QuantWeight]:
+    """Return the quantized weights of a layer, or of experts, by the name of the parameter."""
+    return module.quantized_stacks if isinstance(module, QuantExperts) else {"weight": module}
 
 
 def _merges_into(layer: Any, dense: nn.Module) -> bool:

@@ -208,7 +208,23 @@ class QuantWeight(nn.Module):
         Raises:
             ModelError: the backend cannot quantize weights again.
         """
-        vendor = self._quantized(weight)
+        self._replace(self._quantized(weight))
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether it is known what values its weights can take while its scales stay, so that
+        `repack` works."""
+        return self.target.grid(self._vendor) is not None
+
+    def repack(self, weight: Tensor) -> None:
+        """Replace the weight by the values nearest to `weight` [out_features, in_features] that it
+        can take with the scales that it has."""
+        with torch.no_grad():
+            vendor = self.target.repack(self._vendor, weight.to(self.device))
+        self._replace(_frozen(vendor))
+
+    def _replace(self, vendor: nn.Module) -> None:
+        """Put another module of the vendor in the place of the one that is there."""
         before, after = (v._parameters.get("bias") for v in (self._vendor, vendor))
         if before is not None and after is not None:
             vendor.bias = before  # it may be trained, and an optimizer may hold it
@@ -223,11 +239,7 @@ class QuantWeight(nn.Module):
             raise ModelError(what, fix=fix)
         with torch.no_grad():
             dense = weight.to(device=self.device, dtype=self.compute_dtype)
-            vendor = self.target.requantize(self._vendor, dense)
-        for name, parameter in vendor.named_parameters():
-            if name != "bias":
-                parameter.requires_grad_(False)
-        return vendor
+            return _frozen(self.target.requantize(self._vendor, dense))
 
     def compute_dtype_for(self, device_type: str) -> torch.dtype:
         """Return the dtype that the layer computes in: that of autocast where it is on."""
@@ -279,3 +291,11 @@ class QuantWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, vendor={type(self._vendor).__name__}"
+
+
+def _frozen(vendor: nn.Module) -> nn.Module:
+    """Return a vendor's module, just made, in which nothing but the bias can be trained."""
+    for name, parameter in vendor.named_parameters():
+        if name != "bias":
+            parameter.requires_grad_(False)
+    return vendor
