@@ -107,6 +107,33 @@ def test_a_layer_computes_what_it_dequantizes_to(bits, sym, group_size):
     assert quantizer.from_model(nn.Sequential(again)) == quantizer
 
 
+@pytest.mark.parametrize(("bits", "sym"), LAYOUTS)
+@pytest.mark.parametrize("group_size", [32, None])
+def test_a_weight_is_packed_onto_the_scales_that_are_there(bits, sym, group_size):
+    """The layer's own forward gives the nearest of all values that its scales allow."""
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(128, 64)
+    linear.weight = nn.Parameter(torch.randn(64, 128, generator=generator))
+    linear.weight.data[7] = 0
+    quantizer = AutoRound(bits=bits, sym=sym, group_size=group_size)
+    target, layer = quantizer.target, quantizer.quantize_linear(linear)
+    own = target.dequantize(layer)
+    again = target.repack(layer, own)
+    assert all(torch.equal(again.state_dict()[n], t) for n, t in layer.state_dict().items())
+    grid = target.grid(layer)
+    weight = own + 2 * torch.randn(64, 128, generator=generator)
+    groups = torch.arange(128) // (group_size or 128)
+    codes = torch.arange(2**bits).double()
+    zero, scale = (part.double()[:, groups, None] for part in (grid.zero, grid.scale))
+    values = (codes - zero) * scale
+    off = (values - weight.double()[..., None]).abs().amin(-1)
+    packed = target.repack(layer, weight)
+    found = (packed(torch.eye(128)) - linear.bias).t().detach().double()
+    assert ((found - weight).abs() - off).max() <= values.abs().max() * torch.finfo(own.dtype).eps
+    assert torch.equal(packed.scales, layer.scales)
+    assert torch.equal(target.dequantize(layer), own)
+
+
 def test_whole_rows_are_told_from_groups_of_that_size():
     """The first layer's row may be as long as a group."""
     for group_size, sizes in ((128, (128, 256)), (None, (128, 256)), (None, (128,))):

@@ -618,3 +618,83 @@ for old, new in zip(before, state(), strict=True):
     given = {key: value for key, value in os.environ.items() if key not in unset}
     run = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+# Grids ---------------------------------------------------------------------------------------
+
+GRIDS = [
+    *(("gptq", case) for case in CASES),
+    ("gptq", {"bits": 8, "group_size": 32, "sym": False}),
+    ("gptq", {"bits": 4, "group_size": -1, "sym": False, "desc_act": True}),
+    ("awq", {"group_size": 64}),
+    ("awq", {"group_size": -1, "sym": True}),
+]
+
+
+@pytest.mark.parametrize(("backend", "options"), GRIDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_weight_is_packed_onto_the_scales_that_are_there(made, backend, options, dtype) -> None:
+    """What the vendor's own code unpacks is, of the values that its scales allow, the nearest:
+    against all of them, counted out in float64."""
+    model = made(backend, **options)
+    target = model.quantadapt.quantizer.target
+    facade = dict(facades(model))["model.layers.0.self_attn.k_proj"]
+    vendor: Any = copy.deepcopy(facade.vendor).to(dtype)
+    own = target.dequantize(vendor)
+    again = target.repack(vendor, own.float())
+    assert own.dtype == dtype
+    assert torch.equal(target.dequantize(again), own)
+    if dtype != torch.bfloat16:  # in which two codes may stand for one value
+        assert all(torch.equal(again.get_buffer(n), t) for n, t in vendor.state_dict().items())
+    weight = own.float() + 2 * own.float().std() * torch.randn(own.shape)
+    packed: Any = target.repack(vendor, weight)
+    unpacked = target.dequantize(packed)
+    nearest = allowed(vendor, facade.in_features)
+    wanted = (nearest - weight.double()[..., None]).abs().amin(-1)
+    slack = nearest.abs().amax() * torch.finfo(dtype).eps
+    assert ((unpacked.double() - weight).abs() - wanted).max() <= slack
+    assert all(
+        torch.equal(packed.get_buffer(n), vendor.get_buffer(n)) for n in ("scales", "qzeros")
+    )
+
+
+def allowed(vendor: Any, in_features: int) -> Tensor:
+    """Return all values that each weight can take, float64 [out, in, 2**bits]."""
+    from quantadapt_gptqmodel.layers import unpacked
+
+    zeros, scales = unpacked(vendor)[1].double(), vendor.scales.t().double()
+    groups = getattr(vendor, "g_idx", None)
+    if groups is None:
+        groups = torch.arange(in_features) // (in_features // scales.shape[1])
+    codes = torch.arange(2**vendor.bits)
+    return (codes - zeros[:, groups.long(), None]) * scales[:, groups.long(), None]
+
+
+@pytest.mark.parametrize(("backend", "options"), [GRIDS[1], GRIDS[2], GRIDS[4], GRIDS[7]], ids=str)
+def test_rounding_needs_no_module(made, backend, options) -> None:
+    """What it gives is what requantize keeps, in its dtype."""
+    model = made(backend, **options)
+    target = model.quantadapt.quantizer.target
+    facade = next(facade for _, facade in facades(model))
+    for scale in (1e-3, 1.0):
+        weight = facade.dequantize() + scale * torch.randn(facade.weight.shape)
+        kept = target.dequantize(target.requantize(facade.vendor, weight))
+        found = target.rounded(facade.vendor, weight)
+        assert found.dtype == kept.dtype
+        assert torch.equal(found, kept)
+
+
+def test_a_live_layer_of_another_kernel_is_packed_anew(theirs) -> None:
+    """Its own kernel may keep what it unpacked before."""
+    folder, _ = theirs
+    live = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = qa.quantize(live, "gptq", dtype="float32")
+    target = model.quantadapt.quantizer.target
+    facade = next(facade for _, facade in facades(model))
+    before = facade.dequantize()
+    weight = target.grid(facade.vendor).nearest(-before)
+    packed = target.repack(facade.vendor, -before)
+    x = torch.randn(3, facade.in_features)
+    with torch.no_grad():
+        assert relative(packed(x), x @ weight.float().T) < 1e-5
+    assert torch.equal(facade.dequantize(), before)

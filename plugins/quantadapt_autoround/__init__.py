@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 
 from quantadapt.capabilities import Merge, Rule
 from quantadapt.hookspecs import hookimpl
-from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget
+from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, UniformGrid, twin
 from quantadapt.records import Backend
 
 if TYPE_CHECKING:
@@ -202,6 +202,28 @@ class AutoRoundTarget(LayerwiseTarget):
         from quantadapt_autoround.layers import dequantized
 
         return dequantized(module)
+
+    def grid(self, module: nn.Module) -> UniformGrid:
+        from quantadapt_autoround.layers import zeros_of
+
+        vendor: Any = module
+        scale = vendor.scales.t().contiguous()
+        return UniformGrid(
+            scale=scale,
+            zero=zeros_of(vendor).contiguous(),
+            group_size=vendor.infeatures // scale.shape[1],
+            dtype=scale.dtype,
+            lowest=0,
+            highest=2**vendor.bits - 1,
+        )
+
+    def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        from quantadapt_autoround.layers import pack_codes
+
+        vendor = twin(module)
+        vendor.qweight = pack_codes(self.grid(module).codes(weight), vendor.bits)
+        repacked: nn.Module = vendor
+        return repacked
 
     def decodes(self, module: nn.Module, x: Tensor) -> bool:
         """Say whether auto-round's Triton kernel is there and the faster one for `x`."""

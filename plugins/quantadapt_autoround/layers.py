@@ -53,8 +53,6 @@ def packed(
         scales: [out_features, groups], in any shape; float16 when they are stored.
         zeros: the same, or one number for all groups.
     """
-    from auto_round.utils.bit_packing import pack_bitstream
-
     weight = linear.weight.detach().float()
     scales = scales.reshape(len(weight), -1).to(weight.device)
     zeros = torch.as_tensor(zeros, dtype=torch.float32, device=weight.device)
@@ -63,13 +61,30 @@ def packed(
     codes = (groups / scales.float()[..., None]).round() + zeros[..., None]
     codes = codes.clamp(0, 2**quantizer.bits - 1).reshape(weight.shape)
     module = empty(quantizer, linear)
-    module.qweight = pack_bitstream(codes.int(), quantizer.bits, dim=1).t().contiguous()
+    module.qweight = pack_codes(codes, quantizer.bits)
     stored = (zeros.t() - zero_offset(module)).int()
-    module.qzeros = pack_bitstream(stored, quantizer.bits, dim=1)
+    module.qzeros = _pack(stored, quantizer.bits)
     module.scales = scales.t().half().contiguous()
     module.bias = None if linear.bias is None else linear.bias.detach()
     vendor: nn.Module = module
     return vendor
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Return the `qweight` of a layer for codes [out_features, in_features]."""
+    return _pack(codes.int(), bits).t().contiguous()
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    from auto_round.utils.bit_packing import pack_bitstream
+
+    words: Tensor = pack_bitstream(codes, bits, dim=1)
+    return words
+
+
+def zeros_of(vendor: Any) -> Tensor:
+    """Return the zero points of a layer, [out_features, groups]."""
+    return (_unpack(vendor.qzeros, vendor.bits, 1) + zero_offset(vendor)).t()
 
 
 def dequantized(vendor: Any) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import ValidationError
 
 from quantadapt.errors import ModelError
-from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget
+from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, UniformGrid
 from quantadapt_gptqmodel.checkpoints import check_readable, layout_of
 
 if TYPE_CHECKING:
@@ -260,17 +260,59 @@ class PackedTarget(LayerwiseTarget):
 
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
         """Round to nearest, without data. A group keeps the grid it has where that is closer."""
-        from torch import nn
+        return self._made(module, *self._nearest(module, weight))
 
-        from quantadapt_gptqmodel.layers import g_idx_of, groups_of, nearest, unpacked
+    def rounded(self, module: nn.Module, weight: Tensor) -> Tensor:
+        from quantadapt_gptqmodel.layers import weight_of
+
+        codes, scales, zeros, g_idx = self._nearest(module, weight)
+        return weight_of(codes, scales.half(), zeros, g_idx)
+
+    def _nearest(self, vendor: Any, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return codes, scales, zeros and the group of each column of a weight, rounded."""
+        from quantadapt_gptqmodel.layers import nearest, zeros_of
+
+        old = vendor.scales.t().float(), zeros_of(vendor).float()
+        g_idx = _groups(vendor).to(weight.device)
+        return *nearest(weight.float(), g_idx, vendor.bits, self.packer.sym, old), g_idx
+
+    def grid(self, module: nn.Module) -> UniformGrid:
+        from quantadapt_gptqmodel.layers import g_idx_of, zeros_of
 
         vendor: Any = module
-        bits, old = vendor.bits, (vendor.scales.t().float(), unpacked(vendor)[1].float())
-        g_idx = g_idx_of(vendor)
-        if g_idx is None:
-            g_idx = groups_of(vendor.in_features, vendor.in_features // len(vendor.scales))
-        g_idx = g_idx.to(weight.device).long()
-        found = nearest(weight.float(), g_idx, bits, self.packer.sym, old)
+        scattered = g_idx_of(vendor) is not None
+        return UniformGrid(
+            scale=vendor.scales.t(),
+            zero=zeros_of(vendor),
+            group_size=vendor.in_features // len(vendor.scales),
+            groups=_groups(vendor) if scattered else None,
+            dtype=vendor.scales.dtype,
+            lowest=0,
+            highest=2**vendor.bits - 1,
+        )
+
+    def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        vendor: Any = module
+        grid = self.grid(module)
+        assert grid.zero is not None
+        made = self._made(vendor, grid.codes(weight), grid.scale, grid.zero, _groups(vendor))
+        made.scales = vendor.scales  # which may be of another dtype than they are stored in
+        return made
+
+    def _made(self, vendor: Any, codes: Tensor, *grid: Tensor) -> nn.Module:
+        """Return a new module: kernels of live ones may hold on to what they have unpacked."""
+        from torch import nn
+
         linear: Any = nn.Linear(vendor.in_features, vendor.out_features, False, device="meta")
         linear.bias = None if vendor.bias is None else nn.Parameter(vendor.bias.detach())
-        return self.packer._packed(linear, bits, *found, g_idx).train(module.training)
+        return self.packer._packed(linear, vendor.bits, codes, *grid).train(vendor.training)
+
+
+def _groups(vendor: Any) -> Tensor:
+    """Return the group of each column, int64."""
+    from quantadapt_gptqmodel.layers import g_idx_of, groups_of
+
+    if (found := g_idx_of(vendor)) is None:
+        size = vendor.in_features // len(vendor.scales)
+        return groups_of(vendor.in_features, size, vendor.scales.device)
+    return found.long()

@@ -177,7 +177,13 @@ def method_of(module: nn.Module) -> str | None:
 
 def unpacked(module: Any) -> tuple[Tensor, Tensor]:
     """Return codes and zeros of a layer."""
-    return _unpacked(module.qweight, module.qzeros, *_packing(module))
+    method, bits, _ = _packing(module)
+    return _codes(module.qweight, method, bits), zeros_of(module)
+
+
+def zeros_of(module: Any) -> Tensor:
+    """Return the zeros of a layer, [out_features, groups]."""
+    return _zeros(module.qzeros, *_packing(module))
 
 
 def _packing(module: Any) -> tuple[str | None, int, int]:
@@ -187,12 +193,16 @@ def _packing(module: Any) -> tuple[str | None, int, int]:
     return method, module.bits, int(less_one)
 
 
-def _unpacked(
-    packed: Tensor, zeros: Tensor, method: str | None, bits: int, lowered: int
-) -> tuple[Tensor, Tensor]:
+def _codes(packed: Tensor, method: str | None, bits: int) -> Tensor:
     if method == "awq":
-        return unpack(packed, bits, AWQ_ORDER).t(), unpack(zeros, bits, AWQ_ORDER).t()
-    return unpack(packed.t().contiguous(), bits), unpack(zeros, bits).t() + lowered
+        return unpack(packed, bits, AWQ_ORDER).t()
+    return unpack(packed.t().contiguous(), bits)
+
+
+def _zeros(packed: Tensor, method: str | None, bits: int, lowered: int) -> Tensor:
+    if method == "awq":
+        return unpack(packed, bits, AWQ_ORDER).t()
+    return unpack(packed, bits).t() + lowered
 
 
 def g_idx_of(module: Any) -> Tensor | None:
@@ -211,8 +221,10 @@ def dequantized(module: Any) -> Tensor:
     return one_kernel(_dequantize, *tensors, static=_packing(module))
 
 
-def _dequantize(packed: Tensor, zeros: Tensor, scales: Tensor, *packing: Any) -> Tensor:
-    codes, zeros = _unpacked(packed, zeros, *packing)
+def _dequantize(
+    packed: Tensor, zeros: Tensor, scales: Tensor, method: str | None, bits: int, lowered: int
+) -> Tensor:
+    codes, zeros = _codes(packed, method, bits), _zeros(zeros, method, bits, lowered)
     return weight_of(codes, scales.t(), zeros, None).contiguous()
 
 
