@@ -32,7 +32,20 @@ from .model.numbers import refuse_not_numbers
 METHOD = "quantadapt"
 
 
-class LinearQuantizer(Protocol):
+class SaysHow(Protocol):
+    """What is written in config.json of how a model is quantized, as
+    `protocols.LayerwiseQuantizer` says it."""
+
+    def quantization_config(self) -> dict[str, Any]:
+        """Return what goes into config.json."""
+        ...
+
+    def left_dense(self, names: list[str], head: str | None) -> dict[str, Any]:
+        """Return what config.json says of the layers that stay dense."""
+        ...
+
+
+class LinearQuantizer(SaysHow, Protocol):
     """What is wanted of a quantizer here, as `protocols.LayerwiseQuantizer` says it."""
 
     @property
@@ -50,14 +63,6 @@ class LinearQuantizer(Protocol):
 
     def join_rows(self, layers: list[nn.Module]) -> nn.Module:
         """Return one vendor module with the rows of all `layers`."""
-        ...
-
-    def quantization_config(self) -> dict[str, Any]:
-        """Return what goes into config.json."""
-        ...
-
-    def left_dense(self, names: list[str], head: str | None) -> dict[str, Any]:
-        """Return what config.json says of the layers that stay dense."""
         ...
 
 
@@ -191,7 +196,7 @@ def load_layerwise(
 
 
 def save_layerwise(
-    quantizer: LinearQuantizer, model: nn.Module, path: Path, *, hf_quantizer: Any = None
+    quantizer: SaysHow, model: nn.Module, path: Path, *, hf_quantizer: Any = None
 ) -> None:
     """Write config.json (with `quantization_config`) and model.safetensors into `path`.
 
@@ -212,7 +217,7 @@ def save_layerwise(
         reading.unmarked(model)
 
 
-def _left_dense(quantizer: LinearQuantizer, model: nn.Module) -> dict[str, Any]:
+def _left_dense(quantizer: SaysHow, model: nn.Module) -> dict[str, Any]:
     """Return what the checkpoint has to say about layers that stay dense."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     dense = dict(linear_layers(model, ()))

@@ -44,6 +44,14 @@ class TestTorchAOFloat8(BackendSuite):
     backend = "torchao-fp8"
 
 
+class TestMXFP4(BackendSuite):
+    backend = "mxfp4"
+
+
+class TestNVFP4(BackendSuite):
+    backend = "nvfp4"
+
+
 class TestHQQ1(TargetSuite):
     backend = "hqq"
     options = {"bits": 1, "group_size": 32}

@@ -61,7 +61,8 @@ ModelConfig = create_model("ModelConfig", __base__=_Strict, **_fields)
 is left to transformers."""
 
 DEQUANTIZED = ("mxfp4",)
-"""Methods that checkpoints are stored with to be dequantized while they are read."""
+"""Methods that checkpoints are stored with to be dequantized while they are read, by all backends
+but those that keep them."""
 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:

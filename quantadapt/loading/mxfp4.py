@@ -1,4 +1,5 @@
-"""Checkpoints whose experts are stored in MXFP4, as gpt-oss was released: they are dequantized
+"""Checkpoints whose experts are stored in MXFP4, as gpt-oss was released. A backend that keeps them
+packed finds their tensors by the names that a stack's have; for all others they are dequantized
 while they are read, each stack by itself."""
 
 from __future__ import annotations
@@ -8,7 +9,11 @@ from typing import Any
 
 import torch
 
+from ..model.experts import Stack
+
 METHOD = "mxfp4"
+PARTS = {"blocks": "weight_packed", "scales": "weight_scale"}
+"""How the tensors of a stack's parameter end in the files, and what a packed layer calls them."""
 
 
 def is_mxfp4(config: Any) -> bool:
@@ -16,6 +21,11 @@ def is_mxfp4(config: Any) -> bool:
     found = getattr(config, "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else None
     return bool(method == METHOD)
+
+
+def names_of(stack: Stack) -> dict[str, str]:
+    """Return what the tensors in the files become that hold a stack: name -> name."""
+    return {f"{stack.name}_{ending}": f"{stack.module}.{part}" for ending, part in PARTS.items()}
 
 
 def dequantizing() -> Any:

@@ -18,6 +18,7 @@ from ..model.experts import Stack, expert_stacks, layers_of
 from ..model.modules import linear_layers
 from ..model.numbers import refuse_not_numbers
 from .accounting import WrongTensors, listed
+from .mxfp4 import names_of
 from .reading import renaming
 from .tensors import local_folder
 
@@ -61,6 +62,8 @@ class PackedLayer(NamedTuple):
             yield from (f"{layer}.{part}" for part in tensors)
             if self.stack is not None:  # what transformers makes of the names of experts' weights
                 yield from (f"{self.stack.name}{part.removeprefix('weight')}" for part in tensors)
+        if self.stack is not None:
+            yield from names_of(self.stack)
 
     def made(self, quantizer: LayerLoader, path: str, device: str) -> nn.Module:
         """Return the vendor module; the tensors are given away. Raises WrongTensors where they are
@@ -95,7 +98,13 @@ def packed_layers(path: str, model: nn.Module) -> dict[str, PackedLayer]:
     stacks = {stack.module: stack for stack in expert_stacks(model, ())}
     one_by_one = {name: layers_by_expert(model, stack) for name, stack in stacks.items()}
     of_experts = {layer for layers in one_by_one.values() for layer in layers}
-    state = _packed_state(path, linears.keys() | stacks.keys() | of_experts, renaming(model))
+    released = {of: to for stack in stacks.values() for of, to in names_of(stack).items()}
+    rename = renaming(model)
+
+    def renamed(key: str) -> str:
+        return released.get(name := rename(key), name)
+
+    state = _packed_state(path, linears.keys() | stacks.keys() | of_experts, renamed)
     found = {n: PackedLayer(one, {n: state[n]}, None) for n, one in linears.items() if n in state}
     for name, stack in stacks.items():
         layers = (name,) if name in state else one_by_one[name]

@@ -140,11 +140,6 @@ def quantizer_of(
         config: the checkpoint's config.json; empty where it is not known.
     """
     found = quantization_in(config)
-    if found and (method := found.get("quant_method")) in DEQUANTIZED:
-        draft.notes.append(
-            f"what the checkpoint stores in {method} is dequantized while it is read"
-        )
-        found = None
     if backend is None or found is None:
         return fresh_quantizer(draft, backend), False
     try:
@@ -152,6 +147,11 @@ def quantizer_of(
     except (PluginError, ModelError) as error:
         draft.problems += error.problems
         return None, True
+    if quantizer is None and (method := found.get("quant_method")) in DEQUANTIZED:
+        note = f"what the checkpoint stores in {method} is dequantized while it is read"
+        makers, _ = draft.registry.readers(found)
+        draft.notes.append(f"{note}; --backend {makers[0].name} keeps it" if makers else note)
+        return fresh_quantizer(draft, backend), False
     if quantizer is None:
         draft.problems.append(_wrong_checkpoint(draft, backend, found))
         return None, True

@@ -1,0 +1,219 @@
+"""MXFP4 and NVFP4: numbers of four bits (e2m1) that share a scale by block, weights only.
+
+The arithmetic is in `arithmetic`, on plain tensors: torchao's prototypes of both formats take no
+float16, leave e4m3's smallest scales out and know no experts that are one tall layer. Weights are
+dequantized for each product, on any device.
+
+Checkpoints are those of compressed-tensors (`nvfp4-pack-quantized`, `mxfp4-pack-quantized`, of
+weights alone), which transformers and vLLM load. Those of gpt-oss, which is released with experts
+in MXFP4 and all else dense, stay as they are released.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from quantadapt.capabilities import Merge
+from quantadapt.errors import ModelError
+from quantadapt.hookspecs import hookimpl
+from quantadapt.protocols import LayerwiseQuantizer
+from quantadapt.records import Backend
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from .layers import FP4Target
+
+MX_BLOCK, NV_BLOCK = 32, 16
+
+
+class _FP4(LayerwiseQuantizer):
+    block: ClassVar[int]
+    format: ClassVar[str]
+    scale_dtype: ClassVar[str]
+    strategy: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def _best(self) -> bool:
+        """Whether of two scales for a block the one with the smaller error is taken."""
+
+    @abstractmethod
+    def _quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return the tensors of a layer, by their names in it."""
+
+    @cached_property
+    def target(self) -> FP4Target:
+        from .layers import FP4Target
+
+        return FP4Target(self)
+
+    def misfit(self, in_features: int, out_features: int) -> str | None:
+        if in_features % self.block == 0:
+            return None
+        return f"blocks of {self.block} do not divide {in_features} inputs"
+
+    def bits_per_weight(
+        self, in_features: int, out_features: int, *, device: str, dtype: str
+    ) -> float:
+        return 4 + 8 / self.block
+
+    def notes(self, device: str) -> tuple[str, ...]:
+        return ("FP4 weights are dequantized for each product: no FP4 units of a card are used",)
+
+    def quantize_linear(self, linear: nn.Linear) -> nn.Module:
+        from .layers import FP4Linear
+
+        if misfit := self.misfit(linear.in_features, linear.out_features):
+            raise ModelError(misfit, fix="leave such layers dense: skip_misfits: true")
+        return FP4Linear(self._quantized(linear.weight.detach()), linear.bias)
+
+    def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
+        from .layers import GLOBAL, PACKED, SCALE, FP4Linear, check_scales
+
+        rows = linear.out_features
+        tensors = {name: state[name].reshape(rows, -1) for name in (PACKED, SCALE)}
+        if self.block == NV_BLOCK:
+            tensors[GLOBAL] = state[GLOBAL].reshape(-1)
+        check_scales(tensors, rows, linear.in_features // self.block)
+        bias = state["bias"].to(linear.weight.dtype) if "bias" in state else None
+        return FP4Linear(tensors, bias)
+
+    def join_rows(self, layers: list[nn.Module]) -> nn.Module:
+        from .layers import join_rows
+
+        return join_rows(layers)
+
+    def quantization_config(self) -> dict[str, Any]:
+        weights = {
+            "num_bits": 4,
+            "type": "float",
+            "symmetric": True,
+            "strategy": self.strategy,
+            "group_size": self.block,
+            "scale_dtype": self.scale_dtype,
+            "zp_dtype": self.scale_dtype,
+            "dynamic": False,
+        }
+        group = {"targets": ["Linear"], "weights": weights, "format": self.format}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": self.format,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": [],
+        }
+
+    def left_dense(self, names: list[str], head: str | None) -> dict[str, Any]:
+        return {"ignore": names}
+
+    @classmethod
+    def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> _FP4 | None:
+        return cls() if _is_weights_only(quantization_config, cls.format) else None
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> _FP4 | None:
+        from .layers import FP4Linear
+
+        layers = (module for module in model.modules() if isinstance(module, FP4Linear))
+        return cls() if any(layer.block == cls.block for layer in layers) else None
+
+
+class MXFP4(_FP4):
+    """e2m1 numbers, 32 of which share a power of two, as the OCP specifies them."""
+
+    block = MX_BLOCK
+    format = "mxfp4-pack-quantized"
+    scale_dtype = "torch.uint8"
+    strategy = "group"
+
+    scales: Literal["best", "floor"] = Field(
+        "best",
+        description="power of two of a block; floor: that of its largest weight over that of 6, as "
+        "the OCP has it; best: the next larger one where its error is smaller",
+    )
+
+    @property
+    def _best(self) -> bool:
+        return self.scales == "best"
+
+    def _quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        from .arithmetic import mx_quantize
+
+        return mx_quantize(weight, best=self._best)
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        from quantadapt.layerwise import save_layerwise
+
+        from .released import Released, holds_released
+
+        if not holds_released(model):
+            super().save(model, path)
+            return
+        save_layerwise(Released(), model, path, hf_quantizer=Released.writer())
+
+    @classmethod
+    def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> _FP4 | None:
+        if quantization_config.get("quant_method") == "mxfp4":
+            return cls()
+        return super().from_checkpoint(quantization_config)
+
+
+class NVFP4(_FP4):
+    """e2m1 numbers, 16 of which share an e4m3 scale, and a float32 scale for the whole weight."""
+
+    block = NV_BLOCK
+    format = "nvfp4-pack-quantized"
+    scale_dtype = "torch.float8_e4m3fn"
+    strategy = "tensor_group"
+
+    scales: Literal["best", "largest"] = Field(
+        "best",
+        description="scale of a block; largest: its largest weight becomes 6; best: 4 where the "
+        "error is smaller so",
+    )
+
+    @property
+    def _best(self) -> bool:
+        return self.scales == "best"
+
+    def _quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        from .arithmetic import nv_quantize
+
+        return nv_quantize(weight, best=self._best)
+
+
+def _is_weights_only(config: Mapping[str, Any], format_: str) -> bool:
+    """Say whether a checkpoint of compressed-tensors has all its layers in this format, and no
+    activations to be quantized."""
+    groups = config.get("config_groups")
+    if config.get("quant_method") != "compressed-tensors" or config.get("format") != format_:
+        return False
+    if not isinstance(groups, Mapping) or config.get("kv_cache_scheme"):
+        return False
+    return all(
+        isinstance(group, Mapping)
+        and not group.get("input_activations")
+        and not group.get("output_activations")
+        and group.get("format") in (None, format_)
+        for group in groups.values()
+    )
+
+
+def _backend(name: str, summary: str, quantizer: type[_FP4]) -> Backend:
+    return Backend(name=name, summary=summary, quantizer=quantizer, merge=Merge.REQUANTIZE)
+
+
+@hookimpl
+def quantadapt_backends() -> list[Backend]:
+    return [
+        _backend("mxfp4", "MXFP4, 4.25 bits, no calibration; gpt-oss as it was released", MXFP4),
+        _backend("nvfp4", "NVFP4, 4.5 bits, no calibration data", NVFP4),
+    ]
