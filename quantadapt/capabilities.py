@@ -11,9 +11,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import PluginError, Problem
+
+if TYPE_CHECKING:
+    from .inputs.fingerprints import Fingerprint
 
 KEEP = "keep the adapter beside the base (export.merge: never)"
 """The way out of every refused merge."""
@@ -87,6 +90,8 @@ class Cell:
     Attributes:
         device: "cpu", "cuda", "hpu", ...; without an index.
         dtype: torch's name of the compute dtype, e.g. "bfloat16".
+        model: checkpoint folder or hub id of the base; empty where that is not known.
+        fingerprint: what the base is known by, where that is known.
         others: kind of record -> name and options, where one of another kind is looked at, too.
     """
 
@@ -96,6 +101,8 @@ class Cell:
     dtype: str = "float32"
     backend_options: Mapping[str, Any] = field(default_factory=dict)
     adapter_options: Mapping[str, Any] = field(default_factory=dict)
+    model: str = ""
+    fingerprint: Fingerprint | None = None
     others: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     def beside(self, kind: str, name: str, options: Mapping[str, Any]) -> Cell:

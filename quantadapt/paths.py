@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 ADAPTER_CONFIG = "adapter_config.json"
+MANIFEST = "quantadapt.json"
+"""What lies beside all that this package writes of a model."""
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DATA_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")

@@ -271,7 +271,7 @@ class _Run:
         # Without what only concerned this folder, so that the file runs again as it stands; trust
         # in code is asked for again: the folder may come from elsewhere then.
         train = self.spec.train.model_copy(update={"resume": False})
-        anew = {"overwrite": False, "trust_remote_code": False, "train": train}
+        anew = {"overwrite": False, "force_base": False, "trust_remote_code": False, "train": train}
         again = self.plan.resolved.model_copy(update=anew)
         self.folder.write_text("spec.yaml", again.to_yaml())
         self.folder.write_json("plan.json", self.plan.to_dict())
@@ -411,7 +411,12 @@ class _Run:
         found = sorted(targets) if isinstance(targets, (list, set)) else [targets]
         # What was quantized says more exactly how much than the plan could.
         planned = [note for note in plan.notes if not note.startswith(BEGINNING)]
-        more = {"target_modules": found, "notes": [*planned, *state_of(tuned).notes]}
+        base = state_of(tuned).fingerprint  # of a hub id it is known only now
+        more: dict[str, Any] = {
+            "target_modules": found,
+            "notes": [*planned, *state_of(tuned).notes],
+        }
+        more["fingerprint"] = base and base.model_dump()
         self.folder.write_json("plan.json", plan.to_dict() | more)
         return tuned
 

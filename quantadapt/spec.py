@@ -281,6 +281,9 @@ class Spec(_Strict):
         None, description="run folder; `runs/<backend>-<adapter>` if missing"
     )
     overwrite: bool = Field(False, description="replace an earlier run in `output`")
+    force_base: bool = Field(
+        False, description="resume though the model's files are not those that it was begun with"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Dtype = Field(
         "auto", description="compute dtype; auto: bfloat16 on cuda where it can, else float32"

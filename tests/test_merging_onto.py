@@ -175,8 +175,10 @@ def test_refusals(sharded, tmp_path) -> None:
     config = json.loads((small_model() / "config.json").read_text())
     other = type(from_pretrained(str(small_model())).config)(**{**config, "hidden_size": 128})
     LlamaForCausalLM(other).save_pretrained(tmp_path / "other")
-    with pytest.raises(ModelError, match="does not fit this base"):
+    with pytest.raises(MergeRefused, match="is not what the adapter's base was made from"):
         qa.merge_onto(adapter, str(tmp_path / "other"), tmp_path)
+    with pytest.raises(ModelError, match="does not fit this base"):
+        qa.merge_onto(adapter, str(tmp_path / "other"), tmp_path, force_base=True)
     assert not (tmp_path / "merged").exists()
 
 

@@ -12,7 +12,7 @@ import typer
 from ..folders.metrics import direction, label, with_unit
 from ..remote_code import trusting
 from .commands import add
-from .flags import DeviceOption, JsonOption, TrustOption
+from .flags import DeviceOption, ForceBaseOption, JsonOption, TrustOption
 from .session import session
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 8,
     max_new_tokens: MaxNewTokensOption = 64,
     device: DeviceOption = None,
+    force_base: ForceBaseOption = False,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -87,7 +88,7 @@ def evaluate(
 
         wanted = evaluators(_wanted(evaluation or [DEFAULT], set_ or []))
         with waiting(shown, "loading the model"):
-            model = open_model(path, device)
+            model = open_model(path, device, force_base)
         with waiting(shown, "measuring"):
             from ..evaluation.stage import measure
             from ..quantizing.state import state_of
@@ -143,6 +144,7 @@ def generate(
     ],
     max_new_tokens: MaxNewTokensOption = 64,
     device: DeviceOption = None,
+    force_base: ForceBaseOption = False,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -155,7 +157,7 @@ def generate(
 
         prompts = [sys.stdin.read().strip() if text == "-" else text for text in prompt]
         with waiting(shown, "loading the model"):
-            model = open_model(path, device)
+            model = open_model(path, device, force_base)
         with waiting(shown, "generating"):
             from ..evaluation.stage import greedy
             from ..quantizing.state import state_of

@@ -10,7 +10,7 @@ import typer
 
 from ..remote_code import trusting
 from .commands import add
-from .flags import DeviceOption, JsonOption, TrustOption
+from .flags import DeviceOption, ForceBaseOption, JsonOption, TrustOption
 from .session import Session, session
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def export(
     calibration: CalibrationOption = None,
     overwrite: OverwriteOption = False,
     device: DeviceOption = None,
+    force_base: ForceBaseOption = False,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -90,7 +91,9 @@ def export(
         final = (output or Path(run)) / planned.folder
         with checked_output(final, overwrite, inputs_of(planned, run, data, calibration)):
             check_export(run, planned)
-        found = written(shown, run, planned, final, data, calibration, device, overwrite)
+        found = written(
+            shown, run, planned, final, data, calibration, device, overwrite, force_base
+        )
         if json:
             figures = {name: asdict(figure) for name, figure in found.items()}
             shown.print_json({"export": name, "path": str(final), "figures": figures})
@@ -110,6 +113,7 @@ def written(
     calibration: str | None,
     device: str | None,
     overwrite: bool,
+    force_base: bool = False,
 ) -> Mapping[str, Figure]:
     """Write the export `planned` of `run` to `final`, and return its figures."""
     from ..exporting.manifest import adapter_folder
@@ -121,6 +125,7 @@ def written(
     tuned = Tuned(
         saved=adapter_folder(Path(run)),
         device=device or "auto",
+        force_base=force_base,
         data=lambda tokenizer: held_out_of(run, data, tokenizer)[0].examples,
         examples=lambda tokenizer: calibration_of(run, calibration, tokenizer),
     )

@@ -56,6 +56,12 @@ TrustOption = Annotated[
         rich_help_panel=_WHERE,
     ),
 ]
+ForceBaseOption = Annotated[
+    bool,
+    typer.Option(
+        "--force-base", help="Take a base that is not the one that the adapter was trained on."
+    ),
+]
 DtypeOption = Annotated[
     str | None,
     typer.Option(

@@ -12,7 +12,7 @@ from ..errors import Problem
 from ..remote_code import trusting
 from .commands import add
 from .export import CalibrationOption, DataOption, OverwriteOption, RunArgument, written
-from .flags import DeviceOption, JsonOption, TrustOption
+from .flags import DeviceOption, ForceBaseOption, JsonOption, TrustOption
 from .session import Session, session
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def merge(
     ] = True,
     overwrite: OverwriteOption = False,
     device: DeviceOption = None,
+    force_base: ForceBaseOption = False,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -88,7 +89,9 @@ def merge(
         from .models import check_export, checked_output, inputs_of
 
         name = MERGES[kind] if onto is None else "onto-base"
-        options = {} if onto is None else {"base": onto, "check": check}
+        options = {}
+        if onto is not None:
+            options = {"base": onto, "check": check, "force_base": force_base}
         options |= {} if min_gain is None else {"min_gain": min_gain}
         planned = export_of(name, options)
         final = (output or Path(run)) / planned.folder
@@ -99,7 +102,9 @@ def merge(
             found.append(Problem(what, fix, where="--kind"))
         with checked_output(final, overwrite, inputs_of(planned, run, data, calibration)):
             check_export(run, planned, found)
-        figures = written(shown, run, planned, final, data, calibration, device, overwrite)
+        figures = written(
+            shown, run, planned, final, data, calibration, device, overwrite, force_base
+        )
         if json:
             kinds = {"kind": kind} if onto is None else {"kind": "onto", "base": onto}
             values = {name: figure.value for name, figure in figures.items()}

@@ -45,7 +45,7 @@ def waiting(shown: Session, text: str) -> Iterator[None]:
     shown.err.print(took, style="dim", markup=False, soft_wrap=True)
 
 
-def open_model(path: str, device: str | None) -> nn.Module:
+def open_model(path: str, device: str | None, force_base: bool = False) -> nn.Module:
     """Load a run folder, an adapter, a saved or merged model, or any checkpoint or hub id.
 
     Raises:
@@ -60,7 +60,8 @@ def open_model(path: str, device: str | None) -> nn.Module:
     folder = put_back(path)
     ours = any((folder / name / MANIFEST).exists() for name in (".", ADAPTER, MERGED))
     if ours or adapter_in(folder) is not None:  # `load` says what it misses
-        return load(folder, device=device or "auto", trust_remote_code=trusted())
+        how: dict[str, Any] = {"force_base": force_base, "trust_remote_code": trusted()}
+        return load(folder, device=device or "auto", **how)
     if problems := check_model(path):
         raise PlanRefused(problems)
     config = quantization_of(str(folder))

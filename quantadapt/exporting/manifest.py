@@ -15,7 +15,9 @@ from ..errors import ModelError
 from ..folders.atomic import put_back
 from ..folders.environment import environment
 from ..inputs.documents import problems_in, read_object, shown, validated
+from ..inputs.fingerprints import Fingerprint
 from ..machine import this_machine
+from ..paths import MANIFEST as MANIFEST
 from ..paths import path_problem
 from ..planning.peft_options import peft_options
 from ..planning.refusals import make_cell
@@ -24,7 +26,6 @@ from ..records import Adapter, Backend
 from ..registry.discovery import registry
 from .adapter_files import CONFIG
 
-MANIFEST = "quantadapt.json"
 ADAPTER = "adapter"
 BASE = "base"
 MERGED = "merged"
@@ -76,6 +77,7 @@ class Manifest(BaseModel):
     adapter_options: dict[str, Any] = Field(default_factory=dict)
     max_length: int | None = Field(None, ge=1)
     rewritten: bool = False
+    fingerprint: Fingerprint | None = None
     base_id: str = ""
     active: list[str] = Field(default=["default"], min_length=1)
 
@@ -142,5 +144,10 @@ def combination(manifest: Mapping[str, Any]) -> tuple[Cell, Backend, Adapter]:
     quantizer = backend.quantizer(**manifest["options"])
     options = {**adapter.defaults, **manifest.get("adapter_options", {})}
     device = this_machine().default_device
-    cell = make_cell(backend, quantizer, adapter, options, device, manifest["dtype"])
+    noted = manifest.get("fingerprint")
+    cell = make_cell(
+        *(backend, quantizer, adapter, options, device, manifest["dtype"]),
+        model=manifest["base"],
+        fingerprint=None if noted is None else Fingerprint.model_validate(noted),
+    )
     return cell, backend, adapter

@@ -20,6 +20,7 @@ from pydantic import Field
 from ..capabilities import Cell
 from ..dependencies import in_turn
 from ..errors import MergeRefused, Problem
+from ..inputs.fingerprints import Fingerprint, fingerprint_of
 from ..machine import this_machine
 from ..paths import INDEX
 from ..planning.on_disk import check_model
@@ -34,6 +35,7 @@ from .adapter_files import adapter_places, check_adapters, refuse_not_trained
 from .adapters import put_on
 from .kept import merge_words
 from .manifest import MANIFEST, MERGED, adapter_folder, combination
+from .same_base import noted, original_problem, tell_unknown_original
 from .stage import write
 from .tuned import Tuned, compared
 
@@ -49,6 +51,9 @@ class OntoBase(Exporter):
     check: bool = Field(
         True, description="compare what is written with base and adapter before it is put in place"
     )
+    force_base: bool = Field(
+        False, description="merge though it is not what the adapter's base was made from"
+    )
 
     @property
     def folder(self) -> str:
@@ -62,7 +67,14 @@ class OntoBase(Exporter):
         return ", ".join(filter(None, [f"onto {self.base}", merge_words(figures)]))
 
     def refusals(self, cell: Cell, backend: Backend, adapter: Adapter) -> list[Problem]:
-        return check_model(self.base) or onto_refusals(backend, adapter, cell, self.base)
+        found = check_model(self.base)
+        if found:
+            return found
+        other = None if self.force_base else self._other(cell.fingerprint)
+        return onto_refusals(backend, adapter, cell, self.base) + ([other] if other else [])
+
+    def _other(self, then: Fingerprint | None) -> Problem | None:
+        return original_problem(then, fingerprint_of(self.base), self.base)
 
     def needed(self, tuned: Tuned) -> int:
         from ..loading.tensors import Checkpoint
@@ -83,8 +95,13 @@ class OntoBase(Exporter):
         device = this_machine().default_device if device == "auto" else device
         data = tuned.held_out if self.check else None
         known = tuned.manifest
+        then = noted(known)
         with expecting(known["new_modules"], known["unused_modules"]):
             under = _Opened(base, device)
+        other = None if self.force_base else self._other(then)
+        if other:  # a hub id was not here before
+            raise MergeRefused([other])
+        tell_unknown_original(then, fingerprint_of(self.base), self.base)
         attached = under.attached(tuned.adapter, tuned.manifest["active"])
         check_mergeable(attached)
         shards = MergedShards(attached, under.stored, under.ties, under.trained)
@@ -112,6 +129,7 @@ def merge_onto(
     check: bool = True,
     device: str = "auto",
     overwrite: bool = False,
+    force_base: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Merge an adapter onto an unquantized base and write `path/merged`, shard by shard.
@@ -125,6 +143,7 @@ def merge_onto(
             into place. Runs both models with their layers on disk.
         device: where layers are merged and the check runs: auto, cpu, cuda, ...
         overwrite: replace an earlier `merged`.
+        force_base: merge though `base` is not what the adapter's base was made from.
         trust_remote_code: run Python code that comes with the checkpoint.
 
     Returns:
@@ -142,7 +161,7 @@ def merge_onto(
         device=device,
         data=lambda own: held_out_data(data, own, tuned.manifest.get("max_length")),
     )
-    exporter = OntoBase(base=base, check=check)
+    exporter = OntoBase(base=base, check=check, force_base=force_base)
     with trusting(trust_remote_code):
         check_onto(tuned.manifest, exporter)
         found = write(exporter, tuned, Path(path) / MERGED, overwrite=overwrite)

@@ -29,6 +29,8 @@ from ..stages import quantize
 from .adapter_files import check_adapters, peft_in_words, refuse_not_trained
 from .adapters import put_on, save_adapters
 from .manifest import ADAPTER, BASE, MANIFEST, MERGED, adapter_in, read_manifest, write_manifest
+from .same_base import BaseMismatchWarning as BaseMismatchWarning
+from .same_base import check_base, noted
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,10 +41,6 @@ if TYPE_CHECKING:
 
 class NotPeftWarning(UserWarning):
     """An adapter is saved that PEFT alone does not load."""
-
-
-class BaseMismatchWarning(UserWarning):
-    """An adapter is loaded onto a base that it was not trained on."""
 
 
 @in_turn
@@ -198,6 +196,7 @@ def load(
     *,
     base: str | nn.Module | None = None,
     device: str = "auto",
+    force_base: bool = False,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load what `save`, `merge` or a run wrote.
@@ -205,25 +204,28 @@ def load(
     Args:
         path: a run folder, an adapter folder, or a saved quantized or merged model.
         base: put the adapter onto this base instead of the recorded one: a path, which is quantized
-            as recorded, or a model from `quantize`. A base other than recorded warns.
+            as recorded, or a model from `quantize`. Other options than recorded warn; other
+            weights are refused.
         device: auto, cpu, cuda, ...
+        force_base: take a base of other weights or another config.
         trust_remote_code: run Python code that comes with the model. It has to be said at each
             call; what the folder says of it does not count.
 
     Raises:
-        ModelError: there is nothing to load. PlanRefused: it needs code of its own.
+        ModelError: there is nothing to load, or the base is not the one that the adapter was
+        trained on. PlanRefused: it needs code of its own.
         QuantadaptError: `base` or `device` would have no effect.
     """
     if problem := path_problem(str(path)):
         raise ModelError(f"{path} is no path: {problem}", fix="check the path")
     with trusting(trust_remote_code):
-        return _load(put_back(path), base, device)
+        return _load(put_back(path), base, device, force_base)
 
 
-def _load(folder: Path, base: str | nn.Module | None, device: str) -> nn.Module:
+def _load(folder: Path, base: str | nn.Module | None, device: str, force_base: bool) -> nn.Module:
     if (adapter := adapter_in(folder)) is not None:
         _refuse_other_device(base, device)
-        tuned: nn.Module = _load_adapter(adapter, base, device)
+        tuned: nn.Module = _load_adapter(adapter, base, device, force_base)
         return tuned
     if base is not None:
         what = f"base has no effect: {folder} holds no adapter, but a whole model"
@@ -272,7 +274,9 @@ def _config(folder: Path) -> dict[str, Any]:
     return read_object(folder / "config.json")
 
 
-def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> PeftModel:
+def _load_adapter(
+    folder: Path, base: str | nn.Module | None, device: str, force_base: bool
+) -> PeftModel:
     from peft import LoraConfig
 
     from ..adapting.method import config_class
@@ -298,7 +302,7 @@ def _load_adapter(folder: Path, base: str | nn.Module | None, device: str) -> Pe
     else:
         model = base
     state = state_of(model)
-    _warn_other_base(state, manifest)
+    check_base(state, manifest, force=force_base)
     config.inference_mode = False
     if isinstance(config, LoraConfig) and state.rewritten:
         config.init_lora_weights = True  # the base has given its part to the adapter already
@@ -370,17 +374,6 @@ def load_base(folder: Path, device: str) -> nn.Module:
     state = state_of(model)
     state.source, state.rewritten = manifest["base"], manifest.get("rewritten", False)
     state.own_base, state.base_id = True, manifest["base_id"]
+    state.fingerprint = noted(manifest)
     state.quantizer = state.backend.quantizer(**manifest["options"])
     return model
-
-
-def _warn_other_base(state: ModelState, manifest: Mapping[str, Any]) -> None:
-    now = state.manifest()
-    differing = [
-        f"{key} {manifest.get(key)!r}, now {now[key]!r}"
-        for key in ("base", "backend", "options", "dtype")
-        if manifest.get(key) != now[key]
-    ]
-    if differing:
-        text = f"the adapter was trained on another base: {'; '.join(differing)}"
-        warn(text, BaseMismatchWarning, stacklevel=4)

@@ -42,6 +42,7 @@ class Tuned:
         tokenizer: the one that it was trained with; None for a live module without one.
         held_out: tokenized held-out examples.
         device: where a model goes that has to be loaded: auto, cpu, cuda, ...
+        force_base: it may be loaded onto a base that it was not trained on.
     """
 
     # What it is made from: the model where it is in memory, the saved adapter where there is one;
@@ -52,6 +53,7 @@ class Tuned:
     live: PeftModel | None = None
     saved: Path | None = None
     device: str = "auto"
+    force_base: bool = False
     data: Callable[[Any], Dataset] | None = None
     examples: Callable[[Any], Examples | None] | None = None
     before: TokenLosses | None = None
@@ -62,7 +64,8 @@ class Tuned:
         """The base with its adapter; loaded if it is not in memory. Leave it as it is."""
         if self.live is not None:
             return self.live
-        model: Any = load(self.adapter, device=self.device, trust_remote_code=trusted())
+        how: dict[str, Any] = {"force_base": self.force_base, "trust_remote_code": trusted()}
+        model: Any = load(self.adapter, device=self.device, **how)
         return model  # type: ignore[no-any-return]
 
     @cached_property

@@ -19,6 +19,7 @@ from ..distributed.world import world
 from ..errors import ModelError, OutputError, PlanRefused, PluginError, Problem, did_you_mean
 from ..folders.run_folder import RunFolder
 from ..inputs.documents import shown
+from ..inputs.fingerprints import Fingerprint
 from ..inputs.model_config import DEQUANTIZED
 from ..machine import Machine
 from ..paths import is_local_path, path_problem
@@ -304,12 +305,13 @@ def check_resumed(
     quantizer: Quantizer | None,
     adapter_options: Mapping[str, Any],
     task: Task | None,
+    fingerprint: Fingerprint | None,
 ) -> None:
     """Look whether a run that is to be resumed is still the one that was begun."""
     if path_problem(draft.spec.output or ""):
         return
     if draft.spec.train.resume and quantizer and task:
         given = draft.spec, quantizer, adapter_options, task, draft.processes
-        draft.spec, problems, notes = resumed(*given)
+        draft.spec, problems, notes = resumed(*given, fingerprint=fingerprint)
         draft.problems += problems
         draft.notes += notes

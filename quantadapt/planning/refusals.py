@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..capabilities import KEEP, Cell, Merge, refusals
 from ..errors import Problem
+from ..inputs.fingerprints import Fingerprint
 from ..memory.shape import Shape
 from ..protocols import Exporter, Quantizer, Task
 from ..records import Adapter, Backend, Export, Record, kind_of
@@ -25,6 +26,9 @@ def make_cell(
     adapter_options: Mapping[str, Any],
     device: str,
     dtype: str,
+    *,
+    model: str = "",
+    fingerprint: Fingerprint | None = None,
 ) -> Cell:
     """Return the facts about one combination."""
     return Cell(
@@ -34,6 +38,8 @@ def make_cell(
         dtype=dtype,
         backend_options=quantizer.model_dump(),
         adapter_options=adapter_options,
+        model=model,
+        fingerprint=fingerprint,
     )
 
 

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from ..errors import OutputError, Problem
 from ..folders.checkpoints import last_whole, too_few_steps
 from ..folders.run_folder import RunFolder, json_ready
+from ..inputs.fingerprints import Fingerprint, difference
 from ..inputs.plain_yaml import read_yaml
 from ..protocols import Quantizer, Task
 from ..spec import Named, Spec
@@ -43,7 +44,7 @@ UNUSED = frozenset(("data.calibration_path", "data.calibration_examples"))
 LONGER = frozenset(("train.max_steps", "train.num_train_epochs"))
 """What may grow: a schedule that decays is then the one of the longer run from there on."""
 
-NOT_KEPT = frozenset(("output", "overwrite", "train.resume"))
+NOT_KEPT = frozenset(("output", "overwrite", "force_base", "train.resume"))
 
 PARTS = ("backend", "adapter", "objective")
 
@@ -79,8 +80,13 @@ def resumed(
     adapter_options: Mapping[str, Any],
     task: Task,
     processes: int,
+    *,
+    fingerprint: Fingerprint | None = None,
 ) -> tuple[Spec, list[Problem], list[str]]:
     """Compare a spec with the run that it goes on with.
+
+    Args:
+        fingerprint: what the model is known by now.
 
     Returns:
         The spec, with what is in force where a key has no effect; what must not be so; notes.
@@ -104,6 +110,7 @@ def resumed(
             if key in PLACES:
                 fix += f"; if only its place has changed, change it in {folder.path / 'spec.yaml'}"
             problems.append(Problem(what, fix, where=key))
+    problems += [] if spec.force_base else _other_base(begun, fingerprint, spec.model or "")
     earlier, data_then = {}, written.get("data")
     data_then = data_then if isinstance(data_then, Mapping) else {}
     for key in sorted(UNUSED):
@@ -114,6 +121,20 @@ def resumed(
             earlier[name] = before
     data = spec.data.model_copy(update=earlier)
     return spec.model_copy(update={"data": data}), problems, notes
+
+
+def _other_base(begun: Mapping[str, Any], now: Fingerprint | None, model: str) -> list[Problem]:
+    """Return why the files of `model` are not those that the run was begun with."""
+    try:
+        then = Fingerprint.model_validate(begun.get("fingerprint"))
+    except ValidationError:  # an older version began it
+        return []
+    found = None if now is None else difference(then, now)
+    if not found:
+        return []
+    what = f"{model} is not the base that the run was begun with: it has {found}"
+    fix = "put the files back, start anew in another --output, or --set force_base=true"
+    return [Problem(what, fix, where="model")]
 
 
 def _checkpoint_problems(folder: Path, spec: Spec) -> list[Problem]:

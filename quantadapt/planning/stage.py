@@ -15,6 +15,7 @@ from .. import demo
 from ..capabilities import Cell
 from ..distributed.world import world
 from ..errors import MergeRefused, PlanRefused, Problem
+from ..inputs.fingerprints import Fingerprint, fingerprint_of
 from ..machine import Machine, this_machine
 from ..memory.workload import GIB
 from ..protocols import Evaluator, Quantizer, Task
@@ -82,6 +83,7 @@ class Plan:
         parallel: "ddp" or "fsdp" if there are several, else "none".
         memory: what training needs on a GPU; None where that cannot be predicted.
         share: how much of the model will be quantized; None where that is not known before it is.
+        fingerprint: what a local base is known by; None of a live module, and before a download.
         config: the model's config.json; None where it is not here yet, as before the first download
             of a hub id. `completed` adds what it tells.
         machine: the devices that it was made for.
@@ -106,6 +108,7 @@ class Plan:
     parallel: Parallel = "none"
     memory: MemoryPlan | None = None
     share: Share | None = None
+    fingerprint: Fingerprint | None = field(default=None, repr=False)
     config: Mapping[str, Any] | None = field(default=None, repr=False)
     machine: Machine = field(default_factory=this_machine, repr=False)
     trains: bool = False
@@ -135,6 +138,8 @@ class Plan:
             self.adapter_options,
             self.device,
             self.dtype,
+            model=self.model,
+            fingerprint=self.fingerprint,
         )
 
     @property
@@ -168,6 +173,7 @@ class Plan:
         """Return the plan as JSON-ready data."""
         return {
             "model": self.model,
+            "fingerprint": self.fingerprint and self.fingerprint.model_dump(),
             "backend": {"name": self.backend.name, "options": self.quantizer.model_dump()},
             "adapter": {"name": self.adapter.name, "options": dict(self.adapter_options)},
             "objective": {"name": self.objective.name, "options": self.task.model_dump()},
@@ -227,6 +233,7 @@ def plan(
         model, config = "", config_of_module(module)
         refuse_unused(draft)
         quantizer, adopt = quantizer_of_module(draft, backend, module)
+    fingerprint = fingerprint_of(model)
     device = device_of(draft)
     options = adapter_options(draft, adapter)
     objective, task = task_of(draft)
@@ -237,7 +244,7 @@ def plan(
     check_training(draft, device)
     if check_output:
         check_folder(draft)
-        check_resumed(draft, quantizer, options, task)
+        check_resumed(draft, quantizer, options, task, fingerprint)
         spec = draft.spec
     if not (backend and adapter and quantizer and objective and task):
         raise PlanRefused(draft.problems)
@@ -256,6 +263,7 @@ def plan(
         evaluators=evaluators,
         exports=exports,
         processes=count,
+        fingerprint=fingerprint,
         config=config,
         machine=draft.machine,
         trains=check_output or bool(cards),

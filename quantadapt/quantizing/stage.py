@@ -18,6 +18,12 @@ from .. import planning
 from ..dependencies import import_requirements
 from ..errors import ModelError, PlanRefused, PluginError, Problem, QuantadaptError, warn
 from ..inputs.documents import reason, shown
+from ..inputs.fingerprints import (
+    Fingerprint,
+    digests_of,
+    fingerprint_of,
+    fingerprint_of_module,
+)
 from ..planning.on_disk import config_of
 from ..planning.share import BEGINNING, Share, is_expert_bias, part_of
 from ..planning.stage import Plan
@@ -70,6 +76,7 @@ def quantize_plan(
     dtype = getattr(torch, plan.dtype)
     skip = _wanted_skip(plan)
     examples = _examples(plan, calibration)
+    digests = {} if module is None else digests_of(_tensors(module))
     conv1d = () if module is None else conv1d_layers(module)
     expected = expecting(plan.spec.new_modules, plan.spec.unused_modules)
     with expected as notes, _sharding_blocks(plan):
@@ -121,6 +128,12 @@ def quantize_plan(
         skip = tuple(name for name, _ in linear_layers(model, ()))
     if plan.backend.name != "none":
         notes.append(_tell_share(model, skip, plan.notes))
+    known: Fingerprint | None
+    if module is None:
+        known = plan.fingerprint or fingerprint_of(plan.model)
+    else:
+        layers = [name.removesuffix("_stack") for name, _ in facades(model)]
+        known = fingerprint_of_module(plan.config or {}, digests, layers)
     model.quantadapt = ModelState(  # type: ignore[assignment]
         source=plan.model,
         backend=plan.backend,
@@ -134,8 +147,14 @@ def quantize_plan(
         new_modules=tuple(plan.spec.new_modules),
         unused_modules=tuple(plan.spec.unused_modules),
         notes=tuple(notes),
+        fingerprint=known,
     )
     return model
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def _refuse_other_than_module(made: Any, backend: Record) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..capabilities import Cell
 from ..errors import QuantadaptError
+from ..inputs.fingerprints import Fingerprint
 from ..planning.refusals import make_cell
 from ..protocols import Quantizer
 from ..records import Adapter, Backend, as_call
@@ -36,6 +37,7 @@ class ModelState:
         notes: what loading found that a user may want to know of.
         own_base: it was loaded from a base that lies beside an adapter, and may be there alone.
         base_id: by what such a base and its adapter are known to belong together, once saved.
+        fingerprint: what the base is known by; None where its files could not be looked at.
         loaded_from: the folder that `load` read it from, if it did.
         adapter, adapter_options: what is attached, if anything.
         max_length: the longest example in tokens that it was trained on, where that is known.
@@ -56,6 +58,7 @@ class ModelState:
     rewritten: bool = False
     own_base: bool = False
     base_id: str = ""
+    fingerprint: Fingerprint | None = None
     loaded_from: str = ""
     adapter: Adapter | None = None
     adapter_options: dict[str, Any] = field(default_factory=dict)
@@ -79,12 +82,17 @@ class ModelState:
         assert self.adapter is not None
         quantizer, options = self.quantizer, self.adapter_options
         device, dtype = self.device, self.dtype_name
-        return make_cell(self.backend, quantizer, self.adapter, options, device, dtype)
+        return make_cell(
+            *(self.backend, quantizer, self.adapter, options, device, dtype),
+            model=self.source,
+            fingerprint=self.fingerprint,
+        )
 
     def manifest(self) -> dict[str, Any]:
         """Return what `quantadapt.json` says about the base: JSON-ready."""
         return {
             "base": self.source,
+            "fingerprint": self.fingerprint and self.fingerprint.model_dump(),
             "backend": self.backend.name,
             "options": self.quantizer.model_dump(),
             "dtype": self.dtype_name,

@@ -1,0 +1,86 @@
+"""Is a base the one that an adapter was trained on? Another one is refused unless it is forced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import ModelError, Problem, warn
+from ..inputs.fingerprints import Fingerprint, difference, difference_of_original
+from ..quantizing.state import ModelState
+
+FORCE = "force it: --force-base, or force_base=True"
+
+
+class BaseMismatchWarning(UserWarning):
+    """An adapter is loaded onto a base that it was not trained on."""
+
+
+class UnknownBaseWarning(UserWarning):
+    """Nothing tells whether a base is the one that an adapter was trained on."""
+
+
+def noted(manifest: Mapping[str, Any]) -> Fingerprint | None:
+    """Return what a manifest says that the base is known by; None of an older version."""
+    found = manifest.get("fingerprint")
+    return None if found is None else Fingerprint.model_validate(found)
+
+
+def check_base(state: ModelState, manifest: Mapping[str, Any], *, force: bool) -> None:
+    """Look whether the base that `state` is of is the one that the adapter of `manifest` was
+    trained on. Warns of other options, and where nothing tells.
+
+    Raises:
+        ModelError: it has other weights or another config, and `force` does not say otherwise.
+    """
+    then, now = noted(manifest), state.fingerprint
+    found = None if then is None or now is None else difference(then, now)
+    base = state.source or "the module"
+    if found and not force:
+        what = f"{base} is not the base that the adapter was trained on: it has {found}"
+        named = manifest.get("base")
+        fix = f"pass the base that it was trained on{f', {named}' if named else ''}, or {FORCE}"
+        raise ModelError(what, fix=fix, where=state.source)
+    if found is None and not state.own_base:  # that one has a base_id
+        _tell_unknown(then, now, base)
+    _warn_other_options(state, manifest, known=found is not None)
+
+
+def _tell_unknown(then: Fingerprint | None, now: Fingerprint | None, base: str) -> None:
+    why = "one of both was a live module" if now else "its files could not be looked at"
+    why = why if then else "nothing was noted when it was saved"
+    what = f"nothing tells whether {base} is the base that the adapter was trained on: {why}"
+    warn(what, UnknownBaseWarning, stacklevel=5)
+
+
+def _warn_other_options(state: ModelState, manifest: Mapping[str, Any], *, known: bool) -> None:
+    now = state.manifest()
+    names = ("backend", "options", "dtype") if known else ("base", "backend", "options", "dtype")
+    differing = [
+        f"{key} {manifest.get(key)!r}, now {now[key]!r}"
+        for key in names
+        if manifest.get(key) != now[key]
+    ]
+    if differing:
+        text = f"the adapter was trained on another base: {'; '.join(differing)}"
+        warn(text, BaseMismatchWarning, stacklevel=5)
+
+
+def original_problem(
+    then: Fingerprint | None, now: Fingerprint | None, base: str
+) -> Problem | None:
+    """Return why the unquantized checkpoint `base`, known by `now`, is not what an adapter was
+    trained on, whose base is known by `then`; None where it is, or where nothing tells."""
+    found = None if then is None or now is None else difference_of_original(then, now)
+    if not found:
+        return None
+    what = f"{base} is not what the adapter's base was made from: it has {found}"
+    return Problem(what, f"pass the unquantized model that it was, or {FORCE}", "--onto")
+
+
+def tell_unknown_original(then: Fingerprint | None, now: Fingerprint | None, base: str) -> None:
+    """Warn where nothing tells whether `base` is what an adapter's base was made from."""
+    if then is None or now is None or difference_of_original(then, now) is None:
+        why = "its base was quantized already" if then else "nothing was noted when it was saved"
+        what = f"nothing tells whether {base} is what the adapter's base was made from: {why}"
+        warn(what, UnknownBaseWarning, stacklevel=5)

@@ -1,0 +1,237 @@
+"""An adapter knows its base: another one is refused in a sentence unless it is forced."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import quantadapt as qa
+from quantadapt import cli
+from quantadapt.errors import MergeRefused, ModelError, PlanRefused
+from quantadapt.exporting.same_base import UnknownBaseWarning
+from quantadapt.inputs.fingerprints import difference, fingerprint_of
+from quantadapt.testing.small_demo import small_model
+
+TARGETS = ["q_proj", "down_proj"]
+
+
+def edit(file: Path, **values: Any) -> None:
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps({**found, **values}))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A copy of the small model that a test may change."""
+    return Path(shutil.copytree(small_model(), tmp_path / "base"))
+
+
+def retrained(folder: Path) -> None:
+    """Change one of the tensors, as training does."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1.01
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def adapter_on(base: Any, folder: Path, backend: str = "hqq", **options: Any) -> Path:
+    model = qa.attach(qa.quantize(base, backend, device="cpu", **options), target_modules=TARGETS)
+    return qa.save(model, folder)
+
+
+def test_a_base_is_the_same_in_shards_in_another_dtype_and_as_a_copy(tmp_path: Path) -> None:
+    source = small_model()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    for name, dtype, size in (
+        ("bf16", torch.bfloat16, "5GB"),
+        ("f32", torch.float32, "5GB"),
+        ("shards", torch.bfloat16, "500KB"),
+    ):
+        model.to(dtype).save_pretrained(tmp_path / name, max_shard_size=size)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    found = [fingerprint_of(str(tmp_path / name)) for name in ("bf16", "f32", "shards")]
+    assert found[0] is not None
+    assert found[0] == found[1] == found[2]
+    half = model.to(torch.float16)
+    half.save_pretrained(tmp_path / "f16")
+    half.float().save_pretrained(tmp_path / "f16-as-f32")
+    assert fingerprint_of(str(tmp_path / "f16")) == fingerprint_of(str(tmp_path / "f16-as-f32"))
+
+
+def test_a_hub_id_and_a_copy_of_its_folder_are_one_base(tmp_path, monkeypatch) -> None:
+    commit = "0" * 39 + "1"
+    repo = tmp_path / "hub" / "models--some--base"
+    snapshot = repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    for file in small_model().iterdir():
+        shutil.copy(file, repo / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert fingerprint_of("some/base") == fingerprint_of(str(small_model()))
+    assert fingerprint_of("some/other") is None
+
+
+def test_it_knows_a_config_by_what_is_computed(base: Path) -> None:
+    then = fingerprint_of(str(base))
+    edit(base / "config.json", transformers_version="9", use_cache=False, eos_token_id=7, x=None)
+    now = fingerprint_of(str(base))
+    assert difference(then, now) == ""
+    config = json.loads((base / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    old = {**config, "rope_theta": rope["rope_theta"]}  # as transformers 4 wrote it
+    (base / "config.json").write_text(json.dumps(old))
+    assert difference(then, fingerprint_of(str(base))) == ""
+    edit(base / "config.json", rope_theta=5e5)
+    assert difference(then, fingerprint_of(str(base))) == "the same weights, but another config"
+
+
+def test_it_is_known_without_torch() -> None:
+    code = (
+        "import sys; from quantadapt.inputs.fingerprints import fingerprint_of;"
+        f"assert fingerprint_of({str(small_model())!r}); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("backend", ["hqq", "none", "bnb-nf4"])
+def test_a_base_that_was_trained_since_is_refused(backend, base, tmp_path) -> None:
+    run = adapter_on(str(base), tmp_path / "run", backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnknownBaseWarning)
+        qa.load(run, device="cpu")
+    retrained(base)
+    with pytest.raises(ModelError, match="is not the base that the adapter was.*other weights"):
+        qa.load(run, device="cpu")
+    assert qa.load(run, device="cpu", force_base=True).active_adapters == ["default"]
+
+
+def test_another_base_is_refused_and_a_copy_is_not(base, tmp_path) -> None:
+    run = adapter_on(str(small_model()), tmp_path / "run")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qa.load(run, base=str(base), device="cpu")  # a copy, elsewhere: no word of it
+    edit(base / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    with pytest.raises(ModelError, match="the same weights, but another config") as told:
+        qa.load(run, base=qa.quantize(str(base), "hqq", device="cpu"))
+    assert "--force-base" in told.value.problems[0].fix
+    assert str(small_model()) in told.value.problems[0].fix
+
+
+def test_a_quantized_checkpoint_knows_what_it_was_made_from(base, tmp_path) -> None:
+    quantized, other = tmp_path / "quantized", tmp_path / "other"
+    qa.save(qa.quantize(str(base), "hqq", device="cpu"), quantized)
+    run = adapter_on(str(quantized), tmp_path / "run")
+    known = json.loads((run / "quantadapt.json").read_text())["fingerprint"]
+    assert known["quantized"]
+    assert known["original"] == fingerprint_of(str(base)).weights
+    shutil.copytree(base, other)
+    retrained(other)
+    with pytest.raises(MergeRefused, match="is not what the adapter's base was made from"):
+        qa.merge_onto(run, str(other), tmp_path / "out", check=False)
+    assert qa.merge_onto(run, str(base), tmp_path / "out", check=False)["kind"] == "onto"
+    # the same options, other codes: the quantized checkpoint of another model
+    qa.save(qa.quantize(str(other), "hqq", device="cpu"), tmp_path / "quantized-other")
+    with pytest.raises(ModelError, match="other weights"):
+        qa.load(run, base=str(tmp_path / "quantized-other"), device="cpu")
+    # and a fresh quantization of the original is no other base
+    qa.load(run, base=qa.quantize(str(base), "hqq", device="cpu"))
+
+
+def test_merging_onto_another_base_is_refused_before_any_work(base, tmp_path, capsys) -> None:
+    run = adapter_on(str(small_model()), tmp_path / "run")
+    retrained(base)
+    command = [
+        "merge",
+        str(run),
+        "--onto",
+        str(base),
+        "--output",
+        str(tmp_path / "o"),
+        "--no-check",
+    ]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(command)
+    assert "is not what the adapter's base was made from" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*command, "--force-base"])
+    assert (tmp_path / "o" / "merged" / "model.safetensors").exists()
+    # the same in a spec, where the plan knows both
+    spec = {"formats": [{"name": "onto-base", "base": str(base)}], "merge": "never"}
+    with pytest.raises(PlanRefused, match="is not what the adapter's base was made from"):
+        qa.plan(qa.Spec(model=str(small_model()), export=spec, output=str(tmp_path / "run2")))
+    spec["formats"][0]["force_base"] = True
+    assert qa.plan(qa.Spec(model=str(small_model()), export=spec, output=str(tmp_path / "run2")))
+
+
+def test_nothing_noted_is_told_and_taken(base, tmp_path) -> None:
+    run = adapter_on(str(base), tmp_path / "run")
+    manifest = json.loads((run / "quantadapt.json").read_text())
+    del manifest["fingerprint"]
+    (run / "quantadapt.json").write_text(json.dumps(manifest))
+    retrained(base)
+    with pytest.warns(UnknownBaseWarning, match="nothing was noted when it was saved"):
+        qa.load(run, device="cpu")
+    with pytest.warns(UnknownBaseWarning, match="nothing was noted when it was saved"):
+        qa.merge_onto(run, str(base), tmp_path / "out", check=False)
+
+
+def test_a_live_module_is_known_by_the_weights_that_are_quantized(tmp_path) -> None:
+    def live(scale: float = 1.0, head: float = 1.0) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(
+            small_model(), dtype=torch.float32, tie_word_embeddings=False
+        )
+        with torch.no_grad():
+            model.model.layers[0].self_attn.k_proj.weight *= scale
+            model.lm_head.weight *= head
+        return model
+
+    run = adapter_on(live(), tmp_path / "run")
+    again = qa.quantize(
+        live(head=2.0), "hqq", device="cpu"
+    )  # a head of its own, as of a classifier
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qa.load(run, base=again)
+    with pytest.raises(ModelError, match="the module is not the base .* other weights"):
+        qa.load(run, base=qa.quantize(live(scale=1.5), "hqq", device="cpu"))
+    with pytest.warns(UnknownBaseWarning, match="live module"):
+        qa.load(run, base=qa.quantize(str(small_model()), "hqq", device="cpu"))
+
+
+def test_a_run_is_not_resumed_on_another_base(base, tmp_path) -> None:
+    values: dict[str, Any] = {
+        "model": str(base),
+        "output": str(tmp_path / "run"),
+        "train": {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 1},
+        "data": {"max_examples": 8, "max_length": 128},
+        "evaluate": {"max_examples": 2, "samples": 0, "unquantized": False},
+        "export": {"merge": "never"},
+        "device": "cpu",
+    }
+    qa.run(qa.Spec(**values), verbose=False)
+    noted = json.loads((tmp_path / "run" / "plan.json").read_text())["fingerprint"]
+    assert noted["weights"] == fingerprint_of(str(base)).weights
+    values["train"] = {**values["train"], "max_steps": 3, "resume": True}
+    qa.plan(qa.Spec(**values))
+    retrained(base)
+    with pytest.raises(
+        PlanRefused, match="not the base that the run was begun with.*other weights"
+    ):
+        qa.plan(qa.Spec(**values))
+    made = qa.run(qa.Spec(**values, force_base=True), verbose=False)
+    assert made.metrics["train"]["resumed_from"]
+    kept = qa.Spec.load(tmp_path / "run" / "spec.yaml")
+    assert not kept.force_base
