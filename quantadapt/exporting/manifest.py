@@ -16,7 +16,7 @@ from ..folders.atomic import put_back
 from ..folders.environment import environment
 from ..inputs.documents import problems_in, read_object, shown, validated
 from ..machine import this_machine
-from ..paths import path_problem
+from ..paths import is_entry, path_problem
 from ..planning.peft_options import peft_options
 from ..planning.refusals import make_cell
 from ..quantizing.state import ModelState
@@ -74,6 +74,7 @@ class Manifest(BaseModel):
     unused_modules: list[str] = Field(default_factory=list)
     adapter: str | None
     adapter_options: dict[str, Any] = Field(default_factory=dict)
+    adapter_config: dict[str, dict[str, Any]] = Field(default_factory=dict)
     max_length: int | None = Field(None, ge=1)
     rewritten: bool = False
     base_id: str = ""
@@ -82,7 +83,7 @@ class Manifest(BaseModel):
     @field_validator("active")
     @classmethod
     def _are_names(cls, value: list[str]) -> list[str]:
-        if wrong := [name for name in value if name in ("", ".", "..") or Path(name).name != name]:
+        if wrong := [name for name in value if not is_entry(name)]:
             raise ValueError(f"should be names of adapters, which {wrong[0]!r} is not")
         return value
 
