@@ -47,6 +47,11 @@ def path_problem(source: str) -> str:
     return ""
 
 
+def is_entry(name: str) -> bool:
+    """Say whether a file or folder can have that name in another folder, and only there."""
+    return name not in ("", ".", "..") and Path(name).name == name and not path_problem(name)
+
+
 def local_file(source: str, name: str) -> Path | None:
     """Return where a file of a checkpoint is on this machine: in its folder, or, of a hub id, in
     the hub's cache. None where it is not; nothing is downloaded."""

@@ -112,7 +112,7 @@ def test_a_base_that_was_trained_since_is_refused(backend, base, tmp_path) -> No
         warnings.simplefilter("error", UnknownBaseWarning)
         qa.load(run, device="cpu")
     retrained(base)
-    with pytest.raises(ModelError, match="is not the base that the adapter was.*other weights"):
+    with pytest.raises(ModelError, match=r"is not the base that the adapter was.*other weights"):
         qa.load(run, device="cpu")
     assert qa.load(run, device="cpu", force_base=True).active_adapters == ["default"]
 
@@ -205,7 +205,7 @@ def test_a_live_module_is_known_by_the_weights_that_are_quantized(tmp_path) -> N
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         qa.load(run, base=again)
-    with pytest.raises(ModelError, match="the module is not the base .* other weights"):
+    with pytest.raises(ModelError, match=r"the module is not the base .* other weights"):
         qa.load(run, base=qa.quantize(live(scale=1.5), "hqq", device="cpu"))
     with pytest.warns(UnknownBaseWarning, match="live module"):
         qa.load(run, base=qa.quantize(str(small_model()), "hqq", device="cpu"))
@@ -228,7 +228,7 @@ def test_a_run_is_not_resumed_on_another_base(base, tmp_path) -> None:
     qa.plan(qa.Spec(**values))
     retrained(base)
     with pytest.raises(
-        PlanRefused, match="not the base that the run was begun with.*other weights"
+        PlanRefused, match=r"not the base that the run was begun with.*other weights"
     ):
         qa.plan(qa.Spec(**values))
     made = qa.run(qa.Spec(**values, force_base=True), verbose=False)

@@ -26,7 +26,7 @@ def _cut(file: Path) -> None:
 
 
 def _lengthen(file: Path) -> None:
-    file.write_bytes(file.read_bytes() + b"\n")
+    file.write_bytes(file.read_bytes() + b"\0")  # an empty line more would say the same
 
 
 def _zeros(file: Path) -> None:

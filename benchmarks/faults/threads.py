@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .commands import Bench, losses, pair, tensors, unexpected
+from .commands import Bench, losses, make_inputs, pair, tensors, unexpected
 from .processes import call
 from .trials import Trial
 
@@ -88,6 +88,7 @@ WORKS: tuple[Work, ...] = (quantize, tune, run, fail, replace)
 
 def trials(bench: Bench) -> Iterator[Trial]:
     """Let eight threads begin at once, for each kind of work."""
+    make_inputs(bench)
     for work in WORKS:
         yield Trial(PART, work.__name__, "in eight threads", _trial(bench, work))
 

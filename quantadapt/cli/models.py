@@ -160,7 +160,7 @@ def check_export(run: str, planned: PlannedExport, found: Iterable[Problem] = ()
         cell, backend, adapter = combination(manifest)
         refused = export_refusals(planned.record, planned.exporter, cell, backend, adapter)
         problems += [problem for problem in refused if problem not in problems]
-        check_adapters(folder, manifest["active"], adapter)
+        check_adapters(folder, manifest, adapter)
     except (ModelError, PlanRefused) as error:
         kind = kind if problems else PlanRefused
         problems += error.problems

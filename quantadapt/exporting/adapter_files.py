@@ -14,7 +14,7 @@ from ..inputs.documents import odd_numbers, read_object, reason, shown
 from ..inputs.patterns import pattern_problems
 from ..inputs.weights import file_in, read_header, refuse_pickles
 from ..paths import ADAPTER_CONFIG
-from ..planning.peft_options import Option, peft_options
+from ..planning.peft_options import INTERNAL, Option, peft_options
 from ..records import Adapter
 
 CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
@@ -29,19 +29,35 @@ def adapter_places(folder: Path, active: Sequence[str]) -> dict[str, Path]:
     return {first: folder} | {name: file_in(folder, name) for name in others}
 
 
-def check_adapters(folder: Path, active: Sequence[str], adapter: Adapter) -> None:
-    """Look at the files of the adapters called `active`, trained as `adapter`, in `folder`. No
-    torch, no weights read.
+def configs_to_note(folder: Path, active: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return name -> what the configs in `folder` say of the adapters called `active`, but for what
+    PEFT notes for itself."""
+    configs = {
+        name: read_object(at / CONFIG) for name, at in adapter_places(folder, active).items()
+    }
+    return {
+        name: {key: value for key, value in config.items() if key not in INTERNAL}
+        for name, config in configs.items()
+    }
+
+
+def check_adapters(folder: Path, manifest: Mapping[str, Any], adapter: Adapter) -> None:
+    """Look at the files of the active adapters, trained as `adapter`, in `folder`. No torch, no
+    weights read.
+
+    Args:
+        manifest: what `read_manifest` returned for `folder`.
 
     Raises:
-        ModelError: the config is that of another method, has values that PEFT has no use for, or
-            patterns that take for ever; or the weights are pickles or damaged.
+        ModelError: the config is that of another method, is not the one that was saved, has values
+            that PEFT has no use for, or patterns that take for ever; or the weights are pickles or
+            damaged.
     """
-    for place in adapter_places(folder, active).values():
-        _check_adapter(place, adapter)
+    for name, place in adapter_places(folder, manifest["active"]).items():
+        _check_adapter(place, adapter, manifest["adapter_config"].get(name, {}))
 
 
-def _check_adapter(folder: Path, adapter: Adapter) -> None:
+def _check_adapter(folder: Path, adapter: Adapter, noted: Mapping[str, Any]) -> None:
     config = read_object(file_in(folder, CONFIG), fix=_AGAIN)
     where = str(folder / CONFIG)
     if config.get("peft_type") != adapter.peft_type:
@@ -59,11 +75,28 @@ def _check_adapter(folder: Path, adapter: Adapter) -> None:
     wrong += [f"{name} is no rank" for name in _RANKS if _is_no_rank(config, name)]
     wrong += [f"{name} is no finite number" for name in odd_numbers(config, finite=True)]
     wrong += [problem.what for problem in pattern_problems(config)]
+    wrong = wrong or _not_as_saved(config, noted)
     if wrong:
         raise ModelError(f"it cannot be used: {'; '.join(wrong)}", fix=_AGAIN, where=where)
     refuse_pickles(folder, WEIGHTS)
     if not read_header(file_in(folder, WEIGHTS)):
         raise ModelError("it holds no tensors", fix=_AGAIN, where=str(folder / WEIGHTS))
+
+
+def _not_as_saved(config: Mapping[str, Any], noted: Mapping[str, Any]) -> list[str]:
+    """Return where a config differs from what was noted as it was saved. Other values go with the
+    same weights, alpha for one, and another model comes of it."""
+    return [
+        f"{name} is {shown(config.get(name))}, and the adapter was saved with {shown(value)}"
+        for name, value in noted.items()
+        if _in_order(config.get(name)) != _in_order(value)
+    ]
+
+
+def _in_order(value: Any) -> Any:
+    """Return a list of names in one order: PEFT writes sets as they come."""
+    names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return sorted(value) if names else value
 
 
 def _fits(option: Option, value: Any) -> bool:

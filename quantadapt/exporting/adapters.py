@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapting.several import kept_apart, keys_of
 from ..errors import ModelError
 from .adapter_files import adapter_places, peft_in_words
 
@@ -31,17 +32,18 @@ def save_adapters(model: Any, folder: Path) -> list[str]:
     the first lies in `folder` itself."""
     active = active_adapters(model)
     ends = "auto" if _has_dense_ends(model) else False
-    if active[0] == DEFAULT:
-        model.save_pretrained(str(folder), save_embedding_layers=ends)
-        return active
-    for name in model.peft_config:
-        place = folder if name == active[0] else folder / name
-        place.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            model.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=ends)
-            made = Path(scratch) if name == DEFAULT else Path(scratch, name)
-            for file in [f for f in made.iterdir() if f.is_file()]:
-                file.rename(place / file.name)
+    with kept_apart(model):
+        if active[0] == DEFAULT:
+            model.save_pretrained(str(folder), save_embedding_layers=ends)
+            return active
+        for name in model.peft_config:
+            place = folder if name == active[0] else folder / name
+            place.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                model.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=ends)
+                made = Path(scratch) if name == DEFAULT else Path(scratch, name)
+                for file in [f for f in made.iterdir() if f.is_file()]:
+                    file.rename(place / file.name)
     return active
 
 
@@ -86,7 +88,8 @@ def put_on(
             if name != first:
                 read = tuned.load_adapter(str(place), name, is_trainable=is_trainable)
             unexpected = _write_weights(tuned, read.unexpected_keys, place)
-            _refuse_other_keys(_missing(read.missing_keys, name), unexpected, place)
+            missing = _missing(tuned, read.missing_keys, name)
+            _refuse_other_keys(missing, unexpected, place)
         if others:
             tuned.base_model.set_adapter(list(active))
     return tuned
@@ -109,11 +112,11 @@ def _write_weights(tuned: PeftModel, keys: Sequence[str], folder: Path) -> list[
     return others
 
 
-def _missing(keys: Sequence[str], name: str) -> list[str]:
+def _missing(tuned: PeftModel, keys: Sequence[str], name: str) -> list[str]:
     """Return which of the keys that PEFT misses are those of the adapter `name`: it takes all that
     hold the name anywhere, and `a` is in nearly every one. What is shared is stored once."""
-    own = [key for key in keys if name in key.split(".")]
-    return [key for key in own if not any(part in key for part in _SHARED)]
+    own = keys_of(tuned, name) if keys else ()
+    return [key for key in keys if key in own and not any(part in key for part in _SHARED)]
 
 
 def _refuse_other_keys(missing: Sequence[str], unexpected: Sequence[str], folder: Path) -> None:

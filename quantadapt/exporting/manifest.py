@@ -18,7 +18,7 @@ from ..inputs.documents import problems_in, read_object, shown, validated
 from ..inputs.fingerprints import Fingerprint
 from ..machine import this_machine
 from ..paths import MANIFEST as MANIFEST
-from ..paths import path_problem
+from ..paths import is_entry, path_problem
 from ..planning.peft_options import peft_options
 from ..planning.refusals import make_cell
 from ..quantizing.state import ModelState
@@ -75,6 +75,7 @@ class Manifest(BaseModel):
     unused_modules: list[str] = Field(default_factory=list)
     adapter: str | None
     adapter_options: dict[str, Any] = Field(default_factory=dict)
+    adapter_config: dict[str, dict[str, Any]] = Field(default_factory=dict)
     max_length: int | None = Field(None, ge=1)
     rewritten: bool = False
     fingerprint: Fingerprint | None = None
@@ -84,7 +85,7 @@ class Manifest(BaseModel):
     @field_validator("active")
     @classmethod
     def _are_names(cls, value: list[str]) -> list[str]:
-        if wrong := [name for name in value if name in ("", ".", "..") or Path(name).name != name]:
+        if wrong := [name for name in value if not is_entry(name)]:
             raise ValueError(f"should be names of adapters, which {wrong[0]!r} is not")
         return value
 

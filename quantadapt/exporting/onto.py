@@ -90,7 +90,7 @@ class OntoBase(Exporter):
 
         adapter = registry().adapter(tuned.manifest["adapter"])
         config_class(adapter)  # PEFT may not know it yet
-        check_adapters(tuned.adapter, tuned.manifest["active"], adapter)
+        check_adapters(tuned.adapter, tuned.manifest, adapter)
         base, device = os.path.expanduser(self.base), tuned.device
         device = this_machine().default_device if device == "auto" else device
         data = tuned.held_out if self.check else None

@@ -13,8 +13,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapting.several import unsavable
 from ..dependencies import in_turn
-from ..errors import ModelError, OutputError, QuantadaptError, warn
+from ..errors import ModelError, OutputError, PlanRefused, QuantadaptError, warn
 from ..folders.atomic import atomic_folder, put_back, refuse_occupied, refuse_overlap, remove
 from ..inputs.documents import read_object
 from ..paths import is_local_path, path_problem
@@ -26,7 +27,7 @@ from ..registry.discovery import registry
 from ..remote_code import trusted, trusting
 from ..showing.quietly import quiet
 from ..stages import quantize
-from .adapter_files import check_adapters, peft_in_words, refuse_not_trained
+from .adapter_files import check_adapters, configs_to_note, peft_in_words, refuse_not_trained
 from .adapters import put_on, save_adapters
 from .manifest import ADAPTER, BASE, MANIFEST, MERGED, adapter_in, read_manifest, write_manifest
 from .same_base import BaseMismatchWarning as BaseMismatchWarning
@@ -61,11 +62,14 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, base: b
 
     Raises:
         OutputError: the folder holds something else; it is untouched.
+        PlanRefused: an adapter has a name that no folder can have.
     """
     state, root = state_of(model), Path(path).expanduser()
     final = root / ADAPTER if state.adapter else root
     saves_base = state.adapter is not None and _has_own_base(state)
     own_base = root / BASE
+    if problems := unsavable(model):
+        raise PlanRefused(problems)
     refuse_overlap(final, [state.source])
     _refuse_foreign(final)
     refuse_occupied(final, overwrite)
@@ -98,6 +102,7 @@ def _write(model: nn.Module, state: ModelState, folder: Path, *, base_id: str) -
     more: dict[str, Any] = {"base_id": base_id} if base_id else {}
     if state.adapter:
         more["active"] = save_adapters(model, folder)  # type: ignore[arg-type]
+        more["adapter_config"] = configs_to_note(folder, more["active"])
         _tell_of_dora(model)
     else:
         state.quantizer.save(model, folder)
@@ -287,7 +292,7 @@ def _load_adapter(
         what = f"its {MANIFEST} says of no adapter, and there is one"
         raise ModelError(what, fix="restore the file", where=str(folder))
     adapter = registry().adapter(manifest["adapter"])
-    check_adapters(folder, manifest["active"], adapter)
+    check_adapters(folder, manifest, adapter)
     refuse_not_trained(folder, manifest["active"])
     with peft_in_words(folder):
         config: Any = config_class(adapter).from_pretrained(str(folder))

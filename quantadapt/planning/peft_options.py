@@ -38,8 +38,9 @@ _SCALARS: dict[str, Any] = {
 }
 _UNLISTED = {"init_lora_weights": ("lora_ga",)}
 """What PEFT takes besides what its annotation lists."""
-_INTERNAL = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-             "task_type", "inference_mode", "runtime_config"}  # fmt: skip
+INTERNAL = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+            "task_type", "inference_mode", "runtime_config"}  # fmt: skip
+"""What PEFT notes for itself in its configs: no options."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _options(module: str, name: str) -> dict[str, Option]:
         there, _, base_name = ast.unparse(base).rpartition(".")
         options |= _options(there or home, base_name)
     options |= {option.name: option for option in _fields(node)}
-    return {n: option for n, option in options.items() if n not in _INTERNAL}
+    return {n: option for n, option in options.items() if n not in INTERNAL}
 
 
 # Source files, found and read without importing anything --------------------------------------

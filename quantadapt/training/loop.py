@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..adapting.adalora import load_ranks, save_ranks
+from ..adapting.several import kept_apart
 from ..errors import QuantadaptError, TrainingError
 from ..folders.atomic import in_words
 from ..folders.checkpoints import PARTIAL, PREFIX, seal
@@ -131,12 +132,13 @@ class TrainingLoop:
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the adapter alone: no tokenizer, no pickled arguments, no model card."""
         assert output_dir is not None
-        self.model.save_pretrained(
-            output_dir,
-            state_dict=state_dict,
-            save_embedding_layers=False,
-            is_main_process=self.args.should_save,
-        )
+        with kept_apart(self.model):
+            self.model.save_pretrained(
+                output_dir,
+                state_dict=state_dict,
+                save_embedding_layers=False,
+                is_main_process=self.args.should_save,
+            )
         (Path(output_dir) / "README.md").unlink(missing_ok=True)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapting.adalora import tuner_of
+from ..adapting.several import unsavable
 from ..data.vocabulary import check_tokens
 from ..distributed.talking import average_gradients, reduced, share, start
 from ..errors import PlanRefused, Problem, TrainingError, did_you_mean
@@ -190,6 +191,7 @@ def check(model: Any, spec: TrainSpec, task: Task) -> None:
         raise TrainingError("the model has no trainable weights", fix=fix)
     found = task_problems(task, spec, adds_to_loss=tuner_of(model) is not None)
     found += head_problems(task, {"architectures": [_class_name(model)]})
+    found += unsavable(model)  # told now, not when it is to be saved
     if found:
         raise PlanRefused(found)
 

@@ -1,0 +1,178 @@
+"""Several adapters in one model are saved and read whatever they are called, and each as itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from merging import llama, logits, moved, relative, stock_adapter, tuned
+from safetensors.torch import load_file
+
+import quantadapt as qa
+from quantadapt.adapting.several import keys_of
+from quantadapt.cli import main
+from quantadapt.errors import ModelError, PlanRefused
+from quantadapt.planning.peft_options import peft_options
+from quantadapt.registry.discovery import registry
+
+# What PEFT looks for in keys: parts of a model's names, of its own, and one that is neither.
+NAMES = ["model", "layers", "0", "lora_A", "weight", "base_model", "other"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return llama(tmp_path_factory.mktemp("base"), tied=False)
+
+
+def with_second(base: str, name: str, backend: str = "none", **options: Any) -> Any:
+    """Return a model with adapters `default` and `name`, of other ranks, both moved from zero."""
+    model = tuned(base, backend, target_modules=["q_proj"], r=2, **options)
+    config = copy.deepcopy(model.peft_config["default"])
+    config.r, config.target_modules = 3, {"q_proj", "down_proj"}
+    model.add_adapter(name, config)
+    model.set_adapter(name)
+    return moved(model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_saved_whatever_another_is_called(name: str, base: str, tmp_path: Path) -> None:
+    model = with_second(base, name)
+    for active in ("default", name):
+        model.set_adapter(active)
+        expected = logits(model)
+        saved = qa.save(model, tmp_path / active)
+        assert relative(logits(stock_adapter(base, saved)), expected) < 1e-6
+        assert relative(logits(qa.load(saved)), expected) < 1e-6
+    model.base_model.set_adapter([name, "default"])
+    expected = logits(model)
+    again = qa.load(qa.save(model, tmp_path / "both"))
+    assert again.active_adapters == [name, "default"]
+    assert relative(logits(again), expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["model", "layers"])
+@pytest.mark.parametrize("more", [{"modules_to_save": ["norm"]}, {"use_dora": True}])
+def test_so_is_what_is_trained_beside_it(more, name: str, base: str, tmp_path: Path) -> None:
+    model = with_second(base, name, "hqq", **more)
+    for active in ("default", name):
+        model.set_adapter(active)
+        expected = logits(model)
+        again = qa.load(qa.save(model, tmp_path / active))
+        assert relative(logits(again), expected) < 1e-6
+
+
+def test_a_checkpoint_holds_each_of_them(base: str, tmp_path: Path, random_data) -> None:
+    model = with_second(base, "layers")
+    qa.train(model, random_data, output=tmp_path, max_steps=1, save_steps=1)
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    for folder, layers in ((checkpoint, 2), (checkpoint / "layers", 4)):  # A and B of each
+        assert len(load_file(folder / "adapter_model.safetensors")) == 2 * layers
+
+
+@pytest.mark.slow
+def test_whose_weights_are_whose_is_as_peft_sees_it(base: str) -> None:
+    """For a name that nothing else has, PEFT's own rule is right, for every method."""
+    from peft.utils.save_and_load import _filter_state_dict_for_adapter_name as without
+
+    compared = 0
+    for record in registry().adapters():
+        small = {name: 2 for name in ("r", "init_r") if name in peft_options(record)}
+        try:
+            model = qa.attach(qa.quantize(base, "none"), record.name, **small)
+            model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+        except Exception:  # some allow one adapter alone, or want other layers
+            continue
+        keys = model.state_dict()
+        assert keys_of(model, "second") == set(keys) - set(without(keys, ["second"])), record.name
+        compared += 1
+    assert compared > 25
+
+
+@pytest.mark.parametrize("name", ["a/b", "/a", "a/", "a\nb", "a" * 300])
+def test_a_name_that_no_folder_can_have_is_refused_before_work(
+    name: str, base: str, tmp_path: Path, random_data
+) -> None:
+    model = with_second(base, name)
+    with pytest.raises(PlanRefused, match="cannot be saved: no folder can be called so"):
+        qa.save(model, tmp_path)
+    with pytest.raises(PlanRefused, match="cannot be saved: no folder can be called so"):
+        qa.train(model, random_data, output=tmp_path, max_steps=1)
+    assert not list(tmp_path.iterdir())
+
+
+# Configs -----------------------------------------------------------------------------------------
+
+
+def edited(folder: Path, **values: Any) -> None:
+    """Change values in the config of a saved adapter; None takes one out."""
+    file = folder / "adapter_config.json"
+    config = {**json.loads(file.read_text()), **values}
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "key", "value"),
+    [
+        ("lora", "r", 8),
+        ("lora", "lora_alpha", 7),
+        ("lora", "lora_alpha", None),
+        ("lora", "use_rslora", True),
+        ("lora", "target_modules", ["q_proj"]),
+        ("lora", "target_modules", ["q_proj", "k_proj", "v_proj"]),
+        ("lora", "target_modules", "q_proj"),
+        ("lora", "alpha_pattern", {"q_proj": 1}),
+        ("lora", "layers_to_transform", [0]),
+        ("vera", "projection_prng_key", 1),
+        ("loha", "alpha", 1),
+        ("oft", "eps", 0.5),
+        ("fourierft", "scaling", 1.0),
+    ],
+)
+def test_a_config_that_was_edited_is_refused_by_key(
+    adapter: str, key: str, value: Any, base: str, tmp_path: Path, capsys
+) -> None:
+    saved = qa.save(tuned(base, "none", adapter, target_modules=["q_proj", "o_proj"]), tmp_path)
+    edited(saved, **{key: value})
+    words = rf"\b{key} is .*, and the adapter was saved with|\b{key} is missing"
+    with pytest.raises(ModelError, match=words):
+        qa.load(saved)
+    with pytest.raises(ModelError, match=words):
+        qa.merge_onto(saved, base, tmp_path, check=False)
+    with pytest.raises(SystemExit) as end:
+        main(["merge", str(tmp_path)])
+    assert end.value.code == 2
+    assert re.search(key, capsys.readouterr().err)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_so_is_that_of_an_adapter_beside_the_first(base: str, tmp_path: Path) -> None:
+    model = with_second(base, "other")
+    model.base_model.set_adapter(["default", "other"])
+    saved = qa.save(model, tmp_path)
+    edited(saved / "other", lora_alpha=64)
+    with pytest.raises(ModelError, match="lora_alpha is 64, and the adapter was saved with"):
+        qa.load(saved)
+
+
+def test_what_is_no_option_may_be_edited(base: str, tmp_path: Path) -> None:
+    """Where the base lies, for one, or the order of a set."""
+    model = tuned(base, target_modules=["q_proj", "o_proj"])
+    expected = logits(model)
+    saved = qa.save(model, tmp_path)
+    names = json.loads((saved / "adapter_config.json").read_text())["target_modules"]
+    edited(saved, base_model_name_or_path="elsewhere", target_modules=names[::-1], revision="main")
+    assert torch.equal(logits(qa.load(saved)), expected)
+
+
+def test_a_folder_of_before_has_no_such_note(base: str, tmp_path: Path) -> None:
+    saved = qa.save(tuned(base, target_modules=["q_proj"]), tmp_path)
+    file = saved / "quantadapt.json"
+    manifest = json.loads(file.read_text())
+    assert set(manifest.pop("adapter_config")) == {"default"}
+    file.write_text(json.dumps(manifest))
+    qa.load(saved)
