@@ -12,6 +12,7 @@ from quantadapt_torchao import Int8 as TorchAOInt8
 from torch import nn
 
 from quantadapt.protocols import CodebookGrid, UniformGrid
+from quantadapt.protocols.grids import fixed_noise
 
 QUANTIZERS = [
     *(HQQ(bits=b, axis=a, group_size=g) for b in (1, 2, 3, 4, 8) for a, g in ((0, 64), (1, None))),
@@ -58,9 +59,44 @@ def test_grid_and_repack(quantizer, dtype):
         for seed in (2, 3, 4):
             other = grid.nearest(shaken(weight, seed)).float()
             assert ((rounded.float() - weight).abs() <= (other - weight).abs() + slack).all()
+        none = torch.zeros(shape)
+        assert torch.equal(grid.dithered(kept, none), kept)
+        assert torch.equal(grid.nearest(grid.dithered(kept, none + 0.003)).float(),
+                           grid.dithered(kept, none + 0.003).float())  # fmt: skip
         dense = weight.to(dtype)
         requantized = target.dequantize(target.requantize(module, dense))
         assert torch.equal(target.rounded(module, dense), requantized)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "bits"),
+    [(HQQ(), 4), (HQQ(bits=2), 2), (NF4(), 4), (FP4(), 4), (Int8(), 8), (Float8(), 6),
+     (Quanto(weights="int4"), 4), (Intx(bits=3), 3)],
+    ids=lambda value: repr(value),
+)  # fmt: skip
+def test_dithering_keeps_changes_far_below_a_step(quantizer, bits):
+    """Its mean is what was asked for, in both directions; to nearest, much of it is lost."""
+    module = quantized(quantizer, (256, 512), torch.float32)
+    target = quantizer.target
+    grid, start = target.grid(module), target.dequantize(module)
+    inner = start.abs() < start.abs().amax(1, keepdim=True) * 0.5
+    inner[1] = False
+    for change in (0.012 / 2**bits, -0.012 / 2**bits):  # a tenth of a step
+        changed = grid.dithered(start, torch.full_like(start, change))
+        assert abs((changed - start)[inner].mean() / change - 1) < 0.1
+        nearest = (grid.nearest(start + change) - start)[inner].mean()
+        assert abs(nearest) < 0.5 * abs(change)
+
+
+def test_noise_is_even_and_without_a_pattern():
+    noise = fixed_noise(300, 500, device=torch.device("cpu")).double()
+    assert noise.min() > -0.5
+    assert noise.max() < 0.5
+    counts = torch.histc(noise, 20, -0.5, 0.5) / noise.numel()
+    assert (counts - 0.05).abs().max() < 0.002
+    singular = torch.linalg.svdvals(noise - noise.mean())  # as of independent numbers
+    assert singular[0] < 1.1 * (300**0.5 + 500**0.5) * 12**-0.5
+    assert torch.equal(fixed_noise(7, 5, device=torch.device("cpu")).double(), noise[:7, :5])
 
 
 def test_repacked_goes_on_as_a_module():

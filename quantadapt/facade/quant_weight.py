@@ -44,6 +44,10 @@ class QuantWeight(nn.Module):
         dtype: dtype in which the layer computes, and of the weight when read.
     """
 
+    keeps_scales: bool = False
+    """Whether a weight that is written is dithered onto the grid that the layer has, rather than
+    quantized anew. Writing what was read changes nothing then, and small changes are kept."""
+
     _vendor: nn.Module
     _kept: Tensor | None = None
     _kept_product: tuple[Tensor, Tensor] | None = None
@@ -141,7 +145,9 @@ class QuantWeight(nn.Module):
             what = f"its weight has the shape {(self.out_features, self.in_features)}"
             raise ModelError(f"{what}, what is written {tuple(weight.shape)}")
         dense, merged = weight.detach(), self._merged
-        dense = dense.to(device=self.device, dtype=self.compute_dtype, copy=True).contiguous()
+        # Dithering sees changes that 16 bits round away.
+        dtype = torch.float32 if self.keeps_scales else self.compute_dtype
+        dense = dense.to(device=self.device, dtype=dtype, copy=True).contiguous()
         if (layer := merging_layer(self)) is not None:
             self.__dict__["_merged"] = _Merged(
                 weakref.ref(layer), dense, merged is None or merged.returns
@@ -238,8 +244,23 @@ class QuantWeight(nn.Module):
             fix = "merge into dense weights (quantadapt.merge), or make the model dense first"
             raise ModelError(what, fix=fix)
         with torch.no_grad():
+            if self.keeps_scales:
+                return _frozen(self.target.repack(self._vendor, self.dithered(weight)))
             dense = weight.to(device=self.device, dtype=self.compute_dtype)
             return _frozen(self.target.requantize(self._vendor, dense))
+
+    def dithered(self, weight: Tensor) -> Tensor:
+        """Return `weight` [out_features, in_features], better in float32, on the grid that the
+        layer has; see `Grid.dithered`.
+
+        Raises:
+            ModelError: the backend knows no grid of the layer.
+        """
+        grid, start = self.target.grid(self._vendor), self.target.dequantize(self._vendor)
+        if grid is None:
+            what = f"{type(self._vendor).__name__} has scales that cannot be kept"
+            raise ModelError(what, fix="quantize it anew, or merge into dense weights")
+        return grid.dithered(start, weight.to(start.device).float() - start.float())
 
     def compute_dtype_for(self, device_type: str) -> torch.dtype:
         """Return the dtype that the layer computes in: that of autocast where it is on."""

@@ -2,6 +2,10 @@
 
 A `Grid` is plain arithmetic of tensors, without the vendor: to round onto it, to train through it
 and to compensate errors needs no module to be packed and unpacked.
+
+What an adapter adds is small against the steps of a grid. Rounded to nearest, nearly all of it is
+gone. Dithered, a change of a tenth of a step becomes a whole step for one weight in ten: what is
+lost of each is random, and sums over many weights keep the change.
 """
 
 from __future__ import annotations
@@ -42,15 +46,32 @@ class Grid(ABC):
             weight: floating point, [out_features, in_features], or of that the columns `columns`.
             columns: which columns of the module these are; None: all.
         """
-        return self._by_group(self._codes, weight, columns)
+        return self._by_group(self._codes, columns, weight)
 
     def values(self, codes: Tensor, columns: slice | None = None) -> Tensor:
         """Return what the codes stand for, bit for bit as `dequantize` does."""
-        return self._by_group(self._values, codes, columns)
+        return self._by_group(self._values, columns, codes)
 
     def nearest(self, weight: Tensor, columns: slice | None = None) -> Tensor:
         """Return the value that is nearest to each weight, in the shape of `weight`."""
         return self.values(self.codes(weight, columns), columns)
+
+    def dithered(self, start: Tensor, change: Tensor) -> Tensor:
+        """Return values that on average are `start + change`: each changes by a step, or by none,
+        as a noise decides that is fixed for each place. No change gives `start`, bit for bit.
+
+        Args:
+            start: values of this grid, [out_features, in_features].
+            change: what is to be added, in float32.
+        """
+        noise = fixed_noise(*start.shape, device=start.device)
+        return self.values(self._by_group(self._dithered, None, start, change, noise))
+
+    @abstractmethod
+    def _dithered(
+        self, start: Tensor, change: Tensor, noise: Tensor, scale: Tensor, zero: Tensor | None
+    ) -> Tensor:
+        """Return the codes of `dithered`; a noise of -0.5 to 0.5 spans what rounds to `start`."""
 
     @abstractmethod
     def _codes(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
@@ -61,18 +82,19 @@ class Grid(ABC):
         """Return the values of codes, where the parts of their groups broadcast."""
 
     def _by_group(
-        self, function: Callable[..., Tensor], each: Tensor, columns: slice | None
+        self, function: Callable[..., Tensor], columns: slice | None, *each: Tensor
     ) -> Tensor:
-        """Return function(each, scale, zero) with the scale and zero of each one's group."""
+        """Return function(*each, scale, zero) with the scale and zero of each one's group."""
         scale, zero, count = self.scale, self.zero, self.scale.shape[1]
         if self.groups is None and count == 1:
-            return function(each, scale, zero)
+            return function(*each, scale, zero)
         if self.groups is None and columns is None:
-            shape = (len(each), count, -1)
+            shape = (len(scale), count, -1)
             zero = None if zero is None else zero[:, :, None]
-            return function(each.reshape(shape), scale[:, :, None], zero).reshape(each.shape)
+            found = function(*(part.reshape(shape) for part in each), scale[:, :, None], zero)
+            return found.reshape(each[0].shape)
         groups = self._group_of_column if columns is None else self._group_of_column[columns]
-        return function(each, scale[:, groups], None if zero is None else zero[:, groups])
+        return function(*each, scale[:, groups], None if zero is None else zero[:, groups])
 
     @cached_property
     def _group_of_column(self) -> Tensor:
@@ -109,6 +131,13 @@ class UniformGrid(Grid):
             off = torch.minimum(others, off)
         return found
 
+    def _dithered(
+        self, start: Tensor, change: Tensor, noise: Tensor, scale: Tensor, zero: Tensor | None
+    ) -> Tensor:
+        began = self._codes(start, scale, zero)
+        moved = began + ((change / scale).nan_to_num(nan=0) + noise)
+        return moved.round().clamp(self.lowest, self.highest).to(began.dtype)
+
     def _values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         shifted = codes.to(self.dtype)
         shifted = shifted if zero is None else shifted - zero.to(self.dtype)
@@ -126,19 +155,51 @@ class CodebookGrid(Grid):
     levels: Tensor
 
     @cached_property
-    def _sorted(self) -> tuple[Tensor, Tensor]:
-        """Return the codes in the order of their levels, and what lies halfway between these."""
+    def _sorted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the levels in order, each once, their codes, and what lies halfway between two."""
         levels, order = self.levels.sort()
-        count = int(levels.isfinite().sum())  # NaN sorts last
-        levels, order = levels[:count], order[:count]
-        return order.int(), (levels[1:] + levels[:-1]) / 2
+        different = levels.isfinite()  # NaN is no level
+        different[1:] &= levels[1:] != levels[:-1]
+        levels, order = levels[different], order[different]
+        return levels, order.int(), (levels[1:] + levels[:-1]) / 2
 
     def _codes(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        _, order, _ = self._sorted
+        return order[self._places(weight, scale)]
+
+    def _places(self, weight: Tensor, scale: Tensor) -> Tensor:
         import torch
 
-        order, halfway = self._sorted
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32)) / scale
-        return order[torch.bucketize(exact.nan_to_num(nan=0), halfway)]
+        return torch.bucketize(exact.nan_to_num(nan=0), self._sorted[2])
+
+    def _dithered(
+        self, start: Tensor, change: Tensor, noise: Tensor, scale: Tensor, zero: Tensor | None
+    ) -> Tensor:
+        import torch
+
+        levels, order, halfway = self._sorted
+        below, above = levels[1:] - halfway, halfway - levels[:-1]
+        below, above = torch.cat([above[:1], below]), torch.cat([above, below[-1:]])
+        place = self._places(start, scale)
+        moved = levels[place] + (change / scale).nan_to_num(nan=0)
+        moved += 2 * noise * torch.where(noise < 0, below[place], above[place])
+        return order[torch.bucketize(moved, halfway)]
 
     def _values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         return (self.levels[codes] * scale).to(self.dtype)
+
+
+def fixed_noise(rows: int, columns: int, *, device: torch.device) -> Tensor:
+    """Return numbers between -0.5 and 0.5, evenly spread and without a pattern: float32 [rows,
+    columns], the same whenever and wherever this is called."""
+    import torch
+
+    row, column = (torch.arange(count, device=device) for count in (rows, columns))
+    mixed = row[:, None] * 0x9E3779B1 + column * 0x85EBCA77
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):  # in 32 bits, as hashes do
+        mixed &= 0xFFFFFFFF
+        mixed ^= mixed >> shift
+        mixed *= factor
+    # A little less, so that the rounding of sums does not carry it over the edge.
+    return ((mixed >> 8) + 0.5) * (0.9999 / 2**24) - 0.9999 / 2
