@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import quantadapt as qa
-from quantadapt.exporting.compensating import compensated
-from quantadapt.facade import linear_facades
+from quantadapt.exporting.compensating import compensated, compensating
+from quantadapt.exporting.merging import bare_base, merged_model
+from quantadapt.facade import facades, linear_facades
 from quantadapt.testing.small_demo import calibration_examples, small_model
 
 STEP = 0.5
@@ -95,6 +96,24 @@ def test_no_row_is_worse_than_rounded_to_nearest() -> None:
         assert (errors(weight, damped, found) <= errors(weight, damped, plain) * (1 + 1e-4)).all()
 
 
+def test_it_makes_up_for_inputs_that_are_off() -> None:
+    """The layer is fed something else than the tuned one: what it is to give is in its outputs.
+    Without rounding, the damped least squares have a closed form, in float64."""
+    generator = torch.Generator().manual_seed(7)
+    y = torch.randn(400, 20, generator=generator, dtype=torch.float64)
+    x = y + 0.3 * y[:, :1] + 0.1 * torch.randn(400, 20, generator=generator, dtype=torch.float64)
+    weight = torch.randn(16, 20, generator=generator) * 0.4
+    damping = 0.01 * (x.T @ x).diagonal().mean() * torch.eye(20, dtype=torch.float64)
+    wanted = torch.linalg.solve(x.T @ x + damping, (x.T @ y + damping) @ weight.double().T).T
+    free = compensated(weight, x.T @ x, lambda part, _: part, cross_moment=x.T @ y)
+    assert (free.double() - wanted).abs().max() < 1e-4
+    found = compensated(weight, x.T @ x, to_steps, cross_moment=x.T @ y)
+    without = compensated(weight, x.T @ x, to_steps)
+    target = y @ weight.double().T
+    off, before = (float((x @ w.double().T - target).norm()) for w in (found, without))
+    assert off < 0.8 * before
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_the_size_of_the_inputs_does_not_matter(scale: float) -> None:
     weight, moment = torch.randn(16, 20) * 0.4, moment_of(20, 60, 4)
@@ -130,8 +149,8 @@ BACKENDS: list[tuple[str, dict[str, Any]]] = [
 def test_on_layers_of_the_demo_it_keeps_a_small_change(
     backend: str, options: dict[str, Any], inputs: Callable[[str], Tensor]
 ) -> None:
-    """What an adapter adds, sums of inputs as its gradients are, is lost by rounding to nearest, and
-    kept by this: outputs for inputs that were not shown are nearer to the tuned ones."""
+    """What an adapter adds, sums of inputs as its gradients are, is lost by rounding to nearest
+    and kept by this: outputs for inputs that were not shown are nearer to the tuned ones."""
     examples = calibration_examples() if backend in ("gptq", "awq") else None
     given = {"dtype": "float32", "calibration": examples, **options}
     model = qa.quantize(str(small_model(1)), backend, **given)
@@ -174,3 +193,47 @@ def inputs() -> Callable[[str], Tensor]:
         return torch.cat(seen)
 
     return of
+
+
+# Models ------------------------------------------------------------------------------------------
+
+
+def tuned_model(source: Any, backend: str, target: str | list[str], **options: Any) -> Any:
+    """A small adapter whose B is sums of a few rows, so small that rounding to nearest loses it."""
+    model = qa.quantize(source, backend, dtype="float32", **options)
+    tuned = qa.attach(model, "lora", r=4, target_modules=target)
+    qa.train(tuned, max_steps=6, learning_rate=5e-4, per_device_train_batch_size=8, verbose=False)
+    return tuned.eval()
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=torch.cat([e["input_ids"] for e in held_out()])).logits
+    return found
+
+
+def held_out() -> list[dict[str, Tensor]]:
+    return calibration_examples()[16:]
+
+
+@pytest.mark.parametrize(("backend", "options"), [("hqq", {"bits": 4}), ("bnb-nf4", {})])
+def test_a_merged_model_answers_as_the_tuned_one(backend: str, options: dict[str, Any]) -> None:
+    model = tuned_model(str(small_model(2)), backend, ["q_proj", "down_proj", "up_proj"], **options)
+    wanted = logits(model)
+    before = {name: facade.dequantize() for name, facade in facades(bare_base(model))}
+    write = compensating(model, calibration_examples()[:16])
+    merged = merged_model(model, "requantize", write)
+    plain = merged_model(model, "requantize", lambda _, copied, weight: copied.repack(weight))
+    assert off(logits(merged), wanted) < 0.6 * off(logits(plain), wanted)
+    assert torch.equal(logits(model), wanted), "the model is changed"
+    for name, facade in facades(merged):
+        weight, grid = facade.dequantize(), facade.target.grid(facade.vendor)
+        assert torch.equal(grid.nearest(weight), weight)
+        adapted = name.endswith(("q_proj", "down_proj", "up_proj"))
+        assert adapted != torch.equal(weight, before[name]), name
+
+
+def off(found: Tensor, wanted: Tensor) -> float:
+    """Return the mean KL in nats."""
+    p, q = wanted.double().log_softmax(-1), found.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
