@@ -238,9 +238,9 @@ def _places(model: PeftModel, tuned: nn.Module) -> Iterator[tuple[str, _Place]]:
             yield name, _Place(facade, slice(None), grid)
     others = tuple(stack.name for stack in expert_stacks(tuned, ()) if stack.name not in stacks)
     for opened in open_experts(tuned, others, lambda *_: None):
-        facade, grid = stacks[opened.stack.name]
+        owner, tall = stacks[opened.stack.name]
         height = opened.stack.rows // len(opened.layers)
         for index, name in enumerate(opened.layers):
             rows = slice(index * height, (index + 1) * height)
-            zero = None if grid.zero is None else grid.zero[rows]
-            yield name, _Place(facade, rows, replace(grid, scale=grid.scale[rows], zero=zero))
+            zero = None if tall.zero is None else tall.zero[rows]
+            yield name, _Place(owner, rows, replace(tall, scale=tall.scale[rows], zero=zero))
