@@ -351,8 +351,9 @@ class _Run:
 
     def calibration(self, data: Data) -> Examples | None:
         """Choose what a backend that calibrates is shown."""
-        if not self.plan.calibrates:
-            return None
+        return self.calibration_examples(data) if self.plan.calibrates else None
+
+    def calibration_examples(self, data: Data) -> Examples:
         return calibration_examples(self.spec, self.tokenizer, lambda: data.train)
 
     def quantize(self) -> nn.Module:
@@ -492,7 +493,7 @@ class _Run:
             model,
             saved=self.saved,
             data=lambda _: self.held_out(data),
-            examples=lambda _: self.examples,
+            examples=lambda _: self.examples or self.calibration_examples(data),
             before=self.base_losses,
             measure=lambda merged: self.measure("merged", merged, data),
         )

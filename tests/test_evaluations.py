@@ -114,7 +114,7 @@ class Shown:
         wanted = spec(
             *("perplexity", "bits-per-byte", "judge"),
             backend={"name": "hqq", "bits": 2},
-            export={"merge": "requantize"},
+            export={"merge": "requantize", "min_gain": 0},
             output=str(output),
         )
         with RunDisplay(console) as display:

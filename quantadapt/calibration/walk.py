@@ -4,7 +4,8 @@ For quantizers that choose a layer's weights by what becomes of its outputs. `wa
 over one linear layer after the other with the second moment of its inputs, X^T X, which is all that
 the squared error of the outputs depends on: ||X (W - V)^T||^2 = tr((W - V) X^T X (W - V)^T). A
 layer's inputs are what comes out of the layers before it as those are *then*: quantize a layer in
-the callback, and the later ones see its error and can make up for it.
+the callback, and the later ones see its error and can make up for it. `beside` is another model,
+which is not changed: what its layer is fed tells what the error of the layers before has done.
 
     def on_layer(name, linear, inputs):
         linear.weight.data = my_rounding(linear.weight, inputs.second_moment)
@@ -20,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -39,10 +41,13 @@ class LayerInputs:
     Attributes:
         second_moment: X^T X, [in_features, in_features], float32, where the layer is.
         rows: how many inputs X holds; 0 where no example reached the layer.
+        cross_moment: X^T Y, like the second moment, where Y is what the layer of the model beside
+            was fed at the same tokens; None without one, and for experts, which other tokens reach.
     """
 
     second_moment: Tensor
     rows: int
+    cross_moment: Tensor | None = None
 
 
 OnLayer = Callable[[str, nn.Linear, LayerInputs], nn.Module | None]
@@ -57,6 +62,7 @@ def walk_blocks(
     names: Iterable[str] | None = None,
     on_block: Callable[[str], None] | None = None,
     device: str = "cpu",
+    beside: nn.Module | None = None,
 ) -> None:
     """Call `on_layer` for each linear layer, in the order of computation.
 
@@ -73,17 +79,23 @@ def walk_blocks(
         names: the layers to hand over; by default those of `each_block`.
         on_block: gets the name of a block that is done with, and at last "" for the whole model.
         device: where to compute; what was walked stays there.
+        beside: a model with the same layers under the same names, shown the same examples.
     """
     tell = on_block or (lambda name: None)
+    shown, names = list(examples), None if names is None else list(names)
+    blocks = each_block(model, shown, names=names, device=device)
+    others: Iterator[Block | None] = repeat(None)
+    if beside is not None:
+        others = each_block(beside, shown, names=names, device=device)
     walked = ""
-    for block in each_block(model, examples, names=names, device=device):
+    for block, other in zip(blocks, others, strict=False):
         if walked:  # it has fed this one by now
             tell(walked)
         walked = block.name
         if walked:
-            _walk_block(model, block, on_layer)
+            _walk_block(model, block, other, on_layer)
         else:
-            _hand_over_all(model, block, block.linears, on_layer)
+            _hand_over_all(model, block, other, block.linears, on_layer)
     if walked:
         tell(walked)
     tell("")
@@ -92,7 +104,7 @@ def walk_blocks(
 # Measuring -------------------------------------------------------------------------------------
 
 
-def _walk_block(model: nn.Module, block: Block, on_layer: OnLayer) -> None:
+def _walk_block(model: nn.Module, block: Block, other: Block | None, on_layer: OnLayer) -> None:
     linears = block.linears
     experts = block.of_experts
     reached = _stages(linears, experts, block.passes[0]) if linears and block.passes else []
@@ -101,16 +113,19 @@ def _walk_block(model: nn.Module, block: Block, on_layer: OnLayer) -> None:
         alike = {name: name.rpartition(".")[0] if name in experts else "" for name in stage}
         first = {like: name for name, like in reversed(alike.items())}
         measured = {name: linears[name] for name in first.values()}
-        found = _measure(measured, block.passes, stop=len(measured) == 1)
+        same_tokens = None if experts & measured.keys() else other
+        found = _measure(measured, block, same_tokens, stop=len(measured) == 1)
         for name in stage:
             _hand_over(model, name, linears[name], found[first[alike[name]]], on_layer)
     missed = {name: linears[name] for name in linears.keys() - set().union(*reached)}
-    _hand_over_all(model, block, missed, on_layer)
+    _hand_over_all(model, block, other, missed, on_layer)
 
 
-def _hand_over_all(model: nn.Module, block: Block, linears: Linears, on_layer: OnLayer) -> None:
+def _hand_over_all(
+    model: nn.Module, block: Block, other: Block | None, linears: Linears, on_layer: OnLayer
+) -> None:
     """Hand over layers that are all measured at once."""
-    for name, inputs in (_measure(linears, block.passes) if linears else {}).items():
+    for name, inputs in (_measure(linears, block, other) if linears else {}).items():
         _hand_over(model, name, linears[name], inputs, on_layer)
 
 
@@ -154,29 +169,50 @@ def _kind(name: str) -> tuple[str, bool]:
     return expert.rpartition(".")[0], part == "down_proj"
 
 
-def _measure(linears: Linears, passes: list[Pass], *, stop: bool = False) -> dict[str, LayerInputs]:
-    """Return the inputs of each layer; `stop` says that nothing after the first one matters."""
-    moments = {
-        name: torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
-        for name, linear in linears.items()
-    }
+def _measure(
+    linears: Linears, block: Block, other: Block | None, *, stop: bool = False
+) -> dict[str, LayerInputs]:
+    """Return the inputs of each layer, of `other` beside those of `block`; `stop` says that nothing
+    after the first one matters."""
+    seconds = {name: _zeros(linear) for name, linear in linears.items()}
+    crosses = {} if other is None else {name: _zeros(linear) for name, linear in linears.items()}
     rows = dict.fromkeys(linears, 0)
-    mask: Tensor | None = None
+    for number, one in enumerate(block.passes):
+        theirs: dict[str, Tensor] = {}
+        if other is not None:
+            named = {name: other.linears[name] for name in linears}
+            theirs = dict(_inputs_in(named, other.passes[number], stop))
+        for name, x in _inputs_in(linears, one, stop):
+            seconds[name].addmm_(x.t(), x)
+            rows[name] += len(x)
+            y = theirs.get(name)
+            if y is None or y.shape != x.shape:
+                crosses.pop(name, None)
+            elif name in crosses:
+                crosses[name].addmm_(x.t(), y.to(x.device))
+    return {name: LayerInputs(seconds[name], rows[name], crosses.get(name)) for name in linears}
 
-    def add(name: str, x: Tensor) -> None:
-        counted = x if mask is None or mask.shape != x.shape[:-1] else x[mask.to(x.device).bool()]
-        flat = counted.reshape(-1, x.shape[-1]).float()
-        moments[name].addmm_(flat.t(), flat)
-        rows[name] += flat.shape[0]
+
+def _zeros(linear: nn.Linear) -> Tensor:
+    return torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
+
+
+def _inputs_in(linears: Linears, one: Pass, stop: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield what each layer is fed in a pass, [rows, in_features], float32, of tokens that count;
+    what is not reached is left out."""
+    found: dict[str, list[Tensor]] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        hides = one.mask is not None and one.mask.shape == x.shape[:-1]
+        counted = x[one.mask.to(x.device).bool()] if hides else x  # type: ignore[union-attr]
+        found.setdefault(name, []).append(counted.reshape(-1, x.shape[-1]).float())
         if stop:
             raise Enough
 
-    with _watched(linears, add):
-        for one in passes:
-            mask = one.mask
-            with suppress(Enough):
-                one.run()
-    return {name: LayerInputs(moments[name], rows[name]) for name in linears}
+    with _watched(linears, note), suppress(Enough):
+        one.run()
+    for name, parts in found.items():
+        yield name, torch.cat(parts)
 
 
 @contextmanager

@@ -57,6 +57,15 @@ def merge(
             show_default="0.9",
         ),
     ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WAY",
+            help="With --kind requantize: how weights are rounded: nearest, grid, dithered, "
+            "compensated, or auto: the first but grid that keeps --min-gain.",
+            show_default="auto",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -92,7 +101,8 @@ def merge(
         options = {}
         if onto is not None:
             options = {"base": onto, "check": check, "force_base": force_base}
-        options |= {} if min_gain is None else {"min_gain": min_gain}
+        given = {"min_gain": min_gain, "rounding": rounding}
+        options |= {option: value for option, value in given.items() if value is not None}
         planned = export_of(name, options)
         final = (output or Path(run)) / planned.folder
         found = [] if onto is None else check_model(onto)

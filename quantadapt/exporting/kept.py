@@ -7,9 +7,17 @@ from collections.abc import Mapping
 
 from ..errors import MergeRefused, Problem
 from ..evaluation.gain import Gain
-from ..protocols import Figure
+from ..protocols import AdapterTarget, Figure
 
 RULE = "merge-keeps-the-gain"
+KEPT = "kept_"
+"""How figures are called that say what share of the gain a way of rounding kept."""
+NO_GRID = "it is not known what values the scales of this backend's layers allow"
+WAYS_OUT = (
+    "train with train.merge_aware: true, round in another way (export.rounding, --rounding), merge "
+    "dense (export.merge: dense, --kind dense), merge onto the unquantized base (quantadapt merge "
+    "RUN --onto BASE), keep the adapter beside the base, or lower export.min_gain (--min-gain)"
+)
 
 
 def merge_words(figures: Mapping[str, Figure]) -> str:
@@ -45,19 +53,48 @@ def is_sure(found: Mapping[str, float]) -> bool:
     return "gain_kept" in found and Gain(found["gain"], found["gain_error"]).is_sure
 
 
-def refuse_little(figures: Mapping[str, Figure], least: float) -> None:
+def rounding_words(figures: Mapping[str, Figure], way: str) -> str:
+    """Say how merged weights were rounded, and what other ways would have kept.
+
+    Args:
+        way: the one that was taken; or "auto", where the figures tell.
+    """
+    tried = {
+        name.removeprefix(KEPT): figure.value
+        for name, figure in figures.items()
+        if name.startswith(KEPT)
+    }
+    way = max(tried, key=tried.__getitem__) if way == "auto" and tried else way
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in tried.items())
+    taken = "" if way == "auto" else f"rounding {way}"
+    return f"{taken} (keeping: {shares})" if shares else taken
+
+
+def refuse_little(
+    figures: Mapping[str, Figure], least: float, rounding: str, left_out: Mapping[str, str]
+) -> None:
     """Raise MergeRefused where a merged model keeps less than the share `least` of a gain that is
-    more than chance; 0 takes any."""
+    more than chance; 0 takes any.
+
+    Args:
+        rounding: says how it was rounded.
+        left_out: ways of rounding that could not be tried, and why.
+    """
     found = {name: figure.value for name, figure in figures.items()}
     if least == 0 or not is_sure(found) or found["gain_kept"] >= least:
         return
+    untried = "".join(f"; {way} was left out: {why}" for way, why in left_out.items())
     what = (
         f"merged and quantized again, the model keeps {found['gain_kept']:.0%} of the gain "
-        f"({_size(found)} on held-out data), less than {least:.0%}"
+        f"({_size(found)} on held-out data), less than {least:.0%}; {rounding}{untried}"
     )
-    fix = (
-        "merge dense (export.merge: dense, --kind dense), merge onto the unquantized base "
-        "(quantadapt merge RUN --onto BASE), keep the adapter beside the base, or lower "
-        "export.min_gain (--min-gain)"
-    )
-    raise MergeRefused([Problem(what, fix, "export.min_gain", RULE)], figures)
+    raise MergeRefused([Problem(what, WAYS_OUT, "export.min_gain", RULE)], figures)
+
+
+def rounding_problems(rounding: str, target: AdapterTarget) -> list[Problem]:
+    """Return why weights of a backend cannot be rounded that way; empty if they can, or if that
+    only shows with the model."""
+    if rounding in ("auto", "nearest") or type(target).grid is not AdapterTarget.grid:
+        return []
+    what = f"{rounding}: {NO_GRID}"
+    return [Problem(what, "use nearest, or leave it out", "export.rounding", "rounding-grid")]

@@ -236,6 +236,8 @@ def _merged_layer(
         memo = {}  # a layer that is tied must not hand on what is merged into it
     quantized = isinstance(base, (QuantLinear, QuantExperts)) and kind == "requantize"
     dense = _dense(base, {} if quantized else memo)
+    if quantized and write is not None:
+        dense.float()  # 16 bits would round small changes away before they are rounded with care
     changed = [each for each in reversed(around) if _merges_into(each, dense)]
     if not quantized:
         return dense.requires_grad_(False)

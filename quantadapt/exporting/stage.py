@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from .. import planning
-from ..capabilities import Merge
+from ..capabilities import Cell, Merge
 from ..dependencies import in_turn
 from ..errors import MergeRefused, ModelError, Problem
 from ..folders.atomic import atomic_folder, refuse_occupied, refuse_overlap
@@ -26,11 +26,12 @@ from ..protocols import Exporter, Figure
 from ..quantizing.examples import examples_from
 from ..quantizing.stage import blaming
 from ..quantizing.state import ModelState, state_of
+from ..records import Adapter, Backend
 from ..registry.blame import blaming_plugins
 from ..showing.quietly import quiet
-from ..spec import MinGain
+from ..spec import MinGain, Rounding
 from ..stages import held_out_data
-from .kept import merge_words
+from .kept import KEPT, merge_words, refuse_little, rounding_problems, rounding_words
 from .manifest import MANIFEST, MERGED, write_manifest
 from .saving import AdapterFolder, load
 from .tuned import Tuned, memory_in_words
@@ -160,18 +161,22 @@ class _Merged(Exporter):
 
         _refuse_foreign_class(tuned.model)
         _ = tuned.held_out, tuned.gain  # what is wrong with the data is told before the work
-        merged: Any = tuned.merged(self.kind)
+        merged, known = self._merged(tuned)
         state = state_of(merged)
         self._save(merged, state, folder)
         if state.tokenizer is not None:
             state.tokenizer.save_pretrained(str(folder))
-        write_manifest(folder, state)
+        write_manifest(folder, state, **known)
         meant, kind = sketches(merged), type(merged)
         del merged  # what is read from the files takes its place
         with memory_in_words():
             loaded = self._loaded(kind, state, folder)
         refuse_other_model(meant, loaded)
-        return tuned.compared(loaded, lambda figures: self._refuse_far(figures, state))
+        return tuned.compared(loaded, lambda figures: self._refuse_far(figures, state, known))
+
+    @abstractmethod
+    def _merged(self, tuned: Tuned) -> tuple[nn.Module, dict[str, Any]]:
+        """Return the merged model, and what its `quantadapt.json` says besides."""
 
     @abstractmethod
     def _save(self, merged: Any, state: ModelState, folder: Path) -> None:
@@ -182,7 +187,9 @@ class _Merged(Exporter):
         """Return the model that was written, read from its files."""
 
     @abstractmethod
-    def _refuse_far(self, figures: Mapping[str, Figure], state: ModelState) -> None:
+    def _refuse_far(
+        self, figures: dict[str, Figure], state: ModelState, known: Mapping[str, Any]
+    ) -> None:
         """Raise ModelError where what was written is not as near to the adapter as it has to be,
         MergeRefused where that is what quantizing costs."""
 
@@ -201,6 +208,9 @@ class MergedDense(_Merged):
 
     kind = "dense"
 
+    def _merged(self, tuned: Tuned) -> tuple[nn.Module, dict[str, Any]]:
+        return tuned.merged("dense"), {}
+
     def _save(self, merged: Any, state: ModelState, folder: Path) -> None:
         merged.save_pretrained(str(folder))
 
@@ -209,7 +219,9 @@ class MergedDense(_Merged):
 
         return written_model(kind, folder, dtype=state.dtype, device_map={"": state.device})
 
-    def _refuse_far(self, figures: Mapping[str, Figure], state: ModelState) -> None:
+    def _refuse_far(
+        self, figures: dict[str, Figure], state: ModelState, known: Mapping[str, Any]
+    ) -> None:
         from .checking import refuse_far
 
         activations = state.quantizer.target.quantizes_activations
@@ -230,18 +242,43 @@ class MergedRequantized(_Merged):
         description="the share of the adapter's gain, in nats on held-out data, to be kept",
     )
 
+    rounding: Rounding = Field(
+        "auto",
+        description="nearest, grid, dithered, compensated, or auto: the first but grid that keeps "
+        "min_gain",
+    )
+
+    def refusals(self, cell: Cell, backend: Backend, adapter: Adapter) -> list[Problem]:
+        return rounding_problems(self.rounding, backend.quantizer(**cell.backend_options).target)
+
+    def done(self, figures: Mapping[str, Figure]) -> str:
+        said = merge_words(figures), rounding_words(figures, self.rounding)
+        return ", ".join(filter(None, said))
+
+    def _merged(self, tuned: Tuned) -> tuple[nn.Module, dict[str, Any]]:
+        from .rounding import rounded
+
+        found = rounded(tuned, self.rounding, self.min_gain)
+        known = {"way": found.way, "kept": found.kept, "left_out": found.left_out}
+        return found.model, {"rounding": known}
+
     def _save(self, merged: Any, state: ModelState, folder: Path) -> None:
         state.quantizer.save(merged, folder)
 
     def _loaded(self, kind: type[Any], state: ModelState, folder: Path) -> nn.Module:
         return load(folder, device=state.device).eval()
 
-    def _refuse_far(self, figures: Mapping[str, Figure], state: ModelState) -> None:
+    def _refuse_far(
+        self, figures: dict[str, Figure], state: ModelState, known: Mapping[str, Any]
+    ) -> None:
         from .checking import refuse_no_number
-        from .kept import refuse_little
 
         refuse_no_number(figures)
-        refuse_little(figures, self.min_gain)
+        told = known["rounding"]
+        for way, kept in told["kept"].items():
+            figures[f"{KEPT}{way}"] = Figure(kept, "share", "higher")
+        words = rounding_words(figures, told["way"])
+        refuse_little(figures, self.min_gain, words, told["left_out"])
 
     @property
     def planned(self) -> str:

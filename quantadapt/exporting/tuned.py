@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import demo
 from ..errors import ModelError
 from ..planning.exports import MergeKind
 from ..planning.memory import MERGE_IN_LESS
 from ..protocols import Figure
+from ..quantizing.examples import examples_from
 from ..quantizing.stage import find_tokenizer
 from ..quantizing.state import state_of
 from ..remote_code import trusted
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from ..evaluation.gain import Gain, TokenLosses
     from ..quantizing.examples import Examples
+    from .merging import Write
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Tuned:
     """
 
     # What it is made from: the model where it is in memory, the saved adapter where there is one;
-    # what returns held-out data, and what a backend that calibrates is shown again, for a
+    # what returns held-out data, and what backends and ways of rounding are shown, for a
     # tokenizer; of a run, the losses of the base, measured before there was an adapter, and what
     # it measures on a merged model besides.
 
@@ -95,19 +98,29 @@ class Tuned:
         assert self.data is not None
         return self.data(self.tokenizer)
 
-    def merged(self, kind: MergeKind = "dense") -> nn.Module:
+    @cached_property
+    def calibration(self) -> Examples | None:
+        """What a quantizer, or a way of rounding, is shown; None where there is nothing."""
+        given = None if self.examples is None else self.examples(self.tokenizer)
+        state = state_of(self.model)
+        if not (found := given or state.calibration) and state.source == str(demo.MODEL_DIR):
+            return examples_from(str(demo.TRAIN_FILE), self.tokenizer)
+        return found
+
+    def merged(self, kind: MergeKind = "dense", write: Write | None = None) -> nn.Module:
         """Return the base with the adapter merged in: dense, or quantized again as it was.
 
         Raises ModelError where GPU memory does not suffice. The combination has to allow it: say
-        so in `Exporter.merges`.
+        so in `Exporter.merges`. `write` says how weights are rounded; by default as the backend
+        quantizes.
         """
         from .merging import merged_model
 
         state = state_of(self.model)
-        if self.examples is not None and kind == "requantize" and state.backend.calibration:
-            state.calibration = self.examples(self.tokenizer) or state.calibration
+        if kind == "requantize" and state.backend.calibration:
+            state.calibration = self.calibration
         with memory_in_words():
-            return merged_model(self.model, kind)
+            return merged_model(self.model, kind, write)
 
     @cached_property
     def losses(self) -> TokenLosses:
@@ -145,12 +158,13 @@ class Tuned:
         return gain_kept(self._base.mean, self.losses.mean, found.mean)
 
     def compared(
-        self, merged: nn.Module, check: Callable[[Mapping[str, Figure]], None] | None = None
+        self, merged: nn.Module, check: Callable[[dict[str, Figure]], None] | None = None
     ) -> dict[str, Figure]:
         """Compare a merged model with this one, token by token, on held-out data.
 
         Args:
-            check: called with the figures before a run measures the merged model for its report.
+            check: called with the figures, to which it may add, before a run measures the merged
+                model for its report.
         """
         with memory_in_words():
             found = compared(self.model, merged, self.held_out)

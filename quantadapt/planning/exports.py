@@ -113,7 +113,7 @@ def _with_options(named: Named, spec: ExportSpec) -> Named:
     return Named(name=named.name, **general | named.options)
 
 
-_OPTIONS = ("min_gain",)
+_OPTIONS = ("min_gain", "rounding")
 """Options of the merge that quantizes again, which the spec has too, under `export`."""
 
 

@@ -1,0 +1,141 @@
+"""Ways to round merged weights onto what a quantizer can hold, and the choice among them.
+
+What an adapter adds is small against the steps of a quantizer, so rounding each weight to the
+nearest value takes most of it away again. Each way is a `Way` in one table; `rounded` takes the
+first that keeps enough of the gain, measured on held-out data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ..errors import MergeRefused, Problem
+from ..facade import QuantWeight, facades
+from ..quantizing.state import state_of
+from .compensating import compensating
+from .kept import NO_GRID
+from .merging import Write
+
+if TYPE_CHECKING:
+    from .tuned import Tuned
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to round merged weights.
+
+    Attributes:
+        why_not: says why it cannot be taken here; empty if it can.
+        write: returns how merged weights are written into quantized layers; None: as the backend
+            quantizes.
+    """
+
+    why_not: Callable[[Tuned], str]
+    write: Callable[[Tuned], Write | None]
+
+    def merged(self, tuned: Tuned) -> nn.Module:
+        """Return the base with the adapter merged in and quantized again."""
+        return tuned.merged("requantize", self.write(tuned))
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A merged model that is quantized again.
+
+    Attributes:
+        way: how it was rounded.
+        kept: what share of the gain each way kept that was tried, in their order.
+        left_out: why a way was not tried, by way.
+    """
+
+    model: nn.Module
+    way: str
+    kept: Mapping[str, float] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+def rounded(tuned: Tuned, rounding: str, least: float) -> Rounded:
+    """Return the merged model, rounded in the way `rounding`, one of `WAYS`. With "auto" that is
+    the first, from the cheapest on, that keeps the share `least` of the gain, or else the one that
+    keeps most; where the gain may be chance, the first.
+
+    Raises:
+        MergeRefused: the way cannot be taken here.
+    """
+    return _first_that_keeps(tuned, least) if rounding == "auto" else _asked(tuned, rounding)
+
+
+def _asked(tuned: Tuned, name: str) -> Rounded:
+    if why := WAYS[name].why_not(tuned):
+        fix = f"{_REMEDY.get(why, 'use another way')}, or leave export.rounding out"
+        raise MergeRefused([Problem(f"{name}: {why}", fix, "export.rounding")])
+    return Rounded(WAYS[name].merged(tuned), name)
+
+
+def _first_that_keeps(tuned: Tuned, least: float) -> Rounded:
+    kept: dict[str, float] = {}
+    reasons = {name: WAYS[name].why_not(tuned) for name in AUTO}
+    left_out = {name: why for name, why in reasons.items() if why}
+    best: tuple[float, str, nn.Module] | None = None
+    for name in (name for name in AUTO if name not in left_out):
+        model = WAYS[name].merged(tuned)
+        if tuned.gain is None or not tuned.gain.is_sure:
+            return Rounded(model, name, kept, left_out)
+        kept[name] = tuned.gain_kept(model) or 0.0
+        if best is None or kept[name] > best[0]:
+            best = kept[name], name, model
+        del model  # at most two of them are in memory
+        if kept[name] >= least:
+            break
+    if best is None:
+        name, why = next(iter(left_out.items()))
+        raise MergeRefused([Problem(f"{name}: {why}", _REMEDY.get(why, ""), "export.rounding")])
+    return Rounded(best[2], best[1], kept, left_out)
+
+
+# Ways ---------------------------------------------------------------------------------------------
+
+NO_DATA = "it needs data that the model is shown, and there are none"
+_REMEDY = {NO_DATA: "pass calibration data (calibration=..., --calibration FILE)"}
+
+
+def _needs_data(tuned: Tuned) -> str:
+    return "" if tuned.calibration else NO_DATA
+
+
+def _needs_what_the_backend_needs(tuned: Tuned) -> str:
+    return _needs_data(tuned) if state_of(tuned.model).backend.calibration else ""
+
+
+def _needs_grid(tuned: Tuned) -> str:
+    base = tuned.model.get_base_model()
+    return "" if all(facade.has_grid for _, facade in facades(base)) else NO_GRID
+
+
+def _needs_grid_and_data(tuned: Tuned) -> str:
+    return _needs_grid(tuned) or _needs_data(tuned)
+
+
+def _on_grid(base: QuantWeight, copied: QuantWeight, weight: Tensor) -> None:
+    copied.repack(weight)
+
+
+def _dither(base: QuantWeight, copied: QuantWeight, weight: Tensor) -> None:
+    copied.repack(copied.dithered(weight))
+
+
+WAYS: dict[str, Way] = {
+    "nearest": Way(_needs_what_the_backend_needs, lambda tuned: None),
+    "grid": Way(_needs_grid, lambda tuned: _on_grid),
+    "dithered": Way(_needs_grid, lambda tuned: _dither),
+    "compensated": Way(
+        _needs_grid_and_data, lambda tuned: compensating(tuned.model, tuned.calibration or [])
+    ),
+}
+AUTO = ("nearest", "dithered", "compensated")
+"""What is tried, from the cheapest on. Not "grid": the base's own weights are nearest to nearly all
+merged ones."""
