@@ -656,7 +656,10 @@ def matrix_page(known: registry.Registry) -> str:
             "*Declared* is what backends and adapters say about themselves, for a CPU and default "
             "options; `quantadapt plan` goes by it. *Verified* is what the conformance suite "
             "found, where and with which versions. `quantadapt matrix` prints the same for your "
-            "installation, and `quantadapt matrix --verify` finds it out for your machine.",
+            "installation, and `quantadapt matrix --verify` finds it out for your machine. "
+            "*requantize* means that merged weights may be quantized again; what a merge keeps of "
+            "the gain depends on how far the adapter moved, so each one is measured, and written "
+            "only if it keeps `export.min_gain`.",
             text,
         ]
     )

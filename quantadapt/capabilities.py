@@ -30,7 +30,8 @@ class Merge(IntEnum):
     DENSE = 1
     """Merge into the dequantized weights and keep those dense."""
     REQUANTIZE = 2
-    """As DENSE, and on request quantize the merged weights again with the same options."""
+    """As DENSE, and on request quantize the merged weights again with the same options. How much of
+    what was learned that keeps is measured for each merge, see `export.min_gain`."""
 
     @property
     def words(self) -> str:

@@ -261,9 +261,9 @@ class ExportSpec(_Strict):
     rounding: Rounding = Field(
         "auto",
         description="how such a model is rounded: nearest (as the backend quantizes), grid "
-        "(nearest, with the scales of the base), dithered (with those, so that changes below a step "
-        "are kept on the whole), compensated (layers make up for their errors, on data); auto: the "
-        "first but grid that keeps min_gain",
+        "(nearest, with the scales of the base), dithered (with those, so that changes below a "
+        "step are kept on the whole), compensated (layers make up for their errors, on data); "
+        "auto: the first but grid that keeps min_gain",
     )
     formats: list[FormatSpec] = Field(
         default_factory=list,

@@ -19,15 +19,20 @@ import quantadapt as qa
 from quantadapt import cli, demo
 from quantadapt.errors import DataError, MergeRefused, PlanRefused, SpecError
 from quantadapt.evaluation import Gain, TokenLosses, token_losses
+from quantadapt.exporting.rounding import WAYS
 from quantadapt.exporting.stage import export
 from quantadapt.exporting.tuned import Tuned
+from quantadapt.facade import linear_facades
 from quantadapt.folders.run_folder import MARKER
 from quantadapt.planning.exports import export_of
+from quantadapt.spec import Rounding
 from quantadapt.stages import held_out_data
 from quantadapt.testing.small_demo import small_model
 
 TRAIN = {"max_steps": 8, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
 """On hqq with 4 bits, this moves weights less than its steps."""
+NEAREST = {"rounding": "nearest"}
+"""Which takes that away again."""
 
 
 @torch.no_grad()
@@ -70,7 +75,8 @@ def folder(trained, tmp_path_factory) -> Path:
 def written(trained, data, tmp_path_factory) -> tuple[dict[str, Any], Path]:
     """A merge that takes whatever is kept."""
     folder = tmp_path_factory.mktemp("written")
-    return qa.merge(trained, folder, kind="requantize", data=data, min_gain=0), folder / "merged"
+    given = {"data": data, "min_gain": 0, **NEAREST}
+    return qa.merge(trained, folder, kind="requantize", **given), folder / "merged"
 
 
 def test_the_gain_is_that_of_plain_losses(trained, data, written) -> None:
@@ -87,7 +93,7 @@ def test_the_gain_is_that_of_plain_losses(trained, data, written) -> None:
 
 def test_too_little_is_refused_and_nothing_written(trained, data, written, tmp_path) -> None:
     with pytest.raises(MergeRefused, match="quantized again, the model keeps") as refused:
-        qa.merge(trained, tmp_path, kind="requantize", data=data)
+        qa.merge(trained, tmp_path, kind="requantize", data=data, **NEAREST)
     (problem,) = refused.value.problems
     assert problem.rule == "merge-keeps-the-gain"
     assert f"keeps {written[0]['gain_kept']:.0%} of the gain" in problem.what
@@ -100,7 +106,8 @@ def test_too_little_is_refused_and_nothing_written(trained, data, written, tmp_p
 
 def test_a_lower_min_gain_takes_it(trained, data, written, tmp_path) -> None:
     less = written[0]["gain_kept"] - 0.001
-    found = qa.merge(trained, tmp_path, kind="requantize", data=data, min_gain=max(less, 1e-9))
+    given = {"data": data, "min_gain": max(less, 1e-9), **NEAREST}
+    found = qa.merge(trained, tmp_path, kind="requantize", **given)
     assert found["gain_kept"] == written[0]["gain_kept"]
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
@@ -123,12 +130,13 @@ def test_the_command_refuses_it_too(folder, tmp_path, capsys) -> None:
         out, err = capsys.readouterr()
         return int(ended.value.code or 0), " ".join((out + err).split())
 
-    code, said = call("--output", tmp_path / "out")
+    code, said = call("--output", tmp_path / "out", "--rounding", "nearest")
     assert code == 2
-    assert "less than 90% [rule merge-keeps-the-gain]" in said
+    assert "less than 90%; rounding nearest [rule merge-keeps-the-gain]" in said
     assert not (tmp_path / "out" / "merged").exists()
-    code, said = call("--output", tmp_path / "out", "--min-gain", 0)
+    code, said = call("--output", tmp_path / "out")
     assert (code, " of the gain of " in said) == (0, True), said
+    assert "rounding dithered (keeping: nearest" in said
     for wrong in (2, -0.1, "nan"):
         code, said = call("--output", tmp_path / "new", "--min-gain", wrong)
         assert (code, "export.min_gain" in said) == (2, True)
@@ -140,7 +148,7 @@ def test_a_run_ends_well_and_tells_it(tmp_path) -> None:
         backend="hqq",
         train=TRAIN,
         evaluate={"max_examples": 12, "samples": 0, "unquantized": False},
-        export={"merge": "requantize"},
+        export={"merge": "requantize", **NEAREST},
         output=str(tmp_path / "run"),
     )
     result = qa.run(spec, verbose=False)
@@ -185,7 +193,7 @@ def test_a_gain_that_may_be_chance_refuses_nothing(tmp_path) -> None:
 def test_what_predicts_no_tokens_has_no_gain(tmp_path) -> None:
     model = tuned(classifier(tmp_path / "base"), "hqq")
     found = qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT)
-    assert set(found) == {"kind", "error"}
+    assert set(found) == {"kind", "rounding", "error"}
 
 
 @pytest.mark.parametrize(
@@ -245,6 +253,70 @@ def test_losses_are_those_of_transformers_forward(trained, data) -> None:
     assert sorted(found.nats.tolist()) == pytest.approx(
         sorted(loss for losses in expected for loss in losses), abs=1e-5
     )
+
+
+# Ways to round --------------------------------------------------------------------------------
+
+
+def test_there_is_a_way_for_each_word() -> None:
+    from typing import get_args
+
+    assert {"auto", *WAYS} == set(get_args(Rounding))
+
+
+@pytest.mark.parametrize("way", ["grid", "dithered", "compensated"])
+def test_ways_keep_the_scales_of_the_base(way, trained, data, tmp_path) -> None:
+    """What they keep is again that of plain losses, of the files."""
+    shown = str(demo.TRAIN_FILE)
+    given = {"data": data, "calibration": shown, "min_gain": 0, "rounding": way}
+    found = qa.merge(trained, tmp_path, kind="requantize", **given)
+    merged, base = qa.load(tmp_path / "merged"), qa.quantize(str(small_model()), "hqq")
+    for name, facade in linear_facades(merged):
+        scales, before = (m.get_submodule(name).vendor.meta for m in (merged, base))
+        assert torch.equal(scales["scale"], before["scale"])
+        assert torch.equal(scales["zero"], before["zero"])
+        assert facade.has_grid
+    before, after, kept = (mean(nats(model, data)) for model in (base, trained, merged))
+    assert found["gain_kept"] == pytest.approx((before - kept) / (before - after), abs=1e-5)
+    assert found["gain_kept"] > {"grid": -0.1, "dithered": 0.9, "compensated": 0.6}[way]
+    assert json.loads((tmp_path / "merged" / "quantadapt.json").read_text())["rounding"] == {
+        "way": way,
+        "kept": {},
+        "left_out": {},
+    }
+
+
+def test_the_first_way_that_keeps_enough_is_taken(trained, data, written, tmp_path) -> None:
+    found = qa.merge(trained, tmp_path, kind="requantize", data=data)
+    assert found["rounding"] == "dithered"
+    assert found["kept_nearest"] == pytest.approx(written[0]["gain_kept"], abs=1e-5)
+    assert found["kept_dithered"] == pytest.approx(found["gain_kept"], abs=1e-5)
+    assert found["gain_kept"] >= 0.9
+
+
+def test_where_none_keeps_enough_the_best_is_told(trained, data, tmp_path) -> None:
+    with pytest.raises(MergeRefused, match="compensated was left out: it needs data") as refused:
+        qa.merge(trained, tmp_path, kind="requantize", data=data, min_gain=1)
+    assert "rounding dithered (keeping: nearest" in str(refused.value)
+
+
+@pytest.mark.parametrize("given", [{"rounding": "best"}, {"rounding": 4}, {"rounding": None}])
+def test_ways_that_are_none(given, trained, data, tmp_path) -> None:
+    with pytest.raises(PlanRefused, match=r"export.rounding: .*(.|\n)*'nearest', 'grid'"):
+        qa.merge(trained, tmp_path, kind="requantize", data=data, **given)
+    with pytest.raises(SpecError, match=r"export.rounding"):
+        qa.Spec(export={"merge": "requantize", **given})
+
+
+def test_a_way_without_data_or_grid(trained, data, tmp_path) -> None:
+    with pytest.raises(MergeRefused, match=r"needs data(.|\n)*--calibration FILE"):
+        qa.merge(trained, tmp_path, kind="requantize", data=data, rounding="compensated")
+    wanted = qa.Spec(backend="none", export={"merge": "requantize", "rounding": "dithered"})
+    with pytest.raises(PlanRefused, match=r"rounding-grid"):
+        qa.plan(wanted)
+    model = qa.attach(qa.quantize(str(small_model()), "none"), "lora", r=2)
+    with pytest.raises(MergeRefused, match="not known what values"):
+        qa.merge(model, tmp_path, kind="requantize", data=data, rounding="grid")
 
 
 # What is wrong --------------------------------------------------------------------------------

@@ -164,6 +164,15 @@ class SpecFlags:
             rich_help_panel=_WHERE,
         ),
     ] = None
+    rounding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WAY",
+            help="With --merge requantize: nearest, grid, dithered, compensated, or auto.",
+            show_default="auto",
+            rich_help_panel=_WHERE,
+        ),
+    ] = None
     device: DeviceOption = None
     dtype: DtypeOption = None
     trust_remote_code: TrustOption = False
@@ -244,6 +253,7 @@ _KEYS = {
     "overwrite": "overwrite",
     "merge": "export.merge",
     "min_gain": "export.min_gain",
+    "rounding": "export.rounding",
     "device": "device",
     "dtype": "dtype",
     "trust_remote_code": "trust_remote_code",

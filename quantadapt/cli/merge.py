@@ -93,6 +93,7 @@ def merge(
     shard.
     """
     with session(as_json=json) as shown, trusting(trust_remote_code):
+        from ..exporting.manifest import read_manifest
         from ..planning.exports import MERGES, export_of
         from ..planning.on_disk import check_model
         from .models import check_export, checked_output, inputs_of
@@ -117,6 +118,8 @@ def merge(
         )
         if json:
             kinds = {"kind": kind} if onto is None else {"kind": "onto", "base": onto}
+            if name == MERGES["requantize"]:
+                kinds["rounding"] = read_manifest(final)["rounding"]["way"]
             values = {name: figure.value for name, figure in figures.items()}
             shown.print_json({"path": str(final), **kinds, **values})
             return

@@ -78,13 +78,15 @@ def _asked(tuned: Tuned, name: str) -> Rounded:
 
 def _first_that_keeps(tuned: Tuned, least: float) -> Rounded:
     kept: dict[str, float] = {}
-    reasons = {name: WAYS[name].why_not(tuned) for name in AUTO}
-    left_out = {name: why for name, why in reasons.items() if why}
+    left_out: dict[str, str] = {}
     best: tuple[float, str, nn.Module] | None = None
-    for name in (name for name in AUTO if name not in left_out):
+    for name in AUTO_CALIBRATED if state_of(tuned.model).backend.calibration else AUTO:
+        if why := WAYS[name].why_not(tuned):
+            left_out[name] = why
+            continue
         model = WAYS[name].merged(tuned)
         if tuned.gain is None or not tuned.gain.is_sure:
-            return Rounded(model, name, kept, left_out)
+            return Rounded(model, name)
         kept[name] = tuned.gain_kept(model) or 0.0
         if best is None or kept[name] > best[0]:
             best = kept[name], name, model
@@ -92,8 +94,8 @@ def _first_that_keeps(tuned: Tuned, least: float) -> Rounded:
         if kept[name] >= least:
             break
     if best is None:
-        name, why = next(iter(left_out.items()))
-        raise MergeRefused([Problem(f"{name}: {why}", _REMEDY.get(why, ""), "export.rounding")])
+        whys = {why: _REMEDY.get(why, "merge dense") for why in left_out.values()}
+        raise MergeRefused([Problem(why, fix, "export.rounding") for why, fix in whys.items()])
     return Rounded(best[2], best[1], kept, left_out)
 
 
@@ -139,3 +141,5 @@ WAYS: dict[str, Way] = {
 AUTO = ("nearest", "dithered", "compensated")
 """What is tried, from the cheapest on. Not "grid": the base's own weights are nearest to nearly all
 merged ones."""
+AUTO_CALIBRATED = ("dithered", "compensated", "nearest")
+"""The same where the backend calibrates: as it quantizes, all of the model is made anew."""

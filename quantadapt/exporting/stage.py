@@ -32,7 +32,7 @@ from ..showing.quietly import quiet
 from ..spec import MinGain, Rounding
 from ..stages import held_out_data
 from .kept import KEPT, merge_words, refuse_little, rounding_problems, rounding_words
-from .manifest import MANIFEST, MERGED, write_manifest
+from .manifest import MANIFEST, MERGED, read_manifest, write_manifest
 from .saving import AdapterFolder, load
 from .tuned import Tuned, memory_in_words
 
@@ -282,7 +282,8 @@ class MergedRequantized(_Merged):
 
     @property
     def planned(self) -> str:
-        return "merged model, quantized again"
+        way = "" if self.rounding == "auto" else f", rounding {self.rounding}"
+        return f"merged model, quantized again{way}"
 
 
 @in_turn
@@ -328,7 +329,7 @@ def merge(
         what was written is not what was merged.
     """
     state = state_of(model)
-    check_merge(state, kind)
+    adapter = check_merge(state, kind)
     shown = calibration is not None
     tuned = Tuned(
         model,
@@ -336,13 +337,18 @@ def merge(
         examples=(lambda own: examples_from(calibration, tokenizer or own)) if shown else None,
     )
     exporter = export_of(MERGES[kind], options).exporter
-    found = write(exporter, tuned, Path(path).expanduser() / exporter.folder, overwrite=overwrite)
-    return {"kind": kind, **{name: figure.value for name, figure in found.items()}}
+    if found := [*exporter.refusals(state.cell, state.backend, adapter)]:
+        raise MergeRefused(found)
+    final = Path(path).expanduser() / exporter.folder
+    figures = write(exporter, tuned, final, overwrite=overwrite)
+    known = {"rounding": read_manifest(final)["rounding"]["way"]} if kind == "requantize" else {}
+    return {"kind": kind, **known, **{name: figure.value for name, figure in figures.items()}}
 
 
-def check_merge(state: ModelState, kind: MergeKind) -> None:
-    """Raise MergeRefused where a rule forbids this merge."""
+def check_merge(state: ModelState, kind: MergeKind) -> Adapter:
+    """Return the adapter to merge. Raises MergeRefused where a rule forbids this merge."""
     if state.adapter is None:
         raise MergeRefused([Problem("there is no adapter to merge", "attach and train one first")])
     if found := planning.merge_refusals(state.cell, state.backend, state.adapter, kind):
         raise MergeRefused(found)
+    return state.adapter

@@ -1,0 +1,83 @@
+"""What a merge that is quantized again keeps of the gain, by the way its weights are rounded.
+
+    python benchmarks/merging.py [--steps 60] [--rates 1e-4 5e-4] [--only hqq] [--device cpu]
+
+The bundled demo, LoRA with its defaults, one training for each row; gains are in nats per token on
+the demo's held-out data, against the quantized base. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from typing import Any
+
+import torch
+from versions import versions
+
+import quantadapt as qa
+from quantadapt.exporting.rounding import WAYS
+from quantadapt.exporting.tuned import Tuned
+from quantadapt.stages import held_out_data
+
+ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("hqq", {"bits": 4}),
+    ("hqq", {"bits": 3}),
+    ("hqq", {"bits": 2}),
+    ("bnb-nf4", {}),
+    ("bnb-int8", {}),
+    ("torchao-int4", {}),
+    ("torchao-int8", {}),
+    ("torchao-intx", {"bits": 3}),
+    ("torchao-fp8", {}),
+    ("quanto", {"weights": "int4"}),
+    ("eetq", {}),
+    ("gptq", {"bits": 4, "group_size": 64}),
+    ("awq", {"group_size": 64}),
+    ("autoround", {"bits": 4, "group_size": 64, "iters": 20}),
+)
+SHOWN = ("nearest", "grid", "dithered", "compensated")
+
+
+def row(backend: str, options: dict[str, Any], rate: float, steps: int, device: str) -> str:
+    """Train, merge in each way, and return a row of Markdown."""
+    model = qa.attach(qa.quantize(None, backend, device=device, **options), "lora")
+    qa.train(model, max_steps=steps, learning_rate=rate, verbose=False)
+    tuned = Tuned(model, data=lambda tokenizer: held_out_data(None, tokenizer))
+    gain = tuned.gain
+    assert gain is not None
+    cells = []
+    for name in SHOWN:
+        way = WAYS[name]
+        if way.why_not(tuned):
+            cells.append("")
+            continue
+        started = time.perf_counter()
+        kept = tuned.gain_kept(way.merged(tuned))
+        seconds = time.perf_counter() - started
+        cells.append("" if kept is None else f"{kept:.0%} ({seconds:.0f} s)")
+    label = ", ".join([backend, *(f"{value}" for value in options.values())])
+    return f"| {label} | {rate:g} | {gain.value:.2f} ± {gain.error:.2f} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 5e-4])
+    parser.add_argument("--only", nargs="+", help="backends, by name")
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    print(f"| backend | learning rate | gain, nats per token | {' | '.join(SHOWN)} |")
+    print(f"| --- | ---: | ---: |{' ---: |' * len(SHOWN)}", flush=True)
+    for backend, options in ROWS:
+        for rate in given.rates if not given.only or backend in given.only else ():
+            print(row(backend, options, rate, given.steps, given.device), flush=True)
+    where = torch.cuda.get_device_name() if given.device == "cuda" else platform.processor()
+    made = versions("torch", "transformers", "peft", "hqq", "bitsandbytes", "torchao")
+    print(f"\n{given.steps} steps, {where}, {torch.get_num_threads()} threads; {made}")
+
+
+if __name__ == "__main__":
+    main()
