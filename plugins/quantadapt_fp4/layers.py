@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quantadapt.compiling import one_kernel
 from quantadapt.errors import ModelError
-from quantadapt.protocols import LayerwiseTarget
+from quantadapt.protocols import CodebookGrid, LayerwiseTarget, twin
 
 from .arithmetic import (
     E8M0_NAN,
@@ -21,8 +21,8 @@ from .arithmetic import (
     mx_steps,
     nv_dequantize,
     nv_steps,
-    on_steps,
     pack,
+    values_of,
 )
 
 PACKED, SCALE, GLOBAL = "weight_packed", "weight_scale", "weight_global_scale"
@@ -65,12 +65,6 @@ class FP4Linear(nn.Module):
         _, *scales = self.packed
         return nv_steps(*scales) if len(scales) > 1 else mx_steps(*scales)
 
-    def with_weight(self, weight: Tensor) -> FP4Linear:
-        """Return a layer with the same scales that holds `weight` as nearly as they allow."""
-        tensors = {PACKED: pack(on_steps(weight, self.steps))}
-        tensors |= {name: getattr(self, name) for name in self._buffers if name != PACKED}
-        return FP4Linear(tensors, self.bias).train(self.training)
-
     def dequantize(self) -> Tensor:
         """Return the weight, float32 [out_features, in_features]."""
         function = nv_dequantize if len(self.packed) > 2 else mx_dequantize
@@ -104,6 +98,20 @@ class FP4Target(LayerwiseTarget):
         layer: Any = module
         found: Tensor = layer.dequantize()
         return found
+
+    def grid(self, module: nn.Module) -> CodebookGrid:
+        layer: Any = module
+        steps: Tensor = layer.steps
+        codes = torch.arange(16, dtype=torch.uint8, device=steps.device)
+        return CodebookGrid(
+            scale=steps, group_size=layer.block, dtype=steps.dtype, levels=values_of(codes)
+        )
+
+    def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        vendor = twin(module)
+        vendor.weight_packed = pack(self.grid(module).codes(weight).to(torch.uint8))
+        repacked: nn.Module = vendor
+        return repacked
 
 
 def join_rows(layers: list[Any]) -> FP4Linear:
