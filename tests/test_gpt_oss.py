@@ -34,7 +34,6 @@ CONFIG = {
     ],
 }
 """As openai/gpt-oss-20b has it."""
-DATA = {"data": {"path": "demo"}}
 
 
 @pytest.fixture(scope="session")
@@ -149,14 +148,42 @@ def test_others_quantize_what_the_codes_stand_for(
 
 
 def test_a_plan_says_which_backend_keeps_them(released: Path) -> None:
-    spec = Spec(model=str(released), data=DATA["data"])
-    made = plan(spec, check_output=False)
+    data = {"path": str(qa.demo.TRAIN_FILE)}
+    made = plan(Spec(model=str(released), data=data), check_output=False)
     assert not made.adopt
     assert "--backend mxfp4 keeps it" in " ".join(made.notes)
-    spec = Spec(model=str(released), data=DATA["data"], backend={"name": "mxfp4"})
+    spec = Spec(
+        model=str(released), data={"path": str(qa.demo.TRAIN_FILE)}, backend={"name": "mxfp4"}
+    )
     made = plan(spec, check_output=False)
     assert made.adopt
     assert "loaded as it is" in " ".join(made.notes)
+
+
+def test_a_plan_counts_what_is_dense_in_the_release(tmp_path: Path) -> None:
+    """gpt-oss-20b: experts at 4.25 bits, attention in bfloat16; all at 4.25 where all is quantized.
+    All-linear is what is quantized."""
+    sizes = {"num_local_experts": 32, "num_experts_per_tok": 4, "head_dim": 64}
+    GptOssConfig(num_hidden_layers=24, **sizes).save_pretrained(tmp_path)
+    attention = 2880 * (64 + 8 + 8 + 64) * 64
+    experts = 32 * 3 * 2880 * 2880
+    file = tmp_path / "config.json"
+    held = json.loads(file.read_text()) | {"dtype": "bfloat16"}
+    by_layer = [f"model.layers.{n}.self_attn.{p}_proj" for n in range(24) for p in "qkvo"]
+    lists = {"": [], "modules_to_not_convert": CONFIG["modules_to_not_convert"], "ignore": by_layer}
+    for key, names in lists.items():
+        config = held | ({"quantization_config": {**CONFIG, key: names}} if key else {})
+        file.write_text(json.dumps(config))
+        spec = Spec(
+            model=str(tmp_path), backend={"name": "mxfp4"}, data={"path": str(qa.demo.TRAIN_FILE)}
+        )
+        made = plan(spec, check_output=False, cards=[80], weights=False)
+        assert made.adopt == bool(key)
+        work = made.memory.work
+        bits = 16 if key else 4.25
+        wanted = 24 * (attention * bits + experts * 4.25) / 8
+        assert work.quantized_bytes == pytest.approx(wanted, rel=1e-3)
+        assert ("q_proj" in work.targets) == (not key)
 
 
 # By mxfp4 ----------------------------------------------------------------------------------------
