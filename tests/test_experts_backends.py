@@ -98,6 +98,8 @@ LAYERWISE: dict[str, dict[str, Any]] = {
     "quanto int2": {"weights": "int2"},
     "quanto float8": {"weights": "float8"},
     "eetq": {},
+    "mxfp4": {},
+    "nvfp4": {},
     "inc": {"method": "rtn", "group_size": 32},
 }
 TOGETHER = ("hqq", "bnb-nf4 nested")
@@ -443,6 +445,8 @@ ONE_BY_ONE: dict[str, dict[str, Any]] = {
     "bnb-nf4": {},
     "bnb-fp4": {"double_quant": False},
     "bnb-int8": {},
+    "mxfp4": {},
+    "nvfp4": {},
 }
 
 
@@ -512,48 +516,3 @@ def test_experts_in_orders_of_their_own_are_refused(folder: Any, tmp_path: Path)
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(QuantadaptError, match="desc_act: false"):
         qa.quantize(tmp_path / "base", backend="gptq")
-
-
-# MXFP4 -----------------------------------------------------------------------------------------
-
-FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
-
-
-def _in_mxfp4(source: str, path: Path) -> str:
-    """Write a gpt-oss whose experts are stored as it was released: random codes; and beside it, as
-    `dense`, what they stand for. Return the path of the latter."""
-    generator = torch.Generator().manual_seed(0)
-    tensors, dense = {}, {}
-    for name, tensor in load_file(f"{source}/model.safetensors").items():
-        if not re.search(r"experts\.\w+_proj$", name):
-            tensors[name] = dense[name] = tensor
-            continue
-        experts, inputs, outputs = tensor.shape
-        groups = experts, outputs, inputs // 32
-        blocks = torch.randint(0, 256, (*groups, 16), generator=generator, dtype=torch.uint8)
-        scales = torch.randint(120, 125, groups, generator=generator, dtype=torch.uint8)
-        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
-        weight = FP4[codes.long()] * 2.0 ** (scales.float() - 127)[..., None]
-        dense[name] = weight.flatten(-2).transpose(1, 2).contiguous()
-    config = json.loads(Path(source, "config.json").read_text())
-    for folder, held in ((path / "dense", dense), (path / "released", tensors)):
-        folder.mkdir(parents=True)
-        save_file(held, folder / "model.safetensors", {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config))
-        config |= {"quantization_config": {"quant_method": "mxfp4"}}
-    return str(path / "dense")
-
-
-@pytest.mark.parametrize(
-    ("backend", "options"),
-    [("hqq", {}), ("bnb-nf4", {}), ("none", {}), ("gptq", {"group_size": 32})],
-)
-def test_experts_in_mxfp4_are_read(backend: str, options: Any, folder: Any, tmp_path: Path) -> None:
-    """They are quantized as those of the dense checkpoint that holds the same numbers."""
-    dense = _in_mxfp4(folder("gpt-oss"), tmp_path)
-    shown = {"calibration": examples(2)} if backend == "gptq" else {}
-    released = qa.quantize(tmp_path / "released", backend=backend, **shown, **options)
-    wanted = qa.quantize(dense, backend=backend, **shown, **options)
-    assert torch.equal(logits(released), logits(wanted))
-    assert not hasattr(released.config, "quantization_config")

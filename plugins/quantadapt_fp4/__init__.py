@@ -76,13 +76,9 @@ class _FP4(LayerwiseQuantizer):
         return FP4Linear(self._quantized(linear.weight.detach()), linear.bias)
 
     def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
-        from .layers import GLOBAL, PACKED, SCALE, FP4Linear, check_scales
+        from .layers import FP4Linear, tensors_of
 
-        rows = linear.out_features
-        tensors = {name: state[name].reshape(rows, -1) for name in (PACKED, SCALE)}
-        if self.block == NV_BLOCK:
-            tensors[GLOBAL] = state[GLOBAL].reshape(-1)
-        check_scales(tensors, rows, linear.in_features // self.block)
+        tensors = tensors_of(state, linear.out_features, linear.in_features, self.block)
         bias = state["bias"].to(linear.weight.dtype) if "bias" in state else None
         return FP4Linear(tensors, bias)
 

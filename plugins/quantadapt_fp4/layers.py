@@ -10,21 +10,24 @@ from torch import Tensor, nn
 
 from quantadapt.compiling import one_kernel
 from quantadapt.errors import ModelError
-from quantadapt.protocols import LayerwiseTarget
+from quantadapt.protocols import CodebookGrid, LayerwiseTarget, twin
 
 from .arithmetic import (
     E8M0_NAN,
+    MX_BLOCK,
+    NV_BLOCK,
     joined,
     mx_dequantize,
     mx_steps,
     nv_dequantize,
     nv_steps,
-    on_steps,
     pack,
+    values_of,
 )
 
 PACKED, SCALE, GLOBAL = "weight_packed", "weight_scale", "weight_global_scale"
 """What the tensors of a layer are called, as in checkpoints of compressed-tensors."""
+_SCALES = {MX_BLOCK: torch.uint8, NV_BLOCK: torch.float8_e4m3fn}
 
 
 class FP4Linear(nn.Module):
@@ -62,12 +65,6 @@ class FP4Linear(nn.Module):
         _, *scales = self.packed
         return nv_steps(*scales) if len(scales) > 1 else mx_steps(*scales)
 
-    def with_weight(self, weight: Tensor) -> FP4Linear:
-        """Return a layer with the same scales that holds `weight` as nearly as they allow."""
-        tensors = {PACKED: pack(on_steps(weight, self.steps))}
-        tensors |= {name: getattr(self, name) for name in self._buffers if name != PACKED}
-        return FP4Linear(tensors, self.bias).train(self.training)
-
     def dequantize(self) -> Tensor:
         """Return the weight, float32 [out_features, in_features]."""
         function = nv_dequantize if len(self.packed) > 2 else mx_dequantize
@@ -102,6 +99,20 @@ class FP4Target(LayerwiseTarget):
         found: Tensor = layer.dequantize()
         return found
 
+    def grid(self, module: nn.Module) -> CodebookGrid:
+        layer: Any = module
+        steps: Tensor = layer.steps
+        codes = torch.arange(16, dtype=torch.uint8, device=steps.device)
+        return CodebookGrid(
+            scale=steps, group_size=layer.block, dtype=steps.dtype, levels=values_of(codes)
+        )
+
+    def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        vendor = twin(module)
+        vendor.weight_packed = pack(self.grid(module).codes(weight).to(torch.uint8))
+        repacked: nn.Module = vendor
+        return repacked
+
 
 def join_rows(layers: list[Any]) -> FP4Linear:
     """Return one layer that holds the rows of all `layers`."""
@@ -117,16 +128,28 @@ def join_rows(layers: list[Any]) -> FP4Linear:
     return FP4Linear(tensors, None)
 
 
-def check_scales(tensors: dict[str, Tensor], rows: int, blocks: int) -> None:
-    """Raise ModelError where the scales that a checkpoint holds for a layer are not those of so
-    many rows and blocks, or no numbers."""
-    shape, wanted = tuple(tensors[SCALE].shape), (rows, blocks)
-    if shape != wanted:
-        raise ModelError(f"its {SCALE} is of {shape}, its config wants {wanted}")
-    if tensors[SCALE].dtype == torch.uint8 and bool((tensors[SCALE] == E8M0_NAN).any()):
+def tensors_of(state: dict[str, Tensor], rows: int, columns: int, block: int) -> dict[str, Tensor]:
+    """Return the tensors of a layer of `rows` x `columns` from what a checkpoint holds for it, in
+    whatever shape.
+
+    Raises:
+        KeyError, RuntimeError: one is missing, or of another size. ModelError: they are others.
+    """
+    found = {name: state[name].reshape(rows, -1) for name in (PACKED, SCALE)}
+    if block == NV_BLOCK:
+        found[GLOBAL] = state[GLOBAL].reshape(-1)
+    elif found[SCALE].dtype == torch.float8_e8m0fnu:
+        found[SCALE] = found[SCALE].view(torch.uint8)
+    kinds = {PACKED: torch.uint8, SCALE: _SCALES[block], GLOBAL: torch.float32}
+    for name, tensor in found.items():
+        if tensor.dtype != kinds[name]:
+            raise ModelError(f"its {name} is of {tensor.dtype}, not {kinds[name]}")
+    if (shape := tuple(found[SCALE].shape)) != (rows, columns // block):
+        raise ModelError(f"its {SCALE} is of {shape}, its config wants {(rows, columns // block)}")
+    if block == MX_BLOCK and bool((found[SCALE] == E8M0_NAN).any()):
         raise ModelError(f"its {SCALE} holds values that are no numbers (255)")
-    if (common := tensors.get(GLOBAL)) is not None:
-        if common.numel() not in (1, rows):
-            raise ModelError(f"its {GLOBAL} has {common.numel()} numbers, not 1")
-        if not bool((common > 0).all()):
-            raise ModelError(f"its {GLOBAL} holds numbers that are not above 0")
+    if block == NV_BLOCK and found[GLOBAL].numel() not in (1, rows):
+        raise ModelError(f"its {GLOBAL} has {found[GLOBAL].numel()} numbers, not 1")
+    if block == NV_BLOCK and not bool((found[GLOBAL] > 0).all()):
+        raise ModelError(f"its {GLOBAL} is not above 0")
+    return found

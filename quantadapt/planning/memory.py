@@ -19,6 +19,7 @@ from ..memory.workload import CONTEXT, GIB, Setting, Workload, card_for, usable
 from ..protocols import Quantizer, Task
 from ..records import Adapter
 from ..spec import Spec
+from .on_disk import quantization_in
 
 ERROR = 0.1
 """How far predictions may be off: a run is refused only where it cannot fit all the same."""
@@ -29,6 +30,8 @@ MERGE_IN_LESS = (
 )
 """What to do where a GPU does not hold a merged model beside the model."""
 
+_NOT_CONVERTED = ("modules_to_not_convert", "ignore", "skip_modules", "llm_int8_skip_modules")
+"""What lists of the layers that are not quantized are called in `quantization_config`."""
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 UNFUSED = (
     *("lora_bias", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
@@ -243,6 +246,7 @@ def memory_plan(
     task: Task,
     *,
     dtype: str,
+    adopt: bool = False,
     unshared: Sequence[Problem] = (),
 ) -> MemoryPlan | None:
     """Return what training on a GPU needs; None where the architecture is not known or the
@@ -253,12 +257,14 @@ def memory_plan(
         options: the adapter's.
         task: the objective's options.
         dtype: compute dtype on the GPU.
+        adopt: whether the model is quantized already, as its config says.
         unshared: why several GPUs cannot share the base; empty if they can.
     """
     shape = Shape.of(config)
     if shape is None:
         return None
-    dense = _dense(spec, quantizer, shape)
+    left = _left_dense(spec, quantizer, shape, config if adopt else {})
+    dense = left if quantizer.quantizes_experts else (*left, *STACKS)
     bits = _bits(quantizer, shape, dense, dtype)
     if bits is None:
         return None
@@ -267,7 +273,7 @@ def memory_plan(
     work = Workload(
         shape=shape,
         bits=bits,
-        targets=_targets(shape, options, experts=adapter.experts),
+        targets=_targets(shape, options, left, experts=adapter.experts),
         rank=int(options.get("init_r") or options.get("r") or 0),
         optim=train.optim,
         dtype_bytes=_bytes(dtype),
@@ -298,17 +304,34 @@ def _is_unfused(options: Mapping[str, Any]) -> bool:
     return options.get("init_lora_weights") == "mica" or any(map(options.get, UNFUSED))
 
 
-def _dense(spec: Spec, quantizer: Quantizer, shape: Shape) -> tuple[str, ...]:
-    """Return the names of the linear layers that are not quantized."""
+def _left_dense(
+    spec: Spec, quantizer: Quantizer, shape: Shape, config: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Return the names of the linear layers that are left dense by name or size.
+
+    Args:
+        config: of a model that is quantized already; else empty.
+    """
     skipped = {skip.rpartition(".")[2] for skip in spec.skip_modules or ()}
-    left = () if quantizer.quantizes_experts else STACKS
+    skipped |= _not_converted(config, shape.layers)
     return tuple(
         name
         for name, size in _linears(shape).items()
-        if skipped & set(name.split("."))
-        or name in left
+        if skipped & {*name.split("."), _parent(name)}
         or (spec.skip_misfits and quantizer.misfit(*size))
     )
+
+
+def _not_converted(config: Mapping[str, Any], layers: int) -> set[str]:
+    """Return what is called alike in all decoder layers, and not quantized, as a checkpoint's
+    config.json has it."""
+    found: dict[str, set[str]] = {}
+    lists = [(quantization_in(config) or {}).get(key) for key in _NOT_CONVERTED]
+    for name in (str(name) for names in lists if isinstance(names, list) for name in names):
+        of_layer = re.search(r"\.(\d+)\.", name)
+        numbers = [of_layer[1]] if of_layer else map(str, range(layers))
+        found.setdefault(name.rpartition(".")[2], set()).update(numbers)
+    return {kind for kind, numbers in found.items() if len(numbers) >= layers}
 
 
 def _linears(shape: Shape) -> dict[str, tuple[int, int]]:
@@ -332,9 +355,12 @@ def _bits(
     return found
 
 
-def _targets(shape: Shape, options: Mapping[str, Any], *, experts: bool) -> tuple[str, ...]:
+def _targets(
+    shape: Shape, options: Mapping[str, Any], left: Sequence[str], *, experts: bool
+) -> tuple[str, ...]:
     """Return the linear layers that the adapter's options name; all of them where the names are
-    those of another architecture. Without `experts` the adapter goes onto none of those."""
+    those of another architecture. Without `experts` the adapter goes onto none of those; nor onto
+    layers that are `left` dense, unless it names them."""
     wanted, parameters = options.get("target_modules"), options.get("target_parameters") or ()
     names = tuple(name for name in _linears(shape) if experts or name not in STACKS)
     named = {name for name in names if name in STACKS and _ends_in(name, parameters)}
@@ -350,7 +376,7 @@ def _targets(shape: Shape, options: Mapping[str, Any], *, experts: bool) -> tupl
         of_stacks = {n for n in names if n in STACKS and rest & set(n.split("."))}
         found = tuple(name for name in names if name in of_layers | of_stacks | named)
     else:
-        found = names
+        found = tuple(name for name in names if name not in left)
     return found or names
 
 

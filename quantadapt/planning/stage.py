@@ -473,6 +473,7 @@ def _memory(draft: Draft, made: Plan, unshared: Sequence[Problem]) -> MemoryPlan
         made.adapter_options,
         made.task,
         dtype=made.dtype if on_gpu or made.spec.dtype != "auto" else "bfloat16",
+        adopt=made.adopt,
         unshared=unshared,
     )
     if memory is None:

@@ -54,7 +54,7 @@ WEIGHTS = {
     1: WeightTolerance(error=1.2, scale=0.6, again=0.05, merged=1.5),
     2: WeightTolerance(error=0.55, scale=0.03, again=0.05, merged=0.7),
     3: WeightTolerance(error=0.25, scale=0.01, again=0.05, merged=0.35),
-    4: WeightTolerance(error=0.15, scale=0.015, again=0.03, merged=0.2),
+    4: WeightTolerance(error=0.15, scale=0.018, again=0.03, merged=0.2),
     8: WeightTolerance(error=0.03, scale=0.003, again=0.01, merged=0.04),
     16: WeightTolerance(error=0.0, scale=1e-6, again=0.0, merged=1e-6),
 }
@@ -64,8 +64,8 @@ WEIGHTS = {
 #   1     hqq 1.1 (hqq only shifts its two levels)            0.55         2e-7
 #   2     hqq 0.46, torchao 0.48                              0.012        0.0043
 #   3     hqq 0.20, along axis 0 0.22, torchao 0.21           0.0027       0.0068
-#   4     hqq 0.092, axis 0 0.11, nf4 0.095, fp4 0.13, torchao 0.096
-#                                                             0.0082 (fp4) 0.015 (hqq)
+#   4     hqq 0.092, axis 0 0.11, nf4 0.095, fp4 0.13, torchao 0.096, nvfp4 0.088, mxfp4 0.114
+#                                                             0.015 (mxfp4) 0.015 (hqq)
 #   8     hqq 0.0054, bitsandbytes and torchao int8 0.0083, float8 0.026
 #                                                             0.001 (fp8)  0.004 (torchao int8)
 # `merged` is wider than `error`: sparse updates (waveft, 0.13 at 4 bits) leave outliers behind.
