@@ -155,15 +155,10 @@ class CompressedTensors(LayerwiseQuantizer):
         return super().load(path, device=device, dtype=dtype)
 
     def save(self, model: nn.Module, path: Path) -> None:
-        """Write experts one by one, as the library and vLLM have them, if files of the model's kind
-        do; what the caller says is written is written as it is."""
-        from quantadapt.loading.writing import being_written, written_now
-        from quantadapt_compressed_tensors.rows import by_expert
+        from quantadapt.loading.writing import experts_apart
+        from quantadapt_compressed_tensors.rows import split
 
-        options = dict(written_now()[1]) if written_now()[0] is model else {}
-        if options.get("state_dict") is None:
-            options["state_dict"] = by_expert(model)
-        with being_written(model, options):
+        with experts_apart(model, split):
             super().save(model, path)
 
     def join_rows(self, layers: list[nn.Module]) -> nn.Module:

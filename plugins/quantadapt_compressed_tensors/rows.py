@@ -173,24 +173,3 @@ def _of_one(own: Scheme, name: str, scale: Tensor, rows: int, columns: int) -> T
         return scale
     height = own.weights.block_structure[0]
     return scale[:: height // gcd(rows, height)].contiguous()
-
-
-def by_expert(model: nn.Module) -> Tensors | None:
-    """Return what the files of a model hold, its experts one by one, as checkpoints of its kind do;
-    None where it has no stacks that can be written so."""
-    from quantadapt.loading.packed import layers_by_expert
-    from quantadapt.model.experts import stacks_of
-
-    state: Tensors = {}
-    gone: list[str] = []
-    for module in model.modules():
-        for key, stack in stacks_of(module).items():
-            names, vendor = layers_by_expert(model, stack), module.get_submodule(key)
-            layers = split(getattr(vendor, "vendor", vendor), len(names)) if names else None
-            for name, layer in zip(names, layers or (), strict=bool(layers)):
-                state |= {f"{name}.{key}": tensor for key, tensor in tensors_of(layer).items()}
-            gone += [f"{stack.module}."] * bool(layers)
-    if not gone:
-        return None
-    rest = {n: t for n, t in model.state_dict().items() if not n.startswith(tuple(gone))}
-    return rest | state
