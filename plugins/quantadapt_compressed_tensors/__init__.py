@@ -137,6 +137,8 @@ class CompressedTensors(LayerwiseQuantizer):
         if others:
             what = "these config_groups are several, and nothing says which is for which layer"
             raise ModelError(what, fix="give one group, or a scheme", where=METHOD)
+        if misfit := scheme.misfit(linear.in_features, linear.out_features):
+            raise ModelError(misfit, fix="leave such layers dense: skip_misfits: true")
         vendor: Any = quantized(scheme, linear)
         for name, tensor in input_scales(scheme, linear).items():
             vendor.register_parameter(name, tensor)
