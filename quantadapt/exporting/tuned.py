@@ -104,7 +104,8 @@ class Tuned:
         from .merging import merged_model
 
         state = state_of(self.model)
-        if self.examples is not None and kind == "requantize" and state.backend.calibration:
+        calibrates = state.backend.calibration and state.quantizer.needs_data
+        if self.examples is not None and kind == "requantize" and calibrates:
             state.calibration = self.examples(self.tokenizer) or state.calibration
         with memory_in_words():
             return merged_model(self.model, kind)
