@@ -426,3 +426,21 @@ def test_a_checkpoint_without_a_tokenizer_is_loaded(small, tmp_path) -> None:
     (bare / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="its tokenizer cannot be loaded"):
         qa.quantize(str(bare), "hqq")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("backend", ["hqq", "quanto", "finegrained-fp8"])
+def test_a_head_that_stays_dense_is_no_packed_layer(
+    backend: str, dtype: str, tmp_path: Path
+) -> None:
+    """Its dtype says so, whichever a model computes in."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=64, tie_word_embeddings=False, **sizes)
+    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(tmp_path / "dense")
+    model = qa.quantize(str(tmp_path / "dense"), backend, dtype=dtype, device="cpu")
+    qa.save(model, tmp_path / "base")
+    again = qa.load(tmp_path / "base", device="cpu")
+    assert type(again.lm_head) is torch.nn.Linear
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)

@@ -33,8 +33,6 @@ ROUNDED = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
 """Nats per token (or the relative error of other answers), by compute dtype, that rounding alone
 may put between an adapter and the same merged into dense weights. On small models it is below
 1e-9, 3e-3 and 1e-4; an adapter that is lost, or a tensor that starts at random, is 0.1 and more."""
-ACTIVATIONS = 0.05
-"""The same where the base quantizes activations, which dense weights do not: int8 2e-5."""
 
 
 @dataclass(frozen=True)
@@ -125,15 +123,15 @@ def refuse_other(
         raise _wrong(f"read from its files the merged model is another one: {shown}{more}")
 
 
-def refuse_far(figures: Mapping[str, Figure], dtype: torch.dtype, *, activations: bool) -> None:
+def refuse_far(figures: Mapping[str, Figure], dtype: torch.dtype, *, activations: float) -> None:
     """Raise ModelError where a dense merged model does not answer as the adapter does.
 
     Args:
         figures: of `compared`.
         dtype: in which the adapter computes.
-        activations: whether its base quantizes activations.
+        activations: nats per token that quantizing these explains, 0 where the base does not.
     """
-    limit, (words, far) = max(ROUNDED.get(dtype, 1e-4), ACTIVATIONS * activations), _apart(figures)
+    limit, (words, far) = max(ROUNDED.get(dtype, 1e-4), activations), _apart(figures)
     if not far <= limit:
         what = f"the merged model does not answer as the adapter: {words} of {far:.2g}"
         raise _wrong(f"{what}, where rounding explains {limit:g}")

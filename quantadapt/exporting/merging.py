@@ -43,7 +43,8 @@ def merged_model(model: PeftModel, kind: MergeKind, write: Write | None = None) 
     """
     check_mergeable(model)
     state = state_of(model)
-    if kind == "requantize" and state.backend.calibration and write is None:
+    calibrates = state.backend.calibration and state.quantizer.needs_data
+    if kind == "requantize" and calibrates and write is None:
         return _quantized_whole(merged_model(model, "dense"), state)
     memo = {id(state.tokenizer): state.tokenizer}
     merged = _copied(model.get_base_model(), kind, memo, write).requires_grad_(False)

@@ -224,7 +224,7 @@ class _Opened:
             merged = written_model(self.kind, folder, unused=self.stored.unused, **options)
             found = compared(tuned, merged, data)
         dtype = self.stored.dtype(next(iter(self.stored.checkpoint.files)))
-        refuse_far(found, dtype, activations=False)
+        refuse_far(found, dtype, activations=0)
         return found
 
 

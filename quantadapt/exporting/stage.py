@@ -224,8 +224,9 @@ class MergedDense(_Merged):
     ) -> None:
         from .checking import refuse_far
 
-        activations = state.quantizer.target.quantizes_activations
-        refuse_far(figures, state.dtype, activations=activations)
+        target = state.quantizer.target
+        explained = target.activations_apart if target.quantizes_activations else 0
+        refuse_far(figures, state.dtype, activations=explained)
 
     @property
     def planned(self) -> str:

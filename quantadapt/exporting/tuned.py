@@ -117,7 +117,8 @@ class Tuned:
         from .merging import merged_model
 
         state = state_of(self.model)
-        if kind == "requantize" and state.backend.calibration:
+        calibrates = state.backend.calibration and state.quantizer.needs_data
+        if kind == "requantize" and calibrates:
             state.calibration = self.calibration
         with memory_in_words():
             return merged_model(self.model, kind, write)

@@ -22,6 +22,8 @@ from .mxfp4 import names_of
 from .reading import renaming
 from .tensors import local_folder
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
+"""What the weights of dense layers are in, by the names of safetensors."""
 BELONG = "check that config.json and the weights belong together, or download them again"
 
 
@@ -156,7 +158,7 @@ def _packed_state(
                 parents = accumulate(name.split("."), lambda parent, part: f"{parent}.{part}")
                 if layer := next((parent for parent in parents if parent in layers), None):
                     places.setdefault(layer, {})[name.removeprefix(f"{layer}.")] = file, key
-                    if opened.get_slice(key).get_dtype()[0] in "IUB":
+                    if opened.get_slice(key).get_dtype() not in _FLOATS:
                         coded.add(layer)
     state: dict[str, dict[str, Tensor]] = {
         layer: {}

@@ -1,12 +1,17 @@
 """Which model its backend is writing just now: `save_pretrained`, which asks a quantized model's
-backend to write it, is called by that in turn."""
+backend to write it, is called by that in turn. And quantized experts, one by one in its files."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Split = Callable[[nn.Module, int], Sequence[nn.Module] | None]
 
 _local = threading.local()
 
@@ -29,3 +34,41 @@ def being_written(model: Any, options: Mapping[str, Any] | None = None) -> Itera
         yield
     finally:
         _local.writing = before
+
+
+@contextmanager
+def experts_apart(model: nn.Module, split: Split) -> Iterator[None]:
+    """Inside, `model` is written with its quantized stacks taken apart, if the checkpoints of its
+    kind hold experts one by one: so others read it. What a caller of `save_pretrained` gave it to
+    write is written as it is.
+
+    Args:
+        model: with or without facades.
+        split: of a vendor's module and a number, makes as many layers of its rows, whose tensors
+            are named as in files; or None, where it cannot.
+    """
+    writing, options = written_now()
+    given = dict(options) if writing is model else {}
+    if given.get("state_dict") is None:
+        given["state_dict"] = _apart(model, split)
+    with being_written(model, given):
+        yield
+
+
+def _apart(model: Any, split: Split) -> dict[str, Tensor] | None:
+    """Return what is written of a model; None where no stack is taken apart."""
+    from ..model.experts import stacks_of
+    from .packed import layers_by_expert
+
+    state: dict[str, Tensor] = {}
+    gone: tuple[str, ...] = ()
+    for module in model.modules():
+        for key, stack in stacks_of(module).items():
+            names, vendor = layers_by_expert(model, stack), module.get_submodule(key)
+            layers = split(getattr(vendor, "vendor", vendor), len(names)) if names else None
+            for name, layer in zip(names, layers or (), strict=bool(layers)):
+                state |= {f"{name}.{part}": tensor for part, tensor in layer.state_dict().items()}
+            gone += (f"{stack.module}.",) * bool(layers)
+    if not gone:
+        return None
+    return {n: t for n, t in model.state_dict().items() if not n.startswith(gone)} | state

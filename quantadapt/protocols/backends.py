@@ -34,6 +34,10 @@ class AdapterTarget(Protocol):
     """False where training, unlike evaluation, leaves such a forward out and multiplies with the
     dequantized weight as elsewhere: adapters need not learn to live with a rounding so small."""
 
+    activations_apart: float = 0.05
+    """Nats per token that quantizing activations may put between a model and the same with dense
+    weights, which do not: int8 2e-5. A merged model that is further off is refused."""
+
     def matches(self, module: nn.Module) -> bool:
         """Say whether `module` is a quantized linear layer of this backend."""
         ...

@@ -223,7 +223,7 @@ class AdapterSuite(Suite):
         from ..facade import facades
         from ..quantizing.state import state_of
 
-        if adapter != bench.adapters_for("requantize")[0] or bench.record.calibration:
+        if adapter != bench.adapters_for("requantize")[0] or bench.plan.calibrates:
             return
         model = bench.attach(adapter, copy.deepcopy(bench.biased))
         biased = {_plain(name): facade.bias for name, facade in facades(model)}

@@ -246,7 +246,7 @@ class Bench:
             self.bits(),
             self.suite.dtype,
             quantizes_activations=target.quantizes_activations,
-            calibrates=self.record.calibration,
+            calibrates=self.plan.calibrates,
         )
 
     @property

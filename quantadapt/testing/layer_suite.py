@@ -86,7 +86,7 @@ class LayerSuite(Suite):
         fix = f"Does `dequantize` undo what `quantize_linear` did? {bench.bits_in_words()}"
         assert_within(max(errors), bench.tolerance.weight.error, what, fix)
         # Codebooks fitted by least squares shrink the weight by the square of their error.
-        fitted = max(errors) ** 2 if bench.record.calibration else 0.0
+        fitted = max(errors) ** 2 if bench.plan.calibrates else 0.0
         assert_within(off, bench.tolerance.weight.scale + fitted, _SCALE, _RESCALE)
 
     def test_one_kernel_gives_the_weight_bit_for_bit(self, bench: Bench) -> None:
@@ -202,7 +202,7 @@ class LayerSuite(Suite):
         from ..protocols import LayerwiseQuantizer
 
         quantizer = bench.plan.quantizer
-        if not isinstance(quantizer, LayerwiseQuantizer) or bench.record.calibration:
+        if not isinstance(quantizer, LayerwiseQuantizer) or bench.plan.calibrates:
             return
         for in_features, out_features in SIZES:
             error = _quantization_error(bench, quantizer, in_features, out_features)

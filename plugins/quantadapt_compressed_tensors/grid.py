@@ -1,0 +1,65 @@
+"""The values that the weights of a layer can take with the scales that it has."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from quantadapt.protocols import CodebookGrid, Grid, UniformGrid
+from quantadapt_compressed_tensors.layers import (
+    CompressedLinear,
+    grid_of,
+    scheme_of,
+    tensors_of,
+)
+from quantadapt_compressed_tensors.packing import unpack_fp4
+from quantadapt_compressed_tensors.rows import joined, repacked, split
+
+
+def values_of(module: nn.Module) -> Grid:
+    """Return the grid of a layer; its values are what `dequantize` gives, in float32."""
+    args, parts, order = scheme_of(module).weights, grid_of(module), tensors_of(module)
+    columns = int(module.in_features)  # type: ignore[arg-type]
+    rows = int(module.out_features)  # type: ignore[arg-type]
+    scale, zero = parts["weight_scale"], parts.get("weight_zero_point")
+    if (whole := parts.get("weight_global_scale")) is not None:
+        scale = scale / whole
+    height, width = args.block(rows, columns)
+    groups = order.get("weight_g_idx")
+    common = {
+        "scale": _by_row(scale, height, rows),
+        "zero": None if zero is None else _by_row(zero, height, rows),
+        "group_size": width,
+        "dtype": torch.float32,
+        "groups": None if groups is None else groups.long(),
+    }
+    if args.type == "int":
+        half = 2 ** (args.num_bits - 1)
+        return UniformGrid(**common, lowest=-half, highest=half - 1)  # type: ignore[arg-type]
+    return CodebookGrid(**common, levels=_levels(args.num_bits).to(scale.device))  # type: ignore[arg-type]
+
+
+def _by_row(scale: Tensor, height: int, rows: int) -> Tensor:
+    """Return scales, or zero points, [rows, groups of a row]."""
+    if scale.ndim == 1:
+        return scale.view(1, 1).expand(rows, 1)
+    return scale.repeat_interleave(height, 0)[:rows]
+
+
+@cache
+def _levels(bits: int) -> Tensor:
+    codes = torch.arange(256, dtype=torch.int16).to(torch.uint8)
+    if bits == 8:
+        return codes.view(torch.float8_e4m3fn).float()
+    return unpack_fp4(codes[None, :16])[0, ::2]
+
+
+def repack(module: nn.Module, weight: Tensor) -> CompressedLinear:
+    """Return a layer with the scales of `module` that holds the values nearest to `weight`."""
+    weight = weight.detach().float()
+    if (parts := getattr(module, "parts", 1)) > 1:
+        pieces = zip(split(module, parts) or (), weight.chunk(parts), strict=True)
+        return joined([repack(part, piece) for part, piece in pieces])
+    return repacked(module, values_of(module).nearest(weight), grid_of(module))
