@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..hookspecs import hookimpl
 from ..planning.exports import ADAPTER, MERGES
 from ..records import Export
+from .gguf.export import Gguf, GgufAdapter
 from .onto import OntoBase
 from .saving import AdapterFolder
 from .stage import MergedDense, MergedRequantized
@@ -21,6 +22,20 @@ EXPORTS = (
         "onto-base",
         "the adapter merged onto an unquantized base, in the memory of one shard",
         OntoBase,
+    ),
+    Export(
+        "gguf",
+        "the merged model in one GGUF file, for llama.cpp and what is built on it",
+        Gguf,
+        requires=("gguf>=0.17",),
+        extra="gguf",
+    ),
+    Export(
+        "gguf-adapter",
+        "the LoRA adapter in one GGUF file, for a GGUF file of its base",
+        GgufAdapter,
+        requires=("gguf>=0.17",),
+        extra="gguf",
     ),
 )
 
