@@ -6,6 +6,7 @@ from ..hookspecs import hookimpl
 from ..planning.exports import ADAPTER, MERGES
 from ..records import Export
 from .gguf.export import Gguf, GgufAdapter
+from .ollama import Ollama
 from .onto import OntoBase
 from .saving import AdapterFolder
 from .stage import MergedDense, MergedRequantized
@@ -34,6 +35,13 @@ EXPORTS = (
         "gguf-adapter",
         "the LoRA adapter in one GGUF file, for a GGUF file of its base",
         GgufAdapter,
+        requires=("gguf>=0.17",),
+        extra="gguf",
+    ),
+    Export(
+        "ollama",
+        "a GGUF file and a Modelfile with the chat template, for `ollama create`",
+        Ollama,
         requires=("gguf>=0.17",),
         extra="gguf",
     ),

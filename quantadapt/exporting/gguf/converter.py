@@ -20,7 +20,7 @@ PLACE = "LLAMA_CPP"
 
 
 def find_converter(script: str, folder: str | None) -> Path | None:
-    """Return where one of llama.cpp's scripts is: in `folder`, where $LLAMA_CPP says, or on PATH."""
+    """Return where a script of llama.cpp's is: in `folder`, where $LLAMA_CPP says, or on PATH."""
     for place in (folder, os.environ.get(PLACE)):
         if place and (found := Path(place).expanduser() / script).is_file():
             return found
