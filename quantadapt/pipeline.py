@@ -495,6 +495,7 @@ class _Run:
             examples=lambda _: self.examples,
             before=self.base_losses,
             measure=lambda merged: self.measure("merged", merged, data),
+            metrics=self.metrics,
         )
         errors = []
         for planned in self.plan.exports:

@@ -224,9 +224,15 @@ def test_transformers_reads_the_tokenizer(tokenizer, tmp_path) -> None:
 # Exports ------------------------------------------------------------------------------------------
 
 
-def tuned(folder: Path, adapter: str = "lora", base: Path | None = None, **options: Any) -> Path:
+def tuned(
+    folder: Path,
+    adapter: str = "lora",
+    base: Path | None = None,
+    backend: str = "hqq",
+    **options: Any,
+) -> Path:
     """Save an adapter with random weights."""
-    model = qa.quantize(str(base or small_model()), "hqq", device="cpu")
+    model = qa.quantize(str(base or small_model()), backend, device="cpu")
     layers = ["q_proj", "k_proj", "down_proj"]
     model = qa.attach(model, adapter, **{"r": 4, "target_modules": layers, **options})
     torch.manual_seed(1)

@@ -6,10 +6,12 @@ from ..hookspecs import hookimpl
 from ..planning.exports import ADAPTER, MERGES
 from ..records import Export
 from .gguf.export import Gguf, GgufAdapter
+from .hub import Hub
 from .ollama import Ollama
 from .onto import OntoBase
 from .saving import AdapterFolder
 from .stage import MergedDense, MergedRequantized
+from .vllm import Vllm
 
 EXPORTS = (
     Export(ADAPTER, "the adapter as a PEFT folder, which every run writes first", AdapterFolder),
@@ -45,6 +47,10 @@ EXPORTS = (
         requires=("gguf>=0.17",),
         extra="gguf",
     ),
+    Export(
+        "vllm", "a folder that vLLM serves: the merged model, or the adapter beside its base", Vllm
+    ),
+    Export("hub", "pushed to the Hugging Face Hub, with a model card made of the run", Hub),
 )
 
 
