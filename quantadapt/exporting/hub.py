@@ -17,6 +17,7 @@ from ..inputs.documents import reason
 from ..paths import MANIFEST
 from ..protocols import Exporter, Figure
 from ..records import Adapter, Backend
+from ..spec import MinGain
 from .card import Content, is_local, public_name, write_card
 from .manifest import BASE
 
@@ -46,6 +47,9 @@ class Hub(Exporter):
     base: str | None = Field(
         None, description="hub id of the base, where it was trained from a local folder"
     )
+    min_gain: MinGain = Field(
+        0.9, description="of requantized: the share of the adapter's gain to be kept"
+    )
     private: bool = Field(True, description="whether a repository that is made is private")
     dry_run: bool = Field(False, description="write the folder, and push nothing")
 
@@ -58,7 +62,7 @@ class Hub(Exporter):
         return f"{self.content} for {self.repo}" if self.dry_run else f"{self.repo} on the hub"
 
     def done(self, figures: Mapping[str, Figure]) -> str:
-        from .stage import merge_words
+        from .kept import merge_words
 
         where = f"to be pushed to {self.repo}" if self.dry_run else f"pushed to {self.repo}"
         return ", ".join(filter(None, [where, merge_words(figures)]))
@@ -98,7 +102,9 @@ class Hub(Exporter):
     def _merged(self) -> Exporter:
         from .stage import MergedDense, MergedRequantized
 
-        return MergedDense() if self.content == "merged" else MergedRequantized()
+        return (
+            MergedDense() if self.content == "merged" else MergedRequantized(min_gain=self.min_gain)
+        )
 
     def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
         figures: dict[str, Figure] = {}

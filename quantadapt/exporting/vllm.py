@@ -18,6 +18,7 @@ from ..inputs.documents import read_object
 from ..planning.on_disk import quantization_of
 from ..protocols import Exporter, Figure
 from ..records import Adapter, Backend, Serving
+from ..spec import MinGain
 from .adapter_files import CONFIG
 from .card import is_local
 from .hub import without_paths
@@ -42,6 +43,9 @@ class Vllm(Exporter):
         description="the merged model, quantized again as the base was; or the adapter beside the "
         "quantized base; or the model merged into dense weights, which vLLM always reads",
     )
+    min_gain: MinGain = Field(
+        0.9, description="of requantized: the share of the adapter's gain to be kept"
+    )
     examples: int = Field(
         8, ge=1, description="held-out examples whose answers are noted, to compare vLLM's with"
     )
@@ -55,7 +59,7 @@ class Vllm(Exporter):
         return f"{self.content} for vLLM"
 
     def done(self, figures: Mapping[str, Figure]) -> str:
-        from .stage import merge_words
+        from .kept import merge_words
 
         said = merge_words(figures)
         return ", ".join(filter(None, [self.content, said, "its README.md says how to serve it"]))
@@ -91,7 +95,9 @@ class Vllm(Exporter):
     def _merged(self) -> Exporter:
         from .stage import MergedDense, MergedRequantized
 
-        return MergedDense() if self.content == "merged" else MergedRequantized()
+        return (
+            MergedDense() if self.content == "merged" else MergedRequantized(min_gain=self.min_gain)
+        )
 
     def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
         expected = self._expected(tuned)

@@ -61,7 +61,7 @@ class Gguf(Exporter):
         return found
 
     def done(self, figures: Mapping[str, Figure]) -> str:
-        from ..stage import merge_words
+        from ..kept import merge_words
 
         size = figures["size"]
         found = merge_words(figures) or "not compared with the adapter"
