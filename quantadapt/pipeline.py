@@ -496,6 +496,7 @@ class _Run:
             examples=lambda _: self.examples or self.calibration_examples(data),
             before=self.base_losses,
             measure=lambda merged: self.measure("merged", merged, data),
+            metrics=self.metrics,
         )
         errors = []
         for planned in self.plan.exports:

@@ -42,6 +42,21 @@ class _Named:
         return f"<{type(self).__name__} {self.name!r}: {self.summary}>"
 
 
+@dataclass(frozen=True)
+class Serving:
+    """What a server makes of a backend's checkpoints.
+
+    Attributes:
+        server: its name, e.g. "vllm".
+        requires: from which version on, as a requirement string.
+        adapters: whether it takes LoRA adapters beside the quantized base.
+    """
+
+    server: str
+    requires: str
+    adapters: bool = False
+
+
 @dataclass(frozen=True, repr=False)
 class Backend(_Named):
     """A way to quantize.
@@ -57,6 +72,7 @@ class Backend(_Named):
         dtypes: compute dtypes it supports, as torch names.
         calibration: whether quantizing needs data.
         merge: the most that may become of its layers at merge time.
+        serves: the servers that read its checkpoints as they are.
         rules: combinations that are refused.
     """
 
@@ -70,6 +86,7 @@ class Backend(_Named):
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     calibration: bool = False
     merge: Merge = Merge.DENSE
+    serves: tuple[Serving, ...] = ()
     rules: tuple[Rule, ...] = ()
 
     def quantizes_experts(self, options: Mapping[str, Any] | None = None) -> bool:

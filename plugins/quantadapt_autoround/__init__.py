@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 from quantadapt.capabilities import Merge, Rule
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, UniformGrid, twin
-from quantadapt.records import Backend
+from quantadapt.records import Backend, Serving
 
 if TYPE_CHECKING:
     import torch
@@ -264,6 +264,7 @@ def quantadapt_backends() -> list[Backend]:
             extra="quantadapt[auto-round]",
             calibration=True,
             merge=Merge.REQUANTIZE,
+            serves=(Serving("vllm", "vllm>=0.9"),),
             rules=(no_zeros,),
         )
     ]

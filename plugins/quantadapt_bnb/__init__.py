@@ -6,7 +6,7 @@ from __future__ import annotations
 from quantadapt.capabilities import Merge
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import Quantizer
-from quantadapt.records import Backend
+from quantadapt.records import Backend, Serving
 from quantadapt_bnb.four_bit import FP4, NF4
 from quantadapt_bnb.int8 import Int8
 
@@ -20,6 +20,7 @@ def _backend(name: str, summary: str, quantizer: type[Quantizer]) -> Backend:
         imports=("bitsandbytes",),
         extra="quantadapt[bitsandbytes]",
         merge=Merge.REQUANTIZE,
+        serves=(Serving("vllm", "vllm>=0.7", adapters=True),),
     )
 
 

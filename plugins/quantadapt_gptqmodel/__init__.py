@@ -24,7 +24,7 @@ from pydantic import Field
 from quantadapt.capabilities import Merge, Rule
 from quantadapt.errors import ModelError
 from quantadapt.hookspecs import hookimpl
-from quantadapt.records import Backend
+from quantadapt.records import Backend, Serving
 from quantadapt_gptqmodel.base import GPTQModel
 from quantadapt_gptqmodel.checkpoints import (
     SCALES_OF_ACTIVATIONS,
@@ -283,6 +283,7 @@ def _backend(
         extra="quantadapt[gptqmodel]",
         calibration=True,
         merge=Merge.REQUANTIZE,
+        serves=(Serving("vllm", "vllm>=0.7", adapters=True),),
         rules=rules,
     )
 

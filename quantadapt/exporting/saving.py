@@ -17,6 +17,7 @@ from ..adapting.several import unsavable
 from ..dependencies import in_turn
 from ..errors import ModelError, OutputError, PlanRefused, QuantadaptError, warn
 from ..folders.atomic import atomic_folder, put_back, refuse_occupied, refuse_overlap, remove
+from ..folders.written import write_list
 from ..inputs.documents import read_object
 from ..paths import is_local_path, path_problem
 from ..planning.on_disk import quantization_of
@@ -29,6 +30,7 @@ from ..showing.quietly import quiet
 from ..stages import quantize
 from .adapter_files import check_adapters, configs_to_note, peft_in_words, refuse_not_trained
 from .adapters import put_on, save_adapters
+from .card import write_card
 from .manifest import ADAPTER, BASE, MANIFEST, MERGED, adapter_in, read_manifest, write_manifest
 from .same_base import BaseMismatchWarning as BaseMismatchWarning
 from .same_base import check_base, noted
@@ -85,7 +87,7 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, base: b
     with ExitStack() as stack:
         replaces = saves_base and base and (own_base / MANIFEST).exists()
         if replaces:  # nothing of the earlier pair is replaced until all of the new one is there
-            _write_base(model, state, stack.enter_context(atomic_folder(own_base, overwrite=True)))
+            write_base(model, state, stack.enter_context(atomic_folder(own_base, overwrite=True)))
         with atomic_folder(final, overwrite=overwrite) as folder:
             _write(model, state, folder, base_id=_noted(state, own_base, saves_base and base))
     if saves_base and base and not replaces:  # afterwards: the base alone could be made again
@@ -109,6 +111,8 @@ def _write(model: nn.Module, state: ModelState, folder: Path, *, base_id: str) -
     if state.tokenizer is not None:
         state.tokenizer.save_pretrained(str(folder))
     write_manifest(folder, state, **more)
+    if state.adapter:
+        write_card(folder, read_object(folder / MANIFEST))  # PEFT's is a form to fill in
 
 
 def _tell_of_dora(model: nn.Module) -> None:
@@ -158,10 +162,11 @@ def save_base(
     """Save the quantized base of `model`, adapter or not; `state` is the model's."""
     state.base_id = state.base_id or secrets.token_hex(8)
     with atomic_folder(folder, overwrite=overwrite) as made:
-        _write_base(model, state, made)
+        write_base(model, state, made)
 
 
-def _write_base(model: nn.Module, state: ModelState, folder: Path) -> None:
+def write_base(model: nn.Module, state: ModelState, folder: Path) -> None:
+    """Write the quantized base of `model` into `folder`, which is there."""
     from .merging import bare_base
 
     base = model if state.adapter is None else bare_base(model)  # type: ignore[arg-type]
@@ -189,6 +194,9 @@ class AdapterFolder(Exporter):
                 replaces = (folder.parent / ADAPTER).exists()
                 with atomic_folder(final, overwrite=replaces) as beside:
                     shutil.copytree(base, beside, dirs_exist_ok=True)
+        elif (metrics := tuned.metrics) is not None:  # in a run, once there are figures
+            write_card(folder, tuned.manifest, metrics=metrics)
+            write_list(folder)
         sizes = (file.stat().st_size for file in folder.rglob("*.safetensors"))
         return {"size": Figure(sum(sizes) / 2**20, "MiB")}
 

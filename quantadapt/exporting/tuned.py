@@ -19,6 +19,7 @@ from ..quantizing.examples import examples_from
 from ..quantizing.stage import find_tokenizer
 from ..quantizing.state import state_of
 from ..remote_code import trusted
+from .card import metrics_beside
 from .manifest import read_manifest
 from .saving import load, save
 
@@ -51,7 +52,7 @@ class Tuned:
     # What it is made from: the model where it is in memory, the saved adapter where there is one;
     # what returns held-out data, and what backends and ways of rounding are shown, for a
     # tokenizer; of a run, the losses of the base, measured before there was an adapter, and what
-    # it measures on a merged model besides.
+    # it measures on a merged model besides, and what it has measured so far.
 
     live: PeftModel | None = None
     saved: Path | None = None
@@ -61,6 +62,7 @@ class Tuned:
     examples: Callable[[Any], Examples | None] | None = None
     before: TokenLosses | None = None
     measure: Callable[[nn.Module], None] | None = None
+    metrics: Mapping[str, Any] | None = None
 
     @cached_property
     def model(self) -> PeftModel:
@@ -84,6 +86,11 @@ class Tuned:
     def manifest(self) -> dict[str, Any]:
         """What is known of the base: `base`, `backend`, `options`, `dtype`, `adapter`, ..."""
         return read_manifest(self.adapter)
+
+    @property
+    def metrics_so_far(self) -> Mapping[str, Any]:
+        """What is in `metrics.json` of the run that it comes from, or will be; empty of others."""
+        return metrics_beside(self.adapter) if self.metrics is None else self.metrics
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -1,0 +1,292 @@
+"""The model card: what a README.md says of a tuned model, from what the run knows of it.
+
+Whatever comes from elsewhere (names of files, columns, plugins, figures) is escaped, and of a local
+path only the last part is told.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import ModelError
+from ..folders.metrics import MODELS, direction, with_unit
+from ..inputs.documents import read_object
+from ..inputs.plain_yaml import YAMLError, parse, to_yaml
+from ..paths import is_local_path, local_file
+from ..protocols import Figure
+from ..records import as_call
+
+Content = Literal["adapter", "merged", "requantized"]
+README = "README.md"
+_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|~>])")
+_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+
+
+def write_card(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    *,
+    content: Content = "adapter",
+    title: str = "",
+    base: str = "",
+    metrics: Mapping[str, Any] | None = None,
+    figures: Mapping[str, Figure] | None = None,
+) -> None:
+    """Write `README.md` into `folder`; arguments as for `card`."""
+    text = card(manifest, content=content, title=title, base=base, metrics=metrics, figures=figures)
+    (folder / README).write_text(text, encoding="utf-8")
+
+
+def card(
+    manifest: Mapping[str, Any],
+    *,
+    content: Content = "adapter",
+    title: str = "",
+    base: str = "",
+    metrics: Mapping[str, Any] | None = None,
+    figures: Mapping[str, Figure] | None = None,
+) -> str:
+    """Return the model card of a tuned model.
+
+    Args:
+        manifest: what `quantadapt.json` says of it.
+        content: what lies beside the card.
+        title: what it is called; a repository's id, so that the card can say how to load it.
+        base: hub id of the base, where it was trained from a local copy.
+        metrics: `metrics.json` of the run, as far as there is one.
+        figures: of the merge.
+    """
+    metrics = metrics or {}
+    name = base or public_name(manifest["base"])
+    sections = [
+        _front(manifest, content, base, metrics),
+        f"# {escaped(title or f'{name}, tuned')}",
+        _lede(manifest, content, name),
+        _made(manifest),
+        _data(metrics),
+        _figures(metrics),
+        _merge(figures or {}),
+        _loading(manifest, content, title, name),
+        _license(manifest["base"], base),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def escaped(text: object) -> str:
+    """Return text as Markdown and HTML show it: on one line, without anything that they obey."""
+    line = " ".join(str(text).split())
+    return html.escape(_SPECIAL.sub(r"\\\1", line), quote=False).replace("\\&gt;", "&gt;")
+
+
+def public_name(source: str) -> str:
+    """Return a hub id, or the last part of a local path."""
+    if not source:
+        return "a model of its own"
+    return Path(source).expanduser().resolve().name if is_local(source) else source
+
+
+def is_local(source: str) -> bool:
+    """Say whether a base is a folder of this machine, and no hub id."""
+    found = is_local_path(source) or Path(source).expanduser().exists()
+    return found or (_HUB_ID.fullmatch(source) is None and "/" in source)
+
+
+def license_of(source: str) -> str:
+    """Return the license that a checkpoint's own README.md names, as far as it is here."""
+    file = local_file(source, README) if source else None
+    if file is None or file.stat().st_size > 2**20:
+        return ""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    front = re.match(r"---\n(.*?)\n---", text, flags=re.S)
+    try:
+        values = parse(front[1]) if front else {}
+    except YAMLError:
+        return ""
+    found = values.get("license") if isinstance(values, Mapping) else None
+    return found if isinstance(found, str) and re.fullmatch(r"[\w.+-]{1,64}", found) else ""
+
+
+def _front(
+    manifest: Mapping[str, Any], content: Content, base: str, metrics: Mapping[str, Any]
+) -> str:
+    """Return what the hub reads: YAML in front."""
+    adapter = content == "adapter"
+    values: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
+    named = base or ("" if is_local(manifest["base"]) else manifest["base"])
+    if named:
+        relations = {"adapter": "adapter", "merged": "finetune", "requantized": "quantized"}
+        values |= {"base_model": named, "base_model_relation": relations[content]}
+    if license := license_of(manifest["base"]):
+        values["license"] = license
+    if "loss" in _evaluations(metrics).get("perplexity", {}):
+        values["pipeline_tag"] = "text-generation"
+    values["tags"] = ["quantadapt", manifest["backend"], str(manifest["adapter"])]
+    return f"---\n{to_yaml(values)}---"
+
+
+def _lede(manifest: Mapping[str, Any], content: Content, name: str) -> str:
+    adapter, backend = escaped(manifest["adapter"]), escaped(manifest["backend"])
+    what = {
+        "adapter": f"A {adapter} adapter",
+        "merged": f"A model with a {adapter} adapter merged in",
+        "requantized": f"A model with a {adapter} adapter merged in, quantized again",
+    }[content]
+    return f"{what}, trained with quantadapt on {escaped(name)}, quantized by {backend}."
+
+
+def _made(manifest: Mapping[str, Any]) -> str:
+    """Return a table of what it was made with."""
+    versions = manifest.get("versions") or {}
+    rows = {
+        "base": public_name(manifest["base"]),
+        "quantizer": as_call(manifest["backend"], manifest["options"]),
+        "computed in": manifest["dtype"],
+        "adapter": as_call(str(manifest["adapter"]), manifest.get("adapter_options") or {}),
+        "longest example": f"{n} tokens" if (n := manifest.get("max_length")) else "",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+    return _table(["", ""], [[key, value] for key, value in rows.items() if value])
+
+
+def _data(metrics: Mapping[str, Any]) -> str:
+    data = metrics.get("data")
+    files = data.get("files") if isinstance(data, Mapping) else None
+    if not isinstance(files, Sequence) or not files:
+        return ""
+    counts = ("rows", "examples", "held_out", "tokens", "learnt")
+    rows = [
+        [_data_name(str(file.get("file", ""))), *(file.get(count, "") for count in counts)]
+        for file in files
+        if isinstance(file, Mapping)
+    ]
+    head = ["data", "rows", "examples", "held out", "tokens", "learnt from"]
+    train = metrics.get("train")
+    steps = train.get("steps") if isinstance(train, Mapping) else None
+    taken = f"\n\n{steps} steps of training." if steps else ""
+    return f"## Data\n\n{_table(head, rows)}{taken}"
+
+
+def _data_name(file: str) -> str:
+    """Return a hub id, or the name of a local file."""
+    return Path(file).name if is_local(file) else file
+
+
+def _evaluations(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    found = metrics.get("evaluations")
+    items = found.items() if isinstance(found, Mapping) else ()
+    return {name: figures for name, figures in items if isinstance(figures, Mapping)}
+
+
+def _figures(metrics: Mapping[str, Any]) -> str:
+    """Return what was measured on held-out data, before and after."""
+    rows, models = [], [name for name in MODELS if any(_measured(metrics, name))]
+    for evaluation, figures in _evaluations(metrics).items():
+        for name, figure in figures.items():
+            values, unit = figure.get("values") or {}, str(figure.get("unit", ""))
+            label = name if name == evaluation else f"{evaluation} {name}"
+            better = direction(str(figure.get("better", "")))
+            shown = [_value(values.get(model), unit) for model in models]
+            rows.append([label, *shown, _change(values), better])
+    if not rows:
+        return ""
+    head = ["figure", *models, "change by training", ""]
+    told = "".join(f"- {name}: {MODELS[name]}\n" for name in models)
+    warned = metrics.get("warnings")
+    warnings = (
+        [f"\n**Warning:** {escaped(w)}\n" for w in warned] if isinstance(warned, list) else []
+    )
+    return f"## Figures\n\nOn held-out data:\n\n{_table(head, rows)}\n\n{told}{''.join(warnings)}"[
+        :-1
+    ]
+
+
+def _measured(metrics: Mapping[str, Any], model: str) -> Iterator[bool]:
+    for figures in _evaluations(metrics).values():
+        for figure in figures.values():
+            yield model in (figure.get("values") or {})
+
+
+def _value(value: Any, unit: str) -> str:
+    known = isinstance(value, int | float) and math.isfinite(value)
+    return with_unit(value, unit, "{:.4g}".format) if known else ""
+
+
+def _change(values: Mapping[str, Any]) -> str:
+    """Return by how much training changed a figure, in percent of what it was."""
+    before, after = values.get("quantized"), values.get("tuned")
+    if not (isinstance(before, int | float) and isinstance(after, int | float)) or not before:
+        return ""
+    found = (after - before) / abs(before)
+    return f"{found:+.1%}" if math.isfinite(found) and found else ""
+
+
+def _merge(figures: Mapping[str, Figure]) -> str:
+    """Return how far what was merged is from the adapter on its base."""
+    rows = [[name.replace("_", " "), str(figure)] for name, figure in figures.items()]
+    return (
+        f"## Merge\n\nCompared with the adapter:\n\n{_table(['figure', ''], rows)}" if rows else ""
+    )
+
+
+def _loading(manifest: Mapping[str, Any], content: Content, title: str, name: str) -> str:
+    """Return how to load it: with quantadapt, and with transformers and PEFT alone."""
+    place = title if _HUB_ID.fullmatch(title) else "FOLDER"
+    by_name = "" if place == "FOLDER" else "from huggingface_hub import snapshot_download\n\n"
+    folder = json.dumps(place)
+    own = f"snapshot_download({folder})" if by_name else folder
+    ours = f"import quantadapt\n{by_name}model = quantadapt.load({own})"
+    if content == "adapter":
+        base = json.dumps(name if _HUB_ID.fullmatch(name) else "BASE")
+        stock = (
+            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f"base = AutoModelForCausalLM.from_pretrained({base})\n"
+            f"model = PeftModel.from_pretrained(base, {folder})"
+        )
+        note = (
+            "It was trained on a quantized base: on the unquantized one, or one that is quantized "
+            "otherwise, answers differ a little."
+        )
+    else:
+        stock = (
+            "from transformers import AutoModelForCausalLM\n\n"
+            f"model = AutoModelForCausalLM.from_pretrained({folder})"
+        )
+        note = ""
+        if content == "requantized":
+            note = f"transformers alone loads it where it knows {escaped(manifest['backend'])}."
+    with_quantadapt = (
+        f"With the base as it was quantized (`pip install quantadapt`):\n\n{_code(ours)}"
+    )
+    alone = (
+        f"With transformers{' and PEFT' if content == 'adapter' else ''} alone:\n\n{_code(stock)}"
+    )
+    return "\n\n".join(filter(None, ["## Load it", with_quantadapt, alone, note]))
+
+
+def _code(text: str) -> str:
+    return f"```python\n{text}\n```"
+
+
+def _license(source: str, base: str) -> str:
+    known = license_of(source)
+    said = f"{escaped(known)}, that of the base" if known else "that of the base, which see"
+    return f"## License\n\n{said}."
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *([escaped(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def metrics_beside(adapter: Path) -> dict[str, Any]:
+    """Return `metrics.json` of the run that an adapter lies in; empty where there is none."""
+    try:
+        return read_object(adapter.parent / "metrics.json")
+    except ModelError:
+        return {}

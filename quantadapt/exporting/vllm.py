@@ -1,0 +1,181 @@
+"""The export `vllm`: a folder that vLLM serves, with the command for it and what to check it by."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from ..capabilities import Cell, Merge
+from ..errors import Problem
+from ..folders.written import LIST
+from ..inputs.documents import read_object
+from ..planning.on_disk import quantization_of
+from ..protocols import Exporter, Figure
+from ..records import Adapter, Backend, Serving
+from ..spec import MinGain
+from .adapter_files import CONFIG
+from .card import is_local
+from .hub import without_paths
+from .saving import write_base
+
+if TYPE_CHECKING:
+    from .tuned import Tuned
+
+SERVER, EXPECTED, BASE, ADAPTER = "vllm", "expected.json", "base", "adapter"
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as the highest rank of adapters."""
+_NOT_SERVED = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
+"""Options of LoRA that vLLM has nothing for."""
+_MERGES = {"adapter": Merge.NEVER, "requantized": Merge.REQUANTIZE, "merged": Merge.DENSE}
+
+
+class Vllm(Exporter):
+    """A folder for vLLM: the adapter beside its quantized base, or a merged model."""
+
+    content: Literal["requantized", "adapter", "merged"] = Field(
+        "requantized",
+        description="the merged model, quantized again as the base was; or the adapter beside the "
+        "quantized base; or the model merged into dense weights, which vLLM always reads",
+    )
+    min_gain: MinGain = Field(
+        0.9, description="of requantized: the share of the adapter's gain to be kept"
+    )
+    examples: int = Field(
+        8, ge=1, description="held-out examples whose answers are noted, to compare vLLM's with"
+    )
+
+    @property
+    def merges(self) -> Merge:
+        return _MERGES[self.content]
+
+    @property
+    def planned(self) -> str:
+        return f"{self.content} for vLLM"
+
+    def done(self, figures: Mapping[str, Figure]) -> str:
+        from .kept import merge_words
+
+        said = merge_words(figures)
+        return ", ".join(filter(None, [self.content, said, "its README.md says how to serve it"]))
+
+    def refusals(self, cell: Cell, backend: Backend, adapter: Adapter) -> list[Problem]:
+        if self.content == "merged":
+            return []
+        serving, where = serving_of(backend), cell.where
+        if serving is None:
+            what = f"vLLM reads no checkpoints of {backend.name}"
+            return [Problem(what, "take content=merged", where, "vllm-format")]
+        if self.content == "requantized":
+            return []
+        found = []
+        if not serving.adapters:
+            what = f"vLLM has no adapters on layers of {backend.name}"
+            found.append(Problem(what, "take content=requantized", where, "vllm-adapters"))
+        fix = "take content=requantized, or content=merged"
+        if adapter.peft_type != "LORA":
+            found.append(Problem("vLLM knows LoRA alone", fix, where, "vllm-lora"))
+        options = cell.adapter_options
+        unknown = [name for name in _NOT_SERVED if options.get(name)]
+        found += [Problem(f"vLLM has no {name}", fix, where, "vllm-lora") for name in unknown]
+        if isinstance(rank := options.get("r"), int) and rank > _RANKS[-1]:
+            what = f"vLLM takes adapters of rank {_RANKS[-1]} and less, not {rank}"
+            found.append(Problem(what, fix, where, "vllm-rank"))
+        return found
+
+    def needed(self, tuned: Tuned) -> int | None:
+        return None if self.content == "adapter" else self._merged.needed(tuned)
+
+    @property
+    def _merged(self) -> Exporter:
+        from .stage import MergedDense, MergedRequantized
+
+        return (
+            MergedDense() if self.content == "merged" else MergedRequantized(min_gain=self.min_gain)
+        )
+
+    def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
+        expected = self._expected(tuned)
+        if self.content == "adapter":
+            figures, served = dict[str, Figure](), self._write_pair(tuned, folder)
+        else:
+            figures, served = dict(self._merged.write(tuned, folder)), {"model": "."}
+            without_paths(folder, "")
+        text = json.dumps({**served, "examples": expected}, indent=1)
+        (folder / EXPECTED).write_text(text + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_readme(served, tuned.manifest), encoding="utf-8")
+        return figures
+
+    def _write_pair(self, tuned: Tuned, folder: Path) -> dict[str, Any]:
+        """Write the adapter and its base, unless that is a checkpoint of the hub's; return what is
+        served."""
+        from ..quantizing.state import state_of
+
+        source = tuned.manifest["base"]
+        shutil.copytree(
+            tuned.adapter, folder / ADAPTER, ignore=shutil.ignore_patterns(LIST, "README.md")
+        )
+        model = source
+        if is_local(source) or not source or quantization_of(source) is None:
+            model = BASE
+            (folder / BASE).mkdir()
+            write_base(tuned.model, state_of(tuned.model), folder / BASE)
+            without_paths(folder / BASE, "")
+        without_paths(folder / ADAPTER, f"../{BASE}" if model == BASE else model)
+        options = read_object(folder / ADAPTER / CONFIG)
+        ranks = [int(options["r"]), *map(int, (options.get("rank_pattern") or {}).values())]
+        rank = next(known for known in _RANKS if known >= max(ranks))
+        return {"model": model, "adapter": ADAPTER, "max_lora_rank": rank}
+
+    def _expected(self, tuned: Tuned) -> list[dict[str, Any]]:
+        """Return held-out examples with the log-probability that the tuned model gives each token
+        after those before it, and which token it would choose."""
+        import torch
+
+        model, found = tuned.model.eval(), []
+        data = tuned.held_out
+        device = next(model.parameters()).device
+        for row in data.select(range(min(self.examples, len(data)))):
+            ids = torch.tensor([row["input_ids"]], device=device)
+            with torch.inference_mode():
+                scores = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+            known = scores.gather(1, ids[0, 1:, None])[:, 0]
+            found.append(
+                {
+                    "tokens": ids[0].tolist(),
+                    "logprobs": [round(value, 6) for value in known.tolist()],
+                    "first_choices": scores.argmax(-1).tolist(),
+                }
+            )
+        return found
+
+
+def serving_of(backend: Backend) -> Serving | None:
+    """Return what vLLM does with a backend's checkpoints; None where it reads none."""
+    return next((each for each in backend.serves if each.server == SERVER), None)
+
+
+def serve_command(served: Mapping[str, Any], dtype: str) -> str:
+    """Return the command that serves a folder, from inside of it."""
+    command = ["vllm", "serve", served["model"], "--dtype", dtype]
+    if "adapter" in served:
+        command += ["--enable-lora", "--max-lora-rank", str(served["max_lora_rank"])]
+        command += ["--lora-modules", f"tuned={served['adapter']}"]
+    return shlex.join(command)
+
+
+def _readme(served: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    # vLLM computes in half precision where weights are quantized.
+    dtype = "bfloat16" if manifest["dtype"] == "float32" else manifest["dtype"]
+    named = " The adapter answers under the name `tuned`." if "adapter" in served else ""
+    return (
+        f"# For vLLM\n\nIn this folder:\n\n```bash\n{serve_command(served, dtype)}\n```\n\n"
+        f"Written by quantadapt; vLLM itself was not there to try it.{named}\n\n"
+        f"`{EXPECTED}` holds what the tuned model answers: `python benchmarks/serving.py .` of "
+        "quantadapt's sources compares vLLM with it, where vLLM is installed.\n"
+    )

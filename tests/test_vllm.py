@@ -1,0 +1,158 @@
+"""Folders for vLLM, read here by stock transformers and PEFT; vLLM itself cannot run here.
+
+The script that compares vLLM's answers runs against a stand-in of vLLM's interface.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from test_gguf import command, tuned
+from transformers import AutoModelForCausalLM
+
+import quantadapt as qa
+from quantadapt.errors import PlanRefused
+from quantadapt.testing.small_demo import small_model
+
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "serving.py"
+IDS = torch.arange(3, 40)[None]
+STAND_IN = '''
+"""vLLM's interface as far as the script uses it, by transformers and PEFT."""
+from types import SimpleNamespace
+
+import torch
+
+
+class SamplingParams(SimpleNamespace):
+    pass
+
+
+class LLM:
+    def __init__(self, model, dtype, gpu_memory_utilization, enable_lora=False, max_lora_rank=0):
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.max_lora_rank = max_lora_rank
+
+    def generate(self, prompts, wanted, lora_request=None):
+        model = self.model
+        if lora_request is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, lora_request.path).eval()
+            assert model.peft_config["default"].r <= self.max_lora_rank
+        assert wanted.prompt_logprobs == 1 and wanted.max_tokens == 1
+        return [self.answer(model, prompt["prompt_token_ids"]) for prompt in prompts]
+
+    def answer(self, model, ids):
+        with torch.no_grad():
+            scores = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        found = [None]
+        for place, token in enumerate(ids[1:]):
+            row = scores[place]
+            rank = lambda t: int((row > row[t]).sum()) + 1
+            tokens = {token, int(row.argmax())}
+            found.append({t: SimpleNamespace(logprob=float(row[t]), rank=rank(t)) for t in tokens})
+        return SimpleNamespace(prompt_logprobs=found)
+'''
+REQUEST = """
+class LoRARequest:
+    def __init__(self, name, number, path):
+        self.path = path
+"""
+
+
+@pytest.fixture
+def compared(tmp_path) -> Any:
+    """Run the script on a folder; return what it printed and how it ended."""
+    package = tmp_path / "there" / "vllm"
+    (package / "lora").mkdir(parents=True)
+    (package / "__init__.py").write_text(STAND_IN)
+    (package / "lora" / "__init__.py").write_text("")
+    (package / "lora" / "request.py").write_text(REQUEST)
+
+    def run(folder: Path) -> tuple[dict[str, float], int]:
+        values = {**os.environ, "PYTHONPATH": str(package.parent)}
+        command = [sys.executable, str(SCRIPT), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=values)
+        assert done.stdout, done.stderr
+        return json.loads(done.stdout.splitlines()[-1]), done.returncode
+
+    return run
+
+
+def export(run: Path, content: str) -> Path:
+    wanted = ["--set", f"content={content}", "--set", "examples=2", "-o", run.parent]
+    assert command("export", run, "vllm", *wanted) == 0
+    return run.parent / "vllm"
+
+
+def test_the_adapter_beside_its_quantized_base(tmp_path, compared) -> None:
+    run = tuned(tmp_path / "run", backend="bnb-nf4", rank_pattern={"down_proj": 12})
+    with torch.no_grad():
+        expected = qa.load(run, device="cpu").eval()(IDS).logits
+    folder = export(run, "adapter")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    assert base.config.quantization_config.bnb_4bit_quant_type == "nf4"
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(base, folder / "adapter").eval()(IDS).logits
+    assert torch.allclose(found.float(), expected, atol=1e-3)
+    text = (folder / "README.md").read_text()
+    serve = "vllm serve base --dtype bfloat16 --enable-lora --max-lora-rank 16 "
+    assert serve + "--lora-modules tuned=adapter" in text
+    for file in folder.glob("*/*.json"):
+        assert str(small_model()) not in file.read_text()
+    figures, code = compared(folder)
+    assert code == 0
+    assert figures["mean_apart"] < 1e-3
+    assert figures["same_first_choice"] > 0.99
+
+
+def test_the_merged_checkpoint_and_what_is_not_it(tmp_path, compared) -> None:
+    folder = export(tuned(tmp_path / "run", backend="bnb-nf4"), "merged")
+    assert re.search(r"vllm serve \. --dtype bfloat16\n", (folder / "README.md").read_text())
+    figures, code = compared(folder)
+    assert code == 0
+    assert figures["mean_apart"] < 1e-3
+    noted = json.loads((folder / "expected.json").read_text())
+    noted["examples"][0]["logprobs"] = [value - 0.3 for value in noted["examples"][0]["logprobs"]]
+    (folder / "expected.json").write_text(json.dumps(noted))
+    figures, code = compared(folder)
+    assert code == 1
+    assert 0.05 < figures["mean_apart"] < 0.31
+
+
+def test_quantized_again_as_the_base_was(tmp_path) -> None:
+    folder = export(tuned(tmp_path / "run", backend="bnb-nf4"), "requantized")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.config.quantization_config.load_in_4bit
+
+
+@pytest.mark.parametrize(
+    ("backend", "adapter", "content", "why"),
+    [
+        ("hqq", "lora", "requantized", "vLLM reads no checkpoints of hqq.*\n.*content=merged"),
+        ("hqq", "lora", "adapter", "vLLM reads no checkpoints of hqq"),
+        ("autoround", "lora", "adapter", "no adapters on layers of autoround"),
+        ("bnb-nf4", "dora", "adapter", "vLLM has no use_dora"),
+        ("bnb-nf4", "vera", "adapter", "vLLM knows LoRA alone"),
+        ("bnb-nf4", {"name": "lora", "r": 1024}, "adapter", "rank 512 and less, not 1024"),
+    ],
+)
+def test_what_vllm_cannot_serve_is_refused_in_the_plan(backend, adapter, content, why) -> None:
+    export = {"merge": "never", "formats": [{"name": "vllm", "content": content}]}
+    spec = qa.Spec(model=str(small_model()), backend=backend, adapter=adapter, export=export)
+    with pytest.raises(PlanRefused, match=why):
+        qa.plan(spec, check_output=False)
+    if content == "requantized":
+        export["formats"][0]["content"] = "merged"
+        qa.plan(spec.model_copy(update={"export": qa.Spec(export=export).export}))
