@@ -25,6 +25,7 @@ ORDER = [
         "showing",
         "registry",
     ),
+    "generation",
     *("evaluation", "data", "sharding", "dependencies", "facade", "records", "protocols"),
     *("layerwise", "loading", "calibration", "model", "hookspecs", "distributed", "folders"),
     *("spec", "capabilities", "memory", "compiling", "machine"),
