@@ -102,7 +102,8 @@ class Talk:
         try:
             if sys.stdin.isatty():
                 return self.shown.err.input("[bold]>[/bold] ")
-            return sys.stdin.readline().rstrip("\n") if not _at_end() else None
+            line = sys.stdin.readline()
+            return line.rstrip("\n") if line else None
         except EOFError:
             return None
         except KeyboardInterrupt:
@@ -203,9 +204,3 @@ class Talk:
         ids = asked.writer.ids(text)
         with nullcontext() if self.adapter else without_adapter(asked.model):
             yield from streamed(asked.model, asked.writer.tokenizer, ids, self.sampling)
-
-
-def _at_end() -> bool:
-    """Whether nothing more can be read from a stdin that is no terminal."""
-    buffer = getattr(sys.stdin, "buffer", None)
-    return buffer is not None and not buffer.peek(1)

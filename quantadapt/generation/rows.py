@@ -112,6 +112,10 @@ class Rows:
         row.finish = row.finish or "stop"
         self._drop_done()
 
+    def clear(self) -> None:
+        """Take all rows out."""
+        self.rows, self._mask = [], None
+
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> None:
         best = logits.argmax(-1).tolist()  # one transfer for all that are greedy
         for row, scores, token in zip(rows, logits, best, strict=True):
