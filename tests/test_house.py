@@ -13,7 +13,17 @@ import quantadapt
 
 ROOT = Path(quantadapt.__file__).parent
 ORDER = [
-    *("__main__", "cli", "testing", "scaffold", "matrix", "__init__", "pipeline", "reporting"),
+    *(
+        "__main__",
+        "cli",
+        "serving",
+        "testing",
+        "scaffold",
+        "matrix",
+        "__init__",
+        "pipeline",
+        "reporting",
+    ),
     *(
         "exporting",
         "stages",
