@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .exporting.onto import merge_onto
     from .exporting.saving import BaseMismatchWarning, load, save
     from .exporting.stage import merge
+    from .generation import Answer
     from .hookspecs import hookimpl
     from .objectives.sft import SFT
     from .pipeline import RunResult, run
@@ -44,11 +45,12 @@ if TYPE_CHECKING:
     )
     from .records import Adapter, Backend, Evaluation, Export, Objective
     from .spec import Spec
-    from .stages import attach, evaluate, quantize, train
+    from .stages import attach, evaluate, generate, quantize, train
 
 _HOME = {
     "pipeline": ("RunResult", "run"),
-    "stages": ("attach", "evaluate", "quantize", "train"),
+    "stages": ("attach", "evaluate", "generate", "quantize", "train"),
+    "generation.answers": ("Answer",),
     "exporting.saving": ("BaseMismatchWarning", "load", "save"),
     "exporting.stage": ("merge",),
     "exporting.onto": ("merge_onto",),
@@ -68,6 +70,7 @@ __all__ = [
     "SFT",
     "Adapter",
     "AdapterTarget",
+    "Answer",
     "Backend",
     "BaseMismatchWarning",
     "DataWarning",
@@ -90,6 +93,7 @@ __all__ = [
     "Task",
     "attach",
     "evaluate",
+    "generate",
     "hookimpl",
     "load",
     "merge",

@@ -120,7 +120,7 @@ def quantadapt_evaluations() -> Iterable[Evaluation]:  # type: ignore[empty-body
             first: int = Field(20, ge=1, description="how many prompts to answer")
 
             def measure(self, model, given):
-                from quantadapt.evaluation import greedy
+                from quantadapt.generation import greedy
 
                 prompts = given.prompts[: self.first]
                 count = given.max_new_tokens

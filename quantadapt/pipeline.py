@@ -398,7 +398,7 @@ class _Run:
         return token_losses(model, self.held_out(data))
 
     def answers(self, model: nn.Module, data: Data) -> list[str]:
-        from .evaluation.stage import greedy
+        from .generation import greedy
 
         prompts = self.prompts(data) if self.answers_prompts else []
         length = self.spec.evaluate.max_new_tokens

@@ -1,4 +1,5 @@
-"""The stages one by one, as research code calls them: quantize, attach, train, evaluate.
+"""The stages one by one, as research code calls them: quantize, attach, train, evaluate, and
+generate.
 
 `pipeline.run` strings them together; `exporting` holds what comes after them.
 """
@@ -6,14 +7,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import planning
 from .dependencies import in_turn
-from .errors import QuantadaptError
+from .errors import ModelError, QuantadaptError
 from .planning.stage import Plan
 from .protocols import Given
 from .quantizing.stage import quantize_plan
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .data.reading import HeldOut
+    from .data.tokens import Prompt
+    from .generation import Answer
+    from .generation.prompts import Layout, Turns
     from .quantizing.examples import Calibration
     from .training.stage import TrainResult
 
@@ -277,6 +281,44 @@ def evaluate(
         figures = measure(evaluation, evaluators[evaluation], model, given)
         tell("figures", {"evaluation": evaluation, "model": "", "figures": figures})
     return {name: figure.value for name, figure in figures.items()}
+
+
+@in_turn
+@blaming_plugins
+def generate(
+    model: nn.Module,
+    prompts: Sequence[str | Turns | Prompt],
+    *,
+    layout: Layout | None = None,
+    batch_size: int = 16,
+    tokenizer: Any = None,
+    **options: Any,
+) -> list[Answer]:
+    """Let a model answer prompts; greedily, unless `temperature` is given.
+
+    Args:
+        model: with or without an adapter.
+        prompts: texts, or chats as lists of turns, each a dict with `role` and `content`.
+        layout: what becomes of a text: "chat" (the turn of a user, as the tokenizer's chat template
+            writes it), "instruction" (alpaca's layout), or "text", the default (as it stands).
+        batch_size: most answers that are made at the same time; whoever is done makes room.
+        tokenizer: needed where the model came without one: a live module, for instance.
+        options: `max_new_tokens` (256), `temperature`, `top_k`, `top_p`, `min_p`,
+            `repetition_penalty`, `seed`, `stop`.
+
+    Raises:
+        SpecError: an option is wrong. DataError: a prompt cannot be written. ModelError: the model
+        does not generate text.
+    """
+    from .generation import PromptWriter, Sampling, answers
+
+    sampling = Sampling(**options)
+    if (tokenizer := tokenizer or state_of(model).tokenizer) is None:
+        raise ModelError("the model has no tokenizer", fix="pass tokenizer=...", where="tokenizer")
+    writer = PromptWriter(tokenizer, layout)
+    ids = [writer.ids(prompt) for prompt in prompts]
+    with quietly():
+        return list(answers(model, tokenizer, ids, sampling, batch_size=batch_size))
 
 
 def _refuse_length(max_length: int | None, *data: Any) -> None:

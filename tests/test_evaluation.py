@@ -24,7 +24,8 @@ from transformers import (
 import quantadapt as qa
 from quantadapt import demo
 from quantadapt.data.tokens import encode_prompt
-from quantadapt.evaluation import agreement, compare, gain_kept, greedy, perplexity, snapshot
+from quantadapt.evaluation import agreement, compare, gain_kept, perplexity, snapshot
+from quantadapt.generation import greedy
 from quantadapt.memory import Workload
 from quantadapt.memory.shape import Shape
 

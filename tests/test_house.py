@@ -13,7 +13,17 @@ import quantadapt
 
 ROOT = Path(quantadapt.__file__).parent
 ORDER = [
-    *("__main__", "cli", "testing", "scaffold", "matrix", "__init__", "pipeline", "reporting"),
+    *(
+        "__main__",
+        "cli",
+        "serving",
+        "testing",
+        "scaffold",
+        "matrix",
+        "__init__",
+        "pipeline",
+        "reporting",
+    ),
     *(
         "exporting",
         "stages",
@@ -25,6 +35,7 @@ ORDER = [
         "showing",
         "registry",
     ),
+    "generation",
     *("evaluation", "data", "sharding", "dependencies", "facade", "records", "protocols"),
     *("layerwise", "loading", "calibration", "model", "hookspecs", "distributed", "folders"),
     *("spec", "capabilities", "memory", "compiling", "machine"),

@@ -1,8 +1,7 @@
-"""`quantadapt eval` and `quantadapt generate`."""
+"""`quantadapt eval`."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,16 +19,10 @@ if TYPE_CHECKING:
 
 DEFAULT = "perplexity"
 
-_EXAMPLES = {
-    "eval": (
-        "quantadapt eval runs/hqq-lora",
-        "quantadapt eval ./model --data heldout.jsonl --evaluation perplexity --json",
-    ),
-    "generate": (
-        'quantadapt generate runs/hqq-lora --prompt "Write a function that adds a and b."',
-        "echo Hello | quantadapt generate ./model --prompt -",
-    ),
-}
+_EXAMPLES = (
+    "quantadapt eval runs/hqq-lora",
+    "quantadapt eval ./model --data heldout.jsonl --evaluation perplexity --json",
+)
 
 PathArgument = Annotated[
     str,
@@ -40,7 +33,7 @@ MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in
 
 def register(app: typer.Typer, name: str) -> None:
     """Add the command to `app`."""
-    add(app, name, evaluate if name == "eval" else generate, *_EXAMPLES[name])
+    add(app, name, evaluate, *_EXAMPLES)
 
 
 def evaluate(
@@ -135,39 +128,3 @@ def _document(path: str, origin: str, found: Mapping[str, Mapping[str, Figure]])
     single = next(iter(found.values())) if len(found) == 1 else {}
     top = {key: figure.value for key, figure in single.items()}
     return {**top, "path": path, "data": origin, "evaluations": evaluations}
-
-
-def generate(
-    path: PathArgument,
-    prompt: Annotated[
-        list[str], typer.Option("--prompt", "-p", help="The prompt; - reads stdin. Repeatable.")
-    ],
-    max_new_tokens: MaxNewTokensOption = 64,
-    device: DeviceOption = None,
-    force_base: ForceBaseOption = False,
-    trust_remote_code: TrustOption = False,
-    json: JsonOption = False,
-) -> None:
-    """Answer a prompt greedily.
-
-    The answer goes to stdout, all else to stderr.
-    """
-    with session(as_json=json) as shown, trusting(trust_remote_code):
-        from .models import open_model, waiting
-
-        prompts = [sys.stdin.read().strip() if text == "-" else text for text in prompt]
-        with waiting(shown, "loading the model"):
-            model = open_model(path, device, force_base)
-        with waiting(shown, "generating"):
-            from ..evaluation.stage import greedy
-            from ..quantizing.state import state_of
-
-            answers = greedy(
-                model, state_of(model).tokenizer, prompts, max_new_tokens=max_new_tokens
-            )
-        if json:
-            pairs = zip(prompts, answers, strict=True)
-            shown.print_json([{"prompt": p, "answer": a} for p, a in pairs])
-            return
-        for answer in answers:
-            shown.out.print(answer, markup=False, soft_wrap=True)

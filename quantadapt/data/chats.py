@@ -17,6 +17,7 @@ from .files import first_line, kind_of
 from .formats import Example, checked_text, from_json
 from .pieces import Pieces, Segment, joined
 from .templates import written_by_template
+from .tokens import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,6 +130,33 @@ def _tools(row: Example) -> list[Any] | None:
         fix = 'write [{"type": "function", "function": {"name": "...", ...}}]'
         raise DataError("'tools' is no list of objects", fix=fix, where=row.where)
     return tools or None
+
+
+def open_chat(
+    turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, plain: bool = False
+) -> Prompt:
+    """Return the prompt that a chat is up to an answer, as it stands in training data.
+
+    Args:
+        turns: dicts with `role` and `content`; checked as those of data files are.
+        plain: alpaca's layout, even where the tokenizer has a chat template.
+
+    Raises:
+        DataError: they are no chat, or the template refuses them.
+    """
+    where = "messages"
+    checked = [_turn(turn, number, where) for number, turn in enumerate(turns, 1)]
+    if not checked:
+        raise DataError("the chat has no turns", fix="ask something", where=where)
+    if tokenizer.chat_template and not plain:
+        writer = _writer(Chat(checked, [], None), tokenizer, where)
+        return Prompt(writer.render(len(checked), ask=True), "", templated=True)
+    answer = {"role": "assistant", "content": ""}
+    whole = Chat([*checked, answer], [len(checked)], None)
+    pieces = plain_chat(whole, tokenizer, where)
+    if whole.dropped:
+        raise DataError(f"it is a chat {whole.dropped}", where=where)
+    return Prompt("".join(piece.text for piece in pieces[0].segments), "")
 
 
 # Without a template -----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .gain import Gain, TokenLosses, gain_kept, token_losses
 from .perplexity import Perplexity, perplexity
-from .stage import Agreement, Snapshot, agreement, compare, greedy, measure, snapshot
+from .stage import Agreement, Snapshot, agreement, compare, measure, snapshot
 
 __all__ = [
     "Agreement",
@@ -15,7 +15,6 @@ __all__ = [
     "agreement",
     "compare",
     "gain_kept",
-    "greedy",
     "measure",
     "perplexity",
     "snapshot",

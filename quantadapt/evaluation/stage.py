@@ -1,4 +1,4 @@
-"""The evaluate stage: an evaluation measures a model; two models are compared; greedy samples.
+"""The evaluate stage: an evaluation measures a model; two models are compared.
 
 Two models are compared through snapshots, so they never need to be in memory together:
 `compare(snapshot(a, data), snapshot(b, data))`. All sums are made in float32 or better.
@@ -6,16 +6,11 @@ Two models are compared through snapshots, so they never need to be in memory to
 
 from __future__ import annotations
 
-import copy
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..data.batches import padded
-from ..data.tokens import Prompt, encode_prompt
 from ..errors import NumbersError, PluginError, QuantadaptError
 from ..protocols import Evaluator, Figure, Given
 from .predictions import (
@@ -23,14 +18,12 @@ from .predictions import (
     device_of,
     evaluating,
     first_tokens,
-    is_encoder_decoder,
     predicted,
     to_perplexity,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PreTrainedTokenizerBase
 
     from .predictions import Examples
 
@@ -187,64 +180,3 @@ def agreement(
 ) -> Agreement:
     """Compare two models that are both at hand. `options` are those of `snapshot`."""
     return compare(snapshot(reference, dataset, **options), snapshot(candidate, dataset, **options))
-
-
-def greedy(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | Prompt],
-    *,
-    max_new_tokens: int = 64,
-) -> list[str]:
-    """Continue every prompt with the likeliest tokens, up to eos or `max_new_tokens`.
-
-    Returns only what is new, without special tokens. Nothing is sampled, so the same model
-    gives the same text again.
-    """
-    if not prompts:
-        return []
-    import torch
-
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    eos = tokenizer.eos_token_id
-    pad = next((i for i in (tokenizer.pad_token_id, eos) if i is not None), 0)
-    encoder_decoder = is_encoder_decoder(model)
-    if encoder_decoder and eos is not None:
-        ids = [[*tokens, eos] for tokens in ids]
-    device = device_of(model)
-    inputs = {
-        "input_ids": padded(ids, pad, left=True).to(device),
-        "attention_mask": padded([[1] * len(i) for i in ids], 0, left=True).to(device),
-    }
-    config = _greedy_config(model, max_new_tokens, eos, pad)
-    with evaluating(model), _silent(), torch.no_grad():
-        output = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
-    start = 0 if encoder_decoder else inputs["input_ids"].shape[1]
-    return [str(tokenizer.decode(row[start:], skip_special_tokens=True)) for row in output]
-
-
-def _greedy_config(model: nn.Module, max_new_tokens: int, eos: Any, pad: int) -> Any:
-    """Return the model's own generation config, stripped of everything that samples."""
-    from transformers import GenerationConfig
-
-    own = getattr(model, "generation_config", None)
-    config = copy.deepcopy(own) if own is not None else GenerationConfig()
-    for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "max_length"):
-        setattr(config, name, None)
-    config.do_sample, config.num_beams = False, 1
-    config.max_new_tokens, config.pad_token_id = max_new_tokens, pad
-    if config.eos_token_id is None:
-        config.eos_token_id = eos
-    return config
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep the advice that transformers logs about generation off the screen."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -6,13 +6,14 @@ rate while training; elsewhere the same facts come as plain lines.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
+    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TaskID,
@@ -163,6 +164,21 @@ def spinner(console: Console, text: str) -> Iterator[None]:
     with _spinner(console) as live:
         live.add_task(escape(text), total=None)
         yield
+
+
+@contextmanager
+def counting(
+    console: Console, text: str, total: int, done: int = 0
+) -> Iterator[Callable[[], None]]:
+    """Show how many of `total` are done and how long the rest takes; yields what counts one more.
+    Nothing is shown where there is no terminal."""
+    if not console.is_terminal:
+        yield lambda: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), **_options(console)) as live:
+        task = live.add_task(escape(text), total=total, completed=done)
+        yield lambda: live.advance(task)
 
 
 class Waiting:

@@ -1,0 +1,139 @@
+"""What the commands that let a model answer share: the flags of `Sampling`, and the open model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from ..generation.sampling import Sampling
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..generation.prompts import Layout, PromptWriter
+    from .session import Session
+
+_PANEL = "How to answer"
+
+LayoutOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYOUT",
+        help="How a prompt is written: chat (by the chat template), instruction (alpaca's "
+        "layout) or text (as it stands).",
+        show_default="as the run learnt",
+        rich_help_panel=_PANEL,
+    ),
+]
+BareOption = Annotated[
+    bool,
+    typer.Option("--base", help="Leave the adapter out.", rich_help_panel=_PANEL),
+]
+
+
+def with_sampling_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `Sampling` as flags; it takes them in the parameter `answers`,
+    a dict of those that were given."""
+    hints = get_type_hints(function, include_extras=True)
+    own = [
+        p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for p in inspect.signature(function).parameters.values()
+        if p.name != "answers"
+    ]
+    flags = [_flag(name) for name in Sampling.model_fields]
+
+    def command(**values: Any) -> None:
+        given = {flag.name: values.pop(flag.name) for flag in flags}
+        answers = {name: value for name, value in given.items() if value not in (None, [])}
+        function(**values, answers=answers)
+
+    command.__doc__ = function.__doc__
+    command.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in (*own, *flags)}
+    return command
+
+
+def _flag(name: str) -> inspect.Parameter:
+    field = Sampling.model_fields[name]
+    many = name == "stop"
+    kind: Any = list[str] | None if many else _number(field.annotation) | None
+    text = f"{field.description[:1].upper()}{field.description[1:]}." if field.description else ""
+    default = "none" if field.default in (None, ()) else str(field.default)
+    option = typer.Option(
+        f"--{name.replace('_', '-')}",
+        help=f"{text} Repeatable." if many else text,
+        show_default=default,
+        rich_help_panel=_PANEL,
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
+    )
+
+
+def _number(annotation: Any) -> type[int] | type[float]:
+    return float if annotation is float else int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model that is asked.
+
+    Attributes:
+        writer: writes prompts for it.
+        told: what layout it is, in words.
+    """
+
+    model: nn.Module
+    writer: PromptWriter
+    told: str
+
+
+@contextmanager
+def asking(
+    shown: Session,
+    path: str,
+    device: str | None,
+    layout: str | None,
+    *,
+    base: bool = False,
+    force_base: bool = False,
+) -> Iterator[Asked]:
+    """Open a model to be asked; its adapter is left out while it is, if `base` says so.
+
+    Raises:
+        SpecError: there is no such layout. ModelError: there is nothing to load.
+    """
+    from ..errors import Problem, SpecError
+    from ..generation.prompts import LAYOUTS, PromptWriter, layout_of
+    from ..quantizing.state import state_of
+    from .models import open_model, waiting
+
+    if layout is not None and layout not in LAYOUTS:
+        fix = f"use one of {', '.join(LAYOUTS)}"
+        raise SpecError([Problem(f"{layout!r} is no layout", fix, where="--layout")])
+    with waiting(shown, "loading the model"):
+        model = open_model(path, device, force_base)
+    if (tokenizer := state_of(model).tokenizer) is None:
+        from ..errors import ModelError
+
+        raise ModelError("the model has no tokenizer", fix="put its files there", where=path)
+    chosen: Layout = layout or layout_of(path, tokenizer)  # type: ignore[assignment]
+    with without_adapter(model) if base else nullcontext():
+        yield Asked(model, PromptWriter(tokenizer, chosen), f"prompts {LAYOUTS[chosen]}")
+
+
+@contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """Let the base alone answer, if there is an adapter."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    with model.disable_adapter():
+        yield

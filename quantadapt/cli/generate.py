@@ -1,0 +1,168 @@
+"""`quantadapt generate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..remote_code import trusting
+from .answering import BareOption, LayoutOption, with_sampling_flags
+from .commands import add
+from .evaluate import PathArgument
+from .flags import DeviceOption, ForceBaseOption, JsonOption, TrustOption
+from .session import session
+
+if TYPE_CHECKING:
+    from ..generation import Sampling
+    from .answering import Asked
+    from .session import Session
+
+
+def register(app: typer.Typer, name: str) -> None:
+    """Add the command to `app`."""
+    add(
+        app,
+        name,
+        with_sampling_flags(generate),
+        'quantadapt generate runs/hqq-lora --prompt "Write a function that adds a and b."',
+        "quantadapt generate ./model --file prompts.jsonl --out answers.jsonl",
+        "echo Hello | quantadapt generate ./model --prompt - --temperature 0.7 --top-p 0.9",
+    )
+
+
+def generate(
+    path: PathArgument,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="The prompt; - reads stdin. Repeatable."),
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--file",
+            "-f",
+            help="A file with prompts: JSONL, JSON, CSV, Parquet or text, with the columns prompt, "
+            "messages, or instruction and input.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The JSONL file that gets each row of --file with its answer. The same command "
+            "goes on after an interruption.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier file at --out.")
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Most answers that are made at the same time.")
+    ] = 16,
+    layout: LayoutOption = None,
+    base: BareOption = False,
+    device: DeviceOption = None,
+    force_base: ForceBaseOption = False,
+    trust_remote_code: TrustOption = False,
+    json: JsonOption = False,
+    *,
+    answers: dict[str, Any],
+) -> None:
+    """Answer prompts.
+
+    The answers go to stdout, or to a file; all else goes to stderr.
+    """
+    with session(as_json=json) as shown, trusting(trust_remote_code):
+        from ..generation import Sampling
+        from .answering import asking
+
+        _check(prompt, file, out, json)
+        sampling = Sampling(**answers)
+        found = _prompts(prompt or [], file)
+        opened = asking(shown, path, device, layout, base=base, force_base=force_base)
+        with opened as asked:
+            shown.err.print(asked.told, style="dim", markup=False, soft_wrap=True)
+            if out is not None:
+                made_with = {"model": path, "base": base, "layout": asked.writer.layout}
+                _to_file(shown, asked, found, sampling, out, made_with, overwrite, batch_size)
+                return
+            _to_screen(shown, asked, found, sampling, batch_size)
+
+
+def _check(prompt: list[str] | None, file: str | None, out: Path | None, json: bool) -> None:
+    from ..errors import Problem, SpecError
+
+    problems = []
+    if bool(prompt) == bool(file):
+        what = "there is nothing to answer" if not file else "--prompt and --file are both given"
+        problems.append(Problem(what, "give --prompt TEXT or --file PROMPTS", where="--prompt"))
+    if out is not None and not file:
+        problems.append(Problem("--out takes the answers to a --file", "leave it out", "--out"))
+    if out is not None and json:
+        problems.append(Problem("--out has JSON lines in any case", "leave --json out", "--json"))
+    if problems:
+        raise SpecError(problems)
+
+
+def _prompts(prompts: list[str], file: str | None) -> list[tuple[Any, Any]]:
+    """Return what is asked, each with the row of the file that it comes from."""
+    from ..generation.files import read_prompts
+
+    if file is not None:
+        return list(read_prompts(file))
+    return [(None, sys.stdin.read().strip() if text == "-" else text) for text in prompts]
+
+
+def _to_screen(
+    shown: Session, asked: Asked, found: list[tuple[Any, Any]], sampling: Sampling, batch_size: int
+) -> None:
+    from ..generation import answers
+    from .models import waiting
+
+    ids = [asked.writer.ids(text) for _, text in found]
+    with waiting(shown, "generating"):
+        tokenizer = asked.writer.tokenizer
+        made = list(answers(asked.model, tokenizer, ids, sampling, batch_size=batch_size))
+    if shown.as_json:
+        pairs = zip(found, made, strict=True)
+        shown.print_json([{"prompt": text, "answer": a.text} for (_, text), a in pairs])
+        return
+    for answer in made:
+        shown.out.print(answer.text, markup=False, soft_wrap=True)
+
+
+def _to_file(
+    shown: Session,
+    asked: Asked,
+    found: list[tuple[Any, Any]],
+    sampling: Sampling,
+    out: Path,
+    made_with: dict[str, Any],
+    overwrite: bool,
+    batch_size: int,
+) -> None:
+    from ..generation import answers
+    from ..generation.files import answer_file
+    from ..showing.display import counting
+
+    ids = [asked.writer.ids(text) for _, text in found]
+    rows = [row for row, _ in found]
+    made_with |= {"options": sampling.model_dump(mode="json"), "batch_size": batch_size}
+    with answer_file(out.expanduser(), rows, made_with, overwrite=overwrite) as file:
+        begun = file.done
+        if begun:
+            text = f"{begun} of {len(rows)} answers are there already; going on"
+            shown.err.print(text, markup=False, soft_wrap=True)
+        with counting(shown.progress, "answering", len(rows), begun) as advance:
+            made = answers(
+                asked.model, asked.writer.tokenizer, ids[begun:], sampling,
+                batch_size=batch_size, first=begun,
+            )  # fmt: skip
+            for row, answer in zip(rows[begun:], made, strict=True):
+                file.add(row, answer)
+                advance()
+    shown.err.print(f"{len(rows)} answers are in {out}", markup=False, soft_wrap=True)

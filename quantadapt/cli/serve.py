@@ -1,0 +1,179 @@
+"""`quantadapt serve`."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..generation.sampling import Sampling
+from ..remote_code import trusting
+from .answering import LayoutOption, with_sampling_flags
+from .commands import add
+from .evaluate import PathArgument
+from .flags import DeviceOption, ForceBaseOption, TrustOption
+from .session import session
+
+if TYPE_CHECKING:
+    from ..serving.app import Served
+
+TOKEN = "QUANTADAPT_TOKEN"
+"""The variable that holds what clients have to show."""
+_WHERE = "Where"
+
+
+def register(app: typer.Typer, name: str) -> None:
+    """Add the command to `app`."""
+    add(
+        app,
+        name,
+        with_sampling_flags(serve),
+        "quantadapt serve runs/hqq-lora",
+        f"{TOKEN}=$(openssl rand -hex 16) quantadapt serve ./model --host 0.0.0.0 --port 80",
+    )
+
+
+def serve(
+    path: PathArgument,
+    name: Annotated[
+        str | None,
+        typer.Option(help="What requests call the model.", show_default="the folder's name"),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on.", rich_help_panel=_WHERE)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="0 takes a free one.", rich_help_panel=_WHERE)
+    ] = 8000,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="Most answers that are made at the same time.")
+    ] = 16,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Most requests that wait; others are told to try later.")
+    ] = 256,
+    layout: LayoutOption = None,
+    device: DeviceOption = None,
+    force_base: ForceBaseOption = False,
+    trust_remote_code: TrustOption = False,
+    *,
+    answers: dict[str, Any],
+) -> None:
+    """Serve a model as OpenAI's API does.
+
+    /v1/chat/completions, /v1/completions and /v1/models, streamed or whole; the base without the
+    adapter goes by the name of base. What a request leaves open, the flags say.
+
+    It listens on this machine alone. To listen on others' addresses, set QUANTADAPT_TOKEN: clients
+    have to show it as their API key. There is no encryption: put a proxy in front for that.
+    """
+    with session() as shown, trusting(trust_remote_code):
+        from .answering import asking
+
+        _need_libraries()
+        sampling = Sampling(**answers)
+        token = _token(host)
+        with _listening(host, port) as listener:
+            with asking(shown, path, device, layout, force_base=force_base) as asked:
+                served = _served(
+                    asked, name or _name(path), sampling, token, max_batch, max_waiting
+                )
+                address = f"http://{_shown(host)}:{listener.getsockname()[1]}/v1"
+                names = ", ".join(served.worker.names)
+                text = f"{asked.told}; models: {names}\nserving at {address}  (Ctrl-C stops)"
+                shown.err.print(text, markup=False, soft_wrap=True)
+                _run(served, listener)
+            shown.err.print("stopped", markup=False)
+
+
+def _need_libraries() -> None:
+    from ..errors import MissingDependency
+    from ..machine import installed_version
+
+    missing = [library for library in ("fastapi", "uvicorn") if installed_version(library) is None]
+    if missing:
+        what = f"serving needs {' and '.join(missing)}, which is not installed"
+        raise MissingDependency(what, fix="pip install 'quantadapt[serve]'")
+
+
+def _token(host: str) -> str:
+    """Return what clients have to show. Raises SpecError where others could come without."""
+    from ..errors import Problem, SpecError
+
+    token = os.environ.get(TOKEN, "")
+    if not token and not _is_loopback(host):
+        what = f"on {host}, whoever reaches this machine could use the model"
+        fix = f"set {TOKEN} to what clients have to show, or leave --host out"
+        raise SpecError([Problem(what, fix, "--host")])
+    return token
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, before any model is loaded."""
+    from ..errors import Problem, SpecError
+
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(*found[:3])
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(found[4])
+        listener.listen(128)
+    except OSError as error:
+        what = f"{host}:{port} cannot be listened on: {(error.strerror or str(error)).lower()}"
+        fix = "stop what listens there, or choose another --port (0 takes a free one)"
+        raise SpecError([Problem(what, fix, "--port")]) from None
+    return listener
+
+
+def _name(path: str) -> str:
+    return Path(path).expanduser().resolve().name if Path(path).exists() else path
+
+
+def _served(
+    asked: Any, name: str, sampling: Sampling, token: str, max_batch: int, max_waiting: int
+) -> Served:
+    from ..generation.rows import base_of
+    from ..serving.app import Served
+    from ..serving.worker import Worker
+
+    model, tokenizer = asked.model, asked.writer.tokenizer
+    names: dict[str, str | None] = {name: None}
+    if hasattr(model, "disable_adapter"):
+        names = {name: model.active_adapter, "base": None}
+        names |= {other: other for other in model.peft_config if other != model.active_adapter}
+    worker = Worker(model, tokenizer, names, max_batch=max_batch, max_waiting=max_waiting)
+    config: Any = base_of(model).config
+    config = getattr(config, "get_text_config", lambda: config)()
+    context = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return Served(worker, asked.writer, sampling, int(min(context, 2**30)), token)
+
+
+def _run(served: Served, listener: socket.socket) -> None:
+    import uvicorn
+
+    from ..serving.app import create_app
+
+    config = uvicorn.Config(
+        create_app(served), log_level="warning", access_log=False, lifespan="off"
+    )
+    served.worker.start()
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    except KeyboardInterrupt:  # uvicorn raises it once more after it has stopped
+        pass
+    finally:
+        served.worker.stop()

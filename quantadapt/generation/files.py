@@ -1,0 +1,157 @@
+"""Files of prompts become files of answers, which can be gone on with after an interruption.
+
+Answers are written to `NAME.partial` as they are made; its first line says what with. The file gets
+its name when all are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ..data.files import Row, kind_of
+from ..data.formats import text_in
+from ..data.sources import read_source
+from ..errors import DataError, OutputError
+from ..folders.atomic import in_words, locked, sync_folder
+from .answers import Answer
+from .prompts import Turns
+
+ANSWER = "answer"
+_COLUMNS = "recognized columns are: prompt; messages; instruction (+ input)"
+
+
+def read_prompts(source: str) -> list[tuple[Row, str | Turns]]:
+    """Return the rows of a data file and what each asks: `prompt` (a text or turns), `messages` (an
+    answer at their end is left out), or `instruction` and `input`. Files of text ask with each
+    of their examples.
+
+    Raises:
+        DataError: no such file, no rows, no such columns, or a row that has no text there.
+    """
+    train, held_out = read_source(source)
+    rows = [*train, *held_out]
+    if not rows:
+        raise DataError("there is nothing in it", fix="write a prompt a line", where=source)
+    return [(row, _asked(row)) for row in rows]
+
+
+def _asked(row: Row) -> str | Turns:
+    values = row.values
+    if ANSWER in values:
+        what = f"there is a column {ANSWER!r} already, which would be written over"
+        raise DataError(what, fix="rename it", where=row.where)
+    for name in ("messages", "prompt"):
+        if isinstance(turns := values.get(name), list):
+            return _open(turns, name, row.where)
+    for name in ("prompt", "text"):
+        if name in values:
+            return text_in(row, name)
+    if "instruction" in values:
+        given = text_in(row, "input") if values.get("input") else ""
+        instruction = text_in(row, "instruction")
+        return f"{instruction}\n\n{given}" if given else instruction
+    found = ", ".join(map(repr, values)) or "none"
+    raise DataError(f"no known columns, found {found}", fix=_COLUMNS, where=row.where)
+
+
+def _open(turns: list[Any], name: str, where: str) -> Turns:
+    for turn in turns:
+        if not isinstance(turn, dict):
+            fix = 'write {"role": "user", "content": "..."}'
+            raise DataError(f"a turn of {name!r} is {kind_of(turn)}", fix=fix, where=where)
+    last = turns[-1] if turns else {}
+    return turns[:-1] if last.get("role") == "assistant" else turns
+
+
+@dataclass
+class AnswerFile:
+    """An answers file in the making.
+
+    Attributes:
+        done: how many rows it has.
+    """
+
+    done: int
+    _file: IO[str]
+
+    def add(self, row: Row, answer: Answer) -> None:
+        """Write a row with its answer."""
+        more = {ANSWER: answer.text, "answer_tokens": answer.tokens, "finish": answer.finish}
+        line = json.dumps({**row.values, **more}, ensure_ascii=False, default=str)
+        self._file.write(f"{line}\n")
+        self._file.flush()
+        self.done += 1
+
+
+@contextmanager
+def answer_file(
+    path: Path, rows: Sequence[Row], made_with: Mapping[str, Any], *, overwrite: bool = False
+) -> Iterator[AnswerFile]:
+    """Yield the file to write answers to `rows` into; it gets its name if the body ends well.
+
+    What an interrupted call with the same rows and options has written is gone on with.
+
+    Args:
+        path: a JSONL file.
+        made_with: what the answers depend on: model and options.
+        overwrite: replace an earlier file, or begin anew what was begun with something else.
+
+    Raises:
+        OutputError: it is there already, or was begun with something else.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    head = json.dumps({**made_with, "prompts": _checksum(rows)}, sort_keys=True, default=str)
+    with locked(path), in_words(path):
+        if path.exists() and not overwrite:
+            fix = "choose another name, or pass --overwrite"
+            raise OutputError("the file is there already", fix=fix, where=str(path))
+        begun = _begun(partial, head, overwrite)
+        with partial.open("r+" if begun else "w", encoding="utf-8", newline="\n") as file:
+            if begun:
+                file.truncate(sum(len(line.encode()) for line in begun))
+                file.seek(0, os.SEEK_END)
+            else:
+                file.write(f"{head}\n")
+            yield AnswerFile(max(len(begun) - 1, 0), file)
+        _finish(partial, path)
+
+
+def _begun(partial: Path, head: str, overwrite: bool) -> list[str]:
+    """Return the whole lines that an interrupted call wrote with the same prompts and options."""
+    if not partial.exists():
+        return []
+    text = partial.read_bytes().decode("utf-8", errors="replace")
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    if lines and lines[0] == f"{head}\n":
+        return lines
+    if lines and not overwrite:
+        what = "answers were begun with another model, other prompts or other options"
+        fix = "go on with those, remove the file, or pass --overwrite"
+        raise OutputError(what, fix=fix, where=str(partial))
+    return []
+
+
+def _finish(partial: Path, path: Path) -> None:
+    """Write all but the first line of `partial` under the name of `path`."""
+    whole = path.with_name(f".{path.name}.tmp")
+    with partial.open("rb") as source, whole.open("wb") as target:
+        source.readline()
+        for line in source:
+            target.write(line)
+        target.flush()
+        os.fsync(target.fileno())
+    os.replace(whole, path)
+    sync_folder(path.parent)
+    partial.unlink()
+
+
+def _checksum(rows: Sequence[Row]) -> str:
+    text = json.dumps([row.values for row in rows], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()

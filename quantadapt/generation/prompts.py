@@ -1,0 +1,86 @@
+"""From what a user asks to token ids: as the chat template writes a chat, in the layout of the
+data that a run learnt from, or as the text stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from ..data.chats import open_chat
+from ..data.tokens import Prompt, encode_prompt
+from ..errors import DataError
+from ..inputs.documents import read_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Layout = Literal["chat", "instruction", "text"]
+Turns: TypeAlias = Sequence[Mapping[str, Any]]
+
+LAYOUTS: dict[Layout, str] = {
+    "chat": "as the chat template writes a chat",
+    "instruction": "as an instruction in alpaca's layout",
+    "text": "as the text stands",
+}
+_OF_FORMATS: dict[str, Layout] = {
+    "messages": "chat",
+    "sharegpt": "chat",
+    "oasst": "chat",
+    "self-instruct": "instruction",
+    "alpaca": "instruction",
+    "dolly": "instruction",
+    "prompt-completion": "text",
+    "text": "text",
+}
+
+
+@dataclass(frozen=True)
+class PromptWriter:
+    """Writes prompts for one model.
+
+    Attributes:
+        layout: how a text is written; `layout_of` finds what the model learnt. None leaves it as
+            it stands, and writes chats by the template, or in alpaca's layout where there is none.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    layout: Layout | None
+
+    def __post_init__(self) -> None:
+        if self.layout == "chat" and not self.tokenizer.chat_template:
+            what = "the tokenizer has no chat template"
+            raise DataError(what, fix="choose the layout instruction or text", where="layout")
+
+    def ids(self, asked: str | Turns | Prompt) -> list[int]:
+        """Return the token ids of a text, or of the turns of a chat.
+
+        Raises:
+            DataError: the turns are no chat, or there is nothing to go on from.
+        """
+        found = encode_prompt(self.tokenizer, self._prompt(asked))
+        if not found:
+            raise DataError("the prompt is empty", fix="write something", where="prompt")
+        return found
+
+    def _prompt(self, asked: str | Turns | Prompt) -> str | Prompt:
+        if isinstance(asked, Prompt):
+            return asked
+        if isinstance(asked, str):
+            if self.layout in ("text", None):
+                return asked
+            asked = [{"role": "user", "content": asked}]
+        plain = self.layout == "instruction"
+        return open_chat([dict(turn) for turn in asked], self.tokenizer, plain=plain)
+
+
+def layout_of(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> Layout:
+    """Return how to ask the model at `path`: as the data were written that its run learnt from, or
+    what a model without a run has a chat template for."""
+    file = Path(path).expanduser() / "metrics.json"
+    found = read_object(file).get("data", {}) if file.is_file() else {}
+    for one in found.get("files", ()) if isinstance(found, dict) else ():
+        if layout := _OF_FORMATS.get(one.get("format", "")):
+            return layout
+    return "chat" if tokenizer.chat_template else "text"

@@ -1,0 +1,256 @@
+"""The routes: models, chats and completions, streamed or whole."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from ..errors import QuantadaptError
+from ..generation.prompts import PromptWriter
+from ..generation.sampling import Sampling
+from .wire import ChatRequest, CompletionRequest, Reply, WrongRequest, error_document, usage_of
+from .worker import Event, Full, Job, Worker
+
+_MOST_BYTES = 2**24
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is served.
+
+    Attributes:
+        writer: writes prompts.
+        sampling: how to answer where a request does not say.
+        context: tokens that prompt and answer may have together.
+        token: what clients have to show; empty where nobody is asked.
+    """
+
+    worker: Worker
+    writer: PromptWriter
+    sampling: Sampling
+    context: int
+    token: str = ""
+
+
+def create_app(served: Served) -> FastAPI:
+    """Return the application; it starts the worker and stops it."""
+    app = FastAPI(title="quantadapt", docs_url=None, redoc_url=None, openapi_url=None)
+    started = int(time.time())
+
+    @app.middleware("http")
+    async def checked(request: Request, call_next: Any) -> Response:
+        if int(request.headers.get("content-length") or 0) > _MOST_BYTES:
+            return _refused(WrongRequest("the request is larger than 16 MiB", status=413))
+        if served.token and request.url.path != "/health" and not _shows(request, served.token):
+            what = "show the server's token: Authorization: Bearer TOKEN"
+            return _refused(WrongRequest(what, status=401, code="invalid_api_key"))
+        response: Response = await call_next(request)
+        return response
+
+    @app.exception_handler(WrongRequest)
+    async def wrong(_: Request, error: WrongRequest) -> Response:
+        return _refused(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def misread(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"][1:])
+        unknown = first["type"] == "extra_forbidden"
+        what = f"{place}: it is not known here" if unknown else f"{place}: {first['msg']}"
+        return _refused(WrongRequest(what.removeprefix(": "), param=place or None))
+
+    @app.exception_handler(QuantadaptError)
+    async def refused(_: Request, error: QuantadaptError) -> Response:
+        problem = error.problems[0]
+        return _refused(WrongRequest(problem.what, param=problem.where or None))
+
+    @app.exception_handler(HTTPException)
+    async def missing(_: Request, error: HTTPException) -> Response:
+        what = f"{error.detail}; served are /v1/models, /v1/chat/completions and /v1/completions"
+        return JSONResponse(error_document(what, error.status_code), error.status_code)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        data = [_model(name, started) for name in served.worker.names]
+        return {"object": "list", "data": data}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        _known(served, name)
+        return _model(name, started)
+
+    @app.post("/v1/chat/completions")
+    async def chat(asked: ChatRequest, request: Request) -> Response:
+        _known(served, asked.model)
+        ids = served.writer.ids(_turns(asked))
+        return await _answered(served, asked, Reply("chat", asked.model), [ids], request)
+
+    @app.post("/v1/completions")
+    async def completion(asked: CompletionRequest, request: Request) -> Response:
+        _known(served, asked.model)
+        writer = PromptWriter(served.writer.tokenizer, "text")
+        ids = [p if isinstance(p, list) else writer.ids(p) for p in asked.prompts]
+        _refuse_unknown_tokens(served, ids)
+        return await _answered(served, asked, Reply("text", asked.model), ids, request)
+
+    return app
+
+
+def _shows(request: Request, token: str) -> bool:
+    shown = request.headers.get("authorization", "")
+    return hmac.compare_digest(shown.encode(), f"Bearer {token}".encode())
+
+
+def _refused(error: WrongRequest) -> Response:
+    headers = {"Retry-After": "1"} if error.status == 429 else None
+    return JSONResponse(error.document(), error.status, headers=headers)
+
+
+def _model(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "quantadapt"}
+
+
+def _known(served: Served, name: str) -> None:
+    if name not in served.worker.names:
+        what = f"there is no model {name!r}; served are {', '.join(served.worker.names)}"
+        raise WrongRequest(what, status=404, code="model_not_found", param="model")
+
+
+def _turns(asked: ChatRequest) -> list[dict[str, Any]]:
+    """Return the turns; what `developer` says is what `system` says to templates."""
+    names = {"developer": "system"}
+    return [{**t, "role": names.get(str(t.get("role")), t.get("role"))} for t in asked.messages]
+
+
+def _refuse_unknown_tokens(served: Served, prompts: Sequence[Sequence[int]]) -> None:
+    most = len(served.writer.tokenizer)
+    for ids in prompts:
+        if not ids or min(ids) < 0 or max(ids) >= most:
+            what = f"a prompt of token ids needs some, each from 0 to {most - 1}"
+            raise WrongRequest(what, param="prompt")
+
+
+async def _answered(
+    served: Served,
+    asked: ChatRequest | CompletionRequest,
+    reply: Reply,
+    prompts: Sequence[list[int]],
+    request: Request,
+) -> Response:
+    events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+    jobs = _jobs(served, asked, prompts, events)
+    try:
+        for job in jobs:
+            served.worker.submit(job)
+    except Full:
+        _cancel(jobs)
+        raise WrongRequest("too many wait already; try again later", status=429) from None
+    counted = asked.n * sum(map(len, prompts))
+    if asked.stream:
+        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        body = _stream(reply, jobs, events, counted if usage else None)
+        return StreamingResponse(body, media_type="text/event-stream")
+    return await _whole(reply, jobs, events, counted, request)
+
+
+def _jobs(
+    served: Served,
+    asked: ChatRequest | CompletionRequest,
+    prompts: Sequence[list[int]],
+    events: asyncio.Queue[tuple[int, Event]],
+) -> list[Job]:
+    loop, jobs = asyncio.get_running_loop(), list[Job]()
+    for ids in prompts:
+        room = served.context - len(ids)
+        if room < 1:
+            what = f"the prompt has {len(ids):,} tokens; the model takes {served.context:,} with"
+            what = f"{what} the answer"
+            raise WrongRequest(what, code="context_length_exceeded", param="messages")
+        sampling = asked.sampling(served.sampling, room)
+        for _ in range(asked.n):
+            index = len(jobs)
+
+            def tell(event: Event, index: int = index) -> None:
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+            jobs.append(Job(asked.model, ids, sampling, index, tell))
+    return jobs
+
+
+def _cancel(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        job.cancelled.set()
+
+
+async def _whole(
+    reply: Reply,
+    jobs: Sequence[Job],
+    events: asyncio.Queue[tuple[int, Event]],
+    prompt_tokens: int,
+    request: Request,
+) -> Response:
+    texts, finishes, counts = [""] * len(jobs), [""] * len(jobs), [0] * len(jobs)
+    try:
+        while not all(finishes):
+            try:
+                index, event = await asyncio.wait_for(events.get(), timeout=1.0)
+            except TimeoutError:
+                if await request.is_disconnected():
+                    _cancel(jobs)
+                    return JSONResponse(None, 499)
+                continue
+            if event.finish == "error":
+                return JSONResponse(error_document(event.text, 500), 500)
+            texts[index] += event.text
+            finishes[index], counts[index] = event.finish, event.tokens
+    finally:
+        _cancel(jobs)
+    return JSONResponse(reply.whole(texts, finishes, usage_of(prompt_tokens, sum(counts))))
+
+
+async def _stream(
+    reply: Reply,
+    jobs: Sequence[Job],
+    events: asyncio.Queue[tuple[int, Event]],
+    prompt_tokens: int | None,
+) -> AsyncIterator[str]:
+    """Yield server-sent events. A client that goes away ends it, and its answers."""
+    counts, running = [0] * len(jobs), len(jobs)
+    try:
+        for chunk in reply.opening(len(jobs)):
+            yield _sent(chunk)
+        while running:
+            index, event = await events.get()
+            if event.finish == "error":
+                yield _sent(error_document(event.text, 500))
+                return
+            counts[index] = event.tokens
+            if event.text:
+                yield _sent(reply.piece(index, event.text))
+            if event.finish:
+                running -= 1
+                yield _sent(reply.end(index, event.finish))
+        if prompt_tokens is not None:
+            yield _sent(reply.usage(usage_of(prompt_tokens, sum(counts))))
+        yield "data: [DONE]\n\n"
+    finally:
+        _cancel(jobs)
+
+
+def _sent(document: dict[str, Any]) -> str:
+    return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"

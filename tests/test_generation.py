@@ -1,0 +1,333 @@
+"""Answers: the tokens of transformers' generate, whatever the batch; drawn as asked; in files."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    Qwen3Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import quantadapt as qa
+from quantadapt import demo
+from quantadapt.data.files import Row
+from quantadapt.errors import DataError, ModelError, OutputError, SpecError
+from quantadapt.generation import Answer, PromptWriter, Sampling, answers, layout_of, streamed
+from quantadapt.generation.files import answer_file, read_prompts
+from quantadapt.generation.sampling import Chooser
+from quantadapt.generation.text import TextSoFar
+
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 96, "eos_token_id": 2,
+    "pad_token_id": 0, "bos_token_id": 1,
+}  # fmt: skip
+FAMILIES = {
+    "llama": LlamaConfig(**SMALL),
+    "qwen3": Qwen3Config(**SMALL),
+    "gemma2": Gemma2Config(**SMALL, sliding_window=4, query_pre_attn_scalar=8),
+    "gpt2": GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=96, eos_token_id=2, bos_token_id=1
+    ),
+    "mamba": MambaConfig(
+        hidden_size=32, num_hidden_layers=2, vocab_size=96, eos_token_id=2, state_size=4
+    ),
+}
+
+
+class Ids:
+    """A tokenizer whose text is the ids."""
+
+    eos_token_id = 2
+    chat_template = None
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(f"{i} " for i in ids if not (skip_special_tokens and i == 2))
+
+
+def prompts(count=7):
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
+    return [torch.randint(3, 96, (n,), generator=generator).tolist() for n in lengths]
+
+
+def made(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def stock(model, ids, count):
+    """What transformers' own generate continues one prompt with, as our text."""
+    output = model.generate(
+        torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0
+    )
+    return Ids().decode(output[0, len(ids) :].tolist(), skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_are_those_of_transformers(family) -> None:
+    model, asked = made(FAMILIES[family]), prompts()
+    expected = [stock(model, ids, 12) for ids in asked]
+    sampling = Sampling(max_new_tokens=12)
+    for size in (1, 3, 16):
+        found = list(answers(model, Ids(), asked, sampling, batch_size=size))
+        assert [answer.text for answer in found] == expected
+        assert [answer.prompt_tokens for answer in found] == [len(ids) for ids in asked]
+    assert "".join(streamed(model, Ids(), asked[0], sampling)) == expected[0]
+
+
+def test_an_answer_ends_where_the_model_ends_it() -> None:
+    model, asked = made(FAMILIES["llama"]), prompts()
+    first = [int(stock(model, ids, 1)) for ids in asked]
+    third = int(stock(model, asked[2], 3).split()[-1])
+    model.generation_config.eos_token_id = [first[0], third]
+    found = list(answers(model, Ids(), asked, Sampling(max_new_tokens=6), batch_size=4))
+    assert found[0] == Answer("", 0, len(asked[0]), "stop")
+    for answer, ids in zip(found, asked, strict=True):
+        expected = stock(model, ids, 6).split()
+        ends = [i for i, token in enumerate(expected) if int(token) in (first[0], third)]
+        assert answer.text.split() == expected[: ends[0] if ends else 6]
+        assert answer.finish == ("stop" if ends else "length")
+
+
+def test_quantized_models_with_adapters_answer_as_transformers_has_them() -> None:
+    model = qa.attach(qa.quantize(made(FAMILIES["llama"]), "hqq", device="cpu"), r=4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    expected = [stock(model.eval(), ids, 8) for ids in prompts()]
+    found = list(answers(model, Ids(), prompts(), Sampling(max_new_tokens=8), batch_size=3))
+    assert [answer.text for answer in found] == expected
+    with model.disable_adapter():
+        bare = [a.text for a in answers(model, Ids(), prompts(), Sampling(max_new_tokens=8))]
+    assert bare != expected
+    assert model.training is False
+
+
+def test_encoder_decoder_models_answer_by_transformers() -> None:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        eos_token_id=2, pad_token_id=0, decoder_start_token_id=0,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config).eval()
+    ids = prompts()[0]
+    output = model.generate(torch.tensor([[*ids, 2]]), max_new_tokens=5, do_sample=False)
+    found = next(answers(model, Ids(), [ids], Sampling(max_new_tokens=5)))
+    assert found.text == Ids().decode(output[0].tolist(), skip_special_tokens=True)
+
+
+# Drawing ------------------------------------------------------------------------------------------
+
+
+def test_draws_depend_on_seed_and_number_alone() -> None:
+    model, asked = made(FAMILIES["llama"]), prompts()
+    drawn = Sampling(max_new_tokens=8, temperature=1.5, top_p=0.95, seed=5)
+    alone = [
+        next(answers(model, Ids(), [ids], drawn, first=number)).text
+        for number, ids in enumerate(asked)
+    ]
+    before = torch.random.get_rng_state()
+    assert [a.text for a in answers(model, Ids(), asked, drawn, batch_size=3)] == alone
+    assert torch.equal(torch.random.get_rng_state(), before)
+    other = drawn.model_copy(update={"seed": 6})
+    assert [a.text for a in answers(model, Ids(), asked, other)] != alone
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        ({"temperature": 0.5}, [0, 1, 2, 3, 4]),
+        ({"temperature": 1.0, "top_k": 2}, [0, 1]),
+        ({"temperature": 1.0, "top_p": 0.8}, [0, 1, 2]),
+        ({"temperature": 1.0, "min_p": 0.3}, [0, 1, 2]),
+    ],
+)
+def test_tokens_are_drawn_by_their_share(options, allowed) -> None:
+    shares = torch.tensor([0.45, 0.25, 0.15, 0.1, 0.05], dtype=torch.float64)
+    wanted = shares.pow(1 / options["temperature"])
+    wanted = wanted * torch.tensor([float(i in allowed) for i in range(5)], dtype=torch.float64)
+    wanted /= wanted.sum()
+    choose = Chooser(Sampling(seed=1, **options))
+    count = 4000
+    drawn = [choose(shares.log().float(), [0]) for _ in range(count)]
+    found = torch.bincount(torch.tensor(drawn), minlength=5) / count
+    limit = 4 * (wanted * (1 - wanted) / count).sqrt() + 1e-9
+    assert bool(((found - wanted).abs() <= limit).all()), (found, wanted)
+
+
+def test_a_penalty_turns_from_what_was_said() -> None:
+    choose = Chooser(Sampling(repetition_penalty=2.0))
+    logits = torch.tensor([3.0, 2.0, -1.0])
+    assert choose(logits, [1]) == 0
+    assert choose(logits, [0]) == 1  # 3 / 2 is less than 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": 0}, "top_k"),
+        ({"max_new_tokens": True}, "max_new_tokens"),
+        ({"temprature": 1}, "temperature"),
+    ],
+)
+def test_wrong_options_are_told(options, words) -> None:
+    with pytest.raises(SpecError, match=words):
+        Sampling(**options)
+
+
+# Text ---------------------------------------------------------------------------------------------
+
+
+def test_text_comes_in_pieces_that_join_to_the_whole(tokenizer) -> None:
+    text = "def größe(x):\n    return '→ 日本 🙂' * x\n" * 3
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    so_far, pieces = TextSoFar(tokenizer), []
+    for index, token in enumerate(ids):
+        pieces.append(so_far.add([token], last=index == len(ids) - 1))
+        assert "\N{REPLACEMENT CHARACTER}" not in pieces[-1]
+    assert "".join(pieces) == so_far.text == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("stop", [("7 8 ",), ("9 9", "8 1"), ("never",)])
+def test_a_text_ends_an_answer_and_is_not_part_of_it(stop) -> None:
+    ids = [5, 6, 7, 8, 10, 11]
+    so_far, shown = TextSoFar(Ids(), stop), ""
+    for token in ids:
+        shown += so_far.add([token])
+    shown += so_far.add([], last=True)
+    whole = "5 6 7 8 10 11 "
+    found = [whole.find(text) for text in stop if text in whole]
+    assert shown == so_far.text == whole[: min(found, default=len(whole))]
+    assert so_far.ended == bool(found)
+
+
+def test_a_stop_text_frees_the_row() -> None:
+    model, asked = made(FAMILIES["llama"]), prompts()
+    words = stock(model, asked[0], 8).split()
+    stop = f"{words[3]} "
+    found = list(answers(model, Ids(), asked, Sampling(max_new_tokens=8, stop=(stop,))))
+    assert found[0].finish == "stop"
+    assert found[0].text == stock(model, asked[0], 8).partition(stop)[0]
+
+
+# Prompts ------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_written_as_they_stand_in_training_data(tokenizer) -> None:
+    by_template = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Add a and b."}], tokenize=False, add_generation_prompt=True
+    )
+    writers = {name: PromptWriter(tokenizer, name) for name in ("chat", "instruction", "text")}
+    ids = {name: writer.ids("Add a and b.") for name, writer in writers.items()}
+    assert tokenizer.decode(ids["chat"]) == by_template
+    alpaca = "### Instruction:\nAdd a and b.\n\n### Response:\n"
+    assert tokenizer.decode(ids["instruction"], skip_special_tokens=True) == alpaca
+    assert tokenizer.decode(ids["text"], skip_special_tokens=True) == "Add a and b."
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "Two"},
+        {"role": "user", "content": "Three"},
+    ]
+    plain = tokenizer.decode(writers["instruction"].ids(turns))
+    eos = tokenizer.eos_token
+    assert plain.endswith(
+        f"Be brief.\n\n### Instruction:\nOne\n\n### Response:\nTwo{eos}\n\n"
+        "### Instruction:\nThree\n\n### Response:\n"
+    )
+    assert writers["text"].ids("") == [tokenizer.bos_token_id]
+
+
+def test_a_run_is_asked_as_its_data_were_written(tmp_path, tokenizer) -> None:
+    assert layout_of(tmp_path, tokenizer) == "chat"
+    for kind, layout in (("alpaca", "instruction"), ("messages", "chat"), ("text", "text")):
+        data = {"data": {"files": [{"format": kind}]}}
+        (tmp_path / "metrics.json").write_text(json.dumps(data), encoding="utf-8")
+        assert layout_of(tmp_path, tokenizer) == layout
+
+
+def test_generate_from_python(tokenizer) -> None:
+    model = qa.quantize(str(demo.MODEL_DIR), "none", device="cpu")
+    text = "def add(a, b):\n"
+    found = qa.generate(model, [text, [{"role": "user", "content": "Hi"}]], max_new_tokens=6)
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    output = model.generate(ids, max_new_tokens=6, do_sample=False)
+    expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert found[0].text == expected
+    assert found[1].prompt_tokens > 3
+    with pytest.raises(SpecError, match="max_new_token"):
+        qa.generate(model, [text], max_new_token=3)
+    with pytest.raises(DataError, match="2,100 tokens, the model is made for"):
+        list(answers(model, tokenizer, [[5] * 2100], Sampling()))
+
+
+def test_a_classifier_does_not_answer() -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_config(FAMILIES["llama"])
+    with pytest.raises(ModelError, match="does not generate text"):
+        list(answers(model, Ids(), [[3]], Sampling()))
+
+
+# Files --------------------------------------------------------------------------------------------
+
+ROWS = [Row({"prompt": f"p{number}", "id": number}, f"x:{number}") for number in range(4)]
+
+
+def test_a_file_of_answers_goes_on_after_an_interruption(tmp_path) -> None:
+    out, made_with = tmp_path / "a.jsonl", {"model": "m", "options": {"seed": 1}}
+
+    def write(rows, stop_at=None):
+        with answer_file(out, ROWS, made_with) as file:
+            begun = file.done
+            for number, row in enumerate(rows[begun:], begun):
+                if number == stop_at:
+                    raise KeyboardInterrupt
+                file.add(row, Answer(f"a{number}", 1, 1, "stop"))
+        return begun
+
+    with pytest.raises(KeyboardInterrupt):
+        write(ROWS, stop_at=2)
+    partial = tmp_path / "a.jsonl.partial"
+    with partial.open("a", encoding="utf-8") as file:
+        file.write('{"prompt": "p2", "answ')  # killed in the middle of a line
+    assert not out.exists()
+    with pytest.raises(OutputError, match="other options"), answer_file(out, ROWS, {"model": "n"}):
+        pass
+    assert write(ROWS) == 2
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [(line["id"], line["answer"]) for line in lines] == [(n, f"a{n}") for n in range(4)]
+    assert not partial.exists()
+    with pytest.raises(OutputError, match="there already"):
+        write(ROWS)
+
+
+def test_prompts_are_read_from_files(tmp_path) -> None:
+    chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    rows = [
+        {"prompt": "text"},
+        {"messages": chat},
+        {"instruction": "do", "input": "it"},
+        {"instruction": "do"},
+    ]
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert [asked for _, asked in read_prompts(str(file))] == ["text", chat[:1], "do\n\nit", "do"]
+    file.write_text('{"prompt": "x", "answer": "y"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="'answer' already"):
+        read_prompts(str(file))
+    file.write_text('{"question": "x"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="no known columns, found 'question'"):
+        read_prompts(str(file))

@@ -1,0 +1,263 @@
+"""The server, through the real client of OpenAI and by bare HTTP."""
+
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import openai
+import pytest
+import torch
+
+import quantadapt as qa
+from quantadapt import demo
+from quantadapt.cli.serve import _listening, _token
+from quantadapt.errors import SpecError
+from quantadapt.generation import PromptWriter, Sampling
+from quantadapt.serving.app import Served, create_app
+from quantadapt.serving.worker import Worker
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The demo in hqq with two adapters that say other things."""
+    torch.manual_seed(0)
+    found = qa.attach(qa.quantize(str(demo.MODEL_DIR), "hqq", device="cpu"), r=4)
+    found.add_adapter("other", found.peft_config["default"])
+    for name, parameter in found.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return found.eval()
+
+
+@contextmanager
+def serving(model, tokenizer, *, token="", **options):
+    import uvicorn
+
+    names = {"tuned": "default", "base": None, "other": "other"}
+    worker = Worker(model, tokenizer, names, **options)
+    writer = PromptWriter(tokenizer, "chat")
+    served = Served(worker, writer, Sampling(max_new_tokens=8), 256, token)
+    config = uvicorn.Config(create_app(served), log_level="error", lifespan="off")
+    server, listener = uvicorn.Server(config), _listening("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    worker.start()
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    finally:
+        server.should_exit = True
+        thread.join()
+        worker.stop()
+        listener.close()
+
+
+@pytest.fixture(scope="module")
+def address(model, tokenizer):
+    with serving(model, tokenizer, max_batch=4) as found:
+        yield found
+
+
+@pytest.fixture
+def client(address):
+    return openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+
+
+PROMPT = "def add(a, b):\n"
+CHAT = [{"role": "user", "content": "Add a and b."}]
+
+
+def stock(model, tokenizer, ids, count=8):
+    output = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False)
+    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+
+
+def test_answers_are_those_of_transformers(client, model, tokenizer) -> None:
+    expected = {}
+    ids = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)
+    for name in ("tuned", "other"):
+        model.set_adapter({"tuned": "default", "other": "other"}[name])
+        expected[name] = stock(model, tokenizer, ids["input_ids"])
+    with model.disable_adapter():
+        expected["base"] = stock(model, tokenizer, ids["input_ids"])
+    assert len(set(expected.values())) == 3
+    for name, text in expected.items():
+        found = client.chat.completions.create(model=name, messages=CHAT)
+        assert found.choices[0].message.content == text
+        assert found.usage.prompt_tokens == len(ids["input_ids"])
+        assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
+        parts = list(
+            client.chat.completions.create(
+                model=name, messages=CHAT, stream=True, stream_options={"include_usage": True}
+            )
+        )
+        pieces = [part.choices[0].delta.content or "" for part in parts if part.choices]
+        assert "".join(pieces) == text
+        assert parts[-2].choices[0].finish_reason == found.choices[0].finish_reason
+        assert parts[-1].usage == found.usage
+
+
+def test_completions_of_texts_and_of_tokens(client, model, tokenizer) -> None:
+    ids = tokenizer(PROMPT)["input_ids"]
+    with model.disable_adapter():
+        text = stock(model, tokenizer, ids, 6)
+    for prompt in (PROMPT, ids, [PROMPT], [ids]):
+        found = client.completions.create(model="base", prompt=prompt, max_tokens=6)
+        assert found.choices[0].text == text
+    both = client.completions.create(model="base", prompt=[PROMPT, PROMPT], n=2, max_tokens=6)
+    assert [choice.text for choice in both.choices] == [text] * 4
+    assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+
+
+def test_draws_repeat_with_their_seed(client) -> None:
+    def ask(**options):
+        found = client.chat.completions.create(
+            model="tuned", messages=CHAT, temperature=1.5, n=3, **options
+        )
+        return [choice.message.content for choice in found.choices]
+
+    first = ask(seed=1)
+    assert first == ask(seed=1)
+    assert len(set(first)) > 1
+    assert first != ask(seed=2)
+
+
+def test_models_are_listed(client) -> None:
+    assert [model.id for model in client.models.list()] == ["tuned", "base", "other"]
+    assert client.models.retrieve("other").owned_by == "quantadapt"
+
+
+def test_a_hundred_at_once_get_their_own_answers(client, model, tokenizer) -> None:
+    names, prompts = ("tuned", "base", "other"), [f"def f{n}(x):\n" for n in range(6)]
+
+    def ask(job):
+        name, prompt = job
+        return client.completions.create(model=name, prompt=prompt, max_tokens=5).choices[0].text
+
+    kinds = [(name, prompt) for name in names for prompt in prompts]
+    alone = {job: ask(job) for job in kinds}
+    assert len(set(alone.values())) > 6
+    jobs = [kinds[n % len(kinds)] for n in range(100)]
+    with ThreadPoolExecutor(32) as pool:
+        assert list(pool.map(ask, jobs)) == [alone[job] for job in jobs]
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        ({"model": "gpt"}, 404, "there is no model 'gpt'; served are tuned, base, other"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"tools": [{"type": "function"}]}, 400, "tools"),
+        ({"frequency_penalty": 1.0}, 400, "frequency_penalty=1.0 is not served here"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"extra_body": {"bogus": 1}}, 400, "bogus: it is not known here"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": 5}]}, 400, "content"),
+        ({"messages": [{"role": "user", "content": "a b c " * 200}]}, 400, "tokens; the model"),
+    ],
+)
+def test_wrong_requests_are_told(client, options, status, words) -> None:
+    wanted = {"model": "tuned", "messages": CHAT, **options}
+    with pytest.raises(openai.APIStatusError, match=words) as caught:
+        client.chat.completions.create(**wanted)
+    assert caught.value.status_code == status
+    assert client.chat.completions.create(model="tuned", messages=CHAT, max_tokens=1)
+
+
+@pytest.mark.parametrize("body", ["{", "[]", '{"model": 1}', "\xff", '{"model": "tuned"}'])
+def test_rubbish_is_no_harm(address, body) -> None:
+    found = httpx.post(f"{address}/chat/completions", content=body.encode("latin-1"))
+    assert found.status_code == 400
+    assert found.json()["error"]["type"] == "invalid_request_error"
+    assert httpx.get(f"{address}/bogus").status_code == 404
+    assert httpx.get(address.replace("/v1", "/health")).json() == {"status": "ok"}
+
+
+def test_a_client_that_goes_away_frees_its_place(model, tokenizer) -> None:
+    with serving(model, tokenizer, max_batch=1) as address:
+        body = {"model": "tuned", "prompt": PROMPT, "max_tokens": 240, "stream": True, "seed": 1}
+        body |= {"temperature": 2.0}
+        with httpx.stream("POST", f"{address}/completions", json=body) as found:
+            next(found.iter_lines())
+        started = time.perf_counter()
+        body = {"model": "tuned", "prompt": PROMPT, "max_tokens": 1}
+        assert httpx.post(f"{address}/completions", json=body, timeout=60).status_code == 200
+        gone = time.perf_counter() - started
+        started = time.perf_counter()
+        body = {
+            "model": "tuned",
+            "prompt": PROMPT,
+            "max_tokens": 240,
+            "temperature": 2.0,
+            "seed": 1,
+        }
+        whole = httpx.post(f"{address}/completions", json=body, timeout=120)
+        assert whole.json()["usage"]["completion_tokens"] > 100
+        assert gone < (time.perf_counter() - started) / 2
+
+
+def test_too_many_are_told_to_come_again(model, tokenizer) -> None:
+    with serving(model, tokenizer, max_batch=1, max_waiting=2) as address:
+
+        def ask(_):
+            body = {"model": "tuned", "prompt": PROMPT, "max_tokens": 40}
+            return httpx.post(f"{address}/completions", json=body, timeout=120)
+
+        with ThreadPoolExecutor(12) as pool:
+            found = list(pool.map(ask, range(12)))
+        codes = [answer.status_code for answer in found]
+        assert set(codes) == {200, 429}
+        assert {a.headers.get("retry-after") for a in found if a.status_code == 429} == {"1"}
+        assert ask(0).status_code == 200
+
+
+def test_a_failure_ends_its_requests_and_nothing_else(model, tokenizer, monkeypatch) -> None:
+    base = model.get_base_model()
+    forward = base.forward
+
+    def failing(*args, **kwargs):
+        if kwargs["input_ids"].shape[1] > 30:
+            raise RuntimeError("too long for me")
+        return forward(*args, **kwargs)
+
+    with serving(model, tokenizer) as address:
+        monkeypatch.setattr(base, "forward", failing)
+        body = {"model": "tuned", "prompt": PROMPT * 8, "max_tokens": 2}
+        found = httpx.post(f"{address}/completions", json=body, timeout=60)
+        assert found.status_code == 500
+        assert "too long for me" in found.json()["error"]["message"]
+        body["prompt"] = PROMPT
+        assert httpx.post(f"{address}/completions", json=body, timeout=60).status_code == 200
+
+
+def test_a_token_is_asked_for_and_never_logged(model, tokenizer, caplog, capfd) -> None:
+    with serving(model, tokenizer, token="secret-token") as address:
+        with pytest.raises(openai.AuthenticationError, match="show the server's token"):
+            openai.OpenAI(base_url=address, api_key="secret-tokem", max_retries=0).models.list()
+        client = openai.OpenAI(base_url=address, api_key="secret-token", max_retries=0)
+        assert client.completions.create(model="base", prompt=PROMPT, max_tokens=1)
+    out = capfd.readouterr()
+    assert "secret-token" not in json.dumps([caplog.text, out.out, out.err])
+
+
+def test_where_it_listens(monkeypatch) -> None:
+    monkeypatch.delenv("QUANTADAPT_TOKEN", raising=False)
+    for host in ("127.0.0.1", "localhost", "::1"):
+        assert _token(host) == ""
+    for host in ("0.0.0.0", "::", "example.org", "192.168.0.4"):
+        with pytest.raises(SpecError, match="QUANTADAPT_TOKEN"):
+            _token(host)
+    monkeypatch.setenv("QUANTADAPT_TOKEN", "x")
+    assert _token("0.0.0.0") == "x"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SpecError, match=f"127.0.0.1:{port} cannot be listened on: address"):
+            _listening("127.0.0.1", port)
