@@ -165,6 +165,12 @@ class TrainSpec(_Strict):
         description="record passes of equal shape and replay them, on CUDA where nothing but plain "
         "LoRA is trained",
     )
+    merge_aware: bool = Field(
+        False,
+        description="train through the quantizer: adapted layers compute with the weights that a "
+        "merge keeps on the scales of the base, so that `export.merge: requantize` writes the very "
+        "model that was trained; a step takes longer",
+    )
     packing: bool = Field(
         False,
         description="pack several examples into one row; refused for models that mix them up",
@@ -251,7 +257,9 @@ class ExportSpec(_Strict):
     """What to write besides the adapter."""
 
     merge: MergeChoice = Field(
-        "auto", description="auto: a dense merged model where the combination allows it"
+        "auto",
+        description="auto: a dense merged model where the combination allows it, a quantized one "
+        "of a run with train.merge_aware",
     )
     min_gain: MinGain = Field(
         0.9,

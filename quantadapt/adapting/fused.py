@@ -22,6 +22,7 @@ from ..facade import QuantLinear, QuantWeight, kept
 from .expert_dora import ParamWrapper
 from .fused_dora import fused_dora
 from .fused_lora import LoraTerm, Magnitude, fused_lora
+from .merge_aware import rounded_output
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
@@ -30,15 +31,19 @@ if TYPE_CHECKING:
 class FusedLoraLinear(Linear):  # type: ignore[misc]
     """PEFT's LoRA layer with a forward of its own where a single plain LoRA or DoRA is active."""
 
+    merge_aware: bool = False
+    """Whether it computes with the weight that a merge keeps; see `merge_aware`."""
+
     _in_training: _InTraining | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base and adapter: [..., in_features] -> [..., out_features]."""
         # torch.compile sees through PEFT's forward, and fuses it itself.
         plain = bool(args or kwargs) or torch.compiler.is_compiling()
-        if plain or (lora := self.single_lora()) is None:
+        lora = None if plain else self.single_lora()
+        if lora is None or (lora[0].rounds and not self._is_plain(*lora)):
             output: Tensor = super().forward(x, *args, **kwargs)
-            return output
+            return rounded_output(self, x, output) if self.merge_aware else output
         term, dropout = lora
         dropped = x if dropout is None else dropout(x)
         if term.magnitude is not None:
@@ -49,6 +54,10 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
             return self._in_training.siblings.forward(self, term, x)
         (output,) = fused_lora(x, None if dropped is x else dropped, [term])
         return output
+
+    def _is_plain(self, term: LoraTerm, dropout: nn.Module | None) -> bool:
+        """Say whether what it adds is B A and nothing else, so that it can be rounded in one."""
+        return term.magnitude is None and (dropout is None or not dropout.training)
 
     def single_lora(self) -> tuple[LoraTerm, nn.Module | None] | None:
         """Return what a single plain LoRA or DoRA adds to the base, and its dropout if it has any;
@@ -64,7 +73,8 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
         facade, dropout = self.base_layer, self.lora_dropout[adapter]
         dtype = facade.compute_dtype_for(a.device.type)
         casts = (a.detach().to(dtype), b.detach().to(dtype))
-        term = LoraTerm(facade, a, b, self.scaling[adapter], *casts, self._magnitude(adapter))
+        magnitude, rounds = self._magnitude(adapter), self.merge_aware
+        term = LoraTerm(facade, a, b, self.scaling[adapter], *casts, magnitude, rounds)
         return term, None if isinstance(dropout, nn.Identity) else dropout
 
     def _magnitude(self, adapter: str) -> Magnitude | None:

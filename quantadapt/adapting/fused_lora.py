@@ -35,7 +35,8 @@ class LoraTerm(NamedTuple):
     """One layer: its frozen base, A [r, in_features], B [out_features, r] and the factor.
 
     `a_cast` and `b_cast` are A and B in the dtype of the computation, or as they are. With a
-    magnitude it is DoRA.
+    magnitude it is DoRA. One that `rounds` computes with the weight that a merge keeps, in place of
+    base and adapter.
     """
 
     facade: QuantLinear
@@ -45,6 +46,14 @@ class LoraTerm(NamedTuple):
     a_cast: Tensor
     b_cast: Tensor
     magnitude: Magnitude | None = None
+    rounds: bool = False
+
+    def change(self) -> Tensor | None:
+        """Return scaling B A in float32 where it is rounded together with the base."""
+        if not self.rounds:
+            return None
+        with no_autocast(self.a.device.type):
+            return (self.b.detach().float() @ self.a.detach().float()).mul_(self.scaling)
 
 
 def fused_lora(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> tuple[Tensor, ...]:
@@ -53,7 +62,8 @@ def fused_lora(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> 
     Args:
         x: [..., in_features].
         dropped: x after dropout, which only the adapters see; None if there is none.
-        terms: the layers; all get the same x.
+        terms: the layers; all get the same x, and all round or none; those that do, without
+            dropout.
     """
     if not torch.is_grad_enabled():
         return _outputs(x, dropped, terms)
@@ -102,14 +112,16 @@ class _FusedLora(torch.autograd.Function):
             d_dropped = None if dropped is None else (g @ a).view(shape).to(dropped.dtype)
             del x, seen, saved, dropped  # before dx, which is as large, needs memory
             dx = _base_gradient(terms, dys) if ctx.needs_input_grad[0] else None
-            if dx is not None and d_dropped is None:
+            if dx is not None and d_dropped is None and not terms[0].rounds:
                 dx.addmm_(g, a)
         dx = None if dx is None else dx.view(shape).to(x_dtype)
         return dx, d_dropped, None, None, *of_weights
 
 
 def _outputs(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> tuple[Tensor, ...]:
-    outputs = [term.facade.vendor_forward(x) for term in terms]
+    outputs = [term.facade.vendor_forward(x, term.change()) for term in terms]
+    if terms[0].rounds:
+        return tuple(map(_own, outputs))
     dtype = outputs[0].dtype
     with no_autocast(x.device.type):
         h = flat(x if dropped is None else dropped, dtype) @ _stacked_a(terms, dtype).T
@@ -128,7 +140,11 @@ def _add(y: Tensor, h: Tensor, term: LoraTerm) -> Tensor:
     """Add the adapter's part to the base's output, in place."""
     y = y if y.is_contiguous() else y.contiguous()
     y.view(-1, y.shape[-1]).addmm_(h, term.b_cast.to(y.dtype).T, alpha=term.scaling)
-    # Autograd forbids in-place changes of a view that was made in here.
+    return _own(y)
+
+
+def _own(y: Tensor) -> Tensor:
+    """Return `y` as no view: autograd forbids in-place changes of one that was made in here."""
     return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
@@ -155,10 +171,10 @@ def _weight_gradients(
 
 
 def _base_gradient(terms: Sequence[LoraTerm], dys: Sequence[Tensor]) -> Tensor:
-    """Return Σ dy W, the gradient through the frozen bases: [tokens, in_features]."""
+    """Return Σ dy W, the gradient through the bases: [tokens, in_features]."""
     dx: Tensor | None = None
     for term, dy in zip(terms, dys, strict=True):
-        weight = term.facade.weight_for_backward().to(dy.dtype)
+        weight = term.facade.weight_for_backward(term.change()).to(dy.dtype)
         dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
         del weight  # or two would be there at a time
     assert dx is not None

@@ -129,6 +129,14 @@ class SpecFlags:
     seed: Annotated[
         int | None, typer.Option(help="For data order and start.", rich_help_panel=_HOW)
     ] = None
+    merge_aware: Annotated[
+        bool,
+        typer.Option(
+            "--merge-aware",
+            help="Train through the quantizer, so that --merge requantize writes what was trained.",
+            rich_help_panel=_HOW,
+        ),
+    ] = False
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint.", rich_help_panel=_HOW)
     ] = False
@@ -150,7 +158,7 @@ class SpecFlags:
         typer.Option(
             metavar="KIND",
             help="What to export besides the adapter: auto (dense where the combination allows "
-            "it), dense, requantize, or never.",
+            "it, requantize with --merge-aware), dense, requantize, or never.",
             show_default="auto",
             rich_help_panel=_WHERE,
         ),
@@ -251,6 +259,7 @@ _KEYS = {
     "seed": "seed",
     "output": "output",
     "overwrite": "overwrite",
+    "merge_aware": "train.merge_aware",
     "merge": "export.merge",
     "min_gain": "export.min_gain",
     "rounding": "export.rounding",

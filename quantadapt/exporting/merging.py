@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..adapting.merge_aware import standing_in
 from ..adapting.target_problems import lost_biases
 from ..errors import DataError, MergeRefused, NumbersError
 from ..evaluation.sizes import size_mib
@@ -36,7 +36,7 @@ def merged_model(model: PeftModel, kind: MergeKind, write: Write | None = None) 
         kind: "dense" leaves `nn.Linear` layers; "requantize" quantizes the merged weights again
             as they were, and returns facades. A backend that calibrates sees the same examples.
         write: how merged weights come into a quantized layer; by default its backend quantizes
-            them anew.
+            them anew. Of a model that was trained through the quantizer they keep their scales.
 
     Raises:
         MergeRefused: a layer cannot hold what the adapter adds to it; see `check_mergeable`.
@@ -44,6 +44,8 @@ def merged_model(model: PeftModel, kind: MergeKind, write: Write | None = None) 
     check_mergeable(model)
     state = state_of(model)
     calibrates = state.backend.calibration and state.quantizer.needs_data
+    if state.merge_aware:
+        write = _anew  # into layers that keep their scales
     if kind == "requantize" and calibrates and write is None:
         return _quantized_whole(merged_model(model, "dense"), state)
     memo = {id(state.tokenizer): state.tokenizer}
@@ -279,18 +281,6 @@ def _quantized_weights(module: Any) -> Mapping[str, QuantWeight]:
 
 def _merges_into(layer: Any, dense: nn.Module) -> bool:
     """Merge the active adapters of one layer into `dense`; say whether there are any."""
-    with _base_layer(layer, dense):
+    with standing_in(layer, dense):
         layer.merge(safe_merge=True)
         return bool(layer.merged_adapters)
-
-
-@contextmanager
-def _base_layer(layer: Any, replacement: nn.Module) -> Iterator[None]:
-    """Let `layer` work on `replacement` for a moment, then forget that it merged."""
-    before = layer.base_layer
-    layer.base_layer = replacement
-    try:
-        yield
-    finally:
-        layer.base_layer = before
-        layer.merged_adapters.clear()

@@ -326,6 +326,10 @@ def _load_adapter(
     state.adapter = adapter
     state.adapter_options = dict(manifest["adapter_options"])
     state.max_length = manifest.get("max_length")
+    if manifest.get("merge_aware"):
+        from ..adapting.merge_aware import make_merge_aware
+
+        make_merge_aware(peft_model)
     return peft_model
 
 

@@ -31,26 +31,35 @@ class QuantLinear(QuantWeight, nn.Linear):
         rounds = target.quantizes_activations and (target.straight_through or not self.training)
         return rounds and self._merged is None
 
-    def vendor_forward(self, x: Tensor) -> Tensor:
+    def vendor_forward(self, x: Tensor, change: Tensor | None = None) -> Tensor:
         """Run the layer in the compute dtype; the output has the dtype of x, or that of autocast.
 
         To be called where gradients are off: this is what autograd's functions run.
+
+        Args:
+            x: [..., in_features].
+            change: added to the weight and rounded onto its grid, see `moved`.
         """
         device_type = x.device.type
         if not torch.is_autocast_enabled(device_type):
-            return self._run(x.to(self.compute_dtype)).to(x.dtype)
+            return self._run(x.to(self.compute_dtype), change).to(x.dtype)
         dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            return self._run(x.to(dtype))
+            return self._run(x.to(dtype), change)
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _run(self, x: Tensor, change: Tensor | None) -> Tensor:
         target, dtype = self.target, x.dtype
         if self._merged is not None:
             self._merged_weight()  # which looks whether it still is
-        decodes = not self.training and self._merged is None and target.decodes(self._vendor, x)
-        if decodes or self.rounds_activations:
+        if self.rounds_activations:
+            vendor = self._vendor
+            if change is not None:
+                vendor = target.repack(vendor, self.moved(change))
+            return target.forward(vendor, x).to(dtype)
+        usual = not self.training and self._merged is None and change is None
+        if usual and target.decodes(self._vendor, x):
             return target.forward(self._vendor, x).to(dtype)
-        weight, bias = self.weight_for_forward(x), self.bias
+        weight, bias = self.weight_for_forward(x, change), self.bias
         return nn.functional.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     def forward(self, input: Tensor) -> Tensor:

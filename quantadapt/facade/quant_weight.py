@@ -181,19 +181,19 @@ class QuantWeight(nn.Module):
         with torch.no_grad(), results_in(self.compute_dtype):
             return self.target.dequantize(self._vendor).to(self.compute_dtype).contiguous()
 
-    def weight_for_forward(self, x: Tensor) -> Tensor:
-        """Return the weight as `dequantize` does; a recomputation keeps it for its backward, unless
-        that takes as much memory as `x`, its input."""
-        weight = self.dequantize()
+    def weight_for_forward(self, x: Tensor, change: Tensor | None = None) -> Tensor:
+        """Return the weight as `dequantize` does, or as `moved` does by `change`; a recomputation
+        keeps it for its backward, unless that takes as much memory as `x`, its input."""
+        weight = self._dense(change)
         keep = is_recomputing() and self.in_features * self.out_features < x.numel()
         # Not by setattr, which takes nn.Module long.
         self.__dict__["_kept"] = weight if keep else None
         return weight
 
-    def weight_for_backward(self) -> Tensor:
-        """Return the weight as `dequantize` does; the one kept by a recomputation is given away."""
+    def weight_for_backward(self, change: Tensor | None = None) -> Tensor:
+        """Return the weight that forward had; the one kept by a recomputation is given away."""
         kept, self.__dict__["_kept"] = self._kept, None
-        return self.dequantize() if kept is None else kept
+        return self._dense(change) if kept is None else kept
 
     def keep_product(self, x: Tensor, product: Tensor) -> None:
         """Have a recomputation keep x Wᵀ, too, for a backward that wants it."""
@@ -251,7 +251,13 @@ class QuantWeight(nn.Module):
 
     def dithered(self, weight: Tensor) -> Tensor:
         """Return `weight` [out_features, in_features], better in float32, on the grid that the
-        layer has; see `Grid.dithered`.
+        layer has: what is far below a step is kept on the whole. See `moved`."""
+        start = self.target.dequantize(self._vendor).float()
+        return self.moved(weight.to(start.device).float() - start)
+
+    def moved(self, change: Tensor) -> Tensor:
+        """Return the layer's weight plus `change`, in float32, on the grid that it has; see
+        `Grid.dithered`.
 
         Raises:
             ModelError: the backend knows no grid of the layer.
@@ -260,7 +266,14 @@ class QuantWeight(nn.Module):
         if grid is None:
             what = f"{type(self._vendor).__name__} has scales that cannot be kept"
             raise ModelError(what, fix="quantize it anew, or merge into dense weights")
-        return grid.dithered(start, weight.to(start.device).float() - start.float())
+        return grid.dithered(start, change)
+
+    def _dense(self, change: Tensor | None) -> Tensor:
+        """Return the weight in the compute dtype, or what `change` makes of it."""
+        if change is None:
+            return self.dequantize()
+        with torch.no_grad():
+            return self.moved(change).to(self.compute_dtype)
 
     def compute_dtype_for(self, device_type: str) -> torch.dtype:
         """Return the dtype that the layer computes in: that of autocast where it is on."""

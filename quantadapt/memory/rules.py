@@ -47,7 +47,7 @@ def splits(
 
 def records(task: Task, train: TrainSpec) -> bool:
     """Say whether passes are to be recorded as CUDA graphs, where they can be."""
-    return task.repeats and train.cuda_graphs and not train.use_reentrant
+    return task.repeats and train.cuda_graphs and not (train.use_reentrant or train.merge_aware)
 
 
 def fused_kernels(train: TrainSpec) -> bool:

@@ -23,7 +23,8 @@ MergeKind = Literal["dense", "requantize"]
 ADAPTER = "adapter"
 """The export that is there in every run, before all others."""
 MERGES: dict[MergeKind, str] = {"dense": "merged-dense", "requantize": "merged-requantized"}
-"""`export.merge` -> the export that it is short for; `auto` is `dense` where that is allowed."""
+"""`export.merge` -> the export that it is short for; `auto` is `dense` where that is allowed, of a
+run that trains through the quantizer `requantize`."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ def export_of(name: str, options: Mapping[str, Any]) -> PlannedExport:
 
 def exports_of(draft: Draft) -> tuple[PlannedExport, ...]:
     """Return the exports that the spec names, the adapter first; rules are not looked at yet."""
-    made = [_export(draft, named, required) for named, required in _named(draft.spec.export)]
+    auto: MergeKind = "requantize" if draft.spec.train.merge_aware else "dense"
+    named = _named(draft.spec.export, auto)
+    made = [_export(draft, each, required) for each, required in named]
     found = [export for export in made if export is not None]
     draft.problems += [*_same_folder(found), *_of_no_effect(draft.spec.export, found)]
     return tuple(found)
@@ -92,11 +95,11 @@ def _export(draft: Draft, named: Named, required: bool) -> PlannedExport | None:
     return PlannedExport(record, exporter, required) if record and exporter else None
 
 
-def _named(spec: ExportSpec) -> Iterable[tuple[Named, bool]]:
+def _named(spec: ExportSpec, auto: MergeKind) -> Iterable[tuple[Named, bool]]:
     """Yield what `merge` and `formats` name, and whether it is required."""
     short = None
     if spec.merge != "never":
-        short = MERGES["dense" if spec.merge == "auto" else spec.merge]
+        short = MERGES[auto if spec.merge == "auto" else spec.merge]
     listed = [named.name for named in spec.formats]
     for name in (ADAPTER, short):
         if name and name not in listed:

@@ -13,7 +13,7 @@ from ..distributed.world import world
 from ..errors import Problem
 from ..machine import Machine
 from ..records import Adapter, Backend
-from ..spec import Spec
+from ..spec import Spec, TrainSpec
 from .memory import MemoryPlan
 from .refusals import loftq_iterations, wants_loftq
 
@@ -110,6 +110,15 @@ def share_problems(
     """
     found = shard_problems(cell, backend, adapter, config)
     return [*found, NO_MERGE] if merges else found
+
+
+def merge_aware_problems(train: TrainSpec) -> list[Problem]:
+    """Return why a run cannot share the base for how it trains; empty if it can."""
+    if not train.merge_aware:
+        return []
+    what = "to train through the quantizer each GPU needs the whole of a layer's weight"
+    fix = f"{DDP}; or leave train.merge_aware out"
+    return [Problem(what, fix, "train.merge_aware", "fsdp-merge-aware")]
 
 
 def shard_notes(spec: Spec) -> list[str]:

@@ -10,7 +10,7 @@ from ..capabilities import KEEP, Cell, Merge, refusals
 from ..errors import Problem
 from ..inputs.fingerprints import Fingerprint
 from ..memory.shape import Shape
-from ..protocols import Exporter, Quantizer, Task
+from ..protocols import AdapterTarget, Exporter, Quantizer, Task
 from ..records import Adapter, Backend, Export, Record, kind_of
 from ..spec import TrainSpec
 from .on_disk import quantization_of
@@ -207,6 +207,36 @@ def all_linear_problems(
         return []
     layers = [name for name in shape.linears if shape.stacked(name) == 1]
     return experts_problems(adapter, options, layers)
+
+
+def merge_aware_problems(
+    cell: Cell,
+    backend: Backend,
+    quantizer: Quantizer,
+    adapter: Adapter,
+    config: Mapping[str, Any] | None = None,
+) -> list[Problem]:
+    """Return why this combination is not trained through the quantizer; empty if it is.
+
+    Args:
+        config: the model's config.json, where that is known.
+    """
+    where, without = "train.merge_aware", "leave train.merge_aware out"
+    found = []
+    if type(quantizer.target).grid is AdapterTarget.grid:
+        what = f"it is not known what values the scales of {backend.name} allow"
+        fix = f"{without}, or use another backend, e.g. hqq or bnb-nf4"
+        found.append(Problem(what, fix, where, "merge-aware-grid"))
+    else:
+        found += merge_refusals(cell, backend, adapter, "requantize")
+    shape = Shape.of(config or {})
+    if shape is not None and shape.experts is not None and quantizer.quantizes_experts:
+        wanted = cell.adapter_options.get("target_modules") in (None, "all-linear")
+        if wanted and adapter.experts and not cell.adapter_options.get("exclude_modules"):
+            what = "stacks of experts are not trained through the quantizer"
+            fix = f"leave them out, adapter.exclude_modules: [experts]; or {without}"
+            found.append(Problem(what, fix, where, "merge-aware-experts"))
+    return found
 
 
 _OTHER_HEADS = re.compile(

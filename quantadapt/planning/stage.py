@@ -54,6 +54,7 @@ from .refusals import (
     head_problems,
     loftq_problems,
     make_cell,
+    merge_aware_problems,
     refusals_beside,
     task_problems,
 )
@@ -401,6 +402,9 @@ def _combined(draft: Draft, made: Plan) -> Plan:
     config = made.config or {}
     draft.problems += _cell_problems(made)
     draft.problems += data_start_problems(made.adapter_options)
+    if spec.train.merge_aware:
+        draft.problems += merge_aware_problems(cell, backend, made.quantizer, adapter, config)
+        draft.notes.append(MERGE_AWARE)
     draft.problems += refusals_beside(cell, made.objective, made.task.model_dump())
     draft.problems += task_problems(
         made.task, spec.train, adds_to_loss=adapter.peft_type == "ADALORA"
@@ -420,13 +424,17 @@ def _combined(draft: Draft, made: Plan) -> Plan:
         made.exports, lambda e: export_refusals(e.record, e.exporter, cell, backend, adapter)
     )
     merges = any(export.required and export.exporter.merges for export in exports)
-    unshared = processes.share_problems(cell, backend, adapter, config, merges)
+    through = processes.merge_aware_problems(spec.train)
+    unshared = [*processes.share_problems(cell, backend, adapter, config, merges), *through]
     memory = _memory(draft, made, unshared)
     kind, why = processes.choose(spec, made.processes, memory)
     draft.notes += why
     if kind == "fsdp":
         memory = memory and memory.shared_by(made.processes)
-        draft.problems += processes.shard_problems(cell, backend, adapter, config)
+        draft.problems += [
+            *processes.shard_problems(cell, backend, adapter, config),
+            *through,
+        ]
         draft.notes += processes.shard_notes(spec)
         exports = refused_where(exports, lambda e: [NO_MERGE] if e.exporter.merges else [])
     if memory and (problem := memory.merge_problem()):
@@ -436,6 +444,12 @@ def _combined(draft: Draft, made: Plan) -> Plan:
     elif memory is not None:
         _look_at_memory(draft, memory, adopt=made.adopt)
     return replace(made, exports=exports, parallel=kind, memory=memory, share=share)
+
+
+MERGE_AWARE = (
+    "merge_aware: each pass also rounds every adapted weight onto the grid of its layer, which "
+    "takes as long as dequantizing it several times, and is not recorded as a CUDA graph"
+)
 
 
 def _share(draft: Draft, made: Plan) -> Share | None:

@@ -41,6 +41,7 @@ class ModelState:
         loaded_from: the folder that `load` read it from, if it did.
         adapter, adapter_options: what is attached, if anything.
         max_length: the longest example in tokens that it was trained on, where that is known.
+        merge_aware: its adapter computes, and is merged, on the scales that the base has.
     """
 
     source: str
@@ -63,6 +64,7 @@ class ModelState:
     adapter: Adapter | None = None
     adapter_options: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = None
+    merge_aware: bool = False
 
     def __repr__(self) -> str:
         base = as_call(self.backend.name, self.quantizer.model_dump())
@@ -102,6 +104,7 @@ class ModelState:
             "adapter": self.adapter.name if self.adapter else None,
             "adapter_options": self.adapter_options,
             "max_length": self.max_length,
+            "merge_aware": self.merge_aware,
         }
 
 

@@ -17,7 +17,7 @@ from ..distributed.talking import average_gradients, reduced, share, start
 from ..errors import PlanRefused, Problem, TrainingError, did_you_mean
 from ..folders.checkpoints import STATE, Checkpoint, finished, too_few_steps
 from ..memory.workload import OOM_FIX, Setting
-from ..planning.refusals import head_problems, task_problems
+from ..planning.refusals import head_problems, merge_aware_problems, task_problems
 from ..records import Objective
 from ..registry.discovery import registry
 from .checkpoints import checkpoint_to_resume, refuse_other_data
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..protocols import Task
+    from ..quantizing.state import ModelState
     from ..spec import TrainSpec
 
 
@@ -79,6 +80,10 @@ def train(
     task = task or registry().record(Objective, "sft").task()
     check(model, spec, task)
     _check_held_out(spec, held_out)
+    if spec.merge_aware:
+        from ..adapting.merge_aware import make_merge_aware
+
+        make_merge_aware(model)  # and it stays so: it is what is evaluated, saved and merged
     for part in (dataset, held_out):
         check_tokens(part, _embedding_rows(model), tokenizer)
     note = on_note or (lambda _: None)
@@ -191,6 +196,10 @@ def check(model: Any, spec: TrainSpec, task: Task) -> None:
         raise TrainingError("the model has no trainable weights", fix=fix)
     found = task_problems(task, spec, adds_to_loss=tuner_of(model) is not None)
     found += head_problems(task, {"architectures": [_class_name(model)]})
+    state: ModelState | None = getattr(model, "quantadapt", None)
+    if spec.merge_aware and state is not None and state.adapter is not None:
+        cell = state.cell
+        found += merge_aware_problems(cell, state.backend, state.quantizer, state.adapter)
     found += unsavable(model)  # told now, not when it is to be saved
     if found:
         raise PlanRefused(found)

@@ -1,0 +1,121 @@
+"""Adapters that train through the quantizer: adapted layers compute with the weight that a merge
+will keep, so that what was trained is what is served.
+
+That weight is the base's own, changed by what the adapter adds and dithered onto the scales that
+the base has (`Grid.dithered`): a function of base and adapter alone. The gradient goes straight
+through the rounding: to the adapter as if the weight were W + dW, to the input through the rounded
+weight. A single plain LoRA takes the fused path (`fused_lora`); every other adapter that PEFT can
+merge gets what rounding changes added to its own output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..errors import PlanRefused, Problem
+from ..facade import QuantExperts, QuantLinear
+from .fused_lora import no_autocast
+
+WHERE = "train.merge_aware"
+
+
+def make_merge_aware(model: nn.Module) -> None:
+    """Have the adapted quantized layers of `model` compute, from now on and in evaluation too, with
+    the weights that merging keeps; merging then keeps their scales.
+
+    Raises:
+        PlanRefused: a layer has no grid that is known, or experts are adapted.
+    """
+    layers = list(_adapted(model))
+    if problems := _problems(layers):
+        raise PlanRefused(problems)
+    for _, layer in layers:
+        if isinstance(layer.base_layer, QuantLinear) and not layer.base_layer.keeps_scales:
+            layer.base_layer.keeps_scales = True
+            if not hasattr(layer, "merge_aware"):  # else its own forward asks
+                layer.register_forward_hook(_rounded)
+            layer.merge_aware = True
+    if (state := getattr(model, "quantadapt", None)) is not None:
+        state.merge_aware = True
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, module
+
+
+def _problems(layers: list[tuple[str, Any]]) -> list[Problem]:
+    found = []
+    for name, layer in layers:
+        base = layer.get_base_layer()
+        if isinstance(base, QuantExperts):
+            what = f"{name} adapts a stack of experts, which is not trained through the quantizer"
+            return [Problem(what, EXPERTS_FIX, WHERE, "merge-aware-experts")]
+        if isinstance(base, QuantLinear) and not base.has_grid:
+            what = f"it is not known what values the scales of {name} allow"
+            found.append(Problem(what, "leave train.merge_aware out", WHERE, "merge-aware-grid"))
+    return found[:1]
+
+
+EXPERTS_FIX = "leave experts out, adapter.exclude_modules: [experts], or train.merge_aware"
+
+
+def _rounded(layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """The forward hook of a layer of PEFT's that has no fused path."""
+    found: Tensor = rounded_output(layer, args[0], output)
+    return found
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def rounded_output(layer: Any, x: Tensor, output: Tensor) -> Tensor:
+    """Return what the layer gives with rounded merged weights.
+
+    Args:
+        layer: PEFT's, around a facade.
+        x: its input, [..., in_features].
+        output: what PEFT's own forward gives, [..., out_features].
+    """
+    if layer.disable_adapters or layer.merged:
+        return output
+    facade: QuantLinear = layer.base_layer
+    with torch.no_grad(), no_autocast(x.device.type):
+        weight, merged, bias = _merged(layer)
+        change = merged - weight
+        rounded = facade.moved(change).float() if output.requires_grad else None
+    if rounded is None:  # as the merged model computes, activations that it rounds included
+        y = facade.vendor_forward(x, change)
+        return y if bias is None else y + (bias - facade.bias).to(y.dtype)
+    lost = (rounded - merged).to(facade.compute_dtype_for(x.device.type))
+    return output + nn.functional.linear(x.to(lost.dtype), lost).to(output.dtype)
+
+
+def _merged(layer: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the base's weight and what PEFT merges it to, in float32, and the merged bias."""
+    facade: QuantLinear = layer.base_layer
+    weight = facade.dequantize().float()
+    dense = nn.Linear(facade.in_features, facade.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    if facade.bias is not None:
+        dense.bias = nn.Parameter(facade.bias.detach().float().clone(), requires_grad=False)
+    with standing_in(layer, dense):
+        layer.merge(safe_merge=False)
+    return weight, dense.weight.data, None if facade.bias is None else dense.bias.data
+
+
+@contextmanager
+def standing_in(layer: Any, replacement: nn.Module) -> Iterator[None]:
+    """Let `layer` work on `replacement` for a moment, then forget that it merged."""
+    before = layer.base_layer
+    layer.base_layer = replacement
+    try:
+        yield
+    finally:
+        layer.base_layer = before
+        layer.merged_adapters.clear()

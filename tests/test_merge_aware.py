@@ -1,0 +1,249 @@
+"""Training through the quantizer: what was trained is what is merged, read from disk."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from datasets import Dataset
+from merging import HELD_OUT, logits, moved, saved_model, stock
+from torch.nn.functional import linear
+
+import quantadapt as qa
+from quantadapt.adapting.fused import FusedLoraLinear
+from quantadapt.adapting.merge_aware import make_merge_aware
+from quantadapt.errors import PlanRefused
+from quantadapt.facade import QuantLinear, facades
+from quantadapt.planning import plan
+from quantadapt.spec import Spec
+
+BACKENDS = {
+    "hqq": {"bits": 4},
+    "bnb-nf4": {},
+    "bnb-int8": {},
+    "torchao-int8": {},
+    "torchao-int4": {"group_size": 32},
+    "torchao-intx": {"bits": 3, "group_size": 32},
+    "torchao-fp8": {},
+    "quanto": {"weights": "int4"},
+    "eetq": {},
+}
+ADAPTERS = {
+    "lora": {"r": 4},
+    "dora": {"r": 4},
+    "vera": {"r": 16},
+    "adalora": {"init_r": 6, "target_r": 4},
+    "ia3": {},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=2048, attention_bias=True, **sizes, **heads)
+    return saved_model(LlamaForCausalLM(config), tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> str:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    config = MixtralConfig(vocab_size=2048, **sizes, **heads)
+    return saved_model(MixtralForCausalLM(config), tmp_path_factory.mktemp("experts"))
+
+
+def aware(base: str, backend: str, adapter: str = "lora", **options):
+    """A model with an adapter that has moved by a part of a step, and computes as it is merged."""
+    model = qa.quantize(base, backend, **BACKENDS[backend])
+    model = moved(qa.attach(model, adapter, **ADAPTERS[adapter], **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and adapter in ("lora", "dora"):
+                parameter *= 0.4
+    before = logits(model)
+    make_merge_aware(model)
+    return model.eval(), before
+
+
+def kl(found: torch.Tensor, reference: torch.Tensor) -> float:
+    p, q = (x.double().log_softmax(-1) for x in (reference, found))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+CELLS = [(b, "lora") for b in BACKENDS] + [
+    (b, a) for b in ("hqq", "bnb-nf4", "bnb-int8", "quanto") for a in ADAPTERS if a != "lora"
+]
+
+
+@pytest.mark.parametrize(("backend", "adapter"), CELLS)
+def test_merged_files_are_the_trained_model(base, backend, adapter, tmp_path):
+    model, unrounded = aware(base, backend, adapter)
+    trained = logits(model)
+    assert kl(trained, unrounded) > 1e-6  # rounding is there to be seen
+    qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT, min_gain=0)
+    assert kl(logits(qa.load(tmp_path)), trained) < 1e-6
+
+
+def test_what_transformers_loads_is_the_trained_model(base, tmp_path):
+    model, _ = aware(base, "bnb-nf4")
+    qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT, min_gain=0)
+    assert kl(logits(stock(tmp_path / "merged")), logits(model)) < 1e-5  # its 4-bit product
+
+
+def some_layer(model):
+    return next(m for m in model.modules() if isinstance(m, FusedLoraLinear))
+
+
+def passed(layer, x, dy):
+    """Return output and gradients of a training pass: of x, A and B."""
+    layer.train()
+    x = x.clone().requires_grad_()
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    y = layer(x)
+    y.backward(dy)
+    found = y.detach(), x.grad, a.grad, b.grad
+    a.grad = b.grad = None
+    return found
+
+
+@pytest.mark.parametrize("backend", ["hqq", "bnb-nf4", "bnb-int8", "torchao-int8"])
+def test_gradients_go_straight_through(base, backend):
+    """Fused and by PEFT's own forward, against autograd in float64."""
+    model, _ = aware(base, backend)
+    layer = some_layer(model)
+    generator = torch.Generator().manual_seed(2)
+    x, dy = torch.randn(2, 2, 9, 64, generator=generator)
+    fused = passed(layer, x, dy)
+    with patch.object(FusedLoraLinear, "_is_plain", return_value=False):
+        generic = passed(layer, x, dy)
+
+    facade: QuantLinear = layer.base_layer
+    a, b = (part["default"].weight.detach().double().requires_grad_()
+            for part in (layer.lora_A, layer.lora_B))  # fmt: skip
+    change = layer.scaling["default"] * b @ a
+    rounded = facade.moved(change.detach().float()).double()
+    x = x.double().requires_grad_()
+    y = linear(x, change + (rounded - change).detach(), facade.bias.double())
+    y.backward(dy.double())
+    for found in (fused, generic):
+        for part, reference in zip(found, (y, x.grad, a.grad, b.grad), strict=True):
+            assert (part - reference).norm() <= 1e-5 * reference.norm()
+
+
+def test_options_of_lora(base, tmp_path):
+    """rsLoRA, dropout, patterns of ranks, and a bias that is trained."""
+    options = {"use_rslora": True, "lora_dropout": 0.3, "rank_pattern": {"q_proj": 2},
+               "bias": "all"}  # fmt: skip
+    model, _ = aware(base, "hqq", **options)
+    x, dy = torch.randn(2, 2, 9, 64)
+    dropped = passed(some_layer(model), x, dy)
+    assert not torch.equal(dropped[0], passed(some_layer(model), x, dy)[0])
+    trained = logits(model)
+    qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT, min_gain=0)
+    assert kl(logits(qa.load(tmp_path)), trained) < 1e-6
+
+
+def test_without_its_adapter_it_is_the_base(base):
+    quantized = qa.quantize(base, "hqq", **BACKENDS["hqq"])
+    expected = logits(quantized)
+    model, _ = aware(base, "hqq", "vera")
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+
+
+def test_it_stays_so_in_files_and_where_peft_merges(base, tmp_path):
+    model, _ = aware(base, "hqq")
+    trained = logits(model)
+    qa.save(model, tmp_path)
+    loaded = qa.load(tmp_path)
+    assert torch.equal(logits(loaded), trained)
+    assert kl(logits(loaded.merge_and_unload()), trained) < 1e-6
+
+
+def test_layers_without_an_adapter_keep_their_bytes(base):
+    from quantadapt.exporting.merging import merged_model
+
+    model, _ = aware(base, "hqq", target_modules=["q_proj"])
+    before = {name.replace(".base_layer", ""): facade.vendor
+              for name, facade in facades(model.get_base_model())}  # fmt: skip
+    for name, facade in facades(merged_model(model, "requantize")):
+        own, vendor = before[name], facade.vendor
+        assert torch.equal(vendor.meta["scale"], own.meta["scale"])
+        assert torch.equal(vendor.W_q, own.W_q) == ("q_proj" not in name)
+
+
+DATA = Dataset.from_dict(
+    {
+        "input_ids": [[100 + (i * j) % 40 for j in range(16)] for i in range(1, 17)],
+        "completion_mask": [[1] * 16] * 16,
+    }
+)
+
+
+def losses(base, adapter="lora", **options):
+    model = qa.attach(qa.quantize(base, "hqq", bits=3), adapter, **ADAPTERS[adapter])
+    given = {"per_device_train_batch_size": 4, "max_steps": 4, "logging_steps": 1} | options
+    found = qa.train(model, DATA, learning_rate=5e-3, merge_aware=True, **given)
+    return [loss for _, loss in found.losses], model
+
+
+def test_training_learns_and_recomputing_changes_nothing(base):
+    plain, model = losses(base, gradient_checkpointing=False)
+    assert plain[-1] < plain[0]
+    recomputed, _ = losses(base, gradient_checkpointing=True)
+    assert recomputed == pytest.approx(plain, rel=1e-5)
+    parts, _ = losses(base, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert parts == pytest.approx(plain, rel=1e-4)
+    with patch.object(FusedLoraLinear, "_is_plain", return_value=False):
+        generic, _ = losses(base)
+    assert generic == pytest.approx(plain, rel=1e-4)
+    assert model.quantadapt.merge_aware
+
+
+def test_validation_measures_the_model_that_is_merged(base, tmp_path):
+    model = qa.attach(qa.quantize(base, "hqq", bits=3), "lora", r=4)
+    found = qa.train(model, DATA, learning_rate=5e-3, merge_aware=True, max_steps=3, eval_steps=3,
+                     eval_data=HELD_OUT, per_device_train_batch_size=4)  # fmt: skip
+    qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT, min_gain=0)
+    merged = qa.evaluate(qa.load(tmp_path), HELD_OUT)["loss"]
+    assert found.validation[-1][1] == pytest.approx(merged, abs=1e-5)
+
+
+def refused(processes=None, **values):
+    train = {"merge_aware": True, **values.pop("train", {})}
+    with pytest.raises(PlanRefused) as error:
+        plan(Spec(train=train, **values), check_output=False, processes=processes)
+    return [(problem.rule, problem.where) for problem in error.value.problems]
+
+
+def test_a_plan_refuses_what_cannot_be_trained_so(experts):
+    assert refused(backend="none") == [("merge-aware-grid", "train.merge_aware")]
+    assert refused(backend="hqq", adapter="lily")[0][0] == "lily-no-merge"
+    assert refused(backend="hqq", model=experts) == [("merge-aware-experts", "train.merge_aware")]
+    shared = refused(backend="bnb-nf4", train={"parallel": "fsdp"}, processes=2, device="cpu")
+    assert ("fsdp-merge-aware", "train.merge_aware") in shared
+
+
+def test_python_refuses_what_a_plan_does(base, experts):
+    model = qa.attach(qa.quantize(base, "none"), "lora")
+    with pytest.raises(PlanRefused, match="scales of none"):
+        qa.train(model, DATA, merge_aware=True, max_steps=1)
+    model = qa.attach(qa.quantize(experts, "hqq"), "lora")
+    with pytest.raises(PlanRefused, match="experts"):
+        qa.train(model, DATA, merge_aware=True, max_steps=1)
+    assert not model.quantadapt.merge_aware
+
+
+def test_a_run_exports_the_quantized_model():
+    for wanted, kind in (({}, "requantize"), ({"export": {"merge": "dense"}}, "dense")):
+        made = plan(Spec(train={"merge_aware": True}, **wanted), check_output=False)
+        assert made.merge == kind
+        assert any(note.startswith("merge_aware") for note in made.notes)
+    assert plan(Spec(), check_output=False).merge == "dense"
