@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 import quantadapt as qa
 from quantadapt.adapting.fused import FusedLoraLinear
 from quantadapt.adapting.merge_aware import make_merge_aware
-from quantadapt.errors import PlanRefused
+from quantadapt.errors import MergeRefused, PlanRefused
 from quantadapt.facade import QuantLinear, facades
 from quantadapt.planning import plan
 from quantadapt.spec import Spec
@@ -137,6 +137,12 @@ def test_gradients_go_straight_through(base, backend):
             assert (part - reference).norm() <= 1e-5 * reference.norm()
 
 
+def test_another_rounding_is_refused(base, tmp_path):
+    model, _ = aware(base, "hqq")
+    with pytest.raises(MergeRefused, match="dithered"):
+        qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT, rounding="nearest")
+
+
 def test_options_of_lora(base, tmp_path):
     """rsLoRA, dropout, patterns of ranks, and a bias that is trained."""
     options = {"use_rslora": True, "lora_dropout": 0.3, "rank_pattern": {"q_proj": 2},
@@ -227,6 +233,8 @@ def test_a_plan_refuses_what_cannot_be_trained_so(experts):
     assert refused(backend="none") == [("merge-aware-grid", "train.merge_aware")]
     assert refused(backend="hqq", adapter="lily")[0][0] == "lily-no-merge"
     assert refused(backend="hqq", model=experts) == [("merge-aware-experts", "train.merge_aware")]
+    export = {"merge": "requantize", "rounding": "nearest"}
+    assert refused(export=export) == [("merge-aware-rounding", "export.rounding")]
     shared = refused(backend="bnb-nf4", train={"parallel": "fsdp"}, processes=2, device="cpu")
     assert ("fsdp-merge-aware", "train.merge_aware") in shared
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import MergeRefused, Problem
 from ..facade import QuantWeight, facades
+from ..planning.exports import AS_TRAINED, rounding_as_trained
 from ..quantizing.state import state_of
 from .compensating import compensating
 from .kept import NO_GRID
@@ -61,11 +62,16 @@ class Rounded:
 def rounded(tuned: Tuned, rounding: str, least: float) -> Rounded:
     """Return the merged model, rounded in the way `rounding`, one of `WAYS`. With "auto" that is
     the first, from the cheapest on, that keeps the share `least` of the gain, or else the one that
-    keeps most; where the gain may be chance, the first.
+    keeps most; where the gain may be chance, the first. A model that was trained through the
+    quantizer is rounded as in training.
 
     Raises:
         MergeRefused: the way cannot be taken here.
     """
+    if state_of(tuned.model).merge_aware:
+        if problem := rounding_as_trained(rounding):
+            raise MergeRefused([problem])
+        return Rounded(tuned.merged("requantize"), AS_TRAINED)
     return _first_that_keeps(tuned, least) if rounding == "auto" else _asked(tuned, rounding)
 
 

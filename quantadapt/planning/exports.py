@@ -86,6 +86,9 @@ def exports_of(draft: Draft) -> tuple[PlannedExport, ...]:
     made = [_export(draft, each, required) for each, required in named]
     found = [export for export in made if export is not None]
     draft.problems += [*_same_folder(found), *_of_no_effect(draft.spec.export, found)]
+    if draft.spec.train.merge_aware:
+        rounds = (getattr(export.exporter, "rounding", "auto") for export in found)
+        draft.problems += filter(None, map(rounding_as_trained, rounds))
     return tuple(found)
 
 
@@ -129,6 +132,18 @@ def _of_no_effect(spec: ExportSpec, found: Sequence[PlannedExport]) -> list[Prob
     fields = ExportSpec.model_fields
     changed = (name for name in _OPTIONS if getattr(spec, name) != fields[name].default)
     return [Problem(what, fix, where=f"export.{name}") for name in changed]
+
+
+AS_TRAINED = "dithered"
+"""How the weights of a model are rounded that was trained through the quantizer."""
+
+
+def rounding_as_trained(rounding: str) -> Problem | None:
+    """Return why such a model is not rounded in this way; None if it is."""
+    if rounding in ("auto", AS_TRAINED):
+        return None
+    what = f"the adapter is trained with {AS_TRAINED} weights, and {rounding} makes another model"
+    return Problem(what, "leave it out", "export.rounding", "merge-aware-rounding")
 
 
 def _same_folder(found: Sequence[PlannedExport]) -> list[Problem]:
