@@ -281,6 +281,13 @@ class TorchAOTarget(LayerwiseTarget):
 
         weight: Any = module.weight
         kind, dtype = type(weight).__name__, weight.dtype
+        if kind == TILES:
+            parts = weight.scale_and_zero.transpose(0, 1).float()
+            scale, zero = parts.unbind(-1)
+            size = weight.block_size[-1]
+            return TileGrid(
+                scale=scale, zero=zero, group_size=size, dtype=dtype, lowest=0, highest=15
+            )
         if kind == "Float8Tensor" and tuple(weight.block_size) == (1, weight.shape[1]):
             levels = torch.arange(256, device=weight.device).to(torch.uint8)
             return CodebookGrid(
@@ -310,6 +317,8 @@ class TorchAOTarget(LayerwiseTarget):
         codes = grid.codes(weight)
         if isinstance(grid, CodebookGrid):  # a code is the byte itself
             codes = codes.to(torch.uint8).view(old.qdata.dtype)
+        elif isinstance(grid, TileGrid):
+            codes = _repacked_tiles(old.qdata, codes)
         names, context = old.__tensor_flatten__()
         parts = {name: getattr(old, name) for name in names} | {"qdata": codes.to(old.qdata.dtype)}
         packed = type(old).__tensor_unflatten__(parts, context, old.shape, old.stride())
@@ -347,21 +356,56 @@ def _dequantize_parts(*parts: Any) -> Tensor:
     return dense
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TileGrid(UniformGrid):
+    """Values (code - 8) * scale + zero."""
+
+    def _codes(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        assert zero is not None
+        return super()._codes(weight, scale, 8 - zero / scale)
+
+    def _values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        assert zero is not None
+        return ((codes - 8) * scale + zero).to(self.dtype)
+
+
 def _dequantize_tiles(
     packed: Tensor, scale_and_zero: Tensor, rows: int, columns: int, group_size: int
 ) -> Tensor:
-    """Undo PyTorch's `_convert_weight_to_int4pack`, which lays weights out as a warp's 32 threads
-    want them: [rows / 8, columns / (16 k), 32, k / 2] int32 words of eight codes."""
+    import torch
+
+    where, shift = _in_tiles(packed, rows, columns)
+    codes = (packed[where] >> shift) & 15
+    row, column = (torch.arange(count, device=packed.device) for count in (rows, columns))
+    scale, zero = scale_and_zero[column[None] // group_size, row[:, None]].float().unbind(-1)
+    return ((codes - 8) * scale + zero).to(scale_and_zero.dtype)
+
+
+def _in_tiles(
+    packed: Tensor, rows: int, columns: int
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return in which word of `packed` each code lies, and from which bit on.
+
+    PyTorch's `_convert_weight_to_int4pack` lays weights out as a warp's 32 threads want them:
+    [rows / 8, columns / (16 k), 32, k / 2] int32 words of eight codes.
+    """
     import torch
 
     row = torch.arange(rows, device=packed.device)[:, None]
     column = torch.arange(columns, device=packed.device)[None]
     width = 32 * packed.shape[3]  # columns of a tile
     thread = (row % 8) * 4 + column % 8 // 2
-    words = packed[row // 8, column // width, thread, column % width // 32]
-    codes = (words >> (column % 32 // 8 * 4 + column % 2 * 16)) & 15
-    scale, zero = scale_and_zero[column // group_size, row].float().unbind(-1)
-    return ((codes - 8) * scale + zero).to(scale_and_zero.dtype)
+    where = row // 8, column // width, thread, column % width // 32
+    return where, column % 32 // 8 * 4 + column % 2 * 16
+
+
+def _repacked_tiles(packed: Tensor, codes: Tensor) -> Tensor:
+    """Return `packed` with other codes, [rows, columns], in it; its padding stays."""
+    where, shift = _in_tiles(packed, *codes.shape)
+    before = (packed[where] >> shift) & 15
+    changed = (codes - before).long() << shift
+    # Each code has its bits for itself, so sums of 64 bits carry nothing over.
+    return packed.long().index_put(where, changed, accumulate=True).to(packed.dtype)
 
 
 def _unpacked_bits(group_size: int, dtype: str) -> float:

@@ -146,3 +146,25 @@ def test_float8_keeps_a_row_of_zeros():
     for dtype in (torch.float32, torch.bfloat16):
         module = quantized(Float8(), (64, 128), dtype)
         assert torch.equal(Float8().target.dequantize(module)[1], torch.zeros(128, dtype=dtype))
+
+
+def test_tiles_for_tensor_cores_hold_what_is_packed():
+    """torchao's layout for CUDA, whose arithmetic is plain and runs anywhere; 64 of its columns are
+    padding."""
+    from torchao.quantization import Int4TilePackedTo4dTensor
+
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randint(-(2**31), 2**31, (4, 2, 32, 4), generator=generator).to(torch.int32)
+    scale = torch.rand(3, 32, 1, generator=generator) * 0.01 + 0.001
+    parts = torch.cat([scale, torch.randn(3, 32, 1, generator=generator) * 0.01], -1).bfloat16()
+    module = nn.Linear(192, 32, bias=False, device="meta")
+    shape = torch.Size((32, 192))
+    module.weight = nn.Parameter(Int4TilePackedTo4dTensor(packed, parts, [1, 64], shape), False)
+    target = Int4().target
+    grid, kept = target.grid(module), target.dequantize(module)
+    assert torch.equal(grid.nearest(kept), kept)
+    assert torch.equal(grid.dithered(kept, torch.zeros(shape)), kept)
+    changed = target.repack(module, shaken(kept, 1))
+    assert torch.equal(target.dequantize(changed), grid.nearest(shaken(kept, 1)))
+    again = target.repack(changed, kept).weight.qdata
+    assert torch.equal(again, packed)
