@@ -82,6 +82,15 @@ class _FP4(LayerwiseQuantizer):
         bias = state["bias"].to(linear.weight.dtype) if "bias" in state else None
         return FP4Linear(tensors, bias)
 
+    def save(self, model: nn.Module, path: Path) -> None:
+        """Write experts one by one, as compressed-tensors has them, where a model's files do."""
+        from quantadapt.layerwise import save_layerwise
+        from quantadapt.loading.packed import state_by_expert
+
+        from .layers import split_rows
+
+        save_layerwise(self, model, path, state=state_by_expert(model, split_rows))
+
     def join_rows(self, layers: list[nn.Module]) -> nn.Module:
         from .layers import join_rows
 
@@ -148,12 +157,12 @@ class MXFP4(_FP4):
     def save(self, model: nn.Module, path: Path) -> None:
         from quantadapt.layerwise import save_layerwise
 
-        from .released import Released, holds_released
+        from .released import Released, holds_released, released_state
 
-        if not holds_released(model):
+        if holds_released(model):
+            save_layerwise(Released(), model, path, state=released_state(model))
+        else:
             super().save(model, path)
-            return
-        save_layerwise(Released(), model, path, hf_quantizer=Released.writer())
 
     @classmethod
     def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> _FP4 | None:

@@ -128,6 +128,21 @@ def join_rows(layers: list[Any]) -> FP4Linear:
     return FP4Linear(tensors, None)
 
 
+def split_rows(layer: Any, count: int) -> list[nn.Module] | None:
+    """Return a layer as `count` layers of as many rows each; None where rows of one of them have
+    different global scales."""
+    rows, made = layer.out_features // count, []
+    for n in range(count):
+        part = {name: tensor[n * rows : (n + 1) * rows] for name, tensor in layer._buffers.items()}
+        if GLOBAL in part:
+            scales = layer.weight_global_scale.expand(layer.out_features)[n * rows :][:rows]
+            if not bool((scales == scales[0]).all()):
+                return None
+            part[GLOBAL] = scales[:1].clone()
+        made.append(FP4Linear(part, None))
+    return [*made]
+
+
 def tensors_of(state: dict[str, Tensor], rows: int, columns: int, block: int) -> dict[str, Tensor]:
     """Return the tensors of a layer of `rows` x `columns` from what a checkpoint holds for it, in
     whatever shape.
