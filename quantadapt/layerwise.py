@@ -22,7 +22,7 @@ from .loading.blocks import Blocks
 from .loading.mxfp4 import conversions, is_mxfp4
 from .loading.packed import PackedLayer, packed_layers
 from .loading.read_ahead import reading_ahead
-from .loading.writing import being_written, written_now
+from .loading.writing import being_written
 from .model.dense import skipped_modules
 from .model.experts import Stack, expert_stacks, set_stack
 from .model.linears import as_linear
@@ -196,12 +196,7 @@ def load_layerwise(
 
 
 def save_layerwise(
-    quantizer: SaysHow,
-    model: nn.Module,
-    path: Path,
-    *,
-    hf_quantizer: Any = None,
-    state: dict[str, Tensor] | None = None,
+    quantizer: SaysHow, model: nn.Module, path: Path, *, hf_quantizer: Any = None
 ) -> None:
     """Write config.json (with `quantization_config`) and model.safetensors into `path`.
 
@@ -210,18 +205,13 @@ def save_layerwise(
         model: with or without facades; not changed.
         path: an existing, empty folder.
         hf_quantizer: transformers' quantizer, where its format needs help to fit into safetensors.
-        state: what the files are to hold, if that is not the model's `state_dict`; what a caller
-            of `save_pretrained` gives comes first.
     """
-    options = dict(written_now()[1]) if written_now()[0] is model else {}
-    if state is not None and options.get("state_dict") is None:
-        options["state_dict"] = state
     config: Any = model.config
     config.quantization_config = quantizer.quantization_config() | _left_dense(quantizer, model)
     if hf_quantizer is not None:
         model.hf_quantizer = hf_quantizer
     try:
-        with reading.stacks_as_they_are(model), being_written(model, options):
+        with reading.stacks_as_they_are(model), being_written(model):
             model.save_pretrained(path)  # type: ignore[operator]
     finally:
         reading.unmarked(model)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from ..errors import ModelError, Problem
-from ..model.experts import Stack, expert_stacks, layers_of, stacks_of
+from ..model.experts import Stack, expert_stacks, layers_of
 from ..model.modules import linear_layers
 from ..model.numbers import refuse_not_numbers
 from .accounting import WrongTensors, listed
@@ -140,30 +140,6 @@ def layers_by_expert(model: nn.Module, stack: Stack) -> tuple[str, ...]:
                 parts = (s.rpartition("experts.*.")[2].removesuffix(".weight") for s in sources)
                 return layers_of(stack, tuple(parts))
     return ()
-
-
-def state_by_expert(
-    model: nn.Module, split: Callable[[nn.Module, int], list[nn.Module] | None]
-) -> dict[str, Tensor] | None:
-    """Return what the files of a model hold with its quantized experts one by one, as checkpoints
-    of its kind have them; None where it has no stacks, or none can be written so.
-
-    Args:
-        split: returns a vendor's module in so many parts of its rows, without bias, or None.
-    """
-    state: dict[str, Tensor] = {}
-    gone: list[str] = []
-    for module in model.modules():
-        for key, stack in stacks_of(module).items():
-            names, made = layers_by_expert(model, stack), module.get_submodule(key)
-            parts = split(getattr(made, "vendor", made), len(names)) if names else None
-            for name, part in zip(names, parts or (), strict=bool(parts)):
-                state |= {f"{name}.{key}": tensor for key, tensor in part.state_dict().items()}
-            gone += [f"{stack.module}."] * bool(parts)
-    if not gone:
-        return None
-    rest = {n: t for n, t in model.state_dict().items() if not n.startswith(tuple(gone))}
-    return rest | state
 
 
 def _packed_state(
