@@ -67,8 +67,9 @@ class FP4Linear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """Return the weight, float32 [out_features, in_features]."""
-        function = nv_dequantize if len(self.packed) > 2 else mx_dequantize
-        return one_kernel(function, *self.packed)
+        packed, scale, *common = self.packed
+        function = nv_dequantize if common else mx_dequantize
+        return one_kernel(function, packed, scale.view(torch.uint8), *common)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias)
