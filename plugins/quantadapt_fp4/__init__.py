@@ -22,7 +22,7 @@ from quantadapt.capabilities import Merge
 from quantadapt.errors import ModelError
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import LayerwiseQuantizer
-from quantadapt.records import Backend
+from quantadapt.records import Backend, Serving
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,6 +81,15 @@ class _FP4(LayerwiseQuantizer):
         tensors = tensors_of(state, linear.out_features, linear.in_features, self.block)
         bias = state["bias"].to(linear.weight.dtype) if "bias" in state else None
         return FP4Linear(tensors, bias)
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        """Write experts one by one, as compressed-tensors has them, where a model's files do."""
+        from quantadapt.loading.writing import experts_apart
+
+        from .layers import split_rows
+
+        with experts_apart(model, split_rows):
+            super().save(model, path)
 
     def join_rows(self, layers: list[nn.Module]) -> nn.Module:
         from .layers import join_rows
@@ -147,13 +156,15 @@ class MXFP4(_FP4):
 
     def save(self, model: nn.Module, path: Path) -> None:
         from quantadapt.layerwise import save_layerwise
+        from quantadapt.loading.writing import files_holding
 
-        from .released import Released, holds_released
+        from .released import Released, holds_released, released_state
 
         if not holds_released(model):
             super().save(model, path)
             return
-        save_layerwise(Released(), model, path, hf_quantizer=Released.writer())
+        with files_holding(model, lambda: released_state(model)):
+            save_layerwise(Released(), model, path)
 
     @classmethod
     def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> _FP4 | None:
@@ -203,13 +214,20 @@ def _is_weights_only(config: Mapping[str, Any], format_: str) -> bool:
     )
 
 
-def _backend(name: str, summary: str, quantizer: type[_FP4]) -> Backend:
-    return Backend(name=name, summary=summary, quantizer=quantizer, merge=Merge.REQUANTIZE)
+def _backend(name: str, summary: str, quantizer: type[_FP4], vllm: str) -> Backend:
+    return Backend(
+        name=name,
+        summary=summary,
+        quantizer=quantizer,
+        merge=Merge.REQUANTIZE,
+        serves=(Serving("vllm", vllm),),
+    )
 
 
 @hookimpl
 def quantadapt_backends() -> list[Backend]:
+    released = "MXFP4, 4.25 bits, no calibration; gpt-oss as it was released"
     return [
-        _backend("mxfp4", "MXFP4, 4.25 bits, no calibration; gpt-oss as it was released", MXFP4),
-        _backend("nvfp4", "NVFP4, 4.5 bits, no calibration data", NVFP4),
+        _backend("mxfp4", released, MXFP4, "vllm>=0.15"),
+        _backend("nvfp4", "NVFP4, 4.5 bits, no calibration data", NVFP4, "vllm>=0.9"),
     ]

@@ -61,8 +61,13 @@ def mx_steps(scales: Tensor) -> Tensor:
 
 
 def nv_steps(scales: Tensor, global_scale: Tensor) -> Tensor:
-    """Return the same of NVFP4. `global_scale` is one number, or one for each row."""
-    return scales.float() / global_scale.float().view(-1, 1)
+    """Return the same of NVFP4. `global_scale` is one number, or one for each row. e4m3 is read bit
+    by bit: compilers for older cards do not know it."""
+    bits = scales.view(torch.uint8).int()
+    normal = (((bits & 127) << 20) + (120 << 23)).view(torch.float32)  # biases are 7 and 127
+    size = torch.where(bits & 127 < 8, (bits & 7) * E4M3_LEAST, normal)
+    size = torch.where(bits & 127 == 127, torch.nan, size)
+    return torch.where(bits > 127, -size, size) / global_scale.float().view(-1, 1)
 
 
 def mx_dequantize(packed: Tensor, scales: Tensor) -> Tensor:

@@ -67,8 +67,9 @@ class FP4Linear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """Return the weight, float32 [out_features, in_features]."""
-        function = nv_dequantize if len(self.packed) > 2 else mx_dequantize
-        return one_kernel(function, *self.packed)
+        packed, scale, *common = self.packed
+        function = nv_dequantize if common else mx_dequantize
+        return one_kernel(function, packed, scale.view(torch.uint8), *common)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias)
@@ -126,6 +127,21 @@ def join_rows(layers: list[Any]) -> FP4Linear:
             parts = [p.expand(layer.out_features) for p, layer in zip(parts, layers, strict=True)]
         tensors[name] = joined(parts)
     return FP4Linear(tensors, None)
+
+
+def split_rows(layer: Any, count: int) -> list[nn.Module] | None:
+    """Return a layer as `count` layers of as many rows each; None where rows of one of them have
+    different global scales."""
+    rows, made = layer.out_features // count, []
+    for n in range(count):
+        part = {name: tensor[n * rows : (n + 1) * rows] for name, tensor in layer._buffers.items()}
+        if GLOBAL in part:
+            scales = layer.weight_global_scale.expand(layer.out_features)[n * rows :][:rows]
+            if not bool((scales == scales[0]).all()):
+                return None
+            part[GLOBAL] = scales[:1].clone()
+        made.append(FP4Linear(part, None))
+    return [*made]
 
 
 def tensors_of(state: dict[str, Tensor], rows: int, columns: int, block: int) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ dense."""
 from __future__ import annotations
 
 import re
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,13 +20,6 @@ _MODEL = "gpt_oss"
 
 class Released:
     """Says what goes into config.json, as `layerwise.save_layerwise` asks a quantizer."""
-
-    @staticmethod
-    def writer() -> Any:
-        """Return what hands transformers the tensors by the names of this layout."""
-        from transformers import Mxfp4Config
-
-        return _writer_class()(Mxfp4Config())
 
     def quantization_config(self) -> dict[str, Any]:
         return {"quant_method": METHOD}
@@ -46,36 +38,20 @@ def holds_released(model: nn.Module) -> bool:
     return stacks == {name for name, module in model.named_modules() if _is_fp4(module)}
 
 
+def released_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of such a model by the names, and in the shapes, of this layout."""
+    state: dict[str, Tensor] = model.state_dict()
+    for stack in _stacks(model):
+        shape = stack.experts, stack.out_features, stack.in_features // MX_BLOCK
+        for ending, part in PARTS.items():
+            tensor = state.pop(f"{stack.module}.{part}")
+            state[f"{stack.name}_{ending}"] = tensor.view(*shape, -1).squeeze(-1)
+    return state
+
+
 def _stacks(model: nn.Module) -> list[Stack]:
     return [stack for module in model.modules() for stack in stacks_of(module).values()]
 
 
 def _is_fp4(module: Any) -> bool:
     return isinstance(getattr(module, "vendor", module), FP4Linear)
-
-
-@cache
-def _writer_class() -> Any:
-    from transformers.quantizers.base import HfQuantizer
-
-    class Writer(HfQuantizer):  # type: ignore[misc]
-        """Names and shapes of the layout, for the tensors of quantized stacks."""
-
-        def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], Any]:
-            state: dict[str, Tensor] = model.state_dict()
-            for stack in _stacks(model):
-                for ending, part in PARTS.items():
-                    tensor = state.pop(f"{stack.module}.{part}")
-                    shape = [stack.experts, stack.out_features, stack.in_features // MX_BLOCK]
-                    shape += [-1] if ending == "blocks" else []
-                    state[f"{stack.name}_{ending}"] = tensor.view(shape)
-            return state, {}
-
-        def is_serializable(self) -> bool:
-            return True
-
-        @property
-        def is_trainable(self) -> bool:
-            return True
-
-    return Writer

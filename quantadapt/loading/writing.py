@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    State = Callable[[], dict[str, Tensor] | None]
     Split = Callable[[nn.Module, int], Sequence[nn.Module] | None]
 
 _local = threading.local()
@@ -37,22 +38,29 @@ def being_written(model: Any, options: Mapping[str, Any] | None = None) -> Itera
 
 
 @contextmanager
-def experts_apart(model: nn.Module, split: Split) -> Iterator[None]:
+def files_holding(
+    model: nn.Module, state: Callable[[], dict[str, Tensor] | None]
+) -> Iterator[None]:
+    """Inside, the files of `model` get what `state` returns, in place of its `state_dict`, unless
+    that is None. What a caller of `save_pretrained` gave it to write is written as it is."""
+    writing, options = written_now()
+    given = dict(options) if writing is model else {}
+    if given.get("state_dict") is None:
+        given["state_dict"] = state()
+    with being_written(model, given):
+        yield
+
+
+def experts_apart(model: nn.Module, split: Split) -> AbstractContextManager[None]:
     """Inside, `model` is written with its quantized stacks taken apart, if the checkpoints of its
-    kind hold experts one by one: so others read it. What a caller of `save_pretrained` gave it to
-    write is written as it is.
+    kind hold experts one by one: so others read it.
 
     Args:
         model: with or without facades.
         split: of a vendor's module and a number, makes as many layers of its rows, whose tensors
             are named as in files; or None, where it cannot.
     """
-    writing, options = written_now()
-    given = dict(options) if writing is model else {}
-    if given.get("state_dict") is None:
-        given["state_dict"] = _apart(model, split)
-    with being_written(model, given):
-        yield
+    return files_holding(model, lambda: _apart(model, split))
 
 
 def _apart(model: Any, split: Split) -> dict[str, Tensor] | None:
