@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     Examples = list[dict[str, Tensor]]
 
 METHOD = "compressed-tensors"
-COARSE_INPUTS = 0.5
-"""Nats per token that inputs of 4 bits may put between a model and the same without rounding them:
-0.07 on a random model of one block (NVFP4)."""
+INPUT_ERRORS = {("int", 8): 0.01, ("float", 8): 0.03}
+COARSEST = 0.12
+"""The relative error of a layer's output by rounding its inputs; of those of fewer bits."""
 
 
 class LeftOutWarning(UserWarning):
@@ -229,8 +229,9 @@ class CompressedTarget(LayerwiseTarget):
         super().__init__(quantizer)
         inputs = [scheme.inputs for scheme in quantizer.schemes if scheme.inputs is not None]
         self.quantizes_activations = bool(inputs)
-        if any(args.num_bits < 8 for args in inputs):
-            self.activations_apart = COARSE_INPUTS
+        if inputs:
+            kinds = [(args.type, args.num_bits) for args in inputs]
+            self.activation_error = max(INPUT_ERRORS.get(kind, COARSEST) for kind in kinds)
 
     def matches(self, module: nn.Module) -> bool:
         from quantadapt_compressed_tensors.layers import SCHEME

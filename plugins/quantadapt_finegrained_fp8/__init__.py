@@ -161,6 +161,7 @@ class FP8Target(LayerwiseTarget):
     """`BlockFP8Linear`, or transformers' `FP8Linear`."""
 
     quantizes_activations = True
+    activation_error = 0.03
 
     def matches(self, module: nn.Module) -> bool:
         return _is_fp8(module)
