@@ -408,6 +408,28 @@ def test_columns_with_groups_of_their_own(checkpoint: Any, tmp_path: Path) -> No
     assert relative(logits(adopted(tmp_path / "merged")), logits(merged)) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["NVFP4A16", "NVFP4", "MXFP4"])
+def test_configs_that_leave_out_what_scales_are_in(
+    kind: str, checkpoint: Any, tmp_path: Path
+) -> None:
+    """As those of older libraries: merged, weights are rounded onto scales of the same kind."""
+
+    def change(config: dict[str, Any]) -> None:
+        for args in config["config_groups"]["group_0"].values():
+            if isinstance(args, dict):
+                args.pop("scale_dtype", None)
+
+    folder = rewritten(checkpoint(kind), tmp_path / "base", change)
+    model = adopted(folder)
+    assert relative(logits(model), logits(adopted(checkpoint(kind)))) == 0
+    for name, facade in linear_facades(model):
+        weight = facade.dequantize() * torch.linspace(0.5, 1.5, facade.in_features)
+        made = facade.target.requantize(facade.vendor, weight)
+        files = {f"{name}.{key}": tensor for key, tensor in made.state_dict().items()}
+        assert relative(exact(name, files), weight) < 0.15
+        assert relative(facade.target.dequantize(made), exact(name, files)) < 1e-6
+
+
 def test_groups_of_several_kinds(tmp_path: Path) -> None:
     """FP8 for attention and 4 bits for the rest, as in Kimi's; all of it is written again."""
     model = tiny(bias=False)
