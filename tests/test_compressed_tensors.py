@@ -41,8 +41,11 @@ from transformers import (
 import quantadapt as qa
 from quantadapt.errors import ModelError, PlanRefused, QuantadaptError
 from quantadapt.exporting.merging import merged_model
+from quantadapt.exporting.stage import write
+from quantadapt.exporting.tuned import Tuned
 from quantadapt.facade import QuantLinear, facades, linear_facades, stack_facades
 from quantadapt.planning import plan
+from quantadapt.planning.exports import export_of
 from quantadapt.quantizing.state import state_of
 from quantadapt.spec import Spec
 from quantadapt.testing import AdapterSuite, BackendSuite, TargetSuite
@@ -405,6 +408,28 @@ def test_columns_with_groups_of_their_own(checkpoint: Any, tmp_path: Path) -> No
     assert relative(logits(adopted(tmp_path / "merged")), logits(merged)) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["NVFP4A16", "NVFP4", "MXFP4"])
+def test_configs_that_leave_out_what_scales_are_in(
+    kind: str, checkpoint: Any, tmp_path: Path
+) -> None:
+    """As those of older libraries: merged, weights are rounded onto scales of the same kind."""
+
+    def change(config: dict[str, Any]) -> None:
+        for args in config["config_groups"]["group_0"].values():
+            if isinstance(args, dict):
+                args.pop("scale_dtype", None)
+
+    folder = rewritten(checkpoint(kind), tmp_path / "base", change)
+    model = adopted(folder)
+    assert relative(logits(model), logits(adopted(checkpoint(kind)))) == 0
+    for name, facade in linear_facades(model):
+        weight = facade.dequantize() * torch.linspace(0.5, 1.5, facade.in_features)
+        made = facade.target.requantize(facade.vendor, weight)
+        files = {f"{name}.{key}": tensor for key, tensor in made.state_dict().items()}
+        assert relative(exact(name, files), weight) < 0.15
+        assert relative(facade.target.dequantize(made), exact(name, files)) < 1e-6
+
+
 def test_groups_of_several_kinds(tmp_path: Path) -> None:
     """FP8 for attention and 4 bits for the rest, as in Kimi's; all of it is written again."""
     model = tiny(bias=False)
@@ -696,3 +721,105 @@ def test_configs_that_are_not_read_are_refused(
     (folder / "model.safetensors").unlink()
     with pytest.raises(PlanRefused, match=told):
         plan(Spec(model=str(folder), backend=METHOD))
+
+
+# The export --------------------------------------------------------------------------------------
+
+
+def exported(model: Any, folder: Path, **options: Any) -> dict[str, Any]:
+    """Write the export as `quantadapt export` does, and return its figures."""
+    planned = export_of(METHOD, options)
+    tuned = Tuned(model, data=lambda tokenizer: HELD_OUT)
+    found = write(planned.exporter, tuned, folder, overwrite=False)
+    return {name: figure.value for name, figure in found.items()}
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8", "FP8_DYNAMIC", "NVFP4", "MXFP4A16"])
+@pytest.mark.parametrize("backend", ["hqq", "bnb-nf4"])
+def test_any_base_is_exported_by_a_scheme(backend: str, scheme: str, tmp_path: Path) -> None:
+    """The files are those of the library, of the merged weights rounded by the library's rules."""
+    tiny(bias=False).save_pretrained(tmp_path / "base")
+    model = qa.quantize(str(tmp_path / "base"), backend, dtype="float32", device="cpu")
+    tuned = moved(qa.attach(model, "lora"))
+    folder = tmp_path / "served"
+    found = exported(tuned, folder, scheme=scheme, min_gain=0)
+    assert 0 < found["kl"] < 2
+    assert found["dense_layers"] == 0
+    dense = merged_model(tuned, "dense")
+    for name, facade in linear_facades(adopted(folder)):
+        off = relative(facade.dequantize(), dense.get_submodule(name).weight)
+        assert off < (0.15 if "4" in scheme else 0.03), name
+    assert relative(logits(qa.load(folder)), as_served(folder, scheme)) < 1e-5
+
+
+def test_layers_without_an_adapter_keep_the_values_of_a_base_that_fits(
+    checkpoint: Any, tmp_path: Path
+) -> None:
+    """Exported by the scheme that they have, what nobody trained has the bytes that it had."""
+    folder = checkpoint("W4A16 asymmetric", bias=False)
+    tuned = moved(qa.attach(adopted(folder), "lora", target_modules=["q_proj", "v_proj"]))
+    exported(tuned, tmp_path / "served", scheme="W4A16_ASYM", group_size=32, min_gain=0)
+    before, after = (
+        load_file(place / "model.safetensors") for place in (Path(folder), tmp_path / "served")
+    )
+    assert before.keys() == after.keys()
+    same = {name for name in before if _same(before[name], after[name])}
+    changed = {name.split(".")[-2] for name in before.keys() - same}
+    assert changed == {"q_proj", "v_proj"}
+
+
+def test_gptq_checkpoints_keep_their_values_too(tmp_path: Path) -> None:
+    tiny(bias=False).save_pretrained(tmp_path / "base")
+    examples = [{"input_ids": torch.arange(40)[None] + 3 * n} for n in range(4)]
+    model = qa.quantize(
+        str(tmp_path / "base"),
+        "gptq",
+        dtype="float32",
+        device="cpu",
+        calibration=examples,
+        group_size=32,
+    )
+    weights = {name: facade.dequantize() for name, facade in linear_facades(model)}
+    tuned = moved(qa.attach(model, "lora", target_modules=["q_proj"]))
+    exported(tuned, tmp_path / "served", scheme="W4A16", group_size=32, min_gain=0)
+    for name, facade in linear_facades(adopted(tmp_path / "served")):
+        close = relative(facade.dequantize(), weights[name])
+        # gptqmodel's values are rounded to float16
+        assert close > 1e-3 if name.endswith("q_proj") else close < 5e-4, name
+
+
+def test_an_export_that_keeps_too_little_or_fits_nowhere_is_refused(tmp_path: Path) -> None:
+    tiny(bias=False).save_pretrained(tmp_path / "base")
+    tuned = moved(qa.attach(qa.quantize(str(tmp_path / "base"), "hqq", device="cpu"), "lora"))
+    with pytest.raises(ModelError, match="no layer of the model fits"):
+        exported(tuned, tmp_path / "served", group_size=48)
+    assert not (tmp_path / "served").exists()
+    for options in ({"scheme": "W8A8", "group_size": 32}, {"scheme": "W5A5"}):
+        with pytest.raises(PlanRefused):
+            export_of(METHOD, options)
+
+
+def test_from_the_command_line(checkpoint: Any, tmp_path: Path) -> None:
+    """A checkpoint of the library, adopted, trained, merged into its format and exported by another
+    scheme."""
+    from quantadapt.cli import main
+    from quantadapt.testing.small_demo import small_model
+
+    def call(*words: str) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main([*words])
+        assert ended.value.code in (0, None)
+
+    base = tmp_path / "base"
+    qa.save(qa.quantize(str(small_model(1)), METHOD, device="cpu", dtype="float32"), base)
+    (base / "quantadapt.json").unlink()
+    run = str(tmp_path / "run")
+    told = ["--set", "export.merge=requantize", "--set", "export.min_gain=0"]
+    steps = ["--max-steps", "2", "--device", "cpu", "--output", run]
+    call("run", "--model", str(base), "--backend", METHOD, *told, *steps)
+    merged = json.loads(Path(run, "merged", "config.json").read_text())["quantization_config"]
+    assert merged["format"] == "pack-quantized"
+    options = ["--set", "scheme=FP8_DYNAMIC", "--set", "min_gain=0"]
+    call("export", run, METHOD, *options)
+    files = load_file(Path(run, METHOD, "model.safetensors"))
+    assert files["model.layers.0.mlp.up_proj.weight"].dtype == torch.float8_e4m3fn

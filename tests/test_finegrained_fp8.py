@@ -166,6 +166,27 @@ def test_a_checkpoint_is_adopted_as_it_is_served(kind: str, tmp_path: Path) -> N
         assert torch.equal(tensor.float(), again[name].float()), name
 
 
+def test_scales_in_bfloat16(tmp_path: Path) -> None:
+    """Qwen's are. A merge rounds weights onto scales as they are stored."""
+    folder = quantized_files(tiny(), tmp_path, weight_block_size=[64, 64])
+    files = load_file(folder / "model.safetensors")
+    for name in [n for n in files if n.endswith("scale_inv")]:
+        files[name] = files[name].bfloat16()
+    save_file(files, folder / "model.safetensors", metadata={"format": "pt"})
+    model, right = adopted(folder), stock(folder)
+    for name, facade in linear_facades(model):
+        assert torch.equal(facade.dequantize(), right.get_submodule(name).weight), name
+        weight = facade.dequantize() * 1.37
+        made = facade.target.requantize(facade.vendor, weight)
+        assert made.weight_scale_inv.dtype == torch.bfloat16
+        codes = (weight / spread(made.weight_scale_inv.float(), 64)).clamp(-448, 448)
+        assert torch.equal(made.weight.float(), codes.to(torch.float8_e4m3fn).float())
+
+
+def spread(scales: Tensor, block: int) -> Tensor:
+    return scales.repeat_interleave(block, 0).repeat_interleave(block, 1)
+
+
 @pytest.mark.parametrize("kind", ["128", "64 x 32", "powers", "whole"])
 def test_a_weight_is_rounded_as_transformers_rounds_it(kind: str, tmp_path: Path) -> None:
     folder = quantized_files(tiny(), tmp_path, **FORMATS[kind])

@@ -19,7 +19,8 @@ from quantadapt.capabilities import Merge
 from quantadapt.errors import ModelError, warn
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import Grid, LayerwiseQuantizer, LayerwiseTarget
-from quantadapt.records import Backend
+from quantadapt.records import Backend, Export, Serving
+from quantadapt_compressed_tensors.export import CompressedExport
 from quantadapt_compressed_tensors.schemes import (
     SIZES,
     Name,
@@ -38,10 +39,11 @@ if TYPE_CHECKING:
 
     Examples = list[dict[str, Tensor]]
 
-METHOD = "compressed-tensors"
-COARSE_INPUTS = 0.5
-"""Nats per token that inputs of 4 bits may put between a model and the same without rounding them:
-0.07 on a random model of one block (NVFP4)."""
+METHOD = EXTRA = "compressed-tensors"
+REQUIRES = ("compressed-tensors>=0.15",)
+INPUT_ERRORS = {("int", 8): 0.01, ("float", 8): 0.03}
+COARSEST = 0.12
+"""The relative error of a layer's output by rounding its inputs; of those of fewer bits."""
 
 
 class LeftOutWarning(UserWarning):
@@ -229,8 +231,9 @@ class CompressedTarget(LayerwiseTarget):
         super().__init__(quantizer)
         inputs = [scheme.inputs for scheme in quantizer.schemes if scheme.inputs is not None]
         self.quantizes_activations = bool(inputs)
-        if any(args.num_bits < 8 for args in inputs):
-            self.activations_apart = COARSE_INPUTS
+        if inputs:
+            kinds = [(args.type, args.num_bits) for args in inputs]
+            self.activation_error = max(INPUT_ERRORS.get(kind, COARSEST) for kind in kinds)
 
     def matches(self, module: nn.Module) -> bool:
         from quantadapt_compressed_tensors.layers import SCHEME
@@ -265,16 +268,30 @@ class CompressedTarget(LayerwiseTarget):
 
 
 @hookimpl
+def quantadapt_exports() -> list[Export]:
+    return [
+        Export(
+            METHOD,
+            "the adapter merged on any base, in a scheme of compressed-tensors, as vLLM serves it",
+            CompressedExport,
+            requires=REQUIRES,
+            extra=EXTRA,
+        )
+    ]
+
+
+@hookimpl
 def quantadapt_backends() -> list[Backend]:
     return [
         Backend(
             name=METHOD,
             summary="compressed-tensors, as vLLM serves it: W4A16, W8A8, FP8, NVFP4 and the like",
             quantizer=CompressedTensors,
-            requires=("compressed-tensors>=0.15",),
+            requires=REQUIRES,
             imports=("compressed_tensors",),
-            extra="quantadapt[compressed-tensors]",
+            extra=f"quantadapt[{EXTRA}]",
             calibration=True,
             merge=Merge.REQUANTIZE,
+            serves=(Serving("vllm", "vllm>=0.8", adapters=True),),
         )
     ]

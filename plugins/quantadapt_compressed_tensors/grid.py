@@ -7,15 +7,19 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from quantadapt.loading import linear_layers
 from quantadapt.protocols import CodebookGrid, Grid, UniformGrid
 from quantadapt_compressed_tensors.layers import (
+    GRID,
     CompressedLinear,
+    Tensors,
     grid_of,
     scheme_of,
     tensors_of,
 )
 from quantadapt_compressed_tensors.packing import unpack_fp4
 from quantadapt_compressed_tensors.rows import joined, repacked, split
+from quantadapt_compressed_tensors.schemes import Args, Scheme
 
 
 def values_of(module: nn.Module) -> Grid:
@@ -54,6 +58,47 @@ def _levels(bits: int) -> Tensor:
     if bits == 8:
         return codes.view(torch.float8_e4m3fn).float()
     return unpack_fp4(codes[None, :16])[0, ::2]
+
+
+def lend_grids(scheme: Scheme, base: nn.Module, dense: nn.Module) -> None:
+    """Have the layers of a merged, dense model know the grids that those of its base have, where
+    they are such as `scheme` has: layers without an adapter then keep their values.
+
+    Args:
+        scheme: how they will be rounded.
+        base: with facades, and an adapter.
+        dense: gets an attribute for each layer.
+    """
+    from quantadapt.facade import linear_facades
+
+    layers = dict(linear_layers(dense, ()))
+    for name, facade in linear_facades(base):
+        linear = layers.get(name.removesuffix(".base_layer"))
+        known = facade.target.grid(facade.vendor)
+        if linear is None or not isinstance(known, UniformGrid):
+            continue
+        if (found := _like(scheme.weights, known, linear.weight.shape)) is not None:
+            setattr(linear, GRID, found)
+
+
+def _like(args: Args, grid: UniformGrid, shape: torch.Size) -> Tensors | None:
+    """Return a grid of integers as one of `args`; None where it is none."""
+    half = 2 ** (args.num_bits - 1)
+    rows, columns = shape
+    whole = columns if args.strategy == "channel" else args.group_size
+    if args.type != "int" or grid.groups is not None or grid.group_size != whole:
+        return None
+    if grid.highest - grid.lowest != 2 * half - 1 or grid.scale.shape != args.scales(rows, columns):
+        return None
+    zero = torch.zeros_like(grid.scale) if grid.zero is None else grid.zero.float()
+    zero = zero - grid.lowest - half
+    allowed = 0 if args.symmetric else half
+    if not bool((zero == zero.round()).all()) or bool(zero.abs().max() > allowed):
+        return None
+    found = {"weight_scale": grid.scale.float()}
+    if not args.symmetric:
+        found["weight_zero_point"] = zero.to(torch.int8)
+    return found
 
 
 def repack(module: nn.Module, weight: Tensor) -> CompressedLinear:

@@ -20,6 +20,8 @@ from quantadapt_compressed_tensors.schemes import Args, Scheme
 
 SCHEME = "quantadapt_scheme"
 """Attribute of a layer, ours or the library's: how it is rounded."""
+GRID = "quantadapt_grid"
+"""Attribute of a dense layer: a grid, as `fresh_grid` gives it, that its weight may lie on."""
 Tensors = dict[str, Tensor]
 
 _HELD = ("weight_scale", "weight_zero_point", "weight_global_scale", "weight_g_idx")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quantadapt.errors import ModelError
 from quantadapt_compressed_tensors.layers import (
+    GRID,
     CompressedLinear,
     Tensors,
     better_grid,
@@ -27,10 +28,14 @@ from quantadapt_compressed_tensors.schemes import Scheme
 
 
 def quantized(scheme: Scheme, linear: nn.Linear) -> CompressedLinear:
-    """Return a dense layer rounded to nearest, without what is known of its inputs."""
+    """Return a dense layer rounded to nearest, without what is known of its inputs. A block of it
+    takes the grid that it is known to lie on, where that is closer."""
     weight = linear.weight.detach()
-    grid = fresh_grid(scheme.weights, weight.float(), weight.dtype)
-    tensors = packed(scheme, weight.float(), grid, weight.dtype)
+    args, dtype, weight = scheme.weights, weight.dtype, weight.float()
+    grid = fresh_grid(args, weight, dtype)
+    if (known := getattr(linear, GRID, None)) is not None:
+        grid = better_grid(args, weight, grid, known)
+    tensors = packed(scheme, weight, grid, dtype)
     bias = None if linear.bias is None else linear.bias.detach()
     return CompressedLinear(scheme, linear.in_features, linear.out_features, tensors, bias)
 

@@ -29,6 +29,12 @@ FORMATS = {
     "mxfp4-pack-quantized": ("float", (4,)),
 }
 """The layouts that are read and written: type and bits of their weights."""
+_SCALES = {
+    "nvfp4-pack-quantized": "torch.float8_e4m3fn",
+    "mxfp4-pack-quantized": "torch.uint8",
+    "mxfp8-quantized": "torch.uint8",
+}
+"""What the scales of a layout are in."""
 
 
 class Args(BaseModel):
@@ -294,6 +300,10 @@ def _scheme(name: str, group: Any, common: Any) -> Scheme:
     if weights.type != kind or weights.num_bits not in bits:
         said = f"{weights.num_bits} bits of type {weights.type}"
         raise _refused(f"{where} has {said}, which the format {layout} does not hold")
+    if (
+        dtype := _SCALES.get(str(layout))
+    ) and weights.scale_dtype is None:  # older ones leave it out
+        weights = weights.model_copy(update={"scale_dtype": dtype})
     if weights.type == "float" and not weights.symmetric:
         raise _refused(f"{where} has floats with zero points")
     return Scheme(weights=weights, inputs=inputs, format=str(layout))

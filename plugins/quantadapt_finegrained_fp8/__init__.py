@@ -19,7 +19,7 @@ from quantadapt.capabilities import Merge
 from quantadapt.errors import ModelError
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import Grid, LayerwiseQuantizer, LayerwiseTarget
-from quantadapt.records import Backend
+from quantadapt.records import Backend, Serving
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -161,6 +161,7 @@ class FP8Target(LayerwiseTarget):
     """`BlockFP8Linear`, or transformers' `FP8Linear`."""
 
     quantizes_activations = True
+    activation_error = 0.03
 
     def matches(self, module: nn.Module) -> bool:
         return _is_fp8(module)
@@ -201,5 +202,6 @@ def quantadapt_backends() -> list[Backend]:
             summary="FP8 (e4m3) in blocks of 128 x 128, as DeepSeek and Qwen ship it",
             quantizer=FineGrainedFP8,
             merge=Merge.REQUANTIZE,
+            serves=(Serving("vllm", "vllm>=0.8", adapters=True),),
         )
     ]

@@ -172,7 +172,7 @@ def requantized(module: Any, weight: Tensor, *, same_scales: bool = False) -> Bl
     scales = _as_blocks(held.float())
     if not same_scales:
         largest = _by_block(weight.abs(), block).amax((1, 3))
-        fresh = _scale_of(largest, held.dtype == torch.float8_e8m0fnu)
+        fresh = _scale_of(largest, held.dtype == torch.float8_e8m0fnu).to(held.dtype).float()
         errors = [_error(weight, one, block) for one in (scales, fresh)]
         scales = torch.where(errors[1] < errors[0], fresh, scales)
     codes = _codes(weight / _spread(scales, weight.shape, block))

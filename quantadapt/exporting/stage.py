@@ -225,8 +225,8 @@ class MergedDense(_Merged):
         from .checking import refuse_far
 
         target = state.quantizer.target
-        explained = target.activations_apart if target.quantizes_activations else 0
-        refuse_far(figures, state.dtype, activations=explained)
+        error = target.activation_error if target.quantizes_activations else 0
+        refuse_far(figures, state.dtype, activations=error)
 
     @property
     def planned(self) -> str:

@@ -34,9 +34,9 @@ class AdapterTarget(Protocol):
     """False where training, unlike evaluation, leaves such a forward out and multiplies with the
     dequantized weight as elsewhere: adapters need not learn to live with a rounding so small."""
 
-    activations_apart: float = 0.05
-    """Nats per token that quantizing activations may put between a model and the same with dense
-    weights, which do not: int8 2e-5. A merged model that is further off is refused."""
+    activation_error: float = 0.01
+    """Where activations are quantized: the relative error of a layer's output by that. int8 0.008,
+    e4m3 0.027, e2m1 0.1. Dense merges, which do not quantize them, may be as much further off."""
 
     def matches(self, module: nn.Module) -> bool:
         """Say whether `module` is a quantized linear layer of this backend."""

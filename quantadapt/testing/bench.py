@@ -245,7 +245,7 @@ class Bench:
         return tolerance(
             self.bits(),
             self.suite.dtype,
-            quantizes_activations=target.quantizes_activations,
+            activation_error=target.activation_error if target.quantizes_activations else 0.0,
             calibrates=self.plan.calibrates,
         )
 
