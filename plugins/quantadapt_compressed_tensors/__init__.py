@@ -19,7 +19,7 @@ from quantadapt.capabilities import Merge
 from quantadapt.errors import ModelError, warn
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import Grid, LayerwiseQuantizer, LayerwiseTarget
-from quantadapt.records import Backend
+from quantadapt.records import Backend, Serving
 from quantadapt_compressed_tensors.schemes import (
     SIZES,
     Name,
@@ -276,5 +276,6 @@ def quantadapt_backends() -> list[Backend]:
             extra="quantadapt[compressed-tensors]",
             calibration=True,
             merge=Merge.REQUANTIZE,
+            serves=(Serving("vllm", "vllm>=0.9"),),
         )
     ]

@@ -19,7 +19,7 @@ from quantadapt.capabilities import Merge
 from quantadapt.errors import ModelError
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import Grid, LayerwiseQuantizer, LayerwiseTarget
-from quantadapt.records import Backend
+from quantadapt.records import Backend, Serving
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -201,5 +201,6 @@ def quantadapt_backends() -> list[Backend]:
             summary="FP8 (e4m3) in blocks of 128 x 128, as DeepSeek and Qwen ship it",
             quantizer=FineGrainedFP8,
             merge=Merge.REQUANTIZE,
+            serves=(Serving("vllm", "vllm>=0.9"),),
         )
     ]

@@ -28,7 +28,13 @@ from ..registry.discovery import registry
 from ..remote_code import trusted, trusting
 from ..showing.quietly import quiet
 from ..stages import quantize
-from .adapter_files import CONFIG, check_adapters, configs_to_note, peft_in_words, refuse_not_trained
+from .adapter_files import (
+    CONFIG,
+    check_adapters,
+    configs_to_note,
+    peft_in_words,
+    refuse_not_trained,
+)
 from .adapters import put_on, save_adapters
 from .card import write_card
 from .manifest import ADAPTER, BASE, MANIFEST, MERGED, adapter_in, read_manifest, write_manifest
