@@ -227,6 +227,7 @@ def _backend(backend: records.Backend) -> str:
         ("calibration data", "needed" if backend.calibration else "not needed"),
         ("[stacks of experts](../how-to/experts.md)", _experts(backend.quantizes_experts())),
         ("merge", backend.merge.words),
+        ("served by", ", ".join(map(_serving, backend.serves)) or "its dense merge alone"),
     ]
     return "\n\n".join(
         [
@@ -237,6 +238,11 @@ def _backend(backend: records.Backend) -> str:
             *_rules(backend.rules),
         ]
     )
+
+
+def _serving(serving: records.Serving) -> str:
+    beside = ", adapters beside the base too" if serving.adapters else ""
+    return f"[{serving.server}](../how-to/serve.md#vllm) (`{serving.requires}`{beside})"
 
 
 def _experts(quantized: bool) -> str:

@@ -74,7 +74,7 @@ def test_transformers_reads_the_model_that_was_written(name, tokenizer, tmp_path
     ids = torch.randint(0, 2048, (2, 40))
     with torch.no_grad():
         expected, found = model(ids).logits, read(path, MODELS[name])(ids).logits
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(found, expected, atol=1e-4 * float(expected.std()))
     keys = keys_of(path)
     kind = keys["general.architecture"]
     assert (keys[f"{kind}.context_length"], keys[f"{kind}.attention.head_count_kv"]) == (256, 2)

@@ -31,21 +31,21 @@ EXPORTS = (
         "the merged model in one GGUF file, for llama.cpp and what is built on it",
         Gguf,
         requires=("gguf>=0.17",),
-        extra="gguf",
+        extra="quantadapt[gguf]",
     ),
     Export(
         "gguf-adapter",
         "the LoRA adapter in one GGUF file, for a GGUF file of its base",
         GgufAdapter,
         requires=("gguf>=0.17",),
-        extra="gguf",
+        extra="quantadapt[gguf]",
     ),
     Export(
         "ollama",
         "a GGUF file and a Modelfile with the chat template, for `ollama create`",
         Ollama,
         requires=("gguf>=0.17",),
-        extra="gguf",
+        extra="quantadapt[gguf]",
     ),
     Export(
         "vllm", "a folder that vLLM serves: the merged model, or the adapter beside its base", Vllm

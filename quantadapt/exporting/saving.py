@@ -28,7 +28,13 @@ from ..registry.discovery import registry
 from ..remote_code import trusted, trusting
 from ..showing.quietly import quiet
 from ..stages import quantize
-from .adapter_files import check_adapters, configs_to_note, peft_in_words, refuse_not_trained
+from .adapter_files import (
+    CONFIG,
+    check_adapters,
+    configs_to_note,
+    peft_in_words,
+    refuse_not_trained,
+)
 from .adapters import put_on, save_adapters
 from .card import write_card
 from .manifest import ADAPTER, BASE, MANIFEST, MERGED, adapter_in, read_manifest, write_manifest
@@ -112,7 +118,9 @@ def _write(model: nn.Module, state: ModelState, folder: Path, *, base_id: str) -
         state.tokenizer.save_pretrained(str(folder))
     write_manifest(folder, state, **more)
     if state.adapter:
-        write_card(folder, read_object(folder / MANIFEST))  # PEFT's is a form to fill in
+        manifest = read_object(folder / MANIFEST)
+        for config in folder.rglob(CONFIG):  # PEFT's cards are forms to fill in
+            write_card(config.parent, manifest)
 
 
 def _tell_of_dora(model: nn.Module) -> None:
