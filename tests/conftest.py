@@ -1,5 +1,6 @@
 """Fixed seeds, one thread, nothing from the network, quiet libraries."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -49,6 +50,13 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Any:
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
     yield
     os.chdir(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _settled() -> None:
+    """What is there for good, libraries most of all, is not gone through at each collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
