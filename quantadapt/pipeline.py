@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import planning
 from .data.vocabulary import check_tokens
 from .dependencies import import_requirements, in_turn
-from .distributed.talking import PeerLost, peers_in_words, reduced, start
+from .distributed.talking import PeerLost, peers_in_words, reduced, start, tell_end, told_end
 from .distributed.world import as_launched, world
-from .errors import NumbersError, PlanRefused, QuantadaptError, TrainingError
+from .errors import Interrupted, NumbersError, PlanRefused, QuantadaptError, TrainingError
 from .evaluation.sizes import size_mib
 from .evaluation.verdict import warnings_of
 from .exporting.manifest import BASE
@@ -165,10 +165,14 @@ class _Run:
                 self.stop.hold()
             except BaseException as error:
                 self.stop.hold()
-                # A process that is told to end may first notice that another one has.
+                with suppress(Exception):  # the first error is the one to tell
+                    if isinstance(error, Interrupted):
+                        tell_end(error.exit_code)
+                    elif isinstance(error, PeerLost):  # for it was told to end, perhaps
+                        self.stop.follow(told_end())
                 told = isinstance(error, PeerLost) and self.stop.signalled
                 interrupted = told or isinstance(error, KeyboardInterrupt)
-                with suppress(Exception):  # the first error is the one to tell
+                with suppress(Exception):
                     self.finish("interrupted" if interrupted else "failed")
                 if told:
                     self.stop.obey()

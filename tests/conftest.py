@@ -1,5 +1,6 @@
 """Fixed seeds, one thread, nothing from the network, quiet libraries."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +23,26 @@ os.environ["QUANTADAPT_CACHE"] = _CACHE.name  # backends are to work, not to rem
 pytest_plugins = ("quantadapt.testing.plugin",)
 
 
+IN_FULL = ("hqq", "bnb-nf4")
+"""Backends that the suites verify with more than LoRA by default: PEFT sees no other."""
+VARIED = ("dora", "vera", "adalora", "ia3", "pissa", "loha", "oft", "fourierft", "shira", "vblora")
+"""One of each way to change a layer: magnitudes, what layers share, ranks that move, a factor, a
+start that rewrites the base, a product, a rotation, a transform, single weights, a bank."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark cells of the suites as slow, all but a cross-section of backends and adapters."""
+    from quantadapt.testing.parts import adapter_of, suite_of
+
+    for item in items:
+        adapter, suite = adapter_of(item), suite_of(item)
+        if suite is None or adapter in ("", "lora"):
+            continue
+        if suite.backend not in IN_FULL or adapter not in VARIED:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Away from the checkout: a user's `runs/` there is none of a test's business."""
@@ -29,6 +50,13 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Any:
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
     yield
     os.chdir(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _settled() -> None:
+    """What is there for good, libraries most of all, is not gone through at each collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -16,21 +16,12 @@ from quantadapt.testing.tensors import change, relative
 OTHERS = tuple(a.name for a in registry().adapters() if a.name not in ADAPTERS)
 
 
-HEAVY = ("adamss", "boft", "frod", "hra", "osf")
-"""Those that take the longest."""
-
-
 class TestOtherAdapters(AdapterSuite, RefusalSuite):
+    """Most of them are slow, see conftest.py."""
+
     backend = "hqq"
     options = {"bits": 4}  # noqa: RUF012 (as in test_conformance, so that the results join)
-    adapters = tuple(name for name in OTHERS if name not in HEAVY)
-
-
-@pytest.mark.slow
-class TestHeavyAdapters(AdapterSuite, RefusalSuite):
-    backend = "hqq"
-    options = {"bits": 4}  # noqa: RUF012
-    adapters = HEAVY
+    adapters = OTHERS
 
 
 @pytest.fixture(scope="module")

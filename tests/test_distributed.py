@@ -221,18 +221,28 @@ def run(folder: Path, *arguments: str, **variables: str) -> subprocess.Completed
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path} | variables
     return subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=200
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=int(os.environ.get("XT", "200")),
     )
+
+
+def install(folder: Path, plugin: str) -> None:
+    """Let the runs of `run` find a plugin."""
+    (folder / "unlucky.py").write_text(plugin, encoding="utf-8")
+    info = folder / "unlucky-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: unlucky\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[quantadapt]\nunlucky = unlucky\n")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", DEVICES)
 def test_a_process_that_dies_stops_the_others(tmp_path, kind) -> None:
-    (tmp_path / "unlucky.py").write_text(PLUGIN, encoding="utf-8")
-    info = tmp_path / "unlucky-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: unlucky\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[quantadapt]\nunlucky = unlucky\n")
+    install(tmp_path, PLUGIN)
     folder = tmp_path / "run"
     first = folder / "checkpoints" / "checkpoint-2"
     done = run(tmp_path, "--device", kind, DIES="1", DIES_AFTER=str(first))
@@ -250,6 +260,33 @@ def test_a_process_that_dies_stops_the_others(tmp_path, kind) -> None:
     assert metrics["train"]["resumed_from"] == 2
     assert (metrics["train"]["processes"], metrics["train"]["parallel"]) == (2, "fsdp")
     assert metrics["merge"]["refusals"][0]["rule"] == "fsdp-no-merge"
+
+
+TOLD = """
+import os, signal, time
+from quantadapt.hookspecs import hookimpl
+
+@hookimpl
+def quantadapt_stage_done(stage, value):
+    if stage != "attach":
+        return
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif os.environ["WORKS"]:
+        time.sleep(150)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("works", [True, False])
+def test_one_that_is_told_to_end_outside_of_training_interrupts_all(tmp_path, works) -> None:
+    """The first process, which writes down the state, works on, or waits for the one that ends."""
+    install(tmp_path, TOLD)
+    done = run(tmp_path, "--device", "cpu", WORKS="1" if works else "")
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "Interrupted by SIGTERM" in done.stderr
+    assert "failed" not in done.stderr
+    assert RunFolder.open(tmp_path / "run").marker["state"] == "interrupted"
 
 
 @pytest.fixture

@@ -585,26 +585,3 @@ def test_an_adapter_is_exported_with_its_base_again_and_again(tmp_path: Path) ->
     assert run_cli("export", tmp_path / "3", "adapter", "--output", out, "--overwrite") == 0
     assert tree(out / "base") == tree(tmp_path / "3" / "base")
     qa.load(out, device="cpu")
-
-
-def faults(*options: str) -> None:
-    """Run the campaign in a process of its own, for it forks."""
-    command = [sys.executable, "-m", "benchmarks.faults", *options]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-1000:]
-    assert " 0 with something wrong" in ended.stdout
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, /proc")
-@pytest.mark.slow
-def test_some_of_the_faults() -> None:
-    """Bad inputs have a test of their own."""
-    parts = ("killed", "signalled", "write fails", "full disk", "damaged", "two writers", "threads")
-    faults("--share", "0.02", *(word for part in parts for word in ("--part", part)))
-
-
-@pytest.mark.campaign
-@pytest.mark.timeout(20000)
-def test_all_faults() -> None:
-    faults()

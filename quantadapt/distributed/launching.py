@@ -137,12 +137,20 @@ def _watch(processes: list[subprocess.Popen[bytes]], tail: _Tail) -> list[int | 
         tail()
         if None not in codes:
             return codes
-        if any(codes):
-            early = any(code in ENDED_EARLY for code in codes)  # the others save, too
-            deadline = deadline or time.monotonic() + (SAVING if early else GRACE)
+        if any(codes) and deadline is None:
+            early = [code for code in codes if code in ENDED_EARLY]  # the others save, too
+            _tell(processes, early)
+            deadline = time.monotonic() + (SAVING if early else GRACE)
         if deadline and time.monotonic() > deadline:
             return codes
         time.sleep(_POLL)
+
+
+def _tell(processes: list[subprocess.Popen[bytes]], codes: Sequence[int | None]) -> None:
+    """Send the signal that has ended one process to those that work on, and do not miss it."""
+    for number in [code - 128 for code in codes if code and code > 128][:1]:
+        for process in processes:
+            process.send_signal(number)  # of one that has ended, nothing comes
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> None:

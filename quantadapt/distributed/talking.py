@@ -25,6 +25,7 @@ PATIENCE = timedelta(hours=2)
 BUCKET = 2**24
 """Gradients sent at a time: 64 MiB in float32."""
 
+_ENDED = "quantadapt-ended"
 _PEER_LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe", re.IGNORECASE)
 
 
@@ -72,6 +73,27 @@ def peers_in_words() -> Iterator[None]:
             raise
         what = f"another process of this run has stopped; this is process {world().rank}"
         raise PeerLost(what, fix="look for the error of that process") from error
+
+
+def tell_end(code: int) -> None:
+    """Let the others know that this process was told to end early, before they miss it."""
+    if (store := _store()) is not None:
+        store.set(_ENDED, str(code))
+
+
+def told_end() -> int:
+    """Return the exit code with which another process said that it ends early, or 0."""
+    store = _store()
+    return int(store.get(_ENDED)) if store is not None and store.check([_ENDED]) else 0
+
+
+def _store() -> Any:
+    """Return where the processes have met, or None for one alone."""
+    from torch import distributed
+
+    if world().size == 1 or not distributed.is_initialized():
+        return None
+    return distributed.distributed_c10d._get_default_store()
 
 
 def reduced(value: float, device: torch.device, how: Literal["sum", "max"]) -> float:

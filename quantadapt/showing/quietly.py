@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -51,8 +51,8 @@ def quietly() -> Iterator[None]:
     of_transformers._tqdm_active = False
     datasets.disable_progress_bars()
     errors = _Errors()
-    for name, level in before.items():
-        logging.getLogger(name).setLevel(max(level, logging.ERROR))
+    _set_levels({name: max(level, logging.ERROR) for name, level in before.items()})
+    for name in names:
         logging.getLogger(name).addFilter(errors)
     try:
         with warnings.catch_warnings():
@@ -62,12 +62,20 @@ def quietly() -> Iterator[None]:
                 warnings.simplefilter("default", ours)
             yield
     finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
+        _set_levels(before)
+        for name in names:
             logging.getLogger(name).removeFilter(errors)
         of_transformers._tqdm_active = bars
         if reading:
             datasets.enable_progress_bars()
+
+
+def _set_levels(levels: Mapping[str, int]) -> None:
+    """Give loggers their levels, all at once: at each `setLevel` a thousand others forget what they
+    know."""
+    for name, level in levels.items():
+        logging.getLogger(name).level = level
+    logging.root.setLevel(logging.root.level)
 
 
 class _Errors(logging.Filter):

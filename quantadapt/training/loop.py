@@ -22,6 +22,7 @@ from ..folders.atomic import in_words
 from ..folders.checkpoints import PARTIAL, PREFIX, seal
 from ..inputs.documents import reason
 from .checkpoints import facts_of, set_rates
+from .lent import patched
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -132,14 +133,13 @@ class TrainingLoop:
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the adapter alone: no tokenizer, no pickled arguments, no model card."""
         assert output_dir is not None
-        with kept_apart(self.model):
+        with kept_apart(self.model), patched(self.model, create_or_update_model_card=_nothing):
             self.model.save_pretrained(
                 output_dir,
                 state_dict=state_dict,
                 save_embedding_layers=False,
                 is_main_process=self.args.should_save,
             )
-        (Path(output_dir) / "README.md").unlink(missing_ok=True)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint beside its place and move it there when it is whole."""
@@ -188,6 +188,10 @@ class TrainingLoop:
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _taking_up(checkpoint):
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
+
+def _nothing(*_: Any) -> None:
+    """In the place of a call that makes what nobody asked for."""
 
 
 @contextmanager

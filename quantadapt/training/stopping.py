@@ -54,6 +54,11 @@ class Stop:
         if code:
             raise _interrupted(code)
 
+    def follow(self, code: int) -> None:
+        """Take over the signal of another process, which has ended with this code; 0 is none."""
+        if self._signal is None and code > 128:
+            self._signal = signal.Signals(code - 128)
+
     @property
     def signalled(self) -> bool:
         """Whether a signal has come."""
