@@ -99,9 +99,7 @@ def test_generate_says_what_is_wrong(say, flags, words) -> None:
 
 
 def test_a_chat(say, expected) -> None:
-    lines = (
-        f"{QUESTION}\n/again\n/reset\n{QUESTION}\n/adapter off\n/set top_p 7\n/nonsense\n/help\n"
-    )
+    lines = f"{QUESTION}\n/again\n/reset\n{QUESTION}\n/adapter off\n/set top_p 7\n/x\n/help\n"
     code, out, err = say("chat", MODEL, *SHORT, lines=lines)
     assert code == 0, err
     assert out == f"{expected[0]}\n" * 3
@@ -109,7 +107,7 @@ def test_a_chat(say, expected) -> None:
         "there is no adapter",
         "a new chat",
         "top_p",
-        "there is no /nonsense",
+        "there is no /x",
         "/system TEXT",
     ):
         assert words in err
