@@ -80,7 +80,7 @@ def generate(
         from ..generation import Sampling
         from .answering import asking
 
-        _check(prompt, file, out, json)
+        _check(prompt, file, out, json, overwrite)
         sampling = Sampling(**answers)
         found = _prompts(prompt or [], file)
         opened = asking(shown, path, device, layout, base=base, force_base=force_base)
@@ -93,7 +93,9 @@ def generate(
             _to_screen(shown, asked, found, sampling, batch_size)
 
 
-def _check(prompt: list[str] | None, file: str | None, out: Path | None, json: bool) -> None:
+def _check(
+    prompt: list[str] | None, file: str | None, out: Path | None, json: bool, overwrite: bool
+) -> None:
     from ..errors import Problem, SpecError
 
     problems = []
@@ -104,16 +106,23 @@ def _check(prompt: list[str] | None, file: str | None, out: Path | None, json: b
         problems.append(Problem("--out takes the answers to a --file", "leave it out", "--out"))
     if out is not None and json:
         problems.append(Problem("--out has JSON lines in any case", "leave --json out", "--json"))
+    if out is not None and out.expanduser().exists() and not overwrite:
+        fix = "choose another name, or pass --overwrite"
+        problems.append(Problem("the file is there already", fix, str(out)))
     if problems:
         raise SpecError(problems)
 
 
 def _prompts(prompts: list[str], file: str | None) -> list[tuple[Any, Any]]:
     """Return what is asked, each with the row of the file that it comes from."""
+    from ..errors import DataError, SpecError
     from ..generation.files import read_prompts
 
     if file is not None:
-        return list(read_prompts(file))
+        try:
+            return list(read_prompts(file))
+        except DataError as error:  # nothing was loaded yet
+            raise SpecError(error.problems) from None
     return [(None, sys.stdin.read().strip() if text == "-" else text) for text in prompts]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -170,10 +171,10 @@ def _run(served: Served, listener: socket.socket) -> None:
     config = uvicorn.Config(
         create_app(served), log_level="warning", access_log=False, lifespan="off"
     )
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn stops at both, and then sends it again
+        signal.signal(number, lambda *_: None)
     served.worker.start()
     try:
         uvicorn.Server(config).run(sockets=[listener])
-    except KeyboardInterrupt:  # uvicorn raises it once more after it has stopped
-        pass
     finally:
         served.worker.stop()
