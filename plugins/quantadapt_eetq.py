@@ -119,10 +119,6 @@ class EETQTarget(LayerwiseTarget):
         vendor: Any = module
         return one_kernel(dequantize, vendor.weight.data, vendor.weight_scales.data)
 
-    def rounded(self, module: nn.Module, weight: Tensor) -> Tensor:
-        codes, scales = quantize_rows(weight)
-        return codes * scales.half().float()[:, None]
-
     def grid(self, module: nn.Module) -> UniformGrid:
         import torch
 

@@ -670,20 +670,6 @@ def allowed(vendor: Any, in_features: int) -> Tensor:
     return (codes - zeros[:, groups.long(), None]) * scales[:, groups.long(), None]
 
 
-@pytest.mark.parametrize(("backend", "options"), [GRIDS[1], GRIDS[2], GRIDS[4], GRIDS[7]], ids=str)
-def test_rounding_needs_no_module(made, backend, options) -> None:
-    """What it gives is what requantize keeps, in its dtype."""
-    model = made(backend, **options)
-    target = model.quantadapt.quantizer.target
-    facade = next(facade for _, facade in facades(model))
-    for scale in (1e-3, 1.0):
-        weight = facade.dequantize() + scale * torch.randn(facade.weight.shape)
-        kept = target.dequantize(target.requantize(facade.vendor, weight))
-        found = target.rounded(facade.vendor, weight)
-        assert found.dtype == kept.dtype
-        assert torch.equal(found, kept)
-
-
 def test_a_live_layer_of_another_kernel_is_packed_anew(theirs) -> None:
     """Its own kernel may keep what it unpacked before."""
     folder, _ = theirs

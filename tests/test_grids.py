@@ -1,5 +1,7 @@
 """The values that a backend's scales allow: rounded to, and packed, bit for bit."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from quantadapt_bnb.four_bit import FP4, NF4
@@ -11,6 +13,7 @@ from quantadapt_torchao import Float8, Int4, Intx
 from quantadapt_torchao import Int8 as TorchAOInt8
 from torch import nn
 
+from quantadapt import compiling
 from quantadapt.protocols import CodebookGrid, UniformGrid
 from quantadapt.protocols.grids import fixed_noise
 
@@ -63,9 +66,6 @@ def test_grid_and_repack(quantizer, dtype):
         assert torch.equal(grid.dithered(kept, none), kept)
         assert torch.equal(grid.nearest(grid.dithered(kept, none + 0.003)).float(),
                            grid.dithered(kept, none + 0.003).float())  # fmt: skip
-        dense = weight.to(dtype)
-        requantized = target.dequantize(target.requantize(module, dense))
-        assert torch.equal(target.rounded(module, dense), requantized)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,23 @@ def test_dithering_keeps_changes_far_below_a_step(quantizer, bits):
         assert abs((changed - start)[inner].mean() / change - 1) < 0.1
         nearest = (grid.nearest(start + change) - start)[inner].mean()
         assert abs(nearest) < 0.5 * abs(change)
+
+
+@pytest.mark.parametrize("quantizer", [HQQ(bits=3), NF4(), FP4(), Int8(), Float8(), Intx(bits=3),
+                         Quanto(weights="int4")], ids=lambda value: repr(value))  # fmt: skip
+def test_dithering_is_one_kernel(quantizer):
+    """Its operations, traced as for CUDA, give the same bits."""
+    module = quantized(quantizer, (64, 128), torch.bfloat16)
+    grid, start = quantizer.target.grid(module), quantizer.target.dequantize(module)
+    change = shaken(torch.zeros(64, 128), 1)
+    expected = grid.dithered(start, change)
+    with (
+        patch.object(compiling, "_kernels", {}),
+        patch.object(compiling, "_active", True),
+        patch.object(compiling, "_gains", lambda packed: True),
+        patch.object(compiling, "_compile", lambda *a: lambda *t: compiling.traced(*a)(*t)[0]),
+    ):
+        assert torch.equal(grid.dithered(start, change), expected)
 
 
 def test_noise_is_even_and_without_a_pattern():

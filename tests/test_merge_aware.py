@@ -28,6 +28,8 @@ BACKENDS = {
     "torchao-fp8": {},
     "quanto": {"weights": "int4"},
     "eetq": {},
+    "mxfp4": {},
+    "nvfp4": {},
 }
 ADAPTERS = {
     "lora": {"r": 4},
@@ -36,6 +38,14 @@ ADAPTERS = {
     "adalora": {"init_r": 6, "target_r": 4},
     "ia3": {},
 }
+
+
+DATA = Dataset.from_dict(
+    {
+        "input_ids": [[100 + (i * j) % 40 for j in range(16)] for i in range(1, 17)],
+        "completion_mask": [[1] * 16] * 16,
+    }
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +97,26 @@ def test_merged_files_are_the_trained_model(base, backend, adapter, tmp_path):
     model, unrounded = aware(base, backend, adapter)
     trained = logits(model)
     assert kl(trained, unrounded) > 1e-6  # rounding is there to be seen
+    qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT, min_gain=0)
+    assert kl(logits(qa.load(tmp_path)), trained) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["lora", "vera"])
+@pytest.mark.parametrize("backend", ["gptq", "gptq-by-activation", "awq", "autoround"])
+def test_what_was_calibrated_is_not_calibrated_again(base, backend, adapter, tmp_path):
+    """Layer by layer, without data."""
+    options = {"gptq-by-activation": {"desc_act": True}, "autoround": {"iters": 2}}.get(backend, {})
+    examples = [{"input_ids": torch.tensor(row)[None]} for row in DATA["input_ids"]]
+    model = qa.quantize(
+        *(base, backend.partition("-")[0]), calibration=examples, group_size=32, **options
+    )
+    model = moved(qa.attach(model, adapter, **ADAPTERS[adapter]))
+    model.quantadapt.calibration = None
+    unrounded = logits(model)
+    make_merge_aware(model)
+    trained = logits(model)
+    assert kl(trained, unrounded) > 1e-6
     qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT, min_gain=0)
     assert kl(logits(qa.load(tmp_path)), trained) < 1e-6
 
@@ -183,14 +213,6 @@ def test_layers_without_an_adapter_keep_their_bytes(base):
         own, vendor = before[name], facade.vendor
         assert torch.equal(vendor.meta["scale"], own.meta["scale"])
         assert torch.equal(vendor.W_q, own.W_q) == ("q_proj" not in name)
-
-
-DATA = Dataset.from_dict(
-    {
-        "input_ids": [[100 + (i * j) % 40 for j in range(16)] for i in range(1, 17)],
-        "completion_mask": [[1] * 16] * 16,
-    }
-)
 
 
 def losses(base, adapter="lora", **options):

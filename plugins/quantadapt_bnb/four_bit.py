@@ -207,19 +207,6 @@ class FourBitTarget(LayerwiseTarget):
             otherwise=vendors,
         )
 
-    def rounded(self, module: nn.Module, weight: Tensor) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-        packed: Any = module.weight
-        codes, state = quantize_4bit(
-            weight.contiguous(),
-            blocksize=packed.quant_state.blocksize,
-            compress_statistics=packed.compress_statistics,
-            quant_type=packed.quant_type,
-        )
-        dense: Tensor = dequantize_4bit(codes, state)
-        return dense
-
     def grid(self, module: nn.Module) -> CodebookGrid | None:
         packed = _as_packed(module)
         state = packed.quant_state

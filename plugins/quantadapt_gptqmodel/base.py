@@ -262,12 +262,6 @@ class PackedTarget(LayerwiseTarget):
         """Round to nearest, without data. A group keeps the grid it has where that is closer."""
         return self._made(module, *self._nearest(module, weight))
 
-    def rounded(self, module: nn.Module, weight: Tensor) -> Tensor:
-        from quantadapt_gptqmodel.layers import weight_of
-
-        codes, scales, zeros, g_idx = self._nearest(module, weight)
-        return weight_of(codes, scales.half(), zeros, g_idx)
-
     def _nearest(self, vendor: Any, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return codes, scales, zeros and the group of each column of a weight, rounded."""
         from quantadapt_gptqmodel.layers import nearest, zeros_of

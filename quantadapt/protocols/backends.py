@@ -67,11 +67,6 @@ class AdapterTarget(Protocol):
         name = type(self).__name__
         raise PluginError(f"{name} has no requantize", fix="declare Merge.DENSE, or implement it")
 
-    def rounded(self, module: nn.Module, weight: Tensor) -> Tensor:
-        """Return `weight` [out_features, in_features] as `requantize` would keep it: what
-        `dequantize` would give then, bit for bit. To be overridden where no module is needed."""
-        return self.dequantize(self.requantize(module, weight))
-
     def grid(self, module: nn.Module) -> Grid | None:
         """Return the values that the weights of `module` can take with the scales that it has; None
         (the default) where that is not known. A backend that has it has `repack` as well."""

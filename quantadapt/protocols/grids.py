@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ..compiling import one_kernel
 
 if TYPE_CHECKING:
     import torch
@@ -64,8 +66,11 @@ class Grid(ABC):
             start: values of this grid, [out_features, in_features].
             change: what is to be added, in float32.
         """
-        noise = fixed_noise(*start.shape, device=start.device)
-        return self.values(self._by_group(self._dithered, None, start, change, noise))
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        own = {name: part for name, part in parts.items() if hasattr(part, "is_cuda")}
+        rest = tuple((name, part) for name, part in parts.items() if name not in own)
+        layout = (type(self), tuple(own), rest)
+        return one_kernel(_dithered, start, change, *own.values(), static=layout)
 
     @abstractmethod
     def _dithered(
@@ -156,12 +161,15 @@ class CodebookGrid(Grid):
 
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the levels in order, each once, their codes, and what lies halfway between two."""
-        levels, order = self.levels.sort()
-        different = levels.isfinite()  # NaN is no level
-        different[1:] &= levels[1:] != levels[:-1]
-        levels, order = levels[different], order[different]
-        return levels, order.int(), (levels[1:] + levels[:-1]) / 2
+        """Return the levels in order, their codes, and what lies halfway between two. Codes that
+        are no number, or that of another code, come last, with infinity."""
+        import torch
+
+        levels, order = self.levels.masked_fill(~self.levels.isfinite(), torch.inf).sort()
+        again = torch.zeros_like(levels, dtype=torch.bool)
+        again[1:] = levels[1:] == levels[:-1]
+        levels, places = levels.masked_fill(again, torch.inf).sort(stable=True)
+        return levels, order[places].int(), (levels[1:] + levels[:-1]) / 2
 
     def _codes(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         _, order, _ = self._sorted
@@ -179,15 +187,24 @@ class CodebookGrid(Grid):
         import torch
 
         levels, order, halfway = self._sorted
-        below, above = levels[1:] - halfway, halfway - levels[:-1]
-        below, above = torch.cat([above[:1], below]), torch.cat([above, below[-1:]])
+        below, above = levels - levels.roll(1), levels.roll(-1) - levels
+        below[0] = above[0]
+        above = torch.where(above.isfinite() & (above > 0), above, below)  # of the last level
         place = self._places(start, scale)
         moved = levels[place] + (change / scale).nan_to_num(nan=0)
-        moved += 2 * noise * torch.where(noise < 0, below[place], above[place])
+        moved = moved + noise * torch.where(noise < 0, below[place], above[place])
         return order[torch.bucketize(moved, halfway)]
 
     def _values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         return (self.levels[codes] * scale).to(self.dtype)
+
+
+def _dithered(start: Tensor, change: Tensor, *rest: Any) -> Tensor:
+    """As `Grid.dithered` does, of a grid that is taken apart."""
+    *own, kind, names, others = rest
+    grid: Grid = kind(**dict(zip(names, own, strict=True)), **dict(others))
+    noise = fixed_noise(*start.shape, device=start.device)
+    return grid.values(grid._by_group(grid._dithered, None, start, change, noise))
 
 
 def fixed_noise(rows: int, columns: int, *, device: torch.device) -> Tensor:
@@ -198,8 +215,7 @@ def fixed_noise(rows: int, columns: int, *, device: torch.device) -> Tensor:
     row, column = (torch.arange(count, device=device) for count in (rows, columns))
     mixed = row[:, None] * 0x9E3779B1 + column * 0x85EBCA77
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):  # in 32 bits, as hashes do
-        mixed &= 0xFFFFFFFF
-        mixed ^= mixed >> shift
-        mixed *= factor
+        mixed = mixed & 0xFFFFFFFF
+        mixed = (mixed ^ (mixed >> shift)) * factor
     # A little less, so that the rounding of sums does not carry it over the edge.
     return ((mixed >> 8) + 0.5) * (0.9999 / 2**24) - 0.9999 / 2

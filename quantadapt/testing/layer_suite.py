@@ -217,19 +217,6 @@ class LayerSuite(Suite):
                 fix = "Let `misfit` return None for it"
                 assert not works, f"a layer of {size} is quantized well, but {misfit!r}. {fix}"
 
-    def test_rounded_is_what_requantize_keeps(self, bench: Bench) -> None:
-        """`rounded`, where it takes a way of its own."""
-        from ..capabilities import Merge
-
-        target: Any = bench.plan.quantizer.target
-        if bench.record.merge is not Merge.REQUANTIZE:
-            return
-        facade = bench.some_facade()
-        weight = _changed(facade.dequantize(), seed=0)
-        expected = target.dequantize(target.requantize(facade.vendor, weight))
-        fix = "`rounded` gives what `dequantize` gives after `requantize`"
-        assert_equal(target.rounded(facade.vendor, weight), expected, "`rounded` is off", fix)
-
     def test_grid_holds_the_values_that_weights_can_take(self, bench: Bench) -> None:
         import torch
 
