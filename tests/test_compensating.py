@@ -4,17 +4,20 @@ demo's own layers."""
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from merging import moved
+from test_experts import made
 from torch import Tensor
 
 import quantadapt as qa
 from quantadapt.exporting.compensating import compensated, compensating
 from quantadapt.exporting.merging import bare_base, merged_model
-from quantadapt.facade import facades, linear_facades
+from quantadapt.facade import facades, linear_facades, stack_facades
 from quantadapt.testing.small_demo import calibration_examples, small_model
 
 STEP = 0.5
@@ -237,3 +240,27 @@ def off(found: Tensor, wanted: Tensor) -> float:
     """Return the mean KL in nats."""
     p, q = wanted.double().log_softmax(-1), found.double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("kind", ["qwen3-moe", "gpt-oss", "llama4"])
+def test_experts_are_rounded_by_what_is_routed_to_them(kind: str, tmp_path: Any) -> None:
+    """One by one, in stacks as the model keeps them; where the model runs them in a way of its own
+    (Llama 4), they are rounded to nearest."""
+    made(kind).save_pretrained(tmp_path)
+    base = qa.quantize(str(tmp_path), "hqq", bits=3, group_size=32)
+    model = moved(qa.attach(base, "lora", r=2, target_modules=["down_proj"]))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 128, (24, 1, 32), generator=generator)
+    with warnings.catch_warnings(record=True):  # few tokens for each expert
+        write = compensating(model, [{"input_ids": row} for row in rows])
+    merged = merged_model(model, "requantize", write)
+    plain = merged_model(model, "requantize", lambda _, copied, weight: copied.repack(weight))
+    with torch.no_grad():
+        found, nearest, wanted = (m(input_ids=rows[:, 0]).logits for m in (merged, plain, model))
+    for (name, stack), (_, other) in zip(stack_facades(merged), stack_facades(plain), strict=True):
+        weight = stack.dequantize()
+        assert torch.equal(stack.target.grid(stack.vendor).nearest(weight), weight)
+        shown = "down_proj" in name and kind != "llama4"
+        assert shown != torch.equal(weight, other.dequantize()), name
+    if kind != "llama4":
+        assert off(found, wanted) < off(nearest, wanted)
