@@ -32,12 +32,13 @@ from quantadapt import cli, demo
 from quantadapt.errors import DataError, MergeRefused, PlanRefused, SpecError
 from quantadapt.evaluation import Gain, TokenLosses, token_losses
 from quantadapt.exporting.merging import merged_model
-from quantadapt.exporting.rounding import WAYS
+from quantadapt.exporting.rounding import WAYS, rounded
 from quantadapt.exporting.stage import export
 from quantadapt.exporting.tuned import Tuned
 from quantadapt.facade import linear_facades
 from quantadapt.folders.run_folder import MARKER
 from quantadapt.planning.exports import export_of
+from quantadapt.quantizing.examples import choose
 from quantadapt.spec import Rounding
 from quantadapt.stages import held_out_data
 from quantadapt.testing.small_demo import small_model
@@ -374,6 +375,17 @@ def test_where_none_keeps_enough_the_best_is_told(trained, data, tmp_path) -> No
     with pytest.raises(MergeRefused, match="compensated was left out: it needs data") as refused:
         qa.merge(trained, tmp_path, kind="requantize", data=data, min_gain=1)
     assert "rounding dithered (keeping: nearest" in str(refused.value)
+
+
+def test_data_that_no_way_can_use_cost_no_merge(trained, data) -> None:
+    """As of an objective whose examples are pairs: the ways that need none are tried all the same,
+    and why the other was not is told."""
+    pairs = Dataset.from_dict({"chosen_ids": [[1, 2, 3]]})
+    tuned = Tuned(trained, data=lambda _: data, examples=lambda _: choose(pairs))
+    found = rounded(tuned, "auto", 1.0)
+    assert list(found.kept) == ["nearest", "dithered"]
+    assert found.way == "dithered"
+    assert "no column input_ids" in found.left_out["compensated"]
 
 
 @pytest.mark.parametrize("given", [{"rounding": "best"}, {"rounding": 4}, {"rounding": None}])
