@@ -124,12 +124,12 @@ def tuned(base: str, backend: str = "none", adapter: str = "lora", **options: An
     return moved(qa.attach(qa.quantize(base, backend, **bits), adapter, **options))
 
 
-def moved(model: Any) -> Any:
+def moved(model: Any, by: float = 0.1) -> Any:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter += by * torch.randn(parameter.shape, generator=generator)
     return model
 
 

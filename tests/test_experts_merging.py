@@ -143,6 +143,25 @@ def test_quantized_again_what_is_adapted_changes_alone(
     torch.testing.assert_close(logits(qa.load(tmp_path)), logits(merged), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("way", ["grid", "dithered", "compensated"])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
+def test_ways_of_rounding(kind: str, way: str, bases: Any, tmp_path: Path) -> None:
+    """Stacks that no adapter touches stay as they are; the others come near, in 8 bits."""
+    wanted = {"target_modules": ["down_proj", "q_proj"], "r": 2}
+    model = moved(qa.attach(quantized(bases(kind)), "lora", **wanted), by=0.001)
+    shown = [{"input_ids": (torch.arange(40)[None] * 7 + n) % 128} for n in range(6)]
+    given: dict[str, Any] = {"data": HELD_OUT, "calibration": shown, "rounding": way}
+    qa.merge(model, tmp_path, kind="requantize", min_gain=0, **given)
+    merged = qa.load(tmp_path / "merged")
+    dense = merged_model(model, "dense").state_dict()
+    before = stack_facades(model.get_base_model())
+    base = {name.replace(".base_layer", ""): stack for name, stack in before}
+    for name, stack in stack_facades(merged):
+        assert relative(stack.weight.clone(), dense[name]) < 0.05
+        same = torch.equal(stack.dequantize(), base[name].dequantize())
+        assert same == (not name.endswith("down_proj"))
+
+
 @pytest.mark.parametrize("kind", ["qwen3-moe", "gpt-oss"])
 def test_peft_merges_in_place_and_back(kind: str, bases: Any) -> None:
     model = tuned(bases(kind))

@@ -13,18 +13,32 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from merging import HELD_OUT, classifier, llama, tuned
+from merging import (
+    ADAPTERS,
+    HELD_OUT,
+    classifier,
+    gpt2,
+    llama,
+    logits,
+    moved,
+    relative,
+    seq2seq,
+    tuned,
+)
+from transformers.pytorch_utils import Conv1D
 
 import quantadapt as qa
 from quantadapt import cli, demo
 from quantadapt.errors import DataError, MergeRefused, PlanRefused, SpecError
 from quantadapt.evaluation import Gain, TokenLosses, token_losses
-from quantadapt.exporting.rounding import WAYS
+from quantadapt.exporting.merging import merged_model
+from quantadapt.exporting.rounding import WAYS, rounded
 from quantadapt.exporting.stage import export
 from quantadapt.exporting.tuned import Tuned
 from quantadapt.facade import linear_facades
 from quantadapt.folders.run_folder import MARKER
 from quantadapt.planning.exports import export_of
+from quantadapt.quantizing.examples import choose
 from quantadapt.spec import Rounding
 from quantadapt.stages import held_out_data
 from quantadapt.testing.small_demo import small_model
@@ -286,6 +300,69 @@ def test_ways_keep_the_scales_of_the_base(way, trained, data, tmp_path) -> None:
     }
 
 
+@pytest.mark.parametrize("way", ["grid", "dithered", "compensated"])
+@pytest.mark.parametrize(
+    ("kind", "adapter", "options"),
+    [
+        ("tied", "lora", ADAPTERS["head"]),
+        ("untied", "lora", ADAPTERS["whole-linear"]),
+        ("untied", "dora", {}),
+        ("untied", "ia3", {}),
+        ("gpt2", "lora", {}),
+        ("t5", "lora", {}),
+    ],
+    ids=["tied-head", "whole", "dora", "ia3", "conv1d", "encoder-decoder"],
+)
+def test_ways_on_models_of_all_kinds(way, kind, adapter, options, tmp_path) -> None:
+    """In 8 bits all of them come near; of the files, and in the dtype of the base."""
+    folder = tmp_path / "base"
+    made = {"gpt2": lambda: gpt2(folder), "t5": lambda: seq2seq(folder, "t5")}
+    source = made[kind]() if kind in made else llama(folder, tied=kind == "tied")
+    model = qa.quantize(source, "hqq", bits=8, group_size=32)
+    model = moved(qa.attach(model, adapter, **options), by=0.01)  # within what the scales allow
+    before = logits(model)
+    shown = [{"input_ids": ids[None]} for ids in torch.randint(5, 2000, (6, 40))]
+    given = {"data": HELD_OUT, "calibration": shown, "min_gain": 0, "rounding": way}
+    qa.merge(model, tmp_path, kind="requantize", **given)
+    near(qa.load(tmp_path / "merged"), merged_model(model, "dense"))
+    assert torch.equal(logits(model), before)
+
+
+def near(merged: Any, dense: Any) -> None:
+    """Quantized weights are those of the dense model, but for a few steps of 8 bits."""
+    wanted = dense.state_dict()
+    found = dict(linear_facades(merged))
+    assert len(found) >= 8
+    for name, facade in found.items():
+        weight = wanted[f"{name}.weight"]
+        transposed = isinstance(dense.get_submodule(name), Conv1D)
+        assert relative(facade.dequantize(), weight.T if transposed else weight) < 0.05, name
+
+
+def test_16_bits_stay_16_bits_and_take_small_changes(tmp_path) -> None:
+    """A change is rounded from float32: in bfloat16 a twentieth of a step would be lost before."""
+    model = qa.quantize(
+        llama(tmp_path / "base", tied=False), "hqq", dtype="bfloat16", bits=8, group_size=32
+    )
+    model = moved(qa.attach(model, "lora", r=4, bias="all"))
+    name = "model.layers.0.mlp.down_proj"
+    layer: Any = model.get_base_model().get_submodule(name)
+    facade, change = layer.base_layer, layer.get_delta_weight("default").float()
+    step = facade.target.grid(facade.vendor).scale.float().mean()
+    with torch.no_grad():
+        layer.lora_B["default"].weight *= step / 20 / change.square().mean().sqrt()
+        change, start = layer.get_delta_weight("default").float(), facade.dequantize().float()
+    lost = (start + change).bfloat16().float() - start
+    assert float((lost * change).sum() / change.square().sum()) < 0.7
+    given = {"data": HELD_OUT, "min_gain": 0, "rounding": "dithered"}
+    qa.merge(model, tmp_path, kind="requantize", **given)
+    merged = qa.load(tmp_path / "merged")
+    floating = [v for v in merged.state_dict().values() if torch.is_floating_point(v)]
+    assert {value.dtype for value in floating} == {torch.bfloat16}
+    found = merged.get_submodule(name).dequantize().float() - start
+    assert float((found * change).sum() / change.square().sum()) == pytest.approx(1, abs=0.3)
+
+
 def test_the_first_way_that_keeps_enough_is_taken(trained, data, written, tmp_path) -> None:
     found = qa.merge(trained, tmp_path, kind="requantize", data=data)
     assert found["rounding"] == "dithered"
@@ -298,6 +375,17 @@ def test_where_none_keeps_enough_the_best_is_told(trained, data, tmp_path) -> No
     with pytest.raises(MergeRefused, match="compensated was left out: it needs data") as refused:
         qa.merge(trained, tmp_path, kind="requantize", data=data, min_gain=1)
     assert "rounding dithered (keeping: nearest" in str(refused.value)
+
+
+def test_data_that_no_way_can_use_cost_no_merge(trained, data) -> None:
+    """As of an objective whose examples are pairs: the ways that need none are tried all the same,
+    and why the other was not is told."""
+    pairs = Dataset.from_dict({"chosen_ids": [[1, 2, 3]]})
+    tuned = Tuned(trained, data=lambda _: data, examples=lambda _: choose(pairs))
+    found = rounded(tuned, "auto", 1.0)
+    assert list(found.kept) == ["nearest", "dithered"]
+    assert found.way == "dithered"
+    assert "no column input_ids" in found.left_out["compensated"]
 
 
 @pytest.mark.parametrize("given", [{"rounding": "best"}, {"rounding": 4}, {"rounding": None}])

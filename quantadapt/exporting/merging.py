@@ -267,7 +267,8 @@ def _requantize(
     weights, before = _quantized_weights(quantized), _quantized_weights(base)
     for name, parameter in dense.named_parameters(recurse=False):
         if name not in weights:
-            getattr(quantized, name).data = parameter.data  # the vendor may keep it as a tensor
+            held = getattr(quantized, name)  # the vendor may keep it as a tensor
+            held.data = parameter.data.to(held.dtype)
         elif name in changed:
             made = weights[name]
             tall = made.stack.tall(parameter.data) if isinstance(made, QuantStack) else parameter

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..errors import MergeRefused, Problem
+from ..errors import DataError, MergeRefused, Problem
 from ..facade import QuantWeight, facades
 from ..planning.exports import AS_TRAINED, rounding_as_trained
 from ..quantizing.state import state_of
@@ -112,7 +112,10 @@ _REMEDY = {NO_DATA: "pass calibration data (calibration=..., --calibration FILE)
 
 
 def _needs_data(tuned: Tuned) -> str:
-    return "" if tuned.calibration else NO_DATA
+    try:
+        return "" if tuned.calibration else NO_DATA
+    except DataError as error:  # e.g. of an objective whose examples are pairs
+        return f"there are no data for it: {error.problems[0].what}"
 
 
 def _needs_what_the_backend_needs(tuned: Tuned) -> str:
