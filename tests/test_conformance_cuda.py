@@ -58,6 +58,14 @@ class TestTorchAOFloat8(OnGPU):
     backend = "torchao-fp8"
 
 
+class TestMXFP4(OnGPU):
+    backend = "mxfp4"
+
+
+class TestNVFP4(OnGPU):
+    backend = "nvfp4"
+
+
 class TestHQQOtherAdapters(OnGPU):
     backend = "hqq"
     adapters = ("rslora", "pissa", "boft", "hra", "loha", "lokr", "miss", "oft", "road", "shira")

@@ -87,11 +87,10 @@ def test_each_scale_of_nvfp4_is_its_number():
 
 
 def mx_floor(block):
-    """Return scale and codes of 32 numbers as section 6.3 of the OCP's specification has it."""
+    """Return the scale of 32 numbers as section 6.3 of the OCP's specification has it."""
     largest = max(map(abs, block))
     exponent = -127 if largest == 0 else math.floor(math.log2(largest)) - 2
-    exponent = min(max(exponent, -127), 127)
-    return exponent + 127, [nearest(number / 2.0**exponent) for number in block]
+    return min(max(exponent, -127), 127) + 127
 
 
 def error_of(block, step):
@@ -109,29 +108,26 @@ def weight_of_all_sizes(rows=24, columns=96):
 
 
 def test_mxfp4_is_what_the_ocp_specifies():
-    weight = weight_of_all_sizes()
-    made = fp4.mx_quantize(weight, best=False)
-    codes = fp4.unpack(made["weight_packed"])
+    """Its scale, or the next larger one where that leaves a smaller error; the nearest codes."""
+    random = torch.randn(16, 96, generator=torch.Generator().manual_seed(2))
+    weight = torch.cat([weight_of_all_sizes(), random])
+    made = fp4.mx_quantize(weight)
+    codes, larger = fp4.unpack(made["weight_packed"]), 0
     for row in range(weight.shape[0]):
         for block in range(3):
-            numbers = weight[row, 32 * block : 32 * block + 32].double().tolist()
-            scale, wanted = mx_floor(numbers)
-            assert made["weight_scale"][row, block] == scale
-            assert codes[row, 32 * block : 32 * block + 32].tolist() == wanted
-
-
-def test_the_better_of_two_powers_is_taken():
-    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
-    made = fp4.mx_quantize(weight, best=True)
-    larger = 0
-    for row in range(16):
-        for block in range(2):
-            numbers = weight[row, 32 * block : 32 * block + 32].double().tolist()
-            scale, _ = mx_floor(numbers)
+            where = slice(32 * block, 32 * block + 32)
+            numbers = weight[row, where].double().tolist()
+            scale = mx_floor(numbers)
             errors = [error_of(numbers, 2.0 ** (scale + more - 127)) for more in (0, 1)]
-            assert made["weight_scale"][row, block] == scale + (errors[1] < errors[0])
-            larger += errors[1] < errors[0]
-    assert 0 < larger < 32
+            found = int(made["weight_scale"][row, block])
+            if 40 < scale < 200:  # elsewhere float32 has no room for the squares
+                assert found == scale + (errors[1] < errors[0])
+            assert found - scale in (0, 1)
+            larger += found - scale
+            assert codes[row, where].tolist() == [
+                nearest(n / 2.0 ** (found - 127)) for n in numbers
+            ]
+    assert 10 < larger < 100
 
 
 def test_nvfp4_is_what_its_scales_say():
@@ -140,40 +136,37 @@ def test_nvfp4_is_what_its_scales_say():
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(3)) * 0.05
     weight[2, :16] = 0
     weight[3, :16] *= 1e-4  # its scale is subnormal
-    for best in (False, True):
-        made = fp4.nv_quantize(weight, best=best)
-        common = float(made["weight_global_scale"])
-        assert common == 512
-        scales = made["weight_scale"].view(torch.uint8)
-        codes, found = fp4.unpack(made["weight_packed"]), fp4.nv_dequantize(*made.values())
-        fourths = 0
-        for row in range(16):
-            for block in range(4):
-                where = slice(16 * block, 16 * block + 16)
-                numbers = weight[row, where].double().tolist()
-                largest = max(map(abs, numbers))
-                options = []
-                for most in (6, 4) if best else (6,):
-                    wanted = min(max(largest / most * common, 2.0**-9), 448)
-                    byte = min(range(127), key=lambda b: (abs(e4m3(b) - wanted), b % 2))
-                    options.append((error_of(numbers, e4m3(byte) / common), byte))
-                error, byte = min(options, key=lambda option: option[0])
-                assert scales[row, block] == byte
-                fourths += byte != options[0][1]
-                step = e4m3(byte) / common
-                assert codes[row, where].tolist() == [nearest(n / step) for n in numbers]
-                away = [
-                    (a - b) ** 2 for a, b in zip(found[row, where].tolist(), numbers, strict=True)
-                ]
-                assert sum(away) == pytest.approx(error, rel=1e-6, abs=1e-30)
-        assert best == (fourths > 0)
+    made = fp4.nv_quantize(weight)
+    common = float(made["weight_global_scale"])
+    assert common == 512
+    scales = made["weight_scale"].view(torch.uint8)
+    codes, found = fp4.unpack(made["weight_packed"]), fp4.nv_dequantize(*made.values())
+    fourths = 0
+    for row in range(16):
+        for block in range(4):
+            where = slice(16 * block, 16 * block + 16)
+            numbers = weight[row, where].double().tolist()
+            largest = max(map(abs, numbers))
+            options = []
+            for most in (6, 4):
+                wanted = min(max(largest / most * common, 2.0**-9), 448)
+                byte = min(range(127), key=lambda b: (abs(e4m3(b) - wanted), b % 2))
+                options.append((error_of(numbers, e4m3(byte) / common), byte))
+            error, byte = min(options, key=lambda option: option[0])
+            assert scales[row, block] == byte
+            fourths += byte != options[0][1]
+            step = e4m3(byte) / common
+            assert codes[row, where].tolist() == [nearest(n / step) for n in numbers]
+            away = [(a - b) ** 2 for a, b in zip(found[row, where].tolist(), numbers, strict=True)]
+            assert sum(away) == pytest.approx(error, rel=1e-6, abs=1e-30)
+    assert 10 < fourths < 60
 
 
 @pytest.mark.parametrize("largest", [0.0, 1e-30, 1e-3, 0.02, 1.0, 5.0, 6.0, 1e4, 3e38])
 def test_weights_of_any_size_have_room_in_the_scales_of_nvfp4(largest):
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(4))
     weight *= largest / weight.abs().max()
-    made = fp4.nv_quantize(weight, best=False)
+    made = fp4.nv_quantize(weight)
     common = float(made["weight_global_scale"])
     assert math.frexp(common)[0] == 0.5  # a power of two
     assert (common == 512) == (largest == 0 or 512 <= 448 * 6 / largest < 2**18)
@@ -184,27 +177,26 @@ def test_weights_of_any_size_have_room_in_the_scales_of_nvfp4(largest):
 def test_weights_are_exact_in_bfloat16():
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(5)) * 0.1
     for found in (
-        fp4.mx_dequantize(*fp4.mx_quantize(weight, best=True).values()),
-        fp4.nv_dequantize(*fp4.nv_quantize(weight, best=True).values()),
+        fp4.mx_dequantize(*fp4.mx_quantize(weight).values()),
+        fp4.nv_dequantize(*fp4.nv_quantize(weight).values()),
     ):
         assert torch.equal(found.bfloat16().float(), found)
 
 
-@pytest.mark.parametrize("best", [True, False])
 @pytest.mark.parametrize("kind", ["mx", "nv"])
-def test_quantizing_again_changes_nothing(kind, best):
+def test_quantizing_again_changes_nothing(kind):
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(6)) * 0.1
     quantize, dequantize = (getattr(fp4, f"{kind}_{what}") for what in ("quantize", "dequantize"))
-    once = dequantize(*quantize(weight, best=best).values())
-    assert torch.equal(dequantize(*quantize(once, best=best).values()), once)
+    once = dequantize(*quantize(weight).values())
+    assert torch.equal(dequantize(*quantize(once).values()), once)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_what_is_no_number_stays_in_its_block(value):
     weight = torch.randn(2, 64, generator=torch.Generator().manual_seed(7))
-    wanted = fp4.mx_dequantize(*fp4.mx_quantize(weight, best=True).values())
+    wanted = fp4.mx_dequantize(*fp4.mx_quantize(weight).values())
     weight[0, 3] = value
-    found = fp4.mx_dequantize(*fp4.mx_quantize(weight, best=True).values())
+    found = fp4.mx_dequantize(*fp4.mx_quantize(weight).values())
     assert not found[0, 3].isfinite()
     assert torch.equal(found[0, 32:], wanted[0, 32:])
     assert torch.equal(found[1], wanted[1])
@@ -213,11 +205,11 @@ def test_what_is_no_number_stays_in_its_block(value):
 def test_rows_do_not_depend_on_how_many_are_quantized_together(monkeypatch):
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(8))
     for quantize in (fp4.mx_quantize, fp4.nv_quantize):
-        whole = quantize(weight, best=True)
+        whole = quantize(weight)
         with monkeypatch.context() as patched:
             patched.setattr(fp4, "AT_ONCE", 64 * 7)
-            parts = quantize(weight, best=True)
-        alone = quantize(weight[5:6], best=True)
+            parts = quantize(weight)
+        alone = quantize(weight[5:6])
         for name, tensor in whole.items():
             assert torch.equal(tensor.view(torch.uint8), parts[name].view(torch.uint8))
             if tensor.ndim == 2:
@@ -231,9 +223,7 @@ def test_rows_do_not_depend_on_how_many_are_quantized_together(monkeypatch):
     ("options", "scheme", "layout"),
     [
         (NVFP4(), "NVFP4A16", "nvfp4-pack-quantized"),
-        (NVFP4(scales="largest"), "NVFP4A16", "nvfp4-pack-quantized"),
         (MXFP4(), "MXFP4A16", "mxfp4-pack-quantized"),
-        (MXFP4(scales="floor"), "MXFP4A16", "mxfp4-pack-quantized"),
     ],
 )
 def test_compressed_tensors_packs_and_unpacks_the_same(options, scheme, layout):

@@ -14,9 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantadapt.capabilities import Merge
 from quantadapt.errors import ModelError
@@ -39,11 +37,6 @@ class _FP4(LayerwiseQuantizer):
     format: ClassVar[str]
     scale_dtype: ClassVar[str]
     strategy: ClassVar[str]
-
-    @property
-    @abstractmethod
-    def _best(self) -> bool:
-        """Whether of two scales for a block the one with the smaller error is taken."""
 
     @abstractmethod
     def _quantized(self, weight: Tensor) -> dict[str, Tensor]:
@@ -132,27 +125,18 @@ class _FP4(LayerwiseQuantizer):
 
 
 class MXFP4(_FP4):
-    """e2m1 numbers, 32 of which share a power of two, as the OCP specifies them."""
+    """No options: 32 numbers share a power of two, that of their largest over 4 or the next larger
+    one, whichever leaves the smaller error."""
 
     block = MX_BLOCK
     format = "mxfp4-pack-quantized"
     scale_dtype = "torch.uint8"
     strategy = "group"
 
-    scales: Literal["best", "floor"] = Field(
-        "best",
-        description="power of two of a block; floor: that of its largest weight over that of 6, as "
-        "the OCP has it; best: the next larger one where its error is smaller",
-    )
-
-    @property
-    def _best(self) -> bool:
-        return self.scales == "best"
-
     def _quantized(self, weight: Tensor) -> dict[str, Tensor]:
         from .arithmetic import mx_quantize
 
-        return mx_quantize(weight, best=self._best)
+        return mx_quantize(weight)
 
     def save(self, model: nn.Module, path: Path) -> None:
         from quantadapt.layerwise import save_layerwise
@@ -174,27 +158,18 @@ class MXFP4(_FP4):
 
 
 class NVFP4(_FP4):
-    """e2m1 numbers, 16 of which share an e4m3 scale, and a float32 scale for the whole weight."""
+    """No options: 16 numbers share an e4m3 scale, by which their largest becomes 6 or 4, whichever
+    leaves the smaller error; the whole weight has a float32 scale."""
 
     block = NV_BLOCK
     format = "nvfp4-pack-quantized"
     scale_dtype = "torch.float8_e4m3fn"
     strategy = "tensor_group"
 
-    scales: Literal["best", "largest"] = Field(
-        "best",
-        description="scale of a block; largest: its largest weight becomes 6; best: 4 where the "
-        "error is smaller so",
-    )
-
-    @property
-    def _best(self) -> bool:
-        return self.scales == "best"
-
     def _quantized(self, weight: Tensor) -> dict[str, Tensor]:
         from .arithmetic import nv_quantize
 
-        return nv_quantize(weight, best=self._best)
+        return nv_quantize(weight)
 
 
 def _is_weights_only(config: Mapping[str, Any], format_: str) -> bool:

@@ -97,31 +97,23 @@ def on_steps(weight: Tensor, steps: Tensor) -> Tensor:
     return codes_of(blocks / divisor[..., None]).flatten(-2)
 
 
-def mx_quantize(weight: Tensor, *, best: bool) -> dict[str, Tensor]:
-    """Return a weight in MXFP4, `weight_packed` and `weight_scale`.
-
-    Args:
-        weight: of whole blocks.
-        best: whether the next larger power of two is taken where that leaves a smaller error.
-    """
-    return _by_rows(weight, MX_BLOCK, _mx_candidates, mx_steps, best)
+def mx_quantize(weight: Tensor) -> dict[str, Tensor]:
+    """Return a weight of whole blocks in MXFP4: `weight_packed` and `weight_scale`."""
+    return _by_rows(weight, MX_BLOCK, _mx_candidates, mx_steps)
 
 
-def nv_quantize(weight: Tensor, *, best: bool) -> dict[str, Tensor]:
-    """Return a weight in NVFP4, `weight_packed`, `weight_scale` and `weight_global_scale`.
-
-    Args:
-        weight: of whole blocks.
-        best: whether a block's largest weight becomes 4 where that leaves a smaller error.
-    """
+def nv_quantize(weight: Tensor) -> dict[str, Tensor]:
+    """Return a weight of whole blocks in NVFP4: `weight_packed`, `weight_scale` and
+    `weight_global_scale`."""
     lowest, highest = (number.float() for number in weight.aminmax())
     global_scale = nv_global_scale(torch.maximum(-lowest, highest))
 
     def candidates(largest: Tensor) -> list[Tensor]:
+        # Nothing lies between 4 and 6: numbers near the largest come out nearer where that is 4.
         exact = [largest / number * global_scale for number in (LARGEST, 4.0)]
         return [scale.clamp(E4M3_LEAST, E4M3_LARGEST).to(torch.float8_e4m3fn) for scale in exact]
 
-    made = _by_rows(weight, NV_BLOCK, candidates, lambda s: nv_steps(s, global_scale), best)
+    made = _by_rows(weight, NV_BLOCK, candidates, lambda s: nv_steps(s, global_scale))
     return {**made, "weight_global_scale": global_scale}
 
 
@@ -140,8 +132,8 @@ def nv_global_scale(largest: Tensor) -> Tensor:
 
 
 def _mx_candidates(largest: Tensor) -> list[Tensor]:
-    """Return the power of two of a block's largest weight over that of 6, as e8m0, and the next
-    larger one."""
+    """Return the power of two of a block's largest weight over that of 6, as the OCP has it, in
+    e8m0; and the next larger one, which leaves nothing out of reach."""
     exponent = torch.frexp(largest).exponent - 1 - 2
     exponent = torch.where(largest == 0, -127, torch.where(largest.isinf(), 127, exponent))
     scales = [(exponent + more).clamp(-127, 127) + 127 for more in (0, 1)]
@@ -153,21 +145,18 @@ def _by_rows(
     size: int,
     candidates: Callable[[Tensor], list[Tensor]],
     steps_of: Callable[[Tensor], Tensor],
-    best: bool,
 ) -> dict[str, Tensor]:
-    """Quantize some rows after the other: a stack of experts is large."""
+    """Quantize some rows after the other, for a stack of experts is large; of two candidates for a
+    scale take that with the smaller error."""
     parts = []
     for rows in torch.split(weight, max(1, AT_ONCE // weight.shape[1])):
         blocks = _in_blocks(rows.float(), rows.shape[1] // size)
-        tried = candidates(blocks.abs().amax(-1))[: 2 if best else 1]
-        made = [(on_steps(rows, steps_of(scales)), scales) for scales in tried]
-        codes, scales = made[0]
-        if best:
-            first, second = (_errors(blocks, *one, steps_of) for one in made)
-            better = second < first
-            codes = torch.where(better.repeat_interleave(size, -1), made[1][0], codes)
-            scales = _where(better, made[1][1], scales)
-        parts.append((pack(codes), scales))
+        tried = candidates(blocks.abs().amax(-1))
+        (codes, scales), other = [(on_steps(rows, steps_of(each)), each) for each in tried]
+        errors = _errors(blocks, codes, scales, steps_of)
+        better = _errors(blocks, *other, steps_of) < errors
+        codes = torch.where(better.repeat_interleave(size, -1), other[0], codes)
+        parts.append((pack(codes), _where(better, other[1], scales)))
     packed, scale = (joined(tensors) for tensors in zip(*parts, strict=True))
     return {"weight_packed": packed, "weight_scale": scale}
 

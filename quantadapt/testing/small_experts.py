@@ -60,7 +60,9 @@ def small_experts(bench: Bench, kind: str) -> nn.Module:
     for key, parameter in model.named_parameters():
         if key.endswith("bias"):  # zeros would hide one that is lost
             parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(key)))
-    made: nn.Module = model.to(bench.suite.device, bench.torch_dtype).eval()
+    for parameter in model.parameters():  # not buffers: a loaded model has rotary ones in float32
+        parameter.data = parameter.data.to(bench.torch_dtype)
+    made: nn.Module = model.to(bench.suite.device).eval()
     return made
 
 
