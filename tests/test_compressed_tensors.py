@@ -21,11 +21,13 @@ from compressed_tensors.quantization import (
     apply_quantization_config,
     preset_name_to_scheme,
 )
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from datasets import Dataset
 from merging import moved
 from quantadapt_compressed_tensors import METHOD, CompressedTensors, LeftOutWarning
 from quantadapt_compressed_tensors.inputs import RANGE
+from quantadapt_compressed_tensors.layers import rounded_inputs
 from quantadapt_compressed_tensors.schemes import SCHEMES
 from safetensors.torch import load_file, save_file
 from test_experts_backends import dense_model
@@ -329,6 +331,23 @@ def test_an_adapter_is_trained_on_it_and_merged_into_its_format(
         theirs, ours = right.state_dict(), stock(tmp_path / "dense" / "merged").state_dict()
         coarse = 5e-3 if kind == "NVFP4" else 1e-6
         assert max(relative(ours[n], t) for n, t in theirs.items()) <= coarse
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [k for k in KINDS if scheme_of(k).input_activations])
+def test_inputs_are_rounded_as_the_library_rounds_them(kind: str, dtype: Any) -> None:
+    """Bit by bit, zeros and single large numbers too."""
+    scheme = scheme_of(kind)
+    group = {"group_0": scheme.model_dump(mode="json")}
+    quantizer = CompressedTensors(scheme=None, config_groups=group)
+    linear = nn.Linear(256, 128, bias=False).to(dtype)
+    setattr(linear, RANGE, (torch.tensor(-3.0), torch.tensor(2.0)))
+    vendor: Any = quantizer.quantize_linear(linear)
+    vendor.quantization_status = QuantizationStatus.FROZEN
+    x = torch.randn(2, 7, 256).to(dtype)
+    x[0, 0], x[1, 3, 5], x[1, 4, :128] = 0, 100, 0
+    expected = forward_quantize(vendor, x, "input", scheme.input_activations).to(dtype)
+    assert torch.equal(rounded_inputs(vendor, x), expected)
 
 
 def test_training_rounds_inputs_as_serving_does() -> None:

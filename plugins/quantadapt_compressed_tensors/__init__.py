@@ -171,7 +171,7 @@ class CompressedTensors(LayerwiseQuantizer):
         return joined(layers)
 
     def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
-        from quantadapt_compressed_tensors.layers import loaded
+        from quantadapt_compressed_tensors.files import loaded
 
         return loaded(self.schemes, linear, state)
 

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from quantadapt.loading import linear_layers
 from quantadapt.protocols import CodebookGrid, Grid, UniformGrid
 from quantadapt_compressed_tensors.layers import (
-    GRID,
     CompressedLinear,
     Tensors,
-    grid_of,
     scheme_of,
     tensors_of,
 )
 from quantadapt_compressed_tensors.packing import unpack_fp4
+from quantadapt_compressed_tensors.rounding import GRID, grid_of
 from quantadapt_compressed_tensors.rows import joined, repacked, split
 from quantadapt_compressed_tensors.schemes import Args, Scheme
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantadapt.errors import ModelError
-from quantadapt_compressed_tensors.layers import _library_args
+from quantadapt_compressed_tensors.layers import library_args
 from quantadapt_compressed_tensors.schemes import Scheme
 
 RANGE = "quantadapt_input_range"
@@ -68,7 +68,7 @@ def input_scales(scheme: Scheme, linear: nn.Linear) -> dict[str, nn.Parameter]:
     if inputs.strategy == "tensor_group":
         made = {"input_global_scale": generate_gparam(*found)}
     else:
-        scale, zero = calculate_qparams(*found, _library_args(inputs))
+        scale, zero = calculate_qparams(*found, library_args(inputs))
         made = {"input_scale": scale.to(linear.weight.dtype)}
         if not inputs.symmetric:
             made["input_zero_point"] = zero

@@ -11,17 +11,19 @@ from torch import Tensor, nn
 
 from quantadapt.errors import ModelError
 from quantadapt_compressed_tensors.layers import (
-    GRID,
     CompressedLinear,
     Tensors,
+    scheme_of,
+    tensors_of,
+)
+from quantadapt_compressed_tensors.rounding import (
+    GRID,
     better_grid,
     fresh_grid,
     grid_of,
     in_groups,
     pack_zeros,
     packed,
-    scheme_of,
-    tensors_of,
     zeros_of,
 )
 from quantadapt_compressed_tensors.schemes import Scheme

@@ -300,13 +300,18 @@ def _scheme(name: str, group: Any, common: Any) -> Scheme:
     if weights.type != kind or weights.num_bits not in bits:
         said = f"{weights.num_bits} bits of type {weights.type}"
         raise _refused(f"{where} has {said}, which the format {layout} does not hold")
-    if (
-        dtype := _SCALES.get(str(layout))
-    ) and weights.scale_dtype is None:  # older ones leave it out
-        weights = weights.model_copy(update={"scale_dtype": dtype})
+    weights = _complete(weights, str(layout))
+    inputs = None if inputs is None else _complete(inputs, str(layout))
     if weights.type == "float" and not weights.symmetric:
         raise _refused(f"{where} has floats with zero points")
     return Scheme(weights=weights, inputs=inputs, format=str(layout))
+
+
+def _complete(args: Args, layout: str) -> Args:
+    """Return what older configs mean, which leave out what scales of FP4 and MX are in."""
+    if args.type != "float" or not args.is_grouped or args.scale_dtype is not None:
+        return args
+    return args.model_copy(update={"scale_dtype": _SCALES.get(layout)})
 
 
 def _layout_of(weights: Args, inputs: Args | None) -> str:
