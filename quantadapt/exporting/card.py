@@ -24,7 +24,7 @@ from ..records import as_call
 
 Content = Literal["adapter", "merged", "requantized"]
 README = "README.md"
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|~>])")
+_SPECIAL = re.compile(r"([\\`*_{}\[\]|~$])")
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
@@ -68,7 +68,7 @@ def card(
         _front(manifest, content, base, metrics),
         f"# {escaped(title or f'{name}, tuned')}",
         _lede(manifest, content, name),
-        _made(manifest),
+        _made(manifest, name),
         _data(metrics),
         _figures(metrics),
         _merge(figures or {}),
@@ -81,7 +81,7 @@ def card(
 def escaped(text: object) -> str:
     """Return text as Markdown and HTML show it: on one line, without anything that they obey."""
     line = " ".join(str(text).split())
-    return html.escape(_SPECIAL.sub(r"\\\1", line), quote=False).replace("\\&gt;", "&gt;")
+    return html.escape(_SPECIAL.sub(r"\\\1", line), quote=False)
 
 
 def public_name(source: str) -> str:
@@ -140,11 +140,11 @@ def _lede(manifest: Mapping[str, Any], content: Content, name: str) -> str:
     return f"{what}, trained with quantadapt on {escaped(name)}, quantized by {backend}."
 
 
-def _made(manifest: Mapping[str, Any]) -> str:
+def _made(manifest: Mapping[str, Any], name: str) -> str:
     """Return a table of what it was made with."""
     versions = manifest.get("versions") or {}
     rows = {
-        "base": public_name(manifest["base"]),
+        "base": name,
         "quantizer": as_call(manifest["backend"], manifest["options"]),
         "computed in": manifest["dtype"],
         "adapter": as_call(str(manifest["adapter"]), manifest.get("adapter_options") or {}),
