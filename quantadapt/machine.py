@@ -93,9 +93,14 @@ def _memory(driver: ctypes.CDLL, index: int) -> int:
 def installed_version(distribution: str) -> str | None:
     """Return the installed version of a distribution, or None."""
     try:
-        return version(distribution)
+        return _version(distribution)
     except PackageNotFoundError:
         return None
+
+
+@cache  # of what is there: it may still be installed
+def _version(distribution: str) -> str:
+    return version(distribution)
 
 
 def run_python(code: str, arguments: Sequence[str], timeout: float | None) -> tuple[str, str]:

@@ -485,6 +485,7 @@ def test_a_trained_adapter_that_somebody_changed_is_refused_before_any_work(
         qa.plan(spec_of(small, run, {"resume": True, "max_steps": 6}))
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_run_as_interrupted_with_its_code(small: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     spec = spec_of(small, run, {"max_steps": 100000, "save_steps": None, "logging_steps": 1})

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ..capabilities import Cell
 from ..errors import ModelError
 from ..folders.atomic import put_back
-from ..folders.environment import environment
+from ..folders.environment import versions
 from ..inputs.documents import problems_in, read_object, shown, validated
 from ..inputs.fingerprints import Fingerprint
 from ..machine import this_machine
@@ -37,8 +37,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 def write_manifest(folder: Path, state: ModelState, **more: Any) -> None:
     """Write what `state` knows of the base, with versions and `more`, into `folder`."""
-    versions = environment(state.backend.requires)["versions"]
-    manifest = state.manifest() | {"format": FORMAT, "versions": versions, **more}
+    known = {"format": FORMAT, "versions": versions(state.backend.requires)}
+    manifest = state.manifest() | known | more
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 

@@ -19,7 +19,6 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "
 
 def environment(distributions: Iterable[str] = ()) -> dict[str, Any]:
     """Return what this run depends on: machine, Python and versions; null is "not installed"."""
-    names = [re.split(r"[^\w.-]", item.strip(), maxsplit=1)[0] for item in distributions]
     return {
         "quantadapt": installed_version("quantadapt"),
         "python": platform.python_version(),
@@ -27,8 +26,14 @@ def environment(distributions: Iterable[str] = ()) -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "gpu": _gpu(),
-        "versions": {name: installed_version(name) for name in dict.fromkeys([*LIBRARIES, *names])},
+        "versions": versions(distributions),
     }
+
+
+def versions(distributions: Iterable[str] = ()) -> dict[str, str | None]:
+    """Return the versions of the libraries, and of what `distributions` require; null as above."""
+    names = [re.split(r"[^\w.-]", item.strip(), maxsplit=1)[0] for item in distributions]
+    return {name: installed_version(name) for name in dict.fromkeys([*LIBRARIES, *names])}
 
 
 def _cpu() -> str:
