@@ -406,7 +406,7 @@ def test_a_lost_or_damaged_expert_is_named(
         return
     saved = qa.save(tuned(bases("mixtral")), tmp_path)
     with pytest.raises(ModelError, match=said):
-        qa.merge_onto(saved, base, tmp_path, data=HELD_OUT)
+        qa.merge_onto(saved, base, tmp_path, data=HELD_OUT, force_base=True)
 
 
 def test_a_lost_stack_of_a_quantized_checkpoint_is_named(bases: Any, tmp_path: Path) -> None:

@@ -242,8 +242,8 @@ def test_the_figures_as_json(tiny_run, run_cli, tmp_path) -> None:
 def test_it_is_listed_and_shown(plugin, run_cli) -> None:
     _, out, _ = run_cli("exports")
     assert [line.split()[0] for line in out.splitlines()[1:]] == [
-        *("adapter", "gguf", "gguf-adapter", "hub", "merged-dense", "merged-requantized"),
-        *("ollama", "onto-base", "tiny", "vllm"),
+        *("adapter", "compressed-tensors", "gguf", "gguf-adapter", "hub", "merged-dense"),
+        *("merged-requantized", "ollama", "onto-base", "tiny", "vllm"),
     ]
     _, out, _ = run_cli("exports", "show", "tiny")
     for text in ("tiny (tiny-export 1.0)", "float32 | float16", "of the numbers", "tiny-no-ia3"):
