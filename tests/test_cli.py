@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import re
@@ -902,3 +903,17 @@ def test_no_log_is_left_in_the_temporary_folder(capsys, tmp_path, monkeypatch) -
     assert f"the traceback is in {log}" in told
     assert log.read_text().startswith("what a vendor prints")
     assert "RuntimeError: a bug" in log.read_text()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_for_temporary_files_is_told_in_words(number, monkeypatch, capsys) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), "/full")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["plan"])
+    told = capsys.readouterr().err
+    assert end.value.code == 1
+    assert "/full: the disk is full" in told
+    assert "not expected" not in told

@@ -178,9 +178,12 @@ def report_failure(
         stream: where to.
         log: returns the file that holds the traceback, if there is one, and keeps it.
     """
-    from ..errors import Interrupted, QuantadaptError
+    from ..errors import Interrupted, OutputError, QuantadaptError
     from ..showing.screen import write
 
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = "make room there; for temporary files, TMPDIR names another folder"
+        error = OutputError("the disk is full", fix=fix, where=str(error.filename or "?"))
     if os.environ.get(TRACEBACK, "") not in ("", "0"):
         write(stream, "".join(traceback.format_exception(error)))
     if isinstance(error, Interrupted):
