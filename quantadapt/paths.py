@@ -58,11 +58,15 @@ def local_file(source: str, name: str) -> Path | None:
     file = Path(source).expanduser() / name
     if file.exists():
         return file
-    if source.count("/") != 1 or is_local_path(source):
+    if source.count("/") != 1 or is_local_path(source) or file.parent.exists():
         return None
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(source, name)
+    try:
+        found = try_to_load_from_cache(source, name)
+    except HFValidationError:  # no id of the hub
+        return None
     return Path(found) if isinstance(found, str) else None
 
 

@@ -80,6 +80,15 @@ def test_generate_answers_a_file(say, expected, tmp_path) -> None:
     assert "there already" in err
 
 
+def test_the_prompts_are_not_written_over(say, tmp_path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "x"}\n{"prompt": "long "}\n', encoding="utf-8")
+    code, _, err = say("generate", MODEL, "--file", file, "--out", file, "--overwrite")
+    assert code == 2
+    assert "--out is the file of prompts" in err
+    assert len(file.read_text(encoding="utf-8").splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -164,6 +164,24 @@ def test_tokens_are_drawn_by_their_share(options, allowed) -> None:
     assert bool(((found - wanted).abs() <= limit).all()), (found, wanted)
 
 
+def test_a_temperature_of_next_to_nothing_is_greedy() -> None:
+    logits = torch.tensor([1.0, 3.0, 2.0])
+    assert Chooser(Sampling(temperature=1e-40))(logits, [0]) == 1
+    assert Sampling(temperature=1e-6).is_greedy
+
+
+def test_answers_end_where_the_model_does() -> None:
+    config = LlamaConfig(**SMALL, max_position_embeddings=16)
+    model = made(config)
+    model.generation_config.eos_token_id = None
+    tokenizer = Ids()
+    tokenizer.eos_token_id = None
+    with pytest.warns(UserWarning, match="16 tokens together at most"):
+        found = list(answers(model, tokenizer, [[5] * 4, [5] * 10], Sampling(max_new_tokens=99)))
+    assert [answer.tokens for answer in found] == [12, 6]
+    assert {answer.finish for answer in found} == {"length"}
+
+
 def test_a_penalty_turns_from_what_was_said() -> None:
     choose = Chooser(Sampling(repetition_penalty=2.0))
     logits = torch.tensor([3.0, 2.0, -1.0])
@@ -312,6 +330,32 @@ def test_a_file_of_answers_goes_on_after_an_interruption(tmp_path) -> None:
     assert not partial.exists()
     with pytest.raises(OutputError, match="there already"):
         write(ROWS)
+
+
+def test_lines_end_where_jsonl_has_them_end(tmp_path) -> None:
+    """Other characters end lines for Python's str, such as those that JSON leaves as they are."""
+    odd = "a\u2028b\u2029c\u0085d\x0be"
+    rows = [Row({"prompt": f"{odd} {number}"}, f"x:{number}") for number in range(6)]
+    out = tmp_path / "a.jsonl"
+
+    def write(stop_at):
+        with answer_file(out, rows, {}) as file:
+            for number in range(file.done, len(rows)):
+                if number == stop_at:
+                    raise KeyboardInterrupt
+                file.add(rows[number], Answer(f"{odd} {number}", 1, 1, "stop"))
+
+    for stop_at in (2, 4):
+        with pytest.raises(KeyboardInterrupt):
+            write(stop_at)
+        with (tmp_path / "a.jsonl.partial").open("ab") as file:
+            file.write(b'{"prompt": "\xe2\x80')  # half a character
+    write(None)
+    lines = out.read_bytes().split(b"\n")[:-1]
+    assert [json.loads(line)["answer"] for line in lines] == [f"{odd} {n}" for n in range(6)]
+    begun = answer_file(out, rows, {}, overwrite=True)
+    with pytest.raises(OutputError, match="0 answers to 6 prompts"), begun:
+        pass
 
 
 def test_prompts_are_read_from_files(tmp_path) -> None:

@@ -264,3 +264,5 @@ def test_names_and_licenses(tmp_path) -> None:
     assert license_of(str(tmp_path)) == "apache-2.0"
     (tmp_path / "README.md").write_text("---\nlicense: [a, <b>]\n---\n")
     assert license_of(str(tmp_path)) == ""
+    for name in ("gone/model dir", "models/org--name", "other|<b>base</b> $x"):
+        assert license_of(name) == ""  # no ids of the hub, and no reason to fail

@@ -14,11 +14,11 @@ import torch
 
 import quantadapt as qa
 from quantadapt import demo
-from quantadapt.cli.serve import _listening, _token
+from quantadapt.cli.serve import _listening, _names, _token
 from quantadapt.errors import SpecError
 from quantadapt.generation import PromptWriter, Sampling
 from quantadapt.serving.app import Served, create_app
-from quantadapt.serving.worker import Worker
+from quantadapt.serving.worker import Job, Worker
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,9 @@ def test_completions_of_texts_and_of_tokens(client, model, tokenizer) -> None:
     for prompt in (PROMPT, ids, [PROMPT], [ids]):
         found = client.completions.create(model="base", prompt=prompt, max_tokens=6)
         assert found.choices[0].text == text
+    for prompt in ([], [True], [PROMPT] * 300):
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(model="base", prompt=prompt)
     both = client.completions.create(model="base", prompt=[PROMPT, PROMPT], n=2, max_tokens=6)
     assert [choice.text for choice in both.choices] == [text] * 4
     assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
@@ -202,6 +205,58 @@ def test_a_client_that_goes_away_frees_its_place(model, tokenizer) -> None:
         assert gone < (time.perf_counter() - started) / 2
 
 
+def test_one_who_cannot_be_answered_stops_nobody_else(model, tokenizer, monkeypatch) -> None:
+    from quantadapt.generation.sampling import Chooser
+
+    choose = Chooser.__call__
+
+    def breaking(self, logits, ids):
+        if self.sampling.seed == 13:
+            raise RuntimeError("no luck")
+        return choose(self, logits, ids)
+
+    monkeypatch.setattr(Chooser, "__call__", breaking)
+    with serving(model, tokenizer) as address:
+
+        def ask(seed):
+            body = {"model": "tuned", "prompt": PROMPT, "max_tokens": 20, "seed": seed}
+            body["temperature"] = 1.0
+            return httpx.post(f"{address}/completions", json=body, timeout=60).status_code
+
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(ask, [1, 2, 13, 4])) == [200, 200, 500, 200]
+
+
+def test_whoever_waits_for_the_whole_and_goes_away_frees_the_place(model, tokenizer) -> None:
+    with serving(model, tokenizer, max_batch=1) as address:
+        body = {"model": "tuned", "prompt": PROMPT, "max_tokens": 240}
+        body |= {"temperature": 2.0, "seed": 1}
+        started = time.perf_counter()
+        httpx.post(f"{address}/completions", json=body, timeout=120)
+        whole = time.perf_counter() - started
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{address}/completions", json=body, timeout=0.1)
+        started = time.perf_counter()
+        body["max_tokens"] = 1
+        assert httpx.post(f"{address}/completions", json=body, timeout=60).status_code == 200
+        assert time.perf_counter() - started < max(whole / 2, 1.2)
+
+
+def test_halting_ends_what_is_being_answered(model, tokenizer) -> None:
+    told = []
+    worker = Worker(model, tokenizer, {"tuned": "default"}, max_batch=1)
+    worker.start()
+    many = Sampling(max_new_tokens=400, temperature=2.0, seed=1)
+    for number in range(3):
+        worker.submit(Job("tuned", [5, 6, 7], many, number, told.append))
+    while not told:
+        time.sleep(0.01)
+    started = time.perf_counter()
+    worker.stop()
+    assert time.perf_counter() - started < 5
+    assert [event.text for event in told if event.finish] == ["the server is stopping"] * 3
+
+
 def test_too_many_are_told_to_come_again(model, tokenizer) -> None:
     with serving(model, tokenizer, max_batch=1, max_waiting=2) as address:
 
@@ -244,6 +299,13 @@ def test_a_token_is_asked_for_and_never_logged(model, tokenizer, caplog, capfd) 
         assert client.completions.create(model="base", prompt=PROMPT, max_tokens=1)
     out = capfd.readouterr()
     assert "secret-token" not in json.dumps([caplog.text, out.out, out.err])
+
+
+def test_no_two_models_have_one_name(model) -> None:
+    assert _names(model, "tuned") == {"tuned": "default", "base": None, "other": "other"}
+    for name in ("base", "other"):
+        with pytest.raises(SpecError, match="choose another --name"):
+            _names(model, name)
 
 
 def test_where_it_listens(monkeypatch) -> None:

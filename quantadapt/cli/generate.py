@@ -97,6 +97,7 @@ def _check(
     prompt: list[str] | None, file: str | None, out: Path | None, json: bool, overwrite: bool
 ) -> None:
     from ..errors import Problem, SpecError
+    from ..folders.lock import refuse_in_use
 
     problems = []
     if bool(prompt) == bool(file):
@@ -109,8 +110,17 @@ def _check(
     if out is not None and out.expanduser().exists() and not overwrite:
         fix = "choose another name, or pass --overwrite"
         problems.append(Problem("the file is there already", fix, str(out)))
+    if out is not None and file and out.expanduser().exists() and _is(out, file):
+        problems.append(Problem("--out is the file of prompts", "choose another name", str(out)))
     if problems:
         raise SpecError(problems)
+    if out is not None:
+        refuse_in_use(out.expanduser())
+
+
+def _is(out: Path, file: str) -> bool:
+    path = Path(file).expanduser()
+    return path.exists() and out.expanduser().samefile(path)
 
 
 def _prompts(prompts: list[str], file: str | None) -> list[tuple[Any, Any]]:
@@ -126,13 +136,29 @@ def _prompts(prompts: list[str], file: str | None) -> list[tuple[Any, Any]]:
     return [(None, sys.stdin.read().strip() if text == "-" else text) for text in prompts]
 
 
+def _ids(asked: Asked, found: list[tuple[Any, Any]]) -> list[list[int]]:
+    """Return each prompt as tokens; an error names the row."""
+    from ..errors import DataError
+
+    made = []
+    for row, text in found:
+        try:
+            made.append(asked.writer.ids(text))
+        except DataError as error:
+            if row is None:
+                raise
+            problem = error.problems[0]
+            raise DataError(problem.what, fix=problem.fix, where=row.where) from None
+    return made
+
+
 def _to_screen(
     shown: Session, asked: Asked, found: list[tuple[Any, Any]], sampling: Sampling, batch_size: int
 ) -> None:
     from ..generation import answers
     from .models import waiting
 
-    ids = [asked.writer.ids(text) for _, text in found]
+    ids = _ids(asked, found)
     with waiting(shown, "generating"):
         tokenizer = asked.writer.tokenizer
         made = list(answers(asked.model, tokenizer, ids, sampling, batch_size=batch_size))
@@ -158,8 +184,7 @@ def _to_file(
     from ..generation.files import answer_file
     from ..showing.display import counting
 
-    ids = [asked.writer.ids(text) for _, text in found]
-    rows = [row for row, _ in found]
+    ids, rows = _ids(asked, found), [row for row, _ in found]
     made_with |= {"options": sampling.model_dump(mode="json"), "batch_size": batch_size}
     with answer_file(out.expanduser(), rows, made_with, overwrite=overwrite) as file:
         begun = file.done

@@ -152,10 +152,7 @@ def _served(
     from ..serving.worker import Worker
 
     model, tokenizer = asked.model, asked.writer.tokenizer
-    names: dict[str, str | None] = {name: None}
-    if hasattr(model, "disable_adapter"):
-        names = {name: model.active_adapter, "base": None}
-        names |= {other: other for other in model.peft_config if other != model.active_adapter}
+    names = _names(model, name)
     worker = Worker(model, tokenizer, names, max_batch=max_batch, max_waiting=max_waiting)
     config: Any = base_of(model).config
     config = getattr(config, "get_text_config", lambda: config)()
@@ -163,10 +160,31 @@ def _served(
     return Served(worker, asked.writer, sampling, int(min(context, 2**30)), token)
 
 
+def _names(model: Any, name: str) -> dict[str, str | None]:
+    """Return what requests call the model with its adapter, the base alone (None), and further
+    adapters. Raises SpecError where two are called the same."""
+    from ..errors import Problem, SpecError
+
+    if not hasattr(model, "disable_adapter"):
+        return {name: None}
+    active = model.active_adapter
+    found = [(name, active), ("base", None), *((n, n) for n in model.peft_config if n != active)]
+    if len(names := dict(found)) < len(found):
+        others = ", ".join(other for other, _ in found[1:])
+        what = f"{name!r} is what another model is called here ({others})"
+        raise SpecError([Problem(what, "choose another --name", "--name")])
+    return names
+
+
 def _run(served: Served, listener: socket.socket) -> None:
     import uvicorn
 
     from ..serving.app import create_app
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            served.worker.halt()  # else it waits for the longest answer
+            super().handle_exit(sig, frame)
 
     config = uvicorn.Config(
         create_app(served), log_level="warning", access_log=False, lifespan="off"
@@ -175,6 +193,6 @@ def _run(served: Served, listener: socket.socket) -> None:
         signal.signal(number, lambda *_: None)
     served.worker.start()
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
     finally:
         served.worker.stop()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class LongPromptWarning(UserWarning):
-    """A prompt and its answer may be longer than what a model was made for."""
+    """A prompt leaves less room for its answer than was asked for."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ def _in_rows(
     batch_size: int,
     first: int,
 ) -> Iterator[Answer]:
-    batch, ends = Rows(model), end_ids(model, tokenizer)
+    batch, ends, most = Rows(model), end_ids(model, tokenizer), context_of(model)
     waiting = [
         (
-            Row(ids, sampling.chooser(number), sampling.max_new_tokens, ends),
+            Row(ids, sampling.chooser(number), _room(sampling, ids, most), ends),
             TextSoFar(tokenizer, sampling.stop),
         )
         for number, ids in enumerate(prompts, first)
@@ -106,6 +106,8 @@ def _in_rows(
             _read(batch, row, text)
         while given < len(waiting) and waiting[given][0].finish:
             row, text = waiting[given]
+            if row.error is not None:
+                raise row.error
             yield Answer(text.text, len(row.tokens), len(row.prompt), row.finish)
             given += 1
         if batch.rows and (len(batch.rows) == batch_size or started >= len(waiting)):
@@ -132,11 +134,13 @@ def streamed(
             return
         batch, text = Rows(model), TextSoFar(tokenizer, sampling.stop)
         ends = end_ids(model, tokenizer)
-        row = Row(ids, sampling.chooser(), sampling.max_new_tokens, ends)
+        row = Row(ids, sampling.chooser(), _room(sampling, ids, context_of(model)), ends)
         batch.add([row])
         while True:
             if piece := _read(batch, row, text):
                 yield piece
+            if row.error is not None:
+                raise row.error
             if row.finish:
                 return
             batch.step()
@@ -167,8 +171,20 @@ def _tell_of_length(model: nn.Module, prompts: Sequence[Sequence[int]], sampling
     if longest >= most:
         what = f"a prompt has {longest:,} tokens, the model is made for {most:,}"
         raise DataError(what, fix="shorten it", where="prompt")
-    what = f"prompt and answer may have {longest + sampling.max_new_tokens:,} tokens together"
-    warn(f"{what}, and the model is made for {most:,}", LongPromptWarning, stacklevel=4)
+    what = f"prompt and answer have {most:,} tokens together at most, for which the model is made"
+    warn(f"{what}; longer answers are cut", LongPromptWarning, stacklevel=4)
+
+
+def context_of(model: nn.Module) -> int:
+    """Return how many tokens prompt and answer may have together; 0 where that is not known."""
+    config: Any = getattr(base_of(model), "config", None)
+    config = getattr(config, "get_text_config", lambda: config)()
+    return int(getattr(config, "max_position_embeddings", 0) or 0)
+
+
+def _room(sampling: Sampling, ids: Sequence[int], most: int) -> int:
+    """Return how long the answer to a prompt may be."""
+    return min(sampling.max_new_tokens, most - len(ids)) if most else sampling.max_new_tokens
 
 
 def _one_by_one(
@@ -188,6 +204,8 @@ def _one_by_one(
             ids = [*ids, eos]
         inputs = padded([list(ids)], 0).to(device_of(model))
         config = _config(model, sampling, eos)
+        most = 0 if encoder_decoder else context_of(model)
+        config.max_new_tokens = _room(sampling, ids, most)
         with torch.no_grad(), _seeded(sampling, number, device_of(model)):
             output = model.generate(
                 input_ids=inputs,
@@ -208,7 +226,7 @@ def _config(model: Any, sampling: Sampling, eos: int | None) -> Any:
 
     own = getattr(model, "generation_config", None)
     config = copy.deepcopy(own) if own is not None else GenerationConfig()
-    draws = sampling.temperature > 0
+    draws = sampling.draws
     config.do_sample, config.num_beams, config.max_length = draws, 1, None
     config.temperature = sampling.temperature if draws else None
     config.top_p, config.min_p = (sampling.top_p, sampling.min_p or None) if draws else (None, None)
@@ -228,7 +246,7 @@ def _seeded(sampling: Sampling, number: int, device: Any) -> Iterator[None]:
     """Draw from the seed inside, and leave the process's random numbers as they were."""
     import torch
 
-    if sampling.temperature == 0 or sampling.seed is None:
+    if not sampling.draws or sampling.seed is None:
         yield
         return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -115,21 +115,24 @@ def answer_file(
         begun = _begun(partial, head, overwrite)
         with partial.open("r+" if begun else "w", encoding="utf-8", newline="\n") as file:
             if begun:
-                file.truncate(sum(len(line.encode()) for line in begun))
+                file.truncate(sum(map(len, begun)))  # half a line may follow
                 file.seek(0, os.SEEK_END)
             else:
                 file.write(f"{head}\n")
-            yield AnswerFile(max(len(begun) - 1, 0), file)
+            answers = AnswerFile(max(len(begun) - 1, 0), file)
+            yield answers
+        if answers.done != len(rows):
+            what = f"there are {answers.done} answers to {len(rows)} prompts"
+            raise OutputError(what, fix="give the command again", where=str(partial))
         _finish(partial, path)
 
 
-def _begun(partial: Path, head: str, overwrite: bool) -> list[str]:
+def _begun(partial: Path, head: str, overwrite: bool) -> list[bytes]:
     """Return the whole lines that an interrupted call wrote with the same prompts and options."""
     if not partial.exists():
         return []
-    text = partial.read_bytes().decode("utf-8", errors="replace")
-    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    if lines and lines[0] == f"{head}\n":
+    lines = [line + b"\n" for line in partial.read_bytes().split(b"\n")[:-1]]
+    if lines and lines[0] == f"{head}\n".encode():
         return lines
     if lines and not overwrite:
         what = "answers were begun with another model, other prompts or other options"

@@ -29,7 +29,8 @@ class Row:
         limit: most tokens of the answer.
         ends: ids that end it.
         tokens: the answer so far, without the id that ended it.
-        finish: "stop" or "length" once it is done, else empty.
+        finish: "stop" or "length" once it is done, "error" if no token could be chosen; else empty.
+        error: why that was.
     """
 
     prompt: Sequence[int]
@@ -38,6 +39,7 @@ class Row:
     ends: frozenset[int] = frozenset()
     tokens: list[int] = field(default_factory=list)
     finish: str = ""
+    error: Exception | None = None
 
     def take(self, token: int) -> None:
         """Take what was chosen as the next token."""
@@ -119,8 +121,11 @@ class Rows:
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> None:
         best = logits.argmax(-1).tolist()  # one transfer for all that are greedy
         for row, scores, token in zip(rows, logits, best, strict=True):
-            greedy = row.choose.sampling.is_greedy
-            row.take(token if greedy else row.choose(scores, [*row.prompt, *row.tokens]))
+            try:
+                greedy = row.choose.sampling.is_greedy
+                row.take(token if greedy else row.choose(scores, [*row.prompt, *row.tokens]))
+            except Exception as error:  # of one row: the others go on
+                row.finish, row.error = "error", error
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """Return the logits after the last of `ids`, [rows, vocabulary] in float32."""

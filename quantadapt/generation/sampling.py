@@ -48,7 +48,13 @@ class Sampling(Options):
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is taken as it is."""
-        return self.temperature == 0 and self.repetition_penalty == 1
+        return not self.draws and self.repetition_penalty == 1
+
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn at random. Less than 1e-5 leaves nothing to draw from, and
+        overflows."""
+        return self.temperature >= 1e-5
 
     def chooser(self, number: int = 0) -> Chooser:
         """Return what chooses the tokens of one answer, the `number`th of a request."""
@@ -82,7 +88,7 @@ class Chooser:
             self._processors = self._made()
         before = torch.tensor([list(ids)], device=logits.device)
         scores = self._processors(before, logits[None])[0]
-        if self.sampling.temperature == 0:
+        if not self.sampling.draws:
             return int(scores.argmax())
         if self._generator is None:
             self._generator = torch.Generator(device=logits.device)
@@ -100,7 +106,7 @@ class Chooser:
         own, found = self.sampling, made.LogitsProcessorList()
         if own.repetition_penalty != 1:
             found.append(made.RepetitionPenaltyLogitsProcessor(own.repetition_penalty))
-        if own.temperature not in (0, 1):
+        if own.draws and own.temperature != 1:
             found.append(made.TemperatureLogitsWarper(own.temperature))
         if own.top_k:
             found.append(made.TopKLogitsWarper(own.top_k))

@@ -64,6 +64,8 @@ def create_app(served: Served) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def misread(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return _refused(WrongRequest("the body is no JSON"))
         place = ".".join(str(part) for part in first["loc"][1:])
         unknown = first["type"] == "extra_forbidden"
         what = f"{place}: it is not known here" if unknown else f"{place}: {first['msg']}"
@@ -174,12 +176,17 @@ def _jobs(
     events: asyncio.Queue[tuple[int, Event]],
 ) -> list[Job]:
     loop, jobs = asyncio.get_running_loop(), list[Job]()
+    most = served.worker.max_waiting
+    if not 0 < len(prompts) * asked.n <= most:
+        what = f"a request asks for 1 to {most} answers, not {len(prompts) * asked.n}"
+        raise WrongRequest(what, param="prompt")
     for ids in prompts:
         room = served.context - len(ids)
         if room < 1:
             what = f"the prompt has {len(ids):,} tokens; the model takes {served.context:,} with"
             what = f"{what} the answer"
-            raise WrongRequest(what, code="context_length_exceeded", param="messages")
+            param = "messages" if isinstance(asked, ChatRequest) else "prompt"
+            raise WrongRequest(what, code="context_length_exceeded", param=param)
         sampling = asked.sampling(served.sampling, room)
         for _ in range(asked.n):
             index = len(jobs)
@@ -205,14 +212,16 @@ async def _whole(
     request: Request,
 ) -> Response:
     texts, finishes, counts = [""] * len(jobs), [""] * len(jobs), [0] * len(jobs)
+    looked = time.monotonic()
     try:
         while not all(finishes):
-            try:
-                index, event = await asyncio.wait_for(events.get(), timeout=1.0)
-            except TimeoutError:
+            if time.monotonic() - looked > 0.5:
                 if await request.is_disconnected():
-                    _cancel(jobs)
                     return JSONResponse(None, 499)
+                looked = time.monotonic()
+            try:
+                index, event = await asyncio.wait_for(events.get(), timeout=0.5)
+            except TimeoutError:
                 continue
             if event.finish == "error":
                 return JSONResponse(error_document(event.text, 500), 500)

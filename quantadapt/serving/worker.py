@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("quantadapt")
 
+STOPPING = "the server is stopping"
+
 
 @dataclass(frozen=True)
 class Event:
@@ -69,6 +71,9 @@ class Worker:
         names: what requests call the models: the name of an adapter, or None for the base alone.
         max_batch: most answers that are made at the same time.
         max_waiting: most jobs that wait for a place.
+
+    Attributes:
+        max_waiting: as above.
     """
 
     def __init__(
@@ -80,7 +85,7 @@ class Worker:
         max_batch: int = 16,
         max_waiting: int = 256,
     ) -> None:
-        self.names, self.tokenizer = dict(names), tokenizer
+        self.names, self.tokenizer, self.max_waiting = dict(names), tokenizer, max_waiting
         self._model, self._max_batch = model, max_batch
         self._jobs: queue.Queue[Job | None] = queue.Queue(max_waiting)
         self._thread = threading.Thread(target=self._work, name="quantadapt-worker", daemon=True)
@@ -90,16 +95,23 @@ class Worker:
         """Begin to work."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Answer nobody any more; returns when the thread has ended."""
+    def halt(self) -> None:
+        """Answer nobody any more: whoever waits is told that the server is stopping."""
         self._stopped.set()
         with suppress(queue.Full):  # then it is not waiting for a job
             self._jobs.put_nowait(None)
+
+    def stop(self) -> None:
+        """As `halt`; returns when the thread has ended."""
+        self.halt()
         if self._thread.is_alive():
             self._thread.join()
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises Full."""
+        if self._stopped.is_set():
+            job.tell(Event(STOPPING, "error"))
+            return
         try:
             self._jobs.put_nowait(job)
         except queue.Full:
@@ -113,6 +125,9 @@ class Worker:
                 self._together()
             else:
                 self._one_by_one()
+        while not self._jobs.empty():
+            if (job := self._jobs.get()) is not None:
+                job.tell(Event(STOPPING, "error"))
 
     def _together(self) -> None:
         ends = end_ids(self._model, self.tokenizer)
@@ -126,7 +141,7 @@ class Worker:
                     with self._speaking(name):
                         batch.go_on()
         for batch in batches.values():
-            batch.fail("the server is stopping")
+            batch.fail(STOPPING)
 
     def _one_by_one(self) -> None:
         """Where a model cannot answer several in one batch."""
@@ -212,7 +227,9 @@ class _Batch:
         piece = text.add(row.tokens[len(text.tokens) :], last=bool(row.finish))
         if text.ended and not row.finish:
             self._rows.drop(row)
-        if piece or row.finish:
+        if row.error is not None:
+            _fail([job], row.error)
+        elif piece or row.finish:
             job.tell(Event(piece, row.finish, len(row.tokens)))
         if row.finish:
             del self.jobs[row]
