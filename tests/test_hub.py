@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 import quantadapt as qa
+from quantadapt import demo
 from quantadapt.errors import PlanRefused
 from quantadapt.exporting.card import card, escaped, license_of, public_name
 from quantadapt.testing.small_demo import small_model
@@ -266,3 +267,16 @@ def test_names_and_licenses(tmp_path) -> None:
     assert license_of(str(tmp_path)) == ""
     for name in ("gone/model dir", "models/org--name", "other|<b>base</b> $x"):
         assert license_of(name) == ""  # no ids of the hub, and no reason to fail
+
+
+def test_a_card_that_fails_costs_no_adapter(tmp_path, monkeypatch) -> None:
+    from quantadapt.exporting import saving
+
+    def broken(*_, **__):
+        raise ValueError("no such word")
+
+    model = qa.attach(qa.quantize(str(demo.MODEL_DIR), "none", device="cpu"), r=2)
+    monkeypatch.setattr(saving, "write_card", broken)
+    with pytest.warns(saving.NoCardWarning, match="no model card: ValueError: no such word"):
+        saved = qa.save(model, tmp_path / "out")
+    assert qa.load(saved, device="cpu").active_adapters == ["default"]

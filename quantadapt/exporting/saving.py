@@ -48,6 +48,10 @@ if TYPE_CHECKING:
     from .tuned import Tuned
 
 
+class NoCardWarning(UserWarning):
+    """An adapter is saved without a model card, which could not be written."""
+
+
 class NotPeftWarning(UserWarning):
     """An adapter is saved that PEFT alone does not load."""
 
@@ -120,7 +124,19 @@ def _write(model: nn.Module, state: ModelState, folder: Path, *, base_id: str) -
     if state.adapter:
         manifest = read_object(folder / MANIFEST)
         for config in folder.rglob(CONFIG):  # PEFT's cards are forms to fill in
-            write_card(config.parent, manifest)
+            _write_card(config.parent, manifest)
+
+
+def _write_card(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the adapter's card; what is wrong with it is told, and keeps no adapter from its
+    place."""
+    try:
+        write_card(folder, manifest)
+    except OSError:  # of the disk: the adapter is not written either
+        raise
+    except Exception as error:
+        text = f"the adapter has no model card: {type(error).__name__}: {error}"
+        warn(text, NoCardWarning, stacklevel=6)
 
 
 def _tell_of_dora(model: nn.Module) -> None:
