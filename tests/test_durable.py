@@ -564,7 +564,7 @@ def test_an_earlier_pair_stays_until_all_of_the_new_one_is_there(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for name in ("_write_base", "_write"):
+    for name in ("write_base", "_write"):
         with monkeypatch.context() as patched:
             patched.setattr(saving, name, full)
             with pytest.raises(OutputError, match="not enough disk space"):

@@ -423,6 +423,7 @@ OTHER: dict[str, Any] = {
     "train.weight_decay": 0.1,
     "train.optim": "adamw_torch",
     "train.packing": True,
+    "train.merge_aware": True,
     "train.per_device_train_batch_size": 3,
     "train.gradient_accumulation_steps": 2,
 }

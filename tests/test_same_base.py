@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import quantadapt as qa
 from quantadapt import cli
 from quantadapt.errors import MergeRefused, ModelError, PlanRefused
-from quantadapt.exporting.same_base import UnknownBaseWarning
-from quantadapt.inputs.fingerprints import difference, fingerprint_of
+from quantadapt.exporting.same_base import BaseMismatchWarning, UnknownBaseWarning
+from quantadapt.inputs.fingerprints import Fingerprint, difference, fingerprint_of
 from quantadapt.testing.small_demo import small_model
 
 TARGETS = ["q_proj", "down_proj"]
@@ -54,13 +54,14 @@ def test_a_base_is_the_same_in_shards_in_another_dtype_and_as_a_copy(tmp_path: P
     for name, dtype, size in (
         ("bf16", torch.bfloat16, "5GB"),
         ("f32", torch.float32, "5GB"),
+        ("f64", torch.float64, "5GB"),
         ("shards", torch.bfloat16, "500KB"),
     ):
         model.to(dtype).save_pretrained(tmp_path / name, max_shard_size=size)
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    found = [fingerprint_of(str(tmp_path / name)) for name in ("bf16", "f32", "shards")]
+    found = [fingerprint_of(str(tmp_path / name)) for name in ("bf16", "f32", "f64", "shards")]
     assert found[0] is not None
-    assert found[0] == found[1] == found[2]
+    assert found == found[:1] * 4
     half = model.to(torch.float16)
     half.save_pretrained(tmp_path / "f16")
     half.float().save_pretrained(tmp_path / "f16-as-f32")
@@ -209,6 +210,32 @@ def test_a_live_module_is_known_by_the_weights_that_are_quantized(tmp_path) -> N
         qa.load(run, base=qa.quantize(live(scale=1.5), "hqq", device="cpu"))
     with pytest.warns(UnknownBaseWarning, match="live module"):
         qa.load(run, base=qa.quantize(str(small_model()), "hqq", device="cpu"))
+
+
+def test_a_live_module_that_came_quantized_does_not_show_its_weights(tmp_path) -> None:
+    """So another one is no reason to refuse, and the same one none for silence."""
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+    def live(**options: Any) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(
+            small_model(), dtype=torch.float32, device_map="cpu", **options
+        )
+        return qa.quantize(model, "bnb-nf4", device="cpu", dtype="float32")
+
+    for number, first in enumerate((live(), live(quantization_config=nf4))):
+        run = qa.save(qa.attach(first, target_modules=TARGETS), tmp_path / str(number))
+        with pytest.warns(UnknownBaseWarning, match="quantized already does not show its weights"):
+            qa.load(run, base=live(quantization_config=nf4))
+    then = Fingerprint(kind="module", config="", weights="a", quantized=True)
+    assert difference(then, then.model_copy(update={"weights": "b"})) == "other weights"
+
+
+def test_options_that_are_no_json_are_the_same_once_written(tmp_path) -> None:
+    """A pair of sizes is a list in a file."""
+    run = adapter_on(str(small_model()), tmp_path / "run", "finegrained-fp8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BaseMismatchWarning)
+        qa.load(run, device="cpu")
 
 
 def test_a_run_is_not_resumed_on_another_base(base, tmp_path) -> None:

@@ -70,7 +70,8 @@ def _lister(name: str, shown: _Kind) -> Callable[..., None]:
                 return
             cells = shown.columns.values()
             rows = [(f["name"], *(cell(f) for cell in cells), f["summary"]) for f in facts]
-            screen.out.print(_columns((shown.kind, *shown.columns, ""), rows))
+            heads = (shown.kind, *shown.columns, "")
+            screen.out.print(_columns(heads, rows, screen.out.width))
             _after_list(screen, name)
 
     return lister
@@ -268,8 +269,8 @@ def _show(shown: Session, facts: Mapping[str, Any], *lines: tuple[str, str]) -> 
 
 def _print_options(shown: Session, rows: list[tuple[str, str, str, str]]) -> None:
     """Print options as a table, or where that would break words, one below the other."""
-    table = _columns(("name", "type", "default", ""), rows)
-    if sum(column.min_width or 0 for column in table.columns) + 6 <= shown.out.width:
+    table = _columns(("name", "type", "default", ""), rows, shown.out.width)
+    if sum(column.width or 0 for column in table.columns) + 6 <= shown.out.width:
         shown.out.print(table)
         return
     for name, type_, default, description in rows:
@@ -284,19 +285,34 @@ def _default(option: Mapping[str, Any]) -> str:
     return "null" if option["default"] is None else str(option["default"])
 
 
-def _columns(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+def _columns(heads: Iterable[str], rows: Iterable[Iterable[str]], width: int) -> Table:
+    from rich.cells import cell_len
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     cells = [[*heads], *([*row] for row in rows)]
-    for index, head in enumerate(cells[0]):
-        words = [word for row in cells for word in row[index].split()]
-        widest = max(map(len, words), default=0)  # no word is to be broken
-        table.add_column(head, overflow="fold", no_wrap=not index, min_width=widest)
+    columns = [[*column] for column in zip(*cells, strict=True)]
+    full = [max(map(cell_len, column)) for column in columns]
+    words = [max(map(cell_len, " ".join(column).split()), default=0) for column in columns]
+    spare = width - 2 * (len(columns) - 1)
+    for head, size in zip(cells[0], _widths([full[0], *words[1:]], full, spare), strict=True):
+        table.add_column(head, overflow="fold", width=size)
     for row in cells[1:]:
         table.add_row(*(escape(cell) for cell in row))
     return table
+
+
+def _widths(least: list[int], full: list[int], width: int) -> list[int]:
+    """Return widths of columns that are at most `width` together where `least`, which breaks no
+    word, lets them: what is left goes to the narrowest that is not yet `full`."""
+    widths = [*least]
+    for _ in range(width - sum(least)):
+        growing = [index for index, size in enumerate(widths) if size < full[index]]
+        if not growing:
+            break
+        widths[min(growing, key=widths.__getitem__)] += 1
+    return widths
 
 
 _START = {

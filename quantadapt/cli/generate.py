@@ -72,7 +72,7 @@ def generate(
     *,
     answers: dict[str, Any],
 ) -> None:
-    """Answer prompts.
+    """Answer prompts, or a file of them.
 
     The answers go to stdout, or to a file; all else goes to stderr.
     """

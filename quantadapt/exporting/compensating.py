@@ -150,10 +150,11 @@ def _descended(
             for column in range(start, stop):
                 before = rounded[:, column : column + 1]
                 best = before - slope[:, column - start, None] / spread[column]
-                change = at(best, column) - before
+                value = at(best, column)
+                change = value - before
                 slope += change * moment[column, start:stop]
                 moved += int(change.count_nonzero())
-                before += change
+                before.copy_(value)  # adding the change would round, off the grid
         if moved < FEW * rounded.numel():
             break
     return rounded

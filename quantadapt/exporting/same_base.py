@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ModelError, Problem, warn
+from ..folders.run_folder import json_ready
 from ..inputs.fingerprints import Fingerprint, difference, difference_of_original
 from ..quantizing.state import ModelState
 
@@ -47,14 +48,20 @@ def check_base(state: ModelState, manifest: Mapping[str, Any], *, force: bool) -
 
 
 def _tell_unknown(then: Fingerprint | None, now: Fingerprint | None, base: str) -> None:
-    why = "one of both was a live module" if now else "its files could not be looked at"
-    why = why if then else "nothing was noted when it was saved"
+    if then is None:
+        why = "nothing was noted when it was saved"
+    elif now is None:
+        why = "its files could not be looked at"
+    elif then.kind != now.kind:
+        why = "one of both was a live module"
+    else:
+        why = "a live module that was quantized already does not show its weights"
     what = f"nothing tells whether {base} is the base that the adapter was trained on: {why}"
     warn(what, UnknownBaseWarning, stacklevel=5)
 
 
 def _warn_other_options(state: ModelState, manifest: Mapping[str, Any], *, known: bool) -> None:
-    now = state.manifest()
+    now: Any = json_ready(state.manifest())
     names = ("backend", "options", "dtype") if known else ("base", "backend", "options", "dtype")
     differing = [
         f"{key} {manifest.get(key)!r}, now {now[key]!r}"

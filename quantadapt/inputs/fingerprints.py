@@ -1,7 +1,8 @@
 """What a base is known by: its config, and the first numbers of each of its tensors.
 
 The same for a hub id and a copy of its folder, for one file and many shards, and for float16 or
-bfloat16 weights and the same numbers in float32. Reads 2 KiB a tensor and imports nothing heavy.
+bfloat16 weights and the same numbers in float32 or float64. Reads a few KiB a tensor and imports
+nothing heavy.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from array import array
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -40,7 +42,7 @@ class Fingerprint(BaseModel):
     Attributes:
         kind: "files" of a checkpoint; "module" that was made in memory.
         config, weights: digests of both.
-        quantized: it is a checkpoint that is quantized already.
+        quantized: it is a checkpoint, or was a module, that is quantized already.
         original: the digest of the weights that such a checkpoint was made from, if known.
     """
 
@@ -85,13 +87,21 @@ def fingerprint_of(source: str) -> Fingerprint | None:
 
 
 def fingerprint_of_module(
-    config: Mapping[str, Any], digests: Mapping[str, str], layers: Iterable[str]
+    config: Mapping[str, Any],
+    digests: Mapping[str, str],
+    layers: Iterable[str],
+    *,
+    quantized: bool,
 ) -> Fingerprint:
     """Return that of a live module: of the weights of its `layers`, by name, as `digests_of` gave
-    them before they were quantized. What is dense, such as a new head, may start at random."""
+    them before they were quantized, or as they came if they were `quantized` already. What is
+    dense, such as a new head, may start at random."""
     places = tuple(f"{name}." for name in layers)
     kept = {name: digest for name, digest in digests.items() if f"{name}.".startswith(places)}
-    return Fingerprint(kind="module", config=_of_config(config), weights=_of_weights(kept))
+    weights = _of_weights(kept)
+    return Fingerprint(
+        kind="module", config=_of_config(config), weights=weights, quantized=quantized
+    )
 
 
 def digests_of(named: Iterable[tuple[str, Any]]) -> dict[str, str]:
@@ -104,6 +114,10 @@ def difference(then: Fingerprint, now: Fingerprint) -> str | None:
     nothing does, None where they cannot be compared."""
     if then.kind != now.kind:
         return None
+    if now.kind == "module" and (then.quantized or now.quantized):
+        # Codes do not tell the dense weights, and tensors of a vendor's class hide their numbers.
+        both = then.quantized and now.quantized
+        return "other weights" if both and then.weights != now.weights else None
     if then.weights != now.weights and then.origin != now.origin:
         return "other weights"
     same_files = then.weights == now.weights
@@ -192,4 +206,13 @@ def _from_float16(data: bytes) -> bytes:
     return struct.pack(f"<{len(numbers)}f", *numbers)
 
 
-_FLOATS: Mapping[str, Callable[[bytes], bytes]] = {"BF16": _from_bfloat16, "F16": _from_float16}
+def _from_float64(data: bytes) -> bytes:
+    """Return float64 numbers as float32: those that were widened are what they were."""
+    return array("f", array("d", data)).tobytes()
+
+
+_FLOATS: Mapping[str, Callable[[bytes], bytes]] = {
+    "BF16": _from_bfloat16,
+    "F16": _from_float16,
+    "F64": _from_float64,
+}

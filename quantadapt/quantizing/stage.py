@@ -133,7 +133,8 @@ def quantize_plan(
         known = plan.fingerprint or fingerprint_of(plan.model)
     else:
         layers = [name.removesuffix("_stack") for name, _ in facades(model)]
-        known = fingerprint_of_module(plan.config or {}, digests, layers)
+        config, quantized = plan.config or {}, bool(plan.adopt)
+        known = fingerprint_of_module(config, digests, layers, quantized=quantized)
     model.quantadapt = ModelState(  # type: ignore[assignment]
         source=plan.model,
         backend=plan.backend,
