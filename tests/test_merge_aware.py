@@ -203,6 +203,56 @@ def test_it_stays_so_in_files_and_where_peft_merges(base, tmp_path):
     assert kl(logits(loaded.merge_and_unload()), trained) < 1e-6
 
 
+LATER = {
+    "hqq": {"target_modules": ["v_proj", "down_proj"]},
+    "bnb-nf4": {"target_modules": ["v_proj", "q_proj"], "use_dora": True},
+    "bnb-int8": {"target_modules": ["v_proj"]},
+}
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("backend", LATER)
+def test_layers_adapted_later_are_merged_as_they_compute(base, backend, at_once, tmp_path):
+    """PEFT's `add_adapter`; with the merge before or after the first forward."""
+    from peft import LoraConfig
+
+    model, _ = aware(base, backend, target_modules=["q_proj"])
+    logits(model)
+    model.add_adapter("other", LoraConfig(r=4, **LATER[backend]))
+    model.set_adapter("other")
+    moved(model, 0.04)
+    qa.save(model, tmp_path / "saved")
+    trained = None if at_once else logits(model)
+    qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT, min_gain=0)
+    trained = logits(model) if trained is None else trained
+    assert torch.equal(logits(qa.load(tmp_path / "saved")), trained)
+    assert kl(logits(qa.load(tmp_path)), trained) < 1e-6
+    with model.disable_adapter():
+        assert kl(logits(model), trained) > 1e-5
+    loaded = qa.load(tmp_path / "saved")  # and PEFT merges before any forward
+    assert kl(logits(loaded.merge_and_unload()), trained) < 1e-6
+    if at_once:
+        model.delete_adapter("other")
+        model.add_adapter("other", LoraConfig(r=4, target_modules=["k_proj"]))
+        model.set_adapter("other")
+        moved(model, 0.04)
+        trained = logits(model)
+        assert kl(logits(model.merge_and_unload()), trained) < 1e-6
+
+
+def test_another_adapter_on_the_base_begins_anew(base):
+    model, _ = aware(base, "hqq", target_modules=["q_proj"])
+    expected = qa.quantize(base, "hqq", **BACKENDS["hqq"])
+    found, plain = (
+        moved(qa.attach(each, "lora", r=4)).eval() for each in (model.unload(), expected)
+    )
+    assert not found.quantadapt.merge_aware
+    assert torch.equal(logits(found), logits(plain))
+    assert not any(facade.keeps_scales for _, facade in facades(found))
+    make_merge_aware(found)
+    assert not torch.equal(logits(found), logits(plain))
+
+
 def test_layers_without_an_adapter_keep_their_bytes(base):
     from quantadapt.exporting.merging import merged_model
 
