@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from unittest.mock import patch
 
 import pytest
@@ -11,11 +12,15 @@ from merging import HELD_OUT, logits, moved, saved_model, stock
 from torch.nn.functional import linear
 
 import quantadapt as qa
+from quantadapt import cli
 from quantadapt.adapting.fused import FusedLoraLinear
-from quantadapt.adapting.merge_aware import make_merge_aware
+from quantadapt.adapting.merge_aware import StaysMergeAwareWarning, make_merge_aware
 from quantadapt.errors import MergeRefused, PlanRefused
+from quantadapt.exporting.tuned import Tuned
 from quantadapt.facade import QuantLinear, facades
 from quantadapt.planning import plan
+from quantadapt.planning.exports import export_of
+from quantadapt.protocols import Figure
 from quantadapt.spec import Spec
 
 BACKENDS = {
@@ -171,6 +176,65 @@ def test_another_rounding_is_refused(base, tmp_path):
     model, _ = aware(base, "hqq")
     with pytest.raises(MergeRefused, match="dithered"):
         qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT, rounding="nearest")
+
+
+def test_another_rounding_is_refused_before_anything_is_loaded(base, tmp_path, capsys):
+    model, _ = aware(base, "hqq")
+    qa.save(model, tmp_path)
+    asked = ["merge", str(tmp_path), "--kind", "requantize", "--rounding", "nearest"]
+    loads = patch("quantadapt.exporting.tuned.load", side_effect=AssertionError)
+    with loads, pytest.raises(SystemExit) as ended:
+        cli.main(asked)
+    assert ended.value.code == 2
+    assert "nearest makes another model" in capsys.readouterr().err
+    written = patch("quantadapt.exporting.stage.write", side_effect=AssertionError)
+    with written, pytest.raises(MergeRefused, match="nearest makes another model"):
+        qa.merge(model, tmp_path / "live", kind="requantize", data=HELD_OUT, rounding="nearest")
+
+
+def test_training_on_without_saying_so_is_told(base):
+    model = qa.attach(qa.quantize(base, "hqq"), "lora", r=4)
+    given = {"max_steps": 1, "per_device_train_batch_size": 4}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", StaysMergeAwareWarning)
+        qa.train(model, DATA, **given)
+        qa.train(model, DATA, merge_aware=True, **given)
+        qa.train(model, DATA, merge_aware=True, **given)
+    with pytest.warns(StaysMergeAwareWarning, match="stays so"):
+        qa.train(model, DATA, merge_aware=False, **given)
+    assert model.quantadapt.merge_aware
+
+
+def ways_out(model, folder, exporter):
+    """What a refusal for too little gain tells to do."""
+    tuned = Tuned(model, data=lambda _: HELD_OUT)
+    little = {"gain": Figure(1.0), "gain_error": Figure(0.01), "gain_kept": Figure(0.1)}
+
+    def compared(self, merged, judge):
+        judge({**little, "kl": Figure(1.0)})
+        raise AssertionError
+
+    found = patch.object(Tuned, "compared", compared), patch.object(Tuned, "gain", None)
+    with found[0], found[1], pytest.raises(MergeRefused) as refused:
+        exporter.write(tuned, folder)
+    return refused.value.problems[0].fix
+
+
+def test_a_refusal_names_ways_that_the_export_has(base, tmp_path):
+    plain = moved(qa.attach(qa.quantize(base, "compressed-tensors", group_size=32), "lora", r=4))
+    expected = {"merged-requantized": True, "vllm": False, "compressed-tensors": False}
+    for name, has_flags in expected.items():
+        (folder := tmp_path / name).mkdir()
+        options = {"group_size": 32} if name == "compressed-tensors" else {}
+        fix = ways_out(plain, folder, export_of(name, options).exporter)
+        assert ("--rounding" in fix) == ("--kind dense" in fix) == has_flags, fix
+        assert ("train.merge_aware" in fix) == (name != "compressed-tensors"), fix
+        assert "min_gain" in fix
+    make_merge_aware(plain)
+    (tmp_path / "aware").mkdir()
+    fix = ways_out(plain, tmp_path / "aware", export_of("merged-requantized", {}).exporter)
+    assert "merge_aware" not in fix
+    assert "--rounding" not in fix
 
 
 def test_options_of_lora(base, tmp_path):

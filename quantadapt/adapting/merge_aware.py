@@ -19,7 +19,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..errors import PlanRefused, Problem
+from ..errors import PlanRefused, Problem, warn
 from ..facade import QuantExperts, QuantLinear, linear_facades
 from .fused_lora import no_autocast
 
@@ -27,6 +27,22 @@ if TYPE_CHECKING:
     from ..quantizing.state import ModelState
 
 WHERE = "train.merge_aware"
+
+
+class StaysMergeAwareWarning(UserWarning):
+    """A model that was trained through the quantizer is trained on without saying so."""
+
+
+def tell_it_stays(model: nn.Module) -> None:
+    """Warn where `model` was trained through the quantizer before, and is to be trained again
+    without being asked to be."""
+    if getattr(getattr(model, "quantadapt", None), "merge_aware", False):
+        text = (
+            "the adapter was trained with merge_aware=True and stays so: it is trained, evaluated "
+            "and merged with rounded weights. Pass merge_aware=True again, or train an adapter of "
+            "its own on a base that is quantized anew"
+        )
+        warn(text, StaysMergeAwareWarning, stacklevel=5)
 
 
 def make_merge_aware(model: nn.Module) -> None:
@@ -40,7 +56,8 @@ def make_merge_aware(model: nn.Module) -> None:
     _mark(model)
     for _, facade in linear_facades(model):  # PEFT may merge before the next forward
         facade.keeps_scales = facade.has_grid
-    for module in (model.base_model, model.base_model.model):  # each can be called by itself
+    tuner: Any = model.base_model
+    for module in (tuner, tuner.model):  # each can be called by itself
         if not any(isinstance(hook, _Follow) for hook in module._forward_pre_hooks.values()):
             module.register_forward_pre_hook(_Follow())
     if (state := getattr(model, "quantadapt", None)) is not None:
