@@ -60,6 +60,10 @@ def test_generate_asks_in_the_layout_of_the_model(say, expected) -> None:
     code, out, err = say("generate", MODEL, "--prompt", QUESTION, *SHORT)
     assert (code, out) == (0, f"{expected[0]}\n")
     assert "prompts as the chat template writes a chat" in err
+    assert "--base" not in err
+    code, out, err = say("generate", MODEL, "--base", "--prompt", QUESTION, *SHORT)
+    assert (code, out) == (0, f"{expected[0]}\n")
+    assert "--base has no effect" in err
     code, out, _ = say("generate", MODEL, "-p", "-", "--layout", "text", *SHORT, lines=QUESTION)
     assert (code, out) == (0, f"{expected[1]}\n")
 

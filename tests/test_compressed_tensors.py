@@ -842,3 +842,20 @@ def test_from_the_command_line(checkpoint: Any, tmp_path: Path) -> None:
     call("export", run, METHOD, *options)
     files = load_file(Path(run, METHOD, "model.safetensors"))
     assert files["model.layers.0.mlp.up_proj.weight"].dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "given"),
+    [
+        ({"scheme": "FP8_DYNAMIC", "group_size": 32}, "a group_size goes with", "group_size=32"),
+        ({"scheme": None}, "give either a scheme or config_groups", "scheme=None"),
+    ],
+)
+def test_options_that_do_not_go_together_are_told_with_a_way_out(options, words, given):
+    backend = {"name": "compressed-tensors", **options}
+    with pytest.raises(PlanRefused) as refused:
+        plan(Spec(backend=backend), check_output=False)
+    (problem,) = refused.value.problems
+    assert words in problem.what
+    assert problem.where == "backend"
+    assert given in problem.fix

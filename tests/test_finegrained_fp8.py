@@ -47,6 +47,11 @@ class TestOneScale(TargetSuite):
     options = {"weight_block_size": None}
 
 
+class TestBlocksLargerThanTheLayer(TargetSuite):
+    backend = BACKEND
+    options = {"weight_block_size": (10**6, 10**6)}
+
+
 # Checkpoints of others ---------------------------------------------------------------------------
 
 IDS = torch.arange(48).reshape(2, 24) + 3

@@ -276,6 +276,18 @@ def test_a_run_is_asked_as_its_data_were_written(tmp_path, tokenizer) -> None:
         assert layout_of(tmp_path, tokenizer) == layout
 
 
+def test_what_lies_in_a_run_is_asked_as_the_run_is(tmp_path, tokenizer, monkeypatch) -> None:
+    data = {"data": {"files": [{"format": "alpaca"}]}}
+    (tmp_path / "metrics.json").write_text(json.dumps(data), encoding="utf-8")
+    for name in ("adapter", "base", "merged", "other"):
+        (tmp_path / name).mkdir()
+        expected = "chat" if name == "other" else "instruction"
+        assert layout_of(tmp_path / name, tokenizer) == expected
+        monkeypatch.chdir(tmp_path / name)
+        assert layout_of(".", tokenizer) == expected
+    assert layout_of("merged", tokenizer) == "chat"  # seen from here, no folder
+
+
 def test_generate_from_python(tokenizer) -> None:
     model = qa.quantize(str(demo.MODEL_DIR), "none", device="cpu")
     text = "def add(a, b):\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from unittest.mock import patch
 
 import pytest
@@ -11,11 +12,15 @@ from merging import HELD_OUT, logits, moved, saved_model, stock
 from torch.nn.functional import linear
 
 import quantadapt as qa
+from quantadapt import cli
 from quantadapt.adapting.fused import FusedLoraLinear
-from quantadapt.adapting.merge_aware import make_merge_aware
+from quantadapt.adapting.merge_aware import StaysMergeAwareWarning, make_merge_aware
 from quantadapt.errors import MergeRefused, PlanRefused
+from quantadapt.exporting.tuned import Tuned
 from quantadapt.facade import QuantLinear, facades
 from quantadapt.planning import plan
+from quantadapt.planning.exports import export_of
+from quantadapt.protocols import Figure
 from quantadapt.spec import Spec
 
 BACKENDS = {
@@ -173,6 +178,65 @@ def test_another_rounding_is_refused(base, tmp_path):
         qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT, rounding="nearest")
 
 
+def test_another_rounding_is_refused_before_anything_is_loaded(base, tmp_path, capsys):
+    model, _ = aware(base, "hqq")
+    qa.save(model, tmp_path)
+    asked = ["merge", str(tmp_path), "--kind", "requantize", "--rounding", "nearest"]
+    loads = patch("quantadapt.exporting.tuned.load", side_effect=AssertionError)
+    with loads, pytest.raises(SystemExit) as ended:
+        cli.main(asked)
+    assert ended.value.code == 2
+    assert "nearest makes another model" in capsys.readouterr().err
+    written = patch("quantadapt.exporting.stage.write", side_effect=AssertionError)
+    with written, pytest.raises(MergeRefused, match="nearest makes another model"):
+        qa.merge(model, tmp_path / "live", kind="requantize", data=HELD_OUT, rounding="nearest")
+
+
+def test_training_on_without_saying_so_is_told(base):
+    model = qa.attach(qa.quantize(base, "hqq"), "lora", r=4)
+    given = {"max_steps": 1, "per_device_train_batch_size": 4}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", StaysMergeAwareWarning)
+        qa.train(model, DATA, **given)
+        qa.train(model, DATA, merge_aware=True, **given)
+        qa.train(model, DATA, merge_aware=True, **given)
+    with pytest.warns(StaysMergeAwareWarning, match="stays so"):
+        qa.train(model, DATA, merge_aware=False, **given)
+    assert model.quantadapt.merge_aware
+
+
+def ways_out(model, folder, exporter):
+    """What a refusal for too little gain tells to do."""
+    tuned = Tuned(model, data=lambda _: HELD_OUT)
+    little = {"gain": Figure(1.0), "gain_error": Figure(0.01), "gain_kept": Figure(0.1)}
+
+    def compared(self, merged, judge):
+        judge({**little, "kl": Figure(1.0)})
+        raise AssertionError
+
+    found = patch.object(Tuned, "compared", compared), patch.object(Tuned, "gain", None)
+    with found[0], found[1], pytest.raises(MergeRefused) as refused:
+        exporter.write(tuned, folder)
+    return refused.value.problems[0].fix
+
+
+def test_a_refusal_names_ways_that_the_export_has(base, tmp_path):
+    plain = moved(qa.attach(qa.quantize(base, "compressed-tensors", group_size=32), "lora", r=4))
+    expected = {"merged-requantized": True, "vllm": False, "compressed-tensors": False}
+    for name, has_flags in expected.items():
+        (folder := tmp_path / name).mkdir()
+        options = {"group_size": 32} if name == "compressed-tensors" else {}
+        fix = ways_out(plain, folder, export_of(name, options).exporter)
+        assert ("--rounding" in fix) == ("--kind dense" in fix) == has_flags, fix
+        assert ("train.merge_aware" in fix) == (name != "compressed-tensors"), fix
+        assert "min_gain" in fix
+    make_merge_aware(plain)
+    (tmp_path / "aware").mkdir()
+    fix = ways_out(plain, tmp_path / "aware", export_of("merged-requantized", {}).exporter)
+    assert "merge_aware" not in fix
+    assert "--rounding" not in fix
+
+
 def test_options_of_lora(base, tmp_path):
     """rsLoRA, dropout, patterns of ranks, and a bias that is trained."""
     options = {"use_rslora": True, "lora_dropout": 0.3, "rank_pattern": {"q_proj": 2},
@@ -201,6 +265,56 @@ def test_it_stays_so_in_files_and_where_peft_merges(base, tmp_path):
     loaded = qa.load(tmp_path)
     assert torch.equal(logits(loaded), trained)
     assert kl(logits(loaded.merge_and_unload()), trained) < 1e-6
+
+
+LATER = {
+    "hqq": {"target_modules": ["v_proj", "down_proj"]},
+    "bnb-nf4": {"target_modules": ["v_proj", "q_proj"], "use_dora": True},
+    "bnb-int8": {"target_modules": ["v_proj"]},
+}
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("backend", LATER)
+def test_layers_adapted_later_are_merged_as_they_compute(base, backend, at_once, tmp_path):
+    """PEFT's `add_adapter`; with the merge before or after the first forward."""
+    from peft import LoraConfig
+
+    model, _ = aware(base, backend, target_modules=["q_proj"])
+    logits(model)
+    model.add_adapter("other", LoraConfig(r=4, **LATER[backend]))
+    model.set_adapter("other")
+    moved(model, 0.04)
+    qa.save(model, tmp_path / "saved")
+    trained = None if at_once else logits(model)
+    qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT, min_gain=0)
+    trained = logits(model) if trained is None else trained
+    assert torch.equal(logits(qa.load(tmp_path / "saved")), trained)
+    assert kl(logits(qa.load(tmp_path)), trained) < 1e-6
+    with model.disable_adapter():
+        assert kl(logits(model), trained) > 1e-5
+    loaded = qa.load(tmp_path / "saved")  # and PEFT merges before any forward
+    assert kl(logits(loaded.merge_and_unload()), trained) < 1e-6
+    if at_once:
+        model.delete_adapter("other")
+        model.add_adapter("other", LoraConfig(r=4, target_modules=["k_proj"]))
+        model.set_adapter("other")
+        moved(model, 0.04)
+        trained = logits(model)
+        assert kl(logits(model.merge_and_unload()), trained) < 1e-6
+
+
+def test_another_adapter_on_the_base_begins_anew(base):
+    model, _ = aware(base, "hqq", target_modules=["q_proj"])
+    expected = qa.quantize(base, "hqq", **BACKENDS["hqq"])
+    found, plain = (
+        moved(qa.attach(each, "lora", r=4)).eval() for each in (model.unload(), expected)
+    )
+    assert not found.quantadapt.merge_aware
+    assert torch.equal(logits(found), logits(plain))
+    assert not any(facade.keeps_scales for _, facade in facades(found))
+    make_merge_aware(found)
+    assert not torch.equal(logits(found), logits(plain))
 
 
 def test_layers_without_an_adapter_keep_their_bytes(base):

@@ -118,6 +118,26 @@ def test_a_base_that_was_trained_since_is_refused(backend, base, tmp_path) -> No
     assert qa.load(run, device="cpu", force_base=True).active_adapters == ["default"]
 
 
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        ("finegrained-fp8", {}),
+        ("finegrained-fp8", {"weight_block_size": (64, 32)}),
+        ("compressed-tensors", {"group_size": 32}),
+    ],
+)
+def test_the_same_base_is_the_same(backend, options, base, tmp_path) -> None:
+    """Options in JSON have lists where Python has tuples."""
+    run = adapter_on(str(base), tmp_path / "run", backend, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qa.load(run, device="cpu")
+        qa.load(run, base=qa.quantize(str(base), backend, device="cpu", **options))
+    other = {"finegrained-fp8": {"weight_block_size": (32, 32)}}.get(backend, {"group_size": 64})
+    with pytest.warns(BaseMismatchWarning, match="another base: options"):
+        qa.load(run, base=qa.quantize(str(base), backend, device="cpu", **other))
+
+
 def test_another_base_is_refused_and_a_copy_is_not(base, tmp_path) -> None:
     run = adapter_on(str(small_model()), tmp_path / "run")
     with warnings.catch_warnings():

@@ -135,4 +135,11 @@ class CompressedExport(Exporter):
         from quantadapt.exporting.kept import refuse_little
 
         refuse_no_number(figures)
-        refuse_little(figures, self.min_gain, f"rounded to nearest by {self.scheme}", {})
+        words = f"rounded to nearest by {self.scheme}"
+        ways = (
+            "take a finer scheme=NAME, or a smaller group_size",
+            "merge dense (quantadapt merge RUN)",
+            "keep the adapter beside the base",
+            "set a lower min_gain=SHARE",
+        )
+        refuse_little(figures, self.min_gain, words, {}, ways)

@@ -63,9 +63,14 @@ class BlockFP8Linear(nn.Module):
 
 
 def block_of(module: Any) -> Block:
-    """Return the rows and columns that share a scale in a layer, ours or transformers'."""
-    height, width = _said(module) or module.weight.shape
-    return int(height), int(width)
+    """Return the rows and columns that share a scale in a layer, ours or transformers'; no more
+    than it has."""
+    return _within(_said(module), module.weight.shape)
+
+
+def _within(block: Any, shape: Any) -> Block:
+    height, width = (min(int(n), side) for n, side in zip(block or shape, shape, strict=True))
+    return height, width
 
 
 def _said(module: Any) -> Block | None:
@@ -145,7 +150,7 @@ def _scale_of(largest: Tensor, powers: bool) -> Tensor:
 def quantized(linear: nn.Linear, block: Block | None, powers: bool) -> BlockFP8Linear:
     """Return a dense layer rounded to nearest; without a block, by one scale."""
     weight = linear.weight.detach().float()
-    known = block or (linear.out_features, linear.in_features)
+    known = _within(block, weight.shape)
     scales = _scale_of(_by_block(weight.abs(), known).amax((1, 3)), powers)
     bias = None if linear.bias is None else linear.bias.detach()
     codes = _codes(weight / _spread(scales, weight.shape, known))

@@ -12,37 +12,94 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from operator import is_not
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..errors import PlanRefused, Problem
-from ..facade import QuantExperts, QuantLinear
+from ..errors import PlanRefused, Problem, warn
+from ..facade import QuantExperts, QuantLinear, linear_facades
 from .fused_lora import no_autocast
+
+if TYPE_CHECKING:
+    from ..quantizing.state import ModelState
 
 WHERE = "train.merge_aware"
 
 
+class StaysMergeAwareWarning(UserWarning):
+    """A model that was trained through the quantizer is trained on without saying so."""
+
+
+def tell_it_stays(model: nn.Module) -> None:
+    """Warn where `model` was trained through the quantizer before, and is to be trained again
+    without being asked to be."""
+    if getattr(getattr(model, "quantadapt", None), "merge_aware", False):
+        text = (
+            "the adapter was trained with merge_aware=True and stays so: it is trained, evaluated "
+            "and merged with rounded weights. Pass merge_aware=True again, or train an adapter of "
+            "its own on a base that is quantized anew"
+        )
+        warn(text, StaysMergeAwareWarning, stacklevel=5)
+
+
 def make_merge_aware(model: nn.Module) -> None:
-    """Have the adapted quantized layers of `model` compute, from now on and in evaluation too, with
-    the weights that merging keeps; merging then keeps their scales.
+    """Have the adapted quantized layers of `model`, a PeftModel, compute, from now on and in
+    evaluation too, with the weights that merging keeps; merging then keeps their scales. So do
+    layers that are adapted later, from the next forward or merge on.
 
     Raises:
         PlanRefused: a layer has no grid that is known, or experts are adapted.
     """
+    _mark(model)
+    for _, facade in linear_facades(model):  # PEFT may merge before the next forward
+        facade.keeps_scales = facade.has_grid
+    tuner: Any = model.base_model
+    for module in (tuner, tuner.model):  # each can be called by itself
+        if not any(isinstance(hook, _Follow) for hook in module._forward_pre_hooks.values()):
+            module.register_forward_pre_hook(_Follow())
+    if (state := getattr(model, "quantadapt", None)) is not None:
+        state.merge_aware = True
+
+
+def forget_merge_aware(base: nn.Module, state: ModelState) -> None:
+    """Have `base`, whose adapter was taken away, begin anew: what an earlier adapter was trained
+    with is not what the next one is."""
+    if state.merge_aware:
+        state.merge_aware = False
+        for _, facade in linear_facades(base):
+            facade.keeps_scales = False
+        for key, hook in [*base._forward_pre_hooks.items()]:
+            if isinstance(hook, _Follow):
+                del base._forward_pre_hooks[key]
+
+
+class _Follow:
+    """A forward pre-hook of a model with adapters: PEFT's `add_adapter` and `load_adapter` put
+    layers into it and tell nobody. It looks for them when the model's adapters are others."""
+
+    def __init__(self) -> None:
+        self.known: list[Any] = []
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        configs = [*getattr(model, "peft_config", {}).values()]
+        if len(configs) != len(self.known) or any(map(is_not, configs, self.known)):
+            _mark(model)
+            self.known = configs
+
+
+def _mark(model: nn.Module) -> None:
     layers = list(_adapted(model))
     if problems := _problems(layers):
         raise PlanRefused(problems)
     for _, layer in layers:
-        if isinstance(layer.base_layer, QuantLinear) and not layer.base_layer.keeps_scales:
+        if isinstance(layer.base_layer, QuantLinear) and not getattr(layer, "merge_aware", False):
             layer.base_layer.keeps_scales = True
             if not hasattr(layer, "merge_aware"):  # else its own forward asks
                 layer.register_forward_hook(_rounded)
             layer.merge_aware = True
-    if (state := getattr(model, "quantadapt", None)) is not None:
-        state.merge_aware = True
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from ..records import Adapter
 from ..registry.blame import blamed
 from . import loftq
 from .injecting import all_or_nothing, injected
+from .merge_aware import forget_merge_aware
 from .target_problems import adapted_problems, bias_problem
 from .targets import (
     name_problems,
@@ -61,6 +62,7 @@ def attach_adapter(
             refuses the options.
     """
     _refuse_second(model)
+    forget_merge_aware(model, state)
     options = {**adapter.defaults, **options}
     config = peft_config(model, adapter, options, adaptable(model, state.skip_modules))
     if problem := bias_problem(model, config):

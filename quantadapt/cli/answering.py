@@ -108,6 +108,8 @@ def asking(
     Raises:
         SpecError: there is no such layout. ModelError: there is nothing to load.
     """
+    from peft import PeftModel
+
     from ..errors import Problem, SpecError
     from ..generation.prompts import LAYOUTS, PromptWriter, layout_of
     from ..quantizing.state import state_of
@@ -123,8 +125,11 @@ def asking(
 
         raise ModelError("the model has no tokenizer", fix="put its files there", where=path)
     chosen: Layout = layout or layout_of(path, tokenizer)  # type: ignore[assignment]
+    told = f"prompts {LAYOUTS[chosen]}"
+    if base and not isinstance(model, PeftModel):
+        told += f"; --base has no effect: {path} has no adapter that could be left out"
     with without_adapter(model) if base else nullcontext():
-        yield Asked(model, PromptWriter(tokenizer, chosen), f"prompts {LAYOUTS[chosen]}")
+        yield Asked(model, PromptWriter(tokenizer, chosen), told)
 
 
 @contextmanager

@@ -148,6 +148,7 @@ def check_export(run: str, planned: PlannedExport, found: Iterable[Problem] = ()
     from ..errors import MergeRefused
     from ..exporting.adapter_files import check_adapters
     from ..exporting.manifest import adapter_folder, combination, read_manifest
+    from ..planning.exports import as_trained_problems
     from ..planning.refusals import export_refusals
 
     kind: type[PlanRefused] = MergeRefused if planned.exporter.merges else PlanRefused
@@ -158,7 +159,10 @@ def check_export(run: str, planned: PlannedExport, found: Iterable[Problem] = ()
         folder = adapter_folder(Path(run))
         manifest = read_manifest(folder)
         cell, backend, adapter = combination(manifest)
-        refused = export_refusals(planned.record, planned.exporter, cell, backend, adapter)
+        refused = [
+            *export_refusals(planned.record, planned.exporter, cell, backend, adapter),
+            *as_trained_problems(planned.exporter, bool(manifest.get("merge_aware"))),
+        ]
         problems += [problem for problem in refused if problem not in problems]
         check_adapters(folder, manifest, adapter)
     except (ModelError, PlanRefused) as error:

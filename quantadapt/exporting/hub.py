@@ -100,11 +100,11 @@ class Hub(Exporter):
 
     @property
     def _merged(self) -> Exporter:
-        from .stage import MergedDense, MergedRequantized
+        from .stage import MergedDense, RequantizedContent
 
-        return (
-            MergedDense() if self.content == "merged" else MergedRequantized(min_gain=self.min_gain)
-        )
+        if self.content == "merged":
+            return MergedDense()
+        return RequantizedContent(min_gain=self.min_gain)
 
     def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
         figures: dict[str, Figure] = {}

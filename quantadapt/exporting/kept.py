@@ -3,7 +3,7 @@ what was learned. Loads no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ..errors import MergeRefused, Problem
 from ..evaluation.gain import Gain
@@ -13,11 +13,14 @@ RULE = "merge-keeps-the-gain"
 KEPT = "kept_"
 """How figures are called that say what share of the gain a way of rounding kept."""
 NO_GRID = "it is not known what values the scales of this backend's layers allow"
-WAYS_OUT = (
-    "train with train.merge_aware: true, round in another way (export.rounding, --rounding), merge "
-    "dense (export.merge: dense, --kind dense), merge onto the unquantized base (quantadapt merge "
-    "RUN --onto BASE), keep the adapter beside the base, or lower export.min_gain (--min-gain)"
+TRAIN_AWARE = "train with train.merge_aware: true"
+ROUND_OTHERWISE = "round in another way (export.rounding, --rounding)"
+MERGE_DENSE = (
+    "merge dense (export.merge: dense, --kind dense), merge onto the unquantized base (quantadapt "
+    "merge RUN --onto BASE), keep the adapter beside the base"
 )
+TAKE_ANY = "lower export.min_gain (--min-gain)"
+"""Ways out of a refusal; which of them there are depends on the export."""
 
 
 def merge_words(figures: Mapping[str, Figure]) -> str:
@@ -71,7 +74,11 @@ def rounding_words(figures: Mapping[str, Figure], way: str) -> str:
 
 
 def refuse_little(
-    figures: Mapping[str, Figure], least: float, rounding: str, left_out: Mapping[str, str]
+    figures: Mapping[str, Figure],
+    least: float,
+    rounding: str,
+    left_out: Mapping[str, str],
+    ways_out: Sequence[str],
 ) -> None:
     """Raise MergeRefused where a merged model keeps less than the share `least` of a gain that is
     more than chance; 0 takes any.
@@ -79,6 +86,7 @@ def refuse_little(
     Args:
         rounding: says how it was rounded.
         left_out: ways of rounding that could not be tried, and why.
+        ways_out: what this export can be told instead.
     """
     found = {name: figure.value for name, figure in figures.items()}
     if least == 0 or not is_sure(found) or found["gain_kept"] >= least:
@@ -88,7 +96,8 @@ def refuse_little(
         f"merged and quantized again, the model keeps {found['gain_kept']:.0%} of the gain "
         f"({_size(found)} on held-out data), less than {least:.0%}; {rounding}{untried}"
     )
-    raise MergeRefused([Problem(what, WAYS_OUT, "export.min_gain", RULE)], figures)
+    fix = f"{', '.join(ways_out[:-1])}, or {ways_out[-1]}"
+    raise MergeRefused([Problem(what, fix, "export.min_gain", RULE)], figures)
 
 
 def rounding_problems(rounding: str, target: AdapterTarget) -> list[Problem]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..adapting.merge_aware import standing_in
+from ..adapting.merge_aware import make_merge_aware, standing_in
 from ..adapting.target_problems import lost_biases
 from ..errors import DataError, MergeRefused, NumbersError
 from ..evaluation.sizes import size_mib
@@ -43,6 +43,8 @@ def merged_model(model: PeftModel, kind: MergeKind, write: Write | None = None) 
     """
     check_mergeable(model)
     state = state_of(model)
+    if state.merge_aware and kind == "requantize":
+        make_merge_aware(model)  # layers that were adapted since, too
     calibrates = state.backend.calibration and state.quantizer.needs_data
     if state.merge_aware:
         write = _anew  # into layers that keep their scales

@@ -316,6 +316,7 @@ def _load_adapter(
 ) -> PeftModel:
     from peft import LoraConfig
 
+    from ..adapting.merge_aware import forget_merge_aware, make_merge_aware
     from ..adapting.method import config_class
     from ..facade import facades
 
@@ -343,6 +344,7 @@ def _load_adapter(
     config.inference_mode = False
     if isinstance(config, LoraConfig) and state.rewritten:
         config.init_lora_weights = True  # the base has given its part to the adapter already
+    forget_merge_aware(model, state)
     before = {id(facade.vendor) for _, facade in facades(model)}
     peft_model = put_on(model, folder, manifest["active"], config=config, is_trainable=True)
     # PiSSA starts again from the base as it was, and so rewrites it again.
@@ -351,8 +353,6 @@ def _load_adapter(
     state.adapter_options = dict(manifest["adapter_options"])
     state.max_length = manifest.get("max_length")
     if manifest.get("merge_aware"):
-        from ..adapting.merge_aware import make_merge_aware
-
         make_merge_aware(peft_model)
     return peft_model
 

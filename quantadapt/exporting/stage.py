@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,7 +20,7 @@ from ..capabilities import Cell, Merge
 from ..dependencies import in_turn
 from ..errors import MergeRefused, ModelError, Problem
 from ..folders.atomic import atomic_folder, refuse_occupied, refuse_overlap
-from ..planning.exports import MERGES, MergeKind, PlannedExport, export_of
+from ..planning.exports import MERGES, MergeKind, PlannedExport, as_trained_problems, export_of
 from ..planning.stage import Plan
 from ..protocols import Exporter, Figure
 from ..quantizing.examples import examples_from
@@ -31,7 +31,17 @@ from ..registry.blame import blaming_plugins
 from ..showing.quietly import quiet
 from ..spec import MinGain, Rounding
 from ..stages import held_out_data
-from .kept import KEPT, merge_words, refuse_little, rounding_problems, rounding_words
+from .kept import (
+    KEPT,
+    MERGE_DENSE,
+    ROUND_OTHERWISE,
+    TAKE_ANY,
+    TRAIN_AWARE,
+    merge_words,
+    refuse_little,
+    rounding_problems,
+    rounding_words,
+)
 from .manifest import MANIFEST, MERGED, read_manifest, write_manifest
 from .saving import AdapterFolder, load
 from .tuned import Tuned, memory_in_words
@@ -279,12 +289,25 @@ class MergedRequantized(_Merged):
         for way, kept in told["kept"].items():
             figures[f"{KEPT}{way}"] = Figure(kept, "share", "higher")
         words = rounding_words(figures, told["way"])
-        refuse_little(figures, self.min_gain, words, told["left_out"])
+        ways = self._ways_out(state.merge_aware)
+        refuse_little(figures, self.min_gain, words, told["left_out"], ways)
+
+    def _ways_out(self, merge_aware: bool) -> Sequence[str]:
+        before = () if merge_aware else (TRAIN_AWARE, ROUND_OTHERWISE)
+        return *before, MERGE_DENSE, TAKE_ANY
 
     @property
     def planned(self) -> str:
         way = "" if self.rounding == "auto" else f", rounding {self.rounding}"
         return f"merged model, quantized again{way}"
+
+
+class RequantizedContent(MergedRequantized):
+    """The same inside of another export, which has options of its own."""
+
+    def _ways_out(self, merge_aware: bool) -> Sequence[str]:
+        before = () if merge_aware else (TRAIN_AWARE,)
+        return *before, "take content=merged or content=adapter", "set a lower min_gain=SHARE"
 
 
 @in_turn
@@ -338,7 +361,8 @@ def merge(
         examples=(lambda own: examples_from(calibration, tokenizer or own)) if shown else None,
     )
     exporter = export_of(MERGES[kind], options).exporter
-    if found := [*exporter.refusals(state.cell, state.backend, adapter)]:
+    found = [*exporter.refusals(state.cell, state.backend, adapter)]
+    if found := [*found, *as_trained_problems(exporter, state.merge_aware)]:
         raise MergeRefused(found)
     final = Path(path).expanduser() / exporter.folder
     figures = write(exporter, tuned, final, overwrite=overwrite)

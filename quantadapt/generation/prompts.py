@@ -34,6 +34,8 @@ _OF_FORMATS: dict[str, Layout] = {
     "prompt-completion": "text",
     "text": "text",
 }
+_IN_A_RUN = ("adapter", "base", "merged")
+"""Folders of a run that hold what answers."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,13 @@ class PromptWriter:
 
 
 def layout_of(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> Layout:
-    """Return how to ask the model at `path`: as the data were written that its run learnt from, or
-    what a model without a run has a chat template for."""
-    file = Path(path).expanduser() / "metrics.json"
+    """Return how to ask the model at `path`, a run folder or the adapter or merged model in one: as
+    the data were written that its run learnt from, or what a model without a run has a chat
+    template for."""
+    folder = Path(path).expanduser()
+    if folder.is_dir() and (inside := folder.resolve()).name in _IN_A_RUN:
+        folder = folder if (folder / "metrics.json").is_file() else inside.parent
+    file = folder / "metrics.json"
     found = read_object(file).get("data", {}) if file.is_file() else {}
     for one in found.get("files", ()) if isinstance(found, dict) else ():
         if layout := _OF_FORMATS.get(one.get("format", "")):

@@ -86,9 +86,8 @@ def exports_of(draft: Draft) -> tuple[PlannedExport, ...]:
     made = [_export(draft, each, required) for each, required in named]
     found = [export for export in made if export is not None]
     draft.problems += [*_same_folder(found), *_of_no_effect(draft.spec.export, found)]
-    if draft.spec.train.merge_aware:
-        rounds = (getattr(export.exporter, "rounding", "auto") for export in found)
-        draft.problems += filter(None, map(rounding_as_trained, rounds))
+    for export in found:
+        draft.problems += as_trained_problems(export.exporter, draft.spec.train.merge_aware)
     return tuple(found)
 
 
@@ -144,6 +143,15 @@ def rounding_as_trained(rounding: str) -> Problem | None:
         return None
     what = f"the adapter is trained with {AS_TRAINED} weights, and {rounding} makes another model"
     return Problem(what, "leave it out", "export.rounding", "merge-aware-rounding")
+
+
+def as_trained_problems(exporter: Exporter, merge_aware: bool) -> list[Problem]:
+    """Return why an export does not round as the model was trained, if it was through the
+    quantizer; empty if it does, or rounds nothing."""
+    if not merge_aware:
+        return []
+    problem = rounding_as_trained(getattr(exporter, "rounding", "auto"))
+    return [problem] if problem else []
 
 
 def _same_folder(found: Sequence[PlannedExport]) -> list[Problem]:

@@ -91,6 +91,11 @@ def _option_problem(record: Record, options: type[BaseModel], detail: dict[str, 
         hint = did_you_mean(name, options.model_fields)
         what = f"{kind} {record.name!r} has no option {name!r}"
         return Problem(what, hint or "it has no options", where)
+    if not name:  # several options do not go together
+        given = ", ".join(f"{key}={value!r}" for key, value in dict(detail["input"]).items())
+        what = str(detail["msg"]).removeprefix("Value error, ")
+        fix = f"change or leave out one of {given}" if given else "set the options that it names"
+        return Problem(what, fix, kind)
     return wrong_value(detail, where)
 
 

@@ -96,7 +96,7 @@ class ModelState:
             "base": self.source,
             "fingerprint": self.fingerprint and self.fingerprint.model_dump(),
             "backend": self.backend.name,
-            "options": self.quantizer.model_dump(),
+            "options": self.quantizer.model_dump(mode="json"),
             "dtype": self.dtype_name,
             "skip_modules": list(self.skip_modules),
             "new_modules": list(self.new_modules),

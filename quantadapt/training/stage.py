@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapting.adalora import tuner_of
+from ..adapting.merge_aware import make_merge_aware, tell_it_stays
 from ..adapting.several import unsavable
 from ..data.vocabulary import check_tokens
 from ..distributed.talking import average_gradients, reduced, share, start
@@ -81,9 +82,9 @@ def train(
     check(model, spec, task)
     _check_held_out(spec, held_out)
     if spec.merge_aware:
-        from ..adapting.merge_aware import make_merge_aware
-
         make_merge_aware(model)  # and it stays so: it is what is evaluated, saved and merged
+    else:
+        tell_it_stays(model)
     for part in (dataset, held_out):
         check_tokens(part, _embedding_rows(model), tokenizer)
     note = on_note or (lambda _: None)
