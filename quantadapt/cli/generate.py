@@ -27,7 +27,8 @@ def register(app: typer.Typer, name: str) -> None:
         app,
         name,
         with_sampling_flags(generate),
-        'quantadapt generate runs/hqq-lora --prompt "Write a Python function named get_area that multiplies width by height."',
+        'quantadapt generate runs/hqq-lora --prompt "Write a Python function named get_area that '
+        'multiplies width by height."',
         "quantadapt generate ./model --file prompts.jsonl --out answers.jsonl",
         "echo Hello | quantadapt generate ./model --prompt - --temperature 0.7 --top-p 0.9",
     )
