@@ -37,7 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     for item in items:
         adapter, suite = adapter_of(item), suite_of(item)
-        if suite is None or adapter in ("", "lora"):
+        on_cuda = item.get_closest_marker("cuda") is not None  # on its own device, all of it
+        if suite is None or on_cuda or adapter in ("", "lora"):
             continue
         if suite.backend not in IN_FULL or adapter not in VARIED:
             item.add_marker(pytest.mark.slow)

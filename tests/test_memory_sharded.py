@@ -50,7 +50,7 @@ def held(model: Any) -> dict[str, int]:
         mine = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         storage = mine.untyped_storage()
         if storage._cdata not in seen:
-            found["quantized" if name.endswith(PACKED) else "dense"] += storage.nbytes()
+            found["quantized" if name.split(".")[-1] == PACKED else "dense"] += storage.nbytes()
         seen.add(storage._cdata)
     return found
 

@@ -65,7 +65,9 @@ def held(model: Any) -> int:
 
     leaves = [t for _, t in held_tensors([facade.vendor for _, facade in facades(model)])]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in leaves}
-    shares = [p.to_local().nbytes for n, p in model.named_parameters() if n.endswith(PACKED)]
+    shares = [
+        p.to_local().nbytes for n, p in model.named_parameters() if n.split(".")[-1] == PACKED
+    ]
     return sum(storages.values()) + sum(shares)
 
 

@@ -6,6 +6,7 @@ temporary folder first and renamed.
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -16,8 +17,14 @@ from typing import TYPE_CHECKING, Any
 from ..adapting.several import unsavable
 from ..dependencies import in_turn
 from ..errors import ModelError, OutputError, PlanRefused, QuantadaptError, warn
-from ..folders.atomic import atomic_folder, put_back, refuse_occupied, refuse_overlap, remove
-from ..folders.written import write_list
+from ..folders.atomic import (
+    atomic_folder,
+    put_back,
+    refuse_occupied,
+    refuse_overlap,
+    remove,
+)
+from ..folders.written import LIST
 from ..inputs.documents import read_object
 from ..paths import is_local_path, path_problem
 from ..planning.on_disk import quantization_of
@@ -36,7 +43,7 @@ from .adapter_files import (
     refuse_not_trained,
 )
 from .adapters import put_on, save_adapters
-from .card import write_card
+from .card import README, write_card
 from .manifest import ADAPTER, BASE, MANIFEST, MERGED, adapter_in, read_manifest, write_manifest
 from .same_base import BaseMismatchWarning as BaseMismatchWarning
 from .same_base import check_base, noted
@@ -219,10 +226,21 @@ class AdapterFolder(Exporter):
                 with atomic_folder(final, overwrite=replaces) as beside:
                     shutil.copytree(base, beside, dirs_exist_ok=True)
         elif (metrics := tuned.metrics) is not None:  # in a run, once there are figures
-            write_card(folder, tuned.manifest, metrics=metrics)
-            write_list(folder)
+            with atomic_folder(folder, overwrite=True) as again:  # so that its list is right always
+                shutil.copytree(folder, again, dirs_exist_ok=True, copy_function=_linked)
+                for name in (README, LIST):
+                    (again / name).unlink(missing_ok=True)
+                write_card(again, tuned.manifest, metrics=metrics)
         sizes = (file.stat().st_size for file in folder.rglob("*.safetensors"))
         return {"size": Figure(sum(sizes) / 2**20, "MiB")}
+
+
+def _linked(source: str, target: str) -> None:
+    """Give a file a second name; where that cannot be done, copy it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 @in_turn
