@@ -10,32 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from ..capabilities import Cell, Merge
+from ..capabilities import Cell
 from ..errors import ModelError, Problem
 from ..folders.written import LIST
 from ..inputs.documents import reason
 from ..paths import MANIFEST
-from ..protocols import Exporter, Figure
+from ..protocols import Figure
 from ..records import Adapter, Backend
-from ..spec import MinGain
 from .card import Content, is_local, public_name, write_card
+from .content import ContentExport
 from .manifest import BASE
 
 if TYPE_CHECKING:
     from .tuned import Tuned
 
-_MERGES: Mapping[Content, Merge] = {
-    "adapter": Merge.NEVER,
-    "merged": Merge.DENSE,
-    "requantized": Merge.REQUANTIZE,
-}
 _LEFT_OUT = (LIST,)
 """Files that are of use on this machine alone."""
 _WITH_PATHS = ("base_model_name_or_path", "_name_or_path", "name_or_path", "base")
 """Keys of JSON files that name what a model was made from."""
 
 
-class Hub(Exporter):
+class Hub(ContentExport):
     """A repository of the hub: adapter or merged model, with a card made of the run."""
 
     repo: str = Field(description="the repository, OWNER/NAME; made if it is not there")
@@ -47,15 +42,8 @@ class Hub(Exporter):
     base: str | None = Field(
         None, description="hub id of the base, where it was trained from a local folder"
     )
-    min_gain: MinGain = Field(
-        0.9, description="of requantized: the share of the adapter's gain to be kept"
-    )
     private: bool = Field(True, description="whether a repository that is made is private")
     dry_run: bool = Field(False, description="write the folder, and push nothing")
-
-    @property
-    def merges(self) -> Merge:
-        return _MERGES[self.content]
 
     @property
     def planned(self) -> str:
@@ -95,23 +83,12 @@ class Hub(Exporter):
             found.append(Problem("nobody is logged in to the hub", fix, "hub"))
         return found
 
-    def needed(self, tuned: Tuned) -> int | None:
-        return None if self.content == "adapter" else self._merged.needed(tuned)
-
-    @property
-    def _merged(self) -> Exporter:
-        from .stage import MergedDense, RequantizedContent
-
-        if self.content == "merged":
-            return MergedDense()
-        return RequantizedContent(min_gain=self.min_gain)
-
     def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
         figures: dict[str, Figure] = {}
         if self.content == "adapter":
             self._write_adapter(tuned, folder)
         else:
-            figures = dict(self._merged.write(tuned, folder))
+            figures = dict(self.merged.write(tuned, folder))
         source = tuned.manifest["base"]
         without_paths(folder, self.base or public_name(source))
         write_card(

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from ..capabilities import Cell, Merge
+from ..capabilities import Cell
 from ..errors import Problem
 from ..folders.written import LIST
 from ..inputs.documents import read_object
 from ..planning.on_disk import quantization_of
-from ..protocols import Exporter, Figure
+from ..protocols import Figure
 from ..records import Adapter, Backend, Serving
-from ..spec import MinGain
 from .adapter_files import CONFIG
 from .card import is_local
+from .content import ContentExport
 from .hub import without_paths
 from .saving import write_base
 
@@ -32,10 +32,9 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as the highest rank of adapters."""
 _NOT_SERVED = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
 """Options of LoRA that vLLM has nothing for."""
-_MERGES = {"adapter": Merge.NEVER, "requantized": Merge.REQUANTIZE, "merged": Merge.DENSE}
 
 
-class Vllm(Exporter):
+class Vllm(ContentExport):
     """A folder for vLLM: the adapter beside its quantized base, or a merged model."""
 
     content: Literal["requantized", "adapter", "merged"] = Field(
@@ -43,16 +42,9 @@ class Vllm(Exporter):
         description="the merged model, quantized again as the base was; or the adapter beside the "
         "quantized base; or the model merged into dense weights, which vLLM always reads",
     )
-    min_gain: MinGain = Field(
-        0.9, description="of requantized: the share of the adapter's gain to be kept"
-    )
     examples: int = Field(
         8, ge=1, description="held-out examples whose answers are noted, to compare vLLM's with"
     )
-
-    @property
-    def merges(self) -> Merge:
-        return _MERGES[self.content]
 
     @property
     def planned(self) -> str:
@@ -88,23 +80,12 @@ class Vllm(Exporter):
             found.append(Problem(what, fix, where, "vllm-rank"))
         return found
 
-    def needed(self, tuned: Tuned) -> int | None:
-        return None if self.content == "adapter" else self._merged.needed(tuned)
-
-    @property
-    def _merged(self) -> Exporter:
-        from .stage import MergedDense, RequantizedContent
-
-        if self.content == "merged":
-            return MergedDense()
-        return RequantizedContent(min_gain=self.min_gain)
-
     def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
         expected = self._expected(tuned)
         if self.content == "adapter":
             figures, served = dict[str, Figure](), self._write_pair(tuned, folder)
         else:
-            figures, served = dict(self._merged.write(tuned, folder)), {"model": "."}
+            figures, served = dict(self.merged.write(tuned, folder)), {"model": "."}
             without_paths(folder, "")
         text = json.dumps({**served, "examples": expected}, indent=1)
         (folder / EXPECTED).write_text(text + "\n", encoding="utf-8")

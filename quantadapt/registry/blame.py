@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 from ..errors import PluginError, QuantadaptError
 from ..hookspecs import PROJECT
-from .discovery import registry
+from .discovery import Provenance, registry
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,7 +24,7 @@ def blamed(error: BaseException | None) -> PluginError | None:
         return None
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return None
-    plugins = {plugin.module.partition(".")[0]: plugin for plugin in registry().plugins.values()}
+    plugins = _by_package()
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         package = _package(frame)
         if package == PROJECT:
@@ -63,8 +63,11 @@ def _failed_by_itself(error: PluginError) -> bool:
     if not error.problems[0].where.startswith("evaluation ") or error.__cause__ is None:
         return True
     called = [_package(frame) for frame, _ in traceback.walk_tb(error.__cause__.__traceback__)]
-    plugins = {plugin.module.partition(".")[0] for plugin in registry().plugins.values()}
-    return len(plugins & set(called[1:])) < 2 and called[1:2] != [PROJECT]
+    return len(_by_package().keys() & set(called[1:])) < 2 and called[1:2] != [PROJECT]
+
+
+def _by_package() -> dict[str, Provenance]:
+    return {plugin.module.partition(".")[0]: plugin for plugin in registry().plugins.values()}
 
 
 def _package(frame: FrameType) -> str:
