@@ -22,6 +22,7 @@ from .wire import ChatRequest, CompletionRequest, Reply, WrongRequest, error_doc
 from .worker import Event, Full, Job, Worker
 
 _MOST_BYTES = 2**24
+_TOO_LARGE = "the request is larger than 16 MiB"
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,7 @@ def create_app(served: Served) -> FastAPI:
     app = FastAPI(title="quantadapt", docs_url=None, redoc_url=None, openapi_url=None)
     started = int(time.time())
 
-    @app.middleware("http")
-    async def checked(request: Request, call_next: Any) -> Response:
-        if int(request.headers.get("content-length") or 0) > _MOST_BYTES:
-            return _refused(WrongRequest("the request is larger than 16 MiB", status=413))
-        if served.token and request.url.path != "/health" and not _shows(request, served.token):
-            what = "show the server's token: Authorization: Bearer TOKEN"
-            return _refused(WrongRequest(what, status=401, code="invalid_api_key"))
-        response: Response = await call_next(request)
-        return response
+    app.add_middleware(Guard, token=served.token)
 
     @app.exception_handler(WrongRequest)
     async def wrong(_: Request, error: WrongRequest) -> Response:
@@ -78,7 +71,9 @@ def create_app(served: Served) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def missing(_: Request, error: HTTPException) -> Response:
-        what = f"{error.detail}; served are /v1/models, /v1/chat/completions and /v1/completions"
+        what = error.detail
+        if error.status_code in (404, 405):
+            what = f"{what}; served are /v1/models, /v1/chat/completions and /v1/completions"
         return JSONResponse(error_document(what, error.status_code), error.status_code)
 
     @app.get("/health")
@@ -110,6 +105,42 @@ def create_app(served: Served) -> FastAPI:
         return await _answered(served, asked, Reply("text", asked.model), ids, request)
 
     return app
+
+
+class Guard:
+    """Refuses who does not show the token, and bodies that are too large, however they are sent.
+
+    Written for ASGI itself: under the frameworks' own way (`app.middleware`) nobody is told that
+    a client has gone.
+    """
+
+    def __init__(self, app: Any, token: str) -> None:
+        self._app, self._token = app, token
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle a request."""
+        if scope["type"] == "http" and (refusal := self._refusal(Request(scope))):
+            await _refused(refusal)(scope, receive, send)
+            return
+        read = 0
+
+        async def counted() -> Any:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > _MOST_BYTES:
+                raise HTTPException(413, _TOO_LARGE)
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _refusal(self, request: Request) -> WrongRequest | None:
+        if self._token and request.url.path != "/health" and not _shows(request, self._token):
+            what = "show the server's token: Authorization: Bearer TOKEN"
+            return WrongRequest(what, status=401, code="invalid_api_key")
+        if int(request.headers.get("content-length") or 0) > _MOST_BYTES:
+            return WrongRequest(_TOO_LARGE, status=413)
+        return None
 
 
 def _shows(request: Request, token: str) -> bool:
