@@ -215,10 +215,13 @@ def device_of(model: nn.Module) -> Any:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch dropout and the like off, module by module, and put everything back."""
+    from ..model.sinks import fused_sinks
+
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with fused_sinks(model):
+            yield
     finally:
         for module in training:
             module.training = True

@@ -60,6 +60,7 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
         on_note: told in a sentence what cannot be lent, which then costs time or memory.
     """
     from ..compiling import compiled_functions
+    from ..model.sinks import fused_sinks
     from .cuda_graphs import can_record
 
     with ExitStack() as stack:
@@ -70,6 +71,7 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
         fused = lend(fused_layers(model, keep_casts=spec.memory != "min", on_note=on_note))
         lend(compiled_functions())  # dequantizing in one kernel
         lend(fast_attention(adapter_device(model)))  # cuDNN's
+        lend(fused_sinks(model))  # attention with sinks in one call
         if rules.fused_kernels(spec):
             lend(fused_kernels(model, on_note))  # Liger's norms, MLPs and rotary embeddings
         if spec.memory == "min":

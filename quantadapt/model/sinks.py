@@ -1,0 +1,110 @@
+"""Attention with sinks (gpt-oss and others) as one call of torch's `scaled_dot_product_attention`.
+
+A sink is a logit that each head has beside those of the keys: it takes its share of the softmax and
+gives no value (Xiao et al., 2023, https://arxiv.org/abs/2309.17453; learnt in gpt-oss). For models
+that have them transformers knows attention that holds all logits, [batch, heads, queries, keys],
+several times, and kernels that have to be downloaded.
+
+Here the sink is one more key, which comes first and whose value is zero. Queries and keys become
+one number longer: 1 for the sink's key and 0 for others; in the queries of a head, its sink. Where
+nothing but the order of tokens says who sees whom, one more query comes first, so that the mask
+stays the triangle that the fast kernels know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+NAME = "quantadapt_sinks"
+
+
+@contextmanager
+def fused_sinks(model: nn.Module) -> Iterator[None]:
+    """Let attention with sinks be one call where transformers would hold all logits.
+
+    What users chose themselves (flash or flex attention) stays.
+    """
+    configs = _eager_with_sinks(model)
+    if configs:
+        _register()
+    for config in configs:
+        config._attn_implementation_internal = NAME
+    try:
+        yield
+    finally:
+        for config in configs:
+            config._attn_implementation_internal = "eager"
+
+
+def _eager_with_sinks(model: nn.Module) -> list[Any]:
+    """Return the configs of what computes eagerly, has sinks, and lets itself be told otherwise."""
+    from transformers import PreTrainedModel
+
+    found: dict[int, Any] = {}
+    for part in model.modules():
+        if not isinstance(part, PreTrainedModel) or not part._supports_attention_backend:
+            continue
+        eager = getattr(part.config, "_attn_implementation_internal", None) == "eager"
+        if eager and any(isinstance(getattr(m, "sinks", None), Tensor) for m in part.modules()):
+            found[id(part.config)] = part.config
+    return list(found.values())
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(NAME, attention_with_sinks)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def attention_with_sinks(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Return the attention [batch, queries, heads, head_dim], as transformers' interface wants it.
+
+    Args:
+        query: [batch, heads, queries, head_dim]; `key` and `value` may have fewer heads.
+        attention_mask: True where a query sees a key, or what is added to the logits, [batch, 1 or
+            heads, queries, keys]; None where it sees all that came before.
+        s_aux: the sinks, [heads]; none where a layer has none.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    heads, queries, size = query.shape[1], query.shape[2], value.shape[-1]
+    key, value = (_repeated(tensor, heads) for tensor in (key, value))
+    triangle = attention_mask is None and queries == key.shape[2] > 1
+    if s_aux is not None:
+        sinks = (s_aux / scaling).to(query.dtype).view(1, heads, 1, 1)
+        query = torch.cat([query, sinks.expand(len(query), heads, queries, 1)], dim=-1)
+        key = pad(pad(key, (0, 1)), (0, 0, 1, 0))
+        key[..., 0, -1] = 1.0
+        value = pad(value, (0, key.shape[-1] - size, 1, 0))
+        if triangle:
+            query = pad(query, (0, 0, 1, 0))
+        elif attention_mask is not None:
+            seen = True if attention_mask.dtype == torch.bool else 0.0
+            attention_mask = pad(attention_mask, (1, 0), value=seen)
+    found = scaled_dot_product_attention(
+        *(query, key, value, attention_mask, dropout), is_causal=triangle, scale=scaling
+    )
+    return found[:, :, -queries:, :size].transpose(1, 2).contiguous(), None
+
+
+def _repeated(tensor: Tensor, heads: int) -> Tensor:
+    groups = heads // tensor.shape[1]
+    return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)
