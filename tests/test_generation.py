@@ -1,5 +1,6 @@
 """Answers: the tokens of transformers' generate, whatever the batch; drawn as asked; in files."""
 
+import copy
 import json
 import math
 
@@ -9,20 +10,34 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MambaConfig,
+    MistralConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 import quantadapt as qa
 from quantadapt import demo
-from quantadapt.data.files import Row
+from quantadapt.data.files import Row as DataRow
 from quantadapt.errors import DataError, ModelError, OutputError, SpecError
-from quantadapt.generation import Answer, PromptWriter, Sampling, answers, layout_of, streamed
+from quantadapt.evaluation.predictions import evaluating
+from quantadapt.generation import (
+    Answer,
+    PromptWriter,
+    Sampling,
+    answers,
+    layout_of,
+    slots,
+    streamed,
+)
 from quantadapt.generation.files import answer_file, read_prompts
+from quantadapt.generation.rows import Row, Rows
 from quantadapt.generation.sampling import Chooser
+from quantadapt.generation.slots import SlotRows, takes_slots
 from quantadapt.generation.text import TextSoFar
 
 SMALL = {
@@ -41,6 +56,18 @@ FAMILIES = {
         hidden_size=32, num_hidden_layers=2, vocab_size=96, eos_token_id=2, state_size=4
     ),
 }
+SLOTTED = {
+    "llama": FAMILIES["llama"],
+    "gemma2": FAMILIES["gemma2"],
+    "mistral": MistralConfig(**SMALL, sliding_window=5),
+    "qwen3-moe": Qwen3MoeConfig(
+        **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
+    "gpt-oss": GptOssConfig(
+        **SMALL, num_local_experts=2, num_experts_per_tok=2, sliding_window=4,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
+}  # fmt: skip
 
 
 class Ids:
@@ -59,9 +86,9 @@ def prompts(count=7):
     return [torch.randint(3, 96, (n,), generator=generator).tolist() for n in lengths]
 
 
-def made(config):
+def made(config, attention=None):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
 def stock(model, ids, count):
@@ -82,6 +109,57 @@ def test_greedy_answers_are_those_of_transformers(family) -> None:
         assert [answer.text for answer in found] == expected
         assert [answer.prompt_tokens for answer in found] == [len(ids) for ids in asked]
     assert "".join(streamed(model, Ids(), asked[0], sampling)) == expected[0]
+
+
+@pytest.mark.parametrize("attention", [None, "eager"])
+@pytest.mark.parametrize("family", SLOTTED)
+def test_slots_hold_what_a_growing_cache_holds(family, attention, monkeypatch) -> None:
+    """Also where slots become more and longer while rows are answered."""
+    model, asked = made(SLOTTED[family], attention), prompts(9)
+    assert takes_slots(model)
+    expected = [stock(model, ids, 12) for ids in asked]
+    monkeypatch.setattr(slots, "LEAST_LENGTH", 4)
+    made_stores = []
+    monkeypatch.setattr(
+        slots, "rows_for", lambda m: made_stores.append(SlotRows(m)) or made_stores[-1]
+    )
+    for size in (1, 3, 16):
+        found = list(answers(model, Ids(), asked, Sampling(max_new_tokens=12), batch_size=size))
+        assert [answer.text for answer in found] == expected
+    assert [rows._store.slots for rows in made_stores] == [1, 4, 16]
+    assert made_stores[-1]._store.length == 32
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("backend", ["bnb-nf4", "hqq", "torchao-int8"])
+@pytest.mark.parametrize("family", ["llama", "gpt-oss", "mistral"])
+def test_recorded_steps_answer_as_a_growing_cache_does(family, backend, recwarn) -> None:
+    config = copy.deepcopy(SLOTTED[family])
+    config.hidden_size = config.intermediate_size = 128
+    model = qa.attach(qa.quantize(made(config).bfloat16(), backend, device="cuda"), r=4).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    found = {}
+    for kind in (Rows, SlotRows):
+        with evaluating(model):
+            batch = kind(model)
+            rows = [Row(ids, Sampling().chooser(i), 24) for i, ids in enumerate(prompts(5))]
+            batch.add(rows[:3])
+            while batch.rows:
+                batch.step()
+                if len(rows[0].tokens) == 8:
+                    batch.add(rows[3:])
+        found[kind] = [row.tokens for row in rows]
+    assert batch._store.graph is not None
+    assert not [w for w in recwarn if issubclass(w.category, slots.NotRecordedWarning)]
+    pairs = [ab for xy in zip(*found.values(), strict=True) for ab in zip(*xy, strict=True)]
+    assert sum(a == b for a, b in pairs) >= 0.9 * 5 * 24  # products of other shapes round otherwise
+
+
+def test_slots_are_for_models_that_say_so() -> None:
+    assert not takes_slots(made(FAMILIES["llama"], "flex_attention"))
+    assert not takes_slots(made(FAMILIES["mamba"]))
 
 
 def test_an_answer_ends_where_the_model_ends_it() -> None:
@@ -313,7 +391,7 @@ def test_a_classifier_does_not_answer() -> None:
 
 # Files --------------------------------------------------------------------------------------------
 
-ROWS = [Row({"prompt": f"p{number}", "id": number}, f"x:{number}") for number in range(4)]
+ROWS = [DataRow({"prompt": f"p{number}", "id": number}, f"x:{number}") for number in range(4)]
 
 
 def test_a_file_of_answers_goes_on_after_an_interruption(tmp_path) -> None:
@@ -347,7 +425,7 @@ def test_a_file_of_answers_goes_on_after_an_interruption(tmp_path) -> None:
 def test_lines_end_where_jsonl_has_them_end(tmp_path) -> None:
     """Other characters end lines for Python's str, such as those that JSON leaves as they are."""
     odd = "a\u2028b\u2029c\u0085d\x0be"
-    rows = [Row({"prompt": f"{odd} {number}"}, f"x:{number}") for number in range(6)]
+    rows = [DataRow({"prompt": f"{odd} {number}"}, f"x:{number}") for number in range(6)]
     out = tmp_path / "a.jsonl"
 
     def write(stop_at):

@@ -89,7 +89,9 @@ def _in_rows(
     batch_size: int,
     first: int,
 ) -> Iterator[Answer]:
-    batch, ends, most = Rows(model), end_ids(model, tokenizer), context_of(model)
+    from .slots import rows_for
+
+    batch, ends, most = rows_for(model), end_ids(model, tokenizer), context_of(model)
     waiting = [
         (
             Row(ids, sampling.chooser(number), _room(sampling, ids, most), ends),
@@ -126,13 +128,15 @@ def streamed(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], sampling: Sampling
 ) -> Iterator[str]:
     """Yield an answer to a prompt of token ids in pieces of text, as they come."""
+    from .slots import rows_for
+
     _refuse_silent(model)
     _tell_of_length(model, [ids], sampling)
     with evaluating(model), _silent():
         if not takes_rows(model):
             yield next(_one_by_one(model, tokenizer, [ids], sampling)).text
             return
-        batch, text = Rows(model), TextSoFar(tokenizer, sampling.stop)
+        batch, text = rows_for(model), TextSoFar(tokenizer, sampling.stop)
         ends = end_ids(model, tokenizer)
         row = Row(ids, sampling.chooser(), _room(sampling, ids, context_of(model)), ends)
         batch.add([row])

@@ -70,13 +70,17 @@ class Rows:
 
     Args:
         model: in evaluation mode, see `takes_rows`.
+
+    Attributes:
+        rows: those that are not done.
+        device: where they are computed.
     """
 
     def __init__(self, model: nn.Module) -> None:
         from transformers import DynamicCache
 
         self._model = base_of(model)
-        self._device = device_of(model)
+        self.device = device_of(model)
         self._takes = inspect.signature(type(self._model).forward).parameters
         self._cache: Any = DynamicCache()
         self._mask: Any = None  # [rows, length], 1 where a row has a token
@@ -88,23 +92,27 @@ class Rows:
 
         if not rows:
             return
-        ids = padded([list(row.prompt) for row in rows], 0, left=True).to(self._device)
-        mask = padded([[1] * len(row.prompt) for row in rows], 0, left=True).to(self._device)
+        ids = padded([list(row.prompt) for row in rows], 0, left=True).to(self.device)
+        mask = padded([[1] * len(row.prompt) for row in rows], 0, left=True).to(self.device)
         cache: Any = DynamicCache()
         self._choose(rows, self._forward(ids, mask, cache))
+        self._enter(rows, mask, cache)
+        self.rows += rows
+        self._drop_done()
+
+    def _enter(self, rows: Sequence[Row], mask: Tensor, cache: Any) -> None:
+        """Put what was computed of new rows beside that of the others."""
         self._mask = mask if not self.rows else _joined_masks(self._mask, mask)
         if self.rows:
             _join(self._cache, cache)
         else:
             self._cache = cache
-        self.rows += rows
-        self._drop_done()
 
     def step(self) -> None:
         """Choose one more token for each row; those that are done leave."""
         import torch
 
-        last = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self._device)
+        last = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.device)
         self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
         self._choose(self.rows, self._forward(last, self._mask, self._cache))
         self._drop_done()

@@ -130,8 +130,10 @@ class Worker:
                 job.tell(Event(STOPPING, "error"))
 
     def _together(self) -> None:
+        from ..generation.slots import rows_for
+
         ends = end_ids(self._model, self.tokenizer)
-        batches = {name: _Batch(Rows(self._model), self.tokenizer, ends) for name in self.names}
+        batches = {name: _Batch(rows_for(self._model), self.tokenizer, ends) for name in self.names}
         while not self._stopped.is_set():
             busy = sum(len(batch.jobs) for batch in batches.values())
             for job in self._new(not busy, self._max_batch - busy):
