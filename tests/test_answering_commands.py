@@ -21,8 +21,8 @@ def say(capsys, monkeypatch, tmp_path):
     """Run a command with lines on stdin; returns code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments, lines=""):
-        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    def call(*arguments, lines="", **given):
+        monkeypatch.setattr("sys.stdin", given.get("stdin", io.StringIO(lines)))
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             cli.main([*map(str, arguments)])
@@ -89,7 +89,7 @@ def test_the_prompts_are_not_written_over(say, tmp_path) -> None:
     file.write_text('{"prompt": "x"}\n{"prompt": "long "}\n', encoding="utf-8")
     code, _, err = say("generate", MODEL, "--file", file, "--out", file, "--overwrite")
     assert code == 2
-    assert "--out is the file of prompts" in err
+    assert "it is the file of prompts" in err
     assert len(file.read_text(encoding="utf-8").splitlines()) == 2
 
 
@@ -126,6 +126,22 @@ def test_a_chat(say, expected) -> None:
         assert words in err
     code, out, _ = say("chat", MODEL, *SHORT, lines=f"/system def f(x):\n{QUESTION}\n/exit\nmore\n")
     assert (code, out) == (0, f"{expected[2]}\n")
+
+
+def test_what_is_no_text_is_told(say) -> None:
+    lines = b"he\xff\xfello\n/x\xff\n/set seed " + b"9" * 5000 + b"\n/set top_p '['\n/help\n"
+    for command in (("generate", MODEL, "-p", "-", *SHORT), ("chat", MODEL, *SHORT)):
+        given = io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8")
+        code, out, err = say(*command, stdin=given)
+        assert "half a surrogate pair" in err
+        assert "not expected" not in err, err
+        assert out == ""
+        assert code == (1 if command[0] == "generate" else 0)
+    assert "there is no /x\\udcff" in err
+    assert "this number is too long" in err
+    assert "forget the chat" in err, "it goes on after each of them"
+    code, out, err = say("chat", MODEL, *SHORT, stdin=None)
+    assert (code, out) == (0, ""), "a closed stdin is an empty one"
 
 
 def test_serve_until_it_is_told_to_stop(expected, tmp_path) -> None:

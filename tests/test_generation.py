@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from contextlib import suppress
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from transformers import (
 import quantadapt as qa
 from quantadapt import demo
 from quantadapt.data.files import Row as DataRow
-from quantadapt.errors import DataError, ModelError, OutputError, SpecError
+from quantadapt.errors import DataError, ModelError, NumbersError, OutputError, SpecError
 from quantadapt.evaluation.predictions import evaluating
 from quantadapt.generation import (
     Answer,
@@ -34,7 +35,7 @@ from quantadapt.generation import (
     slots,
     streamed,
 )
-from quantadapt.generation.files import answer_file, read_prompts
+from quantadapt.generation.files import answer_file, problems_of, read_prompts
 from quantadapt.generation.rows import Row, Rows
 from quantadapt.generation.sampling import Chooser
 from quantadapt.generation.slots import SlotRows, takes_slots
@@ -465,3 +466,75 @@ def test_prompts_are_read_from_files(tmp_path) -> None:
     file.write_text('{"question": "x"}\n', encoding="utf-8")
     with pytest.raises(DataError, match="no known columns, found 'question'"):
         read_prompts(str(file))
+
+
+@pytest.mark.parametrize("text", ["notes, without an end", "notes\nof somebody\n", '{"a": 1}'])
+def test_what_somebody_else_wrote_is_never_written_over(tmp_path, text) -> None:
+    out, partial = tmp_path / "a.jsonl", tmp_path / "a.jsonl.partial"
+    partial.write_text(text)
+    for overwrite in (False, True):
+        wanted = answer_file(out, ROWS, {}, overwrite=overwrite)
+        with pytest.raises(OutputError, match="something else is there"):
+            wanted.__enter__()
+        assert [p.what for p in problems_of(out, None, overwrite=overwrite)]
+        assert partial.read_text() == text
+
+
+def test_lines_that_were_lost_are_answered_again(tmp_path) -> None:
+    """As after a power failure: the second of three lines never reached the disk."""
+    out, partial = tmp_path / "a.jsonl", tmp_path / "a.jsonl.partial"
+    with suppress(KeyboardInterrupt), answer_file(out, ROWS, {}) as file:
+        for row in ROWS[:2]:
+            file.add(row, Answer("x", 1, 1, "stop"))
+        raise KeyboardInterrupt
+    lines = partial.read_bytes().splitlines(keepends=True)
+    partial.write_bytes(lines[0] + lines[1] + bytes(len(lines[2]) - 1) + b"\n")
+    with answer_file(out, ROWS, {}) as file:
+        assert file.done == 1
+        for row in ROWS[1:]:
+            file.add(row, Answer("y", 1, 1, "stop"))
+    assert [json.loads(line)["answer"] for line in out.read_text().splitlines()] == [
+        "x", *"y" * (len(ROWS) - 1)
+    ]  # fmt: skip
+    partial.write_bytes(lines[0][:9])  # killed as the first line was written
+    with answer_file(out, ROWS, {}, overwrite=True) as file:
+        assert file.done == 0
+        for row in ROWS:
+            file.add(row, Answer("z", 1, 1, "stop"))
+    assert not partial.exists()
+
+
+def test_what_cannot_become_an_answers_file_is_told_at_once(tmp_path) -> None:
+    (tmp_path / "folder").mkdir()
+    prompts = tmp_path / "a.jsonl.partial"
+    prompts.write_text('{"prompt": "x"}\n')
+    cases = {
+        tmp_path / "folder": "a folder is in the way",
+        prompts: "the file of prompts",
+        tmp_path / "a.jsonl": "the file of prompts",  # answers are written there in the making
+        prompts / "x.jsonl": "is a file",
+    }
+    for path, words in cases.items():
+        found = problems_of(path, str(prompts), overwrite=True)
+        assert words in " ".join(problem.what for problem in found), path
+    assert problems_of(tmp_path / "new" / "b.jsonl", str(prompts)) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 0}])
+def test_a_number_that_is_none_is_no_answer(family, value, options) -> None:
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
+    with torch.no_grad():  # finite weights may do this as well: these are the logits alone
+        model.get_output_embeddings().weight[7] = value
+    sampling = Sampling(max_new_tokens=3, **options)
+    with pytest.raises(NumbersError, match="no numbers"):
+        list(answers(model, Ids(), prompts(2), sampling))
+    with pytest.raises(NumbersError, match="no numbers"):
+        list(streamed(model, Ids(), prompts(1)[0], sampling))
+
+
+def test_text_that_cannot_be_encoded_is_told(tokenizer) -> None:
+    for layout in ("text", "chat", "instruction"):
+        with pytest.raises(DataError, match="half a surrogate pair"):
+            PromptWriter(tokenizer, layout).ids("a\ud800")

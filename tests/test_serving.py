@@ -70,6 +70,7 @@ def client(address):
 
 
 PROMPT = "def add(a, b):\n"
+JSON = {"Content-Type": "application/json"}
 CHAT = [{"role": "user", "content": "Add a and b."}]
 
 
@@ -181,6 +182,29 @@ def test_rubbish_is_no_harm(address, body) -> None:
     assert found.json()["error"]["type"] == "invalid_request_error"
     assert httpx.get(f"{address}/bogus").status_code == 404
     assert httpx.get(address.replace("/v1", "/health")).json() == {"status": "ok"}
+
+
+def test_text_that_cannot_be_encoded_is_told(address) -> None:
+    for prompt in ("a\ud800", ["b", "\udcff"]):
+        asked = json.dumps({"model": "base", "prompt": prompt})
+        found = httpx.post(f"{address}/completions", content=asked, headers=JSON)
+        assert found.status_code == 400, found.text
+        assert "half a surrogate pair" in found.text
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_numbers_that_are_none_are_no_answer(model, tokenizer, temperature) -> None:
+    weight = model.get_base_model().model.norm.weight.data
+    kept = weight.clone()
+    weight[0] = float("nan")
+    asked = {"model": "tuned", "prompt": PROMPT, "temperature": temperature}
+    try:
+        with serving(model, tokenizer) as address:
+            found = httpx.post(f"{address}/completions", json=asked)
+    finally:
+        weight.copy_(kept)
+    assert found.status_code == 500
+    assert "NaN or infinity" in found.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [True, False])

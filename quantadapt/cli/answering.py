@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import io
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_type_hints
 
 import typer
 
@@ -77,6 +79,14 @@ def _flag(name: str) -> inspect.Parameter:
 
 def _number(annotation: Any) -> type[int] | type[float]:
     return float if annotation is float else int
+
+
+def stdin() -> TextIO:
+    """Return stdin, or nothing where it is closed. Bytes that are no UTF-8 become halves of
+    surrogate pairs, which prompts are refused for in words."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return sys.stdin or io.StringIO()
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from ..generation.sampling import Sampling
 from ..remote_code import trusting
-from .answering import BareOption, LayoutOption, with_sampling_flags
+from .answering import BareOption, LayoutOption, stdin, with_sampling_flags
 from .commands import add
 from .evaluate import PathArgument
 from .flags import DeviceOption, ForceBaseOption, TrustOption
@@ -89,7 +88,8 @@ class Talk:
 
     def go_on(self) -> None:
         """Read and answer until there is nothing more to read."""
-        while (line := self._read()) is not None:
+        given = stdin()
+        while (line := self._read(given)) is not None:
             if line.startswith("/"):
                 name, _, rest = line.partition(" ")
                 if name in ("/exit", "/quit"):
@@ -98,11 +98,11 @@ class Talk:
             elif line.strip():
                 self._ask(line)
 
-    def _read(self) -> str | None:
+    def _read(self, given: TextIO) -> str | None:
         try:
-            if sys.stdin.isatty():
+            if given.isatty():
                 return self.shown.err.input("[bold]>[/bold] ")
-            line = sys.stdin.readline()
+            line = given.readline()
             return line.rstrip("\n") if line else None
         except EOFError:
             return None
@@ -148,7 +148,7 @@ class Talk:
 
     def _set(self, text: str) -> None:
         from ..errors import SpecError
-        from ..inputs.plain_yaml import parse
+        from ..inputs.plain_yaml import YAMLError, parse
 
         try:
             name, value = shlex.split(text)
@@ -158,7 +158,7 @@ class Talk:
         try:
             read = [value] if name == "stop" else parse(value)
             self.sampling = Sampling(**{**self.sampling.model_dump(), name: read})
-        except SpecError as error:
+        except (SpecError, YAMLError) as error:
             self._say(str(error))
 
     def _again(self, _: str) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..remote_code import trusting
-from .answering import BareOption, LayoutOption, with_sampling_flags
+from .answering import BareOption, LayoutOption, stdin, with_sampling_flags
 from .commands import add
 from .evaluate import PathArgument
 from .flags import DeviceOption, ForceBaseOption, JsonOption, TrustOption
@@ -99,6 +98,7 @@ def _check(
 ) -> None:
     from ..errors import Problem, SpecError
     from ..folders.lock import refuse_in_use
+    from ..generation.files import problems_of
 
     problems = []
     if bool(prompt) == bool(file):
@@ -108,20 +108,12 @@ def _check(
         problems.append(Problem("--out takes the answers to a --file", "leave it out", "--out"))
     if out is not None and json:
         problems.append(Problem("--out has JSON lines in any case", "leave --json out", "--json"))
-    if out is not None and out.expanduser().exists() and not overwrite:
-        fix = "choose another name, or pass --overwrite"
-        problems.append(Problem("the file is there already", fix, str(out)))
-    if out is not None and file and out.expanduser().exists() and _is(out, file):
-        problems.append(Problem("--out is the file of prompts", "choose another name", str(out)))
+    if out is not None:
+        problems += problems_of(out.expanduser(), file, overwrite=overwrite)
     if problems:
         raise SpecError(problems)
     if out is not None:
         refuse_in_use(out.expanduser())
-
-
-def _is(out: Path, file: str) -> bool:
-    path = Path(file).expanduser()
-    return path.exists() and out.expanduser().samefile(path)
 
 
 def _prompts(prompts: list[str], file: str | None) -> list[tuple[Any, Any]]:
@@ -134,7 +126,7 @@ def _prompts(prompts: list[str], file: str | None) -> list[tuple[Any, Any]]:
             return list(read_prompts(file))
         except DataError as error:  # nothing was loaded yet
             raise SpecError(error.problems) from None
-    return [(None, sys.stdin.read().strip() if text == "-" else text) for text in prompts]
+    return [(None, stdin().read().strip() if text == "-" else text) for text in prompts]
 
 
 def _ids(asked: Asked, found: list[tuple[Any, Any]]) -> list[list[int]]:

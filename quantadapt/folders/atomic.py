@@ -144,13 +144,15 @@ def put_back(folder: str | Path) -> Path:
     return path
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+def write_atomic(path: Path, contents: str | bytes) -> None:
+    """Write a file, whole or not at all; text as UTF-8."""
+    if isinstance(contents, str):
+        contents = contents.encode("utf-8", "backslashreplace")
     temporary = _beside(path, "tmp")
     with in_words(path):
         try:
             with temporary.open("xb") as file:
-                file.write(text.encode("utf-8", "backslashreplace"))
+                file.write(contents)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -14,7 +14,7 @@ from ..data.tokens import Prompt, encode_prompt
 from ..errors import DataError, ModelError, warn
 from ..evaluation.predictions import device_of, evaluating, is_encoder_decoder
 from .rows import Row, Rows, base_of, takes_rows
-from .sampling import Sampling
+from .sampling import Sampling, refuse_no_number
 from .text import TextSoFar
 
 if TYPE_CHECKING:
@@ -201,6 +201,7 @@ def _one_by_one(
     """Yield the answers of transformers' own `generate`: encoder-decoder models, and those whose
     state is not keys and values alone."""
     import torch
+    from transformers import LogitsProcessorList
 
     encoder_decoder, eos = is_encoder_decoder(model), tokenizer.eos_token_id
     for number, ids in enumerate(prompts, first):
@@ -215,6 +216,7 @@ def _one_by_one(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
                 generation_config=config,
+                logits_processor=LogitsProcessorList([_checked]),
                 tokenizer=tokenizer if sampling.stop else None,
             )
         new = output[0, 0 if encoder_decoder else len(ids) :].tolist()
@@ -222,6 +224,12 @@ def _one_by_one(
         text.add(new, last=True)
         ended = text.ended or new[-1:] == [eos]
         yield Answer(text.text, len(new), len(ids), "stop" if ended else "length")
+
+
+def _checked(_: Any, logits: Any) -> Any:
+    """Return logits as they are. Raises NumbersError."""
+    refuse_no_number(float(logits.max()))
+    return logits
 
 
 def _config(model: Any, sampling: Sampling, eos: int | None) -> Any:

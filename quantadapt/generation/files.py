@@ -12,18 +12,21 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
 from ..data.files import Row, kind_of
 from ..data.formats import text_in
 from ..data.sources import read_source
-from ..errors import DataError, OutputError
-from ..folders.atomic import in_words, locked, sync_folder
+from ..errors import DataError, OutputError, Problem
+from ..folders.atomic import in_words, locked, refuse_unwritable, write_atomic
 from .answers import Answer
 from .prompts import Turns
 
 ANSWER = "answer"
+_HEAD = b'{"answers_to": "'
+"""How the first line of a `.partial` begins."""
 _COLUMNS = "recognized columns are: prompt; messages; instruction (+ input)"
 
 
@@ -70,6 +73,31 @@ def _open(turns: list[Any], name: str, where: str) -> Turns:
     return turns[:-1] if last.get("role") == "assistant" else turns
 
 
+def problems_of(path: Path, prompts: str | None, *, overwrite: bool = False) -> list[Problem]:
+    """Return what keeps `path` from becoming the answers to the file `prompts`, as far as that
+    shows before anything is answered."""
+    taken, found = os.path.lexists(path), list[Problem]()
+    if path.is_dir():
+        found.append(Problem("a folder is in the way", "choose another name", str(path)))
+    elif taken and not overwrite:
+        fix = "choose another name, or pass --overwrite"
+        found.append(Problem("the file is there already", fix, str(path)))
+    read = Path(prompts or "").expanduser()
+    for ours in (path, _partial(path)):
+        if prompts and os.path.exists(ours) and os.path.exists(read) and ours.samefile(read):
+            found.append(Problem("it is the file of prompts", "choose another name", str(ours)))
+    try:
+        refuse_unwritable(path.parent if taken else path)
+        _lines_of(_partial(path))
+    except OutputError as error:
+        found += error.problems
+    return found
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
 @dataclass
 class AnswerFile:
     """An answers file in the making.
@@ -104,10 +132,11 @@ def answer_file(
         overwrite: replace an earlier file, or begin anew what was begun with something else.
 
     Raises:
-        OutputError: it is there already, or was begun with something else.
+        OutputError: it is there already, or was begun with something else, or by somebody else.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    head = json.dumps({**made_with, "prompts": _checksum(rows)}, sort_keys=True, default=str)
+    partial = _partial(path)
+    made = {"answers_to": _checksum(rows), "made_with": made_with}
+    head = json.dumps(made, sort_keys=True, default=str)
     with locked(path), in_words(path):
         if path.exists() and not overwrite:
             fix = "choose another name, or pass --overwrite"
@@ -129,11 +158,9 @@ def answer_file(
 
 def _begun(partial: Path, head: str, overwrite: bool) -> list[bytes]:
     """Return the whole lines that an interrupted call wrote with the same prompts and options."""
-    if not partial.exists():
-        return []
-    lines = [line + b"\n" for line in partial.read_bytes().split(b"\n")[:-1]]
-    if lines and lines[0] == f"{head}\n".encode():
-        return lines
+    lines = _lines_of(partial)
+    if lines[:1] == [f"{head}\n".encode()]:
+        return [lines[0], *takewhile(_is_answer, lines[1:])]
     if lines and not overwrite:
         what = "answers were begun with another model, other prompts or other options"
         fix = "go on with those, remove the file, or pass --overwrite"
@@ -141,17 +168,43 @@ def _begun(partial: Path, head: str, overwrite: bool) -> list[bytes]:
     return []
 
 
+def _lines_of(partial: Path) -> list[bytes]:
+    """Return the whole lines of a file that was begun here; of one that is not there, none.
+
+    Raises:
+        OutputError: what lies there was not written here, and is not written over.
+    """
+    if not os.path.lexists(partial):
+        return []
+    begun = partial.read_bytes() if partial.is_file() else b"?"
+    head, end, _ = begun.partition(b"\n")
+    if _is_head(head) if end else head[: len(_HEAD)] == _HEAD[: len(head)]:
+        return begun.splitlines(keepends=True)[: begun.count(b"\n")]
+    what = "answers are written there as they are made, and something else is there"
+    raise OutputError(what, fix="move it away, or choose another name", where=str(partial))
+
+
+def _is_head(line: bytes) -> bool:
+    return line.startswith(_HEAD) and _object(line) is not None
+
+
+def _is_answer(line: bytes) -> bool:
+    """Say whether a line is whole; after a power failure it need not be."""
+    found = _object(line)
+    return found is not None and ANSWER in found
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def _finish(partial: Path, path: Path) -> None:
     """Write all but the first line of `partial` under the name of `path`."""
-    whole = path.with_name(f".{path.name}.tmp")
-    with partial.open("rb") as source, whole.open("wb") as target:
-        source.readline()
-        for line in source:
-            target.write(line)
-        target.flush()
-        os.fsync(target.fileno())
-    os.replace(whole, path)
-    sync_folder(path.parent)
+    write_atomic(path, partial.read_bytes().partition(b"\n")[2])
     partial.unlink()
 
 

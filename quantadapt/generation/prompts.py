@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..data.chats import open_chat
+from ..data.formats import checked_text
 from ..data.tokens import Prompt, encode_prompt
 from ..errors import DataError
 from ..inputs.documents import read_object
@@ -59,7 +60,8 @@ class PromptWriter:
         """Return the token ids of a text, or of the turns of a chat.
 
         Raises:
-            DataError: the turns are no chat, or there is nothing to go on from.
+            DataError: the turns are no chat, the text is no text that can be encoded, or there is
+                nothing to go on from.
         """
         found = encode_prompt(self.tokenizer, self._prompt(asked))
         if not found:
@@ -70,6 +72,7 @@ class PromptWriter:
         if isinstance(asked, Prompt):
             return asked
         if isinstance(asked, str):
+            checked_text(asked, "the text", "prompt")
             if self.layout in ("text", None):
                 return asked
             asked = [{"role": "user", "content": asked}]

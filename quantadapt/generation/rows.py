@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.batches import padded
 from ..evaluation.predictions import device_of, is_encoder_decoder
-from .sampling import Chooser
+from .sampling import Chooser, refuse_no_number
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -127,9 +127,10 @@ class Rows:
         self.rows, self._mask = [], None
 
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> None:
-        best = logits.argmax(-1).tolist()  # one transfer for all that are greedy
-        for row, scores, token in zip(rows, logits, best, strict=True):
+        tops, best = (found.tolist() for found in logits.max(-1))  # at once for all
+        for row, scores, top, token in zip(rows, logits, tops, best, strict=True):
             try:
+                refuse_no_number(top)
                 greedy = row.choose.sampling.is_greedy
                 row.take(token if greedy else row.choose(scores, [*row.prompt, *row.tokens]))
             except Exception as error:  # of one row: the others go on

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
-from ..errors import Problem, SpecError, did_you_mean
+from ..errors import NumbersError, Problem, SpecError, did_you_mean
 from ..protocols import Options
 from ..spec import wrong_value
 
@@ -67,6 +68,15 @@ def _problem(detail: dict[str, Any]) -> Problem:
         hint = did_you_mean(where, Sampling.model_fields)
         return Problem(f"there is no option {where!r} for answers", hint, where)
     return wrong_value(detail, where)
+
+
+def refuse_no_number(highest: float) -> None:
+    """Raise NumbersError where the highest of the logits is NaN, as it is where one of them is, or
+    infinity: any token would do then."""
+    if not math.isfinite(highest):
+        what = "the model predicts values that are no numbers (NaN or infinity)"
+        fix = "use a model whose weights are whole, in the dtype that it is made for"
+        raise NumbersError(what, fix=fix)
 
 
 class Chooser:
