@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 import struct
 import sys
 from collections.abc import Iterator
@@ -499,3 +501,76 @@ def test_the_yaml_comes_back(tmp_path) -> None:
     again = qa.Spec.load(tmp_path / "a.yaml")
     assert yaml.safe_load(again.to_yaml()) == yaml.safe_load(text)
     assert again.export.formats[0].options == {"base": "o/n"}
+
+
+HANDED_ON = {
+    "adapter": (),
+    "hub": ("--set", "repo=me/it", "--set", "dry_run=true", "--set", "base=me/base"),
+    "vllm": ("--set", "content=adapter"),
+    "onto-base": (),
+}
+
+
+@pytest.fixture(scope="module")
+def nf4_adapter(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("nf4")
+    save(qa.attach(qa.quantize(small_model(), "bnb-nf4", device="cpu"), r=2), folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", HANDED_ON)
+@pytest.mark.parametrize("kind", ["file", "folder", "pipe"])
+def test_what_a_link_leads_to_is_never_handed_on(
+    name, kind, nf4_adapter, run_cli, tmp_path
+) -> None:
+    """A downloaded adapter could have any file of its user's pushed to the hub."""
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "tokens.json").write_text('{"key": "very secret"}')
+    shutil.copytree(nf4_adapter, tmp_path / "downloaded")
+    adapter = tmp_path / "downloaded" / "adapter"
+    if kind == "pipe":
+        os.mkfifo(adapter / "tokens.fifo")
+    else:
+        (adapter / "tokens").symlink_to(private / "tokens.json" if kind == "file" else private)
+    out = tmp_path / "out"
+    base = ("--set", f"base={small_model()}") if name == "onto-base" else ()
+    options = ("--output", out, "--device", "cpu", *HANDED_ON[name], *base)
+    code, _, shown = run_cli("export", adapter, name, *options)
+    files = [file for file in out.rglob("*") if file.is_file()]
+    assert not any(b"very secret" in file.read_bytes() for file in files)
+    if (name, kind) == ("onto-base", "pipe"):
+        assert code == 0, "it copies the files that it knows"
+        return
+    assert code == 1
+    assert ("leads out of the folder" if kind != "pipe" else "no file that could be") in shown
+    assert not files
+
+
+def test_a_link_inside_and_the_cache_of_the_hub_are_no_way_out(
+    nf4_adapter, run_cli, tmp_path
+) -> None:
+    snapshot = tmp_path / "models--me--it" / "snapshots" / "0123"
+    shutil.copytree(nf4_adapter / "adapter", snapshot)
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir()
+    for file in snapshot.iterdir():
+        file.rename(blobs / file.name)
+        file.symlink_to(f"../../blobs/{file.name}")
+    (snapshot / "again.json").symlink_to("adapter_config.json")
+    code, _, shown = run_cli("export", snapshot, "adapter", "--output", tmp_path / "out")
+    assert code == 0, shown
+    made = tmp_path / "out" / "adapter"
+    assert not any(file.is_symlink() for file in made.iterdir())
+    weights = "adapter_model.safetensors"
+    assert (made / weights).read_bytes() == (blobs / weights).read_bytes()
+
+
+def test_a_damaged_file_beside_an_adapter_is_named(nf4_adapter, run_cli, tmp_path) -> None:
+    shutil.copytree(nf4_adapter, tmp_path / "mine")
+    (tmp_path / "mine" / "adapter" / "notes.json").write_text("{no json")
+    options = ("--output", tmp_path / "out", *HANDED_ON["hub"])
+    code, _, shown = run_cli("export", tmp_path / "mine" / "adapter", "hub", *options)
+    assert code == 1
+    assert "notes.json: not valid JSON" in shown
+    assert "tell its authors" not in shown

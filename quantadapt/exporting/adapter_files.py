@@ -4,7 +4,9 @@ numbers."""
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 from ..errors import ModelError, QuantadaptError
 from ..inputs.documents import odd_numbers, read_object, reason, shown
 from ..inputs.patterns import pattern_problems
-from ..inputs.weights import file_in, read_header, refuse_pickles
+from ..inputs.weights import file_in, read_header, refuse_link_out, refuse_pickles
 from ..paths import ADAPTER_CONFIG
 from ..planning.peft_options import INTERNAL, Option, peft_options
 from ..records import Adapter
@@ -39,6 +41,28 @@ def configs_to_note(folder: Path, active: Sequence[str]) -> dict[str, dict[str, 
         name: {key: value for key, value in config.items() if key not in INTERNAL}
         for name, config in configs.items()
     }
+
+
+def copy_files(source: Path, target: Path, *, leave_out: Container[str] = ()) -> None:
+    """Copy the files below a folder that others may have made.
+
+    Raises:
+        ModelError: one is a link that leads out of it, whose contents are not meant to be handed
+            on, or is no file, as a pipe, which may never end.
+    """
+    for root, folders, names in os.walk(source):
+        above = Path(root)
+        for name in (*folders, *names):
+            refuse_link_out(above / name, source)
+        into = target / above.relative_to(source)
+        into.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            if name in leave_out:
+                continue
+            if not (above / name).is_file():
+                what = f"{name} is no file that could be copied"
+                raise ModelError(what, fix="remove it", where=root)
+            shutil.copy2(above / name, into / name)
 
 
 def check_adapters(folder: Path, manifest: Mapping[str, Any], adapter: Adapter) -> None:

@@ -13,10 +13,11 @@ from pydantic import Field
 from ..capabilities import Cell
 from ..errors import ModelError, Problem
 from ..folders.written import LIST
-from ..inputs.documents import reason
+from ..inputs.documents import read_object, reason
 from ..paths import MANIFEST
 from ..protocols import Figure
 from ..records import Adapter, Backend
+from .adapter_files import copy_files
 from .card import Content, is_local, public_name, write_card
 from .content import ContentExport
 from .manifest import BASE
@@ -105,14 +106,11 @@ class Hub(ContentExport):
         return figures
 
     def _write_adapter(self, tuned: Tuned, folder: Path) -> None:
-        import shutil
-
         if (tuned.adapter.parent / BASE / MANIFEST).exists():
             what = "the adapter's base was made here, from data or by its start, and lies beside it"
             fix = "push the merged model, content=merged"
             raise ModelError(what, fix=fix, where=str(tuned.adapter))
-        left_out = shutil.ignore_patterns(*_LEFT_OUT)
-        shutil.copytree(tuned.adapter, folder, dirs_exist_ok=True, ignore=left_out)
+        copy_files(tuned.adapter, folder, leave_out=_LEFT_OUT)
 
     def _push(self, folder: Path) -> None:
         """Push the folder. Raises ModelError, which never holds the token."""
@@ -141,10 +139,10 @@ def _is_offline() -> bool:
 
 def without_paths(folder: Path, base: str) -> None:
     """Have the JSON files in `folder` name the base `base`, and no local path."""
-    for file in folder.glob("*.json"):
+    for file in folder.rglob("*.json"):  # further adapters have folders of their own
         if file.name == "tokenizer.json" or file.stat().st_size > 2**20:
             continue
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_object(file, fix="remove it: nothing reads it")
         if _renamed(values, base):
             file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
 

@@ -21,6 +21,7 @@ from ..capabilities import Cell
 from ..dependencies import in_turn
 from ..errors import MergeRefused, Problem
 from ..inputs.fingerprints import Fingerprint, fingerprint_of
+from ..inputs.weights import refuse_link_out
 from ..machine import this_machine
 from ..paths import INDEX
 from ..planning.on_disk import check_model
@@ -249,5 +250,6 @@ def _copy_rest(source: Path, adapter: Path, folder: Path) -> None:
     files = [f for f in source.iterdir() if f.suffix in wanted and f.name not in (INDEX, MANIFEST)]
     files += [f for f in adapter.iterdir() if "token" in f.name or f.suffix == ".jinja"]
     for file in files:
+        refuse_link_out(file, file.parent)
         if file.is_file():
             shutil.copy(file, folder / file.name)

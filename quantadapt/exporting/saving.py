@@ -39,6 +39,7 @@ from .adapter_files import (
     CONFIG,
     check_adapters,
     configs_to_note,
+    copy_files,
     peft_in_words,
     refuse_not_trained,
 )
@@ -218,13 +219,13 @@ class AdapterFolder(Exporter):
     def write(self, tuned: Tuned, folder: Path) -> Mapping[str, Figure]:
         base = tuned.adapter.parent / BASE
         if folder != tuned.adapter:
-            shutil.copytree(tuned.adapter, folder, dirs_exist_ok=True)
+            copy_files(tuned.adapter, folder)
             final = folder.parent / BASE
             if (base / MANIFEST).exists() and not _base_id(base) == _base_id(final) != "":
                 # There is an adapter only where it may be replaced, and its base with it.
                 replaces = (folder.parent / ADAPTER).exists()
                 with atomic_folder(final, overwrite=replaces) as beside:
-                    shutil.copytree(base, beside, dirs_exist_ok=True)
+                    copy_files(base, beside)
         elif (metrics := tuned.metrics) is not None:  # in a run, once there are figures
             with atomic_folder(folder, overwrite=True) as again:  # so that its list is right always
                 shutil.copytree(folder, again, dirs_exist_ok=True, copy_function=_linked)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,8 +17,8 @@ from ..inputs.documents import read_object
 from ..planning.on_disk import quantization_of
 from ..protocols import Figure
 from ..records import Adapter, Backend, Serving
-from .adapter_files import CONFIG
-from .card import is_local
+from .adapter_files import CONFIG, copy_files
+from .card import README, is_local
 from .content import ContentExport
 from .hub import without_paths
 from .saving import write_base
@@ -89,7 +88,7 @@ class Vllm(ContentExport):
             without_paths(folder, "")
         text = json.dumps({**served, "examples": expected}, indent=1)
         (folder / EXPECTED).write_text(text + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_readme(served, tuned.manifest), encoding="utf-8")
+        (folder / README).write_text(_readme(served, tuned.manifest), encoding="utf-8")
         return figures
 
     def _write_pair(self, tuned: Tuned, folder: Path) -> dict[str, Any]:
@@ -98,9 +97,7 @@ class Vllm(ContentExport):
         from ..quantizing.state import state_of
 
         source = tuned.manifest["base"]
-        shutil.copytree(
-            tuned.adapter, folder / ADAPTER, ignore=shutil.ignore_patterns(LIST, "README.md")
-        )
+        copy_files(tuned.adapter, folder / ADAPTER, leave_out=(LIST, README))
         model = source
         if is_local(source) or not source or quantization_of(source) is None:
             model = BASE

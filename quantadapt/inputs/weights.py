@@ -50,16 +50,22 @@ def file_in(folder: Path, name: Any) -> Path:
         what = f"it names a file {shown(name)}, which is no plain file name"
         raise ModelError(what, fix="do not use it: no model needs that", where=where)
     file: Path = folder / name
+    refuse_link_out(file, folder)
+    return file
+
+
+def refuse_link_out(file: Path, folder: Path) -> None:
+    """Raise ModelError where a file below `folder` is a link that leads out of that, see `file_in`;
+    what it leads to would be read, written or handed on in its place."""
     try:
         real, root = file.resolve(), folder.resolve()
     except (OSError, RuntimeError):
-        what = f"{name} is a link that leads nowhere"
-        raise ModelError(what, fix=_AGAIN, where=where) from None
+        what = f"{file.name} is a link that leads nowhere"
+        raise ModelError(what, fix=_AGAIN, where=str(folder)) from None
     if not real.is_relative_to(root) and not _in_cache(real, root):
-        what = f"{name} is a link that leads out of the folder, to {real}"
+        what = f"{file.name} is a link that leads out of the folder, to {real}"
         fix = "copy the file there, or pass the folder that holds it"
-        raise ModelError(what, fix=fix, where=where)
-    return file
+        raise ModelError(what, fix=fix, where=str(folder))
 
 
 def _in_cache(real: Path, root: Path) -> bool:
