@@ -26,14 +26,25 @@ PISSA = ("--adapter", "pissa", "--merge", "never")
 """A run that saves a base of its own beside the adapter."""
 
 
+ANSWERS = "answers.jsonl"
+EXPORTED = {
+    "gguf": (),
+    "gguf-adapter": (),
+    "ollama": (),
+    "vllm": ("--set", "content=merged"),
+    "hub": ("--set", "repo=me/it", "--set", "dry_run=true", "--set", "base=me/base"),
+}
+"""The exports that are tried, with options."""
+
+
 @dataclass
 class Command:
-    """A command that writes a folder.
+    """A command that writes a folder, or a file.
 
     Attributes:
         name: what it is called here.
         action: what it does.
-        output: the folder that it writes, in the root that is watched.
+        output: the folder or file that it writes, in the root that is watched.
         before: the folder of which `out` is a copy before it; None: there is nothing.
         again: what to try afterwards by name, the first that is not refused counts.
         result: returns what a folder holds that was written to its end, to be compared.
@@ -157,6 +168,13 @@ def tensors(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def contents(output: Path) -> dict[str, bytes]:
+    """Return the contents of a file, or of all below a folder."""
+    files = [output] if output.is_file() else sorted(output.rglob("*"))
+    found = [file for file in files if file.is_file()]
+    return {str(file.relative_to(output.parent)): file.read_bytes() for file in found}
+
+
 def pair(folder: Path) -> Any:
     """Return the tensors of an adapter and of the base beside it."""
     return tensors(folder / "adapter"), tensors(folder / "base")
@@ -197,6 +215,12 @@ def make_model(folder: Path, seed: int = 0) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def make_prompts(file: Path) -> None:
+    """Write four prompts."""
+    rows = ({"prompt": f"Line {i}", "id": i} for i in range(4))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def make_data(file: Path) -> None:
     """Write a dozen short texts."""
     rows = ({"text": f"Line {i}: " + "say it again. " * (1 + i % 3)} for i in range(12))
@@ -222,6 +246,7 @@ def make_inputs(bench: Bench) -> None:
     def make() -> int:
         make_model(inputs / "model")
         make_data(inputs / "data.jsonl")
+        make_prompts(inputs / "prompts.jsonl")
         return 0
 
     never, other = ("--merge", "never"), ("--seed", "1")
@@ -233,6 +258,8 @@ def make_inputs(bench: Bench) -> None:
         quantize(bench, inputs / "earlier-model", "--set", "group_size=16"),
         merge(bench, "earlier-run", inputs / "earlier-merge"),
         save(inputs / "model", inputs / "earlier-pair", seed=1),
+        answer(bench, inputs / "earlier-answers", "--max-new-tokens", "2"),
+        export(bench, "gguf", inputs / "earlier-gguf", "--set", "dtype=f32"),
     )
 
 
@@ -247,6 +274,19 @@ def merge(bench: Bench, run: str, folder: Path, *more: str) -> Action:
     data = str(bench.inputs / "data.jsonl")
     given = ("--output", str(folder), "--data", data, "--device", "cpu", *more)
     return cli("merge", str(bench.inputs / run), *given)
+
+
+def answer(bench: Bench, folder: Path, *more: str) -> Action:
+    """Return what answers the prompts into a file in `folder`."""
+    given = ("--file", str(bench.inputs / "prompts.jsonl"), "--out", str(folder / ANSWERS))
+    return cli("generate", str(bench.inputs / "model"), *given, "--device", "cpu", *more)
+
+
+def export(bench: Bench, name: str, folder: Path, *more: str) -> Action:
+    """Return what exports a run into `folder`."""
+    data = str(bench.inputs / "data.jsonl")
+    given = ("--output", str(folder), "--data", data, "--device", "cpu", *more)
+    return cli("export", str(bench.inputs / "run"), name, *given)
 
 
 def save(model: Path, folder: Path, seed: int = 0, overwrite: bool = False) -> Action:
@@ -299,6 +339,25 @@ def commands(bench: Bench) -> list[Command]:
     saving = save(inputs / "model", out, overwrite=True)
     before, then = inputs / "earlier-pair", {"save": saving}
     found.append(Command("save-overwrite", saving, out, before, then, pair, load(out)))
+    return found + others(bench)
+
+
+def others(bench: Bench) -> list[Command]:
+    """Return the commands that write what others read: answers, and exports."""
+    inputs, out, found = bench.inputs, bench.out, list[Command]()
+    few = ("--max-new-tokens", "3", "--batch-size", "1")
+    plain, anew = answer(bench, out, *few), answer(bench, out, *few, "--overwrite")
+    file, then = out / ANSWERS, {"generate": plain, "overwrite": anew}
+    found.append(Command("generate", plain, file, None, then, contents))
+    before, then = inputs / "earlier-answers", {"overwrite": anew}
+    found.append(Command("generate-overwrite", anew, file, before, then, contents))
+    for name, more in EXPORTED.items():
+        plain, anew = (export(bench, name, out, *more, *over) for over in ((), ("--overwrite",)))
+        made, then = out / name, {"export": plain, "overwrite": anew}
+        found.append(Command(f"export-{name}", plain, made, None, then, contents))
+    before, then = inputs / "earlier-gguf", {"overwrite": export(bench, "gguf", out, "--overwrite")}
+    anew = then["overwrite"]
+    found.append(Command("export-gguf-overwrite", anew, out / "gguf", before, then, contents))
     return found
 
 
@@ -403,7 +462,8 @@ def called_again(command: Command, root: Path) -> list[str]:
 def hidden(root: Path) -> list[str]:
     """Return what is left behind that nobody needs."""
     kept = (".log",)
-    names = [path.relative_to(root) for path in root.rglob(".*") if path.suffix not in kept]
+    found = [*root.rglob(".*"), *root.rglob("*.partial")]
+    names = [path.relative_to(root) for path in found if path.suffix not in kept]
     return [f"{name} is left" for name in names if name.parts[0] != SCRATCH]
 
 

@@ -160,7 +160,7 @@ def _others(bench: Bench, command: Command, at: int) -> Callable[[], list[str]]:
 
 def _is_locked(bench: Bench, pid: int) -> bool:
     """Say whether a lock below the root is held by this process and noted so."""
-    held = [file.read_text() for file in bench.root.glob(".*quantadapt-lock")]
+    held = [file.read_text() for file in bench.root.rglob(".*quantadapt-lock")]
     return any(f'"pid": {pid}' in text for text in held)
 
 
