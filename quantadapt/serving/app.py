@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import QuantadaptError
 from ..generation.prompts import PromptWriter
@@ -22,6 +23,7 @@ from .wire import ChatRequest, CompletionRequest, Reply, WrongRequest, error_doc
 from .worker import Event, Full, Job, Worker
 
 _MOST_BYTES = 2**24
+_TOO_LARGE = "the request is larger than 16 MiB"
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,13 @@ class Served:
 def create_app(served: Served) -> FastAPI:
     """Return the application; it starts the worker and stops it."""
     app = FastAPI(title="quantadapt", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(_AtMost, most=_MOST_BYTES)
     started = int(time.time())
 
     @app.middleware("http")
     async def checked(request: Request, call_next: Any) -> Response:
         if int(request.headers.get("content-length") or 0) > _MOST_BYTES:
-            return _refused(WrongRequest("the request is larger than 16 MiB", status=413))
+            return _refused(WrongRequest(_TOO_LARGE, status=413))
         if served.token and request.url.path != "/health" and not _shows(request, served.token):
             what = "show the server's token: Authorization: Bearer TOKEN"
             return _refused(WrongRequest(what, status=401, code="invalid_api_key"))
@@ -78,6 +81,8 @@ def create_app(served: Served) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def missing(_: Request, error: HTTPException) -> Response:
+        if error.status_code == 413:
+            return _refused(WrongRequest(_TOO_LARGE, status=413))
         what = f"{error.detail}; served are /v1/models, /v1/chat/completions and /v1/completions"
         return JSONResponse(error_document(what, error.status_code), error.status_code)
 
@@ -110,6 +115,27 @@ def create_app(served: Served) -> FastAPI:
         return await _answered(served, asked, Reply("text", asked.model), ids, request)
 
     return app
+
+
+class _AtMost:
+    """Refuses a body that has come to more than `most` bytes: one sent in pieces says before how
+    long it is to nobody."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.most:
+                raise HTTPException(413)
+            return message
+
+        await self.app(scope, counted, send)
 
 
 def _shows(request: Request, token: str) -> bool:
