@@ -403,7 +403,7 @@ def _combined(draft: Draft, made: Plan) -> Plan:
     draft.problems += _cell_problems(made)
     draft.problems += data_start_problems(made.adapter_options)
     if spec.train.merge_aware:
-        draft.problems += merge_aware_problems(cell, backend, made.quantizer, adapter, config)
+        draft.problems += merge_aware_problems(cell, backend, made.quantizer, adapter)
         draft.notes.append(MERGE_AWARE)
     draft.problems += refusals_beside(cell, made.objective, made.task.model_dump())
     draft.problems += task_problems(
