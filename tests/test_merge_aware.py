@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from datasets import Dataset
-from merging import HELD_OUT, logits, moved, saved_model, stock
+from merging import HELD_OUT, IDS, logits, moved, saved_model, stock
 from torch.nn.functional import linear
 
 import quantadapt as qa
@@ -16,6 +16,7 @@ from quantadapt import cli
 from quantadapt.adapting.fused import FusedLoraLinear
 from quantadapt.adapting.merge_aware import StaysMergeAwareWarning, make_merge_aware
 from quantadapt.errors import MergeRefused, PlanRefused
+from quantadapt.exporting.merging import merged_model
 from quantadapt.exporting.tuned import Tuned
 from quantadapt.facade import QuantLinear, facades
 from quantadapt.planning import plan
@@ -114,6 +115,19 @@ def test_what_was_calibrated_is_not_calibrated_again(base, backend, adapter, tmp
     assert kl(trained, unrounded) > 1e-6
     qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT, min_gain=0)
     assert kl(logits(qa.load(tmp_path)), trained) < 1e-6
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "vera", "ia3"])
+@pytest.mark.parametrize("scheme", [("W4A8", 32), ("FP8_DYNAMIC", None)])
+def test_with_gradients_activations_are_rounded_as_in_the_merged_model(base, scheme, adapter):
+    """PEFT's own forward rounds those of the base alone, and what is trained would be another."""
+    model = qa.quantize(base, "compressed-tensors", scheme=scheme[0], group_size=scheme[1])
+    model = moved(qa.attach(model, adapter, **ADAPTERS[adapter]))
+    make_merge_aware(model)
+    served = logits(merged_model(model, "requantize"))
+    found = model.train()(input_ids=IDS).logits
+    assert found.requires_grad
+    assert kl(found.detach(), served) < 1e-5  # an edge of a code, at most
 
 
 def test_what_transformers_loads_is_the_trained_model(base, tmp_path):

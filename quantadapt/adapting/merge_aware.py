@@ -151,11 +151,26 @@ def rounded_output(layer: Any, x: Tensor, output: Tensor) -> Tensor:
         weight, merged, bias = _merged(layer)
         change = merged - weight
         rounded = facade.moved(change).float() if output.requires_grad else None
-    if rounded is None:  # as the merged model computes, activations that it rounds included
-        y = facade.vendor_forward(x, change)
-        return y if bias is None else y + (bias - facade.bias).to(y.dtype)
+    if rounded is None:
+        return _exact(facade, x, change, bias)
     lost = (rounded - merged).to(facade.compute_dtype_for(x.device.type))
-    return output + nn.functional.linear(x.to(lost.dtype), lost).to(output.dtype)
+    output = output + nn.functional.linear(x.to(lost.dtype), lost).to(output.dtype)
+    # PEFT's own forward has activations rounded for the base alone.
+    if not facade.rounds_activations or _drops_out(layer):
+        return output
+    return output + (_exact(facade, x, change, bias) - output).detach()
+
+
+@torch.no_grad()
+def _exact(facade: QuantLinear, x: Tensor, change: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what the merged model computes, with activations rounded where it rounds them."""
+    y = facade.vendor_forward(x, change)
+    return y if bias is None else y + (bias - facade.bias).to(y.dtype)
+
+
+def _drops_out(layer: nn.Module) -> bool:
+    """Say whether dropout is at work, so that the layer gives more than its merged weight does."""
+    return any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in layer.modules())
 
 
 def _merged(layer: Any) -> tuple[Tensor, Tensor, Tensor | None]:
