@@ -144,6 +144,10 @@ class NumbersError(ModelError):
     """Weights, or what a model predicts, hold NaN or infinity; nothing good can follow."""
 
 
+class GpuTooSmall(ModelError):
+    """The GPU does not hold what was to be made beside the model."""
+
+
 class OutputError(QuantadaptError):
     """The output folder cannot be used, or writing to it failed; what was there is untouched."""
 

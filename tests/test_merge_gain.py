@@ -5,6 +5,7 @@ Gains are computed here from plain logits of transformers' forward, in float64.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -32,11 +33,12 @@ from quantadapt import cli, demo
 from quantadapt.errors import DataError, MergeRefused, PlanRefused, SpecError
 from quantadapt.evaluation import Gain, TokenLosses, token_losses
 from quantadapt.exporting.merging import merged_model
-from quantadapt.exporting.rounding import WAYS, rounded
-from quantadapt.exporting.stage import export
+from quantadapt.exporting.rounding import AUTO, WAYS, rounded
+from quantadapt.exporting.stage import export, write
 from quantadapt.exporting.tuned import Tuned
 from quantadapt.facade import linear_facades
 from quantadapt.folders.run_folder import MARKER
+from quantadapt.paths import MANIFEST
 from quantadapt.planning.exports import export_of
 from quantadapt.quantizing.examples import choose
 from quantadapt.spec import Rounding
@@ -388,6 +390,21 @@ def test_data_that_no_way_can_use_cost_no_merge(trained, data) -> None:
     assert "no column input_ids" in found.left_out["compensated"]
 
 
+def test_a_way_that_memory_does_not_suffice_for_is_left_out(trained, data, monkeypatch) -> None:
+    def too_large(tuned: Tuned) -> None:
+        raise torch.OutOfMemoryError
+
+    small = dataclasses.replace(WAYS["compensated"], why_not=lambda _: "", write=too_large)
+    monkeypatch.setitem(WAYS, "compensated", small)
+    tuned = Tuned(trained, data=lambda _: data)
+    found = rounded(tuned, "auto", 1.0)
+    assert (found.way, [*found.left_out]) == ("dithered", ["compensated"])
+    for way in AUTO:
+        monkeypatch.setitem(WAYS, way, small)
+    with pytest.raises(MergeRefused, match=r"GPU is too small(.|\n)*--device cpu"):
+        rounded(tuned, "auto", 1.0)
+
+
 @pytest.mark.parametrize("given", [{"rounding": "best"}, {"rounding": 4}, {"rounding": None}])
 def test_ways_that_are_none(given, trained, data, tmp_path) -> None:
     with pytest.raises(PlanRefused, match=r"export.rounding: .*(.|\n)*'nearest', 'grid'"):
@@ -426,6 +443,49 @@ def test_it_has_to_have_an_effect(tmp_path) -> None:
     model = qa.attach(qa.quantize(str(small_model()), "none"), "lora", r=2)
     with pytest.raises(PlanRefused, match="has no option 'min_gain'"):
         qa.merge(model, tmp_path, min_gain=0.5)
+
+
+AGAIN = {"content": "requantized"}
+EXPORTS_WITH_CONTENT = [
+    {"name": "hub", "repo": "me/it", "dry_run": True},
+    {"name": "vllm"},
+]
+
+
+@pytest.mark.parametrize("export", EXPORTS_WITH_CONTENT)
+def test_exports_with_content_round_as_they_are_told(export, tmp_path) -> None:
+    """The spec's word holds for them where they say nothing themselves."""
+    general = {"merge": "never", "rounding": "dithered", "min_gain": 0.5}
+    for own, meant in (({}, "dithered"), ({"rounding": "grid"}, "grid")):
+        told = {**general, "formats": [export | AGAIN | own]}
+        spec = qa.Spec(backend="bnb-nf4", export=told, output=str(tmp_path))
+        options = qa.plan(spec).exports[-1].to_dict()["options"]
+        assert (options["rounding"], options["min_gain"]) == (meant, 0.5)
+
+
+@pytest.mark.parametrize("export", EXPORTS_WITH_CONTENT)
+def test_what_quantizes_nothing_again_rounds_nothing(export, tmp_path) -> None:
+    for wrong, value in (("rounding", "dithered"), ("min_gain", 0.5)):
+        options = {wrong: value}
+        for general, own in (({}, options), (options, {})):
+            one = export | {"content": "merged"} | own
+            spec = {"merge": "never", "formats": [one], **general}
+            with pytest.raises(PlanRefused, match=f"export.{wrong}: it has no effect"):
+                qa.plan(qa.Spec(export=spec, output=str(tmp_path)))
+
+
+def test_a_plan_refuses_a_rounding_without_a_grid_in_all_exports(tmp_path) -> None:
+    for one in EXPORTS_WITH_CONTENT:
+        formats = [one | AGAIN | {"rounding": "dithered"}]
+        spec = qa.Spec(backend="none", export={"merge": "never", "formats": formats})
+        with pytest.raises(PlanRefused, match="rounding-grid"):
+            qa.plan(spec)
+
+
+def test_an_export_with_content_rounds_in_the_way_that_it_names(trained, data, tmp_path) -> None:
+    planned = export_of("hub", {"repo": "me/it", "dry_run": True, "rounding": "dithered", **AGAIN})
+    write(planned.exporter, Tuned(trained, data=lambda _: data), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / MANIFEST).read_text())["rounding"]["way"] == "dithered"
 
 
 @pytest.mark.parametrize(

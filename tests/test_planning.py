@@ -18,11 +18,12 @@ from quantadapt.machine import Machine
 from quantadapt.memory import GIB
 from quantadapt.paths import is_local_path
 from quantadapt.planning import plan
+from quantadapt.planning.exports import export_of, makes_dense
 from quantadapt.planning.parts import Draft, options_of, record_of
 from quantadapt.planning.refusals import refusals_beside
 from quantadapt.protocols import Quantizer
 from quantadapt.records import Backend
-from quantadapt.registry.discovery import Provenance, Registry, _Entry
+from quantadapt.registry.discovery import Provenance, Registry, _Entry, registry
 from quantadapt.spec import BackendSpec, Spec
 
 CPU = Machine()
@@ -233,6 +234,28 @@ class TestMergingNeedsMemory:
         with pytest.raises(MergeRefused, match="merge-needs-memory"):
             self.planned(tmp_path, 16, "dense")
         assert self.planned(tmp_path, 16, "requantize").merge == "requantize"
+
+    @pytest.mark.parametrize(
+        ("backend", "rounding", "dense"),
+        [
+            ("bnb-nf4", "nearest", False),
+            ("bnb-nf4", "compensated", True),
+            ("bnb-nf4", "auto", False),
+            ("gptq", "nearest", True),
+            ("gptq", "auto", False),
+            ("gptq", "dithered", False),
+            ("gptq", "grid", False),
+            ("gptq", "compensated", True),
+        ],
+    )
+    def test_only_some_ways_of_rounding_make_all_of_it_dense(
+        self, backend, rounding, dense
+    ) -> None:
+        record = registry().backend(backend)
+        for name, options in (("merged-requantized", {}), ("vllm", {"content": "requantized"})):
+            planned = export_of(name, {"rounding": rounding, **options})
+            assert makes_dense(planned, record, merge_aware=False) is dense
+        assert not makes_dense(export_of("merged-requantized", {}), record, merge_aware=True)
 
 
 def test_planning_imports_nothing_heavy() -> None:

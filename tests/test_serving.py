@@ -1,5 +1,6 @@
 """The server, through the real client of OpenAI and by bare HTTP."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -267,17 +268,6 @@ def test_halting_ends_what_is_being_answered(model, tokenizer) -> None:
     assert [event.text for event in told if event.finish] == ["the server is stopping"] * 3
 
 
-def test_a_body_in_chunks_has_the_same_limit(model, tokenizer) -> None:
-    def chunks():
-        for _ in range(20):
-            yield b" " * 2**20
-
-    with serving(model, tokenizer) as address:
-        found = httpx.post(f"{address}/completions", content=chunks(), timeout=60)
-    assert found.status_code == 413
-    assert found.json()["error"]["message"] == "the request is larger than 16 MiB"
-
-
 def test_too_many_are_told_to_come_again(model, tokenizer) -> None:
     with serving(model, tokenizer, max_batch=1, max_waiting=2) as address:
 
@@ -344,3 +334,38 @@ def test_where_it_listens(monkeypatch) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SpecError, match=f"127.0.0.1:{port} cannot be listened on: address"):
             _listening("127.0.0.1", port)
+
+
+def test_a_body_in_pieces_ends_at_16_mib(model, tokenizer) -> None:
+    """It is refused as soon as that much has come, and not when it ends: this one never does."""
+    writer = PromptWriter(tokenizer, "chat")
+    worker = Worker(model, tokenizer, {"base": None})
+    app = create_app(Served(worker, writer, Sampling(), 256, "secret"))
+    headers = [(b"content-type", b"application/json"), (b"transfer-encoding", b"chunked")]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/chat/completions",
+        "query_string": b"",
+    }
+    piece, read, sent = b" " * 2**20, [], []
+
+    async def receive():
+        read.append(None)
+        assert len(read) < 32
+        return {"type": "http.request", "body": piece, "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    def answered(*shown):
+        read.clear()
+        sent.clear()
+        asyncio.run(app(scope | {"headers": [*headers, *shown]}, receive, send))
+        return sent[0]["status"], json.loads(sent[1]["body"])["error"]
+
+    status, error = answered((b"authorization", b"Bearer secret"))
+    assert (status, error["message"]) == (413, "the request is larger than 16 MiB")
+    assert len(read) == 17
+    assert answered()[0] == 401
+    assert not read  # nobody who does not show the token is listened to

@@ -4,8 +4,9 @@ will keep, so that what was trained is what is served.
 That weight is the base's own, changed by what the adapter adds and dithered onto the scales that
 the base has (`Grid.dithered`): a function of base and adapter alone. The gradient goes straight
 through the rounding: to the adapter as if the weight were W + dW, to the input through the rounded
-weight. A single plain LoRA takes the fused path (`fused_lora`); every other adapter that PEFT can
-merge gets what rounding changes added to its own output.
+weight. A single plain LoRA takes the fused path (`fused_lora`, of experts `facade.fused_experts`);
+every other adapter that PEFT can merge gets what rounding changes added to its own output, of
+experts to the weight.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import PlanRefused, Problem, warn
-from ..facade import QuantExperts, QuantLinear, linear_facades
+from ..facade import QuantExperts, QuantLinear, QuantWeight, facades
 from .fused_lora import no_autocast
 
 if TYPE_CHECKING:
@@ -51,10 +52,10 @@ def make_merge_aware(model: nn.Module) -> None:
     layers that are adapted later, from the next forward or merge on.
 
     Raises:
-        PlanRefused: a layer has no grid that is known, or experts are adapted.
+        PlanRefused: a layer has no grid that is known.
     """
     _mark(model)
-    for _, facade in linear_facades(model):  # PEFT may merge before the next forward
+    for _, facade in facades(model):  # PEFT may merge before the next forward
         facade.keeps_scales = facade.has_grid
     tuner: Any = model.base_model
     for module in (tuner, tuner.model):  # each can be called by itself
@@ -69,7 +70,7 @@ def forget_merge_aware(base: nn.Module, state: ModelState) -> None:
     with is not what the next one is."""
     if state.merge_aware:
         state.merge_aware = False
-        for _, facade in linear_facades(base):
+        for _, facade in facades(base):
             facade.keeps_scales = False
         for key, hook in [*base._forward_pre_hooks.items()]:
             if isinstance(hook, _Follow):
@@ -95,11 +96,14 @@ def _mark(model: nn.Module) -> None:
     if problems := _problems(layers):
         raise PlanRefused(problems)
     for _, layer in layers:
-        if isinstance(layer.base_layer, QuantLinear) and not getattr(layer, "merge_aware", False):
-            layer.base_layer.keeps_scales = True
-            if not hasattr(layer, "merge_aware"):  # else its own forward asks
-                layer.register_forward_hook(_rounded)
-            layer.merge_aware = True
+        weight = _quantized(layer)
+        if weight is None or getattr(layer, "merge_aware", False):
+            continue
+        weight.keeps_scales = True
+        # Some ask in their own forward, and experts where they are lent their adapter.
+        if isinstance(weight, QuantLinear) and not hasattr(layer, "merge_aware"):
+            layer.register_forward_hook(_rounded)
+        layer.merge_aware = True
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -108,20 +112,21 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def _quantized(layer: Any) -> QuantWeight | None:
+    """Return the quantized weight that a layer of PEFT's adapts, of experts the stack."""
+    base = layer.get_base_layer()
+    if isinstance(base, QuantExperts):
+        return base.quantized_stacks.get(getattr(layer, "parameter_name", ""))
+    return base if isinstance(base, QuantLinear) else None
+
+
 def _problems(layers: list[tuple[str, Any]]) -> list[Problem]:
-    found = []
     for name, layer in layers:
-        base = layer.get_base_layer()
-        if isinstance(base, QuantExperts):
-            what = f"{name} adapts a stack of experts, which is not trained through the quantizer"
-            return [Problem(what, EXPERTS_FIX, WHERE, "merge-aware-experts")]
-        if isinstance(base, QuantLinear) and not base.has_grid:
+        weight = _quantized(layer)
+        if weight is not None and not weight.has_grid:
             what = f"it is not known what values the scales of {name} allow"
-            found.append(Problem(what, "leave train.merge_aware out", WHERE, "merge-aware-grid"))
-    return found[:1]
-
-
-EXPERTS_FIX = "leave experts out, adapter.exclude_modules: [experts], or train.merge_aware"
+            return [Problem(what, "leave train.merge_aware out", WHERE, "merge-aware-grid")]
+    return []
 
 
 def _rounded(layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -146,11 +151,26 @@ def rounded_output(layer: Any, x: Tensor, output: Tensor) -> Tensor:
         weight, merged, bias = _merged(layer)
         change = merged - weight
         rounded = facade.moved(change).float() if output.requires_grad else None
-    if rounded is None:  # as the merged model computes, activations that it rounds included
-        y = facade.vendor_forward(x, change)
-        return y if bias is None else y + (bias - facade.bias).to(y.dtype)
+    if rounded is None:
+        return _exact(facade, x, change, bias)
     lost = (rounded - merged).to(facade.compute_dtype_for(x.device.type))
-    return output + nn.functional.linear(x.to(lost.dtype), lost).to(output.dtype)
+    output = output + nn.functional.linear(x.to(lost.dtype), lost).to(output.dtype)
+    # PEFT's own forward has activations rounded for the base alone.
+    if not facade.rounds_activations or _drops_out(layer):
+        return output
+    return output + (_exact(facade, x, change, bias) - output).detach()
+
+
+@torch.no_grad()
+def _exact(facade: QuantLinear, x: Tensor, change: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what the merged model computes, with activations rounded where it rounds them."""
+    y = facade.vendor_forward(x, change)
+    return y if bias is None else y + (bias - facade.bias).to(y.dtype)
+
+
+def _drops_out(layer: nn.Module) -> bool:
+    """Say whether dropout is at work, so that the layer gives more than its merged weight does."""
+    return any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in layer.modules())
 
 
 def _merged(layer: Any) -> tuple[Tensor, Tensor, Tensor | None]:

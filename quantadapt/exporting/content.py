@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
 from ..capabilities import Merge
 from ..protocols import Exporter
-from ..spec import MinGain
 from .card import Content
+from .kept import Requantizing
 
 if TYPE_CHECKING:
     from .tuned import Tuned
@@ -22,13 +20,10 @@ _MERGES: Mapping[Content, Merge] = {
 }
 
 
-class ContentExport(Exporter):
+class ContentExport(Requantizing):
     """An export with the option `content`, which each gives its own default."""
 
     content: Content
-    min_gain: MinGain = Field(
-        0.9, description="of requantized: the share of the adapter's gain to be kept"
-    )
 
     @property
     def merges(self) -> Merge:
@@ -42,7 +37,7 @@ class ContentExport(Exporter):
 
         if self.content == "merged":
             return MergedDense()
-        return RequantizedContent(min_gain=self.min_gain)
+        return RequantizedContent(min_gain=self.min_gain, rounding=self.rounding)
 
     def needed(self, tuned: Tuned) -> int | None:
         """Return the bytes of a merged model."""

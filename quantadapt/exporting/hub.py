@@ -61,7 +61,7 @@ class Hub(ContentExport):
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-        found = []
+        found = super().refusals(cell, backend, adapter)
         for name, repo in (("repo", self.repo), ("base", self.base)):
             try:
                 if repo is not None:

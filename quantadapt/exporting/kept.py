@@ -1,13 +1,18 @@
 """How near a merged model is to the adapter, in words, and the refusal where it keeps too little of
-what was learned. Loads no torch."""
+what was learned, with the options for it. Loads no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from pydantic import Field
+
+from ..capabilities import Cell, Merge
 from ..errors import MergeRefused, Problem
 from ..evaluation.gain import Gain
-from ..protocols import AdapterTarget, Figure
+from ..protocols import AdapterTarget, Exporter, Figure
+from ..records import Adapter, Backend
+from ..spec import MinGain, Rounding
 
 RULE = "merge-keeps-the-gain"
 KEPT = "kept_"
@@ -100,7 +105,39 @@ def refuse_little(
     raise MergeRefused([Problem(what, fix, "export.min_gain", RULE)], figures)
 
 
-def rounding_problems(rounding: str, target: AdapterTarget) -> list[Problem]:
+# Options -----------------------------------------------------------------------------------------
+
+
+class Requantizing(Exporter):
+    """An export that quantizes merged weights again where its `merges` says so. In a run, what
+    `export` says of these options holds for it, too."""
+
+    min_gain: MinGain = Field(
+        0.9,
+        description="of a merge that is quantized again: the share of the adapter's gain, in nats "
+        "on held-out data, to be kept",
+    )
+    rounding: Rounding = Field(
+        "auto",
+        description="of such a merge: nearest, grid, dithered, compensated, or auto: the first but "
+        "grid that keeps min_gain",
+    )
+
+    def refusals(self, cell: Cell, backend: Backend, adapter: Adapter) -> list[Problem]:
+        """Return why it does not round so, or that it rounds nothing."""
+        if self.merges == Merge.REQUANTIZE:
+            target = backend.quantizer(**cell.backend_options).target
+            return _grid_problems(self.rounding, target)
+        what, fix = "it has no effect: nothing is quantized again here", "leave it out"
+        fields = Requantizing.model_fields
+        return [
+            Problem(what, fix, where=f"export.{name}")
+            for name in ("min_gain", "rounding")
+            if getattr(self, name) != fields[name].default
+        ]
+
+
+def _grid_problems(rounding: str, target: AdapterTarget) -> list[Problem]:
     """Return why weights of a backend cannot be rounded that way; empty if they can, or if that
     only shows with the model."""
     if rounding in ("auto", "nearest") or type(target).grid is not AdapterTarget.grid:

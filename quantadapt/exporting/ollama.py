@@ -48,10 +48,9 @@ class Ollama(Gguf):
         if self.onto is None:
             return super().refusals(cell, backend, adapter)
         found = self._adapter.refusals(cell, backend, adapter)
-        if path_problem(self.onto) or any(sign in self.onto for sign in "\n\r"):
-            found.append(
-                Problem(f"{self.onto!r} is no model of Ollama's, nor a file", where="onto")
-            )
+        if why := path_problem(self.onto):  # a line of its own would be another instruction
+            what = f"{self.onto!r} is no model of Ollama's, nor a file: {why}"
+            found.append(Problem(what, "name it as `ollama list` does", where="onto"))
         return found
 
     def done(self, figures: Mapping[str, Figure]) -> str:

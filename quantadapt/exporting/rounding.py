@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..errors import DataError, MergeRefused, Problem
+from ..errors import DataError, GpuTooSmall, MergeRefused, Problem
 from ..facade import QuantWeight, facades
 from ..planning.exports import AS_TRAINED, rounding_as_trained
+from ..planning.memory import MERGE_IN_LESS
 from ..quantizing.state import state_of
 from .compensating import compensating
 from .kept import NO_GRID
 from .merging import Write
+from .tuned import TOO_SMALL, memory_in_words
 
 if TYPE_CHECKING:
     from .tuned import Tuned
@@ -40,7 +42,8 @@ class Way:
 
     def merged(self, tuned: Tuned) -> nn.Module:
         """Return the base with the adapter merged in and quantized again."""
-        return tuned.merged("requantize", self.write(tuned))
+        with memory_in_words():
+            return tuned.merged("requantize", self.write(tuned))
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,11 @@ def _first_that_keeps(tuned: Tuned, least: float) -> Rounded:
         if why := WAYS[name].why_not(tuned):
             left_out[name] = why
             continue
-        model = WAYS[name].merged(tuned)
+        try:
+            model = WAYS[name].merged(tuned)
+        except GpuTooSmall as error:  # another may do with less
+            left_out[name] = error.problems[0].what
+            continue
         if tuned.gain is None or not tuned.gain.is_sure:
             return Rounded(model, name)
         kept[name] = tuned.gain_kept(model) or 0.0
@@ -108,7 +115,10 @@ def _first_that_keeps(tuned: Tuned, least: float) -> Rounded:
 # Ways ---------------------------------------------------------------------------------------------
 
 NO_DATA = "it needs data that the model is shown, and there are none"
-_REMEDY = {NO_DATA: "pass calibration data (calibration=..., --calibration FILE)"}
+_REMEDY = {
+    NO_DATA: "pass calibration data (calibration=..., --calibration FILE)",
+    TOO_SMALL: MERGE_IN_LESS,
+}
 
 
 def _needs_data(tuned: Tuned) -> str:

@@ -13,10 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
-
 from .. import planning
-from ..capabilities import Cell, Merge
+from ..capabilities import Merge
 from ..dependencies import in_turn
 from ..errors import MergeRefused, ModelError, Problem
 from ..folders.atomic import atomic_folder, refuse_occupied, refuse_overlap
@@ -26,10 +24,9 @@ from ..protocols import Exporter, Figure
 from ..quantizing.examples import examples_from
 from ..quantizing.stage import blaming
 from ..quantizing.state import ModelState, state_of
-from ..records import Adapter, Backend
+from ..records import Adapter
 from ..registry.blame import blaming_plugins
 from ..showing.quietly import quiet
-from ..spec import MinGain, Rounding
 from ..stages import held_out_data
 from .kept import (
     KEPT,
@@ -37,9 +34,9 @@ from .kept import (
     ROUND_OTHERWISE,
     TAKE_ANY,
     TRAIN_AWARE,
+    Requantizing,
     merge_words,
     refuse_little,
-    rounding_problems,
     rounding_words,
 )
 from .manifest import MANIFEST, MERGED, read_manifest, write_manifest
@@ -243,24 +240,10 @@ class MergedDense(_Merged):
         return "dense merged model"
 
 
-class MergedRequantized(_Merged):
+class MergedRequantized(_Merged, Requantizing):
     """The adapter merged, and the weights quantized again as the base was."""
 
     kind = "requantize"
-
-    min_gain: MinGain = Field(
-        0.9,
-        description="the share of the adapter's gain, in nats on held-out data, to be kept",
-    )
-
-    rounding: Rounding = Field(
-        "auto",
-        description="nearest, grid, dithered, compensated, or auto: the first but grid that keeps "
-        "min_gain",
-    )
-
-    def refusals(self, cell: Cell, backend: Backend, adapter: Adapter) -> list[Problem]:
-        return rounding_problems(self.rounding, backend.quantizer(**cell.backend_options).target)
 
     def done(self, figures: Mapping[str, Figure]) -> str:
         said = merge_words(figures), rounding_words(figures, self.rounding)
@@ -306,7 +289,7 @@ class RequantizedContent(MergedRequantized):
     """The same inside of another export, which has options of its own."""
 
     def _ways_out(self, merge_aware: bool) -> Sequence[str]:
-        before = () if merge_aware else (TRAIN_AWARE,)
+        before = () if merge_aware else (TRAIN_AWARE, "round in another way, rounding=WAY")
         return *before, "take content=merged or content=adapter", "set a lower min_gain=SHARE"
 
 

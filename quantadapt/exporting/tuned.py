@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import demo
-from ..errors import ModelError
+from ..errors import GpuTooSmall
 from ..planning.exports import MergeKind
 from ..planning.memory import MERGE_IN_LESS
 from ..protocols import Figure
@@ -117,7 +117,7 @@ class Tuned:
     def merged(self, kind: MergeKind = "dense", write: Write | None = None) -> nn.Module:
         """Return the base with the adapter merged in: dense, or quantized again as it was.
 
-        Raises ModelError where GPU memory does not suffice. The combination has to allow it: say
+        Raises GpuTooSmall where GPU memory does not suffice. The combination has to allow it: say
         so in `Exporter.merges`. `write` says how weights are rounded; by default as the backend
         quantizes.
         """
@@ -204,13 +204,15 @@ def compared(model: nn.Module, merged: nn.Module, data: Dataset) -> dict[str, Fi
     }
 
 
+TOO_SMALL = "the GPU is too small to make a merged model beside the model"
+
+
 @contextmanager
 def memory_in_words() -> Iterator[None]:
-    """Turn running out of GPU memory while merging into a ModelError that names the way out."""
+    """Turn running out of GPU memory while merging into a GpuTooSmall that names the way out."""
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as error:
-        what = "the GPU is too small to make a merged model beside the model"
-        raise ModelError(what, fix=MERGE_IN_LESS) from error
+        raise GpuTooSmall(TOO_SMALL, fix=MERGE_IN_LESS) from error

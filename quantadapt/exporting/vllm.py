@@ -56,15 +56,15 @@ class Vllm(ContentExport):
         return ", ".join(filter(None, [self.content, said, "its README.md says how to serve it"]))
 
     def refusals(self, cell: Cell, backend: Backend, adapter: Adapter) -> list[Problem]:
+        found = super().refusals(cell, backend, adapter)
         if self.content == "merged":
-            return []
+            return found
         serving, where = serving_of(backend), cell.where
         if serving is None:
             what = f"vLLM reads no checkpoints of {backend.name}"
-            return [Problem(what, "take content=merged", where, "vllm-format")]
+            return [*found, Problem(what, "take content=merged", where, "vllm-format")]
         if self.content == "requantized":
-            return []
-        found = []
+            return found
         if not serving.adapters:
             what = f"vLLM has no adapters on layers of {backend.name}"
             found.append(Problem(what, "take content=requantized", where, "vllm-adapters"))

@@ -62,10 +62,11 @@ class QuantStack(QuantWeight):
         weight = self.stack.stored(self.dequantize().clone()).contiguous()
         return nn.Parameter(weight, requires_grad=False)
 
-    def by_expert(self) -> Tensor:
-        """Return the dequantized weight, [experts, out_features, in_features]."""
+    def by_expert(self, change: Tensor | None = None) -> Tensor:
+        """Return the dequantized weight, or what `moved` by `change` makes of it: [experts,
+        out_features, in_features]."""
         stack = self.stack
-        return self.dequantize().view(stack.experts, stack.out_features, stack.in_features)
+        return self._dense(change).view(stack.experts, stack.out_features, stack.in_features)
 
     def extra_repr(self) -> str:
         stack, vendor = self.stack, type(self._vendor).__name__

@@ -55,6 +55,10 @@ class _Casts(NamedTuple):
         """Return what it adds to what the stack makes of x."""
         return Added(self.lora.scaled(grouped(x, self.a.transpose(1, 2), ends)), self.b)
 
+    def beside(self, added: Added) -> Added | None:
+        """Return what is added beside the weight; None where the weight has it."""
+        return None if self.lora.rounds else added
+
     def backward_added(self, dy: Tensor, ends: Tensor) -> Added:
         """Return what it adds to the gradient of x: scaling * (dy B) A."""
         return Added(self.lora.scaled(grouped(dy, self.b, ends)), self.a.transpose(1, 2))
@@ -100,10 +104,11 @@ class _Parts(NamedTuple):
 
     def weight(self, which: int) -> Tensor:
         """Return a stack's weight, [experts, out_features, in_features]."""
-        name = self.names[which]
+        name, lora = self.names[which], self.loras[which]
         stack = self.experts._modules.get(f"{name}{SUFFIX}")
         if isinstance(stack, QuantWeight):
-            found: Tensor = stack.by_expert()  # type: ignore[operator]
+            change = None if lora is None else lora.change()
+            found: Tensor = stack.by_expert(change)  # type: ignore[operator]
         else:
             found = self.experts._parameters[name].detach()
             found = found.transpose(1, 2) if self.experts.is_transposed else found
@@ -127,11 +132,12 @@ class _Parts(NamedTuple):
         """Return what the experts make of the tokens."""
         ends, first, second = routing.ends, self.casts(0), self.casts(1)
         x = hidden.to(self.dtype)[routing.token]
-        y, added = self.product(x, 0, ends), first and first.added(x, ends)
+        y, added = self.product(x, 0, ends), first and first.beside(first.added(x, ends))
         del x
         z = gated(self.experts, y, self.bias(0), added, routing.by_row(weights), routing)
         del y
-        y = add(self.product(z, 1, ends), second and second.added(z, ends), routing)
+        added = second and second.beside(second.added(z, ends))
+        y = add(self.product(z, 1, ends), added, routing)
         del z
         output = combined(y, routing)
         if (bias := self.bias(1)) is not None:
@@ -187,7 +193,14 @@ def _gradients(
     dy = d_output[routing.token]
     dz, d_added = grouped(dy, parts.weight(1), ends), second and second.backward_added(dy, ends)
     d_up, z, d_share = gated_backward(
-        parts.experts, y, parts.bias(0), added, share, routing, dz, d_added
+        parts.experts,
+        y,
+        parts.bias(0),
+        first and added and first.beside(added),
+        share,
+        routing,
+        dz,
+        second and d_added and second.beside(d_added),
     )
     of_loras: list[Tensor] = []
     if second and d_added:
@@ -200,7 +213,8 @@ def _gradients(
     dx = None
     if wants_dx:
         dx = grouped(d_up, parts.weight(0), ends)
-        dx = combined(add(dx, d_added, routing), routing).to(hidden.dtype)
+        beside = first and d_added and first.beside(d_added)
+        dx = combined(add(dx, beside, routing), routing).to(hidden.dtype)
     d_weights = routing.by_token(d_share)
     if (bias := parts.bias(1)) is not None:
         of_bias = torch.nn.functional.pad(d_output @ bias.to(parts.dtype).T, (0, 1))
@@ -275,11 +289,17 @@ def _linear(experts: Any, name: str, x: Tensor, routing: Routing, lora: StackLor
 def _plain_product(
     experts: Any, name: str, x: Tensor, routing: Routing, lora: StackLora | None
 ) -> Tensor:
-    weight = getattr(experts, name)
+    weight, ends = getattr(experts, name), routing.ends
     x = x.to(weight.dtype)
-    weight = weight if experts.is_transposed else weight.transpose(1, 2)
-    y = grouped(x, weight, routing.ends)
-    if lora is not None:
-        a, b = (part.to(x.dtype).transpose(1, 2) for part in lora.views())
-        y = y + lora.scaling * grouped(grouped(x, a, routing.ends), b, routing.ends)
-    return y
+    if lora is None or not lora.rounds:
+        weight = weight if experts.is_transposed else weight.transpose(1, 2)
+    else:
+        weight = experts.quantized_stacks[name].by_expert(lora.change()).transpose(1, 2)
+    y = grouped(x, weight.to(x.dtype), ends)
+    if lora is None:
+        return y
+    a, b = (part.to(x.dtype).transpose(1, 2) for part in lora.views())
+    if not lora.rounds:
+        return y + lora.scaling * grouped(grouped(x, a, ends), b, ends)
+    added = lora.scaling * grouped(grouped(x.detach(), a, ends), b, ends)
+    return y + (added - added.detach())  # the weight has it; here is its gradient

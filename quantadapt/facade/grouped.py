@@ -70,6 +70,8 @@ class StackLora(NamedTuple):
         scaling: the factor.
         experts: how many there are.
         magnitude: DoRA's, [experts, out_features]; None of a plain LoRA.
+        rounds: whether the stack computes with the weight that a merge keeps, in place of base and
+            adapter.
     """
 
     a: Tensor
@@ -77,6 +79,7 @@ class StackLora(NamedTuple):
     scaling: float
     experts: int
     magnitude: Tensor | None = None
+    rounds: bool = False
 
     @property
     def rank(self) -> int:
@@ -99,6 +102,15 @@ class StackLora(NamedTuple):
         if added:
             return pad(a, (0, 0, 0, added)), pad(by_rank, (0, added))
         return a, by_rank
+
+    def change(self) -> Tensor | None:
+        """Return what is added to the tall weight, [experts * out_features, in_features] in
+        float32, where it is rounded together with the base."""
+        if not self.rounds:
+            return None
+        with torch.autocast(self.a.device.type, enabled=False):
+            a, b = (part.detach().float() for part in self.views())
+            return torch.bmm(b, a).mul_(self.scaling).flatten(0, 1)
 
     def scaled(self, h: Tensor) -> Tensor:
         """Return h times the factor, in its memory."""

@@ -3,7 +3,7 @@
 PEFT puts a `ParamWrapper` in front of the experts module, and adds the whole update to the
 parameter in each forward: a second tensor as large as the dense weight. Here a plain LoRA is handed
 to the experts' forward instead, which applies A and B to the tokens; anything else is added to the
-weight as PEFT does.
+weight as PEFT does. Where it trains through the quantizer (`merge_aware`), the sum is rounded.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .grouped import StackLora
 
@@ -29,8 +32,12 @@ def with_lent_lora(activate: Any) -> Any:
                 yield
             return
         active = [name for name in active_adapters if name in self.lora_A]
-        if len(active) == 1 and (lora := stack_lora(self, active[0])) is not None:
+        lora = stack_lora(self, active[0]) if len(active) == 1 else None
+        if lora is not None and not (lora.rounds and lora.magnitude is not None):
             lent = experts.lending(self.parameter_name, lora)
+        elif active and getattr(self, "merge_aware", False):
+            rounded = _rounded(self, active)
+            lent = experts.adding(self.parameter_name, lambda weight: rounded)
         else:
             deltas = [self.get_delta_weight(name) for name in active]
             lent = experts.adding(self.parameter_name, lambda weight: sum(deltas, weight))
@@ -38,6 +45,23 @@ def with_lent_lora(activate: Any) -> Any:
             yield
 
     return activated
+
+
+def _rounded(wrapper: Any, active: list[str]) -> Tensor:
+    """Return the parameter with the adapters merged in and rounded, as the model keeps it. Its
+    gradient goes to them as if nothing were rounded."""
+    stack = wrapper.get_base_layer().quantized_stacks[wrapper.parameter_name]
+    # In 16 bits what is far below a step would be gone before it is rounded.
+    whole = torch.autocast(stack.device.type, enabled=False), stack.computing_in(torch.float32)
+    with torch.no_grad(), whole[0], whole[1]:
+        change = sum(wrapper.get_delta_weight(name) for name in active)
+    with torch.no_grad():
+        rounded = stack.moved(stack.stack.tall(change)).to(stack.compute_dtype)
+        weight: Tensor = stack.stack.stored(rounded)
+    if torch.is_grad_enabled():
+        smooth = sum(wrapper.get_delta_weight(name) for name in active)
+        weight = weight + (smooth - smooth.detach())
+    return weight
 
 
 def single_stack_lora(wrapper: Any) -> StackLora | None:
@@ -72,5 +96,11 @@ def stack_lora(wrapper: Any, adapter: str) -> StackLora | None:
         return None
     magnitudes = wrapper.lora_magnitude_vector
     magnitude = magnitudes[adapter].weight if adapter in magnitudes else None
-    scaling = wrapper.scaling[adapter]
-    return StackLora(a.weight, b.weight, scaling, stack.experts, magnitude=magnitude)
+    return StackLora(
+        a.weight,
+        b.weight,
+        wrapper.scaling[adapter],
+        stack.experts,
+        magnitude=magnitude,
+        rounds=getattr(wrapper, "merge_aware", False),
+    )

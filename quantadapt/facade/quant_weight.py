@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -274,6 +275,15 @@ class QuantWeight(nn.Module):
             return self.dequantize()
         with torch.no_grad():
             return self.moved(change).to(self.compute_dtype)
+
+    @contextmanager
+    def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside, the weight is read in `dtype`."""
+        before, self.compute_dtype = self.compute_dtype, dtype
+        try:
+            yield
+        finally:
+            self.compute_dtype = before
 
     def compute_dtype_for(self, device_type: str) -> torch.dtype:
         """Return the dtype that the layer computes in: that of autocast where it is on."""

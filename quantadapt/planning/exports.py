@@ -84,7 +84,7 @@ def exports_of(draft: Draft) -> tuple[PlannedExport, ...]:
     auto: MergeKind = "requantize" if draft.spec.train.merge_aware else "dense"
     named = _named(draft.spec.export, auto)
     made = [_export(draft, each, required) for each, required in named]
-    found = [export for export in made if export is not None]
+    found = [_with_options(export, draft.spec.export) for export in made if export is not None]
     draft.problems += [*_same_folder(found), *_of_no_effect(draft.spec.export, found)]
     for export in found:
         draft.problems += as_trained_problems(export.exporter, draft.spec.train.merge_aware)
@@ -105,31 +105,38 @@ def _named(spec: ExportSpec, auto: MergeKind) -> Iterable[tuple[Named, bool]]:
     listed = [named.name for named in spec.formats]
     for name in (ADAPTER, short):
         if name and name not in listed:
-            yield _with_options(Named(name=name), spec), spec.merge != "auto"
+            yield Named(name=name), spec.merge != "auto"
     for named in sorted(spec.formats, key=lambda named: named.name != ADAPTER):
-        yield _with_options(named, spec), True
+        yield named, True
 
 
-def _with_options(named: Named, spec: ExportSpec) -> Named:
-    """Return an export with what `export` says of merges that quantize again, where it is one."""
-    if named.name != MERGES["requantize"]:
-        return named
-    general = {name: getattr(spec, name) for name in _OPTIONS}
-    return Named(name=named.name, **general | named.options)
+def _with_options(export: PlannedExport, spec: ExportSpec) -> PlannedExport:
+    """Return an export with what `export` says of merges that quantize again, where it is one that
+    says nothing itself."""
+    exporter = export.exporter
+    if not _requantizes(exporter):
+        return export
+    own = exporter.model_fields_set
+    general = {name: getattr(spec, name) for name in _OPTIONS if name not in own}
+    return replace(export, exporter=exporter.model_copy(update=general))
 
 
-_OPTIONS = ("min_gain", "rounding")
-"""Options of the merge that quantizes again, which the spec has too, under `export`."""
+def _requantizes(exporter: Exporter) -> bool:
+    return exporter.merges == Merge.REQUANTIZE and type(exporter).model_fields.keys() >= _OPTIONS
+
+
+_OPTIONS = {"min_gain", "rounding"}
+"""Options of exports that quantize again, which the spec has too, under `export`."""
 
 
 def _of_no_effect(spec: ExportSpec, found: Sequence[PlannedExport]) -> list[Problem]:
     """Return a problem for each of these options that is set where nothing is quantized again."""
-    if any(export.name == MERGES["requantize"] for export in found):
+    if any(_requantizes(export.exporter) for export in found):
         return []
     what = "it has no effect: no merged model of this run is quantized again"
     fix = "leave it out, or set export.merge to requantize"
     fields = ExportSpec.model_fields
-    changed = (name for name in _OPTIONS if getattr(spec, name) != fields[name].default)
+    changed = (name for name in sorted(_OPTIONS) if getattr(spec, name) != fields[name].default)
     return [Problem(what, fix, where=f"export.{name}") for name in changed]
 
 
@@ -172,7 +179,15 @@ def refused_where(
     return tuple(e if e.refusals else replace(e, refusals=tuple(why(e))) for e in exports)
 
 
-def makes_dense(export: PlannedExport, backend: Backend) -> bool:
-    """Say whether the whole model is made dense on the way."""
+def makes_dense(export: PlannedExport, backend: Backend, merge_aware: bool) -> bool:
+    """Say whether the whole model has to be made dense on the way.
+
+    Args:
+        merge_aware: whether it is trained through the quantizer, and so keeps its scales.
+    """
     merges = export.exporter.merges
-    return merges == Merge.DENSE or (merges == Merge.REQUANTIZE and backend.calibration)
+    if merges != Merge.REQUANTIZE:
+        return merges == Merge.DENSE
+    rounding = getattr(export.exporter, "rounding", "nearest")
+    whole = ("nearest", "compensated") if backend.calibration else ("compensated",)
+    return not merge_aware and rounding in whole

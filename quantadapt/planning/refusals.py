@@ -210,17 +210,9 @@ def all_linear_problems(
 
 
 def merge_aware_problems(
-    cell: Cell,
-    backend: Backend,
-    quantizer: Quantizer,
-    adapter: Adapter,
-    config: Mapping[str, Any] | None = None,
+    cell: Cell, backend: Backend, quantizer: Quantizer, adapter: Adapter
 ) -> list[Problem]:
-    """Return why this combination is not trained through the quantizer; empty if it is.
-
-    Args:
-        config: the model's config.json, where that is known.
-    """
+    """Return why this combination is not trained through the quantizer; empty if it is."""
     where, without = "train.merge_aware", "leave train.merge_aware out"
     found = []
     if type(quantizer.target).grid is AdapterTarget.grid:
@@ -229,13 +221,6 @@ def merge_aware_problems(
         found.append(Problem(what, fix, where, "merge-aware-grid"))
     else:
         found += merge_refusals(cell, backend, adapter, "requantize")
-    shape = Shape.of(config or {})
-    if shape is not None and shape.experts is not None and quantizer.quantizes_experts:
-        wanted = cell.adapter_options.get("target_modules") in (None, "all-linear")
-        if wanted and adapter.experts and not cell.adapter_options.get("exclude_modules"):
-            what = "stacks of experts are not trained through the quantizer"
-            fix = f"leave them out, adapter.exclude_modules: [experts]; or {without}"
-            found.append(Problem(what, fix, where, "merge-aware-experts"))
     return found
 
 

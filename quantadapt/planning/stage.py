@@ -403,7 +403,7 @@ def _combined(draft: Draft, made: Plan) -> Plan:
     draft.problems += _cell_problems(made)
     draft.problems += data_start_problems(made.adapter_options)
     if spec.train.merge_aware:
-        draft.problems += merge_aware_problems(cell, backend, made.quantizer, adapter, config)
+        draft.problems += merge_aware_problems(cell, backend, made.quantizer, adapter)
         draft.notes.append(MERGE_AWARE)
     draft.problems += refusals_beside(cell, made.objective, made.task.model_dump())
     draft.problems += task_problems(
@@ -438,7 +438,9 @@ def _combined(draft: Draft, made: Plan) -> Plan:
         draft.notes += processes.shard_notes(spec)
         exports = refused_where(exports, lambda e: [NO_MERGE] if e.exporter.merges else [])
     if memory and (problem := memory.merge_problem()):
-        exports = refused_where(exports, lambda e: [problem] if makes_dense(e, backend) else [])
+        aware = spec.train.merge_aware
+        dense = [e.name for e in exports if makes_dense(e, backend, aware)]
+        exports = refused_where(exports, lambda e: [problem] if e.name in dense else [])
     if not made.trains:
         memory = None
     elif memory is not None:
