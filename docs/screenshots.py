@@ -48,11 +48,11 @@ def report(opened: Any, file: Path) -> None:
     """The head of the demo's report: figures, and an answer before and after."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        quantadapt("run", "demo", "--set", "evaluate.max_new_tokens=36", folder=folder)
+        quantadapt("run", "demo", "--set", "evaluate.max_new_tokens=32", folder=folder)
         page = opened.new_page(viewport={"width": 860, "height": 700}, device_scale_factor=1.5)
         page.goto((folder / "runs" / "demo" / "report.html").as_uri())
         box = page.locator(".sample").first.bounding_box()
-        clip = {"x": 40, "y": 0, "width": 780, "height": box["y"] + box["height"] + 24}
+        clip = {"x": 40, "y": 0, "width": 780, "height": box["y"] + box["height"] + 12}
         page.screenshot(path=file, clip=clip, full_page=True)
 
 
