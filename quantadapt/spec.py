@@ -204,7 +204,10 @@ class TrainSpec(_Strict):
         description="minutes from the start of the run after which training ends with a "
         "checkpoint, to go on with `resume`",
     )
-    report_to: list[str] = Field(default_factory=list, description="e.g. [tensorboard, wandb]")
+    report_to: list[str] = Field(
+        default_factory=list,
+        description="trackers that get the curves, e.g. [tensorboard, trackio, wandb, mlflow]",
+    )
     resume: bool = Field(False, description="go on from the last checkpoint in the output folder")
 
     @property
