@@ -67,9 +67,9 @@ def train(
         output: run folder; checkpoints go to `output / "checkpoints"`.
         held_out: examples that `spec` may have measured while training; the columns of `dataset`.
         on_log: called at the first, the last and every `logging_steps`-th step with step,
-            max_steps, loss, learning_rate, grad_norm, seconds and tokens; and after each
-            validation with step, max_steps, eval_loss in nats per token, whether that is the
-            `best`, and the seconds that it took.
+            max_steps, loss, learning_rate, grad_norm, seconds, seconds_left, tokens and
+            peak_memory_gib (of this process); and after each validation with step, max_steps,
+            eval_loss in nats per token, whether that is the `best`, and the seconds that it took.
         on_note: told in a sentence how memory is used, where that was chosen or had to change.
         stop: may end it early; by default when `spec.max_time` is over, from now on.
 
