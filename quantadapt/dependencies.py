@@ -7,16 +7,17 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import wraps
 from importlib import import_module
+from importlib.util import find_spec
 from io import StringIO
 from typing import Any, TypeVar
 
 from packaging.requirements import Requirement
 
-from .errors import MissingDependency, Problem, TrainingError
+from .errors import MissingDependency, Problem, TrainingError, did_you_mean
 from .machine import installed_version
 from .records import Backend, Record, kind_of
 
@@ -47,6 +48,32 @@ def missing_for_optimizer(name: str) -> list[Problem]:
             what = f"the optimizer {name!r} needs {library}, which is not installed"
             return [Problem(what, f"pip install {library}, or use adamw_torch", "train.optim")]
     return []
+
+
+TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    **{
+        name: (name,) for name in ("trackio", "wandb", "mlflow", "codecarbon", "clearml", "dagshub")
+    },
+    **{name: (name,) for name in ("comet_ml", "dvclive", "kubeflow", "neptune", "swanlab")},
+    "azure_ml": ("azureml",),
+    "flyte": ("flytekit",),
+}
+"""What transformers calls a tracker -> modules of which it needs one."""
+
+
+def tracker_problems(wanted: Iterable[str]) -> list[Problem]:
+    """Return which trackers there are not, or lack their library. `all` is those that are here."""
+    found, where = [], "train.report_to"
+    for name in wanted:
+        if name in ("all", "none"):
+            continue
+        if name not in TRACKERS:
+            found.append(Problem(f"there is no {name!r}", did_you_mean(name, TRACKERS), where))
+        elif not any(map(find_spec, TRACKERS[name])):
+            fix = f"pip install {name.replace('_', '-')}, or leave it out"
+            found.append(Problem(f"{name} is not installed", fix, where))
+    return found
 
 
 def in_words(*libraries: str) -> str:

@@ -1,6 +1,7 @@
 """The spec: everything that a run is told, in one strict, typed record.
 
-The command line, the YAML files in `configs/` and Python all build this record and nothing else.
+The command line, YAML files (those in `configs/`, too) and Python all build this record and nothing
+else.
 An unknown key is an error with a suggestion; all mistakes are reported at once.
 """
 
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from .configs import located
 from .errors import Problem, SpecError, did_you_mean, likely_name
 from .inputs.plain_yaml import YAMLError, parse, read_yaml, to_yaml
 from .inputs.typed import Typed
@@ -202,7 +204,10 @@ class TrainSpec(_Strict):
         description="minutes from the start of the run after which training ends with a "
         "checkpoint, to go on with `resume`",
     )
-    report_to: list[str] = Field(default_factory=list, description="e.g. [tensorboard, wandb]")
+    report_to: list[str] = Field(
+        default_factory=list,
+        description="trackers that get the curves, e.g. [tensorboard, trackio, wandb, mlflow]",
+    )
     resume: bool = Field(False, description="go on from the last checkpoint in the output folder")
 
     @property
@@ -340,8 +345,14 @@ class Spec(_Strict):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Spec:
-        """Read a YAML file and apply `a.b=c` overrides. Raises SpecError with all mistakes."""
-        return cls(**apply_overrides(read_yaml(path), overrides))
+        """Read a YAML file and apply `a.b=c` overrides. Raises SpecError with all mistakes.
+
+        Args:
+            path: of the file, or the bare name of a config that comes along: `quantadapt init`
+                lists those.
+            overrides: assignments to dotted keys; values are read as YAML.
+        """
+        return cls(**apply_overrides(read_yaml(located(path)), overrides))
 
     def to_yaml(self) -> str:
         """Return the spec as YAML that `load` reads back."""

@@ -15,9 +15,12 @@ from rich.console import Console
 
 import quantadapt as qa
 from quantadapt.registry import registry
+from quantadapt.showing.display import RunDisplay
 from quantadapt.showing.notebook import NotebookDisplay
 from quantadapt.showing.python import display
 from quantadapt.showing.quietly import logged, quiet, quietly
+from quantadapt.showing.screen import Screen
+from quantadapt.training.progress import Progress
 
 TRAIN = {"max_steps": 4, "eval_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
 
@@ -97,10 +100,10 @@ def test_a_notebook_has_one_line_that_changes(monkeypatch) -> None:
     with NotebookDisplay(Console(file=screen, width=100, force_jupyter=False)) as shown:
         shown("stage", {"name": "train", "state": "start"})
         shown("log", {"step": 5, "max_steps": 20, "loss": 2.0, "learning_rate": 1e-3,
-                      "seconds": 10.0})  # fmt: skip
+                      "seconds": 10.0, "seconds_left": 30.0})  # fmt: skip
         shown("validation", {"step": 5, "max_steps": 20, "eval_loss": 1.5, "best": True})
         shown("log", {"step": 10, "max_steps": 20, "loss": 1.0, "learning_rate": 1e-3,
-                      "seconds": 20.0})  # fmt: skip
+                      "seconds": 20.0, "seconds_left": 20.0})  # fmt: skip
         shown("stage", {"name": "train", "state": "done", "seconds": 40.0})
     bars = [text for text in handle.said if " 10/20 " in text]
     assert len(bars) == 1
@@ -111,6 +114,58 @@ def test_a_notebook_has_one_line_that_changes(monkeypatch) -> None:
     assert screen.getvalue().splitlines() == [
         "✓ train       40.0 s   10 steps   loss 1.0000   held-out loss 1.5000"
     ]
+
+
+LOGS = [
+    {"step": 5, "max_steps": 1000, "loss": 2.0, "learning_rate": 1e-3, "seconds": 10.0,
+     "tokens": 1000, "peak_memory_gib": 0.751, "seconds_left": 3000.0},
+    {"step": 110, "max_steps": 1000, "loss": 1.0, "learning_rate": 1e-3, "seconds": 20.0,
+     "tokens": 30_000, "peak_memory_gib": 0.751, "seconds_left": 3029.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("width", "told", "left_out"),
+    [
+        (40, ["loss 1.0000"], ["left"]),
+        (60, ["loss 1.0000", "50 min left"], ["GiB", "held-out"]),
+        (80, ["loss 1.0000", "2,900 tokens/s", "0.75 GiB", "50 min left"], ["held-out", "lr"]),
+        (120, ["held-out loss 1.5000   lr 1.00e-03   2,900 tokens/s   0.75 GiB   50 min left"], []),
+    ],
+)
+def test_a_line_of_progress_says_what_matters_and_fits(width, told, left_out) -> None:
+    terminal = Screen(io.StringIO(), width=width, force_terminal=True)
+    with RunDisplay(terminal) as shown:
+        shown("stage", {"name": "train", "state": "start"})
+        shown("log", LOGS[0])
+        shown("validation", {"step": 5, "max_steps": 1000, "eval_loss": 1.5, "best": True})
+        shown("log", LOGS[1])
+        drawn = Screen(io.StringIO(), width=width)
+        drawn.print(shown._live)
+    (line,) = drawn.file.getvalue().splitlines()
+    assert len(line) <= width
+    assert "110/1000" in line
+    assert all(text in line for text in told), line
+    assert not any(text in line for text in left_out), line
+
+
+def test_plain_lines_have_all_of_it() -> None:
+    screen = io.StringIO()
+    with RunDisplay(Screen(screen, width=60)) as shown:
+        shown("stage", {"name": "train", "state": "start"})
+        for log in LOGS:
+            shown("log", log)
+    numbers = "loss 1.0000   lr 1.00e-03   2,900 tokens/s   0.75 GiB   50 min left"
+    assert screen.getvalue().splitlines() == [f"  train step 110/1000   {numbers}"]
+
+
+def test_the_time_left_goes_by_what_steps_take_after_the_first() -> None:
+    progress = Progress(first_step=101, seconds=30.0)  # resumed, and 28 s went into compiling
+    assert progress.seconds_left(101, 200) == pytest.approx(30 * 99)
+    progress.seconds = 50.0
+    assert progress.seconds_left(111, 200) == pytest.approx(2 * 89)
+    progress.seconds = 228.0
+    assert progress.seconds_left(200, 200) == 0
 
 
 def test_a_notebook_is_known_by_its_kernel(monkeypatch, capsys) -> None:

@@ -28,6 +28,7 @@ _TUNE, _MODEL, _LOOK = "Fine-tune", "Work with one model", "Look around"
 _EXTEND = "Extend"
 
 COMMANDS = {
+    "init": Entry("init", _TUNE, "Write a commented config for a use, or list the uses."),
     "run": Entry("run", _TUNE, "Quantize, attach, train, evaluate and export, as one run."),
     "plan": Entry("plan", _TUNE, "Show what a run would do, or why it is refused; does nothing."),
     "data": Entry("data", _TUNE, "Show what is learnt of a data file, and what is cut or dropped."),

@@ -79,7 +79,11 @@ class SpecFlags:
 
     config: Annotated[
         Path | None,
-        typer.Argument(metavar="CONFIG.yaml", help="The run as YAML.", show_default=False),
+        typer.Argument(
+            metavar="CONFIG",
+            help="The run as YAML: a file, or a name that `quantadapt init` lists.",
+            show_default=False,
+        ),
     ] = None
     model: Annotated[
         str | None,
@@ -185,10 +189,9 @@ class SpecFlags:
     dtype: DtypeOption = None
     trust_remote_code: TrustOption = False
 
-    def spec(self) -> Spec:
-        """Return the spec. Raises SpecError with every mistake."""
-        from ..errors import SpecError
-        from ..spec import Spec, apply_overrides
+    def values(self) -> dict[str, Any]:
+        """Return what file and flags say, as YAML would. Raises SpecError."""
+        from ..spec import apply_overrides
 
         values = _read(self.config) if self.config else {}
         for name, key in _KEYS.items():
@@ -198,7 +201,14 @@ class SpecFlags:
         for name in ("backend", "adapter"):
             if (given := getattr(self, name)) is not None:
                 values[name] = _named(values.get(name), given)
-        values = apply_overrides(values, self.set or ())
+        return apply_overrides(values, self.set or ())
+
+    def spec(self) -> Spec:
+        """Return the spec. Raises SpecError with every mistake."""
+        from ..errors import SpecError
+        from ..spec import Spec
+
+        values = self.values()
         try:
             return Spec(**values)
         except SpecError as error:
@@ -208,9 +218,11 @@ class SpecFlags:
 def _read(file: Path) -> dict[str, Any]:
     """Return what a YAML file says. That of a run folder, which may come from elsewhere, cannot say
     that code is trusted."""
+    from ..configs import located
     from ..folders.run_folder import MARKER
     from ..inputs.plain_yaml import read_yaml
 
+    file = located(file)
     values = read_yaml(file)
     if (file.parent / MARKER).exists():
         values.pop("trust_remote_code", None)
@@ -291,13 +303,15 @@ def _named(before: Any, name: str) -> dict[str, Any]:
     return {**before, "name": name} if same else {"name": name}
 
 
-def with_spec_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command all spec flags on the command line, and one SpecFlags as first argument."""
+def with_spec_flags(function: Callable[..., None], *names: str) -> Callable[..., None]:
+    """Give a command spec flags on the command line, those called `names` or all, and one SpecFlags
+    as first argument."""
     hints = get_type_hints(SpecFlags, include_extras=True)
     own_hints = get_type_hints(function, include_extras=True)
     shared = [
         inspect.Parameter(f.name, _KEYWORD, default=f.default, annotation=hints[f.name])
         for f in fields(SpecFlags)
+        if not names or f.name in names
     ]
     _, *own = inspect.signature(function).parameters.values()
     own = [p.replace(kind=_KEYWORD, annotation=own_hints[p.name]) for p in own]

@@ -33,7 +33,7 @@ _EXAMPLES = {
     "plan": (
         "quantadapt plan --backend torchao-int4 --adapter vera",
         "quantadapt plan config.yaml --merge requantize --json",
-        "quantadapt plan configs/qlora.yaml --model PATH --card 16 --card 24",
+        "quantadapt plan qlora --model PATH --card 16 --card 24",
     ),
     "schema": (
         "quantadapt schema > quantadapt.schema.json",

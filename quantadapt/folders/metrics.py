@@ -73,6 +73,18 @@ def told_apart(unit: str) -> tuple[str, str]:
     return ("", unit) if unit == SHARE else (unit, "")
 
 
+def duration(seconds: float) -> str:
+    """Return a duration, e.g. `0.4 s`, `48 s`, `3 min 12 s`, `50 min`, `2 h 5 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s" if seconds >= 0.05 else "under 0.1 s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    parts, units = (whole, ("min", "s")) if whole < 3600 else (whole // 60, ("h", "min"))
+    rest = f" {parts % 60} {units[1]}" if parts % 60 else ""
+    return f"{parts // 60} {units[0]}{rest}"
+
+
 class Training(TypedDict, total=False):
     """What training took; `seconds` is the training loop alone, of which `dequantize_share` went
     into dequantizing the base. `validation` is [step, loss on held-out data in nats per token] of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,21 @@ def to_yaml(values: Any) -> str:
     """Return JSON-ready values as YAML that `parse` reads back."""
     text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False)
     return text
+
+
+def flow(value: Any) -> str:
+    """Return a JSON-ready value on one line, as it may stand in YAML that `parse` reads back."""
+    text: str = yaml.dump(
+        [value], Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=math.inf
+    )
+    return text.strip()[1:-1]
+
+
+def compose(text: str) -> yaml.MappingNode:
+    """Return the nodes of a YAML text that holds a mapping, which know where they stand."""
+    node = yaml.compose(text, _Loader)
+    assert isinstance(node, yaml.MappingNode)
+    return node
 
 
 def parse(text: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from .. import demo
-from ..dependencies import missing_for_optimizer, missing_requirements
+from ..dependencies import missing_for_optimizer, missing_requirements, tracker_problems
 from ..distributed.world import world
 from ..errors import ModelError, OutputError, PlanRefused, PluginError, Problem, did_you_mean
 from ..folders.run_folder import RunFolder
@@ -281,6 +281,7 @@ def check_training(draft: Draft, device: str) -> None:
     """Look for options of training that contradict each other or lack their library."""
     train = draft.spec.train
     draft.problems += missing_for_optimizer(train.optim)
+    draft.problems += tracker_problems(train.report_to)
     if train.gradient_checkpointing is not None and train.memory != "auto":
         what = "memory and gradient_checkpointing both say which layers are computed again"
         fix = "leave one of them out"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..folders.metrics import direction, told_apart, with_unit
+from ..folders.metrics import direction, duration, told_apart, with_unit
 from ..folders.run_folder import RunFolder
 from ..memory.workload import Setting
 from .charts import Bar, Curve, bar_chart, line_chart
@@ -27,7 +27,7 @@ from .html import (
     section,
 )
 from .run import Measured, Run, items, measured, number, part, text
-from .words import count, counted, duration, headline, lede, mebibytes, percent, short
+from .words import count, counted, headline, lede, mebibytes, percent, short
 
 
 def write_report(folder: RunFolder) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..folders.metrics import SHARE, told_apart, with_unit
+from ..folders.metrics import SHARE, duration, told_apart, with_unit
 from .run import Measured, Run, measured, number, part, text
 
 
@@ -37,18 +37,6 @@ def count(number: float) -> str:
         if number >= size:
             return f"{short(number / size)} {word}"
     return f"{number:,.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration, e.g. `0.4 s`, `48 s`, `3 min 12 s`, `2 h 5 min`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s" if seconds >= 0.05 else "under 0.1 s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def mebibytes(value: float) -> str:

@@ -6,7 +6,8 @@ rate while training; elsewhere the same facts come as plain lines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +25,21 @@ from rich.progress import (
 from rich.text import Text
 
 from ..errors import Problem
-from ..folders.metrics import label, with_unit
+from ..folders.metrics import duration, label, with_unit
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 BETWEEN = "loading libraries and data"
+GAP = "   "
 _PLAIN_LINES = 10
+_ROUGHLY = 600
+"""Seconds from which on nobody asks for the seconds."""
+_BAR = (6, 40)
+"""The fewest and the most columns of the bar."""
+_SINCE = ("tokens", "seconds")
+"""What a log counts from the beginning of the training."""
 
 
 class RunDisplay:
@@ -46,6 +54,8 @@ class RunDisplay:
         self._live: Progress | None = None
         self._task = TaskID(0)
         self._last_line = 0
+        self._last_log: Mapping[str, Any] = {}
+        self._bar = BarColumn()
 
     def __enter__(self) -> RunDisplay:
         self._wait(BETWEEN)
@@ -65,6 +75,7 @@ class RunDisplay:
         name = str(data["name"])
         if data["state"] == "start":
             self.stage, self.details, self._last_line = name, [], 0
+            self._last_log = {}
             self._wait(name)
             return
         details = "   ".join(self.details)
@@ -102,13 +113,31 @@ class RunDisplay:
     def on_log(self, data: Mapping[str, Any]) -> None:
         """Training reports a step."""
         step, most = int(data["step"]), int(data["max_steps"])
-        numbers = f"loss {data['loss']:.4f}   lr {data['learning_rate']:.2e}"
+        numbers = self._numbers(data)
         self.details = [f"{step} steps   loss {data['loss']:.4f}", *self._validated]
         if self.live:
-            self._train_bar(step, most, "   ".join([numbers, *self._validated]))
+            self._train_bar(step, most, numbers)
         elif step >= most or (step - self._last_line) * _PLAIN_LINES >= most:
             self._last_line = step
-            self.console.print(f"  train step {step}/{most}   {numbers}", soft_wrap=True)
+            line = f"  train step {step}/{most}   {_fitting(numbers)}"
+            self.console.print(line, soft_wrap=True)
+        self._last_log = data
+
+    def _numbers(self, data: Mapping[str, Any]) -> list[tuple[int, str]]:
+        """Return what a step is told by, each with a number that is small if it matters much."""
+        numbers = [(0, f"loss {data['loss']:.4f}"), *((3, text) for text in self._validated)]
+        numbers.append((5, f"lr {data['learning_rate']:.2e}"))
+        tokens, seconds = (
+            float(data.get(key, 0)) - float(self._last_log.get(key, 0)) for key in _SINCE
+        )
+        if tokens > 0 and seconds > 0:
+            numbers.append((2, f"{tokens / seconds:,.0f} tokens/s"))
+        if data.get("peak_memory_gib"):
+            numbers.append((4, f"{data['peak_memory_gib']:.2f} GiB"))
+        if (left := float(data.get("seconds_left", 0))) >= 1:
+            unit = 60 if left >= _ROUGHLY else 1
+            numbers.append((1, f"{duration(unit * round(left / unit))} left"))
+        return numbers
 
     def on_validation(self, data: Mapping[str, Any]) -> None:
         """Training has measured the loss on held-out data."""
@@ -119,24 +148,20 @@ class RunDisplay:
         if not self.live:
             self.console.print(f"  train step {step}/{most}   {text}{best}", soft_wrap=True)
 
-    def _train_bar(self, step: int, most: int, numbers: str) -> None:
+    def _train_bar(self, step: int, most: int, numbers: list[tuple[int, str]]) -> None:
+        columns = ("{task.description}", "{task.completed}/{task.total}", "{task.fields[numbers]}")
+        before, counted, beside = (TextColumn(text) for text in columns)
+        taken = len(f"* train  {most}/{most}  ")
+        shown = _fitting(numbers, self.console.width - taken - _BAR[0])
+        width = min(self.console.width - taken - len(shown), _BAR[1])
         if self._live is None or self._live.tasks[0].total is None:
-            self._start(
-                Progress(
-                    SpinnerColumn(),
-                    TextColumn("{task.description}"),
-                    BarColumn(),
-                    TextColumn("{task.completed}/{task.total}"),
-                    TextColumn("{task.fields[numbers]}"),
-                    TimeRemainingColumn(),
-                    **_options(self.console),
-                ),
-                "train",
-                total=most,
-                numbers=numbers,
-            )
+            self._bar = BarColumn(bar_width=width)
+            columns_ = (SpinnerColumn(), before, self._bar, counted, beside)
+            progress = Progress(*columns_, **_options(self.console))
+            self._start(progress, "train", total=most, numbers=shown)
         assert self._live is not None
-        self._live.update(self._task, completed=step, numbers=numbers)
+        self._bar.bar_width = width
+        self._live.update(self._task, completed=step, numbers=shown)
 
     def _wait(self, text: str) -> None:
         """Show a spinner; nothing where there is no terminal."""
@@ -210,6 +235,16 @@ class Waiting:
         yield
         if self._live is not None:
             self._live.start()
+
+
+def _fitting(numbers: Iterable[tuple[int, str]], room: float = math.inf) -> str:
+    """Return those texts that matter most and fit into `room` columns, in their order."""
+    numbers, kept, left = list(numbers), set[int](), room + len(GAP)
+    for rank, text in sorted(numbers):
+        if not kept or len(text) + len(GAP) <= left:
+            kept.add(rank)
+            left -= len(text) + len(GAP)
+    return GAP.join(text for rank, text in numbers if rank in kept)
 
 
 def _spinner(console: Console) -> Progress:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .display import RunDisplay
+from .display import GAP, RunDisplay
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,18 +20,11 @@ class NotebookDisplay(RunDisplay):
         super().__init__(console)
         self.live = True
         self._handle: Any = None
-        self._left = 0.0
 
-    def on_log(self, data: Mapping[str, Any]) -> None:
-        """Training reports a step."""
-        step, most = int(data["step"]), int(data["max_steps"])
-        self._left = float(data["seconds"]) / max(step, 1) * (most - step)
-        super().on_log(data)
-
-    def _train_bar(self, step: int, most: int, numbers: str) -> None:
+    def _train_bar(self, step: int, most: int, numbers: list[tuple[int, str]]) -> None:
         filled = round(_BAR * step / max(most, 1))
         bar = "\N{FULL BLOCK}" * filled + "\N{LIGHT SHADE}" * (_BAR - filled)
-        self._say(f"train {bar} {step}/{most}   {numbers}   {self._left:.0f} s left")
+        self._say(GAP.join([f"train {bar} {step}/{most}", *(text for _, text in numbers)]))
 
     def _wait(self, text: str) -> None:
         self._say(f"{text} ...")

@@ -10,6 +10,7 @@ from typing import Any
 from ..adapting.adalora import allocate_ranks, set_schedule
 from ..distributed.talking import reduced
 from .checkpoints import take_up
+from .figures import peak_memory_gib
 
 OnLog = Callable[[dict[str, Any]], None]
 
@@ -22,6 +23,16 @@ class Progress:
     first_step: int = 0
     seconds: float = 0.0
     tokens: Any = 0
+    first_log: tuple[int, float] | None = None
+
+    def seconds_left(self, step: int, most: int) -> float:
+        """Return how long the steps after `step` take, by those since the first log: what comes
+        before that is compiled and tried out once."""
+        if self.first_log is None:
+            self.first_log = (step, self.seconds)
+            return self.seconds / (step - self.first_step + 1) * (most - step)
+        begun, seconds = self.first_log
+        return (self.seconds - seconds) / max(step - begun, 1) * (most - step)
 
 
 @dataclass
@@ -105,7 +116,9 @@ class Watcher:
                 "learning_rate": float(logs["learning_rate"]),
                 "grad_norm": float(logs["grad_norm"]),
                 "seconds": self.progress.seconds,
+                "seconds_left": self.progress.seconds_left(state.global_step, state.max_steps),
                 "tokens": int(tokens),
+                "peak_memory_gib": peak_memory_gib(args.device),
             }
         )
 

@@ -5,7 +5,7 @@ Nothing of the model is left changed but the adapter's weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from ..adapting.adalora import tuner_of
 from ..adapting.merge_aware import make_merge_aware, tell_it_stays
 from ..adapting.several import unsavable
 from ..data.vocabulary import check_tokens
+from ..dependencies import tracker_problems
 from ..distributed.talking import average_gradients, reduced, share, start
 from ..errors import PlanRefused, Problem, TrainingError, did_you_mean
 from ..folders.checkpoints import STATE, Checkpoint, finished, too_few_steps
@@ -29,6 +30,7 @@ from .loop import TrainingLoop
 from .memory_fit import MemoryFit
 from .progress import OnLog, Watcher
 from .stopping import Stop
+from .trackers import spare
 from .trainer import Setup, make_trainer
 from .validation import Validation, best_of, curve, has_stopped
 
@@ -65,9 +67,9 @@ def train(
         output: run folder; checkpoints go to `output / "checkpoints"`.
         held_out: examples that `spec` may have measured while training; the columns of `dataset`.
         on_log: called at the first, the last and every `logging_steps`-th step with step,
-            max_steps, loss, learning_rate, grad_norm, seconds and tokens; and after each
-            validation with step, max_steps, eval_loss in nats per token, whether that is the
-            `best`, and the seconds that it took.
+            max_steps, loss, learning_rate, grad_norm, seconds, seconds_left, tokens and
+            peak_memory_gib (of this process); and after each validation with step, max_steps,
+            eval_loss in nats per token, whether that is the `best`, and the seconds that it took.
         on_note: told in a sentence how memory is used, where that was chosen or had to change.
         stop: may end it early; by default when `spec.max_time` is over, from now on.
 
@@ -106,6 +108,7 @@ def train(
             trainer.validation.checkpoint = checkpoint.path if checkpoint else None
         trainer.stop = stop or Stop(spec.max_time)
         trainer.calls = expect_calls(trainer, note)
+        spare(trainer, note)
         _run(trainer, checkpoint, note)  # Trainer.train, see below
         if trainer.validation is not None:
             trainer.validation.end()  # may put the best weights back
@@ -201,6 +204,7 @@ def check(model: Any, spec: TrainSpec, task: Task) -> None:
     if spec.merge_aware and state is not None and state.adapter is not None:
         cell = state.cell
         found += merge_aware_problems(cell, state.backend, state.quantizer, state.adapter)
+    found += tracker_problems(spec.report_to)
     found += unsavable(model)  # told now, not when it is to be saved
     if found:
         raise PlanRefused(found)
@@ -265,23 +269,6 @@ def problems(spec: TrainSpec) -> list[Problem]:
         if value not in names:
             what = f"there is no {value!r}"
             found.append(Problem(what, did_you_mean(value, names), where=f"train.{key}"))
-    return found + (_reporting_problems(spec.report_to) if spec.report_to else [])
-
-
-def _reporting_problems(wanted: Iterable[str]) -> list[Problem]:
-    from transformers.integrations import integration_utils
-
-    known = integration_utils.INTEGRATION_TO_CALLBACK
-    unlisted = ("all", "none", "flyte")
-    there = {*integration_utils.get_available_reporting_integrations(), *unlisted}
-    found = []
-    for name in wanted:
-        if name not in (*known, *unlisted):
-            hint = did_you_mean(name, known)
-            found.append(Problem(f"there is no {name!r}", hint, where="train.report_to"))
-        elif name not in there:
-            fix = f"pip install {name.replace('_', '-')}, or leave it out"
-            found.append(Problem(f"{name} is not installed", fix, where="train.report_to"))
     return found
 
 

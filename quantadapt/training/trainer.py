@@ -20,6 +20,7 @@ from .figures import adapter_device, compute_dtype
 from .lent import clip_what_is_trained
 from .loop import TrainingLoop
 from .progress import OnLog, Progress, Watcher
+from .trackers import PROJECT, run_name
 
 if TYPE_CHECKING:
     import torch
@@ -154,6 +155,8 @@ def _arguments(model: Any, spec: TrainSpec, output: Path, seed: int) -> dict[str
         "save_strategy": "steps" if spec.save_steps else "no",
         "save_steps": spec.save_steps or 1,
         "report_to": spec.report_to or "none",
+        "run_name": run_name(output),
+        "project": PROJECT,
         "seed": seed,
         "data_seed": seed,
         "use_cpu": device.type == "cpu",

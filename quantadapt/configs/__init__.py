@@ -1,0 +1,44 @@
+"""Configs to start from: YAML files beside this module, one for each use.
+
+`quantadapt init NAME` writes one for you to change. Wherever a config is asked for, in a command or
+by `Spec.load`, its bare name stands for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import Problem, SpecError, did_you_mean
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def names() -> list[str]:
+    """Return what the configs are called, the demo's first."""
+    found = (file.stem for file in FOLDER.glob("*.yaml"))
+    return sorted(found, key=lambda name: (name != "demo", name))
+
+
+def summary(name: str) -> str:
+    """Return what the config called `name` is for: its first line, a comment."""
+    first, *_ = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    return first.removeprefix("#").strip()
+
+
+def shipped(name: str) -> Path:
+    """Return the config called `name`. Raises SpecError where there is none."""
+    if name not in names():
+        what = f"there is no config {name!r}"
+        raise SpecError([Problem(what, did_you_mean(name, names()))])
+    return FOLDER / f"{name}.yaml"
+
+
+def located(source: str | Path) -> Path:
+    """Return the file that `source` means: a path, or the bare name of a config here.
+
+    A file of that name in the folder where one is goes before. Raises SpecError.
+    """
+    path = Path(source).expanduser()
+    if path.exists() or path.suffix or path.name != str(source):
+        return path
+    return shipped(str(source))
