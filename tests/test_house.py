@@ -35,6 +35,7 @@ ORDER = [
         "showing",
         "registry",
     ),
+    "benchmarking",
     "generation",
     *("evaluation", "data", "sharding", "dependencies", "facade", "records", "protocols"),
     *("layerwise", "loading", "calibration", "model", "hookspecs", "distributed", "folders"),
