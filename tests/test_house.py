@@ -16,6 +16,7 @@ ORDER = [
     *(
         "__main__",
         "cli",
+        "judging",
         "serving",
         "testing",
         "scaffold",
