@@ -152,6 +152,10 @@ class OutputError(QuantadaptError):
     """The output folder cannot be used, or writing to it failed; what was there is untouched."""
 
 
+class EndpointError(QuantadaptError):
+    """A model behind an endpoint does not answer, or refuses; what was done so far is kept."""
+
+
 class FolderInUse(OutputError):
     """Another process is writing in the output folder; nothing was touched. Exit code 2."""
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from .data.reading import Data
     from .evaluation.gain import TokenLosses
-    from .protocols import Task
+    from .protocols import Figure, Task
     from .quantizing.examples import Examples
     from .training.stage import TrainResult
 
@@ -135,6 +135,7 @@ class _Run:
         self.listener = listener
         self.metrics: dict[str, Any] = {"command": command, "stages": {}, "evaluations": {}}
         self.metrics["failed_evaluations"] = {}
+        self.found: dict[str, dict[str, Mapping[str, Figure]]] = {}
         self.world = world()
         self.started = time.monotonic()
         with self.stage("plan") as done:
@@ -329,7 +330,9 @@ class _Run:
                 logger.warning(text, exc_info=True)
                 self.listener("note", {"text": text})
                 continue
-            add_figures(self.metrics, evaluation, name, found)
+            earlier = self.found.setdefault(evaluation, {})
+            add_figures(self.metrics, evaluation, name, found, earlier)
+            earlier[name] = found
             self.listener("figures", {"evaluation": evaluation, "model": name, "figures": found})
 
     def measure_unquantized(self, data: Data) -> None:

@@ -237,6 +237,11 @@ class EvaluateSpec(_Strict):
         [EvaluationSpec(name="perplexity")],
         description="what is measured on every model of the run, see `quantadapt evaluations`",
     )
+    tasks: list[str] = Field(
+        default_factory=list,
+        description="tasks of lm-evaluation-harness that are measured beside them, e.g. [mmlu, "
+        "gsm8k]; their options are those of the evaluation `tasks`",
+    )
     max_examples: int = Field(200, ge=1, description="held-out examples that are measured on")
     batch_size: int = Field(8, ge=1, description="examples per forward pass")
     unquantized: bool = Field(True, description="also measure the base before quantization")
@@ -247,6 +252,23 @@ class EvaluateSpec(_Strict):
     @classmethod
     def _from_one(cls, value: Any) -> Any:
         return [value] if isinstance(value, str | Mapping) else value
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _from_words(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+    @property
+    def wanted(self) -> list[EvaluationSpec]:
+        """The evaluations, with that of the tasks."""
+        if not self.tasks:
+            return self.evaluations
+        named = [named for named in self.evaluations if named.name == "tasks"]
+        others = [named for named in self.evaluations if named.name != "tasks"]
+        options = named[0].options if named else {}
+        listed = options.pop("tasks", [])
+        tasks = dict.fromkeys([*(listed if isinstance(listed, list) else [listed]), *self.tasks])
+        return [*others, EvaluationSpec(name="tasks", tasks=list(tasks), **options), *named[1:]]
 
 
 class FormatSpec(Named):

@@ -26,6 +26,7 @@ from quantadapt import demo
 from quantadapt.data.files import Row as DataRow
 from quantadapt.errors import DataError, ModelError, NumbersError, OutputError, SpecError
 from quantadapt.evaluation.predictions import evaluating
+from quantadapt.folders.lines import problems_of
 from quantadapt.generation import (
     Answer,
     PromptWriter,
@@ -35,7 +36,7 @@ from quantadapt.generation import (
     slots,
     streamed,
 )
-from quantadapt.generation.files import answer_file, problems_of, read_prompts
+from quantadapt.generation.files import answer_file, read_prompts
 from quantadapt.generation.rows import Row, Rows
 from quantadapt.generation.sampling import Chooser
 from quantadapt.generation.slots import SlotRows, takes_slots
@@ -445,7 +446,7 @@ def test_lines_end_where_jsonl_has_them_end(tmp_path) -> None:
     lines = out.read_bytes().split(b"\n")[:-1]
     assert [json.loads(line)["answer"] for line in lines] == [f"{odd} {n}" for n in range(6)]
     begun = answer_file(out, rows, {}, overwrite=True)
-    with pytest.raises(OutputError, match="0 answers to 6 prompts"), begun:
+    with pytest.raises(OutputError, match="0 of 6 answers"), begun:
         pass
 
 

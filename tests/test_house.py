@@ -16,6 +16,7 @@ ORDER = [
     *(
         "__main__",
         "cli",
+        "judging",
         "serving",
         "testing",
         "scaffold",
@@ -35,6 +36,7 @@ ORDER = [
         "showing",
         "registry",
     ),
+    "benchmarking",
     "generation",
     *("evaluation", "data", "sharding", "dependencies", "facade", "records", "protocols"),
     *("layerwise", "loading", "calibration", "model", "hookspecs", "distributed", "folders"),

@@ -81,8 +81,6 @@ def export(
     is refused, with the reason and the way out.
     """
     with session(as_json=json) as shown, trusting(trust_remote_code):
-        from dataclasses import asdict
-
         from ..planning.exports import export_of
         from ..spec import apply_overrides
         from .models import check_export, checked_output, inputs_of
@@ -95,7 +93,7 @@ def export(
             shown, run, planned, final, data, calibration, device, overwrite, force_base
         )
         if json:
-            figures = {name: asdict(figure) for name, figure in found.items()}
+            figures = {name: figure.to_dict() for name, figure in found.items()}
             shown.print_json({"export": name, "path": str(final), "figures": figures})
             return
         from ..exporting.stage import done_words

@@ -97,8 +97,8 @@ def _check(
     prompt: list[str] | None, file: str | None, out: Path | None, json: bool, overwrite: bool
 ) -> None:
     from ..errors import Problem, SpecError
+    from ..folders.lines import problems_of
     from ..folders.lock import refuse_in_use
-    from ..generation.files import problems_of
 
     problems = []
     if bool(prompt) == bool(file):

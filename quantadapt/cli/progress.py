@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from ..folders.metrics import MODELS, direction, label, told_apart, with_unit
+from ..folders.metrics import (
+    MODELS,
+    change_words,
+    direction,
+    label,
+    told_apart,
+    with_error,
+    with_unit,
+)
 from ..records import as_call
 from ..showing.display import RunDisplay, Waiting, export_lines, four_digits, spinner, warning
 
@@ -26,9 +34,11 @@ __all__ = [
     "device_words",
     "export_lines",
     "export_words",
+    "figures_table",
     "four_digits",
     "model_name",
     "plan_lines",
+    "show_errors",
     "show_result",
     "spinner",
     "steps_words",
@@ -75,7 +85,9 @@ def show_result(console: Console, folder: Path, metrics: Mapping[str, Any]) -> N
     """Print what was measured, a sample before and after, what was written and the report."""
     console.print()
     warnings = metrics.get("warnings", [])
-    console.print(_figures(metrics.get("evaluations", {}), "yellow" if warnings else "green"))
+    console.print(figures_table(metrics.get("evaluations", {}), "yellow" if warnings else "green"))
+    for figures in metrics.get("evaluations", {}).values():
+        show_errors(console, figures)
     for text in warnings:
         console.print(warning(text), soft_wrap=True)
     for name, why in metrics.get("failed_evaluations", {}).items():
@@ -87,7 +99,7 @@ def show_result(console: Console, folder: Path, metrics: Mapping[str, Any]) -> N
     console.print(f"report: [bold]{escape(str(folder / 'report.html'))}[/bold]", soft_wrap=True)
 
 
-def _figures(evaluations: Mapping[str, Mapping[str, Measured]], colour: str) -> Table:
+def figures_table(evaluations: Mapping[str, Mapping[str, Measured]], colour: str) -> Table:
     """Return a row for each model, a column for the first figure of each evaluation; the tuned
     model's is in `colour`."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
@@ -109,6 +121,36 @@ def _figures(evaluations: Mapping[str, Mapping[str, Measured]], colour: str) -> 
             style = f"bold {colour}" if model == "tuned" else ""
             table.add_row(f"{model}: {text}", *map(escape, cells), style=style)
     return table
+
+
+def show_errors(console: Console, figures: Mapping[str, Measured]) -> None:
+    """Print figures with their standard errors, if they have such, and what training changed."""
+    known = {name: figure for name, figure in figures.items() if figure.get("errors")}
+    models = [model for model in MODELS if any(model in f["values"] for f in known.values())]
+    if not known:
+        return
+    changed = [model for f in known.values() for model in f.get("changes", {})]
+    last = "tuned" if "tuned" in changed else next(iter(changed), "")
+    since = {f["changes"][last]["since"] for f in known.values() if last in f.get("changes", {})}
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("± standard error", overflow="fold")
+    for head in [*models, *(f"{last} since {other}" for other in since)]:
+        table.add_column(head, justify="right")
+    for name, figure in known.items():
+        cells = [_with_error(figure, model) for model in models]
+        change = figure.get("changes", {}).get(last)
+        cells += [change_words(change, figure["unit"]) if change else ""] if since else []
+        lower = direction(figure["better"]) if figure["better"] == "lower" else ""
+        table.add_row(escape(f"{name}, {lower}".strip(", ")), *map(escape, cells))
+    console.print()
+    console.print(table)
+
+
+def _with_error(figure: Measured, model: str) -> str:
+    value = figure["values"].get(model)
+    if value is None:
+        return ""
+    return with_error(value, figure["errors"].get(model), figure["unit"], four_digits)
 
 
 def _sample(sample: Mapping[str, Any]) -> Table:

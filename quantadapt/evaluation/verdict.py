@@ -73,7 +73,9 @@ def _of_others(metrics: Mapping[str, Any]) -> list[str]:
             continue
         before, after = values["quantized"], values["tuned"]
         gain = after - before if better == HIGHER else before - after
-        if not gain >= -0.01 * abs(before):  # a hundredth is noise
+        error = figure.get("changes", {}).get("tuned", {}).get("error")
+        noise = 0.01 * abs(before) if error is None else 2 * error
+        if not gain >= -noise:
             shown = [with_unit(value, figure["unit"], "{:.4g}".format) for value in (before, after)]
             what = f"training made {label(evaluation, name)} worse, {better} being better"
             found.append(f"{what}: from {shown[0]} to {shown[1]} on held-out data; {_LIKE}")

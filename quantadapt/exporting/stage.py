@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -78,7 +77,7 @@ def export(
         "state": state,
         "folder": planned.folder,
         "words": words,
-        "figures": {name: asdict(figure) for name, figure in figures.items()},
+        "figures": {name: figure.to_dict() for name, figure in figures.items()},
         "refusals": [vars(problem) for problem in refusals],
     }
     return entry, error

@@ -25,21 +25,50 @@ SHARE = "share"
 
 class Measured(TypedDict, total=False):
     """One figure of an evaluation: `better` is "lower", "higher" or empty; `values` are by model,
-    see `MODELS`, and null where the model gave no finite number."""
+    see `MODELS`, and null where the model gave no finite number. Where their standard errors are
+    known, `errors` are those, and `changes` what differs from the model measured before."""
 
     unit: str
     better: str
     values: dict[str, float | None]
+    errors: dict[str, float | None]
+    changes: dict[str, Change]
+
+
+class Change(TypedDict):
+    """How far a figure of a model is from that of another, `since`; `error` is the standard error
+    of that, example by example where both were measured on the same."""
+
+    since: str
+    value: float
+    error: float | None
 
 
 def add_figures(
-    metrics: dict[str, Any], evaluation: str, model: str, figures: Mapping[str, Figure]
+    metrics: dict[str, Any],
+    evaluation: str,
+    model: str,
+    figures: Mapping[str, Figure],
+    earlier: Mapping[str, Mapping[str, Figure]] | None = None,
 ) -> None:
-    """Put what an evaluation found of a model into `metrics`."""
+    """Put what an evaluation found of a model into `metrics`.
+
+    Args:
+        earlier: what it found of other models, in the order that they were measured in; the last
+            of them is what figures with a standard error are compared with.
+    """
     table = metrics["evaluations"].setdefault(evaluation, {})
     for name, figure in figures.items():
         new: Measured = {"unit": figure.unit, "better": figure.better, "values": {}}
-        table.setdefault(name, new)["values"][model] = figure.value
+        entry = table.setdefault(name, new)
+        entry["values"][model] = figure.value
+        if figure.error is None:
+            continue
+        entry.setdefault("errors", {})[model] = figure.error
+        if others := [other for other, found in (earlier or {}).items() if name in found]:
+            change = figure.since((earlier or {})[others[-1]][name])
+            told = {"since": others[-1], "value": change.value, "error": change.error}
+            entry.setdefault("changes", {})[model] = told
     if evaluation == "perplexity":  # where it stood before there were others
         metrics["perplexity"] = table["perplexity"]["values"]
 
@@ -66,6 +95,26 @@ def direction(better: str) -> str:
 def with_unit(value: float, unit: str, number: Callable[[float], str]) -> str:
     """Return a value with its unit, made text by `number`; a share in percent."""
     return f"{100 * value:.1f} %" if unit == SHARE else f"{number(value)} {unit}".rstrip()
+
+
+def with_error(value: float, error: float | None, unit: str, number: Callable[[float], str]) -> str:
+    """Return a value with its unit and, if it is known, its standard error."""
+    if error is None:
+        return with_unit(value, unit, number)
+    if unit == SHARE:
+        return f"{100 * value:.1f} ± {100 * error:.1f} %"
+    return f"{number(value)} ± {error:.2g} {unit}".rstrip()
+
+
+def change_words(change: Mapping[str, Any], unit: str) -> str:
+    """Return how much a figure changed, with its sign and its standard error; shares in percentage
+    points."""
+    value, error = change["value"], change["error"]
+    if unit == SHARE:
+        told = f" ± {100 * error:.1f}" if error is not None else ""
+        return f"{100 * value:+.1f}{told} %"
+    told = f" ± {error:.2g}" if error is not None else ""
+    return f"{value:+.4g}{told} {unit}".rstrip()
 
 
 def told_apart(unit: str) -> tuple[str, str]:

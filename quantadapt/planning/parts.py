@@ -224,7 +224,7 @@ def evaluators_of(draft: Draft) -> dict[str, Evaluator]:
     """Return what measures, by the names of the evaluations, in the order of the spec. Of several
     with one name, those with options have these in their names, too: `exact (shots=5)`."""
     found: dict[str, Evaluator] = {}
-    wanted = draft.spec.evaluate.evaluations
+    wanted = draft.spec.evaluate.wanted
     names = [named.name for named in wanted]
     for named in wanted:
         told = ", ".join(f"{key}={value}" for key, value in named.options.items())
@@ -237,8 +237,10 @@ def evaluators_of(draft: Draft) -> dict[str, Evaluator]:
             what = f"{label!r} is named twice"
             fix = "name it once, or with other options"
             draft.problems.append(Problem(what, fix, where="evaluate.evaluations"))
-        if evaluator is not None:
+        if evaluator is not None and record is not None:
             found[label] = evaluator
+            if not missing_requirements(record):
+                draft.problems += evaluator.refusals()
     return found
 
 

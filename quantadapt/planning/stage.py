@@ -167,7 +167,7 @@ class Plan:
         evaluations = [{"name": n, **e.model_dump(mode="json")} for n, e in self.evaluators.items()]
         values = self.spec.model_dump()
         values |= {kind: {"name": name, **options} for kind, (name, options) in named.items()}
-        values["evaluate"]["evaluations"] = evaluations
+        values["evaluate"] |= {"evaluations": evaluations, "tasks": []}
         return Spec(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..errors import Problem
 from .options import Figure, Options
 
 if TYPE_CHECKING:
@@ -47,6 +48,12 @@ class Evaluator(Options, ABC):
         """Say whether to measure this model of a run: the "unquantized" base, the "quantized" one
         before training, the "tuned" one with its adapter, or the "merged" one."""
         return True
+
+    def refusals(self) -> Iterable[Problem]:
+        """Return what is wrong with the options beyond their types. Asked before any work starts,
+        and only where what the evaluation requires is installed: look at files, download nothing,
+        load no torch."""
+        return ()
 
     @abstractmethod
     def measure(self, model: nn.Module, given: Given) -> Mapping[str, Figure]:

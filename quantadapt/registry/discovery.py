@@ -45,6 +45,7 @@ BUILTIN = {
     "builtin": "quantadapt.registry.adapters",
     "sft": "quantadapt.objectives.sft",
     "perplexity": "quantadapt.evaluation.perplexity",
+    "tasks": "quantadapt.benchmarking.tasks",
     "exports": "quantadapt.exporting.exports",
 }
 """Plugins that are always there, whatever QUANTADAPT_PLUGINS says: name -> module."""

@@ -11,7 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..folders.metrics import direction, duration, told_apart, with_unit
+from ..folders.metrics import (
+    change_words,
+    direction,
+    duration,
+    told_apart,
+    with_error,
+)
 from ..folders.run_folder import RunFolder
 from ..memory.workload import Setting
 from .charts import Bar, Curve, bar_chart, line_chart
@@ -112,7 +118,7 @@ def _evaluation(figures: Sequence[Measured], name: str) -> Html:
     """Draw the first of an evaluation's figures; the others are a table."""
     first, *others = figures
     bars = [
-        Bar(_BARS[model][0], value, with_unit(value, first.unit, short), _BARS[model][1])
+        Bar(_BARS[model][0], value, _model_value(first, model, first.unit), _BARS[model][1])
         for model, value in first.values.items()
     ]
     low = min((bar.value for bar in bars), default=0.0)
@@ -120,6 +126,9 @@ def _evaluation(figures: Sequence[Measured], name: str) -> Html:
     above, _ = told_apart(first.unit)
     where = f"On held-out data, in {above}" if above else "On held-out data"
     note = f"{'; '.join(filter(None, (where, direction(first.better))))}."
+    if first.errors:
+        note += " Behind ± stands the standard error."
+        others = list(figures)
     if log:
         note += " The scale is logarithmic."
     title = capital(first.name)
@@ -130,17 +139,27 @@ def _evaluation(figures: Sequence[Measured], name: str) -> Html:
 def _others(figures: Sequence[Measured]) -> Html:
     """Return figures as a table, a column for each model."""
     models = [model for model in _BARS if any(model in figure.values for figure in figures)]
+    changed = [model for model in models if any(model in figure.changes for figure in figures)]
     rows = []
     for figure in figures:
         above, beside = told_apart(figure.unit)
         name = ", ".join(filter(None, (figure.name, above, direction(figure.better))))
-        values = [figure.values.get(model) for model in models]
-        cells = [
-            "" if value is None else with_unit(counted(value, figure.better), beside, short)
-            for value in values
-        ]
+        cells = [_model_value(figure, model, beside) for model in models]
+        cells += [_change(figure, model, beside) for model in changed]
         rows.append([name, *cells])
-    return numbers_table(["", *models], rows) if models else Html()
+    heads = [*models, *(f"change, {model}" for model in changed)]
+    return numbers_table(["", *heads], rows) if models else Html()
+
+
+def _model_value(figure: Measured, model: str, unit: str) -> str:
+    if (value := figure.values.get(model)) is None:
+        return ""
+    return with_error(counted(value, figure.better), figure.errors.get(model), unit, short)
+
+
+def _change(figure: Measured, model: str, unit: str) -> str:
+    change = figure.changes.get(model)
+    return f"{change_words(change, unit)} since {change['since']}" if change else ""
 
 
 def _loss(run: Run) -> Html:

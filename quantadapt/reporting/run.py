@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..folders.metrics import MODELS, label
@@ -73,12 +73,16 @@ class Measured:
         unit: empty where it has none.
         better: "lower", "higher", or empty.
         values: finite numbers by model, in the order of `MODELS`.
+        errors: their standard errors, where those are known.
+        changes: (model that it is the change from, change, its standard error or None), by model.
     """
 
     name: str
     unit: str
     better: str
     values: Mapping[str, float]
+    errors: Mapping[str, float] = field(default_factory=dict)
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def measured(run: Run) -> Iterator[tuple[str, list[Measured]]]:
@@ -94,6 +98,19 @@ def measured(run: Run) -> Iterator[tuple[str, list[Measured]]]:
 
 
 def _measured(name: str, figure: Mapping[str, Any]) -> Measured:
-    numbers = {model: number(figure, "values", model) for model in MODELS}
-    values = {model: value for model, value in numbers.items() if value is not None}
-    return Measured(name, text(figure, "unit"), text(figure, "better"), values)
+    values, errors = _by_model(figure, "values"), _by_model(figure, "errors")
+    changes = {
+        model: {
+            "since": text(part(part(figure, "changes"), model), "since"),
+            "value": change,
+            "error": number(figure, "changes", model, "error"),
+        }
+        for model in MODELS
+        if (change := number(figure, "changes", model, "value")) is not None
+    }
+    return Measured(name, text(figure, "unit"), text(figure, "better"), values, errors, changes)
+
+
+def _by_model(figure: Mapping[str, Any], key: str) -> dict[str, float]:
+    numbers = {model: number(figure, key, model) for model in MODELS}
+    return {model: value for model, value in numbers.items() if value is not None}

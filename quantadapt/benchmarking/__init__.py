@@ -1,0 +1,1 @@
+"""Benchmarks of lm-evaluation-harness, measured on models as they are in memory."""
