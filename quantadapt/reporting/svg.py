@@ -25,15 +25,23 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def svg(
-    title: str, described: str, width: int, height: float, parts: Sequence[Html], name: str
+    title: str,
+    described: str,
+    width: int,
+    height: float,
+    parts: Sequence[Html],
+    name: str,
+    *,
+    kind: str = "",
 ) -> Html:
     """Return a drawing with a title and a description for those who cannot see it.
 
     Args:
         width: `WIDE` or `NARROW`; the style sheet shows the one that fits the screen.
         name: what its ids begin with.
+        kind: its class, if not "wide" or "narrow".
     """
-    size = "wide" if width == WIDE else "narrow"
+    size = kind or ("wide" if width == WIDE else "narrow")
     name = f"{name.lower().replace(' ', '-')}-{size}"
     return el(
         "svg",
