@@ -22,10 +22,10 @@ import pytest
 
 from quantadapt.comparing import halving, processes
 from quantadapt.comparing.folder import Journal, Record
-from quantadapt.comparing.grid import Comparison, comparison, lists_in
+from quantadapt.comparing.grid import Cell, Comparison, Options, comparison, lists_in
 from quantadapt.comparing.page import Shown, render, yaml_of
 from quantadapt.comparing.processes import Job, Processes, slots, start_process
-from quantadapt.comparing.results import Quality, Row, Stat, gain_kept, table_of
+from quantadapt.comparing.results import Quality, Row, Stat, Table, gain_kept, table_of
 from quantadapt.comparing.stage import ComparisonResult, look_at, run_comparison
 from quantadapt.comparing.verdict import Noise, front, noise_of, student, verdict
 from quantadapt.errors import (
@@ -278,6 +278,20 @@ def test_a_failure_costs_its_row_alone_and_is_kept_with_its_reason(tmp_path) -> 
     assert len(again.started()) == 3
 
 
+def test_a_cell_of_which_one_seed_failed_is_judged_by_the_others_and_says_so() -> None:
+    made = comparison(STEPS, {"adapter": ["lora", "dora"]}, seeds=3, reference=False)
+    journal = Journal(version="1", started="2026-11-29T16:00")
+    for run in made.runs:
+        figure = {"unit": "", "better": "lower", "values": {"tuned": 2.0 + run.seed}}
+        result = {"steps": 90, "evaluations": {"perplexity": {"perplexity": figure}}}
+        journal.runs[run.name] = Record(state="finished", results={"all": result})
+    journal.runs["hqq-lora-seed2"] = Record(state="failed", reason="out of memory")
+    rows = {row.label: row for row in table_of(made, journal).judged()}
+    assert rows["hqq x lora"].after["perplexity"].values == (2.0, 3.0)
+    assert rows["hqq x lora"].warnings == ["1 of 3 runs failed: out of memory"]
+    assert rows["hqq x dora"].warnings == []
+
+
 def test_the_base_is_measured_once(tmp_path) -> None:
     def wanting(name: str) -> list[str]:
         specs = (tmp_path / name / "specs").glob("*.yaml")
@@ -505,6 +519,8 @@ def test_rungs_are_as_few_as_the_budget_allows() -> None:
     assert halving.choose(9, 90, cost, 1, budget=569) == [10, 30, 90]
     assert halving.choose(9, 90, cost, 2, budget=1000) == [10, 30, 90]
     assert halving.choose(9, 90, cost, 1, budget=1) == [10, 30, 90]
+    # where starting costs more than training, further rungs make it dearer
+    assert halving.choose(9, 90, halving.Cost(fixed=100, step=0.1), 1, budget=1) == [90]
     assert halving.most_rungs(2, 90) == 1
     assert halving.most_rungs(27, 90) == 4
     assert halving.most_rungs(27, 10) == 2
@@ -564,8 +580,7 @@ def test_halving_goes_on_where_it_was_interrupted(tmp_path, monkeypatch) -> None
 
     with pytest.raises(KeyboardInterrupt):
         go(made, tmp_path / "out", ctrl_c)
-    monkeypatch.setattr(halving, "survivors", lambda *_: pytest.fail("decided") or [])
-    monkeypatch.undo()
+    monkeypatch.setattr(halving, "choose", lambda *_: pytest.fail("decided already"))
     result = go(made, tmp_path / "out")
     assert legs(tmp_path / "out") == legs(tmp_path / "straight")
     assert result.verdict.row.label == straight.verdict.row.label
@@ -592,6 +607,7 @@ def test_a_budget_that_ends_in_the_middle_ends_the_run_with_a_checkpoint(tmp_pat
     assert {row.reason for row in result.table.rows if row.cell} == {
         "the budget of 0.000138889 hours is spent"
     }
+    assert "No run was trained whole" not in result.verdict.words
     result = go(comparison(STEPS, grid, budget=1, reference=False), out)
     assert {row.state for row in result.table.rows if row.cell} == {"finished"}
 
@@ -606,6 +622,7 @@ def row(
     label: str, after: tuple[float, ...], size: float, quality: Quality = LOSS, **more: Any
 ) -> Row:
     numbers = {"size_mib": Stat((size,))}
+    more.setdefault("cell", Cell(label, "", {}))
     return Row(label, state="finished", after={quality.name: Stat(after)}, numbers=numbers, **more)
 
 
@@ -656,9 +673,6 @@ def test_students_t_is_that_of_the_tables(freedom, t) -> None:
 
 
 def judged(*rows: Row, quality: Quality = LOSS, **options: Any) -> Any:
-    from quantadapt.comparing.grid import Options
-    from quantadapt.comparing.results import Table
-
     ranked = sorted(rows, key=lambda r: quality.sign * r.after[quality.name].mean)
     return verdict(Table(ranked, {quality.name: quality}), Options(**options))
 
@@ -685,6 +699,15 @@ def test_points_are_meant_where_figures_are_in_percent() -> None:
     found = judged(*rows, quality=SHARE)
     assert found.row.label == "near"
     assert "within 1 points" in found.words
+
+
+def test_where_nothing_was_trained_whole_the_furthest_are_judged() -> None:
+    rows = [row("a", (2.0,), 4), row("b", (3.0,), 4), row("c", (1.0,), 4)]
+    for each, steps in zip(rows, (30, 30, 10), strict=True):
+        each.state, each.steps = "dropped", steps
+    found = verdict(Table(rows, {"perplexity": LOSS}), Options())
+    assert found.row.label == "a"
+    assert found.words.startswith("No run was trained whole; this is after 30 steps.")
 
 
 def test_what_is_chance_is_told() -> None:

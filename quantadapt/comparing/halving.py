@@ -30,7 +30,7 @@ class Cost:
         return self.fixed + self.step * steps
 
 
-def ladder(cells: int, steps: int, count: int) -> list[int]:
+def ladder(steps: int, count: int) -> list[int]:
     """Return the steps of `count` rungs, the last being `steps`."""
     return [max(FEWEST, math.ceil(steps / ETA**k)) for k in reversed(range(count))]
 
@@ -61,13 +61,12 @@ def seconds(cells: int, rungs: Sequence[int], cost: Cost, seeds: int, done: int 
 
 
 def choose(cells: int, steps: int, cost: Cost, seeds: int, budget: float) -> list[int]:
-    """Return the fewest rungs that take at most `budget` seconds; where none do, the most."""
-    most = most_rungs(cells, steps)
-    for count in range(1, most + 1):
-        rungs = ladder(cells, steps, count)
-        if seconds(cells, rungs, cost, seeds) <= budget:
-            return rungs
-    return ladder(cells, steps, most)
+    """Return the fewest rungs that take at most `budget` seconds; where none do, those that take
+    least."""
+    found = [ladder(steps, count) for count in range(1, most_rungs(cells, steps) + 1)]
+    costs = [seconds(cells, rungs, cost, seeds) for rungs in found]
+    fitting = (rungs for rungs, cost in zip(found, costs, strict=True) if cost <= budget)
+    return next(fitting, found[costs.index(min(costs))])
 
 
 def survivors(

@@ -164,11 +164,18 @@ class Table:
         return next(iter(self.qualities.values()), None)
 
     def judged(self) -> list[Row]:
-        """Return the rows that were trained whole and measured, the best first."""
+        """Return the rows that were trained whole and measured, the best first; where there are
+        none, as the budget was spent before, those that were trained furthest."""
         quality = self.quality
         if quality is None:
             return []
-        return [r for r in self.rows if r.state == "finished" and quality.name in r.after]
+        measured = [row for row in self.rows if row.cell and quality.name in row.after]
+        whole = [row for row in measured if row.state == "finished"]
+        if whole:
+            return whole
+        furthest = max((row.steps or 0 for row in measured), default=0)
+        rows = [row for row in measured if row.steps == furthest]
+        return sorted(rows, key=lambda row: quality.sign * row.after[quality.name].mean)
 
     def candidates(self) -> list[Row]:
         """Return those of them that may be recommended."""
@@ -261,6 +268,9 @@ def _row(
 ) -> Row:
     states = [record.state for record in records.values()]
     state = min(states, key=_WORST_FIRST.index)
+    failed = [record.reason for record in records.values() if record.state == "failed"]
+    if failed and set(states) == {"failed", "finished"}:
+        state = "finished"
     reasons = dict.fromkeys(r.reason for r in records.values() if r.reason and r.state == state)
     found = {name: results[name] for name in records if results[name]}
     row = Row(cell.label, cell, cell.reference, state, "; ".join(reasons), [*found])
@@ -282,6 +292,8 @@ def _row(
     _add(row.numbers, "seconds", [r.seconds for r in records.values() if r.seconds])
     said = (text for result in found.values() for text in result.get("warnings", []))
     row.warnings = [*dict.fromkeys(map(str, said))]
+    if failed and state == "finished":
+        row.warnings.append(f"{len(failed)} of {len(states)} runs failed: {failed[0]}")
     return row
 
 

@@ -97,6 +97,8 @@ def verdict(table: Table, options: Options) -> Verdict:
     words = [_taken_words(quality, taken, best, len(near), len(rows), options, cost)]
     words += [_noise_words(quality, taken, best, noise, tied, len(rows))]
     words += [_reference_words(table, quality, taken)]
+    if taken.state != "finished":
+        words.insert(0, f"No run was trained whole; this is after {taken.steps} steps.")
     words += [f"Look at it first, though: {taken.warnings[0]}." if taken.warnings else ""]
     return Verdict(taken, " ".join(filter(None, words)), tuple(row.label for row in tied))
 
