@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..configs import COMPARISONS, located
 from .commands import add
 from .flags import DeviceOption, DtypeOption, JsonOption, SpecFlags, TrustOption
 from .session import Session, session
@@ -40,7 +41,7 @@ def compare(
         typer.Argument(
             metavar="GRID.yaml",
             help="What all runs have in common, as for run, with a grid: of lists, and compare: "
-            "for options.",
+            "for options; or the name of one that comes along: demo, learning-rate.",
             show_default=False,
         ),
     ] = None,
@@ -202,7 +203,7 @@ def compare(
     """  # fmt: skip
     with session(as_json=json) as shown:
         flags = SpecFlags(
-            config=config, model=model, data=data, max_steps=max_steps, device=device,
+            config=config and located(config, COMPARISONS), model=model, data=data, max_steps=max_steps, device=device,
             dtype=dtype, trust_remote_code=trust_remote_code,
         )  # fmt: skip
         options = {
