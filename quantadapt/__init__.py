@@ -23,6 +23,7 @@ moved.install()
 
 if TYPE_CHECKING:
     from .capabilities import Merge, Rule
+    from .comparing.stage import ComparisonResult, compare
     from .errors import DataWarning, QuantadaptError
     from .exporting.onto import merge_onto
     from .exporting.saving import BaseMismatchWarning, load, save
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "pipeline": ("RunResult", "run"),
+    "comparing.stage": ("ComparisonResult", "compare"),
     "stages": ("attach", "evaluate", "generate", "quantize", "train"),
     "generation.answers": ("Answer",),
     "exporting.saving": ("BaseMismatchWarning", "load", "save"),
@@ -73,6 +75,7 @@ __all__ = [
     "Answer",
     "Backend",
     "BaseMismatchWarning",
+    "ComparisonResult",
     "DataWarning",
     "Evaluation",
     "Evaluator",
@@ -92,6 +95,7 @@ __all__ = [
     "Spec",
     "Task",
     "attach",
+    "compare",
     "evaluate",
     "generate",
     "hookimpl",

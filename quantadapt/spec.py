@@ -115,6 +115,9 @@ class DataSpec(_Strict):
     )
     eval_path: str | None = Field(None, description="held-out data; otherwise split off `path`")
     eval_fraction: float = Field(0.05, gt=0, lt=1, description="share split off as held-out data")
+    split_seed: int | None = Field(
+        None, ge=0, lt=2**32, description="of that split; `seed` if missing"
+    )
     format: DataFormat = Field("auto", description="how to read the columns")
     columns: dict[Column, str] = Field(
         default_factory=dict,
@@ -409,6 +412,26 @@ def _override(values: dict[str, Any], item: str) -> Problem | None:
         node = child
     node[last] = _yaml_value(text)
     return None
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key. What is no mapping stays, for the spec to complain about."""
+    *parents, last = key.split(".")
+    for name in parents:
+        child = values.get(name)
+        if isinstance(child, str) and name in SHORTHAND:
+            child = {SHORTHAND[name]: child}
+        elif child is not None and not isinstance(child, dict):
+            return
+        values[name] = child = child or {}
+        values = child
+    values[last] = value
+
+
+def named(before: Any, name: str) -> dict[str, Any]:
+    """Return the thing called `name`, with the options that `before` gives to that very thing."""
+    same = isinstance(before, dict) and before.get("name", name) == name
+    return {**before, "name": name} if same else {"name": name}
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from quantadapt import cli, configs, demo
+from quantadapt.comparing.grid import comparison
+from quantadapt.comparing.stage import look_at
 from quantadapt.errors import SpecError
 from quantadapt.inputs.commented_yaml import changed
 from quantadapt.machine import Machine
@@ -40,6 +42,13 @@ def init(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest
 def test_a_config_plans_by_its_name(name: str) -> None:
     made = plan(Spec.load(name), machine=Machine())
     assert made.spec.output == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", configs.names(configs.COMPARISONS))
+def test_a_comparison_plans(name: str, tmp_path: Path) -> None:
+    values = yaml.safe_load(configs.located(name, configs.COMPARISONS).read_text(encoding="utf-8"))
+    made = comparison(values, values.pop("grid"), **values.pop("compare", {}))
+    assert not [cell.reason for cell in look_at(made, tmp_path / "out") if cell.refusals]
 
 
 @each

@@ -210,6 +210,16 @@ def test_the_split_depends_on_the_seed_alone(tmp_path, tokenizer):
     assert len(one.eval) == 4
 
 
+def test_runs_of_other_seeds_are_measured_on_the_same_examples_if_they_say_so(tmp_path, tokenizer):
+    path = lines(tmp_path / "a.jsonl", PAIRS)
+    spec = DataSpec(path=path, eval_fraction=0.2, split_seed=7)
+    as_seven = load_data(DataSpec(path=path, eval_fraction=0.2), tokenizer, seed=7)
+    for seed in (0, 1):
+        data = load_data(spec, tokenizer, seed=seed)
+        assert data.eval.to_list() == as_seven.eval.to_list()
+        assert data.train.to_list() == as_seven.train.to_list()
+
+
 def test_a_folder_keeps_its_held_out_file(tmp_path, tokenizer):
     for name, part in (("a", PAIRS[:5]), ("b", PAIRS[5:9]), ("test", PAIRS[9:12])):
         lines(tmp_path / f"{name}.jsonl", part)

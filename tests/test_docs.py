@@ -19,6 +19,7 @@ import yaml
 
 import quantadapt
 from quantadapt import hookspecs, scaffold
+from quantadapt.comparing.grid import comparison
 from quantadapt.registry import discover
 from quantadapt.spec import Spec
 
@@ -189,7 +190,11 @@ def test_wrong_command_lines_do_not_parse() -> None:
 @pages
 def test_yaml_is_a_spec(page: Path) -> None:
     for block in blocks(page, "yaml"):
-        Spec(**yaml.safe_load(block))
+        values = yaml.safe_load(block)
+        if "grid" in values:
+            comparison(values, values.pop("grid"), **values.pop("compare", {}))
+        else:
+            Spec(**values)
 
 
 @pages

@@ -23,6 +23,7 @@ ORDER = [
         "matrix",
         "__init__",
         "pipeline",
+        "comparing",
         "reporting",
     ),
     *(
@@ -46,6 +47,7 @@ ORDER = [
 """A file imports only from rooms further on in this list, and from its own."""
 WITHOUT_TORCH = [
     *("planning", "registry", "memory", "folders", "distributed", "data", "reporting", "matrix"),
+    "comparing",
     *("pipeline", "stages", "errors", "capabilities", "records", "protocols", "hookspecs"),
     *("spec", "inputs", "paths", "machine", "dependencies", "remote_code"),
 ]

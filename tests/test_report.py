@@ -11,10 +11,11 @@ import pytest
 
 from quantadapt.folders.metrics import Metrics
 from quantadapt.folders.run_folder import RunFolder
-from quantadapt.reporting.charts import Bar, bar_chart, nice_ticks, smoothed, thinned
+from quantadapt.reporting.charts import Bar, bar_chart, smoothed, thinned
 from quantadapt.reporting.html import Html, el
 from quantadapt.reporting.page import render, write_report
 from quantadapt.reporting.run import Run
+from quantadapt.reporting.svg import nice_ticks
 from quantadapt.reporting.words import duration, headline, mebibytes, percent, short
 
 PLAN = {

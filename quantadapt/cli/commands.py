@@ -31,6 +31,7 @@ COMMANDS = {
     "init": Entry("init", _TUNE, "Write a commented config for a use, or list the uses."),
     "run": Entry("run", _TUNE, "Quantize, attach, train, evaluate and export, as one run."),
     "plan": Entry("plan", _TUNE, "Show what a run would do, or why it is refused; does nothing."),
+    "compare": Entry("compare", _TUNE, "Find out which quantization and which adapter to take."),
     "data": Entry("data", _TUNE, "Show what is learnt of a data file, and what is cut or dropped."),
     "schema": Entry("plan", _TUNE, "Print the JSON schema of a run's YAML file, for editors."),
     "quantize": Entry("quantize", _MODEL, "Quantize a model and save the checkpoint."),

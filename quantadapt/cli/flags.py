@@ -191,16 +191,16 @@ class SpecFlags:
 
     def values(self) -> dict[str, Any]:
         """Return what file and flags say, as YAML would. Raises SpecError."""
-        from ..spec import apply_overrides
+        from ..spec import apply_overrides, named, put
 
         values = _read(self.config) if self.config else {}
         for name, key in _KEYS.items():
             given = getattr(self, name)
             if given is not None and given is not False:
-                _put(values, key, given)
+                put(values, key, given)
         for name in ("backend", "adapter"):
             if (given := getattr(self, name)) is not None:
-                values[name] = _named(values.get(name), given)
+                values[name] = named(values.get(name), given)
         return apply_overrides(values, self.set or ())
 
     def spec(self) -> Spec:
@@ -279,28 +279,6 @@ _KEYS = {
     "dtype": "dtype",
     "trust_remote_code": "trust_remote_code",
 }
-
-
-def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key. What is no mapping stays, for the spec to complain about."""
-    from ..spec import SHORTHAND
-
-    *parents, last = key.split(".")
-    for name in parents:
-        child = values.get(name)
-        if isinstance(child, str) and name in SHORTHAND:
-            child = {SHORTHAND[name]: child}
-        elif child is not None and not isinstance(child, dict):
-            return
-        values[name] = child = child or {}
-        values = child
-    values[last] = value
-
-
-def _named(before: Any, name: str) -> dict[str, Any]:
-    """Return the thing called `name`, with the options that the file gives to that very thing."""
-    same = isinstance(before, dict) and before.get("name", name) == name
-    return {**before, "name": name} if same else {"name": name}
 
 
 def with_spec_flags(function: Callable[..., None], *names: str) -> Callable[..., None]:

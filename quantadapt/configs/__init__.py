@@ -11,11 +11,13 @@ from pathlib import Path
 from ..errors import Problem, SpecError, did_you_mean
 
 FOLDER = Path(__file__).resolve().parent
+COMPARISONS = "comparisons"
+"""The folder of those for `quantadapt compare`."""
 
 
-def names() -> list[str]:
-    """Return what the configs are called, the demo's first."""
-    found = (file.stem for file in FOLDER.glob("*.yaml"))
+def names(kind: str = "") -> list[str]:
+    """Return what the configs are called, the demo's first; those of runs, or of `COMPARISONS`."""
+    found = (file.stem for file in (FOLDER / kind).glob("*.yaml"))
     return sorted(found, key=lambda name: (name != "demo", name))
 
 
@@ -25,15 +27,15 @@ def summary(name: str) -> str:
     return first.removeprefix("#").strip()
 
 
-def shipped(name: str) -> Path:
+def shipped(name: str, kind: str = "") -> Path:
     """Return the config called `name`. Raises SpecError where there is none."""
-    if name not in names():
+    if name not in names(kind):
         what = f"there is no config {name!r}"
-        raise SpecError([Problem(what, did_you_mean(name, names()))])
-    return FOLDER / f"{name}.yaml"
+        raise SpecError([Problem(what, did_you_mean(name, names(kind)))])
+    return FOLDER / kind / f"{name}.yaml"
 
 
-def located(source: str | Path) -> Path:
+def located(source: str | Path, kind: str = "") -> Path:
     """Return the file that `source` means: a path, or the bare name of a config here.
 
     A file of that name in the folder where one is goes before. Raises SpecError.
@@ -41,4 +43,4 @@ def located(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.exists() or path.suffix or path.name != str(source):
         return path
-    return shipped(str(source))
+    return shipped(str(source), kind)

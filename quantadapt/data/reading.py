@@ -111,8 +111,8 @@ def load_data(
     """Read, split and tokenize what `spec` names; the bundled demo data if it names nothing.
 
     Without held-out data of its own (`eval_path`, a file or split called validation or test) a
-    share of `eval_fraction`, at least one example, is split off, shuffled by `seed`. Warns with
-    DataWarning where more than 5 % of a file's examples are cut or dropped.
+    share of `eval_fraction`, at least one example, is split off, drawn by `split_seed`, or else by
+    `seed`. Warns with DataWarning where more than 5 % of a file's examples are cut or dropped.
 
     Raises:
         DataError: the data cannot be read or used; says where, and what to do.
@@ -122,7 +122,8 @@ def load_data(
     train = [*islice(examples(train_rows, spec, report), spec.max_examples)]
     held_out = [*examples(held_out_rows, spec, report)]
     if not held_out:
-        train, held_out = _split(train, spec, seed)
+        chosen = seed if spec.split_seed is None else spec.split_seed
+        train, held_out = _split(train, spec, chosen)
     train_set = _dataset(train, tokenizer, report, columns=columns)
     eval_set = _dataset(held_out, tokenizer, report, held_out=True)
     _warn(report)

@@ -26,7 +26,7 @@ KEPT = frozenset(
         *("model", "seed", "dtype", "skip_modules", "skip_misfits"),
         *("new_modules", "unused_modules"),
         *("data.path", "data.eval_path", "data.eval_fraction", "data.format", "data.columns"),
-        *("data.max_length", "data.max_examples"),
+        *("data.split_seed", "data.max_length", "data.max_examples"),
         *("train.learning_rate", "train.lr_scheduler_type", "train.warmup_ratio"),
         *("train.weight_decay", "train.optim", "train.packing", "train.merge_aware"),
         *("train.per_device_train_batch_size", "train.gradient_accumulation_steps"),

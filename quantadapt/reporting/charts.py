@@ -8,6 +8,19 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from .html import Html, details, el, numbers_table
+from .svg import (
+    CHARACTER,
+    NARROW,
+    WIDE,
+    diamond,
+    line,
+    nice_ticks,
+    px,
+    rounded_bar,
+    svg,
+    svg_text,
+    vertical,
+)
 from .words import short
 
 T = TypeVar("T")
@@ -23,11 +36,6 @@ class Bar:
     kind: str
 
 
-_WIDE, _NARROW = 720, 340
-_CHARACTER = 8.0
-"""Widest average of a character of 14 px text, to keep labels from being cut."""
-
-
 def bar_chart(
     title: str, bars: Sequence[Bar], *, log: bool = False, unit: str = "", name: str = ""
 ) -> Html:
@@ -36,34 +44,34 @@ def bar_chart(
     Args:
         name: what the drawings' ids begin with, if not the title.
     """
-    drawings = [_draw_bars(title, bars, log, width, name or title) for width in (_WIDE, _NARROW)]
+    drawings = [_draw_bars(title, bars, log, width, name or title) for width in (WIDE, NARROW)]
     heading = f"{title} ({unit})" if unit else title
     table = numbers_table(["", heading], [[bar.label, bar.text] for bar in bars])
     return el("figure", *drawings, details("Numbers", table))
 
 
 def _draw_bars(title: str, bars: Sequence[Bar], log: bool, width: int, name: str) -> Html:
-    beside = width == _WIDE
-    left = _CHARACTER * max(len(bar.label) for bar in bars) + 14 if beside else 0
-    right = _CHARACTER * max(len(bar.text) for bar in bars) + 14
+    beside = width == WIDE
+    left = CHARACTER * max(len(bar.label) for bar in bars) + 14 if beside else 0
+    right = CHARACTER * max(len(bar.text) for bar in bars) + 14
     pitch, above, thick = (36, 0, 22) if beside else (52, 20, 20)
     scale = _Scale([bar.value for bar in bars], log, left, width - right)
     height = pitch * len(bars) + (24 if log else 0)
     parts: list[Html] = []
     for tick in scale.ticks if log else []:
-        parts += _vertical(scale(tick), height - 22, f"{tick:,g}")
+        parts += vertical(scale(tick), height - 22, f"{tick:,g}")
     for index, bar in enumerate(bars):
         top = index * pitch + above
         start, end = sorted((scale(scale.foot), scale(bar.value)))
         middle = top + thick / 2 + 5
         label = (left - 14, middle, "end") if beside else (0, top - 6, "start")
         parts += [
-            _svg_text(bar.label, *label, kind="label"),
-            _rounded(start, top, max(end - start, 2), thick, bar.kind),
-            _svg_text(bar.text, max(end, start + 2) + 8, middle, kind=f"value {bar.kind}"),
+            svg_text(bar.label, *label, kind="label"),
+            rounded_bar(start, top, max(end - start, 2), thick, bar.kind),
+            svg_text(bar.text, max(end, start + 2) + 8, middle, kind=f"value {bar.kind}"),
         ]
     described = "; ".join(f"{bar.label}: {bar.text}" for bar in bars)
-    return _svg(title, described, width, height, parts, name)
+    return svg(title, described, width, height, parts, name)
 
 
 class _Scale:
@@ -111,7 +119,7 @@ def line_chart(curve: Curve) -> Html:
     """Return the loss curves, of training raw and smoothed, for wide and narrow screens, and as
     tables."""
     points, smooth = curve.points, smoothed(curve.points)
-    drawings = [_draw_line(curve, smooth, *size) for size in ((_WIDE, 300), (_NARROW, 240))]
+    drawings = [_draw_line(curve, smooth, *size) for size in ((WIDE, 300), (NARROW, 240))]
     rows = [
         [f"{raw[0]:g}", f"{raw[1]:.4g}", f"{mean[1]:.4g}"]
         for raw, mean in thinned(list(zip(points, smooth, strict=True)), 20)
@@ -128,7 +136,7 @@ def _draw_line(curve: Curve, smooth: Points, width: int, height: int) -> Html:
     left, right, top, bottom = 44, width - 50, 26, height - 44
     shown = sorted([*points, *held_out])
     steps, losses = [p[0] for p in shown], [p[1] for p in shown]
-    x_ticks = nice_ticks(steps[0], steps[-1], 6 if width == _WIDE else 4)
+    x_ticks = nice_ticks(steps[0], steps[-1], 6 if width == WIDE else 4)
     y_ticks = nice_ticks(min(losses), max(losses), 5)
     low, high = min(y_ticks[0], min(losses)), max(y_ticks[-1], max(losses))
 
@@ -138,43 +146,43 @@ def _draw_line(curve: Curve, smooth: Points, width: int, height: int) -> Html:
     def y(loss: float) -> float:
         return bottom - (loss - low) / ((high - low) or 1) * (bottom - top)
 
-    parts = [_svg_text("loss, nats per token", 0, 12, kind="axis")]
-    parts.append(_svg_text("optimizer step", right, height - 4, "end", kind="axis"))
+    parts = [svg_text("loss, nats per token", 0, 12, kind="axis")]
+    parts.append(svg_text("optimizer step", right, height - 4, "end", kind="axis"))
     for tick in y_ticks:
-        parts.append(_line(left, y(tick), right, y(tick), "grid"))
-        parts.append(_svg_text(f"{tick:g}", left - 8, y(tick) + 4, "end", kind="axis"))
+        parts.append(line(left, y(tick), right, y(tick), "grid"))
+        parts.append(svg_text(f"{tick:g}", left - 8, y(tick) + 4, "end", kind="axis"))
     for tick in x_ticks:
-        parts.append(_line(x(tick), bottom, x(tick), bottom + 5, "tick"))
-        parts.append(_svg_text(f"{tick:,g}", x(tick), bottom + 20, "middle", kind="axis"))
+        parts.append(line(x(tick), bottom, x(tick), bottom + 5, "tick"))
+        parts.append(svg_text(f"{tick:,g}", x(tick), bottom + 20, "middle", kind="axis"))
     if resumed_from is not None and steps[0] < resumed_from < steps[-1]:
-        parts += _vertical(x(resumed_from), bottom, "", top)
-        parts.append(_svg_text("resumed", x(resumed_from) + 5, top + 10, kind="axis"))
+        parts += vertical(x(resumed_from), bottom, "", top)
+        parts.append(svg_text("resumed", x(resumed_from) + 5, top + 10, kind="axis"))
     dots = thinned(points, 400)
-    parts += [el("circle", cx=_px(x(s)), cy=_px(y(v)), r="2.5", class_="dot") for s, v in dots]
-    path = " ".join(f"{_px(x(s))},{_px(y(v))}" for s, v in thinned(smooth, 400))
+    parts += [el("circle", cx=px(x(s)), cy=px(y(v)), r="2.5", class_="dot") for s, v in dots]
+    path = " ".join(f"{px(x(s))},{px(y(v))}" for s, v in thinned(smooth, 400))
     parts.append(el("polyline", points=path, class_="curve"))
     last = smooth[-1]
     at = y(last[1]) + 5
-    parts.append(_svg_text(short(last[1]), x(last[0]) + 8, at, kind="value after"))
+    parts.append(svg_text(short(last[1]), x(last[0]) + 8, at, kind="value after"))
     described = (
         f"From {short(smooth[0][1])} at step {points[0][0]:g} to {short(last[1])} at {last[0]:g}."
     )
     if held_out:
-        path = " ".join(f"{_px(x(s))},{_px(y(v))}" for s, v in thinned(held_out, 400))
+        path = " ".join(f"{px(x(s))},{px(y(v))}" for s, v in thinned(held_out, 400))
         parts.append(el("polyline", points=path, class_="curve held-out"))
         marks = thinned(held_out, 40)
-        parts += [_diamond(x(s), y(v), 7 if s == curve.kept else 4) for s, v in marks]
+        parts += [diamond(x(s), y(v), 7 if s == curve.kept else 4) for s, v in marks]
         end, loss = held_out[-1]
         beside = y(loss) + 5
         if abs(beside - at) < 16:
             beside = at + (16 if beside >= at else -16)
-        parts.append(_svg_text(short(loss), x(end) + 8, beside, kind="value held-out"))
+        parts.append(svg_text(short(loss), x(end) + 8, beside, kind="value held-out"))
         described += f" On held-out data from {short(held_out[0][1])} to {short(loss)}."
     if curve.kept is not None and steps[0] <= curve.kept <= steps[-1]:
-        parts += _vertical(x(curve.kept), bottom, "", top)
-        parts.append(_svg_text("kept", x(curve.kept) + 5, top + 10, kind="axis"))
+        parts += vertical(x(curve.kept), bottom, "", top)
+        parts.append(svg_text("kept", x(curve.kept) + 5, top + 10, kind="axis"))
     title = "Training loss by step"
-    return _svg(title, described, width, height, parts, title)
+    return svg(title, described, width, height, parts, title)
 
 
 def smoothed(points: Points) -> list[tuple[float, float]]:
@@ -194,62 +202,3 @@ def thinned(items: Sequence[T], most: int) -> list[T]:
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
-def nice_ticks(low: float, high: float, about: int) -> list[float]:
-    """Return round numbers between `low` and `high`, roughly `about` of them."""
-    if not high > low:
-        return [low]
-    rough = (high - low) / about
-    power: float = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    ticks = [round((first + i) * step, 10) for i in range(about * 3)]
-    return [tick for tick in ticks if tick <= high + step * 1e-9] or [low]
-
-
-def _svg(
-    title: str, described: str, width: int, height: float, parts: Sequence[Html], name: str
-) -> Html:
-    size = "wide" if width == _WIDE else "narrow"
-    name = f"{name.lower().replace(' ', '-')}-{size}"
-    return el(
-        "svg",
-        el("title", title, id=f"{name}-t"),
-        el("desc", described, id=f"{name}-d"),
-        *parts,
-        viewBox=f"0 0 {width} {_px(height)}",
-        role="img",
-        aria_labelledby=f"{name}-t {name}-d",
-        class_=size,
-    )
-
-
-def _svg_text(text: str, x: float, y: float, anchor: str = "start", *, kind: str) -> Html:
-    return el("text", text, x=_px(x), y=_px(y), text_anchor=anchor, class_=kind)
-
-
-def _rounded(x: float, y: float, width: float, height: float, kind: str) -> Html:
-    """A bar that is square at its foot and rounded at its tip."""
-    r = min(4.0, width / 2)
-    end = f"a{r} {r} 0 0 1 {r} {r}v{_px(height - 2 * r)}a{r} {r} 0 0 1 {-r} {r}"
-    across = _px(width - r)
-    return el("path", d=f"M{_px(x)} {_px(y)}h{across}{end}h-{across}z", class_=f"bar {kind}")
-
-
-def _diamond(x: float, y: float, reach: float) -> Html:
-    path = f"M{_px(x)} {_px(y - reach)}l{reach} {reach}l-{reach} {reach}l-{reach} -{reach}z"
-    return el("path", d=path, class_="mark")
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Html:
-    return el("line", x1=_px(x1), y1=_px(y1), x2=_px(x2), y2=_px(y2), class_=kind)
-
-
-def _vertical(x: float, bottom: float, label: str, top: float = 0) -> list[Html]:
-    line = _line(x, top, x, bottom, "grid")
-    return [line, _svg_text(label, x, bottom + 17, "middle", kind="axis")] if label else [line]
-
-
-def _px(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class Html(str):
@@ -30,6 +31,33 @@ def escape(text: str) -> Html:
     """Escape text for HTML; control characters become visible."""
     visible = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
     return Html(html.escape(str(text).replace("\r\n", "\n").translate(visible)))
+
+
+def document(title: str, *body: Child, style: str = "") -> str:
+    """Return a page that needs nothing beside it: no script, no network, light and dark.
+
+    Args:
+        style: more rules beside those of `report.css`.
+    """
+    rules = Path(__file__).with_name("report.css").read_text(encoding="utf-8") + style
+    head = el(
+        "head",
+        el("meta", charset="utf-8"),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("meta", name="color-scheme", content="light dark"),
+        el("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        el("title", title),
+        el("link", rel="icon", href=_ICON),
+        el("style", Html(rules)),
+    )
+    return f"<!doctype html>\n{el('html', head, el('body', *body), lang='en')}\n"
+
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_ICON = (
+    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
+    "%3Cpath fill='%230072b2' d='M2 2h4v12H2zM10 9h4v5h-4z'/%3E%3C/svg%3E"
+)
 
 
 def section(title: str, *children: Child, name: str = "") -> Html:

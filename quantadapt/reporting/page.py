@@ -26,6 +26,7 @@ from .html import (
     Html,
     capital,
     details,
+    document,
     el,
     facts_table,
     figures_list,
@@ -43,20 +44,8 @@ def write_report(folder: RunFolder) -> Path:
 
 def render(run: Run) -> str:
     """Return the whole page."""
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        el("title", headline(run)),
-        el("link", rel="icon", href=_ICON),
-        el("style", Html(style)),
-    )
     sections = [section for make in SECTIONS if (section := make(run))]
-    body = el("body", el("main", _header(run), *sections), _footer(run))
-    return f"<!doctype html>\n{el('html', head, body, lang='en')}\n"
+    return document(headline(run), el("main", _header(run), *sections), _footer(run))
 
 
 def _header(run: Run) -> Html:
@@ -84,13 +73,6 @@ def _footer(run: Run) -> Html:
     version = text(run.marker, "version")
     made = f"Made by quantadapt {version}".strip()
     return el("footer", el("p", f"{made} from the files beside this page."))
-
-
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-_ICON = (
-    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
-    "%3Cpath fill='%230072b2' d='M2 2h4v12H2zM10 9h4v5h-4z'/%3E%3C/svg%3E"
-)
 
 
 _BARS = {

@@ -1,0 +1,172 @@
+"""The runs of a comparison: what each is told, which are over, and what came of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import OutputError, QuantadaptError
+from ..folders.atomic import remove
+from ..folders.environment import environment
+from ..folders.run_folder import RunFolder
+from ..machine import this_machine
+from .folder import CompareFolder, Record
+from .grid import DENSE, Comparison, Run
+from .planned import PlannedCell, measures_a_merge, spec_of
+from .processes import Ending, Job, OutOfBudget, Processes, Start, slots
+from .results import WHOLE, Table, figures_of, table_of
+from .writing import write_tables
+
+Listener = Callable[[str, Mapping[str, Any]], None]
+"""Called with an event and its facts: "planned", "batch", "start", "progress", "ended", "rungs",
+"dropped" or "note"."""
+
+
+@dataclass
+class Work:
+    """A comparison under way."""
+
+    comparison: Comparison
+    folder: CompareFolder
+    cells: Mapping[str, PlannedCell]
+    listener: Listener
+    trusted: bool
+    command: str = ""
+    table: Table = field(default_factory=lambda: Table([], {}))
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs that are not refused."""
+        return [run for run in self.comparison.runs if not self.cells[run.cell.label].refusals]
+
+    @property
+    def todo(self) -> list[Run]:
+        """Those of them that are not over."""
+        open_ = ("waiting", "interrupted", "running")
+        return [run for run in self.runs if self.folder.record(run.name).state in open_]
+
+    def prepare(self, retry: bool) -> None:
+        """Note what is refused, what is over, and what every run is told."""
+        for run in self.comparison.runs:
+            record, cell = self.folder.record(run.name), self.cells[run.cell.label]
+            if WHOLE in record.results:
+                continue
+            if cell.refusals:
+                record.state, record.reason = "refused", cell.reason
+            elif record.state == "refused" or (retry and record.state == "failed"):
+                record.state, record.reason = "waiting", ""
+            elif record.state == "running":
+                record.state, record.reason = "interrupted", "it was cut off"
+        self._note_machine()
+        measures = self._measures_base()
+        for run in self.runs:
+            made = self.cells[run.cell.label].plan
+            assert made is not None
+            unquantized = run.spec.evaluate.unquantized and run.name == measures
+            spec = spec_of(made, run.seed, self.folder.run(run.name), unquantized=unquantized)
+            self.folder.write(f"specs/{run.name}.yaml", spec.to_yaml())
+        self.write()
+
+    def _note_machine(self) -> None:
+        """Note on what this is done, and where that is not what it was begun on."""
+        found, journal = environment(), self.folder.journal
+        now = {key: str(found[key]) for key in ("gpu", "cpu") if found[key]}
+        now |= {name: version for name, version in found["versions"].items() if version}
+        if not journal.machine:
+            journal.machine = now
+        for key in now:
+            if (then := journal.machine.get(key)) != now[key]:
+                text = f"some runs were on {key} {then}, others on {now[key]}"
+                journal.remarks += [text] if text not in journal.remarks else []
+
+    def _measures_base(self) -> str:
+        """Return the run that measures the dense base for all; none where a reference begins with
+        it anyway."""
+        runs = self.runs
+        dense = any(self.cells[r.cell.label].plan.backend.name == DENSE for r in runs)  # type: ignore[union-attr]
+        return "" if dense or not runs else runs[0].name
+
+    def go(self, start: Start | None, plan: Callable[[Work], None]) -> None:
+        """Run what is not over, as `plan` says, until the budget is spent.
+
+        Args:
+            start: starts a process; that of `processes` by default.
+        """
+        options = self.comparison.options
+        places = slots(self.comparison.spec.device, this_machine(), options.gpus)
+        left = None
+        if options.budget is not None:
+            left = 3600 * options.budget - self.folder.journal.seconds
+        self.processes = Processes(places, self.tell, self.done, seconds=left, start=start)
+        try:
+            plan(self)
+        except OutOfBudget:
+            text = f"the budget of {options.budget:g} hours is spent"
+            for run in self.todo:
+                self.folder.record(run.name).reason = text
+            self.tell("note", {"text": text})
+
+    def batch(self, runs: Iterable[Run], steps: int | None) -> None:
+        """Run those that have no result after so many steps, all of them if None."""
+        key = WHOLE if steps is None else str(steps)
+        missing = [run for run in runs if key not in self.folder.record(run.name).results]
+        facts = {"count": len(missing), "steps": steps, "slots": len(self.processes.slots)}
+        self.tell("batch", facts)
+        self.processes.run([self.job(run, steps) for run in missing])
+
+    def job(self, run: Run, steps: int | None) -> Job:
+        """Return the process that trains a run, from its last checkpoint on if it has begun."""
+        folder = self.folder.run(run.name)
+        words = [sys.executable, "-m", "quantadapt", "run", str(self.folder.spec(run.name))]
+        words += ["--json", *(["--resume"] if RunFolder(folder).marker else [])]
+        words += ["--trust-remote-code"] if self.trusted else []
+        if steps is not None:  # a rung: no more than what it is judged by, and a checkpoint
+            words += ["--max-steps", str(steps), "--set", f"train.save_steps={steps}"]
+            words += ["--set", "export={merge: never}"]
+        return Job(run.name, words, folder, self.folder.log(run.name), steps)
+
+    def tell(self, event: str, facts: Mapping[str, Any]) -> None:
+        """Note that a run begins, and hand on whatever happens."""
+        if event == "start":
+            record = self.folder.record(facts["job"].name)
+            record.state, record.reason = "running", ""
+            self.folder.save()
+        self.listener(event, facts)
+
+    def done(self, job: Job, ending: Ending) -> None:
+        """Note how a run has ended, and what came of it."""
+        record = self.folder.record(job.name)
+        record.seconds += ending.seconds
+        record.state, record.reason = ending.state, ending.reason  # type: ignore[assignment]
+        if ending.state == "finished":
+            self.take(job, record)
+        self.write()
+        key = WHOLE if job.steps is None else str(job.steps)
+        facts = {"job": job, "ending": ending, "result": record.results.get(key, {})}
+        self.listener("ended", facts)
+
+    def take(self, job: Job, record: Record) -> None:
+        """Note what a run was measured to be."""
+        try:
+            found = figures_of(job.folder)
+        except QuantadaptError as error:
+            record.state, record.reason = "failed", error.problems[0].what
+            return
+        record.results[WHOLE if job.steps is None else str(job.steps)] = found
+        if job.steps is not None:
+            record.state = "waiting"
+            return
+        spec = next(run.spec for run in self.comparison.runs if run.name == job.name)
+        merged = job.folder / "merged"
+        if measures_a_merge(spec) and not self.comparison.options.keep_merged and merged.is_dir():
+            with suppress(OutputError):
+                remove(merged)
+
+    def write(self) -> None:
+        """Write the journal and the tables."""
+        self.folder.save()
+        self.table = table_of(self.comparison, self.folder.journal)
+        write_tables(self.folder, self.comparison, self.table, self.command)
