@@ -16,6 +16,7 @@ ORDER = [
     *(
         "__main__",
         "cli",
+        "studio",
         "serving",
         "testing",
         "scaffold",

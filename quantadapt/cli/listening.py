@@ -16,6 +16,8 @@ from ..machine import installed_version
 
 TOKEN = "QUANTADAPT_TOKEN"
 """The variable that holds what others have to show."""
+PAGE: dict[str, Any] = {"lifespan": "on", "timeout_graceful_shutdown": 1}
+"""Options of uvicorn for pages: browsers leave a connection open for good."""
 _WHERE = "Where"
 
 HostOption = Annotated[str, typer.Option(help="The address to listen on.", rich_help_panel=_WHERE)]

@@ -14,7 +14,7 @@ from typing import Any
 from ..folders.metrics import direction, duration, told_apart, with_unit
 from ..folders.run_folder import RunFolder
 from ..memory.workload import Setting
-from .charts import Bar, Curve, bar_chart, line_chart
+from .charts import Bar, Curve, bar_chart, chart_style, line_chart
 from .html import (
     Child,
     Html,
@@ -37,7 +37,7 @@ def write_report(folder: RunFolder) -> Path:
 
 def render(run: Run) -> str:
     """Return the whole page."""
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    style = chart_style() + Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     head = el(
         "head",
         el("meta", charset="utf-8"),
