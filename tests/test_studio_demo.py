@@ -42,7 +42,7 @@ def model():
 
 @contextmanager
 def speaking(model, tokenizer, layout="chat", **more):
-    found = Speaker.open(model, PromptWriter(tokenizer, layout), name="it", told=layout, **more)
+    found = Speaker.open(model, PromptWriter(tokenizer, layout), name="it", **more)
     try:
         yield found
     finally:

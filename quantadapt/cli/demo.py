@@ -83,9 +83,7 @@ def demo(
             from ..studio.page import page_app
             from ..studio.speaking import Speaker
 
-            speaker = Speaker.open(
-                asked.model, asked.writer, name=_name(path), told=asked.told, questions=found
-            )
+            speaker = Speaker.open(asked.model, asked.writer, name=_name(path), questions=found)
             app = page_app(
                 demo_page(speaker, sampling), token=token, any_host=not is_loopback(host)
             )

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import SpecError
 from ..generation.sampling import Sampling
 from ..reporting.html import Html, capital, el
-from .page import QUIETLY, gr
+from .page import QUIETLY, gr, html
 from .parts import problem_list
 from .speaking import BASE, Said, Speaker
 
@@ -73,13 +73,13 @@ def conversation(current: Callable[[], Speaker | None], sampling: Sampling) -> C
     with gr.Row(equal_height=True):
         with gr.Column(min_width=300, visible=first.both) as left_column:
             left_voice = gr.Dropdown(first.voices, value=BASE, label="Left", visible=first.several)
-            left = gr.HTML(first.left, elem_id="left")
+            left = html(first.left, name="left")
         with gr.Column(min_width=300):
             right_voice = gr.Dropdown(
                 first.voices, value=first.active, label="Right", visible=first.several
             )
-            right = gr.HTML(first.right, elem_id="right")
-    expected = gr.HTML(elem_id="expected")
+            right = html(first.right, name="right")
+    expected = html(name="expected")
     question = gr.Textbox(
         "",
         label="Question",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..generation.sampling import Sampling
 from .conversation import conversation
-from .page import gr, page
+from .page import gr, html, page
 from .parts import heading
 from .speaking import Speaker
 
@@ -16,7 +16,7 @@ def demo_page(speaker: Speaker, sampling: Sampling) -> gr.Blocks:
         sampling: how to answer at first; readers may change it.
     """
     with page(f"quantadapt demo: {speaker.name}") as blocks:
-        gr.HTML(heading(speaker.name, _lede(speaker)))
+        html(heading(speaker.name, _lede(speaker)))
         conversation(lambda: speaker, sampling)
     return blocks
 
@@ -25,6 +25,4 @@ def _lede(speaker: Speaker) -> str:
     alone = "It has no adapter; so it answers alone."
     both = "The base and the tuned model answer the same question at the same time."
     words = both if len(speaker.voices) > 1 else alone
-    if not speaker.chats:
-        words += " Every question stands by itself."
-    return f"{words} {speaker.told[:1].upper()}{speaker.told[1:]}."
+    return f"{words} {speaker.told}"

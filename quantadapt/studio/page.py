@@ -19,7 +19,7 @@ with unchanged_process():
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-__all__ = ["QUIETLY", "gr", "page", "page_app"]
+__all__ = ["QUIETLY", "gr", "html", "page", "page_app"]
 
 QUIETLY: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "undocumented"}
 """How events are handled: Gradio describes those that it documents to whoever asks, token or not,
@@ -47,6 +47,11 @@ def page(title: str) -> gr.Blocks:
     """Return an empty page, to be filled in a `with`."""
     made: gr.Blocks = gr.Blocks(title=title, analytics_enabled=False, fill_width=True)
     return made
+
+
+def html(value: str = "", *, name: str = "") -> Any:
+    """Return a component that shows HTML as `page.css` has it; `name` is its id."""
+    return gr.HTML(value, elem_id=name or None, apply_default_css=False)
 
 
 def page_app(blocks: gr.Blocks, *, token: str = "", any_host: bool = False) -> FastAPI:

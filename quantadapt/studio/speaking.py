@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from ..generation.answers import context_of
-from ..generation.prompts import PromptWriter, Turns
+from ..generation.prompts import LAYOUTS, PromptWriter, Turns
 from ..generation.questions import Question
 from ..generation.sampling import Sampling
 from ..serving.worker import Event, Full, Job, Worker
@@ -47,14 +47,12 @@ class Speaker:
 
     Attributes:
         name: what it is called.
-        told: how prompts are written, in words.
         questions: examples of what to ask.
         voices: what answers, by key -> its name for readers; the base first, if it is one of
             several.
     """
 
     name: str
-    told: str
     writer: PromptWriter
     worker: Worker
     context: int
@@ -69,7 +67,6 @@ class Speaker:
         writer: PromptWriter,
         *,
         name: str,
-        told: str,
         questions: Sequence[Question] = (),
     ) -> Speaker:
         """Return a speaker whose worker runs."""
@@ -84,12 +81,20 @@ class Speaker:
             voices |= {f"adapter {a}": f"with adapter {a}" if many else "tuned" for a in adapters}
         worker = Worker(model, writer.tokenizer, keys, max_batch=_MOST_AT_ONCE)
         worker.start()
-        return cls(name, told, writer, worker, context_of(model), voices, active, questions)
+        return cls(name, writer, worker, context_of(model), voices, active, questions)
 
     @property
     def chats(self) -> bool:
         """Whether what was said before goes into the next prompt."""
         return self.writer.layout == "chat"
+
+    @property
+    def told(self) -> str:
+        """How it is asked, in words."""
+        layout = self.writer.layout
+        words = LAYOUTS[layout] if layout else "as they stand"
+        alone = "" if self.chats else " Every question stands by itself."
+        return f"Prompts are written {words}.{alone}"
 
     @property
     def takes_system(self) -> bool:
