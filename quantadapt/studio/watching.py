@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..folders.metrics import duration
 from ..folders.run_folder import RunFolder
 from ..reporting.charts import Curve, line_drawings
 from ..reporting.html import Html, capital, el, figures_list
 from ..reporting.run import Run, number, text
-from ..reporting.words import duration, headline, mebibytes, short
+from ..reporting.words import headline, mebibytes, short
 from .running import Runs, State
 
 _RECENT = 5
