@@ -17,6 +17,7 @@ ORDER = [
         "__main__",
         "cli",
         "judging",
+        "studio",
         "serving",
         "testing",
         "scaffold",

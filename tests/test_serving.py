@@ -15,7 +15,8 @@ import torch
 
 import quantadapt as qa
 from quantadapt import demo
-from quantadapt.cli.serve import _listening, _names, _token
+from quantadapt.cli.listening import listening, token_for
+from quantadapt.cli.serve import _names
 from quantadapt.errors import SpecError
 from quantadapt.generation import PromptWriter, Sampling
 from quantadapt.generation.sampling import Chooser
@@ -44,7 +45,7 @@ def serving(model, tokenizer, *, token="", **options):
     writer = PromptWriter(tokenizer, "chat")
     served = Served(worker, writer, Sampling(max_new_tokens=8), 256, token)
     config = uvicorn.Config(create_app(served), log_level="error", lifespan="off")
-    server, listener = uvicorn.Server(config), _listening("127.0.0.1", 0)
+    server, listener = uvicorn.Server(config), listening("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     worker.start()
     thread.start()
@@ -322,18 +323,18 @@ def test_no_two_models_have_one_name(model) -> None:
 def test_where_it_listens(monkeypatch) -> None:
     monkeypatch.delenv("QUANTADAPT_TOKEN", raising=False)
     for host in ("127.0.0.1", "localhost", "::1"):
-        assert _token(host) == ""
+        assert token_for(host) == ""
     for host in ("0.0.0.0", "::", "example.org", "192.168.0.4"):
         with pytest.raises(SpecError, match="QUANTADAPT_TOKEN"):
-            _token(host)
+            token_for(host)
     monkeypatch.setenv("QUANTADAPT_TOKEN", "x")
-    assert _token("0.0.0.0") == "x"
+    assert token_for("0.0.0.0") == "x"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(SpecError, match=f"127.0.0.1:{port} cannot be listened on: address"):
-            _listening("127.0.0.1", port)
+            listening("127.0.0.1", port)
 
 
 def test_a_body_in_pieces_ends_at_16_mib(model, tokenizer) -> None:

@@ -203,8 +203,8 @@ def compare(
     """  # fmt: skip
     with session(as_json=json) as shown:
         flags = SpecFlags(
-            config=config and located(config, COMPARISONS), model=model, data=data, max_steps=max_steps, device=device,
-            dtype=dtype, trust_remote_code=trust_remote_code,
+            config=config and located(config, COMPARISONS), model=model, data=data,
+            max_steps=max_steps, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
         )  # fmt: skip
         options = {
             "budget": budget, "reference": reference, "by": by, "within": within,

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table as Shown
 
-from ..folders.metrics import direction
-from ..reporting.words import duration, mebibytes
+from ..folders.metrics import direction, duration
+from ..reporting.words import mebibytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,7 +55,7 @@ def show_plan(
 
 def _counts(made: Comparison, able: Sequence[PlannedCell], output: Path) -> Iterator[str]:
     from ..machine import this_machine
-    from .progress import steps_words
+    from ..planning.words import steps_words
 
     seeds = len(made.grid["seed"])
     each = "" if seeds == 1 else f" of {len(able)} cells with {seeds} seeds"

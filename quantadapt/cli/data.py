@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -152,18 +151,14 @@ def _print_example(shown: Session, example: Shown, tokenizer: Any) -> None:
     what is cut off behind it."""
     from rich.text import Text
 
-    where, ids, mask, cut = example
-    whole = f"{len(ids):,} of {len(ids) + cut:,} tokens" if cut else f"{len(ids):,} tokens"
-    shown.out.print(
-        Text(f"{where}   {whole}, {sum(mask):,} of them learnt", style="bold"), soft_wrap=True
-    )
-    for learnt, stretch in groupby(zip(ids, mask, strict=True), key=lambda pair: bool(pair[1])):
-        text = tokenizer.decode([token for token, _ in stretch])
+    heading = f"{example.where}   {example.words}"
+    shown.out.print(Text(heading, style="bold"), soft_wrap=True)
+    for learnt, text in example.stretches(tokenizer):
         for index, line in enumerate(text.split("\n")):
             label = "" if index else "learnt" if learnt else "given"
             style = "green" if learnt else "dim"
             printed = Text(f"  {label:<6} | ", style="dim") + Text(line, style=style)
             shown.out.print(printed, soft_wrap=True)
-    if cut:
+    if cut := example.cut:
         shown.out.print(Text(f"  cut    | {cut:,} more tokens", style="yellow"), soft_wrap=True)
     shown.out.print()

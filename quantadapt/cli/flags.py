@@ -7,8 +7,7 @@ and leaves the rest of the file alone.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 if TYPE_CHECKING:
-    from ..errors import Problem
     from ..spec import Spec
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
@@ -205,14 +203,9 @@ class SpecFlags:
 
     def spec(self) -> Spec:
         """Return the spec. Raises SpecError with every mistake."""
-        from ..errors import SpecError
-        from ..spec import Spec
+        from ..planning.mistakes import spec_of
 
-        values = self.values()
-        try:
-            return Spec(**values)
-        except SpecError as error:
-            raise SpecError([*error.problems, *_of_the_rest(values, error.problems)]) from None
+        return spec_of(self.values())
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -227,38 +220,6 @@ def _read(file: Path) -> dict[str, Any]:
     if (file.parent / MARKER).exists():
         values.pop("trust_remote_code", None)
     return values
-
-
-def _of_the_rest(values: Mapping[str, Any], known: Iterable[Problem]) -> list[Problem]:
-    """Return what a plan finds wrong with backend, adapter, model and data, beside what is known.
-
-    Rules are left out: what they look at may be what is missing.
-    """
-    from ..errors import PlanRefused, SpecError
-    from ..planning.stage import plan
-    from ..spec import Spec
-
-    try:
-        plan(Spec(**_without(values, [problem.where for problem in known])), check_output=False)
-    except SpecError:
-        return []
-    except PlanRefused as error:
-        parts = ("backend", "adapter", "model", "data")
-        return [p for p in error.problems if p.where.partition(".")[0] in parts and not p.rule]
-    return []
-
-
-def _without(values: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """Return `values` without the dotted `keys`."""
-    rest: dict[str, Any] = deepcopy(dict(values))
-    for key in keys:
-        *parents, last = key.split(".")
-        node: Any = rest
-        for name in parents:
-            node = node.get(name) if isinstance(node, dict) else None
-        if isinstance(node, dict):
-            node.pop(last, None)
-    return rest
 
 
 _KEYS = {

@@ -93,7 +93,7 @@ def held_out_of(path: str, data: str | None, tokenizer: Any) -> tuple[HeldOut, s
     from ..data.reading import MAX_LENGTH, read_held_out
     from ..spec import DataSpec
 
-    folder, run = Path(path).expanduser(), _spec_of(path)
+    folder, run = Path(path).expanduser(), spec_of_run(path)
     if data is None and run is not None:
         origin = f"what the run held out of {run.data.path or 'the bundled demo data'}"
         read = planning.task_for(run).read(run.data, tokenizer, seed=run.seed)
@@ -111,7 +111,7 @@ def calibration_of(path: str, calibration: str | None, tokenizer: Any) -> Any:
 
     if calibration is not None:
         return examples_from(calibration, tokenizer)
-    if (spec := _spec_of(path)) is None:
+    if (spec := spec_of_run(path)) is None:
         return None
     read = planning.task_for(spec).read
     return calibration_examples(
@@ -119,8 +119,8 @@ def calibration_of(path: str, calibration: str | None, tokenizer: Any) -> Any:
     )
 
 
-def _spec_of(path: str) -> Spec | None:
-    """Return the spec of the run at `path`, or None where there is no run."""
+def spec_of_run(path: str) -> Spec | None:
+    """Return the spec of the run at `path`; None where there is no run."""
     from ..spec import Spec
 
     file = Path(path).expanduser() / "spec.yaml"

@@ -61,7 +61,9 @@ def plan(
     """
     with session(as_json=json) as shown:
         from ..errors import PlanRefused, Problem
+        from ..objectives.surveying import surveyed
         from ..planning.stage import plan as make_plan
+        from ..planning.words import plan_remarks
 
         if odd := [size for size in card or () if not math.isfinite(size)]:
             what, fix = f"{odd[0]} is no size in GiB", "use e.g. --card 24"
@@ -69,18 +71,14 @@ def plan(
         made = make_plan(
             flags.spec(), processes=gpus, cards=card or (), weights=False, check_output=not card
         )
-        data = _data(made)
+        data = surveyed(made)
         if json:
             document = made.to_dict() | {"spec": made.spec.model_dump(mode="json")}
             shown.print_json(document | {"data": data.to_dict() if data else None})
             return
         shown.out.print(_table(made, data))
-        for export in made.exports:
-            for problem in export.refusals:
-                text = f"\nno {export.name}: {problem}"
-                shown.out.print(text, markup=False, soft_wrap=True)
-        for note in made.notes:
-            shown.out.print(f"\nnote: {note}", markup=False, soft_wrap=True)
+        for text in plan_remarks(made):
+            shown.out.print(f"\n{text}", markup=False, soft_wrap=True)
 
 
 def schema() -> None:
@@ -93,58 +91,18 @@ def schema() -> None:
         shown.print_json(spec_schema())
 
 
-def _data(made: Plan) -> DataReport | None:
-    """Return formats and rows of the data where they are at hand; None where the objective reads
-    them in a way of its own, too. Raises PlanRefused."""
-    from ..data.reading import survey
-    from ..errors import DataError, PlanRefused
-    from ..objectives.sft import SFT
-
-    if type(made.task).read is not SFT.read:
-        return None
-    try:
-        return survey(made.spec.data)
-    except DataError as error:
-        raise PlanRefused(error.problems) from None
-
-
 def _table(made: Plan, data: DataReport | None) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
+    from ..planning.words import plan_rows
+
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for key, value in _rows(made, data):
+    for key, value in plan_rows(made, data):
         table.add_row(key, escape(value))
     return table
-
-
-def _rows(made: Plan, data: DataReport | None) -> list[tuple[str, str]]:
-    from .progress import device_words, export_words, model_name, steps_words
-
-    spec, train = made.spec, made.spec.train
-    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * made.processes
-    steps = f"{steps_words(train)}, {batch} examples in a step"
-    backend = _options(made.backend.name, made.quantizer.model_dump())
-    return [
-        ("model", model_name(made)),
-        ("backend", f"{backend}, as the checkpoint has it" if made.adopt else backend),
-        ("adapter", _options(made.adapter.name, dict(made.adapter_options))),
-        ("objective", _options(made.objective.name, made.task.model_dump())),
-        ("device", f"{device_words(made)}, computing in {made.dtype}"),
-        ("data", "\n".join(data.words()) if data else spec.data.path or "the bundled demo's"),
-        ("train", f"{steps}, learning rate {train.learning_rate:g}"),
-        ("output", str(spec.output)),
-        ("export", export_words(made)),
-        *([("quantized", made.share.amount)] if made.share else []),
-        *([("memory", "\n".join(made.memory.words()))] if made.memory else []),
-    ]
-
-
-def _options(name: str, options: dict[str, Any]) -> str:
-    given = ", ".join(f"{key}={value}" for key, value in options.items())
-    return f"{name} ({given})" if given else name
 
 
 def spec_schema() -> dict[str, Any]:

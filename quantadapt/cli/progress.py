@@ -18,6 +18,7 @@ from ..folders.metrics import (
     with_error,
     with_unit,
 )
+from ..planning.words import device_words, export_words, model_name, steps_words
 from ..records import as_call
 from ..showing.display import RunDisplay, Waiting, export_lines, four_digits, spinner, warning
 
@@ -26,22 +27,17 @@ if TYPE_CHECKING:
 
     from ..folders.metrics import Measured
     from ..planning.stage import Plan
-    from ..spec import TrainSpec
 
 __all__ = [
     "RunDisplay",
     "Waiting",
-    "device_words",
     "export_lines",
-    "export_words",
     "figures_table",
     "four_digits",
-    "model_name",
     "plan_lines",
     "show_errors",
     "show_result",
     "spinner",
-    "steps_words",
 ]
 
 
@@ -55,30 +51,6 @@ def plan_lines(plan: Plan) -> list[str]:
         f"train   {adapter} on {quantizer}, {steps_words(train)} at {train.learning_rate:g}",
         f"output  {spec.output}: {export_words(plan)}",
     ]
-
-
-def steps_words(train: TrainSpec) -> str:
-    """Say how long the training is."""
-    if train.max_steps > 0:
-        return "1 step" if train.max_steps == 1 else f"{train.max_steps} steps"
-    return "1 epoch" if train.num_train_epochs == 1 else f"{train.num_train_epochs:g} epochs"
-
-
-def model_name(plan: Plan) -> str:
-    """Return the model as the user named it."""
-    return plan.spec.model or "the bundled demo"
-
-
-def device_words(plan: Plan) -> str:
-    """Say on what the plan works."""
-    if plan.processes == 1:
-        return plan.device
-    return f"{plan.processes} x {plan.device.partition(':')[0]} ({plan.parallel})"
-
-
-def export_words(plan: Plan) -> str:
-    """Say what will be written."""
-    return ", ".join(export.words for export in plan.exports)
 
 
 def show_result(console: Console, folder: Path, metrics: Mapping[str, Any]) -> None:

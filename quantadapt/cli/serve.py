@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-import os
-import signal
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,14 +13,22 @@ from .answering import LayoutOption, with_sampling_flags
 from .commands import add
 from .evaluate import PathArgument
 from .flags import DeviceOption, ForceBaseOption, TrustOption
+from .listening import (
+    TOKEN,
+    HostOption,
+    PortOption,
+    address_of,
+    listening,
+    need,
+    serve_app,
+    token_for,
+)
 from .session import session
 
 if TYPE_CHECKING:
-    from ..serving.app import Served
+    import socket
 
-TOKEN = "QUANTADAPT_TOKEN"
-"""The variable that holds what clients have to show."""
-_WHERE = "Where"
+    from ..serving.app import Served
 
 
 def register(app: typer.Typer, name: str) -> None:
@@ -44,12 +48,8 @@ def serve(
         str | None,
         typer.Option(help="What requests call the model.", show_default="the folder's name"),
     ] = None,
-    host: Annotated[
-        str, typer.Option(help="The address to listen on.", rich_help_panel=_WHERE)
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="0 takes a free one.", rich_help_panel=_WHERE)
-    ] = 8000,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
     max_batch: Annotated[
         int, typer.Option(min=1, help="Most answers that are made at the same time.")
     ] = 16,
@@ -74,70 +74,20 @@ def serve(
     with session() as shown, trusting(trust_remote_code):
         from .answering import asking
 
-        _need_libraries()
+        need("serving", ("fastapi", "uvicorn"), "serve")
         sampling = Sampling(**answers)
-        token = _token(host)
-        with _listening(host, port) as listener:
+        token = token_for(host)
+        with listening(host, port) as listener:
             with asking(shown, path, device, layout, force_base=force_base) as asked:
                 served = _served(
                     asked, name or _name(path), sampling, token, max_batch, max_waiting
                 )
-                address = f"http://{_shown(host)}:{listener.getsockname()[1]}/v1"
+                address = f"{address_of(host, listener)}/v1"
                 names = ", ".join(served.worker.names)
                 text = f"{asked.told}; models: {names}\nserving at {address}  (Ctrl-C stops)"
                 shown.err.print(text, markup=False, soft_wrap=True)
                 _run(served, listener)
             shown.err.print("stopped", markup=False)
-
-
-def _need_libraries() -> None:
-    from ..errors import MissingDependency
-    from ..machine import installed_version
-
-    missing = [library for library in ("fastapi", "uvicorn") if installed_version(library) is None]
-    if missing:
-        what = f"serving needs {' and '.join(missing)}, which is not installed"
-        raise MissingDependency(what, fix="pip install 'quantadapt[serve]'")
-
-
-def _token(host: str) -> str:
-    """Return what clients have to show. Raises SpecError where others could come without."""
-    from ..errors import Problem, SpecError
-
-    token = os.environ.get(TOKEN, "")
-    if not token and not _is_loopback(host):
-        what = f"on {host}, whoever reaches this machine could use the model"
-        fix = f"set {TOKEN} to what clients have to show, or leave --host out"
-        raise SpecError([Problem(what, fix, "--host")])
-    return token
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    """Return a socket that listens, before any model is loaded."""
-    from ..errors import Problem, SpecError
-
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(*found[:3])
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(found[4])
-        listener.listen(128)
-    except OSError as error:
-        what = f"{host}:{port} cannot be listened on: {(error.strerror or str(error)).lower()}"
-        fix = "stop what listens there, or choose another --port (0 takes a free one)"
-        raise SpecError([Problem(what, fix, "--port")]) from None
-    return listener
 
 
 def _name(path: str) -> str:
@@ -177,22 +127,10 @@ def _names(model: Any, name: str) -> dict[str, str | None]:
 
 
 def _run(served: Served, listener: socket.socket) -> None:
-    import uvicorn
-
     from ..serving.app import create_app
 
-    class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: Any) -> None:
-            served.worker.halt()  # else it waits for the longest answer
-            super().handle_exit(sig, frame)
-
-    config = uvicorn.Config(
-        create_app(served), log_level="warning", access_log=False, lifespan="off"
-    )
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn stops at both, and then sends it again
-        signal.signal(number, lambda *_: None)
     served.worker.start()
-    try:
-        Server(config).run(sockets=[listener])
+    try:  # a worker that is not halted lets the server wait for the longest answer
+        serve_app(create_app(served), listener, served.worker.halt, lifespan="off")
     finally:
         served.worker.stop()

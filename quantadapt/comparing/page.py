@@ -7,15 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from .. import reporting
-from ..folders.metrics import direction, told_apart
+from ..folders.metrics import direction, duration, told_apart
 from ..inputs.plain_yaml import to_yaml
-from ..reporting.html import Child, Html, capital, details, document, el, facts_table, section
+from ..reporting.html import (
+    Child,
+    Html,
+    capital,
+    details,
+    document,
+    el,
+    facts_table,
+    section,
+    styles,
+)
 from ..reporting.scatter import Axis, Point, mark, scatter
-from ..reporting.words import TIMES, count, duration, short
+from ..reporting.words import TIMES, count, short
 from .folder import Journal
 from .grid import Comparison
 from .results import Quality, Row, Stat, Table
@@ -41,7 +49,7 @@ class Shown:
 
 def render(shown: Shown) -> str:
     """Return the whole page."""
-    style = Path(reporting.__file__).with_name("compare.css").read_text(encoding="utf-8")
+    style = styles("compare.css")
     parts = [made for make in SECTIONS if (made := make(shown))]
     version = shown.journal.version
     footer = el("footer", el("p", f"Made by quantadapt {version}. Runs are in runs/ beside it."))

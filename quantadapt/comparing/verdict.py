@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import variance
 
-from ..folders.metrics import SHARE, with_unit
-from ..reporting.words import duration, mebibytes, short
+from ..folders.metrics import SHARE, duration, with_unit
+from ..reporting.words import mebibytes, short
 from .grid import Options
 from .results import Quality, Row, Stat, Table
 

@@ -12,7 +12,7 @@ import random
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import DataError, DataWarning, warn
@@ -34,6 +34,7 @@ __all__ = [
     "HeldOut",
     "Prompt",
     "encode_prompt",
+    "held_out_examples",
     "load_data",
     "load_everything",
     "load_held_out",
@@ -118,16 +119,29 @@ def load_data(
         DataError: the data cannot be read or used; says where, and what to do.
     """
     report = DataReport(spec.max_length)
-    train_rows, held_out_rows = read(spec)
-    train = [*islice(examples(train_rows, spec, report), spec.max_examples)]
-    held_out = [*examples(held_out_rows, spec, report)]
-    if not held_out:
-        chosen = seed if spec.split_seed is None else spec.split_seed
-        train, held_out = _split(train, spec, chosen)
+    train, held_out = _both(spec, report, seed)
     train_set = _dataset(train, tokenizer, report, columns=columns)
     eval_set = _dataset(held_out, tokenizer, report, held_out=True)
     _warn(report)
     return Data(train_set, eval_set, _prompts(held_out, tokenizer), report.files[0].format, report)
+
+
+def held_out_examples(spec: DataSpec, *, seed: int) -> list[Example]:
+    """Return what `load_data` holds out, before it is written for a tokenizer.
+
+    Raises:
+        DataError: as `load_data`.
+    """
+    return _both(spec, DataReport(spec.max_length), seed)[1]
+
+
+def _both(spec: DataSpec, report: DataReport, seed: int) -> tuple[list[Example], list[Example]]:
+    """Return (training, held-out) examples."""
+    train_rows, held_out_rows = read(spec)
+    train = [*islice(examples(train_rows, spec, report), spec.max_examples)]
+    held_out = [*examples(held_out_rows, spec, report)]
+    chosen = seed if spec.split_seed is None else spec.split_seed
+    return (train, held_out) if held_out else _split(train, spec, chosen)
 
 
 def load_held_out(
@@ -196,6 +210,19 @@ class Shown(NamedTuple):
     ids: list[int]
     mask: list[int]
     cut: int
+
+    @property
+    def words(self) -> str:
+        """Its counts, e.g. `12 of 40 tokens, 5 of them learnt`."""
+        size, cut = len(self.ids), self.cut
+        whole = f"{size:,} of {size + cut:,} tokens" if cut else f"{size:,} tokens"
+        return f"{whole}, {sum(self.mask):,} of them learnt"
+
+    def stretches(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[bool, str]]:
+        """Yield (whether it is learnt, text) for tokens that follow each other."""
+        pairs = zip(self.ids, self.mask, strict=True)
+        for learnt, stretch in groupby(pairs, key=lambda pair: bool(pair[1])):
+            yield learnt, str(tokenizer.decode([token for token, _ in stretch]))
 
 
 def look(

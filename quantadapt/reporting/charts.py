@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .html import Html, details, el, numbers_table
+from .html import Html, details, el, numbers_table, styles
 from .svg import (
     CHARACTER,
     NARROW,
@@ -24,6 +24,11 @@ from .svg import (
 from .words import short
 
 T = TypeVar("T")
+
+
+def chart_style() -> str:
+    """Return the CSS of all drawings; colours and fonts are variables of the page."""
+    return styles("charts.css")
 
 
 @dataclass(frozen=True)
@@ -118,17 +123,21 @@ class Curve:
 def line_chart(curve: Curve) -> Html:
     """Return the loss curves, of training raw and smoothed, for wide and narrow screens, and as
     tables."""
-    points, smooth = curve.points, smoothed(curve.points)
-    drawings = [_draw_line(curve, smooth, *size) for size in ((WIDE, 300), (NARROW, 240))]
     rows = [
         [f"{raw[0]:g}", f"{raw[1]:.4g}", f"{mean[1]:.4g}"]
-        for raw, mean in thinned(list(zip(points, smooth, strict=True)), 20)
+        for raw, mean in thinned(list(zip(curve.points, smoothed(curve.points), strict=True)), 20)
     ]
     tables = [numbers_table(["step", "loss (nats per token)", "moving average"], rows)]
     if curve.held_out:
         rows = [[f"{step:g}", f"{loss:.4g}"] for step, loss in thinned(curve.held_out, 40)]
         tables.append(numbers_table(["step", "loss on held-out data (nats per token)"], rows))
-    return el("figure", *drawings, details("Numbers", *tables))
+    return el("figure", *line_drawings(curve), details("Numbers", *tables))
+
+
+def line_drawings(curve: Curve) -> list[Html]:
+    """Return the loss curves for wide and narrow screens, without the tables."""
+    smooth = smoothed(curve.points)
+    return [_draw_line(curve, smooth, *size) for size in ((WIDE, 300), (NARROW, 240))]
 
 
 def _draw_line(curve: Curve, smooth: Points, width: int, height: int) -> Html:

@@ -39,7 +39,7 @@ def document(title: str, *body: Child, style: str = "") -> str:
     Args:
         style: more rules beside those of `report.css`.
     """
-    rules = Path(__file__).with_name("report.css").read_text(encoding="utf-8") + style
+    rules = styles("charts.css", "report.css") + style
     head = el(
         "head",
         el("meta", charset="utf-8"),
@@ -51,6 +51,12 @@ def document(title: str, *body: Child, style: str = "") -> str:
         el("style", Html(rules)),
     )
     return f"<!doctype html>\n{el('html', head, el('body', *body), lang='en')}\n"
+
+
+def styles(*names: str) -> str:
+    """Return the rules of CSS files in this folder."""
+    folder = Path(__file__).parent
+    return "".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -1,0 +1,72 @@
+"""What a plan comes to, in words: for terminals and pages alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..spec import TrainSpec
+from .stage import Plan
+
+if TYPE_CHECKING:
+    from ..data.report import DataReport
+
+
+def plan_rows(plan: Plan, data: DataReport | None) -> list[tuple[str, str]]:
+    """Return the plan as pairs of a name and what it comes to.
+
+    Args:
+        data: formats and rows of the data, where they are at hand.
+    """
+    spec, train = plan.spec, plan.spec.train
+    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * plan.processes
+    steps = f"{steps_words(train)}, {batch} examples in a step"
+    backend = _options(plan.backend.name, plan.quantizer.model_dump())
+    return [
+        ("model", model_name(plan)),
+        ("backend", f"{backend}, as the checkpoint has it" if plan.adopt else backend),
+        ("adapter", _options(plan.adapter.name, plan.adapter_options)),
+        ("objective", _options(plan.objective.name, plan.task.model_dump())),
+        ("device", f"{device_words(plan)}, computing in {plan.dtype}"),
+        ("data", "\n".join(data.words()) if data else spec.data.path or "the bundled demo's"),
+        ("train", f"{steps}, learning rate {train.learning_rate:g}"),
+        ("output", str(spec.output)),
+        ("export", export_words(plan)),
+        *([("quantized", plan.share.amount)] if plan.share else []),
+        *([("memory", "\n".join(plan.memory.words()))] if plan.memory else []),
+    ]
+
+
+def plan_remarks(plan: Plan) -> list[str]:
+    """Return what else is to be known: exports that are refused, with the way out, and notes."""
+    refused = [f"no {export.name}: {p}" for export in plan.exports for p in export.refusals]
+    return [*refused, *(f"note: {note}" for note in plan.notes)]
+
+
+def _options(name: str, options: Mapping[str, Any]) -> str:
+    given = ", ".join(f"{key}={value}" for key, value in options.items())
+    return f"{name} ({given})" if given else name
+
+
+def steps_words(train: TrainSpec) -> str:
+    """Say how long the training is."""
+    if train.max_steps > 0:
+        return "1 step" if train.max_steps == 1 else f"{train.max_steps} steps"
+    return "1 epoch" if train.num_train_epochs == 1 else f"{train.num_train_epochs:g} epochs"
+
+
+def model_name(plan: Plan) -> str:
+    """Return the model as the user named it."""
+    return plan.spec.model or "the bundled demo"
+
+
+def device_words(plan: Plan) -> str:
+    """Say on what the plan works."""
+    if plan.processes == 1:
+        return plan.device
+    return f"{plan.processes} x {plan.device.partition(':')[0]} ({plan.parallel})"
+
+
+def export_words(plan: Plan) -> str:
+    """Say what will be written."""
+    return ", ".join(export.words for export in plan.exports)

@@ -1,0 +1,100 @@
+"""What the studio shows of a form before anything is started: the plan, memory, the data."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from .. import demo
+from ..data.reading import Shown, look
+from ..errors import QuantadaptError
+from ..memory.workload import GIB
+from ..objectives.surveying import surveyed
+from ..planning.stage import Plan
+from ..planning.words import plan_remarks, plan_rows
+from ..quantizing.stage import load_tokenizer
+from ..reporting.html import Html, el, facts_table
+from .form import Form
+from .parts import problem_list
+
+CARDS = {
+    "8 GiB": 8.0,
+    "12 GiB (RTX 3060)": 12.0,
+    "16 GiB (T4, RTX 4080)": 16.0,
+    "24 GiB (RTX 3090, RTX 4090, A10)": 24.0,
+    "32 GiB (RTX 5090)": 32.0,
+    "40 GiB (A100)": 40.0,
+    "48 GiB (L40S, RTX 6000 Ada)": 48.0,
+    "80 GiB (A100, H100)": 80.0,
+    "96 GiB (RTX PRO 6000)": 96.0,
+    "141 GiB (H200)": 141.0,
+}
+"""Cards to ask about -> what `quantadapt plan --card` is told."""
+_EXAMPLES = 4
+
+
+def plan_html(form: Form, cards: Sequence[float]) -> Html:
+    """Return the plan, as `quantadapt plan` has it, or all that is wrong.
+
+    Args:
+        cards: GiB of the cards to say whether it fits.
+    """
+    try:
+        made = form.plan()
+        rows = plan_rows(made, surveyed(made))
+    except QuantadaptError as error:
+        return problem_list(error.problems, "This cannot be run")
+    remarks = [el("li", text) for text in plan_remarks(made)]
+    return el(
+        "div",
+        el("p", "This can be run.", class_="good"),
+        facts_table(rows),
+        *_fits(made, cards),
+        el("ul", *remarks, class_="note") if remarks else Html(),
+        el("h2", "The same on the command line"),
+        el("pre", shlex.join(["quantadapt", *form.arguments()]), class_="boxed"),
+        class_="qa",
+    )
+
+
+def _fits(made: Plan, cards: Sequence[float]) -> list[Html]:
+    if not cards:
+        return []
+    if made.memory is None:
+        what = "What training needs cannot be predicted for this model and backend."
+        return [el("h2", "On your card"), el("p", what, class_="note")]
+    words = made.memory.with_cards([card * GIB for card in sorted(cards)]).words()
+    return [el("h2", "On your card"), el("ul", *(el("li", line) for line in words))]
+
+
+def data_html(form: Form) -> Html:
+    """Return the first examples with what is learnt of them, and the counts, as `quantadapt data`
+    has them."""
+    try:
+        form.keep_pasted()
+        spec = form.spec()
+        tokenizer = load_tokenizer(spec.model or str(demo.MODEL_DIR))
+        found, report = look(spec.data, tokenizer, _EXAMPLES)
+    except QuantadaptError as error:
+        return problem_list(error.problems, "The data cannot be read")
+    lost = [el("p", text, class_="problem") for _, text in report.warnings()]
+    learnt = el("span", "learnt", class_="learnt")
+    return el(
+        "div",
+        *lost,
+        el("ul", *(el("li", words) for words in report.words())),
+        *(_example(example, tokenizer) for example in found),
+        el("p", "Coloured is what is ", learnt, "; the rest is given.", class_="note"),
+        class_="qa",
+    )
+
+
+def _example(example: Shown, tokenizer: object) -> Html:
+    spans = [
+        el("span", text, class_="learnt" if learnt else "given")
+        for learnt, text in example.stretches(tokenizer)  # type: ignore[arg-type]
+    ]
+    if example.cut:
+        spans.append(el("span", f"\n… {example.cut:,} more tokens are cut", class_="cut"))
+    heading = el("p", f"{example.where}: {example.words}")
+    return el("div", heading, el("pre", *spans, dir="auto"), class_="example")
