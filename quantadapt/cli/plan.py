@@ -94,16 +94,11 @@ def schema() -> None:
 
 
 def _data(made: Plan) -> DataReport | None:
-    """Return formats and rows of the data where they are at hand; None where the objective reads
-    them in a way of its own, too. Raises PlanRefused."""
-    from ..data.reading import survey
+    """Return formats and rows of the data where they are at hand. Raises PlanRefused."""
     from ..errors import DataError, PlanRefused
-    from ..objectives.sft import SFT
 
-    if type(made.task).read is not SFT.read:
-        return None
     try:
-        return survey(made.spec.data)
+        return made.task.survey(made.spec.data)
     except DataError as error:
         raise PlanRefused(error.problems) from None
 
