@@ -379,6 +379,8 @@ def objectives_page(known: registry.Registry) -> str:
     for one in found:
         needs = ", ".join(map(_code, one.requires)) or "nothing else"
         parts += [f"## {one.name}", f"{one.summary}.", _options(one.task), f"Needs {needs}."]
+        measured = ", ".join(map(_code, one.evaluations))
+        parts.append(f"Where the spec does not say what is measured: {measured}.")
         parts += _rules(one.rules)
     parts += [
         "## An objective of your own",

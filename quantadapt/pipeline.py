@@ -456,6 +456,7 @@ class _Run:
                  "trainable_parameters", "base_parameters", "dequantize_share")  # fmt: skip
         self.metrics["train"] = {name: getattr(result, name) for name in names}
         self.metrics["train"] |= {"processes": self.world.size, "parallel": self.plan.parallel}
+        self.metrics["train"]["unit"] = self.plan.task.unit
         self.metrics["train"]["memory"] = self.memory_figures(result)
 
     def memory_figures(self, result: TrainResult) -> dict[str, Any]:

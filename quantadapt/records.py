@@ -146,6 +146,7 @@ class Objective(_Named):
         requires: the distributions it needs, as requirement strings.
         extra: the extra that installs them; empty if none is needed.
         rules: combinations that are refused.
+        evaluations: what is measured, by name, where the spec does not say.
     """
 
     name: str
@@ -154,6 +155,7 @@ class Objective(_Named):
     requires: tuple[str, ...] = ()
     extra: str = ""
     rules: tuple[Rule, ...] = ()
+    evaluations: tuple[str, ...] = ("perplexity",)
 
 
 @dataclass(frozen=True, repr=False)

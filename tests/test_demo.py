@@ -22,6 +22,13 @@ def test_the_instructions_are_made_by_the_script_byte_for_byte(tmp_path) -> None
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
 
 
+def test_the_pairs_are_made_by_the_script_byte_for_byte(tmp_path) -> None:
+    command = [sys.executable, "-m", "quantadapt.demo.make_preferences", "--output", str(tmp_path)]
+    subprocess.run(command, check=True)
+    for name in ("train.jsonl", "eval.jsonl"):
+        assert (tmp_path / name).read_bytes() == (demo.PREFERENCES / name).read_bytes()
+
+
 def test_train_and_eval_have_no_function_in_common() -> None:
     def names(file) -> set[str]:
         lines = file.read_text(encoding="utf-8").splitlines()

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quantadapt.model.head import Head, head_loss
+from quantadapt.model.head import Head, head_losses
 from quantadapt.training.lent import add_head_loss
 
 TOKENS, HIDDEN, WORDS = 300, 24, 1000
+WEIGHTS = torch.linspace(-0.5, 1, TOKENS)
+"""Each token's loss counts as it should: some objectives make an answer less likely."""
 
 
 def case(dtype: torch.dtype, bias: bool, device: str = "cpu"):
@@ -25,15 +27,17 @@ def of_torch(head, hidden, labels, softcap):
     logits = head(hidden).float() if hidden.dtype != torch.float64 else head(hidden)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-    (loss * 0.25).backward()
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    loss = (losses * WEIGHTS.to(losses)).sum()
+    loss.backward()
     return loss.detach(), hidden.grad
 
 
 def of_ours(head, hidden, labels, softcap):
     hidden = hidden.clone().requires_grad_()
-    loss = head_loss(hidden, labels, head, softcap=softcap)
-    (loss * 0.25).backward()
+    losses = head_losses(hidden, labels, head, softcap=softcap)
+    loss = (losses * WEIGHTS.to(losses)).sum()
+    loss.backward()
     return loss.detach(), hidden.grad
 
 
@@ -119,7 +123,7 @@ def test_no_tokens_are_a_loss_of_zero_with_a_gradient() -> None:
     head, hidden, labels = case(torch.float32, False)
     hidden.requires_grad_()
     none = torch.zeros(TOKENS, dtype=torch.bool)
-    loss = head_loss(hidden[none], labels[none], head)
+    loss = head_losses(hidden[none], labels[none], head).sum()
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))

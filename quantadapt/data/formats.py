@@ -48,15 +48,15 @@ def examples(rows: Iterable[Row], spec: DataSpec, report: DataReport) -> Iterato
     """
     for file, group in groupby(rows, key=lambda row: row.file):
         found, columns = report.of(file), {str(k): v for k, v in spec.columns.items()}
-        named = _named(group, columns, found)
-        first = next(named)
+        ours = named(group, columns, found)
+        first = next(ours)
         found.format = spec.format if spec.format != "auto" else format_of(first, columns)
         known = {*FORMATS[found.format], *OPTIONAL.get(found.format, ())}
         found.unused = [str(name) for name in first.values if name not in known]
-        yield from _MAKERS[found.format](chain([first], named), found)
+        yield from _MAKERS[found.format](chain([first], ours), found)
 
 
-def _named(rows: Iterable[Row], columns: Mapping[str, str], report: FileReport) -> Iterator[Row]:
+def named(rows: Iterable[Row], columns: Mapping[str, str], report: FileReport) -> Iterator[Row]:
     """Yield the rows under our names for their columns, and count them."""
     theirs = set(columns.values())
     for row in rows:
@@ -69,7 +69,7 @@ def _named(rows: Iterable[Row], columns: Mapping[str, str], report: FileReport) 
 def _found(column: str, row: Row) -> str:
     if column not in row.values:
         names = [str(name) for name in row.values]
-        what = f"data.columns names {column!r}, which is not there, found {_listed(names)}"
+        what = f"data.columns names {column!r}, which is not there, found {listed(names)}"
         raise DataError(what, fix=did_you_mean(column, names), where=row.where)
     return column
 
@@ -91,7 +91,7 @@ def format_of(row: Row, mapping: Mapping[str, str] | None = None) -> str:
     if fitting:
         return fitting[0]
     fix = f"name yours in data.columns, e.g. {{prompt: question, completion: answer}}; {RECOGNIZED}"
-    what = f"no known columns, found {_listed(row.values)}"
+    what = f"no known columns, found {listed(row.values)}"
     raise DataError(what, fix=fix, where=row.where)
 
 
@@ -99,16 +99,18 @@ def _refuse_other_tasks(row: Row, fitting: Sequence[str]) -> None:
     for columns, what in _OTHER_TASKS.items():
         if not all(column in row.values for column in columns):
             continue
+        way = "set objective: dpo; " if "chosen" in columns else ""
         anyway = "to learn text all the same, say which columns hold it, e.g. data.columns: "
         example = "{prompt: prompt, completion: chosen}" if len(columns) > 1 else "{text: text}"
         if fitting and len(columns) == 1:
             anyway, example = "to learn the text all the same, set data.format: ", fitting[0]
-        found = f"the columns {_listed(columns)} belong to {what}, which this does not learn"
+        found = f"the columns {listed(columns)} belong to {what}, which this does not learn"
         found = found if len(columns) > 1 else found.replace("the columns", "the column", 1)
-        raise DataError(found, fix=anyway + example, where=row.where)
+        raise DataError(found, fix=f"{way}{anyway}{example}", where=row.where)
 
 
-def _listed(names: Iterable[Any]) -> str:
+def listed(names: Iterable[Any]) -> str:
+    """Return names of columns as they stand in messages."""
     return ", ".join(map(repr, names)) or "none"
 
 
@@ -116,7 +118,7 @@ def text_in(row: Row, column: str) -> str:
     """Return the text in a column. Raises DataError where it is missing or something else."""
     if column not in row.values:
         fix = "every example needs the same columns; set data.format if they were misread"
-        what = f"the column {column!r} is missing, found {_listed(row.values)}"
+        what = f"the column {column!r} is missing, found {listed(row.values)}"
         raise DataError(what, fix=fix, where=row.where)
     return checked_text(row.values[column], repr(column), row.where)
 
@@ -171,8 +173,7 @@ def _prompt_completion(rows: Iterable[Row], _: FileReport) -> Iterator[Example]:
     for row in rows:
         prompt, completion = row.values.get("prompt"), row.values.get("completion")
         if isinstance(prompt, list) and isinstance(completion, list):
-            given = [{**t, "weight": 0} if isinstance(t, dict) else t for t in prompt]
-            yield _example(row, "messages", messages=[*given, *completion])
+            yield chat(row, prompt, completion)
         else:
             yield pair(row, text_in(row, "prompt"), text_in(row, "completion"))
 
@@ -180,6 +181,12 @@ def _prompt_completion(rows: Iterable[Row], _: FileReport) -> Iterator[Example]:
 def pair(row: Row, prompt: str, completion: str) -> Example:
     """Return an example of a prompt and its completion."""
     return _example(row, "prompt-completion", prompt=prompt, completion=completion)
+
+
+def chat(row: Row, prompt: Sequence[Any], completion: Sequence[Any]) -> Example:
+    """Return an example of the turns of a chat, of which those of the prompt are not learnt."""
+    given = [{**turn, "weight": 0} if isinstance(turn, dict) else turn for turn in prompt]
+    return _example(row, "messages", messages=[*given, *completion])
 
 
 def _instructions(given: str, answer: str) -> _Maker:

@@ -8,28 +8,27 @@ the same way. What was cut, dropped or not used is counted on the way (`report`)
 
 from __future__ import annotations
 
-import random
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import DataError, DataWarning, warn
+from ..errors import DataError
 from ..spec import DataSpec
 from .files import Row
 from .formats import Example, examples
-from .pieces import Pieces
-from .report import DataReport, source_of
+from .preferences import held_out_pairs, holds_pairs
+from .report import DataReport
 from .segments import segments
+from .sets import MAX_LENGTH, Data, HeldOut, prompts_of, split, warn_of
 from .sources import local_files, read, read_source
-from .tokens import Prompt, encode_prompt, prompt_and_completion, token_ids, tokenize
+from .tokens import Prompt, encode_prompt, prompt_and_completion, tokenize
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
+    "MAX_LENGTH",
     "Data",
     "HeldOut",
     "Prompt",
@@ -43,59 +42,8 @@ __all__ = [
     "survey",
 ]
 
-MAX_LENGTH = 512
-MAX_PROMPTS = 1000
-TEXT_PROMPT_TOKENS = 16
 SURVEYED_BYTES = 2**25
 _BATCH = 1000
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What a model is measured on.
-
-    Attributes:
-        examples: columns `input_ids` and `completion_mask`, as in `Data`.
-        prompts: up to 1000 prompts; none where the data came tokenized.
-    """
-
-    examples: Dataset
-    prompts: Sequence[Prompt] = ()
-
-
-@dataclass(frozen=True)
-class Data:
-    """Tokenized data.
-
-    Attributes:
-        train, eval: columns `input_ids` (token ids) and `completion_mask` (1 where the loss
-            counts); those that a task reads for itself may hold others. The first token is never
-            predicted, whatever its mask.
-        prompts: up to 1000 held-out prompts.
-        format: the format that was read, one of `FORMATS`; that of the first file of several.
-        report: what was cut, dropped or not used, file by file.
-    """
-
-    train: Dataset
-    eval: Dataset
-    prompts: list[Prompt]
-    format: str
-    report: DataReport = field(default_factory=lambda: DataReport(MAX_LENGTH))
-
-    @property
-    def held_out(self) -> HeldOut:
-        """What a model is measured on."""
-        return HeldOut(self.eval, self.prompts)
-
-    @property
-    def cut(self) -> int:
-        """Examples shortened to `max_length` and kept, in both data sets together."""
-        return sum(file.cut for file in self.report.files)
-
-    @property
-    def dropped(self) -> int:
-        """Examples left out, for reasons that the report names."""
-        return sum(file.dropped.total() for file in self.report.files)
 
 
 Columns = Callable[[Row], dict[str, Any]]
@@ -122,8 +70,10 @@ def load_data(
     train, held_out = _both(spec, report, seed)
     train_set = _dataset(train, tokenizer, report, columns=columns)
     eval_set = _dataset(held_out, tokenizer, report, held_out=True)
-    _warn(report)
-    return Data(train_set, eval_set, _prompts(held_out, tokenizer), report.files[0].format, report)
+    warn_of(report)
+    return Data(
+        train_set, eval_set, prompts_of(held_out, tokenizer), report.files[0].format, report
+    )
 
 
 def held_out_examples(spec: DataSpec, *, seed: int) -> list[Example]:
@@ -140,8 +90,7 @@ def _both(spec: DataSpec, report: DataReport, seed: int) -> tuple[list[Example],
     train_rows, held_out_rows = read(spec)
     train = [*islice(examples(train_rows, spec, report), spec.max_examples)]
     held_out = [*examples(held_out_rows, spec, report)]
-    chosen = seed if spec.split_seed is None else spec.split_seed
-    return (train, held_out) if held_out else _split(train, spec, chosen)
+    return (train, held_out) if held_out else split(train, spec, seed)
 
 
 def load_held_out(
@@ -165,7 +114,8 @@ def read_held_out(
     """Read data that is for measuring only.
 
     That is all of a file, the held-out part of a folder or hub id that has one, or the bundled
-    demo's held-out data if `source` is None.
+    demo's held-out data if `source` is None. Of pairs of a chosen and a rejected answer, the first
+    are what perplexity is measured on.
 
     Args:
         like: how a run reads its data: its `max_length` holds here, too, and its `columns` where
@@ -179,8 +129,11 @@ def read_held_out(
         return load_data(DataSpec(max_length=max_length), tokenizer, seed=0).held_out
     rows, own_held_out = read_source(source)
     rows = own_held_out or rows
-    found, made = _read(rows, _like(like, rows, max_length), tokenizer, held_out=True)
-    return HeldOut(made, _prompts(found, tokenizer))
+    spec = _like(like, rows, max_length)
+    if holds_pairs(rows, spec.columns):
+        return held_out_pairs(rows, spec, tokenizer)
+    found, made = _read(rows, spec, tokenizer, held_out=True)
+    return HeldOut(made, prompts_of(found, tokenizer))
 
 
 def load_everything(
@@ -247,10 +200,16 @@ def look(
     return shown, report
 
 
-def survey(spec: DataSpec) -> DataReport | None:
+def survey(
+    spec: DataSpec,
+    make: Callable[[Iterable[Row], DataSpec, DataReport], Iterable[Any]] = examples,
+) -> DataReport | None:
     """Return the format and the rows of each file that `spec` names, without a tokenizer.
 
     None where that is not to be had at once: for a hub id, and above 32 MiB.
+
+    Args:
+        make: makes examples, or pairs, of rows, and counts in the report.
 
     Raises:
         DataError: the data cannot be read, or not as the spec has it.
@@ -260,7 +219,7 @@ def survey(spec: DataSpec) -> DataReport | None:
         return None
     report = DataReport(spec.max_length)
     for rows in read(spec):
-        for _ in examples(rows, spec, report):
+        for _ in make(rows, spec, report):
             pass
     return report
 
@@ -283,52 +242,8 @@ def _read(
     report = DataReport(spec.max_length)
     found = [*examples(rows, spec, report)]
     made = _dataset(found, tokenizer, report, held_out=held_out)
-    _warn(report)
+    warn_of(report)
     return found, made
-
-
-def _warn(report: DataReport) -> None:
-    for file, text in report.warnings():
-        fix = f"See them with `quantadapt data {shlex.quote(source_of(file))}`"
-        length = f"data.max_length is {report.max_length}"
-        warn(f"{text}. {fix}; {length}", DataWarning, stacklevel=4)
-
-
-def _split(found: list[Example], spec: DataSpec, seed: int) -> tuple[list[Example], list[Example]]:
-    """Return (training, held-out) examples, each in the order in which they were read.
-
-    Examples of one row (the paths of a tree, the instances of an instruction) stay together.
-    """
-    rows = list(dict.fromkeys(example.where for example in found))
-    if len(rows) < 2:
-        fix = "add examples, or name held-out data with data.eval_path"
-        what = "there is only one example, so none can be held out for evaluation"
-        what = what if rows else "there is no example"
-        raise DataError(what, fix=fix, where=spec.path or "demo data")
-    count = min(max(1, round(len(rows) * spec.eval_fraction)), len(rows) - 1)
-    chosen = {rows[index] for index in random.Random(seed).sample(range(len(rows)), count)}
-    train = [example for example in found if example.where not in chosen]
-    return train, [example for example in found if example.where in chosen]
-
-
-def _prompts(found: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """Return the prompts of the first examples that have something to learn."""
-    texts = (segments(example, tokenizer).texts[:1] for example in found)
-    learnt = (pieces for first in texts for pieces in first if pieces.learns)
-    return [_prompt(pieces, tokenizer) for pieces in islice(learnt, MAX_PROMPTS)]
-
-
-def _prompt(pieces: Pieces, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """Return the text before the last trained segment, and that segment."""
-    found = pieces.segments
-    if all(segment.trained for segment in found) and not pieces.templated:
-        ids = token_ids(tokenizer, [found[0].text])[0]
-        first = str(tokenizer.decode(ids[:TEXT_PROMPT_TOKENS]))
-        return Prompt(first, str(tokenizer.decode(ids[TEXT_PROMPT_TOKENS:])))
-    last = max(index for index, segment in enumerate(found) if segment.trained)
-    reference = found[last].text.removesuffix(str(tokenizer.eos_token or ""))
-    before = "".join(segment.text for segment in found[:last])
-    return Prompt(before, reference, pieces.templated)
 
 
 def _tokenized(
@@ -352,7 +267,7 @@ def _tokenized(
         for (example, _), (ids, mask) in zip(texts, encoded, strict=True):
             counts = report.of(example.file)
             if any(mask[1:limit]):
-                counts.keep(mask, limit, held_out=held_out)
+                counts.keep(mask, max_length=limit, held_out=held_out)
                 yield example, ids, mask
             elif any(mask[1:]):
                 counts.dropped[f"with nothing to learn within {limit} tokens"] += 1

@@ -39,14 +39,16 @@ class FileReport:
     remarks: Counter[str] = field(default_factory=Counter)
     unused: list[str] = field(default_factory=list)
 
-    def keep(self, mask: list[int], max_length: int, *, held_out: bool) -> None:
-        """Count an example that is used, up to `max_length` of its tokens."""
+    def keep(self, *masks: list[int], max_length: int, held_out: bool) -> None:
+        """Count an example that is used, of one sequence or several, up to `max_length` tokens of
+        each."""
         self.examples += 1
         self.held_out += held_out
-        self.tokens += min(len(mask), max_length)
-        self.learnt += sum(mask[:max_length])
-        self.cut += len(mask) > max_length
-        self.lost += sum(mask[max_length:])
+        self.cut += any(len(mask) > max_length for mask in masks)
+        for mask in masks:
+            self.tokens += min(len(mask), max_length)
+            self.learnt += sum(mask[:max_length])
+            self.lost += sum(mask[max_length:])
 
     @property
     def harmed(self) -> float:

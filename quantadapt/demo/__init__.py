@@ -19,6 +19,9 @@ TRAIN_FILE = DEMO_DIR / "train.jsonl"
 EVAL_FILE = DEMO_DIR / "eval.jsonl"
 """Instruction records that share no function name and no operand pair with the training file."""
 
+PREFERENCES = DEMO_DIR / "preferences"
+"""Pairs of a right and a wrong answer to requests like those: train.jsonl and eval.jsonl."""
+
 TEXT_FILE = DEMO_DIR / "heldout.txt"
 """Plain text from source files the model has not seen: for perplexity and calibration."""
 

@@ -109,6 +109,17 @@ def reduced(value: float, device: torch.device, how: Literal["sum", "max"]) -> f
     return float(tensor)
 
 
+def summed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return the sum of a tensor over all processes, on the CPU; on `device` they talk."""
+    if world().size == 1:
+        return tensor
+    from torch import distributed
+
+    there = tensor.to(device)
+    distributed.all_reduce(there)
+    return there.cpu()
+
+
 def share(tensors: Iterable[torch.Tensor]) -> None:
     """Give every process the main process's values, in place."""
     if world().size > 1:

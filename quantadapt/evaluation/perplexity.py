@@ -60,7 +60,7 @@ def perplexity(
     start = time.perf_counter()
     total, tokens = 0.0, 0
     for batch in predicted(model, dataset, batch_size, pad_token_id, split=split):
-        total += batch.loss()
+        total += float(batch.losses().double().sum())
         tokens += len(batch.targets)
     if split:
         device = device_of(model)

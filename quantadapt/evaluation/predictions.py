@@ -38,18 +38,23 @@ class Predictions:
         rows: what `head` makes logits of, [n, hidden_size]; without one, logits [n, vocabulary].
         targets: the tokens that really follow, int64 [n].
         counts: how many of them are of each example, int64 [batch].
+        examples: the places of those examples in the data set.
     """
 
     rows: Tensor
     targets: Tensor
     counts: Tensor
     head: Head | None
+    examples: Sequence[int] = ()
 
-    def loss(self) -> float:
-        """Return the summed negative log-likelihood, in nats."""
+    def losses(self) -> Tensor:
+        """Return the negative log-likelihood of each token, float32 [n], in nats."""
+        import torch
+
         if self.head is not None:
-            return float(self.head.loss(self.rows, self.targets))
-        return sum(float(_losses(*chunk).double().sum()) for chunk in self.chunks())
+            return self.head.losses(self.rows, self.targets)
+        found = [_losses(*chunk) for chunk in self.chunks()]
+        return torch.cat([self.rows.new_zeros(0, dtype=torch.float32), *found])
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pieces of the logits in float32 with their targets."""
@@ -79,37 +84,45 @@ def predicted(
     mine = world() if split else World()
     with evaluating(model):
         for batch in _batches(dataset, batch_size, mine, filled=causal):
-            with torch.no_grad(), _without_head(model) as head:
-                output, labels = predict(model, batch, pad, device)
+            examples, rows = zip(*batch, strict=True)
+            with torch.no_grad(), without_head(model) as head:
+                output, labels = predict(model, rows, pad, device)
                 kept = labels != -100
-                found = Predictions(output[kept], labels[kept], kept.sum(1), head)
+                found = Predictions(output[kept], labels[kept], kept.sum(1), head, examples)
                 del output
             yield found
 
 
-def _batches(dataset: Examples, size: int, mine: World, *, filled: bool) -> list[list[_Row]]:
-    """Return the batches of one process, of examples of similar length, the longest first.
+def _batches(
+    dataset: Examples, size: int, mine: World, *, filled: bool
+) -> list[list[tuple[int, _Row]]]:
+    """Return the batches of one process, of examples of similar length with their places, the
+    longest first.
 
     Args:
         filled: whether all processes get as many batches, the last perhaps of an example that does
             not count: the parts of a sharded model only work together.
     """
-    rows = [(list(row["input_ids"]), list(row["completion_mask"])) for row in dataset]
-    rows.sort(key=lambda row: -len(row[0]))
+    rows = [
+        (place, (list(row["input_ids"]), list(row["completion_mask"])))
+        for place, row in enumerate(dataset)
+    ]
+    rows.sort(key=lambda row: -len(row[1][0]))
     own = rows[mine.rank :: mine.size]
     batches = [own[start : start + size] for start in range(0, len(own), size)]
     if filled and len(batches) * size * mine.size < len(rows):
-        ids, mask = rows[-1]
-        batches.append([(ids, [0] * len(mask))])
+        place, (ids, mask) = rows[-1]
+        batches.append([(place, (ids, [0] * len(mask)))])
     return batches
 
 
 @contextmanager
-def _without_head(model: Any) -> Iterator[Head | None]:
+def without_head(model: Any) -> Iterator[Head | None]:
     """Let `model` give what its head gets in place of logits, where that can be; yield the head.
 
     A forward that somebody has patched stays in use.
     """
+    import torch
     from transformers import PreTrainedModel
 
     from ..model.head import Head
@@ -117,6 +130,8 @@ def _without_head(model: Any) -> Iterator[Head | None]:
     base = getattr(model, "get_base_model", lambda: model)()
     patched = "forward" in vars(base) or not isinstance(base, PreTrainedModel)
     head = None if patched or is_encoder_decoder(base) else Head.of(base)
+    if head is not None and torch.is_grad_enabled() and head.linear.weight.requires_grad:
+        head = None  # its losses have no gradient for the head itself
     if head is not None:
         base.forward = types.MethodType(_decode, base)
     try:
@@ -133,7 +148,7 @@ def _decode(base: Any, *args: Any, labels: None = None, **kwargs: Any) -> Any:
     return CausalLMOutput(logits=base.base_model(*args, **kwargs).last_hidden_state)
 
 
-def _causal(model: nn.Module, batch: list[Any], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+def _causal(model: nn.Module, batch: Sequence[Any], pad: int, device: Any) -> tuple[Tensor, Tensor]:
     """Return (logits or hidden states [b, t - 1, ...], labels [b, t - 1]), -100 where no loss
     counts."""
     labels = padded([_labels(ids, mask) for ids, mask in batch], -100).to(device)
@@ -150,7 +165,7 @@ def _causal(model: nn.Module, batch: list[Any], pad: int, device: Any) -> tuple[
 
 
 def _encoder_decoder(
-    model: nn.Module, batch: list[Any], pad: int, device: Any
+    model: nn.Module, batch: Sequence[Any], pad: int, device: Any
 ) -> tuple[Tensor, Tensor]:
     """Return (logits [b, t, v], labels [b, t]), -100 where no loss counts."""
     inputs = encoder_decoder_batch(batch, pad, _encoder_eos(model))

@@ -137,9 +137,11 @@ def duration(seconds: float) -> str:
 class Training(TypedDict, total=False):
     """What training took; `seconds` is the training loop alone, of which `dequantize_share` went
     into dequantizing the base. `validation` is [step, loss on held-out data in nats per token] of
-    all validations, the lowest at `best_step`; the adapter is that of `kept_step`."""
+    all validations, the lowest at `best_step`; the adapter is that of `kept_step`. `unit` is
+    that of the losses."""
 
     steps: int
+    unit: str
     validation: list[tuple[int, float]]
     best_step: int | None
     kept_step: int

@@ -1,4 +1,4 @@
-"""The language model's loss from hidden states, without ever holding all logits.
+"""The language model's losses from hidden states, without ever holding all logits.
 
 The head is frozen, so the gradient of the hidden states is all that backward needs. It is made in
 the forward pass, while a chunk of logits is there: two matrix products with the head instead of the
@@ -48,9 +48,9 @@ class Head:
             return None
         return cls(linear, getattr(config, "final_logit_softcapping", None))
 
-    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """As `head_loss`."""
-        return head_loss(hidden, labels, self.linear, softcap=self.softcap)
+    def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """As `head_losses`."""
+        return head_losses(hidden, labels, self.linear, softcap=self.softcap)
 
     def projection(self) -> Callable[[Tensor], Tensor]:
         """Return what makes logits [tokens, vocabulary] of hidden states [tokens, hidden_size].
@@ -66,10 +66,10 @@ class Head:
         return logits
 
 
-def head_loss(
+def head_losses(
     hidden: Tensor, labels: Tensor, head: nn.Linear, *, softcap: float | None = None
 ) -> Tensor:
-    """Return the summed cross-entropy, a float32 scalar in nats.
+    """Return the cross-entropy of each token, float32 [tokens] in nats.
 
     Args:
         hidden: [tokens, hidden_size], what the head gets.
@@ -78,8 +78,17 @@ def head_loss(
         softcap: logits are cap * tanh(logits / cap), as in Gemma 2.
     """
     weight, bias = _whole(head.weight), None if head.bias is None else _whole(head.bias)
-    loss: Tensor = _HeadLoss.apply(hidden, labels, weight, bias, softcap)  # type: ignore[no-untyped-call]
-    return loss
+    found: Tensor = _HeadLosses.apply(hidden, labels, weight, bias, softcap)  # type: ignore[no-untyped-call]
+    return found
+
+
+def counting(labels: Tensor, count: int | None) -> Tensor:
+    """Return the indices of the labels that count, which are not -100; without their `count` the
+    device is waited for."""
+    counts = labels != -100
+    if count is None:
+        return counts.nonzero()[:, 0]
+    return counts.nonzero_static(size=count)[:, 0]
 
 
 def _whole(parameter: Any) -> Tensor:
@@ -88,7 +97,7 @@ def _whole(parameter: Any) -> Tensor:
     return whole.detach()
 
 
-class _HeadLoss(torch.autograd.Function):
+class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -110,13 +119,15 @@ class _HeadLoss(torch.autograd.Function):
                     dx[rows] = logits @ weight
                 del logits  # or two chunks would be there at a time
         ctx.dx = dx
-        return losses.sum()
+        return losses
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx, ctx.dx = ctx.dx, None
-        return None if dx is None else dx.mul_(grads[0].to(dx.dtype)), None, None, None, None
+        if dx is not None:  # each loss depends on its own hidden state alone
+            dx = dx.mul_(grads[0].to(dx.dtype)[:, None])
+        return dx, None, None, None, None
 
 
 def _chunks(tokens: int, weight: Tensor) -> list[slice]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ..data.files import Row
     from ..data.reading import Data
+    from ..data.report import DataReport
     from ..spec import DataSpec
     from ..training.trainer import Setup
 
@@ -36,6 +37,7 @@ class SFT(Task):
 
     packs = True
     logits = "model"
+    unit = "nats per token"
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -55,6 +57,12 @@ class SFT(Task):
         from ..data.reading import load_data
 
         return load_data(spec, tokenizer, seed=seed, columns=self._numbers)
+
+    def survey(self, spec: DataSpec) -> DataReport | None:
+        """Return formats and rows; None of a subclass that reads in a way of its own."""
+        from ..data.reading import survey
+
+        return survey(spec) if type(self).read is SFT.read else None
 
     def _numbers(self, row: Row) -> dict[str, float]:
         from ..data.files import kind_of

@@ -6,7 +6,7 @@ As pure as the plan. What is wrong is noted in the draft, so that all of it is t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -220,11 +220,15 @@ def adapter_options(draft: Draft, adapter: Adapter | None) -> dict[str, Any]:
     return options
 
 
-def evaluators_of(draft: Draft) -> dict[str, Evaluator]:
-    """Return what measures, by the names of the evaluations, in the order of the spec. Of several
-    with one name, those with options have these in their names, too: `exact (shots=5)`."""
+def evaluators_of(draft: Draft, objective: Objective | None = None) -> dict[str, Evaluator]:
+    """Return what measures, by the names of the evaluations, in the order of the spec, or as the
+    objective has them where that does not say. Of several with one name, those with options have
+    these in their names, too: `exact (shots=5)`."""
     found: dict[str, Evaluator] = {}
-    wanted = draft.spec.evaluate.wanted
+    wanted: Sequence[Named] = draft.spec.evaluate.wanted
+    if objective is not None and "evaluations" not in draft.spec.evaluate.model_fields_set:
+        named = [Named(name=name) for name in objective.evaluations]
+        wanted = [*named, *wanted[len(draft.spec.evaluate.evaluations) :]]
     names = [named.name for named in wanted]
     for named in wanted:
         told = ", ".join(f"{key}={value}" for key, value in named.options.items())

@@ -232,11 +232,12 @@ _OTHER_HEADS = re.compile(
 
 
 def head_problems(task: Task, config: Mapping[str, Any]) -> list[Problem]:
-    """Return why the objective cannot learn from a model of the class that a config names."""
+    """Return why the objective cannot learn from a model with this config, or of the class that it
+    names."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     if not task.wants_lm or not isinstance(name, str) or not _OTHER_HEADS.search(name):
-        return []
+        return task.refusals(config)
     what = f"{type(task).__name__} learns to predict tokens, and the model is a {name}"
     fix = "train it from Python (quantize, attach, a Trainer of yours), or use an objective for it"
     return [Problem(what, fix, "objective", "task-head")]

@@ -238,7 +238,7 @@ def plan(
     device = device_of(draft)
     options = adapter_options(draft, adapter)
     objective, task = task_of(draft)
-    evaluators = evaluators_of(draft)
+    evaluators = evaluators_of(draft, objective)
     exports = exports_of(draft)
     dtype = dtype_of(draft, backend, device)
     check_data(draft)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ..errors import Problem
 from .options import Options
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..data.reading import Data
+    from ..data.report import DataReport
     from ..spec import DataSpec
     from ..training.trainer import Setup
 
@@ -38,6 +40,7 @@ class Task(Options, ABC):
         logits: who makes logits, and how many are held. "model": the model, with its own loss;
             "chunks": `loss`, some at a time; "whole": `loss`, all of a batch. A loss that is not
             the model's lacks what a PEFT method adds to that (AdaLoRA does).
+        unit: what its loss is counted in; empty where it has no unit.
     """
 
     sequences: ClassVar[int] = 1
@@ -46,6 +49,7 @@ class Task(Options, ABC):
     packs: ClassVar[bool] = False
     wants_lm: ClassVar[bool] = True
     logits: ClassVar[Literal["model", "chunks", "whole"]] = "whole"
+    unit: ClassVar[str] = ""
 
     @abstractmethod
     def read(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Data:
@@ -56,6 +60,27 @@ class Task(Options, ABC):
         """
         ...
 
+    def survey(self, spec: DataSpec) -> DataReport | None:
+        """Return formats and rows of what `read` would read, for a plan: without a tokenizer, and
+        None where that is not to be had at once. Raises DataError."""
+        return None
+
+    def refusals(self, config: Mapping[str, Any]) -> list[Problem]:
+        """Return why it does not learn from a model with this config.json; empty if it does."""
+        return []
+
+    def prepared(
+        self, setup: Setup, held_out: Dataset | None, tell: Callable[[str], None]
+    ) -> tuple[Dataset, Dataset | None]:
+        """Return training data, `setup.dataset`, and held-out data with what the model says of them
+        before it is trained, in more columns of numbers. A checkpoint keeps those, so that a
+        resumed run, which does not call this, has the same.
+
+        Args:
+            tell: gets a sentence that the user may want to know.
+        """
+        return setup.dataset, held_out
+
     @abstractmethod
     def collator(self, setup: Setup) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return what makes a batch of examples: tensors with a row for each sequence or example,
@@ -63,8 +88,11 @@ class Task(Options, ABC):
         ...
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: dict[str, Any], count: Any) -> Tensor:
-        """Return the loss of a batch, a scalar.
+    def loss(
+        self, model: nn.Module, batch: dict[str, Any], count: Any
+    ) -> Tensor | tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the loss of a batch, a scalar; and perhaps figures to log with it, by name, each
+        with a number for each example.
 
         Args:
             model: a PeftModel in training mode.

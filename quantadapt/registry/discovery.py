@@ -44,8 +44,10 @@ from .trial import Verdict, hangs, load, reason, verdicts
 BUILTIN = {
     "builtin": "quantadapt.registry.adapters",
     "sft": "quantadapt.objectives.sft",
+    "dpo": "quantadapt.objectives.dpo",
     "perplexity": "quantadapt.evaluation.perplexity",
     "tasks": "quantadapt.benchmarking.tasks",
+    "preferences": "quantadapt.evaluation.preferences",
     "exports": "quantadapt.exporting.exports",
 }
 """Plugins that are always there, whatever QUANTADAPT_PLUGINS says: name -> module."""

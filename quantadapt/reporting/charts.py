@@ -112,12 +112,14 @@ class Curve:
         held_out: of held-out data.
         kept: the step whose weights are kept, where that is not the last.
         resumed_from: the step that a resumed run went on from.
+        unit: of the losses; may be empty.
     """
 
     points: Points
     held_out: Points = ()
     kept: float | None = None
     resumed_from: float | None = None
+    unit: str = ""
 
 
 def line_chart(curve: Curve) -> Html:
@@ -127,10 +129,11 @@ def line_chart(curve: Curve) -> Html:
         [f"{raw[0]:g}", f"{raw[1]:.4g}", f"{mean[1]:.4g}"]
         for raw, mean in thinned(list(zip(curve.points, smoothed(curve.points), strict=True)), 20)
     ]
-    tables = [numbers_table(["step", "loss (nats per token)", "moving average"], rows)]
+    unit = f" ({curve.unit})" if curve.unit else ""
+    tables = [numbers_table(["step", f"loss{unit}", "moving average"], rows)]
     if curve.held_out:
         rows = [[f"{step:g}", f"{loss:.4g}"] for step, loss in thinned(curve.held_out, 40)]
-        tables.append(numbers_table(["step", "loss on held-out data (nats per token)"], rows))
+        tables.append(numbers_table(["step", f"loss on held-out data{unit}"], rows))
     return el("figure", *line_drawings(curve), details("Numbers", *tables))
 
 
@@ -155,7 +158,7 @@ def _draw_line(curve: Curve, smooth: Points, width: int, height: int) -> Html:
     def y(loss: float) -> float:
         return bottom - (loss - low) / ((high - low) or 1) * (bottom - top)
 
-    parts = [svg_text("loss, nats per token", 0, 12, kind="axis")]
+    parts = [svg_text(", ".join(filter(None, ["loss", curve.unit])), 0, 12, kind="axis")]
     parts.append(svg_text("optimizer step", right, height - 4, "end", kind="axis"))
     for tick in y_ticks:
         parts.append(line(left, y(tick), right, y(tick), "grid"))

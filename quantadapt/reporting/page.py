@@ -163,7 +163,8 @@ def _loss(run: Run) -> Html:
     words += ["Training stopped early." if train.get("stopped_early") is True else ""]
     note = " ".join(filter(None, [note, *words]))
     earlier = kept if kept != last else None
-    chart = line_chart(Curve(points, held_out, earlier, number(train, "resumed_from")))
+    unit = text(train, "unit") if "unit" in train else "nats per token"  # of older runs
+    chart = line_chart(Curve(points, held_out, earlier, number(train, "resumed_from"), unit))
     return section("Training loss", el("p", capital(note), class_="note"), chart)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..distributed.talking import reduced
 from ..distributed.world import world
 from ..errors import OutputError, TrainingError
@@ -30,6 +32,7 @@ def facts_of(trainer: Any) -> dict[str, Any]:
         "processes": world().size,
         "loss_since_log": total / world().size,
         "logged_step": trainer._globalstep_last_logged,
+        "figures_since_log": trainer.progress.figures.totals(trainer.args.device),
     }
 
 
@@ -80,6 +83,9 @@ def take_up(trainer: Any, checkpoint: Checkpoint) -> None:
     if loss is not None:
         loss += facts["loss_since_log"]
         trainer._globalstep_last_logged = facts["logged_step"]
+    for name, (total, count) in facts.get("figures_since_log", {}).items():
+        share = [total / world().size, count / world().size]
+        trainer.progress.figures.sums[name] = torch.tensor(share, dtype=torch.float64)
     trainer.state.compute_steps(trainer.args, trainer.state.max_steps)
 
 

@@ -20,14 +20,14 @@ from ..dependencies import in_words
 from ..distributed.talking import average_gradients
 from ..memory import rules
 from ..model.experts import owns_stacks
-from ..model.head import Head
+from ..model.head import Head, counting
 from ..sharding import PACKED
 from ..showing.quietly import quietly
 from .figures import adapter_device, compute_dtype
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from ..adapting.fused import FusedTraining
     from ..memory.workload import Setting
@@ -395,20 +395,12 @@ def add_head_loss(base: Any) -> bool:
 
         labels, divisor = kwargs.pop("labels")[:, 1:].flatten(), kwargs.pop("num_items_in_batch")
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1].flatten(0, 1)
-        where = _counting(labels, counted)
-        loss = head.loss(hidden[where], labels[where])
+        where = counting(labels, counted)
+        loss = head.losses(hidden[where], labels[where]).sum()
         return CausalLMOutput(loss=loss / (max(len(where), 1) if divisor is None else divisor))
 
     base.forward = types.MethodType(forward, base)
     return True
-
-
-def _counting(labels: Tensor, count: int | None) -> Tensor:
-    """Return the indices of the labels that count."""
-    counts = labels != -100
-    if count is None:
-        return counts.nonzero()[:, 0]
-    return counts.nonzero_static(size=count)[:, 0]
 
 
 @contextmanager

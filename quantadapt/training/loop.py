@@ -7,8 +7,9 @@ allocation, and no telemetry, model cards, token statistics or console output.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ..protocols import Task
     from .expected_calls import ExpectedCalls
     from .memory_fit import MemoryFit
+    from .prepared import Prepared
     from .stopping import Stop
     from .validation import Validation
 
@@ -61,6 +63,11 @@ class TrainingLoop:
     fused: FusedTraining | None = None
     calls: ExpectedCalls | None = None
     validation: Validation | None = None
+    prepared: Prepared | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.told: list[Mapping[str, Tensor]] = []  # by the passes of the step that goes on
+        super().__init__(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: the run folder has its own report."""
@@ -88,10 +95,13 @@ class TrainingLoop:
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Count the tokens, and run the step as memory allows."""
         self.progress.tokens += self.task.tokens(self.model, inputs)
+        self.told.clear()
         step = super().training_step  # type: ignore[misc]
         if self.memory_fit is not None:
-            return self.memory_fit.step(step, model, inputs, *args, **kwargs)
-        return step(model, inputs, *args, **kwargs)
+            step = partial(self.memory_fit.step, step)
+        loss = step(model, inputs, *args, **kwargs)
+        self.progress.figures.add(self.told)
+        return loss
 
     def compute_loss(
         self,
@@ -105,8 +115,16 @@ class TrainingLoop:
         What a PEFT method adds to the model's loss (AdaLoRA does) stays in, as in Trainer;
         SFTTrainer would lose it.
         """
-        loss = self.task.loss(model, inputs, num_items_in_batch)
+        found = self.task.loss(model, inputs, num_items_in_batch)
+        loss, told = found if isinstance(found, tuple) else (found, {})
+        self.told.append(told)
         return (loss, None) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the task's figures beside the loss."""
+        if "loss" in logs:
+            logs |= self.progress.figures.taken(self.args.device)
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Stop before the optimizer puts a number that is none into the weights."""
@@ -158,6 +176,8 @@ class TrainingLoop:
                     save_ranks(self.model, partial / name)
                     if self.validation is not None:
                         self.validation.save(partial / name)
+                    if self.prepared is not None:
+                        self.prepared.save(partial / name)
                 facts = facts_of(self)
                 self.accelerator.wait_for_everyone()
                 if self.is_world_process_zero():

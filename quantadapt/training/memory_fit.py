@@ -194,6 +194,7 @@ class MemoryFit:
     def _undo(self, before: _Gradients, state: Any) -> None:
         for weight, gradient in before:
             weight.grad = None if gradient is None else gradient.clone()
+        self.trainer.told.clear()
         free(self.trainer.model)
         _set_random_state(state, self.device)
 

@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..adapting.adalora import allocate_ranks, set_schedule
-from ..distributed.talking import reduced
+from ..distributed.talking import reduced, summed
 from .checkpoints import take_up
 from .figures import peak_memory_gib
 
 OnLog = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Figures:
+    """The means over examples of what a task tells, since the last log; sums stay on the device.
+
+    Attributes:
+        sums: name -> [sum, count], float64.
+        last: the means that were logged last.
+    """
+
+    sums: dict[str, Any] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+
+    def add(self, told: Iterable[Mapping[str, Tensor]]) -> None:
+        """Add what passes told, a number for each example."""
+        for name, numbers in ((n, v) for figures in told for n, v in figures.items()):
+            values = numbers.detach().double()
+            both = torch.stack([values.sum(), values.new_tensor(len(values))])
+            self.sums[name] = both if name not in self.sums else self.sums[name] + both
+
+    def totals(self, device: torch.device) -> dict[str, list[float]]:
+        """Return the sums and counts of all processes."""
+        return {name: summed(both, device).tolist() for name, both in self.sums.items()}
+
+    def taken(self, device: torch.device) -> dict[str, float]:
+        """Return the means over all processes, and begin anew."""
+        self.last = {name: total / n for name, (total, n) in self.totals(device).items()}
+        self.sums = {}
+        return self.last
 
 
 @dataclass
@@ -23,6 +56,7 @@ class Progress:
     first_step: int = 0
     seconds: float = 0.0
     tokens: Any = 0
+    figures: Figures = field(default_factory=Figures)
     first_log: tuple[int, float] | None = None
 
     def seconds_left(self, step: int, most: int) -> float:
@@ -119,6 +153,7 @@ class Watcher:
                 "seconds_left": self.progress.seconds_left(state.global_step, state.max_steps),
                 "tokens": int(tokens),
                 "peak_memory_gib": peak_memory_gib(args.device),
+                **self.progress.figures.last,
             }
         )
 

@@ -28,6 +28,7 @@ from .figures import adapter_device, base_parameters, dequantize_share, peak_mem
 from .lent import lent, quiet
 from .loop import TrainingLoop
 from .memory_fit import MemoryFit
+from .prepared import Prepared
 from .progress import OnLog, Watcher
 from .stopping import Stop
 from .trackers import spare
@@ -93,19 +94,24 @@ def train(
     checkpoint = checkpoint_to_resume(Path(output), spec, note)
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
     share(p for p in model.parameters() if p.requires_grad)  # all begin with the same weights
+    setup = Setup(model, tokenizer, dataset, spec, Path(output), seed)
+    begun = checkpoint.path if checkpoint else None
+    measured = None if spec.validates == "no" else held_out
+    prepared = Prepared.by(task, setup, measured, begun, note)  # a reference's words, for one
+    setup, measured = prepared.setup, prepared.held_out
     # kernels, casts and the like; taken back at the end
     with lent(model, spec, task, note) as loans:
-        setup = Setup(model, tokenizer, dataset, spec, Path(output), seed)
         trainer = make_trainer(task, setup, on_log)  # task.trainer: trl's SFTTrainer, for one
+        trainer.prepared = prepared
         trainer.fused = loans.fused
         trainer.memory_fit = MemoryFit(trainer, loans.recomputer, spec, on_note)
         trainer.memory_fit.graphs = loans.graphs
-        if held_out is not None and spec.validates != "no":
-            collator = task.collator(setup.of(held_out))
+        if measured is not None:
+            collator = task.collator(setup.of(measured))
             trainer.validation = Validation(
-                trainer, held_out, collator, spec, on_log or (lambda _: None), note
+                trainer, measured, collator, spec, on_log or (lambda _: None), note
             )
-            trainer.validation.checkpoint = checkpoint.path if checkpoint else None
+            trainer.validation.checkpoint = begun
         trainer.stop = stop or Stop(spec.max_time)
         trainer.calls = expect_calls(trainer, note)
         spare(trainer, note)
@@ -199,7 +205,7 @@ def check(model: Any, spec: TrainSpec, task: Task) -> None:
         fix = "check adapter.target_modules, and that the adapter was not loaded for inference"
         raise TrainingError("the model has no trainable weights", fix=fix)
     found = task_problems(task, spec, adds_to_loss=tuner_of(model) is not None)
-    found += head_problems(task, {"architectures": [_class_name(model)]})
+    found += head_problems(task, {**_config_of(model), "architectures": [_class_name(model)]})
     state: ModelState | None = getattr(model, "quantadapt", None)
     if spec.merge_aware and state is not None and state.adapter is not None:
         cell = state.cell
@@ -215,6 +221,12 @@ def _class_name(model: Any) -> str:
     predict tokens."""
     base = type(getattr(model, "get_base_model", lambda: model)())
     return base.__name__ if base.__module__.startswith("transformers.models.") else ""
+
+
+def _config_of(model: Any) -> dict[str, Any]:
+    """Return the config of a model of transformers as its config.json has it."""
+    config: Any = getattr(model, "config", None)
+    return config.to_dict() if hasattr(config, "to_dict") else {}
 
 
 def _check_held_out(spec: TrainSpec, held_out: Dataset | None) -> None:

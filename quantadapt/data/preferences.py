@@ -1,0 +1,251 @@
+"""Preference data: a prompt, an answer that was chosen, and one that was rejected.
+
+The columns are TRL's: `prompt`, `chosen` and `rejected`, texts or lists of turns; without `prompt`
+it is what both answers begin with. Each answer is written and tokenized as an answer that is to be
+learnt, so that a pair is two examples of one prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby, islice, takewhile
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError
+from ..spec import DataSpec
+from .files import Row, kind_of
+from .formats import Example, chat, checked_text, listed, named, pair
+from .report import DataReport
+from .segments import segments
+from .sets import Data, HeldOut, prompts_of, split, warn_of
+from .sources import read
+from .tokens import tokenize
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+CHOSEN, REJECTED = ("input_ids", "completion_mask"), ("rejected_ids", "rejected_mask")
+"""The columns of a data set of pairs: token ids, and 1 where they are of the answer."""
+FORMAT = "preference"
+_COLUMNS = ("chosen", "rejected")
+_OPTIONAL = ("prompt", "tools")
+_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, each with that prompt."""
+
+    chosen: Example
+    rejected: Example
+
+    @property
+    def where(self) -> str:
+        """Its file and line."""
+        return self.chosen.where
+
+    @property
+    def file(self) -> str:
+        """The file, or the hub id and split."""
+        return self.chosen.file
+
+
+def load_preferences(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Data:
+    """Read, split and tokenize the pairs that `spec` names, the bundled ones if it names nothing.
+
+    Held out, cut and dropped is as with `load_data`; a pair goes as a whole.
+
+    Returns:
+        Data sets with the columns `CHOSEN` and `REJECTED`.
+
+    Raises:
+        DataError: the data cannot be read or used; says where, and what to do.
+    """
+    spec, report = with_bundled(spec), DataReport(spec.max_length)
+    train_rows, held_out_rows = read(spec)
+    train = [*islice(pairs(train_rows, spec, report), spec.max_examples)]
+    held_out = [*pairs(held_out_rows, spec, report)]
+    if not held_out:
+        train, held_out = split(train, spec, seed)
+    train_set = tokenized_pairs(train, tokenizer, report)
+    eval_set = tokenized_pairs(held_out, tokenizer, report, held_out=True)
+    warn_of(report)
+    prompts = prompts_of([pair.chosen for pair in held_out], tokenizer)
+    return Data(train_set, eval_set, prompts, FORMAT, report)
+
+
+def with_bundled(spec: DataSpec) -> DataSpec:
+    """Return `spec` with the bundled pairs as its data where it names none."""
+    from ..demo import PREFERENCES
+
+    return spec if spec.path else spec.model_copy(update={"path": str(PREFERENCES)})
+
+
+def holds_pairs(rows: Sequence[Row], columns: Collection[str]) -> bool:
+    """Say whether the first row has the columns of a pair, some perhaps under other names; and
+    nobody asks for columns of something else."""
+    there = {*columns, *(rows[0].values if rows else ())}
+    return {*_COLUMNS, *_OPTIONAL}.issuperset(columns) and there.issuperset(_COLUMNS)
+
+
+def held_out_pairs(
+    rows: Iterable[Row], spec: DataSpec, tokenizer: PreTrainedTokenizerBase
+) -> HeldOut:
+    """Return all pairs in rows, to measure on. Raises DataError."""
+    report = DataReport(spec.max_length)
+    found = [*pairs(rows, spec, report)]
+    made = tokenized_pairs(found, tokenizer, report, held_out=True)
+    warn_of(report)
+    return HeldOut(made, prompts_of([pair.chosen for pair in found], tokenizer))
+
+
+# From rows to pairs -------------------------------------------------------------------------------
+
+
+def pairs(rows: Iterable[Row], spec: DataSpec, report: DataReport) -> Iterator[Pair]:
+    """Yield the pairs in rows, file by file, and count rows in `report`.
+
+    Raises:
+        DataError: columns are missing, or hold something else.
+    """
+    if spec.format != "auto":
+        what = f"{spec.format!r} is no format of pairs"
+        raise DataError(what, fix="leave it out: pairs have one", where="data.format")
+    for file, group in groupby(rows, key=lambda row: row.file):
+        found, columns = report.of(file), {str(k): v for k, v in spec.columns.items()}
+        ours = named(group, columns, found)
+        first = next(ours)
+        if missing := [column for column in _COLUMNS if column not in first.values]:
+            what = f"no column {listed(missing)}, found {listed(first.values)}"
+            fix = "preferences need a chosen and a rejected answer; name your columns in"
+            fix += " data.columns, e.g. {chosen: better, rejected: worse}"
+            raise DataError(what, fix=fix, where=first.where)
+        found.format = FORMAT
+        known = {*_COLUMNS, *_OPTIONAL}
+        found.unused = [str(name) for name in first.values if name not in known]
+        yield from map(_pair, chain([first], ours))
+
+
+def _pair(row: Row) -> Pair:
+    prompt, answers = row.values.get("prompt"), [_answer(row, column) for column in _COLUMNS]
+    kinds = {type(answer) for answer in answers}
+    if len(kinds) > 1:
+        what = f"'chosen' is {kind_of(answers[0])} and 'rejected' {kind_of(answers[1])}"
+        raise DataError(what, fix="write both as text, or both as lists of turns", where=row.where)
+    if kinds == {str}:
+        if isinstance(prompt, list):
+            turns = [[{"role": "assistant", "content": answer}] for answer in answers]
+            return Pair(*(chat(row, prompt, answer) for answer in turns))
+        if prompt is None:
+            prompt, answers = _common_text(*answers)
+        text = checked_text(prompt, "'prompt'", row.where)
+        return Pair(*(pair(row, text, answer) for answer in answers))
+    if isinstance(prompt, str) and any(_opens(answer, "assistant") for answer in answers):
+        prompt = [{"role": "user", "content": prompt}]
+    elif not isinstance(prompt, list):  # a text beside whole chats is what they begin with
+        shared = _common(*answers)
+        prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
+    return Pair(*(chat(row, prompt, answer) for answer in answers))
+
+
+def _answer(row: Row, column: str) -> Any:
+    answer = row.values.get(column)
+    if isinstance(answer, list):
+        return answer
+    if column not in row.values:
+        what = f"the column {column!r} is missing, found {listed(row.values)}"
+        raise DataError(what, fix="every pair needs both answers", where=row.where)
+    return checked_text(answer, repr(column), row.where)
+
+
+def _opens(turns: Sequence[Any], role: str) -> bool:
+    first = turns[0] if turns else None
+    return isinstance(first, Mapping) and first.get("role") == role
+
+
+_ANSWERS = "\n\nAssistant:"
+"""What stands before an answer in chats that are one text, as Anthropic's HH-RLHF has them."""
+
+
+def _common_text(chosen: str, rejected: str) -> tuple[str, list[Any]]:
+    """Return what both texts begin with, and what follows. It ends where an answer begins, or after
+    a space: half a word has other tokens than the whole."""
+    shared = chosen[: _common(chosen, rejected)]
+    end = shared.rfind(_ANSWERS) + len(_ANSWERS)
+    if _ANSWERS not in shared:
+        end = max(shared.rfind(" "), shared.rfind("\n")) + 1
+    return shared[:end], [chosen[end:], rejected[end:]]
+
+
+def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return how many elements both begin with."""
+    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))
+
+
+# From pairs to tokens -----------------------------------------------------------------------------
+
+
+def tokenized_pairs(
+    found: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    report: DataReport,
+    *,
+    held_out: bool = False,
+) -> Dataset:
+    """Return a data set of the pairs that are used. Raises DataError where none is left."""
+    import datasets
+
+    columns: dict[str, list[list[int]]] = {name: [] for name in (*CHOSEN, *REJECTED)}
+    for both in _tokenized(found, tokenizer, report, held_out):
+        for name, values in zip(columns, chain(*both), strict=True):
+            columns[name].append(values[: report.max_length])
+    if not columns[CHOSEN[0]]:
+        reasons = "; ".join(text for f in report.files for text in f.losses(report.max_length))
+        what = f"no pair is left: {reasons or 'there is none'}"
+        fix = "raise data.max_length, shorten the prompts, or give answers that differ"
+        raise DataError(what, fix=fix, where=found[0].where if found else report.files[0].file)
+    return datasets.Dataset.from_dict(columns)
+
+
+_Tokens = tuple[list[int], list[int]]
+
+
+def _tokenized(
+    found: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, report: DataReport, held_out: bool
+) -> Iterator[tuple[_Tokens, _Tokens]]:
+    """Yield token ids and masks of both answers, and count what is kept, cut and dropped."""
+    found, limit = iter(found), report.max_length
+    while batch := [*islice(found, _BATCH)]:
+        written = []
+        for one in batch:
+            counts = report.of(one.file)
+            both = [segments(example, tokenizer) for example in (one.chosen, one.rejected)]
+            counts.remarks.update(dict.fromkeys(chain(*(f.remarks for f in both)), 1))
+            why = next((f.dropped for f in both if f.dropped), "")
+            if not why and any(len(f.texts) != 1 for f in both):
+                why = "of several turns, which the chat template writes in another way later on"
+            counts.dropped.update([why] if why else ())
+            written += [] if why else [(one, [f.texts[0] for f in both])]
+        encoded = tokenize([text for _, texts in written for text in texts], tokenizer)
+        for (one, _), chosen, rejected in zip(written, encoded, encoded, strict=True):
+            counts, masks = report.of(one.file), (chosen[1], rejected[1])
+            if why := _useless(chosen, rejected, limit):
+                counts.dropped[why] += 1
+                continue
+            counts.keep(*masks, max_length=limit, held_out=held_out)
+            yield chosen, rejected
+
+
+def _useless(chosen: _Tokens, rejected: _Tokens, limit: int) -> str:
+    """Return why nothing can be learnt of a pair; empty where something can."""
+    if not all(any(mask[1:]) for _, mask in (chosen, rejected)):
+        return "with an empty answer"
+    if not all(any(mask[1:limit]) for _, mask in (chosen, rejected)):
+        return f"with nothing to learn within {limit} tokens"
+    if chosen[0] == rejected[0]:
+        return "with equal answers"
+    if chosen[0][:limit] == rejected[0][:limit]:
+        return f"with answers that are equal within {limit} tokens"
+    return ""

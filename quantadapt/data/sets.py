@@ -1,0 +1,132 @@
+"""What reading gives: examples to train on, others held out, prompts among those, and a report."""
+
+from __future__ import annotations
+
+import random
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from ..errors import DataError, DataWarning, warn
+from ..spec import DataSpec
+from .formats import Example
+from .pieces import Pieces
+from .report import DataReport, source_of
+from .segments import segments
+from .tokens import Prompt, token_ids
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+MAX_LENGTH = 512
+MAX_PROMPTS = 1000
+TEXT_PROMPT_TOKENS = 16
+
+
+class _FromRow(Protocol):
+    @property
+    def where(self) -> str:
+        """Its file and line."""
+        ...
+
+
+Found = TypeVar("Found", bound=_FromRow)
+"""What a row was made into."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a model is measured on.
+
+    Attributes:
+        examples: columns `input_ids` and `completion_mask`, as in `Data`.
+        prompts: up to 1000 prompts; none where the data came tokenized.
+    """
+
+    examples: Dataset
+    prompts: Sequence[Prompt] = ()
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenized data.
+
+    Attributes:
+        train, eval: columns `input_ids` (token ids) and `completion_mask` (1 where the loss
+            counts); those that a task reads for itself may hold others. The first token is never
+            predicted, whatever its mask.
+        prompts: up to 1000 held-out prompts.
+        format: the format that was read, one of `FORMATS`; that of the first file of several.
+        report: what was cut, dropped or not used, file by file.
+    """
+
+    train: Dataset
+    eval: Dataset
+    prompts: list[Prompt]
+    format: str
+    report: DataReport = field(default_factory=lambda: DataReport(MAX_LENGTH))
+
+    @property
+    def held_out(self) -> HeldOut:
+        """What a model is measured on."""
+        return HeldOut(self.eval, self.prompts)
+
+    @property
+    def cut(self) -> int:
+        """Examples shortened to `max_length` and kept, in both data sets together."""
+        return sum(file.cut for file in self.report.files)
+
+    @property
+    def dropped(self) -> int:
+        """Examples left out, for reasons that the report names."""
+        return sum(file.dropped.total() for file in self.report.files)
+
+
+def split(found: list[Found], spec: DataSpec, seed: int) -> tuple[list[Found], list[Found]]:
+    """Return (training, held-out) examples, each in the order in which they were read, drawn by
+    `spec.split_seed`, or else by `seed`.
+
+    Examples of one row (the paths of a tree, the instances of an instruction) stay together.
+    """
+    rows = list(dict.fromkeys(example.where for example in found))
+    if len(rows) < 2:
+        fix = "add examples, or name held-out data with data.eval_path"
+        what = "there is only one example, so none can be held out for evaluation"
+        what = what if rows else "there is no example"
+        raise DataError(what, fix=fix, where=spec.path or "demo data")
+    count = min(max(1, round(len(rows) * spec.eval_fraction)), len(rows) - 1)
+    draws = random.Random(seed if spec.split_seed is None else spec.split_seed)
+    chosen = {rows[index] for index in draws.sample(range(len(rows)), count)}
+    train = [example for example in found if example.where not in chosen]
+    return train, [example for example in found if example.where in chosen]
+
+
+def prompts_of(found: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Return the prompts of the first examples that have something to learn."""
+    texts = (segments(example, tokenizer).texts[:1] for example in found)
+    learnt = (pieces for first in texts for pieces in first if pieces.learns)
+    return [_prompt(pieces, tokenizer) for pieces in islice(learnt, MAX_PROMPTS)]
+
+
+def _prompt(pieces: Pieces, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """Return the text before the last trained segment, and that segment."""
+    found = pieces.segments
+    if all(segment.trained for segment in found) and not pieces.templated:
+        ids = token_ids(tokenizer, [found[0].text])[0]
+        first = str(tokenizer.decode(ids[:TEXT_PROMPT_TOKENS]))
+        return Prompt(first, str(tokenizer.decode(ids[TEXT_PROMPT_TOKENS:])))
+    last = max(index for index, segment in enumerate(found) if segment.trained)
+    reference = found[last].text.removesuffix(str(tokenizer.eos_token or ""))
+    before = "".join(segment.text for segment in found[:last])
+    return Prompt(before, reference, pieces.templated)
+
+
+def warn_of(report: DataReport) -> None:
+    """Warn of each file that lost much, with DataWarning; for the caller of who reads."""
+    for file, text in report.warnings():
+        fix = f"See them with `quantadapt data {shlex.quote(source_of(file))}`"
+        length = f"data.max_length is {report.max_length}"
+        warn(f"{text}. {fix}; {length}", DataWarning, stacklevel=4)

@@ -1,0 +1,112 @@
+"""The evaluation `preferences`: does a model prefer the answers that people chose?
+
+Answers are compared by their log-likelihood. A model with an adapter is also compared with itself
+without it, the reference: by how much more it likes an answer is what DPO calls a reward, here in
+nats, without beta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..data.preferences import CHOSEN, REJECTED
+from ..distributed.talking import summed
+from ..errors import DataError
+from ..hookspecs import hookimpl
+from ..protocols import Evaluator, Figure, Given
+from ..records import Evaluation, Start
+from .predictions import device_of, predicted
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor, nn
+
+NATS = "nats"
+
+
+def answer_log_probs(
+    model: nn.Module,
+    examples: Dataset,
+    *,
+    batch_size: int = 8,
+    pad_token_id: int | None = 0,
+    split: bool = False,
+) -> Tensor:
+    """Return the log-likelihoods of the answers in nats, float64 [pairs, 2]: chosen, rejected.
+
+    Args:
+        examples: the columns of `data.preferences`.
+        batch_size: answers that go through the model at a time.
+        split: whether each process of a run takes its part; all of them have to call this, and all
+            get the whole result.
+    """
+    import torch
+
+    answers = [
+        {"input_ids": row[ids], "completion_mask": row[mask]}
+        for row in examples
+        for ids, mask in (CHOSEN, REJECTED)
+    ]
+    found = torch.zeros(len(answers), dtype=torch.float64)
+    for batch in predicted(model, answers, batch_size, pad_token_id, split=split):
+        losses, counts = batch.losses().double().cpu(), batch.counts.cpu()
+        whose = torch.tensor(batch.examples).repeat_interleave(counts)
+        found.index_add_(0, whose, -losses)
+    return (summed(found, device_of(model)) if split else found).view(-1, 2)
+
+
+class Preferences(Evaluator):
+    """How often, and by how much, the chosen answer is the likelier one; it has no options."""
+
+    def measure(self, model: nn.Module, given: Given) -> Mapping[str, Figure]:
+        """Measure it on held-out pairs. Raises DataError where the data hold none."""
+        if REJECTED[0] not in given.examples.column_names:
+            what = "the held-out data hold no pairs of a chosen and a rejected answer"
+            fix = "pass data with the columns chosen and rejected, or leave the evaluation out"
+            raise DataError(what, fix=fix, where="evaluation 'preferences'")
+        policy = _measured(model, given)
+        margins = policy[:, 0] - policy[:, 1]
+        found = {
+            "accuracy": Figure(float((margins > 0).double().mean()), "share", "higher"),
+            "margin": Figure(float(margins.mean()), NATS, "higher"),
+        }
+        if _has_reference(model):
+            any_model: Any = model
+            with any_model.disable_adapter():
+                rewards = policy - _measured(model, given)
+            gained = rewards[:, 0] - rewards[:, 1]
+            found |= {
+                "reward-accuracy": Figure(float((gained > 0).double().mean()), "share", "higher"),
+                "reward-margin": Figure(float(gained.mean()), NATS, "higher"),
+                "reward-chosen": Figure(float(rewards[:, 0].mean()), NATS),
+                "reward-rejected": Figure(float(rewards[:, 1].mean()), NATS),
+            }
+        return found | {"pairs": Figure(len(policy))}
+
+
+def _measured(model: nn.Module, given: Given) -> Tensor:
+    return answer_log_probs(
+        model,
+        given.examples,
+        batch_size=given.batch_size,
+        pad_token_id=getattr(given.tokenizer, "pad_token_id", None),
+        split=given.split,
+    )
+
+
+def _has_reference(model: Any) -> bool:
+    """Say whether the model without its adapter is what training began with. Where the adapter's
+    start moves a part of the base into it, as PiSSA's does, it is not."""
+    state: Any = getattr(model, "quantadapt", None)
+    if getattr(state, "adapter", None) is None or not hasattr(model, "disable_adapter"):
+        return False
+    start = state.adapter_options.get("init_lora_weights", True)
+    return state.adapter.start != Start.CHANGED and start in (True, "gaussian", "eva")
+
+
+@hookimpl
+def quantadapt_evaluations() -> list[Evaluation]:
+    """Return the evaluation of this file."""
+    summary = "how often the chosen answer of a pair is the likelier one, and by how much"
+    return [Evaluation("preferences", summary, Preferences)]
