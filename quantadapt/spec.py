@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from .configs import located
 from .errors import Problem, SpecError, did_you_mean, likely_name
+from .inputs.configs import located
 from .inputs.plain_yaml import YAMLError, parse, read_yaml, to_yaml
 from .inputs.typed import Typed
 

@@ -43,7 +43,7 @@ ORDER = [
     *("evaluation", "data", "sharding", "dependencies", "facade", "records", "protocols"),
     *("layerwise", "loading", "calibration", "model", "hookspecs", "distributed", "folders"),
     *("spec", "capabilities", "memory", "compiling", "machine"),
-    *("remote_code", "inputs", "paths", "probe", "demo", "configs", "errors", "moved"),
+    *("remote_code", "inputs", "paths", "probe", "demo", "errors", "moved"),
 ]
 """A file imports only from rooms further on in this list, and from its own."""
 WITHOUT_TORCH = [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..configs import COMPARISONS, located
+from ..inputs.configs import COMPARISONS, located
 from .commands import add
 from .flags import DeviceOption, DtypeOption, JsonOption, SpecFlags, TrustOption
 from .session import Session, session

@@ -211,8 +211,8 @@ class SpecFlags:
 def _read(file: Path) -> dict[str, Any]:
     """Return what a YAML file says. That of a run folder, which may come from elsewhere, cannot say
     that code is trusted."""
-    from ..configs import located
     from ..folders.run_folder import MARKER
+    from ..inputs.configs import located
     from ..inputs.plain_yaml import read_yaml
 
     file = located(file)

@@ -92,7 +92,7 @@ def _refuse_without_use(flags: SpecFlags, output: str | None) -> None:
 def _list(shown: Session) -> None:
     from rich.table import Table
 
-    from ..configs import names, summary
+    from ..inputs.configs import names, summary
 
     if shown.as_json:
         shown.print_json([{"name": name, "summary": summary(name)} for name in names()])
@@ -117,8 +117,8 @@ def _text(flags: SpecFlags, use: str, name: str, *, checked: bool) -> str:
     Raises:
         SpecError, PlanRefused: it cannot be used; the second only if it is to be `checked`.
     """
-    from ..configs import shipped
     from ..inputs.commented_yaml import changed
+    from ..inputs.configs import shipped
     from ..inputs.plain_yaml import parse
 
     flags.config = shipped(use)

@@ -227,8 +227,8 @@ def evaluators_of(draft: Draft, objective: Objective | None = None) -> dict[str,
     found: dict[str, Evaluator] = {}
     wanted: Sequence[Named] = draft.spec.evaluate.wanted
     if objective is not None and "evaluations" not in draft.spec.evaluate.model_fields_set:
-        named = [Named(name=name) for name in objective.evaluations]
-        wanted = [*named, *wanted[len(draft.spec.evaluate.evaluations) :]]
+        its_own = [Named(name=name) for name in objective.evaluations]
+        wanted = [*its_own, *wanted[len(draft.spec.evaluate.evaluations) :]]
     names = [named.name for named in wanted]
     for named in wanted:
         told = ", ".join(f"{key}={value}" for key, value in named.options.items())

@@ -1,4 +1,4 @@
-"""Configs to start from: YAML files beside this module, one for each use.
+"""Configs to start from: YAML files, one for each use.
 
 `quantadapt init NAME` writes one for you to change. Wherever a config is asked for, in a command or
 by `Spec.load`, its bare name stands for it.
@@ -10,7 +10,9 @@ from pathlib import Path
 
 from ..errors import Problem, SpecError, did_you_mean
 
-FOLDER = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
+FOLDER = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.exists())
+"""In the package where that was installed, beside it in a checkout."""
 COMPARISONS = "comparisons"
 """The folder of those for `quantadapt compare`."""
 
