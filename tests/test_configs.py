@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from quantadapt import cli, configs, demo
+from quantadapt import cli, demo
 from quantadapt.comparing.grid import comparison
 from quantadapt.comparing.stage import look_at
 from quantadapt.errors import SpecError
+from quantadapt.inputs import configs
 from quantadapt.inputs.commented_yaml import changed
 from quantadapt.machine import Machine
 from quantadapt.planning import plan
