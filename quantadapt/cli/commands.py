@@ -42,6 +42,7 @@ COMMANDS = {
     "chat": Entry("chat", _MODEL, "Talk with a model."),
     "serve": Entry("serve", _MODEL, "Serve a model as OpenAI's API does."),
     "judge": Entry("judge", _MODEL, "Let a model judge which of two models answers better."),
+    "people": Entry("people", _MODEL, "Let people vote which of two answers is better."),
     "demo": Entry("demo", _MODEL, "Let base and tuned model answer side by side, in the browser."),
     "studio": Entry("studio", _TUNE, "Plan, start, watch and talk with runs, in the browser."),
     "backends": Entry("catalog", _LOOK, "List the ways to quantize, or show one with its options."),

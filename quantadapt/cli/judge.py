@@ -36,9 +36,9 @@ def register(app: typer.Typer, name: str) -> None:
         name,
         with_sampling_flags(judge),
         "quantadapt judge runs/hqq-lora runs/hqq-dora --endpoint http://localhost:8000/v1 "
-        "--judge-model llama -o judged",
+        "--judge-model llama",
         f"{KEY}=... quantadapt judge runs/hqq-lora base-answers.jsonl --endpoint "
-        "https://api.openai.com/v1 --judge-model gpt-5 -o judged",
+        "https://api.openai.com/v1 --judge-model gpt-5",
     )
 
 
@@ -58,7 +58,7 @@ def judge(
             help="The folder for answers, verdicts and what they come to. The same command goes on "
             "after an interruption.",
         ),
-    ],
+    ] = Path("judged"),
     endpoint: Annotated[
         str | None,
         typer.Option(

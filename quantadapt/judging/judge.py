@@ -81,6 +81,7 @@ def in_order(
             try:
                 done.put((index, True, function(items[index])))
             except BaseException as error:
+                ended.set()  # nobody begins anything any more
                 done.put((index, False, error))
 
     for index in range(len(items)):
