@@ -728,6 +728,14 @@ def test_what_is_chance_is_told() -> None:
     assert "better than all others by more than chance" in judged(*apart).words
 
 
+def test_the_error_by_what_was_asked_is_told() -> None:
+    """As lm-evaluation-harness gives it: 1.96 * sqrt(2) * 1.5 points."""
+    best = row("a", (0.5,), 4, SHARE, errors={"exact": Stat((0.015,))})
+    assert (
+        "may be 4.2 points apart" in judged(best, row("b", (0.4,), 4, SHARE), quality=SHARE).words
+    )
+
+
 def test_the_dense_reference_is_compared_with() -> None:
     dense = row("none x lora", (1.98,), 16, reference=True)
     found = judged(dense, row("hqq x lora", (2.0,), 4))
