@@ -31,7 +31,6 @@ from quantadapt.comparing.verdict import Noise, front, noise_of, student, verdic
 from quantadapt.errors import (
     FolderInUse,
     Interrupted,
-    OutputError,
     PlanRefused,
     QuantadaptError,
     SpecError,
@@ -148,6 +147,7 @@ def test_lists_are_axes_unless_the_key_takes_lists() -> None:
         ({"seed": [0, 1]}, {"seeds": 2}, "seeds", "seeds already"),
         ({"seed": [0, "x"]}, {}, "seed", "'x'"),
         (PAIRS, {"seeds": 0}, "seeds", "0"),
+        (PAIRS, {"seeds": "two"}, "seeds", "two"),
         (PAIRS, {"budget": -1}, "compare.budget", "-1"),
         (PAIRS, {"within": 2}, "compare.within", "2"),
         (PAIRS, {"prefer": "beauty"}, "compare.prefer", "beauty"),
@@ -189,6 +189,15 @@ def test_cells_that_are_refused_are_told_with_why_and_the_others_are_run(tmp_pat
     assert not cells["hqq(bits=4) x dora"].refusals
     assert not cells["none x lora"].refusals
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cell_is_refused_for_what_is_wrong_with_it_and_not_with_a_merge(tmp_path) -> None:
+    """The dense base has no scales to dither onto, and is merged in another way."""
+    (cell,) = [c for c in look_at(comparison(STEPS, PAIRS), tmp_path / "out") if c.cell.reference]
+    assert cell.plan.merge == "requantize"
+    with pytest.raises(PlanRefused) as caught:
+        look_at(comparison({**STEPS, "model": "nowhere/at/all"}, PAIRS), tmp_path / "out")
+    assert [problem.where for problem in caught.value.problems] == ["model"]
 
 
 def test_a_grid_of_which_nothing_can_be_run_is_refused_with_all_reasons(tmp_path) -> None:
@@ -459,12 +468,14 @@ def test_only_comparisons_of_ours_are_replaced(tmp_path) -> None:
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputError, match="holds no comparison"):
+    with pytest.raises(PlanRefused, match="holds no comparison"):
         go(made, theirs, overwrite=True)
+    with pytest.raises(PlanRefused, match="a file is in the way"):
+        go(made, theirs / "thesis.tex")
     out = tmp_path / "out"
     go(made, out)
     (out / "runs" / "hqq-lora-seed0" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"notes\.txt"):
+    with pytest.raises(PlanRefused, match=r"notes\.txt"):
         go(made, out, overwrite=True)
     assert (out / "runs" / "hqq-lora-seed0" / "notes.txt").read_text() == "mine"
 
@@ -482,7 +493,7 @@ def test_a_damaged_journal_is_told(tmp_path) -> None:
     made = comparison(STEPS, {"adapter": ["lora", "dora"]}, reference=False)
     go(made, tmp_path / "out")
     (tmp_path / "out" / "quantadapt-compare.json").write_text('{"version": "0", "runs": [1]}')
-    with pytest.raises(OutputError, match="cannot be used"):
+    with pytest.raises(PlanRefused, match="cannot be used"):
         go(made, tmp_path / "out")
 
 
@@ -717,6 +728,14 @@ def test_what_is_chance_is_told() -> None:
     assert "better than all others by more than chance" in judged(*apart).words
 
 
+def test_the_error_by_what_was_asked_is_told() -> None:
+    """As lm-evaluation-harness gives it: 1.96 * sqrt(2) * 1.5 points."""
+    best = row("a", (0.5,), 4, SHARE, errors={"exact": Stat((0.015,))})
+    assert (
+        "may be 4.2 points apart" in judged(best, row("b", (0.4,), 4, SHARE), quality=SHARE).words
+    )
+
+
 def test_the_dense_reference_is_compared_with() -> None:
     dense = row("none x lora", (1.98,), 16, reference=True)
     found = judged(dense, row("hqq x lora", (2.0,), 4))
@@ -866,3 +885,46 @@ def test_the_command_refuses_with_exit_code_2(tmp_path) -> None:
     assert done.returncode == 2
     assert json.loads(done.stdout)["error"]["problems"][0]["where"] == "--backends"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_real_runs_go_on_from_their_rung_and_come_to_what_a_run_in_one_go_does(
+    tmp_path, monkeypatch
+) -> None:
+    """With a constant learning rate: any other schedule has another end."""
+    import quantadapt as qa
+
+    monkeypatch.setattr(halving, "choose", lambda *_: [2, 4])
+    monkeypatch.setattr(halving, "most_rungs", lambda *_: 2)
+    common = {
+        "backend": "none",  # the others take longer to import
+        "train": {"max_steps": 4, "lr_scheduler_type": "constant", "warmup_ratio": 0.0},
+        "evaluate": {"max_examples": 8, "samples": 0},
+        "device": "cpu",
+    }
+    grid = {"train.learning_rate": [1e-6, 4e-3]}
+    made = comparison(common, grid, budget=1, reference=False)
+    result = run_comparison(made, tmp_path / "out", listener=lambda *_: None)
+    best = result.verdict.row
+    assert best.label == "none x lora, learning_rate=0.004"
+    folder = tmp_path / "out" / "runs" / best.names[0]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["train"]["resumed_from"] == 2
+    assert metrics["train"]["steps"] == 4
+    found = metrics["evaluations"]["perplexity"]
+    assert best.after["perplexity"].mean == found["perplexity"]["values"]["tuned"]
+    nats = found["loss"]["values"]
+    kept = (nats["quantized"] - nats["merged"]) / (nats["quantized"] - nats["tuned"])
+    assert best.numbers["gain_kept"].mean == pytest.approx(kept)
+    assert metrics["exports"]["merged-requantized"]["state"] == "written"
+    assert not (folder / "merged").exists()
+    assert (folder / "adapter").is_dir()
+    other = next(row for row in result.table.rows if row.state == "dropped")
+    assert other.steps == 2
+
+    rate = {**common["train"], "learning_rate": 4e-3}
+    own = {"train": rate, "export": {"merge": "never"}, "output": str(tmp_path / "one")}
+    spec = qa.Spec(**{**common, **own})
+    straight = qa.run(spec, verbose=False).metrics["evaluations"]["perplexity"]["loss"]["values"]
+    assert nats["tuned"] == pytest.approx(straight["tuned"], rel=1e-6)

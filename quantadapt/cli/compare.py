@@ -193,7 +193,7 @@ def compare(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Compare quantizations and adapters on your model and data, and say which to take.
+    """Find out which quantization and which adapter to take, for your model and data.
 
     Each cell of the grid is trained, measured and merged, in a process of its own; a crash costs
     its row alone. What a rule refuses is told at once and left out. It leaves one table, with

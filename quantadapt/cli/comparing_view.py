@@ -162,6 +162,11 @@ class CompareDisplay:
             rest = duration(ending.seconds * left / self.slots)
             self._print(f"about {rest} for the other {left}, if all are like the first", "dim")
 
+    def on_stopping(self, facts: Mapping[str, Any]) -> None:
+        """What goes on is told to end."""
+        runs = "the run" if facts["count"] == 1 else f"{facts['count']} runs"
+        self._print(f"waiting for a checkpoint of {runs} under way; Ctrl-C again ends it at once")
+
     def on_rungs(self, facts: Mapping[str, Any]) -> None:
         """It is known how the budget is shared."""
         rungs, guess = facts["rungs"], duration(facts["seconds"])

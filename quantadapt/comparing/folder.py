@@ -168,8 +168,10 @@ def check(
     if not locked:
         refuse_in_use(found)
     put_back(found)
-    folder = CompareFolder(found, read(found))
+    folder = CompareFolder(found, read(found) if found.is_dir() else Journal())
     with in_words(found):
+        if found.exists() and not found.is_dir():
+            raise OutputError("a file is in the way", fix=OTHER_OUTPUT, where=str(found))
         if not is_free(found) and not folder.journal.version:
             what = "the folder is not empty and holds no comparison"
             fix = f"{OTHER_OUTPUT}, or empty it yourself; --overwrite replaces only comparisons"

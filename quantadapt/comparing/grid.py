@@ -145,8 +145,8 @@ def comparison(
     """
     problems = list(_axis_problems(grid))
     chosen = _options(options, problems)
-    if seeds is not None and (isinstance(seeds, bool) or seeds < 1):
-        problems.append(Problem(f"{seeds!r} is not possible", "use 1 or more", "seeds"))
+    if seeds is not None and not (type(seeds) is int and seeds >= 1):
+        problems.append(Problem(f"{seeds!r} is not possible", "use a number, 1 or more", "seeds"))
     if seeds is not None and "seed" in grid:
         problems.append(Problem("the grid has seeds already", "say it once", "seeds"))
     if problems:

@@ -3,12 +3,13 @@ of a merge, and the memory that is predicted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import MergeRefused, PlanRefused, Problem
+from ..errors import PlanRefused, Problem
 from ..memory.workload import GIB
 from ..planning.stage import Plan, plan
 from ..spec import ExportSpec, Spec
@@ -81,30 +82,28 @@ def plan_cells(comparison: Comparison, output: Path) -> list[PlannedCell]:
 
 
 def planned(cell: Cell, spec: Spec, output: Path) -> PlannedCell:
-    """Plan one cell, with the merge that it allows where the user left that open."""
-    problems: tuple[Problem, ...] = ()
-    for wanted in _merges(spec):
-        tried = spec.model_copy(update={"export": wanted, "output": str(output / "runs" / NEW)})
-        try:
-            return PlannedCell(cell, plan(tried))
-        except MergeRefused as error:
-            problems = problems or error.problems
-        except PlanRefused as error:
-            return PlannedCell(cell, refusals=error.problems)
-    return PlannedCell(cell, refusals=problems)
+    """Plan one cell, with the first of `MERGES` that it allows where the user left that open."""
+    mine = [spec.export]
+    if measures_a_merge(spec):
+        mine = [spec.export.model_copy(update=dict(values)) for values in MERGES]
+    without = mine[-1]  # what is wrong with it is wrong with the cell, and not with a merge
+    try:
+        made = plan(_to(output, spec, without))
+    except PlanRefused as error:
+        return PlannedCell(cell, refusals=error.problems)
+    for export in mine[:-1]:
+        with suppress(PlanRefused):
+            return PlannedCell(cell, plan(_to(output, spec, export)))
+    return PlannedCell(cell, made)
+
+
+def _to(output: Path, spec: Spec, export: ExportSpec) -> Spec:
+    return spec.model_copy(update={"export": export, "output": str(output / "runs" / NEW)})
 
 
 def measures_a_merge(spec: Spec) -> bool:
     """Say whether a merge is made only to be measured, as the user says nothing of it."""
     return not spec.export.model_fields_set & {"merge", "rounding", "min_gain"}
-
-
-def _merges(spec: Spec) -> Iterator[ExportSpec]:
-    if not measures_a_merge(spec):
-        yield spec.export
-        return
-    for values in MERGES:
-        yield spec.export.model_copy(update=dict(values))
 
 
 def spec_of(made: Plan, seed: int, output: Path, *, unquantized: bool) -> Spec:

@@ -93,7 +93,7 @@ class Processes:
 
     Args:
         slots: what each adds to the environment of its processes, see `slots`.
-        tell: told "start" and "progress" with their facts.
+        tell: told "start", "progress" and "stopping" with their facts.
         done: told how each has ended.
         seconds: what the jobs may take together; None: for ever.
         start: starts a job.
@@ -138,6 +138,8 @@ class Processes:
         """Have all that run write a checkpoint and end, and wait for it. A second Ctrl-C ends them
         at once."""
         running = list(self._running)
+        if running:
+            self.tell("stopping", {"count": len(running)})
         try:
             for each in running:
                 with suppress(OSError):

@@ -127,6 +127,7 @@ class Row:
         names: of the run folders that figures come from.
         steps: to which the model was trained; None where nothing was measured.
         before, after: by quality, of the quantized and of the tuned model.
+        errors: by quality, the standard error of the tuned model's figure by what it was asked.
         numbers: by name, see `figures_of`, and "size_mib" and "seconds" of all attempts.
     """
 
@@ -139,6 +140,7 @@ class Row:
     steps: int | None = None
     before: dict[str, Stat] = field(default_factory=dict)
     after: dict[str, Stat] = field(default_factory=dict)
+    errors: dict[str, Stat] = field(default_factory=dict)
     numbers: dict[str, Stat] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -240,11 +242,12 @@ def _qualities(results: Iterable[Mapping[str, Any]], by: str) -> dict[str, Quali
     return {**({by: found[by]} if by in found else {}), **found}
 
 
-def _values(result: Mapping[str, Any], quality: str) -> Mapping[str, Any]:
+def _values(result: Mapping[str, Any], quality: str, what: str = "values") -> Mapping[str, Any]:
+    """Return a figure by model, or its errors."""
     for evaluation, figures in _part(result, "evaluations").items():
         for name, figure in figures.items():
             if label(evaluation, name) == quality:
-                return _part(figure, "values")
+                return _part(figure, what)
     return {}
 
 
@@ -280,6 +283,8 @@ def _row(
         for model, into in (("quantized", row.before), ("tuned", row.after)):
             values = [_values(result, quality).get(model) for result in found.values()]
             _add(into, quality, values)
+        errors = [_values(result, quality, "errors").get("tuned") for result in found.values()]
+        _add(row.errors, quality, errors)
     keys = dict.fromkeys(key for result in found.values() for key in result)
     for key in keys:
         _add(row.numbers, key, [result.get(key) for result in found.values()])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import Problem, SpecError
+from ..errors import FolderInUse, OutputError, PlanRefused, Problem, SpecError
 from ..machine import this_machine
 from .folder import check, opened
 from .grid import Comparison, comparison
@@ -131,7 +131,12 @@ def look_at(made: Comparison, output: str | Path, *, overwrite: bool = False) ->
     """Return what the cells come to. Raises what `run_comparison` would raise before anything is
     run; touches nothing."""
     _check_options(made)
-    check(Path(output), made, overwrite=overwrite)
+    try:
+        check(Path(output), made, overwrite=overwrite)
+    except FolderInUse:
+        raise
+    except OutputError as error:
+        raise PlanRefused([replace(p, where=f"output {p.where}") for p in error.problems]) from None
     cells = plan_cells(made, Path(output).expanduser())
     _check_figure(made, cells)
     return cells
@@ -152,9 +157,9 @@ def _check_figure(made: Comparison, cells: Sequence[PlannedCell]) -> None:
     by = made.options.by
     known = [name for cell in cells if cell.plan for name in cell.plan.evaluators]
     if by and not any(by == name or by.startswith(f"{name} ") for name in known):
-        names = ", ".join(dict.fromkeys(known))
+        names = " or ".join(dict.fromkeys(known))
         what = f"no evaluation of these runs has {by!r}"
-        fix = f"name one of {names}, or one of its figures: '{known[0]} ...'" if known else ""
+        fix = f"name {names}, or a figure of it, as 'perplexity loss'"
         raise SpecError([Problem(what, fix, "compare.by")])
 
 

@@ -96,7 +96,7 @@ def verdict(table: Table, options: Options) -> Verdict:
     tied = _tied(quality, rows, best, noise)
     words = [_taken_words(quality, taken, best, len(near), len(rows), options, cost)]
     words += [_noise_words(quality, taken, best, noise, tied, len(rows))]
-    words += [_reference_words(table, quality, taken)]
+    words += [_error_words(quality, best), _reference_words(table, quality, taken)]
     if taken.state != "finished":
         words.insert(0, f"No run was trained whole; this is after {taken.steps} steps.")
     words += [f"Look at it first, though: {taken.warnings[0]}." if taken.warnings else ""]
@@ -201,6 +201,16 @@ def _noise_words(
         sure = "" if taken in tied else "; what you take is worse than the best by more than that"
         return f"Within the noise, {over}, {word} as good as the best{sure}."
     return f"The best is better than all others by more than chance, {over}."
+
+
+def _error_words(quality: Quality, best: Row) -> str:
+    """Say how far figures of two models may be apart by what they happened to be asked."""
+    error = best.errors.get(quality.name)
+    if error is None:
+        return ""
+    apart = 1.96 * math.sqrt(2) * error.mean
+    value = f"{100 * apart:.2g} points" if quality.unit == SHARE else f"{apart:.2g}"
+    return f"Asked other questions, two models as good as each other may be {value} apart."
 
 
 def _reference_words(table: Table, quality: Quality, taken: Row) -> str:

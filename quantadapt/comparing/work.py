@@ -21,8 +21,8 @@ from .results import WHOLE, Table, figures_of, table_of
 from .writing import write_tables
 
 Listener = Callable[[str, Mapping[str, Any]], None]
-"""Called with an event and its facts: "planned", "batch", "start", "progress", "ended", "rungs",
-"dropped" or "note"."""
+"""Called with an event and its facts: "planned", "batch", "start", "progress", "stopping", "ended",
+"rungs", "dropped" or "note"."""
 
 
 @dataclass

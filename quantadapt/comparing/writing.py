@@ -69,6 +69,7 @@ def _row(row: Row) -> dict[str, Any]:
         "runs": row.names,
         "before": {name: _stat(stat) for name, stat in row.before.items()},
         "after": {name: _stat(stat) for name, stat in row.after.items()},
+        "errors": {name: _stat(stat) for name, stat in row.errors.items()},
         "numbers": {name: _stat(stat) for name, stat in row.numbers.items()},
         "warnings": row.warnings,
     }
