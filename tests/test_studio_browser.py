@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,6 +49,10 @@ class Visit:
             "dialog", lambda dialog: (self.alerts.append(dialog.message), dialog.dismiss())
         )
         self.page.goto(address)
+
+    def _alert(self, dialog) -> None:
+        self.alerts.append(dialog.message)
+        dialog.dismiss()
 
     def check(self) -> None:
         """Nothing came from elsewhere, and nothing that was written was run."""
@@ -177,5 +180,3 @@ def test_the_demo_answers_on_both_sides(chromium, tmp_path) -> None:
         page.click("#anew")
         page.wait_for_selector("#left .empty")
         visit.check()
-        started = time.monotonic()
-    assert time.monotonic() - started < 120  # an open page holds nobody up

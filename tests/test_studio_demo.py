@@ -102,7 +102,8 @@ def test_both_sides_answer_as_transformers_does(client, model, tokenizer) -> Non
                 assert texts(panel)[0] == first
                 assert "<img" not in panel
                 assert "<script" not in panel
-        assert client.predict(api_name="/anew")[0].count("<pre") == 0
+        _, left, right, _ = client.predict(*voices, api_name="/anew")
+        assert (left + right).count("<pre") == 0
 
 
 def test_questions_of_the_data_show_their_answer(client) -> None:
