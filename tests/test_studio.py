@@ -170,6 +170,8 @@ FAKE = """\
 import json, os, signal, sys, time
 from pathlib import Path
 folder = Path(next(a for a in sys.argv if a.startswith("--output="))[9:])
+if "early" in str(folder):
+    print("training was refused: <u>no</u>"); sys.exit(2)
 folder.mkdir(parents=True, exist_ok=True)
 def state(name):
     text = {"version": "0", "started": "2026-01-01T00:00:00", "state": name}
@@ -251,6 +253,17 @@ def test_one_that_does_not_listen_is_killed_at_the_second_time(runs) -> None:
     state = runs.state(folder)
     assert (state.kind, state.words) == ("ended", "killed")
     assert "Go on" in watch_html(runs, folder)
+
+
+def test_one_that_ends_before_it_has_a_folder_is_told(runs) -> None:
+    folder = started(runs, "early")
+    wait(lambda: not runs.running)
+    assert runs.names() == ["early"]
+    assert runs.state(folder).kind == "failed"
+    page = watch_html(runs, folder)
+    assert "it ended before it had a folder" in shown(page).lower()
+    assert "training was refused: <u>no</u>" in shown(page)
+    assert "<u>" not in page
 
 
 def test_the_runs_of_others_are_shown_and_not_touched(runs) -> None:

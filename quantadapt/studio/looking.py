@@ -11,6 +11,7 @@ from ..errors import QuantadaptError
 from ..objectives.surveying import surveyed
 from ..planning.words import plan_remarks, plan_rows
 from ..quantizing.stage import load_tokenizer
+from ..remote_code import trusting
 from ..reporting.html import Html, el, facts_table
 from .form import Form
 from .parts import problem_list
@@ -74,7 +75,8 @@ def data_html(form: Form) -> Html:
     try:
         form.keep_pasted()
         spec = form.spec()
-        tokenizer = load_tokenizer(spec.model or str(demo.MODEL_DIR))
+        with trusting(form.trust_remote_code):
+            tokenizer = load_tokenizer(spec.model or str(demo.MODEL_DIR))
         found, report = look(spec.data, tokenizer, _EXAMPLES)
     except QuantadaptError as error:
         return problem_list(error.problems, "The data cannot be read")
