@@ -10,6 +10,7 @@ gets the browser and the file to write.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,7 +57,103 @@ def report(opened: Any, file: Path) -> None:
         page.screenshot(path=file, clip=clip, full_page=True)
 
 
-PICTURES: dict[str, Callable[[Any, Path], None]] = {"report": report}
+@contextmanager
+def served(*arguments: str, folder: Path) -> Iterator[str]:
+    """Run a command that serves a page; yields its address."""
+    command = [sys.executable, "-m", "quantadapt", *arguments, "--port", "0"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stderr is not None
+            yield next(found[0] for line in process.stderr if (found := _ADDRESS.search(line)))
+        finally:
+            process.terminate()
+
+
+_ADDRESS = re.compile(r"http://\S+")
+_MINUTES = 600_000
+"""Milliseconds that something may take on a busy machine."""
+
+
+def opened_page(opened: Any, address: str, width: int, height: int) -> Any:
+    """Return a page at `address`, in light colours."""
+    page = opened.new_page(
+        viewport={"width": width, "height": height}, device_scale_factor=1.25, color_scheme="light"
+    )
+    page.set_default_timeout(_MINUTES)
+    page.goto(address)
+    return page
+
+
+def demo(opened: Any, file: Path) -> None:
+    """A held-out question, answered by the base and by the tuned demo."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        quantadapt("run", "--output", "runs/hqq-lora", folder=folder)
+        how = ("--max-new-tokens", "48")
+        with served("demo", "runs/hqq-lora", *how, folder=folder) as address:
+            page = opened_page(opened, address, 1100, 860)
+            page.locator("#examples button").first.click()
+            page.wait_for_function("document.querySelector('#question textarea').value.length > 9")
+            page.press("#question textarea", "Enter")
+            page.wait_for_selector("#left .turn.assistant:not(.coming) .note")
+            page.wait_for_selector("#ask:not([disabled])")
+            page.screenshot(path=file)
+
+
+@contextmanager
+def studio(opened: Any) -> Iterator[Any]:
+    """Yield the studio's page with the demo's data as files of its own."""
+    from quantadapt.demo import EVAL_FILE, TRAIN_FILE
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "data").mkdir()
+        for source, target in ((TRAIN_FILE, "train.jsonl"), (EVAL_FILE, "validation.jsonl")):
+            shutil.copy(source, folder / "data" / target)
+        with served("studio", folder=folder) as address:
+            page = opened_page(opened, address, 1180, 960)
+            page.wait_for_selector("#plan .good")
+            page.fill("#data textarea", "data")
+            page.fill("#steps textarea", "60")
+            page.press("#steps textarea", "Tab")
+            page.wait_for_selector("#plan :text('data/train.jsonl')")
+            yield page
+
+
+def studio_plan(opened: Any, file: Path) -> None:
+    """The studio: a plan, cards, and data with what is learnt in colour."""
+    with studio(opened) as page:
+        page.click("#cards input")
+        page.get_by_role("option", name="24 GiB").click()
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#plan :text('fits 24 GiB')")
+        page.click("#look")
+        page.wait_for_selector("#seen .example")
+        page.set_viewport_size({"width": 1180, "height": 1220})
+        page.screenshot(path=file)
+
+
+def studio_run(opened: Any, file: Path) -> None:
+    """The studio: a run in the middle of its training."""
+    with studio(opened) as page:
+        page.click("#more button")
+        page.fill("#set textarea", "train.logging_steps=1\nevaluate.unquantized=false")
+        page.click("#start")
+        page.wait_for_selector("#watched :text-matches('^4[0-9] of 60$')")
+        page.screenshot(path=file)
+        page.click("#stop-run")
+        page.wait_for_selector("#watched .state:not(.running)")
+
+
+PICTURES: dict[str, Callable[[Any, Path], None]] = {
+    "report": report,
+    "demo": demo,
+    "studio-plan": studio_plan,
+    "studio-run": studio_run,
+}
 """The name of a PNG file -> what takes it."""
 
 

@@ -4,17 +4,16 @@ import json
 import re
 import socket
 import threading
-import time
 from contextlib import contextmanager
 from html import unescape
 
 import httpx
 import pytest
 import torch
+from pages import served
 
 import quantadapt as qa
 from quantadapt import demo
-from quantadapt.cli.listening import PAGE, listening
 from quantadapt.data.tokens import encode_prompt
 from quantadapt.generation import PromptWriter, Sampling
 from quantadapt.generation.questions import Question, held_out_questions
@@ -23,7 +22,7 @@ from quantadapt.studio.demo import demo_page
 from quantadapt.studio.page import page_app
 from quantadapt.studio.speaking import BASE, Speaker
 
-GREEDY = [8, 0, "", 1, 0, 1, "", ""]
+GREEDY = [5, 0, "", 1, 0, 1, "", ""]
 """Values of the options, in the order of `Sampling`."""
 UGLY = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 
@@ -49,29 +48,11 @@ def speaking(model, tokenizer, layout="chat", **more):
         found.close()
 
 
-@contextmanager
-def served(app):
-    import uvicorn
-
-    listener = listening("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", **PAGE))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
-
-
 @pytest.fixture(scope="module")
 def address(model, tokenizer):
     asked = [Question(f"Add a and b. {UGLY}", f"# {UGLY}", "be brief"), Question("Two", "2")]
     with speaking(model, tokenizer, questions=asked) as speaker:
-        blocks = demo_page(speaker, Sampling(max_new_tokens=8))
+        blocks = demo_page(speaker, Sampling(max_new_tokens=5))
         with served(page_app(blocks)) as found:
             yield found
 
@@ -88,7 +69,7 @@ def texts(panel: str) -> list[str]:
     return [unescape(found) for found in re.findall(r"<pre[^>]*>(.*?)</pre>", panel, re.DOTALL)]
 
 
-def stock(model, tokenizer, turns, count=8):
+def stock(model, tokenizer, turns, count=5):
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
     ids = ids["input_ids"]
     output = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False)
@@ -121,7 +102,8 @@ def test_both_sides_answer_as_transformers_does(client, model, tokenizer) -> Non
                 assert texts(panel)[0] == first
                 assert "<img" not in panel
                 assert "<script" not in panel
-        assert client.predict(api_name="/anew")[0].count("<pre") == 0
+        _, left, right, _ = client.predict(*voices, api_name="/anew")
+        assert (left + right).count("<pre") == 0
 
 
 def test_questions_of_the_data_show_their_answer(client) -> None:
@@ -137,7 +119,7 @@ def test_what_cannot_be_asked_is_told(client) -> None:
     assert re.search(r"the prompt has [\d,]+ tokens; the model takes 512 with the answer", long[1])
     after = client.predict("short", "", BASE, BASE, *GREEDY, api_name="/ask")
     assert len(texts(after[1])) == 3  # the long question, the short one and its answer
-    wrong = [8, 0, "few", 1, 0, 1, "-3", ""]
+    wrong = [5, 0, "few", 1, 0, 1, "-3", ""]
     told = client.predict("short", "", BASE, BASE, *wrong, api_name="/ask")[3]
     assert "top_k" in told
     assert "seed" in told
@@ -215,7 +197,7 @@ def test_a_model_without_adapter_answers_alone(tokenizer) -> None:
         assert list(speaker.voices) == [BASE]
         turns = [{"role": "user", "content": "Add a and b."}]
         *_, said = speaker.answers(
-            {"right": (BASE, turns)}, Sampling(max_new_tokens=8), threading.Event()
+            {"right": (BASE, turns)}, Sampling(max_new_tokens=5), threading.Event()
         )
         assert said["right"].text == stock(model, tokenizer, turns)
 

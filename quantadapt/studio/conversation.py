@@ -117,11 +117,12 @@ def conversation(current: Callable[[], Speaker | None], sampling: Sampling) -> C
     def asking(
         request: gr.Request, was: Talk, text: str, opening: str, one: str, other: str, *values: Any
     ) -> Iterator[tuple[Any, ...]]:
-        yield from _asked(current(), was, (text, opening), (one, other), values, _stop_of(request))
-
-    def _stop_of(request: Any) -> threading.Event:
-        found = stops[request.session_hash] = threading.Event()
-        return found
+        stopped = stops[request.session_hash] = threading.Event()
+        said, voices = (text, opening), (one, other)
+        for found in _asked(current(), was, said, voices, values, stopped):
+            if stops.get(request.session_hash) is not stopped:  # nobody waits any more
+                return
+            yield found
 
     def stopping(request: gr.Request) -> None:
         if found := stops.get(request.session_hash):
@@ -131,14 +132,16 @@ def conversation(current: Callable[[], Speaker | None], sampling: Sampling) -> C
         if found := stops.pop(request.session_hash, None):
             found.set()
 
-    def beginning() -> tuple[Any, ...]:
-        return Talk(), *_panels(current(), Talk(), "", ""), ""
+    def beginning(request: gr.Request, one: str, other: str) -> tuple[Any, ...]:
+        leaving(request)
+        return Talk(), gr.skip(), *_panels(current(), Talk(), one, other), "", *_idle()
 
-    def choosing(index: int) -> tuple[str, str]:
+    def choosing(index: int) -> tuple[str, Any]:
         speaker = current()
         if speaker is None or index >= len(speaker.questions):
-            return "", ""
-        return speaker.questions[index].text, speaker.questions[index].system
+            return "", gr.skip()
+        found = speaker.questions[index]
+        return found.text, found.system or gr.skip()
 
     given = [talk, question, system, left_voice, right_voice, *options]
     shown = [talk, question, left, right, expected, ask, stop]
@@ -150,18 +153,11 @@ def conversation(current: Callable[[], Speaker | None], sampling: Sampling) -> C
         api_name="ask",
     )
     stop.click(stopping, queue=False, **QUIETLY, api_name="stop")
-    anew.click(stopping, queue=False, **QUIETLY, api_name=False).then(
-        beginning, None, [talk, left, right, expected], **QUIETLY, api_name="anew"
-    )
+    voices = [left_voice, right_voice]
+    anew.click(beginning, voices, shown, queue=False, **QUIETLY, api_name="anew")
     examples.click(choosing, examples, [question, system], **QUIETLY, api_name="example")
-    gr.on(
-        [left_voice.input, right_voice.input],
-        lambda one, other: (Talk(), *_panels(current(), Talk(), one, other), ""),
-        [left_voice, right_voice],
-        [talk, left, right, expected],
-        **QUIETLY,
-        api_name=False,
-    )
+    for voice in voices:
+        voice.input(beginning, voices, shown, queue=False, **QUIETLY, api_name=False)
 
     def refresh() -> Sequence[Any]:
         now = _Look.of(current())
@@ -214,6 +210,11 @@ class _Look:
         return len(self.voices) > 2
 
 
+def _idle() -> tuple[Any, Any]:
+    """Return (ask, stop) as they are while nothing is answered."""
+    return gr.Button(interactive=True), gr.Button(interactive=False)
+
+
 def _asked(
     speaker: Speaker | None,
     was: Talk,
@@ -224,8 +225,7 @@ def _asked(
 ) -> Iterator[tuple[Any, ...]]:
     """Yield values for (talk, question, left, right, expected, ask, stop) as the answers come."""
     text, opening = said
-    idle = (gr.Button(interactive=True), gr.Button(interactive=False))
-    busy = (gr.Button(interactive=False), gr.Button(interactive=True))
+    idle, busy = _idle(), (gr.Button(interactive=False), gr.Button(interactive=True))
     if speaker is None or not text.strip():
         yield was, text, *_panels(speaker, was, *voices), "", *idle
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,10 +111,15 @@ class Form:
             raise SpecError(wrong)
         return found
 
-    def plan(self) -> Plan:
-        """Plan the run; writes nothing but pasted data. Raises PlanRefused and SpecError."""
+    def plan(self, cards: Sequence[float] = ()) -> Plan:
+        """Plan the run; writes nothing but pasted data. Raises PlanRefused and SpecError.
+
+        Args:
+            cards: GiB of other cards than this machine's to plan for.
+        """
         self.keep_pasted()
-        return make_plan(self.spec(), processes=self.gpus, weights=False)
+        spec, own = self.spec(), not cards
+        return make_plan(spec, processes=self.gpus, cards=cards, weights=False, check_output=own)
 
     def _wrong_name(self) -> list[Problem]:
         name = self.name.strip()

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from .. import demo
 from ..data.reading import Shown, look
 from ..errors import QuantadaptError
-from ..memory.workload import GIB
 from ..objectives.surveying import surveyed
-from ..planning.stage import Plan
 from ..planning.words import plan_remarks, plan_rows
 from ..quantizing.stage import load_tokenizer
+from ..remote_code import trusting
 from ..reporting.html import Html, el, facts_table
 from .form import Form
 from .parts import problem_list
@@ -49,7 +48,7 @@ def plan_html(form: Form, cards: Sequence[float]) -> Html:
         "div",
         el("p", "This can be run.", class_="good"),
         facts_table(rows),
-        *_fits(made, cards),
+        *_fits(form, cards),
         el("ul", *remarks, class_="note") if remarks else Html(),
         el("h2", "The same on the command line"),
         el("pre", shlex.join(["quantadapt", *form.arguments()]), class_="boxed"),
@@ -57,14 +56,17 @@ def plan_html(form: Form, cards: Sequence[float]) -> Html:
     )
 
 
-def _fits(made: Plan, cards: Sequence[float]) -> list[Html]:
+def _fits(form: Form, cards: Sequence[float]) -> list[Html]:
+    """Say whether the run fits other cards, where somebody asks."""
     if not cards:
         return []
-    if made.memory is None:
-        what = "What training needs cannot be predicted for this model and backend."
-        return [el("h2", "On your card"), el("p", what, class_="note")]
-    words = made.memory.with_cards([card * GIB for card in sorted(cards)]).words()
-    return [el("h2", "On your card"), el("ul", *(el("li", line) for line in words))]
+    try:
+        memory = form.plan(sorted(cards)).memory
+    except QuantadaptError as error:
+        return [problem_list(error.problems, "On another card it cannot be run")]
+    unknown = ["What training needs cannot be predicted for this model and backend."]
+    words = memory.words() if memory else unknown
+    return [el("h2", "On another card"), el("ul", *(el("li", line) for line in words))]
 
 
 def data_html(form: Form) -> Html:
@@ -73,7 +75,8 @@ def data_html(form: Form) -> Html:
     try:
         form.keep_pasted()
         spec = form.spec()
-        tokenizer = load_tokenizer(spec.model or str(demo.MODEL_DIR))
+        with trusting(form.trust_remote_code):
+            tokenizer = load_tokenizer(spec.model or str(demo.MODEL_DIR))
         found, report = look(spec.data, tokenizer, _EXAMPLES)
     except QuantadaptError as error:
         return problem_list(error.problems, "The data cannot be read")

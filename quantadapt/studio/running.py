@@ -69,7 +69,7 @@ class Runs:
         for entry in self.root.iterdir() if self.root.is_dir() else ():
             if (entry / MARKER).is_file():
                 begun[entry.name] = str(RunFolder(entry).marker.get("started", ""))
-        if self._child is not None and self._child.runs:
+        if self._child is not None:  # also one that ended before it made its folder
             begun.setdefault(self._child.folder.name, "~")
         return sorted(begun, key=lambda name: (begun[name], name), reverse=True)
 
@@ -81,6 +81,8 @@ class Runs:
         """Say how far a run is."""
         if self.is_mine(folder):
             return State("running" if folder.marker else "starting")
+        if not folder.marker:
+            return State("failed", "it ended before it had a folder; what it said is below")
         kind = folder.marker.get("state")
         if kind in ("finished", "failed", "interrupted"):
             return State(kind)
@@ -130,7 +132,7 @@ class Runs:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # it goes on where this process is ended
-                env={**os.environ, "COLUMNS": "100", "QUANTADAPT_TOKEN": ""},
+                env={**os.environ, "COLUMNS": "62", "QUANTADAPT_TOKEN": ""},
             )
             self._child = _Child(folder, process, output)
 

@@ -28,8 +28,9 @@ def watch_html(runs: Runs, folder: RunFolder | None) -> Html:
         return el("div", el("p", "There is no run here yet.", class_="note"), class_="qa")
     state, run = runs.state(folder), _read(folder)
     parts = [el("h2", headline(run) if run.plan else folder.path.name), _state_line(state, run)]
-    if hint := _HINTS.get(state.kind):
-        parts.append(el("p", " ".join(filter(None, [_sentence(state.more), hint])), class_="note"))
+    more = " ".join(filter(None, [_sentence(state.more), _HINTS.get(state.kind)]))
+    if more:
+        parts.append(el("p", more, class_="note"))
     parts += _progress(run, state)
     below = []
     if len(points := _pairs(run, "loss")) > 1:
