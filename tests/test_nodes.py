@@ -9,10 +9,13 @@ import shlex
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from processes import in_processes
+from test_docs import commands, parse
 
 from quantadapt.errors import OutputError
 from quantadapt.spec import TrainSpec
@@ -45,6 +48,40 @@ def test_checkpoints_want_a_folder_that_all_nodes_see(tmp_path: Path) -> None:
     assert all("1 of 2 processes do not see this folder" in text for text in told)
     assert in_processes(2, sees, tmp_path, apart, {}) == ["", "nothing"]
     assert in_processes(2, sees, tmp_path, both, {"resume": True}) == ["", ""]
+
+
+# The files beside the page ------------------------------------------------------------------------
+
+FILES = ROOT / "docs" / "how-to" / "cluster"
+
+
+def test_the_batch_file_is_bash_that_asks_for_what_the_command_has() -> None:
+    file = FILES / "slurm.sbatch"
+    subprocess.run(["bash", "-n", file], check=True)
+    text = file.read_text(encoding="utf-8")
+    given = text.partition("' bash ")[2].partition(" ||")[0].replace('"$@"', "")
+    parse(["run", *shlex.split(given)])
+    told = re.search(r"--max-time (\d+)", text), re.search(r"--time=(\d+):", text)
+    assert told[0]
+    assert told[1]
+    assert int(told[0][1]) == 60 * int(told[1][1]) - 15
+    words = subprocess.run(["bash", file], capture_output=True, text=True, check=False)
+    assert "usage: sbatch slurm.sbatch CONFIG FOLDER" in words.stderr
+
+
+def test_the_task_of_skypilot_runs_commands_that_there_are() -> None:
+    task = yaml.safe_load((FILES / "sky.yaml").read_text(encoding="utf-8"))
+    (line,) = [
+        words for words in commands(task["run"].replace("\\\n", " ")) if "quantadapt" in words[0]
+    ]
+    parse(line[1:])
+    folder = line[line.index("--output") + 1]
+    assert any(folder.startswith(f"{mount}/") for mount in task["file_mounts"])
+    assert "--resume" in line
+    (install,) = [words for words in commands(task["setup"]) if words[0].endswith("pip")]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = install[-1].removeprefix(".[").removesuffix("]").split(",")
+    assert set(asked) <= set(extras["optional-dependencies"])
 
 
 def command_of_the_page() -> str:
