@@ -23,6 +23,7 @@ COPY constraints.txt .
 RUN pip install -c constraints.txt --index-url "$TORCH_INDEX" torch
 COPY pyproject.toml README.md LICENSE ./
 COPY quantadapt quantadapt
+COPY configs configs
 COPY plugins plugins
 RUN pip install -c constraints.txt ".[$EXTRAS]"
 

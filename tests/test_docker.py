@@ -43,9 +43,9 @@ def test_all_that_is_copied_is_there_and_nothing_else_is_sent() -> None:
 
 
 def test_it_has_all_that_the_wheel_is_built_from() -> None:
-    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
-    project = PROJECT["project"]
-    for path in (*wheel, project["readme"], *project["license-files"]):
+    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+    packed, project = (*wheel["only-include"], *wheel["force-include"]), PROJECT["project"]
+    for path in (*packed, project["readme"], *project["license-files"]):
         assert not ignored(path), path
 
 

@@ -14,6 +14,11 @@ from quantadapt import demo
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "first-run.ipynb"
+ANSWER = '''\
+def get_area(width, height):
+    """Return width times height."""
+    return width * height
+'''
 CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
 
 
@@ -33,6 +38,14 @@ def test_its_links_lead_somewhere_and_one_opens_it_on_colab() -> None:
     assert colab.endswith(f"/blob/main/{NOTEBOOK.relative_to(ROOT)}")
     for link in links:
         assert link.startswith("https://") or (NOTEBOOK.parent / link).resolve().exists(), link
+
+
+def test_it_asks_what_the_tutorial_asks() -> None:
+    """Whose answers are those that the notebook gets below."""
+    (question,) = re.findall(r'^QUESTION = "(.+)"$', "\n".join(map(source, CELLS)), re.MULTILINE)
+    tutorial = (ROOT / "docs" / "tutorial" / "first-run.md").read_text(encoding="utf-8")
+    assert tutorial.count(f'--prompt "{question}"') == 2
+    assert f"```python\n{ANSWER}" in tutorial
 
 
 def perplexity(folder: Path) -> float:
@@ -79,8 +92,7 @@ def test_it_runs_from_top_to_bottom(tmp_path: Path) -> None:
     before, after = map(float, told.groups())
     assert after == pytest.approx(perplexity(tmp_path / "first-run" / "merged"), abs=1e-3)
     assert before == pytest.approx(16.4, abs=0.2)
-    answer = 'def get_area(width, height):\n    """Return width times height."""\n'
-    right = [text for text in printed if answer + "    return width * height" in text]
+    right = [text for text in printed if ANSWER in text]
     assert len(right) == 2  # the tuned model, and what plain transformers loads
     chat = printed[-1]
     assert "return [x for x in items if x != code]" in chat
