@@ -19,6 +19,8 @@ from ..errors import OutputError, TrainingError
 from ..folders.checkpoints import CHECKPOINTS, Checkpoint, last_whole, steps_of
 
 if TYPE_CHECKING:
+    import torch
+
     from ..spec import TrainSpec
 
 
@@ -57,6 +59,25 @@ def checkpoint_to_resume(
     for damaged in found.skipped:
         on_note(f"{damaged}; going on from {found.path.name}")
     return found
+
+
+def refuse_unshared(output: Path, spec: TrainSpec, device: torch.device) -> None:
+    """Raise OutputError where checkpoints are wanted and not all processes see the folder that the
+    first one writes: on another node one would begin anew while the others go on."""
+    if world().size == 1 or not (spec.save_steps or spec.resume or spec.max_time):
+        return
+    token = output / f".{CHECKPOINTS}-seen-by-all"
+    if world().is_main:
+        output.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    reduced(0.0, device, "sum")  # it is there now
+    missing = int(reduced(float(not token.exists()), device, "sum"))
+    if world().is_main:
+        token.unlink(missing_ok=True)
+    if missing:
+        what = f"{missing} of {world().size} processes do not see this folder of the first one"
+        fix = "use a folder on a file system that all nodes share, or leave checkpoints out"
+        raise OutputError(what, fix=fix, where=str(output))
 
 
 def refuse_other_data(trainer: Any, checkpoint: Checkpoint) -> None:

@@ -22,7 +22,7 @@ from ..memory.workload import OOM_FIX, Setting
 from ..planning.refusals import head_problems, merge_aware_problems, task_problems
 from ..records import Objective
 from ..registry.discovery import registry
-from .checkpoints import checkpoint_to_resume, refuse_other_data
+from .checkpoints import checkpoint_to_resume, refuse_other_data, refuse_unshared
 from .expected_calls import expect_calls
 from .figures import adapter_device, base_parameters, dequantize_share, peak_memory_gib
 from .lent import lent, quiet
@@ -93,6 +93,7 @@ def train(
     note = on_note or (lambda _: None)
     checkpoint = checkpoint_to_resume(Path(output), spec, note)
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
+    refuse_unshared(Path(output), spec, adapter_device(model))
     share(p for p in model.parameters() if p.requires_grad)  # all begin with the same weights
     setup = Setup(model, tokenizer, dataset, spec, Path(output), seed)
     begun = checkpoint.path if checkpoint else None
