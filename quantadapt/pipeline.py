@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from .folders.run_folder import RunFolder, UnwrittenFolder
 from .planning.share import BEGINNING
 from .planning.stage import Plan, without_merges
 from .quantizing.examples import calibration_examples
-from .quantizing.stage import load_tokenizer, quantize_plan, skip_for, with_config
+from .quantizing.stage import AT_RANDOM, load_tokenizer, quantize_plan, skip_for, with_config
 from .quantizing.state import state_of
 from .registry.blame import blamed, blaming_plugins
 from .registry.discovery import registry
@@ -185,21 +185,23 @@ class _Run:
         """Refuse what the plan cannot know and shows before any weight is loaded: models, schedules
         and optimizers that transformers lacks, layers that are missing or cannot be quantized."""
         from .adapting.stage import check_adapter
+        from .loading.heads import with_head
         from .loading.reading import read_config
         from .training.stage import problems
 
-        read_config(self.plan.model)
         found = problems(self.spec.train)
         skip = None
-        try:
-            if not self.plan.adopt:
-                skip = skip_for(self.plan)
-        except PlanRefused as error:
-            found += error.problems
-        try:
-            self.plan = without_merges(self.plan, check_adapter(self.plan, skip))
-        except PlanRefused as error:
-            found += error.problems
+        with with_head(self.plan.task.head):
+            read_config(self.plan.model)
+            try:
+                if not self.plan.adopt:
+                    skip = skip_for(self.plan)
+            except PlanRefused as error:
+                found += error.problems
+            try:
+                self.plan = without_merges(self.plan, check_adapter(self.plan, skip))
+            except PlanRefused as error:
+                found += error.problems
         if found:
             raise PlanRefused(found)
 
@@ -207,10 +209,12 @@ class _Run:
         self.write_start()
         self.measure_unquantized(data)
         with self.stage("quantize") as done:
-            model = done(self.quantize())
+            model = done(self.quantize(data.labels))
             for note in state_of(model).notes:
                 if note.startswith(BEGINNING):
                     self.listener("detail", {"text": note.removeprefix(BEGINNING).lstrip()})
+                elif note.startswith(AT_RANDOM):
+                    self.listener("note", {"text": note})
         self.measure_base(model, data)
         with self.stage("attach") as done:
             tuned: PeftModel = done(self.attach(model))
@@ -342,12 +346,14 @@ class _Run:
         if not wanted or not self.world.is_main or self.plan.parallel == "fsdp":
             return
         from .loading.accounting import expecting
+        from .loading.heads import with_head
         from .loading.reading import from_pretrained
 
         with self.stage("evaluate"):
             import torch
 
-            with expecting(self.spec.new_modules, self.spec.unused_modules):
+            expected = expecting(self.spec.new_modules, self.spec.unused_modules)
+            with with_head(self.plan.task.head, data.labels), expected:
                 model = from_pretrained(
                     self.plan.model,
                     dtype=getattr(torch, self.plan.dtype),
@@ -363,16 +369,17 @@ class _Run:
     def calibration_examples(self, data: Data) -> Examples:
         return calibration_examples(self.spec, self.tokenizer, lambda: data.train)
 
-    def quantize(self) -> nn.Module:
+    def quantize(self, labels: Sequence[str]) -> nn.Module:
         """Quantize the base. One that is calibrated here is kept in the run folder, because the
         spec alone could not make it again; a resumed run and the other processes load it."""
         if not self.plan.calibrates:
             meet(self.plan)
-            return quantize_plan(self.plan)
+            return quantize_plan(self.plan, labels=labels)
         saved = self.folder.path / BASE
         resumed = self.spec.train.resume and saved.exists()
         if self.world.is_main and not resumed:
-            model = quantize_plan(replace(self.plan, parallel="none"), calibration=self.examples)
+            plan = replace(self.plan, parallel="none")
+            model = quantize_plan(plan, calibration=self.examples, labels=labels)
             save_base(model, state_of(model), saved)
             if self.world.size == 1:
                 return model

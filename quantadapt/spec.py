@@ -29,7 +29,8 @@ DataFormat = Literal["auto", "text", "prompt-completion", "alpaca", "dolly", "se
                      "messages", "sharegpt", "oasst"]
 Column = Literal["text", "prompt", "completion", "instruction", "input", "output", "context",
                  "response", "instances", "messages", "tools", "conversations", "system",
-                 "message_id", "parent_id", "role", "rank", "chosen", "rejected"]
+                 "message_id", "parent_id", "role", "rank", "chosen", "rejected", "label", "labels",
+                 "tokens", "words", "tags"]
 # fmt: on
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 

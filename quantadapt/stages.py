@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import planning
 from .dependencies import in_turn
@@ -54,6 +54,8 @@ def quantize(
     skip_misfits: bool = False,
     new_modules: tuple[str, ...] | list[str] = (),
     unused_modules: tuple[str, ...] | list[str] = (),
+    head: Literal["", "sequence", "token"] = "",
+    labels: Sequence[str] = (),
     trust_remote_code: bool = False,
     verbose: bool | None = None,
     **options: Any,
@@ -74,6 +76,9 @@ def quantize(
         new_modules: module names that the checkpoint does not hold and that start at random, such
             as the head of a classifier; whatever else is missing is refused.
         unused_modules: module names that the checkpoint holds and the model has not.
+        head: read a checkpoint as one that classifies each "sequence" or each "token". One that has
+            no such head gets a new one, which is trained with the adapter.
+        labels: what that head tells apart, in the order of its outputs.
         trust_remote_code: run Python code that comes with the checkpoint; without it, one that
             needs that is refused.
         verbose: whether to show progress; by default on a terminal and in a notebook.
@@ -103,7 +108,9 @@ def quantize(
     module = None if source is None or isinstance(source, str) else source
     made = planning.plan(spec, module=module, check_output=False)
     with stage("quantize", verbose) as tell:
-        model = quantize_plan(made, module=module, calibration=calibration)
+        model = quantize_plan(
+            made, module=module, calibration=calibration, head=head, labels=labels
+        )
         tell("detail", {"text": as_call(made.backend.name, made.quantizer.model_dump())})
     return model
 

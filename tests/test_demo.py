@@ -29,6 +29,15 @@ def test_the_pairs_are_made_by_the_script_byte_for_byte(tmp_path) -> None:
         assert (tmp_path / name).read_bytes() == (demo.PREFERENCES / name).read_bytes()
 
 
+def test_the_labelled_examples_are_made_by_the_script_byte_for_byte(tmp_path) -> None:
+    command = [sys.executable, "-m", "quantadapt.demo.make_labelled", "--output", str(tmp_path)]
+    subprocess.run(command, check=True)
+    files = [file.relative_to(demo.LABELLED) for file in demo.LABELLED.rglob("*.jsonl")]
+    assert len(files) == 4
+    for file in files:
+        assert (tmp_path / file).read_bytes() == (demo.LABELLED / file).read_bytes()
+
+
 def test_train_and_eval_have_no_function_in_common() -> None:
     def names(file) -> set[str]:
         lines = file.read_text(encoding="utf-8").splitlines()

@@ -21,6 +21,7 @@ from quantadapt.testing.small_demo import small_model
 from quantadapt.training import stage
 from quantadapt.training.memory_fit import MemoryFit
 
+BUILTIN = ["classify", "classify-tokens", "dpo", "reward", "sft"]
 PLUGIN = '''
 """Two objectives: tokens that are not to be repeated, and answers that are better than others."""
 
@@ -146,7 +147,7 @@ def test_they_are_listed_and_shown(capsys) -> None:
     assert (option["name"], option["type"], option["default"]) == ("alpha", "number >= 0", 0.5)
     assert "It has no options." in printed(capsys, "objectives", "show", "sft")
     schema = json.loads(printed(capsys, "schema"))["$defs"]["ObjectiveSpec"]
-    assert schema["properties"]["name"]["examples"] == ["better", "dpo", "sft", "unlikelihood"]
+    assert schema["properties"]["name"]["examples"] == sorted([*BUILTIN, "better", "unlikelihood"])
 
 
 def test_wrong_names_and_options_are_refused_with_a_suggestion(capsys) -> None:
@@ -184,7 +185,7 @@ def test_a_name_that_two_plugins_claim(tmp_path) -> None:
     registry.cache_clear()
     with pytest.raises(PlanRefused, match=r"'better' is claimed by other \(.*and toy"):
         qa.plan(qa.Spec(backend="none", objective="better"), check_output=False)
-    assert [o.name for o in registry().records(qa.Objective)] == ["dpo", "sft"]
+    assert [o.name for o in registry().records(qa.Objective)] == BUILTIN
 
 
 def test_its_rules_are_asked(tmp_path) -> None:

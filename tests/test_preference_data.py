@@ -235,7 +235,7 @@ def test_pairs_are_recognized_where_a_model_is_measured(tmp_path) -> None:
 
 def test_without_data_the_bundled_pairs_are_read() -> None:
     data = load_preferences(qa.Spec().data, without_template(), seed=0)
-    assert (len(data.train), len(data.eval)) == (208, 48)
+    assert (len(data.train), len(data.eval)) == (128, 32)
     assert (data.cut, data.dropped) == (0, 0)
 
 

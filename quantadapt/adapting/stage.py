@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import PlanRefused, Problem, QuantadaptError, warn
 from ..facade import facades, linear_facades
+from ..planning.peft_options import peft_options
 from ..planning.refusals import experts_problems, wants_loftq, without_loftq
 from ..quantizing.state import ModelState
 from ..records import Adapter
@@ -63,7 +64,7 @@ def attach_adapter(
     """
     _refuse_second(model)
     forget_merge_aware(model, state)
-    options = {**adapter.defaults, **options}
+    options = _training_what_is_new(adapter, {**adapter.defaults, **options}, state)
     config = peft_config(model, adapter, options, adaptable(model, state.skip_modules))
     if problem := bias_problem(model, config):
         text = f"the adapter cannot be merged: {problem.what}; {problem.fix}"
@@ -82,6 +83,30 @@ def attach_adapter(
     state.rewritten = any(id(facade.vendor) not in before for _, facade in facades(tuned))
     state.adapter, state.adapter_options = adapter, options
     return tuned
+
+
+_PEFT_TRAINS = re.compile(r"(^|\.)(classifier|score|qa_outputs)(\.|$)")
+"""Heads that PEFT trains by itself, by the task that it is told."""
+
+
+def _training_what_is_new(
+    adapter: Adapter, options: dict[str, Any], state: ModelState
+) -> dict[str, Any]:
+    """Return options with which all is trained that started at random: it would stay so.
+
+    Raises:
+        PlanRefused: the method does not train modules whole.
+    """
+    new = [name for name in state.begun_at_random if not _PEFT_TRAINS.search(name)]
+    named = [*(options.get("modules_to_save") or ())]
+    new = [name for name in new if not any(f".{name}".endswith(f".{one}") for one in named)]
+    if not new:
+        return options
+    if "modules_to_save" not in peft_options(adapter):
+        what = f"{', '.join(new)} starts at random, and {adapter.name} trains no whole modules"
+        fix = "use another adapter, e.g. lora, or a checkpoint that has it"
+        raise PlanRefused([Problem(what, fix, "adapter")])
+    return {**options, "modules_to_save": [*named, *new]}
 
 
 def check_adapter(plan: Plan, skip: tuple[str, ...] | None) -> list[Problem]:

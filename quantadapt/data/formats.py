@@ -99,7 +99,8 @@ def _refuse_other_tasks(row: Row, fitting: Sequence[str]) -> None:
     for columns, what in _OTHER_TASKS.items():
         if not all(column in row.values for column in columns):
             continue
-        way = "set objective: dpo; " if "chosen" in columns else ""
+        learns = {"chosen": "dpo", "label": "classify", "labels": "classify-tokens"}[columns[0]]
+        way = f"set objective: {learns}; "
         anyway = "to learn text all the same, say which columns hold it, e.g. data.columns: "
         example = "{prompt: prompt, completion: chosen}" if len(columns) > 1 else "{text: text}"
         if fitting and len(columns) == 1:

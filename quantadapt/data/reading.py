@@ -16,6 +16,7 @@ from ..errors import DataError
 from ..spec import DataSpec
 from .files import Row
 from .formats import Example, examples
+from .labelled import held_out_labelled, holds_labels
 from .preferences import held_out_pairs, holds_pairs
 from .report import DataReport
 from .segments import segments
@@ -132,6 +133,8 @@ def read_held_out(
     spec = _like(like, rows, max_length)
     if holds_pairs(rows, spec.columns):
         return held_out_pairs(rows, spec, tokenizer)
+    if (kind := holds_labels(rows)) and not spec.columns:
+        return held_out_labelled(rows, spec, tokenizer, kind)
     found, made = _read(rows, spec, tokenizer, held_out=True)
     return HeldOut(made, prompts_of(found, tokenizer))
 

@@ -61,6 +61,7 @@ class Data:
         prompts: up to 1000 held-out prompts.
         format: the format that was read, one of `FORMATS`; that of the first file of several.
         report: what was cut, dropped or not used, file by file.
+        labels: what is to be told apart, where that is learnt, in the order of a head's outputs.
     """
 
     train: Dataset
@@ -68,6 +69,7 @@ class Data:
     prompts: list[Prompt]
     format: str
     report: DataReport = field(default_factory=lambda: DataReport(MAX_LENGTH))
+    labels: tuple[str, ...] = ()
 
     @property
     def held_out(self) -> HeldOut:

@@ -22,6 +22,10 @@ EVAL_FILE = DEMO_DIR / "eval.jsonl"
 PREFERENCES = DEMO_DIR / "preferences"
 """Pairs of a right and a wrong answer to requests like those: train.jsonl and eval.jsonl."""
 
+LABELLED = DEMO_DIR / "labelled"
+"""Folders with labelled examples: `sequence`, requests with what they ask for, and `token`, words
+of requests with what each is."""
+
 TEXT_FILE = DEMO_DIR / "heldout.txt"
 """Plain text from source files the model has not seen: for perplexity and calibration."""
 

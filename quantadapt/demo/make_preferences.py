@@ -22,8 +22,8 @@ from .make_instructions import (
     make_record,
 )
 
-TRAIN_PAIRS = 208
-EVAL_PAIRS = 48
+TRAIN_PAIRS = 128
+EVAL_PAIRS = 32
 PROMPT = "### Instruction:\n{}\n\n### Response:\n"
 
 

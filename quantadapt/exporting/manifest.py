@@ -77,6 +77,8 @@ class Manifest(BaseModel):
     adapter_options: dict[str, Any] = Field(default_factory=dict)
     adapter_config: dict[str, dict[str, Any]] = Field(default_factory=dict)
     max_length: int | None = Field(None, ge=1)
+    head: Literal["", "sequence", "token"] = ""
+    labels: list[str] = Field(default_factory=list)
     rewritten: bool = False
     fingerprint: Fingerprint | None = None
     base_id: str = ""

@@ -400,6 +400,8 @@ def _made_again(source: str, manifest: Mapping[str, Any], device: str) -> nn.Mod
         skip_modules=manifest["skip_modules"],
         new_modules=manifest["new_modules"],
         unused_modules=manifest["unused_modules"],
+        head=manifest["head"],
+        labels=manifest["labels"],
         **manifest["options"],
     )
 

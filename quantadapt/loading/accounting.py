@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, Problem, ProblemsError, warn
 from ..model.modules import is_skipped
+from .heads import head_names, new_modules, wants_head
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,7 +86,7 @@ def repeatable() -> Iterator[None]:
     """Inside, what starts at random does so alike each time; the process's own state is kept."""
     import torch
 
-    if not _new.get():
+    if not (_new.get() or wants_head()):
         yield
         return
     with torch.random.fork_rng():
@@ -107,6 +108,11 @@ def account(
     new, unused = _new.get(), _unused.get()
     unexpected = sorted(set(info["unexpected_keys"]) - set(consumed))
     unexpected = [key for key in unexpected if not is_skipped(key, unused)]
+    if wants_head():
+        new = (*new, *head_names(model))
+        unexpected = _without_old_head(model, unexpected)
+    random = [key for key in info["missing_keys"] if is_skipped(key, new)]
+    model.begun_at_random = new_modules(random)  # type: ignore[assignment]
     missing = sorted(key for key in info["missing_keys"] if not is_skipped(key, new))
     mismatched = sorted(info["mismatched_keys"])
     problems = [_missing(missing, unexpected)] if missing else []
@@ -123,6 +129,16 @@ def account(
         warn(text, UnusedTensorsWarning, stacklevel=2)
         if (notes := _notes.get()) is not None:
             notes.append(text)
+
+
+def _without_old_head(model: nn.Module, unexpected: list[str]) -> list[str]:
+    """Return the names of tensors that no module takes, without those of the head that the
+    checkpoint has in place of the one that is wanted; those are told."""
+    inside = f"{getattr(model, 'base_model_prefix', '')}."
+    old = [name for name in unexpected if not name.startswith(inside)]
+    if old and (notes := _notes.get()) is not None:
+        notes.append(f"the checkpoint's own head is left out: {listed(old)}")
+    return [name for name in unexpected if name not in old]
 
 
 def account_for(model: nn.Module, source: str, shapes: Mapping[str, tuple[int, ...]]) -> None:

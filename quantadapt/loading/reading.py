@@ -26,6 +26,7 @@ from ..paths import ADAPTER_CONFIG
 from ..remote_code import code_problems, refusal, trusted
 from .accounting import OwnReport, WrongTensors, account, listed, repeatable, without_tensors
 from .conversion import Parameters
+from .heads import as_wanted
 from .mxfp4 import dequantizing, is_mxfp4
 from .tensors import Checkpoint
 
@@ -66,7 +67,7 @@ def read_config(source: str) -> Any:
         what = f"no model can be read here: {reason(error)}"
         raise ModelError(what, fix=fix, where=source) from error
     refuse_code(source)  # of a hub id, whose files are here only now
-    return config
+    return as_wanted(config, source)
 
 
 def architecture(source: str, device: str = "meta") -> nn.Module:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from ..data.reading import survey
 from ..data.report import DataReport
 from ..errors import DataError, PlanRefused
 from ..planning.stage import Plan
-from .sft import SFT
 
 
 def surveyed(plan: Plan) -> DataReport | None:
-    """Return formats and rows of the data where they are at hand; None where the objective reads
-    them in a way of its own, too. Raises PlanRefused."""
-    if type(plan.task).read is not SFT.read:
-        return None
+    """Return formats and rows of the data, as the plan's task reads them; None where that is not to
+    be had at once. Raises PlanRefused."""
     try:
-        return survey(plan.spec.data)
+        return plan.task.survey(plan.spec.data)
     except DataError as error:
         raise PlanRefused(error.problems) from None

@@ -12,6 +12,7 @@ from ..capabilities import Cell, refusals
 from ..distributed.world import world
 from ..errors import Problem
 from ..machine import Machine
+from ..protocols import Task
 from ..records import Adapter, Backend
 from ..spec import Spec, TrainSpec
 from .memory import MemoryPlan
@@ -110,6 +111,14 @@ def share_problems(
     """
     found = shard_problems(cell, backend, adapter, config)
     return [*found, NO_MERGE] if merges else found
+
+
+def head_share_problems(task: Task) -> list[Problem]:
+    """Return why a run cannot share the base for the head that it trains; empty if it can."""
+    if not task.head:
+        return []
+    what = f"{type(task).__name__} trains a head whole, which is not sharded"
+    return [Problem(what, DDP, "train.parallel", "fsdp-head")]
 
 
 def merge_aware_problems(train: TrainSpec) -> list[Problem]:

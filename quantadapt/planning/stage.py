@@ -425,6 +425,7 @@ def _combined(draft: Draft, made: Plan) -> Plan:
     )
     merges = any(export.required and export.exporter.merges for export in exports)
     through = processes.merge_aware_problems(spec.train)
+    through += processes.head_share_problems(made.task)
     unshared = [*processes.share_problems(cell, backend, adapter, config, merges), *through]
     memory = _memory(draft, made, unshared)
     kind, why = processes.choose(spec, made.processes, memory)

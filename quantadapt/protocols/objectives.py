@@ -41,6 +41,8 @@ class Task(Options, ABC):
             "chunks": `loss`, some at a time; "whole": `loss`, all of a batch. A loss that is not
             the model's lacks what a PEFT method adds to that (AdaLoRA does).
         unit: what its loss is counted in; empty where it has no unit.
+        head: what it learns with: "sequence" or "token", a head that classifies those, which a
+            language model gets anew; empty for the model as it is.
     """
 
     sequences: ClassVar[int] = 1
@@ -50,6 +52,7 @@ class Task(Options, ABC):
     wants_lm: ClassVar[bool] = True
     logits: ClassVar[Literal["model", "chunks", "whole"]] = "whole"
     unit: ClassVar[str] = ""
+    head: ClassVar[Literal["", "sequence", "token"]] = ""
 
     @abstractmethod
     def read(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Data:

@@ -31,7 +31,7 @@ from ..protocols import LayerwiseQuantizer, Quantizer
 from ..records import Record, kind_of
 from ..registry.discovery import registry
 from ..remote_code import as_the_spec_says, trusted
-from .state import ModelState
+from .state import ModelState, state_of
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 _OF_TOKENIZER = re.compile(r"tokenizer|^(vocab|merges)\.|^spiece\.|\.(spm|bpe|tiktoken)$", re.I)
 """What the files of a tokenizer are called, among those of a checkpoint."""
 
+
+AT_RANDOM = "new in this model, begins at random and is trained with the adapter:"
+"""How a note begins on modules that the checkpoint does not hold."""
 
 _DECIDING = ("stays_dense", "misfit")
 """What a backend decides by which layers stay dense."""
@@ -58,13 +61,24 @@ class MostlyDenseWarning(UserWarning):
 
 @as_the_spec_says
 def quantize_plan(
-    plan: Plan, *, module: nn.Module | None = None, calibration: Calibration = None
+    plan: Plan,
+    *,
+    module: nn.Module | None = None,
+    calibration: Calibration = None,
+    head: str = "",
+    labels: Sequence[str] = (),
 ) -> nn.Module:
-    """Do what `plan` says about the base. `module` is the live module that it was made for."""
+    """Do what `plan` says about the base.
+
+    Args:
+        module: the live module that it was made for.
+        head, labels: see `loading.heads`; by default the head that the plan's task learns with.
+    """
     import torch
 
     from ..facade import facades, mark_conv1d, wrap
     from ..loading.accounting import expecting
+    from ..loading.heads import with_head
     from ..model.dense import skipped_modules
     from ..model.linears import conv1d_layers
     from ..model.modules import linear_layers
@@ -79,7 +93,8 @@ def quantize_plan(
     digests = {} if module is None else digests_of(_tensors(module))
     conv1d = () if module is None else conv1d_layers(module)
     expected = expecting(plan.spec.new_modules, plan.spec.unused_modules)
-    with expected as notes, _sharding_blocks(plan):
+    head = "" if module is not None else head or plan.task.head
+    with with_head(head, labels), expected as notes, _sharding_blocks(plan):
         if not plan.adopt:
             skip = skip_for(plan, module)
             with blaming(plan.backend, "quantizing"):
@@ -99,6 +114,9 @@ def quantize_plan(
             model = quantizer.load(plan.model, device=plan.device, dtype=dtype)
             _refuse_other_than_module(model, plan.backend)
     model.requires_grad_(False)
+    random: tuple[str, ...] = getattr(model, "begun_at_random", ())
+    if random:
+        notes.append(f"{AT_RANDOM} {', '.join(random)}")
     # What is quantized already gets a facade, a head too, unless somebody said otherwise.
     target, skip = quantizer.target, skip or ()
     if plan.adopt:
@@ -149,8 +167,19 @@ def quantize_plan(
         unused_modules=tuple(plan.spec.unused_modules),
         notes=tuple(notes),
         fingerprint=known,
+        head=head,
+        labels=tuple(labels),
+        begun_at_random=random,
     )
+    if head:
+        _set_padding(model, state_of(model).tokenizer)
     return model
+
+
+def _set_padding(model: Any, tokenizer: Any) -> None:
+    """Let a classifier know the token by which it finds the end of a sequence."""
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = getattr(tokenizer, "pad_token_id", None)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -272,12 +301,17 @@ def skip_for(plan: Plan, module: nn.Module | None = None) -> tuple[str, ...] | N
     Looks at the architecture only. Raises PlanRefused, with a line for each layer whose size the
     backend cannot quantize, unless the spec says `skip_misfits`.
     """
+    from ..loading.heads import head_names, wants_head
     from ..loading.reading import architecture
     from ..model.dense import skipped_modules
     from ..model.experts import expert_stacks
     from ..model.modules import linear_layers
 
     skip, quantizer = _wanted_skip(plan), plan.quantizer
+    if wants_head() and module is None and skip is None:
+        # A pooler may be new, and what starts at random is trained, not quantized.
+        model = architecture(plan.model)
+        skip = (*skipped_modules(model, None), *head_names(model))
     if all(getattr(type(quantizer), name) is getattr(Quantizer, name) for name in _DECIDING):
         return skip  # everything fits
     model = architecture(plan.model) if module is None else module

@@ -42,6 +42,9 @@ class ModelState:
         adapter, adapter_options: what is attached, if anything.
         max_length: the longest example in tokens that it was trained on, where that is known.
         merge_aware: its adapter computes, and is merged, on the scales that the base has.
+        head, labels: the kind of head that the checkpoint was read with, if it was not its own, and
+            what that tells apart; see `loading.heads`.
+        begun_at_random: names of the modules that no file held.
     """
 
     source: str
@@ -65,6 +68,9 @@ class ModelState:
     adapter_options: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = None
     merge_aware: bool = False
+    head: str = ""
+    labels: tuple[str, ...] = ()
+    begun_at_random: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         base = as_call(self.backend.name, self.quantizer.model_dump())
@@ -105,6 +111,8 @@ class ModelState:
             "adapter_options": self.adapter_options,
             "max_length": self.max_length,
             "merge_aware": self.merge_aware,
+            "head": self.head,
+            "labels": list(self.labels),
         }
 
 

@@ -45,9 +45,13 @@ BUILTIN = {
     "builtin": "quantadapt.registry.adapters",
     "sft": "quantadapt.objectives.sft",
     "dpo": "quantadapt.objectives.dpo",
+    "classify": "quantadapt.objectives.classify",
+    "reward": "quantadapt.objectives.reward",
     "perplexity": "quantadapt.evaluation.perplexity",
     "tasks": "quantadapt.benchmarking.tasks",
     "preferences": "quantadapt.evaluation.preferences",
+    "classification": "quantadapt.evaluation.classification",
+    "rewards": "quantadapt.evaluation.rewards",
     "exports": "quantadapt.exporting.exports",
 }
 """Plugins that are always there, whatever QUANTADAPT_PLUGINS says: name -> module."""
