@@ -153,13 +153,17 @@ def test_the_command_line_refuses_it_whatever_is_typed(kind, stdin, request, mar
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("command", ["plan", "quantize", "eval", "generate", "data"])
+@pytest.mark.parametrize(
+    "command", ["plan", "quantize", "eval", "generate", "chat", "serve", "data"]
+)
 def test_every_command_refuses_it(own_model: Path, marker: Path, tmp_path, command: str) -> None:
     arguments = {
         "plan": ["--model", own_model],
         "quantize": [own_model, "--output", tmp_path / "q"],
         "eval": [own_model],
         "generate": [own_model, "--prompt", "x"],
+        "chat": [own_model],
+        "serve": [own_model, "--port", "0"],
         "data": [qa.demo.TRAIN_FILE, "--model", own_model],
     }
     shown = call(command, *arguments[command], stdin="y\n")
