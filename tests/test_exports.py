@@ -429,6 +429,7 @@ def test_onto_base_in_a_run(tmp_path) -> None:
         qa.plan(spec(tmp_path, export={"formats": [{"name": "onto-base", "base": "./nowhere"}]}))
 
 
+@pytest.mark.slow
 def test_merge_and_export_write_the_same(run_cli, tmp_path) -> None:
     model = qa.attach(qa.quantize(str(small_model()), "hqq"), "lora", r=2)
     save(model, tmp_path / "run")
