@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import planning
 from .dependencies import in_turn
-from .errors import ModelError, QuantadaptError
+from .errors import ModelError, Problem, QuantadaptError, SpecError
 from .planning.stage import Plan
 from .protocols import Given
 from .quantizing.stage import quantize_plan
@@ -320,6 +320,12 @@ def generate(
     from .generation import PromptWriter, Sampling, answers
 
     sampling = Sampling(**options)
+    if isinstance(prompts, str):
+        problem = Problem("prompts is one text, and no list of them", "write [text]", "prompts")
+        raise SpecError([problem])
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        problem = Problem(f"{batch_size!r} is not possible", "write 1 or more", "batch_size")
+        raise SpecError([problem])
     if (tokenizer := tokenizer or state_of(model).tokenizer) is None:
         raise ModelError("the model has no tokenizer", fix="pass tokenizer=...", where="tokenizer")
     writer = PromptWriter(tokenizer, layout)

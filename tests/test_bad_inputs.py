@@ -53,6 +53,7 @@ def campaign(*arguments: str, timeout: float) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_one_in_two_hundred_bad_inputs_is_refused_or_right() -> None:
     assert "cases in" in campaign("--every", "200", timeout=250)
 
@@ -197,6 +198,7 @@ PARTS = ("lxmert",)
 """Counts its layers by part."""
 
 
+@pytest.mark.slow
 def test_the_configs_of_transformers_are_right() -> None:
     """Every class of config, as it is written, passes."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES

@@ -790,6 +790,7 @@ def test_plan_tells_formats_and_rows(run_cli, lossy, tmp_path, monkeypatch):
     assert "bad.jsonl:2" in shown.err
 
 
+@pytest.mark.slow
 def test_a_run_tells_what_became_of_its_data(run_cli, lossy):
     arguments = ("--data", lossy, "--set", "data.max_length=32", "--max-steps", "1")
     small = ("--set", "evaluate.unquantized=false", "--merge", "never", "--output", "out")

@@ -25,6 +25,7 @@ from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from datasets import Dataset
 from merging import moved
+from parameters import slow_but
 from quantadapt_compressed_tensors import METHOD, CompressedTensors, LeftOutWarning
 from quantadapt_compressed_tensors.inputs import RANGE
 from quantadapt_compressed_tensors.layers import rounded_inputs
@@ -113,6 +114,8 @@ OTHERS: dict[str, Any] = {
 }
 """Groups of configs that have no name here."""
 KINDS = [*SCHEMES, *OTHERS]
+OFTEN = ("W4A16", "W8A8", "FP8", "NVFP4", "MXFP4A16", "W4A16 asymmetric", "W8A8 static", "W3A16")
+"""Of each way to round and to pack one; the others are tried where there is time."""
 SOURCE = {
     "vocab_size": 128,
     "hidden_size": 128,
@@ -264,7 +267,7 @@ def exact(name: str, files: dict[str, Tensor]) -> Tensor:
     return codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, *OFTEN))
 def test_a_checkpoint_of_the_library_is_adopted_as_it_is_served(
     kind: str, checkpoint: Any, tmp_path: Path
 ) -> None:
@@ -293,7 +296,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.float().equal(other.float())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, *OFTEN))
 def test_a_weight_is_rounded_as_the_library_rounds_it(kind: str, checkpoint: Any) -> None:
     """Quantized here, a layer has the tensors that the library makes of it, to the bit."""
     files = load_file(f"{checkpoint(kind)}/model.safetensors")
@@ -309,7 +312,7 @@ def test_a_weight_is_rounded_as_the_library_rounds_it(kind: str, checkpoint: Any
 
 
 @pytest.mark.parametrize("kind", ["W4A16 asymmetric", "W8A8", "FP8", "NVFP4"])
-@pytest.mark.parametrize("adapter", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("adapter", slow_but(["lora", "dora", "ia3"], "dora"))
 def test_an_adapter_is_trained_on_it_and_merged_into_its_format(
     adapter: str, kind: str, checkpoint: Any, tmp_path: Path
 ) -> None:
@@ -581,7 +584,7 @@ OF_EXPERTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("scheme", OF_EXPERTS)
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", slow_but(MIXTURES, "Mixtral"))
 def test_experts_are_written_one_by_one(family: str, scheme: str, tmp_path: Path) -> None:
     """As the library has them; read again they are the same stacks. transformers reads those of 4
     bit integers and FP8 (of asymmetric and int8 ones none, and of NVFP4 it drops a scale)."""
@@ -754,7 +757,7 @@ def exported(model: Any, folder: Path, **options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8", "FP8_DYNAMIC", "NVFP4", "MXFP4A16"])
-@pytest.mark.parametrize("backend", ["hqq", "bnb-nf4"])
+@pytest.mark.parametrize("backend", slow_but(["hqq", "bnb-nf4"], "bnb-nf4"))
 def test_any_base_is_exported_by_a_scheme(backend: str, scheme: str, tmp_path: Path) -> None:
     """The files are those of the library, of the merged weights rounded by the library's rules."""
     tiny(bias=False).save_pretrained(tmp_path / "base")
@@ -818,6 +821,7 @@ def test_an_export_that_keeps_too_little_or_fits_nowhere_is_refused(tmp_path: Pa
             export_of(METHOD, options)
 
 
+@pytest.mark.slow
 def test_from_the_command_line(checkpoint: Any, tmp_path: Path) -> None:
     """A checkpoint of the library, adopted, trained, merged into its format and exported by another
     scheme."""

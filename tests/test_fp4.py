@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from merging import llama, logits, moved, relative, stock
+from parameters import slow_but
 from quantadapt_fp4 import MXFP4, NVFP4
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -64,7 +65,7 @@ def test_transformers_reads_what_is_written(backend: str, base: str, tmp_path: P
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("adapter", ["lora", "dora", "vera", "ia3"])
+@pytest.mark.parametrize("adapter", slow_but(["lora", "dora", "vera", "ia3"], "dora"))
 def test_merged_it_is_what_was_tuned(backend: str, adapter: str, base: str, tmp_path: Path) -> None:
     tuned = moved(qa.attach(qa.quantize(base, backend), adapter))
     wanted = logits(tuned)

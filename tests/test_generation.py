@@ -539,3 +539,20 @@ def test_text_that_cannot_be_encoded_is_told(tokenizer) -> None:
     for layout in ("text", "chat", "instruction"):
         with pytest.raises(DataError, match="half a surrogate pair"):
             PromptWriter(tokenizer, layout).ids("a\ud800")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "words"),
+    [
+        ("one text", {}, "prompts is one text"),
+        (["x"], {"batch_size": 0}, "batch_size: 0 is not possible"),
+        (["x"], {"batch_size": True}, "batch_size: True is not possible"),
+        ([None], {}, "prompt: it is null"),
+        ([5], {}, "prompt: it is a number"),
+        ([["x"]], {}, "prompt: it is a list"),
+    ],
+)
+def test_what_cannot_be_asked_is_told(prompts, options, words) -> None:
+    model = qa.quantize(str(demo.MODEL_DIR), "none", device="cpu")
+    with pytest.raises((SpecError, DataError), match=words):
+        qa.generate(model, prompts, max_new_tokens=1, **options)

@@ -181,6 +181,7 @@ def test_a_push_arrives_whole_and_names_no_path_of_this_machine(run, hub) -> Non
     assert TOKEN not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_what_was_pushed_is_loaded_again(run, hub, tmp_path) -> None:
     assert export(run, "repo=me/it", "content=merged", url=hub.url).returncode == 0
     for name, data in hub.files.items():

@@ -26,6 +26,7 @@ from merging import (
     seq2seq,
     tuned,
 )
+from parameters import slow_but
 from transformers.pytorch_utils import Conv1D
 
 import quantadapt as qa
@@ -45,6 +46,7 @@ from quantadapt.spec import Rounding
 from quantadapt.stages import held_out_data
 from quantadapt.testing.small_demo import small_model
 
+WAYS_WITH_GRID = ("grid", "dithered", "compensated")
 TRAIN = {"max_steps": 8, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
 """On hqq with 4 bits, this moves weights less than its steps."""
 NEAREST = {"rounding": "nearest"}
@@ -280,7 +282,7 @@ def test_there_is_a_way_for_each_word() -> None:
     assert {"auto", *WAYS} == set(get_args(Rounding))
 
 
-@pytest.mark.parametrize("way", ["grid", "dithered", "compensated"])
+@pytest.mark.parametrize("way", slow_but(WAYS_WITH_GRID, "grid", "dithered"))
 def test_ways_keep_the_scales_of_the_base(way, trained, data, tmp_path) -> None:
     """What they keep is again that of plain losses, of the files."""
     shown = str(demo.TRAIN_FILE)
@@ -302,7 +304,7 @@ def test_ways_keep_the_scales_of_the_base(way, trained, data, tmp_path) -> None:
     }
 
 
-@pytest.mark.parametrize("way", ["grid", "dithered", "compensated"])
+@pytest.mark.parametrize("way", slow_but(WAYS_WITH_GRID, "dithered"))
 @pytest.mark.parametrize(
     ("kind", "adapter", "options"),
     [

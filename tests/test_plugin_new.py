@@ -99,9 +99,8 @@ KINDS: dict[Kind, tuple[str, int]] = {
 all of them on the tutorial's, which is a backend."""
 
 
-@pytest.mark.parametrize(
-    "kind", ["backend", *(pytest.param(kind, marks=pytest.mark.slow) for kind in [*KINDS][1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_plugin_passes_the_conformance_suite(kind, new, install, tmp_path, capsys) -> None:
     name = f"demo-{kind}"
     flags = () if kind == "backend" else (f"--{kind}",)

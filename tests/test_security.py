@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -109,6 +110,21 @@ def call(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.fixture
+def here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str]]:
+    """Run the command line in this process, where somebody types yes; returns code and text."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*map(str, arguments)])
+        return int(ended.value.code or 0), "".join(capsys.readouterr())
+
+    return run
+
+
 CALLS: dict[str, Callable[[str, Path], object]] = {
     "quantize": lambda model, out: qa.quantize(model, "none", device="cpu"),
     "plan": lambda model, out: qa.plan(qa.Spec(model=model, backend="none", device="cpu")),
@@ -143,7 +159,7 @@ def test_loading_below_the_plan_never_asks(own_model, own_tokenizer, marker, mon
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("stdin", ["", "y\ny\ny\n"])
+@pytest.mark.parametrize("stdin", [pytest.param("", marks=pytest.mark.slow), "y\ny\ny\n"])
 @pytest.mark.parametrize("kind", ["own_model", "own_tokenizer"])
 def test_the_command_line_refuses_it_whatever_is_typed(kind, stdin, request, marker) -> None:
     model = request.getfixturevalue(kind)
@@ -153,18 +169,24 @@ def test_the_command_line_refuses_it_whatever_is_typed(kind, stdin, request, mar
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("command", ["plan", "quantize", "eval", "generate", "data"])
-def test_every_command_refuses_it(own_model: Path, marker: Path, tmp_path, command: str) -> None:
+@pytest.mark.parametrize(
+    "command", ["plan", "quantize", "eval", "generate", "chat", "serve", "data"]
+)
+def test_every_command_refuses_it(
+    own_model: Path, marker: Path, tmp_path, command: str, here
+) -> None:
     arguments = {
         "plan": ["--model", own_model],
         "quantize": [own_model, "--output", tmp_path / "q"],
         "eval": [own_model],
         "generate": [own_model, "--prompt", "x"],
+        "chat": [own_model],
+        "serve": [own_model, "--port", "0"],
         "data": [qa.demo.TRAIN_FILE, "--model", own_model],
     }
-    shown = call(command, *arguments[command], stdin="y\n")
-    assert shown.returncode == 2, shown.stderr
-    assert "config.json wants to run configuration_own.Config" in shown.stderr
+    code, shown = here(command, *arguments[command])
+    assert code == 2, shown
+    assert "config.json wants to run configuration_own.Config" in shown
     assert not marker.exists()
 
 
@@ -189,17 +211,18 @@ def test_it_runs_where_the_spec_asks_and_is_asked_for_again(own_model, marker, t
     assert (merged(input_ids=ids).logits - expected).abs().max() < 1e-4
 
 
-def test_a_run_folder_cannot_say_that_it_is_trusted(own_model, marker, tmp_path) -> None:
+def test_a_run_folder_cannot_say_that_it_is_trusted(own_model, marker, tmp_path, here) -> None:
     folder = tmp_path / "downloaded"
     folder.mkdir()
     (folder / "quantadapt-run.json").write_text('{"state": "finished"}')
     said = {"model": str(own_model), "backend": "none", "trust_remote_code": True}
     (folder / "spec.yaml").write_text(yaml.safe_dump(said))
-    shown = call("plan", folder / "spec.yaml", "--output", tmp_path / "out")
-    assert shown.returncode == 2, shown.stderr
-    assert "--trust-remote-code" in shown.stderr
-    again = call("plan", folder / "spec.yaml", "-o", tmp_path / "out", "--trust-remote-code")
-    assert again.returncode == 0, again.stderr
+    code, shown = here("plan", folder / "spec.yaml", "--output", tmp_path / "out")
+    assert code == 2, shown
+    assert "--trust-remote-code" in shown
+    again = ("plan", folder / "spec.yaml", "-o", tmp_path / "out", "--trust-remote-code")
+    code, shown = here(*again)
+    assert code == 0, shown
     assert not marker.exists()
 
 
@@ -231,7 +254,7 @@ def test_what_transformers_has_itself_needs_no_code(own_model: Path, marker: Pat
     assert not marker.exists()
 
 
-def test_a_chat_template_cannot_reach_python(tmp_path: Path, marker: Path) -> None:
+def test_a_chat_template_cannot_reach_python(tmp_path: Path, marker: Path, here) -> None:
     shutil.copytree(small_model(), tmp_path / "m")
     code = "''.__class__.__mro__[1].__subclasses__()"
     template = "{{ CODE }}{% for m in messages %}{{ m['content'] }}{% endfor %}".replace(
@@ -241,10 +264,10 @@ def test_a_chat_template_cannot_reach_python(tmp_path: Path, marker: Path) -> No
     data = tmp_path / "chats.jsonl"
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     data.write_text(json.dumps({"messages": chat}) + "\n")
-    shown = call("data", data, "--model", tmp_path / "m")
-    assert shown.returncode != 0
-    assert "not expected" not in shown.stderr, shown.stderr
-    assert "<class" not in shown.stdout + shown.stderr
+    code, shown = here("data", data, "--model", tmp_path / "m")
+    assert code != 0
+    assert "not expected" not in shown, shown
+    assert "<class" not in shown
 
 
 @pytest.mark.parametrize("tag", ["python/object/apply:os.system", "python/name:os.system"])

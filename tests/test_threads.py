@@ -85,6 +85,7 @@ def state() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_eight_threads_get_what_each_would_get_alone(tmp_path: Path, random_data: Any) -> None:
     data = random_data.select(range(4))
     serial = [work(tmp_path / "serial", number, data) for number in range(len(BACKENDS))]

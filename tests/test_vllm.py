@@ -6,9 +6,8 @@ The script that compares vLLM's answers runs against a stand-in of vLLM's interf
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,7 @@ class LoRARequest:
 
 
 @pytest.fixture
-def compared(tmp_path) -> Any:
+def compared(tmp_path, monkeypatch, capsys) -> Any:
     """Run the script on a folder; return what it printed and how it ended."""
     package = tmp_path / "there" / "vllm"
     (package / "lora").mkdir(parents=True)
@@ -80,14 +79,23 @@ def compared(tmp_path) -> Any:
     (package / "lora" / "__init__.py").write_text("")
     (package / "lora" / "request.py").write_text(REQUEST)
 
-    def run(folder: Path) -> tuple[dict[str, float], int]:
-        values = {**os.environ, "PYTHONPATH": str(package.parent)}
-        command = [sys.executable, str(SCRIPT), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=values)
-        assert done.stdout, done.stderr
-        return json.loads(done.stdout.splitlines()[-1]), done.returncode
+    monkeypatch.syspath_prepend(package.parent)
 
-    return run
+    def run(folder: Path) -> tuple[dict[str, float], int]:
+        for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setattr("sys.argv", [str(SCRIPT), str(folder)])
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return json.loads(capsys.readouterr().out.splitlines()[-1]), code
+
+    yield run
+    for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
+        del sys.modules[name]
 
 
 def export(run: Path, content: str) -> Path:

@@ -26,13 +26,16 @@ PARTS = ("killed", "signalled", "write fails", full.PART, damages.PART, "two wri
 PARTS += (threads.PART, bad.PART)
 
 
-def all_trials(bench: Bench, parts: list[str]) -> Iterator[Trial]:
-    """Yield every trial of these parts, in the same order each time."""
+def all_trials(bench: Bench, parts: list[str], only: list[str]) -> Iterator[Trial]:
+    """Yield every trial of these parts, in the same order each time; of these commands alone, if
+    any are named."""
     disturbed = {"killed", "signalled", "write fails", full.PART, "two writers"}.intersection(parts)
     mounts = full.PART in parts and full.may_mount(bench.root)
     if full.PART in parts and not mounts:
         print("no file system can be mounted here: no trials of a full disk", flush=True)
     for command in commands(bench) if disturbed else []:
+        if only and command.name not in only:
+            continue
         bench.measure(command)
         yield from kills(bench, command)
         if command.obeys:
@@ -95,6 +98,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of each part; 1 for all")
     parser.add_argument("--seed", type=int, default=0, help="which share")
     parser.add_argument("--part", action="append", choices=PARTS, help="may be repeated")
+    parser.add_argument("--command", action="append", help="only of these; may be repeated")
     parser.add_argument("--match", default="", help="only trials whose title holds this text")
     parser.add_argument("--done", type=Path, help="a file that remembers trials; go on from it")
     parser.add_argument("--list", action="store_true", help="list the trials, try nothing")
@@ -104,7 +108,9 @@ def main() -> None:
     table = Table(given.done)
     with tempfile.TemporaryDirectory(prefix="quantadapt-faults-") as scratch:
         bench = Bench(Path(scratch).resolve() / "root", Path(scratch).resolve() / "inputs")
-        found = [trial for trial in all_trials(bench, parts) if trial.part in parts]
+        found = [
+            trial for trial in all_trials(bench, parts, given.command or []) if trial.part in parts
+        ]
         found = [trial for trial in found if given.match in trial.title]
         for trial in share_of(found, given.share, given.seed):
             print(trial.title) if given.list else table.add(trial)

@@ -73,9 +73,9 @@ def check_adapters(folder: Path, manifest: Mapping[str, Any], adapter: Adapter) 
         manifest: what `read_manifest` returned for `folder`.
 
     Raises:
-        ModelError: the config is that of another method, is not the one that was saved, has values
-            that PEFT has no use for, or patterns that take for ever; or the weights are pickles or
-            damaged.
+        ModelError: a link leads out of the folder; the config is that of another method, is not the
+            one that was saved, has values that PEFT has no use for, or patterns that take for ever;
+            or the weights are pickles or damaged.
     """
     for name, place in adapter_places(folder, manifest["active"]).items():
         _check_adapter(place, adapter, manifest["adapter_config"].get(name, {}))
@@ -83,6 +83,8 @@ def check_adapters(folder: Path, manifest: Mapping[str, Any], adapter: Adapter) 
 
 def _check_adapter(folder: Path, adapter: Adapter, noted: Mapping[str, Any]) -> None:
     config = read_object(file_in(folder, CONFIG), fix=_AGAIN)
+    for file in sorted(file for file in folder.iterdir() if file.is_symlink()):
+        refuse_link_out(file, folder)  # the tokenizer's as well
     where = str(folder / CONFIG)
     if config.get("peft_type") != adapter.peft_type:
         what = f"its peft_type is {shown(config.get('peft_type'))}, and {adapter.name} was trained"

@@ -16,6 +16,7 @@ from ..folders.atomic import put_back
 from ..folders.environment import versions
 from ..inputs.documents import problems_in, read_object, shown, validated
 from ..inputs.fingerprints import Fingerprint
+from ..inputs.weights import file_in
 from ..machine import this_machine
 from ..paths import MANIFEST as MANIFEST
 from ..paths import is_entry, path_problem
@@ -106,7 +107,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ModelError: it is not there, was damaged, or a newer version wrote it.
         PlanRefused: the backend or the adapter is not installed.
     """
-    file = folder / MANIFEST
+    file = file_in(folder, MANIFEST)
     if not file.exists():
         what = f"{MANIFEST} is missing, so nothing says which base this belongs to"
         fix = "load it with peft: PeftModel.from_pretrained(base, folder)"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..data.chats import open_chat
+from ..data.files import kind_of
 from ..data.formats import checked_text
 from ..data.tokens import Prompt, encode_prompt
 from ..errors import DataError
@@ -76,8 +77,12 @@ class PromptWriter:
             if self.layout in ("text", None):
                 return asked
             asked = [{"role": "user", "content": asked}]
-        plain = self.layout == "instruction"
-        return open_chat([dict(turn) for turn in asked], self.tokenizer, plain=plain)
+        given = asked if isinstance(asked, Sequence) else [asked]
+        turns = [dict(turn) for turn in given if isinstance(turn, Mapping)]
+        if given is not asked or len(turns) < len(given):
+            fix = 'write a text, or turns: [{"role": "user", "content": "..."}]'
+            raise DataError(f"it is {kind_of(asked)}, and no prompt", fix=fix, where="prompt")
+        return open_chat(turns, self.tokenizer, plain=self.layout == "instruction")
 
 
 def layout_of(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> Layout:
