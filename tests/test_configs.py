@@ -95,9 +95,18 @@ def test_without_a_use_they_are_listed(init) -> None:
     assert [use["name"] for use in json.loads(out)] == configs.names()
 
 
+DATA = {
+    "dpo": demo.PREFERENCES / "train.jsonl",
+    "reward": demo.PREFERENCES / "train.jsonl",
+    "classify": demo.LABELLED / "sequence" / "train.jsonl",
+    "classify-tokens": demo.LABELLED / "token" / "train.jsonl",
+}
+"""For objectives that learn from other columns than the demo's."""
+
+
 @each
 def test_what_is_given_is_filled_in_and_all_comments_stay(name: str, init) -> None:
-    model, data = demo.MODEL_DIR, demo.TRAIN_FILE
+    model, data = demo.MODEL_DIR, DATA.get(name, demo.TRAIN_FILE)
     given = ("--model", model, "--data", data, "--set", "seed=7", "--set", "train.save_steps=9")
     assert init(name, *given, "-o", "mine.yaml")[0] == 0
     text, template = Path("mine.yaml").read_text(), configs.located(name).read_text()
