@@ -393,7 +393,7 @@ def test_a_run_measures_its_models_and_what_changed(run) -> None:
     assert change["value"] == pytest.approx(acc["values"]["tuned"] - acc["values"]["quantized"])
     assert change["error"] is not None
     page = (run.folder / "report.html").read_text()
-    assert "change, tuned" in page
+    assert "tuned since quantized" in page
     assert "±" in page
     spec = qa.Spec.load(run.folder / "spec.yaml")  # runs again as it stands
     assert spec.evaluate.tasks == []
