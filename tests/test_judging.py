@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from endpoints import Reply, endpoint, refused, said
 
 from quantadapt import cli
+from quantadapt.demo import MODEL_DIR
 from quantadapt.errors import DataError, EndpointError, OutputError
 from quantadapt.judging.endpoint import Endpoint, endpoint_problems
 from quantadapt.judging.judge import JUDGEMENTS, in_order, judge_pairs
@@ -321,6 +324,29 @@ def test_what_was_judged_before_a_stop_is_not_asked_again(tmp_path: Path) -> Non
     expected = ["b", "tie", "a", "a", "a", "a"]  # answers of 0, 5, 10 ... characters against 5
     assert [line["verdict"] for line in found[::2]] == expected
     assert [line["verdict"] for line in found[1::2]] == expected
+
+
+@pytest.mark.slow
+def test_quantadapt_serve_is_an_endpoint(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "quantadapt", "serve", str(MODEL_DIR), "--port", "0"]
+    server = subprocess.Popen([*command, "--name", "it"], stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        while "serving at" not in (line := server.stderr.readline()):
+            assert line
+        url = line.split()[2]
+        with pytest.raises(EndpointError, match="404"):
+            Endpoint(url, "another").check()
+        judge = Endpoint(url, "it", max_tokens=8)
+        judge.check()
+        judge_pairs(pairs_of(2), judge, tmp_path / JUDGEMENTS)
+    finally:
+        server.terminate()
+        server.wait()
+    found = lines(tmp_path / JUDGEMENTS)
+    assert [line["order"] for line in found] == ["ab", "ba"] * 2
+    assert all(line["said"] for line in found)
+    assert {line["verdict"] for line in found} == {"unreadable"}  # it is no judge
 
 
 def test_verdicts_of_another_judge_are_not_gone_on_with(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class Tasks(Evaluator):
     )
     system_instruction: str | None = Field(None, description="what stands before all of it")
     gen_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="how answers are made, in place of what the tasks say"
+        {}, description="how answers are made, in place of what the tasks say"
     )
     max_length: int | None = Field(
         None,

@@ -106,8 +106,9 @@ def _evaluation(figures: Sequence[Measured], name: str) -> Html:
     low = min((bar.value for bar in bars), default=0.0)
     log = low > 0 and max(bar.value for bar in bars) > 10 * low
     above, _ = told_apart(first.unit)
-    where = f"On held-out data, in {above}" if above else "On held-out data"
-    note = f"{'; '.join(filter(None, (where, direction(first.better))))}."
+    data = "" if first.errors else "On held-out data"
+    where = ", ".join(filter(None, (data, f"in {above}" if above else "")))
+    note = f"{capital('; '.join(filter(None, (where, direction(first.better)))))}."
     if first.errors:
         note += " Behind ± stands the standard error."
         others = list(figures)
@@ -115,33 +116,49 @@ def _evaluation(figures: Sequence[Measured], name: str) -> Html:
         note += " The scale is logarithmic."
     title = capital(first.name)
     chart = bar_chart(title, bars, log=log, unit=above, name=name) if bars else Html()
-    return section(title, el("p", note, class_="note"), chart, _others(others), name=name)
+    tables = (_others(others), _changes(others))
+    return section(title, el("p", note, class_="note"), chart, *tables, name=name)
 
 
 def _others(figures: Sequence[Measured]) -> Html:
     """Return figures as a table, a column for each model."""
     models = [model for model in _BARS if any(model in figure.values for figure in figures)]
-    changed = [model for model in models if any(model in figure.changes for figure in figures)]
     rows = []
     for figure in figures:
         above, beside = told_apart(figure.unit)
         name = ", ".join(filter(None, (figure.name, above, direction(figure.better))))
-        cells = [_model_value(figure, model, beside) for model in models]
-        cells += [_change(figure, model, beside) for model in changed]
-        rows.append([name, *cells])
-    heads = [*models, *(f"change, {model}" for model in changed)]
-    return numbers_table(["", *heads], rows) if models else Html()
+        rows.append([name, *(_model_value(figure, model, beside) for model in models)])
+    return numbers_table(["", *models], rows) if models else Html()
+
+
+def _changes(figures: Sequence[Measured]) -> Html:
+    """Return as a table what changed from one model to the next, a column for each."""
+    steps = dict.fromkeys(
+        (model, str(figure.changes[model]["since"]))
+        for model in _BARS
+        for figure in figures
+        if model in figure.changes
+    )
+    rows = []
+    for figure in figures:
+        found = [figure.changes.get(model) for model, _ in steps]
+        words = [_together(change_words(c, figure.unit)) if c else "" for c in found]
+        rows.append([figure.name, *words])
+    heads = [f"{model} since {before}" for model, before in steps]
+    table = numbers_table(["change", *heads], rows)
+    return details("What changed", table) if steps else Html()
 
 
 def _model_value(figure: Measured, model: str, unit: str) -> str:
     if (value := figure.values.get(model)) is None:
         return ""
-    return with_error(counted(value, figure.better), figure.errors.get(model), unit, short)
+    error = figure.errors.get(model)
+    return _together(with_error(counted(value, figure.better), error, unit, short))
 
 
-def _change(figure: Measured, model: str, unit: str) -> str:
-    change = figure.changes.get(model)
-    return f"{change_words(change, unit)} since {change['since']}" if change else ""
+def _together(text: str) -> str:
+    """Keep a value, its error and its unit on one line."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}") if "±" in text else text
 
 
 def _loss(run: Run) -> Html:
