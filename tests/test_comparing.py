@@ -693,7 +693,7 @@ def test_the_smallest_near_the_best_is_taken_and_the_words_say_why() -> None:
     found = judged(*rows)
     assert found.row.label == "small"
     assert (
-        "the smallest of the 2 within 1 % of the best; big has 2.00 and takes 16.0 MiB"
+        "the smallest of the 2 within 1 % of the best; big has 2.000 and takes 16.0 MiB"
         in found.words
     )
     assert "--seeds 3" in found.words

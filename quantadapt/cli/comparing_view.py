@@ -236,7 +236,7 @@ def show_table(console: Console, made: Comparison, table: Table, found: Verdict)
     console.print()
     console.print(shown)
     for row in table.rows:
-        if row.state in ("failed", "refused", "interrupted", "waiting"):
+        if row.state in ("failed", "refused", "interrupted", "running", "waiting"):
             why = f": {row.reason}" if row.reason else ""
             text = f"{row.label}: {row.state}{why}"
             console.print(text, markup=False, soft_wrap=True, style="yellow")
