@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from quantadapt.comparing import halving, processes
 from quantadapt.comparing.folder import Journal, Record
 from quantadapt.comparing.grid import Cell, Comparison, Options, comparison, lists_in
 from quantadapt.comparing.page import Shown, render, yaml_of
-from quantadapt.comparing.processes import Job, Processes, slots, start_process
+from quantadapt.comparing.processes import Ending, Job, Processes, slots, start_process
 from quantadapt.comparing.results import Quality, Row, Stat, Table, gain_kept, table_of
 from quantadapt.comparing.stage import ComparisonResult, look_at, run_comparison
 from quantadapt.comparing.verdict import Noise, front, noise_of, student, verdict
@@ -38,6 +39,8 @@ from quantadapt.errors import (
 from quantadapt.folders.lock import take
 from quantadapt.inputs.plain_yaml import parse, to_yaml
 from quantadapt.machine import Machine
+from quantadapt.showing.comparing import CompareDisplay
+from quantadapt.showing.screen import Screen
 
 RUN = Path(__file__).with_name("pretended_run.py")
 STEPS = {"train": {"max_steps": 90, "learning_rate": 3e-4}}
@@ -856,6 +859,20 @@ def test_points_tell_of_themselves_and_nothing_sticks_out(tmp_path) -> None:
                 "e => getComputedStyle(e).opacity == 1", arg=tip.element_handle()
             )
         browser.close()
+
+
+def test_progress_is_shown_in_lines_and_obeys_no_name(tmp_path) -> None:
+    text = io.StringIO()
+    with CompareDisplay(Screen(text, width=200)) as shown:
+        go(comparison(STEPS, {"adapter.r": [8, 13]}, reference=False), tmp_path / "out", shown)
+        failed = Ending("failed", "\x1b[2J [red]gone", 3.0)
+        job = Job("[bold]x", [], tmp_path, tmp_path)
+        shown("ended", {"job": job, "ending": failed, "result": {}})
+    lines = text.getvalue().splitlines()
+    assert lines[0].startswith("✓    1/2  hqq-lora-r-8-seed0   perplexity 21.12 → 3.193")
+    assert lines[1].startswith("about ")
+    assert "✗    2/2  hqq-lora-r-13-seed0   failed: it cannot be done; leave it out" in lines[2]
+    assert "[bold]x   failed: \\x1b[2J [red]gone   3.0 s" in lines[3]
 
 
 # The command --------------------------------------------------------------------------------------
