@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from quantadapt.comparing import halving, processes
 from quantadapt.comparing.folder import Journal, Record
 from quantadapt.comparing.grid import Cell, Comparison, Options, comparison, lists_in
 from quantadapt.comparing.page import Shown, render, yaml_of
-from quantadapt.comparing.processes import Job, Processes, slots, start_process
+from quantadapt.comparing.processes import Ending, Job, Processes, slots, start_process
 from quantadapt.comparing.results import Quality, Row, Stat, Table, gain_kept, table_of
 from quantadapt.comparing.stage import ComparisonResult, look_at, run_comparison
 from quantadapt.comparing.verdict import Noise, front, noise_of, student, verdict
@@ -38,6 +39,8 @@ from quantadapt.errors import (
 from quantadapt.folders.lock import take
 from quantadapt.inputs.plain_yaml import parse, to_yaml
 from quantadapt.machine import Machine
+from quantadapt.showing.comparing import CompareDisplay
+from quantadapt.showing.screen import Screen
 
 RUN = Path(__file__).with_name("pretended_run.py")
 STEPS = {"train": {"max_steps": 90, "learning_rate": 3e-4}}
@@ -693,7 +696,7 @@ def test_the_smallest_near_the_best_is_taken_and_the_words_say_why() -> None:
     found = judged(*rows)
     assert found.row.label == "small"
     assert (
-        "the smallest of the 2 within 1 % of the best; big has 2.00 and takes 16.0 MiB"
+        "the smallest of the 2 within 1 % of the best; big has 2.000 and takes 16.0 MiB"
         in found.words
     )
     assert "--seeds 3" in found.words
@@ -858,6 +861,20 @@ def test_points_tell_of_themselves_and_nothing_sticks_out(tmp_path) -> None:
         browser.close()
 
 
+def test_progress_is_shown_in_lines_and_obeys_no_name(tmp_path) -> None:
+    text = io.StringIO()
+    with CompareDisplay(Screen(text, width=200)) as shown:
+        go(comparison(STEPS, {"adapter.r": [8, 13]}, reference=False), tmp_path / "out", shown)
+        failed = Ending("failed", "\x1b[2J [red]gone", 3.0)
+        job = Job("[bold]x", [], tmp_path, tmp_path)
+        shown("ended", {"job": job, "ending": failed, "result": {}})
+    lines = text.getvalue().splitlines()
+    assert lines[0].startswith("✓    1/2  hqq-lora-r-8-seed0   perplexity 21.12 → 3.193")
+    assert lines[1].startswith("about ")
+    assert "✗    2/2  hqq-lora-r-13-seed0   failed: it cannot be done; leave it out" in lines[2]
+    assert "[bold]x   failed: \\x1b[2J [red]gone   3.0 s" in lines[3]
+
+
 # The command --------------------------------------------------------------------------------------
 
 
@@ -900,12 +917,17 @@ def test_real_runs_go_on_from_their_rung_and_come_to_what_a_run_in_one_go_does(
     common = {
         "backend": "none",  # the others take longer to import
         "train": {"max_steps": 4, "lr_scheduler_type": "constant", "warmup_ratio": 0.0},
+        "data": {"max_examples": 64},
         "evaluate": {"max_examples": 8, "samples": 0},
         "device": "cpu",
     }
+
+    def start(job: Job, environment: Mapping[str, str]) -> Any:
+        return (pretending if "1e-06" in job.name else start_process)(job, environment)
+
     grid = {"train.learning_rate": [1e-6, 4e-3]}
     made = comparison(common, grid, budget=1, reference=False)
-    result = run_comparison(made, tmp_path / "out", listener=lambda *_: None)
+    result = run_comparison(made, tmp_path / "out", listener=lambda *_: None, start=start)
     best = result.verdict.row
     assert best.label == "none x lora, learning_rate=0.004"
     folder = tmp_path / "out" / "runs" / best.names[0]

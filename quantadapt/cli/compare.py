@@ -291,7 +291,8 @@ def _carry_out(
     dry_run: bool,
 ) -> None:
     from ..comparing.stage import look_at, run_comparison
-    from .comparing_view import CompareDisplay, result_lines, show_plan, show_table
+    from ..showing.comparing import CompareDisplay
+    from .comparing_view import result_lines, show_plan, show_table
 
     cells = look_at(made, output, overwrite=overwrite)
     show_plan(shown.progress, made, cells, output)

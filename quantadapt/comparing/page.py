@@ -289,6 +289,8 @@ def _table(shown: Shown) -> Html:
     taken = shown.verdict.row.label if shown.verdict.row else ""
     lines = []
     for row in table.rows:
+        if not (row.before or row.after):
+            continue  # told below
         cells = []
         for column in columns:
             value = column.best(row)
@@ -419,7 +421,8 @@ def _left_out(shown: Shown) -> Html:
     """Say which rows have no figures, and why."""
     parts = []
     for state, title in (("failed", "Failed"), ("refused", "Not run, as it would be refused"),
-                         ("interrupted", "Interrupted"), ("waiting", "Not run yet")):  # fmt: skip
+                         ("interrupted", "Interrupted"), ("running", "Under way"),
+                         ("waiting", "Not run yet")):  # fmt: skip
         rows = [row for row in shown.table.rows if row.state == state]
         items = [
             el("li", el("strong", _name(row)), f": {row.reason}" if row.reason else "")

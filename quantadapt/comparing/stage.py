@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import FolderInUse, OutputError, PlanRefused, Problem, SpecError
 from ..machine import this_machine
+from ..showing.python import somebody_looks
 from .folder import check, opened
 from .grid import Comparison, comparison
 from .planned import PlannedCell, plan_cells
@@ -46,6 +49,7 @@ def compare(
     overwrite: bool = False,
     retry: bool = False,
     listener: Listener | None = None,
+    verbose: bool | None = None,
     **options: Any,
 ) -> ComparisonResult:
     """Train each cell of a grid, each run in a process of its own, and compare them.
@@ -62,6 +66,8 @@ def compare(
         overwrite: replace an earlier comparison there.
         retry: run again what failed.
         listener: told what happens.
+        verbose: whether to show progress; by default on a terminal and in a notebook, where there
+            is no `listener`.
         options: `budget` in hours, `reference`, `by`, `within`, `prefer`, `keep_merged` and `gpus`,
             see `comparing.grid.Options`.
 
@@ -72,14 +78,29 @@ def compare(
     """
     made = comparison(spec or {}, grid or {}, seeds=seeds, **options)
     trusted = (spec or {}).get("trust_remote_code") is True
-    tell = listener if listener is not None else _silent
-    return run_comparison(
-        made, output, overwrite=overwrite, retry=retry, trusted=trusted, listener=tell
-    )
+    with _display(False if listener is not None and verbose is None else verbose) as shown:
+
+        def tell(event: str, facts: Mapping[str, Any]) -> None:
+            shown(event, facts)
+            if listener is not None:
+                listener(event, facts)
+
+        return run_comparison(
+            made, output, overwrite=overwrite, retry=retry, trusted=trusted, listener=tell
+        )
 
 
-def _silent(event: str, facts: Mapping[str, Any]) -> None:
-    """Tell nobody."""
+@contextmanager
+def _display(verbose: bool | None) -> Iterator[Listener]:
+    """Yield a listener that shows progress, where somebody looks."""
+    if not (somebody_looks() if verbose is None else verbose):
+        yield lambda event, facts: None
+        return
+    from ..showing.comparing import CompareDisplay
+    from ..showing.screen import Screen
+
+    with CompareDisplay(Screen(sys.stderr, force_jupyter=False)) as shown:
+        yield shown
 
 
 def run_comparison(

@@ -97,6 +97,8 @@ def verdict(table: Table, options: Options) -> Verdict:
     words = [_taken_words(quality, taken, best, len(near), len(rows), options, cost)]
     words += [_noise_words(quality, taken, best, noise, tied, len(rows))]
     words += [_error_words(quality, best), _reference_words(table, quality, taken)]
+    if coming := [row for row in table.rows if row.state in ("waiting", "running", "interrupted")]:
+        words.append(f"{len(coming)} more are not done yet.")
     if taken.state != "finished":
         words.insert(0, f"No run was trained whole; this is after {taken.steps} steps.")
     words += [f"Look at it first, though: {taken.warnings[0]}." if taken.warnings else ""]
@@ -129,11 +131,15 @@ def _scaled(quality: Quality, stat: Stat) -> float:
 def stat_words(quality: Quality, stat: Stat) -> str:
     """Return a figure with its spread: `1.884 ± 0.012`."""
     if stat.spread is None:
-        return with_unit(stat.mean, quality.unit, short)
+        return with_unit(stat.mean, quality.unit, _four_digits)
     if quality.unit == SHARE:
         return f"{100 * stat.mean:.1f} ± {100 * stat.spread:.1f} %"
     places = min(max(1 - math.floor(math.log10(stat.spread)), 0), 6) if stat.spread else 4
     return f"{stat.mean:,.{places}f} ± {stat.spread:.{places}f} {quality.unit}".rstrip()
+
+
+def _four_digits(value: float) -> str:
+    return f"{value:#.4g}".rstrip(".") if 1e-3 <= abs(value) < 1e4 else short(value)
 
 
 def cost_words(cost: str, value: float) -> str:

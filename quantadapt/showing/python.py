@@ -22,7 +22,7 @@ def display(verbose: bool | None) -> Iterator[Listener]:
         verbose: whether it does; None: on a terminal and in a notebook. Elsewhere, with True, come
             plain lines. Terminals and plain lines are those of stderr.
     """
-    shows = _somebody_looks() if verbose is None else verbose
+    shows = somebody_looks() if verbose is None else verbose
     if not shows or not world().is_main:
         yield lambda event, data: None
         return
@@ -47,7 +47,8 @@ def stage(name: str, verbose: bool | None) -> Iterator[Listener]:
         tell("stage", {"name": name, "state": "done", "seconds": seconds})
 
 
-def _somebody_looks() -> bool:
+def somebody_looks() -> bool:
+    """Say whether this is a notebook, or stderr a terminal."""
     return _is_notebook() or bool(getattr(sys.stderr, "isatty", lambda: False)())
 
 
