@@ -100,7 +100,7 @@ def demo(opened: Any, file: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         quantadapt("run", "--output", "runs/hqq-lora", folder=folder)
-        how = ("--max-new-tokens", "48")
+        how = ("--max-new-tokens", "32")
         with served("demo", "runs/hqq-lora", *how, folder=folder) as address:
             page = opened_page(opened, address, 1100, 860)
             page.locator("#examples button").first.click()
@@ -141,6 +141,7 @@ def studio_plan(opened: Any, file: Path) -> None:
         page.click("#look")
         page.wait_for_selector("#seen .example")
         page.set_viewport_size({"width": 1180, "height": 1280})
+        page.evaluate("scrollTo(0, 0)")
         page.screenshot(path=file)
 
 
