@@ -17,6 +17,12 @@ BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 UGLY = "<img src=x onerror=alert(1)><script>alert(2)</script>${alert(3)}{{alert(4)}}</pre></div>"
+OPTIONS = """\
+train.logging_steps=1
+evaluate.unquantized=false
+evaluate.max_examples=8
+evaluate.samples=1
+export.merge=never"""
 MINUTES = 4 * 60_000
 """Milliseconds that the browser waits: the machine may be busy."""
 
@@ -112,7 +118,7 @@ def test_the_studio_from_the_plan_to_the_chat(chromium, tmp_path) -> None:
         page.click("#paste button")
         page.fill("#pasted textarea", "\n".join(map(json.dumps, rows)))
         page.click("#more button")
-        page.fill("#set textarea", "train.logging_steps=1\nevaluate.unquantized=false")
+        page.fill("#set textarea", OPTIONS)
         page.fill("#name textarea", "first")
         page.click("#look")
         page.wait_for_selector("#seen .example")
@@ -158,7 +164,8 @@ def test_the_studio_from_the_plan_to_the_chat(chromium, tmp_path) -> None:
 def test_the_demo_answers_on_both_sides(chromium, tmp_path) -> None:
     subprocess.run(
         [sys.executable, "-m", "quantadapt", "run", "--max-steps", "2", "-o", "run",
-         "--set", "evaluate.max_examples=4", "--set", "evaluate.samples=1"],
+         "--merge", "never", "--set", "evaluate.max_examples=4", "--set", "evaluate.samples=1",
+         "--set", "evaluate.unquantized=false"],
         cwd=tmp_path, check=True, capture_output=True,
     )  # fmt: skip
     with command("demo", "run", "--max-new-tokens", "200", folder=tmp_path) as address:

@@ -51,9 +51,15 @@ def plan_html(form: Form, cards: Sequence[float]) -> Html:
         *_fits(form, cards),
         el("ul", *remarks, class_="note") if remarks else Html(),
         el("h2", "The same on the command line"),
-        el("pre", shlex.join(["quantadapt", *form.arguments()]), class_="boxed"),
+        el("pre", _command(form), class_="boxed"),
         class_="qa",
     )
+
+
+def _command(form: Form) -> str:
+    """Return the command line of a run, an option a line."""
+    name, *options = form.arguments()
+    return " \\\n    ".join([f"quantadapt {name}", *map(shlex.quote, options)])
 
 
 def _fits(form: Form, cards: Sequence[float]) -> list[Html]:
