@@ -129,9 +129,10 @@ def _text(flags: SpecFlags, use: str, name: str, *, checked: bool) -> str:
     text = changed(text, before, values)
     spec = flags.spec()
     if checked:
+        from ..objectives.surveying import surveyed
         from ..planning.stage import plan
 
-        plan(spec, check_output=False, weights=False)
+        surveyed(plan(spec, check_output=False, weights=False))
     return text
 
 
