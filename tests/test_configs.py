@@ -96,17 +96,15 @@ def test_without_a_use_they_are_listed(init) -> None:
 
 
 DATA = {
-    "dpo": demo.PREFERENCES / "train.jsonl",
-    "reward": demo.PREFERENCES / "train.jsonl",
-    "classify": demo.LABELLED / "sequence" / "train.jsonl",
-    "classify-tokens": demo.LABELLED / "token" / "train.jsonl",
+    **dict.fromkeys(("dpo", "reward"), "preferences/train.jsonl"),
+    "classify": "labelled/sequence/train.jsonl",
+    "classify-tokens": "labelled/token/train.jsonl",
 }
-"""For objectives that learn from other columns than the demo's."""
 
 
 @each
 def test_what_is_given_is_filled_in_and_all_comments_stay(name: str, init) -> None:
-    model, data = demo.MODEL_DIR, DATA.get(name, demo.TRAIN_FILE)
+    model, data = demo.MODEL_DIR, demo.DEMO_DIR / DATA.get(name, "train.jsonl")
     given = ("--model", model, "--data", data, "--set", "seed=7", "--set", "train.save_steps=9")
     assert init(name, *given, "-o", "mine.yaml")[0] == 0
     text, template = Path("mine.yaml").read_text(), configs.located(name).read_text()
@@ -146,6 +144,13 @@ def test_nothing_is_replaced_unless_it_is_said(init, tmp_path) -> None:
     assert Spec.load(mine).backend.options["bits"] == 4
     assert [file.name for file in tmp_path.iterdir()] == ["demo.yaml"]
     assert "it is a folder" in init("demo", "-o", str(tmp_path))[2]
+
+
+def test_data_of_another_task_are_refused_as_by_plan(init, tmp_path) -> None:
+    code, _, err = init("dpo", "--data", demo.TRAIN_FILE)
+    assert code == 2
+    assert "no column 'chosen', 'rejected'" in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_plan_refuses_is_not_written_but_for_another_machine(init, tmp_path) -> None:

@@ -65,7 +65,7 @@ def init(
             _refuse_without_use(flags, output)
             _list(shown)
             return
-        file = Path(output or f"{use}.yaml").expanduser()
+        file = Path(f"{use}.yaml" if output is None else output).expanduser()
         to_screen = output == _STDOUT
         text = _text(flags, use, use if to_screen else file.stem, checked=not no_check)
         if not to_screen:
@@ -129,9 +129,10 @@ def _text(flags: SpecFlags, use: str, name: str, *, checked: bool) -> str:
     text = changed(text, before, values)
     spec = flags.spec()
     if checked:
+        from ..objectives.surveying import surveyed
         from ..planning.stage import plan
 
-        plan(spec, check_output=False, weights=False)
+        surveyed(plan(spec, check_output=False, weights=False))
     return text
 
 
