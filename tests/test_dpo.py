@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantadapt as qa
-from quantadapt import demo
+from quantadapt import cli, demo
 from quantadapt.distributed import world
 from quantadapt.errors import PlanRefused
 from quantadapt.evaluation.preferences import answer_log_probs
@@ -341,7 +341,10 @@ def test_data_without_pairs_are_told() -> None:
 # --- the reference -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", ["pissa", "loftq", "dora", "vera"])
+@pytest.mark.parametrize(
+    "adapter",
+    ["pissa", *(pytest.param(a, marks=pytest.mark.slow) for a in ("loftq", "dora", "vera"))],
+)
 def test_the_reference_is_the_model_before_training(adapter) -> None:
     """Also where attaching moves a part of the base into the adapter: the first loss is log 2."""
     model = attached("hqq", adapter)
@@ -352,6 +355,7 @@ def test_the_reference_is_the_model_before_training(adapter) -> None:
     assert ("reward-accuracy" in found) == (adapter in ("dora", "vera"))
 
 
+@pytest.mark.slow
 def test_a_model_that_was_trained_before_is_its_own_reference() -> None:
     model = attached()
     trained(model, learning_rate=1.0)
@@ -359,6 +363,7 @@ def test_a_model_that_was_trained_before_is_its_own_reference() -> None:
     assert logs[0]["loss"] == pytest.approx(0.693147, abs=2e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_reference(tmp_path) -> None:
     """Also of a model that is in memory and trained already; figures go on, too."""
     options = {"logging_steps": 3, "save_steps": 1, "eval_steps": 4, "eval_data": ours()}
@@ -429,7 +434,8 @@ def test_two_processes_train_as_one(tmp_path, parallel) -> None:
 # --- a run ---------------------------------------------------------------------------------------
 
 
-def test_a_run_measures_preferences_before_and_after(tmp_path) -> None:
+@pytest.mark.slow
+def test_a_run_measures_preferences_before_and_after(tmp_path, capsys) -> None:
     data = tmp_path / "data"
     data.mkdir()
     for name in ("train", "eval"):
@@ -459,6 +465,10 @@ def test_a_run_measures_preferences_before_and_after(tmp_path) -> None:
     again = qa.load(tmp_path / "run")
     found = qa.evaluate(again, data, evaluation="preferences")
     assert found["margin"] == pytest.approx(margin["tuned"], abs=1e-4)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["eval", str(tmp_path / "run"), "--json"])  # what it measures by itself
+    assert not ended.value.code
+    assert json.loads(capsys.readouterr().out)["margin"] == pytest.approx(margin["tuned"], abs=1e-4)
 
 
 def test_options_of_adalora_are_refused_in_python(tmp_path) -> None:
