@@ -207,6 +207,7 @@ def test_losses_and_weights_are_those_of_stock_peft(tmp_path) -> None:
     assert torch.equal(logits(qa.load(tmp_path / "saved")), logits(model))
 
 
+@pytest.mark.slow
 def test_batches_in_parts_are_the_same(tmp_path) -> None:
     file, source, found = texts(tmp_path), str(small_model()), []
     for size, accumulated in ((6, 1), (2, 3)):
@@ -307,7 +308,7 @@ def bert(folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("backend", ["none", "hqq"])
+@pytest.mark.parametrize("backend", ["hqq", pytest.param("none", marks=pytest.mark.slow)])
 def test_all_that_begins_at_random_is_trained(tmp_path, backend) -> None:
     """A masked language model has no pooler: it stays dense, and is trained with the head."""
     model = qa.quantize(bert(tmp_path / "bert"), backend, head="sequence", labels=LABELS)
@@ -336,6 +337,7 @@ def test_a_checkpoint_with_a_head_keeps_it(tmp_path) -> None:
         qa.quantize(str(source), "none", head="sequence", labels=["way", "other"])
 
 
+@pytest.mark.slow
 def test_outputs_without_names_get_those_of_the_data(tmp_path) -> None:
     stock(str(small_model())).save_pretrained(tmp_path / "classifier")
     tokenizer().save_pretrained(tmp_path / "classifier")
@@ -447,6 +449,7 @@ def test_rewards_are_trls(tmp_path) -> None:
     assert figures["margin"] == pytest.approx(float((scores[:, 0] - scores[:, 1]).mean()), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_language_model_gives_no_rewards(tmp_path) -> None:
     with pytest.raises(qa.QuantadaptError, match="gives no single score"):
         qa.evaluate(qa.quantize(str(small_model()), "none"), pairs(tmp_path), evaluation="rewards")
@@ -463,7 +466,7 @@ CELLS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("objective", "adapter", "backend"), CELLS, ids="-".join)
+@pytest.mark.parametrize(("objective", "adapter", "backend"), CELLS, ids=map("-".join, CELLS))
 def test_a_cell(tmp_path, objective, adapter, backend) -> None:
     """A run on the bundled data, whose adapter gives the same after it is loaded."""
     spec = qa.Spec(

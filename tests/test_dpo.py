@@ -6,16 +6,17 @@ import json
 import shutil
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from processes import in_processes
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantadapt as qa
-from quantadapt import demo
+from quantadapt import cli, demo
 from quantadapt.distributed import world
 from quantadapt.errors import PlanRefused
 from quantadapt.evaluation.preferences import answer_log_probs
@@ -191,6 +192,72 @@ def test_smoothed_labels_are_a_mixture_of_both() -> None:
     assert torch.allclose(DPO(label_smoothing=0.1).losses(margins), expected, rtol=0, atol=1e-12)
 
 
+# --- without a reference -------------------------------------------------------------------------
+
+
+def of_trl_alone(kind: str) -> tuple[torch.Tensor, Any]:
+    """TRL's loss of all pairs on stock logits, and the model with its gradients."""
+    from peft import LoraConfig, get_peft_model
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    base = AutoModelForCausalLM.from_pretrained(small_model(), dtype=torch.float32)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
+    start = {n: p.detach() for n, p in attached().named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(start[name])
+    rows = [(r["prompt_ids"], r[c]) for c in ("chosen_ids", "_rejected") for r in pairs()]
+    length = max(len(prompt + answer) for prompt, answer in rows)
+    ids, labels, seen = (torch.full((len(rows), length), v) for v in (0, -100, 0))
+    for i, (prompt, answer) in enumerate(rows):
+        ids[i, : len(prompt + answer)] = torch.tensor(prompt + answer)
+        labels[i, len(prompt) : len(prompt + answer)] = torch.tensor(answer)
+        seen[i, : len(prompt + answer)] = 1
+    logits = model(input_ids=ids, attention_mask=seen).logits
+    half = len(rows) // 2
+    means = ORPOTrainer.get_batch_logps(logits, labels, average_log_prob=True)
+    options = {"beta": 0.3, "alpha": 0.0, "loss_type": "simpo", "simpo_gamma": 0.7}
+    asked: Any = SimpleNamespace(
+        **options, label_smoothing=0.1, accelerator=SimpleNamespace(device="cpu")
+    )
+    if kind == "simpo":
+        return CPOTrainer.cpo_loss(asked, means[:half], means[half:])[0].mean(), model
+    whole = ids.masked_fill(seen == 0, -100)[:half, 1:]
+    learnt = cross_entropy(logits[:half, :-1].flatten(0, 1), whole.flatten())
+    ratio = ORPOTrainer.odds_ratio_loss(asked, means[:half], means[half:])[0]
+    return learnt - ratio.mean(), model
+
+
+@pytest.mark.parametrize("kind", ["orpo", "simpo"])
+def test_losses_and_gradients_without_a_reference_are_trls(kind) -> None:
+    options = {"gamma": 0.7, "label_smoothing": 0.1} if kind == "simpo" else {}
+    objective = {"name": kind, "beta": 0.3, **options}
+    model = attached()
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    given = {"per_device_train_batch_size": 8, "max_steps": 1, "max_grad_norm": 0.0}
+    logs, weights = trained(model, objective=objective, **given)
+    loss, theirs = of_trl_alone(kind)
+    loss.backward()
+    assert logs[0]["loss"] == pytest.approx(float(loss.detach()), rel=1e-6, abs=1e-6)
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            moved = TRAIN["learning_rate"] * parameter.grad
+            found = before[name] - weights[name]
+            assert float((found - moved).norm()) < 1e-3 * float(moved.norm()) + 1e-8, name
+
+
+def test_accumulated_steps_without_a_reference_are_the_same() -> None:
+    whole, _ = trained(attached(), objective="simpo", max_steps=2)
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    parts, _ = trained(attached(), objective="simpo", max_steps=2, **options)
+    for log, other in zip(whole, parts, strict=True):
+        for name in ("loss", "grad_norm", *FIGURES):
+            assert other[name] == pytest.approx(log[name], rel=1e-5, abs=1e-6), name
+
+
 # --- by hand -------------------------------------------------------------------------------------
 
 
@@ -274,7 +341,10 @@ def test_data_without_pairs_are_told() -> None:
 # --- the reference -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", ["pissa", "loftq", "dora", "vera"])
+@pytest.mark.parametrize(
+    "adapter",
+    ["pissa", *(pytest.param(a, marks=pytest.mark.slow) for a in ("loftq", "dora", "vera"))],
+)
 def test_the_reference_is_the_model_before_training(adapter) -> None:
     """Also where attaching moves a part of the base into the adapter: the first loss is log 2."""
     model = attached("hqq", adapter)
@@ -285,6 +355,7 @@ def test_the_reference_is_the_model_before_training(adapter) -> None:
     assert ("reward-accuracy" in found) == (adapter in ("dora", "vera"))
 
 
+@pytest.mark.slow
 def test_a_model_that_was_trained_before_is_its_own_reference() -> None:
     model = attached()
     trained(model, learning_rate=1.0)
@@ -292,6 +363,7 @@ def test_a_model_that_was_trained_before_is_its_own_reference() -> None:
     assert logs[0]["loss"] == pytest.approx(0.693147, abs=2e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_reference(tmp_path) -> None:
     """Also of a model that is in memory and trained already; figures go on, too."""
     options = {"logging_steps": 3, "save_steps": 1, "eval_steps": 4, "eval_data": ours()}
@@ -362,7 +434,8 @@ def test_two_processes_train_as_one(tmp_path, parallel) -> None:
 # --- a run ---------------------------------------------------------------------------------------
 
 
-def test_a_run_measures_preferences_before_and_after(tmp_path) -> None:
+@pytest.mark.slow
+def test_a_run_measures_preferences_before_and_after(tmp_path, capsys) -> None:
     data = tmp_path / "data"
     data.mkdir()
     for name in ("train", "eval"):
@@ -392,6 +465,10 @@ def test_a_run_measures_preferences_before_and_after(tmp_path) -> None:
     again = qa.load(tmp_path / "run")
     found = qa.evaluate(again, data, evaluation="preferences")
     assert found["margin"] == pytest.approx(margin["tuned"], abs=1e-4)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["eval", str(tmp_path / "run"), "--json"])  # what it measures by itself
+    assert not ended.value.code
+    assert json.loads(capsys.readouterr().out)["margin"] == pytest.approx(margin["tuned"], abs=1e-4)
 
 
 def test_options_of_adalora_are_refused_in_python(tmp_path) -> None:

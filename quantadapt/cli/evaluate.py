@@ -48,7 +48,7 @@ def evaluate(
             "-e",
             metavar="NAME",
             help="What to measure: a name from `quantadapt evaluations`. Repeatable.",
-            show_default="perplexity",
+            show_default="of a run what its objective says, else perplexity",
         ),
     ] = None,
     set_: Annotated[
@@ -124,18 +124,19 @@ def evaluate(
 ) -> None:
     """Measure a model, a run or an adapter.
 
-    By default its perplexity. A checkpoint is measured as it is; a run or adapter together with the
-    quantized base that it was trained on. With --models, or --tasks, so are the others of the run,
-    and what changed from one to the next.
+    By default what the objective of the run says, or perplexity. A checkpoint is measured as it is;
+    a run or adapter together with the quantized base that it was trained on. With --models, or
+    --tasks, so are the others of the run, and what changed from one to the next.
     """
     with session(as_json=json) as shown, trusting(trust_remote_code):
         from ..planning.stage import evaluators
+        from .models import measured_in
         from .run_models import chosen_models
 
         options = {"num_fewshot": num_fewshot, "limit": limit, "include_path": include_path}
         options["apply_chat_template"] = apply_chat_template or None
         given = _tasks(tasks or [], options)
-        names = evaluation or ([DEFAULT] if not tasks else [])
+        names = evaluation or ((measured_in(path) or [DEFAULT]) if not tasks else [])
         wanted = evaluators([*_wanted(names, set_ or []), *given])
         chosen = chosen_models(path, models or [], everything=bool(tasks))
         found, origin = _measured(

@@ -104,6 +104,16 @@ def held_out_of(path: str, data: str | None, tokenizer: Any) -> tuple[HeldOut, s
     return read_held_out(data, tokenizer, like=like), origin
 
 
+def measured_in(path: str) -> list[str]:
+    """Return what is measured where nobody says, by the objective of the run at `path`; none where
+    there is no run."""
+    from ..records import Objective
+    from ..registry.discovery import registry
+
+    run = spec_of_run(path)
+    return [*registry().record(Objective, run.objective.name).evaluations] if run else []
+
+
 def calibration_of(path: str, calibration: str | None, tokenizer: Any) -> Any:
     """Return what to calibrate on: what `calibration` names, or what the run at `path` used."""
     from .. import planning

@@ -129,7 +129,14 @@ class PairCollator:
 
 def log_likelihoods(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Return of each sequence in a batch its log-likelihood where labels count, float32 [rows] in
-    nats, and how many they are, int64 [rows].
+    nats, and how many they are, int64 [rows]."""
+    counts = (batch["labels"][:, 1:] != -100).sum(1)
+    return token_log_probs(model, batch).sum(1), counts
+
+
+def token_log_probs(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Return the log-likelihood of each token whose label counts, and 0 elsewhere, float32 [rows,
+    length - 1] in nats.
 
     Padding is at the end, where no token that counts sees it, so no attention mask is needed.
     """
@@ -149,7 +156,7 @@ def log_likelihoods(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tenso
         losses = cross_entropy(rows.float(), targets, reduction="none")
     # Each has a place of its own, so that the sum does not depend on who comes first.
     placed = losses.new_zeros(labels.numel()).scatter(0, where, -losses)
-    return placed.view(labels.shape).sum(1), (labels != -100).sum(1)
+    return placed.view(labels.shape)
 
 
 def with_reference(

@@ -47,6 +47,8 @@ BUILTIN = {
     "dpo": "quantadapt.objectives.dpo",
     "classify": "quantadapt.objectives.classify",
     "reward": "quantadapt.objectives.reward",
+    "orpo": "quantadapt.objectives.orpo",
+    "simpo": "quantadapt.objectives.simpo",
     "perplexity": "quantadapt.evaluation.perplexity",
     "tasks": "quantadapt.benchmarking.tasks",
     "preferences": "quantadapt.evaluation.preferences",
