@@ -20,7 +20,7 @@ from .inputs.plain_yaml import YAMLError, parse, read_yaml, to_yaml
 from .inputs.typed import Typed
 
 MergeChoice = Literal["auto", "dense", "requantize", "never"]
-Rounding = Literal["auto", "nearest", "grid", "dithered", "compensated"]
+Rounding = Literal["auto", "nearest", "grid", "dithered", "refined", "compensated"]
 """How merged weights are rounded when they are quantized again, see `exporting.rounding`."""
 MinGain = Annotated[float, Field(ge=0, le=1)]
 """The share of an adapter's gain that a merged model has to keep, see `ExportSpec.min_gain`."""
@@ -301,7 +301,8 @@ class ExportSpec(_Strict):
         "auto",
         description="how such a model is rounded: nearest (as the backend quantizes), grid "
         "(nearest, with the scales of the base), dithered (with those, so that changes below a "
-        "step are kept on the whole), compensated (layers make up for their errors, on data); "
+        "step are kept on the whole), refined (dithered, after some steps of training for it, on "
+        "data), compensated (layers make up for their errors, on data); "
         "auto: the first but grid that keeps min_gain",
     )
     formats: list[FormatSpec] = Field(

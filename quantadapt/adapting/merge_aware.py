@@ -65,6 +65,11 @@ def make_merge_aware(model: nn.Module) -> None:
         state.merge_aware = True
 
 
+def rounded_layers(model: nn.Module) -> list[Any]:
+    """Return PEFT's layers in `model` that compute with rounded weights."""
+    return [layer for _, layer in _adapted(model) if getattr(layer, "merge_aware", False)]
+
+
 def forget_merge_aware(base: nn.Module, state: ModelState) -> None:
     """Have `base`, whose adapter was taken away, begin anew: what an earlier adapter was trained
     with is not what the next one is."""

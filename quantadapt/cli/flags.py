@@ -178,7 +178,7 @@ class SpecFlags:
         str | None,
         typer.Option(
             metavar="WAY",
-            help="With --merge requantize: nearest, grid, dithered, compensated, or auto.",
+            help="With --merge requantize: nearest, grid, dithered, refined, compensated, or auto.",
             show_default="auto",
             rich_help_panel=_WHERE,
         ),

@@ -62,7 +62,7 @@ def merge(
         typer.Option(
             metavar="WAY",
             help="With --kind requantize: how weights are rounded: nearest, grid, dithered, "
-            "compensated, or auto: the first but grid that keeps --min-gain.",
+            "refined, compensated, or auto: the first but grid that keeps --min-gain.",
             show_default="auto",
         ),
     ] = None,

@@ -119,8 +119,8 @@ class Requantizing(Exporter):
     )
     rounding: Rounding = Field(
         "auto",
-        description="of such a merge: nearest, grid, dithered, compensated, or auto: the first but "
-        "grid that keeps min_gain",
+        description="of such a merge: nearest, grid, dithered, refined, compensated, or auto: the "
+        "first but grid that keeps min_gain",
     )
 
     def refusals(self, cell: Cell, backend: Backend, adapter: Adapter) -> list[Problem]:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ..errors import DataError, GpuTooSmall, MergeRefused, Problem
+from ..evaluation.predictions import is_encoder_decoder, predicts_tokens
 from ..facade import QuantWeight, facades
 from ..planning.exports import AS_TRAINED, rounding_as_trained
 from ..planning.memory import MERGE_IN_LESS
 from ..quantizing.state import state_of
 from .compensating import compensating
 from .kept import NO_GRID
-from .merging import Write
+from .refining import refined_model
 from .tuned import TOO_SMALL, memory_in_words
 
 if TYPE_CHECKING:
@@ -33,17 +34,16 @@ class Way:
 
     Attributes:
         why_not: says why it cannot be taken here; empty if it can.
-        write: returns how merged weights are written into quantized layers; None: as the backend
-            quantizes.
+        make: returns the base with the adapter merged in and rounded.
     """
 
     why_not: Callable[[Tuned], str]
-    write: Callable[[Tuned], Write | None]
+    make: Callable[[Tuned], nn.Module]
 
     def merged(self, tuned: Tuned) -> nn.Module:
         """Return the base with the adapter merged in and quantized again."""
         with memory_in_words():
-            return tuned.merged("requantize", self.write(tuned))
+            return self.make(tuned)
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,15 @@ def _needs_grid_and_data(tuned: Tuned) -> str:
     return _needs_grid(tuned) or _needs_data(tuned)
 
 
+NO_TOKENS = "it is trained on the next tokens that a decoder alone predicts"
+
+
+def _needs_what_refining_needs(tuned: Tuned) -> str:
+    if not predicts_tokens(tuned.model) or is_encoder_decoder(tuned.model):
+        return NO_TOKENS
+    return _needs_grid_and_data(tuned)
+
+
 def _on_grid(base: QuantWeight, copied: QuantWeight, weight: Tensor) -> None:
     copied.repack(weight)
 
@@ -149,16 +158,23 @@ def _dither(base: QuantWeight, copied: QuantWeight, weight: Tensor) -> None:
     copied.repack(copied.dithered(weight))
 
 
+def _refine(tuned: Tuned) -> nn.Module:
+    return refined_model(tuned.model, tuned.calibration or [])
+
+
+def _compensate(tuned: Tuned) -> nn.Module:
+    return tuned.merged("requantize", compensating(tuned.model, tuned.calibration or []))
+
+
 WAYS: dict[str, Way] = {
-    "nearest": Way(_needs_what_the_backend_needs, lambda tuned: None),
-    "grid": Way(_needs_grid, lambda tuned: _on_grid),
-    "dithered": Way(_needs_grid, lambda tuned: _dither),
-    "compensated": Way(
-        _needs_grid_and_data, lambda tuned: compensating(tuned.model, tuned.calibration or [])
-    ),
+    "nearest": Way(_needs_what_the_backend_needs, lambda tuned: tuned.merged("requantize")),
+    "grid": Way(_needs_grid, lambda tuned: tuned.merged("requantize", _on_grid)),
+    "dithered": Way(_needs_grid, lambda tuned: tuned.merged("requantize", _dither)),
+    "refined": Way(_needs_what_refining_needs, _refine),
+    "compensated": Way(_needs_grid_and_data, _compensate),
 }
-AUTO = ("nearest", "dithered", "compensated")
+AUTO = ("nearest", "dithered", "refined", "compensated")
 """What is tried, from the cheapest on. Not "grid": the base's own weights are nearest to nearly all
 merged ones."""
-AUTO_CALIBRATED = ("dithered", "compensated", "nearest")
+AUTO_CALIBRATED = ("dithered", "refined", "compensated", "nearest")
 """The same where the backend calibrates: as it quantizes, all of the model is made anew."""
