@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from quantadapt.errors import OutputError
@@ -459,6 +460,22 @@ class TestAtomicFolder:
             (temporary / "weights").write_bytes(b"x")
 
         with pytest.raises(OutputError, match="not enough disk space"):
+            fill(tmp_path / "merged", too_much)
+        assert contents(tmp_path) == {}
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+    @pytest.mark.parametrize(("free", "words"), [(0, "not enough disk space"), (2**30, "cannot")])
+    def test_what_numpy_could_not_write(
+        self, free: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its error has no number. GGUF files are written so."""
+        monkeypatch.setattr("quantadapt.folders.atomic._free_space", lambda _: free)
+
+        def too_much(_: Path) -> None:
+            with open("/dev/full", "wb") as full:
+                np.zeros(2**16).tofile(full)
+
+        with pytest.raises(OutputError, match=words):
             fill(tmp_path / "merged", too_much)
         assert contents(tmp_path) == {}
 

@@ -26,6 +26,7 @@ OTHER_OUTPUT = "choose another --output"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _WRITING = (*_FULL, errno.EFBIG, errno.EROFS)
 """Nothing that is read fails with these."""
+_CUT_OFF = re.compile(r"\d+ requested and \d+ written")
 _QUOTED = re.compile(r"os error (\d+)")
 
 
@@ -321,8 +322,9 @@ def _failed_write(error: BaseException | None, path: Path) -> OSError | None:
         number = int(found[1]) if (found := _QUOTED.search(text)) else 0  # safetensors quotes it
         if number in _WRITING or (number and "serializ" in text):
             return OSError(number, os.strerror(number))
-        # torch.save says only that it failed
-        if "inline_container.cc" in text and "PytorchStreamReader" not in text:
+        # torch.save says only that it failed, and numpy how much it wrote
+        torchs = "inline_container.cc" in text and "PytorchStreamReader" not in text
+        if torchs or (isinstance(error, OSError) and _CUT_OFF.fullmatch(text)):
             number = errno.ENOSPC if (_free_space(path) or 0) < 2**20 else errno.EIO
             return OSError(number, os.strerror(number))
         error = error.__cause__ or error.__context__
