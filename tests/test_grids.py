@@ -185,3 +185,22 @@ def test_tiles_for_tensor_cores_hold_what_is_packed():
     assert torch.equal(target.dequantize(changed), grid.nearest(shaken(kept, 1)))
     again = target.repack(changed, kept).weight.qdata
     assert torch.equal(again, packed)
+
+
+@pytest.mark.parametrize("count", [3, 16, 200])
+def test_few_and_many_levels_are_found_alike(count):
+    """Between the levels, on the edges, far outside and where a level is no number."""
+    levels = torch.randn(count, generator=torch.Generator().manual_seed(count))
+    levels[1] = torch.nan
+    grid = CodebookGrid(scale=torch.ones(2, 1), group_size=64, dtype=torch.float32, levels=levels)
+    known = levels[levels.isfinite()].sort().values
+    edges = (known[1:] + known[:-1]) / 2
+    wanted = torch.cat(
+        [known, edges, edges.nextafter(torch.tensor(9.0)), torch.tensor([-99, 99.0])]
+    )
+    wanted = wanted[torch.arange(128) % len(wanted)].view(2, 64)
+    nearest = (wanted.view(-1, 1) - known).abs().min(1).values.view(2, 64)
+    torch.testing.assert_close((grid.nearest(wanted) - wanted).abs(), nearest, rtol=0, atol=1e-6)
+    assert torch.equal(
+        grid.dithered(grid.nearest(wanted), torch.zeros(2, 64)), grid.nearest(wanted)
+    )

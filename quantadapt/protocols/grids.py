@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..compiling import one_kernel
@@ -179,7 +179,7 @@ class CodebookGrid(Grid):
         import torch
 
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32)) / scale
-        return torch.bucketize(exact.nan_to_num(nan=0), self._sorted[2])
+        return _place(exact.nan_to_num(nan=0), self._sorted[2])
 
     def _dithered(
         self, start: Tensor, change: Tensor, noise: Tensor, scale: Tensor, zero: Tensor | None
@@ -191,20 +191,49 @@ class CodebookGrid(Grid):
         below[0] = above[0]
         above = torch.where(above.isfinite() & (above > 0), above, below)  # of the last level
         place = self._places(start, scale)
-        moved = levels[place] + (change / scale).nan_to_num(nan=0)
-        moved = moved + noise * torch.where(noise < 0, below[place], above[place])
-        return order[torch.bucketize(moved, halfway)]
+        moved = levels.take(place) + (change / scale).nan_to_num(nan=0)
+        moved = moved + noise * torch.where(noise < 0, below.take(place), above.take(place))
+        return order.take(_place(moved, halfway))
 
     def _values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         return (self.levels[codes] * scale).to(self.dtype)
+
+
+_FEW = 32
+"""Edges that a CPU compares with each number sooner than it searches among them."""
+
+
+def _place(numbers: Tensor, edges: Tensor) -> Tensor:
+    """Return how many of the ascending `edges` are below each number: int64."""
+    import torch
+
+    if numbers.is_cuda or len(edges) > _FEW:
+        return torch.bucketize(numbers, edges)
+    found = torch.zeros(numbers.shape, dtype=torch.uint8, device=numbers.device)
+    for edge in edges:
+        found += numbers > edge
+    return found.long()
 
 
 def _dithered(start: Tensor, change: Tensor, *rest: Any) -> Tensor:
     """As `Grid.dithered` does, of a grid that is taken apart."""
     *own, kind, names, others = rest
     grid: Grid = kind(**dict(zip(names, own, strict=True)), **dict(others))
-    noise = fixed_noise(*start.shape, device=start.device)
+    small = start.device.type == "cpu" and start.numel() <= _KEPT
+    noise = (_kept_noise if small else fixed_noise)(*start.shape, device=start.device)
     return grid.values(grid._by_group(grid._dithered, None, start, change, noise))
+
+
+_KEPT = 2**22
+"""Numbers of noise that are kept on the CPU, where making them takes as long as all else."""
+
+
+@lru_cache(maxsize=8)
+def _kept_noise(rows: int, columns: int, *, device: torch.device) -> Tensor:
+    import torch
+
+    with torch.inference_mode(False):
+        return fixed_noise(rows, columns, device=device)
 
 
 def fixed_noise(rows: int, columns: int, *, device: torch.device) -> Tensor:
