@@ -861,6 +861,21 @@ def test_points_tell_of_themselves_and_nothing_sticks_out(tmp_path) -> None:
         browser.close()
 
 
+def test_python_compares_and_takes_a_spec(tmp_path, monkeypatch) -> None:
+    import quantadapt as qa
+
+    monkeypatch.setattr(processes, "start_process", pretending)
+    made = qa.Spec(train={"max_steps": 90, "learning_rate": 3e-4}, adapter={"name": "lora", "r": 4})
+    grid = {"backend": ["hqq", "bnb-nf4"]}
+    told = Events()
+    found = qa.compare(made, grid, output=tmp_path / "out", reference=False, listener=told)
+    assert repr(found) == f"<ComparisonResult {str(tmp_path / 'out')!r}; {found.verdict.words}>"
+    assert found.verdict.row.label == "bnb-nf4 x lora(r=4)"
+    assert told.started() == ["hqq-lora-r-4-seed0", "bnb-nf4-lora-r-4-seed0"]
+    spec = parse((tmp_path / "out" / "specs" / "hqq-lora-r-4-seed0.yaml").read_text())
+    assert spec["adapter"] == {"name": "lora", "r": 4}
+
+
 def test_progress_is_shown_in_lines_and_obeys_no_name(tmp_path) -> None:
     text = io.StringIO()
     with CompareDisplay(Screen(text, width=200)) as shown:

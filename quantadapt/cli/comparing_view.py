@@ -128,4 +128,7 @@ def _told(row: Row) -> str:
 
 def result_lines(result: ComparisonResult) -> list[str]:
     """Return where everything is."""
-    return [f"page: {result.folder / 'compare.html'}"]
+    taken = result.verdict.row
+    runs = [result.folder / "runs" / name for name in taken.names] if taken else []
+    found = [f"its run: {', '.join(map(str, runs))}"] if runs else []
+    return [*found, f"page: {result.folder / 'compare.html'}"]

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import FolderInUse, OutputError, PlanRefused, Problem, SpecError
 from ..machine import this_machine
 from ..showing.python import somebody_looks
+from ..spec import Spec
 from .folder import check, opened
 from .grid import Comparison, comparison
 from .planned import PlannedCell, plan_cells
@@ -41,7 +42,7 @@ class ComparisonResult:
 
 
 def compare(
-    spec: Mapping[str, Any] | None = None,
+    spec: Spec | Mapping[str, Any] | None = None,
     grid: Mapping[str, Sequence[Any]] | None = None,
     *,
     output: str | Path,
@@ -58,7 +59,7 @@ def compare(
     interrupted goes on from its checkpoint.
 
     Args:
-        spec: what all runs have in common, as `Spec` takes it; the model by path or hub id.
+        spec: what all runs have in common: a `Spec`, or what it takes; the model by path or hub id.
         grid: a dotted key of the spec -> the values to try, e.g. {"backend": ["hqq", "bnb-nf4"],
             "adapter": ["lora", "dora"], "train.learning_rate": [1e-4, 3e-4]}.
         output: the folder of the comparison; runs are in `output/runs`.
@@ -76,6 +77,8 @@ def compare(
         OutputError: the folder cannot be used. FolderInUse: somebody else is at work there.
         QuantadaptError: the budget does not suffice for one round of all cells.
     """
+    if isinstance(spec, Spec):
+        spec = spec.model_dump(mode="json", exclude_unset=True)
     made = comparison(spec or {}, grid or {}, seeds=seeds, **options)
     trusted = (spec or {}).get("trust_remote_code") is True
     with _display(False if listener is not None and verbose is None else verbose) as shown:
