@@ -415,6 +415,7 @@ OTHER: dict[str, Any] = {
     "data.columns": {"text": "text"},
     "new_modules": ["lm_head"],
     "unused_modules": ["model.layers.9"],
+    "data.split_seed": 5,
     "data.max_length": 24,
     "data.max_examples": 4,
     "train.learning_rate": 1e-3,

@@ -44,7 +44,11 @@ COMMANDS = {
     "judge": Entry("judge", _MODEL, "Let a model judge which of two models answers better."),
     "people": Entry("people", _MODEL, "Let people vote which of two answers is better."),
     "demo": Entry("demo", _MODEL, "Let base and tuned model answer side by side, in the browser."),
-    "studio": Entry("studio", _TUNE, "Plan, start, watch and talk with runs, in the browser."),
+    "studio": Entry(
+        "studio",
+        _TUNE,
+        "Plan runs, start and watch them, and talk with them, in the browser.",
+    ),
     "backends": Entry("catalog", _LOOK, "List the ways to quantize, or show one with its options."),
     "adapters": Entry("catalog", _LOOK, "List the adapters, or show one with its options."),
     "objectives": Entry("catalog", _LOOK, "List what can be learnt, or show one with its options."),

@@ -37,7 +37,7 @@ def studio(
     port: PortOption = 7861,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Plan a run, look at its data, start it, watch it and talk with it, in the browser.
+    """Plan runs, start and watch them, and talk with them, in the browser.
 
     Each run is a process of its own, the command that the page shows; it goes on where the studio
     is left or ended. Runs that others have started in FOLDER are shown, and not touched.
