@@ -177,6 +177,18 @@ def test_wrong_requests_are_told(client, options, status, words) -> None:
     assert client.chat.completions.create(model="tuned", messages=CHAT, max_tokens=1)
 
 
+def test_pages_of_other_hosts_do_not_use_it(address) -> None:
+    models = f"{address}/models"
+    assert httpx.get(models, headers={"Host": "evil.example:8000"}).status_code == 403
+    assert httpx.get(models, headers={"Host": "localhost:1"}).status_code == 200
+    body = {"model": "base", "prompt": "a", "max_tokens": 1}
+    evil = {"Origin": "http://evil.example"}
+    found = httpx.post(f"{address}/completions", json=body, headers=evil)
+    assert (found.status_code, found.json()["error"]["message"][:6]) == (403, "a page")
+    own = {"Origin": address.removesuffix("/v1")}
+    assert httpx.post(f"{address}/completions", json=body, headers=own).status_code == 200
+
+
 @pytest.mark.parametrize("body", ["{", "[]", '{"model": 1}', "\xff", '{"model": "tuned"}'])
 def test_rubbish_is_no_harm(address, body) -> None:
     found = httpx.post(f"{address}/chat/completions", content=body.encode("latin-1"))

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from ..errors import QuantadaptError
 from ..generation.prompts import PromptWriter
 from ..generation.sampling import Sampling
+from .origins import foreign
 from .wire import ChatRequest, CompletionRequest, Reply, WrongRequest, error_document, usage_of
 from .worker import Event, Full, Job, Worker
 
@@ -108,7 +109,8 @@ def create_app(served: Served) -> FastAPI:
 
 
 class Guard:
-    """Refuses who does not show the token, and bodies that are too large, however they are sent.
+    """Refuses who does not show the token (or, where there is none, pages of other hosts), and
+    bodies that are too large, however they are sent.
 
     Written for ASGI itself: under the frameworks' own way (`app.middleware`) nobody is told that
     a client has gone.
@@ -135,6 +137,8 @@ class Guard:
         await self._app(scope, counted, send)
 
     def _refusal(self, request: Request) -> WrongRequest | None:
+        if not self._token and (other := foreign(request.method, request.headers)):
+            return WrongRequest(other, status=403)
         if self._token and request.url.path != "/health" and not _shows(request, self._token):
             what = "show the server's token: Authorization: Bearer TOKEN"
             return WrongRequest(what, status=401, code="invalid_api_key")

@@ -7,10 +7,10 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from ..dependencies import unchanged_process
 from ..reporting.charts import chart_style
+from ..serving.origins import foreign
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it would tell that it is used
 with unchanged_process():
@@ -28,7 +28,6 @@ with what can be chosen."""
 Scope = MutableMapping[str, Any]
 Asgi = Callable[[Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Any]
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; "
     "base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
@@ -98,10 +97,11 @@ class _Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        if refusal := self._refusal(scope["method"], headers):
-            from starlette.responses import PlainTextResponse
+        from starlette.datastructures import Headers
+        from starlette.responses import PlainTextResponse
 
+        headers = Headers(scope=scope)
+        if refusal := foreign(scope["method"], headers, any_host=self.any_host):
             await PlainTextResponse(refusal, 403)(scope, receive, send)
             return
 
@@ -111,24 +111,6 @@ class _Guard:
             await send(message)
 
         await self.app(scope, receive, guarded)
-
-    def _refusal(self, method: str, headers: dict[bytes, bytes]) -> str:
-        """Say why a request is not answered; empty where it is."""
-        host = headers.get(b"host", b"").decode("latin-1")
-        if not self.any_host and _name(host) not in _LOOPBACK:
-            return "this page is for this machine: open it as http://127.0.0.1"
-        origin = headers.get(b"origin", b"").decode("latin-1")
-        if method not in ("GET", "HEAD") and origin and urlsplit(origin).netloc != host:
-            return "another page may not use this one"
-        return ""
-
-
-def _name(host: str) -> str:
-    """Return a host without its port."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
 
 
 def _theme() -> gr.themes.Base:
