@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -462,6 +463,22 @@ class TestAtomicFolder:
         with pytest.raises(OutputError, match="not enough disk space"):
             fill(tmp_path / "merged", too_much)
         assert contents(tmp_path) == {}
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+    def test_a_copied_folder_that_does_not_fit(self, tmp_path: Path) -> None:
+        """shutil tells of all files at once, in an error without a number."""
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "README.md").write_text("much")
+
+        def full(source: str, target: str) -> None:
+            Path("/dev/full").write_text(Path(source).read_text())
+
+        def copied(folder: Path) -> None:
+            shutil.copytree(tmp_path / "adapter", folder / "again", copy_function=full)
+
+        with pytest.raises(OutputError, match="not enough disk space"):
+            fill(tmp_path / "merged", copied)
+        assert "merged" not in contents(tmp_path)
 
     @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
     @pytest.mark.parametrize(("free", "words"), [(0, "not enough disk space"), (2**30, "cannot")])

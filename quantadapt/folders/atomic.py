@@ -27,7 +27,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _WRITING = (*_FULL, errno.EFBIG, errno.EROFS)
 """Nothing that is read fails with these."""
 _CUT_OFF = re.compile(r"\d+ requested and \d+ written")
-_QUOTED = re.compile(r"os error (\d+)")
+_QUOTED = re.compile(r"(?:os error |\[Errno )(\d+)")
+"""How safetensors and shutil.copytree tell of the system's errors, the latter of many at once."""
 
 
 @contextmanager
@@ -304,7 +305,7 @@ def in_words(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        failed = error if isinstance(error, OSError) else _failed_write(error, path)
+        failed = _failed_write(error, path) or (error if isinstance(error, OSError) else None)
         if failed is None or isinstance(error, QuantadaptError):
             raise
         if failed.errno in _FULL:
@@ -317,11 +318,11 @@ def _failed_write(error: BaseException | None, path: Path) -> OSError | None:
     written, whichever library reports it."""
     while error is not None:
         text = str(error)
+        number = int(found[1]) if (found := _QUOTED.search(text)) else 0
+        if number in _WRITING or ("os error" in text and "serializ" in text):
+            return OSError(number, os.strerror(number))
         if isinstance(error, OSError) and (error.errno in _WRITING or str(path) in text):
             return error
-        number = int(found[1]) if (found := _QUOTED.search(text)) else 0  # safetensors quotes it
-        if number in _WRITING or (number and "serializ" in text):
-            return OSError(number, os.strerror(number))
         # torch.save says only that it failed, and numpy how much it wrote
         torchs = "inline_container.cc" in text and "PytorchStreamReader" not in text
         if torchs or (isinstance(error, OSError) and _CUT_OFF.fullmatch(text)):

@@ -5,9 +5,10 @@ All through the `gguf` package; nothing here knows of models.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -85,6 +86,8 @@ class GGUFFile:
         for name, make in self.meant.items():
             numbers = make().float().contiguous().cpu().numpy()
             self.writer.write_tensor_data(_stored(name, numbers, kinds[name], gguf))
+            for file in self.writer.fout or ():
+                _refuse_short(file)
         self.writer.close()
 
     def refuse_other(self) -> int:
@@ -103,6 +106,15 @@ class GGUFFile:
             what = f"what was written is not what was meant: {', '.join(wrong[:3])}"
             raise ModelError(what, fix="tell the authors", where=str(self.path))
         return len(found)
+
+
+def _refuse_short(file: IO[bytes]) -> None:
+    """Raise OSError where numpy could not write all and told nobody: it does so of what is small
+    enough to wait in a buffer."""
+    file.flush()
+    there, wanted = os.fstat(file.fileno()).st_size, file.tell()
+    if there < wanted:
+        raise OSError(f"{wanted} requested and {there} written")
 
 
 def _stored(name: str, numbers: np.ndarray[Any, Any], kind: Any, gguf: Any) -> Any:
