@@ -1,7 +1,7 @@
 """The campaign of `benchmarks.faults`: a tenth of it with the slow tests, all of it by hand.
 
 A class for each share, so that workers of xdist take them side by side. Bad inputs have a test of
-their own.
+their own. CI takes them where `quantadapt.folders`, `quantadapt.exporting` or `benchmarks` change.
 """
 
 from __future__ import annotations
