@@ -142,3 +142,15 @@ def import_requirements(backend: Backend) -> None:
             fix = f"reinstall it: pip install --force-reinstall '{backend.extra or name}'"
             what = f"backend {backend.name!r} needs {name}, which fails to import: {error!r}"
             raise MissingDependency(what, fix=fix, where="backend") from error
+
+
+@contextmanager
+def errors_only(library: str) -> Iterator[None]:
+    """Keep the advice that a library logs off the screen, but for errors."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from ..dependencies import unchanged_process
+from ..dependencies import errors_only, unchanged_process
 from ..errors import ModelError, Problem
 from ..evaluation.predictions import evaluating
 from ..generation.rows import base_of
@@ -101,7 +99,7 @@ class Tasks(Evaluator):
             from lm_eval.evaluator import evaluate
 
             from .live_model import LiveModel, seeded
-        with _silent(), seeded(), evaluating(model):
+        with errors_only("lm_eval"), seeded(), evaluating(model):
             live = LiveModel(
                 model, given.tokenizer, batch_size=given.batch_size, max_length=self.max_length
             )
@@ -142,18 +140,6 @@ class Tasks(Evaluator):
                 task.set_config("num_fewshot", self.num_fewshot or 0)
             task.set_fewshot_seed(seed=1234)
         return loaded
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep what lm-eval logs about its progress and its defaults off the screen."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _figures(results: Mapping[str, Any], asked: Sequence[str]) -> Iterator[tuple[str, Figure]]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
 
+from ..showing.bars import Bars
 from .matrix_view import OUTCOMES, show_verified
 from .session import Session
 
@@ -77,39 +78,15 @@ def _again(cell: VerifiedCell) -> str:
     return " ".join(words)
 
 
-class VerifyDisplay:
+class VerifyDisplay(Bars):
     """A listener for `Verification`; use it as a context manager.
 
     A line for each cell; on a terminal also a bar for each process that is at work.
     """
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        super().__init__(console)
         self._bars: dict[tuple[str, ...], TaskID] = {}
-        self._live = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[test]}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-            disable=not console.is_terminal,
-        )
-
-    def __enter__(self) -> VerifyDisplay:
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
-        """Show one event; those it does not know are passed over."""
-        handler = getattr(self, f"on_{event}", None)
-        if handler is not None:
-            handler(facts)
 
     def on_planned(self, facts: Mapping[str, Any]) -> None:
         """It is known what there is to do for one backend."""
@@ -120,7 +97,7 @@ class VerifyDisplay:
     def on_job(self, facts: Mapping[str, Any]) -> None:
         """A process begins."""
         job: Job = facts["job"]
-        self._bars[_key(job)] = self._live.add_task(escape(job.title), total=None, test="starting")
+        self._bars[_key(job)] = self._live.add_task(escape(job.title), total=None, told="starting")
 
     def on_test(self, facts: Mapping[str, Any]) -> None:
         """A process began with a test."""
@@ -128,7 +105,7 @@ class VerifyDisplay:
         if bar is not None and "number" in facts:
             done, total = facts["number"] - 1, facts["of"]
             text = f"{done}/{total} {escape(str(facts['test']))}"
-            self._live.update(bar, completed=done, total=total, test=text)
+            self._live.update(bar, completed=done, total=total, told=text)
 
     def on_cell(self, facts: Mapping[str, Any]) -> None:
         """A cell has a result."""

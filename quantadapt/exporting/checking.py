@@ -7,7 +7,6 @@ base may be larger than memory, the decoder's blocks stay on disk (`blocks_on_di
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dependencies import errors_only
 from ..errors import ModelError
 from ..facade import facades
 from ..loading.reading import architecture
@@ -198,14 +198,9 @@ def blocks_on_disk(folder: Path, device: str) -> Iterator[dict[str, Any]]:
             places[name] = device
     if not blocks:
         places = {"": device}
-    logger = logging.getLogger("accelerate.big_modeling")  # warns that blocks are on disk
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with tempfile.TemporaryDirectory(prefix="quantadapt-") as scratch:
-            yield {"device_map": places, "offload_folder": scratch}
-    finally:
-        logger.setLevel(level)
+    made = tempfile.TemporaryDirectory(prefix="quantadapt-")
+    with errors_only("accelerate.big_modeling"), made as scratch:  # it warns of blocks on disk
+        yield {"device_map": places, "offload_folder": scratch}
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.batches import padded
 from ..data.tokens import Prompt, encode_prompt
+from ..dependencies import errors_only
 from ..errors import DataError, ModelError, warn
 from ..evaluation.predictions import device_of, evaluating, is_encoder_decoder
 from .rows import Row, Rows, base_of, takes_rows
@@ -74,7 +74,7 @@ def answers(
     there, too. `first` is the number of the first prompt, which its draws depend on."""
     _refuse_silent(model)
     _tell_of_length(model, prompts, sampling)
-    with evaluating(model), _silent():
+    with evaluating(model), errors_only("transformers"):
         if not takes_rows(model):
             yield from _one_by_one(model, tokenizer, prompts, sampling, first)
             return
@@ -132,7 +132,7 @@ def streamed(
 
     _refuse_silent(model)
     _tell_of_length(model, [ids], sampling)
-    with evaluating(model), _silent():
+    with evaluating(model), errors_only("transformers"):
         if not takes_rows(model):
             yield next(_one_by_one(model, tokenizer, [ids], sampling)).text
             return
@@ -264,15 +264,3 @@ def _seeded(sampling: Sampling, number: int, device: Any) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed((sampling.seed + number) % 2**63)
         yield
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep the advice that transformers logs about generation off the screen."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -7,47 +7,23 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import SpinnerColumn, TaskID
 
 from ..folders.metrics import duration, label, with_unit
+from .bars import Bars
 from .display import four_digits
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-class CompareDisplay:
+class CompareDisplay(Bars):
     """A listener for `quantadapt.compare`; use it as a context manager."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        super().__init__(console, SpinnerColumn())
         self.done, self.total, self.slots = 0, 0, 1
         self._bars: dict[str, TaskID] = {}
-        self._live = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[told]}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-            disable=not console.is_terminal,
-        )
-
-    def __enter__(self) -> CompareDisplay:
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
-        """Show one event; those it does not know are passed over."""
-        handler = getattr(self, f"on_{event}", None)
-        if handler is not None:
-            handler(facts)
 
     def _print(self, text: str, style: str = "") -> None:
         self.console.print(text, markup=False, soft_wrap=True, style=style)
