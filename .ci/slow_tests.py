@@ -22,6 +22,8 @@ def words(paths: list[str]) -> set[str] | None:
     """Return what test files say that paths concern; None where they concern all."""
     found = set()
     for path in paths:
+        if path.endswith(".md"):
+            continue
         first, _, rest = path.partition("/")
         room = rest.partition("/")[0].removesuffix(".py")
         if path in ("pyproject.toml", "constraints.txt") or path == "tests/conftest.py":
