@@ -9,17 +9,16 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from html import unescape
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 
 from quantadapt import cli
-from quantadapt.cli.listening import PAGE, listening
 from quantadapt.errors import DataError, OutputError
 from quantadapt.judging.pairs import Pair, write_pairs
 from quantadapt.judging.votes import Ballot, Vote, Votes, read_votes, tally
@@ -145,26 +144,13 @@ def test_what_votes_come_to() -> None:
 # The page -----------------------------------------------------------------------------------------
 
 
-@contextmanager
-def served(folder: Path, **options: Any) -> Iterator[str]:
-    import uvicorn
-
+def served(folder: Path, **options: Any) -> AbstractContextManager[str]:
+    """Return the address of the page, while a test looks at it."""
     from quantadapt.judging.page import people_page
     from quantadapt.studio.page import page_app
 
-    app = page_app(people_page(Ballot.of(PAIRS), Votes(folder / "votes.jsonl")), **options)
-    listener = listening("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", **PAGE))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
+    blocks = people_page(Ballot.of(PAIRS), Votes(folder / "votes.jsonl"))
+    return pages.served(page_app(blocks, **options))
 
 
 def client_of(address: str, **options: Any) -> Any:
