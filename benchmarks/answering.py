@@ -3,11 +3,12 @@
     python benchmarks/answering.py --shape 8b --case peft-nf4 unsloth ours-nf4 ours-hqq
 
 Cases are those of speed.py, each in a process of its own on random weights of the given shape. A
-batch of prompts of 128 tokens is answered greedily with 128 more; the first batch does not count,
-the median of three does. `ours` decodes as `quantadapt generate` and `serve` do, `peft-nf4` by
-transformers' `generate`, `unsloth` by its `for_inference`. `ours-...:growing` decodes without
-fixed slots, and so without CUDA graphs. `same` says how many tokens are those of the first
-case, which has the same weights where it is nf4, too.
+batch of prompts of 128 tokens is answered greedily with as many more; the first batch does not
+count, the median of the others (`--rounds`) does. `ours` decodes as `quantadapt generate` and
+`serve` do, `peft-nf4` by transformers' `generate`, `unsloth` by its `for_inference`.
+`ours-...:growing` decodes without fixed slots, and so without CUDA graphs. `agrees` is the share of
+tokens that a case would choose, too, after the same tokens as the first case. (Random weights: the
+choice is often between equals.)
 """
 
 from __future__ import annotations
@@ -27,8 +28,7 @@ from speed import device_name
 from speed_cases import OURS, _import, _parts, _peak_gib, _synchronize
 from versions import versions
 
-PROMPT = NEW = 128
-ROUNDS = 3
+PROMPT = 128
 GROWING = ":growing"
 RESULT = "RESULT "
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "hqq", "torchao", "unsloth")
@@ -42,11 +42,11 @@ def main() -> None:
         return
     path = checkpoint(given.shape, given.folder)
     names = [f"tokens/s at {batch}" for batch in given.batch]
-    print(f"| case | {' | '.join(f'{name} | ratio | same' for name in names)} | peak GiB |")
+    print(f"| case | {' | '.join(f'{name} | ratio | agrees' for name in names)} | peak GiB |")
     print(f"| --- | {'---: | ' * (3 * len(names))}---: |", flush=True)
     first: dict[str, Any] | None = None
     for case in given.case:
-        found = run_apart(case, given)
+        found = run_apart(case, given, None if first is None else first["batches"])
         if "failed" in found:
             print(f"| {case} | {found['failed']} |", flush=True)
             continue
@@ -60,22 +60,23 @@ def row(case: str, found: dict[str, Any], first: dict[str, Any]) -> str:
     cells = []
     for batch, here in found["batches"].items():
         there = first["batches"][batch]
-        same = [a == b for a, b in zip(here["tokens"], there["tokens"], strict=False)]
         cells += [f"{here['speed']:.1f}", f"{here['speed'] / there['speed']:.2f}"]
-        cells.append(f"{sum(same) / max(len(same), 1):.0%}")
+        cells.append("" if here["agrees"] is None else f"{here['agrees']:.1%}")
     peak = "" if found["peak_gib"] is None else f"{found['peak_gib']:.2f}"
     return f"| {case} | {' | '.join(cells)} | {peak} |"
 
 
-def run_apart(case: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Run a case in another process; what went wrong there becomes `failed`."""
+def run_apart(case: str, given: argparse.Namespace, first: Any) -> dict[str, Any]:
+    """Run a case in another process, beside what the first one answered; what went wrong there
+    becomes `failed`."""
     command = [sys.executable, str(Path(__file__).resolve()), "--one", case]
     command += ["--shape", given.shape, "--device", given.device, "--folder", str(given.folder)]
-    command += ["--batch", *map(str, given.batch)]
+    command += ["--batch", *map(str, given.batch), "--rounds", str(given.rounds)]
+    command += ["--new", str(given.new)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=given.timeout,
-            cwd=given.folder,
+            cwd=given.folder, input=json.dumps(first),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"failed": f"not done after {given.timeout:.0f} s"}
@@ -94,51 +95,67 @@ def run_here(case: str, given: argparse.Namespace) -> dict[str, Any]:
     _import(name)
     shape = SHAPES[given.shape]
     model = _parts(name)[0](given.folder / f"llama-{given.shape}", shape, given.device)
-    answer = _answering(case, model)
+    answer = _answering(case, model, given.new)
+    first = json.load(sys.stdin)
     generator = torch.Generator().manual_seed(1)
     found: dict[str, Any] = {"batches": {}}
     for batch in given.batch:
         prompts = torch.randint(3, shape.vocab_size, (batch, PROMPT), generator=generator)
         seconds = []
-        for _ in range(1 + ROUNDS):
+        for _ in range(1 + given.rounds):
             _synchronize(given.device)
             started = time.perf_counter()
             tokens = answer(prompts.to(given.device))
             seconds.append(time.perf_counter() - started)
-        speed = batch * NEW / statistics.median(seconds[1:])
-        found["batches"][str(batch)] = {
-            "speed": speed,
-            "tokens": [t for answer in tokens for t in answer],
-        }
+        speed, agrees = batch * given.new / statistics.median(seconds[1:]), None
+        if first is not None:
+            told = first[str(batch)]["tokens"]
+            chosen = answer(prompts.to(given.device), told)
+            pairs = [
+                ab for both in zip(chosen, told, strict=True) for ab in zip(*both, strict=True)
+            ]
+            agrees = sum(a == b for a, b in pairs) / len(pairs)
+        found["batches"][str(batch)] = {"speed": speed, "tokens": tokens, "agrees": agrees}
     return found | {"peak_gib": _peak_gib(given.device)}
 
 
-def _answering(case: str, model: Any) -> Callable[[Any], list[list[int]]]:
-    """Return what answers a batch of prompts, int64 [batch, PROMPT], with NEW tokens each."""
+def _answering(case: str, model: Any, new: int) -> Callable[..., list[list[int]]]:
+    """Return what answers a batch of prompts, int64 [batch, PROMPT], with `new` tokens each. With
+    tokens as a second argument it goes on from these, and returns what it would have chosen."""
     if case.startswith("unsloth"):
         from unsloth import FastLanguageModel
 
         FastLanguageModel.for_inference(model)
     model.eval()
-    return _ours(case, model) if case.startswith("ours") else _by_transformers(model)
+    return _ours(case, model, new) if case.startswith("ours") else _by_transformers(model, new)
 
 
-def _by_transformers(model: Any) -> Callable[[Any], list[list[int]]]:
+def _by_transformers(model: Any, new: int) -> Callable[..., list[list[int]]]:
     import torch
 
-    def answer(prompts: Any) -> list[list[int]]:
+    def answer(prompts: Any, told: list[list[int]] | None = None) -> list[list[int]]:
+        chosen: list[list[int]] = [[] for _ in prompts]
+
+        def tell(ids: Any, scores: Any) -> Any:
+            for row, token in zip(chosen, scores.argmax(-1).tolist(), strict=True):
+                row.append(token)
+            place = ids.shape[1] - PROMPT
+            tokens = torch.tensor([[row[place]] for row in told or ()], device=scores.device)
+            return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
+
         with torch.no_grad():
             found = model.generate(
                 input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
-                max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0, use_cache=True,
+                max_new_tokens=new, min_new_tokens=new, pad_token_id=0, use_cache=True,
+                logits_processor=[tell] if told else [],
             )  # fmt: skip
         tokens: list[list[int]] = found[:, PROMPT:].tolist()
-        return tokens
+        return chosen if told else tokens
 
     return answer
 
 
-def _ours(case: str, model: Any) -> Callable[[Any], list[list[int]]]:
+def _ours(case: str, model: Any, new: int) -> Callable[..., list[list[int]]]:
     from quantadapt.evaluation.predictions import evaluating
     from quantadapt.generation.rows import Row, Rows
     from quantadapt.generation.sampling import Sampling
@@ -146,14 +163,19 @@ def _ours(case: str, model: Any) -> Callable[[Any], list[list[int]]]:
 
     batch = Rows(model) if case.endswith(GROWING) else rows_for(model)
 
-    def answer(prompts: Any) -> list[list[int]]:
-        sampling = Sampling(max_new_tokens=NEW)
-        rows = [Row(ids, sampling.chooser(i), NEW) for i, ids in enumerate(prompts.tolist())]
+    def answer(prompts: Any, told: list[list[int]] | None = None) -> list[list[int]]:
+        sampling = Sampling(max_new_tokens=new)
+        rows = [Row(ids, sampling.chooser(i), new) for i, ids in enumerate(prompts.tolist())]
+        chosen: list[list[int]] = [[] for _ in rows]
         with evaluating(model):
             batch.add(rows)
-            while batch.rows:
+            while True:
+                for row, all_chosen, tokens in zip(rows, chosen, told or chosen, strict=True):
+                    all_chosen.append(row.tokens[-1])
+                    row.tokens[-1] = tokens[len(row.tokens) - 1]
+                if not batch.rows:
+                    return chosen
                 batch.step()
-        return [row.tokens for row in rows]
 
     return answer
 
@@ -167,6 +189,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--case", nargs="+", choices=known, default=["peft-nf4", "ours-nf4"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--rounds", type=int, default=3, help="batches that count, of each size")
+    parser.add_argument("--new", type=int, default=128, help="tokens that are answered")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/quantadapt-speed"))
     parser.add_argument("--timeout", type=float, default=300, help="seconds for each case")

@@ -18,6 +18,7 @@ from transformers import (
 
 import quantadapt as qa
 from quantadapt import demo
+from quantadapt.model.recording import recording
 from quantadapt.training import cuda_graphs, lent
 from quantadapt.training.cuda_graphs import can_record
 from quantadapt.training.memory_fit import MemoryFit
@@ -283,3 +284,18 @@ def test_passes_are_recorded_beside_other_processes(tmp_path) -> None:
     for count, notes, plain, graphed in in_processes(2, train_twice, tmp_path):
         assert (count, notes, len(plain)) == (6, "", 8)
         assert graphed == pytest.approx(plain, rel=2e-3)
+
+
+def test_a_recording_that_fails_leaves_the_process_as_it_was() -> None:
+    graph, x = torch.cuda.CUDAGraph(), torch.ones(3, device="cuda")
+    with pytest.raises(RuntimeError), recording(torch.cuda.CUDAGraph()):
+        torch.rand(3, device="cuda").tolist()  # which waits for the GPU
+    torch.manual_seed(0)
+    first = torch.rand(3, device="cuda")
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(3, device="cuda"), first)
+    with recording(graph):
+        y = 2 * x
+    x.fill_(4)
+    graph.replay()
+    assert y.tolist() == [8, 8, 8]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from quantadapt.model.sinks import NAME, fused_sinks
+from quantadapt.model.sinks import NAME, attention_with_sinks, fused_groups, fused_sinks
 
 SIZES = {
     "vocab_size": 64,
@@ -103,3 +103,32 @@ def test_a_choice_of_the_users_stays_and_other_models_are_left_alone() -> None:
     with fused_sinks(model), fused_sinks(other):
         assert model.config._attn_implementation == "flex_attention"
         assert other.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("mask_heads", [None, 1, 4])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_one_query_sees_shared_keys_without_repeating_them(sinks, mask_heads) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(3, 4, 1, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 3, 2, 5, 8, dtype=torch.float64)
+    mask = None
+    if mask_heads:
+        mask = torch.rand(3, mask_heads, 1, 5) < 0.6
+        mask[..., 0] = True
+    logits = query @ key.repeat_interleave(2, 1).mT / 8**0.5
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    s_aux = torch.randn(4, dtype=torch.float64) if sinks else None
+    if sinks:
+        logits = torch.cat([logits, s_aux.view(1, 4, 1, 1).expand(3, 4, 1, 1)], -1)
+    expected = logits.softmax(-1)[..., :5] @ value.repeat_interleave(2, 1)
+    found, _ = attention_with_sinks(None, query, key, value, mask, s_aux=s_aux)
+    assert (found - expected.transpose(1, 2)).abs().max() < 1e-12
+
+
+def test_attention_is_put_back_as_it_was() -> None:
+    config = transformers.LlamaConfig(**PLAIN)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    with fused_groups(model):
+        assert model.config._attn_implementation == NAME
+    assert model.config._attn_implementation == "sdpa"

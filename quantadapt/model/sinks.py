@@ -30,7 +30,21 @@ def fused_sinks(model: nn.Module) -> Iterator[None]:
 
     What users chose themselves (flash or flex attention) stays.
     """
-    configs = _eager_with_sinks(model)
+    with _computed_here(_configs(model, "eager", with_sinks=True)):
+        yield
+
+
+@contextmanager
+def fused_groups(model: nn.Module) -> Iterator[None]:
+    """Let attention of one query see keys that heads share as they are, where transformers would
+    repeat them for each head."""
+    with _computed_here(_configs(model, "sdpa")):
+        yield
+
+
+@contextmanager
+def _computed_here(configs: list[Any]) -> Iterator[None]:
+    before = [config._attn_implementation_internal for config in configs]
     if configs:
         _register()
     for config in configs:
@@ -38,22 +52,29 @@ def fused_sinks(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for config in configs:
-            config._attn_implementation_internal = "eager"
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
 
 
-def _eager_with_sinks(model: nn.Module) -> list[Any]:
-    """Return the configs of what computes eagerly, has sinks, and lets itself be told otherwise."""
+def _configs(model: nn.Module, name: str, *, with_sinks: bool = False) -> list[Any]:
+    """Return the configs of what computes attention as `name` says, and lets itself be told
+    otherwise."""
     from transformers import PreTrainedModel
 
     found: dict[int, Any] = {}
     for part in model.modules():
         if not isinstance(part, PreTrainedModel) or not part._supports_attention_backend:
             continue
-        eager = getattr(part.config, "_attn_implementation_internal", None) == "eager"
-        if eager and any(isinstance(getattr(m, "sinks", None), Tensor) for m in part.modules()):
+        if getattr(part.config, "_attn_implementation_internal", None) == name and (
+            not with_sinks
+            or any(isinstance(getattr(m, "sinks", None), Tensor) for m in part.modules())
+        ):
             found[id(part.config)] = part.config
     return list(found.values())
+
+
+def _has_sinks(model: nn.Module) -> bool:
+    return any(isinstance(getattr(m, "sinks", None), Tensor) for m in model.modules())
 
 
 def _register() -> None:
@@ -86,7 +107,8 @@ def attention_with_sinks(
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     heads, queries, size = query.shape[1], query.shape[2], value.shape[-1]
-    key, value = (_repeated(tensor, heads) for tensor in (key, value))
+    groups = 1 if queries > 1 else heads // key.shape[1]
+    key, value = (_repeated(tensor, heads // groups) for tensor in (key, value))
     triangle = attention_mask is None and queries == key.shape[2] > 1
     if s_aux is not None:
         sinks = (s_aux / scaling).to(query.dtype).view(1, heads, 1, 1)
@@ -99,10 +121,23 @@ def attention_with_sinks(
         elif attention_mask is not None:
             seen = True if attention_mask.dtype == torch.bool else 0.0
             attention_mask = pad(attention_mask, (1, 0), value=seen)
+    if groups > 1:  # one query: the heads of a group are rows of one, and nothing is repeated
+        query = query.reshape(len(query), -1, groups, query.shape[-1])
+        if attention_mask is not None:
+            attention_mask = _by_group(attention_mask, groups)
     found = scaled_dot_product_attention(
         *(query, key, value, attention_mask, dropout), is_causal=triangle, scale=scaling
     )
+    if groups > 1:
+        found = found.flatten(1, 2).unsqueeze(2)
     return found[:, :, -queries:, :size].transpose(1, 2).contiguous(), None
+
+
+def _by_group(mask: Tensor, groups: int) -> Tensor:
+    """Return the mask of one query, [batch, 1 or heads, 1, keys], for `groups` heads a row."""
+    if mask.shape[1] == 1:
+        return mask.expand(-1, -1, groups, -1)
+    return mask.reshape(len(mask), -1, groups, mask.shape[-1])
 
 
 def _repeated(tensor: Tensor, heads: int) -> Tensor:

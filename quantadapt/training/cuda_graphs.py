@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..adapting.fused import FusedLoraLinear, free
 from ..facade import single_stack_lora, stack_wrappers
+from ..model.recording import recording
 from ..sharding import is_sharded
 
 SEEN_BEFORE = 2
@@ -25,9 +26,6 @@ SEEN_BEFORE = 2
 
 MOST_SHAPES = 16
 """So many shapes are recorded; each keeps its kernels' arguments on the GPU."""
-
-CAPTURE_ERRORS = "thread_local"
-"""Threads that record nothing, as NCCL's, may do as they like meanwhile."""
 
 
 class Graphs:
@@ -134,12 +132,12 @@ class _Recorded:
     ) -> None:
         self.ids, self.weights = ids.clone(), weights
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, pool, capture_error_mode=CAPTURE_ERRORS):
+        with recording(self.forward, pool):
             hidden = run(input_ids=self.ids, use_cache=False).last_hidden_state
         # Its gradient comes when nobody needs it any more, and takes its place. Without the graph
         # of autograd, so that later recordings can lie over what is saved there.
         self.hidden = hidden.detach()
-        with torch.cuda.graph(self.backward, pool, capture_error_mode=CAPTURE_ERRORS):
+        with recording(self.backward, pool):
             grads = torch.autograd.grad(hidden, weights, self.hidden)
             if gradients is None:
                 gradients = [grad.contiguous() for grad in grads]
