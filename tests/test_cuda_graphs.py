@@ -286,6 +286,7 @@ def test_passes_are_recorded_beside_other_processes(tmp_path) -> None:
         assert graphed == pytest.approx(plain, rel=2e-3)
 
 
+@pytest.mark.cuda
 def test_a_recording_that_fails_leaves_the_process_as_it_was() -> None:
     graph, x = torch.cuda.CUDAGraph(), torch.ones(3, device="cuda")
     with pytest.raises(RuntimeError), recording(torch.cuda.CUDAGraph()):
