@@ -23,24 +23,38 @@ os.environ["QUANTADAPT_CACHE"] = _CACHE.name  # backends are to work, not to rem
 pytest_plugins = ("quantadapt.testing.plugin",)
 
 
-IN_FULL = ("hqq", "bnb-nf4")
-"""Backends that the suites verify with more than LoRA by default: PEFT sees no other."""
 VARIED = ("dora", "vera", "adalora", "ia3", "pissa", "loha", "oft", "fourierft", "shira", "vblora")
 """One of each way to change a layer: magnitudes, what layers share, ranks that move, a factor, a
 start that rewrites the base, a product, a rotation, a transform, single weights, a bank."""
+IN_FULL = "hqq"
+"""The backend under which all of them are tried by default: PEFT sees no other."""
+SLOW_TO_QUANTIZE = ("aqlm", "autoround", "awq", "gptq", "inc")
+"""Backends that calibrate or tune: what quantizes one model more is slow."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark cells of the suites as slow, all but a cross-section of backends and adapters."""
+    """Mark tests of the suites as slow, all but a cross-section: each backend with LoRA, one
+    backend with one of each kind of adapter, and of further options of a backend, or of one that
+    takes long, the layers and that they are saved and loaded."""
+    from quantadapt.testing import AdapterSuite, ExpertsSuite, TargetSuite
+    from quantadapt.testing.layer_suite import LayerSuite
     from quantadapt.testing.parts import adapter_of, suite_of
 
-    for item in items:
+    def is_slow(item: pytest.Item) -> bool:
         adapter, suite = adapter_of(item), suite_of(item)
-        on_cuda = item.get_closest_marker("cuda") is not None  # on its own device, all of it
-        if suite is None or on_cuda or adapter in ("", "lora"):
-            continue
-        if suite.backend not in IN_FULL or adapter not in VARIED:
+        if suite is None or item.get_closest_marker("cuda") is not None:  # on its own device, all
+            return False
+        if adapter not in ("", "lora"):
+            return suite.backend != IN_FULL or adapter not in VARIED
+        if issubclass(suite, AdapterSuite) and suite.backend not in SLOW_TO_QUANTIZE:
+            return False
+        name = getattr(item, "originalname", item.name)
+        kept = hasattr(LayerSuite, name) or name == "test_save_and_load_give_equal_logits"
+        return not kept and (hasattr(TargetSuite, name) or hasattr(ExpertsSuite, name))
+
+    for item in items:
+        if is_slow(item):
             item.add_marker(pytest.mark.slow)
 
 

@@ -144,6 +144,7 @@ def test_what_is_no_text_is_told(say) -> None:
     assert (code, out) == (0, ""), "a closed stdin is an empty one"
 
 
+@pytest.mark.slow
 def test_serve_until_it_is_told_to_stop(expected, tmp_path) -> None:
     command = [sys.executable, "-m", "quantadapt", "serve", MODEL, "--port", "0", *SHORT]
     with subprocess.Popen(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from parameters import slow_but
 from quantadapt_aqlm import AQLM, SIZES, additive
 from quantadapt_aqlm.layers import settled
 from torch import nn
@@ -301,6 +302,7 @@ def test_the_stock_library_reads_what_is_made(options, tmp_path) -> None:
     assert said["linear_weights_not_to_quantize"] == ["lm_head", "lm_head.weight"]
 
 
+@pytest.mark.slow
 def test_a_stock_model_that_has_run_is_adopted(tmp_path) -> None:
     """Its first forward on a CPU transposes its codes for good."""
     model = make(**QUICK)
@@ -420,9 +422,9 @@ GROUPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
-def test_published_checkpoints_load(sizes, tmp_path) -> None:
-    dense = published(tmp_path / "model", sizes)
+@pytest.mark.parametrize("group", slow_but(GROUPS, "2x8"))
+def test_published_checkpoints_load(group, tmp_path) -> None:
+    dense = published(tmp_path / "model", GROUPS[group])
     model = qa.quantize(str(tmp_path / "model"), "aqlm", device="cpu", dtype="float32")
     found = dict(facades(model))
     assert len(found) == 7

@@ -352,6 +352,7 @@ def test_every_adapter_passes_without_weights(checkpoint) -> None:
         check_adapter(made, None)
 
 
+@pytest.mark.slow
 def test_without_weights_the_same_adapters_go_onto_experts_as_with_them(tmp_path) -> None:
     """DoRA among them, which PEFT alone does not put there."""
     from quantadapt.adapting.stage import check_adapter

@@ -164,7 +164,16 @@ def assert_same(model, theirs):
     assert relative(logits(theirs), logits(model)) < 2e-3
 
 
-@pytest.mark.parametrize(("bits", "sym"), [(3, True), (4, True), (4, False), (8, True)])
+@pytest.mark.parametrize(
+    ("bits", "sym"),
+    [
+        (4, False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((3, True), (4, True), (8, True))
+        ),
+    ],
+)
 def test_transformers_loads_our_checkpoint(bits, sym, tmp_path):
     model = quantized(bits=bits, sym=sym, skip_modules=["lm_head", "layers.0.mlp.up_proj"])
     folder = quantadapt.save(model, tmp_path / "saved")
@@ -173,6 +182,7 @@ def test_transformers_loads_our_checkpoint(bits, sym, tmp_path):
     assert_same(model, theirs)
 
 
+@pytest.mark.slow
 def test_auto_rounds_own_checkpoint_is_adopted(tmp_path):
     import auto_round
     from transformers import AutoTokenizer

@@ -474,9 +474,9 @@ def test_a_usual_pattern_is_fine_in_other_threads() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"target_modules": "(.+)+(.+)+(.+)+(.+)+z"},
-        {"exclude_modules": r"(.*a?)*(.*b?)*(.*c?)*y"},
         {"rank_pattern": {"(.+)+(.+)+(.+)+(.+)+z": 2}},
+        pytest.param({"target_modules": "(.+)+(.+)+(.+)+(.+)+z"}, marks=pytest.mark.slow),
+        pytest.param({"exclude_modules": r"(.*a?)*(.*b?)*(.*c?)*y"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_pattern_that_takes_for_ever_is_refused(options: dict[str, Any]) -> None:

@@ -464,6 +464,7 @@ def chatter() -> None:
     subprocess.run([sys.executable, "-c", "print('from a child')"], check=True)
 
 
+@pytest.mark.slow
 def test_vendors_are_kept_off_the_screen_and_in_the_log(tmp_path: Path):
     """In a process of its own, for the sake of the real descriptors 1 and 2."""
     done = python(

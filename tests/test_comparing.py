@@ -581,6 +581,7 @@ def test_halving_keeps_the_best_and_never_trains_again_from_the_start(
     assert again.started() == []
 
 
+@pytest.mark.slow
 def test_halving_goes_on_where_it_was_interrupted(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(halving, "choose", lambda *_: [10, 30, 90])
     made = comparison(

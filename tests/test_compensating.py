@@ -137,14 +137,19 @@ def test_inputs_that_are_always_0_or_always_the_same() -> None:
     assert torch.equal(compensated(weight, torch.zeros(20, 20), to_steps), plain)
 
 
-BACKENDS: list[tuple[str, dict[str, Any]]] = [
+BACKENDS: list[Any] = [
     ("hqq", {"bits": 4}),
-    ("hqq", {"bits": 2, "axis": 0}),
     ("bnb-nf4", {}),
-    ("bnb-int8", {}),
-    ("gptq", {"bits": 4, "group_size": 64}),
     ("gptq", {"bits": 3, "group_size": 64, "desc_act": True}),
-    ("awq", {"group_size": 64}),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("hqq", {"bits": 2, "axis": 0}),
+            ("bnb-int8", {}),
+            ("gptq", {"bits": 4, "group_size": 64}),
+            ("awq", {"group_size": 64}),
+        )
+    ),
 ]
 
 
@@ -219,7 +224,10 @@ def held_out() -> list[dict[str, Tensor]]:
     return calibration_examples()[16:]
 
 
-@pytest.mark.parametrize(("backend", "options"), [("hqq", {"bits": 4}), ("bnb-nf4", {})])
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [("hqq", {"bits": 4}), pytest.param("bnb-nf4", {}, marks=pytest.mark.slow)],
+)
 def test_a_merged_model_answers_as_the_tuned_one(backend: str, options: dict[str, Any]) -> None:
     model = tuned_model(str(small_model(2)), backend, ["q_proj", "down_proj", "up_proj"], **options)
     wanted = logits(model)

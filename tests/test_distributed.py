@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from few_rows import few_rows
 from processes import in_processes, wants_two_gpus
 from torch.distributed import ReduceOp
 
@@ -45,7 +46,14 @@ def train(
     model = qa.attach(base, adapter, **ADAPTERS[adapter])
     logs: list[dict[str, Any]] = []
     given = {"max_steps": STEPS, "logging_steps": 1, "learning_rate": 3e-3} | options
-    qa.train(model, output=output, on_log=logs.append, per_device_train_batch_size=batch, **given)
+    qa.train(
+        model,
+        output.parent / "few.jsonl",
+        output=output,
+        on_log=logs.append,
+        per_device_train_batch_size=batch,
+        **given,
+    )
     if world().is_main:
         qa.save(model, output, overwrite=True)
     weights = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
@@ -114,6 +122,7 @@ def device(request) -> str:
 def folder(tmp_path_factory, device) -> Path:
     folder = tmp_path_factory.mktemp(device)
     shutil.copytree(small_model(), folder / "model")
+    shutil.copy(few_rows(), folder)
     return folder
 
 
@@ -192,6 +201,7 @@ def train_alone(output: Path) -> tuple[int, int]:
 @pytest.mark.slow
 def test_a_launcher_of_one_process_changes_nothing(tmp_path) -> None:
     shutil.copytree(small_model(), tmp_path / "model")
+    shutil.copy(few_rows(), tmp_path)
     assert in_processes(1, train_alone, tmp_path, tmp_path / "run") == [(STEPS, 0)]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from parameters import slow_but
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from test_experts import error, gradients, ids, logits, made, quantized
@@ -89,7 +90,7 @@ def wrappers_of(outer: Any) -> dict[str, Any]:
     return {name: found[name] for name in ("gate_up_proj", "down_proj")}
 
 
-@pytest.mark.parametrize("backend", ["hqq", "none"])
+@pytest.mark.parametrize("backend", slow_but(["hqq", "none"], "hqq"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_pefts_dora_on_each_expert(kind: str, backend: str) -> None:
     tuned = with_dora(kind, backend)
@@ -120,7 +121,7 @@ def close(found: Tensor, right: Tensor) -> bool:
     return bool((found - right).abs().max() <= 10 * OWN * right.abs().max().clamp(min=1))
 
 
-@pytest.mark.parametrize("backend", ["hqq", "none"])
+@pytest.mark.parametrize("backend", slow_but(["hqq", "none"], "hqq"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_attached_it_changes_nothing_and_switched_off_it_is_not_there(kind, backend) -> None:
     base = quantized(kind, backend)
@@ -134,7 +135,7 @@ def test_attached_it_changes_nothing_and_switched_off_it_is_not_there(kind, back
         assert error(logits(tuned), before) < 1e-6
 
 
-@pytest.mark.parametrize("backend", ["hqq", "none"])
+@pytest.mark.parametrize("backend", slow_but(["hqq", "none"], "hqq"))
 @pytest.mark.parametrize("kind", [*KINDS, "llama4"])
 def test_merged_it_answers_the_same(kind: str, backend: str) -> None:
     tuned = with_dora(kind, backend)
@@ -153,7 +154,7 @@ def test_merged_in_place_and_taken_out_again_the_base_is_what_it_was() -> None:
         assert error(tensor, before[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("backend", ["hqq", "none"])
+@pytest.mark.parametrize("backend", slow_but(["hqq", "none"], "hqq"))
 def test_saved_and_loaded_it_answers_the_same(backend: str, tmp_path: Path) -> None:
     qa.save(quantized("qwen3-moe", backend), tmp_path / "base")
     tuned = shaken(qa.attach(qa.load(tmp_path / "base"), "dora", r=4))
@@ -185,7 +186,7 @@ def test_merged_onto_the_base_each_experts_weight_is_pefts_of_its_layer(kind, tm
                 assert error(found[key][e].double(), right.T if turned else right) < 1e-6
 
 
-@pytest.mark.parametrize("backend", ["hqq", "none"])
+@pytest.mark.parametrize("backend", slow_but(["hqq", "none"], "hqq"))
 def test_two_adapters_add_up_as_pefts_do(backend: str) -> None:
     """DoRA beside LoRA: W + ((c - 1) W + c s B A) + s' B' A', by hand."""
     tuned = with_dora("qwen3-moe", backend)

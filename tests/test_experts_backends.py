@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from parameters import slow_but
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -102,6 +103,8 @@ LAYERWISE: dict[str, dict[str, Any]] = {
     "nvfp4": {},
     "inc": {"method": "rtn", "group_size": 32},
 }
+FIRST = tuple({name.split()[0]: name for name in reversed(LAYERWISE)}.values())
+"""One of each backend."""
 TOGETHER = ("hqq", "bnb-nf4 nested")
 """What ends its search by the error of a whole weight, or scales the scales of one together."""
 
@@ -177,8 +180,8 @@ def linear_of(weight: torch.Tensor) -> nn.Linear:
 # Layer by layer --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", LAYERWISE)
-@pytest.mark.parametrize("family", ["Mixtral", "gpt-oss"])
+@pytest.mark.parametrize("backend", slow_but(LAYERWISE, *FIRST))
+@pytest.mark.parametrize("family", slow_but(["Mixtral", "gpt-oss"], "gpt-oss"))
 def test_a_stack_is_what_its_experts_would_be(family: str, backend: str) -> None:
     """Each expert dequantizes to what the backend makes of an nn.Linear of that expert alone."""
     quantizer = quantizer_of(backend)
@@ -201,9 +204,6 @@ def test_a_stack_is_what_its_experts_would_be(family: str, backend: str) -> None
                 assert torch.equal(mine, alone.to(mine.dtype)), backend
 
 
-QUICK = ("hqq", "bnb-nf4", "torchao-int8")
-
-
 def _share(model: Any) -> float:
     kinds = (nn.Embedding,)
     outside = {id(p) for m in model.modules() if isinstance(m, kinds) for p in m.parameters()}
@@ -214,10 +214,7 @@ def _share(model: Any) -> float:
     return packed / (packed + dense)
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYERWISE],
-)
+@pytest.mark.parametrize("backend", slow_but(LAYERWISE, "hqq"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_share_of_weights_quantized(family: str, backend: str) -> None:
     """At least 95 % of what is neither embedding nor head."""
@@ -239,7 +236,12 @@ def test_sizes_that_do_not_fit_are_told() -> None:
     assert [name.rpartition(".")[2] for name, _ in stack_facades(left)] == ["gate_up_proj"]
 
 
-@pytest.mark.parametrize("backend", [b for b in LAYERWISE if b.startswith(("bnb", "torchao"))])
+@pytest.mark.parametrize(
+    "backend",
+    slow_but(
+        [b for b in LAYERWISE if b.startswith(("bnb", "torchao"))], "bnb-nf4 nested", "torchao-int4"
+    ),
+)
 def test_native_checkpoints_hold_stacks(backend: str, folder: Any, tmp_path: Path) -> None:
     """What transformers loads by itself is loaded by it still, and the stacks beside."""
     from transformers import AutoModelForCausalLM
@@ -326,7 +328,9 @@ def test_each_expert_is_calibrated_on_its_tokens(backend: str, options: Any) -> 
     assert differ < 0.01 < 0.1 < nearer  # another order of sums; rounding alone is far off
 
 
-@pytest.mark.parametrize("backend", ["gptq", "awq", "autoround", "inc", "aqlm"])
+@pytest.mark.parametrize(
+    "backend", slow_but(["gptq", "awq", "autoround", "inc", "aqlm"], "gptq", "inc")
+)
 def test_calibrating_backends_save_and_load(backend: str, folder: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "gptq": {"group_size": 32, "sym": False},

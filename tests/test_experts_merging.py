@@ -13,6 +13,7 @@ import safetensors.torch as st
 import torch
 from datasets import Dataset
 from merging import moved, relative
+from parameters import slow_but
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_experts import made
 from torch import Tensor, nn
@@ -90,7 +91,12 @@ def equal(found: nn.Module, right: nn.Module) -> None:
 # Into the base that it was trained on -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "gpt-oss", "granitemoe", "llama4"])
+@pytest.mark.parametrize(
+    "kind",
+    slow_but(
+        ["mixtral", "qwen3-moe", "gpt-oss", "granitemoe", "llama4"], "mixtral", "gpt-oss", "llama4"
+    ),
+)
 def test_a_dense_merge_is_that_of_stock_peft_and_has_the_names_of_the_base(
     kind: str, bases: Any, tmp_path: Path
 ) -> None:
@@ -144,7 +150,7 @@ def test_quantized_again_what_is_adapted_changes_alone(
 
 
 @pytest.mark.parametrize("way", ["grid", "dithered", "compensated"])
-@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
+@pytest.mark.parametrize("kind", slow_but(["mixtral", "gpt-oss"], "gpt-oss"))
 def test_ways_of_rounding(kind: str, way: str, bases: Any, tmp_path: Path) -> None:
     """Stacks that no adapter touches stay as they are; the others come near, in 8 bits."""
     wanted = {"target_modules": ["down_proj", "q_proj"], "r": 2}
@@ -162,7 +168,7 @@ def test_ways_of_rounding(kind: str, way: str, bases: Any, tmp_path: Path) -> No
         assert same == (not name.endswith("down_proj"))
 
 
-@pytest.mark.parametrize("kind", ["qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize("kind", slow_but(["qwen3-moe", "gpt-oss"], "gpt-oss"))
 def test_peft_merges_in_place_and_back(kind: str, bases: Any) -> None:
     model = tuned(bases(kind))
     adapted = logits(model)
@@ -210,7 +216,7 @@ def test_several_adapters(bases: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", ["experts.gate_up_proj", "experts.down_proj", "experts"])
-@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
+@pytest.mark.parametrize("kind", slow_but(["mixtral", "gpt-oss"], "mixtral"))
 def test_stacks_that_are_left_dense(kind: str, left: str, bases: Any, tmp_path: Path) -> None:
     """PEFT names an adapter's tensors by the order of the parameters, quantized or not."""
     base = bases(kind)
@@ -264,7 +270,9 @@ def test_experts_and_routers_that_are_trained_whole(
 # Adapter files ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize(
+    "kind", slow_but(["mixtral", "qwen3-moe", "gpt-oss"], "qwen3-moe", "gpt-oss")
+)
 def test_stock_peft_reads_what_is_saved(kind: str, bases: Any, tmp_path: Path) -> None:
     model = tuned(bases(kind))
     saved = qa.save(model, tmp_path)
@@ -326,7 +334,7 @@ def test_an_adapter_of_transformers_4_with_tensors_for_each_expert(
 
 
 @pytest.mark.parametrize("how", ["one", "shards", "fused"])
-@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
+@pytest.mark.parametrize("kind", slow_but(["mixtral", "gpt-oss"], "mixtral"))
 def test_onto_a_base_whose_experts_are_stored_in_any_way(
     kind: str, how: str, bases: Any, tmp_path: Path
 ) -> None:
@@ -340,7 +348,12 @@ def test_onto_a_base_whose_experts_are_stored_in_any_way(
     equal(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), right.merge_and_unload())
 
 
-@pytest.mark.parametrize("kind", ["qwen3-moe", "deepseek-v3", "granitemoe", "llama4", "nemotron-h"])
+@pytest.mark.parametrize(
+    "kind",
+    slow_but(
+        ["qwen3-moe", "deepseek-v3", "granitemoe", "llama4", "nemotron-h"], "deepseek-v3", "llama4"
+    ),
+)
 def test_onto_a_base_with_attention_or_shared_experts_adapted_alone(
     kind: str, bases: Any, tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from few_rows import few_rows
 from rich.console import Console
 
 import quantadapt as qa
@@ -127,6 +128,7 @@ def plugin(tmp_path_factory) -> Iterator[None]:
 def spec(output: Path, **values: Any) -> qa.Spec:
     defaults: dict[str, Any] = {
         "model": str(small_model()),
+        "data": {"path": few_rows()},
         "backend": "none",
         "output": str(output),
         "train": {"max_steps": 2, "learning_rate": 4e-3, "per_device_train_batch_size": 2},

@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from merging import moved
+from parameters import slow_but
 from quantadapt_finegrained_fp8 import FineGrainedFP8
 from safetensors.torch import load_file, save_file
 from test_experts_backends import dense_model
@@ -242,7 +243,7 @@ def test_blocks_that_are_cut_off(hidden: int, inner: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", ["128", "powers", "whole", "static"])
-@pytest.mark.parametrize("adapter", ["lora", "dora", "vera", "ia3"])
+@pytest.mark.parametrize("adapter", slow_but(["lora", "dora", "vera", "ia3"], "dora"))
 def test_an_adapter_is_trained_on_it_and_merged_into_its_format(
     adapter: str, kind: str, tmp_path: Path
 ) -> None:
@@ -270,7 +271,7 @@ def test_an_adapter_is_trained_on_it_and_merged_into_its_format(
 
 
 @pytest.mark.parametrize("family", ["Qwen3-MoE", "Mixtral", "DeepSeek-V3"])
-@pytest.mark.parametrize("block", [[64, 64], [32, 64], [128, 128]])
+@pytest.mark.parametrize("block", slow_but([[64, 64], [32, 64], [128, 128]], [32, 64]))
 def test_experts_that_are_packed_one_by_one(family: str, block: list[int], tmp_path: Path) -> None:
     """They become stacks, are adapted, and are written one by one again."""
     folder = quantized_experts(family, block, tmp_path / "base")

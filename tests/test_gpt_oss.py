@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from few_rows import few_rows
+from parameters import slow_but
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, Mxfp4Config
 
@@ -233,7 +235,7 @@ def test_quantized_experts_alone_are_written_as_released(released: Path, tmp_pat
     assert torch.equal(logits(qa.load(tmp_path / "whole")), logits(whole))
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dora"])
+@pytest.mark.parametrize("adapter", slow_but(["lora", "dora"], "lora"))
 def test_it_is_tuned_and_merged(adapter: str, released: Path, tmp_path: Path) -> None:
     """What is merged dense is what was tuned; quantized again it is what MXFP4 makes of that, in
     the layout of the release."""
@@ -264,6 +266,7 @@ def test_it_is_tuned_and_merged(adapter: str, released: Path, tmp_path: Path) ->
     assert apart(logits(qa.load(written)), logits(again)) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_it(
     released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -271,7 +274,7 @@ def test_the_command_line_trains_it(
         "model": released,
         "backend": "mxfp4",
         "adapter": "lora",
-        "data": qa.demo.TRAIN_FILE,
+        "data": few_rows(),
         "output": tmp_path / "run",
         "max-steps": 2,
     }

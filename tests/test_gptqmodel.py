@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from parameters import slow_but
 from quantadapt_gptqmodel import AWQ, GPTQ
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -516,7 +517,11 @@ def test_scales_move_without_changing_the_model(name, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("quantizer", [GPTQ(group_size=32), AWQ(group_size=32)], ids=repr)
+@pytest.mark.parametrize(
+    "quantizer",
+    [pytest.param(GPTQ(group_size=32), marks=pytest.mark.slow), AWQ(group_size=32)],
+    ids=repr,
+)
 def test_every_architecture_with_blocks(quantizer, name) -> None:
     model = random_model(name)
     before = outputs(model)
@@ -632,7 +637,9 @@ GRIDS = [
 
 
 @pytest.mark.parametrize(("backend", "options"), GRIDS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", slow_but([torch.float16, torch.bfloat16, torch.float32], torch.float16)
+)
 def test_a_weight_is_packed_onto_the_scales_that_are_there(made, backend, options, dtype) -> None:
     """What the vendor's own code unpacks is, of the values that its scales allow, the nearest:
     against all of them, counted out in float64."""

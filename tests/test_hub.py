@@ -192,6 +192,7 @@ def test_what_was_pushed_is_loaded_again(run, hub, tmp_path) -> None:
     assert qa.load(tmp_path, device="cpu")
 
 
+@pytest.mark.slow
 def test_a_push_that_fails_is_told_without_the_token(run, hub) -> None:
     hub.closed = True
     done = export(run, "repo=me/it", "base=some/base", url=hub.url)

@@ -51,12 +51,14 @@ class TestRTN(BackendSuite):
     adapters = ("lora",)
 
 
+@pytest.mark.slow
 class TestGPTQ(TargetSuite):
     backend = "inc"
     options: ClassVar = {"method": "gptq", "bits": 4, "symmetric": False}
     test_bfloat16 = test_biases_are_kept = None  # slow; `Blocks` below are small
 
 
+@pytest.mark.slow
 class TestAWQ(TargetSuite):
     backend = "inc"
     options: ClassVar = {"method": "awq", "group_size": 128}

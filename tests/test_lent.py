@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from parameters import slow_but
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -119,7 +120,7 @@ def run(model: Any, tokenizer: Any, data: Any, output: Any, **options: Any) -> N
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", slow_but([False, True], True))
 def test_nothing_is_left_changed(options, fails, tokenizer, random_data, tmp_path) -> None:
     model = adapted()
     breaks = (

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from merging import moved
+from parameters import slow_but
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -103,7 +104,7 @@ def dequantized(model: Any, kind: str) -> Any:
 
 
 @BOTH
-@pytest.mark.parametrize("backend", OPTIONS)
+@pytest.mark.parametrize("backend", slow_but(OPTIONS, "hqq", "bnb-nf4", "torchao-int8", "gptq"))
 def test_they_are_quantized_saved_and_loaded(sources, kind, backend, tmp_path) -> None:
     model = quantize(sources[kind], backend)
     names = [name for name, _ in facades(model)]
@@ -148,7 +149,7 @@ def test_a_merge_can_be_quantized_again(sources, kind, backend) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("backend", ["hqq", "bnb-nf4"])
+@pytest.mark.parametrize("backend", slow_but(["hqq", "bnb-nf4"], "hqq"))
 @pytest.mark.parametrize("adapter", ["lora", "dora", "ia3"])
 def test_an_adapter_is_that_of_peft_on_the_dense_model(sources, kind, backend, adapter, tmp_path):
     """Same outputs, gradients and file, and the file fits either model."""
@@ -180,7 +181,9 @@ def test_an_adapter_of_stock_peft_for_conv1d_is_loaded(sources, tmp_path) -> Non
     assert error(logits(found), logits(expected)) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["none", "hqq", "bnb-nf4", "torchao-int8", "gptq"])
+@pytest.mark.parametrize(
+    "backend", slow_but(["none", "hqq", "bnb-nf4", "torchao-int8", "gptq"], "hqq", "bnb-nf4")
+)
 def test_those_that_stay_dense_stay_what_they_are(sources, backend, tmp_path) -> None:
     """`c_proj` of attention is square: written the other way round, nobody would notice."""
     skip = ["lm_head", "attn.c_proj", "mlp.c_fc"]

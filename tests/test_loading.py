@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from few_rows import few_rows
 from merging import moved
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -422,7 +423,7 @@ def test_a_checkpoint_without_a_tokenizer_is_loaded(small, tmp_path) -> None:
     qa.save(tuned, tmp_path / "tuned")
     assert torch.equal(logits(qa.load(tmp_path / "tuned")), logits(tuned))
     with pytest.raises(QuantadaptError, match="came without a tokenizer"):
-        qa.train(tuned, str(demo.TRAIN_FILE), max_steps=1)
+        qa.train(tuned, few_rows(), max_steps=1)
     (bare / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="its tokenizer cannot be loaded"):
         qa.quantize(str(bare), "hqq")

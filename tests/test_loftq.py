@@ -33,10 +33,10 @@ def start(backend: str, adapter: str = "loftq", attach=(), **options):
     ("backend", "options"),
     [
         ("hqq", {"bits": 2}),
-        ("hqq", {"bits": 3}),
         ("bnb-nf4", {}),
-        ("torchao-intx", {"bits": 3}),
-        ("quanto", {"weights": "int2"}),
+        pytest.param("hqq", {"bits": 3}, marks=pytest.mark.slow),
+        pytest.param("torchao-intx", {"bits": 3}, marks=pytest.mark.slow),
+        pytest.param("quanto", {"weights": "int2"}, marks=pytest.mark.slow),
     ],
 )
 def test_it_starts_closer_to_the_unquantized_model(backend, options) -> None:
@@ -46,6 +46,7 @@ def test_it_starts_closer_to_the_unquantized_model(backend, options) -> None:
     assert loftq < 0.9 * plain
 
 
+@pytest.mark.slow
 def test_the_starting_perplexity_falls() -> None:
     model = qa.quantize(None, "hqq", bits=2)
     quantized = qa.evaluate(model, max_examples=40)["perplexity"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from merging import HELD_OUT, IDS, logits, moved, saved_model, stock
+from parameters import slow_but
 from torch.nn.functional import linear
 
 import quantadapt as qa
@@ -83,8 +84,15 @@ def kl(found: torch.Tensor, reference: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-CELLS = [(b, "lora") for b in BACKENDS] + [
-    (b, a) for b in ("hqq", "bnb-nf4", "bnb-int8", "quanto") for a in ADAPTERS if a != "lora"
+OTHERS = [name for name in ADAPTERS if name != "lora"]
+CELLS = [
+    *((backend, "lora") for backend in BACKENDS),
+    *(("hqq", adapter) for adapter in OTHERS),
+    *(
+        pytest.param(backend, adapter, marks=pytest.mark.slow)
+        for backend in ("bnb-nf4", "bnb-int8", "quanto")
+        for adapter in OTHERS
+    ),
 ]
 
 
@@ -117,7 +125,7 @@ def test_what_was_calibrated_is_not_calibrated_again(base, backend, adapter, tmp
     assert kl(logits(qa.load(tmp_path)), trained) < 1e-6
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dora", "vera", "ia3"])
+@pytest.mark.parametrize("adapter", slow_but(["lora", "dora", "vera", "ia3"], "dora"))
 @pytest.mark.parametrize("scheme", [("W4A8", 32), ("FP8_DYNAMIC", None)])
 def test_with_gradients_activations_are_rounded_as_in_the_merged_model(base, scheme, adapter):
     """PEFT's own forward rounds those of the base alone, and what is trained would be another."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
 import torch
+from few_rows import few_rows
 from merging import (
     ADAPTERS,
     HELD_OUT,
@@ -24,9 +25,9 @@ from merging import (
     stock_adapter,
     tuned,
 )
+from parameters import slow_but
 
 import quantadapt as qa
-from quantadapt import demo
 from quantadapt.adapting.stage import UnmergeableWarning
 from quantadapt.errors import MergeRefused, ModelError, PlanRefused
 from quantadapt.facade import QuantLinear
@@ -45,13 +46,27 @@ def untied(tmp_path_factory) -> str:
     return llama(tmp_path_factory.mktemp("untied"), tied=False)
 
 
-def on_bases(name: str, cases: Iterable[Any], tied: Iterable[Any]) -> pytest.MarkDecorator:
-    """Every case on an untied base; on a tied one as well those that a tie may change."""
+def on_bases(
+    name: str, cases: Iterable[Any], tied: Iterable[Any], quick: Collection[Any] | None = None
+) -> pytest.MarkDecorator:
+    """Every case on an untied base; on a tied one as well those that a tie may change. By default
+    those that are `quick`, all others with the slow ones."""
     pairs = [("untied", case) for case in cases] + [("tied", case) for case in tied]
-    return pytest.mark.parametrize(("base", name), pairs, indirect=["base"])
+    return pytest.mark.parametrize(
+        ("base", name),
+        [
+            pytest.param(
+                *pair, marks=[pytest.mark.slow] * (quick is not None and pair[1] not in quick)
+            )
+            for pair in pairs
+        ],
+        indirect=["base"],
+    )
 
 
 TIES = [name for name in ADAPTERS if {"head", "embedding", "both", "tokens"} & {*name.split("-")}]
+HALF = tuple(ADAPTERS)[::2]
+"""By default each kind of adapter is merged in one of two ways."""
 
 
 def tied_in_config(folder) -> bool:
@@ -65,7 +80,7 @@ def merged(model, kind, base, folder) -> None:
         qa.merge(model, folder, kind=kind, data=HELD_OUT)
 
 
-@on_bases("adapter", ADAPTERS, TIES)
+@on_bases("adapter", ADAPTERS, TIES, HALF)
 def test_dense(base, adapter, tmp_path) -> None:
     model = tuned(base, "hqq", **ADAPTERS[adapter])
     expected = logits(model)
@@ -78,14 +93,19 @@ def test_dense(base, adapter, tmp_path) -> None:
     assert tied_in_config(tmp_path / "merged") == shared
 
 
-@on_bases("adapter", ["tokens-named", "whole-linear", "biases", "head"], ["tokens", "head"])
+@on_bases(
+    "adapter",
+    ["tokens-named", "whole-linear", "biases", "head"],
+    ["tokens", "head"],
+    ["tokens-named", "whole-linear", "tokens"],
+)
 def test_quantized_again(base, adapter, tmp_path) -> None:
     model = tuned(base, "hqq", **ADAPTERS[adapter])
     qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT)
     assert relative(logits(qa.load(tmp_path / "merged")), logits(model)) < 0.02
 
 
-@on_bases("adapter", ADAPTERS, TIES)
+@on_bases("adapter", ADAPTERS, TIES, ADAPTERS.keys() - HALF)
 def test_onto_the_base(base, adapter, tmp_path) -> None:
     saved = qa.save(tuned(base, **ADAPTERS[adapter]), tmp_path)
     found = qa.merge_onto(saved, base, tmp_path, data=HELD_OUT)
@@ -105,10 +125,14 @@ def test_only_what_is_still_equal_stays_tied(tmp_path) -> None:
             assert tied_in_config(folder / "merged") is stays
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [105, 106]}],
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [105, 106]},
+    ],
     ids=["layers", "whole-head", "tokens"],
 )
 def test_encoder_decoders(name, options, tmp_path) -> None:
@@ -121,8 +145,8 @@ def test_encoder_decoders(name, options, tmp_path) -> None:
         assert relative(logits(stock(tmp_path / kind / "merged")), expected) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["none", "hqq"])
-@pytest.mark.parametrize("whole", ["mlp", "c_proj", "h.1"])
+@pytest.mark.parametrize("backend", slow_but(["none", "hqq"], "hqq"))
+@pytest.mark.parametrize("whole", slow_but(["mlp", "c_proj", "h.1"], "c_proj", "h.1"))
 def test_layers_of_gpt2_that_are_trained_whole(backend, whole, tmp_path) -> None:
     """The adapter holds them as GPT-2 does, transposed; of square ones no shape would tell."""
     base = gpt2(tmp_path / "base")
@@ -214,7 +238,12 @@ def test_two_active_adapters_and_one_that_is_not(base, tmp_path) -> None:
 # Starts that rewrite the base --------------------------------------------------------------------
 
 
-@on_bases("start", ["pissa", "olora", "orthogonal"], ["pissa_niter_4", "gaussian"])
+@on_bases(
+    "start",
+    ["pissa", "olora", "orthogonal"],
+    ["pissa_niter_4", "gaussian"],
+    ["olora", "pissa_niter_4"],
+)
 @pytest.mark.parametrize("backend", ["none", "hqq"])
 def test_starts_are_merged_into_their_own_base(base, backend, start, tmp_path) -> None:
     """Live, and from the files of a run."""
@@ -227,7 +256,7 @@ def test_starts_are_merged_into_their_own_base(base, backend, start, tmp_path) -
         assert relative(logits(stock(tmp_path / "merged")), expected) < 1e-5
 
 
-@on_bases("start", ["pissa", "gaussian", False], ["olora", "orthogonal"])
+@on_bases("start", ["pissa", "gaussian", False], ["olora", "orthogonal"], ["pissa", "orthogonal"])
 def test_starts_that_are_found_again_are_merged_onto_the_base(base, start, tmp_path) -> None:
     model = tuned(base, r=4, init_lora_weights=start)
     saved = qa.save(model, tmp_path)
@@ -401,7 +430,7 @@ def test_a_bias_that_layers_have_a_place_for_is_told_nothing_of(tmp_path) -> Non
 def test_a_run_does_not_plan_to_merge_such_a_bias(merge, tmp_path) -> None:
     spec = Spec(
         model=str(small_model()),
-        data={"path": str(demo.TRAIN_FILE)},
+        data={"path": few_rows()},
         adapter={"name": "lora", "lora_bias": True},
         train={"max_steps": 1},
         evaluate={"max_examples": 1, "samples": 0},

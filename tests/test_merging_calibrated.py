@@ -20,14 +20,20 @@ from quantadapt.testing.small_demo import calibration_examples, demo_tokens, sma
 ADAPTED = ("q_proj", "down_proj")
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("gptq", {"bits": 4, "group_size": 32, "sym": False, "desc_act": True}),
-    ("gptq", {"bits": 3, "group_size": -1}),
     ("awq", {"group_size": 32}),
+]
+MORE: list[tuple[str, dict[str, Any]]] = [
+    ("gptq", {"bits": 3, "group_size": -1}),
     ("autoround", {"group_size": 32, "iters": 1}),
     ("autoround", {"bits": 2, "group_size": 64, "sym": False, "iters": 1}),
 ]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)],
+    ids=str,
+)
 def base(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A checkpoint that is quantized already: whoever made it, and on which data, is not known."""
     backend, options = request.param

@@ -8,6 +8,7 @@ import json
 import pytest
 import safetensors.torch as st
 import torch
+from parameters import slow_but
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -59,7 +60,9 @@ def mergeable() -> list[str]:
     return [a.name for a in adapters if a.merge and a.name not in refused and a.name != "loftq"]
 
 
-@pytest.mark.parametrize("adapter", mergeable())
+@pytest.mark.parametrize(
+    "adapter", slow_but(mergeable(), "lora", "dora", "vera", "ia3", "pissa", "loha", "oft")
+)
 def test_it_is_what_peft_does_in_memory(sharded, adapter, tmp_path) -> None:
     model = perturbed(adapter)
     saved = qa.save(model, tmp_path)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from parameters import slow_but
 
 import quantadapt as qa
 from quantadapt import cli, demo
@@ -360,7 +361,7 @@ def trained(tmp_path: Path, objective: str, data: Path, size: int, monkeypatch=N
     return found, [loss for _, loss in found.losses]
 
 
-@pytest.mark.parametrize("objective", ["unlikelihood", "better"])
+@pytest.mark.parametrize("objective", slow_but(["unlikelihood", "better"], "better"))
 def test_batches_in_parts_and_accumulated_are_the_same(objective, tmp_path, monkeypatch) -> None:
     if objective == "better":
         data = tmp_path / "pairs.jsonl"

@@ -16,6 +16,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from few_rows import few_rows
 from installing import installed
 from torch import nn
 
@@ -118,6 +119,7 @@ def test_it_is_listed_and_shown(capsys) -> None:
 def test_a_run_is_saved_merged_evaluated_and_loaded(tmp_path) -> None:
     values = {
         "model": str(small_model()),
+        "data": {"path": few_rows()},
         "backend": {"name": "hqq", "bits": 4},
         "adapter": "rescale",
         "device": "cpu",
@@ -155,6 +157,7 @@ def test_it_is_loaded_in_a_fresh_process(tmp_path) -> None:
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped(tmp_path) -> None:
     def run(name: str, **train: object) -> qa.RunResult:
         spec = qa.Spec(

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from parameters import slow_but
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -39,7 +40,7 @@ class Model(nn.Module):
 X = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=slow_but(BACKENDS, "hqq", "torchao-int8"))
 def pair(request) -> tuple[nn.Module, nn.Module]:
     """A model of facades, and a dense one with the same numbers."""
     return made(request.param)
@@ -425,7 +426,9 @@ def test_adapters_of_stock_peft_load_onto_facades(pair, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("backend", [*BACKENDS, "bnb-int8", "quanto", "eetq"])
+@pytest.mark.parametrize(
+    "backend", slow_but([*BACKENDS, "bnb-int8", "quanto", "eetq"], "bnb-nf4", "quanto")
+)
 def test_parameters_are_counted_as_dense_ones(backend, bias, capsys) -> None:
     models = made(backend, bias)
     config = LoraConfig(r=4, target_modules=TARGETS, bias="lora_only")
@@ -487,7 +490,10 @@ def test_a_state_dict_is_loaded_with_its_biases(backend, assign) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("backend", [*BACKENDS, "bnb-fp4", "bnb-int8", "quanto", "eetq"])
+@pytest.mark.parametrize(
+    "backend",
+    slow_but([*BACKENDS, "bnb-fp4", "bnb-int8", "quanto", "eetq"], "bnb-nf4", "bnb-int8", "quanto"),
+)
 def test_the_state_dict_of_another_model_is_loaded(backend, bias) -> None:
     """bitsandbytes' own 4-bit layers would load the codes, and leave the scales as they are."""
     another, _ = made(backend, bias)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from few_rows import few_rows
 
 import quantadapt as qa
 from quantadapt import demo
@@ -313,6 +314,7 @@ class TestRun:
     def spec(self, small, tmp_path, **values) -> qa.Spec:
         defaults = {
             "model": small,
+            "data": {"path": few_rows()},
             "output": str(tmp_path / "run"),
             "train": FAST,
             "evaluate": {"max_examples": 16, "samples": 1, "max_new_tokens": 8},
@@ -547,8 +549,11 @@ def test_a_plugin_that_fails_after_a_stage_does_not_cost_the_run(small, tmp_path
     plugin, events = FailsAfterStages(), []
     registry().manager.register(plugin, "broken-hook")
     try:
-        spec = qa.Spec(model=small, train=FAST, output=str(tmp_path / "run"))
-        spec.data.path = str(demo.TRAIN_FILE)
+        evaluate = {"max_examples": 2, "samples": 0, "unquantized": False}
+        spec = qa.Spec(
+            model=small, train={"max_steps": 1}, evaluate=evaluate, data={"path": few_rows()}
+        )
+        spec.output = str(tmp_path / "run")
         done = run(spec, listener=lambda event, data: events.append((event, data)))
     finally:
         registry().manager.unregister(plugin)

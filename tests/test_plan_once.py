@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from few_rows import few_rows
 
 import quantadapt as qa
 from quantadapt import cli, demo, planning
@@ -109,7 +110,7 @@ def short(tmp_path, model, **values: Any) -> qa.Spec:
     return qa.Spec(
         model=str(model),
         backend=values.pop("backend", "hqq"),
-        data=str(demo.TRAIN_FILE),
+        data=few_rows(),
         train={"max_steps": 1, "per_device_train_batch_size": 2},
         evaluate={"max_examples": 2, "samples": 0, "unquantized": False},
         export={"merge": "never"},

@@ -119,6 +119,7 @@ def test_mistakes_are_usage_errors(arguments: str, message: str):
         Asked(SimpleNamespace(option=options.parse_args(arguments.split())))
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_pytest_without_a_traceback(run):
     done = run(*PYARGS, "--backend", "hqw")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
@@ -140,6 +141,7 @@ def test_tests_of_one_adapter_follow_each_other(run):
     assert "test_dequantized_is_close_to_the_original" in " ".join(ids[: parts.index("ia3")])
 
 
+@pytest.mark.slow
 def test_several_backends_and_all_adapters(run):
     from quantadapt.registry import registry
 

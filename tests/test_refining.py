@@ -47,11 +47,11 @@ def on_shown(model: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("backend", "kind", "adapter"),
     [
-        ("hqq", "untied", "lora"),
         ("hqq", "untied", "dora"),
         ("hqq", "gpt2", "lora"),
-        ("bnb-nf4", "tied", "lora"),
-        ("torchao-intx", "untied", "vera"),
+        pytest.param("hqq", "untied", "lora", marks=pytest.mark.slow),
+        pytest.param("bnb-nf4", "tied", "lora", marks=pytest.mark.slow),
+        pytest.param("torchao-intx", "untied", "vera", marks=pytest.mark.slow),
     ],
 )
 def test_it_comes_nearer_and_leaves_the_model_as_it_is(backend, kind, adapter, tmp_path) -> None:

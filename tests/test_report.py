@@ -323,8 +323,19 @@ def replaced(value: Any, path: tuple[str, ...], new: object) -> Any:
 JUNK: list[object] = [None, {}, [], "text", [None, 3], 0, -1.0, 1e300, 1e-300, float("nan"), True]
 
 
-@pytest.mark.parametrize("path", [path for path in paths(METRICS) if path], ids=".".join)
-def test_no_value_breaks_the_page(path: tuple[str, ...]) -> None:
+PATHS = [path for path in paths(METRICS) if path]
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=repr)
+def test_no_value_breaks_the_page(junk: object) -> None:
+    """Each kind in places all over the metrics."""
+    for path in PATHS[JUNK.index(junk) :: len(JUNK)]:
+        Page(render(run(metrics=replaced(METRICS, path, junk), log=LOG[:2])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PATHS, ids=".".join)
+def test_no_value_breaks_the_page_anywhere(path: tuple[str, ...]) -> None:
     for junk in JUNK:
         Page(render(run(metrics=replaced(METRICS, path, junk), log=LOG[:2])))
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from few_rows import few_rows
 
 import quantadapt as qa
 from quantadapt import cli
@@ -57,7 +58,12 @@ TOKENIZER = """
     class Tokenizer(PreTrainedTokenizerFast):
         pass
 """
-RUN = {"adapter": {"name": "lora", "r": 2}, "train": {"max_steps": 1}, "device": "cpu"}
+RUN = {
+    "data": {"path": few_rows()},
+    "adapter": {"name": "lora", "r": 2},
+    "train": {"max_steps": 1},
+    "device": "cpu",
+}
 SMALL = {"evaluate": {"max_examples": 2, "samples": 1, "max_new_tokens": 2}}
 
 
@@ -364,6 +370,7 @@ def test_an_error_is_plain_text_in_python_too() -> None:
     assert "[red]x[/red]" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_records_of_plugins_are_shown_as_they_are(tmp_path: Path) -> None:
     name = EVIL
     (tmp_path / "qa_evil.py").write_text(

@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from few_rows import few_rows
 from rich.console import Console
 
 import quantadapt as qa
@@ -20,6 +21,7 @@ from quantadapt.showing.notebook import NotebookDisplay
 from quantadapt.showing.python import display
 from quantadapt.showing.quietly import logged, quiet, quietly
 from quantadapt.showing.screen import Screen
+from quantadapt.testing.small_demo import small_model
 from quantadapt.training.progress import Progress
 
 TRAIN = {"max_steps": 4, "eval_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
@@ -42,11 +44,11 @@ def test_nothing_is_shown_where_nobody_looks(model, random_data, capfd) -> None:
     assert "✓" not in shown.err
 
 
-def test_each_stage_shows_itself(model, capsys) -> None:
+def test_each_stage_shows_itself(capsys) -> None:
     notes: list[str] = []
-    qa.quantize(None, "none", device="cpu", verbose=True)
-    qa.train(model, verbose=True, on_note=notes.append, **TRAIN)
-    found = qa.evaluate(model, max_examples=2, verbose=True)
+    model = qa.attach(qa.quantize(small_model(), "none", device="cpu", verbose=True), "lora", r=2)
+    qa.train(model, few_rows(), verbose=True, on_note=notes.append, **TRAIN)
+    found = qa.evaluate(model, few_rows(), max_examples=2, verbose=True)
     shown = capsys.readouterr()
     assert shown.out == ""
     lines = shown.err.splitlines()
@@ -61,6 +63,8 @@ def test_each_stage_shows_itself(model, capsys) -> None:
 def test_a_run_shows_itself_or_is_quiet(tmp_path, capsys) -> None:
     def run(name: str, **options: Any) -> str:
         spec = qa.Spec(
+            model=str(small_model()),
+            data={"path": few_rows()},
             backend="none",
             train={"max_steps": 1},
             evaluate={"max_examples": 2, "samples": 0, "unquantized": False},

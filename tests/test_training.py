@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from datasets import Dataset
+from few_rows import few_rows
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -396,7 +397,7 @@ def test_what_a_slow_dequantize_costs_is_told(tmp_path, monkeypatch) -> None:
     model = qa.attach(qa.quantize(str(small_model()), "hqq", device="cpu"), "lora")
 
     def share(folder: str, **options) -> float:
-        result = qa.train(model, max_steps=3, output=tmp_path / folder, **options)
+        result = qa.train(model, few_rows(), max_steps=2, output=tmp_path / folder, **options)
         assert not {"train", "zero_grad", "forward"} & vars(model).keys()
         return result.dequantize_share
 

@@ -283,8 +283,9 @@ class Workload:
         length = -(-self.length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         tokens = setting.micro_batch * self.sequences * length
         count, single = setting.recomputed_layers, self.input_bytes(tokens)
-        kinds = [work for layers, work in self.kinds for _ in range(layers)]
-        kept = sum(work.kept_bytes(tokens) for work in kinds[count:])
+        each = [(layers, work, work.kept_bytes(tokens)) for layers, work in self.kinds]
+        kinds = [(work, numbers) for layers, work, numbers in each for _ in range(layers)]
+        kept = sum(numbers for _, numbers in kinds[count:])
         # One that is fetched from CPU memory, and the next, which is under way.
         inputs = single * (min(count, 2) if setting.offload else count)
         block, table = self._gathered_block, self._gathered_table
@@ -299,11 +300,11 @@ class Workload:
         if count:
             # The first layer that is recomputed, when what the others kept is gone. Where inputs go
             # to CPU memory, little is to be kept.
-            layer = kinds[count - 1]
+            layer, of_layer = kinds[count - 1]
             work = max(layer.backward_bytes(tokens) + block, 2 * block) + ahead
             if not setting.offload:
                 work += layer.recompute_bytes(tokens) + layer.product_bytes(tokens)
-            yield inputs, layer.kept_bytes(tokens) - single, work
+            yield inputs, of_layer - single, work
 
     @property
     def _recorded(self) -> bool:
