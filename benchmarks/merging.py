@@ -1,20 +1,21 @@
 """What a merge that is quantized again keeps of the gain, by the way its weights are rounded.
 
     python benchmarks/merging.py [--steps 60] [--rates 1e-4 5e-4] [--only hqq] [--device cpu]
-        [--ways nearest grid dithered compensated] [--no-aware]
+        [--ways nearest grid dithered refined compensated] [--no-aware] [--model DIR]
 
-The bundled demo, LoRA with its defaults; gains are in nats per token on the demo's held-out data,
-against the quantized base. The last columns are a second training, through the quantizer
-(train.merge_aware): what its merged model gains, as a share of what the first adapter gains before
-any merge, the KL of the merged model to the trained one, and how long a step takes against the
-first. Prints a Markdown table.
+The bundled demo, or a model that `real_shape.py --make` made; LoRA with its defaults, trained on
+the demo's examples. Gains are in nats per token on the demo's held-out data, against the quantized
+base. The last columns are a second training, through the quantizer (train.merge_aware): what its
+merged model gains, as a share of what the first adapter gains before any merge, the KL of the
+merged model to the trained one, and how long training takes against the first, compiling included
+(`speed.py` times steps: `ours-nf4-aware`). Prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,13 @@ import torch
 from versions import versions
 
 import quantadapt as qa
+from quantadapt import demo
+from quantadapt.evaluation.gain import TokenLosses, token_losses
 from quantadapt.exporting.rounding import WAYS
-from quantadapt.exporting.tuned import Tuned
+from quantadapt.exporting.tuned import Tuned, compared
+from quantadapt.quantizing.examples import examples_from
+from quantadapt.quantizing.state import state_of
+from quantadapt.registry import registry
 from quantadapt.stages import held_out_data
 
 ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -46,37 +52,54 @@ ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("finegrained-fp8", {}),
     ("compressed-tensors", {"scheme": "W4A16"}),
 )
+PACKAGES = (
+    *("torch", "transformers", "peft", "hqq", "bitsandbytes", "torchao", "optimum-quanto", "eetq"),
+    *("gptqmodel", "auto-round", "compressed-tensors"),
+)
 AWARE = ("merge-aware training", "its KL", "its step time")
 
 
-def row(backend: str, options: dict[str, Any], rate: float, given: argparse.Namespace) -> str:
-    """Train, merge in each way, and return a row of Markdown."""
-    how = {"max_steps": given.steps, "learning_rate": rate}
-    tuned, took = trained(backend, options, given.device, **how)
-    gain = tuned.gain
-    assert gain is not None
-    cells = []
-    for name in given.ways:
-        way = WAYS[name]
-        if way.why_not(tuned):
-            cells.append("")
-            continue
-        started = time.perf_counter()
-        kept = tuned.gain_kept(way.merged(tuned))
-        seconds = time.perf_counter() - started
-        cells.append("" if kept is None else f"{kept:.0%} ({seconds:.0f} s)")
-    if given.aware:
-        aware, its = trained(backend, options, given.device, merge_aware=True, **how)
-        cells += [*through_the_quantizer(aware, gain.value), f"{its / took:.2f}"]
+def rows(backend: str, options: dict[str, Any], given: argparse.Namespace) -> Iterator[str]:
+    """Quantize once; for each learning rate train, merge in each way, and yield a row."""
+    shown = str(demo.TRAIN_FILE) if registry().backend(backend).calibration else None
+    base = qa.quantize(given.model, backend, device=given.device, calibration=shown, **options)
+    before = token_losses(base, held_out_data(None, state_of(base).tokenizer))
     label = ", ".join([backend, *(f"{value}" for value in options.values())])
-    return f"| {label} | {rate:g} | {gain.value:.2f} ± {gain.error:.2f} | {' | '.join(cells)} |"
+    for rate in given.rates:
+        how = {"max_steps": given.steps, "learning_rate": rate}
+        tuned, took = trained(base, before, **how)
+        gain = tuned.gain
+        assert gain is not None
+        cells = [kept(tuned, name) for name in given.ways]
+        tuned.model.unload()
+        if given.aware:
+            aware, its = trained(base, before, merge_aware=True, **how)
+            cells += [*through_the_quantizer(aware, gain.value), f"{its / took:.2f}"]
+            aware.model.unload()
+        size = f"{gain.value:.2f} ± {gain.error:.2f}"
+        yield f"| {label} | {rate:g} | {size} | {' | '.join(cells)} |"
 
 
-def trained(backend: str, options: dict[str, Any], device: str, **how: Any) -> tuple[Tuned, float]:
-    """Return a model that was just trained, and how many seconds that took."""
-    model = qa.attach(qa.quantize(None, backend, device=device, **options), "lora")
-    found = qa.train(model, verbose=False, **how)
-    return Tuned(model, data=lambda tokenizer: held_out_data(None, tokenizer)), found.seconds
+def trained(base: Any, before: TokenLosses, **how: Any) -> tuple[Tuned, float]:
+    """Return `base`, whose losses are `before`, with a LoRA that was just trained, and how many
+    seconds that took."""
+    model = qa.attach(base, "lora")
+    found = qa.train(model, str(demo.TRAIN_FILE), verbose=False, **how)
+    tuned = Tuned(
+        model,
+        before=before,
+        data=lambda tokenizer: held_out_data(None, tokenizer),
+        examples=lambda tokenizer: examples_from(str(demo.TRAIN_FILE), tokenizer),
+    )
+    return tuned, found.seconds
+
+
+def kept(tuned: Tuned, name: str) -> str:
+    """Return what is kept of the gain by the way of rounding `name`, as a cell."""
+    if WAYS[name].why_not(tuned):
+        return ""
+    share = tuned.gain_kept(WAYS[name].merged(tuned))
+    return "" if share is None else f"{share:.1%}"
 
 
 def through_the_quantizer(tuned: Tuned, gain: float) -> list[str]:
@@ -84,8 +107,9 @@ def through_the_quantizer(tuned: Tuned, gain: float) -> list[str]:
     merged model to it, as cells."""
     own, merged = tuned.gain, tuned.merged("requantize")
     assert own is not None
-    kept = tuned.gain_kept(merged) or 0.0
-    return [f"{kept * own.value / gain:.0%}", f"{tuned.compared(merged)['kl'].value:.0e}"]
+    share = tuned.gain_kept(merged) or 0.0
+    found = compared(tuned.model, merged, tuned.held_out)
+    return [f"{share * own.value / gain:.1%}", f"{found['kl'].value:.0e}"]
 
 
 def main() -> None:
@@ -96,16 +120,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="backends, by name")
     parser.add_argument("--ways", nargs="*", choices=[*WAYS], default=[*WAYS])
     parser.add_argument("--aware", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--model", help="a folder with the demo's tokenizer; by default the demo")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     columns = [*given.ways, *(AWARE if given.aware else ())]
     print(f"| backend | learning rate | gain, nats per token | {' | '.join(columns)} |")
     print(f"| --- | ---: | ---: |{' ---: |' * len(columns)}", flush=True)
     for backend, options in ROWS:
-        for rate in given.rates if not given.only or backend in given.only else ():
-            print(row(backend, options, rate, given), flush=True)
+        for row in rows(backend, options, given) if backend in (given.only or backend) else ():
+            print(row, flush=True)
     where = torch.cuda.get_device_name() if given.device == "cuda" else processor()
-    made = versions("torch", "transformers", "peft", "hqq", "bitsandbytes", "torchao")
+    made = versions(*PACKAGES)
     print(f"\n{given.steps} steps, {where}, {torch.get_num_threads()} threads; {made}")
 
 

@@ -61,8 +61,9 @@ CALIBRATION = 1024
 WHOLE = 141.0
 """GiB of a card on which everything fits, of which the plan is asked."""
 
-DORA = "-dora"
-"""What `ours-nf4-dora` and the like end in: their adapter is DoRA."""
+DORA, AWARE = "-dora", "-aware"
+"""What `ours-nf4-dora` and the like end in: their adapter is DoRA; and `ours-nf4-aware`: they train
+through the quantizer."""
 
 OTHERS = ("peft-nf4", "peft-nf4-dora", "unsloth", "unsloth-none")
 
@@ -70,12 +71,18 @@ OTHERS = ("peft-nf4", "peft-nf4-dora", "unsloth", "unsloth-none")
 def check(case: str) -> str:
     """Return the case. Raises ArgumentTypeError if there is none of that name."""
     name, _, memory = case.partition(":")
-    if case not in OTHERS and (name.removesuffix(DORA) not in OURS or _memory(memory) is None):
+    if case not in OTHERS and (_bare(name) not in OURS or _memory(memory) is None):
         known = [*OTHERS, *OURS]
         raise argparse.ArgumentTypeError(
-            f"{case}: take one of {known}; ours-* with :{', :'.join(MEMORY)} or :GIB"
+            f"{case}: take one of {known}; ours-* with {DORA}, {AWARE}, "
+            f":{', :'.join(MEMORY)} or :GIB"
         )
     return case
+
+
+def _bare(name: str) -> str:
+    """Return the name of the case without what says how it trains."""
+    return name.removesuffix(AWARE).removesuffix(DORA)
 
 
 def _memory(suffix: str) -> dict[str, Any] | None:
@@ -163,8 +170,11 @@ def _parts(case: str) -> tuple[Callable[..., Any], Callable[..., dict[str, Any]]
         load = partial(unsloth, checkpointing=checkpointing)
         return load, partial(plain_loop, recomputed=1.0 if checkpointing else 0.0)
     name, _, memory = case.partition(":")
-    options, train = OURS[name.removesuffix(DORA)], _memory(memory)
-    load = partial(ours, options=options, adapter="dora" if name.endswith(DORA) else "lora")
+    options, train = OURS[_bare(name)], {**(_memory(memory) or {})}
+    if name.endswith(AWARE):
+        train["merge_aware"] = True
+    adapter = "dora" if DORA in name else "lora"
+    load = partial(ours, options=options, adapter=adapter)
     return load, partial(our_loop, backend=options, options=train)
 
 

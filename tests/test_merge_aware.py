@@ -22,7 +22,7 @@ from quantadapt.exporting.tuned import Tuned
 from quantadapt.facade import QuantLinear, facades
 from quantadapt.planning import plan
 from quantadapt.planning.exports import export_of
-from quantadapt.protocols import Figure
+from quantadapt.protocols import Figure, UniformGrid
 from quantadapt.spec import Spec
 
 BACKENDS = {
@@ -37,6 +37,7 @@ BACKENDS = {
     "eetq": {},
     "mxfp4": {},
     "nvfp4": {},
+    "finegrained-fp8": {},
 }
 ADAPTERS = {
     "lora": {"r": 4},
@@ -66,9 +67,9 @@ def base(tmp_path_factory) -> str:
     return saved_model(LlamaForCausalLM(config), tmp_path_factory.mktemp("base"))
 
 
-def aware(base: str, backend: str, adapter: str = "lora", **options):
+def aware(base: str, backend: str, adapter: str = "lora", dtype: str = "float32", **options):
     """A model with an adapter that has moved by a part of a step, and computes as it is merged."""
-    model = qa.quantize(base, backend, **BACKENDS[backend])
+    model = qa.quantize(base, backend, dtype=dtype, **BACKENDS[backend])
     model = moved(qa.attach(model, adapter, **ADAPTERS[adapter], **options))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -103,6 +104,30 @@ def test_merged_files_are_the_trained_model(base, backend, adapter, tmp_path):
     assert kl(trained, unrounded) > 1e-6  # rounding is there to be seen
     qa.merge(model, tmp_path, kind="requantize", data=HELD_OUT, min_gain=0)
     assert kl(logits(qa.load(tmp_path)), trained) < 1e-6
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_in_16_bits_is_merged_as_it_computes(base, backend, adapter):
+    """Scales and changes of a part of a step are finer than that; by `merge`, and by PEFT alone."""
+    model, unrounded = aware(base, backend, adapter, "bfloat16")
+    trained = logits(model)
+    assert kl(trained, unrounded) > 1e-6
+    assert kl(logits(merged_model(model, "requantize")), trained) < 1e-9
+    assert kl(logits(model.merge_and_unload()), trained) < 1e-9
+
+
+def test_activations_that_are_rounded_carry_no_difference_on():
+    """What the sums of merging leave of a change is what training rounds: a weight that becomes
+    another step elsewhere would change what the layers after it round."""
+    torch.manual_seed(0)
+    start = torch.randint(-127, 128, (256, 512)) * 0.01
+    grid = UniformGrid(scale=torch.full((256, 1), 0.01), group_size=512, dtype=torch.float32,
+                       lowest=-127, highest=127)  # fmt: skip
+    start = grid.nearest(start)
+    for change in torch.randn(20, 256, 512) * 1e-3:
+        merged = (start + change) - start
+        assert torch.equal(grid.dithered(start, change), grid.dithered(start, merged))
 
 
 @pytest.mark.slow

@@ -181,7 +181,8 @@ def _drops_out(layer: nn.Module) -> bool:
 def _merged(layer: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the base's weight and what PEFT merges it to, in float32, and the merged bias."""
     facade: QuantLinear = layer.base_layer
-    weight = facade.dequantize().float()
+    with facade.computing_in(torch.float32):  # what merging begins with
+        weight = facade.dequantize()
     dense = nn.Linear(facade.in_features, facade.out_features, bias=False, device="meta")
     dense.weight = nn.Parameter(weight.clone(), requires_grad=False)
     if facade.bias is not None:

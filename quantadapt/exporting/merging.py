@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -240,9 +241,10 @@ def _merged_layer(
     if not hasattr(base, "num_experts"):
         memo = {}  # a layer that is tied must not hand on what is merged into it
     quantized = isinstance(base, (QuantLinear, QuantExperts)) and kind == "requantize"
-    dense = _dense(base, {} if quantized else memo)
     if quantized and write is not None:
-        dense.float()  # 16 bits would round small changes away before they are rounded with care
+        dense = _in_float32(base)
+    else:
+        dense = _dense(base, {} if quantized else memo)
     changed = [each for each in reversed(around) if _merges_into(each, dense)]
     if not quantized:
         return dense.requires_grad_(False)
@@ -250,6 +252,15 @@ def _merged_layer(
     named = {getattr(each, "parameter_name", "weight") for each in changed}
     _requantize(base, result, dense, named, write or _anew)
     return result.requires_grad_(False)
+
+
+def _in_float32(base: nn.Module) -> nn.Module:
+    """Return a copy as `_dense` does, in float32: 16 bits would round small changes away before
+    they are rounded with care, and what the grids of some backends hold, too."""
+    with ExitStack() as exact:
+        for weight in _quantized_weights(base).values():
+            exact.enter_context(weight.computing_in(torch.float32))
+        return _dense(base, {}).float()
 
 
 Write = Callable[[QuantWeight, QuantWeight, Tensor], None]

@@ -95,7 +95,7 @@ class QuantWeight(nn.Module):
         quantized into the layer. See `LazyWeight`."""
         meet_libraries()  # PEFT reads the weight of each layer that it takes
         shape = (self.out_features, self.in_features)
-        layout = torch.empty(shape, dtype=self.compute_dtype, device="meta")
+        layout = torch.empty(shape, dtype=self._read_dtype, device="meta")
         return LazyWeight(self, layout, self.device)
 
     @weight.setter
@@ -179,8 +179,16 @@ class QuantWeight(nn.Module):
         """Return the weight, [out_features, in_features], in the compute dtype."""
         if self._merged is not None and (merged := self._merged_weight()) is not None:
             return merged
-        with torch.no_grad(), results_in(self.compute_dtype):
-            return self.target.dequantize(self._vendor).to(self.compute_dtype).contiguous()
+        dtype = self._read_dtype
+        with torch.no_grad(), results_in(dtype):
+            return self.target.dequantize(self._vendor).to(dtype).contiguous()
+
+    @property
+    def _read_dtype(self) -> torch.dtype:
+        """The compute dtype; float32 where PEFT merges into a layer that keeps its scales, as 16
+        bits round away what dithering keeps."""
+        exact = self.keeps_scales and merging_layer(self) is not None
+        return torch.float32 if exact else self.compute_dtype
 
     def weight_for_forward(self, x: Tensor, change: Tensor | None = None) -> Tensor:
         """Return the weight as `dequantize` does, or as `moved` does by `change`; a recomputation

@@ -221,6 +221,9 @@ def _dithered(start: Tensor, change: Tensor, *rest: Any) -> Tensor:
     grid: Grid = kind(**dict(zip(names, own, strict=True)), **dict(others))
     small = start.device.type == "cpu" and start.numel() <= _KEPT
     noise = (_kept_noise if small else fixed_noise)(*start.shape, device=start.device)
+    # The change that a merge into float32 weights leaves, so that both round to the same values.
+    exact = start.float()
+    change = (exact + change).sub_(exact)
     return grid.values(grid._by_group(grid._dithered, None, start, change, noise))
 
 
@@ -241,10 +244,10 @@ def fixed_noise(rows: int, columns: int, *, device: torch.device) -> Tensor:
     columns], the same whenever and wherever this is called."""
     import torch
 
-    row, column = (torch.arange(count, device=device) for count in (rows, columns))
-    mixed = row[:, None] * 0x9E3779B1 + column * 0x85EBCA77
-    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):  # in 32 bits, as hashes do
-        mixed = mixed & 0xFFFFFFFF
-        mixed = (mixed ^ (mixed >> shift)) * factor
+    # A hash in 32 bits; of these torch's are signed, so what a shift brings in is masked away.
+    row, column = (torch.arange(n, dtype=torch.int32, device=device) for n in (rows, columns))
+    mixed = row[:, None] * (0x9E3779B1 - 2**32) + column * (0x85EBCA77 - 2**32)
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):
+        mixed = (mixed ^ ((mixed >> shift) & (2 ** (32 - shift) - 1))) * factor
     # A little less, so that the rounding of sums does not carry it over the edge.
-    return ((mixed >> 8) + 0.5) * (0.9999 / 2**24) - 0.9999 / 2
+    return (((mixed >> 8) & 0xFFFFFF) + 0.5) * (0.9999 / 2**24) - 0.9999 / 2
