@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import OutputError
-from ..inputs.documents import read_object
+from ..inputs.documents import parsed, read_object
 from ..machine import installed_version
 from .atomic import (
     OTHER_OUTPUT,
@@ -318,8 +318,8 @@ def _now() -> str:
 
 def _json_mapping(line: str) -> dict[str, Any]:
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):  # a line cut by a crash
+        values = parsed(line)
+    except ValueError:  # a line cut by a crash
         return {}
     return values if isinstance(values, dict) else {}
 
