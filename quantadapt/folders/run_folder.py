@@ -28,6 +28,7 @@ from .atomic import (
     in_words,
     is_free,
     put_back,
+    refuse_links_out,
     refuse_occupied,
     refuse_overlap,
     refuse_unwritable,
@@ -271,11 +272,7 @@ class RunFolder:
     def _refuse_changed(self) -> None:
         """Raise where a resumed run would replace what somebody put into its folders, or write to
         another place: a run folder may come from elsewhere, with links in it."""
-        for entry in self.path.iterdir() if self.path.is_dir() else ():
-            if entry.is_symlink() and not entry.resolve().is_relative_to(self.path.resolve()):
-                what = f"{entry.name} is a link that leads out of the run folder"
-                fix = "put what it names into the folder, or start anew in another --output"
-                raise OutputError(what, fix=fix, where=str(self.path))
+        refuse_links_out(self.path, "checkpoints")
         for name in self.names:
             if name not in ("checkpoints", "runs") and (self.path / name).is_dir():
                 refuse_occupied(self.path / name, overwrite=True)

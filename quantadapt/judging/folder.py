@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
-from ..folders.atomic import in_words, is_free, locked, refuse_overlap, write_atomic
+from ..folders.atomic import (
+    in_words,
+    is_free,
+    locked,
+    refuse_links_out,
+    refuse_overlap,
+    write_atomic,
+)
 from ..inputs.documents import read_object
 from .judge import JUDGEMENTS
 from .pairs import PAIRS
@@ -42,6 +49,7 @@ def own_folder(
     file, wanted = folder / _SETTINGS, {"pairs": made_with, "judge": judged_by}
     refuse_overlap(folder, inputs)
     with locked(folder), in_words(folder):
+        refuse_links_out(folder)
         if not file.exists() and not is_free(folder):
             fix = "choose another --output"
             raise OutputError("there is something else in it", fix=fix, where=str(folder))
