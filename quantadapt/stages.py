@@ -21,6 +21,7 @@ from .quantizing.stage import quantize_plan
 from .quantizing.state import ModelState, state_of
 from .records import as_call
 from .registry.blame import blaming_plugins
+from .remote_code import trusting
 from .showing.python import stage
 from .showing.quietly import quietly
 from .spec import Spec, TrainSpec
@@ -251,6 +252,7 @@ def evaluate(
     max_length: int | None = None,
     max_new_tokens: int = 64,
     tokenizer: Any = None,
+    trust_remote_code: bool = False,
     verbose: bool | None = None,
     **options: Any,
 ) -> dict[str, float]:
@@ -268,6 +270,7 @@ def evaluate(
             model was trained with, or 512.
         max_new_tokens: longest answer, in tokens, where the model is asked to answer.
         tokenizer: needed where the model came without one: a live module, for instance.
+        trust_remote_code: run code that comes with what is measured, as files of tasks are.
         verbose: whether to show progress; by default on a terminal and in a notebook.
         options: the evaluation's options.
 
@@ -277,7 +280,8 @@ def evaluate(
     """
     from .evaluation.stage import measure
 
-    evaluators = planning.evaluators([{"name": evaluation, **options}])
+    with trusting(trust_remote_code):
+        evaluators = planning.evaluators([{"name": evaluation, **options}])
     _refuse_length(max_length, data)
     tokenizer = tokenizer or state_of(model).tokenizer
     trained = getattr(getattr(model, "quantadapt", None), "max_length", None)

@@ -500,6 +500,48 @@ def test_a_damaged_journal_is_told(tmp_path) -> None:
         go(made, tmp_path / "out")
 
 
+FIGURE = {"unit": "", "better": "lower", "values": {"tuned": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("key", "result"),
+    [
+        ("many", {}),
+        ("all", {"evaluations": [1]}),
+        ("all", {"evaluations": {"perplexity": [1]}}),
+        ("all", {"evaluations": {"perplexity": {"perplexity": 3}}}),
+        ("all", {"evaluations": {"p": {"p": {**FIGURE, "unit": [1]}}}}),
+        ("all", {"evaluations": {"p": {"p": {**FIGURE, "values": {"tuned": "x"}}}}}),
+        ("all", {"evaluations": {"p": {"p": {**FIGURE, "errors": 3}}}}),
+        ("2", {"data": 3}),
+        ("2", {"warnings": {"a": 1}}),
+    ],
+)
+def test_results_in_a_journal_that_are_none_are_told(key, result, tmp_path) -> None:
+    made = comparison(STEPS, {"adapter": ["lora", "dora"]}, reference=False)
+    go(made, tmp_path / "out")
+    file = tmp_path / "out" / "quantadapt-compare.json"
+    journal = json.loads(file.read_text())
+    next(iter(journal["runs"].values()))["results"] = {key: result}
+    file.write_text(json.dumps(journal))
+    with pytest.raises(PlanRefused, match=r"cannot be used: runs"):
+        go(made, tmp_path / "out")
+
+
+@pytest.mark.parametrize("place", ["logs/{name}.txt", "runs/{name}", "specs", "compare.csv"])
+def test_a_comparison_writes_through_no_link_that_leads_out(place, tmp_path) -> None:
+    made = comparison(STEPS, {"adapter": ["lora", "dora"]}, reference=False)
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    go(made, out)
+    mine.mkdir()
+    link = out / place.format(name=next(iter(made.runs)).name)
+    shutil.rmtree(link) if link.is_dir() else link.unlink()
+    link.symlink_to(mine)
+    with pytest.raises(PlanRefused, match="a link that leads out of the folder"):
+        go(made, out, retry=True)
+    assert not list(mine.iterdir())
+
+
 def test_trust_in_code_is_kept_nowhere(tmp_path) -> None:
     made = comparison(
         {**STEPS, "trust_remote_code": True}, {"adapter": ["lora", "dora"]}, reference=False

@@ -466,6 +466,50 @@ def test_bad_input_is_refused_before_anything_is_written(files, tmp_path, capsys
     assert "was asked something else" in capsys.readouterr().err
 
 
+def test_what_is_read_may_not_lie_in_the_folder_that_is_begun_anew(files, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    assert call("judge", *files, "-o", str(out), "--pairs-only") == 0
+    mine = Path(files[0]).rename(out / "answers-a.jsonl")
+    before = mine.read_bytes()
+    assert call("judge", str(mine), files[1], "-o", str(out), "--pairs-only", "--overwrite") == 1
+    assert "which is read" in capsys.readouterr().err
+    assert mine.read_bytes() == before
+
+
+@pytest.mark.parametrize("reply", [b"[" * 100_000, b'{"choices": ' + b"9" * 6000 + b"}"])
+def test_an_answer_that_no_parser_takes_is_told(reply: bytes, files, tmp_path, capsys) -> None:
+    with endpoint(lambda body: (200, {}, reply)) as fake:
+        assert judged(files, tmp_path / "out", fake.url, "--retries", "0") == 2
+    assert "no chat completion" in capsys.readouterr().err
+
+
+def test_words_of_a_judge_that_utf_8_cannot_hold_are_kept(files, tmp_path: Path) -> None:
+    with endpoint(lambda body: said("Half \ud800 of a pair.\n[[A]]")) as fake:
+        assert judged(files, tmp_path / "out", fake.url) == 0
+    line = (tmp_path / "out" / JUDGEMENTS).read_text().splitlines()[0]
+    assert json.loads(line)["said"] == "Half \ud800 of a pair.\n[[A]]"
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("[1]", "no JSON object"),
+        ("[" * 5000, "no JSON object"),
+        ('{"pair": [1], "order": "ab", "verdict": "a"}', "pair should be a valid string"),
+        ('{"pair": "x", "order": "up", "verdict": "a"}', "order should be 'ab' or 'ba'"),
+        ('{"pair": "x", "order": "ab", "verdict": null}', "verdict should be"),
+        ('{"pair": "x", "order": "ab", "verdict": "a"}', "it lacks verdicts on the pairs"),
+    ],
+)
+def test_judgements_that_are_none_are_told(line, what, files, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    assert call("judge", *files, "-o", str(out), "--pairs-only") == 0
+    (out / JUDGEMENTS).write_text(line)
+    with endpoint(prefers_longer) as fake:
+        assert judged(files, out, fake.url) == 1
+    assert what in " ".join(capsys.readouterr().err.split())
+
+
 def test_pairs_alone_need_no_judge(files, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert call("judge", *files, "-o", str(out), "--pairs-only", "--max-prompts", "3") == 0

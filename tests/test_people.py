@@ -111,6 +111,31 @@ def test_a_line_that_is_no_vote_is_told(tmp_path: Path) -> None:
             Votes(file)
 
 
+@pytest.mark.parametrize(
+    "line", [{"pair": 3}, {"pair": [1]}, {"voter": None}, {"time": {}}, {"left": "c"}, {"x": 1}]
+)
+def test_a_vote_of_other_types_is_told(line: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "votes.jsonl"
+    file.write_text(json.dumps(vars(vote(SAME, "ann", "a")) | line) + "\n")
+    with pytest.raises(DataError, match=r"votes.jsonl:1: it is no vote"):
+        read_votes(file)
+
+
+@pytest.mark.parametrize("text", ["what I wrote", '{"mine": 1', "[" * 5000])
+def test_a_text_of_somebody_is_not_taken_for_half_a_vote(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text(text)
+    with pytest.raises(DataError, match=r"mine.txt:1: it is no vote"):
+        Votes(file)
+    assert file.read_text() == text
+
+
+def test_half_a_pair_of_surrogates_is_a_name_like_others(tmp_path: Path) -> None:
+    file = tmp_path / "votes.jsonl"
+    assert Votes(file).add(vote(PAIRS[0], "ann\ud800", "a"))
+    assert [found.voter for found in read_votes(file)] == ["ann\ud800"]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_vote_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch) -> None:
     import os

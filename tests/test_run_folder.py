@@ -564,7 +564,7 @@ def test_a_resumed_run_writes_nowhere_else(name: str, tmp_path: Path) -> None:
     elsewhere = tmp_path / name
     elsewhere.write_text("mine")
     (tmp_path / "run" / name).symlink_to(elsewhere)
-    with pytest.raises(OutputError, match="leads out of the run folder"):
+    with pytest.raises(OutputError, match="leads out of the folder"):
         RunFolder.create(tmp_path / "run", resume=True)
     assert elsewhere.read_text() == "mine"
 

@@ -275,7 +275,7 @@ def test_all_that_is_wrong_is_told_at_once(folder: str, monkeypatch) -> None:
     names = ["demo_choise", "gsm8", "demo_unsafe", "demo_pictures", "demo_absent", "demo_gone"]
     spec = qa.Spec(evaluate={
         "tasks": names, "evaluations": {"name": "tasks", "include_path": folder, "num_fewshot": 2}
-    })  # fmt: skip
+    }, trust_remote_code=True)  # fmt: skip
     with pytest.raises(PlanRefused) as caught:
         plan(spec, check_output=False)
     told = {problem.what: problem.fix for problem in caught.value.problems}
@@ -292,6 +292,21 @@ def test_all_that_is_wrong_is_told_at_once(folder: str, monkeypatch) -> None:
     assert len(told) == 6
 
 
+def test_files_of_other_tasks_are_code_that_has_to_be_trusted(folder: str, capsys) -> None:
+    options = {"name": "tasks", "tasks": ["demo_answer"], "include_path": folder}
+    for call_ in (
+        lambda: plan(qa.Spec(evaluate={"evaluations": [options]}), check_output=False),
+        lambda: qa.evaluate(torch.nn.Linear(1, 1), evaluation="tasks", tasks="demo_answer",
+                            include_path=folder),
+    ):  # fmt: skip
+        with pytest.raises(PlanRefused, match="files of tasks are code") as caught:
+            call_()
+        assert [problem.where for problem in caught.value.problems] == [folder]
+    model = str(demo.MODEL_DIR)
+    assert call("eval", model, "--tasks", "demo_answer", "--include-path", folder) == 2
+    assert "--trust-remote-code" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_none_and_options_that_are_wrong() -> None:
     wrong = {"name": "tasks", "tasks": [], "limit": 0, "num_fewshot": -1, "fewshots": 2}
     with pytest.raises(PlanRefused) as caught:
@@ -302,6 +317,12 @@ def test_a_folder_that_is_none_and_options_that_are_wrong() -> None:
     assert problem.where == "evaluation.include_path"
 
 
+def test_files_that_include_each_other_come_to_an_end(tmp_path: Path) -> None:
+    for one, other in (("one", "other"), ("other", "one"), ("self", "self")):
+        (tmp_path / f"{one}.yaml").write_text(f"task: {one}\ninclude: {other}.yaml\n")
+    assert {"one", "other", "self"} <= known_tasks([str(tmp_path)]).keys()
+
+
 @pytest.mark.slow
 def test_a_plan_with_tasks_loads_no_torch_and_runs_no_code_of_the_folder(folder: str) -> None:
     import subprocess
@@ -310,8 +331,10 @@ def test_a_plan_with_tasks_loads_no_torch_and_runs_no_code_of_the_folder(folder:
     code = (
         "import sys, quantadapt as qa\n"
         "from quantadapt.planning.stage import evaluators\n"
+        "from quantadapt.remote_code import trusting\n"
         f"options = {{'tasks': ['demo_group'], 'include_path': [{folder!r}]}}\n"
-        "evaluators([{'name': 'tasks', **options}])\n"
+        "with trusting(True):\n"
+        "    evaluators([{'name': 'tasks', **options}])\n"
         f"sys.exit('torch' in sys.modules or {folder + '/measures'!r} in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -374,6 +397,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, folder: str) -> Any:
             "samples": 0,
         },
         output=str(tmp_path_factory.mktemp("run") / "run"),
+        trust_remote_code=True,
     )
     return qa.run(spec, verbose=False)
 
@@ -421,7 +445,15 @@ def call(*arguments: str) -> int:
 
 @pytest.mark.slow
 def test_eval_measures_the_models_of_a_run_again(run, folder: str, capsys) -> None:
-    with_tasks = ("--tasks", "demo_choice", "--include-path", folder, "--limit", "4")
+    with_tasks = (
+        "--tasks",
+        "demo_choice",
+        "--include-path",
+        folder,
+        "--trust-remote-code",
+        "--limit",
+        "4",
+    )
     assert call("eval", str(run.folder), *with_tasks, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     before = run.metrics["evaluations"]["tasks"]
@@ -433,7 +465,15 @@ def test_eval_measures_the_models_of_a_run_again(run, folder: str, capsys) -> No
 
 @pytest.mark.slow
 def test_eval_shows_one_model_or_a_table(run, folder: str, capsys) -> None:
-    with_tasks = ("--tasks", "demo_choice", "--include-path", folder, "--limit", "2")
+    with_tasks = (
+        "--tasks",
+        "demo_choice",
+        "--include-path",
+        folder,
+        "--trust-remote-code",
+        "--limit",
+        "2",
+    )
     assert call("eval", str(run.folder), *with_tasks, "--models", "quantized,tuned") == 0
     out = capsys.readouterr().out
     assert "tuned since quantized" in " ".join(out.split())

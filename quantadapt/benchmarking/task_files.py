@@ -124,15 +124,21 @@ def _values(text: str) -> list[str]:
 
 
 @cache
-def _head(path: Path) -> Mapping[str, str]:
-    """Return the text of the keys that say what a file is; what it includes stands behind it."""
+def _head(path: Path, inside: tuple[Path, ...] = ()) -> Mapping[str, str]:
+    """Return the text of the keys that say what a file is; what it includes stands behind it.
+
+    Args:
+        inside: the files that include it, none of which is read again.
+    """
+    if path.resolve() in inside:
+        return {}
     try:
         found = dict(_KEYS.findall(path.read_text(encoding="utf-8", errors="replace")))
     except OSError:
         return {}
     merged: dict[str, str] = {}
     for name in _values(found.pop("include", "")):
-        merged |= _head(path.parent / name)
+        merged |= _head((path.parent / name).resolve(), (*inside, path.resolve()))
     return merged | found
 
 

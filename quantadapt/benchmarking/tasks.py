@@ -16,6 +16,7 @@ from ..generation.rows import base_of
 from ..hookspecs import hookimpl
 from ..protocols import Evaluator, Figure, Given
 from ..records import Evaluation
+from ..remote_code import refusal, trusted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,7 +44,10 @@ class Tasks(Evaluator):
         allow_inf_nan=False,
         description="only the first so many questions of each task; below 1: this share of them",
     )
-    include_path: tuple[str, ...] = Field((), description="folders with files of other tasks")
+    include_path: tuple[str, ...] = Field(
+        (),
+        description="folders with files of other tasks, which are code: it needs trust_remote_code",
+    )
     apply_chat_template: bool = Field(
         False, description="write questions by the tokenizer's chat template"
     )
@@ -75,11 +79,14 @@ class Tasks(Evaluator):
         return [word.strip() if isinstance(word, str) else word for word in words]
 
     def refusals(self) -> Iterable[Problem]:
-        """Return which tasks there are none of, or lack their data."""
+        """Return which tasks there are none of, or lack their data, and folders that are not
+        trusted: lm-eval runs the functions and the templates in them."""
         from .task_files import task_problems
 
+        untrusted = () if trusted() else self.include_path
         return [
-            *task_problems(self.tasks, self.include_path, confirmed=self.confirm_run_unsafe_code)
+            *(refusal(folder, "files of tasks are code") for folder in untrusted),
+            *task_problems(self.tasks, self.include_path, confirmed=self.confirm_run_unsafe_code),
         ]
 
     def measure(self, model: nn.Module, given: Given) -> Mapping[str, Figure]:

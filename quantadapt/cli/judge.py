@@ -92,7 +92,8 @@ def judge(
         ),
     ] = 4,
     timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds for a verdict.", rich_help_panel=_JUDGE)
+        float,
+        typer.Option(min=0.1, max=86400, help="Seconds for a verdict.", rich_help_panel=_JUDGE),
     ] = 120.0,
     retries: Annotated[
         int,
@@ -162,7 +163,8 @@ def judge(
         judged_by = None
         if asked is not None:
             judged_by = {"model": asked.model, "endpoint": asked.url, "reference": with_reference}
-        with own_folder(folder, made_with, judged_by, overwrite=overwrite):
+        inputs = (a, b, prompts)
+        with own_folder(folder, made_with, judged_by, inputs=inputs, overwrite=overwrite):
             source = Source(a, b, prompts, max_prompts)
             how = {"device": device, "layout": layout, "force_base": force_base}
             pairs = made_pairs(shown, source, folder, sampling, batch_size, how)
@@ -247,10 +249,10 @@ def _judged(
     """Let the judge judge, and return what its verdicts come to."""
     from contextlib import ExitStack
 
-    from ..errors import EndpointError
-    from ..folders.lines import lines_in
-    from ..judging.judge import JUDGEMENTS, judge_pairs
+    from ..errors import EndpointError, OutputError
+    from ..judging.judge import JUDGEMENTS, judge_pairs, read_judgements
     from ..judging.scores import summary_of
+    from ..judging.verdicts import ORDERS
     from ..showing.display import counting
 
     file, count = folder / JUDGEMENTS, 2 * len(pairs)
@@ -270,10 +272,13 @@ def _judged(
                 )  # fmt: skip
             except EndpointError:
                 stack.close()
-                text = f"{len(lines_in(file))} of {count} verdicts are kept in {folder}"
+                text = f"{len(read_judgements(file))} of {count} verdicts are kept in {folder}"
                 shown.err.print(text, markup=False, soft_wrap=True)
                 raise
-    verdicts = {(line["pair"], line["order"]): line["verdict"] for line in lines_in(file)}
+    verdicts = read_judgements(file)
+    if any((pair.id, order) not in verdicts for pair in pairs for order in ORDERS):
+        fix = "pass --overwrite, and the judge judges anew"
+        raise OutputError("it lacks verdicts on the pairs beside it", fix=fix, where=str(file))
     return summary_of([(verdicts[p.id, "ab"], verdicts[p.id, "ba"]) for p in pairs])
 
 

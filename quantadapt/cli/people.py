@@ -137,15 +137,14 @@ def _report(shown: Session, sources: Sequence[str], pairs: Sequence[Pair], file:
 
 def _judged(sources: Sequence[str]) -> dict[str, Outcome]:
     """Return what a judge made of the pairs, where it has."""
-    from ..folders.lines import lines_in
-    from ..judging.judge import JUDGEMENTS
+    from ..judging.judge import JUDGEMENTS, read_judgements
     from ..judging.scores import outcome_of
 
     found: dict[str, Outcome] = {}
     for source in sources:
         path = Path(source).expanduser()
         file = (path if path.is_dir() else path.parent) / JUDGEMENTS
-        said = {(line["pair"], line["order"]): line["verdict"] for line in lines_in(file)}
+        said = read_judgements(file)
         for pair in dict.fromkeys(name for name, _ in said):
             both = said.get((pair, "ab"), "unreadable"), said.get((pair, "ba"), "unreadable")
             if "unreadable" not in both:

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ..errors import OutputError, PlanRefused, Problem
 from ..folders.atomic import (
@@ -29,6 +29,7 @@ from ..folders.atomic import (
     in_words,
     is_free,
     put_back,
+    refuse_links_out,
     refuse_occupied,
     refuse_overlap,
     refuse_unwritable,
@@ -44,10 +45,29 @@ from ..machine import installed_version
 from .grid import Comparison
 
 MARKER = "quantadapt-compare.json"
+WHOLE = "all"
+"""The key of what a whole run was measured to be, see `Record.results`."""
 TABLES = ("compare.json", "compare.csv", "compare.html")
 
 State = Literal["waiting", "running", "finished", "failed", "refused", "interrupted", "dropped"]
 """Of a run. "refused": not run, as its plan says; "dropped": no further than a rung."""
+
+
+class Figure(Typed):
+    """A figure of an evaluation, as `metrics.json` has it."""
+
+    unit: str = ""
+    better: str = ""
+    values: dict[str, float | None] = Field(default_factory=dict)
+    errors: dict[str, float | None] = Field(default_factory=dict)
+
+
+class Result(Typed):
+    """What a run was measured to be, see `results.figures_of`; numbers beside it may be missing."""
+
+    evaluations: dict[str, dict[str, Figure]] = Field(default_factory=dict)
+    data: list[list[Any]] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
 
 
 class Record(Typed):
@@ -64,6 +84,15 @@ class Record(Typed):
     reason: str = ""
     seconds: float = 0.0
     results: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @field_validator("results")
+    @classmethod
+    def _are_results(cls, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for steps, result in results.items():
+            if steps != WHOLE and not (steps.isascii() and steps.isdecimal()):
+                raise ValueError(f"{steps!r} is no number of steps")
+            Result.model_validate(result)
+        return results
 
 
 class Journal(Typed):
@@ -178,6 +207,7 @@ def check(
             raise OutputError(what, fix=fix, where=str(found))
         if overwrite:
             refuse_occupied(found, overwrite=True, names=_names(found))
+        refuse_links_out(found, "runs", "specs", "logs")
         refuse_unwritable(found)
     refuse_overlap(found, comparison.spec.inputs)
     begun = folder.journal.comparison

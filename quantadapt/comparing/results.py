@@ -12,11 +12,8 @@ from typing import Any, TypeGuard
 
 from ..folders.metrics import NATS, SHARE, label
 from ..folders.run_folder import RunFolder
-from .folder import Journal, Record
+from .folder import WHOLE, Journal, Record
 from .grid import DENSE, Cell, Comparison
-
-WHOLE = "all"
-"""The key of what a whole run was measured to be, see `folder.Record.results`."""
 
 
 def figures_of(folder: Path) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from ..folders.atomic import remove
 from ..folders.environment import environment
 from ..folders.run_folder import RunFolder
 from ..machine import this_machine
-from .folder import CompareFolder, Record
+from .folder import WHOLE, CompareFolder, Record
 from .grid import DENSE, Comparison, Run
 from .planned import PlannedCell, measures_a_merge, spec_of
 from .processes import Ending, Job, OutOfBudget, Processes, Start, slots
-from .results import WHOLE, Table, figures_of, table_of
+from .results import Table, figures_of, table_of
 from .writing import write_tables
 
 Listener = Callable[[str, Mapping[str, Any]], None]

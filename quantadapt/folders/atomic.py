@@ -236,6 +236,17 @@ def _lies_in(path: Path, folder: Path) -> bool:
     return folder.exists() and any(os.path.samefile(place, folder) for place in above)
 
 
+def refuse_links_out(folder: Path, *inner: str) -> None:
+    """Raise OutputError where an entry of `folder`, or of one of those `inner` to it, is a link
+    that leads out of it: a folder may come from elsewhere, and what is written stays in it."""
+    for place in (folder, *(folder / name for name in inner)):
+        for entry in place.iterdir() if place.is_dir() else ():
+            if entry.is_symlink() and not entry.resolve().is_relative_to(folder.resolve()):
+                what = f"{entry.relative_to(folder)} is a link that leads out of the folder"
+                fix = "put what it names into the folder, or start anew in another --output"
+                raise OutputError(what, fix=fix, where=str(folder))
+
+
 def refuse_unwritable(path: Path) -> None:
     """Raise OutputError where nothing can be made at `path`; tries nothing out."""
     nearest = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.lexists(p))

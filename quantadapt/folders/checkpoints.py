@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError, Problem
+from ..inputs.documents import parsed
 from .atomic import put_in_place, sync_tree
 from .written import damage, write_list
 
@@ -112,7 +113,7 @@ def _not_readable(path: Path) -> str:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = parsed(file.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(file)
     return values

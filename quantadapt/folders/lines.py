@@ -15,9 +15,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import OutputError, Problem
+from ..errors import OutputError, Problem, QuantadaptError
+from ..inputs.documents import parsed, reason
 from .atomic import in_words, locked, refuse_unwritable, write_atomic
 
+_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
+"""Half a pair of surrogates becomes an escape, as JSON has it."""
+_OTHER = "put it back as it was, or name another"
 _HEAD = b'{"made_with": '
 """How the first line of a `.partial` begins."""
 
@@ -63,7 +67,7 @@ def lines_file(
             fix = "choose another name, or pass --overwrite"
             raise OutputError("the file is there already", fix=fix, where=str(path))
         begun = _begun(partial, head, what, overwrite)
-        with partial.open("r+" if begun else "w", encoding="utf-8", newline="\n") as file:
+        with partial.open("r+" if begun else "w", **_TEXT) as file:
             if begun:
                 file.truncate(sum(map(len, begun)))  # half a line may follow
                 file.seek(0, os.SEEK_END)
@@ -99,11 +103,33 @@ def problems_of(path: Path, reads: str | None, *, overwrite: bool = False) -> li
 
 
 def lines_in(path: Path) -> list[dict[str, Any]]:
-    """Return what was written to `path` so far, whole or not."""
-    if path.exists():
-        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    whole = takewhile(_is_whole, _lines_of(_partial(path))[1:])
-    return [json.loads(line) for line in whole]
+    """Return what was written to `path` so far, whole or not.
+
+    Raises:
+        OutputError: there is something else.
+    """
+    if os.path.lexists(path):
+        lines = [line for line in lines_of(path, OutputError) if line]
+        return [_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    return [parsed(line) for line in takewhile(_is_whole, _lines_of(_partial(path))[1:])]
+
+
+def lines_of(path: Path, error: type[QuantadaptError]) -> list[bytes]:
+    """Return the lines of a file; the last one is half, or empty. Raises `error` where there is no
+    file that can be read."""
+    if not path.is_file():  # reading a pipe may never end
+        raise error("it is no file", fix=_OTHER, where=str(path))
+    try:
+        return path.read_bytes().split(b"\n")
+    except OSError as failure:
+        raise error(f"cannot read it: {reason(failure)}", fix=_OTHER, where=str(path)) from None
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    if not _is_whole(line):
+        raise OutputError("it is no JSON object", fix=_OTHER, where=where)
+    found: dict[str, Any] = parsed(line)
+    return found
 
 
 def _partial(path: Path) -> Path:
@@ -130,7 +156,8 @@ def _lines_of(partial: Path) -> list[bytes]:
     """
     if not os.path.lexists(partial):
         return []
-    begun = partial.read_bytes() if partial.is_file() else b"?"
+    is_ours = partial.is_file() and not partial.is_symlink()  # which might lead anywhere
+    begun = partial.read_bytes() if is_ours else b"?"
     head, end, _ = begun.partition(b"\n")
     if _is_head(head) if end else head[: len(_HEAD)] == _HEAD[: len(head)]:
         return [line + b"\n" for line in begun.split(b"\n")[:-1]]
@@ -145,8 +172,8 @@ def _is_head(line: bytes) -> bool:
 def _is_whole(line: bytes) -> bool:
     """Say whether a line is one; after a power failure it need not be."""
     try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
+        return isinstance(parsed(line), dict)
+    except ValueError:
         return False
 
 

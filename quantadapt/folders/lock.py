@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..errors import FolderInUse, warn
+from ..inputs.documents import parsed
 from .written import LOCK
 
 try:
@@ -142,7 +143,7 @@ def _flock(descriptor: int) -> bool | None:
 def _read(descriptor: int) -> Holder | None:
     try:
         os.lseek(descriptor, 0, os.SEEK_SET)
-        return Holder(**json.loads(os.read(descriptor, 4096)))
+        return Holder(**parsed(os.read(descriptor, 4096)))
     except (ValueError, TypeError):  # new, or cut off while it was written
         return None
 

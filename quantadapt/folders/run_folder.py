@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import OutputError
-from ..inputs.documents import read_object
+from ..inputs.documents import parsed, read_object
 from ..machine import installed_version
 from .atomic import (
     OTHER_OUTPUT,
@@ -28,6 +28,7 @@ from .atomic import (
     in_words,
     is_free,
     put_back,
+    refuse_links_out,
     refuse_occupied,
     refuse_overlap,
     refuse_unwritable,
@@ -271,11 +272,7 @@ class RunFolder:
     def _refuse_changed(self) -> None:
         """Raise where a resumed run would replace what somebody put into its folders, or write to
         another place: a run folder may come from elsewhere, with links in it."""
-        for entry in self.path.iterdir() if self.path.is_dir() else ():
-            if entry.is_symlink() and not entry.resolve().is_relative_to(self.path.resolve()):
-                what = f"{entry.name} is a link that leads out of the run folder"
-                fix = "put what it names into the folder, or start anew in another --output"
-                raise OutputError(what, fix=fix, where=str(self.path))
+        refuse_links_out(self.path, "checkpoints")
         for name in self.names:
             if name not in ("checkpoints", "runs") and (self.path / name).is_dir():
                 refuse_occupied(self.path / name, overwrite=True)
@@ -318,8 +315,8 @@ def _now() -> str:
 
 def _json_mapping(line: str) -> dict[str, Any]:
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):  # a line cut by a crash
+        values = parsed(line)
+    except ValueError:  # a line cut by a crash
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -14,6 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from ..inputs.documents import parsed
+
 LIST = "quantadapt-files.json"
 
 Names = Mapping[str, Any]
@@ -43,7 +45,7 @@ def read_list(folder: Path) -> dict[str, dict[str, Any]] | None:
     list that can be read."""
     try:
         text = (folder / LIST).read_bytes().decode("utf-8", "surrogateescape")
-        files = json.loads(text)["files"]
+        files = parsed(text)["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     whole = isinstance(files, dict) and all(isinstance(facts, dict) for facts in files.values())

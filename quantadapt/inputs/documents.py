@@ -37,15 +37,21 @@ def read_text(file: Path, error: type[QuantadaptError] = ModelError, *, fix: str
     raise error(what, fix=fix, where=str(file))
 
 
+def parsed(text: str | bytes) -> Any:
+    """Return what JSON holds. Raises ValueError where it is none, or is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_object(
     file: Path, error: type[QuantadaptError] = ModelError, *, fix: str = ""
 ) -> dict[str, Any]:
     """Return the object in a JSON file. Raises `error` where there is none."""
     text = read_text(file, error, fix=fix)
     try:
-        value = json.loads(text)
-    except RecursionError:
-        raise error("it is nested too deeply", fix=fix, where=str(file)) from None
+        value = parsed(text)
     except ValueError as failure:
         raise error(f"not valid JSON: {failure}", fix=fix, where=str(file)) from None
     if not isinstance(value, dict):

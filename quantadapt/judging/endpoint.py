@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import EndpointError, Problem
+from ..inputs.documents import parsed
 
 _LONGEST = 2**22
 """Bytes of an answer that are read at most."""
@@ -164,7 +165,7 @@ class Endpoint:
     def _text(self, body: bytes) -> str:
         """Return the text of a completed chat."""
         try:
-            content = json.loads(body)["choices"][0]["message"].get("content")
+            content = parsed(body)["choices"][0]["message"].get("content")
         except (ValueError, LookupError, TypeError, AttributeError):
             shown = self._hidden(" ".join(body[:200].decode(errors="replace").split()))
             raise _Busy(f"what it answers is no chat completion: {shown!r}") from None
@@ -173,7 +174,7 @@ class Endpoint:
     def _said(self, body: bytes) -> str:
         """Return what an error says of itself, without the key."""
         try:
-            found = json.loads(body)
+            found = parsed(body)
             error = found.get("error", found) if isinstance(found, dict) else found
             text = error.get("message", error) if isinstance(error, dict) else error
         except ValueError:

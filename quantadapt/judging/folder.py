@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
-from ..folders.atomic import in_words, is_free, locked, write_atomic
+from ..folders.atomic import (
+    in_words,
+    is_free,
+    locked,
+    refuse_links_out,
+    refuse_overlap,
+    write_atomic,
+)
+from ..inputs.documents import read_object
 from .judge import JUDGEMENTS
 from .pairs import PAIRS
 
@@ -23,6 +32,7 @@ def own_folder(
     made_with: Mapping[str, Any],
     judged_by: Mapping[str, Any] | None,
     *,
+    inputs: Iterable[str | None],
     overwrite: bool,
 ) -> Iterator[None]:
     """Be the one who writes `folder`: a new one, or one that was begun with the same.
@@ -30,13 +40,16 @@ def own_folder(
     Args:
         made_with: what the pairs depend on.
         judged_by: what the verdicts depend on; None where there will be none.
+        inputs: what is read; none of it may lie in the folder, nor the folder in it.
         overwrite: remove what was made with something else.
 
     Raises:
         OutputError: it holds something else. FolderInUse: somebody is at work there.
     """
     file, wanted = folder / _SETTINGS, {"pairs": made_with, "judge": judged_by}
+    refuse_overlap(folder, inputs)
     with locked(folder), in_words(folder):
+        refuse_links_out(folder)
         if not file.exists() and not is_free(folder):
             fix = "choose another --output"
             raise OutputError("there is something else in it", fix=fix, where=str(folder))
@@ -61,14 +74,13 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    if not file.exists():
+    if not os.path.lexists(file):
         return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return {"pairs": found["pairs"], "judge": found["judge"]}
-    except (ValueError, LookupError, TypeError):
-        fix = "choose another --output"
-        raise OutputError("it is damaged, or not ours", fix=fix, where=str(file)) from None
+    fix = "choose another --output"
+    found = read_object(file, OutputError, fix=fix)
+    if not {"pairs", "judge"} <= found.keys():
+        raise OutputError("it is damaged, or not ours", fix=fix, where=str(file))
+    return {"pairs": found["pairs"], "judge": found["judge"]}
 
 
 def _remove(folder: Path, names: tuple[str, ...]) -> None:

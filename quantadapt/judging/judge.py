@@ -8,16 +8,42 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..folders.lines import lines_file
+from ..errors import OutputError
+from ..folders.lines import lines_file, lines_in
 from ..generation.files import checksum
+from ..inputs.documents import validated
+from ..inputs.typed import Typed
 from .endpoint import Endpoint
 from .pairs import Pair
-from .verdicts import ORDERS, SYSTEM, messages, read_verdict
+from .verdicts import ORDERS, SYSTEM, Order, Verdict, messages, read_verdict
 
 JUDGEMENTS = "judgements.jsonl"
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
+
+
+class Judgement(Typed):
+    """A line of the file of judgements: what the judge says of a pair that is shown in an order."""
+
+    pair: str
+    order: Order
+    verdict: Verdict
+    said: str = ""
+
+
+def read_judgements(path: Path) -> dict[tuple[str, Order], Verdict]:
+    """Return the verdicts that were written to `path` so far, by pair and order; none where there
+    is no file.
+
+    Raises:
+        OutputError: a line is no judgement.
+    """
+    fix, found = "put the file back as it was, or let the judge judge anew", {}
+    for number, line in enumerate(lines_in(path), 1):
+        said = validated(Judgement, line, OutputError, fix=fix, where=f"{path}:{number}")
+        found[said.pair, said.order] = said.verdict
+    return found
 
 
 def judge_pairs(

@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import DataError, OutputError
+from ..folders.lines import lines_of
+from ..inputs.documents import parsed
 from .pairs import Pair
 from .scores import Game, Interval, Outcome, agreements, elo, fleiss_kappa
 
 VOTES = "votes.jsonl"
 JUDGE = "the judge"
 """What a judge is called among the voters."""
+_BEGIN = b'{"pair": '
+"""How a line of the file begins."""
 Side = Literal["left", "right", "tie"]
 _SCORE: dict[str, float] = {"a": 1.0, "tie": 0.5, "b": 0.0}
 
@@ -69,7 +73,11 @@ class Votes:
         with self._lock:
             if (vote.voter, vote.pair) in self._votes:
                 return False
-            self._append(f"{json.dumps(asdict(vote), ensure_ascii=False)}\n".encode())
+            self._append(
+                f"{json.dumps(asdict(vote), ensure_ascii=False)}\n".encode(
+                    errors="backslashreplace"
+                )
+            )
             self._votes[vote.voter, vote.pair] = vote
             return True
 
@@ -98,20 +106,26 @@ def read_votes(path: Path) -> list[Vote]:
     Raises:
         DataError: a line is no vote.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
-    found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            vote = Vote(**json.loads(line))
-            valid = vote.vote in get_args(Outcome) and vote.left in ("a", "b")
-        except (ValueError, TypeError):
-            valid = False
-        if not valid:
-            fix = "remove the line, or name another file with --votes"
-            raise DataError("it is no vote", fix=fix, where=f"{path}:{number}")
-        found.append(vote)
-    return found
+    *lines, half = lines_of(path, DataError)
+    found = [_vote(line) for line in lines]
+    if not half.startswith(_BEGIN[: len(half)]):  # it would be cut off as half a vote
+        found.append(None)
+    if None in found:
+        fix, number = "remove the line, or name another file with --votes", found.index(None) + 1
+        raise DataError("it is no vote", fix=fix, where=f"{path}:{number}")
+    return [vote for vote in found if vote is not None]
+
+
+def _vote(line: bytes) -> Vote | None:
+    """Return the vote that a line is, or None."""
+    try:
+        vote = Vote(**parsed(line))
+    except (ValueError, TypeError):
+        return None
+    words = all(isinstance(value, str) for value in asdict(vote).values())
+    return vote if words and vote.vote in get_args(Outcome) and vote.left in ("a", "b") else None
 
 
 @dataclass(frozen=True)
