@@ -19,6 +19,8 @@ FRAGMENTATION = 0.05
 """Share of a card that the allocator may lose between blocks."""
 HEAD_CHUNK = 2**27
 """Logits that are there at a time while the loss is computed, in bytes (see `model.head`)."""
+DIVERGENCE_CHUNK = 2**26
+"""Logits of a student that are there at a time in float32, in bytes (see `model.divergence`)."""
 WORKSPACE = 2**25
 """What cuBLAS allocates for itself, for each thread and stream that computes."""
 LENGTH_MULTIPLE = 64
@@ -81,6 +83,7 @@ class Workload:
         graphs: whether passes are recorded as CUDA graphs, where they can be.
         sequences: how many an example sends through the model.
         whole_logits: whether the loss holds all logits of a batch.
+        teacher: the sizes of a dense model that the loss compares with, whole on each GPU.
     """
 
     shape: Shape
@@ -104,6 +107,7 @@ class Workload:
     graphs: bool = False
     sequences: int = 1
     whole_logits: bool = False
+    teacher: Shape | None = None
 
     # --- what is there all the time ----------------------------------------------------------
 
@@ -160,6 +164,11 @@ class Workload:
         sizes = [(count, work.shape.linears.values()) for count, work in self.kinds]
         weights = sum(count * sum(i * o for i, o in layers) for count, layers in sizes)
         return weights * self.dtype_bytes + replace(self, shards=1).dense_bytes
+
+    @property
+    def teacher_bytes(self) -> int:
+        """The teacher, in the compute dtype."""
+        return 0 if self.teacher is None else replace(self, shape=self.teacher).unquantized_bytes
 
     @property
     def trained(self) -> int:
@@ -246,6 +255,9 @@ class Workload:
         of all. Logits are a chunk, or all in float32, with their logarithms and gradients."""
         logits = tokens * self.shape.vocab
         held = 12 * logits if self.whole_logits else min(logits * self.dtype_bytes, HEAD_CHUNK)
+        if self.teacher is not None:  # logits of both, their logarithms, and what is made of them
+            held = 8 * min(4 * logits, DIVERGENCE_CHUNK)
+            held += 2 * tokens * self.teacher.hidden * self.dtype_bytes
         return held + 3 * self.input_bytes(tokens)
 
     def evaluation_bytes(self, examples: int) -> int:
@@ -271,7 +283,7 @@ class Workload:
         gradients, workspaces = (4 * self.trained, 3) if recorded else (0, 1)
         return {
             "quantized": self.quantized_bytes,
-            "dense": self.dense_bytes,
+            "dense": self.dense_bytes + self.teacher_bytes,
             "adapter": self.adapter_bytes + gradients,
             "inputs": inputs,
             "activations": activations,

@@ -65,6 +65,18 @@ class Head:
 
         return logits
 
+    def gradient(self, size: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return what makes the gradient of hidden states [tokens, hidden_size] of that of their
+        first `size` logits and those logits. As `projection`, it gathers a sharded weight."""
+        weight, cap = _whole(self.linear.weight)[:size], self.softcap
+
+        def hidden(gradient: Tensor, logits: Tensor) -> Tensor:
+            if cap is not None:
+                gradient = gradient * (1 - (logits / cap) ** 2)
+            return gradient.to(weight.dtype) @ weight
+
+        return hidden
+
 
 def head_losses(
     hidden: Tensor, labels: Tensor, head: nn.Linear, *, softcap: float | None = None

@@ -36,16 +36,8 @@ class PairTask(Task):
 
     def refusals(self, config: Mapping[str, Any]) -> list[Problem]:
         """Refuse encoder-decoder models, and losses of routers."""
-        name, found = type(self).__name__, []
-        if config.get("is_encoder_decoder"):
-            what = f"{name} learns from answers of causal models, this is an encoder-decoder model"
-            fix = "use a causal model, or objective: sft with the chosen answers"
-            found.append(Problem(what, fix, "objective", "pairs-encoder-decoder"))
-        if config.get("output_router_logits"):
-            what = f"{name} does not balance routers, and the model's config asks for that"
-            fix = "set output_router_logits to false in its config.json"
-            found.append(Problem(what, fix, "objective", "pairs-routers"))
-        return found
+        name, instead = type(self).__name__, "objective: sft with the chosen answers"
+        return causal_problems(name, "pairs", config, instead)
 
     def read(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Data:
         """Return pairs, as `load_preferences` makes them."""
@@ -82,6 +74,25 @@ class PairTask(Task):
             if size * self.sequences < len(batch["input_ids"]):
                 part.pop("counted", None)
             yield part
+
+
+def causal_problems(name: str, rule: str, config: Mapping[str, Any], instead: str) -> list[Problem]:
+    """Return why a loss on the tokens of causal models does not fit a model with this config.
+
+    Args:
+        rule: what the rules' names begin with.
+        instead: what does fit an encoder-decoder model.
+    """
+    found = []
+    if config.get("is_encoder_decoder"):
+        what = f"{name} learns from the tokens of causal models, this is an encoder-decoder model"
+        fix = f"use a causal model, or {instead}"
+        found.append(Problem(what, fix, "objective", f"{rule}-encoder-decoder"))
+    if config.get("output_router_logits"):
+        what = f"{name} does not balance routers, and the model's config asks for that"
+        fix = "set output_router_logits to false in its config.json"
+        found.append(Problem(what, fix, "objective", f"{rule}-routers"))
+    return found
 
 
 @dataclass

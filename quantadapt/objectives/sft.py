@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import DataError, TrainingError
 from ..hookspecs import hookimpl
@@ -35,9 +35,9 @@ class SFT(Task):
       where a token does not count; and `counted`, the number of labels that count.
     """
 
-    packs = True
-    logits = "model"
-    unit = "nats per token"
+    packs: ClassVar[bool] = True
+    logits: ClassVar[Literal["model", "chunks", "whole"]] = "model"
+    unit: ClassVar[str] = "nats per token"
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:

@@ -260,8 +260,9 @@ def memory_plan(
         adopt: whether the model is quantized already, as its config says.
         unshared: why several GPUs cannot share the base; empty if they can.
     """
-    shape = Shape.of(config)
-    if shape is None:
+    shape, beside = Shape.of(config), task.teacher_config(config)
+    teacher = None if beside is None else Shape.of(beside)
+    if shape is None or (beside is not None and teacher is None):
         return None
     left = _left_dense(spec, quantizer, shape, config if adopt else {})
     dense = left if quantizer.quantizes_experts else (*left, *STACKS)
@@ -295,6 +296,7 @@ def memory_plan(
         graphs=rules.records(task, train),
         sequences=task.sequences,
         whole_logits=task.logits == "whole",
+        teacher=teacher,
     )
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
     return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))

@@ -234,13 +234,19 @@ _OTHER_HEADS = re.compile(
 def head_problems(task: Task, config: Mapping[str, Any]) -> list[Problem]:
     """Return why the objective cannot learn from a model with this config, or of the class that it
     names."""
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    if not task.wants_lm or not isinstance(name, str) or not _OTHER_HEADS.search(name):
+    name = other_head(config)
+    if not task.wants_lm or not name:
         return task.refusals(config)
     what = f"{type(task).__name__} learns to predict tokens, and the model is a {name}"
     fix = "train it from Python (quantize, attach, a Trainer of yours), or use an objective for it"
     return [Problem(what, fix, "objective", "task-head")]
+
+
+def other_head(config: Mapping[str, Any]) -> str:
+    """Return the class that config.json names where that does not predict the next token."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    return name if isinstance(name, str) and _OTHER_HEADS.search(name) else ""
 
 
 LOFTQ = "loftq"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import Problem
@@ -71,6 +72,15 @@ class Task(Options, ABC):
     def refusals(self, config: Mapping[str, Any]) -> list[Problem]:
         """Return why it does not learn from a model with this config.json; empty if it does."""
         return []
+
+    def teacher_config(self, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Return the config.json of a dense model that is held beside one with this config; empty
+        where that is not here yet, None where there is no such model. Memory is planned for it."""
+        return None
+
+    def holding(self, setup: Setup, tell: Callable[[str], None]) -> AbstractContextManager[None]:
+        """Hold what the loss needs beside the model while that trains, such as another model."""
+        return nullcontext()
 
     def prepared(
         self, setup: Setup, held_out: Dataset | None, tell: Callable[[str], None]

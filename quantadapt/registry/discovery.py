@@ -49,11 +49,13 @@ BUILTIN = {
     "reward": "quantadapt.objectives.reward",
     "orpo": "quantadapt.objectives.orpo",
     "simpo": "quantadapt.objectives.simpo",
+    "distill": "quantadapt.objectives.distill",
     "perplexity": "quantadapt.evaluation.perplexity",
     "tasks": "quantadapt.benchmarking.tasks",
     "preferences": "quantadapt.evaluation.preferences",
     "classification": "quantadapt.evaluation.classification",
     "rewards": "quantadapt.evaluation.rewards",
+    "agreement": "quantadapt.evaluation.agreement",
     "exports": "quantadapt.exporting.exports",
 }
 """Plugins that are always there, whatever QUANTADAPT_PLUGINS says: name -> module."""

@@ -101,7 +101,7 @@ def train(
     prepared = Prepared.by(task, setup, measured, begun, note)  # a reference's words, for one
     setup, measured = prepared.setup, prepared.held_out
     # kernels, casts and the like; taken back at the end
-    with lent(model, spec, task, note) as loans:
+    with task.holding(setup, note), lent(model, spec, task, note) as loans:
         trainer = make_trainer(task, setup, on_log)  # task.trainer: trl's SFTTrainer, for one
         trainer.prepared = prepared
         trainer.fused = loans.fused
