@@ -96,7 +96,7 @@ def test_without_a_use_they_are_listed(init) -> None:
 
 
 DATA = {
-    **dict.fromkeys(("dpo", "orpo", "reward", "simpo"), "preferences/train.jsonl"),
+    **dict.fromkeys(("dpo", "kto", "orpo", "reward", "simpo"), "preferences/train.jsonl"),
     "classify": "labelled/sequence/train.jsonl",
     "classify-tokens": "labelled/token/train.jsonl",
 }

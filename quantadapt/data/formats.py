@@ -100,7 +100,7 @@ def _refuse_other_tasks(row: Row, fitting: Sequence[str]) -> None:
         if not all(column in row.values for column in columns):
             continue
         learns = {"chosen": "dpo", "label": "classify", "labels": "classify-tokens"}[columns[0]]
-        way = f"set objective: {learns}; "
+        way = f"set objective: {learns}{' or kto' if columns == ('label',) else ''}; "
         anyway = "to learn text all the same, say which columns hold it, e.g. data.columns: "
         example = "{prompt: prompt, completion: chosen}" if len(columns) > 1 else "{text: text}"
         if fitting and len(columns) == 1:

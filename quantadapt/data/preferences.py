@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, islice, takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..errors import DataError
 from ..spec import DataSpec
@@ -40,6 +40,11 @@ class Pair:
 
     chosen: Example
     rejected: Example
+
+    @property
+    def answers(self) -> tuple[Example, ...]:
+        """Both."""
+        return self.chosen, self.rejected
 
     @property
     def where(self) -> str:
@@ -198,54 +203,83 @@ def tokenized_pairs(
     import datasets
 
     columns: dict[str, list[list[int]]] = {name: [] for name in (*CHOSEN, *REJECTED)}
-    for both in _tokenized(found, tokenizer, report, held_out):
+    for _, both in tokenized_answers(found, tokenizer, report, held_out=held_out):
         for name, values in zip(columns, chain(*both), strict=True):
-            columns[name].append(values[: report.max_length])
+            columns[name].append(values)
     if not columns[CHOSEN[0]]:
-        reasons = "; ".join(text for f in report.files for text in f.losses(report.max_length))
-        what = f"no pair is left: {reasons or 'there is none'}"
         fix = "raise data.max_length, shorten the prompts, or give answers that differ"
-        raise DataError(what, fix=fix, where=found[0].where if found else report.files[0].file)
+        raise none_left("pair", fix, found, report)
     return datasets.Dataset.from_dict(columns)
 
 
-_Tokens = tuple[list[int], list[int]]
+def none_left(kind: str, fix: str, found: Sequence[HasAnswers], report: DataReport) -> DataError:
+    """Return an error that says why all examples were dropped."""
+    reasons = "; ".join(text for f in report.files for text in f.losses(report.max_length))
+    what = f"no {kind} is left: {reasons or 'there is none'}"
+    return DataError(what, fix=fix, where=found[0].where if found else report.files[0].file)
 
 
-def _tokenized(
-    found: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, report: DataReport, held_out: bool
-) -> Iterator[tuple[_Tokens, _Tokens]]:
-    """Yield token ids and masks of both answers, and count what is kept, cut and dropped."""
+class HasAnswers(Protocol):
+    """A row with one answer to a prompt, or several that are to differ."""
+
+    @property
+    def answers(self) -> tuple[Example, ...]:
+        """Each with the prompt."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """Its file and line."""
+        ...
+
+    @property
+    def file(self) -> str:
+        """The file, or the hub id and split."""
+        ...
+
+
+Tokens = tuple[list[int], list[int]]
+"""Token ids of a prompt and its answer, and 1 where they are of the answer."""
+_Row = TypeVar("_Row", bound=HasAnswers)
+
+
+def tokenized_answers(
+    found: Iterable[_Row], tokenizer: PreTrainedTokenizerBase, report: DataReport, *, held_out: bool
+) -> Iterator[tuple[_Row, list[Tokens]]]:
+    """Yield each row that is used with the tokens of its answers, and count what is kept, cut and
+    dropped."""
     found, limit = iter(found), report.max_length
     while batch := [*islice(found, _BATCH)]:
         written = []
         for one in batch:
             counts = report.of(one.file)
-            both = [segments(example, tokenizer) for example in (one.chosen, one.rejected)]
-            counts.remarks.update(dict.fromkeys(chain(*(f.remarks for f in both)), 1))
-            why = next((f.dropped for f in both if f.dropped), "")
-            if not why and any(len(f.texts) != 1 for f in both):
+            read = [segments(example, tokenizer) for example in one.answers]
+            counts.remarks.update(dict.fromkeys(chain(*(f.remarks for f in read)), 1))
+            why = next((f.dropped for f in read if f.dropped), "")
+            if not why and any(len(f.texts) != 1 for f in read):
                 why = "of several turns, which the chat template writes in another way later on"
             counts.dropped.update([why] if why else ())
-            written += [] if why else [(one, [f.texts[0] for f in both])]
+            written += [] if why else [(one, [f.texts[0] for f in read])]
         encoded = tokenize([text for _, texts in written for text in texts], tokenizer)
-        for (one, _), chosen, rejected in zip(written, encoded, encoded, strict=True):
-            counts, masks = report.of(one.file), (chosen[1], rejected[1])
-            if why := _useless(chosen, rejected, limit):
+        for one, texts in written:
+            counts, answers = report.of(one.file), [*islice(encoded, len(texts))]
+            if why := _useless(answers, limit):
                 counts.dropped[why] += 1
                 continue
-            counts.keep(*masks, max_length=limit, held_out=held_out)
-            yield chosen, rejected
+            counts.keep(*(mask for _, mask in answers), max_length=limit, held_out=held_out)
+            yield one, [(ids[:limit], mask[:limit]) for ids, mask in answers]
 
 
-def _useless(chosen: _Tokens, rejected: _Tokens, limit: int) -> str:
-    """Return why nothing can be learnt of a pair; empty where something can."""
-    if not all(any(mask[1:]) for _, mask in (chosen, rejected)):
+def _useless(answers: Sequence[Tokens], limit: int) -> str:
+    """Return why nothing can be learnt of answers; empty where something can."""
+    if not all(any(mask[1:]) for _, mask in answers):
         return "with an empty answer"
-    if not all(any(mask[1:limit]) for _, mask in (chosen, rejected)):
+    if not all(any(mask[1:limit]) for _, mask in answers):
         return f"with nothing to learn within {limit} tokens"
-    if chosen[0] == rejected[0]:
+    if len(answers) == 1:
+        return ""
+    if answers[0][0] == answers[1][0]:
         return "with equal answers"
-    if chosen[0][:limit] == rejected[0][:limit]:
+    if answers[0][0][:limit] == answers[1][0][:limit]:
         return f"with answers that are equal within {limit} tokens"
     return ""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import DataError
 from ..spec import DataSpec
+from .desirable import held_out_desirable, holds_desirable
 from .files import Row
 from .formats import Example, examples
 from .labelled import held_out_labelled, holds_labels
@@ -133,6 +134,8 @@ def read_held_out(
     spec = _like(like, rows, max_length)
     if holds_pairs(rows, spec.columns):
         return held_out_pairs(rows, spec, tokenizer)
+    if holds_desirable(rows, spec.columns):
+        return held_out_desirable(rows, spec, tokenizer)
     if (kind := holds_labels(rows)) and not spec.columns:
         return held_out_labelled(rows, spec, tokenizer, kind)
     found, made = _read(rows, spec, tokenizer, held_out=True)

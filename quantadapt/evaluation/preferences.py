@@ -7,7 +7,7 @@ nats, without beta.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data.preferences import CHOSEN, REJECTED
@@ -28,15 +28,16 @@ NATS = "nats"
 def answer_log_probs(
     model: nn.Module,
     examples: Dataset,
+    columns: Sequence[tuple[str, str]] = (CHOSEN, REJECTED),
     *,
     batch_size: int = 8,
     pad_token_id: int | None = 0,
     split: bool = False,
 ) -> Tensor:
-    """Return the log-likelihoods of the answers in nats, float64 [pairs, 2]: chosen, rejected.
+    """Return the log-likelihoods of answers in nats, float64 [examples, columns].
 
     Args:
-        examples: the columns of `data.preferences`.
+        columns: of token ids and of masks, 1 where they are of the answer.
         batch_size: answers that go through the model at a time.
         split: whether each process of a run takes its part; all of them have to call this, and all
             get the whole result.
@@ -46,14 +47,14 @@ def answer_log_probs(
     answers = [
         {"input_ids": row[ids], "completion_mask": row[mask]}
         for row in examples
-        for ids, mask in (CHOSEN, REJECTED)
+        for ids, mask in columns
     ]
     found = torch.zeros(len(answers), dtype=torch.float64)
     for batch in predicted(model, answers, batch_size, pad_token_id, split=split):
         losses, counts = batch.losses().double().cpu(), batch.counts.cpu()
         whose = torch.tensor(batch.examples).repeat_interleave(counts)
         found.index_add_(0, whose, -losses)
-    return (summed(found, device_of(model)) if split else found).view(-1, 2)
+    return (summed(found, device_of(model)) if split else found).view(-1, len(columns))
 
 
 class Preferences(Evaluator):
@@ -71,7 +72,7 @@ class Preferences(Evaluator):
             "accuracy": Figure(float((margins > 0).double().mean()), "share", "higher"),
             "margin": Figure(float(margins.mean()), NATS, "higher"),
         }
-        if _has_reference(model):
+        if has_reference(model):
             any_model: Any = model
             with any_model.disable_adapter():
                 rewards = policy - _measured(model, given)
@@ -95,7 +96,7 @@ def _measured(model: nn.Module, given: Given) -> Tensor:
     )
 
 
-def _has_reference(model: Any) -> bool:
+def has_reference(model: Any) -> bool:
     """Say whether the model without its adapter is what training began with. Where the adapter's
     start moves a part of the base into it, as PiSSA's does, it is not."""
     state: Any = getattr(model, "quantadapt", None)

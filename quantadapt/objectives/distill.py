@@ -17,7 +17,7 @@ from pydantic import Field, PrivateAttr, field_validator
 from ..errors import ModelError, Problem, TrainingError
 from ..hookspecs import hookimpl
 from ..records import Objective
-from .pairs import causal_problems
+from .answers import causal_problems
 from .sft import SFT
 
 if TYPE_CHECKING:

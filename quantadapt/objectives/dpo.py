@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 
 from ..hookspecs import hookimpl
 from ..records import Objective
-from .pairs import PairTask, log_likelihoods, logged, rewards, with_reference
+from .answers import log_likelihoods, with_reference
+from .pairs import REFERENCE, PairTask, logged, rewards
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,7 +51,10 @@ class DPO(PairTask):
         self, setup: Setup, held_out: Dataset | None, tell: Callable[[str], None]
     ) -> tuple[Dataset, Dataset | None]:
         """Return data with the log-likelihoods of the reference."""
-        return with_reference(setup, held_out, tell)
+        from ..data.preferences import CHOSEN, REJECTED
+
+        answers = dict(zip(REFERENCE, (CHOSEN, REJECTED), strict=True))
+        return with_reference(setup, held_out, tell, answers=answers, kind="pairs")
 
     def loss(
         self, model: Any, batch: dict[str, Any], count: Any

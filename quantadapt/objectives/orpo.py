@@ -12,7 +12,8 @@ from pydantic import Field
 
 from ..hookspecs import hookimpl
 from ..records import Objective
-from .pairs import PairTask, logged, rewards, token_log_probs
+from .answers import token_log_probs
+from .pairs import PairTask, logged, rewards
 
 if TYPE_CHECKING:
     from torch import Tensor

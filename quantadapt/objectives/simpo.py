@@ -12,7 +12,8 @@ from pydantic import Field
 
 from ..hookspecs import hookimpl
 from ..records import Objective
-from .pairs import PairTask, log_likelihoods, logged, rewards
+from .answers import log_likelihoods
+from .pairs import PairTask, logged, rewards
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -94,6 +94,16 @@ class Task(Options, ABC):
         """
         return setup.dataset, held_out
 
+    def before_step(self, setup: Setup, batches: list[dict[str, Any]], step: int) -> None:
+        """Look at the batches of an optimizer step before any of them goes through the model, and
+        change them in place: what depends on the model as it is now, and on all of them.
+
+        Args:
+            setup: with the data set that `prepared` returned.
+            batches: as `collator` makes them, on the model's device, of this process.
+            step: the number of the step, from 1 on.
+        """
+
     @abstractmethod
     def collator(self, setup: Setup) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return what makes a batch of examples: tensors with a row for each sequence or example,

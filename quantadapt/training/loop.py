@@ -22,6 +22,7 @@ from ..errors import QuantadaptError, TrainingError
 from ..folders.atomic import in_words
 from ..folders.checkpoints import PARTIAL, PREFIX, seal
 from ..inputs.documents import reason
+from ..protocols import Task
 from .checkpoints import facts_of, set_rates
 from .lent import patched
 from .progress import Progress
@@ -29,7 +30,6 @@ from .progress import Progress
 if TYPE_CHECKING:
     from ..adapting.fused import FusedTraining
     from ..folders.checkpoints import Checkpoint
-    from ..protocols import Task
     from .expected_calls import ExpectedCalls
     from .memory_fit import MemoryFit
     from .prepared import Prepared
@@ -79,10 +79,19 @@ class TrainingLoop:
     def _get_num_items_in_batch(self, batches: list[Any], *_: Any, **__: Any) -> Any:
         """Return the mean count of the processes: gradients are averaged, so that each token of the
         whole batch weighs the same, and what PEFT adds to the loss (AdaLoRA does) counts once."""
+        self.begin_step(batches)
         count = self.counted(batches)
         if count is None or self.accelerator.num_processes == 1:
             return count
         return self.accelerator.reduce(count, "mean")
+
+    def begin_step(self, batches: list[Any]) -> None:
+        """Let the task look at the batches of a step, with the adapter as it is now."""
+        if not batches or self.prepared is None or type(self.task).before_step is Task.before_step:
+            return
+        if self.fused is not None:
+            self.fused.refresh()  # the optimizer has changed what was cast
+        self.task.before_step(self.prepared.setup, batches, self.state.global_step + 1)
 
     def counted(self, batches: list[Any]) -> Tensor | None:
         """Return what the task counts in batches, a float32 scalar on the device; None where the

@@ -42,8 +42,8 @@ class Figures:
         return {name: summed(both, device).tolist() for name, both in self.sums.items()}
 
     def taken(self, device: torch.device) -> dict[str, float]:
-        """Return the means over all processes, and begin anew."""
-        self.last = {name: total / n for name, (total, n) in self.totals(device).items()}
+        """Return the means over all processes, of what there was any, and begin anew."""
+        self.last = {name: total / n for name, (total, n) in self.totals(device).items() if n}
         self.sums = {}
         return self.last
 

@@ -130,7 +130,7 @@ BEFORE = (
     MemoryFit.start,  # chooses what is recomputed, on a GPU by passes over the longest examples
 )
 EACH_STEP = (
-    TrainingLoop._get_num_items_in_batch,  # task.count: what the loss of the step is divided by
+    TrainingLoop._get_num_items_in_batch,  # task.before_step; task.count, to divide the loss by
     Watcher.on_step_begin,  # the adapter's casts follow what the optimizer has changed
     TrainingLoop.training_step,  # once for each batch that accumulates; task.tokens
     MemoryFit.step,  # in parts if need be (task.parts), and again where memory runs out

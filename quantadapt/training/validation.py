@@ -242,6 +242,7 @@ class Validation:
 
         trainer = self.trainer
         batch = trainer._prepare_inputs(batch)
+        trainer.begin_step([batch])
         count, divisor = float(trainer.task.count(batch)), trainer.counted([batch])
         if trainer.fused is not None:
             trainer.fused.refresh()  # the optimizer has changed what was cast
