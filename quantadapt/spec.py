@@ -33,6 +33,8 @@ Column = Literal["text", "prompt", "completion", "instruction", "input", "output
                  "tokens", "words", "tags"]
 # fmt: on
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Tower = Literal["language", "vision", "projector"]
+"""A part of an image-text model, see `model.towers`."""
 
 
 class _Strict(Typed):
@@ -340,6 +342,12 @@ class Spec(_Strict):
     skip_modules: list[str] | None = Field(
         None, description="modules left dense; default: the head"
     )
+    towers: list[Tower] = Field(
+        ["language"],
+        min_length=1,
+        description="the parts of an image-text model that are quantized and adapted: language, "
+        "vision, projector; the others stay as they are",
+    )
     skip_misfits: bool = Field(
         False, description="also leave layers dense whose size the backend cannot quantize"
     )
@@ -356,6 +364,11 @@ class Spec(_Strict):
     seed: int = Field(
         0, ge=0, lt=2**32, description="of the adapter, the shuffling and the held-out split"
     )
+
+    @field_validator("towers", mode="before")
+    @classmethod
+    def _from_one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -248,6 +248,7 @@ def memory_plan(
     dtype: str,
     adopt: bool = False,
     unshared: Sequence[Problem] = (),
+    beside: int = 0,
 ) -> MemoryPlan | None:
     """Return what training on a GPU needs; None where the architecture is not known or the
     backend does not tell its bits per weight.
@@ -259,6 +260,7 @@ def memory_plan(
         dtype: compute dtype on the GPU.
         adopt: whether the model is quantized already, as its config says.
         unshared: why several GPUs cannot share the base; empty if they can.
+        beside: how many weights the model has beside its language model.
     """
     shape = Shape.of(config)
     if shape is None:
@@ -295,6 +297,7 @@ def memory_plan(
         graphs=rules.records(task, train),
         sequences=task.sequences,
         whole_logits=task.logits == "whole",
+        beside=beside,
     )
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
     return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))

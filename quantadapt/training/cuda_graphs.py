@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..adapting.fused import FusedLoraLinear, free
 from ..facade import single_stack_lora, stack_wrappers
+from ..model.towers import towers_of
 from ..sharding import is_sharded
 
 SEEN_BEFORE = 2
@@ -203,6 +204,7 @@ def can_record(model: Any) -> bool:
         and base.base_model is not base
         and not _draws_random_numbers(model)
         and not is_sharded(model)
+        and not towers_of(base)  # pictures come in all sizes
     )
 
 
