@@ -35,6 +35,8 @@ Column = Literal["text", "prompt", "completion", "instruction", "input", "output
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Streaming = Literal["auto", "none", "experts", "all"]
 """What of the quantized base lies in CPU memory, see `streaming`."""
+Tower = Literal["language", "vision", "projector"]
+"""A part of an image-text model, see `model.towers`."""
 
 
 class _Strict(Typed):
@@ -348,6 +350,12 @@ class Spec(_Strict):
     skip_modules: list[str] | None = Field(
         None, description="modules left dense; default: the head"
     )
+    towers: list[Tower] = Field(
+        ["language"],
+        min_length=1,
+        description="the parts of an image-text model that are quantized and adapted: language, "
+        "vision, projector; the others stay as they are",
+    )
     skip_misfits: bool = Field(
         False, description="also leave layers dense whose size the backend cannot quantize"
     )
@@ -364,6 +372,11 @@ class Spec(_Strict):
     seed: int = Field(
         0, ge=0, lt=2**32, description="of the adapter, the shuffling and the held-out split"
     )
+
+    @field_validator("towers", mode="before")
+    @classmethod
+    def _from_one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -53,6 +53,7 @@ def quantize(
     calibration: Calibration = None,
     skip_modules: tuple[str, ...] | list[str] | None = None,
     skip_misfits: bool = False,
+    towers: Sequence[str] = ("language",),
     new_modules: tuple[str, ...] | list[str] = (),
     unused_modules: tuple[str, ...] | list[str] = (),
     head: Literal["", "sequence", "token"] = "",
@@ -74,6 +75,8 @@ def quantize(
             `{"input_ids": int64 tensor [1, length]}`. The demo model has its own.
         skip_modules: module names left dense; by default the output head.
         skip_misfits: leave layers dense, too, whose size the backend cannot quantize.
+        towers: the parts of an image-text model that are quantized, and adapted later: language,
+            vision, projector. The others stay as they are.
         new_modules: module names that the checkpoint does not hold and that start at random, such
             as the head of a classifier; whatever else is missing is refused.
         unused_modules: module names that the checkpoint holds and the model has not.
@@ -101,6 +104,7 @@ def quantize(
         dtype=dtype,
         skip_modules=None if skip_modules is None else list(skip_modules),
         skip_misfits=skip_misfits,
+        towers=list(towers),
         new_modules=list(new_modules),
         unused_modules=list(unused_modules),
         trust_remote_code=trust_remote_code,

@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,3 +103,12 @@ def _seed() -> None:
     """The same numbers whatever ran before; torch is not loaded for it."""
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def small_picture_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of small image-text models, by family; not to be changed."""
+    from quantadapt.testing.small_pictures import FAMILIES, write_model
+
+    folder = tmp_path_factory.mktemp("picture-models")
+    return {family: write_model(folder / family, family) for family in FAMILIES}

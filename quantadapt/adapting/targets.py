@@ -16,7 +16,8 @@ from ..errors import PlanRefused, Problem, did_you_mean, warn
 from ..facade import linear_facades, stack_facades
 from ..model.dense import skipped_modules
 from ..model.experts import expert_stacks
-from ..model.modules import linear_layers
+from ..model.modules import is_skipped, linear_layers
+from ..model.towers import towers_of
 from ..quantizing.stage import nothing_quantized
 from .expert_names import (
     EXPERTS,
@@ -69,7 +70,7 @@ def resolve_targets(
         return _targets(_endings(model, layers), there, stacks_in(model), asked)
     stacks = stacks_in(model)
     there = _wanted(stacks, options)
-    targets = wanted if isinstance(wanted, str) else list(wanted)
+    targets = _in_chosen_towers(model, wanted if isinstance(wanted, str) else list(wanted), layers)
     if not isinstance(targets, str) and stacks:
         targets = _of_parts(model, targets, stacks, there)
     if targets == [] and asked:
@@ -89,6 +90,47 @@ def resolve_targets(
         text = f"target_modules names layers; {both[0]}, called the same, stays as it is"
         warn(f"{text}: add {EXPERTS!r} to adapt experts, too", StacksWarning, stacklevel=6)
     return _targets(of_layers, [n for n in there if names_stack(of_stacks, n)], stacks, asked)
+
+
+def _in_chosen_towers(
+    model: nn.Module, targets: str | list[str], layers: list[str]
+) -> str | list[str]:
+    """Return `targets` without what they name in towers of which nothing is quantized: layers of
+    the vision tower are often called as those of the language model are.
+
+    Raises:
+        PlanRefused: some name nothing else.
+    """
+    towers = towers_of(model)
+    outside = tuple(
+        name
+        for tower, names in towers.items()
+        if not any(f"{layer}.".startswith(tuple(f"{n}." for n in names)) for layer in layers)
+        for name in names
+    )
+    each = [targets] if isinstance(targets, str) else targets
+    found = {target: _named(model, target, isinstance(targets, str)) for target in each}
+    left = {t: [n for n in names if not is_skipped(n, outside)] for t, names in found.items()}
+    if left == found:
+        return targets
+    if only := [target for target in found if found[target] and not left[target]]:
+        what = f"{only[0]!r} names layers of a part of the model that stays as it is"
+        fix = f"name layers of others, or set towers: {_towers_fix(towers, found[only[0]])}"
+        raise PlanRefused([Problem(what, fix, "adapter.target_modules")])
+    return [name for target in found for name in left[target] or [target]]
+
+
+def _named(model: nn.Module, target: str, is_pattern: bool) -> list[str]:
+    names = [name for name, _ in model.named_modules() if name]
+    if is_pattern:
+        return [name for name in names if re.fullmatch(target, name)]
+    return [name for name in names if ends(name, target)]
+
+
+def _towers_fix(towers: Mapping[str, tuple[str, ...]], names: list[str]) -> str:
+    """Return the value of `towers` with which modules called `names` are chosen, too."""
+    wanted = [t for t, modules in towers.items() if any(is_skipped(n, modules) for n in names)]
+    return f"[{', '.join(dict.fromkeys(['language', *wanted]))}]"
 
 
 def _wanted(stacks: list[str], options: Mapping[str, Any]) -> list[str]:

@@ -88,13 +88,30 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+TOWER_CONFIGS = {"vision": "vision_config", "audio": "audio_config"}
+"""Towers beside the language model -> where a config.json has their sizes."""
+
+
+def towers_in(config: Mapping[str, Any]) -> list[str]:
+    """Return which of `TOWER_CONFIGS` a model with this config.json has beside its language model;
+    none where it is none that predicts the next token."""
+    if config.get("is_encoder_decoder"):
+        return []
+    return [name for name, key in TOWER_CONFIGS.items() if isinstance(config.get(key), Mapping)]
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config of the language model in a config.json: a part of it, or all of it."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
+
+
 def too_large(config: Mapping[str, Any], tensors: int, size: int) -> list[str]:
     """Return what a config announces that files with so many tensors and bytes cannot hold.
 
     A weight takes a bit at the very least, and a layer a tensor.
     """
-    text = config.get("text_config")
-    config = text if isinstance(text, Mapping) else config
+    config = text_config(config)
     found = []
     for name in _LAYERS:
         layers = config.get(name)

@@ -23,7 +23,7 @@ SCALED_LOGITS = (
 """What configs call it that models change their logits in a way of their own."""
 
 
-_NORMED_HEADS = ("olmoe", "qwen3", "qwen3_moe")
+_NORMED_HEADS = ("olmoe", "qwen3", "qwen3_moe", "qwen3_vl_text", "qwen3_vl_moe_text")
 """Models that norm queries and keys, and keep them as they were before."""
 
 
@@ -61,12 +61,14 @@ class Shape:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape | None:
         """Read the contents of a config.json; None for architectures whose sizes mean something
-        else (experts of a kind of their own, linear attention, encoders, several modalities)."""
+        else (experts of a kind of their own, linear attention, encoders). Of a model with towers
+        it is the language model's."""
+        config = language_config(config)
         kind = config.get("model_type")
         plain = kind in _PLAIN_MLP
         known = plain or "rms_norm_eps" in config
         other = config.get("is_encoder_decoder") or any(k.startswith("linear_") for k in config)
-        if not known or other or "text_config" in config or "vision_config" in config:
+        if not known or other:
             return None
         try:
             experts, latent = Experts.of(config), Latent.of(config)
@@ -148,6 +150,32 @@ class Shape:
         if not fused_kernels:
             numbers += (i if self.gated else 0) + (2 * h if half else 0)
         return numbers
+
+
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config.json of the language model alone. Whether its head is the embedding, the
+    whole says."""
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        return config
+    tied = {k: config[k] for k in ("tie_word_embeddings",) if k in config}
+    return {**text, **tied}
+
+
+def tower_weights(config: Mapping[str, Any]) -> int:
+    """Return about how many weights the towers beside the language model have, by the sizes of
+    their blocks in config.json."""
+    found = 0
+    for part in (config.get("vision_config"), config.get("audio_config")):
+        if not isinstance(part, Mapping):
+            continue
+        numbers = {k: v for k, v in part.items() if isinstance(v, int) and not isinstance(v, bool)}
+        hidden = numbers.get("embed_dim") or numbers.get("hidden_size") or 0
+        blocks = numbers.get("depth") or numbers.get("num_hidden_layers") or 0
+        inside = numbers.get("intermediate_size") or hidden * numbers.get("mlp_ratio", 4)
+        gated = part.get("hidden_act") in ("silu", "swish")
+        found += blocks * (4 * hidden * hidden + (3 if gated else 2) * hidden * inside)
+    return found
 
 
 def _mlp(prefix: str, hidden: int, inside: int, gated: bool = True) -> dict[str, tuple[int, int]]:

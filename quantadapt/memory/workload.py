@@ -84,6 +84,7 @@ class Workload:
         sequences: how many an example sends through the model.
         whole_logits: whether the loss holds all logits of a batch.
         teacher: the sizes of a dense model that the loss compares with, whole on each GPU.
+        beside: how many weights the model has beside its language model: what sees pictures.
     """
 
     shape: Shape
@@ -108,6 +109,7 @@ class Workload:
     sequences: int = 1
     whole_logits: bool = False
     teacher: Shape | None = None
+    beside: int = 0
 
     # --- what is there all the time ----------------------------------------------------------
 
@@ -150,13 +152,13 @@ class Workload:
 
     @property
     def dense_bytes(self) -> int:
-        """Embedding, head, norms and routers. A head that is the embedding is not shared with other
-        GPUs."""
+        """Embedding, head, norms and routers, and what the model has beside its language model. A
+        head that is the embedding is not shared with other GPUs."""
         shape = self.shape
         tables = self.table_bytes if shape.tied else 2 * self.table_bytes // self.shards
         experts = shape.experts.count if shape.experts else 0
         rows = 2 * shape.layers + 1 + (shape.layers - shape.plain_layers) * experts
-        return tables + rows * shape.hidden * self.dtype_bytes
+        return tables + (rows * shape.hidden + self.beside) * self.dtype_bytes
 
     @property
     def unquantized_bytes(self) -> int:

@@ -1,23 +1,35 @@
-"""What stays dense while a model is quantized: the head, and routers."""
+"""What stays dense while a model is quantized: the head, routers, and what sees pictures."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
 from .experts import experts_in
 from .linears import is_linear
+from .towers import LANGUAGE, other_towers
 
 _ROUTER = re.compile(r"[._](gate|router)(\.|$)")
 
 
 def skipped_modules(model: nn.Module, skip: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Return the names that stay dense: `skip`, or the head and linear layers tied to it; and the
-    routers of mixtures of experts."""
-    left = heads(model) if skip is None else skip
+    """Return the names that stay dense: `skip`, or what does by default; and the routers of
+    mixtures of experts."""
+    left = dense_by_default(model) if skip is None else skip
     return (*left, *(name for name in routers(model) if name not in left))
+
+
+def dense_by_default(
+    model: nn.Module,
+    skip: tuple[str, ...] | None = None,
+    towers: Collection[str] = (LANGUAGE,),
+) -> tuple[str, ...]:
+    """Return `skip`, or the head and linear layers tied to it; and the towers of an image-text
+    model that are not among `towers`."""
+    left = heads(model) if skip is None else skip
+    return tuple(dict.fromkeys([*left, *other_towers(model, towers)]))
 
 
 def heads(model: nn.Module) -> tuple[str, ...]:

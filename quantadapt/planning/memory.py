@@ -248,6 +248,7 @@ def memory_plan(
     dtype: str,
     adopt: bool = False,
     unshared: Sequence[Problem] = (),
+    beside: int = 0,
 ) -> MemoryPlan | None:
     """Return what training on a GPU needs; None where the architecture is not known or the
     backend does not tell its bits per weight.
@@ -259,10 +260,11 @@ def memory_plan(
         dtype: compute dtype on the GPU.
         adopt: whether the model is quantized already, as its config says.
         unshared: why several GPUs cannot share the base; empty if they can.
+        beside: how many weights the model has beside its language model.
     """
-    shape, beside = Shape.of(config), task.teacher_config(config)
-    teacher = None if beside is None else Shape.of(beside)
-    if shape is None or (beside is not None and teacher is None):
+    shape, its_teacher = Shape.of(config), task.teacher_config(config)
+    teacher = None if its_teacher is None else Shape.of(its_teacher)
+    if shape is None or (its_teacher is not None and teacher is None):
         return None
     left = _left_dense(spec, quantizer, shape, config if adopt else {})
     dense = left if quantizer.quantizes_experts else (*left, *STACKS)
@@ -297,6 +299,7 @@ def memory_plan(
         sequences=task.sequences,
         whole_logits=task.logits == "whole",
         teacher=teacher,
+        beside=beside,
     )
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
     return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))

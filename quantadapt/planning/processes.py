@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ..capabilities import Cell, refusals
 from ..distributed.world import world
 from ..errors import Problem
+from ..inputs.model_config import towers_in
 from ..machine import Machine
 from ..protocols import Task
 from ..records import Adapter, Backend
@@ -151,6 +152,9 @@ def _option_problems(options: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _model_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
+    if towers_in(config):
+        what = "models that see or hear are not sharded"
+        yield Problem(what, DDP, "train.parallel", "fsdp-language-models-only")
     if config.get("is_encoder_decoder"):
         what = "encoder-decoder models are not sharded"
         yield Problem(what, DDP, "train.parallel", "fsdp-decoders-only")

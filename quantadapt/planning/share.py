@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,15 @@ BEGINNING = "quantized are"
 _EXPERTS = re.compile(r"\.experts\.")
 _ROUTER = re.compile(r"\.(gate|router)\.(weight|wg\.weight)$")
 _TABLE = re.compile(r"(^|\.)(embed_tokens|wte|wpe|embed_in|word_embeddings|lm_head)\.weight$")
+_TOWERS = {
+    "vision": re.compile(r"(^|\.)(visual|vision_tower|vision_model|vision_encoder|image_tower)\."),
+    "audio": re.compile(r"(^|\.)(audio_tower|audio_encoder|speech_encoder)\."),
+    "projector": re.compile(
+        r"(^|\.)(multi_modal_projector|connector|projector|embed_(vision|audio))\."
+    ),
+}
+"""What transformers calls the towers of its models (`PreTrainedModel.get_encoder`). The model
+itself is asked once it is there, see `model.towers`."""
 _MOST = 3
 """So many kinds of what stays dense are named."""
 
@@ -62,8 +71,27 @@ class Share:
         return f"{self.fraction:.1%} {counted}{rest}"
 
 
+def tower_of(name: str) -> str:
+    """Return which tower a tensor is of, as its name in a checkpoint says."""
+    return next((tower for tower, known in _TOWERS.items() if known.search(name)), "language")
+
+
+def tower_sizes(folder: Path) -> dict[str, int]:
+    """Return how many weights each tower of a checkpoint has; see `share_on_disk` for `folder`."""
+    found: Counter[str] = Counter()
+    for file in folder.glob("*.safetensors"):
+        for name, tensor in read_header(file_in(folder, file.name)).items():
+            found[tower_of(name)] += math.prod(tensor["shape"])
+    return dict(found)
+
+
 def share_on_disk(
-    folder: Path, vocabulary: int | None, skip: tuple[str, ...], *, experts: bool
+    folder: Path,
+    vocabulary: int | None,
+    skip: tuple[str, ...],
+    *,
+    experts: bool,
+    towers: Collection[str] = ("language",),
 ) -> Share | None:
     """Return what will be quantized of a checkpoint, as the names and sizes in its files say it;
     None where they are not here.
@@ -73,6 +101,7 @@ def share_on_disk(
         vocabulary: how many tokens the model has, by which embedding and head are known.
         skip: the modules that are left out.
         experts: whether the backend quantizes stacks of experts.
+        towers: the parts of an image-text model that are quantized; others are left out.
     """
     dense: Counter[str] = Counter()
     quantized = 0
@@ -83,7 +112,7 @@ def share_on_disk(
                 continue
             if any(f".{s}." in f".{name}." for s in skip):
                 continue
-            if is_expert_bias(name):
+            if is_expert_bias(name) or tower_of(name) not in towers:
                 continue
             kind = part_of(name)
             if kind == "routers" or (kind == "experts" and not experts):
@@ -101,3 +130,22 @@ def is_expert_bias(name: str) -> bool:
 def part_of(name: str) -> str:
     """Return which part of a mixture of experts a tensor is: "experts", "routers", or ""."""
     return "experts" if _EXPERTS.search(name) else "routers" if _ROUTER.search(name) else ""
+
+
+def towers_words(there: Collection[str], chosen: Collection[str], sizes: Mapping[str, int]) -> str:
+    """Return what is told of the towers of a model, one sentence.
+
+    Args:
+        there: those that its config.json has beside the language model.
+        chosen: those that are quantized and adapted.
+        sizes: how many weights each has; empty where that is not known.
+    """
+    total = sum(sizes.values())
+    others = [name for name in ("vision", "audio", "projector") if name in {*there, *sizes}]
+    left = [name for name in others if name not in chosen]
+    shares = [
+        f"{name} ({sizes[name] / total:.1%} of the weights)" if name in sizes else name
+        for name in left
+    ]
+    done = f"quantized and adapted: {', '.join(chosen)}"
+    return f"towers: {done}; as they are stay {', '.join(shares)}" if left else f"towers: {done}"

@@ -16,7 +16,9 @@ from ..capabilities import Cell
 from ..distributed.world import world
 from ..errors import MergeRefused, PlanRefused, Problem
 from ..inputs.fingerprints import Fingerprint, fingerprint_of
+from ..inputs.model_config import text_config, towers_in
 from ..machine import Machine, this_machine
+from ..memory.shape import tower_weights
 from ..memory.workload import GIB
 from ..protocols import Evaluator, Quantizer, Task
 from ..records import Adapter, Backend, Evaluation, Objective, as_call
@@ -58,7 +60,7 @@ from .refusals import (
     refusals_beside,
     task_problems,
 )
-from .share import Share, share_on_disk
+from .share import Share, share_on_disk, tower_sizes, towers_words
 
 if TYPE_CHECKING:
     from torch import nn
@@ -417,6 +419,7 @@ def _combined(draft: Draft, made: Plan) -> Plan:
         record = draft.registry.record(Evaluation, evaluation_of(name))
         draft.problems += refusals_beside(cell, record, evaluator.model_dump())
     draft.notes += made.quantizer.notes(made.device)
+    _look_at_towers(draft, made)
     share = _share(draft, made)
     if share is not None and share.is_low:
         draft.notes.append(share.words)
@@ -460,9 +463,27 @@ def _share(draft: Draft, made: Plan) -> Share | None:
     dense = made.backend.name == "none" or made.adopt
     if dense or draft.problems or not made.model:
         return None
-    vocabulary, skip = (made.config or {}).get("vocab_size"), tuple(made.spec.skip_modules or ())
-    experts = made.quantizer.quantizes_experts
-    return share_on_disk(Path(made.model).expanduser(), vocabulary, skip, experts=experts)
+    vocabulary = text_config(made.config or {}).get("vocab_size")
+    skip, folder = tuple(made.spec.skip_modules or ()), Path(made.model).expanduser()
+    experts, towers = made.quantizer.quantizes_experts, made.spec.towers
+    return share_on_disk(folder, vocabulary, skip, experts=experts, towers=towers)
+
+
+def _look_at_towers(draft: Draft, made: Plan) -> None:
+    """Tell what of an image-text model stays as it is; refuse towers that a model has not."""
+    config, chosen = made.config, made.spec.towers
+    if config is None:
+        return
+    there = towers_in(config)
+    if there and not made.adopt:
+        sizes = tower_sizes(Path(made.model).expanduser()) if made.model else {}
+        draft.notes.append(towers_words(there, chosen, sizes))
+    if chosen != ["language"] and "vision" not in there:
+        what = "the model has no towers to choose from: config.json has no vision_config"
+        draft.problems.append(Problem(what, "leave towers out", where="towers"))
+    elif made.adopt and chosen != ["language"]:
+        what = "the model is quantized already: what of it is, is known from its files"
+        draft.problems.append(Problem(what, "leave towers out", where="towers"))
 
 
 def _with_defaults(spec: Spec, *, demo_run: bool) -> Spec:
@@ -492,6 +513,7 @@ def _memory(draft: Draft, made: Plan, unshared: Sequence[Problem]) -> MemoryPlan
         dtype=made.dtype if on_gpu or made.spec.dtype != "auto" else "bfloat16",
         adopt=made.adopt,
         unshared=unshared,
+        beside=_weights_beside(made),
     )
     if memory is None:
         if draft.cards:
@@ -503,6 +525,16 @@ def _memory(draft: Draft, made: Plan, unshared: Sequence[Problem]) -> MemoryPlan
         return memory.with_cards([card * GIB for card in draft.cards])
     used = _used_cards(draft, made.device) if on_gpu else ()
     return memory.with_cards([min(used)]) if used else memory
+
+
+def _weights_beside(made: Plan) -> int:
+    """Return how many weights the towers of an image-text model have: by its files, or about."""
+    config = made.config or {}
+    if not towers_in(config):
+        return 0
+    sizes = tower_sizes(Path(made.model).expanduser()) if made.model else {}
+    sizes.pop("language", None)
+    return sum(sizes.values()) or tower_weights(config)
 
 
 def _used_cards(draft: Draft, device: str) -> tuple[int, ...]:

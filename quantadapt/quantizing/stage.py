@@ -24,6 +24,7 @@ from ..inputs.fingerprints import (
     fingerprint_of,
     fingerprint_of_module,
 )
+from ..inputs.model_config import towers_in
 from ..planning.on_disk import config_of
 from ..planning.share import BEGINNING, Share, is_expert_bias, part_of
 from ..planning.stage import Plan
@@ -219,10 +220,11 @@ def _source(
 def _tell_kept(plan: Plan, model: nn.Module) -> list[str]:
     """Warn of the layers of a quantized model that its backend had to leave dense, and return what
     was told."""
-    from ..model.dense import skipped_modules
+    from ..model.dense import dense_by_default, skipped_modules
 
+    default = dense_by_default(model, _wanted_skip(plan), plan.spec.towers)
     with blaming(plan.backend, "deciding what stays dense"):
-        kept = plan.quantizer.stays_dense(model, skipped_modules(model, _wanted_skip(plan)))
+        kept = plan.quantizer.stays_dense(model, skipped_modules(model, default))
     if not kept:
         return []
     text = (
@@ -305,11 +307,17 @@ def skip_for(plan: Plan, module: nn.Module | None = None) -> tuple[str, ...] | N
     """
     from ..loading.heads import head_names, wants_head
     from ..loading.reading import architecture
-    from ..model.dense import skipped_modules
+    from ..model.dense import dense_by_default, skipped_modules
     from ..model.experts import expert_stacks
     from ..model.modules import linear_layers
+    from ..model.towers import LANGUAGE
 
     skip, quantizer = _wanted_skip(plan), plan.quantizer
+    towers = plan.spec.towers
+    if towers_in(plan.config or {}) and (skip is not None or towers != [LANGUAGE]):
+        skip = dense_by_default(
+            architecture(plan.model) if module is None else module, skip, towers
+        )
     if wants_head() and module is None and skip is None:
         # A pooler may be new, and what starts at random is trained, not quantized.
         model = architecture(plan.model)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..adapting.fused import FusedLoraLinear, free
 from ..facade import single_stack_lora, stack_wrappers
 from ..model.recording import recording
+from ..model.towers import towers_of
 from ..sharding import is_sharded
 from ..streaming import streamer_of
 
@@ -203,6 +204,7 @@ def can_record(model: Any) -> bool:
         and not _draws_random_numbers(model)
         and not is_sharded(model)
         and streamer_of(model) is None  # a recorded pass would read slots, whatever is in them
+        and not towers_of(base)  # pictures come in all sizes
     )
 
 

@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..facade import recomputing
 from ..memory.workload import Setting
+from ..model.modules import is_skipped
+from ..model.towers import other_towers
 
 # what transformers' GradientCheckpointingLayer reads
 FLAG, FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
@@ -88,16 +90,23 @@ class Recomputer:
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """Return the layers that transformers can checkpoint one by one, in the order of computation;
-    empty for a model that knows all or none."""
+    empty for a model that knows all or none. Towers in which nothing is trained keep nothing."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    towers = [name for name in other_towers(model) if not _trains(model.get_submodule(name))]
     found: list[nn.Module] = []
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
+        if is_skipped(name, tuple(towers)):
+            continue
         if isinstance(module, GradientCheckpointingLayer) and not name.startswith(inside):
             found.append(module)
             inside = (*inside, f"{name}.")
     return found
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 class CpuInputs:
