@@ -282,9 +282,9 @@ class TorchAOTarget(LayerwiseTarget):
         weight: Any = module.weight
         kind, dtype = type(weight).__name__, weight.dtype
         if kind == TILES:
-            parts = weight.scale_and_zero.transpose(0, 1).float()
-            scale, zero = parts.unbind(-1)
             size = weight.block_size[-1]
+            parts = weight.scale_and_zero.transpose(0, 1).float()
+            scale, zero = parts[:, : weight.shape[1] // size].unbind(-1)  # no padding
             return TileGrid(
                 scale=scale, zero=zero, group_size=size, dtype=dtype, lowest=0, highest=15
             )

@@ -172,8 +172,8 @@ def test_tiles_for_tensor_cores_hold_what_is_packed():
 
     generator = torch.Generator().manual_seed(0)
     packed = torch.randint(-(2**31), 2**31, (4, 2, 32, 4), generator=generator).to(torch.int32)
-    scale = torch.rand(3, 32, 1, generator=generator) * 0.01 + 0.001
-    parts = torch.cat([scale, torch.randn(3, 32, 1, generator=generator) * 0.01], -1).bfloat16()
+    scale = torch.rand(4, 32, 1, generator=generator) * 0.01 + 0.001
+    parts = torch.cat([scale, torch.randn(4, 32, 1, generator=generator) * 0.01], -1).bfloat16()
     module = nn.Linear(192, 32, bias=False, device="meta")
     shape = torch.Size((32, 192))
     module.weight = nn.Parameter(Int4TilePackedTo4dTensor(packed, parts, [1, 64], shape), False)

@@ -63,7 +63,7 @@ def work(config: dict = LLAMA_8B, **options) -> Workload:
 @pytest.mark.parametrize(
     ("config", "setting", "measured"),
     [
-        (LLAMA_8B, Setting(32, False, 4), 9.40),
+        (LLAMA_8B, Setting(32, False, 4), 9.24),
         (LLAMA_8B, Setting(32, False, 2), 7.80),
         (LLAMA_8B, Setting(32, True, 4), 7.29),
         (LLAMA_8B, Setting(0, False, 4), 40.50),

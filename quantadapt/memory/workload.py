@@ -280,9 +280,11 @@ class Workload:
     def parts(self, setting: Setting) -> dict[str, int]:
         """Return the peak of a training step in bytes, by what takes it."""
         inputs, activations, working = max(self._moments(setting), key=sum)
-        # Recorded passes have a stream, and a place for their gradients, of their own.
-        recorded = self._recorded and not setting.offload
-        gradients, workspaces = (4 * self.trained, 3) if recorded else (0, 1)
+        # Recorded passes have a stream of their own, and a place for their gradients, which those
+        # of several passes are added up beside.
+        recorded = self._records(setting)
+        gradients = 4 * self.trained if recorded and self._has_several(setting) else 0
+        workspaces = 3 if recorded else 1
         return {
             "quantized": self.quantized_bytes,
             "dense": self.dense_bytes + self.teacher_bytes,
@@ -305,9 +307,9 @@ class Workload:
         block, table = self._gathered_block, self._gathered_table
         ahead = block if self.prefetches else 0
         work = max(self.backward_bytes(tokens) + block, 2 * block) + ahead
-        # Before the first backward of a step there are no gradients.
-        several = self.accumulates or setting.micro_batch < self.batch
-        before = 0 if several else 4 * self.trained
+        # Before the first backward of a step there are no gradients, but where they have a place.
+        there = self._has_several(setting) or self._records(setting)
+        before = 0 if there else 4 * self.trained
         # The loss, and the last layer's backward.
         loss = self.loss_bytes(tokens) + table - before
         yield inputs, kept, max(loss, work)
@@ -320,10 +322,14 @@ class Workload:
                 work += layer.recompute_bytes(tokens) + layer.product_bytes(tokens)
             yield inputs, of_layer - single, work
 
-    @property
-    def _recorded(self) -> bool:
-        """Whether passes can be recorded, see `cuda_graphs.can_record`."""
-        return self.graphs and self.fused_adapter and not self.dropout and self.shards == 1
+    def _records(self, setting: Setting) -> bool:
+        """Say whether passes can be recorded, see `cuda_graphs.can_record`."""
+        plain = self.fused_adapter and not self.dropout and self.shards == 1
+        return self.graphs and plain and not setting.offload
+
+    def _has_several(self, setting: Setting) -> bool:
+        """Say whether a step has several passes."""
+        return self.accumulates or setting.micro_batch < self.batch
 
     @property
     def _gathered_block(self) -> int:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from ..errors import NumbersError
 from .held import held_tensors
 
+CHUNK = 2**24
+"""So many values are looked at a time: what that takes is not to matter beside the model."""
 _FIX = "get a model whose weights are whole: what follows from these would be NaN as well"
 
 
@@ -20,11 +22,16 @@ def refuse_not_numbers(
         # A sharded layer's tensors have no memory between the passes.
         if not tensor.is_floating_point() or not tensor.untyped_storage().nbytes():
             continue
-        # torch cannot look at eight bits as they are.
-        values = tensor.float() if tensor.itemsize == 1 else tensor
-        if not bool(values.isfinite().all()):
+        flat = tensor.reshape(-1)
+        starts = range(0, len(flat), CHUNK)
+        if not all(_are_numbers(flat[start : start + CHUNK]) for start in starts):
             what = f"{name} holds values that are no numbers (NaN or infinity)"
             raise NumbersError(what, fix=fix, where=where)
+
+
+def _are_numbers(values: Tensor) -> bool:
+    # torch cannot look at eight bits as they are.
+    return bool((values.float() if values.itemsize == 1 else values).isfinite().all())
 
 
 def refuse_not_numbers_in(model: nn.Module, *, where: str = "") -> None:

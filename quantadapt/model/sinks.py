@@ -5,8 +5,8 @@ gives no value (Xiao et al., 2023, https://arxiv.org/abs/2309.17453; learnt in g
 that have them transformers knows attention that holds all logits, [batch, heads, queries, keys],
 several times, and kernels that have to be downloaded.
 
-Here the sink is one more key, which comes first and whose value is zero. Queries and keys become
-one number longer: 1 for the sink's key and 0 for others; in the queries of a head, its sink. Where
+Here the sink is one more key, which comes first and whose value is zero. Queries and keys get one
+more number: 1 for the sink's key and 0 for others; in the queries of a head, its sink. Where
 nothing but the order of tokens says who sees whom, one more query comes first, so that the mask
 stays the triangle that the fast kernels know.
 """
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 NAME = "quantadapt_sinks"
+WIDTH_MULTIPLE = 8
+"""Kernels that hold no logits want queries, keys and values of a multiple of so many numbers."""
 
 
 @contextmanager
@@ -111,11 +113,13 @@ def attention_with_sinks(
     key, value = (_repeated(tensor, heads // groups) for tensor in (key, value))
     triangle = attention_mask is None and queries == key.shape[2] > 1
     if s_aux is not None:
-        sinks = (s_aux / scaling).to(query.dtype).view(1, heads, 1, 1)
-        query = torch.cat([query, sinks.expand(len(query), heads, queries, 1)], dim=-1)
-        key = pad(pad(key, (0, 1)), (0, 0, 1, 0))
-        key[..., 0, -1] = 1.0
-        value = pad(value, (0, key.shape[-1] - size, 1, 0))
+        width = -(-max(query.shape[-1] + 1, size) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        place = query.shape[-1]  # of the number that is the sink's
+        query, key = (pad(tensor, (0, width - place)) for tensor in (query, key))
+        query[..., place] = (s_aux / scaling).to(query.dtype)[:, None]
+        key = pad(key, (0, 0, 1, 0))
+        key[..., 0, place] = 1.0
+        value = pad(value, (0, width - size, 1, 0))
         if triangle:
             query = pad(query, (0, 0, 1, 0))
         elif attention_mask is not None:
