@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from few_rows import few_rows
 from processes import in_processes
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -102,7 +103,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def spec(*evaluations: Any, **parts: Any) -> qa.Spec:
     quick = {"evaluations": list(evaluations), "max_examples": EXAMPLES, "samples": 0}
     train = {"max_steps": 6, "per_device_train_batch_size": 2}
-    return qa.Spec(**{"evaluate": quick, "train": train, **parts})
+    data = {"path": few_rows(), "eval_path": str(demo.EVAL_FILE)}
+    return qa.Spec(**{"evaluate": quick, "train": train, "data": data, **parts})
 
 
 class Shown:
