@@ -2,8 +2,8 @@
 
 These are the ones that it changed, and those that name a room of the package, or a plugin, in which
 it changed something. A change that all tests depend on (their helpers, pyproject.toml) names all.
-Suites of `quantadapt.testing` name no room: they concern those that each of their tests goes through,
-and their backend.
+Suites of `quantadapt.testing` name no room: they concern those that each test of theirs goes
+through, and their backend.
 """
 
 import re
