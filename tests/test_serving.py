@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import quantadapt as qa
-from quantadapt import demo
 from quantadapt.cli.listening import listening, token_for
 from quantadapt.cli.serve import _names
 from quantadapt.errors import SpecError
@@ -22,13 +21,14 @@ from quantadapt.generation import PromptWriter, Sampling
 from quantadapt.generation.sampling import Chooser
 from quantadapt.serving.app import Served, create_app
 from quantadapt.serving.worker import Job, Worker
+from quantadapt.testing.small_demo import small_model
 
 
 @pytest.fixture(scope="module")
 def model():
-    """The demo in hqq with two adapters that say other things."""
+    """Two layers of the demo in hqq with two adapters that say other things."""
     torch.manual_seed(0)
-    found = qa.attach(qa.quantize(str(demo.MODEL_DIR), "hqq", device="cpu"), r=4)
+    found = qa.attach(qa.quantize(str(small_model()), "hqq", device="cpu"), r=4)
     found.add_adapter("other", found.peft_config["default"])
     for name, parameter in found.named_parameters():
         if "lora_B" in name:
