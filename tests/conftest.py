@@ -1,4 +1,9 @@
-"""Fixed seeds, one thread, nothing from the network, quiet libraries."""
+"""Fixed seeds, one thread, nothing from the network, quiet libraries.
+
+What is marked slow takes long and rarely fails: processes, vendors and whole runs where a test that
+is run by default would fail with them, and the cells of a product but for a cross-section in which
+each value stands once. CI runs it where what it names has changed (`.ci/slow_tests.py`).
+"""
 
 import gc
 import os
