@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from parameters import slow_but
 import torch
 from allocations import peak_of
 from hqq.core.quantize import HQQLinear
+from parameters import slow_but
 from quantadapt_hqq import HQQ, quantize
 from torch import Tensor, nn
 

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from parameters import slow_but
 import torch
 from datasets import Dataset
+from parameters import slow_but
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from processes import in_processes
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
