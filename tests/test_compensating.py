@@ -140,11 +140,11 @@ def test_inputs_that_are_always_0_or_always_the_same() -> None:
 
 BACKENDS: list[Any] = [
     ("hqq", {"bits": 4}),
-    ("bnb-nf4", {}),
     ("gptq", {"bits": 3, "group_size": 64, "desc_act": True}),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
+            ("bnb-nf4", {}),
             ("hqq", {"bits": 2, "axis": 0}),
             ("bnb-int8", {}),
             ("gptq", {"bits": 4, "group_size": 64}),
