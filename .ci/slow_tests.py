@@ -2,6 +2,8 @@
 
 These are the ones that it changed, and those that name a room of the package, or a plugin, in which
 it changed something. A change that all tests depend on (their helpers, pyproject.toml) names all.
+Suites of `quantadapt.testing` name no room: they concern those that each test of theirs goes
+through, and their backend.
 """
 
 import re
@@ -9,6 +11,9 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SUITE = r"^class \w+\((\w+, )*\w*Suite\b"
+THROUGH = ("adapting", "exporting", "facade", "layerwise", "loading", "quantizing", "testing")
+"""Rooms that a suite's tests go through."""
 
 
 def changed() -> list[str]:
@@ -18,8 +23,8 @@ def changed() -> list[str]:
     return found.stdout.split("\n") if found.returncode == 0 else ["pyproject.toml"]
 
 
-def words(paths: list[str]) -> set[str] | None:
-    """Return what test files say that paths concern; None where they concern all."""
+def patterns(paths: list[str]) -> set[str] | None:
+    """Return what the test files that paths concern match, their names first; None for all."""
     found = set()
     for path in paths:
         if path.endswith(".md"):
@@ -29,25 +34,28 @@ def words(paths: list[str]) -> set[str] | None:
         if path in ("pyproject.toml", "constraints.txt") or path == "tests/conftest.py":
             return None
         if first == "tests" and rest.startswith("test_"):
-            found.add(rest)
+            found.add(rf"\A{re.escape(rest)}$")
         elif first == "tests":
-            found.add(f"{room} import")
+            found.add(rf"\b{room} import\b")
         elif first == "quantadapt":
-            found |= {f"quantadapt.{room}", f"import {room}"}
-        elif first in ("plugins", "benchmarks", "notebooks", "configs"):
-            found.add(room if first == "plugins" else first)
+            found |= {rf"\bquantadapt\.{room}\b", rf"\bimport {room}\b"}
+            found |= {SUITE} if room in THROUGH else set()
+        elif first == "plugins":
+            short = room.removeprefix("quantadapt_").replace("_", "-")
+            found |= {rf"\b{room}\b", rf'\bbackend = "\w*{short}'}
+        elif first in ("benchmarks", "notebooks", "configs"):
+            found.add(rf"\b{first}\b")
     return found
 
 
 def main() -> None:
     """Print them."""
-    concerned = words(changed())
-    pattern = re.compile("|".join(rf"\b{re.escape(word)}\b" for word in concerned or ()))
+    concerned = patterns(changed())
     for file in sorted((ROOT / "tests").glob("test_*.py")):
-        text = file.read_text(encoding="utf-8")
-        if "slow" not in text:
+        text = f"{file.name}\n{file.read_text(encoding='utf-8')}"
+        if "slow" not in text and not re.search(SUITE, text, re.MULTILINE):
             continue
-        if concerned is None or (concerned and (file.name in concerned or pattern.search(text))):
+        if concerned is None or any(re.search(p, text, re.MULTILINE) for p in concerned):
             print(file.relative_to(ROOT))
 
 

@@ -1,4 +1,9 @@
-"""Fixed seeds, one thread, nothing from the network, quiet libraries."""
+"""Fixed seeds, one thread, nothing from the network, quiet libraries.
+
+What is marked slow takes long and rarely fails: processes, vendors and whole runs where a test that
+is run by default would fail with them, and the cells of a product but for a cross-section in which
+each value stands once. CI runs it where what it names has changed (`.ci/slow_tests.py`).
+"""
 
 import gc
 import os
@@ -31,6 +36,8 @@ IN_FULL = "hqq"
 """The backend under which all of them are tried by default: PEFT sees no other."""
 SLOW_TO_QUANTIZE = ("aqlm", "autoround", "awq", "gptq", "inc")
 """Backends that calibrate or tune: what quantizes one model more is slow."""
+ONCE = {"test_merge_onto_the_unquantized_base", "test_gradient_checkpointing[reentrant]"}
+"""Tests that hardly see the backend: under `IN_FULL` alone."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
@@ -46,11 +53,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         adapter, suite = adapter_of(item), suite_of(item)
         if suite is None or item.get_closest_marker("cuda") is not None:  # on its own device, all
             return False
-        if adapter not in ("", "lora"):
-            return suite.backend != IN_FULL or adapter not in VARIED
+        name = getattr(item, "originalname", item.name)
+        if suite.backend == IN_FULL and issubclass(suite, AdapterSuite):
+            return adapter not in ("", "lora", *VARIED)
+        if adapter not in ("", "lora") or ONCE & {name, item.name}:
+            return True
         if issubclass(suite, AdapterSuite) and suite.backend not in SLOW_TO_QUANTIZE:
             return False
-        name = getattr(item, "originalname", item.name)
         kept = hasattr(LayerSuite, name) or name == "test_save_and_load_give_equal_logits"
         return not kept and (hasattr(TargetSuite, name) or hasattr(ExpertsSuite, name))
 

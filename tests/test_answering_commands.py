@@ -1,4 +1,7 @@
-"""`quantadapt generate`, `chat` and `serve` as a user meets them."""
+"""`quantadapt generate`, `chat` and `serve` as a user meets them.
+
+CI takes the slow one where `quantadapt.serving` or `quantadapt.generation` change.
+"""
 
 import io
 import json

@@ -17,6 +17,7 @@ from typing import Any
 
 import pluggy
 import pytest
+from few_rows import few_rows
 
 import quantadapt.pipeline
 from quantadapt import cli, demo
@@ -27,6 +28,7 @@ from quantadapt.hookspecs import hookimpl
 from quantadapt.machine import Machine
 from quantadapt.protocols import Figure
 from quantadapt.registry.discovery import Provenance, registry
+from quantadapt.testing.small_demo import small_model
 
 TRAIN = str(demo.TRAIN_FILE)
 
@@ -702,6 +704,7 @@ def test_run_eval_generate_and_merge_for_real(run_cli):
     ]
     settings = [part for item in quick for part in ("--set", item)]
     flags = ["--backend", "none", "--max-steps", "2", "--output", "out", "--merge", "never"]
+    flags += ["--model", str(small_model()), "--data", few_rows()]
     shown = run_cli("run", *flags, *settings)
     assert shown.code == 0, shown.err
     assert shown.err == ""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from few_rows import few_rows
 from merging import moved
 from test_experts import made
 from torch import Tensor
@@ -139,11 +140,11 @@ def test_inputs_that_are_always_0_or_always_the_same() -> None:
 
 BACKENDS: list[Any] = [
     ("hqq", {"bits": 4}),
-    ("bnb-nf4", {}),
     ("gptq", {"bits": 3, "group_size": 64, "desc_act": True}),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
+            ("bnb-nf4", {}),
             ("hqq", {"bits": 2, "axis": 0}),
             ("bnb-int8", {}),
             ("gptq", {"bits": 4, "group_size": 64}),
@@ -210,7 +211,14 @@ def tuned_model(source: Any, backend: str, target: str | list[str], **options: A
     """A small adapter whose B is sums of a few rows, so small that rounding to nearest loses it."""
     model = qa.quantize(source, backend, dtype="float32", **options)
     tuned = qa.attach(model, "lora", r=4, target_modules=target)
-    qa.train(tuned, max_steps=6, learning_rate=5e-4, per_device_train_batch_size=8, verbose=False)
+    qa.train(
+        tuned,
+        few_rows(),
+        max_steps=6,
+        learning_rate=5e-4,
+        per_device_train_batch_size=8,
+        verbose=False,
+    )
     return tuned.eval()
 
 

@@ -236,7 +236,7 @@ def run(folder: Path, *arguments: str, **variables: str) -> subprocess.Completed
         capture_output=True,
         text=True,
         check=False,
-        timeout=int(os.environ.get("XT", "200")),
+        timeout=200,
     )
 
 

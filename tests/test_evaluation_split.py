@@ -45,6 +45,7 @@ def two(tmp_path_factory) -> list[dict[str, list[Any]]]:
     return in_processes(2, both, tmp_path_factory.mktemp("split"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_measure_what_one_does(two, kind) -> None:
     expected = perplexities(False, False)

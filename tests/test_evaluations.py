@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from few_rows import few_rows
 from processes import in_processes
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -23,6 +24,7 @@ from quantadapt.data import load_held_out
 from quantadapt.errors import PlanRefused, PluginError, SpecError
 from quantadapt.evaluation import measure
 from quantadapt.registry import registry
+from quantadapt.testing.small_demo import small_model
 
 EXAMPLES = 4
 TOY = '''
@@ -102,7 +104,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def spec(*evaluations: Any, **parts: Any) -> qa.Spec:
     quick = {"evaluations": list(evaluations), "max_examples": EXAMPLES, "samples": 0}
     train = {"max_steps": 6, "per_device_train_batch_size": 2}
-    return qa.Spec(**{"evaluate": quick, "train": train, **parts})
+    data = {"path": few_rows(), "eval_path": str(demo.EVAL_FILE)}
+    given = {"model": str(small_model()), "evaluate": quick, "train": train, "data": data}
+    return qa.Spec(**given | parts)
 
 
 class Shown:
@@ -149,7 +153,7 @@ def by_hand(model: Any, tokenizer: Any) -> tuple[float, int]:
 def test_the_figures_are_those_of_stock_transformers(shown, tokenizer, tmp_path) -> None:
     qa.merge(shown.result.model, tmp_path, kind="dense")
     found = shown.metrics["evaluations"]["bits-per-byte"]["rate"]["values"]
-    for name, path in (("unquantized", demo.MODEL_DIR), ("tuned", tmp_path / "merged")):
+    for name, path in (("unquantized", small_model()), ("tuned", tmp_path / "merged")):
         stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         nats, count = by_hand(stock, tokenizer)
         assert found[name] == pytest.approx(nats / math.log(2) / count, rel=1e-5)

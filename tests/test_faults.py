@@ -1,4 +1,4 @@
-"""The campaign of `benchmarks.faults`: a tenth of it with the slow tests, all of it by hand.
+"""The campaign of `benchmarks.faults`: a part of it with the slow tests, all of it by hand.
 
 A class for each share, so that workers of xdist take them side by side. Bad inputs have a test of
 their own. CI takes them where `quantadapt.folders`, `quantadapt.exporting` or `benchmarks` change.
@@ -30,8 +30,8 @@ def faults(*options: str) -> None:
 class Share:
     parts: ClassVar[tuple[str, ...]]
 
-    def test_a_tenth(self) -> None:
-        faults("--share", "0.1", *(word for part in self.parts for word in ("--part", part)))
+    def test_a_part(self) -> None:
+        faults("--share", "0.04", *(word for part in self.parts for word in ("--part", part)))
 
 
 class TestKilledAndDamaged(Share):

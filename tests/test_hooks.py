@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from few_rows import few_rows
 
 from quantadapt import cli, hookspecs
 from quantadapt.registry import registry
 from quantadapt.registry.checks import HOOKS
+from quantadapt.testing.small_demo import small_model
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "reference" / "hooks.md"
@@ -177,7 +179,6 @@ def test_an_export(example, tmp_path: Path) -> None:
 
     import quantadapt as qa
     from quantadapt.exporting.saving import save
-    from quantadapt.testing.small_demo import small_model
 
     save(qa.attach(qa.quantize(str(small_model()), "none"), "lora"), tmp_path)
     with pytest.raises(SystemExit) as ended:
@@ -221,6 +222,8 @@ def test_a_stage(example, tmp_path: Path) -> None:
 
     registry().manager.register(Listener())
     spec = qa.Spec(
+        model=str(small_model()),
+        data={"path": few_rows()},
         backend="none",
         train={"max_steps": 2, "per_device_train_batch_size": 1},
         evaluate={"max_examples": 2, "samples": 0, "unquantized": False},

@@ -8,6 +8,7 @@ import pytest
 import torch
 from allocations import peak_of
 from hqq.core.quantize import HQQLinear
+from parameters import slow_but
 from quantadapt_hqq import HQQ, quantize
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ def vendors(quantizer: HQQ, layer: nn.Linear) -> Any:
     return HQQLinear(layer, config, compute_dtype=dtype, device=device, del_orig=False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", slow_but(DTYPES, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("group_size", [64, None])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])

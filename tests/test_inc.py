@@ -418,6 +418,7 @@ def test_an_unwrapped_module_is_incs(examples):
 # The page --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_page_about_any_module(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("INC_TARGET_DEVICE", "cpu")

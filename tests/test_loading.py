@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -221,21 +220,19 @@ def _all_but_tokenizer(_: str, names: list[str]) -> list[str]:
         pytest.param("bnb-nf4", {"double_quant": False}, marks=pytest.mark.slow),
     ],
 )
-def test_a_quantized_checkpoint_on_the_hub_is_adopted(small, backend, options, tmp_path) -> None:
+def test_a_quantized_checkpoint_on_the_hub_is_adopted(
+    small, backend, options, tmp_path, monkeypatch
+) -> None:
     """As it lies in the hub's cache after a download."""
     repository = tmp_path / "hub" / "models--org--packed"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     model = qa.quantize(small, backend, **options)
     qa.save(model, repository / "snapshots" / ("0" * 40))
-    code = (
-        "import quantadapt as qa\n"
-        f"model = qa.quantize('org/packed', {backend!r})\n"
-        f"found = model.quantadapt.quantizer.model_dump(include={set(options)})\n"
-        f"assert found == {options}, found\n"
-    )
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    for module in ("huggingface_hub", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = qa.quantize("org/packed", backend).quantadapt.quantizer
+    assert found.model_dump(include=set(options)) == options
 
 
 def test_the_format_of_hqq_checkpoints(small, tmp_path) -> None:

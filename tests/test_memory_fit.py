@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from parameters import slow_but
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from processes import in_processes
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -210,7 +211,7 @@ def test_a_gradient_that_was_accumulated_survives(tokenizer, data, tmp_path) -> 
         assert torch.allclose(weights(model)[name], weight, rtol=1e-5, atol=1e-7), name
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", slow_but([1, 2, 3], 2))
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}])
 def test_split_batches_change_no_number(
     size, options, tokenizer, data, tmp_path, monkeypatch

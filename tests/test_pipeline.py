@@ -243,7 +243,7 @@ def test_a_merged_model_for_which_the_disk_is_too_small(small, tmp_path, monkeyp
 
 def test_requantized_merge_is_a_quantized_checkpoint(small, tmp_path) -> None:
     model = qa.attach(qa.quantize(small, "bnb-nf4"), "lora", r=4)
-    qa.train(model, **FAST)
+    qa.train(model, few_rows(), **FAST)
     check = qa.merge(model, tmp_path, kind="requantize")
     assert check["kl"] < 0.05
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -304,7 +304,7 @@ def test_an_encoder_decoder_trains(tmp_path) -> None:
     AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(tmp_path)
     model = qa.attach(qa.quantize(str(tmp_path), "hqq"), "lora", r=8)
     before = qa.evaluate(model, max_examples=16)["perplexity"]
-    qa.train(model, **FAST | {"max_steps": 15, "learning_rate": 2e-2})
+    qa.train(model, few_rows(), **FAST | {"max_steps": 15, "learning_rate": 2e-2})
     assert qa.evaluate(model, max_examples=16)["perplexity"] < 0.8 * before
 
 

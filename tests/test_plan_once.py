@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from few_rows import few_rows
+from parameters import slow_but
 
 import quantadapt as qa
 from quantadapt import cli, demo, planning
@@ -146,7 +147,7 @@ def test_so_does_the_command(made, told, tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("command", [False, True])
+@pytest.mark.parametrize("command", slow_but([False, True], False))
 def test_so_does_a_run_of_a_hub_id(
     late, command, made, told, on_the_hub, tmp_path, monkeypatch
 ) -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 from datasets import Dataset
+from few_rows import few_rows
 from test_conformance_catches import Absmax, AbsmaxTarget, Plugin, make  # noqa: F401 (a fixture)
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -111,7 +112,7 @@ def test_a_run_calibrates_and_keeps_the_base(seeing, tmp_path) -> None:
     train = {"max_steps": 1, "per_device_train_batch_size": 2}
     spec = {"model": SMALL, "backend": "absmax", "train": train, "device": "cpu"}
     spec |= {"evaluate": {"max_examples": 4, "samples": 0, "unquantized": False}}
-    spec |= {"data": {"calibration_examples": 5, "path": str(demo.TRAIN_FILE)}}
+    spec |= {"data": {"calibration_examples": 5, "path": few_rows()}}
     done = run(Spec(**spec, output=str(tmp_path / "run"), export={"merge": "requantize"}))
     assert [len(examples) for examples in seeing] == [5, 5]  # the base, and the merged weights
     loaded = qa.load(tmp_path / "run")
@@ -125,7 +126,7 @@ def test_a_run_calibrates_and_keeps_the_base(seeing, tmp_path) -> None:
 
 def test_bad_calibration_data_leaves_no_run_folder(seeing, tmp_path) -> None:
     (tmp_path / "c.jsonl").write_text('{"text": "hi"}\n')
-    data = {"calibration_path": str(tmp_path / "c.jsonl"), "path": str(demo.TRAIN_FILE)}
+    data = {"calibration_path": str(tmp_path / "c.jsonl"), "path": few_rows()}
     with pytest.raises(DataError, match="too few"):
         run(Spec(model=SMALL, backend="absmax", data=data, output=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()

@@ -90,10 +90,10 @@ def same(one: Any, other: Any) -> None:
     [
         {},
         {"adapter": "dora"},
-        {"adapter": "vera"},
+        pytest.param({"adapter": "vera"}, marks=pytest.mark.slow),
         {"gradient_accumulation_steps": 3},
         {"logging_steps": 4, "save_steps": 3, "max_steps": 8},
-        {"optim": "adafactor"},
+        pytest.param({"optim": "adafactor"}, marks=pytest.mark.slow),
         {"packing": True},
         {"max_steps": -1, "num_train_epochs": 0.3},
     ],

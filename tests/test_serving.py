@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import quantadapt as qa
-from quantadapt import demo
 from quantadapt.cli.listening import listening, token_for
 from quantadapt.cli.serve import _names
 from quantadapt.errors import SpecError
@@ -22,13 +21,14 @@ from quantadapt.generation import PromptWriter, Sampling
 from quantadapt.generation.sampling import Chooser
 from quantadapt.serving.app import Served, create_app
 from quantadapt.serving.worker import Job, Worker
+from quantadapt.testing.small_demo import small_model
 
 
 @pytest.fixture(scope="module")
 def model():
-    """The demo in hqq with two adapters that say other things."""
+    """Two layers of the demo in hqq with two adapters that say other things."""
     torch.manual_seed(0)
-    found = qa.attach(qa.quantize(str(demo.MODEL_DIR), "hqq", device="cpu"), r=4)
+    found = qa.attach(qa.quantize(str(small_model()), "hqq", device="cpu"), r=4)
     found.add_adapter("other", found.peft_config["default"])
     for name, parameter in found.named_parameters():
         if "lora_B" in name:
@@ -139,8 +139,8 @@ def test_models_are_listed(client) -> None:
     assert client.models.retrieve("other").owned_by == "quantadapt"
 
 
-def test_forty_at_once_get_their_own_answers(client, model, tokenizer) -> None:
-    names, prompts = ("tuned", "base", "other"), [f"def f{n}(x):\n" for n in range(6)]
+def test_many_at_once_get_their_own_answers(client, model, tokenizer) -> None:
+    names, prompts = ("tuned", "base", "other"), [f"def f{n}(x):\n" for n in range(3)]
 
     def ask(job):
         name, prompt = job
@@ -148,9 +148,9 @@ def test_forty_at_once_get_their_own_answers(client, model, tokenizer) -> None:
 
     kinds = [(name, prompt) for name in names for prompt in prompts]
     alone = {job: ask(job) for job in kinds}
-    assert len(set(alone.values())) > 6
-    jobs = [kinds[n % len(kinds)] for n in range(40)]
-    with ThreadPoolExecutor(40) as pool:
+    assert len(set(alone.values())) > 3
+    jobs = [kinds[n % len(kinds)] for n in range(27)]
+    with ThreadPoolExecutor(27) as pool:
         assert list(pool.map(ask, jobs)) == [alone[job] for job in jobs]
 
 
@@ -233,7 +233,7 @@ def test_a_client_that_goes_away_frees_its_place(model, tokenizer, monkeypatch, 
     monkeypatch.setattr(Chooser, "__call__", slowly)
     with serving(model, tokenizer, max_batch=1) as address:
         url = f"{address}/completions"
-        body = {"model": "tuned", "prompt": PROMPT, "max_tokens": 150}
+        body = {"model": "tuned", "prompt": PROMPT, "max_tokens": 100}
         body |= {"temperature": 2.0, "seed": 1}
         asked = {"json": body | {"stream": stream}, "timeout": 0.2}
         with suppress(httpx.ReadTimeout), httpx.stream("POST", url, **asked) as found:
@@ -242,8 +242,8 @@ def test_a_client_that_goes_away_frees_its_place(model, tokenizer, monkeypatch, 
         assert one.json()["usage"]["completion_tokens"] == 1
         until_then, chosen[0] = chosen[0], 0
         whole = httpx.post(url, json=body, timeout=120).json()["usage"]["completion_tokens"]
-    assert whole == chosen[0] > 120
-    assert until_then < 100
+    assert whole == chosen[0] > 80
+    assert until_then < 60
 
 
 def test_one_who_cannot_be_answered_stops_nobody_else(model, tokenizer, monkeypatch) -> None:

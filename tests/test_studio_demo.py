@@ -21,6 +21,7 @@ from quantadapt.spec import DataSpec
 from quantadapt.studio.demo import demo_page
 from quantadapt.studio.page import page_app
 from quantadapt.studio.speaking import BASE, Speaker
+from quantadapt.testing.small_demo import small_model
 
 GREEDY = [5, 0, "", 1, 0, 1, "", ""]
 """Values of the options, in the order of `Sampling`."""
@@ -29,9 +30,9 @@ UGLY = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 
 @pytest.fixture(scope="module")
 def model():
-    """The demo in hqq with two adapters that say other things."""
+    """Two layers of the demo in hqq with two adapters that say other things."""
     torch.manual_seed(0)
-    found = qa.attach(qa.quantize(str(demo.MODEL_DIR), "hqq", device="cpu"), r=4)
+    found = qa.attach(qa.quantize(str(small_model()), "hqq", device="cpu"), r=4)
     found.add_adapter("other", found.peft_config["default"])
     for name, parameter in found.named_parameters():
         if "lora_B" in name:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from few_rows import few_rows
 from rich.console import Console
 
 import quantadapt as qa
 from quantadapt.cli.progress import RunDisplay, show_result
 from quantadapt.evaluation.verdict import training_warnings, warnings_of
+from quantadapt.testing.small_demo import small_model
 
 FALLING = [(step, 3.0 - step / 10) for step in range(1, 11)]
 
@@ -80,6 +82,8 @@ class Ruined:
         screen, events = io.StringIO(), []
         console = Console(file=screen, width=120)
         spec = qa.Spec(
+            model=str(small_model()),
+            data={"path": few_rows()},
             backend="none",
             train={"max_steps": 4, "learning_rate": 1e6, "per_device_train_batch_size": 2},
             evaluate={"max_examples": 4, "samples": 0, "unquantized": False},

@@ -24,7 +24,6 @@ from .cases import (
 
 ADAPTER_RECORD, BASE_RECORD = f"{RUN}/adapter/quantadapt.json", "quantized/quantadapt.json"
 _COMMANDS = (EVAL, MERGE, ONTO)
-_REPORT = ("merge", RUN, "--output", "out")
 
 
 def cases() -> Iterator[Case]:

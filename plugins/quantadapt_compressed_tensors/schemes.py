@@ -19,7 +19,6 @@ DENSE_AGAIN = (
 )
 """The way out of what is not read."""
 
-INTEGERS = ("pack-quantized", "int-quantized")
 FORMATS = {
     "pack-quantized": ("int", tuple(range(1, 9))),
     "int-quantized": ("int", tuple(range(1, 9))),

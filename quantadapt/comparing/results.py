@@ -207,11 +207,6 @@ def table_of(comparison: Comparison, journal: Journal) -> Table:
     return Table([*base, *sorted(rows, key=place)], qualities, remarks)
 
 
-def quality_names(results: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the names that `Options.by` may have, as far as something was measured."""
-    return [*_qualities(results, "")]
-
-
 def badness(result: Mapping[str, Any], by: str) -> float | None:
     """Return how bad the tuned model of a run is; None where that was not measured."""
     found = next(iter(_qualities([result], by).values()), None)

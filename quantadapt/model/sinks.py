@@ -68,8 +68,7 @@ def _configs(model: nn.Module, name: str, *, with_sinks: bool = False) -> list[A
         if not isinstance(part, PreTrainedModel) or not part._supports_attention_backend:
             continue
         if getattr(part.config, "_attn_implementation_internal", None) == name and (
-            not with_sinks
-            or any(isinstance(getattr(m, "sinks", None), Tensor) for m in part.modules())
+            not with_sinks or _has_sinks(part)
         ):
             found[id(part.config)] = part.config
     return list(found.values())
