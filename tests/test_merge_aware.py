@@ -19,7 +19,7 @@ from quantadapt.adapting.merge_aware import StaysMergeAwareWarning, make_merge_a
 from quantadapt.errors import MergeRefused, PlanRefused
 from quantadapt.exporting.merging import merged_model
 from quantadapt.exporting.tuned import Tuned
-from quantadapt.facade import QuantLinear, facades
+from quantadapt.facade import QuantLinear, facades, lora_change
 from quantadapt.planning import plan
 from quantadapt.planning.exports import export_of
 from quantadapt.protocols import Figure, UniformGrid
@@ -128,6 +128,18 @@ def test_activations_that_are_rounded_carry_no_difference_on():
     for change in torch.randn(20, 256, 512) * 1e-3:
         merged = (start + change) - start
         assert torch.equal(grid.dithered(start, change), grid.dithered(start, merged))
+
+
+@pytest.mark.parametrize("scaling", [1, 0.25, 16, 0.7, 8 / 3])
+def test_what_is_rounded_is_what_peft_adds(scaling):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    layer = get_peft_model(torch.nn.Sequential(torch.nn.Linear(96, 64)), config).base_model.model[0]
+    layer.scaling["default"] = scaling
+    a, b = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
+    assert torch.equal(lora_change(a, b, scaling), layer.get_delta_weight("default"))
 
 
 @pytest.mark.slow
