@@ -128,7 +128,7 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def unknown_in(config: Mapping[str, Any]) -> list[str]:
     """Return what of a model is not known to be written rightly; empty where all is."""
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         return [f"models of type {kind!r} are not among {', '.join(FAMILIES)}"]
     family = FAMILIES[kind]
     found, rope = [], rope_of(config)
