@@ -460,7 +460,8 @@ class _Run:
         self.losses = result.losses
         names = ("steps", "validation", "best_step", "kept_step", "stopped_early",
                  "seconds", "tokens", "peak_memory_gib", "resumed_from",
-                 "trainable_parameters", "base_parameters", "dequantize_share")  # fmt: skip
+                 "trainable_parameters", "base_parameters", "dequantize_share",
+                 "rounding_share")  # fmt: skip
         self.metrics["train"] = {name: getattr(result, name) for name in names}
         self.metrics["train"] |= {"processes": self.world.size, "parallel": self.plan.parallel}
         self.metrics["train"]["unit"] = self.plan.task.unit

@@ -18,6 +18,8 @@ from packaging.version import Version
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -28,7 +30,13 @@ import quantadapt as qa
 from quantadapt import cli
 from quantadapt.demo import MODEL_DIR
 from quantadapt.errors import ModelError, NumbersError, PlanRefused
-from quantadapt.exporting.gguf.families import context_length, gguf_name, rope_factors
+from quantadapt.exporting.gguf.families import (
+    FAMILIES,
+    context_length,
+    gguf_name,
+    rope_factors,
+    unknown_in,
+)
 from quantadapt.exporting.gguf.files import GGUFFile, keys_of, tensors_of
 from quantadapt.exporting.gguf.model import rotated, write_model
 from quantadapt.exporting.gguf.vocabulary import kind_of, vocabulary
@@ -44,6 +52,7 @@ LLAMA31 = {
     **{"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0},
     **{"high_freq_factor": 4.0, "original_max_position_embeddings": 64},
 }
+WINDOWS: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 MODELS = {
     "llama, biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, head_dim=32),
     "llama, tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
@@ -51,6 +60,8 @@ MODELS = {
     "mistral": MistralConfig(**SIZES, tie_word_embeddings=False, sliding_window=None),
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SIZES, tie_word_embeddings=False, head_dim=32),
+    "gemma2": Gemma2Config(**SIZES, **WINDOWS),
+    "gemma3": Gemma3TextConfig(**SIZES | {"num_hidden_layers": 7}, **WINDOWS),
 }
 
 
@@ -80,7 +91,8 @@ def test_transformers_reads_the_model_that_was_written(name, tokenizer, tmp_path
     keys = keys_of(path)
     kind = keys["general.architecture"]
     assert (keys[f"{kind}.context_length"], keys[f"{kind}.attention.head_count_kv"]) == (256, 2)
-    assert keys[f"{kind}.rope.freq_base"] == (5e5 if "3.1" in name else 10000.0)
+    base = {"llama 3.1": 5e5, "gemma3": 1e6}.get(name, 1e4)
+    assert keys[f"{kind}.rope.freq_base"] == base
     tied = not MODELS[name].tie_word_embeddings
     assert ("output.weight" in dict(tensors_of(path))) == tied
 
@@ -148,11 +160,57 @@ def test_rope_factors_are_those_of_transformers() -> None:
 
 
 def test_names_and_windows() -> None:
-    assert gguf_name("model.layers.11.self_attn.k_proj.bias") == "blk.11.attn_k.bias"
-    assert gguf_name("model.layers.1.mlp.experts.gate_up_proj") is None
-    assert gguf_name("model.layers.x.mlp.up_proj.weight") is None
+    llama, gemma = FAMILIES["llama"], FAMILIES["gemma3_text"]
+    assert gguf_name(llama, "model.layers.11.self_attn.k_proj.bias") == "blk.11.attn_k.bias"
+    assert gguf_name(llama, "model.layers.1.mlp.experts.gate_up_proj") is None
+    assert gguf_name(llama, "model.layers.x.mlp.up_proj.weight") is None
+    assert gguf_name(llama, "lm_head.weight") == "output.weight"
+    assert gguf_name(gemma, "lm_head.weight") is None
     window = {**MODELS["mistral"].to_dict(), "sliding_window": 64}
     assert (context_length(window), context_length(MODELS["mistral"].to_dict())) == (64, 256)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_gemma_is_written_as_the_gguf_package_names_it(name, tokenizer, tmp_path) -> None:
+    """Its norms as llama.cpp multiplies by them, and what it knows only from a file."""
+    model, path = made(MODELS[name]), tmp_path / "model.gguf"
+    write_model(model, tokenizer, path, "f32", "it")
+    found, state = dict(tensors_of(path)), model.state_dict()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[name.upper()], 7)
+    state.pop("lm_head.weight")
+    for key, value in state.items():
+        own = names.get_name(key, try_suffixes=(".weight",))
+        meant = value + 1 if key.endswith("norm.weight") else value
+        assert np.array_equal(found.pop(own), meant.numpy())
+    assert not found
+    keys = keys_of(path)
+    assert keys[f"{name}.attention.sliding_window"] == 8
+    caps = [keys.get(f"{name}.{part}_logit_softcapping") for part in ("attn", "final")]
+    assert caps == ([50.0, 30.0] if name == "gemma2" else [None, None])
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"tie_word_embeddings": False}, "head is another tensor"),
+        ({"query_pre_attn_scalar": 32}, "scaled by 32, not by 16"),
+        ({"layer_types": ["full_attention"] * 7}, "every 6th layer"),
+        ({"layer_types": None, "sliding_window_pattern": 3}, "every 6th layer"),
+        ({"hidden_activation": "silu"}, "activation is 'silu'"),
+        ({"attn_logit_softcapping": 50.0}, "capped otherwise"),
+        ({"rope_parameters": None, "rope_local_base_freq": 1e5}, "rotary embedding of its layers"),
+        ({"use_bidirectional_attention": True}, "looks ahead"),
+    ],
+)
+def test_a_gemma_that_llama_cpp_would_compute_otherwise_is_refused(changed, why) -> None:
+    config = MODELS["gemma3"].to_dict()
+    assert unknown_in(config) == []
+    assert any(why in text for text in unknown_in(config | changed))
+    older = {"rope_parameters": None, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
+    assert unknown_in(config | older | {"layer_types": None, "sliding_window_pattern": 6}) == []
+    of_27b = {"num_hidden_layers": 62, "hidden_size": 5376, "num_attention_heads": 32}
+    of_27b |= {"layer_types": None, "head_dim": 128, "query_pre_attn_scalar": 168}
+    assert unknown_in(config | of_27b) == []
 
 
 # Tokenizers ---------------------------------------------------------------------------------------
@@ -192,6 +250,10 @@ def test_tokenizers_are_known_by_how_they_split() -> None:
     both = {"type": "Sequence", "normalizers": [prepend, spaces]}
     assert kind_of({"model": model, "normalizer": both}).space_prefix
     assert not kind_of({"model": model, "normalizer": spaces}).space_prefix
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
+    gemma = {"model": model, "normalizer": spaces, "pre_tokenizer": split}
+    assert kind_of(gemma) == kind_of({"model": model, "normalizer": spaces})
+    assert kind_of({"model": model, "pre_tokenizer": split}) is None
     meta = {"type": "Metaspace", "prepend_scheme": "first", "split": False}
     assert kind_of({"model": model, "pre_tokenizer": meta}).model == "llama"
     assert kind_of({"model": model, "normalizer": {"type": "NFKC"}}) is None
@@ -213,6 +275,9 @@ def test_a_vocabulary_has_a_row_for_each_of_the_embedding() -> None:
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     values = {"model": model, "normalizer": spaces, "added_tokens": []}
     assert vocabulary(values, kind_of(values), 5).types == [2, 6, 1, 1, 1]
+    values["added_tokens"] = [{"id": 5, "content": "\u2581\u2581", "special": False}]
+    found = vocabulary(values, kind_of(values), 6)
+    assert (found.tokens[5], found.types[5]) == ("  ", 4)  # two spaces, as text has them
 
 
 def test_transformers_reads_the_tokenizer(tokenizer, tmp_path) -> None:
@@ -287,7 +352,7 @@ def test_the_adapter_in_one_file_adds_what_pefts_does(options, tmp_path) -> None
     before = {name: value.clone() for name, value in base.state_dict().items()}
     after = PeftModel.from_pretrained(base, str(run)).merge_and_unload().state_dict()
     for name, value in after.items():
-        key = gguf_name(name)
+        key = gguf_name(FAMILIES["llama"], name)
         if torch.equal(value, before[name]):
             assert f"{key}.lora_a" not in factors
             continue

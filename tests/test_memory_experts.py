@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 import transformers
+from allocations import peak_of
 
+import quantadapt as qa
 from quantadapt import demo
+from quantadapt.adapting.merge_aware import make_merge_aware
 from quantadapt.machine import Machine
 from quantadapt.memory import GIB, WORKSPACE, Setting, Workload, usable
 from quantadapt.memory.experts import STACKS
 from quantadapt.memory.shape import Shape
 from quantadapt.planning import plan
+from quantadapt.protocols import Grid
 from quantadapt.spec import Spec
 
 NF4 = 4.127
@@ -145,6 +151,44 @@ def test_layers_without_experts_count_as_what_they_are() -> None:
     assert mixed.quantized_bytes == 4 * sparse + 2 * plain
     assert mixed.block_bytes == sparse
     assert mixed.parts(Setting(5, False, 1))["activations"] > 0
+
+
+def test_rounding_a_stack_takes_two_of_it_in_float32() -> None:
+    """Of a LoRA, which is fused; what else is adapted waits, rounded, for its backward."""
+    first = 2 * 128 * 2048 * 768
+    few = replace(work(rounds=True), targets=("q_proj",))
+    for setting in (Setting(12, False, 4), Setting(0, False, 4)):
+        plain = work().peak(setting)
+        assert work(rounds=True).peak(setting) - plain == 8 * first
+        assert few.peak(setting) - work().peak(setting) < 8 * 2048 * 4096
+    dora = work(rounds=True, dora=True).kept_bytes(TOKENS) - work(dora=True).kept_bytes(TOKENS)
+    attention = 2048 * (2 * 4096 + 2 * 512)
+    assert dora == 4 * (first + first // 2) + 2 * attention
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_layer_rounds_within_what_is_foreseen(fused) -> None:
+    """Counted on the CPU, without the numbers of a step that one kernel on CUDA does not write."""
+    torch.manual_seed(0)
+    rows, columns, tokens = 768, 512, 16
+    linear = torch.nn.Linear(columns, rows, bias=False)
+    model = torch.nn.Sequential(linear)
+    options = {} if fused else {"use_dora": True}
+    model = qa.attach(qa.quantize(model, "bnb-nf4"), "lora", target_modules=["0"], **options)
+    make_merge_aware(model)
+    x = torch.randn(tokens, columns)
+    model(x).sum().backward()  # what is made once
+
+    def rounded(self, start, change):
+        return start + change
+
+    with patch.object(Grid, "dithered", rounded):
+        found = peak_of(lambda: model(x).sum().backward())
+    shape = SimpleNamespace(linears={"q_proj": (columns, rows)})
+    foreseen = Workload(shape, {}, ("q_proj",), 8, "sgd", 4, 1, 1, rounds=True, dora=not fused)
+    weight = 4 * rows * columns
+    most = foreseen._rounding_bytes + weight + (0 if fused else foreseen._rounded_bytes)
+    assert 0.5 * most < found < 1.1 * most, found / weight
 
 
 # --- in the plan ----------------------------------------------------------------------------------

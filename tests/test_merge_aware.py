@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from unittest.mock import patch
 
@@ -15,11 +16,15 @@ from torch.nn.functional import linear
 import quantadapt as qa
 from quantadapt import cli
 from quantadapt.adapting.fused import FusedLoraLinear
-from quantadapt.adapting.merge_aware import StaysMergeAwareWarning, make_merge_aware
+from quantadapt.adapting.merge_aware import (
+    StaysMergeAwareWarning,
+    make_merge_aware,
+    rounded_weights,
+)
 from quantadapt.errors import MergeRefused, PlanRefused
 from quantadapt.exporting.merging import merged_model
 from quantadapt.exporting.tuned import Tuned
-from quantadapt.facade import QuantLinear, facades
+from quantadapt.facade import QuantLinear, facades, lora_change
 from quantadapt.planning import plan
 from quantadapt.planning.exports import export_of
 from quantadapt.protocols import Figure, UniformGrid
@@ -130,6 +135,18 @@ def test_activations_that_are_rounded_carry_no_difference_on():
         assert torch.equal(grid.dithered(start, change), grid.dithered(start, merged))
 
 
+@pytest.mark.parametrize("scaling", [1, 0.25, 16, 0.7, 8 / 3])
+def test_what_is_rounded_is_what_peft_adds(scaling):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    layer = get_peft_model(torch.nn.Sequential(torch.nn.Linear(96, 64)), config).base_model.model[0]
+    layer.scaling["default"] = scaling
+    a, b = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
+    assert torch.equal(lora_change(a, b, scaling), layer.get_delta_weight("default"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["lora", "vera"])
 @pytest.mark.parametrize("backend", ["gptq", "gptq-by-activation", "awq", "autoround"])
@@ -207,6 +224,24 @@ def test_gradients_go_straight_through(base, backend):
     for found in (fused, generic):
         for part, reference in zip(found, (y, x.grad, a.grad, b.grad), strict=True):
             assert (part - reference).norm() <= 1e-5 * reference.norm()
+
+
+def test_what_slow_rounding_costs_is_told(base, monkeypatch):
+    model = qa.attach(qa.quantize(base, "hqq"), "lora", r=4, target_modules=["q_proj", "o_proj"])
+    assert len(rounded_weights(model)) == 0
+    given = {"max_steps": 2, "merge_aware": True, "per_device_train_batch_size": 4}
+    own = UniformGrid.dithered
+
+    def slow(self, start, change):
+        time.sleep(0.1)
+        return own(self, start, change)
+
+    monkeypatch.setattr(UniformGrid, "dithered", slow)
+    found = qa.train(model, DATA, **given)
+    assert len(rounded_weights(model)) == 4
+    assert 3 * found.dequantize_share < found.rounding_share <= 1
+    plain = qa.train(qa.attach(qa.quantize(base, "hqq"), "lora", r=4), DATA, max_steps=1)
+    assert plain.rounding_share is None
 
 
 def test_another_rounding_is_refused(base, tmp_path):

@@ -409,5 +409,5 @@ def test_what_a_slow_dequantize_costs_is_told(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(HQQTarget, "dequantize", slow)
     assert fast > 0
-    # 14 layers, forward and backward: some 1,100 ms a step, which otherwise takes less
-    assert max(0.5, fast) < share("slow") <= 1
+    # 14 layers, forward and backward: some 1,100 ms a step, however long the rest takes
+    assert 3 * fast < share("slow") <= 1

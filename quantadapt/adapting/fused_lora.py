@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..facade import QuantLinear, kept
+from ..facade import QuantLinear, kept, lora_change
 
 
 @dataclass
@@ -53,7 +53,7 @@ class LoraTerm(NamedTuple):
         if not self.rounds:
             return None
         with no_autocast(self.a.device.type):
-            return (self.b.detach().float() @ self.a.detach().float()).mul_(self.scaling)
+            return lora_change(self.a.detach().float(), self.b.detach().float(), self.scaling)
 
 
 def fused_lora(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> tuple[Tensor, ...]:

@@ -70,6 +70,12 @@ def rounded_layers(model: nn.Module) -> list[Any]:
     return [layer for _, layer in _adapted(model) if getattr(layer, "merge_aware", False)]
 
 
+def rounded_weights(model: nn.Module) -> list[QuantWeight]:
+    """Return the quantized weights in `model` that are rounded with what an adapter adds."""
+    found = map(_quantized, rounded_layers(model))
+    return [weight for weight in found if weight is not None]
+
+
 def forget_merge_aware(base: nn.Module, state: ModelState) -> None:
     """Have `base`, whose adapter was taken away, begin anew: what an earlier adapter was trained
     with is not what the next one is."""

@@ -11,6 +11,7 @@ from .brought import BroughtTarget
 from .expert_norms import row_norms
 from .experts import QuantExperts, QuantStack
 from .frozen import recomputing
+from .grouped import lora_change
 from .keeping import kept
 from .lazy_weight import LazyWeight
 from .linear import QuantLinear
@@ -38,6 +39,7 @@ __all__ = [
     "facades",
     "kept",
     "linear_facades",
+    "lora_change",
     "mark_conv1d",
     "recomputing",
     "replace",

@@ -5,6 +5,7 @@ On CUDA all experts are one product (`torch._grouped_mm`), elsewhere a loop.
 
 from __future__ import annotations
 
+from math import frexp
 from typing import NamedTuple
 
 import torch
@@ -110,7 +111,7 @@ class StackLora(NamedTuple):
             return None
         with torch.autocast(self.a.device.type, enabled=False):
             a, b = (part.detach().float() for part in self.views())
-            return torch.bmm(b, a).mul_(self.scaling).flatten(0, 1)
+            return lora_change(a, b, self.scaling).flatten(0, 1)
 
     def scaled(self, h: Tensor) -> Tensor:
         """Return h times the factor, in its memory."""
@@ -121,6 +122,14 @@ class StackLora(NamedTuple):
         made = torch.empty_like(self.b, memory_format=torch.contiguous_format)
         transpose(db[:, :, : self.rank].reshape(self.experts, -1), made.view(-1, self.experts))
         return da[:, : self.rank].to(self.a.dtype).reshape(self.a.shape), made
+
+
+def lora_change(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Return scaling * (b @ a), bit for bit as PEFT merges it. A power of two, as usual, goes into
+    the small `b`, which spares a pass through the result."""
+    if frexp(scaling)[0] == 0.5:
+        return (b * scaling) @ a
+    return (b @ a).mul_(scaling)
 
 
 def transpose(x: Tensor, made: Tensor) -> None:

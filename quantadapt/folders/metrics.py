@@ -136,9 +136,9 @@ def duration(seconds: float) -> str:
 
 class Training(TypedDict, total=False):
     """What training took; `seconds` is the training loop alone, of which `dequantize_share` went
-    into dequantizing the base. `validation` is [step, loss on held-out data in nats per token] of
-    all validations, the lowest at `best_step`; the adapter is that of `kept_step`. `unit` is
-    that of the losses."""
+    into dequantizing the base, and `rounding_share` more into rounding weights (`merge_aware`).
+    `validation` is [step, loss on held-out data in nats per token] of all validations, the lowest
+    at `best_step`; the adapter is that of `kept_step`. `unit` is that of the losses."""
 
     steps: int
     unit: str
@@ -150,6 +150,7 @@ class Training(TypedDict, total=False):
     tokens: int | None
     peak_memory_gib: float | None
     dequantize_share: float | None
+    rounding_share: float | None
     trainable_parameters: int
     base_parameters: int
     resumed_from: int | None

@@ -85,6 +85,7 @@ class Workload:
         whole_logits: whether the loss holds all logits of a batch.
         teacher: the sizes of a dense model that the loss compares with, whole on each GPU.
         beside: how many weights the model has beside its language model: what sees pictures.
+        rounds: whether adapted layers compute with the rounded weights that a merge keeps.
     """
 
     shape: Shape
@@ -110,6 +111,7 @@ class Workload:
     whole_logits: bool = False
     teacher: Shape | None = None
     beside: int = 0
+    rounds: bool = False
 
     # --- what is there all the time ----------------------------------------------------------
 
@@ -203,7 +205,29 @@ class Workload:
             numbers += inputs * (1 + 1 / self.dtype_bytes)
         if not self.fused_adapter and half:  # PEFT keeps a float32 copy of each input
             numbers += 2 * inputs
-        return int(numbers * tokens * self.dtype_bytes) + self._kept_by_experts(tokens)
+        kept = int(numbers * tokens * self.dtype_bytes) + self._kept_by_experts(tokens)
+        return kept + (self._rounded_bytes if self._rounds_in_graph else 0)
+
+    @property
+    def _rounds_in_graph(self) -> bool:
+        """Whether what is rounded waits for its backward: only a fused LoRA makes it again."""
+        return self.rounds and (self.dora or self.dropout or not self.fused_adapter)
+
+    @property
+    def _rounded_bytes(self) -> int:
+        """The rounded weights of one layer, of stacks of experts in float32."""
+        sizes = {name: i * o for name, (i, o) in self.shape.linears.items() if name in self.targets}
+        each = (n * (4 if name in STACKS else self.dtype_bytes) for name, n in sizes.items())
+        return sum(each)
+
+    @property
+    def _rounding_bytes(self) -> int:
+        """What rounding the largest adapted weight takes beside the result: the weight that it was
+        and what is added to it, in float32; and where PEFT merges, what it makes of them."""
+        adapted = [i * o for name, (i, o) in self.shape.linears.items() if name in self.targets]
+        if not self.rounds or not adapted:
+            return 0
+        return max(adapted) * (16 if self._rounds_in_graph else 8)
 
     def _kept_by_experts(self, tokens: int) -> int:
         experts, hidden = self.shape.experts, self.shape.hidden
@@ -221,7 +245,8 @@ class Workload:
         return tokens * self.shape.hidden * self.dtype_bytes
 
     def backward_bytes(self, tokens: int) -> int:
-        """What a layer's backward works with: gradients and a dequantized weight."""
+        """What a layer's backward works with: gradients and a dequantized weight, and where it is
+        rounded what that takes."""
         shape = self.shape
         inside = (0 if self.fused_kernels else 2) + (0 if self.fused_adapter else 1)
         gradients = shape.hidden + shape.mlp * inside
@@ -231,7 +256,7 @@ class Workload:
         if shape.experts:  # the gradients of their output and of their input
             inside = shape.experts.backward_numbers(tokens, shape.hidden)
             numbers = max(numbers, tokens * 2 * shape.hidden + inside)
-        return numbers * self.dtype_bytes
+        return numbers * self.dtype_bytes + self._rounding_bytes
 
     @property
     def _largest_weight(self) -> int:
@@ -273,7 +298,7 @@ class Workload:
             inside = max(inside, tokens * 2 * shape.hidden + in_experts)
         logits = tokens * shape.vocab * self.dtype_bytes
         logits = 2 * logits if shape.scaled else min(logits, HEAD_CHUNK)
-        in_layer = inside * self.dtype_bytes + 2 * self._gathered_block
+        in_layer = inside * self.dtype_bytes + self._rounding_bytes + 2 * self._gathered_block
         at_head = logits + 2 * self.input_bytes(tokens) + self._gathered_table
         return max(in_layer, at_head)
 

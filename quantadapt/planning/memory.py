@@ -300,6 +300,7 @@ def memory_plan(
         whole_logits=task.logits == "whole",
         teacher=teacher,
         beside=beside,
+        rounds=train.merge_aware,
     )
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
     return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))

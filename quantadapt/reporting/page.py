@@ -263,6 +263,9 @@ def _memory_figures(train: Mapping[str, Any]) -> list[tuple[str, str]]:
     dequantizing = number(train, "dequantize_share")
     if dequantizing is not None:
         figures.append((percent(dequantizing), "of training spent on dequantizing"))
+    rounding = number(train, "rounding_share")
+    if rounding is not None:
+        figures.append((percent(rounding), "of training spent on rounding weights"))
     return figures
 
 

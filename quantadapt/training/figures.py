@@ -1,9 +1,11 @@
-"""What a training run tells of itself: parameters, peak memory, the share of dequantizing."""
+"""What a training run tells of itself: parameters, peak memory, the shares of dequantizing and
+rounding."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..memory.workload import GIB
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ..facade import QuantWeight
     from ..spec import TrainSpec
 
 
@@ -64,6 +67,25 @@ def dequantize_share(trainer: Any, spec: TrainSpec) -> float | None:
     """Return the share of a step that dequantizing takes, by the time that doing it once takes now;
     None without a step, and for a sharded or streamed base, whose layers would have to be brought
     for it."""
+    from ..facade import facades
+
+    return _share(trainer, spec, [facade for _, facade in facades(trainer.model)], _dequantize)
+
+
+def rounding_share(trainer: Any, spec: TrainSpec) -> float | None:
+    """Return what training through the quantizer takes more than `dequantize_share`, likewise: of
+    a step that rounds the weights which the adapter changes; None where nothing is rounded."""
+    from ..adapting.merge_aware import rounded_weights
+
+    weights = rounded_weights(trainer.model)
+    both, plain = (_share(trainer, spec, weights, once) for once in (_round, _dequantize))
+    return None if not weights or both is None or plain is None else max(both - plain, 0.0)
+
+
+def _share(
+    trainer: Any, spec: TrainSpec, weights: list[Any], once: Callable[[Any], object]
+) -> float | None:
+    """Return the share of a step that `once` takes where each pass does it with each weight."""
     from ..sharding import is_sharded
     from ..streaming import streamer_of
 
@@ -75,7 +97,7 @@ def dequantize_share(trainer: Any, spec: TrainSpec) -> float | None:
     kept = 0 if setting.offload else setting.recomputed_layers  # from recomputation to backward
     passes = 2 + (setting.recomputed_layers - kept) / layers
     parts = spec.per_device_train_batch_size / setting.micro_batch
-    each = passes * parts * spec.gradient_accumulation_steps * _dequantize_seconds(trainer.model)
+    each = passes * parts * spec.gradient_accumulation_steps * _seconds(weights, once)
     # The first block's input needs no gradient: a few layers are counted once too often.
     return min(float(each * steps / trainer.progress.seconds), 1.0)
 
@@ -116,19 +138,29 @@ def streamed(trainer: Any) -> Streamed | None:
     return Streamed(moved / GIB, streamer.traffic.hidden, streamer.nbytes / GIB)
 
 
-def _dequantize_seconds(model: Any) -> float:
-    """Return how long dequantizing every layer of the base takes, the second time."""
+def _dequantize(weight: QuantWeight) -> None:
+    weight.dequantize()
+
+
+def _round(weight: QuantWeight) -> None:
     import torch
 
-    from ..facade import facades
+    shape = weight.out_features, weight.in_features
+    weight.moved(torch.zeros(shape, device=weight.device))
+
+
+def _seconds(weights: list[QuantWeight], once: Callable[[QuantWeight], object]) -> float:
+    """Return how long `once` takes with every weight, the second time."""
+    import torch
 
     started = 0.0
     for _ in range(2):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         started = time.perf_counter()
-        for _, facade in facades(model):
-            facade.dequantize()
+        with torch.no_grad():
+            for weight in weights:
+                once(weight)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - started

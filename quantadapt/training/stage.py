@@ -30,6 +30,7 @@ from .figures import (
     base_parameters,
     dequantize_share,
     peak_memory_gib,
+    rounding_share,
     streamed,
 )
 from .lent import lent, quiet
@@ -177,6 +178,8 @@ class TrainResult:
         longest: tokens of the longest example.
         dequantize_share: share of `seconds` that went into dequantizing the base; None for a
             sharded or streamed one.
+        rounding_share: what rounding took more than that, where adapted layers compute with rounded
+            weights (`merge_aware`); else None.
         streamed: what streaming the base took; None where it was not.
     """
 
@@ -196,6 +199,7 @@ class TrainResult:
     layers: int
     longest: int
     dequantize_share: float | None
+    rounding_share: float | None = None
     streamed: Streamed | None = None
 
     def __repr__(self) -> str:
@@ -278,6 +282,7 @@ def _result(trainer: Any, checkpoint: Checkpoint | None) -> TrainResult:
         layers=fit.recomputer.count,
         longest=max(fit.lengths),
         dequantize_share=dequantize_share(trainer, fit.spec),
+        rounding_share=rounding_share(trainer, fit.spec),
         streamed=streamed(trainer),
     )
 

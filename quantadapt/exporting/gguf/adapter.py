@@ -44,7 +44,7 @@ def write_adapter(
     alpha = max(scales[layer] * first.shape[0] for layer, first, _ in layers)
     file.set("adapter.lora.alpha", float(alpha))
     for layer, first, second in layers:
-        key = gguf_name(f"{layer}.weight")
+        key = gguf_name(family, f"{layer}.weight")
         if key is None or (layer == "lm_head" and config.get("tie_word_embeddings")):
             raise ModelError(f"llama.cpp has no place for an adapter on {layer}", fix=_MERGE)
         heads = rotated_heads(family, f"{layer}.weight", config)

@@ -7,31 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-
-
-@dataclass(frozen=True)
-class Family:
-    """How models of one type are laid out in GGUF.
-
-    Attributes:
-        architecture: llama.cpp's name of it.
-        rotates_pairs: its rotary embedding turns neighbours (2 i, 2 i + 1), where transformers
-            turns halves (i, i + d / 2): rows of query and key are reordered.
-    """
-
-    architecture: str
-    rotates_pairs: bool = False
-
-
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family("llama", rotates_pairs=True),
-    "mistral": Family("llama", rotates_pairs=True),
-    "qwen2": Family("qwen2"),
-    "qwen3": Family("qwen3"),
-}
-"""By `model_type`."""
 
 _ENDS = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -51,19 +28,75 @@ _IN_BLOCKS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_NORMS_AROUND = {
+    **_IN_BLOCKS,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How models of one type are laid out in GGUF.
+
+    Attributes:
+        architecture: llama.cpp's name of it.
+        read_as: the type that transformers reads its files as; empty: its own.
+        rotates_pairs: its rotary embedding turns neighbours (2 i, 2 i + 1), where transformers
+            turns halves (i, i + d / 2): rows of query and key are reordered.
+        parts: llama.cpp's names of the parts of a block.
+        activation: of its MLP.
+        tied: its head is its embedding, whatever a file says.
+        norms_add_one: norms multiply by 1 + weight, and a file has the sum.
+        full_attention_every: of so many layers the last sees all tokens, the others a window; 0:
+            all do.
+    """
+
+    architecture: str
+    read_as: str = ""
+    rotates_pairs: bool = False
+    parts: Mapping[str, str] = field(default_factory=lambda: _IN_BLOCKS)
+    activation: str = "silu"
+    tied: bool = False
+    norms_add_one: bool = False
+    full_attention_every: int = 0
+
+
+def _gemma(architecture: str, full_attention_every: int) -> Family:
+    return Family(
+        architecture,
+        parts=_NORMS_AROUND,
+        activation="gelu_pytorch_tanh",
+        tied=True,
+        norms_add_one=True,
+        full_attention_every=full_attention_every,
+    )
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family("llama", rotates_pairs=True),
+    "mistral": Family("llama", read_as="llama", rotates_pairs=True),
+    "qwen2": Family("qwen2"),
+    "qwen3": Family("qwen3"),
+    "gemma2": _gemma("gemma2", 2),
+    "gemma3_text": _gemma("gemma3", 6),
+}
+"""By `model_type`."""
+
 _BLOCKS = "model.layers."
 _ROPES = (None, "default", "linear", "llama3")
 
 
-def gguf_name(name: str) -> str | None:
+def gguf_name(family: Family, name: str) -> str | None:
     """Return llama.cpp's name of a tensor; None where it has no place for it."""
-    if name in _ENDS:
+    if name in _ENDS and not (family.tied and name == "lm_head.weight"):
         return _ENDS[name]
     number, _, rest = name.removeprefix(_BLOCKS).partition(".")
     part, _, kind = rest.rpartition(".")
-    if not name.startswith(_BLOCKS) or not number.isdecimal() or part not in _IN_BLOCKS:
+    if not name.startswith(_BLOCKS) or not number.isdecimal() or part not in family.parts:
         return None
-    return f"blk.{number}.{_IN_BLOCKS[part]}.{kind}" if kind in ("weight", "bias") else None
+    return f"blk.{number}.{family.parts[part]}.{kind}" if kind in ("weight", "bias") else None
 
 
 def rotated_heads(family: Family, name: str, config: Mapping[str, Any]) -> int | None:
@@ -83,8 +116,10 @@ def head_size(config: Mapping[str, Any]) -> int:
 
 
 def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotary embedding that a config tells, whichever version wrote it."""
+    """Return the rotary embedding that a config tells, whichever version wrote it; where layers
+    with a window have another one, that of those that see all."""
     found = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    found = dict(found.get("full_attention") or found)
     if config.get("rope_theta") and not found.get("rope_theta"):
         found["rope_theta"] = config["rope_theta"]
     return {"rope_type": found.pop("type", None), **found}
@@ -93,18 +128,52 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def unknown_in(config: Mapping[str, Any]) -> list[str]:
     """Return what of a model is not known to be written rightly; empty where all is."""
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         return [f"models of type {kind!r} are not among {', '.join(FAMILIES)}"]
+    family = FAMILIES[kind]
     found, rope = [], rope_of(config)
     if rope["rope_type"] not in _ROPES:
         found.append(f"its rotary embedding is scaled as {rope['rope_type']!r}")
-    if config.get("hidden_act", "silu") != "silu":
-        found.append(f"its activation is {config['hidden_act']!r}")
+    activation = config.get("hidden_activation") or config.get("hidden_act") or family.activation
+    if activation != family.activation:
+        found.append(f"its activation is {activation!r}")
     if config.get("use_sliding_window"):
         found.append("its attention looks through a sliding window")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         found.append("its rotary embedding turns a part of each head")
-    return found
+    if family.tied and not config.get("tie_word_embeddings", True):
+        found.append("its head is another tensor than its embedding")
+    return [*found, *_unknown_of_windows(family, config)] if family.full_attention_every else found
+
+
+_WINDOW_BASE = 10000.0
+"""Of the rotary embedding in layers with a window: llama.cpp takes no other."""
+_LARGEST = {"gemma2": 46, "gemma3_text": 62}
+"""Layers of the models whose attention llama.cpp scales by hidden_size / heads, by their number."""
+
+
+def _unknown_of_windows(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what llama.cpp would compute otherwise: it knows these models by their numbers."""
+    count, every = int(config["num_hidden_layers"]), family.full_attention_every
+    kinds = ["sliding_attention"] * (every - 1) + ["full_attention"]
+    usual = [kinds[i % every] for i in range(count)]
+    pattern = config.get("sliding_window_pattern") or every
+    if list(config.get("layer_types") or usual) != usual or pattern != every:
+        yield f"other than every {every}th layer sees all tokens"
+    local = dict(config.get("rope_parameters") or {}).get("sliding_attention") or {}
+    base = local.get("rope_theta") or config.get("rope_local_base_freq") or _WINDOW_BASE
+    if base != _WINDOW_BASE or local.get("rope_type", "default") != "default":
+        yield "the rotary embedding of its layers with a window is not the usual one"
+    largest = _LARGEST[config["model_type"]] == count
+    heads, size = int(config["num_attention_heads"]), head_size(config)
+    scale = int(config["hidden_size"]) // heads if largest else size
+    if config.get("query_pre_attn_scalar", scale) != scale:
+        yield f"its attention is scaled by {config['query_pre_attn_scalar']}, not by {scale}"
+    caps = config.get("attn_logit_softcapping"), config.get("final_logit_softcapping")
+    if (None in caps) if family.architecture == "gemma2" else caps[0] is not None:
+        yield "its scores are capped otherwise"
+    if config.get("use_bidirectional_attention"):
+        yield "its attention looks ahead"
 
 
 def context_length(config: Mapping[str, Any]) -> int:
@@ -135,6 +204,11 @@ def metadata(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, i
     if rope["rope_type"] == "linear":
         yield "rope.scaling.type", "linear"
         yield "rope.scaling.factor", float(rope["factor"])
+    if family.full_attention_every:
+        yield "attention.sliding_window", int(config["sliding_window"])
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if config.get(key) is not None:
+            yield key, float(config[key])
 
 
 def rope_factors(config: Mapping[str, Any]) -> list[float] | None:

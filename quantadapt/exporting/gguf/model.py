@@ -70,11 +70,9 @@ def read_model(path: Path, config: Any, device: str) -> nn.Module | None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     family = FAMILIES.get(config.model_type)
-    if family is not None and family.architecture != config.model_type:
-        kind = type(
-            AutoConfig.for_model(family.architecture)
-        )  # they are read as what they are like
-        config = kind.from_dict(config.to_dict() | {"model_type": family.architecture})
+    if family is not None and family.read_as:
+        kind = type(AutoConfig.for_model(family.read_as))
+        config = kind.from_dict(config.to_dict() | {"model_type": family.read_as})
     options = {"gguf_file": path.name, "config": config, "trust_remote_code": trusted()}
     try:
         loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
@@ -106,11 +104,12 @@ def _tensors(
     for name, tensor in state.items():
         if name == "lm_head.weight" and tensor.data_ptr() == embedding.data_ptr():
             continue
-        key, heads = gguf_name(name), rotated_heads(family, name, config)
+        key, heads = gguf_name(family, name), rotated_heads(family, name, config)
         if key is None:
             lost.append(name)
             continue
-        yield key, tuple(tensor.shape), _making(tensor, heads)
+        more = 1 if family.norms_add_one and name.endswith("norm.weight") else 0
+        yield key, tuple(tensor.shape), _making(tensor, heads, more)
     if lost:
         what = f"llama.cpp has no place for {', '.join(lost[:3])} in such a model"
         raise ModelError(what, fix=CONVERT)
@@ -118,7 +117,9 @@ def _tensors(
         yield "rope_freqs.weight", (len(factors),), lambda: torch.tensor(factors)
 
 
-def _making(tensor: Tensor, heads: int | None) -> Callable[[], Tensor]:
+def _making(tensor: Tensor, heads: int | None, more: int) -> Callable[[], Tensor]:
+    if more:
+        return lambda: tensor.detach().float() + more
     return lambda: tensor.detach() if heads is None else rotated(tensor.detach(), heads)
 
 

@@ -76,16 +76,24 @@ def _with_bytes_as_tokens(tokenizer: Mapping[str, Any]) -> Kind | None:
     before = list(_parts(tokenizer.get("pre_tokenizer"), "pretokenizers"))
     changes = list(_parts(tokenizer.get("normalizer"), "normalizers"))
     kinds = [part.get("type") for part in changes]
-    if not before and kinds in (["Prepend", "Replace"], ["Replace"]):
-        pattern = changes[-1].get("pattern")
-        spaces = isinstance(pattern, Mapping) and pattern.get("String") == " "
-        if spaces and changes[-1].get("content") == _SPACE:
-            return Kind("llama", "default", space_prefix=kinds[0] == "Prepend")
+    signs = kinds in (["Prepend", "Replace"], ["Replace"]) and _of_spaces(changes[-1])
+    if signs and changes[-1].get("content") == _SPACE and all(map(_splits_at_spaces, before)):
+        return Kind("llama", "default", space_prefix=kinds[0] == "Prepend")
     if not changes and [part.get("type") for part in before] == ["Metaspace"]:
         scheme = before[0].get("prepend_scheme", "always")
         if not before[0].get("split", True):
             return Kind("llama", "default", space_prefix=scheme != "never")
     return None
+
+
+def _splits_at_spaces(part: Mapping[str, Any]) -> bool:
+    """Say whether it splits at spaces alone: where these have become signs, as Gemma's, nowhere."""
+    return part.get("type") == "Split" and _of_spaces(part)
+
+
+def _of_spaces(part: Mapping[str, Any]) -> bool:
+    pattern = part.get("pattern")
+    return isinstance(pattern, Mapping) and pattern.get("String") == " "
 
 
 def _parts(value: Any, key: str) -> Iterator[Mapping[str, Any]]:
@@ -127,6 +135,8 @@ def vocabulary(tokenizer: Mapping[str, Any], kind: Kind, rows: int) -> Vocabular
     types, scores = [UNUSED] * rows, [-1000.0] * rows
     for token, row in ids.items():
         tokens[row], types[row] = token, _type(token, added, model, kind)
+        if kind.model == "llama" and types[row] == USER_DEFINED:
+            tokens[row] = token.replace(_SPACE, " ")  # it is looked for in text as it comes
         scores[row] = -float(ranks.get(token, 0))
     joined = [f"{left} {right}" for left, right in merges]
     return Vocabulary(kind, tokens, types, scores, joined)
