@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,50 @@ def test_the_lock_of_a_dead_process_is_taken_over_and_told(tmp_path: Path, elsew
     ):
         assert lock_file(run).exists()
     assert not lock_file(run).exists()
+
+
+NOBODY = {"host": socket.gethostname(), "pid": 1, "since": "", "born": ""}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 5000,
+        "[1]",
+        "{}",
+        *(json.dumps({**NOBODY, "pid": pid}) for pid in ("x", None, [1], -1, 0, 10**30, 1.5)),
+        json.dumps({**NOBODY, "host": [1]}),
+        json.dumps({**NOBODY, "born": {}, "since": 3}),
+    ],
+)
+@pytest.mark.parametrize("flock", [True, False])
+def test_a_lock_that_nobody_holds_and_that_says_nothing_is_no_lock(
+    text, flock, tmp_path, monkeypatch
+) -> None:
+    run = tmp_path / "run"
+    if not flock:
+        monkeypatch.setattr(lock, "fcntl", None)
+    with RunFolder.create(run):
+        pass
+    lock_file(run).write_text(text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LockTakenOver)
+        with RunFolder.create(run, resume=True):
+            assert json.loads(lock_file(run).read_text())["pid"] == os.getpid()
+
+
+def test_a_link_in_the_place_of_a_lock_is_not_written_through(dense: Path, tmp_path: Path) -> None:
+    run, mine = tmp_path / "run", tmp_path / "mine.txt"
+    mine.write_text("mine")
+    lock_file(run).symlink_to(mine)
+    for call in (
+        lambda: RunFolder.create(run),
+        lambda: qa.save(qa.quantize(str(dense), "none"), run),
+    ):
+        with pytest.raises(OutputError, match="it is a link, and no lock"):
+            call()
+    assert mine.read_text() == "mine"
+    assert not run.exists()
 
 
 def test_one_of_many_threads_writes(tmp_path: Path) -> None:
@@ -281,7 +326,9 @@ def test_a_run_with_files_of_somebody_else_is_not_replaced(tmp_path: Path) -> No
         assert [path.name for path in run.iterdir()] == ["quantadapt-run.json"]
 
 
-@pytest.mark.parametrize("listed", ["[]", "{", '{"files": [1]}', '{"files": {"weights": 3}}'])
+@pytest.mark.parametrize(
+    "listed", ["[]", "{", "[" * 100_000, '{"files": [1]}', '{"files": {"weights": 3}}']
+)
 def test_with_a_list_that_is_none_nothing_is_ours(tmp_path: Path, listed: str) -> None:
     folder = model_at(tmp_path / "model")
     (folder / LIST).write_text(listed)
