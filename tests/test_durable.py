@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import logging
 import os
 import resource
 import shutil
@@ -550,6 +551,34 @@ def test_what_libraries_cannot_write_is_told_in_words(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mine"), atomic_folder(tmp_path / "other"):
         raise ValueError("mine")
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+def test_a_disk_without_inodes_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.save says only that it failed."""
+    found = os.statvfs(tmp_path)
+    full = os.statvfs_result((*found[:5], 100, 0, 0, *found[8:]))
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    told = r"not enough disk space: (.|\n)*no room for another file"
+    with pytest.raises(OutputError, match=told), in_words(tmp_path):
+        raise RuntimeError("[enforce fail at inline_container.cc:784] . unexpected pos 64 vs 0")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_what_a_library_prints_into_a_full_log_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: Path("/dev/full").open("w+b"))  # noqa: SIM115
+    logger = logging.Logger("library")
+    quiet = Quiet(lambda *_: None)
+    quiet.start()
+    try:
+        logger.addHandler(logging.StreamHandler())
+        for _ in range(2):
+            print("a banner", flush=True)
+            sys.stderr.write("a bar\n")
+            logger.warning("a warning")
+    finally:
+        quiet.stop()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
