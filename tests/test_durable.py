@@ -28,6 +28,7 @@ from quantadapt.errors import FolderInUse, ModelError, OutputError, PlanRefused
 from quantadapt.exporting import saving
 from quantadapt.folders import lock, written
 from quantadapt.folders.atomic import atomic_folder, clear_up, in_words, put_back, refuse_overlap
+from quantadapt.folders.lines import lines_file
 from quantadapt.folders.lock import LockTakenOver, lock_file, take
 from quantadapt.folders.run_folder import RunFolder
 from quantadapt.folders.written import LIST, not_ours
@@ -551,6 +552,20 @@ def test_what_libraries_cannot_write_is_told_in_words(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mine"), atomic_folder(tmp_path / "other"):
         raise ValueError("mine")
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+def test_a_link_to_nowhere_is_something_that_is_there(tmp_path: Path) -> None:
+    link = tmp_path / "answers.jsonl"
+    link.symlink_to("nowhere")
+    with (
+        pytest.raises(OutputError, match="the file is there already"),
+        lines_file(link, {}, 0, what="answers"),
+    ):
+        pass
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["init", "demo", "--output", str(link)])
+    assert ended.value.code == 1
+    assert os.readlink(link) == "nowhere"
 
 
 def test_a_disk_without_inodes_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
