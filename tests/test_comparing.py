@@ -513,6 +513,8 @@ FIGURE = {"unit": "", "better": "lower", "values": {"tuned": 1.0}}
         ("all", {"evaluations": {"p": {"p": {**FIGURE, "unit": [1]}}}}),
         ("all", {"evaluations": {"p": {"p": {**FIGURE, "values": {"tuned": "x"}}}}}),
         ("all", {"evaluations": {"p": {"p": {**FIGURE, "errors": 3}}}}),
+        ("all", {"steps": "many"}),
+        ("all", {"steps": math.inf}),
         ("2", {"data": 3}),
         ("2", {"warnings": {"a": 1}}),
     ],

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import logging
 import os
 import resource
 import shutil
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from quantadapt.errors import FolderInUse, ModelError, OutputError, PlanRefused
 from quantadapt.exporting import saving
 from quantadapt.folders import lock, written
 from quantadapt.folders.atomic import atomic_folder, clear_up, in_words, put_back, refuse_overlap
+from quantadapt.folders.lines import lines_file
 from quantadapt.folders.lock import LockTakenOver, lock_file, take
 from quantadapt.folders.run_folder import RunFolder
 from quantadapt.folders.written import LIST, not_ours
@@ -114,6 +117,50 @@ def test_the_lock_of_a_dead_process_is_taken_over_and_told(tmp_path: Path, elsew
     ):
         assert lock_file(run).exists()
     assert not lock_file(run).exists()
+
+
+NOBODY = {"host": socket.gethostname(), "pid": 1, "since": "", "born": ""}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 5000,
+        "[1]",
+        "{}",
+        *(json.dumps({**NOBODY, "pid": pid}) for pid in ("x", None, [1], -1, 0, 10**30, 1.5)),
+        json.dumps({**NOBODY, "host": [1]}),
+        json.dumps({**NOBODY, "born": {}, "since": 3}),
+    ],
+)
+@pytest.mark.parametrize("flock", [True, False])
+def test_a_lock_that_nobody_holds_and_that_says_nothing_is_no_lock(
+    text, flock, tmp_path, monkeypatch
+) -> None:
+    run = tmp_path / "run"
+    if not flock:
+        monkeypatch.setattr(lock, "fcntl", None)
+    with RunFolder.create(run):
+        pass
+    lock_file(run).write_text(text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LockTakenOver)
+        with RunFolder.create(run, resume=True):
+            assert json.loads(lock_file(run).read_text())["pid"] == os.getpid()
+
+
+def test_a_link_in_the_place_of_a_lock_is_not_written_through(dense: Path, tmp_path: Path) -> None:
+    run, mine = tmp_path / "run", tmp_path / "mine.txt"
+    mine.write_text("mine")
+    lock_file(run).symlink_to(mine)
+    for call in (
+        lambda: RunFolder.create(run),
+        lambda: qa.save(qa.quantize(str(dense), "none"), run),
+    ):
+        with pytest.raises(OutputError, match="it is a link, and no lock"):
+            call()
+    assert mine.read_text() == "mine"
+    assert not run.exists()
 
 
 def test_one_of_many_threads_writes(tmp_path: Path) -> None:
@@ -281,7 +328,9 @@ def test_a_run_with_files_of_somebody_else_is_not_replaced(tmp_path: Path) -> No
         assert [path.name for path in run.iterdir()] == ["quantadapt-run.json"]
 
 
-@pytest.mark.parametrize("listed", ["[]", "{", '{"files": [1]}', '{"files": {"weights": 3}}'])
+@pytest.mark.parametrize(
+    "listed", ["[]", "{", "[" * 100_000, '{"files": [1]}', '{"files": {"weights": 3}}']
+)
 def test_with_a_list_that_is_none_nothing_is_ours(tmp_path: Path, listed: str) -> None:
     folder = model_at(tmp_path / "model")
     (folder / LIST).write_text(listed)
@@ -503,6 +552,48 @@ def test_what_libraries_cannot_write_is_told_in_words(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mine"), atomic_folder(tmp_path / "other"):
         raise ValueError("mine")
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+def test_a_link_to_nowhere_is_something_that_is_there(tmp_path: Path) -> None:
+    link = tmp_path / "answers.jsonl"
+    link.symlink_to("nowhere")
+    with (
+        pytest.raises(OutputError, match="the file is there already"),
+        lines_file(link, {}, 0, what="answers"),
+    ):
+        pass
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["init", "demo", "--output", str(link)])
+    assert ended.value.code == 1
+    assert os.readlink(link) == "nowhere"
+
+
+def test_a_disk_without_inodes_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.save says only that it failed."""
+    found = os.statvfs(tmp_path)
+    full = os.statvfs_result((*found[:5], 100, 0, 0, *found[8:]))
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    told = r"not enough disk space: (.|\n)*no room for another file"
+    with pytest.raises(OutputError, match=told), in_words(tmp_path):
+        raise RuntimeError("[enforce fail at inline_container.cc:784] . unexpected pos 64 vs 0")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_what_a_library_prints_into_a_full_log_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: Path("/dev/full").open("w+b"))  # noqa: SIM115
+    logger = logging.Logger("library")
+    quiet = Quiet(lambda *_: None)
+    quiet.start()
+    try:
+        logger.addHandler(logging.StreamHandler())
+        for _ in range(2):
+            print("a banner", flush=True)
+            sys.stderr.write("a bar\n")
+            logger.warning("a warning")
+    finally:
+        quiet.stop()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -247,7 +247,9 @@ def test_a_checkpoint_that_somebody_made_up_runs_nothing(
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("text", ['{"global_step": 4}', '{"global_step": NaN}', "{}"])
+@pytest.mark.parametrize(
+    "text", ['{"global_step": 4}', '{"global_step": NaN}', "{}", "[" * 100_000]
+)
 def test_a_state_that_is_none_is_damage(interrupted: Any, tmp_path: Path, text: str) -> None:
     run = shutil.copytree(interrupted[0], tmp_path / "run")
     checkpoint = run / "checkpoints" / "checkpoint-4"

@@ -9,11 +9,21 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import adapters, checkpoints, data, judging, options, plugins, records
+from . import (
+    adapters,
+    checkpoints,
+    comparing,
+    data,
+    judging,
+    options,
+    pages,
+    plugins,
+    records,
+)
 from .campaign import BAD, campaign
 from .cases import Case
 
-PARTS = (records, checkpoints, adapters, data, options, plugins, judging)
+PARTS = (records, checkpoints, adapters, data, options, plugins, judging, comparing, pages)
 
 
 def all_cases() -> list[Case]:

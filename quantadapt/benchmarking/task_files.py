@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -130,7 +131,7 @@ def _head(path: Path, inside: tuple[Path, ...] = ()) -> Mapping[str, str]:
     Args:
         inside: the files that include it, none of which is read again.
     """
-    if path.resolve() in inside:
+    if path in inside:
         return {}
     try:
         found = dict(_KEYS.findall(path.read_text(encoding="utf-8", errors="replace")))
@@ -138,7 +139,7 @@ def _head(path: Path, inside: tuple[Path, ...] = ()) -> Mapping[str, str]:
         return {}
     merged: dict[str, str] = {}
     for name in _values(found.pop("include", "")):
-        merged |= _head((path.parent / name).resolve(), (*inside, path.resolve()))
+        merged |= _head(Path(os.path.normpath(path.parent / name)), (*inside, path))
     return merged | found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -143,7 +144,7 @@ def _write(file: Path, text: str, overwrite: bool) -> None:
 
     if file.is_dir():
         raise OutputError("it is a folder", fix="name a file", where=str(file))
-    if file.exists() and not overwrite:
+    if os.path.lexists(file) and not overwrite:
         fix = "choose another name with --output, or replace it: --overwrite"
         raise OutputError("the file is there already", fix=fix, where=str(file))
     refuse_unwritable(file.parent)

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 _ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -109,13 +109,10 @@ class Quiet:
     def _point_at_log(self) -> None:
         for descriptor in (1, 2):
             os.dup2(self._log_file, descriptor)
-        if not _writes_to(self._streams[0], 1):
-            sys.stdout = _log_stream(1)
-        if not _writes_to(self._streams[1], 2):
-            sys.stderr = _log_stream(2)
+        sys.stdout, sys.stderr = _log_stream(1), _log_stream(2)
 
     def _flush(self) -> None:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in (sys.stdout, sys.stderr, *self._streams):  # libraries may have kept those
             if stream is not None:
                 with suppress(OSError):  # into the log, on a full disk
                     stream.flush()
@@ -160,6 +157,16 @@ def _user_stream(stream: TextIO | None, descriptor: int) -> TextIO:
     return os.fdopen(duplicate, "w", buffering=1, encoding=stream.encoding, errors="replace")
 
 
+class _LogFile(io.FileIO):
+    """Loses what a full disk has no room for: what a library prints must not cost the command."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
 def _log_stream(descriptor: int) -> TextIO:
-    raw = io.FileIO(descriptor, "w", closefd=False)
+    raw = _LogFile(descriptor, "w", closefd=False)
     return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)

@@ -65,6 +65,7 @@ class Figure(Typed):
 class Result(Typed):
     """What a run was measured to be, see `results.figures_of`; numbers beside it may be missing."""
 
+    steps: int | None = None
     evaluations: dict[str, dict[str, Figure]] = Field(default_factory=dict)
     data: list[list[Any]] = Field(default_factory=list)
     warnings: list[str] = Field(default_factory=list)

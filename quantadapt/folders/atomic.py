@@ -337,7 +337,7 @@ def _failed_write(error: BaseException | None, path: Path) -> OSError | None:
         # torch.save says only that it failed, and numpy how much it wrote
         torchs = "inline_container.cc" in text and "PytorchStreamReader" not in text
         if torchs or (isinstance(error, OSError) and _CUT_OFF.fullmatch(text)):
-            number = errno.ENOSPC if (_free_space(path) or 0) < 2**20 else errno.EIO
+            number = errno.ENOSPC if _is_full(path) else errno.EIO
             return OSError(number, os.strerror(number))
         error = error.__cause__ or error.__context__
     return None
@@ -355,6 +355,7 @@ def _disk_full(path: Path, written: int, needed: int | None) -> OutputError:
         f"{_bytes(needed)} are needed" if needed is not None else "",
         f"{_bytes(written)} had been written" if written else "",
         f"{_bytes(free)} are free" if free is not None else "",
+        "there is no room for another file, of any size" if _has_no_inodes(path) else "",
     ]
     what = "not enough disk space: " + ", ".join(fact for fact in facts if fact)
     more = f"{_bytes(needed - (free or 0))} more" if needed and needed > (free or 0) else "space"
@@ -373,6 +374,18 @@ def _free_space(path: Path) -> int | None:
         return shutil.disk_usage(_existing(path)).free
     except OSError:
         return None
+
+
+def _is_full(path: Path) -> bool:
+    """Say whether the disk has next to no space, or no room for another file."""
+    return (_free_space(path) or 0) < 2**20 or _has_no_inodes(path)
+
+
+def _has_no_inodes(path: Path) -> bool:
+    if not hasattr(os, "statvfs"):
+        return False
+    disk = os.statvfs(_existing(path))
+    return disk.f_files > 0 and disk.f_favail == 0
 
 
 def _bytes(count: int) -> str:

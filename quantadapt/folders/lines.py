@@ -63,7 +63,7 @@ def lines_file(
     partial = _partial(path)
     head = json.dumps({"made_with": made_with}, sort_keys=True, default=str)
     with locked(path), in_words(path):
-        if path.exists() and not overwrite:
+        if os.path.lexists(path) and not overwrite:
             fix = "choose another name, or pass --overwrite"
             raise OutputError("the file is there already", fix=fix, where=str(path))
         begun = _begun(partial, head, what, overwrite)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ..errors import FolderInUse, warn
+from ..errors import FolderInUse, OutputError, warn
 from ..inputs.documents import parsed
 from .written import LOCK
 
@@ -81,10 +81,11 @@ def take(folder: Path) -> Lock:
 
     Raises:
         FolderInUse: another process, or another thread, is writing there.
+        OutputError: a link is where the lock has to be, and might lead anywhere.
     """
     file = lock_file(folder)
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _opened(file, os.O_CREAT)
         try:
             locked = _flock(descriptor)
             if locked is not False and not _is_at(descriptor, file):  # its holder has just gone
@@ -108,7 +109,7 @@ def refuse_in_use(folder: Path) -> None:
     """Raise FolderInUse where `take` would; touches nothing."""
     file = lock_file(folder)
     try:
-        descriptor = os.open(file, os.O_RDWR)
+        descriptor = _opened(file)
     except OSError:
         return
     try:
@@ -127,6 +128,12 @@ def lock_file(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.{LOCK}") if beside else folder / f".{LOCK}"
 
 
+def _opened(file: Path, more: int = 0) -> int:
+    if file.is_symlink():
+        raise OutputError("it is a link, and no lock", fix="remove it", where=str(file))
+    return os.open(file, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | more, 0o666)
+
+
 def _flock(descriptor: int) -> bool | None:
     """Lock the file; False where somebody else has, None where that cannot be done here."""
     if fcntl is None:
@@ -143,9 +150,11 @@ def _flock(descriptor: int) -> bool | None:
 def _read(descriptor: int) -> Holder | None:
     try:
         os.lseek(descriptor, 0, os.SEEK_SET)
-        return Holder(**parsed(os.read(descriptor, 4096)))
+        found = Holder(**parsed(os.read(descriptor, 4096)))
     except (ValueError, TypeError):  # new, or cut off while it was written
         return None
+    words = all(isinstance(text, str) for text in (found.host, found.since, found.born))
+    return found if words and type(found.pid) is int and 0 < found.pid < 2**31 else None
 
 
 def _write(descriptor: int) -> None:
