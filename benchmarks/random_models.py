@@ -10,9 +10,10 @@ from shapes import Shape
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from quantadapt.loading import BlockDone
 from quantadapt.model.experts import expert_stacks, set_stack
 from quantadapt.model.modules import linear_layers, set_submodule
-from quantadapt.sharding import blocks, shard_block
+from quantadapt.sharding import blocks
 
 
 def random_llama(
@@ -20,10 +21,10 @@ def random_llama(
     quantize: Callable[[nn.Linear], nn.Module],
     device: str,
     dtype: torch.dtype,
-    sharded: bool = False,
+    done: BlockDone | None = None,
 ) -> Any:
     """Make a Llama of `shape`, as `random_model`."""
-    return random_model(shape.config(), quantize, device, dtype, sharded)
+    return random_model(shape.config(), quantize, device, dtype, done)
 
 
 def random_model(
@@ -31,13 +32,14 @@ def random_model(
     quantize: Callable[[nn.Linear], nn.Module],
     device: str,
     dtype: torch.dtype,
-    sharded: bool = False,
+    done: BlockDone | None = None,
     stacks: bool = True,
 ) -> Any:
-    """Make a model of `config`, quantizing (and sharding) each block before the next is made.
+    """Make a model of `config`, quantizing each block before the next is made.
 
     Args:
         quantize: makes the vendor's layer of a dense one, or returns it as it is.
+        done: gets each block and its quantized layers, to shard or stream them.
         stacks: whether stacks of experts are quantized, too.
     """
     generator = torch.Generator(device).manual_seed(0)
@@ -71,8 +73,8 @@ def random_model(
             if buffer.is_meta:
                 parent, _, key = name.rpartition(".")
                 block.get_submodule(parent)._buffers[key] = torch.zeros_like(buffer, device=device)
-        if sharded:
-            shard_block(block, vendors)
+        if done is not None:
+            done(block, vendors)
     fill(model)
     return model
 

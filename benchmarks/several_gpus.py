@@ -196,14 +196,15 @@ def build(case: Case, device: str) -> Any:
     from quantadapt.planning import plan
     from quantadapt.quantizing import quantize_plan
     from quantadapt.registry import registry
+    from quantadapt.sharding import shard_block
     from quantadapt.spec import Spec
 
     dtype = "bfloat16" if device != "cpu" else "float32"
     spec = Spec(backend="bnb-nf4", train={"parallel": case.parallel}, device=device, dtype=dtype)
     made = plan(spec, check_output=False)
     quantize = registry().backend("bnb-nf4").quantizer().quantize_linear
-    sharded = made.parallel == "fsdp"
-    model = random_llama(case.shape, quantize, device, getattr(torch, dtype), sharded)
+    done = shard_block if made.parallel == "fsdp" else None
+    model = random_llama(case.shape, quantize, device, getattr(torch, dtype), done)
     base = quantize_plan(plan(spec, module=model, check_output=False), module=model)
     return qa.attach(base, "lora", r=RANK, lora_alpha=RANK)
 

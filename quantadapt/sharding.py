@@ -10,8 +10,7 @@ whole on every rank. ZeRO-3: https://arxiv.org/abs/1910.02054
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
@@ -20,17 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from .errors import ModelError
-from .facade import facades
-from .model.held import held_tensors
+from .facade import BroughtTarget, facades
+from .model.flat import Leaf, laid_out, write_into
 from .model.modules import decoder_blocks
-from .protocols import AdapterTarget
 
 PACKED = "packed"
-ALIGNMENT = 16
-"""Bytes; what vectorized loads of any dtype want."""
-
-SMALLEST = 2048
-"""Bytes; smaller tensors stay on every rank. Code tables that all layers share are that small."""
 
 
 def shard(model: nn.Module) -> nn.Module:
@@ -125,42 +118,22 @@ def _mesh_of(group: Any) -> Any:
     return init_device_mesh(kind, (torch.distributed.get_world_size(group),))
 
 
-@dataclass
-class _Leaf:
-    """A vendor's tensor, and where its bytes lie in `packed`."""
-
-    tensor: Tensor
-    offset: int
-    size: torch.Size
-    stride: tuple[int, ...]
-
-    def point_to(self, packed: Tensor) -> None:
-        """Make the tensor a view of `packed`, the bytes of the block."""
-        width = self.tensor.element_size()
-        part = packed.view(torch.uint8)[self.offset : self.offset + self.size.numel() * width]
-        with torch._C.DisableTorchFunctionSubclass():
-            view = part.view(self.tensor.dtype)
-            self.tensor.data = view.as_strided(self.size, self.stride)
-
-
 class _Shard:
     """The packed tensors of one block."""
 
-    def __init__(self, block: nn.Module, leaves: list[_Leaf]) -> None:
+    def __init__(self, block: nn.Module, leaves: list[Leaf]) -> None:
         self.block, self.leaves = block, leaves
         self.storage = 0
 
     @classmethod
     def of(cls, block: nn.Module, vendors: Iterable[nn.Module]) -> _Shard | None:
         """Move the tensors of `vendors` into `block.packed`; None where there are none."""
-        leaves, size = _laid_out(vendors)
+        leaves, size = laid_out(vendors)
         if not leaves:
             return None
         shards = cls(block, leaves)
         packed = torch.zeros(size, dtype=torch.uint8, device=leaves[0].tensor.device)
-        for leaf in leaves:
-            data = _as_bytes(leaf.tensor)
-            packed[leaf.offset : leaf.offset + len(data)] = data
+        write_into(packed, leaves)
         # Bytes under the name of floats: before torch 2.12, FSDP2 takes nothing else.
         packed = packed.view(torch.float32)
         for leaf in leaves:
@@ -211,68 +184,15 @@ def gathered(vendor: nn.Module) -> Iterator[Tensor | None]:
             whole.untyped_storage().resize_(0)
 
 
-class GatheringTarget(AdapterTarget):
+class GatheringTarget(BroughtTarget):
     """A backend's target whose layers are gathered where somebody reads them between passes."""
 
-    def __init__(self, target: AdapterTarget) -> None:
-        self.target = target
-        self.quantizes_activations = target.quantizes_activations
-        self.straight_through = target.straight_through
-
-    def matches(self, module: nn.Module) -> bool:
-        """As the backend's."""
-        return self.target.matches(module)
-
-    def shape(self, module: nn.Module) -> tuple[int, int]:
-        """As the backend's."""
-        return self.target.shape(module)
-
-    def dequantize(self, module: nn.Module) -> Tensor:
-        """Gather the layer if need be, and return its weight."""
-        with gathered(module) as whole:
-            weight = self.target.dequantize(module)
-            return weight if whole is None else weight.clone()
-
-    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Gather the layer if need be, and run the vendor's forward."""
-        with gathered(module):
-            return self.target.forward(module, x)
-
-    def decodes(self, module: nn.Module, x: Tensor) -> bool:
-        """As the backend's."""
-        return self.target.decodes(module, x)
+    @staticmethod
+    def readable(module: nn.Module) -> AbstractContextManager[Tensor | None]:
+        """Gather the layer if need be."""
+        return gathered(module)
 
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
         """Refuse: each process holds a share only. Raises ModelError."""
         what = "a sharded base cannot be rewritten"
         raise ModelError(what, fix="use train.parallel: ddp, or one process")
-
-
-def _laid_out(vendors: Iterable[nn.Module]) -> tuple[list[_Leaf], int]:
-    """Return the tensors of `vendors` that are worth sharding, laid out, and their bytes in all."""
-    leaves: list[_Leaf] = []
-    offsets: dict[Any, int] = {}
-    end = 0
-    for _, tensor in held_tensors(list(vendors)):
-        size = tensor.numel() * tensor.element_size()
-        if size < SMALLEST or not _is_dense(tensor):
-            continue
-        # some vendors hold a tensor under two names
-        key = tensor.data_ptr(), tensor.dtype, tensor.size(), tensor.stride()
-        if key not in offsets:
-            offsets[key] = end
-            end += -(-size // ALIGNMENT) * ALIGNMENT
-        leaves.append(_Leaf(tensor, offsets[key], tensor.size(), tensor.stride()))
-    return leaves, end
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Say whether the elements lie side by side in memory, in whatever order."""
-    steps = zip(tensor.size(), tensor.stride(), strict=True)
-    return sum((size - 1) * stride for size, stride in steps) + 1 == tensor.numel()
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """Return the memory of a dense tensor as uint8 [bytes]."""
-    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-        return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -33,6 +33,8 @@ Column = Literal["text", "prompt", "completion", "instruction", "input", "output
                  "tokens", "words", "tags"]
 # fmt: on
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Streaming = Literal["auto", "none", "experts", "all"]
+"""What of the quantized base lies in CPU memory, see `streaming`."""
 
 
 class _Strict(Typed):
@@ -156,6 +158,12 @@ class TrainSpec(_Strict):
     )
     gradient_checkpointing: bool | None = Field(
         None, description="true: compute every layer again, false: none; by default memory decides"
+    )
+    stream: Streaming = Field(
+        "auto",
+        description="keep the quantized base in CPU memory and copy it to the GPU block by block "
+        "while it computes: all of it, its stacks of experts, or none; auto: as little of it as "
+        "possible where training does not fit otherwise",
     )
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",

@@ -7,6 +7,7 @@ tree holds one `nn.Linear` per layer and nothing behind it. `weight` is a `LazyW
 dtype and device are free, the dequantized numbers are made when somebody computes with it.
 """
 
+from .brought import BroughtTarget
 from .expert_norms import row_norms
 from .experts import QuantExperts, QuantStack
 from .frozen import recomputing
@@ -27,6 +28,7 @@ from .wrapping import (
 )
 
 __all__ = [
+    "BroughtTarget",
     "LazyWeight",
     "QuantExperts",
     "QuantLinear",

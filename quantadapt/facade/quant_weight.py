@@ -82,8 +82,16 @@ class QuantWeight(nn.Module):
         return self._vendor if merged is None else self._quantized(merged)
 
     @property
+    def own_vendor(self) -> nn.Module:
+        """The vendor module that is there, whatever is merged."""
+        return self._vendor
+
+    @property
     def device(self) -> torch.device:
-        """Where the packed tensors are."""
+        """Where the layer computes: where its packed tensors are, unless they are streamed."""
+        if (streamed := vars(self._vendor).get("_streamed")) is not None:
+            device: torch.device = streamed.streamer.device
+            return device
         for tensor in (*self._parameters.values(), *self._buffers.values()):
             if tensor is not None:
                 return tensor.device
@@ -304,6 +312,9 @@ class QuantWeight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if hasattr(self._vendor, "_shard"):  # its tensors have no memory of their own, see sharding
             return self
+        if "_streamed" in vars(self._vendor):
+            self._refuse_move(fn)
+            return self
         dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device)).dtype
         if dtype.is_floating_point:  # model.to(torch.bfloat16), model.half()
             self.compute_dtype = dtype
@@ -312,6 +323,13 @@ class QuantWeight(nn.Module):
             self.__dict__["_merged"] = self._merged._replace(weight=fn(self._merged.weight))
         self._adopt(self._vendor)
         return self
+
+    def _refuse_move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise ModelError where `fn` would move or cast a layer that is streamed."""
+        there = torch.empty(0, dtype=self.compute_dtype, device=self.device)
+        if (moved := fn(there)).device != there.device or moved.dtype != there.dtype:
+            what = "a base that is streamed from CPU memory can be neither moved nor cast"
+            raise ModelError(what, fix="first call quantadapt.streaming.bring_back(model)")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.vendor.state_dict(*args, **kwargs)

@@ -83,6 +83,7 @@ def quantize_plan(
     from ..model.linears import conv1d_layers
     from ..model.modules import linear_layers
     from ..model.numbers import refuse_not_numbers_in, refuse_not_numbers_packed
+    from ..streaming import StreamedTarget, streamer_of
 
     import_requirements(plan.backend)
     plan = with_config(plan)
@@ -129,6 +130,7 @@ def quantize_plan(
 
             model = shard(wrap(model, GatheringTarget(target), dtype, skip))
         else:
+            target = StreamedTarget(target) if streamer_of(model) else target
             model = wrap(model, target, dtype, skip)
     except (MemoryError, torch.OutOfMemoryError):
         raise

@@ -20,6 +20,7 @@ from ..adapting.fused import FusedLoraLinear, free
 from ..facade import single_stack_lora, stack_wrappers
 from ..model.recording import recording
 from ..sharding import is_sharded
+from ..streaming import streamer_of
 
 SEEN_BEFORE = 2
 """So many passes of a shape run as ever, which compiles kernels and finds layers to join."""
@@ -201,6 +202,7 @@ def can_record(model: Any) -> bool:
         and base.base_model is not base
         and not _draws_random_numbers(model)
         and not is_sharded(model)
+        and streamer_of(model) is None  # a recorded pass would read slots, whatever is in them
     )
 
 

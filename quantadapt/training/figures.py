@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..memory.workload import GIB
 
 if TYPE_CHECKING:
     import torch
@@ -60,11 +62,14 @@ def _base_parameters(module: Any, seen: set[int]) -> int:
 
 def dequantize_share(trainer: Any, spec: TrainSpec) -> float | None:
     """Return the share of a step that dequantizing takes, by the time that doing it once takes now;
-    None without a step, and for a sharded base, whose layers would have to be gathered for it."""
+    None without a step, and for a sharded or streamed base, whose layers would have to be brought
+    for it."""
     from ..sharding import is_sharded
+    from ..streaming import streamer_of
 
-    steps = trainer.state.global_step - trainer.progress.first_step + 1
-    if steps < 1 or not trainer.progress.seconds or is_sharded(trainer.model):
+    steps = _steps(trainer)
+    elsewhere = is_sharded(trainer.model) or streamer_of(trainer.model) is not None
+    if steps < 1 or not trainer.progress.seconds or elsewhere:
         return None
     setting, layers = trainer.memory_fit.setting, trainer.memory_fit.recomputer.count
     kept = 0 if setting.offload else setting.recomputed_layers  # from recomputation to backward
@@ -73,6 +78,42 @@ def dequantize_share(trainer: Any, spec: TrainSpec) -> float | None:
     each = passes * parts * spec.gradient_accumulation_steps * _dequantize_seconds(trainer.model)
     # The first block's input needs no gradient: a few layers are counted once too often.
     return min(float(each * steps / trainer.progress.seconds), 1.0)
+
+
+def _steps(trainer: Any) -> int:
+    """Return how many steps this call has done."""
+    return int(trainer.state.global_step - trainer.progress.first_step + 1)
+
+
+class Streamed(NamedTuple):
+    """What streaming the base took.
+
+    Attributes:
+        gib: moved to the GPU in a step, in GiB.
+        hidden: the share of the time of copies in which the GPU computed.
+        host_gib: what of the base lies in CPU memory, in GiB.
+    """
+
+    gib: float
+    hidden: float | None
+    host_gib: float
+
+    @property
+    def words(self) -> str:
+        """It in words."""
+        hidden = f", {self.hidden:.0%} of the transfer hidden" if self.hidden is not None else ""
+        return f"{self.gib:.2f} GiB a step streamed{hidden}"
+
+
+def streamed(trainer: Any) -> Streamed | None:
+    """Return what streaming took in the steps of this call; None where nothing was streamed."""
+    from ..streaming import streamer_of
+
+    streamer, steps = streamer_of(trainer.model), _steps(trainer)
+    if streamer is None or steps < 1:
+        return None
+    moved = trainer.memory_fit.streamed_bytes / steps
+    return Streamed(moved / GIB, streamer.traffic.hidden, streamer.nbytes / GIB)
 
 
 def _dequantize_seconds(model: Any) -> float:

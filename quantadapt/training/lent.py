@@ -66,6 +66,7 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
     with ExitStack() as stack:
         lend = stack.enter_context
         lend(given_back(model))  # the first, so that nothing of a trainer stays
+        lend(streamed(model, spec, on_note))  # the base, from CPU memory
         lend(quick_walks(model))  # `train` and `zero_grad` that do not ask each module
         lend(fast_adapters(model))  # TF32 for float32 adapters
         fused = lend(fused_layers(model, keep_casts=spec.memory != "min", on_note=on_note))
@@ -155,6 +156,32 @@ def _configs(base: Any) -> list[Any]:
 
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def streamed(model: nn.Module, spec: TrainSpec, on_note: OnNote) -> Iterator[None]:
+    """Move what `spec` says of the base to CPU memory, unless it is there, and bring it back. A
+    base that was streamed before still is afterwards, and holds nothing on the device."""
+    from ..streaming import bring_back, stream, streamer_of
+
+    if (there := streamer_of(model)) is not None:
+        try:
+            yield
+        finally:
+            there.rest()
+        return
+    if spec.stream == "auto" or spec.stream == "none":
+        yield
+        return
+    if adapter_device(model).type != "cuda":
+        on_note("train.stream has no effect here: without a GPU the base is in CPU memory anyway")
+        yield
+        return
+    try:
+        stream(model, spec.stream)
+        yield
+    finally:
+        bring_back(model)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from ..errors import TrainingError
 from ..memory import rules
 from ..memory.workload import GIB, OOM_FIX, Setting, between_passes, halves, usable
 from ..sharding import is_sharded
+from ..streaming import streamer_of
 from .recomputing import Recomputer
 from .setting_search import Probe, choose, lowered
 
@@ -62,6 +63,9 @@ class MemoryFit:
         )
         self.setting = Setting(0, False, self.batch)
         self.graphs: Graphs | None = None
+        self.streamer = streamer_of(trainer.model)
+        self.streamed_bytes = 0
+        """Moved to the device in the steps so far."""
 
     # --- before the first step ---------------------------------------------------------------
 
@@ -71,6 +75,8 @@ class MemoryFit:
         if given is None:
             given = self._probed() if self._probes else self.setting
         self.apply(given)
+        if self.streamer is not None:
+            self.streamer.traffic.restart()
         if self.graphs is not None and not self.setting.offload:
             self.graphs.start(self.budget())
 
@@ -139,6 +145,19 @@ class MemoryFit:
 
     def step(
         self, run: Callable[..., Tensor], model: Any, inputs: dict[str, Any], count: Any = None
+    ) -> Tensor:
+        """Run one training step, see `_step`, and count what is streamed for it."""
+        before = self._moved()
+        try:
+            return self._step(run, model, inputs, count)
+        finally:
+            self.streamed_bytes += self._moved() - before
+
+    def _moved(self) -> int:
+        return 0 if self.streamer is None else self.streamer.traffic.nbytes
+
+    def _step(
+        self, run: Callable[..., Tensor], model: Any, inputs: dict[str, Any], count: Any
     ) -> Tensor:
         """Run one training step, in parts; where memory runs out, again with a lower setting.
 

@@ -24,7 +24,14 @@ from ..records import Objective
 from ..registry.discovery import registry
 from .checkpoints import checkpoint_to_resume, refuse_other_data, refuse_unshared
 from .expected_calls import expect_calls
-from .figures import adapter_device, base_parameters, dequantize_share, peak_memory_gib
+from .figures import (
+    Streamed,
+    adapter_device,
+    base_parameters,
+    dequantize_share,
+    peak_memory_gib,
+    streamed,
+)
 from .lent import lent, quiet
 from .loop import TrainingLoop
 from .memory_fit import MemoryFit
@@ -169,7 +176,8 @@ class TrainResult:
         layers: how many layers that setting speaks of.
         longest: tokens of the longest example.
         dequantize_share: share of `seconds` that went into dequantizing the base; None for a
-            sharded one.
+            sharded or streamed one.
+        streamed: what streaming the base took; None where it was not.
     """
 
     steps: int
@@ -188,6 +196,7 @@ class TrainResult:
     layers: int
     longest: int
     dequantize_share: float | None
+    streamed: Streamed | None = None
 
     def __repr__(self) -> str:
         words = [f"{self.steps} steps in {self.seconds:.1f} s, {self.tokens:,} tokens"]
@@ -197,6 +206,8 @@ class TrainResult:
         if self.kept_step != self.steps:
             words.append(f"the adapter of step {self.kept_step} is kept")
         words.append(f"peak memory {self.peak_memory_gib:.2f} GiB")
+        if self.streamed:
+            words.append(self.streamed.words)
         return f"<TrainResult {', '.join(words)}>"
 
 
@@ -267,6 +278,7 @@ def _result(trainer: Any, checkpoint: Checkpoint | None) -> TrainResult:
         layers=fit.recomputer.count,
         longest=max(fit.lengths),
         dequantize_share=dequantize_share(trainer, fit.spec),
+        streamed=streamed(trainer),
     )
 
 
