@@ -32,7 +32,7 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes"
 RANK, LEARNING_RATE = 16, 1e-4
 WARM_UP = 3
 GIB = 2**30
-LLAMA_70B = Shape(8192, 28672, 80, 64, 8, 128256, batch=1)
+LLAMA_70B = replace(SHAPES["70b"], batch=1)
 
 
 @dataclass(frozen=True)

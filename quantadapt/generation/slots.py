@@ -21,6 +21,7 @@ from ..errors import warn
 from ..model.recording import recording
 from ..model.sinks import NAME as SINKS
 from ..model.sinks import fused_groups
+from ..streaming import streamer_of
 from .rows import Row, Rows, base_of
 
 LEAST_LENGTH = 256
@@ -41,7 +42,9 @@ class NotRecordedWarning(UserWarning):
 def rows_for(model: nn.Module) -> Rows:
     """Return an empty batch for a model, see `takes_rows`: on CUDA one that records."""
     rows = Rows(model)
-    return SlotRows(model) if rows.device.type == "cuda" and takes_slots(model) else rows
+    # A recorded pass would read the places to which blocks are streamed, whatever is there.
+    records = rows.device.type == "cuda" and streamer_of(model) is None
+    return SlotRows(model) if records and takes_slots(model) else rows
 
 
 def takes_slots(model: nn.Module) -> bool:
