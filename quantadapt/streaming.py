@@ -26,13 +26,11 @@ from torch import Tensor, nn
 
 from .errors import ModelError
 from .facade import BroughtTarget, QuantWeight, facades
+from .memory.workload import SLOTS
 from .model.experts import SUFFIX
 from .model.flat import Leaf, laid_out, write_into
 from .model.modules import stacks
 from .protocols.grids import Grid
-
-SLOTS = 2
-"""How many blocks have room on the device: the one that computes, and the next."""
 
 STAY = ("bias",)
 """Tensors that are read without the backend, and may be trained."""
