@@ -168,12 +168,12 @@ class Streamer:
     """Brings the blocks of one model to its device.
 
     Args:
-        device: where they compute. On a CPU blocks are copied all the same, which serves tests.
+        device: where they compute. For a CPU blocks are copied all the same, which serves tests.
         slots: for how many blocks there is room there; 2 or more.
     """
 
     def __init__(self, device: torch.device, slots: int = SLOTS) -> None:
-        self.device, self.count = torch.device(device), slots
+        self.device, self.count = torch.empty(0, device=device).device, slots  # with its number
         self.blocks: list[_Block] = []
         self.traffic = Traffic()
         self._slots: list[_Slot] = []
@@ -252,10 +252,10 @@ class Streamer:
                 target.copy_(block.row)
         else:
             self._side.wait_event(slot.free)
+            started = _timed_event(self._side)
             with torch.cuda.stream(self._side):
-                started = _timed_event()
                 target.copy_(block.row, non_blocking=True)
-                slot.coming = started, _timed_event()
+            slot.coming = started, _timed_event(self._side)
         self.traffic.nbytes += block.nbytes
         slot.block, block.slot = block, slot
 
@@ -266,9 +266,10 @@ class Streamer:
         self.traffic.blocks += 1
         slot.used = self.traffic.blocks
         if slot.coming is not None:
-            before = _timed_event()
-            torch.cuda.current_stream(self.device).wait_event(slot.coming[1])
-            self.traffic.note(*slot.coming, before, _timed_event())
+            stream = torch.cuda.current_stream(self.device)
+            before = _timed_event(stream)
+            stream.wait_event(slot.coming[1])
+            self.traffic.note(*slot.coming, before, _timed_event(stream))
             slot.coming = None
         block.enter()
 
@@ -293,6 +294,7 @@ class Streamer:
     def bring_back(self) -> None:
         """Move all blocks to the device for good."""
         self.rest()
+        self._after.clear()
         while self.blocks:
             self.blocks[-1].bring_back(self.device)
             self.blocks.pop()
@@ -427,9 +429,9 @@ class Traffic:
         self.waited += seconds
 
 
-def _timed_event() -> Any:
+def _timed_event(stream: Any) -> Any:
     event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
+    event.record(stream)
     return event
 
 
