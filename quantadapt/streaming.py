@@ -29,6 +29,7 @@ from .facade import BroughtTarget, QuantWeight, facades
 from .memory.workload import SLOTS
 from .model.experts import SUFFIX
 from .model.flat import Leaf, laid_out, write_into
+from .model.held import held_tensors
 from .model.modules import stacks
 from .protocols.grids import Grid
 
@@ -184,7 +185,7 @@ class Streamer:
         self._side = torch.cuda.Stream(self.device) if is_cuda else None  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        what = "a base that is streamed from CPU memory can be neither copied nor pickled"
+        what = "a base that is streamed from CPU memory cannot be pickled"
         raise ModelError(what, fix="move it to its device first: quantadapt.streaming.bring_back")
 
     @property
@@ -328,6 +329,7 @@ class _Block:
         self.row: Tensor | None = row
         self.nbytes = row.numel()
         self.slot: _Slot | None = None
+        self._seen = row
         self._views: dict[int, list[Tensor]] = {}
         write_into(row, leaves)
         self._point_to(row)
@@ -336,7 +338,7 @@ class _Block:
 
     def _point_to(self, row: Tensor) -> None:
         """Let the layers' tensors be views of `row`; which is done often, so views are kept."""
-        place = row.data_ptr()
+        self._seen, place = row, row.data_ptr()
         if place not in self._views:
             self._views[place] = [leaf.view(row) for leaf in self.leaves]
         for leaf, view in zip(self.leaves, self._views[place], strict=True):
@@ -358,20 +360,40 @@ class _Block:
         here = None if self.row is None else self.row.data_ptr()
         self._views = {place: views for place, views in self._views.items() if place == here}
 
+    @contextmanager
+    def apart(self, vendor: nn.Module) -> Iterator[None]:
+        """Inside, one of the layers is a layer like any other, with memory of its own on the
+        device, so that it can be copied."""
+        tensors = {id(tensor) for _, tensor in held_tensors(vendor)}
+        own = [leaf for leaf in self.leaves if id(leaf.tensor) in tensors]
+        _give_memory(own, self.streamer.use(self))
+        del vars(vendor)[_ATTRIBUTE]
+        try:
+            yield
+        finally:
+            vars(vendor)[_ATTRIBUTE] = self
+            for leaf in own:
+                leaf.point_to(self._seen)
+
     def bring_back(self, device: torch.device) -> None:
         """Give the layers memory of their own on `device`."""
         assert self.row is not None
-        row, made = self.row.to(device, copy=True), dict[Any, Tensor]()
-        for leaf in self.leaves:
-            view = leaf.view(row)
-            key = leaf.offset, view.dtype, leaf.size, leaf.stride  # some have two names
-            if key not in made:
-                made[key] = view.clone()
-            leaf.become(made[key])
+        _give_memory(self.leaves, self.row.to(device, copy=True))
         self.row, self.slot = None, None
         self._views.clear()
         for vendor in self.vendors:
             vars(vendor).pop(_ATTRIBUTE, None)
+
+
+def _give_memory(leaves: Iterable[Leaf], row: Tensor) -> None:
+    """Give tensors memory of their own, with what is in `row`."""
+    made: dict[Any, Tensor] = {}
+    for leaf in leaves:
+        view = leaf.view(row)
+        key = leaf.offset, view.dtype, leaf.size, leaf.stride  # some have two names
+        if key not in made:
+            made[key] = view.clone()
+        leaf.become(made[key])
 
 
 # --- what it takes -------------------------------------------------------------------------------
