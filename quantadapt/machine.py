@@ -23,10 +23,12 @@ class Machine:
     Attributes:
         cuda: the compute capability (major, minor) of each usable CUDA device.
         memory: the bytes that each of them has; empty where that is not known.
+        host: the bytes of CPU memory that were free, see `host_memory`.
     """
 
     cuda: tuple[tuple[int, int], ...] = ()
     memory: tuple[int, ...] = ()
+    host: int | None = None
 
     @property
     def default_device(self) -> str:
@@ -43,17 +45,51 @@ class Machine:
 @cache
 def this_machine() -> Machine:
     """Return what this machine has. A torch built without CUDA means no CUDA."""
-    driver = _cuda_driver() if _torch_has_cuda() else None
+    driver, host = _cuda_driver() if _torch_has_cuda() else None, host_memory()
     if driver is None:
-        return Machine()
+        return Machine(host=host)
     count = ctypes.c_int()
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return Machine()
+        return Machine(host=host)
     devices = range(count.value)
     return Machine(
         cuda=tuple(_capability(driver, index) for index in devices),
         memory=tuple(_memory(driver, index) for index in devices),
+        host=host,
     )
+
+
+def host_memory(root: Path = Path("/")) -> int | None:
+    """Return how many bytes of CPU memory this process can still have: what the system has free or
+    can free, and no more than its control group leaves it. None where that is not known.
+
+    Args:
+        root: where `proc` and `sys` are.
+    """
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+    if found is None:
+        return None
+    free = 1024 * int(found[1])
+    groups = root / "sys/fs/cgroup"
+    own = re.search(r"^0::/(.*)$", _text(root / "proc/self/cgroup"), re.MULTILINE)
+    # Inside a container its own group is the root of what it sees.
+    for group in {groups, groups / (own[1] if own else "")}:
+        most, used = _text(group / "memory.max").strip(), _text(group / "memory.current").strip()
+        if most.isdigit() and used.isdigit():
+            cache = re.search(r"^inactive_file (\d+)", _text(group / "memory.stat"), re.MULTILINE)
+            free = min(free, int(most) - int(used) + int(cache[1] if cache else 0))
+    first = groups / "memory"  # of version 1
+    most, used = (_text(first / f"memory.{k}_in_bytes").strip() for k in ("limit", "usage"))
+    if most.isdigit() and used.isdigit():
+        free = min(free, int(most) - int(used))
+    return max(free, 0)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def _torch_has_cuda() -> bool:

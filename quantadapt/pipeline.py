@@ -385,9 +385,14 @@ class _Run:
                 return model
         # Only now: vendors take a process group for an invitation to calibrate together.
         meet(self.plan)
-        return self.sharded(load_base(saved, self.plan.device))
+        return self.placed(load_base(saved, self.plan.device))
 
-    def sharded(self, model: nn.Module) -> nn.Module:
+    def placed(self, model: nn.Module) -> nn.Module:
+        """Shard or stream a base that came whole, where the plan says so."""
+        if self.plan.stream != "none":
+            from .streaming import stream
+
+            return stream(model, self.plan.stream)
         if self.plan.parallel != "fsdp":
             return model
         from .sharding import shard
@@ -466,6 +471,9 @@ class _Run:
         self.metrics["train"] |= {"processes": self.world.size, "parallel": self.plan.parallel}
         self.metrics["train"]["unit"] = self.plan.task.unit
         self.metrics["train"]["memory"] = self.memory_figures(result)
+        if result.streamed is not None:
+            self.metrics["train"]["streamed"] = result.streamed._asdict()
+            self.listener("note", {"text": result.streamed.words})
 
     def memory_figures(self, result: TrainResult) -> dict[str, Any]:
         """Return how memory was used, and on a GPU what is predicted for just that."""

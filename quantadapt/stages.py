@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from .quantizing.examples import Calibration
     from .training.stage import TrainResult
 
-_WHOLE = TrainSpec(parallel="ddp")
-"""Whoever works stage by stage shards the base where they want to."""
-
 
 @in_turn
 @blaming_plugins
@@ -59,6 +56,7 @@ def quantize(
     head: Literal["", "sequence", "token"] = "",
     labels: Sequence[str] = (),
     trust_remote_code: bool = False,
+    stream: Literal["none", "experts", "all"] = "none",
     verbose: bool | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -85,6 +83,8 @@ def quantize(
         labels: what that head tells apart, in the order of its outputs.
         trust_remote_code: run Python code that comes with the checkpoint; without it, one that
             needs that is refused.
+        stream: keep all quantized layers in CPU memory, or "experts", and copy them to the GPU
+            block by block whenever the model computes. `quantadapt.streaming.bring_back` undoes it.
         verbose: whether to show progress; by default on a terminal and in a notebook.
         options: the backend's options, e.g. `bits=4`.
 
@@ -108,7 +108,7 @@ def quantize(
         new_modules=list(new_modules),
         unused_modules=list(unused_modules),
         trust_remote_code=trust_remote_code,
-        train=_WHOLE,
+        train=TrainSpec(parallel="ddp", stream=stream),  # who shards a base does so where they want
     )
     module = None if source is None or isinstance(source, str) else source
     made = planning.plan(spec, module=module, check_output=False)

@@ -26,13 +26,12 @@ from torch import Tensor, nn
 
 from .errors import ModelError
 from .facade import BroughtTarget, QuantWeight, facades
+from .memory.workload import SLOTS
 from .model.experts import SUFFIX
 from .model.flat import Leaf, laid_out, write_into
+from .model.held import held_tensors
 from .model.modules import stacks
 from .protocols.grids import Grid
-
-SLOTS = 2
-"""How many blocks have room on the device: the one that computes, and the next."""
 
 STAY = ("bias",)
 """Tensors that are read without the backend, and may be trained."""
@@ -170,12 +169,12 @@ class Streamer:
     """Brings the blocks of one model to its device.
 
     Args:
-        device: where they compute. On a CPU blocks are copied all the same, which serves tests.
+        device: where they compute. For a CPU blocks are copied all the same, which serves tests.
         slots: for how many blocks there is room there; 2 or more.
     """
 
     def __init__(self, device: torch.device, slots: int = SLOTS) -> None:
-        self.device, self.count = torch.device(device), slots
+        self.device, self.count = torch.empty(0, device=device).device, slots  # with its number
         self.blocks: list[_Block] = []
         self.traffic = Traffic()
         self._slots: list[_Slot] = []
@@ -186,7 +185,7 @@ class Streamer:
         self._side = torch.cuda.Stream(self.device) if is_cuda else None  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        what = "a base that is streamed from CPU memory can be neither copied nor pickled"
+        what = "a base that is streamed from CPU memory cannot be pickled"
         raise ModelError(what, fix="move it to its device first: quantadapt.streaming.bring_back")
 
     @property
@@ -254,10 +253,10 @@ class Streamer:
                 target.copy_(block.row)
         else:
             self._side.wait_event(slot.free)
+            started = _timed_event(self._side)
             with torch.cuda.stream(self._side):
-                started = _timed_event()
                 target.copy_(block.row, non_blocking=True)
-                slot.coming = started, _timed_event()
+            slot.coming = started, _timed_event(self._side)
         self.traffic.nbytes += block.nbytes
         slot.block, block.slot = block, slot
 
@@ -268,9 +267,10 @@ class Streamer:
         self.traffic.blocks += 1
         slot.used = self.traffic.blocks
         if slot.coming is not None:
-            before = _timed_event()
-            torch.cuda.current_stream(self.device).wait_event(slot.coming[1])
-            self.traffic.note(*slot.coming, before, _timed_event())
+            stream = torch.cuda.current_stream(self.device)
+            before = _timed_event(stream)
+            stream.wait_event(slot.coming[1])
+            self.traffic.note(*slot.coming, before, _timed_event(stream))
             slot.coming = None
         block.enter()
 
@@ -295,6 +295,7 @@ class Streamer:
     def bring_back(self) -> None:
         """Move all blocks to the device for good."""
         self.rest()
+        self._after.clear()
         while self.blocks:
             self.blocks[-1].bring_back(self.device)
             self.blocks.pop()
@@ -328,6 +329,7 @@ class _Block:
         self.row: Tensor | None = row
         self.nbytes = row.numel()
         self.slot: _Slot | None = None
+        self._seen = row
         self._views: dict[int, list[Tensor]] = {}
         write_into(row, leaves)
         self._point_to(row)
@@ -336,7 +338,7 @@ class _Block:
 
     def _point_to(self, row: Tensor) -> None:
         """Let the layers' tensors be views of `row`; which is done often, so views are kept."""
-        place = row.data_ptr()
+        self._seen, place = row, row.data_ptr()
         if place not in self._views:
             self._views[place] = [leaf.view(row) for leaf in self.leaves]
         for leaf, view in zip(self.leaves, self._views[place], strict=True):
@@ -358,20 +360,40 @@ class _Block:
         here = None if self.row is None else self.row.data_ptr()
         self._views = {place: views for place, views in self._views.items() if place == here}
 
+    @contextmanager
+    def apart(self, vendor: nn.Module) -> Iterator[None]:
+        """Inside, one of the layers is a layer like any other, with memory of its own on the
+        device, so that it can be copied."""
+        tensors = {id(tensor) for _, tensor in held_tensors(vendor)}
+        own = [leaf for leaf in self.leaves if id(leaf.tensor) in tensors]
+        _give_memory(own, self.streamer.use(self))
+        del vars(vendor)[_ATTRIBUTE]
+        try:
+            yield
+        finally:
+            vars(vendor)[_ATTRIBUTE] = self
+            for leaf in own:
+                leaf.point_to(self._seen)
+
     def bring_back(self, device: torch.device) -> None:
         """Give the layers memory of their own on `device`."""
         assert self.row is not None
-        row, made = self.row.to(device, copy=True), dict[Any, Tensor]()
-        for leaf in self.leaves:
-            view = leaf.view(row)
-            key = leaf.offset, view.dtype, leaf.size, leaf.stride  # some have two names
-            if key not in made:
-                made[key] = view.clone()
-            leaf.become(made[key])
+        _give_memory(self.leaves, self.row.to(device, copy=True))
         self.row, self.slot = None, None
         self._views.clear()
         for vendor in self.vendors:
             vars(vendor).pop(_ATTRIBUTE, None)
+
+
+def _give_memory(leaves: Iterable[Leaf], row: Tensor) -> None:
+    """Give tensors memory of their own, with what is in `row`."""
+    made: dict[Any, Tensor] = {}
+    for leaf in leaves:
+        view = leaf.view(row)
+        key = leaf.offset, view.dtype, leaf.size, leaf.stride  # some have two names
+        if key not in made:
+            made[key] = view.clone()
+        leaf.become(made[key])
 
 
 # --- what it takes -------------------------------------------------------------------------------
@@ -429,9 +451,9 @@ class Traffic:
         self.waited += seconds
 
 
-def _timed_event() -> Any:
+def _timed_event(stream: Any) -> Any:
     event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
+    event.record(stream)
     return event
 
 

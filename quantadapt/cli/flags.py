@@ -128,6 +128,16 @@ class SpecFlags:
         float | None,
         typer.Option("--learning-rate", "--lr", help="Peak learning rate.", rich_help_panel=_HOW),
     ] = None
+    stream: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT",
+            help="Keep the base in CPU memory and copy it to the GPU block by block: all, experts, "
+            "none, or auto (where training does not fit otherwise).",
+            show_default="auto",
+            rich_help_panel=_HOW,
+        ),
+    ] = None
     seed: Annotated[
         int | None, typer.Option(help="For data order and start.", rich_help_panel=_HOW)
     ] = None
@@ -228,6 +238,7 @@ _KEYS = {
     "max_steps": "train.max_steps",
     "max_time": "train.max_time",
     "learning_rate": "train.learning_rate",
+    "stream": "train.stream",
     "resume": "train.resume",
     "seed": "seed",
     "output": "output",

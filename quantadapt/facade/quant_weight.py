@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -343,7 +343,9 @@ class QuantWeight(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         memo[id(self)] = facade = type(self).__new__(type(self))
-        facade.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        streamed = vars(self._vendor).get("_streamed")
+        with streamed.apart(self._vendor) if streamed is not None else nullcontext():
+            facade.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return facade
 
     def __getstate__(self) -> dict[str, Any]:

@@ -157,6 +157,16 @@ class Training(TypedDict, total=False):
     processes: int
     parallel: str
     memory: Memory
+    streamed: Streamed
+
+
+class Streamed(TypedDict, total=False):
+    """What was streamed from CPU memory: `gib` in a step, of `host_gib` that lie there; `hidden`
+    is the share of the time of copies in which the GPU computed."""
+
+    gib: float
+    hidden: float | None
+    host_gib: float
 
 
 class Memory(TypedDict, total=False):

@@ -35,8 +35,9 @@ def ways_out(work: Workload, budget: int) -> list[str]:
 
 def _shared_by(count: int) -> Iterator[_Change]:
     words = f"train.parallel: fsdp on {count} GPUs"
-    yield words, {"shards": count}
-    yield f"{words} with train.memory: min", {"shards": count, "prefetches": False}
+    shared = {"shards": count, "streamed": "none"}
+    yield words, shared
+    yield f"{words} with train.memory: min", {**shared, "prefetches": False}
 
 
 def _changes(work: Workload) -> list[list[_Change]]:
@@ -50,6 +51,8 @@ def _changes(work: Workload) -> list[list[_Change]]:
         kinds.append([("a backend with 4 bits per weight", change)])
     if optimizer_bytes(work.optim):
         kinds.append([("train.optim: paged_adamw_8bit", {"optim": "paged_adamw_8bit"})])
+    if work.streamable and work.streamed != "all":
+        kinds.append([("train.stream: all", {"streamed": "all"})])
     if work.shards == 1 and work.shardable:
         kinds.append([change for n in (2, 4, 8) for change in _shared_by(n)])
     return [kind for kind in kinds if kind]

@@ -23,12 +23,15 @@ DIVERGENCE_CHUNK = 2**26
 """Logits of a student that are there at a time in float32, in bytes (see `model.divergence`)."""
 WORKSPACE = 2**25
 """What cuBLAS allocates for itself, for each thread and stream that computes."""
+SLOTS = 2
+"""For so many decoder layers of a streamed base a GPU has room: the one that computes, the next."""
 LENGTH_MULTIPLE = 64
 """On CUDA, examples are padded to a multiple of so many tokens: cuDNN plans attention for each
 length."""
 OOM_FIX = (
     "lower data.max_length, use a backend with fewer bits or a paged optimizer"
-    " (train.optim: paged_adamw_8bit), or a larger card"
+    " (train.optim: paged_adamw_8bit), keep the base in CPU memory (train.stream: all), or use a"
+    " larger card"
 )
 _ONE_STATE = ("lion", "sgd", "rmsprop", "adagrad", "adafactor")
 
@@ -81,6 +84,8 @@ class Workload:
         shardable: whether several GPUs may share it.
         prefetches: whether a layer of a shared base is gathered while the one before it works.
         graphs: whether passes are recorded as CUDA graphs, where they can be.
+        streamed: what of the quantized layers lies in CPU memory: "none", "experts" or "all".
+        streamable: whether anything of them may.
         sequences: how many an example sends through the model.
         whole_logits: whether the loss holds all logits of a batch.
         teacher: the sizes of a dense model that the loss compares with, whole on each GPU.
@@ -107,6 +112,8 @@ class Workload:
     shardable: bool = True
     prefetches: bool = True
     graphs: bool = False
+    streamed: str = "none"
+    streamable: bool = False
     sequences: int = 1
     whole_logits: bool = False
     teacher: Shape | None = None
@@ -117,10 +124,18 @@ class Workload:
 
     @property
     def quantized_bytes(self) -> int:
-        """The linear layers of the decoder; of those that are quantized, one GPU's share."""
-        return sum(
-            count * (work._whole + work._shared // self.shards) for count, work in self.kinds
+        """The linear layers of the decoder; of those that are quantized, one GPU's share, and of
+        those that are streamed, the room for two layers."""
+        there = sum(
+            count * (work._whole + (work._shared - work._streamed) // self.shards)
+            for count, work in self.kinds
         )
+        return there + SLOTS * max(work._streamed for _, work in self.kinds)
+
+    @property
+    def host_bytes(self) -> int:
+        """What of the quantized layers lies in CPU memory."""
+        return sum(count * work._streamed for count, work in self.kinds)
 
     @property
     def kinds(self) -> list[tuple[int, Workload]]:
@@ -138,6 +153,14 @@ class Workload:
     @property
     def _shared(self) -> int:
         return sum(self._linear_bytes(n) for n in self.shape.linears if n not in self.dense)
+
+    @property
+    def _streamed(self) -> int:
+        """Of `_shared`, what is streamed."""
+        if self.streamed != "experts":
+            return self._shared if self.streamed == "all" else 0
+        stacks = (n for n in STACKS if n in self.shape.linears and n not in self.dense)
+        return sum(self._linear_bytes(name) for name in stacks)
 
     @property
     def _whole(self) -> int:
@@ -349,8 +372,9 @@ class Workload:
 
     def _records(self, setting: Setting) -> bool:
         """Say whether passes can be recorded, see `cuda_graphs.can_record`."""
-        plain = self.fused_adapter and not self.dropout and self.shards == 1
-        return self.graphs and plain and not setting.offload
+        alone = self.shards == 1 and self.streamed == "none"
+        plain = self.fused_adapter and not self.dropout
+        return self.graphs and plain and alone and not setting.offload
 
     def _has_several(self, setting: Setting) -> bool:
         """Say whether a step has several passes."""

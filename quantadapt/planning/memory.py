@@ -50,6 +50,7 @@ class OnCard:
         budget: bytes that can be allocated, with a reserve.
         most: bytes that can be allocated if nothing is lost.
         ways_out: where nothing fits, what would.
+        streamed: what of the base lies in CPU memory then: "none", "experts" or "all".
     """
 
     gib: float
@@ -58,6 +59,7 @@ class OnCard:
     budget: int
     most: int
     ways_out: tuple[str, ...] = ()
+    streamed: str = "none"
 
     @property
     def fits(self) -> bool:
@@ -86,6 +88,7 @@ class MemoryPlan:
         given: the setting that the spec asks for, or None where it is left to the card.
         cards: the machine's card, or those that were asked about.
         unshared: why several GPUs cannot share the base; empty if they can.
+        streams: what may be streamed of the base where it does not fit otherwise, least first.
     """
 
     work: Workload
@@ -93,17 +96,22 @@ class MemoryPlan:
     given: Setting | None = None
     cards: tuple[OnCard, ...] = ()
     unshared: tuple[Problem, ...] = ()
+    streams: tuple[str, ...] = ()
 
     def on(self, card: float) -> OnCard:
         """Return what a card of so many bytes means."""
         budget, most = usable(card, limit=self.limit), int(card) - CONTEXT
         most = most if self.limit is None else min(most, self.limit)
-        work, given = self.work, self.given
-        # What was asked for is lowered when memory runs out.
-        setting = given if given and work.peak(given) <= budget else work.fit(budget)
-        found = setting or work.least()
-        ways = () if setting else tuple(ways_out(work, budget))
-        return OnCard(card / GIB, found, work.peak(found), budget, most, ways)
+        works = [self.work, *(replace(self.work, streamed=which) for which in self.streams)]
+        for work in works:
+            # What was asked for is lowered when memory runs out.
+            given = self.given if self.given and work.peak(self.given) <= budget else None
+            if setting := given or work.fit(budget):
+                needed, way = work.peak(setting), work.streamed
+                return OnCard(card / GIB, setting, needed, budget, most, streamed=way)
+        work = min(works, key=lambda work: work.peak(work.least()))
+        least, ways = work.least(), tuple(ways_out(work, budget))
+        return OnCard(card / GIB, least, work.peak(least), budget, most, ways, work.streamed)
 
     def with_cards(self, cards: Sequence[float]) -> MemoryPlan:
         """Return the plan for cards of so many bytes."""
@@ -113,6 +121,11 @@ class MemoryPlan:
         """Return the plan for that many GPUs, each of which has a share of the base."""
         shared = replace(self, work=replace(self.work, shards=count))
         return shared.with_cards([card.gib * GIB for card in self.cards])
+
+    def streamed_as(self, which: str) -> MemoryPlan:
+        """Return the plan with that much of the base in CPU memory."""
+        streamed = replace(self, work=replace(self.work, streamed=which), streams=())
+        return streamed.with_cards([card.gib * GIB for card in self.cards])
 
     def fits_better_than(self, other: MemoryPlan) -> OnCard | None:
         """Return the first card on which this plan fits and another for the same cards does not."""
@@ -148,10 +161,19 @@ class MemoryPlan:
 
     def merge_problem(self) -> Problem | None:
         """Return why no card holds a dense merged model beside the model; None if one may."""
-        needed = self._model_bytes + self.work.unquantized_bytes
+        return self._merge_problem(self.work.unquantized_bytes, "dense")
+
+    def requantize_problem(self) -> Problem | None:
+        """Return why no card holds a merged model that is quantized again beside a streamed one,
+        whose merged layers are not streamed; None if one may."""
+        whole = replace(self.work, streamed="none")
+        return self._merge_problem(whole.quantized_bytes + whole.dense_bytes, "merged")
+
+    def _merge_problem(self, merged: int, kind: str) -> Problem | None:
+        needed = self._model_bytes + merged
         if not self.cards or any(needed * (1 - ERROR) <= c.gib * GIB - CONTEXT for c in self.cards):
             return None
-        what = f"merging takes {needed / GIB:.1f} GiB, the dense model beside the quantized one"
+        what = f"merging takes {needed / GIB:.1f} GiB, the {kind} model beside the quantized one"
         return Problem(what, MERGE_IN_LESS, "export.merge", "merge-needs-memory")
 
     @property
@@ -203,18 +225,29 @@ class MemoryPlan:
     def _needs(self, setting: Setting) -> str:
         return f"{self.work.peak(setting) / GIB:.2f} GiB: {self.describe(setting)}"
 
+    def _on_card(self, card: OnCard) -> str:
+        """Return a card's setting in words."""
+        words = self.describe(card.setting)
+        if card.streamed == "none":
+            return words
+        return f"{words}, {streamed_words(replace(self.work, streamed=card.streamed))}"
+
     def _card_words(self, card: OnCard) -> str:
         if card.fits:
             needed = f"{card.needed / GIB:.1f} GiB"
-            return f"fits {card.gib:.4g} GiB: yes, with {self.describe(card.setting)}: {needed}"
+            return f"fits {card.gib:.4g} GiB: yes, with {self._on_card(card)}: {needed}"
         return f"fits {card.gib:.4g} GiB: no, {self._shortage(card)}; {card.fix}"
 
     def _shortage(self, card: OnCard) -> str:
         needed, there = card.needed / GIB, card.budget / GIB
         return (
-            f"training needs at least {needed:.1f} GiB ({self.describe(card.setting)}) of the"
+            f"training needs at least {needed:.1f} GiB ({self._on_card(card)}) of the"
             f" {there:.1f} GiB that it can have there"
         )
+
+    def _parts_gib(self, card: OnCard) -> dict[str, float]:
+        parts = replace(self.work, streamed=card.streamed).parts(card.setting)
+        return {name: size / GIB for name, size in parts.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data."""
@@ -229,12 +262,19 @@ class MemoryPlan:
                     "fits": card.fits,
                     "peak_gib": card.needed / GIB,
                     "setting": vars(card.setting),
-                    "parts_gib": {k: v / GIB for k, v in self.work.parts(card.setting).items()},
+                    "streamed": card.streamed,
+                    "parts_gib": self._parts_gib(card),
                     "ways_out": list(card.ways_out),
                 }
                 for card in self.cards
             ],
         }
+
+
+def streamed_words(work: Workload) -> str:
+    """Say what of the base lies in CPU memory."""
+    what = "the experts" if work.streamed == "experts" else "the base"
+    return f"{what} streamed from {work.host_bytes / GIB:.1f} GiB of CPU memory"
 
 
 def memory_plan(
@@ -249,6 +289,7 @@ def memory_plan(
     adopt: bool = False,
     unshared: Sequence[Problem] = (),
     beside: int = 0,
+    streamable: bool = False,
 ) -> MemoryPlan | None:
     """Return what training on a GPU needs; None where the architecture is not known or the
     backend does not tell its bits per weight.
@@ -261,6 +302,7 @@ def memory_plan(
         adopt: whether the model is quantized already, as its config says.
         unshared: why several GPUs cannot share the base; empty if they can.
         beside: how many weights the model has beside its language model.
+        streamable: whether the base can be kept in CPU memory.
     """
     shape, its_teacher = Shape.of(config), task.teacher_config(config)
     teacher = None if its_teacher is None else Shape.of(its_teacher)
@@ -294,6 +336,7 @@ def memory_plan(
         accumulates=train.gradient_accumulation_steps > 1,
         dense=dense,
         shardable=not unshared,
+        streamable=streamable,
         prefetches=train.memory != "min",
         graphs=rules.records(task, train),
         sequences=task.sequences,

@@ -138,10 +138,15 @@ def shard_notes(spec: Spec) -> list[str]:
     return ["fsdp: the unquantized base is not measured, because one GPU may not hold it"]
 
 
-def _option_problems(options: Mapping[str, Any]) -> Iterator[Problem]:
+def rewrites_the_base(options: Mapping[str, Any]) -> str:
+    """Return the start of LoRA that puts something else into the base; empty where none does."""
     start = options.get("init_lora_weights")
     loftq = wants_loftq(options) and loftq_iterations(options) > 1
-    if loftq or (isinstance(start, str) and start.startswith(_REWRITING)):
+    return str(start) if loftq or str(start).startswith(_REWRITING) else ""
+
+
+def _option_problems(options: Mapping[str, Any]) -> Iterator[Problem]:
+    if start := rewrites_the_base(options):
         what = f"init_lora_weights: {start} rewrites the base, of which each process has a share"
         where = "adapter.init_lora_weights"
         yield Problem(what, DDP, where, "fsdp-keeps-the-base")

@@ -6,13 +6,14 @@ neither torch nor a vendor. All problems are collected and raised once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .. import demo
-from ..capabilities import Cell
+from ..capabilities import Cell, Merge
 from ..distributed.world import world
 from ..errors import MergeRefused, PlanRefused, Problem
 from ..inputs.fingerprints import Fingerprint, fingerprint_of
@@ -26,7 +27,7 @@ from ..registry.blame import blaming_plugins
 from ..registry.discovery import Registry, registry
 from ..remote_code import as_the_spec_says
 from ..spec import Spec
-from . import processes
+from . import processes, streaming
 from .exports import MERGES, PlannedExport, exports_of, makes_dense, refused_where
 from .live import config_of_module, quantizer_of_module, refuse_unused
 from .memory import MemoryPlan, memory_plan
@@ -61,6 +62,7 @@ from .refusals import (
     task_problems,
 )
 from .share import Share, share_on_disk, tower_sizes, towers_words
+from .streaming import Stream
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,6 +86,7 @@ class Plan:
         notes: decisions that a user may want to know of.
         processes: how many work on it, one device each.
         parallel: "ddp" or "fsdp" if there are several, else "none".
+        stream: what of the base lies in CPU memory, and comes to the GPU block by block.
         memory: what training needs on a GPU; None where that cannot be predicted.
         share: how much of the model will be quantized; None where that is not known before it is.
         fingerprint: what a local base is known by; None of a live module, and before a download.
@@ -109,6 +112,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     processes: int = 1
     parallel: Parallel = "none"
+    stream: Stream = "none"
     memory: MemoryPlan | None = None
     share: Share | None = None
     fingerprint: Fingerprint | None = field(default=None, repr=False)
@@ -192,6 +196,7 @@ class Plan:
             "exports": [export.to_dict() for export in self.exports],
             "processes": self.processes,
             "parallel": self.parallel,
+            "stream": self.stream,
             "memory": self.memory.to_dict() if self.memory else None,
             "share": self.share.fraction if self.share else None,
             "notes": list(self.notes),
@@ -441,15 +446,44 @@ def _combined(draft: Draft, made: Plan) -> Plan:
         ]
         draft.notes += processes.shard_notes(spec)
         exports = refused_where(exports, lambda e: [NO_MERGE] if e.exporter.merges else [])
+    stream, memory = _streamed(draft, made, kind, memory)
     if memory and (problem := memory.merge_problem()):
         aware = spec.train.merge_aware
         dense = [e.name for e in exports if makes_dense(e, backend, aware)]
         exports = refused_where(exports, lambda e: [problem] if e.name in dense else [])
+    if memory and stream != "none" and (again := memory.requantize_problem()):
+        exports = refused_where(
+            exports, lambda e: [again] if e.exporter.merges == Merge.REQUANTIZE else []
+        )
     if not made.trains:
         memory = None
     elif memory is not None:
         _look_at_memory(draft, memory, adopt=made.adopt)
-    return replace(made, exports=exports, parallel=kind, memory=memory, share=share)
+    return replace(made, exports=exports, parallel=kind, stream=stream, memory=memory, share=share)
+
+
+def _streamed(
+    draft: Draft, made: Plan, parallel: Parallel, memory: MemoryPlan | None
+) -> tuple[Stream, MemoryPlan | None]:
+    """Return what of the base is streamed, and what memory is predicted then."""
+    spec, host, adopt = made.spec, draft.machine.host, made.adopt
+    on_gpu, asked = made.cell.device == "cuda", bool(draft.cards)
+    wanted = spec.train.stream in ("experts", "all")
+    stream = streaming.choose(spec, memory, parallel, on_gpu=on_gpu, asked=asked)
+    if wanted and not on_gpu:
+        draft.notes.append(streaming.NO_GPU)
+    if wanted:
+        draft.problems += streaming.unstreamed(made.adapter_options)
+    if stream != "none" and memory is not None:
+        memory = memory.streamed_as(stream)
+    draft.problems += streaming.problems(
+        *(spec, stream, memory, made.quantizer, None if asked else host),
+        parallel=parallel,
+        processes=made.processes,
+        adopt=adopt,
+    )
+    draft.notes += streaming.notes(stream, spec, memory)
+    return stream, memory
 
 
 MERGE_AWARE = (
@@ -514,6 +548,7 @@ def _memory(draft: Draft, made: Plan, unshared: Sequence[Problem]) -> MemoryPlan
         adopt=made.adopt,
         unshared=unshared,
         beside=_weights_beside(made),
+        streamable=not streaming.unstreamed(made.adapter_options),
     )
     if memory is None:
         if draft.cards:
@@ -521,6 +556,10 @@ def _memory(draft: Draft, made: Plan, unshared: Sequence[Problem]) -> MemoryPlan
             fix = "decoders with Llama's sizes can, if the backend tells its bits per weight"
             draft.problems.append(Problem(what, fix, where="--card"))
         return None
+    if made.spec.train.stream == "auto" and made.processes == 1:
+        host = math.inf if draft.cards else draft.machine.host
+        streams = streaming.ways(memory.work, made.quantizer, host, adopt=made.adopt)
+        memory = replace(memory, streams=streams)
     if draft.cards:
         return memory.with_cards([card * GIB for card in draft.cards])
     used = _used_cards(draft, made.device) if on_gpu else ()

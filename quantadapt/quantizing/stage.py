@@ -11,6 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,7 @@ def quantize_plan(
     from ..model.linears import conv1d_layers
     from ..model.modules import linear_layers
     from ..model.numbers import refuse_not_numbers_in, refuse_not_numbers_packed
-    from ..streaming import StreamedTarget, streamer_of
+    from ..streaming import StreamedTarget, stream, streamer_of
 
     import_requirements(plan.backend)
     plan = with_config(plan)
@@ -96,7 +97,7 @@ def quantize_plan(
     conv1d = () if module is None else conv1d_layers(module)
     expected = expecting(plan.spec.new_modules, plan.spec.unused_modules)
     head = "" if module is not None else head or plan.task.head
-    with with_head(head, labels), expected as notes, _sharding_blocks(plan):
+    with with_head(head, labels), expected as notes, _taking_blocks(plan):
         if not plan.adopt:
             skip = skip_for(plan, module)
             with blaming(plan.backend, "quantizing"):
@@ -133,6 +134,8 @@ def quantize_plan(
         else:
             target = StreamedTarget(target) if streamer_of(model) else target
             model = wrap(model, target, dtype, skip)
+        if plan.stream != "none":
+            model = stream(model, plan.stream)  # what came whole, and its facades
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -280,17 +283,27 @@ def nothing_quantized(model: nn.Module) -> PlanRefused:
 
 
 @contextmanager
-def _sharding_blocks(plan: Plan) -> Iterator[None]:
-    """Inside, shard each decoder block as soon as it is quantized, where the plan says so."""
-    if plan.parallel != "fsdp":
+def _taking_blocks(plan: Plan) -> Iterator[None]:
+    """Inside, shard each decoder block as soon as it is quantized, or move it to CPU memory, where
+    the plan says so."""
+    from ..loading.blocks import BlockDone, watching_blocks
+
+    take: BlockDone
+    if plan.parallel == "fsdp":
+        from ..distributed.talking import start
+        from ..sharding import shard_block as take
+
+        start(plan.device)
+    elif plan.stream != "none":
+        import torch
+
+        from ..streaming import Streamer, stream_block
+
+        take = partial(stream_block, Streamer(torch.device(plan.device)), plan.stream)
+    else:
         yield
         return
-    from ..distributed.talking import start
-    from ..loading.blocks import watching_blocks
-    from ..sharding import shard_block
-
-    start(plan.device)
-    with watching_blocks(shard_block):
+    with watching_blocks(take):
         yield
 
 

@@ -260,6 +260,10 @@ def _memory_figures(train: Mapping[str, Any]) -> list[tuple[str, str]]:
     predicted = number(train, "memory", "predicted_gib")
     if predicted is not None:
         figures.append((mebibytes(predicted * 1024), "predicted for it"))
+    if (streamed := number(train, "streamed", "gib")) is not None:
+        figures.append((mebibytes(streamed * 1024), "of the base copied to the GPU in a step"))
+    if (hidden := number(train, "streamed", "hidden")) is not None:
+        figures.append((percent(hidden), "of the time of copies hidden"))
     dequantizing = number(train, "dequantize_share")
     if dequantizing is not None:
         figures.append((percent(dequantizing), "of training spent on dequantizing"))

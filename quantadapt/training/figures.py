@@ -124,7 +124,8 @@ class Streamed(NamedTuple):
     def words(self) -> str:
         """It in words."""
         hidden = f", {self.hidden:.0%} of the transfer hidden" if self.hidden is not None else ""
-        return f"{self.gib:.2f} GiB a step streamed{hidden}"
+        size = f"{self.gib:.2f} GiB" if self.gib >= 0.1 else f"{1024 * self.gib:.2f} MiB"
+        return f"{size} a step streamed{hidden}"
 
 
 def streamed(trainer: Any) -> Streamed | None:

@@ -1,0 +1,228 @@
+"""What a plan says of a base that is streamed from CPU memory, and what a run makes of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import quantadapt as qa
+from quantadapt.errors import PlanRefused
+from quantadapt.machine import Machine, host_memory
+from quantadapt.memory.workload import GIB, Setting
+from quantadapt.planning import Plan, plan
+from quantadapt.spec import Spec
+
+LLAMA_8B = {
+    **{"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
+    **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
+    "architectures": ["LlamaForCausalLM"],
+}
+QWEN_30B = {
+    **{"model_type": "qwen3_moe", "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+    **{"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768},
+    **{"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4},
+    **{"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936},
+    "architectures": ["Qwen3MoeForCausalLM"],
+}
+
+
+def card(gib: float, host: float | None = 200.0, count: int = 1) -> Machine:
+    there = None if host is None else int(host * GIB)
+    return Machine(cuda=((9, 0),) * count, memory=(int(gib * GIB),) * count, host=there)
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Any:
+    """Plans a run of a shape on a machine."""
+
+    def made(config: dict[str, Any], machine: Machine, count: int = 1, **spec: Any) -> Plan:
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model/config.json").write_text(json.dumps(config), encoding="utf-8")
+        values: dict[str, Any] = {"model": str(tmp_path / "model"), "backend": "bnb-nf4"}
+        values |= {"data": {"max_length": 512}, "evaluate": {"unquantized": False}} | spec
+        values["train"] = {"per_device_train_batch_size": 1} | values.get("train", {})
+        return plan(
+            Spec(output=str(tmp_path / "run"), device="cuda", **values),
+            machine=machine,
+            processes=count,
+            weights=False,
+        )
+
+    return made
+
+
+def refused(planned: Any, *given: Any, **spec: Any) -> str:
+    with pytest.raises(PlanRefused) as caught:
+        planned(*given, **spec)
+    return str(caught.value)
+
+
+def notes(made: Plan) -> list[str]:
+    return [note for note in made.notes if note.startswith("stream")]
+
+
+def test_a_base_is_streamed_where_it_does_not_fit_otherwise(planned: Any) -> None:
+    assert planned(LLAMA_8B, card(24)).stream == "none"
+    assert notes(planned(LLAMA_8B, card(24))) == []
+    made = planned(LLAMA_8B, card(5))
+    assert made.stream == "all"
+    first, second = notes(made)
+    assert "3.4 GiB of CPU memory, as training does not fit otherwise" in first
+    assert "evaluate.samples: 0" in second
+    quiet = {"samples": 0, "unquantized": False}
+    assert len(notes(planned(LLAMA_8B, card(5), evaluate=quiet))) == 1
+
+
+def test_experts_are_streamed_before_all_is(planned: Any) -> None:
+    assert planned(QWEN_30B, card(40)).stream == "none"
+    assert planned(QWEN_30B, card(20)).stream == "experts"
+
+
+def test_without_enough_cpu_memory_nothing_is_streamed(planned: Any) -> None:
+    assert "too small" in refused(planned, LLAMA_8B, card(4, host=5))
+    assert "too small" in refused(planned, LLAMA_8B, card(4, host=None))
+
+
+def test_what_is_asked_for_is_streamed_on_any_card(planned: Any) -> None:
+    assert planned(LLAMA_8B, card(80), train={"stream": "all"}).stream == "all"
+    assert planned(LLAMA_8B, card(80, host=None), train={"stream": "all"}).stream == "all"
+    assert "too small" in refused(planned, LLAMA_8B, card(4), train={"stream": "none"})
+
+
+def test_what_cannot_be_streamed_is_refused(planned: Any) -> None:
+    wanted = {"train": {"stream": "all"}}
+    text = refused(planned, LLAMA_8B, card(80, host=4), **wanted)
+    assert "take 5.4 GiB of CPU memory, 4.0 GiB are free" in text
+    assert "[rule stream-needs-memory]" in text
+    two = refused(planned, LLAMA_8B, card(80, 8, 2), 2, train={"stream": "all", "parallel": "ddp"})
+    assert "2 streamed bases and the process take 8.7 GiB" in two
+    assert "use train.stream: all" in refused(
+        planned, LLAMA_8B, card(80), train={"stream": "experts"}
+    )
+    assert "[rule stream-keeps-the-base]" in refused(
+        planned, LLAMA_8B, card(80), adapter="pissa", **wanted
+    )
+    shared = {"stream": "all", "parallel": "fsdp"}
+    assert "shared by several GPUs, or streamed" in refused(
+        planned, LLAMA_8B, card(80, count=2), 2, train=shared
+    )
+
+
+def test_a_backend_that_takes_the_whole_model_at_once_needs_a_card_for_it(planned: Any) -> None:
+    options = {"backend": "gptq", "train": {"stream": "all"}}
+    assert planned(LLAMA_8B, card(24), **options).stream == "all"
+    assert "[rule stream-by-layers]" in refused(planned, LLAMA_8B, card(5), **options)
+
+
+def test_a_start_that_rewrites_the_base_is_not_streamed_by_itself(planned: Any) -> None:
+    assert "too small" in refused(planned, LLAMA_8B, card(4), adapter="pissa")
+
+
+def test_merging_needs_a_card_that_holds_what_is_merged(planned: Any) -> None:
+    def written(gib: float) -> list[str]:
+        made = planned(LLAMA_8B, card(gib), train={"stream": "all"})
+        return [export.name for export in made.exports if not export.refusals]
+
+    assert written(80) == ["adapter", "merged-dense"]
+    assert written(12) == ["adapter"]
+    again = {"train": {"stream": "all"}, "export": {"merge": "requantize"}}
+    planned(LLAMA_8B, card(24), **again)
+    with pytest.raises(qa.QuantadaptError, match="the merged model beside the quantized one"):
+        planned(LLAMA_8B, card(6), **again)
+
+
+def test_memory_is_two_blocks_and_the_rest(planned: Any) -> None:
+    setting = Setting(31, False, 1)
+    whole = planned(LLAMA_8B, card(80)).memory.work
+    streamed = planned(LLAMA_8B, card(80), train={"stream": "all"}).memory.work
+    block = 218_103_808 * 4.127 / 8  # weights of a decoder layer, bits of nf4
+    saved = whole.peak(setting) - streamed.peak(setting)
+    graphs = 4 * whole.trained + 2 * 2**25  # those are not recorded
+    assert saved - graphs == pytest.approx(30 * block, rel=0.06)
+    assert streamed.host_bytes == pytest.approx(32 * block, rel=0.06)
+
+
+def test_cards_that_are_asked_about_are_told_how_they_suffice(planned: Any, tmp_path: Path) -> None:
+    planned(LLAMA_8B, card(24))  # writes the config
+    spec = Spec(
+        model=str(tmp_path / "model"),
+        backend="bnb-nf4",
+        data={"max_length": 512},
+        train={"per_device_train_batch_size": 1},
+    )
+    made = plan(spec, machine=Machine(), cards=[5, 24], weights=False)
+    small, large = made.memory.words()
+    assert "fits 5 GiB: yes" in small
+    assert "the base streamed from 3.4 GiB of CPU memory" in small
+    assert "fits 24 GiB: yes" in large
+    assert "streamed" not in large
+    assert [entry["streamed"] for entry in made.to_dict()["memory"]["cards"]] == ["all", "none"]
+    assert made.stream == "none"
+
+
+def test_without_a_gpu_it_is_said_that_nothing_comes_of_it(tmp_path: Path) -> None:
+    spec = Spec(train={"stream": "all"}, device="cpu", output=str(tmp_path / "run"))
+    made = plan(spec, machine=Machine())
+    assert made.stream == "none"
+    assert [note for note in made.notes if "train.stream has no effect here" in note]
+
+
+GROUP = "sys/fs/cgroup"
+MEMINFO = {"proc/meminfo": "MemTotal: 64 kB\nMemAvailable:   1000 kB\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        (MEMINFO, 1_024_000),
+        ({**MEMINFO, f"{GROUP}/memory.max": "max", f"{GROUP}/memory.current": "9"}, 1_024_000),
+        ({**MEMINFO, f"{GROUP}/memory.max": "5000", f"{GROUP}/memory.current": "4000"}, 1000),
+        (
+            {
+                **MEMINFO,
+                "proc/self/cgroup": "0::/a/b\n",
+                f"{GROUP}/a/b/memory.max": "5000",
+                f"{GROUP}/a/b/memory.current": "4000",
+                f"{GROUP}/a/b/memory.stat": "anon 3\ninactive_file 500\n",
+            },
+            1500,
+        ),
+        (
+            {
+                **MEMINFO,
+                f"{GROUP}/memory/memory.limit_in_bytes": "7000",
+                f"{GROUP}/memory/memory.usage_in_bytes": "9000",
+            },
+            0,
+        ),
+    ],
+)
+def test_free_cpu_memory_is_what_system_and_group_leave(
+    tmp_path: Path, files: dict[str, str], expected: int | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert host_memory(tmp_path) == expected
+
+
+def test_a_base_is_streamed_while_it_loads() -> None:
+    from quantadapt.quantizing import quantize_plan
+    from quantadapt.streaming import streamer_of
+
+    made = plan(Spec(backend="hqq", device="cpu"), check_output=False)
+    whole = qa.quantize(None, "hqq", device="cpu")
+    model = quantize_plan(replace(made, stream="all"))
+    streamer = streamer_of(model)
+    assert streamer is not None
+    assert len(streamer.blocks) == model.config.num_hidden_layers
+    ids = torch.arange(3, 27).reshape(2, 12)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, whole(input_ids=ids).logits)
