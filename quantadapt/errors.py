@@ -178,6 +178,10 @@ class TrainingError(QuantadaptError):
     """Training cannot go on, e.g. because the loss is no longer a number."""
 
 
+class RewardError(TrainingError):
+    """A reward function cannot be used, fails, takes too long, or returns no numbers."""
+
+
 class SlowerWarning(UserWarning):
     """Something works as it should, but takes more time or memory than it might."""
 

@@ -38,7 +38,7 @@ from quantadapt.generation import (
 )
 from quantadapt.generation.files import answer_file, read_prompts
 from quantadapt.generation.rows import Row, Rows
-from quantadapt.generation.sampling import Chooser
+from quantadapt.generation.sampling import Chooser, drawn_together
 from quantadapt.generation.slots import SlotRows, takes_slots
 from quantadapt.generation.text import TextSoFar
 
@@ -206,6 +206,20 @@ def test_encoder_decoder_models_answer_by_transformers() -> None:
 
 
 # Drawing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 5, "top_p": 0.9}, {"min_p": 0.1}], ids=["plain", "top", "min"]
+)
+def test_tokens_drawn_together_are_those_drawn_one_by_one(options) -> None:
+    sampling = Sampling(temperature=0.8, seed=3, **options)
+    logits = torch.randn(4, 96, generator=torch.Generator().manual_seed(0)) * 3
+    alone, together = ([sampling.chooser(number) for number in range(4)] for _ in range(2))
+    for _ in range(5):
+        one_by_one = [choose(row, [1]) for choose, row in zip(alone, logits, strict=True)]
+        assert drawn_together(together, logits) == one_by_one
+    others = [*together[:3], Sampling(temperature=0.7, seed=3).chooser()]
+    assert drawn_together(others, logits) is None
 
 
 def test_draws_depend_on_seed_and_number_alone() -> None:

@@ -39,6 +39,7 @@ ORDER = [
         "registry",
     ),
     "benchmarking",
+    "rewarding",
     "generation",
     *(
         "evaluation",

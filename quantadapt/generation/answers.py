@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..data.batches import padded
@@ -36,12 +36,14 @@ class Answer:
         prompt_tokens: how many the prompt had.
         finish: "stop" where the model, or a text of `stop`, ended it; "length" where
             `max_new_tokens` did.
+        ids: its tokens, with the one by which the model ended it.
     """
 
     text: str
     tokens: int
     prompt_tokens: int
     finish: str
+    ids: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
 
 def greedy(
@@ -110,7 +112,8 @@ def _in_rows(
             row, text = waiting[given]
             if row.error is not None:
                 raise row.error
-            yield Answer(text.text, len(row.tokens), len(row.prompt), row.finish)
+            ids = (*row.tokens, *([] if row.end is None else [row.end]))
+            yield Answer(text.text, len(row.tokens), len(row.prompt), row.finish, ids)
             given += 1
         if batch.rows and (len(batch.rows) == batch_size or started >= len(waiting)):
             batch.step()
@@ -223,7 +226,7 @@ def _one_by_one(
         text = TextSoFar(tokenizer, sampling.stop)
         text.add(new, last=True)
         ended = text.ended or new[-1:] == [eos]
-        yield Answer(text.text, len(new), len(ids), "stop" if ended else "length")
+        yield Answer(text.text, len(new), len(ids), "stop" if ended else "length", (*new,))
 
 
 def _checked(_: Any, logits: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.batches import padded
 from ..evaluation.predictions import device_of, is_encoder_decoder
-from .sampling import Chooser, refuse_no_number
+from .sampling import Chooser, drawn_together, refuse_no_number
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,6 +29,7 @@ class Row:
         limit: most tokens of the answer.
         ends: ids that end it.
         tokens: the answer so far, without the id that ended it.
+        end: that id, if one has.
         finish: "stop" or "length" once it is done, "error" if no token could be chosen; else empty.
         error: why that was.
     """
@@ -38,13 +39,14 @@ class Row:
     limit: int
     ends: frozenset[int] = frozenset()
     tokens: list[int] = field(default_factory=list)
+    end: int | None = None
     finish: str = ""
     error: Exception | None = None
 
     def take(self, token: int) -> None:
         """Take what was chosen as the next token."""
         if token in self.ends:
-            self.finish = "stop"
+            self.finish, self.end = "stop", token
             return
         self.tokens.append(token)
         if len(self.tokens) >= self.limit:
@@ -128,11 +130,12 @@ class Rows:
 
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> None:
         tops, best = (found.tolist() for found in logits.max(-1))  # at once for all
-        for row, scores, top, token in zip(rows, logits, tops, best, strict=True):
+        drawn = drawn_together([row.choose for row in rows], logits)
+        for row, scores, top, token in zip(rows, logits, tops, drawn or best, strict=True):
             try:
                 refuse_no_number(top)
-                greedy = row.choose.sampling.is_greedy
-                row.take(token if greedy else row.choose(scores, [*row.prompt, *row.tokens]))
+                chosen = drawn is not None or row.choose.sampling.is_greedy
+                row.take(token if chosen else row.choose(scores, [*row.prompt, *row.tokens]))
             except Exception as error:  # of one row: the others go on
                 row.finish, row.error = "error", error
 

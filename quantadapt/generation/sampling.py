@@ -94,20 +94,32 @@ class Chooser:
 
         if self.sampling.is_greedy:
             return int(logits.argmax())
-        if self._processors is None:
-            self._processors = self._made()
         before = torch.tensor([list(ids)], device=logits.device)
-        scores = self._processors(before, logits[None])[0]
+        scores = self.processors(before, logits[None])[0]
         if not self.sampling.draws:
             return int(scores.argmax())
+        generator = self.generator(logits.device)
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+
+    def generator(self, device: Any) -> Any:
+        """Return what this answer's tokens are drawn with."""
+        import torch
+
         if self._generator is None:
-            self._generator = torch.Generator(device=logits.device)
+            self._generator = torch.Generator(device=device)
             seed = self.sampling.seed
             if seed is None:
                 self._generator.seed()
             else:
                 self._generator.manual_seed((seed + self._number) % 2**63)
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+        return self._generator
+
+    @property
+    def processors(self) -> Any:
+        """What changes logits before a token is chosen."""
+        if self._processors is None:
+            self._processors = self._made()
+        return self._processors
 
     def _made(self) -> Any:
         """Return transformers' processors for the options, in the order of its `generate`."""
@@ -125,3 +137,21 @@ class Chooser:
         if own.min_p:
             found.append(made.MinPLogitsWarper(own.min_p))
         return found
+
+
+def drawn_together(choosers: Sequence[Chooser], logits: Tensor) -> list[int] | None:
+    """Return the next tokens of answers that are drawn alike, from logits [answers, vocabulary], at
+    once: the very ones that each would choose by itself. None where they are not drawn alike."""
+    import torch
+
+    own = choosers[0].sampling
+    alike = all(chooser.sampling is own for chooser in choosers)
+    if len(choosers) == 1 or not alike or not own.draws or own.repetition_penalty != 1:
+        return None
+    likely = choosers[0].processors(None, logits).softmax(-1)
+    # What multinomial does for one draw; waiting for each of them would leave a GPU idle.
+    draws = torch.empty_like(likely)
+    for row, chooser in zip(draws, choosers, strict=True):
+        row.exponential_(1, generator=chooser.generator(logits.device))
+    found: list[int] = (likely / draws).argmax(-1).tolist()
+    return found

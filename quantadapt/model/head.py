@@ -48,9 +48,11 @@ class Head:
             return None
         return cls(linear, getattr(config, "final_logit_softcapping", None))
 
-    def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def losses(self, hidden: Tensor, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
         """As `head_losses`."""
-        return head_losses(hidden, labels, self.linear, softcap=self.softcap)
+        return head_losses(
+            hidden, labels, self.linear, softcap=self.softcap, temperature=temperature
+        )
 
     def projection(self) -> Callable[[Tensor], Tensor]:
         """Return what makes logits [tokens, vocabulary] of hidden states [tokens, hidden_size].
@@ -79,7 +81,12 @@ class Head:
 
 
 def head_losses(
-    hidden: Tensor, labels: Tensor, head: nn.Linear, *, softcap: float | None = None
+    hidden: Tensor,
+    labels: Tensor,
+    head: nn.Linear,
+    *,
+    softcap: float | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Return the cross-entropy of each token, float32 [tokens] in nats.
 
@@ -88,9 +95,11 @@ def head_losses(
         labels: int64 [tokens]; all of them count.
         head: frozen. Its logits are computed in the dtype of its weight.
         softcap: logits are cap * tanh(logits / cap), as in Gemma 2.
+        temperature: logits are divided by it, after that.
     """
     weight, bias = _whole(head.weight), None if head.bias is None else _whole(head.bias)
-    found: Tensor = _HeadLosses.apply(hidden, labels, weight, bias, softcap)  # type: ignore[no-untyped-call]
+    given = (hidden, labels, weight, bias, softcap, temperature)
+    found: Tensor = _HeadLosses.apply(*given)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -118,7 +127,10 @@ class _HeadLosses(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         softcap: float | None,
+        temperature: float,
     ) -> Tensor:
+        # cap * tanh(z / cap) / t is that of logits z / t with a cap / t
+        softcap = None if softcap is None else softcap / temperature
         losses = hidden.new_empty(len(labels), dtype=torch.float32)
         dx = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         with torch.autocast(hidden.device.type, enabled=False):
@@ -126,10 +138,14 @@ class _HeadLosses(torch.autograd.Function):
                 logits = hidden[rows].to(weight.dtype) @ weight.T
                 if bias is not None:
                     logits += bias
+                if temperature != 1:
+                    logits /= temperature
                 losses[rows] = _to_gradient(logits, labels[rows], softcap)
                 if dx is not None:
                     dx[rows] = logits @ weight
                 del logits  # or two chunks would be there at a time
+        if dx is not None and temperature != 1:
+            dx /= temperature
         ctx.dx = dx
         return losses
 
@@ -139,7 +155,7 @@ class _HeadLosses(torch.autograd.Function):
         dx, ctx.dx = ctx.dx, None
         if dx is not None:  # each loss depends on its own hidden state alone
             dx = dx.mul_(grads[0].to(dx.dtype)[:, None])
-        return dx, None, None, None, None
+        return dx, None, None, None, None, None
 
 
 def _chunks(tokens: int, weight: Tensor) -> list[slice]:

@@ -93,7 +93,7 @@ def log_likelihoods(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tenso
     return token_log_probs(model, batch).sum(1), counts
 
 
-def token_log_probs(model: Any, batch: Mapping[str, Any]) -> Tensor:
+def token_log_probs(model: Any, batch: Mapping[str, Any], *, temperature: float = 1.0) -> Tensor:
     """Return the log-likelihood of each token whose label counts, and 0 elsewhere, float32 [rows,
     length - 1] in nats.
 
@@ -110,9 +110,9 @@ def token_log_probs(model: Any, batch: Mapping[str, Any]) -> Tensor:
     where = counting(labels.flatten(), batch.get("counted"))
     rows, targets = rows[where], labels.flatten()[where]
     if head is not None:
-        losses = head.losses(rows, targets)
+        losses = head.losses(rows, targets, temperature=temperature)
     else:
-        losses = cross_entropy(rows.float(), targets, reduction="none")
+        losses = cross_entropy(rows.float() / temperature, targets, reduction="none")
     # Each has a place of its own, so that the sum does not depend on who comes first.
     placed = losses.new_zeros(labels.numel()).scatter(0, where, -losses)
     return placed.view(labels.shape)

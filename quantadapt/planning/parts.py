@@ -220,14 +220,17 @@ def adapter_options(draft: Draft, adapter: Adapter | None) -> dict[str, Any]:
     return options
 
 
-def evaluators_of(draft: Draft, objective: Objective | None = None) -> dict[str, Evaluator]:
+def evaluators_of(
+    draft: Draft, objective: Objective | None = None, task: Task | None = None
+) -> dict[str, Evaluator]:
     """Return what measures, by the names of the evaluations, in the order of the spec, or as the
-    objective has them where that does not say. Of several with one name, those with options have
-    these in their names, too: `exact (shots=5)`."""
+    objective and its task have them where that does not say. Of several with one name, those with
+    options have these in their names, too: `exact (shots=5)`."""
     found: dict[str, Evaluator] = {}
     wanted: Sequence[Named] = draft.spec.evaluate.wanted
     if objective is not None and "evaluations" not in draft.spec.evaluate.model_fields_set:
-        its_own = [Named(name=name) for name in objective.evaluations]
+        given = {name: task.evaluated_with(name) if task else {} for name in objective.evaluations}
+        its_own = [Named(name=name, **options) for name, options in given.items()]
         wanted = [*its_own, *wanted[len(draft.spec.evaluate.evaluations) :]]
     names = [named.name for named in wanted]
     for named in wanted:

@@ -114,8 +114,12 @@ def share_problems(
     return [*found, NO_MERGE] if merges else found
 
 
-def head_share_problems(task: Task) -> list[Problem]:
-    """Return why a run cannot share the base for the head that it trains; empty if it can."""
+def task_share_problems(task: Task) -> list[Problem]:
+    """Return why a run cannot share the base for what it learns; empty if it can."""
+    if task.generates:
+        what = f"{type(task).__name__} answers prompts while it trains, of lengths that differ from"
+        what += " GPU to GPU, and a sharded base computes on all of them together"
+        return [Problem(what, DDP, "train.parallel", "fsdp-generates")]
     if not task.head:
         return []
     what = f"{type(task).__name__} trains a head whole, which is not sharded"

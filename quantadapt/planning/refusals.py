@@ -119,7 +119,11 @@ def task_problems(task: Task, train: TrainSpec, *, adds_to_loss: bool) -> list[P
         what = f"{name} has a loss of its own, without what AdaLoRA adds to the model's"
         fix = "use another adapter, e.g. lora, or objective: sft"
         found.append(Problem(what, fix, "objective", "task-loss-adalora"))
-    return found + validation_problems(train)
+    if task.generates and train.validates != "no":
+        what = f"{name} has no loss on held-out data, as it learns from answers of its own"
+        fix = "leave train.eval_steps and train.eval_strategy out; evaluations measure rewards"
+        found.append(Problem(what, fix, "train", "task-validation"))
+    return found + task.misfits(train) + validation_problems(train)
 
 
 def validation_problems(train: TrainSpec) -> list[Problem]:

@@ -245,7 +245,7 @@ def plan(
     device = device_of(draft)
     options = adapter_options(draft, adapter)
     objective, task = task_of(draft)
-    evaluators = evaluators_of(draft, objective)
+    evaluators = evaluators_of(draft, objective, task)
     exports = exports_of(draft)
     dtype = dtype_of(draft, backend, device)
     check_data(draft)
@@ -433,7 +433,7 @@ def _combined(draft: Draft, made: Plan) -> Plan:
     )
     merges = any(export.required and export.exporter.merges for export in exports)
     through = processes.merge_aware_problems(spec.train)
-    through += processes.head_share_problems(made.task)
+    through += processes.task_share_problems(made.task)
     unshared = [*processes.share_problems(cell, backend, adapter, config, merges), *through]
     memory = _memory(draft, made, unshared)
     kind, why = processes.choose(spec, made.processes, memory)

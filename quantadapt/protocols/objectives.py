@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..data.reading import Data
     from ..data.report import DataReport
-    from ..spec import DataSpec
+    from ..spec import DataSpec, TrainSpec
     from ..training.trainer import Setup
 
 
@@ -42,6 +42,8 @@ class Task(Options, ABC):
             "chunks": `loss`, some at a time; "whole": `loss`, all of a batch. A loss that is not
             the model's lacks what a PEFT method adds to that (AdaLoRA does).
         unit: what its loss is counted in; empty where it has no unit.
+        generates: whether it answers prompts while it trains, which a sharded base does not do,
+            and has no loss on held-out data.
         head: what it learns with: "sequence" or "token", a head that classifies those, which a
             language model gets anew; empty for the model as it is.
     """
@@ -54,6 +56,7 @@ class Task(Options, ABC):
     logits: ClassVar[Literal["model", "chunks", "whole"]] = "whole"
     unit: ClassVar[str] = ""
     head: ClassVar[Literal["", "sequence", "token"]] = ""
+    generates: ClassVar[bool] = False
 
     @abstractmethod
     def read(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Data:
@@ -81,6 +84,15 @@ class Task(Options, ABC):
     def holding(self, setup: Setup, tell: Callable[[str], None]) -> AbstractContextManager[None]:
         """Hold what the loss needs beside the model while that trains, such as another model."""
         return nullcontext()
+
+    def misfits(self, train: TrainSpec) -> list[Problem]:
+        """Return why its options do not go with how it is to be trained; empty if they do. Looks at
+        local files at most, and runs no code of the user's."""
+        return []
+
+    def evaluated_with(self, evaluation: str) -> Mapping[str, Any]:
+        """Return the options of one of its evaluations where the spec does not name any."""
+        return {}
 
     def prepared(
         self, setup: Setup, held_out: Dataset | None, tell: Callable[[str], None]

@@ -105,7 +105,7 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Curve:
-    """The losses of a training run, as (step, loss).
+    """The losses of a training run, as (step, loss), or something else by step.
 
     Attributes:
         points: of the training data, one at least.
@@ -113,6 +113,7 @@ class Curve:
         kept: the step whose weights are kept, where that is not the last.
         resumed_from: the step that a resumed run went on from.
         unit: of the losses; may be empty.
+        what: they are.
     """
 
     points: Points
@@ -120,6 +121,7 @@ class Curve:
     kept: float | None = None
     resumed_from: float | None = None
     unit: str = ""
+    what: str = "loss"
 
 
 def line_chart(curve: Curve) -> Html:
@@ -130,10 +132,10 @@ def line_chart(curve: Curve) -> Html:
         for raw, mean in thinned(list(zip(curve.points, smoothed(curve.points), strict=True)), 20)
     ]
     unit = f" ({curve.unit})" if curve.unit else ""
-    tables = [numbers_table(["step", f"loss{unit}", "moving average"], rows)]
+    tables = [numbers_table(["step", f"{curve.what}{unit}", "moving average"], rows)]
     if curve.held_out:
         rows = [[f"{step:g}", f"{loss:.4g}"] for step, loss in thinned(curve.held_out, 40)]
-        tables.append(numbers_table(["step", f"loss on held-out data{unit}"], rows))
+        tables.append(numbers_table(["step", f"{curve.what} on held-out data{unit}"], rows))
     return el("figure", *line_drawings(curve), details("Numbers", *tables))
 
 
@@ -158,7 +160,7 @@ def _draw_line(curve: Curve, smooth: Points, width: int, height: int) -> Html:
     def y(loss: float) -> float:
         return bottom - (loss - low) / ((high - low) or 1) * (bottom - top)
 
-    parts = [svg_text(", ".join(filter(None, ["loss", curve.unit])), 0, 12, kind="axis")]
+    parts = [svg_text(", ".join(filter(None, [curve.what, curve.unit])), 0, 12, kind="axis")]
     parts.append(svg_text("optimizer step", right, height - 4, "end", kind="axis"))
     for tick in y_ticks:
         parts.append(line(left, y(tick), right, y(tick), "grid"))
@@ -193,7 +195,7 @@ def _draw_line(curve: Curve, smooth: Points, width: int, height: int) -> Html:
     if curve.kept is not None and steps[0] <= curve.kept <= steps[-1]:
         parts += vertical(x(curve.kept), bottom, "", top)
         parts.append(svg_text("kept", x(curve.kept) + 5, top + 10, kind="axis"))
-    title = "Training loss by step"
+    title = f"Training {curve.what} by step"
     return svg(title, described, width, height, parts, title)
 
 

@@ -185,6 +185,16 @@ def _loss(run: Run) -> Html:
     return section("Training loss", el("p", capital(note), class_="note"), chart)
 
 
+def _reward(run: Run) -> Html:
+    """Draw what answers got while the model learnt from them, where it did."""
+    points = _points(run, "reward")
+    if len(points) < 2:
+        return Html()
+    note = "The mean over all answers since the last log. The line is a moving average over the"
+    chart = line_chart(Curve(points, what="reward"))
+    return section("Reward", el("p", f"{note} dots.", class_="note"), chart)
+
+
 def _points(run: Run, key: str) -> list[tuple[float, float]]:
     """Return (step, value) of the log's lines that have both."""
     pairs = ((number(line, "step"), number(line, key)) for line in run.log)
@@ -406,6 +416,7 @@ def _environment(run: Run) -> Html:
 SECTIONS: tuple[Callable[[Run], Html], ...] = (
     _evaluations,
     _samples,
+    _reward,
     _loss,
     _exports,
     _memory,

@@ -126,6 +126,8 @@ class RunDisplay:
     def _numbers(self, data: Mapping[str, Any]) -> list[tuple[int, str]]:
         """Return what a step is told by, each with a number that is small if it matters much."""
         numbers = [(0, f"loss {data['loss']:.4f}"), *((3, text) for text in self._validated)]
+        if "reward" in data:
+            numbers.insert(0, (0, f"reward {data['reward']:.4g}"))
         numbers.append((5, f"lr {data['learning_rate']:.2e}"))
         tokens, seconds = (
             float(data.get(key, 0)) - float(self._last_log.get(key, 0)) for key in _SINCE

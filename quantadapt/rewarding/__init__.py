@@ -1,0 +1,1 @@
+"""Answers are scored by functions of the user: found by name, called with a time limit, checked."""
