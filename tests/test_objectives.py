@@ -22,7 +22,15 @@ from quantadapt.testing.small_demo import small_model
 from quantadapt.training import stage
 from quantadapt.training.memory_fit import MemoryFit
 
-BUILTIN = ["classify", "classify-tokens", "dpo", "kto", "orpo", "reward", "sft", "simpo"]
+BUILTIN = [
+    *("classify", "classify-tokens"),
+    *("distill", "dpo"),
+    "kto",
+    "orpo",
+    "pretrain",
+    "reward",
+    *("sft", "simpo"),
+]
 PLUGIN = '''
 """Two objectives: tokens that are not to be repeated, and answers that are better than others."""
 

@@ -35,6 +35,7 @@ from .parts import (
     check_data,
     check_folder,
     check_resumed,
+    check_task,
     check_training,
     device_of,
     dtype_of,
@@ -242,6 +243,7 @@ def plan(
     exports = exports_of(draft)
     dtype = dtype_of(draft, backend, device)
     check_data(draft)
+    check_task(draft, task)
     check_training(draft, device)
     if check_output:
         check_folder(draft)
@@ -374,6 +376,7 @@ def task_for(spec: Spec) -> Task:
     """Return the options of the spec's objective. Raises PlanRefused with every problem at once."""
     draft = Draft(spec, this_machine(), registry())
     _, found = task_of(draft)
+    check_task(draft, found)
     if found is None or draft.problems:
         raise PlanRefused(draft.problems)
     return found

@@ -51,6 +51,7 @@ BUILTIN = {
     "simpo": "quantadapt.objectives.simpo",
     "distill": "quantadapt.objectives.distill",
     "kto": "quantadapt.objectives.kto",
+    "pretrain": "quantadapt.objectives.pretrain",
     "perplexity": "quantadapt.evaluation.perplexity",
     "tasks": "quantadapt.benchmarking.tasks",
     "preferences": "quantadapt.evaluation.preferences",
