@@ -127,6 +127,11 @@ class DataSpec(_Strict):
             return {"sources": value}
         return {"path": value} if isinstance(value, str) else value
 
+    @property
+    def named(self) -> list[str]:
+        """The sources that it names; none means the bundled demo's."""
+        return [path for path in (self.path, *(one.path for one in self.sources)) if path]
+
     path: str | None = Field(
         None,
         description="JSONL, JSON, CSV, Parquet or text file, folder or pattern of those, or hub id",
@@ -393,8 +398,7 @@ class Spec(_Strict):
     def inputs(self) -> list[str]:
         """The paths and hub ids that are read, and so must not be written to."""
         data = self.data
-        several = [source.path for source in data.sources]
-        paths = (self.model, data.path, *several, data.eval_path, data.calibration_path)
+        paths = (self.model, *data.named, data.eval_path, data.calibration_path)
         return [path for path in paths if path]
 
     @classmethod

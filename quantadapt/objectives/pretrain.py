@@ -15,7 +15,7 @@ from ..errors import DataError, Problem
 from ..hookspecs import hookimpl
 from ..paths import is_local_path
 from ..records import Objective
-from .pairs import causal_problems
+from .answers import causal_problems
 from .sft import SFT
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ class Pretrain(SFT):
         """Return the format of the first row of each source; None where a hub id is among them."""
         from ..data.streams import survey_stream
 
-        named = [source.path for source in spec.sources] or [spec.path]
-        return None if any(map(_of_hub, named)) else survey_stream(spec)
+        return None if any(map(_of_hub, spec.named)) else survey_stream(spec)
 
     def known_by(self, dataset: Dataset) -> list[int]:
         """Return the tokens of the first rows: how many there are depends on the steps."""
@@ -87,9 +86,8 @@ class Pretrain(SFT):
         """Tell how much is read, and what is not known before it is."""
         from ..data.sources import rows_of
 
-        named = [source.path for source in spec.data.sources] or [spec.data.path]
         try:
-            local = [path for path in named if not _of_hub(path)]
+            local = [path for path in spec.data.named or (None,) if not _of_hub(path)]
             files = [file for path in local for file in rows_of(path).files]
         except DataError:
             return []  # told where paths are looked at
@@ -116,8 +114,7 @@ def _endless(data: DataSpec) -> str:
     """Return why nobody can say how much data there is; empty where files tell."""
     if any(source.weight is not None for source in data.sources):
         return "sources with weights are begun again and again"
-    named = [source.path for source in data.sources] or [data.path]
-    return "a data set of the hub is streamed" if any(map(_of_hub, named)) else ""
+    return "a data set of the hub is streamed" if any(map(_of_hub, data.named)) else ""
 
 
 def _of_hub(path: str | None) -> bool:

@@ -472,7 +472,7 @@ def _with_defaults(spec: Spec, *, demo_run: bool) -> Spec:
     """Fill in where the user said nothing: the output, and in a run of the bundled demo what that
     wants to be trained with."""
     spec = spec.model_copy(deep=True)
-    if demo_run and spec.model is None and spec.data.path is None:
+    if demo_run and spec.model is None and not spec.data.named:
         for name, value in demo.TRAIN_DEFAULTS.items():
             if name not in spec.train.model_fields_set:
                 setattr(spec.train, name, value)
