@@ -291,7 +291,7 @@ class _Run:
     def read_data(self) -> Data:
         self.tokenizer = load_tokenizer(self.plan.model)
         task: Task = self.plan.task
-        data = task.read(self.spec.data, self.tokenizer, seed=self.spec.seed)
+        data = task.read_for(self.spec, self.tokenizer, processes=self.world.size)
         for part in (data.train, data.eval):
             check_tokens(part, (self.plan.config or {}).get("vocab_size"), self.tokenizer)
         if data.report.files:  # a task that reads for itself may count nothing

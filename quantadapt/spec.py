@@ -107,18 +107,48 @@ class EvaluationSpec(Named):
     name: str = Field("perplexity", description="evaluation name, see `quantadapt evaluations`")
 
 
-class DataSpec(_Strict):
-    """Where the training and evaluation text comes from."""
+class SourceSpec(_Strict):
+    """One of several sources that are mixed."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
 
+    path: str | None = Field(None, description="a file, folder, pattern or hub id")
+    weight: float | None = Field(
+        None, gt=0, description="share of the tokens; it is begun again as often as that takes"
+    )
+
+
+class DataSpec(_Strict):
+    """Where the training and evaluation text comes from."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return {"sources": value}
+        return {"path": value} if isinstance(value, str) else value
+
+    @property
+    def named(self) -> list[str]:
+        """The sources that it names; none means the bundled demo's."""
+        return [path for path in (self.path, *(one.path for one in self.sources)) if path]
+
     path: str | None = Field(
-        None, description="JSONL, JSON, CSV, Parquet or text file, folder of those, or hub id"
+        None,
+        description="JSONL, JSON, CSV, Parquet or text file, folder or pattern of those, or hub id",
+    )
+    sources: list[SourceSpec] = Field(
+        default_factory=list,
+        description="several in place of `path`, for objectives that stream, e.g. "
+        "[{path: web/*.jsonl, weight: 3}, {path: books.txt, weight: 1}]; all with a weight or none",
     )
     eval_path: str | None = Field(None, description="held-out data; otherwise split off `path`")
+    eval_examples: int | None = Field(
+        None, ge=1, description="where data are streamed: hold out the first so many documents"
+    )
     eval_fraction: float = Field(0.05, gt=0, lt=1, description="share split off as held-out data")
     split_seed: int | None = Field(
         None, ge=0, lt=2**32, description="of that split; `seed` if missing"
@@ -187,9 +217,10 @@ class TrainSpec(_Strict):
         "merge keeps on the scales of the base, so that `export.merge: requantize` writes the very "
         "model that was trained; a step takes longer",
     )
-    packing: bool = Field(
-        False,
-        description="pack several examples into one row; refused for models that mix them up",
+    packing: bool | None = Field(
+        None,
+        description="pack several examples into one row; refused for models that mix them up. By "
+        "default the objective says: pretrain does",
     )
     logging_steps: int = Field(5, ge=1)
     save_steps: int | None = Field(None, ge=1, description="checkpoint every so many steps")
@@ -388,7 +419,7 @@ class Spec(_Strict):
     def inputs(self) -> list[str]:
         """The paths and hub ids that are read, and so must not be written to."""
         data = self.data
-        paths = (self.model, data.path, data.eval_path, data.calibration_path)
+        paths = (self.model, *data.named, data.eval_path, data.calibration_path)
         return [path for path in paths if path]
 
     @classmethod

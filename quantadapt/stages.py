@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import planning
 from .dependencies import in_turn
+from .distributed.world import world
 from .errors import ModelError, Problem, QuantadaptError, SpecError
 from .planning.stage import Plan
 from .protocols import Given
@@ -154,7 +155,7 @@ def attach_planned(model: nn.Module, state: ModelState, plan: Plan) -> PeftModel
 @blaming_plugins
 def train(
     model: PeftModel,
-    data: str | Path | Dataset | None = None,
+    data: str | Path | list[Any] | Dataset | None = None,
     *,
     objective: str | Mapping[str, Any] = "sft",
     output: str | Path | None = None,
@@ -171,7 +172,8 @@ def train(
 
     Args:
         model: what `attach` returned.
-        data: a file, folder or hub id (see DataSpec), a tokenized Dataset, or None for the demo's.
+        data: a file, folder or hub id (see DataSpec), a tokenized Dataset, or None for the demo's;
+            for objectives that stream also a list of sources, `{"path": ..., "weight": ...}`.
         objective: see `quantadapt objectives`; a name, or `{"name": ..., option: value}`.
         output: where checkpoints go; a temporary folder if missing.
         eval_data: what `eval_steps` or `eval_strategy` measure on while training: a file or a
@@ -196,7 +198,7 @@ def train(
     from .training.stage import check
     from .training.stage import train as train_
 
-    spec = Spec(train=options, objective=objective)
+    spec = Spec(train=options, objective=objective, data=_named(data, max_length), seed=seed)
     task = planning.task_for(spec)
     check(model, spec.train, task)
     _refuse_length(max_length, data, data if eval_data is None else eval_data)
@@ -220,10 +222,8 @@ def train(
             if on_log is not None:
                 on_log(entry)
 
-        if data is None or isinstance(data, str | Path):
-            path = None if data is None else str(data)
-            wanted = Spec(data={"path": path, "max_length": max_length}).data
-            read = task.read(wanted, _needed(tokenizer), seed=seed)
+        if data is None or isinstance(data, str | Path | list):
+            read = task.read_for(spec, _needed(tokenizer), processes=world().size)
             data = read.train
             rest = read.eval if rest is None else rest
             if hasattr(model, "quantadapt"):
@@ -242,6 +242,14 @@ def train(
         for text in training_warnings(result.losses):
             tell("warning", {"text": text})
         return result
+
+
+def _named(data: Any, max_length: int | None) -> dict[str, Any]:
+    """Return what a spec says of data that are not tokenized yet."""
+    given = {} if max_length is None else {"max_length": max_length}
+    if isinstance(data, list):
+        return {"sources": data, **given}
+    return {"path": str(data), **given} if isinstance(data, str | Path) else given
 
 
 @in_turn
@@ -344,7 +352,7 @@ def generate(
 
 def _refuse_length(max_length: int | None, *data: Any) -> None:
     """Raise QuantadaptError where a longest example is given and none of `data` is read."""
-    if max_length is None or any(d is None or isinstance(d, str | Path) for d in data):
+    if max_length is None or any(d is None or isinstance(d, str | Path | list) for d in data):
         return
     what = "max_length has no effect on a Dataset that is tokenized already"
     fix = "leave it out, and cut the examples yourself: dataset.map(lambda e: {k: v[:n] ...})"

@@ -25,10 +25,12 @@ from quantadapt.training.memory_fit import MemoryFit
 BUILTIN = [
     "classify",
     "classify-tokens",
+    "distill",
     "dpo",
     "grpo",
     "kto",
     "orpo",
+    "pretrain",
     "reward",
     "rloo",
     "sft",

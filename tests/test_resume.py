@@ -417,6 +417,8 @@ OTHER: dict[str, Any] = {
     "data.columns": {"text": "text"},
     "new_modules": ["lm_head"],
     "unused_modules": ["model.layers.9"],
+    "data.sources": ["other.jsonl"],
+    "data.eval_examples": 1,
     "data.split_seed": 5,
     "data.max_length": 24,
     "data.max_examples": 4,

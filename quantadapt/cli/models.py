@@ -95,9 +95,9 @@ def held_out_of(path: str, data: str | None, tokenizer: Any) -> tuple[HeldOut, s
 
     folder, run = Path(path).expanduser(), spec_of_run(path)
     if data is None and run is not None:
-        origin = f"what the run held out of {run.data.path or 'the bundled demo data'}"
-        read = planning.task_for(run).read(run.data, tokenizer, seed=run.seed)
-        return read.held_out, origin
+        named = ", ".join(run.data.named)
+        origin = f"what the run held out of {named or 'the bundled demo data'}"
+        return planning.task_for(run).read_for(run, tokenizer).held_out, origin
     made = _manifest(folder / ADAPTER) or _manifest(folder) or {}
     like = run.data if run else DataSpec(max_length=made.get("max_length") or MAX_LENGTH)
     origin = data or "the bundled demo's data; --data names other data"
@@ -123,10 +123,8 @@ def calibration_of(path: str, calibration: str | None, tokenizer: Any) -> Any:
         return examples_from(calibration, tokenizer)
     if (spec := spec_of_run(path)) is None:
         return None
-    read = planning.task_for(spec).read
-    return calibration_examples(
-        spec, tokenizer, lambda: read(spec.data, tokenizer, seed=spec.seed).train
-    )
+    read = planning.task_for(spec).read_for
+    return calibration_examples(spec, tokenizer, lambda: read(spec, tokenizer).train)
 
 
 def spec_of_run(path: str) -> Spec | None:

@@ -152,7 +152,7 @@ def _how(shown: Shown) -> Html:
     spec = made.spec
     rows: list[tuple[str, Child]] = [
         ("model", spec.model or "the bundled demo"),
-        ("data", spec.data.path or "the bundled demo's"),
+        ("data", ", ".join(spec.data.named) or "the bundled demo's"),
     ]
     rows += [(key, _values(values)) for key, values in made.grid.items()]
     if made.options.budget:

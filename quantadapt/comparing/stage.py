@@ -195,7 +195,7 @@ def check_budget(made: Comparison) -> None:
     if "train.max_steps" in made.grid:
         what = "with a budget, rungs are parts of train.max_steps, which all cells share"
         problems.append(Problem(what, "say one number beside the grid", "grid.train.max_steps"))
-    demo_run = made.spec.model is None and made.spec.data.path is None
+    demo_run = made.spec.model is None and not made.spec.data.named
     if made.spec.train.max_steps < 1 and not demo_run:
         what = "with a budget, runs have to be so many steps long, of which rungs are parts"
         problems.append(Problem(what, "set it, e.g. --max-steps 300", "train.max_steps"))

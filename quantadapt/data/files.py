@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ FORMATS: dict[str, tuple[str, ...]] = {
 RECOGNIZED = "recognized columns are: " + "; ".join(
     " + ".join(columns) for columns in FORMATS.values()
 )
+
+
+_BATCH = 256
+"""Rows of a Parquet file that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,7 @@ def _row(value: Any, where: str) -> Row:
 
 def _read_csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    text = "\n".join(line for _, line in _lines(path))
-    reader = csv.DictReader(io.StringIO(text), strict=True)
+    reader = csv.DictReader((f"{line}\n" for _, line in _lines(path)), strict=True)
     try:
         names = list(reader.fieldnames or ())
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -143,11 +146,12 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            batches = (batch.to_pylist() for batch in file.iter_batches(_BATCH))
+            yield from arrow_rows(chain.from_iterable(batches), str(path))
     except pyarrow.ArrowException as error:
         what = f"not a readable Parquet file: {first_line(error)}"
         raise DataError(what, fix="write or download the file again", where=str(path)) from None
-    yield from arrow_rows(rows, str(path))
 
 
 def arrow_rows(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
@@ -166,18 +170,25 @@ def _without_null(value: Any) -> Any:
 
 def _read_text(path: Path) -> Iterator[Row]:
     """Blank lines separate the examples; in a file without blank lines every line is one."""
-    lines = list(_lines(path))
-    while lines and not lines[-1][1].strip():
-        lines.pop()
-    by_paragraph = any(not line.strip() for _, line in lines)
+    by_paragraph = _has_paragraphs(path)
     start, block = 0, list[str]()
-    for number, line in [*lines, (0, "")]:
+    for number, line in chain(_lines(path), [(0, "")]):
         if line.strip():
             start = start if block else number
             block.append(line)
         if block and (not line.strip() or not by_paragraph):
             yield Row({"text": "\n".join(block)}, f"{path}:{start}")
             block = []
+
+
+def _has_paragraphs(path: Path) -> bool:
+    """Say whether text follows a blank line."""
+    blank = False
+    for _, line in _lines(path):
+        if blank and line.strip():
+            return True
+        blank = blank or not line.strip()
+    return False
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from glob import glob, has_magic
 from pathlib import Path
+from typing import Any
 
 from ..errors import DataError
 from ..inputs.documents import shown
@@ -41,6 +45,8 @@ def read_source(source: str) -> tuple[list[Row], list[Row]]:
         return _read_folder(path)
     if path.exists():
         return _read_file(path), []
+    if files := matching(source):
+        return _read_files(files), []
     if is_local_path(source):
         fix = "check the spelling; a relative path starts at the current folder"
         raise DataError("there is no such file or folder", fix=fix, where=source)
@@ -48,15 +54,19 @@ def read_source(source: str) -> tuple[list[Row], list[Row]]:
 
 
 def _read_folder(folder: Path) -> tuple[list[Row], list[Row]]:
+    train, held_out = _files_in(folder)
+    return _read_files(train), _read_files(held_out)
+
+
+def _files_in(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files of a folder to train on and those that it holds out."""
     files = sorted(f for f in folder.iterdir() if f.suffix.lower() in READERS and f.is_file())
     if not files:
         what = "the folder holds no data files"
         raise DataError(what, fix=f"put files there that end in {SUFFIXES}", where=str(folder))
     held_out = [f for f in files if f.stem.lower() in HELD_OUT_NAMES]
     train = [f for f in files if f not in held_out]
-    if not train:
-        train, held_out = held_out, []
-    return _read_files(train), _read_files(held_out)
+    return (train, held_out) if train else (held_out, [])
 
 
 def _read_files(files: Iterable[Path]) -> list[Row]:
@@ -64,6 +74,15 @@ def _read_files(files: Iterable[Path]) -> list[Row]:
 
 
 def _read_file(path: Path) -> list[Row]:
+    rows = list(_rows_in(path))
+    if not rows:
+        fix = "write one example per line, or leave the file out"
+        raise DataError("the file holds no examples", fix=fix, where=str(path))
+    return rows
+
+
+def _rows_in(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file as they are read."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         ending = f"files ending in {path.suffix!r}" if path.suffix else "files without an ending"
@@ -72,20 +91,96 @@ def _read_file(path: Path) -> list[Row]:
     if not path.is_file():  # reading a pipe or a device may never end
         raise DataError("it is no file", fix="pass a file or a folder", where=str(path))
     try:
-        rows = list(reader(path))
+        yield from reader(path)
     except OSError as error:
         raise DataError(f"cannot read it: {error.strerror or error}", where=str(path)) from None
-    if not rows:
-        fix = "write one example per line, or leave the file out"
-        raise DataError("the file holds no examples", fix=fix, where=str(path))
-    return rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a source, read anew by each call, one at a time.
+
+    Attributes:
+        train, held_out: yield them; `holds_out` says whether there are any of the latter.
+        files: the local files among them; none of a hub id.
+    """
+
+    train: Callable[[], Iterator[Row]]
+    held_out: Callable[[], Iterator[Row]]
+    holds_out: bool = False
+    files: tuple[Path, ...] = ()
+
+    def held_out_or_all(self) -> Iterator[Row]:
+        """Yield what is held out, or all where nothing is."""
+        return self.held_out() if self.holds_out else self.train()
+
+
+def rows_of(source: str | None) -> Rows:
+    """Return the rows of a file, a folder, a pattern or a hub id; the demo's of None.
+
+    Raises:
+        DataError: there is no such thing.
+    """
+    if source is None:
+        from ..demo import EVAL_FILE, TRAIN_FILE
+
+        return _of_files([TRAIN_FILE], [EVAL_FILE])
+    if problem := path_problem(source):
+        raise DataError(f"it is no path: {problem}", fix="check the path", where=shown(source))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _of_files(*_files_in(path))
+    if path.exists():
+        return _of_files([path], [])
+    if files := matching(source):
+        return _of_files(files, [])
+    if is_local_path(source) or has_magic(source):
+        fix = "check the spelling; a relative path starts at the current folder"
+        raise DataError("there is no such file or folder", fix=fix, where=source)
+    return _of_hub(source)
+
+
+def matching(source: str) -> list[Path]:
+    """Return the files that a pattern such as `texts/*.jsonl` fits, by name."""
+    if not has_magic(source):
+        return []
+    found = glob(str(Path(source).expanduser()), recursive=True)
+    return sorted(path for path in map(Path, found) if path.is_file())
+
+
+def _of_files(train: Iterable[Path], held_out: Iterable[Path]) -> Rows:
+    train, held_out = tuple(train), tuple(held_out)
+
+    def rows(files: Iterable[Path]) -> Iterator[Row]:
+        for file in files:
+            yield from _rows_in(file)
+
+    return Rows(partial(rows, train), partial(rows, held_out), bool(held_out), (*train, *held_out))
+
+
+def _of_hub(name: str) -> Rows:
+    splits = _splits(name, streaming=True)
+    held_out = _held_out_split(splits)
+
+    def rows(split: str) -> Iterator[Row]:
+        return arrow_rows(splits[split], f"{name}[{split}]")
+
+    return Rows(partial(rows, "train"), partial(rows, held_out or "train"), held_out is not None)
 
 
 def _read_hub(name: str) -> tuple[list[Row], list[Row]]:
+    splits = _splits(name)
+    held_out = _held_out_split(splits)
+    evaluation = arrow_rows(splits[held_out], f"{name}[{held_out}]") if held_out else ()
+    return [*arrow_rows(splits["train"], f"{name}[train]")], [*evaluation]
+
+
+def _splits(name: str, **options: Any) -> Any:
+    """Return the splits of a data set of the hub, of which one is `train`. Raises DataError."""
     import datasets
 
     try:
-        splits = datasets.load_dataset(name)
+        splits = datasets.load_dataset(name, **options)
     except Exception as error:  # the hub client raises errors of many libraries
         what = f"no such file or folder here, and not readable from the hub: {first_line(error)}"
         fix = "give the path of a local file, or check the hub id, the network and your access"
@@ -94,9 +189,11 @@ def _read_hub(name: str) -> tuple[list[Row], list[Row]]:
         found = ", ".join(sorted(map(str, splits)))
         fix = "download the part that you want and give its path"
         raise DataError(f"the data set has no split 'train', only {found}", fix=fix, where=name)
-    held_out = next((split for split in ("validation", "test") if split in splits), None)
-    evaluation = arrow_rows(splits[held_out], f"{name}[{held_out}]") if held_out else ()
-    return [*arrow_rows(splits["train"], f"{name}[train]")], [*evaluation]
+    return splits
+
+
+def _held_out_split(splits: Any) -> str | None:
+    return next((split for split in ("validation", "test") if split in splits), None)
 
 
 def local_files(spec: DataSpec) -> list[Path] | None:

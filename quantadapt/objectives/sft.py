@@ -146,19 +146,21 @@ def _of_numbers(dataset: Dataset) -> list[str]:
 def _causal_collator(setup: Setup) -> Any:
     from ..data.batches import CausalCollator
 
-    return CausalCollator(setup.pad_token_id, setup.spec.packing, setup.length_multiple)
+    return CausalCollator(setup.pad_token_id, bool(setup.spec.packing), setup.length_multiple)
 
 
 def _causal_trainer(task: SFT, setup: Setup) -> Any:
     from trl import SFTConfig, SFTTrainer
 
+    from ..data.streams import SEQUENCES
     from ..training.lent import quiet, without_statistics
     from ..training.packing import packed, refuse_leaks
 
     with quiet(), without_statistics(setup.model):
         if setup.spec.packing:
             refuse_leaks(setup.model, _causal_collator(setup))
-            setup = replace(setup, dataset=packed(setup.dataset))
+            if SEQUENCES not in setup.dataset.column_names:
+                setup = replace(setup, dataset=packed(setup.dataset))
         # the data are tokenized already; max_length and packing have been dealt with
         options = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
         trainer = setup.trainer(

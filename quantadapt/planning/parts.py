@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from glob import has_magic
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from .. import demo
+from ..data.sources import matching
 from ..dependencies import missing_for_optimizer, missing_requirements, tracker_problems
 from ..distributed.world import world
 from ..errors import ModelError, OutputError, PlanRefused, PluginError, Problem, did_you_mean
@@ -274,16 +276,40 @@ def dtype_of(draft: Draft, backend: Backend | None, device: str) -> str:
     return dtype
 
 
+_PATHS = ("path", "eval_path", "calibration_path")
+
+
 def check_data(draft: Draft) -> None:
     """Look whether local files of data are there."""
-    for key in ("path", "eval_path", "calibration_path"):
-        path = getattr(draft.spec.data, key)
+    data = draft.spec.data
+    named = [(f"data.{key}", getattr(data, key)) for key in _PATHS]
+    named += [(f"data.sources.{n}", source.path) for n, source in enumerate(data.sources)]
+    for where, path in named:
         if path and (problem := path_problem(path)):
             what, fix = f"{shown(path)} is no path: {problem}", "check the path"
-            draft.problems.append(Problem(what, fix, where=f"data.{key}"))
+            draft.problems.append(Problem(what, fix, where=where))
+        elif path and has_magic(path) and not Path(path).expanduser().exists():
+            if not matching(path):
+                what, fix = f"no file fits the pattern {path}", "check the path"
+                draft.problems.append(Problem(what, fix, where=where))
         elif path and is_local_path(path) and not Path(path).expanduser().exists():
             fix = "check the path; a hub id has the form owner/name"
-            draft.problems.append(Problem(f"{path} does not exist", fix, where=f"data.{key}"))
+            draft.problems.append(Problem(f"{path} does not exist", fix, where=where))
+        elif not path and where.startswith("data.sources"):
+            draft.problems.append(Problem("the source has no path", "name it", where=where))
+
+
+def check_task(draft: Draft, task: Task | None) -> None:
+    """Look whether the task goes with data and training, and let it say how rows are filled where
+    nobody does."""
+    if task is None:
+        return
+    if draft.spec.train.packing is None:
+        draft.spec.train.packing = task.packs_by_default
+    if problems := task.conflicts(draft.spec):
+        draft.problems += problems
+    elif not any(problem.where.startswith("data.") for problem in draft.problems):
+        draft.notes += task.remarks(draft.spec)
 
 
 def check_training(draft: Draft, device: str) -> None:

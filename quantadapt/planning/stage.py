@@ -38,6 +38,7 @@ from .parts import (
     check_data,
     check_folder,
     check_resumed,
+    check_task,
     check_training,
     device_of,
     dtype_of,
@@ -249,6 +250,7 @@ def plan(
     exports = exports_of(draft)
     dtype = dtype_of(draft, backend, device)
     check_data(draft)
+    check_task(draft, task)
     check_training(draft, device)
     if check_output:
         check_folder(draft)
@@ -381,6 +383,7 @@ def task_for(spec: Spec) -> Task:
     """Return the options of the spec's objective. Raises PlanRefused with every problem at once."""
     draft = Draft(spec, this_machine(), registry())
     _, found = task_of(draft)
+    check_task(draft, found)
     if found is None or draft.problems:
         raise PlanRefused(draft.problems)
     return found
@@ -524,7 +527,7 @@ def _with_defaults(spec: Spec, *, demo_run: bool) -> Spec:
     """Fill in where the user said nothing: the output, and in a run of the bundled demo what that
     wants to be trained with."""
     spec = spec.model_copy(deep=True)
-    if demo_run and spec.model is None and spec.data.path is None:
+    if demo_run and spec.model is None and not spec.data.named:
         for name, value in demo.TRAIN_DEFAULTS.items():
             if name not in spec.train.model_fields_set:
                 setattr(spec.train, name, value)

@@ -28,7 +28,10 @@ def plan_rows(plan: Plan, data: DataReport | None) -> list[tuple[str, str]]:
         ("adapter", _options(plan.adapter.name, plan.adapter_options)),
         ("objective", _options(plan.objective.name, plan.task.model_dump())),
         ("device", f"{device_words(plan)}, computing in {plan.dtype}"),
-        ("data", "\n".join(data.words()) if data else spec.data.path or "the bundled demo's"),
+        (
+            "data",
+            "\n".join(data.words()) if data else ", ".join(spec.data.named) or "the bundled demo's",
+        ),
         ("train", f"{steps}, learning rate {train.learning_rate:g}"),
         ("output", str(spec.output)),
         ("export", export_words(plan)),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..data.reading import Data
     from ..data.report import DataReport
-    from ..spec import DataSpec, TrainSpec
+    from ..spec import DataSpec, Spec, TrainSpec
     from ..training.trainer import Setup
 
 
@@ -35,6 +35,9 @@ class Task(Options, ABC):
             batch may go through the model in parts.
         repeats: whether every step does the same with batches of one shape, so that passes through
             the decoder may be recorded as CUDA graphs.
+        packs_by_default: whether they do where `train.packing` says nothing.
+        streams: whether it reads several sources (`data.sources`), and its training examples are
+            taken in the order in which they were read.
         wants_lm: whether it learns from a model that predicts tokens; classifiers and bare encoders
             are refused then.
         packs: whether several examples may share a row (`train.packing`).
@@ -52,6 +55,8 @@ class Task(Options, ABC):
     adds_up: ClassVar[bool] = True
     repeats: ClassVar[bool] = True
     packs: ClassVar[bool] = False
+    packs_by_default: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
     wants_lm: ClassVar[bool] = True
     logits: ClassVar[Literal["model", "chunks", "whole"]] = "whole"
     unit: ClassVar[str] = ""
@@ -66,6 +71,29 @@ class Task(Options, ABC):
         read `input_ids` and `completion_mask` of `eval`. Raises DataError.
         """
         ...
+
+    def read_for(
+        self, spec: Spec, tokenizer: PreTrainedTokenizerBase, *, processes: int = 1
+    ) -> Data:
+        """Read what a run of `spec` needs, for a task that reads no more than its steps take; by
+        default as `read`, whatever the training is like."""
+        return self.read(spec.data, tokenizer, seed=spec.seed)
+
+    def known_by(self, dataset: Dataset) -> list[int]:
+        """Return numbers by which a resumed run knows its data again: by default their lengths."""
+        return self.lengths(dataset)
+
+    def conflicts(self, spec: Spec) -> list[Problem]:
+        """Return why it does not go with data and training of `spec`; empty if it does."""
+        if not spec.data.sources:
+            return []
+        what = f"{type(self).__name__} reads one source"
+        fix = "write data.path, a folder or a pattern; or use objective: pretrain"
+        return [Problem(what, fix, "data.sources", "task-sources")]
+
+    def remarks(self, spec: Spec) -> list[str]:
+        """Return what a plan should tell of its data, a sentence each."""
+        return []
 
     def survey(self, spec: DataSpec) -> DataReport | None:
         """Return formats and rows of what `read` would read, for a plan: without a tokenizer, and

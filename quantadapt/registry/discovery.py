@@ -53,6 +53,7 @@ BUILTIN = {
     "kto": "quantadapt.objectives.kto",
     "grpo": "quantadapt.objectives.grpo",
     "rloo": "quantadapt.objectives.rloo",
+    "pretrain": "quantadapt.objectives.pretrain",
     "perplexity": "quantadapt.evaluation.perplexity",
     "tasks": "quantadapt.benchmarking.tasks",
     "preferences": "quantadapt.evaluation.preferences",

@@ -29,8 +29,8 @@ def facts_of(trainer: Any) -> dict[str, Any]:
     loss = trainer.loss_since_log
     total = 0.0 if loss is None else reduced(float(loss), trainer.args.device, "sum")
     return {
-        "data": fingerprint(trainer.memory_fit.lengths),
-        "examples": len(trainer.memory_fit.lengths),
+        "data": fingerprint(trainer.memory_fit.known_by),
+        "examples": len(trainer.train_dataset),
         "processes": world().size,
         "loss_since_log": total / world().size,
         "logged_step": trainer._globalstep_last_logged,
@@ -38,9 +38,9 @@ def facts_of(trainer: Any) -> dict[str, Any]:
     }
 
 
-def fingerprint(lengths: list[int]) -> str:
-    """Return a short name for data whose examples have these lengths in tokens, in their order."""
-    return hashlib.sha256(" ".join(map(str, lengths)).encode()).hexdigest()[:16]
+def fingerprint(numbers: list[int]) -> str:
+    """Return a short name for data that are known by these numbers, in their order."""
+    return hashlib.sha256(" ".join(map(str, numbers)).encode()).hexdigest()[:16]
 
 
 def checkpoint_to_resume(
@@ -83,12 +83,11 @@ def refuse_unshared(output: Path, spec: TrainSpec, device: torch.device) -> None
 def refuse_other_data(trainer: Any, checkpoint: Checkpoint) -> None:
     """Raise TrainingError where the data are not those that the checkpoint was trained on, or the
     processes are not as many."""
-    facts, lengths = checkpoint.facts, trainer.memory_fit.lengths
-    if facts.get("data") != fingerprint(lengths):
-        what = (
-            f"the training data are not those of {checkpoint.path.name}:"
-            f" {facts.get('examples')} examples then, {len(lengths)} now, or of other lengths"
-        )
+    facts = checkpoint.facts
+    if facts.get("data") != fingerprint(trainer.memory_fit.known_by):
+        then, now = facts.get("examples"), len(trainer.train_dataset)
+        what = f"the training data are not those of {checkpoint.path.name}: {then} examples then"
+        what += f", {now} now, or other ones"
         fix = "put the data back as they were, or start another run in another --output"
         raise TrainingError(what, fix=fix, where="data")
     if facts.get("processes") != world().size:

@@ -137,6 +137,12 @@ class MemoryFit:
         found: list[int] = self.trainer.task.lengths(self.trainer.train_dataset)
         return found
 
+    @cached_property
+    def known_by(self) -> list[int]:
+        """What a resumed run knows its data by."""
+        found: list[int] = self.trainer.task.known_by(self.trainer.train_dataset)
+        return found
+
     def describe(self, setting: Setting) -> str:
         """Return the setting in words."""
         return setting.describe(self.recomputer.count, self.batch)

@@ -124,6 +124,8 @@ def make_trainer(task: Task, setup: Setup, on_log: OnLog | None) -> Any:
     clip_what_is_trained(trainer.accelerator, [p for p in model.parameters() if p.requires_grad])
     watcher.trainer, trainer.progress = trainer, progress
     trainer.task = task
+    if task.streams:
+        trainer.args.train_sampling_strategy = "sequential"
     if task.logits != "model" and type(trainer).compute_loss is TrainingLoop.compute_loss:
         # It is divided by the task's own count, whatever the model or the class of trainer does.
         trainer.model_accepts_loss_kwargs = trainer.loss_is_scaled_for_ga = True
