@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import DataError
 from ..inputs.documents import shown
@@ -95,8 +96,18 @@ def _read_hub(name: str) -> tuple[list[Row], list[Row]]:
         fix = "download the part that you want and give its path"
         raise DataError(f"the data set has no split 'train', only {found}", fix=fix, where=name)
     held_out = next((split for split in ("validation", "test") if split in splits), None)
-    evaluation = arrow_rows(splits[held_out], f"{name}[{held_out}]") if held_out else ()
-    return [*arrow_rows(splits["train"], f"{name}[train]")], [*evaluation]
+    evaluation = _rows_of(splits[held_out], f"{name}[{held_out}]") if held_out else ()
+    return [*_rows_of(splits["train"], f"{name}[train]")], [*evaluation]
+
+
+def _rows_of(split: Any, name: str) -> Iterator[Row]:
+    """Yield the rows of a split; pictures in it are not decoded."""
+    from datasets.features.features import require_decoding
+
+    if any(map(require_decoding, split.features.values())):
+        tables = split.with_format("arrow").iter(1000)
+        return arrow_rows((row for table in tables for row in table.to_pylist()), name)
+    return arrow_rows(split, name)
 
 
 def local_files(spec: DataSpec) -> list[Path] | None:
