@@ -104,7 +104,8 @@ def _rows_of(split: Any, name: str) -> Iterator[Row]:
     """Yield the rows of a split; pictures in it are not decoded."""
     from datasets.features.features import require_decoding
 
-    if any(map(require_decoding, split.features.values())):
+    features = getattr(split, "features", None) or {}
+    if any(map(require_decoding, features.values())):
         tables = split.with_format("arrow").iter(1000)
         return arrow_rows((row for table in tables for row in table.to_pylist()), name)
     return arrow_rows(split, name)
