@@ -30,7 +30,7 @@ DataFormat = Literal["auto", "text", "prompt-completion", "alpaca", "dolly", "se
 Column = Literal["text", "prompt", "completion", "instruction", "input", "output", "context",
                  "response", "instances", "messages", "tools", "conversations", "system",
                  "message_id", "parent_id", "role", "rank", "chosen", "rejected", "label", "labels",
-                 "tokens", "words", "tags"]
+                 "tokens", "words", "tags", "images", "image"]
 # fmt: on
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Streaming = Literal["auto", "none", "experts", "all"]
@@ -160,6 +160,12 @@ class DataSpec(_Strict):
     )
     max_length: int = Field(512, ge=8, description="longest example in tokens; longer ones are cut")
     max_examples: int | None = Field(None, ge=1, description="use only the first so many examples")
+    image_folder: str | None = Field(
+        None, description="folder that pictures are named in; that of the data file if missing"
+    )
+    max_pixels: int | None = Field(
+        None, ge=1, description="larger pictures are made smaller to so many pixels"
+    )
     calibration_path: str | None = Field(
         None, description="what backends calibrate on; the training data if missing"
     )

@@ -321,7 +321,9 @@ def generate(
 
     Args:
         model: with or without an adapter.
-        prompts: texts, or chats as lists of turns, each a dict with `role` and `content`.
+        prompts: texts, or chats as lists of turns, each a dict with `role` and `content`: a text,
+            or a list of parts, `{"type": "text", "text": ...}` and `{"type": "image", "image":
+            ...}`, the name of a file, the bytes of one, or an image of Pillow's.
         layout: what becomes of a text: "chat" (the turn of a user, as the tokenizer's chat template
             writes it), "instruction" (alpaca's layout), or "text", the default (as it stands).
         batch_size: most answers that are made at the same time; whoever is done makes room.
@@ -333,6 +335,7 @@ def generate(
         SpecError: an option is wrong. DataError: a prompt cannot be written. ModelError: the model
         does not generate text.
     """
+    from .data.pictures import ANYWHERE
     from .generation import PromptWriter, Sampling, answers
 
     sampling = Sampling(**options)
@@ -344,7 +347,7 @@ def generate(
         raise SpecError([problem])
     if (tokenizer := tokenizer or state_of(model).tokenizer) is None:
         raise ModelError("the model has no tokenizer", fix="pass tokenizer=...", where="tokenizer")
-    writer = PromptWriter(tokenizer, layout)
+    writer = PromptWriter(tokenizer, layout, root=ANYWHERE)
     ids = [writer.ids(prompt) for prompt in prompts]
     with quietly():
         return list(answers(model, tokenizer, ids, sampling, batch_size=batch_size))

@@ -253,8 +253,8 @@ def test_content_in_parts_is_text(tmp_path, templated) -> None:
     parts = [{"type": "text", "text": "so "}, {"type": "text", "text": "be it"}]
     row = {"messages": [ASK, {"role": "assistant", "content": parts}]}
     assert texts(lines(tmp_path / "a.jsonl", [row]), templated(LLAMA3)) == [["so be it</s>"]]
-    parts.append({"type": "image_url"})  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=r"a\.jsonl:1: 'content' of turn 2 has a part of type 'ima"):
+    parts.append({"type": "audio"})  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"a\.jsonl:1: 'content' of turn 2 has a part of type 'aud"):
         texts(lines(tmp_path / "a.jsonl", [row]), templated(LLAMA3))
 
 

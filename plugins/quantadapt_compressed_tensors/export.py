@@ -70,6 +70,7 @@ class CompressedExport(Exporter):
         from quantadapt.exporting.checking import refuse_other_model, sketches
         from quantadapt.exporting.manifest import write_manifest
         from quantadapt.exporting.saving import load
+        from quantadapt.loading.processors import save_tokenizer
         from quantadapt.quantizing.state import state_of
 
         _ = tuned.held_out, tuned.gain  # what is wrong with the data is told before the work
@@ -77,7 +78,7 @@ class CompressedExport(Exporter):
         state = state_of(model)
         state.quantizer.save(model, folder)
         if state.tokenizer is not None:
-            state.tokenizer.save_pretrained(str(folder))
+            save_tokenizer(state.tokenizer, folder)
         write_manifest(folder, state)
         meant = sketches(model)
         del model  # what is read from the files takes its place

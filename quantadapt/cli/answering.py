@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_type_hints
 
 import typer
@@ -89,6 +90,14 @@ def stdin() -> TextIO:
     return sys.stdin or io.StringIO()
 
 
+def said(text: str, images: Sequence[str]) -> Any:
+    """Return a text, or with pictures the turn of a user that shows them before it."""
+    if not images:
+        return text
+    parts: list[Any] = [{"type": "image", "path": str(Path(name).expanduser())} for name in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
 @dataclass(frozen=True)
 class Asked:
     """A model that is asked.
@@ -120,6 +129,7 @@ def asking(
     """
     from peft import PeftModel
 
+    from ..data.pictures import ANYWHERE
     from ..errors import Problem, SpecError
     from ..generation.prompts import LAYOUTS, PromptWriter, layout_of
     from ..quantizing.state import state_of
@@ -139,7 +149,7 @@ def asking(
     if base and not isinstance(model, PeftModel):
         told += f"; --base has no effect: {path} has no adapter that could be left out"
     with without_adapter(model) if base else nullcontext():
-        yield Asked(model, PromptWriter(tokenizer, chosen), told)
+        yield Asked(model, PromptWriter(tokenizer, chosen, root=ANYWHERE), told)
 
 
 @contextmanager

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from ..generation.sampling import Sampling
 from ..remote_code import trusting
-from .answering import BareOption, LayoutOption, stdin, with_sampling_flags
+from .answering import BareOption, LayoutOption, said, stdin, with_sampling_flags
 from .commands import add
 from .evaluate import PathArgument
 from .flags import DeviceOption, ForceBaseOption, TrustOption
@@ -26,6 +27,7 @@ _HELP = """\
 /system TEXT       set the system prompt and begin anew; without TEXT, none
 /adapter on|off    answer with the adapter, or let the base answer
 /set NAME VALUE    change an option of the answers, e.g. /set temperature 0.7
+/image FILE        show a picture with the next question
 /again             answer the last question once more
 /help              this
 /exit              leave; so does Ctrl-D. Ctrl-C stops an answer"""
@@ -76,6 +78,7 @@ class Talk:
 
     Attributes:
         turns: what was said, but for the system prompt.
+        images: files of pictures that come with the next question.
         adapter: whether the adapter answers, not the base alone.
     """
 
@@ -84,7 +87,8 @@ class Talk:
     sampling: Sampling
     system: str = ""
     adapter: bool = True
-    turns: list[dict[str, str]] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
 
     def go_on(self) -> None:
         """Read and answer until there is nothing more to read."""
@@ -119,6 +123,7 @@ class Talk:
             "/system": self._set_system,
             "/adapter": self._set_adapter,
             "/set": self._set,
+            "/image": self._show,
             "/again": self._again,
             "/help": lambda _: self._say(_HELP),
         }
@@ -129,6 +134,7 @@ class Talk:
 
     def _reset(self, _: str) -> None:
         self.turns.clear()
+        self.images.clear()
         self._say("a new chat")
 
     def _set_system(self, text: str) -> None:
@@ -161,6 +167,17 @@ class Talk:
         except (SpecError, YAMLError) as error:
             self._say(str(error))
 
+    def _show(self, name: str) -> None:
+        if not name or not Path(name).expanduser().is_file():
+            self._say(
+                f"there is no file {name}; write /image FILE" if name else "write /image FILE"
+            )
+        elif self.asked.writer.layout != "chat":
+            self._say("pictures are shown in chats: begin with --layout chat")
+        else:
+            self.images.append(name)
+            self._say("it comes with your next question")
+
     def _again(self, _: str) -> None:
         if not self.turns:
             self._say("nothing was asked yet")
@@ -170,7 +187,9 @@ class Talk:
         self._answer()
 
     def _ask(self, text: str) -> None:
-        self.turns.append({"role": "user", "content": text})
+        asked = said(text, self.images)
+        self.turns += asked if self.images else [{"role": "user", "content": text}]
+        self.images = []
         self._answer()
 
     def _answer(self) -> None:

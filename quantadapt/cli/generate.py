@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..remote_code import trusting
-from .answering import BareOption, LayoutOption, stdin, with_sampling_flags
+from .answering import BareOption, LayoutOption, said, stdin, with_sampling_flags
 from .commands import add
 from .evaluate import PathArgument
 from .flags import DeviceOption, ForceBaseOption, JsonOption, TrustOption
@@ -28,6 +28,7 @@ def register(app: typer.Typer, name: str) -> None:
         with_sampling_flags(generate),
         'quantadapt generate runs/hqq-lora --prompt "Write a Python function named get_area that '
         'multiplies width by height."',
+        'quantadapt generate runs/vision --image photo.jpg --prompt "What is this?"',
         "quantadapt generate ./model --file prompts.jsonl --out answers.jsonl",
         "echo Hello | quantadapt generate ./model --prompt - --temperature 0.7 --top-p 0.9",
     )
@@ -38,6 +39,10 @@ def generate(
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", "-p", help="The prompt; - reads stdin. Repeatable."),
+    ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option("--image", "-i", help="A picture that comes before the prompt. Repeatable."),
     ] = None,
     file: Annotated[
         str | None,
@@ -80,9 +85,9 @@ def generate(
         from ..generation import Sampling
         from .answering import asking
 
-        _check(prompt, file, out, json, overwrite)
+        _check(prompt, file, out, json, overwrite, image or [])
         sampling = Sampling(**answers)
-        found = _prompts(prompt or [], file)
+        found = _prompts(prompt or [], file, image or [])
         opened = asking(shown, path, device, layout, base=base, force_base=force_base)
         with opened as asked:
             shown.err.print(asked.told, style="dim", markup=False, soft_wrap=True)
@@ -94,16 +99,29 @@ def generate(
 
 
 def _check(
-    prompt: list[str] | None, file: str | None, out: Path | None, json: bool, overwrite: bool
+    prompt: list[str] | None,
+    file: str | None,
+    out: Path | None,
+    json: bool,
+    overwrite: bool,
+    images: list[str],
 ) -> None:
     from ..errors import Problem, SpecError
     from ..folders.lines import problems_of
     from ..folders.lock import refuse_in_use
+    from ..inputs.documents import shown
 
     problems = []
     if bool(prompt) == bool(file):
         what = "there is nothing to answer" if not file else "--prompt and --file are both given"
         problems.append(Problem(what, "give --prompt TEXT or --file PROMPTS", where="--prompt"))
+    if images and file:
+        what, fix = "--file names the pictures of each of its rows", "leave --image out"
+        problems.append(Problem(what, fix, "--image"))
+    for name in images:
+        if not Path(name).expanduser().is_file():
+            what = f"there is no file {shown(name)}"
+            problems.append(Problem(what, "check the path", "--image"))
     if out is not None and not file:
         problems.append(Problem("--out takes the answers to a --file", "leave it out", "--out"))
     if out is not None and json:
@@ -116,8 +134,9 @@ def _check(
         refuse_in_use(out.expanduser())
 
 
-def _prompts(prompts: list[str], file: str | None) -> list[tuple[Any, Any]]:
-    """Return what is asked, each with the row of the file that it comes from."""
+def _prompts(prompts: list[str], file: str | None, images: list[str]) -> list[tuple[Any, Any]]:
+    """Return what is asked, each with the row of the file that it comes from. With pictures that is
+    a chat."""
     from ..errors import DataError, SpecError
     from ..generation.files import read_prompts
 
@@ -126,7 +145,8 @@ def _prompts(prompts: list[str], file: str | None) -> list[tuple[Any, Any]]:
             return list(read_prompts(file))
         except DataError as error:  # nothing was loaded yet
             raise SpecError(error.problems) from None
-    return [(None, stdin().read().strip() if text == "-" else text) for text in prompts]
+    texts = [stdin().read().strip() if text == "-" else text for text in prompts]
+    return [(None, said(text, images)) for text in texts]
 
 
 def _ids(asked: Asked, found: list[tuple[Any, Any]]) -> list[list[int]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .pixels import PICTURES, PIXELS, pixels, types_of
 from .tokens import prompt_and_completion
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ class CausalCollator:
     _trl: Any = field(default=None, init=False)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return tensors of [batch, length], and the number of labels that count, `counted`."""
+        """Return tensors of [batch, length], and the number of labels that count, `counted`. Where
+        there are pictures, `pixels`: what the model gets of those of each example."""
         if self._trl is None:
             from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -46,6 +48,10 @@ class CausalCollator:
                 row["seq_lengths"] = example["seq_lengths"]
             rows.append(row)
         batch: dict[str, Any] = self._trl(rows)
+        if any(PICTURES in example for example in examples):
+            # Of each example by itself: a batch may go through the model in parts.
+            batch[PIXELS] = [pixels(example) for example in examples]
+            batch |= types_of(examples, batch["input_ids"].shape[1])
         # Known here, it needs no waiting for a GPU.
         batch["counted"] = int((batch["labels"][:, 1:] != -100).sum())
         return batch

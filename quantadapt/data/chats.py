@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from .files import first_line, kind_of
 from .formats import Example, checked_text, from_json
+from .pictures import Picture, placed
 from .pieces import Pieces, Segment, joined
+from .pixels import reader_of
 from .templates import written_by_template
 from .tokens import Prompt
 
@@ -39,6 +42,7 @@ class Chat:
         tools: what the template gets as tools, if anything.
         dropped: why there is nothing to learn in it; empty where there is.
         remarks: what else is to be known about it.
+        pictures: of each turn, in the order in which they stand there.
     """
 
     turns: list[Turn]
@@ -46,6 +50,11 @@ class Chat:
     tools: list[Any] | None
     dropped: str = ""
     remarks: list[str] = field(default_factory=list)
+    pictures: list[list[Picture]] = field(default_factory=list)
+
+    def seen_up_to(self, index: int) -> tuple[Picture, ...]:
+        """Return the pictures of all turns up to this one."""
+        return tuple(picture for turn in self.pictures[: index + 1] for picture in turn)
 
 
 def read_chat(row: Example) -> Chat:
@@ -58,12 +67,13 @@ def read_chat(row: Example) -> Chat:
     turns = [_turn(message, number, row.where) for number, message in enumerate(messages, 1)]
     weights = [_weight(turn, number, row.where) for number, turn in enumerate(turns, 1)]
     learnt = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and weights[i]]
-    chat = Chat(turns[: learnt[-1] + 1] if learnt else [], learnt, _tools(row))
+    turns = turns[: learnt[-1] + 1] if learnt else []
+    chat = Chat(turns, learnt, _tools(row), pictures=list(map(_taken, turns)))
     for turn in (turns[i] for i in learnt):
         if not any(map(turn.get, ("content", *_SPEAKS))):
             chat.remarks.append("an empty answer is learnt")
     if not learnt:
-        answers = any(turn["role"] == "assistant" for turn in turns)
+        answers = any(isinstance(m, dict) and m.get("role") == "assistant" for m in messages)
         none = "with no turn of the assistant"
         chat.dropped = f"{none} that has weight 1" if answers else none
     return chat
@@ -101,19 +111,37 @@ def _function(call: dict[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _content(turn: Turn, number: int, where: str) -> str | None:
-    """Return the text of a turn; None where it only calls tools or thinks."""
+def _content(turn: Turn, number: int, where: str) -> str | list[dict[str, Any]] | None:
+    """Return the text of a turn, or its parts where it has pictures; None where it only calls tools
+    or thinks."""
     content, name = turn.get("content"), f"'content' of turn {number}"
     if content is None and turn["role"] == "assistant" and any(map(turn.get, _SPEAKS)):
         return None
     if isinstance(content, list) and content:
         for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text":
-                kind = part.get("type") if isinstance(part, dict) else kind_of(part)
-                fix = 'only text is read: {"type": "text", "text": "..."}'
+            kind = part.get("type") if isinstance(part, dict) else kind_of(part)
+            if kind != "text" and not _is_picture(part):
+                fix = 'only text and pictures are read: {"type": "text", "text": "..."}'
                 raise DataError(f"{name} has a part of type {kind!r}", fix=fix, where=where)
-        return "".join(checked_text(part.get("text"), name, where) for part in content)
+        texts = [p if _is_picture(p) else checked_text(p.get("text"), name, where) for p in content]
+        if any(map(_is_picture, content)):
+            return [{"type": "text", "text": t} if isinstance(t, str) else t for t in texts]
+        return "".join(texts)
     return checked_text(content, name, where)
+
+
+def _is_picture(part: Any) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("picture"), Picture)
+
+
+def _taken(turn: Turn) -> list[Picture]:
+    """Take the pictures out of a turn, and leave their places, which is what templates want."""
+    content = turn["content"]
+    if not isinstance(content, list):
+        return []
+    found = [part["picture"] for part in content if _is_picture(part)]
+    turn["content"] = [{"type": "image"} if _is_picture(part) else part for part in content]
+    return found
 
 
 def _weight(turn: Turn, number: int, where: str) -> bool:
@@ -133,24 +161,34 @@ def _tools(row: Example) -> list[Any] | None:
 
 
 def open_chat(
-    turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, plain: bool = False
+    turns: Sequence[Turn],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    plain: bool = False,
+    root: Path | None = None,
 ) -> Prompt:
     """Return the prompt that a chat is up to an answer, as it stands in training data.
 
     Args:
         turns: dicts with `role` and `content`; checked as those of data files are.
         plain: alpaca's layout, even where the tokenizer has a chat template.
+        root: the folder that pictures are named in; without it they come as bytes or data: URLs.
 
     Raises:
         DataError: they are no chat, or the template refuses them.
     """
     where = "messages"
-    checked = [_turn(turn, number, where) for number, turn in enumerate(turns, 1)]
+    placed_ = placed(turns, [], root=root, where=where)
+    checked = [_turn(turn, number, where) for number, turn in enumerate(placed_, 1)]
+    pictures = [picture for turn in checked for picture in _taken(turn)]
+    if pictures:
+        reader_of(tokenizer, where)
     if not checked:
         raise DataError("the chat has no turns", fix="ask something", where=where)
     if tokenizer.chat_template and not plain:
         writer = _writer(Chat(checked, [], None), tokenizer, where)
-        return Prompt(writer.render(len(checked), ask=True), "", templated=True)
+        text = writer.render(len(checked), ask=True)
+        return Prompt(text, "", templated=True, pictures=tuple(pictures))
     answer = {"role": "assistant", "content": ""}
     whole = Chat([*checked, answer], [len(checked)], None)
     pieces = plain_chat(whole, tokenizer, where)
@@ -172,6 +210,9 @@ def plain_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> li
     """Lay a chat out as alpaca does."""
     if chat.dropped:
         return []
+    if any(isinstance(turn["content"], list) for turn in chat.turns):
+        what, fix = "it holds pictures, and there is no chat template", "use an image-text model"
+        raise DataError(what, fix=fix, where=where)
     if any("tool_calls" in turn or turn["role"] == "tool" for turn in chat.turns):
         chat.dropped = "with calls of tools, for which the tokenizer has no chat template"
         return []
@@ -206,8 +247,11 @@ def template_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) ->
     """
     if chat.dropped:
         return []
+    if any(chat.pictures):
+        reader_of(tokenizer, where)  # or its template would fail
     writer = _writer(chat, tokenizer, where)
     texts: list[tuple[str, list[tuple[int, int]]]] = []
+    ends: list[int] = []
     for index in chat.learnt:
         if index == 0 and len(chat.learnt) > 1:
             chat.remarks.append("a turn of the assistant that opens the chat is not learnt")
@@ -223,9 +267,10 @@ def template_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) ->
             return []
         before, spans = texts[-1] if texts else ("", [])
         if spans and after.startswith(before) and start >= len(before):
-            texts[-1] = (after, [*spans, (start, len(after))])
+            texts[-1], ends[-1] = (after, [*spans, (start, len(after))]), index
         else:
             texts.append((after, [(start, len(after))]))
+            ends.append(index)
     if len(texts) > 1:
         what = (
             "chats became several examples: the chat template writes earlier turns in another way"
@@ -237,7 +282,10 @@ def template_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) ->
         chat.remarks.append(what)
     written = "".join(text for text, _ in texts)
     chat.remarks += _unwritten(chat, "by the chat template", written)
-    return [Pieces(_cut_up(text, spans, eos), templated=True) for text, spans in reversed(texts)]
+    return [
+        Pieces(_cut_up(text, spans, eos), templated=True, pictures=chat.seen_up_to(end))
+        for (text, spans), end in zip(reversed(texts), reversed(ends), strict=True)
+    ]
 
 
 @dataclass
@@ -262,7 +310,8 @@ def _writer(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> _Writ
     """Return what writes the chat in the first of its `_variants` that the template writes well."""
     refused: DataError | None = None
     poor: _Writer | None = None
-    for turns in _variants(chat.turns):
+    in_parts = "image" in str(tokenizer.chat_template)
+    for turns in _variants(chat.turns, in_parts=in_parts):
         writer = _Writer(tokenizer, turns, chat.tools, where)
         try:
             text = writer.render(len(turns))
@@ -278,10 +327,18 @@ def _writer(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> _Writ
     raise refused
 
 
-def _variants(turns: list[Turn]) -> Iterator[list[Turn]]:
+def _variants(turns: list[Turn], *, in_parts: bool = False) -> Iterator[list[Turn]]:
     """Yield a chat as it stands; with arguments of calls as objects, not as JSON text, or the
-    other way round; and with empty text for none. Templates differ in what they take."""
+    other way round; and with empty text for none. Templates differ in what they take.
+
+    Args:
+        in_parts: whether the template may want texts as parts; chats with pictures come so first.
+    """
+    if in_parts and any(isinstance(turn["content"], list) for turn in turns):
+        yield [_in_parts(turn) for turn in turns]
     yield turns
+    if in_parts:
+        yield [_in_parts(turn) for turn in turns]
     calls = any("tool_calls" in turn for turn in turns)
     silent = any(turn["content"] is None for turn in turns)
     if calls:
@@ -290,6 +347,13 @@ def _variants(turns: list[Turn]) -> Iterator[list[Turn]]:
         yield [_spoken(turn) for turn in turns]
     if calls and silent:
         yield [_spoken(_other_arguments(turn)) for turn in turns]
+
+
+def _in_parts(turn: Turn) -> Turn:
+    content = turn["content"]
+    if not isinstance(content, str):
+        return turn
+    return {**turn, "content": [{"type": "text", "text": content}]}
 
 
 def _spoken(turn: Turn) -> Turn:
@@ -318,7 +382,13 @@ def _other_form(arguments: Any) -> Any:
 
 
 def _well_written(turns: list[Turn], tools: list[Any] | None, text: str) -> bool:
-    """Whether no JSON text was quoted once more, and no missing text came out as `None`."""
+    """Whether no JSON text was quoted once more, no missing text came out as `None`, and none that
+    is in parts is missing."""
+    parts = [p for t in turns if isinstance(t["content"], list) for p in t["content"]]
+    if not all(part.get("text", "").strip() in text for part in parts):
+        return False
+    if _is_lost(turns, text):
+        return False
     arguments = [
         _function(call).get("arguments") for turn in turns for call in turn.get("tool_calls", ())
     ]
@@ -331,9 +401,16 @@ def _well_written(turns: list[Turn], tools: list[Any] | None, text: str) -> bool
     return not silent or text.count("None") <= own
 
 
+def _is_lost(turns: list[Turn], text: str) -> bool:
+    """Say whether a template has written nothing of what is said: it looks for parts."""
+    said = [turn["content"].strip() for turn in turns if isinstance(turn["content"], str)]
+    return any(said) and not any(content in text for content in said if content)
+
+
 def _head(turn: Turn, text: str) -> str:
     """Return what a template writes before the content of a turn that opens the chat."""
-    return text[: max(text.find(turn["content"]), 0)] if turn["content"] else ""
+    content = turn["content"]
+    return text[: max(text.find(content), 0)] if content and isinstance(content, str) else ""
 
 
 def _cut_up(text: str, spans: Sequence[tuple[int, int]], eos: str) -> list[Segment]:

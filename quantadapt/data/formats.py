@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
+from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError, did_you_mean
 from ..spec import DataSpec
 from .files import FORMATS, RECOGNIZED, Row, kind_of
+from .pictures import COLUMNS, pictures_in, placed
 from .report import DataReport, FileReport
 
 Shape = Literal["text", "prompt-completion", "messages"]
 
 OPTIONAL: dict[str, tuple[str, ...]] = {
-    "messages": ("tools", "functions"),
-    "sharegpt": ("system", "tools"),
+    "messages": ("tools", "functions", *COLUMNS),
+    "sharegpt": ("system", "tools", *COLUMNS),
     "oasst": ("rank", "deleted"),
     "alpaca": ("input",),
     "dolly": ("context",),
-    "prompt-completion": ("tools",),
+    "prompt-completion": ("tools", *COLUMNS),
 }
 """Format -> the columns that it takes if they are there."""
 _OTHER_TASKS = {
@@ -53,7 +55,35 @@ def examples(rows: Iterable[Row], spec: DataSpec, report: DataReport) -> Iterato
         found.format = spec.format if spec.format != "auto" else format_of(first, columns)
         known = {*FORMATS[found.format], *OPTIONAL.get(found.format, ())}
         found.unused = [str(name) for name in first.values if name not in known]
-        yield from _MAKERS[found.format](chain([first], ours), found)
+        for example in _MAKERS[found.format](chain([first], ours), found):
+            yield _with_pictures(example, spec)
+
+
+def _with_pictures(example: Example, spec: DataSpec) -> Example:
+    """Return an example whose chat holds its pictures where they stand, see `pictures.placed`. A
+    prompt with pictures becomes a chat."""
+    values, where = example.values, example.where
+    given = [v for name in COLUMNS for v in _in_column(values.get(name), name, where)]
+    turns: Any = None
+    if example.shape == "messages":
+        turns = from_json(values.get("messages"), "'messages'", where)
+    elif given and example.shape == "prompt-completion":
+        asked = {"role": "user", "content": values["prompt"]}
+        turns = [asked, {"role": "assistant", "content": values["completion"]}]
+    if not isinstance(turns, list):
+        return example
+    root = Path(spec.image_folder or Path(example.file).parent).expanduser()
+    found = placed(turns, given, root=root, most=spec.max_pixels or 0, where=where)
+    if found is turns:
+        return example
+    return replace(example, values={**values, "messages": found}, shape="messages")
+
+
+def _in_column(value: Any, name: str, where: str) -> list[Any]:
+    """Return the pictures in a column: one, several, or in a CSV file a list as JSON."""
+    if isinstance(value, str) and value.startswith("["):
+        value = from_json(value, repr(name), where)
+    return pictures_in(value)
 
 
 def named(rows: Iterable[Row], columns: Mapping[str, str], report: FileReport) -> Iterator[Row]:

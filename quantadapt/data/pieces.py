@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from .pictures import Picture
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -22,10 +24,12 @@ class Pieces:
     Attributes:
         segments: in their order.
         templated: a chat template wrote it, special tokens included: none are added.
+        pictures: those that the template has written something for, in their order.
     """
 
     segments: Sequence[Segment]
     templated: bool = False
+    pictures: Sequence[Picture] = ()
 
     @property
     def learns(self) -> bool:

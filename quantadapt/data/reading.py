@@ -18,6 +18,7 @@ from .desirable import held_out_desirable, holds_desirable
 from .files import Row
 from .formats import Example, examples
 from .labelled import held_out_labelled, holds_labels
+from .pixels import columns_of, tokenized
 from .preferences import held_out_pairs, holds_pairs
 from .report import DataReport
 from .segments import segments
@@ -199,7 +200,7 @@ def look(
     shown = list[Shown]()
     for rows, held_out in zip(read(spec), (False, True), strict=True):
         found = islice(examples(rows, spec, report), spec.max_examples)
-        for example, ids, mask in _tokenized(found, tokenizer, report, held_out=held_out):
+        for example, ids, mask, _ in _tokenized(found, tokenizer, report, held_out=held_out):
             if len(shown) < limit:
                 cut = max(0, len(ids) - length)
                 shown.append(Shown(example.where, ids[:length], mask[:length], cut))
@@ -258,9 +259,9 @@ def _tokenized(
     report: DataReport,
     *,
     held_out: bool,
-) -> Iterator[tuple[Example, list[int], list[int]]]:
-    """Yield each example that is used with all its token ids and mask, and count what is kept,
-    cut and dropped."""
+) -> Iterator[tuple[Example, list[int], list[int], dict[str, Any]]]:
+    """Yield each example that is used with all its token ids and mask, and what a data set keeps of
+    its pictures; count what is kept, cut and dropped."""
     found, limit = iter(found), report.max_length
     while batch := [*islice(found, _BATCH)]:
         texts = []
@@ -269,12 +270,20 @@ def _tokenized(
             counts.remarks.update(read.remarks)
             counts.dropped.update([read.dropped] if read.dropped else ())
             texts += [(example, pieces) for pieces in read.texts]
-        encoded = tokenize([pieces for _, pieces in texts], tokenizer)
-        for (example, _), (ids, mask) in zip(texts, encoded, strict=True):
+        encoded = tokenize([p for _, p in texts if not p.pictures], tokenizer)
+        for example, pieces in texts:
+            seen = tokenized(pieces, tokenizer, example.where) if pieces.pictures else None
+            ids, mask = (seen.ids, seen.mask) if seen else next(encoded)
             counts = report.of(example.file)
-            if any(mask[1:limit]):
+            if seen and any(seen.standing[limit:]):
+                counts.dropped[f"with pictures that do not fit into {limit} tokens"] += 1
+            elif any(mask[1:limit]):
                 counts.keep(mask, max_length=limit, held_out=held_out)
-                yield example, ids, mask
+                if seen:
+                    counts.pictures += len(pieces.pictures)
+                    counts.standing += sum(seen.standing)
+                kept = columns_of(pieces, seen, tokenizer, limit) if seen else {}
+                yield example, ids, mask, kept
             elif any(mask[1:]):
                 counts.dropped[f"with nothing to learn within {limit} tokens"] += 1
             else:
@@ -294,15 +303,18 @@ def _dataset(
     import datasets
     import numpy
 
-    all_ids, masks, more = [], [], []
-    for example, ids, mask in _tokenized(found, tokenizer, report, held_out=held_out):
+    all_ids, masks, more, pictures = [], [], [], []
+    for example, ids, mask, seen in _tokenized(found, tokenizer, report, held_out=held_out):
         all_ids.append(numpy.asarray(ids[: report.max_length], dtype=numpy.int32))
         masks.append(numpy.asarray(mask[: report.max_length], dtype=numpy.int8))
         more.append(columns(example))
+        pictures.append(seen)
     if not all_ids:
         reasons = "; ".join(text for f in report.files for text in f.losses(report.max_length))
         what = f"no example is left: {reasons or 'there is none'}"
         fix = "raise data.max_length, shorten the prompts, or fill the empty completions"
         raise DataError(what, fix=fix, where=found[0].where if found else report.files[0].file)
     extra = {name: [values[name] for values in more] for name in more[0]}
+    for name in dict.fromkeys(name for values in pictures for name in values):
+        extra[name] = [values.get(name) for values in pictures]
     return datasets.Dataset.from_dict({"input_ids": all_ids, "completion_mask": masks, **extra})

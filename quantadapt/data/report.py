@@ -24,6 +24,7 @@ class FileReport:
         dropped: how many others were left out, by reason.
         remarks: what else happened to how many examples.
         unused: columns that the format does not know.
+        pictures: of the examples that are used; `standing` tokens stand for them.
     """
 
     file: str
@@ -38,6 +39,8 @@ class FileReport:
     dropped: Counter[str] = field(default_factory=Counter)
     remarks: Counter[str] = field(default_factory=Counter)
     unused: list[str] = field(default_factory=list)
+    pictures: int = 0
+    standing: int = 0
 
     def keep(self, *masks: list[int], max_length: int, held_out: bool) -> None:
         """Count an example that is used, of one sequence or several, up to `max_length` tokens of
@@ -64,6 +67,8 @@ class FileReport:
         if 0 < self.held_out < self.examples:
             parts[0] += f" ({self.held_out:,} of them held out)"
         parts.append(f"{self.tokens:,} tokens, {self.learnt:,} of them learnt")
+        if self.pictures:
+            parts.append(f"{self.pictures:,} pictures of {self.standing:,} tokens")
         parts += self.losses(max_length) or ["none cut or dropped"]
         return ", ".join(parts)
 

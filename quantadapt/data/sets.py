@@ -123,7 +123,7 @@ def _prompt(pieces: Pieces, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     last = max(index for index, segment in enumerate(found) if segment.trained)
     reference = found[last].text.removesuffix(str(tokenizer.eos_token or ""))
     before = "".join(segment.text for segment in found[:last])
-    return Prompt(before, reference, pieces.templated)
+    return Prompt(before, reference, pieces.templated, pieces.pictures)
 
 
 def warn_of(report: DataReport) -> None:

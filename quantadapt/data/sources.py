@@ -163,7 +163,7 @@ def _of_hub(name: str) -> Rows:
     held_out = _held_out_split(splits)
 
     def rows(split: str) -> Iterator[Row]:
-        return arrow_rows(splits[split], f"{name}[{split}]")
+        return _split_rows(splits[split], f"{name}[{split}]")
 
     return Rows(partial(rows, "train"), partial(rows, held_out or "train"), held_out is not None)
 
@@ -171,8 +171,8 @@ def _of_hub(name: str) -> Rows:
 def _read_hub(name: str) -> tuple[list[Row], list[Row]]:
     splits = _splits(name)
     held_out = _held_out_split(splits)
-    evaluation = arrow_rows(splits[held_out], f"{name}[{held_out}]") if held_out else ()
-    return [*arrow_rows(splits["train"], f"{name}[train]")], [*evaluation]
+    evaluation = _split_rows(splits[held_out], f"{name}[{held_out}]") if held_out else ()
+    return [*_split_rows(splits["train"], f"{name}[train]")], [*evaluation]
 
 
 def _splits(name: str, **options: Any) -> Any:
@@ -194,6 +194,17 @@ def _splits(name: str, **options: Any) -> Any:
 
 def _held_out_split(splits: Any) -> str | None:
     return next((split for split in ("validation", "test") if split in splits), None)
+
+
+def _split_rows(split: Any, name: str) -> Iterator[Row]:
+    """Yield the rows of a split; pictures in it are not decoded."""
+    from datasets.features.features import require_decoding
+
+    features = getattr(split, "features", None) or {}
+    if any(map(require_decoding, features.values())):
+        tables = split.with_format("arrow").iter(1000)
+        return arrow_rows((row for table in tables for row in table.to_pylist()), name)
+    return arrow_rows(split, name)
 
 
 def local_files(spec: DataSpec) -> list[Path] | None:

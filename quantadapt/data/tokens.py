@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .pictures import Picture
 from .pieces import Pieces
 
 if TYPE_CHECKING:
@@ -18,11 +19,13 @@ class Prompt:
 
     Attributes:
         templated: a chat template wrote the text, special tokens included.
+        pictures: those that it has written something for.
     """
 
     text: str
     reference: str
     templated: bool = False
+    pictures: Sequence[Picture] = ()
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Prompt) -> list[int]:
@@ -50,9 +53,9 @@ def tokenize(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Yield (token ids, mask) per example: the segments one by one, between bos and eos.
 
-    Prompt and completion are tokenized apart, so that a prompt has the same tokens in training
-    and when the model is asked. What a chat template wrote stays as it is. An example without any
-    trained text gets an empty mask.
+    None of them has pictures, see `pixels.tokenized`. Prompt and completion are tokenized apart, so
+    that a prompt has the same tokens in training and when the model is asked. What a chat template
+    wrote stays as it is. An example without any trained text gets an empty mask.
     """
     flat = iter(token_ids(tokenizer, [s.text for pieces in batch for s in pieces.segments]))
     opening = opening_of(tokenizer)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..data.batches import encoder_decoder_batch, padded
+from ..data.pixels import joined, pixels, types_of
 from ..distributed.world import World, world
 from ..errors import ModelError
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ..model.head import Head
 
     Examples: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
-    _Row: TypeAlias = tuple[list[int], list[int]]
+    _Row: TypeAlias = tuple[list[int], list[int], Mapping[str, Any]]
 
 CHUNK_ELEMENTS = 2**24
 """Logits turned into float32 at a time: 64 MiB."""
@@ -104,15 +105,15 @@ def _batches(
             not count: the parts of a sharded model only work together.
     """
     rows = [
-        (place, (list(row["input_ids"]), list(row["completion_mask"])))
+        (place, (list(row["input_ids"]), list(row["completion_mask"]), row))
         for place, row in enumerate(dataset)
     ]
     rows.sort(key=lambda row: -len(row[1][0]))
     own = rows[mine.rank :: mine.size]
     batches = [own[start : start + size] for start in range(0, len(own), size)]
     if filled and len(batches) * size * mine.size < len(rows):
-        place, (ids, mask) = rows[-1]
-        batches.append([(place, (ids, [0] * len(mask)))])
+        place, (ids, mask, row) = rows[-1]
+        batches.append([(place, (ids, [0] * len(mask), row))])
     return batches
 
 
@@ -151,11 +152,14 @@ def _decode(base: Any, *args: Any, labels: None = None, **kwargs: Any) -> Any:
 def _causal(model: nn.Module, batch: Sequence[Any], pad: int, device: Any) -> tuple[Tensor, Tensor]:
     """Return (logits or hidden states [b, t - 1, ...], labels [b, t - 1]), -100 where no loss
     counts."""
-    labels = padded([_labels(ids, mask) for ids, mask in batch], -100).to(device)
+    labels = padded([_labels(ids, mask) for ids, mask, _ in batch], -100).to(device)
+    examples = [example for _, _, example in batch]
+    seen = types_of(examples, labels.shape[1]) | joined([pixels(one) for one in examples])
     output = model(
-        input_ids=padded([ids for ids, _ in batch], pad).to(device),
-        attention_mask=padded([[1] * len(ids) for ids, _ in batch], 0).to(device),
+        input_ids=padded([ids for ids, _, _ in batch], pad).to(device),
+        attention_mask=padded([[1] * len(ids) for ids, _, _ in batch], 0).to(device),
         use_cache=False,
+        **{name: value.to(device) for name, value in seen.items()},
     )
     if output.logits.dim() != 3:
         what = "it answers an example as a whole, as a classifier does, and predicts no tokens"
@@ -168,7 +172,8 @@ def _encoder_decoder(
     model: nn.Module, batch: Sequence[Any], pad: int, device: Any
 ) -> tuple[Tensor, Tensor]:
     """Return (logits [b, t, v], labels [b, t]), -100 where no loss counts."""
-    inputs = encoder_decoder_batch(batch, pad, _encoder_eos(model))
+    pairs = [(ids, mask) for ids, mask, _ in batch]
+    inputs = encoder_decoder_batch(pairs, pad, _encoder_eos(model))
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     return model(**inputs, use_cache=False).logits, inputs["labels"]
 

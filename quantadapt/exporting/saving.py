@@ -119,6 +119,8 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, base: b
 
 def _write(model: nn.Module, state: ModelState, folder: Path, *, base_id: str) -> None:
     """Write the adapter of `model`, or the base that has none, into `folder`."""
+    from ..loading.processors import save_tokenizer
+
     more: dict[str, Any] = {"base_id": base_id} if base_id else {}
     if state.adapter:
         more["active"] = save_adapters(model, folder)  # type: ignore[arg-type]
@@ -127,7 +129,7 @@ def _write(model: nn.Module, state: ModelState, folder: Path, *, base_id: str) -
     else:
         state.quantizer.save(model, folder)
     if state.tokenizer is not None:
-        state.tokenizer.save_pretrained(str(folder))
+        save_tokenizer(state.tokenizer, folder)
     write_manifest(folder, state, **more)
     if state.adapter:
         manifest = read_object(folder / MANIFEST)
@@ -199,12 +201,13 @@ def save_base(
 
 def write_base(model: nn.Module, state: ModelState, folder: Path) -> None:
     """Write the quantized base of `model` into `folder`, which is there."""
+    from ..loading.processors import save_tokenizer
     from .merging import bare_base
 
     base = model if state.adapter is None else bare_base(model)  # type: ignore[arg-type]
     state.quantizer.save(base, folder)
     if state.tokenizer is not None:
-        state.tokenizer.save_pretrained(str(folder))
+        save_tokenizer(state.tokenizer, folder)
     write_manifest(folder, state, rewritten=state.rewritten, base_id=state.base_id)
 
 

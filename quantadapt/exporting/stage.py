@@ -163,6 +163,7 @@ class _Merged(Exporter):
         return merged_bytes(tuned.model, self.kind)
 
     def write(self, tuned: Tuned, folder: Path) -> Mapping[str, Figure]:
+        from ..loading.processors import save_tokenizer
         from .checking import refuse_other_model, sketches
 
         _refuse_foreign_class(tuned.model)
@@ -171,7 +172,7 @@ class _Merged(Exporter):
         state = state_of(merged)
         self._save(merged, state, folder)
         if state.tokenizer is not None:
-            state.tokenizer.save_pretrained(str(folder))
+            save_tokenizer(state.tokenizer, folder)
         write_manifest(folder, state, **known)
         meant, kind = sketches(merged), type(merged)
         del merged  # what is read from the files takes its place

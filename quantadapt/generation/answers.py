@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..data.batches import padded
-from ..data.tokens import Prompt, encode_prompt
+from ..data.pixels import encoded, inputs_of
+from ..data.tokens import Prompt
 from ..dependencies import errors_only
 from ..errors import DataError, ModelError, warn
 from ..evaluation.predictions import device_of, evaluating, is_encoder_decoder
@@ -58,7 +59,7 @@ def greedy(
     Returns only what is new, without special tokens. Nothing is sampled, so the same model
     gives the same text again.
     """
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    ids = [encoded(tokenizer, prompt) for prompt in prompts]
     sampling = Sampling(max_new_tokens=max_new_tokens)
     return [answer.text for answer in answers(model, tokenizer, ids, sampling)]
 
@@ -77,7 +78,7 @@ def answers(
     _refuse_silent(model)
     _tell_of_length(model, prompts, sampling)
     with evaluating(model), errors_only("transformers"):
-        if not takes_rows(model):
+        if not takes_rows(model) or any(map(inputs_of, prompts)):
             yield from _one_by_one(model, tokenizer, prompts, sampling, first)
             return
         yield from _in_rows(model, tokenizer, prompts, sampling, batch_size, first)
@@ -136,7 +137,7 @@ def streamed(
     _refuse_silent(model)
     _tell_of_length(model, [ids], sampling)
     with evaluating(model), errors_only("transformers"):
-        if not takes_rows(model):
+        if not takes_rows(model) or inputs_of(ids):
             yield next(_one_by_one(model, tokenizer, [ids], sampling)).text
             return
         batch, text = rows_for(model), TextSoFar(tokenizer, sampling.stop)
@@ -201,13 +202,14 @@ def _one_by_one(
     sampling: Sampling,
     first: int = 0,
 ) -> Iterator[Answer]:
-    """Yield the answers of transformers' own `generate`: encoder-decoder models, and those whose
-    state is not keys and values alone."""
+    """Yield the answers of transformers' own `generate`: encoder-decoder models, those whose state
+    is not keys and values alone, and prompts with pictures."""
     import torch
     from transformers import LogitsProcessorList
 
     encoder_decoder, eos = is_encoder_decoder(model), tokenizer.eos_token_id
     for number, ids in enumerate(prompts, first):
+        seen = {name: value.to(device_of(model)) for name, value in inputs_of(ids).items()}
         if encoder_decoder and eos is not None:
             ids = [*ids, eos]
         inputs = padded([list(ids)], 0).to(device_of(model))
@@ -221,6 +223,7 @@ def _one_by_one(
                 generation_config=config,
                 logits_processor=LogitsProcessorList([_checked]),
                 tokenizer=tokenizer if sampling.stop else None,
+                **seen,
             )
         new = output[0, 0 if encoder_decoder else len(ids) :].tolist()
         text = TextSoFar(tokenizer, sampling.stop)

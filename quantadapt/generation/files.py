@@ -12,6 +12,7 @@ from typing import Any
 
 from ..data.files import Row, kind_of
 from ..data.formats import text_in
+from ..data.pictures import COLUMNS, pictures_in, placed
 from ..data.sources import read_source
 from ..errors import DataError
 from ..folders.lines import Lines, lines_file
@@ -46,10 +47,12 @@ def asked_in(row: Row) -> str | Turns:
     values = row.values
     for name in ("messages", "prompt"):
         if isinstance(turns := values.get(name), list):
-            return _open(turns, name, row.where)
-    for name in ("prompt", "text"):
-        if name in values:
-            return text_in(row, name)
+            pictures = [one for column in COLUMNS for one in pictures_in(values.get(column))]
+            root = Path(row.file).parent
+            return _open([*placed(turns, pictures, root=root, where=row.where)], name, row.where)
+    for column in ("prompt", "text"):
+        if column in values:
+            return text_in(row, column)
     if "instruction" in values:
         given = text_in(row, "input") if values.get("input") else ""
         instruction = text_in(row, "instruction")
@@ -81,7 +84,16 @@ class AnswerFile:
     def add(self, row: Row, answer: Answer) -> None:
         """Write a row with its answer."""
         more = {ANSWER: answer.text, "answer_tokens": answer.tokens, "finish": answer.finish}
-        self._lines.add({**row.values, **more})
+        # The bytes of pictures are no JSON, and in the file that was read.
+        kept = {k: v for k, v in row.values.items() if not (k in COLUMNS and _holds_bytes(v))}
+        self._lines.add({**kept, **more})
+
+
+def _holds_bytes(value: Any) -> bool:
+    return any(
+        isinstance(one.get("bytes") if isinstance(one, dict) else one, bytes)
+        for one in pictures_in(value)
+    )
 
 
 @contextmanager

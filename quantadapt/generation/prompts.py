@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from ..data.chats import open_chat
 from ..data.files import kind_of
 from ..data.formats import checked_text
-from ..data.tokens import Prompt, encode_prompt
+from ..data.pixels import encoded
+from ..data.tokens import Prompt
 from ..errors import DataError
 from ..inputs.documents import read_object
 
@@ -47,10 +48,13 @@ class PromptWriter:
     Attributes:
         layout: how a text is written; `layout_of` finds what the model learnt. None leaves it as
             it stands, and writes chats by the template, or in alpaca's layout where there is none.
+        root: the folder in which chats may name pictures, `ANYWHERE` for one's own; without it they
+            hold them as bytes or data: URLs.
     """
 
     tokenizer: PreTrainedTokenizerBase
     layout: Layout | None
+    root: Path | None = None
 
     def __post_init__(self) -> None:
         if self.layout == "chat" and not self.tokenizer.chat_template:
@@ -64,7 +68,7 @@ class PromptWriter:
             DataError: the turns are no chat, the text is no text that can be encoded, or there is
                 nothing to go on from.
         """
-        found = encode_prompt(self.tokenizer, self._prompt(asked))
+        found = encoded(self.tokenizer, self._prompt(asked))
         if not found:
             raise DataError("the prompt is empty", fix="write something", where="prompt")
         return found
@@ -82,7 +86,8 @@ class PromptWriter:
         if given is not asked or len(turns) < len(given):
             fix = 'write a text, or turns: [{"role": "user", "content": "..."}]'
             raise DataError(f"it is {kind_of(asked)}, and no prompt", fix=fix, where="prompt")
-        return open_chat(turns, self.tokenizer, plain=self.layout == "instruction")
+        plain = self.layout == "instruction"
+        return open_chat(turns, self.tokenizer, plain=plain, root=self.root)
 
 
 def layout_of(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> Layout:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingDependency, ModelError
-from ..inputs.documents import reason
+from ..inputs.documents import read_object, reason
 from ..inputs.weights import refuse_link_out
 from ..remote_code import trusted
 from .reading import read_config, refuse_code
@@ -73,16 +73,14 @@ def _file(source: str, name: str) -> Path | None:
 @lru_cache(maxsize=4)
 def _processor_at(source: str, trust: bool) -> Any:
     from transformers import AutoProcessor
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     if find_spec("PIL") is None:
         what = "pictures are read with Pillow, which is not installed"
         fix = "pip install 'quantadapt[vision]'"
         raise MissingDependency(what, fix=fix, where=source)
-    config = read_config(source) if _file(source, "config.json") else None
-    kind = None if config is None else PROCESSOR_MAPPING.get(type(config), None)
+    kind = _kind(source)
     reader: Any = AutoProcessor
-    if isinstance(kind, type) and find_spec("torchvision") is None:
+    if kind is not None and find_spec("torchvision") is None:
         reader = without_videos(kind)
     try:
         found = reader.from_pretrained(source, trust_remote_code=trust)
@@ -95,6 +93,29 @@ def _processor_at(source: str, trust: bool) -> Any:
     if found.chat_template is None and getattr(found, "tokenizer", None) is not None:
         found.chat_template = found.tokenizer.chat_template
     return found
+
+
+def _kind(source: str) -> Any:
+    """Return transformers' class of the processor, as its files name it, or the model's kind."""
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    for name in (*FILES[:2], "tokenizer_config.json"):
+        file = _file(source, name)
+        named = read_object(file).get("processor_class") if file else None
+        if isinstance(named, str) and isinstance(kind := getattr(transformers, named, None), type):
+            return kind
+    if _file(source, "config.json") is None:
+        return None
+    kind = PROCESSOR_MAPPING.get(type(read_config(source)), None)
+    return kind if isinstance(kind, type) else None
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer into `folder`, and beside it the files of the processor that it came with,
+    as they are."""
+    tokenizer.save_pretrained(str(folder))
+    copy_processor(tokenizer.name_or_path, folder)
 
 
 def without_videos(kind: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ..data.pixels import PICTURES, PIXELS, joined
 from ..errors import DataError, TrainingError
 from ..hookspecs import hookimpl
 from ..protocols import Task
@@ -95,6 +96,7 @@ class SFT(Task):
         that can be."""
         counted = batch.pop("counted", None)
         batch["use_cache"] = False
+        batch |= joined(batch.pop(PIXELS, ()))
         if model.config.is_encoder_decoder:
             return _share_of_mean(model, batch, count)
         if not _balances_routers(model):
@@ -121,7 +123,9 @@ class SFT(Task):
 
     def parts(self, batch: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
         """Yield its parts; how many labels count is known of the whole alone."""
-        for part in super().parts(batch, size):
+        for number, part in enumerate(super().parts(batch, size)):
+            if PIXELS in batch:
+                part[PIXELS] = batch[PIXELS][number * size : (number + 1) * size]
             if size < len(batch["input_ids"]):
                 part.pop("counted", None)  # in the whole batch
             yield part
@@ -158,6 +162,7 @@ def _causal_trainer(task: SFT, setup: Setup) -> Any:
 
     with quiet(), without_statistics(setup.model):
         if setup.spec.packing:
+            _refuse_pictures(setup.dataset)
             refuse_leaks(setup.model, _causal_collator(setup))
             if SEQUENCES not in setup.dataset.column_names:
                 setup = replace(setup, dataset=packed(setup.dataset))
@@ -171,6 +176,12 @@ def _causal_trainer(task: SFT, setup: Setup) -> Any:
     if task.logits == "model":
         _fuse_head(setup.model)
     return trainer
+
+
+def _refuse_pictures(dataset: Dataset) -> None:
+    if PICTURES in dataset.column_names:
+        what = "examples with pictures are not packed"
+        raise TrainingError(what, fix="leave train.packing out", where="train.packing")
 
 
 def _seq2seq_trainer(task: SFT, setup: Setup) -> Any:

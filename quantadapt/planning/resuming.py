@@ -23,7 +23,8 @@ OnResume = Literal["may", "more", "must not", "no effect", "not kept"]
 
 KEPT = frozenset(
     (
-        *("model", "seed", "dtype", "skip_modules", "skip_misfits"),
+        *("model", "seed", "dtype", "skip_modules", "skip_misfits", "towers"),
+        *("data.image_folder", "data.max_pixels"),
         *("new_modules", "unused_modules"),
         *("data.path", "data.eval_path", "data.eval_fraction", "data.format", "data.columns"),
         *(

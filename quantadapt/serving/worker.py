@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..data.pixels import inputs_of
 from ..evaluation.predictions import evaluating
 from ..generation.answers import answers, end_ids
 from ..generation.rows import Row, Rows, takes_rows
@@ -137,7 +138,10 @@ class Worker:
         while not self._stopped.is_set():
             busy = sum(len(batch.jobs) for batch in batches.values())
             for job in self._new(not busy, self._max_batch - busy):
-                batches[job.name].waiting.append(job)
+                if inputs_of(job.ids):
+                    self._answer(job)  # pictures go through the model by themselves
+                else:
+                    batches[job.name].waiting.append(job)
             for name, batch in batches.items():
                 if batch.waiting or batch.jobs:
                     with self._speaking(name):
@@ -149,17 +153,17 @@ class Worker:
         """Where a model cannot answer several in one batch."""
         while not self._stopped.is_set():
             for job in self._new(True, 1):
-                try:
-                    with self._speaking(job.name):
-                        found = next(
-                            answers(
-                                self._model, self.tokenizer, [job.ids], job.sampling,
-                                first=job.number,
-                            )
-                        )  # fmt: skip
-                    job.tell(Event(found.text, found.finish, found.tokens))
-                except Exception as error:
-                    _fail([job], error)
+                self._answer(job)
+
+    def _answer(self, job: Job) -> None:
+        """Answer a job by itself, at once."""
+        given = self._model, self.tokenizer, [job.ids], job.sampling
+        try:
+            with self._speaking(job.name):
+                found = next(answers(*given, first=job.number))
+            job.tell(Event(found.text, found.finish, found.tokens))
+        except Exception as error:
+            _fail([job], error)
 
     def _new(self, wait: bool, most: int) -> Iterator[Job]:
         """Yield jobs that wait, at most so many; where nothing else is to do, wait for one."""
