@@ -67,7 +67,7 @@ def work(config: dict = LLAMA_8B, **options) -> Workload:
         (LLAMA_8B, Setting(32, False, 2), 7.80),
         (LLAMA_8B, Setting(32, True, 4), 7.29),
         (LLAMA_8B, Setting(0, False, 4), 40.50),
-        (LLAMA_1B, Setting(16, False, 4), 2.90),
+        (LLAMA_1B, Setting(16, False, 4), 2.84),  # 2.90 as measured, less gradients kept twice then
     ],
 )
 def test_the_peak_is_that_which_was_measured(config, setting, measured) -> None:
