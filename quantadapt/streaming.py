@@ -469,7 +469,7 @@ def _page_locked(nbytes: int) -> Tensor:
     except OSError as error:
         raise _no_memory(nbytes, str(error)) from error
     row = torch.frombuffer(pages, dtype=torch.uint8)
-    code = _cuda_runtime().cudaHostRegister(row.data_ptr(), nbytes, 0)
+    code = _cuda_runtime().cudaHostRegister(row.data_ptr(), nbytes, 1)  # for all GPUs
     if int(code) != 0:
         raise _no_memory(nbytes, f"CUDA error {int(code)}")
     return row
