@@ -12,7 +12,6 @@ hold is right at any time.
 
 from __future__ import annotations
 
-import mmap
 import time
 import weakref
 from collections import deque
@@ -31,6 +30,7 @@ from .model.experts import SUFFIX
 from .model.flat import Leaf, laid_out, write_into
 from .model.held import held_tensors
 from .model.modules import stacks
+from .model.page_locked import page_locked, unlock
 from .protocols.grids import Grid
 
 STAY = ("bias",)
@@ -209,10 +209,10 @@ class Streamer:
         if not leaves:
             return
         self.rest()  # slots may be too small now
-        row = _page_locked(nbytes) if self._side else torch.empty(nbytes, dtype=torch.uint8)
+        row = page_locked(nbytes) if self._side else torch.empty(nbytes, dtype=torch.uint8)
         block = _Block(self, vendors, leaves, row)
         if self._side:
-            weakref.finalize(block, _unlock, row).atexit = False
+            weakref.finalize(block, unlock, row).atexit = False
         self.blocks.append(block)
 
     def use(self, block: _Block) -> Tensor:
@@ -455,35 +455,3 @@ def _timed_event(stream: Any) -> Any:
     event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record(stream)
     return event
-
-
-def _page_locked(nbytes: int) -> Tensor:
-    """Return uint8 [nbytes] in CPU memory that CUDA copies from by itself. PyTorch's own allocator
-    rounds sizes up to powers of two.
-
-    Raises:
-        ModelError: there is not so much, or it cannot be locked.
-    """
-    try:
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise _no_memory(nbytes, str(error)) from error
-    row = torch.frombuffer(pages, dtype=torch.uint8)
-    code = _cuda_runtime().cudaHostRegister(row.data_ptr(), nbytes, 0)
-    if int(code) != 0:
-        raise _no_memory(nbytes, f"CUDA error {int(code)}")
-    return row
-
-
-def _cuda_runtime() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def _unlock(row: Tensor) -> None:
-    _cuda_runtime().cudaHostUnregister(row.data_ptr())
-
-
-def _no_memory(nbytes: int, why: str) -> ModelError:
-    what = f"no {nbytes / 2**20:.0f} MiB of CPU memory can be locked for a block: {why}"
-    fix = "free memory, use a backend with fewer bits, or train.stream: experts, or none"
-    return ModelError(what, fix=fix, where="train.stream")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from quantadapt.spec import Spec
 from quantadapt.streaming import Streamer, Traffic, bring_back, stream, streamer_of
 
 LAYERS = 4
+QUICK = {"aqlm": {"beam_size": 1, "max_epochs": 1}, "autoround": {"iters": 1}}
 FEW = ("bnb-nf4", "hqq", "none", "torchao-int8")
 """Each keeps its tensors in another way."""
 OTHERS = sorted(
@@ -35,12 +37,12 @@ OTHERS = sorted(
 )
 
 
-def llama(layers: int = LAYERS, **more: Any) -> nn.Module:
+def llama(layers: int = LAYERS, size: int = 128, **more: Any) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=2048,
-        hidden_size=128,
-        intermediate_size=128,
+        hidden_size=size,
+        intermediate_size=size,
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
@@ -55,6 +57,7 @@ def base(backend: str = "hqq", model: nn.Module | None = None) -> nn.Module:
     return qa.quantize(
         llama() if model is None else model,
         backend,
+        **QUICK.get(backend, {}),
         device="cpu",
         dtype="float32",
         calibration=data if calibrates else None,
@@ -124,14 +127,24 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 def experts(kind: str) -> nn.Module:
     name, more = KINDS[kind]
-    sizes = {**BASE, **more, "hidden_size": 64, "head_dim": 16}
+    inside = {"moe_intermediate_size": 64} if "moe_intermediate_size" in more else {}
+    sizes = {**BASE, **more, **inside, "hidden_size": 64, "head_dim": 16}
     torch.manual_seed(0)
     config = getattr(transformers, name)(**sizes, initializer_range=0.1)
     return AutoModelForCausalLM.from_config(config).float().eval()
 
 
 @pytest.mark.parametrize("kind", ["qwen3-moe", "gpt-oss"])
-@pytest.mark.parametrize("backend", ["hqq", "bnb-nf4", "torchao-int8"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        *("hqq", "bnb-nf4"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("torchao-int8", "torchao-int4", "quanto", "mxfp4", "nvfp4")
+        ),
+    ],
+)
 def test_experts_compute_the_same(kind: str, backend: str) -> None:
     model = with_lora(qa.quantize(experts(kind), backend, device="cpu", dtype="float32"))
     expected = gradients(model)
@@ -152,13 +165,11 @@ def lora(model: nn.Module, **options: Any) -> Any:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "recomputed": {"gradient_checkpointing": True},
     "accumulated": {"gradient_accumulation_steps": 2, "memory": "min"},
 }
 MORE: dict[str, dict[str, Any]] = {
-    "kept": {"gradient_checkpointing": False},
     "reentrant": {"gradient_checkpointing": True, "use_reentrant": True},
-    "validated": {"eval_steps": 1, "save_steps": 1},
+    "validated": {"eval_steps": 1, "gradient_checkpointing": False},
     "through the quantizer": {"merge_aware": True},
 }
 
@@ -324,7 +335,6 @@ def test_a_checkpoint_has_the_same_files(tmp_path: Path) -> None:
 
 MERGES: dict[str, dict[str, Any]] = {
     "dense": {"kind": "dense"},
-    "nearest": {"kind": "requantize", "rounding": "nearest", "min_gain": 0},
     "dithered": {"kind": "requantize", "rounding": "dithered", "min_gain": 0},
 }
 
@@ -400,53 +410,46 @@ def test_without_a_gpu_nothing_is_streamed_and_that_is_said(
     assert len([note for note in notes if "train.stream has no effect here" in note]) == 1
 
 
-@pytest.fixture
-def on_card() -> Any:
-    """A model on the card, and what of the card it takes."""
-
-    def made(backend: str) -> tuple[Any, int]:
-        model = qa.quantize(
-            llama(8, dtype=torch.bfloat16), backend, device="cuda", dtype="bfloat16"
-        )
-        model = lora(model)
-        torch.cuda.synchronize()
-        return model, torch.cuda.memory_allocated()
-
-    return made
+def on_card(backend: str) -> Any:
+    return lora(qa.quantize(llama(8, 512), backend, device="cuda", dtype="bfloat16"))
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("backend", ["bnb-nf4", "hqq", "torchao-int8", "torchao-int4", "none"])
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"memory": "min"}])
 def test_on_a_card_training_gives_the_same_losses(
-    on_card: Any, backend: str, options: Any, tokenizer: Any, random_data: Any
+    backend: str, options: Any, tokenizer: Any, random_data: Any
 ) -> None:
-    plain = trained(on_card(backend)[0], random_data, tokenizer, cuda_graphs=False, **options)
-    model, whole = on_card(backend)
+    plain = trained(on_card(backend), random_data, tokenizer, cuda_graphs=False, **options)
+    model = on_card(backend)
     before = held(model)
     found = trained(model, random_data, tokenizer, stream="all", **options)
-    assert found.losses == plain.losses
+    assert found.losses[0] == plain.losses[0]
+    assert found.losses[1][1] == pytest.approx(plain.losses[1][1], rel=1e-4)
     assert found.streamed.gib > 0
     assert streamer_of(model) is None
     assert same(held(model), before)
+    del before
+    gc.collect()
+    whole = torch.cuda.memory_allocated()
     stream(model)
-    torch.cuda.synchronize()
-    left = torch.cuda.memory_allocated()
-    assert left < whole - 0.9 * streamed(model).nbytes
+    assert torch.cuda.memory_allocated() < whole - 0.9 * streamed(model).nbytes
     assert all(block.row.is_pinned() for block in streamed(model).blocks)
     assert next(facades(model))[1].dequantize().is_cuda
 
 
 @pytest.mark.cuda
 def test_on_a_card_it_is_never_whole_while_it_loads(tmp_path: Path) -> None:
+    from quantadapt.loading import read_ahead
     from quantadapt.quantizing import quantize_plan
 
-    llama(12).save_pretrained(tmp_path)  # type: ignore[operator]
+    llama(24, 2048).bfloat16().save_pretrained(tmp_path)  # type: ignore[operator]
     spec = Spec(model=str(tmp_path), backend="none", device="cuda", train={"stream": "all"})
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     model = quantize_plan(plan(spec, check_output=False))
     peak = torch.cuda.max_memory_allocated() - before
     tables = sum(p.nbytes for n, p in model.named_parameters() if "embed" in n or "head" in n)
-    assert streamed(model).nbytes > 8 * (block := streamed(model).blocks[0].nbytes)
-    assert peak < tables + 6 * block
+    block = streamed(model).blocks[0].nbytes
+    assert streamed(model).nbytes == 24 * block
+    assert peak < tables + 1.1 * read_ahead.AHEAD + 4 * block < 0.7 * streamed(model).nbytes
