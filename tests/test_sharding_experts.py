@@ -12,6 +12,7 @@ from processes import in_processes
 from test_experts import gradients, ids, made, quantized, with_lora
 from test_sharding import held
 
+pytestmark = pytest.mark.slow  # test_sharding shards layers in processes of its own
 KINDS = ("qwen3-moe", "gpt-oss", "deepseek-v3")
 
 
