@@ -394,6 +394,46 @@ def finished(small: Path, tmp_path_factory: Any) -> Path:
     return output
 
 
+ROWS: dict[str, Any] = {
+    "pairs": lambda i: {"prompt": f"{i}?", "chosen": "yes " * (1 + i % 3), "rejected": "no"},
+    "labels": lambda i: {"text": f"Line {i}. " * (1 + i % 3), "label": "ab"[i % 2]},
+    "words": lambda i: {"tokens": ["one", "two"][: 1 + i % 2], "ner_tags": ["A", "B"][: 1 + i % 2]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "rows"),
+    [
+        *((name, "pairs") for name in ("dpo", "orpo", "simpo", "reward")),
+        *(("classify", "labels"), ("classify-tokens", "words")),
+    ],
+)
+def test_each_objective_goes_on_bit_by_bit_and_stops_at_what_is_no_number(
+    objective: str, rows: str, small: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(ROWS[rows](i)) + "\n" for i in range(12)))
+    values = {"objective": objective, "data": {"path": str(data), "max_length": 16}}
+    train = {"learning_rate": 1e-2, "logging_steps": 1}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    qa.run(spec_of(small, whole, train, **values))
+    shutil.copytree(whole, cut)  # and what a kill before the last checkpoint would leave
+    for name in ("adapter", "checkpoints/checkpoint-4"):
+        shutil.rmtree(cut / name)
+    RunFolder(cut).set_state("running")
+    result = qa.run(spec_of(small, cut, {**train, "resume": True}, **values))
+    assert result.metrics["train"]["steps"] == 4
+    losses = [{m["step"]: m["loss"] for m in RunFolder(f).read_metrics()} for f in (whole, cut)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+    weights = [(f / "adapter" / "adapter_model.safetensors").read_bytes() for f in (whole, cut)]
+    assert weights[0] == weights[1]
+    with pytest.raises(TrainingError, match="no number any more at step"):
+        qa.run(spec_of(small, tmp_path / "nan", {**train, "learning_rate": 1e30}, **values))
+    assert RunFolder(tmp_path / "nan").marker["state"] == "failed"
+
+
 def test_every_key_of_the_spec_has_its_row() -> None:
     keys = set(resuming.keys_of(Spec))
     named = resuming.KEPT | resuming.UNUSED | resuming.LONGER | resuming.NOT_KEPT

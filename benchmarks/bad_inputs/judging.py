@@ -120,8 +120,8 @@ def _folders() -> Iterator[Case]:
     for name, damage in documents():
         yield Case("judge: settings.json", name, PAIR, _with(_begun, at(settings, damage)))
         for file in ("pairs.jsonl", "judgements.jsonl", "votes.jsonl"):
-            whole = (name, file) == ("cut in half", "votes.jsonl")  # half a vote is none
-            wanted = "either" if whole or name in ("empty", "missing") else "refused"
+            cut = ("empty", "missing", "cut in half")  # where a line ends, nobody can tell
+            wanted = "either" if name in cut else "refused"
             damaged = _with(at(f"{JUDGED}/{file}", damage))
             yield Case(f"people: {file}", name, REPORT, damaged, wanted)
     inside = f"{JUDGED}/answers-a.jsonl"
