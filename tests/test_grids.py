@@ -14,8 +14,8 @@ from quantadapt_torchao import Int8 as TorchAOInt8
 from torch import nn
 
 from quantadapt import compiling
-from quantadapt.protocols import CodebookGrid, UniformGrid
-from quantadapt.protocols.grids import fixed_noise
+from quantadapt.protocols import CodebookGrid, UniformGrid, grids
+from quantadapt.protocols.grids import _place, fixed_noise
 
 QUANTIZERS = [
     *(HQQ(bits=b, axis=a, group_size=g) for b in (1, 2, 3, 4, 8) for a, g in ((0, 64), (1, None))),
@@ -187,6 +187,24 @@ def test_tiles_for_tensor_cores_hold_what_is_packed():
     assert torch.equal(again, packed)
 
 
+def test_numbers_are_looked_up_where_edges_lie() -> None:
+    """All of float8 and of nf4, at the edges, one number off them, and at both zeros."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    nf4 = NF4().target.grid(quantized(NF4(), (64, 128), torch.float32)).levels
+    for levels in (codes[codes.isfinite()].unique(), nf4, torch.tensor([-1.0, 1.0])):
+        edges = torch.cat([(levels[1:] + levels[:-1]) / 2, torch.tensor([torch.inf] * 3)])
+        ends = torch.tensor([-torch.inf, torch.inf])
+        near = [edges, edges.nextafter(ends[0]), edges.nextafter(ends[1]), -edges, levels, ends,
+                torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38])]  # fmt: skip
+        numbers = torch.cat([*near, torch.randn(2**14) * levels.abs().max()])
+        assert grids._buckets(tuple(edges.tolist())) is not None
+        assert torch.equal(_place(numbers, edges), torch.bucketize(numbers, edges))
+    close = torch.tensor([1.0, 1.0001])
+    assert grids._buckets(tuple(close.tolist())) is None
+    numbers = torch.linspace(0.9, 1.1, 2**15)
+    assert torch.equal(_place(numbers, close), torch.bucketize(numbers, close))
+
+
 @pytest.mark.parametrize("count", [3, 16, 200])
 def test_few_and_many_levels_are_found_alike(count):
     """Between the levels, on the edges, far outside and where a level is no number."""
@@ -199,6 +217,9 @@ def test_few_and_many_levels_are_found_alike(count):
         [known, edges, edges.nextafter(torch.tensor(9.0)), torch.tensor([-99, 99.0])]
     )
     wanted = wanted[torch.arange(128) % len(wanted)].view(2, 64)
+    assert torch.equal(_place(wanted, edges), torch.bucketize(wanted, edges))
+    many = wanted.repeat(128, 1)  # which are looked up
+    assert torch.equal(_place(many, edges), torch.bucketize(many, edges))
     nearest = (wanted.view(-1, 1) - known).abs().min(1).values.view(2, 64)
     torch.testing.assert_close((grid.nearest(wanted) - wanted).abs(), nearest, rtol=0, atol=1e-6)
     assert torch.equal(

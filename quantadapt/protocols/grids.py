@@ -10,6 +10,7 @@ lost of each is random, and sums over many weights keep the change.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -173,7 +174,7 @@ class CodebookGrid(Grid):
 
     def _codes(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         _, order, _ = self._sorted
-        return order[self._places(weight, scale)]
+        return _at(order, self._places(weight, scale))
 
     def _places(self, weight: Tensor, scale: Tensor) -> Tensor:
         import torch
@@ -191,28 +192,60 @@ class CodebookGrid(Grid):
         below[0] = above[0]
         above = torch.where(above.isfinite() & (above > 0), above, below)  # of the last level
         place = self._places(start, scale)
-        moved = levels.take(place) + (change / scale).nan_to_num(nan=0)
-        moved = moved + noise * torch.where(noise < 0, below.take(place), above.take(place))
-        return order.take(_place(moved, halfway))
+        moved = _at(levels, place) + (change / scale).nan_to_num(nan=0)
+        moved = moved + noise * torch.where(noise < 0, _at(below, place), _at(above, place))
+        return _at(order, _place(moved, halfway))
 
     def _values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        return (self.levels[codes] * scale).to(self.dtype)
+        return (_at(self.levels, codes) * scale).to(self.dtype)
 
 
-_FEW = 32
-"""Edges that a CPU compares with each number sooner than it searches among them."""
+_MANY = 2**14
+"""Numbers from which on a CPU looks them up rather than searches among the edges."""
 
 
 def _place(numbers: Tensor, edges: Tensor) -> Tensor:
     """Return how many of the ascending `edges` are below each number: int64."""
     import torch
 
-    if numbers.is_cuda or len(edges) > _FEW:
+    found = None
+    if not numbers.is_cuda and numbers.numel() >= _MANY and numbers.dtype == torch.float32:
+        found = _buckets(tuple(edges.tolist()))
+    if found is None:
         return torch.bucketize(numbers, edges)
-    found = torch.zeros(numbers.shape, dtype=torch.uint8, device=numbers.device)
-    for edge in edges:
-        found += numbers > edge
-    return found.long()
+    below, edge = found
+    bucket = _bucket(numbers)
+    return _at(below, bucket) + (numbers > _at(edge, bucket))
+
+
+def _at(table: Tensor, places: Tensor) -> Tensor:
+    """Return table[places]; on a CPU in a half of the time."""
+    return table.index_select(0, places.reshape(-1)).view(places.shape)
+
+
+def _bucket(numbers: Tensor) -> Tensor:
+    """Return the bucket of each number in float32, by sign, exponent and four bits more: int32,
+    0 to 8191, and the higher the larger the number."""
+    import torch
+
+    bits = numbers.contiguous().view(torch.int32)
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> 19) + 4096
+
+
+@lru_cache(maxsize=16)
+def _buckets(edges: tuple[float, ...]) -> tuple[Tensor, Tensor] | None:
+    """Return for each bucket how many edges are in those below it, int64 [8192], and the edge that
+    it holds, infinity where there is none; None where one holds several."""
+    import torch
+
+    with torch.inference_mode(False):
+        finite = torch.tensor([edge + 0.0 for edge in edges if math.isfinite(edge)])  # no -0.0
+        counts = torch.bincount(places := _bucket(finite), minlength=8192)
+        if counts.max() > 1:
+            return None
+        held = torch.full((8192,), torch.inf)
+        held[places.long()] = finite
+        return counts.cumsum(0) - counts, held
 
 
 def _dithered(start: Tensor, change: Tensor, *rest: Any) -> Tensor:
