@@ -102,11 +102,12 @@ def prompts(given: argparse.Namespace) -> list[str]:
 
     from quantadapt import demo
 
-    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+    tokenizer, most = AutoTokenizer.from_pretrained(demo.MODEL_DIR), SHAPES[given.shape].length
+    length = min(PROMPT, most // 2)
     ids = tokenizer(demo.TEXT_FILE.read_text(encoding="utf-8"))["input_ids"]
     count = given.steps * given.batch // given.group
     starts = range(1, 1 + count * 37, 37)
-    return [tokenizer.decode(ids[start : start + PROMPT - 1]) for start in starts]
+    return [tokenizer.decode(ids[start : start + length - 1]) for start in starts]
 
 
 def vowels(completions: list[str], **_: Any) -> list[float]:

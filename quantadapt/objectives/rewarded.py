@@ -123,11 +123,19 @@ class RewardTask(AnswerTask):
         or the model without its adapter is no reference."""
         from ..data.prompts import ROW
         from ..evaluation.preferences import has_reference
+        from ..generation.answers import context_of
 
         _ = self.scorer
         if ROW not in setup.dataset.column_names:
             what = f"the data hold no prompts as {type(self).__name__} reads them"
             raise TrainingError(what, fix="pass a file with a column prompt", where="data")
+        most, longest = context_of(setup.model), max(self.lengths(setup.dataset))
+        if most and longest - self.max_completion_length >= most:
+            what = (
+                f"a prompt has {longest - self.max_completion_length:,} tokens, the model is made"
+            )
+            what += f" for {most:,}"
+            raise TrainingError(what, fix="lower data.max_length: it drops such", where="data")
         if self.beta and not has_reference(setup.model):
             what = "the model without its adapter is not what training begins with, so it is no"
             what += " reference for beta"
