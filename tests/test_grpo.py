@@ -531,6 +531,14 @@ def test_a_sharded_base_is_refused(functions, tmp_path) -> None:
         qa.plan(spec, processes=2)
 
 
+def test_a_prompt_that_leaves_no_room_is_told_before_the_first_step(functions, tmp_path) -> None:
+    spec = qa.Spec(data={"path": str(written(tmp_path, [{"prompt": "word " * 900}] * 2)),
+                         "eval_fraction": 0.5, "max_length": 4000}).data  # fmt: skip
+    data = load_prompts(spec, tokenizer(), seed=0).train
+    with pytest.raises(qa.QuantadaptError, match="tokens, the model is made for 512"):
+        trained(attached(), data, {"name": "grpo", "rewards": [f"{functions}:right"]})
+
+
 def test_a_start_that_changes_the_base_is_no_reference(functions, tmp_path) -> None:
     objective = {"name": "grpo", "rewards": [f"{functions}:right"], "beta": 0.1}
     with pytest.raises(qa.QuantadaptError, match="is not what training begins with"):
@@ -613,5 +621,6 @@ def test_a_run_measures_rewards_before_and_after(vowels, tmp_path) -> None:
     assert values["merged"] == pytest.approx(values["tuned"], abs=0.05)
     lines = [*map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())]
     assert all("reward" in line for line in lines)
+    assert not [text for text in result.metrics["warnings"] if "loss" in text]
     report = (tmp_path / "run" / "report.html").read_text()
     assert "Training reward by step" in report

@@ -131,10 +131,8 @@ class RewardTask(AnswerTask):
             raise TrainingError(what, fix="pass a file with a column prompt", where="data")
         most, longest = context_of(setup.model), max(self.lengths(setup.dataset))
         if most and longest - self.max_completion_length >= most:
-            what = (
-                f"a prompt has {longest - self.max_completion_length:,} tokens, the model is made"
-            )
-            what += f" for {most:,}"
+            what = f"a prompt has {longest - self.max_completion_length:,} tokens"
+            what += f", the model is made for {most:,}"
             raise TrainingError(what, fix="lower data.max_length: it drops such", where="data")
         if self.beta and not has_reference(setup.model):
             what = "the model without its adapter is not what training begins with, so it is no"
