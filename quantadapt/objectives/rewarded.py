@@ -76,7 +76,8 @@ class RewardTask(AnswerTask):
         found, size = [], train.per_device_train_batch_size
         if size % self.num_generations:
             what = f"{size} answers are no whole groups of {self.num_generations}"
-            fix = f"set it to a multiple of num_generations, e.g. {self.num_generations}"
+            near = max(size - size % self.num_generations, self.num_generations)
+            fix = f"set it to a multiple of num_generations, e.g. {near}"
             where = "train.per_device_train_batch_size"
             found.append(Problem(what, fix, where, "rewards-groups"))
         found += problems(self.rewards, "objective.rewards")
