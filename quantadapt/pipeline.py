@@ -462,7 +462,8 @@ class _Run:
         )
 
     def record_training(self, result: TrainResult) -> None:
-        self.losses = result.losses
+        # That of answers of its own, which change as it learns, does not say how well it does.
+        self.losses = [] if self.plan.task.generates else result.losses
         names = ("steps", "validation", "best_step", "kept_step", "stopped_early",
                  "seconds", "tokens", "peak_memory_gib", "resumed_from",
                  "trainable_parameters", "base_parameters", "dequantize_share",

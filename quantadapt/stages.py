@@ -239,7 +239,7 @@ def train(
             on_log=log,
             on_note=note,
         )
-        for text in training_warnings(result.losses):
+        for text in [] if task.generates else training_warnings(result.losses):
             tell("warning", {"text": text})
         return result
 

@@ -218,7 +218,7 @@ CASES: dict[str, dict[str, Any]] = {
         "learning_rate": 1.0,
     },
 }
-QUICK = ("grpo: dapo, kl, two functions", "rloo: clipped")
+QUICK = ("grpo: dapo, kl, two functions",)
 THEIRS = ("reward", "reward_std", "frac_reward_zero_std", "clip_ratio/region_mean")
 FIGURES = (*THEIRS, "completions/mean_length", "completions/clipped_ratio")
 
@@ -357,7 +357,8 @@ def test_answers_are_those_of_generate_with_the_seed_of_the_step(
     assert len({answer.ids for *_, answer in seen[:4]}) > 1  # of one group
 
 
-@pytest.mark.parametrize("iterations", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("iterations", [1, 3])
 def test_a_resumed_run_is_the_same_bit_for_bit(vowels, tmp_path, iterations) -> None:
     """Draws are seeded by the step; answers that are used further lie in the checkpoint."""
     objective = sampled(vowels, num_iterations=iterations, beta=0.1)
@@ -376,8 +377,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit(vowels, tmp_path, iterations) -> 
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("given")
-@pytest.mark.parametrize("loss_type", ["dapo", pytest.param("grpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
 def test_accumulated_and_in_parts_is_the_same(functions, tmp_path, monkeypatch, loss_type) -> None:
     data = read(written(tmp_path)).train
     objective = {"name": "grpo", "rewards": [f"{functions}:right"], "beta": 0.1}
@@ -453,7 +455,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in ("hangs", "nan") else pytest.mark.slow) for k in BAD]
+)
 def test_a_bad_reward_function_is_told(kind, tmp_path) -> None:
     body, expected = BAD[kind]
     file = tmp_path / "bad.py"
@@ -493,7 +497,7 @@ def test_equal_rewards_are_told_once(tmp_path) -> None:
 
 
 PROBLEMS = {
-    "groups": ({"num_generations": 3}, {}, "8 answers are no whole groups of 3"),
+    "groups": ({"num_generations": 3}, {}, r"8 answers are no whole groups of 3[^$]*e.g. 6"),
     "weights": ({"reward_weights": [1, 2]}, {}, "there are 2 reward_weights for 1 reward"),
     "no file": ({"rewards": ["gone.py:f"]}, {}, "there is no file gone.py"),
     "no function": ({"rewards": ["FILE:other"]}, {}, "there is no function 'other' in"),
@@ -529,6 +533,14 @@ def test_a_sharded_base_is_refused(functions, tmp_path) -> None:
     )
     with pytest.raises(PlanRefused, match="fsdp-generates"):
         qa.plan(spec, processes=2)
+
+
+def test_a_prompt_that_leaves_no_room_is_told_before_the_first_step(functions, tmp_path) -> None:
+    spec = qa.Spec(data={"path": str(written(tmp_path, [{"prompt": "word " * 900}] * 2)),
+                         "eval_fraction": 0.5, "max_length": 4000}).data  # fmt: skip
+    data = load_prompts(spec, tokenizer(), seed=0).train
+    with pytest.raises(qa.QuantadaptError, match="tokens, the model is made for 512"):
+        trained(attached(), data, {"name": "grpo", "rewards": [f"{functions}:right"]})
 
 
 def test_a_start_that_changes_the_base_is_no_reference(functions, tmp_path) -> None:
@@ -613,5 +625,6 @@ def test_a_run_measures_rewards_before_and_after(vowels, tmp_path) -> None:
     assert values["merged"] == pytest.approx(values["tuned"], abs=0.05)
     lines = [*map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())]
     assert all("reward" in line for line in lines)
+    assert not [text for text in result.metrics["warnings"] if "loss" in text]
     report = (tmp_path / "run" / "report.html").read_text()
     assert "Training reward by step" in report

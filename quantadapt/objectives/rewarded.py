@@ -76,7 +76,8 @@ class RewardTask(AnswerTask):
         found, size = [], train.per_device_train_batch_size
         if size % self.num_generations:
             what = f"{size} answers are no whole groups of {self.num_generations}"
-            fix = f"set it to a multiple of num_generations, e.g. {self.num_generations}"
+            near = max(size - size % self.num_generations, self.num_generations)
+            fix = f"set it to a multiple of num_generations, e.g. {near}"
             where = "train.per_device_train_batch_size"
             found.append(Problem(what, fix, where, "rewards-groups"))
         found += problems(self.rewards, "objective.rewards")
@@ -123,11 +124,17 @@ class RewardTask(AnswerTask):
         or the model without its adapter is no reference."""
         from ..data.prompts import ROW
         from ..evaluation.preferences import has_reference
+        from ..generation.answers import context_of
 
         _ = self.scorer
         if ROW not in setup.dataset.column_names:
             what = f"the data hold no prompts as {type(self).__name__} reads them"
             raise TrainingError(what, fix="pass a file with a column prompt", where="data")
+        most, longest = context_of(setup.model), max(self.lengths(setup.dataset))
+        if most and longest - self.max_completion_length >= most:
+            what = f"a prompt has {longest - self.max_completion_length:,} tokens"
+            what += f", the model is made for {most:,}"
+            raise TrainingError(what, fix="lower data.max_length: it drops such", where="data")
         if self.beta and not has_reference(setup.model):
             what = "the model without its adapter is not what training begins with, so it is no"
             what += " reference for beta"

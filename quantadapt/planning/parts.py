@@ -230,8 +230,10 @@ def evaluators_of(
     options have these in their names, too: `exact (shots=5)`."""
     found: dict[str, Evaluator] = {}
     wanted: Sequence[Named] = draft.spec.evaluate.wanted
+    told_by_task: set[str] = set()
     if objective is not None and "evaluations" not in draft.spec.evaluate.model_fields_set:
         given = {name: task.evaluated_with(name) if task else {} for name in objective.evaluations}
+        told_by_task = {name for name, options in given.items() if options or task is None}
         its_own = [Named(name=name, **options) for name, options in given.items()]
         wanted = [*its_own, *wanted[len(draft.spec.evaluate.evaluations) :]]
     names = [named.name for named in wanted]
@@ -248,7 +250,7 @@ def evaluators_of(
             draft.problems.append(Problem(what, fix, where="evaluate.evaluations"))
         if evaluator is not None and record is not None:
             found[label] = evaluator
-            if not missing_requirements(record):
+            if not missing_requirements(record) and label not in told_by_task:
                 draft.problems += evaluator.refusals()
     return found
 
