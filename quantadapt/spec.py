@@ -30,7 +30,8 @@ DataFormat = Literal["auto", "text", "prompt-completion", "alpaca", "dolly", "se
 Column = Literal["text", "prompt", "completion", "instruction", "input", "output", "context",
                  "response", "instances", "messages", "tools", "conversations", "system",
                  "message_id", "parent_id", "role", "rank", "chosen", "rejected", "label", "labels",
-                 "tokens", "words", "tags", "images", "image"]
+                 "tokens", "words", "tags", "images", "image", "anchor", "positive", "negative",
+                 "sentence1", "sentence2", "score", "query", "passage"]
 # fmt: on
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Streaming = Literal["auto", "none", "experts", "all"]

@@ -54,6 +54,8 @@ BUILTIN = {
     "grpo": "quantadapt.objectives.grpo",
     "rloo": "quantadapt.objectives.rloo",
     "pretrain": "quantadapt.objectives.pretrain",
+    "embed": "quantadapt.objectives.embed",
+    "rerank": "quantadapt.objectives.rerank",
     "perplexity": "quantadapt.evaluation.perplexity",
     "tasks": "quantadapt.benchmarking.tasks",
     "preferences": "quantadapt.evaluation.preferences",
@@ -62,6 +64,7 @@ BUILTIN = {
     "classification": "quantadapt.evaluation.classification",
     "rewards": "quantadapt.evaluation.rewards",
     "agreement": "quantadapt.evaluation.agreement",
+    "retrieval": "quantadapt.evaluation.retrieval",
     "exports": "quantadapt.exporting.exports",
 }
 """Plugins that are always there, whatever QUANTADAPT_PLUGINS says: name -> module."""
