@@ -17,6 +17,7 @@ import quantadapt as qa
 from quantadapt.data.batches import CausalCollator
 from quantadapt.data.pixels import PIXELS, joined
 from quantadapt.data.reading import load_data, load_everything
+from quantadapt.data.sources import read_source
 from quantadapt.errors import DataError, PlanRefused, TrainingError
 from quantadapt.evaluation.perplexity import perplexity
 from quantadapt.loading.processors import processor_at
@@ -191,7 +192,7 @@ def test_all_forms_are_one_example(form, kind, tmp_path) -> None:
         assert list(found[name]) == list(expected[name])
 
 
-def test_parquet_and_the_hubs_structs_hold_bytes(kind, tmp_path) -> None:
+def test_parquet_and_the_hubs_structs_hold_bytes(kind, tmp_path, monkeypatch) -> None:
     import datasets
 
     turns = [{"role": "user", "content": QUESTION}, *chat()[1:]]
@@ -207,9 +208,8 @@ def test_parquet_and_the_hubs_structs_hold_bytes(kind, tmp_path) -> None:
     found = load_everything(str(tmp_path / "rows.parquet"), kind.tokenizer)
     assert len(found) == 2
     assert found[0]["pictures"][0]["bytes"][:4] == b"\x89PNG"
-    from quantadapt.data.sources import _rows_of
-
-    row = next(iter(_rows_of(made, "org/name[train]")))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": made})
+    row = read_source("owner/name")[0][0]
     assert row.values["images"][0]["bytes"][:4] == b"\x89PNG"
 
 
