@@ -42,6 +42,7 @@ def test_the_language_model_alone_is_quantized_and_adapted(family, small_picture
     assert len(adapted(tuned)) == 14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_live_model_too(family, small_picture_models) -> None:
     model = transformers.AutoModelForImageTextToText.from_pretrained(small_picture_models[family])
@@ -73,6 +74,7 @@ def test_the_projector_in_the_vision_tower_by_itself(small_picture_models) -> No
     ]
 
 
+@pytest.mark.slow
 def test_a_tower_that_is_frozen_is_not_recomputed(small_picture_models) -> None:
     for family in FAMILIES:
         model = qa.quantize(str(small_picture_models[family]), "hqq", dtype="float32")
@@ -135,6 +137,7 @@ def test_towers_that_a_model_has_not_are_refused(tmp_path, small_picture_models)
         Spec(towers=[])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_alone_is_learnt_too(family, small_picture_models, tmp_path) -> None:
     model = qa.quantize(str(small_picture_models[family]), "hqq", dtype="float32")
@@ -151,6 +154,7 @@ def test_text_alone_is_learnt_too(family, small_picture_models, tmp_path) -> Non
 KINDS = ["LlavaConfig", "Idefics3Config", "Qwen3VLConfig", "Mistral3Config", "InternVLConfig"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_families_say_what_they_are_made_of(kind) -> None:
     config = getattr(transformers, kind)()

@@ -49,12 +49,20 @@ def choose(data: Dataset, *, count: int = COUNT, seed: int = 0) -> Examples:
     Raises:
         DataError: there is no column `input_ids`, or too little data.
     """
-    import torch
-
     if "input_ids" not in getattr(data, "column_names", ["input_ids"]):
         raise DataError("the data set has no column input_ids", fix=_FIX, where=_WHERE)
     chosen = random.Random(seed).sample(range(len(data)), min(count, len(data)))
-    return checked({"input_ids": torch.tensor([data[index]["input_ids"]])} for index in chosen)
+    return checked(_shown(data[index]) for index in chosen)
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what a model gets of a tokenized example, its pictures too."""
+    import torch
+
+    from ..data.pixels import pixels, types_of
+
+    ids = torch.tensor([row["input_ids"]])
+    return {"input_ids": ids, **types_of([row], ids.shape[1]), **pixels(row)}
 
 
 def checked(examples: Any) -> Examples:
