@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,17 +47,20 @@ def written(folder: Path, rows: list[dict[str, Any]], times: int = 2) -> Any:
     return Spec(data={"path": str(folder), "max_length": 48}).data
 
 
-@cache
 def encoder(kind: str = "BertModel") -> Path:
     """A tiny BERT of random weights with the demo's words."""
-    import tempfile
+    return Path(_encoder(kind).name)
 
+
+@cache
+def _encoder(kind: str) -> tempfile.TemporaryDirectory[str]:
     import transformers
     from tokenizers import Tokenizer
     from transformers import BertConfig, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    folder = Path(tempfile.mkdtemp(prefix="quantadapt-test-"))
+    kept = tempfile.TemporaryDirectory(prefix="quantadapt-test-")
+    folder = Path(kept.name)
     config = BertConfig(vocab_size=2048, hidden_size=32, num_hidden_layers=2, pad_token_id=2,
                         num_attention_heads=2, intermediate_size=64, num_labels=1)  # fmt: skip
     getattr(transformers, kind)(config).save_pretrained(folder)
@@ -66,14 +69,7 @@ def encoder(kind: str = "BertModel") -> Path:
         tokenizer_object=words, pad_token="<pad>", eos_token="</s>", cls_token="<s>",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     ).save_pretrained(folder)  # fmt: skip
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _clean() -> Any:
-    yield
-    for kind in ("BertModel",):
-        shutil.rmtree(encoder(kind), ignore_errors=True)
+    return kept
 
 
 def sentence_transformer(model: Any, folder: Path, pooling: str) -> Any:
