@@ -21,6 +21,7 @@ from ..errors import warn
 from ..model.recording import recording
 from ..model.sinks import NAME as SINKS
 from ..model.sinks import fused_groups
+from ..model.towers import towers_of
 from ..streaming import streamer_of
 from .rows import Row, Rows, base_of
 
@@ -57,6 +58,7 @@ def takes_slots(model: nn.Module) -> bool:
         bool(getattr(base, "_can_compile_fullgraph", False))
         and config._attn_implementation in ("sdpa", "eager", SINKS)
         and kinds <= {"full_attention", "sliding_attention"}
+        and not towers_of(base)  # where a picture was, positions are no counts
     )
 
 
