@@ -321,7 +321,7 @@ def test_the_plan_counts_the_teacher(tmp_path: Path) -> None:
 
 
 def test_agreement_is_the_divergence_from_the_dense_model(random_data: Any) -> None:
-    from quantadapt.evaluation.agreement import AgreementEvaluator
+    from quantadapt.evaluation.dense_agreement import AgreementEvaluator
     from quantadapt.protocols import Given
 
     model, measures = attached(), AgreementEvaluator(max_tokens=200)
@@ -347,7 +347,7 @@ def test_agreement_is_the_divergence_from_the_dense_model(random_data: Any) -> N
 
 
 def test_agreement_says_what_it_does_not_know(random_data: Any) -> None:
-    from quantadapt.evaluation.agreement import AgreementEvaluator
+    from quantadapt.evaluation.dense_agreement import AgreementEvaluator
     from quantadapt.protocols import Given
 
     with pytest.raises(ModelError, match="reference: PATH"):

@@ -63,7 +63,7 @@ def test_each_process_takes_its_part(monkeypatch) -> None:
     rows = examples(7)
     parts = [_batches(rows, 2, World(rank, rank, 2), filled=True) for rank in range(2)]
     assert [len(part) for part in parts] == [2, 2]
-    taken = [ids for part in parts for batch in part for _, (ids, mask) in batch if any(mask)]
+    taken = [ids for part in parts for batch in part for _, (ids, mask, *_) in batch if any(mask)]
     assert sorted(taken, key=len) == [row["input_ids"] for row in rows]
     lonely = [_batches(rows[:5], 2, World(rank, rank, 2), filled=True) for rank in range(2)]
     assert [len(part) for part in lonely] == [2, 2]

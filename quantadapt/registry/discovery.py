@@ -63,7 +63,7 @@ BUILTIN = {
     "rewarded": "quantadapt.rewarding.evaluation",
     "classification": "quantadapt.evaluation.classification",
     "rewards": "quantadapt.evaluation.rewards",
-    "agreement": "quantadapt.evaluation.agreement",
+    "agreement": "quantadapt.evaluation.dense_agreement",
     "retrieval": "quantadapt.evaluation.retrieval",
     "exports": "quantadapt.exporting.exports",
 }
