@@ -19,12 +19,12 @@ from quantadapt import cli
 from quantadapt.data import streams
 from quantadapt.data.batches import CausalCollator
 from quantadapt.data.files import Row
-from quantadapt.data.streams import load_stream
+from quantadapt.data.streams import load_stream, survey_stream
 from quantadapt.errors import DataError, PlanRefused, SpecError
 from quantadapt.machine import Machine
 from quantadapt.objectives.pretrain import Pretrain
 from quantadapt.planning.stage import plan
-from quantadapt.spec import Spec
+from quantadapt.spec import DataSpec, Spec
 from quantadapt.testing.small_demo import small_model
 
 TRAIN = {"logging_steps": 1, "per_device_train_batch_size": 2, "warmup_ratio": 0.0,
@@ -282,3 +282,10 @@ def test_every_cell_learns_text(backend: str, adapter: str, tmp_path: Path, caps
     metrics = json.loads((out / "metrics.json").read_text())
     values = metrics["evaluations"]["perplexity"]["loss"]["values"]
     assert values["tuned"] < values["quantized"]
+
+
+def test_a_plan_counts_no_rows_that_it_has_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    report = survey_stream(DataSpec(path=str(path)))
+    assert report.words() == [f"{path}: text, read row by row"]

@@ -62,7 +62,7 @@ class FileReport:
     def counts(self, max_length: int) -> str:
         """Return the counts in words, e.g. `90 examples, 6000 tokens, 900 of them learnt`."""
         if not self.examples and not self.dropped:
-            return f"{self.rows:,} rows"
+            return f"{self.rows:,} rows" if self.rows else "read row by row"
         parts = [f"{self.examples:,} examples"]
         if 0 < self.held_out < self.examples:
             parts[0] += f" ({self.held_out:,} of them held out)"
