@@ -68,7 +68,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    given = parser.parse_args()
+    given.length = min(given.length, SHAPES[given.shape].length // 2)
+    return given
 
 
 def run_apart(case: str) -> dict[str, Any]:
