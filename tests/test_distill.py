@@ -360,7 +360,7 @@ def test_agreement_says_what_it_does_not_know(random_data: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["hqq", "bnb-nf4", "torchao-int8", "gptq"])
+@pytest.mark.parametrize("backend", ["hqq", "bnb-nf4", "torchao-intx", "gptq"])
 @pytest.mark.parametrize("adapter", ["lora", "dora", "vera", "ia3", "hira"])
 def test_every_cell_learns_from_its_base(
     backend: str, adapter: str, tmp_path: Path, capsys: Any
