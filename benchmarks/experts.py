@@ -44,6 +44,7 @@ from speed_cases import (
     plain_loop,
     unsloth_model,
 )
+from tables import case_row
 from versions import versions
 
 PACKAGES = (
@@ -148,7 +149,7 @@ def main() -> None:
         if "losses" in found:
             found["ratio"] = found["tokens_per_second"] / (reference or found["tokens_per_second"])
         results.append(found)
-        print(row(found), flush=True)
+        print(case_row(found, COLUMNS), flush=True)
         print(found.get("error", ""), file=sys.stderr, end="", flush=True)
         if given.out:
             given.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
@@ -342,16 +343,6 @@ def checkpoint(shape: Experts, given: argparse.Namespace) -> Path:
     if given.device == "cuda":
         torch.cuda.empty_cache()
     return path
-
-
-def row(found: dict[str, Any]) -> str:
-    """Return the case's line of the table."""
-    if "losses" not in found:
-        return f"| {found['case']} | failed {'| ' * len(COLUMNS)}|"
-    values = [(found.get(key), style) for key, style in COLUMNS.values()]
-    cells = ["" if value is None else format(value, style) for value, style in values]
-    losses = ", ".join(f"{loss:.3f}" for loss in found["losses"])
-    return f"| {found['case']} | {' | '.join(cells)} | {losses} |"
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from typing import Any
 from kernel_table import Profile
 from shapes import SHAPES, checkpoint
 from speed_cases import WARM_UP, check, run_case
+from tables import case_row
 from versions import versions
 
 PACKAGES = (
@@ -71,7 +72,7 @@ def main() -> None:
         if "losses" in found:
             found["ratio"] = found["tokens_per_second"] / (reference or found["tokens_per_second"])
         results.append(found)
-        print(row(found), flush=True)
+        print(case_row(found, COLUMNS), flush=True)
         print(found.get("error", ""), file=sys.stderr, end="", flush=True)
         if given.out:
             given.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
@@ -150,16 +151,6 @@ def last_words(stderr: str, before: int = 5, after: int = 12) -> str:
     errors = [i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Refused)\b", line)]
     at = errors[-1] if errors else len(lines)
     return "\n".join(lines[max(0, at - before) : at + after])
-
-
-def row(found: dict[str, Any]) -> str:
-    """Return the case's line of the table."""
-    if "losses" not in found:
-        return f"| {found['case']} | failed {'| ' * len(COLUMNS)}|"
-    values = [(found.get(key), style) for key, style in COLUMNS.values()]
-    cells = ["" if value is None else format(value, style) for value, style in values]
-    losses = ", ".join(f"{loss:.3f}" for loss in found["losses"])
-    return f"| {found['case']} | {' | '.join(cells)} | {losses} |"
 
 
 def device_name(device: str) -> str:

@@ -37,6 +37,7 @@ from several_gpus import rows_in_order
 from shapes import SHAPES
 from speed import RESULT, device_name, last_words
 from speed_cases import LEARNING_RATE, OURS, RANK, _batches, _peak_gib, _reserved_gib, _synchronize
+from tables import case_row
 from versions import versions
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "hqq", "torchao")
@@ -90,7 +91,7 @@ def main() -> None:
     for case in given.case:
         found = run_apart(case, given)
         results.append(found)
-        print(row(found), flush=True)
+        print(case_row(found, COLUMNS, digits=4), flush=True)
         print(found.get("error", ""), file=sys.stderr, end="", flush=True)
         notes += [f"{case}: {note}" for note in found.get("notes", ())]
         if given.out:
@@ -249,16 +250,6 @@ def train(case: Case, given: argparse.Namespace, model: Any) -> dict[str, Any]:
         "losses": [losses[0], losses[-1]],
         "notes": [*notes, repr(result)],
     }
-
-
-def row(found: dict[str, Any]) -> str:
-    """Return the case's line of the table."""
-    if "losses" not in found:
-        return f"| {found['case']} | failed {'| ' * len(COLUMNS)}|"
-    values = [(found.get(key), style) for key, style in COLUMNS.values()]
-    cells = ["" if value is None else format(value, style) for value, style in values]
-    losses = ", ".join(f"{loss:.4f}" for loss in found["losses"])
-    return f"| {found['case']} | {' | '.join(cells)} | {losses} |"
 
 
 if __name__ == "__main__":

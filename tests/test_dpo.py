@@ -14,6 +14,7 @@ import torch
 from processes import in_processes
 from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_settings import PLAIN
 
 import quantadapt as qa
 from quantadapt import cli, demo
@@ -126,15 +127,10 @@ def of_trl(tmp_path: Path, **config: Any) -> tuple[list[dict[str, Any]], dict[st
     args = DPOConfig(
         **options,
         **config,
+        **PLAIN,
         output_dir=str(tmp_path),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
         seed=0,
         data_seed=0,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        save_strategy="no",
         max_length=None,
         remove_unused_columns=False,
     )

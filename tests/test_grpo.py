@@ -16,6 +16,7 @@ import pytest
 import torch
 from processes import in_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_settings import PLAIN
 
 import quantadapt as qa
 from quantadapt import demo
@@ -159,18 +160,12 @@ def of_trl(name: str, functions: Path, folder: Path, **config: Any) -> Any:
     names = config.pop("rewards")
     options = {n: v for n, v in TRAIN.items() if n != "warmup_ratio"}
     args = arguments(
-        **{**options, **config},
+        **{**options, **config, **PLAIN},
         reward_weights=weights,
         num_generations=4,
         max_completion_length=LENGTH,
         shuffle_dataset=False,
         output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        save_strategy="no",
     )
     known = AutoTokenizer.from_pretrained(demo.MODEL_DIR, padding_side="left")
     trainer = Given(

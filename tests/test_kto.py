@@ -12,6 +12,7 @@ import pytest
 import torch
 from processes import in_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_settings import PLAIN
 
 import quantadapt as qa
 from quantadapt import demo
@@ -105,15 +106,10 @@ def of_trl(data: Any, folder: Path, **config: Any) -> tuple[list[Any], dict[str,
     args = KTOConfig(
         **options,
         **config,
+        **PLAIN,
         output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
         seed=0,
         data_seed=0,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        save_strategy="no",
         max_length=None,
         remove_unused_columns=False,
     )

@@ -443,17 +443,14 @@ def call(*arguments: str) -> int:
     return 0
 
 
+def asking(folder: str, limit: str) -> tuple[str, ...]:
+    trusted = ("--include-path", folder, "--trust-remote-code")
+    return ("--tasks", "demo_choice", *trusted, "--limit", limit)
+
+
 @pytest.mark.slow
 def test_eval_measures_the_models_of_a_run_again(run, folder: str, capsys) -> None:
-    with_tasks = (
-        "--tasks",
-        "demo_choice",
-        "--include-path",
-        folder,
-        "--trust-remote-code",
-        "--limit",
-        "4",
-    )
+    with_tasks = asking(folder, "4")
     assert call("eval", str(run.folder), *with_tasks, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     before = run.metrics["evaluations"]["tasks"]
@@ -465,15 +462,7 @@ def test_eval_measures_the_models_of_a_run_again(run, folder: str, capsys) -> No
 
 @pytest.mark.slow
 def test_eval_shows_one_model_or_a_table(run, folder: str, capsys) -> None:
-    with_tasks = (
-        "--tasks",
-        "demo_choice",
-        "--include-path",
-        folder,
-        "--trust-remote-code",
-        "--limit",
-        "2",
-    )
+    with_tasks = asking(folder, "2")
     assert call("eval", str(run.folder), *with_tasks, "--models", "quantized,tuned") == 0
     out = capsys.readouterr().out
     assert "tuned since quantized" in " ".join(out.split())
