@@ -274,7 +274,7 @@ def test_the_base_may_change_outside_of_training() -> None:
 def test_while_it_trains_rows_are_measured_once() -> None:
     fused, stock = both()
     with fused_layers(fused) as training:
-        assert len(training.layers) == 2
+        assert len(training._layers) == 2
         with patch("torch.linalg.vector_norm", wraps=torch.linalg.vector_norm) as norms:
             for _ in range(3):
                 fused.zero_grad()

@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +21,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from ..facade import QuantLinear, QuantWeight, kept
+from ..facade.lending import lends
 from .expert_dora import ParamWrapper
 from .fused_dora import fused_dora
 from .fused_lora import LoraTerm, Magnitude, fused_lora
@@ -232,8 +235,9 @@ class _InTraining(NamedTuple):
 
 
 class FusedTraining:
-    """The fused layers of a model that trains: what they are is looked up once, A and B are cast
-    once a step, and layers that get the same x are computed together.
+    """The fused layers of a model that trains, or answers: what they are is looked up once, A and B
+    are cast once a step, and layers that get the same x are computed together. Layers that are lent
+    this already are left alone.
 
     Args:
         model: whose layers.
@@ -242,7 +246,7 @@ class FusedTraining:
 
     def __init__(self, model: nn.Module, keep_casts: bool = True) -> None:
         self.keep_casts = keep_casts
-        self.layers: list[FusedLoraLinear] = []
+        self._layers: list[tuple[FusedLoraLinear, _InTraining]] = []
         self._siblings: list[_Siblings] = []
         self._masters: list[Tensor] = []
         self._casts: list[Tensor] = []
@@ -250,24 +254,36 @@ class FusedTraining:
             siblings = _Siblings()
             self._siblings.append(siblings)
             for child in module.children():
-                if isinstance(child, FusedLoraLinear) and (lora := child.single_lora()):
-                    self._lend(child, *lora, siblings)
+                if not isinstance(child, FusedLoraLinear) or child._in_training is not None:
+                    continue
+                if (lora := child.single_lora()) is not None:
+                    self._take(child, *lora, siblings)
 
-    def _lend(
+    @contextmanager
+    def lent(self) -> Iterator[FusedTraining]:
+        """Inside, the layers have it."""
+        for layer, lent in self._layers:
+            layer.__dict__["_in_training"] = lent
+        try:
+            yield self
+        finally:
+            for layer, _ in self._layers:
+                layer.__dict__.pop("_in_training", None)
+
+    def _take(
         self,
         layer: FusedLoraLinear,
         term: LoraTerm,
         dropout: nn.Module | None,
         siblings: _Siblings,
     ) -> None:
-        self.layers.append(layer)
         if not self.keep_casts:
             term = term._replace(a_cast=term.a.detach(), b_cast=term.b.detach())
         if term.a_cast.dtype != term.a.dtype:
             self._masters += [term.a.detach(), term.b.detach()]
             self._casts += [term.a_cast, term.b_cast]
         active = copy.copy(layer._active_adapter)
-        layer.__dict__["_in_training"] = _InTraining(active, term, dropout, siblings)
+        self._layers.append((layer, _InTraining(active, term, dropout, siblings)))
 
     def refresh(self) -> None:
         """Cast A and B of all layers again; to be called whenever an optimizer has changed them."""
@@ -282,10 +298,8 @@ class FusedTraining:
             siblings.learnt = False
         return bool(learnt)
 
-    def end(self) -> None:
-        """Take back what was lent."""
-        for layer in self.layers:
-            layer.__dict__.pop("_in_training", None)
+
+lends(FusedTraining)
 
 
 def forget_unfinished(model: nn.Module) -> None:

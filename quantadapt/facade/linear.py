@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compiling import multiplied_by
 from ..model.linears import as_conv1d
 from .frozen import Frozen
 from .peft_calls import copies_to_train, looks_for_parameters
@@ -59,8 +60,26 @@ class QuantLinear(QuantWeight, nn.Linear):
         usual = not self.training and self._merged is None and change is None
         if usual and target.decodes(self._vendor, x):
             return target.forward(self._vendor, x).to(dtype)
-        weight, bias = self.weight_for_forward(x, change), self.bias
-        return nn.functional.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        if usual and x.is_cuda and x.numel() == self.in_features:
+            return self._run_one_token(x, bias)
+        weight = self.weight_for_forward(x, change)
+        return nn.functional.linear(x, weight.to(dtype), bias)
+
+    def _run_one_token(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply with the weight as it is read, where one kernel does that."""
+        with multiplied_by(x.reshape(-1)) as made:
+            try:
+                found = self.dequantize()
+            except RuntimeError:  # of a backend that goes on with what it takes for the weight
+                if not made:
+                    raise
+                found = x.new_empty(0)
+        if made and found is made[0]:
+            product = found.view(*x.shape[:-1], -1)
+            return product if bias is None else product + bias
+        weight = self.dequantize() if made else found
+        return nn.functional.linear(x, weight.to(x.dtype), bias)
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.is_grad_enabled():  # decoding waits for Python, so no function of autograd

@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..compiling import compiled_functions
 from ..errors import warn
+from ..facade.lending import Lender, lenders_of, lent_by
 from ..model.recording import recording
 from ..model.sinks import NAME as SINKS
 from ..model.sinks import fused_groups
@@ -74,12 +75,23 @@ class SlotRows(Rows):
         super().__init__(model)
         self._record = record and self.device.type == "cuda"
         self._store: _Store | None = None
+        self._lenders: list[Lender] | None = None
+        """Of what is recorded, as the adapter's weights in the dtype of the computation."""
         self._slots: dict[Row, int] = {}
 
     def clear(self) -> None:
         """Take all rows out, and give the memory back."""
         super().clear()
         self._slots, self._store = {}, None
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Take rows in, which the adapter's weights answer that there are now."""
+        if self._lenders is None:
+            self._lenders = lenders_of(self._model)
+        for lender in self._lenders:
+            lender.refresh()
+        with lent_by(self._lenders):
+            super().add(rows)
 
     def _enter(self, rows: Sequence[Row], mask: Tensor, cache: Any) -> None:
         going_on = [row for row in rows if not row.finish]
@@ -120,6 +132,11 @@ class SlotRows(Rows):
         store.tell(ids, positions)
         if store.graph is not None:
             return store.replay()
+        with lent_by(self._lenders or ()):
+            return self._computed(store)
+
+    def _computed(self, store: _Store) -> Tensor:
+        """Return the logits after what was told to the store, and record where it is time to."""
         store.steps += 1
         if not self._record or store.steps <= SEEN_BEFORE:
             return store.forward()

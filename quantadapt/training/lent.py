@@ -233,11 +233,8 @@ def fused_layers(
             f"{count} LoRA layers are PEFT's own, which takes more time and memory than ours:"
             f" quantadapt.attach makes those, unless {in_words('peft')} does no longer"
         )
-    training = FusedTraining(model, keep_casts)
-    try:
+    with FusedTraining(model, keep_casts).lent() as training:
         yield training
-    finally:
-        training.end()
 
 
 @contextmanager
