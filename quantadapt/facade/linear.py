@@ -46,8 +46,8 @@ class QuantLinear(QuantWeight, nn.Linear):
         return self.in_features % float8.MULTIPLE == 0 == self.out_features % float8.MULTIPLE
 
     def rows_of(self, x: Tensor) -> Rows | None:
-        """Return x [..., in_features] as the layer's product gets it, for layers that share it; None
-        where that is not in 8-bit floats."""
+        """Return x [..., in_features] as the layer's product gets it, for layers that share it;
+        None where that is not in 8-bit floats."""
         if not self.in_float8 or self.rounds_activations:
             return None
         return in_float8(x.reshape(-1, x.shape[-1]))
