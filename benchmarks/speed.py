@@ -6,8 +6,9 @@ Cases: `peft-nf4`, `unsloth`, `unsloth-none` (without checkpointing), `ours-BACK
 memory is `full` (each layer is computed again in backward; the default), `min` (the same, and the
 layers' inputs wait in CPU memory), `auto` (what fits), a number (what fits into so many GiB) or
 `none`. `peft-nf4-dora` and `ours-BACKEND-dora:MEMORY` train DoRA, `ours-BACKEND-aware:MEMORY`
-through the quantizer. Each runs in a process of its own
-on random weights of the given shape: batch 4 x 2048, LoRA r=16 on all seven projections, AdamW.
+through the quantizer, `ours-BACKEND-fp8products:MEMORY` with products in 8-bit floats
+(`train.compute: fp8`). Each runs in a process of its own on random weights of the given shape:
+batch 4 x 2048, LoRA r=16 on all seven projections, AdamW.
 
 Prints a Markdown table: tokens per second (median of groups of four steps, after four; the loss is
 read once in each) and their ratio to the first case; peak GiB, what PyTorch held of the card for

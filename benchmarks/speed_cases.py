@@ -61,9 +61,9 @@ CALIBRATION = 1024
 WHOLE = 141.0
 """GiB of a card on which everything fits, of which the plan is asked."""
 
-DORA, AWARE = "-dora", "-aware"
-"""What `ours-nf4-dora` and the like end in: their adapter is DoRA; and `ours-nf4-aware`: they train
-through the quantizer."""
+DORA, AWARE, FLOAT8 = "-dora", "-aware", "-fp8products"
+"""What `ours-nf4-dora` and the like end in: their adapter is DoRA; `ours-nf4-aware`: they train
+through the quantizer; and `ours-nf4-fp8products`: products with the base are in 8-bit floats."""
 
 OTHERS = ("peft-nf4", "peft-nf4-dora", "unsloth", "unsloth-none")
 
@@ -74,7 +74,7 @@ def check(case: str) -> str:
     if case not in OTHERS and (_bare(name) not in OURS or _memory(memory) is None):
         known = [*OTHERS, *OURS]
         raise argparse.ArgumentTypeError(
-            f"{case}: take one of {known}; ours-* with {DORA}, {AWARE}, "
+            f"{case}: take one of {known}; ours-* with {DORA}, {AWARE}, {FLOAT8}, "
             f":{', :'.join(MEMORY)} or :GIB"
         )
     return case
@@ -82,7 +82,7 @@ def check(case: str) -> str:
 
 def _bare(name: str) -> str:
     """Return the name of the case without what says how it trains."""
-    return name.removesuffix(AWARE).removesuffix(DORA)
+    return name.removesuffix(FLOAT8).removesuffix(AWARE).removesuffix(DORA)
 
 
 def _memory(suffix: str) -> dict[str, Any] | None:
@@ -173,6 +173,8 @@ def _parts(case: str) -> tuple[Callable[..., Any], Callable[..., dict[str, Any]]
     options, train = OURS[_bare(name)], {**(_memory(memory) or {})}
     if name.endswith(AWARE):
         train["merge_aware"] = True
+    if name.endswith(FLOAT8):
+        train["compute"] = "fp8"
     adapter = "dora" if DORA in name else "lora"
     load = partial(ours, options=options, adapter=adapter)
     return load, partial(our_loop, backend=options, options=train)

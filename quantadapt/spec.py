@@ -218,6 +218,12 @@ class TrainSpec(_Strict):
         description="record passes of equal shape and replay them, on CUDA where nothing but plain "
         "LoRA is trained",
     )
+    compute: Literal["dtype", "fp8"] = Field(
+        "dtype",
+        description="what products with the frozen base are computed in while it trains: the "
+        "compute dtype, or 8-bit floats with a scale for each token and each output, which are "
+        "faster and round more; on GPUs from Hopper on",
+    )
     merge_aware: bool = Field(
         False,
         description="train through the quantizer: adapted layers compute with the weights that a "

@@ -51,11 +51,11 @@ class _FusedDora(torch.autograd.Function):
             low, b = x @ term.a_cast.to(out).T, _rows_times(term.b_cast.to(out), c * term.scaling)
             y = low @ b.T if bias is None else torch.addmm(bias.to(out), low, b.T)
             # One rounding for all of it: rounded before, a c close to 1 would be lost.
-            product = _product(x, weight)
+            product = _product(x, weight, term)
             term.facade.keep_product(seen, product)
             y.addcmul_(product, c if base is None else c - 1)
             if base is not None:
-                y += _product(flat(base, out), weight)
+                y += _product(flat(base, out), weight, term)
         ctx.term, ctx.keeper, ctx.dtypes = term, keeper, (dtype, out)
         ctx.base_dtype = None if base is None else base.dtype
         # Not by save_for_backward, or a recomputation would go on up to here.
@@ -76,16 +76,20 @@ class _FusedDora(torch.autograd.Function):
             through_b = dy @ _rows_times(term.b_cast.to(out), ctx.c * term.scaling)
             product = term.facade.product_for_backward(seen)
             if product is None:
-                product = _product(flat(seen, out), weight)
+                product = _product(flat(seen, out), weight, term)
             of_trained = _trained_gradients(ctx, flat(seen, out), dy, through_b, product)
             del seen, product  # before its gradient, which is as large, needs memory
             if ctx.needs_input_grad[0]:
                 factor = ctx.c if ctx.base_dtype is None else ctx.c - 1
                 dz = torch.mul(dy, factor, out=torch.empty_like(dy)).to(dtype)
-                d_seen = (dz @ weight).to(out).addmm_(through_b, term.a_cast.to(out))
+                d_seen = (
+                    term.facade.times_back(dz, weight)
+                    .to(out)
+                    .addmm_(through_b, term.a_cast.to(out))
+                )
                 d_seen = d_seen.view(shape).to(seen_dtype)
             if ctx.needs_input_grad[1]:
-                d_base = (dy.to(dtype) @ weight).view(shape).to(ctx.base_dtype)
+                d_base = term.facade.times_back(dy.to(dtype), weight).view(shape).to(ctx.base_dtype)
         return d_seen, d_base, None, None, *of_trained
 
 
@@ -125,9 +129,9 @@ def _row_norms(term: LoraTerm, weight: Tensor) -> Tensor:
     return twice.mul_(b).sum(1).add_(magnitude.squares).sqrt_()
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
+def _product(x: Tensor, weight: Tensor, term: LoraTerm) -> Tensor:
     """Return x Wᵀ, computed in the dtype of the weight and returned in that of x."""
-    return (x.to(weight.dtype) @ weight.T).to(x.dtype)
+    return term.facade.times(x.to(weight.dtype), weight).to(x.dtype)
 
 
 def _rows_times(matrix: Tensor, factors: Tensor) -> Tensor:

@@ -119,7 +119,10 @@ class _FusedLora(torch.autograd.Function):
 
 
 def _outputs(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> tuple[Tensor, ...]:
-    outputs = [term.facade.vendor_forward(x, term.change()) for term in terms]
+    facades = [term.facade for term in terms]
+    rows = next((f.rows_of(x) for f in facades if f.in_float8 and not f.rounds_activations), None)
+    outputs = [term.facade.vendor_forward(x, term.change(), rows) for term in terms]
+    del rows
     if terms[0].rounds:
         return tuple(map(_own, outputs))
     dtype = outputs[0].dtype
@@ -174,9 +177,7 @@ def _base_gradient(terms: Sequence[LoraTerm], dys: Sequence[Tensor]) -> Tensor:
     """Return Σ dy W, the gradient through the bases: [tokens, in_features]."""
     dx: Tensor | None = None
     for term, dy in zip(terms, dys, strict=True):
-        weight = term.facade.weight_for_backward(term.change()).to(dy.dtype)
-        dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-        del weight  # or two would be there at a time
+        dx = term.facade.gradient(dy, dx, term.change())
     assert dx is not None
     return dx
 

@@ -54,8 +54,8 @@ class Frozen(torch.autograd.Function):
         (dy,) = grads
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            weight = ctx.facade.weight_for_backward()
-            dx = (dy.to(weight.dtype) @ weight).to(ctx.dtype)
+            flat = dy.reshape(-1, dy.shape[-1]).to(ctx.facade.compute_dtype)
+            dx = ctx.facade.gradient(flat).view(*dy.shape[:-1], -1).to(ctx.dtype)
         if ctx.bias_dtype is not None:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
         return dx, None, dbias

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..compiling import multiplied_by
 from ..model.linears import as_conv1d
+from . import float8
+from .float8 import Rows, in_float8
 from .frozen import Frozen
 from .peft_calls import copies_to_train, looks_for_parameters
 from .quant_weight import QuantWeight
@@ -24,6 +26,8 @@ class QuantLinear(QuantWeight, nn.Linear):
     """
 
     conv1d: bool = False
+    wants_float8: bool = False
+    """Whether, while it trains, products with its weight are in 8-bit floats."""
 
     @property
     def rounds_activations(self) -> bool:
@@ -32,7 +36,26 @@ class QuantLinear(QuantWeight, nn.Linear):
         rounds = target.quantizes_activations and (target.straight_through or not self.training)
         return rounds and self._merged is None
 
-    def vendor_forward(self, x: Tensor, change: Tensor | None = None) -> Tensor:
+    @property
+    def in_float8(self) -> bool:
+        """Whether products with the weight are in 8-bit floats now."""
+        return self.wants_float8 and self.training and self._merged is None and self.takes_float8
+
+    @property
+    def takes_float8(self) -> bool:
+        """Whether the kernels take its sizes."""
+        return self.in_features % float8.MULTIPLE == 0 == self.out_features % float8.MULTIPLE
+
+    def rows_of(self, x: Tensor) -> Rows | None:
+        """Return x [..., in_features] as the layer's product gets it, for layers that share it;
+        None where that is not in 8-bit floats."""
+        if not self.in_float8 or self.rounds_activations:
+            return None
+        return in_float8(x.reshape(-1, x.shape[-1]))
+
+    def vendor_forward(
+        self, x: Tensor, change: Tensor | None = None, rows: Rows | None = None
+    ) -> Tensor:
         """Run the layer in the compute dtype; the output has the dtype of x, or that of autocast.
 
         To be called where gradients are off: this is what autograd's functions run.
@@ -40,15 +63,16 @@ class QuantLinear(QuantWeight, nn.Linear):
         Args:
             x: [..., in_features].
             change: added to the weight and rounded onto its grid, see `moved`.
+            rows: what `rows_of` x is, where that is there.
         """
         device_type = x.device.type
         if not torch.is_autocast_enabled(device_type):
-            return self._run(x.to(self.compute_dtype), change).to(x.dtype)
+            return self._run(x.to(self.compute_dtype), change, rows).to(x.dtype)
         dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            return self._run(x.to(dtype), change)
+            return self._run(x.to(dtype), change, rows)
 
-    def _run(self, x: Tensor, change: Tensor | None) -> Tensor:
+    def _run(self, x: Tensor, change: Tensor | None, rows: Rows | None) -> Tensor:
         target, dtype = self.target, x.dtype
         if self._merged is not None:
             self._merged_weight()  # which looks whether it still is
@@ -61,10 +85,15 @@ class QuantLinear(QuantWeight, nn.Linear):
         if usual and target.decodes(self._vendor, x):
             return target.forward(self._vendor, x).to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
+        if self.in_float8 and change is None:
+            given = self.rows_of(x) if rows is None else rows
+            assert given is not None
+            y = float8.product(given, self.rows_for_forward(x), dtype)
+            y = y if bias is None else y.add_(bias)
+            return y.view(*x.shape[:-1], self.out_features)
         if usual and x.is_cuda and x.numel() == self.in_features:
             return self._run_one_token(x, bias)
-        weight = self.weight_for_forward(x, change)
-        return nn.functional.linear(x, weight.to(dtype), bias)
+        return nn.functional.linear(x, self.weight_for_forward(x, change).to(dtype), bias)
 
     def _run_one_token(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply with the weight as it is read, where one kernel does that."""
@@ -80,6 +109,32 @@ class QuantLinear(QuantWeight, nn.Linear):
             return product if bias is None else product + bias
         weight = self.dequantize() if made else found
         return nn.functional.linear(x, weight.to(x.dtype), bias)
+
+    def gradient(
+        self, dy: Tensor, added_to: Tensor | None = None, change: Tensor | None = None
+    ) -> Tensor:
+        """Return dy W [tokens, in_features], for the weight that forward had.
+
+        Args:
+            dy: [tokens, out_features].
+            added_to: what it is added to, in place.
+            change: as in `vendor_forward`.
+        """
+        if self.in_float8 and change is None:
+            dx = float8.gradient(dy, self.rows_for_backward())
+            return dx if added_to is None else added_to.add_(dx)
+        weight = self.weight_for_backward(change).to(dy.dtype)
+        return dy @ weight if added_to is None else added_to.addmm_(dy, weight)
+
+    def times(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return x Wᵀ [tokens, out_features], for a weight that is there already."""
+        if self.in_float8:
+            return float8.product(in_float8(x), in_float8(weight), x.dtype)
+        return x @ weight.T
+
+    def times_back(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """Return dy W [tokens, in_features], likewise."""
+        return float8.gradient(dy, in_float8(weight)) if self.in_float8 else dy @ weight
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.is_grad_enabled():  # decoding waits for Python, so no function of autograd

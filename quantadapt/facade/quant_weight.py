@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..compiling import results_in
 from ..errors import ModelError
 from ..protocols import AdapterTarget
+from .float8 import Rows, in_float8
 from .frozen import is_recomputing
 from .lazy_weight import DENSE, TAKEN_OUT, LazyWeight
 from .libraries import meet_libraries
@@ -50,7 +51,7 @@ class QuantWeight(nn.Module):
     quantized anew. Writing what was read changes nothing then, and small changes are kept."""
 
     _vendor: nn.Module
-    _kept: Tensor | None = None
+    _kept: Tensor | Rows | None = None
     _kept_product: tuple[Tensor, Tensor] | None = None
     _merged: _Merged | None = None
 
@@ -202,15 +203,29 @@ class QuantWeight(nn.Module):
         """Return the weight as `dequantize` does, or as `moved` does by `change`; a recomputation
         keeps it for its backward, unless that takes as much memory as `x`, its input."""
         weight = self._dense(change)
-        keep = is_recomputing() and self.in_features * self.out_features < x.numel()
-        # Not by setattr, which takes nn.Module long.
-        self.__dict__["_kept"] = weight if keep else None
+        self._keep(weight, x)
         return weight
 
     def weight_for_backward(self, change: Tensor | None = None) -> Tensor:
         """Return the weight that forward had; the one kept by a recomputation is given away."""
         kept, self.__dict__["_kept"] = self._kept, None
-        return self._dense(change) if kept is None else kept
+        return kept if isinstance(kept, Tensor) else self._dense(change)
+
+    def rows_for_forward(self, x: Tensor) -> Rows:
+        """As `weight_for_forward`, in 8-bit floats."""
+        rows = in_float8(self.dequantize())
+        self._keep(rows, x)
+        return rows
+
+    def rows_for_backward(self) -> Rows:
+        """As `weight_for_backward`, in 8-bit floats."""
+        kept, self.__dict__["_kept"] = self._kept, None
+        return kept if isinstance(kept, Rows) else in_float8(self.dequantize())
+
+    def _keep(self, weight: Tensor | Rows, x: Tensor) -> None:
+        keep = is_recomputing() and weight.nbytes < x.nbytes
+        # Not by setattr, which takes nn.Module long.
+        self.__dict__["_kept"] = weight if keep else None
 
     def keep_product(self, x: Tensor, product: Tensor) -> None:
         """Have a recomputation keep x Wᵀ, too, for a backward that wants it."""

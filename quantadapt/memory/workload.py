@@ -91,6 +91,7 @@ class Workload:
         teacher: the sizes of a dense model that the loss compares with, whole on each GPU.
         beside: how many weights the model has beside its language model: what sees pictures.
         rounds: whether adapted layers compute with the rounded weights that a merge keeps.
+        float8: whether products with the base are in 8-bit floats.
     """
 
     shape: Shape
@@ -119,6 +120,7 @@ class Workload:
     teacher: Shape | None = None
     beside: int = 0
     rounds: bool = False
+    float8: bool = False
 
     # --- what is there all the time ----------------------------------------------------------
 
@@ -279,7 +281,10 @@ class Workload:
         if shape.experts:  # the gradients of their output and of their input
             inside = shape.experts.backward_numbers(tokens, shape.hidden)
             numbers = max(numbers, tokens * 2 * shape.hidden + inside)
-        return numbers * self.dtype_bytes + self._rounding_bytes
+        # What codes a gradient has, and a product that is added to another; codes of a weight and
+        # of its transpose take as much as the weight.
+        codes = tokens * (shape.mlp + shape.hidden * self.dtype_bytes) if self.float8 else 0
+        return numbers * self.dtype_bytes + codes + self._rounding_bytes
 
     @property
     def _largest_weight(self) -> int:
@@ -290,8 +295,9 @@ class Workload:
         """The weights that a recomputation keeps for the backward that follows: those that are
         smaller than their input. The last matrix product is not computed again."""
         *others, _ = self.shape.linears.items()
-        kept = (i * o for name, (i, o) in others if o < tokens and name not in STACKS)
-        return sum(kept) * self.dtype_bytes
+        sizes = (size for name, size in others if name not in STACKS)
+        each = 1 if self.float8 and not self.dora else self.dtype_bytes
+        return sum(i * o * each for i, o in sizes if o * each < tokens * self.dtype_bytes)
 
     def product_bytes(self, tokens: int) -> int:
         """The outputs of the base that a recomputation keeps, too, for DoRA's backward."""

@@ -228,6 +228,41 @@ def merge_aware_problems(
     return found
 
 
+FLOAT8_FROM = (9, 0)
+"""The compute capability from which on cards multiply 8-bit floats row by row: Hopper's."""
+
+
+def float8_problems(
+    train: TrainSpec, device: str, dtype: str, capability: tuple[int, int] | None
+) -> list[Problem]:
+    """Return why products with the base are not computed in 8-bit floats; empty if they are, or
+    are not to be.
+
+    Args:
+        dtype: torch's name of the compute dtype.
+        capability: of the card; None where that is not known.
+    """
+    where, without = "train.compute", "leave train.compute out"
+    if train.compute != "fp8":
+        return []
+    found = []
+    if not device.startswith("cuda"):
+        what = "8-bit floats are multiplied by GPUs from Hopper on, and this run has none"
+        found.append(Problem(what, f"{without}, or use such a GPU", where, "fp8-gpu"))
+    elif capability is not None and capability < FLOAT8_FROM:
+        name = f"{capability[0]}.{capability[1]}"
+        what = f"a GPU of compute capability {name} has no row-wise products of 8-bit floats"
+        fix = f"{without}, or use one of {FLOAT8_FROM[0]}.0 or newer (Hopper)"
+        found.append(Problem(what, fix, where, "fp8-gpu"))
+    if device.startswith("cuda") and dtype != "bfloat16":
+        what = f"products of 8-bit floats give bfloat16, and the compute dtype is {dtype}"
+        found.append(Problem(what, f"use dtype: bfloat16, or {without}", where, "fp8-dtype"))
+    if train.merge_aware:
+        what = "with train.merge_aware products are of the very weights that a merge keeps"
+        found.append(Problem(what, f"{without}, or train.merge_aware", where, "fp8-merge-aware"))
+    return found
+
+
 _OTHER_HEADS = re.compile(
     r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM"
     r"|NextSentencePrediction|PreTraining)$|(?<!LMHead)(?<!DoubleHeads)Model$"

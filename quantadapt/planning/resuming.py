@@ -36,6 +36,7 @@ KEPT = frozenset(
         ),
         *("train.learning_rate", "train.lr_scheduler_type", "train.warmup_ratio"),
         *("train.weight_decay", "train.optim", "train.packing", "train.merge_aware"),
+        "train.compute",
         *("train.per_device_train_batch_size", "train.gradient_accumulation_steps"),
     )
 )

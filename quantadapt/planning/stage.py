@@ -55,6 +55,7 @@ from .refusals import (
     attach_refusals,
     data_start_problems,
     export_refusals,
+    float8_problems,
     head_problems,
     loftq_problems,
     make_cell,
@@ -415,6 +416,13 @@ def _combined(draft: Draft, made: Plan) -> Plan:
     if spec.train.merge_aware:
         draft.problems += merge_aware_problems(cell, backend, made.quantizer, adapter)
         draft.notes.append(MERGE_AWARE)
+    asked = bool(draft.cards)
+    capability = _capability(draft, made.device)
+    draft.problems += float8_problems(
+        spec.train, "cuda" if asked else made.device, made.dtype, None if asked else capability
+    )
+    if spec.train.compute == "fp8":
+        draft.notes.append(FLOAT8)
     draft.problems += refusals_beside(cell, made.objective, made.task.model_dump())
     draft.problems += task_problems(
         made.task, spec.train, adds_to_loss=adapter.peft_type == "ADALORA"
@@ -493,6 +501,19 @@ MERGE_AWARE = (
     "merge_aware: each pass also rounds every adapted weight onto the grid of its layer, which "
     "takes as long as dequantizing it several times, and is not recorded as a CUDA graph"
 )
+
+
+FLOAT8 = (
+    "compute: fp8: while it trains, products with the base round its weights and what comes in to "
+    "8-bit floats; adapters, the head, stacks of experts and every evaluation stay in the compute "
+    "dtype"
+)
+
+
+def _capability(draft: Draft, device: str) -> tuple[int, int] | None:
+    """Return the compute capability of the GPU `device`, or None."""
+    index, there = device.partition(":")[2] or "0", draft.machine.cuda
+    return there[int(index)] if index.isdigit() and int(index) < len(there) else None
 
 
 def _share(draft: Draft, made: Plan) -> Share | None:

@@ -27,7 +27,7 @@ def plan_rows(plan: Plan, data: DataReport | None) -> list[tuple[str, str]]:
         ("backend", f"{backend}, as the checkpoint has it" if plan.adopt else backend),
         ("adapter", _options(plan.adapter.name, plan.adapter_options)),
         ("objective", _options(plan.objective.name, plan.task.model_dump())),
-        ("device", f"{device_words(plan)}, computing in {plan.dtype}"),
+        ("device", f"{device_words(plan)}, computing in {_dtype_words(plan)}"),
         (
             "data",
             "\n".join(data.words()) if data else ", ".join(spec.data.named) or "the bundled demo's",
@@ -68,6 +68,11 @@ def device_words(plan: Plan) -> str:
     if plan.processes == 1:
         return plan.device
     return f"{plan.processes} x {plan.device.partition(':')[0]} ({plan.parallel})"
+
+
+def _dtype_words(plan: Plan) -> str:
+    products = ", products with the base in fp8" if plan.spec.train.compute == "fp8" else ""
+    return f"{plan.dtype}{products}"
 
 
 def export_words(plan: Plan) -> str:

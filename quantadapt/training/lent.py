@@ -70,6 +70,7 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
         lend(quick_walks(model))  # `train` and `zero_grad` that do not ask each module
         lend(fast_adapters(model))  # TF32 for float32 adapters
         fused = lend(fused_layers(model, keep_casts=spec.memory != "min", on_note=on_note))
+        lend(float8_products(model, spec))  # with the frozen base
         lend(compiled_functions())  # dequantizing in one kernel
         lend(fast_attention(adapter_device(model)))  # cuDNN's
         lend(fused_sinks(model))  # attention with sinks in one call
@@ -235,6 +236,19 @@ def fused_layers(
         )
     with FusedTraining(model, keep_casts).lent() as training:
         yield training
+
+
+@contextmanager
+def float8_products(model: nn.Module, spec: TrainSpec) -> Iterator[None]:
+    """Where `spec` says so, let products with the frozen linear layers be in 8-bit floats, in
+    passes that train."""
+    from ..facade import linear_facades
+
+    layers = [layer for _, layer in linear_facades(model)] if spec.compute == "fp8" else []
+    with restored(layers, "wants_float8"):
+        for layer in layers:
+            layer.__dict__["wants_float8"] = True
+        yield
 
 
 @contextmanager

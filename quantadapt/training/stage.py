@@ -19,7 +19,12 @@ from ..distributed.talking import average_gradients, reduced, share, start
 from ..errors import PlanRefused, Problem, TrainingError, did_you_mean
 from ..folders.checkpoints import STATE, Checkpoint, finished, too_few_steps
 from ..memory.workload import OOM_FIX, Setting
-from ..planning.refusals import head_problems, merge_aware_problems, task_problems
+from ..planning.refusals import (
+    float8_problems,
+    head_problems,
+    merge_aware_problems,
+    task_problems,
+)
 from ..records import Objective
 from ..registry.discovery import registry
 from .checkpoints import checkpoint_to_resume, refuse_other_data, refuse_unshared
@@ -28,6 +33,7 @@ from .figures import (
     Streamed,
     adapter_device,
     base_parameters,
+    compute_dtype,
     dequantize_share,
     peak_memory_gib,
     rounding_share,
@@ -226,10 +232,33 @@ def check(model: Any, spec: TrainSpec, task: Task) -> None:
     if spec.merge_aware and state is not None and state.adapter is not None:
         cell = state.cell
         found += merge_aware_problems(cell, state.backend, state.quantizer, state.adapter)
+    found += _float8_problems(model, spec)
     found += tracker_problems(spec.report_to)
     found += unsavable(model)  # told now, not when it is to be saved
     if found:
         raise PlanRefused(found)
+
+
+def _float8_problems(model: Any, spec: TrainSpec) -> list[Problem]:
+    """Return why products with the base are not computed in 8-bit floats here, if they are to."""
+    import torch
+
+    from ..facade import float8, linear_facades
+
+    if spec.compute != "fp8":
+        return []
+    device, dtype = adapter_device(model), str(compute_dtype(model)).rpartition(".")[2]
+    on_gpu = device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if on_gpu else None
+    if found := float8_problems(spec, device.type, dtype, capability):
+        return found
+    where, fix = "train.compute", "leave train.compute out"
+    if reason := float8.refused(device):
+        return [Problem(f"products of 8-bit floats fail here: {reason}", fix, where)]
+    if not any(layer.takes_float8 for _, layer in linear_facades(model)):
+        what = f"no layer of the base has sizes that are multiples of {float8.MULTIPLE}"
+        return [Problem(what, fix, where)]
+    return []
 
 
 def _class_name(model: Any) -> str:
