@@ -86,10 +86,9 @@ def counting_untold() -> Iterator[Callable[[], int]]:
         _PASS.untold = before
 
 
-def way(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
-    """Return how it is computed, in words."""
-    in_one_call = _has_kernel(device, dtype) and not sinks.has_sinks(model)
-    return "torch's varlen_attn" if in_one_call else "example by example"
+def in_one_call(model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether one call computes it for all examples of a row, without waiting for the GPU."""
+    return _has_kernel(device, dtype) and not sinks.has_sinks(model)
 
 
 def _is_known(config: Any) -> bool:

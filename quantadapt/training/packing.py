@@ -88,13 +88,14 @@ def packed_collator(setup: Setup) -> PackedCollator:
 def kept_apart(model: Any, on_note: Callable[[str], None]) -> Iterator[None]:
     """Let attention of packed rows be computed without a mask of all pairs of tokens, where the
     model hands on where examples begin; say which way it is."""
-    from ..model.packed_attention import packed_attention, way
+    from ..model.packed_attention import in_one_call, packed_attention
 
     with ExitStack() as stack:
         here = stack.enter_context(packed_attention(model)) and _hands_on(model)
         if here:
-            found = way(model, adapter_device(model), compute_dtype(model))
-            on_note(f"attention of packed rows: {found}")
+            fast = in_one_call(model, adapter_device(model), compute_dtype(model))
+            way = "torch's varlen_attn" if fast else "example by example"
+            on_note(f"attention of packed rows: {way}")
         else:
             stack.close()
             on_note(
