@@ -128,6 +128,112 @@ def test_losses_and_gradients_are_those_of_the_examples_alone(kind: str) -> None
     assert not ours.is_lent(model.config.get_text_config())
 
 
+def varlen_twin(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """What torch documents of `varlen_attn`, by its definition: tensors [tokens, heads, size]."""
+    assert query.shape[-1] % 8 == 0
+    assert query.shape[-1] == key.shape[-1] == value.shape[-1]
+    assert max_q == max_k >= int(cu_seq_q.diff().max())
+    assert len(query) == int(cu_seq_q[-1])
+    groups = query.shape[1] // key.shape[1]
+    assert groups == 1 or enable_gqa
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    tokens = torch.arange(len(query))
+    example = torch.bucketize(tokens, cu_seq_k[1:], right=True)
+    apart = tokens[:, None] - tokens[None]
+    seen = example[:, None] == example[None]
+    for distance, side in zip((apart, -apart), window_size, strict=True):
+        seen &= (distance <= side) | (side < 0)
+    logits = torch.einsum("qhd,khd->hqk", query, key) * scale
+    weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value)
+
+
+def without_groups(*args: Any, scale: float, window_size: tuple[int, int]) -> torch.Tensor:
+    """As it is before torch 2.12."""
+    return varlen_twin(*args, scale=scale, window_size=window_size)
+
+
+def one_call(monkeypatch: Any, call: Any = varlen_twin) -> None:
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", call)
+    monkeypatch.setattr(ours, "_has_kernel", lambda *_: True)
+    ours._parameters.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def known_anew() -> Any:
+    yield
+    ours._parameters.cache_clear()
+
+
+@pytest.mark.parametrize("kind", HERE)
+def test_in_one_call_they_are_so_as_well(kind: str, monkeypatch: Any) -> None:
+    one_call(monkeypatch)
+    model, notes = of(kind).train(), list[str]()
+    expected = one_by_one(model)
+    with fused_sinks(model), kept_apart(model, notes.append):
+        for filled in ({}, {"multiple": 16, "few_shapes": True}):
+            assert_same(in_a_row(model, **filled), expected)
+    assert ("varlen_attn" in notes[0]) == ("sinks" not in kind)
+
+
+def test_in_one_call_of_an_older_torch(monkeypatch: Any) -> None:
+    one_call(monkeypatch, without_groups)
+    model = of("llama").train()
+    expected = one_by_one(model)
+    with kept_apart(model, print):
+        assert_same(in_a_row(model), expected)
+
+
+def test_heads_of_any_width_fit_into_one_call(monkeypatch: Any) -> None:
+    """Values narrower than keys (DeepSeek's), and neither of a width that the kernel takes."""
+    one_call(monkeypatch)
+    stock = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 11, n).double() for n in (13, 13, 5))
+    starts = torch.tensor([0, 4, 11, 11], dtype=torch.int32)
+    module, places = torch.nn.Module(), {"cu_seq_lens_q": starts, "max_length_q": 8}
+    found, _ = ours.attention_by_example(stock, module, query, key, value, None, **places)
+    parts = [t.split([4, 7], dim=2) for t in (query, key, value)]
+    expected = torch.cat([stock(module, *p, None)[0] for p in zip(*parts, strict=True)], dim=1)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_the_kernel_computes_what_its_twin_does(heads: int, window: int | None) -> None:
+    torch.manual_seed(0)
+    starts = torch.tensor([0, 40, 41, 100, 128, 128, 128], dtype=torch.int32, device="cuda")
+    tensors = [torch.randn(1, n, 128, 64, device="cuda") for n in (4, heads, heads)]
+    places = {"cu_seq_lens_q": starts, "max_length_q": 64, "sliding_window": window}
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):  # the first goes example by example
+        given = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        stock = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
+        module = torch.nn.Module()
+        module.num_key_value_groups = 4 // heads
+        out, _ = ours.attention_by_example(stock, module, *given, None, **places)
+        grads = torch.autograd.grad(out.float().square().sum(), given)
+        found.append([out, *grads])
+    for exact, half in zip(*found, strict=True):
+        error = (half.float() - exact).norm() / exact.norm()
+        assert float(error.detach()) < 0.02
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_they_are_so_where_layers_are_computed_again(reentrant: bool) -> None:
     model = of("gemma3, with windows").train()
