@@ -230,10 +230,11 @@ class TrainSpec(_Strict):
         "merge keeps on the scales of the base, so that `export.merge: requantize` writes the very "
         "model that was trained; a step takes longer",
     )
-    packing: bool | None = Field(
+    packing: bool | Annotated[int, Field(ge=64)] | None = Field(
         None,
-        description="pack several examples into one row; refused for models that mix them up. By "
-        "default the objective says: pretrain does",
+        description="pack several examples into one row, as long as the longest example, or of so "
+        "many tokens; refused for models that mix them up. By default the objective says: pretrain "
+        "does",
     )
     logging_steps: int = Field(5, ge=1)
     save_steps: int | None = Field(None, ge=1, description="checkpoint every so many steps")
@@ -267,6 +268,11 @@ class TrainSpec(_Strict):
         description="trackers that get the curves, e.g. [tensorboard, trackio, wandb, mlflow]",
     )
     resume: bool = Field(False, description="go on from the last checkpoint in the output folder")
+
+    @property
+    def row_length(self) -> int | None:
+        """Tokens of a packed row, where `packing` gives a number."""
+        return None if self.packing is None or isinstance(self.packing, bool) else self.packing
 
     @property
     def validates(self) -> Literal["no", "steps", "epoch"]:

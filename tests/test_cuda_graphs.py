@@ -18,6 +18,8 @@ from transformers import (
 
 import quantadapt as qa
 from quantadapt import demo
+from quantadapt.data.batches import PackedCollator
+from quantadapt.model import packed_attention
 from quantadapt.model.recording import recording
 from quantadapt.training import cuda_graphs, lent
 from quantadapt.training.cuda_graphs import can_record
@@ -113,11 +115,11 @@ def test_gradients_of_replays_are_kept_without_a_copy_and_added_up() -> None:
                 gradient.fill_(i)
 
     def replay() -> None:
-        recorded.replay_forward(torch.zeros(1, 1, dtype=torch.int64))
+        recorded.replay_forward({"input_ids": torch.zeros(1, 1, dtype=torch.int64)})
         recorded.replay_backward()
 
     recorded.forward, recorded.backward = Forward(), Backward()
-    recorded.ids, recorded.hidden = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1)
+    recorded.given, recorded.hidden = {"input_ids": torch.zeros(1, 1).long()}, torch.zeros(1)
     replay()
     assert all(w.grad is g for w, g in zip(weights, recorded.gradients, strict=True))
     for weight in weights:
@@ -165,9 +167,9 @@ def counted_replays(monkeypatch) -> list[torch.Size]:
     seen: list[torch.Size] = []
     forward = cuda_graphs._Replay.forward
 
-    def counted(ctx, recorded, ids, *weights):
-        seen.append(ids.shape)
-        return forward(ctx, recorded, ids, *weights)
+    def counted(ctx, recorded, given, *weights):
+        seen.append(given["input_ids"].shape)
+        return forward(ctx, recorded, given, *weights)
 
     monkeypatch.setattr(cuda_graphs._Replay, "forward", staticmethod(counted))
     return seen
@@ -202,14 +204,52 @@ def assert_same(plain, weights, graphed, found) -> None:
         assert error < 2e-2, (name, error)
 
 
+PACKED = [24, 40, 64, 32, 32, 64] * 4
+
+
 @pytest.mark.cuda
-def test_packed_rows_run_as_ever(replays) -> None:
-    options = {"packing": True, "num_train_epochs": 3, "gradient_checkpointing": True}
-    data = rows([24, 40, 64, 32, 32, 64] * 4)
-    plain = train(data, cuda_graphs=False, **options)
-    graphed = train(data, **options)
+def test_packed_rows_are_replayed_with_the_examples_of_the_batch(replays) -> None:
+    options = {"packing": True, "num_train_epochs": 6, "gradient_checkpointing": True}
+    plain = train(rows(PACKED), cuda_graphs=False, **options)
     assert replays == []
+    graphed = train(rows(PACKED), **options)
+    assert "attention of packed rows: torch's varlen_attn" in graphed[2]
+    assert not [note for note in graphed[2] if "CUDA graphs are not used" in note]
+    assert len(replays) >= graphed[0].steps // 3
     assert_same(*plain[:2], *graphed[:2])
+
+
+def test_packed_rows_are_recorded_where_one_call_computes_their_attention(monkeypatch) -> None:
+    monkeypatch.setattr(packed_attention, "_has_kernel", lambda *_: True)
+    model = adapted().train()
+    batch = PackedCollator(0, 64, few_shapes=True)([{
+        "input_ids": [*range(9)], "completion_mask": [1] * 9, "seq_lengths": [5, 4]
+    }])  # fmt: skip
+    given = {n: v for n, v in batch.items() if n not in ("labels", "counted", "tokens")}
+    graphs = cuda_graphs.Graphs(model, print)
+    graphs.on = True
+    assert not graphs._is_plain({**given, "use_cache": False})
+    with packed_attention.packed_attention(model):
+        graphs = cuda_graphs.Graphs(model, print)
+        graphs.on = True
+        assert graphs._is_plain({**given, "use_cache": False})
+        assert not graphs._is_plain({**given, "attention_mask": given["input_ids"]})
+        assert not graphs._is_plain({"input_ids": given["input_ids"], "position_ids": given})
+
+
+def test_a_recorded_pass_is_that_of_equal_shapes_and_numbers() -> None:
+    def key(lengths: list[int]) -> tuple:
+        row = {"input_ids": [0] * sum(lengths), "completion_mask": [1] * sum(lengths)}
+        batch = PackedCollator(0, 32, few_shapes=True)([{**row, "seq_lengths": lengths}])
+        return cuda_graphs._key(batch)
+
+    def shape(lengths: list[int]) -> tuple:
+        return tuple(pair for pair in key(lengths) if pair[0] not in ("counted", "tokens"))
+
+    assert shape([9, 10, 11]) == shape([15, 15]) == shape([12, 3, 12])
+    assert shape([17, 13]) != shape([15, 15])  # the longest
+    assert shape([4] * 8) != shape([8] * 4)  # how many
+    assert shape([8] * 4) != shape([8] * 5)  # how long in all
 
 
 @pytest.mark.cuda

@@ -110,7 +110,7 @@ def dense() -> Any:
 
 
 def batch_of(data: Any, *rows: int) -> dict[str, Any]:
-    return CausalCollator(0, packed=False)([data[row] for row in rows])
+    return CausalCollator(0)([data[row] for row in rows])
 
 
 def attached(backend: str = "hqq", adapter: str = "lora", **options: Any) -> Any:

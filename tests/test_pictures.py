@@ -96,7 +96,7 @@ def test_tokens_pixels_and_loss_are_those_of_trl(kind, tmp_path) -> None:
     ours = load_everything(source, kind.tokenizer)
     red, blue = tmp_path / "red.png", tmp_path / "blue.png"
     theirs = trl_batch(kind, [([red], QUESTION, "It is red."), ([blue, red], QUESTION, "Blue.")])
-    batch = CausalCollator(kind.tokenizer.pad_token_id, packed=False)(list(ours))
+    batch = CausalCollator(kind.tokenizer.pad_token_id)(list(ours))
     for row, their_row, labels in zip(ours, theirs["input_ids"], theirs["labels"], strict=True):
         kept = [int(t) for t in their_row if t != kind.tokenizer.pad_token_id]
         assert list(row["input_ids"]) == kept
@@ -334,7 +334,7 @@ def test_the_plan_finds_missing_pictures(small_picture_models, tmp_path) -> None
 def test_parts_of_a_batch_add_up_to_it(kind, data) -> None:
     rows = list(load_everything(str(data), kind.tokenizer))[:4]
     rows[1] = {"input_ids": [40, 41, 42], "completion_mask": [0, 1, 1]}  # text alone
-    batch = CausalCollator(kind.tokenizer.pad_token_id, packed=False)(rows)
+    batch = CausalCollator(kind.tokenizer.pad_token_id)(rows)
     model = transformers.AutoModelForImageTextToText.from_pretrained(kind.path).eval()
     called = _Called(model, SimpleNamespace(config=model.config, get_base_model=lambda: model))
     count = torch.tensor(float(SFT().count(batch)))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import quantadapt as qa
 from quantadapt import cli
 from quantadapt.data import streams
-from quantadapt.data.batches import CausalCollator
+from quantadapt.data.batches import PackedCollator
 from quantadapt.data.files import Row
 from quantadapt.data.streams import load_stream, survey_stream
 from quantadapt.errors import DataError, PlanRefused, SpecError
@@ -170,7 +170,7 @@ def test_documents_of_a_row_do_not_see_each_other(tmp_path: Path, tokenizer: Any
     rows = load_stream(spec, tokenizer, seed=0).train
     assert any(len(row["seq_lengths"]) > 1 for row in rows)
     model = qa.attach(qa.quantize(str(small_model()), "none"), "lora", seed=0)
-    batch = CausalCollator(0, packed=True)([rows[0], rows[1]])
+    batch = PackedCollator(0)([rows[0], rows[1]])
     task = Pretrain()
     found = float(task.loss(model.eval(), dict(batch), float(task.count(batch))).detach())
     dense = AutoModelForCausalLM.from_pretrained(small_model(), dtype=torch.float32).eval()

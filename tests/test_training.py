@@ -30,7 +30,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from quantadapt.data.batches import CausalCollator
+from quantadapt.data.batches import CausalCollator, PackedCollator
 from quantadapt.errors import OutputError, TrainingError
 from quantadapt.evaluation import perplexity
 from quantadapt.folders.checkpoints import PARTIAL
@@ -90,7 +90,7 @@ def test_the_first_token_of_a_row_is_no_label(packed):
     """Nothing comes before it to predict it from, and `counted` must not say otherwise."""
     rows = [{"input_ids": [5, 6, 7], "completion_mask": [1, 1, 1], "seq_lengths": [3]},
             {"input_ids": [8, 9], "completion_mask": [0, 1], "seq_lengths": [2]}]  # fmt: skip
-    batch = CausalCollator(pad_token_id=0, packed=packed, multiple=None if packed else 4)(rows)
+    batch = (PackedCollator(0) if packed else CausalCollator(pad_token_id=0, multiple=4))(rows)
     assert batch["counted"] == int((batch["labels"][:, 1:] != -100).sum()) == 3
     assert tuple(batch["input_ids"].shape) == ((1, 5) if packed else (2, 4))
 

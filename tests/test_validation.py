@@ -100,7 +100,7 @@ def stock_loss(model: Any, examples: Dataset, folder: Path) -> float:
         use_cpu=True,
         disable_tqdm=True,
     )
-    padded = CausalCollator(pad_token_id=0, packed=False)
+    padded = CausalCollator(pad_token_id=0)
 
     def collator(rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = padded(rows)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from ..spec import DataSpec, SourceSpec
+from .batches import SEQUENCES
 from .formats import Example, examples
 from .pieces import Pieces, Segment
 from .report import DataReport
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-SEQUENCES = "seq_lengths"
-"""The column that says how long the documents in a row are, one after the other."""
 HELD_OUT = 100
 """Documents of the first that are held out, where nothing else is said."""
 SHUFFLED = 1000

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from .attention import STOCK, computed_by, configs_of
+
 NAME = "quantadapt_sinks"
 WIDTH_MULTIPLE = 8
 """Kernels that hold no logits want queries, keys and values of a multiple of so many numbers."""
@@ -32,7 +34,7 @@ def fused_sinks(model: nn.Module) -> Iterator[None]:
 
     What users chose themselves (flash or flex attention) stays.
     """
-    with _computed_here(_configs(model, "eager", with_sinks=True)):
+    with _computed_here(configs_of(model, "eager", has_sinks)):
         yield
 
 
@@ -40,41 +42,20 @@ def fused_sinks(model: nn.Module) -> Iterator[None]:
 def fused_groups(model: nn.Module) -> Iterator[None]:
     """Let attention of one query see keys that heads share as they are, where transformers would
     repeat them for each head."""
-    with _computed_here(_configs(model, "sdpa")):
+    with _computed_here(configs_of(model, STOCK)):
         yield
 
 
 @contextmanager
 def _computed_here(configs: list[Any]) -> Iterator[None]:
-    before = [config._attn_implementation_internal for config in configs]
     if configs:
         _register()
-    for config in configs:
-        config._attn_implementation_internal = NAME
-    try:
+    with computed_by(NAME, configs):
         yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation_internal = name
 
 
-def _configs(model: nn.Module, name: str, *, with_sinks: bool = False) -> list[Any]:
-    """Return the configs of what computes attention as `name` says, and lets itself be told
-    otherwise."""
-    from transformers import PreTrainedModel
-
-    found: dict[int, Any] = {}
-    for part in model.modules():
-        if not isinstance(part, PreTrainedModel) or not part._supports_attention_backend:
-            continue
-        if getattr(part.config, "_attn_implementation_internal", None) == name and (
-            not with_sinks or _has_sinks(part)
-        ):
-            found[id(part.config)] = part.config
-    return list(found.values())
-
-
-def _has_sinks(model: nn.Module) -> bool:
+def has_sinks(model: nn.Module) -> bool:
+    """Say whether some head of it has a sink."""
     return any(isinstance(getattr(m, "sinks", None), Tensor) for m in model.modules())
 
 
@@ -83,7 +64,7 @@ def _register() -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     AttentionInterface.register(NAME, attention_with_sinks)
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[STOCK])
 
 
 def attention_with_sinks(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 BASE = "base"
 _WHERE = "objective.teacher"
-_NOT_SEEN = ("attention_mask", "labels", "counted")
+_NOT_SEEN = ("attention_mask", "labels", "counted", "tokens")
 
 
 class Distill(SFT):

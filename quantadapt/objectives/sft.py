@@ -94,7 +94,7 @@ class SFT(Task):
     def loss(self, model: Any, batch: dict[str, Any], count: Any) -> Tensor:
         """Return the mean over all tokens of a step, in nats, without ever holding all logits where
         that can be."""
-        counted = batch.pop("counted", None)
+        counted, _ = batch.pop("counted", None), batch.pop("tokens", None)
         batch["use_cache"] = False
         batch |= joined(batch.pop(PIXELS, ()))
         if model.config.is_encoder_decoder:
@@ -118,6 +118,8 @@ class SFT(Task):
     def tokens(self, model: Any, batch: Mapping[str, Any]) -> Any:
         """Return the tokens of prompts and completions; both halves of an encoder-decoder model
         see some."""
+        if "tokens" in batch:  # of packed rows
+            return batch["tokens"]
         seen = super().tokens(model, batch)
         return seen + (batch["labels"] != -100).sum() if model.config.is_encoder_decoder else seen
 
@@ -149,14 +151,17 @@ def _of_numbers(dataset: Dataset) -> list[str]:
 
 def _causal_collator(setup: Setup) -> Any:
     from ..data.batches import CausalCollator
+    from ..training.packing import packed_collator
 
-    return CausalCollator(setup.pad_token_id, bool(setup.spec.packing), setup.length_multiple)
+    if setup.spec.packing:
+        return packed_collator(setup)
+    return CausalCollator(setup.pad_token_id, setup.length_multiple)
 
 
 def _causal_trainer(task: SFT, setup: Setup) -> Any:
     from trl import SFTConfig, SFTTrainer
 
-    from ..data.streams import SEQUENCES
+    from ..data.batches import SEQUENCES
     from ..training.lent import quiet, without_statistics
     from ..training.packing import packed, refuse_leaks
 
@@ -165,7 +170,7 @@ def _causal_trainer(task: SFT, setup: Setup) -> Any:
             _refuse_pictures(setup.dataset)
             refuse_leaks(setup.model, _causal_collator(setup))
             if SEQUENCES not in setup.dataset.column_names:
-                setup = replace(setup, dataset=packed(setup.dataset))
+                setup = replace(setup, dataset=packed(setup.dataset, setup.spec.row_length))
         # the data are tokenized already; max_length and packing have been dealt with
         options = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
         trainer = setup.trainer(

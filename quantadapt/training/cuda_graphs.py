@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..adapting.fused import FusedLoraLinear, free
 from ..facade import single_stack_lora, stack_wrappers
+from ..model.packed_attention import LONGEST, STARTS, in_one_call, is_lent
 from ..model.recording import recording
 from ..model.towers import towers_of
 from ..sharding import is_sharded
@@ -28,6 +29,9 @@ SEEN_BEFORE = 2
 
 MOST_SHAPES = 16
 """So many shapes are recorded; each keeps its kernels' arguments on the GPU."""
+
+_OF_PACKED_ROWS = ("position_ids", "seq_idx", STARTS, "cu_seq_lens_k", LONGEST, "max_length_k")
+_Key = tuple[tuple[str, Any], ...]
 
 
 class Graphs:
@@ -43,6 +47,8 @@ class Graphs:
         self.eager: Callable[..., Any] = self.decoder.forward
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.device = self.weights[0].device
+        dtype = model.get_input_embeddings().weight.dtype
+        self.packs = is_lent(self.decoder.config) and in_one_call(model, self.device, dtype)
         self.on_note = on_note
         self.budget = 0
         self.on = False
@@ -59,47 +65,49 @@ class Graphs:
         return was_there
 
     def _clear(self) -> None:
-        self._recorded: dict[torch.Size, _Recorded] = {}
-        self._seen: Counter[torch.Size] = Counter()
+        self._recorded: dict[_Key, _Recorded] = {}
+        self._seen: Counter[_Key] = Counter()
         self._pool: Any = None
         self._gradients: list[Tensor] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The decoder's forward."""
-        ids = kwargs.get("input_ids")
-        if args or ids is None or not self._is_plain(kwargs):
+        if args or kwargs.get("input_ids") is None or not self._is_plain(kwargs):
             return self.eager(*args, **kwargs)
-        recorded = self._recorded.get(ids.shape) or self._record(ids)
+        given = {name: kwargs[name] for name in ("input_ids", *_OF_PACKED_ROWS) if name in kwargs}
+        recorded = self._recorded.get(_key(given)) or self._record(given)
         if recorded is None:
             return self.eager(**kwargs)
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        hidden = _Replay.apply(recorded, ids, *self.weights)  # type: ignore[no-untyped-call]
+        hidden = _Replay.apply(recorded, given, *self.weights)  # type: ignore[no-untyped-call]
         return BaseModelOutputWithPast(last_hidden_state=hidden)
 
     def _is_plain(self, kwargs: dict[str, Any]) -> bool:
-        others = (value for name, value in kwargs.items() if name != "input_ids")
+        packed = self.packs and kwargs.get(STARTS) is not None
+        known = ("input_ids", *(_OF_PACKED_ROWS if packed else ()))
         return (
             self.on
-            # Neither a mask nor positions, as packed rows have them; use_cache is False.
-            and all(value is None or value is False for value in others)
+            # No mask, nor positions where one would be made of them; use_cache is False.
+            and all(v is None or v is False for name, v in kwargs.items() if name not in known)
             and self.decoder.training
             and torch.is_grad_enabled()
             and not torch.is_autocast_enabled(self.device.type)
         )
 
-    def _record(self, ids: Tensor) -> _Recorded | None:
+    def _record(self, given: Mapping[str, Any]) -> _Recorded | None:
         """Return what is recorded for this shape, or None where it is too early or impossible."""
-        self._seen[ids.shape] += 1
-        enough = self._seen[ids.shape] > SEEN_BEFORE and len(self._recorded) < MOST_SHAPES
+        key = _key(given)
+        self._seen[key] += 1
+        enough = self._seen[key] > SEEN_BEFORE and len(self._recorded) < MOST_SHAPES
         if not enough or not self._has_room():
             return None
         failed = ""
         try:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            made = _Recorded(self.eager, ids, self.weights, self._gradients, self._pool)
-            self._recorded[ids.shape], self._gradients = made, made.gradients
+            made = _Recorded(self.eager, given, self.weights, self._gradients, self._pool)
+            self._recorded[key], self._gradients = made, made.gradients
         except RuntimeError as error:  # out of memory, or something that has to wait for the GPU
             failed = _reason(error.__context__ or error)  # recording could not be ended either
         if failed:
@@ -107,7 +115,7 @@ class Graphs:
             self.on_note(f"CUDA graphs are not used: {failed}")
             self.stop()
             free(self.decoder)
-        return self._recorded.get(ids.shape)
+        return self._recorded.get(key)
 
     def _has_room(self) -> bool:
         """Say whether the memory of a pass is there twice: that of graphs serves nothing else."""
@@ -116,9 +124,15 @@ class Graphs:
         return bool(self._recorded) or self.budget - held >= 2 * work
 
 
+def _key(given: Mapping[str, Any]) -> _Key:
+    """Return what has to be equal for a pass to be replayed: shapes, and numbers themselves."""
+    return tuple((n, v.shape if isinstance(v, Tensor) else v) for n, v in given.items())
+
+
 class _Recorded:
-    """Forward and backward for one shape of `ids`, int64 [batch, length]; the latter leaves the
-    gradients of `weights` in `gradients`, which are made if there are none yet.
+    """Forward and backward for one shape of what the decoder is `given`, `input_ids` int64 [batch,
+    length] among it; the latter leaves the gradients of `weights` in `gradients`, which are made if
+    there are none yet.
 
     All that were recorded into one pool share its memory: between a forward and its backward,
     nothing else may be replayed.
@@ -127,15 +141,16 @@ class _Recorded:
     def __init__(
         self,
         run: Callable[..., Any],
-        ids: Tensor,
+        given: Mapping[str, Any],
         weights: list[Tensor],
         gradients: list[Tensor] | None,
         pool: Any,
     ) -> None:
-        self.ids, self.weights = ids.clone(), weights
+        self.given = {n: v.clone() if isinstance(v, Tensor) else v for n, v in given.items()}
+        self.weights = weights
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with recording(self.forward, pool):
-            hidden = run(input_ids=self.ids, use_cache=False).last_hidden_state
+            hidden = run(**self.given, use_cache=False).last_hidden_state
         # Its gradient comes when nobody needs it any more, and takes its place. Without the graph
         # of autograd, so that later recordings can lie over what is saved there.
         self.hidden = hidden.detach()
@@ -147,13 +162,15 @@ class _Recorded:
                 torch._foreach_copy_(gradients, grads)
         self.gradients = gradients
 
-    def replay_forward(self, ids: Tensor) -> Tensor:
-        """Replay it for `ids` and return the hidden states. What the pass before left in
+    def replay_forward(self, given: Mapping[str, Any]) -> Tensor:
+        """Replay it for what is `given` and return the hidden states. What the pass before left in
         `gradients` is kept elsewhere: the memory of the pool is that of a forward, too."""
         for weight, gradient in zip(self.weights, self.gradients, strict=True):
             if weight.grad is gradient:  # of a replay before, in the same step
                 weight.grad = gradient.clone()
-        self.ids.copy_(ids)
+        for name, value in self.given.items():
+            if isinstance(value, Tensor):
+                value.copy_(given[name])
         self.forward.replay()
         hidden: Tensor = self.hidden.detach()
         return hidden
@@ -173,9 +190,11 @@ class _Recorded:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recorded: _Recorded, ids: Tensor, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, recorded: _Recorded, given: Mapping[str, Any], *weights: Tensor
+    ) -> Tensor:
         ctx.recorded = recorded
-        return recorded.replay_forward(ids)
+        return recorded.replay_forward(given)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:

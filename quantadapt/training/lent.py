@@ -62,6 +62,7 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
     from ..compiling import compiled_functions
     from ..model.sinks import fused_sinks
     from .cuda_graphs import can_record
+    from .packing import kept_apart
 
     with ExitStack() as stack:
         lend = stack.enter_context
@@ -78,7 +79,9 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
             lend(fused_kernels(model, on_note))  # Liger's norms, MLPs and rotary embeddings
         if spec.memory == "min":
             lend(one_block_at_a_time(model))  # of a sharded base
-        if not spec.packing:
+        if spec.packing:
+            lend(kept_apart(model, on_note))  # attention without a mask of all pairs of tokens
+        else:
             lend(one_row_each(on_note))  # no search for packed rows
         records = rules.records(task, spec) and can_record(model)
         recomputer = lend(recomputed(model, None, spec.use_reentrant, draws=not records))

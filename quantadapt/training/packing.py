@@ -2,32 +2,119 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ..data.batches import SEQUENCES, PackedCollator
 from ..errors import TrainingError
+from .figures import adapter_device, compute_dtype
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
-    from ..data.batches import CausalCollator
+    from .trainer import Setup
 
+WHERE = "train.packing"
 _LENGTH = 8
 _ROUNDING = 0.02
 """What of the logits may change with tokens elsewhere in the row by rounding alone; leaks are
 above 0.03 even in tiny random models."""
+_SIZES = 16
+"""A batch is filled up to one of so many lengths, so that few shapes come up."""
+_AT_A_TIME = 100_000
+"""Examples among which the best fit is looked for."""
 
 
-def packed(dataset: Dataset) -> Dataset:
-    """Put several examples into one row, as long as the longest example."""
+# Rows ---------------------------------------------------------------------------------------------
+
+
+def packed(dataset: Dataset, length: int | None = None) -> Dataset:
+    """Put several examples into one row: the longest first, each where it leaves the least room.
+
+    Args:
+        length: tokens of a row; by default as many as the longest example has.
+
+    Raises:
+        TrainingError: an example is longer than that.
+    """
+    import pyarrow.compute as pc
     from trl import pack_dataset
 
-    longest = max(map(len, dataset["input_ids"]))
-    rows: Dataset = pack_dataset(dataset, seq_length=longest, strategy="bfd")
+    longest = pc.max(pc.list_value_length(dataset.with_format("arrow")[:]["input_ids"])).as_py()
+    length = length or longest
+    if longest > length:
+        what = f"the longest example has {longest:,} tokens, and a row has room for {length:,}"
+        fix = f"set {WHERE} to {longest} or more, or lower data.max_length"
+        raise TrainingError(what, fix=fix, where=WHERE)
+    at_a_time = {"batch_size": _AT_A_TIME}
+    rows: Dataset = pack_dataset(dataset, seq_length=length, strategy="bfd", map_kwargs=at_a_time)
     return rows
 
 
-def refuse_leaks(model: Any, collator: CausalCollator) -> None:
+def tell_filling(rows: Dataset, on_note: Callable[[str], None]) -> None:
+    """Say how packed rows are filled."""
+    if SEQUENCES not in rows.column_names:
+        return  # a task's own way of packing
+    parts = rows[SEQUENCES]
+    examples, filled = sum(map(len, parts)), [sum(lengths) for lengths in parts]
+    empty = 1 - sum(filled) / (len(filled) * max(filled))
+    on_note(
+        f"packing: {examples:,} examples in {len(filled):,} rows of up to {max(filled):,} tokens,"
+        f" {empty:.1%} of them empty"
+    )
+
+
+def packed_collator(setup: Setup) -> PackedCollator:
+    """Return what lays rows end to end. On CUDA, batches get one of few lengths; where routers are
+    balanced over all tokens, none is added."""
+    from ..model.packed_attention import is_lent
+
+    text = setup.model.config.get_text_config()
+    multiple = setup.length_multiple
+    if multiple is None or getattr(text, "output_router_logits", False):
+        return PackedCollator(setup.pad_token_id)
+    row = max(map(sum, setup.dataset[SEQUENCES])) if SEQUENCES in setup.dataset.features else 0
+    step = row * setup.spec.per_device_train_batch_size // _SIZES
+    multiple *= max(1, min(step, row) // multiple)
+    return PackedCollator(setup.pad_token_id, multiple, few_shapes=is_lent(text))
+
+
+# Examples apart -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def kept_apart(model: Any, on_note: Callable[[str], None]) -> Iterator[None]:
+    """Let attention of packed rows be computed without a mask of all pairs of tokens, where the
+    model hands on where examples begin; say which way it is."""
+    from ..model.packed_attention import in_one_call, packed_attention
+
+    with ExitStack() as stack:
+        here = stack.enter_context(packed_attention(model)) and _hands_on(model)
+        if here:
+            fast = in_one_call(model, adapter_device(model), compute_dtype(model))
+            way = "torch's varlen_attn" if fast else "example by example"
+            on_note(f"attention of packed rows: {way}")
+        else:
+            stack.close()
+            on_note(
+                "attention of packed rows: as transformers computes it for this model, whose masks"
+                " of all pairs of tokens may take time and memory"
+            )
+        yield
+
+
+def _hands_on(model: Any) -> bool:
+    """Say whether attention of all layers is told where the examples of a row begin."""
+    from ..model.packed_attention import counting_untold
+
+    with counting_untold() as untold:
+        _logits(model, PackedCollator(0), 3)
+        return untold() == 0
+
+
+def refuse_leaks(model: Any, collator: PackedCollator) -> None:
     """Raise TrainingError where examples of one row see each other.
 
     Not every architecture heeds where examples begin (BLOOM, OPT, MPT and state spaces do not), and
@@ -35,14 +122,15 @@ def refuse_leaks(model: Any, collator: CausalCollator) -> None:
     """
     import torch
 
-    one, other = (_second_logits(model, collator, token) for token in (3, 4))
+    one, other = (_logits(model, collator, token)[:, _LENGTH:] for token in (3, 4))
     if torch.linalg.vector_norm(one - other) > _ROUNDING * torch.linalg.vector_norm(one):
         what = f"{type(model.get_base_model()).__name__} does not keep the examples of a row apart"
-        raise TrainingError(what, fix="leave train.packing out", where="train.packing")
+        raise TrainingError(what, fix="leave train.packing out", where=WHERE)
 
 
-def _second_logits(model: Any, collator: CausalCollator, token: int) -> Tensor:
-    """Return the logits of an example that follows one of nothing but `token`, in float32."""
+def _logits(model: Any, collator: PackedCollator, token: int) -> Tensor:
+    """Return the logits of two examples in a row, float32 [1, tokens, vocabulary]; the first is of
+    nothing but `token`."""
     import torch
 
     from ..evaluation.predictions import evaluating
@@ -50,15 +138,14 @@ def _second_logits(model: Any, collator: CausalCollator, token: int) -> Tensor:
     row = {
         "input_ids": [token] * _LENGTH + list(range(_LENGTH)),
         "completion_mask": [1] * 2 * _LENGTH,
-        "seq_lengths": [_LENGTH, _LENGTH],
+        SEQUENCES: [_LENGTH, _LENGTH],
     }
-    batch = collator([row])
     device = model.get_input_embeddings().weight.device
     inputs = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-        if name not in ("labels", "counted")
+        for name, value in collator([row]).items()
+        if name not in ("labels", "counted", "tokens")
     }
     with evaluating(model), torch.no_grad():
         logits: Tensor = model(**inputs, use_cache=False).logits
-    return logits[:, _LENGTH : 2 * _LENGTH].float()
+    return logits[:, : 2 * _LENGTH].float()

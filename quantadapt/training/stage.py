@@ -42,6 +42,7 @@ from .figures import (
 from .lent import lent, quiet
 from .loop import TrainingLoop
 from .memory_fit import MemoryFit
+from .packing import tell_filling
 from .prepared import Prepared
 from .progress import OnLog, Watcher
 from .stopping import Stop
@@ -117,6 +118,8 @@ def train(
     # kernels, casts and the like; taken back at the end
     with task.holding(setup, note), lent(model, spec, task, note) as loans:
         trainer = make_trainer(task, setup, on_log)  # task.trainer: trl's SFTTrainer, for one
+        if spec.packing:
+            tell_filling(trainer.train_dataset, note)
         trainer.prepared = prepared
         trainer.fused = loans.fused
         trainer.memory_fit = MemoryFit(trainer, loans.recomputer, spec, on_note)
