@@ -32,7 +32,7 @@ def fused_sinks(model: nn.Module) -> Iterator[None]:
 
     What users chose themselves (flash or flex attention) stays.
     """
-    with _computed_here(_configs(model, "eager", with_sinks=True)):
+    with _computed_here(configs_with(model, "eager", with_sinks=True)):
         yield
 
 
@@ -40,25 +40,32 @@ def fused_sinks(model: nn.Module) -> Iterator[None]:
 def fused_groups(model: nn.Module) -> Iterator[None]:
     """Let attention of one query see keys that heads share as they are, where transformers would
     repeat them for each head."""
-    with _computed_here(_configs(model, "sdpa")):
+    with _computed_here(configs_with(model, "sdpa")):
         yield
 
 
 @contextmanager
 def _computed_here(configs: list[Any]) -> Iterator[None]:
-    before = [config._attn_implementation_internal for config in configs]
     if configs:
         _register()
+    with attention_by(configs, NAME):
+        yield
+
+
+@contextmanager
+def attention_by(configs: list[Any], name: str) -> Iterator[None]:
+    """Inside, models of these configs compute attention by the function of that name."""
+    before = [config._attn_implementation_internal for config in configs]
     for config in configs:
-        config._attn_implementation_internal = NAME
+        config._attn_implementation_internal = name
     try:
         yield
     finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation_internal = name
+        for config, was in zip(configs, before, strict=True):
+            config._attn_implementation_internal = was
 
 
-def _configs(model: nn.Module, name: str, *, with_sinks: bool = False) -> list[Any]:
+def configs_with(model: nn.Module, name: str, *, with_sinks: bool = False) -> list[Any]:
     """Return the configs of what computes attention as `name` says, and lets itself be told
     otherwise."""
     from transformers import PreTrainedModel
@@ -109,7 +116,7 @@ def attention_with_sinks(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     heads, queries, size = query.shape[1], query.shape[2], value.shape[-1]
     groups = 1 if queries > 1 else heads // key.shape[1]
-    key, value = (_repeated(tensor, heads // groups) for tensor in (key, value))
+    key, value = (repeated(tensor, heads // groups) for tensor in (key, value))
     triangle = attention_mask is None and queries == key.shape[2] > 1
     if s_aux is not None:
         width = -(-max(query.shape[-1] + 1, size) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
@@ -143,6 +150,7 @@ def _by_group(mask: Tensor, groups: int) -> Tensor:
     return mask.reshape(len(mask), -1, groups, mask.shape[-1])
 
 
-def _repeated(tensor: Tensor, heads: int) -> Tensor:
+def repeated(tensor: Tensor, heads: int) -> Tensor:
+    """Return keys or values [batch, some heads, keys, size] for so many heads."""
     groups = heads // tensor.shape[1]
     return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)

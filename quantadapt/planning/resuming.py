@@ -37,6 +37,7 @@ KEPT = frozenset(
         *("train.learning_rate", "train.lr_scheduler_type", "train.warmup_ratio"),
         *("train.weight_decay", "train.optim", "train.packing", "train.merge_aware"),
         *("train.per_device_train_batch_size", "train.gradient_accumulation_steps"),
+        "train.context_parallel_size",
     )
 )
 """What adapter, optimizer, schedule and the place in the data come from. Beside these, all of
