@@ -1,12 +1,17 @@
 """Training on several GPUs: tokens per second, memory per card, and the same losses as on one.
 
     python benchmarks/several_gpus.py --case one ddp fsdp loss-one loss-ddp loss-fsdp 70b
+    python benchmarks/several_gpus.py --case one ddp-4 fsdp-4 70b-4 context-64k context-256k
 
 nf4 with double quantization, LoRA r=16 on all seven projections, weights made on the spot and
 quantized (and sharded) block by block as they are made. `one`, `ddp`, `fsdp`: Llama-8B shape,
-4 x 2048 tokens for each GPU. `loss-*`: the same rows, 8 in all, on one and on two GPUs. `70b`:
-Llama-70B shape, sharded over two cards whose allocators are held to 24 GiB each, 1 x 2048 tokens
-for each. Prints a Markdown table. With `--device cpu` everything runs in a toy size, to try it out.
+4 x 2048 tokens for each GPU; `-4`: on four. `loss-*`: the same rows, 8 in all, on one and on two
+GPUs. `70b`: Llama-70B shape, sharded over two cards whose allocators are held to 24 GiB each,
+1 x 2048 tokens for each; `70b-4` over four, 4 x 2048 each. `context-*`: Llama-8B shape, one row of
+so many tokens on four GPUs, each of which has a fourth of it; `-70b`: Llama-70B shape, sharded,
+too. `context-1m-4-layers` are four of the 32 layers, as a step of all takes more than ten minutes;
+`context-one` is one GPU that has a row of the length of such a part by itself. Prints a Markdown
+table. With `--device cpu` everything runs in a toy size, to try it out.
 """
 
 from __future__ import annotations
@@ -44,6 +49,7 @@ class Case:
         gpus: how many processes. parallel: how they share the work.
         limit_gib: what torch's allocator may take of each card; None: all.
         options: of TrainSpec.
+        steps: how many, where they take long; None: as the command says.
     """
 
     shape: Shape
@@ -51,8 +57,18 @@ class Case:
     parallel: str = "auto"
     limit_gib: float | None = None
     options: tuple[tuple[str, Any], ...] = (("gradient_checkpointing", True),)
+    steps: int | None = None
 
 
+def context(tokens: int, steps: int = 2, **values: Any) -> Case:
+    """Return the case of one row of so many tokens on four GPUs."""
+    shape = replace(values.pop("shape", SHAPES["8b"]), batch=1, length=tokens)
+    memory = values.pop("memory", ("gradient_checkpointing", True))
+    options = (memory, ("context_parallel_size", 4))
+    return Case(shape, 4, values.pop("parallel", "ddp"), options=options, steps=steps)
+
+
+K = 1024
 _1B = replace(SHAPES["1b"], batch=4)
 CASES = {
     "one": Case(SHAPES["8b"]),
@@ -70,6 +86,18 @@ CASES = {
         limit_gib=24,
         options=(("memory", "min"), ("optim", "paged_adamw_8bit")),
     ),
+    "ddp-4": Case(SHAPES["8b"], 4, "ddp"),
+    "fsdp-4": Case(SHAPES["8b"], 4, "fsdp"),
+    "70b-4": Case(replace(LLAMA_70B, batch=4), 4, "fsdp"),
+    "context-one": Case(replace(SHAPES["8b"], batch=1, length=16 * K)),
+    "context-64k": context(64 * K, 4),
+    "context-256k": context(256 * K),
+    "context-512k": context(512 * K),
+    "context-1m": context(1024 * K, memory=("memory", "min")),
+    "context-1m-4-layers": context(
+        1024 * K, 1, shape=replace(SHAPES["8b"], num_hidden_layers=4), memory=("memory", "min")
+    ),
+    "context-70b": context(32 * K, 3, shape=LLAMA_70B, parallel="fsdp"),
 }
 TOY = Shape(256, 768, 2, 4, 2, 2048, batch=2, length=64)
 
@@ -106,7 +134,8 @@ def case_of(name: str, device: str) -> Case:
     if device == "cuda":
         return case
     shape = replace(TOY, batch=case.shape.batch)
-    return replace(case, shape=shape, options=(("gradient_checkpointing", True),))
+    kept = ("gradient_checkpointing", "context_parallel_size")
+    return replace(case, shape=shape, options=tuple(o for o in case.options if o[0] in kept))
 
 
 def row(name: str, given: argparse.Namespace) -> str:
@@ -156,11 +185,13 @@ def measure(given: argparse.Namespace) -> None:
     model = build(case, device)
     found: dict[str, Any] = {"build_seconds": time.perf_counter() - started}
     found["build_peak"] = of_all(peak(device)[0])
-    losses, times = train(case, model, given.steps)
+    losses, times = train(case, model, case.steps or given.steps)
     allocated, reserved = peak(device)
     found |= {"peak": of_all(allocated), "reserved": of_all(reserved), "losses": losses}
-    middle = sorted(times[WARM_UP:])[len(times[WARM_UP:]) // 2]
-    found["tokens_per_second"] = case.gpus * case.shape.tokens / middle
+    timed = sorted(times[min(WARM_UP, len(times) - 1) :])
+    rows_shared_by = dict(case.options).get("context_parallel_size", 1)
+    tokens = case.gpus * case.shape.tokens // rows_shared_by
+    found["tokens_per_second"] = tokens / timed[len(timed) // 2]
     if mine.is_main:
         given.result.write_text(json.dumps(found), encoding="utf-8")
     stop()

@@ -209,6 +209,12 @@ class TrainSpec(_Strict):
         description="with several processes: ddp, each holds the whole model, or fsdp, each holds "
         "its share of the base; auto: fsdp where the whole base does not fit and a share does",
     )
+    context_parallel_size: int = Field(
+        1,
+        ge=1,
+        description="so many processes share each row, a part of its tokens each: for rows that "
+        "are too long for one GPU",
+    )
     use_reentrant: bool = Field(False, description="which kind of gradient checkpointing")
     use_liger_kernel: bool = Field(
         True, description="fused RMSNorm, SwiGLU and RoPE, on CUDA where liger-kernel is installed"

@@ -206,7 +206,7 @@ def test_a_launcher_of_one_process_changes_nothing(tmp_path) -> None:
 
 
 PLUGIN = """
-import os
+import os, signal
 from quantadapt.hookspecs import hookimpl
 
 @hookimpl
@@ -214,6 +214,8 @@ def quantadapt_stage_done(stage, value):
     if stage == "attach" and os.environ.get("DIES") == os.environ["RANK"]:
         def die(*_):
             if os.path.isdir(os.environ["DIES_AFTER"]):
+                if os.environ["DIES_BY"] == "signal":
+                    os.kill(os.getpid(), signal.SIGKILL)
                 raise ArithmeticError("out of luck")
         value.get_base_model().model.layers[0].register_forward_pre_hook(die)
 """
@@ -251,14 +253,20 @@ def install(folder: Path, plugin: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", DEVICES)
-def test_a_process_that_dies_stops_the_others(tmp_path, kind) -> None:
+@pytest.mark.parametrize(
+    ("by", "told"),
+    [
+        ("error", "plugin unlucky: it failed: ArithmeticError: out of luck"),
+        ("signal", "it was killed by SIGKILL; the machine may have run out of memory"),
+    ],
+)
+def test_a_process_that_dies_stops_the_others(tmp_path, kind, by, told) -> None:
     install(tmp_path, PLUGIN)
     folder = tmp_path / "run"
     first = folder / "checkpoints" / "checkpoint-2"
-    done = run(tmp_path, "--device", kind, DIES="1", DIES_AFTER=str(first))
+    done = run(tmp_path, "--device", kind, DIES="1", DIES_AFTER=str(first), DIES_BY=by)
     assert done.returncode == 1
-    told = "process 1 of 2 failed:\nError: plugin unlucky: it failed: ArithmeticError: out of luck"
-    assert told in done.stderr
+    assert f"process 1 of 2 failed:\nError: {told}" in done.stderr
     assert "another process" not in done.stderr
     assert list((folder / "checkpoints").glob("checkpoint-*")) == [first]
     assert json.loads((folder / "quantadapt-run.json").read_text())["state"] == "failed"

@@ -92,6 +92,7 @@ class Workload:
         beside: how many weights the model has beside its language model: what sees pictures.
         rounds: whether adapted layers compute with the rounded weights that a merge keeps.
         float8: whether products with the base are in 8-bit floats.
+        contexts: so many GPUs share each example, a part of its tokens each.
     """
 
     shape: Shape
@@ -121,6 +122,7 @@ class Workload:
     beside: int = 0
     rounds: bool = False
     float8: bool = False
+    contexts: int = 1
 
     # --- what is there all the time ----------------------------------------------------------
 
@@ -350,7 +352,7 @@ class Workload:
 
     def _moments(self, setting: Setting) -> Iterator[tuple[int, int, int]]:
         """Yield inputs of recomputed layers, activations and working memory when they may peak."""
-        length = -(-self.length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        length = -(-self.length // (LENGTH_MULTIPLE * self.contexts)) * LENGTH_MULTIPLE
         tokens = setting.micro_batch * self.sequences * length
         count, single = setting.recomputed_layers, self.input_bytes(tokens)
         each = [(layers, work, work.kept_bytes(tokens)) for layers, work in self.kinds]

@@ -103,6 +103,18 @@ def head_losses(
     return found
 
 
+def aligned(hidden: Tensor, labels: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return hidden states [tokens, hidden_size] and what is to be predicted from each, [tokens].
+
+    Args:
+        hidden: [batch, length, hidden_size]. labels: int64 [batch, length], of the tokens there.
+        after: int64 [batch, length], of the token after each, where the rows go on elsewhere.
+    """
+    if after is None:
+        hidden, after = hidden[:, :-1], labels[:, 1:]
+    return hidden.flatten(0, 1), after.flatten()
+
+
 def counting(labels: Tensor, count: int | None) -> Tensor:
     """Return the indices of the labels that count, which are not -100; without their `count` the
     device is waited for."""

@@ -90,7 +90,7 @@ def attention_with_sinks(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     heads, queries, size = query.shape[1], query.shape[2], value.shape[-1]
     groups = 1 if queries > 1 else heads // key.shape[1]
-    key, value = (_repeated(tensor, heads // groups) for tensor in (key, value))
+    key, value = (repeated(tensor, heads // groups) for tensor in (key, value))
     triangle = attention_mask is None and queries == key.shape[2] > 1
     if s_aux is not None:
         width = -(-max(query.shape[-1] + 1, size) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
@@ -124,6 +124,7 @@ def _by_group(mask: Tensor, groups: int) -> Tensor:
     return mask.reshape(len(mask), -1, groups, mask.shape[-1])
 
 
-def _repeated(tensor: Tensor, heads: int) -> Tensor:
+def repeated(tensor: Tensor, heads: int) -> Tensor:
+    """Return keys or values [batch, some heads, keys, size] for so many heads."""
     groups = heads // tensor.shape[1]
     return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)

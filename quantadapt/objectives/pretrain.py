@@ -107,7 +107,7 @@ def rows_of_steps(spec: Spec, processes: int) -> int | None:
     if train.max_steps <= 0:
         return None
     each = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return train.max_steps * each * processes
+    return train.max_steps * each * processes // train.context_parallel_size
 
 
 def _endless(data: DataSpec) -> str:

@@ -37,15 +37,17 @@ class SFT(Task):
     """
 
     packs: ClassVar[bool] = True
+    by_token: ClassVar[bool] = True
     logits: ClassVar[Literal["model", "chunks", "whole"]] = "model"
     unit: ClassVar[str] = "nats per token"
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         """Take a loss that is another for one that holds all logits, and knows nothing of packed
-        rows, unless the class says otherwise."""
+        rows or parts of rows, unless the class says otherwise."""
         if "loss" in vars(cls):
             cls.packs = vars(cls).get("packs", False)
+            cls.by_token = vars(cls).get("by_token", False)
             cls.logits = vars(cls).get("logits", "whole")
 
     def columns(self, row: Row) -> dict[str, float]:

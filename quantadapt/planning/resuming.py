@@ -38,6 +38,7 @@ KEPT = frozenset(
         *("train.weight_decay", "train.optim", "train.packing", "train.merge_aware"),
         "train.compute",
         *("train.per_device_train_batch_size", "train.gradient_accumulation_steps"),
+        "train.context_parallel_size",
     )
 )
 """What adapter, optimizer, schedule and the place in the data come from. Beside these, all of

@@ -28,6 +28,7 @@ from ..registry.discovery import Registry, registry
 from ..remote_code import as_the_spec_says
 from ..spec import Spec
 from . import processes, streaming
+from .context_parallel import context_problems
 from .exports import MERGES, PlannedExport, exports_of, makes_dense, refused_where
 from .live import config_of_module, quantizer_of_module, refuse_unused
 from .memory import MemoryPlan, memory_plan
@@ -426,6 +427,11 @@ def _combined(draft: Draft, made: Plan) -> Plan:
     draft.problems += refusals_beside(cell, made.objective, made.task.model_dump())
     draft.problems += task_problems(
         made.task, spec.train, adds_to_loss=adapter.peft_type == "ADALORA"
+    )
+    draft.problems += context_problems(
+        *(spec.train, made.task, config, made.adapter_options),
+        processes=made.processes,
+        longest=spec.data.max_length,
     )
     if made.trains:
         draft.problems += head_problems(made.task, config)

@@ -19,7 +19,8 @@ def plan_rows(plan: Plan, data: DataReport | None) -> list[tuple[str, str]]:
         data: formats and rows of the data, where they are at hand.
     """
     spec, train = plan.spec, plan.spec.train
-    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * plan.processes
+    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    batch *= plan.processes // train.context_parallel_size
     steps = f"{steps_words(train)}, {batch} examples in a step"
     backend = _options(plan.backend.name, plan.quantizer.model_dump())
     return [
@@ -67,7 +68,10 @@ def device_words(plan: Plan) -> str:
     """Say on what the plan works."""
     if plan.processes == 1:
         return plan.device
-    return f"{plan.processes} x {plan.device.partition(':')[0]} ({plan.parallel})"
+    how, share = str(plan.parallel), plan.spec.train.context_parallel_size
+    if share > 1:
+        how += f", {share} share a row"
+    return f"{plan.processes} x {plan.device.partition(':')[0]} ({how})"
 
 
 def _dtype_words(plan: Plan) -> str:

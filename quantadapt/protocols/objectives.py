@@ -41,6 +41,9 @@ class Task(Options, ABC):
         wants_lm: whether it learns from a model that predicts tokens; classifiers and bare encoders
             are refused then.
         packs: whether several examples may share a row (`train.packing`).
+        by_token: whether its loss is a sum over tokens, to which the processes that share a row
+            (`train.context_parallel_size`) may add the tokens that they have: `shift_labels` of a
+            batch then says what comes after each token.
         logits: who makes logits, and how many are held. "model": the model, with its own loss;
             "chunks": `loss`, some at a time; "whole": `loss`, all of a batch. A loss that is not
             the model's lacks what a PEFT method adds to that (AdaLoRA does).
@@ -55,6 +58,7 @@ class Task(Options, ABC):
     adds_up: ClassVar[bool] = True
     repeats: ClassVar[bool] = True
     packs: ClassVar[bool] = False
+    by_token: ClassVar[bool] = False
     packs_by_default: ClassVar[bool] = False
     streams: ClassVar[bool] = False
     wants_lm: ClassVar[bool] = True

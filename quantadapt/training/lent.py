@@ -20,9 +20,10 @@ from ..dependencies import in_words
 from ..distributed.talking import average_gradients
 from ..memory import rules
 from ..model.experts import owns_stacks
-from ..model.head import Head, counting
+from ..model.head import Head, aligned, counting
 from ..sharding import PACKED
 from ..showing.quietly import quietly
+from .context_parallel import rows_in_parts
 from .figures import adapter_device, compute_dtype
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
         lend(compiled_functions())  # dequantizing in one kernel
         lend(fast_attention(adapter_device(model)))  # cuDNN's
         lend(fused_sinks(model))  # attention with sinks in one call
+        lend(rows_in_parts(model, spec))  # attention of rows that several processes share
         if rules.fused_kernels(spec):
             lend(fused_kernels(model, on_note))  # Liger's norms, MLPs and rotary embeddings
         if spec.memory == "min":
@@ -434,8 +436,10 @@ def add_head_loss(base: Any) -> bool:
             return original(*args, **kwargs)
         from transformers.modeling_outputs import CausalLMOutput
 
-        labels, divisor = kwargs.pop("labels")[:, 1:].flatten(), kwargs.pop("num_items_in_batch")
-        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1].flatten(0, 1)
+        given, divisor = kwargs.pop("labels"), kwargs.pop("num_items_in_batch")
+        after = kwargs.pop("shift_labels", None)  # of rows that several processes share
+        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        hidden, labels = aligned(hidden, given, after)
         where = counting(labels, counted)
         loss = head.losses(hidden[where], labels[where]).sum()
         return CausalLMOutput(loss=loss / (max(len(where), 1) if divisor is None else divisor))

@@ -208,7 +208,8 @@ class MemoryFit:
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
     def _lowered(self) -> Setting | None:
-        if is_sharded(self.trainer.model):  # the others gather layers as before
+        together = self.spec.context_parallel_size > 1 or is_sharded(self.trainer.model)
+        if together:  # the others go on as before, and wait for this one
             return None
         return lowered(self.setting, self.recomputer.most, self.splits)
 

@@ -16,9 +16,11 @@ from ..adapting.several import unsavable
 from ..data.vocabulary import check_tokens
 from ..dependencies import tracker_problems
 from ..distributed.talking import average_gradients, reduced, share, start
+from ..distributed.world import world
 from ..errors import PlanRefused, Problem, TrainingError, did_you_mean
 from ..folders.checkpoints import STATE, Checkpoint, finished, too_few_steps
 from ..memory.workload import OOM_FIX, Setting
+from ..planning.context_parallel import context_problems
 from ..planning.refusals import (
     float8_problems,
     head_problems,
@@ -28,6 +30,7 @@ from ..planning.refusals import (
 from ..records import Objective
 from ..registry.discovery import registry
 from .checkpoints import checkpoint_to_resume, refuse_other_data, refuse_unshared
+from .context_parallel import in_parts
 from .expected_calls import expect_calls
 from .figures import (
     Streamed,
@@ -125,7 +128,7 @@ def train(
         trainer.memory_fit = MemoryFit(trainer, loans.recomputer, spec, on_note)
         trainer.memory_fit.graphs = loans.graphs
         if measured is not None:
-            collator = task.collator(setup.of(measured))
+            collator = in_parts(task.collator(setup.of(measured)), spec)
             trainer.validation = Validation(
                 trainer, measured, collator, spec, on_log or (lambda _: None), note
             )
@@ -230,8 +233,11 @@ def check(model: Any, spec: TrainSpec, task: Task) -> None:
         fix = "check adapter.target_modules, and that the adapter was not loaded for inference"
         raise TrainingError("the model has no trainable weights", fix=fix)
     found = task_problems(task, spec, adds_to_loss=tuner_of(model) is not None)
-    found += head_problems(task, {**_config_of(model), "architectures": [_class_name(model)]})
+    config = _config_of(model)
+    found += head_problems(task, {**config, "architectures": [_class_name(model)]})
     state: ModelState | None = getattr(model, "quantadapt", None)
+    options = state.cell.adapter_options if state is not None and state.adapter else {}
+    found += context_problems(spec, task, config, options, processes=world().size)
     if spec.merge_aware and state is not None and state.adapter is not None:
         cell = state.cell
         found += merge_aware_problems(cell, state.backend, state.quantizer, state.adapter)

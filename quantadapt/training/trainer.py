@@ -16,6 +16,7 @@ from ..dependencies import moved
 from ..errors import TrainingError
 from ..folders.checkpoints import CHECKPOINTS
 from ..memory.workload import LENGTH_MULTIPLE, OOM_FIX
+from .context_parallel import Part, in_parts, share_rows
 from .figures import adapter_device, compute_dtype
 from .lent import clip_what_is_trained
 from .loop import TrainingLoop
@@ -65,7 +66,10 @@ class Setup:
     @property
     def length_multiple(self) -> int | None:
         """What the length of a batch is padded to a multiple of, if anything."""
-        return LENGTH_MULTIPLE if adapter_device(self.model).type == "cuda" else None
+        parts = self.spec.context_parallel_size
+        if adapter_device(self.model).type == "cuda":
+            return LENGTH_MULTIPLE * parts
+        return parts if parts > 1 else None
 
     def trainer(
         self,
@@ -94,7 +98,7 @@ class Setup:
             model=self.model,
             args=args,
             train_dataset=self.dataset,
-            data_collator=collator,
+            data_collator=in_parts(collator, self.spec),
             **given,
         )
 
@@ -122,6 +126,8 @@ def make_trainer(task: Task, setup: Setup, on_log: OnLog | None) -> Any:
         raise TrainingError(f"the trainer cannot be set up: {error}", fix=fix) from error
     trainer.remove_callback(PrinterCallback)
     clip_what_is_trained(trainer.accelerator, [p for p in model.parameters() if p.requires_grad])
+    if (part := Part.of(setup.spec)).size > 1:
+        share_rows(trainer, part)
     watcher.trainer, trainer.progress = trainer, progress
     trainer.task = task
     if task.streams:

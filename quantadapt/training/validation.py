@@ -222,13 +222,15 @@ class Validation:
             raise TrainingError(what, fix=fix, where=str(folder))
 
     def _loss(self, batches: Sequence[Sequence[int]]) -> float:
-        """Return the mean loss over all that counts in `batches` of indices; each process of a run
-        takes its part, and all as many, as those of a sharded base have to."""
-        mine = world()
+        """Return the mean loss over all that counts in `batches` of indices; each process of a run,
+        or each group that shares rows, takes its part, and all as many, as those of a sharded base
+        have to."""
+        share = self.spec.context_parallel_size
+        rank, size = world().rank // share, world().size // share
         total = count = 0.0
-        for at in range(0, len(batches), mine.size):
-            own = at + mine.rank < len(batches)
-            batch = batches[at + mine.rank if own else at]
+        for at in range(0, len(batches), size):
+            own = at + rank < len(batches)
+            batch = batches[at + rank if own else at]
             loss, counted = self._batch_loss(self.collator([self.examples[i] for i in batch]))
             total, count = total + own * loss * counted, count + own * counted
         device = adapter_device(self.trainer.model)
@@ -244,6 +246,8 @@ class Validation:
         batch = trainer._prepare_inputs(batch)
         trainer.begin_step([batch])
         count, divisor = float(trainer.task.count(batch)), trainer.counted([batch])
+        if divisor is not None:
+            divisor.clamp_(min=1)  # in a part of a row there may be none
         if trainer.fused is not None:
             trainer.fused.refresh()  # the optimizer has changed what was cast
         device = adapter_device(trainer.model)
