@@ -357,7 +357,10 @@ def fixed_noise(rows: int, columns: int, *, device: torch.device) -> Tensor:
     import torch
 
     # A hash in 32 bits; of these torch's are signed, so what a shift brings in is masked away.
-    row, column = (torch.arange(n, dtype=torch.int32, device=device) for n in (rows, columns))
+    # A compiler would compute with indices as they are, beyond 32 bits; not behind an `&`.
+    row, column = (
+        torch.arange(n, dtype=torch.int32, device=device) & 0x7FFFFFFF for n in (rows, columns)
+    )
     mixed = row[:, None] * (0x9E3779B1 - 2**32) + column * (0x85EBCA77 - 2**32)
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):
         mixed = (mixed ^ ((mixed >> shift) & (2 ** (32 - shift) - 1))) * factor
