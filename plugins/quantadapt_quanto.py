@@ -31,6 +31,7 @@ from quantadapt.protocols import (
     LayerwiseQuantizer,
     LayerwiseTarget,
     UniformGrid,
+    float8_levels,
     twin,
 )
 from quantadapt.records import Backend
@@ -149,7 +150,6 @@ class QuantoTarget(LayerwiseTarget):
         return _dequantize(module.weight)
 
     def grid(self, module: nn.Module) -> Grid | None:
-        import torch
 
         weight: Any = module.weight
         if weight.axis != 0:
@@ -163,7 +163,7 @@ class QuantoTarget(LayerwiseTarget):
                 return UniformGrid(
                     scale=scale, group_size=size, dtype=dtype, lowest=-128, highest=127
                 )
-            levels = torch.arange(256, device=scale.device).to(torch.uint8).view(codes).float()
+            levels = float8_levels(codes, scale.device)
             return CodebookGrid(scale=scale, group_size=size, dtype=dtype, levels=levels)
         return ShiftedGrid(
             scale=scale,

@@ -23,6 +23,7 @@ from quantadapt.protocols import (
     LayerwiseTarget,
     Quantizer,
     UniformGrid,
+    float8_levels,
     twin,
 )
 from quantadapt.records import Backend
@@ -289,12 +290,11 @@ class TorchAOTarget(LayerwiseTarget):
                 scale=scale, zero=zero, group_size=size, dtype=dtype, lowest=0, highest=15
             )
         if kind == "Float8Tensor" and tuple(weight.block_size) == (1, weight.shape[1]):
-            levels = torch.arange(256, device=weight.device).to(torch.uint8)
             return CodebookGrid(
                 scale=weight.scale.view(-1, 1),
                 group_size=weight.shape[1],
                 dtype=dtype,
-                levels=levels.view(weight.qdata.dtype).float(),
+                levels=float8_levels(weight.qdata.dtype, weight.device),
             )
         if kind not in ("Int8Tensor", "IntxUnpackedToInt8Tensor") or weight.block_size[0] != 1:
             return None

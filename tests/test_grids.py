@@ -1,5 +1,6 @@
 """The values that a backend's scales allow: rounded to, and packed, bit for bit."""
 
+import re
 from unittest.mock import patch
 
 import pytest
@@ -103,6 +104,34 @@ def test_dithering_is_one_kernel(quantizer):
         patch.object(compiling, "_compile", lambda *a: lambda *t: compiling.traced(*a)(*t)[0]),
     ):
         assert torch.equal(grid.dithered(start, change), expected)
+
+
+@pytest.mark.slow
+def test_kernels_compute_noise_in_32_bits(monkeypatch):
+    """Inductor would multiply the columns of groups by constants beyond that, which Triton does not
+    take."""
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.graph import GraphLowering
+
+    class Written(Exception):
+        pass
+
+    def written(graph):
+        raise Written(str(graph.codegen()[0].value))
+
+    module = quantized(HQQ(), (96, 256), torch.bfloat16)
+    grid, start = HQQ().target.grid(module), HQQ().target.dequantize(module)
+    given = []
+    monkeypatch.setattr(grids, "one_kernel", lambda f, *t, static: given.append((f, t, static)))
+    monkeypatch.setattr(grids, "_KEPT", 0)
+    monkeypatch.setattr(GraphLowering, "compile_to_module", written)
+    grid.dithered(start, torch.zeros(96, 256))
+    ((function, tensors, static),) = given
+    with torch.no_grad(), pytest.raises(Exception, match="Written") as found:
+        compile_fx_inner(compiling.traced(function, tensors, static), [*tensors])
+    numbers = [int(digits) for digits in re.findall(r"(?<![\w.])\d{10,}", str(found.value))]
+    assert 2**32 - 0x85EBCA77 in numbers
+    assert max(numbers) < 2**31
 
 
 def test_noise_is_even_and_without_a_pattern():

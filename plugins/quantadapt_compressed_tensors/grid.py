@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quantadapt.loading import linear_layers
-from quantadapt.protocols import CodebookGrid, Grid, UniformGrid
+from quantadapt.protocols import CodebookGrid, Grid, UniformGrid, float8_levels
 from quantadapt_compressed_tensors.layers import (
     CompressedLinear,
     Tensors,
@@ -41,7 +41,7 @@ def values_of(module: nn.Module) -> Grid:
     if args.type == "int":
         half = 2 ** (args.num_bits - 1)
         return UniformGrid(**common, lowest=-half, highest=half - 1)  # type: ignore[arg-type]
-    return CodebookGrid(**common, levels=_levels(args.num_bits).to(scale.device))  # type: ignore[arg-type]
+    return CodebookGrid(**common, levels=_levels(args.num_bits, scale.device))  # type: ignore[arg-type]
 
 
 def _by_row(scale: Tensor, height: int, rows: int) -> Tensor:
@@ -52,11 +52,12 @@ def _by_row(scale: Tensor, height: int, rows: int) -> Tensor:
 
 
 @cache
-def _levels(bits: int) -> Tensor:
-    codes = torch.arange(256, dtype=torch.int16).to(torch.uint8)
+def _levels(bits: int, device: torch.device) -> Tensor:
     if bits == 8:
-        return codes.view(torch.float8_e4m3fn).float()
-    return unpack_fp4(codes[None, :16])[0, ::2]
+        return float8_levels(torch.float8_e4m3fn, device)
+    with torch.inference_mode(False):
+        codes = torch.arange(16, device=device).to(torch.uint8)
+        return unpack_fp4(codes[None])[0, ::2].contiguous()
 
 
 def lend_grids(scheme: Scheme, base: nn.Module, dense: nn.Module) -> None:

@@ -7,7 +7,6 @@ of a row or column may be cut off.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from math import gcd
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from quantadapt.compiling import one_kernel
 from quantadapt.errors import ModelError
-from quantadapt.protocols import CodebookGrid
+from quantadapt.protocols import CodebookGrid, float8_levels
 
 HIGHEST = torch.finfo(torch.float8_e4m3fn).max
 Block = tuple[int, int]
@@ -205,16 +204,10 @@ def values_of(module: Any) -> CodebookGrid:
     groups = None
     if module.in_features % width:  # the last one is shorter
         groups = torch.arange(module.in_features, device=scale.device) // width
-    levels = _levels().to(scale.device)
+    levels = float8_levels(torch.float8_e4m3fn, scale.device)
     return CodebookGrid(
         scale=scale, group_size=width, dtype=torch.float32, groups=groups, levels=levels
     )
-
-
-@cache
-def _levels() -> Tensor:
-    codes = torch.arange(256, dtype=torch.int16).to(torch.uint8)
-    return codes.view(torch.float8_e4m3fn).float()
 
 
 # Rows of several layers --------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -103,9 +104,8 @@ class FP4Target(LayerwiseTarget):
     def grid(self, module: nn.Module) -> CodebookGrid:
         layer: Any = module
         steps: Tensor = layer.steps
-        codes = torch.arange(16, dtype=torch.uint8, device=steps.device)
         return CodebookGrid(
-            scale=steps, group_size=layer.block, dtype=steps.dtype, levels=values_of(codes)
+            scale=steps, group_size=layer.block, dtype=steps.dtype, levels=_levels(steps.device)
         )
 
     def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
@@ -113,6 +113,12 @@ class FP4Target(LayerwiseTarget):
         vendor.weight_packed = pack(self.grid(module).codes(weight).to(torch.uint8))
         repacked: nn.Module = vendor
         return repacked
+
+
+@cache
+def _levels(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return values_of(torch.arange(16, dtype=torch.uint8, device=device))
 
 
 def join_rows(layers: list[Any]) -> FP4Linear:

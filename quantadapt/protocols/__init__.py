@@ -10,7 +10,7 @@ from __future__ import annotations
 from .backends import AdapterTarget, LayerwiseQuantizer, LayerwiseTarget, Quantizer, twin
 from .evaluations import Evaluator, Given
 from .exports import Exporter
-from .grids import CodebookGrid, Grid, UniformGrid
+from .grids import CodebookGrid, Grid, UniformGrid, float8_levels
 from .objectives import Task
 from .options import Figure, Options
 
@@ -28,5 +28,6 @@ __all__ = [
     "Quantizer",
     "Task",
     "UniformGrid",
+    "float8_levels",
     "twin",
 ]

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import cache, cached_property, lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..compiling import one_kernel
 
@@ -71,13 +71,24 @@ class Grid(ABC):
         own = {name: part for name, part in parts.items() if hasattr(part, "is_cuda")}
         rest = tuple((name, part) for name, part in parts.items() if name not in own)
         layout = (type(self), tuple(own), rest)
-        return one_kernel(_dithered, start, change, *own.values(), static=layout)
+        return one_kernel(_dithered, start, change, *own.values(), *self.tables, static=layout)
+
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        """Small tensors that `_dithered` looks numbers up in; made once."""
+        return ()
 
     @abstractmethod
     def _dithered(
-        self, start: Tensor, change: Tensor, noise: Tensor, scale: Tensor, zero: Tensor | None
+        self,
+        tables: Sequence[Tensor],
+        start: Tensor,
+        change: Tensor,
+        noise: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
     ) -> Tensor:
-        """Return the codes of `dithered`; a noise of -0.5 to 0.5 spans what rounds to `start`."""
+        """Return the values of `dithered`; a noise of -0.5 to 0.5 spans what rounds to `start`."""
 
     @abstractmethod
     def _codes(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
@@ -138,11 +149,18 @@ class UniformGrid(Grid):
         return found
 
     def _dithered(
-        self, start: Tensor, change: Tensor, noise: Tensor, scale: Tensor, zero: Tensor | None
+        self,
+        tables: Sequence[Tensor],
+        start: Tensor,
+        change: Tensor,
+        noise: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
     ) -> Tensor:
         began = self._codes(start, scale, zero)
         moved = began + ((change / scale).nan_to_num(nan=0) + noise)
-        return moved.round().clamp(self.lowest, self.highest).to(began.dtype)
+        moved = moved.round().clamp(self.lowest, self.highest).to(began.dtype)
+        return self._values(moved, scale, zero)
 
     def _values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         shifted = codes.to(self.dtype)
@@ -160,44 +178,98 @@ class CodebookGrid(Grid):
 
     levels: Tensor
 
-    @cached_property
-    def _sorted(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the levels in order, their codes, and what lies halfway between two. Codes that
-        are no number, or that of another code, come last, with infinity."""
-        import torch
-
-        levels, order = self.levels.masked_fill(~self.levels.isfinite(), torch.inf).sort()
-        again = torch.zeros_like(levels, dtype=torch.bool)
-        again[1:] = levels[1:] == levels[:-1]
-        levels, places = levels.masked_fill(again, torch.inf).sort(stable=True)
-        return levels, order[places].int(), (levels[1:] + levels[:-1]) / 2
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        """Levels, codes, edges and gaps, see `_Codebook`."""
+        return _codebook(self.levels)
 
     def _codes(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        _, order, _ = self._sorted
-        return _at(order, self._places(weight, scale))
-
-    def _places(self, weight: Tensor, scale: Tensor) -> Tensor:
         import torch
 
-        exact = weight.to(torch.promote_types(weight.dtype, torch.float32)) / scale
-        return _place(exact.nan_to_num(nan=0), self._sorted[2])
+        book = _codebook(self.levels)
+        exact = weight.to(torch.promote_types(weight.dtype, torch.float32)) / _divisor(scale)
+        return _at(book.codes, _place(exact, book.edges))
 
     def _dithered(
-        self, start: Tensor, change: Tensor, noise: Tensor, scale: Tensor, zero: Tensor | None
+        self,
+        tables: Sequence[Tensor],
+        start: Tensor,
+        change: Tensor,
+        noise: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
     ) -> Tensor:
-        import torch
-
-        levels, order, halfway = self._sorted
-        below, above = levels - levels.roll(1), levels.roll(-1) - levels
-        below[0] = above[0]
-        above = torch.where(above.isfinite() & (above > 0), above, below)  # of the last level
-        place = self._places(start, scale)
-        moved = _at(levels, place) + (change / scale).nan_to_num(nan=0)
-        moved = moved + noise * torch.where(noise < 0, _at(below, place), _at(above, place))
-        return _at(order, _place(moved, halfway))
+        levels, _, edges, gaps = tables
+        step = _divisor(scale)
+        place = _place(start.float() / step, edges)
+        moved = _at(levels, place) + change / step
+        moved = moved + noise * _at(gaps, place + (noise >= 0))
+        return (_at(levels, _place(moved, edges)) * scale).to(self.dtype)
 
     def _values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         return (_at(self.levels, codes) * scale).to(self.dtype)
+
+
+@lru_cache(maxsize=16)
+def float8_levels(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what the 256 codes of an 8-bit float stand for: float32, made once for a device."""
+    import torch
+
+    with torch.inference_mode(False):
+        return torch.arange(256, device=device).to(torch.uint8).view(dtype).float()
+
+
+class _Codebook(NamedTuple):
+    """What is looked up of a table of levels, in float32 but for the codes.
+
+    Attributes:
+        levels: in order; infinity where a code is no number, or that of another code.
+        codes: int32, of these.
+        edges: what lies halfway between two.
+        gaps: from each to the one before it, and one more; at both ends the gap that is next to it.
+    """
+
+    levels: Tensor
+    codes: Tensor
+    edges: Tensor
+    gaps: Tensor
+
+
+def _codebook(levels: Tensor) -> _Codebook:
+    """Return what is looked up of `levels`, made once for as long as they live."""
+    import torch
+
+    known = _codebooks()
+    if (found := known.get(levels)) is None:
+        with torch.inference_mode(False), torch.no_grad():
+            found = known[levels] = _made_codebook(levels.detach().float().clone())
+    return found
+
+
+@cache
+def _codebooks() -> MutableMapping[Tensor, _Codebook]:
+    from torch.utils.weak import WeakTensorKeyDictionary
+
+    return WeakTensorKeyDictionary()  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _made_codebook(levels: Tensor) -> _Codebook:
+    import torch
+
+    ordered, order = levels.masked_fill(~levels.isfinite(), torch.inf).sort()
+    again = torch.zeros_like(ordered, dtype=torch.bool)
+    again[1:] = ordered[1:] == ordered[:-1]
+    ordered, places = ordered.masked_fill(again, torch.inf).sort(stable=True)
+    gaps = ordered.diff()
+    known = gaps[gaps.isfinite()]
+    gaps = gaps.nan_to_num(nan=torch.inf).where(gaps.isfinite(), known[-1])
+    gaps = torch.cat([known[:1], gaps, known[-1:]])
+    return _Codebook(ordered, order[places].int(), (ordered[1:] + ordered[:-1]) / 2, gaps)
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    """Return scales to divide by: where one is 0, all values are, and any code will do."""
+    return scale.masked_fill(scale == 0, 1)
 
 
 _MANY = 2**14
@@ -205,21 +277,27 @@ _MANY = 2**14
 
 
 def _place(numbers: Tensor, edges: Tensor) -> Tensor:
-    """Return how many of the ascending `edges` are below each number: int64."""
+    """Return how many of the ascending `edges` are below each number; of NaN, all or none."""
     import torch
 
     found = None
     if not numbers.is_cuda and numbers.numel() >= _MANY and numbers.dtype == torch.float32:
         found = _buckets(tuple(edges.tolist()))
     if found is None:
-        return torch.bucketize(numbers, edges)
+        return torch.bucketize(numbers, edges, out_int32=True)
     below, edge = found
     bucket = _bucket(numbers)
     return _at(below, bucket) + (numbers > _at(edge, bucket))
 
 
 def _at(table: Tensor, places: Tensor) -> Tensor:
-    """Return table[places]; on a CPU in a half of the time."""
+    """Return table[places], all of them inside; on a CPU in a half of the time. A compiled kernel
+    would look at each place and wait for all others to be looked at."""
+    import torch
+
+    if table.is_cuda:
+        found: Tensor = torch.ops.aten._unsafe_index(table, [places])
+        return found
     return table.index_select(0, places.reshape(-1)).view(places.shape)
 
 
@@ -250,14 +328,15 @@ def _buckets(edges: tuple[float, ...]) -> tuple[Tensor, Tensor] | None:
 
 def _dithered(start: Tensor, change: Tensor, *rest: Any) -> Tensor:
     """As `Grid.dithered` does, of a grid that is taken apart."""
-    *own, kind, names, others = rest
+    *tensors, kind, names, others = rest
+    own, tables = tensors[: len(names)], tensors[len(names) :]
     grid: Grid = kind(**dict(zip(names, own, strict=True)), **dict(others))
     small = start.device.type == "cpu" and start.numel() <= _KEPT
     noise = (_kept_noise if small else fixed_noise)(*start.shape, device=start.device)
     # The change that a merge into float32 weights leaves, so that both round to the same values.
     exact = start.float()
     change = (exact + change).sub_(exact)
-    return grid.values(grid._by_group(grid._dithered, None, start, change, noise))
+    return grid._by_group(partial(grid._dithered, tables), None, start, change, noise)
 
 
 _KEPT = 2**22
@@ -278,7 +357,10 @@ def fixed_noise(rows: int, columns: int, *, device: torch.device) -> Tensor:
     import torch
 
     # A hash in 32 bits; of these torch's are signed, so what a shift brings in is masked away.
-    row, column = (torch.arange(n, dtype=torch.int32, device=device) for n in (rows, columns))
+    # A compiler would compute with indices as they are, beyond 32 bits; not behind an `&`.
+    row, column = (
+        torch.arange(n, dtype=torch.int32, device=device) & 0x7FFFFFFF for n in (rows, columns)
+    )
     mixed = row[:, None] * (0x9E3779B1 - 2**32) + column * (0x85EBCA77 - 2**32)
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):
         mixed = (mixed ^ ((mixed >> shift) & (2 ** (32 - shift) - 1))) * factor
