@@ -91,6 +91,7 @@ class Workload:
         teacher: the sizes of a dense model that the loss compares with, whole on each GPU.
         beside: how many weights the model has beside its language model: what sees pictures.
         rounds: whether adapted layers compute with the rounded weights that a merge keeps.
+        in_parts: whether stacks of experts can be dequantized in parts.
     """
 
     shape: Shape
@@ -119,6 +120,7 @@ class Workload:
     teacher: Shape | None = None
     beside: int = 0
     rounds: bool = False
+    in_parts: bool = False
 
     # --- what is there all the time ----------------------------------------------------------
 
@@ -267,9 +269,9 @@ class Workload:
         """The input of a layer."""
         return tokens * self.shape.hidden * self.dtype_bytes
 
-    def backward_bytes(self, tokens: int) -> int:
+    def backward_bytes(self, tokens: int, offload: bool = False) -> int:
         """What a layer's backward works with: gradients and a dequantized weight, and where it is
-        rounded what that takes."""
+        rounded what that takes. With `offload` experts are dequantized in parts."""
         shape = self.shape
         inside = (0 if self.fused_kernels else 2) + (0 if self.fused_adapter else 1)
         gradients = shape.hidden + shape.mlp * inside
@@ -277,9 +279,18 @@ class Workload:
             gradients += shape.mlp
         numbers = tokens * gradients + self._largest_weight
         if shape.experts:  # the gradients of their output and of their input
-            inside = shape.experts.backward_numbers(tokens, shape.hidden)
+            parts = self._part_of(offload)
+            inside = shape.experts.backward_numbers(tokens, shape.hidden, parts)
             numbers = max(numbers, tokens * 2 * shape.hidden + inside)
         return numbers * self.dtype_bytes + self._rounding_bytes
+
+    def _part_of(self, offload: bool) -> int:
+        """The bytes of a number where stacks of experts are dequantized in parts: where inputs
+        leave for CPU memory, or the base is streamed."""
+        adapted = set(STACKS) & set(self.targets)
+        whole = not self.in_parts or self.shards > 1 or (adapted and (self.rounds or self.dora))
+        short = offload or self.streamed != "none"
+        return 0 if whole or not short else self.dtype_bytes
 
     @property
     def _largest_weight(self) -> int:
@@ -317,7 +328,8 @@ class Workload:
         inside = tokens * (2 * shape.hidden + (3 if shape.gated else 2) * shape.mlp)
         inside += self._largest_weight
         if shape.experts:
-            in_experts = shape.experts.forward_numbers(tokens, shape.hidden)
+            parts = self._part_of(offload=False)
+            in_experts = shape.experts.forward_numbers(tokens, shape.hidden, parts)
             inside = max(inside, tokens * 2 * shape.hidden + in_experts)
         logits = tokens * shape.vocab * self.dtype_bytes
         logits = 2 * logits if shape.scaled else min(logits, HEAD_CHUNK)
@@ -354,7 +366,7 @@ class Workload:
         inputs = single * (min(count, 2) if setting.offload else count)
         block, table = self._gathered_block, self._gathered_table
         ahead = block if self.prefetches else 0
-        work = max(self.backward_bytes(tokens) + block, 2 * block) + ahead
+        work = max(self.backward_bytes(tokens, setting.offload) + block, 2 * block) + ahead
         # Before the first backward of a step there are no gradients, but where they have a place.
         there = self._has_several(setting) or self._records(setting)
         before = 0 if there else 4 * self.trained
@@ -365,7 +377,7 @@ class Workload:
             # The first layer that is recomputed, when what the others kept is gone. Where inputs go
             # to CPU memory, little is to be kept.
             layer, of_layer = kinds[count - 1]
-            work = max(layer.backward_bytes(tokens) + block, 2 * block) + ahead
+            work = max(layer.backward_bytes(tokens, setting.offload) + block, 2 * block) + ahead
             if not setting.offload:
                 work += layer.recompute_bytes(tokens) + layer.product_bytes(tokens)
             yield inputs, of_layer - single, work

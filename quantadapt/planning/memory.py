@@ -344,6 +344,7 @@ def memory_plan(
         teacher=teacher,
         beside=beside,
         rounds=train.merge_aware,
+        in_parts=quantizer.target.reads_rows,
     )
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
     return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))
