@@ -392,6 +392,7 @@ class _Run:
         if self.plan.stream != "none":
             from .streaming import stream
 
+            state_of(model).stream = self.plan.stream
             return stream(model, self.plan.stream)
         if self.plan.parallel != "fsdp":
             return model

@@ -17,6 +17,7 @@ from .dependencies import in_turn
 from .distributed.world import world
 from .errors import ModelError, Problem, QuantadaptError, SpecError
 from .planning.stage import Plan
+from .planning.streaming import NO_GPU
 from .protocols import Given
 from .quantizing.stage import quantize_plan
 from .quantizing.state import ModelState, state_of
@@ -114,6 +115,8 @@ def quantize(
     module = None if source is None or isinstance(source, str) else source
     made = planning.plan(spec, module=module, check_output=False)
     with stage("quantize", verbose) as tell:
+        if NO_GPU in made.notes:
+            tell("note", {"text": NO_GPU})
         model = quantize_plan(
             made, module=module, calibration=calibration, head=head, labels=labels
         )

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
-from .facade import BroughtTarget, QuantWeight, facades
+from .facade import BroughtTarget, QuantWeight, facades, read_in_parts
 from .memory.workload import SLOTS
 from .model.experts import SUFFIX
 from .model.flat import Leaf, laid_out, write_into
 from .model.held import held_tensors
 from .model.modules import stacks
 from .model.page_locked import page_locked, unlock
+from .protocols import AdapterTarget
 from .protocols.grids import Grid
 
 STAY = ("bias",)
@@ -68,11 +69,13 @@ def stream(model: nn.Module, which: Which = "all", slots: int = SLOTS) -> nn.Mod
     for facade in found.values():
         if not isinstance(facade.target, StreamedTarget):
             facade.target = StreamedTarget(facade.target)
+    read_in_parts(model, True)
     return model
 
 
 def bring_back(model: nn.Module) -> nn.Module:
     """Move what is streamed of `model` to the device again, in place."""
+    read_in_parts(model, False)
     for streamer in _streamers(model):
         streamer.bring_back()
     for _, facade in facades(model):
@@ -130,6 +133,10 @@ def _block_of(vendor: nn.Module) -> _Block | None:
 class StreamedTarget(BroughtTarget):
     """A backend's target whose layers come to the device when somebody reads them. What is written
     into one of them stays there."""
+
+    def __init__(self, target: AdapterTarget) -> None:
+        super().__init__(target)
+        self.reads_rows = target.reads_rows  # a block that is here stays for all parts
 
     @staticmethod
     @contextmanager

@@ -184,6 +184,8 @@ class FP4(_FourBit):
 class FourBitTarget(LayerwiseTarget):
     """`bitsandbytes.nn.Linear4bit`."""
 
+    reads_rows = True
+
     def matches(self, module: nn.Module) -> bool:
         return holds(module, "Params4bit")
 
@@ -206,6 +208,28 @@ class FourBitTarget(LayerwiseTarget):
             static=(state.blocksize, of_scales.blocksize, tuple(state.shape), state.dtype),
             otherwise=vendors,
         )
+
+    def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
+        import torch
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        packed = _as_packed(module)
+        state, columns = packed.quant_state, packed.quant_state.shape[1]
+        start, end, size = first * columns, last * columns, packed.quant_state.blocksize
+        if start % size or end % size or packed.data.shape[0] == 1:
+            return super().dequantize_rows(module, first, last)
+        _look_for_lost_scales(state)
+        own = QuantState(
+            absmax=_scales(state)[start // size : end // size],
+            shape=(last - first, columns),
+            code=state.code,
+            blocksize=size,
+            quant_type=state.quant_type,
+            dtype=state.dtype,
+        )
+        codes = packed.data.view(torch.uint8).view(-1, 1)[start // 2 : end // 2]
+        rows: Tensor = dequantize_4bit(codes, own)
+        return rows
 
     def grid(self, module: nn.Module) -> CodebookGrid | None:
         packed = _as_packed(module)

@@ -103,6 +103,7 @@ class Int8Target(LayerwiseTarget):
     quantizes_activations = True
     straight_through = False
     """0.8 % of rounding a layer. The vendor's forward waits for the GPU and takes twice as long."""
+    reads_rows = True
 
     def matches(self, module: nn.Module) -> bool:
         return holds(module, "Int8Params")
@@ -110,6 +111,11 @@ class Int8Target(LayerwiseTarget):
     def dequantize(self, module: nn.Module) -> Tensor:
         vendor: Any = module
         return one_kernel(_dequantize_int8, vendor.weight.data, _row_scales(module))
+
+    def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
+        vendor: Any = module
+        scales = _row_scales(module)[first:last]
+        return one_kernel(_dequantize_int8, vendor.weight.data[first:last], scales)
 
     def grid(self, module: nn.Module) -> UniformGrid:
         import torch

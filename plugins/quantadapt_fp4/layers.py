@@ -93,6 +93,8 @@ class FP4Linear(nn.Module):
 class FP4Target(LayerwiseTarget):
     """`FP4Linear`."""
 
+    reads_rows = True
+
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, FP4Linear)
 
@@ -100,6 +102,12 @@ class FP4Target(LayerwiseTarget):
         layer: Any = module
         found: Tensor = layer.dequantize()
         return found
+
+    def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
+        tensors: Any = module._buffers
+        # One of a row each, or one of all.
+        own = {n: t if len(t) == 1 else t[first:last] for n, t in tensors.items()}
+        return FP4Linear(own, None).dequantize()
 
     def grid(self, module: nn.Module) -> CodebookGrid:
         layer: Any = module

@@ -120,6 +120,7 @@ def asking(
     layout: str | None,
     *,
     base: bool = False,
+    stream: str = "auto",
     force_base: bool = False,
 ) -> Iterator[Asked]:
     """Open a model to be asked; its adapter is left out while it is, if `base` says so.
@@ -139,7 +140,7 @@ def asking(
         fix = f"use one of {', '.join(LAYOUTS)}"
         raise SpecError([Problem(f"{layout!r} is no layout", fix, where="--layout")])
     with waiting(shown, "loading the model"):
-        model = open_model(path, device, force_base)
+        model = open_model(path, device, force_base, stream)
     if (tokenizer := state_of(model).tokenizer) is None:
         from ..errors import ModelError
 

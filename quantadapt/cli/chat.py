@@ -15,7 +15,7 @@ from ..remote_code import trusting
 from .answering import BareOption, LayoutOption, said, stdin, with_sampling_flags
 from .commands import add
 from .evaluate import PathArgument
-from .flags import DeviceOption, ForceBaseOption, TrustOption
+from .flags import DeviceOption, ForceBaseOption, StreamOption, TrustOption
 from .session import session
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def chat(
     layout: LayoutOption = None,
     base: BareOption = False,
     device: DeviceOption = None,
+    stream: StreamOption = "auto",
     force_base: ForceBaseOption = False,
     trust_remote_code: TrustOption = False,
     *,
@@ -64,7 +65,7 @@ def chat(
         from .answering import asking
 
         sampling = Sampling(**answers)
-        with asking(shown, path, device, layout, force_base=force_base) as asked:
+        with asking(shown, path, device, layout, stream=stream, force_base=force_base) as asked:
             talk = Talk(shown, asked, sampling, system, adapter=not base)
             has_adapter = hasattr(asked.model, "disable_adapter")
             text = f"{asked.told}{'' if has_adapter else '; there is no adapter'}. /help for help"

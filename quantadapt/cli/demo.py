@@ -12,7 +12,7 @@ from ..remote_code import trusting
 from .answering import LayoutOption, with_sampling_flags
 from .commands import add
 from .evaluate import PathArgument
-from .flags import DeviceOption, ForceBaseOption, TrustOption
+from .flags import DeviceOption, ForceBaseOption, StreamOption, TrustOption
 from .listening import (
     PAGE,
     HostOption,
@@ -58,6 +58,7 @@ def demo(
     port: PortOption = 7860,
     layout: LayoutOption = None,
     device: DeviceOption = None,
+    stream: StreamOption = "auto",
     force_base: ForceBaseOption = False,
     trust_remote_code: TrustOption = False,
     *,
@@ -77,7 +78,7 @@ def demo(
         found = _questions(shown, path, questions)
         with (
             listening(host, port) as listener,
-            asking(shown, path, device, layout, force_base=force_base) as asked,
+            asking(shown, path, device, layout, stream=stream, force_base=force_base) as asked,
         ):
             from ..studio.demo import demo_page
             from ..studio.page import page_app

@@ -11,7 +11,7 @@ import typer
 from ..folders.metrics import add_figures, direction, label, with_error, with_unit
 from ..remote_code import trusting
 from .commands import add
-from .flags import DeviceOption, ForceBaseOption, JsonOption, TrustOption
+from .flags import DeviceOption, ForceBaseOption, JsonOption, StreamOption, TrustOption
 from .session import session
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 8,
     max_new_tokens: MaxNewTokensOption = 64,
     device: DeviceOption = None,
+    stream: StreamOption = "auto",
     force_base: ForceBaseOption = False,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
@@ -141,7 +142,7 @@ def evaluate(
         chosen = chosen_models(path, models or [], everything=bool(tasks))
         found, origin = _measured(
             shown, path, chosen, wanted, data, max_examples, device, force_base,
-            batch_size=batch_size, max_new_tokens=max_new_tokens,
+            stream=stream, batch_size=batch_size, max_new_tokens=max_new_tokens,
         )  # fmt: skip
         if json:
             shown.print_json(_document(path, origin, found))
@@ -165,6 +166,7 @@ def _measured(
     device: str | None,
     force_base: bool,
     *,
+    stream: str,
     batch_size: int,
     max_new_tokens: int,
 ) -> tuple[dict[str, Found], str]:
@@ -175,7 +177,7 @@ def _measured(
 
     found: dict[str, Found] = {}
     origin, more = "", ""
-    opened = opened_models(path, chosen, device, force_base=force_base)
+    opened = opened_models(path, chosen, device, force_base=force_base, stream=stream)
     for name in chosen:
         with waiting(shown, f"loading the model{more}"):
             _, model = next(opened)

@@ -60,6 +60,16 @@ ForceBaseOption = Annotated[
         "--force-base", help="Take a base that is not the one that the adapter was trained on."
     ),
 ]
+StreamOption = Annotated[
+    str,
+    typer.Option(
+        "--stream",
+        metavar="WHAT",
+        help="Keep the base in CPU memory and copy it to the GPU block by block: all, experts, "
+        "none, or auto (as while it was trained).",
+        rich_help_panel=_WHERE,
+    ),
+]
 DtypeOption = Annotated[
     str | None,
     typer.Option(

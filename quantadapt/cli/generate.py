@@ -11,7 +11,7 @@ from ..remote_code import trusting
 from .answering import BareOption, LayoutOption, said, stdin, with_sampling_flags
 from .commands import add
 from .evaluate import PathArgument
-from .flags import DeviceOption, ForceBaseOption, JsonOption, TrustOption
+from .flags import DeviceOption, ForceBaseOption, JsonOption, StreamOption, TrustOption
 from .session import session
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def generate(
     layout: LayoutOption = None,
     base: BareOption = False,
     device: DeviceOption = None,
+    stream: StreamOption = "auto",
     force_base: ForceBaseOption = False,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
@@ -88,7 +89,8 @@ def generate(
         _check(prompt, file, out, json, overwrite, image or [])
         sampling = Sampling(**answers)
         found = _prompts(prompt or [], file, image or [])
-        opened = asking(shown, path, device, layout, base=base, force_base=force_base)
+        how: dict[str, Any] = {"base": base, "stream": stream, "force_base": force_base}
+        opened = asking(shown, path, device, layout, **how)
         with opened as asked:
             shown.err.print(asked.told, style="dim", markup=False, soft_wrap=True)
             if out is not None:

@@ -13,7 +13,7 @@ import typer
 from ..remote_code import trusting
 from .answering import LayoutOption, with_sampling_flags
 from .commands import add
-from .flags import DeviceOption, ForceBaseOption, JsonOption, TrustOption
+from .flags import DeviceOption, ForceBaseOption, JsonOption, StreamOption, TrustOption
 from .pairing import Source, is_file, is_run, made_pairs
 from .session import session
 
@@ -127,6 +127,7 @@ def judge(
     ] = 16,
     layout: LayoutOption = None,
     device: DeviceOption = None,
+    stream: StreamOption = "auto",
     force_base: ForceBaseOption = False,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
@@ -166,7 +167,8 @@ def judge(
         inputs = (a, b, prompts)
         with own_folder(folder, made_with, judged_by, inputs=inputs, overwrite=overwrite):
             source = Source(a, b, prompts, max_prompts)
-            how = {"device": device, "layout": layout, "force_base": force_base}
+            how: dict[str, Any] = {"device": device, "layout": layout}
+            how |= {"stream": stream, "force_base": force_base}
             pairs = made_pairs(shown, source, folder, sampling, batch_size, how)
             if asked is None:
                 text = f"{len(pairs)} pairs are in {folder / 'pairs.jsonl'}"

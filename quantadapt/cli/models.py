@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from ..errors import ModelError, OutputError, PlanRefused, Problem
+from ..errors import ModelError, OutputError, PlanRefused, Problem, SpecError
 from ..exporting.manifest import ADAPTER, MANIFEST, MERGED, adapter_in
 from ..folders.atomic import (
     OTHER_OUTPUT,
@@ -45,29 +45,38 @@ def waiting(shown: Session, text: str) -> Iterator[None]:
     shown.err.print(took, style="dim", markup=False, soft_wrap=True)
 
 
-def open_model(path: str, device: str | None, force_base: bool = False) -> nn.Module:
+def open_model(
+    path: str, device: str | None, force_base: bool = False, stream: str = "auto"
+) -> nn.Module:
     """Load a run folder, an adapter, a saved or merged model, or any checkpoint or hub id.
 
     Raises:
-        ModelError: there is nothing to load.
+        ModelError: there is nothing to load. SpecError: `stream` is nothing that can be streamed.
     """
     from ..exporting.saving import load
     from ..planning.on_disk import check_model, quantization_of
+    from ..spec import Streaming
     from ..stages import quantize
 
     if found := path_problem(path):
         raise ModelError(f"{path!r} is no path: {found}", fix="check the path")
+    if stream not in get_args(Streaming):
+        fix = f"use one of {', '.join(get_args(Streaming))}"
+        raise SpecError([Problem(f"{stream!r} cannot be streamed", fix, where="--stream")])
     folder = put_back(path)
     ours = any((folder / name / MANIFEST).exists() for name in (".", ADAPTER, MERGED))
     if ours or adapter_in(folder) is not None:  # `load` says what it misses
-        how: dict[str, Any] = {"force_base": force_base, "trust_remote_code": trusted()}
-        return load(folder, device=device or "auto", **how)
+        how: dict[str, Any] = {"stream": stream, "force_base": force_base}
+        return load(folder, device=device or "auto", **how, trust_remote_code=trusted())
     if problems := check_model(path):
         raise PlanRefused(problems)
     config = quantization_of(str(folder))
     backend = "none" if config is None else _backend_of(config, path)
     source = str(folder) if folder.exists() else path
-    return quantize(source, backend, device=device or "auto", trust_remote_code=trusted())
+    kept: Any = "none" if stream == "auto" else stream
+    return quantize(
+        source, backend, device=device or "auto", stream=kept, trust_remote_code=trusted()
+    )
 
 
 def _backend_of(config: dict[str, Any], path: str) -> str:

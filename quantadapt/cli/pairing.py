@@ -114,7 +114,7 @@ def _answered(
     from ..showing.display import counting
     from .answering import asking
 
-    with asking(shown, path, how["device"], how["layout"], force_base=how["force_base"]) as asked:
+    with asking(shown, path, **how) as asked:
         found = source.asked(asked.writer.tokenizer)
         if not found:
             fix = "give --prompts FILE"

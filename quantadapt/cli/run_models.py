@@ -87,36 +87,38 @@ def _kind_of_checkpoint(path: str) -> str:
 
 
 def opened_models(
-    path: str, names: Sequence[str], device: str | None, *, force_base: bool
+    path: str, names: Sequence[str], device: str | None, *, force_base: bool, stream: str
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield the models of `chosen_models`, loaded one after the other; each has to be let go of
     before the next is asked for."""
     own = [name for name in names if name in ("quantized", "tuned")]
     run = adapter_in(put_back(path)) is not None
     if not run:
-        yield names[0], open_model(path, device, force_base)
+        yield names[0], open_model(path, device, force_base, stream)
         return
     if "unquantized" in names:
-        yield "unquantized", _dense(path, device)
+        yield "unquantized", _dense(path, device or "auto", stream)
     if own:
-        model = open_model(path, device, force_base)
+        model = open_model(path, device, force_base, stream)
         for name in own:
             with without_adapter(model) if name == "quantized" else nullcontext():
                 yield name, model
         del model
     if "merged" in names:
-        yield "merged", open_model(str(Path(path).expanduser() / MERGED), device)
+        yield "merged", open_model(str(Path(path).expanduser() / MERGED), device, stream=stream)
 
 
-def _dense(path: str, device: str | None) -> nn.Module:
+def _dense(path: str, device: str, stream: Any) -> nn.Module:
+    from ..exporting.saving import as_trained
     from ..stages import quantize
 
     made = _manifest(path)
     return quantize(
         made["base"],
         "none",
-        device=device or "auto",
+        device=device,
         dtype=made.get("dtype") or "auto",
+        stream=as_trained(stream, made.get("stream", "none"), device),
         new_modules=made.get("new_modules") or (),
         unused_modules=made.get("unused_modules") or (),
         trust_remote_code=trusted(),

@@ -12,7 +12,7 @@ from ..remote_code import trusting
 from .answering import LayoutOption, with_sampling_flags
 from .commands import add
 from .evaluate import PathArgument
-from .flags import DeviceOption, ForceBaseOption, TrustOption
+from .flags import DeviceOption, ForceBaseOption, StreamOption, TrustOption
 from .listening import (
     TOKEN,
     HostOption,
@@ -58,6 +58,7 @@ def serve(
     ] = 256,
     layout: LayoutOption = None,
     device: DeviceOption = None,
+    stream: StreamOption = "auto",
     force_base: ForceBaseOption = False,
     trust_remote_code: TrustOption = False,
     *,
@@ -78,7 +79,7 @@ def serve(
         sampling = Sampling(**answers)
         token = token_for(host)
         with listening(host, port) as listener:
-            with asking(shown, path, device, layout, force_base=force_base) as asked:
+            with asking(shown, path, device, layout, stream=stream, force_base=force_base) as asked:
                 served = _served(
                     asked, name or _name(path), sampling, token, max_batch, max_waiting
                 )

@@ -22,6 +22,7 @@ from ..paths import MANIFEST as MANIFEST
 from ..paths import is_entry, path_problem
 from ..planning.peft_options import peft_options
 from ..planning.refusals import make_cell
+from ..planning.streaming import Stream
 from ..quantizing.state import ModelState
 from ..records import Adapter, Backend
 from ..registry.discovery import registry
@@ -80,6 +81,7 @@ class Manifest(BaseModel):
     max_length: int | None = Field(None, ge=1)
     head: Literal["", "sequence", "token"] = ""
     labels: list[str] = Field(default_factory=list)
+    stream: Stream = "none"
     rewritten: bool = False
     fingerprint: Fingerprint | None = None
     base_id: str = ""

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..adapting.several import unsavable
 from ..dependencies import in_turn
@@ -26,14 +26,17 @@ from ..folders.atomic import (
 )
 from ..folders.written import LIST
 from ..inputs.documents import read_object
+from ..machine import this_machine
 from ..paths import is_local_path, path_problem
 from ..planning.on_disk import quantization_of
+from ..planning.streaming import Stream
 from ..protocols import Exporter, Figure
 from ..quantizing.state import ModelState, state_of
 from ..registry.blame import blaming_plugins
 from ..registry.discovery import registry
 from ..remote_code import trusted, trusting
 from ..showing.quietly import quiet
+from ..spec import Streaming
 from ..stages import quantize
 from .adapter_files import (
     CONFIG,
@@ -62,6 +65,10 @@ class NoCardWarning(UserWarning):
 
 class NotPeftWarning(UserWarning):
     """An adapter is saved that PEFT alone does not load."""
+
+
+class StreamedWarning(UserWarning):
+    """A model is loaded whose base comes to the GPU block by block, so that answers are slow."""
 
 
 @in_turn
@@ -255,6 +262,7 @@ def load(
     *,
     base: str | nn.Module | None = None,
     device: str = "auto",
+    stream: Literal["auto", "none", "experts", "all"] = "auto",
     force_base: bool = False,
     trust_remote_code: bool = False,
 ) -> nn.Module:
@@ -266,6 +274,8 @@ def load(
             as recorded, or a model from `quantize`. Other options than recorded warn; other
             weights are refused.
         device: auto, cpu, cuda, ...
+        stream: keep all quantized layers in CPU memory, or "experts", and copy them to the GPU
+            block by block; auto: as the run did that trained the adapter, which is told.
         force_base: take a base of other weights or another config.
         trust_remote_code: run Python code that comes with the model. It has to be said at each
             call; what the folder says of it does not count.
@@ -273,34 +283,41 @@ def load(
     Raises:
         ModelError: there is nothing to load, or the base is not the one that the adapter was
         trained on. PlanRefused: it needs code of its own.
-        QuantadaptError: `base` or `device` would have no effect.
+        QuantadaptError: `base`, `device` or `stream` would have no effect.
     """
     if problem := path_problem(str(path)):
         raise ModelError(f"{path} is no path: {problem}", fix="check the path")
     with trusting(trust_remote_code):
-        return _load(put_back(path), base, device, force_base)
+        return _load(put_back(path), base, device, stream, force_base)
 
 
-def _load(folder: Path, base: str | nn.Module | None, device: str, force_base: bool) -> nn.Module:
+def _load(
+    folder: Path, base: str | nn.Module | None, device: str, stream: Streaming, force_base: bool
+) -> nn.Module:
     if (adapter := adapter_in(folder)) is not None:
-        _refuse_other_device(base, device)
-        tuned: nn.Module = _load_adapter(adapter, base, device, force_base)
+        _refuse_other_place(base, device, stream)
+        tuned: nn.Module = _load_adapter(adapter, base, device, stream, force_base)
         return tuned
     if base is not None:
         what = f"base has no effect: {folder} holds no adapter, but a whole model"
         raise QuantadaptError(what, fix="leave base out, or pass the folder of an adapter")
     if not (folder / "config.json").exists() and (folder / MERGED).is_dir():
         folder = folder / MERGED
-    model = _load_whole(folder, device)
+    model = _load_whole(folder, device, "none" if stream == "auto" else stream)
     state = state_of(model)
     state.max_length = read_manifest(folder).get("max_length")
     state.loaded_from = str(folder.resolve())
     return model
 
 
-def _refuse_other_device(base: str | nn.Module | None, device: str) -> None:
+def _refuse_other_place(base: str | nn.Module | None, device: str, stream: Streaming) -> None:
     """Raise QuantadaptError where a live base lies elsewhere: it stays there."""
-    if base is None or isinstance(base, str) or device == "auto":
+    if base is None or isinstance(base, str):
+        return
+    if stream not in ("auto", state_of(base).stream):
+        what = f"stream={stream!r} has no effect: the adapter goes onto its base as it is"
+        raise QuantadaptError(what, fix="leave stream out, or pass it to quantize")
+    if device == "auto":
         return
     there = state_of(base).device
     if _with_index(device) != _with_index(there):
@@ -312,7 +329,7 @@ def _with_index(device: str) -> str:
     return device if ":" in device or device == "cpu" else f"{device}:0"
 
 
-def _load_whole(folder: Path, device: str) -> nn.Module:
+def _load_whole(folder: Path, device: str, stream: Stream = "none") -> nn.Module:
     """Load a saved base or merged model."""
     quantized = "quantization_config" in _config(folder)
     manifest = read_manifest(folder)
@@ -323,6 +340,7 @@ def _load_whole(folder: Path, device: str) -> nn.Module:
         dtype=manifest["dtype"],
         # What is quantized in the files is known from them; of dense layers it has to be said.
         skip_modules=None if quantized else manifest.get("skip_modules"),
+        stream=stream,
     )
 
 
@@ -334,7 +352,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _load_adapter(
-    folder: Path, base: str | nn.Module | None, device: str, force_base: bool
+    folder: Path, base: str | nn.Module | None, device: str, stream: Streaming, force_base: bool
 ) -> PeftModel:
     from peft import LoraConfig
 
@@ -354,14 +372,17 @@ def _load_adapter(
     own_base = folder.parent / BASE
     if base is None:
         _refuse_mixed(folder, manifest, own_base)
+    streams = as_trained(stream, manifest["stream"], device)
     if base is None and (own_base / MANIFEST).exists():
-        model = load_base(own_base, device)
+        model = load_base(own_base, device, streams)
     elif base is None or isinstance(base, str):
         _refuse_missing_base(base or manifest["base"], folder)
-        model = _made_again(base or manifest["base"], manifest, device)
+        model = _made_again(base or manifest["base"], manifest, device, streams)
     else:
         model = base
     state = state_of(model)
+    if stream == "auto" and state.stream != "none" and model is not base:
+        _tell_of_streaming(state.stream)
     check_base(state, manifest, force=force_base)
     config.inference_mode = False
     if isinstance(config, LoraConfig) and state.rewritten:
@@ -390,10 +411,27 @@ def base_of(model: PeftModel) -> nn.Module | None:
         return bare_base(model)
     if not state.source or (state.backend.calibration and quantization_of(state.source) is None):
         return None
-    return _made_again(state.source, state.manifest(), state.device)
+    return _made_again(state.source, state.manifest(), state.device, state.stream)
 
 
-def _made_again(source: str, manifest: Mapping[str, Any], device: str) -> nn.Module:
+def as_trained(stream: Streaming, noted: Stream, device: str) -> Stream:
+    """Return what of a base to stream, where `noted` is what was streamed while it was trained."""
+    if stream != "auto":
+        return stream
+    there = this_machine().default_device if device == "auto" else device
+    return noted if there.startswith("cuda") else "none"
+
+
+def _tell_of_streaming(stream: Stream) -> None:
+    parts = "the experts are" if stream == "experts" else "the base is"
+    what = (
+        f"{parts} streamed from CPU memory, as while it was trained: each token of an answer takes"
+        " a copy of it. Where the GPU has room for it, say so: stream: none"
+    )
+    warn(what, StreamedWarning, stacklevel=6)
+
+
+def _made_again(source: str, manifest: Mapping[str, Any], device: str, stream: Stream) -> nn.Module:
     """Return the checkpoint `source`, quantized as `manifest` says."""
     return _quantized(
         source,
@@ -405,6 +443,7 @@ def _made_again(source: str, manifest: Mapping[str, Any], device: str) -> nn.Mod
         unused_modules=manifest["unused_modules"],
         head=manifest["head"],
         labels=manifest["labels"],
+        stream=stream,
         **manifest["options"],
     )
 
@@ -432,10 +471,10 @@ def _refuse_missing_base(base: str, adapter: Path) -> None:
         raise ModelError(what, fix=fix, where=str(adapter))
 
 
-def load_base(folder: Path, device: str) -> nn.Module:
+def load_base(folder: Path, device: str, stream: Stream = "none") -> nn.Module:
     """Load what `save_base` wrote, under the name and options that it was made from."""
     manifest = read_manifest(folder)
-    model = _load_whole(folder, device)
+    model = _load_whole(folder, device, stream)
     state = state_of(model)
     state.source, state.rewritten = manifest["base"], manifest.get("rewritten", False)
     state.own_base, state.base_id = True, manifest["base_id"]

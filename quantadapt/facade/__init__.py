@@ -9,7 +9,7 @@ dtype and device are free, the dequantized numbers are made when somebody comput
 
 from .brought import BroughtTarget
 from .expert_norms import row_norms
-from .experts import QuantExperts, QuantStack
+from .experts import QuantExperts, QuantStack, read_in_parts
 from .frozen import recomputing
 from .grouped import lora_change
 from .keeping import kept
@@ -41,6 +41,7 @@ __all__ = [
     "linear_facades",
     "lora_change",
     "mark_conv1d",
+    "read_in_parts",
     "recomputing",
     "replace",
     "row_norms",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -36,8 +38,15 @@ class BroughtTarget(AdapterTarget):
 
     def dequantize(self, module: nn.Module) -> Tensor:
         """Bring the layer if need be, and return its weight."""
+        return self._read(module, self.target.dequantize)
+
+    def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
+        """Likewise of some rows."""
+        return self._read(module, partial(self.target.dequantize_rows, first=first, last=last))
+
+    def _read(self, module: nn.Module, read: Callable[[nn.Module], Tensor]) -> Tensor:
         with self.readable(module) as held:
-            weight = self.target.dequantize(module)
+            weight = read(module)
             return weight.clone() if held is not None and _same_memory(weight, held) else weight
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:

@@ -68,6 +68,12 @@ class QuantStack(QuantWeight):
         stack = self.stack
         return self._dense(change).view(stack.experts, stack.out_features, stack.in_features)
 
+    def of_experts(self, first: int, last: int) -> Tensor:
+        """Return what `by_expert` does, of the experts from `first` to before `last`."""
+        stack = self.stack
+        rows = self.dequantize_rows(first * stack.out_features, last * stack.out_features)
+        return rows.view(-1, stack.out_features, stack.in_features)
+
     def extra_repr(self) -> str:
         stack, vendor = self.stack, type(self._vendor).__name__
         sizes = f"in_features={stack.in_features}, out_features={stack.out_features}"
@@ -81,8 +87,10 @@ class QuantExperts(nn.Module):
     Attributes:
         _loras: the LoRA on each stack, by the name of the parameter, while PEFT's layer runs.
         _deltas: what is added to a parameter when it is read, likewise.
+        in_parts: whether a few experts are dequantized at a time, see `read_in_parts`.
     """
 
+    in_parts: bool = False
     _loras: Mapping[str, StackLora] = {}
     _deltas: Mapping[str, Any] = {}
 
@@ -227,8 +235,17 @@ def become_dense(experts: nn.Module) -> None:
     """Make an experts module one of the model's own class again, once no `QuantStack` is in it."""
     if isinstance(experts, QuantExperts) and not experts.quantized_stacks:
         experts.__class__ = _model_class(experts)
+        experts.__dict__.pop("in_parts", None)
         if (config := experts.__dict__.pop("_config_before", None)) is not None:
             experts.config = config
+
+
+def read_in_parts(model: nn.Module, on: bool) -> None:
+    """Have large stacks of experts in `model` dequantized a few experts at a time, or whole. In
+    parts takes less memory, more time, and a wait for the device in each pass through a layer."""
+    for module in model.modules():
+        if isinstance(module, QuantExperts):
+            module.in_parts = on
 
 
 @cache

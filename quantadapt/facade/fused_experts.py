@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..memory.experts import experts_at_a_time
 from ..model.experts import SUFFIX
 from .expert_norms import dora_product
 from .expert_steps import Added, add, combined, gated, gated_backward
-from .grouped import Routing, StackLora, grouped, grouped_outer
+from .grouped import Routing, StackLora, grouped, grouped_in_parts, grouped_outer
 from .keeping import kept
 from .quant_weight import QuantWeight
 
@@ -104,13 +105,11 @@ class _Parts(NamedTuple):
 
     def weight(self, which: int) -> Tensor:
         """Return a stack's weight, [experts, out_features, in_features]."""
-        name, lora = self.names[which], self.loras[which]
-        stack = self.experts._modules.get(f"{name}{SUFFIX}")
-        if isinstance(stack, QuantWeight):
-            change = None if lora is None else lora.change()
-            found: Tensor = stack.by_expert(change)  # type: ignore[operator]
+        lora = self.loras[which]
+        if (stack := self._stack(which)) is not None:
+            found: Tensor = stack.by_expert(None if lora is None else lora.change())
         else:
-            found = self.experts._parameters[name].detach()
+            found = self.experts._parameters[self.names[which]].detach()
             found = found.transpose(1, 2) if self.experts.is_transposed else found
         return found.to(self.dtype)
 
@@ -120,7 +119,44 @@ class _Parts(NamedTuple):
 
     def product(self, x: Tensor, which: int, ends: Tensor) -> Tensor:
         """Return x Wᵀ, by expert."""
-        return grouped(x, self.weight(which).transpose(1, 2), ends)
+        if (size := self._at_a_time(which)) is None:
+            return grouped(x, self.weight(which).transpose(1, 2), ends)
+        stack = self._stack(which)
+
+        def weight(first: int, last: int) -> Tensor:
+            found: Tensor = stack.of_experts(first, last).to(self.dtype)
+            return found.transpose(1, 2)
+
+        return grouped_in_parts(x, ends, size, stack.stack.out_features, weight)
+
+    def product_back(self, dy: Tensor, which: int, ends: Tensor) -> Tensor:
+        """Return dy W, by expert."""
+        if (size := self._at_a_time(which)) is None:
+            return grouped(dy, self.weight(which), ends)
+        stack = self._stack(which)
+
+        def weight(first: int, last: int) -> Tensor:
+            found: Tensor = stack.of_experts(first, last).to(self.dtype)
+            return found
+
+        return grouped_in_parts(dy, ends, size, stack.stack.in_features, weight)
+
+    def _at_a_time(self, which: int) -> int | None:
+        """Return how many experts of a stack are to be dequantized at a time; None: all."""
+        stack, lora = self._stack(which), self.loras[which]
+        rounds = lora is not None and lora.rounds
+        if stack is None or rounds or not (self.experts.in_parts and stack.target.reads_rows):
+            return None
+        if stack.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None  # what is recorded cannot wait for the device
+        sizes = stack.stack
+        size = experts_at_a_time(sizes.in_features * sizes.out_features * self.dtype.itemsize)
+        return size if size < sizes.experts else None
+
+    def _stack(self, which: int) -> Any:
+        """Return a quantized stack; None where it is dense."""
+        found = self.experts._modules.get(f"{self.names[which]}{SUFFIX}")
+        return found if isinstance(found, QuantWeight) else None
 
     def casts(self, which: int) -> _Casts | None:
         """Return the LoRA on a stack, as products want it."""
@@ -191,7 +227,8 @@ def _gradients(
     x = hidden.to(parts.dtype)[routing.token]
     y, added = parts.product(x, 0, ends), first and first.added(x, ends)
     dy = d_output[routing.token]
-    dz, d_added = grouped(dy, parts.weight(1), ends), second and second.backward_added(dy, ends)
+    dz = parts.product_back(dy, 1, ends)
+    d_added = second and second.backward_added(dy, ends)
     d_up, z, d_share = gated_backward(
         parts.experts,
         y,
@@ -212,7 +249,7 @@ def _gradients(
     del x, added
     dx = None
     if wants_dx:
-        dx = grouped(d_up, parts.weight(0), ends)
+        dx = parts.product_back(d_up, 0, ends)
         beside = first and d_added and first.beside(d_added)
         dx = combined(add(dx, beside, routing), routing).to(hidden.dtype)
     d_weights = routing.by_token(d_share)

@@ -5,6 +5,7 @@ On CUDA all experts are one product (`torch._grouped_mm`), elsewhere a loop.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import frexp
 from typing import NamedTuple
 
@@ -168,6 +169,29 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         start = end
     parts.append(x.new_zeros(x.shape[0] - start, weight.shape[2]))
     return torch.cat(parts)
+
+
+def grouped_in_parts(
+    x: Tensor, ends: Tensor, size: int, columns: int, weight: Callable[[int, int], Tensor]
+) -> Tensor:
+    """As `grouped`, with the weights of `size` groups there at a time. Waits for the device, as it
+    has to be known whose rows are where.
+
+    Args:
+        columns: m.
+        weight: returns the weights of the groups from its first argument to before its second.
+    """
+    stops = ends.tolist()
+    made, start = x.new_empty(x.shape[0], columns), 0
+    for first in range(0, len(stops), size):
+        last = min(first + size, len(stops))
+        stop = stops[last - 1]
+        if stop > start:
+            own = ends[first:last] - start
+            made[start:stop] = grouped(x[start:stop], weight(first, last), own)
+        start = stop
+    made[start:].zero_()
+    return made
 
 
 def grouped_outer(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:

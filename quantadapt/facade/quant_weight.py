@@ -192,6 +192,15 @@ class QuantWeight(nn.Module):
         with torch.no_grad(), results_in(dtype):
             return self.target.dequantize(self._vendor).to(dtype).contiguous()
 
+    def dequantize_rows(self, first: int, last: int) -> Tensor:
+        """Return the rows from `first` to before `last`, as `dequantize` does."""
+        if self._merged is not None and (merged := self._merged_weight()) is not None:
+            return merged[first:last]
+        dtype = self._read_dtype
+        with torch.no_grad(), results_in(dtype):
+            rows = self.target.dequantize_rows(self._vendor, first, last)
+            return rows.to(dtype).contiguous()
+
     @property
     def _read_dtype(self) -> torch.dtype:
         """The compute dtype; float32 where PEFT merges into a layer that keeps its scales, as 16

@@ -13,6 +13,8 @@ _FAMILIES = (
     *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
 )
 """Mixtures of experts whose sizes mean what is said here."""
+PART = 2**28
+"""Where memory is short, so many bytes of a stack are dequantized at a time, whole experts."""
 _ROUTING = 18
 """Bytes that a row keeps of its routing: its token, its place and its expert."""
 
@@ -88,22 +90,51 @@ class Experts:
         first, second = (i * o for i, o in self.stacks(hidden).values())
         return first, second
 
-    def forward_numbers(self, tokens: int, hidden: int) -> int:
-        """Return how many numbers the forward pass works with: rows and one dequantized stack."""
+    def _there(self, tokens: int, hidden: int, in_parts: int) -> tuple[int, int]:
+        """Return how many numbers of each weight are there at a time; of a part with what it makes,
+        beside what all make."""
         first, second = self._weights(hidden)
+        if not in_parts:
+            return first, second
+        sizes = ((first, 2 * self.inside), (second, hidden))
+        both = [self._part(tokens, numbers, made, in_parts) for numbers, made in sizes]
+        return both[0], both[1]
+
+    def _part(self, tokens: int, numbers: int, made: int, size: int) -> int:
+        each = numbers // self.count
+        if (at_a_time := experts_at_a_time(each * size)) >= self.count:
+            return numbers
+        return at_a_time * each + self._rows(tokens, made) * at_a_time // self.count
+
+    def forward_numbers(self, tokens: int, hidden: int, in_parts: int = 0) -> int:
+        """Return how many numbers the forward pass works with: rows and one dequantized stack.
+
+        Args:
+            in_parts: the bytes of a number where stacks are dequantized in parts; else 0.
+        """
+        first, second = self._there(tokens, hidden, in_parts)
         return max(
             self._rows(tokens, hidden + 2 * self.inside) + first,
             self._rows(tokens, hidden + self.inside) + second,
         )
 
-    def backward_numbers(self, tokens: int, hidden: int) -> int:
+    def backward_numbers(self, tokens: int, hidden: int, in_parts: int = 0) -> int:
         """Return how many numbers the backward pass works with, likewise: in the product that is
         made again, in the gradient of what is inside, or in that of the input."""
-        first, second = self._weights(hidden)
+        first, second = self._there(tokens, hidden, in_parts)
         return max(
             self._rows(tokens, hidden + 2 * self.inside) + first,
             self._rows(tokens, 2 * hidden + 3 * self.inside) + second,
         )
+
+
+def experts_at_a_time(nbytes: int) -> int:
+    """Return how many experts of a stack are dequantized at a time where memory is short.
+
+    Args:
+        nbytes: of one of them, dequantized.
+    """
+    return max(1, PART // nbytes)
 
 
 def _plain_layers(config: Mapping[str, Any]) -> int:

@@ -93,6 +93,7 @@ class Workload:
         rounds: whether adapted layers compute with the rounded weights that a merge keeps.
         float8: whether products with the base are in 8-bit floats.
         contexts: so many GPUs share each example, a part of its tokens each.
+        in_parts: whether stacks of experts can be dequantized in parts.
     """
 
     shape: Shape
@@ -123,6 +124,7 @@ class Workload:
     rounds: bool = False
     float8: bool = False
     contexts: int = 1
+    in_parts: bool = False
 
     # --- what is there all the time ----------------------------------------------------------
 
@@ -271,9 +273,9 @@ class Workload:
         """The input of a layer."""
         return tokens * self.shape.hidden * self.dtype_bytes
 
-    def backward_bytes(self, tokens: int) -> int:
+    def backward_bytes(self, tokens: int, offload: bool = False) -> int:
         """What a layer's backward works with: gradients and a dequantized weight, and where it is
-        rounded what that takes."""
+        rounded what that takes. With `offload` experts are dequantized in parts."""
         shape = self.shape
         inside = (0 if self.fused_kernels else 2) + (0 if self.fused_adapter else 1)
         gradients = shape.hidden + shape.mlp * inside
@@ -281,12 +283,21 @@ class Workload:
             gradients += shape.mlp
         numbers = tokens * gradients + self._largest_weight
         if shape.experts:  # the gradients of their output and of their input
-            inside = shape.experts.backward_numbers(tokens, shape.hidden)
+            parts = self._part_of(offload)
+            inside = shape.experts.backward_numbers(tokens, shape.hidden, parts)
             numbers = max(numbers, tokens * 2 * shape.hidden + inside)
         # What codes a gradient has, and a product that is added to another; codes of a weight and
         # of its transpose take as much as the weight.
         codes = tokens * (shape.mlp + shape.hidden * self.dtype_bytes) if self.float8 else 0
         return numbers * self.dtype_bytes + codes + self._rounding_bytes
+
+    def _part_of(self, offload: bool) -> int:
+        """The bytes of a number where stacks of experts are dequantized in parts: where inputs
+        leave for CPU memory, or the base is streamed."""
+        adapted = set(STACKS) & set(self.targets)
+        whole = not self.in_parts or self.shards > 1 or (adapted and (self.rounds or self.dora))
+        short = offload or self.streamed != "none"
+        return 0 if whole or not short else self.dtype_bytes
 
     @property
     def _largest_weight(self) -> int:
@@ -325,7 +336,8 @@ class Workload:
         inside = tokens * (2 * shape.hidden + (3 if shape.gated else 2) * shape.mlp)
         inside += self._largest_weight
         if shape.experts:
-            in_experts = shape.experts.forward_numbers(tokens, shape.hidden)
+            parts = self._part_of(offload=False)
+            in_experts = shape.experts.forward_numbers(tokens, shape.hidden, parts)
             inside = max(inside, tokens * 2 * shape.hidden + in_experts)
         logits = tokens * shape.vocab * self.dtype_bytes
         logits = 2 * logits if shape.scaled else min(logits, HEAD_CHUNK)
@@ -362,7 +374,7 @@ class Workload:
         inputs = single * (min(count, 2) if setting.offload else count)
         block, table = self._gathered_block, self._gathered_table
         ahead = block if self.prefetches else 0
-        work = max(self.backward_bytes(tokens) + block, 2 * block) + ahead
+        work = max(self.backward_bytes(tokens, setting.offload) + block, 2 * block) + ahead
         # Before the first backward of a step there are no gradients, but where they have a place.
         there = self._has_several(setting) or self._records(setting)
         before = 0 if there else 4 * self.trained
@@ -373,7 +385,7 @@ class Workload:
             # The first layer that is recomputed, when what the others kept is gone. Where inputs go
             # to CPU memory, little is to be kept.
             layer, of_layer = kinds[count - 1]
-            work = max(layer.backward_bytes(tokens) + block, 2 * block) + ahead
+            work = max(layer.backward_bytes(tokens, setting.offload) + block, 2 * block) + ahead
             if not setting.offload:
                 work += layer.recompute_bytes(tokens) + layer.product_bytes(tokens)
             yield inputs, of_layer - single, work

@@ -346,6 +346,7 @@ def memory_plan(
         rounds=train.merge_aware,
         float8=train.compute == "fp8",
         contexts=train.context_parallel_size,
+        in_parts=quantizer.target.reads_rows,
     )
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
     return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))

@@ -38,6 +38,10 @@ class AdapterTarget(Protocol):
     """Where activations are quantized: the relative error of a layer's output by that. int8 0.008,
     e4m3 0.027, e2m1 0.1. Dense merges, which do not quantize them, may be as much further off."""
 
+    reads_rows: bool = False
+    """Whether `dequantize_rows` makes no other rows: stacks of experts are then dequantized a few
+    experts at a time where memory is short."""
+
     def matches(self, module: nn.Module) -> bool:
         """Say whether `module` is a quantized linear layer of this backend."""
         ...
@@ -50,6 +54,11 @@ class AdapterTarget(Protocol):
     def dequantize(self, module: nn.Module) -> Tensor:
         """Return the weight as a float tensor of shape [out_features, in_features]."""
         ...
+
+    def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
+        """Return the rows from `first` to before `last` of what `dequantize` returns, to the bit.
+        Called only where `reads_rows`."""
+        return self.dequantize(module)[first:last]
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         """Run the vendor's forward with bias: [..., in_features] -> [..., out_features]."""

@@ -176,6 +176,7 @@ def quantize_plan(
         head=head,
         labels=tuple(labels),
         begun_at_random=random,
+        stream=plan.stream,
     )
     if head:
         _set_padding(model, state_of(model).tokenizer)

@@ -9,6 +9,7 @@ from ..capabilities import Cell
 from ..errors import QuantadaptError
 from ..inputs.fingerprints import Fingerprint
 from ..planning.refusals import make_cell
+from ..planning.streaming import Stream
 from ..protocols import Quantizer
 from ..records import Adapter, Backend, as_call
 
@@ -45,6 +46,7 @@ class ModelState:
         head, labels: the kind of head that the checkpoint was read with, if it was not its own, and
             what that tells apart; see `loading.heads`.
         begun_at_random: names of the modules that no file held.
+        stream: what of the base lies in CPU memory: "none", "experts" or "all".
     """
 
     source: str
@@ -71,6 +73,7 @@ class ModelState:
     head: str = ""
     labels: tuple[str, ...] = ()
     begun_at_random: tuple[str, ...] = ()
+    stream: Stream = "none"
 
     def __repr__(self) -> str:
         base = as_call(self.backend.name, self.quantizer.model_dump())
@@ -113,6 +116,7 @@ class ModelState:
             "merge_aware": self.merge_aware,
             "head": self.head,
             "labels": list(self.labels),
+            "stream": self.stream,
         }
 
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..facade import recomputing
+from ..facade import read_in_parts, recomputing
 from ..memory.workload import Setting
 from ..model.modules import is_skipped
 from ..model.towers import other_towers
+from ..streaming import streamer_of
 
 # what transformers' GradientCheckpointingLayer reads
 FLAG, FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
@@ -60,6 +61,7 @@ class Recomputer:
         """Checkpoint the first `setting.recomputed_layers` layers. Raises ValueError where the
         model cannot checkpoint and has to."""
         function = self._function(setting.offload)
+        read_in_parts(self.base, setting.offload or streamer_of(self.base) is not None)
         if not self.layers:
             self._apply_to_all(setting.recomputed_layers > 0, function)
         for index, layer in enumerate(self.layers):

@@ -1,0 +1,189 @@
+"""Where memory is short, a stack of experts is dequantized a few experts at a time."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from allocations import peak_of
+from test_experts_grouped import EXPERTS, KINDS, experts_of, inputs, results
+from test_memory_experts import QWEN3_30B, work
+from transformers import AutoModelForCausalLM, GptOssConfig
+
+import quantadapt as qa
+from quantadapt.facade import QuantExperts, QuantStack, densify, read_in_parts, stack_facades
+from quantadapt.memory import GIB, Setting, Workload, experts
+from quantadapt.memory.shape import Shape
+from quantadapt.registry import registry
+from quantadapt.streaming import bring_back, stream
+from quantadapt.training.recomputing import Recomputer
+
+READS_ROWS = ("bnb-nf4", "bnb-fp4", "bnb-int8", "mxfp4", "nvfp4")
+
+
+def quantized(kind: str, backend: str = "bnb-nf4", **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(KINDS[kind]), dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.1)
+    return qa.quantize(model, backend, dtype="float32", device="cpu", **options)
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many experts each part was that has been dequantized."""
+    counts: list[int] = []
+    of_experts = QuantStack.of_experts
+
+    def counted(self: QuantStack, first: int, last: int) -> torch.Tensor:
+        counts.append(last - first)
+        return of_experts(self, first, last)
+
+    monkeypatch.setattr(QuantStack, "of_experts", counted)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [*((name, {}) for name in READS_ROWS), ("bnb-nf4", {"double_quant": False})],
+)
+def test_rows_are_those_of_the_whole_weight(backend: str, options: dict[str, Any]) -> None:
+    assert registry().backend(backend).quantizer().target.reads_rows
+    for _, stack in stack_facades(quantized("silu", backend, **options)):
+        whole, rows = stack.dequantize(), stack.stack.out_features
+        for first, last in ((0, rows), (rows, 3 * rows), (1, rows), (3 * rows, 4 * rows)):
+            assert torch.equal(stack.dequantize_rows(first, last), whole[first:last])
+
+
+def test_rows_of_partial_blocks_are_those_of_the_whole_weight() -> None:
+    """Blocks of 64 that go on in the next row, or in the next expert."""
+    linear = torch.nn.Linear(96, 7, bias=False)
+    quantizer = registry().backend("bnb-nf4").quantizer()
+    made, target = quantizer.quantize_linear(linear), quantizer.target
+    whole = target.dequantize(made)
+    for first, last in ((0, 2), (1, 3), (2, 6), (5, 7)):
+        assert torch.equal(target.dequantize_rows(made, first, last), whole[first:last])
+
+
+@pytest.mark.parametrize("kind", ["silu", "clamped, biases, transposed"])
+@pytest.mark.parametrize("none", [False, True])
+def test_experts_in_parts_compute_the_same(
+    kind: str, none: bool, read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One by one, and three of four; with LoRA, forward and backward, to the bit."""
+    tuned = qa.attach(quantized(kind), "lora", r=4)
+    trained = [p for n, p in tuned.named_parameters() if p.requires_grad and ".experts." in n]
+    assert len(trained) == 4
+    for n, weight in enumerate(trained):
+        values = torch.linspace(-n, n + 1, weight.numel()).sin().view(weight.shape)
+        weight.data.copy_(values / 5)
+    names = ("mlp.experts", "moe.experts")
+    layer = next(m for n, m in tuned.named_modules() if n.endswith(names))
+    given = inputs(none)
+    expected = results(layer, given, trained)
+    assert not read
+    read_in_parts(tuned, True)
+    for part, most in ((1, 1), (3 * 4 * 128 * 64, 3)):
+        monkeypatch.setattr(experts, "PART", part)
+        found = results(layer, given, trained)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        # The last expert gets no token, and is not read; each pass reads all others.
+        assert max(read) == most
+        read.clear()
+
+
+def test_experts_that_no_token_comes_to_are_not_read(
+    read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = experts_of(quantized("silu"))
+    read_in_parts(made, True)
+    monkeypatch.setattr(experts, "PART", 1)
+    with torch.no_grad():
+        hidden = torch.randn(5, 64)
+        made(hidden, torch.tensor([[1, 3]] * 5), torch.ones(5, 2))
+    assert read == [1] * 4  # two experts, two stacks
+
+
+def test_what_memory_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of the stack less, forward and backward."""
+    made = experts_of(quantized("silu", "bnb-int8"))
+    given = inputs()
+    stack = 4 * EXPERTS * 256 * 64  # bytes of the larger one
+    whole = peak_of(lambda: results(made, given))
+    read_in_parts(made, True)
+    monkeypatch.setattr(experts, "PART", stack // EXPERTS)
+    parts = peak_of(lambda: results(made, given))
+    assert whole - parts > stack * (1 - 1 / EXPERTS)
+
+
+def test_backends_that_read_whole_weights_do_so_still(
+    read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = experts_of(quantized("silu", "hqq"))
+    expected = results(made, inputs())
+    read_in_parts(made, True)
+    monkeypatch.setattr(experts, "PART", 1)
+    assert all(torch.equal(a, b) for a, b in zip(results(made, inputs()), expected, strict=True))
+    assert not read
+
+
+def test_who_asks_for_it() -> None:
+    """The setting that takes the least memory, and a base that is streamed; and no dense copy."""
+    model = quantized("silu")
+    made = experts_of(model)
+    recomputer = Recomputer(model)
+    for offload in (True, False):
+        recomputer.apply(Setting(1, offload, 1))
+        assert made.in_parts is offload
+    stream(model)
+    assert made.in_parts
+    recomputer.apply(Setting(1, False, 1))
+    assert made.in_parts
+    bring_back(model)
+    assert not made.in_parts
+    read_in_parts(model, True)
+    plain = experts_of(densify(model))
+    assert not isinstance(plain, QuantExperts)
+    assert "in_parts" not in vars(plain)
+
+
+# --- as it is predicted ---------------------------------------------------------------------------
+
+
+def test_a_plan_counts_parts_where_they_are_taken() -> None:
+    """A part of Qwen3-30B-A3B is 42 of the 128 experts of the first stack, or 85 of the second.
+    What it makes is there beside what all make."""
+    each, tokens = 2048 * 768, 64
+    rows = 8 * tokens
+    least, more = Setting(11, True, 4), Setting(11, False, 4)
+    can = work(in_parts=True)
+    small = replace(can, batch=1, length=tokens)
+    whole = replace(small, in_parts=False)
+    again = rows * (2048 + 2 * 768) + 42 * 2 * each + rows * 2 * 768 * 42 // 128
+    inside = rows * (2 * 2048 + 3 * 768) + 85 * each + rows * 2048 * 85 // 128
+    for made, expected in (
+        (small, max(again, inside)),
+        (whole, rows * (2048 + 2 * 768) + 128 * 2 * each),
+    ):
+        assert made.backward_bytes(tokens, offload=True) == 2 * (tokens * 2 * 2048 + expected)
+    assert small.peak(more) == whole.peak(more)
+    streamed = replace(small, streamed="all")
+    assert streamed.parts(more)["working"] < replace(whole, streamed="all").parts(more)["working"]
+    for other in ({"rounds": True}, {"dora": True}, {"shards": 2}):
+        assert replace(small, **other).peak(least) == replace(whole, **other).peak(least)
+    assert Shape.of(QWEN3_30B) is not None
+
+
+def test_gpt_oss_fits_what_others_publish() -> None:
+    """12.8 GiB at 1 x 2048, with LoRA of rank 16 on attention, in nf4: in parts alone."""
+    shape = Shape.of(GptOssConfig(num_local_experts=32, num_hidden_layers=24).to_dict())
+    bits = dict.fromkeys(shape.linears, 4.127)
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+    sizes = {"dtype_bytes": 2, "batch": 1, "length": 2048, "in_parts": True}
+    made = Workload(shape, bits, attention, 16, "adamw_torch_fused", **sizes)
+    least = Setting(23, True, 1)
+    assert made.peak(least) / GIB < 12.8 < replace(made, in_parts=False).peak(least) / GIB

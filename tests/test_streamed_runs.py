@@ -1,0 +1,143 @@
+"""What was trained on a streamed base is loaded, measured and asked in the same way."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import quantadapt as qa
+from quantadapt import cli
+from quantadapt.errors import QuantadaptError
+from quantadapt.exporting import saving
+from quantadapt.exporting.manifest import MANIFEST
+from quantadapt.exporting.saving import StreamedWarning, as_trained
+from quantadapt.machine import Machine
+from quantadapt.planning import plan, streaming
+from quantadapt.quantizing import quantize_plan
+from quantadapt.quantizing.state import state_of
+from quantadapt.spec import Spec
+from quantadapt.streaming import streamer_of
+
+IDS = torch.arange(3, 27).reshape(2, 12)
+TOLD = "streamed from CPU memory, as while it was trained"
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU streams as a GPU would: blocks are copied all the same."""
+
+    def choose(spec: Spec, *_: Any, **__: Any) -> Any:
+        return spec.train.stream if spec.train.stream != "auto" else "none"
+
+    monkeypatch.setattr(streaming, "choose", choose)
+    monkeypatch.setattr(saving, "this_machine", lambda: Machine(cuda=((9, 0),)))
+
+
+def trained(folder: Path, stream: Any, backend: str = "torchao-int8") -> Path:
+    """Save an adapter that does something, on a base that was streamed."""
+    made = plan(Spec(backend=backend, device="cpu"), check_output=False)
+    model = qa.attach(quantize_plan(replace(made, stream=stream)), "lora", r=4)
+    for n, (name, weight) in enumerate(model.named_parameters()):
+        if "lora_B" in name:
+            weight.data.copy_(torch.linspace(-n, n, weight.numel()).sin().view(weight.shape) / 9)
+    qa.save(model, folder)
+    return folder
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return found
+
+
+@pytest.mark.parametrize("stream", ["all", "none"])
+def test_it_is_loaded_as_it_was_trained(tmp_path: Path, as_on_a_gpu: None, stream: str) -> None:
+    folder = trained(tmp_path, stream)
+    assert json.loads((folder / "adapter" / MANIFEST).read_text())["stream"] == stream
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = qa.load(folder)
+    found = [w for w in told if issubclass(w.category, StreamedWarning)]
+    assert len(found) == (stream == "all")
+    assert (streamer_of(model) is not None) == (stream == "all")
+    assert state_of(model).stream == stream
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", StreamedWarning)
+        other = qa.load(folder, stream="none" if stream == "all" else "all")
+    assert (streamer_of(other) is None) == (stream == "all")
+    assert torch.equal(logits(model), logits(other))
+
+
+def test_without_a_gpu_nothing_is_streamed_and_nothing_told(tmp_path: Path) -> None:
+    folder = trained(tmp_path, "all")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", StreamedWarning)
+        model = qa.load(folder)
+    assert streamer_of(model) is None
+    assert state_of(model).stream == "none"
+    assert as_trained("auto", "all", "cpu") == "none"
+    assert as_trained("auto", "experts", "cuda:1") == "experts"
+    assert as_trained("none", "all", "cuda") == "none"
+
+
+def test_what_older_versions_wrote_is_not_streamed(tmp_path: Path, as_on_a_gpu: None) -> None:
+    file = trained(tmp_path, "all") / "adapter" / MANIFEST
+    noted = json.loads(file.read_text())
+    del noted["stream"]
+    file.write_text(json.dumps(noted))
+    assert streamer_of(qa.load(tmp_path)) is None
+    file.write_text(json.dumps(noted | {"stream": "half"}))
+    with pytest.raises(QuantadaptError, match="stream"):
+        qa.load(tmp_path)
+
+
+def test_a_base_that_is_there_stays_as_it_is(tmp_path: Path, as_on_a_gpu: None) -> None:
+    folder = trained(tmp_path, "all")
+    base = qa.quantize(None, "torchao-int8", device="cpu")
+    with pytest.raises(QuantadaptError, match="the adapter goes onto its base as it is"):
+        qa.load(folder, base=base, stream="all")
+    assert streamer_of(qa.load(folder, base=base)) is None
+
+
+def test_a_whole_model_is_streamed_where_that_is_said(tmp_path: Path, as_on_a_gpu: None) -> None:
+    qa.save(qa.quantize(None, "torchao-int8", device="cpu"), tmp_path / "whole")
+    whole = qa.load(tmp_path / "whole")
+    assert streamer_of(whole) is None
+    model = qa.load(tmp_path / "whole", stream="all")
+    assert streamer_of(model) is not None
+    assert torch.equal(logits(model), logits(whole))
+
+
+def test_commands_answer_and_measure_the_same(
+    tmp_path: Path, as_on_a_gpu: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def ask(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*words])
+        return (int(ended.value.code or 0), *capfd.readouterr())
+
+    folder = str(trained(tmp_path, "all"))
+    prompts = ("--prompt", "Write a Python function", "--max-new-tokens", "8")
+    streamed = ask("generate", folder, *prompts)
+    whole = ask("generate", folder, *prompts, "--stream", "none")
+    assert streamed[0] == whole[0] == 0, streamed[2] + whole[2]
+    assert streamed[1] == whole[1] != ""
+    assert streamed[2].count(TOLD) == 1
+    assert TOLD not in whole[2]
+    measured = [
+        ask("eval", folder, "--max-examples", "4", "--json", "--models", "quantized,tuned", *more)
+        for more in ((), ("--stream", "none"))
+    ]
+    assert [code for code, *_ in measured] == [0, 0], measured[0][2]
+    first, second = (json.loads(out) for _, out, _ in measured)
+    assert first == second
+    code, _, words = ask("generate", folder, *prompts, "--stream", "half")
+    assert code != 0
+    assert "--stream: 'half' cannot be streamed" in words
+    assert "use one of auto, none, experts, all" in words
