@@ -453,31 +453,3 @@ def test_rewards_are_trls(tmp_path) -> None:
 def test_a_language_model_gives_no_rewards(tmp_path) -> None:
     with pytest.raises(qa.QuantadaptError, match="gives no single score"):
         qa.evaluate(qa.quantize(str(small_model()), "none"), pairs(tmp_path), evaluation="rewards")
-
-
-# --- every objective, adapter and backend --------------------------------------------------------
-
-CELLS = [
-    (objective, adapter, backend)
-    for objective in ("dpo", "reward", "classify", "classify-tokens")
-    for adapter in ("lora", "dora", "pissa", "vera", "ia3")
-    for backend in ("hqq", "bnb-nf4", "torchao-int8", "gptq")
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("objective", "adapter", "backend"), CELLS, ids=map("-".join, CELLS))
-def test_a_cell(tmp_path, objective, adapter, backend) -> None:
-    """A run on the bundled data, whose adapter gives the same after it is loaded."""
-    spec = qa.Spec(
-        model=str(small_model()), backend=backend, adapter=adapter, objective=objective,
-        data={"max_examples": 16}, output=str(tmp_path / "run"), device="cpu", dtype="float32",
-        train={"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1},
-        evaluate={"unquantized": False, "max_examples": 4, "samples": 0},
-    )  # fmt: skip
-    result = qa.run(spec)
-    assert result.metrics["train"]["steps"] == 2
-    assert not result.metrics["failed_evaluations"]
-    expected = logits(result.model)
-    assert torch.isfinite(expected).all()
-    assert torch.allclose(logits(qa.load(tmp_path / "run", device="cpu")), expected, atol=1e-5)

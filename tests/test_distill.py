@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
 import quantadapt as qa
-from quantadapt import cli, demo
+from quantadapt import demo
 from quantadapt.data.batches import CausalCollator
 from quantadapt.errors import ModelError, PlanRefused, TrainingError
 from quantadapt.memory import workload
@@ -357,25 +357,6 @@ def test_agreement_says_what_it_does_not_know(random_data: Any) -> None:
     wanted = Spec(evaluate={"evaluations": [{"name": "agreement", "reference": "./nowhere"}]})
     with pytest.raises(PlanRefused, match="is no folder"):
         plan(wanted)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["hqq", "bnb-nf4", "torchao-intx", "gptq"])
-@pytest.mark.parametrize("adapter", ["lora", "dora", "vera", "ia3", "hira"])
-def test_every_cell_learns_from_its_base(
-    backend: str, adapter: str, tmp_path: Path, capsys: Any
-) -> None:
-    out = tmp_path / "run"
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["run", "--model", str(small_model()), "--backend", backend, "--adapter", adapter,
-                  "--set", "objective=distill", "--set", "train.max_steps=4", "--set",
-                  "data.max_examples=40", "--set", "export.merge=never",
-                  "--set", "evaluate.max_examples=8", "-o", str(out)])  # fmt: skip
-    assert not ended.value.code, capsys.readouterr().err
-    metrics = json.loads((out / "metrics.json").read_text())
-    values = metrics["evaluations"]["agreement"]["kl"]["values"]
-    assert values["tuned"] < values["quantized"]
-    assert "perplexity" in metrics["evaluations"]
 
 
 @pytest.mark.slow

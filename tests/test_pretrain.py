@@ -15,7 +15,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import quantadapt as qa
-from quantadapt import cli
 from quantadapt.data import streams
 from quantadapt.data.batches import PackedCollator
 from quantadapt.data.files import Row
@@ -265,23 +264,6 @@ def test_a_source_that_is_empty_is_told(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "odd.jsonl").write_text('{"content": "one"}\n{"content": "two"}\n')
     with pytest.raises(DataError, match=r"data\.columns"):
         load_stream(data_of(path=str(tmp_path / "odd.jsonl")), tokenizer, seed=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["hqq", "bnb-nf4", "torchao-int8", "gptq"])
-@pytest.mark.parametrize("adapter", ["lora", "dora", "vera", "ia3", "pissa"])
-def test_every_cell_learns_text(backend: str, adapter: str, tmp_path: Path, capsys: Any) -> None:
-    out = tmp_path / "run"
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["run", "--model", str(small_model()), "--backend", backend, "--adapter", adapter,
-                  "--set", "objective=pretrain", "--set", "train.max_steps=6", "--set",
-                  "data.max_length=64", "--set", "export.merge=never", "--set",
-                  "train.per_device_train_batch_size=2", "--set", "train.learning_rate=5e-3",
-                  "--set", "evaluate.max_examples=16", "-o", str(out)])  # fmt: skip
-    assert not ended.value.code, capsys.readouterr().err
-    metrics = json.loads((out / "metrics.json").read_text())
-    values = metrics["evaluations"]["perplexity"]["loss"]["values"]
-    assert values["tuned"] < values["quantized"]
 
 
 def test_a_plan_counts_no_rows_that_it_has_not_read(tmp_path: Path) -> None:

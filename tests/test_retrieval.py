@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantadapt as qa
-from quantadapt import cli, demo
+from quantadapt import demo
 from quantadapt.data.retrieval import load_embedding, load_reranking
 from quantadapt.errors import DataError, PlanRefused
 from quantadapt.evaluation.retrieval import Retrieval, ranking
@@ -326,23 +326,3 @@ def test_what_does_not_go_is_refused_by_the_plan() -> None:
     assert "packing" in refusal(objective="embed", train={"packing": True})
     assert "use one of" in refusal(objective={"name": "embed", "pooling": "max"})
     assert "sees no other" in refusal(objective={"name": "embed", "pooling": "cls"})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("objective", ["embed", "rerank"])
-@pytest.mark.parametrize("backend", ["hqq", "bnb-nf4", "torchao-int8", "gptq"])
-@pytest.mark.parametrize("adapter", ["lora", "dora", "vera", "ia3", "pissa"])
-def test_every_cell_learns(
-    objective: str, backend: str, adapter: str, tmp_path: Path, capsys: Any
-) -> None:
-    out = tmp_path / "run"
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["run", "--model", str(small_model()), "--backend", backend, "--adapter", adapter,
-                  "--set", f"objective={objective}", "--set", "train.max_steps=4", "--set",
-                  "data.max_examples=40", "--set", "export.merge=never", "--set",
-                  "data.max_length=48", "--set", "evaluate.max_examples=16", "-o",
-                  str(out)])  # fmt: skip
-    assert not ended.value.code, capsys.readouterr().err
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["train"]["steps"] == 4
-    assert {"quantized", "tuned"} <= metrics["evaluations"]["retrieval"]["ndcg@10"]["values"].keys()
