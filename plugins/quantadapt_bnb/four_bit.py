@@ -298,7 +298,7 @@ def _one_token(x: Tensor, packed: Any, bias: Tensor | None) -> Tensor | None:
         return None
     from quantadapt_bnb.triton_product import product, takes
 
-    return product(x, packed.data, packed.quant_state, bias) if takes(x) else None
+    return product(x, packed.data, packed.quant_state, bias) if takes(x, packed.data) else None
 
 
 def _as_packed(module: nn.Module) -> Any:

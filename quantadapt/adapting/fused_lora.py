@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..compiling import has_triton
 from ..facade import QuantLinear, kept, lora_change
 
 
@@ -126,10 +127,29 @@ def _outputs(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> tu
     if terms[0].rounds:
         return tuple(map(_own, outputs))
     dtype = outputs[0].dtype
+    if dropped is None and _is_one_token(x, terms):
+        return tuple(
+            _added_to_one_token(y, x, term) for y, term in zip(outputs, terms, strict=True)
+        )
     with no_autocast(x.device.type):
         h = flat(x if dropped is None else dropped, dtype) @ _stacked_a(terms, dtype).T
         parts = h.split_with_sizes([term.a.shape[0] for term in terms], dim=1)
         return tuple(map(_add, outputs, parts, terms))
+
+
+def _is_one_token(x: Tensor, terms: Sequence[LoraTerm]) -> bool:
+    """Say whether x is one token, and the adapters are such that our kernels add them."""
+    if not x.is_cuda or x.numel() != x.shape[-1] or not has_triton():
+        return False
+    return all(t.a_cast.is_contiguous() and t.b_cast.is_contiguous() for t in terms)
+
+
+def _added_to_one_token(y: Tensor, x: Tensor, term: LoraTerm) -> Tensor:
+    from .triton_lora import add_to_one_token
+
+    y = y.contiguous()
+    add_to_one_token(y.view(-1), x.reshape(-1), term.a_cast, term.b_cast, term.scaling)
+    return _own(y)
 
 
 def _stacked_a(terms: Sequence[LoraTerm], dtype: torch.dtype) -> Tensor:

@@ -238,7 +238,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     from ..model.sinks import fused_sinks
 
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    if training:
+        model.eval()
     try:
         with fused_sinks(model):
             yield
