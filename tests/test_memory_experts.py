@@ -82,6 +82,21 @@ def test_a_loaded_model_is_as_large_as_was_measured() -> None:
     assert loaded / GIB == pytest.approx(5.37, rel=0.01)
 
 
+@pytest.mark.parametrize(("layers", "measured"), [(48, 17.21), (24, 13.44)])
+def test_whole_models_take_what_was_measured(layers: int, measured: float) -> None:
+    """Qwen3-30B-A3B and gpt-oss-20b, 1 x 2048, LoRA on attention, every layer recomputed, recorded
+    as CUDA graphs."""
+    config = transformers.GptOssConfig(num_local_experts=32, num_hidden_layers=24).to_dict()
+    shape = Shape.of(QWEN3_30B if layers == 48 else config)
+    assert shape.layers == layers
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+    made = replace(work(graphs=True), shape=shape, targets=attention, batch=1)
+    assert made.peak(Setting(layers, False, 1)) / GIB == pytest.approx(measured, rel=0.02)
+    if layers == 24:
+        loaded = made.quantized_bytes + made.dense_bytes + 4 * made.trained
+        assert loaded / GIB == pytest.approx(11.70, rel=0.005)
+
+
 # --- against the sizes of real models -------------------------------------------------------------
 
 

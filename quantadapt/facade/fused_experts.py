@@ -2,8 +2,9 @@
 
 y = Σ share · down(gate(up(x))) over the experts of each token, with LoRA on both stacks. Backward
 needs the hidden states, the routing and what LoRA's A made of each row, a few numbers: rows are
-gathered, weights dequantized and the first product made again. The routing weights are multiplied into what the second stack
-gets, and not into what it makes, which backward would need for their gradient.
+gathered, weights dequantized and the first product made again. The routing weights are multiplied
+into what the second stack gets, and not into what it makes, which backward would need for their
+gradient.
 """
 
 from __future__ import annotations
