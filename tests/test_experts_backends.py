@@ -102,10 +102,15 @@ LAYERWISE: dict[str, dict[str, Any]] = {
     "mxfp4": {},
     "nvfp4": {},
     "inc": {"method": "rtn", "group_size": 32},
+    "compressed-tensors": {"group_size": 32},
+    "compressed-tensors W8A8": {"scheme": "W8A8"},
+    "compressed-tensors NVFP4A16": {"scheme": "NVFP4A16"},
+    "finegrained-fp8": {"weight_block_size": (32, 32)},
 }
+CALIBRATE = ("gptq", "awq", "autoround", "aqlm")
 FIRST = tuple({name.split()[0]: name for name in reversed(LAYERWISE)}.values())
 """One of each backend."""
-TOGETHER = ("hqq", "bnb-nf4 nested")
+TOGETHER = ("hqq", "bnb-nf4 nested", "compressed-tensors NVFP4A16")
 """What ends its search by the error of a whole weight, or scales the scales of one together."""
 
 
@@ -175,6 +180,13 @@ def linear_of(weight: torch.Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     return linear
+
+
+def test_no_backend_that_quantizes_experts_is_left_out() -> None:
+    """Of this file's tests."""
+    named = {name.split()[0] for name in LAYERWISE} | {*CALIBRATE}
+    own = {b.name for b in registry().backends() if quantizer_of(b.name).quantizes_experts}
+    assert own == named
 
 
 # Layer by layer --------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import quantadapt as qa
 from quantadapt.facade import (
     densify,
     fused_experts,
+    read_in_parts,
     single_stack_lora,
     stack_facades,
     stack_wrappers,
@@ -201,6 +202,30 @@ def test_only_inputs_are_saved_and_nothing_is_made_again_to_save_them(monkeypatc
     y = checkpoint(experts, hidden, index, weights, use_reentrant=False)
     y.sum().backward()
     assert len(products) == 2 + 3  # a recomputation ends before the first product
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_what_a_makes_of_rows_is_made_once(recomputed: bool, monkeypatch) -> None:
+    """And again where memory is short."""
+    tuned, products = qa.attach(model(KINDS["silu"]), "lora", r=4), []
+    layer = next(m for n, m in tuned.named_modules() if n.endswith(("mlp.experts", "moe.experts")))
+
+    def counted(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        products.append(weight.shape[1:])
+        return grouped(x, weight, ends)
+
+    monkeypatch.setattr(fused_experts, "grouped", counted)
+    for short in (False, True):
+        read_in_parts(tuned, short)
+        y = checkpoint(layer, *inputs(), use_reentrant=False) if recomputed else layer(*inputs())
+        y.sum().backward(retain_graph=not recomputed)
+        low = [shape for shape in products if 4 in shape]
+        assert len(low) == 2 + 2 + 2 * short  # A in forward, B in backward
+        products.clear()
+        if not recomputed:
+            y.sum().backward()  # given away the first time
+            assert len([shape for shape in products if 4 in shape]) == 2 + 2
+            products.clear()
 
 
 def test_gates_are_known_by_what_they_do() -> None:

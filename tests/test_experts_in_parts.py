@@ -151,6 +151,25 @@ def test_who_asks_for_it() -> None:
     assert "in_parts" not in vars(plain)
 
 
+@pytest.mark.cuda
+def test_on_a_gpu_parts_compute_the_same(read: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for rounding: products of other sizes are summed in other orders."""
+    model = AutoModelForCausalLM.from_config(KINDS["silu"], dtype=torch.bfloat16).cuda()
+    made = experts_of(qa.quantize(model, "bnb-nf4", dtype="bfloat16", device="cuda"))
+    hidden, index, weights = (tensor.detach().cuda() for tensor in inputs(none=True))
+    given = hidden.bfloat16().requires_grad_(), index, weights.requires_grad_()
+    expected = results(made, given)
+    read_in_parts(made, True)
+    monkeypatch.setattr(experts, "PART", 1)
+    for found, right in zip(results(made, given), expected, strict=True):
+        assert float((found - right).float().norm() / right.float().norm()) < 5e-3
+    assert read
+    read.clear()
+    with torch.no_grad(), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        made(*(tensor.detach() for tensor in given))  # would fail where it waited
+    assert not read
+
+
 # --- as it is predicted ---------------------------------------------------------------------------
 
 

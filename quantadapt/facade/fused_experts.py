@@ -1,9 +1,10 @@
 """The experts of one block as one function of autograd.
 
 y = Σ share · down(gate(up(x))) over the experts of each token, with LoRA on both stacks. Backward
-needs the hidden states and the routing, and nothing else: rows are gathered, weights dequantized
-and the first product made again. The routing weights are multiplied into what the second stack
-gets, and not into what it makes, which backward would need for their gradient.
+needs the hidden states, the routing and what LoRA's A made of each row, a few numbers: rows are
+gathered, weights dequantized and the first product made again. The routing weights are multiplied
+into what the second stack gets, and not into what it makes, which backward would need for their
+gradient.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ def run_experts(
     return output
 
 
+_Made = dict[int, Tensor]
+"""What the A of the LoRA on a stack made of its rows, [rows, r], by the stack's number."""
+
+
 class _Casts(NamedTuple):
     """LoRA on a stack, A [experts, r, in_features] and B [experts, out_features, r] in the dtype
     of the computation."""
@@ -52,9 +57,11 @@ class _Casts(NamedTuple):
     a: Tensor
     b: Tensor
 
-    def added(self, x: Tensor, ends: Tensor) -> Added:
-        """Return what it adds to what the stack makes of x."""
-        return Added(self.lora.scaled(grouped(x, self.a.transpose(1, 2), ends)), self.b)
+    def added(self, x: Tensor, ends: Tensor, made: Tensor | None = None) -> Added:
+        """Return what it adds to what the stack makes of x; `made` is what A makes of it."""
+        if made is None:
+            made = self.lora.scaled(grouped(x, self.a.transpose(1, 2), ends))
+        return Added(made, self.b)
 
     def beside(self, added: Added) -> Added | None:
         """Return what is added beside the weight; None where the weight has it."""
@@ -164,15 +171,31 @@ class _Parts(NamedTuple):
             return None
         return _Casts(lora, *lora.by_expert(self.dtype))
 
-    def forward(self, hidden: Tensor, weights: Tensor, routing: Routing) -> Tensor:
-        """Return what the experts make of the tokens."""
-        ends, first, second = routing.ends, self.casts(0), self.casts(1)
+    def _beside(self, which: int, x: Tensor, ends: Tensor, made: _Made | None) -> Added | None:
+        """Return what LoRA adds beside the weight, and note it."""
+        lora = self.casts(which)
+        if lora is None or lora.lora.rounds:
+            return None
+        added = lora.added(x, ends)
+        if made is not None:
+            made[which] = added.h
+        return added
+
+    def forward(
+        self, hidden: Tensor, weights: Tensor, routing: Routing, made: _Made | None = None
+    ) -> Tensor:
+        """Return what the experts make of the tokens.
+
+        Args:
+            made: gets what backward need not make again.
+        """
+        ends = routing.ends
         x = hidden.to(self.dtype)[routing.token]
-        y, added = self.product(x, 0, ends), first and first.beside(first.added(x, ends))
+        y, added = self.product(x, 0, ends), self._beside(0, x, ends, made)
         del x
         z = gated(self.experts, y, self.bias(0), added, routing.by_row(weights), routing)
         del y
-        added = second and second.beside(second.added(z, ends))
+        added = self._beside(1, z, ends, made)
         y = add(self.product(z, 1, ends), added, routing)
         del z
         output = combined(y, routing)
@@ -192,19 +215,23 @@ class _Experts(torch.autograd.Function):
         keeper: Any,
         *trained: Tensor,
     ) -> Tensor:
-        ctx.parts, ctx.keeper = parts, keeper
+        # A few numbers a row, which a recomputation does not make again either. Of a pass that is
+        # to take the least memory nothing.
+        ctx.parts, ctx.keeper, ctx.made = parts, keeper, {}
+        made = None if parts.experts.in_parts else ctx.made
         if keeper is None:
             ctx.save_for_backward(hidden, weights, *routing)
-        return parts.forward(hidden, weights, routing)
+        return parts.forward(hidden, weights, routing, made)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         holder = ctx if ctx.keeper is None else ctx.keeper
         hidden, weights, *rest = holder.saved_tensors
+        made, ctx.made = ctx.made, {}
         with torch.autocast(hidden.device.type, enabled=False):
             found = _gradients(
-                ctx.parts, grads[0], hidden, weights, Routing(*rest), ctx.needs_input_grad[0]
+                ctx.parts, grads[0], hidden, weights, Routing(*rest), made, ctx.needs_input_grad[0]
             )
         dx, d_weights, *of_loras = found
         return dx, d_weights, None, None, None, *of_loras
@@ -216,6 +243,7 @@ def _gradients(
     hidden: Tensor,
     weights: Tensor,
     routing: Routing,
+    made: _Made,
     wants_dx: bool,
 ) -> list[Tensor | None]:
     """Return the gradients of the hidden states, of the routing weights, and of each A and B.
@@ -225,7 +253,7 @@ def _gradients(
     ends, first, second = routing.ends, parts.casts(0), parts.casts(1)
     d_output, share = d_output.to(parts.dtype), routing.by_row(weights)
     x = hidden.to(parts.dtype)[routing.token]
-    y, added = parts.product(x, 0, ends), first and first.added(x, ends)
+    y, added = parts.product(x, 0, ends), first and first.added(x, ends, made.get(0))
     dy = d_output[routing.token]
     dz = parts.product_back(dy, 1, ends)
     d_added = second and second.backward_added(dy, ends)
@@ -241,7 +269,7 @@ def _gradients(
     )
     of_loras: list[Tensor] = []
     if second and d_added:
-        of_loras += second.gradients(z, second.added(z, ends), dy, d_added, ends)
+        of_loras += second.gradients(z, second.added(z, ends, made.get(1)), dy, d_added, ends)
     del y, dz, dy, z, d_added
     d_added = first and first.backward_added(d_up, ends)
     if first and added and d_added:

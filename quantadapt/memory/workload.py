@@ -23,6 +23,8 @@ DIVERGENCE_CHUNK = 2**26
 """Logits of a student that are there at a time in float32, in bytes (see `model.divergence`)."""
 WORKSPACE = 2**25
 """What cuBLAS allocates for itself, for each thread and stream that computes."""
+RANKS = 8
+"""Of so many ranks LoRA on experts takes a multiple."""
 SLOTS = 2
 """For so many decoder layers of a streamed base a GPU has room: the one that computes, the next."""
 LENGTH_MULTIPLE = 64
@@ -258,6 +260,16 @@ class Workload:
             return 0
         return max(adapted) * (16 if self._rounds_in_graph else 8)
 
+    def _kept_always(self, tokens: int, offload: bool) -> int:
+        """What a layer keeps until its backward even if it is recomputed: what the A of a LoRA on
+        experts makes of each row."""
+        experts, adapted = self.shape.experts, set(STACKS) & set(self.targets)
+        plain = not (self.dora or self.rounds or set(STACKS) & set(self.dense))
+        if experts is None or not plain or offload or self.streamed != "none":
+            return 0
+        ranks = -(-self.rank // RANKS) * RANKS
+        return len(adapted) * tokens * experts.chosen * ranks * self.dtype_bytes
+
     def _kept_by_experts(self, tokens: int) -> int:
         experts, hidden = self.shape.experts, self.shape.hidden
         if experts is None:
@@ -372,6 +384,7 @@ class Workload:
         kept = sum(numbers for _, numbers in kinds[count:])
         # One that is fetched from CPU memory, and the next, which is under way.
         inputs = single * (min(count, 2) if setting.offload else count)
+        always = [layer._kept_always(tokens, setting.offload) for layer, _ in kinds]
         block, table = self._gathered_block, self._gathered_table
         ahead = block if self.prefetches else 0
         work = max(self.backward_bytes(tokens, setting.offload) + block, 2 * block) + ahead
@@ -380,7 +393,7 @@ class Workload:
         before = 0 if there else 4 * self.trained
         # The loss, and the last layer's backward.
         loss = self.loss_bytes(tokens) + table - before
-        yield inputs, kept, max(loss, work)
+        yield inputs + sum(always), kept, max(loss, work)
         if count:
             # The first layer that is recomputed, when what the others kept is gone. Where inputs go
             # to CPU memory, little is to be kept.
@@ -388,7 +401,7 @@ class Workload:
             work = max(layer.backward_bytes(tokens, setting.offload) + block, 2 * block) + ahead
             if not setting.offload:
                 work += layer.recompute_bytes(tokens) + layer.product_bytes(tokens)
-            yield inputs, of_layer - single, work
+            yield inputs + sum(always[:count]), of_layer - single, work
 
     def _records(self, setting: Setting) -> bool:
         """Say whether passes can be recorded, see `cuda_graphs.can_record`."""
