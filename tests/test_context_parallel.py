@@ -24,7 +24,7 @@ from quantadapt.planning import plan
 from quantadapt.planning.context_parallel import context_problems
 from quantadapt.spec import Spec, TrainSpec
 
-STEPS = 3
+STEPS = 2
 SIZES = {
     "vocab_size": 2048,
     "hidden_size": 64,
@@ -98,8 +98,13 @@ def train(folder: Path, case: dict[str, Any], batch: int, output: Path) -> dict[
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "llama": {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
-    "qwen3": {"model": "qwen3", "backend": "bnb-nf4", "eval_steps": 2},
+    "llama": {"gradient_checkpointing": True},
+    "qwen3": {
+        "model": "qwen3",
+        "backend": "bnb-nf4",
+        "eval_steps": 2,
+        "gradient_accumulation_steps": 2,
+    },
     "fsdp": {"parallel": "fsdp", "gradient_checkpointing": True},
     "adalora": {"adapter": "adalora", "options": {"init_r": 6, "target_r": 3}},
 }

@@ -139,7 +139,7 @@ def test_what_is_gathered_of_a_shared_base_counts() -> None:
     shared = work(shards=2)
     assert shared.unquantized_bytes == work().unquantized_bytes
     in_layer = shared.evaluation_bytes(8) - work().evaluation_bytes(8)
-    assert in_layer == 2 * shared.block_bytes
+    assert in_layer == 3 * shared.block_bytes
     at_head = work(shards=2, length=64).evaluation_bytes(1)
     assert at_head == 128256 * 4096 * 2 + 64 * (128256 + 2 * 4096) * 2
     graphed = work(shards=2, graphs=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -73,6 +74,39 @@ def peak(tuned: Any, one_at_a_time: bool) -> int:
     return min(found)
 
 
+def gathers(tuned: Any, one_at_a_time: bool) -> list[str]:
+    """Return the order in which forward and backward of a step gather blocks, and compute them."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+    base = tuned.get_base_model()
+    names = {id(block): f"{at}" for at, block in enumerate(base.model.layers)}
+    told: list[str] = []
+    unshard = FSDPParamGroup.unshard
+
+    def seen(self: Any, *args: Any, **options: Any) -> Any:
+        there = self._all_gather_result is not None or self.is_unsharded
+        name = names.get(id(self.modules[0]))
+        if name is not None and not there:
+            told.append(f"gather {name}")
+        return unshard(self, *args, **options)
+
+    hooks = [
+        block.self_attn.register_forward_pre_hook(lambda *_, at=at: told.append(f"compute {at}"))
+        for at, block in enumerate(base.model.layers)
+    ]
+    alone = one_block_at_a_time(base) if one_at_a_time else nullcontext()
+    with (
+        alone,
+        recomputed(tuned, Setting(LAYERS, False, 1)),
+        patch.object(FSDPParamGroup, "unshard", seen),
+    ):
+        given = {"labels": IDS, "num_items_in_batch": None, "fused_lm_head": True}
+        tuned(input_ids=IDS, use_cache=False, **given).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return told
+
+
 CASES = {"few words": (512, False), "tied": (512, True), "many words": (16384, False)}
 
 
@@ -88,6 +122,8 @@ def measured() -> dict[str, Any]:
         tuned: Any = qa.attach(model, "lora", r=2, target_modules=["q_proj"]).train()
         add_head_loss(tuned.get_base_model())
         found[name] |= {"ahead": peak(tuned, False), "alone": peak(tuned, True)}
+        if name == "few words":
+            found["order"] = {"ahead": gathers(tuned, False), "alone": gathers(tuned, True)}
     return found
 
 
@@ -114,6 +150,22 @@ def test_backward_gathers_a_block_and_the_next(two, case) -> None:
     for found in two:
         assert found[case]["ahead"] == pytest.approx(3 * block, rel=0.05)
         assert found[case]["alone"] == pytest.approx(2 * block, rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_block_is_gathered_twice_a_step_while_the_one_before_it_computes(two) -> None:
+    """For forward, and for backward, which computes it again."""
+    up, down = list(range(LAYERS)), list(range(LAYERS))[::-1]
+    for found in two:
+        told = found["order"]
+        for order in told.values():
+            gathered = [line for line in order if line.startswith("gather")]
+            assert gathered == [f"gather {at}" for at in (*up, *down)]
+            assert [x for x in order if "compute" in x] == [f"compute {at}" for at in (*up, *down)]
+        assert told["ahead"][:3] == ["gather 0", "gather 1", "compute 0"]
+        assert told["ahead"][-3:] == ["gather 0", "compute 1", "compute 0"]
+        assert told["alone"][:3] == ["gather 0", "compute 0", "gather 1"]
+        assert told["alone"][-3:] == ["compute 1", "gather 0", "compute 0"]
 
 
 def test_the_prediction_counts_what_is_gathered() -> None:

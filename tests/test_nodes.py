@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,37 +90,83 @@ def command_of_the_page() -> str:
     return line
 
 
+SMALL = "--device cpu --max-steps 2 --merge never --set train.save_steps=1"
+SMALL += " --set evaluate.unquantized=false --set evaluate.samples=0 --set train.logging_steps=1"
+SMALL += " --set evaluate.max_examples=4 --set train.per_device_train_batch_size=1"
+SMALL += " --set backend=none --set data.max_length=64 --set data.max_examples=16"
+
+
+def losses_of(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+TWO_HOSTS = """
+# Runs $1 and $2 as on two hosts: in network namespaces of their own, joined by a cable.
+set -e
+ip link set lo up
+unshare --net sleep 1000 & other=$!
+trap 'kill $other' EXIT
+while [ "$(readlink /proc/$other/ns/net)" = "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
+ip link add cable0 type veth peer name cable1 netns $other
+ip addr add 10.9.0.1/24 dev cable0
+ip link set cable0 up
+there() { nsenter --target $other --net "$@"; }
+there ip link set lo up
+there ip addr add 10.9.0.2/24 dev cable1
+there ip link set cable1 up
+GLOO_SOCKET_IFNAME=cable0 sh -c "$1" & first=$!
+GLOO_SOCKET_IFNAME=cable1 there sh -c "$2" & second=$!
+wait $first
+wait $second
+"""
+
+
+def on_loopback(commands: list[str], folder: Path) -> None:
+    started = [subprocess.Popen(["sh", "-c", command], cwd=folder) for command in commands]
+    assert [process.wait(timeout=600) for process in started] == [0, 0]
+
+
+def on_two_hosts(commands: list[str], folder: Path) -> None:
+    if shutil.which("ip") is None or subprocess.run(["unshare", "-rn", "true"]).returncode:
+        pytest.skip("network namespaces are not allowed here")
+    command = ["unshare", "-rn", "bash", "-c", TWO_HOSTS, "two-hosts", *commands]
+    subprocess.run(command, cwd=folder, check=True, timeout=600)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_command_of_the_page_trains_on_two_nodes(tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("share", "first_node", "start"), [(1, "127.0.0.1", on_loopback), (2, "10.9.0.1", on_two_hosts)]
+)
+def test_the_command_of_the_page_trains_on_two_nodes_as_on_one(
+    tmp_path: Path, share: int, first_node: str, start: Callable[[list[str], Path], None]
+) -> None:
+    """With whole rows, and with rows of which each node has a half."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
-    small = "--device cpu --max-steps 2 --merge never --output run --set train.save_steps=1"
-    small += " --set evaluate.unquantized=false --set evaluate.samples=0"
-    small += " --set evaluate.max_examples=4 --set train.per_device_train_batch_size=1"
-    for option in ("backend=none", "data.max_length=64", "data.max_examples=16"):
-        small += f" --set {option}"
-    nodes = []
+    small = f"{SMALL} --set train.context_parallel_size={share}"
+    commands = []
     for rank in range(2):
-        given = {"RANK_OF_THIS_NODE": str(rank), "FIRST_NODE": "127.0.0.1", "PORT": port}
+        given = {"RANK_OF_THIS_NODE": str(rank), "FIRST_NODE": first_node, "PORT": port}
         given["GPUS"] = "1"
         line = re.sub(r"\$(\w+)", lambda found, given=given: given[found[1]], command_of_the_page())
         words = shlex.split(line.replace("config.yaml", "demo"))
         assert words[0] == "torchrun"
         command = [sys.executable, "-m", "torch.distributed.run", *words[1:], *small.split()]
-        nodes.append(
-            subprocess.Popen(
-                command, cwd=tmp_path, env={**os.environ}, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-        )  # fmt: skip
-    told = [node.communicate(timeout=500) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], told
-    assert "2 x cpu (ddp)" in told[0][0]
-    assert told[1][0] == ""  # one writes and speaks
+        commands.append(f"{shlex.join(command)} --output run > {rank}.out 2> {rank}.err")
+    start(commands, tmp_path)
+    told = [(tmp_path / f"{rank}.out").read_text() for rank in range(2)]
+    assert "2 x cpu (ddp" in told[0]
+    assert told[1] == ""  # one writes and speaks
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["train"]["processes"] == 2
     assert metrics["train"]["steps"] == 2
     whole = {file.name for file in (tmp_path / "run" / "checkpoints" / "checkpoint-2").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= whole
+
+    one = [sys.executable, "-m", "quantadapt", "run", "demo", "--gpus", "2", "--output", "one"]
+    subprocess.run([*one, *small.split()], cwd=tmp_path, check=True, capture_output=True)
+    assert len(losses_of(tmp_path / "run")) == 2
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "one")

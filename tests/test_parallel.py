@@ -17,7 +17,7 @@ from quantadapt.machine import Machine
 from quantadapt.memory import GIB
 from quantadapt.pipeline import meet
 from quantadapt.planning import Plan, plan
-from quantadapt.planning.processes import device_problems, shard_problems
+from quantadapt.planning.processes import FASTER, device_problems, shard_problems
 from quantadapt.registry import registry
 from quantadapt.spec import Spec
 
@@ -90,6 +90,8 @@ def test_what_the_spec_says_wins(planned) -> None:
         made = planned(two_cards(LARGE), **values)
         assert made.parallel == "fsdp"
         assert any(told in note for note in made.notes) == measured
+        assert FASTER in made.notes
+    assert FASTER not in planned(two_cards(SMALL), train={"parallel": "fsdp"}).notes
     assert planned(two_cards(LARGE), processes=1).parallel == "none"
     limited = planned(two_cards(LARGE), train={"memory": 5.4})
     assert limited.parallel == "fsdp"

@@ -353,7 +353,8 @@ class Workload:
             inside = max(inside, tokens * 2 * shape.hidden + in_experts)
         logits = tokens * shape.vocab * self.dtype_bytes
         logits = 2 * logits if shape.scaled else min(logits, HEAD_CHUNK)
-        in_layer = inside * self.dtype_bytes + self._rounding_bytes + 2 * self._gathered_block
+        # a block, and the next one, as it comes and in its place
+        in_layer = inside * self.dtype_bytes + self._rounding_bytes + 3 * self._gathered_block
         at_head = logits + 2 * self.input_bytes(tokens) + self._gathered_table
         return max(in_layer, at_head)
 

@@ -40,6 +40,7 @@ class Embed(Task):
     sequences: ClassVar[int] = 2
     adds_up: ClassVar[bool] = False  # the others of a batch are what an anchor is told apart from
     repeats: ClassVar[bool] = False
+    meets: ClassVar[bool] = True
     wants_lm: ClassVar[bool] = False
     logits: ClassVar[Literal["model", "chunks", "whole"]] = "chunks"  # none are made
 
@@ -106,13 +107,18 @@ class Embed(Task):
         return found
 
     def loss(self, model: Any, batch: dict[str, Any], count: Any) -> Tensor:
-        """Return the mean over all groups of a step of the loss of their batches."""
+        """Return the mean over all groups of a step of the loss of their batches. A batch that is
+        learnt from is that of all processes: its others are what an anchor is told apart from."""
+        from ..model.gathered import of_all_processes
         from ..model.pooling import vectors
 
         made = vectors(model, batch["input_ids"], batch["attention_mask"], self.pooling)
         groups = made.view(-1, batch["texts"], made.shape[-1])
-        scores = batch.get("scores")
-        found: Tensor = self.losses(list(groups.unbind(1)), scores) * (len(groups) / count)
+        scores, share = batch.get("scores"), len(groups) / count
+        if model.training:  # what is held out is shared out as it comes
+            groups = of_all_processes(groups)
+            scores = None if scores is None else of_all_processes(scores)
+        found: Tensor = self.losses(list(groups.unbind(1)), scores) * share
         return found
 
     def losses(self, made: list[Tensor], scores: Tensor | None) -> Tensor:

@@ -41,6 +41,8 @@ class Task(Options, ABC):
         wants_lm: whether it learns from a model that predicts tokens; classifiers and bare encoders
             are refused then.
         packs: whether several examples may share a row (`train.packing`).
+        meets: whether its loss is of the batches of all processes, which then wait for each other
+            in each pass.
         by_token: whether its loss is a sum over tokens, to which the processes that share a row
             (`train.context_parallel_size`) may add the tokens that they have: `shift_labels` of a
             batch then says what comes after each token.
@@ -59,6 +61,7 @@ class Task(Options, ABC):
     repeats: ClassVar[bool] = True
     packs: ClassVar[bool] = False
     by_token: ClassVar[bool] = False
+    meets: ClassVar[bool] = False
     packs_by_default: ClassVar[bool] = False
     streams: ClassVar[bool] = False
     wants_lm: ClassVar[bool] = True

@@ -21,7 +21,7 @@ from ..distributed.talking import average_gradients
 from ..memory import rules
 from ..model.experts import owns_stacks
 from ..model.head import Head, aligned, counting
-from ..sharding import PACKED
+from ..sharding import gather_ahead
 from ..showing.quietly import quietly
 from .context_parallel import rows_in_parts
 from .figures import adapter_device, compute_dtype
@@ -338,16 +338,13 @@ def _changed(own: dict[str, Any], was: dict[str, Any]) -> list[str]:
 
 @contextmanager
 def one_block_at_a_time(model: nn.Module) -> Iterator[None]:
-    """Inside, backward gathers a block of a sharded base when it needs it, and not while the one
-    after it computes: slower, with a block less in memory."""
-    blocks: list[Any] = [m for m in model.modules() if PACKED in m._parameters]
-    for block in blocks:
-        block.set_modules_to_backward_prefetch([block])  # itself, which is there already
+    """Inside, a block of a sharded base is gathered when it is needed, and not while the one before
+    it computes."""
+    gather_ahead(model, False)
     try:
         yield
     finally:
-        for block in blocks:
-            block.set_modules_to_backward_prefetch([])
+        gather_ahead(model)
 
 
 @contextmanager

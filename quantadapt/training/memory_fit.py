@@ -208,10 +208,15 @@ class MemoryFit:
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
     def _lowered(self) -> Setting | None:
-        together = self.spec.context_parallel_size > 1 or is_sharded(self.trainer.model)
-        if together:  # the others go on as before, and wait for this one
+        if self._together:  # the others go on as before, and wait for this one
             return None
         return lowered(self.setting, self.recomputer.most, self.splits)
+
+    @property
+    def _together(self) -> bool:
+        """Whether other processes wait for this one within a pass."""
+        meets = self.trainer.task.meets and world().size > 1
+        return meets or self.spec.context_parallel_size > 1 or is_sharded(self.trainer.model)
 
     def _gradients(self) -> _Gradients:
         """Return the gradients that were accumulated before this step."""
