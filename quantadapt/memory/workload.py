@@ -30,6 +30,8 @@ LENGTH_MULTIPLE = 64
 length."""
 LEAST_TILE = 1024
 """Tokens of which smaller models do not make fewer tiles than they are worth."""
+_LONGEST = 24
+"""No row has more than 2 to this power multiples of so many tokens."""
 OOM_FIX = (
     "lower data.max_length, use a backend with fewer bits or a paged optimizer"
     " (train.optim: paged_adamw_8bit), keep the base in CPU memory (train.stream: all), or use a"
@@ -466,6 +468,33 @@ class Workload:
                 Setting(most, True, size),
             )
         ]
+
+    def longest(self, budget: int) -> int:
+        """Return how many tokens a single example may have within `budget` bytes; 0 where not even
+        a short one fits. A setting of `settings` is tried that needs the least memory of long
+        rows, so that the run itself finds it."""
+
+        def fits(multiples: int) -> bool:
+            work = replace(self, batch=1, length=multiples * LENGTH_MULTIPLE)
+            return work.peak(work.settings()[-1]) <= budget
+
+        # Where tiles begin, a longer row may fit though a shorter one does not.
+        tiles = 2 * tile_of(self.shape.hidden) // LENGTH_MULTIPLE + 1
+        tried = (*(1 << power for power in range(_LONGEST)), tiles)
+        low = max((count for count in tried if fits(count)), default=0)
+        high = 1 << low.bit_length()
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low * LENGTH_MULTIPLE
+
+    def offloaded_bytes(self, setting: Setting) -> int:
+        """Return the CPU memory that inputs of recomputed layers take."""
+        if not setting.offload:
+            return 0
+        length = -(-self.length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        tokens = setting.micro_batch * self.sequences * length
+        return setting.recomputed_layers * self.input_bytes(tokens)
 
     def least(self) -> Setting:
         """Return the setting that needs the least memory."""
