@@ -397,10 +397,19 @@ class Workload:
             "working": working + workspaces * WORKSPACE,
         }
 
+    def _tokens(self, setting: Setting) -> int:
+        """How many tokens a pass has on one GPU, padded."""
+        length = -(-self.length // self._multiple) * LENGTH_MULTIPLE
+        return setting.micro_batch * self.sequences * length
+
+    @property
+    def _multiple(self) -> int:
+        """What the length of a row is padded to a multiple of."""
+        return LENGTH_MULTIPLE * self.contexts
+
     def _moments(self, setting: Setting) -> Iterator[tuple[int, int, int]]:
         """Yield inputs of recomputed layers, activations and working memory when they may peak."""
-        length = -(-self.length // (LENGTH_MULTIPLE * self.contexts)) * LENGTH_MULTIPLE
-        tokens = setting.micro_batch * self.sequences * length
+        tokens = self._tokens(setting)
         count, single = setting.recomputed_layers, self.input_bytes(tokens)
         tiled = self.tiles(setting, tokens)
         each = [(layers, work, work.kept_bytes(tokens, tiled)) for layers, work in self.kinds]
@@ -475,7 +484,7 @@ class Workload:
         rows, so that the run itself finds it."""
 
         def fits(multiples: int) -> bool:
-            work = replace(self, batch=1, length=multiples * LENGTH_MULTIPLE)
+            work = replace(self, batch=1, length=multiples * self._multiple)
             return work.peak(work.settings()[-1]) <= budget
 
         # Where tiles begin, a longer row may fit though a shorter one does not.
@@ -486,15 +495,12 @@ class Workload:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
-        return low * LENGTH_MULTIPLE
+        return low * self._multiple
 
     def offloaded_bytes(self, setting: Setting) -> int:
         """Return the CPU memory that inputs of recomputed layers take."""
-        if not setting.offload:
-            return 0
-        length = -(-self.length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        tokens = setting.micro_batch * self.sequences * length
-        return setting.recomputed_layers * self.input_bytes(tokens)
+        inputs = setting.recomputed_layers * self.input_bytes(self._tokens(setting))
+        return inputs if setting.offload else 0
 
     def least(self) -> Setting:
         """Return the setting that needs the least memory."""
