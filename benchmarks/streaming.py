@@ -190,7 +190,7 @@ def run_here(given: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def build(case: Case, given: argparse.Namespace, which: str) -> Any:
+def build(case: Case, given: argparse.Namespace, which: str, rank: int = RANK) -> Any:
     """Return the model with its adapter; no more than a block is dense, or on the card, at once."""
     import torch
     from random_models import random_model
@@ -207,7 +207,7 @@ def build(case: Case, given: argparse.Namespace, which: str) -> Any:
         done = partial(stream_block, Streamer(torch.device(given.device)), which)
     model = random_model(case.shape.config(), quantize, given.device, getattr(torch, dtype), done)
     model = qa.quantize(model, name, **options, device=given.device, dtype=dtype)
-    return qa.attach(model, "lora", r=RANK, lora_alpha=RANK, target_modules=case.targets)
+    return qa.attach(model, "lora", r=rank, lora_alpha=rank, target_modules=case.targets)
 
 
 def train(case: Case, given: argparse.Namespace, model: Any) -> dict[str, Any]:

@@ -237,6 +237,46 @@ def test_two_cards_that_share_a_large_base_may_have_to_do_without_prefetching() 
     assert ways_out(large, usable(25 * GIB)) == ["train.parallel: fsdp on 2 GPUs"]
 
 
+@pytest.mark.parametrize("gib", [8, 12, 24, 80, 500])
+@pytest.mark.parametrize("options", [{}, {"streamed": "all"}, {"contexts": 4}, {"optim": "sgd"}])
+def test_the_longest_example_fits_and_no_longer_one(gib, options) -> None:
+    many, budget = replace(work(), **options), usable(gib * GIB)
+    tokens = many.longest(budget)
+    assert tokens % (64 * many.contexts) == 0
+    alone, longer = (replace(many, batch=1, length=n) for n in (tokens, tokens + 1))
+    assert alone.fit(budget) is not None
+    assert longer.fit(budget) is None
+    assert longer.peak(longer.least()) > budget
+
+
+def test_the_longest_example_of_cards() -> None:
+    """Twice what Unsloth publishes for r 32 on all linear layers of Llama 3.1 8B, and for the 70B
+    (https://unsloth.ai/blog/llama3-3); of smaller cards with the base in CPU memory."""
+    published = {12: 21_848, 16: 40_724, 24: 78_475, 48: 191_728, 80: 342_733}
+    of_8b = replace(work(), rank=32)
+    for gib, tokens in published.items():
+        assert of_8b.longest(usable(gib * GIB)) > 2 * tokens, gib
+    assert replace(of_8b, streamed="all").longest(usable(8 * GIB)) > 2 * 2_972
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    of_70b = replace(work({**LLAMA_8B, **sizes, "num_attention_heads": 64}), rank=32)
+    assert replace(of_70b, streamed="all").longest(usable(48 * GIB)) > 2 * 12_106
+    assert replace(of_70b, streamed="all").longest(usable(80 * GIB)) > 2 * 89_389
+    assert of_8b.longest(usable(6 * GIB)) == 0
+
+
+def test_tiles_may_let_a_longer_row_fit_than_a_shorter() -> None:
+    """The 8B model's tiles begin at 8193 tokens; what fits is found behind a gap, too."""
+    alone = work(batch=1)
+
+    def needed(tokens: int) -> int:
+        return replace(alone, length=tokens).peak(Setting(31, True, 1))
+
+    assert needed(8256) < needed(8192)
+    budget = needed(8256)
+    assert needed(7936) > budget
+    assert work().longest(budget) >= 8256
+
+
 def test_halves() -> None:
     assert halves(8) == [8, 4, 2, 1]
     assert halves(6) == [6, 3, 1]
@@ -347,6 +387,10 @@ def test_the_plan_tells_what_the_card_means(llama, tmp_path) -> None:
     (words,) = made.memory.words()
     assert words.startswith("fits 80 GiB: yes, with ")
     assert made.to_dict()["memory"]["cards"][0]["fits"] is True
+    longest = made.to_dict()["memory"]["cards"][0]["longest"]
+    assert longest["none"] == made.memory.work.longest(card.budget) > 2048
+    inputs = 31 * longest["none"] * 4096 * 2 / GIB
+    assert f"{longest['none']:,} tokens ({inputs:.1f} GiB of CPU memory)" in words
     json.dumps(made.to_dict())
 
 
@@ -371,6 +415,15 @@ def test_a_card_that_may_just_do_is_warned_of(llama, tmp_path) -> None:
     least = card_for(planned(wanted, 80).memory.work.peak(Setting(31, True, 1))) / GIB
     made = planned(wanted, least * 0.98)
     assert any("memory may not suffice" in note for note in made.notes)
+
+
+def test_inputs_that_cpu_memory_does_not_hold_are_told(llama, tmp_path) -> None:
+    wanted = spec(llama, tmp_path, memory="min")
+    inputs = 32 * 8192 * 4096 * 2
+    for free, told in ((inputs - 1, True), (inputs, False)):
+        machine = replace(on_card(24), host=free)
+        notes = plan(wanted, machine=machine, weights=False).notes
+        assert any("inputs of layers take 2.0 GiB of it" in note for note in notes) == told
 
 
 def test_what_the_spec_asks_for_is_predicted(llama, tmp_path) -> None:
@@ -599,6 +652,8 @@ def test_cards_are_asked_about(shown) -> None:
     code, output, _ = shown("24", "6")
     assert code == 0
     assert "fits 24 GiB: yes, with " in output
+    assert "longest example, alone in its batch: " in output
+    assert "(the base streamed, " in output
     assert "GiB: yes, with " in output.partition("fits 6 ")[2]
     assert "the base streamed from 3.4 GiB of CPU memory" in output
     assert "there are no weights here: this is a prediction" in output

@@ -161,7 +161,7 @@ def test_cards_that_are_asked_about_are_told_how_they_suffice(planned: Any, tmp_
     assert "fits 5 GiB: yes" in small
     assert "the base streamed from 3.4 GiB of CPU memory" in small
     assert "fits 24 GiB: yes" in large
-    assert "streamed" not in large
+    assert "streamed" not in large.partition("; longest example")[0]
     assert [entry["streamed"] for entry in made.to_dict()["memory"]["cards"]] == ["all", "none"]
     assert made.stream == "none"
 

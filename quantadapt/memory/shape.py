@@ -142,14 +142,26 @@ class Shape:
             fused_kernels: whether norms, rotary positions and gate are Liger's.
             half: whether it computes in 16 bits; norms without Liger then keep a float32 copy.
         """
-        h, i = self.hidden, self.mlp
+        h = self.hidden
         attention = self.latent.kept if self.latent else 2 * self.queries + 2 * self.keys
-        numbers = 4 * h + attention + (3 if self.gated else 2) * i
+        numbers = 4 * h + attention + self.kept_inside(fused_kernels)
         if self.normed_heads:
             numbers += self.queries + self.keys
-        if not fused_kernels:
-            numbers += (i if self.gated else 0) + (2 * h if half else 0)
+        if not fused_kernels and half:
+            numbers += 2 * h
         return numbers
+
+    def kept_inside(self, fused_kernels: bool) -> int:
+        """Return how many numbers of those per token are inside the MLP."""
+        before_the_last = (2 if self.gated else 1) + (self.gated and not fused_kernels)
+        return (before_the_last + 1) * self.mlp
+
+    @property
+    def attention_backward(self) -> int:
+        """How many numbers per token the backward of attention works with: the gradients of what
+        it returns, of queries, keys and values, and that of queries in float32, as kernels add it
+        up."""
+        return 4 * self.queries + 2 * self.keys
 
 
 def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

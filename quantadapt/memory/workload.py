@@ -30,11 +30,17 @@ SLOTS = 2
 LENGTH_MULTIPLE = 64
 """On CUDA, examples are padded to a multiple of so many tokens: cuDNN plans attention for each
 length."""
+LEAST_TILE = 1024
+"""Tokens of which smaller models do not make fewer tiles than they are worth."""
+_LONGEST = 24
+"""No row has more than 2 to this power multiples of so many tokens."""
 OOM_FIX = (
     "lower data.max_length, use a backend with fewer bits or a paged optimizer"
     " (train.optim: paged_adamw_8bit), keep the base in CPU memory (train.stream: all), or use a"
     " larger card"
 )
+MLP = ("gate_proj", "up_proj", "down_proj")
+"""The linear layers of an MLP, as `Shape` calls them."""
 _ONE_STATE = ("lion", "sgd", "rmsprop", "adagrad", "adafactor")
 
 
@@ -44,7 +50,8 @@ class Setting:
 
     Attributes:
         recomputed_layers: so many layers, counted from the first, are computed again in backward.
-        offload: whether the inputs of those live in CPU memory from forward to backward.
+        offload: whether the inputs of those live in CPU memory from forward to backward, and long
+            rows go through MLPs in tiles.
         micro_batch: examples per forward pass; a batch is split into so large parts.
     """
 
@@ -226,11 +233,23 @@ class Workload:
 
     # --- what comes and goes -----------------------------------------------------------------
 
-    def kept_bytes(self, tokens: int) -> int:
-        """What one layer that is not recomputed keeps until its backward."""
+    def tiles(self, setting: Setting, tokens: int) -> bool:
+        """Say whether so many tokens go through MLPs in tiles, see `training.tiling`."""
+        long = tokens > 2 * tile_of(self.shape.hidden)
+        draws = self.dropout and bool({*MLP} & {*self.targets})
+        return setting.offload and long and not draws and not self.shape.experts
+
+    def kept_bytes(self, tokens: int, tiled: bool = False) -> int:
+        """What one layer that is not recomputed keeps until its backward.
+
+        Args:
+            tiled: whether its MLP keeps its input alone.
+        """
         shape, half = self.shape, self.dtype_bytes == 2
         numbers: float = shape.kept(self.fused_kernels, half)
+        numbers -= shape.kept_inside(self.fused_kernels) if tiled else 0
         layers = [name for name in self.targets if name in shape.linears and name not in STACKS]
+        layers = [name for name in layers if not (tiled and name in MLP)]
         inputs = sum(shape.linears[name][0] for name in layers)
         if self.dropout:  # each adapter sees its own, and keeps a mask
             numbers += inputs * (1 + 1 / self.dtype_bytes)
@@ -284,6 +303,22 @@ class Workload:
     def input_bytes(self, tokens: int) -> int:
         """The input of a layer."""
         return tokens * self.shape.hidden * self.dtype_bytes
+
+    def working_bytes(self, tokens: int, setting: Setting) -> int:
+        """What a layer's backward works with beside what it keeps. Where its MLP is tiled that is
+        in the MLP, or in attention, when what the MLP kept is gone."""
+        if not self.tiles(setting, tokens):
+            return self.backward_bytes(tokens, setting.offload)
+        shape = self.shape
+        numbers = tokens * (shape.attention_backward - shape.hidden) + self._largest_weight
+        return max(self.tiled_mlp_bytes(tokens), numbers * self.dtype_bytes)
+
+    def tiled_mlp_bytes(self, tokens: int) -> int:
+        """What the backward of a tiled MLP works with: the gradients of its output and input, and
+        all that one tile keeps and works with."""
+        tile = tile_of(self.shape.hidden)
+        in_tile = self.kept_bytes(tile) - self.kept_bytes(tile, tiled=True)
+        return 2 * self.input_bytes(tokens) + in_tile + self.backward_bytes(tile)
 
     def backward_bytes(self, tokens: int, offload: bool = False) -> int:
         """What a layer's backward works with: gradients and a dequantized weight, and where it is
@@ -375,12 +410,22 @@ class Workload:
             "working": working + workspaces * WORKSPACE,
         }
 
+    def _tokens(self, setting: Setting) -> int:
+        """How many tokens a pass has on one GPU, padded."""
+        length = -(-self.length // self._multiple) * LENGTH_MULTIPLE
+        return setting.micro_batch * self.sequences * length
+
+    @property
+    def _multiple(self) -> int:
+        """What the length of a row is padded to a multiple of."""
+        return LENGTH_MULTIPLE * self.contexts
+
     def _moments(self, setting: Setting) -> Iterator[tuple[int, int, int]]:
         """Yield inputs of recomputed layers, activations and working memory when they may peak."""
-        length = -(-self.length // (LENGTH_MULTIPLE * self.contexts)) * LENGTH_MULTIPLE
-        tokens = setting.micro_batch * self.sequences * length
+        tokens = self._tokens(setting)
         count, single = setting.recomputed_layers, self.input_bytes(tokens)
-        each = [(layers, work, work.kept_bytes(tokens)) for layers, work in self.kinds]
+        tiled = self.tiles(setting, tokens)
+        each = [(layers, work, work.kept_bytes(tokens, tiled)) for layers, work in self.kinds]
         kinds = [(work, numbers) for layers, work, numbers in each for _ in range(layers)]
         kept = sum(numbers for _, numbers in kinds[count:])
         # One that is fetched from CPU memory, and the next, which is under way.
@@ -388,7 +433,7 @@ class Workload:
         always = [layer._kept_always(tokens, setting.offload) for layer, _ in kinds]
         block, table = self._gathered_block, self._gathered_table
         ahead = block if self.prefetches else 0
-        work = max(self.backward_bytes(tokens, setting.offload) + block, 2 * block) + ahead
+        work = max(self.working_bytes(tokens, setting) + block, 2 * block) + ahead
         # Before the first backward of a step there are no gradients, but where they have a place.
         there = self._has_several(setting) or self._records(setting)
         before = 0 if there else 4 * self.trained
@@ -399,7 +444,7 @@ class Workload:
             # The first layer that is recomputed, when what the others kept is gone. Where inputs go
             # to CPU memory, little is to be kept.
             layer, of_layer = kinds[count - 1]
-            work = max(layer.backward_bytes(tokens, setting.offload) + block, 2 * block) + ahead
+            work = max(layer.working_bytes(tokens, setting) + block, 2 * block) + ahead
             if not setting.offload:
                 work += layer.recompute_bytes(tokens) + layer.product_bytes(tokens)
             yield inputs + sum(always[:count]), of_layer - single, work
@@ -447,9 +492,39 @@ class Workload:
             )
         ]
 
+    def longest(self, budget: int) -> int:
+        """Return how many tokens a single example may have within `budget` bytes; 0 where not even
+        a short one fits. A setting of `settings` is tried that needs the least memory of long
+        rows, so that the run itself finds it."""
+
+        def fits(multiples: int) -> bool:
+            work = replace(self, batch=1, length=multiples * self._multiple)
+            return work.peak(work.settings()[-1]) <= budget
+
+        # Where tiles begin, a longer row may fit though a shorter one does not.
+        tiles = 2 * tile_of(self.shape.hidden) // LENGTH_MULTIPLE + 1
+        tried = (*(1 << power for power in range(_LONGEST)), tiles)
+        low = max((count for count in tried if fits(count)), default=0)
+        high = 1 << low.bit_length()
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low * self._multiple
+
+    def offloaded_bytes(self, setting: Setting) -> int:
+        """Return the CPU memory that inputs of recomputed layers take."""
+        inputs = setting.recomputed_layers * self.input_bytes(self._tokens(setting))
+        return inputs if setting.offload else 0
+
     def least(self) -> Setting:
         """Return the setting that needs the least memory."""
         return min(self.settings(), key=self.peak)
+
+
+def tile_of(hidden: int) -> int:
+    """Return how many tokens go through an MLP at a time where inputs are offloaded, if there are
+    more than two tiles of them: so many that what is inside is about as large as its weights."""
+    return max(hidden, LEAST_TILE)
 
 
 def halves(batch: int) -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import Problem
@@ -51,6 +51,8 @@ class OnCard:
         most: bytes that can be allocated if nothing is lost.
         ways_out: where nothing fits, what would.
         streamed: what of the base lies in CPU memory then: "none", "experts" or "all".
+        longest: how many tokens an example may have that is alone in its batch, by what is streamed
+            of the base.
     """
 
     gib: float
@@ -60,6 +62,7 @@ class OnCard:
     most: int
     ways_out: tuple[str, ...] = ()
     streamed: str = "none"
+    longest: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -103,15 +106,17 @@ class MemoryPlan:
         budget, most = usable(card, limit=self.limit), int(card) - CONTEXT
         most = most if self.limit is None else min(most, self.limit)
         works = [self.work, *(replace(self.work, streamed=which) for which in self.streams)]
+        longest = {work.streamed: work.longest(budget) for work in works}
         for work in works:
             # What was asked for is lowered when memory runs out.
             given = self.given if self.given and work.peak(self.given) <= budget else None
             if setting := given or work.fit(budget):
                 needed, way = work.peak(setting), work.streamed
-                return OnCard(card / GIB, setting, needed, budget, most, streamed=way)
+                return OnCard(card / GIB, setting, needed, budget, most, (), way, longest)
         work = min(works, key=lambda work: work.peak(work.least()))
         least, ways = work.least(), tuple(ways_out(work, budget))
-        return OnCard(card / GIB, least, work.peak(least), budget, most, ways, work.streamed)
+        needed, way = work.peak(least), work.streamed
+        return OnCard(card / GIB, least, needed, budget, most, ways, way, longest)
 
     def with_cards(self, cards: Sequence[float]) -> MemoryPlan:
         """Return the plan for cards of so many bytes."""
@@ -208,6 +213,18 @@ class MemoryPlan:
                 notes.append(f"memory may not suffice for what the spec asks for ({words})")
         return notes
 
+    def host_notes(self, host: int | None) -> list[str]:
+        """Return what a run on these cards should tell of `host` bytes of CPU memory, where it is
+        known how many there are."""
+        notes = []
+        for card in self.cards if host is not None else ():
+            inputs = self.work.offloaded_bytes(card.setting)
+            if host is not None and inputs > host:
+                words = f"inputs of layers take {inputs / GIB:.1f} GiB of it"
+                free = f"{host / GIB:.1f} are free; lower data.max_length"
+                notes.append(f"CPU memory may not suffice: {words}, and {free}")
+        return notes
+
     def words(self) -> list[str]:
         """Return one line per card; without any, what a GPU would need."""
         if self.cards:
@@ -235,8 +252,20 @@ class MemoryPlan:
     def _card_words(self, card: OnCard) -> str:
         if card.fits:
             needed = f"{card.needed / GIB:.1f} GiB"
-            return f"fits {card.gib:.4g} GiB: yes, with {self._on_card(card)}: {needed}"
+            words = f"fits {card.gib:.4g} GiB: yes, with {self._on_card(card)}: {needed}"
+            return f"{words}; {self._longest_words(card)}"
         return f"fits {card.gib:.4g} GiB: no, {self._shortage(card)}; {card.fix}"
+
+    def _longest_words(self, card: OnCard) -> str:
+        """Say how long the longest example may be that fits, and what of CPU memory that takes."""
+        found = []
+        for way, tokens in card.longest.items():
+            work = replace(self.work, streamed=way, batch=1, length=tokens)
+            host = work.host_bytes + work.offloaded_bytes(work.settings()[-1])
+            if tokens:
+                how = "" if way == "none" else f"{streamed_of(way)} streamed, "
+                found.append(f"{tokens:,} tokens ({how}{host / GIB:.1f} GiB of CPU memory)")
+        return f"longest example, alone in its batch: {' or '.join(found)}"
 
     def _shortage(self, card: OnCard) -> str:
         needed, there = card.needed / GIB, card.budget / GIB
@@ -263,6 +292,7 @@ class MemoryPlan:
                     "peak_gib": card.needed / GIB,
                     "setting": vars(card.setting),
                     "streamed": card.streamed,
+                    "longest": dict(card.longest),
                     "parts_gib": self._parts_gib(card),
                     "ways_out": list(card.ways_out),
                 }
@@ -273,8 +303,14 @@ class MemoryPlan:
 
 def streamed_words(work: Workload) -> str:
     """Say what of the base lies in CPU memory."""
-    what = "the experts" if work.streamed == "experts" else "the base"
-    return f"{what} streamed from {work.host_bytes / GIB:.1f} GiB of CPU memory"
+    return (
+        f"{streamed_of(work.streamed)} streamed from {work.host_bytes / GIB:.1f} GiB of CPU memory"
+    )
+
+
+def streamed_of(which: str) -> str:
+    """Return what is streamed, in words."""
+    return "the experts" if which == "experts" else "the base"
 
 
 def memory_plan(

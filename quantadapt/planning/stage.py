@@ -630,4 +630,5 @@ def _look_at_memory(draft: Draft, memory: MemoryPlan, *, adopt: bool) -> None:
     elif on_gpu:
         measures_dense = spec.evaluate.unquantized and not adopt and memory.work.shards == 1
         draft.problems += memory.problems(measures_dense)
+        draft.notes += memory.host_notes(draft.machine.host)
         draft.notes += memory.notes(spec.evaluate.batch_size)

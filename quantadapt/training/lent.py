@@ -381,6 +381,8 @@ def recomputed(
     recomputer = Recomputer(model, reentrant, draws)
     with ExitStack() as stack:
         stack.enter_context(restored(recomputer.base.modules(), FLAG, FUNCTION))
+        stack.enter_context(restored(recomputer.tiles.mlps, "forward"))
+        recomputer.tiles.lend()
         if reentrant:  # it only records a graph where an input wants one
             embedding = recomputer.base.get_input_embeddings()
             stack.callback(embedding.register_forward_hook(require_grad).remove)

@@ -22,6 +22,7 @@ from ..memory.workload import Setting
 from ..model.modules import is_skipped
 from ..model.towers import other_towers
 from ..streaming import streamer_of
+from .tiling import Tiles
 
 # what transformers' GradientCheckpointingLayer reads
 FLAG, FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
@@ -40,7 +41,7 @@ class Recomputer:
         self.base: Any = getattr(model, "get_base_model", lambda: model)()  # type: ignore[operator]
         self.layers = decoder_layers(self.base)
         self.reentrant, self.draws = reentrant, draws
-        self.inputs = CpuInputs()
+        self.inputs, self.tiles = CpuInputs(), Tiles(self.layers)
         self.calls = 0
         """How often a layer has asked to be recomputed."""
 
@@ -62,6 +63,7 @@ class Recomputer:
         model cannot checkpoint and has to."""
         function = self._function(setting.offload)
         read_in_parts(self.base, setting.offload or streamer_of(self.base) is not None)
+        self.tiles.on = setting.offload
         if not self.layers:
             self._apply_to_all(setting.recomputed_layers > 0, function)
         for index, layer in enumerate(self.layers):

@@ -1,0 +1,259 @@
+"""MLPs that go through long rows tile by tile: the same numbers, and less kept."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from allocations import peak_of
+from parameters import slow_but
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
+
+import quantadapt as qa
+from quantadapt.memory import Setting, Workload, workload
+from quantadapt.memory.shape import Shape
+from quantadapt.spec import TrainSpec
+from quantadapt.testing.small_demo import small_model
+from quantadapt.training import train
+from quantadapt.training.lent import fused_layers, recomputed
+from quantadapt.training.memory_fit import MemoryFit
+from quantadapt.training.recomputing import Recomputer
+
+LAYERS, HIDDEN, TOKENS = 3, 32, 150
+TILE = 40
+"""Tokens; of 150, the last of four tiles has 30."""
+SIZES = {"hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": LAYERS,
+         "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64,
+         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+OFFLOADED = Setting(LAYERS, True, 3)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workload, "LEAST_TILE", TILE)
+
+
+def llama(**options: Any) -> Any:
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **options}))
+
+
+def gemma() -> Any:
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=16))
+
+
+def phi() -> Any:
+    return Phi3ForCausalLM(Phi3Config(**SIZES))
+
+
+def gpt2() -> Any:
+    off = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=2, **off))
+
+
+def peft(make: Any = llama, targets: Any = "all-linear", **options: Any) -> Any:
+    """PEFT's own adapter, in float64."""
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4, init_lora_weights=False, task_type="CAUSAL_LM", target_modules=targets, **options
+    )
+    return get_peft_model(make().double(), config).double().train()
+
+
+def ours(backend: str, adapter: str = "lora", make: Any = llama, **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = qa.quantize(make(), backend, device="cpu", dtype="float32")
+    return qa.attach(model, adapter, **options).train()
+
+
+MODELS = {
+    "lora": peft,
+    "dropout": lambda: peft(targets=["q_proj"], lora_dropout=0.2),
+    "mlp alone": lambda: peft(targets=["gate_proj", "down_proj"]),
+    "attention alone": lambda: peft(targets=["q_proj"]),
+    "biases": lambda: peft(lambda: llama(mlp_bias=True), bias="all"),
+    "dora": lambda: peft(use_dora=True),
+    "gemma": lambda: peft(gemma),
+    "phi": lambda: peft(phi),
+    "gpt2": lambda: peft(gpt2, targets=["c_fc", "c_proj"]),
+}
+
+
+def passed(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return the loss and all gradients of one pass over three rows of 50 tokens."""
+    ids = torch.arange(TOKENS).view(3, -1) * 7 % 64
+    torch.manual_seed(1)
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.item(), found
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """How often an MLP has computed so many tokens."""
+    from quantadapt.training import tiling
+
+    seen: Counter[int] = Counter()
+    before = tiling.Tiles._forward
+
+    def counted(self: Any, mlp: Any, whole: Any) -> Any:
+        def count(x: torch.Tensor, *args: Any) -> torch.Tensor:
+            seen[x.numel() // x.shape[-1]] += 1
+            return whole(x, *args)
+
+        return before(self, mlp, count)
+
+    monkeypatch.setattr(tiling.Tiles, "_forward", counted)
+    return seen
+
+
+@pytest.mark.parametrize(("layers", "reentrant"), [(0, False), (LAYERS, False), (LAYERS, True)])
+@pytest.mark.parametrize("name", slow_but(MODELS, "dropout", "biases", "gpt2", "mlp alone"))
+def test_loss_and_gradients_are_those_of_the_whole(name, layers, reentrant, calls) -> None:
+    model = MODELS[name]()
+    loss, expected = passed(model)
+    with recomputed(model, Setting(layers, True, 3), reentrant):
+        again, found = passed(model)
+    # Once forward and once for backward, recomputed or not; only the reentrant kind does not stop.
+    times = (3 if reentrant else 2) * LAYERS
+    # What the first layer gets has no gradient then, and is saved when its MLP is done.
+    times += name == "mlp alone" and layers > 0 and not reentrant
+    assert calls == {TILE: 3 * times, TOKENS - 3 * TILE: times}
+    assert again == pytest.approx(loss, rel=1e-9)
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-8, atol=1e-10)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "vera"])
+@pytest.mark.parametrize("backend", slow_but(["torchao-int8", "bnb-nf4", "hqq", "none"], "hqq"))
+def test_facades_and_fused_layers(backend, adapter, calls) -> None:
+    make = lambda: llama(hidden_size=64, intermediate_size=128)  # noqa: E731
+    model = ours(backend, adapter, make)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.1)
+    with fused_layers(model):
+        passed(model)
+        loss, expected = passed(model)
+        with recomputed(model, OFFLOADED):
+            for _ in range(2):
+                again, found = passed(model)
+    assert calls[64] > 0
+    assert again == pytest.approx(loss, rel=1e-6)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_autocast_is_that_of_the_forward() -> None:
+    model = peft().float()
+
+    def casted() -> tuple[float, dict[str, torch.Tensor]]:
+        ids = torch.arange(TOKENS).view(3, -1) % 64
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return loss.item(), found
+
+    loss, expected = casted()
+    with recomputed(model, OFFLOADED):
+        again, found = casted()
+    assert again == pytest.approx(loss, rel=1e-5)
+    for key, gradient in expected.items():
+        error = (found[key] - gradient).norm() / gradient.norm()
+        assert error < 0.02, key  # the same roundings to bfloat16, in sums of other lengths
+
+
+def test_what_stays_whole(calls) -> None:
+    model = peft()
+    with recomputed(model, Setting(LAYERS, False, 3)):  # inputs on the device
+        passed(model)
+    assert calls == {TOKENS: 2 * LAYERS}
+    for drawing in (peft(lora_dropout=0.2), peft(targets=["down_proj"], lora_dropout=0.1)):
+        calls.clear()
+        with recomputed(drawing, OFFLOADED):
+            passed(drawing)
+        assert set(calls) == {TOKENS}
+    calls.clear()
+    short = torch.arange(2 * TILE)[None] % 64
+    with recomputed(model, OFFLOADED), torch.no_grad():
+        calls.clear()
+        model(input_ids=short)
+        assert calls == {2 * TILE: LAYERS}
+        calls.clear()
+        model(input_ids=torch.arange(TOKENS)[None] % 64)  # a validation, or a reentrant forward
+        assert calls == {TILE: 3 * LAYERS, TOKENS - 3 * TILE: LAYERS}
+    experts = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2))
+    assert Recomputer(experts).tiles.mlps == []
+
+
+def test_a_training_has_the_losses_of_one_without(
+    tokenizer, random_data, tmp_path, monkeypatch, calls
+) -> None:
+    losses = {}
+    for offload in (False, True):
+        monkeypatch.setattr(workload, "LEAST_TILE", 8)
+        monkeypatch.setattr(
+            MemoryFit, "_given", lambda self, on=offload: Setting(self.recomputer.count, on, 4)
+        )
+        torch.manual_seed(0)
+        model = qa.attach(qa.quantize(str(small_model()), "hqq", device="cpu"), "lora", seed=0)
+        spec = TrainSpec(max_steps=3, per_device_train_batch_size=4, logging_steps=1)
+        result = train(model, tokenizer, random_data, spec, output=tmp_path / str(offload), seed=0)
+        losses[offload] = [loss for _, loss in result.losses]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-6)
+
+
+def test_the_peak_is_that_which_is_predicted() -> None:
+    """Of the MLP on a CPU in float32, without Liger."""
+    tokens, inside = 2048, 512
+    model = ours("none", make=lambda: llama(intermediate_size=inside, num_hidden_layers=1), r=2)
+    mlp = model.get_base_model().model.layers[0].mlp
+    x = torch.randn(1, tokens, HIDDEN, requires_grad=True)
+    dy = torch.randn(1, tokens, HIDDEN)
+
+    weights = [x, *(p for p in mlp.parameters() if p.requires_grad)]
+
+    def run() -> None:
+        torch.autograd.grad(mlp(x), weights, dy)
+
+    with fused_layers(model), recomputed(model, Setting(0, False, 1)) as recomputer:
+        run()
+        gc.collect()  # what earlier tests have left is not to be freed meanwhile
+        whole = peak_of(run)
+        recomputer.apply(Setting(0, True, 1))
+        run()
+        tiled = peak_of(run)
+    shape = Shape.of(model.config.to_dict())
+    names = tuple(shape.linears)
+    work = Workload(
+        shape, dict.fromkeys(names, 32.0), names, 2, "sgd", 4, 1, tokens, fused_kernels=False
+    )
+    assert work.tiles(Setting(0, True, 1), tokens)
+    assert not work.tiles(Setting(0, False, 1), tokens)
+    assert not work.tiles(Setting(0, True, 1), 2 * TILE)
+    kept = work.kept_bytes(tokens) - work.kept_bytes(tokens, tiled=True)
+    assert kept == 4 * 4 * inside * tokens  # what gate and up give, activation and product
+    assert whole == pytest.approx(kept + work.backward_bytes(tokens), rel=0.1)
+    # `dy` was there before, and here what the MLP returns is until the end.
+    assert tiled == pytest.approx(work.tiled_mlp_bytes(tokens), rel=0.1)
+    assert tiled < whole / 5
