@@ -369,7 +369,7 @@ class ExportSpec(_Strict):
         "(nearest, with the scales of the base), dithered (with those, so that changes below a "
         "step are kept on the whole), refined (dithered, after some steps of training for it, on "
         "data), compensated (layers make up for their errors, on data); "
-        "auto: the first but grid that keeps min_gain",
+        "auto: the best of those tried until min_gain and, by quick ones, 0.95 are kept",
     )
     formats: list[FormatSpec] = Field(
         default_factory=list,

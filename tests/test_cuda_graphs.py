@@ -18,6 +18,7 @@ from transformers import (
 
 import quantadapt as qa
 from quantadapt import demo
+from quantadapt.adapting.merge_aware import make_merge_aware
 from quantadapt.data.batches import PackedCollator
 from quantadapt.model import packed_attention
 from quantadapt.model.recording import recording
@@ -88,6 +89,9 @@ def test_only_plain_lora_on_cuda_is_recorded(monkeypatch) -> None:
     assert not can_record(adapted(modules_to_save=["lm_head"]))
     extra = qa.attach(qa.quantize(tiny_llama(), "bnb-nf4", dtype="bfloat16"), "ia3")
     assert not can_record(extra)
+    for method in ("lora", "dora"):  # PEFT's own forward makes rounded DoRA
+        make_merge_aware(rounded := adapted(method=method))
+        assert can_record(rounded) == (method == "lora")
 
 
 def test_lora_on_experts_is_recorded(monkeypatch) -> None:
@@ -202,6 +206,16 @@ def assert_same(plain, weights, graphed, found) -> None:
     for name, expected in weights.items():
         error = float((found[name] - expected).norm() / expected.norm())
         assert error < 2e-2, (name, error)
+
+
+@pytest.mark.cuda
+def test_steps_through_the_quantizer_are_the_same(replays) -> None:
+    options = {"num_train_epochs": 2, "gradient_checkpointing": True, "merge_aware": True}
+    plain, weights, _ = train(rows([64] * 16), cuda_graphs=False, **options)
+    graphed, found, notes = train(rows([64] * 16), **options)
+    assert notes == []
+    assert len(replays) >= plain.steps // 2
+    assert_same(plain, weights, graphed, found)
 
 
 PACKED = [24, 40, 64, 32, 32, 64] * 4

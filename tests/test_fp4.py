@@ -72,7 +72,8 @@ def test_merged_it_is_what_was_tuned(backend: str, adapter: str, base: str, tmp_
     qa.merge(tuned, tmp_path, kind="dense")
     assert relative(logits(stock(tmp_path / "merged")), wanted) < 1e-5
     dense = logits(qa.quantize(stock(tmp_path / "merged"), backend))
-    qa.merge(tuned, tmp_path, kind="requantize", overwrite=True, min_gain=0)
+    given = {"kind": "requantize", "min_gain": 0, "rounding": "nearest"}
+    qa.merge(tuned, tmp_path, overwrite=True, **given)
     written = dequantizing(tmp_path / "merged")
     assert relative(logits(written), dense) < 1e-5  # the merge quantizes what it merged
     assert torch.equal(logits(tuned), wanted)

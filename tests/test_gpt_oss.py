@@ -251,7 +251,8 @@ def test_it_is_tuned_and_merged(adapter: str, released: Path, tmp_path: Path) ->
     assert apart(wanted, stock(released)) > 0.02
     qa.merge(tuned, tmp_path / "dense", kind="dense")
     assert apart(stock(tmp_path / "dense" / "merged"), wanted) < 1e-5
-    qa.merge(tuned, tmp_path / "packed", kind="requantize", min_gain=0)
+    given = {"kind": "requantize", "min_gain": 0, "rounding": "nearest"}
+    qa.merge(tuned, tmp_path / "packed", **given)
     written = tmp_path / "packed" / "merged"
     assert tensors_of(written).keys() == tensors_of(released).keys()
     assert torch.equal(logits(tuned), wanted)

@@ -368,6 +368,40 @@ def test_16_bits_stay_16_bits_and_take_small_changes(tmp_path) -> None:
     assert float((found * change).sum() / change.square().sum()) == pytest.approx(1, abs=0.3)
 
 
+class Measured(Tuned):
+    """One whose ways keep what is given here."""
+
+    shares: dict[str, float]
+
+    def gain_kept(self, merged: Any) -> float:
+        return self.shares[merged]
+
+
+@pytest.mark.parametrize(
+    ("least", "shares", "tried"),
+    [
+        (0.9, {"nearest": 0.96}, 1),
+        (0.9, {"nearest": 0.04, "dithered": 0.98}, 2),
+        (0.9, {"nearest": 0.91, "dithered": 0.92, "refined": 0.99}, 3),
+        (0.9, {"nearest": 0.04, "dithered": 0.93, "refined": 0.92}, 3),
+        (0.99, {"nearest": 0.04, "dithered": 0.96, "refined": 0.97, "compensated": 0.5}, 4),
+        (0, {"nearest": 0.04, "dithered": 0.5, "refined": 0.7}, 3),
+        (0.9, {"nearest": 0.04, "dithered": 0.5, "refined": 0.6, "compensated": 0.7}, 4),
+    ],
+)
+def test_auto_takes_the_best_and_no_more_time_than_it_has_to(
+    least, shares, tried, trained, data, monkeypatch
+) -> None:
+    for way in WAYS:
+        same = dataclasses.replace(WAYS[way], why_not=lambda _: "", make=lambda _, way=way: way)
+        monkeypatch.setitem(WAYS, way, same)
+    tuned = Measured(trained, data=lambda _: data)
+    object.__setattr__(tuned, "shares", shares)
+    found = rounded(tuned, "auto", least)
+    assert [*found.kept] == [*shares][:tried]
+    assert found.way == found.model == max(shares, key=shares.__getitem__)
+
+
 def test_the_first_way_that_keeps_enough_is_taken(trained, data, written, tmp_path) -> None:
     found = qa.merge(trained, tmp_path, kind="requantize", data=data)
     assert found["rounding"] == "dithered"
@@ -402,7 +436,7 @@ def test_a_way_that_memory_does_not_suffice_for_is_left_out(trained, data, monke
     tuned = Tuned(trained, data=lambda _: data)
     found = rounded(tuned, "auto", 1.0)
     assert (found.way, [*found.left_out]) == ("dithered", ["refined", "compensated"])
-    for way in AUTO:
+    for way in (*AUTO[0], *AUTO[1]):
         monkeypatch.setitem(WAYS, way, small)
     with pytest.raises(MergeRefused, match=r"GPU is too small(.|\n)*--device cpu"):
         rounded(tuned, "auto", 1.0)

@@ -44,7 +44,7 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
         # torch.compile sees through PEFT's forward, and fuses it itself.
         plain = bool(args or kwargs) or torch.compiler.is_compiling()
         lora = None if plain else self.single_lora()
-        if lora is None or (lora[0].rounds and not self._is_plain(*lora)):
+        if lora is None or not self.fuses(*lora):
             output: Tensor = super().forward(x, *args, **kwargs)
             return rounded_output(self, x, output) if self.merge_aware else output
         term, dropout = lora
@@ -58,9 +58,10 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
         (output,) = fused_lora(x, None if dropped is x else dropped, [term])
         return output
 
-    def _is_plain(self, term: LoraTerm, dropout: nn.Module | None) -> bool:
-        """Say whether what it adds is B A and nothing else, so that it can be rounded in one."""
-        return term.magnitude is None and (dropout is None or not dropout.training)
+    def fuses(self, term: LoraTerm, dropout: nn.Module | None) -> bool:
+        """Say whether base and adapter are one function: what is rounded adds B A, no more."""
+        plain = term.magnitude is None and (dropout is None or not dropout.training)
+        return plain or not term.rounds
 
     def single_lora(self) -> tuple[LoraTerm, nn.Module | None] | None:
         """Return what a single plain LoRA or DoRA adds to the base, and its dropout if it has any;

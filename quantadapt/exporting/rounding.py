@@ -2,7 +2,7 @@
 
 What an adapter adds is small against the steps of a quantizer, so rounding each weight to the
 nearest value takes most of it away again. Each way is a `Way` in one table; `rounded` takes the
-first that keeps enough of the gain, measured on held-out data.
+best of those that it tries, by the gain that they keep on held-out data.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class Rounded:
 
 def rounded(tuned: Tuned, rounding: str, least: float) -> Rounded:
     """Return the merged model, rounded in the way `rounding`, one of `WAYS`. With "auto" that is
-    the first, from the cheapest on, that keeps the share `least` of the gain, or else the one that
-    keeps most; where the gain may be chance, the first. A model that was trained through the
-    quantizer is rounded as in training.
+    the one that keeps most of those tried, from the cheapest on: quick ones until one keeps the
+    shares `least` and `ENOUGH` of the gain, slow ones until one keeps `least`; where the gain may
+    be chance, the first. A model that was trained through the quantizer is rounded as in training.
 
     Raises:
         MergeRefused: the way cannot be taken here.
@@ -75,7 +75,7 @@ def rounded(tuned: Tuned, rounding: str, least: float) -> Rounded:
         if problem := rounding_as_trained(rounding):
             raise MergeRefused([problem])
         return Rounded(tuned.merged("requantize"), AS_TRAINED)
-    return _first_that_keeps(tuned, least) if rounding == "auto" else _asked(tuned, rounding)
+    return _best_of_those_tried(tuned, least) if rounding == "auto" else _asked(tuned, rounding)
 
 
 def _asked(tuned: Tuned, name: str) -> Rounded:
@@ -85,11 +85,14 @@ def _asked(tuned: Tuned, name: str) -> Rounded:
     return Rounded(WAYS[name].merged(tuned), name)
 
 
-def _first_that_keeps(tuned: Tuned, least: float) -> Rounded:
+def _best_of_those_tried(tuned: Tuned, least: float) -> Rounded:
     kept: dict[str, float] = {}
     left_out: dict[str, str] = {}
     best: tuple[float, str, nn.Module] | None = None
-    for name in AUTO_CALIBRATED if state_of(tuned.model).backend.calibration else AUTO:
+    quick, slow = AUTO_CALIBRATED if state_of(tuned.model).backend.calibration else AUTO
+    for name in (*quick, *slow):
+        if best is not None and best[0] >= (max(least, ENOUGH) if name in quick else least):
+            break
         if why := WAYS[name].why_not(tuned):
             left_out[name] = why
             continue
@@ -104,8 +107,6 @@ def _first_that_keeps(tuned: Tuned, least: float) -> Rounded:
         if best is None or kept[name] > best[0]:
             best = kept[name], name, model
         del model  # at most two of them are in memory
-        if kept[name] >= least:
-            break
     if best is None:
         whys = {why: _REMEDY.get(why, "merge dense") for why in left_out.values()}
         raise MergeRefused([Problem(why, fix, "export.rounding") for why, fix in whys.items()])
@@ -173,8 +174,10 @@ WAYS: dict[str, Way] = {
     "refined": Way(_needs_what_refining_needs, _refine),
     "compensated": Way(_needs_grid_and_data, _compensate),
 }
-AUTO = ("nearest", "dithered", "refined", "compensated")
-"""What is tried, from the cheapest on. Not "grid": the base's own weights are nearest to nearly all
-merged ones."""
-AUTO_CALIBRATED = ("dithered", "refined", "compensated", "nearest")
+AUTO = (("nearest", "dithered", "refined"), ("compensated",))
+"""What is tried, from the cheapest on: quick ones, then slow ones. Not "grid": the base's own
+weights are nearest to nearly all merged ones."""
+AUTO_CALIBRATED = (("dithered", "refined"), ("compensated", "nearest"))
 """The same where the backend calibrates: as it quantizes, all of the model is made anew."""
+ENOUGH = 0.95
+"""The share of the gain below which quick ways are tried on, though `min_gain` asks for less."""

@@ -452,7 +452,7 @@ class Workload:
     def _records(self, setting: Setting) -> bool:
         """Say whether passes can be recorded, see `cuda_graphs.can_record`."""
         alone = self.shards == 1 and self.streamed == "none"
-        plain = self.fused_adapter and not self.dropout
+        plain = self.fused_adapter and not self.dropout and not self._rounds_in_graph
         return self.graphs and plain and alone and not setting.offload
 
     def _has_several(self, setting: Setting) -> bool:

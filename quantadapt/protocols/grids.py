@@ -261,9 +261,9 @@ def _made_codebook(levels: Tensor) -> _Codebook:
     again[1:] = ordered[1:] == ordered[:-1]
     ordered, places = ordered.masked_fill(again, torch.inf).sort(stable=True)
     gaps = ordered.diff()
-    known = gaps[gaps.isfinite()]
-    gaps = gaps.nan_to_num(nan=torch.inf).where(gaps.isfinite(), known[-1])
-    gaps = torch.cat([known[:1], gaps, known[-1:]])
+    known = gaps.isfinite()
+    last = gaps.index_select(0, (known.sum() - 1).clamp(0).view(1))  # does not wait for a GPU
+    gaps = torch.cat([gaps[:1], gaps.where(known, last), last])
     return _Codebook(ordered, order[places].int(), (ordered[1:] + ordered[:-1]) / 2, gaps)
 
 

@@ -210,8 +210,8 @@ def can_record(model: Any) -> bool:
     weights = [p for p in model.parameters() if p.requires_grad]
     plain: set[Tensor] = set()
     for module in model.modules():
-        if isinstance(module, FusedLoraLinear) and module.single_lora() is not None:
-            plain.update(module.parameters())
+        if isinstance(module, FusedLoraLinear) and (single := module.single_lora()) is not None:
+            plain.update(module.parameters() if module.fuses(*single) else ())
     for wrapper in stack_wrappers(model):
         if (lora := single_stack_lora(wrapper)) is not None:
             plain |= {lora.a, lora.b}
