@@ -138,6 +138,9 @@ def test_labels_that_training_does_not_have_are_told(tmp_path) -> None:
     with pytest.warns(qa.DataWarning, match="with the label 'odd', which no training example has"):
         data = read(train, eval_path=str(held_out))
     assert data.eval["label"] == ["colour"]
+    none = texts(tmp_path, [("x", "odd")], "none.jsonl")
+    with pytest.raises(DataError, match=r"none\.jsonl: no example is left: 1 dropped .*'odd'"):
+        read(train, eval_path=str(none))
 
 
 def test_long_texts_are_cut_and_counted(tmp_path) -> None:

@@ -110,10 +110,12 @@ def read_both(
 
 
 def none_left(kind: str, fix: str, report: DataReport, where: str = "") -> DataError:
-    """Return an error that says why all examples of a kind were dropped."""
+    """Return an error that says why all examples of a kind were dropped; by default where: in the
+    first file of which none is used."""
     reasons = "; ".join(text for f in report.files for text in f.losses(report.max_length))
     what = f"no {kind} is left: {reasons or 'there is none'}"
-    return DataError(what, fix=fix, where=where or report.files[0].file)
+    unused = (file.file for file in report.files if not file.examples)
+    return DataError(what, fix=fix, where=where or next(unused, report.files[0].file))
 
 
 def _split(
