@@ -372,7 +372,7 @@ def objectives_page(known: registry.Registry) -> str:
     parts = [
         "# Objectives",
         "An objective says what is learnt: how examples become batches and a loss. Name one with "
-        "`objective:`, options beside the name, or on the command line `--set objective=NAME` and "
+        "`objective:`, options beside the name, or on the command line `--objective NAME` and "
         "`--set objective.OPTION=VALUE`. `quantadapt objectives` lists what is installed here, "
         "plugins of third parties included.",
     ]

@@ -567,6 +567,8 @@ def _no_mapping(where: str, found: Any) -> Problem:
 
 def wrong_value(detail: Mapping[str, Any], where: str) -> Problem:
     """Return what pydantic's `detail` says about a value, and what may stand there instead."""
+    if detail["type"] == "missing":
+        return Problem("it has to be set, and is not", where=where)
     what, message = f"{detail['input']!r} is not possible", str(detail["msg"])
     if detail["type"] == "literal_error":
         return Problem(what, f"use one of {detail['ctx']['expected']}", where)

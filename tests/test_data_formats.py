@@ -80,7 +80,7 @@ def everything(path: str, tokenizer: Any, **options: Any) -> tuple[list[Any], An
     """Return (ids, mask) of all examples, and the report on the only file."""
     found, report = look(DataSpec(path=path, **options), tokenizer, limit=1000)
     (file,) = report.files
-    return [(ids, mask) for _, ids, mask, _ in found], file
+    return [(one.ids, one.mask) for one in found], file
 
 
 def learnt(example: tuple[list[int], list[int]], tokenizer: Any) -> list[str]:

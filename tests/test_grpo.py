@@ -494,6 +494,7 @@ def test_equal_rewards_are_told_once(tmp_path) -> None:
 PROBLEMS = {
     "groups": ({"num_generations": 3}, {}, r"8 answers are no whole groups of 3[^$]*e.g. 6"),
     "weights": ({"reward_weights": [1, 2]}, {}, "there are 2 reward_weights for 1 reward"),
+    "none": ({"rewards": []}, {}, r"objective.rewards.*learns from reward functions"),
     "no file": ({"rewards": ["gone.py:f"]}, {}, "there is no file gone.py"),
     "no function": ({"rewards": ["FILE:other"]}, {}, "there is no function 'other' in"),
     "no name": ({"rewards": ["rewardz"]}, {}, "there is no reward function 'rewardz'"),

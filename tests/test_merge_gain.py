@@ -205,7 +205,7 @@ def test_a_gain_that_may_be_chance_refuses_nothing(tmp_path) -> None:
     gain, off = (entry["figures"][name]["value"] for name in ("gain", "gain_error"))
     assert gain < 2 * off
     assert ("too small here to tell" in entry["words"]) == (gain >= 1e-4)
-    assert ("no gain here" in entry["words"]) == (gain < 1e-4)
+    assert ("no gain in perplexity" in entry["words"]) == (gain < 1e-4)
     assert " of the gain of " not in entry["words"]
 
 

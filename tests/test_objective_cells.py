@@ -1,5 +1,8 @@
 """Every objective with five adapters on backends of each kind: short runs on the bundled data,
-whose adapters are loaded again; on a GPU, too."""
+whose adapters are loaded again; on a GPU, too.
+
+They go through quantadapt.objectives, quantadapt.rewarding and quantadapt.data.
+"""
 
 from __future__ import annotations
 

@@ -263,6 +263,7 @@ def test_the_plan_looks_into_data_only_where_it_knows_how_they_are_read(
     with_columns = printed(capsys, "plan", *flags, "--set", "objective=unlikelihood", code=2)
     assert "no known columns, found 'better', 'worse'" in with_columns
     assert json.loads(printed(capsys, "plan", *flags, "--set", "objective=better"))["data"] is None
+    assert "example 2 3 tokens, 3 of" in printed(capsys, "data", str(file), "--objective", "better")
     told = printed(capsys, "plan", *flags[:-1], "--set", "objective=better")
     assert f"data {file}" in told
 

@@ -58,6 +58,7 @@ FORMS = [
     {"more": "backend.bits=3\nadapter.r=4\ndata.max_length=64", "name": "mine"},
     {"pasted": '{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}'},
     {"model": "ORG/NAME", "data": "some/set"},
+    {"objective": "dpo", "more": "objective.beta=0.3"},
 ]
 
 
@@ -340,8 +341,9 @@ def address(tmp_path_factory):
 
 
 def fields(**given):
-    names = ("name", "model", "backend", "adapter", "data", "pasted", "steps", "rate", "more")
-    values = {"backend": "hqq", "adapter": "lora", **given}
+    names = ("name", "model", "backend", "adapter", "objective", "data", "pasted")
+    names += ("steps", "rate", "more")
+    values = {"backend": "hqq", "adapter": "lora", "objective": "sft", **given}
     return [*(values.get(name, "") for name in names), 1]
 
 

@@ -16,12 +16,16 @@ from .flags import JsonOption, TrustOption
 from .session import Session, session
 
 if TYPE_CHECKING:
-    from ..data.reading import Shown
+    from ..data.looking import Shown
     from ..data.report import DataReport
-    from ..spec import DataSpec
+    from ..spec import Spec
 
-_OPTIONS = {"format": "--format", "max_length": "--max-length", "path": "FILE"}
-"""Keys of a spec's data -> what this command calls them."""
+_OPTIONS = {
+    "data.format": "--format",
+    "data.max_length": "--max-length",
+    "data.path": "FILE",
+}
+"""Keys of a spec -> what this command calls them."""
 
 
 def register(app: typer.Typer, name: str) -> None:
@@ -32,6 +36,7 @@ def register(app: typer.Typer, name: str) -> None:
         data,
         "quantadapt data train.jsonl --model ORG/NAME",
         "quantadapt data train.csv --column prompt=question --column completion=answer",
+        "quantadapt data pairs.jsonl --objective dpo",
         "quantadapt data train.jsonl --max-length 2048 --limit 1 --json",
     )
 
@@ -46,6 +51,10 @@ def data(
             "--model", "-m", help="Whose tokenizer and chat template.", show_default="the demo's"
         ),
     ] = None,
+    objective: Annotated[
+        str,
+        typer.Option(help="As what it is read: a name from `quantadapt objectives`."),
+    ] = "sft",
     max_length: Annotated[int, typer.Option(min=8, help="Longest example in tokens.")] = 512,
     limit: Annotated[int, typer.Option(min=0, help="Print so many examples.")] = 5,
     format: Annotated[str | None, typer.Option(help="As data.format.", show_default="auto")] = None,
@@ -61,22 +70,22 @@ def data(
     """Show what is learnt of a data file, and what is cut or dropped.
 
     Examples are printed as the model will see them; what is learnt is green, and stands behind the
-    word learnt. Then come the counts.
+    word learnt, what is to be avoided behind the word avoid. Then come the counts.
     """
     with session(as_json=json) as shown, trusting(trust_remote_code):
         from .. import demo
         from .models import waiting
 
         with _as_options():
-            spec = _spec(file, max_length, format, column or [])
+            spec = _spec(file, objective, max_length, format, column or [])
         if problems := code_problems(model or ""):
             raise PlanRefused(problems)
         with waiting(shown, "reading"), _as_options():
-            from ..data.reading import look
+            from ..objectives.surveying import looked_at
             from ..quantizing.stage import load_tokenizer
 
             tokenizer = load_tokenizer(model or str(demo.MODEL_DIR))
-            found, report = look(spec, tokenizer, limit)
+            found, report = looked_at(spec, tokenizer, limit)
         if json:
             shown.print_json(_document(found, report, tokenizer))
             return
@@ -88,12 +97,14 @@ def data(
             shown.err.print(f"warning: {words}", markup=False, soft_wrap=True, style="bold yellow")
 
 
-def _spec(file: str, max_length: int, format: str | None, columns: list[str]) -> DataSpec:
+def _spec(
+    file: str, objective: str, max_length: int, format: str | None, columns: list[str]
+) -> Spec:
     from ..spec import Spec, apply_overrides
 
     values: dict[str, Any] = {"path": file, "max_length": max_length, "format": format or "auto"}
     values["columns"] = apply_overrides({}, columns)
-    return Spec(data=values).data
+    return Spec(data=values, objective=objective)
 
 
 @contextmanager
@@ -101,14 +112,14 @@ def _as_options() -> Iterator[None]:
     """Let errors name the options of this command, not the keys of a spec."""
     try:
         yield
-    except (DataError, SpecError) as error:
+    except (DataError, SpecError, PlanRefused) as error:
         said = [
             Problem(in_options(p.what), in_options(p.fix), in_options(p.where))
             for p in error.problems
         ]
-        if isinstance(error, SpecError):
-            raise SpecError(said) from error
-        raise DataError(said[0].what, fix=said[0].fix, where=said[0].where) from error
+        if isinstance(error, DataError):
+            raise DataError(said[0].what, fix=said[0].fix, where=said[0].where) from error
+        raise type(error)(said) from error
 
 
 def in_options(text: str) -> str:
@@ -123,8 +134,8 @@ def in_options(text: str) -> str:
     text = re.sub(r"data\.columns(?:: |(, e\.g\. ))\{([^{}]*)\}", options, text)
     text = re.sub(r"data\.columns\.(\w+)", r"--column \1", text.replace("data.columns", "--column"))
     for key, option in _OPTIONS.items():
-        text = re.sub(rf"\bdata\.{key}\b:?", option, text)
-    return text
+        text = re.sub(rf"\b{re.escape(key)}\b:?", option, text)
+    return re.sub(r"\bobjective(?::|\Z)", "--objective", text)
 
 
 def _warnings(report: DataReport) -> list[str]:
@@ -135,13 +146,16 @@ def _warnings(report: DataReport) -> list[str]:
 def _document(found: list[Shown], report: DataReport, tokenizer: Any) -> dict[str, Any]:
     examples = [
         {
-            "where": where,
-            "tokens": [tokenizer.decode([token]) for token in ids],
-            "input_ids": ids,
-            "completion_mask": mask,
-            "cut": cut,
+            "where": one.where,
+            "title": one.title,
+            "tokens": [tokenizer.decode([token]) for token in one.ids],
+            "input_ids": one.ids,
+            "completion_mask": one.mask,
+            "avoid": one.against,
+            "cut": one.cut,
+            "note": one.note,
         }
-        for where, ids, mask, cut in found
+        for one in found
     ]
     return {"examples": examples, **report.to_dict(), "warnings": _warnings(report)}
 
@@ -151,12 +165,13 @@ def _print_example(shown: Session, example: Shown, tokenizer: Any) -> None:
     what is cut off behind it."""
     from rich.text import Text
 
-    heading = f"{example.where}   {example.words}"
-    shown.out.print(Text(heading, style="bold"), soft_wrap=True)
+    place = f"{example.where} {example.title}".rstrip()
+    shown.out.print(Text(f"{place}   {example.words}", style="bold"), soft_wrap=True)
+    counts, colour = ("avoid", "red") if example.against else ("learnt", "green")
     for learnt, text in example.stretches(tokenizer):
         for index, line in enumerate(text.split("\n")):
-            label = "" if index else "learnt" if learnt else "given"
-            style = "green" if learnt else "dim"
+            label = "" if index else counts if learnt else "given"
+            style = colour if learnt else "dim"
             printed = Text(f"  {label:<6} | ", style="dim") + Text(line, style=style)
             shown.out.print(printed, soft_wrap=True)
     if cut := example.cut:

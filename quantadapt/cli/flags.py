@@ -121,6 +121,13 @@ class SpecFlags:
             show_default="lora", rich_help_panel=_WHAT,
         ),
     ] = None  # fmt: skip
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="What is learnt: a name from `quantadapt objectives`.", show_default="sft",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None  # fmt: skip
     set: SetOption = None
     max_steps: Annotated[
         int | None,
@@ -216,7 +223,7 @@ class SpecFlags:
             given = getattr(self, name)
             if given is not None and given is not False:
                 put(values, key, given)
-        for name in ("backend", "adapter"):
+        for name in ("backend", "adapter", "objective"):
             if (given := getattr(self, name)) is not None:
                 values[name] = named(values.get(name), given)
         return apply_overrides(values, self.set or ())

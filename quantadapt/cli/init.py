@@ -16,7 +16,7 @@ from .session import session
 if TYPE_CHECKING:
     from .session import Session
 
-_FILLED = ("model", "data", "backend", "adapter", "set")
+_FILLED = ("model", "data", "backend", "adapter", "objective", "set")
 _STDOUT = "-"
 
 

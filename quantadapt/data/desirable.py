@@ -15,17 +15,16 @@ from ..errors import DataError
 from ..spec import DataSpec
 from .files import Row, kind_of
 from .formats import Example, examples, listed
+from .looking import Shown, first_shown
 from .preferences import (
     CHOSEN,
     holds_pairs,
-    none_left,
     pairs,
     tokenized_answers,
     with_bundled,
 )
 from .report import DataReport
-from .sets import Data, HeldOut, prompts_of, split, warn_of
-from .sources import read
+from .sets import Data, HeldOut, none_left, prompts_of, read_both, warn_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,11 +73,7 @@ def load_desirable(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: 
         DataError: the data cannot be read or used, or all answers have one label.
     """
     spec, report = with_bundled(spec), DataReport(spec.max_length)
-    train_rows, held_out_rows = read(spec)
-    train = [*islice(judged(train_rows, spec, report), spec.max_examples)]
-    held_out = [*judged(held_out_rows, spec, report)]
-    if not held_out:
-        train, held_out = split(train, spec, seed)
+    train, held_out = read_both(spec, report, judged, seed)
     if len(kinds := {one.desirable for one in train}) == 1:
         what = f"all answers to learn from are {'' if kinds == {True} else 'un'}desirable"
         fix = "add some of the other kind: there is nothing to tell apart"
@@ -88,6 +83,23 @@ def load_desirable(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: 
     warn_of(report)
     asked = prompts_of([one.answer for one in held_out if one.desirable], tokenizer)
     return Data(train_set, eval_set, asked, report.files[0].format, report)
+
+
+def look_at_answers(
+    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> tuple[list[Shown], DataReport]:
+    """Return the first answers that are used, and the report. Raises DataError."""
+
+    def show(
+        rows: Iterable[Row], spec: DataSpec, report: DataReport, held_out: bool
+    ) -> Iterator[list[Shown]]:
+        found = islice(judged(rows, spec, report), spec.max_examples)
+        for one, (text,) in tokenized_answers(found, tokenizer, report, held_out=held_out):
+            title = "desirable" if one.desirable else "undesirable"
+            against = not one.desirable
+            yield [Shown.up_to(spec.max_length, one.where, *text, title=title, against=against)]
+
+    return first_shown(with_bundled(spec), limit, show)
 
 
 def holds_desirable(rows: Sequence[Row], columns: Collection[str]) -> bool:
@@ -175,7 +187,7 @@ def _tokenized(
     used = [*tokenized_answers(found, tokenizer, report, held_out=held_out)]
     if not used:
         fix = "raise data.max_length, shorten the prompts, or fill the empty completions"
-        raise none_left("answer", fix, found, report)
+        raise none_left("answer", fix, report, found[0].where if found else "")
     parts = [_parted(*tokens) for _, (tokens,) in used]
     columns: dict[str, list[Any]] = {name: [] for name in (*ANSWER, *MISMATCHED)}
     others = _others(parts, [one.desirable for one, _ in used])

@@ -16,9 +16,9 @@ from ..errors import DataError
 from ..spec import DataSpec
 from .files import Row, kind_of
 from .formats import checked_text, from_json, listed, named, text_in
+from .looking import Shown, first_shown
 from .report import DataReport
-from .sets import Data, HeldOut, split, warn_of
-from .sources import read
+from .sets import Data, HeldOut, none_left, read_both, warn_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,12 +63,7 @@ def load_labelled(
         DataError: the data cannot be read or used; says where, and what to do.
     """
     spec, report = with_bundled(spec, kind), DataReport(spec.max_length)
-    train_rows, held_out_rows = read(spec)
-    make = partial(labelled, kind=kind)
-    train = [*islice(make(train_rows, spec, report), spec.max_examples)]
-    held_out = [*make(held_out_rows, spec, report)]
-    if not held_out:
-        train, held_out = split(train, spec, seed)
+    train, held_out = read_both(spec, report, partial(labelled, kind=kind), seed)
     labels = _in_order({label for one in train for label in one.labels})
     if len(labels) < 2:
         what = f"all training examples have the label {labels[0]!r}" if labels else "there is none"
@@ -80,6 +75,28 @@ def load_labelled(
     )
     warn_of(report)
     return Data(train_set, eval_set, [], kind, report, tuple(labels))
+
+
+def look_at_labelled(
+    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int, *, kind: Kind
+) -> tuple[list[Shown], DataReport]:
+    """Return the first examples that are used, with their labels, and the report. Raises
+    DataError."""
+
+    def show(
+        rows: Iterable[Row], spec: DataSpec, report: DataReport, held_out: bool
+    ) -> Iterator[list[Shown]]:
+        found = islice(labelled(rows, spec, report, kind=kind), spec.max_examples)
+        made = _tokenized(found, tokenizer, report, kind=kind, held_out=held_out)
+        for one, ids, tags, cut in made:
+            note = f"label {', '.join(one.labels)}"
+            mask = [int(tag != NONE) for tag in tags] if kind == "token" else [0] * len(ids)
+            if kind == "token":
+                words = (f"{word} = {tag}" for word, tag in zip(one.text, one.labels, strict=True))
+                note = f"labels {', '.join(words)}"
+            yield [Shown(one.where, ids, mask, cut, note=note)]
+
+    return first_shown(with_bundled(spec, kind), limit, show)
 
 
 def with_bundled(spec: DataSpec, kind: Kind) -> DataSpec:
@@ -211,35 +228,48 @@ def _dataset(
     import datasets
 
     ids, labels = list[list[int]](), list[Any]()
+    for _, given, tags, _ in _tokenized(found, tokenizer, report, kind=kind, held_out=held_out):
+        ids.append(given)
+        labels.append(tags if kind == "token" else tags[0])
+    if not ids:
+        fix = "fill the texts, or use held-out data with the labels of the training data"
+        raise none_left("example", fix, report)
+    name = LABELS if kind == "token" else LABEL
+    masks = [[1] * len(row) for row in ids]
+    return datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks, name: labels})
+
+
+def _tokenized(
+    found: Iterable[Labelled],
+    tokenizer: PreTrainedTokenizerBase,
+    report: DataReport,
+    *,
+    kind: Kind,
+    held_out: bool = False,
+) -> Iterator[tuple[Labelled, list[int], list[str], int]]:
+    """Yield each example that is used with its token ids, its labels, one for each token or for
+    the text, and how many tokens were cut; count them."""
     for one in found:
-        counts = report.of(one.file)
-        whole = tokenizer(one.text, is_split_into_words=kind == "token", verbose=False)
+        counts, words = report.of(one.file), kind == "token"
+        whole = tokenizer(one.text, is_split_into_words=words, verbose=False)
         given = tokenizer(
             one.text,
-            is_split_into_words=kind == "token",
+            is_split_into_words=words,
             truncation=True,
             max_length=report.max_length,
             verbose=False,
         )
-        places = given.word_ids() if kind == "token" else None
-        tags = _first_tokens(places, one.labels) if places is not None else one.labels
-        if not one.text or not any(tags) or not given["input_ids"]:
+        ids = list(given["input_ids"])
+        tags = _first_tokens(given.word_ids(), one.labels) if words else one.labels
+        if not one.text or not any(tags) or not ids:
             counts.dropped["with an empty text"] += 1
             continue
-        used = [int(tag != NONE) for tag in tags] if kind == "token" else [1]
-        counts.keep([1] * len(given["input_ids"]), max_length=report.max_length, held_out=held_out)
-        counts.learnt += sum(used) - len(given["input_ids"])
-        counts.cut += len(whole["input_ids"]) > len(given["input_ids"])
-        ids.append(list(given["input_ids"]))
-        labels.append(tags if kind == "token" else tags[0])
-    if not ids:
-        reasons = "; ".join(text for f in report.files for text in f.losses(report.max_length))
-        what = f"no example is left: {reasons or 'there is none'}"
-        fix = "fill the texts, or use held-out data with the labels of the training data"
-        raise DataError(what, fix=fix, where=report.files[0].file)
-    name = LABELS if kind == "token" else LABEL
-    masks = [[1] * len(row) for row in ids]
-    return datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks, name: labels})
+        used = sum(tag != NONE for tag in tags) if words else 1
+        counts.keep([1] * len(ids), max_length=report.max_length, held_out=held_out)
+        counts.learnt += used - len(ids)
+        cut = len(whole["input_ids"]) - len(ids)
+        counts.cut += cut > 0
+        yield one, ids, tags, cut
 
 
 def _first_tokens(words: Sequence[int | None], labels: Sequence[str]) -> list[str]:

@@ -16,10 +16,10 @@ from ..errors import DataError
 from ..spec import DataSpec
 from .files import Row, kind_of
 from .formats import Example, chat, checked_text, listed, named, pair
+from .looking import Shown, first_shown
 from .report import DataReport
 from .segments import segments
-from .sets import Data, HeldOut, prompts_of, split, warn_of
-from .sources import read
+from .sets import Data, HeldOut, none_left, prompts_of, read_both, warn_of
 from .tokens import tokenize
 
 if TYPE_CHECKING:
@@ -69,16 +69,33 @@ def load_preferences(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed
         DataError: the data cannot be read or used; says where, and what to do.
     """
     spec, report = with_bundled(spec), DataReport(spec.max_length)
-    train_rows, held_out_rows = read(spec)
-    train = [*islice(pairs(train_rows, spec, report), spec.max_examples)]
-    held_out = [*pairs(held_out_rows, spec, report)]
-    if not held_out:
-        train, held_out = split(train, spec, seed)
+    train, held_out = read_both(spec, report, pairs, seed)
     train_set = tokenized_pairs(train, tokenizer, report)
     eval_set = tokenized_pairs(held_out, tokenizer, report, held_out=True)
     warn_of(report)
     prompts = prompts_of([pair.chosen for pair in held_out], tokenizer)
     return Data(train_set, eval_set, prompts, FORMAT, report)
+
+
+def look_at_pairs(
+    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> tuple[list[Shown], DataReport]:
+    """Return both texts of the first pairs that are used, and the report. Raises DataError."""
+
+    def show(
+        rows: Iterable[Row], spec: DataSpec, report: DataReport, held_out: bool
+    ) -> Iterator[list[Shown]]:
+        found = islice(pairs(rows, spec, report), spec.max_examples)
+        for one, (chosen, rejected) in tokenized_answers(
+            found, tokenizer, report, held_out=held_out
+        ):
+            length, where = spec.max_length, one.where
+            yield [
+                Shown.up_to(length, where, *chosen, title="chosen"),
+                Shown.up_to(length, where, *rejected, title="rejected", against=True),
+            ]
+
+    return first_shown(with_bundled(spec), limit, show)
 
 
 def with_bundled(spec: DataSpec) -> DataSpec:
@@ -205,18 +222,11 @@ def tokenized_pairs(
     columns: dict[str, list[list[int]]] = {name: [] for name in (*CHOSEN, *REJECTED)}
     for _, both in tokenized_answers(found, tokenizer, report, held_out=held_out):
         for name, values in zip(columns, chain(*both), strict=True):
-            columns[name].append(values)
+            columns[name].append(values[: report.max_length])
     if not columns[CHOSEN[0]]:
         fix = "raise data.max_length, shorten the prompts, or give answers that differ"
-        raise none_left("pair", fix, found, report)
+        raise none_left("pair", fix, report, found[0].where if found else "")
     return datasets.Dataset.from_dict(columns)
-
-
-def none_left(kind: str, fix: str, found: Sequence[HasAnswers], report: DataReport) -> DataError:
-    """Return an error that says why all examples were dropped."""
-    reasons = "; ".join(text for f in report.files for text in f.losses(report.max_length))
-    what = f"no {kind} is left: {reasons or 'there is none'}"
-    return DataError(what, fix=fix, where=found[0].where if found else report.files[0].file)
 
 
 class HasAnswers(Protocol):
@@ -246,7 +256,7 @@ _Row = TypeVar("_Row", bound=HasAnswers)
 def tokenized_answers(
     found: Iterable[_Row], tokenizer: PreTrainedTokenizerBase, report: DataReport, *, held_out: bool
 ) -> Iterator[tuple[_Row, list[Tokens]]]:
-    """Yield each row that is used with the tokens of its answers, and count what is kept, cut and
+    """Yield each row that is used with all tokens of its answers, and count what is kept, cut and
     dropped."""
     found, limit = iter(found), report.max_length
     while batch := [*islice(found, _BATCH)]:
@@ -267,7 +277,7 @@ def tokenized_answers(
                 counts.dropped[why] += 1
                 continue
             counts.keep(*(mask for _, mask in answers), max_length=limit, held_out=held_out)
-            yield one, [(ids[:limit], mask[:limit]) for ids, mask in answers]
+            yield one, answers
 
 
 def _useless(answers: Sequence[Tokens], limit: int) -> str:

@@ -10,17 +10,17 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import DataError
 from ..spec import DataSpec
 from .chats import open_chat
 from .files import Row, kind_of
 from .formats import Example, chat, checked_text, examples, named, pair
+from .looking import Shown, first_shown
 from .report import DataReport
 from .segments import segments
-from .sets import Data, split, warn_of
-from .sources import read
+from .sets import Data, none_left, read_both, warn_of
 from .tokens import Prompt, encode_prompt, tokenize
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ PROMPT_IDS, ROW = "prompt_ids", "row"
 """Columns of a data set of prompts: token ids, and what else is known, as JSON."""
 FORMAT = "prompt"
 REFERENCE = "reference"
+_TOLD = 200
+"""Characters that are shown of what reward functions get."""
 _RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids", "messages")
 """Columns that reward functions do not get under their names, as TRL has it."""
 
@@ -83,15 +85,30 @@ def load_prompts(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: in
         DataError: the data cannot be read or used.
     """
     report = DataReport(spec.max_length)
-    train_rows, held_out_rows = read(spec)
-    train = [*islice(questions(train_rows, spec, report), spec.max_examples)]
-    held_out = [*questions(held_out_rows, spec, report)]
-    if not held_out:
-        train, held_out = split(train, spec, seed)
+    train, held_out = read_both(spec, report, questions, seed)
     train_set, _ = _tokenized(train, tokenizer, report)
     eval_set, prompts = _tokenized(held_out, tokenizer, report, held_out=True)
     warn_of(report)
     return Data(train_set, eval_set, prompts, report.files[0].format, report)
+
+
+def look_at_prompts(
+    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> tuple[list[Shown], DataReport]:
+    """Return the first prompts that are used, with what reward functions get beside each, and the
+    report. Raises DataError."""
+
+    def show(
+        rows: Iterable[Row], spec: DataSpec, report: DataReport, held_out: bool
+    ) -> Iterator[list[Shown]]:
+        found = islice(questions(rows, spec, report), spec.max_examples)
+        for one, asked in _asked(found, tokenizer, report, held_out=held_out):
+            told = json.dumps(dict(one.columns), default=str, ensure_ascii=False)
+            told = told if len(told) <= _TOLD else f"{told[:_TOLD]}…"
+            note = f"reward functions get {told}" if one.columns else ""
+            yield [Shown(one.where, asked.ids, [0] * len(asked.ids), 0, "prompt", note=note)]
+
+    return first_shown(spec, limit, show)
 
 
 def questions(rows: Iterable[Row], spec: DataSpec, report: DataReport) -> Iterator[_Question]:
@@ -185,9 +202,39 @@ def _tokenized(
         name: [] for name in (PROMPT_IDS, ROW, "input_ids", "completion_mask")
     }
     prompts = []
+    limit = report.max_length
+    for one, asked in _asked(found, tokenizer, report, held_out=held_out):
+        row = json.dumps({"prompt": one.prompt, "columns": dict(one.columns)}, default=str)
+        values = (asked.ids, row, asked.whole[:limit], asked.mask[:limit])
+        for name, value in zip(columns, values, strict=True):
+            columns[name].append(value)
+        prompts.append(asked.written)
+    if not columns[ROW]:
+        fix = "raise data.max_length, or shorten the prompts"
+        raise none_left("prompt", fix, report, found[0].where if found else "data")
+    return datasets.Dataset.from_dict(columns), prompts
+
+
+class _Tokens(NamedTuple):
+    """A prompt as the model reads it and its tokens; and those with the answer in the data."""
+
+    written: Prompt
+    ids: list[int]
+    whole: list[int]
+    mask: list[int]
+
+
+def _asked(
+    found: Iterable[_Question],
+    tokenizer: PreTrainedTokenizerBase,
+    report: DataReport,
+    *,
+    held_out: bool,
+) -> Iterator[tuple[_Question, _Tokens]]:
+    """Yield the prompts that are used, and count what is kept and dropped."""
+    limit = report.max_length
     for one in found:
-        counts, limit = report.of(one.file), report.max_length
-        written = _written(one, tokenizer)
+        counts, written = report.of(one.file), _written(one, tokenizer)
         ids = encode_prompt(tokenizer, written)
         if not ids or len(ids) > limit:
             why = f"with prompts of more than {limit} tokens" if ids else "with an empty prompt"
@@ -195,16 +242,7 @@ def _tokenized(
             continue
         whole, mask = _whole(one, ids, tokenizer)
         counts.keep(mask, max_length=limit, held_out=held_out)
-        row = json.dumps({"prompt": one.prompt, "columns": dict(one.columns)}, default=str)
-        for name, value in zip(columns, (ids, row, whole[:limit], mask[:limit]), strict=True):
-            columns[name].append(value)
-        prompts.append(written)
-    if not columns[ROW]:
-        reasons = "; ".join(text for f in report.files for text in f.losses(report.max_length))
-        what = f"no prompt is left: {reasons or 'there is none'}"
-        fix = "raise data.max_length, or shorten the prompts"
-        raise DataError(what, fix=fix, where=found[0].where if found else "data")
-    return datasets.Dataset.from_dict(columns), prompts
+        yield one, _Tokens(written, ids, whole, mask)
 
 
 def _written(one: _Question, tokenizer: PreTrainedTokenizerBase) -> Prompt:

@@ -9,20 +9,20 @@ the same way. What was cut, dropped or not used is counted on the way (`report`)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
 from ..spec import DataSpec
 from .desirable import held_out_desirable, holds_desirable
 from .files import Row
 from .formats import Example, examples
 from .labelled import held_out_labelled, holds_labels
+from .looking import Shown, first_shown
 from .pixels import columns_of, tokenized
 from .preferences import held_out_pairs, holds_pairs
 from .report import DataReport
 from .segments import segments
-from .sets import MAX_LENGTH, Data, HeldOut, prompts_of, split, warn_of
+from .sets import MAX_LENGTH, Data, HeldOut, none_left, prompts_of, read_both, warn_of
 from .sources import local_files, read, read_source
 from .tokens import Prompt, encode_prompt, prompt_and_completion, tokenize
 
@@ -70,7 +70,7 @@ def load_data(
         DataError: the data cannot be read or used; says where, and what to do.
     """
     report = DataReport(spec.max_length)
-    train, held_out = _both(spec, report, seed)
+    train, held_out = read_both(spec, report, examples, seed)
     train_set = _dataset(train, tokenizer, report, columns=columns)
     eval_set = _dataset(held_out, tokenizer, report, held_out=True)
     warn_of(report)
@@ -85,15 +85,7 @@ def held_out_examples(spec: DataSpec, *, seed: int) -> list[Example]:
     Raises:
         DataError: as `load_data`.
     """
-    return _both(spec, DataReport(spec.max_length), seed)[1]
-
-
-def _both(spec: DataSpec, report: DataReport, seed: int) -> tuple[list[Example], list[Example]]:
-    """Return (training, held-out) examples."""
-    train_rows, held_out_rows = read(spec)
-    train = [*islice(examples(train_rows, spec, report), spec.max_examples)]
-    held_out = [*examples(held_out_rows, spec, report)]
-    return (train, held_out) if held_out else split(train, spec, seed)
+    return read_both(spec, DataReport(spec.max_length), examples, seed)[1]
 
 
 def load_held_out(
@@ -162,49 +154,20 @@ def load_everything(
     return _read(rows, _like(like, rows, max_length), tokenizer)[1]
 
 
-class Shown(NamedTuple):
-    """An example as the model sees it: token ids, 1 where one is learnt, and how many tokens were
-    cut off behind them."""
-
-    where: str
-    ids: list[int]
-    mask: list[int]
-    cut: int
-
-    @property
-    def words(self) -> str:
-        """Its counts, e.g. `12 of 40 tokens, 5 of them learnt`."""
-        size, cut = len(self.ids), self.cut
-        whole = f"{size:,} of {size + cut:,} tokens" if cut else f"{size:,} tokens"
-        return f"{whole}, {sum(self.mask):,} of them learnt"
-
-    def stretches(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[bool, str]]:
-        """Yield (whether it is learnt, text) for tokens that follow each other."""
-        pairs = zip(self.ids, self.mask, strict=True)
-        for learnt, stretch in groupby(pairs, key=lambda pair: bool(pair[1])):
-            yield learnt, str(tokenizer.decode([token for token, _ in stretch]))
-
-
 def look(
     spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> tuple[list[Shown], DataReport]:
-    """Read all that `spec` names, unsplit.
+    """Return the first `limit` examples of text that are used, and the report on all. Raises
+    DataError."""
 
-    Returns:
-        The first `limit` examples that are used, and the report.
-
-    Raises:
-        DataError: as `load_data`.
-    """
-    report, length = DataReport(spec.max_length), spec.max_length
-    shown = list[Shown]()
-    for rows, held_out in zip(read(spec), (False, True), strict=True):
+    def show(
+        rows: Iterable[Row], spec: DataSpec, report: DataReport, held_out: bool
+    ) -> Iterator[list[Shown]]:
         found = islice(examples(rows, spec, report), spec.max_examples)
         for example, ids, mask, _ in _tokenized(found, tokenizer, report, held_out=held_out):
-            if len(shown) < limit:
-                cut = max(0, len(ids) - length)
-                shown.append(Shown(example.where, ids[:length], mask[:length], cut))
-    return shown, report
+            yield [Shown.up_to(spec.max_length, example.where, ids, mask)]
+
+    return first_shown(spec, limit, show)
 
 
 def survey(
@@ -310,10 +273,8 @@ def _dataset(
         more.append(columns(example))
         pictures.append(seen)
     if not all_ids:
-        reasons = "; ".join(text for f in report.files for text in f.losses(report.max_length))
-        what = f"no example is left: {reasons or 'there is none'}"
         fix = "raise data.max_length, shorten the prompts, or fill the empty completions"
-        raise DataError(what, fix=fix, where=found[0].where if found else report.files[0].file)
+        raise none_left("example", fix, report, found[0].where if found else "")
     extra = {name: [values[name] for values in more] for name in more[0]}
     for name in dict.fromkeys(name for values in pictures for name in values):
         extra[name] = [values.get(name) for values in pictures]

@@ -9,18 +9,18 @@ by itself, so that vectors are those of sentence-transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain, groupby, islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby, islice, repeat
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from ..spec import DataSpec
 from .files import Row, kind_of
 from .formats import checked_text, from_json, listed, named, text_in
+from .looking import Shown, first_shown
 from .report import DataReport, FileReport
-from .sets import Data, split, warn_of
-from .sources import read
+from .sets import Data, none_left, read_both, warn_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,6 +34,7 @@ and how vectors are made of tokens."""
 _ANCHOR = ("anchor", "query", "question", "instruction")
 _POSITIVE = ("positive", "passage", "document", "answer", "output")
 _SCORED = ("sentence1", "sentence2", "score")
+_TITLES = ("anchor", "positive", "negative")
 _SEEN = "attention_mask"
 _NEGATIVE = re.compile(r"negative(_\d+)?")
 
@@ -67,7 +68,8 @@ def load_embedding(
     Raises:
         DataError: the data cannot be read or used; says where, and what to do.
     """
-    train, held_out, report = _both(spec, seed, groups)
+    report = DataReport(spec.max_length)
+    train, held_out = read_both(spec, report, groups, seed)
     sizes = {(len(one.texts), one.score is None) for one in (*train, *held_out)}
     if len(sizes) > 1:
         counts = sorted(size for size, _ in sizes)
@@ -91,7 +93,8 @@ def load_reranking(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: 
     Raises:
         DataError: as `load_embedding`.
     """
-    train, held_out, report = _both(spec, seed, passages)
+    report = DataReport(spec.max_length)
+    train, held_out = read_both(spec, report, passages, seed, of=lambda one: one.texts[0])
     if len({one.score for one in train}) < 2:
         what = "all passages have one label"
         fix = "add passages that do not answer: there is nothing to tell apart"
@@ -104,17 +107,45 @@ def load_reranking(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: 
     return Data(sets[0], sets[1], [], "query + passage", report, labels=("relevance",))
 
 
-def _both(spec: DataSpec, seed: int, make: Make) -> tuple[list[Texts], list[Texts], DataReport]:
-    """Return texts to train on and held-out ones. All of a query go to one side."""
-    report = DataReport(spec.max_length)
-    train_rows, held_out_rows = read(spec)
-    train = [*islice(make(train_rows, spec, report), spec.max_examples)]
-    held_out = [*make(held_out_rows, spec, report)]
-    if held_out or make is groups:
-        return (train, held_out, report) if held_out else (*split(train, spec, seed), report)
-    queries = {one.texts[0]: one.where for one in reversed(train)}
-    as_one = [replace(one, where=queries[one.texts[0]]) for one in train]
-    return (*split(as_one, spec, seed), report)
+def look_at_groups(
+    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> tuple[list[Shown], DataReport]:
+    """Return each text of the first groups that are used, and the report. Raises DataError."""
+
+    def show(
+        rows: Iterable[Row], spec: DataSpec, report: DataReport, held_out: bool
+    ) -> Iterator[list[Shown]]:
+        found = islice(groups(rows, spec, report), spec.max_examples)
+        for one, given in _each(found, tokenizer, report, held_out=held_out):
+            titles = chain(_TITLES, repeat(_TITLES[-1]))
+            if one.score is not None:
+                titles = chain(_SCORED)
+            yield [
+                Shown(one.where, ids := made[FIRST], [0] * len(ids), cut, title, note=_said(one))
+                for title, (made, cut) in zip(titles, given, strict=False)
+            ]
+
+    return first_shown(spec, limit, show)
+
+
+def look_at_passages(
+    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> tuple[list[Shown], DataReport]:
+    """Return the first queries with their passages that are used, and the report. Raises
+    DataError."""
+
+    def show(
+        rows: Iterable[Row], spec: DataSpec, report: DataReport, held_out: bool
+    ) -> Iterator[list[Shown]]:
+        found = islice(passages(rows, spec, report), spec.max_examples)
+        for one, [(made, cut)] in _each(found, tokenizer, report, held_out=held_out, together=True):
+            yield [Shown(one.where, ids := made[FIRST], [0] * len(ids), cut, note=_said(one))]
+
+    return first_shown(spec, limit, show)
+
+
+def _said(one: Texts) -> str:
+    return "" if one.score is None else f"score {one.score:g}"
 
 
 # From rows to texts -------------------------------------------------------------------------------
@@ -244,15 +275,13 @@ def _grouped(
     held_out: bool,
 ) -> Dataset:
     columns: dict[str, list[Any]] = {}
-    for one in found:
-        given = [_given(tokenizer, report.max_length, text) for text in one.texts]
-        if _kept(one, given, report.of(one.file), held_out=held_out):
-            ids = [made[FIRST] for made, _ in given]
-            row: dict[str, Any] = {column_of(place): tokens for place, tokens in enumerate(ids)}
-            row |= {"completion_mask": [1] * len(ids[0]), POOLING: pooling}
-            row |= {} if one.score is None else {SCORE: one.score}
-            for name, value in row.items():
-                columns.setdefault(name, []).append(value)
+    for one, given in _each(found, tokenizer, report, held_out=held_out):
+        ids = [made[FIRST] for made, _ in given]
+        row: dict[str, Any] = {column_of(place): tokens for place, tokens in enumerate(ids)}
+        row |= {"completion_mask": [1] * len(ids[0]), POOLING: pooling}
+        row |= {} if one.score is None else {SCORE: one.score}
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value)
     return _set(columns, report)
 
 
@@ -270,30 +299,48 @@ def _paired(
 ) -> Dataset:
     columns: dict[str, list[Any]] = {}
     queries: dict[str, int] = {}
-    for one in found:
-        made, cut = _given(tokenizer, report.max_length, *one.texts)
-        if _kept(one, [(made, cut)], report.of(one.file), held_out=held_out):
-            row: dict[str, Any] = {**made, "completion_mask": [1] * len(made[FIRST])}
-            row |= {SCORE: one.score, GROUP: queries.setdefault(one.texts[0], len(queries))}
-            for name, value in row.items():
-                columns.setdefault(name, []).append(value)
+    for one, [(made, _)] in _each(found, tokenizer, report, held_out=held_out, together=True):
+        row: dict[str, Any] = {**made, "completion_mask": [1] * len(made[FIRST])}
+        row |= {SCORE: one.score, GROUP: queries.setdefault(one.texts[0], len(queries))}
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value)
     return _set(columns, report)
 
 
-def _given(
-    tokenizer: PreTrainedTokenizerBase, limit: int, *texts: str
-) -> tuple[dict[str, list[int]], bool]:
-    """Return what the tokenizer makes of a text, or of two that are read together, and whether it
-    was cut."""
+_Given = tuple[dict[str, list[int]], int]
+
+
+def _each(
+    found: Iterable[Texts],
+    tokenizer: PreTrainedTokenizerBase,
+    report: DataReport,
+    *,
+    held_out: bool,
+    together: bool = False,
+) -> Iterator[tuple[Texts, list[_Given]]]:
+    """Yield each group that is used with what the tokenizer makes of its texts, of each or of all
+    together, and how many tokens were cut off; count it."""
+    for one in found:
+        read = [one.texts] if together else [(text,) for text in one.texts]
+        given = [_given(tokenizer, report.max_length, *texts) for texts in read]
+        if _kept(one, given, report.of(one.file), held_out=held_out):
+            yield one, given
+
+
+def _given(tokenizer: PreTrainedTokenizerBase, limit: int, *texts: str) -> _Given:
+    """Return what the tokenizer makes of a text, or of two that are read together, and how many
+    tokens were cut off."""
     given = tokenizer(*texts, verbose=False)
-    if cut := len(given[FIRST]) > limit:
+    whole = len(given[FIRST])
+    if whole > limit:
         given = tokenizer(*texts, truncation=True, max_length=limit, verbose=False)
-    return {name: list(values) for name, values in given.items() if name != _SEEN}, cut
+    kept = {name: list(values) for name, values in given.items() if name != _SEEN}
+    return kept, whole - len(kept[FIRST])
 
 
 def _kept(
     one: Texts,
-    given: Sequence[tuple[Mapping[str, Sequence[int]], bool]],
+    given: Sequence[_Given],
     counts: FileReport,
     *,
     held_out: bool,
@@ -304,7 +351,7 @@ def _kept(
         return False
     masks = ([1] * len(made[FIRST]) for made, _ in given)
     counts.keep(*masks, max_length=max(len(made[FIRST]) for made, _ in given), held_out=held_out)
-    counts.cut += any(cut for _, cut in given)
+    counts.cut += any(cut > 0 for _, cut in given)
     return True
 
 
@@ -313,6 +360,4 @@ def _set(columns: dict[str, list[Any]], report: DataReport) -> Dataset:
 
     if columns:
         return datasets.Dataset.from_dict(columns)
-    reasons = "; ".join(text for f in report.files for text in f.losses(report.max_length))
-    what = f"no example is left: {reasons or 'there is none'}"
-    raise DataError(what, fix="fill the texts", where=report.files[0].file)
+    raise none_left("example", "fill the texts", report)

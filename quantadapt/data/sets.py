@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import random
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ..errors import DataError, DataWarning, warn
 from ..spec import DataSpec
+from .files import Row
 from .formats import Example
 from .pieces import Pieces
 from .report import DataReport, source_of
 from .segments import segments
+from .sources import read
 from .tokens import Prompt, token_ids
 
 if TYPE_CHECKING:
@@ -87,13 +89,44 @@ class Data:
         return sum(file.dropped.total() for file in self.report.files)
 
 
-def split(found: list[Found], spec: DataSpec, seed: int) -> tuple[list[Found], list[Found]]:
+def read_both(
+    spec: DataSpec,
+    report: DataReport,
+    make: Callable[[Iterable[Row], DataSpec, DataReport], Iterable[Found]],
+    seed: int,
+    *,
+    of: Callable[[Found], str] = lambda example: example.where,
+) -> tuple[list[Found], list[Found]]:
+    """Read what `spec` names; return what `make` makes of rows: (training, held-out) examples.
+    Without held-out data of its own a part is split off. Raises DataError.
+
+    Args:
+        of: says what an example belongs to, of which all goes to one side; by default its row.
+    """
+    train_rows, held_out_rows = read(spec)
+    train = [*islice(make(train_rows, spec, report), spec.max_examples)]
+    held_out = [*make(held_out_rows, spec, report)]
+    return (train, held_out) if held_out else _split(train, spec, seed, of)
+
+
+def none_left(kind: str, fix: str, report: DataReport, where: str = "") -> DataError:
+    """Return an error that says why all examples of a kind were dropped; by default where: in the
+    first file of which none is used."""
+    reasons = "; ".join(text for f in report.files for text in f.losses(report.max_length))
+    what = f"no {kind} is left: {reasons or 'there is none'}"
+    unused = (file.file for file in report.files if not file.examples)
+    return DataError(what, fix=fix, where=where or next(unused, report.files[0].file))
+
+
+def _split(
+    found: list[Found], spec: DataSpec, seed: int, of: Callable[[Found], str]
+) -> tuple[list[Found], list[Found]]:
     """Return (training, held-out) examples, each in the order in which they were read, drawn by
     `spec.split_seed`, or else by `seed`.
 
     Examples of one row (the paths of a tree, the instances of an instruction) stay together.
     """
-    rows = list(dict.fromkeys(example.where for example in found))
+    rows = list(dict.fromkeys(map(of, found)))
     if len(rows) < 2:
         fix = "add examples, or name held-out data with data.eval_path"
         what = "there is only one example, so none can be held out for evaluation"
@@ -102,8 +135,8 @@ def split(found: list[Found], spec: DataSpec, seed: int) -> tuple[list[Found], l
     count = min(max(1, round(len(rows) * spec.eval_fraction)), len(rows) - 1)
     draws = random.Random(seed if spec.split_seed is None else spec.split_seed)
     chosen = {rows[index] for index in draws.sample(range(len(rows)), count)}
-    train = [example for example in found if example.where not in chosen]
-    return train, [example for example in found if example.where in chosen]
+    train = [example for example in found if of(example) not in chosen]
+    return train, [example for example in found if of(example) in chosen]
 
 
 def prompts_of(found: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

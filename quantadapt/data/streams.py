@@ -21,6 +21,7 @@ from ..errors import DataError
 from ..spec import DataSpec, SourceSpec
 from .batches import SEQUENCES
 from .formats import Example, examples
+from .looking import Shown
 from .pieces import Pieces, Segment
 from .report import DataReport
 from .segments import segments
@@ -86,6 +87,21 @@ def load_stream(
         fix = "name held-out data with data.eval_path"
         raise DataError("the held-out documents are empty", fix=fix, where=given)
     return Data(train, evaluated, prompts_of(held_out, tokenizer), report.files[0].format, report)
+
+
+def look_at_stream(
+    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> tuple[list[Shown], DataReport]:
+    """Return the first documents of each source as rows of their own, and a report on those; the
+    others are not read. Raises DataError."""
+    report, shown = DataReport(spec.max_length), list[Shown]()
+    for source in _mixed(spec, 0, report):
+        for one in islice(source.documents(), limit):
+            for ids in _tokenized([one], tokenizer, report):
+                here, later = ids[: spec.max_length], len(ids) - spec.max_length
+                note = f"{later:,} more in further rows" if later > 0 else ""
+                shown.append(Shown(one.where, here, [1] * len(here), 0, note=note))
+    return shown, report
 
 
 def survey_stream(spec: DataSpec) -> DataReport:

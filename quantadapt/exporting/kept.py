@@ -48,7 +48,7 @@ def _gain_words(found: Mapping[str, float]) -> str:
     if is_sure(found):
         return f"keeps {found['gain_kept']:.0%} of the gain of {_size(found)}"
     if "gain_kept" not in found:
-        return "no gain here that it could keep"
+        return "no gain in perplexity that it could keep"
     return f"the gain, {_size(found)}, is too small here to tell what is kept"
 
 

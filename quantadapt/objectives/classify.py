@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from ..data.looking import Shown
     from ..data.reading import Data
     from ..data.report import DataReport
     from ..spec import DataSpec
@@ -59,6 +60,14 @@ class Classify(HeadTask):
         from ..data.reading import survey
 
         return survey(with_bundled(spec, self._kind), partial(labelled, kind=self._kind))
+
+    def look(
+        self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int
+    ) -> tuple[list[Shown], DataReport]:
+        """Return the first texts, with their labels."""
+        from ..data.labelled import look_at_labelled
+
+        return look_at_labelled(spec, tokenizer, limit, kind=self._kind)
 
     @property
     def _kind(self) -> Literal["sequence", "token"]:

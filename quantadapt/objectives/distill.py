@@ -121,6 +121,10 @@ class Distill(SFT):
         return mean
 
     @property
+    def _reads_text(self) -> bool:
+        return True
+
+    @property
     def _path(self) -> str:
         return os.path.expanduser(self.teacher)
 

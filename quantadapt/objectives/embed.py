@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from ..data.looking import Shown
     from ..data.reading import Data
     from ..data.report import DataReport
     from ..spec import DataSpec
@@ -88,6 +89,14 @@ class Embed(Task):
         from ..data.retrieval import groups
 
         return survey(spec, groups)
+
+    def look(
+        self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int
+    ) -> tuple[list[Shown], DataReport]:
+        """Return the texts of the first groups."""
+        from ..data.retrieval import look_at_groups
+
+        return look_at_groups(spec, tokenizer, limit)
 
     def collator(self, setup: Setup) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return what pads the texts of groups."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from ..data.looking import Shown
     from ..data.reading import Data
     from ..data.report import DataReport
     from ..spec import DataSpec
@@ -57,6 +58,14 @@ class KTO(AnswerTask):
         from ..data.reading import survey
 
         return survey(with_bundled(spec), judged)
+
+    def look(
+        self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int
+    ) -> tuple[list[Shown], DataReport]:
+        """Return the first answers."""
+        from ..data.desirable import look_at_answers
+
+        return look_at_answers(spec, tokenizer, limit)
 
     def prepared(
         self, setup: Setup, held_out: Dataset | None, tell: Callable[[str], None]

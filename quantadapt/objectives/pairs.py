@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from ..data.looking import Shown
     from ..data.reading import Data
     from ..data.report import DataReport
     from ..spec import DataSpec
@@ -43,6 +44,14 @@ class PairTask(AnswerTask):
         from ..data.reading import survey
 
         return survey(with_bundled(spec), pairs)
+
+    def look(
+        self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int
+    ) -> tuple[list[Shown], DataReport]:
+        """Return the texts of the first pairs."""
+        from ..data.preferences import look_at_pairs
+
+        return look_at_pairs(spec, tokenizer, limit)
 
     def collator(self, setup: Setup) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return what pads the answers of pairs."""

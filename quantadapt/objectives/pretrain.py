@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from ..data.looking import Shown
     from ..data.reading import Data
     from ..data.report import DataReport
     from ..spec import DataSpec, Spec
@@ -60,6 +61,14 @@ class Pretrain(SFT):
         from ..data.streams import survey_stream
 
         return None if any(map(_of_hub, spec.named)) else survey_stream(spec)
+
+    def look(
+        self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int
+    ) -> tuple[list[Shown], DataReport]:
+        """Return the first documents."""
+        from ..data.streams import look_at_stream
+
+        return look_at_stream(spec, tokenizer, limit)
 
     def known_by(self, dataset: Dataset) -> list[int]:
         """Return the tokens of the first rows: how many there are depends on the steps."""

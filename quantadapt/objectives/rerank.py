@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from ..data.looking import Shown
     from ..data.reading import Data
     from ..data.report import DataReport
     from ..spec import DataSpec
@@ -41,6 +42,14 @@ class Rerank(HeadTask):
         from ..data.retrieval import passages
 
         return survey(spec, passages)
+
+    def look(
+        self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int
+    ) -> tuple[list[Shown], DataReport]:
+        """Return the first queries with their passages."""
+        from ..data.retrieval import look_at_passages
+
+        return look_at_passages(spec, tokenizer, limit)
 
     def collator(self, setup: Setup) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return what pads queries with their passages."""

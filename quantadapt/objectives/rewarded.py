@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from ..data.looking import Shown
     from ..data.reading import Data
     from ..data.report import DataReport
     from ..generation import Sampling
@@ -42,7 +43,7 @@ class RewardTask(AnswerTask):
     repeats: ClassVar[bool] = False
 
     rewards: tuple[str, ...] = Field(
-        min_length=1,
+        (),
         description="reward functions: file.py:function, module:function, or an entry point",
     )
     reward_weights: tuple[float, ...] = Field((), description="one for each; empty: 1")
@@ -80,6 +81,10 @@ class RewardTask(AnswerTask):
             fix = f"set it to a multiple of num_generations, e.g. {near}"
             where = "train.per_device_train_batch_size"
             found.append(Problem(what, fix, where, "rewards-groups"))
+        if not self.rewards:
+            what, fix = "it learns from reward functions, and there is none", "name some"
+            fix += ", e.g. [rewards.py:function]"
+            found.append(Problem(what, fix, "objective.rewards", "rewards-none"))
         found += problems(self.rewards, "objective.rewards")
         weights = weight_problems(self.rewards, self.reward_weights, "objective.reward_weights")
         return found + weights
@@ -109,6 +114,14 @@ class RewardTask(AnswerTask):
 
         _ = self.scorer
         return load_prompts(spec, tokenizer, seed=seed)
+
+    def look(
+        self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int
+    ) -> tuple[list[Shown], DataReport]:
+        """Return the first prompts, with what reward functions get."""
+        from ..data.prompts import look_at_prompts
+
+        return look_at_prompts(spec, tokenizer, limit)
 
     def survey(self, spec: DataSpec) -> DataReport | None:
         """Return the rows of each file."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..data.files import Row
+    from ..data.looking import Shown
     from ..data.reading import Data
     from ..data.report import DataReport
     from ..spec import DataSpec
@@ -65,7 +66,20 @@ class SFT(Task):
         """Return formats and rows; None of a subclass that reads in a way of its own."""
         from ..data.reading import survey
 
-        return survey(spec) if type(self).read is SFT.read else None
+        return survey(spec) if self._reads_text else None
+
+    def look(
+        self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int
+    ) -> tuple[list[Shown], DataReport] | None:
+        """Return the first examples; None of a subclass that reads in a way of its own."""
+        from ..data.reading import look
+
+        return look(spec, tokenizer, limit) if self._reads_text else None
+
+    @property
+    def _reads_text(self) -> bool:
+        """Whether `read` makes examples of text as it does here."""
+        return type(self).read is SFT.read
 
     def _numbers(self, row: Row) -> dict[str, float]:
         from ..data.files import kind_of

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
+    from ..data.looking import Shown
     from ..data.reading import Data
     from ..data.report import DataReport
     from ..spec import DataSpec, Spec, TrainSpec
@@ -105,6 +106,13 @@ class Task(Options, ABC):
     def survey(self, spec: DataSpec) -> DataReport | None:
         """Return formats and rows of what `read` would read, for a plan: without a tokenizer, and
         None where that is not to be had at once. Raises DataError."""
+        return None
+
+    def look(
+        self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, limit: int
+    ) -> tuple[list[Shown], DataReport] | None:
+        """Return what is shown of the first `limit` examples that `read` would read, and a report
+        on all of them; None for the tokens that it trains on. Raises DataError."""
         return None
 
     def refusals(self, config: Mapping[str, Any]) -> list[Problem]:

@@ -10,7 +10,7 @@ from ..errors import QuantadaptError
 from ..folders.run_folder import RunFolder
 from ..generation.sampling import Sampling
 from ..machine import this_machine
-from ..records import Adapter, Backend
+from ..records import Adapter, Backend, Objective
 from ..registry.discovery import registry
 from ..reporting.html import Html
 from .conversation import conversation
@@ -23,7 +23,10 @@ from .watching import report_html, watch_html
 
 _SECONDS = 2
 """Between two looks at a run."""
-_TYPED = ("name", "model", "backend", "adapter", "data", "pasted", "steps", "learning_rate", "more")
+_TYPED = (
+    *("name", "model", "backend", "adapter", "objective", "data", "pasted"),
+    *("steps", "learning_rate", "more"),
+)
 """The fields of `Form` that are texts, in the order of the inputs."""
 _LEDE = "Plan a run, look at its data, start it, watch it and talk with it. All of it stays here."
 
@@ -84,6 +87,10 @@ def _form(desk: Desk) -> _Form:
                     _names(Adapter), value="lora", label="Adapter", info="What is trained on top.",
                     elem_id="adapter", min_width=140,
                 )  # fmt: skip
+            objective = gr.Dropdown(
+                _names(Objective), value="sft", label="Objective", elem_id="objective",
+                info="What is learnt of the data; it says which columns they have.",
+            )  # fmt: skip
             data = gr.Textbox(
                 "", label="Data", placeholder="the bundled demo's", elem_id="data",
                 info="JSONL, JSON, CSV, Parquet or text: a file, a folder or a hub id.",
@@ -125,7 +132,7 @@ def _form(desk: Desk) -> _Form:
                 start = gr.Button("Start the run", variant="primary", elem_id="start", scale=2)
                 look = gr.Button("Look at the data", elem_id="look")
             seen = html(name="seen")
-    fields = [name, model, backend, adapter, data, pasted, steps, rate, more, count]
+    fields = [*(name, model, backend, adapter, objective, data, pasted, steps, rate, more, count)]
 
     def planned(*values: Any) -> Html:
         return plan_html(_filled(desk, values[:-1]), [CARDS[card] for card in values[-1] or ()])
@@ -145,7 +152,7 @@ def _form(desk: Desk) -> _Form:
 
     typed = (name, model, data, pasted, steps, rate, more)
     events = [field.blur for field in typed] + [field.submit for field in typed]
-    events += [field.change for field in (backend, adapter, cards, count)]
+    events += [field.change for field in (backend, adapter, objective, cards, count)]
     gr.on(events, planned, [*fields, cards], plan, **QUIETLY, api_name="plan")
     gr.context.Context.root_block.load(planned, [*fields, cards], plan, **QUIETLY, api_name=False)
     look.click(seeing, fields, seen, **{**QUIETLY, "show_progress": "minimal"}, api_name="look")

@@ -38,6 +38,7 @@ class Form:
     model: str = ""
     backend: str = ""
     adapter: str = ""
+    objective: str = ""
     data: str = ""
     pasted: str = ""
     steps: str = ""
@@ -74,6 +75,7 @@ class Form:
             ("--model", "model", self.model.strip()),
             ("--backend", "backend", self.backend),
             ("--adapter", "adapter", self.adapter),
+            ("--objective", "objective", self.objective),
             ("--data", "data.path", data),
             ("--max-steps", "train.max_steps", self.steps.strip()),
             ("--learning-rate", "train.learning_rate", self.learning_rate.strip()),

@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Sequence
 
 from .. import demo
-from ..data.reading import Shown, look
+from ..data.looking import Shown
 from ..errors import QuantadaptError
-from ..objectives.surveying import surveyed
+from ..objectives.surveying import looked_at, surveyed
 from ..planning.words import plan_remarks, plan_rows
 from ..quantizing.stage import load_tokenizer
 from ..remote_code import trusting
@@ -76,34 +76,40 @@ def _fits(form: Form, cards: Sequence[float]) -> list[Html]:
 
 
 def data_html(form: Form) -> Html:
-    """Return the first examples with what is learnt of them, and the counts, as `quantadapt data`
-    has them."""
+    """Return the first examples as the form's objective reads them, with what is learnt of them,
+    and the counts, as `quantadapt data` has them."""
     try:
         form.keep_pasted()
         spec = form.spec()
         with trusting(form.trust_remote_code):
             tokenizer = load_tokenizer(spec.model or str(demo.MODEL_DIR))
-        found, report = look(spec.data, tokenizer, _EXAMPLES)
+        found, report = looked_at(spec, tokenizer, _EXAMPLES)
     except QuantadaptError as error:
         return problem_list(error.problems, "The data cannot be read")
     lost = [el("p", text, class_="problem") for _, text in report.warnings()]
-    learnt = el("span", "learnt", class_="learnt")
+    legend = ["Coloured is what is ", el("span", "learnt", class_="learnt")]
+    if any(example.against for example in found):
+        legend += [", and what is ", el("span", "to be avoided", class_="avoid")]
+    if not any(map(sum, (example.mask for example in found))):
+        legend = ["Nothing of the text itself is learnt, it is given"]
     return el(
         "div",
         *lost,
         el("ul", *(el("li", words) for words in report.words())),
         *(_example(example, tokenizer) for example in found),
-        el("p", "Coloured is what is ", learnt, "; the rest is given.", class_="note"),
+        el("p", *legend, "; the rest is given." if len(legend) > 1 else ".", class_="note"),
         class_="qa",
     )
 
 
 def _example(example: Shown, tokenizer: object) -> Html:
+    counts = "avoid" if example.against else "learnt"
     spans = [
-        el("span", text, class_="learnt" if learnt else "given")
+        el("span", text, class_=counts if learnt else "given")
         for learnt, text in example.stretches(tokenizer)  # type: ignore[arg-type]
     ]
     if example.cut:
         spans.append(el("span", f"\n… {example.cut:,} more tokens are cut", class_="cut"))
-    heading = el("p", f"{example.where}: {example.words}")
+    place = f"{example.where}{', ' if example.title else ''}{example.title}"
+    heading = el("p", f"{place}: {example.words}")
     return el("div", heading, el("pre", *spans, dir="auto"), class_="example")
