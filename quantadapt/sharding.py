@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def gather_ahead(model: nn.Module, ahead: bool = True) -> None:
     """Have each block of a sharded base gathered while the one before it computes, in forward and
     in backward; or, not `ahead`, when it is needed: slower, with a block less in memory."""
     sharded: list[Any] = [m for m in model.modules() if PACKED in m._parameters]
-    for block, following in zip(sharded, [*sharded[1:], None], strict=True):
+    for block, following in zip_longest(sharded, sharded[1:]):
         asked = [following] if ahead and following is not None else []
         block.set_modules_to_forward_prefetch(asked)
         # FSDP2 goes the way back by itself; a block that asks for itself asks for nothing.

@@ -46,6 +46,7 @@ ORDER = [
         "data",
         "sharding",
         "streaming",
+        "fused_kernels",
         "dependencies",
         "facade",
         "records",

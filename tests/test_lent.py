@@ -23,13 +23,13 @@ from transformers import (
 
 import quantadapt as qa
 from quantadapt import compiling
+from quantadapt import fused_kernels as fused_kernels_file
 from quantadapt.errors import SlowerWarning
+from quantadapt.fused_kernels import fused_kernels
 from quantadapt.spec import TrainSpec
 from quantadapt.testing.small_demo import demo_tokens, small_model
-from quantadapt.training import lent as loans
 from quantadapt.training import train
 from quantadapt.training.lent import (
-    fused_kernels,
     fused_layers,
     one_row_each,
     patched,
@@ -252,7 +252,7 @@ def liger(monkeypatch, lend: Any) -> None:
         package.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, package)
     monkeypatch.setitem(sys.modules, patching.__name__, patching)
-    monkeypatch.setattr(loans, "_runs_liger", lambda _: True)
+    monkeypatch.setattr(fused_kernels_file, "_runs_liger", lambda _: True)
 
 
 def patching(model: Any, **_: Any) -> None:

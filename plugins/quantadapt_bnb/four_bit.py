@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from quantadapt.compiling import has_triton, one_kernel
+from quantadapt.compiling import one_kernel
 from quantadapt.errors import ModelError
 from quantadapt.protocols import CodebookGrid, LayerwiseTarget, twin
 from quantadapt_bnb.base import BitsAndBytes, holds
@@ -279,26 +279,15 @@ class FourBitTarget(LayerwiseTarget):
             packed: Any = module.weight
             own: Any = module.bias
             bias = None if own is None else own.to(x.dtype)
-            if (product := _one_token(x, packed, bias)) is not None:
-                return product
             row = packed.data.reshape(1, -1)  # how versions before 0.50 want it
-            vendors: Tensor = matmul_4bit(x, row, packed.quant_state, bias=bias)
-            return vendors
+            product: Tensor = matmul_4bit(x, row, packed.quant_state, bias=bias)
+            return product
         training = module.training
         try:
             output: Tensor = module.train()(x)
         finally:
             module.train(training)
         return output
-
-
-def _one_token(x: Tensor, packed: Any, bias: Tensor | None) -> Tensor | None:
-    """Return the product of our kernel, or None where it does not take it."""
-    if not has_triton() or packed.data.shape[0] == 1:  # an old layout, transposed
-        return None
-    from quantadapt_bnb.triton_product import product, takes
-
-    return product(x, packed.data, packed.quant_state, bias) if takes(x, packed.data) else None
 
 
 def _as_packed(module: nn.Module) -> Any:

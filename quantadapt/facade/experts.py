@@ -244,7 +244,7 @@ def read_in_parts(model: nn.Module, on: bool) -> None:
     """Have large stacks of experts in `model` dequantized a few experts at a time, or whole. In
     parts takes less memory, more time, and a wait for the device in each pass through a layer."""
     for module in model.modules():
-        if isinstance(module, QuantExperts):
+        if isinstance(module, QuantExperts) and module.in_parts != on:
             module.in_parts = on
 
 

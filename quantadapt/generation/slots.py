@@ -17,8 +17,9 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from ..compiling import compiled_functions
-from ..errors import warn
+from ..errors import SlowerWarning, warn
 from ..facade.lending import Lender, lenders_of, lent_by
+from ..fused_kernels import fused_kernels
 from ..model.recording import recording
 from ..model.sinks import NAME as SINKS
 from ..model.sinks import fused_groups
@@ -140,7 +141,8 @@ class SlotRows(Rows):
         store.steps += 1
         if not self._record or store.steps <= SEEN_BEFORE:
             return store.forward()
-        with compiled_functions():  # it pays now: what is recorded runs for many tokens
+        # It pays now: what is recorded runs for many tokens.
+        with compiled_functions(), fused_kernels(self._model, _tell):
             logits = store.forward()
             try:
                 store.record(logits)
@@ -150,6 +152,10 @@ class SlotRows(Rows):
                 what = f"passes for one token are not recorded as CUDA graphs: {reason}"
                 warn(what, NotRecordedWarning, stacklevel=2)
         return logits
+
+
+def _tell(note: str) -> None:
+    warn(note, SlowerWarning, stacklevel=4)
 
 
 def _length(row: Row) -> int:

@@ -7,20 +7,19 @@
 
 from __future__ import annotations
 
-import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from importlib.util import find_spec
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..dependencies import in_words
 from ..distributed.talking import average_gradients
+from ..fused_kernels import fused_kernels
 from ..memory import rules
-from ..model.experts import owns_stacks
 from ..model.head import Head, aligned, counting
+from ..model.patches import changed, put_back
 from ..sharding import gather_ahead
 from ..showing.quietly import quietly
 from .context_parallel import rows_in_parts
@@ -103,7 +102,7 @@ def restored(owners: Iterable[Any], *names: str) -> Iterator[None]:
         yield
     finally:
         for values, was in zip(own, before, strict=True):
-            _put_back(values, was, names)
+            put_back(values, was, names)
 
 
 @contextmanager
@@ -112,13 +111,6 @@ def patched(owner: Any, **values: Any) -> Iterator[None]:
     with restored([owner], *values):
         vars(owner).update(values)
         yield
-
-
-def _put_back(own: dict[str, Any], was: dict[str, Any], names: Iterable[str]) -> None:
-    for name in names:
-        own.pop(name, None)
-        if name in was:
-            own[name] = was[name]
 
 
 # --- the loans, in their order -------------------------------------------------------------------
@@ -141,7 +133,7 @@ def given_back(model: Any) -> Iterator[None]:
         yield
     finally:
         for own, was in zip(owners, before, strict=True):
-            _put_back(own, was, _changed(own, was))
+            put_back(own, was, changed(own, was))
         # TRL and Trainer each leave one on the embedding. Transformers' own, for routers, go with
         # the mark above that says that they are there.
         for module, known in hooks.items():
@@ -277,66 +269,6 @@ def fast_attention(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def fused_kernels(model: Any, on_note: OnNote) -> Iterator[bool]:
-    """Lend Liger's fused RMSNorm, SwiGLU and RoPE on CUDA, where liger-kernel is installed and
-    knows the architecture; yield whether it was done.
-
-    Liger patches modules, and the module of Python that defines them.
-    """
-    base = _base(model)
-    lend = _liger(base, on_note)
-    if lend is None:
-        yield False
-        return
-    defined: Any = sys.modules[type(base).__module__]
-    owners = [owner.__dict__ for owner in (defined, *base.modules())]
-    before = [dict(own) for own in owners]
-    changed: list[list[str]] = []
-    try:
-        try:
-            # The loss is computed without logits elsewhere, see `add_head_loss`.
-            lend(base, fused_linear_cross_entropy=False, cross_entropy=False)
-            # Its experts look for their kernels for minutes, and make gradients of frozen weights.
-            for module, was in zip(base.modules(), before[1:], strict=True):
-                # PEFT's wrapper stands where it looks for them.
-                if owns_stacks(getattr(module, "get_base_layer", lambda m=module: m)()):
-                    _put_back(vars(module), was, _changed(vars(module), was))
-        finally:
-            changed = [_changed(own, was) for own, was in zip(owners, before, strict=True)]
-        if not any(changed[1:]):
-            on_note(f"Liger's kernels are not used: {in_words('liger-kernel')} patched no layer")
-        yield any(changed)
-    finally:
-        for own, was, names in zip(owners, before, changed, strict=True):
-            _put_back(own, was, names)
-
-
-def _liger(base: Any, on_note: OnNote) -> Callable[..., None] | None:
-    """Return what patches `base`, where Liger is here, runs here, and knows this kind of model."""
-    if not _runs_liger(next(base.parameters()).device):
-        return None
-    try:
-        from liger_kernel.transformers.monkey_patch import (
-            MODEL_TYPE_TO_APPLY_LIGER_FN,
-            _apply_liger_kernel_to_instance,
-        )
-    except ImportError as error:
-        on_note(f"Liger's kernels are not used: {in_words('liger-kernel')}: {error}")
-        return None
-    known = getattr(base.config, "model_type", None) in MODEL_TYPE_TO_APPLY_LIGER_FN
-    return _apply_liger_kernel_to_instance if known else None
-
-
-def _runs_liger(device: torch.device) -> bool:
-    return device.type == "cuda" and find_spec("liger_kernel") is not None
-
-
-def _changed(own: dict[str, Any], was: dict[str, Any]) -> list[str]:
-    absent = object()
-    return [n for n in own.keys() | was.keys() if own.get(n, absent) is not was.get(n, absent)]
-
-
-@contextmanager
 def one_block_at_a_time(model: nn.Module) -> Iterator[None]:
     """Inside, a block of a sharded base is gathered when it is needed, and not while the one before
     it computes."""
@@ -380,7 +312,7 @@ def recomputed(
 
     recomputer = Recomputer(model, reentrant, draws)
     with ExitStack() as stack:
-        stack.enter_context(restored(recomputer.base.modules(), FLAG, FUNCTION))
+        stack.enter_context(restored(recomputer.base.modules(), FLAG, FUNCTION, "in_parts"))
         stack.enter_context(restored(recomputer.tiles.mlps, "forward"))
         recomputer.tiles.lend()
         if reentrant:  # it only records a graph where an input wants one
