@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.batches import SEQUENCES, PackedCollator
 from ..errors import TrainingError
-from .figures import adapter_device, compute_dtype
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,7 +92,8 @@ def kept_apart(model: Any, on_note: Callable[[str], None]) -> Iterator[None]:
     with ExitStack() as stack:
         here = stack.enter_context(packed_attention(model)) and _hands_on(model)
         if here:
-            fast = in_one_call(model, adapter_device(model), compute_dtype(model))
+            embedding = model.get_input_embeddings().weight
+            fast = in_one_call(model, embedding.device, embedding.dtype)
             way = "torch's varlen_attn" if fast else "example by example"
             on_note(f"attention of packed rows: {way}")
         else:

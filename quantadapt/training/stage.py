@@ -25,6 +25,7 @@ from ..planning.refusals import (
     float8_problems,
     head_problems,
     merge_aware_problems,
+    packing_problems,
     task_problems,
 )
 from ..records import Objective
@@ -235,6 +236,7 @@ def check(model: Any, spec: TrainSpec, task: Task) -> None:
     found = task_problems(task, spec, adds_to_loss=tuner_of(model) is not None)
     config = _config_of(model)
     found += head_problems(task, {**config, "architectures": [_class_name(model)]})
+    found += packing_problems(spec, config)
     state: ModelState | None = getattr(model, "quantadapt", None)
     options = state.cell.adapter_options if state is not None and state.adapter else {}
     found += context_problems(spec, task, config, options, processes=world().size)
