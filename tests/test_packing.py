@@ -17,7 +17,8 @@ from quantadapt.errors import PlanRefused, SpecError, TrainingError
 from quantadapt.model import packed_attention as ours
 from quantadapt.model.sinks import fused_sinks
 from quantadapt.objectives.sft import SFT
-from quantadapt.training.packing import kept_apart, packed, tell_filling
+from quantadapt.testing.small_demo import small_model
+from quantadapt.training.packing import filling, kept_apart, packed
 
 VOCABULARY = 64
 LENGTHS = [[9, 1, 14], [23], [2, 2, 3]]
@@ -334,9 +335,12 @@ def test_an_example_that_finds_no_room_is_told_and_not_cut() -> None:
 
 
 def test_how_full_rows_are_is_told() -> None:
-    told: list[str] = []
-    tell_filling(packed(examples([10, 6, 2])), told.append)
-    assert told == ["packing: 3 examples in 2 rows of up to 10 tokens, 10.0% of them empty"]
+    found = filling(packed(examples([10, 6, 2])))
+    assert found == (3, 2, 10, pytest.approx(0.1))
+    assert found.words == "3 examples in 2 rows of up to 10 tokens, 10.0% of them empty"
+    assert filling(packed(examples([10, 6, 2]), usual=18)) == (3, 1, 18, 0)
+    assert filling(packed(examples([10, 6, 2]), usual=3)) == found
+    assert filling(examples([10, 6, 2])) is None
 
 
 def test_what_fills_a_batch_up_counts_for_nothing() -> None:
@@ -361,10 +365,10 @@ def planned(**spec: Any) -> Any:
 @pytest.mark.parametrize("objective", ["sft", "distill"])
 def test_a_plan_says_what_a_step_sees(objective: str) -> None:
     given = {"objective": objective, "data": {"max_length": 256}}
-    for packing, words in ((True, "as the longest example"), (1024, "as 1,024 tokens")):
+    for packing, words in ((True, "256 tokens"), (1024, "1,024 tokens")):
         made = planned(**given, train={"packing": packing, "per_device_train_batch_size": 2})
         (note,) = [note for note in made.notes if "packed" in note]
-        assert f"2 rows as long {words}" in note
+        assert f"2 rows of {words}" in note
     assert made.memory.work.length == 1024
     assert not [note for note in planned(**given).notes if "packed" in note]
 
@@ -411,4 +415,15 @@ def test_a_run_learns_from_packed_rows_what_it_does_from_single_examples(packing
     assert found.losses == [(1, pytest.approx(total / count, rel=1e-5))]
     assert found.tokens == sum(lengths)
     rows, longest = (2, 94) if packing == 96 else (5, 30)
-    assert f"packing: 7 examples in {rows} rows of up to {longest} tokens" in "; ".join(notes)
+    assert found.packed[:3] == (7, rows, longest)
+    assert f"packing: {found.packed.words}" in notes
+
+
+def test_rows_are_as_long_as_examples_may_be(tmp_path: Any) -> None:
+    data = tmp_path / "a.jsonl"
+    data.write_text("".join(f'{{"prompt": "a", "completion": "{"b c " * n}"}}\n' for n in range(9)))
+    model = qa.attach(qa.quantize(str(small_model()), "hqq"), "lora")
+    options = {"packing": True, "max_steps": 1, "max_length": 64}
+    found = qa.train(model, str(data), eval_data=None, **options)
+    assert found.packed.examples > found.packed.rows
+    assert 32 < found.packed.length <= 64 == model.quantadapt.max_length

@@ -86,11 +86,11 @@ class SFT(Task):
         train = spec.train
         if not train.packing:
             return []
-        row = f"{train.row_length:,} tokens" if train.row_length else "the longest example"
-        each = "row" if train.per_device_train_batch_size == 1 else "rows"
+        row, count = train.row_length or spec.data.max_length, train.per_device_train_batch_size
+        rows = f"{count} {'row' if count == 1 else 'rows'} of {row:,} tokens"
         return [
-            f"examples are packed: a batch is {train.per_device_train_batch_size} {each} as long as"
-            f" {row}, of as many examples as fit; each token that counts weighs the same"
+            f"examples are packed: a batch is {rows}, of as many examples as fit; each token that"
+            " counts weighs the same"
         ]
 
     def _numbers(self, row: Row) -> dict[str, float]:
@@ -198,7 +198,9 @@ def _causal_trainer(task: SFT, setup: Setup) -> Any:
             _refuse_pictures(setup.dataset)
             refuse_leaks(setup.model, _causal_collator(setup))
             if SEQUENCES not in setup.dataset.column_names:
-                setup = replace(setup, dataset=packed(setup.dataset, setup.spec.row_length))
+                usual = getattr(getattr(setup.model, "quantadapt", None), "max_length", None) or 0
+                rows = packed(setup.dataset, setup.spec.row_length, usual)
+                setup = replace(setup, dataset=rows)
         # the data are tokenized already; max_length and packing have been dealt with
         options = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
         trainer = setup.trainer(

@@ -46,7 +46,7 @@ from .figures import (
 from .lent import lent, quiet
 from .loop import TrainingLoop
 from .memory_fit import MemoryFit
-from .packing import tell_filling
+from .packing import Filling, filling
 from .prepared import Prepared
 from .progress import OnLog, Watcher
 from .stopping import Stop
@@ -122,8 +122,9 @@ def train(
     # kernels, casts and the like; taken back at the end
     with task.holding(setup, note), lent(model, spec, task, note) as loans:
         trainer = make_trainer(task, setup, on_log)  # task.trainer: trl's SFTTrainer, for one
-        if spec.packing:
-            tell_filling(trainer.train_dataset, note)
+        trainer.packed = filling(trainer.train_dataset) if spec.packing else None
+        if trainer.packed:
+            note(f"packing: {trainer.packed.words}")
         trainer.prepared = prepared
         trainer.fused = loans.fused
         trainer.memory_fit = MemoryFit(trainer, loans.recomputer, spec, on_note)
@@ -194,6 +195,7 @@ class TrainResult:
         rounding_share: what rounding took more than that, where adapted layers compute with rounded
             weights (`merge_aware`); else None.
         streamed: what streaming the base took; None where it was not.
+        packed: how packed rows were filled; None where examples were not packed.
     """
 
     steps: int
@@ -214,6 +216,7 @@ class TrainResult:
     dequantize_share: float | None
     rounding_share: float | None = None
     streamed: Streamed | None = None
+    packed: Filling | None = None
 
     def __repr__(self) -> str:
         words = [f"{self.steps} steps in {self.seconds:.1f} s, {self.tokens:,} tokens"]
@@ -324,6 +327,7 @@ def _result(trainer: Any, checkpoint: Checkpoint | None) -> TrainResult:
         dequantize_share=dequantize_share(trainer, fit.spec),
         rounding_share=rounding_share(trainer, fit.spec),
         streamed=streamed(trainer),
+        packed=trainer.packed,
     )
 
 
