@@ -473,6 +473,8 @@ class _Run:
         self.metrics["train"] |= {"processes": self.world.size, "parallel": self.plan.parallel}
         self.metrics["train"]["unit"] = self.plan.task.unit
         self.metrics["train"]["memory"] = self.memory_figures(result)
+        if result.packed is not None:
+            self.metrics["train"]["packed"] = result.packed._asdict()
         if result.streamed is not None:
             self.metrics["train"]["streamed"] = result.streamed._asdict()
             self.listener("note", {"text": result.streamed.words})

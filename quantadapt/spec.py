@@ -238,9 +238,8 @@ class TrainSpec(_Strict):
     )
     packing: bool | Annotated[int, Field(ge=64)] | None = Field(
         None,
-        description="pack several examples into one row, as long as the longest example, or of so "
-        "many tokens; refused for models that mix them up. By default the objective says: pretrain "
-        "does",
+        description="pack several examples into one row, of `data.max_length` tokens, or of so "
+        "many; refused for models that mix them up. By default the objective says: pretrain does",
     )
     logging_steps: int = Field(5, ge=1)
     save_steps: int | None = Field(None, ge=1, description="checkpoint every so many steps")

@@ -15,16 +15,18 @@ from transformers import AutoModelForCausalLM
 
 import quantadapt as qa
 from quantadapt import demo
-from quantadapt.data.batches import CausalCollator
+from quantadapt.data.batches import CausalCollator, PackedCollator
 from quantadapt.errors import ModelError, PlanRefused, TrainingError
 from quantadapt.memory import workload
 from quantadapt.model import divergence
 from quantadapt.model.divergence import Mix, Predicted, divergences
 from quantadapt.model.head import Head
+from quantadapt.model.packed_attention import is_lent
 from quantadapt.objectives.distill import Distill
 from quantadapt.planning.stage import plan
-from quantadapt.spec import Spec
+from quantadapt.spec import Spec, TrainSpec
 from quantadapt.testing.small_demo import small_model
+from quantadapt.training.packing import kept_apart
 
 TOKENS, VOCABULARY = 7, 50
 KINDS = pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -119,10 +121,10 @@ def attached(backend: str = "hqq", adapter: str = "lora", **options: Any) -> Any
 
 
 class Around:
-    """What a task is given, of which distillation looks at the model alone."""
+    """What a task is given, of which distillation looks at the model, and how rows are filled."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.tokenizer = model, None
+    def __init__(self, model: Any, *, packing: bool = False) -> None:
+        self.model, self.tokenizer, self.spec = model, None, TrainSpec(packing=packing)
 
 
 @pytest.mark.slow  # to import it takes seconds
@@ -218,6 +220,21 @@ def test_in_parts_it_is_the_same(random_data: Any) -> None:
         whole = float(task.loss(model, dict(batch), count).detach())
         parts = sum(float(task.loss(model, part, count).detach()) for part in task.parts(batch, 1))
     assert parts == pytest.approx(whole, rel=1e-6)
+
+
+def test_in_a_row_it_is_the_same(random_data: Any) -> None:
+    """Neither model sees a pair of tokens of two examples, and neither makes a mask of them."""
+    model, task = attached(), Distill(beta=0.5)
+    batch = batch_of(random_data, 0, 1, 2, 3)
+    count = float(task.count(batch))
+    rows = [{**random_data[i], "seq_lengths": [len(random_data[i]["input_ids"])]} for i in range(4)]
+    with task.holding(Around(model), lambda _: None):  # type: ignore[arg-type]
+        apart = float(task.loss(model, dict(batch), count).detach())
+    with task.holding(Around(model, packing=True), lambda _: None):  # type: ignore[arg-type]
+        assert is_lent(task._held.config)
+        with kept_apart(model, lambda _: None):
+            row = float(task.loss(model, PackedCollator(0, 16)(rows), count).detach())
+    assert row == pytest.approx(apart, rel=1e-6)
 
 
 # --- other teachers ------------------------------------------------------------------------------

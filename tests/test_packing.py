@@ -7,13 +7,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
+import quantadapt as qa
+from quantadapt import demo
 from quantadapt.data.batches import PackedCollator
+from quantadapt.errors import PlanRefused, SpecError, TrainingError
 from quantadapt.model import packed_attention as ours
 from quantadapt.model.sinks import fused_sinks
 from quantadapt.objectives.sft import SFT
-from quantadapt.training.packing import kept_apart
+from quantadapt.testing.small_demo import small_model
+from quantadapt.training.packing import filling, kept_apart, packed
 
 VOCABULARY = 64
 LENGTHS = [[9, 1, 14], [23], [2, 2, 3]]
@@ -300,3 +305,125 @@ def test_a_model_that_does_not_say_where_examples_begin_gets_masks(monkeypatch: 
         assert not ours.is_lent(model.config)
         assert_same(in_a_row(model), expected)
     assert "masks of all pairs" in notes[0]
+
+
+# Rows and batches ---------------------------------------------------------------------------------
+
+
+def examples(lengths: list[int]) -> Dataset:
+    ids = [[i] * n for i, n in enumerate(lengths)]
+    return Dataset.from_dict({"input_ids": ids, "completion_mask": [[1] * n for n in lengths]})
+
+
+@pytest.mark.parametrize("length", [None, 20])
+def test_each_example_is_whole_in_one_row_that_is_as_full_as_can_be(length: int | None) -> None:
+    lengths = [3, 7, 10, 1, 9, 2, 8]  # 40 tokens
+    rows = packed(examples(lengths), length)
+    assert len(rows) == 40 // (length or 10)
+    found = []
+    for row in rows:
+        parts = torch.tensor(row["input_ids"]).split(row["seq_lengths"])
+        assert sum(row["seq_lengths"]) == (length or 10)
+        found += [(int(part[0]), len(part)) for part in parts if len(set(part.tolist())) == 1]
+    assert sorted(found) == list(enumerate(lengths))
+
+
+def test_an_example_that_finds_no_room_is_told_and_not_cut() -> None:
+    with pytest.raises(TrainingError, match="the longest example has 30 tokens") as error:
+        packed(examples([30, 5]), 16)
+    assert "set train.packing to 30 or more" in str(error.value)
+
+
+def test_how_full_rows_are_is_told() -> None:
+    found = filling(packed(examples([10, 6, 2])))
+    assert found == (3, 2, 10, pytest.approx(0.1))
+    assert found.words == "3 examples in 2 rows of up to 10 tokens, 10.0% of them empty"
+    assert filling(packed(examples([10, 6, 2]), usual=18)) == (3, 1, 18, 0)
+    assert filling(packed(examples([10, 6, 2]), usual=3)) == found
+    assert filling(examples([10, 6, 2])) is None
+
+
+def test_what_fills_a_batch_up_counts_for_nothing() -> None:
+    row = {"input_ids": [5, 6, 7, 8, 9], "completion_mask": [1, 0, 1, 1, 1], "seq_lengths": [3, 2]}
+    batch = PackedCollator(1, 8, few_shapes=True)([row])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, -100, 9, -100, -100, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    assert batch["seq_idx"].tolist() == [[0, 0, 0, 1, 1, 2, 2, 2]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 8, 8]
+    assert (batch["max_length_q"], batch["counted"], batch["tokens"]) == (4, 2, 5)
+    assert SFT().tokens(None, batch) == 5
+
+
+# Through the commands' ways -----------------------------------------------------------------------
+
+
+def planned(**spec: Any) -> Any:
+    return qa.plan(qa.Spec(**spec), check_output=False, cards=[80])
+
+
+@pytest.mark.parametrize("objective", ["sft", "distill"])
+def test_a_plan_says_what_a_step_sees(objective: str) -> None:
+    given = {"objective": objective, "data": {"max_length": 256}}
+    for packing, words in ((True, "256 tokens"), (1024, "1,024 tokens")):
+        made = planned(**given, train={"packing": packing, "per_device_train_batch_size": 2})
+        (note,) = [note for note in made.notes if "packed" in note]
+        assert f"2 rows of {words}" in note
+    assert made.memory.work.length == 1024
+    assert not [note for note in planned(**given).notes if "packed" in note]
+
+
+def test_a_plan_refuses_rows_without_room() -> None:
+    with pytest.raises(PlanRefused, match=r"512 tokens, and a packed row has room for 100"):
+        planned(train={"packing": 100})
+    with pytest.raises(PlanRefused, match=r"lays text in rows of data\.max_length"):
+        planned(objective="pretrain", train={"packing": 1024}, data={"max_length": 512})
+    with pytest.raises(SpecError, match=r"train\.packing"):
+        qa.Spec(train={"packing": 10})
+
+
+def test_a_plan_refuses_to_pack_for_an_encoder_decoder_model(tmp_path: Any) -> None:
+    config = transformers.T5Config(vocab_size=64, d_model=16, num_layers=1)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(tmp_path)
+    with pytest.raises(PlanRefused, match="packing is for causal models"):
+        planned(model=str(tmp_path), train={"packing": True})
+
+
+@pytest.mark.parametrize("packing", [True, 96])
+def test_a_run_learns_from_packed_rows_what_it_does_from_single_examples(packing: Any) -> None:
+    """The loss of the first step, over all of the data, is that of stock transformers."""
+    lengths = [30, 9, 22, 14, 3, 28, 17]
+    generator = torch.Generator().manual_seed(2)
+    ids = [torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+    masks = [[int(i >= n // 3) for i in range(n)] for n in lengths]
+    total, count, model = 0.0, 0, of("llama").float()
+    for row, mask in zip(ids, masks, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row])).logits[0, :-1].double()
+        losses = -logits.log_softmax(-1).gather(1, torch.tensor(row)[1:, None])[:, 0]
+        kept = torch.tensor(mask[1:]).bool()
+        total, count = total + float(losses[kept].sum()), count + int(kept.sum())
+    notes: list[str] = []
+    found = qa.train(
+        model,
+        Dataset.from_dict({"input_ids": ids, "completion_mask": masks}),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(demo.MODEL_DIR),
+        **{"packing": packing, "per_device_train_batch_size": 8, "max_steps": 1},
+        on_note=notes.append,
+    )
+    assert found.losses == [(1, pytest.approx(total / count, rel=1e-5))]
+    assert found.tokens == sum(lengths)
+    rows, longest = (2, 94) if packing == 96 else (5, 30)
+    assert found.packed[:3] == (7, rows, longest)
+    assert f"packing: {found.packed.words}" in notes
+
+
+def test_rows_are_as_long_as_examples_may_be(tmp_path: Any) -> None:
+    data = tmp_path / "a.jsonl"
+    data.write_text("".join(f'{{"prompt": "a", "completion": "{"b c " * n}"}}\n' for n in range(1, 9)))
+    model = qa.attach(qa.quantize(str(small_model()), "hqq"), "lora")
+    options = {"packing": True, "max_steps": 1, "max_length": 64}
+    found = qa.train(model, str(data), eval_data=None, **options)
+    assert found.packed.examples > found.packed.rows
+    assert 32 < found.packed.length <= 64 == model.quantadapt.max_length

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -93,13 +93,15 @@ class Distill(SFT):
         """Hold the teacher, on the model's device and in its dtype. Raises TrainingError where it
         is not known, ModelError where it cannot be read."""
         from ..evaluation.sizes import size_mib
+        from ..training.packing import kept_apart
 
         source = self._source(setup.model)
         self._check_tokens(setup.tokenizer)
         self._held = _loaded(source, setup.model)
         tell(f"the teacher, {source}, stands beside the model: {size_mib(self._held):,.0f} MiB")
         try:
-            yield
+            with kept_apart(self._held, lambda _: None) if setup.spec.packing else nullcontext():
+                yield
         finally:
             self._held = None
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..data.looking import Shown
     from ..data.reading import Data
     from ..data.report import DataReport
-    from ..spec import DataSpec, Spec
+    from ..spec import DataSpec, Spec, TrainSpec
 
 _KNOWN_ROWS = 4
 
@@ -90,6 +90,14 @@ class Pretrain(SFT):
             what = f"{endless}, so the length of an epoch is not known"
             found.append(Problem(what, "set train.max_steps", "train.max_steps", "pretrain-length"))
         return found
+
+    def misfits(self, train: TrainSpec) -> list[Problem]:
+        """Refuse a length of rows beside that of the data."""
+        if train.row_length is None:
+            return []
+        what = "pretrain lays text in rows of data.max_length"
+        fix = f"set data.max_length to {train.row_length}, and train.packing to true"
+        return [Problem(what, fix, "train.packing", "pretrain-rows")]
 
     def remarks(self, spec: Spec) -> list[str]:
         """Tell how much is read, and what is not known before it is."""

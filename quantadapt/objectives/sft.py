@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..data.looking import Shown
     from ..data.reading import Data
     from ..data.report import DataReport
-    from ..spec import DataSpec
+    from ..spec import DataSpec, Spec
     from ..training.trainer import Setup
 
 
@@ -80,6 +80,18 @@ class SFT(Task):
     def _reads_text(self) -> bool:
         """Whether `read` makes examples of text as it does here."""
         return type(self).read is SFT.read
+
+    def remarks(self, spec: Spec) -> list[str]:
+        """Tell what a step sees of packed examples."""
+        train = spec.train
+        if not train.packing:
+            return []
+        row, count = train.row_length or spec.data.max_length, train.per_device_train_batch_size
+        rows = f"{count} {'row' if count == 1 else 'rows'} of {row:,} tokens"
+        return [
+            f"examples are packed: a batch is {rows}, of as many examples as fit; each token that"
+            " counts weighs the same"
+        ]
 
     def _numbers(self, row: Row) -> dict[str, float]:
         from ..data.files import kind_of
@@ -186,7 +198,9 @@ def _causal_trainer(task: SFT, setup: Setup) -> Any:
             _refuse_pictures(setup.dataset)
             refuse_leaks(setup.model, _causal_collator(setup))
             if SEQUENCES not in setup.dataset.column_names:
-                setup = replace(setup, dataset=packed(setup.dataset, setup.spec.row_length))
+                usual = getattr(getattr(setup.model, "quantadapt", None), "max_length", None) or 0
+                rows = packed(setup.dataset, setup.spec.row_length, usual)
+                setup = replace(setup, dataset=rows)
         # the data are tokenized already; max_length and packing have been dealt with
         options = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
         trainer = setup.trainer(
@@ -208,9 +222,6 @@ def _refuse_pictures(dataset: Dataset) -> None:
 def _seq2seq_trainer(task: SFT, setup: Setup) -> Any:
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-    if setup.spec.packing:
-        what = "packing is for causal models, this is an encoder-decoder model"
-        raise TrainingError(what, fix="leave train.packing out", where="train.packing")
     if all(setup.dataset[0]["completion_mask"]):
         what = "an encoder-decoder model needs prompts, but the data are plain text"
         raise TrainingError(what, fix="use data with prompts and completions", where="data")

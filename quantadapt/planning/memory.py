@@ -359,7 +359,7 @@ def memory_plan(
         optim=train.optim,
         dtype_bytes=_bytes(dtype),
         batch=train.per_device_train_batch_size,
-        length=spec.data.max_length,
+        length=train.row_length or spec.data.max_length,
         dropout=bool(options.get("lora_dropout")),
         fused_adapter=lora and not _is_unfused(options),
         dora=lora and bool(options.get("use_dora")),

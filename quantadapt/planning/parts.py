@@ -323,6 +323,11 @@ def check_training(draft: Draft, device: str) -> None:
         what = "memory and gradient_checkpointing both say which layers are computed again"
         fix = "leave one of them out"
         draft.problems.append(Problem(what, fix, where="train.gradient_checkpointing"))
+    row, longest = train.row_length, draft.spec.data.max_length
+    if row is not None and row < longest:
+        what = f"examples may have {longest:,} tokens, and a packed row has room for {row:,}"
+        fix = f"set train.packing to {longest} or more, or data.max_length to {row}"
+        draft.problems.append(Problem(what, fix, where="train.packing"))
     if isinstance(train.memory, float) and not device.startswith("cuda"):
         draft.notes.append("train.memory limits the memory of a GPU; this run has none")
 

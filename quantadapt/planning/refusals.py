@@ -281,6 +281,14 @@ def head_problems(task: Task, config: Mapping[str, Any]) -> list[Problem]:
     return [Problem(what, fix, "objective", "task-head")]
 
 
+def packing_problems(train: TrainSpec, config: Mapping[str, Any]) -> list[Problem]:
+    """Return why a model with this config does not learn from packed rows; empty if it may."""
+    if not train.packing or not config.get("is_encoder_decoder"):
+        return []
+    what = "packing is for causal models, this is an encoder-decoder model"
+    return [Problem(what, "leave train.packing out", "train.packing", "packing-causal")]
+
+
 def other_head(config: Mapping[str, Any]) -> str:
     """Return the class that config.json names where that does not predict the next token."""
     names = config.get("architectures")

@@ -61,6 +61,7 @@ from .refusals import (
     loftq_problems,
     make_cell,
     merge_aware_problems,
+    packing_problems,
     refusals_beside,
     task_problems,
 )
@@ -435,6 +436,7 @@ def _combined(draft: Draft, made: Plan) -> Plan:
     )
     if made.trains:
         draft.problems += head_problems(made.task, config)
+        draft.problems += packing_problems(spec.train, config)
         if not spec.skip_modules:
             draft.problems += all_linear_problems(adapter, made.adapter_options, config)
     for name, evaluator in made.evaluators.items():

@@ -270,6 +270,8 @@ def _memory_figures(train: Mapping[str, Any]) -> list[tuple[str, str]]:
     predicted = number(train, "memory", "predicted_gib")
     if predicted is not None:
         figures.append((mebibytes(predicted * 1024), "predicted for it"))
+    if (empty := number(train, "packed", "empty")) is not None:
+        figures.append((f"{1 - empty:.1%}", "of packed rows filled"))
     if (streamed := number(train, "streamed", "gib")) is not None:
         figures.append((mebibytes(streamed * 1024), "of the base copied to the GPU in a step"))
     if (hidden := number(train, "streamed", "hidden")) is not None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ..folders.checkpoints import Checkpoint
     from .expected_calls import ExpectedCalls
     from .memory_fit import MemoryFit
+    from .packing import Filling
     from .prepared import Prepared
     from .stopping import Stop
     from .validation import Validation
@@ -64,6 +65,7 @@ class TrainingLoop:
     calls: ExpectedCalls | None = None
     validation: Validation | None = None
     prepared: Prepared | None = None
+    packed: Filling | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.told: list[Mapping[str, Tensor]] = []  # by the passes of the step that goes on

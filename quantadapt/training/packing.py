@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..data.batches import SEQUENCES, PackedCollator
 from ..errors import TrainingError
-from .figures import adapter_device, compute_dtype
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,20 +29,42 @@ _AT_A_TIME = 100_000
 # Rows ---------------------------------------------------------------------------------------------
 
 
-def packed(dataset: Dataset, length: int | None = None) -> Dataset:
+class Filling(NamedTuple):
+    """How packed rows are filled.
+
+    Attributes:
+        length: tokens of the fullest row.
+        empty: the share of all rows of that length that no example takes.
+    """
+
+    examples: int
+    rows: int
+    length: int
+    empty: float
+
+    @property
+    def words(self) -> str:
+        """It in words."""
+        return (
+            f"{self.examples:,} examples in {self.rows:,} rows of up to {self.length:,} tokens,"
+            f" {self.empty:.1%} of them empty"
+        )
+
+
+def packed(dataset: Dataset, length: int | None = None, usual: int = 0) -> Dataset:
     """Put several examples into one row: the longest first, each where it leaves the least room.
 
     Args:
-        length: tokens of a row; by default as many as the longest example has.
+        length: tokens of a row; by default `usual`, or as many as the longest example has.
 
     Raises:
-        TrainingError: an example is longer than that.
+        TrainingError: an example is longer than `length`.
     """
     import pyarrow.compute as pc
     from trl import pack_dataset
 
     longest = pc.max(pc.list_value_length(dataset.with_format("arrow")[:]["input_ids"])).as_py()
-    length = length or longest
+    length = length or max(longest, usual)
     if longest > length:
         what = f"the longest example has {longest:,} tokens, and a row has room for {length:,}"
         fix = f"set {WHERE} to {longest} or more, or lower data.max_length"
@@ -53,17 +74,15 @@ def packed(dataset: Dataset, length: int | None = None) -> Dataset:
     return rows
 
 
-def tell_filling(rows: Dataset, on_note: Callable[[str], None]) -> None:
-    """Say how packed rows are filled."""
+def filling(rows: Dataset) -> Filling | None:
+    """Return how rows are filled; None of those that a task has packed in a way of its own."""
     if SEQUENCES not in rows.column_names:
-        return  # a task's own way of packing
+        return None
     parts = rows[SEQUENCES]
-    examples, filled = sum(map(len, parts)), [sum(lengths) for lengths in parts]
-    empty = 1 - sum(filled) / (len(filled) * max(filled))
-    on_note(
-        f"packing: {examples:,} examples in {len(filled):,} rows of up to {max(filled):,} tokens,"
-        f" {empty:.1%} of them empty"
-    )
+    lengths = [sum(part) for part in parts]
+    longest = max(lengths)
+    empty = 1 - sum(lengths) / (len(lengths) * longest)
+    return Filling(sum(map(len, parts)), len(lengths), longest, empty)
 
 
 def packed_collator(setup: Setup) -> PackedCollator:
@@ -93,7 +112,8 @@ def kept_apart(model: Any, on_note: Callable[[str], None]) -> Iterator[None]:
     with ExitStack() as stack:
         here = stack.enter_context(packed_attention(model)) and _hands_on(model)
         if here:
-            fast = in_one_call(model, adapter_device(model), compute_dtype(model))
+            embedding = model.get_input_embeddings().weight
+            fast = in_one_call(model, embedding.device, embedding.dtype)
             way = "torch's varlen_attn" if fast else "example by example"
             on_note(f"attention of packed rows: {way}")
         else:

@@ -25,6 +25,7 @@ from ..planning.refusals import (
     float8_problems,
     head_problems,
     merge_aware_problems,
+    packing_problems,
     task_problems,
 )
 from ..records import Objective
@@ -45,7 +46,7 @@ from .figures import (
 from .lent import lent, quiet
 from .loop import TrainingLoop
 from .memory_fit import MemoryFit
-from .packing import tell_filling
+from .packing import Filling, filling
 from .prepared import Prepared
 from .progress import OnLog, Watcher
 from .stopping import Stop
@@ -121,8 +122,9 @@ def train(
     # kernels, casts and the like; taken back at the end
     with task.holding(setup, note), lent(model, spec, task, note) as loans:
         trainer = make_trainer(task, setup, on_log)  # task.trainer: trl's SFTTrainer, for one
-        if spec.packing:
-            tell_filling(trainer.train_dataset, note)
+        trainer.packed = filling(trainer.train_dataset) if spec.packing else None
+        if trainer.packed:
+            note(f"packing: {trainer.packed.words}")
         trainer.prepared = prepared
         trainer.fused = loans.fused
         trainer.memory_fit = MemoryFit(trainer, loans.recomputer, spec, on_note)
@@ -193,6 +195,7 @@ class TrainResult:
         rounding_share: what rounding took more than that, where adapted layers compute with rounded
             weights (`merge_aware`); else None.
         streamed: what streaming the base took; None where it was not.
+        packed: how packed rows were filled; None where examples were not packed.
     """
 
     steps: int
@@ -213,6 +216,7 @@ class TrainResult:
     dequantize_share: float | None
     rounding_share: float | None = None
     streamed: Streamed | None = None
+    packed: Filling | None = None
 
     def __repr__(self) -> str:
         words = [f"{self.steps} steps in {self.seconds:.1f} s, {self.tokens:,} tokens"]
@@ -235,6 +239,7 @@ def check(model: Any, spec: TrainSpec, task: Task) -> None:
     found = task_problems(task, spec, adds_to_loss=tuner_of(model) is not None)
     config = _config_of(model)
     found += head_problems(task, {**config, "architectures": [_class_name(model)]})
+    found += packing_problems(spec, config)
     state: ModelState | None = getattr(model, "quantadapt", None)
     options = state.cell.adapter_options if state is not None and state.adapter else {}
     found += context_problems(spec, task, config, options, processes=world().size)
@@ -322,6 +327,7 @@ def _result(trainer: Any, checkpoint: Checkpoint | None) -> TrainResult:
         dequantize_share=dequantize_share(trainer, fit.spec),
         rounding_share=rounding_share(trainer, fit.spec),
         streamed=streamed(trainer),
+        packed=trainer.packed,
     )
 
 
