@@ -18,6 +18,7 @@ import quantadapt as qa
 from quantadapt.adapting.targets import StacksWarning
 from quantadapt.errors import PlanRefused
 from quantadapt.facade import QuantExperts, densify, linear_facades, stack_facades
+from quantadapt.registry import registry
 
 BASE = {
     "vocab_size": 128,
@@ -281,3 +282,23 @@ def test_a_plan_refuses_what_does_not_go_onto_experts(adapter: str, tmp_path: Pa
 
     assert problems() == ([] if adapter == "lora" else [f"{adapter}-experts"])
     assert problems(target_modules=["q_proj", "v_proj"]) == []
+
+
+def test_every_method_goes_onto_experts_or_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    """By a rule, before any work: with what to do in place of it."""
+    made("qwen3-moe").save_pretrained(tmp_path / "model")
+    reach = set()
+    for adapter in registry().adapters():
+        backend = {"name": "hqq", "group_size": 32}
+        spec = qa.Spec(model=str(tmp_path / "model"), backend=backend, adapter=adapter.name)
+        spec.output = str(tmp_path / "run")
+        try:
+            qa.plan(spec)
+        except PlanRefused as refused:
+            ways = {p.rule: p.fix for p in refused.problems}
+            rules = {f"{adapter.name}-experts", f"{adapter.name}-not-supported"} & ways.keys()
+            assert rules, adapter.name
+            assert all("use " in ways[rule] for rule in rules)
+            continue
+        reach.add(adapter.name)
+    assert reach == {"lora", "rslora", "dora"}

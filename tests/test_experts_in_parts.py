@@ -151,6 +151,32 @@ def test_who_asks_for_it() -> None:
     assert "in_parts" not in vars(plain)
 
 
+@pytest.mark.parametrize("kind", ["many small", "clamped, biases, transposed"])
+def test_every_setting_gives_the_same_gradients(
+    kind: str, read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recomputed or not, inputs in CPU memory or not, in parts or whole: to the bit."""
+    monkeypatch.setattr(experts, "PART", 1)
+    tuned = qa.attach(quantized(kind), "lora", r=4)
+    ids = torch.randint(1, 64, (2, 16), generator=torch.Generator().manual_seed(3))
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            weight.data.copy_(torch.linspace(-1, 1, weight.numel()).cos().view(weight.shape) / 9)
+    recomputer = Recomputer(tuned.train())
+    tuned.enable_input_require_grads()
+    found = []
+    for setting in (Setting(0, False, 1), Setting(1, False, 1), Setting(1, True, 1)):
+        recomputer.apply(setting)
+        loss = tuned(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in tuned.parameters() if p.requires_grad)])
+        assert bool(read) == setting.offload
+        tuned.zero_grad()
+    assert len(found[0]) > 8
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 @pytest.mark.cuda
 def test_on_a_gpu_parts_compute_the_same(read: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """But for rounding: products of other sizes are summed in other orders."""

@@ -13,6 +13,7 @@ import torch
 
 import quantadapt as qa
 from quantadapt import cli
+from quantadapt.cli.run_models import opened_models
 from quantadapt.errors import QuantadaptError
 from quantadapt.exporting import saving
 from quantadapt.exporting.manifest import MANIFEST
@@ -114,6 +115,17 @@ def test_a_whole_model_is_streamed_where_that_is_said(tmp_path: Path, as_on_a_gp
     assert torch.equal(logits(model), logits(whole))
 
 
+def test_the_base_without_quantization_is_streamed_beside_it(
+    tmp_path: Path, as_on_a_gpu: None
+) -> None:
+    folder = str(trained(tmp_path, "all"))
+    for stream, streams in (("auto", True), ("none", False)):
+        opened = opened_models(folder, ["unquantized"], None, force_base=False, stream=stream)
+        _, model = next(opened)
+        assert state_of(model).backend.name == "none"
+        assert (streamer_of(model) is not None) == streams
+
+
 def test_commands_answer_and_measure_the_same(
     tmp_path: Path, as_on_a_gpu: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,7 +143,16 @@ def test_commands_answer_and_measure_the_same(
     assert streamed[2].count(TOLD) == 1
     assert TOLD not in whole[2]
     measured = [
-        ask("eval", folder, "--max-examples", "4", "--json", "--models", "quantized,tuned", *more)
+        ask(
+            "eval",
+            folder,
+            "--max-examples",
+            "4",
+            "--json",
+            "--models",
+            "unquantized,quantized,tuned",
+            *more,
+        )
         for more in ((), ("--stream", "none"))
     ]
     assert [code for code, *_ in measured] == [0, 0], measured[0][2]

@@ -124,29 +124,21 @@ class _Parts(NamedTuple):
         """Return a stack's bias, [experts, out_features]."""
         return _bias(self.experts, self.names[which])
 
-    def product(self, x: Tensor, which: int, ends: Tensor) -> Tensor:
-        """Return x Wᵀ, by expert."""
+    def product(self, x: Tensor, which: int, ends: Tensor, *, back: bool = False) -> Tensor:
+        """Return x Wᵀ, by expert; `back`: x W."""
+
+        def turned(weight: Tensor) -> Tensor:
+            return weight if back else weight.transpose(1, 2)
+
         if (size := self._at_a_time(which)) is None:
-            return grouped(x, self.weight(which).transpose(1, 2), ends)
+            return grouped(x, turned(self.weight(which)), ends)
         stack = self._stack(which)
 
         def weight(first: int, last: int) -> Tensor:
-            found: Tensor = stack.of_experts(first, last).to(self.dtype)
-            return found.transpose(1, 2)
+            return turned(stack.of_experts(first, last).to(self.dtype))
 
-        return grouped_in_parts(x, ends, size, stack.stack.out_features, weight)
-
-    def product_back(self, dy: Tensor, which: int, ends: Tensor) -> Tensor:
-        """Return dy W, by expert."""
-        if (size := self._at_a_time(which)) is None:
-            return grouped(dy, self.weight(which), ends)
-        stack = self._stack(which)
-
-        def weight(first: int, last: int) -> Tensor:
-            found: Tensor = stack.of_experts(first, last).to(self.dtype)
-            return found
-
-        return grouped_in_parts(dy, ends, size, stack.stack.in_features, weight)
+        columns = stack.stack.in_features if back else stack.stack.out_features
+        return grouped_in_parts(x, ends, size, columns, weight)
 
     def _at_a_time(self, which: int) -> int | None:
         """Return how many experts of a stack are to be dequantized at a time; None: all."""
@@ -255,7 +247,7 @@ def _gradients(
     x = hidden.to(parts.dtype)[routing.token]
     y, added = parts.product(x, 0, ends), first and first.added(x, ends, made.get(0))
     dy = d_output[routing.token]
-    dz = parts.product_back(dy, 1, ends)
+    dz = parts.product(dy, 1, ends, back=True)
     d_added = second and second.backward_added(dy, ends)
     d_up, z, d_share = gated_backward(
         parts.experts,
@@ -277,7 +269,7 @@ def _gradients(
     del x, added
     dx = None
     if wants_dx:
-        dx = parts.product_back(d_up, 0, ends)
+        dx = parts.product(d_up, 0, ends, back=True)
         beside = first and d_added and first.beside(d_added)
         dx = combined(add(dx, beside, routing), routing).to(hidden.dtype)
     d_weights = routing.by_token(d_share)
