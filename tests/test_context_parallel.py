@@ -15,9 +15,10 @@ import torch
 from processes import in_processes
 
 import quantadapt as qa
+from quantadapt import demo
 from quantadapt.errors import PlanRefused, QuantadaptError
 from quantadapt.machine import Machine
-from quantadapt.memory import Workload
+from quantadapt.memory import GIB, Workload
 from quantadapt.memory.shape import Shape
 from quantadapt.objectives.dpo import DPO
 from quantadapt.objectives.sft import SFT
@@ -265,6 +266,28 @@ def test_heads_that_do_not_divide_are_told_with_what_would(tmp_path) -> None:
     (problem,) = caught.value.problems
     assert problem.what == "the model has 6 attention heads, which 4 GPUs cannot share out"
     assert problem.fix == "use 2 or 3"
+
+
+def ways_out(folder: Path, **config: Any) -> str:
+    """Say what a plan advises where a row of 64k tokens is too long for a card of 24 GiB."""
+    (folder / "config.json").write_text(json.dumps(LLAMA | config))
+    spec = Spec(
+        model=str(folder),
+        backend="bnb-nf4",
+        data={"path": str(demo.TRAIN_FILE), "max_length": 131072},
+        train={"per_device_train_batch_size": 1},
+        evaluate={"unquantized": False},
+        output=str(folder / "run"),
+    )
+    cards = Machine(cuda=((9, 0),), memory=(24 * GIB,))
+    with pytest.raises(PlanRefused) as caught:
+        plan(spec, machine=cards, processes=1, weights=False)
+    return str(caught.value)
+
+
+def test_a_row_that_is_too_long_for_a_card_is_advised_to_be_shared(tmp_path) -> None:
+    assert "train.context_parallel_size: 4 on 4 GPUs" in ways_out(tmp_path)
+    assert "context_parallel_size" not in ways_out(tmp_path, num_attention_heads=33)
 
 
 def test_python_refuses_it_as_the_plan_does(folder) -> None:

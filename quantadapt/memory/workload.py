@@ -92,6 +92,7 @@ class Workload:
         beside: how many weights the model has beside its language model: what sees pictures.
         rounds: whether adapted layers compute with the rounded weights that a merge keeps.
         contexts: so many GPUs share each example, a part of its tokens each.
+        row_shares: how many could.
     """
 
     shape: Shape
@@ -121,6 +122,7 @@ class Workload:
     beside: int = 0
     rounds: bool = False
     contexts: int = 1
+    row_shares: tuple[int, ...] = ()
 
     # --- what is there all the time ----------------------------------------------------------
 

@@ -50,6 +50,26 @@ def context_problems(
     ]
 
 
+def row_shares(
+    train: TrainSpec,
+    task: Task,
+    config: Mapping[str, Any],
+    options: Mapping[str, Any],
+    longest: int,
+) -> tuple[int, ...]:
+    """Return how many GPUs could share a row, of those that a machine may have."""
+    return tuple(
+        count
+        for count in (2, 4, 8)
+        if not context_problems(
+            train.model_copy(update={"context_parallel_size": count}),
+            *(task, config, options),
+            processes=count,
+            longest=longest,
+        )
+    )
+
+
 def _process_problems(size: int, processes: int) -> Iterator[Problem]:
     if processes % size:
         count = "there is one" if processes == 1 else f"there are {processes}"

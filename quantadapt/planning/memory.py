@@ -19,6 +19,7 @@ from ..memory.workload import CONTEXT, GIB, Setting, Workload, card_for, usable
 from ..protocols import Quantizer, Task
 from ..records import Adapter
 from ..spec import Spec
+from .context_parallel import row_shares
 from .on_disk import quantization_in
 
 ERROR = 0.1
@@ -345,6 +346,7 @@ def memory_plan(
         beside=beside,
         rounds=train.merge_aware,
         contexts=train.context_parallel_size,
+        row_shares=row_shares(train, task, config, options, spec.data.max_length),
     )
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
     return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))
