@@ -215,7 +215,7 @@ def test_layers_that_peft_computes_itself_are_told(monkeypatch) -> None:
         assert notes == []
     monkeypatch.setattr(LoraConfig, "_register_custom_module", lambda *_: None)
     with fused_layers(adapted(), on_note=notes.append) as training:
-        assert training.layers == []
+        assert training._layers == []
     assert notes[0].startswith("14 LoRA layers are PEFT's own")
     assert f"peft {__version__}" in notes[0]
 

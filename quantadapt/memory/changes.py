@@ -10,6 +10,8 @@ from .workload import Workload, optimizer_bytes
 
 SHORTEST = 128
 """Tokens per example below which nobody is advised to go."""
+LONG = 8192
+"""Tokens per example from which on several GPUs are advised to share one."""
 _Change = tuple[str, dict[str, Any]]
 """In words, and as fields of a Workload."""
 
@@ -40,6 +42,10 @@ def _shared_by(count: int) -> Iterator[_Change]:
     yield f"{words} with train.memory: min", {**shared, "prefetches": False}
 
 
+def _rows_shared_by(count: int) -> str:
+    return f"train.context_parallel_size: {count} on {count} GPUs"
+
+
 def _changes(work: Workload) -> list[list[_Change]]:
     """Return kinds of changes, each from the mildest to the strongest."""
     lengths = [work.length >> shift for shift in range(1, work.length.bit_length())]
@@ -53,6 +59,8 @@ def _changes(work: Workload) -> list[list[_Change]]:
         kinds.append([("train.optim: paged_adamw_8bit", {"optim": "paged_adamw_8bit"})])
     if work.streamable and work.streamed != "all":
         kinds.append([("train.stream: all", {"streamed": "all"})])
+    if work.contexts == 1 and work.length >= LONG:
+        kinds.append([(_rows_shared_by(n), {"contexts": n}) for n in work.row_shares])
     if work.shards == 1 and work.shardable:
         kinds.append([change for n in (2, 4, 8) for change in _shared_by(n)])
     return [kind for kind in kinds if kind]

@@ -103,6 +103,7 @@ class Workload:
         float8: whether products with the base are in 8-bit floats.
         contexts: so many GPUs share each example, a part of its tokens each.
         in_parts: whether stacks of experts can be dequantized in parts.
+        row_shares: how many could.
     """
 
     shape: Shape
@@ -134,6 +135,7 @@ class Workload:
     float8: bool = False
     contexts: int = 1
     in_parts: bool = False
+    row_shares: tuple[int, ...] = ()
 
     # --- what is there all the time ----------------------------------------------------------
 

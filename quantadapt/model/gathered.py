@@ -1,4 +1,4 @@
-"""Vectors of all processes, of which the gradients find the way back."""
+"""What a loss has to know of the batches of all processes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ def of_all_processes(tensor: Tensor) -> Tensor:
     if world().size == 1:
         return tensor
     found: Tensor = _Gathered.apply(tensor)  # type: ignore[no-untyped-call]
+    return found
+
+
+def mean_of_processes(count: Tensor) -> Tensor:
+    """Return the mean of a count over all processes, which all have to ask for; float32."""
+    found = count.float()
+    if world().size > 1:
+        distributed.all_reduce(found)
+        found = found / world().size
     return found
 
 

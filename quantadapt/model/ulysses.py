@@ -9,7 +9,7 @@ do as the others, also under a causal mask. As in DeepSpeed-Ulysses
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -33,8 +33,11 @@ FIX = "use a model of plain causal attention, or leave train.context_parallel_si
 
 
 @contextmanager
-def exchanging(model: nn.Module, group: Any) -> Iterator[None]:
-    """Inside, the processes of `group` have a part each of the tokens of a row, in their order.
+def exchanging(model: nn.Module, group: Callable[[], Any]) -> Iterator[None]:
+    """Inside, the processes of a group have a part each of the tokens of a row, in their order.
+
+    Args:
+        group: returns it; all processes have to ask for it, so it comes after what is refused.
 
     Raises:
         ModelError: the model's attention is not torch's `scaled_dot_product_attention`.
@@ -46,7 +49,7 @@ def exchanging(model: nn.Module, group: Any) -> Iterator[None]:
         what = "its attention is not that of torch, so GPUs cannot share it out by heads"
         raise ModelError(what, fix=FIX, where="train.context_parallel_size")
     # No mask is registered with it: the tokens here are not all that a query sees.
-    AttentionInterface.register(NAME, partial(_attention, group))
+    AttentionInterface.register(NAME, partial(_attention, group()))
     with computed_by(NAME, configs):
         yield
 

@@ -23,6 +23,7 @@ class ORPO(PairTask):
     """The options of `orpo`. The loss is TRL's."""
 
     adds_up: ClassVar[bool] = False  # its first part is a mean over all tokens of a batch
+    meets: ClassVar[bool] = True
 
     beta: float = Field(0.1, gt=0, description="how much the odds ratio weighs")
 
@@ -30,15 +31,19 @@ class ORPO(PairTask):
         self, model: Any, batch: dict[str, Any], count: Any
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the mean over all pairs of a step: the loss of chosen answers with their prompts,
-        in nats per token, and that of the odds ratio."""
+        in nats per token, and that of the odds ratio. A batch that is learnt from is that of all
+        processes."""
         from torch.nn.functional import logsigmoid
+
+        from ..model.gathered import mean_of_processes
 
         answers = batch["labels"][:, 1:] != -100
         whole = batch["labels"].clone()  # of the chosen ones, with their prompts
         seen = batch["attention_mask"][0::2] == 1
         whole[0::2] = batch["input_ids"][0::2].masked_fill(~seen, -100)
         log_p = token_log_probs(model, {**batch, "labels": whole, "counted": None})
-        learnt = -log_p[0::2].sum() / (whole[0::2, 1:] != -100).sum()
+        tokens = (whole[0::2, 1:] != -100).sum()
+        learnt = -log_p[0::2].sum() / (mean_of_processes(tokens) if model.training else tokens)
         means = (log_p * answers).sum(1) / answers.sum(1)
         chosen, rejected = means.view(-1, 2).unbind(1)
         ratios = logsigmoid(log_odds(chosen) - log_odds(rejected))

@@ -50,6 +50,26 @@ def context_problems(
     ]
 
 
+def row_shares(
+    train: TrainSpec,
+    task: Task,
+    config: Mapping[str, Any],
+    options: Mapping[str, Any],
+    longest: int,
+) -> tuple[int, ...]:
+    """Return how many GPUs could share a row, of those that a machine may have."""
+    return tuple(
+        count
+        for count in (2, 4, 8)
+        if not context_problems(
+            train.model_copy(update={"context_parallel_size": count}),
+            *(task, config, options),
+            processes=count,
+            longest=longest,
+        )
+    )
+
+
 def _process_problems(size: int, processes: int) -> Iterator[Problem]:
     if processes % size:
         count = "there is one" if processes == 1 else f"there are {processes}"
@@ -63,8 +83,9 @@ def _training_problems(
 ) -> Iterator[Problem]:
     name = type(task).__name__
     if not task.by_token:
-        what = f"{name} scores whole answers or texts, of which a GPU would have a part"
-        yield Problem(what, f"{_LEAVE_OUT}, or use objective: sft", WHERE, "context-by-token")
+        what = f"{name} learns from whole rows, of which each GPU would have a part"
+        fix = f"{_LEAVE_OUT}, or use objective: sft or pretrain"
+        yield Problem(what, fix, WHERE, "context-by-token")
     if train.packing:
         what = "examples of a packed row are kept apart by what a GPU with a part does not see"
         yield Problem(what, "set train.packing: false", "train.packing", "context-packing")
@@ -102,6 +123,8 @@ def _not_plain(config: Mapping[str, Any], longest: int) -> str:
         return "the model is not a decoder of plain attention that is known"
     if text.get("output_router_logits"):
         return "its routers are balanced over all tokens (output_router_logits)"
+    if text.get("attn_logit_softcapping"):
+        return "attention caps its logits (attn_logit_softcapping)"
     kinds = set(text.get("layer_types") or ())
     if others := kinds - {_FULL, _WINDOW}:
         return f"the model has layers of {', '.join(sorted(others))}"

@@ -19,6 +19,7 @@ from ..memory.workload import CONTEXT, GIB, Setting, Workload, card_for, usable
 from ..protocols import Quantizer, Task
 from ..records import Adapter
 from ..spec import Spec
+from .context_parallel import row_shares
 from .on_disk import quantization_in
 
 ERROR = 0.1
@@ -383,6 +384,7 @@ def memory_plan(
         float8=train.compute == "fp8",
         contexts=train.context_parallel_size,
         in_parts=quantizer.target.reads_rows,
+        row_shares=row_shares(train, task, config, options, spec.data.max_length),
     )
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
     return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))
