@@ -381,6 +381,7 @@ def memory_plan(
         beside=beside,
         rounds=train.merge_aware,
         float8=train.compute == "fp8",
+        packed=bool(train.packing),
         contexts=train.context_parallel_size,
         in_parts=quantizer.target.reads_rows,
     )
