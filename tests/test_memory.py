@@ -210,7 +210,7 @@ def test_a_card_of_the_size_that_is_named_suffices() -> None:
 
 
 def test_ways_out_fit_each_by_itself_or_together() -> None:
-    budget = usable(7.5 * GIB)
+    budget = usable(7.8 * GIB)
     small = replace(work(), splits=False)
     assert small.fit(budget) is None
     assert ways_out(small, budget) == ["data.max_length: 1024", "train.parallel: fsdp on 2 GPUs"]
