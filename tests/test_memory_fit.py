@@ -57,7 +57,7 @@ class Card:
         return Probe(setting, peak, peak - GIB, self.seconds(setting))
 
     def choose(self, gib: float, batches: list[int]) -> Setting | None:
-        found = choose(self.measure, self.layers - 1, batches, int(gib * GIB))
+        found = choose(self.measure, self.layers - 1, self.layers, batches, int(gib * GIB))
         return found.setting if found else None
 
 
@@ -80,8 +80,9 @@ def test_the_fewest_layers_that_fit_are_recomputed(gib) -> None:
 
 def test_the_inputs_leave_the_card_where_nothing_else_fits() -> None:
     card = Card()
-    assert card.choose(8.5, [4]) == Setting(31, True, 4)
-    assert card.choose(7.5, [4]) is None
+    # The last layer, too: what it keeps would be there beside the loss.
+    assert card.choose(8.5, [4]) == Setting(32, True, 4)
+    assert card.choose(6.5, [4]) is None
 
 
 def test_a_smaller_micro_batch_wins_where_dequantizing_is_cheap() -> None:
@@ -93,7 +94,7 @@ def test_a_setting_that_runs_out_of_memory_is_not_chosen() -> None:
     card = Card(oom_above=12)
     found = card.choose(80, [4])
     assert card.peak(found) <= 12 * GIB
-    assert Card(oom_above=8.5).choose(80, [4]) == Setting(31, True, 4)
+    assert Card(oom_above=8.5).choose(80, [4]) == Setting(32, True, 4)
 
 
 def test_a_model_that_cannot_recompute() -> None:
@@ -105,12 +106,12 @@ def test_a_model_that_cannot_recompute() -> None:
 
 def test_lowering_goes_through_every_stage() -> None:
     setting, seen = Setting(0, False, 4), []
-    while setting := lowered(setting, 31, True):
+    while setting := lowered(setting, 31, 32, True):
         seen.append((setting.recomputed_layers, setting.offload, setting.micro_batch))
     layers = [(n, False, 4) for n in (8, 16, 24, 31)]
-    assert seen == [*layers, (31, True, 4), (31, True, 2), (31, True, 1)]
-    assert lowered(Setting(31, True, 4), 31, splits=False) is None
-    assert lowered(Setting(0, False, 1), 0, splits=True) is None
+    assert seen == [*layers, (32, True, 4), (32, True, 2), (32, True, 1)]
+    assert lowered(Setting(32, True, 4), 31, 32, splits=False) is None
+    assert lowered(Setting(0, False, 1), 0, 1, splits=True) is None
 
 
 # --- in training ---------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def test_running_out_of_memory_changes_no_number(options, tokenizer, data, tmp_p
 def test_memory_that_never_suffices_is_told(tokenizer, data, tmp_path) -> None:
     model, notes = adapted(), Notes()
     RunsOut(model, *range(100))
-    with pytest.raises(TrainingError, match=r"out of memory, with 3 of 4 layers .* of 1") as error:
+    with pytest.raises(TrainingError, match=r"out of memory, with 4 of 4 layers .* of 1") as error:
         trained(model, tokenizer, data, tmp_path, notes)
     assert "paged_adamw_8bit" in error.value.problems[0].fix
     assert len(notes) == 6  # 1, 2, 3 layers, CPU memory, micro-batches of 2 and of 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections import Counter
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import quantadapt as qa
 from quantadapt.memory import Setting, Workload, workload
@@ -183,6 +185,38 @@ def test_autocast_is_that_of_the_forward() -> None:
         assert error < 0.02, key  # the same roundings to bfloat16, in sums of other lengths
 
 
+@pytest.mark.parametrize("heads", [(8, 4), (4, 4), (6, 1)], ids=str)
+@pytest.mark.parametrize("layers", [0, LAYERS])
+def test_attention_by_groups_of_heads(heads, layers, monkeypatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def counted(module: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(tuple(query.shape[:3]))
+        return before(module, query, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", counted)
+    queries, keys = heads
+    size = {"hidden_size": 48, "num_attention_heads": queries, "num_key_value_heads": keys}
+    model = peft(lambda: llama(**size, head_dim=8))
+    loss, expected = passed(model)
+    seen.clear()
+    with recomputed(model, Setting(layers, True, 3)):
+        again, found = passed(model)
+        groups = math.gcd(keys, 8)
+        assert set(seen) == {(3, queries // groups, TOKENS // 3)}
+        assert len(seen) == groups * LAYERS * (2 if layers else 1)
+        seen.clear()
+        with torch.no_grad():
+            ids = torch.ones(2, 10, dtype=torch.long)
+            model(input_ids=ids, attention_mask=ids.tril())  # short, and with a mask
+        assert set(seen) == {(2, queries, 10)}
+    assert again == pytest.approx(loss, rel=1e-12)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-8, atol=1e-10)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_what_stays_whole(calls) -> None:
     model = peft()
     with recomputed(model, Setting(LAYERS, False, 3)):  # inputs on the device
@@ -202,6 +236,12 @@ def test_what_stays_whole(calls) -> None:
         calls.clear()
         model(input_ids=torch.arange(TOKENS)[None] % 64)  # a validation, or a reentrant forward
         assert calls == {TILE: 3 * LAYERS, TOKENS - 3 * TILE: LAYERS}
+    masked = torch.ones(3, TOKENS, dtype=torch.long)
+    masked[0, :20] = 0  # padding in front, so that attention has a mask, of all heads
+    loss = model(input_ids=masked, attention_mask=masked).logits
+    with recomputed(model, OFFLOADED), torch.no_grad():
+        again = model(input_ids=masked, attention_mask=masked).logits
+    torch.testing.assert_close(again, loss)
     experts = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2))
     assert Recomputer(experts).tiles.mlps == []
 
@@ -246,7 +286,16 @@ def test_the_peak_is_that_which_is_predicted() -> None:
     shape = Shape.of(model.config.to_dict())
     names = tuple(shape.linears)
     work = Workload(
-        shape, dict.fromkeys(names, 32.0), names, 2, "sgd", 4, 1, tokens, fused_kernels=False
+        shape,
+        dict.fromkeys(names, 32.0),
+        names,
+        2,
+        "sgd",
+        4,
+        1,
+        tokens,
+        fused_kernels=False,
+        packed=True,
     )
     assert work.tiles(Setting(0, True, 1), tokens)
     assert not work.tiles(Setting(0, False, 1), tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,6 +43,7 @@ class Shape:
         scaled: whether logits are more than the head's output, so that they are made all at once.
         normed_heads: whether queries and keys are normed.
         experts: what is in the place of the MLP, if it is experts.
+        key_heads: how many heads of keys there are.
         latent: of attention that keeps latent states; `queries` and `keys` are then all heads'.
     """
 
@@ -57,6 +59,7 @@ class Shape:
     normed_heads: bool = False
     experts: Experts | None = None
     latent: Latent | None = None
+    key_heads: int = 1
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape | None:
@@ -74,7 +77,8 @@ class Shape:
             experts, latent = Experts.of(config), Latent.of(config)
             hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
             head = int(config.get("head_dim") or hidden // heads)
-            keys = int(config.get("num_key_value_heads") or heads) * head
+            key_heads = int(config.get("num_key_value_heads") or heads)
+            keys = key_heads * head
             return cls(
                 hidden=hidden,
                 intermediate=int(config["intermediate_size"]),
@@ -88,6 +92,7 @@ class Shape:
                 normed_heads=kind in _NORMED_HEADS or bool(config.get("use_qk_norm")),
                 experts=experts,
                 latent=latent,
+                key_heads=latent.heads if latent else key_heads,
             )
         except (KeyError, TypeError, ValueError, ZeroDivisionError):
             return None
@@ -156,12 +161,19 @@ class Shape:
         before_the_last = (2 if self.gated else 1) + (self.gated and not fused_kernels)
         return (before_the_last + 1) * self.mlp
 
-    @property
-    def attention_backward(self) -> int:
-        """How many numbers per token the backward of attention works with: the gradients of what
-        it returns, of queries, keys and values, and that of queries in float32, as kernels add it
-        up."""
-        return 4 * self.queries + 2 * self.keys
+    def attention_backward(self, groups: int) -> int:
+        """Return how many numbers per token the backward of attention works with: the gradients of
+        what it returns, and of queries, keys and values. And for one of `groups` of heads the
+        gradient of queries in float32, as kernels add it up, and where heads share keys and values
+        the gradients of all heads'."""
+        work = 2 * self.queries + (2 * self.queries if self.keys < self.queries else 0)
+        return 2 * self.queries + 2 * self.keys + work // groups
+
+
+def head_groups(key_heads: int) -> int:
+    """Return in how many groups of heads attention goes through a long row: at most 8, each of
+    which has the keys of its queries."""
+    return math.gcd(key_heads, 8)
 
 
 def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

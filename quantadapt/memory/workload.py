@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from .experts import STACKS
-from .shape import Shape
+from .shape import Shape, head_groups
 
 GIB = 2**30
 CONTEXT = int(0.6 * GIB)
@@ -101,6 +101,7 @@ class Workload:
         beside: how many weights the model has beside its language model: what sees pictures.
         rounds: whether adapted layers compute with the rounded weights that a merge keeps.
         float8: whether products with the base are in 8-bit floats.
+        packed: whether a row may hold several examples.
         contexts: so many GPUs share each example, a part of its tokens each.
         in_parts: whether stacks of experts can be dequantized in parts.
         row_shares: how many could.
@@ -133,6 +134,7 @@ class Workload:
     beside: int = 0
     rounds: bool = False
     float8: bool = False
+    packed: bool = False
     contexts: int = 1
     in_parts: bool = False
     row_shares: tuple[int, ...] = ()
@@ -249,14 +251,14 @@ class Workload:
         """
         shape, half = self.shape, self.dtype_bytes == 2
         numbers: float = shape.kept(self.fused_kernels, half)
-        numbers -= shape.kept_inside(self.fused_kernels) if tiled else 0
         layers = [name for name in self.targets if name in shape.linears and name not in STACKS]
-        layers = [name for name in layers if not (tiled and name in MLP)]
         inputs = sum(shape.linears[name][0] for name in layers)
         if self.dropout:  # each adapter sees its own, and keeps a mask
             numbers += inputs * (1 + 1 / self.dtype_bytes)
         if not self.fused_adapter and half:  # PEFT keeps a float32 copy of each input
             numbers += 2 * inputs
+        if tiled:  # attention of several groups of heads is put together in a copy
+            numbers += (shape.queries if self._groups > 1 else 0) - self._kept_inside
         kept = int(numbers * tokens * self.dtype_bytes) + self._kept_by_experts(tokens)
         return kept + (self._rounded_bytes if self._rounds_in_graph else 0)
 
@@ -312,15 +314,31 @@ class Workload:
         if not self.tiles(setting, tokens):
             return self.backward_bytes(tokens, setting.offload)
         shape = self.shape
-        numbers = tokens * (shape.attention_backward - shape.hidden) + self._largest_weight
+        # Inputs of the second norm and of the MLP are gone then, and what was put together.
+        per_token = shape.attention_backward(self._groups) - shape.hidden
+        per_token -= shape.queries if self._groups > 1 else 0
+        numbers = tokens * per_token + self._largest_weight
         return max(self.tiled_mlp_bytes(tokens), numbers * self.dtype_bytes)
+
+    @property
+    def _groups(self) -> int:
+        """In how many groups of heads attention goes through a long row."""
+        return 1 if self.packed or self.contexts > 1 else head_groups(self.shape.key_heads)
 
     def tiled_mlp_bytes(self, tokens: int) -> int:
         """What the backward of a tiled MLP works with: the gradients of its output and input, and
         all that one tile keeps and works with."""
         tile = tile_of(self.shape.hidden)
-        in_tile = self.kept_bytes(tile) - self.kept_bytes(tile, tiled=True)
-        return 2 * self.input_bytes(tokens) + in_tile + self.backward_bytes(tile)
+        in_tile = self._kept_inside * tile * self.dtype_bytes + self.backward_bytes(tile)
+        return 2 * self.input_bytes(tokens) + in_tile
+
+    @property
+    def _kept_inside(self) -> int:
+        """How many numbers per token are kept inside an MLP that can be tiled."""
+        shape, names = self.shape, {*MLP} & {*self.targets}
+        inputs = sum(shape.linears[name][0] for name in names if name in shape.linears)
+        copied = not self.fused_adapter and self.dtype_bytes == 2
+        return shape.kept_inside(self.fused_kernels) + (2 * inputs if copied else 0)
 
     def backward_bytes(self, tokens: int, offload: bool = False) -> int:
         """What a layer's backward works with: gradients and a dequantized weight, and where it is
@@ -490,7 +508,8 @@ class Workload:
             for size in sizes
             for setting in (
                 *(Setting(count, False, size) for count in range(most + 1)),
-                Setting(most, True, size),
+                # The last layer's activations would be there beside the loss.
+                *([Setting(most + 1, True, size)] if most else []),
             )
         ]
 

@@ -382,6 +382,7 @@ def memory_plan(
         beside=beside,
         rounds=train.merge_aware,
         float8=train.compute == "fp8",
+        packed=bool(train.packing),
         contexts=train.context_parallel_size,
         in_parts=quantizer.target.reads_rows,
         row_shares=row_shares(train, task, config, options, spec.data.max_length),

@@ -308,6 +308,7 @@ def recomputed(
     model: nn.Module, setting: Setting | None = None, reentrant: bool = False, draws: bool = True
 ) -> Iterator[Recomputer]:
     """Let layers of `model` be recomputed, by `setting` or as the `Recomputer` is told."""
+    from ..model.head_groups import in_head_groups
     from .recomputing import FLAG, FUNCTION, Recomputer, require_grad
 
     recomputer = Recomputer(model, reentrant, draws)
@@ -315,6 +316,7 @@ def recomputed(
         stack.enter_context(restored(recomputer.base.modules(), FLAG, FUNCTION, "in_parts"))
         stack.enter_context(restored(recomputer.tiles.mlps, "forward"))
         recomputer.tiles.lend()
+        stack.enter_context(in_head_groups(recomputer.base, recomputer.tiles.is_long))
         if reentrant:  # it only records a graph where an input wants one
             embedding = recomputer.base.get_input_embeddings()
             stack.callback(embedding.register_forward_hook(require_grad).remove)

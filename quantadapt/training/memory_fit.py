@@ -105,7 +105,8 @@ class MemoryFit:
         sizes = halves(self.batch) if self.splits else [self.batch]
         prober = _Prober(self)
         with prober.undone():
-            found = choose(prober.measure, self.recomputer.most, sizes, budget)
+            most, layers = self.recomputer.most, self.recomputer.count
+            found = choose(prober.measure, most, layers, sizes, budget)
         if found is None:
             what = f"no setting fits {budget / GIB:.1f} GiB, the part of the GPU that is free"
             raise TrainingError(what, fix=OOM_FIX, where="train.memory")
@@ -210,7 +211,7 @@ class MemoryFit:
     def _lowered(self) -> Setting | None:
         if self._together:  # the others go on as before, and wait for this one
             return None
-        return lowered(self.setting, self.recomputer.most, self.splits)
+        return lowered(self.setting, self.recomputer.most, self.recomputer.count, self.splits)
 
     @property
     def _together(self) -> bool:

@@ -41,7 +41,7 @@ class Recomputer:
         self.base: Any = getattr(model, "get_base_model", lambda: model)()  # type: ignore[operator]
         self.layers = decoder_layers(self.base)
         self.reentrant, self.draws = reentrant, draws
-        self.inputs, self.tiles = CpuInputs(), Tiles(self.layers)
+        self.inputs, self.tiles = CpuInputs(), Tiles(self.layers, _hidden_size(self.base))
         self.calls = 0
         """How often a layer has asked to be recomputed."""
 
@@ -107,6 +107,12 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
             found.append(module)
             inside = (*inside, f"{name}.")
     return found
+
+
+def _hidden_size(base: nn.Module) -> int:
+    config: Any = getattr(base, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(text, "hidden_size", None) or 0)
 
 
 def _trains(module: nn.Module) -> bool:

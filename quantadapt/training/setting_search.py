@@ -35,18 +35,21 @@ Measure = Callable[[Setting], Probe | None]
 """Tries a setting; None where memory ran out."""
 
 
-def choose(measure: Measure, most: int, micro_batches: list[int], budget: int) -> Probe | None:
+def choose(
+    measure: Measure, most: int, layers: int, micro_batches: list[int], budget: int
+) -> Probe | None:
     """Return the fastest setting, per example, that stays within `budget`; None if none does.
 
     Args:
         measure: tries a setting.
-        most: so many layers can be recomputed with a gain.
+        most: so many layers can be recomputed with a gain, while their inputs stay on the device.
+        layers: how many can be recomputed.
         micro_batches: sizes to try, the largest first.
         budget: bytes that may be allocated.
     """
     fitting: list[Probe] = []
     for size in micro_batches:
-        found = _least_recompute(measure, most, size, budget)
+        found = _least_recompute(measure, most, layers, size, budget)
         if found is None:
             continue
         fitting.append(found)
@@ -56,42 +59,44 @@ def choose(measure: Measure, most: int, micro_batches: list[int], budget: int) -
     return min(fitting, key=lambda probe: probe.seconds / probe.setting.micro_batch, default=None)
 
 
-def _least_recompute(measure: Measure, most: int, size: int, budget: int) -> Probe | None:
+def _least_recompute(
+    measure: Measure, most: int, layers: int, size: int, budget: int
+) -> Probe | None:
     """Return the setting with micro-batches of `size` that fits with the least recomputation."""
 
-    def tried(layers: int, offload: bool = False) -> Probe | None:
-        probe = measure(Setting(layers, offload, size))
+    def tried(count: int, offload: bool = False) -> Probe | None:
+        probe = measure(Setting(count, offload, size))
         return probe if probe is not None and probe.peak <= budget else None
 
     all_ = tried(most)
     if all_ is None:
-        return tried(most, offload=True) if most else None
-    best, layers = all_, most
+        return tried(layers, offload=True) if most else None
+    best, count = all_, most
     step = min(2, most)
     while step:
-        fewer = tried(layers - step)
+        fewer = tried(count - step)
         if fewer is None:
             # Measured, it needs more than predicted: go half as far.
             step //= 2
             continue
-        best, layers = fewer, layers - step
-        per_layer = max((fewer.held - all_.held) / (most - layers), 1)
-        step = min(layers, math.floor((budget - fewer.peak) / per_layer))
+        best, count = fewer, count - step
+        per_layer = max((fewer.held - all_.held) / (most - count), 1)
+        step = min(count, math.floor((budget - fewer.peak) / per_layer))
     return best
 
 
-def lowered(setting: Setting, most: int, splits: bool) -> Setting | None:
+def lowered(setting: Setting, most: int, layers: int, splits: bool) -> Setting | None:
     """Return a setting that needs less memory, or None where there is none.
 
     Args:
-        most: so many layers can be recomputed with a gain.
+        most, layers: as in `choose`.
         splits: whether a batch can be split.
     """
-    layers = setting.recomputed_layers
-    if layers < most:
-        return replace(setting, recomputed_layers=min(most, layers + math.ceil(most / 4)))
+    count = setting.recomputed_layers
+    if count < most:
+        return replace(setting, recomputed_layers=min(most, count + math.ceil(most / 4)))
     if most and not setting.offload:
-        return replace(setting, offload=True)
+        return replace(setting, recomputed_layers=layers, offload=True)
     if splits and setting.micro_batch > 1:
         return replace(setting, micro_batch=setting.micro_batch // 2)
     return None

@@ -1,10 +1,11 @@
-"""MLPs over tiles of tokens, so that what is inside them never stands whole.
+"""MLPs over tiles of tokens, so that what is inside them never stands whole; attention by heads.
 
 Of a long row, the numbers inside one MLP are the most that a recomputed layer holds at a time. An
 MLP sees each token by itself, so its forward and backward go through the tokens tile by tile
 (https://arxiv.org/abs/2506.13996): it keeps its input alone, and a tile is computed again in its
 backward. A layer that is recomputed leaves its MLP out then, so nothing is computed more often;
-weights are dequantized once more for each tile.
+weights are dequantized once more for each tile. Attention goes through such a row by groups of
+heads, see `model.head_groups`.
 """
 
 from __future__ import annotations
@@ -32,16 +33,21 @@ class Tiles:
     """The MLPs of some decoder layers, which go through long rows tile by tile while this is `on`.
 
     Args:
+        hidden: size of the hidden states.
         layers: the decoder layers; experts, and what mixes tokens or draws random numbers, stay as
             they are.
     """
 
-    def __init__(self, layers: list[nn.Module]) -> None:
-        self.on = False
+    def __init__(self, layers: list[nn.Module], hidden: int) -> None:
+        self.on, self.hidden = False, hidden
         found = (getattr(layer, name, None) for layer in layers for name in NAMES)
         self.mlps = [
             mlp for mlp in found if isinstance(mlp, nn.Module) and _sees_single_tokens(mlp)
         ]
+
+    def is_long(self, tokens: int) -> bool:
+        """Say whether so many tokens go tile by tile now."""
+        return self.on and tokens > 2 * tile_of(self.hidden)
 
     def lend(self) -> None:
         """Put a forward in front of that of each MLP, whatever it is."""
@@ -50,9 +56,8 @@ class Tiles:
 
     def _forward(self, mlp: nn.Module, whole: Run) -> Run:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            tile = tile_of(x.shape[-1])
-            is_short = x.numel() <= 2 * tile * x.shape[-1]
-            if not self.on or is_short or args or kwargs or _draws(mlp):
+            is_long, tile = self.is_long(x.numel() // x.shape[-1]), tile_of(self.hidden)
+            if not is_long or args or kwargs or _draws(mlp):
                 return whole(x, *args, **kwargs)
             if not torch.is_grad_enabled():
                 return _over_tiles(whole, x, tile)

@@ -1,0 +1,68 @@
+"""Attention of long rows by groups of heads, one after the other.
+
+Backward of a fused kernel adds up the gradient of queries in float32, and where heads share keys it
+holds the gradients of all heads' keys and values: of a long row, four times what attention returns.
+Heads do not see each other, so that much is there for a group at a time. The numbers are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..memory.shape import head_groups
+from .attention import STOCK, computed_by, configs_of
+
+NAME = "quantadapt_head_groups"
+_OTHERWISE = ("position_bias", "cache", "s_aux")
+"""What attention functions of transformers are given where heads differ in more than numbers."""
+
+
+@contextmanager
+def in_head_groups(model: nn.Module, is_long: Callable[[int], bool]) -> Iterator[None]:
+    """Inside, attention that is torch's `scaled_dot_product_attention` goes through long rows by
+    groups of heads.
+
+    Args:
+        is_long: says of a number of tokens whether they are many.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    stock = ALL_ATTENTION_FUNCTIONS[STOCK]
+    AttentionInterface.register(NAME, partial(_attention, stock, is_long))
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[STOCK])
+    with computed_by(NAME, configs_of(model, STOCK)):
+        yield
+
+
+def _attention(
+    stock: Callable[..., tuple[Tensor, None]],
+    is_long: Callable[[int], bool],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Return the attention [batch, queries, heads, head_dim], as transformers' interface wants it.
+
+    Args:
+        query: [batch, heads, queries, head_dim]; `key` and `value` may have fewer heads.
+        options: dropout draws random numbers, in groups others.
+    """
+    groups = head_groups(key.shape[1])
+    more = any(options.get(name) is not None for name in _OTHERWISE) or options.get("dropout")
+    long = is_long(query.shape[0] * query.shape[2])
+    if groups == 1 or not long or attention_mask is not None or more:
+        return stock(module, query, key, value, attention_mask, **options)
+    parts = zip(*(tensor.chunk(groups, dim=1) for tensor in (query, key, value)), strict=True)
+    found = [stock(module, *part, None, **options)[0] for part in parts]
+    return torch.cat(found, dim=2), None
