@@ -18,7 +18,14 @@ from .data.vocabulary import check_tokens
 from .dependencies import import_requirements, in_turn
 from .distributed.talking import PeerLost, peers_in_words, reduced, start, tell_end, told_end
 from .distributed.world import as_launched, world
-from .errors import Interrupted, NumbersError, PlanRefused, QuantadaptError, TrainingError
+from .errors import (
+    Interrupted,
+    NumbersError,
+    PlanRefused,
+    QuantadaptError,
+    RewardError,
+    TrainingError,
+)
 from .evaluation.sizes import size_mib
 from .evaluation.verdict import warnings_of
 from .exporting.manifest import BASE
@@ -328,6 +335,9 @@ class _Run:
             except QuantadaptError as error:
                 if split and self.world.size > 1:  # the others may be waiting for this process
                     raise
+                learns_from_it = isinstance(error, RewardError) and self.plan.task.generates
+                if learns_from_it and name in ("unquantized", "quantized"):
+                    raise  # training would end of it, too, and later
                 told = blamed(error.__cause__) or error
                 failed[evaluation] = f"{told.problems[0].what}, on the {name} model"
                 text = f"evaluation {evaluation!r} is left out from here on: {failed[evaluation]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import quantadapt as qa
 from quantadapt import cli, demo
 from quantadapt.data.looking import Shown
 from quantadapt.objectives.surveying import looked_at
+from quantadapt.planning.stage import task_for
 from quantadapt.registry import registry
 from quantadapt.studio.form import Form
 from quantadapt.studio.looking import data_html
@@ -134,6 +136,31 @@ def test_what_is_cut_is_told(objective, row, tmp_path, tokenizer) -> None:
         assert not other.cut
         assert len(one.ids) + one.cut == len(other.ids)
         assert len(one.ids) == len(one.mask) == 16
+
+
+@pytest.mark.parametrize(
+    ("objective", "named", "kind"),
+    [("dpo", "dpo", "pairs"), ("reward", "dpo", "pairs"), ("kto", "kto", "judged"),
+     ("classify", "classify", "texts"), ("embed", "embed", "scored"), ("sft", "", "answers"),
+     ("rerank", "rerank", "passages"), ("grpo", "grpo", "asked")],
+)  # fmt: skip
+def test_a_warning_names_the_command_that_shows_such_data(
+    objective, named, kind, tmp_path, tokenizer, say
+) -> None:
+    """Of rows the second one is left out; the command reads the file."""
+    rows = [{name: value * 90 if isinstance(value, str) else value for name, value in row.items()}
+            for row in FILES[kind]]  # fmt: skip
+    kept = [*FILES[kind] * 4, *rows] if kind != "passages" else [
+        {**FILES[kind][0], "query": f"q{n}", "label": n % 2} for n in range(4)] + rows  # fmt: skip
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(map(json.dumps, kept)))
+    spec = qa.Spec(objective=objective, data={"path": str(file), "eval_path": str(file),
+                                              "max_length": 24})  # fmt: skip
+    with pytest.warns(qa.DataWarning) as warned:
+        task_for(spec).read(spec.data, tokenizer, seed=0)
+    (command,) = {re.findall("`quantadapt (.*?)`", str(one.message))[0] for one in warned}
+    assert command == f"data {file}{' --objective ' * bool(named)}{named}"
+    assert "tokens" in say(*command.split())
 
 
 def test_long_text_goes_on_in_further_rows(tmp_path, tokenizer) -> None:

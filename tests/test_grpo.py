@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_settings import PLAIN
 
 import quantadapt as qa
-from quantadapt import demo
+from quantadapt import demo, pipeline
 from quantadapt.data.prompts import Asked, load_prompts
 from quantadapt.distributed import world
 from quantadapt.errors import DataError, PlanRefused, RewardError
@@ -442,6 +442,7 @@ def test_other_adapters_learn_on_a_quantized_base(vowels, tmp_path, adapter) -> 
 BAD = {
     "raises": ("    raise KeyError('answer')", "failed with KeyError: 'answer'"),
     "hangs": ("    import time; time.sleep(30)", "has not returned after 0.5 s"),
+    "exits": ("    raise SystemExit(3)", "failed with SystemExit: 3"),
     "nan": ("    return [float('nan')] * len(completions)", "returned 'nan', which is no finite"),
     "none": ("    return None", "returned None, no list"),
     "short": ("    return [1.0]", "returned 1 rewards for 8 completions"),
@@ -463,6 +464,25 @@ def test_a_bad_reward_function_is_told(kind, tmp_path) -> None:
         trained(attached(), prompts(tmp_path), objective)
     assert found.value.problems[0].where == "reward"
     assert time.monotonic() - started < 20
+
+
+def test_a_bad_function_ends_a_run_before_the_base_is_quantized(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text("def reward(completions, **_):\n    return [float('nan')] * len(completions)\n")
+    rows = [{"prompt": f"Say number {i}.\n"} for i in range(8)]
+    spec = qa.Spec(
+        model=str(small_model()),
+        backend="none",
+        objective={"name": "grpo", "rewards": [f"{file}:reward"], "max_completion_length": 4},
+        data=str(written(tmp_path, rows)),
+        train={"max_steps": 1, "per_device_train_batch_size": 8},
+        output=str(tmp_path / "run"),
+    )
+    quantized: list[Any] = []
+    monkeypatch.setattr(pipeline, "quantize_plan", lambda *_, **__: quantized.append(1))
+    with pytest.raises(RewardError, match="which is no finite number"):
+        qa.run(spec)
+    assert not quantized
 
 
 def test_what_was_learnt_before_a_failure_is_kept(tmp_path) -> None:

@@ -421,7 +421,9 @@ def test_a_run_learns_from_packed_rows_what_it_does_from_single_examples(packing
 
 def test_rows_are_as_long_as_examples_may_be(tmp_path: Any) -> None:
     data = tmp_path / "a.jsonl"
-    data.write_text("".join(f'{{"prompt": "a", "completion": "{"b c " * n}"}}\n' for n in range(1, 9)))
+    data.write_text(
+        "".join(f'{{"prompt": "a", "completion": "{"b c " * n}"}}\n' for n in range(1, 9))
+    )
     model = qa.attach(qa.quantize(str(small_model()), "hqq"), "lora")
     options = {"packing": True, "max_steps": 1, "max_length": 64}
     found = qa.train(model, str(data), eval_data=None, **options)

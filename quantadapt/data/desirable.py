@@ -80,7 +80,7 @@ def load_desirable(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: 
         raise DataError(what, fix=fix, where=spec.path or "data")
     train_set = _tokenized(train, tokenizer, report)
     eval_set = _tokenized(held_out, tokenizer, report, held_out=True)
-    warn_of(report)
+    warn_of(report, "kto")
     asked = prompts_of([one.answer for one in held_out if one.desirable], tokenizer)
     return Data(train_set, eval_set, asked, report.files[0].format, report)
 
@@ -115,7 +115,7 @@ def held_out_desirable(
     report = DataReport(spec.max_length)
     found = [*judged(rows, spec, report)]
     made = _tokenized(found, tokenizer, report, held_out=True)
-    warn_of(report)
+    warn_of(report, "kto")
     return HeldOut(made, prompts_of([one.answer for one in found], tokenizer))
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Kind = Literal["sequence", "token"]
 LABEL, LABELS = "label", "labels"
 """The column of a data set with the label of each text, or those of its tokens."""
+_LOOKED_AT: Mapping[Kind, str] = {"sequence": "classify", "token": "classify-tokens"}
+"""Objectives that read them."""
 NONE = ""
 """The label of a token that has none: special tokens, and all of a word but its first."""
 _COLUMNS: Mapping[Kind, tuple[tuple[str, ...], ...]] = {
@@ -73,7 +75,7 @@ def load_labelled(
     eval_set = _dataset(
         _known(held_out, labels, report), tokenizer, report, kind=kind, held_out=True
     )
-    warn_of(report)
+    warn_of(report, _LOOKED_AT[kind])
     return Data(train_set, eval_set, [], kind, report, tuple(labels))
 
 
@@ -122,7 +124,7 @@ def held_out_labelled(
     report = DataReport(spec.max_length)
     found = [*labelled(rows, spec, report, kind=kind)]
     made = _dataset(found, tokenizer, report, kind=kind, held_out=True)
-    warn_of(report)
+    warn_of(report, _LOOKED_AT[kind])
     return HeldOut(made)
 
 

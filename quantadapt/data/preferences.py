@@ -72,7 +72,7 @@ def load_preferences(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed
     train, held_out = read_both(spec, report, pairs, seed)
     train_set = tokenized_pairs(train, tokenizer, report)
     eval_set = tokenized_pairs(held_out, tokenizer, report, held_out=True)
-    warn_of(report)
+    warn_of(report, "dpo")
     prompts = prompts_of([pair.chosen for pair in held_out], tokenizer)
     return Data(train_set, eval_set, prompts, FORMAT, report)
 
@@ -119,7 +119,7 @@ def held_out_pairs(
     report = DataReport(spec.max_length)
     found = [*pairs(rows, spec, report)]
     made = tokenized_pairs(found, tokenizer, report, held_out=True)
-    warn_of(report)
+    warn_of(report, "dpo")
     return HeldOut(made, prompts_of([pair.chosen for pair in found], tokenizer))
 
 

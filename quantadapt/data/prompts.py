@@ -88,7 +88,7 @@ def load_prompts(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: in
     train, held_out = read_both(spec, report, questions, seed)
     train_set, _ = _tokenized(train, tokenizer, report)
     eval_set, prompts = _tokenized(held_out, tokenizer, report, held_out=True)
-    warn_of(report)
+    warn_of(report, "grpo")
     return Data(train_set, eval_set, prompts, report.files[0].format, report)
 
 

@@ -80,7 +80,7 @@ def load_embedding(
         _grouped(part, tokenizer, report, pooling, held_out=held)
         for part, held in ((train, False), (held_out, True))
     ]
-    warn_of(report)
+    warn_of(report, "embed")
     return Data(sets[0], sets[1], [], report.files[0].format, report)
 
 
@@ -103,7 +103,7 @@ def load_reranking(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: 
         _paired(part, tokenizer, report, held_out=held)
         for part, held in ((train, False), (held_out, True))
     ]
-    warn_of(report)
+    warn_of(report, "rerank")
     return Data(sets[0], sets[1], [], "query + passage", report, labels=("relevance",))
 
 

@@ -159,9 +159,14 @@ def _prompt(pieces: Pieces, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     return Prompt(before, reference, pieces.templated, pieces.pictures)
 
 
-def warn_of(report: DataReport) -> None:
-    """Warn of each file that lost much, with DataWarning; for the caller of who reads."""
+def warn_of(report: DataReport, objective: str = "sft") -> None:
+    """Warn of each file that lost much, with DataWarning; for the caller of who reads.
+
+    Args:
+        objective: one that reads such data.
+    """
+    reads_it = "" if objective == "sft" else f" --objective {objective}"
     for file, text in report.warnings():
-        fix = f"See them with `quantadapt data {shlex.quote(source_of(file))}`"
+        fix = f"See them with `quantadapt data {shlex.quote(source_of(file))}{reads_it}`"
         length = f"data.max_length is {report.max_length}"
         warn(f"{text}. {fix}; {length}", DataWarning, stacklevel=4)

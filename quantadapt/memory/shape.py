@@ -186,22 +186,6 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**text, **tied}
 
 
-def tower_weights(config: Mapping[str, Any]) -> int:
-    """Return about how many weights the towers beside the language model have, by the sizes of
-    their blocks in config.json."""
-    found = 0
-    for part in (config.get("vision_config"), config.get("audio_config")):
-        if not isinstance(part, Mapping):
-            continue
-        numbers = {k: v for k, v in part.items() if isinstance(v, int) and not isinstance(v, bool)}
-        hidden = numbers.get("embed_dim") or numbers.get("hidden_size") or 0
-        blocks = numbers.get("depth") or numbers.get("num_hidden_layers") or 0
-        inside = numbers.get("intermediate_size") or hidden * numbers.get("mlp_ratio", 4)
-        gated = part.get("hidden_act") in ("silu", "swish")
-        found += blocks * (4 * hidden * hidden + (3 if gated else 2) * hidden * inside)
-    return found
-
-
 def _mlp(prefix: str, hidden: int, inside: int, gated: bool = True) -> dict[str, tuple[int, int]]:
     gate = {f"{prefix}gate_proj": (hidden, inside)} if gated else {}
     rest = {f"{prefix}up_proj": (hidden, inside), f"{prefix}down_proj": (inside, hidden)}

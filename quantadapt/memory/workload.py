@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from .experts import STACKS
 from .shape import Shape, head_groups
+from .towers import Tower
 
 GIB = 2**30
 CONTEXT = int(0.6 * GIB)
@@ -99,6 +100,7 @@ class Workload:
         whole_logits: whether the loss holds all logits of a batch.
         teacher: the sizes of a dense model that the loss compares with, whole on each GPU.
         beside: how many weights the model has beside its language model: what sees pictures.
+        tower: what sees pictures, where it is adapted, too.
         rounds: whether adapted layers compute with the rounded weights that a merge keeps.
         float8: whether products with the base are in 8-bit floats.
         packed: whether a row may hold several examples.
@@ -132,6 +134,7 @@ class Workload:
     whole_logits: bool = False
     teacher: Shape | None = None
     beside: int = 0
+    tower: Tower | None = None
     rounds: bool = False
     float8: bool = False
     packed: bool = False
@@ -219,7 +222,8 @@ class Workload:
     @property
     def trained(self) -> int:
         """How many weights are trained."""
-        return sum(count * work._adapted for count, work in self.kinds)
+        seeing = self.tower.trained(self.rank) if self.tower else 0
+        return sum(count * work._adapted for count, work in self.kinds) + seeing
 
     @property
     def _adapted(self) -> int:
@@ -447,7 +451,8 @@ class Workload:
         tiled = self.tiles(setting, tokens)
         each = [(layers, work, work.kept_bytes(tokens, tiled)) for layers, work in self.kinds]
         kinds = [(work, numbers) for layers, work, numbers in each for _ in range(layers)]
-        kept = sum(numbers for _, numbers in kinds[count:])
+        seeing = self.tower.kept_bytes(setting.micro_batch, self.dtype_bytes) if self.tower else 0
+        kept = sum(numbers for _, numbers in kinds[count:]) + seeing
         # One that is fetched from CPU memory, and the next, which is under way.
         inputs = single * (min(count, 2) if setting.offload else count)
         always = [layer._kept_always(tokens, setting.offload) for layer, _ in kinds]
@@ -467,7 +472,7 @@ class Workload:
             work = max(layer.working_bytes(tokens, setting) + block, 2 * block) + ahead
             if not setting.offload:
                 work += layer.recompute_bytes(tokens) + layer.product_bytes(tokens)
-            yield inputs + sum(always[:count]), of_layer - single, work
+            yield inputs + sum(always[:count]), of_layer - single + seeing, work
 
     def _records(self, setting: Setting) -> bool:
         """Say whether passes can be recorded, see `cuda_graphs.can_record`."""

@@ -15,6 +15,7 @@ from ..memory import rules
 from ..memory.changes import ways_out
 from ..memory.experts import STACKS
 from ..memory.shape import Shape
+from ..memory.towers import Tower
 from ..memory.workload import CONTEXT, GIB, Setting, Workload, card_for, usable
 from ..protocols import Quantizer, Task
 from ..records import Adapter
@@ -352,6 +353,8 @@ def memory_plan(
         return None
     train = spec.train
     lora = adapter.peft_type == "LORA"
+    seen = (config, spec.data.max_length, spec.data.max_pixels)
+    tower = Tower.of(*seen) if "vision" in spec.towers else None
     work = Workload(
         shape=shape,
         bits=bits,
@@ -380,6 +383,7 @@ def memory_plan(
         whole_logits=task.logits == "whole",
         teacher=teacher,
         beside=beside,
+        tower=tower,
         rounds=train.merge_aware,
         float8=train.compute == "fp8",
         packed=bool(train.packing),

@@ -19,7 +19,7 @@ from ..errors import MergeRefused, PlanRefused, Problem
 from ..inputs.fingerprints import Fingerprint, fingerprint_of
 from ..inputs.model_config import text_config, towers_in
 from ..machine import Machine, this_machine
-from ..memory.shape import tower_weights
+from ..memory.towers import tower_weights
 from ..memory.workload import GIB
 from ..protocols import Evaluator, Quantizer, Task
 from ..records import Adapter, Backend, Evaluation, Objective, as_call
@@ -588,6 +588,9 @@ def _memory(draft: Draft, made: Plan, unshared: Sequence[Problem]) -> MemoryPlan
             fix = "decoders with Llama's sizes can, if the backend tells its bits per weight"
             draft.problems.append(Problem(what, fix, where="--card"))
         return None
+    if memory.work.tower is not None:
+        count = memory.work.tower.patches
+        draft.notes.append(f"memory counts one picture of {count:,} patches for each example")
     if made.spec.train.stream == "auto" and made.processes == 1:
         host = math.inf if draft.cards else draft.machine.host
         streams = streaming.ways(memory.work, made.quantizer, host, adopt=made.adopt)

@@ -69,12 +69,12 @@ def _called(name: str, function: Function, given: Mapping[str, Any], seconds: fl
     It runs in a thread of its own: one that hangs cannot be ended, but left behind.
     """
     result: list[Any] = []
-    failed: list[Exception] = []
+    failed: list[BaseException] = []
 
     def call() -> None:
         try:
             result.append(function(**given))
-        except Exception as error:
+        except BaseException as error:  # sys.exit, too, would end the thread alone
             failed.append(error)
 
     thread = threading.Thread(target=call, name=f"reward {name}", daemon=True)
@@ -84,13 +84,11 @@ def _called(name: str, function: Function, given: Mapping[str, Any], seconds: fl
         error = failed[0]
         fix = "mend it; it is called with prompts=, completions=, completion_ids= and the columns"
         fix += " of the data, so let it take **columns"
-        what = f"the reward function failed with {type(error).__name__}: {error}"
+        what = " ".join(f"the reward function failed with {type(error).__name__}: {error}".split())
         raise RewardError(what, fix=fix, where=name) from error
     if not result:
         what = f"the reward function has not returned after {seconds:g} s"
-        what = what if thread.is_alive() else "the reward function ended its thread"
-        fix = "make it quicker, or raise reward_timeout"
-        raise RewardError(what, fix=fix, where=name)
+        raise RewardError(what, fix="make it quicker, or raise reward_timeout", where=name)
     return result[0]
 
 
