@@ -65,32 +65,6 @@ def _dtype() -> torch.dtype | None:
     return found
 
 
-@contextmanager
-def multiplied_by(x: Tensor) -> Iterator[list[Tensor]]:
-    """Inside, a kernel of `one_kernel` that makes a matrix [rows, columns] multiplies it with `x`
-    [columns] instead, so that the matrix is never written, and returns the product [rows], summed
-    in float32. It is also put into the list: whoever got something else got the matrix."""
-    made: list[Tensor] = []
-    _wanted.x, _wanted.made = x, made
-    try:
-        yield made
-    finally:
-        _wanted.x = _wanted.made = None
-
-
-def _times(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `function` of a vector more, the first, by which its matrix is multiplied."""
-
-    def product(x: Tensor, *given: Any) -> Tensor:
-        matrix = function(*given)
-        if matrix.ndim != 2 or matrix.shape[1] != len(x):
-            raise ValueError(f"{tuple(matrix.shape)} is not multiplied by {len(x)} numbers")
-        return (matrix.to(x.dtype).float() * x.float()).sum(1).to(x.dtype)
-
-    product.__name__ = f"{function.__name__}, multiplied by one token,"
-    return product
-
-
 def one_kernel(
     function: Callable[..., Tensor],
     *tensors: Tensor,
@@ -105,13 +79,7 @@ def one_kernel(
         static: hashable; a kernel is made for each combination of these and of the shapes.
         otherwise: the vendor's own way, taken where nothing is compiled.
     """
-    gains = _gains(tensors[0])
-    x: Tensor | None = getattr(_wanted, "x", None)
-    if gains and x is not None and (kernel := _kernel(function, tensors, static, x)) is not None:
-        product: Tensor = kernel(x, *tensors)
-        _wanted.made.append(product)
-        return product
-    kernel = _kernel(function, tensors, static) if gains else None
+    kernel = _kernel(function, tensors, static) if _gains(tensors[0]) else None
     if kernel is not None:
         result: Tensor = kernel(*tensors)
         return result
@@ -123,21 +91,13 @@ def _gains(packed: Tensor) -> bool:
 
 
 def _kernel(
-    function: Callable[..., Tensor],
-    tensors: tuple[Tensor, ...],
-    static: tuple[Any, ...],
-    x: Tensor | None = None,
+    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], static: tuple[Any, ...]
 ) -> Callable[..., Any] | None:
     """Return the kernel, made now if kernels are; what training has compiled is there afterwards,
-    too. With an `x` it is the one of `multiplied_by`."""
-    dtype = _dtype() if x is None else x.dtype
-    sizes = [(t.shape, t.dtype) for t in tensors]
-    key = (function, static, dtype, x is None, tensors[0].device, *sizes)
+    too."""
+    key = (function, static, _dtype(), tensors[0].device, *[(t.shape, t.dtype) for t in tensors])
     if _active and key not in _kernels:
-        if x is None:
-            _kernels[key] = _compile(function, tensors, static, dtype)
-        else:
-            _kernels[key] = _compile(_times(function), (x, *tensors), static)
+        _kernels[key] = _compile(function, tensors, static, _dtype())
     return _kernels.get(key)
 
 

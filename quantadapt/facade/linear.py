@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compiling import multiplied_by
 from ..model.linears import as_conv1d
 from . import float8
 from .float8 import Rows, in_float8
@@ -91,24 +90,7 @@ class QuantLinear(QuantWeight, nn.Linear):
             y = float8.product(given, self.rows_for_forward(x), dtype)
             y = y if bias is None else y.add_(bias)
             return y.view(*x.shape[:-1], self.out_features)
-        if usual and x.is_cuda and x.numel() == self.in_features:
-            return self._run_one_token(x, bias)
         return nn.functional.linear(x, self.weight_for_forward(x, change).to(dtype), bias)
-
-    def _run_one_token(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Multiply with the weight as it is read, where one kernel does that."""
-        with multiplied_by(x.reshape(-1)) as made:
-            try:
-                found = self.dequantize()
-            except RuntimeError:  # of a backend that goes on with what it takes for the weight
-                if not made:
-                    raise
-                found = x.new_empty(0)
-        if made and found is made[0]:
-            product = found.view(*x.shape[:-1], -1)
-            return product if bias is None else product + bias
-        weight = self.dequantize() if made else found
-        return nn.functional.linear(x, weight.to(x.dtype), bias)
 
     def gradient(
         self, dy: Tensor, added_to: Tensor | None = None, change: Tensor | None = None

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -95,22 +93,21 @@ class LayerSuite(Suite):
         """What a backend hands to `compiling.one_kernel`: compiled on CUDA, traced elsewhere."""
         facade = next(iter(bench.facades().values()))
         expected = facade.dequantize()
-        with _one_kernel_each(expected.is_cuda):
+
+        def trace(*args: Any) -> Any:
+            return lambda *given: compiling.traced(*args)(*given)[0]
+
+        compile_ = compiling._compile if expected.is_cuda else trace
+        with (
+            patch.object(compiling, "_kernels", {}),
+            patch.object(compiling, "_active", True),
+            patch.object(compiling, "_gains", lambda packed: True),
+            patch.object(compiling, "_compile", compile_),
+        ):
             found = facade.dequantize()
         fix = "It must depend on nothing but its arguments, and `otherwise` must give the same"
         what = "what `one_kernel` makes of your function differs from the function"
         assert_within(change(found, expected), 0, what, fix)
-
-    def test_one_token_is_multiplied_with_the_dequantized_weight(self, bench: Bench) -> None:
-        """By the kernel that makes the weight, where there is one."""
-        facade = next(iter(bench.facades().values()))
-        x = bench.input_of(facade).flatten(0, -2)[:1].to(facade.compute_dtype)
-        with _one_kernel_each(x.is_cuda):
-            found = facade._run_one_token(x, None)
-        expected = x.double() @ facade.dequantize().double().T
-        what = "the product with one token differs from that with the dequantized weight"
-        allowed = max(bench.tolerance.forward, bench.tolerance.gradient)
-        assert_within(relative(found, expected.to(found)), allowed, what, _FORWARD)
 
     # Forward and backward ----------------------------------------------------------------------
 
@@ -318,22 +315,6 @@ def _changed(weight: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(weight.shape, generator=generator).to(weight)
     return weight + 0.5 * weight.std() * noise
-
-
-@contextmanager
-def _one_kernel_each(is_cuda: bool) -> Iterator[None]:
-    """Inside, all that is handed to `one_kernel` is made one: compiled, or traced on a CPU."""
-
-    def trace(*args: Any) -> Any:
-        return lambda *given: compiling.traced(*args)(*given)[0]
-
-    with (
-        patch.object(compiling, "_kernels", {}),
-        patch.object(compiling, "_active", True),
-        patch.object(compiling, "_gains", lambda packed: True),
-        patch.object(compiling, "_compile", compiling._compile if is_cuda else trace),
-    ):
-        yield
 
 
 def _slope(found: Tensor, reference: Tensor) -> float:
