@@ -327,6 +327,7 @@ def test_codes_are_settled_whatever_their_shape(out_features) -> None:
         assert torch.equal(settled(layer).codes, before)
 
 
+@pytest.mark.slow
 def test_the_vendors_kernel_is_right_with_many_threads() -> None:
     import numba
 

@@ -205,6 +205,7 @@ def meeting(kinds: tuple[str, str]) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_processes_that_planned_otherwise_do_not_wait_for_each_other(tmp_path) -> None:
     for found in in_processes(2, meeting, tmp_path, ("ddp", "fsdp")):
         assert "set train.parallel to fsdp or ddp" in found
