@@ -44,7 +44,7 @@ from speed_cases import (
     plain_loop,
     unsloth_model,
 )
-from tables import case_row
+from tables import case_rows
 from versions import versions
 
 PACKAGES = (
@@ -140,19 +140,9 @@ def main() -> None:
         print(RESULT + json.dumps(run_here(given)))
         return
     given.folder.mkdir(parents=True, exist_ok=True)
-    print(f"| case | {' | '.join(COLUMNS)} | first and last loss |")
-    print(f"| --- | {'---: | ' * len(COLUMNS)}--- |", flush=True)
-    results: list[dict[str, Any]] = []
-    for case in given.case:
-        found = run_apart(case, given)
-        reference = next((r["tokens_per_second"] for r in results if "losses" in r), None)
-        if "losses" in found:
-            found["ratio"] = found["tokens_per_second"] / (reference or found["tokens_per_second"])
-        results.append(found)
-        print(case_row(found, COLUMNS), flush=True)
-        print(found.get("error", ""), file=sys.stderr, end="", flush=True)
-        if given.out:
-            given.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    results = case_rows(
+        given.case, lambda case: run_apart(case, given, Path(__file__)), COLUMNS, given.out
+    )
     sys.path.append(given.unsloth_site or "")
     shape = shape_of(given)
     what = f"{given.shape}, {shape.layers} layers, {shape.batch} x {shape.length} tokens"
@@ -203,10 +193,10 @@ def shape_of(given: argparse.Namespace) -> Experts:
     return Experts(shape.kind, layers, shape.vocab_size, shape.sizes, batch, shape.length)
 
 
-def run_apart(case: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Run a case in another process; what went wrong there becomes `error`."""
+def run_apart(case: str, given: argparse.Namespace, script: Path) -> dict[str, Any]:
+    """Run a case of `script` in another process; what went wrong there becomes `error`."""
     own = ["--one", case, *sys.argv[1:]]
-    command = [sys.executable, str(Path(__file__).resolve()), *own]
+    command = [sys.executable, str(script.resolve()), *own]
     environment = dict(os.environ)
     if given.unsloth_site and case == "unsloth":
         path = [environment.get("PYTHONPATH", ""), given.unsloth_site]

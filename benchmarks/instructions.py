@@ -21,10 +21,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,8 +33,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from experts import run_apart
 from shapes import SHAPES, checkpoint
-from speed import RESULT, device_name, last_words
+from speed import RESULT, device_name
 from speed_cases import (
     EVERY,
     LEARNING_RATE,
@@ -47,7 +49,7 @@ from speed_cases import (
     peft_nf4,
     unsloth_model,
 )
-from tables import case_row
+from tables import case_rows
 from versions import versions
 
 PACKAGES = (
@@ -73,20 +75,13 @@ def main() -> None:
     if given.one:
         print(RESULT + json.dumps(run_here(given)))
         return
-    checkpoint(given.shape, given.folder)
-    print(f"| case | {' | '.join(COLUMNS)} | first and last loss |")
-    print(f"| --- | {'---: | ' * len(COLUMNS)}--- |", flush=True)
-    results: list[dict[str, Any]] = []
-    for case in given.case:
-        found = run_apart(case, given)
-        reference = next((r["tokens_per_second"] for r in results if "losses" in r), None)
-        if "losses" in found:
-            found["ratio"] = found["tokens_per_second"] / (reference or found["tokens_per_second"])
-        results.append(found)
-        print(case_row(found, COLUMNS), flush=True)
-        print(found.get("error", ""), file=sys.stderr, end="", flush=True)
-        if given.out:
-            given.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    # In a process of its own, which gives the GPU's memory back.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(checkpoint, given.shape, given.folder).result()
+    results = case_rows(
+        given.case, lambda case: run_apart(case, given, Path(__file__)), COLUMNS, given.out
+    )
+    sys.path.append(given.unsloth_site or "")
     lengths = lengths_of(given)
     what = f"{len(lengths)} examples, {sum(lengths) / len(lengths):.0f} tokens in the mean"
     spread = f"{sorted(lengths)[len(lengths) // 2]} in the median, {max(lengths)} at most"
@@ -110,6 +105,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/quantadapt-instructions"))
     parser.add_argument("--timeout", type=float, default=300, help="seconds for each case")
     parser.add_argument("--out", type=Path, help="a file for the figures as JSON")
+    parser.add_argument("--unsloth-site", help="folder that Unsloth is installed in, if apart")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.folder = given.folder.resolve()
@@ -196,23 +192,6 @@ class Clock:
         late = [seen for seen in self.seen if seen[0] >= WARM_UP]
         (_, before, start), (_, after, end) = late[0], late[-1]
         return (after - before) / (end - start)
-
-
-def run_apart(case: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Run a case in another process; what went wrong there becomes `error`."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--one", case, *sys.argv[1:]]
-    options: dict[str, Any] = {"capture_output": True, "text": True, "check": False}
-    try:
-        # Unsloth writes what it compiles into the working folder
-        done = subprocess.run(command, timeout=given.timeout, cwd=given.folder, **options)
-    except subprocess.TimeoutExpired:
-        return {"case": case, "error": f"{case}: not done after {given.timeout:.0f} s\n"}
-    line = next((x for x in done.stdout.splitlines() if x.startswith(RESULT)), None)
-    if line is not None:
-        found: dict[str, Any] = json.loads(line.removeprefix(RESULT))
-        return found
-    words = last_words(done.stderr)
-    return {"case": case, "error": f"{case}: failed ({done.returncode})\n{words}\n"}
 
 
 def run_here(given: argparse.Namespace) -> dict[str, Any]:

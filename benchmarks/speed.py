@@ -34,7 +34,7 @@ from typing import Any
 from kernel_table import Profile
 from shapes import SHAPES, checkpoint
 from speed_cases import WARM_UP, check, run_case
-from tables import case_row
+from tables import case_rows
 from versions import versions
 
 PACKAGES = (
@@ -64,19 +64,7 @@ def main() -> None:
     # In a process of its own, which gives the GPU's memory back.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         pool.submit(checkpoint, given.shape, given.folder).result()
-    print(f"| case | {' | '.join(COLUMNS)} | first and last loss |")
-    print(f"| --- | {'---: | ' * len(COLUMNS)}--- |", flush=True)
-    results: list[dict[str, Any]] = []
-    for case in given.case:
-        found = run_apart(case, given)
-        reference = next((r["tokens_per_second"] for r in results if "losses" in r), None)
-        if "losses" in found:
-            found["ratio"] = found["tokens_per_second"] / (reference or found["tokens_per_second"])
-        results.append(found)
-        print(case_row(found, COLUMNS), flush=True)
-        print(found.get("error", ""), file=sys.stderr, end="", flush=True)
-        if given.out:
-            given.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    results = case_rows(given.case, lambda case: run_apart(case, given), COLUMNS, given.out)
     sys.path.append(given.unsloth_site or "")
     print(f"\n{given.shape}; {device_name(given.device)}; {versions(*PACKAGES)}")
     for found in results:

@@ -44,16 +44,21 @@ HERE = {
     "gemma3, with windows": ("Gemma3TextConfig", {**WINDOW, "query_pre_attn_scalar": 5}),
     "qwen3-moe": ("Qwen3MoeConfig", EXPERTS),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+    "qwen2-moe": ("Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 16}),
     "gpt-oss, with sinks": ("GptOssConfig", {**WINDOW, "num_local_experts": 4}),
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 2}),
 }
 """Whose attention is computed here."""
 ELSEWHERE = {
+    "qwen2-moe, whose windows only masks know": (
+        "Qwen2MoeConfig",
+        {**EXPERTS, **WINDOW, "shared_expert_intermediate_size": 16, "use_sliding_window": True},
+    ),
     "gemma2, with a cap": ("Gemma2Config", {**WINDOW, "query_pre_attn_scalar": 5}),
 }
 """Whose attention transformers knows with a mask alone."""
 
-EXPERT_KINDS = ("qwen3-moe", "mixtral", "gpt-oss, with sinks")
+EXPERT_KINDS = ("qwen2-moe", "qwen3-moe", "mixtral", "gpt-oss")
 
 
 def of(kind: str, attention: str | None = None) -> Any:
@@ -63,7 +68,7 @@ def of(kind: str, attention: str | None = None) -> Any:
     zero = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0} if kind == "gpt2" else {}
     config = getattr(transformers, name)(**{"vocab_size": VOCABULARY, **sizes, **zero, **more})
     kinds = {"attn_implementation": attention} if attention else {}
-    if kind in EXPERT_KINDS:  # grouped products know no float64
+    if kind.split(",")[0] in EXPERT_KINDS:  # grouped products know no float64
         kinds["experts_implementation"] = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, **kinds).double()
     for parameter in model.parameters():  # of a size that matters

@@ -27,7 +27,8 @@ from .attention import STOCK, computed_by, configs_of
 
 NAME = "quantadapt_packed"
 STARTS, LONGEST = "cu_seq_lens_q", "max_length_q"
-_KINDS = {"full_attention", "sliding_attention", "linear_attention"}
+_WINDOWED = "sliding_attention"
+_KINDS = {"full_attention", _WINDOWED, "linear_attention"}
 """Of layers, as configs name them. What those of other kinds see only transformers' masks tell."""
 _WIDTH_MULTIPLE, _WIDEST = 8, 256
 """What flash attention takes."""
@@ -36,11 +37,20 @@ _OTHER = ("softcap", "position_bias")
 
 
 class _Pass(threading.local):
-    """What goes on in this thread: whether a packed row is on its way through the decoder, and how
-    often attention was not told where its examples begin."""
+    """What goes on in this thread.
+
+    Attributes:
+        packed: whether a packed row is on its way through the decoder.
+        masks: whether it needs masks: attention was not told where examples begin, or makes or
+            asks for one that shows more than who comes first.
+        windows: whether masks with windows were asked for.
+        windowed: whether attention was told of a window.
+    """
 
     packed = False
-    untold = 0
+    masks = False
+    windows = False
+    windowed = False
 
 
 _PASS = _Pass()
@@ -76,14 +86,11 @@ def is_lent(config: Any) -> bool:
 
 
 @contextmanager
-def counting_untold() -> Iterator[Callable[[], int]]:
-    """Yield what tells how often attention of a packed row was, inside, not told where examples
-    begin: some models do not hand it on."""
-    before, _PASS.untold = _PASS.untold, 0
-    try:
-        yield lambda: _PASS.untold
-    finally:
-        _PASS.untold = before
+def watching() -> Iterator[Callable[[], bool]]:
+    """Yield what says whether attention was told, of all packed rows inside, all that masks would
+    have shown: some models do not hand on where examples begin, or how far a layer sees."""
+    _PASS.masks = _PASS.windows = _PASS.windowed = False
+    yield lambda: not _PASS.masks and (_PASS.windowed or not _PASS.windows)
 
 
 def in_one_call(model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
@@ -133,7 +140,13 @@ def _register() -> None:
         return attention_by_example(whole, *args, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
-        return None if _PASS.packed else masks(*args, **kwargs)
+        if not _PASS.packed:
+            return masks(*args, **kwargs)
+        _PASS.masks |= bool(kwargs.get("use_vmap"))  # of a function of the model's own
+        # Some models ask for all kinds of masks, whatever layers they have.
+        kinds = getattr(kwargs.get("config"), "layer_types", None) or [_WINDOWED]
+        _PASS.windows |= kwargs.get("local_size") is not None and _WINDOWED in kinds
+        return None
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
@@ -159,8 +172,9 @@ def attention_by_example(
     starts = kwargs.get(STARTS)
     others = any(kwargs.get(name) is not None for name in _OTHER)
     alone = len(query) == 1 and query.shape[2] == key.shape[2]
-    if starts is None or others or not alone:
-        _PASS.untold += _PASS.packed
+    _PASS.windowed |= kwargs.get("sliding_window") is not None
+    if starts is None or others or not alone or attention_mask is not None:
+        _PASS.masks |= _PASS.packed
         return stock(module, query, key, value, attention_mask, **kwargs)
     causal = kwargs.get("is_causal")
     kwargs["is_causal"] = bool(getattr(module, "is_causal", True) if causal is None else causal)

@@ -97,7 +97,9 @@ def packed_collator(setup: Setup) -> PackedCollator:
     row = max(map(sum, setup.dataset[SEQUENCES])) if SEQUENCES in setup.dataset.features else 0
     step = row * setup.spec.per_device_train_batch_size // _SIZES
     multiple *= max(1, min(step, row) // multiple)
-    return PackedCollator(setup.pad_token_id, multiple, few_shapes=is_lent(text))
+    # Layers that are no attention may know no empty examples.
+    shapes = is_lent(text) and "linear_attention" not in (getattr(text, "layer_types", None) or ())
+    return PackedCollator(setup.pad_token_id, multiple, few_shapes=shapes)
 
 
 # Examples apart -----------------------------------------------------------------------------------
@@ -126,12 +128,12 @@ def kept_apart(model: Any, on_note: Callable[[str], None]) -> Iterator[None]:
 
 
 def _hands_on(model: Any) -> bool:
-    """Say whether attention of all layers is told where the examples of a row begin."""
-    from ..model.packed_attention import counting_untold
+    """Say whether the model tells attention all that masks would show."""
+    from ..model.packed_attention import watching
 
-    with counting_untold() as untold:
+    with watching() as told_all:
         _logits(model, PackedCollator(0), 3)
-        return untold() == 0
+        return told_all()
 
 
 def refuse_leaks(model: Any, collator: PackedCollator) -> None:
