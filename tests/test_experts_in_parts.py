@@ -21,7 +21,7 @@ from quantadapt.registry import registry
 from quantadapt.streaming import bring_back, stream
 from quantadapt.training.recomputing import Recomputer
 
-READS_ROWS = ("bnb-nf4", "bnb-fp4", "bnb-int8", "mxfp4", "nvfp4")
+READS_ROWS = ("bnb-nf4", "bnb-fp4", "bnb-int8", "mxfp4", "nvfp4", "hqq")
 
 
 def quantized(kind: str, backend: str = "bnb-nf4", **options: Any) -> Any:
@@ -49,7 +49,12 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize(
     ("backend", "options"),
-    [*((name, {}) for name in READS_ROWS), ("bnb-nf4", {"double_quant": False})],
+    [
+        *((name, {}) for name in READS_ROWS),
+        ("bnb-nf4", {"double_quant": False}),
+        *(("hqq", {"bits": bits, "group_size": 32}) for bits in (8, 3, 2)),
+        ("hqq", {"group_size": None}),
+    ],
 )
 def test_rows_are_those_of_the_whole_weight(backend: str, options: dict[str, Any]) -> None:
     assert registry().backend(backend).quantizer().target.reads_rows
@@ -123,7 +128,7 @@ def test_what_memory_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_backends_that_read_whole_weights_do_so_still(
     read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = experts_of(quantized("silu", "hqq"))
+    made = experts_of(quantized("silu", "torchao-int8"))
     expected = results(made, inputs())
     read_in_parts(made, True)
     monkeypatch.setattr(experts, "PART", 1)
