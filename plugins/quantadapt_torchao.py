@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-TILES = "Int4TilePackedTo4dTensor"
+TILES, TILE_ROWS = "Int4TilePackedTo4dTensor", 8
 DECODING = {TILES: 128, "Int8Tensor": 128}
 """Tokens up to which torchao's product beats dequantizing on CUDA, by the weight's class."""
 
@@ -259,23 +259,30 @@ class Int4(_TorchAO):
 class TorchAOTarget(LayerwiseTarget):
     """`nn.Linear` whose weight is one of torchao's tensor subclasses."""
 
+    reads_rows = True
+
     def matches(self, module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)
         return type(weight).__module__.startswith("torchao.") and hasattr(module, "in_features")
 
     def dequantize(self, module: nn.Module) -> Tensor:
         weight: Any = module.weight
-        if type(weight).__name__ == TILES:  # it has no dequantize of its own
-            tensors = (weight.qdata, weight.scale_and_zero)
-            return one_kernel(
-                _dequantize_tiles, *tensors, static=(*weight.shape, weight.block_size[-1])
-            )
-        names, context = weight.__tensor_flatten__()
-        layout = _Layout(type(weight), tuple(names), tuple(weight.shape), repr(context), context)
-        tensors = tuple(getattr(weight, name) for name in names)
-        return one_kernel(
-            _dequantize_parts, *tensors, static=(layout,), otherwise=weight.dequantize
-        )
+        if type(weight).__name__ == TILES:
+            return _of_tiles(weight, weight.qdata, weight.scale_and_zero, weight.shape[0])
+        return _of_parts(weight)
+
+    def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
+        import torch
+
+        weight: Any = module.weight
+        with torch.no_grad():
+            if type(weight).__name__ != TILES:
+                return _of_parts(weight[first:last])
+            if first % TILE_ROWS or last % TILE_ROWS:
+                return super().dequantize_rows(module, first, last)
+            packed = weight.qdata[first // TILE_ROWS : last // TILE_ROWS]
+            scales = weight.scale_and_zero[:, first:last].contiguous()
+            return _of_tiles(weight, packed, scales, last - first)
 
     def grid(self, module: nn.Module) -> Grid | None:
         import torch
@@ -367,6 +374,20 @@ class TileGrid(UniformGrid):
     def _values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         assert zero is not None
         return ((codes - 8) * scale + zero).to(self.dtype)
+
+
+def _of_parts(weight: Any) -> Tensor:
+    """Return what a tensor with a `dequantize` of its own stands for."""
+    names, context = weight.__tensor_flatten__()
+    layout = _Layout(type(weight), tuple(names), tuple(weight.shape), repr(context), context)
+    tensors = tuple(getattr(weight, name) for name in names)
+    return one_kernel(_dequantize_parts, *tensors, static=(layout,), otherwise=weight.dequantize)
+
+
+def _of_tiles(weight: Any, packed: Tensor, scale_and_zero: Tensor, rows: int) -> Tensor:
+    """Return what `rows` rows of a tensor in tiles stand for; it has no `dequantize`."""
+    static = (rows, weight.shape[1], weight.block_size[-1])
+    return one_kernel(_dequantize_tiles, packed, scale_and_zero, static=static)
 
 
 def _dequantize_tiles(

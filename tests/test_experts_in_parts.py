@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import quantadapt_torchao
 import torch
 from allocations import peak_of
 from test_experts_grouped import EXPERTS, KINDS, experts_of, inputs, results
@@ -21,7 +23,10 @@ from quantadapt.registry import registry
 from quantadapt.streaming import bring_back, stream
 from quantadapt.training.recomputing import Recomputer
 
-READS_ROWS = ("bnb-nf4", "bnb-fp4", "bnb-int8", "mxfp4", "nvfp4")
+READS_ROWS = (
+    *("bnb-nf4", "bnb-fp4", "bnb-int8", "mxfp4", "nvfp4", "hqq"),
+    *("torchao-int8", "torchao-fp8"),
+)
 
 
 def quantized(kind: str, backend: str = "bnb-nf4", **options: Any) -> Any:
@@ -49,7 +54,14 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize(
     ("backend", "options"),
-    [*((name, {}) for name in READS_ROWS), ("bnb-nf4", {"double_quant": False})],
+    [
+        *((name, {}) for name in READS_ROWS),
+        ("bnb-nf4", {"double_quant": False}),
+        *(("hqq", {"bits": bits, "group_size": 32}) for bits in (8, 3, 2)),
+        ("hqq", {"group_size": None}),
+        ("torchao-int4", {"group_size": 32}),
+        ("torchao-intx", {"bits": 3, "group_size": 32}),
+    ],
 )
 def test_rows_are_those_of_the_whole_weight(backend: str, options: dict[str, Any]) -> None:
     assert registry().backend(backend).quantizer().target.reads_rows
@@ -67,6 +79,22 @@ def test_rows_of_partial_blocks_are_those_of_the_whole_weight() -> None:
     whole = target.dequantize(made)
     for first, last in ((0, 2), (1, 3), (2, 6), (5, 7)):
         assert torch.equal(target.dequantize_rows(made, first, last), whole[first:last])
+
+
+def test_rows_of_tiles_are_those_of_the_whole_weight() -> None:
+    """torchao's int4 on CUDA, which has them in tiles of eight rows; here with random codes."""
+    torch.manual_seed(0)
+    rows, columns, size = 48, 128, 32
+    weight = type(quantadapt_torchao.TILES, (), {})()
+    weight.shape, weight.block_size = torch.Size((rows, columns)), (1, size)
+    words = (rows // 8, columns // 64, 32, 2)
+    weight.qdata = torch.randint(-(2**31), 2**31 - 1, words, dtype=torch.int32)
+    weight.scale_and_zero = torch.randn(columns // size, rows, 2).bfloat16()
+    module, target = SimpleNamespace(weight=weight), quantadapt_torchao.Int4().target
+    whole = target.dequantize(module)
+    assert whole.shape == (rows, columns)
+    for first, last in ((0, 16), (16, 48), (3, 9)):
+        assert torch.equal(target.dequantize_rows(module, first, last), whole[first:last])
 
 
 @pytest.mark.parametrize("kind", ["silu", "clamped, biases, transposed"])
@@ -123,7 +151,7 @@ def test_what_memory_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_backends_that_read_whole_weights_do_so_still(
     read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = experts_of(quantized("silu", "hqq"))
+    made = experts_of(quantized("silu", "finegrained-fp8"))
     expected = results(made, inputs())
     read_in_parts(made, True)
     monkeypatch.setattr(experts, "PART", 1)

@@ -18,6 +18,7 @@ from quantadapt.errors import QuantadaptError
 from quantadapt.exporting import saving
 from quantadapt.exporting.manifest import MANIFEST
 from quantadapt.exporting.saving import StreamedWarning, as_trained
+from quantadapt.generation import greedy
 from quantadapt.machine import Machine
 from quantadapt.planning import plan, streaming
 from quantadapt.quantizing import quantize_plan
@@ -162,3 +163,28 @@ def test_commands_answer_and_measure_the_same(
     assert code != 0
     assert "--stream: 'half' cannot be streamed" in words
     assert "use one of auto, none, experts, all" in words
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_it_is_loaded_as_it_was_trained(tmp_path: Path) -> None:
+    base = qa.quantize(None, "bnb-nf4", device="cuda", stream="all")
+    model = qa.attach(base, "lora", r=4)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.05)
+    qa.save(model, tmp_path)
+    with pytest.warns(StreamedWarning, match=TOLD):
+        again = qa.load(tmp_path)
+    assert streamer_of(again) is not None
+    whole = qa.load(tmp_path, stream="none")
+    assert streamer_of(whole) is None
+    with torch.no_grad():
+        found, right = (m.eval()(input_ids=IDS.cuda()).logits for m in (again, whole))
+    assert torch.equal(found, right)
+    assert greedy(again, *asked(again), max_new_tokens=8) == greedy(
+        whole, *asked(whole), max_new_tokens=8
+    )
+
+
+def asked(model: Any) -> tuple[Any, list[str]]:
+    return state_of(model).tokenizer, ["def add(a, b):"]

@@ -147,6 +147,10 @@ class HQQ(LayerwiseQuantizer):
 class HQQTarget(LayerwiseTarget):
     """`hqq.core.quantize.HQQLinear`."""
 
+    def __init__(self, quantizer: HQQ) -> None:
+        super().__init__(quantizer)
+        self.reads_rows = quantizer.axis == 1
+
     def matches(self, module: nn.Module) -> bool:
         return _is_hqq(module)
 
@@ -163,6 +167,19 @@ class HQQTarget(LayerwiseTarget):
             static=(meta["nbits"], tuple(meta["shape"])),
             otherwise=vendor.dequantize,
         )
+
+    def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
+        _follow(module)
+        vendor: Any = module
+        meta = vendor.meta
+        columns, size = meta["shape"][1], meta["group_size"] or meta["shape"][meta["axis"]]
+        other = meta["quant_zero"] or meta["quant_scale"] or meta["view_as_float"]
+        if other or meta["axis"] != 1 or first * columns % size or last * columns % size:
+            return super().dequantize_rows(module, first, last)
+        groups = slice(first * columns // size, last * columns // size)
+        codes = _unpacked(vendor.W_q.data, meta["nbits"], groups)
+        scale, zero = (meta[name].view(-1, 1)[groups] for name in ("scale", "zero"))
+        return codes.to(scale.dtype).sub_(zero).mul_(scale).view(-1, columns)
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         _follow(module)
@@ -210,6 +227,18 @@ def _dequantize(
     rows = shape[0] * shape[1] // packed.shape[1]
     weight: Tensor = (codes.flatten(0, 1)[:rows].to(scale.dtype) - zero) * scale
     return weight.view(shape)
+
+
+def _unpacked(packed: Tensor, bits: int, groups: slice) -> Tensor:
+    """Return the codes of some groups, [groups, group_size], as `_dequantize` unpacks them all."""
+    import torch
+
+    together, found = 10 if bits == 3 else 8 // bits, []
+    for part in range(together):
+        start, end = part * len(packed), (part + 1) * len(packed)
+        here = packed[max(groups.start, start) - start : max(min(groups.stop, end) - start, 0)]
+        found.append((here >> (together - 1 - part) * bits) & (2**bits - 1))
+    return torch.cat(found)
 
 
 def _by_rows(meta: Mapping[str, Any]) -> tuple[Tensor, Tensor, int]:
