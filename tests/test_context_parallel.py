@@ -108,6 +108,7 @@ CASES: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 2,
     },
     "fsdp": {"parallel": "fsdp", "gradient_checkpointing": True},
+    "packed": {"packing": True},
     "resumed": {"save_steps": 1},
     "adalora": {"adapter": "adalora", "options": {"init_r": 6, "target_r": 3}},
 }
@@ -165,7 +166,7 @@ def assert_the_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 QUICK = ["llama"]
-TWO = ["qwen3", "fsdp", "adalora", "resumed"]
+TWO = ["qwen3", "fsdp", "adalora", "packed", "resumed"]
 
 
 def test_two_processes_share_each_row(folder, alone) -> None:
@@ -177,7 +178,7 @@ def test_two_processes_share_each_row(folder, alone) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("processes", "size", "names"),
-    [(2, 2, TWO), (4, 2, ["fsdp"]), (4, 4, ["qwen3"])],
+    [(2, 2, TWO), (4, 2, ["fsdp"]), (4, 4, ["qwen3", "packed"])],
 )
 def test_groups_of_processes_share_each_row(folder, alone, processes, size, names) -> None:
     """With four that share, two heads of keys are fewer than processes."""
@@ -233,7 +234,7 @@ def refused(
         ({"num_attention_heads": 24, "num_key_value_heads": 6}, ["context-heads"]),
         ({"num_attention_heads": 24, "num_key_value_heads": 2}, []),  # each key head twice
         ({"task": DPO()}, ["context-by-token"]),
-        ({"train": {"packing": True}}, ["context-packing"]),
+        ({"train": {"packing": True}}, []),
         ({"options": {"alora_invocation_tokens": [1]}}, ["context-whole-row"]),
         ({"sliding_window": 4096}, ["context-plain-attention"]),
         ({"sliding_window": 4096, "longest": 4096}, []),
@@ -269,17 +270,18 @@ def test_heads_that_do_not_divide_are_told_with_what_would(tmp_path) -> None:
 
 
 def ways_out(folder: Path, **config: Any) -> str:
-    """Say what a plan advises where a row of 64k tokens is too long for a card of 24 GiB."""
-    (folder / "config.json").write_text(json.dumps(LLAMA | config))
+    """Say what a plan advises where a row of 128k tokens is too long for a card of 12 GiB."""
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "config.json").write_text(json.dumps(LLAMA | config))
     spec = Spec(
-        model=str(folder),
+        model=str(folder / "model"),
         backend="bnb-nf4",
         data={"path": str(demo.TRAIN_FILE), "max_length": 131072},
         train={"per_device_train_batch_size": 1},
         evaluate={"unquantized": False},
         output=str(folder / "run"),
     )
-    cards = Machine(cuda=((9, 0),), memory=(24 * GIB,))
+    cards = Machine(cuda=((9, 0),), memory=(12 * GIB,))
     with pytest.raises(PlanRefused) as caught:
         plan(spec, machine=cards, processes=1, weights=False)
     return str(caught.value)

@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import ModelError
 from .attention import STOCK, computed_by, configs_of
+from .packed_attention import attention_by_example
 from .sinks import repeated
 
 NAME = "quantadapt_ulysses"
@@ -90,6 +91,24 @@ def _attention(
     if key.shape[1] % size:  # fewer than processes: each gets the one that its queries share
         key, value = (repeated(tensor, size) for tensor in (key, value))
     query, key, value = (_to_heads(tensor, group, size) for tensor in (query, key, value))
+    options |= {"scaling": scaling, "dropout": dropout, "is_causal": True}
+    # Where rows hold several examples, each is kept to itself.
+    found, _ = attention_by_example(_causal, module, query, key, value, None, **options)
+    return _to_tokens(found.transpose(1, 2), group, size), None
+
+
+def _causal(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None,
+    dropout: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Return the attention [batch, tokens, heads, head_dim] of whole rows."""
     shares = query.shape[-1] == value.shape[-1] <= _WIDEST
     if not shares:
         key, value = (repeated(tensor, query.shape[1]) for tensor in (key, value))
@@ -100,7 +119,7 @@ def _attention(
         scale=scaling,
         enable_gqa=shares and key.shape[1] < query.shape[1],
     )
-    return _to_tokens(found, group, size), None
+    return found.transpose(1, 2), None
 
 
 def _refuse_others(module: nn.Module, options: dict[str, Any]) -> None:

@@ -190,13 +190,15 @@ def _causal_trainer(task: SFT, setup: Setup) -> Any:
     from trl import SFTConfig, SFTTrainer
 
     from ..data.batches import SEQUENCES
+    from ..model.ulysses import alone
     from ..training.lent import quiet, without_statistics
     from ..training.packing import packed, refuse_leaks
 
     with quiet(), without_statistics(setup.model):
         if setup.spec.packing:
             _refuse_pictures(setup.dataset)
-            refuse_leaks(setup.model, _causal_collator(setup))
+            with alone(setup.model):
+                refuse_leaks(setup.model, _causal_collator(setup))
             if SEQUENCES not in setup.dataset.column_names:
                 usual = getattr(getattr(setup.model, "quantadapt", None), "max_length", None) or 0
                 rows = packed(setup.dataset, setup.spec.row_length, usual)

@@ -86,9 +86,6 @@ def _training_problems(
         what = f"{name} learns from whole rows, of which each GPU would have a part"
         fix = f"{_LEAVE_OUT}, or use objective: sft or pretrain"
         yield Problem(what, fix, WHERE, "context-by-token")
-    if train.packing:
-        what = "examples of a packed row are kept apart by what a GPU with a part does not see"
-        yield Problem(what, "set train.packing: false", "train.packing", "context-packing")
     if options.get("alora_invocation_tokens"):
         what = "aLoRA looks for its invocation in the whole row"
         where = "adapter.alora_invocation_tokens"

@@ -21,6 +21,7 @@ from ..errors import TrainingError
 from .figures import adapter_device, compute_dtype
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from ..spec import TrainSpec
@@ -78,12 +79,16 @@ class PartCollator:
             after = batch["labels"].roll(-1, dims=1)
             after[:, -1] = _IGNORED
             batch["shift_labels"] = after
-        batch["position_ids"] = torch.arange(shape[1]).repeat(shape[0], 1)
+        if "position_ids" not in batch:  # packed rows have them, from each example's begin
+            batch["position_ids"] = torch.arange(shape[1]).repeat(shape[0], 1)
         for name, value in batch.items():
             if getattr(value, "shape", ())[:2] == shape:
                 batch[name] = value[:, here].contiguous()
         if "counted" in batch:
             batch["counted"] = int((batch["shift_labels"] != _IGNORED).sum())
+        if "tokens" in batch:  # of a packed row, whose padding stands at its end
+            there = batch["tokens"] - here.start
+            batch["tokens"] = min(max(there, 0), here.stop - here.start)
         return batch
 
 
@@ -125,8 +130,17 @@ def rows_in_parts(model: nn.Module, spec: TrainSpec) -> Iterator[None]:
         return
     part = Part.of(spec)
     with exchanging(model, lambda: _group(part.size, _world_group())):
-        _refuse_others(model, part)
+        _refuse_others(model, part, packed=bool(spec.packing))
         yield
+
+
+def _begins(lengths: list[int], device: torch.device) -> dict[str, Any]:
+    """Return where the examples of a packed row begin, as `PackedCollator` tells a model."""
+    import torch
+
+    ends = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    names = ("cu_seq_lens_q", "cu_seq_lens_k"), ("max_length_q", "max_length_k")
+    return dict.fromkeys(names[0], ends) | dict.fromkeys(names[1], max(lengths))
 
 
 def _world_group() -> Any:
@@ -144,11 +158,14 @@ def _group(size: int, _world: Any) -> Any:
     return mine
 
 
-def _refuse_others(model: Any, part: Part) -> None:
+def _refuse_others(model: Any, part: Part, *, packed: bool) -> None:
     """Raise TrainingError where parts of a row are not what they are in the whole row.
 
     Not every architecture lets itself be told where tokens stand, or lets them meet in attention
     alone, and none says so. So it is tried out, by all processes alike.
+
+    Args:
+        packed: whether rows hold several examples; then the row that is tried holds two.
     """
     import torch
 
@@ -156,11 +173,16 @@ def _refuse_others(model: Any, part: Part) -> None:
     from ..model.ulysses import alone
 
     ids = torch.arange(_EACH * part.size, device=adapter_device(model))[None]
-    here = part.of_rows(ids.shape[1])
-    mine = {"input_ids": ids[:, here], "position_ids": ids[:, here]}
+    here, places, begins = part.of_rows(ids.shape[1]), ids.clone(), {}
+    if packed:
+        second = ids.shape[1] // 2 + 1
+        places[:, second:] -= second
+        begins = _begins([second, ids.shape[1] - second], ids.device)
     with evaluating(model), torch.no_grad():
         with alone(model):
-            whole: Tensor = model(input_ids=ids, use_cache=False).logits[:, here].float()
+            row = model(input_ids=ids, position_ids=places, use_cache=False)
+            whole: Tensor = row.logits[:, here].float()
+        mine = {"input_ids": ids[:, here], "position_ids": places[:, here], **begins}
         apart = model(**mine, use_cache=False).logits.float() - whole
     found = float(torch.linalg.vector_norm(apart) / torch.linalg.vector_norm(whole))
     exact = compute_dtype(model) == torch.float32

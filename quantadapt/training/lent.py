@@ -80,9 +80,9 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
             lend(fused_kernels(model, on_note))  # Liger's norms, MLPs and rotary embeddings
         if spec.memory == "min":
             lend(one_block_at_a_time(model))  # of a sharded base
-        if spec.packing:
+        if spec.packing and spec.context_parallel_size == 1:
             lend(kept_apart(model, on_note))  # attention without a mask of all pairs of tokens
-        else:
+        if not spec.packing:
             lend(one_row_each(on_note))  # no search for packed rows
         records = rules.records(task, spec) and can_record(model)
         recomputer = lend(recomputed(model, None, spec.use_reentrant, draws=not records))
