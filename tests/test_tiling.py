@@ -12,6 +12,7 @@ import torch
 from allocations import peak_of
 from parameters import slow_but
 from peft import LoraConfig, get_peft_model
+from processes import in_processes
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -27,9 +28,11 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import quantadapt as qa
+from quantadapt.distributed.talking import start
 from quantadapt.memory import Setting, Workload, workload
 from quantadapt.memory.shape import Shape
 from quantadapt.spec import TrainSpec
+from quantadapt.streaming import bring_back, stream, streamer_of
 from quantadapt.testing.small_demo import small_model
 from quantadapt.training import train
 from quantadapt.training.lent import fused_layers, recomputed
@@ -159,6 +162,27 @@ def test_facades_and_fused_layers(backend, adapter, calls) -> None:
             for _ in range(2):
                 again, found = passed(model)
     assert calls[64] > 0
+    assert again == pytest.approx(loss, rel=1e-6)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_streamed_base_is_copied_no_more_often() -> None:
+    model = ours("hqq", make=lambda: llama(hidden_size=64, intermediate_size=128))
+    with fused_layers(model), recomputed(model, OFFLOADED) as recomputer:
+        passed(model)
+        recomputer.tiles.on = False
+        loss, expected = passed(model)
+        stream(model)
+        streamer = streamer_of(model)
+        passed(model)  # shows the order
+        before = streamer.traffic.nbytes
+        passed(model)
+        whole = streamer.traffic.nbytes - before
+        recomputer.tiles.on = True
+        again, found = passed(model)
+        assert streamer.traffic.nbytes - before == 2 * whole
+    bring_back(model)
     assert again == pytest.approx(loss, rel=1e-6)
     for key, gradient in expected.items():
         torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6)
@@ -306,3 +330,30 @@ def test_the_peak_is_that_which_is_predicted() -> None:
     # `dy` was there before, and here what the MLP returns is until the end.
     assert tiled == pytest.approx(work.tiled_mlp_bytes(tokens), rel=0.1)
     assert tiled < whole / 5
+
+
+def sharded() -> dict[str, Any]:
+    """Losses and gradients of a base that two processes share, whole and tiled, in one of them."""
+    from test_memory_sharded import model_of
+
+    start("cpu")
+    model = qa.attach(model_of(512, False), "lora", r=2).train()
+    workload.LEAST_TILE, found = 8, {}
+    ids = torch.arange(600)[None] % 512
+    with fused_layers(model), recomputed(model, Setting(LAYERS + 1, True, 1)) as recomputer:
+        assert recomputer.tiles.is_long(600)
+        for name, on in (("learns", False), ("whole", False), ("tiled", True)):
+            recomputer.tiles.on = on
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            weights = [(n, p) for n, p in model.named_parameters() if p.grad is not None]
+            found[name] = loss.item(), {n: p.grad.norm().item() for n, p in weights}
+            model.zero_grad()
+    return found
+
+
+@pytest.mark.slow
+def test_a_base_that_processes_share(tmp_path) -> None:
+    for found in in_processes(2, sharded, tmp_path):
+        assert found["tiled"][0] == pytest.approx(found["whole"][0], rel=1e-6)
+        assert found["tiled"][1] == pytest.approx(found["whole"][1], rel=1e-4)
