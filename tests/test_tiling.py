@@ -35,7 +35,7 @@ from quantadapt.spec import TrainSpec
 from quantadapt.streaming import bring_back, stream, streamer_of
 from quantadapt.testing.small_demo import small_model
 from quantadapt.training import train
-from quantadapt.training.lent import fused_layers, recomputed
+from quantadapt.training.lent import fused_kernels, fused_layers, recomputed
 from quantadapt.training.memory_fit import MemoryFit
 from quantadapt.training.recomputing import Recomputer
 
@@ -357,3 +357,37 @@ def test_a_base_that_processes_share(tmp_path) -> None:
     for found in in_processes(2, sharded, tmp_path):
         assert found["tiled"][0] == pytest.approx(found["whole"][0], rel=1e-6)
         assert found["tiled"][1] == pytest.approx(found["whole"][1], rel=1e-4)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_less_is_held_for_the_same_numbers(monkeypatch) -> None:
+    monkeypatch.setattr(workload, "LEAST_TILE", 512)
+    tokens, inside = 16384, 2048
+    size = {"hidden_size": 512, "intermediate_size": inside, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    model = qa.quantize(llama(**size, **heads), "bnb-nf4", device="cuda", dtype="bfloat16")
+    model = qa.attach(model, "lora", r=8).train()
+    ids = torch.arange(tokens, device="cuda")[None] * 7 % 64
+
+    def measured() -> tuple[int, dict[str, torch.Tensor]]:
+        for _ in range(2):
+            model.zero_grad()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        weights = [(n, p) for n, p in model.named_parameters() if p.grad is not None]
+        return torch.cuda.max_memory_allocated(), {n: p.grad.clone() for n, p in weights}
+
+    kernels = fused_kernels(model, print)
+    with kernels, fused_layers(model), recomputed(model, Setting(4, True, 1)) as recomputer:
+        assert recomputer.tiles.is_long(tokens)
+        tiled, found = measured()
+        recomputer.tiles.on = False
+        whole, expected = measured()
+    assert whole - tiled > 2 * 2 * inside * tokens  # of three in an MLP; attention takes less, too
+    for name, gradient in expected.items():
+        off = (found[name] - gradient).norm()
+        assert off <= 0.02 * gradient.norm() + 1e-6, name
