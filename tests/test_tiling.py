@@ -171,7 +171,7 @@ def test_a_streamed_base_is_copied_no_more_often() -> None:
     model = ours("hqq", make=lambda: llama(hidden_size=64, intermediate_size=128))
     with fused_layers(model), recomputed(model, OFFLOADED) as recomputer:
         passed(model)
-        recomputer.tiles.on = False
+        recomputer.tiles.turn(False)
         loss, expected = passed(model)
         stream(model)
         streamer = streamer_of(model)
@@ -179,7 +179,7 @@ def test_a_streamed_base_is_copied_no_more_often() -> None:
         before = streamer.traffic.nbytes
         passed(model)
         whole = streamer.traffic.nbytes - before
-        recomputer.tiles.on = True
+        recomputer.tiles.turn(True)
         again, found = passed(model)
         assert streamer.traffic.nbytes - before == 2 * whole
     bring_back(model)
@@ -245,6 +245,7 @@ def test_what_stays_whole(calls) -> None:
     model = peft()
     with recomputed(model, Setting(LAYERS, False, 3)):  # inputs on the device
         passed(model)
+        assert model.config._attn_implementation == "sdpa"
     assert calls == {TOKENS: 2 * LAYERS}
     for drawing in (peft(lora_dropout=0.2), peft(targets=["down_proj"], lora_dropout=0.1)):
         calls.clear()
@@ -343,7 +344,7 @@ def sharded() -> dict[str, Any]:
     with fused_layers(model), recomputed(model, Setting(LAYERS + 1, True, 1)) as recomputer:
         assert recomputer.tiles.is_long(600)
         for name, on in (("learns", False), ("whole", False), ("tiled", True)):
-            recomputer.tiles.on = on
+            recomputer.tiles.turn(on)
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
             weights = [(n, p) for n, p in model.named_parameters() if p.grad is not None]
@@ -385,7 +386,7 @@ def test_on_a_gpu_less_is_held_for_the_same_numbers(monkeypatch) -> None:
     with kernels, fused_layers(model), recomputed(model, Setting(4, True, 1)) as recomputer:
         assert recomputer.tiles.is_long(tokens)
         tiled, found = measured()
-        recomputer.tiles.on = False
+        recomputer.tiles.turn(False)
         whole, expected = measured()
     assert whole - tiled > 2 * 2 * inside * tokens  # of three in an MLP; attention takes less, too
     for name, gradient in expected.items():
