@@ -12,6 +12,7 @@ import torch
 from allocations import peak_of
 from parameters import slow_but
 from peft import LoraConfig, get_peft_model
+from processes import in_processes
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -27,12 +28,14 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import quantadapt as qa
+from quantadapt.distributed.talking import start
 from quantadapt.memory import Setting, Workload, workload
 from quantadapt.memory.shape import Shape
 from quantadapt.spec import TrainSpec
+from quantadapt.streaming import bring_back, stream, streamer_of
 from quantadapt.testing.small_demo import small_model
 from quantadapt.training import train
-from quantadapt.training.lent import fused_layers, recomputed
+from quantadapt.training.lent import fused_kernels, fused_layers, recomputed
 from quantadapt.training.memory_fit import MemoryFit
 from quantadapt.training.recomputing import Recomputer
 
@@ -164,6 +167,27 @@ def test_facades_and_fused_layers(backend, adapter, calls) -> None:
         torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_a_streamed_base_is_copied_no_more_often() -> None:
+    model = ours("hqq", make=lambda: llama(hidden_size=64, intermediate_size=128))
+    with fused_layers(model), recomputed(model, OFFLOADED) as recomputer:
+        passed(model)
+        recomputer.tiles.turn(False)
+        loss, expected = passed(model)
+        stream(model)
+        streamer = streamer_of(model)
+        passed(model)  # shows the order
+        before = streamer.traffic.nbytes
+        passed(model)
+        whole = streamer.traffic.nbytes - before
+        recomputer.tiles.turn(True)
+        again, found = passed(model)
+        assert streamer.traffic.nbytes - before == 2 * whole
+    bring_back(model)
+    assert again == pytest.approx(loss, rel=1e-6)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_autocast_is_that_of_the_forward() -> None:
     model = peft().float()
 
@@ -221,6 +245,7 @@ def test_what_stays_whole(calls) -> None:
     model = peft()
     with recomputed(model, Setting(LAYERS, False, 3)):  # inputs on the device
         passed(model)
+        assert model.config._attn_implementation == "sdpa"
     assert calls == {TOKENS: 2 * LAYERS}
     for drawing in (peft(lora_dropout=0.2), peft(targets=["down_proj"], lora_dropout=0.1)):
         calls.clear()
@@ -306,3 +331,64 @@ def test_the_peak_is_that_which_is_predicted() -> None:
     # `dy` was there before, and here what the MLP returns is until the end.
     assert tiled == pytest.approx(work.tiled_mlp_bytes(tokens), rel=0.1)
     assert tiled < whole / 5
+
+
+def sharded() -> dict[str, Any]:
+    """Losses and gradients of a base that two processes share, whole and tiled, in one of them."""
+    from test_memory_sharded import model_of
+
+    start("cpu")
+    model = qa.attach(model_of(512, False), "lora", r=2).train()
+    workload.LEAST_TILE, found = 8, {}
+    ids = torch.arange(600)[None] % 512
+    with fused_layers(model), recomputed(model, Setting(LAYERS + 1, True, 1)) as recomputer:
+        assert recomputer.tiles.is_long(600)
+        for name, on in (("learns", False), ("whole", False), ("tiled", True)):
+            recomputer.tiles.turn(on)
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            weights = [(n, p) for n, p in model.named_parameters() if p.grad is not None]
+            found[name] = loss.item(), {n: p.grad.norm().item() for n, p in weights}
+            model.zero_grad()
+    return found
+
+
+@pytest.mark.slow
+def test_a_base_that_processes_share(tmp_path) -> None:
+    for found in in_processes(2, sharded, tmp_path):
+        assert found["tiled"][0] == pytest.approx(found["whole"][0], rel=1e-6)
+        assert found["tiled"][1] == pytest.approx(found["whole"][1], rel=1e-4)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_less_is_held_for_the_same_numbers(monkeypatch) -> None:
+    monkeypatch.setattr(workload, "LEAST_TILE", 512)
+    tokens, inside = 16384, 2048
+    size = {"hidden_size": 512, "intermediate_size": inside, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    model = qa.quantize(llama(**size, **heads), "bnb-nf4", device="cuda", dtype="bfloat16")
+    model = qa.attach(model, "lora", r=8).train()
+    ids = torch.arange(tokens, device="cuda")[None] * 7 % 64
+
+    def measured() -> tuple[int, dict[str, torch.Tensor]]:
+        for _ in range(2):
+            model.zero_grad()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        weights = [(n, p) for n, p in model.named_parameters() if p.grad is not None]
+        return torch.cuda.max_memory_allocated(), {n: p.grad.clone() for n, p in weights}
+
+    kernels = fused_kernels(model, print)
+    with kernels, fused_layers(model), recomputed(model, Setting(4, True, 1)) as recomputer:
+        assert recomputer.tiles.is_long(tokens)
+        tiled, found = measured()
+        recomputer.tiles.turn(False)
+        whole, expected = measured()
+    assert whole - tiled > 2 * 2 * inside * tokens  # of three in an MLP; attention takes less, too
+    for name, gradient in expected.items():
+        off = (found[name] - gradient).norm()
+        assert off <= 0.02 * gradient.norm() + 1e-6, name

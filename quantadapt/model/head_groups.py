@@ -24,9 +24,11 @@ _OTHERWISE = ("position_bias", "cache", "s_aux")
 
 
 @contextmanager
-def in_head_groups(model: nn.Module, is_long: Callable[[int], bool]) -> Iterator[None]:
-    """Inside, attention that is torch's `scaled_dot_product_attention` goes through long rows by
-    groups of heads.
+def in_head_groups(
+    model: nn.Module, is_long: Callable[[int], bool]
+) -> Iterator[Callable[[bool], None]]:
+    """Yield what lets attention that is torch's `scaled_dot_product_attention` go through long rows
+    by groups of heads, or be as it was; afterwards it is.
 
     Args:
         is_long: says of a number of tokens whether they are many.
@@ -38,8 +40,14 @@ def in_head_groups(model: nn.Module, is_long: Callable[[int], bool]) -> Iterator
     stock = ALL_ATTENTION_FUNCTIONS[STOCK]
     AttentionInterface.register(NAME, partial(_attention, stock, is_long))
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[STOCK])
-    with computed_by(NAME, configs_of(model, STOCK)):
-        yield
+    configs = configs_of(model, STOCK)
+
+    def turn(on: bool) -> None:
+        for config in configs:
+            config._attn_implementation_internal = NAME if on else STOCK
+
+    with computed_by(STOCK, configs):
+        yield turn
 
 
 def _attention(

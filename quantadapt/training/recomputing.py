@@ -63,7 +63,7 @@ class Recomputer:
         model cannot checkpoint and has to."""
         function = self._function(setting.offload)
         read_in_parts(self.base, setting.offload or streamer_of(self.base) is not None)
-        self.tiles.on = setting.offload
+        self.tiles.turn(setting.offload)
         if not self.layers:
             self._apply_to_all(setting.recomputed_layers > 0, function)
         for index, layer in enumerate(self.layers):
