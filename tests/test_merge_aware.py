@@ -210,7 +210,7 @@ def test_gradients_go_straight_through(base, backend):
     generator = torch.Generator().manual_seed(2)
     x, dy = torch.randn(2, 2, 9, 64, generator=generator)
     fused = passed(layer, x, dy)
-    with patch.object(FusedLoraLinear, "_is_plain", return_value=False):
+    with patch.object(FusedLoraLinear, "fuses", return_value=False):
         generic = passed(layer, x, dy)
 
     facade: QuantLinear = layer.base_layer
@@ -415,7 +415,7 @@ def test_training_learns_and_recomputing_changes_nothing(base):
     assert recomputed == pytest.approx(plain, rel=1e-5)
     parts, _ = losses(base, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     assert parts == pytest.approx(plain, rel=1e-4)
-    with patch.object(FusedLoraLinear, "_is_plain", return_value=False):
+    with patch.object(FusedLoraLinear, "fuses", return_value=False):
         generic, _ = losses(base)
     assert generic == pytest.approx(plain, rel=1e-4)
     assert model.quantadapt.merge_aware

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, fields
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..compiling import one_kernel
@@ -73,20 +73,14 @@ class Grid(ABC):
         layout = (type(self), tuple(own), rest)
         return one_kernel(_dithered, start, change, *own.values(), *self.tables, static=layout)
 
-    @property
+    @cached_property
     def tables(self) -> tuple[Tensor, ...]:
-        """Small tensors that `_dithered` looks numbers up in; made once."""
+        """Small tensors that `_dithered` looks numbers up in."""
         return ()
 
     @abstractmethod
     def _dithered(
-        self,
-        tables: Sequence[Tensor],
-        start: Tensor,
-        change: Tensor,
-        noise: Tensor,
-        scale: Tensor,
-        zero: Tensor | None,
+        self, start: Tensor, change: Tensor, noise: Tensor, scale: Tensor, zero: Tensor | None
     ) -> Tensor:
         """Return the values of `dithered`; a noise of -0.5 to 0.5 spans what rounds to `start`."""
 
@@ -149,13 +143,7 @@ class UniformGrid(Grid):
         return found
 
     def _dithered(
-        self,
-        tables: Sequence[Tensor],
-        start: Tensor,
-        change: Tensor,
-        noise: Tensor,
-        scale: Tensor,
-        zero: Tensor | None,
+        self, start: Tensor, change: Tensor, noise: Tensor, scale: Tensor, zero: Tensor | None
     ) -> Tensor:
         began = self._codes(start, scale, zero)
         moved = began + ((change / scale).nan_to_num(nan=0) + noise)
@@ -178,28 +166,21 @@ class CodebookGrid(Grid):
 
     levels: Tensor
 
-    @property
-    def tables(self) -> tuple[Tensor, ...]:
-        """Levels, codes, edges and gaps, see `_Codebook`."""
+    @cached_property
+    def tables(self) -> _Codebook:
+        """Levels, codes, edges and gaps."""
         return _codebook(self.levels)
 
     def _codes(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         import torch
 
-        book = _codebook(self.levels)
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32)) / _divisor(scale)
-        return _at(book.codes, _place(exact, book.edges))
+        return _at(self.tables.codes, _place(exact, self.tables.edges))
 
     def _dithered(
-        self,
-        tables: Sequence[Tensor],
-        start: Tensor,
-        change: Tensor,
-        noise: Tensor,
-        scale: Tensor,
-        zero: Tensor | None,
+        self, start: Tensor, change: Tensor, noise: Tensor, scale: Tensor, zero: Tensor | None
     ) -> Tensor:
-        levels, _, edges, gaps = tables
+        levels, _, edges, gaps = self.tables
         step = _divisor(scale)
         place = _place(start.float() / step, edges)
         moved = _at(levels, place) + change / step
@@ -331,12 +312,13 @@ def _dithered(start: Tensor, change: Tensor, *rest: Any) -> Tensor:
     *tensors, kind, names, others = rest
     own, tables = tensors[: len(names)], tensors[len(names) :]
     grid: Grid = kind(**dict(zip(names, own, strict=True)), **dict(others))
+    vars(grid)["tables"] = tables  # made already
     small = start.device.type == "cpu" and start.numel() <= _KEPT
     noise = (_kept_noise if small else fixed_noise)(*start.shape, device=start.device)
     # The change that a merge into float32 weights leaves, so that both round to the same values.
     exact = start.float()
     change = (exact + change).sub_(exact)
-    return grid._by_group(partial(grid._dithered, tables), None, start, change, noise)
+    return grid._by_group(grid._dithered, None, start, change, noise)
 
 
 _KEPT = 2**22
