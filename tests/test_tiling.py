@@ -271,6 +271,7 @@ def test_what_stays_whole(calls) -> None:
     assert Recomputer(experts).tiles.mlps == []
 
 
+@pytest.mark.slow
 def test_a_training_has_the_losses_of_one_without(
     tokenizer, random_data, tmp_path, monkeypatch, calls
 ) -> None:
