@@ -20,7 +20,9 @@ from quantadapt.facade import QuantExperts, QuantStack, densify, read_in_parts, 
 from quantadapt.memory import GIB, Setting, Workload, experts
 from quantadapt.memory.shape import Shape
 from quantadapt.registry import registry
+from quantadapt.spec import TrainSpec
 from quantadapt.streaming import bring_back, stream
+from quantadapt.training.figures import dequantize_share
 from quantadapt.training.recomputing import Recomputer
 
 READS_ROWS = (
@@ -203,6 +205,28 @@ def test_every_setting_gives_the_same_gradients(
     assert len(found[0]) > 8
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_dequantizing_takes_is_measured_as_it_was_done(
+    offload: bool, read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last step, on a card that holds no whole stack."""
+    model = quantized("silu")
+    monkeypatch.setattr(experts, "PART", 1)
+    fit = SimpleNamespace(setting=Setting(1, offload, 1), recomputer=SimpleNamespace(count=1))
+    trainer: Any = SimpleNamespace(
+        model=model,
+        memory_fit=fit,
+        state=SimpleNamespace(global_step=2),
+        progress=SimpleNamespace(first_step=1, seconds=9.0),
+    )
+    whole: list[str] = []
+    dequantize = QuantStack.dequantize
+    monkeypatch.setattr(QuantStack, "dequantize", lambda s: whole.append("") or dequantize(s))
+    assert dequantize_share(trainer, TrainSpec()) is not None
+    assert len(read) == (2 * 2 * EXPERTS if offload else 0)  # twice, two stacks
+    assert bool(whole) != offload
 
 
 @pytest.mark.cuda

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..memory.experts import experts_at_a_time
 from ..model.experts import SUFFIX, Stack, in_order, is_dispatched, set_dense
 from ..protocols import AdapterTarget
 from .fused_experts import run_experts
@@ -67,6 +68,15 @@ class QuantStack(QuantWeight):
         out_features, in_features]."""
         stack = self.stack
         return self._dense(change).view(stack.experts, stack.out_features, stack.in_features)
+
+    @property
+    def at_a_time(self) -> int:
+        """How many experts are dequantized at a time where memory is short; all where the backend
+        cannot read rows alone."""
+        count, each = self.stack.experts, self.in_features * self.stack.out_features
+        if not self.target.reads_rows:
+            return count
+        return min(experts_at_a_time(each * self.compute_dtype.itemsize), count)
 
     def of_experts(self, first: int, last: int) -> Tensor:
         """Return what `by_expert` does, of the experts from `first` to before `last`."""

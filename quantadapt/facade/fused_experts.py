@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..memory.experts import experts_at_a_time
 from ..model.experts import SUFFIX
 from .expert_norms import dora_product
 from .expert_steps import Added, add, combined, gated, gated_backward
@@ -144,13 +143,12 @@ class _Parts(NamedTuple):
         """Return how many experts of a stack are to be dequantized at a time; None: all."""
         stack, lora = self._stack(which), self.loras[which]
         rounds = lora is not None and lora.rounds
-        if stack is None or rounds or not (self.experts.in_parts and stack.target.reads_rows):
+        if stack is None or rounds or not self.experts.in_parts:
             return None
         if stack.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None  # what is recorded cannot wait for the device
-        sizes = stack.stack
-        size = experts_at_a_time(sizes.in_features * sizes.out_features * self.dtype.itemsize)
-        return size if size < sizes.experts else None
+        size: int = stack.at_a_time
+        return size if size < stack.stack.experts else None
 
     def _stack(self, which: int) -> Any:
         """Return a quantized stack; None where it is dense."""

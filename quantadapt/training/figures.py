@@ -69,7 +69,10 @@ def dequantize_share(trainer: Any, spec: TrainSpec) -> float | None:
     for it."""
     from ..facade import facades
 
-    return _share(trainer, spec, [facade for _, facade in facades(trainer.model)], _dequantize)
+    weights = [facade for _, facade in facades(trainer.model)]
+    # As the steps did: a whole stack of experts may not fit.
+    short = trainer.memory_fit.setting.offload
+    return _share(trainer, spec, weights, _dequantize_in_parts if short else _dequantize)
 
 
 def rounding_share(trainer: Any, spec: TrainSpec) -> float | None:
@@ -141,6 +144,17 @@ def streamed(trainer: Any) -> Streamed | None:
 
 def _dequantize(weight: QuantWeight) -> None:
     weight.dequantize()
+
+
+def _dequantize_in_parts(weight: QuantWeight) -> None:
+    from ..facade import QuantStack
+
+    if not isinstance(weight, QuantStack):
+        weight.dequantize()
+        return
+    count, size = weight.stack.experts, weight.at_a_time
+    for first in range(0, count, size):
+        weight.of_experts(first, min(first + size, count))
 
 
 def _round(weight: QuantWeight) -> None:
