@@ -208,16 +208,6 @@ def assert_same(plain, weights, graphed, found) -> None:
         assert error < 2e-2, (name, error)
 
 
-@pytest.mark.cuda
-def test_steps_through_the_quantizer_are_the_same(replays) -> None:
-    options = {"num_train_epochs": 2, "gradient_checkpointing": True, "merge_aware": True}
-    plain, weights, _ = train(rows([64] * 16), cuda_graphs=False, **options)
-    graphed, found, notes = train(rows([64] * 16), **options)
-    assert notes == []
-    assert len(replays) >= plain.steps // 2
-    assert_same(plain, weights, graphed, found)
-
-
 PACKED = [24, 40, 64, 32, 32, 64] * 4
 
 

@@ -527,7 +527,7 @@ def test_layers_that_do_not_fit_the_backend_are_dense(llama, tmp_path) -> None:
         ({"name": "lora", "r": 16}, {"memory": "min"}, {"prefetches": False}),
         ({"name": "lora", "r": 16}, {"cuda_graphs": False}, {"graphs": False}),
         ({"name": "lora", "r": 16}, {"use_reentrant": True}, {"graphs": False}),
-        ({"name": "lora", "r": 16}, {"merge_aware": True}, {}),
+        ({"name": "lora", "r": 16}, {"merge_aware": True}, {"graphs": False}),
         ({"name": "lora", "r": 16, "alora_invocation_tokens": [1]}, {}, {"fused_adapter": False}),
         ({"name": "lora", "r": 16, "init_lora_weights": "mica"}, {}, {"fused_adapter": False}),
     ],

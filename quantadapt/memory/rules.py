@@ -48,7 +48,8 @@ def splits(
 def records(task: Task, train: TrainSpec) -> bool:
     """Say whether passes are to be recorded as CUDA graphs, where they can be."""
     talks = train.context_parallel_size > 1  # to other processes, in each layer
-    return task.repeats and train.cuda_graphs and not (train.use_reentrant or talks)
+    other = train.use_reentrant or train.merge_aware or talks
+    return task.repeats and train.cuda_graphs and not other
 
 
 def fused_kernels(train: TrainSpec) -> bool:
