@@ -191,6 +191,8 @@ class Clock:
         """Tokens per second in the second half: kernels are compiled, and passes recorded, once a
         shape of batch has been seen."""
         late = [seen for seen in self.seen if seen[0] >= max(WARM_UP, self.seen[-1][0] // 2)]
+        if len(late) < 2:
+            raise ValueError("too few steps to time: raise --examples")
         (_, before, start), (_, after, end) = late[0], late[-1]
         return (after - before) / (end - start)
 
