@@ -10,7 +10,7 @@ write it; by itself it lays a batch end to end), `ours-BACKEND` (batches of 8, p
 `ours-BACKEND:grouped` (batches of examples of similar length), `ours-BACKEND:packed` (`--rows` rows
 of up to 4096 tokens); with `+eager` behind it without CUDA graphs.
 
-Prints a Markdown table: tokens without padding per second, over all steps but the first four; their
+Prints a Markdown table: tokens without padding per second, over the second half of the steps; their
 ratio to the first case; the share of tokens that went through the model that are padding; peak GiB;
 steps; the first and last loss. Of packed cases also how far loss and gradient of eight examples in
 a row are from those of the same examples padded.
@@ -175,7 +175,7 @@ def batches_of(rows: list[list[int]]) -> list[list[list[int]]]:
 
 @dataclass
 class Clock:
-    """Times what comes after the first steps."""
+    """Times the second half of the steps."""
 
     losses: list[float] = field(default_factory=list)
     seen: list[tuple[int, int, float]] = field(default_factory=list)
@@ -188,8 +188,11 @@ class Clock:
 
     @property
     def rate(self) -> float:
-        """Tokens per second after the first steps."""
-        late = [seen for seen in self.seen if seen[0] >= WARM_UP]
+        """Tokens per second in the second half: kernels are compiled, and passes recorded, once a
+        shape of batch has been seen."""
+        late = [seen for seen in self.seen if seen[0] >= max(WARM_UP, self.seen[-1][0] // 2)]
+        if len(late) < 2:
+            raise ValueError("too few steps to time: raise --examples")
         (_, before, start), (_, after, end) = late[0], late[-1]
         return (after - before) / (end - start)
 

@@ -312,6 +312,24 @@ def test_a_model_that_does_not_say_where_examples_begin_gets_masks(monkeypatch: 
     assert "masks of all pairs" in notes[0]
 
 
+@pytest.mark.parametrize("error", [ValueError, NotImplementedError])
+def test_a_model_that_refuses_packed_rows_by_itself_is_refused(
+    error: Any, monkeypatch: Any
+) -> None:
+    """As those with short convolutions do, where the library for them is missing."""
+    model = of("llama")
+    attention = type(model.get_base_model().model.layers[0].self_attn)
+
+    def refusing(*_: Any, **__: Any) -> Any:
+        raise error("it takes another library")
+
+    monkeypatch.setattr(attention, "forward", refusing)
+    refused = pytest.raises(TrainingError, match="a row apart: it takes another library")
+    with refused, kept_apart(model, print):
+        pass
+    assert not ours.is_lent(model.config)
+
+
 # Rows and batches ---------------------------------------------------------------------------------
 
 

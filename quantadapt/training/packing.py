@@ -146,8 +146,13 @@ def refuse_leaks(model: Any, collator: PackedCollator) -> None:
 
     one, other = (_logits(model, collator, token)[:, _LENGTH:] for token in (3, 4))
     if torch.linalg.vector_norm(one - other) > _ROUNDING * torch.linalg.vector_norm(one):
-        what = f"{type(model.get_base_model()).__name__} does not keep the examples of a row apart"
-        raise TrainingError(what, fix="leave train.packing out", where=WHERE)
+        raise _leaks(model)
+
+
+def _leaks(model: Any, why: str = "") -> TrainingError:
+    base = getattr(model, "get_base_model", lambda: model)()
+    what = f"{type(base).__name__} does not keep the examples of a row apart{why}"
+    return TrainingError(what, fix="leave train.packing out", where=WHERE)
 
 
 def _logits(model: Any, collator: PackedCollator, token: int) -> Tensor:
@@ -168,6 +173,9 @@ def _logits(model: Any, collator: PackedCollator, token: int) -> Tensor:
         for name, value in collator([row]).items()
         if name not in ("labels", "counted", "tokens")
     }
-    with evaluating(model), torch.no_grad():
-        logits: Tensor = model(**inputs, use_cache=False).logits
+    try:
+        with evaluating(model), torch.no_grad():
+            logits: Tensor = model(**inputs, use_cache=False).logits
+    except (ValueError, NotImplementedError) as error:  # short convolutions without their library
+        raise _leaks(model, f": {error}") from error
     return logits[:, : 2 * _LENGTH].float()
