@@ -18,7 +18,7 @@ from quantadapt.model import packed_attention as ours
 from quantadapt.model.sinks import fused_sinks
 from quantadapt.objectives.sft import SFT
 from quantadapt.testing.small_demo import small_model
-from quantadapt.training.packing import filling, kept_apart, packed
+from quantadapt.training.packing import filling, kept_apart, packed, refuse_leaks
 
 VOCABULARY = 64
 LENGTHS = [[9, 1, 14], [23], [2, 2, 3]]
@@ -394,6 +394,21 @@ def test_a_plan_says_what_a_step_sees(objective: str) -> None:
         assert f"2 rows of {words}" in note
     assert made.memory.work.length == 1024
     assert not [note for note in planned(**given).notes if "packed" in note]
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("Roberta", True), ("Llama", False)])
+def test_positions_that_do_not_begin_at_zero_are_refused(kind: str, refused: bool) -> None:
+    """RoBERTa's first position is the one after its padding token's, whatever a row says."""
+    torch.manual_seed(0)
+    more = {"is_decoder": True} if refused else {}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    config = getattr(transformers, f"{kind}Config")(**sizes, intermediate_size=32, **more)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    if refused:
+        with pytest.raises(TrainingError, match="counts positions from another number than 0"):
+            refuse_leaks(model, PackedCollator(0))
+    else:
+        refuse_leaks(model, PackedCollator(0))
 
 
 def test_a_plan_refuses_rows_without_room() -> None:

@@ -137,16 +137,39 @@ def _hands_on(model: Any) -> bool:
 
 
 def refuse_leaks(model: Any, collator: PackedCollator) -> None:
-    """Raise TrainingError where examples of one row see each other.
+    """Raise TrainingError where examples of one row see each other, or are counted otherwise.
 
     Not every architecture heeds where examples begin (BLOOM, OPT, MPT and state spaces do not), and
     none says so. So it is tried out: the second of two examples must not change with the first.
+    Nor may an example change where it is said that it begins at position 0, as it does for those
+    that are made like RoBERTa, whose first position is another.
     """
+    one, other = (_logits(model, collator, token)[:, _LENGTH:] for token in (3, 4))
+    if _differ(one, other):
+        raise _leaks(model)
+    if _differ(*_alone(model)):
+        raise _leaks(model, ": it counts positions from another number than 0")
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
     import torch
 
-    one, other = (_logits(model, collator, token)[:, _LENGTH:] for token in (3, 4))
-    if torch.linalg.vector_norm(one - other) > _ROUNDING * torch.linalg.vector_norm(one):
-        raise _leaks(model)
+    norm = torch.linalg.vector_norm
+    return bool(norm(one - other) > _ROUNDING * norm(one))
+
+
+def _alone(model: Any) -> tuple[Tensor, Tensor]:
+    """Return the logits of an example as the model counts its positions, and from 0 on."""
+    import torch
+
+    from ..evaluation.predictions import evaluating
+
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(_LENGTH, device=device)[None]
+    with evaluating(model), torch.no_grad():
+        own = model(input_ids=ids, use_cache=False).logits
+        told = model(input_ids=ids, position_ids=ids, use_cache=False).logits
+    return own.float(), told.float()
 
 
 def _leaks(model: Any, why: str = "") -> TrainingError:
