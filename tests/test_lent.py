@@ -30,6 +30,7 @@ from quantadapt.spec import TrainSpec
 from quantadapt.testing.small_demo import demo_tokens, small_model
 from quantadapt.training import train
 from quantadapt.training.lent import (
+    fast_attention,
     fused_layers,
     one_row_each,
     patched,
@@ -236,6 +237,25 @@ def test_libraries_are_quiet_but_what_makes_us_slower_is_told() -> None:
         assert constants.HF_HUB_DISABLE_TELEMETRY is True
     assert [str(warning.message) for warning in heard] == ["slow"]
     assert constants.HF_HUB_DISABLE_TELEMETRY is before
+
+
+# Attention ---------------------------------------------------------------------------------------
+
+
+def test_cudnn_is_asked_for_shapes_that_come_again(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    model, asked = adapted(), []
+    layer = model.get_base_model().model.layers[0]
+    layer.register_forward_pre_hook(
+        lambda *_: asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+    )
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with fast_attention(model, torch.device("cuda")):
+        for length in (4, 6, 4, 8, 4, 6):
+            model(input_ids=torch.ones(1, length, dtype=torch.long))
+    assert asked == [False, False, True, False, True, True]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    assert not model.get_base_model()._forward_pre_hooks
 
 
 # Liger -------------------------------------------------------------------------------------------

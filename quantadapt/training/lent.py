@@ -73,7 +73,7 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
         fused = lend(fused_layers(model, keep_casts=spec.memory != "min", on_note=on_note))
         lend(float8_products(model, spec))  # with the frozen base
         lend(compiled_functions())  # dequantizing in one kernel
-        lend(fast_attention(adapter_device(model)))  # cuDNN's
+        lend(fast_attention(model, adapter_device(model)))  # cuDNN's
         lend(fused_sinks(model))  # attention with sinks in one call
         lend(rows_in_parts(model, spec))  # attention of rows that several processes share
         if rules.fused_kernels(spec):
@@ -249,9 +249,12 @@ def float8_products(model: nn.Module, spec: TrainSpec) -> Iterator[None]:
 
 
 @contextmanager
-def fast_attention(device: torch.device) -> Iterator[None]:
+def fast_attention(model: Any, device: torch.device) -> Iterator[None]:
     """Prefer cuDNN's attention from Hopper on, where it takes two thirds of flash attention's time
-    (H200, forward and backward); elsewhere, and where it cannot be used, nothing changes."""
+    (H200, forward and backward); elsewhere, and where it cannot be used, nothing changes.
+
+    cuDNN plans for each shape anew, which takes long, so a shape goes to it that comes again.
+    """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -264,8 +267,20 @@ def fast_attention(device: torch.device) -> Iterator[None]:
         SDPBackend.EFFICIENT_ATTENTION,
         SDPBackend.MATH,
     ]
-    with sdpa_kernel(order, set_priority=True):
-        yield
+    seen: set[Any] = set()
+
+    def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        shape = getattr(ids, "shape", None)
+        torch.backends.cuda.enable_cudnn_sdp(shape is None or shape in seen)
+        seen.add(shape)
+
+    handle = _base(model).register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with sdpa_kernel(order, set_priority=True):
+            yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
