@@ -50,6 +50,12 @@ def test_what_the_user_says_wins_over_the_demo() -> None:
     assert plan(Spec(train={"max_steps": 7}), machine=CPU).spec.train.max_steps == 7
 
 
+def test_other_objectives_take_smaller_steps_on_the_demo() -> None:
+    rates = [plan(Spec(objective={"name": n}), machine=CPU).spec.train.learning_rate
+             for n in ("sft", "dpo", "reward")]  # fmt: skip
+    assert rates == [4e-3, 1e-3, 1e-3]
+
+
 def test_device_and_dtype_follow_the_machine() -> None:
     made = plan(Spec(), machine=CARD)
     assert (made.device, made.dtype) == ("cuda", "bfloat16")

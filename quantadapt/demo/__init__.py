@@ -35,3 +35,6 @@ TRAIN_DEFAULTS = {
     "per_device_train_batch_size": 8,
 }
 """What a run on the demo is trained with where the user says nothing (fields of TrainSpec)."""
+
+TRAIN_OTHERS = {"learning_rate": 1e-3}
+"""The same for objectives other than `sft`, which take smaller steps."""

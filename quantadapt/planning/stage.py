@@ -557,7 +557,8 @@ def _with_defaults(spec: Spec, *, demo_run: bool) -> Spec:
     wants to be trained with."""
     spec = spec.model_copy(deep=True)
     if demo_run and spec.model is None and not spec.data.named:
-        for name, value in demo.TRAIN_DEFAULTS.items():
+        others = {} if spec.objective.name == "sft" else demo.TRAIN_OTHERS
+        for name, value in (demo.TRAIN_DEFAULTS | others).items():
             if name not in spec.train.model_fields_set:
                 setattr(spec.train, name, value)
     if spec.output is None:
