@@ -266,7 +266,7 @@ def test_it_is_listed_and_shown(plugin, run_cli) -> None:
         ("tinny", "no export is called 'tinny'", "did you mean 'tiny'?"),
         ({"name": "tiny", "dtyp": 1}, "export 'tiny' has no option 'dtyp'", "did you mean 'dtype'"),
         ({"name": "tiny", "dtype": "int3"}, "'int3' is not possible", "'float32' or 'float16'"),
-        ("onto-base", "Field required", ""),
+        ("onto-base", "it has to be set, and is not", ""),
     ],
 )
 def test_unknown_names_and_options(plugin, tmp_path, format_, what, fix) -> None:

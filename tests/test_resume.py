@@ -474,6 +474,8 @@ OTHER: dict[str, Any] = {
     "train.merge_aware": True,
     "train.per_device_train_batch_size": 3,
     "train.gradient_accumulation_steps": 2,
+    "train.compute": "fp8",
+    "train.context_parallel_size": 2,
 }
 
 
