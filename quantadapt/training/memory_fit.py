@@ -24,6 +24,7 @@ from ..memory import rules
 from ..memory.workload import GIB, OOM_FIX, Setting, between_passes, halves, usable
 from ..sharding import is_sharded
 from ..streaming import streamer_of
+from .random_state import RandomState
 from .recomputing import Recomputer
 from .setting_search import Probe, choose, lowered
 
@@ -177,7 +178,7 @@ class MemoryFit:
             inputs: the batch. count: the tokens that its loss is divided by.
         """
         before = self._gradients()
-        state = _random_state(self.device)
+        state = RandomState.of(self.device)
         again = self.device.type == "cpu" and not is_sharded(self.trainer.model)
         while True:
             try:
@@ -228,7 +229,7 @@ class MemoryFit:
             weight.grad = None if gradient is None else gradient.clone()
         self.trainer.told.clear()
         free(self.trainer.model)
-        _set_random_state(state, self.device)
+        state.put_back()
 
 
 class _Prober:
@@ -244,7 +245,7 @@ class _Prober:
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Give back gradients, random states and memory afterwards."""
-        state = _random_state(self.device)
+        state = RandomState.of(self.device)
         for weight in self.memory_fit.weights:  # they are there in most passes of a real run
             weight.grad = torch.zeros_like(weight)
         try:
@@ -254,7 +255,7 @@ class _Prober:
                 weight.grad = None
             free(self.trainer.model)
             torch.cuda.reset_peak_memory_stats(self.device)
-            _set_random_state(state, self.device)
+            state.put_back()
 
     def measure(self, setting: Setting) -> Probe | None:
         """Return what a pass under `setting` takes. Raises TrainingError if it does not fit on one
@@ -305,14 +306,3 @@ def _allowed_share(device: torch.device) -> float:
     PyTorch can tell it from 2.8 on."""
     tell = getattr(torch.cuda, "get_per_process_memory_fraction", None)
     return float(tell(device)) if tell else 1.0
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), cuda
-
-
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)

@@ -3,9 +3,9 @@
 Of a long row, the numbers inside one MLP are the most that a recomputed layer holds at a time. An
 MLP sees each token by itself, so its forward and backward go through the tokens tile by tile
 (https://arxiv.org/abs/2506.13996): it keeps its input alone, and a tile is computed again in its
-backward. A layer that is recomputed leaves its MLP out then, so nothing is computed more often;
-weights are dequantized once more for each tile. Attention goes through such a row by groups of
-heads, see `model.head_groups`.
+backward. A layer that is recomputed leaves its MLP out then, unless a norm follows, so nothing is
+computed more often; weights are dequantized once more for each tile. Attention goes through such a
+row by groups of heads, see `model.head_groups`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..facade import kept
 from ..memory.workload import tile_of
+from .random_state import RandomState
 
 NAMES = ("mlp", "feed_forward")
 """What decoder layers call their MLP."""
@@ -81,7 +82,7 @@ def _sees_single_tokens(mlp: nn.Module) -> bool:
 
 
 def _draws(mlp: nn.Module) -> bool:
-    """Say whether it draws random numbers: in tiles it would draw others."""
+    """Say whether it has dropout, which in tiles would be another."""
     return any(isinstance(m, _DropoutNd) and m.p > 0 and m.training for m in mlp.modules())
 
 
@@ -90,10 +91,14 @@ def _tiles(tokens: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, tokens))
 
 
-def _over_tiles(run: Run, x: Tensor, size: int) -> Tensor:
-    """Return run(x), [..., features], computed for `size` tokens at a time."""
+def _over_tiles(
+    run: Run, x: Tensor, size: int, before: Callable[[], None] = lambda: None
+) -> Tensor:
+    """Return run(x), [..., features], computed for `size` tokens at a time; `before` is called
+    before each."""
     flat, out = x.reshape(-1, x.shape[-1]), None
     for rows in _tiles(len(flat), size):
+        before()
         y = run(flat[None, rows])[0]
         if out is None:
             out = y.new_empty(len(flat), y.shape[-1])
@@ -110,7 +115,8 @@ class _Tiled(torch.autograd.Function):
         casts, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         ctx.autocast = partial(torch.autocast, kind, dtype, enabled=casts)
         ctx.save_for_backward(*(() if keeper is not None else (x,)))
-        return _over_tiles(run, x, size)
+        ctx.states = []
+        return _over_tiles(run, x, size, lambda: ctx.states.append(RandomState.of(x.device)))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -119,7 +125,10 @@ class _Tiled(torch.autograd.Function):
         flat, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         dx = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
         sums: list[Tensor | None] = [None] * len(ctx.weights)
-        for rows in _tiles(len(flat), ctx.size):
+        now = RandomState.of(dy.device)
+        for rows, state in zip(_tiles(len(flat), ctx.size), ctx.states, strict=True):
+            # Adapters may draw, too, what no module tells: the same as in forward.
+            state.put_back()
             part = flat[None, rows].detach().requires_grad_(dx is not None)
             with torch.enable_grad(), ctx.autocast():
                 y = ctx.run(part)[0]
@@ -129,6 +138,7 @@ class _Tiled(torch.autograd.Function):
             if dx is not None:
                 dx[rows] = found.pop(0)[0]
             sums = [_sum(one, other) for one, other in zip(sums, found, strict=True)]
+        now.put_back()
         dx = None if dx is None else dx.view(x.shape)
         return dx, None, None, None, *sums
 
