@@ -10,15 +10,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .errors import SlowerWarning, warn
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
 
 LEAST_BYTES = 2**19
 """Packed weights below this size are left to eager mode: starting a kernel costs more."""
@@ -33,6 +36,21 @@ _kernels: dict[Any, Callable[..., Any] | None] = {}
 def has_triton() -> bool:
     """Say whether Triton is installed, as it is with CUDA builds of torch."""
     return find_spec("triton") is not None
+
+
+def on_its_device(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """Have Triton's kernels in `function` run where its first tensor is: Triton takes the current
+    GPU, which may be another."""
+
+    @wraps(function)
+    def launched(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        import torch
+
+        first = next(arg for arg in args if isinstance(arg, torch.Tensor))
+        with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+            return function(*args, **kwargs)
+
+    return launched
 
 
 @contextmanager

@@ -269,6 +269,24 @@ def test_heads_that_do_not_divide_are_told_with_what_would(tmp_path) -> None:
     assert problem.fix == "use 2 or 3"
 
 
+def test_a_window_has_to_hold_a_packed_row(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"sliding_window": 4096}))
+    cards = Machine(cuda=((9, 0),) * 4)
+    refusals = {}
+    for packing in (True, 8192):
+        spec = Spec(
+            model=str(tmp_path),
+            data={"max_length": 4096},
+            train={"context_parallel_size": 4, "packing": packing},
+        )
+        try:
+            plan(spec, machine=cards, processes=4, check_output=False, weights=False)
+        except PlanRefused as error:
+            refusals[packing] = [problem.what for problem in error.problems]
+    what = "a row cannot be shared out: layers see 4,096 tokens back, and rows have up to 8,192"
+    assert refusals == {8192: [what]}
+
+
 def ways_out(folder: Path, **config: Any) -> str:
     """Say what a plan advises where a row of 128k tokens is too long for a card of 12 GiB."""
     (folder / "model").mkdir(exist_ok=True)

@@ -3,10 +3,11 @@
 import copy
 import json
 import math
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
+from processes import wants_two_gpus
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -23,6 +24,8 @@ from transformers import (
 
 import quantadapt as qa
 from quantadapt import demo
+from quantadapt.adapting.fused import FusedTraining
+from quantadapt.compiling import on_its_device
 from quantadapt.data.files import Row as DataRow
 from quantadapt.errors import DataError, ModelError, NumbersError, OutputError, SpecError
 from quantadapt.evaluation.predictions import evaluating
@@ -157,6 +160,46 @@ def test_recorded_steps_answer_as_a_growing_cache_does(family, backend, recwarn)
     assert not [w for w in recwarn if issubclass(w.category, slots.NotRecordedWarning)]
     pairs = [ab for xy in zip(*found.values(), strict=True) for ab in zip(*xy, strict=True)]
     assert sum(a == b for a, b in pairs) >= 0.9 * 5 * 24  # products of other shapes round otherwise
+
+
+@pytest.mark.cuda
+@wants_two_gpus
+def test_answers_on_a_gpu_that_is_not_the_current_one() -> None:
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        config = copy.deepcopy(SLOTTED["llama"])
+        config.hidden_size = config.intermediate_size = 128
+        model = qa.quantize(made(config).bfloat16(), "hqq", device=device)
+        torch.manual_seed(0)
+        model = qa.attach(model, r=4, init_lora_weights=False).eval()
+        asked = list(answers(model, Ids(), prompts(3), Sampling(max_new_tokens=24), batch_size=1))
+        found.append([answer.text for answer in asked])
+        assert torch.cuda.current_device() == 0
+    assert found[0] == found[1]
+
+
+def test_kernels_of_triton_are_started_where_their_first_tensor_is(monkeypatch) -> None:
+    given, where = torch.ones(2), []
+    monkeypatch.setattr(
+        torch.cuda, "device_of", lambda tensor: where.append(tensor) or nullcontext()
+    )
+    launched = on_its_device(lambda kind, x, y: (kind, x, y))
+    assert launched("gate", given, y=3)[0::2] == ("gate", 3)
+    assert where[0] is given
+
+
+def test_adapters_are_cast_when_rows_come_in_and_not_at_each_token(monkeypatch) -> None:
+    model = qa.attach(qa.quantize(made(SLOTTED["llama"]), "none", dtype="bfloat16"), r=2).eval()
+    seen = []
+    monkeypatch.setattr(FusedTraining, "refresh", lambda self: seen.append(len(self._casts)))
+    with evaluating(model):
+        batch = SlotRows(model)
+        batch.add([Row([5, 6, 7], Sampling().chooser(0), 4)])
+        while batch.rows:
+            batch.step()
+            batch.add([])  # as a server does between tokens
+    (casts,) = seen
+    assert casts > 0
 
 
 def test_slots_are_for_models_that_say_so() -> None:

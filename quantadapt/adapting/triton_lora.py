@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compiling import on_its_device
+
 COLUMNS, ROWS = 4096, 256
 
 
@@ -45,6 +47,7 @@ def _add_through_b(  # type: ignore[no-untyped-def]
     tl.store(y + row, made.to(y.dtype.element_ty), mask=there)
 
 
+@on_its_device
 def add_to_one_token(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:
     """Add scaling B A x to `y` in place, summed in float32.
 

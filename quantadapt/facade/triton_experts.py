@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compiling import on_its_device
+
 if TYPE_CHECKING:
     from .expert_steps import Added, Gate
     from .grouped import Routing
@@ -309,6 +311,7 @@ def _combined(  # type: ignore[no-untyped-def]
     tl.store(output + token * columns + at, total.to(y.dtype.element_ty), mask=at < columns)
 
 
+@on_its_device
 def add(y: Tensor, added: Added, routing: Routing) -> Tensor:
     """As `expert_steps.add`."""
     rows, columns = y.shape
@@ -328,6 +331,7 @@ def add(y: Tensor, added: Added, routing: Routing) -> Tensor:
     return y
 
 
+@on_its_device
 def gated(
     gate: Gate,
     y: Tensor,
@@ -350,6 +354,7 @@ def gated(
     return z
 
 
+@on_its_device
 def gated_backward(
     gate: Gate,
     y: Tensor,
@@ -376,6 +381,7 @@ def gated_backward(
     return y, dz, d_share.sum(0)
 
 
+@on_its_device
 def transposed(x: Tensor, made: Tensor) -> Tensor:
     """Write x [m, n], contiguous, into `made` [n, m], in its dtype."""
     rows, columns = x.shape
@@ -383,6 +389,7 @@ def transposed(x: Tensor, made: Tensor) -> Tensor:
     return made
 
 
+@on_its_device
 def combined(y: Tensor, routing: Routing) -> Tensor:
     """As `expert_steps.combined`."""
     (tokens, k), columns = routing.row.shape, y.shape[1]

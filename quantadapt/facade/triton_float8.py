@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compiling import on_its_device
+
 BLOCK = 4096
 TILE = 64
 
@@ -53,6 +55,7 @@ def _tiles(codes, out, rows, columns, TILE: tl.constexpr):  # type: ignore[no-un
     tl.store(out + across[:, None] * rows + down[None, :], tl.trans(tile), mask=there)
 
 
+@on_its_device
 def in_float8(x: Tensor, by: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return codes [rows, columns] and factors [rows, 1] of x times `by`, column by column."""
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -67,6 +70,7 @@ def in_float8(x: Tensor, by: Tensor | None) -> tuple[Tensor, Tensor]:
     return codes, factors
 
 
+@on_its_device
 def transposed(codes: Tensor) -> Tensor:
     """Return the transpose of codes [rows, columns], laid out row by row."""
     rows, columns = codes.shape

@@ -87,6 +87,8 @@ class SlotRows(Rows):
 
     def add(self, rows: Sequence[Row]) -> None:
         """Take rows in, which the adapter's weights answer that there are now."""
+        if not rows:
+            return
         if self._lenders is None:
             self._lenders = lenders_of(self._model)
         for lender in self._lenders:
@@ -141,8 +143,9 @@ class SlotRows(Rows):
         store.steps += 1
         if not self._record or store.steps <= SEEN_BEFORE:
             return store.forward()
-        # It pays now: what is recorded runs for many tokens.
-        with compiled_functions(), fused_kernels(self._model, _tell):
+        # It pays now: what is recorded runs for many tokens. Only the current GPU is recorded.
+        current = torch.cuda.device(self.device)
+        with current, compiled_functions(), fused_kernels(self._model, _tell):
             logits = store.forward()
             try:
                 store.record(logits)

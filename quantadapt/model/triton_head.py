@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compiling import on_its_device
+
 BLOCK = 8192
 
 
@@ -54,6 +56,7 @@ def _rows(  # type: ignore[no-untyped-def]
         tl.store(start_of_row + at, gradient.to(logits.dtype.element_ty), mask=at < columns)
 
 
+@on_its_device
 def to_gradient(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
     """Return the losses, float32 [rows], and turn `logits` [rows, columns] into their gradient."""
     losses = torch.empty(len(labels), dtype=torch.float32, device=logits.device)

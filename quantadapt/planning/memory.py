@@ -355,6 +355,7 @@ def memory_plan(
     lora = adapter.peft_type == "LORA"
     seen = (config, spec.data.max_length, spec.data.max_pixels)
     tower = Tower.of(*seen) if "vision" in spec.towers else None
+    length = train.row_length or spec.data.max_length
     work = Workload(
         shape=shape,
         bits=bits,
@@ -363,7 +364,7 @@ def memory_plan(
         optim=train.optim,
         dtype_bytes=_bytes(dtype),
         batch=train.per_device_train_batch_size,
-        length=train.row_length or spec.data.max_length,
+        length=length,
         dropout=bool(options.get("lora_dropout")),
         fused_adapter=lora and not _is_unfused(options),
         dora=lora and bool(options.get("use_dora")),
@@ -389,7 +390,7 @@ def memory_plan(
         packed=bool(train.packing),
         contexts=train.context_parallel_size,
         in_parts=quantizer.target.reads_rows,
-        row_shares=row_shares(train, task, config, options, spec.data.max_length),
+        row_shares=row_shares(train, task, config, options, length),
     )
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
     return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))

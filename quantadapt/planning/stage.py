@@ -432,7 +432,7 @@ def _combined(draft: Draft, made: Plan) -> Plan:
     draft.problems += context_problems(
         *(spec.train, made.task, config, made.adapter_options),
         processes=made.processes,
-        longest=spec.data.max_length,
+        longest=spec.train.row_length or spec.data.max_length,
     )
     if made.trains:
         draft.problems += head_problems(made.task, config)
