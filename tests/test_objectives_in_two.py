@@ -121,6 +121,7 @@ def assert_the_same(both: list[dict[str, Any]], name: str, expected: dict[str, A
         torch.testing.assert_close(weight, expected["weights"][key], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_objective_of_whole_batches(folder, alone) -> None:
     both = in_processes(2, work, folder, folder, ["embed-ranking"], "ddp")
     assert_the_same(both, "embed-ranking", alone("embed-ranking"))
