@@ -26,7 +26,7 @@ from .registry.blame import blaming_plugins
 from .remote_code import trusting
 from .showing.python import stage
 from .showing.quietly import quietly
-from .spec import Spec, TrainSpec
+from .spec import Spec
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -110,7 +110,8 @@ def quantize(
         new_modules=list(new_modules),
         unused_modules=list(unused_modules),
         trust_remote_code=trust_remote_code,
-        train=TrainSpec(parallel="ddp", stream=stream),  # who shards a base does so where they want
+        # Who shards a base does so where they want.
+        train={"parallel": "ddp", "stream": stream},
     )
     module = None if source is None or isinstance(source, str) else source
     made = planning.plan(spec, module=module, check_output=False)

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 import quantadapt as qa
 from quantadapt import demo
@@ -268,6 +275,27 @@ def test_a_teacher_with_other_tokens_is_refused(tmp_path: Path, tokenizer: Any) 
     spec = Spec().data
     with pytest.raises(ModelError, match="tokenizer differs from the model's in 4 entries"):
         Distill(teacher=str(folder)).read(spec, tokenizer, seed=0)
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_a_teacher_has_to_keep_examples_of_a_row_apart(mixes, random_data, tmp_path) -> None:
+    rows = AutoConfig.from_pretrained(small_model()).vocab_size
+    made: Any = GPT2LMHeadModel(GPT2Config(vocab_size=rows, n_embd=16, n_layer=1, n_head=2))
+    if mixes:
+        sizes = {"hidden_size": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.5}
+        made = BloomForCausalLM(BloomConfig(vocab_size=rows, **sizes))
+    made.save_pretrained(tmp_path / "teacher")
+    for file in small_model().glob("*token*.json"):
+        shutil.copy(file, tmp_path / "teacher")
+    given = {**TRAIN, "objective": {"name": "distill", "teacher": str(tmp_path / "teacher")}}
+    model = attached()
+    qa.train(model, random_data, **{**given, "max_steps": 1})
+    if mixes:
+        told = "BloomForCausalLM does not keep the examples of a row apart"
+        with pytest.raises(TrainingError, match=told):
+            qa.train(model, random_data, packing=True, **given)
+    else:
+        qa.train(model, random_data, packing=True, **given)
 
 
 def refusals(**objective: Any) -> str:

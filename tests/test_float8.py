@@ -145,6 +145,21 @@ class Rounding(Dense):
         return nn.functional.linear(x.round(), module.weight, module.bias)
 
 
+def test_products_are_in_the_compute_dtype_also_of_float32(monkeypatch) -> None:
+    layer = facade().to(torch.bfloat16)
+    made, scaled = [], float8._scaled
+    monkeypatch.setattr(float8, "_scaled", lambda *a: made.append(a[-1]) or scaled(*a))
+    model = nn.ModuleDict({"linear": layer})
+    config = LoraConfig(r=4, target_modules=["linear"], init_lora_weights=False)
+    use_fused_layers(config)
+    adapted_layer = inject_adapter_in_model(config, model)["linear"]
+    for one in (layer, adapted_layer):
+        x = random(6, INPUTS).requires_grad_()
+        one(x).sum().backward()
+        assert x.grad.dtype == torch.float32
+    assert made == [torch.bfloat16] * 4
+
+
 def test_a_vendor_that_rounds_inputs_does_so_still() -> None:
     """What it serves is what is trained; the gradient goes through 8-bit floats."""
     layer, x, dy = facade(), random(10, INPUTS), random(10, OUTPUTS, seed=1)

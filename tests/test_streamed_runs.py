@@ -14,7 +14,7 @@ import torch
 import quantadapt as qa
 from quantadapt import cli
 from quantadapt.cli.run_models import opened_models
-from quantadapt.errors import QuantadaptError
+from quantadapt.errors import QuantadaptError, SpecError
 from quantadapt.exporting import saving
 from quantadapt.exporting.manifest import MANIFEST
 from quantadapt.exporting.saving import StreamedWarning, as_trained
@@ -104,6 +104,9 @@ def test_a_base_that_is_there_stays_as_it_is(tmp_path: Path, as_on_a_gpu: None) 
     base = qa.quantize(None, "torchao-int8", device="cpu")
     with pytest.raises(QuantadaptError, match="the adapter goes onto its base as it is"):
         qa.load(folder, base=base, stream="all")
+    for wrong in (lambda **how: qa.load(folder, **how), lambda **how: qa.quantize(None, **how)):
+        with pytest.raises(SpecError, match="'half' is not possible"):
+            wrong(stream="half")
     assert streamer_of(qa.load(folder, base=base)) is None
 
 

@@ -103,7 +103,8 @@ class QuantLinear(QuantWeight, nn.Linear):
             change: as in `vendor_forward`.
         """
         if self.in_float8 and change is None:
-            dx = float8.gradient(dy, self.rows_for_backward())
+            # As in forward: on CUDA products give no float32, which norms may hand on.
+            dx = float8.gradient(dy.to(self.compute_dtype), self.rows_for_backward()).to(dy.dtype)
             return dx if added_to is None else added_to.add_(dx)
         weight = self.weight_for_backward(change).to(dy.dtype)
         return dy @ weight if added_to is None else added_to.addmm_(dy, weight)

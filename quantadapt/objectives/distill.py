@@ -91,15 +91,18 @@ class Distill(SFT):
     @contextmanager
     def holding(self, setup: Setup, tell: Callable[[str], None]) -> Iterator[None]:
         """Hold the teacher, on the model's device and in its dtype. Raises TrainingError where it
-        is not known, ModelError where it cannot be read."""
+        is not known, or mixes examples of a packed row up; ModelError where it cannot be read."""
+        from ..data.batches import PackedCollator
         from ..evaluation.sizes import size_mib
-        from ..training.packing import kept_apart
+        from ..training.packing import kept_apart, refuse_leaks
 
         source = self._source(setup.model)
         self._check_tokens(setup.tokenizer)
         self._held = _loaded(source, setup.model)
         tell(f"the teacher, {source}, stands beside the model: {size_mib(self._held):,.0f} MiB")
         try:
+            if setup.spec.packing:
+                refuse_leaks(self._held, PackedCollator(0))
             with kept_apart(self._held, lambda _: None) if setup.spec.packing else nullcontext():
                 yield
         finally:

@@ -513,8 +513,8 @@ MERGE_AWARE = (
 
 FLOAT8 = (
     "compute: fp8: while it trains, products with the base round its weights and what comes in to "
-    "8-bit floats; adapters, the head, stacks of experts and every evaluation stay in the compute "
-    "dtype"
+    "8-bit floats; adapters, the head, stacks of experts, every evaluation and what a reference "
+    "says before stay in the compute dtype"
 )
 
 

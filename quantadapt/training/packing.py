@@ -199,6 +199,7 @@ def _logits(model: Any, collator: PackedCollator, token: int) -> Tensor:
     try:
         with evaluating(model), torch.no_grad():
             logits: Tensor = model(**inputs, use_cache=False).logits
-    except (ValueError, NotImplementedError) as error:  # short convolutions without their library
+    except (TypeError, ValueError, NotImplementedError) as error:
+        # Of what takes no such arguments, or of short convolutions without their library.
         raise _leaks(model, f": {error}") from error
     return logits[:, : 2 * _LENGTH].float()
