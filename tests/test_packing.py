@@ -396,16 +396,31 @@ def test_a_plan_says_what_a_step_sees(objective: str) -> None:
     assert not [note for note in planned(**given).notes if "packed" in note]
 
 
-@pytest.mark.parametrize(("kind", "refused"), [("Roberta", True), ("Llama", False)])
-def test_positions_that_do_not_begin_at_zero_are_refused(kind: str, refused: bool) -> None:
-    """RoBERTa's first position is the one after its padding token's, whatever a row says."""
+class FromTwo(transformers.GPT2LMHeadModel):
+    """As RoBERTa does, it counts positions from 2 where a row does not say them."""
+
+    def forward(self, input_ids: Any = None, position_ids: Any = None, **more: Any) -> Any:
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1])[None] + 2
+        return super().forward(input_ids=input_ids, position_ids=position_ids, **more)
+
+
+@pytest.mark.parametrize(
+    ("kind", "refused"),
+    [
+        (FromTwo, "apart: it counts positions from another number than 0"),
+        (transformers.RobertaForCausalLM, "does not keep the examples of a row apart"),
+        (transformers.BloomForCausalLM, "does not keep the examples of a row apart"),
+        (transformers.LlamaForCausalLM, ""),
+    ],
+)
+def test_models_that_mix_rows_up_or_count_otherwise_are_refused(kind: Any, refused: str) -> None:
+    """However little it is: of tiny random models a hundredth of the logits, as of BLOOM."""
     torch.manual_seed(0)
-    more = {"is_decoder": True} if refused else {}
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
-    config = getattr(transformers, f"{kind}Config")(**sizes, intermediate_size=32, **more)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = kind(kind.config_class(**sizes, is_decoder=True)).eval()
     if refused:
-        with pytest.raises(TrainingError, match="counts positions from another number than 0"):
+        with pytest.raises(TrainingError, match=refused):
             refuse_leaks(model, PackedCollator(0))
     else:
         refuse_leaks(model, PackedCollator(0))
