@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RandomState:
     """That of torch's own generators, on the CPU and on one GPU."""
 
@@ -21,6 +21,12 @@ class RandomState:
         """Return where they stand now."""
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(torch.get_rng_state(), cuda, device)
+
+    def is_now(self) -> bool:
+        """Say whether nothing was drawn since."""
+        now = RandomState.of(self.device)
+        same = self.cuda is None or now.cuda is None or torch.equal(self.cuda, now.cuda)
+        return same and torch.equal(self.cpu, now.cpu)
 
     def put_back(self) -> None:
         """Draw on from there."""

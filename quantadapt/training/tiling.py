@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -115,8 +116,14 @@ class _Tiled(torch.autograd.Function):
         casts, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         ctx.autocast = partial(torch.autocast, kind, dtype, enabled=casts)
         ctx.save_for_backward(*(() if keeper is not None else (x,)))
-        ctx.states = []
-        return _over_tiles(run, x, size, lambda: ctx.states.append(RandomState.of(x.device)))
+        states = [RandomState.of(x.device)]
+
+        def before() -> None:
+            states.append(states[-1] if states[-1].is_now() else RandomState.of(x.device))
+
+        y = _over_tiles(run, x, size, before)
+        ctx.states = [] if states[0].is_now() else states[1:]
+        return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -125,10 +132,11 @@ class _Tiled(torch.autograd.Function):
         flat, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         dx = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
         sums: list[Tensor | None] = [None] * len(ctx.weights)
-        now = RandomState.of(dy.device)
-        for rows, state in zip(_tiles(len(flat), ctx.size), ctx.states, strict=True):
+        now = RandomState.of(dy.device) if ctx.states else None
+        for rows, state in zip_longest(_tiles(len(flat), ctx.size), ctx.states):
             # Adapters may draw, too, what no module tells: the same as in forward.
-            state.put_back()
+            if state is not None:
+                state.put_back()
             part = flat[None, rows].detach().requires_grad_(dx is not None)
             with torch.enable_grad(), ctx.autocast():
                 y = ctx.run(part)[0]
@@ -138,7 +146,8 @@ class _Tiled(torch.autograd.Function):
             if dx is not None:
                 dx[rows] = found.pop(0)[0]
             sums = [_sum(one, other) for one, other in zip(sums, found, strict=True)]
-        now.put_back()
+        if now is not None:
+            now.put_back()
         dx = None if dx is None else dx.view(x.shape)
         return dx, None, None, None, *sums
 
