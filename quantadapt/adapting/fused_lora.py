@@ -19,6 +19,9 @@ from torch.autograd.function import once_differentiable
 from ..compiling import has_triton
 from ..facade import QuantLinear, kept, lora_change
 
+MOST_RANKS = 128
+"""Kernels for one token hold this many ranks of a block of rows in registers."""
+
 
 @dataclass
 class Magnitude:
@@ -141,7 +144,10 @@ def _is_one_token(x: Tensor, terms: Sequence[LoraTerm]) -> bool:
     """Say whether x is one token, and the adapters are such that our kernels add them."""
     if not x.is_cuda or x.numel() != x.shape[-1] or not has_triton():
         return False
-    return all(t.a_cast.is_contiguous() and t.b_cast.is_contiguous() for t in terms)
+    return all(
+        t.a_cast.is_contiguous() and t.b_cast.is_contiguous() and len(t.a_cast) <= MOST_RANKS
+        for t in terms
+    )
 
 
 def _added_to_one_token(y: Tensor, x: Tensor, term: LoraTerm) -> Tensor:
