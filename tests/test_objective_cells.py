@@ -94,9 +94,10 @@ def learns(
     """Run it for a few steps; every loss is a number and every step moves weights, what is measured
     is measured, and the adapter that lies in the folder is the one that was trained."""
     own = OBJECTIVES[objective]
-    if objective == "distill":  # it brings back what was lost, to the model as it was
+    if objective == "distill":  # it brings back what was lost
         backend = "torchao-intx" if backend == "torchao-int8" else backend
-        adapter = "hira" if adapter == "pissa" else adapter  # PiSSA's start is another model
+    if objective in ("distill", "rloo") and adapter == "pissa":
+        adapter = "hira"  # PiSSA's start is another model, and they look back to the one that was
     made = qa.run(
         qa.Spec(
             model=str(small_model(1)),
