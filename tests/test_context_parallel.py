@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from llama_sizes import LLAMA_8B as LLAMA
 from processes import in_processes
 
 import quantadapt as qa
@@ -188,18 +189,6 @@ def test_groups_of_processes_share_each_row(folder, alone, processes, size, name
 
 
 # What speaks against it ---------------------------------------------------------------------------
-
-LLAMA = {
-    "model_type": "llama",
-    "rms_norm_eps": 1e-5,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-}
 
 
 def refused(

@@ -401,7 +401,7 @@ def test_a_pass_that_is_tried_again_after_an_error() -> None:
         with pytest.raises(torch.OutOfMemoryError):
             again(X.clone().requires_grad_())
         del fused[0].k.forward
-        siblings = fused[0].q._in_training.siblings
+        siblings = fused[0].q._lent.siblings
         assert len(siblings._ready) == 2
         forget_unfinished(fused)
         assert not siblings._ready
@@ -438,7 +438,7 @@ def test_a_layer_that_is_not_called_any_more_is_left_out() -> None:
                 close(results(fused, X), expected)
             for module in fused.modules():
                 if isinstance(module, FusedLoraLinear) and not skips:
-                    assert not module._in_training.siblings._ready
+                    assert not module._lent.siblings._ready
         assert computed == [8, 8, 8, 6, 8]  # in vain but once
 
 
@@ -578,3 +578,20 @@ def test_what_the_installed_peft_has_is_known() -> None:
     assert {option.name for option in fields(LoraConfig)} <= _KNOWN_OPTIONS
     layer = adapted(fused=True)[0]
     assert {*layer.adapter_layer_names, *layer.other_param_names} <= _KNOWN_PARTS
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("rank", "columns", "rows"), [(16, 4096, 1024), (12, 5000, 300)])
+def test_what_is_added_to_one_token_is_lora(rank: int, columns: int, rows: int) -> None:
+    from quantadapt.adapting.triton_lora import add_to_one_token
+
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        numbers = torch.randn(*shape, generator=generator, device="cuda")
+        return numbers.bfloat16()
+
+    x, a, b, y = drawn(columns), drawn(rank, columns), drawn(rows, rank), drawn(rows)
+    expected = y.double() + 0.5 * b.double() @ (a.double() @ x.double())
+    add_to_one_token(y, x, a, b, 0.5)
+    assert float((y.double() - expected).norm() / expected.norm()) < 4e-3

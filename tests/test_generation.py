@@ -24,7 +24,7 @@ from transformers import (
 
 import quantadapt as qa
 from quantadapt import demo
-from quantadapt.adapting.fused import FusedTraining
+from quantadapt.adapting.fused import FusedLayers
 from quantadapt.compiling import on_its_device
 from quantadapt.data.files import Row as DataRow
 from quantadapt.errors import DataError, ModelError, NumbersError, OutputError, SpecError
@@ -191,7 +191,7 @@ def test_kernels_of_triton_are_started_where_their_first_tensor_is(monkeypatch) 
 def test_adapters_are_cast_when_rows_come_in_and_not_at_each_token(monkeypatch) -> None:
     model = qa.attach(qa.quantize(made(SLOTTED["llama"]), "none", dtype="bfloat16"), r=2).eval()
     seen = []
-    monkeypatch.setattr(FusedTraining, "refresh", lambda self: seen.append(len(self._casts)))
+    monkeypatch.setattr(FusedLayers, "refresh", lambda self: seen.append(len(self._casts)))
     with evaluating(model):
         batch = SlotRows(model)
         batch.add([Row([5, 6, 7], Sampling().chooser(0), 4)])
@@ -200,6 +200,25 @@ def test_adapters_are_cast_when_rows_come_in_and_not_at_each_token(monkeypatch) 
             batch.add([])  # as a server does between tokens
     (casts,) = seen
     assert casts > 0
+
+
+def test_rows_are_answered_by_the_weights_there_are_when_they_come() -> None:
+    model = qa.attach(qa.quantize(made(SLOTTED["llama"]), "none", dtype="bfloat16"), r=2).eval()
+
+    def answered(batch: SlotRows) -> list[int]:
+        batch.add([row := Row([5, 6, 7], Sampling().chooser(0), 8)])
+        while batch.rows:
+            batch.step()
+        return row.tokens
+
+    with evaluating(model):
+        batch = SlotRows(model)
+        before = answered(batch)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        after = answered(batch)
+        assert after == answered(SlotRows(model)) != before
 
 
 def test_slots_are_for_models_that_say_so() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from llama_sizes import LLAMA_1B, LLAMA_8B
 
 from quantadapt import cli, demo, machine
 from quantadapt.errors import PlanRefused
@@ -30,23 +31,6 @@ from quantadapt.registry import registry
 from quantadapt.spec import Spec
 
 NF4 = 4.127
-LLAMA_1B = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "rms_norm_eps": 1e-5,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-}
-LLAMA_8B = LLAMA_1B | {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-}
 
 
 def work(config: dict = LLAMA_8B, **options) -> Workload:

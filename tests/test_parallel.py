@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_sizes import LLAMA_8B
 from processes import in_processes
 
 from quantadapt import demo, stages
@@ -21,17 +22,6 @@ from quantadapt.planning.processes import FASTER, device_problems, shard_problem
 from quantadapt.registry import registry
 from quantadapt.spec import Spec
 
-LLAMA_8B = {
-    "model_type": "llama",
-    "rms_norm_eps": 1e-5,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-}
 LARGE, SMALL, TINY = 24, 7, 4.5
 """GiB of cards that hold the whole base, a half of it, and neither."""
 

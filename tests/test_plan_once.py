@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from few_rows import few_rows
+from llama_sizes import LLAMA_8B
 from parameters import slow_but
 
 import quantadapt as qa
@@ -22,17 +23,6 @@ from quantadapt.registry import registry
 from quantadapt.testing.small_demo import small_model
 
 HUB_ID = "org/small"
-LLAMA_8B = {
-    "model_type": "llama",
-    "rms_norm_eps": 1e-5,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-}
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from llama_sizes import LLAMA_8B
 
 import quantadapt as qa
 from quantadapt.errors import PlanRefused
@@ -17,12 +18,6 @@ from quantadapt.memory.workload import GIB, Setting
 from quantadapt.planning import Plan, plan
 from quantadapt.spec import Spec
 
-LLAMA_8B = {
-    **{"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
-    **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
-    **{"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
-    "architectures": ["LlamaForCausalLM"],
-}
 QWEN_30B = {
     **{"model_type": "qwen3_moe", "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
     **{"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768},

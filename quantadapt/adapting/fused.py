@@ -37,7 +37,7 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
     merge_aware: bool = False
     """Whether it computes with the weight that a merge keeps; see `merge_aware`."""
 
-    _in_training: _InTraining | None = None
+    _lent: _Lent | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base and adapter: [..., in_features] -> [..., out_features]."""
@@ -53,8 +53,8 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
             return fused_dora(x, None if dropped is x else dropped, term)
         # An x without a graph is saved by each layer for itself: joined, a recomputation would save
         # fewer tensors than the pass it repeats.
-        if self._in_training is not None and dropped is x and x.requires_grad:
-            return self._in_training.siblings.forward(self, term, x)
+        if self._lent is not None and dropped is x and x.requires_grad:
+            return self._lent.siblings.forward(self, term, x)
         (output,) = fused_lora(x, None if dropped is x else dropped, [term])
         return output
 
@@ -66,7 +66,7 @@ class FusedLoraLinear(Linear):  # type: ignore[misc]
     def single_lora(self) -> tuple[LoraTerm, nn.Module | None] | None:
         """Return what a single plain LoRA or DoRA adds to the base, and its dropout if it has any;
         None where something else is active."""
-        lent = self._in_training
+        lent = self._lent
         if lent is not None and lent.active == self._active_adapter:
             switched_off = self._disable_adapters or self.merged_adapters
             return None if switched_off else (lent.term, lent.dropout)
@@ -226,8 +226,8 @@ class _Siblings:
         return outputs[0]
 
 
-class _InTraining(NamedTuple):
-    """What a fused layer is lent while its model trains."""
+class _Lent(NamedTuple):
+    """What a fused layer is lent while its model trains or answers."""
 
     active: Any
     term: LoraTerm
@@ -235,7 +235,7 @@ class _InTraining(NamedTuple):
     siblings: _Siblings
 
 
-class FusedTraining:
+class FusedLayers:
     """The fused layers of a model that trains, or answers: what they are is looked up once, A and B
     are cast once a step, and layers that get the same x are computed together. Layers that are lent
     this already are left alone.
@@ -247,7 +247,7 @@ class FusedTraining:
 
     def __init__(self, model: nn.Module, keep_casts: bool = True) -> None:
         self.keep_casts = keep_casts
-        self._layers: list[tuple[FusedLoraLinear, _InTraining]] = []
+        self._layers: list[tuple[FusedLoraLinear, _Lent]] = []
         self._siblings: list[_Siblings] = []
         self._masters: list[Tensor] = []
         self._casts: list[Tensor] = []
@@ -255,21 +255,21 @@ class FusedTraining:
             siblings = _Siblings()
             self._siblings.append(siblings)
             for child in module.children():
-                if not isinstance(child, FusedLoraLinear) or child._in_training is not None:
+                if not isinstance(child, FusedLoraLinear) or child._lent is not None:
                     continue
                 if (lora := child.single_lora()) is not None:
                     self._take(child, *lora, siblings)
 
     @contextmanager
-    def lent(self) -> Iterator[FusedTraining]:
+    def lent(self) -> Iterator[FusedLayers]:
         """Inside, the layers have it."""
         for layer, lent in self._layers:
-            layer.__dict__["_in_training"] = lent
+            layer.__dict__["_lent"] = lent
         try:
             yield self
         finally:
             for layer, _ in self._layers:
-                layer.__dict__.pop("_in_training", None)
+                layer.__dict__.pop("_lent", None)
 
     def _take(
         self,
@@ -284,7 +284,7 @@ class FusedTraining:
             self._masters += [term.a.detach(), term.b.detach()]
             self._casts += [term.a_cast, term.b_cast]
         active = copy.copy(layer._active_adapter)
-        self._layers.append((layer, _InTraining(active, term, dropout, siblings)))
+        self._layers.append((layer, _Lent(active, term, dropout, siblings)))
 
     def refresh(self) -> None:
         """Cast A and B of all layers again; to be called whenever an optimizer has changed them."""
@@ -300,7 +300,7 @@ class FusedTraining:
         return bool(learnt)
 
 
-lends(FusedTraining)
+lends(FusedLayers)
 
 
 def forget_unfinished(model: nn.Module) -> None:
@@ -308,8 +308,8 @@ def forget_unfinished(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, QuantWeight):
             module.forget()
-        elif isinstance(module, FusedLoraLinear) and module._in_training is not None:
-            module._in_training.siblings.restart()
+        elif isinstance(module, FusedLoraLinear) and module._lent is not None:
+            module._lent.siblings.restart()
 
 
 def not_fused(model: nn.Module) -> int:

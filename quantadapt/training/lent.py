@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..adapting.fused import FusedTraining
+    from ..adapting.fused import FusedLayers
     from ..memory.workload import Setting
     from ..protocols import Task
     from ..spec import TrainSpec
@@ -42,7 +42,7 @@ OnNote = Callable[[str], None]
 class Loans(NamedTuple):
     """The loans that somebody has to steer while the model trains."""
 
-    fused: FusedTraining
+    fused: FusedLayers
     recomputer: Recomputer
     graphs: Graphs | None
 
@@ -222,16 +222,16 @@ def fast_adapters(model: Any) -> Iterator[None]:
 @contextmanager
 def fused_layers(
     model: nn.Module, keep_casts: bool = True, on_note: OnNote | None = None
-) -> Iterator[FusedTraining]:
-    """Make the fused layers of `model` ready for training; see `FusedTraining`."""
-    from ..adapting.fused import FusedTraining, not_fused
+) -> Iterator[FusedLayers]:
+    """Make the fused layers of `model` ready for training; see `FusedLayers`."""
+    from ..adapting.fused import FusedLayers, not_fused
 
     if (count := not_fused(model)) and on_note is not None:
         on_note(
             f"{count} LoRA layers are PEFT's own, which takes more time and memory than ours:"
             f" quantadapt.attach makes those, unless {in_words('peft')} does no longer"
         )
-    with FusedTraining(model, keep_casts).lent() as training:
+    with FusedLayers(model, keep_casts).lent() as training:
         yield training
 
 

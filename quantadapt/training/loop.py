@@ -28,7 +28,7 @@ from .lent import patched
 from .progress import Progress
 
 if TYPE_CHECKING:
-    from ..adapting.fused import FusedTraining
+    from ..adapting.fused import FusedLayers
     from ..folders.checkpoints import Checkpoint
     from .expected_calls import ExpectedCalls
     from .memory_fit import MemoryFit
@@ -61,7 +61,7 @@ class TrainingLoop:
     loss_since_log: Any = None
     gradient_check: GradientCheck | None = None
     memory_fit: MemoryFit | None = None
-    fused: FusedTraining | None = None
+    fused: FusedLayers | None = None
     calls: ExpectedCalls | None = None
     validation: Validation | None = None
     prepared: Prepared | None = None
