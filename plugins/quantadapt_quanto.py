@@ -26,6 +26,7 @@ from quantadapt.capabilities import Merge
 from quantadapt.compiling import one_kernel
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import (
+    ByteCodes,
     CodebookGrid,
     Grid,
     LayerwiseQuantizer,
@@ -173,6 +174,16 @@ class QuantoTarget(LayerwiseTarget):
             lowest=0,
             highest=2**weight.qtype.bits - 1,
         )
+
+    def byte_codes(self, module: nn.Module) -> ByteCodes | None:
+        weight, grid = cast("Any", module.weight), self.grid(module)
+        if grid is None or not _is_packed(weight):
+            return None if grid is None else ByteCodes(held=weight._data, grid=grid)
+        bits, (rows, columns) = weight.qtype.bits, weight.shape
+        held = weight._data._data
+        if held.numel() * 8 != rows * columns * bits or rows * bits % 8:
+            return None  # padded, or a byte's codes are of one row
+        return ByteCodes(held=held.view(-1, columns), grid=grid, bits=bits, shifted=True)
 
     def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
         import torch

@@ -17,6 +17,7 @@ from quantadapt.capabilities import Merge, Rule
 from quantadapt.compiling import one_kernel
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import (
+    ByteCodes,
     CodebookGrid,
     Grid,
     LayerwiseQuantizer,
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TILES, TILE_ROWS = "Int4TilePackedTo4dTensor", 8
-DECODING = {TILES: 128, "Int8Tensor": 128}
-"""Tokens up to which torchao's product beats dequantizing on CUDA, by the weight's class."""
+DECODING = 128
+"""Tokens up to which torchao's product with tiles beats dequantizing on CUDA."""
 
 
 class _TorchAO(LayerwiseQuantizer):
@@ -338,10 +339,16 @@ class TorchAOTarget(LayerwiseTarget):
         """Say whether torchao's product with such a weight is the faster one for `x` on CUDA."""
         import torch
 
-        kind = type(module.weight).__name__
-        few = x.numel() <= DECODING.get(kind, 0) * x.shape[-1]
-        # That of int4 computes in bfloat16 whatever it is given.
-        return x.is_cuda and few and (x.dtype == torch.bfloat16 or kind != TILES)
+        few = x.numel() <= DECODING * x.shape[-1]
+        # It computes in bfloat16 whatever it is given.
+        tiles = type(module.weight).__name__ == TILES and x.dtype == torch.bfloat16
+        return x.is_cuda and few and tiles
+
+    def byte_codes(self, module: nn.Module) -> ByteCodes | None:
+        weight: Any = module.weight
+        if type(weight).__name__ == TILES or (grid := self.grid(module)) is None:
+            return None
+        return ByteCodes(held=weight.qdata, grid=grid)
 
 
 @dataclass(frozen=True)

@@ -140,15 +140,60 @@ def test_layers_without_a_kernel(monkeypatch):
 
 def test_torchaos_weights_decode_by_their_class(monkeypatch):
     plugin = importlib.import_module("quantadapt_torchao")
-    monkeypatch.setattr(plugin, "DECODING", {plugin.TILES: 1, "Int8Tensor": 2})
+    monkeypatch.setattr(plugin, "DECODING", 1)
+    tiles: Any = SimpleNamespace(weight=type(plugin.TILES, (), {})())
     quantizer, int8 = made("torchao-int8")
     decodes = quantizer.target.decodes
-    assert [decodes(int8, like_cuda(n, torch.float16)) for n in (2, 3)] == [True, False]
-    tiles: Any = SimpleNamespace(weight=type(plugin.TILES, (), {})())
     assert [decodes(tiles, like_cuda(n)) for n in (1, 2)] == [True, False]
     assert not decodes(tiles, like_cuda(1, torch.float16))  # it computes in bfloat16
-    quantizer, other = made("torchao-fp8")
-    assert not quantizer.target.decodes(other, like_cuda(1))
+    assert not decodes(int8, like_cuda(1))
+
+
+IN_BYTES = [
+    *(("torchao-int8", {}), ("torchao-fp8", {}), ("torchao-intx", {"bits": 3, "group_size": 32})),
+    *(("quanto", {"weights": kind}) for kind in ("int8", "float8", "int4", "int2")),
+    *(("hqq", {"bits": bits, "group_size": 64}) for bits in (8, 4, 2, 1)),
+    ("bnb-int8", {}),
+]
+
+
+@pytest.mark.parametrize(("backend", "options"), IN_BYTES)
+def test_codes_in_bytes_are_the_weight(backend, options):
+    quantizer, vendor = made(backend, dtype=torch.float32, **options)
+    codes = quantizer.target.byte_codes(vendor)
+    held, parts, mask = codes.held, 8 // codes.bits, 2**codes.bits - 1
+    if parts > 1:
+        order = range(parts - 1, -1, -1) if codes.high_first else range(parts)
+        held = torch.cat([held.int() >> (part * codes.bits) & mask for part in order])
+    of_column = torch.arange(IN) // codes.grid.group_size
+    scale, zero = codes.grid.scale[:, of_column], codes.grid.zero
+    zero = torch.zeros(()) if zero is None else zero[:, of_column]
+    weight = scale * held.float() - zero if codes.shifted else (held.float() - zero) * scale
+    assert relative(weight, quantizer.target.dequantize(vendor)) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 4, "axis": 0}])
+def test_codes_that_are_not_in_bytes_by_row_are_not_read_so(options):
+    quantizer, vendor = made("hqq", group_size=64, **options)
+    assert quantizer.target.byte_codes(vendor) is None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("sizes", [(4096, 1024), (320, 40)])
+@pytest.mark.parametrize(("backend", "options"), IN_BYTES)
+def test_one_token_is_multiplied_with_the_codes(backend, options, sizes):
+    from quantadapt.facade.triton_one_token import product, takes
+
+    quantizer = registry().backend(backend).quantizer(**options)
+    linear = nn.Linear(*sizes, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    vendor: Any = quantizer.quantize_linear(linear)
+    x = torch.randn(1, 1, sizes[0], device="cuda", dtype=torch.bfloat16)
+    weight = quantizer.target.dequantize(vendor).double()
+    expected = x.double() @ weight.T + vendor.bias.double()
+    codes = quantizer.target.byte_codes(vendor)
+    assert takes(codes, x)
+    # bfloat16 rounds the result, and in `dequantize` the weight.
+    assert relative(product(x, codes, vendor.bias).double(), expected) < 1e-2
 
 
 def test_aqlm_decodes_where_it_can_be_compiled(script, monkeypatch):

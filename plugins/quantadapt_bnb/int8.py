@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from quantadapt.compiling import one_kernel
-from quantadapt.protocols import LayerwiseTarget, UniformGrid, twin
+from quantadapt.protocols import ByteCodes, LayerwiseTarget, UniformGrid, twin
 from quantadapt_bnb.base import BitsAndBytes, holds
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 class Int8(BitsAndBytes):
     """LLM.int8: int8 weights per output channel, int8 activations per token. What goes into experts
-    is not rounded: they are multiplied with the dequantized weights."""
+    is not rounded: they are multiplied with the dequantized weights. Nor is a single token on CUDA,
+    as answers are written."""
 
     threshold: float = Field(
         6.0,
@@ -124,6 +125,10 @@ class Int8Target(LayerwiseTarget):
         return UniformGrid(
             scale=scale, group_size=columns, dtype=torch.float32, lowest=-127, highest=127
         )
+
+    def byte_codes(self, module: nn.Module) -> ByteCodes:
+        vendor: Any = module
+        return ByteCodes(held=vendor.weight.data, grid=self.grid(module))
 
     def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
         import torch

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field, ValidationError
 
 from quantadapt.capabilities import Merge
 from quantadapt.compiling import one_kernel
 from quantadapt.hookspecs import hookimpl
-from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, UniformGrid, twin
+from quantadapt.protocols import ByteCodes, LayerwiseQuantizer, LayerwiseTarget, UniformGrid, twin
 from quantadapt.records import Backend
 
 if TYPE_CHECKING:
@@ -197,6 +197,15 @@ class HQQTarget(LayerwiseTarget):
         return UniformGrid(
             scale=scale, zero=zero, group_size=size, dtype=dtype, lowest=0, highest=2**bits - 1
         )
+
+    def byte_codes(self, module: nn.Module) -> ByteCodes | None:
+        grid, vendor = self.grid(module), cast("Any", module)
+        bits, (rows, columns) = vendor.meta["nbits"], vendor.meta["shape"]
+        packed = vendor.W_q.data
+        bytes_ = packed.element_size() == 1 and packed.numel() * 8 == rows * columns * bits
+        if grid is None or vendor.meta["axis"] != 1 or not bytes_ or rows * bits % 8:
+            return None
+        return ByteCodes(held=packed.view(-1, columns), grid=grid, bits=bits, high_first=True)
 
     def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
         import torch

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compiling import has_triton
 from ..model.linears import as_conv1d
 from . import float8
 from .float8 import Rows, in_float8
@@ -75,12 +76,14 @@ class QuantLinear(QuantWeight, nn.Linear):
         target, dtype = self.target, x.dtype
         if self._merged is not None:
             self._merged_weight()  # which looks whether it still is
+        usual = not self.training and self._merged is None and change is None
+        if usual and (made := self._of_one_token(x)) is not None:
+            return made
         if self.rounds_activations:
             vendor = self._vendor
             if change is not None:
                 vendor = target.repack(vendor, self.moved(change))
             return target.forward(vendor, x).to(dtype)
-        usual = not self.training and self._merged is None and change is None
         if usual and target.decodes(self._vendor, x):
             return target.forward(self._vendor, x).to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -91,6 +94,18 @@ class QuantLinear(QuantWeight, nn.Linear):
             y = y if bias is None else y.add_(bias)
             return y.view(*x.shape[:-1], self.out_features)
         return nn.functional.linear(x, self.weight_for_forward(x, change).to(dtype), bias)
+
+    def _of_one_token(self, x: Tensor) -> Tensor | None:
+        """Return the output for `x` by a kernel that reads codes in bytes; None where `x` is more
+        than a token or the codes are held otherwise."""
+        if not x.is_cuda or x.numel() != x.shape[-1] or not has_triton():
+            return None
+        codes = self.target.byte_codes(self._vendor)
+        if codes is None:
+            return None
+        from . import triton_one_token as kernel
+
+        return kernel.product(x, codes, self.bias) if kernel.takes(codes, x) else None
 
     def gradient(
         self, dy: Tensor, added_to: Tensor | None = None, change: Tensor | None = None

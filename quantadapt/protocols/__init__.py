@@ -8,6 +8,7 @@ to list them, and only asked to work later.
 from __future__ import annotations
 
 from .backends import AdapterTarget, LayerwiseQuantizer, LayerwiseTarget, Quantizer, twin
+from .byte_codes import ByteCodes
 from .evaluations import Evaluator, Given
 from .exports import Exporter
 from .grids import CodebookGrid, Grid, UniformGrid, float8_levels
@@ -16,6 +17,7 @@ from .options import Figure, Options
 
 __all__ = [
     "AdapterTarget",
+    "ByteCodes",
     "CodebookGrid",
     "Evaluator",
     "Exporter",

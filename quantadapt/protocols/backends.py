@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from .byte_codes import ByteCodes
     from .grids import Grid
 
 
@@ -69,6 +70,12 @@ class AdapterTarget(Protocol):
         """Say whether `forward`, the vendor's kernel, is faster for `x` than dequantizing and a
         matrix product; it has to give the same but for rounding."""
         return False
+
+    def byte_codes(self, module: nn.Module) -> ByteCodes | None:
+        """Return the codes of `module` where they lie in bytes: single tokens are then multiplied
+        with them on CUDA, whatever they mean, by a kernel of the core. None (the default):
+        otherwise, or the vendor's `forward` is as fast."""
+        return None
 
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
         """Return a new vendor module holding `weight` [out_features, in_features], quantized as
