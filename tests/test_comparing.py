@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -407,6 +408,7 @@ def test_runs_share_the_slots(tmp_path) -> None:
 def test_each_gpu_is_a_slot(monkeypatch) -> None:
     two = Machine(cuda=((9, 0), (9, 0)))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert slots("auto", two) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     assert slots("auto", two, gpus=1) == [{"CUDA_VISIBLE_DEVICES": "0"}]
     assert slots("cuda:1", two) == slots("cpu", two) == slots("auto", Machine()) == [{}]
@@ -415,6 +417,48 @@ def test_each_gpu_is_a_slot(monkeypatch) -> None:
         {"CUDA_VISIBLE_DEVICES": "3"},
         {"CUDA_VISIBLE_DEVICES": "GPU-abc"},
     ]
+
+
+def test_runs_that_share_a_gpu_share_the_cores_too(monkeypatch) -> None:
+    """Unless the user has shared the cores."""
+    two = Machine(cuda=((9, 0), (9, 0)))
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert slots("auto", two, at_once=2) == [
+        {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "4"} for gpu in "0101"
+    ]
+    assert slots("cpu", two, at_once=40) == [{"OMP_NUM_THREADS": "1"}] * 40
+    assert slots("cpu", two) == [{}]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert slots("cpu", two, at_once=2) == [{}, {}]
+
+
+def test_runs_at_once_are_told_in_the_table(tmp_path) -> None:
+    made = comparison(STEPS, {"adapter": ["lora", "dora", "vera"]}, reference=False, at_once=2)
+    events = Events()
+    found = go(made, tmp_path / "out", events)
+    assert [facts["slots"] for event, facts in events if event == "batch"] == [2]
+    assert [event for event, _ in events if event in ("start", "ended")][:2] == ["start"] * 2
+    assert set(states(tmp_path / "out").values()) == {"finished"}
+    remarks = [text for text in found.table.remarks if text.startswith("up to 2 runs at a time")]
+    assert len(remarks) == 1
+    assert remarks[0][1:] in " ".join((tmp_path / "out/compare.html").read_text().split())
+    again = go(made, tmp_path / "out")  # nothing is left to do, and nothing is told twice
+    assert again.table.remarks == found.table.remarks
+
+
+def test_what_the_runs_on_a_gpu_want_together_is_known_before(tmp_path, monkeypatch) -> None:
+    gpu = Machine(cuda=((9, 0),), memory=(80 * 2**30,), host=2**40)
+    monkeypatch.setattr("quantadapt.comparing.stage.this_machine", lambda: gpu)
+    cells = [SimpleNamespace(memory_gib=size, plan=None) for size in (30.0, 10.0, 25.0)]
+    monkeypatch.setattr("quantadapt.comparing.stage.plan_cells", lambda *_: cells)
+    grid = {"adapter": ["lora", "dora", "vera"]}
+    for at_once in (1, 2, 3):
+        look_at(comparison(STEPS, grid, reference=False, at_once=at_once), tmp_path / "out")
+    with pytest.raises(SpecError, match=r"85 GiB, the GPU has 80[\s\S]*use 2") as caught:
+        look_at(comparison(STEPS, grid, reference=False, at_once=3, seeds=2), tmp_path / "out")
+    assert caught.value.problems[0].where == "compare.at_once"
 
 
 def test_merged_models_that_nobody_asked_for_are_removed(tmp_path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 import quantadapt as qa
 from quantadapt.cli.listening import listening, token_for
-from quantadapt.cli.serve import _names
+from quantadapt.cli.serve import _names, _paths
 from quantadapt.errors import SpecError
 from quantadapt.generation import PromptWriter, Sampling
 from quantadapt.generation.sampling import Chooser
@@ -326,10 +326,16 @@ def test_a_token_is_asked_for_and_never_logged(model, tokenizer, caplog, capfd) 
 
 
 def test_no_two_models_have_one_name(model) -> None:
-    assert _names(model, "tuned") == {"tuned": "default", "base": None, "other": "other"}
+    assert _names(model, "tuned", {}) == {"tuned": "default", "base": None, "other": "other"}
     for name in ("base", "other"):
         with pytest.raises(SpecError, match="choose another --name"):
-            _names(model, name)
+            _names(model, name, {})
+    with pytest.raises(SpecError, match="two models are called 'base'"):
+        _names(model, "tuned", {"base": "beside_0"})
+    assert _paths(["b=runs/b=1", "v1.2=c"]) == {"b": "runs/b=1", "v1.2": "c"}
+    for wrong in (["b"], ["=b"], ["b="], ["b=1", "b=2"]):
+        with pytest.raises(SpecError, match="NAME=PATH"):
+            _paths(wrong)
 
 
 def test_where_it_listens(monkeypatch) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from merging import llama, logits, moved, relative, stock_adapter, tuned
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import quantadapt as qa
 from quantadapt.adapting.several import keys_of
 from quantadapt.cli import main
-from quantadapt.errors import ModelError, PlanRefused
+from quantadapt.errors import ModelError, PlanRefused, SpecError
+from quantadapt.exporting.beside import add_adapter
 from quantadapt.planning.peft_options import peft_options
 from quantadapt.registry.discovery import registry
 
@@ -176,3 +177,74 @@ def test_a_folder_of_before_has_no_such_note(base: str, tmp_path: Path) -> None:
     assert set(manifest.pop("adapter_config")) == {"default"}
     file.write_text(json.dumps(manifest))
     qa.load(saved)
+
+
+# Of other runs on the same base -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["none", "hqq", "bnb-nf4"])
+def test_an_adapter_of_another_run_answers_as_it_does_alone(backend, base, tmp_path) -> None:
+    """Beside the first, whatever layers and ranks each has; the first and the base stay."""
+    first, second = (
+        qa.save(tuned(base, backend, target_modules=layers, r=r, **more), tmp_path / str(r))
+        for layers, r, more in (
+            (["q_proj"], 2, {}),
+            (["q_proj", "down_proj"], 3, {"use_dora": True}),
+        )
+    )
+    alone = [logits(qa.load(path)) for path in (first, second)]
+    if backend == "none":
+        assert relative(logits(stock_adapter(base, second)), alone[1]) < 1e-6
+    assert relative(alone[0], alone[1]) > 1e-3
+    model = qa.load(first)
+    with model.disable_adapter():
+        bare = logits(model)
+    add_adapter(model, second, "beside")
+    assert model.active_adapters == ["default"]
+    for name, expected in zip(("default", "beside", "default"), (*alone, alone[0]), strict=True):
+        model.set_adapter(name)
+        assert relative(logits(model), expected) < 1e-6
+    with model.disable_adapter():
+        assert torch.equal(logits(model), bare)
+
+
+def test_what_is_no_neighbour_is_refused_and_changes_nothing(base, tmp_path) -> None:
+    """Each with the reason, and the model goes on as it was."""
+    model = tuned(base, "hqq", target_modules=["q_proj"], r=2)
+    other = llama(tmp_path / "other", tied=True)
+    paths = {
+        "is not the base that": qa.save(
+            tuned(other, "hqq", target_modules=["q_proj"]), tmp_path / "a"
+        ),
+        "no IA3 beside LORA": qa.save(tuned(base, "hqq", "ia3"), tmp_path / "b"),
+        "a base of its own": qa.save(
+            tuned(base, "hqq", init_lora_weights="pissa", target_modules=["q_proj"]), tmp_path / "c"
+        ),
+        "there is no adapter here": qa.save(qa.quantize(base, "hqq", device="cpu"), tmp_path / "d"),
+    }
+    before = logits(model)
+    for words, path in paths.items():
+        with pytest.raises(ModelError, match=words):
+            add_adapter(model, path, "beside")
+    for name in ("default", "a.b", "a/b", ""):
+        with pytest.raises(SpecError, match="no second adapter can be called"):
+            add_adapter(model, paths["is not the base that"], name)
+    with pytest.raises(ModelError, match="only what has an adapter"):
+        add_adapter(qa.quantize(base, "hqq", device="cpu"), paths["is not the base that"], "beside")
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model), before)
+
+
+def test_a_neighbour_that_does_not_fit_leaves_nothing_behind(base, tmp_path) -> None:
+    """As one whose weights are of other layers than its config says."""
+    model = tuned(base, "hqq", target_modules=["q_proj"], r=2)
+    path = qa.save(tuned(base, "hqq", target_modules=["v_proj"], r=2), tmp_path / "a")
+    before, keys = logits(model), set(model.state_dict())
+    file = Path(path) / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({key: value for key, value in weights.items() if "layers.0" not in key}, file)
+    with pytest.raises(ModelError, match="lacks what its config says"):
+        add_adapter(model, path, "beside")
+    assert list(model.peft_config) == ["default"]
+    assert set(model.state_dict()) == keys
+    assert torch.equal(logits(model), before)

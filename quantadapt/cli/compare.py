@@ -185,6 +185,17 @@ def compare(
             rich_help_panel=_WHERE,
         ),
     ] = None,
+    at_once: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="RUNS",
+            help="So many runs share each GPU, or the machine where there is none: all is done "
+            "sooner, but speeds are of shared ones.",
+            show_default="1",
+            rich_help_panel=_WHERE,
+        ),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
@@ -208,7 +219,7 @@ def compare(
         )  # fmt: skip
         options = {
             "budget": budget, "reference": reference, "by": by, "within": within,
-            "prefer": prefer, "keep_merged": keep_merged, "gpus": gpus,
+            "prefer": prefer, "keep_merged": keep_merged, "gpus": gpus, "at_once": at_once,
         }  # fmt: skip
         named = {"backend": backends, "adapter": adapters}
         made = _comparison(flags, set or [], named, seeds, options)

@@ -63,7 +63,10 @@ def _counts(made: Comparison, able: Sequence[PlannedCell], output: Path) -> Iter
     assert plan is not None
     where = plan.device
     if where == "cuda" and len(this_machine().cuda) > 1:
-        where = f"{made.options.gpus or len(this_machine().cuda)} GPUs, a run on each"
+        where = f"{made.options.gpus or len(this_machine().cuda)} GPUs"
+        where += ", a run on each" if made.options.at_once == 1 else ""
+    if made.options.at_once > 1:
+        where += f", {made.options.at_once} at a time on {'each' if ' GPUs' in where else 'it'}"
     runs = "1 run" if count == 1 else f"{count} runs"
     yield f"\n{runs}{each}, {steps_words(plan.spec.train)}, on {where}"
     if made.options.budget:

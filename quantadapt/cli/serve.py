@@ -27,6 +27,7 @@ from .session import session
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Mapping, Sequence
 
     from ..serving.app import Served
 
@@ -38,6 +39,7 @@ def register(app: typer.Typer, name: str) -> None:
         name,
         with_sampling_flags(serve),
         "quantadapt serve runs/hqq-lora",
+        "quantadapt serve runs/a --adapter b=runs/b --adapter c=runs/c",
         f"{TOKEN}=$(openssl rand -hex 16) quantadapt serve ./model --host 0.0.0.0 --port 80",
     )
 
@@ -47,6 +49,15 @@ def serve(
     name: Annotated[
         str | None,
         typer.Option(help="What requests call the model.", show_default="the folder's name"),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="NAME=PATH",
+            help="Also serve the adapter of another run on the same base, under this name. "
+            "Repeatable.",
+        ),
     ] = None,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
@@ -77,15 +88,15 @@ def serve(
 
         need("serving", ("fastapi", "uvicorn"), "serve")
         sampling = Sampling(**answers)
-        token = token_for(host)
+        token, others = token_for(host), _paths(adapter or [])
         with listening(host, port) as listener:
             with asking(shown, path, device, layout, stream=stream, force_base=force_base) as asked:
-                served = _served(
-                    asked, name or _name(path), sampling, token, max_batch, max_waiting
-                )
+                further = _beside(asked.model, others, force_base)
+                names = _names(asked.model, name or _name(path), further)
+                served = _served(asked, names, sampling, token, max_batch, max_waiting)
                 address = f"{address_of(host, listener)}/v1"
-                names = ", ".join(served.worker.names)
-                text = f"{asked.told}; models: {names}\nserving at {address}  (Ctrl-C stops)"
+                called = ", ".join(names)
+                text = f"{asked.told}; models: {called}\nserving at {address}  (Ctrl-C stops)"
                 shown.err.print(text, markup=False, soft_wrap=True)
                 _run(served, listener)
             shown.err.print("stopped", markup=False)
@@ -95,15 +106,41 @@ def _name(path: str) -> str:
     return Path(path).expanduser().resolve().name if Path(path).exists() else path
 
 
+def _paths(given: Sequence[str]) -> dict[str, str]:
+    """Return name -> path of `NAME=PATH`. Raises SpecError where one is not written so."""
+    from ..errors import Problem, SpecError
+
+    found = dict(text.partition("=")[::2] for text in given)
+    if len(found) < len(given) or not all(name and path for name, path in found.items()):
+        fix = "write --adapter NAME=PATH, each with a name of its own"
+        raise SpecError([Problem(f"{', '.join(given)} names no adapters", fix, "--adapter")])
+    return found
+
+
+def _beside(model: Any, paths: Mapping[str, str], force_base: bool) -> dict[str, str]:
+    """Put further adapters on the model; return what requests call each -> its name in PEFT, which
+    takes fewer."""
+    from ..exporting.beside import add_adapter
+
+    found = {name: f"beside_{index}" for index, name in enumerate(paths)}
+    for name, path in paths.items():
+        add_adapter(model, path, found[name], force_base=force_base)
+    return found
+
+
 def _served(
-    asked: Any, name: str, sampling: Sampling, token: str, max_batch: int, max_waiting: int
+    asked: Any,
+    names: dict[str, str | None],
+    sampling: Sampling,
+    token: str,
+    max_batch: int,
+    max_waiting: int,
 ) -> Served:
     from ..generation.rows import base_of
     from ..serving.app import Served
     from ..serving.worker import Worker
 
     model, tokenizer = asked.model, asked.writer.tokenizer
-    names = _names(model, name)
     worker = Worker(model, tokenizer, names, max_batch=max_batch, max_waiting=max_waiting)
     config: Any = base_of(model).config
     config = getattr(config, "get_text_config", lambda: config)()
@@ -111,19 +148,22 @@ def _served(
     return Served(worker, asked.writer, sampling, int(min(context, 2**30)), token)
 
 
-def _names(model: Any, name: str) -> dict[str, str | None]:
+def _names(model: Any, name: str, further: Mapping[str, str]) -> dict[str, str | None]:
     """Return what requests call the model with its adapter, the base alone (None), and further
-    adapters. Raises SpecError where two are called the same."""
+    adapters: those of its folder by their own names. Raises SpecError where two are called the
+    same."""
     from ..errors import Problem, SpecError
 
     if not hasattr(model, "disable_adapter"):
         return {name: None}
     active = model.active_adapter
-    found = [(name, active), ("base", None), *((n, n) for n in model.peft_config if n != active)]
+    own = [(n, n) for n in model.peft_config if n not in (active, *further.values())]
+    found = [(name, active), ("base", None), *own, *further.items()]
     if len(names := dict(found)) < len(found):
-        others = ", ".join(other for other, _ in found[1:])
-        what = f"{name!r} is what another model is called here ({others})"
-        raise SpecError([Problem(what, "choose another --name", "--name")])
+        called = [each for each, _ in found]
+        twice = next(each for each in called if called.count(each) > 1)
+        fix = "choose another --name, or NAME of --adapter"
+        raise SpecError([Problem(f"two models are called {twice!r} here", fix, "--name")])
     return names
 
 

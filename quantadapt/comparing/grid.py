@@ -51,7 +51,8 @@ class Options(Typed):
         within: what counts as near the best: a share of it, of figures in percent in points.
         prefer: what is to be small among those.
         keep_merged: keep the merged models that are made to measure them.
-        gpus: how many GPUs to use, a run on each; all by default.
+        gpus: how many GPUs to use; all by default.
+        at_once: how many runs share each GPU, or the machine where there is none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,6 +64,7 @@ class Options(Typed):
     prefer: Prefer = "size"
     keep_merged: bool = False
     gpus: int | None = Field(None, ge=1)
+    at_once: int = Field(1, ge=1)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Runs, each in a process of its own: started, watched, told to end.
 
 A crash, an out-of-memory or a kill of one costs nobody else anything. There are no threads: one
-loop looks at all that run, one on each GPU.
+loop looks at all that run, one or more on each GPU.
 """
 
 from __future__ import annotations
@@ -205,16 +205,31 @@ def _interrupt(number: int, _: Any) -> None:
     raise Interrupted(f"by {signal.Signals(number).name}", 128 + number)
 
 
-def slots(device: str, machine: Machine, gpus: int | None = None) -> list[dict[str, str]]:
+def slots(
+    device: str, machine: Machine, gpus: int | None = None, at_once: int = 1
+) -> list[dict[str, str]]:
     """Return what the environment of each process gets, of as many as may run at a time: its own
-    GPU, where there are several and the spec names none of them."""
+    GPU, where there are several and the spec names none of them, and its share of the CPU.
+
+    Args:
+        gpus: use so many; all by default.
+        at_once: so many runs share each GPU, or the machine where there is none.
+    """
     kind, _, index = device.partition(":")
     count = len(machine.cuda)
-    if index or kind == "cpu" or not count:
-        return [{}]
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = [name.strip() for name in given.split(",")] if given else [*map(str, range(count))]
-    return [{"CUDA_VISIBLE_DEVICES": name} for name in names[: gpus or count]]
+    places: list[dict[str, str]] = [{}]
+    if not index and kind != "cpu" and count:
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = [name.strip() for name in given.split(",")] if given else [*map(str, range(count))]
+        places = [{"CUDA_VISIBLE_DEVICES": name} for name in names[: gpus or count]]
+    return [place | _threads(len(places) * at_once) for place in places * at_once]
+
+
+def _threads(processes: int) -> dict[str, str]:
+    """Return what has so many processes share the cores, where the user has not shared them."""
+    if processes == 1 or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
 
 
 def start_process(

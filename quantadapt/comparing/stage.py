@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import FolderInUse, OutputError, PlanRefused, Problem, SpecError
 from ..machine import this_machine
+from ..memory.workload import GIB
 from ..showing.python import somebody_looks
 from ..spec import Spec
 from .folder import check, opened
@@ -69,8 +70,8 @@ def compare(
         listener: told what happens.
         verbose: whether to show progress; by default on a terminal and in a notebook, where there
             is no `listener`.
-        options: `budget` in hours, `reference`, `by`, `within`, `prefer`, `keep_merged` and `gpus`,
-            see `comparing.grid.Options`.
+        options: `budget` in hours, `reference`, `by`, `within`, `prefer`, `keep_merged`, `gpus` and
+            `at_once`, see `comparing.grid.Options`.
 
     Raises:
         SpecError, PlanRefused: something is wrong with the grid, or no cell of it can be run.
@@ -163,6 +164,7 @@ def look_at(made: Comparison, output: str | Path, *, overwrite: bool = False) ->
         raise PlanRefused([replace(p, where=f"output {p.where}") for p in error.problems]) from None
     cells = plan_cells(made, Path(output).expanduser())
     _check_figure(made, cells)
+    _check_room(made, cells)
     return cells
 
 
@@ -172,8 +174,20 @@ def _check_options(made: Comparison) -> None:
     if gpus is not None and gpus > there:
         what = f"{gpus} runs at a time need {gpus} GPUs, and there are {there}"
         if not this_machine().cuda:
-            what = "there is no GPU here: one run goes on at a time"
-        raise SpecError([Problem(what, "leave it out", "compare.gpus")])
+            what = "there is no GPU here"
+        fix = "leave it out; --at-once has several runs share one GPU, or this machine"
+        raise SpecError([Problem(what, fix, "compare.gpus")])
+
+
+def _check_room(made: Comparison, cells: Sequence[PlannedCell]) -> None:
+    """Raise SpecError where the runs that share a GPU are predicted to want more than it has."""
+    at_once, has = made.options.at_once, min(this_machine().memory, default=0) / GIB
+    seeds = len(made.grid["seed"])
+    wanted = sorted((cell.memory_gib or 0.0 for cell in cells for _ in range(seeds)), reverse=True)
+    if at_once > 1 and has and (needed := sum(wanted[:at_once])) > has:
+        most = next(n for n in range(at_once, -1, -1) if sum(wanted[:n]) <= has)
+        what = f"the largest {at_once} runs at once need {needed:.3g} GiB, the GPU has {has:.3g}"
+        raise SpecError([Problem(what, f"use {max(most, 1)}", "compare.at_once")])
 
 
 def _check_figure(made: Comparison, cells: Sequence[PlannedCell]) -> None:
@@ -192,6 +206,9 @@ def check_budget(made: Comparison) -> None:
     if made.options.budget is None:
         return
     problems = []
+    if made.options.at_once > 1:
+        what = "a budget is of whole GPUs, and what a run takes of a shared one is not known"
+        problems.append(Problem(what, "leave one of the two out", "compare.at_once"))
     if "train.max_steps" in made.grid:
         what = "with a budget, rungs are parts of train.max_steps, which all cells share"
         problems.append(Problem(what, "say one number beside the grid", "grid.train.max_steps"))

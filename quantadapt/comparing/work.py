@@ -77,10 +77,20 @@ class Work:
         now |= {name: version for name, version in found["versions"].items() if version}
         if not journal.machine:
             journal.machine = now
+        self._remark_sharing()
         for key in now:
             if (then := journal.machine.get(key)) != now[key]:
-                text = f"some runs were on {key} {then}, others on {now[key]}"
-                journal.remarks += [text] if text not in journal.remarks else []
+                self._remark(f"some runs were on {key} {then}, others on {now[key]}")
+
+    def _remark_sharing(self) -> None:
+        if (count := self.comparison.options.at_once) > 1 and self.todo:
+            place = "GPU" if this_machine().cuda else "machine"
+            what = "speeds and times are of a part of it, and what others do at that time"
+            self._remark(f"up to {count} runs at a time shared a {place}: {what} moves them")
+
+    def _remark(self, text: str) -> None:
+        remarks = self.folder.journal.remarks
+        remarks += [text] if text not in remarks else []
 
     def _measures_base(self) -> str:
         """Return the run that measures the dense base for all; none where a reference begins with
@@ -96,7 +106,7 @@ class Work:
             start: starts a process; that of `processes` by default.
         """
         options = self.comparison.options
-        places = slots(self.comparison.spec.device, this_machine(), options.gpus)
+        places = slots(self.comparison.spec.device, this_machine(), options.gpus, options.at_once)
         left = None
         if options.budget is not None:
             left = 3600 * options.budget - self.folder.journal.seconds

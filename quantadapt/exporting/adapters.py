@@ -95,6 +95,20 @@ def put_on(
     return tuned
 
 
+def put_beside(tuned: PeftModel, folder: Path, name: str) -> None:
+    """Put one more saved adapter, called `name` from now on, beside those of `tuned`, all of it or
+    nothing. Those that compute are the same as before.
+
+    Raises:
+        ModelError: it holds something that the base has no place for, or lacks something.
+    """
+    from ..adapting.injecting import all_or_nothing
+
+    with all_or_nothing(tuned):
+        read = tuned.load_adapter(str(folder), name, is_trainable=False)
+        _refuse_other_keys(_missing(tuned, read.missing_keys, name), read.unexpected_keys, folder)
+
+
 def _write_weights(tuned: PeftModel, keys: Sequence[str], folder: Path) -> list[str]:
     """Write whole weights that the adapter holds into quantized layers, which have no parameter of
     that name: PEFT saves a head or embedding that is adapted. Return the keys of other tensors."""
