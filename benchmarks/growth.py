@@ -254,7 +254,7 @@ def values_of(curve: Curve, key: str) -> Values:
 def exponent_rows(name: str, curve: Curve) -> Iterable[str]:
     """Yield the lines of a curve in the table of exponents."""
     for key, beside in (("seconds", "least"), ("gib", "foreseen")):
-        if len(values := values_of(curve, key)) < 2:
+        if len(values_of(curve, key)) < 2:
             continue
         cells = [f"{p:.2f}" for k in (key, beside) for p in exponents(values_of(curve, k))]
         yield f"| {name} | {MEASURES[key]} | {' | '.join(cells)} |"
