@@ -178,7 +178,7 @@ def streamed(model: nn.Module, spec: TrainSpec, on_note: OnNote) -> Iterator[Non
         yield
         return
     try:
-        stream(model, spec.stream)
+        stream(model, spec.stream, folder=spec.stream_folder)
         yield
     finally:
         bring_back(model)
