@@ -8,7 +8,8 @@ on the experts, too, which are 0.6 billion weights, and `paged_adamw_8bit`; `70b
 1 x 2048, 24 GiB; `demo` and `demo-experts` are tiny, for a look without a GPU. `:none` is what the
 others are compared with: the same training, on the whole card. Where something is streamed
 PyTorch's allocator is held to what such a card leaves of itself. LoRA r=16 on all layers, AdamW,
-`--memory` as in the spec. Weights are random, and made, quantized and moved block by block; each
+`--memory` as in the spec; with `--folder` what is streamed lies in a file there, in place of CPU
+memory. Weights are random, and made, quantized and moved block by block; each
 case runs in a process of its own.
 
 Prints a Markdown table: tokens per second (median of the steps after the first two), seconds of a
@@ -113,6 +114,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, help="tokens of a row, instead of the case's own")
     parser.add_argument("--steps", type=int, default=8, help=f"the first {WARM_UP} do not count")
     parser.add_argument("--memory", default="min", help="auto or min; full: recompute all layers")
+    parser.add_argument("--folder", type=Path, help="on a fast disk, in place of CPU memory")
     parser.add_argument("--optim", help="instead of the case's own")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for each case")
@@ -204,7 +206,8 @@ def build(case: Case, given: argparse.Namespace, which: str, rank: int = RANK) -
     quantize = registry().backend(name).quantizer(**options).quantize_linear
     done = None
     if which != "none":
-        done = partial(stream_block, Streamer(torch.device(given.device)), which)
+        folder = getattr(given, "folder", None)  # long_context.py has none
+        done = partial(stream_block, Streamer(torch.device(given.device), folder=folder), which)
     model = random_model(case.shape.config(), quantize, given.device, getattr(torch, dtype), done)
     model = qa.quantize(model, name, **options, device=given.device, dtype=dtype)
     return qa.attach(model, "lora", r=rank, lora_alpha=rank, target_modules=case.targets)

@@ -403,7 +403,8 @@ class _Run:
             from .streaming import stream
 
             state_of(model).stream = self.plan.stream
-            return stream(model, self.plan.stream)
+            folder = self.plan.spec.train.stream_folder
+            return stream(model, self.plan.stream, folder=folder)
         if self.plan.parallel != "fsdp":
             return model
         from .sharding import shard

@@ -204,6 +204,11 @@ class TrainSpec(_Strict):
         "while it computes: all of it, its stacks of experts, or none; auto: as little of it as "
         "possible where training does not fit otherwise",
     )
+    stream_folder: str | None = Field(
+        None,
+        description="a folder on a fast disk, to keep what is streamed of the base in instead of "
+        "CPU memory",
+    )
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",
         description="with several processes: ddp, each holds the whole model, or fsdp, each holds "

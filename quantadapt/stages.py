@@ -59,6 +59,7 @@ def quantize(
     labels: Sequence[str] = (),
     trust_remote_code: bool = False,
     stream: Literal["none", "experts", "all"] = "none",
+    stream_folder: str | None = None,
     verbose: bool | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -87,6 +88,7 @@ def quantize(
             needs that is refused.
         stream: keep all quantized layers in CPU memory, or "experts", and copy them to the GPU
             block by block whenever the model computes. `quantadapt.streaming.bring_back` undoes it.
+        stream_folder: on a fast disk, to keep them in instead of CPU memory.
         verbose: whether to show progress; by default on a terminal and in a notebook.
         options: the backend's options, e.g. `bits=4`.
 
@@ -111,7 +113,7 @@ def quantize(
         unused_modules=list(unused_modules),
         trust_remote_code=trust_remote_code,
         # Who shards a base does so where they want.
-        train={"parallel": "ddp", "stream": stream},
+        train={"parallel": "ddp", "stream": stream, "stream_folder": stream_folder},
     )
     module = None if source is None or isinstance(source, str) else source
     made = planning.plan(spec, module=module, check_output=False)

@@ -96,6 +96,7 @@ class Workload:
         graphs: whether passes are recorded as CUDA graphs, where they can be.
         streamed: what of the quantized layers lies in CPU memory: "none", "experts" or "all".
         streamable: whether anything of them may.
+        from_disk: whether what is streamed lies on a disk instead.
         sequences: how many an example sends through the model.
         whole_logits: whether the loss holds all logits of a batch.
         teacher: the sizes of a dense model that the loss compares with, whole on each GPU.
@@ -130,6 +131,7 @@ class Workload:
     graphs: bool = False
     streamed: str = "none"
     streamable: bool = False
+    from_disk: bool = False
     sequences: int = 1
     whole_logits: bool = False
     teacher: Shape | None = None
@@ -156,7 +158,14 @@ class Workload:
 
     @property
     def host_bytes(self) -> int:
-        """What of the quantized layers lies in CPU memory."""
+        """What of the quantized layers lies in CPU memory; of those on a disk, the largest one."""
+        if self.from_disk:
+            return max(work._streamed for _, work in self.kinds)
+        return self.streamed_bytes
+
+    @property
+    def streamed_bytes(self) -> int:
+        """What of the quantized layers is streamed."""
         return sum(count * work._streamed for count, work in self.kinds)
 
     @property

@@ -40,5 +40,8 @@ def unlock(row: Tensor) -> None:
 
 def _no_memory(nbytes: int, why: str) -> ModelError:
     what = f"no {nbytes / 2**20:.0f} MiB of CPU memory can be locked for a block: {why}"
-    fix = "free memory, use a backend with fewer bits, or train.stream: experts, or none"
+    fix = (
+        "free memory, keep the base on a fast disk (train.stream_folder), use a backend with fewer"
+        " bits, or train.stream: experts, or none"
+    )
     return ModelError(what, fix=fix, where="train.stream")

@@ -304,10 +304,10 @@ class MemoryPlan:
 
 
 def streamed_words(work: Workload) -> str:
-    """Say what of the base lies in CPU memory."""
-    return (
-        f"{streamed_of(work.streamed)} streamed from {work.host_bytes / GIB:.1f} GiB of CPU memory"
-    )
+    """Say what of the base is streamed, and from where."""
+    place = "on disk" if work.from_disk else "of CPU memory"
+    size = f"{work.streamed_bytes / GIB:.1f} GiB {place}"
+    return f"{streamed_of(work.streamed)} streamed from {size}"
 
 
 def streamed_of(which: str) -> str:
@@ -378,6 +378,7 @@ def memory_plan(
         dense=dense,
         shardable=not unshared,
         streamable=streamable,
+        from_disk=train.stream_folder is not None,
         prefetches=train.memory != "min",
         graphs=rules.records(task, train),
         sequences=task.sequences,

@@ -1,12 +1,16 @@
-"""What of a quantized base lies in CPU memory while it trains, decided before it is loaded.
+"""What of a quantized base lies in CPU memory or on a disk while it trains, decided before it is
+loaded.
 
 Part of the plan and as pure: imports neither torch nor a vendor.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import Problem
@@ -102,8 +106,13 @@ def problems(
         bases = f"{processes} streamed bases" if processes > 1 else "a streamed base"
         there = f"{host / GIB:.1f} GiB are free"
         what = f"{bases} and the process take {needed / GIB:.1f} GiB of CPU memory, {there}"
-        fix = "use a backend with fewer bits, fewer processes, or a machine with more memory"
+        fix = (
+            "keep it on a fast disk (train.stream_folder), use a backend with fewer bits, fewer"
+            " processes, or a machine with more memory"
+        )
         yield Problem(what, fix, where, "stream-needs-memory")
+    if host is not None:
+        yield from _disk_problems(spec, processes * work.streamed_bytes)
     whole = replace(work, streamed="none")
     least = whole.quantized_bytes + whole.dense_bytes
     if is_loaded_whole(quantizer, adopt=adopt):
@@ -117,9 +126,28 @@ def problems(
                 yield Problem(what, fix, where, "stream-by-layers")
 
 
+def _disk_problems(spec: Spec, needed: int) -> Iterator[Problem]:
+    """Yield why the folder that the spec names cannot hold `needed` bytes."""
+    where = "train.stream_folder"
+    if spec.train.stream_folder is None:
+        return
+    folder = Path(spec.train.stream_folder).expanduser()
+    if not folder.is_dir():
+        yield Problem(f"there is no folder {folder}", "make it, or name another", where)
+    elif not os.access(folder, os.W_OK):
+        yield Problem(f"no file can be made in {folder}", "name another folder", where)
+    elif needed > (free := shutil.disk_usage(folder).free):
+        there = f"{free / GIB:.1f} are free in {folder}"
+        what = f"a streamed base takes {needed / GIB:.1f} GiB, {there}"
+        fix = "make room there, name a folder on another disk, or use a backend with fewer bits"
+        yield Problem(what, fix, where, "stream-needs-disk")
+
+
 def notes(stream: Stream, spec: Spec, memory: MemoryPlan | None) -> Iterator[str]:
-    """Yield what a run that streams should tell."""
+    """Yield what a run that streams should tell, or one that was to and does not."""
     if stream == "none":
+        if spec.train.stream_folder is not None:
+            yield "train.stream_folder has no effect here: nothing of the base is streamed"
         return
     what = "the experts" if stream == "experts" else "the base"
     told = streamed_words(memory.work) if memory else f"{what} streamed from CPU memory"

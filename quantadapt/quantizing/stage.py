@@ -135,7 +135,8 @@ def quantize_plan(
             target = StreamedTarget(target) if streamer_of(model) else target
             model = wrap(model, target, dtype, skip)
         if plan.stream != "none":
-            model = stream(model, plan.stream)  # what came whole, and its facades
+            folder = plan.spec.train.stream_folder
+            model = stream(model, plan.stream, folder=folder)  # what came whole, and its facades
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -300,7 +301,8 @@ def _taking_blocks(plan: Plan) -> Iterator[None]:
 
         from ..streaming import Streamer, stream_block
 
-        take = partial(stream_block, Streamer(torch.device(plan.device)), plan.stream)
+        streamer = Streamer(torch.device(plan.device), folder=plan.spec.train.stream_folder)
+        take = partial(stream_block, streamer, plan.stream)
     else:
         yield
         return

@@ -81,6 +81,11 @@ def scatter(title: str, points: Sequence[Point], x: Axis, y: Axis, *, small: boo
     return el("figure", *drawings, class_="scatter")
 
 
+def drawing(title: str, points: Sequence[Point], x: Axis, y: Axis) -> Html:
+    """Return a plot for wide screens alone."""
+    return _draw(title, points, x, y, WIDE, 400, "wide")
+
+
 def mark(shape: int, x: float, y: float, radius: float, kind: str) -> Html:
     """Return a mark of one of `SHAPES` shapes."""
     r = radius

@@ -59,6 +59,7 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
         task: what it learns; says whether passes are alike enough to be recorded.
         on_note: told in a sentence what cannot be lent, which then costs time or memory.
     """
+    from ..adapting.low_rank import low_rank_layers
     from ..compiling import compiled_functions
     from ..model.sinks import fused_sinks
     from .cuda_graphs import can_record
@@ -71,6 +72,7 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
         lend(quick_walks(model))  # `train` and `zero_grad` that do not ask each module
         lend(fast_adapters(model))  # TF32 for float32 adapters
         fused = lend(fused_layers(model, keep_casts=spec.memory != "min", on_note=on_note))
+        lend(low_rank_layers(model))  # VeRA and AdaLoRA, computed as LoRA
         lend(float8_products(model, spec))  # with the frozen base
         lend(compiled_functions())  # dequantizing in one kernel
         lend(fast_attention(model, adapter_device(model)))  # cuDNN's
@@ -176,7 +178,7 @@ def streamed(model: nn.Module, spec: TrainSpec, on_note: OnNote) -> Iterator[Non
         yield
         return
     try:
-        stream(model, spec.stream)
+        stream(model, spec.stream, folder=spec.stream_folder)
         yield
     finally:
         bring_back(model)
