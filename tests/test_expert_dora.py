@@ -12,13 +12,15 @@ from parameters import slow_but
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from test_experts import error, gradients, ids, logits, made, quantized
+from test_experts_grouped import KINDS as GROUPED
+from test_experts_grouped import experts_of, inputs, model, own_forward, rel, results
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import quantadapt as qa
 from quantadapt.exporting.merging import merged_model
 from quantadapt.exporting.saving import NotPeftWarning
-from quantadapt.facade import densify
+from quantadapt.facade import densify, fused_experts
 
 KINDS = ("qwen3-moe", "gpt-oss")
 OWN = 1e-6
@@ -207,6 +209,53 @@ def test_two_adapters_add_up_as_pefts_do(backend: str) -> None:
     norms = (weight + of_dora).norm(dim=2)
     assert error(norms, wrapper.lora_magnitude_vector["default"].weight) < 1e-5
     assert error(logits(merged_model(tuned, "dense")), right) < 1e-4
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+@pytest.mark.parametrize("none", [False, True])
+def test_gradients_are_those_of_the_weights_that_it_stands_for(
+    kind: str, none: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' own experts, dense, with W' = c (W + s B A): what the gradient of W' comes to
+    for A, B and the magnitudes, where c counts as a constant but for these."""
+    monkeypatch.setattr(fused_experts, "_composed", None)  # one function, as LoRA
+    tuned = shaken(qa.attach(model(GROUPED[kind]), "dora", r=4, lora_alpha=12))
+    outer = next(m for n, m in tuned.named_modules() if n.endswith(("mlp.experts", "moe.experts")))
+    wrappers, experts = wrappers_of(outer), experts_of(tuned)
+    dense = experts_of(densify(copy.deepcopy(nn.ModuleList([experts]))))
+    leaves, parts = [], {}
+    for name, wrapper in wrappers.items():
+        stored = dense.get_parameter(name)
+        w = stored.transpose(1, 2) if dense.is_transposed else stored
+        a = wrapper.lora_A["default"].weight.view(4, 4, -1)
+        b = wrapper.lora_B["default"].weight.view(-1, 4, 4).permute(2, 0, 1)
+        whole = (w + 3 * b @ a).detach()
+        norms = whole.norm(dim=2, keepdim=True)
+        c = wrapper.lora_magnitude_vector["default"].weight.detach().unsqueeze(2) / norms
+        changed = c * whole
+        stored.data = changed.transpose(1, 2) if dense.is_transposed else changed
+        leaves.append(stored.requires_grad_())
+        parts[name] = (whole, norms, c, a.detach(), b.detach())
+    for bias in ("gate_up_proj_bias", "down_proj_bias"):
+        if hasattr(dense, bias):
+            getattr(dense, bias).requires_grad_(False)
+    expected = results(own_forward(dense), inputs(none), leaves)
+    names = ("lora_A", "lora_B", "lora_magnitude_vector")
+    trained = [getattr(w, n)["default"].weight for w in wrappers.values() for n in names]
+    found = results(outer, inputs(none), trained)
+    for mine, right in zip(found[:3], expected[:3], strict=True):
+        assert rel(mine, right) < OWN
+    for n, (whole, norms, c, a, b) in enumerate(parts.values()):
+        gradient = expected[3 + n]
+        gradient = gradient.transpose(1, 2) if dense.is_transposed else gradient
+        of_a = 3 * b.transpose(1, 2) @ (c * gradient)
+        of_b = 3 * (c * gradient) @ a.transpose(1, 2)
+        of_magnitude = (gradient * whole / norms).sum(2)
+        rows = of_b.permute(1, 2, 0).flatten(1)
+        for mine, right in zip(
+            found[3 + 3 * n :], (of_a.flatten(0, 1), rows, of_magnitude), strict=False
+        ):
+            assert rel(mine, right) < 2 * OWN
 
 
 def test_recomputed_layers_give_the_same_gradients() -> None:

@@ -100,14 +100,14 @@ def test_rows_of_tiles_are_those_of_the_whole_weight() -> None:
 
 
 @pytest.mark.parametrize("kind", ["silu", "clamped, biases, transposed"])
-@pytest.mark.parametrize("none", [False, True])
+@pytest.mark.parametrize(("adapter", "none"), [("lora", False), ("lora", True), ("dora", True)])
 def test_experts_in_parts_compute_the_same(
-    kind: str, none: bool, read: list[int], monkeypatch: pytest.MonkeyPatch
+    kind: str, adapter: str, none: bool, read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One by one, and three of four; with LoRA, forward and backward, to the bit."""
-    tuned = qa.attach(quantized(kind), "lora", r=4)
+    """One by one, and three of four; with LoRA or DoRA, forward and backward, to the bit."""
+    tuned = qa.attach(quantized(kind), adapter, r=4)
     trained = [p for n, p in tuned.named_parameters() if p.requires_grad and ".experts." in n]
-    assert len(trained) == 4
+    assert len(trained) == (4 if adapter == "lora" else 6)
     for n, weight in enumerate(trained):
         values = torch.linspace(-n, n + 1, weight.numel()).sin().view(weight.shape)
         weight.data.copy_(values / 5)
@@ -181,13 +181,16 @@ def test_who_asks_for_it() -> None:
     assert "in_parts" not in vars(plain)
 
 
-@pytest.mark.parametrize("kind", ["many small", "clamped, biases, transposed"])
+@pytest.mark.parametrize(
+    ("kind", "adapter"),
+    [("many small", "lora"), ("clamped, biases, transposed", "lora"), ("many small", "dora")],
+)
 def test_every_setting_gives_the_same_gradients(
-    kind: str, read: list[int], monkeypatch: pytest.MonkeyPatch
+    kind: str, adapter: str, read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Recomputed or not, inputs in CPU memory or not, in parts or whole: to the bit."""
     monkeypatch.setattr(experts, "PART", 1)
-    tuned = qa.attach(quantized(kind), "lora", r=4)
+    tuned = qa.attach(quantized(kind), adapter, r=4)
     ids = torch.randint(1, 64, (2, 16), generator=torch.Generator().manual_seed(3))
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:

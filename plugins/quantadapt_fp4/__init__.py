@@ -22,12 +22,12 @@ from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import LayerwiseQuantizer
 from quantadapt.records import Backend, Serving
 
+from .target import FP4Target
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor, nn
-
-    from .layers import FP4Target
 
 MX_BLOCK, NV_BLOCK = 32, 16
 
@@ -44,8 +44,6 @@ class _FP4(LayerwiseQuantizer):
 
     @cached_property
     def target(self) -> FP4Target:
-        from .layers import FP4Target
-
         return FP4Target(self)
 
     def misfit(self, in_features: int, out_features: int) -> str | None:

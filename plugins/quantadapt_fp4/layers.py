@@ -1,4 +1,4 @@
-"""The layer that holds FP4 weights, and the core's view of it."""
+"""The layer that holds FP4 weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from quantadapt.compiling import one_kernel
 from quantadapt.errors import ModelError
-from quantadapt.protocols import CodebookGrid, LayerwiseTarget, twin
 
 from .arithmetic import (
     E8M0_NAN,
@@ -22,7 +21,6 @@ from .arithmetic import (
     mx_steps,
     nv_dequantize,
     nv_steps,
-    pack,
     values_of,
 )
 
@@ -90,41 +88,9 @@ class FP4Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-class FP4Target(LayerwiseTarget):
-    """`FP4Linear`."""
-
-    reads_rows = True
-
-    def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, FP4Linear)
-
-    def dequantize(self, module: nn.Module) -> Tensor:
-        layer: Any = module
-        found: Tensor = layer.dequantize()
-        return found
-
-    def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
-        tensors: Any = module._buffers
-        # One of a row each, or one of all.
-        own = {n: t if len(t) == 1 else t[first:last] for n, t in tensors.items()}
-        return FP4Linear(own, None).dequantize()
-
-    def grid(self, module: nn.Module) -> CodebookGrid:
-        layer: Any = module
-        steps: Tensor = layer.steps
-        return CodebookGrid(
-            scale=steps, group_size=layer.block, dtype=steps.dtype, levels=_levels(steps.device)
-        )
-
-    def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
-        vendor = twin(module)
-        vendor.weight_packed = pack(self.grid(module).codes(weight).to(torch.uint8))
-        repacked: nn.Module = vendor
-        return repacked
-
-
 @cache
-def _levels(device: torch.device) -> Tensor:
+def levels(device: torch.device) -> Tensor:
+    """Return what the sixteen codes stand for, float32 [16]."""
     with torch.inference_mode(False):
         return values_of(torch.arange(16, dtype=torch.uint8, device=device))
 

@@ -3,11 +3,12 @@ by what the checkpoint calls the layers that it is made of."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+
+from ..planning.names import ends
 
 EXPERTS = "experts"
 """What models call the module that owns stacks of experts."""
@@ -18,45 +19,6 @@ _PARTS = (("gate_proj", "gate_up_proj"), ("up_proj", "gate_up_proj"))
 
 class StacksWarning(UserWarning):
     """A name stands for layers and for stacks of experts, or for a part of a stack."""
-
-
-def ends(name: str, ending: str) -> bool:
-    """Say whether `ending` is the last parts of `name`, which is how PEFT compares them."""
-    return f".{name}".endswith(f".{ending}")
-
-
-def is_in_layers(options: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Return what says whether a stack is in one of `layers_to_transform`, which PEFT looks at for
-    modules alone."""
-    wanted = options.get("layers_to_transform")
-    if wanted is None or wanted == []:
-        return lambda name: True
-    layers = {wanted} if isinstance(wanted, int) else set(wanted)
-    given = options.get("layers_pattern") or []
-    patterns = "|".join([given] if isinstance(given, str) else given) or r"[^.]*"
-    counted = re.compile(rf"(?:^|.*?\.)(?:{patterns})\.(\d+)\.")
-    return lambda name: (found := counted.match(name)) is not None and int(found[1]) in layers
-
-
-def is_excluded(name: str, excluded: str | Iterable[str] | None) -> bool:
-    """Say whether `exclude_modules` names a stack of experts, or the module that owns it."""
-    if not excluded:
-        return False
-    return names_stack(excluded if isinstance(excluded, str) else list(excluded), name)
-
-
-def is_trained_whole(name: str, options: Mapping[str, Any]) -> bool:
-    """Say whether `modules_to_save` names a module that a stack of experts is in."""
-    whole = options.get("modules_to_save") or ()
-    return any(re.match(rf"(.*\.)?({module})($|\..*)", name) for module in whole)  # as PEFT does
-
-
-def names_stack(wanted: str | list[str], stack: str) -> bool:
-    """Say whether a stack, or the module that owns it, is named."""
-    both = (stack, stack.rpartition(".")[0])
-    if isinstance(wanted, str):
-        return any(re.fullmatch(wanted, name) for name in both)
-    return any(ends(name, ending) for ending in wanted for name in both)
 
 
 def stack_endings(wanted: list[str], stacks: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import nn
 from ..capabilities import KEEP
 from ..errors import Problem, did_you_mean
 from ..facade import QuantLinear
-from .expert_names import ends
+from ..planning.names import ends, router_problems
 from .injecting import matched
 from .targets import all_parameters
 
@@ -56,14 +56,9 @@ def adapted_problems(
     return found
 
 
-def _routers(chosen: Mapping[str, nn.Module]) -> Iterator[Problem]:
-    """Yield the routers of experts among what is named: they hold a weight, and are no layers."""
-    kinds = {name.rpartition(".")[2] for name, m in chosen.items() if "Router" in type(m).__name__}
-    for kind in sorted(kinds):
-        what = f"{kind} is the router of experts, a parameter and no layer"
-        weight = f"target_parameters: [{kind}.weight]"
-        fix = f"name its weight, {weight}, or train it whole, modules_to_save: [{kind}]"
-        yield Problem(what, fix, "adapter.target_modules", "no-routers")
+def _routers(chosen: Mapping[str, nn.Module]) -> list[Problem]:
+    """Return the problems of routers of experts among what is named."""
+    return router_problems(name for name, m in chosen.items() if "Router" in type(m).__name__)
 
 
 def _named_twice(parameter: str, layer: str) -> Problem:

@@ -7,7 +7,7 @@ is wrong is told before any work, all of it at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -18,20 +18,18 @@ from ..model.dense import skipped_modules
 from ..model.experts import expert_stacks
 from ..model.modules import is_skipped, linear_layers
 from ..model.towers import towers_of
-from ..quantizing.stage import nothing_quantized
-from .expert_names import (
-    EXPERTS,
-    StacksWarning,
+from ..planning.names import (
+    TARGETS,
     ends,
-    is_excluded,
-    is_in_layers,
-    is_trained_whole,
+    is_all_linear,
+    module_problems,
     names_stack,
-    parts_of_stacks,
-    stack_endings,
+    parameter_problems,
+    stacks_left,
+    target_problems,
 )
-
-ALL_LINEAR = "all-linear"
+from ..quantizing.stage import nothing_quantized
+from .expert_names import EXPERTS, StacksWarning, parts_of_stacks, stack_endings
 
 
 class Targets(NamedTuple):
@@ -63,19 +61,20 @@ def resolve_targets(
     """
     wanted = options.get("target_modules")
     asked = [*(options.get("target_parameters") or ())]
-    if wanted is None or (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR):
+    if wanted is None or is_all_linear(wanted):
         if not layers and not stacks:
             raise nothing_quantized(model)
-        there = _wanted(stacks, options)
+        there = stacks_left(stacks, options)
         return _targets(_endings(model, layers), there, stacks_in(model), asked)
     stacks = stacks_in(model)
-    there = _wanted(stacks, options)
+    there = stacks_left(stacks, options)
     targets = _in_chosen_towers(model, wanted if isinstance(wanted, str) else list(wanted), layers)
     if not isinstance(targets, str) and stacks:
         targets = _of_parts(model, targets, stacks, there)
     if targets == [] and asked:
         return Targets([], [n for n in stacks if any(ends(n, a) for a in asked)], asked)
-    if problems := _target_problems(model, targets, layers, stacks):
+    names = [*(name for name, _ in model.named_modules()), *stacks]
+    if problems := target_problems(names, targets, [*layers, *stacks]):
         raise PlanRefused(problems)
     if isinstance(targets, str):
         named = [n for n in there if names_stack(targets, n)]
@@ -116,7 +115,7 @@ def _in_chosen_towers(
     if only := [target for target in found if found[target] and not left[target]]:
         what = f"{only[0]!r} names layers of a part of the model that stays as it is"
         fix = f"name layers of others, or set towers: {_towers_fix(towers, found[only[0]])}"
-        raise PlanRefused([Problem(what, fix, "adapter.target_modules")])
+        raise PlanRefused([Problem(what, fix, TARGETS)])
     return [name for target in found for name in left[target] or [target]]
 
 
@@ -131,13 +130,6 @@ def _towers_fix(towers: Mapping[str, tuple[str, ...]], names: list[str]) -> str:
     """Return the value of `towers` with which modules called `names` are chosen, too."""
     wanted = [t for t, modules in towers.items() if any(is_skipped(n, modules) for n in names)]
     return f"[{', '.join(dict.fromkeys(['language', *wanted]))}]"
-
-
-def _wanted(stacks: list[str], options: Mapping[str, Any]) -> list[str]:
-    """Return the `stacks` that no option leaves out."""
-    excluded, layer = options.get("exclude_modules"), is_in_layers(options)
-    left = [n for n in stacks if is_excluded(n, excluded) or is_trained_whole(n, options)]
-    return [name for name in stacks if name not in left and layer(name)]
 
 
 def stacks_in(model: nn.Module, skip: tuple[str, ...] = ()) -> list[str]:
@@ -206,35 +198,6 @@ def _endings(model: nn.Module, names: list[str]) -> list[str]:
     return sorted(wanted)
 
 
-def _target_problems(
-    model: nn.Module, targets: str | list[str], layers: list[str], stacks: list[str]
-) -> list[Problem]:
-    where = "adapter.target_modules"
-    names = [*(name for name, _ in model.named_modules()), *stacks]
-    known = sorted({name.rpartition(".")[2] for name in [*layers, *stacks]})
-    if isinstance(targets, str):
-        if any(re.fullmatch(targets, name) for name in names):
-            return []
-        parts = [part.strip() for part in targets.strip("[]").split(",")]
-        if all(any(ends(name, part) for name in names) for part in parts):
-            what = f"{targets!r} is text, so a regular expression for whole names; none matches"
-            return [Problem(what, f"write a list: [{', '.join(parts)}]", where)]
-        return [Problem(f"no layer of the model matches {targets!r}", _hint(targets, known), where)]
-    if not targets:
-        what = "it names no layer"
-        return [Problem(what, f"use {ALL_LINEAR}, or some of {', '.join(known)}", where)]
-    return [
-        Problem(f"no layer of the model matches {target!r}", _hint(target, known), where)
-        for target in targets
-        if not any(ends(name, target) for name in names)
-    ]
-
-
-def _hint(name: str, known: list[str]) -> str:
-    hint, layers = did_you_mean(name, known), ", ".join(known)
-    return f"name one of its layers: {layers}" if layers in hint else f"{hint} (layers: {layers})"
-
-
 # Options that name other things -------------------------------------------------------------------
 
 
@@ -242,32 +205,9 @@ def name_problems(model: nn.Module, options: Mapping[str, Any], stacks: list[str
     """Return what is named by options beside `target_modules` and is not in `model`, whose stacks
     of experts are called `stacks`."""
     names = [*(name for name, _ in model.named_modules() if name), *stacks]
-    found = [*_unknown_parameters(model, options.get("target_parameters"))]
+    found = parameter_problems(all_parameters(model), options.get("target_parameters"))
     found += _token_problems(model, options.get("trainable_token_indices"))
-    for option in ("exclude_modules", "modules_to_save"):
-        wanted = options.get(option) or ()
-        if isinstance(wanted, str):
-            missing = [] if any(re.fullmatch(wanted, name) for name in names) else [wanted]
-        else:
-            missing = [w for w in wanted if not any(ends(name, w) for name in names)]
-        found += [_not_there(w, names, f"adapter.{option}") for w in missing]
-    return found
-
-
-def _not_there(wanted: str, names: Iterable[str], where: str) -> Problem:
-    known = sorted({name.rpartition(".")[2] for name in names} - {str(n) for n in range(1000)})
-    return Problem(f"no module of the model matches {wanted!r}", did_you_mean(wanted, known), where)
-
-
-def _unknown_parameters(model: nn.Module, wanted: Iterable[str] | None) -> Iterator[Problem]:
-    where = "adapter.target_parameters"
-    names = all_parameters(model)
-    for name in wanted or ():
-        if not any(ends(other, name) for other in names):
-            known = sorted({".".join(other.split(".")[-2:]) for other in names})
-            yield Problem(
-                f"no parameter of the model matches {name!r}", did_you_mean(name, known), where
-            )
+    return found + module_problems(names, options)
 
 
 def all_parameters(model: nn.Module) -> list[str]:

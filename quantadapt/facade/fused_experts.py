@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..model.experts import SUFFIX
-from .expert_norms import dora_product
+from .expert_norms import StackNorms, dora_product
 from .expert_steps import Added, add, combined, gated, gated_backward
 from .grouped import Routing, StackLora, grouped, grouped_in_parts, grouped_outer
 from .keeping import kept
@@ -39,13 +39,26 @@ def run_experts(
     if not torch.is_grad_enabled():
         return parts.forward(hidden, weights, routing)
     hidden, keeper = kept(hidden, weights, *routing)
-    trained = [tensor for lora in parts.loras if lora for tensor in (lora.a, lora.b)]
+    trained = [tensor for lora in parts.loras if lora for tensor in lora.trained]
     output: Tensor = _Experts.apply(hidden, weights, parts, routing, keeper, *trained)  # type: ignore[no-untyped-call]
     return output
 
 
-_Made = dict[int, Tensor]
-"""What the A of the LoRA on a stack made of its rows, [rows, r], by the stack's number."""
+class _Noted(NamedTuple):
+    """What forward takes note of, by the stack's number.
+
+    Attributes:
+        rows: what the A of the LoRA on a stack made of its rows, [rows, r]; None where memory is
+            short.
+        norms: DoRA's.
+    """
+
+    rows: dict[int, Tensor] | None
+    norms: dict[int, StackNorms]
+
+    def of_rows(self, which: int) -> Tensor | None:
+        """Return what A made of the rows, if it was kept."""
+        return None if self.rows is None else self.rows.get(which)
 
 
 class _Casts(NamedTuple):
@@ -101,7 +114,6 @@ class _Parts(NamedTuple):
         quantized = [stack for stack in stacks if isinstance(stack, QuantWeight)]
         dense = [experts._parameters.get(name) for name in names]
         trained = any(t is not None and t.requires_grad for t in (*biases, *dense))
-        trained |= any(lora.magnitude is not None for lora in loras.values())
         # One that is neither is computed of something else, as where PEFT adapts a dense stack.
         there = sum(parameter is not None for parameter in dense) + len(quantized)
         if not quantized or there < len(names) or trained or _changes_later(experts):
@@ -123,10 +135,20 @@ class _Parts(NamedTuple):
         """Return a stack's bias, [experts, out_features]."""
         return _bias(self.experts, self.names[which])
 
-    def product(self, x: Tensor, which: int, ends: Tensor, *, back: bool = False) -> Tensor:
-        """Return x Wᵀ, by expert; `back`: x W."""
+    def product(
+        self,
+        x: Tensor,
+        which: int,
+        ends: Tensor,
+        *,
+        back: bool = False,
+        norms: StackNorms | None = None,
+    ) -> Tensor:
+        """Return x Wᵀ, by expert; `back`: x W. `norms` are filled in."""
 
-        def turned(weight: Tensor) -> Tensor:
+        def turned(weight: Tensor, first: int = 0) -> Tensor:
+            if norms is not None:
+                norms.fill(weight, first)
             return weight if back else weight.transpose(1, 2)
 
         if (size := self._at_a_time(which)) is None:
@@ -134,7 +156,7 @@ class _Parts(NamedTuple):
         stack = self._stack(which)
 
         def weight(first: int, last: int) -> Tensor:
-            return turned(stack.of_experts(first, last).to(self.dtype))
+            return turned(stack.of_experts(first, last).to(self.dtype), first)
 
         columns = stack.stack.in_features if back else stack.stack.out_features
         return grouped_in_parts(x, ends, size, columns, weight)
@@ -161,32 +183,39 @@ class _Parts(NamedTuple):
             return None
         return _Casts(lora, *lora.by_expert(self.dtype))
 
-    def _beside(self, which: int, x: Tensor, ends: Tensor, made: _Made | None) -> Added | None:
-        """Return what LoRA adds beside the weight, and note it."""
-        lora = self.casts(which)
+    def output(
+        self, which: int, x: Tensor, routing: Routing, noted: _Noted
+    ) -> tuple[Tensor, Added | None]:
+        """Return what a stack makes of rows, and what is still to be added to that."""
+        lora, norms = self.casts(which), None
+        if lora is not None and lora.lora.magnitude is not None:
+            norms = noted.norms[which] = StackNorms.of(lora.lora)
+        y = self.product(x, which, routing.ends, norms=norms)
         if lora is None or lora.lora.rounds:
-            return None
-        added = lora.added(x, ends)
-        if made is not None:
-            made[which] = added.h
-        return added
+            return y, None
+        added = lora.added(x, routing.ends)
+        if noted.rows is not None:
+            noted.rows[which] = added.h
+        if norms is None:
+            return y, added
+        return norms.scaled(add(y, added, routing), routing), None
 
     def forward(
-        self, hidden: Tensor, weights: Tensor, routing: Routing, made: _Made | None = None
+        self, hidden: Tensor, weights: Tensor, routing: Routing, noted: _Noted | None = None
     ) -> Tensor:
         """Return what the experts make of the tokens.
 
         Args:
-            made: gets what backward need not make again.
+            noted: gets what backward need not make again.
         """
-        ends = routing.ends
+        noted = noted or _Noted(None, {})
         x = hidden.to(self.dtype)[routing.token]
-        y, added = self.product(x, 0, ends), self._beside(0, x, ends, made)
+        y, added = self.output(0, x, routing, noted)
         del x
         z = gated(self.experts, y, self.bias(0), added, routing.by_row(weights), routing)
         del y
-        added = self._beside(1, z, ends, made)
-        y = add(self.product(z, 1, ends), added, routing)
+        y, added = self.output(1, z, routing, noted)
+        y = add(y, added, routing)
         del z
         output = combined(y, routing)
         if (bias := self.bias(1)) is not None:
@@ -206,22 +235,22 @@ class _Experts(torch.autograd.Function):
         *trained: Tensor,
     ) -> Tensor:
         # A few numbers a row, which a recomputation does not make again either. Of a pass that is
-        # to take the least memory nothing.
-        ctx.parts, ctx.keeper, ctx.made = parts, keeper, {}
-        made = None if parts.experts.in_parts else ctx.made
+        # to take the least memory norms alone.
+        ctx.parts, ctx.keeper = parts, keeper
+        ctx.noted = _Noted(None if parts.experts.in_parts else {}, {})
         if keeper is None:
             ctx.save_for_backward(hidden, weights, *routing)
-        return parts.forward(hidden, weights, routing, made)
+        return parts.forward(hidden, weights, routing, ctx.noted)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         holder = ctx if ctx.keeper is None else ctx.keeper
         hidden, weights, *rest = holder.saved_tensors
-        made, ctx.made = ctx.made, {}
+        noted, ctx.noted = ctx.noted, None
         with torch.autocast(hidden.device.type, enabled=False):
             found = _gradients(
-                ctx.parts, grads[0], hidden, weights, Routing(*rest), made, ctx.needs_input_grad[0]
+                ctx.parts, grads[0], hidden, weights, Routing(*rest), noted, ctx.needs_input_grad[0]
             )
         dx, d_weights, *of_loras = found
         return dx, d_weights, None, None, None, *of_loras
@@ -233,37 +262,56 @@ def _gradients(
     hidden: Tensor,
     weights: Tensor,
     routing: Routing,
-    made: _Made,
+    noted: _Noted,
     wants_dx: bool,
 ) -> list[Tensor | None]:
-    """Return the gradients of the hidden states, of the routing weights, and of each A and B.
+    """Return the gradients of the hidden states, of the routing weights, and of each A and B and
+    DoRA's magnitudes.
 
     In such an order that no more than one weight is there at a time, and rows as few as can be.
     """
     ends, first, second = routing.ends, parts.casts(0), parts.casts(1)
+    of_first, of_second = noted.norms.get(0), noted.norms.get(1)
     d_output, share = d_output.to(parts.dtype), routing.by_row(weights)
     x = hidden.to(parts.dtype)[routing.token]
-    y, added = parts.product(x, 0, ends), first and first.added(x, ends, made.get(0))
+    y, added = parts.product(x, 0, ends), first and first.added(x, ends, noted.of_rows(0))
+    beside, before = first and added and first.beside(added), None
+    if of_first is not None:
+        before, beside = add(y, beside, routing), None
+        y = of_first.scaled(before.clone(), routing)
     dy = d_output[routing.token]
+    if of_second is not None:
+        dy = of_second.scaled(dy, routing)
     dz = parts.product(dy, 1, ends, back=True)
     d_added = second and second.backward_added(dy, ends)
     d_up, z, d_share = gated_backward(
         parts.experts,
         y,
         parts.bias(0),
-        first and added and first.beside(added),
+        beside,
         share,
         routing,
         dz,
         second and d_added and second.beside(d_added),
     )
+    del y, dz
     of_loras: list[Tensor] = []
     if second and d_added:
-        of_loras += second.gradients(z, second.added(z, ends, made.get(1)), dy, d_added, ends)
-    del y, dz, dy, z, d_added
+        again = second.added(z, ends, noted.of_rows(1))
+        of_loras += second.gradients(z, again, dy, d_added, ends)
+        del dy
+        if of_second is not None:
+            made = add(parts.product(z, 1, ends), again, routing)
+            of_loras.append(of_second.gradient(d_output[routing.token], made, routing))
+            del made
+    del z, d_added
+    of_magnitudes: list[Tensor] = []
+    if of_first is not None and before is not None:
+        of_magnitudes.append(of_first.gradient(d_up, before, routing))
+        d_up, before = of_first.scaled(d_up, routing), None
     d_added = first and first.backward_added(d_up, ends)
     if first and added and d_added:
-        of_loras = [*first.gradients(x, added, d_up, d_added, ends), *of_loras]
+        of_loras = [*first.gradients(x, added, d_up, d_added, ends), *of_magnitudes, *of_loras]
     del x, added
     dx = None
     if wants_dx:

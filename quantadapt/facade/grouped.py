@@ -84,6 +84,11 @@ class StackLora(NamedTuple):
     rounds: bool = False
 
     @property
+    def trained(self) -> tuple[Tensor, ...]:
+        """What of it is trained: A, B and the magnitudes."""
+        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
+
+    @property
     def rank(self) -> int:
         """r."""
         return self.a.shape[0] // self.experts

@@ -69,9 +69,7 @@ class Shape:
         config = language_config(config)
         kind = config.get("model_type")
         plain = kind in _PLAIN_MLP
-        known = plain or "rms_norm_eps" in config
-        other = config.get("is_encoder_decoder") or any(k.startswith("linear_") for k in config)
-        if not known or other:
+        if not is_decoder(config) or any(key.startswith("linear_") for key in config):
             return None
         try:
             experts, latent = Experts.of(config), Latent.of(config)
@@ -168,6 +166,12 @@ class Shape:
         the gradients of all heads'."""
         work = 2 * self.queries + (2 * self.queries if self.keys < self.queries else 0)
         return 2 * self.queries + 2 * self.keys + work // groups
+
+
+def is_decoder(config: Mapping[str, Any]) -> bool:
+    """Say whether a config.json is that of a decoder whose blocks hold linear layers and norms."""
+    usual = "rms_norm_eps" in config or config.get("model_type") in _PLAIN_MLP
+    return usual and not config.get("is_encoder_decoder")
 
 
 def head_groups(key_heads: int) -> int:

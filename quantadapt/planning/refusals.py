@@ -9,10 +9,20 @@ from typing import Any, Literal
 from ..capabilities import KEEP, Cell, Merge, refusals
 from ..errors import Problem
 from ..inputs.fingerprints import Fingerprint
-from ..memory.shape import Shape
 from ..protocols import AdapterTarget, Exporter, Quantizer, Task
 from ..records import Adapter, Backend, Export, Record, kind_of
 from ..spec import TrainSpec
+from .layers import Layers
+from .names import (
+    ends,
+    is_all_linear,
+    module_problems,
+    names_stack,
+    parameter_problems,
+    router_problems,
+    stacks_left,
+    target_problems,
+)
 from .on_disk import quantization_of
 from .peft_options import peft_options
 
@@ -199,18 +209,90 @@ def experts_problems(
     return found
 
 
-def all_linear_problems(
-    adapter: Adapter, options: Mapping[str, Any], config: Mapping[str, Any]
+def named_problems(
+    adapter: Adapter, options: Mapping[str, Any], layers: Layers, skip: Iterable[str] = ()
 ) -> list[Problem]:
-    """Return why an adapter that is to go everywhere does not go onto the experts that config.json
-    tells of. What is named or excluded is looked at once the model's own names are there."""
-    shape, wanted = Shape.of(config), options.get("target_modules")
-    if shape is None or shape.experts is None or options.get("exclude_modules"):
+    """Return what an adapter's options name and `layers` has not, and why it does not go onto the
+    stacks of experts that they name.
+
+    Args:
+        skip: what is left dense, so that "all-linear" leaves it out.
+    """
+    wanted, found = options.get("target_modules"), []
+    left = stacks_left(layers.stacks, options)
+    if is_all_linear(wanted):
+        named = [name for name in left if name in layers.without(skip)]
+    elif not layers.names:
         return []
-    if wanted is not None and wanted != "all-linear":
+    else:
+        found = _target_problems(wanted, options.get("target_parameters"), layers)
+        named = _named_stacks(wanted, left, layers)
+    if layers.names:
+        found += parameter_problems(layers.parameters, options.get("target_parameters"))
+        found += module_problems([*layers.names, *WITHOUT_PARAMETERS], options)
+    return found + (experts_problems(adapter, options, layers.linears) if named else [])
+
+
+WITHOUT_PARAMETERS = ("rotary_emb", "act_fn", "dropout")
+"""Modules that no file tells of; to exclude them has no effect, and is no mistake."""
+
+
+def _target_problems(wanted: Any, parameters: Any, layers: Layers) -> list[Problem]:
+    if wanted == [] and parameters:
         return []
-    layers = [name for name in shape.linears if shape.stacked(name) == 1]
-    return experts_problems(adapter, options, layers)
+    there: Any = wanted
+    if not isinstance(wanted, str):
+        names = layers.names
+        there = [
+            target
+            for target in wanted
+            if target.rpartition(".")[2] not in layers.parts or any(ends(n, target) for n in names)
+        ]
+        if wanted and not there:
+            return []
+    found = target_problems(layers.names, there, [*layers.linears, *layers.stacks])
+    return found + router_problems(name for name in layers.routers if _names(wanted, name))
+
+
+def _named_stacks(wanted: Any, stacks: Iterable[str], layers: Layers) -> list[str]:
+    """Return those of `stacks` that are named; what layers are called, too, stands for those."""
+    if isinstance(wanted, str):
+        return [name for name in stacks if names_stack(wanted, name)]
+    modules = [*layers.linears, *layers.routers]
+    parts = [layers.parts.get(target.rpartition(".")[2], target) for target in wanted]
+    both = zip(wanted, parts, strict=True)
+    own = [part for target, part in both if not any(ends(name, target) for name in modules)]
+    return [name for name in stacks if names_stack(own, name)]
+
+
+def _names(wanted: str | list[str], name: str) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(ends(name, target) for target in wanted)
+
+
+def misfit_problems(
+    quantizer: Quantizer, sizes: Mapping[str, tuple[int, int]]
+) -> tuple[list[Problem], list[str]]:
+    """Return why layers cannot be quantized, and which.
+
+    Args:
+        sizes: (in_features, out_features) by name; of a stack of experts those of the tall layer.
+
+    Returns:
+        A problem for each reason, which names the first layer and counts the others; and the names
+        of all of them.
+    """
+    reasons: dict[str, list[str]] = {}
+    for name, size in sizes.items():
+        if why := quantizer.misfit(*size):
+            reasons.setdefault(why, []).append(name)
+    fix = "change the backend's options, or set skip_misfits: true to leave such layers dense"
+    problems = []
+    for why, names in reasons.items():
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        problems.append(Problem(why, fix, where=f"{names[0]}{more}"))
+    return problems, [name for names in reasons.values() for name in names]
 
 
 def merge_aware_problems(

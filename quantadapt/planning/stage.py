@@ -30,8 +30,10 @@ from ..spec import Spec
 from . import processes, streaming
 from .context_parallel import context_problems
 from .exports import MERGES, PlannedExport, exports_of, makes_dense, refused_where
+from .layers import layers_of
 from .live import config_of_module, quantizer_of_module, refuse_unused
 from .memory import MemoryPlan, memory_plan
+from .names import is_all_linear
 from .on_disk import config_of, quantization_of
 from .parts import (
     Draft,
@@ -52,7 +54,6 @@ from .parts import (
 )
 from .processes import NO_MERGE, Parallel
 from .refusals import (
-    all_linear_problems,
     attach_refusals,
     data_start_problems,
     export_refusals,
@@ -61,6 +62,8 @@ from .refusals import (
     loftq_problems,
     make_cell,
     merge_aware_problems,
+    misfit_problems,
+    named_problems,
     packing_problems,
     refusals_beside,
     task_problems,
@@ -437,8 +440,7 @@ def _combined(draft: Draft, made: Plan) -> Plan:
     if made.trains:
         draft.problems += head_problems(made.task, config)
         draft.problems += packing_problems(spec.train, config)
-        if not spec.skip_modules:
-            draft.problems += all_linear_problems(adapter, made.adapter_options, config)
+    _look_at_layers(draft, made)
     for name, evaluator in made.evaluators.items():
         record = draft.registry.record(Evaluation, evaluation_of(name))
         draft.problems += refusals_beside(cell, record, evaluator.model_dump())
@@ -533,6 +535,30 @@ def _share(draft: Draft, made: Plan) -> Share | None:
     skip, folder = tuple(made.spec.skip_modules or ()), Path(made.model).expanduser()
     experts, towers = made.quantizer.quantizes_experts, made.spec.towers
     return share_on_disk(folder, vocabulary, skip, experts=experts, towers=towers)
+
+
+UNKNOWN_LAYERS = (
+    "how the layers of this model are called is not known here: whether those that are named are"
+    " there shows when a run begins, before any work"
+)
+
+
+def _look_at_layers(draft: Draft, made: Plan) -> None:
+    """Refuse names that no layer has and sizes that cannot be quantized, as far as the checkpoint
+    tells of them."""
+    spec, config, options = made.spec, made.config, made.adapter_options
+    if config is None or any(problem.where == "model" for problem in draft.problems):
+        return
+    skip, towers = tuple(spec.skip_modules or ()), towers_in(config)
+    layers = layers_of(config, Path(made.model).expanduser() if made.model else None)
+    if made.trains and layers is not None:
+        draft.problems += named_problems(made.adapter, options, layers, skip)
+    fresh = bool(made.model) and not (made.adopt or towers or spec.skip_misfits)
+    if fresh and layers is not None:
+        draft.problems += misfit_problems(made.quantizer, layers.without(skip))[0]
+    names = not is_all_linear(options.get("target_modules"))
+    if made.model and made.trains and names and not (layers and layers.names):
+        draft.notes.append(UNKNOWN_LAYERS)
 
 
 def _look_at_towers(draft: Draft, made: Plan) -> None:

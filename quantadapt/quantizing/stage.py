@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from ..inputs.fingerprints import (
 )
 from ..inputs.model_config import towers_in
 from ..planning.on_disk import config_of
+from ..planning.refusals import misfit_problems
 from ..planning.share import BEGINNING, Share, is_expert_bias, part_of
 from ..planning.stage import Plan
 from ..protocols import LayerwiseQuantizer, Quantizer
@@ -351,21 +352,10 @@ def skip_for(plan: Plan, module: nn.Module | None = None) -> tuple[str, ...] | N
         }
         stacks = expert_stacks(model, left)
         sizes |= {stack.name: (stack.in_features, stack.rows) for stack in stacks}
-        reasons = {n: reason for n, size in sizes.items() if (reason := quantizer.misfit(*size))}
-    if reasons and not plan.spec.skip_misfits:
-        raise PlanRefused(_misfits(reasons))
-    return (*default, *dense, *reasons) if dense or reasons else skip
-
-
-def _misfits(reasons: Mapping[str, str]) -> list[Problem]:
-    """Return a problem for each reason; it names the first layer and counts the others."""
-    problems = []
-    for why in dict.fromkeys(reasons.values()):
-        first, *others = [name for name, text in reasons.items() if text == why]
-        more = f" and {len(others)} more" if others else ""
-        fix = "change the backend's options, or set skip_misfits: true to leave such layers dense"
-        problems.append(Problem(why, fix, where=f"{first}{more}"))
-    return problems
+        problems, misfits = misfit_problems(quantizer, sizes)
+    if problems and not plan.spec.skip_misfits:
+        raise PlanRefused(problems)
+    return (*default, *dense, *misfits) if dense or misfits else skip
 
 
 def _examples(plan: Plan, given: Calibration) -> Examples | None:
