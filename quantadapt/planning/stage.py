@@ -58,6 +58,7 @@ from .refusals import (
     export_refusals,
     float8_problems,
     head_problems,
+    invocation_problems,
     loftq_problems,
     make_cell,
     merge_aware_problems,
@@ -435,10 +436,12 @@ def _combined(draft: Draft, made: Plan) -> Plan:
         longest=spec.train.row_length or spec.data.max_length,
     )
     if made.trains:
+        options = made.adapter_options
+        draft.problems += invocation_problems(made.task, spec.train, config, options)
         draft.problems += head_problems(made.task, config)
         draft.problems += packing_problems(spec.train, config)
         if not spec.skip_modules:
-            draft.problems += all_linear_problems(adapter, made.adapter_options, config)
+            draft.problems += all_linear_problems(adapter, options, config)
     for name, evaluator in made.evaluators.items():
         record = draft.registry.record(Evaluation, evaluation_of(name))
         draft.problems += refusals_beside(cell, record, evaluator.model_dump())
