@@ -3,10 +3,11 @@
     python benchmarks/rewards.py --shape 8b --steps 3
 
 `ours-nf4` and `ours-hqq` train by `objective: grpo`; `trl` is TRL's GRPOTrainer with transformers'
-`generate`, PEFT, and bitsandbytes' nf4. Each is a process of its own on the same random weights,
-with the same prompts of 128 tokens, answers of `--length` tokens (random weights end none), and the
-defaults of its library where nothing is said here. The first step does not count, the median of the
-others does. A sample is an answer: drawn, scored and learnt from.
+`generate`, PEFT, and bitsandbytes' nf4; `trl-continuous` lets transformers' continuous batching
+make its answers. Each is a process of its own on the same random weights, made on the spot, with
+the same prompts of 128 tokens, answers of `--length` tokens (random weights end none), as many to
+a step, and the defaults of its library where nothing is said here. The first step does not count,
+the median of the others does. A sample is an answer: drawn, scored and learnt from.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from shapes import SHAPES, checkpoint
+from shapes import SHAPES
 from versions import versions
 
 PROMPT = 128
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 RESULT = "RESULT "
 TIMEOUT = 240
-CASES = ("trl", "ours-nf4", "ours-hqq")
+CASES = ("trl", "trl-continuous", "ours-nf4", "ours-hqq")
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "hqq")
 
 
@@ -39,7 +40,6 @@ def main() -> None:
     if given.one:
         print(RESULT + json.dumps(run_here(given.one, given)))
         return
-    checkpoint(given.shape, given.folder)
     print("| case | samples/s | ratio | s/step | peak GiB |")
     print("| --- | ---: | ---: | ---: | ---: |", flush=True)
     first: float | None = None
@@ -60,13 +60,12 @@ def arguments() -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", choices=[*SHAPES], default="8b")
-    parser.add_argument("--case", nargs="+", choices=CASES, default=[*CASES])
+    parser.add_argument("--case", nargs="+", choices=CASES, default=["trl", "ours-nf4", "ours-hqq"])
     parser.add_argument("--batch", type=int, default=64, help="answers a step")
     parser.add_argument("--group", type=int, default=8, help="answers to a prompt")
     parser.add_argument("--length", type=int, default=256, help="tokens of an answer")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.length = min(given.length, SHAPES[given.shape].length // 2)
@@ -92,7 +91,7 @@ def run_here(case: str, given: argparse.Namespace) -> dict[str, float]:
     """Return the seconds of a step and the peak of memory."""
     import torch
 
-    seconds = (of_trl if case == "trl" else of_ours)(case, given)
+    seconds = (of_trl if case.startswith("trl") else of_ours)(case, given)
     on_gpu = given.device.startswith("cuda")
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
     return {"seconds": statistics.median(seconds[1:] or seconds), "peak": peak}
@@ -100,16 +99,34 @@ def run_here(case: str, given: argparse.Namespace) -> dict[str, float]:
 
 def prompts(given: argparse.Namespace) -> list[str]:
     """Return as many texts of about `PROMPT` tokens as a few steps take."""
-    from transformers import AutoTokenizer
-
     from quantadapt import demo
 
-    tokenizer, most = AutoTokenizer.from_pretrained(demo.MODEL_DIR), SHAPES[given.shape].length
+    tokenizer, most = tokenizer_of(), SHAPES[given.shape].length
     length = min(PROMPT, most // 2)
     ids = tokenizer(demo.TEXT_FILE.read_text(encoding="utf-8"))["input_ids"]
     count = given.steps * given.batch // given.group
     starts = range(1, 1 + count * 37, 37)
     return [tokenizer.decode(ids[start : start + length - 1]) for start in starts]
+
+
+def tokenizer_of() -> Any:
+    """Return the demo's tokenizer, whose tokens every shape has."""
+    from transformers import AutoTokenizer
+
+    from quantadapt import demo
+
+    return AutoTokenizer.from_pretrained(demo.MODEL_DIR, padding_side="left")
+
+
+def dense(given: argparse.Namespace) -> Any:
+    """Return a model of the shape, the same random weights in each case, where it trains."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if given.device.startswith("cuda") else torch.float32
+    with torch.device(given.device):
+        return AutoModelForCausalLM.from_config(SHAPES[given.shape].config(), dtype=dtype)
 
 
 def vowels(completions: list[str], **_: Any) -> list[float]:
@@ -123,10 +140,7 @@ def of_ours(case: str, given: argparse.Namespace) -> list[float]:
 
     backend = {"ours-nf4": "bnb-nf4", "ours-hqq": "hqq"}[case]
     options = {"double_quant": True} if backend == "bnb-nf4" else {}
-    path = checkpoint(given.shape, given.folder)
-    on_gpu = given.device.startswith("cuda")
-    dtype = "bfloat16" if on_gpu else "float32"
-    model = qa.quantize(path, backend, device=given.device, dtype=dtype, **options)
+    model = qa.quantize(dense(given), backend, device=given.device, **options)
     tuned = qa.attach(model, "lora", **LORA)
     ends = [0.0]
     with tempfile.TemporaryDirectory() as folder:
@@ -144,6 +158,7 @@ def of_ours(case: str, given: argparse.Namespace) -> list[float]:
             objective=objective,
             per_device_train_batch_size=given.batch,
             max_steps=given.steps,
+            tokenizer=tokenizer_of(),
             logging_steps=1,
             learning_rate=1e-5,
             on_log=lambda log: ends.append(log["seconds"]),
@@ -152,13 +167,13 @@ def of_ours(case: str, given: argparse.Namespace) -> list[float]:
     return [after - before for before, after in pairwise(ends)]
 
 
-def of_trl(_: str, given: argparse.Namespace) -> list[float]:
+def of_trl(case: str, given: argparse.Namespace) -> list[float]:
     """Return the seconds of each step."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from transformers_nf4 import transformers_nf4
+    from transformers import TrainerCallback
+    from transformers_nf4 import quantized_here
     from trl import GRPOConfig, GRPOTrainer
 
     ends: list[float] = []
@@ -172,9 +187,8 @@ def of_trl(_: str, given: argparse.Namespace) -> list[float]:
                 torch.cuda.synchronize()
             ends.append(time.perf_counter())
 
-    path, on_gpu = checkpoint(given.shape, given.folder), given.device.startswith("cuda")
-    loaded = transformers_nf4 if on_gpu else AutoModelForCausalLM.from_pretrained
-    model = loaded(path, given.device) if on_gpu else loaded(path)
+    on_gpu, model = given.device.startswith("cuda"), dense(given)
+    model = quantized_here(model, model.dtype)
     with tempfile.TemporaryDirectory() as folder:
         args = GRPOConfig(
             output_dir=folder,
@@ -183,6 +197,7 @@ def of_trl(_: str, given: argparse.Namespace) -> list[float]:
             max_completion_length=given.length,
             max_steps=given.steps,
             learning_rate=1e-5,
+            use_transformers_continuous_batching=case == "trl-continuous",
             logging_steps=1,
             report_to="none",
             save_strategy="no",
@@ -195,7 +210,7 @@ def of_trl(_: str, given: argparse.Namespace) -> list[float]:
             reward_funcs=vowels,
             args=args,
             train_dataset=Dataset.from_list([{"prompt": text} for text in prompts(given)]),
-            processing_class=AutoTokenizer.from_pretrained(path, padding_side="left"),
+            processing_class=tokenizer_of(),
             peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"),
             callbacks=[Clock()],
         )

@@ -46,6 +46,13 @@ def adapted() -> torch.nn.Module:
     return get_peft_model(llama(), config).double().train()
 
 
+def invoked() -> torch.nn.Module:
+    """aLoRA, which is on from a token on that half of the rows of `gradients` have."""
+    config = LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM",
+                        alora_invocation_tokens=[15, 16], target_modules="all-linear")  # fmt: skip
+    return get_peft_model(llama(), config).double().train()
+
+
 def gradients(model: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return the loss and all gradients of one pass, with the same dropout each time."""
     ids = torch.arange(40).view(4, 10) % 64
@@ -70,14 +77,15 @@ def assert_same(model: torch.nn.Module, setting: Setting, reentrant: bool = Fals
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 3, LAYERS])
-@pytest.mark.parametrize("make", [adapted, quantized])
+@pytest.mark.parametrize("make", [adapted, quantized, invoked])
 def test_loss_and_gradients_stay_the_same(make, count, offload) -> None:
     assert_same(make(), Setting(count, offload, 4))
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_the_reentrant_kind(offload) -> None:
-    model = adapted()
+@pytest.mark.parametrize("make", [adapted, invoked])
+def test_the_reentrant_kind(make, offload) -> None:
+    model = make()
     assert_same(model, Setting(LAYERS, offload, 4), reentrant=True)
     assert not model.get_input_embeddings()._forward_hooks
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.batches import padded
 from ..evaluation.predictions import device_of, is_encoder_decoder
+from ..facade.invocations import has_invocations
 from .sampling import Chooser, drawn_together, refuse_no_number
 
 if TYPE_CHECKING:
@@ -55,8 +56,10 @@ class Row:
 
 def takes_rows(model: nn.Module) -> bool:
     """Say whether answers of a model can be made by `Rows`: it is a decoder whose cache is keys and
-    values alone, not the state of a recurrent layer, say."""
+    values alone, not the state of a recurrent layer, say, and its adapters are on everywhere."""
     base = base_of(model)
+    if has_invocations(model):
+        return False
     takes = inspect.signature(type(base).forward).parameters
     stateful = getattr(base, "_is_stateful", False)
     return "past_key_values" in takes and not stateful and not is_encoder_decoder(base)

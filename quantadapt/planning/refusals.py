@@ -171,6 +171,24 @@ def data_start_problems(options: Mapping[str, Any]) -> list[Problem]:
     return [Problem(what, fix, "adapter.init_lora_weights")]
 
 
+def invocation_problems(
+    task: Task, train: TrainSpec, config: Mapping[str, Any], options: Mapping[str, Any]
+) -> list[Problem]:
+    """Return why an adapter that is off up to its invocation, aLoRA, is not trained so; empty if it
+    is, or is none. PEFT looks for one invocation a row, in causal language models alone."""
+    where, without = "adapter.alora_invocation_tokens", "leave it out: that is plain LoRA"
+    if not options.get("alora_invocation_tokens"):
+        return []
+    found = []
+    if not task.wants_lm or config.get("is_encoder_decoder"):
+        what = "aLoRA is for models that predict the next token: with others PEFT never switches it"
+        found.append(Problem(f"{what} on", without, where, "alora-causal"))
+    if train.packing:
+        what = "aLoRA looks for one invocation in a row, and packed rows hold several examples"
+        found.append(Problem(what, "leave train.packing out", "train.packing", "alora-packing"))
+    return found
+
+
 _NOT_ON_EXPERTS = {
     "lora_dropout": "has no dropout on stacks of experts",
     "lora_bias": "has no bias on stacks of experts",

@@ -59,6 +59,7 @@ from .refusals import (
     export_refusals,
     float8_problems,
     head_problems,
+    invocation_problems,
     loftq_problems,
     make_cell,
     merge_aware_problems,
@@ -438,6 +439,8 @@ def _combined(draft: Draft, made: Plan) -> Plan:
         longest=spec.train.row_length or spec.data.max_length,
     )
     if made.trains:
+        options = made.adapter_options
+        draft.problems += invocation_problems(made.task, spec.train, config, options)
         draft.problems += head_problems(made.task, config)
         draft.problems += packing_problems(spec.train, config)
     _look_at_layers(draft, made)

@@ -6,7 +6,7 @@ nothing about a backend is said here, because PEFT only ever meets `QuantLinear`
 
 from __future__ import annotations
 
-from ..capabilities import KEEP, Merge, Patterns, Rule
+from ..capabilities import KEEP, Given, Merge, Patterns, Rule
 from ..hookspecs import hookimpl
 from ..records import Adapter, Start
 
@@ -40,7 +40,14 @@ RANDOM_START_ONTO = Rule(
 )
 """PiSSA's exact start and OLoRA's are found again, so these are merged onto any copy. The starts
 that leave the base as it is (true, false, gaussian, orthogonal, eva, mica) need nothing."""
-LORA_RULES = (LOFTQ_ONTO, RANDOM_START_ONTO)
+
+INVOKED_MERGE = Rule(
+    "alora-no-merge",
+    {"adapter.alora_invocation_tokens": Given(("given",)), "action": ("merge",)},
+    "aLoRA is off in each row up to its invocation, so no weight holds it",
+    KEEP,
+)
+LORA_RULES = (LOFTQ_ONTO, RANDOM_START_ONTO, INVOKED_MERGE)
 
 ADAPTERS = (
     Adapter(

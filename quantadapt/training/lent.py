@@ -325,11 +325,13 @@ def recomputed(
     model: nn.Module, setting: Setting | None = None, reentrant: bool = False, draws: bool = True
 ) -> Iterator[Recomputer]:
     """Let layers of `model` be recomputed, by `setting` or as the `Recomputer` is told."""
+    from ..facade.invocations import kept_invocations
     from ..model.head_groups import in_head_groups
     from .recomputing import FLAG, FUNCTION, Recomputer, require_grad
 
-    recomputer = Recomputer(model, reentrant, draws)
     with ExitStack() as stack:
+        invocations = stack.enter_context(kept_invocations(model))
+        recomputer = Recomputer(model, reentrant, draws, invocations)
         stack.enter_context(restored(recomputer.base.modules(), FLAG, FUNCTION, "in_parts"))
         stack.enter_context(restored(recomputer.tiles.mlps, "forward"))
         recomputer.tiles.lend()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..facade import read_in_parts, recomputing
+from ..facade.invocations import Invocations
 from ..memory.workload import Setting
 from ..model.modules import is_skipped
 from ..model.towers import other_towers
@@ -35,12 +36,20 @@ class Recomputer:
         model: a PeftModel or transformers model.
         reentrant: which kind of `torch.utils.checkpoint`.
         draws: whether a pass draws random numbers, which a recomputation has to draw again.
+        invocations: where adapters begin in each row, which a recomputation has to know again.
     """
 
-    def __init__(self, model: nn.Module, reentrant: bool = False, draws: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        reentrant: bool = False,
+        draws: bool = True,
+        invocations: Invocations | None = None,
+    ) -> None:
         self.base: Any = getattr(model, "get_base_model", lambda: model)()  # type: ignore[operator]
         self.layers = decoder_layers(self.base)
         self.reentrant, self.draws = reentrant, draws
+        self.invocations = invocations or Invocations()
         self.inputs, self.tiles = CpuInputs(), Tiles(self.layers, _hidden_size(self.base))
         self.calls = 0
         """How often a layer has asked to be recomputed."""
@@ -88,6 +97,7 @@ class Recomputer:
         self, function: Callable[..., Any], offload: bool, layer: Callable[..., Any], *args: Any
     ) -> Any:
         self.calls += 1
+        layer = self.invocations.again(layer)
         with self.inputs.saving(args[0]) if offload else nullcontext():
             return function(layer, *args)
 

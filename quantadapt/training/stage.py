@@ -24,6 +24,7 @@ from ..planning.context_parallel import context_problems
 from ..planning.refusals import (
     float8_problems,
     head_problems,
+    invocation_problems,
     merge_aware_problems,
     packing_problems,
     task_problems,
@@ -243,6 +244,7 @@ def check(model: Any, spec: TrainSpec, task: Task) -> None:
     state: ModelState | None = getattr(model, "quantadapt", None)
     options = state.cell.adapter_options if state is not None and state.adapter else {}
     found += context_problems(spec, task, config, options, processes=world().size)
+    found += invocation_problems(task, spec, config, options)
     if spec.merge_aware and state is not None and state.adapter is not None:
         cell = state.cell
         found += merge_aware_problems(cell, state.backend, state.quantizer, state.adapter)
