@@ -139,12 +139,12 @@ def test_layers_without_a_kernel(monkeypatch):
 
 
 def test_torchaos_weights_decode_by_their_class(monkeypatch):
-    plugin = importlib.import_module("quantadapt_torchao")
-    monkeypatch.setattr(plugin, "DECODING", {plugin.TILES: 1, "Int8Tensor": 2})
+    target = importlib.import_module("quantadapt_torchao.target")
+    monkeypatch.setattr(target, "DECODING", {target.TILES: 1, "Int8Tensor": 2})
     quantizer, int8 = made("torchao-int8")
     decodes = quantizer.target.decodes
     assert [decodes(int8, like_cuda(n, torch.float16)) for n in (2, 3)] == [True, False]
-    tiles: Any = SimpleNamespace(weight=type(plugin.TILES, (), {})())
+    tiles: Any = SimpleNamespace(weight=type(target.TILES, (), {})())
     assert [decodes(tiles, like_cuda(n)) for n in (1, 2)] == [True, False]
     assert not decodes(tiles, like_cuda(1, torch.float16))  # it computes in bfloat16
     quantizer, other = made("torchao-fp8")
