@@ -40,7 +40,7 @@ MOVED = {
     "fused_dora": "adapting.fused_dora",
     "fused_lora": "adapting.fused_lora",
     "gradient_check": "training.loop",
-    "kernels": "training.lent",
+    "kernels": "training.lent training.lent_to_trainers model.patches",
     "launching": "distributed.launching",
     "loftq": "adapting.loftq",
     "losses": "model.head",
