@@ -18,7 +18,7 @@ from ..model.dense import skipped_modules
 from ..model.experts import expert_stacks
 from ..model.modules import is_skipped, linear_layers
 from ..model.towers import towers_of
-from ..quantizing.stage import nothing_quantized
+from ..quantizing.dense import nothing_quantized
 from .expert_names import (
     EXPERTS,
     StacksWarning,
