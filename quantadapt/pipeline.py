@@ -36,9 +36,11 @@ from .folders.metrics import add_figures, label, with_unit
 from .folders.run_folder import RunFolder, UnwrittenFolder
 from .planning.share import BEGINNING
 from .planning.stage import Plan, without_merges
+from .quantizing.dense import skip_for
 from .quantizing.examples import calibration_examples
-from .quantizing.stage import AT_RANDOM, load_tokenizer, quantize_plan, skip_for, with_config
+from .quantizing.stage import AT_RANDOM, quantize_plan, with_config
 from .quantizing.state import state_of
+from .quantizing.tokenizer import load_tokenizer
 from .registry.blame import blamed, blaming_plugins
 from .registry.discovery import registry
 from .remote_code import as_the_spec_says

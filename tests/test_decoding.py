@@ -139,7 +139,7 @@ def test_layers_without_a_kernel(monkeypatch):
 
 
 def test_torchaos_weights_decode_by_their_class(monkeypatch):
-    plugin = importlib.import_module("quantadapt_torchao")
+    plugin = importlib.import_module("quantadapt_torchao.target")
     monkeypatch.setattr(plugin, "DECODING", 1)
     tiles: Any = SimpleNamespace(weight=type(plugin.TILES, (), {})())
     quantizer, int8 = made("torchao-int8")

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import quantadapt_torchao
 import torch
 from allocations import peak_of
+from quantadapt_torchao import Int4
+from quantadapt_torchao.tiles import TILES
 from test_experts_grouped import EXPERTS, KINDS, experts_of, inputs, results
 from test_memory_experts import QWEN3_30B, work
 from transformers import AutoModelForCausalLM, GptOssConfig
@@ -87,12 +88,12 @@ def test_rows_of_tiles_are_those_of_the_whole_weight() -> None:
     """torchao's int4 on CUDA, which has them in tiles of eight rows; here with random codes."""
     torch.manual_seed(0)
     rows, columns, size = 48, 128, 32
-    weight = type(quantadapt_torchao.TILES, (), {})()
+    weight = type(TILES, (), {})()
     weight.shape, weight.block_size = torch.Size((rows, columns)), (1, size)
     words = (rows // 8, columns // 64, 32, 2)
     weight.qdata = torch.randint(-(2**31), 2**31 - 1, words, dtype=torch.int32)
     weight.scale_and_zero = torch.randn(columns // size, rows, 2).bfloat16()
-    module, target = SimpleNamespace(weight=weight), quantadapt_torchao.Int4().target
+    module, target = SimpleNamespace(weight=weight), Int4().target
     whole = target.dequantize(module)
     assert whole.shape == (rows, columns)
     for first, last in ((0, 16), (16, 48), (3, 9)):

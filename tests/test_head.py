@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantadapt.model.head import Head, head_losses
-from quantadapt.training.lent import add_head_loss
+from quantadapt.training.lent_to_trainers import add_head_loss
 
 TOKENS, HIDDEN, WORDS = 300, 24, 1000
 WEIGHTS = torch.linspace(-0.5, 1, TOKENS)

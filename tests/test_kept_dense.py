@@ -15,7 +15,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 import quantadapt as qa
 from quantadapt.facade import facades
 from quantadapt.loading import not_converted
-from quantadapt.quantizing.stage import MostlyDenseWarning
+from quantadapt.quantizing.dense import MostlyDenseWarning
 
 BY_NAME = ("bnb-nf4", "bnb-fp4", "bnb-int8", "eetq")
 """Backends whose checkpoints transformers loads by the names of the layers."""

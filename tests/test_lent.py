@@ -26,17 +26,12 @@ from quantadapt import compiling
 from quantadapt import fused_kernels as fused_kernels_file
 from quantadapt.errors import SlowerWarning
 from quantadapt.fused_kernels import fused_kernels
+from quantadapt.model.patches import patched, restored
 from quantadapt.spec import TrainSpec
 from quantadapt.testing.small_demo import demo_tokens, small_model
 from quantadapt.training import train
-from quantadapt.training.lent import (
-    fast_attention,
-    fused_layers,
-    one_row_each,
-    patched,
-    quiet,
-    restored,
-)
+from quantadapt.training.lent import fast_attention, fused_layers, one_row_each
+from quantadapt.training.lent_to_trainers import quiet
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}

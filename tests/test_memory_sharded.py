@@ -16,7 +16,8 @@ from quantadapt.distributed import start
 from quantadapt.memory import WORKSPACE, Setting, Workload
 from quantadapt.memory.shape import Shape
 from quantadapt.sharding import PACKED, shard
-from quantadapt.training.lent import add_head_loss, one_block_at_a_time, recomputed
+from quantadapt.training.lent import one_block_at_a_time, recomputed
+from quantadapt.training.lent_to_trainers import add_head_loss
 
 LAYERS, TOKENS = 4, 16
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": LAYERS}

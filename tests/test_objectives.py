@@ -494,7 +494,11 @@ def test_what_trainer_calls_is_told_in_its_order(tmp_path, monkeypatch) -> None:
     for function in told:
         module = sys.modules[function.__module__]
         holder, _, name = function.__qualname__.rpartition(".")
-        owner = getattr(module, holder) if holder else sys.modules["quantadapt.training.lent"]
+        owner = (
+            getattr(module, holder)
+            if holder
+            else sys.modules["quantadapt.training.lent_to_trainers"]
+        )
         monkeypatch.setattr(owner, name, watched(function))
     model = qa.attach(qa.quantize(None, "none"), "lora")
     options = {**TRAIN, "save_steps": 1, "output": tmp_path / "run"}

@@ -22,7 +22,7 @@ from quantadapt.errors import DataError, PlanRefused, TrainingError
 from quantadapt.evaluation.perplexity import perplexity
 from quantadapt.loading.processors import processor_at
 from quantadapt.objectives.sft import SFT
-from quantadapt.quantizing.stage import load_tokenizer
+from quantadapt.quantizing.tokenizer import load_tokenizer
 from quantadapt.spec import DataSpec, Spec
 from quantadapt.testing.small_pictures import QUESTION, write_data
 

@@ -152,7 +152,7 @@ def test_python_refuses_code_of_a_checkpoint(name, kind, request, tmp_path, mark
 def test_loading_below_the_plan_never_asks(own_model, own_tokenizer, marker, monkeypatch) -> None:
     """As for a hub id, whose config comes only with the download."""
     from quantadapt.loading import reading
-    from quantadapt.quantizing.stage import load_tokenizer
+    from quantadapt.quantizing.tokenizer import load_tokenizer
 
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks on stdin"))
     with pytest.raises(PlanRefused, match="not run unless asked for"):

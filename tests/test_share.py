@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
 
 import quantadapt as qa
 from quantadapt.planning.share import BEGINNING
-from quantadapt.quantizing.stage import MostlyDenseWarning, share_of
+from quantadapt.quantizing.dense import MostlyDenseWarning, share_of
 from quantadapt.quantizing.state import state_of
 
 SIZES = {

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 import quantadapt as qa
 from quantadapt.errors import DataError, ModelError
-from quantadapt.quantizing.stage import load_tokenizer
+from quantadapt.quantizing.tokenizer import load_tokenizer
 from quantadapt.testing.small_demo import small_model
 
 

@@ -28,7 +28,7 @@ from ..planning.names import (
     stacks_left,
     target_problems,
 )
-from ..quantizing.stage import nothing_quantized
+from ..quantizing.dense import nothing_quantized
 from .expert_names import EXPERTS, StacksWarning, parts_of_stacks, stack_endings
 
 

@@ -82,7 +82,7 @@ def data(
             raise PlanRefused(problems)
         with waiting(shown, "reading"), _as_options():
             from ..objectives.surveying import looked_at
-            from ..quantizing.stage import load_tokenizer
+            from ..quantizing.tokenizer import load_tokenizer
 
             tokenizer = load_tokenizer(model or str(demo.MODEL_DIR))
             found, report = looked_at(spec, tokenizer, limit)

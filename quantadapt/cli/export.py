@@ -117,7 +117,7 @@ def written(
     from ..exporting.manifest import adapter_folder
     from ..exporting.stage import write
     from ..exporting.tuned import Tuned
-    from ..quantizing.stage import blaming
+    from ..registry.blame import blaming
     from .models import calibration_of, held_out_of, waiting
 
     tuned = Tuned(

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .chats import plain_chat, read_chat, template_chat
+from .chats import plain_chat
 from .formats import Example
 from .pieces import Pieces, Segment
+from .templated import template_chat
+from .turns import read_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,10 +21,9 @@ from ..planning.exports import MERGES, MergeKind, PlannedExport, as_trained_prob
 from ..planning.stage import Plan
 from ..protocols import Exporter, Figure
 from ..quantizing.examples import examples_from
-from ..quantizing.stage import blaming
 from ..quantizing.state import ModelState, state_of
 from ..records import Adapter
-from ..registry.blame import blaming_plugins
+from ..registry.blame import blaming, blaming_plugins
 from ..showing.quietly import quiet
 from ..stages import held_out_data
 from .kept import (

@@ -16,8 +16,8 @@ from ..planning.exports import MergeKind
 from ..planning.memory import MERGE_IN_LESS
 from ..protocols import Figure
 from ..quantizing.examples import examples_from
-from ..quantizing.stage import find_tokenizer
 from ..quantizing.state import state_of
+from ..quantizing.tokenizer import find_tokenizer
 from ..remote_code import trusted
 from .card import metrics_beside
 from .manifest import read_manifest

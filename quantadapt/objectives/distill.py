@@ -147,7 +147,7 @@ class Distill(SFT):
     def _check_tokens(self, tokenizer: Any) -> None:
         """Raise ModelError where the teacher's tokenizer has other tokens; a live model's may be
         missing."""
-        from ..quantizing.stage import load_tokenizer
+        from ..quantizing.tokenizer import load_tokenizer
 
         if self.teacher == BASE or not hasattr(tokenizer, "get_vocab"):
             return

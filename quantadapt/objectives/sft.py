@@ -191,7 +191,7 @@ def _causal_trainer(task: SFT, setup: Setup) -> Any:
 
     from ..data.batches import SEQUENCES
     from ..model.ulysses import alone
-    from ..training.lent import quiet, without_statistics
+    from ..training.lent_to_trainers import quiet, without_statistics
     from ..training.packing import packed, refuse_leaks
 
     with quiet(), without_statistics(setup.model):
@@ -236,7 +236,7 @@ def _fuse_head(model: Any) -> None:
     A forward that somebody has patched stays in use.
     """
     from ..training.figures import adapter_device
-    from ..training.lent import add_head_loss
+    from ..training.lent_to_trainers import add_head_loss
 
     base = model.get_base_model()
     if "forward" in vars(base) or base.base_model is base:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from .stage import (
-    UnusedOptionWarning,
-    load_tokenizer,
-    nothing_quantized,
-    quantize_plan,
-    skip_for,
-    with_config,
-)
+from .dense import nothing_quantized, skip_for
+from .examples import UnusedOptionWarning
+from .stage import quantize_plan, with_config
+from .tokenizer import load_tokenizer
 
 __all__ = [
     "UnusedOptionWarning",

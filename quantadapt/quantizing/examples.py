@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ..errors import DataError
+from ..errors import DataError, PlanRefused, Problem, warn
+from ..planning.stage import Plan
 from ..spec import Spec
+from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
-    Examples = list[dict[str, Tensor]]
-    Calibration = str | Dataset | Examples | None
+    Examples: TypeAlias = list[dict[str, Tensor]]
+    Calibration: TypeAlias = str | Dataset | Examples | None
 
 COUNT = 128
 """How many examples are used where nobody says."""
@@ -26,6 +28,10 @@ MIN_TOKENS = 64
 """Fewer tokens than that say nothing about a layer."""
 _FIX = "pass a data file, or a list of {'input_ids': int64 tensor of shape [1, length]}"
 _WHERE = "calibration"
+
+
+class UnusedOptionWarning(UserWarning):
+    """Something was given that has no effect."""
 
 
 def examples_from(given: str | Dataset | Examples, tokenizer: Any) -> Examples:
@@ -136,3 +142,28 @@ def calibration_examples(spec: Spec, tokenizer: Any, train: Callable[[], Dataset
     else:
         source = load_everything(wanted.calibration_path, tokenizer, like=wanted)
     return choose(source, count=wanted.calibration_examples, seed=spec.seed)
+
+
+def examples_for(plan: Plan, given: Calibration) -> Examples | None:
+    """Return the calibration examples, checked, where the backend wants any."""
+    from .. import demo
+
+    if not plan.calibrates:
+        if given is not None:
+            needless = f"these options of {plan.backend.name} need no data"
+            why = "the model is quantized already" if plan.adopt else needless
+            warn(f"calibration is not used: {why}", UnusedOptionWarning, stacklevel=4)
+        return None
+    if given is None and plan.model == str(demo.MODEL_DIR):
+        given = str(demo.TRAIN_FILE)
+    if given is None:
+        what = f"backend {plan.backend.name!r} calibrates, and there is no data to do it on"
+        fix = "pass calibration=..., a data file or tokenized examples (--calibration FILE)"
+        raise PlanRefused([Problem(what, fix, where="calibration")])
+    tokenizer = load_tokenizer(plan.model) if isinstance(given, str) and plan.model else None
+    examples = examples_from(given, tokenizer)
+    vocabulary = (plan.config or {}).get("vocab_size")
+    # A live module may be no language model, and one that is may be shown something else.
+    if plan.model or (vocabulary and all("input_ids" in example for example in examples)):
+        check_vocabulary(examples, vocabulary)
+    return examples

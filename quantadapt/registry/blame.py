@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from types import FrameType
 from typing import ParamSpec, TypeVar
 
 from ..errors import PluginError, QuantadaptError
 from ..hookspecs import PROJECT
+from ..records import Record, kind_of
 from .discovery import Provenance, registry
 
 P = ParamSpec("P")
@@ -55,6 +57,25 @@ def blaming_plugins(function: Callable[P, R]) -> Callable[P, R]:
             raise found from error
 
     return call
+
+
+@contextmanager
+def blaming(record: Record, doing: str) -> Iterator[None]:
+    """Turn what a plugin's code raises into a PluginError that says whose it is, and where."""
+    import torch
+
+    try:
+        yield
+    except (QuantadaptError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        text = str(error).strip().splitlines()
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"it failed while {doing}: {type(error).__name__}: {text[0] if text else ''}"
+        origin = registry().provenance(record)
+        fix = f"tell its authors ({origin}): {place.filename}:{place.lineno}"
+        where = f"{kind_of(record)} {record.name}"
+        raise PluginError(what, fix=fix, where=where) from error
 
 
 def _failed_by_itself(error: PluginError) -> bool:

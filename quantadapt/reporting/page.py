@@ -7,34 +7,16 @@ Everything goes through `el`, which escapes all text; nothing else makes HTML.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..folders.metrics import (
-    change_words,
-    direction,
-    duration,
-    told_apart,
-    with_error,
-)
 from ..folders.run_folder import RunFolder
-from ..memory.workload import Setting
-from .charts import Bar, Curve, bar_chart, line_chart
-from .html import (
-    Child,
-    Html,
-    capital,
-    details,
-    document,
-    el,
-    facts_table,
-    figures_list,
-    numbers_table,
-    section,
-)
-from .run import Measured, Run, items, measured, number, part, text
-from .words import count, counted, headline, lede, mebibytes, percent, short
+from .html import Child, Html, capital, details, document, el, facts_table, figures_list, section
+from .measured import evaluation_sections
+from .run import Run, items, number, part, text
+from .training import loss_section, memory_section, reward_section, stages_section
+from .words import counted, headline, lede, percent, short
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -75,132 +57,6 @@ def _footer(run: Run) -> Html:
     return el("footer", el("p", f"{made} from the files beside this page."))
 
 
-_BARS = {
-    "unquantized": ("base, not quantized", "before"),
-    "quantized": ("quantized", "before"),
-    "tuned": ("quantized + adapter", "after"),
-    "merged": ("merged", "after"),
-}
-
-
-def _evaluations(run: Run) -> Html:
-    """Return a section for each evaluation, and for those that failed."""
-    sections = [
-        _evaluation(figures, f"evaluation-{index}")
-        for index, (_, figures) in enumerate(measured(run), start=1)
-    ]
-    failed = part(run.metrics, "failed_evaluations")
-    reasons = [el("li", el("strong", name), f": {text(failed, name)}") for name in failed]
-    if reasons:
-        sections.append(section("Not measured", el("ul", *reasons)))
-    return Html("".join(sections))
-
-
-def _evaluation(figures: Sequence[Measured], name: str) -> Html:
-    """Draw the first of an evaluation's figures; the others are a table."""
-    first, *others = figures
-    bars = [
-        Bar(_BARS[model][0], value, _model_value(first, model, first.unit), _BARS[model][1])
-        for model, value in first.values.items()
-    ]
-    low = min((bar.value for bar in bars), default=0.0)
-    log = low > 0 and max(bar.value for bar in bars) > 10 * low
-    above, _ = told_apart(first.unit)
-    data = "" if first.errors else "On held-out data"
-    where = ", ".join(filter(None, (data, f"in {above}" if above else "")))
-    note = f"{capital('; '.join(filter(None, (where, direction(first.better)))))}."
-    if first.errors:
-        note += " Behind ± stands the standard error."
-        others = list(figures)
-    if log:
-        note += " The scale is logarithmic."
-    title = capital(first.name)
-    chart = bar_chart(title, bars, log=log, unit=above, name=name) if bars else Html()
-    tables = (_others(others), _changes(others))
-    return section(title, el("p", note, class_="note"), chart, *tables, name=name)
-
-
-def _others(figures: Sequence[Measured]) -> Html:
-    """Return figures as a table, a column for each model."""
-    models = [model for model in _BARS if any(model in figure.values for figure in figures)]
-    rows = []
-    for figure in figures:
-        above, beside = told_apart(figure.unit)
-        name = ", ".join(filter(None, (figure.name, above, direction(figure.better))))
-        rows.append([name, *(_model_value(figure, model, beside) for model in models)])
-    return numbers_table(["", *models], rows) if models else Html()
-
-
-def _changes(figures: Sequence[Measured]) -> Html:
-    """Return as a table what changed from one model to the next, a column for each."""
-    steps = dict.fromkeys(
-        (model, str(figure.changes[model]["since"]))
-        for model in _BARS
-        for figure in figures
-        if model in figure.changes
-    )
-    rows = []
-    for figure in figures:
-        found = [figure.changes.get(model) for model, _ in steps]
-        words = [_together(change_words(c, figure.unit)) if c else "" for c in found]
-        rows.append([figure.name, *words])
-    heads = [f"{model} since {before}" for model, before in steps]
-    table = numbers_table(["change", *heads], rows)
-    return details("What changed", table) if steps else Html()
-
-
-def _model_value(figure: Measured, model: str, unit: str) -> str:
-    if (value := figure.values.get(model)) is None:
-        return ""
-    error = figure.errors.get(model)
-    return _together(with_error(counted(value, figure.better), error, unit, short))
-
-
-def _together(text: str) -> str:
-    """Keep a value, its error and its unit on one line."""
-    return text.replace(" ", "\N{NO-BREAK SPACE}") if "±" in text else text
-
-
-def _loss(run: Run) -> Html:
-    points, held_out = _points(run, "loss"), _points(run, "eval_loss")
-    if len(points) < 2:
-        return Html()
-    facts = [f"{points[0][0]:g} to {points[-1][0]:g} optimizer steps"]
-    seconds, tokens = (number(run.metrics, "train", key) for key in ("seconds", "tokens"))
-    if seconds and tokens:
-        facts.append(f"{count(tokens)} tokens at {short(tokens / seconds)} per second")
-    note = f"{'; '.join(facts)}. The line is a moving average over the dots."
-    train = part(run.metrics, "train")
-    kept, best = number(train, "kept_step"), number(train, "best_step")
-    last = number(train, "steps")
-    if held_out:
-        note += " The dashed line with diamonds is the loss on held-out data."
-    words = [f"It was lowest at step {best:g}." if best is not None else ""]
-    words += [f"The adapter of step {kept:g} is kept." if held_out and kept is not None else ""]
-    words += ["Training stopped early." if train.get("stopped_early") is True else ""]
-    note = " ".join(filter(None, [note, *words]))
-    earlier = kept if kept != last else None
-    unit = text(train, "unit") if "unit" in train else "nats per token"  # of older runs
-    chart = line_chart(Curve(points, held_out, earlier, number(train, "resumed_from"), unit))
-    return section("Training loss", el("p", capital(note), class_="note"), chart)
-
-
-def _reward(run: Run) -> Html:
-    """Draw what answers got while the model learnt from them, where it did."""
-    points = _points(run, "reward")
-    if len(points) < 2:
-        return Html()
-    note = "The mean over all answers since the last log. The line is a moving average over the"
-    chart = line_chart(Curve(points, what="reward"))
-    return section("Reward", el("p", f"{note} dots.", class_="note"), chart)
-
-
-def _points(run: Run, key: str) -> list[tuple[float, float]]:
-    """Return (step, value) of the log's lines that have both."""
-    pairs = ((number(line, "step"), number(line, key)) for line in run.log)
-    return [(step, value) for step, value in pairs if step is not None and value is not None]
-
-
 def _data(run: Run) -> Html:
     data = part(run.metrics, "data")
     limit = number(data, "max_length") or 0
@@ -224,75 +80,6 @@ def _data_file(file: Mapping[str, Any], limit: int) -> Html:
     if isinstance(unused, list) and unused:
         rows.append(("other columns", ", ".join(map(str, unused))))
     return el("div", el("h3", text(file, "file")), facts_table(rows))
-
-
-def _stages(run: Run) -> Html:
-    stages = part(run.metrics, "stages")
-    found = [(name, value) for name in stages if (value := number(stages, name)) is not None]
-    total = sum(value for _, value in found)
-    if not total:
-        return Html()
-    longest = max(value for _, value in found)
-    bars = [
-        Bar(name, value, duration(value), "after" if value == longest else "before")
-        for name, value in found
-    ]
-    note = el("p", f"{duration(total)} in all.", class_="note")
-    return section("Time per stage", note, bar_chart("Time per stage", bars, unit="seconds"))
-
-
-def _memory(run: Run) -> Html:
-    size = part(run.metrics, "size")
-    named = {
-        "dense_mib": ("base, not quantized", "before"),
-        "quantized_mib": ("quantized", "after"),
-        "adapter_mib": ("adapter", "after"),
-    }
-    found = [(name, value) for name in named if (value := number(size, name)) is not None]
-    bars = [Bar(named[name][0], value, mebibytes(value), named[name][1]) for name, value in found]
-    chart = bar_chart("Size of the weights", bars, unit="MiB") if bars else Html()
-    train = part(run.metrics, "train")
-    figures = figures_list(_memory_figures(train))
-    words = _setting_words(part(train, "memory"))
-    note = el("p", words, class_="note") if words else Html()
-    return section("Memory", chart, figures, note) if chart or figures else Html()
-
-
-def _memory_figures(train: Mapping[str, Any]) -> list[tuple[str, str]]:
-    peak, trained = number(train, "peak_memory_gib"), number(train, "trainable_parameters")
-    base = number(train, "base_parameters")
-    figures = []
-    if trained is not None:
-        share = f", {percent(trained / base)} of the base" if base else ""
-        figures.append((count(trained), f"trainable parameters{share}"))
-    if peak is not None:
-        figures.append((mebibytes(peak * 1024), "peak memory"))
-    predicted = number(train, "memory", "predicted_gib")
-    if predicted is not None:
-        figures.append((mebibytes(predicted * 1024), "predicted for it"))
-    if (empty := number(train, "packed", "empty")) is not None:
-        figures.append((f"{1 - empty:.1%}", "of packed rows filled"))
-    if (streamed := number(train, "streamed", "gib")) is not None:
-        figures.append((mebibytes(streamed * 1024), "of the base copied to the GPU in a step"))
-    if (hidden := number(train, "streamed", "hidden")) is not None:
-        figures.append((percent(hidden), "of the time of copies hidden"))
-    dequantizing = number(train, "dequantize_share")
-    if dequantizing is not None:
-        figures.append((percent(dequantizing), "of training spent on dequantizing"))
-    rounding = number(train, "rounding_share")
-    if rounding is not None:
-        figures.append((percent(rounding), "of training spent on rounding weights"))
-    return figures
-
-
-def _setting_words(memory: Mapping[str, Any]) -> str:
-    """Return how training used memory, e.g. `20 of 32 layers recomputed, ...`."""
-    names = ("recomputed_layers", "micro_batch", "layers", "batch")
-    count, size, layers, batch = (number(memory, name) for name in names)
-    if count is None or size is None or layers is None or batch is None:
-        return ""
-    setting = Setting(int(count), memory.get("offload") is True, int(size))
-    return capital(f"{setting.describe(int(layers), int(batch))}.")
 
 
 def _exports(run: Run) -> Html:
@@ -416,14 +203,14 @@ def _environment(run: Run) -> Html:
 
 
 SECTIONS: tuple[Callable[[Run], Html], ...] = (
-    _evaluations,
+    evaluation_sections,
     _samples,
-    _reward,
-    _loss,
+    reward_section,
+    loss_section,
     _exports,
-    _memory,
+    memory_section,
     _data,
-    _stages,
+    stages_section,
     _command,
     _plan,
     _spec,

@@ -10,7 +10,7 @@ from ..data.looking import Shown
 from ..errors import QuantadaptError
 from ..objectives.surveying import looked_at, surveyed
 from ..planning.words import plan_remarks, plan_rows
-from ..quantizing.stage import load_tokenizer
+from ..quantizing.tokenizer import load_tokenizer
 from ..remote_code import trusting
 from ..reporting.html import Html, el, facts_table
 from .form import Form

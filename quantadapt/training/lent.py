@@ -1,27 +1,22 @@
 """All that is lent to a model, and to libraries, while it trains, and taken back afterwards.
 
-`lent` is the list, in order. What the loans compute stands elsewhere: in `adapting.fused`,
-`compiling`, `recomputing`, `cuda_graphs` and `model.head`. What evaluating lends stands in
-`evaluation.predictions`, what loading lends in `loading.read_ahead`.
+`lent` is the list, in order; the loans follow in that order. What they compute stands elsewhere: in
+`adapting.fused`, `compiling`, `recomputing`, `cuda_graphs` and `model.head`. What evaluating lends
+stands in `evaluation.predictions`, what loading lends in `loading.read_ahead`.
 """
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..dependencies import in_words
-from ..distributed.talking import average_gradients
 from ..fused_kernels import fused_kernels
 from ..memory import rules
-from ..model.head import Head, aligned, counting
-from ..model.patches import changed, put_back
+from ..model.patches import changed, patched, put_back, restored
 from ..sharding import gather_ahead
-from ..showing.quietly import quietly
 from .context_parallel import rows_in_parts
 from .figures import adapter_device, compute_dtype
 
@@ -51,8 +46,7 @@ class Loans(NamedTuple):
 def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[Loans]:
     """Lend `model` all that it trains with, and take it back in reverse, also after an error.
 
-    A trainer that is made inside has three more: the loss of the head (`add_head_loss`), its
-    accelerator's clipping (`clip_what_is_trained`) and silence (`quiet`).
+    A trainer that is made inside gets more, see `lent_to_trainers`.
 
     Args:
         model: a PeftModel, or a model whose trained weights are marked.
@@ -90,32 +84,6 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
         recomputer = lend(recomputed(model, None, spec.use_reentrant, draws=not records))
         graphs = lend(graphed(model, on_note)) if records else None
         yield Loans(fused, recomputer, graphs)
-
-
-# --- how things are lent -------------------------------------------------------------------------
-
-
-@contextmanager
-def restored(owners: Iterable[Any], *names: str) -> Iterator[None]:
-    """Afterwards, each owner's own attributes of these names are what they are now, or gone."""
-    own = [vars(owner) for owner in owners]
-    before = [{name: values[name] for name in names if name in values} for values in own]
-    try:
-        yield
-    finally:
-        for values, was in zip(own, before, strict=True):
-            put_back(values, was, names)
-
-
-@contextmanager
-def patched(owner: Any, **values: Any) -> Iterator[None]:
-    """Let `owner`, a model or a module of Python, have other attributes for the block."""
-    with restored([owner], *values):
-        vars(owner).update(values)
-        yield
-
-
-# --- the loans, in their order -------------------------------------------------------------------
 
 
 @contextmanager
@@ -357,84 +325,3 @@ def graphed(model: Any, on_note: OnNote) -> Iterator[Graphs]:
             yield graphs
         finally:
             graphs.stop()
-
-
-# --- what a trainer gets -------------------------------------------------------------------------
-
-
-def add_head_loss(base: Any) -> bool:
-    """Let `base(..., labels=..., fused_lm_head=True)` return the loss alone; say if it can.
-
-    It can where a frozen plain head turns the decoder's last hidden states into logits. Takes the
-    arguments, and gives the `loss`, of a model that TRL's `add_fused_lm_head` was applied to; and
-    `counted`, the number of labels that count, without which the device is waited for. `given_back`
-    takes it off again.
-    """
-    head = Head.of(base)
-    if head is None or head.linear.weight.requires_grad:
-        return False
-    if getattr(base.config.get_text_config(), "output_router_logits", False):
-        return False
-    original = base.forward
-
-    @wraps(type(base).forward)  # generate checks its arguments against this signature
-    def forward(
-        self: Any,
-        *args: Any,
-        fused_lm_head: bool = False,
-        counted: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if not fused_lm_head:
-            return original(*args, **kwargs)
-        from transformers.modeling_outputs import CausalLMOutput
-
-        given, divisor = kwargs.pop("labels"), kwargs.pop("num_items_in_batch")
-        after = kwargs.pop("shift_labels", None)  # of rows that several processes share
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
-        hidden, labels = aligned(hidden, given, after)
-        where = counting(labels, counted)
-        loss = head.losses(hidden[where], labels[where]).sum()
-        return CausalLMOutput(loss=loss / (max(len(where), 1) if divisor is None else divisor))
-
-    base.forward = types.MethodType(forward, base)
-    return True
-
-
-@contextmanager
-def without_statistics(model: Any) -> Iterator[None]:
-    """Take out again the head that SFTTrainer patches in: it makes statistics at every step. And
-    the loss on routers that it switches on: the model's config says whether there is one."""
-    text = model.config.get_text_config()
-    with restored([model.get_base_model()], "forward"), restored([text], "output_router_logits"):
-        yield
-
-
-def clip_what_is_trained(accelerator: Any, trained: list[nn.Parameter]) -> None:
-    """Clip the adapter's gradients without a walk through all modules; several processes average
-    them first, once a step. The accelerator is one trainer's, and goes with it.
-
-    That is in place of DistributedDataParallel, so that the model stays what it is: adapters are
-    whole on every process, and a base that is sharded gathers itself.
-    """
-    prepare, clip = accelerator.prepare_model, accelerator.clip_grad_norm_
-
-    def prepared(model: Any, *_: Any, **__: Any) -> Any:
-        return prepare(model, device_placement=False, evaluation_mode=True)
-
-    def clipped(_: Any, *args: Any, **kwargs: Any) -> Any:
-        average_gradients(trained)
-        return clip(trained, *args, **kwargs)
-
-    accelerator.clip_grad_norm_ = clipped
-    accelerator.prepare_model = prepared  # a launcher's single process would be wrapped as well
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep progress bars and advice of the libraries off the screen, and let them send no
-    telemetry; errors, and what makes us slower, still come through."""
-    from huggingface_hub import constants
-
-    with quietly(), patched(constants, HF_HUB_DISABLE_TELEMETRY=True):
-        yield

@@ -22,9 +22,9 @@ from ..errors import QuantadaptError, TrainingError
 from ..folders.atomic import in_words
 from ..folders.checkpoints import PARTIAL, PREFIX, seal
 from ..inputs.documents import reason
+from ..model.patches import patched
 from ..protocols import Task
 from .checkpoints import facts_of, set_rates
-from .lent import patched
 from .progress import Progress
 
 if TYPE_CHECKING:

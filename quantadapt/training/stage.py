@@ -44,7 +44,8 @@ from .figures import (
     rounding_share,
     streamed,
 )
-from .lent import lent, quiet
+from .lent import lent
+from .lent_to_trainers import quiet
 from .loop import TrainingLoop
 from .memory_fit import MemoryFit
 from .packing import Filling, filling

@@ -18,7 +18,7 @@ from ..folders.checkpoints import CHECKPOINTS
 from ..memory.workload import LENGTH_MULTIPLE, OOM_FIX
 from .context_parallel import Part, in_parts, share_rows
 from .figures import adapter_device, compute_dtype
-from .lent import clip_what_is_trained
+from .lent_to_trainers import clip_what_is_trained
 from .loop import TrainingLoop
 from .progress import OnLog, Progress, Watcher
 from .trackers import PROJECT, run_name

@@ -7,37 +7,23 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError
 
 from quantadapt.capabilities import Merge, Rule
-from quantadapt.compiling import one_kernel
 from quantadapt.hookspecs import hookimpl
-from quantadapt.protocols import (
-    ByteCodes,
-    CodebookGrid,
-    Grid,
-    LayerwiseQuantizer,
-    LayerwiseTarget,
-    Quantizer,
-    UniformGrid,
-    float8_levels,
-    twin,
-)
+from quantadapt.protocols import LayerwiseQuantizer, Quantizer
 from quantadapt.records import Backend
+
+from .target import TorchAOTarget
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from torch import Tensor, nn
-
-TILES, TILE_ROWS = "Int4TilePackedTo4dTensor", 8
-DECODING = 128
-"""Tokens up to which torchao's product with tiles beats dequantizing on CUDA."""
+    from torch import nn
 
 
 class _TorchAO(LayerwiseQuantizer):
@@ -255,185 +241,6 @@ class Int4(_TorchAO):
         if intx.bits != 4 or intx.group_size not in (32, 64, 128, 256):
             return None
         return cls(group_size=intx.group_size, layout="unpacked")
-
-
-class TorchAOTarget(LayerwiseTarget):
-    """`nn.Linear` whose weight is one of torchao's tensor subclasses."""
-
-    reads_rows = True
-
-    def matches(self, module: nn.Module) -> bool:
-        weight = getattr(module, "weight", None)
-        return type(weight).__module__.startswith("torchao.") and hasattr(module, "in_features")
-
-    def dequantize(self, module: nn.Module) -> Tensor:
-        weight: Any = module.weight
-        if type(weight).__name__ == TILES:
-            return _of_tiles(weight, weight.qdata, weight.scale_and_zero, weight.shape[0])
-        return _of_parts(weight)
-
-    def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
-        import torch
-
-        weight: Any = module.weight
-        with torch.no_grad():
-            if type(weight).__name__ != TILES:
-                return _of_parts(weight[first:last])
-            if first % TILE_ROWS or last % TILE_ROWS:
-                return super().dequantize_rows(module, first, last)
-            packed = weight.qdata[first // TILE_ROWS : last // TILE_ROWS]
-            scales = weight.scale_and_zero[:, first:last].contiguous()
-            return _of_tiles(weight, packed, scales, last - first)
-
-    def grid(self, module: nn.Module) -> Grid | None:
-        import torch
-
-        weight: Any = module.weight
-        kind, dtype = type(weight).__name__, weight.dtype
-        if kind == TILES:
-            size = weight.block_size[-1]
-            parts = weight.scale_and_zero.transpose(0, 1).float()
-            scale, zero = parts[:, : weight.shape[1] // size].unbind(-1)  # no padding
-            return TileGrid(
-                scale=scale, zero=zero, group_size=size, dtype=dtype, lowest=0, highest=15
-            )
-        if kind == "Float8Tensor" and tuple(weight.block_size) == (1, weight.shape[1]):
-            return CodebookGrid(
-                scale=weight.scale.view(-1, 1),
-                group_size=weight.shape[1],
-                dtype=dtype,
-                levels=float8_levels(weight.qdata.dtype, weight.device),
-            )
-        if kind not in ("Int8Tensor", "IntxUnpackedToInt8Tensor") or weight.block_size[0] != 1:
-            return None
-        bits = int(str(getattr(weight, "target_dtype", torch.int8)).removeprefix("torch.int"))
-        zero = weight.zero_point
-        return UniformGrid(
-            scale=weight.scale.view(weight.shape[0], -1),
-            zero=None if zero is None else zero.view(weight.shape[0], -1),
-            group_size=weight.block_size[1],
-            dtype=dtype,
-            lowest=-(2 ** (bits - 1)),
-            highest=2 ** (bits - 1) - 1,
-        )
-
-    def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
-        import torch
-
-        grid, old = self.grid(module), cast("Any", module.weight)
-        assert grid is not None
-        codes = grid.codes(weight)
-        if isinstance(grid, CodebookGrid):  # a code is the byte itself
-            codes = codes.to(torch.uint8).view(old.qdata.dtype)
-        elif isinstance(grid, TileGrid):
-            codes = _repacked_tiles(old.qdata, codes)
-        names, context = old.__tensor_flatten__()
-        parts = {name: getattr(old, name) for name in names} | {"qdata": codes.to(old.qdata.dtype)}
-        packed = type(old).__tensor_unflatten__(parts, context, old.shape, old.stride())
-        vendor = twin(module)
-        vendor.weight = torch.nn.Parameter(packed, requires_grad=False)
-        repacked: nn.Module = vendor
-        return repacked
-
-    def decodes(self, module: nn.Module, x: Tensor) -> bool:
-        """Say whether torchao's product with such a weight is the faster one for `x` on CUDA."""
-        import torch
-
-        few = x.numel() <= DECODING * x.shape[-1]
-        # It computes in bfloat16 whatever it is given.
-        tiles = type(module.weight).__name__ == TILES and x.dtype == torch.bfloat16
-        return x.is_cuda and few and tiles
-
-    def byte_codes(self, module: nn.Module) -> ByteCodes | None:
-        weight: Any = module.weight
-        if type(weight).__name__ == TILES or (grid := self.grid(module)) is None:
-            return None
-        return ByteCodes(held=weight.qdata, grid=grid)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What a tensor subclass is beside the tensors in it."""
-
-    kind: Any
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    key: str
-    context: Any = field(compare=False)
-
-
-def _dequantize_parts(*parts: Any) -> Tensor:
-    *tensors, layout = parts
-    inner = dict(zip(layout.names, tensors, strict=True))
-    whole = layout.kind.__tensor_unflatten__(inner, layout.context, layout.shape, None)
-    dense: Tensor = whole.dequantize()
-    return dense
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class TileGrid(UniformGrid):
-    """Values (code - 8) * scale + zero."""
-
-    def _codes(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        assert zero is not None
-        return super()._codes(weight, scale, 8 - zero / scale)
-
-    def _values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        assert zero is not None
-        return ((codes - 8) * scale + zero).to(self.dtype)
-
-
-def _of_parts(weight: Any) -> Tensor:
-    """Return what a tensor with a `dequantize` of its own stands for."""
-    names, context = weight.__tensor_flatten__()
-    layout = _Layout(type(weight), tuple(names), tuple(weight.shape), repr(context), context)
-    tensors = tuple(getattr(weight, name) for name in names)
-    return one_kernel(_dequantize_parts, *tensors, static=(layout,), otherwise=weight.dequantize)
-
-
-def _of_tiles(weight: Any, packed: Tensor, scale_and_zero: Tensor, rows: int) -> Tensor:
-    """Return what `rows` rows of a tensor in tiles stand for; it has no `dequantize`."""
-    static = (rows, weight.shape[1], weight.block_size[-1])
-    return one_kernel(_dequantize_tiles, packed, scale_and_zero, static=static)
-
-
-def _dequantize_tiles(
-    packed: Tensor, scale_and_zero: Tensor, rows: int, columns: int, group_size: int
-) -> Tensor:
-    import torch
-
-    where, shift = _in_tiles(packed, rows, columns)
-    codes = (packed[where] >> shift) & 15
-    row, column = (torch.arange(count, device=packed.device) for count in (rows, columns))
-    scale, zero = scale_and_zero[column[None] // group_size, row[:, None]].float().unbind(-1)
-    return ((codes - 8) * scale + zero).to(scale_and_zero.dtype)
-
-
-def _in_tiles(
-    packed: Tensor, rows: int, columns: int
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Return in which word of `packed` each code lies, and from which bit on.
-
-    PyTorch's `_convert_weight_to_int4pack` lays weights out as a warp's 32 threads want them:
-    [rows / 8, columns / (16 k), 32, k / 2] int32 words of eight codes.
-    """
-    import torch
-
-    row = torch.arange(rows, device=packed.device)[:, None]
-    column = torch.arange(columns, device=packed.device)[None]
-    width = 32 * packed.shape[3]  # columns of a tile
-    thread = (row % 8) * 4 + column % 8 // 2
-    where = row // 8, column // width, thread, column % width // 32
-    return where, column % 32 // 8 * 4 + column % 2 * 16
-
-
-def _repacked_tiles(packed: Tensor, codes: Tensor) -> Tensor:
-    """Return `packed` with other codes, [rows, columns], in it; its padding stays."""
-    where, shift = _in_tiles(packed, *codes.shape)
-    before = (packed[where] >> shift) & 15
-    changed = (codes - before).long() << shift
-    # Each code has its bits for itself, so sums of 64 bits carry nothing over.
-    return packed.long().index_put(where, changed, accumulate=True).to(packed.dtype)
 
 
 def _unpacked_bits(group_size: int, dtype: str) -> float:
