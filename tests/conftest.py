@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ IN_FULL = "hqq"
 """The backend under which all of them are tried by default: PEFT sees no other."""
 SLOW_TO_QUANTIZE = ("aqlm", "autoround", "awq", "gptq", "inc")
 """Backends that calibrate or tune: what quantizes one model more is slow."""
+COMPILED = {"aqlm": ("test_forward_is_the_vendors", "test_refused_merges_touch_nothing")}
+"""Tests for which a vendor compiles a kernel, for seconds."""
 THINNED = {
     **dict.fromkeys(
         (
@@ -52,6 +55,32 @@ THINNED = {
             "test_figures_and_answers_are_those_of_lm_eval",
             "test_adapters_on_such_a_base",
             "test_tuned_rounding_beats_the_nearest",
+            "test_compensating.py::test_on_layers_of_the_demo_it_keeps_a_small_change",
+            "test_a_calibrated_base_survives_saving_over_itself",
+            "test_an_adapter_survives_saving_over_itself",
+            "test_it_comes_nearer_and_leaves_the_model_as_it_is",
+            "test_the_same_calibration_gives_the_same_codes",
+            "test_merging_calibrated.py::test_stock_transformers_reads_what_is_written",
+            "test_merged_again_it_is_a_base_like_any_other",
+            "test_more_steps_go_on",
+            "test_bfloat16_checkpoints",
+            "test_layers_of_gpt2_that_are_trained_whole",
+            "test_so_does_a_run_of_a_hub_id",
+            "test_gptqmodel_reads_and_writes_layers_alike",
+            "test_so_is_what_is_trained_beside_it",
+            "test_tokens_are_drawn_by_their_share",
+            "test_several_adapters_work_as_on_dense_layers",
+            "test_parameters_are_counted_as_dense_ones",
+            "test_a_tensor_that_was_cut_is_found_while_loading",
+            "test_fp4.py::test_transformers_reads_what_is_written",
+            "test_adapters_go_from_facades_to_stock_layers_and_are_swapped",
+            "test_others_quantize_what_the_codes_stand_for",
+            "test_a_comparison_writes_through_no_link_that_leads_out",
+            "test_inc.py::test_a_layer_takes_another_weight",
+            "test_a_broken_entry_point",
+            "test_a_vendor_that_breaks_is_named_and_explained",
+            "test_memory_options_do_not_change_the_loss",
+            "test_lora_on_two_stacks_of_which_one_is_dense",
         ),
         2,
     ),
@@ -83,11 +112,82 @@ THINNED = {
             "test_what_is_stored_of_a_quantized_layer",
             "test_the_active_adapter_is_merged_whatever_its_name",
             "test_a_lie_is_caught",
+            "test_recomputing.py::test_loss_and_gradients_stay_the_same",
+            "test_a_weight_is_packed_onto_the_scales_that_are_there",
+            "test_experts_one_by_one_become_stacks",
+            "test_lora_on_experts_trains_as_stock_peft_does",
+            "test_what_is_given_is_filled_in_and_all_comments_stay",
+            "test_a_config_that_was_edited_is_refused_by_key",
+            "test_experts_merging.py::test_ways_of_rounding",
+            "test_stacks_that_are_left_dense",
+            "test_tensors_that_are_not_whole_are_named",
+            "test_experts_are_rounded_by_what_is_routed_to_them",
+            "test_experts.py::test_saved_and_loaded_it_gives_the_same",
+            "test_whatever_of_a_plugin_breaks_is_named",
+            "test_no_plan_breaks_the_page",
+            "test_what_an_adapted_tower_keeps_is_that_which_is_counted",
+            "test_no_word_is_broken_in_the_middle",
+            "test_any_base_is_exported_by_a_scheme",
+            "test_an_endless_chat_template_is_refused",
+            "test_onto_a_base_whose_experts_are_stored_in_any_way",
+            "test_an_adapter_is_trained_on_it_and_merged_into_its_format",
+            "test_what_a_link_leads_to_is_never_handed_on",
+            "test_merged_files.py::test_quantized_again",
+            "test_the_model_is_the_one_without_reading_ahead",
+            "test_a_checkpoint_of_the_library_is_adopted_as_it_is_served",
+            "test_unload_gives_the_base_back",
+            "test_a_lost_or_damaged_expert_is_named",
+            "test_kept_dense.py::test_what_is_saved_loads",
+            "test_a_checkpoint_tells_which_layers_are_dense",
+            "test_a_refusal_is_told_at_once_and_without_the_key",
+            "test_a_head_that_is_quantized_comes_back",
+            "test_tiling.py::test_facades_and_fused_layers",
+            "test_a_quantized_checkpoint_is_merged_under_the_names_of_dense_ones",
+            "test_a_tracker_that_fails_costs_no_training",
+            "test_quantized_again_what_is_adapted_changes_alone",
+            "test_linears.py::test_they_are_quantized_saved_and_loaded",
+            "test_grid_and_repack",
+            "test_experts_are_written_one_by_one",
+            "test_tiling.py::test_loss_and_gradients_are_those_of_the_whole",
+            "test_all_stacks_are_quantized_and_the_model_answers_as_the_dense_one",
+            "test_experts_may_be_named_as_the_layers_of_their_checkpoints",
+            "test_losses_and_gradients_are_those_of_the_examples_alone",
+            "test_packing.py::test_in_one_call_they_are_so_as_well",
+            "test_inc.py::test_any_module",
+            "test_merging_in_place_and_back",
+            "test_a_stack_is_what_its_experts_would_be",
+            "test_the_adapter_in_one_file_adds_what_pefts_does",
+            "test_how_training_saves_memory_does_not_matter",
+            "test_names_that_both_have_are_of_the_language_model",
+            "test_losses_are_those_of_sentence_transformers",
+            "test_of_all_kinds_the_merged_model_is_the_trained_one",
+            "test_what_stock_peft_has_trained_is_read",
+            "test_the_longest_example_fits_and_no_longer_one",
+            "test_patterns_of_ranks_may_name_stacks_as_in_peft",
+            "test_share_of_weights_quantized",
+            "test_a_checkpoint_with_dense_layers_comes_back",
+            "test_the_state_dict_of_another_model_is_loaded",
+            "test_what_was_resolved_plans_the_same",
+            "test_an_adapter_is_that_of_peft_on_the_dense_model",
+            "test_integers_are_what_inc_recovers",
+            "test_quantize_stops_at_a_weight_that_is_no_number",
+            "test_a_head_that_stays_dense_is_no_packed_layer",
+            "test_a_base_is_saved_as_what_it_is",
+            "test_no_value_breaks_the_page",
+            "test_made_dense_it_is_a_model_of_transformers_own_again",
+            "test_a_stack_reads_as_the_parameter_that_it_was",
+            "test_a_dense_merge_has_the_layout_of_its_class",
+            "test_what_peft_refuses_leaves_the_model_as_it_was",
+            "test_peft_on_facades.py::test_biases_train_and_are_saved",
+            "test_experts.py::test_what_is_written_into_a_stack_is_quantized",
+            "test_it_is_hqqs_own_result_in_several_chunks",
         ),
         3,
     ),
 }
-"""Tests that do one thing with many values: every second or third is tried by default."""
+"""Tests that do one thing with many values: a half or a third of them is tried by default."""
+QUANTIZERS = {"test_hqq_quantize.py"}
+"""Tests of how weights are quantized: there nothing is remembered."""
 ONCE = {"test_merge_onto_the_unquantized_base", "test_gradient_checkpointing[reentrant]"}
 """Tests that hardly see the backend: under `IN_FULL` alone."""
 
@@ -106,6 +206,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if suite is None or item.get_closest_marker("cuda") is not None:  # on its own device, all
             return False
         name = getattr(item, "originalname", item.name)
+        if name in COMPILED.get(suite.backend, ()):
+            return True
         if suite.backend == IN_FULL and issubclass(suite, AdapterSuite):
             return adapter not in ("", "lora", *VARIED)
         if adapter not in ("", "lora") or ONCE & {name, item.name}:
@@ -122,13 +224,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _is_thinned_out(item: pytest.Item, seen: Counter[str]) -> bool:
-    """Say whether `THINNED` leaves it out; counts in `seen` how many of its kind came before."""
+    """Say whether `THINNED` leaves it out; counts in `seen` how many of its kind came before.
+
+    Those that stay lie on diagonals: of a product of two lists all values of both are there."""
     file, name = item.path.name, getattr(item, "originalname", item.name)
     one_of = THINNED.get(name) or THINNED.get(f"{file}::{name}") or 1
     if item.get_closest_marker("cuda") or item.get_closest_marker("slow"):
         return False
+    before = seen[f"{file}::{name}"]
     seen[f"{file}::{name}"] += 1
-    return (seen[f"{file}::{name}"] - 1) % one_of > 0
+    return (before + before // one_of) % one_of > 0
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -145,6 +250,20 @@ def _settled() -> None:
     """What is there for good, libraries most of all, is not gone through at each collection."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _optimized_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Weights that have been quantized are not optimized again, but where that is what is tested;
+    torch is not loaded for it."""
+    if "torch" not in sys.modules or request.path.name in QUANTIZERS:
+        yield
+        return
+    from remembering import hqq_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        hqq_once(patch)
+        yield
 
 
 @pytest.fixture(scope="session")
