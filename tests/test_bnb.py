@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
 from quantadapt.facade import facades
+from quantadapt.registry import registry
 from quantadapt.testing.small_demo import demo_tokens, small_model
 from quantadapt.testing.tensors import relative
 
@@ -48,3 +49,14 @@ def test_a_checkpoint_tells_which_layers_are_dense(backend, skip, tmp_path) -> N
     assert relative(logits(theirs), logits(model)) < 2e-2
     for name in dense:
         assert type(theirs.get_submodule(name)) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_int8_weights_are_bitsandbytes_own(dtype) -> None:
+    from bitsandbytes.nn import Int8Params
+
+    linear = torch.nn.Linear(256, 96, dtype=dtype).requires_grad_(False)
+    theirs = Int8Params(linear.weight.data.clone(), requires_grad=False).to("cpu")
+    ours: Any = registry().backend("bnb-int8").quantizer().quantize_linear(linear)  # type: ignore[union-attr]
+    assert torch.equal(ours.weight.data, theirs.data)
+    assert torch.equal(ours.weight.SCB, theirs.SCB)

@@ -38,11 +38,12 @@ class Int8(BitsAndBytes):
         return 8 + 32 / in_features
 
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
-        from bitsandbytes.nn import Int8Params
+        import torch
+        from bitsandbytes.functional import int8_vectorwise_quant
 
-        device = linear.weight.device
-        packed = Int8Params(linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
-        return self._module(linear, packed.to(device), linear.bias)
+        # As Int8Params does, but where the weight is: that one quantizes what comes from the CPU.
+        codes, scales, _ = int8_vectorwise_quant(linear.weight.data.to(torch.float16).contiguous())
+        return self._module(linear, _int8(codes, scales), linear.bias)
 
     def _module(self, linear: nn.Linear, packed: Any, bias: Any) -> nn.Module:
         from bitsandbytes.nn import Linear8bitLt

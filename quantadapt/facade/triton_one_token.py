@@ -11,7 +11,7 @@ from torch import Tensor
 from ..compiling import on_its_device
 from ..protocols import ByteCodes
 
-COLUMNS, ROWS, WARPS = 1024, 4, 4
+COLUMNS, ROWS, WARPS = 2048, 4, 4
 """Bytes of a tile; a program goes through a row of tiles."""
 LEAST, MOST = 16, 64
 """Columns of a group that are summed before they are scaled."""
