@@ -274,7 +274,8 @@ def test_a_plan_counts_parts_where_they_are_taken() -> None:
     assert small.peak(more) == whole.peak(more)
     streamed = replace(small, streamed="all")
     assert streamed.parts(more)["working"] < replace(whole, streamed="all").parts(more)["working"]
-    for other in ({"rounds": True}, {"dora": True}, {"shards": 2}):
+    assert replace(small, dora=True).peak(least) < replace(whole, dora=True).peak(least)
+    for other in ({"rounds": True}, {"shards": 2}):
         assert replace(small, **other).peak(least) == replace(whole, **other).peak(least)
     assert Shape.of(QWEN3_30B) is not None
 
