@@ -28,7 +28,13 @@ from quantadapt.compiling import one_kernel
 from quantadapt.errors import ModelError
 from quantadapt.hookspecs import hookimpl
 from quantadapt.machine import this_machine
-from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, UniformGrid, twin
+from quantadapt.protocols import (
+    LayerwiseQuantizer,
+    LayerwiseTarget,
+    UniformGrid,
+    rows_of_units,
+    twin,
+)
 from quantadapt.records import Backend
 
 if TYPE_CHECKING:
@@ -108,6 +114,8 @@ class EETQ(LayerwiseQuantizer):
 class EETQTarget(LayerwiseTarget):
     """`EetqLinear`, ours or transformers'."""
 
+    reads_rows = True
+
     def matches(self, module: nn.Module) -> bool:
         return _is_eetq(module)
 
@@ -118,6 +126,17 @@ class EETQTarget(LayerwiseTarget):
     def dequantize(self, module: nn.Module) -> Tensor:
         vendor: Any = module
         return one_kernel(dequantize, vendor.weight.data, vendor.weight_scales.data)
+
+    def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
+        vendor: Any = module
+        columns, scales = self.shape(module)[0], vendor.weight_scales.data
+        pairs = vendor.weight.data.reshape(-1, 2 * columns)  # two rows alternate
+
+        def read(start: int, end: int) -> Tensor:
+            packed = pairs[start // 2 : end // 2].reshape(columns, -1)
+            return one_kernel(dequantize, packed, scales[start:end])
+
+        return rows_of_units(first, last, 2, read)
 
     def grid(self, module: nn.Module) -> UniformGrid:
         import torch

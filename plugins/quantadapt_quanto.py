@@ -144,11 +144,22 @@ class Quanto(LayerwiseQuantizer):
 class QuantoTarget(LayerwiseTarget):
     """`optimum.quanto.QLinear`, frozen; ours is a subclass."""
 
+    reads_rows = True
+
     def matches(self, module: nn.Module) -> bool:
         return _is_quanto(module)
 
     def dequantize(self, module: nn.Module) -> Tensor:
         return _dequantize(module.weight)
+
+    def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
+        weight: Any = module.weight
+        if _is_packed(weight):
+            return _packed_rows(weight, first, last)
+        if weight.axis != 0 or type(weight).__name__ != "WeightQBytesTensor":
+            return super().dequantize_rows(module, first, last)
+        scale = weight._scale if len(weight._scale) == 1 else weight._scale[first:last]
+        return one_kernel(_scaled, weight._data[first:last], scale)
 
     def grid(self, module: nn.Module) -> Grid | None:
 
@@ -260,6 +271,31 @@ def _dequantize_packed(
     packed: Tensor, scale: Tensor, shift: Tensor, bits: int, rows: int, shape: tuple[int, ...]
 ) -> Tensor:
     return (scale * _unpack(packed, bits)[:rows] - shift).reshape(shape)
+
+
+def _packed_rows(weight: Any, first: int, last: int) -> Tensor:
+    """Return some rows: of groups that are rows of their own, of which a byte holds one of each
+    part."""
+    import torch
+
+    held, bits = weight._data._data, weight.qtype.bits
+    rows, columns = weight.shape
+    each = weight._data.shape[0] // rows  # groups in a row
+    parts, size = [], len(held)
+    for n, shift in enumerate(range(0, 8, bits)):
+        start, end = max(first * each, n * size), min(last * each, (n + 1) * size)
+        if start < end:
+            part = held[start - n * size : end - n * size]
+            parts.append((part >> shift) & (2**bits - 1))
+    own = slice(first * each, last * each)
+    static = (last - first, columns)
+    return one_kernel(
+        _shifted, torch.cat(parts), weight._scale[own], weight._shift[own], static=static
+    )
+
+
+def _shifted(codes: Tensor, scale: Tensor, shift: Tensor, *shape: int) -> Tensor:
+    return (scale * codes - shift).reshape(shape)
 
 
 def _is_packed(weight: Any) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from allocations import peak_of
 from parameters import slow_but
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
@@ -21,6 +23,7 @@ import quantadapt as qa
 from quantadapt.exporting.merging import merged_model
 from quantadapt.exporting.saving import NotPeftWarning
 from quantadapt.facade import densify, fused_experts
+from quantadapt.memory.experts import Experts
 
 KINDS = ("qwen3-moe", "gpt-oss")
 OWN = 1e-6
@@ -266,6 +269,26 @@ def test_recomputed_layers_give_the_same_gradients() -> None:
     again, found = gradients(recomputed)
     assert abs(loss - again) < 1e-6
     assert max(float((found[name] - right[name]).abs().max()) for name in right) < 1e-6
+
+
+def test_it_takes_the_memory_that_is_foreseen_beside_lora() -> None:
+    tokens, peaks = 1200, []
+    generator = torch.Generator().manual_seed(1)
+    index = torch.rand(tokens, 4, generator=generator).topk(2).indices
+    hidden = torch.randn(tokens, 64, generator=generator).requires_grad_()
+    weights = torch.rand(tokens, 2, generator=generator).requires_grad_()
+    for adapter in ("lora", "dora"):
+        tuned = qa.attach(model(GROUPED["silu"]), adapter, r=4)
+        outer = next(m for n, m in tuned.named_modules() if n.endswith("mlp.experts"))
+        trained = [p for n, p in outer.named_parameters() if "lora_" in n]
+        run = partial(results, outer, (hidden, index, weights), trained)
+        run()  # what is made once
+        peaks.append(peak_of(run))
+    sizes = Experts.of(GROUPED["silu"].to_dict())
+    assert sizes is not None
+    foreseen = [sizes.backward_numbers(tokens, 64, dora=dora) for dora in (False, True)]
+    more = 4 * (foreseen[1] - foreseen[0] + sizes.norms(64))
+    assert 0.8 * more < peaks[1] - peaks[0] < more
 
 
 def test_no_weight_is_kept_for_backward() -> None:

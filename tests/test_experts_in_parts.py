@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from allocations import peak_of
+from parameters import slow_but
 from quantadapt_torchao import Int4
 from quantadapt_torchao.tiles import TILES
 from test_experts_grouped import EXPERTS, KINDS, experts_of, inputs, results
@@ -17,6 +19,7 @@ from test_memory_experts import QWEN3_30B, work
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 import quantadapt as qa
+from quantadapt.calibration.experts import ExpertsWarning
 from quantadapt.facade import QuantExperts, QuantStack, densify, read_in_parts, stack_facades
 from quantadapt.memory import GIB, Setting, Workload, experts
 from quantadapt.memory.shape import Shape
@@ -28,7 +31,7 @@ from quantadapt.training.recomputing import Recomputer
 
 READS_ROWS = (
     *("bnb-nf4", "bnb-fp4", "bnb-int8", "mxfp4", "nvfp4", "hqq"),
-    *("torchao-int8", "torchao-fp8"),
+    *("torchao-int8", "torchao-fp8", "quanto", "eetq", "finegrained-fp8"),
 )
 
 
@@ -64,13 +67,51 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ("hqq", {"group_size": None}),
         ("torchao-int4", {"group_size": 32}),
         ("torchao-intx", {"bits": 3, "group_size": 32}),
+        *(("quanto", {"weights": kind}) for kind in ("int4", "int2", "float8")),
+        *(("finegrained-fp8", {"weight_block_size": size}) for size in ((32, 32), (96, 64), None)),
+        ("compressed-tensors", {"group_size": 32}),
+        ("compressed-tensors", {"group_size": 32, "scheme": "W4A16_ASYM"}),
+        *(("compressed-tensors", {"scheme": kind}) for kind in ("W8A8", "FP8_BLOCK", "NVFP4A16")),
     ],
 )
 def test_rows_are_those_of_the_whole_weight(backend: str, options: dict[str, Any]) -> None:
     assert registry().backend(backend).quantizer().target.reads_rows
-    for _, stack in stack_facades(quantized("silu", backend, **options)):
+    stacks = dict(stack_facades(quantized("silu", backend, skip_misfits=True, **options)))
+    assert stacks
+    for stack in stacks.values():
         whole, rows = stack.dequantize(), stack.stack.out_features
         for first, last in ((0, rows), (rows, 3 * rows), (1, rows), (3 * rows, 4 * rows)):
+            assert torch.equal(stack.dequantize_rows(first, last), whole[first:last])
+
+
+@pytest.mark.parametrize(
+    "backend_and_options",
+    slow_but(
+        [
+            ("gptq", {"group_size": 32}),
+            ("gptq", {"group_size": 32, "bits": 3}),
+            ("gptq", {"group_size": 32, "desc_act": True}),
+            ("awq", {"group_size": 32}),
+            ("autoround", {"group_size": 32, "iters": 1}),
+            ("aqlm", {"num_codebooks": 2, "nbits_per_codebook": 4, "max_epochs": 1}),
+        ],
+        ("gptq", {"group_size": 32}),
+    ),
+)
+def test_rows_of_calibrated_stacks_are_those_of_the_whole_weight(
+    backend_and_options: tuple[str, dict[str, Any]],
+) -> None:
+    backend, options = backend_and_options
+    text = [{"input_ids": torch.arange(128).view(1, -1) % 60 + 1}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExpertsWarning)
+        model = quantized("silu", backend, calibration=text, skip_misfits=True, **options)
+    assert registry().backend(backend).quantizer(**options).target.reads_rows
+    stacks = dict(stack_facades(model))
+    assert len(stacks) == 2
+    for stack in stacks.values():
+        whole, rows = stack.dequantize(), stack.stack.out_features
+        for first, last in ((0, rows), (rows, 3 * rows), (5, rows), (3 * rows, 4 * rows)):
             assert torch.equal(stack.dequantize_rows(first, last), whole[first:last])
 
 
@@ -154,7 +195,7 @@ def test_what_memory_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_backends_that_read_whole_weights_do_so_still(
     read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = experts_of(quantized("silu", "finegrained-fp8"))
+    made = experts_of(quantized("silu", "inc", method="rtn", group_size=32))
     expected = results(made, inputs())
     read_in_parts(made, True)
     monkeypatch.setattr(experts, "PART", 1)
@@ -274,7 +315,8 @@ def test_a_plan_counts_parts_where_they_are_taken() -> None:
     assert small.peak(more) == whole.peak(more)
     streamed = replace(small, streamed="all")
     assert streamed.parts(more)["working"] < replace(whole, streamed="all").parts(more)["working"]
-    for other in ({"rounds": True}, {"dora": True}, {"shards": 2}):
+    assert replace(small, dora=True).peak(least) < replace(whole, dora=True).peak(least)
+    for other in ({"rounds": True}, {"shards": 2}):
         assert replace(small, **other).peak(least) == replace(whole, **other).peak(least)
     assert Shape.of(QWEN3_30B) is not None
 

@@ -135,9 +135,7 @@ def test_experts_keep_their_input_alone_unless_autograd_sees_their_products() ->
     attention = 4 * 2048 + 3 * (4096 + 512)  # with queries and keys before their norms
     routing = 4 * 128 + 30 * 8
     assert parts["activations"] == 8 * TOKENS * (2 * attention + routing)
-    more = work(8, dora=True).kept_bytes(TOKENS) - work(8).kept_bytes(TOKENS)
     weights = 3 * 128 * 2048 * 768
-    assert more == 2 * ROWS * (4 * 2048 + 8 * 768)
     ranks = 12 * 2 * 16 * ROWS * 2  # what A makes of the rows of both stacks, recomputed or not
     for count in (12, 5, 0):
         setting = Setting(count, False, 4)
@@ -145,6 +143,11 @@ def test_experts_keep_their_input_alone_unless_autograd_sees_their_products() ->
         inputs = [made.parts(setting)["inputs"] for made in (whole, alone)]
         assert inputs[0] - inputs[1] == ranks
     assert work().parts(Setting(11, True, 4))["inputs"] == 2 * TOKENS * 2 * 2048
+    norms = 12 * 4 * 128 * (2 * 768 + 2048)  # DoRA's, in float32, in each setting
+    for setting in (Setting(12, False, 4), Setting(0, False, 4), Setting(11, True, 4)):
+        kept = [work(dora=dora).parts(setting)["inputs"] for dora in (True, False)]
+        assert kept[0] - kept[1] == norms
+    assert work(8, dora=True).kept_bytes(TOKENS) == work(8).kept_bytes(TOKENS)
     alone = replace(work(8, dora=True), targets=("q_proj",))
     assert alone.kept_bytes(TOKENS) == work(8).kept_bytes(TOKENS)
     dense = work(8, dense=STACKS).kept_bytes(TOKENS) - work(8).kept_bytes(TOKENS)
@@ -155,6 +158,8 @@ def test_the_backward_of_experts_holds_one_dequantized_stack_and_their_rows() ->
     hidden, first, second = TOKENS * 2 * 2048, 2 * 128 * 2048 * 768, 128 * 2048 * 768
     again, inside = ROWS * (2048 + 2 * 768) + first, ROWS * (2 * 2048 + 3 * 768) + second
     assert work().backward_bytes(TOKENS) == 2 * (hidden + max(again, inside))
+    twice = max(again, inside + 2 * 768 * ROWS, ROWS * (3 * 2048 + 5 * 768))  # the first product
+    assert work(dora=True).backward_bytes(TOKENS) == 2 * (hidden + twice)
     few = 64
     assert work().backward_bytes(few) == 2 * (few * (2 * 2048 + 8 * (2048 + 2 * 768)) + first)
     offloaded = work().parts(Setting(11, True, 4))

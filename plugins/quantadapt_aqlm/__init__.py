@@ -164,6 +164,8 @@ class AQLM(LayerwiseQuantizer):
 class AQLMTarget(LayerwiseTarget):
     """`aqlm.QuantizedLinear`."""
 
+    reads_rows = True
+
     def matches(self, module: nn.Module) -> bool:
         return _is_aqlm(module)
 
@@ -171,6 +173,11 @@ class AQLMTarget(LayerwiseTarget):
         from quantadapt_aqlm.layers import dequantize
 
         return dequantize(module)
+
+    def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
+        from quantadapt_aqlm.layers import dequantize_rows
+
+        return dequantize_rows(module, first, last)
 
     def decodes(self, module: nn.Module, x: Tensor) -> bool:
         """Say whether one of the library's kernels is there and the faster one for `x`."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from quantadapt.compiling import one_kernel
 from quantadapt.errors import ModelError
+from quantadapt.protocols import rows_of_units
 
 if TYPE_CHECKING:
     from quantadapt_aqlm import AQLM
@@ -63,6 +64,19 @@ def dequantize(layer: Any) -> Tensor:
     """Return the weight, [out_features, in_features]."""
     tensors = (settled(layer).codes.data, layer.codebooks.data, layer.scales.data)
     return one_kernel(_dequantize, *tensors, static=(layer.nbits_per_codebook,))
+
+
+def dequantize_rows(layer: Any, first: int, last: int) -> Tensor:
+    """Return the rows from `first` to before `last` of what `dequantize` returns."""
+    codes, books, scales = settled(layer).codes.data, layer.codebooks.data, layer.scales.data
+    size = layer.out_group_size
+
+    def read(start: int, end: int) -> Tensor:
+        own = slice(start // size, end // size)
+        static = (layer.nbits_per_codebook,)
+        return one_kernel(_dequantize, codes[own], books, scales[own], static=static)
+
+    return rows_of_units(first, last, size, read)
 
 
 def _dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, bits: int) -> Tensor:

@@ -189,6 +189,8 @@ class AutoRound(LayerwiseQuantizer):
 class AutoRoundTarget(LayerwiseTarget):
     """`auto_round_extension.torch.qlinear_torch.QuantLinear`, and that in qlinear_torch_zp."""
 
+    reads_rows = True
+
     def matches(self, module: nn.Module) -> bool:
         from quantadapt_autoround.layers import is_autoround
 
@@ -202,6 +204,11 @@ class AutoRoundTarget(LayerwiseTarget):
         from quantadapt_autoround.layers import dequantized
 
         return dequantized(module)
+
+    def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
+        from quantadapt_autoround.layers import dequantized_rows
+
+        return dequantized_rows(module, first, last)
 
     def grid(self, module: nn.Module) -> UniformGrid:
         from quantadapt_autoround.layers import zeros_of

@@ -5,12 +5,14 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from quantadapt.compiling import one_kernel
+from quantadapt.protocols import rows_of_units
 from quantadapt_autoround.tuning import give_logging_back
 
 if TYPE_CHECKING:
@@ -89,7 +91,23 @@ def zeros_of(vendor: Any) -> Tensor:
 
 def dequantized(vendor: Any) -> Tensor:
     """Return the weight of a layer, [out_features, in_features], in float16."""
-    tensors = (vendor.qweight, vendor.qzeros, vendor.scales)
+    return _weight(vendor, vendor.qweight, vendor.qzeros, vendor.scales)
+
+
+def dequantized_rows(vendor: Any, first: int, last: int) -> Tensor:
+    """Return the rows from `first` to before `last` of the weight, which are columns of the tensors
+    and in words of int32 together."""
+    bits = vendor.bits
+
+    def read(start: int, end: int) -> Tensor:
+        zeros = vendor.qzeros[:, start * bits // 32 : end * bits // 32]
+        return _weight(vendor, vendor.qweight[:, start:end], zeros, vendor.scales[:, start:end])
+
+    return rows_of_units(first, last, 32 // gcd(32, bits), read)
+
+
+def _weight(vendor: Any, codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
+    tensors = codes, zeros, scales
     packing = (vendor.bits, zero_offset(vendor))
     if vendor.bits == 3:  # auto-round's own unpacking cannot be traced
         return _dequantize(*tensors, *packing)

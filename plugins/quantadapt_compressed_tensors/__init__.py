@@ -227,6 +227,8 @@ class CompressedTensors(LayerwiseQuantizer):
 class CompressedTarget(LayerwiseTarget):
     """Layers of a compressed-tensors checkpoint: ours, or the library's while they are packed."""
 
+    reads_rows = True
+
     def __init__(self, quantizer: CompressedTensors) -> None:
         super().__init__(quantizer)
         inputs = [scheme.inputs for scheme in quantizer.schemes if scheme.inputs is not None]
@@ -244,6 +246,11 @@ class CompressedTarget(LayerwiseTarget):
         from quantadapt_compressed_tensors.layers import dequantize
 
         return dequantize(module)
+
+    def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
+        from quantadapt_compressed_tensors.layers import dequantize_rows
+
+        return dequantize_rows(module, first, last)
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         from quantadapt_compressed_tensors.layers import forward

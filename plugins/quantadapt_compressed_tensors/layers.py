@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from math import gcd, lcm
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantadapt.compiling import one_kernel
+from quantadapt.protocols import rows_of_units
 from quantadapt_compressed_tensors.packing import Layout, weight_of
 from quantadapt_compressed_tensors.schemes import Args, Scheme
 
@@ -81,6 +83,31 @@ def dequantize(module: nn.Module) -> Tensor:
     """Return the weight of a layer in float32."""
     scheme, tensors = scheme_of(module), tensors_of(module)
     return _weight(scheme, tensors, *_sizes(module))
+
+
+def dequantize_rows(module: nn.Module, first: int, last: int) -> Tensor:
+    """Return the rows from `first` to before `last` of what `dequantize` returns."""
+    scheme, tensors = scheme_of(module), tensors_of(module)
+    rows, columns = _sizes(module)
+    height, words = scheme.weights.block(rows, columns)[0], 32 // gcd(32, scheme.weights.num_bits)
+
+    def read(start: int, end: int) -> Tensor:
+        own = {name: _rows(name, tensor, start, end) for name, tensor in tensors.items()}
+        return _weight(scheme, own, min(end, rows) - start, columns)
+
+    def _rows(name: str, tensor: Tensor, start: int, end: int) -> Tensor:
+        """Return what of a tensor is about those rows; one of all rows is about any."""
+        if name == "weight_zero_point" and tensor.dtype == torch.int32:  # in words along the rows
+            bits = scheme.weights.num_bits
+            return tensor[start * bits // 32 : -(-end * bits // 32)]
+        if name in (codes_name(scheme), "weight_global_scale"):
+            return tensor if len(tensor) == 1 else tensor[start:end]
+        if name not in _HELD or name == "weight_g_idx" or len(tensor) == 1:
+            return tensor
+        return tensor[start // height : -(-end // height)]
+
+    unit = lcm(1 if height == rows else height, words)
+    return rows_of_units(first, last, unit, read)
 
 
 def _sizes(module: Any) -> tuple[int, int]:

@@ -162,6 +162,7 @@ class FP8Target(LayerwiseTarget):
 
     quantizes_activations = True
     activation_error = 0.03
+    reads_rows = True
 
     def matches(self, module: nn.Module) -> bool:
         return _is_fp8(module)
@@ -170,6 +171,11 @@ class FP8Target(LayerwiseTarget):
         from quantadapt_finegrained_fp8.layers import dequantize
 
         return dequantize(module)
+
+    def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
+        from quantadapt_finegrained_fp8.layers import dequantize_rows
+
+        return dequantize_rows(module, first, last)
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         from quantadapt_finegrained_fp8.layers import forward

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quantadapt.compiling import one_kernel
 from quantadapt.errors import ModelError
-from quantadapt.protocols import CodebookGrid, float8_levels
+from quantadapt.protocols import CodebookGrid, float8_levels, rows_of_units
 
 HIGHEST = torch.finfo(torch.float8_e4m3fn).max
 Block = tuple[int, int]
@@ -85,6 +85,17 @@ def dequantize(module: Any) -> Tensor:
     """Return the weight of a layer in float32."""
     scales = module.weight_scale_inv.data
     return one_kernel(weight_of, module.weight.data, scales, static=block_of(module))
+
+
+def dequantize_rows(module: Any, first: int, last: int) -> Tensor:
+    """Return the rows from `first` to before `last` of what `dequantize` returns."""
+    (height, width), scales = block_of(module), module.weight_scale_inv.data
+
+    def read(start: int, end: int) -> Tensor:
+        own = scales[start // height : end // height] if scales.ndim == 2 else scales
+        return one_kernel(weight_of, module.weight.data[start:end], own, static=(height, width))
+
+    return rows_of_units(first, last, height if scales.ndim == 2 else 1, read)
 
 
 def weight_of(codes: Tensor, scales: Tensor, height: int, width: int) -> Tensor:

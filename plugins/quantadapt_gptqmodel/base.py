@@ -229,6 +229,8 @@ DECODING = 128
 class PackedTarget(LayerwiseTarget):
     """gptqmodel's layers of one method, as long as they hold what a checkpoint holds."""
 
+    reads_rows = True
+
     def __init__(self, quantizer: GPTQModel) -> None:
         super().__init__(quantizer)
         self.packer = quantizer
@@ -242,6 +244,11 @@ class PackedTarget(LayerwiseTarget):
         from quantadapt_gptqmodel.layers import dequantized
 
         return dequantized(module)
+
+    def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
+        from quantadapt_gptqmodel.layers import dequantized_rows
+
+        return dequantized_rows(module, first, last)
 
     def decodes(self, module: nn.Module, x: Tensor) -> bool:
         """Say whether gptqmodel's Triton kernel is there and the faster one for `x`."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantadapt.compiling import one_kernel
+from quantadapt.protocols import rows_of_units
 
 IN_ORDER: tuple[int, ...] = tuple(range(32))
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -214,11 +216,30 @@ def g_idx_of(module: Any) -> Tensor | None:
 
 def dequantized(module: Any) -> Tensor:
     """Return the weight of a layer."""
-    if (g_idx := g_idx_of(module)) is not None:
-        codes, zeros = unpacked(module)
-        return weight_of(codes, module.scales.t(), zeros, g_idx).contiguous()
-    tensors = (module.qweight, module.qzeros, module.scales)
-    return one_kernel(_dequantize, *tensors, static=_packing(module))
+    return _weight(module, module.qweight, module.qzeros, module.scales)
+
+
+def dequantized_rows(module: Any, first: int, last: int) -> Tensor:
+    """Return the rows from `first` to before `last` of the weight, which are columns of the tensors
+    and in words of int32 together."""
+    bits = module.bits
+
+    def read(start: int, end: int) -> Tensor:
+        words, own = slice(start * bits // 32, end * bits // 32), slice(start, end)
+        packed = module.qweight[:, words if method_of(module) == "awq" else own]
+        return _weight(module, packed, module.qzeros[:, words], module.scales[:, own])
+
+    return rows_of_units(first, last, 32 // gcd(32, bits), read)
+
+
+def _weight(module: Any, *tensors: Tensor) -> Tensor:
+    """Return the weight, or rows of it, of codes, zeros and scales as they are packed."""
+    packing = _packing(module)
+    if (g_idx := g_idx_of(module)) is None:
+        return one_kernel(_dequantize, *tensors, static=packing)
+    packed, zeros, scales = tensors
+    codes, zeros = _codes(packed, *packing[:2]), _zeros(zeros, *packing)
+    return weight_of(codes, scales.t(), zeros, g_idx).contiguous()
 
 
 def _dequantize(

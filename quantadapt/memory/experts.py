@@ -78,10 +78,9 @@ class Experts:
         what an adapter adds to them."""
         return self._rows(tokens, 2 * hidden + 4 * self.inside) + sum(self._weights(hidden))
 
-    def dora_numbers(self, tokens: int, hidden: int) -> int:
-        """Return how many numbers quantized experts with DoRA keep: rows, what is inside, and for
-        each output what it is multiplied with."""
-        return self._rows(tokens, 4 * hidden + 8 * self.inside)
+    def norms(self, hidden: int) -> int:
+        """Return how many numbers the norms of DoRA are, those of both stacks."""
+        return self.count * (2 * self.inside + hidden)
 
     def _rows(self, tokens: int, numbers: int) -> int:
         return tokens * self.chosen * numbers
@@ -118,13 +117,18 @@ class Experts:
             self._rows(tokens, hidden + self.inside) + second,
         )
 
-    def backward_numbers(self, tokens: int, hidden: int, in_parts: int = 0) -> int:
+    def backward_numbers(
+        self, tokens: int, hidden: int, in_parts: int = 0, *, dora: bool = False
+    ) -> int:
         """Return how many numbers the backward pass works with, likewise: in the product that is
-        made again, in the gradient of what is inside, or in that of the input."""
+        made again, in the gradient of what is inside, or in that of the input. With DoRA the first
+        product is there twice, and the second is made again."""
         first, second = self._there(tokens, hidden, in_parts)
+        inside = (5 if dora else 3) * self.inside
         return max(
             self._rows(tokens, hidden + 2 * self.inside) + first,
-            self._rows(tokens, 2 * hidden + 3 * self.inside) + second,
+            self._rows(tokens, 2 * hidden + inside) + second,
+            self._rows(tokens, 3 * hidden + inside) if dora else 0,
         )
 
 

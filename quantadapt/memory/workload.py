@@ -298,13 +298,16 @@ class Workload:
 
     def _kept_always(self, tokens: int, offload: bool) -> int:
         """What a layer keeps until its backward even if it is recomputed: what the A of a LoRA on
-        experts makes of each row."""
+        experts makes of each row, and the norms of a DoRA, in float32."""
         experts, adapted = self.shape.experts, set(STACKS) & set(self.targets)
-        plain = not (self.dora or self.rounds or set(STACKS) & set(self.dense))
-        if experts is None or not plain or offload or self.streamed != "none":
+        plain = not (self.rounds or set(STACKS) & set(self.dense))
+        if experts is None or not plain or not adapted:
             return 0
+        norms = 4 * experts.norms(self.shape.hidden) if self.dora else 0
+        if offload or self.streamed != "none":
+            return norms
         ranks = -(-self.rank // RANKS) * RANKS
-        return len(adapted) * tokens * experts.chosen * ranks * self.dtype_bytes
+        return norms + len(adapted) * tokens * experts.chosen * ranks * self.dtype_bytes
 
     def _kept_by_experts(self, tokens: int) -> int:
         experts, hidden = self.shape.experts, self.shape.hidden
@@ -313,8 +316,6 @@ class Workload:
         numbers = 0
         if set(STACKS) <= set(self.dense):
             numbers = experts.dense_numbers(tokens, hidden)
-        elif self.dora and set(STACKS) & set(self.targets):
-            numbers = experts.dora_numbers(tokens, hidden)
         return experts.kept_bytes(tokens) + numbers * self.dtype_bytes
 
     def input_bytes(self, tokens: int) -> int:
@@ -364,7 +365,8 @@ class Workload:
         numbers = tokens * gradients + self._largest_weight
         if shape.experts:  # the gradients of their output and of their input
             parts = self._part_of(offload)
-            inside = shape.experts.backward_numbers(tokens, shape.hidden, parts)
+            dora = self.dora and bool(set(STACKS) & set(self.targets))
+            inside = shape.experts.backward_numbers(tokens, shape.hidden, parts, dora=dora)
             numbers = max(numbers, tokens * 2 * shape.hidden + inside)
         # What codes a gradient has, and a product that is added to another; codes of a weight and
         # of its transpose take as much as the weight.
@@ -375,7 +377,7 @@ class Workload:
         """The bytes of a number where stacks of experts are dequantized in parts: where inputs
         leave for CPU memory, or the base is streamed."""
         adapted = set(STACKS) & set(self.targets)
-        whole = not self.in_parts or self.shards > 1 or (adapted and (self.rounds or self.dora))
+        whole = not self.in_parts or self.shards > 1 or (adapted and self.rounds)
         short = offload or self.streamed != "none"
         return 0 if whole or not short else self.dtype_bytes
 

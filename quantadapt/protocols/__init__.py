@@ -7,7 +7,14 @@ to list them, and only asked to work later.
 
 from __future__ import annotations
 
-from .backends import AdapterTarget, LayerwiseQuantizer, LayerwiseTarget, Quantizer, twin
+from .backends import (
+    AdapterTarget,
+    LayerwiseQuantizer,
+    LayerwiseTarget,
+    Quantizer,
+    rows_of_units,
+    twin,
+)
 from .byte_codes import ByteCodes
 from .evaluations import Evaluator, Given
 from .exports import Exporter
@@ -31,5 +38,6 @@ __all__ = [
     "Task",
     "UniformGrid",
     "float8_levels",
+    "rows_of_units",
     "twin",
 ]

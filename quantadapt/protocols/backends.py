@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -100,6 +100,18 @@ class AdapterTarget(Protocol):
         own leaves some of it unread, e.g. scales."""
         name = type(module).__name__
         raise ModelError(f"{name} does not load all of them", fix="load the whole model anew")
+
+
+def rows_of_units(first: int, last: int, unit: int, read: Callable[[int, int], Tensor]) -> Tensor:
+    """Return the rows from `first` to before `last` where some are packed together: what
+    `dequantize_rows` is made of then.
+
+    Args:
+        unit: how many rows are packed together.
+        read: returns the rows from its first argument to before its second, multiples of `unit`.
+    """
+    start, end = first // unit * unit, -(-last // unit) * unit
+    return read(start, end)[first - start : last - start]
 
 
 def twin(module: nn.Module) -> Any:
