@@ -20,7 +20,8 @@ RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /src
 COPY constraints.txt .
-RUN pip install -c constraints.txt --index-url "$TORCH_INDEX" torch
+# PyPI has what torch needs in the pinned versions; of both the index of CPUs names its torch the newer (2.13.0+cpu).
+RUN pip install -c constraints.txt --index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple torch
 COPY pyproject.toml README.md LICENSE ./
 COPY quantadapt quantadapt
 COPY configs configs

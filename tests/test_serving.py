@@ -15,7 +15,7 @@ import torch
 
 import quantadapt as qa
 from quantadapt.cli.listening import listening, token_for
-from quantadapt.cli.serve import _names, _paths
+from quantadapt.cli.serve import _names, _paths, for_load
 from quantadapt.errors import SpecError
 from quantadapt.generation import PromptWriter, Sampling
 from quantadapt.generation.sampling import Chooser
@@ -388,3 +388,18 @@ def test_a_body_in_pieces_ends_at_16_mib(model, tokenizer) -> None:
     assert len(read) == 17
     assert answered()[0] == 401
     assert not read  # nobody who does not show the token is listened to
+
+
+def test_who_wants_more_is_sent_to_a_server_for_load(tmp_path) -> None:
+    """With what the rules allow, the least first; where nothing is, nothing is said."""
+    cases = {"bnb-nf4": "adapter", "hqq": "merged"}
+    for backend, content in cases.items():
+        saved = qa.save(
+            qa.attach(qa.quantize(str(small_model()), backend), r=4), tmp_path / backend
+        )
+        told = for_load(str(saved))
+        assert told == f"quantadapt export {saved} vllm --set content={content}"
+    dora = qa.attach(qa.quantize(str(small_model()), "bnb-nf4"), "dora", r=4)
+    assert for_load(str(qa.save(dora, tmp_path / "dora"))).endswith("content=requantized")
+    assert for_load(str(small_model())) == ""
+    assert for_load("org/name") == ""

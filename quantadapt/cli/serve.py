@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,6 +99,9 @@ def serve(
                 called = ", ".join(names)
                 text = f"{asked.told}; models: {called}\nserving at {address}  (Ctrl-C stops)"
                 shown.err.print(text, markup=False, soft_wrap=True)
+                if command := for_load(path):
+                    text = f"for many users, write it for a server that is made for load: {command}"
+                    shown.err.print(text, style="dim", markup=False, soft_wrap=True)
                 _run(served, listener)
             shown.err.print("stopped", markup=False)
 
@@ -165,6 +169,26 @@ def _names(model: Any, name: str, further: Mapping[str, str]) -> dict[str, str |
         fix = "choose another --name, or NAME of --adapter"
         raise SpecError([Problem(f"two models are called {twice!r} here", fix, "--name")])
     return names
+
+
+def for_load(path: str) -> str:
+    """Return the command that writes the run at `path` for a server that is made for load, as its
+    rules allow; empty where there is none, or no adapter."""
+    from ..errors import QuantadaptError
+    from ..planning.exports import export_of
+    from ..records import Export
+    from ..registry.discovery import registry
+    from .models import check_export
+
+    for record in registry().records(Export):
+        for options in record.exporter.for_load:
+            try:
+                check_export(path, export_of(record.name, options))
+            except QuantadaptError:
+                continue
+            told = " ".join(f"--set {name}={value}" for name, value in options.items())
+            return f"quantadapt export {shlex.quote(path)} {record.name} {told}"
+    return ""
 
 
 def _run(served: Served, listener: socket.socket) -> None:

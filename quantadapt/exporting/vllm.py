@@ -36,6 +36,8 @@ _NOT_SERVED = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indi
 class Vllm(ContentExport):
     """A folder for vLLM: the adapter beside its quantized base, or a merged model."""
 
+    for_load = ({"content": "adapter"}, {"content": "requantized"}, {"content": "merged"})
+
     content: Literal["requantized", "adapter", "merged"] = Field(
         "requantized",
         description="the merged model, quantized again as the base was; or the adapter beside the "

@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..capabilities import Cell, Merge
 from ..errors import Problem
@@ -22,7 +22,13 @@ class Exporter(Options, ABC):
 
     Implement `write`, and `merges` where that works with merged weights: a combination that does
     not allow it is then refused when a run is planned, in the words of its rules.
+
+    Attributes:
+        for_load: options under which a server for many users takes what is written, the best first;
+            none where it is for something else.
     """
+
+    for_load: ClassVar[tuple[Mapping[str, Any], ...]] = ()
 
     @property
     def merges(self) -> Merge:
