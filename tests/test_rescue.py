@@ -1,4 +1,4 @@
-"""A step that fails for good: what was learnt before it is saved, and goes on to the same numbers."""
+"""Where a step fails for good, what was learnt before is saved and goes on to the same numbers."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def test_a_checkpoint_that_is_there_is_not_written_again(
         saves.append(self.state.global_step)
         save(self, *args)
 
-    with patch.object(TrainingLoop, "_save_checkpoint", counted), fails_from(3, FULL):
-        with pytest.raises(TrainingError):
-            trained(adapted(), tokenizer, data, tmp_path, notes, save_steps=2)
+    counts = patch.object(TrainingLoop, "_save_checkpoint", counted)
+    with counts, fails_from(3, FULL), pytest.raises(TrainingError):
+        trained(adapted(), tokenizer, data, tmp_path, notes, save_steps=2)
     assert saves == [2]
     assert notes[-1] == "checkpoint-2 is saved, go on with --resume"
 

@@ -1,5 +1,5 @@
-"""The steps that are done, saved where one fails that cannot be done again: somebody else has filled
-the GPU, or a disk that the base is streamed from cannot be read."""
+"""Saves the steps that are done where the next one fails for good: somebody else has filled the
+GPU, or a disk that the base is streamed from cannot be read."""
 
 from __future__ import annotations
 
