@@ -244,6 +244,7 @@ def train(
             held_out=rest,
             on_log=log,
             on_note=note,
+            keeps=output is not None,
         )
         for text in [] if task.generates else training_warnings(result.losses):
             tell("warning", {"text": text})

@@ -26,6 +26,7 @@ from ..model.patches import patched
 from ..protocols import Task
 from .checkpoints import facts_of, set_rates
 from .progress import Progress
+from .rescue import AfterStep
 
 if TYPE_CHECKING:
     from ..adapting.fused import FusedLayers
@@ -59,6 +60,7 @@ class TrainingLoop:
     stop: Stop | None = None
     interrupted: bool = False
     loss_since_log: Any = None
+    after_step: AfterStep | None = None
     gradient_check: GradientCheck | None = None
     memory_fit: MemoryFit | None = None
     fused: FusedLayers | None = None
@@ -147,6 +149,7 @@ class TrainingLoop:
     def _maybe_log_save_evaluate(self, tr_loss: Any, *args: Any, **kwargs: Any) -> None:
         """Show, measure and save no step that turns out to be a bad one."""
         self.loss_since_log = tr_loss
+        self.after_step = AfterStep.of(self, tr_loss)  # a validation may fail, too
         control = self.control
         wanted = control.should_log or control.should_save or control.should_evaluate
         if self.gradient_check is not None and wanted:
@@ -155,6 +158,7 @@ class TrainingLoop:
             self.validation.run()  # first, so that a checkpoint of this step knows of it
         self.control.should_evaluate = False
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)  # type: ignore[misc]
+        self.after_step = AfterStep.of(self, tr_loss)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.saving_to or self.checkpoints)

@@ -103,6 +103,10 @@ class Watcher:
         if self.trainer.fused is not None:
             self.trainer.fused.refresh()
 
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Until the step ends, its weights are neither the old nor the new ones."""
+        self.trainer.after_step = None
+
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
     ) -> None:

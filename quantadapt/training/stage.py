@@ -17,7 +17,7 @@ from ..data.vocabulary import check_tokens
 from ..dependencies import tracker_problems
 from ..distributed.talking import average_gradients, reduced, share, start
 from ..distributed.world import world
-from ..errors import PlanRefused, Problem, TrainingError, did_you_mean
+from ..errors import ModelError, PlanRefused, Problem, TrainingError, did_you_mean
 from ..folders.checkpoints import STATE, Checkpoint, finished, too_few_steps
 from ..memory.workload import OOM_FIX, Setting
 from ..planning.context_parallel import context_problems
@@ -51,6 +51,7 @@ from .memory_fit import MemoryFit
 from .packing import Filling, filling
 from .prepared import Prepared
 from .progress import OnLog, Watcher
+from .rescue import save_what_is_done
 from .stopping import Stop
 from .trackers import spare
 from .trainer import Setup, make_trainer
@@ -79,6 +80,7 @@ def train(
     on_log: OnLog | None = None,
     on_note: Callable[[str], None] | None = None,
     stop: Stop | None = None,
+    keeps: bool = True,
 ) -> TrainResult:
     """Train the adapter of `model`, in place.
 
@@ -94,6 +96,8 @@ def train(
             eval_loss in nats per token, whether that is the `best`, and the seconds that it took.
         on_note: told in a sentence how memory is used, where that was chosen or had to change.
         stop: may end it early; by default when `spec.max_time` is over, from now on.
+        keeps: whether `output` outlives this call, so that where a step fails for good what was
+            learnt before it is saved there.
 
     Raises:
         PlanRefused: the task does not go with the adapter or with `spec`.
@@ -111,7 +115,7 @@ def train(
         tell_it_stays(model)
     for part in (dataset, held_out):
         check_tokens(part, _embedding_rows(model), tokenizer)
-    note = on_note or (lambda _: None)
+    note = (lambda _: None) if on_note is None else on_note
     checkpoint = checkpoint_to_resume(Path(output), spec, note)
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
     refuse_unshared(Path(output), spec, adapter_device(model))
@@ -140,7 +144,7 @@ def train(
         trainer.stop = stop or Stop(spec.max_time)
         trainer.calls = expect_calls(trainer, note)
         spare(trainer, note)
-        _run(trainer, checkpoint, note)  # Trainer.train, see below
+        _run(trainer, checkpoint, note, keeps)  # Trainer.train, see below
         if trainer.validation is not None:
             trainer.validation.end()  # may put the best weights back
         return _result(trainer, checkpoint)
@@ -349,7 +353,9 @@ def problems(spec: TrainSpec) -> list[Problem]:
     return found
 
 
-def _run(trainer: Any, checkpoint: Checkpoint | None, tell: Callable[[str], None]) -> None:
+def _run(
+    trainer: Any, checkpoint: Checkpoint | None, tell: Callable[[str], None], keeps: bool
+) -> None:
     """Train, or go on from `checkpoint`; turn what may go wrong into words."""
     import torch
 
@@ -366,7 +372,11 @@ def _run(trainer: Any, checkpoint: Checkpoint | None, tell: Callable[[str], None
             path = str(checkpoint.path) if checkpoint else None
             trainer.train(resume_from_checkpoint=path)
         trainer.calls.end()
-    except torch.OutOfMemoryError as error:
+    except (ModelError, torch.OutOfMemoryError) as error:
+        if keeps:
+            save_what_is_done(trainer, tell)
+        if isinstance(error, ModelError):  # of a base that is streamed
+            raise
         words = trainer.memory_fit.describe(trainer.memory_fit.setting)
         what = f"the GPU has run out of memory, with {words}"
         raise TrainingError(what, fix=OOM_FIX, where="train") from error

@@ -1,0 +1,59 @@
+"""Saves the steps that are done where the next one fails for good: somebody else has filled the
+GPU, or a disk that the base is streamed from cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import QuantadaptError
+from ..folders.checkpoints import PREFIX
+from ..inputs.documents import reason
+from .random_state import RandomState
+
+
+@dataclass(frozen=True)
+class AfterStep:
+    """What a checkpoint holds of a trainer that a step changes before the optimizer does.
+
+    Attributes:
+        random: the generators, after the last step.
+        loss: what is summed up for the next log. figures: likewise, of the task.
+    """
+
+    random: RandomState
+    loss: Tensor
+    figures: dict[str, Any]
+
+    @classmethod
+    def of(cls, trainer: Any, loss: Tensor) -> AfterStep:
+        """Return it as it is now."""
+        random = RandomState.of(torch.device(trainer.args.device))
+        return cls(random, loss.detach().clone(), dict(trainer.progress.figures.sums))
+
+    def put_back(self, trainer: Any) -> None:
+        """Forget what was drawn and summed up since."""
+        self.random.put_back()
+        trainer.loss_since_log = self.loss
+        trainer.progress.figures.sums = self.figures
+
+
+def save_what_is_done(trainer: Any, tell: Callable[[str], None]) -> None:
+    """Write a checkpoint of the last whole step, if it is not there, and tell what became of it.
+    Nothing is done for several processes, which would have to write together, and where there is no
+    whole step, or the optimizer has begun to change the weights."""
+    after, step = trainer.after_step, trainer.state.global_step
+    if after is None or trainer.accelerator.num_processes > 1:
+        return
+    try:
+        if not (trainer.checkpoints / f"{PREFIX}{step}").exists():
+            after.put_back(trainer)
+            trainer._save_checkpoint(trainer.model, None)
+    except (QuantadaptError, OSError, RuntimeError) as error:
+        tell(f"what was learnt in {step} steps could not be saved: {reason(error)}")
+    else:
+        tell(f"{PREFIX}{step} is saved, go on with --resume")
