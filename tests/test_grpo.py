@@ -328,6 +328,19 @@ def test_a_reward_is_learnt_from_answers_of_its_own(vowels, tmp_path) -> None:
     assert all(log["tokens"] > 0 for log in logs)
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_answers_that_are_not_recorded_are_told_of(device, vowels, tmp_path, monkeypatch) -> None:
+    """Once, where a GPU would record them."""
+    notes: list[str] = []
+    monkeypatch.setattr(
+        "quantadapt.training.rollouts.adapter_device", lambda _: torch.device(device)
+    )
+    monkeypatch.setattr("quantadapt.generation.slots.unrecorded", lambda _: "it cannot")
+    options = {"max_steps": 2, "on_note": notes.append}
+    trained(attached(), prompts(tmp_path), sampled(vowels), **options)
+    assert sum("without CUDA graphs" in note for note in notes) == (device == "cuda")
+
+
 def test_answers_are_those_of_generate_with_the_seed_of_the_step(
     vowels, tmp_path, monkeypatch
 ) -> None:
