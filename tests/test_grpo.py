@@ -16,7 +16,7 @@ import pytest
 import torch
 from processes import in_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl_settings import PLAIN
+from trl_settings import PLAIN, skip_without_triton
 
 import quantadapt as qa
 from quantadapt import demo, pipeline
@@ -131,6 +131,8 @@ def of_trl(name: str, functions: Path, folder: Path, **config: Any) -> Any:
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+    skip_without_triton()
 
     kind, arguments = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[name]
 
