@@ -90,6 +90,10 @@ def test_what_is_learnt_is_that_of_the_objective(objective, kind, tmp_path, toke
     assert all(one.where == f"{tmp_path / 'data.jsonl'}:{1 + n}" for n, one in enumerate(found)
                if kind == "judged")  # fmt: skip
     assert sum(file.rows for file in report.files) == len(FILES[kind])
+    learnt = sum(sum(one.mask) for one in found)
+    assert sum(file.learnt for file in report.files) == learnt
+    assert sum(file.tokens for file in report.files) == sum(len(one.ids) for one in found)
+    assert (" of them learnt" in report.words()[0]) == (learnt > 0)
     if (objective, kind) == ("dpo", "pairs"):
         assert report.files[0].dropped == {"with equal answers": 1}
 
@@ -114,6 +118,14 @@ def test_labels_scores_and_what_functions_get_are_told(tmp_path, tokenizer) -> N
     assert notes("grpo", "asked")[0].endswith('reward functions get {"answer": {"is": "5 <b>"}}')
     assert notes("rloo", "answers")[0].endswith('reward functions get {"reference": "c"}')
     assert notes("dpo", "pairs")[1].endswith("of them to be avoided")
+
+
+def test_a_prompt_that_asks_nothing_is_dropped(tmp_path, tokenizer) -> None:
+    rows = [{"prompt": text} for text in ("", " \n", "?")]
+    found, report = seen("grpo", rows, tmp_path, tokenizer)
+    assert [one.where for one in found] == [f"{tmp_path / 'data.jsonl'}:3"]
+    assert report.files[0].dropped == {"with an empty prompt": 2}
+    assert found[0].words == "2 tokens"  # with the one that begins a text
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,19 @@ def test_only_what_trains_and_what_the_kernels_take() -> None:
             assert torch.equal(odd(x), nn.functional.linear(x, odd.vendor.weight))
 
 
+@pytest.mark.parametrize("outputs", [OUTPUTS, 24])
+def test_layers_that_the_kernels_do_not_take_are_told(outputs) -> None:
+    layers = {"q_proj": nn.Linear(INPUTS, OUTPUTS), "v_proj": nn.Linear(INPUTS, outputs)}
+    model = wrap(nn.ModuleList(nn.ModuleDict(layers) for _ in range(1)), Dense(), torch.float32)
+    notes: list[str] = []
+    with loans.float8_products(model, TrainSpec(compute="fp8"), notes.append):
+        pass
+    with loans.float8_products(model, TrainSpec(), notes.append):
+        pass
+    assert len(notes) == (outputs == 24)
+    assert all("1 of 2 layers" in note and note.endswith("16: 1 x v_proj") for note in notes)
+
+
 def adapted(**options: Any) -> nn.Module:
     """Two layers of one module that get the same x, with LoRA."""
     torch.manual_seed(0)

@@ -42,8 +42,9 @@ from quantadapt.generation import (
 from quantadapt.generation.files import answer_file, read_prompts
 from quantadapt.generation.rows import Row, Rows
 from quantadapt.generation.sampling import Chooser, drawn_together
-from quantadapt.generation.slots import SlotRows, takes_slots
+from quantadapt.generation.slots import SlotRows, takes_slots, unrecorded
 from quantadapt.generation.text import TextSoFar
+from quantadapt.streaming import stream
 
 SMALL = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -224,6 +225,16 @@ def test_rows_are_answered_by_the_weights_there_are_when_they_come() -> None:
 def test_slots_are_for_models_that_say_so() -> None:
     assert not takes_slots(made(FAMILIES["llama"], "flex_attention"))
     assert not takes_slots(made(FAMILIES["mamba"]))
+    assert unrecorded(made(FAMILIES["llama"])) == ""
+    assert "fixed places" in unrecorded(made(FAMILIES["llama"], "flex_attention"))
+    assert "one prompt at a time" in unrecorded(made(FAMILIES["mamba"]))
+
+
+def test_a_streamed_base_is_not_recorded() -> None:
+    model = qa.attach(qa.quantize(made(FAMILIES["llama"]), "torchao-int8", device="cpu"), r=2)
+    assert unrecorded(model) == ""
+    stream(model, "all")
+    assert "block by block" in unrecorded(model)
 
 
 def test_an_answer_ends_where_the_model_ends_it() -> None:

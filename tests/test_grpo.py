@@ -16,7 +16,7 @@ import pytest
 import torch
 from processes import in_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl_settings import PLAIN
+from trl_settings import PLAIN, skip_without_triton
 
 import quantadapt as qa
 from quantadapt import demo, pipeline
@@ -131,6 +131,8 @@ def of_trl(name: str, functions: Path, folder: Path, **config: Any) -> Any:
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+    skip_without_triton()
 
     kind, arguments = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[name]
 
@@ -326,6 +328,19 @@ def test_a_reward_is_learnt_from_answers_of_its_own(vowels, tmp_path) -> None:
     assert after["reward"] > before["reward"] + 0.05
     assert logs[-1]["reward"] > logs[0]["reward"]
     assert all(log["tokens"] > 0 for log in logs)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_answers_that_are_not_recorded_are_told_of(device, vowels, tmp_path, monkeypatch) -> None:
+    """Once, where a GPU would record them."""
+    notes: list[str] = []
+    monkeypatch.setattr(
+        "quantadapt.training.rollouts.adapter_device", lambda _: torch.device(device)
+    )
+    monkeypatch.setattr("quantadapt.generation.slots.unrecorded", lambda _: "it cannot")
+    options = {"max_steps": 2, "on_note": notes.append}
+    trained(attached(), prompts(tmp_path), sampled(vowels), **options)
+    assert sum("without CUDA graphs" in note for note in notes) == (device == "cuda")
 
 
 def test_answers_are_those_of_generate_with_the_seed_of_the_step(

@@ -266,9 +266,8 @@ def _tokenized(
         if not one.text or not any(tags) or not ids:
             counts.dropped["with an empty text"] += 1
             continue
-        used = sum(tag != NONE for tag in tags) if words else 1
-        counts.keep([1] * len(ids), max_length=report.max_length, held_out=held_out)
-        counts.learnt += used - len(ids)
+        learnt = [int(tag != NONE) for tag in tags] if words else [0] * len(ids)
+        counts.keep(learnt, max_length=report.max_length, held_out=held_out)
         cut = len(whole["input_ids"]) - len(ids)
         counts.cut += cut > 0
         yield one, ids, tags, cut

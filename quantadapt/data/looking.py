@@ -48,7 +48,8 @@ class Shown(NamedTuple):
     def words(self) -> str:
         """Its counts, e.g. `12 of 40 tokens, 5 of them learnt`, and the note."""
         size, cut = len(self.ids), self.cut
-        found = [f"{size:,} of {size + cut:,} tokens" if cut else f"{size:,} tokens"]
+        tokens = "token" if size + cut == 1 else "tokens"
+        found = [f"{size:,} of {size + cut:,} {tokens}" if cut else f"{size:,} {tokens}"]
         if learnt := sum(self.mask):
             found.append(f"{learnt:,} of them {'to be avoided' if self.against else 'learnt'}")
         return ", ".join([*found, self.note] if self.note else found)

@@ -235,14 +235,13 @@ def _asked(
     limit = report.max_length
     for one in found:
         counts, written = report.of(one.file), _written(one, tokenizer)
-        ids = encode_prompt(tokenizer, written)
+        ids = encode_prompt(tokenizer, written) if written.text.strip() else []
         if not ids or len(ids) > limit:
             why = f"with prompts of more than {limit} tokens" if ids else "with an empty prompt"
             counts.dropped[why] += 1
             continue
-        whole, mask = _whole(one, ids, tokenizer)
-        counts.keep(mask, max_length=limit, held_out=held_out)
-        yield one, _Tokens(written, ids, whole, mask)
+        counts.keep([0] * len(ids), max_length=limit, held_out=held_out)
+        yield one, _Tokens(written, ids, *_whole(one, ids, tokenizer))
 
 
 def _written(one: _Question, tokenizer: PreTrainedTokenizerBase) -> Prompt:

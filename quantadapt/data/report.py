@@ -19,7 +19,8 @@ class FileReport:
         format: the format that was detected, one of `FORMATS`.
         rows: rows that were read.
         examples: examples that are used, of which `held_out` are only measured on.
-        tokens: tokens of those, of which `learnt` are learnt.
+        tokens: tokens of those, of which `learnt` are learnt; none of prompts that a model answers
+            by itself.
         cut: how many of them were longer than the limit; `lost` tokens to learn went with that.
         dropped: how many others were left out, by reason.
         remarks: what else happened to how many examples.
@@ -66,7 +67,8 @@ class FileReport:
         parts = [f"{self.examples:,} examples"]
         if 0 < self.held_out < self.examples:
             parts[0] += f" ({self.held_out:,} of them held out)"
-        parts.append(f"{self.tokens:,} tokens, {self.learnt:,} of them learnt")
+        parts.append(f"{self.tokens:,} tokens")
+        parts += [f"{self.learnt:,} of them learnt"] if self.learnt else []
         if self.pictures:
             parts.append(f"{self.pictures:,} pictures of {self.standing:,} tokens")
         parts += self.losses(max_length) or ["none cut or dropped"]

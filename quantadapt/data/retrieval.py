@@ -349,7 +349,7 @@ def _kept(
     if not all(made[FIRST] for made, _ in given) or not all(text.strip() for text in one.texts):
         counts.dropped["with an empty text"] += 1
         return False
-    masks = ([1] * len(made[FIRST]) for made, _ in given)
+    masks = ([0] * len(made[FIRST]) for made, _ in given)
     counts.keep(*masks, max_length=max(len(made[FIRST]) for made, _ in given), held_out=held_out)
     counts.cut += any(cut > 0 for _, cut in given)
     return True

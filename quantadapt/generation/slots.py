@@ -25,7 +25,7 @@ from ..model.sinks import NAME as SINKS
 from ..model.sinks import fused_groups
 from ..model.towers import towers_of
 from ..streaming import streamer_of
-from .rows import Row, Rows, base_of
+from .rows import Row, Rows, base_of, takes_rows
 
 LEAST_LENGTH = 256
 """Room for so many tokens at first; twice as much whenever it is full."""
@@ -45,9 +45,17 @@ class NotRecordedWarning(UserWarning):
 def rows_for(model: nn.Module) -> Rows:
     """Return an empty batch for a model, see `takes_rows`: on CUDA one that records."""
     rows = Rows(model)
-    # A recorded pass would read the places to which blocks are streamed, whatever is there.
-    records = rows.device.type == "cuda" and streamer_of(model) is None
-    return SlotRows(model) if records and takes_slots(model) else rows
+    return SlotRows(model) if rows.device.type == "cuda" and not unrecorded(model) else rows
+
+
+def unrecorded(model: nn.Module) -> str:
+    """Return why answers of a model on CUDA are not recorded, so that they take longer; empty if
+    they are."""
+    if not takes_rows(model):
+        return "it answers one prompt at a time, by transformers' own generate"
+    if streamer_of(model) is not None:  # the places that blocks come to hold whatever is there
+        return "its base is copied to the GPU block by block, for each token anew"
+    return "" if takes_slots(model) else "its attention does not take keys at fixed places"
 
 
 def takes_slots(model: nn.Module) -> bool:

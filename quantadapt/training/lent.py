@@ -7,6 +7,7 @@ stands in `evaluation.predictions`, what loading lends in `loading.read_ahead`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import get_ident
@@ -67,7 +68,7 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
         lend(fast_adapters(model))  # TF32 for float32 adapters
         fused = lend(fused_layers(model, keep_casts=spec.memory != "min", on_note=on_note))
         lend(low_rank_layers(model))  # VeRA and AdaLoRA, computed as LoRA
-        lend(float8_products(model, spec))  # with the frozen base
+        lend(float8_products(model, spec, on_note))  # with the frozen base
         lend(compiled_functions())  # dequantizing in one kernel
         lend(fast_attention(model, adapter_device(model)))  # cuDNN's
         lend(fused_sinks(model))  # attention with sinks in one call
@@ -206,12 +207,22 @@ def fused_layers(
 
 
 @contextmanager
-def float8_products(model: nn.Module, spec: TrainSpec) -> Iterator[None]:
+def float8_products(
+    model: nn.Module, spec: TrainSpec, on_note: OnNote = lambda _: None
+) -> Iterator[None]:
     """Where `spec` says so, let products with the frozen linear layers be in 8-bit floats, in
     passes that train."""
-    from ..facade import linear_facades
+    from ..facade import float8, linear_facades
 
-    layers = [layer for _, layer in linear_facades(model)] if spec.compute == "fp8" else []
+    named = dict(linear_facades(model)) if spec.compute == "fp8" else {}
+    layers = named.values()
+    if odd := [name for name, layer in named.items() if not layer.takes_float8]:
+        kinds = Counter(name.rpartition(".")[2] for name in odd)
+        which = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+        on_note(
+            f"compute: fp8: {len(odd)} of {len(named)} layers compute in the compute dtype, as"
+            f" their sizes are no multiples of {float8.MULTIPLE}: {which}"
+        )
     with restored(layers, "wants_float8"):
         for layer in layers:
             layer.__dict__["wants_float8"] = True

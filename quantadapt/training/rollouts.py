@@ -11,6 +11,7 @@ from torch.utils.data import Sampler
 
 from ..distributed.world import world
 from ..errors import RewardError, TrainingError
+from .figures import adapter_device
 from .loop import TrainingLoop
 
 if TYPE_CHECKING:
@@ -30,10 +31,12 @@ class RolloutLoop(TrainingLoop):
         rollouts: the batches of answers that go on being used, of this process.
     """
 
+    model: Any
     train_dataset: Any
     num_iterations: int = 1
     rollouts: list[dict[str, Any]] | None = None
     _has_warned: bool = False
+    _has_told: bool = False
 
     def begin_step(self, batches: list[Any]) -> None:
         """Make answers, or take those of the step before. A reward function that fails ends the
@@ -43,12 +46,25 @@ class RolloutLoop(TrainingLoop):
                 batch.clear()
                 batch.update(kept)
             return
+        if not self._has_told:
+            self._tell_of_answering()
         try:
             super().begin_step(batches)
         except RewardError as error:
             raise self._kept(error) from error
         self.rollouts = [dict(batch) for batch in batches] if self.num_iterations > 1 else None
         self._tell_of_equal(batches)
+
+    def _tell_of_answering(self) -> None:
+        """Say, before the first step, why answers take longer than they might."""
+        from ..generation.slots import unrecorded
+
+        self._has_told = True
+        if self.memory_fit is None or adapter_device(self.model).type != "cuda":
+            return
+        if why := unrecorded(self.model):
+            what = f"answers are drawn without CUDA graphs, which takes longer: {why}"
+            self.memory_fit.on_note(what)
 
     def _kept_rollouts(self) -> list[dict[str, Any]]:
         if self.rollouts is None:
