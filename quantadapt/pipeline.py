@@ -28,8 +28,9 @@ from .errors import (
 )
 from .evaluation.sizes import size_mib
 from .evaluation.verdict import warnings_of
+from .exporting.loading import load_base
 from .exporting.manifest import BASE
-from .exporting.saving import load_base, save, save_base
+from .exporting.saving import save, save_base
 from .exporting.stage import export, merge_entry
 from .exporting.tuned import Tuned
 from .folders.metrics import add_figures, label, with_unit

@@ -37,8 +37,9 @@ from .kept import (
     refuse_little,
     rounding_words,
 )
+from .loading import load
 from .manifest import MANIFEST, MERGED, read_manifest, write_manifest
-from .saving import AdapterFolder, load
+from .saving import AdapterFolder
 from .tuned import Tuned, memory_in_words
 
 if TYPE_CHECKING:
