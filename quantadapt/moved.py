@@ -46,7 +46,7 @@ MOVED = {
     "losses": "model.head",
     "matrix_results": "matrix.results",
     "matrix_tables": "matrix.tables",
-    "memory_plan": "planning.memory",
+    "memory_plan": "planning.memory planning.workload",
     "merging": "exporting.merging",
     "merging_onto": "exporting.onto",
     "metrics": "folders.metrics",

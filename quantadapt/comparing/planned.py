@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PlanRefused, Problem
-from ..memory.workload import GIB
+from ..memory.cards import GIB
 from ..planning.stage import Plan, plan
 from ..spec import ExportSpec, Spec
 from .grid import Cell, Comparison

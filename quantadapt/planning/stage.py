@@ -19,8 +19,8 @@ from ..errors import MergeRefused, PlanRefused, Problem
 from ..inputs.fingerprints import Fingerprint, fingerprint_of
 from ..inputs.model_config import text_config, towers_in
 from ..machine import Machine, this_machine
+from ..memory.cards import GIB
 from ..memory.towers import tower_weights
-from ..memory.workload import GIB
 from ..protocols import Evaluator, Quantizer, Task
 from ..records import Adapter, Backend, Evaluation, Objective, as_call
 from ..registry.blame import blaming_plugins
@@ -32,7 +32,7 @@ from .context_parallel import context_problems
 from .exports import MERGES, PlannedExport, exports_of, makes_dense, refused_where
 from .layers import layers_of
 from .live import config_of_module, quantizer_of_module, refuse_unused
-from .memory import MemoryPlan, memory_plan
+from .memory import MemoryPlan
 from .names import is_all_linear
 from .on_disk import config_of, quantization_of
 from .parts import (
@@ -71,6 +71,7 @@ from .refusals import (
 )
 from .share import Share, share_on_disk, tower_sizes, towers_words
 from .streaming import Stream
+from .workload import memory_plan
 
 if TYPE_CHECKING:
     from torch import nn
