@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from .hookspecs import hookimpl
     from .objectives.sft import SFT
     from .pipeline import RunResult, run
-    from .planning.stage import Plan, plan
+    from .planning.planned import Plan
+    from .planning.stage import plan
     from .protocols import (
         AdapterTarget,
         Evaluator,

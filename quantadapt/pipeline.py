@@ -35,8 +35,9 @@ from .exporting.stage import export, merge_entry
 from .exporting.tuned import Tuned
 from .folders.metrics import add_figures, label, with_unit
 from .folders.run_folder import RunFolder, UnwrittenFolder
+from .planning.planned import Plan
 from .planning.share import BEGINNING
-from .planning.stage import Plan, without_merges
+from .planning.stage import without_merges
 from .quantizing.dense import skip_for
 from .quantizing.examples import calibration_examples
 from .quantizing.stage import AT_RANDOM, quantize_plan, with_config

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import PlanRefused, Problem
 from ..memory.cards import GIB
-from ..planning.stage import Plan, plan
+from ..planning.planned import Plan
+from ..planning.stage import plan
 from ..spec import ExportSpec, Spec
 from .grid import Cell, Comparison
 

@@ -18,7 +18,7 @@ from ..dependencies import in_turn
 from ..errors import MergeRefused, ModelError, Problem
 from ..folders.atomic import atomic_folder, refuse_occupied, refuse_overlap
 from ..planning.exports import MERGES, MergeKind, PlannedExport, as_trained_problems, export_of
-from ..planning.stage import Plan
+from ..planning.planned import Plan
 from ..protocols import Exporter, Figure
 from ..quantizing.examples import examples_from
 from ..quantizing.state import ModelState, state_of
