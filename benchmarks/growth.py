@@ -204,7 +204,7 @@ def foreseen_gib(point: Point) -> float:
     """Return the peak that `quantadapt plan` foresees from the config alone."""
     import tempfile
 
-    from quantadapt.memory.workload import Setting
+    from quantadapt.memory.setting import Setting
     from quantadapt.planning import plan
     from quantadapt.spec import Spec
 

@@ -90,7 +90,7 @@ def run_here(given: argparse.Namespace) -> None:
     """Train on one card, and print a result for each row."""
     import torch
 
-    from quantadapt.memory.workload import CONTEXT, GIB
+    from quantadapt.memory.cards import CONTEXT, GIB
 
     shape = replace(SHAPES[given.shape], batch=1)
     if given.layers:

@@ -166,7 +166,7 @@ def run_here(given: argparse.Namespace) -> dict[str, Any]:
     """Load, train a few steps, and return the figures; those of a GPU are None without one."""
     import torch
 
-    from quantadapt.memory.workload import CONTEXT, GIB
+    from quantadapt.memory.cards import CONTEXT, GIB
     from quantadapt.streaming import streamer_of
 
     case, which, device = case_of(given), given.one.partition(":")[2], given.device

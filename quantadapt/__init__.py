@@ -25,14 +25,17 @@ if TYPE_CHECKING:
     from .capabilities import Merge, Rule
     from .comparing.stage import ComparisonResult, compare
     from .errors import DataWarning, QuantadaptError
+    from .exporting.loading import load
     from .exporting.onto import merge_onto
-    from .exporting.saving import BaseMismatchWarning, load, save
+    from .exporting.same_base import BaseMismatchWarning
+    from .exporting.saving import save
     from .exporting.stage import merge
     from .generation import Answer
     from .hookspecs import hookimpl
     from .objectives.sft import SFT
     from .pipeline import RunResult, run
-    from .planning.stage import Plan, plan
+    from .planning.planned import Plan
+    from .planning.stage import plan
     from .protocols import (
         AdapterTarget,
         Evaluator,
@@ -53,7 +56,9 @@ _HOME = {
     "comparing.stage": ("ComparisonResult", "compare"),
     "stages": ("attach", "evaluate", "generate", "quantize", "train"),
     "generation.answers": ("Answer",),
-    "exporting.saving": ("BaseMismatchWarning", "load", "save"),
+    "exporting.saving": ("save",),
+    "exporting.loading": ("load",),
+    "exporting.same_base": ("BaseMismatchWarning",),
     "exporting.stage": ("merge",),
     "exporting.onto": ("merge_onto",),
     "planning": ("Plan", "plan"),

@@ -46,7 +46,7 @@ MOVED = {
     "losses": "model.head",
     "matrix_results": "matrix.results",
     "matrix_tables": "matrix.tables",
-    "memory_plan": "planning.memory",
+    "memory_plan": "planning.memory planning.workload",
     "merging": "exporting.merging",
     "merging_onto": "exporting.onto",
     "metrics": "folders.metrics",
@@ -67,7 +67,8 @@ MOVED = {
     "report_sections": "reporting.page reporting.measured reporting.training",
     "report_words": "reporting.words",
     "run_folder": "folders.run_folder",
-    "saving": "exporting.saving exporting.stage exporting.manifest evaluation.sizes",
+    "saving": "exporting.saving exporting.loading exporting.same_base exporting.stage "
+    "exporting.manifest evaluation.sizes",
     "state": "quantizing.state",
     "stored": "exporting.stored loading.tensors",
     "trainers": "training.trainer training.figures",

@@ -28,14 +28,16 @@ from .errors import (
 )
 from .evaluation.sizes import size_mib
 from .evaluation.verdict import warnings_of
+from .exporting.loading import load_base
 from .exporting.manifest import BASE
-from .exporting.saving import load_base, save, save_base
+from .exporting.saving import save, save_base
 from .exporting.stage import export, merge_entry
 from .exporting.tuned import Tuned
 from .folders.metrics import add_figures, label, with_unit
 from .folders.run_folder import RunFolder, UnwrittenFolder
+from .planning.planned import Plan
 from .planning.share import BEGINNING
-from .planning.stage import Plan, without_merges
+from .planning.stage import without_merges
 from .quantizing.dense import skip_for
 from .quantizing.examples import calibration_examples
 from .quantizing.stage import AT_RANDOM, quantize_plan, with_config

@@ -16,7 +16,7 @@ from . import planning
 from .dependencies import in_turn
 from .distributed.world import world
 from .errors import ModelError, Problem, QuantadaptError, SpecError
-from .planning.stage import Plan
+from .planning.planned import Plan
 from .planning.streaming import NO_GPU
 from .protocols import Given
 from .quantizing.stage import quantize_plan

@@ -531,7 +531,7 @@ def test_the_plan_knows_all_variants_of_lora_that_peft_has() -> None:
 
     from peft import LoraConfig
 
-    from quantadapt.planning.memory import UNFUSED
+    from quantadapt.planning.workload import UNFUSED
 
     fields = {field.name: field.metadata for field in dataclasses.fields(LoraConfig)}
     variants = {name for name, metadata in fields.items() if metadata.get("is_lora_variant")}

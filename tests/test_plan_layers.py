@@ -17,9 +17,9 @@ from torch import nn
 
 import quantadapt as qa
 from quantadapt.errors import PlanRefused, Problem
+from quantadapt.planning.combining import UNKNOWN_LAYERS
 from quantadapt.planning.layers import Layers, layers_of
 from quantadapt.planning.on_disk import config_of
-from quantadapt.planning.stage import UNKNOWN_LAYERS
 
 DENSE = {
     "Llama": ("LlamaConfig", {}),

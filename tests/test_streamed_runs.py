@@ -16,8 +16,8 @@ from quantadapt import cli
 from quantadapt.cli.run_models import opened_models
 from quantadapt.errors import QuantadaptError, SpecError
 from quantadapt.exporting import saving
+from quantadapt.exporting.loading import StreamedWarning, as_trained
 from quantadapt.exporting.manifest import MANIFEST
-from quantadapt.exporting.saving import StreamedWarning, as_trained
 from quantadapt.generation import greedy
 from quantadapt.machine import Machine
 from quantadapt.planning import plan, streaming

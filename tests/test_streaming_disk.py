@@ -36,7 +36,7 @@ from test_streaming_plan import LLAMA_8B, card, notes, planned, refused
 import quantadapt as qa
 from quantadapt.errors import ModelError
 from quantadapt.facade import facades
-from quantadapt.memory.workload import GIB
+from quantadapt.memory.cards import GIB
 from quantadapt.planning import streaming as planning_streaming
 from quantadapt.streaming import bring_back, stream, streamer_of
 

@@ -14,7 +14,8 @@ from llama_sizes import LLAMA_8B
 import quantadapt as qa
 from quantadapt.errors import PlanRefused
 from quantadapt.machine import Machine, host_memory
-from quantadapt.memory.workload import GIB, Setting
+from quantadapt.memory.cards import GIB
+from quantadapt.memory.setting import Setting
 from quantadapt.planning import Plan, plan
 from quantadapt.spec import Spec
 

@@ -68,8 +68,8 @@ class CompressedExport(Exporter):
 
     def write(self, tuned: Tuned, folder: Path) -> Mapping[str, Figure]:
         from quantadapt.exporting.checking import refuse_other_model, sketches
+        from quantadapt.exporting.loading import load
         from quantadapt.exporting.manifest import write_manifest
-        from quantadapt.exporting.saving import load
         from quantadapt.loading.processors import save_tokenizer
         from quantadapt.quantizing.state import state_of
 

@@ -31,7 +31,7 @@ from .targets import (
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-    from ..planning.stage import Plan
+    from ..planning.planned import Plan
 
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",

@@ -53,7 +53,7 @@ def open_model(
     Raises:
         ModelError: there is nothing to load. SpecError: `stream` is nothing that can be streamed.
     """
-    from ..exporting.saving import load
+    from ..exporting.loading import load
     from ..planning.on_disk import check_model, quantization_of
     from ..spec import Streaming
     from ..stages import quantize

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..data.report import DataReport
-    from ..planning.stage import Plan
+    from ..planning.planned import Plan
 
 CardOption = Annotated[
     list[float] | None,

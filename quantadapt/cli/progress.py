@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..folders.metrics import Measured
-    from ..planning.stage import Plan
+    from ..planning.planned import Plan
 
 __all__ = [
     "RunDisplay",

@@ -12,7 +12,7 @@ from .flags import DeviceOption, DtypeOption, JsonOption, TrustOption
 from .session import session
 
 if TYPE_CHECKING:
-    from ..planning.stage import Plan
+    from ..planning.planned import Plan
 
 
 def register(app: typer.Typer, name: str) -> None:

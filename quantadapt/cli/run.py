@@ -19,7 +19,7 @@ from .session import Session, report_failure, session
 
 if TYPE_CHECKING:
     from ..pipeline import Listener, RunResult
-    from ..planning.stage import Plan
+    from ..planning.planned import Plan
 
 
 def register(app: typer.Typer, name: str) -> None:

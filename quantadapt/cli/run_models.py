@@ -109,7 +109,7 @@ def opened_models(
 
 
 def _dense(path: str, device: str, stream: Any) -> nn.Module:
-    from ..exporting.saving import as_trained
+    from ..exporting.loading import as_trained
     from ..stages import quantize
 
     made = _manifest(path)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PlanRefused, Problem
-from ..memory.workload import GIB
-from ..planning.stage import Plan, plan
+from ..memory.cards import GIB
+from ..planning.planned import Plan
+from ..planning.stage import plan
 from ..spec import ExportSpec, Spec
 from .grid import Cell, Comparison
 

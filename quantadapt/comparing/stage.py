@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import FolderInUse, OutputError, PlanRefused, Problem, SpecError
 from ..machine import this_machine
-from ..memory.workload import GIB
+from ..memory.cards import GIB
 from ..showing.python import somebody_looks
 from ..spec import Spec
 from .folder import check, opened

@@ -11,12 +11,8 @@ from .formats import Example, checked_text, from_json
 from .pictures import Picture
 
 Turn = dict[str, Any]
-
-
 LINKS = frozenset({"role", "content", "tool_calls", "tool_call_id", "id", "index", "type"})
 """Keys of a turn that need not show in the text under their own name."""
-
-
 _SPEAKS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 """What a turn of the assistant may say beside its content."""
 

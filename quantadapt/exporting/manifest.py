@@ -157,3 +157,10 @@ def combination(manifest: Mapping[str, Any]) -> tuple[Cell, Backend, Adapter]:
         fingerprint=None if noted is None else Fingerprint.model_validate(noted),
     )
     return cell, backend, adapter
+
+
+def base_id_of(base: Path) -> str:
+    """Return what a base and the adapter beside it are told to belong together by; empty for one
+    that is not there, or that no adapter was saved with."""
+    noted: str = read_manifest(base)["base_id"] if (base / MANIFEST).exists() else ""
+    return noted

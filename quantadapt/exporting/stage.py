@@ -18,7 +18,7 @@ from ..dependencies import in_turn
 from ..errors import MergeRefused, ModelError, Problem
 from ..folders.atomic import atomic_folder, refuse_occupied, refuse_overlap
 from ..planning.exports import MERGES, MergeKind, PlannedExport, as_trained_problems, export_of
-from ..planning.stage import Plan
+from ..planning.planned import Plan
 from ..protocols import Exporter, Figure
 from ..quantizing.examples import examples_from
 from ..quantizing.state import ModelState, state_of
@@ -37,8 +37,9 @@ from .kept import (
     refuse_little,
     rounding_words,
 )
+from .loading import load
 from .manifest import MANIFEST, MERGED, read_manifest, write_manifest
-from .saving import AdapterFolder, load
+from .saving import AdapterFolder
 from .tuned import Tuned, memory_in_words
 
 if TYPE_CHECKING:

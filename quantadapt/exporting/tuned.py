@@ -20,8 +20,9 @@ from ..quantizing.state import state_of
 from ..quantizing.tokenizer import find_tokenizer
 from ..remote_code import trusted
 from .card import metrics_beside
+from .loading import load
 from .manifest import read_manifest
-from .saving import load, save
+from .saving import save
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -149,7 +150,7 @@ class Tuned:
     def _base(self) -> TokenLosses | None:
         from ..evaluation.gain import token_losses
         from ..evaluation.predictions import predicts_tokens
-        from .saving import base_of
+        from .loading import base_of
 
         if self.before is not None or not predicts_tokens(self.model):
             return self.before

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.batches import padded
 from ..evaluation.predictions import device_of, is_encoder_decoder
-from ..facade.invocations import has_invocations
 from .sampling import Chooser, drawn_together, refuse_no_number
 
 if TYPE_CHECKING:
@@ -57,6 +56,8 @@ class Row:
 def takes_rows(model: nn.Module) -> bool:
     """Say whether answers of a model can be made by `Rows`: it is a decoder whose cache is keys and
     values alone, not the state of a recurrent layer, say, and its adapters are on everywhere."""
+    from ..facade.invocations import has_invocations
+
     base = base_of(model)
     if has_invocations(model):
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidatorFunctionWrapHandler, field_validator
@@ -32,3 +32,16 @@ def _truth_for_a_number(given: Any, taken: Any) -> bool:
     if isinstance(given, list | tuple) and isinstance(taken, Sequence):
         return any(map(_truth_for_a_number, given, taken))
     return False
+
+
+class Strict(Typed):
+    """A part of a spec: unknown keys are mistakes."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Show what differs from the defaults."""
+        for name, value in super().__repr_args__():
+            known = type(self).model_fields.get(name or "")
+            if known is None or value != known.get_default(call_default_factory=True):
+                yield name, value

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
+from .cards import CONTEXT, FRAGMENTATION, GIB, OOM_FIX, card_for, usable
 from .changes import ways_out
-from .workload import (
-    CONTEXT,
-    FRAGMENTATION,
-    GIB,
-    HEAD_CHUNK,
-    LENGTH_MULTIPLE,
-    OOM_FIX,
-    WORKSPACE,
-    Setting,
-    Workload,
-    card_for,
-    halves,
-    optimizer_bytes,
-    usable,
-)
+from .optimizers import optimizer_bytes
+from .setting import Setting, halves
+from .workload import HEAD_CHUNK, LENGTH_MULTIPLE, WORKSPACE, Workload
 
 __all__ = [
     "CONTEXT",

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from .workload import Workload, optimizer_bytes
+from .optimizers import optimizer_bytes
+from .workload import Workload
 
 SHORTEST = 128
 """Tokens per example below which nobody is advised to go."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..machine import installed_version
-from .workload import GIB, Setting
+from .cards import GIB
+from .setting import Setting
 
 if TYPE_CHECKING:
     from ..protocols import Task

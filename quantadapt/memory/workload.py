@@ -10,14 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from .experts import STACKS
+from .optimizers import between_passes
+from .setting import Setting, halves
 from .shape import Shape, head_groups
 from .towers import Tower
 
-GIB = 2**30
-CONTEXT = int(0.6 * GIB)
-"""What CUDA itself takes of a card, kernels and library handles included."""
-FRAGMENTATION = 0.05
-"""Share of a card that the allocator may lose between blocks."""
 HEAD_CHUNK = 2**27
 """Logits that are there at a time while the loss is computed, in bytes (see `model.head`)."""
 DIVERGENCE_CHUNK = 2**26
@@ -35,40 +32,8 @@ LEAST_TILE = 1024
 """Tokens of which smaller models do not make fewer tiles than they are worth."""
 _LONGEST = 24
 """No row has more than 2 to this power multiples of so many tokens."""
-OOM_FIX = (
-    "lower data.max_length, use a backend with fewer bits or a paged optimizer"
-    " (train.optim: paged_adamw_8bit), keep the base in CPU memory (train.stream: all), or use a"
-    " larger card"
-)
 MLP = ("gate_proj", "up_proj", "down_proj")
 """The linear layers of an MLP, as `Shape` calls them."""
-_ONE_STATE = ("lion", "sgd", "rmsprop", "adagrad", "adafactor")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a training step trades time for memory.
-
-    Attributes:
-        recomputed_layers: so many layers, counted from the first, are computed again in backward.
-        offload: whether the inputs of those live in CPU memory from forward to backward, and long
-            rows go through MLPs in tiles.
-        micro_batch: examples per forward pass; a batch is split into so large parts.
-    """
-
-    recomputed_layers: int
-    offload: bool
-    micro_batch: int
-
-    def describe(self, layers: int, batch: int) -> str:
-        """Return it in words, for a model of so many layers and batches of so many examples."""
-        count = self.recomputed_layers
-        words = f"{count} of {layers} layers recomputed" if count else "no layer recomputed"
-        if self.offload:
-            words += ", their inputs in CPU memory"
-        if self.micro_batch < batch:
-            words += f", micro-batches of {self.micro_batch}"
-        return words
 
 
 @dataclass(frozen=True)
@@ -562,48 +527,3 @@ def tile_of(hidden: int) -> int:
     """Return how many tokens go through an MLP at a time where inputs are offloaded, if there are
     more than two tiles of them: so many that what is inside is about as large as its weights."""
     return max(hidden, LEAST_TILE)
-
-
-def halves(batch: int) -> list[int]:
-    """Return the sizes of micro-batches: `batch`, half of it, and so on down to 1."""
-    return [batch >> shift for shift in range(batch.bit_length())]
-
-
-def optimizer_bytes(name: str) -> int:
-    """Return how many bytes per trained weight the optimizer `name` keeps on the GPU for good.
-
-    Paged states may leave it (https://arxiv.org/abs/2305.14314), 8-bit ones are codes and a few
-    scales (https://arxiv.org/abs/2110.02861).
-    """
-    if "paged" in name:
-        return 0
-    states = 1 if any(part in name for part in _ONE_STATE) else 2
-    return states * (1 if "8bit" in name or "4bit" in name else 4)
-
-
-def between_passes(trained: int, optim: str, *, accumulates: bool, begun: bool = False) -> int:
-    """Return the bytes that a step takes and a single pass does not show: the optimizer's states,
-    and where gradients accumulate, a copy to go back to.
-
-    Args:
-        trained: how many weights are trained, in float32.
-        begun: whether the optimizer's states are there already.
-    """
-    states = 0 if begun else optimizer_bytes(optim)
-    return trained * (states + (4 if accumulates else 0))
-
-
-def usable(card: float, *, context: int = CONTEXT, limit: int | None = None) -> int:
-    """Return how many bytes a run can allocate on a card of `card` bytes, or allows itself.
-
-    Args:
-        context: what CUDA will take of them; nothing of memory that was found free.
-        limit: what the spec allows.
-    """
-    found = int(card * (1 - FRAGMENTATION)) - context
-    return found if limit is None else min(found, limit)
-
-
-def card_for(needed: int) -> float:
-    """Return the bytes of the smallest card on which `needed` bytes can be allocated."""
-    return (needed + CONTEXT) / (1 - FRAGMENTATION)

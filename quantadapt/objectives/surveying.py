@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from ..data.looking import Shown
 from ..data.report import DataReport
 from ..errors import DataError, PlanRefused
-from ..planning.stage import Plan, task_for
+from ..planning.planned import Plan
+from ..planning.stage import task_for
 from ..spec import Spec
 
 if TYPE_CHECKING:

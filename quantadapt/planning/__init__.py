@@ -6,8 +6,9 @@ Pure: it imports no torch, downloads nothing and loads no model.
 from __future__ import annotations
 
 from .exports import PlannedExport
+from .planned import MergePlan, Plan
 from .refusals import WAY_OUT, attach_refusals, make_cell, merge_refusals, onto_refusals
-from .stage import MergePlan, Plan, completed, evaluators, plan, plan_adapter, task_for
+from .stage import completed, evaluators, plan, plan_adapter, task_for
 
 __all__ = [
     "WAY_OUT",

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import Problem
+from ..memory.cards import GIB
 from ..memory.experts import STACKS
-from ..memory.workload import GIB, Workload
+from ..memory.workload import Workload
 from ..protocols import LayerwiseQuantizer, Quantizer
 from ..spec import Spec
 from .memory import MemoryPlan, streamed_words

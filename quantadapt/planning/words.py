@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..spec import TrainSpec
-from .stage import Plan
+from .planned import Plan
 
 if TYPE_CHECKING:
     from ..data.report import DataReport

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from ..errors import PlanRefused, Problem, warn
 from ..inputs.model_config import towers_in
+from ..planning.planned import Plan
 from ..planning.refusals import misfit_problems
 from ..planning.share import BEGINNING, Share, is_expert_bias, part_of
-from ..planning.stage import Plan
 from ..protocols import Quantizer
 from ..registry.blame import blaming
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import DataError, PlanRefused, Problem, warn
-from ..planning.stage import Plan
+from ..planning.planned import Plan
 from ..spec import Spec
 from .tokenizer import load_tokenizer
 

@@ -17,7 +17,7 @@ from ..errors import ModelError, PluginError
 from ..inputs.documents import reason
 from ..inputs.fingerprints import Fingerprint, digests_of, fingerprint_of, fingerprint_of_module
 from ..planning.on_disk import config_of
-from ..planning.stage import Plan
+from ..planning.planned import Plan
 from ..protocols import LayerwiseQuantizer
 from ..records import Record
 from ..registry.blame import blaming

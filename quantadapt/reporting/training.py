@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..folders.metrics import duration
-from ..memory.workload import Setting
+from ..memory.setting import Setting
 from .charts import Bar, Curve, bar_chart, line_chart
 from .html import Html, capital, el, figures_list, section
 from .run import Run, number, part, text

@@ -63,7 +63,7 @@ class Desk:
         Raises:
             ModelError: there is no such run, or a run trains on the GPU.
         """
-        from ..exporting.saving import load
+        from ..exporting.loading import load
         from ..machine import this_machine
         from ..quantizing.state import state_of
 

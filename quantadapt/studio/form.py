@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import Problem, SpecError
 from ..folders.atomic import write_atomic
 from ..planning.mistakes import spec_of
-from ..planning.stage import Plan
+from ..planning.planned import Plan
 from ..planning.stage import plan as make_plan
 from ..spec import Spec, apply_overrides
 

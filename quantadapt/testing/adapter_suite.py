@@ -80,7 +80,8 @@ class AdapterSuite(Suite):
         assert_equal(bench.logits(model), bench.trained(adapter).tuned, what, fix)
 
     def test_save_and_load(self, bench: Bench, adapter: str) -> None:
-        from ..exporting.saving import load, save
+        from ..exporting.loading import load
+        from ..exporting.saving import save
 
         trained = bench.trained(adapter)
         folder = save(trained.model, bench.folder())
@@ -103,7 +104,8 @@ class AdapterSuite(Suite):
         assert_within(error, bench.tolerance.vendor, what, _RELOADED)
 
     def test_load_quantizes_the_recorded_base(self, bench: Bench, adapter: str) -> None:
-        from ..exporting.saving import load, save
+        from ..exporting.loading import load
+        from ..exporting.saving import save
 
         if adapter != bench.adapters_for("attach")[0]:
             return  # once is enough

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import demo
 from ..capabilities import Merge
+from ..planning.planned import Plan
 from ..planning.refusals import attach_refusals, merge_refusals, onto_refusals
-from ..planning.stage import Plan, plan
+from ..planning.stage import plan
 from ..records import Adapter, Backend
 from ..registry.discovery import registry
 from ..spec import Spec

@@ -76,7 +76,8 @@ class ExpertsSuite(Suite):
         )
 
     def test_experts_are_saved_and_loaded(self, bench: Bench, experts: str) -> None:
-        from ..exporting.saving import load, save
+        from ..exporting.loading import load
+        from ..exporting.saving import save
 
         model = bench.experts(experts)
         loaded = load(save(model, bench.folder() / "saved"), device=bench.suite.device)

@@ -166,7 +166,7 @@ def try_spec(bench: Bench, spec: Spec) -> str:
     )
     tried = Bench(suite)
     try:
-        with patch("quantadapt.planning.stage.attach_refusals", return_value=[]):
+        with patch("quantadapt.planning.combining.attach_refusals", return_value=[]):
             return try_to_train(tried, spec.adapter.name)
     finally:
         tried.close()

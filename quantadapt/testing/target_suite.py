@@ -61,7 +61,8 @@ class TargetSuite(LayerSuite):
                 assert_equal(linear.weight, bench.original(name), f"{name} is changed", fix)
 
     def test_biases_are_saved(self, bench: Bench) -> None:
-        from ..exporting.saving import load, save
+        from ..exporting.loading import load
+        from ..exporting.saving import save
 
         folder = save(bench.biased, bench.folder() / "biased")
         loaded = load(folder, device=bench.suite.device)
@@ -198,7 +199,8 @@ class TargetSuite(LayerSuite):
         _assert_options(bench, model)
 
     def test_save_and_load_give_equal_logits(self, bench: Bench) -> None:
-        from ..exporting.saving import load, save
+        from ..exporting.loading import load
+        from ..exporting.saving import save
 
         folder = save(bench.base, bench.folder() / "saved")
         what = "saving changes the model: its logits differ afterwards"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..memory.workload import GIB
+from ..memory.cards import GIB
 
 if TYPE_CHECKING:
     import torch

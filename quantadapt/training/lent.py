@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..adapting.fused import FusedLayers
-    from ..memory.workload import Setting
+    from ..memory.setting import Setting
     from ..protocols import Task
     from ..spec import TrainSpec
     from .cuda_graphs import Graphs

@@ -21,7 +21,9 @@ from ..distributed.talking import reduced
 from ..distributed.world import world
 from ..errors import TrainingError
 from ..memory import rules
-from ..memory.workload import GIB, OOM_FIX, Setting, between_passes, halves, usable
+from ..memory.cards import GIB, OOM_FIX, usable
+from ..memory.optimizers import between_passes
+from ..memory.setting import Setting, halves
 from ..sharding import is_sharded
 from ..streaming import streamer_of
 from .random_state import RandomState

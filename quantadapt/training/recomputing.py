@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..facade import read_in_parts, recomputing
 from ..facade.invocations import Invocations
-from ..memory.workload import Setting
+from ..memory.setting import Setting
 from ..model.modules import is_skipped
 from ..model.towers import other_towers
 from ..streaming import streamer_of

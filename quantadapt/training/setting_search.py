@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..memory.workload import Setting
+from ..memory.setting import Setting
 
 CANDIDATES = 4
 """How many sizes of micro-batch are compared."""

@@ -19,7 +19,8 @@ from ..distributed.talking import average_gradients, reduced, share, start
 from ..distributed.world import world
 from ..errors import ModelError, PlanRefused, Problem, TrainingError, did_you_mean
 from ..folders.checkpoints import STATE, Checkpoint, finished, too_few_steps
-from ..memory.workload import OOM_FIX, Setting
+from ..memory.cards import OOM_FIX
+from ..memory.setting import Setting
 from ..planning.context_parallel import context_problems
 from ..planning.refusals import (
     float8_problems,

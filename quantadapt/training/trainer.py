@@ -15,7 +15,8 @@ from ..adapting.adalora import tuner_of
 from ..dependencies import moved
 from ..errors import TrainingError
 from ..folders.checkpoints import CHECKPOINTS
-from ..memory.workload import LENGTH_MULTIPLE, OOM_FIX
+from ..memory.cards import OOM_FIX
+from ..memory.workload import LENGTH_MULTIPLE
 from .context_parallel import Part, in_parts, share_rows
 from .figures import adapter_device, compute_dtype
 from .lent_to_trainers import clip_what_is_trained

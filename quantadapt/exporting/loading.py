@@ -1,0 +1,264 @@
+"""Load what `save`, `merge` or a run wrote: adapters onto their bases, bases, merged models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..dependencies import in_turn
+from ..errors import ModelError, QuantadaptError, warn
+from ..folders.atomic import put_back
+from ..inputs.documents import read_object
+from ..machine import this_machine
+from ..paths import is_local_path, path_problem
+from ..planning.on_disk import quantization_of
+from ..planning.streaming import Stream
+from ..quantizing.state import state_of
+from ..registry.blame import blaming_plugins
+from ..registry.discovery import registry
+from ..remote_code import trusted, trusting
+from ..showing.quietly import quiet
+from ..spec import Streaming
+from ..stages import quantize
+from .adapter_files import check_adapters, peft_in_words, refuse_not_trained
+from .adapters import put_on
+from .manifest import BASE, MANIFEST, MERGED, adapter_in, base_id_of, read_manifest
+from .same_base import check_base, noted
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+
+
+class StreamedWarning(UserWarning):
+    """A model is loaded whose base comes to the GPU block by block, so that answers are slow."""
+
+
+@in_turn
+@blaming_plugins
+@quiet
+def load(
+    path: str | Path,
+    *,
+    base: str | nn.Module | None = None,
+    device: str = "auto",
+    stream: Literal["auto", "none", "experts", "all"] = "auto",
+    force_base: bool = False,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load what `save`, `merge` or a run wrote.
+
+    Args:
+        path: a run folder, an adapter folder, or a saved quantized or merged model.
+        base: put the adapter onto this base instead of the recorded one: a path, which is quantized
+            as recorded, or a model from `quantize`. Other options than recorded warn; other
+            weights are refused.
+        device: auto, cpu, cuda, ...
+        stream: keep all quantized layers in CPU memory, or "experts", and copy them to the GPU
+            block by block; auto: as the run did that trained the adapter, which is told.
+        force_base: take a base of other weights or another config.
+        trust_remote_code: run Python code that comes with the model. It has to be said at each
+            call; what the folder says of it does not count.
+
+    Raises:
+        ModelError: there is nothing to load, or the base is not the one that the adapter was
+        trained on. PlanRefused: it needs code of its own.
+        QuantadaptError: `base`, `device` or `stream` would have no effect.
+    """
+    if problem := path_problem(str(path)):
+        raise ModelError(f"{path} is no path: {problem}", fix="check the path")
+    with trusting(trust_remote_code):
+        return _load(put_back(path), base, device, stream, force_base)
+
+
+def _load(
+    folder: Path, base: str | nn.Module | None, device: str, stream: Streaming, force_base: bool
+) -> nn.Module:
+    if (adapter := adapter_in(folder)) is not None:
+        _refuse_other_place(base, device, stream)
+        tuned: nn.Module = _load_adapter(adapter, base, device, stream, force_base)
+        return tuned
+    if base is not None:
+        what = f"base has no effect: {folder} holds no adapter, but a whole model"
+        raise QuantadaptError(what, fix="leave base out, or pass the folder of an adapter")
+    if not (folder / "config.json").exists() and (folder / MERGED).is_dir():
+        folder = folder / MERGED
+    model = _load_whole(folder, device, "none" if stream == "auto" else stream)
+    state = state_of(model)
+    state.max_length = read_manifest(folder).get("max_length")
+    state.loaded_from = str(folder.resolve())
+    return model
+
+
+def _refuse_other_place(base: str | nn.Module | None, device: str, stream: Streaming) -> None:
+    """Raise QuantadaptError where a live base lies elsewhere: it stays there."""
+    if base is None or isinstance(base, str):
+        return
+    if stream not in ("auto", state_of(base).stream):
+        what = f"stream={stream!r} has no effect: the adapter goes onto its base as it is"
+        raise QuantadaptError(what, fix="leave stream out, or pass it to quantize")
+    if device == "auto":
+        return
+    there = state_of(base).device
+    if _with_index(device) != _with_index(there):
+        what = f"device={device!r} has no effect: the adapter goes where its base is, to {there}"
+        raise QuantadaptError(what, fix=f"leave device out, or quantize the base on {device}")
+
+
+def _with_index(device: str) -> str:
+    return device if ":" in device or device == "cpu" else f"{device}:0"
+
+
+def _load_whole(folder: Path, device: str, stream: Stream = "none") -> nn.Module:
+    """Load a saved base or merged model."""
+    quantized = "quantization_config" in _config(folder)
+    manifest = read_manifest(folder)
+    return _quantized(
+        str(folder),
+        manifest["backend"] if quantized else "none",
+        device=device,
+        dtype=manifest["dtype"],
+        # What is quantized in the files is known from them; of dense layers it has to be said.
+        skip_modules=None if quantized else manifest.get("skip_modules"),
+        stream=stream,
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").exists():
+        what = "there is neither an adapter nor a model here"
+        raise ModelError(what, fix="pass a folder that a run or save wrote", where=str(folder))
+    return read_object(folder / "config.json")
+
+
+def _load_adapter(
+    folder: Path, base: str | nn.Module | None, device: str, stream: Streaming, force_base: bool
+) -> PeftModel:
+    from peft import LoraConfig
+
+    from ..adapting.merge_aware import forget_merge_aware, make_merge_aware
+    from ..adapting.method import config_class
+    from ..facade import facades
+
+    manifest = read_manifest(folder)
+    if manifest["adapter"] is None:
+        what = f"its {MANIFEST} says of no adapter, and there is one"
+        raise ModelError(what, fix="restore the file", where=str(folder))
+    adapter = registry().adapter(manifest["adapter"])
+    check_adapters(folder, manifest, adapter)
+    refuse_not_trained(folder, manifest["active"])
+    with peft_in_words(folder):
+        config: Any = config_class(adapter).from_pretrained(str(folder))
+    own_base = folder.parent / BASE
+    if base is None:
+        _refuse_mixed(folder, manifest, own_base)
+    streams = as_trained(stream, manifest["stream"], device)
+    if base is None and (own_base / MANIFEST).exists():
+        model = load_base(own_base, device, streams)
+    elif base is None or isinstance(base, str):
+        _refuse_missing_base(base or manifest["base"], folder)
+        model = _made_again(base or manifest["base"], manifest, device, streams)
+    else:
+        model = base
+    state = state_of(model)
+    if stream == "auto" and state.stream != "none" and model is not base:
+        _tell_of_streaming(state.stream)
+    check_base(state, manifest, force=force_base)
+    config.inference_mode = False
+    if isinstance(config, LoraConfig) and state.rewritten:
+        config.init_lora_weights = True  # the base has given its part to the adapter already
+    forget_merge_aware(model, state)
+    before = {id(facade.vendor) for _, facade in facades(model)}
+    peft_model = put_on(model, folder, manifest["active"], config=config, is_trainable=True)
+    # PiSSA starts again from the base as it was, and so rewrites it again.
+    state.rewritten |= any(id(facade.vendor) not in before for _, facade in facades(peft_model))
+    state.adapter = adapter
+    state.adapter_options = dict(manifest["adapter_options"])
+    state.max_length = manifest.get("max_length")
+    if manifest.get("merge_aware"):
+        make_merge_aware(peft_model)
+    return peft_model
+
+
+def base_of(model: PeftModel) -> nn.Module | None:
+    """Return the base of `model` as it was without the adapter; None where training or the
+    adapter's start has changed it, and it cannot be made again."""
+    from .merging import bare_base
+
+    state = state_of(model)
+    biases = (getattr(config, "bias", "none") for config in model.peft_config.values())
+    if not state.rewritten and all(bias in ("none", False, None) for bias in biases):
+        return bare_base(model)
+    if not state.source or (state.backend.calibration and quantization_of(state.source) is None):
+        return None
+    return _made_again(state.source, state.manifest(), state.device, state.stream)
+
+
+def as_trained(stream: Streaming, noted: Stream, device: str) -> Stream:
+    """Return what of a base to stream, where `noted` is what was streamed while it was trained."""
+    if stream != "auto":
+        return stream
+    there = this_machine().default_device if device == "auto" else device
+    return noted if there.startswith("cuda") else "none"
+
+
+def _tell_of_streaming(stream: Stream) -> None:
+    parts = "the experts are" if stream == "experts" else "the base is"
+    what = (
+        f"{parts} streamed from CPU memory, as while it was trained: each token of an answer takes"
+        " a copy of it. Where the GPU has room for it, say so: stream: none"
+    )
+    warn(what, StreamedWarning, stacklevel=6)
+
+
+def _made_again(source: str, manifest: Mapping[str, Any], device: str, stream: Stream) -> nn.Module:
+    """Return the checkpoint `source`, quantized as `manifest` says."""
+    return _quantized(
+        source,
+        manifest["backend"],
+        device=device,
+        dtype=manifest["dtype"],
+        skip_modules=manifest["skip_modules"],
+        new_modules=manifest["new_modules"],
+        unused_modules=manifest["unused_modules"],
+        head=manifest["head"],
+        labels=manifest["labels"],
+        stream=stream,
+        **manifest["options"],
+    )
+
+
+def _quantized(source: str, backend: str, **options: Any) -> nn.Module:
+    """`quantize`, with code of the checkpoint if whoever loads this trusts that."""
+    return quantize(source, backend, trust_remote_code=trusted(), **options)
+
+
+def _refuse_mixed(folder: Path, manifest: Mapping[str, Any], own_base: Path) -> None:
+    """Raise ModelError where the base beside an adapter is not the one that it was saved with."""
+    if base_id_of(own_base) == manifest["base_id"]:
+        return
+    what = f"the base in {own_base} is not the one that it was saved with"
+    if not (own_base / MANIFEST).exists():
+        what = f"its own base, which was saved with it, is not in {own_base}"
+    fix = "save both again (a run: --resume), copy them together, or pass base=... to load"
+    raise ModelError(what, fix=fix, where=str(folder))
+
+
+def _refuse_missing_base(base: str, adapter: Path) -> None:
+    if is_local_path(base) and not Path(base).expanduser().exists():
+        what = f"its base {base} is not there, seen from {Path.cwd()}"
+        fix = "go to the folder in which it was trained, or in Python pass base=... to load"
+        raise ModelError(what, fix=fix, where=str(adapter))
+
+
+def load_base(folder: Path, device: str, stream: Stream = "none") -> nn.Module:
+    """Load what `save_base` wrote, under the name and options that it was made from."""
+    manifest = read_manifest(folder)
+    model = _load_whole(folder, device, stream)
+    state = state_of(model)
+    state.source, state.rewritten = manifest["base"], manifest.get("rewritten", False)
+    state.own_base, state.base_id = True, manifest["base_id"]
+    state.fingerprint = noted(manifest)
+    state.quantizer = state.backend.quantizer(**manifest["options"])
+    return model

@@ -1,0 +1,30 @@
+"""What a card has for a run: what CUDA and its allocator take of it is not there."""
+
+from __future__ import annotations
+
+GIB = 2**30
+CONTEXT = int(0.6 * GIB)
+"""What CUDA itself takes of a card, kernels and library handles included."""
+FRAGMENTATION = 0.05
+"""Share of a card that the allocator may lose between blocks."""
+OOM_FIX = (
+    "lower data.max_length, use a backend with fewer bits or a paged optimizer"
+    " (train.optim: paged_adamw_8bit), keep the base in CPU memory (train.stream: all), or use a"
+    " larger card"
+)
+
+
+def usable(card: float, *, context: int = CONTEXT, limit: int | None = None) -> int:
+    """Return how many bytes a run can allocate on a card of `card` bytes, or allows itself.
+
+    Args:
+        context: what CUDA will take of them; nothing of memory that was found free.
+        limit: what the spec allows.
+    """
+    found = int(card * (1 - FRAGMENTATION)) - context
+    return found if limit is None else min(found, limit)
+
+
+def card_for(needed: int) -> float:
+    """Return the bytes of the smallest card on which `needed` bytes can be allocated."""
+    return (needed + CONTEXT) / (1 - FRAGMENTATION)

@@ -1,0 +1,207 @@
+"""What the memory of a run depends on, from its spec and the model's config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..errors import Problem
+from ..memory import rules
+from ..memory.experts import STACKS
+from ..memory.shape import Shape
+from ..memory.towers import Tower
+from ..memory.workload import Workload
+from ..protocols import Quantizer, Task
+from ..records import Adapter
+from ..spec import Spec
+from .context_parallel import row_shares
+from .memory import MemoryPlan
+from .on_disk import quantization_in
+
+_NOT_CONVERTED = ("modules_to_not_convert", "ignore", "skip_modules", "llm_int8_skip_modules")
+"""What lists of the layers that are not quantized are called in `quantization_config`."""
+
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+UNFUSED = (
+    *("lora_bias", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
+    *("use_bdlora", "velora_config"),
+)
+"""Options of LoRA that `adapting.fused` leaves to PEFT, beside a start that PEFT calls MiCA."""
+
+
+def memory_plan(
+    spec: Spec,
+    config: Mapping[str, Any],
+    quantizer: Quantizer,
+    adapter: Adapter,
+    options: Mapping[str, Any],
+    task: Task,
+    *,
+    dtype: str,
+    adopt: bool = False,
+    unshared: Sequence[Problem] = (),
+    beside: int = 0,
+    streamable: bool = False,
+) -> MemoryPlan | None:
+    """Return what training on a GPU needs; None where the architecture is not known or the
+    backend does not tell its bits per weight.
+
+    Args:
+        config: the model's config.json.
+        options: the adapter's.
+        task: the objective's options.
+        dtype: compute dtype on the GPU.
+        adopt: whether the model is quantized already, as its config says.
+        unshared: why several GPUs cannot share the base; empty if they can.
+        beside: how many weights the model has beside its language model.
+        streamable: whether the base can be kept in CPU memory.
+    """
+    shape, its_teacher = Shape.of(config), task.teacher_config(config)
+    teacher = None if its_teacher is None else Shape.of(its_teacher)
+    if shape is None or (its_teacher is not None and teacher is None):
+        return None
+    left = _left_dense(spec, quantizer, shape, config if adopt else {})
+    dense = left if quantizer.quantizes_experts else (*left, *STACKS)
+    bits = _bits(quantizer, shape, dense, dtype)
+    if bits is None:
+        return None
+    train = spec.train
+    lora = adapter.peft_type == "LORA"
+    seen = (config, spec.data.max_length, spec.data.max_pixels)
+    tower = Tower.of(*seen) if "vision" in spec.towers else None
+    length = train.row_length or spec.data.max_length
+    work = Workload(
+        shape=shape,
+        bits=bits,
+        targets=_targets(shape, options, left, experts=adapter.experts),
+        rank=int(options.get("init_r") or options.get("r") or 0),
+        optim=train.optim,
+        dtype_bytes=_bytes(dtype),
+        batch=train.per_device_train_batch_size,
+        length=length,
+        dropout=bool(options.get("lora_dropout")),
+        fused_adapter=lora and not _is_unfused(options),
+        dora=lora and bool(options.get("use_dora")),
+        fused_kernels=rules.fused_kernels(train),
+        splits=rules.splits(
+            *(task, train),
+            adds_to_loss=adapter.peft_type == "ADALORA",
+            routers=bool(config.get("output_router_logits")),
+        ),
+        accumulates=train.gradient_accumulation_steps > 1,
+        dense=dense,
+        shardable=not unshared,
+        streamable=streamable,
+        from_disk=train.stream_folder is not None,
+        prefetches=train.memory != "min",
+        graphs=rules.records(task, train),
+        sequences=task.sequences,
+        whole_logits=task.logits == "whole",
+        teacher=teacher,
+        beside=beside,
+        tower=tower,
+        rounds=train.merge_aware,
+        float8=train.compute == "fp8",
+        packed=bool(train.packing),
+        contexts=train.context_parallel_size,
+        in_parts=quantizer.target.reads_rows,
+        row_shares=row_shares(train, task, config, options, length),
+    )
+    given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
+    return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))
+
+
+def _is_unfused(options: Mapping[str, Any]) -> bool:
+    return options.get("init_lora_weights") == "mica" or any(map(options.get, UNFUSED))
+
+
+def _left_dense(
+    spec: Spec, quantizer: Quantizer, shape: Shape, config: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Return the names of the linear layers that are left dense by name or size.
+
+    Args:
+        config: of a model that is quantized already; else empty.
+    """
+    skipped = {skip.rpartition(".")[2] for skip in spec.skip_modules or ()}
+    skipped |= _not_converted(config, shape.layers)
+    return tuple(
+        name
+        for name, size in _linears(shape).items()
+        if skipped & {*name.split("."), _parent(name)}
+        or (spec.skip_misfits and quantizer.misfit(*size))
+    )
+
+
+def _not_converted(config: Mapping[str, Any], layers: int) -> set[str]:
+    """Return what is called alike in all decoder layers, and not quantized, as a checkpoint's
+    config.json has it."""
+    found: dict[str, set[str]] = {}
+    lists = [(quantization_in(config) or {}).get(key) for key in _NOT_CONVERTED]
+    for name in (str(name) for names in lists if isinstance(names, list) for name in names):
+        of_layer = re.search(r"\.(\d+)\.", name)
+        numbers = [of_layer[1]] if of_layer else map(str, range(layers))
+        found.setdefault(name.rpartition(".")[2], set()).update(numbers)
+    return {kind for kind, numbers in found.items() if len(numbers) >= layers}
+
+
+def _linears(shape: Shape) -> dict[str, tuple[int, int]]:
+    """Return the sizes of the linear layers of all kinds of decoder layers."""
+    return shape.of_plain_layers.linears | shape.linears if shape.plain_layers else shape.linears
+
+
+def _bits(
+    quantizer: Quantizer, shape: Shape, dense: Sequence[str], dtype: str
+) -> dict[str, float] | None:
+    """Return the bits per weight of each linear layer; None where the backend does not tell."""
+    found: dict[str, float] = {}
+    for name, size in _linears(shape).items():
+        if name in dense:
+            found[name] = 8.0 * _bytes(dtype)
+            continue
+        bits = quantizer.bits_per_weight(*size, device="cuda", dtype=dtype)
+        if bits is None:
+            return None
+        found[name] = bits
+    return found
+
+
+def _targets(
+    shape: Shape, options: Mapping[str, Any], left: Sequence[str], *, experts: bool
+) -> tuple[str, ...]:
+    """Return the linear layers that the adapter's options name; all of them where the names are
+    those of another architecture. Without `experts` the adapter goes onto none of those; nor onto
+    layers that are `left` dense, unless it names them."""
+    wanted, parameters = options.get("target_modules"), options.get("target_parameters") or ()
+    names = tuple(name for name in _linears(shape) if experts or name not in STACKS)
+    named = {name for name in names if name in STACKS and _ends_in(name, parameters)}
+    if isinstance(wanted, str) and wanted != "all-linear":
+        pattern = re.compile(wanted)
+        found = tuple(n for n in names if pattern.fullmatch(f"model.layers.0.{_parent(n)}.{n}"))
+    elif wanted and wanted != "all-linear":
+        layers = [name for name in names if name not in STACKS]
+        endings = {str(name).rpartition(".")[2] for name in wanted}
+        of_layers = {name for name in layers if _ends_in(name, endings)}
+        # A name that layers and experts share stands for the layers.
+        rest = endings - {name.rpartition(".")[2] for name in of_layers}
+        of_stacks = {n for n in names if n in STACKS and rest & set(n.split("."))}
+        found = tuple(name for name in names if name in of_layers | of_stacks | named)
+    else:
+        found = tuple(name for name in names if name not in left)
+    return found or names
+
+
+def _ends_in(name: str, endings: Iterable[str]) -> bool:
+    return name.rpartition(".")[2] in {str(ending).rpartition(".")[2] for ending in endings}
+
+
+def _parent(name: str) -> str:
+    return "self_attn" if name in _ATTENTION else "mlp"
+
+
+def _bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
