@@ -184,3 +184,13 @@ def test_old_paths_warn_and_give_the_same_objects() -> None:
 def test_a_name_that_never_was_is_no_module() -> None:
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("quantadapt.utils")
+
+
+def test_what_is_tried_in_part_is_a_test() -> None:
+    from conftest import THINNED
+
+    texts = {file.name: file.read_text() for file in Path(__file__).parent.glob("test_*.py")}
+    for entry in THINNED:
+        file, _, name = entry.rpartition("::")
+        found = [known for known, text in texts.items() if f"def {name}(" in text]
+        assert file in found or (found and not file), entry
