@@ -81,6 +81,21 @@ THINNED = {
             "test_a_vendor_that_breaks_is_named_and_explained",
             "test_memory_options_do_not_change_the_loss",
             "test_lora_on_two_stacks_of_which_one_is_dense",
+            "test_encoder_decoders",
+            "test_two_active_adapters_and_one_that_is_not",
+            "test_starts_that_are_found_again_are_merged_onto_the_base",
+            "test_nothing_is_written_beside_or_over_a_foreign_one",
+            "test_a_resumed_run_knows_what_was_measured_before",
+            "test_running_out_of_memory_changes_no_number",
+            "test_split_batches_change_no_number",
+            "test_calibrating_backends_save_and_load",
+            "test_it_starts_closer_to_the_unquantized_model",
+            "test_what_forbids_sharing_is_respected_and_told",
+            "test_blocks_that_are_cut_off",
+            "test_training.py::test_a_resume_goes_on_with_the_same_losses",
+            "test_onto_a_base_with_attention_or_shared_experts_adapted_alone",
+            "test_an_adapter_that_is_too_large_for_its_base",
+            "test_gemma_is_written_as_the_gguf_package_names_it",
         ),
         2,
     ),
@@ -188,15 +203,25 @@ THINNED = {
 """Tests that do one thing with many values: a half or a third of them is tried by default."""
 QUANTIZERS = {"test_hqq_quantize.py"}
 """Tests of how weights are quantized: there nothing is remembered."""
-ONCE = {"test_merge_onto_the_unquantized_base", "test_gradient_checkpointing[reentrant]"}
+ONCE = {
+    "test_disabled_adapter_leaves_the_base",
+    "test_gradient_checkpointing[reentrant]",
+    "test_merge_onto_the_unquantized_base",
+    "test_merged_model_is_an_ordinary_checkpoint",
+    "test_vanilla_peft_loads_it",
+}
 """Tests that hardly see the backend: under `IN_FULL` alone."""
+SIBLINGS = ("bnb-fp4", "nvfp4", "torchao-fp8", "torchao-int4", "torchao-intx")
+"""Backends whose plugin has another one, which is tried with LoRA."""
+OF_SIBLINGS = ("test_requantized_merge", "test_save_and_load_give_equal_logits")
+"""Tests that are tried with them, beside those of layers."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests of the suites as slow, all but a cross-section: each backend with LoRA, one
-    backend with one of each kind of adapter, and of further options of a backend, or of one that
-    takes long, the layers and that they are saved and loaded."""
+    """Mark tests of the suites as slow, all but a cross-section: a backend of each plugin with
+    LoRA, one backend with one of each kind of adapter, and of further options of a backend, of a
+    plugin's others, or of one that takes long, the layers and that they are saved and loaded."""
     from quantadapt.testing import AdapterSuite, ExpertsSuite, TargetSuite
     from quantadapt.testing.layer_suite import LayerSuite
     from quantadapt.testing.parts import adapter_of, suite_of
@@ -212,6 +237,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             return adapter not in ("", "lora", *VARIED)
         if adapter not in ("", "lora") or ONCE & {name, item.name}:
             return True
+        if suite.backend in SIBLINGS:
+            return not hasattr(LayerSuite, name) and name not in OF_SIBLINGS
         if issubclass(suite, AdapterSuite) and suite.backend not in SLOW_TO_QUANTIZE:
             return False
         kept = hasattr(LayerSuite, name) or name == "test_save_and_load_give_equal_logits"
@@ -233,7 +260,7 @@ def _is_thinned_out(item: pytest.Item, seen: Counter[str]) -> bool:
         return False
     before = seen[f"{file}::{name}"]
     seen[f"{file}::{name}"] += 1
-    return (before + before // one_of) % one_of > 0
+    return before % one_of != before // one_of % one_of
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -198,6 +198,7 @@ def test_no_logits_are_whole(random_data: Any, monkeypatch: Any) -> None:
     assert max(seen) == 5
 
 
+@pytest.mark.slow
 def test_training_brings_a_quantized_base_back(random_data: Any) -> None:
     """Judged by stock PEFT's logits against the dense model's: 2 bits cost much, distilling gets
     a part of it back, and a packed run does the same."""

@@ -315,6 +315,7 @@ def prompts(folder: Path, count: int = 16) -> Any:
     return read(written(folder, [{"prompt": f"Say number {i}.\n"} for i in range(count)])).train
 
 
+@pytest.mark.slow
 def test_a_reward_is_learnt_from_answers_of_its_own(vowels, tmp_path) -> None:
     """Also on a quantized base; the held-out figure is that of other draws."""
     model, data = attached("hqq"), prompts(tmp_path, 8)

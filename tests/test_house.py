@@ -5,6 +5,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -93,11 +94,16 @@ def targets(file: Path, node: ast.Import | ast.ImportFrom) -> list[str]:
     return [alias.name if alias.name in ORDER else "__init__" for alias in node.names]
 
 
+@cache
+def imports_of(file: Path) -> list[ast.Import | ast.ImportFrom]:
+    return list(imports(ast.parse(file.read_text(encoding="utf-8"))))
+
+
 def arrows() -> Iterator[tuple[str, str, str]]:
     """Yield (place, room, room that it imports from)."""
     for file in sorted(ROOT.rglob("*.py")):
         room = file.relative_to(ROOT).with_suffix("").parts[0]
-        for node in imports(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in imports_of(file):
             for target in targets(file, node):
                 yield f"{file.relative_to(ROOT)}:{node.lineno}", room, target
 
@@ -122,9 +128,7 @@ def test_files_inside_a_folder_stand_in_no_circle() -> None:
     for file in sorted(ROOT.rglob("*.py")):
         parts = file.relative_to(ROOT).with_suffix("").parts
         graph[".".join(parts)] = {
-            found
-            for node in imports(ast.parse(file.read_text(encoding="utf-8")))
-            for found in modules(file, node)
+            found for node in imports_of(file) for found in modules(file, node)
         }
     left = dict(graph)
     while free := [name for name, needs in left.items() if not (needs & set(left)) - {name}]:
@@ -150,10 +154,18 @@ def test_the_root_can_be_read_at_once() -> None:
     assert len(list(ROOT.glob("*.py"))) <= 20
 
 
-@pytest.mark.parametrize("name", WITHOUT_TORCH)
-def test_importing_it_loads_no_torch(name: str) -> None:
-    code = f"import sys, quantadapt.{name}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_importing_them_loads_no_torch() -> None:
+    """All in one process, which names the first that does."""
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(f'quantadapt.{name}')\n"
+        "    if 'torch' in sys.modules: sys.exit(name)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *WITHOUT_TORCH], check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_old_paths_warn_and_give_the_same_objects() -> None:
@@ -172,3 +184,13 @@ def test_old_paths_warn_and_give_the_same_objects() -> None:
 def test_a_name_that_never_was_is_no_module() -> None:
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("quantadapt.utils")
+
+
+def test_what_is_tried_in_part_is_a_test() -> None:
+    from conftest import THINNED
+
+    texts = {file.name: file.read_text() for file in Path(__file__).parent.glob("test_*.py")}
+    for entry in THINNED:
+        file, _, name = entry.rpartition("::")
+        found = [known for known, text in texts.items() if f"def {name}(" in text]
+        assert file in found or (found and not file), entry

@@ -54,6 +54,7 @@ def test_the_starting_perplexity_falls() -> None:
     assert started < 0.98 * quantized
 
 
+@pytest.mark.slow
 def test_more_iterations_get_closer_and_come_back(tmp_path) -> None:
     exact = logits(from_pretrained(SMALL))
     errors = []
@@ -83,6 +84,7 @@ def test_it_is_the_best_low_rank_approximation() -> None:
     assert float((matrix - b @ a).norm()) < 1.001 * float((matrix - best).norm())
 
 
+@pytest.mark.slow
 def test_with_dora_and_rslora_it_starts_in_the_same_place() -> None:
     expected = logits(start("hqq", bits=2))
     for adapter in ("dora", "rslora"):

@@ -226,6 +226,7 @@ def test_gradients_go_straight_through(base, backend):
             assert (part - reference).norm() <= 1e-5 * reference.norm()
 
 
+@pytest.mark.slow
 def test_what_slow_rounding_costs_is_told(base, monkeypatch):
     model = qa.attach(qa.quantize(base, "hqq"), "lora", r=4, target_modules=["q_proj", "o_proj"])
     assert len(rounded_weights(model)) == 0

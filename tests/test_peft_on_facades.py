@@ -374,6 +374,7 @@ def test_initializations_that_write_into_the_base(pair) -> None:
         assert not close(base.dequantize(), dense.a.weight, 0.15), init
 
 
+@pytest.mark.slow
 def test_bdlora_and_compiling_and_offloading_over_fused_layers() -> None:
     from accelerate import cpu_offload
     from peft.tuners.lora.config import BdLoraConfig

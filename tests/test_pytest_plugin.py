@@ -196,6 +196,7 @@ def test_mine():
 """
 
 
+@pytest.mark.slow
 def test_the_class_form_has_the_section_as_well(run):
     wanted = ("-k", "every_rule or mine")
     done = run("-q", *wanted, test_classes=CLASSES)

@@ -78,6 +78,7 @@ def test_it_comes_nearer_and_leaves_the_model_as_it_is(backend, kind, adapter, t
     assert not any(facade.keeps_scales for _, facade in facades(model))
 
 
+@pytest.mark.slow
 def test_it_is_the_same_each_time(tmp_path) -> None:
     model = qa.quantize(llama(tmp_path / "base", tied=False), "hqq", bits=2, group_size=32)
     model = moved(qa.attach(model, "lora", lora_dropout=0.5), by=0.02)
@@ -98,6 +99,7 @@ def test_of_several_adapters_those_that_are_active_are_trained(tmp_path) -> None
     assert kl(on_shown(refined_model(model, SHOWN)), wanted) < 0.97 * dithered
 
 
+@pytest.mark.slow
 def test_a_loaded_adapter_is_refined_and_written(tmp_path) -> None:
     """One that PEFT loads to answer with: none of its parameters is to be trained."""
     model = qa.quantize(llama(tmp_path / "base", tied=False), "hqq", bits=2, group_size=32)

@@ -130,6 +130,7 @@ def test_the_base_without_quantization_is_streamed_beside_it(
         assert (streamer_of(model) is not None) == streams
 
 
+@pytest.mark.slow
 def test_commands_answer_and_measure_the_same(
     tmp_path: Path, as_on_a_gpu: None, capfd: pytest.CaptureFixture[str]
 ) -> None:

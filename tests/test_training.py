@@ -388,6 +388,7 @@ def test_settings_that_cannot_be_used_are_explained(tokenizer, data, tmp_path):
         train(frozen, tokenizer, data, spec(), output=tmp_path, seed=0)
 
 
+@pytest.mark.slow
 def test_what_a_slow_dequantize_costs_is_told(tmp_path, monkeypatch) -> None:
     from quantadapt_hqq import HQQTarget
 

@@ -139,6 +139,7 @@ def test_the_merged_checkpoint_and_what_is_not_it(tmp_path, compared) -> None:
     assert 0.05 < figures["mean_apart"] < 0.31
 
 
+@pytest.mark.slow
 def test_quantized_again_as_the_base_was(tmp_path) -> None:
     folder = export(tuned(tmp_path / "run", backend="bnb-nf4"), "requantized")
     loaded = AutoModelForCausalLM.from_pretrained(folder)

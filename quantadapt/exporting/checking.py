@@ -26,7 +26,8 @@ from ..model.modules import stacks
 from ..protocols import Figure
 
 DIRECTIONS = 8
-"""Random directions that a tensor is projected on; the error that they show is right to a third."""
+"""Random directions that a tensor is projected on; the error that they show is right to a third.
+Their signs are the bits of one byte."""
 CHUNK = 2**20
 
 ROUNDED = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
@@ -67,14 +68,14 @@ def sketch(tensor: Tensor) -> Sketch:
     flat = tensor.detach().reshape(-1)
     projections = torch.zeros(DIRECTIONS, dtype=torch.float64, device=flat.device)
     squares = torch.zeros((), dtype=torch.float64, device=flat.device)
-    shifts = torch.arange(DIRECTIONS, device=flat.device)[:, None] + 7
+    shifts = torch.arange(DIRECTIONS, device=flat.device, dtype=torch.uint8)[:, None]
     for start in range(0, flat.numel(), CHUNK):
         piece = flat[start : start + CHUNK].double()
         places = torch.arange(start, start + piece.numel(), device=flat.device)
         mixed = (places * 0x9E3779B1 + 0x7F4A7C15) & 0xFFFFFFFF
         mixed = ((mixed ^ (mixed >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
-        signs = ((mixed ^ (mixed >> 12)) >> shifts & 1) * 2 - 1
-        projections += signs.double() @ piece
+        bits = ((mixed ^ (mixed >> 12)) >> 7 & 0xFF).byte()  # one for each direction
+        projections += 2 * ((bits >> shifts & 1).double() @ piece) - piece.sum()  # of signs
         squares += piece.square().sum()
     return Sketch(tuple(tensor.shape), float(squares.sqrt()), projections.cpu())
 
