@@ -8,7 +8,8 @@ weights of the given shape, LoRA r=16 on all seven projections, AdamW, every lay
 `peft-nf4` (batches of 8, padded), `unsloth` (TRL's SFTTrainer on batches of 8, as its notebooks
 write it; by itself it lays a batch end to end), `ours-BACKEND` (batches of 8, padded),
 `ours-BACKEND:grouped` (batches of examples of similar length), `ours-BACKEND:packed` (`--rows` rows
-of up to 4096 tokens); with `+eager` behind it without CUDA graphs.
+of up to 4096 tokens); with `+eager` behind it without CUDA graphs, with `+auto` with as many layers
+recomputed as the card asks for.
 
 Prints a Markdown table: tokens without padding per second, over the second half of the steps; their
 ratio to the first case; the share of tokens that went through the model that are padding; peak GiB;
@@ -64,7 +65,12 @@ COLUMNS = {
     "steps": ("steps", ",d"),
 }
 BATCH, MEAN, LONGEST = 8, 350, 4096
-GROUPED, PACKED, EAGER = ":grouped", ":packed", "+eager"
+GROUPED, PACKED = ":grouped", ":packed"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "": {"gradient_checkpointing": True},
+    "eager": {"gradient_checkpointing": True, "cuda_graphs": False},
+    "auto": {"memory": "auto"},
+}
 GROUP = 50
 """Batches whose examples are sorted by length, as transformers' `group_by_length` does."""
 
@@ -114,14 +120,21 @@ def arguments() -> argparse.Namespace:
 
 def check(case: str) -> str:
     """Return the case. Raises ArgumentTypeError if there is none of that name."""
-    name, _, way = case.removesuffix(EAGER).partition(":")
+    name, way, option = parts_of(case)
     if case not in ("peft-nf4", "unsloth") and (
-        name not in OURS or f":{way}" not in (":", GROUPED, PACKED)
+        name not in OURS or way not in (":", GROUPED, PACKED) or option not in OPTIONS
     ):
-        known = ["peft-nf4", "unsloth", *OURS]
-        text = f"{case}: take one of {known}; ours-* with {GROUPED} or {PACKED}, {EAGER}"
+        known, ways = ["peft-nf4", "unsloth", *OURS], [GROUPED, PACKED, "+eager", "+auto"]
+        text = f"{case}: take one of {known}; ours-* with some of {ways}"
         raise argparse.ArgumentTypeError(text)
     return case
+
+
+def parts_of(case: str) -> tuple[str, str, str]:
+    """Return the name of a case, its way of batching with the colon, and its option."""
+    rest, _, option = case.partition("+")
+    name, _, way = rest.partition(":")
+    return name, f":{way}", option
 
 
 # The data -----------------------------------------------------------------------------------------
@@ -210,10 +223,9 @@ def run_here(given: argparse.Namespace) -> dict[str, Any]:
     elif case == "unsloth":
         model, train = unsloth_model(path, LONGEST, PROJECTIONS, "unsloth"), unsloth_loop
     else:
-        name, _, way = case.removesuffix(EAGER).partition(":")
+        name, way, option = parts_of(case)
         model = ours(path, shape, device, OURS[name], "lora")
-        graphs = not case.endswith(EAGER)
-        train = partial(our_loop, way=f":{way}", rows_at_a_time=given.rows, cuda_graphs=graphs)
+        train = partial(our_loop, way=way, rows_at_a_time=given.rows, options=OPTIONS[option])
     _synchronize(device)
     found = {"case": case, **train(model, rows, clock)}
     return {
@@ -305,7 +317,7 @@ def our_loop(
     clock: Clock,
     way: str,
     rows_at_a_time: int,
-    cuda_graphs: bool,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """`quantadapt.train`, with padding or packed."""
     from datasets import Dataset
@@ -333,8 +345,7 @@ def our_loop(
             logging_steps=EVERY,
             per_device_train_batch_size=rows_at_a_time if packs else BATCH,
             packing=packs,
-            gradient_checkpointing=True,
-            cuda_graphs=cuda_graphs,
+            **options,
         )
     return {"through": sum(through), "steps": result.steps, "notes": "; ".join(notes)}
 
