@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import quantadapt as qa
 from quantadapt.errors import ModelError, NumbersError
 from quantadapt.facade import facades
+from quantadapt.model.numbers import refuse_not_numbers
 from quantadapt.testing.small_demo import small_model
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -54,6 +55,18 @@ def spoil(file: Path, key: str, value: float = math.nan) -> None:
     else:
         flat[-1] = value
     save_file(tensors, file, metadata=metadata)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_numbers_are_numbers_and_infinities_are_none(dtype: torch.dtype) -> None:
+    """Even where a sum of them overflows, or two of them have none."""
+    values = torch.full((3, 1000), torch.finfo(dtype).max, dtype=dtype)
+    refuse_not_numbers([("large", values), ("none", values[:0]), ("code", torch.arange(9))])
+    for wrong in ([math.nan], [math.inf], [-math.inf], [math.inf, -math.inf]):
+        held = torch.ones(3, 1000, dtype=dtype)
+        held[1, : len(wrong)] = torch.tensor(wrong, dtype=dtype)
+        with pytest.raises(NumbersError, match="wrong holds values that are no numbers"):
+            refuse_not_numbers([("large", values), ("wrong", held)])
 
 
 @pytest.mark.parametrize(("backend", "name"), CASES)
