@@ -71,11 +71,13 @@ def quietly() -> Iterator[None]:
 
 
 def _set_levels(levels: Mapping[str, int]) -> None:
-    """Give loggers their levels, all at once: at each `setLevel` a thousand others forget what they
-    know."""
-    for name, level in levels.items():
+    """Give loggers their levels, all at once, where they have others: at each `setLevel` a thousand
+    loggers forget what they know."""
+    others = {name: n for name, n in levels.items() if logging.getLogger(name).level != n}
+    for name, level in others.items():
         logging.getLogger(name).level = level
-    logging.root.setLevel(logging.root.level)
+    if others:
+        logging.root.setLevel(logging.root.level)
 
 
 class _Errors(logging.Filter):
