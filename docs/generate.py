@@ -75,13 +75,22 @@ def stale() -> dict[Path, str]:
 
 
 def _own_plugins() -> registry.Registry:
-    """Return a registry with the plugins of this distribution alone."""
+    """Return a registry with the plugins of this distribution alone.
+
+    Raises:
+        RuntimeError: one of them does not work, as where a busy machine imports it too slowly: the
+            pages would be silent about what it provides.
+    """
     before = os.environ.pop(registry.ONLY, None)
     try:
         known = registry.discover()
     finally:
         if before is not None:
             os.environ[registry.ONLY] = before
+    for broken in known.broken:
+        origin = broken.provenance
+        if origin.distribution == "quantadapt" or origin.plugin in registry.BUILTIN:
+            raise RuntimeError(f"no page is written without plugin {origin}: {broken.reason}")
     ours = {
         name
         for name, origin in known.plugins.items()

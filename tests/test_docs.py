@@ -10,6 +10,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,18 @@ def test_the_reference_is_current() -> None:
 
 def test_generating_twice_gives_the_same() -> None:
     assert generator().pages() == generator().pages()
+
+
+def test_no_page_is_written_without_a_plugin_of_ours(monkeypatch) -> None:
+    """One that is not imported in time on a busy machine would be missing from the reference."""
+    from quantadapt import registry
+
+    known = registry.discover()
+    for origin in (registry.Provenance("sft"), registry.Provenance("hqq", "", "quantadapt")):
+        broken = [registry.BrokenPlugin(origin, "its import did not finish within 10 s")]
+        monkeypatch.setattr(registry, "discover", lambda b=broken: replace(known, broken=b))
+        with pytest.raises(RuntimeError, match=rf"{origin.plugin}.*did not finish within 10 s"):
+            generator().pages()
 
 
 def test_check_fails_where_a_page_is_stale(monkeypatch, tmp_path, capsys) -> None:
