@@ -43,9 +43,7 @@ COMPILED = {"aqlm": ("test_forward_is_the_vendors", "test_refused_merges_touch_n
 THINNED = {
     **dict.fromkeys(
         (
-            "test_a_plugin_cannot_take_the_command_down",
             "test_fp4.py::test_merged_it_is_what_was_tuned",
-            "test_the_command_line_works_beside_a_hanging_plugin",
             "test_an_unreadable_file_of_a_distribution",
             "test_two_processes_train_as_one",
             "test_a_client_that_goes_away_frees_its_place",
@@ -127,6 +125,8 @@ THINNED = {
             "test_what_is_stored_of_a_quantized_layer",
             "test_the_active_adapter_is_merged_whatever_its_name",
             "test_a_lie_is_caught",
+            "test_the_command_line_works_beside_a_hanging_plugin",
+            "test_a_plugin_cannot_take_the_command_down",
             "test_recomputing.py::test_loss_and_gradients_stay_the_same",
             "test_a_weight_is_packed_onto_the_scales_that_are_there",
             "test_experts_one_by_one_become_stacks",
