@@ -55,6 +55,14 @@ class Share:
         """Whether a user is to be warned."""
         return self.fraction < ENOUGH
 
+    def without(self, left: Mapping[str, tuple[int, int]]) -> Share:
+        """Return it with layers and stacks dense that were to be quantized, by name with sizes."""
+        dense = Counter(self.dense)
+        for name, size in left.items():
+            dense[part_of(name) or "Linear"] += math.prod(size)
+        numbers = sum(map(math.prod, left.values()))
+        return Share(self.quantized - numbers, dense)
+
     @property
     def words(self) -> str:
         """What is told of it, one sentence."""
