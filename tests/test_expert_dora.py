@@ -261,6 +261,15 @@ def test_gradients_are_those_of_the_weights_that_it_stands_for(
             assert rel(mine, right) < 2 * OWN
 
 
+def test_a_graph_that_is_kept_gives_its_gradients_again() -> None:
+    tuned = shaken(qa.attach(model(GROUPED["silu"]), "dora", r=4))
+    outer = next(m for n, m in tuned.named_modules() if n.endswith("mlp.experts"))
+    trained = [p for n, p in outer.named_parameters() if "lora_" in n]
+    loss = outer(*inputs()).square().sum()
+    first, second = (torch.autograd.grad(loss, trained, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_recomputed_layers_give_the_same_gradients() -> None:
     plain, recomputed = with_dora("qwen3-moe"), with_dora("qwen3-moe")
     recomputed.gradient_checkpointing_enable({"use_reentrant": False})

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_experts_backends import BASE, FAMILIES, LOCAL, MOE, dense_model
+from test_experts_backends import BASE, EXPERTS, FAMILIES, LOCAL, MOE, dense_model
 from torch import nn
 
 import quantadapt as qa
@@ -20,6 +20,7 @@ from quantadapt.errors import PlanRefused, Problem
 from quantadapt.planning.combining import UNKNOWN_LAYERS
 from quantadapt.planning.layers import Layers, layers_of
 from quantadapt.planning.on_disk import config_of
+from quantadapt.quantizing.dense import share_of
 
 DENSE = {
     "Llama": ("LlamaConfig", {}),
@@ -34,7 +35,14 @@ OTHERS = {
     "Nemotron-H": FAMILIES["Nemotron-H"],
 }
 KNOWN = [*(family for family in FAMILIES if family not in OTHERS), *DENSE]
-ODD = {**BASE, **MOE, "head_dim": 16, "moe_intermediate_size": 72, "num_hidden_layers": 3}
+ODD = {
+    **BASE,
+    **MOE,
+    "vocab_size": 131,
+    "head_dim": 16,
+    "moe_intermediate_size": 72,
+    "num_hidden_layers": 3,
+}
 
 
 def model_of(family: str) -> Any:
@@ -166,6 +174,16 @@ def test_sizes_that_do_not_fit_are_refused_by_the_plan_as_by_the_run(
     assert found == list(caught.value.problems)
     assert any("experts.down_proj" in problem.where for problem in found)
     qa.plan(qa.Spec(model=odd, backend=backend, skip_misfits=True))
+
+
+@pytest.mark.filterwarnings("ignore::quantadapt.quantizing.dense.MostlyDenseWarning")
+def test_what_does_not_fit_and_stays_dense_is_in_the_share(odd: str) -> None:
+    plan = qa.plan(qa.Spec(model=odd, backend="eetq", skip_misfits=True))
+    model = qa.quantize(odd, "eetq", device="cpu", skip_misfits=True)
+    found = share_of(model, ("lm_head",))
+    assert plan.share is not None
+    assert (plan.share.quantized, {**plan.share.dense}) == (found.quantized, {**found.dense})
+    assert found.dense["experts"] == 2 * EXPERTS * 64 * 72
 
 
 def test_a_config_without_weights_is_enough_for_sizes(odd: str, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, DbrxConfig, GptOssConfig, MixtralConfig
 
 import quantadapt as qa
 from quantadapt.planning.share import BEGINNING
@@ -74,6 +74,23 @@ def test_a_quantized_model_has_what_the_plan_said(tmp_path: Path) -> None:
     assert (found.quantized, sum(found.dense.values())) == (share.quantized, 2 * ROUTER)
     assert found.dense["routers"] == 2 * ROUTER
     assert any(note.startswith(BEGINNING) for note in state_of(model).notes)
+
+
+def test_experts_that_are_no_stacks_stay_dense_and_the_plan_says_so(tmp_path: Path) -> None:
+    """DBRX keeps the weights of all experts in one matrix."""
+    experts = {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}
+    config = DbrxConfig(
+        d_model=32, n_heads=4, n_layers=2, vocab_size=100, max_seq_len=64, ffn_config=experts,
+        attn_config={"kv_n_heads": 4, "rope_theta": 10_000.0},
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    plan = qa.plan(qa.Spec(model=str(tmp_path / "model"), backend="bnb-nf4"))
+    assert plan.share is not None
+    assert plan.share.dense["experts"] == 2 * EXPERTS
+    assert [note for note in plan.notes if note.startswith(BEGINNING)] == [plan.share.words]
+    model = qa.quantize(str(tmp_path / "model"), "bnb-nf4", dtype="float32")
+    found = share_of(model, ("lm_head",))
+    assert (found.quantized, found.dense["experts"]) == (plan.share.quantized, 2 * EXPERTS)
 
 
 def test_quantizing_warns_where_most_stays_dense() -> None:

@@ -12,7 +12,8 @@ from torch import nn
 from ..errors import PlanRefused, Problem, QuantadaptError, warn
 from ..facade import facades, linear_facades
 from ..planning.peft_options import peft_options
-from ..planning.refusals import experts_problems, wants_loftq, without_loftq
+from ..planning.refusals import wants_loftq, without_loftq
+from ..planning.targets import experts_problems
 from ..quantizing.state import ModelState
 from ..records import Adapter
 from ..registry.blame import blamed

@@ -247,7 +247,8 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         holder = ctx if ctx.keeper is None else ctx.keeper
         hidden, weights, *rest = holder.saved_tensors
-        noted, ctx.noted = ctx.noted, None
+        noted: _Noted = ctx.noted
+        ctx.noted = noted._replace(rows=None)  # given away; norms serve another pass, too
         with torch.autocast(hidden.device.type, enabled=False):
             found = _gradients(
                 ctx.parts, grads[0], hidden, weights, Routing(*rest), noted, ctx.needs_input_grad[0]

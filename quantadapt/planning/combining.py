@@ -16,7 +16,7 @@ from ..records import Evaluation
 from . import processes, streaming
 from .context_parallel import context_problems
 from .exports import PlannedExport, makes_dense, refused_where
-from .layers import layers_of
+from .layers import Layers, layers_of
 from .memory import MemoryPlan
 from .names import is_all_linear
 from .parts import Draft, evaluation_of
@@ -32,12 +32,12 @@ from .refusals import (
     loftq_problems,
     merge_aware_problems,
     misfit_problems,
-    named_problems,
     packing_problems,
     refusals_beside,
     task_problems,
 )
 from .share import Share, share_on_disk, tower_sizes, towers_words
+from .targets import named_problems
 from .workload import memory_plan
 
 MERGE_AWARE = (
@@ -64,13 +64,13 @@ def cell_problems(made: Plan) -> list[Problem]:
 def combined(draft: Draft, made: Plan) -> Plan:
     """Return `made` with rules, exports, processes and memory looked at."""
     _look_at_options(draft, made)
-    _look_at_layers(draft, made)
+    layers = _look_at_layers(draft, made)
     for name, evaluator in made.evaluators.items():
         record = draft.registry.record(Evaluation, evaluation_of(name))
         draft.problems += refusals_beside(made.cell, record, evaluator.model_dump())
     draft.notes += made.quantizer.notes(made.device)
     _look_at_towers(draft, made)
-    made = replace(made, share=_share(draft, made))
+    made = replace(made, share=_share(draft, made, layers))
     if made.share is not None and made.share.is_low:
         draft.notes.append(made.share.words)
     made = replace(made, exports=_allowed_exports(made))
@@ -180,23 +180,27 @@ def _capability(draft: Draft, device: str) -> tuple[int, int] | None:
     return there[int(index)] if index.isdigit() and int(index) < len(there) else None
 
 
-def _share(draft: Draft, made: Plan) -> Share | None:
-    """Return how much of a local checkpoint will be quantized."""
+def _share(draft: Draft, made: Plan, layers: Layers | None) -> Share | None:
+    """Return how much of a local checkpoint will be quantized; `layers` are those that it has."""
     dense = made.backend.name == "none" or made.adopt
     if dense or draft.problems or not made.model:
         return None
     vocabulary = text_config(made.config or {}).get("vocab_size")
     skip, folder = tuple(made.spec.skip_modules or ()), Path(made.model).expanduser()
     experts, towers = made.quantizer.quantizes_experts, made.spec.towers
-    return share_on_disk(folder, vocabulary, skip, experts=experts, towers=towers)
+    share = share_on_disk(folder, vocabulary, skip, experts=experts, towers=towers)
+    if share is None or layers is None or not made.spec.skip_misfits:
+        return share
+    sizes = layers.without(skip)
+    return share.without({n: sizes[n] for n in misfit_problems(made.quantizer, sizes)[1]})
 
 
-def _look_at_layers(draft: Draft, made: Plan) -> None:
+def _look_at_layers(draft: Draft, made: Plan) -> Layers | None:
     """Refuse names that no layer has and sizes that cannot be quantized, as far as the checkpoint
-    tells of them."""
+    tells of its layers, which are returned."""
     spec, config, options = made.spec, made.config, made.adapter_options
     if config is None or any(problem.where == "model" for problem in draft.problems):
-        return
+        return None
     skip, towers = tuple(spec.skip_modules or ()), towers_in(config)
     layers = layers_of(config, Path(made.model).expanduser() if made.model else None)
     if made.trains and layers is not None:
@@ -207,6 +211,7 @@ def _look_at_layers(draft: Draft, made: Plan) -> None:
     names = not is_all_linear(options.get("target_modules"))
     if made.model and made.trains and names and not (layers and layers.names):
         draft.notes.append(UNKNOWN_LAYERS)
+    return layers
 
 
 def _look_at_towers(draft: Draft, made: Plan) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..capabilities import KEEP, Cell, Merge, refusals
@@ -12,19 +12,7 @@ from ..inputs.fingerprints import Fingerprint
 from ..protocols import AdapterTarget, Exporter, Quantizer, Task
 from ..records import Adapter, Backend, Export, Record, kind_of
 from ..spec import TrainSpec
-from .layers import Layers
-from .names import (
-    ends,
-    is_all_linear,
-    module_problems,
-    names_stack,
-    parameter_problems,
-    router_problems,
-    stacks_left,
-    target_problems,
-)
 from .on_disk import quantization_of
-from .peft_options import peft_options
 
 WAY_OUT = f"{KEEP}, or merge it onto the unquantized base (quantadapt merge RUN --onto BASE)"
 
@@ -187,106 +175,6 @@ def invocation_problems(
         what = "aLoRA looks for one invocation in a row, and packed rows hold several examples"
         found.append(Problem(what, "leave train.packing out", "train.packing", "alora-packing"))
     return found
-
-
-_NOT_ON_EXPERTS = {
-    "lora_dropout": "has no dropout on stacks of experts",
-    "lora_bias": "has no bias on stacks of experts",
-    "velora_config": "has no VeLoRA on stacks of experts",
-    "kasa_config": "has no KaSA on stacks of experts",
-}
-"""Options of LoRA that PEFT does not take for parameters."""
-
-
-def experts_problems(
-    adapter: Adapter, options: Mapping[str, Any], layers: Iterable[str] = ()
-) -> list[Problem]:
-    """Return why an adapter does not go onto stacks of experts; empty if it does.
-
-    Args:
-        layers: the linear layers that it can go onto.
-    """
-    rule = f"{adapter.name}-experts"
-    without = "leave them out, exclude_modules: [experts]"
-    if "exclude_modules" not in peft_options(adapter):
-        names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}) or ["q_proj", "..."])
-        without = f"name the layers, target_modules: [{names}]"
-    if not adapter.experts:
-        what = f"{adapter.name} adapts layers alone, and the model's experts are stacked parameters"
-        return [Problem(what, f"{without}; or use lora", "adapter.target_modules", rule)]
-    found = [
-        Problem(f"PEFT {why}", f"leave {name} out, or {without}", f"adapter.{name}", rule)
-        for name, why in _NOT_ON_EXPERTS.items()
-        if options.get(name)
-    ]
-    start = options.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower() != "gaussian":
-        what = f"{start} starts from the weights of layers, not of stacked experts"
-        fix = f"use init_lora_weights: true, or {without}"
-        found.append(Problem(what, fix, "adapter.init_lora_weights", rule))
-    return found
-
-
-def named_problems(
-    adapter: Adapter, options: Mapping[str, Any], layers: Layers, skip: Iterable[str] = ()
-) -> list[Problem]:
-    """Return what an adapter's options name and `layers` has not, and why it does not go onto the
-    stacks of experts that they name.
-
-    Args:
-        skip: what is left dense, so that "all-linear" leaves it out.
-    """
-    wanted, found = options.get("target_modules"), []
-    left = stacks_left(layers.stacks, options)
-    if is_all_linear(wanted):
-        named = [name for name in left if name in layers.without(skip)]
-    elif not layers.names:
-        return []
-    else:
-        found = _target_problems(wanted, options.get("target_parameters"), layers)
-        named = _named_stacks(wanted, left, layers)
-    if layers.names:
-        found += parameter_problems(layers.parameters, options.get("target_parameters"))
-        found += module_problems([*layers.names, *WITHOUT_PARAMETERS], options)
-    return found + (experts_problems(adapter, options, layers.linears) if named else [])
-
-
-WITHOUT_PARAMETERS = ("rotary_emb", "act_fn", "dropout")
-"""Modules that no file tells of; to exclude them has no effect, and is no mistake."""
-
-
-def _target_problems(wanted: Any, parameters: Any, layers: Layers) -> list[Problem]:
-    if wanted == [] and parameters:
-        return []
-    there: Any = wanted
-    if not isinstance(wanted, str):
-        names = layers.names
-        there = [
-            target
-            for target in wanted
-            if target.rpartition(".")[2] not in layers.parts or any(ends(n, target) for n in names)
-        ]
-        if wanted and not there:
-            return []
-    found = target_problems(layers.names, there, [*layers.linears, *layers.stacks])
-    return found + router_problems(name for name in layers.routers if _names(wanted, name))
-
-
-def _named_stacks(wanted: Any, stacks: Iterable[str], layers: Layers) -> list[str]:
-    """Return those of `stacks` that are named; what layers are called, too, stands for those."""
-    if isinstance(wanted, str):
-        return [name for name in stacks if names_stack(wanted, name)]
-    modules = [*layers.linears, *layers.routers]
-    parts = [layers.parts.get(target.rpartition(".")[2], target) for target in wanted]
-    both = zip(wanted, parts, strict=True)
-    own = [part for target, part in both if not any(ends(name, target) for name in modules)]
-    return [name for name in stacks if names_stack(own, name)]
-
-
-def _names(wanted: str | list[str], name: str) -> bool:
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(ends(name, target) for target in wanted)
 
 
 def misfit_problems(

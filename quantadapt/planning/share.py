@@ -16,6 +16,8 @@ ENOUGH = 0.8
 """Below this share of the weights a user is warned."""
 BEGINNING = "quantized are"
 _EXPERTS = re.compile(r"\.experts\.")
+_NO_STACK = re.compile(r"\.experts\.mlp\.(w1|v1|w2)$")
+"""Weights of DBRX's experts, which stay dense: all of them are one matrix, and no stack."""
 _ROUTER = re.compile(r"\.(gate|router)\.(weight|wg\.weight)$")
 _TABLE = re.compile(r"(^|\.)(embed_tokens|wte|wpe|embed_in|word_embeddings|lm_head)\.weight$")
 _TOWERS = {
@@ -54,6 +56,14 @@ class Share:
     def is_low(self) -> bool:
         """Whether a user is to be warned."""
         return self.fraction < ENOUGH
+
+    def without(self, left: Mapping[str, tuple[int, int]]) -> Share:
+        """Return it with layers and stacks dense that were to be quantized, by name with sizes."""
+        dense = Counter(self.dense)
+        for name, size in left.items():
+            dense[part_of(name) or "Linear"] += math.prod(size)
+        numbers = sum(map(math.prod, left.values()))
+        return Share(self.quantized - numbers, dense)
 
     @property
     def words(self) -> str:
@@ -115,7 +125,8 @@ def share_on_disk(
             if is_expert_bias(name) or tower_of(name) not in towers:
                 continue
             kind = part_of(name)
-            if kind == "routers" or (kind == "experts" and not experts):
+            dense_experts = kind == "experts" and (not experts or _NO_STACK.search(name))
+            if kind == "routers" or dense_experts:
                 dense[kind] += math.prod(shape)
             else:
                 quantized += math.prod(shape)
