@@ -979,6 +979,21 @@ def test_progress_is_shown_in_lines_and_obeys_no_name(tmp_path) -> None:
     assert "[bold]x   failed: \\x1b[2J [red]gone   3.0 s" in lines[3]
 
 
+def test_what_is_left_is_told_anew_where_runs_turn_out_slower(tmp_path) -> None:
+    """Two at a time: 40 s for each of the other 9 take 3 min; 60 s on average for the other 7,
+    3 min 30 s."""
+    text, job = io.StringIO(), Job("x", [], tmp_path, tmp_path)
+    with CompareDisplay(Screen(text, width=200)) as shown:
+        shown("batch", {"count": 10, "steps": None, "slots": 2})
+        for seconds in (40.0, 40.0, 100.0, 60.0):
+            shown("ended", {"job": job, "ending": Ending("finished", "", seconds), "result": {}})
+    told = [line for line in text.getvalue().splitlines() if line.startswith("about")]
+    assert told == [
+        "about 3 min for the other 9, if all are like the first",
+        "about 3 min 30 s for the other 7, if all are like the first 3",
+    ]
+
+
 # The command --------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,9 @@ from .display import four_digits
 if TYPE_CHECKING:
     from rich.console import Console
 
+_SLOWER = 1.25
+"""So much slower than was told, and it is told anew."""
+
 
 class CompareDisplay(Bars):
     """A listener for `quantadapt.compare`; use it as a context manager."""
@@ -23,6 +26,8 @@ class CompareDisplay(Bars):
     def __init__(self, console: Console) -> None:
         super().__init__(console, SpinnerColumn())
         self.done, self.total, self.slots = 0, 0, 1
+        self._took: list[float] = []
+        self._told = 0.0
         self._bars: dict[str, TaskID] = {}
 
     def _print(self, text: str, style: str = "") -> None:
@@ -39,6 +44,7 @@ class CompareDisplay(Bars):
     def on_batch(self, facts: Mapping[str, Any]) -> None:
         """So many runs begin together, to a rung or to their end."""
         self.done, self.total, self.slots = 0, facts["count"], facts["slots"]
+        self._took, self._told = [], 0.0
         if facts["steps"] is not None and facts["count"]:
             self._print(f"rung of {facts['steps']} steps: {facts['count']} runs")
 
@@ -71,10 +77,19 @@ class CompareDisplay(Bars):
         sign, style = ("✓", "green") if good else ("✗", "yellow")
         text = f"[{style}]{sign}[/{style}] {place:>6}  {escape(job.name)}   {escape(words)}"
         self.console.print(f"{text}   [dim]{duration(ending.seconds)}[/dim]", soft_wrap=True)
-        left = self.total - self.done
-        if self.done == 1 and left and good:
-            rest = duration(ending.seconds * left / self.slots)
-            self._print(f"about {rest} for the other {left}, if all are like the first", "dim")
+        if good:
+            self._tell_rest(ending.seconds)
+
+    def _tell_rest(self, seconds: float) -> None:
+        """Say how long the others take: after the first, and where they turn out to be slower."""
+        self._took.append(seconds)
+        left, each = self.total - self.done, sum(self._took) / len(self._took)
+        if not left or each < _SLOWER * self._told:
+            return
+        self._told = each
+        rest = duration(each * max(left / self.slots, 1))
+        like = "the first" if len(self._took) == 1 else f"the first {len(self._took)}"
+        self._print(f"about {rest} for the other {left}, if all are like {like}", "dim")
 
     def on_stopping(self, facts: Mapping[str, Any]) -> None:
         """What goes on is told to end."""
