@@ -17,7 +17,7 @@ from ..dependencies import in_words
 from ..distributed.talking import reduced
 from ..fused_kernels import fused_kernels
 from ..memory import rules
-from ..memory.workload import GIB
+from ..memory.cards import GIB
 from ..model.patches import changed, patched, put_back, restored
 from ..sharding import KEEPS, elsewhere, gather_ahead, kept_gathered
 from .context_parallel import rows_in_parts
