@@ -102,14 +102,13 @@ def curves(device: str) -> dict[str, Curve]:
 def measured(point: Point, device: str) -> Point:
     """Return the point with what it took, and what it should have."""
     free(device)
-    before = _allocated(device)
     seconds = median_step(model_of(point.shape, device, "lora", r=point.rank), point.shape)
     allocated, _ = peak(device)
     return replace(
         point,
         seconds=seconds,
         least=least_seconds(point),
-        gib=allocated - before if device == "cuda" else None,
+        gib=allocated if device == "cuda" else None,
         foreseen=foreseen_gib(point),
     )
 
@@ -170,15 +169,6 @@ def free(device: str) -> None:
 
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def _allocated(device: str) -> float:
-    """Return the GiB that are in use now."""
-    if device != "cuda":
-        return 0.0
-    import torch
-
-    return torch.cuda.memory_allocated() / 2**30
 
 
 def least_seconds(point: Point) -> float:
@@ -334,7 +324,8 @@ def main() -> None:
                 points.append((value, measured(point, given.device)))
                 print(line_of(name, *points[-1]), flush=True)
             found[name] = replace(curve, points=points)
-    print(f"\n{device_name(given.device)}; {versions(*PACKAGES)}")
+    if not given.read:
+        print(f"\n{device_name(given.device)}; {versions(*PACKAGES)}")
     print("\n| curve | of | exponent | last two | predicted | last two |")
     print(f"| --- | --- | {'---: | ' * 4}")
     for name, curve in found.items():

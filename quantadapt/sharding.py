@@ -10,7 +10,7 @@ whole on every rank. ZeRO-3: https://arxiv.org/abs/1910.02054
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from itertools import zip_longest
 from typing import Any
@@ -115,6 +115,7 @@ def _shard_embedding(embedding: Any) -> None:
         weight: Tensor = embedding.weight.full_tensor()
         return nn.functional.embedding(ids, weight, embedding.padding_idx)
 
+    forward.gathers = True  # type: ignore[attr-defined]
     embedding.forward = forward
 
 
@@ -131,12 +132,76 @@ def _mesh_of(group: Any) -> Any:
     return init_device_mesh(kind, (torch.distributed.get_world_size(group),))
 
 
+# --- a base that stays gathered ------------------------------------------------------------------
+
+KEEPS = 0.1
+"""A base stays gathered while it trains where what others hold of it takes no more than this share
+of what a GPU has free."""
+
+
+def elsewhere(model: nn.Module) -> int:
+    """Return how many bytes of the base of `model` other ranks hold."""
+    shared = {id(p): p for p in model.parameters() if isinstance(p, DTensor)}
+    return sum((p.numel() - p.to_local().numel()) * p.element_size() for p in shared.values())
+
+
+@contextmanager
+def kept_gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, each rank holds the whole base of `model`, gathered once, and computes as if it had
+    never been sharded: the base is frozen, so nothing has to be sent in a pass."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            _without_fsdp(module, stack)
+        for shards in _shards(model):
+            shards.keep()
+            stack.callback(shards.share)
+        for module in model.modules():
+            for name, parameter in [*module._parameters.items()]:
+                if isinstance(parameter, DTensor):  # of embedding and head
+                    whole = nn.Parameter(parameter.full_tensor(), requires_grad=False)
+                    module._parameters[name] = whole
+                    stack.callback(module._parameters.__setitem__, name, parameter)
+        yield
+
+
+def _shards(model: nn.Module) -> list[_Shard]:
+    found = (getattr(facade.own_vendor, "_shard", None) for _, facade in facades(model))
+    return [*{id(shards): shards for shards in found if shards is not None}.values()]
+
+
+def _without_fsdp(module: nn.Module, stack: ExitStack) -> None:
+    """Take what gathers `module` for its passes off, until `stack` ends."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in [*hooks.items()]:
+            if type(getattr(hook, "__self__", None)).__name__ == "FSDPState":
+                before = [*hooks.items()]
+                del hooks[key]
+                stack.callback(_put_back, hooks, before)
+    if isinstance(module, FSDPModule):  # which looks for its parameters when `to` is called
+        stack.callback(setattr, module, "__class__", type(module))
+        module.__class__ = type(module).__bases__[-1]
+    gathers = vars(module).get("forward")
+    if getattr(gathers, "gathers", False):
+        del module.forward
+        stack.callback(setattr, module, "forward", gathers)
+
+
+def _put_back(hooks: dict[int, Any], before: list[tuple[int, Any]]) -> None:
+    """Let `hooks` have those of `before` again, in their order, and then what came since."""
+    since = [item for item in hooks.items() if item not in before]
+    hooks.clear()
+    hooks.update([*before, *since])
+
+
 class _Shard:
     """The packed tensors of one block."""
 
     def __init__(self, block: nn.Module, leaves: list[Leaf]) -> None:
         self.block, self.leaves = block, leaves
         self.storage = 0
+        self._kept: tuple[Any, Tensor] | None = None
 
     @classmethod
     def of(cls, block: nn.Module, vendors: Iterable[nn.Module]) -> _Shard | None:
@@ -163,11 +228,26 @@ class _Shard:
     @property
     def is_gathered(self) -> bool:
         """Whether the vendor's tensors can be read."""
-        return not isinstance(self.packed, DTensor)
+        return self._kept is not None or not isinstance(self.packed, DTensor)
+
+    def keep(self) -> None:
+        """Gather it, and let it stay so. All ranks have to."""
+        packed: Any = self.block._parameters.pop(PACKED)
+        self._kept = packed, packed.full_tensor()
+        self.bind()
+
+    def share(self) -> None:
+        """Undo `keep`."""
+        assert self._kept is not None
+        packed, whole = self._kept
+        self._kept, self.storage = None, 0
+        self.block._parameters[PACKED] = packed
+        whole.untyped_storage().resize_(0)  # the vendors' tensors still are views of it
 
     def bind(self, packed: Tensor | None = None) -> None:
         """Point the vendor's tensors to what is gathered, unless they do so already."""
-        packed = self.packed.data if packed is None else packed
+        if packed is None:
+            packed = self.packed.data if self._kept is None else self._kept[1]
         storage = packed.untyped_storage()._cdata
         if storage != self.storage:
             for leaf in self.leaves:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import types
 import warnings
+import weakref
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from typing import Any
@@ -371,3 +373,13 @@ def test_the_numbers_are_the_same_and_nothing_stays(dtype) -> None:
     for name, value in expected.items():
         error = float((found[name] - value).float().norm() / value.float().norm())
         assert error < (1e-4 if dtype == "float32" else 0.05), (name, error)
+
+
+def test_nothing_of_a_model_that_was_trained_stays() -> None:
+    """The memory of its base is needed for the next one."""
+    tuned = qa.attach(qa.quantize(str(small_model()), "bnb-nf4"), "lora", r=2)
+    qa.train(tuned, max_steps=1, per_device_train_batch_size=2, gradient_checkpointing=True)
+    left = [weakref.ref(module) for module in tuned.modules()]
+    del tuned
+    gc.collect()
+    assert [type(ref()).__name__ for ref in left if ref() is not None] == []

@@ -38,6 +38,7 @@ def in_head_groups(
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     stock = ALL_ATTENTION_FUNCTIONS[STOCK]
+    before = ALL_ATTENTION_FUNCTIONS.get(NAME, stock)
     AttentionInterface.register(NAME, partial(_attention, stock, is_long))
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[STOCK])
     configs = configs_of(model, STOCK)
@@ -46,8 +47,11 @@ def in_head_groups(
         for config in configs:
             config._attn_implementation_internal = NAME if on else STOCK
 
-    with computed_by(STOCK, configs):
-        yield turn
+    try:
+        with computed_by(STOCK, configs):
+            yield turn
+    finally:  # `is_long` may hold layers of the model, which would never be given back
+        AttentionInterface.register(NAME, before)
 
 
 def _attention(

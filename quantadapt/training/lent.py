@@ -14,10 +14,12 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..dependencies import in_words
+from ..distributed.talking import reduced
 from ..fused_kernels import fused_kernels
 from ..memory import rules
+from ..memory.cards import GIB
 from ..model.patches import changed, patched, put_back, restored
-from ..sharding import gather_ahead
+from ..sharding import KEEPS, elsewhere, gather_ahead, kept_gathered
 from .context_parallel import rows_in_parts
 from .figures import adapter_device, compute_dtype
 
@@ -64,6 +66,7 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
         lend = stack.enter_context
         lend(given_back(model))  # the first, so that nothing of a trainer stays
         lend(streamed(model, spec, on_note))  # the base, from CPU memory
+        lend(gathered_once(model, spec, on_note))  # a base that several GPUs share
         lend(quick_walks(model))  # `train` and `zero_grad` that do not ask each module
         lend(fast_adapters(model))  # TF32 for float32 adapters
         fused = lend(fused_layers(model, keep_casts=spec.memory != "min", on_note=on_note))
@@ -151,6 +154,35 @@ def streamed(model: nn.Module, spec: TrainSpec, on_note: OnNote) -> Iterator[Non
         yield
     finally:
         bring_back(model)
+
+
+@contextmanager
+def gathered_once(model: nn.Module, spec: TrainSpec, on_note: OnNote) -> Iterator[None]:
+    """Where all GPUs have ample room, let a sharded base stay gathered while it trains."""
+    needed = elsewhere(model)
+    if not needed or spec.memory == "min" or needed > KEEPS * _room(model, spec):
+        yield
+        return
+    on_note(
+        f"fsdp: each GPU has room for the whole base, so it stays gathered while it trains"
+        f" ({needed / GIB:.2f} GiB more; train.memory: min shares it at all times)"
+    )
+    with kept_gathered(model):
+        yield
+
+
+def _room(model: nn.Module, spec: TrainSpec) -> float:
+    """Return the bytes that training may still allocate on the GPU that has the least; 0 on a CPU,
+    where nothing is gained."""
+    import torch
+
+    device = adapter_device(model)
+    if device.type != "cuda":
+        return 0.0
+    free, _ = torch.cuda.mem_get_info(device)
+    if (limit := rules.limit(spec)) is not None:
+        free = min(free, limit - torch.cuda.memory_allocated(device))
+    return -reduced(-float(free), device, "max")
 
 
 @contextmanager

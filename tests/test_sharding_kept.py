@@ -1,0 +1,129 @@
+"""A sharded base that stays gathered while it trains computes what it did, and is shared again
+afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock, patch
+
+import pytest
+import torch
+from processes import in_processes
+from test_sharding import held, passes, tiny
+
+assert tiny  # a fixture
+BACKENDS = ("bnb-nf4", "hqq")
+pytestmark = pytest.mark.slow
+
+
+def trained(model: Any, notes: list[str], **options: Any) -> dict[str, Any]:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    import quantadapt as qa
+    from quantadapt import demo
+
+    ids = torch.randint(0, 128, (12, 11), generator=torch.Generator().manual_seed(1)).tolist()
+    data = Dataset.from_dict({"input_ids": ids, "completion_mask": [[1] * 11] * 12})
+    tuned = qa.attach(model, "lora", r=4)
+    result = qa.train(
+        tuned,
+        data,
+        tokenizer=AutoTokenizer.from_pretrained(demo.MODEL_DIR),
+        on_note=notes.append,
+        parallel="fsdp",
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        **options,
+    )
+    weights = {n: p.detach().clone() for n, p in tuned.named_parameters() if "lora_" in n}
+    return {"losses": result.losses, "weights": weights}
+
+
+def hooks(model: Any) -> list[list[Any]]:
+    return [[*m._forward_pre_hooks, 0, *m._forward_hooks] for m in model.modules()]
+
+
+def sends() -> Any:
+    """Count what FSDP2 gathers."""
+    gather = torch.distributed.all_gather_into_tensor
+    return patch.object(torch.distributed, "all_gather_into_tensor", Mock(side_effect=gather))
+
+
+def compared(folder: str) -> dict[str, Any]:
+    import quantadapt as qa
+    from quantadapt.distributed import start
+    from quantadapt.sharding import elsewhere, is_sharded, kept_gathered, shard
+    from quantadapt.training import lent
+
+    models = {name: [qa.quantize(folder, name) for _ in range(3)] for name in BACKENDS}
+    found: dict[str, Any] = {}
+    start("cpu")
+    for name, (model, other, third) in models.items():
+        whole, size = passes(model), held(model)
+        shard(model)
+        with sends() as each:
+            passes(model)
+        shared, there, away = held(model), hooks(model), elsewhere(model)
+        with kept_gathered(model), sends() as send:
+            inside = [passes(model) for _ in range(2)]
+            found[name] = {
+                "is_sharded": is_sharded(model),
+                "sent": (each.call_count, send.call_count),
+            }
+            found[name] |= {"inside": held(model) / size, "away": (away, elsewhere(model))}
+        pairs = [pair for p in (*inside, passes(model)) for pair in zip(whole, p, strict=True)]
+        found[name]["equal"] = [torch.equal(a, b) for a, b in pairs]
+        found[name]["shared"] = shared / size, held(model) / size
+        found[name]["hooks"] = hooks(model) == there
+        notes: list[str] = []
+        found[name]["each time"] = trained(shard(other), notes)
+        with patch.object(lent, "_room", lambda *_: 2.0**40):
+            found[name]["once"] = trained(shard(third), notes)
+            found[name]["after"] = is_sharded(third), held(third) / size
+            found[name]["min"] = trained(model, found[name].setdefault("told", []), memory="min")
+        found[name]["notes"] = [note for note in notes if note.startswith("fsdp")]
+    return found
+
+
+@pytest.fixture(scope="module")
+def kept(tiny: str, tmp_path_factory: Any) -> list[dict[str, Any]]:
+    folder: Path = tmp_path_factory.mktemp("kept")
+    return in_processes(2, compared, folder, tiny)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_passes_are_the_same_bit_for_bit_and_send_nothing(kept: Any, backend: str) -> None:
+    for found in (rank[backend] for rank in kept):
+        assert all(found["equal"])
+        assert found["is_sharded"] is False
+        assert found["sent"][0] > 0 == found["sent"][1]
+        assert found["inside"] == pytest.approx(1, abs=0.05)
+        assert found["away"][0] > 0
+        assert found["away"][1] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_afterwards_it_is_shared_again(kept: Any, backend: str) -> None:
+    for found in (rank[backend] for rank in kept):
+        assert found["shared"][0] == found["shared"][1] < 0.6
+        assert found["hooks"]
+        assert found["after"][0] is True
+        assert found["after"][1] < 0.6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_learns_the_same_and_says_what_it_does(kept: Any, backend: str) -> None:
+    for found in (rank[backend] for rank in kept):
+        for way in ("once", "min"):
+            assert dict(found[way]["losses"]) == pytest.approx(
+                dict(found["each time"]["losses"]), rel=1e-6
+            )
+        for name, weight in found["each time"]["weights"].items():
+            torch.testing.assert_close(found["once"]["weights"][name], weight, rtol=0, atol=1e-6)
+        assert not [note for note in found["told"] if "gathered" in note]
+        (note,) = found["notes"]
+        assert "stays gathered while it trains" in note
