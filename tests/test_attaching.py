@@ -328,7 +328,7 @@ def test_a_run_is_refused_before_a_weight_is_loaded(
         raise AssertionError("a weight is loaded")
 
     monkeypatch.setattr("quantadapt.loading.reading.from_pretrained", load)
-    monkeypatch.setattr("quantadapt.pipeline.quantize_plan", load)
+    monkeypatch.setattr("quantadapt.pipeline.base.quantize_plan", load)
     spec = qa.Spec(
         model=str(checkpoint), adapter={"name": "lora", **options}, output=str(tmp_path / "run")
     )

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_settings import PLAIN, skip_without_triton
 
 import quantadapt as qa
-from quantadapt import demo, pipeline
+from quantadapt import demo
 from quantadapt.data.prompts import Asked, load_prompts
 from quantadapt.distributed import world
 from quantadapt.errors import DataError, PlanRefused, RewardError
@@ -28,6 +28,7 @@ from quantadapt.memory import Setting
 from quantadapt.model.head import head_losses
 from quantadapt.objectives.grpo import GRPO
 from quantadapt.objectives.rloo import RLOO
+from quantadapt.pipeline import base as run_base
 from quantadapt.rewarding import answering
 from quantadapt.testing.small_demo import small_model
 from quantadapt.training.memory_fit import MemoryFit
@@ -495,7 +496,7 @@ def test_a_bad_function_ends_a_run_before_the_base_is_quantized(tmp_path, monkey
         output=str(tmp_path / "run"),
     )
     quantized: list[Any] = []
-    monkeypatch.setattr(pipeline, "quantize_plan", lambda *_, **__: quantized.append(1))
+    monkeypatch.setattr(run_base, "quantize_plan", lambda *_, **__: quantized.append(1))
     with pytest.raises(RewardError, match="which is no finite number"):
         qa.run(spec)
     assert not quantized

@@ -16,7 +16,7 @@ from quantadapt.distributed import world
 from quantadapt.errors import MergeRefused, PlanRefused, TrainingError
 from quantadapt.machine import Machine
 from quantadapt.memory import GIB
-from quantadapt.pipeline import meet
+from quantadapt.pipeline.base import meet
 from quantadapt.planning import Plan, plan
 from quantadapt.planning.processes import FASTER, device_problems, shard_problems
 from quantadapt.registry import registry

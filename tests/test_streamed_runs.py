@@ -15,7 +15,7 @@ import quantadapt as qa
 from quantadapt import cli
 from quantadapt.cli.run_models import opened_models
 from quantadapt.errors import QuantadaptError, SpecError
-from quantadapt.exporting import saving
+from quantadapt.exporting import loading
 from quantadapt.exporting.loading import StreamedWarning, as_trained
 from quantadapt.exporting.manifest import MANIFEST
 from quantadapt.generation import greedy
@@ -38,7 +38,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return spec.train.stream if spec.train.stream != "auto" else "none"
 
     monkeypatch.setattr(streaming, "choose", choose)
-    monkeypatch.setattr(saving, "this_machine", lambda: Machine(cuda=((9, 0),)))
+    monkeypatch.setattr(loading, "this_machine", lambda: Machine(cuda=((9, 0),)))
 
 
 def trained(folder: Path, stream: Any, backend: str = "torchao-int8") -> Path:

@@ -6,14 +6,13 @@ allocator loses between blocks are held in reserve where it is asked whether a c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .experts import STACKS
-from .optimizers import between_passes
+from .resident import Resident
 from .setting import Setting, halves
-from .shape import Shape, head_groups
-from .towers import Tower
+from .shape import head_groups
 
 HEAD_CHUNK = 2**27
 """Logits that are there at a time while the loss is computed, in bytes (see `model.head`)."""
@@ -23,8 +22,6 @@ WORKSPACE = 2**25
 """What cuBLAS allocates for itself, for each thread and stream that computes."""
 RANKS = 8
 """Of so many ranks LoRA on experts takes a multiple."""
-SLOTS = 2
-"""For so many decoder layers of a streamed base a GPU has room: the one that computes, the next."""
 LENGTH_MULTIPLE = 64
 """On CUDA, examples are padded to a multiple of so many tokens: cuDNN plans attention for each
 length."""
@@ -37,181 +34,8 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
-class Workload:
-    """All that the memory of a training run depends on.
-
-    Attributes:
-        shape: the model's sizes.
-        bits: bits per weight of each linear layer, by the names in `shape.linears`.
-        targets: names of the linear layers that get an adapter.
-        rank: of the adapter; 0 where it trains vectors alone.
-        optim: transformers' name of the optimizer.
-        dtype_bytes: of the compute dtype.
-        batch, length: examples per step and tokens per example.
-        dropout: whether the adapter has one.
-        fused_adapter: whether it is plain LoRA or DoRA, which keep their input alone.
-        dora: whether it is DoRA.
-        fused_kernels: whether Liger's kernels run.
-        splits: whether a batch can be split.
-        accumulates: whether gradients of several passes add up in a step.
-        dense: names of the linear layers that are left as they are.
-        shards: so many GPUs share the base; `sharding` says how.
-        shardable: whether several GPUs may share it.
-        prefetches: whether a layer of a shared base is gathered while the one before it works.
-        graphs: whether passes are recorded as CUDA graphs, where they can be.
-        streamed: what of the quantized layers lies in CPU memory: "none", "experts" or "all".
-        streamable: whether anything of them may.
-        from_disk: whether what is streamed lies on a disk instead.
-        sequences: how many an example sends through the model.
-        whole_logits: whether the loss holds all logits of a batch.
-        teacher: the sizes of a dense model that the loss compares with, whole on each GPU.
-        beside: how many weights the model has beside its language model: what sees pictures.
-        tower: what sees pictures, where it is adapted, too.
-        rounds: whether adapted layers compute with the rounded weights that a merge keeps.
-        float8: whether products with the base are in 8-bit floats.
-        packed: whether a row may hold several examples.
-        contexts: so many GPUs share each example, a part of its tokens each.
-        in_parts: whether stacks of experts can be dequantized in parts.
-        row_shares: how many could.
-    """
-
-    shape: Shape
-    bits: Mapping[str, float]
-    targets: tuple[str, ...]
-    rank: int
-    optim: str
-    dtype_bytes: int
-    batch: int
-    length: int
-    dropout: bool = False
-    fused_adapter: bool = True
-    dora: bool = False
-    fused_kernels: bool = True
-    splits: bool = True
-    accumulates: bool = False
-    dense: tuple[str, ...] = ()
-    shards: int = 1
-    shardable: bool = True
-    prefetches: bool = True
-    graphs: bool = False
-    streamed: str = "none"
-    streamable: bool = False
-    from_disk: bool = False
-    sequences: int = 1
-    whole_logits: bool = False
-    teacher: Shape | None = None
-    beside: int = 0
-    tower: Tower | None = None
-    rounds: bool = False
-    float8: bool = False
-    packed: bool = False
-    contexts: int = 1
-    in_parts: bool = False
-    row_shares: tuple[int, ...] = ()
-
-    # --- what is there all the time ----------------------------------------------------------
-
-    @property
-    def quantized_bytes(self) -> int:
-        """The linear layers of the decoder; of those that are quantized, one GPU's share, and of
-        those that are streamed, the room for two layers."""
-        there = sum(
-            count * (work._whole + (work._shared - work._streamed) // self.shards)
-            for count, work in self.kinds
-        )
-        return there + SLOTS * max(work._streamed for _, work in self.kinds)
-
-    @property
-    def host_bytes(self) -> int:
-        """What of the quantized layers lies in CPU memory; of those on a disk, the largest one."""
-        if self.from_disk:
-            return max(work._streamed for _, work in self.kinds)
-        return self.streamed_bytes
-
-    @property
-    def streamed_bytes(self) -> int:
-        """What of the quantized layers is streamed."""
-        return sum(count * work._streamed for count, work in self.kinds)
-
-    @property
-    def kinds(self) -> list[tuple[int, Workload]]:
-        """How many decoder layers are of one kind, and the workload whose shape is theirs: in a
-        mixture of experts the first ones may have none. This workload is the last."""
-        plain = self.shape.plain_layers
-        of_plain = [(plain, replace(self, shape=self.shape.of_plain_layers))] if plain else []
-        return [*of_plain, (self.shape.layers - plain, self)]
-
-    @property
-    def block_bytes(self) -> int:
-        """The quantized layers of one decoder layer, whole; of the largest one."""
-        return max(work._shared for _, work in self.kinds)
-
-    @property
-    def _shared(self) -> int:
-        return sum(self._linear_bytes(n) for n in self.shape.linears if n not in self.dense)
-
-    @property
-    def _streamed(self) -> int:
-        """Of `_shared`, what is streamed."""
-        if self.streamed != "experts":
-            return self._shared if self.streamed == "all" else 0
-        stacks = (n for n in STACKS if n in self.shape.linears and n not in self.dense)
-        return sum(self._linear_bytes(name) for name in stacks)
-
-    @property
-    def _whole(self) -> int:
-        return sum(self._linear_bytes(n) for n in self.shape.linears if n in self.dense)
-
-    def _linear_bytes(self, name: str) -> int:
-        inputs, outputs = self.shape.linears[name]
-        return int(inputs * outputs * self.bits[name] / 8)
-
-    @property
-    def table_bytes(self) -> int:
-        """The embedding, which is as large as the head."""
-        return self.shape.vocab * self.shape.hidden * self.dtype_bytes
-
-    @property
-    def dense_bytes(self) -> int:
-        """Embedding, head, norms and routers, and what the model has beside its language model. A
-        head that is the embedding is not shared with other GPUs."""
-        shape = self.shape
-        tables = self.table_bytes if shape.tied else 2 * self.table_bytes // self.shards
-        experts = shape.experts.count if shape.experts else 0
-        rows = 2 * shape.layers + 1 + (shape.layers - shape.plain_layers) * experts
-        return tables + (rows * shape.hidden + self.beside) * self.dtype_bytes
-
-    @property
-    def unquantized_bytes(self) -> int:
-        """The whole base in the compute dtype."""
-        sizes = [(count, work.shape.linears.values()) for count, work in self.kinds]
-        weights = sum(count * sum(i * o for i, o in layers) for count, layers in sizes)
-        return weights * self.dtype_bytes + replace(self, shards=1).dense_bytes
-
-    @property
-    def teacher_bytes(self) -> int:
-        """The teacher, in the compute dtype."""
-        return 0 if self.teacher is None else replace(self, shape=self.teacher).unquantized_bytes
-
-    @property
-    def trained(self) -> int:
-        """How many weights are trained."""
-        seeing = self.tower.trained(self.rank) if self.tower else 0
-        return sum(count * work._adapted for count, work in self.kinds) + seeing
-
-    @property
-    def _adapted(self) -> int:
-        """How many weights of one decoder layer are trained."""
-        shape = self.shape
-        sizes = {name: shape.linears[name] for name in self.targets if name in shape.linears}
-        both = (i * shape.stacked(name) + o for name, (i, o) in sizes.items())
-        return sum(both) * max(self.rank, 1)
-
-    @property
-    def adapter_bytes(self) -> int:
-        """The adapter in float32, its gradients, and what a step keeps beside them."""
-        kept = between_passes(self.trained, self.optim, accumulates=self.accumulates)
-        return self.trained * (4 + 4) + kept
+class Workload(Resident):
+    """What the memory of a training run depends on, and what it comes to."""
 
     # --- what comes and goes -----------------------------------------------------------------
 

@@ -21,11 +21,7 @@ from .on_disk import quantization_in
 
 _NOT_CONVERTED = ("modules_to_not_convert", "ignore", "skip_modules", "llm_int8_skip_modules")
 """What lists of the layers that are not quantized are called in `quantization_config`."""
-
-
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
 UNFUSED = (
     *("lora_bias", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
     *("use_bdlora", "velora_config"),

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..facade import QuantWeight, facades, read_in_parts
-from ..memory.workload import SLOTS
+from ..memory.resident import SLOTS
 from ..model.experts import SUFFIX
 from ..model.modules import stacks
 from .streamer import Streamer, block_of

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..memory.workload import SLOTS
+from ..memory.resident import SLOTS
 from ..model.flat import Leaf, laid_out
 from ..model.held import held_tensors
 from .rows import Copy, InMemory, OnDisk, Rows

@@ -5,68 +5,51 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import planning
-from .data.vocabulary import check_tokens
-from .dependencies import import_requirements, in_turn
-from .distributed.talking import PeerLost, peers_in_words, reduced, start, tell_end, told_end
-from .distributed.world import as_launched, world
-from .errors import (
-    Interrupted,
-    NumbersError,
-    PlanRefused,
-    QuantadaptError,
-    RewardError,
-    TrainingError,
-)
-from .evaluation.sizes import size_mib
-from .evaluation.verdict import warnings_of
-from .exporting.loading import load_base
-from .exporting.manifest import BASE
-from .exporting.saving import save, save_base
-from .exporting.stage import export, merge_entry
-from .exporting.tuned import Tuned
-from .folders.metrics import add_figures, label, with_unit
-from .folders.run_folder import RunFolder, UnwrittenFolder
-from .planning.planned import Plan
-from .planning.share import BEGINNING
-from .planning.stage import without_merges
-from .quantizing.dense import skip_for
-from .quantizing.examples import calibration_examples
-from .quantizing.stage import AT_RANDOM, quantize_plan, with_config
-from .quantizing.state import state_of
-from .quantizing.tokenizer import load_tokenizer
-from .registry.blame import blamed, blaming_plugins
-from .registry.discovery import registry
-from .remote_code import as_the_spec_says
-from .showing.python import display
-from .showing.quietly import quietly
-from .spec import Spec
-from .stages import attach_planned, given_of
+from .. import planning
+from ..data.vocabulary import check_tokens
+from ..dependencies import import_requirements, in_turn
+from ..distributed.talking import PeerLost, peers_in_words, tell_end, told_end
+from ..distributed.world import as_launched, world
+from ..errors import Interrupted, PlanRefused
+from ..exporting.manifest import BASE
+from ..exporting.saving import save
+from ..exporting.stage import export, merge_entry
+from ..exporting.tuned import Tuned
+from ..folders.metrics import label, with_unit
+from ..folders.run_folder import RunFolder, UnwrittenFolder
+from ..planning.planned import Plan
+from ..planning.share import BEGINNING
+from ..planning.stage import without_merges
+from ..quantizing.dense import skip_for
+from ..quantizing.examples import calibration_examples
+from ..quantizing.stage import AT_RANDOM, with_config
+from ..quantizing.state import state_of
+from ..quantizing.tokenizer import load_tokenizer
+from ..registry.blame import blaming_plugins
+from ..registry.discovery import registry
+from ..remote_code import as_the_spec_says
+from ..showing.python import display
+from ..showing.quietly import quietly
+from ..spec import Spec
+from ..stages import attach_planned
+from .base import quantized_base
+from .measuring import Listener, Measuring
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from peft import PeftModel
     from torch import nn
 
-    from .data.reading import Data
-    from .evaluation.gain import TokenLosses
-    from .protocols import Figure, Task
-    from .quantizing.examples import Examples
-    from .training.stage import TrainResult
-
-logger = logging.getLogger(__name__)
-
-Listener = Callable[[str, Mapping[str, Any]], None]
-"""Called with an event and its data, to show progress: "stage", "figures", "log", "validation",
-"export", "note" or "warning"."""
+    from ..data.reading import Data
+    from ..protocols import Task
+    from ..quantizing.examples import Examples
+    from ..training.stage import TrainResult
 
 
 @dataclass(frozen=True, repr=False)
@@ -126,19 +109,6 @@ def run(
         return _Run(spec, told, command).go()
 
 
-def meet(plan: Plan) -> None:
-    """Join the other processes. Raises TrainingError, in all, if they planned something else."""
-    mine = start(plan.device)
-    if mine.size == 1:
-        return
-    import torch
-
-    sharding = reduced(float(plan.parallel == "fsdp"), torch.device(plan.device), "sum")
-    if sharding not in (0, mine.size):
-        what = "some processes would shard the base and some not, because their GPUs differ"
-        raise TrainingError(what, fix="set train.parallel to fsdp or ddp", where="train.parallel")
-
-
 class _Run:
     """One run: the plan, the folder, and the figures as they come in."""
 
@@ -146,7 +116,6 @@ class _Run:
         self.listener = listener
         self.metrics: dict[str, Any] = {"command": command, "stages": {}, "evaluations": {}}
         self.metrics["failed_evaluations"] = {}
-        self.found: dict[str, dict[str, Mapping[str, Figure]]] = {}
         self.world = world()
         self.started = time.monotonic()
         with self.stage("plan") as done:
@@ -156,7 +125,7 @@ class _Run:
         self.spec = self.plan.spec
 
     def go(self) -> RunResult:
-        from .training.stopping import Stop
+        from ..training.stopping import Stop
 
         import_requirements(self.plan.backend)
         with Stop(self.spec.train.max_time, since=self.started).listening() as self.stop:
@@ -195,10 +164,10 @@ class _Run:
     def check(self) -> None:
         """Refuse what the plan cannot know and shows before any weight is loaded: models, schedules
         and optimizers that transformers lacks, layers that are missing or cannot be quantized."""
-        from .adapting.stage import check_adapter
-        from .loading.heads import with_head
-        from .loading.reading import read_config
-        from .training.stage import problems
+        from ..adapting.stage import check_adapter
+        from ..loading.heads import with_head
+        from ..loading.reading import read_config
+        from ..training.stage import problems
 
         found = problems(self.spec.train)
         skip = None
@@ -218,15 +187,20 @@ class _Run:
 
     def work(self, data: Data) -> PeftModel:
         self.write_start()
-        self.measure_unquantized(data)
+        self.measuring = Measuring(self.plan, data, self.tokenizer, self.metrics, self.listener)
+        if self.measuring.wants_unquantized:
+            with self.stage("evaluate"):
+                self.measuring.measure_unquantized()
         with self.stage("quantize") as done:
-            model = done(self.quantize(data.labels))
+            saved = self.folder.path / BASE
+            model = done(quantized_base(self.plan, saved, self.examples, data.labels))
             for note in state_of(model).notes:
                 if note.startswith(BEGINNING):
                     self.listener("detail", {"text": note.removeprefix(BEGINNING).lstrip()})
                 elif note.startswith(AT_RANDOM):
                     self.listener("note", {"text": note})
-        self.measure_base(model, data)
+        with self.stage("evaluate"):
+            self.measuring.measure_base(model)
         with self.stage("attach") as done:
             tuned: PeftModel = done(self.attach(model))
         with self.stage("train") as done:
@@ -234,7 +208,7 @@ class _Run:
             self.save(tuned)
             self.stop.obey(self.plan.device)  # a signal that came in training
         with self.stage("evaluate") as done:
-            self.measure_tuned(tuned, data)
+            self.measuring.measure_tuned(tuned, self.losses)
             done(self.metrics["evaluations"])
         with self.stage("export") as done:
             done(self.export(tuned, data))
@@ -251,11 +225,6 @@ class _Run:
             resume=spec.train.resume,
             inputs=spec.inputs,
         )
-
-    @property
-    def answers_prompts(self) -> bool:
-        """Whether this process does: the first, or all, whose shares only work together."""
-        return self.world.is_main or self.plan.parallel == "fsdp"
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[Any], Any]]:
@@ -311,133 +280,12 @@ class _Run:
             self.listener("note", {"text": f"data: {text}"})
         return data
 
-    def held_out(self, data: Data) -> Dataset:
-        return data.eval.select(range(min(len(data.eval), self.spec.evaluate.max_examples)))
-
-    def prompts(self, data: Data) -> list[Any]:
-        return data.prompts[: self.spec.evaluate.samples]
-
-    def measure(self, name: str, model: nn.Module, data: Data, *, split: bool = False) -> None:
-        """Measure `model`; with `split`, all processes have to, each with its part of the data."""
-        from .evaluation.stage import measure
-
-        spec = self.spec.evaluate
-        given = replace(
-            given_of(data.held_out, self.tokenizer, spec.max_examples),
-            batch_size=spec.batch_size,
-            max_new_tokens=spec.max_new_tokens,
-            split=split,
-        )
-        failed = self.metrics["failed_evaluations"]
-        for evaluation, evaluator in self.plan.evaluators.items():
-            if evaluation in failed or not evaluator.wants(name):
-                continue
-            try:
-                found = measure(evaluation, evaluator, model, given)
-            except NumbersError:
-                raise  # nothing good can follow
-            except QuantadaptError as error:
-                if split and self.world.size > 1:  # the others may be waiting for this process
-                    raise
-                learns_from_it = isinstance(error, RewardError) and self.plan.task.generates
-                if learns_from_it and name in ("unquantized", "quantized"):
-                    raise  # training would end of it, too, and later
-                told = blamed(error.__cause__) or error
-                failed[evaluation] = f"{told.problems[0].what}, on the {name} model"
-                text = f"evaluation {evaluation!r} is left out from here on: {failed[evaluation]}"
-                logger.warning(text, exc_info=True)
-                self.listener("note", {"text": text})
-                continue
-            earlier = self.found.setdefault(evaluation, {})
-            add_figures(self.metrics, evaluation, name, found, earlier)
-            earlier[name] = found
-            self.listener("figures", {"evaluation": evaluation, "model": name, "figures": found})
-
-    def measure_unquantized(self, data: Data) -> None:
-        """Measure the dense base, which is loaded for this alone and dropped again."""
-        asked = any(evaluator.wants("unquantized") for evaluator in self.plan.evaluators.values())
-        wanted = asked and self.spec.evaluate.unquantized and not self.plan.adopt
-        if not wanted or not self.world.is_main or self.plan.parallel == "fsdp":
-            return
-        from .loading.accounting import expecting
-        from .loading.heads import with_head
-        from .loading.reading import from_pretrained
-
-        with self.stage("evaluate"):
-            import torch
-
-            expected = expecting(self.spec.new_modules, self.spec.unused_modules)
-            with with_head(self.plan.task.head, data.labels), expected:
-                model = from_pretrained(
-                    self.plan.model,
-                    dtype=getattr(torch, self.plan.dtype),
-                    device_map={"": self.plan.device},
-                )
-            self.metrics["size"] = {"dense_mib": size_mib(model)}
-            self.measure("unquantized", model, data)
-
     def calibration(self, data: Data) -> Examples | None:
         """Choose what a backend that calibrates is shown."""
         return self.calibration_examples(data) if self.plan.calibrates else None
 
     def calibration_examples(self, data: Data) -> Examples:
         return calibration_examples(self.spec, self.tokenizer, lambda: data.train)
-
-    def quantize(self, labels: Sequence[str]) -> nn.Module:
-        """Quantize the base. One that is calibrated here is kept in the run folder, because the
-        spec alone could not make it again; a resumed run and the other processes load it."""
-        if not self.plan.calibrates:
-            meet(self.plan)
-            return quantize_plan(self.plan, labels=labels)
-        saved = self.folder.path / BASE
-        resumed = self.spec.train.resume and saved.exists()
-        if self.world.is_main and not resumed:
-            plan = replace(self.plan, parallel="none")
-            model = quantize_plan(plan, calibration=self.examples, labels=labels)
-            save_base(model, state_of(model), saved)
-            if self.world.size == 1:
-                return model
-        # Only now: vendors take a process group for an invitation to calibrate together.
-        meet(self.plan)
-        return self.placed(load_base(saved, self.plan.device))
-
-    def placed(self, model: nn.Module) -> nn.Module:
-        """Shard or stream a base that came whole, where the plan says so."""
-        if self.plan.stream != "none":
-            from .streaming import stream
-
-            state_of(model).stream = self.plan.stream
-            folder = self.plan.spec.train.stream_folder
-            return stream(model, self.plan.stream, folder=folder)
-        if self.plan.parallel != "fsdp":
-            return model
-        from .sharding import shard
-
-        return shard(model)
-
-    def measure_base(self, model: nn.Module, data: Data) -> None:
-        with self.stage("evaluate"):
-            self.metrics.setdefault("size", {})["quantized_mib"] = size_mib(model)
-            self.measure("quantized", model, data, split=True)
-            self.before = self.answers(model, data)
-            self.base_losses = self.losses_for_merges(model, data)
-
-    def losses_for_merges(self, model: nn.Module, data: Data) -> TokenLosses | None:
-        """Return the losses of the base, which training may change, where a merge is planned."""
-        from .evaluation.gain import token_losses
-        from .evaluation.predictions import predicts_tokens
-
-        merges = any(e.exporter.merges and not e.refusals for e in self.plan.exports)
-        if not (merges and self.world.is_main and predicts_tokens(model)):
-            return None
-        return token_losses(model, self.held_out(data))
-
-    def answers(self, model: nn.Module, data: Data) -> list[str]:
-        from .generation import greedy
-
-        prompts = self.prompts(data) if self.answers_prompts else []
-        length = self.spec.evaluate.max_new_tokens
-        return greedy(model, self.tokenizer, prompts, max_new_tokens=length) if prompts else []
 
     def attach(self, model: nn.Module) -> PeftModel:
         plan = self.plan
@@ -457,7 +305,7 @@ class _Run:
         return tuned
 
     def train(self, model: PeftModel, data: Data) -> TrainResult:
-        from .training.stage import train as train_
+        from ..training.stage import train as train_
 
         def on_log(entry: dict[str, Any]) -> None:
             self.folder.append_metric(entry)
@@ -471,7 +319,7 @@ class _Run:
             task=self.plan.task,
             output=self.folder.path,
             seed=self.spec.seed,
-            held_out=self.held_out(data),
+            held_out=self.measuring.held_out,
             on_log=on_log,
             on_note=lambda text: self.listener("note", {"text": text}),
             stop=self.stop,
@@ -503,19 +351,6 @@ class _Run:
             figures |= {"predicted_gib": predicted, "longest": result.longest}
         return figures
 
-    def measure_tuned(self, model: PeftModel, data: Data) -> None:
-        self.measure("tuned", model, data, split=True)
-        self.metrics["warnings"] = warnings_of(self.metrics, self.losses)
-        for text in self.metrics["warnings"]:
-            self.listener("warning", {"text": text})
-        if not self.answers_prompts:
-            return
-        after = self.answers(model, data)
-        self.metrics["samples"] = [
-            {"prompt": p.text, "reference": p.reference, "before": b, "after": a}
-            for p, b, a in zip(self.prompts(data), self.before, after, strict=True)
-        ]
-
     def save(self, model: PeftModel) -> None:
         """Save the adapter as soon as it is trained: nothing that fails later may lose it."""
         if not self.world.is_main:
@@ -535,10 +370,10 @@ class _Run:
         tuned = Tuned(
             model,
             saved=self.saved,
-            data=lambda _: self.held_out(data),
+            data=lambda _: self.measuring.held_out,
             examples=lambda _: self.examples or self.calibration_examples(data),
-            before=self.base_losses,
-            measure=lambda merged: self.measure("merged", merged, data),
+            before=self.measuring.base_losses,
+            measure=lambda merged: self.measuring.measure("merged", merged),
             metrics=self.metrics,
         )
         errors = []
@@ -553,7 +388,7 @@ class _Run:
 
     def finish(self, state: Literal["finished", "failed", "interrupted"]) -> None:
         """Write the figures and the report, also of a run that did not get to its end."""
-        from .reporting.page import write_report
+        from ..reporting.page import write_report
 
         if not self.world.is_main:
             return
