@@ -120,9 +120,18 @@ class _Run:
         self.started = time.monotonic()
         with self.stage("plan") as done:
             if isinstance(spec, Spec):
-                spec = planning.plan(as_launched(spec), check_output=self.world.is_main)
+                spec = self.planned(as_launched(spec))
             self.plan: Plan = done(with_config(spec))
         self.spec = self.plan.spec
+
+    def planned(self, spec: Spec) -> Plan:
+        """Plan; what is refused is told with what transformers alone can judge."""
+        from ..training.stage import problems
+
+        try:
+            return planning.plan(spec, check_output=self.world.is_main)
+        except PlanRefused as error:
+            raise PlanRefused([*error.problems, *problems(spec.train)]) from None
 
     def go(self) -> RunResult:
         from ..training.stopping import Stop
