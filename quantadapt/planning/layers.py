@@ -128,9 +128,10 @@ def _conversions() -> dict[str, str]:
     """Return model_type -> whose conversion transformers reads its files by: its own or another's.
     From the source, as importing that takes seconds."""
     spec = find_spec("transformers")
-    file = Path(spec.origin if spec and spec.origin else "").with_name("conversion_mapping.py")
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    found = _CONVERSION.findall(text)
+    places = spec.submodule_search_locations if spec else None
+    files = [Path(place, "conversion_mapping.py") for place in places or ()]
+    texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    found = _CONVERSION.findall("".join(texts))
     return {kind or own: other or kind or own for kind, other, own in found}
 
 
