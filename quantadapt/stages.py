@@ -17,7 +17,7 @@ from .dependencies import in_turn
 from .distributed.world import world
 from .errors import ModelError, Problem, QuantadaptError, SpecError
 from .planning.planned import Plan
-from .planning.streaming import NO_GPU
+from .planning.streaming import NO_GPU, NOT_STREAMED
 from .protocols import Given
 from .quantizing.stage import quantize_plan
 from .quantizing.state import ModelState, state_of
@@ -118,8 +118,9 @@ def quantize(
     module = None if source is None or isinstance(source, str) else source
     made = planning.plan(spec, module=module, check_output=False)
     with stage("quantize", verbose) as tell:
-        if NO_GPU in made.notes:
-            tell("note", {"text": NO_GPU})
+        for text in (NO_GPU, NOT_STREAMED):
+            if text in made.notes:
+                tell("note", {"text": text})
         model = quantize_plan(
             made, module=module, calibration=calibration, head=head, labels=labels
         )
@@ -236,6 +237,8 @@ def train(
                 state_of(model).max_length = max_length
             for text in read.report.words():
                 note(f"data: {text}")
+        if spec.train.stream_folder is not None and spec.train.stream not in ("experts", "all"):
+            note(NOT_STREAMED)
         result = train_(
             *(model, tokenizer, data, spec.train),
             task=task,

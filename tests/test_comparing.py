@@ -424,7 +424,8 @@ def test_runs_that_share_a_gpu_share_the_cores_too(monkeypatch) -> None:
     two = Machine(cuda=((9, 0), (9, 0)))
     for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)  # of which a container may use a part
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     assert slots("auto", two, at_once=2) == [
         {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "4"} for gpu in "0101"
     ]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_experts_backends import BASE, EXPERTS, FAMILIES, LOCAL, MOE, dense_model
+from test_experts_backends import BASE, EXPERTS, FAMILIES, LOCAL, MOE, dense_model, fresh
 from torch import nn
 
 import quantadapt as qa
@@ -28,8 +28,11 @@ DENSE = {
     "GPT-NeoX": ("GPTNeoXConfig", {}),
     "Gemma-2": ("Gemma2Config", {"head_dim": 16}),
     "Starcoder-2": ("Starcoder2Config", {}),
+    "MiniMax-M2": ("MiniMaxM2Config", {**LOCAL, "head_dim": 16}),
+    "Phi-MoE": ("PhimoeConfig", LOCAL),
 }
 OTHERS = {
+    "Hunyuan-3": ("HYV3Config", {**MOE, "head_dim": 16}),  # shared experts have two names
     "GPT-2": ("GPT2Config", {"n_embd": 64, "n_layer": 1, "n_head": 4}),
     "Falcon": ("FalconConfig", {}),
     "Nemotron-H": FAMILIES["Nemotron-H"],
@@ -259,6 +262,23 @@ def test_adapters_that_do_not_go_onto_experts_are_told_where_those_are_named(
     assert problem.rule == "pissa-experts"
     for fine in ({"target_modules": ["q_proj"]}, {"exclude_modules": ["experts"]}):
         qa.plan(qa.Spec(model=source, backend="hqq", adapter={"name": "pissa", **fine}))
+
+
+@pytest.mark.parametrize("backend", ["hqq", "compressed-tensors"])
+def test_experts_that_are_quantized_already_can_be_named(backend: str, tmp_path: Path) -> None:
+    """hqq's as stacks, those of compressed-tensors one by one."""
+    options = {"group_size": 32} if backend == "compressed-tensors" else {}
+    model = qa.quantize(fresh("Mixtral"), backend, device="cpu", **options)
+    source = saved(model, tmp_path)
+    again = qa.quantize(source, backend, device="cpu")
+    for options in (
+        {"target_modules": ["q_proj", "gate_up_proj"]},
+        {"target_modules": ["w1", "w2", "w3"]},
+        {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
+    ):
+        qa.plan(qa.Spec(model=source, backend=backend, adapter={"name": "lora", **options}))
+        qa.attach(again, "lora", **options).unload()
+    assert refused(source, backend, {"name": "pissa"})[0].rule == "pissa-experts"
 
 
 def test_experts_in_mxfp4_are_stacks_too(tmp_path: Path) -> None:

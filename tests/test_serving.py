@@ -15,7 +15,7 @@ import torch
 
 import quantadapt as qa
 from quantadapt.cli.listening import listening, token_for
-from quantadapt.cli.serve import _names, _paths, for_load
+from quantadapt.cli.serve import _names, _paths, for_load, writers_for
 from quantadapt.errors import SpecError
 from quantadapt.generation import PromptWriter, Sampling
 from quantadapt.generation.sampling import Chooser
@@ -37,13 +37,13 @@ def model():
 
 
 @contextmanager
-def serving(model, tokenizer, *, token="", **options):
+def serving(model, tokenizer, *, token="", writers=None, **options):
     import uvicorn
 
     names = {"tuned": "default", "base": None, "other": "other"}
     worker = Worker(model, tokenizer, names, **options)
     writer = PromptWriter(tokenizer, "chat")
-    served = Served(worker, writer, Sampling(max_new_tokens=8), 256, token)
+    served = Served(worker, writer, Sampling(max_new_tokens=8), 256, token, writers or {})
     config = uvicorn.Config(create_app(served), log_level="error", lifespan="off")
     server, listener = uvicorn.Server(config), listening("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -104,6 +104,29 @@ def test_answers_are_those_of_transformers(client, model, tokenizer) -> None:
         assert "".join(pieces) == text
         assert parts[-2].choices[0].finish_reason == found.choices[0].finish_reason
         assert parts[-1].usage == found.usage
+
+
+def test_each_adapter_is_asked_as_its_run_learnt(model, tokenizer, tmp_path) -> None:
+    """A run that learnt alpaca's layout beside one that learnt chats."""
+    for name, form in (("a", "messages"), ("b", "alpaca")):
+        (tmp_path / name).mkdir()
+        metrics = {"data": {"files": [{"format": form}]}}
+        (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
+    paths = {"a": str(tmp_path / "a"), "other": str(tmp_path / "b")}
+    own = PromptWriter(tokenizer, "chat")
+    writers = writers_for(own, paths, None)
+    assert {name: writer.layout for name, writer in writers.items()} == {"other": "instruction"}
+    assert writers_for(own, paths, "chat") == {}
+    text = CHAT[0]["content"]
+    prompt = f"### Instruction:\n{text}\n\n### Response:\n"
+    asked = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)
+    expected = {"tuned": len(asked["input_ids"]), "other": len(tokenizer(prompt)["input_ids"])}
+    assert expected["tuned"] != expected["other"]
+    with serving(model, tokenizer, writers=writers) as address:
+        there = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+        for name, count in expected.items():
+            found = there.chat.completions.create(model=name, messages=CHAT)
+            assert found.usage.prompt_tokens == count
 
 
 def test_completions_of_texts_and_of_tokens(client, model, tokenizer) -> None:

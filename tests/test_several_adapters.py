@@ -235,6 +235,20 @@ def test_what_is_no_neighbour_is_refused_and_changes_nothing(base, tmp_path) -> 
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize(("whole", "tied"), [("embed_tokens", False), ("lm_head", True)])
+def test_tokens_of_what_another_trains_whole_are_refused(whole, tied, tmp_path) -> None:
+    """PEFT makes such a model, which then fails at each pass."""
+    base = llama(tmp_path / "base", tied=tied)
+    layers = {"target_modules": ["q_proj"], "r": 2}
+    model = tuned(base, "hqq", **layers, modules_to_save=[whole])
+    before = logits(model)
+    path = qa.save(tuned(base, "hqq", **layers, trainable_token_indices=[1, 2]), tmp_path / "a")
+    with pytest.raises(ModelError, match="single tokens of it"):
+        add_adapter(model, path, "beside")
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model), before)
+
+
 def test_a_neighbour_that_does_not_fit_leaves_nothing_behind(base, tmp_path) -> None:
     """As one whose weights are of other layers than its config says."""
     model = tuned(base, "hqq", target_modules=["q_proj"], r=2)

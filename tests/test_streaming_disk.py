@@ -232,9 +232,20 @@ def test_a_folder_that_is_not_there_is_refused(planned: Any, tmp_path: Path) -> 
     assert f"there is no folder {tmp_path / 'no'}" in refused(planned, LLAMA_8B, card(5), **asked)
 
 
-def test_quantize_plans_with_it(tmp_path: Path) -> None:
-    model = qa.quantize(llama(), "hqq", stream_folder=str(tmp_path), device="cpu")
+def test_quantize_plans_with_it(tmp_path: Path, capsys: Any) -> None:
+    model = qa.quantize(llama(), "hqq", stream_folder=str(tmp_path), device="cpu", verbose=True)
     assert streamer_of(model) is None  # without a GPU
+    assert "train.stream_folder has no effect here" in capsys.readouterr().err
+
+
+def test_training_tells_that_a_folder_alone_has_no_effect(
+    tokenizer: Any, random_data: Any, tmp_path: Path
+) -> None:
+    model = qa.attach(qa.quantize(llama(), "hqq", device="cpu"), "lora", r=2)
+    told: list[str] = []
+    options = {"max_steps": 1, "stream_folder": str(tmp_path)}
+    qa.train(model, random_data, tokenizer=tokenizer, on_note=told.append, **options)
+    assert len([note for note in told if "train.stream_folder has no effect here" in note]) == 1
 
 
 # On a card -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Mapping, Sequence
 
+    from ..generation.prompts import PromptWriter
     from ..serving.app import Served
 
 
@@ -94,10 +96,12 @@ def serve(
             with asking(shown, path, device, layout, stream=stream, force_base=force_base) as asked:
                 further = _beside(asked.model, others, force_base)
                 names = _names(asked.model, name or _name(path), further)
-                served = _served(asked, names, sampling, token, max_batch, max_waiting)
+                writers = writers_for(asked.writer, others, layout)
+                served = _served(asked, names, sampling, token, max_batch, max_waiting, writers)
                 address = f"{address_of(host, listener)}/v1"
                 called = ", ".join(names)
-                text = f"{asked.told}; models: {called}\nserving at {address}  (Ctrl-C stops)"
+                told = _told(asked.told, writers)
+                text = f"{told}; models: {called}\nserving at {address}  (Ctrl-C stops)"
                 shown.err.print(text, markup=False, soft_wrap=True)
                 if command := for_load(path):
                     text = f"for many users, write it for a server that is made for load: {command}"
@@ -132,6 +136,25 @@ def _beside(model: Any, paths: Mapping[str, str], force_base: bool) -> dict[str,
     return found
 
 
+def writers_for(
+    own: PromptWriter, paths: Mapping[str, str], layout: str | None
+) -> dict[str, PromptWriter]:
+    """Return what writes prompts for further adapters, by name, whose runs learnt them in another
+    layout than `own` writes. `layout` is what the user has asked for, for all."""
+    from ..generation.prompts import layout_of
+
+    if layout is not None:
+        return {}
+    learnt = {name: layout_of(path, own.tokenizer) for name, path in paths.items()}
+    return {n: replace(own, layout=each) for n, each in learnt.items() if each != own.layout}
+
+
+def _told(own: str, writers: Mapping[str, PromptWriter]) -> str:
+    from ..generation.prompts import LAYOUTS
+
+    return own + "".join(f"; of {n} {LAYOUTS[w.layout]}" for n, w in writers.items() if w.layout)
+
+
 def _served(
     asked: Any,
     names: dict[str, str | None],
@@ -139,6 +162,7 @@ def _served(
     token: str,
     max_batch: int,
     max_waiting: int,
+    writers: Mapping[str, PromptWriter],
 ) -> Served:
     from ..generation.rows import base_of
     from ..serving.app import Served
@@ -149,7 +173,8 @@ def _served(
     config: Any = base_of(model).config
     config = getattr(config, "get_text_config", lambda: config)()
     context = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    return Served(worker, asked.writer, sampling, int(min(context, 2**30)), token)
+    most = int(min(context, 2**30))
+    return Served(worker, asked.writer, sampling, most, token, writers)
 
 
 def _names(model: Any, name: str, further: Mapping[str, str]) -> dict[str, str | None]:

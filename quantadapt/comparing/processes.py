@@ -229,7 +229,14 @@ def _threads(processes: int) -> dict[str, str]:
     """Return what has so many processes share the cores, where the user has not shared them."""
     if processes == 1 or "OMP_NUM_THREADS" in os.environ:
         return {}
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    return {"OMP_NUM_THREADS": str(max(1, _cores() // processes))}
+
+
+def _cores() -> int:
+    """Return how many cores this process may use, where the system tells; else all there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def start_process(

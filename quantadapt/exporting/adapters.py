@@ -100,13 +100,27 @@ def put_beside(tuned: PeftModel, folder: Path, name: str) -> None:
     nothing. Those that compute are the same as before.
 
     Raises:
-        ModelError: it holds something that the base has no place for, or lacks something.
+        ModelError: it holds something that the base has no place for, or lacks something; or it
+            trains single tokens of what another one trains whole, or the reverse.
     """
     from ..adapting.injecting import all_or_nothing
 
     with all_or_nothing(tuned):
         read = tuned.load_adapter(str(folder), name, is_trainable=False)
+        _refuse_wrapped_twice(tuned, folder)
         _refuse_other_keys(_missing(tuned, read.missing_keys, name), read.unexpected_keys, folder)
+
+
+def _refuse_wrapped_twice(tuned: PeftModel, folder: Path) -> None:
+    """Raise ModelError where PEFT has wrapped what one adapter trains whole for the tokens that
+    another one trains: it makes such a model, and fails when that computes."""
+    from peft.utils.other import AuxiliaryTrainingWrapper as Wrapper
+
+    for name, module in tuned.named_modules():
+        if isinstance(module, Wrapper) and isinstance(module.original_module, Wrapper):
+            part = name.rpartition(".")[2]
+            what = f"one adapter trains {part} whole, and another single tokens of it"
+            raise ModelError(what, fix="load it by itself, or train both alike", where=str(folder))
 
 
 def _write_weights(tuned: PeftModel, keys: Sequence[str], folder: Path) -> list[str]:

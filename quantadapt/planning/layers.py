@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +30,34 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _SECOND = ("down_proj", "w2", "output_linear")
 """What layers of an expert are called whose outputs go out; the others are one stack."""
 _GATES = ("gate_proj", "w1")
-_RENAMED = {
-    "mixtral": ((".block_sparse_moe.", ".mlp."),),
-    **dict.fromkeys(
-        ("granitemoe", "granitemoeshared"),
-        (
-            (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
-            (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
-            (".router.layer.", ".router."),
-        ),
+_QUANTIZED_STACK = re.compile(r"^(.*\.experts\.[^.]+)_stack\.")
+"""What a stack is called in a file that holds it quantized: see `model.experts.SUFFIX`."""
+_STACKS_ALONE = ("axk1", "ernie4_5_moe", "exaone_moe", "jamba", "lfm2_moe", "qwen2_moe",
+                 "qwen3_5_moe_text", "qwen3_5_text", "qwen4_exp_text")  # fmt: skip
+"""Conversions that stack experts, or rename what is no layer."""
+_MIXTRAL = ((".block_sparse_moe.", ".mlp."),)
+_RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
+    "mixtral": _MIXTRAL,
+    "minimax_m2": _MIXTRAL,
+    "phimoe": (*_MIXTRAL, (".gate.weight", ".router.weight")),
+    "granitemoe": (
+        (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
+        (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
+        (".router.layer.", ".router."),
     ),
+    **dict.fromkeys(_STACKS_ALONE, ()),
 }
-"""By model_type, what files call otherwise than transformers' model does."""
+"""By whose conversion transformers reads files, what they call otherwise than its model; models
+with one that is not here are unknown."""
+_NUMBERED_PARTS = ("lfm2_moe", "minimax_m2", "mixtral", "phimoe")
+"""Conversions of experts whose layers are called w1, w2 and w3."""
+_CONVERSION = re.compile(r'"(\w+)": (?:\[|"(\w+)")|mapping\["(\w+)"\] \+?= ')
 _TRANSPOSED = ("gpt_oss", "llama4_text")
 """Models whose stacks are [experts, in_features, out_features]."""
 _LLAMA_LIKE = ("gemma", "gemma2", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
 """Dense models whose layers are called and made as Llama's; others fuse some."""
+UNKNOWN = (0, 0)
+"""The sizes of a stack that is quantized already."""
 _NEW_HEADS = ("lm_head", "score", "classifier")
 """Heads that a model may have without its files: tied ones, and new ones."""
 
@@ -54,7 +68,7 @@ class Layers:
 
     Attributes:
         linears, stacks: what is quantized, with (in_features, out_features); of a stack of experts
-            those of the tall layer.
+            those of the tall layer, `UNKNOWN` where they are packed.
         routers: of experts.
         modules, parameters: the names of all, and others that stand for one; empty where only the
             sizes are known.
@@ -94,37 +108,58 @@ def layers_of(config: Mapping[str, Any], folder: Path | None) -> Layers | None:
     if not (towers or is_decoder(config)):
         return None
     files = sorted(folder.glob("*.safetensors")) if folder and not towers else []
+    conversion = _conversions().get(kind)
+    if files and conversion and conversion not in _RENAMED:
+        return None
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         for name, tensor in read_header(file_in(file.parent, file.name)).items():
-            shapes[_renamed(name, kind)] = tuple(tensor["shape"])
+            shapes[_renamed(name, conversion)] = tuple(tensor["shape"])
     if shapes:
-        return _in_files(shapes, config)
+        return _in_files(shapes, config, conversion)
     shape = Shape.of(config)
     if shape is None or not (shape.experts or kind in _LLAMA_LIKE):
         return None
     return _by_sizes(shape)
 
 
-def _renamed(name: str, kind: str) -> str:
-    for before, after in _RENAMED.get(kind, ()):
+@cache
+def _conversions() -> dict[str, str]:
+    """Return model_type -> whose conversion transformers reads its files by: its own or another's.
+    From the source, as importing that takes seconds."""
+    spec = find_spec("transformers")
+    places = spec.submodule_search_locations if spec else None
+    files = [Path(place, "conversion_mapping.py") for place in places or ()]
+    texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    found = _CONVERSION.findall("".join(texts))
+    return {kind or own: other or kind or own for kind, other, own in found}
+
+
+def _renamed(name: str, conversion: str | None) -> str:
+    for before, after in _RENAMED.get(conversion or "", ()):
         name = name.replace(before, after)
     return name
 
 
-def _in_files(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Layers:
+def _in_files(
+    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], conversion: str | None
+) -> Layers:
     transposed = config.get("model_type") in _TRANSPOSED
     linears: dict[str, tuple[int, int]] = {}
     stacks: dict[str, tuple[int, int]] = {}
-    parts: dict[str, str] = {}
+    parts = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+    if conversion in _NUMBERED_PARTS:
+        parts |= {"w1": "gate_up_proj", "w2": "down_proj", "w3": "gate_up_proj"}
     for name in filter(_NUMBERED.search, sorted(shapes, key=_place)):
         shape, module = shapes[name], name.rpartition(".")[0]
         if found := _ONE_BY_ONE.match(name):
             owner, part = found[1], found[2]
             parts[part] = _stack_of(part, owner, shapes)
+            before = stacks.setdefault(stack := f"{owner}.{parts[part]}", UNKNOWN)
             if len(shape) == 2 and name.endswith(".weight"):
-                stack = f"{owner}.{parts[part]}"
-                stacks[stack] = shape[1], stacks.get(stack, (0, 0))[1] + shape[0]
+                stacks[stack] = shape[1], before[1] + shape[0]
+        elif found := _QUANTIZED_STACK.match(name):
+            stacks.setdefault(found[1], UNKNOWN)
         elif _STACKED.search(name) and len(shape) > 2:
             if not name.endswith(_SCALES):
                 stacks[name.removesuffix(_PACKED)] = _tall(shape, transposed)
@@ -141,7 +176,7 @@ def _in_files(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) 
         routers=tuple(name for name in choosing if name.endswith((".gate", ".router"))),
         modules=frozenset(_modules(shapes, stacks)),
         parameters=frozenset((*shapes, *_both_ways(stacks))),
-        parts={"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", **parts} if stacks else {},
+        parts=parts if stacks else {},
     )
 
 

@@ -28,6 +28,7 @@ BESIDE = 2 * GIB
 """CPU memory that has to be free beside a streamed base: for the process itself."""
 
 NO_GPU = "train.stream has no effect here: without a GPU the base is in CPU memory anyway"
+NOT_STREAMED = "train.stream_folder has no effect here: nothing of the base is streamed"
 
 
 def unstreamed(options: Mapping[str, Any]) -> list[Problem]:
@@ -148,7 +149,7 @@ def notes(stream: Stream, spec: Spec, memory: MemoryPlan | None) -> Iterator[str
     """Yield what a run that streams should tell, or one that was to and does not."""
     if stream == "none":
         if spec.train.stream_folder is not None:
-            yield "train.stream_folder has no effect here: nothing of the base is streamed"
+            yield NOT_STREAMED
         return
     what = "the experts" if stream == "experts" else "the base"
     told = streamed_words(memory.work) if memory else f"{what} streamed from CPU memory"

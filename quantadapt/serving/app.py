@@ -6,8 +6,8 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -35,6 +35,7 @@ class Served:
         sampling: how to answer where a request does not say.
         context: tokens that prompt and answer may have together.
         token: what clients have to show; empty where nobody is asked.
+        writers: for models that learnt prompts in another way, by their names.
     """
 
     worker: Worker
@@ -42,6 +43,11 @@ class Served:
     sampling: Sampling
     context: int
     token: str = ""
+    writers: Mapping[str, PromptWriter] = field(default_factory=dict)
+
+    def writer_for(self, name: str) -> PromptWriter:
+        """Return what writes prompts for the model that requests call so."""
+        return self.writers.get(name, self.writer)
 
 
 def create_app(served: Served) -> FastAPI:
@@ -94,7 +100,7 @@ def create_app(served: Served) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(asked: ChatRequest, request: Request) -> Response:
         _known(served, asked.model)
-        ids = served.writer.ids(_turns(asked))
+        ids = served.writer_for(asked.model).ids(_turns(asked))
         return await _answered(served, asked, Reply("chat", asked.model), [ids], request)
 
     @app.post("/v1/completions")

@@ -19,6 +19,7 @@ from ..fused_kernels import fused_kernels
 from ..memory import rules
 from ..memory.cards import GIB
 from ..model.patches import changed, patched, put_back, restored
+from ..planning.streaming import NO_GPU
 from ..sharding import KEEPS, elsewhere, gather_ahead, kept_gathered
 from .context_parallel import rows_in_parts
 from .figures import adapter_device, compute_dtype
@@ -146,7 +147,7 @@ def streamed(model: nn.Module, spec: TrainSpec, on_note: OnNote) -> Iterator[Non
         yield
         return
     if adapter_device(model).type != "cuda":
-        on_note("train.stream has no effect here: without a GPU the base is in CPU memory anyway")
+        on_note(NO_GPU)
         yield
         return
     try:
