@@ -131,7 +131,9 @@ class _Run:
         try:
             return planning.plan(spec, check_output=self.world.is_main)
         except PlanRefused as error:
-            raise PlanRefused([*error.problems, *problems(spec.train)]) from None
+            if found := problems(spec.train):
+                raise PlanRefused([*error.problems, *found]) from None
+            raise
 
     def go(self) -> RunResult:
         from ..training.stopping import Stop
