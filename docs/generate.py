@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import quantadapt
@@ -763,7 +764,7 @@ def _docstring(text: str) -> list[str]:
             blocks.append(block)
         elif lines[0] in ("Args:", "Attributes:"):
             items: list[str] = []
-            for line in inspect.cleandoc("\n".join(lines[1:])).splitlines():
+            for line in dedent("\n".join(lines[1:])).splitlines():
                 if line.startswith(" "):
                     items[-1] += f" {line.strip()}"
                 else:

@@ -109,6 +109,19 @@ def test_passes_that_do_not_train_are_pefts_own(kind) -> None:
 
 
 @kinds
+def test_few_tokens_keep_no_factors(kind) -> None:
+    """Those of VeRA's default rank, 256, would be more than all that PEFT keeps of few tokens."""
+    made, calls = adapted(kind), []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return made(x.flatten(0, -2)[:7])  # of rank 4
+
+    found = lending(made, calls, run)
+    assert calls == [0]
+    assert_close(found, stock(made, run), rtol=0)
+
+
+@kinds
 def test_what_is_switched_off_or_several_is_pefts_own(kind) -> None:
     made = adapted(kind)
     layers = [m for m in made.modules() if isinstance(m, BaseTunerLayer)]
@@ -129,7 +142,8 @@ def test_a_run_learns_what_pefts_own_layers_learn(kind) -> None:
     """In float32, step by step; AdaLoRA's budget and its loss are as they were."""
 
     def losses(without: bool) -> list[float]:
-        tuned = qa.attach(qa.quantize(str(small_model()), "hqq"), kind)
+        options = {"r": 8} if kind == "vera" else {}
+        tuned = qa.attach(qa.quantize(str(small_model()), "hqq"), kind, **options)
         pefts = patch.object(low_rank, "_KINDS", {} if without else low_rank._KINDS)
         with pefts, patch.object(low_rank, "fused_lora", side_effect=low_rank.fused_lora) as fused:
             result = qa.train(

@@ -4,8 +4,8 @@ Both add B A x, of factors that are made from what is trained: VeRA scales the r
 matrices (https://arxiv.org/abs/2310.11454), AdaLoRA those of A (https://arxiv.org/abs/2303.10512).
 PEFT goes through inputs and outputs several times for that, in float32. Here the factors are made
 once a pass, which is little beside a batch, and go to `fused_lora`; autograd takes their gradients
-on to what they were made from. Layers stay PEFT's own, and where no model trains they compute as
-PEFT has it: for few tokens, factors would be most of the work.
+on to what they were made from. Layers stay PEFT's own, and where no model trains, or on few tokens,
+they compute as PEFT has it: factors would be most of the work, and of what is kept for backward.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 from ..facade import QuantLinear
 from .fused_lora import LoraTerm, fused_lora
+
+WORTH = 2
+"""With so many tokens to a rank, factors take no more memory than PEFT's copies of the inputs."""
 
 
 class _Factors(NamedTuple):
@@ -83,7 +86,9 @@ def _forward_of(layer: Any) -> Callable[..., Tensor]:
         active = [name for name in layer.active_adapters if name in getattr(layer, held_in)]
         plain = not (args or kwargs or layer.disable_adapters or layer.merged)
         trains = layer.training and torch.is_grad_enabled()
-        if not (plain and trains and len(active) == 1):
+        ranks = sum(len(getattr(layer, held_in)[name]) for name in active)
+        many = x.numel() >= WORTH * ranks * x.shape[-1]
+        if not (plain and trains and many and len(active) == 1):
             output: Tensor = kind.forward(layer, x, *args, **kwargs)
             return output
         a, b, dropout = factors_of(layer, active[0])

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import FolderInUse, OutputError, PlanRefused, Problem, SpecError
 from ..machine import this_machine
-from ..memory.cards import GIB
+from ..memory.cards import GIB, card_for
 from ..showing.python import somebody_looks
 from ..spec import Spec
 from .folder import check, opened
@@ -180,10 +180,12 @@ def _check_options(made: Comparison) -> None:
 
 
 def _check_room(made: Comparison, cells: Sequence[PlannedCell]) -> None:
-    """Raise SpecError where the runs that share a GPU are predicted to want more than it has."""
+    """Raise SpecError where the runs that share a GPU are predicted to want more than it has, each
+    with a context of CUDA of its own."""
     at_once, has = made.options.at_once, min(this_machine().memory, default=0) / GIB
     seeds = len(made.grid["seed"])
-    wanted = sorted((cell.memory_gib or 0.0 for cell in cells for _ in range(seeds)), reverse=True)
+    each = [int(cell.memory_gib * GIB) for cell in cells if cell.memory_gib]
+    wanted = sorted((card_for(size) / GIB for size in each for _ in range(seeds)), reverse=True)
     if at_once > 1 and has and (needed := sum(wanted[:at_once])) > has:
         most = next(n for n in range(at_once, -1, -1) if sum(wanted[:n]) <= has)
         what = f"the largest {at_once} runs at once need {needed:.3g} GiB, the GPU has {has:.3g}"
