@@ -50,7 +50,7 @@ class Patterns(tuple[str, ...]):
         return isinstance(value, str) and any(fnmatchcase(value, pattern) for pattern in self)
 
 
-class Given(tuple[str, ...]):
+class WhenGiven(tuple[str, ...]):
     """Values of a rule's condition that holds wherever an option is given, and not empty."""
 
     __slots__ = ()
@@ -69,7 +69,7 @@ class Rule:
             `action` ("attach", "merge", "requantize", "onto", "shard"), `backend`, `adapter`,
             `device` ("cpu", "cuda", ...), `dtype` ("float32", ...), `backend.<option>`,
             `adapter.<option>`; for a rule of another kind of record also its own `<kind>` and
-            `<kind>.<option>`. The values may be `Patterns`, or `Given`.
+            `<kind>.<option>`. The values may be `Patterns`, or `WhenGiven`.
         reason: why it is refused, as a sentence.
         fix: what to do instead, as a sentence.
         policy: it would work, but is unsound; the conformance suite then tries the way out

@@ -6,7 +6,7 @@ nothing about a backend is said here, because PEFT only ever meets `QuantLinear`
 
 from __future__ import annotations
 
-from ..capabilities import KEEP, Given, Merge, Patterns, Rule
+from ..capabilities import KEEP, Merge, Patterns, Rule, WhenGiven
 from ..hookspecs import hookimpl
 from ..records import Adapter, Start
 
@@ -43,7 +43,7 @@ that leave the base as it is (true, false, gaussian, orthogonal, eva, mica) need
 
 INVOKED_MERGE = Rule(
     "alora-no-merge",
-    {"adapter.alora_invocation_tokens": Given(("given",)), "action": ("merge",)},
+    {"adapter.alora_invocation_tokens": WhenGiven(("given",)), "action": ("merge",)},
     "aLoRA is off in each row up to its invocation, so no weight holds it",
     KEEP,
 )
