@@ -244,6 +244,9 @@ def test_what_can_be_named_is_planned(family: str, tmp_path: Path) -> None:
         r"model\.layers\.\d+\..*experts",
     ):
         qa.plan(qa.Spec(model=source, backend="hqq", adapter={"target_modules": targets}))
+    for module in ("rotary_emb", "activation_fn", "resid_attn_dropout", "act_fn"):
+        adapter = {"target_modules": ["q_proj"], "exclude_modules": [module]}
+        qa.plan(qa.Spec(model=source, backend="hqq", adapter=adapter))  # in no file
     router = next(n for n, m in model.named_modules() if "Router" in type(m).__name__)
     named = {"target_modules": ["q_proj"], "target_parameters": [f"{router}.weight"]}
     qa.plan(qa.Spec(model=source, backend="hqq", adapter=named))

@@ -23,8 +23,7 @@ from .names import (
 )
 from .peft_options import peft_options
 
-_WITHOUT_PARAMETERS = ("rotary_emb", "act_fn", "dropout")
-"""Modules that no file tells of; to exclude them has no effect, and is no mistake."""
+EXCLUDED = "adapter.exclude_modules"
 _NOT_ON_EXPERTS = {
     "lora_dropout": "has no dropout on stacks of experts",
     "lora_bias": "has no bias on stacks of experts",
@@ -83,7 +82,9 @@ def named_problems(
         named = _named_stacks(wanted, left, layers)
     if layers.names:
         found += parameter_problems(layers.parameters, options.get("target_parameters"))
-        found += module_problems([*layers.names, *_WITHOUT_PARAMETERS], options)
+        # No file tells of modules without parameters: what is like no other name may be one.
+        said = module_problems(layers.names, options)
+        found += [p for p in said if p.where != EXCLUDED or p.fix.startswith("did you mean")]
     return found + (experts_problems(adapter, options, layers.linears) if named else [])
 
 
