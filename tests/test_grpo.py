@@ -541,6 +541,18 @@ PROBLEMS = {
 }
 
 
+def test_a_plan_tells_that_the_demo_is_no_start() -> None:
+    objective = {
+        "name": "grpo",
+        "rewards": [f"{Path(__file__).parents[1]}/configs/passes_tests.py:passes"],
+    }
+    train = {"per_device_train_batch_size": 8}
+    notes = qa.plan(qa.Spec(objective=objective, train=train)).notes
+    assert any("gets none of its own prompts right" in note for note in notes)
+    notes = qa.plan(qa.Spec(model=str(demo.MODEL_DIR), objective=objective, train=train)).notes
+    assert not any("gets none of its own prompts right" in note for note in notes)
+
+
 @pytest.mark.parametrize("case", PROBLEMS)
 def test_what_a_plan_can_foresee_it_refuses(case, functions, tmp_path) -> None:
     objective, train, expected = PROBLEMS[case]

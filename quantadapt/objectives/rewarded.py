@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..data.report import DataReport
     from ..generation import Sampling
     from ..rewarding.answering import Rollout
-    from ..spec import DataSpec, TrainSpec
+    from ..spec import DataSpec, Spec, TrainSpec
     from ..training.trainer import Setup
 
 PLACE = "place"
@@ -34,6 +34,13 @@ PLACE = "place"
 WEIGHT, ADVANTAGE, OLD, REFERENCE = "weight", "advantage", "old", "reference"
 """In a batch: how much each answer weighs, and how much better it is than the others, [answers];
 log-probabilities before the step, and by the model without its adapter, [answers, length - 1]."""
+
+
+DEMO = (
+    "the bundled demo gets none of its own prompts right, so it learns nothing from rewards: tune"
+    " it a little first, quantadapt run demo --set train.max_steps=30 -o runs/begun, and take what"
+    " came out, --model runs/begun/merged"
+)
 
 
 class RewardTask(AnswerTask):
@@ -122,6 +129,10 @@ class RewardTask(AnswerTask):
         from ..data.prompts import look_at_prompts
 
         return look_at_prompts(spec, tokenizer, limit)
+
+    def remarks(self, spec: Spec) -> list[str]:
+        """Tell that the bundled demo is no start by itself."""
+        return [DEMO] if spec.model is None and spec.data.path is None else []
 
     def survey(self, spec: DataSpec) -> DataReport | None:
         """Return the rows of each file."""
