@@ -38,6 +38,7 @@ def sees(mine: list[Path], options: dict[str, object]) -> str:
         refuse_unshared(folder, TrainSpec(**options), torch.device("cpu"))
     except OutputError as error:
         return str(error)
+    torch.distributed.barrier()  # the first process has taken its file away
     return ", ".join(file.name for file in folder.iterdir()) if folder.exists() else "nothing"
 
 
