@@ -346,6 +346,7 @@ def run(suite, bench, name):
         method(bench)
 
 
+@pytest.mark.slow
 def test_an_honest_backend_passes(make):
     suite, bench = make(adapters=("lora", "ia3"))
     names = names_of_tests(suite)

@@ -170,6 +170,7 @@ QUICK = ["llama"]
 TWO = ["qwen3", "fsdp", "adalora", "packed", "resumed"]
 
 
+@pytest.mark.slow
 def test_two_processes_share_each_row(folder, alone) -> None:
     for found in in_processes(2, work, folder, folder, QUICK, 2):
         assert_the_same(found["llama"], alone("llama"))

@@ -207,6 +207,7 @@ def test_a_push_that_fails_is_told_without_the_token(run, hub) -> None:
     assert "pushing failed" in nobody.stderr
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_the_folder_and_asks_nobody(run, hub, tmp_path) -> None:
     done = export(run, "repo=me/it", "base=some/base", "dry_run=true", url=hub.url)
     assert done.returncode == 0

@@ -308,7 +308,9 @@ def test_what_a_plugin_prints_is_no_result(install, tmp_path: Path) -> None:
     assert "loud (qa-loud 1.2): it writes to stdout while it is imported" in told
 
 
-@pytest.mark.parametrize("file", ["entry_points.txt", "METADATA"])
+@pytest.mark.parametrize(
+    "file", [pytest.param("entry_points.txt", marks=pytest.mark.slow), "METADATA"]
+)
 def test_an_unreadable_file_of_a_distribution(install, tmp_path: Path, file: str) -> None:
     install("qa-torn", "torn", "qa_torn", BACKEND.format(name="torn"))
     (tmp_path / "qa_torn-1.2.dist-info" / file).write_bytes(b"\xff\xfe\x00[quantadapt\x80")
