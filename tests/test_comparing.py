@@ -23,8 +23,9 @@ from typing import Any
 import pytest
 
 from quantadapt.comparing import halving, processes
+from quantadapt.comparing.axes import lists_in
 from quantadapt.comparing.folder import Journal, Record
-from quantadapt.comparing.grid import Cell, Comparison, Options, comparison, lists_in
+from quantadapt.comparing.grid import Cell, Comparison, Options, comparison
 from quantadapt.comparing.page import Shown, render, yaml_of
 from quantadapt.comparing.processes import Ending, Job, Processes, slots, start_process
 from quantadapt.comparing.results import Quality, Row, Stat, Table, gain_kept, table_of

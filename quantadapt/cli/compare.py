@@ -235,7 +235,8 @@ def _comparison(
     options: dict[str, Any],
 ) -> Comparison:
     """Return what file and flags say; the flags win."""
-    from ..comparing.grid import comparison, lists_in
+    from ..comparing.axes import lists_in
+    from ..comparing.grid import comparison
 
     axes, flags.set = lists_in(assignments)
     common = flags.values()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from ..errors import Problem, RewardError, TrainingError
+from ..rewarding.values import gathered, nanstd
 from .answers import AnswerTask, answer_batch, token_log_probs
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ PLACE = "place"
 WEIGHT, ADVANTAGE, OLD, REFERENCE = "weight", "advantage", "old", "reference"
 """In a batch: how much each answer weighs, and how much better it is than the others, [answers];
 log-probabilities before the step, and by the model without its adapter, [answers, length - 1]."""
-
-
 DEMO = (
     "the bundled demo gets none of its own prompts right, so it learns nothing from rewards: tune"
     " it a little first, quantadapt run demo --set train.max_steps=30 -o runs/begun, and take what"
@@ -246,6 +245,8 @@ class RewardTask(AnswerTask):
     def _scored(self, made: Sequence[Rollout]) -> tuple[dict[str, Tensor], Tensor]:
         """Return what each function gives each answer, and the weighted sums. Raises RewardError,
         in all processes."""
+        import torch
+
         from ..distributed.talking import reduced
         from ..distributed.world import world
         from ..rewarding.answering import scored
@@ -256,7 +257,7 @@ class RewardTask(AnswerTask):
             scores = scored(scorer, made)
         except RewardError as error:
             failed = error
-        if world().size > 1 and reduced(float(failed is not None), _cpu(), "max"):
+        if world().size > 1 and reduced(float(failed is not None), torch.device("cpu"), "max"):
             failed = failed or RewardError("a reward function failed in another process")
         if failed is not None:
             raise failed
@@ -402,34 +403,3 @@ class PromptCollator:
             shape = (len(examples), batch["input_ids"].shape[1] - 1)
             batch[OLD] = batch[REFERENCE] = torch.zeros(shape)
         return batch
-
-
-def nanstd(values: Tensor) -> Tensor:
-    """Return the sample standard deviation of each row, without what is NaN, float64 [rows]."""
-    known = ~values.isnan()
-    count = known.sum(1)
-    squares = (values - values.nanmean(1, keepdim=True)).nan_to_num() ** 2
-    found: Tensor = (squares.sum(1) / (count - 1).clamp(min=1)).sqrt()
-    return found
-
-
-def gathered(values: Tensor) -> Tensor:
-    """Return the values [n] of all processes, which all have as many, in one tensor."""
-    from ..distributed.talking import summed
-    from ..distributed.world import world
-
-    mine = world()
-    if mine.size == 1:
-        return values
-    table = values.new_zeros(mine.size, 2, len(values))
-    table[mine.rank] = values.new_zeros(2, len(values))
-    table[mine.rank, 0], table[mine.rank, 1] = values.nan_to_num(), values.isnan().double()
-    found = summed(table, _cpu()).to(values.device)
-    whole: Tensor = found[:, 0].masked_fill(found[:, 1] > 0, float("nan")).flatten()
-    return whole
-
-
-def _cpu() -> Any:
-    import torch
-
-    return torch.device("cpu")

@@ -12,7 +12,8 @@ from pydantic import Field
 
 from ..hookspecs import hookimpl
 from ..records import Objective
-from .rewarded import ADVANTAGE, OLD, REFERENCE, RewardTask, gathered, nanstd
+from ..rewarding.values import gathered, nanstd
+from .rewarded import ADVANTAGE, OLD, REFERENCE, RewardTask
 
 if TYPE_CHECKING:
     from torch import Tensor
