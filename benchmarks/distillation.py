@@ -1,25 +1,20 @@
 """What quantizing costs, and what distilling from the dense base gets back, beside LoftQ.
 
     python benchmarks/distillation.py [--steps 100] [--device cpu]
-    python benchmarks/distillation.py --shape 1b --device cuda --steps 60
+    python benchmarks/distillation.py --model MODEL --rate 2e-4 --device cuda
 
 For each backend: perplexity on held-out text and KL divergence from the dense model, in nats per
 token, of the quantized base, of LoftQ's start (five rounds, not trained), and after distilling from
-both starts. By default on the bundled demo; `--shape 1b` makes a Llama of 1.2 billion random
-weights, of which only the divergence means something. Prints a Markdown table.
+both starts. The bundled demo, or a model that `real_shape.py --make` made. Prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
-import shutil
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import Shape
 from versions import versions
 
 import quantadapt as qa
@@ -31,28 +26,6 @@ ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("hqq", {"bits": 3, "group_size": 64}),
     ("hqq", {"bits": 2, "group_size": 64}),
 )
-SHAPES = {"1b": Shape(2048, 8192, 16, 32, 8, 128256, batch=8, length=512)}
-RATES = {"": 2e-3, "1b": 2e-4}
-
-
-def random_checkpoint(shape: Shape, folder: Path) -> str:
-    """Write a checkpoint of random weights with the demo's tokenizer. What its layers make is as
-    large as what they get, so that it prefers some tokens to others."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = shape.config()
-    config.tie_word_embeddings = True
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                torch.nn.init.normal_(parameter, std=2 * parameter.shape[1] ** -0.5)
-    model.save_pretrained(folder)
-    for file in demo.MODEL_DIR.glob("*token*.json"):
-        shutil.copy(file, folder)
-    return str(folder)
 
 
 def figures(model: Any) -> str:
@@ -83,28 +56,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--shape", choices=SHAPES, default="")
+    parser.add_argument("--rate", type=float, default=2e-3, help="of learning")
+    parser.add_argument("--model", default=str(demo.MODEL_DIR), help="has the demo's tokenizer")
     parser.add_argument("--batch", type=int, default=8)
     asked = parser.parse_args()
     given = {
         "device": asked.device,
         "max_steps": asked.steps,
-        "learning_rate": RATES[asked.shape],
+        "learning_rate": asked.rate,
         "per_device_train_batch_size": asked.batch,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        source = str(demo.MODEL_DIR)
-        if asked.shape:
-            source = random_checkpoint(SHAPES[asked.shape], Path(folder))
-        dense = qa.quantize(source, "none", device=asked.device)
-        print(f"dense: perplexity {qa.evaluate(dense, max_examples=96)['perplexity']:.2f}\n")
-        del dense
-        names = ("quantized", "LoftQ's start", "distilled", "distilled from LoftQ")
-        heads = " | ".join(f"{name} | KL" for name in names)
-        print(f"| backend | {heads} | ms/step | GiB |")
-        print(f"| --- |{' ---: |' * 10}", flush=True)
-        for backend, options in ROWS:
-            print(row(source, backend, options, dict(given)), flush=True)
+    dense = qa.quantize(asked.model, "none", device=asked.device)
+    print(f"dense: perplexity {qa.evaluate(dense, max_examples=96)['perplexity']:.2f}\n")
+    del dense
+    names = ("quantized", "LoftQ's start", "distilled", "distilled from LoftQ")
+    heads = " | ".join(f"{name} | KL" for name in names)
+    print(f"| backend | {heads} | ms/step | GiB |")
+    print(f"| --- |{' ---: |' * 10}", flush=True)
+    for backend, options in ROWS:
+        print(row(asked.model, backend, options, dict(given)), flush=True)
     names = ("torch", "transformers", "peft", "trl", "hqq", "bitsandbytes")
     print(f"\n{platform.machine()}, {torch.get_num_threads()} threads; {versions(*names)}")
 

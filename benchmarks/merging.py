@@ -1,6 +1,6 @@
 """What a merge that is quantized again keeps of the gain, by the way its weights are rounded.
 
-    python benchmarks/merging.py [--steps 60] [--rates 1e-4 5e-4] [--only hqq] [--device cpu]
+    python benchmarks/merging.py [--steps 60] [--rates 1e-4 5e-4] [--only "hqq, 2"] [--device cpu]
         [--ways nearest grid dithered refined compensated] [--no-aware] [--model DIR]
 
 The bundled demo, or a model that `real_shape.py --make` made; LoRA with its defaults, trained on
@@ -65,7 +65,6 @@ def rows(backend: str, options: dict[str, Any], given: argparse.Namespace) -> It
     shown = str(demo.TRAIN_FILE) if registry().backend(backend).calibration else None
     base = qa.quantize(given.model, backend, device=given.device, calibration=shown, **options)
     before = token_losses(base, held_out_data(None, state_of(base).tokenizer))
-    label = ", ".join([backend, *(f"{value}" for value in options.values())])
     for rate in given.rates:
         how = {"max_steps": given.steps, "learning_rate": rate}
         tuned, took = trained(base, before, **how)
@@ -78,7 +77,12 @@ def rows(backend: str, options: dict[str, Any], given: argparse.Namespace) -> It
             cells += [*through_the_quantizer(aware, gain.value), f"{its / took:.2f}"]
             aware.model.unload()
         size = f"{gain.value:.2f} ± {gain.error:.2f}"
-        yield f"| {label} | {rate:g} | {size} | {' | '.join(cells)} |"
+        yield f"| {label(backend, options)} | {rate:g} | {size} | {' | '.join(cells)} |"
+
+
+def label(backend: str, options: dict[str, Any]) -> str:
+    """Return what a row is called: `hqq, 2`."""
+    return ", ".join([backend, *map(str, options.values())])
 
 
 def trained(base: Any, before: TokenLosses, **how: Any) -> tuple[Tuned, float]:
@@ -123,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 5e-4])
-    parser.add_argument("--only", nargs="+", help="backends, by name")
+    parser.add_argument("--only", nargs="+", help="rows, by backend or name")
     parser.add_argument("--ways", nargs="*", choices=[*WAYS], default=[*WAYS])
     parser.add_argument("--aware", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--model", help="a folder with the demo's tokenizer; by default the demo")
@@ -133,8 +137,9 @@ def main() -> None:
     print(f"| backend | learning rate | gain, nats per token | {' | '.join(columns)} |")
     print(f"| --- | ---: | ---: |{' ---: |' * len(columns)}", flush=True)
     for backend, options in ROWS:
-        for row in rows(backend, options, given) if backend in (given.only or backend) else ():
-            print(row, flush=True)
+        if not given.only or {backend, label(backend, options)} & {*given.only}:
+            for row in rows(backend, options, given):
+                print(row, flush=True)
     where = torch.cuda.get_device_name() if given.device == "cuda" else processor()
     made = versions(*PACKAGES)
     print(f"\n{given.steps} steps, {where}, {torch.get_num_threads()} threads; {made}")
