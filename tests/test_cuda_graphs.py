@@ -72,6 +72,17 @@ def train(data: Dataset, **options):
     return result, weights, notes
 
 
+@pytest.mark.cuda
+def test_a_recording_that_fails_leaves_everything_as_it_was() -> None:
+    """What quantizes on the default stream would not wait for another that became current."""
+    stream, numbers = torch.cuda.current_stream(), torch.cuda.get_rng_state()
+    with pytest.raises(RuntimeError), recording(torch.cuda.CUDAGraph()):
+        torch.ones(1, device="cuda").sum().item()  # waits for the GPU
+    assert torch.cuda.current_stream() == stream
+    assert torch.equal(torch.cuda.get_rng_state(), numbers)
+    assert float(torch.rand(8, device="cuda").sum()) > 0
+
+
 def test_only_plain_lora_on_cuda_is_recorded(monkeypatch) -> None:
     model = adapted()
     assert not can_record(model)

@@ -19,10 +19,13 @@ def recording(graph: Any, pool: Any = None) -> Iterator[None]:
     Raises:
         RuntimeError: something waits for the GPU, or its memory does not suffice.
     """
+    before = torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, pool, capture_error_mode=CAPTURE_ERRORS):
             yield
     except RuntimeError:
+        # A recording that cannot be ended leaves its own stream as the current one.
+        torch.cuda.set_stream(before)
         _draw_as_before()
         raise
 
