@@ -60,3 +60,43 @@ def test_int8_weights_are_bitsandbytes_own(dtype) -> None:
     ours: Any = registry().backend("bnb-int8").quantizer().quantize_linear(linear)  # type: ignore[union-attr]
     assert torch.equal(ours.weight.data, theirs.data)
     assert torch.equal(ours.weight.SCB, theirs.SCB)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("backend", ["bnb-nf4", "bnb-fp4", "bnb-int8"])
+def test_weights_are_quantized_after_what_makes_them(backend: str) -> None:
+    """Also on a stream of their own, on which a GPU comes to them late."""
+    quantizer = registry().backend(backend).quantizer()
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    linear = torch.nn.Linear(512, 256, bias=False, dtype=torch.bfloat16, device="cuda")
+    linear.weight.data.copy_(weight)
+    expected = quantizer.target.dequantize(quantizer.quantize_linear(linear)).cpu()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        linear.weight.data.zero_()
+        torch.cuda._sleep(10**8)  # clock ticks: some hundredths of a second
+        linear.weight.data.copy_(weight.cuda())
+        found = quantizer.target.dequantize(quantizer.quantize_linear(linear)).cpu()
+    assert relative(expected, weight) < 0.15
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["bnb-nf4", "bnb-fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_go_on_in_the_next_row(backend: str, dtype: torch.dtype) -> None:
+    """Against codes and scales themselves: vendors' kernels differ by the CPU they find."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(352, 24, dtype=dtype)
+    quantizer = registry().backend(backend).quantizer()
+    made = quantizer.quantize_linear(linear)
+    state = made.weight.quant_state
+    where = torch.arange(state.absmax.numel()) // state.state2.blocksize
+    scales = state.state2.code[state.absmax.int()] * state.state2.absmax[where] + state.offset
+    codes = torch.stack([made.weight.data >> 4, made.weight.data & 15], -1).view(-1).int()
+    exact = (state.code[codes] * scales.repeat_interleave(64)).view(24, 352).to(dtype)
+    assert torch.equal(quantizer.target.dequantize(made), exact)
+    assert torch.equal(quantizer.target.dequantize_rows(made, 2, 4), exact[2:4])
+    x = torch.randn(3, 352, dtype=dtype)
+    expected = torch.nn.functional.linear(x.double(), exact.double(), linear.bias.double())
+    assert relative(quantizer.target.forward(made, x), expected) < (
+        1e-6 if dtype == torch.float32 else 5e-3
+    )

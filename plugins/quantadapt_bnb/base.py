@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from quantadapt.protocols import LayerwiseQuantizer, Quantizer
@@ -35,3 +37,19 @@ class BitsAndBytes(LayerwiseQuantizer):
 def holds(module: nn.Module, weight_class: str) -> bool:
     """Say whether the weight of `module` is of that class of bitsandbytes."""
     return type(getattr(module, "weight", None)).__name__ == weight_class
+
+
+@contextmanager
+def on_default_stream(device: torch.device) -> Iterator[None]:
+    """Inside, all runs on the default stream of a GPU: there bitsandbytes starts the kernels that
+    quantize to blocks, whatever the current stream is, and what is on another would not wait."""
+    import torch
+
+    if device.type != "cuda":
+        yield
+        return
+    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    default.wait_stream(current)
+    with torch.cuda.stream(default):
+        yield
+    current.wait_stream(default)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -13,7 +12,14 @@ from pydantic import Field
 from quantadapt.compiling import one_kernel
 from quantadapt.errors import ModelError
 from quantadapt.protocols import CodebookGrid, LayerwiseTarget, twin
-from quantadapt_bnb.base import BitsAndBytes, holds
+from quantadapt_bnb.base import BitsAndBytes, holds, on_default_stream
+from quantadapt_bnb.packed import (
+    as_packed,
+    by_one_kernel,
+    by_vendor,
+    look_for_lost_scales,
+    scales_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +61,8 @@ class _FourBit(BitsAndBytes):
         module: Any = self._empty(linear)
         options = {k: v for k, v in vars(module.weight).items() if k != "module"}
         packed = Params4bit(linear.weight.data, requires_grad=False, **options)
-        module.weight = packed.to(linear.weight.device)
+        with on_default_stream(linear.weight.device):
+            module.weight = packed.to(linear.weight.device)
         module.bias = linear.bias
         vendor: nn.Module = module
         return vendor
@@ -120,7 +127,7 @@ class _FourBit(BitsAndBytes):
             what = f"the last block of {first.blocksize} weights of an expert is not full"
             raise ModelError(what, fix="quantize the original model again")
         stats = {
-            "absmax": torch.cat([_scales(state) for state in states]),
+            "absmax": torch.cat([scales_of(state) for state in states]),
             "quant_map": first.code,
             "blocksize": first.blocksize,
             "quant_type": first.quant_type,
@@ -190,20 +197,18 @@ class FourBitTarget(LayerwiseTarget):
         return holds(module, "Params4bit")
 
     def dequantize(self, module: nn.Module) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit
-
-        packed = _as_packed(module)
+        packed = as_packed(module)
         data, state = packed.data, packed.quant_state
-        _look_for_lost_scales(state)
+        look_for_lost_scales(state)
 
         def vendors() -> Tensor:
-            return dequantize_4bit(data, state)  # type: ignore[no-any-return]
+            return by_vendor(data, state)
 
         if not state.nested or data.shape[0] == 1:  # 1: an old layout, transposed
             return vendors()
         scales, of_scales = state.absmax, state.state2
         return one_kernel(
-            _dequantize_4bit,
+            by_one_kernel,
             *(data, scales, of_scales.code, of_scales.absmax, state.offset, state.code),
             static=(state.blocksize, of_scales.blocksize, tuple(state.shape), state.dtype),
             otherwise=vendors,
@@ -211,16 +216,16 @@ class FourBitTarget(LayerwiseTarget):
 
     def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
         import torch
-        from bitsandbytes.functional import QuantState, dequantize_4bit
+        from bitsandbytes.functional import QuantState
 
-        packed = _as_packed(module)
+        packed = as_packed(module)
         state, columns = packed.quant_state, packed.quant_state.shape[1]
         start, end, size = first * columns, last * columns, packed.quant_state.blocksize
         if start % size or end % size or packed.data.shape[0] == 1:
             return super().dequantize_rows(module, first, last)
-        _look_for_lost_scales(state)
+        look_for_lost_scales(state)
         own = QuantState(
-            absmax=_scales(state)[start // size : end // size],
+            absmax=scales_of(state)[start // size : end // size],
             shape=(last - first, columns),
             code=state.code,
             blocksize=size,
@@ -228,16 +233,15 @@ class FourBitTarget(LayerwiseTarget):
             dtype=state.dtype,
         )
         codes = packed.data.view(torch.uint8).view(-1, 1)[start // 2 : end // 2]
-        rows: Tensor = dequantize_4bit(codes, own)
-        return rows
+        return by_vendor(codes, own)
 
     def grid(self, module: nn.Module) -> CodebookGrid | None:
-        packed = _as_packed(module)
+        packed = as_packed(module)
         state = packed.quant_state
         if packed.data.shape[0] == 1:
             return None
         (rows, columns), size = state.shape, state.blocksize
-        scales = _scales(state)
+        scales = scales_of(state)
         if columns % size == 0:
             scales = scales.view(rows, -1)
         else:  # blocks that go on in the next row become blocks of one weight
@@ -247,7 +251,7 @@ class FourBitTarget(LayerwiseTarget):
     def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
         import torch
 
-        grid, packed = self.grid(module), copy.copy(_as_packed(module))
+        grid, packed = self.grid(module), copy.copy(as_packed(module))
         assert grid is not None
         codes = grid.codes(weight).to(torch.uint8).view(-1)
         if codes.numel() % 2:
@@ -273,40 +277,26 @@ class FourBitTarget(LayerwiseTarget):
         """Run the vendor's product on CUDA, in the dtype of `x` whatever dtype the module is set
         to; on a CPU the vendor's forward as in training: in evaluation, where it computes in
         bfloat16, it lays the weight out anew and rounds its scales, for good."""
+        own: Any = module.bias
+        bias = None if own is None else own.to(x.dtype)
+        state: Any = module.weight.quant_state  # type: ignore[union-attr]
         if x.is_cuda:
             from bitsandbytes import matmul_4bit
 
             packed: Any = module.weight
-            own: Any = module.bias
-            bias = None if own is None else own.to(x.dtype)
             row = packed.data.reshape(1, -1)  # how versions before 0.50 want it
-            product: Tensor = matmul_4bit(x, row, packed.quant_state, bias=bias)
+            product: Tensor = matmul_4bit(x, row, state, bias=bias)
             return product
+        if x.shape[-1] % state.blocksize:
+            from torch.nn import functional
+
+            return functional.linear(x, self.dequantize(module).to(x.dtype), bias)
         training = module.training
         try:
             output: Tensor = module.train()(x)
         finally:
             module.train(training)
         return output
-
-
-def _as_packed(module: nn.Module) -> Any:
-    """Return the weight in the layout of checkpoints, whatever a vendor's forward made of it."""
-    packed: Any = module.weight
-    if getattr(packed.quant_state, "packing_format_for_cpu", False):
-        _restore(packed)
-    return packed
-
-
-def _scales(state: Any) -> Tensor:
-    """Return the scales of 4-bit blocks in float32, of quantized ones the numbers that they are."""
-    from bitsandbytes.functional import dequantize_blockwise
-
-    if not state.nested:
-        scales: Tensor = state.absmax
-        return scales
-    plain: Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset
-    return plain.float()
 
 
 def _check_nested(path: str) -> None:
@@ -320,51 +310,3 @@ def _check_nested(path: str) -> None:
         if part == "nested_quant_map" and f"{layer}.weight.nested_absmax" not in names:
             what = f"it has no {layer}.weight.nested_absmax"
             raise ModelError(what, fix="make or download the checkpoint again", where=path)
-
-
-def _look_for_lost_scales(state: Any) -> None:
-    """Raise ValueError where there are too few of them: kernels would read past their end."""
-    counts = [(state.absmax, math.prod(state.shape), state.blocksize), (state.code, 16, 1)]
-    if state.nested:
-        of_scales = state.state2
-        counts += [(of_scales.absmax, state.absmax.numel(), of_scales.blocksize)]
-        counts += [(of_scales.code, 256, 1)]
-    for tensor, numbers, block in counts:
-        if tensor.numel() * block < numbers:
-            raise ValueError(
-                f"{tensor.numel()} scales or values where {-(-numbers // block)} are due"
-            )
-
-
-def _restore(weight: Any) -> None:
-    """Undo the layout that a vendor's forward on a CPU left a weight in. The vendor's own way back
-    forgets the scales where they are not quantized themselves."""
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-    scales = weight.quant_state.absmax.T.reshape(-1).float()
-    weight.data, state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
-    if not state.nested:
-        state.absmax = scales
-
-
-def _dequantize_4bit(
-    packed: Tensor,
-    scales: Tensor,
-    code_of_scales: Tensor,
-    scales_of_scales: Tensor,
-    offset: Tensor,
-    code: Tensor,
-    block: int,
-    block_of_scales: int,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-) -> Tensor:
-    """As bitsandbytes does with double quantization; the first of two weights is in the high bits
-    of a byte."""
-    import torch
-
-    where = torch.arange(scales.numel(), device=scales.device) // block_of_scales
-    absmax = code_of_scales[scales.int()] * scales_of_scales[where] + offset
-    shifts = torch.arange(4, -1, -4, dtype=torch.uint8, device=packed.device)
-    codes = (packed.view(torch.uint8).view(-1, 1) >> shifts) & 15
-    return (code[codes.int()].view(-1, block) * absmax[:, None]).to(dtype).view(shape)
