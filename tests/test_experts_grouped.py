@@ -82,7 +82,7 @@ def results(run: Any, given: tuple[torch.Tensor, ...], trained: Any = ()) -> lis
     """The output, and the gradients of the hidden states, the routing weights, and others."""
     hidden, index, weights = given
     y = run(hidden, index, weights)
-    seed = torch.linspace(-1, 1, y.numel()).view(y.shape).cos()
+    seed = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape).cos()
     return [y.detach(), *torch.autograd.grad((y * seed).sum(), [hidden, weights, *trained])]
 
 

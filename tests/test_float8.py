@@ -430,14 +430,14 @@ def test_on_a_gpu_a_row_with_what_is_no_number_is_told() -> None:
 
 @pytest.mark.cuda
 def test_a_layer_on_a_gpu_computes_what_it_does_on_a_cpu() -> None:
-    layer, x, dy = facade(), random(40, INPUTS), random(40, OUTPUTS, seed=1)
+    layer = facade().to(torch.bfloat16)
+    x, dy = random(40, INPUTS).bfloat16(), random(40, OUTPUTS, seed=1).bfloat16()
     exact = x.double().requires_grad_()
     y = Reference.apply(exact, layer.vendor.weight.double())
     y.backward(dy.double())
     expected = y.detach().float(), exact.grad.float()
     with torch.no_grad():
-        layer = layer.cuda().to(torch.bfloat16)
-        found = layer(x.cuda().bfloat16()), layer.gradient(dy.cuda().bfloat16())
+        layer = layer.cuda()
+        found = layer(x.cuda()), layer.gradient(dy.cuda())
     for one, other in zip(found, expected, strict=True):
-        # bfloat16 moves a number to another code where it is near a tie
         assert (one.cpu().float() - other).norm() / other.norm() < 0.02
