@@ -1,9 +1,11 @@
 """The values that a backend's scales allow: rounded to, and packed, bit for bit."""
 
 import re
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
+import quantadapt_torchao
 import torch
 from quantadapt_bnb.four_bit import FP4, NF4
 from quantadapt_bnb.int8 import Int8
@@ -12,6 +14,7 @@ from quantadapt_hqq import HQQ
 from quantadapt_quanto import Quanto
 from quantadapt_torchao import Float8, Int4, Intx
 from quantadapt_torchao import Int8 as TorchAOInt8
+from quantadapt_torchao.tiles import joined_tiles
 from torch import nn
 
 from quantadapt import compiling
@@ -214,6 +217,38 @@ def test_tiles_for_tensor_cores_hold_what_is_packed():
     assert torch.equal(target.dequantize(changed), grid.nearest(shaken(kept, 1)))
     again = target.repack(changed, kept).weight.qdata
     assert torch.equal(again, packed)
+
+
+def test_tiles_are_joined_by_rows() -> None:
+    from torchao.quantization import Int4TilePackedTo4dTensor
+
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for rows in (32, 32, 8):
+        packed = torch.randint(-(2**31), 2**31, (rows // 8, 2, 32, 4), generator=generator)
+        scales = torch.randn(4, rows, 2, generator=generator).bfloat16()
+        shape = torch.Size((rows, 192))
+        parts.append(Int4TilePackedTo4dTensor(packed.to(torch.int32), scales, [1, 64], shape))
+    modules = [SimpleNamespace(weight=weight) for weight in (*parts, joined_tiles(parts))]
+    *found, joined = [Int4().target.dequantize(module) for module in modules]
+    assert torch.equal(joined, torch.cat(found))
+
+
+@pytest.mark.cuda
+def test_in_parts_weights_go_into_the_same_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight = torch.randn(1032, 768, device="cuda", dtype=torch.bfloat16, generator=generator)
+    made = []
+    for part in (2**26, 2**18):
+        monkeypatch.setattr(quantadapt_torchao, "PART", part)
+        linear = nn.Linear(768, 1032, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        made.append(Int4().quantize_linear(linear))
+    whole, parts = (module.weight for module in made)
+    assert torch.equal(whole.qdata, parts.qdata)
+    assert torch.equal(whole.scale_and_zero, parts.scale_and_zero)
+    x = torch.randn(5, 768, device="cuda", dtype=torch.bfloat16, generator=generator)
+    assert torch.equal(made[0](x), made[1](x))
 
 
 def test_numbers_are_looked_up_where_edges_lie() -> None:

@@ -18,12 +18,17 @@ from quantadapt.protocols import LayerwiseQuantizer, Quantizer
 from quantadapt.records import Backend
 
 from .target import TorchAOTarget
+from .tiles import TILE_ROWS, joined_tiles
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
     from torch import nn
+
+
+PART = 2**26
+"""Weights that go into tiles at once: four layers of an 8B model's attention."""
 
 
 class _TorchAO(LayerwiseQuantizer):
@@ -205,6 +210,28 @@ class Int4(_TorchAO):
 
     def misfit(self, in_features: int, out_features: int) -> str | None:
         return _group_misfit(self.group_size, in_features)
+
+    def quantize_linear(self, linear: nn.Linear) -> nn.Module:
+        """What is made on the way to tiles is 16 times as large as they are, so a stack of experts
+        goes there in parts."""
+        from torch import nn
+
+        rows = max(PART // linear.in_features // TILE_ROWS, 1) * TILE_ROWS
+        if not self._makes_tiles(linear) or linear.out_features <= rows:
+            return super().quantize_linear(linear)
+        parts = []
+        for weight in linear.weight.data.split(rows):
+            part = nn.Linear(linear.in_features, len(weight), bias=False, device="meta")
+            part.weight = nn.Parameter(weight, requires_grad=False)
+            parts.append(super().quantize_linear(part).weight)
+        linear.weight = nn.Parameter(joined_tiles(parts), requires_grad=False)
+        return linear
+
+    def _makes_tiles(self, linear: nn.Linear) -> bool:
+        import torch
+
+        fits = linear.weight.is_cuda and linear.weight.dtype == torch.bfloat16
+        return fits and self.layout != "unpacked"
 
     def bits_per_weight(
         self, in_features: int, out_features: int, *, device: str, dtype: str

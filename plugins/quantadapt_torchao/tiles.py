@@ -28,6 +28,19 @@ class TileGrid(UniformGrid):
         return ((codes - 8) * scale + zero).to(self.dtype)
 
 
+def joined_tiles(weights: list[Any]) -> Any:
+    """Return one tensor in tiles of the rows of all; each but the last has whole tiles."""
+    import torch
+
+    first = weights[0]
+    return type(first)(
+        torch.cat([weight.qdata for weight in weights]),
+        torch.cat([weight.scale_and_zero for weight in weights], 1),
+        first.block_size,
+        torch.Size((sum(weight.shape[0] for weight in weights), first.shape[1])),
+    )
+
+
 def of_tiles(weight: Any, packed: Tensor, scale_and_zero: Tensor, rows: int) -> Tensor:
     """Return what `rows` rows of a tensor in tiles stand for; it has no `dequantize`."""
     static = (rows, weight.shape[1], weight.block_size[-1])
