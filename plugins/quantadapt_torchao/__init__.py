@@ -220,7 +220,7 @@ class Int4(_TorchAO):
         if not self._makes_tiles(linear) or linear.out_features <= rows:
             return super().quantize_linear(linear)
         parts = []
-        for weight in linear.weight.data.split(rows):
+        for weight in linear.weight.data.split(rows):  # type: ignore[no-untyped-call]
             part = nn.Linear(linear.in_features, len(weight), bias=False, device="meta")
             part.weight = nn.Parameter(weight, requires_grad=False)
             parts.append(super().quantize_linear(part).weight)
