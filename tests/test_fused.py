@@ -286,6 +286,32 @@ def test_bfloat16_with_float32_masters(autocast) -> None:
     assert_same(found, expected, rtol=2e-2)
 
 
+def test_in_bfloat16_it_is_nearer_to_float64_than_two_roundings_are() -> None:
+    """The adapter's part is rounded while it is small, and the sum once; PEFT rounds the base's
+    output, and then the sum."""
+    generator = torch.Generator().manual_seed(3)
+    x, dy = (torch.randn(256, n, generator=generator).bfloat16() for n in (64, 96))
+
+    def passed(fused: bool, dtype: torch.dtype) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, lora_alpha=4, target_modules=["0"], init_lora_weights=False)
+        if fused:
+            use_fused_layers(config)
+        base = nn.Sequential(nn.Linear(64, 96, False)).bfloat16().to(dtype)
+        made = inject_adapter_in_model(config, wrap(base, Plain(), dtype))
+        for weight in made.parameters():
+            weight.data = (weight.data.float() / 4).bfloat16().to(dtype)
+        given = x.to(dtype).requires_grad_()
+        y = made(given)
+        y.backward(dy.to(dtype))
+        return [y.detach().double(), given.grad.double()]
+
+    exact = passed(False, torch.float64)
+    once, twice = (passed(fused, torch.bfloat16) for fused in (True, False))
+    for right, one, two in zip(exact, once, twice, strict=True):
+        assert (one - right).norm() < 0.8 * (two - right).norm() < 0.01 * right.norm()
+
+
 def saves_x_alone(made: nn.Module) -> None:
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

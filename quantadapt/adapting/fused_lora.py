@@ -115,15 +115,16 @@ class _FusedLora(torch.autograd.Function):
                 of_weights[2 * i : 2 * i + 2] = da, db
             d_dropped = None if dropped is None else (g @ a).view(shape).to(dropped.dtype)
             del x, seen, saved, dropped  # before dx, which is as large, needs memory
-            dx = _base_gradient(terms, dys) if ctx.needs_input_grad[0] else None
-            if dx is not None and d_dropped is None and not terms[0].rounds:
-                dx.addmm_(g, a)
+            through_a = (g, a) if d_dropped is None and not terms[0].rounds else None
+            dx = _input_gradient(terms, dys, through_a) if ctx.needs_input_grad[0] else None
         dx = None if dx is None else dx.view(shape).to(x_dtype)
         return dx, d_dropped, None, None, *of_weights
 
 
 def _outputs(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> tuple[Tensor, ...]:
     facades = [term.facade for term in terms]
+    if not terms[0].rounds and all(facade.multiplies_dense(x) for facade in facades):
+        return _onto_adapters(x, dropped, terms)
     rows = next((f.rows_of(x) for f in facades if f.in_float8 and not f.rounds_activations), None)
     outputs = [term.facade.vendor_forward(x, term.change(), rows) for term in terms]
     del rows
@@ -138,6 +139,27 @@ def _outputs(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> tu
         h = flat(x if dropped is None else dropped, dtype) @ _stacked_a(terms, dtype).T
         parts = h.split_with_sizes([term.a.shape[0] for term in terms], dim=1)
         return tuple(map(_add, outputs, parts, terms))
+
+
+def _onto_adapters(
+    x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]
+) -> tuple[Tensor, ...]:
+    """Return the outputs, each begun as the adapter's part: a product reads what it is added to on
+    its way, which a pass of its own for the adapter takes longer for."""
+    device_type = x.device.type
+    on = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if on else x.dtype
+    outputs = []
+    with no_autocast(device_type):
+        h = flat(x if dropped is None else dropped, dtype) @ _stacked_a(terms, dtype).T
+        parts = h.split_with_sizes([term.a.shape[0] for term in terms], dim=1)
+        for part, term in zip(parts, terms, strict=True):
+            bias, b = term.facade.bias, term.b_cast.to(dtype).T
+            first = h.new_zeros(()) if bias is None else bias.to(dtype)
+            y = torch.addmm(first, part, b, beta=int(bias is not None), alpha=term.scaling)
+            y = term.facade.add_product(x, y).view(*x.shape[:-1], y.shape[-1])
+            outputs.append(_own(y))
+    return tuple(outputs)
 
 
 def _is_one_token(x: Tensor, terms: Sequence[LoraTerm]) -> bool:
@@ -199,13 +221,17 @@ def _weight_gradients(
     return [part.to(term.a.dtype) for part, term in zip(da, terms, strict=True)], db
 
 
-def _base_gradient(terms: Sequence[LoraTerm], dys: Sequence[Tensor]) -> Tensor:
-    """Return Σ dy W, the gradient through the bases: [tokens, in_features]."""
-    dx: Tensor | None = None
+def _input_gradient(
+    terms: Sequence[LoraTerm], dys: Sequence[Tensor], through_a: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Return Σ dy W, the gradient through the bases, and with `through_a` the product of its two,
+    the gradient through the adapters: [tokens, in_features]."""
+    last = terms[0].facade.in_float8  # whose products are added to nothing
+    dx = None if through_a is None or last else torch.mm(*through_a)
     for term, dy in zip(terms, dys, strict=True):
         dx = term.facade.gradient(dy, dx, term.change())
     assert dx is not None
-    return dx
+    return dx.addmm_(*through_a) if through_a is not None and last else dx
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -95,6 +95,20 @@ class QuantLinear(QuantWeight, nn.Linear):
             return y.view(*x.shape[:-1], self.out_features)
         return nn.functional.linear(x, self.weight_for_forward(x, change).to(dtype), bias)
 
+    def multiplies_dense(self, x: Tensor) -> bool:
+        """Whether it trains, and its output for `x` is a product with the dense weight, in one
+        dtype: then `add_product` is another way to compute it."""
+        device_type = x.device.type
+        one_dtype = torch.is_autocast_enabled(device_type) or x.dtype == self.compute_dtype
+        plain = self.training and self._merged is None and not self.rounds_activations
+        return plain and one_dtype and not self.in_float8
+
+    def add_product(self, x: Tensor, onto: Tensor) -> Tensor:
+        """Return `onto` [tokens, out_features] with x Wᵀ added in place, without the bias; as in
+        `vendor_forward`, gradients are to be off, and autocast, too."""
+        rows = x.reshape(-1, self.in_features).to(onto.dtype)
+        return onto.addmm_(rows, self.weight_for_forward(x).to(onto.dtype).T)
+
     def _of_one_token(self, x: Tensor) -> Tensor | None:
         """Return the output for `x` by a kernel that reads codes in bytes; None where `x` is more
         than a token or the codes are held otherwise."""
