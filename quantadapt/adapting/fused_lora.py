@@ -155,8 +155,8 @@ def _onto_adapters(
         parts = h.split_with_sizes([term.a.shape[0] for term in terms], dim=1)
         for part, term in zip(parts, terms, strict=True):
             bias, b = term.facade.bias, term.b_cast.to(dtype).T
-            first = h.new_zeros(()) if bias is None else bias.to(dtype)
-            y = torch.addmm(first, part, b, beta=int(bias is not None), alpha=term.scaling)
+            part = _scaled(part, term.scaling)
+            y = part @ b if bias is None else torch.addmm(bias.to(dtype), part, b)
             y = term.facade.add_product(x, y).view(*x.shape[:-1], y.shape[-1])
             outputs.append(_own(y))
     return tuple(outputs)
