@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
+from . import rules
 from .experts import STACKS
 from .optimizers import between_passes
 from .shape import Shape
@@ -37,6 +38,8 @@ class Resident:
         shards: so many GPUs share the base; `sharding` says how.
         shardable: whether several GPUs may share it.
         prefetches: whether a layer of a shared base is gathered while the one before it works.
+        gathered: whether a shared base is whole on each GPU while it trains, beside the GPU's
+            share of it.
         graphs: whether passes are recorded as CUDA graphs, where they can be.
         streamed: what of the quantized layers lies in CPU memory: "none", "experts" or "all".
         streamable: whether anything of them may.
@@ -72,6 +75,7 @@ class Resident:
     shards: int = 1
     shardable: bool = True
     prefetches: bool = True
+    gathered: bool = False
     graphs: bool = False
     streamed: str = "none"
     streamable: bool = False
@@ -157,6 +161,20 @@ class Resident:
         experts = shape.experts.count if shape.experts else 0
         rows = 2 * shape.layers + 1 + (shape.layers - shape.plain_layers) * experts
         return tables + (rows * shape.hidden + self.beside) * self.dtype_bytes
+
+    @property
+    def gathered_bytes(self) -> int:
+        """What a shared base takes where it stays gathered: all of it that is shared."""
+        blocks = sum(count * work._shared for count, work in self.kinds)
+        tables = 0 if self.shape.tied else 2 * self.table_bytes
+        return blocks + tables if self.shards > 1 else 0
+
+    def kept_in(self, room: int) -> Self:
+        """Return the workload as a run finds it with so many bytes to allocate: a shared base stays
+        gathered there, or does not."""
+        model = self.quantized_bytes + self.dense_bytes + self.teacher_bytes + 4 * self.trained
+        ample = rules.stays_gathered(self.gathered_bytes, room - model)
+        return replace(self, gathered=self.shards > 1 and self.prefetches and ample)
 
     @property
     def unquantized_bytes(self) -> int:

@@ -227,6 +227,7 @@ class Workload(Resident):
         workspaces = 3 if recorded else 1
         return {
             "quantized": self.quantized_bytes,
+            "gathered": self.gathered_bytes if self.gathered else 0,
             "dense": self.dense_bytes + self.teacher_bytes,
             "adapter": self.adapter_bytes + gradients,
             "inputs": inputs,
@@ -276,7 +277,7 @@ class Workload(Resident):
 
     def _records(self, setting: Setting) -> bool:
         """Say whether passes can be recorded, see `cuda_graphs.can_record`."""
-        alone = self.shards == 1 and self.streamed == "none"
+        alone = (self.shards == 1 or self.gathered) and self.streamed == "none"
         plain = self.fused_adapter and not self.dropout and not self._rounds_in_graph
         return self.graphs and plain and alone and not setting.offload
 
@@ -287,12 +288,13 @@ class Workload(Resident):
     @property
     def _gathered_block(self) -> int:
         """One layer of a sharded base, whole."""
-        return self.block_bytes if self.shards > 1 else 0
+        return self.block_bytes if self.shards > 1 and not self.gathered else 0
 
     @property
     def _gathered_table(self) -> int:
         """Embedding or head of a sharded base, whole."""
-        return self.table_bytes if self.shards > 1 and not self.shape.tied else 0
+        comes = self.shards > 1 and not self.gathered and not self.shape.tied
+        return self.table_bytes if comes else 0
 
     def peak(self, setting: Setting) -> int:
         """Return the most bytes that are allocated at a time."""
