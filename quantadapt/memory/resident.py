@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from . import rules
+from .adapters import Layer, Method, Size
 from .experts import STACKS
 from .optimizers import between_passes
 from .shape import Shape
@@ -24,7 +25,7 @@ class Resident:
         shape: the model's sizes.
         bits: bits per weight of each linear layer, by the names in `shape.linears`.
         targets: names of the linear layers that get an adapter.
-        rank: of the adapter; 0 where it trains vectors alone.
+        rank: of a LoRA; 0 where nothing of the kind is trained.
         optim: transformers' name of the optimizer.
         dtype_bytes: of the compute dtype.
         batch, length: examples per step and tokens per example.
@@ -55,6 +56,7 @@ class Resident:
         contexts: so many GPUs share each example, a part of its tokens each.
         in_parts: whether stacks of experts can be dequantized in parts.
         row_shares: how many could.
+        method: the adapter's, with its options; None of a LoRA of `rank`.
     """
 
     shape: Shape
@@ -91,6 +93,7 @@ class Resident:
     contexts: int = 1
     in_parts: bool = False
     row_shares: tuple[int, ...] = ()
+    method: Method | None = None
 
     @property
     def quantized_bytes(self) -> int:
@@ -172,7 +175,7 @@ class Resident:
     def kept_in(self, room: int) -> Self:
         """Return the workload as a run finds it with so many bytes to allocate: a shared base stays
         gathered there, or does not."""
-        model = self.quantized_bytes + self.dense_bytes + self.teacher_bytes + 4 * self.trained
+        model = self.quantized_bytes + self.dense_bytes + self.teacher_bytes + self.held_bytes
         ample = rules.stays_gathered(self.gathered_bytes, room - model)
         return replace(self, gathered=self.shards > 1 and self.prefetches and ample)
 
@@ -189,21 +192,32 @@ class Resident:
         return 0 if self.teacher is None else replace(self, shape=self.teacher).unquantized_bytes
 
     @property
-    def trained(self) -> int:
-        """How many weights are trained."""
-        seeing = self.tower.trained(self.rank) if self.tower else 0
-        return sum(count * work._adapted for count, work in self.kinds) + seeing
+    def adapter(self) -> Size:
+        """What is trained, and what the adapter holds beside it."""
+        method = self.method or Method("LORA", {"r": self.rank, "use_dora": self.dora})
+        layers = [layer for count, work in self.kinds for layer in work._adapted(count)]
+        layers += self.tower.adapted if self.tower else []
+        return method.size(layers, self.dtype_bytes)
 
-    @property
-    def _adapted(self) -> int:
-        """How many weights of one decoder layer are trained."""
+    def _adapted(self, count: int) -> list[Layer]:
+        """Return the layers of `count` equal decoder layers that are adapted."""
         shape = self.shape
         sizes = {name: shape.linears[name] for name in self.targets if name in shape.linears}
-        both = (i * shape.stacked(name) + o for name, (i, o) in sizes.items())
-        return sum(both) * max(self.rank, 1)
+        return [Layer(n, i, o, shape.stacked(n), count) for n, (i, o) in sizes.items()]
+
+    @property
+    def trained(self) -> int:
+        """How many weights are trained."""
+        return self.adapter.trained
+
+    @property
+    def held_bytes(self) -> int:
+        """The adapter as it is when nothing is done with it, in float32."""
+        trained, fixed = self.adapter
+        return 4 * trained + fixed
 
     @property
     def adapter_bytes(self) -> int:
-        """The adapter in float32, its gradients, and what a step keeps beside them."""
+        """The adapter, its gradients, and what a step keeps beside them."""
         kept = between_passes(self.trained, self.optim, accumulates=self.accumulates)
-        return self.trained * (4 + 4) + kept
+        return self.held_bytes + 4 * self.trained + kept

@@ -180,7 +180,7 @@ class MemoryPlan:
     @property
     def _model_bytes(self) -> int:
         """The model and its adapter, when nothing is done with them."""
-        return self.work.quantized_bytes + self.work.dense_bytes + 4 * self.work.trained
+        return self.work.quantized_bytes + self.work.dense_bytes + self.work.held_bytes
 
     def problem(self, card: OnCard) -> Problem:
         """Return the refusal for a card on which nothing fits."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import Problem
 from ..memory import rules
+from ..memory.adapters import Method
 from ..memory.experts import STACKS
 from ..memory.shape import Shape
 from ..memory.towers import Tower
@@ -18,6 +19,7 @@ from ..spec import Spec
 from .context_parallel import row_shares
 from .memory import MemoryPlan
 from .on_disk import quantization_in
+from .peft_options import option_values
 
 _NOT_CONVERTED = ("modules_to_not_convert", "ignore", "skip_modules", "llm_int8_skip_modules")
 """What lists of the layers that are not quantized are called in `quantization_config`."""
@@ -106,6 +108,7 @@ def memory_plan(
         contexts=train.context_parallel_size,
         in_parts=quantizer.target.reads_rows,
         row_shares=row_shares(train, task, config, options, length),
+        method=Method(adapter.peft_type, option_values(adapter, options)),
     )
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
     return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))
