@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from allocations import left_by
+from llama_sizes import LLAMA_8B
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
 from quantadapt import demo
+from quantadapt.adapting.low_rank import low_rank_layers
 from quantadapt.dependencies import missing_requirements
 from quantadapt.machine import Machine
-from quantadapt.memory import GIB
+from quantadapt.memory import GIB, Workload
+from quantadapt.memory.adapters import Layer, Method
+from quantadapt.memory.shape import Shape
 from quantadapt.planning import plan
 from quantadapt.registry import registry
 from quantadapt.spec import Spec
@@ -127,10 +133,6 @@ def test_it_is_as_large_as_was_foreseen(name: str, options: dict[str, Any], fold
 
 def test_what_vera_shares_is_there_once_and_as_large_as_the_largest_layer() -> None:
     """By hand, for Llama-3-8B: A and B of its rank in float32, and two vectors a layer."""
-    from llama_sizes import LLAMA_8B
-
-    from quantadapt.memory.adapters import Layer, Method
-
     assert (LLAMA_8B["hidden_size"], LLAMA_8B["intermediate_size"]) == (4096, 14336)
     layers = [Layer("q_proj", 4096, 4096, blocks=32), Layer("down_proj", 14336, 4096, blocks=32)]
     trained, fixed = Method("VERA", {"r": 256}).size(layers, 2)
@@ -138,9 +140,40 @@ def test_what_vera_shares_is_there_once_and_as_large_as_the_largest_layer() -> N
     assert fixed == 4 * 256 * (14336 + 4096)
 
 
-def test_a_method_of_a_plugin_counts_as_lora_of_its_rank() -> None:
-    from quantadapt.memory.adapters import Layer, Method
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("vera", {"r": 64}), ("adalora", {"init_r": 64, "target_r": 32, "total_step": 9})],
+)
+def test_what_a_pass_keeps_is_what_was_foreseen(name: str, options: Any, dtype: str) -> None:
+    """As a run computes them: factors that are made in a pass, and no copies of inputs."""
+    config = LlamaConfig(**(SIZES | {"hidden_size": 256, "intermediate_size": 512}))
+    torch.manual_seed(0)
+    base = qa.quantize(LlamaForCausalLM(config), "none", dtype=dtype)
+    tuned = qa.attach(base, name, **options).train()
+    shape = Shape.of(config.to_dict())
+    work = Workload(
+        *(shape, {}, tuple(shape.linears), 0, "sgd", 4 if dtype == "float32" else 2, 1, 1),
+        fused_adapter=False,
+        fused_kernels=False,
+        method=Method(name.upper(), options),
+    )
+    ids = torch.arange(512)[None] % 64
+    held: list[Any] = []
 
+    def forward() -> None:
+        held.append(tuned(input_ids=ids, use_cache=False).logits.sum())
+
+    with low_rank_layers(tuned):
+        forward()
+        held.clear()
+        found = left_by(forward)
+    assert found == pytest.approx(3 * work.kept_bytes(512), rel=0.05)
+    few = 2 * 64 - 1  # as PEFT has it
+    assert work.kept_bytes(few) == replace(work, method=None).kept_bytes(few)
+
+
+def test_a_method_of_a_plugin_counts_as_lora_of_its_rank() -> None:
     layers = [Layer("q_proj", 8, 4, blocks=3)]
     assert Method("OWN", {"r": 2}).size(layers, 4) == Method("LORA", {"r": 2}).size(layers, 4)
     assert Method("OWN").size(layers, 4).trained == 3 * 12

@@ -44,6 +44,20 @@ class Method:
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def factors(self) -> int:
+        """The rank of A and B where passes make them, which then compute as LoRA's do (see
+        `adapting.low_rank`); else 0."""
+        name = {"VERA": "r", "ADALORA": "init_r"}.get(self.kind, "")
+        return int(self.options.get(name) or 0)
+
+    def factor_bytes(self, layers: Sequence[Layer], dtype_bytes: int) -> int:
+        """Return what passes keep of them: what is made in float32, which of AdaLoRA is A alone,
+        and both as they are multiplied with."""
+        made = sum(x.inputs + (x.outputs if self.kind == "VERA" else 0) for x in layers)
+        cast = sum(x.inputs + x.outputs for x in layers) if dtype_bytes < 4 else 0
+        return self.factors * (4 * made + dtype_bytes * cast)
+
     def size(self, layers: Sequence[Layer], dtype_bytes: int) -> Size:
         """Return what it takes on `layers` of a model that computes in so many bytes a number."""
         q = _Values({name: v for name, v in self.options.items() if v is not None})

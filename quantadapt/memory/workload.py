@@ -20,6 +20,9 @@ DIVERGENCE_CHUNK = 2**26
 """Logits of a student that are there at a time in float32, in bytes (see `model.divergence`)."""
 WORKSPACE = 2**25
 """What cuBLAS allocates for itself, for each thread and stream that computes."""
+FACTORS_FROM = 2
+"""With so many tokens to a rank VeRA and AdaLoRA make factors, which then take no more memory than
+PEFT's copies of the inputs (see `adapting.low_rank`)."""
 RANKS = 8
 """Of so many ranks LoRA on experts takes a multiple."""
 LENGTH_MULTIPLE = 64
@@ -57,12 +60,23 @@ class Workload(Resident):
         inputs = sum(shape.linears[name][0] for name in layers)
         if self.dropout:  # each adapter sees its own, and keeps a mask
             numbers += inputs * (1 + 1 / self.dtype_bytes)
-        if not self.fused_adapter and half:  # PEFT keeps a float32 copy of each input
+        if half and not self._fuses(tokens):  # PEFT keeps a float32 copy of each input
             numbers += 2 * inputs
         if tiled:  # attention of several groups of heads is put together in a copy
             numbers += (shape.queries if self._groups > 1 else 0) - self._kept_inside
         kept = int(numbers * tokens * self.dtype_bytes) + self._kept_by_experts(tokens)
+        if self.method and self._makes_factors(tokens):
+            kept += self.method.factor_bytes(self._adapted(1), self.dtype_bytes)
         return kept + (self._rounded_bytes if self._rounds_in_graph else 0)
+
+    def _fuses(self, tokens: int) -> bool:
+        """Whether the adapter is computed as plain LoRA is, so that its layers keep their input
+        alone."""
+        return self.fused_adapter or self._makes_factors(tokens)
+
+    def _makes_factors(self, tokens: int) -> bool:
+        ranks = self.method.factors if self.method and not self.rounds else 0
+        return 0 < FACTORS_FROM * ranks <= tokens
 
     @property
     def _rounds_in_graph(self) -> bool:
@@ -140,14 +154,14 @@ class Workload(Resident):
         """How many numbers per token are kept inside an MLP that can be tiled."""
         shape, names = self.shape, {*MLP} & {*self.targets}
         inputs = sum(shape.linears[name][0] for name in names if name in shape.linears)
-        copied = not self.fused_adapter and self.dtype_bytes == 2
+        copied = self.dtype_bytes == 2 and not self._fuses(tile_of(shape.hidden))
         return shape.kept_inside(self.fused_kernels) + (2 * inputs if copied else 0)
 
     def backward_bytes(self, tokens: int, offload: bool = False) -> int:
         """What a layer's backward works with: gradients and a dequantized weight, and where it is
         rounded what that takes. With `offload` experts are dequantized in parts."""
         shape = self.shape
-        inside = (0 if self.fused_kernels else 2) + (0 if self.fused_adapter else 1)
+        inside = (0 if self.fused_kernels else 2) + (0 if self._fuses(tokens) else 1)
         gradients = shape.hidden + shape.mlp * inside
         if self.dora:  # the base's output, and then the gradient that is multiplied with the weight
             gradients += shape.mlp

@@ -81,7 +81,7 @@ def memory_plan(
         dtype_bytes=_bytes(dtype),
         batch=train.per_device_train_batch_size,
         length=length,
-        dropout=bool(options.get("lora_dropout")),
+        dropout=_drops(options),
         fused_adapter=lora and not _is_unfused(options),
         dora=lora and bool(options.get("use_dora")),
         fused_kernels=rules.fused_kernels(train),
@@ -112,6 +112,12 @@ def memory_plan(
     )
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
     return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))
+
+
+def _drops(options: Mapping[str, Any]) -> bool:
+    """Say whether the adapter drops some of its inputs, which methods call after themselves."""
+    of_weights = ("module_dropout", "rank_dropout")
+    return any(v for n, v in options.items() if n.endswith("_dropout") and n not in of_weights)
 
 
 def _is_unfused(options: Mapping[str, Any]) -> bool:
