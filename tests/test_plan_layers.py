@@ -88,6 +88,18 @@ def own_layers(model: Any) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
     return linears, stacks, routers
 
 
+def no_layers(model: Any, stacks: dict[str, Any]) -> set[str]:
+    """Return the modules that hold others, or vectors alone, but for what owns a stack."""
+    owners, found = {name.rpartition(".")[0] for name in stacks}, set()
+    inside = tuple(f"{owner}." for owner in owners)
+    for name, module in model.named_modules():
+        own = [p.ndim for p in module.parameters(recurse=False)]
+        parts = [p for child in module.children() for p in child.parameters()]
+        if name and (parts or (own and max(own) < 2)) and not name.startswith(inside):
+            found.add(name)
+    return found - owners
+
+
 def looked_at(model: Any, folder: Path, **options: Any) -> Layers:
     source = saved(model, folder, **options)
     layers = layers_of(config_of(source) or {}, folder)
@@ -103,6 +115,7 @@ def test_files_tell_what_layers_the_model_has(family: str, tmp_path: Path) -> No
     assert (layers.linears, layers.stacks) == (linears, stacks)
     if family != "JetMoE":  # whose routers are modules of a layer
         assert set(layers.routers) == routers
+    assert {*layers.others} == no_layers(model, stacks)
     held = {n for n, m in model.named_modules() if n and next(m.parameters(), None) is not None}
     assert held <= set(layers.names)
     assert {n for n, _ in model.named_parameters()} <= layers.parameters | {"lm_head.weight"}
@@ -227,6 +240,40 @@ def test_names_that_nothing_has_are_refused_by_the_plan_as_by_the_run(
     own = [p for p in found if (p.what, p.fix, p.where) in told or p.rule == "no-routers"]
     assert len(told) <= len(found)
     assert own == found
+
+
+@pytest.mark.parametrize("family", ["JetMoE", "Mixtral", "Llama"])
+def test_modules_that_are_no_layers_are_refused_by_the_plan_as_by_the_run(
+    family: str, tmp_path: Path
+) -> None:
+    """Whatever a model calls its modules; and what the run takes, the plan takes."""
+    source = saved(model_of(family), tmp_path)
+    model = qa.quantize(source, "none", device="cpu")
+    endings = {n.rpartition(".")[2]: m for n, m in model.named_modules() if n}
+    kinds = {"taken": 0, "refused": 0}
+    for name in [n for n, m in endings.items() if any(True for _ in m.parameters())]:
+        options = {"target_modules": [name]}
+        try:
+            qa.attach(model, "lora", **options).unload()
+        except PlanRefused as error:
+            told = [(p.what, p.fix, p.where) for p in error.problems]
+            found = refused(source, "none", {"name": "lora", **options})
+            assert [(p.what, p.fix, p.where) for p in found] == told, name
+            kinds["refused"] += 1
+        else:
+            qa.plan(qa.Spec(model=source, backend="none", adapter={"name": "lora", **options}))
+            kinds["taken"] += 1
+    assert kinds["taken"] > 3
+    assert kinds["refused"] > 5
+
+
+def test_a_pattern_that_takes_in_a_whole_module_is_refused_as_well(tmp_path: Path) -> None:
+    source = saved(model_of("JetMoE"), tmp_path)
+    (problem,) = refused(source, "hqq", {"target_modules": r".*self_attention(\..*proj)?"})
+    assert problem.what == "model.layers.0.self_attention is no layer, but a module of several"
+    assert problem.fix == "name its layers: input_linear, kv_proj, output_linear"
+    fine = {"target_modules": r".*self_attention\..*proj"}
+    qa.plan(qa.Spec(model=source, backend="hqq", adapter=fine))
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE", "gpt-oss", "GraniteMoE", "Qwen2-MoE"])

@@ -208,7 +208,7 @@ def peft_config(
         raise blamed(error) or PlanRefused([*problems, _refusal(error)]) from error
     if config.target_modules is not None:  # type: ignore[attr-defined]
         start, own = values.get("init_lora_weights"), bool(adapter.method)
-        problems += adapted_problems(model, config, layers, start=start, own_method=own)
+        problems += adapted_problems(model, config, layers, stacks, start=start, own_method=own)
     if problems:
         raise PlanRefused(problems)
     return config

@@ -19,6 +19,7 @@ from typing import Any
 from ..inputs.model_config import towers_in
 from ..inputs.weights import file_in, read_header
 from ..memory.shape import Shape, is_decoder
+from .on_disk import quantization_in
 
 _NUMBERED = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _ONE_BY_ONE = re.compile(r"^(.*\.experts)\.\d+\.([^.]+)\.")
@@ -72,6 +73,8 @@ class Layers:
         routers: of experts.
         modules, parameters: the names of all, and others that stand for one; empty where only the
             sizes are known.
+        others: modules that are no layers: they hold others, or vectors alone; of a checkpoint that
+            is quantized already none are told.
         parts: how files call layers of experts -> the stack that they are parts of.
     """
 
@@ -80,6 +83,7 @@ class Layers:
     routers: tuple[str, ...] = ()
     modules: frozenset[str] = frozenset()
     parameters: frozenset[str] = frozenset()
+    others: tuple[str, ...] = ()
     parts: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -176,8 +180,27 @@ def _in_files(
         routers=tuple(name for name in choosing if name.endswith((".gate", ".router"))),
         modules=frozenset(_modules(shapes, stacks)),
         parameters=frozenset((*shapes, *_both_ways(stacks))),
+        others=() if quantization_in(config) else tuple(_others(shapes, stacks)),
         parts=parts if stacks else {},
     )
+
+
+def _others(shapes: Mapping[str, tuple[int, ...]], stacks: Iterable[str]) -> Iterator[str]:
+    """Yield the modules that are no layers, in the order of the model. What owns a stack stands
+    for it, and what files have inside of it is not in the model."""
+    owners = {stack.rpartition(".")[0] for stack in stacks}
+    vectors: dict[str, bool] = {}
+    for name in sorted(shapes, key=_place):
+        first, *rest = name.split(".")[:-1] or [""]
+        module = first
+        for part in rest:
+            vectors[module], module = True, f"{module}.{part}"
+        if module:
+            vectors[module] = vectors.get(module, True) and len(shapes[name]) < 2
+    inside = tuple(f"{owner}." for owner in owners)
+    for module, has_none in vectors.items():
+        if has_none and module not in owners and not module.startswith(inside):
+            yield module
 
 
 def _tall(shape: tuple[int, ...], transposed: bool) -> tuple[int, int]:

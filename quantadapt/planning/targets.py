@@ -15,6 +15,7 @@ from .names import (
     ends,
     is_all_linear,
     module_problems,
+    module_target_problems,
     names_stack,
     parameter_problems,
     router_problems,
@@ -79,6 +80,9 @@ def named_problems(
         return []
     else:
         found = _target_problems(wanted, options.get("target_parameters"), layers)
+        if not (found or adapter.method):  # a plugin's may go onto anything
+            others = [name for name in layers.others if _names(wanted, name)]
+            found = module_target_problems(others, layers.linears, layers.stacks)
         named = _named_stacks(wanted, left, layers)
     if layers.names:
         found += parameter_problems(layers.parameters, options.get("target_parameters"))
@@ -116,7 +120,7 @@ def _named_stacks(wanted: Any, stacks: Iterable[str], layers: Layers) -> list[st
     return [name for name in stacks if names_stack(own, name)]
 
 
-def _names(wanted: str | list[str], name: str) -> bool:
+def _names(wanted: Any, name: str) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(ends(name, target) for target in wanted)
