@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 from . import rules
@@ -191,7 +192,7 @@ class Resident:
         """The teacher, in the compute dtype."""
         return 0 if self.teacher is None else replace(self, shape=self.teacher).unquantized_bytes
 
-    @property
+    @cached_property
     def adapter(self) -> Size:
         """What is trained, and what the adapter holds beside it."""
         method = self.method or Method("LORA", {"r": self.rank, "use_dora": self.dora})
@@ -218,6 +219,6 @@ class Resident:
 
     @property
     def adapter_bytes(self) -> int:
-        """The adapter, its gradients, and what a step keeps beside them."""
+        """The adapter, and what a step keeps beside it and its gradients."""
         kept = between_passes(self.trained, self.optim, accumulates=self.accumulates)
-        return self.held_bytes + 4 * self.trained + kept
+        return self.held_bytes + kept

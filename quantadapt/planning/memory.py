@@ -37,6 +37,7 @@ class OnCard:
         most: bytes that can be allocated if nothing is lost.
         ways_out: where nothing fits, what would.
         streamed: what of the base lies in CPU memory then: "none", "experts" or "all".
+        recorded: whether passes are recorded as CUDA graphs, where they can be.
         gathered: whether a base that GPUs share stays whole on each while it trains.
         longest: how many tokens an example may have that is alone in its batch, by what is streamed
             of the base.
@@ -50,6 +51,7 @@ class OnCard:
     ways_out: tuple[str, ...] = ()
     streamed: str = "none"
     gathered: bool = False
+    recorded: bool = False
     longest: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -99,19 +101,25 @@ class MemoryPlan:
 
         def made(work: Workload, setting: Setting, ways: Sequence[str] = ()) -> OnCard:
             there, needed = (card / GIB, setting, work.peak(setting)), (budget, most, tuple(ways))
-            return OnCard(*there, *needed, work.streamed, work.gathered, longest)
+            chosen = (work.streamed, work.gathered, work.graphs)
+            return OnCard(*there, *needed, *chosen, longest)
 
         for work in works:
             # What was asked for is lowered when memory runs out.
-            given = self.given if self.given and work.peak(self.given) <= budget else None
-            if setting := given or work.fit(budget):
-                return made(work, setting)
+            ways = [way for way in (work, replace(work, graphs=False)) if self.given]
+            for way in ways:
+                if self.given and way.peak(self.given) <= budget:
+                    return made(way, self.given)
+            if found := work.fitted(budget):
+                return made(*found)
+        works = [replace(work, graphs=False) for work in works]
         work = min(works, key=lambda work: work.peak(work.least()))
         return made(work, work.least(), ways_out(work, budget))
 
     def work_on(self, card: OnCard) -> Workload:
         """Return what training depends on there, with what `on` chose."""
-        return replace(self.work, streamed=card.streamed, gathered=card.gathered)
+        how = replace(self.work, streamed=card.streamed, gathered=card.gathered)
+        return replace(how, graphs=card.recorded)
 
     def with_cards(self, cards: Sequence[float]) -> MemoryPlan:
         """Return the plan for cards of so many bytes."""
@@ -291,6 +299,7 @@ class MemoryPlan:
                     "setting": vars(card.setting),
                     "streamed": card.streamed,
                     "gathered": card.gathered,
+                    "recorded": card.recorded,
                     "longest": dict(card.longest),
                     "parts_gib": self._parts_gib(card),
                     "ways_out": list(card.ways_out),
