@@ -58,6 +58,11 @@ CHANGED = [
     ("road", {"variant": "road_4"}),
     ("supertuning", {"r": 4, "sparsity": 0.9}),
     ("tinylora", {"weight_tying": 0.5, "u": 8}),
+    ("lora", {"r": 4, "modules_to_save": ["lm_head", "embed_tokens"]}),
+    ("lora", {"r": 4, "modules_to_save": ["down_proj"], "target_modules": ["q_proj"]}),
+    ("lora", {"r": 4, "rank_pattern": {"[qk]_proj": 9, "down_proj": 2}}),
+    ("dora", {"r": 4, "target_modules": ["q_proj", "lm_head"]}),
+    ("lora", {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}),
     ("unilora", {"theta_d_length": 32}),
     ("vera", {"r": 16}),
     ("vera", {"r": 16, "target_modules": ["q_proj", "v_proj"]}),
@@ -124,7 +129,7 @@ def test_it_is_as_large_as_was_foreseen(name: str, options: dict[str, Any], fold
     torch.manual_seed(0)
     tuned = qa.attach(model, name, **options)
     trained = [p for p in tuned.parameters() if p.requires_grad]
-    assert work.trained == sum(p.numel() for p in trained)
+    assert work.trained + work.whole == sum(p.numel() for p in trained)
     if name in REWRITES:
         return
     found = sum(nbytes for key, nbytes in storages(tuned).items() if key not in before)

@@ -7,6 +7,7 @@ float32 whatever the model computes in. A method that is not here counts as LoRA
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -36,6 +37,12 @@ class _Values(dict[str, Any]):
     def __missing__(self, name: str) -> int:
         return 0
 
+    def of(self, layer: str) -> _Values:
+        """Return them with the rank that `rank_pattern` has for a layer of this name."""
+        patterns = self["rank_pattern"] or {}
+        named = (r for key, r in patterns.items() if re.match(rf"(.*\.)?({key})$", layer))
+        return _Values(self | {"r": next(named, self["r"])}) if patterns else self
+
 
 @dataclass(frozen=True)
 class Method:
@@ -63,7 +70,7 @@ class Method:
         q = _Values({name: v for name, v in self.options.items() if v is not None})
         q["dtype_bytes"] = dtype_bytes
         of_layer = _OF_LAYER.get(self.kind, _lora)
-        each = [(layer.blocks, *of_layer(q, layer)) for layer in layers]
+        each = [(layer.blocks, *of_layer(q.of(layer.name), layer)) for layer in layers]
         trained, fixed = (sum(one[0] * one[part] for one in each) for part in (1, 2))
         if self.kind in _SHARED and layers:
             more = _SHARED[self.kind](q, layers)

@@ -58,6 +58,8 @@ class Resident:
         in_parts: whether stacks of experts can be dequantized in parts.
         row_shares: how many could.
         method: the adapter's, with its options; None of a LoRA of `rank`.
+        also: layers beside the decoder's that get an adapter: embedding and head.
+        whole: how many weights of copied modules are trained, in the compute dtype.
     """
 
     shape: Shape
@@ -95,6 +97,8 @@ class Resident:
     in_parts: bool = False
     row_shares: tuple[int, ...] = ()
     method: Method | None = None
+    also: tuple[Layer, ...] = ()
+    whole: int = 0
 
     @property
     def quantized_bytes(self) -> int:
@@ -197,7 +201,7 @@ class Resident:
         """What is trained, and what the adapter holds beside it."""
         method = self.method or Method("LORA", {"r": self.rank, "use_dora": self.dora})
         layers = [layer for count, work in self.kinds for layer in work._adapted(count)]
-        layers += self.tower.adapted if self.tower else []
+        layers += [*self.also, *(self.tower.adapted if self.tower else [])]
         return method.size(layers, self.dtype_bytes)
 
     def _adapted(self, count: int) -> list[Layer]:
@@ -213,12 +217,16 @@ class Resident:
 
     @property
     def held_bytes(self) -> int:
-        """The adapter as it is when nothing is done with it, in float32."""
+        """The adapter as it is when nothing is done with it, and what is trained whole."""
         trained, fixed = self.adapter
-        return 4 * trained + fixed
+        return 4 * trained + fixed + self.whole * self.dtype_bytes
 
     @property
     def adapter_bytes(self) -> int:
-        """The adapter, and what a step keeps beside it and its gradients."""
+        """The adapter, and what a step keeps beside it and its gradients; those of what is trained
+        whole, too."""
         kept = between_passes(self.trained, self.optim, accumulates=self.accumulates)
-        return self.held_bytes + kept
+        whole = (
+            between_passes(self.whole, self.optim, accumulates=self.accumulates) + 4 * self.whole
+        )
+        return self.held_bytes + kept + whole * self.dtype_bytes // 4

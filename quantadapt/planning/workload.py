@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import Problem
 from ..memory import rules
-from ..memory.adapters import Method
+from ..memory.adapters import Layer, Method
 from ..memory.experts import STACKS
 from ..memory.shape import Shape
 from ..memory.towers import Tower
@@ -24,6 +24,7 @@ from .peft_options import option_values
 _NOT_CONVERTED = ("modules_to_not_convert", "ignore", "skip_modules", "llm_int8_skip_modules")
 """What lists of the layers that are not quantized are called in `quantization_config`."""
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_EMBEDDING, _HEAD = "embed_tokens", "lm_head"
 UNFUSED = (
     *("lora_bias", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
     *("use_bdlora", "velora_config"),
@@ -109,6 +110,8 @@ def memory_plan(
         in_parts=quantizer.target.reads_rows,
         row_shares=row_shares(train, task, config, options, length),
         method=Method(adapter.peft_type, option_values(adapter, options)),
+        also=_tables(shape, options),
+        whole=_trained_whole(shape, options),
     )
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
     return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))
@@ -198,6 +201,24 @@ def _targets(
     else:
         found = tuple(name for name in names if name not in left)
     return found or names
+
+
+def _tables(shape: Shape, options: Mapping[str, Any]) -> tuple[Layer, ...]:
+    """Return the embedding and the head where the adapter's options name them in a list."""
+    wanted = options.get("target_modules")
+    names = [] if wanted is None or isinstance(wanted, str) else wanted
+    both = (Layer(_EMBEDDING, shape.vocab, shape.hidden), Layer(_HEAD, shape.hidden, shape.vocab))
+    return tuple(layer for layer in both if _ends_in(layer.name, names))
+
+
+def _trained_whole(shape: Shape, options: Mapping[str, Any]) -> int:
+    """Return how many weights the modules have that `modules_to_save` names; of those that are not
+    known here, none."""
+    sizes = dict.fromkeys((_EMBEDDING, _HEAD), shape.vocab * shape.hidden)
+    layers = {name.rpartition(".")[2]: i * o for name, (i, o) in shape.linears.items()}
+    sizes |= {name: shape.layers * numbers for name, numbers in layers.items()}
+    names = {str(name).rpartition(".")[2] for name in options.get("modules_to_save") or ()}
+    return sum(sizes.get(name, 0) for name in names)
 
 
 def _ends_in(name: str, endings: Iterable[str]) -> bool:
