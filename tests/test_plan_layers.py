@@ -20,7 +20,9 @@ from quantadapt.errors import PlanRefused, Problem
 from quantadapt.planning.combining import UNKNOWN_LAYERS
 from quantadapt.planning.layers import Layers, layers_of
 from quantadapt.planning.on_disk import config_of
+from quantadapt.planning.targets import on_embeddings
 from quantadapt.quantizing.dense import share_of
+from quantadapt.registry import registry
 
 DENSE = {
     "Llama": ("LlamaConfig", {}),
@@ -265,6 +267,32 @@ def test_modules_that_are_no_layers_are_refused_by_the_plan_as_by_the_run(
             kinds["taken"] += 1
     assert kinds["taken"] > 3
     assert kinds["refused"] > 5
+
+
+@pytest.mark.parametrize("adapter", [a.name for a in registry().adapters()])
+def test_adapters_that_do_not_go_onto_embeddings_are_told_by_the_plan_as_by_the_run(
+    adapter: str, tmp_path: Path
+) -> None:
+    """And those that do go there."""
+    record = registry().adapter(adapter)
+    if any(rule.id == f"{adapter}-not-supported" for rule in record.rules) or adapter == "adamss":
+        return  # on no layer at all; or more clusters than there are numbers here
+    source = saved(model_of("Llama"), tmp_path)
+    small = {"c3a": {"block_size": 8}, "vblora": {"vector_length": 8}, "road": {"group_size": 8}}
+    ranks = {"pissa": {"r": 4}, "adalora": {"init_r": 4, "target_r": 2}}
+    options = {"target_modules": ["q_proj", "embed_tokens"], **{**small, **ranks}.get(adapter, {})}
+    spec = qa.Spec(model=source, backend="none", adapter={"name": adapter, **options})
+    model = qa.quantize(source, "none", device="cpu")
+    if on_embeddings(record, record.defaults):
+        qa.plan(spec)
+        tuned = qa.attach(model, adapter, **options)
+        assert type(tuned.get_input_embeddings()) is not nn.Embedding
+        return
+    (problem,) = refused(source, "none", {"name": adapter, **options})
+    assert "target_modules names embed_tokens, which is no layer" in problem.what
+    with pytest.raises(PlanRefused) as caught:
+        qa.attach(model, adapter, **options)
+    assert [(p.what, p.fix) for p in caught.value.problems] == [(problem.what, problem.fix)]
 
 
 def test_a_pattern_that_takes_in_a_whole_module_is_refused_as_well(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def adapted_problems(
     *,
     start: Any = None,
     own_method: bool = False,
+    embeddings: bool = False,
 ) -> list[Problem]:
     """Return what is wrong with the modules that `config` comes to.
 
@@ -38,6 +39,7 @@ def adapted_problems(
         layers, stacks: the linear layers and stacks of experts that may be named instead.
         start: what `init_lora_weights` says.
         own_method: whether PEFT does not ship the method, which may adapt anything.
+        embeddings: whether it goes onto embeddings.
     """
     chosen = {name: model.get_submodule(name) for name in matched(model, config)}
     parameters = getattr(config, "target_parameters", None) or ()
@@ -46,6 +48,8 @@ def adapted_problems(
     if not own_method:
         routers = [name for name, module in chosen.items() if _is_router(module)]
         others = [n for n in _no_layers(chosen, [*layers, *stacks]) if n not in routers]
+        if not embeddings:
+            others += [name for name, m in chosen.items() if isinstance(m, nn.Embedding)]
         found = module_target_problems(others, layers, stacks) + router_problems(routers)
     found += _layer_problems(model, config)
     for option in ("rank_pattern", "alpha_pattern"):

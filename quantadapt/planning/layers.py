@@ -27,6 +27,7 @@ _STACKED = re.compile(r"\.experts\.|\.(input|output)_linear\.weight$")
 _PACKED, _SCALES = "_blocks", "_scales"
 """What a stack in MXFP4 is called: codes, [experts, out_features, groups, bytes], and scales."""
 _ROUTER = re.compile(r"(.*)\.(?:[^.]*_)?(?:gate|router)(?:\.layer)?$")
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|embed_in|wte)\.weight$")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _SECOND = ("down_proj", "w2", "output_linear")
 """What layers of an expert are called whose outputs go out; the others are one stack."""
@@ -73,8 +74,8 @@ class Layers:
         routers: of experts.
         modules, parameters: the names of all, and others that stand for one; empty where only the
             sizes are known.
-        others: modules that are no layers: they hold others, or vectors alone; of a checkpoint that
-            is quantized already none are told.
+        others: modules that are no layers: they hold others, or vectors alone.
+        embeddings: those of tokens. Of a checkpoint that is quantized already neither are told.
         parts: how files call layers of experts -> the stack that they are parts of.
     """
 
@@ -84,6 +85,7 @@ class Layers:
     modules: frozenset[str] = frozenset()
     parameters: frozenset[str] = frozenset()
     others: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
     parts: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -174,13 +176,16 @@ def _in_files(
     choosing = [
         n for n in linears if (found := _ROUTER.match(n)) is not None and found[1] in owners
     ]
+    dense = not quantization_in(config)
+    tables = tuple(n.removesuffix(".weight") for n in shapes if _EMBEDDING.search(n))
     return Layers(
         {name: size for name, size in linears.items() if name not in choosing},
         stacks,
         routers=tuple(name for name in choosing if name.endswith((".gate", ".router"))),
         modules=frozenset(_modules(shapes, stacks)),
         parameters=frozenset((*shapes, *_both_ways(stacks))),
-        others=() if quantization_in(config) else tuple(_others(shapes, stacks)),
+        others=tuple(_others(shapes, stacks)) if dense else (),
+        embeddings=tables if dense else (),
         parts=parts if stacks else {},
     )
 
