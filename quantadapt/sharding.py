@@ -134,15 +134,11 @@ def _mesh_of(group: Any) -> Any:
 
 # --- a base that stays gathered ------------------------------------------------------------------
 
-KEEPS = 0.1
-"""A base stays gathered while it trains where what others hold of it takes no more than this share
-of what a GPU has free."""
 
-
-def elsewhere(model: nn.Module) -> int:
-    """Return how many bytes of the base of `model` other ranks hold."""
+def gathered_bytes(model: nn.Module) -> int:
+    """Return how many bytes `kept_gathered` takes: all that is shared, beside this rank's share."""
     shared = {id(p): p for p in model.parameters() if isinstance(p, DTensor)}
-    return sum((p.numel() - p.to_local().numel()) * p.element_size() for p in shared.values())
+    return sum(p.numel() * p.element_size() for p in shared.values())
 
 
 @contextmanager
@@ -155,11 +151,14 @@ def kept_gathered(model: nn.Module) -> Iterator[None]:
         for shards in _shards(model):
             shards.keep()
             stack.callback(shards.share)
+        whole: dict[int, nn.Parameter] = {}  # what is tied is gathered once
         for module in model.modules():
             for name, parameter in [*module._parameters.items()]:
                 if isinstance(parameter, DTensor):  # of embedding and head
-                    whole = nn.Parameter(parameter.full_tensor(), requires_grad=False)
-                    module._parameters[name] = whole
+                    if id(parameter) not in whole:
+                        numbers = parameter.full_tensor()
+                        whole[id(parameter)] = nn.Parameter(numbers, requires_grad=False)
+                    module._parameters[name] = whole[id(parameter)]
                     stack.callback(module._parameters.__setitem__, name, parameter)
         yield
 

@@ -316,7 +316,7 @@ def checkpoint(tmp_path_factory) -> Any:
         ({"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2}}, "matches neither"),
         ({"rank_pattern": {"foo": 3}}, "matches no layer that is adapted"),
         ({"layers_to_transform": [9]}, "there is no layer 9"),
-        ({"target_modules": ["input_layernorm"]}, "LlamaRMSNorm"),
+        ({"target_modules": ["input_layernorm"]}, "names input_layernorm, which is no layer"),
         ({"init_lora_weights": "eva"}, "computed from data"),
         ({"init_lora_weights": "corda"}, "computed from data"),
     ],

@@ -165,9 +165,16 @@ def test_stacks_that_were_left_dense_are_adapted_where_they_are_named(kept: str)
     assert shapes(by_pattern) == shapes(named)
 
 
-@pytest.mark.parametrize("name", ["mlp", "input_layernorm"])
-def test_what_is_no_layer_is_refused_by_its_kind(name: str) -> None:
-    with pytest.raises(PlanRefused, match=r"names a Qwen3Moe\w+, which is no layer that"):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mlp", r"mlp is no layer, but a module of several(.|\n)*layers: down_proj, gate_up_proj"),
+        ("input_layernorm", "names input_layernorm, which is no layer that the adapter goes onto"),
+        ("act_fn", r"names a SiLU\w*, which is no layer that"),
+    ],
+)
+def test_what_is_no_layer_is_refused_by_its_kind(name: str, words: str) -> None:
+    with pytest.raises(PlanRefused, match=words):
         qa.attach(quantized("qwen3-moe"), "lora", target_modules=[name])
 
 

@@ -17,7 +17,8 @@ from quantadapt import demo
 from quantadapt.adapting.merge_aware import make_merge_aware
 from quantadapt.machine import Machine
 from quantadapt.memory import GIB, WORKSPACE, Setting, Workload, usable
-from quantadapt.memory.experts import STACKS
+from quantadapt.memory.cost import step_cost
+from quantadapt.memory.experts import STACKS, part_of
 from quantadapt.memory.shape import Shape
 from quantadapt.planning import plan
 from quantadapt.protocols import Grid
@@ -139,13 +140,15 @@ def test_experts_keep_their_input_alone_unless_autograd_sees_their_products() ->
     ranks = 12 * 2 * 16 * ROWS * 2  # what A makes of the rows of both stacks, recomputed or not
     for count in (12, 5, 0):
         setting = Setting(count, False, 4)
-        whole, alone = work(), replace(work(), targets=("q_proj",))
+        whole = work(accumulates=True)  # gradients are there at all times
+        alone = replace(whole, targets=("q_proj",))
         inputs = [made.parts(setting)["inputs"] for made in (whole, alone)]
         assert inputs[0] - inputs[1] == ranks
-    assert work().parts(Setting(11, True, 4))["inputs"] == 2 * TOKENS * 2 * 2048
+    assert work(accumulates=True).parts(Setting(11, True, 4))["inputs"] == 2 * TOKENS * 2 * 2048
     norms = 12 * 4 * 128 * (2 * 768 + 2048)  # DoRA's, in float32, in each setting
     for setting in (Setting(12, False, 4), Setting(0, False, 4), Setting(11, True, 4)):
-        kept = [work(dora=dora).parts(setting)["inputs"] for dora in (True, False)]
+        both = (work(dora=dora, accumulates=True) for dora in (True, False))
+        kept = [made.parts(setting)["inputs"] for made in both]
         assert kept[0] - kept[1] == norms
     assert work(8, dora=True).kept_bytes(TOKENS) == work(8).kept_bytes(TOKENS)
     alone = replace(work(8, dora=True), targets=("q_proj",))
@@ -185,9 +188,9 @@ def test_rounding_a_stack_takes_two_of_it_in_float32() -> None:
     first = 2 * 128 * 2048 * 768
     few = replace(work(rounds=True), targets=("q_proj",))
     for setting in (Setting(12, False, 4), Setting(0, False, 4)):
-        plain = work().peak(setting)
+        plain = work(accumulates=True).peak(setting)
         ranks = 12 * 2 * 16 * ROWS * 2  # what is kept of rows where nothing is rounded
-        assert work(rounds=True).peak(setting) - plain == 8 * first - ranks
+        assert work(rounds=True, accumulates=True).peak(setting) - plain == 8 * first - ranks
         assert few.peak(setting) - work().peak(setting) < 8 * 2048 * 4096
     dora = work(rounds=True, dora=True).kept_bytes(TOKENS) - work(dora=True).kept_bytes(TOKENS)
     attention = 2048 * (2 * 4096 + 2 * 512)
@@ -217,6 +220,45 @@ def test_a_layer_rounds_within_what_is_foreseen(fused) -> None:
     weight = 4 * rows * columns
     most = foreseen._rounding_bytes + weight + (0 if fused else foreseen._rounded_bytes)
     assert 0.5 * most < found < 1.1 * most, found / weight
+
+
+# --- what is chosen ------------------------------------------------------------------------------
+
+
+def test_of_what_fits_no_micro_batches_are_taken_that_dequantize_all_experts_twice() -> None:
+    """What Unsloth takes of memory, 9.06 GiB. Most layers recomputed at the whole batch cost half
+    of what the same does in two micro-batches, or with inputs in CPU memory and stacks in parts."""
+    made, budget = work(in_parts=True, graphs=True), int(9.06 * GIB)
+    eager = replace(made, graphs=False)
+    # Recorded, the same takes more than there is.
+    assert made.fitted(budget) == (eager, Setting(10, False, 4))
+    assert made.peak(Setting(11, False, 4)) > budget
+    assert eager.peak(Setting(9, False, 4)) > budget
+    costs = [
+        step_cost(eager, s) / 1e12
+        for s in (Setting(10, False, 4), Setting(8, False, 2), Setting(12, True, 4))
+    ]
+    assert costs == pytest.approx([22.1, 35.2, 39.6], rel=0.01)
+    # By hand: attention and experts, a product each, and 300 a number that is dequantized.
+    attention, experts = 2048 * (2 * 4096 + 2 * 512), 3 * 128 * 2048 * 768
+    once = attention * (TOKENS + 300) + experts * (ROWS / 128 + 300)
+    assert step_cost(eager, Setting(0, False, 4)) == pytest.approx(12 * 2 * once)
+    twice = attention * (TOKENS / 2 + 300) + experts * (ROWS / 256 + 300)
+    assert 2 * twice / once == pytest.approx(1.30, rel=0.01)
+    plain = replace(made, dense=(*made.shape.linears,))  # nothing is dequantized
+    half, whole = (step_cost(plain, Setting(0, False, size)) for size in (2, 4))
+    assert half == whole
+
+
+def test_a_stack_is_read_in_parts_only_where_that_takes_less() -> None:
+    """A part of the second stack with what it makes takes more than all of it, for 65,536 rows."""
+    each, made = 2048 * 768, 2048
+    assert part_of(2 * each, 128, ROWS, 2 * 768, 2) == 42
+    assert part_of(each, 128, ROWS, made, 2) is None
+    assert 85 * each + ROWS * made * 85 // 128 > 128 * each
+    assert part_of(each, 128, ROWS // 4, made, 2) == 85
+    for setting in work(in_parts=True).settings():
+        assert work(in_parts=True).peak(setting) <= work().peak(setting)
 
 
 # --- in the plan ----------------------------------------------------------------------------------

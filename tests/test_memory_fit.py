@@ -290,6 +290,33 @@ def test_the_probe(tokenizer, data, tmp_path, monkeypatch) -> None:
     assert "of 11.0 GiB (found in " in notes[0]
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_probe_finds_the_gradients_that_a_step_finds(
+    accumulated, tokenizer, data, tmp_path, monkeypatch
+) -> None:
+    """None, where a whole batch is one pass; else those of the passes before."""
+    model, probed = adapted(), MemoryFit._probed
+    layers, weight = decoder_layers(model), next(p for p in model.parameters() if p.requires_grad)
+    seen: dict[int, set[bool]] = {}
+    hook = layers[0].register_forward_pre_hook(
+        lambda _, args: seen.setdefault(len(args[0]), set()).add(weight.grad is not None)
+    )
+
+    def watched(fit: MemoryFit) -> Setting:
+        try:
+            return probed(fit)
+        finally:
+            hook.remove()
+            assert weight.grad is None
+
+    monkeypatch.setattr(MemoryFit, "_probed", watched)
+    kept = lambda: sum(not layer.gradient_checkpointing for layer in layers)  # noqa: E731
+    make_up_card(monkeypatch, 20, lambda: 1 + kept() * 2)
+    options = {"gradient_accumulation_steps": accumulated, "max_steps": 1}
+    trained(model, tokenizer, data, tmp_path, memory=6, **options)
+    assert seen == {BATCH: {accumulated > 1}, BATCH // 2: {True}, BATCH // 4: {True}}
+
+
 def fitting_of(model, accepts: bool = True, **options) -> MemoryFit:
     """A memory_fit whose trainer is all that it asks before a run."""
     trainer = SimpleNamespace(

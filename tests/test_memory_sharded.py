@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -12,8 +14,9 @@ import torch
 from allocations import peak_of
 from processes import in_processes
 
+from quantadapt import demo
 from quantadapt.distributed import start
-from quantadapt.memory import WORKSPACE, Setting, Workload
+from quantadapt.memory import GIB, WORKSPACE, Setting, Workload
 from quantadapt.memory.shape import Shape
 from quantadapt.sharding import PACKED, shard
 from quantadapt.training.lent import one_block_at_a_time, recomputed
@@ -176,3 +179,74 @@ def test_the_prediction_counts_what_is_gathered() -> None:
     saved = few.peak(setting) - replace(few, prefetches=False).peak(setting)
     assert saved == few.block_bytes
     assert few.parts(setting)["working"] == 3 * few.block_bytes + WORKSPACE  # as was measured
+
+
+# --- a base that stays gathered ------------------------------------------------------------------
+
+
+def test_a_base_that_stays_gathered_is_there_beside_the_share_of_it() -> None:
+    """By hand: the blocks and both tables, in float32, are whole; none is gathered in a pass."""
+    for words, tied in CASES.values():
+        shared, setting = workload(words, tied), Setting(LAYERS, False, 1)
+        block = 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)
+        table = 0 if tied else 4 * 2 * words * 256
+        whole = replace(shared, gathered=True)
+        assert whole.gathered_bytes == LAYERS * block + table
+        parts = whole.parts(setting)
+        assert parts["gathered"] == LAYERS * block + table
+        assert parts["quantized"] + parts["dense"] == shared.quantized_bytes + shared.dense_bytes
+        alone = replace(shared, shards=1).parts(setting)
+        for name in ("adapter", "inputs", "activations", "working"):
+            assert parts[name] == alone[name]
+
+
+def test_it_stays_so_where_it_takes_a_tenth_of_what_is_free() -> None:
+    shared = workload(512, False)
+    beside = shared.quantized_bytes + shared.dense_bytes + 4 * shared.trained
+    just = beside + 10 * shared.gathered_bytes
+    assert shared.kept_in(just).gathered
+    assert not shared.kept_in(just - 10).gathered
+    assert not replace(shared, prefetches=False).kept_in(2**50).gathered
+    assert not replace(shared, shards=1).kept_in(2**50).gathered
+    recorded = replace(shared, graphs=True)  # as a base that is not shared
+    gained = replace(recorded, gathered=True).parts(Setting(0, False, 1))
+    assert gained["working"] == replace(recorded, shards=1).parts(Setting(0, False, 1))["working"]
+
+
+def test_a_plan_counts_it_and_says_so(tmp_path: Path) -> None:
+    from llama_sizes import LLAMA_8B
+
+    from quantadapt.machine import Machine
+    from quantadapt.planning import plan
+    from quantadapt.spec import Spec
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(LLAMA_8B))
+
+    def planned(**train: Any) -> Any:
+        spec = Spec(
+            model=str(tmp_path / "model"),
+            backend="bnb-nf4",
+            train={"parallel": "fsdp", **train},
+            data={"path": str(demo.TRAIN_FILE)},
+            evaluate={"unquantized": False},
+            output=str(tmp_path / "run"),
+        )
+        there = Machine(cuda=((9, 0),) * 2, memory=(141 * GIB,) * 2)
+        return plan(spec, machine=there, processes=2, weights=False)
+
+    made, saving = planned(), planned(memory="min")
+    (card,), (other,) = made.memory.cards, saving.memory.cards
+    size = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336) * 4.127 / 8 + 2 * 2 * 128256 * 4096
+    assert made.memory.work_on(card).gathered_bytes == pytest.approx(size, rel=1e-3)
+    told = f"{size / GIB:.2f} GiB"
+    (note,) = [note for note in made.notes if "stays gathered while it trains" in note]
+    assert f"({told} more; train.memory: min shares it at all times)" in note
+    assert f"the base gathered while it trains ({told})" in made.memory.words()[0]
+    assert made.to_dict()["memory"]["cards"][0]["parts_gib"]["gathered"] == pytest.approx(
+        size / GIB, rel=1e-3
+    )
+    predicted = made.memory.peak_gib(card.setting, made.memory.work.length)
+    assert predicted * GIB == card.needed
+    assert not other.gathered
+    assert not [note for note in saving.notes if "gathered" in note]

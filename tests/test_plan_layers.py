@@ -20,7 +20,9 @@ from quantadapt.errors import PlanRefused, Problem
 from quantadapt.planning.combining import UNKNOWN_LAYERS
 from quantadapt.planning.layers import Layers, layers_of
 from quantadapt.planning.on_disk import config_of
+from quantadapt.planning.targets import on_embeddings
 from quantadapt.quantizing.dense import share_of
+from quantadapt.registry import registry
 
 DENSE = {
     "Llama": ("LlamaConfig", {}),
@@ -88,6 +90,18 @@ def own_layers(model: Any) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
     return linears, stacks, routers
 
 
+def no_layers(model: Any, stacks: dict[str, Any]) -> set[str]:
+    """Return the modules that hold others, or vectors alone, but for what owns a stack."""
+    owners, found = {name.rpartition(".")[0] for name in stacks}, set()
+    inside = tuple(f"{owner}." for owner in owners)
+    for name, module in model.named_modules():
+        own = [p.ndim for p in module.parameters(recurse=False)]
+        parts = [p for child in module.children() for p in child.parameters()]
+        if name and (parts or (own and max(own) < 2)) and not name.startswith(inside):
+            found.add(name)
+    return found - owners
+
+
 def looked_at(model: Any, folder: Path, **options: Any) -> Layers:
     source = saved(model, folder, **options)
     layers = layers_of(config_of(source) or {}, folder)
@@ -103,6 +117,7 @@ def test_files_tell_what_layers_the_model_has(family: str, tmp_path: Path) -> No
     assert (layers.linears, layers.stacks) == (linears, stacks)
     if family != "JetMoE":  # whose routers are modules of a layer
         assert set(layers.routers) == routers
+    assert {*layers.others} == no_layers(model, stacks)
     held = {n for n, m in model.named_modules() if n and next(m.parameters(), None) is not None}
     assert held <= set(layers.names)
     assert {n for n, _ in model.named_parameters()} <= layers.parameters | {"lm_head.weight"}
@@ -227,6 +242,66 @@ def test_names_that_nothing_has_are_refused_by_the_plan_as_by_the_run(
     own = [p for p in found if (p.what, p.fix, p.where) in told or p.rule == "no-routers"]
     assert len(told) <= len(found)
     assert own == found
+
+
+@pytest.mark.parametrize("family", ["JetMoE", "Mixtral", "Llama"])
+def test_modules_that_are_no_layers_are_refused_by_the_plan_as_by_the_run(
+    family: str, tmp_path: Path
+) -> None:
+    """Whatever a model calls its modules; and what the run takes, the plan takes."""
+    source = saved(model_of(family), tmp_path)
+    model = qa.quantize(source, "none", device="cpu")
+    endings = {n.rpartition(".")[2]: m for n, m in model.named_modules() if n}
+    kinds = {"taken": 0, "refused": 0}
+    for name in [n for n, m in endings.items() if any(True for _ in m.parameters())]:
+        options = {"target_modules": [name]}
+        try:
+            qa.attach(model, "lora", **options).unload()
+        except PlanRefused as error:
+            told = [(p.what, p.fix, p.where) for p in error.problems]
+            found = refused(source, "none", {"name": "lora", **options})
+            assert [(p.what, p.fix, p.where) for p in found] == told, name
+            kinds["refused"] += 1
+        else:
+            qa.plan(qa.Spec(model=source, backend="none", adapter={"name": "lora", **options}))
+            kinds["taken"] += 1
+    assert kinds["taken"] > 3
+    assert kinds["refused"] > 5
+
+
+@pytest.mark.parametrize("adapter", [a.name for a in registry().adapters()])
+def test_adapters_that_do_not_go_onto_embeddings_are_told_by_the_plan_as_by_the_run(
+    adapter: str, tmp_path: Path
+) -> None:
+    """And those that do go there."""
+    record = registry().adapter(adapter)
+    if any(rule.id == f"{adapter}-not-supported" for rule in record.rules) or adapter == "adamss":
+        return  # on no layer at all; or more clusters than there are numbers here
+    source = saved(model_of("Llama"), tmp_path)
+    small = {"c3a": {"block_size": 8}, "vblora": {"vector_length": 8}, "road": {"group_size": 8}}
+    ranks = {"pissa": {"r": 4}, "adalora": {"init_r": 4, "target_r": 2}}
+    options = {"target_modules": ["q_proj", "embed_tokens"], **{**small, **ranks}.get(adapter, {})}
+    spec = qa.Spec(model=source, backend="none", adapter={"name": adapter, **options})
+    model = qa.quantize(source, "none", device="cpu")
+    if on_embeddings(record, record.defaults):
+        qa.plan(spec)
+        tuned = qa.attach(model, adapter, **options)
+        assert type(tuned.get_input_embeddings()) is not nn.Embedding
+        return
+    (problem,) = refused(source, "none", {"name": adapter, **options})
+    assert "target_modules names embed_tokens, which is no layer" in problem.what
+    with pytest.raises(PlanRefused) as caught:
+        qa.attach(model, adapter, **options)
+    assert [(p.what, p.fix) for p in caught.value.problems] == [(problem.what, problem.fix)]
+
+
+def test_a_pattern_that_takes_in_a_whole_module_is_refused_as_well(tmp_path: Path) -> None:
+    source = saved(model_of("JetMoE"), tmp_path)
+    (problem,) = refused(source, "hqq", {"target_modules": r".*self_attention(\..*proj)?"})
+    assert problem.what == "model.layers.0.self_attention is no layer, but a module of several"
+    assert problem.fix == "name its layers: input_linear, kv_proj, output_linear"
+    fine = {"target_modules": r".*self_attention\..*proj"}
+    qa.plan(qa.Spec(model=source, backend="hqq", adapter=fine))
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE", "gpt-oss", "GraniteMoE", "Qwen2-MoE"])

@@ -3,6 +3,7 @@ afterwards."""
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -43,6 +44,34 @@ def trained(model: Any, notes: list[str], **options: Any) -> dict[str, Any]:
     return {"losses": result.losses, "weights": weights}
 
 
+def live() -> int:
+    """The bytes of all tensors of this process that torch's own objects do not only wrap."""
+    gc.collect()
+    found = {}
+    for it in gc.get_objects():
+        if type(it) in (torch.Tensor, torch.nn.Parameter):
+            storage = it.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+    return sum(found.values())
+
+
+def tied() -> dict[str, Any]:
+    """Two modules that share one sharded parameter."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from quantadapt.sharding import _mesh, gathered_bytes, kept_gathered
+
+    rows = distribute_tensor(torch.ones(2048, 128), _mesh(), [Shard(0)])
+    model = torch.nn.ModuleDict({n: torch.nn.Linear(1, 1, bias=False) for n in ("a", "b")})
+    model["a"].weight = model["b"].weight = shared = torch.nn.Parameter(rows, requires_grad=False)
+    before, told = live(), gathered_bytes(model)
+    with kept_gathered(model):
+        one = model["a"].weight is model["b"].weight
+        more = live() - before
+    after = model["a"].weight is shared and model["b"].weight is shared
+    return {"one": one, "more": more, "told": told, "after": after}
+
+
 def hooks(model: Any) -> list[list[Any]]:
     return [[*m._forward_pre_hooks, 0, *m._forward_hooks] for m in model.modules()]
 
@@ -50,22 +79,25 @@ def hooks(model: Any) -> list[list[Any]]:
 def compared(folder: str) -> dict[str, Any]:
     import quantadapt as qa
     from quantadapt.distributed import start
-    from quantadapt.sharding import elsewhere, is_sharded, kept_gathered, shard
+    from quantadapt.sharding import gathered_bytes, is_sharded, kept_gathered, shard
     from quantadapt.training import lent
 
     models = {name: [qa.quantize(folder, name) for _ in range(3)] for name in BACKENDS}
-    found: dict[str, Any] = {}
     start("cpu")
+    found: dict[str, Any] = {"tied": tied()}
     for name, (model, other, third) in models.items():
         whole, size = passes(model), held(model)
         shard(model)
         passes(model)
-        shared, there, away = held(model), hooks(model), elsewhere(model)
+        shared, there, whole_bytes = held(model), hooks(model), gathered_bytes(model)
+        before = live()
         with kept_gathered(model):
+            more = live() - before
             inside = [passes(model) for _ in range(2)]
             fsdp = sum(map(len, there)) - sum(map(len, hooks(model)))
             found[name] = {"is_sharded": is_sharded(model), "hooks off": fsdp}
-            found[name] |= {"inside": held(model) / size, "away": (away, elsewhere(model))}
+            found[name] |= {"inside": held(model) / size, "left": gathered_bytes(model)}
+            found[name]["more"] = (more, whole_bytes)
         pairs = [pair for p in (*inside, passes(model)) for pair in zip(whole, p, strict=True)]
         found[name]["equal"] = [torch.equal(a, b) for a, b in pairs]
         found[name]["shared"] = shared / size, held(model) / size
@@ -93,8 +125,23 @@ def test_passes_are_the_same_bit_for_bit_without_fsdp(kept: Any, backend: str) -
         assert found["is_sharded"] is False
         assert found["hooks off"] >= 2 * 3  # before and after each of two blocks and the root
         assert found["inside"] == pytest.approx(1, abs=0.05)
-        assert found["away"][0] > 0
-        assert found["away"][1] == 0
+        assert found["left"] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_gathered_is_there_beside_the_share_of_it(kept: Any, backend: str) -> None:
+    """As many bytes as the sentence says, which is what a plan counts."""
+    for found in (rank[backend] for rank in kept):
+        more, told = found["more"]
+        assert told > 2048 * 128 * 4 * 2  # embedding and head alone
+        assert more == told
+
+
+def test_what_is_tied_is_gathered_once(kept: Any) -> None:
+    for found in (rank["tied"] for rank in kept):
+        assert found["one"]
+        assert found["more"] == found["told"] == 2048 * 128 * 4
+        assert found["after"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,6 +14,8 @@ from chosen import shortfall
 
 import quantadapt as qa
 from quantadapt import cli
+from quantadapt.cli.flags import SpecFlags
+from quantadapt.cli.models import open_model
 from quantadapt.cli.run_models import opened_models
 from quantadapt.errors import QuantadaptError, SpecError
 from quantadapt.evaluation.predictions import evaluating
@@ -28,6 +30,7 @@ from quantadapt.quantizing import quantize_plan
 from quantadapt.quantizing.state import state_of
 from quantadapt.spec import Spec
 from quantadapt.streaming import streamer_of
+from quantadapt.streaming.rows import OnDisk
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 TOLD = "streamed from CPU memory, as while it was trained"
@@ -120,6 +123,42 @@ def test_a_whole_model_is_streamed_where_that_is_said(tmp_path: Path, as_on_a_gp
     model = qa.load(tmp_path / "whole", stream="all")
     assert streamer_of(model) is not None
     assert torch.equal(logits(model), logits(whole))
+
+
+def test_a_disk_keeps_the_base_where_that_is_said(
+    tmp_path: Path, as_on_a_gpu: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In Python and on the command line, of an adapter and of what a run was made from."""
+    folder, disk = trained(tmp_path / "run", "all"), tmp_path / "disk"
+    disk.mkdir()
+    expected = logits(qa.load(folder, stream="none"))
+    with pytest.warns(StreamedWarning, match=f"streamed from {disk}, as while it was trained"):
+        model = qa.load(folder, stream_folder=str(disk))
+    asked = [
+        model,
+        qa.load(folder, stream="all", stream_folder=str(disk)),
+        open_model(str(folder), "cpu", stream=f"all:{disk}"),
+    ]
+    for one in asked:
+        rows = streamer_of(one)._rows
+        assert isinstance(rows, OnDisk)
+        assert rows.folder == disk
+        assert torch.equal(logits(one), expected)
+    how = {"force_base": False, "stream": f"all:{disk}"}
+    for name, one in opened_models(str(folder), ["unquantized", "tuned"], "cpu", **how):
+        assert isinstance(streamer_of(one)._rows, OnDisk), name
+    with pytest.raises(QuantadaptError, match="nowhere"):
+        open_model(str(folder), "cpu", stream="all:nowhere")
+    base = qa.quantize(None, "torchao-int8", device="cpu")
+    with pytest.raises(QuantadaptError, match=r"stream_folder=.* has no effect: the adapter goes"):
+        qa.load(folder, base=base, stream_folder=str(disk))
+
+
+def test_a_run_takes_the_folder_in_the_same_way() -> None:
+    train = SpecFlags(stream="experts:/mnt/nvme").spec().train
+    assert (train.stream, train.stream_folder) == ("experts", "/mnt/nvme")
+    train = SpecFlags(stream="all").spec().train
+    assert (train.stream, train.stream_folder) == ("all", None)
 
 
 def test_the_base_without_quantization_is_streamed_beside_it(

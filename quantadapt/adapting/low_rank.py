@@ -20,10 +20,8 @@ from peft.tuners.vera.layer import Linear as VeraLinear
 from torch import Tensor, nn
 
 from ..facade import QuantLinear
+from ..memory.workload import FACTORS_FROM
 from .fused_lora import LoraTerm, fused_lora
-
-WORTH = 2
-"""With so many tokens to a rank, factors take no more memory than PEFT's copies of the inputs."""
 
 
 class _Factors(NamedTuple):
@@ -87,7 +85,7 @@ def _forward_of(layer: Any) -> Callable[..., Tensor]:
         plain = not (args or kwargs or layer.disable_adapters or layer.merged)
         trains = layer.training and torch.is_grad_enabled()
         ranks = sum(len(getattr(layer, held_in)[name]) for name in active)
-        many = x.numel() >= WORTH * ranks * x.shape[-1]
+        many = x.numel() >= FACTORS_FROM * ranks * x.shape[-1]
         if not (plain and trains and many and len(active) == 1):
             output: Tensor = kind.forward(layer, x, *args, **kwargs)
             return output

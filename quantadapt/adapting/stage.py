@@ -13,7 +13,7 @@ from ..errors import PlanRefused, Problem, QuantadaptError, warn
 from ..facade import facades, linear_facades
 from ..planning.peft_options import peft_options
 from ..planning.refusals import wants_loftq, without_loftq
-from ..planning.targets import experts_problems
+from ..planning.targets import experts_problems, on_embeddings
 from ..quantizing.state import ModelState
 from ..records import Adapter
 from ..registry.blame import blamed
@@ -207,8 +207,9 @@ def peft_config(
     except (ValueError, TypeError, ImportError, AttributeError) as error:
         raise blamed(error) or PlanRefused([*problems, _refusal(error)]) from error
     if config.target_modules is not None:  # type: ignore[attr-defined]
-        start, own = values.get("init_lora_weights"), bool(adapter.method)
-        problems += adapted_problems(model, config, layers, start=start, own_method=own)
+        how = {"own_method": bool(adapter.method), "embeddings": on_embeddings(adapter, values)}
+        start = values.get("init_lora_weights")
+        problems += adapted_problems(model, config, layers, stacks, start=start, **how)
     if problems:
         raise PlanRefused(problems)
     return config

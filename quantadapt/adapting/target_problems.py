@@ -4,7 +4,7 @@ wrong with them. Looks at names and sizes alone, as `targets` does."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from ..capabilities import KEEP
 from ..errors import Problem, did_you_mean
 from ..facade import QuantLinear
-from ..planning.names import ends, router_problems
+from ..planning.names import ends, module_target_problems, router_problems
 from .injecting import matched
 from .targets import all_parameters
 
@@ -27,21 +27,30 @@ def adapted_problems(
     model: nn.Module,
     config: PeftConfig,
     layers: list[str],
+    stacks: list[str],
     *,
     start: Any = None,
     own_method: bool = False,
+    embeddings: bool = False,
 ) -> list[Problem]:
     """Return what is wrong with the modules that `config` comes to.
 
     Args:
-        layers: the linear layers that may be named instead.
+        layers, stacks: the linear layers and stacks of experts that may be named instead.
         start: what `init_lora_weights` says.
         own_method: whether PEFT does not ship the method, which may adapt anything.
+        embeddings: whether it goes onto embeddings.
     """
     chosen = {name: model.get_submodule(name) for name in matched(model, config)}
     parameters = getattr(config, "target_parameters", None) or ()
     adapted = [*chosen, *(n for n in all_parameters(model) if any(ends(n, p) for p in parameters))]
-    found = [] if own_method else [*_blocks(chosen, layers), *_routers(chosen)]
+    found: list[Problem] = []
+    if not own_method:
+        routers = [name for name, module in chosen.items() if _is_router(module)]
+        others = [n for n in _no_layers(chosen, [*layers, *stacks]) if n not in routers]
+        if not embeddings:
+            others += [name for name, m in chosen.items() if isinstance(m, nn.Embedding)]
+        found = module_target_problems(others, layers, stacks) + router_problems(routers)
     found += _layer_problems(model, config)
     for option in ("rank_pattern", "alpha_pattern"):
         found += _pattern_problems(option, getattr(config, option, None) or {}, adapted)
@@ -56,9 +65,9 @@ def adapted_problems(
     return found
 
 
-def _routers(chosen: Mapping[str, nn.Module]) -> list[Problem]:
-    """Return the problems of routers of experts among what is named."""
-    return router_problems(name for name, m in chosen.items() if "Router" in type(m).__name__)
+def _is_router(module: nn.Module) -> bool:
+    """Say whether a module chooses experts, and is a parameter and no layer."""
+    return "Router" in type(module).__name__
 
 
 def _named_twice(parameter: str, layer: str) -> Problem:
@@ -84,17 +93,18 @@ def lost_biases(without: list[str]) -> Problem | None:
     return Problem(what, f"{KEEP}, or train without lora_bias", "adapter.lora_bias", "lora-bias")
 
 
-def _blocks(chosen: Mapping[str, nn.Module], layers: list[str]) -> Iterator[Problem]:
-    """Yield a problem for each kind of module that is named and holds linear layers itself."""
-    told = set()
+def _no_layers(chosen: Mapping[str, nn.Module], known: Iterable[str]) -> Iterator[str]:
+    """Yield what is named and no layer: it holds some of the `known` ones or others, or vectors
+    alone."""
+    known = [*known]
     for name, module in chosen.items():
-        inside = sorted({n.rpartition(".")[2] for n in layers if n.startswith(f"{name}.")})
-        ending = name.rpartition(".")[2]
-        if inside and not isinstance(module, nn.MultiheadAttention) and ending not in told:
-            told.add(ending)
-            what = f"{name} is no layer, but a {type(module).__name__} of several"
-            fix = f"name its layers: {', '.join(inside)}"
-            yield Problem(what, fix, "adapter.target_modules")
+        own = [*module.parameters(recurse=False)]
+        vectors = bool(own) and all(parameter.ndim < 2 for parameter in own)
+        parts = any(next(child.parameters(), None) is not None for child in module.children())
+        holds = any(other.startswith(f"{name}.") for other in known)
+        layer = isinstance(module, (nn.Linear, QuantLinear, nn.MultiheadAttention))
+        if not layer and (vectors or parts or holds):
+            yield name
 
 
 def _layer_problems(model: nn.Module, config: Any) -> Iterator[Problem]:

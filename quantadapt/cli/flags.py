@@ -64,9 +64,9 @@ StreamOption = Annotated[
     str,
     typer.Option(
         "--stream",
-        metavar="WHAT",
+        metavar="WHAT[:FOLDER]",
         help="Keep the base in CPU memory and copy it to the GPU block by block: all, experts, "
-        "none, or auto (as while it was trained).",
+        "none, or auto (as while it was trained); with a folder on a fast disk, there instead.",
         rich_help_panel=_WHERE,
     ),
 ]
@@ -148,9 +148,10 @@ class SpecFlags:
     stream: Annotated[
         str | None,
         typer.Option(
-            metavar="WHAT",
+            metavar="WHAT[:FOLDER]",
             help="Keep the base in CPU memory and copy it to the GPU block by block: all, experts, "
-            "none, or auto (where training does not fit otherwise).",
+            "none, or auto (where training does not fit otherwise); with a folder on a fast disk, "
+            "there instead.",
             show_default="auto",
             rich_help_panel=_HOW,
         ),
@@ -223,6 +224,11 @@ class SpecFlags:
             given = getattr(self, name)
             if given is not None and given is not False:
                 put(values, key, given)
+        if self.stream is not None:
+            what, folder = parted(self.stream)
+            put(values, "train.stream", what)
+            if folder is not None:
+                put(values, "train.stream_folder", folder)
         for name in ("backend", "adapter", "objective"):
             if (given := getattr(self, name)) is not None:
                 values[name] = named(values.get(name), given)
@@ -233,6 +239,12 @@ class SpecFlags:
         from ..planning.mistakes import spec_of
 
         return spec_of(self.values())
+
+
+def parted(stream: str) -> tuple[str, str | None]:
+    """Return what `--stream` says: what is streamed, and the folder where it lies, or None."""
+    what, _, folder = stream.partition(":")
+    return what, folder or None
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -255,7 +267,6 @@ _KEYS = {
     "max_steps": "train.max_steps",
     "max_time": "train.max_time",
     "learning_rate": "train.learning_rate",
-    "stream": "train.stream",
     "resume": "train.resume",
     "seed": "seed",
     "output": "output",

@@ -23,6 +23,7 @@ from ..folders.lock import refuse_in_use
 from ..inputs.documents import read_object
 from ..paths import path_problem
 from ..remote_code import trusted
+from .flags import parted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,23 +61,22 @@ def open_model(
 
     if found := path_problem(path):
         raise ModelError(f"{path!r} is no path: {found}", fix="check the path")
-    if stream not in get_args(Streaming):
+    which, place = parted(stream)
+    if which not in get_args(Streaming):
         fix = f"use one of {', '.join(get_args(Streaming))}"
-        raise SpecError([Problem(f"{stream!r} cannot be streamed", fix, where="--stream")])
+        raise SpecError([Problem(f"{which!r} cannot be streamed", fix, where="--stream")])
     folder = put_back(path)
     ours = any((folder / name / MANIFEST).exists() for name in (".", ADAPTER, MERGED))
     if ours or adapter_in(folder) is not None:  # `load` says what it misses
-        how: dict[str, Any] = {"stream": stream, "force_base": force_base}
+        how: dict[str, Any] = {"stream": which, "stream_folder": place, "force_base": force_base}
         return load(folder, device=device or "auto", **how, trust_remote_code=trusted())
     if problems := check_model(path):
         raise PlanRefused(problems)
     config = quantization_of(str(folder))
     backend = "none" if config is None else _backend_of(config, path)
     source = str(folder) if folder.exists() else path
-    kept: Any = "none" if stream == "auto" else stream
-    return quantize(
-        source, backend, device=device or "auto", stream=kept, trust_remote_code=trusted()
-    )
+    kept: Any = {"stream": "none" if which == "auto" else which, "stream_folder": place}
+    return quantize(source, backend, device=device or "auto", **kept, trust_remote_code=trusted())
 
 
 def _backend_of(config: dict[str, Any], path: str) -> str:

@@ -16,6 +16,7 @@ from ..paths import path_problem
 from ..planning.on_disk import quantization_of
 from ..remote_code import trusted
 from .answering import without_adapter
+from .flags import parted
 from .models import open_model
 
 if TYPE_CHECKING:
@@ -108,17 +109,19 @@ def opened_models(
         yield "merged", open_model(str(Path(path).expanduser() / MERGED), device, stream=stream)
 
 
-def _dense(path: str, device: str, stream: Any) -> nn.Module:
+def _dense(path: str, device: str, stream: str) -> nn.Module:
     from ..exporting.loading import as_trained
     from ..stages import quantize
 
     made = _manifest(path)
+    which, folder = parted(stream)
     return quantize(
         made["base"],
         "none",
         device=device,
         dtype=made.get("dtype") or "auto",
-        stream=as_trained(stream, made.get("stream", "none"), device),
+        stream=as_trained(which, made.get("stream", "none"), device),  # type: ignore[arg-type]
+        stream_folder=folder,
         new_modules=made.get("new_modules") or (),
         unused_modules=made.get("unused_modules") or (),
         trust_remote_code=trusted(),

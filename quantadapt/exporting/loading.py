@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..dependencies import in_turn
 from ..errors import ModelError, QuantadaptError, warn
@@ -44,6 +44,7 @@ def load(
     base: str | nn.Module | None = None,
     device: str = "auto",
     stream: Literal["auto", "none", "experts", "all"] = "auto",
+    stream_folder: str | None = None,
     force_base: bool = False,
     trust_remote_code: bool = False,
 ) -> nn.Module:
@@ -57,6 +58,7 @@ def load(
         device: auto, cpu, cuda, ...
         stream: keep all quantized layers in CPU memory, or "experts", and copy them to the GPU
             block by block; auto: as the run did that trained the adapter, which is told.
+        stream_folder: on a fast disk, to keep them in instead of CPU memory.
         force_base: take a base of other weights or another config.
         trust_remote_code: run Python code that comes with the model. It has to be said at each
             call; what the folder says of it does not count.
@@ -64,40 +66,56 @@ def load(
     Raises:
         ModelError: there is nothing to load, or the base is not the one that the adapter was
         trained on. PlanRefused: it needs code of its own.
-        QuantadaptError: `base`, `device` or `stream` would have no effect.
+        QuantadaptError: `base`, `device`, `stream` or `stream_folder` would have no effect.
     """
     if problem := path_problem(str(path)):
         raise ModelError(f"{path} is no path: {problem}", fix="check the path")
     with trusting(trust_remote_code):
-        return _load(put_back(path), base, device, stream, force_base)
+        return _load(put_back(path), base, device, Streams(stream, stream_folder), force_base)
+
+
+class Streams(NamedTuple):
+    """What of a base is kept elsewhere than on the GPU: in CPU memory, or in a folder on a disk."""
+
+    which: Streaming = "none"
+    folder: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of `quantize`."""
+        return {"stream": self.which, "stream_folder": self.folder}
 
 
 def _load(
-    folder: Path, base: str | nn.Module | None, device: str, stream: Streaming, force_base: bool
+    folder: Path, base: str | nn.Module | None, device: str, streams: Streams, force_base: bool
 ) -> nn.Module:
     if (adapter := adapter_in(folder)) is not None:
-        _refuse_other_place(base, device, stream)
-        tuned: nn.Module = _load_adapter(adapter, base, device, stream, force_base)
+        _refuse_other_place(base, device, streams)
+        tuned: nn.Module = _load_adapter(adapter, base, device, streams, force_base)
         return tuned
     if base is not None:
         what = f"base has no effect: {folder} holds no adapter, but a whole model"
         raise QuantadaptError(what, fix="leave base out, or pass the folder of an adapter")
     if not (folder / "config.json").exists() and (folder / MERGED).is_dir():
         folder = folder / MERGED
-    model = _load_whole(folder, device, "none" if stream == "auto" else stream)
+    whole = streams._replace(which="none") if streams.which == "auto" else streams
+    model = _load_whole(folder, device, whole)
     state = state_of(model)
     state.max_length = read_manifest(folder).get("max_length")
     state.loaded_from = str(folder.resolve())
     return model
 
 
-def _refuse_other_place(base: str | nn.Module | None, device: str, stream: Streaming) -> None:
+def _refuse_other_place(base: str | nn.Module | None, device: str, streams: Streams) -> None:
     """Raise QuantadaptError where a live base lies elsewhere: it stays there."""
     if base is None or isinstance(base, str):
         return
-    if stream not in ("auto", state_of(base).stream):
-        what = f"stream={stream!r} has no effect: the adapter goes onto its base as it is"
-        raise QuantadaptError(what, fix="leave stream out, or pass it to quantize")
+    given = {"stream_folder": streams.folder} if streams.folder else {}
+    if streams.which not in ("auto", state_of(base).stream):
+        given["stream"] = streams.which
+    for name, value in given.items():
+        what = f"{name}={value!r} has no effect: the adapter goes onto its base as it is"
+        raise QuantadaptError(what, fix=f"leave {name} out, or pass it to quantize")
     if device == "auto":
         return
     there = state_of(base).device
@@ -110,7 +128,7 @@ def _with_index(device: str) -> str:
     return device if ":" in device or device == "cpu" else f"{device}:0"
 
 
-def _load_whole(folder: Path, device: str, stream: Stream = "none") -> nn.Module:
+def _load_whole(folder: Path, device: str, streams: Streams) -> nn.Module:
     """Load a saved base or merged model."""
     quantized = "quantization_config" in _config(folder)
     manifest = read_manifest(folder)
@@ -121,7 +139,7 @@ def _load_whole(folder: Path, device: str, stream: Stream = "none") -> nn.Module
         dtype=manifest["dtype"],
         # What is quantized in the files is known from them; of dense layers it has to be said.
         skip_modules=None if quantized else manifest.get("skip_modules"),
-        stream=stream,
+        **streams.options,
     )
 
 
@@ -133,7 +151,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _load_adapter(
-    folder: Path, base: str | nn.Module | None, device: str, stream: Streaming, force_base: bool
+    folder: Path, base: str | nn.Module | None, device: str, given: Streams, force_base: bool
 ) -> PeftModel:
     from peft import LoraConfig
 
@@ -153,7 +171,7 @@ def _load_adapter(
     own_base = folder.parent / BASE
     if base is None:
         _refuse_mixed(folder, manifest, own_base)
-    streams = as_trained(stream, manifest["stream"], device)
+    streams = given._replace(which=as_trained(given.which, manifest["stream"], device))
     if base is None and (own_base / MANIFEST).exists():
         model = load_base(own_base, device, streams)
     elif base is None or isinstance(base, str):
@@ -162,8 +180,8 @@ def _load_adapter(
     else:
         model = base
     state = state_of(model)
-    if stream == "auto" and state.stream != "none" and model is not base:
-        _tell_of_streaming(state.stream)
+    if given.which == "auto" and state.stream != "none" and model is not base:
+        _tell_of_streaming(state.stream, given.folder)
     check_base(state, manifest, force=force_base)
     config.inference_mode = False
     if isinstance(config, LoraConfig) and state.rewritten:
@@ -192,7 +210,7 @@ def base_of(model: PeftModel) -> nn.Module | None:
         return bare_base(model)
     if not state.source or (state.backend.calibration and quantization_of(state.source) is None):
         return None
-    return _made_again(state.source, state.manifest(), state.device, state.stream)
+    return _made_again(state.source, state.manifest(), state.device, Streams(state.stream))
 
 
 def as_trained(stream: Streaming, noted: Stream, device: str) -> Stream:
@@ -203,16 +221,19 @@ def as_trained(stream: Streaming, noted: Stream, device: str) -> Stream:
     return noted if there.startswith("cuda") else "none"
 
 
-def _tell_of_streaming(stream: Stream) -> None:
+def _tell_of_streaming(stream: Stream, folder: str | None) -> None:
+    place = "CPU memory" if folder is None else folder
     parts = "the experts are" if stream == "experts" else "the base is"
     what = (
-        f"{parts} streamed from CPU memory, as while it was trained: each token of an answer takes"
+        f"{parts} streamed from {place}, as while it was trained: each token of an answer takes"
         " a copy of it. Where the GPU has room for it, say so: stream: none"
     )
     warn(what, StreamedWarning, stacklevel=6)
 
 
-def _made_again(source: str, manifest: Mapping[str, Any], device: str, stream: Stream) -> nn.Module:
+def _made_again(
+    source: str, manifest: Mapping[str, Any], device: str, streams: Streams
+) -> nn.Module:
     """Return the checkpoint `source`, quantized as `manifest` says."""
     return _quantized(
         source,
@@ -224,7 +245,7 @@ def _made_again(source: str, manifest: Mapping[str, Any], device: str, stream: S
         unused_modules=manifest["unused_modules"],
         head=manifest["head"],
         labels=manifest["labels"],
-        stream=stream,
+        **streams.options,
         **manifest["options"],
     )
 
@@ -252,10 +273,10 @@ def _refuse_missing_base(base: str, adapter: Path) -> None:
         raise ModelError(what, fix=fix, where=str(adapter))
 
 
-def load_base(folder: Path, device: str, stream: Stream = "none") -> nn.Module:
+def load_base(folder: Path, device: str, streams: Streams | None = None) -> nn.Module:
     """Load what `save_base` wrote, under the name and options that it was made from."""
     manifest = read_manifest(folder)
-    model = _load_whole(folder, device, stream)
+    model = _load_whole(folder, device, streams or Streams())
     state = state_of(model)
     state.source, state.rewritten = manifest["base"], manifest.get("rewritten", False)
     state.own_base, state.base_id = True, manifest["base_id"]

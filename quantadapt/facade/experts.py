@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..memory.experts import experts_at_a_time
+from ..memory.experts import part_of
 from ..model.experts import SUFFIX, Stack, in_order, is_dispatched, set_dense
 from ..protocols import AdapterTarget
 from .fused_experts import run_experts
@@ -69,14 +69,21 @@ class QuantStack(QuantWeight):
         stack = self.stack
         return self._dense(change).view(stack.experts, stack.out_features, stack.in_features)
 
-    @property
-    def at_a_time(self) -> int:
-        """How many experts are dequantized at a time where memory is short; all where the backend
-        cannot read rows alone."""
-        count, each = self.stack.experts, self.in_features * self.stack.out_features
+    def at_a_time(self, rows: int = 0, *, back: bool = False) -> int | None:
+        """Return how many experts are dequantized at a time where memory is short; None: all, where
+        the backend cannot read rows alone, or parts take no less memory.
+
+        Args:
+            rows: how many go through all experts together.
+            back: whether they go to what the stack gets, not to what it makes.
+        """
+        inputs, outputs = self.in_features, self.stack.out_features
         if not self.target.reads_rows:
-            return count
-        return min(experts_at_a_time(each * self.compute_dtype.itemsize), count)
+            return None
+        made = inputs if back else outputs
+        return part_of(
+            inputs * outputs, self.stack.experts, rows, made, self.compute_dtype.itemsize
+        )
 
     def of_experts(self, first: int, last: int) -> Tensor:
         """Return what `by_expert` does, of the experts from `first` to before `last`."""

@@ -151,7 +151,8 @@ class _Parts(NamedTuple):
                 norms.fill(weight, first)
             return weight if back else weight.transpose(1, 2)
 
-        if (size := self._at_a_time(which)) is None:
+        size = self._at_a_time(which, len(x), back=back)
+        if size is None:
             return grouped(x, turned(self.weight(which)), ends)
         stack = self._stack(which)
 
@@ -161,16 +162,17 @@ class _Parts(NamedTuple):
         columns = stack.stack.in_features if back else stack.stack.out_features
         return grouped_in_parts(x, ends, size, columns, weight)
 
-    def _at_a_time(self, which: int) -> int | None:
-        """Return how many experts of a stack are to be dequantized at a time; None: all."""
+    def _at_a_time(self, which: int, rows: int, *, back: bool) -> int | None:
+        """Return how many experts of a stack are to be dequantized at a time for so many rows;
+        None: all."""
         stack, lora = self._stack(which), self.loras[which]
         rounds = lora is not None and lora.rounds
         if stack is None or rounds or not self.experts.in_parts:
             return None
         if stack.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None  # what is recorded cannot wait for the device
-        size: int = stack.at_a_time
-        return size if size < stack.stack.experts else None
+        found: int | None = stack.at_a_time(rows, back=back)
+        return found
 
     def _stack(self, which: int) -> Any:
         """Return a quantized stack; None where it is dense."""

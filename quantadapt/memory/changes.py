@@ -20,8 +20,12 @@ _Change = tuple[str, dict[str, Any]]
 def ways_out(work: Workload, budget: int) -> list[str]:
     """Return changes of the spec, each of which makes `work` fit into `budget` bytes; where none
     does, what does so together, or nothing if that is not enough either."""
+
+    def fits(changed: Workload) -> bool:
+        return changed.kept_in(budget).fit(budget) is not None
+
     alone = [
-        next((words for words, change in kind if replace(work, **change).fit(budget)), None)
+        next((words for words, change in kind if fits(replace(work, **change))), None)
         for kind in _changes(work)
     ]
     if any(alone):
@@ -31,7 +35,7 @@ def ways_out(work: Workload, budget: int) -> list[str]:
         words, change = kind[-1]
         work = replace(work, **change)
         together.append(words)
-        if work.fit(budget):
+        if fits(work):
             return [" and ".join(together)]
     return []
 

@@ -100,10 +100,9 @@ class Experts:
         return both[0], both[1]
 
     def _part(self, tokens: int, numbers: int, made: int, size: int) -> int:
-        each = numbers // self.count
-        if (at_a_time := experts_at_a_time(each * size)) >= self.count:
-            return numbers
-        return at_a_time * each + self._rows(tokens, made) * at_a_time // self.count
+        each, rows = numbers // self.count, self._rows(tokens, 1)
+        few = part_of(each, self.count, rows, made, size)
+        return numbers if few is None else few * each + rows * made * few // self.count
 
     def forward_numbers(self, tokens: int, hidden: int, in_parts: int = 0) -> int:
         """Return how many numbers the forward pass works with: rows and one dequantized stack.
@@ -130,6 +129,19 @@ class Experts:
             self._rows(tokens, 2 * hidden + inside) + second,
             self._rows(tokens, 3 * hidden + inside) if dora else 0,
         )
+
+
+def part_of(each: int, count: int, rows: int, made: int, size: int) -> int | None:
+    """Return how many experts of a stack are dequantized at a time where memory is short; None: all
+    at once, as a part takes no less, with what it makes of its rows before that is in its place.
+
+    Args:
+        each, count: how many numbers an expert has, and how many experts there are.
+        rows, made: how many rows go through all, and the numbers that each becomes.
+        size: the bytes of a number.
+    """
+    few = min(experts_at_a_time(each * size), count)
+    return few if few * each + rows * made * few // count < count * each else None
 
 
 def experts_at_a_time(nbytes: int) -> int:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
+from . import rules
+from .adapters import Layer, Method, Size
 from .experts import STACKS
 from .optimizers import between_passes
 from .shape import Shape
@@ -23,7 +26,7 @@ class Resident:
         shape: the model's sizes.
         bits: bits per weight of each linear layer, by the names in `shape.linears`.
         targets: names of the linear layers that get an adapter.
-        rank: of the adapter; 0 where it trains vectors alone.
+        rank: of a LoRA; 0 where nothing of the kind is trained.
         optim: transformers' name of the optimizer.
         dtype_bytes: of the compute dtype.
         batch, length: examples per step and tokens per example.
@@ -37,6 +40,8 @@ class Resident:
         shards: so many GPUs share the base; `sharding` says how.
         shardable: whether several GPUs may share it.
         prefetches: whether a layer of a shared base is gathered while the one before it works.
+        gathered: whether a shared base is whole on each GPU while it trains, beside the GPU's
+            share of it.
         graphs: whether passes are recorded as CUDA graphs, where they can be.
         streamed: what of the quantized layers lies in CPU memory: "none", "experts" or "all".
         streamable: whether anything of them may.
@@ -52,6 +57,9 @@ class Resident:
         contexts: so many GPUs share each example, a part of its tokens each.
         in_parts: whether stacks of experts can be dequantized in parts.
         row_shares: how many could.
+        method: the adapter's, with its options; None of a LoRA of `rank`.
+        also: layers beside the decoder's that get an adapter: embedding and head.
+        whole: how many weights of copied modules are trained, in the compute dtype.
     """
 
     shape: Shape
@@ -72,6 +80,7 @@ class Resident:
     shards: int = 1
     shardable: bool = True
     prefetches: bool = True
+    gathered: bool = False
     graphs: bool = False
     streamed: str = "none"
     streamable: bool = False
@@ -87,6 +96,9 @@ class Resident:
     contexts: int = 1
     in_parts: bool = False
     row_shares: tuple[int, ...] = ()
+    method: Method | None = None
+    also: tuple[Layer, ...] = ()
+    whole: int = 0
 
     @property
     def quantized_bytes(self) -> int:
@@ -159,6 +171,20 @@ class Resident:
         return tables + (rows * shape.hidden + self.beside) * self.dtype_bytes
 
     @property
+    def gathered_bytes(self) -> int:
+        """What a shared base takes where it stays gathered: all of it that is shared."""
+        blocks = sum(count * work._shared for count, work in self.kinds)
+        tables = 0 if self.shape.tied else 2 * self.table_bytes
+        return blocks + tables if self.shards > 1 else 0
+
+    def kept_in(self, room: int) -> Self:
+        """Return the workload as a run finds it with so many bytes to allocate: a shared base stays
+        gathered there, or does not."""
+        model = self.quantized_bytes + self.dense_bytes + self.teacher_bytes + self.held_bytes
+        ample = rules.stays_gathered(self.gathered_bytes, room - model)
+        return replace(self, gathered=self.shards > 1 and self.prefetches and ample)
+
+    @property
     def unquantized_bytes(self) -> int:
         """The whole base in the compute dtype."""
         sizes = [(count, work.shape.linears.values()) for count, work in self.kinds]
@@ -170,22 +196,37 @@ class Resident:
         """The teacher, in the compute dtype."""
         return 0 if self.teacher is None else replace(self, shape=self.teacher).unquantized_bytes
 
+    @cached_property
+    def adapter(self) -> Size:
+        """What is trained, and what the adapter holds beside it."""
+        method = self.method or Method("LORA", {"r": self.rank, "use_dora": self.dora})
+        layers = [layer for count, work in self.kinds for layer in work._adapted(count)]
+        layers += [*self.also, *(self.tower.adapted if self.tower else [])]
+        return method.size(layers, self.dtype_bytes)
+
+    def _adapted(self, count: int) -> list[Layer]:
+        """Return the layers of `count` equal decoder layers that are adapted."""
+        shape = self.shape
+        sizes = {name: shape.linears[name] for name in self.targets if name in shape.linears}
+        return [Layer(n, i, o, shape.stacked(n), count) for n, (i, o) in sizes.items()]
+
     @property
     def trained(self) -> int:
         """How many weights are trained."""
-        seeing = self.tower.trained(self.rank) if self.tower else 0
-        return sum(count * work._adapted for count, work in self.kinds) + seeing
+        return self.adapter.trained
 
     @property
-    def _adapted(self) -> int:
-        """How many weights of one decoder layer are trained."""
-        shape = self.shape
-        sizes = {name: shape.linears[name] for name in self.targets if name in shape.linears}
-        both = (i * shape.stacked(name) + o for name, (i, o) in sizes.items())
-        return sum(both) * max(self.rank, 1)
+    def held_bytes(self) -> int:
+        """The adapter as it is when nothing is done with it, and what is trained whole."""
+        trained, fixed = self.adapter
+        return 4 * trained + fixed + self.whole * self.dtype_bytes
 
     @property
     def adapter_bytes(self) -> int:
-        """The adapter in float32, its gradients, and what a step keeps beside them."""
+        """The adapter, and what a step keeps beside it and its gradients; those of what is trained
+        whole, too."""
         kept = between_passes(self.trained, self.optim, accumulates=self.accumulates)
-        return self.trained * (4 + 4) + kept
+        whole = (
+            between_passes(self.whole, self.optim, accumulates=self.accumulates) + 4 * self.whole
+        )
+        return self.held_bytes + kept + whole * self.dtype_bytes // 4

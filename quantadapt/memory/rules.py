@@ -58,6 +58,29 @@ def fused_kernels(train: TrainSpec) -> bool:
     return train.use_liger_kernel and installed_version("liger-kernel") is not None
 
 
+KEEPS = 0.1
+"""A base that GPUs share stays gathered while it trains where the whole of it takes no more than
+this share of what each of them has free beside its own; with `memory: min` never."""
+
+
+def stays_gathered(needed: int, room: float) -> bool:
+    """Say whether GPUs with ample room each hold the whole of a base that they share.
+
+    Args:
+        needed: bytes that the whole takes.
+        room: bytes that training may still allocate, on the GPU that has the least.
+    """
+    return needed <= KEEPS * room
+
+
+def stays_gathered_words(needed: int) -> str:
+    """Say so of a base that takes that many bytes more than the share of it."""
+    return (
+        f"fsdp: each GPU has room for the whole base, so it stays gathered while it trains"
+        f" ({needed / GIB:.2f} GiB more; train.memory: min shares it at all times)"
+    )
+
+
 def limit(train: TrainSpec) -> int | None:
     """Return the bytes that the spec allows, if it gives a number."""
     return int(train.memory * GIB) if isinstance(train.memory, float) else None

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .adapters import Layer
+
 _MERGES = "spatial_merge_size"
 """Of towers that see pictures of any size: so many patches in each direction are one token."""
 
@@ -61,13 +63,15 @@ class Tower:
         return ((self.hidden, 3 * self.hidden), (self.hidden, self.hidden), *mlp)
 
     @property
+    def adapted(self) -> list[Layer]:
+        """All of them, as adapters see them."""
+        sizes = enumerate(self.linears)
+        return [Layer(f"tower.{n}", i, o, blocks=self.blocks) for n, (i, o) in sizes]
+
+    @property
     def weights(self) -> int:
         """How many weights its blocks have."""
         return self.blocks * sum(i * o for i, o in self.linears)
-
-    def trained(self, rank: int) -> int:
-        """Return how many weights adapters of a rank have on all of its linear layers."""
-        return self.blocks * sum(i + o for i, o in self.linears) * max(rank, 1)
 
     def kept_bytes(self, examples: int, dtype_bytes: int) -> int:
         """Return what it keeps for its backward where it is adapted: the inputs of norms and linear

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import Self
 
+from .cost import step_cost
 from .experts import STACKS
 from .resident import Resident
 from .setting import Setting, halves
@@ -20,6 +23,9 @@ DIVERGENCE_CHUNK = 2**26
 """Logits of a student that are there at a time in float32, in bytes (see `model.divergence`)."""
 WORKSPACE = 2**25
 """What cuBLAS allocates for itself, for each thread and stream that computes."""
+FACTORS_FROM = 2
+"""With so many tokens to a rank VeRA and AdaLoRA make factors, which then take no more memory than
+PEFT's copies of the inputs (see `adapting.low_rank`)."""
 RANKS = 8
 """Of so many ranks LoRA on experts takes a multiple."""
 LENGTH_MULTIPLE = 64
@@ -57,12 +63,23 @@ class Workload(Resident):
         inputs = sum(shape.linears[name][0] for name in layers)
         if self.dropout:  # each adapter sees its own, and keeps a mask
             numbers += inputs * (1 + 1 / self.dtype_bytes)
-        if not self.fused_adapter and half:  # PEFT keeps a float32 copy of each input
+        if half and not self._fuses(tokens):  # PEFT keeps a float32 copy of each input
             numbers += 2 * inputs
         if tiled:  # attention of several groups of heads is put together in a copy
             numbers += (shape.queries if self._groups > 1 else 0) - self._kept_inside
         kept = int(numbers * tokens * self.dtype_bytes) + self._kept_by_experts(tokens)
+        if self.method and self._makes_factors(tokens):
+            kept += self.method.factor_bytes(self._adapted(1), self.dtype_bytes)
         return kept + (self._rounded_bytes if self._rounds_in_graph else 0)
+
+    def _fuses(self, tokens: int) -> bool:
+        """Whether the adapter is computed as plain LoRA is, so that its layers keep their input
+        alone."""
+        return self.fused_adapter or self._makes_factors(tokens)
+
+    def _makes_factors(self, tokens: int) -> bool:
+        ranks = self.method.factors if self.method and not self.rounds else 0
+        return 0 < FACTORS_FROM * ranks <= tokens
 
     @property
     def _rounds_in_graph(self) -> bool:
@@ -140,20 +157,20 @@ class Workload(Resident):
         """How many numbers per token are kept inside an MLP that can be tiled."""
         shape, names = self.shape, {*MLP} & {*self.targets}
         inputs = sum(shape.linears[name][0] for name in names if name in shape.linears)
-        copied = not self.fused_adapter and self.dtype_bytes == 2
+        copied = self.dtype_bytes == 2 and not self._fuses(tile_of(shape.hidden))
         return shape.kept_inside(self.fused_kernels) + (2 * inputs if copied else 0)
 
     def backward_bytes(self, tokens: int, offload: bool = False) -> int:
         """What a layer's backward works with: gradients and a dequantized weight, and where it is
         rounded what that takes. With `offload` experts are dequantized in parts."""
         shape = self.shape
-        inside = (0 if self.fused_kernels else 2) + (0 if self.fused_adapter else 1)
+        inside = (0 if self.fused_kernels else 2) + (0 if self._fuses(tokens) else 1)
         gradients = shape.hidden + shape.mlp * inside
         if self.dora:  # the base's output, and then the gradient that is multiplied with the weight
             gradients += shape.mlp
         numbers = tokens * gradients + self._largest_weight
         if shape.experts:  # the gradients of their output and of their input
-            parts = self._part_of(offload)
+            parts = self.part_of(offload)
             dora = self.dora and bool(set(STACKS) & set(self.targets))
             inside = shape.experts.backward_numbers(tokens, shape.hidden, parts, dora=dora)
             numbers = max(numbers, tokens * 2 * shape.hidden + inside)
@@ -162,7 +179,7 @@ class Workload(Resident):
         codes = tokens * (shape.mlp + shape.hidden * self.dtype_bytes) if self.float8 else 0
         return numbers * self.dtype_bytes + codes + self._rounding_bytes
 
-    def _part_of(self, offload: bool) -> int:
+    def part_of(self, offload: bool) -> int:
         """The bytes of a number where stacks of experts are dequantized in parts: where inputs
         leave for CPU memory, or the base is streamed."""
         adapted = set(STACKS) & set(self.targets)
@@ -207,7 +224,7 @@ class Workload(Resident):
         inside = tokens * (2 * shape.hidden + (3 if shape.gated else 2) * shape.mlp)
         inside += self._largest_weight
         if shape.experts:
-            parts = self._part_of(offload=False)
+            parts = self.part_of(offload=False)
             in_experts = shape.experts.forward_numbers(tokens, shape.hidden, parts)
             inside = max(inside, tokens * 2 * shape.hidden + in_experts)
         logits = tokens * shape.vocab * self.dtype_bytes
@@ -219,14 +236,15 @@ class Workload(Resident):
 
     def parts(self, setting: Setting) -> dict[str, int]:
         """Return the peak of a training step in bytes, by what takes it."""
-        inputs, activations, working = max(self._moments(setting), key=sum)
+        inputs, activations, working, gradients = max(self._moments(setting), key=sum)
         # Recorded passes have a stream of their own, and a place for their gradients, which those
         # of several passes are added up beside.
-        recorded = self._records(setting)
-        gradients = 4 * self.trained if recorded and self._has_several(setting) else 0
+        recorded = self.records(setting)
+        gradients += 4 * self.trained if recorded and self._has_several(setting) else 0
         workspaces = 3 if recorded else 1
         return {
             "quantized": self.quantized_bytes,
+            "gathered": self.gathered_bytes if self.gathered else 0,
             "dense": self.dense_bytes + self.teacher_bytes,
             "adapter": self.adapter_bytes + gradients,
             "inputs": inputs,
@@ -234,7 +252,7 @@ class Workload(Resident):
             "working": working + workspaces * WORKSPACE,
         }
 
-    def _tokens(self, setting: Setting) -> int:
+    def tokens_of(self, setting: Setting) -> int:
         """How many tokens a pass has on one GPU, padded."""
         length = -(-self.length // self._multiple) * LENGTH_MULTIPLE
         return setting.micro_batch * self.sequences * length
@@ -244,9 +262,12 @@ class Workload(Resident):
         """What the length of a row is padded to a multiple of."""
         return LENGTH_MULTIPLE * self.contexts
 
-    def _moments(self, setting: Setting) -> Iterator[tuple[int, int, int]]:
-        """Yield inputs of recomputed layers, activations and working memory when they may peak."""
-        tokens = self._tokens(setting)
+    def _moments(self, setting: Setting) -> Iterator[tuple[int, int, int, int]]:
+        """Yield inputs of recomputed layers, activations, working memory and gradients when they
+        may peak. Backward goes from the last layer to the first: inputs and activations go as
+        gradients come, so the peak is where it begins or ends, or goes on to layers that are
+        recomputed."""
+        tokens = self.tokens_of(setting)
         count, single = setting.recomputed_layers, self.input_bytes(tokens)
         tiled = self.tiles(setting, tokens)
         each = [(layers, work, work.kept_bytes(tokens, tiled)) for layers, work in self.kinds]
@@ -258,25 +279,35 @@ class Workload(Resident):
         always = [layer._kept_always(tokens, setting.offload) for layer, _ in kinds]
         block, table = self._gathered_block, self._gathered_table
         ahead = block if self.prefetches else 0
-        work = max(self.working_bytes(tokens, setting) + block, 2 * block) + ahead
-        # Before the first backward of a step there are no gradients, but where they have a place.
-        there = self._has_several(setting) or self._records(setting)
-        before = 0 if there else 4 * self.trained
+
+        def gradients(layer: int) -> int:
+            """What is there of them in the backward of a layer, counted from 0."""
+            there = self._has_several(setting) or self.records(setting)
+            return 4 * self.trained * (len(kinds) - (0 if there else layer)) // len(kinds)
+
         # The loss, and the last layer's backward.
-        loss = self.loss_bytes(tokens) + table - before
-        yield inputs + sum(always), kept, max(loss, work)
-        if count:
-            # The first layer that is recomputed, when what the others kept is gone. Where inputs go
-            # to CPU memory, little is to be kept.
-            layer, of_layer = kinds[count - 1]
+        loss = self.loss_bytes(tokens) + table
+        yield inputs + sum(always), kept, loss, gradients(len(kinds))
+        work = max(self.working_bytes(tokens, setting) + block, 2 * block) + ahead
+        yield inputs + sum(always), kept, work, gradients(len(kinds) - 1)
+        if count < len(kinds):
+            # The last layer of those that keep what they need.
+            layer, of_layer = kinds[count]
+            work = max(layer.working_bytes(tokens, setting) + block, 2 * block) + ahead
+            yield inputs + sum(always[: count + 1]), of_layer + seeing, work, gradients(count)
+        for at in {count - 1, min(count - 1, 1), 0} if count else ():
+            # The first and the last layers that are recomputed, when what the others kept is gone.
+            # Where inputs go to CPU memory, little is to be kept, and the second last has another.
+            layer, of_layer = kinds[at]
             work = max(layer.working_bytes(tokens, setting) + block, 2 * block) + ahead
             if not setting.offload:
                 work += layer.recompute_bytes(tokens) + layer.product_bytes(tokens)
-            yield inputs + sum(always[:count]), of_layer - single + seeing, work
+            left = min(inputs, (at + 1) * single) + sum(always[: at + 1])
+            yield left, of_layer - single + seeing, work, gradients(at)
 
-    def _records(self, setting: Setting) -> bool:
+    def records(self, setting: Setting) -> bool:
         """Say whether passes can be recorded, see `cuda_graphs.can_record`."""
-        alone = self.shards == 1 and self.streamed == "none"
+        alone = (self.shards == 1 or self.gathered) and self.streamed == "none"
         plain = self.fused_adapter and not self.dropout and not self._rounds_in_graph
         return self.graphs and plain and alone and not setting.offload
 
@@ -287,12 +318,13 @@ class Workload(Resident):
     @property
     def _gathered_block(self) -> int:
         """One layer of a sharded base, whole."""
-        return self.block_bytes if self.shards > 1 else 0
+        return self.block_bytes if self.shards > 1 and not self.gathered else 0
 
     @property
     def _gathered_table(self) -> int:
         """Embedding or head of a sharded base, whole."""
-        return self.table_bytes if self.shards > 1 and not self.shape.tied else 0
+        comes = self.shards > 1 and not self.gathered and not self.shape.tied
+        return self.table_bytes if comes else 0
 
     def peak(self, setting: Setting) -> int:
         """Return the most bytes that are allocated at a time."""
@@ -301,11 +333,20 @@ class Workload(Resident):
     # --- what fits ---------------------------------------------------------------------------
 
     def fit(self, budget: int) -> Setting | None:
-        """Return the setting with the least recomputation that stays within `budget` bytes."""
-        return next((s for s in self.settings() if self.peak(s) <= budget), None)
+        """Return the setting that stays within `budget` bytes and costs the least time."""
+        found = self.fitted(budget)
+        return None if found is None else found[1]
+
+    def fitted(self, budget: int) -> tuple[Self, Setting] | None:
+        """Return that setting, and the workload as it is then: passes are recorded where that fits,
+        too."""
+        eager = replace(self, graphs=False)
+        ways = (self, eager) if self.graphs else (self,)
+        both = sorted(product(ways, self.settings()), key=lambda pair: step_cost(*pair))
+        return next(((work, s) for work, s in both if work.peak(s) <= budget), None)
 
     def settings(self) -> list[Setting]:
-        """Return all settings, those that cost the least time first."""
+        """Return all settings: the largest micro-batches and the least recomputation first."""
         sizes = halves(self.batch) if self.splits else [self.batch]
         most = self.shape.layers - 1
         return [
@@ -339,7 +380,7 @@ class Workload(Resident):
 
     def offloaded_bytes(self, setting: Setting) -> int:
         """Return the CPU memory that inputs of recomputed layers take."""
-        inputs = setting.recomputed_layers * self.input_bytes(self._tokens(setting))
+        inputs = setting.recomputed_layers * self.input_bytes(self.tokens_of(setting))
         return inputs if setting.offload else 0
 
     def least(self) -> Setting:

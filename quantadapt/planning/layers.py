@@ -19,6 +19,7 @@ from typing import Any
 from ..inputs.model_config import towers_in
 from ..inputs.weights import file_in, read_header
 from ..memory.shape import Shape, is_decoder
+from .on_disk import quantization_in
 
 _NUMBERED = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _ONE_BY_ONE = re.compile(r"^(.*\.experts)\.\d+\.([^.]+)\.")
@@ -26,6 +27,7 @@ _STACKED = re.compile(r"\.experts\.|\.(input|output)_linear\.weight$")
 _PACKED, _SCALES = "_blocks", "_scales"
 """What a stack in MXFP4 is called: codes, [experts, out_features, groups, bytes], and scales."""
 _ROUTER = re.compile(r"(.*)\.(?:[^.]*_)?(?:gate|router)(?:\.layer)?$")
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|embed_in|wte)\.weight$")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _SECOND = ("down_proj", "w2", "output_linear")
 """What layers of an expert are called whose outputs go out; the others are one stack."""
@@ -72,6 +74,8 @@ class Layers:
         routers: of experts.
         modules, parameters: the names of all, and others that stand for one; empty where only the
             sizes are known.
+        others: modules that are no layers: they hold others, or vectors alone.
+        embeddings: those of tokens. Of a checkpoint that is quantized already neither are told.
         parts: how files call layers of experts -> the stack that they are parts of.
     """
 
@@ -80,6 +84,8 @@ class Layers:
     routers: tuple[str, ...] = ()
     modules: frozenset[str] = frozenset()
     parameters: frozenset[str] = frozenset()
+    others: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
     parts: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -170,14 +176,36 @@ def _in_files(
     choosing = [
         n for n in linears if (found := _ROUTER.match(n)) is not None and found[1] in owners
     ]
+    dense = not quantization_in(config)
+    tables = tuple(n.removesuffix(".weight") for n in shapes if _EMBEDDING.search(n))
     return Layers(
         {name: size for name, size in linears.items() if name not in choosing},
         stacks,
         routers=tuple(name for name in choosing if name.endswith((".gate", ".router"))),
         modules=frozenset(_modules(shapes, stacks)),
         parameters=frozenset((*shapes, *_both_ways(stacks))),
+        others=tuple(_others(shapes, stacks)) if dense else (),
+        embeddings=tables if dense else (),
         parts=parts if stacks else {},
     )
+
+
+def _others(shapes: Mapping[str, tuple[int, ...]], stacks: Iterable[str]) -> Iterator[str]:
+    """Yield the modules that are no layers, in the order of the model. What owns a stack stands
+    for it, and what files have inside of it is not in the model."""
+    owners = {stack.rpartition(".")[0] for stack in stacks}
+    vectors: dict[str, bool] = {}
+    for name in sorted(shapes, key=_place):
+        first, *rest = name.split(".")[:-1] or [""]
+        module = first
+        for part in rest:
+            vectors[module], module = True, f"{module}.{part}"
+        if module:
+            vectors[module] = vectors.get(module, True) and len(shapes[name]) < 2
+    inside = tuple(f"{owner}." for owner in owners)
+    for module, has_none in vectors.items():
+        if has_none and module not in owners and not module.startswith(inside):
+            yield module
 
 
 def _tall(shape: tuple[int, ...], transposed: bool) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import Problem
+from ..memory import rules
 from ..memory.cards import CONTEXT, GIB, card_for, usable
 from ..memory.changes import ways_out
 from ..memory.setting import Setting
@@ -36,6 +37,8 @@ class OnCard:
         most: bytes that can be allocated if nothing is lost.
         ways_out: where nothing fits, what would.
         streamed: what of the base lies in CPU memory then: "none", "experts" or "all".
+        recorded: whether passes are recorded as CUDA graphs, where they can be.
+        gathered: whether a base that GPUs share stays whole on each while it trains.
         longest: how many tokens an example may have that is alone in its batch, by what is streamed
             of the base.
     """
@@ -47,6 +50,8 @@ class OnCard:
     most: int
     ways_out: tuple[str, ...] = ()
     streamed: str = "none"
+    gathered: bool = False
+    recorded: bool = False
     longest: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -91,17 +96,30 @@ class MemoryPlan:
         budget, most = usable(card, limit=self.limit), int(card) - CONTEXT
         most = most if self.limit is None else min(most, self.limit)
         works = [self.work, *(replace(self.work, streamed=which) for which in self.streams)]
+        works = [work.kept_in(most) for work in works]
         longest = {work.streamed: work.longest(budget) for work in works}
+
+        def made(work: Workload, setting: Setting, ways: Sequence[str] = ()) -> OnCard:
+            there, needed = (card / GIB, setting, work.peak(setting)), (budget, most, tuple(ways))
+            chosen = (work.streamed, work.gathered, work.graphs)
+            return OnCard(*there, *needed, *chosen, longest)
+
         for work in works:
             # What was asked for is lowered when memory runs out.
-            given = self.given if self.given and work.peak(self.given) <= budget else None
-            if setting := given or work.fit(budget):
-                needed, way = work.peak(setting), work.streamed
-                return OnCard(card / GIB, setting, needed, budget, most, (), way, longest)
+            ways = [way for way in (work, replace(work, graphs=False)) if self.given]
+            for way in ways:
+                if self.given and way.peak(self.given) <= budget:
+                    return made(way, self.given)
+            if found := work.fitted(budget):
+                return made(*found)
+        works = [replace(work, graphs=False) for work in works]
         work = min(works, key=lambda work: work.peak(work.least()))
-        least, ways = work.least(), tuple(ways_out(work, budget))
-        needed, way = work.peak(least), work.streamed
-        return OnCard(card / GIB, least, needed, budget, most, ways, way, longest)
+        return made(work, work.least(), ways_out(work, budget))
+
+    def work_on(self, card: OnCard) -> Workload:
+        """Return what training depends on there, with what `on` chose."""
+        how = replace(self.work, streamed=card.streamed, gathered=card.gathered)
+        return replace(how, graphs=card.recorded)
 
     def with_cards(self, cards: Sequence[float]) -> MemoryPlan:
         """Return the plan for cards of so many bytes."""
@@ -130,7 +148,8 @@ class MemoryPlan:
 
     def peak_gib(self, setting: Setting, length: int) -> float:
         """Return the prediction for a run whose longest example has `length` tokens."""
-        return replace(self.work, length=length).peak(setting) / GIB
+        work = self.work_on(self.cards[0]) if self.cards else self.work
+        return replace(work, length=length).peak(setting) / GIB
 
     # --- what it comes to --------------------------------------------------------------------
 
@@ -169,7 +188,7 @@ class MemoryPlan:
     @property
     def _model_bytes(self) -> int:
         """The model and its adapter, when nothing is done with them."""
-        return self.work.quantized_bytes + self.work.dense_bytes + 4 * self.work.trained
+        return self.work.quantized_bytes + self.work.dense_bytes + self.work.held_bytes
 
     def problem(self, card: OnCard) -> Problem:
         """Return the refusal for a card on which nothing fits."""
@@ -188,6 +207,8 @@ class MemoryPlan:
         work = self.work
         needed = work.evaluation_bytes(evaluated)
         for card in self.cards:
+            if card.gathered:
+                notes.append(rules.stays_gathered_words(work.gathered_bytes))
             if self._model_bytes + needed > card.budget:
                 words = f"evaluating {evaluated} examples at a time needs {needed / GIB:.1f} GiB"
                 notes.append(f"{words} more than the model; lower evaluate.batch_size")
@@ -229,10 +250,10 @@ class MemoryPlan:
 
     def _on_card(self, card: OnCard) -> str:
         """Return a card's setting in words."""
-        words = self.describe(card.setting)
-        if card.streamed == "none":
-            return words
-        return f"{words}, {streamed_words(replace(self.work, streamed=card.streamed))}"
+        words, work = self.describe(card.setting), self.work_on(card)
+        if card.gathered:
+            words += f", the base gathered while it trains ({work.gathered_bytes / GIB:.2f} GiB)"
+        return words if card.streamed == "none" else f"{words}, {streamed_words(work)}"
 
     def _card_words(self, card: OnCard) -> str:
         if card.fits:
@@ -260,7 +281,7 @@ class MemoryPlan:
         )
 
     def _parts_gib(self, card: OnCard) -> dict[str, float]:
-        parts = replace(self.work, streamed=card.streamed).parts(card.setting)
+        parts = self.work_on(card).parts(card.setting)
         return {name: size / GIB for name, size in parts.items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -277,6 +298,8 @@ class MemoryPlan:
                     "peak_gib": card.needed / GIB,
                     "setting": vars(card.setting),
                     "streamed": card.streamed,
+                    "gathered": card.gathered,
+                    "recorded": card.recorded,
                     "longest": dict(card.longest),
                     "parts_gib": self._parts_gib(card),
                     "ways_out": list(card.ways_out),

@@ -102,6 +102,28 @@ def _hint(name: str, known: list[str]) -> str:
     return f"name one of its layers: {layers}" if layers in hint else f"{hint} (layers: {layers})"
 
 
+def module_target_problems(
+    chosen: Iterable[str], layers: Iterable[str], stacks: Iterable[str]
+) -> list[Problem]:
+    """Return a problem for each kind of module among `chosen`, full names of targets that are no
+    layers: they hold some, or nothing that an adapter goes onto.
+
+    Args:
+        layers, stacks: full names of the linear layers and stacks of experts to name instead.
+    """
+    found: dict[str, Problem] = {}
+    named = [*layers, *(stack.removesuffix(".weight") for stack in stacks)]
+    for name in chosen:
+        kind, inside = name.rpartition(".")[2], [n for n in named if n.startswith(f"{name}.")]
+        what = f"target_modules names {kind}, which is no layer that the adapter goes onto"
+        fix = "leave it out; modules_to_save trains a module whole"
+        if inside:
+            what = f"{name} is no layer, but a module of several"
+            fix = f"name its layers: {', '.join(_endings(inside))}"
+        found.setdefault(kind, Problem(what, fix, TARGETS))
+    return [*found.values()]
+
+
 def router_problems(routers: Iterable[str]) -> list[Problem]:
     """Return a problem for each kind of router among `routers`, full names that are targets: they
     hold a weight, and are no layers."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec, resolve_name
@@ -122,6 +123,15 @@ def _is_literal(node: ast.AST) -> bool:
 def peft_options(adapter: Adapter) -> dict[str, Option]:
     """Return name -> Option of the adapter's config class; empty if it cannot be found."""
     return _options(*_place(adapter))
+
+
+def option_values(adapter: Adapter, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `options` and the defaults of those that they leave out, as far as these are plain."""
+    found: dict[str, Any] = {}
+    for name, option in peft_options(adapter).items():
+        with suppress(ValueError, SyntaxError):  # a call, or no default
+            found[name] = ast.literal_eval(option.default)
+    return found | dict(options)
 
 
 def method_problems(adapter: Adapter) -> list[Problem]:

@@ -15,6 +15,7 @@ from .names import (
     ends,
     is_all_linear,
     module_problems,
+    module_target_problems,
     names_stack,
     parameter_problems,
     router_problems,
@@ -22,8 +23,11 @@ from .names import (
     target_problems,
 )
 from .peft_options import peft_options
+from .refusals import wants_loftq
 
 EXCLUDED = "adapter.exclude_modules"
+_ON_EMBEDDINGS = ("HIRA", "LORA", "OFT", "TINYLORA")
+"""PEFT's methods that go onto embeddings; LoftQ compares weights of layers."""
 _NOT_ON_EXPERTS = {
     "lora_dropout": "has no dropout on stacks of experts",
     "lora_bias": "has no bias on stacks of experts",
@@ -31,6 +35,11 @@ _NOT_ON_EXPERTS = {
     "kasa_config": "has no KaSA on stacks of experts",
 }
 """Options of LoRA that PEFT does not take for parameters."""
+
+
+def on_embeddings(adapter: Adapter, options: Mapping[str, Any]) -> bool:
+    """Say whether an adapter goes onto embeddings, too, where one is named."""
+    return adapter.peft_type in _ON_EMBEDDINGS and not wants_loftq(options)
 
 
 def experts_problems(
@@ -79,6 +88,13 @@ def named_problems(
         return []
     else:
         found = _target_problems(wanted, options.get("target_parameters"), layers)
+        if not (found or adapter.method):  # a plugin's may go onto anything
+            others = (
+                *layers.others,
+                *(() if on_embeddings(adapter, options) else layers.embeddings),
+            )
+            others = tuple(name for name in others if _names(wanted, name))
+            found = module_target_problems(others, layers.linears, layers.stacks)
         named = _named_stacks(wanted, left, layers)
     if layers.names:
         found += parameter_problems(layers.parameters, options.get("target_parameters"))
@@ -116,7 +132,7 @@ def _named_stacks(wanted: Any, stacks: Iterable[str], layers: Layers) -> list[st
     return [name for name in stacks if names_stack(own, name)]
 
 
-def _names(wanted: str | list[str], name: str) -> bool:
+def _names(wanted: Any, name: str) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(ends(name, target) for target in wanted)

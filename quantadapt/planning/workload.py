@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import Problem
 from ..memory import rules
+from ..memory.adapters import Layer, Method
 from ..memory.experts import STACKS
 from ..memory.shape import Shape
 from ..memory.towers import Tower
@@ -18,10 +19,12 @@ from ..spec import Spec
 from .context_parallel import row_shares
 from .memory import MemoryPlan
 from .on_disk import quantization_in
+from .peft_options import option_values
 
 _NOT_CONVERTED = ("modules_to_not_convert", "ignore", "skip_modules", "llm_int8_skip_modules")
 """What lists of the layers that are not quantized are called in `quantization_config`."""
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_EMBEDDING, _HEAD = "embed_tokens", "lm_head"
 UNFUSED = (
     *("lora_bias", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
     *("use_bdlora", "velora_config"),
@@ -79,7 +82,7 @@ def memory_plan(
         dtype_bytes=_bytes(dtype),
         batch=train.per_device_train_batch_size,
         length=length,
-        dropout=bool(options.get("lora_dropout")),
+        dropout=_drops(options),
         fused_adapter=lora and not _is_unfused(options),
         dora=lora and bool(options.get("use_dora")),
         fused_kernels=rules.fused_kernels(train),
@@ -106,9 +109,18 @@ def memory_plan(
         contexts=train.context_parallel_size,
         in_parts=quantizer.target.reads_rows,
         row_shares=row_shares(train, task, config, options, length),
+        method=Method(adapter.peft_type, option_values(adapter, options)),
+        also=_tables(shape, options),
+        whole=_trained_whole(shape, options),
     )
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
     return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))
+
+
+def _drops(options: Mapping[str, Any]) -> bool:
+    """Say whether the adapter drops some of its inputs, which methods call after themselves."""
+    of_weights = ("module_dropout", "rank_dropout")
+    return any(v for n, v in options.items() if n.endswith("_dropout") and n not in of_weights)
 
 
 def _is_unfused(options: Mapping[str, Any]) -> bool:
@@ -189,6 +201,24 @@ def _targets(
     else:
         found = tuple(name for name in names if name not in left)
     return found or names
+
+
+def _tables(shape: Shape, options: Mapping[str, Any]) -> tuple[Layer, ...]:
+    """Return the embedding and the head where the adapter's options name them in a list."""
+    wanted = options.get("target_modules")
+    names = [] if wanted is None or isinstance(wanted, str) else wanted
+    both = (Layer(_EMBEDDING, shape.vocab, shape.hidden), Layer(_HEAD, shape.hidden, shape.vocab))
+    return tuple(layer for layer in both if _ends_in(layer.name, names))
+
+
+def _trained_whole(shape: Shape, options: Mapping[str, Any]) -> int:
+    """Return how many weights the modules have that `modules_to_save` names; of those that are not
+    known here, none."""
+    sizes = dict.fromkeys((_EMBEDDING, _HEAD), shape.vocab * shape.hidden)
+    layers = {name.rpartition(".")[2]: i * o for name, (i, o) in shape.linears.items()}
+    sizes |= {name: shape.layers * numbers for name, numbers in layers.items()}
+    names = {str(name).rpartition(".")[2] for name in options.get("modules_to_save") or ()}
+    return sum(sizes.get(name, 0) for name in names)
 
 
 def _ends_in(name: str, endings: Iterable[str]) -> bool:

@@ -152,7 +152,8 @@ def _dequantize_in_parts(weight: QuantWeight) -> None:
     if not isinstance(weight, QuantStack):
         weight.dequantize()
         return
-    count, size = weight.stack.experts, weight.at_a_time
+    count = weight.stack.experts
+    size = weight.at_a_time() or count
     for first in range(0, count, size):
         weight.of_experts(first, min(first + size, count))
 

@@ -17,10 +17,9 @@ from ..dependencies import in_words
 from ..distributed.talking import reduced
 from ..fused_kernels import fused_kernels
 from ..memory import rules
-from ..memory.cards import GIB
 from ..model.patches import changed, patched, put_back, restored
 from ..planning.streaming import NO_GPU
-from ..sharding import KEEPS, elsewhere, gather_ahead, kept_gathered
+from ..sharding import gather_ahead, gathered_bytes, kept_gathered
 from .context_parallel import rows_in_parts
 from .figures import adapter_device, compute_dtype
 
@@ -160,14 +159,12 @@ def streamed(model: nn.Module, spec: TrainSpec, on_note: OnNote) -> Iterator[Non
 @contextmanager
 def gathered_once(model: nn.Module, spec: TrainSpec, on_note: OnNote) -> Iterator[None]:
     """Where all GPUs have ample room, let a sharded base stay gathered while it trains."""
-    needed = elsewhere(model)
-    if not needed or spec.memory == "min" or needed > KEEPS * _room(model, spec):
+    needed = gathered_bytes(model)
+    shares = not needed or spec.memory == "min"
+    if shares or not rules.stays_gathered(needed, _room(model, spec)):
         yield
         return
-    on_note(
-        f"fsdp: each GPU has room for the whole base, so it stays gathered while it trains"
-        f" ({needed / GIB:.2f} GiB more; train.memory: min shares it at all times)"
-    )
+    on_note(rules.stays_gathered_words(needed))
     with kept_gathered(model):
         yield
 

@@ -248,8 +248,6 @@ class _Prober:
     def undone(self) -> Iterator[None]:
         """Give back gradients, random states and memory afterwards."""
         state = RandomState.of(self.device)
-        for weight in self.memory_fit.weights:  # they are there in most passes of a real run
-            weight.grad = torch.zeros_like(weight)
         try:
             yield
         finally:
@@ -278,6 +276,7 @@ class _Prober:
 
     def _pass(self, setting: Setting, batch: dict[str, Any]) -> Probe:
         trainer, device = self.trainer, self.device
+        self._set_gradients(setting)
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         started = time.perf_counter()
@@ -296,6 +295,15 @@ class _Prober:
             held=int(reduced(held, device, "max")),
             seconds=reduced(seconds, device, "max"),
         )
+
+    def _set_gradients(self, setting: Setting) -> None:
+        """Let gradients be there as they are in a step: where it has several passes, those of the
+        passes before; else none, they come as backward goes."""
+        fit = self.memory_fit
+        several = fit.spec.gradient_accumulation_steps > 1 or setting.micro_batch < fit.batch
+        there = several or world().size > 1  # DDP has a place for them
+        for weight in fit.weights:
+            weight.grad = torch.zeros_like(weight) if there else None
 
     def _batch(self, size: int) -> dict[str, Any]:
         rows = [self.trainer.train_dataset[i] for i in self.longest[:size]]
