@@ -151,8 +151,11 @@ def test_a_live_model_that_has_been_evaluated_is_adopted(small, double_quant) ->
     with torch.no_grad():
         expected = live.train()(ids).logits
         live.eval()(ids)
-        found = qa.quantize(live, "bnb-nf4")(ids).logits
+        model = qa.quantize(live, "bnb-nf4")
+        saved = {n: t.ndim for n, t in model.state_dict().items() if n.endswith(".absmax")}
+        found = model(ids).logits
     assert float((found - expected).norm() / expected.norm()) < 1e-2
+    assert set(saved.values()) == {1}  # of a checkpoint, as they are before anything is computed
 
 
 def test_a_truncated_checkpoint_is_a_sentence(small, tmp_path) -> None:

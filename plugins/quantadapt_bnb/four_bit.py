@@ -166,14 +166,11 @@ class _FourBit(BitsAndBytes):
 
     @classmethod
     def from_model(cls, model: nn.Module) -> _FourBit | None:
-        for module in model.modules():
-            if holds(module, "Params4bit"):
-                weight: Any = module.weight
-                if weight.quant_type != cls.quant_type:
-                    return None
-                storage = str(weight.quant_storage).removeprefix("torch.")
-                return cls(double_quant=weight.compress_statistics, quant_storage=storage)
-        return None
+        packed = [as_packed(m) for m in model.modules() if holds(m, "Params4bit")]
+        if not packed or packed[0].quant_type != cls.quant_type:
+            return None
+        storage = str(packed[0].quant_storage).removeprefix("torch.")
+        return cls(double_quant=packed[0].compress_statistics, quant_storage=storage)
 
 
 class NF4(_FourBit):

@@ -12,10 +12,17 @@ if TYPE_CHECKING:
 
 
 def as_packed(module: nn.Module) -> Any:
-    """Return the weight in the layout of checkpoints, whatever a vendor's forward made of it."""
+    """Return the weight in the layout of checkpoints, whatever a vendor's forward made of it. The
+    vendor's own way back, which a `state_dict` takes, too, forgets scales that are not quantized.
+    """
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
     packed: Any = module.weight
     if getattr(packed.quant_state, "packing_format_for_cpu", False):
-        _restore(packed)
+        packed.data, _ = _convert_weight_packed_for_cpu_inverse(packed.data, packed.quant_state)
+    state = packed.quant_state
+    if not state.nested and state.absmax.ndim == 2:  # [blocks of a row, rows]
+        state.absmax = state.absmax.T.reshape(-1).float()
     return packed
 
 
@@ -80,14 +87,3 @@ def by_one_kernel(
     shifts = torch.arange(4, -1, -4, dtype=torch.uint8, device=packed.device)
     codes = (packed.view(torch.uint8).view(-1, 1) >> shifts) & 15
     return (code[codes.int()].view(-1, block) * absmax[:, None]).to(dtype).view(shape)
-
-
-def _restore(weight: Any) -> None:
-    """Undo the layout that a vendor's forward on a CPU left a weight in. The vendor's own way back
-    forgets the scales where they are not quantized themselves."""
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-    scales = weight.quant_state.absmax.T.reshape(-1).float()
-    weight.data, state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
-    if not state.nested:
-        state.absmax = scales
