@@ -67,100 +67,55 @@ def conversation(current: Callable[[], Speaker | None], sampling: Sampling) -> C
     Args:
         sampling: how to answer at first; readers may change it.
     """
-    stops = dict[str, threading.Event]()
-    first = _Look.of(current())
-    talk = gr.State(Talk())
-    with gr.Row(equal_height=True):
-        with gr.Column(min_width=300, visible=first.both) as left_column:
-            left_voice = gr.Dropdown(first.voices, value=BASE, label="Left", visible=first.several)
-            left = html(first.left, name="left")
-        with gr.Column(min_width=300):
-            right_voice = gr.Dropdown(
-                first.voices, value=first.active, label="Right", visible=first.several
-            )
-            right = html(first.right, name="right")
-    expected = html(name="expected")
-    question = gr.Textbox(
-        "",
-        label="Question",
-        info="Enter asks; Shift+Enter begins a new line.",
-        lines=1,
-        max_lines=12,
-        elem_id="question",
-        interactive=first.open,
-    )
-    with gr.Row():
-        ask = gr.Button("Ask", variant="primary", elem_id="ask", interactive=first.open, scale=3)
-        stop = gr.Button("Stop", elem_id="stop", interactive=False, min_width=120)
-        anew = gr.Button("New chat", elem_id="anew", min_width=120)
-    examples = gr.Dataset(
-        components=["textbox"],
-        samples=first.questions,
-        type="index",
-        label="Questions that the training has not seen",
-        samples_per_page=6,
-        elem_id="examples",
-        visible=bool(first.questions),
-    )
-    with gr.Accordion("How to answer", open=False, elem_id="how"):
-        system = gr.Textbox(
-            "",
-            label="System prompt",
-            info="Stands before every chat.",
-            lines=1,
-            max_lines=6,
-            elem_id="system",
-            visible=first.takes_system,
-        )
-        options = _sampling_inputs(sampling)
-
-    def asking(
-        request: gr.Request, was: Talk, text: str, opening: str, one: str, other: str, *values: Any
-    ) -> Iterator[tuple[Any, ...]]:
-        stopped = stops[request.session_hash] = threading.Event()
-        said, voices = (text, opening), (one, other)
-        for found in _asked(current(), was, said, voices, values, stopped):
-            if stops.get(request.session_hash) is not stopped:  # nobody waits any more
-                return
-            yield found
-
-    def stopping(request: gr.Request) -> None:
-        if found := stops.get(request.session_hash):
-            found.set()
-
-    def leaving(request: gr.Request) -> None:
-        if found := stops.pop(request.session_hash, None):
-            found.set()
-
-    def beginning(request: gr.Request, one: str, other: str) -> tuple[Any, ...]:
-        leaving(request)
-        return Talk(), gr.skip(), *_panels(current(), Talk(), one, other), "", *_idle()
-
-    def choosing(index: int) -> tuple[str, Any]:
-        speaker = current()
-        if speaker is None or index >= len(speaker.questions):
-            return "", gr.skip()
-        found = speaker.questions[index]
-        return found.text, found.system or gr.skip()
-
-    given = [talk, question, system, left_voice, right_voice, *options]
-    shown = [talk, question, left, right, expected, ask, stop]
-    gr.on(
-        [ask.click, question.submit],
-        *(asking, given, shown),
-        **QUIETLY,
-        concurrency_limit=None,
-        api_name="ask",
-    )
-    stop.click(stopping, queue=False, **QUIETLY, api_name="stop")
-    voices = [left_voice, right_voice]
-    anew.click(beginning, voices, shown, queue=False, **QUIETLY, api_name="anew")
-    examples.click(choosing, examples, [question, system], **QUIETLY, api_name="example")
-    for voice in voices:
-        voice.input(beginning, voices, shown, queue=False, **QUIETLY, api_name=False)
+    drawn = _Drawn.on_page(_Look.of(current()), sampling)
+    _connect(drawn, _Listening(current))
 
     def refresh() -> Sequence[Any]:
-        now = _Look.of(current())
+        return drawn.as_it_looks(_Look.of(current()))
+
+    return Conversation(drawn.refreshed, refresh)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The components of a conversation."""
+
+    talk: Any
+    left_column: Any
+    left_voice: Any
+    right_voice: Any
+    left: Any
+    right: Any
+    expected: Any
+    question: Any
+    ask: Any
+    stop: Any
+    anew: Any
+    examples: Any
+    system: Any
+    options: Sequence[Any]
+
+    @classmethod
+    def on_page(cls, first: _Look, sampling: Sampling) -> _Drawn:
+        """Draw them, from the top to the bottom of the page."""
+        parts = {"talk": gr.State(Talk()), **_sides(first), "expected": html(name="expected")}
+        parts |= {"question": _question(first), **_buttons(first), "examples": _examples(first)}
+        with gr.Accordion("How to answer", open=False, elem_id="how"):
+            parts["system"] = gr.Textbox(
+                "", label="System prompt", info="Stands before every chat.", lines=1, max_lines=6,
+                elem_id="system", visible=first.takes_system,
+            )  # fmt: skip
+            return cls(**parts, options=_sampling_inputs(sampling))
+
+    @property
+    def refreshed(self) -> list[Any]:
+        """What `as_it_looks` fills."""
+        voices = [self.talk, self.left_column, self.left_voice, self.right_voice]
+        told = [self.left, self.right, self.expected]
+        return [*voices, *told, self.question, self.ask, self.examples, self.system]
+
+    def as_it_looks(self, now: _Look) -> Sequence[Any]:
+        """Return values for `refreshed`."""
         return (
             Talk(),
             gr.Column(visible=now.both),
@@ -173,9 +128,124 @@ def conversation(current: Callable[[], Speaker | None], sampling: Sampling) -> C
             gr.Textbox(visible=now.takes_system),
         )
 
-    outputs = [talk, left_column, left_voice, right_voice, left, right, expected]
-    gr.context.Context.root_block.unload(leaving)
-    return Conversation([*outputs, question, ask, examples, system], refresh)
+
+def _sides(first: _Look) -> dict[str, Any]:
+    """Draw what the two voices say, and the choice of voices."""
+    voices, several = first.voices, first.several
+    with gr.Row(equal_height=True):
+        with gr.Column(min_width=300, visible=first.both) as column:
+            left_voice = gr.Dropdown(voices, value=BASE, label="Left", visible=several)
+            left = html(first.left, name="left")
+        with gr.Column(min_width=300):
+            right_voice = gr.Dropdown(voices, value=first.active, label="Right", visible=several)
+            right = html(first.right, name="right")
+    return {
+        **{"left_column": column, "left_voice": left_voice, "left": left},
+        **{"right_voice": right_voice, "right": right},
+    }
+
+
+def _question(first: _Look) -> Any:
+    return gr.Textbox(
+        "", label="Question", info="Enter asks; Shift+Enter begins a new line.", lines=1,
+        max_lines=12, elem_id="question", interactive=first.open,
+    )  # fmt: skip
+
+
+def _buttons(first: _Look) -> dict[str, Any]:
+    with gr.Row():
+        ask = gr.Button("Ask", variant="primary", elem_id="ask", interactive=first.open, scale=3)
+        stop = gr.Button("Stop", elem_id="stop", interactive=False, min_width=120)
+        anew = gr.Button("New chat", elem_id="anew", min_width=120)
+    return {"ask": ask, "stop": stop, "anew": anew}
+
+
+def _examples(first: _Look) -> Any:
+    return gr.Dataset(
+        components=["textbox"],
+        samples=first.questions,
+        type="index",
+        label="Questions that the training has not seen",
+        samples_per_page=6,
+        elem_id="examples",
+        visible=bool(first.questions),
+    )
+
+
+class _Listening:
+    """What happens when a reader does something.
+
+    Args:
+        current: gives the model that is open.
+    """
+
+    def __init__(self, current: Callable[[], Speaker | None]) -> None:
+        self.current = current
+        self._stops: dict[str, threading.Event] = {}
+
+    def asking(
+        self,
+        request: gr.Request,
+        was: Talk,
+        text: str,
+        opening: str,
+        one: str,
+        other: str,
+        *values: Any,
+    ) -> Iterator[tuple[Any, ...]]:
+        """Yield what the page shows while the answers come."""
+        stopped = self._stops[request.session_hash] = threading.Event()
+        said, voices = (text, opening), (one, other)
+        for found in _asked(self.current(), was, said, voices, values, stopped):
+            if self._stops.get(request.session_hash) is not stopped:  # nobody waits any more
+                return
+            yield found
+
+    def stopping(self, request: gr.Request) -> None:
+        """End the answers, and keep what there is."""
+        if found := self._stops.get(request.session_hash):
+            found.set()
+
+    def leaving(self, request: gr.Request) -> None:
+        """End the answers of a page that is closed."""
+        if found := self._stops.pop(request.session_hash, None):
+            found.set()
+
+    def beginning(self, request: gr.Request, one: str, other: str) -> tuple[Any, ...]:
+        """Forget the chat."""
+        self.leaving(request)
+        return Talk(), gr.skip(), *_panels(self.current(), Talk(), one, other), "", *_idle()
+
+    def choosing(self, index: int) -> tuple[str, Any]:
+        """Take one of the questions of the data."""
+        speaker = self.current()
+        if speaker is None or index >= len(speaker.questions):
+            return "", gr.skip()
+        found = speaker.questions[index]
+        return found.text, found.system or gr.skip()
+
+
+def _connect(drawn: _Drawn, listening: _Listening) -> None:
+    """Have the components tell what is done with them."""
+    voices = [drawn.left_voice, drawn.right_voice]
+    given = [drawn.talk, drawn.question, drawn.system, *voices, *drawn.options]
+    shown = [drawn.talk, drawn.question, drawn.left, drawn.right, drawn.expected]
+    shown += [drawn.ask, drawn.stop]
+    at_once: dict[str, Any] = {**QUIETLY, "queue": False}
+    gr.on(
+        [drawn.ask.click, drawn.question.submit],
+        *(listening.asking, given, shown),
+        **QUIETLY,
+        concurrency_limit=None,
+        api_name="ask",
+    )
+    drawn.stop.click(listening.stopping, **at_once, api_name="stop")
+    drawn.anew.click(listening.beginning, voices, shown, **at_once, api_name="anew")
+    asked = [drawn.question, drawn.system]
+    drawn.examples.click(listening.choosing, drawn.examples, asked, **QUIETLY, api_name="example")
+    for voice in voices:
+        voice.input(listening.beginning, voices, shown, **at_once, api_name=False)
+    gr.context.Context.root_block.unload(listening.leaving)
 
 
 @dataclass(frozen=True)
