@@ -61,7 +61,7 @@ ROWS = {
     "experts": Row(
         "benchmarks/experts.py --shape qwen3-30b --layers 12 --steps 14 --case"
         " unsloth ours-nf4 ours-fp4 ours-bnb8 ours-hqq ours-int8 ours-int4 ours-fp8 ours-intx"
-        " ours-quanto4",
+        " ours-quanto4 ours-nf4:9.06",
         15,
     ),
     "answers": Row(
