@@ -60,3 +60,30 @@ def test_int8_weights_are_bitsandbytes_own(dtype) -> None:
     ours: Any = registry().backend("bnb-int8").quantizer().quantize_linear(linear)  # type: ignore[union-attr]
     assert torch.equal(ours.weight.data, theirs.data)
     assert torch.equal(ours.weight.SCB, theirs.SCB)
+
+
+@pytest.mark.parametrize("backend", ["bnb-nf4", "bnb-fp4"])
+@pytest.mark.parametrize("sizes", [(64, 32), (64, 96), (10, 24), (3, 5)])
+def test_blocks_that_go_on_in_the_next_row_have_their_own_scale(backend, sizes) -> None:
+    """As codes and scales say in float64; on CPUs with AVX-512 the vendor's kernel takes others."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    rows, columns = sizes
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(columns, rows, bias=True)
+    quantizer: Any = registry().backend(backend).quantizer()
+    made = quantizer.quantize_linear(linear.requires_grad_(False))
+    packed = made.weight
+    state, count = packed.quant_state, rows * columns
+    both = packed.data.flatten()
+    codes = torch.stack([both >> 4, both & 15], 1).flatten()[:count].long()
+    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    scales = scales.double().repeat_interleave(state.blocksize)[:count]
+    expected = (state.code.double()[codes] * scales).view(rows, columns)
+    target = quantizer.target
+    assert relative(target.dequantize(made).double(), expected) < 1e-6
+    x = torch.randn(7, columns)
+    product = x.double() @ expected.T + linear.bias.double()
+    assert relative(target.forward(made, x).double(), product) < 1e-6
+    half = target.dequantize_rows(made, 0, rows // 2).double()
+    assert relative(half, expected[: rows // 2]) < 1e-6

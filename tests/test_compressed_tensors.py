@@ -765,6 +765,8 @@ def test_any_base_is_exported_by_a_scheme(backend: str, scheme: str, tmp_path: P
     tuned = moved(qa.attach(model, "lora"))
     folder = tmp_path / "served"
     found = exported(tuned, folder, scheme=scheme, min_gain=0)
+    needed = export_of(METHOD, {"scheme": scheme}).exporter.needed(Tuned(tuned))
+    assert needed == pytest.approx((folder / "model.safetensors").stat().st_size, rel=0.05)
     assert 0 < found["kl"] < 2
     assert found["dense_layers"] == 0
     dense = merged_model(tuned, "dense")

@@ -190,14 +190,12 @@ class FourBitTarget(LayerwiseTarget):
         return holds(module, "Params4bit")
 
     def dequantize(self, module: nn.Module) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit
-
         packed = _as_packed(module)
         data, state = packed.data, packed.quant_state
         _look_for_lost_scales(state)
 
         def vendors() -> Tensor:
-            return dequantize_4bit(data, state)  # type: ignore[no-any-return]
+            return _dequantized(data, state)
 
         if not state.nested or data.shape[0] == 1:  # 1: an old layout, transposed
             return vendors()
@@ -211,7 +209,7 @@ class FourBitTarget(LayerwiseTarget):
 
     def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
         import torch
-        from bitsandbytes.functional import QuantState, dequantize_4bit
+        from bitsandbytes.functional import QuantState
 
         packed = _as_packed(module)
         state, columns = packed.quant_state, packed.quant_state.shape[1]
@@ -228,8 +226,7 @@ class FourBitTarget(LayerwiseTarget):
             dtype=state.dtype,
         )
         codes = packed.data.view(torch.uint8).view(-1, 1)[start // 2 : end // 2]
-        rows: Tensor = dequantize_4bit(codes, own)
-        return rows
+        return _dequantized(codes, own)
 
     def grid(self, module: nn.Module) -> CodebookGrid | None:
         packed = _as_packed(module)
@@ -273,6 +270,8 @@ class FourBitTarget(LayerwiseTarget):
         """Run the vendor's product on CUDA, in the dtype of `x` whatever dtype the module is set
         to; on a CPU the vendor's forward as in training: in evaluation, where it computes in
         bfloat16, it lays the weight out anew and rounds its scales, for good."""
+        import torch
+
         if x.is_cuda:
             from bitsandbytes import matmul_4bit
 
@@ -282,6 +281,10 @@ class FourBitTarget(LayerwiseTarget):
             row = packed.data.reshape(1, -1)  # how versions before 0.50 want it
             product: Tensor = matmul_4bit(x, row, packed.quant_state, bias=bias)
             return product
+        held: Any = module
+        if _misread(held.weight.quant_state):
+            bias = None if held.bias is None else held.bias.to(x.dtype)
+            return torch.nn.functional.linear(x, self.dequantize(module).to(x.dtype), bias)
         training = module.training
         try:
             output: Tensor = module.train()(x)
@@ -320,6 +323,24 @@ def _check_nested(path: str) -> None:
         if part == "nested_quant_map" and f"{layer}.weight.nested_absmax" not in names:
             what = f"it has no {layer}.weight.nested_absmax"
             raise ModelError(what, fix="make or download the checkpoint again", where=path)
+
+
+def _misread(state: Any) -> bool:
+    """Say whether bitsandbytes' kernel for CPUs with AVX-512 takes wrong scales for a weight: it
+    counts the blocks of each row for itself, and here they go on in the next row."""
+    return bool(state.absmax.device.type == "cpu" and state.shape[-1] % state.blocksize)
+
+
+def _dequantized(codes: Tensor, state: Any) -> Tensor:
+    """Return what codes stand for: the vendor's product, of rows that are whole blocks."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    if not _misread(state) or codes.shape[0] == 1:  # 1: an old layout, transposed
+        return dequantize_4bit(codes, state)  # type: ignore[no-any-return]
+    flat, size = copy.copy(state), math.prod(state.shape)
+    flat.shape = (1, size) if size % state.blocksize else (size // state.blocksize, state.blocksize)
+    found: Tensor = dequantize_4bit(codes, flat)
+    return found.view(tuple(state.shape))
 
 
 def _look_for_lost_scales(state: Any) -> None:

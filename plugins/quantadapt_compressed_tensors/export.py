@@ -62,9 +62,17 @@ class CompressedExport(Exporter):
         return CompressedTensors(scheme=self.scheme, group_size=self.group_size)
 
     def needed(self, tuned: Tuned) -> int:
-        from quantadapt.exporting.merging import merged_bytes
+        from quantadapt.exporting.merging import bare_base, merged_bytes
+        from quantadapt.facade import facades
 
-        return merged_bytes(tuned.model, "dense")
+        found, scheme = merged_bytes(tuned.model, "dense"), sized(self.scheme, self.group_size)
+        for _, facade in facades(bare_base(tuned.model)):
+            columns, size = facade.weight.shape[-1], facade.compute_dtype.itemsize
+            rows = facade.weight.numel() // columns
+            if scheme.misfit(columns, rows) is None:
+                saved = size - scheme.bits(rows, columns, 8 * size) / 8
+                found -= int(facade.weight.numel() * saved)
+        return found
 
     def write(self, tuned: Tuned, folder: Path) -> Mapping[str, Figure]:
         from quantadapt.exporting.checking import refuse_other_model, sketches
