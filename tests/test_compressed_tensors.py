@@ -792,6 +792,24 @@ def test_layers_without_an_adapter_keep_the_values_of_a_base_that_fits(
     assert changed == {"q_proj", "v_proj"}
 
 
+def test_what_an_adapter_adds_is_kept_by_the_scheme_of_its_base(tmp_path: Path) -> None:
+    """Changes of a few hundredths of a step, which the nearest values would all lose."""
+    tiny(bias=False).save_pretrained(tmp_path / "base")
+    how = {"dtype": "float32", "device": "cpu", "scheme": "W4A16", "group_size": 32}
+    model = qa.quantize(str(tmp_path / "base"), METHOD, **how)
+    before = {name: facade.dequantize().double() for name, facade in linear_facades(model)}
+    tuned = moved(qa.attach(model, "lora"), by=0.01)
+    exported(tuned, tmp_path / "served", scheme="W4A16", group_size=32, min_gain=0)
+    dense = merged_model(tuned, "dense")
+    wanted, found = torch.tensor(0.0).double(), torch.tensor(0.0).double()
+    for name, facade in linear_facades(adopted(tmp_path / "served")):
+        change = dense.get_submodule(name).weight.double() - before[name]
+        assert change.norm() < 0.05 * before[name].norm()
+        wanted += change.square().sum()
+        found += (change * (facade.dequantize().double() - before[name])).sum()
+    assert found / wanted == pytest.approx(1, abs=0.15)
+
+
 def test_gptq_checkpoints_keep_their_values_too(tmp_path: Path) -> None:
     tiny(bias=False).save_pretrained(tmp_path / "base")
     examples = [{"input_ids": torch.arange(40)[None] + 3 * n} for n in range(4)]

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 class CompressedExport(Exporter):
     """The adapter merged, and the model quantized by a scheme of compressed-tensors. Layers that
-    fit the scheme as they are keep their values; others are rounded to nearest."""
+    fit the scheme as they are keep their values, changed as `rounding: dithered` does; others are
+    rounded to nearest."""
 
     scheme: Name = Field("W4A16", description="by the library's name: bits of weights and inputs")
     group_size: int | None = Field(
@@ -147,6 +148,7 @@ class CompressedExport(Exporter):
         words = f"rounded to nearest by {self.scheme}"
         ways = (
             "take a finer scheme=NAME, or a smaller group_size",
+            "quantize again as the base was (quantadapt merge RUN --kind requantize)",
             "merge dense (quantadapt merge RUN)",
             "keep the adapter beside the base",
             "set a lower min_gain=SHARE",

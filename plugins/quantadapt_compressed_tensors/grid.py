@@ -62,7 +62,8 @@ def _levels(bits: int, device: torch.device) -> Tensor:
 
 def lend_grids(scheme: Scheme, base: nn.Module, dense: nn.Module) -> None:
     """Have the layers of a merged, dense model know the grids that those of its base have, where
-    they are such as `scheme` has: layers without an adapter then keep their values.
+    they are such as `scheme` has: layers without an adapter then keep their values. What an adapter
+    adds to others is dithered: nearest to nearly all of it are the base's own values.
 
     Args:
         scheme: how they will be rounded.
@@ -79,6 +80,8 @@ def lend_grids(scheme: Scheme, base: nn.Module, dense: nn.Module) -> None:
             continue
         if (found := _like(scheme.weights, known, linear.weight.shape)) is not None:
             setattr(linear, GRID, found)
+            with torch.no_grad():
+                linear.weight.copy_(facade.dithered(linear.weight.detach().float()))
 
 
 def _like(args: Args, grid: UniformGrid, shape: torch.Size) -> Tensors | None:
