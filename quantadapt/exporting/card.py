@@ -21,6 +21,7 @@ from ..inputs.plain_yaml import YAMLError, parse, to_yaml
 from ..paths import is_local_path, local_file
 from ..protocols import Figure
 from ..records import as_call
+from ..registry.discovery import registry
 
 Content = Literal["adapter", "merged", "requantized"]
 README = "README.md"
@@ -271,6 +272,12 @@ def _loading(manifest: Mapping[str, Any], content: Content, title: str, name: st
     alone = (
         f"With transformers{' and PEFT' if content == 'adapter' else ''} alone:\n\n{_code(stock)}"
     )
+    if content == "requantized" and not registry().backend(manifest["backend"]).serves:
+        backend, alone = escaped(manifest["backend"]), ""
+        note = (
+            f"transformers alone is not known to read checkpoints of {backend}: it may start "
+            "layers at random, and no more than report missing keys."
+        )
     return "\n\n".join(filter(None, ["## Load it", with_quantadapt, alone, note]))
 
 
