@@ -792,14 +792,24 @@ def test_layers_without_an_adapter_keep_the_values_of_a_base_that_fits(
     assert changed == {"q_proj", "v_proj"}
 
 
-def test_what_an_adapter_adds_is_kept_by_the_scheme_of_its_base(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("backend", "options", "scheme"),
+    [
+        (METHOD, {"scheme": "W4A16", "group_size": 32}, {"scheme": "W4A16", "group_size": 32}),
+        ("mxfp4", {}, {"scheme": "MXFP4A16"}),
+        ("torchao-fp8", {}, {"scheme": "FP8_DYNAMIC"}),
+    ],
+)
+def test_what_an_adapter_adds_is_kept_by_the_scheme_of_its_base(
+    backend: str, options: dict[str, Any], scheme: dict[str, Any], tmp_path: Path
+) -> None:
     """Changes of a few hundredths of a step, which the nearest values would all lose."""
     tiny(bias=False).save_pretrained(tmp_path / "base")
-    how = {"dtype": "float32", "device": "cpu", "scheme": "W4A16", "group_size": 32}
-    model = qa.quantize(str(tmp_path / "base"), METHOD, **how)
+    how = {"dtype": "float32", "device": "cpu", **options}
+    model = qa.quantize(str(tmp_path / "base"), backend, **how)
     before = {name: facade.dequantize().double() for name, facade in linear_facades(model)}
-    tuned = moved(qa.attach(model, "lora"), by=0.01)
-    exported(tuned, tmp_path / "served", scheme="W4A16", group_size=32, min_gain=0)
+    tuned = moved(qa.attach(model, "lora"), by=0.01 if "fp8" not in backend else 0.003)
+    exported(tuned, tmp_path / "served", **scheme, min_gain=0)
     dense = merged_model(tuned, "dense")
     wanted, found = torch.tensor(0.0).double(), torch.tensor(0.0).double()
     for name, facade in linear_facades(adopted(tmp_path / "served")):
