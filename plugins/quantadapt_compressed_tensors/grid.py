@@ -93,7 +93,7 @@ def _has_levels(args: Args, grid: Grid, shape: torch.Size) -> bool:
     if args.type != "float" or not isinstance(grid, CodebookGrid) or grid.groups is not None:
         return False
     both = (grid.levels, _levels(args.num_bits, grid.levels.device))
-    theirs, own = (levels[levels.isfinite()].unique() for levels in both)
+    theirs, own = (levels[levels.isfinite()].sort().values for levels in both)
     return grid.group_size == args.block(*shape)[1] and torch.equal(theirs, own)
 
 
