@@ -765,6 +765,8 @@ def test_any_base_is_exported_by_a_scheme(backend: str, scheme: str, tmp_path: P
     tuned = moved(qa.attach(model, "lora"))
     folder = tmp_path / "served"
     found = exported(tuned, folder, scheme=scheme, min_gain=0)
+    needed = export_of(METHOD, {"scheme": scheme}).exporter.needed(Tuned(tuned))
+    assert needed == pytest.approx((folder / "model.safetensors").stat().st_size, rel=0.05)
     assert 0 < found["kl"] < 2
     assert found["dense_layers"] == 0
     dense = merged_model(tuned, "dense")
@@ -788,6 +790,34 @@ def test_layers_without_an_adapter_keep_the_values_of_a_base_that_fits(
     same = {name for name in before if _same(before[name], after[name])}
     changed = {name.split(".")[-2] for name in before.keys() - same}
     assert changed == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "scheme"),
+    [
+        (METHOD, {"scheme": "W4A16", "group_size": 32}, {"scheme": "W4A16", "group_size": 32}),
+        ("mxfp4", {}, {"scheme": "MXFP4A16"}),
+        ("torchao-fp8", {}, {"scheme": "FP8_DYNAMIC"}),
+    ],
+)
+def test_what_an_adapter_adds_is_kept_by_the_scheme_of_its_base(
+    backend: str, options: dict[str, Any], scheme: dict[str, Any], tmp_path: Path
+) -> None:
+    """Changes of a few hundredths of a step, which the nearest values would all lose."""
+    tiny(bias=False).save_pretrained(tmp_path / "base")
+    how = {"dtype": "float32", "device": "cpu", **options}
+    model = qa.quantize(str(tmp_path / "base"), backend, **how)
+    before = {name: facade.dequantize().double() for name, facade in linear_facades(model)}
+    tuned = moved(qa.attach(model, "lora"), by=0.01 if "fp8" not in backend else 0.003)
+    exported(tuned, tmp_path / "served", **scheme, min_gain=0)
+    dense = merged_model(tuned, "dense")
+    wanted, found = torch.tensor(0.0).double(), torch.tensor(0.0).double()
+    for name, facade in linear_facades(adopted(tmp_path / "served")):
+        change = dense.get_submodule(name).weight.double() - before[name]
+        assert change.norm() < 0.05 * before[name].norm()
+        wanted += change.square().sum()
+        found += (change * (facade.dequantize().double() - before[name])).sum()
+    assert found / wanted == pytest.approx(1, abs=0.15)
 
 
 def test_gptq_checkpoints_keep_their_values_too(tmp_path: Path) -> None:

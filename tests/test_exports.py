@@ -287,6 +287,32 @@ def test_mistakes_on_the_command_line(tiny_run, run_cli) -> None:
     assert (code, "there is no adapter here" in err) == (2, True)
 
 
+def test_an_output_that_cannot_be_made_is_told_before_anything_is_loaded(
+    tiny_run, run_cli, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("quantadapt.exporting.tuned.load", None)  # nobody asks it
+    (file := tmp_path / "file").write_text("mine")
+    code, _, err = run_cli("export", tiny_run[0].folder, "tiny", "-o", file)
+    assert (code, f"{file} is a file" in err) == (2, True)
+    code, _, err = run_cli("merge", tiny_run[0].folder, "-o", file / "inside")
+    assert (code, f"{file} is a file" in err) == (2, True)
+    code, _, err = run_cli("quantize", small_model(), "-b", "none", "-o", file / "inside")
+    assert (code, f"{file} is a file" in err) == (2, True)
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)  # as on a disk that is only read
+    code, _, err = run_cli("export", tiny_run[0].folder, "tiny", "-o", tmp_path / "new")
+    assert (code, f"make {tmp_path} writable" in err) == (2, True)
+    assert file.read_text() == "mine"
+
+
+def test_flags_of_rounding_go_with_a_merge_that_rounds(tiny_run, run_cli, tmp_path) -> None:
+    run, out = tiny_run[0].folder, ("-o", tmp_path / "out")
+    code, _, err = run_cli("merge", run, "--min-gain", 0.5, "--rounding", "grid", *out)
+    assert (code, err.count("add --kind requantize, or leave it out")) == (2, 2)
+    onto = ("--onto", "nowhere/at/all", "--kind", "requantize", "--min-gain", 0.5)
+    code, _, err = run_cli("merge", run, *onto, *out)
+    assert (code, "3 problems" in err, "--min-gain: it has no effect" in err) == (2, True, True)
+
+
 @pytest.mark.parametrize(
     ("values", "rule", "error"),
     [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import namedtuple
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from quantadapt.exporting.gguf.families import (
 from quantadapt.exporting.gguf.files import GGUFFile, keys_of, tensors_of
 from quantadapt.exporting.gguf.model import rotated, write_model
 from quantadapt.exporting.gguf.vocabulary import kind_of, vocabulary
+from quantadapt.exporting.tuned import Tuned
+from quantadapt.planning.exports import export_of
 from quantadapt.testing.small_demo import small_model
 
 gguf = pytest.importorskip("gguf")
@@ -330,6 +333,23 @@ def test_the_merged_model_in_one_file(tmp_path, capsys) -> None:
     assert torch.allclose(found, expected, atol=2e-3)
     said = keys_of(folder / "model.gguf")["general.name"]
     assert "/" not in said
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+def test_a_disk_without_room_is_told_before_the_merge(dtype, tmp_path, monkeypatch, capsys) -> None:
+    """What is needed is what is written, but for the tokenizer."""
+    run = tuned(tmp_path / "run")
+    how = ("--set", f"dtype={dtype}", "--set", "check=false", "-o", tmp_path)
+    assert command("export", run, "gguf", *how) == 0
+    written = (tmp_path / "gguf" / "model.gguf").stat().st_size
+    needed = export_of("gguf", {"dtype": dtype}).exporter.needed(Tuned(saved=run))
+    assert needed == pytest.approx(written - 65_000, rel=0.05)
+    nearly_full = namedtuple("usage", "free")(needed - 1)
+    capsys.readouterr()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: nearly_full)
+    monkeypatch.setattr(Tuned, "merged", None)  # it is not asked for
+    assert command("export", run, "gguf", *how, "--overwrite") == 1
+    assert "are needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

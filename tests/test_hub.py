@@ -17,11 +17,15 @@ from typing import Any
 
 import pytest
 import yaml
+from merging import HELD_OUT
 
 import quantadapt as qa
 from quantadapt import demo
 from quantadapt.errors import PlanRefused
 from quantadapt.exporting.card import card, escaped, license_of, public_name
+from quantadapt.exporting.stage import write
+from quantadapt.exporting.tuned import Tuned
+from quantadapt.planning.exports import export_of
 from quantadapt.testing.small_demo import small_model
 
 TOKEN = "hf_verysecret"
@@ -283,3 +287,15 @@ def test_a_card_that_fails_costs_no_adapter(tmp_path, monkeypatch) -> None:
     with pytest.warns(saving.NoCardWarning, match="no model card: ValueError: no such word"):
         saved = qa.save(model, tmp_path / "out")
     assert qa.load(saved, device="cpu").active_adapters == ["default"]
+
+
+@pytest.mark.parametrize(("backend", "stock"), [("hqq", False), ("bnb-nf4", True)])
+def test_a_card_says_who_reads_what_was_quantized_again(backend, stock, tmp_path) -> None:
+    """transformers makes random layers of hqq's files, and says so in a table alone."""
+    model = qa.attach(qa.quantize(str(small_model()), backend, device="cpu"), "lora", r=2)
+    exporter = export_of("hub", {"repo": "me/it", "content": "requantized", "dry_run": True})
+    write(exporter.exporter, Tuned(model, data=lambda _: HELD_OUT), tmp_path / "hub")
+    text = (tmp_path / "hub" / "README.md").read_text()
+    assert "quantadapt.load(" in text
+    assert ("AutoModelForCausalLM" in text) == stock
+    assert ("is not known to read checkpoints of hqq" in text) != stock

@@ -1,10 +1,12 @@
 """Folders for vLLM, read here by stock transformers and PEFT; vLLM itself cannot run here.
 
-The script that compares vLLM's answers runs against a stand-in of vLLM's interface.
+The script that compares vLLM's answers runs against a stand-in of vLLM's interface. Models of
+transformers are in train mode: in eval mode bitsandbytes computes in bfloat16 on CPUs that can.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import runpy
@@ -14,12 +16,15 @@ from typing import Any
 
 import pytest
 import torch
+from merging import moved
 from peft import PeftModel
 from test_gguf import command, tuned
 from transformers import AutoModelForCausalLM
 
 import quantadapt as qa
-from quantadapt.errors import PlanRefused
+from quantadapt.errors import ModelError, PlanRefused
+from quantadapt.exporting.tuned import Tuned
+from quantadapt.planning.exports import export_of
 from quantadapt.testing.small_demo import small_model
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "serving.py"
@@ -39,7 +44,7 @@ class LLM:
     def __init__(self, model, dtype, gpu_memory_utilization, enable_lora=False, max_lora_rank=0):
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
         self.max_lora_rank = max_lora_rank
 
     def generate(self, prompts, wanted, lora_request=None):
@@ -47,7 +52,7 @@ class LLM:
         if lora_request is not None:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, lora_request.path).eval()
+            model = PeftModel.from_pretrained(model, lora_request.path).train()
             assert model.peft_config["default"].r <= self.max_lora_rank
         assert wanted.prompt_logprobs == 1 and wanted.max_tokens == 1
         return [self.answer(model, prompt["prompt_token_ids"]) for prompt in prompts]
@@ -112,7 +117,7 @@ def test_the_adapter_beside_its_quantized_base(tmp_path, compared) -> None:
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     assert base.config.quantization_config.bnb_4bit_quant_type == "nf4"
     with torch.no_grad():
-        found = PeftModel.from_pretrained(base, folder / "adapter").eval()(IDS).logits
+        found = PeftModel.from_pretrained(base, folder / "adapter").train()(IDS).logits
     assert torch.allclose(found.float(), expected, atol=1e-3)
     text = (folder / "README.md").read_text()
     serve = "vllm serve base --dtype bfloat16 --enable-lora --max-lora-rank 16 "
@@ -165,3 +170,42 @@ def test_what_vllm_cannot_serve_is_refused_in_the_plan(backend, adapter, content
     if content == "requantized":
         export["formats"][0]["content"] = "merged"
         qa.plan(spec.model_copy(update={"export": qa.Spec(export=export).export}))
+
+
+def changed_base(folder: Path, monkeypatch) -> Path:
+    """A run whose start has changed its base, which is a quantized checkpoint, as if of the hub."""
+    qa.save(qa.quantize(str(small_model()), "bnb-nf4", device="cpu"), folder / "base")
+    monkeypatch.setattr("quantadapt.exporting.vllm.is_local", lambda _: False)
+    return tuned(folder / "run", base=folder / "base", backend="bnb-nf4", init_lora_weights="pissa")
+
+
+def test_a_base_that_its_start_has_changed_is_written_and_not_changed_again(
+    tmp_path, compared, monkeypatch
+) -> None:
+    run = changed_base(tmp_path, monkeypatch)
+    folder = export(run, "adapter")
+    assert json.loads((folder / "expected.json").read_text())["model"] == "base"
+    with torch.no_grad():
+        expected = qa.load(run, device="cpu").eval()(IDS).logits
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
+        found = PeftModel.from_pretrained(base, folder / "adapter").train()(IDS).logits
+    assert torch.allclose(found.float(), expected, atol=1e-3)
+    figures, code = compared(folder)
+    assert (code, figures["mean_apart"] < 1e-3) == (0, True)
+
+
+def test_adapters_that_work_together_are_not_served_as_one(tmp_path, capsys) -> None:
+    """What the card says to do with PEFT puts all of them on the base."""
+    model = qa.attach(qa.quantize(str(small_model()), "none", device="cpu"), "lora", r=2)
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    model.base_model.set_adapter(["default", "second"])
+    run = qa.save(moved(model), tmp_path / "run")
+    with pytest.raises(ModelError, match="2 adapters are active, and vLLM adds one"):
+        export_of("vllm", {"content": "adapter"}).exporter.write(Tuned(saved=run), tmp_path)
+    card = (run / "README.md").read_text().split("With transformers and PEFT alone:")[1]
+    code = card.split("```python\n")[1].split("```")[0]
+    code = code.replace('"BASE"', repr(str(small_model()))).replace('"FOLDER"', repr(str(run)))
+    exec(code, made := {})
+    with torch.no_grad():
+        expected, found = (one.eval()(IDS).logits for one in (model, made["model"]))
+    assert torch.allclose(found, expected, atol=1e-4)

@@ -53,16 +53,16 @@ def look_for_lost_scales(state: Any) -> None:
 
 def by_vendor(codes: Tensor, state: Any) -> Tensor:
     """Return the weight as bitsandbytes has it. Its kernel for CPUs with AVX-512 starts a block
-    anew at each row (seen in 0.50), so rows of partial blocks are read as one long row there."""
+    anew at each row (seen in 0.50), so there each block is a row, or all is one."""
     from bitsandbytes.functional import dequantize_4bit
 
     shape = state.shape
     if codes.is_cuda or codes.shape[0] == 1 or not shape[-1] % state.blocksize:
         weight: Tensor = dequantize_4bit(codes, state)
         return weight
-    in_one_row = copy.copy(state)
-    in_one_row.shape = (math.prod(shape),)
-    weight = dequantize_4bit(codes, in_one_row)
+    whole, size, block = copy.copy(state), math.prod(shape), state.blocksize
+    whole.shape = (1, size) if size % block else (size // block, block)
+    weight = dequantize_4bit(codes, whole)
     return weight.view(shape)
 
 

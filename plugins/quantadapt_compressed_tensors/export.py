@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 class CompressedExport(Exporter):
     """The adapter merged, and the model quantized by a scheme of compressed-tensors. Layers that
-    fit the scheme as they are keep their values; others are rounded to nearest."""
+    fit the scheme as they are keep their values, changed as `rounding: dithered` does; others are
+    rounded to nearest."""
 
     scheme: Name = Field("W4A16", description="by the library's name: bits of weights and inputs")
     group_size: int | None = Field(
@@ -62,9 +63,17 @@ class CompressedExport(Exporter):
         return CompressedTensors(scheme=self.scheme, group_size=self.group_size)
 
     def needed(self, tuned: Tuned) -> int:
-        from quantadapt.exporting.merging import merged_bytes
+        from quantadapt.exporting.merging import bare_base, merged_bytes
+        from quantadapt.facade import facades
 
-        return merged_bytes(tuned.model, "dense")
+        found, scheme = merged_bytes(tuned.model, "dense"), sized(self.scheme, self.group_size)
+        for _, facade in facades(bare_base(tuned.model)):
+            columns, size = facade.weight.shape[-1], facade.compute_dtype.itemsize
+            rows = facade.weight.numel() // columns
+            if scheme.misfit(columns, rows) is None:
+                saved = size - scheme.bits(rows, columns, 8 * size) / 8
+                found -= int(facade.weight.numel() * saved)
+        return found
 
     def write(self, tuned: Tuned, folder: Path) -> Mapping[str, Figure]:
         from quantadapt.exporting.checking import refuse_other_model, sketches
@@ -139,6 +148,7 @@ class CompressedExport(Exporter):
         words = f"rounded to nearest by {self.scheme}"
         ways = (
             "take a finer scheme=NAME, or a smaller group_size",
+            "quantize again as the base was (quantadapt merge RUN --kind requantize)",
             "merge dense (quantadapt merge RUN)",
             "keep the adapter beside the base",
             "set a lower min_gain=SHARE",

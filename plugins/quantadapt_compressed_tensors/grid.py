@@ -62,7 +62,8 @@ def _levels(bits: int, device: torch.device) -> Tensor:
 
 def lend_grids(scheme: Scheme, base: nn.Module, dense: nn.Module) -> None:
     """Have the layers of a merged, dense model know the grids that those of its base have, where
-    they are such as `scheme` has: layers without an adapter then keep their values.
+    they are such as `scheme` has: layers without an adapter then keep their values. What an adapter
+    adds to others is dithered: nearest to nearly all of it are the base's own values.
 
     Args:
         scheme: how they will be rounded.
@@ -75,10 +76,25 @@ def lend_grids(scheme: Scheme, base: nn.Module, dense: nn.Module) -> None:
     for name, facade in linear_facades(base):
         linear = layers.get(name.removesuffix(".base_layer"))
         known = facade.target.grid(facade.vendor)
-        if linear is None or not isinstance(known, UniformGrid):
+        if linear is None or known is None:
             continue
-        if (found := _like(scheme.weights, known, linear.weight.shape)) is not None:
+        shape = linear.weight.shape
+        found = _like(scheme.weights, known, shape) if isinstance(known, UniformGrid) else None
+        if found is not None:
             setattr(linear, GRID, found)
+        if found is not None or _has_levels(scheme.weights, known, shape):
+            with torch.no_grad():
+                linear.weight.copy_(facade.dithered(linear.weight.detach().float()))
+
+
+def _has_levels(args: Args, grid: Grid, shape: torch.Size) -> bool:
+    """Say whether values are floats as those of `args`: scales made anew are then next to the same,
+    and the base's own values nearest to nearly all merged ones."""
+    if args.type != "float" or not isinstance(grid, CodebookGrid) or grid.groups is not None:
+        return False
+    both = (grid.levels, _levels(args.num_bits, grid.levels.device))
+    theirs, own = (levels[levels.isfinite()].sort().values for levels in both)
+    return grid.group_size == args.block(*shape)[1] and torch.equal(theirs, own)
 
 
 def _like(args: Args, grid: UniformGrid, shape: torch.Size) -> Tensors | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -86,6 +87,9 @@ def export(
         from .models import check_export, checked_output, inputs_of
 
         planned = export_of(name, apply_overrides({}, options or ()))
+        if force_base and hasattr(planned.exporter, "force_base"):
+            forced = planned.exporter.model_copy(update={"force_base": True})
+            planned = replace(planned, exporter=forced)
         final = (output or Path(run)) / planned.folder
         with checked_output(final, overwrite, inputs_of(planned, run, data, calibration)):
             check_export(run, planned)

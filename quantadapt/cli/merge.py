@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -100,18 +100,15 @@ def merge(
         from .models import check_export, checked_output, inputs_of
 
         name = MERGES[kind] if onto is None else "onto-base"
-        options = {}
+        given = {"min_gain": min_gain, "rounding": rounding}
+        rounds = {option: value for option, value in given.items() if value is not None}
+        found = _without_effect(kind, onto, [*rounds])
+        options = rounds if name == MERGES["requantize"] else {}
         if onto is not None:
             options = {"base": onto, "check": check, "force_base": force_base}
-        given = {"min_gain": min_gain, "rounding": rounding}
-        options |= {option: value for option, value in given.items() if value is not None}
+            found += check_model(onto)
         planned = export_of(name, options)
         final = (output or Path(run)) / planned.folder
-        found = [] if onto is None else check_model(onto)
-        if onto is not None and kind == "requantize":
-            what = "onto an unquantized base the result is dense"
-            fix = "leave --kind out, and quantize the merged model: quantadapt quantize"
-            found.append(Problem(what, fix, where="--kind"))
         with checked_output(final, overwrite, inputs_of(planned, run, data, calibration)):
             check_export(run, planned, found)
         figures = written(
@@ -125,6 +122,22 @@ def merge(
             shown.print_json({"path": str(final), **kinds, **values})
             return
         _show(shown, planned, figures, final)
+
+
+def _without_effect(kind: Kind, onto: str | None, rounds: Sequence[str]) -> list[Problem]:
+    """Return what is wrong with flags that go with another merge; `rounds` are those of rounding
+    that were given."""
+    if onto is None and kind == "requantize":
+        return []
+    found = []
+    if kind == "requantize":
+        what = "onto an unquantized base the result is dense"
+        fix = "leave --kind out, and quantize the merged model: quantadapt quantize"
+        found.append(Problem(what, fix, where="--kind"))
+    what = "it has no effect: nothing is quantized again here"
+    fix = "leave it out" if onto is not None else "add --kind requantize, or leave it out"
+    flags = [f"--{option.replace('_', '-')}" for option in rounds]
+    return [*found, *(Problem(what, fix, where=flag) for flag in flags)]
 
 
 def _show(

@@ -18,6 +18,7 @@ from ..folders.atomic import (
     put_back,
     refuse_occupied,
     refuse_overlap,
+    refuse_unwritable,
 )
 from ..folders.lock import refuse_in_use
 from ..inputs.documents import read_object
@@ -227,6 +228,7 @@ def _output_problems(
             return [Problem(what, f"{OTHER_OUTPUT}, or pass --overwrite", where)]
         refuse_overlap(folder, inputs)
         refuse_occupied(folder, overwrite)
+        refuse_unwritable(folder)
     except OutputError as error:
         return list(error.problems)
     return []

@@ -31,6 +31,13 @@ def adapter_places(folder: Path, active: Sequence[str]) -> dict[str, Path]:
     return {first: folder} | {name: file_in(folder, name) for name in others}
 
 
+def refuse_several(active: Sequence[str], who: str) -> None:
+    """Raise ModelError where adapters work together, of which `who` takes one."""
+    if len(active) > 1:
+        what = f"{len(active)} adapters are active, and {who} one"
+        raise ModelError(what, fix="set one of them active, or merge them")
+
+
 def configs_to_note(folder: Path, active: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return name -> what the configs in `folder` say of the adapters called `active`, but for what
     PEFT notes for itself."""

@@ -21,6 +21,7 @@ from ..inputs.plain_yaml import YAMLError, parse, to_yaml
 from ..paths import is_local_path, local_file
 from ..protocols import Figure
 from ..records import as_call
+from ..registry.discovery import registry
 
 Content = Literal["adapter", "merged", "requantized"]
 README = "README.md"
@@ -246,12 +247,17 @@ def _loading(manifest: Mapping[str, Any], content: Content, title: str, name: st
         stock = (
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
             f"base = AutoModelForCausalLM.from_pretrained({base})\n"
-            f"model = PeftModel.from_pretrained(base, {folder})"
+            f"{_by_peft(folder, manifest.get('active') or ())}"
         )
         note = (
             "It was trained on a quantized base: on the unquantized one, or one that is quantized "
             "otherwise, answers differ a little."
         )
+        if manifest.get("merge_aware"):
+            note += (
+                " It was trained through the quantizer: quantadapt rounds what it adds to the base "
+                "as in training, PEFT alone does not, and answers differ a little."
+            )
     else:
         stock = (
             "from transformers import AutoModelForCausalLM\n\n"
@@ -266,7 +272,24 @@ def _loading(manifest: Mapping[str, Any], content: Content, title: str, name: st
     alone = (
         f"With transformers{' and PEFT' if content == 'adapter' else ''} alone:\n\n{_code(stock)}"
     )
+    if content == "requantized" and not registry().backend(manifest["backend"]).serves:
+        backend, alone = escaped(manifest["backend"]), ""
+        note = (
+            f"transformers alone is not known to read checkpoints of {backend}: it may start "
+            "layers at random, and no more than report missing keys."
+        )
     return "\n\n".join(filter(None, ["## Load it", with_quantadapt, alone, note]))
+
+
+def _by_peft(folder: str, active: Sequence[str]) -> str:
+    """Return what puts the adapters called `active`, the first in `folder` itself, on `base`."""
+    first, *others = map(json.dumps, active or ("default",))
+    named = f", adapter_name={first}" if others else ""
+    lines = [f"model = PeftModel.from_pretrained(base, {folder}{named})"]
+    lines += [f"model.load_adapter({folder}, {name}, subfolder={name})" for name in others]
+    if others:
+        lines.append(f"model.base_model.set_adapter({json.dumps([*active])})")
+    return "\n".join(lines)
 
 
 def _code(text: str) -> str:

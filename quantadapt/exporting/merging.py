@@ -18,7 +18,15 @@ from ..adapting.merge_aware import make_merge_aware, standing_in
 from ..adapting.target_problems import lost_biases
 from ..errors import DataError, MergeRefused, NumbersError
 from ..evaluation.sizes import size_mib
-from ..facade import QuantExperts, QuantLinear, QuantStack, QuantWeight, facades, wrap
+from ..facade import (
+    QuantExperts,
+    QuantLinear,
+    QuantStack,
+    QuantWeight,
+    densify,
+    facades,
+    wrap,
+)
 from ..model.modules import in_own_layout, make_linear
 from ..planning.exports import MergeKind
 from ..quantizing.state import ModelState, state_of
@@ -36,6 +44,8 @@ def merged_model(model: PeftModel, kind: MergeKind, write: Write | None = None) 
         model: a PeftModel over facades.
         kind: "dense" leaves `nn.Linear` layers; "requantize" quantizes the merged weights again
             as they were, and returns facades. A backend that calibrates sees the same examples.
+            Of a model that was trained through the quantizer both hold the rounded weights that
+            it was trained with.
         write: how merged weights come into a quantized layer; by default its backend quantizes
             them anew. Of a model that was trained through the quantizer they keep their scales.
 
@@ -44,7 +54,9 @@ def merged_model(model: PeftModel, kind: MergeKind, write: Write | None = None) 
     """
     check_mergeable(model)
     state = state_of(model)
-    if state.merge_aware and kind == "requantize":
+    if state.merge_aware and kind == "dense":
+        return in_own_layout(densify(merged_model(model, "requantize")), state.conv1d)
+    if state.merge_aware:
         make_merge_aware(model)  # layers that were adapted since, too
     calibrates = state.backend.calibration and state.quantizer.needs_data
     if state.merge_aware:

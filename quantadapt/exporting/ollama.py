@@ -58,6 +58,9 @@ class Ollama(Gguf):
         template = "" if figures["template"].value else ", without its chat template: see Modelfile"
         return f"{said}{template}; ollama create NAME -f {MODELFILE}"
 
+    def needed(self, tuned: Tuned) -> int | None:
+        return super().needed(tuned) if self.onto is None else None
+
     def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
         if self.onto is None:
             figures = super().write(tuned, folder)

@@ -40,7 +40,9 @@ def check_base(state: ModelState, manifest: Mapping[str, Any], *, force: bool) -
     if found and not force:
         what = f"{base} is not the base that the adapter was trained on: it has {found}"
         named = manifest.get("base")
-        fix = f"pass the base that it was trained on{f', {named}' if named else ''}, or {FORCE}"
+        other = f", {named}" if named else ""
+        right = "put back the files that it had" if named == base else f"pass that base{other}"
+        fix = f"{right}, or {FORCE}"
         raise ModelError(what, fix=fix, where=state.source)
     if found is None and not state.own_base:  # that one has a base_id
         _tell_unknown(then, now, base)
@@ -82,7 +84,7 @@ def original_problem(
     if not found:
         return None
     what = f"{base} is not what the adapter's base was made from: it has {found}"
-    return Problem(what, f"pass the unquantized model that it was, or {FORCE}", "--onto")
+    return Problem(what, f"pass the unquantized model that it was, or {FORCE}", "base")
 
 
 def tell_unknown_original(then: Fingerprint | None, now: Fingerprint | None, base: str) -> None:

@@ -14,10 +14,11 @@ from ..capabilities import Cell
 from ..errors import Problem
 from ..folders.written import LIST
 from ..inputs.documents import read_object
+from ..paths import MANIFEST
 from ..planning.on_disk import quantization_of
 from ..protocols import Figure
 from ..records import Adapter, Backend, Serving
-from .adapter_files import CONFIG, copy_files
+from .adapter_files import CONFIG, copy_files, refuse_several
 from .card import README, is_local
 from .content import ContentExport
 from .hub import without_paths
@@ -81,7 +82,16 @@ class Vllm(ContentExport):
             found.append(Problem(what, fix, where, "vllm-rank"))
         return found
 
+    def refusals_of_rounded(self) -> list[Problem]:
+        if self.content != "adapter":
+            return []
+        what = "the model was trained through the quantizer, and vLLM rounds nothing that it adds"
+        fix = "take content=requantized, which is what was trained, or content=merged"
+        return [Problem(what, fix, "export", "vllm-merge-aware")]
+
     def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
+        if self.content == "adapter":
+            refuse_several(tuned.manifest["active"], "vLLM adds")
         expected = self._expected(tuned)
         if self.content == "adapter":
             figures, served = dict[str, Figure](), self._write_pair(tuned, folder)
@@ -94,17 +104,20 @@ class Vllm(ContentExport):
         return figures
 
     def _write_pair(self, tuned: Tuned, folder: Path) -> dict[str, Any]:
-        """Write the adapter and its base, unless that is a checkpoint of the hub's; return what is
-        served."""
+        """Write the adapter and its base, unless that is a checkpoint of the hub as it is; return
+        what is served."""
         from ..quantizing.state import state_of
 
-        source = tuned.manifest["base"]
+        source, state = tuned.manifest["base"], state_of(tuned.model)
         copy_files(tuned.adapter, folder / ADAPTER, leave_out=(LIST, README))
         model = source
-        if is_local(source) or not source or quantization_of(source) is None:
+        is_there = source and not is_local(source) and quantization_of(source) is not None
+        if not is_there or state.rewritten or state.own_base:
             model = BASE
             (folder / BASE).mkdir()
-            write_base(tuned.model, state_of(tuned.model), folder / BASE)
+            write_base(tuned.model, state, folder / BASE)
+            if state.rewritten:
+                _note_plain_start(folder / ADAPTER)
             without_paths(folder / BASE, "")
         without_paths(folder / ADAPTER, f"../{BASE}" if model == BASE else model)
         options = read_object(folder / ADAPTER / CONFIG)
@@ -133,6 +146,16 @@ class Vllm(ContentExport):
                 }
             )
         return found
+
+
+def _note_plain_start(adapter: Path) -> None:
+    """Have an adapter's config no longer name a start that changes the base: here that has been
+    changed, and PEFT would do it again."""
+    config, manifest = read_object(adapter / CONFIG), read_object(adapter / MANIFEST)
+    for options in (config, *manifest["adapter_config"].values()):
+        options["init_lora_weights"] = True
+    for name, values in ((CONFIG, config), (MANIFEST, manifest)):
+        (adapter / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def serving_of(backend: Backend) -> Serving | None:

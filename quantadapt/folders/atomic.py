@@ -52,6 +52,7 @@ def atomic_folder(
     """
     target = Path(final).expanduser().resolve()
     refuse_occupied(target, overwrite)
+    refuse_unwritable(target)
     _refuse_if_too_small(target, needed)
     with locked(target):
         refuse_occupied(target, overwrite)

@@ -158,7 +158,7 @@ def as_trained_problems(exporter: Exporter, merge_aware: bool) -> list[Problem]:
     if not merge_aware:
         return []
     problem = rounding_as_trained(getattr(exporter, "rounding", "auto"))
-    return [problem] if problem else []
+    return [*filter(None, [problem]), *exporter.refusals_of_rounded()]
 
 
 def _same_folder(found: Sequence[PlannedExport]) -> list[Problem]:

@@ -53,6 +53,11 @@ class Exporter(Options, ABC):
         starts: look at options and the files that they name, load and download nothing."""
         return ()
 
+    def refusals_of_rounded(self) -> Iterable[Problem]:
+        """Return what is wrong with this export of a model that was trained through the quantizer,
+        `train.merge_aware`; asked of such a model, where `refusals` is asked."""
+        return ()
+
     @property
     def planned(self) -> str:
         """What will be written, in a few words, e.g. "dense merged model"; empty: its name."""

@@ -16,6 +16,7 @@ from ...paths import is_local_path, local_file
 from ...planning.on_disk import config_of
 from ...protocols import Exporter, Figure
 from ...records import Adapter, Backend
+from ..adapter_files import refuse_several
 from .converter import ADAPTER, CONVERT, MODEL, convert, converter_problem, find_converter
 from .families import adapter_problems, unknown_in
 from .vocabulary import kind_of
@@ -66,6 +67,14 @@ class Gguf(Exporter):
         size = figures["size"]
         found = merge_words(figures) or "not compared with the adapter"
         return f"{self.dtype}, {size}, {found}"
+
+    def needed(self, tuned: Tuned) -> int | None:
+        from ...quantizing.state import state_of
+        from ..merging import merged_bytes
+
+        bits = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5}[self.dtype]  # q8_0: 32 have a scale
+        dense = merged_bytes(tuned.model, "dense")
+        return int(dense * bits / (8 * state_of(tuned.model).dtype.itemsize))
 
     def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
         from .model import config_of as config_of_model
@@ -144,9 +153,7 @@ class GgufAdapter(Exporter):
     def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
         from .adapter import write_adapter
 
-        if len(active := tuned.manifest["active"]) > 1:
-            what = f"{len(active)} adapters are active, and one file holds one"
-            raise ModelError(what, fix="set one of them active, or merge them: the export gguf")
+        refuse_several(tuned.manifest["active"], "one file holds")
         path, script = folder / "adapter.gguf", find_converter(ADAPTER, self.converter)
         config = config_of(tuned.manifest["base"])
         if config is None:
