@@ -131,6 +131,16 @@ class PluginError(QuantadaptError):
 class DataError(QuantadaptError):
     """The data cannot be read or used; `where` holds the file and, if known, the line."""
 
+    @classmethod
+    def of(cls, problems: Sequence[Problem]) -> DataError:
+        """Return one that tells of several problems, at least one."""
+        error = cls(problems[0].what, fix=problems[0].fix, where=problems[0].where)
+        if len(problems) > 1:
+            lines = [f"the data cannot be used, {len(problems)} problems:"]
+            error.args = ("\n".join([*lines, *(f"  - {problem}" for problem in problems)]),)
+            error.problems = tuple(problems)
+        return error
+
 
 class DataWarning(UserWarning):
     """Many examples of a file are cut or dropped; the sentence counts them, with the reasons."""

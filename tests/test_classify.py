@@ -106,7 +106,7 @@ def test_the_first_token_of_a_word_has_its_label(tmp_path) -> None:
         ({"text": "a"}, "2: the column 'label' is missing"),
         ({"text": "a", "label": None}, "2: 'label' is null, expected a label"),
         ({"text": "a", "label": " "}, "2: 'label' is an empty text, expected a label"),
-        ({"text": "a", "label": 0.5}, "2: 'label' is a number, expected a label"),
+        ({"text": "a", "label": 0.5}, "2: 'label' is 0.5, no whole number, expected a label"),
         ({"text": "a", "label": ["x"]}, "2: 'label' is a list, expected a label"),
         ({"text": 1, "label": "x"}, "2: 'text' is a number, expected text"),
     ],
@@ -121,11 +121,39 @@ def test_a_row_without_a_label_is_refused_with_its_line(tmp_path, row, says) -> 
 @pytest.mark.parametrize(
     ("row", "says"),
     [((["a", "b"], ["x"]), "2 words and 1 labels"), (("a", ["x"]), "'tokens' cannot be read"),
-     (([], []), "expected a list of words"), ((["a"], [None]), "is null, expected a label")],
+     ((["a"], None), "expected a list of words"), ((["a"], [None]), "is null, expected a label")],
 )  # fmt: skip
 def test_words_without_a_label_each_are_refused(tmp_path, row, says) -> None:
     with pytest.raises(DataError, match=says):
         read(words(tmp_path, [*WORDS, row]), "token")
+
+
+def test_rows_without_words_are_dropped_and_counted(tmp_path) -> None:
+    with pytest.warns(qa.DataWarning, match=r"2 dropped \(2 with an empty text\)"):
+        found = read(words(tmp_path, [*WORDS, ([], [])]), "token")
+    assert len(found.train) == len(WORDS)
+
+
+def test_labels_are_compared_without_space_around_them(tmp_path) -> None:
+    rows = [("a", " --1"), ("b", "--1 "), ("c", "--2")]
+    assert read(texts(tmp_path, rows)).labels == ("--1", "--2")
+
+
+def test_all_rows_that_cannot_be_used_are_told_at_once(tmp_path) -> None:
+    """One by one they would take a run each."""
+    rows = [{"text": "a", "label": label} for label in ("x", None, "y", "", None)]
+    rows += [{"text": 1, "label": "x"}, *({"text": "a", "label": None} for _ in range(9))]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError) as found:
+        read(file)
+    null, empty, number = found.value.problems
+    assert null.where == f"{file}:2"
+    assert "'label' is null" in null.what
+    assert null.what.endswith("; likewise at 5, 7, 8, 9, 10 and 5 more")
+    assert (empty.where, number.where) == (f"{file}:4", f"{file}:6")
+    assert str(found.value).startswith("the data cannot be used, 3 problems:\n  - ")
+    assert all(str(problem) in str(found.value) for problem in found.value.problems)
 
 
 def test_what_cannot_be_told_apart_is_refused(tmp_path) -> None:
@@ -139,7 +167,7 @@ def test_labels_that_training_does_not_have_are_told(tmp_path) -> None:
         data = read(train, eval_path=str(held_out))
     assert data.eval["label"] == ["colour"]
     none = texts(tmp_path, [("x", "odd")], "none.jsonl")
-    with pytest.raises(DataError, match=r"none\.jsonl: no example is left: 1 dropped .*'odd'"):
+    with pytest.raises(DataError, match=r"none\.jsonl: no example is left of .*'odd'"):
         read(train, eval_path=str(none))
 
 

@@ -164,6 +164,7 @@ def test_a_warning_names_the_command_that_shows_such_data(
             for row in FILES[kind]]  # fmt: skip
     kept = [*FILES[kind] * 4, *rows] if kind != "passages" else [
         {**FILES[kind][0], "query": f"q{n}", "label": n % 2} for n in range(4)] + rows  # fmt: skip
+    kept = [{**row, "score": n / 9} if "score" in row else row for n, row in enumerate(kept)]
     file = tmp_path / "data.jsonl"
     file.write_text("\n".join(map(json.dumps, kept)))
     spec = qa.Spec(objective=objective, data={"path": str(file), "eval_path": str(file),

@@ -463,8 +463,13 @@ BAD = {
     "nan": ("    return [float('nan')] * len(completions)", "returned 'nan', which is no finite"),
     "none": ("    return None", "returned None, no list"),
     "short": ("    return [1.0]", "returned 1 rewards for 8 completions"),
-    "text": ("    return ['good'] * len(completions)", "returned 'good', which is no finite"),
+    "text": (
+        "    return ['good'] * len(completions)",
+        "returned the text 'good', which is",
+    ),
     "a number": ("    return 1.0", "returned float, no list"),
+    "too large": ("    return [1e39] * len(completions)", "no finite number of 32 bits"),
+    "a number in text": ("    return ['1'] * len(completions)", "returned the text '1', which is"),
 }
 
 

@@ -231,6 +231,13 @@ def test_chats_and_other_columns_are_read(tmp_path) -> None:
     assert len(read(written(tmp_path, rows), with_template).train) == 2
 
 
+@pytest.mark.parametrize("yes", [True, 1, 1.0, "1.0", "True "])
+def test_labels_may_be_written_as_tables_write_them(yes, tmp_path) -> None:
+    answer = {"prompt": "a", "completion": "b"}
+    rows = [{**answer, "label": yes}, {**answer, "label": type(yes)(0) if yes == 1 else "0.0"}]
+    assert read(written(tmp_path, rows)).train["desirable"] == [1, 0]
+
+
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
@@ -238,11 +245,12 @@ def test_chats_and_other_columns_are_read(tmp_path) -> None:
         ([{"prompt": "a", "completion": "b", "label": "good"}], "'label' is 'good', neither true"),
         ([{"prompt": "a", "completion": "b", "label": 2}], "'label' is 2, neither true nor false"),
         ([{"prompt": "a", "completion": "b", "label": None}], "'label' is null"),
+        ([{"prompt": "a", "completion": "b", "label": 0.5}], "'label' is 0.5, neither true"),
         ([{**r, "label": True} for r in ROWS], "all answers to learn from are desirable"),
         ([{"prompt": "a", "label": True}], "no known columns"),
         ([{**r, "completion": ""} for r in ROWS], "no answer is left"),
     ],
-    ids=["no label", "a word", "a number", "null", "one kind", "no answer", "empty"],
+    ids=["no label", "a word", "a number", "null", "a half", "one kind", "no answer", "empty"],
 )
 def test_what_cannot_be_used_is_refused_with_its_place(rows, expected, tmp_path) -> None:
     with pytest.raises(DataError, match=expected):

@@ -230,7 +230,8 @@ BAD = {
     "too many": (shows("red.png", "blue.png"), "it has 2 pictures, and places for 1"),
     "a number": (shows(7), "a picture is a number"),
     "no base64": (shows("data:image/png;base64,?"), "in a data: URL cannot be read"),
-    "no picture": (shows("rows.jsonl"), "cannot be read as a picture"),
+    "no picture": (shows("rows.jsonl"), "cannot be read as a picture: it is none of PNG, JPEG"),
+    "empty": (shows("empty.png"), "cannot be read as a picture: it is empty"),
     "cut short": (shows("cut.png"), "cannot be read as a picture"),
     "a folder": (shows("."), 'there is no picture "."'),
     "sound": (shows(parts=({"type": "audio", "path": "a.wav"}, ASKED)), "part of type 'audio'"),
@@ -242,12 +243,26 @@ def test_bad_pictures_are_told_with_their_row(case, small_picture_models, tmp_pa
     row, text = BAD[case]
     tokenizer = load_tokenizer(str(small_picture_models["qwen"]))
     (tmp_path / "cut.png").write_bytes(png(size=(64, 64))[:60])
+    (tmp_path / "empty.png").write_bytes(b"")
     good = {"messages": chat(HERE, ASKED), "images": ["red.png"]}
     source = write(tmp_path, good, row)
     with pytest.raises(DataError) as caught:
         load_everything(source, tokenizer)
     assert text in str(caught.value)
     assert f"{source}:2" in str(caught.value)
+
+
+def test_all_bad_pictures_are_told_at_once(small_picture_models, tmp_path) -> None:
+    tokenizer = load_tokenizer(str(small_picture_models["qwen"]))
+    (tmp_path / "empty.png").write_bytes(b"")
+    good = {"messages": chat(HERE, ASKED), "images": ["red.png"]}
+    empty, junk = shows("empty.png"), shows("rows.jsonl")
+    source = write(tmp_path, good, empty, junk, good, empty)
+    with pytest.raises(DataError) as caught:
+        load_everything(source, tokenizer)
+    one, other = caught.value.problems
+    assert (one.where, other.where) == (f"{source}:2", f"{source}:3")
+    assert one.what.endswith("it is empty; likewise at 5")
 
 
 def test_a_link_out_of_the_folder_is_refused(small_picture_models, tmp_path) -> None:

@@ -39,7 +39,7 @@ def written(folder: Path, rows: list[Any], name: str = "pairs.jsonl") -> Path:
 
 
 def read(file: Path, *, known: Any = None, **data: Any) -> Any:
-    spec = qa.Spec(data={"path": str(file), "eval_path": str(file), **data}).data
+    spec = qa.Spec(data={"path": str(file), "eval_path": str(file)} | data).data
     return load_preferences(spec, known or without_template(), seed=0)
 
 
@@ -203,6 +203,52 @@ def test_a_chat_whose_answer_is_no_turn_of_the_assistant_is_dropped(tmp_path) ->
     rows = [ROW, {"prompt": [USER], "chosen": [USER], "rejected": [BAD]}]
     with pytest.warns(qa.DataWarning, match="with no turn of the assistant"):
         assert len(read(written(tmp_path, rows), known=tokenizer()).train) == 1
+
+
+def asked(text: str, *more: Any) -> list[Any]:
+    return [{"role": "user", "content": text}, *more]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": asked("a", GOOD), "rejected": asked("b", BAD)},
+        {"chosen": asked("a", GOOD, *asked("c", GOOD)), "rejected": asked("b", BAD)},
+        {"prompt": asked("a", GOOD), "chosen": asked("c", GOOD), "rejected": asked("d", BAD)},
+    ],
+    ids=["first turn", "later turns", "after the prompt"],
+)
+def test_answers_to_different_prompts_are_no_pair(row, tmp_path) -> None:
+    with pytest.warns(qa.DataWarning, match="2 with answers to different prompts"):
+        assert len(read(written(tmp_path, [ROW, row]), known=tokenizer()).train) == 1
+
+
+def test_chats_may_go_on_differently_after_the_first_answer(tmp_path) -> None:
+    row = {"chosen": asked("a", GOOD, *asked("c", GOOD)), "rejected": asked("a", BAD)}
+    assert len(read(written(tmp_path, [row]), known=tokenizer()).train) == 1
+
+
+def test_a_prompt_beside_whole_chats_stands_there_once(tmp_path) -> None:
+    whole = {"chosen": asked("a", GOOD), "rejected": asked("a", BAD)}
+    rows = [{"prompt": asked("a"), **whole}, whole]
+    one, other = read(written(tmp_path, rows), known=tokenizer()).train
+    assert one == other
+
+
+def test_texts_with_no_prompt_or_with_two_are_told(tmp_path) -> None:
+    repeats = {"prompt": "Say.", "chosen": "Say. Yes.", "rejected": "Say. No."}
+    found = read(written(tmp_path, [{"chosen": "Yes.", "rejected": "No."}, repeats, ROW]))
+    assert found.report.files[0].remarks == {
+        "pairs have no prompt, as their answers begin differently": 2,  # learnt, and held out
+        "pairs repeat the prompt in both answers, so that it stands there twice": 2,
+    }
+
+
+def test_a_held_out_part_of_which_nothing_is_left_is_told_as_that(tmp_path) -> None:
+    equal = written(tmp_path, [{**ROW, "rejected": ROW["chosen"]}], "held_out.jsonl")
+    says = "(?s)no pair is left of what is held out, and 2 to learn from: .*data.eval_path"
+    with pytest.raises(DataError, match=says):
+        read(written(tmp_path, [ROW, ROW]), eval_path=str(equal))
 
 
 def test_missing_columns_are_refused_by_the_plan(tmp_path, capsys) -> None:

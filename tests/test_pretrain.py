@@ -259,7 +259,7 @@ def test_a_source_that_is_empty_is_told(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(DataError, match="only one document"):
         load_stream(data_of(path=str(tmp_path / "one.jsonl")), tokenizer, seed=0)
     (tmp_path / "none.txt").write_text("")
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="there is no document"):
         load_stream(data_of(path=str(tmp_path / "none.txt")), tokenizer, seed=0)
     (tmp_path / "odd.jsonl").write_text('{"content": "one"}\n{"content": "two"}\n')
     with pytest.raises(DataError, match=r"data\.columns"):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import quantadapt as qa
 from quantadapt.cli.app import build_app
-from quantadapt.errors import ModelError, OutputError, TrainingError
+from quantadapt.errors import DataError, ModelError, OutputError, TrainingError
 from quantadapt.spec import TrainSpec
 from quantadapt.testing.small_demo import small_model
 from quantadapt.training import train
@@ -52,6 +52,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         ({}, 1, FULL),
         ({"gradient_accumulation_steps": 2, "logging_steps": 2}, 2, FULL),
         ({}, 1, ModelError("the disk fails", fix="look at it")),
+        ({}, 1, DataError("a picture is gone", fix="put it back")),
     ],
 )
 def test_what_was_learnt_is_saved_and_goes_on_to_the_same_numbers(
@@ -60,7 +61,7 @@ def test_what_was_learnt_is_saved_and_goes_on_to_the_same_numbers(
     whole, notes = adapted(lora_dropout=0.1), Notes()
     expected = trained(whole, tokenizer, data, tmp_path / "whole", **options)
     broken = adapted(lora_dropout=0.1)
-    told = TrainingError if error is FULL else ModelError
+    told = TrainingError if error is FULL else type(error)
     with fails_from(3, error, at), pytest.raises(told):
         trained(broken, tokenizer, data, tmp_path / "broken", notes, **options)
     assert notes[-1] == "checkpoint-2 is saved, go on with --resume"

@@ -294,6 +294,12 @@ def test_all_of_a_query_are_on_one_side(tmp_path: Path, tokenizer: Any) -> None:
             "texts and",
         ),
         ([{"anchor": " ", "positive": " "}] * 2, "no example is left"),
+        (
+            [{"anchor": "a", "positive": "b", "negative": "b"}] * 2,
+            r"4 dropped \(4 with a negative that is the positive\)",
+        ),
+        ([{"anchor": a, "positive": "b"} for a in "cd"], "all positives are equal"),
+        ([{"sentence1": a, "sentence2": "b", "score": 0.5} for a in "cd"], "all scores are equal"),
     ],
 )
 def test_bad_rows_are_refused(rows: Any, what: str, tmp_path: Path, tokenizer: Any) -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import DataError
 from ..spec import DataSpec
 from .files import Row, kind_of
 from .formats import Example, examples, listed
 from .looking import Shown, first_shown
+from .mistakes import all_told
 from .preferences import (
     CHOSEN,
     holds_pairs,
@@ -36,7 +38,7 @@ ids, and 1 where they are of the answer."""
 DESIRABLE = "desirable"
 """The column that says whether the answer is desirable, 0 or 1."""
 _LABEL = "label"
-_WORDS = {"true": True, "false": False, "1": True, "0": False}
+_WORDS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Judged:
 
     answer: Example
     desirable: bool
+    unfit: ClassVar[str] = ""
+    remark: ClassVar[str] = ""
 
     @property
     def answers(self) -> tuple[Example, ...]:
@@ -94,7 +98,7 @@ def look_at_answers(
         rows: Iterable[Row], spec: DataSpec, report: DataReport, held_out: bool
     ) -> Iterator[list[Shown]]:
         found = islice(judged(rows, spec, report), spec.max_examples)
-        for one, (text,) in tokenized_answers(found, tokenizer, report, held_out=held_out):
+        for one, (text,) in tokenized_answers(found, report, tokenizer, held_out=held_out):
             title = "desirable" if one.desirable else "undesirable"
             against = not one.desirable
             yield [Shown.up_to(spec.max_length, one.where, *text, title=title, against=against)]
@@ -109,11 +113,11 @@ def holds_desirable(rows: Sequence[Row], columns: Collection[str]) -> bool:
 
 
 def held_out_desirable(
-    rows: Iterable[Row], spec: DataSpec, tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[Row], spec: DataSpec, tokenizer: PreTrainedTokenizerBase
 ) -> HeldOut:
     """Return all answers in rows, to measure on. Raises DataError."""
     report = DataReport(spec.max_length)
-    found = [*judged(rows, spec, report)]
+    found = [*all_told(rows, lambda some, counts: judged(some, spec, counts), report)]
     made = _tokenized(found, tokenizer, report, held_out=True)
     warn_of(report, "kto")
     return HeldOut(made, prompts_of([one.answer for one in found], tokenizer))
@@ -155,7 +159,7 @@ def _label(row: Row, name: str) -> bool:
         fix += " columns chosen and rejected; name your columns in data.columns"
         raise DataError(what, fix=fix, where=row.where)
     value = row.values[name]
-    known = isinstance(value, bool | int | str)
+    known = isinstance(value, bool | int | float | str) and value == value
     if known and (found := _WORDS.get(str(value).strip().lower())) is not None:
         return found
     what = f"{name!r} is {repr(value)[:40] if known else kind_of(value)}, neither true nor false"
@@ -184,10 +188,12 @@ def _tokenized(
     """Return a data set of the answers that are used. Raises DataError where none is left."""
     import datasets
 
-    used = [*tokenized_answers(found, tokenizer, report, held_out=held_out)]
+    read = partial(tokenized_answers, tokenizer=tokenizer, held_out=held_out)
+    used = [*all_told(found, read, report)]
     if not used:
         fix = "raise data.max_length, shorten the prompts, or fill the empty completions"
-        raise none_left("answer", fix, report, found[0].where if found else "")
+        where = found[0].where if found else ""
+        raise none_left("answer", fix, report, where, held_out=held_out)
     parts = [_parted(*tokens) for _, (tokens,) in used]
     columns: dict[str, list[Any]] = {name: [] for name in (*ANSWER, *MISMATCHED)}
     others = _others(parts, [one.desirable for one, _ in used])

@@ -182,7 +182,9 @@ def from_json(value: Any, name: str, where: str) -> Any:
         json.dumps(made, default=str)
         return made
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} cannot be read as JSON: {error}", where=where) from None
+        fix = "write a list or an object, or the JSON of one"
+        what = f"{name} cannot be read as JSON: {error}"
+        raise DataError(what, fix=fix, where=where) from None
 
 
 # What a format makes of the rows of a file ------------------------------------------------------

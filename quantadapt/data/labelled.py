@@ -17,6 +17,7 @@ from ..spec import DataSpec
 from .files import Row, kind_of
 from .formats import checked_text, from_json, listed, named, text_in
 from .looking import Shown, first_shown
+from .mistakes import all_told
 from .report import DataReport
 from .sets import Data, HeldOut, none_left, read_both, warn_of
 
@@ -118,14 +119,18 @@ def holds_labels(rows: Sequence[Row]) -> Kind | None:
 
 
 def held_out_labelled(
-    rows: Iterable[Row], spec: DataSpec, tokenizer: PreTrainedTokenizerBase, kind: Kind
+    rows: Sequence[Row], spec: DataSpec, tokenizer: PreTrainedTokenizerBase, kind: Kind
 ) -> HeldOut:
     """Return all examples in rows, to measure on. Raises DataError."""
     report = DataReport(spec.max_length)
-    found = [*labelled(rows, spec, report, kind=kind)]
-    made = _dataset(found, tokenizer, report, kind=kind, held_out=True)
+
+    def made(some: Iterable[Row], counts: DataReport) -> Iterator[Labelled]:
+        return labelled(some, spec, counts, kind=kind)
+
+    found = [*all_told(rows, made, report)]
+    examples = _dataset(found, tokenizer, report, kind=kind, held_out=True)
     warn_of(report, _LOOKED_AT[kind])
-    return HeldOut(made)
+    return HeldOut(examples)
 
 
 # From rows to examples ----------------------------------------------------------------------------
@@ -173,7 +178,7 @@ def _of_text(row: Row, text: str, label: str) -> Labelled:
 def _of_words(row: Row, words: str, labels: str) -> Labelled:
     found = [from_json(row.values.get(name), repr(name), row.where) for name in (words, labels)]
     for name, value in zip((words, labels), found, strict=True):
-        if not isinstance(value, list) or not value:
+        if not isinstance(value, list):
             what = f"{name!r} is {kind_of(value)}, expected a list of words or labels"
             raise DataError(what, fix="write one for each word", where=row.where)
     if len(found[0]) != len(found[1]):
@@ -189,17 +194,20 @@ def _label(value: Any, name: str, where: str) -> str:
     """Return a label as text. Raises DataError where it is none."""
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, str) and value.strip():
-        return checked_text(value, name, where)
+        return checked_text(value, name, where).strip()
     if whole and not isinstance(value, str):
         return str(value) if isinstance(value, bool) else str(int(value))
     what = f"{name} is {'an empty text' if isinstance(value, str) else kind_of(value)}"
-    raise DataError(f"{what}, expected a label", fix="write a name or a number", where=where)
+    if isinstance(value, float) and value == value:
+        what = f"{name} is {value:g}, no whole number"
+    fix = "write a name or a whole number, or leave the example out"
+    raise DataError(f"{what}, expected a label", fix=fix, where=where)
 
 
 def _in_order(labels: Iterable[str]) -> list[str]:
     """Return labels by the alphabet, numbers by size."""
     found = sorted(labels)
-    numbers = all(label.lstrip("-").isdecimal() for label in found)
+    numbers = all(label.removeprefix("-").isdecimal() for label in found)
     return sorted(found, key=int) if numbers else found
 
 
@@ -235,7 +243,7 @@ def _dataset(
         labels.append(tags if kind == "token" else tags[0])
     if not ids:
         fix = "fill the texts, or use held-out data with the labels of the training data"
-        raise none_left("example", fix, report)
+        raise none_left("example", fix, report, held_out=held_out)
     name = LABELS if kind == "token" else LABEL
     masks = [[1] * len(row) for row in ids]
     return datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks, name: labels})
@@ -253,6 +261,9 @@ def _tokenized(
     the text, and how many tokens were cut; count them."""
     for one in found:
         counts, words = report.of(one.file), kind == "token"
+        if not one.text:
+            counts.dropped["with an empty text"] += 1
+            continue
         whole = tokenizer(one.text, is_split_into_words=words, verbose=False)
         given = tokenizer(
             one.text,
@@ -263,7 +274,7 @@ def _tokenized(
         )
         ids = list(given["input_ids"])
         tags = _first_tokens(given.word_ids(), one.labels) if words else one.labels
-        if not one.text or not any(tags) or not ids:
+        if not any(tags) or not ids:
             counts.dropped["with an empty text"] += 1
             continue
         learnt = [int(tag != NONE) for tag in tags] if words else [0] * len(ids)

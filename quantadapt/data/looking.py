@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..spec import DataSpec
 from .files import Row
+from .mistakes import all_told
 from .report import DataReport
 from .sources import read
 
@@ -77,6 +78,10 @@ def first_shown(spec: DataSpec, limit: int, show: Show) -> tuple[list[Shown], Da
     """
     report, kept = DataReport(spec.max_length), list[list[Shown]]()
     for rows, held_out in zip(read(spec), (False, True), strict=True):
-        for texts in show(rows, spec, report, held_out):
+
+        def made(some: Iterable[Row], counts: DataReport, held: bool = held_out) -> Any:
+            return show(some, spec, counts, held)
+
+        for texts in all_told(rows, made, report):
             kept += [texts] if len(kept) < limit else []
     return [text for texts in kept for text in texts], report

@@ -53,12 +53,13 @@ class Picture:
     def opened(self) -> Any:
         """Return it decoded, a PIL image in RGB that stands upright. Raises DataError."""
         try:
-            from PIL import Image, ImageOps
+            from PIL import Image, ImageOps, UnidentifiedImageError
         except ImportError:
             what, fix = "pictures are read with Pillow", "pip install 'quantadapt[vision]'"
             raise DataError(what, fix=fix, where=self.where) from None
         try:
-            with Image.open(io.BytesIO(self._bytes()), formats=KINDS) as file:
+            data = self._bytes()
+            with Image.open(io.BytesIO(data), formats=KINDS) as file:
                 width, height = file.size
                 if width * height > MOST_PIXELS:
                     what = f"{self.name} has {width:,} x {height:,} pixels, which is too large"
@@ -68,8 +69,13 @@ class Picture:
         except DataError:
             raise
         except Exception as error:  # what is in the file decides what Pillow raises
-            what = f"{self.name} cannot be read as a picture: {reason(error)}"
+            why = reason(error)
+            if isinstance(error, UnidentifiedImageError):  # Pillow's words name an object of ours
+                why = f"it is none of {', '.join(KINDS)}" if data else "it is empty"
+            what = f"{self.name} cannot be read as a picture: {why}"
             fix = f"save it as {', '.join(KINDS[:3])}, or leave the row out"
+            if isinstance(error, FileNotFoundError):  # it was there when the data were read
+                fix = "put it back"
             raise DataError(what, fix=fix, where=self.where) from None
         if self.most and image.width * image.height > self.most:
             scale = (self.most / (image.width * image.height)) ** 0.5

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, groupby, islice, takewhile
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -17,6 +18,7 @@ from ..spec import DataSpec
 from .files import Row, kind_of
 from .formats import Example, chat, checked_text, listed, named, pair
 from .looking import Shown, first_shown
+from .mistakes import all_told
 from .report import DataReport
 from .segments import segments
 from .sets import Data, HeldOut, none_left, prompts_of, read_both, warn_of
@@ -36,10 +38,17 @@ _BATCH = 1000
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, each with that prompt."""
+    """Two answers to one prompt, each with that prompt.
+
+    Attributes:
+        unfit: why nothing can be learnt of it; empty where something may be.
+        remark: what else is to be known about it.
+    """
 
     chosen: Example
     rejected: Example
+    unfit: str = ""
+    remark: str = ""
 
     @property
     def answers(self) -> tuple[Example, ...]:
@@ -87,7 +96,7 @@ def look_at_pairs(
     ) -> Iterator[list[Shown]]:
         found = islice(pairs(rows, spec, report), spec.max_examples)
         for one, (chosen, rejected) in tokenized_answers(
-            found, tokenizer, report, held_out=held_out
+            found, report, tokenizer, held_out=held_out
         ):
             length, where = spec.max_length, one.where
             yield [
@@ -113,11 +122,11 @@ def holds_pairs(rows: Sequence[Row], columns: Collection[str]) -> bool:
 
 
 def held_out_pairs(
-    rows: Iterable[Row], spec: DataSpec, tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[Row], spec: DataSpec, tokenizer: PreTrainedTokenizerBase
 ) -> HeldOut:
     """Return all pairs in rows, to measure on. Raises DataError."""
     report = DataReport(spec.max_length)
-    found = [*pairs(rows, spec, report)]
+    found = [*all_told(rows, lambda some, counts: pairs(some, spec, counts), report)]
     made = tokenized_pairs(found, tokenizer, report, held_out=True)
     warn_of(report, "dpo")
     return HeldOut(made, prompts_of([pair.chosen for pair in found], tokenizer))
@@ -159,17 +168,26 @@ def _pair(row: Row) -> Pair:
     if kinds == {str}:
         if isinstance(prompt, list):
             turns = [[{"role": "assistant", "content": answer}] for answer in answers]
-            return Pair(*(chat(row, prompt, answer) for answer in turns))
+            return Pair(chat(row, prompt, turns[0]), chat(row, prompt, turns[1]))
+        remark = ""
         if prompt is None:
             prompt, answers = _common_text(*answers)
+            remark = "" if prompt else "pairs have no prompt, as their answers begin differently"
+        elif prompt and all(str(answer).startswith(str(prompt)) for answer in answers):
+            remark = "pairs repeat the prompt in both answers, so that it stands there twice"
         text = checked_text(prompt, "'prompt'", row.where)
-        return Pair(*(pair(row, text, answer) for answer in answers))
+        chosen, rejected = (pair(row, text, answer) for answer in answers)
+        return Pair(chosen, rejected, remark=remark)
     if isinstance(prompt, str) and any(_opens(answer, "assistant") for answer in answers):
         prompt = [{"role": "user", "content": prompt}]
-    elif not isinstance(prompt, list):  # a text beside whole chats is what they begin with
+    elif not isinstance(prompt, list) or all(a[: len(prompt)] == prompt for a in answers):
+        # What stands beside whole chats is what they begin with.
         shared = _common(*answers)
         prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
-    return Pair(*(chat(row, prompt, answer) for answer in answers))
+    differ = [answer[_common(*answers) :] for answer in answers]
+    unfit = all(differ) and not all(_opens(answer, "assistant") for answer in differ)
+    chosen, rejected = (chat(row, prompt, answer) for answer in answers)
+    return Pair(chosen, rejected, "with answers to different prompts" if unfit else "")
 
 
 def _answer(row: Row, column: str) -> Any:
@@ -220,12 +238,15 @@ def tokenized_pairs(
     import datasets
 
     columns: dict[str, list[list[int]]] = {name: [] for name in (*CHOSEN, *REJECTED)}
-    for _, both in tokenized_answers(found, tokenizer, report, held_out=held_out):
+    read = partial(tokenized_answers, tokenizer=tokenizer, held_out=held_out)
+    for _, both in all_told(found, read, report):
         for name, values in zip(columns, chain(*both), strict=True):
             columns[name].append(values[: report.max_length])
     if not columns[CHOSEN[0]]:
-        fix = "raise data.max_length, shorten the prompts, or give answers that differ"
-        raise none_left("pair", fix, report, found[0].where if found else "")
+        fix = "give two answers of the assistant to one prompt that differ within data.max_length"
+        fix += " tokens: shorten the prompts, raise it, or mend the rows"
+        where = found[0].where if found else ""
+        raise none_left("pair", fix, report, where, held_out=held_out)
     return datasets.Dataset.from_dict(columns)
 
 
@@ -247,6 +268,16 @@ class HasAnswers(Protocol):
         """The file, or the hub id and split."""
         ...
 
+    @property
+    def unfit(self) -> str:
+        """Why nothing can be learnt of it; empty where something may be."""
+        ...
+
+    @property
+    def remark(self) -> str:
+        """What else is to be known about it."""
+        ...
+
 
 Tokens = tuple[list[int], list[int]]
 """Token ids of a prompt and its answer, and 1 where they are of the answer."""
@@ -254,7 +285,7 @@ _Row = TypeVar("_Row", bound=HasAnswers)
 
 
 def tokenized_answers(
-    found: Iterable[_Row], tokenizer: PreTrainedTokenizerBase, report: DataReport, *, held_out: bool
+    found: Iterable[_Row], report: DataReport, tokenizer: PreTrainedTokenizerBase, *, held_out: bool
 ) -> Iterator[tuple[_Row, list[Tokens]]]:
     """Yield each row that is used with all tokens of its answers, and count what is kept, cut and
     dropped."""
@@ -264,8 +295,9 @@ def tokenized_answers(
         for one in batch:
             counts = report.of(one.file)
             read = [segments(example, tokenizer) for example in one.answers]
-            counts.remarks.update(dict.fromkeys(chain(*(f.remarks for f in read)), 1))
-            why = next((f.dropped for f in read if f.dropped), "")
+            remarks = [*chain(*(f.remarks for f in read)), *([one.remark] if one.remark else [])]
+            counts.remarks.update(dict.fromkeys(remarks, 1))
+            why = next((f.dropped for f in read if f.dropped), "") or one.unfit
             if not why and any(len(f.texts) != 1 for f in read):
                 why = "of several turns, which the chat template writes in another way later on"
             counts.dropped.update([why] if why else ())

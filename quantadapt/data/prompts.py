@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,7 @@ from .chats import open_chat
 from .files import Row, kind_of
 from .formats import Example, chat, checked_text, examples, named, pair
 from .looking import Shown, first_shown
+from .mistakes import all_told
 from .report import DataReport
 from .segments import segments
 from .sets import Data, none_left, read_both, warn_of
@@ -102,7 +104,7 @@ def look_at_prompts(
         rows: Iterable[Row], spec: DataSpec, report: DataReport, held_out: bool
     ) -> Iterator[list[Shown]]:
         found = islice(questions(rows, spec, report), spec.max_examples)
-        for one, asked in _asked(found, tokenizer, report, held_out=held_out):
+        for one, asked in _asked(found, report, tokenizer, held_out=held_out):
             told = json.dumps(dict(one.columns), default=str, ensure_ascii=False)
             told = told if len(told) <= _TOLD else f"{told[:_TOLD]}…"
             note = f"reward functions get {told}" if one.columns else ""
@@ -203,7 +205,8 @@ def _tokenized(
     }
     prompts = []
     limit = report.max_length
-    for one, asked in _asked(found, tokenizer, report, held_out=held_out):
+    read = partial(_asked, tokenizer=tokenizer, held_out=held_out)
+    for one, asked in all_told(found, read, report):
         row = json.dumps({"prompt": one.prompt, "columns": dict(one.columns)}, default=str)
         values = (asked.ids, row, asked.whole[:limit], asked.mask[:limit])
         for name, value in zip(columns, values, strict=True):
@@ -211,7 +214,8 @@ def _tokenized(
         prompts.append(asked.written)
     if not columns[ROW]:
         fix = "raise data.max_length, or shorten the prompts"
-        raise none_left("prompt", fix, report, found[0].where if found else "data")
+        where = found[0].where if found else "data"
+        raise none_left("prompt", fix, report, where, held_out=held_out)
     return datasets.Dataset.from_dict(columns), prompts
 
 
@@ -226,8 +230,8 @@ class _Tokens(NamedTuple):
 
 def _asked(
     found: Iterable[_Question],
-    tokenizer: PreTrainedTokenizerBase,
     report: DataReport,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     held_out: bool,
 ) -> Iterator[tuple[_Question, _Tokens]]:

@@ -9,6 +9,7 @@ the same way. What was cut, dropped or not used is counted on the way (`report`)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from .files import Row
 from .formats import Example, examples
 from .labelled import held_out_labelled, holds_labels
 from .looking import Shown, first_shown
+from .mistakes import all_told
 from .pixels import columns_of, tokenized
 from .preferences import held_out_pairs, holds_pairs
 from .report import DataReport
@@ -164,7 +166,7 @@ def look(
         rows: Iterable[Row], spec: DataSpec, report: DataReport, held_out: bool
     ) -> Iterator[list[Shown]]:
         found = islice(examples(rows, spec, report), spec.max_examples)
-        for example, ids, mask, _ in _tokenized(found, tokenizer, report, held_out=held_out):
+        for example, ids, mask, _ in _tokenized(found, report, tokenizer, held_out=held_out):
             yield [Shown.up_to(spec.max_length, example.where, ids, mask)]
 
     return first_shown(spec, limit, show)
@@ -189,7 +191,7 @@ def survey(
         return None
     report = DataReport(spec.max_length)
     for rows in read(spec):
-        for _ in make(rows, spec, report):
+        for _ in all_told(rows, lambda some, counts: make(some, spec, counts), report):
             pass
     return report
 
@@ -203,14 +205,14 @@ def _like(like: DataSpec | None, rows: Sequence[Row], max_length: int) -> DataSp
 
 
 def _read(
-    rows: Iterable[Row],
+    rows: Sequence[Row],
     spec: DataSpec,
     tokenizer: PreTrainedTokenizerBase,
     *,
     held_out: bool = False,
 ) -> tuple[list[Example], Dataset]:
     report = DataReport(spec.max_length)
-    found = [*examples(rows, spec, report)]
+    found = [*all_told(rows, lambda some, counts: examples(some, spec, counts), report)]
     made = _dataset(found, tokenizer, report, held_out=held_out)
     warn_of(report)
     return found, made
@@ -218,8 +220,8 @@ def _read(
 
 def _tokenized(
     found: Iterable[Example],
-    tokenizer: PreTrainedTokenizerBase,
     report: DataReport,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     held_out: bool,
 ) -> Iterator[tuple[Example, list[int], list[int], dict[str, Any]]]:
@@ -267,14 +269,16 @@ def _dataset(
     import numpy
 
     all_ids, masks, more, pictures = [], [], [], []
-    for example, ids, mask, seen in _tokenized(found, tokenizer, report, held_out=held_out):
+    read = partial(_tokenized, tokenizer=tokenizer, held_out=held_out)
+    for example, ids, mask, seen in all_told(found, read, report):
         all_ids.append(numpy.asarray(ids[: report.max_length], dtype=numpy.int32))
         masks.append(numpy.asarray(mask[: report.max_length], dtype=numpy.int8))
         more.append(columns(example))
         pictures.append(seen)
     if not all_ids:
         fix = "raise data.max_length, shorten the prompts, or fill the empty completions"
-        raise none_left("example", fix, report, found[0].where if found else "")
+        where = found[0].where if found else ""
+        raise none_left("example", fix, report, where, held_out=held_out)
     extra = {name: [values[name] for values in more] for name in more[0]}
     for name in dict.fromkeys(name for values in pictures for name in values):
         extra[name] = [values.get(name) for values in pictures]

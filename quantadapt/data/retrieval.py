@@ -80,6 +80,11 @@ def load_embedding(
         _grouped(part, tokenizer, report, pooling, held_out=held)
         for part, held in ((train, False), (held_out, True))
     ]
+    what = "scores" if train[0].score is not None else "positives"
+    alike = {one.score if what == "scores" else one.texts[1] for one in train}
+    if len(alike) == 1 and len(train[0].texts) == 2:
+        fix = "add examples that differ: there is nothing to tell apart"
+        raise DataError(f"all {what} are equal", fix=fix, where=spec.path or "data")
     warn_of(report, "embed")
     return Data(sets[0], sets[1], [], report.files[0].format, report)
 
@@ -282,7 +287,7 @@ def _grouped(
         row |= {} if one.score is None else {SCORE: one.score}
         for name, value in row.items():
             columns.setdefault(name, []).append(value)
-    return _set(columns, report)
+    return _set(columns, report, held_out=held_out)
 
 
 def column_of(place: int) -> str:
@@ -304,7 +309,7 @@ def _paired(
         row |= {SCORE: one.score, GROUP: queries.setdefault(one.texts[0], len(queries))}
         for name, value in row.items():
             columns.setdefault(name, []).append(value)
-    return _set(columns, report)
+    return _set(columns, report, held_out=held_out)
 
 
 _Given = tuple[dict[str, list[int]], int]
@@ -349,15 +354,19 @@ def _kept(
     if not all(made[FIRST] for made, _ in given) or not all(text.strip() for text in one.texts):
         counts.dropped["with an empty text"] += 1
         return False
+    if one.score is None and one.texts[1] in one.texts[2:]:
+        counts.dropped["with a negative that is the positive"] += 1
+        return False
     masks = ([0] * len(made[FIRST]) for made, _ in given)
     counts.keep(*masks, max_length=max(len(made[FIRST]) for made, _ in given), held_out=held_out)
     counts.cut += any(cut > 0 for _, cut in given)
     return True
 
 
-def _set(columns: dict[str, list[Any]], report: DataReport) -> Dataset:
+def _set(columns: dict[str, list[Any]], report: DataReport, *, held_out: bool) -> Dataset:
     import datasets
 
     if columns:
         return datasets.Dataset.from_dict(columns)
-    raise none_left("example", "fill the texts", report)
+    fix = "fill the texts, and let negatives differ from what they stand against"
+    raise none_left("example", fix, report, held_out=held_out)

@@ -13,6 +13,7 @@ from ..errors import DataError, DataWarning, warn
 from ..spec import DataSpec
 from .files import Row
 from .formats import Example
+from .mistakes import all_told
 from .pieces import Pieces
 from .report import DataReport, source_of
 from .segments import segments
@@ -104,16 +105,25 @@ def read_both(
         of: says what an example belongs to, of which all goes to one side; by default its row.
     """
     train_rows, held_out_rows = read(spec)
-    train = [*islice(make(train_rows, spec, report), spec.max_examples)]
-    held_out = [*make(held_out_rows, spec, report)]
+
+    def made(rows: Iterable[Row], counts: DataReport) -> Iterable[Found]:
+        return make(rows, spec, counts)
+
+    train = [*islice(all_told(train_rows, made, report), spec.max_examples)]
+    held_out = [*all_told(held_out_rows, made, report)]
     return (train, held_out) if held_out else _split(train, spec, seed, of)
 
 
-def none_left(kind: str, fix: str, report: DataReport, where: str = "") -> DataError:
+def none_left(
+    kind: str, fix: str, report: DataReport, where: str = "", *, held_out: bool = False
+) -> DataError:
     """Return an error that says why all examples of a kind were dropped; by default where: in the
     first file of which none is used."""
     reasons = "; ".join(text for f in report.files for text in f.losses(report.max_length))
     what = f"no {kind} is left: {reasons or 'there is none'}"
+    if held_out and (used := sum(file.examples for file in report.files)):
+        what = f"no {kind} is left of what is held out, and {used:,} to learn from: {reasons}"
+        fix += "; or raise data.eval_fraction, or name other held-out data in data.eval_path"
     unused = (file.file for file in report.files if not file.examples)
     return DataError(what, fix=fix, where=where or next(unused, report.files[0].file))
 

@@ -222,15 +222,17 @@ def _held_out(
     if own:
         return [*islice(chain.from_iterable(make() for make in own), count)], sources[0].name
     each = -(-count // len(sources))
-    found = list[Example]()
+    found, seen = list[Example](), 0
     for source in sources:
         first = [*islice(source.documents(), most * each)]
+        seen += len(first)
         source.skipped = min(each, max(1, len(first) // most), max(len(first) - 1, 0))
         found += first[: source.skipped]
     for file in report.files:  # they are read again
         file.rows = 0
     if not found:
-        what = "there is only one document, so none can be held out for evaluation"
+        only = "only one document" if seen else "no document"
+        what = f"there is {only}, so none can be held out for evaluation"
         fix = "add documents, or name held-out data with data.eval_path"
         raise DataError(what, fix=fix, where=_name(spec))
     return found[:count] if len(sources) == 1 else found, sources[0].name

@@ -21,8 +21,12 @@ class TooSlow(Exception):
         super().__init__(text)
 
 
+class TooLate(BaseException):
+    """The time by the clock is over. No `except Exception` of what runs keeps it."""
+
+
 def in_main_thread() -> bool:
-    """Say whether signals arrive in this thread; on no other can `at_most` end a search of `re`."""
+    """Say whether signals arrive in this thread; on no other can a search of `re` be ended."""
     return threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGVTALRM")
 
 
@@ -48,6 +52,44 @@ def _by_signal(seconds: float) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise TooLate inside once that many seconds are over by the clock; in the main thread alone.
+
+    A timer of the process ends what keeps Python's lock (`re`), another thread what waits. Both
+    come again, every second, to what catches them.
+    """
+    done, end, caller = threading.Event(), time.monotonic() + seconds, threading.get_ident()
+
+    def over(number: int, frame: FrameType | None) -> None:
+        if done.is_set():
+            return
+        left = end - time.monotonic()  # threads together use up a processor's time sooner
+        signal.setitimer(signal.ITIMER_VIRTUAL, left if left > 0 else 1)
+        if left <= 0:
+            raise TooLate
+
+    def watch() -> None:
+        left = seconds
+        while not done.wait(left):
+            left = 1
+            signal.pthread_kill(caller, signal.SIGVTALRM)
+
+    before: Any = signal.signal(signal.SIGVTALRM, over)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+        if time.monotonic() > end:  # it took no notice
+            raise TooLate
+    finally:
+        done.set()
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        watcher.join()
         signal.signal(signal.SIGVTALRM, before)
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,6 +49,8 @@ def problems(names: Sequence[str], where: str) -> list[Problem]:
             what = _wrong_with(located(file), function)
         elif not all(part.isidentifier() for part in (*file.split("."), function)):
             what = f"{name!r} is no reward function"
+        elif find_spec(module := file.partition(".")[0]) is None:
+            what = f"there is no module {module!r}"
         found += [Problem(what, _FORMS, where)] if what else []
     return found
 
@@ -60,12 +62,15 @@ def _wrong_with(path: Path, function: str) -> str:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError) as error:
         return f"{path} cannot be read as Python: {reason(error)}"
-    there = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    for node in tree.body:  # also what is assigned or imported
-        there |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-        there |= {a.asname or a.name for n in ast.walk(node) if isinstance(n, ast.ImportFrom)
-                  for a in n.names}  # fmt: skip
-    if any(isinstance(n, ast.AsyncFunctionDef) and n.name == function for n in tree.body):
+    there = set[str]()
+    for node in ast.walk(tree):  # also what is defined below an if or a try, assigned or imported
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            there.add(node.name)
+        elif isinstance(node, ast.Name):
+            there.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            there |= {one.asname or one.name for one in node.names}
+    if any(isinstance(n, ast.AsyncFunctionDef) and n.name == function for n in ast.walk(tree)):
         return f"{function} in {path} is asynchronous"
     return "" if function in there else f"there is no function {function!r} in {path}"
 
@@ -80,9 +85,11 @@ def functions_of(names: Sequence[str]) -> dict[str, Function]:
     for name in names:
         try:
             function = _imported(name)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit in its file, too
             what = f"the reward function cannot be imported: {type(error).__name__}: {error}"
-            raise RewardError(what, fix="mend it", where=name) from error
+            raise RewardError(" ".join(what.split()), fix="mend it", where=name) from error
         if not callable(function):
             raise RewardError("it is no function", fix=_FORMS, where=name)
         label = name.rpartition(":")[2]

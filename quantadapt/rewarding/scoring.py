@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RewardError
+from ..inputs.patience import TooLate, in_main_thread, within
 from .functions import Function
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_LARGEST = 3e38
+"""A step computes in float32."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,43 @@ class Scorer:
 
 
 def _called(name: str, function: Function, given: Mapping[str, Any], seconds: float) -> Any:
-    """Return what a function returns. Raises RewardError.
+    """Return what a function returns. Raises RewardError."""
+    values = {key: [*value] for key, value in given.items()}  # which it may change
+    try:
+        if in_main_thread():
+            return _called_here(function, values, seconds)
+        return _called_beside(name, function, values, seconds)
+    except TooLate:
+        what = f"the reward function has not returned after {seconds:g} s"
+        fix = "make it quicker, or raise reward_timeout"
+        raise RewardError(what, fix=fix, where=name) from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit, too, ends no run
+        fix = "mend it; it is called with prompts=, completions=, completion_ids= and the columns"
+        fix += " of the data, so let it take **columns"
+        what = " ".join(f"the reward function failed with {type(error).__name__}: {error}".split())
+        raise RewardError(what, fix=fix, where=name) from error
+
+
+def _called_here(function: Function, given: Mapping[str, Any], seconds: float) -> Any:
+    """Return what a function returns. Raises TooLate.
+
+    In the main thread it may use signals, as math-verify does, and a search of `re` is ended.
+    """
+    import torch
+
+    process = os.getpid()
+    try:
+        with within(seconds), torch.enable_grad():  # what it sets of gradients is its own
+            return function(**given)
+    finally:
+        if os.getpid() != process:  # it forked, and this is not the run
+            os._exit(0)
+
+
+def _called_beside(name: str, function: Function, given: Mapping[str, Any], seconds: float) -> Any:
+    """Return what a function returns. Raises TooLate.
 
     It runs in a thread of its own: one that hangs cannot be ended, but left behind.
     """
@@ -81,14 +122,9 @@ def _called(name: str, function: Function, given: Mapping[str, Any], seconds: fl
     thread.start()
     thread.join(seconds)
     if failed:
-        error = failed[0]
-        fix = "mend it; it is called with prompts=, completions=, completion_ids= and the columns"
-        fix += " of the data, so let it take **columns"
-        what = " ".join(f"the reward function failed with {type(error).__name__}: {error}".split())
-        raise RewardError(what, fix=fix, where=name) from error
+        raise failed[0]
     if not result:
-        what = f"the reward function has not returned after {seconds:g} s"
-        raise RewardError(what, fix="make it quicker, or raise reward_timeout", where=name)
+        raise TooLate
     return result[0]
 
 
@@ -114,7 +150,9 @@ def _number(name: str, value: Any, fix: str) -> float:
         number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
-        what = f"the reward function returned {str(value)[:40]!r}, which is no finite number"
+    if not abs(number) <= _LARGEST:
+        kind = "the text " if isinstance(value, str) else ""
+        what = f"the reward function returned {kind}{str(value)[:40]!r}, which is no finite number"
+        what += " of 32 bits" if math.isfinite(number) else ""
         raise RewardError(what, fix=fix, where=name)
     return number

@@ -1,5 +1,5 @@
 """Saves the steps that are done where the next one fails for good: somebody else has filled the
-GPU, or a disk that the base is streamed from cannot be read."""
+GPU, a disk that the base is streamed from cannot be read, or a picture of the data is gone."""
 
 from __future__ import annotations
 

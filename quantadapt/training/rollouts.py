@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,11 +89,15 @@ class RolloutLoop(TrainingLoop):
         if all(bool((batch[TOLD + ZERO_STD] == 1).all()) for batch in batches):
             self._has_warned = True
             reward = float(batches[0][TOLD + "reward"].nanmean())
+            found = f"all answers to each prompt got the same reward ({reward:.3g} on the mean)"
+            fix = "Start from a model that gets some right, let the functions tell better from"
+            fix += " worse, or raise num_generations or temperature"
+            if math.isnan(reward):
+                found = "no reward function applies to any answer, as all gave None"
+                fix = "Let one return numbers"
             self.memory_fit.on_note(
-                f"step {self.state.global_step + 1}: all answers to each prompt got the same reward"
-                f" ({reward:.3g} on the mean), so nothing is learnt from them. Start from a model"
-                " that gets some right, let the functions tell better from worse, or raise"
-                f" num_generations or temperature; {ZERO_STD} in metrics.jsonl counts such prompts"
+                f"step {self.state.global_step + 1}: {found}, so nothing is learnt from them."
+                f" {fix}; {ZERO_STD} in metrics.jsonl counts such prompts"
             )
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from ..data.vocabulary import check_tokens
 from ..dependencies import tracker_problems
 from ..distributed.talking import average_gradients, reduced, share, start
 from ..distributed.world import world
-from ..errors import ModelError, PlanRefused, Problem, TrainingError, did_you_mean
+from ..errors import DataError, ModelError, PlanRefused, Problem, TrainingError, did_you_mean
 from ..folders.checkpoints import STATE, Checkpoint, finished, too_few_steps
 from ..memory.cards import OOM_FIX
 from ..memory.setting import Setting
@@ -373,10 +373,10 @@ def _run(
             path = str(checkpoint.path) if checkpoint else None
             trainer.train(resume_from_checkpoint=path)
         trainer.calls.end()
-    except (ModelError, torch.OutOfMemoryError) as error:
+    except (ModelError, DataError, torch.OutOfMemoryError) as error:
         if keeps:
             save_what_is_done(trainer, tell)
-        if isinstance(error, ModelError):  # of a base that is streamed
+        if not isinstance(error, torch.OutOfMemoryError):  # a streamed base, a picture that is gone
             raise
         words = trainer.memory_fit.describe(trainer.memory_fit.setting)
         what = f"the GPU has run out of memory, with {words}"
