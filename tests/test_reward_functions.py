@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from quantadapt.errors import RewardError
+from quantadapt.inputs.patience import TooLate, within
 from quantadapt.rewarding.functions import functions_of, problems
 from quantadapt.rewarding.scoring import Scorer
 
@@ -76,6 +79,26 @@ def test_one_that_hangs_is_ended(kind, tmp_path) -> None:
     assert signal.getsignal(signal.SIGVTALRM) is before
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
     assert not [thread for thread in threading.enumerate() if "watch" in thread.name]
+
+
+def test_timer_and_thread_together_end_it_once() -> None:
+    """What comes while all is put back would leave the handler and the thread behind."""
+    ended: list[int] = []
+
+    def call() -> None:
+        try:
+            time.sleep(60)
+        except TooLate:
+            for count in range(100):
+                signal.raise_signal(signal.SIGVTALRM)
+                ended.append(count)
+            raise
+
+    before = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(TooLate):
+        within(0.2, call)
+    assert len(ended) == 100
+    assert signal.getsignal(signal.SIGVTALRM) is before
 
 
 def test_in_another_thread_one_that_waits_is_left_behind(tmp_path) -> None:
@@ -150,3 +173,11 @@ def test_functions_below_an_if_or_a_try_are_found(tmp_path) -> None:
 def test_a_module_that_is_not_there_is_refused_by_the_plan() -> None:
     (problem,) = problems(["not_there_at_all:reward", "json:loads"], "objective.rewards")
     assert problem.what == "there is no module 'not_there_at_all'"
+
+
+def test_a_function_of_the_script_itself_is_there(monkeypatch) -> None:
+    """`__main__` has no spec, nor has a module that is made by hand."""
+    monkeypatch.setitem(sys.modules, "made_by_hand", module := ModuleType("made_by_hand"))
+    module.reward = scored  # type: ignore[attr-defined]
+    assert problems(["made_by_hand:reward"], "objective.rewards") == []
+    assert functions_of(["made_by_hand:reward"]) == {"reward": scored}

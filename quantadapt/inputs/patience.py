@@ -6,12 +6,13 @@ import ctypes
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 SECONDS = 5.0
+Returned = TypeVar("Returned")
 
 
 class TooSlow(Exception):
@@ -55,21 +56,27 @@ def _by_signal(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Raise TooLate inside once that many seconds are over by the clock; in the main thread alone.
+def within(seconds: float, call: Callable[[], Returned]) -> Returned:
+    """Return what `call` does, in the main thread alone.
 
     A timer of the process ends what keeps Python's lock (`re`), another thread what waits. Both
-    come again, every second, to what catches them.
-    """
-    done, end, caller = threading.Event(), time.monotonic() + seconds, threading.get_ident()
+    come again, every second, to what catches them. No context manager: leaving one is more code
+    that a signal could end before all is put back.
 
-    def over(number: int, frame: FrameType | None) -> None:
-        if done.is_set():
+    Raises:
+        TooLate: the seconds are over by the clock.
+    """
+    done, start, caller = threading.Event(), time.monotonic(), threading.get_ident()
+    end, next_raise, over = start + seconds, start + seconds, False
+
+    def arrived(number: int, frame: FrameType | None) -> None:
+        nonlocal next_raise
+        if over:
             return
-        left = end - time.monotonic()  # threads together use up a processor's time sooner
+        left = next_raise - time.monotonic()  # threads together use up a processor's time sooner
         signal.setitimer(signal.ITIMER_VIRTUAL, left if left > 0 else 1)
         if left <= 0:
+            next_raise = time.monotonic() + 0.9  # timer and thread come at the same time
             raise TooLate
 
     def watch() -> None:
@@ -78,18 +85,21 @@ def within(seconds: float) -> Iterator[None]:
             left = 1
             signal.pthread_kill(caller, signal.SIGVTALRM)
 
-    before: Any = signal.signal(signal.SIGVTALRM, over)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    before: Any = signal.signal(signal.SIGVTALRM, arrived)
     watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
     try:
-        yield
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        watcher.start()
+        found = call()
         if time.monotonic() > end:  # it took no notice
             raise TooLate
+        return found
     finally:
+        over = True  # first of all: from here on nothing is raised
         done.set()
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        watcher.join()
+        if watcher.ident is not None:
+            watcher.join()
         signal.signal(signal.SIGVTALRM, before)
 
 

@@ -49,10 +49,15 @@ def problems(names: Sequence[str], where: str) -> list[Problem]:
             what = _wrong_with(located(file), function)
         elif not all(part.isidentifier() for part in (*file.split("."), function)):
             what = f"{name!r} is no reward function"
-        elif find_spec(module := file.partition(".")[0]) is None:
+        elif not _is_there(module := file.partition(".")[0]):
             what = f"there is no module {module!r}"
         found += [Problem(what, _FORMS, where)] if what else []
     return found
+
+
+def _is_there(module: str) -> bool:
+    # A script, `__main__`, and what is made by hand are there without a spec.
+    return module in sys.modules or find_spec(module) is not None
 
 
 def _wrong_with(path: Path, function: str) -> str:

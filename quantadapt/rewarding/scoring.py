@@ -95,10 +95,13 @@ def _called_here(function: Function, given: Mapping[str, Any], seconds: float) -
     """
     import torch
 
+    def call() -> Any:
+        with torch.enable_grad():  # what it sets of gradients is its own
+            return function(**given)
+
     process = os.getpid()
     try:
-        with within(seconds), torch.enable_grad():  # what it sets of gradients is its own
-            return function(**given)
+        return within(seconds, call)
     finally:
         if os.getpid() != process:  # it forked, and this is not the run
             os._exit(0)
