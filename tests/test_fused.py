@@ -515,6 +515,26 @@ def test_a_recomputation_keeps_a_weight_that_is_smaller_than_its_input(times, ke
     assert made[0].base_layer._kept is None
 
 
+@pytest.mark.parametrize(("times", "kept"), [(2.5, True), (1.5, False)])
+def test_under_autocast_the_input_is_as_large_as_it_is_computed_with(times, kept) -> None:
+    """Not as it comes: in float32 it takes twice as much as the weight in bfloat16 could."""
+    facade = adapted(True, torch.bfloat16, master=torch.float32).train()[0].base_layer
+    tokens = int(times * facade.out_features / 2)
+    x, onto = torch.randn(tokens, 12), torch.zeros(tokens, facade.out_features).bfloat16()
+    with torch.no_grad(), recomputing():
+        facade.add_product(x, onto)
+    assert (facade._kept is not None) == kept
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_tokens_at_all(fused) -> None:
+    """As an expert may get that no token is routed to."""
+    found = results(adapted(fused).train(), X[:, :0])
+    assert found["x"].shape == (3, 0, 12)
+    assert found["y"].shape == (3, 0, 8)
+    assert not any(value.any() for value in found.values())
+
+
 def test_a_kept_weight_is_dropped_when_the_base_changes() -> None:
     made = adapted(True)
     facade = made[0].base_layer

@@ -55,7 +55,8 @@ class Frozen(torch.autograd.Function):
         dx = dbias = None
         if ctx.needs_input_grad[0]:
             flat = dy.reshape(-1, dy.shape[-1]).to(ctx.facade.compute_dtype)
-            dx = ctx.facade.gradient(flat).view(*dy.shape[:-1], -1).to(ctx.dtype)
+            dx = ctx.facade.gradient(flat)
+            dx = dx.view(*dy.shape[:-1], dx.shape[-1]).to(ctx.dtype)
         if ctx.bias_dtype is not None:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
         return dx, None, dbias

@@ -107,7 +107,7 @@ class QuantLinear(QuantWeight, nn.Linear):
         """Return `onto` [tokens, out_features] with x Wᵀ added in place, without the bias; as in
         `vendor_forward`, gradients are to be off, and autocast, too."""
         rows = x.reshape(-1, self.in_features).to(onto.dtype)
-        return onto.addmm_(rows, self.weight_for_forward(x).to(onto.dtype).T)
+        return onto.addmm_(rows, self.weight_for_forward(rows).to(onto.dtype).T)
 
     def _of_one_token(self, x: Tensor) -> Tensor | None:
         """Return the output for `x` by a kernel that reads codes in bytes; None where `x` is more
