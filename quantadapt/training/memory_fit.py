@@ -301,9 +301,8 @@ class _Prober:
         passes before; else none, they come as backward goes."""
         fit = self.memory_fit
         several = fit.spec.gradient_accumulation_steps > 1 or setting.micro_batch < fit.batch
-        there = several or world().size > 1  # DDP has a place for them
         for weight in fit.weights:
-            weight.grad = torch.zeros_like(weight) if there else None
+            weight.grad = torch.zeros_like(weight) if several else None
 
     def _batch(self, size: int) -> dict[str, Any]:
         rows = [self.trainer.train_dataset[i] for i in self.longest[:size]]
