@@ -42,6 +42,7 @@ from transformers import (
 )
 
 import quantadapt as qa
+from quantadapt.adapting.merge_aware import make_merge_aware
 from quantadapt.errors import ModelError, PlanRefused, QuantadaptError
 from quantadapt.exporting.merging import merged_model
 from quantadapt.exporting.stage import write
@@ -818,6 +819,36 @@ def test_what_an_adapter_adds_is_kept_by_the_scheme_of_its_base(
         wanted += change.square().sum()
         found += (change * (facade.dequantize().double() - before[name])).sum()
     assert found / wanted == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A16", "FP8_DYNAMIC"])
+def test_in_16_bits_what_nobody_trained_keeps_its_values(scheme: str, tmp_path: Path) -> None:
+    """What merged weights lose in bfloat16 is no change that a noise could make steps of."""
+    tiny(bias=False).save_pretrained(tmp_path / "base")
+    model = qa.quantize(
+        str(tmp_path / "base"), METHOD, dtype="bfloat16", device="cpu", scheme=scheme
+    )
+    before = {name: facade.dequantize() for name, facade in linear_facades(model)}
+    tuned = moved(qa.attach(model, "lora", target_modules=["q_proj"]))
+    exported(tuned, tmp_path / "served", scheme=scheme, min_gain=0)
+    loaded = qa.quantize(str(tmp_path / "served"), METHOD, device="cpu", dtype="bfloat16")
+    for name, facade in linear_facades(loaded):
+        same = torch.equal(facade.dequantize(), before[name])
+        assert same == ("q_proj" not in name), name
+
+
+def test_in_16_bits_what_was_trained_rounded_stays_as_it_was(tmp_path: Path) -> None:
+    tiny(bias=False).save_pretrained(tmp_path / "base")
+    model = qa.quantize(
+        str(tmp_path / "base"), METHOD, dtype="bfloat16", device="cpu", scheme="W4A16"
+    )
+    tuned = moved(qa.attach(model, "lora"))
+    make_merge_aware(tuned)
+    dense = merged_model(tuned, "dense")
+    exported(tuned, tmp_path / "served", scheme="W4A16", min_gain=0)
+    loaded = qa.quantize(str(tmp_path / "served"), METHOD, device="cpu", dtype="bfloat16")
+    for name, facade in linear_facades(loaded):
+        assert torch.equal(facade.dequantize(), dense.get_submodule(name).weight), name
 
 
 def test_gptq_checkpoints_keep_their_values_too(tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ class CompressedExport(Exporter):
 
         merged, quantizer = tuned.merged("dense"), self._quantizer
         state, scheme = state_of(merged), sized(self.scheme, self.group_size)
-        lend_grids(scheme, tuned.model.get_base_model(), merged)
+        rounded = state_of(tuned.model).merge_aware
+        lend_grids(scheme, tuned.model.get_base_model(), merged, rounded=rounded)
         layers = list(linear_layers(merged, state.skip_modules))
         misfits = [n for n, one in layers if scheme.misfit(one.in_features, one.out_features)]
         if len(misfits) == len(layers):

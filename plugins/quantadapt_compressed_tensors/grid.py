@@ -60,7 +60,7 @@ def _levels(bits: int, device: torch.device) -> Tensor:
         return unpack_fp4(codes[None])[0, ::2].contiguous()
 
 
-def lend_grids(scheme: Scheme, base: nn.Module, dense: nn.Module) -> None:
+def lend_grids(scheme: Scheme, base: nn.Module, dense: nn.Module, *, rounded: bool = False) -> None:
     """Have the layers of a merged, dense model know the grids that those of its base have, where
     they are such as `scheme` has: layers without an adapter then keep their values. What an adapter
     adds to others is dithered: nearest to nearly all of it are the base's own values.
@@ -69,6 +69,7 @@ def lend_grids(scheme: Scheme, base: nn.Module, dense: nn.Module) -> None:
         scheme: how they will be rounded.
         base: with facades, and an adapter.
         dense: gets an attribute for each layer.
+        rounded: whether its weights are on the grids already, so that nothing is dithered.
     """
     from quantadapt.facade import linear_facades
 
@@ -82,9 +83,12 @@ def lend_grids(scheme: Scheme, base: nn.Module, dense: nn.Module) -> None:
         found = _like(scheme.weights, known, shape) if isinstance(known, UniformGrid) else None
         if found is not None:
             setattr(linear, GRID, found)
-        if found is not None or _has_levels(scheme.weights, known, shape):
+        if not rounded and (found is not None or _has_levels(scheme.weights, known, shape)):
             with torch.no_grad():
-                linear.weight.copy_(facade.dithered(linear.weight.detach().float()))
+                merged = linear.weight.detach().to(facade.device)
+                # Begun with as it was merged into: what 16 bits round away there is no change.
+                change = merged.float() - facade.dequantize().to(merged.dtype).float()
+                linear.weight.copy_(facade.moved(change))
 
 
 def _has_levels(args: Args, grid: Grid, shape: torch.Size) -> bool:
