@@ -11,6 +11,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
+from allocations import peak_of
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear
 from torch import nn
@@ -515,15 +516,35 @@ def test_a_recomputation_keeps_a_weight_that_is_smaller_than_its_input(times, ke
     assert made[0].base_layer._kept is None
 
 
-@pytest.mark.parametrize(("times", "kept"), [(2.5, True), (1.5, False)])
-def test_under_autocast_the_input_is_as_large_as_it_is_computed_with(times, kept) -> None:
-    """Not as it comes: in float32 it takes twice as much as the weight in bfloat16 could."""
-    facade = adapted(True, torch.bfloat16, master=torch.float32).train()[0].base_layer
-    tokens = int(times * facade.out_features / 2)
-    x, onto = torch.randn(tokens, 12), torch.zeros(tokens, facade.out_features).bfloat16()
-    with torch.no_grad(), recomputing():
-        facade.add_product(x, onto)
-    assert (facade._kept is not None) == kept
+class Spending(Plain):
+    """Making its weight takes 100 KiB beside, which are given back."""
+
+    def dequantize(self, module: nn.Module) -> torch.Tensor:
+        return module.weight.detach() + torch.zeros(100 * 2**8)[0]
+
+
+def test_what_making_a_weight_takes_is_gone_when_outputs_and_gradients_come() -> None:
+    layer = wrap(nn.Sequential(nn.Linear(32, 64)), Spending(), torch.float32)
+    config = LoraConfig(r=4, target_modules=["0"])
+    use_fused_layers(config)
+    made = inject_adapter_in_model(config, layer).train()
+    x, dy = torch.randn(1024, 32, requires_grad=True), torch.randn(1024, 64)
+    results(made, x[:64].detach())
+    outputs: list[torch.Tensor] = []
+    forward = peak_of(lambda: outputs.append(made(x)))
+    backward = peak_of(lambda: outputs.pop().backward(dy))
+    assert outputs == []
+    assert 256 * 2**10 < forward < (256 + 64) * 2**10  # y is 256 KiB
+    assert 128 * 2**10 < backward < (128 + 64) * 2**10  # dx is 128 KiB
+
+
+@pytest.mark.parametrize(("tokens", "kept"), [(25, True), (15, False)])
+def test_under_autocast_the_input_is_as_large_as_it_is_computed_with(tokens, kept) -> None:
+    """Not as it comes: in float32 it is twice as large."""
+    layer = adapted(True, torch.bfloat16, master=torch.float32).train()[0]
+    with torch.no_grad(), recomputing(), torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(tokens, 12))
+    assert (layer.base_layer._kept is not None) == kept
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -151,15 +152,19 @@ def _onto_adapters(
     dtype = torch.get_autocast_dtype(device_type) if on else x.dtype
     outputs = []
     with no_autocast(device_type):
-        h = flat(x if dropped is None else dropped, dtype) @ _stacked_a(terms, dtype).T
+        rows = flat(x, dtype)
+        h = (rows if dropped is None else flat(dropped, dtype)) @ _stacked_a(terms, dtype).T
         parts = h.split_with_sizes([term.a.shape[0] for term in terms], dim=1)
         for part, term in zip(parts, terms, strict=True):
-            bias, b = term.facade.bias, term.b_cast.to(dtype).T
-            part = _scaled(part, term.scaling)
-            y = part @ b if bias is None else torch.addmm(bias.to(dtype), part, b)
-            y = term.facade.add_product(x, y).view(*x.shape[:-1], y.shape[-1])
-            outputs.append(_own(y))
+            y = term.facade.add_product(rows, partial(_adapters_part, part, term))
+            outputs.append(_own(y.view(*x.shape[:-1], y.shape[-1])))
     return tuple(outputs)
+
+
+def _adapters_part(h: Tensor, term: LoraTerm) -> Tensor:
+    """Return the bias and what the adapter makes of h, which is scaled in place."""
+    bias, b, h = term.facade.bias, term.b_cast.to(h.dtype).T, _scaled(h, term.scaling)
+    return h @ b if bias is None else torch.addmm(bias.to(h.dtype), h, b)
 
 
 def _is_one_token(x: Tensor, terms: Sequence[LoraTerm]) -> bool:
@@ -227,9 +232,10 @@ def _input_gradient(
     """Return Σ dy W, the gradient through the bases, and with `through_a` the product of its two,
     the gradient through the adapters: [tokens, in_features]."""
     last = terms[0].facade.in_float8  # whose products are added to nothing
-    dx = None if through_a is None or last else torch.mm(*through_a)
+    begin = None if through_a is None or last else partial(torch.mm, *through_a)
+    dx = None
     for term, dy in zip(terms, dys, strict=True):
-        dx = term.facade.gradient(dy, dx, term.change())
+        dx = term.facade.gradient(dy, dx, term.change(), begin if dx is None else None)
     assert dx is not None
     return dx.addmm_(*through_a) if through_a is not None and last else dx
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -103,11 +103,16 @@ class QuantLinear(QuantWeight, nn.Linear):
         plain = self.training and self._merged is None and not self.rounds_activations
         return plain and one_dtype and not self.in_float8
 
-    def add_product(self, x: Tensor, onto: Tensor) -> Tensor:
-        """Return `onto` [tokens, out_features] with x Wᵀ added in place, without the bias; as in
-        `vendor_forward`, gradients are to be off, and autocast, too."""
-        rows = x.reshape(-1, self.in_features).to(onto.dtype)
-        return onto.addmm_(rows, self.weight_for_forward(rows).to(onto.dtype).T)
+    def add_product(self, rows: Tensor, begin: Callable[[], Tensor]) -> Tensor:
+        """Return what `begin` makes, [tokens, out_features], with rows Wᵀ added in place, without
+        the bias. As in `vendor_forward`, gradients are to be off, and autocast, too. The weight
+        comes first: what making it takes beside is gone by then.
+
+        Args:
+            rows: [tokens, in_features], in the dtype of what `begin` makes.
+        """
+        weight = self.weight_for_forward(rows).to(rows.dtype)
+        return begin().addmm_(rows, weight.T)
 
     def _of_one_token(self, x: Tensor) -> Tensor | None:
         """Return the output for `x` by a kernel that reads codes in bytes; None where `x` is more
@@ -122,7 +127,11 @@ class QuantLinear(QuantWeight, nn.Linear):
         return kernel.product(x, codes, self.bias) if kernel.takes(codes, x) else None
 
     def gradient(
-        self, dy: Tensor, added_to: Tensor | None = None, change: Tensor | None = None
+        self,
+        dy: Tensor,
+        added_to: Tensor | None = None,
+        change: Tensor | None = None,
+        begin: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """Return dy W [tokens, in_features], for the weight that forward had.
 
@@ -130,12 +139,15 @@ class QuantLinear(QuantWeight, nn.Linear):
             dy: [tokens, out_features].
             added_to: what it is added to, in place.
             change: as in `vendor_forward`.
+            begin: makes `added_to` where the weight is there, as in `add_product`; not for products
+                in 8-bit floats.
         """
         if self.in_float8 and change is None:
             # As in forward: on CUDA products give no float32, which norms may hand on.
             dx = float8.gradient(dy.to(self.compute_dtype), self.rows_for_backward()).to(dy.dtype)
             return dx if added_to is None else added_to.add_(dx)
         weight = self.weight_for_backward(change).to(dy.dtype)
+        added_to = added_to if begin is None else begin()
         return dy @ weight if added_to is None else added_to.addmm_(dy, weight)
 
     def times(self, x: Tensor, weight: Tensor) -> Tensor:
