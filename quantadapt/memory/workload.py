@@ -276,7 +276,9 @@ class Workload(Resident):
         kept = sum(numbers for _, numbers in kinds[count:]) + seeing
         # One that is fetched from CPU memory, and the next, which is under way.
         inputs = single * (min(count, 2) if setting.offload else count)
-        always = [layer._kept_always(tokens, setting.offload) for layer, _ in kinds]
+        offload = setting.offload
+        stays = [(layers, work._kept_always(tokens, offload)) for layers, work in self.kinds]
+        always = [numbers for layers, numbers in stays for _ in range(layers)]
         block, table = self._gathered_block, self._gathered_table
         ahead = block if self.prefetches else 0
 
