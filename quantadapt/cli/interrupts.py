@@ -53,12 +53,12 @@ class HeardInterrupts:
         return 0 if self.lost is None else 128 + signal.SIGINT
 
     def _ignored(self, unraisable: Any) -> None:
+        self._before(unraisable)  # first: what is raised again while it is at work is lost, too
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
             self.lost = unraisable.exc_value
             self._timer = threading.Timer(AGAIN_AFTER, self._raise_again)
             self._timer.daemon = True
             self._timer.start()
-        self._before(unraisable)
 
     def _raise_again(self) -> None:
         if callable(signal.getsignal(signal.SIGINT)):
