@@ -569,13 +569,21 @@ def test_files_of_weights_get_the_mode_of_other_files(umask: int, tmp_path: Path
                 save_file({"weight": torch.ones(2)}, place / "model.safetensors")
             (made / "script").touch(mode=0o700)
             (made / "plain").touch()
+            (made / "copied.json").touch()
+            (made / "copied.json").chmod(0o666)
             (made / "link").symlink_to("plain")
         seal_one(tmp_path)
     finally:
         os.umask(before)
     modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.rglob("*.*")}
     usual = 0o666 & ~umask
-    names = ("model.safetensors", "adapter.safetensors", LIST, "quantadapt-checkpoint.json")
+    names = (
+        "model.safetensors",
+        "adapter.safetensors",
+        LIST,
+        "quantadapt-checkpoint.json",
+        "copied.json",
+    )
     assert modes == dict.fromkeys(names, usual)
     assert stat.S_IMODE((tmp_path / "model/script").stat().st_mode) == 0o700 | usual
 

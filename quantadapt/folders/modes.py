@@ -11,9 +11,9 @@ from pathlib import Path
 
 
 def give_usual_modes(files: Iterable[Path], folder: Path) -> None:
-    """Let all read and write `files` who may do so with a file that is opened for writing in
-    `folder`, by the umask or the folder's access list. No rights are taken away; where a file
-    system has none to give, nothing is done.
+    """Give `files`, made or copied, the mode of one that is opened for writing in `folder`, by the
+    umask or the folder's access list; their owner may run what he could. Where a file system has
+    no modes to give, nothing is done.
 
     Raises:
         OSError: nothing can be written into `folder`.
@@ -23,9 +23,10 @@ def give_usual_modes(files: Iterable[Path], folder: Path) -> None:
         return
     usual = _usual_mode(folder)
     for file in own:
-        if (mode := stat.S_IMODE(file.stat().st_mode)) | usual != mode:
+        mode = stat.S_IMODE(file.stat().st_mode)
+        if (wanted := usual | mode & stat.S_IXUSR) != mode:
             with suppress(OSError):
-                file.chmod(mode | usual)
+                file.chmod(wanted)
 
 
 def _usual_mode(folder: Path) -> int:
