@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,10 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=0.05, help="nats a token, in the mean")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.5)
     given = parser.parse_args()
+    if find_spec("vllm") is None:
+        parser.error("vLLM is not installed for this Python: pip install vllm, where it will serve")
+    if not (given.folder / "expected.json").is_file():
+        parser.error(f"{given.folder} has no expected.json: name a folder that export vllm wrote")
     noted = json.loads((given.folder / "expected.json").read_text())
     os.environ.setdefault(
         "HF_HUB_OFFLINE", "1" if (given.folder / noted["model"]).is_dir() else "0"

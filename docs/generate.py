@@ -629,7 +629,11 @@ def errors_page() -> str:
             "`train.max_time` is over: a checkpoint is written, `--resume` goes on.",
         ),
         ("129, 143", "The same after SIGHUP or SIGTERM; a signal outside training just ends it."),
-        (str(INTERRUPTED), "Interrupted with Ctrl-C."),
+        (
+            str(INTERRUPTED),
+            "Interrupted with Ctrl-C. Where that came too late, the message says so: all was done, "
+            "and what was written is whole.",
+        ),
     ]
     classes = [
         value

@@ -128,18 +128,29 @@ class PluginError(QuantadaptError):
     """A plugin is broken, clashes with another, or declares something that cannot be."""
 
 
+_TOLD = 12
+"""So many mistakes in data are told; many files may be wrong in one way."""
+
+
 class DataError(QuantadaptError):
     """The data cannot be read or used; `where` holds the file and, if known, the line."""
 
     @classmethod
     def of(cls, problems: Sequence[Problem]) -> DataError:
-        """Return one that tells of several problems, at least one."""
+        """Return one that tells of several problems, at least one; its text of the first 12."""
         error = cls(problems[0].what, fix=problems[0].fix, where=problems[0].where)
         if len(problems) > 1:
             lines = [f"the data cannot be used, {len(problems)} problems:"]
-            error.args = ("\n".join([*lines, *(f"  - {problem}" for problem in problems)]),)
+            lines += [f"  - {problem}" for problem in problems[:_TOLD]]
+            left = len(problems) - _TOLD
+            lines += [f"  and {left} more"] if left > 0 else []
+            error.args = ("\n".join(lines),)
             error.problems = tuple(problems)
         return error
+
+
+class NoneLeft(DataError):
+    """All examples of the data are dropped; it says for which reasons."""
 
 
 class DataWarning(UserWarning):

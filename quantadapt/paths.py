@@ -70,6 +70,20 @@ def local_file(source: str, name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+def out_of_reach(source: str) -> tuple[str, str]:
+    """Return what is wrong, and what to do, where `source` names a model of the hub of which no
+    config is on this machine and none was to be had; empty texts where it does not."""
+    if Path(source).expanduser().exists() or local_file(source, "config.json"):
+        return "", ""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        what = "no such folder is here, nor in the hub's cache, and the hub is off (HF_HUB_OFFLINE)"
+        return what, "check the id, and leave HF_HUB_OFFLINE out once; or name a local folder"
+    what = "no such folder is here, nor in the hub's cache, and the hub does not give it"
+    return what, "check the id (owner/name), the network and your access; or name a local folder"
+
+
 def cache_folder() -> Path:
     """Return where things are kept that can be made again: $QUANTADAPT_CACHE, or quantadapt in the
     user's cache folder. It need not be there yet."""

@@ -149,6 +149,10 @@ def stock(folder: str | Path) -> nn.Module:
     kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     model, report = kind.from_pretrained(folder, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On CPUs that can, bitsandbytes evaluates in bfloat16, with scales in it, for good.
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -294,6 +294,68 @@ def test_bad_data_is_named_with_file_and_line(name, content, message, tmp_path, 
     assert str(tmp_path) in str(caught.value)
 
 
+def problems_of(path: str, tokenizer, **options) -> list[tuple[str, str]]:
+    with pytest.raises(DataError) as caught:
+        load(path, tokenizer, **options)
+    return [(problem.where, problem.what) for problem in caught.value.problems]
+
+
+def test_all_lines_that_cannot_be_read_are_told_at_once(tmp_path, tokenizer):
+    good, cut = b'{"text": "x"}', b'{"text": '
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([good, cut, b"[1]", b'{"text": "\xff"}', good, cut, *[cut] * 7]))
+    of_json, of_kind, of_text = problems_of(str(path), tokenizer)
+    assert of_json[0] == f"{path}:2"
+    assert of_json[1].endswith("(column 10); likewise at 6, 7, 8, 9, 10 and 3 more")
+    assert of_kind == (f"{path}:3", "expected an object with named columns, found a list")
+    assert of_text == (f"{path}:4", "not UTF-8 text: byte 0xff at column 11")
+    table = write(tmp_path / "a.csv", "text,b\nx,1\ny\nx,1\nz,1,2\n")
+    (row,) = problems_of(table, tokenizer)
+    assert row[0] == f"{table}:3"
+    assert row[1].endswith("; likewise at 5")
+    items = write(tmp_path / "a.json", '[{"text": "x"}, 1, {"text": "x"}, 2]')
+    assert [what for _, what in problems_of(items, tokenizer)] == [
+        "expected an object with named columns, found a number; likewise at item 4"
+    ]
+
+
+def test_where_no_example_is_left_that_is_told_once(tmp_path, tokenizer):
+    path = lines(tmp_path / "a.jsonl", [{"prompt": "a", "completion": ""}] * 3)
+    ((_, what),) = problems_of(path, tokenizer)
+    assert what == "no example is left: 2 dropped (2 with an empty answer)"
+
+
+def test_files_that_cannot_be_read_are_told_at_once(tmp_path, tokenizer):
+    for name in ("a", "b", "test"):
+        write(tmp_path / f"{name}.jsonl", '{"text": "x"}\n{"text": \n')
+    found = problems_of(str(tmp_path), tokenizer, eval_path="./nowhere.jsonl")
+    assert [where.removeprefix(f"{tmp_path}/") for where, _ in found] == [
+        "a.jsonl:2", "b.jsonl:2", "test.jsonl:2", "./nowhere.jsonl",
+    ]  # fmt: skip
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(14):
+        write(folder / f"{number:02d}.jsonl", "{\n")
+    with pytest.raises(DataError) as caught:
+        load(str(folder), tokenizer)
+    assert len(caught.value.problems) == 14
+    assert str(caught.value).count("not valid JSON") == 12
+    assert str(caught.value).endswith("\n  and 2 more")
+
+
+@pytest.mark.parametrize("kind", ["columns", "turns"])
+def test_what_is_wrong_with_held_out_rows_is_told_beside_the_others(kind, tmp_path, plain):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    good, bad = {"messages": turns}, {"messages": [{"role": "usr", "content": "a"}, turns[1]]}
+    if kind == "columns":
+        good, bad = {"text": "x"}, {"text": 3}
+    train = lines(tmp_path / "a.jsonl", [good, bad])
+    held_out = lines(tmp_path / "b.jsonl", [good, good, bad])
+    found = problems_of(train, plain, eval_path=held_out)
+    assert [where for where, _ in found] == [f"{train}:2", f"{held_out}:3"]
+    assert found[0][1] == found[1][1]
+
+
 def test_a_forced_format_wins_over_the_columns(tmp_path, tokenizer):
     record = {"text": "t", "prompt": "p", "completion": "c"}
     path = lines(tmp_path / "a.jsonl", [record, record])

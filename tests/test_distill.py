@@ -24,6 +24,7 @@ import quantadapt as qa
 from quantadapt import demo
 from quantadapt.data.batches import CausalCollator, PackedCollator
 from quantadapt.errors import ModelError, PlanRefused, TrainingError
+from quantadapt.loading.reading import read_config
 from quantadapt.memory import workload
 from quantadapt.model import divergence
 from quantadapt.model.divergence import Mix, Predicted, divergences
@@ -31,7 +32,7 @@ from quantadapt.model.head import Head
 from quantadapt.model.packed_attention import is_lent
 from quantadapt.objectives.distill import Distill
 from quantadapt.planning.stage import plan
-from quantadapt.spec import Spec, TrainSpec
+from quantadapt.spec import DataSpec, Spec, TrainSpec
 from quantadapt.testing.small_demo import small_model
 from quantadapt.training.packing import kept_apart
 
@@ -297,6 +298,18 @@ def test_a_teacher_has_to_keep_examples_of_a_row_apart(mixes, random_data, tmp_p
             qa.train(model, random_data, packing=True, **given)
     else:
         qa.train(model, random_data, packing=True, **given)
+
+
+def test_a_teacher_that_is_not_to_be_had_is_told(tokenizer: Any) -> None:
+    with pytest.raises(ModelError) as raised:
+        Distill(teacher="nobody/nothing").read(DataSpec(), tokenizer, seed=0)
+    (problem,) = raised.value.problems
+    assert problem.where == "objective.teacher"
+    assert problem.what.startswith("the teacher, nobody/nothing: no such folder is here")
+    assert "HF_HUB_OFFLINE" in problem.fix  # which the tests set
+    assert "name a local folder" in problem.fix
+    with pytest.raises(ModelError, match=r"no such folder is here.*\n.*leave HF_HUB_OFFLINE out"):
+        read_config("nobody/nothing")
 
 
 def refusals(**objective: Any) -> str:

@@ -637,7 +637,7 @@ def test_prompts_of_all_formats_and_their_columns(tmp_path) -> None:
 def test_the_shipped_reward_runs_code_of_a_model_apart() -> None:
     from quantadapt.rewarding.functions import functions_of
 
-    (passes,) = functions_of(["passes_tests.py:passes"]).values()
+    (passes,) = functions_of(["passes_tests.py:passes"], 60).values()
     right = 'def f(a, b):\n    """Return."""\n    return a - b'
     answers = {
         right: 1.0,

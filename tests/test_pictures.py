@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -263,6 +264,20 @@ def test_all_bad_pictures_are_told_at_once(small_picture_models, tmp_path) -> No
     one, other = caught.value.problems
     assert (one.where, other.where) == (f"{source}:2", f"{source}:3")
     assert one.what.endswith("it is empty; likewise at 5")
+
+
+def test_bad_pictures_that_are_held_out_are_told_beside_the_others(
+    small_picture_models, tmp_path
+) -> None:
+    tokenizer = load_tokenizer(str(small_picture_models["qwen"]))
+    (tmp_path / "empty.png").write_bytes(b"")
+    good = {"messages": chat(HERE, ASKED), "images": ["red.png"]}
+    train = write(tmp_path, good, shows("empty.png"))
+    held_out = shutil.copy(train, tmp_path / "held.jsonl")
+    with pytest.raises(DataError) as caught:
+        load_data(DataSpec(path=train, eval_path=str(held_out)), tokenizer, seed=0)
+    places = [problem.where for problem in caught.value.problems]
+    assert places == [f"{train}:2", f"{held_out}:2"]
 
 
 def test_a_link_out_of_the_folder_is_refused(small_picture_models, tmp_path) -> None:

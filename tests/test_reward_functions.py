@@ -25,7 +25,7 @@ HEAD = "import os, re, signal, sys, time\n\n\n"
 def imported(folder: Path, body: str) -> Callable[..., Any]:
     file = folder / "rewards.py"
     file.write_text(f"{HEAD}def reward(prompts, completions, **_):\n    {body}\n")
-    (function,) = functions_of([f"{file}:reward"]).values()
+    (function,) = functions_of([f"{file}:reward"], 60).values()
     return function
 
 
@@ -157,7 +157,27 @@ def test_a_file_that_cannot_be_imported_is_told(body, says, tmp_path) -> None:
     file.write_text(f"{HEAD}{body}\n\n\ndef reward(**_):\n    pass\n")
     assert not problems([f"{file}:reward"], "rewards")
     with pytest.raises(RewardError, match=f"cannot be imported: {says}"):
-        functions_of([f"{file}:reward"])
+        functions_of([f"{file}:reward"], 60)
+
+
+@pytest.mark.parametrize(
+    ("kind", "beside"),
+    [("waits", False), ("waits", True), ("computes", False), ("keeps Python's lock", False)],
+)
+def test_a_file_that_hangs_while_it_is_imported_is_told(kind, beside, tmp_path) -> None:
+    file, before = tmp_path / "rewards.py", signal.getsignal(signal.SIGVTALRM)
+    ends = HANGS[kind].replace("time.sleep(60)", "time.sleep(3)") if beside else HANGS[kind]
+    file.write_text(f"{HEAD}{ends}\n\n\ndef reward(**_):\n    pass\n")
+
+    def call() -> str:
+        with pytest.raises(RewardError, match=r"not been imported after 0.3 s") as found:
+            functions_of([f"{file}:reward"], 0.3)
+        return str(found.value)
+
+    started = time.monotonic()
+    assert "raise reward_timeout" in (in_a_thread(call) if beside else call())
+    assert time.monotonic() - started < 20  # a busy machine
+    assert signal.getsignal(signal.SIGVTALRM) is before
 
 
 def test_functions_below_an_if_or_a_try_are_found(tmp_path) -> None:
@@ -180,4 +200,4 @@ def test_a_function_of_the_script_itself_is_there(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "made_by_hand", module := ModuleType("made_by_hand"))
     module.reward = scored  # type: ignore[attr-defined]
     assert problems(["made_by_hand:reward"], "objective.rewards") == []
-    assert functions_of(["made_by_hand:reward"]) == {"reward": scored}
+    assert functions_of(["made_by_hand:reward"], 30.0) == {"reward": scored}

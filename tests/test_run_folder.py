@@ -17,6 +17,7 @@ import pytest
 from quantadapt.errors import OutputError
 from quantadapt.folders import atomic
 from quantadapt.folders.atomic import atomic_folder, refuse_overlap, write_atomic
+from quantadapt.folders.checkpoints import seal
 from quantadapt.folders.environment import environment
 from quantadapt.folders.run_folder import MARKER, RunFolder
 from quantadapt.folders.written import LIST
@@ -551,6 +552,50 @@ class TestAtomicFolder:
         with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "merged"):
             Path("/no/such/file").read_text()
         assert contents(tmp_path) == {}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077], ids=oct)
+def test_files_of_weights_get_the_mode_of_other_files(umask: int, tmp_path: Path) -> None:
+    """safetensors makes them for their owner alone."""
+    import torch
+    from safetensors.torch import save_file
+
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "model") as made:
+            (made / "part").mkdir()
+            for place in (made, made / "part"):
+                save_file({"weight": torch.ones(2)}, place / "model.safetensors")
+            (made / "script").touch(mode=0o700)
+            (made / "plain").touch()
+            (made / "copied.json").touch()
+            (made / "copied.json").chmod(0o666)
+            (made / "link").symlink_to("plain")
+        seal_one(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.rglob("*.*")}
+    usual = 0o666 & ~umask
+    names = (
+        "model.safetensors",
+        "adapter.safetensors",
+        LIST,
+        "quantadapt-checkpoint.json",
+        "copied.json",
+    )
+    assert modes == dict.fromkeys(names, usual)
+    assert stat.S_IMODE((tmp_path / "model/script").stat().st_mode) == 0o700 | usual
+
+
+def seal_one(folder: Path) -> None:
+    """Write a checkpoint of one file into `folder`."""
+    import torch
+    from safetensors.torch import save_file
+
+    (folder / "made").mkdir()
+    save_file({"weight": torch.ones(2)}, folder / "made" / "adapter.safetensors")
+    seal(folder / "made", folder / "checkpoint-1", {})
 
 
 def test_write_atomic_into_a_missing_folder_is_a_sentence(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -142,6 +144,17 @@ def test_the_merged_checkpoint_and_what_is_not_it(tmp_path, compared) -> None:
     figures, code = compared(folder)
     assert code == 1
     assert 0.05 < figures["mean_apart"] < 0.31
+
+
+def test_what_the_script_lacks_is_a_sentence(tmp_path) -> None:
+    (tmp_path / "vllm.py").touch()
+    for path, says in (("", "vLLM is not installed"), (tmp_path, "has no expected.json")):
+        given = [sys.executable, SCRIPT, tmp_path]
+        environment = {**os.environ, "PYTHONPATH": str(path)}
+        found = subprocess.run(given, capture_output=True, text=True, env=environment, check=False)
+        assert found.returncode == 2
+        assert says in found.stderr.splitlines()[-1]
+        assert "Traceback" not in found.stderr
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from quantadapt.calibration import LayerInputs, walk_blocks
 from quantadapt.calibration.experts import Opened, close_experts, open_experts, round_experts
 from quantadapt.errors import ModelError, OutputError
+from quantadapt.folders.modes import give_usual_modes
 from quantadapt.loading import from_pretrained, linear_layers, set_submodule, skipped_modules
 from quantadapt.paths import cache_folder
 from quantadapt_aqlm import additive
@@ -241,6 +242,7 @@ class WorkFolder:
         partial = self.path / f".{name}.{os.getpid()}"
         try:
             save_file(tensors, partial, metadata={"sha256": _digest(tensors.items())})
+            give_usual_modes([partial], self.path)
             os.replace(partial, self._file(name))
         except OSError as error:
             what = f"a finished layer cannot be kept: {error.strerror}"

@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, TextIO
 from ..errors import DataWarning
 from ..showing.quietly import logged
 from .commands import TRACEBACK
+from .interrupts import HeardInterrupts
 from .quiet import Quiet
 
 if TYPE_CHECKING:
@@ -115,8 +116,11 @@ def session(*, as_json: bool = False) -> Iterator[Session]:
     progress.start()
     code = 0
     try:
-        with logged():
+        with logged(), HeardInterrupts() as interrupts:
             yield shown
+        code = interrupts.exit_code
+        if code:
+            shown.err.print("Interrupted too late: all was done, and what was written is whole.")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException as error:

@@ -17,7 +17,7 @@ from ..spec import DataSpec
 from .files import Row, kind_of
 from .formats import Example, examples, listed
 from .looking import Shown, first_shown
-from .mistakes import all_told
+from .mistakes import all_told, each_done
 from .preferences import (
     CHOSEN,
     holds_pairs,
@@ -82,8 +82,8 @@ def load_desirable(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: 
         what = f"all answers to learn from are {'' if kinds == {True} else 'un'}desirable"
         fix = "add some of the other kind: there is nothing to tell apart"
         raise DataError(what, fix=fix, where=spec.path or "data")
-    train_set = _tokenized(train, tokenizer, report)
-    eval_set = _tokenized(held_out, tokenizer, report, held_out=True)
+    made = partial(_tokenized, tokenizer=tokenizer, report=report)
+    train_set, eval_set = each_done([lambda: made(train), lambda: made(held_out, held_out=True)])
     warn_of(report, "kto")
     asked = prompts_of([one.answer for one in held_out if one.desirable], tokenizer)
     return Data(train_set, eval_set, asked, report.files[0].format, report)

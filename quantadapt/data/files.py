@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .mistakes import each_made
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -28,7 +30,7 @@ RECOGNIZED = "recognized columns are: " + "; ".join(
     " + ".join(columns) for columns in FORMATS.values()
 )
 
-
+_AS_TEXT = "save the file as UTF-8 text"
 _BATCH = 256
 """Rows of a Parquet file that are read at a time."""
 
@@ -46,27 +48,37 @@ class Row:
         return self.where.rpartition(":")[0]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number, line without its end). Raises DataError where it is no UTF-8 text."""
-    fix = "save the file as UTF-8 text"
+def _raw_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield (place, line). Raises DataError where it is no text at all."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             where = f"{path}:{number}"
             if b"\0" in raw:
-                raise DataError("this is binary data, not text", fix=fix, where=where)
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                what = f"not UTF-8 text: byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-                raise DataError(what, fix=fix, where=where) from None
-            yield number, line.rstrip("\r\n")
+                raise DataError("this is binary data, not text", fix=_AS_TEXT, where=where)
+            yield where, raw if number > 1 else raw.removeprefix(codecs.BOM_UTF8)
+
+
+def _decoded(raw: bytes, where: str) -> str:
+    """Return a line without its end. Raises DataError where it is no UTF-8 text."""
+    try:
+        return raw.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        what = f"not UTF-8 text: byte 0x{raw[error.start]:02x} at column {error.start + 1}"
+        raise DataError(what, fix=_AS_TEXT, where=where) from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number, line without its end). Raises DataError where it is no UTF-8 text."""
+    yield from enumerate(each_made(_raw_lines(path), _decoded), 1)
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    for number, line in _lines(path):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield _row(_parse_json(line, where), where)
+    yield from (row for row in each_made(_raw_lines(path), _json_row) if row is not None)
+
+
+def _json_row(raw: bytes, where: str) -> Row | None:
+    line = _decoded(raw, where)
+    return _row(_parse_json(line, where), where) if line.strip() else None
 
 
 def _parse_json(text: str, where: str) -> Any:
@@ -109,8 +121,8 @@ def _read_json(path: Path) -> Iterator[Row]:
     if not isinstance(values, list):
         what = f"the file holds {kind_of(values)}, expected a list of objects"
         raise DataError(what, fix="write [{...}, {...}], or JSON lines", where=str(path))
-    for number, value in enumerate(values, 1):
-        yield _row(value, f"{path}:item {number}")
+    items = ((f"{path}:item {number}", value) for number, value in enumerate(values, 1))
+    yield from each_made(items, _row)
 
 
 def _row(value: Any, where: str) -> Row:
@@ -128,17 +140,28 @@ def _read_csv(path: Path) -> Iterator[Row]:
         if twice := sorted({name for name in names if names.count(name) > 1}):
             what = f"the column {twice[0]!r} is there twice"
             raise DataError(what, fix="give every column a name of its own", where=f"{path}:1")
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
-                fix = "put text with commas or line breaks into double quotes"
-                what = f"the row does not have the {len(names)} columns of the first line"
-                raise DataError(what, fix=fix, where=where)
-            yield Row(dict(row), where)
     except csv.Error as error:
-        raise DataError(
-            f"not valid CSV: {error}", where=f"{path}:{reader.reader.line_num}"
-        ) from None
+        raise _no_csv(error, reader, path) from None
+
+    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+        try:
+            for row in reader:
+                yield f"{path}:{reader.line_num}", dict(row)
+        except csv.Error as error:
+            raise _no_csv(error, reader, path) from None
+
+    def made(row: dict[Any, Any], where: str) -> Row:
+        if None in row or None in row.values():
+            fix = "put text with commas or line breaks into double quotes"
+            what = f"the row does not have the {len(names)} columns of the first line"
+            raise DataError(what, fix=fix, where=where)
+        return Row(row, where)
+
+    yield from each_made(rows(), made)
+
+
+def _no_csv(error: csv.Error, reader: Any, path: Path) -> DataError:
+    return DataError(f"not valid CSV: {error}", where=f"{path}:{reader.reader.line_num}")
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:

@@ -17,7 +17,7 @@ from ..spec import DataSpec
 from .files import Row, kind_of
 from .formats import checked_text, from_json, listed, named, text_in
 from .looking import Shown, first_shown
-from .mistakes import all_told
+from .mistakes import all_told, each_done
 from .report import DataReport
 from .sets import Data, HeldOut, none_left, read_both, warn_of
 
@@ -72,10 +72,9 @@ def load_labelled(
         what = f"all training examples have the label {labels[0]!r}" if labels else "there is none"
         fix = "add examples with others: there is nothing to tell apart"
         raise DataError(what, fix=fix, where=spec.path or "data")
-    train_set = _dataset(train, tokenizer, report, kind=kind)
-    eval_set = _dataset(
-        _known(held_out, labels, report), tokenizer, report, kind=kind, held_out=True
-    )
+    made = partial(_dataset, tokenizer=tokenizer, report=report, kind=kind)
+    known = partial(_known, held_out, labels, report)
+    train_set, eval_set = each_done([lambda: made(train), lambda: made(known(), held_out=True)])
     warn_of(report, _LOOKED_AT[kind])
     return Data(train_set, eval_set, [], kind, report, tuple(labels))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..spec import DataSpec
 from .files import Row
-from .mistakes import all_told
+from .mistakes import all_told, each_done
 from .report import DataReport
 from .sources import read
 
@@ -77,11 +78,14 @@ def first_shown(spec: DataSpec, limit: int, show: Show) -> tuple[list[Shown], Da
         DataError: the data cannot be read or used.
     """
     report, kept = DataReport(spec.max_length), list[list[Shown]]()
-    for rows, held_out in zip(read(spec), (False, True), strict=True):
 
-        def made(some: Iterable[Row], counts: DataReport, held: bool = held_out) -> Any:
-            return show(some, spec, counts, held)
+    def keep(rows: list[Row], held_out: bool) -> None:
+        def made(some: Iterable[Row], counts: DataReport) -> Any:
+            return show(some, spec, counts, held_out)
 
         for texts in all_told(rows, made, report):
-            kept += [texts] if len(kept) < limit else []
+            kept.extend([texts] if len(kept) < limit else [])
+
+    parts = zip(read(spec), (False, True), strict=True)
+    each_done(partial(keep, rows, held_out) for rows, held_out in parts)
     return [text for texts in kept for text in texts], report

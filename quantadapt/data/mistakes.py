@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-from ..errors import DataError, Problem
+from ..errors import DataError, NoneLeft, Problem
 from .report import DataReport
 
 SECONDS = 5.0
@@ -33,6 +34,7 @@ class _Placed(Protocol):
 
 Given = TypeVar("Given", bound=_Placed)
 Made = TypeVar("Made")
+Raw = TypeVar("Raw")
 
 
 def all_told(
@@ -73,11 +75,81 @@ def _with_others(
             firsts[one.file] = one
         if problem is not None:
             found.setdefault(_VALUES.sub("", problem.what), []).append(problem)
+    return _of_kinds(found) if found else error
+
+
+def each_made(given: Iterable[tuple[str, Raw]], make: Callable[[Raw, str], Made]) -> Iterator[Made]:
+    """Yield what is made of each (place, what was read there).
+
+    Raises:
+        DataError: of one, or of all that nothing can be made of.
+    """
+    left = iter(given)
+    for where, raw in left:
+        try:
+            made = make(raw, where)
+        except DataError as error:
+            raise _with_rest(error, left, make) from None
+        yield made
+
+
+def _with_rest(
+    error: DataError, left: Iterator[tuple[str, Raw]], make: Callable[[Raw, str], Any]
+) -> DataError:
+    """Return an error that tells what else is wrong in what is left to read."""
+    problems, end = [*error.problems], time.monotonic() + SECONDS
+    try:
+        for where, raw in left:
+            if time.monotonic() > end:
+                break
+            with noted(problems):
+                make(raw, where)
+    except DataError as another:  # that ends the reading
+        problems += another.problems
+    found = dict[str, list[Problem]]()
+    for problem in problems:
+        found.setdefault(_VALUES.sub("", problem.what), []).append(problem)
+    return _of_kinds(found)
+
+
+@contextmanager
+def noted(problems: list[Problem]) -> Iterator[None]:
+    """Inside, what is wrong with data goes to `problems`, but not that none are left."""
+    try:
+        yield
+    except NoneLeft:
+        raise
+    except DataError as error:
+        problems += error.problems
+
+
+def each_done(calls: Iterable[Callable[[], Made]]) -> list[Made]:
+    """Return what the calls return, one for each file or part of the data.
+
+    Raises:
+        DataError: of one, or of all that cannot be done; where nothing is left of the first, of
+            that alone, for what is left of others depends on it.
+    """
+    problems, found = list[Problem](), []
+    for call in calls:
+        try:
+            with noted(problems):
+                found.append(call())
+        except NoneLeft:
+            if not problems:
+                raise
+    if problems:
+        raise DataError.of([*dict.fromkeys(problems)])  # a file may be both parts
+    return found
+
+
+def _of_kinds(found: Mapping[str, Sequence[Problem]]) -> DataError:
+    """Return an error of problems by their kind, at least one."""
     told = [_told(problems) for problems in found.values()]
     more = len(told) - _KINDS
     if more > 0:
         told[_KINDS:] = [Problem(f"there are {more} more kinds of mistakes in these data")]
-    return DataError.of(told) if told else error
+    return DataError.of(told)
 
 
 def _wrong_with(

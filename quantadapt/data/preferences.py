@@ -18,7 +18,7 @@ from ..spec import DataSpec
 from .files import Row, kind_of
 from .formats import Example, chat, checked_text, listed, named, pair
 from .looking import Shown, first_shown
-from .mistakes import all_told
+from .mistakes import all_told, each_done
 from .report import DataReport
 from .segments import segments
 from .sets import Data, HeldOut, none_left, prompts_of, read_both, warn_of
@@ -79,8 +79,8 @@ def load_preferences(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed
     """
     spec, report = with_bundled(spec), DataReport(spec.max_length)
     train, held_out = read_both(spec, report, pairs, seed)
-    train_set = tokenized_pairs(train, tokenizer, report)
-    eval_set = tokenized_pairs(held_out, tokenizer, report, held_out=True)
+    made = partial(tokenized_pairs, tokenizer=tokenizer, report=report)
+    train_set, eval_set = each_done([lambda: made(train), lambda: made(held_out, held_out=True)])
     warn_of(report, "dpo")
     prompts = prompts_of([pair.chosen for pair in held_out], tokenizer)
     return Data(train_set, eval_set, prompts, FORMAT, report)

@@ -19,7 +19,7 @@ from .chats import open_chat
 from .files import Row, kind_of
 from .formats import Example, chat, checked_text, examples, named, pair
 from .looking import Shown, first_shown
-from .mistakes import all_told
+from .mistakes import all_told, each_done
 from .report import DataReport
 from .segments import segments
 from .sets import Data, none_left, read_both, warn_of
@@ -88,8 +88,10 @@ def load_prompts(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: in
     """
     report = DataReport(spec.max_length)
     train, held_out = read_both(spec, report, questions, seed)
-    train_set, _ = _tokenized(train, tokenizer, report)
-    eval_set, prompts = _tokenized(held_out, tokenizer, report, held_out=True)
+    made = partial(_tokenized, tokenizer=tokenizer, report=report)
+    (train_set, _), (eval_set, prompts) = each_done(
+        [lambda: made(train), lambda: made(held_out, held_out=True)]
+    )
     warn_of(report, "grpo")
     return Data(train_set, eval_set, prompts, report.files[0].format, report)
 

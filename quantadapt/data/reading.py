@@ -19,7 +19,7 @@ from .files import Row
 from .formats import Example, examples
 from .labelled import held_out_labelled, holds_labels
 from .looking import Shown, first_shown
-from .mistakes import all_told
+from .mistakes import all_told, each_done
 from .pixels import columns_of, tokenized
 from .preferences import held_out_pairs, holds_pairs
 from .report import DataReport
@@ -73,8 +73,12 @@ def load_data(
     """
     report = DataReport(spec.max_length)
     train, held_out = read_both(spec, report, examples, seed)
-    train_set = _dataset(train, tokenizer, report, columns=columns)
-    eval_set = _dataset(held_out, tokenizer, report, held_out=True)
+    train_set, eval_set = each_done(
+        [
+            lambda: _dataset(train, tokenizer, report, columns=columns),
+            lambda: _dataset(held_out, tokenizer, report, held_out=True),
+        ]
+    )
     warn_of(report)
     return Data(
         train_set, eval_set, prompts_of(held_out, tokenizer), report.files[0].format, report
@@ -190,9 +194,12 @@ def survey(
     if files is None or sum(file.stat().st_size for file in files) > SURVEYED_BYTES:
         return None
     report = DataReport(spec.max_length)
-    for rows in read(spec):
+
+    def survey_of(rows: list[Row]) -> None:
         for _ in all_told(rows, lambda some, counts: make(some, spec, counts), report):
             pass
+
+    each_done(partial(survey_of, rows) for rows in read(spec))
     return report
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, groupby, islice, repeat
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from ..spec import DataSpec
 from .files import Row, kind_of
 from .formats import checked_text, from_json, listed, named, text_in
 from .looking import Shown, first_shown
+from .mistakes import each_done
 from .report import DataReport, FileReport
 from .sets import Data, none_left, read_both, warn_of
 
@@ -76,10 +78,10 @@ def load_embedding(
         what = f"some examples have {counts[0]} texts and some {counts[-1]}, or a score"
         fix = "give each as many negatives, and a score to all or none"
         raise DataError(what, fix=fix, where=spec.path or "data")
-    sets = [
-        _grouped(part, tokenizer, report, pooling, held_out=held)
+    sets = each_done(
+        partial(_grouped, part, tokenizer, report, pooling, held_out=held)
         for part, held in ((train, False), (held_out, True))
-    ]
+    )
     what = "scores" if train[0].score is not None else "positives"
     alike = {one.score if what == "scores" else one.texts[1] for one in train}
     if len(alike) == 1 and len(train[0].texts) == 2:
@@ -104,10 +106,10 @@ def load_reranking(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: 
         what = "all passages have one label"
         fix = "add passages that do not answer: there is nothing to tell apart"
         raise DataError(what, fix=fix, where=spec.path or "data")
-    sets = [
-        _paired(part, tokenizer, report, held_out=held)
+    sets = each_done(
+        partial(_paired, part, tokenizer, report, held_out=held)
         for part, held in ((train, False), (held_out, True))
-    ]
+    )
     warn_of(report, "rerank")
     return Data(sets[0], sets[1], [], "query + passage", report, labels=("relevance",))
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from ..errors import DataError, DataWarning, warn
+from ..errors import DataError, DataWarning, NoneLeft, warn
 from ..spec import DataSpec
 from .files import Row
 from .formats import Example
-from .mistakes import all_told
+from .mistakes import all_told, each_done
 from .pieces import Pieces
 from .report import DataReport, source_of
 from .segments import segments
@@ -109,14 +109,18 @@ def read_both(
     def made(rows: Iterable[Row], counts: DataReport) -> Iterable[Found]:
         return make(rows, spec, counts)
 
-    train = [*islice(all_told(train_rows, made, report), spec.max_examples)]
-    held_out = [*all_told(held_out_rows, made, report)]
+    train, held_out = each_done(
+        [
+            lambda: [*islice(all_told(train_rows, made, report), spec.max_examples)],
+            lambda: [*all_told(held_out_rows, made, report)],
+        ]
+    )
     return (train, held_out) if held_out else _split(train, spec, seed, of)
 
 
 def none_left(
     kind: str, fix: str, report: DataReport, where: str = "", *, held_out: bool = False
-) -> DataError:
+) -> NoneLeft:
     """Return an error that says why all examples of a kind were dropped; by default where: in the
     first file of which none is used."""
     reasons = "; ".join(text for f in report.files for text in f.losses(report.max_length))
@@ -125,7 +129,7 @@ def none_left(
         what = f"no {kind} is left of what is held out, and {used:,} to learn from: {reasons}"
         fix += "; or raise data.eval_fraction, or name other held-out data in data.eval_path"
     unused = (file.file for file in report.files if not file.examples)
-    return DataError(what, fix=fix, where=where or next(unused, report.files[0].file))
+    return NoneLeft(what, fix=fix, where=where or next(unused, report.files[0].file))
 
 
 def _split(

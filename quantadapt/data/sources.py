@@ -14,22 +14,32 @@ from ..inputs.documents import shown
 from ..paths import is_local_path, path_problem
 from ..spec import DataSpec
 from .files import READERS, SUFFIXES, Row, arrow_rows, first_line
+from .mistakes import each_done
 
 HELD_OUT_NAMES = frozenset({"eval", "evaluation", "validation", "valid", "val", "dev", "test"})
 
 
 def read(spec: DataSpec) -> tuple[list[Row], list[Row]]:
     """Return (training rows, held-out rows); the latter may be empty."""
-    if spec.path is None:
-        from ..demo import EVAL_FILE, TRAIN_FILE
+    own, named = each_done(
+        [partial(_read_own, spec.path), partial(_read_named, spec.eval_path)],
+    )
+    return own[0], own[1] if spec.eval_path is None else named[0]
 
-        train, held_out = _read_file(TRAIN_FILE), _read_file(EVAL_FILE)
-    else:
-        train, held_out = read_source(spec.path)
-    if spec.eval_path is not None:
-        evaluation, own_held_out = read_source(spec.eval_path)
-        held_out = own_held_out or evaluation
-    return train, held_out
+
+def _read_own(source: str | None) -> tuple[list[Row], list[Row]]:
+    """Return what `read_source` does, of the demo where none is named."""
+    if source is not None:
+        return read_source(source)
+    from ..demo import EVAL_FILE, TRAIN_FILE
+
+    return _read_file(TRAIN_FILE), _read_file(EVAL_FILE)
+
+
+def _read_named(source: str | None) -> tuple[list[Row], list[Row]]:
+    """Return the rows of held-out data that are named, and none."""
+    rows, held_out = ([], []) if source is None else read_source(source)
+    return held_out or rows, []
 
 
 def read_source(source: str) -> tuple[list[Row], list[Row]]:
@@ -55,7 +65,8 @@ def read_source(source: str) -> tuple[list[Row], list[Row]]:
 
 def _read_folder(folder: Path) -> tuple[list[Row], list[Row]]:
     train, held_out = _files_in(folder)
-    return _read_files(train), _read_files(held_out)
+    train_rows, held_out_rows = each_done(partial(_read_files, part) for part in (train, held_out))
+    return train_rows, held_out_rows
 
 
 def _files_in(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -70,7 +81,8 @@ def _files_in(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _read_files(files: Iterable[Path]) -> list[Row]:
-    return [row for file in files for row in _read_file(file)]
+    read = each_done(partial(_read_file, file) for file in files)
+    return [row for rows in read for row in rows]
 
 
 def _read_file(path: Path) -> list[Row]:

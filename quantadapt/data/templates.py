@@ -52,9 +52,12 @@ class _Allowance:
 
     spent: float = 0.0
     chats: int = 0
+    failed: Exception | None = None
 
     @contextmanager
     def spending(self) -> Iterator[None]:
+        if self.failed is not None:
+            raise self.failed  # others would take as long
         if self.spent > IN_ALL + EACH * self.chats:
             raise TooSlow(f"it takes {self.spent / self.chats:.1f} s for each chat")
         self.chats += 1
@@ -62,12 +65,12 @@ class _Allowance:
         try:
             with at_most(ONCE), _little_memory():
                 yield
-        except TooSlow:
-            self.spent = float("inf")  # others would take as long
+        except TooSlow as error:
+            self.failed = error
             raise
         except MemoryError:
-            self.spent = float("inf")
-            raise ValueError(f"it takes more than {MEMORY >> 30} GiB of memory") from None
+            self.failed = ValueError(f"it takes more than {MEMORY >> 30} GiB of memory")
+            raise self.failed from None
         finally:
             self.spent += time.thread_time() - before
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from ..errors import OutputError, QuantadaptError
 from ..paths import path_problem
 from .lock import take
+from .modes import give_usual_modes
 from .written import Names, is_leftover, leftovers, not_ours, write_list
 
 OTHER_OUTPUT = "choose another --output"
@@ -272,9 +273,12 @@ def _refuse_if_too_small(final: Path, needed: int | None) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush every file and folder to disk, so that the rename cannot come before the contents."""
+    """Flush every file and folder to disk, so that the rename cannot come before the contents;
+    whatever wrote the files, they get the usual modes."""
     for root, _, names in os.walk(folder, topdown=False):
-        for file in (Path(root, name) for name in names):
+        files = [Path(root, name) for name in names]
+        give_usual_modes(files, Path(root))
+        for file in files:
             if not file.is_symlink():
                 descriptor = os.open(file, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
                 try:

@@ -22,7 +22,7 @@ from ..inputs.weights import refuse_pickles
 from ..model.experts import SUFFIX, expert_stacks, set_stack, stacks_of
 from ..model.linears import as_linear, is_conv1d, other_linears
 from ..model.numbers import refuse_not_numbers_in
-from ..paths import ADAPTER_CONFIG
+from ..paths import ADAPTER_CONFIG, out_of_reach
 from ..remote_code import code_problems, refusal, trusted
 from .accounting import OwnReport, WrongTensors, account, listed, repeatable, without_tensors
 from .conversion import Parameters
@@ -64,8 +64,9 @@ def read_config(source: str) -> Any:
         raise
     except Exception as error:  # what is in the file decides what transformers does
         refuse_code(source, error)
-        what = f"no model can be read here: {reason(error)}"
-        raise ModelError(what, fix=fix, where=source) from error
+        away, get_it = out_of_reach(source)
+        what = f"{away or 'no model can be read here'}: {reason(error)}"
+        raise ModelError(what, fix=get_it or fix, where=source) from error
     refuse_code(source)  # of a hub id, whose files are here only now
     return as_wanted(config, source)
 

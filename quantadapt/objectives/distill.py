@@ -151,7 +151,12 @@ class Distill(SFT):
 
         if self.teacher == BASE or not hasattr(tokenizer, "get_vocab"):
             return
-        ours, theirs = tokenizer.get_vocab(), load_tokenizer(self._path).get_vocab()
+        try:
+            theirs = load_tokenizer(self._path).get_vocab()
+        except ModelError as error:
+            what = f"the teacher, {self.teacher}: {error.problems[0].what}"
+            raise ModelError(what, fix=error.problems[0].fix, where=_WHERE) from None
+        ours = tokenizer.get_vocab()
         if ours != theirs:
             apart = len(ours.items() ^ theirs.items())
             what = f"the teacher's tokenizer differs from the model's in {apart:,} entries"

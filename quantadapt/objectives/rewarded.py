@@ -53,7 +53,9 @@ class RewardTask(AnswerTask):
         description="reward functions: file.py:function, module:function, or an entry point",
     )
     reward_weights: tuple[float, ...] = Field((), description="one for each; empty: 1")
-    reward_timeout: float = Field(60.0, gt=0, description="seconds that a call may take")
+    reward_timeout: float = Field(
+        60.0, gt=0, description="seconds that a call, or the import, may take"
+    )
     num_generations: int = Field(8, ge=2, description="answers to a prompt, which are compared")
     max_completion_length: int = Field(256, ge=1, description="longest answer, in tokens")
     temperature: float = Field(1.0, gt=0.01, le=100, description="of the draws, and of the loss")

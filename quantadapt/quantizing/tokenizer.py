@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from ..inputs.documents import shown
+from ..paths import out_of_reach
 from ..planning.on_disk import config_of
 from ..remote_code import trusted
 
@@ -30,8 +31,9 @@ def load_tokenizer(source: str) -> Any:
     except Exception as error:  # as many kinds as there are tokenizers
         refuse_code(source, error)
         text = str(error).strip().splitlines() or [type(error).__name__]
-        what = f"its tokenizer cannot be loaded: {text[0].rstrip(' :')}"
-        fix = "put the tokenizer's files beside config.json"
+        away, fix = out_of_reach(source)
+        what = f"{away or 'its tokenizer cannot be loaded'}: {text[0].rstrip(' :')}"
+        fix = fix or "put the tokenizer's files beside config.json"
         raise ModelError(what, fix=fix, where=source) from None
     refuse_code(source)  # transformers may have taken another tokenizer instead
     if not isinstance(longest := tokenizer.model_max_length, int | float):

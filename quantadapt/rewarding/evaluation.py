@@ -35,7 +35,9 @@ class Rewarded(Evaluator):
         (), description="reward functions: file.py:function, module:function, or an entry point"
     )
     reward_weights: tuple[float, ...] = Field((), description="one for each; empty: 1")
-    reward_timeout: float = Field(60.0, gt=0, description="seconds that a call may take")
+    reward_timeout: float = Field(
+        60.0, gt=0, description="seconds that a call, or the import, may take"
+    )
     max_completion_length: int = Field(256, ge=1, description="longest answer, in tokens")
     temperature: float = Field(0.0, ge=0, description="0 takes the likeliest tokens")
     seed: int = Field(0, ge=0, description="of the draws")
@@ -122,8 +124,8 @@ def weight_problems(names: Iterable[str], weights: Iterable[float], where: str) 
 
 
 def scorer_of(names: tuple[str, ...], weights: tuple[float, ...], seconds: float) -> Scorer:
-    """Return what scores. Raises RewardError where a function cannot be imported."""
-    return Scorer(functions_of(names), weights or (1.0,) * len(names), seconds)
+    """Return what scores. Raises RewardError where a function cannot be imported in time."""
+    return Scorer(functions_of(names, seconds), weights or (1.0,) * len(names), seconds)
 
 
 @hookimpl

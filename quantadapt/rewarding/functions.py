@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 from ..errors import Problem, RewardError, did_you_mean
 from ..inputs.configs import FOLDER
 from ..inputs.documents import reason
+from ..inputs.patience import TooLate, in_main_thread, within
 
 Function = Callable[..., Any]
 GROUP = "quantadapt.rewards"
@@ -80,18 +83,25 @@ def _wrong_with(path: Path, function: str) -> str:
     return "" if function in there else f"there is no function {function!r} in {path}"
 
 
-def functions_of(names: Sequence[str]) -> dict[str, Function]:
+def functions_of(names: Sequence[str], seconds: float) -> dict[str, Function]:
     """Import reward functions; by what they are called in figures.
 
+    Args:
+        seconds: that the import of each may take.
+
     Raises:
-        RewardError: one cannot be imported, or is no function.
+        RewardError: one cannot be imported, or not in time, or is no function.
     """
     found: dict[str, Function] = {}
     for name in names:
         try:
-            function = _imported(name)
+            function = limited(partial(_imported, name), seconds, f"import of {name}")
         except KeyboardInterrupt:
             raise
+        except TooLate:
+            what = f"the reward function has not been imported after {seconds:g} s"
+            fix = "do less where its file is imported, or raise reward_timeout"
+            raise RewardError(what, fix=fix, where=name) from None
         except BaseException as error:  # sys.exit in its file, too
             what = f"the reward function cannot be imported: {type(error).__name__}: {error}"
             raise RewardError(" ".join(what.split()), fix="mend it", where=name) from error
@@ -122,6 +132,43 @@ def _module(path: Path, _: int) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses, for one, look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def limited(call: Callable[[], Any], seconds: float, what: str) -> Any:
+    """Return what code of the user returns. Raises TooLate.
+
+    In the main thread it may use signals, as math-verify does, and a search of `re` is ended. In
+    others it runs in a thread of its own, called `what`: one that hangs cannot be ended, but left
+    behind.
+    """
+    if in_main_thread():
+        process = os.getpid()
+        try:
+            return within(seconds, call)
+        finally:
+            if os.getpid() != process:  # it forked, and this is not the run
+                os._exit(0)
+    return _beside(call, seconds, what)
+
+
+def _beside(call: Callable[[], Any], seconds: float, what: str) -> Any:
+    result: list[Any] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(call())
+        except BaseException as error:  # sys.exit, too, would end the thread alone
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name=what, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    if not result:
+        raise TooLate
+    return result[0]
 
 
 def _entry_points() -> list[EntryPoint]:

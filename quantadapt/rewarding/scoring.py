@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RewardError
-from ..inputs.patience import TooLate, in_main_thread, within
-from .functions import Function
+from ..inputs.patience import TooLate
+from .functions import Function, limited
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,9 +71,7 @@ def _called(name: str, function: Function, given: Mapping[str, Any], seconds: fl
     """Return what a function returns. Raises RewardError."""
     values = {key: [*value] for key, value in given.items()}  # which it may change
     try:
-        if in_main_thread():
-            return _called_here(function, values, seconds)
-        return _called_beside(name, function, values, seconds)
+        return limited(partial(_with_gradients, function, values), seconds, f"reward {name}")
     except TooLate:
         what = f"the reward function has not returned after {seconds:g} s"
         fix = "make it quicker, or raise reward_timeout"
@@ -88,47 +85,12 @@ def _called(name: str, function: Function, given: Mapping[str, Any], seconds: fl
         raise RewardError(what, fix=fix, where=name) from error
 
 
-def _called_here(function: Function, given: Mapping[str, Any], seconds: float) -> Any:
-    """Return what a function returns. Raises TooLate.
-
-    In the main thread it may use signals, as math-verify does, and a search of `re` is ended.
-    """
+def _with_gradients(function: Function, values: Mapping[str, Any]) -> Any:
+    """What it sets of gradients is its own."""
     import torch
 
-    def call() -> Any:
-        with torch.enable_grad():  # what it sets of gradients is its own
-            return function(**given)
-
-    process = os.getpid()
-    try:
-        return within(seconds, call)
-    finally:
-        if os.getpid() != process:  # it forked, and this is not the run
-            os._exit(0)
-
-
-def _called_beside(name: str, function: Function, given: Mapping[str, Any], seconds: float) -> Any:
-    """Return what a function returns. Raises TooLate.
-
-    It runs in a thread of its own: one that hangs cannot be ended, but left behind.
-    """
-    result: list[Any] = []
-    failed: list[BaseException] = []
-
-    def call() -> None:
-        try:
-            result.append(function(**given))
-        except BaseException as error:  # sys.exit, too, would end the thread alone
-            failed.append(error)
-
-    thread = threading.Thread(target=call, name=f"reward {name}", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failed:
-        raise failed[0]
-    if not result:
-        raise TooLate
-    return result[0]
+    with torch.enable_grad():
+        return function(**values)
 
 
 def _checked(name: str, found: Any, count: int) -> list[float]:
