@@ -315,6 +315,14 @@ def test_in_bfloat16_it_is_nearer_to_float64_than_two_roundings_are() -> None:
         assert (one - right).norm() < 0.8 * (two - right).norm() < 0.01 * right.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_evaluated_is_what_is_trained_to_the_bit(dtype) -> None:
+    made, x = adapted(True, dtype), X.to(dtype)
+    trained = made.train()(x).detach()
+    with torch.no_grad():
+        assert torch.equal(made.eval()(x), trained)
+
+
 def saves_x_alone(made: nn.Module) -> None:
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

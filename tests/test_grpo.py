@@ -238,7 +238,7 @@ def test_losses_figures_and_gradients_are_trls(case, functions, tmp_path) -> Non
     logs, weights = trained(model, data, objective, learning_rate=rate)
     assert len(logs) == len(expected) == TRAIN["max_steps"]
     for log, other in zip(logs, expected, strict=True):
-        later = 10 if log["step"] > 2 else 1  # rounding is learnt, too
+        later = 30 if log["step"] > 2 else 1  # rounding is learnt, too
         assert log["loss"] == pytest.approx(other["loss"], rel=later * 1e-6, abs=1e-6)
         assert log["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-5)
         for figure in (*THEIRS, *(["kl"] if options.get("beta") else [])):

@@ -133,7 +133,7 @@ def test_losses_are_those_of_sentence_transformers(
     labels = torch.tensor([float(row.get("score", 0)) for row in rows])
     with torch.no_grad():
         wanted = float(loss(features, labels))
-    assert found == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+    assert found == pytest.approx(wanted, rel=5e-6, abs=1e-6)
     assert found > 0
 
 

@@ -96,12 +96,15 @@ class QuantLinear(QuantWeight, nn.Linear):
         return nn.functional.linear(x, self.weight_for_forward(x, change).to(dtype), bias)
 
     def multiplies_dense(self, x: Tensor) -> bool:
-        """Whether it trains, and its output for `x` is a product with the dense weight, in one
-        dtype: then `add_product` is another way to compute it."""
+        """Whether its output for `x` is a product with the dense weight, in one dtype: then
+        `add_product` is another way to compute it. In evaluation as while it trains, but where
+        kernels read what is packed, so that what was answered is what is learnt from."""
         device_type = x.device.type
         one_dtype = torch.is_autocast_enabled(device_type) or x.dtype == self.compute_dtype
-        plain = self.training and self._merged is None and not self.rounds_activations
-        return plain and one_dtype and not self.in_float8
+        if self._merged is not None or self.rounds_activations or self.in_float8 or not one_dtype:
+            return False
+        one_token = x.is_cuda and x.numel() == x.shape[-1]
+        return self.training or not (one_token or self.target.decodes(self._vendor, x))
 
     def add_product(self, rows: Tensor, begin: Callable[[], Tensor]) -> Tensor:
         """Return what `begin` makes, [tokens, out_features], with rows Wᵀ added in place, without
