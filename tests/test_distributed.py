@@ -21,6 +21,7 @@ from torch.distributed import ReduceOp
 
 import quantadapt as qa
 from quantadapt.distributed import PeerLost, World, as_launched, talking, world
+from quantadapt.distributed.launching import launch
 from quantadapt.folders.checkpoints import last_whole
 from quantadapt.folders.run_folder import RunFolder
 from quantadapt.spec import Spec
@@ -367,6 +368,15 @@ def test_all_processes_end_early_with_one_checkpoint(tmp_path, endless, number, 
     assert "failed" not in done.stderr
     assert RunFolder.open(run).marker["state"] == "interrupted"
     assert last_whole(run).step == step + 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP")
+def test_one_that_dies_of_what_it_is_told_at_its_end_has_ended_early() -> None:
+    """It was about to leave with that exit code, and did not listen any more."""
+    program = "import os, sys, time; os.environ['RANK'] == '1' and sys.exit(129); time.sleep(60)"
+    failure = launch([sys.executable, "-c", program], 2)
+    assert failure is not None
+    assert failure.exit_code == 129
 
 
 def test_a_refused_run_starts_no_process(tmp_path) -> None:

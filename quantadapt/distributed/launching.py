@@ -131,26 +131,27 @@ class _Tail:
 
 def _watch(processes: list[subprocess.Popen[bytes]], tail: _Tail) -> list[int | None]:
     """Return the exit codes once all have ended, or some time after one has failed."""
-    deadline = None
+    deadline, told = None, 0
     while True:
         codes = [process.poll() for process in processes]
         tail()
-        if None not in codes:
-            return codes
+        if None not in codes or (deadline and time.monotonic() > deadline):
+            # One that was about to end does not listen any more, and dies of what it is told.
+            return [128 + told if told and code == -told else code for code in codes]
         if any(codes) and deadline is None:
             early = [code for code in codes if code in ENDED_EARLY]  # the others save, too
-            _tell(processes, early)
+            told = _tell(processes, early)
             deadline = time.monotonic() + (SAVING if early else GRACE)
-        if deadline and time.monotonic() > deadline:
-            return codes
         time.sleep(_POLL)
 
 
-def _tell(processes: list[subprocess.Popen[bytes]], codes: Sequence[int | None]) -> None:
-    """Send the signal that has ended one process to those that work on, and do not miss it."""
-    for number in [code - 128 for code in codes if code and code > 128][:1]:
-        for process in processes:
-            process.send_signal(number)  # of one that has ended, nothing comes
+def _tell(processes: list[subprocess.Popen[bytes]], codes: Sequence[int | None]) -> int:
+    """Send the signal that has ended one process to those that work on, and do not miss it; return
+    its number, 0 for none."""
+    number = next((code - 128 for code in codes if code and code > 128), 0)
+    for process in processes if number else ():
+        process.send_signal(number)  # of one that has ended, nothing comes
+    return number
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> None:
