@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 
 PART = 2**26
@@ -44,12 +44,10 @@ class _TorchAO(LayerwiseQuantizer):
         """Return torchao's config for layers that are on CUDA in bfloat16, or for others."""
 
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
-        import torch
         from torchao.quantization import quantize_
 
-        tensor_cores = linear.weight.is_cuda and linear.weight.dtype == torch.bfloat16
-        tensor_cores &= self.misfit(linear.in_features, linear.out_features) is None
-        config = self._config(tensor_cores)
+        fits = self.misfit(linear.in_features, linear.out_features) is None
+        config = self._config(fits and _for_tensor_cores(linear.weight))
         if hasattr(config, "set_inductor_config"):  # of the whole process: float32 becomes TF32
             config.set_inductor_config = False
         quantize_(linear, config)
@@ -107,6 +105,13 @@ class _TorchAO(LayerwiseQuantizer):
     @classmethod
     def _from_tensor(cls, weight: Any) -> _TorchAO | None:
         return cls()
+
+
+def _for_tensor_cores(weight: Tensor) -> bool:
+    """Say whether torchao's int4 kernels for them take such a weight."""
+    import torch
+
+    return weight.is_cuda and weight.dtype == torch.bfloat16
 
 
 def _rounds_activations(weight: Any) -> bool:
@@ -217,7 +222,8 @@ class Int4(_TorchAO):
         from torch import nn
 
         rows = max(PART // linear.in_features // TILE_ROWS, 1) * TILE_ROWS
-        if not self._makes_tiles(linear) or linear.out_features <= rows:
+        tiles = self.layout != "unpacked" and _for_tensor_cores(linear.weight)
+        if not tiles or linear.out_features <= rows:
             return super().quantize_linear(linear)
         parts = []
         for weight in linear.weight.data.split(rows):  # type: ignore[no-untyped-call]
@@ -226,12 +232,6 @@ class Int4(_TorchAO):
             parts.append(super().quantize_linear(part).weight)
         linear.weight = nn.Parameter(joined_tiles(parts), requires_grad=False)
         return linear
-
-    def _makes_tiles(self, linear: nn.Linear) -> bool:
-        import torch
-
-        fits = linear.weight.is_cuda and linear.weight.dtype == torch.bfloat16
-        return fits and self.layout != "unpacked"
 
     def bits_per_weight(
         self, in_features: int, out_features: int, *, device: str, dtype: str
