@@ -20,7 +20,13 @@ from pydantic import Field, ValidationError
 
 from quantadapt.capabilities import Merge, Rule
 from quantadapt.hookspecs import hookimpl
-from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, UniformGrid, twin
+from quantadapt.protocols import (
+    LayerwiseQuantizer,
+    LayerwiseTarget,
+    UniformGrid,
+    WordCodes,
+    twin,
+)
 from quantadapt.records import Backend, Serving
 
 if TYPE_CHECKING:
@@ -237,6 +243,19 @@ class AutoRoundTarget(LayerwiseTarget):
         from quantadapt_autoround.layers import has_kernel
 
         return x.numel() <= DECODING * x.shape[-1] and has_kernel(module, x)
+
+    def word_codes(self, module: nn.Module) -> WordCodes:
+        from quantadapt_autoround.layers import zero_offset
+
+        vendor: Any = module
+        return WordCodes(
+            held=vendor.qweight,
+            bits=vendor.bits,
+            scale=vendor.scales,
+            group_size=vendor.infeatures // len(vendor.scales),
+            zeros=vendor.qzeros,
+            zero=zero_offset(vendor),
+        )
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         """Run auto-round's Triton kernel where it runs, else the module's forward."""

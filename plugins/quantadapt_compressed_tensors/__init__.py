@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from quantadapt.capabilities import Merge
 from quantadapt.errors import ModelError, warn
 from quantadapt.hookspecs import hookimpl
-from quantadapt.protocols import Grid, LayerwiseQuantizer, LayerwiseTarget
+from quantadapt.protocols import Grid, LayerwiseQuantizer, LayerwiseTarget, WordCodes
 from quantadapt.records import Backend, Export, Serving
 from quantadapt_compressed_tensors.export import CompressedExport
 from quantadapt_compressed_tensors.schemes import (
@@ -256,6 +256,11 @@ class CompressedTarget(LayerwiseTarget):
         from quantadapt_compressed_tensors.layers import forward
 
         return forward(module, x)
+
+    def word_codes(self, module: nn.Module) -> WordCodes | None:
+        from quantadapt_compressed_tensors.layers import word_codes
+
+        return word_codes(module)
 
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
         """Round to nearest. A block keeps the grid that it has where that is closer."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantadapt.compiling import one_kernel
-from quantadapt.protocols import rows_of_units
+from quantadapt.protocols import WordCodes, rows_of_units
 from quantadapt_compressed_tensors.packing import Layout, weight_of
 from quantadapt_compressed_tensors.schemes import Args, Scheme
 
@@ -108,6 +108,31 @@ def dequantize_rows(module: nn.Module, first: int, last: int) -> Tensor:
 
     unit = lcm(1 if height == rows else height, words)
     return rows_of_units(first, last, unit, read)
+
+
+def word_codes(module: nn.Module) -> WordCodes | None:
+    """Return what a layer holds; None where it is no integers in words, a scale for neighbours of a
+    row."""
+    scheme, tensors, (rows, columns) = scheme_of(module), tensors_of(module), _sizes(module)
+    args = scheme.weights
+    bits, (height, width) = args.num_bits, args.block(rows, columns)
+    held, scale = tensors.get("weight_packed"), tensors.get("weight_scale")
+    integers = scheme.format == "pack-quantized" and scheme.inputs is None and bits in (2, 3, 4, 8)
+    if not integers or held is None or scale is None or "weight_g_idx" in tensors:
+        return None
+    by_row = height == 1 and columns % width == 0 and scale.shape == (rows, columns // width)
+    zeros = tensors.get("weight_zero_point")
+    whole = zeros is None or (zeros.dtype == torch.int32 and len(zeros) * 32 == rows * bits)
+    if not by_row or held.shape[1] * 32 != columns * bits or not whole:
+        return None  # padded, for one
+    return WordCodes(
+        held=held.t(),
+        bits=bits,
+        scale=scale.t(),
+        group_size=width,
+        zeros=None if zeros is None else zeros.t(),
+        zero=2 ** (bits - 1) if zeros is None else 0,  # half the range, which is added to both
+    )
 
 
 def _sizes(module: Any) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import ValidationError
 
 from quantadapt.errors import ModelError
-from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, UniformGrid
+from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, UniformGrid, WordCodes
 from quantadapt_gptqmodel.checkpoints import check_readable, layout_of
 
 if TYPE_CHECKING:
@@ -256,6 +256,11 @@ class PackedTarget(LayerwiseTarget):
 
         few = x.numel() <= DECODING * x.shape[-1]
         return few and x.is_cuda and vendor_product(module, x.dtype) is not None
+
+    def word_codes(self, module: nn.Module) -> WordCodes | None:
+        from quantadapt_gptqmodel.layers import word_codes
+
+        return word_codes(module)
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         """Run gptqmodel's Triton kernel where it runs, else the module's forward."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantadapt.compiling import one_kernel
-from quantadapt.protocols import rows_of_units
+from quantadapt.protocols import WordCodes, rows_of_units
 
 IN_ORDER: tuple[int, ...] = tuple(range(32))
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -212,6 +212,23 @@ def g_idx_of(module: Any) -> Tensor | None:
     ragged = module.in_features % len(module.scales)
     found: Tensor | None = module.g_idx if module.desc_act or ragged else None
     return found
+
+
+def word_codes(module: Any) -> WordCodes | None:
+    """Return what a layer holds; None where its groups are scattered."""
+    if g_idx_of(module) is not None:
+        return None
+    method, bits, lowered = _packing(module)
+    return WordCodes(
+        held=module.qweight,
+        bits=bits,
+        scale=module.scales,
+        group_size=module.in_features // len(module.scales),
+        zeros=module.qzeros,
+        zero=lowered,
+        along_outputs=method == "awq",
+        interleaved=method == "awq",
+    )
 
 
 def dequantized(module: Any) -> Tensor:

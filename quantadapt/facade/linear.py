@@ -118,16 +118,19 @@ class QuantLinear(QuantWeight, nn.Linear):
         return begin().addmm_(rows, weight.T)
 
     def _of_one_token(self, x: Tensor) -> Tensor | None:
-        """Return the output for `x` by a kernel that reads codes in bytes; None where `x` is more
-        than a token or the codes are held otherwise."""
+        """Return the output for `x` by a kernel that reads codes in bytes or words; None where `x`
+        is more than a token or the codes are held otherwise."""
         if not x.is_cuda or x.numel() != x.shape[-1] or not has_triton():
             return None
-        codes = self.target.byte_codes(self._vendor)
-        if codes is None:
-            return None
-        from . import triton_one_token as kernel
+        if (codes := self.target.byte_codes(self._vendor)) is not None:
+            from . import triton_one_token as of_bytes
 
-        return kernel.product(x, codes, self.bias) if kernel.takes(codes, x) else None
+            return of_bytes.product(x, codes, self.bias) if of_bytes.takes(codes, x) else None
+        if (words := self.target.word_codes(self._vendor)) is not None:
+            from . import triton_words as of_words
+
+            return of_words.product(x, words, self.bias) if of_words.takes(words, x) else None
+        return None
 
     def gradient(
         self,

@@ -21,6 +21,7 @@ from .exports import Exporter
 from .grids import CodebookGrid, Grid, UniformGrid, float8_levels
 from .objectives import Task
 from .options import Figure, Options
+from .word_codes import WordCodes
 
 __all__ = [
     "AdapterTarget",
@@ -37,6 +38,7 @@ __all__ = [
     "Quantizer",
     "Task",
     "UniformGrid",
+    "WordCodes",
     "float8_levels",
     "rows_of_units",
     "twin",

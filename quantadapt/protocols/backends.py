@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from .byte_codes import ByteCodes
     from .grids import Grid
+    from .word_codes import WordCodes
 
 
 @runtime_checkable
@@ -75,6 +76,10 @@ class AdapterTarget(Protocol):
         """Return the codes of `module` where they lie in bytes: single tokens are then multiplied
         with them on CUDA, whatever they mean, by a kernel of the core. None (the default):
         otherwise, or the vendor's `forward` is as fast."""
+        return None
+
+    def word_codes(self, module: nn.Module) -> WordCodes | None:
+        """Likewise where they lie in 32-bit words, as in GPTQ's and AWQ's formats."""
         return None
 
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:

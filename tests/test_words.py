@@ -1,0 +1,154 @@
+"""One token times weights whose codes lie in 32-bit words, as they are held.
+
+The kernel runs on CUDA; with Triton installed, `TRITON_INTERPRET=1 pytest -m cuda
+tests/test_words.py -k kernel` tries it on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from quantadapt.facade import QuantLinear
+from quantadapt.protocols import WordCodes
+from quantadapt.registry import registry
+from quantadapt.testing.tensors import relative
+
+BF16 = torch.bfloat16
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+TOLERANCES = {torch.float32: 1e-6, BF16: 5e-3 if DEVICE == "cuda" else 1e-2}
+"""Of bfloat16, what rounding the outputs takes; the interpreter cuts them off instead."""
+
+LAYERS: list[tuple[str, dict[str, Any]]] = [
+    *(("gptq", {"bits": bits, "group_size": 64}) for bits in (2, 3, 4, 8)),
+    ("gptq", {"sym": False, "group_size": 16}),
+    ("gptq", {"bits": 3, "sym": False, "group_size": -1}),
+    *(("awq", {"group_size": size}) for size in (16, 64, -1)),
+    ("awq", {"sym": True}),
+    *(("autoround", {"bits": bits, "group_size": 64}) for bits in (2, 3, 4, 8)),
+    ("autoround", {"bits": 3, "sym": False, "group_size": None}),
+    ("autoround", {"sym": False, "group_size": 48}),
+    ("compressed-tensors", {"scheme": "W4A16"}),
+    ("compressed-tensors", {"scheme": "W8A16"}),
+    ("compressed-tensors", {"scheme": "W4A16_ASYM", "group_size": 64}),
+]
+
+
+def made(
+    backend: str, sizes: tuple[int, int], device: str = "cpu", bias: bool = True, **options: Any
+) -> tuple[Any, Any]:
+    """Return a quantizer, and the layer that it makes of random weights."""
+    torch.manual_seed(0)
+    quantizer: Any = registry().backend(backend).quantizer(**options)
+    linear = nn.Linear(*sizes, bias=bias, device=device, dtype=BF16).requires_grad_(False)
+    return quantizer, quantizer.quantize_linear(linear)
+
+
+def unpacked(words: torch.Tensor, bits: int, interleaved: bool) -> torch.Tensor:
+    """Return the codes along the first dimension, bit by bit, int64."""
+    bit = (words.long()[:, None] >> torch.arange(32)[:, None]) & 1
+    bit = bit.flatten(0, 1).unflatten(0, (-1, bits))
+    codes = (bit << torch.arange(bits)[:, None]).sum(1)
+    if interleaved:  # a word has 0, 2, 4, 6, 1, 3, 5, 7
+        codes = codes.unflatten(0, (-1, 2, 4)).transpose(1, 2).flatten(0, 2)
+    return codes
+
+
+def weight_of(codes: WordCodes) -> torch.Tensor:
+    """Return what codes stand for, float64 [out_features, in_features]."""
+    words = codes.held.t() if codes.along_outputs else codes.held
+    held = unpacked(words, codes.bits, codes.interleaved)
+    held = held if codes.along_outputs else held.t()
+    zero = torch.tensor(codes.zero).expand(codes.scale.t().shape)
+    if codes.zeros is not None:
+        zero = zero + unpacked(codes.zeros.t(), codes.bits, codes.interleaved)
+    each = {"repeats": codes.group_size, "dim": 1}
+    zero, scale = zero.repeat_interleave(**each), codes.scale.t().repeat_interleave(**each)
+    return (held - zero).double() * scale.double()
+
+
+@pytest.mark.parametrize(("backend", "options"), LAYERS)
+def test_codes_in_words_are_the_weight(backend, options):
+    sizes = (384 if options.get("group_size") == 48 else 256, 96)
+    quantizer, vendor = made(backend, sizes, **options)
+    weight = quantizer.target.dequantize(vendor)
+    found = weight_of(quantizer.target.word_codes(vendor))
+    # Scales are of 16 bits, and so are products with them where the vendor computes in these.
+    assert relative(found.to(weight.dtype), weight) < 1e-3
+    assert quantizer.target.byte_codes(vendor) is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        ("compressed-tensors", {"scheme": "W8A8"}),
+        ("compressed-tensors", {"scheme": "MXFP4A16"}),
+        ("hqq", {"bits": 3}),
+        ("bnb-nf4", {}),
+    ],
+)
+def test_others_have_none(backend, options):
+    quantizer, vendor = made(backend, (256, 96), **options)
+    assert quantizer.target.word_codes(vendor) is None
+
+
+def test_scattered_groups_have_none():
+    quantizer, vendor = made("gptq", (256, 96), group_size=64)
+    vendor.desc_act = True
+    assert quantizer.target.word_codes(vendor) is None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("backend", "options"), LAYERS)
+def test_the_kernel_multiplies_one_token_with_them(backend, options, bias, dtype):
+    from quantadapt.facade.triton_words import product, takes
+
+    sizes = [(256, 96), (4480, 32), *([(4096, 1024), (14336, 4128)] if DEVICE == "cuda" else [])]
+    for shape in [(384, 96)] if options.get("group_size") == 48 else sizes:
+        quantizer, vendor = made(backend, shape, DEVICE, bias, **options)
+        codes = quantizer.target.word_codes(vendor)
+        x = torch.randn(1, 1, shape[0], device=DEVICE).to(dtype)
+        assert takes(codes, x)
+        y = product(x, codes, vendor.bias)
+        assert y.dtype == dtype
+        assert y.shape == (1, 1, shape[1])
+        tensors = {k: v.cpu() for k, v in vars(codes).items() if isinstance(v, torch.Tensor)}
+        exact = weight_of(replace(codes, **tensors)).to(DEVICE)
+        vendors = quantizer.target.dequantize(vendor).double()  # of 16 bits, mostly
+        for weight, off in ((exact, 0.0), (vendors, 1e-3)):
+            wanted = x.double() @ weight.T + (vendor.bias.double() if bias else 0)
+            assert relative(y.double(), wanted) < TOLERANCES[dtype] + off
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("backend", "options"), LAYERS)
+def test_a_facade_answers_one_token_by_the_kernel(monkeypatch, backend, options):
+    from quantadapt.facade import triton_words
+
+    calls = []
+
+    def product(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        return multiply(*given)
+
+    multiply = triton_words.product
+    monkeypatch.setattr(triton_words, "product", product)
+    inputs = 384 if options.get("group_size") == 48 else 256
+    quantizer, vendor = made(backend, (inputs, 96), "cuda", **options)
+    facade = QuantLinear(vendor, quantizer.target, BF16)
+    weight = facade.dequantize().double()
+    with torch.no_grad():
+        for tokens, training, called in ((1, False, 1), (1, True, 0), (2, False, 0)):
+            calls.clear()
+            x = torch.randn(1, tokens, inputs, device="cuda", dtype=BF16)
+            y = facade.train(training)(x)
+            assert len(calls) == called
+            wanted = x.double() @ weight.T + facade.bias.double()
+            assert relative(y.double(), wanted) < 6e-3
