@@ -8,7 +8,8 @@ count, the median of the others (`--rounds`) does. `ours` decodes as `quantadapt
 `serve` do, `peft-nf4` by transformers' `generate`, `unsloth` by its `for_inference`.
 `ours-...:growing` decodes without fixed slots, and so without CUDA graphs. `agrees` is the share of
 tokens that a case would choose, too, after the same tokens as the first case. (Random weights: the
-choice is often between equals.)
+choice is often between equals.) Backends that calibrate round to nearest here, which takes seconds
+and is as fast afterwards.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ def main() -> None:
         return
     path = checkpoint(given.shape, given.folder)
     names = [f"tokens/s at {batch}" for batch in given.batch]
-    print(f"| case | {' | '.join(f'{name} | ratio | agrees' for name in names)} | peak GiB |")
-    print(f"| --- | {'---: | ' * (3 * len(names))}---: |", flush=True)
+    print(
+        f"| case | {' | '.join(f'{name} | ratio | agrees' for name in names)} | peak GiB | load s |"
+    )
+    print(f"| --- | {'---: | ' * (3 * len(names))}---: | ---: |", flush=True)
     first: dict[str, Any] | None = None
     for case in given.case:
         found = run_apart(case, given, None if first is None else first["batches"])
@@ -63,7 +66,7 @@ def row(case: str, found: dict[str, Any], first: dict[str, Any]) -> str:
         cells += [f"{here['speed']:.1f}", f"{here['speed'] / there['speed']:.2f}"]
         cells.append("" if here["agrees"] is None else f"{here['agrees']:.1%}")
     peak = "" if found["peak_gib"] is None else f"{found['peak_gib']:.2f}"
-    return f"| {case} | {' | '.join(cells)} | {peak} |"
+    return f"| {case} | {' | '.join(cells)} | {peak} | {found['load_seconds']:.0f} |"
 
 
 def run_apart(case: str, given: argparse.Namespace, first: Any) -> dict[str, Any]:
@@ -94,7 +97,10 @@ def run_here(case: str, given: argparse.Namespace) -> dict[str, Any]:
     name = case.removesuffix(GROWING)
     _import(name)
     shape = SHAPES[given.shape]
-    model = _parts(name)[0](given.folder / f"llama-{given.shape}", shape, given.device)
+    load, started = _parts(name)[0], time.perf_counter()
+    rounds = {"calibrates": False} if name.startswith("ours") else {}
+    model = load(given.folder / f"llama-{given.shape}", shape, given.device, **rounds)
+    load_seconds = time.perf_counter() - started
     answer = _answering(case, model, given.new)
     first = json.load(sys.stdin)
     generator = torch.Generator().manual_seed(1)
@@ -116,7 +122,7 @@ def run_here(case: str, given: argparse.Namespace) -> dict[str, Any]:
             ]
             agrees = sum(a == b for a, b in pairs) / len(pairs)
         found["batches"][str(batch)] = {"speed": speed, "tokens": tokens, "agrees": agrees}
-    return found | {"peak_gib": _peak_gib(given.device)}
+    return found | {"peak_gib": _peak_gib(given.device), "load_seconds": load_seconds}
 
 
 def _answering(case: str, model: Any, new: int) -> Callable[..., list[list[int]]]:

@@ -180,13 +180,24 @@ def _parts(case: str) -> tuple[Callable[..., Any], Callable[..., dict[str, Any]]
     return load, partial(our_loop, backend=options, options=train)
 
 
-def ours(path: Path, shape: Shape, device: str, options: dict[str, Any], adapter: str) -> Any:
+def ours(
+    path: Path,
+    shape: Shape,
+    device: str,
+    options: dict[str, Any],
+    adapter: str,
+    calibrates: bool = True,
+) -> Any:
+    """Return an adapter of ours on a quantized base. Where that `calibrates` is not wanted, layers
+    are what those of such a base are, but rounded to nearest: answers take as long."""
     import torch
 
     import quantadapt as qa
 
     if options["backend"] == "aqlm":
         return qa.attach(aqlm(shape, device), adapter, r=RANK, lora_alpha=RANK)
+    if options["backend"] in CALIBRATES and not calibrates:
+        return qa.attach(rounded(path, device, **options), adapter, r=RANK, lora_alpha=RANK)
     # Enough to quantize with: speed does not depend on how well.
     shown = torch.arange(CALIBRATION).view(-1, 1, CALIBRATION // 4)
     calibration = (
@@ -196,6 +207,19 @@ def ours(path: Path, shape: Shape, device: str, options: dict[str, Any], adapter
         str(path), **options, device=device, dtype="bfloat16", calibration=calibration
     )
     return qa.attach(model, adapter, r=RANK, lora_alpha=RANK)
+
+
+def rounded(path: Path, device: str, backend: str, **options: Any) -> Any:
+    """Return a base of a backend that calibrates, made by its own rounding of single layers."""
+    import torch
+
+    import quantadapt as qa
+    from quantadapt.protocols import LayerwiseQuantizer
+    from quantadapt.registry import registry
+
+    quantizer: Any = registry().backend(backend).quantizer(**options)
+    model = LayerwiseQuantizer.quantize(quantizer, str(path), device=device, dtype=torch.bfloat16)
+    return qa.quantize(model, backend, device=device, dtype="bfloat16")
 
 
 def aqlm(shape: Shape, device: str) -> Any:
