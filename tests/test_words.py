@@ -1,12 +1,14 @@
 """One token times weights whose codes lie in 32-bit words, as they are held.
 
-The kernel runs on CUDA; with Triton installed, `TRITON_INTERPRET=1 pytest -m cuda
-tests/test_words.py -k kernel` tries it on a CPU.
+The kernel runs on CUDA. Triton's interpreter runs it on a CPU, where TRITON_INTERPRET says so
+before Triton is imported.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -104,7 +106,7 @@ def test_scattered_groups_have_none():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("backend", "options"), LAYERS)
 def test_the_kernel_multiplies_one_token_with_them(backend, options, bias, dtype):
@@ -125,6 +127,21 @@ def test_the_kernel_multiplies_one_token_with_them(backend, options, bias, dtype
         for weight, off in ((exact, 0.0), (vendors, 1e-3)):
             wanted = x.double() @ weight.T + (vendor.bias.double() if bias else 0)
             assert relative(y.double(), wanted) < TOLERANCES[dtype] + off
+
+
+@pytest.mark.slow
+def test_the_kernel_is_right_where_it_is_interpreted():
+    """A process of its own: Triton looks whether it interprets when it is imported."""
+    chosen = "test_the_kernel_multiplies and True and float32"
+    command = [sys.executable, "-m", "pytest", __file__, "-m", "cuda", "-k", chosen]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"{len(LAYERS)} passed" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.mark.cuda
