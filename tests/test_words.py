@@ -106,21 +106,21 @@ def test_scattered_groups_have_none():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("tokens", "bias", "dtype"), [(1, True, torch.float32), (3, False, BF16)])
 @pytest.mark.parametrize(("backend", "options"), LAYERS)
-def test_the_kernel_multiplies_one_token_with_them(backend, options, bias, dtype):
+def test_the_kernel_multiplies_tokens_with_them(backend, options, tokens, bias, dtype):
     from quantadapt.facade.triton_words import product, takes
 
-    sizes = [(256, 96), (4480, 32), *([(4096, 1024), (14336, 4128)] if DEVICE == "cuda" else [])]
+    sizes = [(256, 96), *([(4480, 32)] if tokens == 1 else [])]
+    sizes += [(4096, 1024), (14336, 4128)] if DEVICE == "cuda" else []
     for shape in [(384, 96)] if options.get("group_size") == 48 else sizes:
         quantizer, vendor = made(backend, shape, DEVICE, bias, **options)
         codes = quantizer.target.word_codes(vendor)
-        x = torch.randn(1, 1, shape[0], device=DEVICE).to(dtype)
+        x = torch.randn(1, tokens, shape[0], device=DEVICE).to(dtype)
         assert takes(codes, x)
         y = product(x, codes, vendor.bias)
         assert y.dtype == dtype
-        assert y.shape == (1, 1, shape[1])
+        assert y.shape == (1, tokens, shape[1])
         tensors = {k: v.cpu() for k, v in vars(codes).items() if isinstance(v, torch.Tensor)}
         exact = weight_of(replace(codes, **tensors)).to(DEVICE)
         vendors = quantizer.target.dequantize(vendor).double()  # of 16 bits, mostly
@@ -132,8 +132,7 @@ def test_the_kernel_multiplies_one_token_with_them(backend, options, bias, dtype
 @pytest.mark.slow
 def test_the_kernel_is_right_where_it_is_interpreted():
     """A process of its own: Triton looks whether it interprets when it is imported."""
-    chosen = "test_the_kernel_multiplies and True and float32"
-    command = [sys.executable, "-m", "pytest", __file__, "-m", "cuda", "-k", chosen]
+    command = [sys.executable, "-m", "pytest", __file__, "-m", "cuda", "-k", "kernel_multiplies"]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider"],
         env=os.environ | {"TRITON_INTERPRET": "1"},
@@ -141,12 +140,12 @@ def test_the_kernel_is_right_where_it_is_interpreted():
         text=True,
         check=False,
     )
-    assert f"{len(LAYERS)} passed" in done.stdout, done.stdout[-3000:]
+    assert f"{2 * len(LAYERS)} passed" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize(("backend", "options"), LAYERS)
-def test_a_facade_answers_one_token_by_the_kernel(monkeypatch, backend, options):
+def test_a_facade_answers_few_tokens_by_the_kernel(monkeypatch, backend, options):
     from quantadapt.facade import triton_words
 
     calls = []
@@ -162,7 +161,7 @@ def test_a_facade_answers_one_token_by_the_kernel(monkeypatch, backend, options)
     facade = QuantLinear(vendor, quantizer.target, BF16)
     weight = facade.dequantize().double()
     with torch.no_grad():
-        for tokens, training, called in ((1, False, 1), (1, True, 0), (2, False, 0)):
+        for tokens, training, called in ((1, False, 1), (1, True, 0), (4, False, 1), (5, False, 0)):
             calls.clear()
             x = torch.randn(1, tokens, inputs, device="cuda", dtype=BF16)
             y = facade.train(training)(x)

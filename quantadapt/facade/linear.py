@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 from ..compiling import has_triton
 from ..model.linears import as_conv1d
+from ..protocols import ByteCodes, WordCodes
 from . import float8
 from .float8 import Rows, in_float8
 from .frozen import Frozen
 from .peft_calls import copies_to_train, looks_for_parameters
 from .quant_weight import QuantWeight
+
+FEW_TOKENS = 4
+"""Tokens that are multiplied with codes in words as they are held, at most; in bytes, one is."""
 
 
 class QuantLinear(QuantWeight, nn.Linear):
@@ -77,7 +81,7 @@ class QuantLinear(QuantWeight, nn.Linear):
         if self._merged is not None:
             self._merged_weight()  # which looks whether it still is
         usual = not self.training and self._merged is None and change is None
-        if usual and (made := self._of_one_token(x)) is not None:
+        if usual and (made := self._of_few_tokens(x)) is not None:
             return made
         if self.rounds_activations:
             vendor = self._vendor
@@ -103,8 +107,9 @@ class QuantLinear(QuantWeight, nn.Linear):
         one_dtype = torch.is_autocast_enabled(device_type) or x.dtype == self.compute_dtype
         if self._merged is not None or self.rounds_activations or self.in_float8 or not one_dtype:
             return False
-        one_token = x.is_cuda and x.numel() == x.shape[-1]
-        return self.training or not (one_token or self.target.decodes(self._vendor, x))
+        if self.training or (x.is_cuda and x.numel() == x.shape[-1]):
+            return self.training
+        return not self.target.decodes(self._vendor, x) and self._codes_for(x) is None
 
     def add_product(self, rows: Tensor, begin: Callable[[], Tensor]) -> Tensor:
         """Return what `begin` makes, [tokens, out_features], with rows Wᵀ added in place, without
@@ -117,19 +122,32 @@ class QuantLinear(QuantWeight, nn.Linear):
         weight = self.weight_for_forward(rows).to(rows.dtype)
         return begin().addmm_(rows, weight.T)
 
-    def _of_one_token(self, x: Tensor) -> Tensor | None:
-        """Return the output for `x` by a kernel that reads codes in bytes or words; None where `x`
-        is more than a token or the codes are held otherwise."""
-        if not x.is_cuda or x.numel() != x.shape[-1] or not has_triton():
+    def _of_few_tokens(self, x: Tensor) -> Tensor | None:
+        """Return the output for `x` by a kernel of ours; None where there is none."""
+        if (codes := self._codes_for(x)) is None:
             return None
-        if (codes := self.target.byte_codes(self._vendor)) is not None:
-            from . import triton_one_token as of_bytes
+        if isinstance(codes, WordCodes):
+            from .triton_words import product as of_words
 
-            return of_bytes.product(x, codes, self.bias) if of_bytes.takes(codes, x) else None
+            return of_words(x, codes, self.bias)
+        from .triton_one_token import product as of_bytes
+
+        return of_bytes(x, codes, self.bias)
+
+    def _codes_for(self, x: Tensor) -> ByteCodes | WordCodes | None:
+        """Return the codes with which a kernel of ours multiplies `x`; None where it is more than
+        a few tokens, or the codes are held otherwise."""
+        tokens = x.numel() // x.shape[-1]
+        if not x.is_cuda or not 0 < tokens <= FEW_TOKENS or not has_triton():
+            return None
+        if tokens == 1 and (held := self.target.byte_codes(self._vendor)) is not None:
+            from .triton_one_token import takes as takes_bytes
+
+            return held if takes_bytes(held, x) else None
         if (words := self.target.word_codes(self._vendor)) is not None:
-            from . import triton_words as of_words
+            from .triton_words import takes as takes_words
 
-            return of_words.product(x, words, self.bias) if of_words.takes(words, x) else None
+            return words if takes_words(words, x) else None
         return None
 
     def gradient(

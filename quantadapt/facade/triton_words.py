@@ -1,5 +1,5 @@
-"""The product of one token with weights whose codes lie in 32-bit words: each word is read once, as
-it is held, and no dense weight is made.
+"""The product of a few tokens with weights whose codes lie in 32-bit words: these are read as they
+are held, once for each token, and no dense weight is made.
 
 Inputs are taken in pieces, each of one group. A thread goes through a piece; a tile has many of
 them side by side, and a few words of each row, which is what makes enough reads at once.
@@ -226,6 +226,8 @@ def _product(  # type: ignore[no-untyped-def]
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     row = tl.program_id(0) * (WORDS * EACH) + tl.arange(0, WORDS * EACH)
     there = row < words * EACH
+    x += tl.program_id(1) * pieces * INPUTS
+    y += tl.program_id(1) * words * EACH
     total = tl.zeros([PIECES, WORDS * EACH], tl.float32)
     for start in range(0, pieces, PIECES):
         piece = start + tl.arange(0, PIECES)
@@ -290,7 +292,8 @@ def product(x: Tensor, codes: WordCodes, bias: Tensor | None) -> Tensor:
     """Return x Wᵀ + bias, summed in float32, in the dtype of `x`.
 
     Args:
-        x: [..., in_features], contiguous, one token.
+        x: [..., in_features], contiguous. Each token reads all words: those after the first from
+            the GPU's cache, mostly, but for few tokens only that is fast.
         codes: of W, such as `takes` says yes to.
         bias: [out_features] or None.
     """
@@ -300,7 +303,8 @@ def product(x: Tensor, codes: WordCodes, bias: Tensor | None) -> Tensor:
     tile = min(triton.next_power_of_2(pieces), PIECES[along])
     y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
     zeros = held if codes.zeros is None else codes.zeros
-    _product[(triton.cdiv(held.shape[1], words),)](
+    grid = (triton.cdiv(held.shape[1], words), x.numel() // x.shape[-1])
+    _product[grid](
         y,
         x,
         held,

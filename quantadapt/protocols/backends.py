@@ -79,7 +79,8 @@ class AdapterTarget(Protocol):
         return None
 
     def word_codes(self, module: nn.Module) -> WordCodes | None:
-        """Likewise where they lie in 32-bit words, as in GPTQ's and AWQ's formats."""
+        """Likewise where they lie in 32-bit words, as in GPTQ's and AWQ's formats, for up to four
+        tokens."""
         return None
 
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
