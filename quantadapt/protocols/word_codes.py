@@ -1,5 +1,5 @@
 """Weights whose codes lie in 32-bit words, as GPTQ's and AWQ's files have them, and as the kernel
-for one token reads them."""
+for a few tokens reads them."""
 
 from __future__ import annotations
 
