@@ -54,7 +54,8 @@ def _dense(  # type: ignore[no-untyped-def]
 
     mask = (row < rows - top)[:, None] & (column < columns)[None, :]
     place = made + top * columns + (row * columns)[:, None] + column[None, :]
-    dense = tl.reshape(values, (ROWS, COLUMNS)).to(made.dtype.element_ty)
+    # From one 16-bit format into another, Triton has different ways in different versions.
+    dense = tl.reshape(values, (ROWS, COLUMNS)).to(tl.float32).to(made.dtype.element_ty)
     tl.store(place, dense, mask=mask)
 
 
