@@ -15,6 +15,7 @@ from torch import nn
 from quantadapt import compiling
 from quantadapt.compiling import results_in
 from quantadapt.dense_words import whole_words
+from quantadapt.facade import QuantLinear
 from quantadapt.registry import registry
 
 
@@ -47,6 +48,34 @@ def test_words_are_read_in_order(
     given = rest, tensors[1][:, words], scales[:, first:]
     found = kernel.dense_of_words(*given, bits, 1, across, torch.bfloat16)
     assert torch.equal(found, expected[first:])
+
+
+@pytest.mark.parametrize(
+    ("backend", "bits"),
+    [("awq", 4), *((name, bits) for name in ("gptq", "autoround") for bits in (2, 4, 8))],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layers_are_read_so(
+    backend: str, bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is on CUDA, but interpreted: what the facade reads is what the plain function gives."""
+    linear = nn.Linear(256, 64, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    quantizer: Any = registry().backend(backend).quantizer(bits=bits, sym=False, group_size=64)
+    layer = QuantLinear(quantizer.quantize_linear(linear), quantizer.target, dtype)
+    expected = layer.dequantize()
+    interpreted("quantadapt.triton_dense", monkeypatch)
+    by_hand = []
+
+    def run(written: Any, tensors: Any, static: Any) -> torch.Tensor:
+        by_hand.append(written(*tensors, *static, compiling._dtype()))
+        return by_hand[-1]
+
+    monkeypatch.setattr(compiling, "_by_hand", run)
+    found = layer.dequantize()
+    assert found is by_hand[0]  # in the wanted dtype and layout: there is no second pass
+    assert torch.equal(found, expected)
+    assert torch.equal(layer.dequantize_rows(5, 41), expected[5:41])
+    assert len(by_hand) == 2
 
 
 def test_groups_that_share_words_are_left_to_the_compiler() -> None:

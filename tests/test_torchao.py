@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from interpreted import interpreted
@@ -11,7 +13,9 @@ from torch import nn
 from torchao import quantization
 from transformers import TorchAoConfig
 
+from quantadapt import compiling
 from quantadapt.compiling import results_in
+from quantadapt.facade import QuantLinear
 
 
 @pytest.mark.parametrize(
@@ -94,6 +98,30 @@ def test_tiles_are_read_in_order(
     first, own = 8 * (rows // 16), parts[:, 8 * (rows // 16) :]
     given = packed[first // 8 :], own, rows - first, columns, size, None
     assert torch.equal(kernel.dense_of_tiles(*given), expected[first:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layers_in_tiles_are_read_so(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is on CUDA, but interpreted, whole and rows alone."""
+    interpreted("quantadapt_torchao.triton_tiles", monkeypatch)
+    packed, parts, weight = random_tiles(48, 768, 64)
+    linear = nn.Linear(768, 48, bias=False, device="meta")
+    tiles = quantization.Int4TilePackedTo4dTensor(packed, parts, [1, 64], torch.Size((48, 768)))
+    linear.weight = nn.Parameter(tiles, requires_grad=False)
+    layer = QuantLinear(linear, Int4().target, dtype)
+    by_hand = []
+
+    def run(written: Any, tensors: Any, static: Any) -> torch.Tensor:
+        by_hand.append(written(*tensors, *static, compiling._dtype()))
+        return by_hand[-1]
+
+    monkeypatch.setattr(compiling, "_by_hand", run)
+    expected = weight.float().bfloat16().to(dtype)
+    found = layer.dequantize()
+    assert found is by_hand[0]  # in the wanted dtype and layout: there is no second pass
+    assert torch.equal(found, expected)
+    assert torch.equal(layer.dequantize_rows(8, 40), expected[8:40])
+    assert torch.equal(layer.dequantize_rows(3, 9), expected[3:9])
 
 
 @pytest.mark.cuda
