@@ -83,6 +83,10 @@ def dense_of_words(
     dtype: torch.dtype | None,
 ) -> Tensor:
     """As `dense_words.dense_of_words`."""
+    packed, zeros, scales = (
+        tensor if tensor.stride(1) == 1 else tensor.contiguous()
+        for tensor in (packed, zeros, scales)
+    )
     held, rows = 32 // bits, scales.shape[1]
     columns = packed.shape[0] if across else packed.shape[0] * held
     made = torch.empty(rows, columns, dtype=dtype or scales.dtype, device=packed.device)

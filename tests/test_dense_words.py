@@ -42,6 +42,9 @@ def test_words_are_read_in_order(
         found = kernel.dense_of_words(*tensors, bits, added, across, dtype)
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected)
+    columns_first = [tensor.t().contiguous().t() for tensor in tensors]
+    found = kernel.dense_of_words(*columns_first, bits, 1, across, torch.bfloat16)
+    assert torch.equal(found, expected)
     first = 16
     words = slice(first * bits // 32, None)
     rest = packed[:, words if across else slice(first, None)]

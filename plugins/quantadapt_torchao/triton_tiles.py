@@ -71,13 +71,13 @@ def dense_of_tiles(
     """Return the weight, [rows, columns].
 
     Args:
-        packed: int32 [rows / 8, columns / (32 words), 32, words] or more, contiguous.
-        scale_and_zero: [columns / group_size, rows, 2] or more; in each group, rows lie one after
-            the other.
+        packed: int32 [rows / 8, columns / (32 words), 32, words] or more.
+        scale_and_zero: [columns / group_size, rows, 2] or more.
         group_size: a multiple of 32.
         dtype: of the result, which is rounded to that of the scales first; None for just that.
     """
     dtype = dtype or scale_and_zero.dtype
+    packed, scale_and_zero = packed.contiguous(), scale_and_zero.contiguous()
     made = torch.empty(rows, columns, dtype=dtype, device=packed.device)
     blocks = triton.cdiv(columns, COLUMNS)
     _dense[(triton.cdiv(rows, ROWS) * blocks,)](
