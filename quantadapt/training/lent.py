@@ -56,6 +56,7 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
         task: what it learns; says whether passes are alike enough to be recorded.
         on_note: told in a sentence what cannot be lent, which then costs time or memory.
     """
+    from ..adapting.fused_ia3 import ia3_layers
     from ..adapting.low_rank import low_rank_layers
     from ..compiling import compiled_functions
     from ..model.sinks import fused_sinks
@@ -71,6 +72,7 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
         lend(fast_adapters(model))  # TF32 for float32 adapters
         fused = lend(fused_layers(model, keep_casts=spec.memory != "min", on_note=on_note))
         lend(low_rank_layers(model))  # VeRA and AdaLoRA, computed as LoRA
+        lend(ia3_layers(model))  # in one pass over the activations
         lend(float8_products(model, spec, on_note))  # with the frozen base
         lend(compiled_functions())  # dequantizing in one kernel
         lend(fast_attention(model, adapter_device(model)))  # cuDNN's
