@@ -58,6 +58,7 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
     """
     from ..adapting.fused_ia3 import ia3_layers
     from ..adapting.low_rank import low_rank_layers
+    from ..adapting.rank_budget import joint_ranks
     from ..compiling import compiled_functions
     from ..model.sinks import fused_sinks
     from .cuda_graphs import can_record
@@ -73,6 +74,7 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
         fused = lend(fused_layers(model, keep_casts=spec.memory != "min", on_note=on_note))
         lend(low_rank_layers(model))  # VeRA and AdaLoRA, computed as LoRA
         lend(ia3_layers(model))  # in one pass over the activations
+        lend(joint_ranks(model))  # what AdaLoRA does once a step, for all layers together
         lend(float8_products(model, spec, on_note))  # with the frozen base
         lend(compiled_functions())  # dequantizing in one kernel
         lend(fast_attention(model, adapter_device(model)))  # cuDNN's
