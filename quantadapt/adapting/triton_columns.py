@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..compiling import on_its_device
 
-ROWS, COLUMNS, RANKS = 64, 128, 64
+ROWS, COLUMNS, RANKS = 64, 128, 32
 ROWS_BACK, COLUMNS_BACK = 16, 256
 ROWS_OF_PART, MOST_PARTS = 128, 512
 """So many rows a program adds up, or more, so that there are no more than so many programs for a
