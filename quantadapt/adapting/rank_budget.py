@@ -29,7 +29,7 @@ _Groups = list[list[int]]
 def joint_ranks(model: nn.Module) -> Iterator[None]:
     """Inside, an AdaLoRA that `model` may have takes its steps so."""
     tuner = tuner_of(model)
-    if tuner is None:
+    if tuner is None or not hasattr(tuner, "rankallocator"):  # one that is not trained has none
         yield
         return
     ranks = _Ranks(tuner)
