@@ -5,7 +5,8 @@
 Each on all linear layers of random weights in nf4, every layer recomputed, with the options that
 `quantadapt adapters` shows; all in one process, one after the other. Prints a Markdown table:
 tokens per second (median of the steps after the first three), against the first one's, GiB in use
-at most, how many weights are trained, and the share of the time that the products with frozen
+at most, those that `quantadapt plan` foresees, those that the models before have left (which count
+in the peak), how many weights are trained, and the share of the time that the products with frozen
 weights would take at the least. `--device cpu` tries it in a toy size.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from growth import free, median_step, model_of
+from growth import foreseen_gib, free, median_step, model_of
 from several_gpus import peak
 from shapes import SHAPES
 from speed import device_name
@@ -29,11 +30,12 @@ def main() -> None:
     shape = SHAPES["demo" if given.device == "cpu" else given.shape]
     if given.layers:
         shape = replace(shape, num_hidden_layers=given.layers)
-    print("| adapter | tokens/s | ratio | peak GiB | trained weights | of the floor |")
-    print(f"| --- | {'---: | ' * 5}", flush=True)
+    heads = "tokens/s | ratio | peak GiB | foreseen | left before | trained weights | of the floor"
+    print(f"| adapter | {heads} |\n| --- | {'---: | ' * 7}", flush=True)
     reference = None
     for name in given.adapter:
         free(given.device)
+        left = held(given.device)
         options = {"r": 16, "lora_alpha": 16} if name in ("lora", "dora") else {}
         model = model_of(shape, given.device, name, **options)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -41,10 +43,21 @@ def main() -> None:
         reference = reference or seconds
         share = shape.floor_seconds(1.0) / seconds
         cells = f"{shape.tokens / seconds:,.0f}", f"{reference / seconds:.3f}"
-        cells += f"{peak(given.device)[0]:.2f}", f"{trained:,}", f"{share:.1%}"
+        foreseen = foreseen_gib(shape, {"name": name, **options})
+        cells += f"{peak(given.device)[0]:.2f}", f"{foreseen:.2f}", f"{left:.2f}"
+        cells += f"{trained:,}", f"{share:.1%}"
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
         del model
     print(f"\n{given.shape}; {device_name(given.device)}; {versions(*PACKAGES)}")
+
+
+def held(device: str) -> float:
+    """Return the GiB that are allocated now."""
+    if device == "cpu":
+        return 0.0
+    import torch
+
+    return torch.cuda.memory_allocated() / 2**30
 
 
 def arguments() -> argparse.Namespace:

@@ -109,7 +109,7 @@ def measured(point: Point, device: str) -> Point:
         seconds=seconds,
         least=least_seconds(point),
         gib=allocated if device == "cuda" else None,
-        foreseen=foreseen_gib(point),
+        foreseen=foreseen_gib(point.shape, {"name": "lora", "r": point.rank}),
     )
 
 
@@ -190,21 +190,25 @@ def lora_weights(shape: Shape, rank: int) -> int:
     return shape.num_hidden_layers * rank * sides
 
 
-def foreseen_gib(point: Point) -> float:
-    """Return the peak that `quantadapt plan` foresees from the config alone."""
+def foreseen_gib(shape: Shape, adapter: dict[str, Any]) -> float:
+    """Return the peak that `quantadapt plan` foresees from the config alone, every layer
+    recomputed.
+
+    Args:
+        adapter: its name and options, as in a spec.
+    """
     import tempfile
 
     from quantadapt.memory.setting import Setting
     from quantadapt.planning import plan
     from quantadapt.spec import Spec
 
-    shape = point.shape
     with tempfile.TemporaryDirectory() as folder:
         shape.config().save_pretrained(folder)
         spec = Spec(
             model=folder,
             backend="bnb-nf4",
-            adapter={"name": "lora", "r": point.rank},
+            adapter=adapter,
             data={"max_length": shape.length},
             train={"per_device_train_batch_size": shape.batch, "gradient_checkpointing": True},
             dtype="bfloat16",

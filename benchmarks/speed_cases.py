@@ -43,6 +43,11 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-awq": {"backend": "awq"},
     "ours-autoround": {"backend": "autoround", "iters": 2},
     "ours-aqlm": {"backend": "aqlm"},
+    "ours-inc": {"backend": "inc"},
+    "ours-ct": {"backend": "compressed-tensors"},
+    "ours-fgfp8": {"backend": "finegrained-fp8"},
+    "ours-nvfp4": {"backend": "nvfp4"},
+    "ours-mxfp4": {"backend": "mxfp4"},
 }
 MEMORY: dict[str, dict[str, Any]] = {
     "full": {"gradient_checkpointing": True},

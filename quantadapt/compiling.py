@@ -30,6 +30,8 @@ _active = False
 """While a model trains: backward runs in threads of autograd's, so this is for all threads."""
 _wanted = threading.local()
 _kernels: dict[Any, Callable[..., Any] | None] = {}
+_refused: set[Any] = set()
+"""Kernels of Triton's that could not be made, and where."""
 
 
 @cache
@@ -88,6 +90,7 @@ def one_kernel(
     *tensors: Tensor,
     static: tuple[Any, ...] = (),
     otherwise: Callable[[], Tensor] | None = None,
+    written: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Return function(*tensors, *static), computed by one kernel where that pays.
 
@@ -96,12 +99,36 @@ def one_kernel(
         tensors: the packed weight first. Bit for bit the result is that of eager mode.
         static: hashable; a kernel is made for each combination of these and of the shapes.
         otherwise: the vendor's own way, taken where nothing is compiled.
+        written: a kernel of Triton's for the same, where what Inductor makes is slow. It gets the
+            tensors, `static`, and the dtype that `results_in` says or None; and is taken on CUDA
+            wherever it runs, in evaluation, too: it is made once for all shapes.
     """
+    if written is not None and (made := _by_hand(written, tensors, static)) is not None:
+        return made
     kernel = _kernel(function, tensors, static) if _gains(tensors[0]) else None
     if kernel is not None:
         result: Tensor = kernel(*tensors)
         return result
     return function(*tensors, *static) if otherwise is None else otherwise()
+
+
+def _by_hand(
+    written: Callable[..., Tensor], tensors: tuple[Tensor, ...], static: tuple[Any, ...]
+) -> Tensor | None:
+    """Return what a kernel of Triton's makes; None off CUDA, and where it cannot be made."""
+    import torch
+
+    device = tensors[0].device
+    if device.type != "cuda" or not has_triton() or (written, device) in _refused:
+        return None
+    try:
+        return written(*tensors, *static, _dtype())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever Triton, its compiler or the driver say
+        _refused.add((written, device))
+        _tell(written, error)
+        return None
 
 
 def _gains(packed: Tensor) -> bool:
@@ -137,11 +164,15 @@ def _compile(
             kernel: Any = compile_fx_inner(traced(function, tensors, static, dtype), [*tensors])
             kernel([*tensors])
     except Exception as error:
-        name, reason = function.__name__, (str(error).strip() or type(error).__name__).splitlines()
-        what = f"{name} runs uncompiled, which is slower: {reason[0]}"
-        warn(what, SlowerWarning, stacklevel=2)
+        _tell(function, error)
         return None
     return lambda *given: kernel([*given])[0]
+
+
+def _tell(function: Callable[..., Any], error: Exception) -> None:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    what = f"{function.__name__} runs uncompiled, which is slower: {reason}"
+    warn(what, SlowerWarning, stacklevel=3)
 
 
 def traced(

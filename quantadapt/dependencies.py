@@ -3,8 +3,10 @@ the state that they share in a process in order."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +15,8 @@ from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
+from traceback import walk_tb
+from types import TracebackType
 from typing import Any, TypeVar
 
 from packaging.requirements import Requirement
@@ -118,12 +122,12 @@ def in_turn(function: Function) -> Function:
 @contextmanager
 def unchanged_process() -> Iterator[None]:
     """Undo what libraries do to the whole process while they are imported: new variables in the
-    environment, which other processes inherit, filters of warnings, a root logger that prints. What
-    they write to stdout is dropped."""
+    environment, which other processes inherit, filters of warnings, a root logger that prints;
+    frames that they keep. What they write to stdout is dropped."""
     environment, root = set(os.environ), logging.getLogger()
     level, handlers = root.level, root.handlers[:]
     try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+        with _no_frames_kept(), warnings.catch_warnings(), redirect_stdout(StringIO()):
             yield
     finally:
         for name in os.environ.keys() - environment:
@@ -132,11 +136,32 @@ def unchanged_process() -> Iterator[None]:
         root.handlers[:] = handlers
 
 
+@contextmanager
+def _no_frames_kept() -> Iterator[None]:
+    """Take their traceback from errors that modules keep which were imported inside.
+
+    Some keep why an optional import failed, to tell it later. With the traceback they would keep
+    each frame that led there, up to the caller's, and with those the models that it works on.
+    """
+    before = set(sys.modules)
+    yield
+    if new := set(sys.modules) - before:
+        for error in gc.get_objects():
+            # by the type: `isinstance` asks some objects what they are
+            if issubclass(type(error), Exception) and _passed(error.__traceback__, new):
+                error.__traceback__ = None
+
+
+def _passed(traceback: TracebackType | None, modules: set[str]) -> bool:
+    frames = (frame for frame, _ in walk_tb(traceback))
+    return any(frame.f_globals.get("__name__") in modules for frame in frames)
+
+
 def import_requirements(backend: Backend) -> None:
     """Import what the backend needs. Raises MissingDependency with the reason if that fails."""
     for name in backend.imports:
         try:
-            with redirect_stdout(StringIO()):  # some print a banner
+            with _no_frames_kept(), redirect_stdout(StringIO()):  # some print a banner
                 import_module(name)
         except Exception as error:
             fix = f"reinstall it: pip install --force-reinstall '{backend.extra or name}'"

@@ -18,8 +18,9 @@ from quantadapt_torchao.tiles import joined_tiles
 from torch import nn
 
 from quantadapt import compiling
+from quantadapt.model.noise import fixed_noise
 from quantadapt.protocols import CodebookGrid, UniformGrid, grids
-from quantadapt.protocols.grids import _place, fixed_noise
+from quantadapt.protocols.grids import _place
 
 QUANTIZERS = [
     *(HQQ(bits=b, axis=a, group_size=g) for b in (1, 2, 3, 4, 8) for a, g in ((0, 64), (1, None))),

@@ -224,6 +224,33 @@ def test_a_compiler_that_has_moved_is_told(monkeypatch) -> None:
         assert compiling._compile(torch.neg, (torch.ones(2),), ()) is None
 
 
+def test_a_kernel_by_hand_gets_the_wanted_dtype_or_is_given_up_for_good(monkeypatch) -> None:
+    monkeypatch.setattr(compiling, "has_triton", lambda: True)
+    monkeypatch.setattr(compiling, "_refused", set())
+    given: list[Any] = []
+    there: Any = types.SimpleNamespace(device=torch.device("cuda", 0))
+    with compiling.results_in(torch.float16):
+        compiling._by_hand(lambda *a: given.append(a), (there, 1), (2,))
+    compiling._by_hand(lambda *a: given.append(a), (there,), ())
+    assert given == [(there, 1, 2, torch.float16), (there, None)]
+
+    def broken(*_: Any) -> torch.Tensor:
+        given.append("tried")
+        raise RuntimeError("no C compiler\nsee the log")
+
+    def full(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    with pytest.warns(SlowerWarning, match="broken runs uncompiled.*: no C compiler$"):
+        assert compiling._by_hand(broken, (there,), ()) is None
+    assert compiling._by_hand(broken, (there,), ()) is None
+    assert given.count("tried") == 1
+    with pytest.raises(torch.OutOfMemoryError):  # whoever fits a run to its card has to know
+        compiling._by_hand(full, (there,), ())
+    here = torch.arange(3)
+    assert torch.equal(compiling.one_kernel(torch.neg, here, written=broken), -here)
+
+
 def test_libraries_are_quiet_but_what_makes_us_slower_is_told() -> None:
     from huggingface_hub import constants
 

@@ -144,7 +144,7 @@ def test_a_run_learns_what_pefts_own_layers_learn(kind) -> None:
     def losses(without: bool) -> list[float]:
         options = {"r": 8} if kind == "vera" else {}
         tuned = qa.attach(qa.quantize(str(small_model()), "hqq"), kind, **options)
-        pefts = patch.object(low_rank, "_KINDS", {} if without else low_rank._KINDS)
+        pefts = patch.object(low_rank, "_WAYS", {} if without else low_rank._WAYS)
         with pefts, patch.object(low_rank, "fused_lora", side_effect=low_rank.fused_lora) as fused:
             result = qa.train(
                 tuned,

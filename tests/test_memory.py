@@ -108,7 +108,7 @@ def test_what_an_adapter_that_is_not_plain_lora_keeps_and_works_with() -> None:
 def test_the_backward_of_a_recomputed_layer_takes_what_the_textbook_says() -> None:
     parts = work(dora=True).parts(Setting(31, False, 4))
     single = TOKENS * 4096 * 2
-    gradients, weight = TOKENS * (4096 + 14336), 4096 * 14336
+    gradients, weight = TOKENS * 4096, 4096 * 14336
     weights = 2 * 4096 * (4096 + 1024)  # q, o, k and v are narrower than there are tokens
     products = TOKENS * (2 * 4096 + 2 * 1024 + 2 * 14336)  # all but that of down_proj
     assert parts["inputs"] == 31 * single

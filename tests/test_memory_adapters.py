@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from allocations import left_by
+from allocations import left_by, peak_of
 from llama_sizes import LLAMA_8B
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
 from quantadapt import demo
+from quantadapt.adapting.adalora import bytes_to_come
+from quantadapt.adapting.fused_ia3 import ia3_layers
 from quantadapt.adapting.low_rank import low_rank_layers
+from quantadapt.adapting.rank_budget import joint_ranks
 from quantadapt.dependencies import missing_requirements
 from quantadapt.machine import Machine
 from quantadapt.memory import GIB, Workload
 from quantadapt.memory.adapters import Layer, Method
+from quantadapt.memory.setting import Setting
 from quantadapt.memory.shape import Shape
+from quantadapt.memory.workload import WORKSPACE
 from quantadapt.planning import plan
 from quantadapt.registry import registry
 from quantadapt.spec import Spec
+from quantadapt.training.lent import fused_layers, recomputed
 
 SIZES = {
     "hidden_size": 128,
@@ -145,37 +152,121 @@ def test_what_vera_shares_is_there_once_and_as_large_as_the_largest_layer() -> N
     assert fixed == 4 * 256 * (14336 + 4096)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("vera", {"r": 64}), ("adalora", {"init_r": 64, "target_r": 32, "total_step": 9})],
-)
-def test_what_a_pass_keeps_is_what_was_foreseen(name: str, options: Any, dtype: str) -> None:
-    """As a run computes them: factors that are made in a pass, and no copies of inputs."""
+KEPT = [
+    ("lora", {"r": 4}),
+    ("dora", {"r": 4}),
+    ("vera", {"r": 64}),
+    ("adalora", {"init_r": 64, "target_r": 32, "total_step": 9}),
+    ("ia3", {"feedforward_modules": []}),
+    ("ia3", {"feedforward_modules": ["down_proj"]}),
+    ("ia3", {"feedforward_modules": ["q_proj", "v_proj", "up_proj"]}),
+    ("ia3", {"feedforward_modules": [], "target_modules": ["q_proj", "up_proj"]}),
+]
+TOKENS = torch.arange(512)[None] % 64
+dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+def training(name: str, options: Any, dtype: str) -> tuple[Any, Workload]:
+    """A model of three layers, and its workload; how a run computes it: with `as_it_trains`."""
     config = LlamaConfig(**(SIZES | {"hidden_size": 256, "intermediate_size": 512}))
     torch.manual_seed(0)
     base = qa.quantize(LlamaForCausalLM(config), "none", dtype=dtype)
     tuned = qa.attach(base, name, **options).train()
-    shape = Shape.of(config.to_dict())
-    work = Workload(
-        *(shape, {}, tuple(shape.linears), 0, "sgd", 4 if dtype == "float32" else 2, 1, 1),
-        fused_adapter=False,
+    shape, lora = Shape.of(config.to_dict()), name in ("lora", "dora")
+    targets = tuple(options.get("target_modules", shape.linears))
+    return tuned, Workload(
+        *(shape, {}, targets, 0, "sgd", 4 if dtype == "float32" else 2, 1, 1),
+        fused_adapter=lora,
         fused_kernels=False,
-        method=Method(name.upper(), options),
+        dora=name == "dora",
+        method=Method("LORA" if lora else name.upper(), options),
     )
-    ids = torch.arange(512)[None] % 64
+
+
+@contextmanager
+def as_it_trains(tuned: Any) -> Iterator[None]:
+    with low_rank_layers(tuned), ia3_layers(tuned), fused_layers(tuned):
+        yield
+
+
+def kept_by_a_pass(tuned: Any) -> int:
     held: list[Any] = []
 
     def forward() -> None:
-        held.append(tuned(input_ids=ids, use_cache=False).logits.sum())
+        held.append(tuned(input_ids=TOKENS, use_cache=False).logits.sum())
 
-    with low_rank_layers(tuned):
+    for _ in range(2):  # the first shows which layers get the same input
         forward()
         held.clear()
-        found = left_by(forward)
-    assert found == pytest.approx(3 * work.kept_bytes(512), rel=0.05)
-    few = 2 * 64 - 1  # as PEFT has it
-    assert work.kept_bytes(few) == replace(work, method=None).kept_bytes(few)
+    return left_by(forward)
+
+
+@dtypes
+@pytest.mark.parametrize(("name", "options"), KEPT, ids=str)
+def test_what_a_pass_keeps_is_what_was_foreseen(name: str, options: Any, dtype: str) -> None:
+    """As a run computes it. Beside the layers there are logits, and of DoRA two vectors a layer."""
+    tuned, work = training(name, options, dtype)
+    with as_it_trains(tuned):
+        found = kept_by_a_pass(tuned)
+    assert found == pytest.approx(3 * work.kept_bytes(512), rel=0.02)
+    if name in ("vera", "adalora"):
+        few = 2 * 64 - 1  # as PEFT has it
+        assert work.kept_bytes(few) == replace(work, method=None).kept_bytes(few)
+
+
+@dtypes
+@pytest.mark.parametrize(("name", "options"), KEPT[:6], ids=str)
+def test_what_is_recomputed_keeps_its_input_alone(name: str, options: Any, dtype: str) -> None:
+    """Whatever an adapter makes in a pass goes with it; of DoRA two vectors a layer stay."""
+    tuned, work = training(name, options, dtype)
+    with as_it_trains(tuned), recomputed(tuned, Setting(3, False, 1)):
+        found = kept_by_a_pass(tuned)
+    vectors = 8 * 3 * sum(o for _, o in work.shape.linears.values()) if name == "dora" else 0
+    of_the_head = 3 * 512 * (256 + 64) * 4
+    assert 0 <= found - 3 * work.input_bytes(512) - vectors <= of_the_head
+
+
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize(("name", "options"), KEPT[:6], ids=str)
+def test_the_peak_of_a_step_is_what_was_foreseen(name: str, options: Any, count: int) -> None:
+    """But for the loss: all that forward and backward allocate, in 2048 tokens."""
+    tuned, work = training(name, options, "float32")
+    work = replace(work, length=2048, bits=dict.fromkeys(work.shape.linears, 32))
+    decoder, ids = tuned.get_base_model().model, TOKENS.repeat(1, 4)
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+
+    def step() -> None:
+        decoder(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+        for parameter in trained:
+            parameter.grad = None
+
+    setting = Setting(count, False, 1)
+    with as_it_trains(tuned), recomputed(tuned, setting, draws=False):
+        step()
+        step()
+        found = peak_of(step)
+    parts = work.parts(setting)
+    expected = parts["inputs"] + parts["activations"] + parts["working"] - WORKSPACE
+    assert found == pytest.approx(expected, rel=0.03)
+
+
+def test_what_adalora_keeps_beside_its_weights_is_what_was_foreseen() -> None:
+    """Importances, from the first step on; all gradients are there when backward begins."""
+    tuned, work = training("adalora", {"init_r": 6, "target_r": 2, "total_step": 9}, "float32")
+    tuner, weights = tuned.base_model, [p for p in tuned.parameters() if p.requires_grad]
+    tuned(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    foreseen = bytes_to_come(tuned)
+    with joint_ranks(tuned):
+        found = left_by(lambda: tuner.rankallocator.update_ipt(tuner.model))
+    assert foreseen == work.method.importances * work.trained
+    assert bytes_to_come(tuned) == 0
+    assert sum(p.numel() for p in weights) == work.trained
+    assert found == pytest.approx(work.method.importances * work.trained, rel=0.02)
+    same = replace(work, method=Method("ADALORA", {"init_r": 6, "target_r": 6}))
+    assert work.adapter_bytes - same.adapter_bytes == 12 * work.trained
+    whole, one = Setting(0, False, 1), replace(work, batch=1, length=1)
+    *_, gradients = next(iter(one._moments(whole)))
+    assert gradients == 4 * one.trained
 
 
 def test_a_method_of_a_plugin_counts_as_lora_of_its_rank() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantadapt.compiling import one_kernel
+from quantadapt.dense_words import dense_of_words, whole_words
 from quantadapt.protocols import rows_of_units
 from quantadapt_autoround.tuning import give_logging_back
 
@@ -111,13 +112,22 @@ def _weight(vendor: Any, codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor
     packing = (vendor.bits, zero_offset(vendor))
     if vendor.bits == 3:  # auto-round's own unpacking cannot be traced
         return _dequantize(*tensors, *packing)
-    return one_kernel(_dequantize, *tensors, static=packing)
+    size = vendor.infeatures // len(scales)
+    fits = whole_words(vendor.bits, size, False) and size * len(scales) == vendor.infeatures
+    written = _dequantize_in_order if fits else None
+    return one_kernel(_dequantize, *tensors, static=packing, written=written)
 
 
 def _dequantize(packed: Tensor, zeros: Tensor, scales: Tensor, bits: int, offset: int) -> Tensor:
     codes, zeros = _unpack(packed, bits, 0), _unpack(zeros, bits, 1) + offset
     groups = codes.view(len(zeros), -1, codes.shape[1]) - zeros[:, None]
     return (scales[:, None] * groups).flatten(0, 1).t()
+
+
+def _dequantize_in_order(
+    packed: Tensor, zeros: Tensor, scales: Tensor, bits: int, offset: int, dtype: torch.dtype | None
+) -> Tensor:
+    return dense_of_words(packed, zeros, scales, bits, offset, False, dtype)
 
 
 def _unpack(packed: Tensor, bits: int, dim: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantadapt.compiling import one_kernel
+from quantadapt.dense_words import dense_of_words, whole_words
 from quantadapt.protocols import WordCodes, rows_of_units
 
 IN_ORDER: tuple[int, ...] = tuple(range(32))
@@ -253,7 +254,10 @@ def _weight(module: Any, *tensors: Tensor) -> Tensor:
     """Return the weight, or rows of it, of codes, zeros and scales as they are packed."""
     packing = _packing(module)
     if (g_idx := g_idx_of(module)) is None:
-        return one_kernel(_dequantize, *tensors, static=packing)
+        size = module.in_features // len(module.scales)
+        fits = whole_words(module.bits, size, packing[0] == "awq")
+        written = _dequantize_in_order if fits else None
+        return one_kernel(_dequantize, *tensors, static=packing, written=written)
     packed, zeros, scales = tensors
     codes, zeros = _codes(packed, *packing[:2]), _zeros(zeros, *packing)
     return weight_of(codes, scales.t(), zeros, g_idx).contiguous()
@@ -264,6 +268,19 @@ def _dequantize(
 ) -> Tensor:
     codes, zeros = _codes(packed, method, bits), _zeros(zeros, method, bits, lowered)
     return weight_of(codes, scales.t(), zeros, None).contiguous()
+
+
+def _dequantize_in_order(
+    packed: Tensor,
+    zeros: Tensor,
+    scales: Tensor,
+    method: str | None,
+    bits: int,
+    lowered: int,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    added = 0 if method == "awq" else lowered
+    return dense_of_words(packed, zeros, scales, bits, added, method == "awq", dtype)
 
 
 def vendor_product(module: Any, dtype: torch.dtype) -> Callable[[Any, Tensor], Tensor] | None:

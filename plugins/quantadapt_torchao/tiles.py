@@ -44,13 +44,22 @@ def joined_tiles(weights: list[Any]) -> Any:
 def of_tiles(weight: Any, packed: Tensor, scale_and_zero: Tensor, rows: int) -> Tensor:
     """Return what `rows` rows of a tensor in tiles stand for; it has no `dequantize`."""
     static = (rows, weight.shape[1], weight.block_size[-1])
-    return one_kernel(_dequantize_tiles, packed, scale_and_zero, static=static)
+    tensors = packed, scale_and_zero
+    return one_kernel(_dequantize_tiles, *tensors, static=static, written=_tiles_in_order)
+
+
+def _tiles_in_order(*given: Any) -> Tensor:
+    """As `_dequantize_tiles`. What Inductor makes of that loads a word for each weight, four bytes
+    for two that are written, and goes through them by strides."""
+    from .triton_tiles import dense_of_tiles
+
+    return dense_of_tiles(*given)
 
 
 def _dequantize_tiles(
     packed: Tensor, scale_and_zero: Tensor, rows: int, columns: int, group_size: int
 ) -> Tensor:
-    """As `_in_tiles` has it, but by strides alone: one kernel then looks nothing up."""
+    """As `_in_tiles` has it, but by strides alone."""
     import torch
 
     eights, tiles, _, words = packed.shape

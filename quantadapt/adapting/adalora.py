@@ -38,9 +38,21 @@ def set_schedule(tuner: Any, total: int) -> None:
 def allocate_ranks(tuner: Any, step: int) -> None:
     """Update importances and ranks; the gradients of `step` are still there."""
     config = tuner.peft_config[tuner.trainable_adapter_name]
-    prunes = tuner.rankallocator.init_bgt > tuner.rankallocator.target_bgt
-    if prunes and config.total_step - config.tfinal >= 2:
+    if _prunes(tuner) and config.total_step - config.tfinal >= 2:
         tuner.update_and_allocate(step)
+
+
+def _prunes(tuner: Any) -> bool:
+    return bool(tuner.rankallocator.init_bgt > tuner.rankallocator.target_bgt)
+
+
+def bytes_to_come(model: Any) -> int:
+    """Return what importances will take, which come with the first step: `Method.importances`."""
+    tuner = tuner_of(model)
+    if tuner is None or not _prunes(tuner) or tuner.rankallocator.ipt:
+        return 0
+    trained = (p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n)
+    return len(_IMPORTANCES) * sum(int(p.nbytes) for p in trained)
 
 
 def save_ranks(model: Any, folder: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..facade import kept
+from ..facade import is_recomputing, kept
+from .columns import scaled, scaled_back
 from .fused_lora import LoraTerm, Magnitude, flat, no_autocast
 
 
@@ -45,17 +46,15 @@ class _FusedDora(torch.autograd.Function):
         out = dtype if torch.is_autocast_enabled(device_type) else seen.dtype
         with no_autocast(device_type):
             weight = term.facade.weight_for_forward(seen).to(dtype)
-            norm = _row_norms(term, weight)
-            c = _magnitude(term).weight / norm
+            norm, c = _norms_and_factors(term, weight)
             x, bias = flat(seen, out), term.facade.bias
-            low, b = x @ term.a_cast.to(out).T, _rows_times(term.b_cast.to(out), c * term.scaling)
-            y = low @ b.T if bias is None else torch.addmm(bias.to(out), low, b.T)
+            low, b = x @ term.a_cast.to(out).T, term.b_cast.to(out)
             # One rounding for all of it: rounded before, a c close to 1 would be lost.
             product = _product(x, weight, term)
             term.facade.keep_product(seen, product)
-            y.addcmul_(product, c if base is None else c - 1)
-            if base is not None:
-                y += _product(flat(base, out), weight, term)
+            y = scaled(product, c, low, b, term.scaling, bias)
+            if base is not None:  # which c is not for, nor the mask
+                y += _product(flat(base, out).sub(x), weight, term)
         ctx.term, ctx.keeper, ctx.dtypes = term, keeper, (dtype, out)
         ctx.base_dtype = None if base is None else base.dtype
         # Not by save_for_backward, or a recomputation would go on up to here.
@@ -73,17 +72,19 @@ class _FusedDora(torch.autograd.Function):
         d_seen = d_base = None
         with no_autocast(seen.device.type):
             weight = term.facade.weight_for_backward().to(dtype)
-            through_b = dy @ _rows_times(term.b_cast.to(out), ctx.c * term.scaling)
             product = term.facade.product_for_backward(seen)
             if product is None:
                 product = _product(flat(seen, out), weight, term)
-            of_trained = _trained_gradients(ctx, flat(seen, out), dy, through_b, product)
-            del seen, product  # before its gradient, which is as large, needs memory
+            dz, of_c = scaled_back(dy, product, ctx.c, out=product)
+            del product
+            through_b = (dz @ term.b_cast.to(out)).mul_(term.scaling)
+            of_trained = _trained_gradients(ctx, flat(seen, out), dy, through_b, of_c)
+            del seen  # before its gradient, which is as large, needs memory
             if ctx.needs_input_grad[0]:
-                factor = ctx.c if ctx.base_dtype is None else ctx.c - 1
-                dz = torch.mul(dy, factor, out=torch.empty_like(dy)).to(dtype)
+                if ctx.base_dtype is not None:
+                    torch.mul(dy, ctx.c - 1, out=dz)
                 d_seen = (
-                    term.facade.times_back(dz, weight)
+                    term.facade.times_back(dz.to(dtype), weight)
                     .to(out)
                     .addmm_(through_b, term.a_cast.to(out))
                 )
@@ -94,23 +95,31 @@ class _FusedDora(torch.autograd.Function):
 
 
 def _trained_gradients(
-    ctx: Any, x: Tensor, dy: Tensor, through_b: Tensor, product: Tensor
+    ctx: Any, x: Tensor, dy: Tensor, through_b: Tensor, of_c: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of A, B and the magnitude.
 
     Args:
         through_b: c s dy B.
-        product: x Wᵀ; overwritten.
+        of_c: what c gets through the base; overwritten.
     """
     term, magnitude = ctx.term, _magnitude(ctx.term).weight
     outer = dy.T @ (x @ term.a_cast.to(x.dtype).T)
-    of_c = product.mul_(dy).sum(0, dtype=ctx.norm.dtype)
-    of_c += term.scaling * (outer * term.b_cast).sum(1, dtype=ctx.norm.dtype)
+    of_c += term.scaling * (outer * term.b_cast).sum(1, dtype=of_c.dtype)
     return (
         (through_b.T @ x).to(term.a.dtype),
-        _rows_times(outer, ctx.c * term.scaling).to(term.b.dtype),
+        (outer * (ctx.c * term.scaling)[:, None]).to(term.b.dtype),
         (of_c / ctx.norm).to(magnitude.dtype),
     )
+
+
+def _norms_and_factors(term: LoraTerm, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the norms and c; a recomputation has those of the pass that it repeats."""
+    magnitude = _magnitude(term)
+    if magnitude.made is None or not is_recomputing():
+        norms = _row_norms(term, weight)
+        magnitude.made = norms, magnitude.weight / norms
+    return magnitude.made
 
 
 def _row_norms(term: LoraTerm, weight: Tensor) -> Tensor:
@@ -132,11 +141,6 @@ def _row_norms(term: LoraTerm, weight: Tensor) -> Tensor:
 def _product(x: Tensor, weight: Tensor, term: LoraTerm) -> Tensor:
     """Return x Wᵀ, computed in the dtype of the weight and returned in that of x."""
     return term.facade.times(x.to(weight.dtype), weight).to(x.dtype)
-
-
-def _rows_times(matrix: Tensor, factors: Tensor) -> Tensor:
-    """Return `matrix` with each row multiplied by its factor."""
-    return (matrix * factors[:, None]).to(matrix.dtype)
 
 
 def _magnitude(term: LoraTerm) -> Magnitude:

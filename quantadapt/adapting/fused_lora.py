@@ -7,7 +7,7 @@ that get the same x (query, key and value; gate and up) are one function, which 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -29,11 +29,12 @@ class Magnitude:
     """DoRA's part of a layer: its trained magnitudes [out_features], and Σ W² of each row.
 
     The base is frozen, so `squares` is computed once for as long as this object lives: a training
-    run, or else a single pass.
+    run, or else a single pass. `made` are norms and factors of the latest pass.
     """
 
     weight: Tensor
     squares: Tensor | None = None
+    made: tuple[Tensor, Tensor] | None = None
 
 
 class LoraTerm(NamedTuple):
@@ -41,7 +42,8 @@ class LoraTerm(NamedTuple):
 
     `a_cast` and `b_cast` are A and B in the dtype of the computation, or as they are. With a
     magnitude it is DoRA. One that `rounds` computes with the weight that a merge keeps, in place of
-    base and adapter.
+    base and adapter. Factors that are `made` in a pass are saved as autograd's tensors are: a
+    layer that is recomputed makes them again, and what else a node holds would stay.
     """
 
     facade: QuantLinear
@@ -52,6 +54,14 @@ class LoraTerm(NamedTuple):
     b_cast: Tensor
     magnitude: Magnitude | None = None
     rounds: bool = False
+    made: bool = False
+
+    def without_made(self) -> LoraTerm:
+        """Return the term as a node of autograd holds it."""
+        if not self.made:
+            return self
+        none: Any = None
+        return self._replace(a=none, b=none, a_cast=none, b_cast=none)
 
     def change(self) -> Tensor | None:
         """Return scaling B A in float32 where it is rounded together with the base."""
@@ -72,7 +82,7 @@ def fused_lora(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> 
     """
     if not torch.is_grad_enabled():
         return _outputs(x, dropped, terms)
-    x, keeper = kept(x)
+    x, keeper = kept(x, *_made(terms))
     weights = [weight for term in terms for weight in (term.a, term.b)]
     outputs: tuple[Tensor, ...] = _FusedLora.apply(x, dropped, terms, keeper, *weights)  # type: ignore[no-untyped-call]
     return outputs
@@ -89,12 +99,13 @@ class _FusedLora(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         outputs = _outputs(x, dropped, terms)
-        ctx.terms, ctx.keeper, ctx.dtypes = terms, keeper, (x.dtype, outputs[0].dtype)
+        ctx.keeper, ctx.dtypes = keeper, (x.dtype, outputs[0].dtype)
+        ctx.of_weights = [weight.dtype for weight in weights]
+        ctx.terms = [term.without_made() for term in terms]
         ctx.set_materialize_grads(False)
         ctx.has_dropped = dropped is not None
-        ctx.save_for_backward(
-            *(t for t in (x if keeper is None else None, dropped) if t is not None)
-        )
+        saved = () if keeper is not None else (x, *_made(terms))
+        ctx.save_for_backward(*saved, *(() if dropped is None else (dropped,)))
         return outputs
 
     @staticmethod
@@ -102,24 +113,38 @@ class _FusedLora(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         saved = list(ctx.saved_tensors)
         dropped = saved.pop() if ctx.has_dropped else None
-        x = saved.pop() if ctx.keeper is None else ctx.keeper.saved_tensors[0]
+        x, *made = saved if ctx.keeper is None else ctx.keeper.saved_tensors
+        saved.clear()
         shape, (x_dtype, dtype) = x.shape, ctx.dtypes
         used = [i for i, grad in enumerate(grads) if grad is not None]
-        terms = [ctx.terms[i] for i in used]
+        all_terms = _with(made, ctx.terms)
+        terms = [all_terms[i] for i in used]
         dys = [flat(grads[i], dtype) for i in used]  # type: ignore[arg-type]
         with no_autocast(x.device.type):
             seen = flat(x if dropped is None else dropped, dtype)
             a = _stacked_a(terms, dtype)
             g = torch.cat([_through_b(dy, term) for dy, term in zip(dys, terms, strict=True)], 1)
             of_weights: list[Tensor | None] = [None] * (2 * len(ctx.terms))
-            for i, da, db in zip(used, *_weight_gradients(terms, dys, seen, a, g), strict=True):
-                of_weights[2 * i : 2 * i + 2] = da, db
+            for i, *pair in zip(used, *_weight_gradients(terms, dys, seen, a, g), strict=True):
+                for at, gradient in enumerate(pair, start=2 * i):
+                    of_weights[at] = gradient.to(ctx.of_weights[at])
             d_dropped = None if dropped is None else (g @ a).view(shape).to(dropped.dtype)
             del x, seen, saved, dropped  # before dx, which is as large, needs memory
             through_a = (g, a) if d_dropped is None and not terms[0].rounds else None
             dx = _input_gradient(terms, dys, through_a) if ctx.needs_input_grad[0] else None
         dx = None if dx is None else dx.view(shape).to(x_dtype)
         return dx, d_dropped, None, None, *of_weights
+
+
+def _made(terms: Sequence[LoraTerm]) -> list[Tensor]:
+    """Return the factors that were made for this pass, as they are multiplied with."""
+    return [cast for term in terms if term.made for cast in (term.a_cast, term.b_cast)]
+
+
+def _with(made: Iterable[Tensor], terms: Sequence[LoraTerm]) -> list[LoraTerm]:
+    """Return the terms with what `_made` returned of them."""
+    left = iter(made)
+    return [t._replace(a_cast=next(left), b_cast=next(left)) if t.made else t for t in terms]
 
 
 def _outputs(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> tuple[Tensor, ...]:
@@ -130,7 +155,7 @@ def _outputs(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> tu
     outputs = [term.facade.vendor_forward(x, term.change(), rows) for term in terms]
     del rows
     if terms[0].rounds:
-        return tuple(map(_own, outputs))
+        return tuple(map(own, outputs))
     dtype = outputs[0].dtype
     if dropped is None and _is_one_token(x, terms):
         return tuple(
@@ -138,7 +163,7 @@ def _outputs(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> tu
         )
     with no_autocast(x.device.type):
         h = flat(x if dropped is None else dropped, dtype) @ _stacked_a(terms, dtype).T
-        parts = h.split_with_sizes([term.a.shape[0] for term in terms], dim=1)
+        parts = h.split_with_sizes([term.a_cast.shape[0] for term in terms], dim=1)
         return tuple(map(_add, outputs, parts, terms))
 
 
@@ -154,10 +179,10 @@ def _onto_adapters(
     with no_autocast(device_type):
         rows = flat(x, dtype)
         h = (rows if dropped is None else flat(dropped, dtype)) @ _stacked_a(terms, dtype).T
-        parts = h.split_with_sizes([term.a.shape[0] for term in terms], dim=1)
+        parts = h.split_with_sizes([term.a_cast.shape[0] for term in terms], dim=1)
         for part, term in zip(parts, terms, strict=True):
             y = term.facade.add_product(rows, partial(_adapters_part, part, term))
-            outputs.append(_own(y.view(*x.shape[:-1], y.shape[-1])))
+            outputs.append(own(y.view(*x.shape[:-1], y.shape[-1])))
     return tuple(outputs)
 
 
@@ -182,7 +207,7 @@ def _added_to_one_token(y: Tensor, x: Tensor, term: LoraTerm) -> Tensor:
 
     y = y.contiguous()
     add_to_one_token(y.view(-1), x.reshape(-1), term.a_cast, term.b_cast, term.scaling)
-    return _own(y)
+    return own(y)
 
 
 def _stacked_a(terms: Sequence[LoraTerm], dtype: torch.dtype) -> Tensor:
@@ -196,10 +221,10 @@ def _add(y: Tensor, h: Tensor, term: LoraTerm) -> Tensor:
     """Add the adapter's part to the base's output, in place."""
     y = y if y.is_contiguous() else y.contiguous()
     y.view(-1, y.shape[-1]).addmm_(h, term.b_cast.to(y.dtype).T, alpha=term.scaling)
-    return _own(y)
+    return own(y)
 
 
-def _own(y: Tensor) -> Tensor:
+def own(y: Tensor) -> Tensor:
     """Return `y` as no view: autograd forbids in-place changes of one that was made in here."""
     return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
@@ -216,14 +241,11 @@ def _weight_gradients(
     terms: Sequence[LoraTerm], dys: Sequence[Tensor], seen: Tensor, a: Tensor, g: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the gradients of each A and of each B."""
-    ranks = [term.a.shape[0] for term in terms]
+    ranks = [term.a_cast.shape[0] for term in terms]
     da: Sequence[Tensor] = torch.split(g.T @ seen, ranks)  # type: ignore[no-untyped-call]
     h: Sequence[Tensor] = torch.split(seen @ a.T, ranks, dim=1)  # type: ignore[no-untyped-call]
-    db = [
-        _scaled(dy.T @ part, term.scaling).to(term.b.dtype)
-        for dy, part, term in zip(dys, h, terms, strict=True)
-    ]
-    return [part.to(term.a.dtype) for part, term in zip(da, terms, strict=True)], db
+    db = [_scaled(dy.T @ part, term.scaling) for dy, part, term in zip(dys, h, terms, strict=True)]
+    return list(da), db
 
 
 def _input_gradient(

@@ -10,18 +10,17 @@ they compute as PEFT has it: factors would be most of the work, and of what is k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-import torch
 from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.vera.layer import Linear as VeraLinear
 from torch import Tensor, nn
 
-from ..facade import QuantLinear
 from ..memory.workload import FACTORS_FROM
 from .fused_lora import LoraTerm, fused_lora
+from .lent_forwards import Way, lent_forwards
 
 
 class _Factors(NamedTuple):
@@ -47,53 +46,37 @@ def _of_adalora(layer: Any, adapter: str) -> _Factors:
     return _Factors(a, layer.lora_B[adapter], layer.lora_dropout[adapter])
 
 
-_KINDS: dict[type[nn.Module], tuple[str, Callable[[Any, str], _Factors]]] = {
-    VeraLinear: ("vera_lambda_d", _of_vera),
-    SVDLinear: ("lora_A", _of_adalora),
-}
-"""PEFT's layer -> what it has an entry in for each adapter, and what its factors are."""
-
-
-@contextmanager
-def low_rank_layers(model: nn.Module) -> Iterator[int]:
-    """Inside, passes that train compute these layers of `model` as LoRA; yield how many."""
-    layers = [m for m in model.modules() if type(m) in _KINDS and _is_over_facade(m)]
-    for layer in layers:
-        layer.__dict__["forward"] = _forward_of(layer)
-    try:
-        yield len(layers)
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
-
-
-def _is_over_facade(layer: Any) -> bool:
-    base = layer.base_layer
-    trained = base.bias is not None and base.bias.requires_grad
-    offloaded = any("_hf_hook" in part.__dict__ for part in (layer, base))
-    changed = offloaded or "forward" in vars(layer)
-    return type(base) is QuantLinear and not trained and not changed
-
-
-def _forward_of(layer: Any) -> Callable[..., Tensor]:
-    """Return the layer's forward: [..., in_features] -> [..., out_features]."""
-    kind = type(layer)
-    held_in, factors_of = _KINDS[kind]
-
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        active = [name for name in layer.active_adapters if name in getattr(layer, held_in)]
-        plain = not (args or kwargs or layer.disable_adapters or layer.merged)
-        trains = layer.training and torch.is_grad_enabled()
-        ranks = sum(len(getattr(layer, held_in)[name]) for name in active)
-        many = x.numel() >= FACTORS_FROM * ranks * x.shape[-1]
-        if not (plain and trains and many and len(active) == 1):
-            output: Tensor = kind.forward(layer, x, *args, **kwargs)
-            return output
-        a, b, dropout = factors_of(layer, active[0])
+def _fused(factors_of: Callable[[Any, str], _Factors]) -> Callable[[Any, str, Tensor], Tensor]:
+    def forward(layer: Any, adapter: str, x: Tensor) -> Tensor:
+        a, b, dropout = factors_of(layer, adapter)
         dtype = layer.base_layer.compute_dtype_for(x.device.type)
-        term = LoraTerm(layer.base_layer, a, b, 1.0, a.detach().to(dtype), b.detach().to(dtype))
+        casts = a.detach().to(dtype), b.detach().to(dtype)
+        term = LoraTerm(layer.base_layer, a, b, 1.0, *casts, made=True)
         dropped = x if isinstance(dropout, nn.Identity) else dropout(x)
         (output,) = fused_lora(x, None if dropped is x else dropped, [term])
         return output
 
     return forward
+
+
+def _has_many_tokens(held_in: str) -> Callable[[Any, str, Tensor], bool]:
+    def takes(layer: Any, adapter: str, x: Tensor) -> bool:
+        ranks = len(getattr(layer, held_in)[adapter])
+        return bool(x.numel() >= FACTORS_FROM * ranks * x.shape[-1])
+
+    return takes
+
+
+def _way(held_in: str, factors_of: Callable[[Any, str], _Factors]) -> Way:
+    return Way(held_in, _fused(factors_of), _has_many_tokens(held_in))
+
+
+_WAYS: dict[type[nn.Module], Way] = {
+    VeraLinear: _way("vera_lambda_d", _of_vera),
+    SVDLinear: _way("lora_A", _of_adalora),
+}
+
+
+def low_rank_layers(model: nn.Module) -> AbstractContextManager[int]:
+    """Inside, passes that train compute these layers of `model` as LoRA; yield how many."""
+    return lent_forwards(model, _WAYS)

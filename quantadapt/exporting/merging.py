@@ -27,6 +27,7 @@ from ..facade import (
     facades,
     wrap,
 )
+from ..model.half_precision import exactly, rounded_back
 from ..model.modules import in_own_layout, make_linear
 from ..planning.exports import MergeKind
 from ..quantizing.state import ModelState, state_of
@@ -209,13 +210,9 @@ def merged_part(
     from peft.utils.other import ModulesToSaveWrapper
 
     memo = {} if memo is None else memo
-    if isinstance(part, ModulesToSaveWrapper):
-        trained = part.active_adapters
-        whole = part.modules_to_save[trained[0]] if trained else part.original_module
-        copied = _copied(whole, kind, memo, write)
-        copied.to(_dtype_of(_base_of(part)))  # it trains in float32
-        return copied.requires_grad_(False)
     try:
+        if isinstance(part, ModulesToSaveWrapper):
+            return _trained_whole(part, kind, memo, write)
         return _merged_layer(_unwrapped(part), kind, memo, write)
     except ValueError as error:  # PEFT looks at what it merges
         if "NaN" not in str(error):
@@ -223,6 +220,19 @@ def merged_part(
         what = f"merged with the adapter, {name} holds values that are no numbers (NaN or infinity)"
         fix = "train the adapter again, with a lower learning rate or lora_alpha"
         raise NumbersError(what, fix=fix) from error
+
+
+def _trained_whole(
+    part: Any, kind: MergeKind, memo: dict[int, Any], write: Write | None
+) -> nn.Module:
+    """Return a copy of what PEFT trains in the place of a module, in the dtype of that."""
+    trained, dtype = part.active_adapters, _dtype_of(_base_of(part))
+    whole = part.modules_to_save[trained[0]] if trained else part.original_module
+    copied = _copied(whole, kind, memo, write)
+    if dtype is not None:  # it trains in float32
+        names = [name for name, p in copied.named_parameters() if p.dtype == torch.float32]
+        rounded_back(copied, dict.fromkeys(names, dtype))
+    return copied.to(dtype).requires_grad_(False)
 
 
 def _unwrapped(part: Any) -> Any:
@@ -257,7 +267,9 @@ def _merged_layer(
         dense = _in_float32(base)
     else:
         dense = _dense(base, {} if quantized else memo)
+    dtypes = exactly(dense)
     changed = [each for each in reversed(around) if _merges_into(each, dense)]
+    rounded_back(dense, dtypes)
     if not quantized:
         return dense.requires_grad_(False)
     result = copy.deepcopy(base, memo)

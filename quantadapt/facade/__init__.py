@@ -10,7 +10,7 @@ dtype and device are free, the dequantized numbers are made when somebody comput
 from .brought import BroughtTarget
 from .expert_norms import row_norms
 from .experts import QuantExperts, QuantStack, read_in_parts
-from .frozen import recomputing
+from .frozen import is_recomputing, recomputing
 from .grouped import lora_change
 from .keeping import kept
 from .lazy_weight import LazyWeight
@@ -37,6 +37,7 @@ __all__ = [
     "QuantWeight",
     "densify",
     "facades",
+    "is_recomputing",
     "kept",
     "linear_facades",
     "lora_change",

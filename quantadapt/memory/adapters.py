@@ -59,11 +59,34 @@ class Method:
         return int(self.options.get(name) or 0)
 
     def factor_bytes(self, layers: Sequence[Layer], dtype_bytes: int) -> int:
-        """Return what passes keep of them: what is made in float32, which of AdaLoRA is A alone,
-        and both as they are multiplied with."""
-        made = sum(x.inputs + (x.outputs if self.kind == "VERA" else 0) for x in layers)
-        cast = sum(x.inputs + x.outputs for x in layers) if dtype_bytes < 4 else 0
-        return self.factors * (4 * made + dtype_bytes * cast)
+        """Return what passes keep of them, as they are multiplied with: in float32 AdaLoRA's B is
+        what is trained."""
+        trained_b = self.kind == "ADALORA" and dtype_bytes == 4
+        sides = sum(x.inputs + (0 if trained_b else x.outputs) for x in layers)
+        return self.factors * dtype_bytes * sides
+
+    @property
+    def scales(self) -> bool:
+        """Whether its layers keep what they scale, and no other input (see `adapting.fused_ia3`)"""
+        return self.kind == "IA3"
+
+    def scaled_input(self, layer: str) -> bool:
+        """Say whether a layer of that name, of a method that `scales`, scales its input."""
+        return _is_fed(self.options, layer)
+
+    @property
+    def importances(self) -> int:
+        """The bytes of each trained weight that AdaLoRA has from the first step on to tell which
+        directions go: three numbers in float32."""
+        given = self.options.get
+        prunes = int(given("init_r") or 0) > int(given("target_r") or 0)
+        return 12 if self.kind == "ADALORA" and prunes else 0
+
+    @property
+    def early_gradients(self) -> bool:
+        """Whether all gradients are there when backward begins: AdaLoRA's loss on its factors has
+        them."""
+        return self.kind == "ADALORA"
 
     def size(self, layers: Sequence[Layer], dtype_bytes: int) -> Size:
         """Return what it takes on `layers` of a model that computes in so many bytes a number."""
@@ -183,9 +206,13 @@ def _tinylora(q: _Values, layer: Layer) -> Size:
 
 
 def _ia3(q: _Values, layer: Layer) -> Size:
-    feeds = q["feedforward_modules"] or ()
+    return Size(layer.inputs if _is_fed(q, layer.name) else layer.outputs)
+
+
+def _is_fed(options: Mapping[str, Any], layer: str) -> bool:
+    feeds = options.get("feedforward_modules") or ()
     names = [feeds] if isinstance(feeds, str) else [str(name) for name in feeds]
-    return Size(layer.inputs if layer.name.rpartition(".")[2] in names else layer.outputs)
+    return layer.rpartition(".")[2] in names
 
 
 _ROAD = {"road_1": 1, "road_2": 2, "road_4": 4}

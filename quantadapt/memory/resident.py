@@ -226,6 +226,7 @@ class Resident:
         """The adapter, and what a step keeps beside it and its gradients; those of what is trained
         whole, too."""
         kept = between_passes(self.trained, self.optim, accumulates=self.accumulates)
+        kept += self.method.importances * self.trained if self.method else 0
         whole = (
             between_passes(self.whole, self.optim, accumulates=self.accumulates) + 4 * self.whole
         )

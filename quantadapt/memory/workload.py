@@ -63,7 +63,9 @@ class Workload(Resident):
         inputs = sum(shape.linears[name][0] for name in layers)
         if self.dropout:  # each adapter sees its own, and keeps a mask
             numbers += inputs * (1 + 1 / self.dtype_bytes)
-        if half and not self._fuses(tokens):  # PEFT keeps a float32 copy of each input
+        if self._scales:
+            numbers += self._scaled_numbers
+        elif half and not self._fuses(tokens):  # PEFT keeps a float32 copy of each input
             numbers += 2 * inputs
         if tiled:  # attention of several groups of heads is put together in a copy
             numbers += (shape.queries if self._groups > 1 else 0) - self._kept_inside
@@ -74,8 +76,27 @@ class Workload(Resident):
 
     def _fuses(self, tokens: int) -> bool:
         """Whether the adapter is computed as plain LoRA is, so that its layers keep their input
-        alone."""
-        return self.fused_adapter or self._makes_factors(tokens)
+        alone, or what they scale."""
+        return self.fused_adapter or self._makes_factors(tokens) or self._scales
+
+    @property
+    def _scales(self) -> bool:
+        return self.method is not None and self.method.scales and not self.rounds
+
+    @property
+    def _scaled_numbers(self) -> int:
+        """How many numbers per token a layer keeps of what is scaled, beside what it keeps anyway:
+        outputs of the base, or inputs, which else nobody has but attention's output."""
+        assert self.method is not None
+        shape, numbers = self.shape, 0
+        fed = {name for name in self.targets if self.method.scaled_input(name)}
+        for name in self.targets:
+            if name in shape.linears and name not in STACKS and name not in fed:
+                numbers += shape.linears[name][1]
+        last = {name.rpartition(".")[2] for name in fed}
+        numbers -= 0 if last & {"q_proj", "k_proj", "v_proj"} else shape.hidden
+        numbers -= 0 if last & {"gate_proj", "up_proj"} else shape.hidden
+        return numbers - (0 if "down_proj" in last else shape.mlp)
 
     def _makes_factors(self, tokens: int) -> bool:
         ranks = self.method.factors if self.method and not self.rounds else 0
@@ -165,9 +186,8 @@ class Workload(Resident):
         rounded what that takes. With `offload` experts are dequantized in parts."""
         shape = self.shape
         inside = (0 if self.fused_kernels else 2) + (0 if self._fuses(tokens) else 1)
+        # DoRA's product with the base, and its gradient after it, take the place of inputs.
         gradients = shape.hidden + shape.mlp * inside
-        if self.dora:  # the base's output, and then the gradient that is multiplied with the weight
-            gradients += shape.mlp
         numbers = tokens * gradients + self._largest_weight
         if shape.experts:  # the gradients of their output and of their input
             parts = self.part_of(offload)
@@ -284,7 +304,8 @@ class Workload(Resident):
 
         def gradients(layer: int) -> int:
             """What is there of them in the backward of a layer, counted from 0."""
-            there = self._has_several(setting) or self.records(setting)
+            early = self.method is not None and self.method.early_gradients
+            there = early or self._has_several(setting) or self.records(setting)
             return 4 * self.trained * (len(kinds) - (0 if there else layer)) // len(kinds)
 
         # The loss, and the last layer's backward.

@@ -18,6 +18,7 @@ from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..compiling import one_kernel
+from ..model.noise import fixed_noise
 
 if TYPE_CHECKING:
     import torch
@@ -331,20 +332,3 @@ def _kept_noise(rows: int, columns: int, *, device: torch.device) -> Tensor:
 
     with torch.inference_mode(False):
         return fixed_noise(rows, columns, device=device)
-
-
-def fixed_noise(rows: int, columns: int, *, device: torch.device) -> Tensor:
-    """Return numbers between -0.5 and 0.5, evenly spread and without a pattern: float32 [rows,
-    columns], the same whenever and wherever this is called."""
-    import torch
-
-    # A hash in 32 bits; of these torch's are signed, so what a shift brings in is masked away.
-    # A compiler would compute with indices as they are, beyond 32 bits; not behind an `&`.
-    row, column = (
-        torch.arange(n, dtype=torch.int32, device=device) & 0x7FFFFFFF for n in (rows, columns)
-    )
-    mixed = row[:, None] * (0x9E3779B1 - 2**32) + column * (0x85EBCA77 - 2**32)
-    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):
-        mixed = (mixed ^ ((mixed >> shift) & (2 ** (32 - shift) - 1))) * factor
-    # A little less, so that the rounding of sums does not carry it over the edge.
-    return (((mixed >> 8) & 0xFFFFFF) + 0.5) * (0.9999 / 2**24) - 0.9999 / 2

@@ -90,15 +90,19 @@ class LayerSuite(Suite):
         assert_within(off, bench.tolerance.weight.scale + fitted, _SCALE, _RESCALE)
 
     def test_one_kernel_gives_the_weight_bit_for_bit(self, bench: Bench) -> None:
-        """What a backend hands to `compiling.one_kernel`: compiled on CUDA, traced elsewhere."""
+        """What a backend hands to `compiling.one_kernel`: compiled on CUDA, traced elsewhere; and
+        its own kernel, where there is one."""
         facade = next(iter(bench.facades().values()))
-        expected = facade.dequantize()
+        by_hand, none = facade.dequantize(), patch.object(compiling, "_by_hand", lambda *_: None)
+        with none:
+            expected = facade.dequantize()
 
         def trace(*args: Any) -> Any:
             return lambda *given: compiling.traced(*args)(*given)[0]
 
         compile_ = compiling._compile if expected.is_cuda else trace
         with (
+            none,
             patch.object(compiling, "_kernels", {}),
             patch.object(compiling, "_active", True),
             patch.object(compiling, "_gains", lambda packed: True),
@@ -108,6 +112,8 @@ class LayerSuite(Suite):
         fix = "It must depend on nothing but its arguments, and `otherwise` must give the same"
         what = "what `one_kernel` makes of your function differs from the function"
         assert_within(change(found, expected), 0, what, fix)
+        what = "what the kernel that `one_kernel` has as `written` makes differs from your function"
+        assert_within(change(by_hand, expected), 0, what, "Round where the function rounds")
 
     # Forward and backward ----------------------------------------------------------------------
 

@@ -56,7 +56,9 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
         task: what it learns; says whether passes are alike enough to be recorded.
         on_note: told in a sentence what cannot be lent, which then costs time or memory.
     """
+    from ..adapting.fused_ia3 import ia3_layers
     from ..adapting.low_rank import low_rank_layers
+    from ..adapting.rank_budget import joint_ranks
     from ..compiling import compiled_functions
     from ..model.sinks import fused_sinks
     from .cuda_graphs import can_record
@@ -71,6 +73,8 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
         lend(fast_adapters(model))  # TF32 for float32 adapters
         fused = lend(fused_layers(model, keep_casts=spec.memory != "min", on_note=on_note))
         lend(low_rank_layers(model))  # VeRA and AdaLoRA, computed as LoRA
+        lend(ia3_layers(model))  # in one pass over the activations
+        lend(joint_ranks(model))  # what AdaLoRA does once a step, for all layers together
         lend(float8_products(model, spec, on_note))  # with the frozen base
         lend(compiled_functions())  # dequantizing in one kernel
         lend(fast_attention(model, adapter_device(model)))  # cuDNN's

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..adapting.adalora import tuner_of
+from ..adapting.adalora import bytes_to_come, tuner_of
 from ..adapting.fused import free
 from ..distributed.talking import reduced
 from ..distributed.world import world
@@ -122,7 +122,7 @@ class MemoryFit:
 
     def budget(self) -> int:
         """Return how many bytes a step may allocate: what is free, and what the spec allows, less
-        the optimizer's states, which come with its first step."""
+        the optimizer's states, which come with its first step, and AdaLoRA's importances."""
         free_bytes, total = torch.cuda.mem_get_info(self.device)
         ours = free_bytes + torch.cuda.memory_reserved(self.device)
         free = min(ours, int(total * _allowed_share(self.device)))
@@ -133,6 +133,7 @@ class MemoryFit:
             accumulates=self.spec.gradient_accumulation_steps > 1,
             begun=bool(self.trainer.optimizer.state),
         )
+        still_to_come += bytes_to_come(self.trainer.model)
         return -int(reduced(still_to_come - there, self.device, "max"))
 
     @cached_property

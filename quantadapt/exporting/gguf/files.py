@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ...errors import ModelError, NumbersError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ...model.half_precision import rounded_to
 
 NumberFormat = Literal["f32", "f16", "bf16", "q8_0"]
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
@@ -84,8 +84,8 @@ class GGUFFile:
         self.writer.write_ti_data_to_file()
         kinds = {name: info.dtype for infos in self.writer.tensors for name, info in infos.items()}
         for name, make in self.meant.items():
-            numbers = make().float().contiguous().cpu().numpy()
-            self.writer.write_tensor_data(_stored(name, numbers, kinds[name], gguf))
+            exact = make().float().contiguous().cpu()
+            self.writer.write_tensor_data(_stored(name, exact, kinds[name], gguf))
             for file in self.writer.fout or ():
                 _refuse_short(file)
         self.writer.close()
@@ -117,11 +117,18 @@ def _refuse_short(file: IO[bytes]) -> None:
         raise OSError(f"{wanted} requested and {there} written")
 
 
-def _stored(name: str, numbers: np.ndarray[Any, Any], kind: Any, gguf: Any) -> Any:
-    if kind.name == "F16" and np.abs(numbers).max(initial=0) > np.finfo(np.float16).max:
+def _stored(name: str, exact: Tensor, kind: Any, gguf: Any) -> Any:
+    """Return a tensor as the file holds it. In 16 bits what was added to numbers of 16 bits is
+    kept, see `rounded_to`; blocks have scales of their own, on which such numbers do not lie."""
+    if kind.name == "F16" and exact.abs().max() > torch.finfo(torch.float16).max:
         what = f"{name} holds numbers that are too large for f16"
         raise NumbersError(what, fix="choose another dtype: --set dtype=bf16")
-    return gguf.quants.quantize(numbers, kind)
+    if (dtype := _HALF.get(kind.name)) is not None:
+        exact = rounded_to(dtype, exact).float()
+    return gguf.quants.quantize(exact.numpy(), kind)
+
+
+_HALF = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def _bytes(shape: tuple[int, ...], kind: Any) -> int:
@@ -140,7 +147,8 @@ def _near(read: Any, meant: Any, kind: str) -> bool:
         step = np.abs(blocks).max(axis=-1, keepdims=True) / 127
         error = np.abs(read.reshape(blocks.shape) - blocks)
         return bool((error <= step * (0.501 + 127 * 2.0**-11) + 2.0**-24 * 127).all())
-    digits, smallest = (11, 2.0**-25) if kind == "F16" else (8, 2.0**-134)
+    # Either neighbour may be what it is rounded to.
+    digits, smallest = (10, 2.0**-24) if kind == "F16" else (7, 2.0**-133)
     return bool((np.abs(read - meant) <= np.abs(meant) * 2.0**-digits + smallest).all())
 
 

@@ -1,0 +1,87 @@
+"""Merged weights in 16 bits that keep what an adapter adds.
+
+The weights of a base in bfloat16 are numbers of bfloat16. What an adapter adds to one is often less
+than half of what lies between it and the next, and rounded to nearest the sum is the base again: an
+adapter that was trained at a small learning rate loses a quarter of its gain so. Rounded up or down
+as a fixed noise decides, a sum keeps its value on average (stochastic rounding, Gupta et al. 2015,
+https://arxiv.org/abs/1502.02551), and a weight that does not change stays bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .noise import fixed_noise
+
+HALF = (torch.float16, torch.bfloat16)
+_AT_ONCE = 2**24
+"""Numbers that are rounded at a time: experts' weights are not held many times over."""
+
+
+def exactly(module: nn.Module) -> dict[str, torch.dtype]:
+    """Turn the weights of `module` that have 16 bits into float32, in place; return their names and
+    dtypes, for `rounded_back`."""
+    found = {name: p.dtype for name, p in module.named_parameters() if p.dtype in HALF}
+    for name in found:
+        parameter = module.get_parameter(name)
+        parameter.data = parameter.data.float()
+    return found
+
+
+def rounded_back(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Round the weights named in `dtypes` to these, in place.
+
+    Raises:
+        ValueError: one is too large for its dtype; named NaN, as PEFT does in such a case.
+    """
+    for name, dtype in dtypes.items():
+        parameter = module.get_parameter(name)
+        parameter.data = rounded_to(dtype, parameter.data)
+        if not torch.isfinite(parameter.data).all():
+            raise ValueError(f"NaN or infinity in {name}")
+
+
+def rounded_to(dtype: torch.dtype, exact: Tensor) -> Tensor:
+    """Return numbers in `dtype`: of float32 in 16 bits, those of a matrix as the noise of their
+    place decides; biases and the like, of which there is one for a whole row, to nearest.
+
+    Args:
+        exact: floating point, [rows, ...].
+    """
+    if exact.dtype != torch.float32 or dtype not in HALF or exact.dim() < 2:
+        return exact.to(dtype)
+    rows = exact.flatten(1)
+    made = torch.empty_like(rows, dtype=dtype)
+    step = max(1, _AT_ONCE // max(1, rows.shape[1]))
+    for first in range(0, len(rows), step):
+        made[first : first + step] = _rounded(rows[first : first + step], dtype, first)
+    return made.view(exact.shape)
+
+
+def _rounded(exact: Tensor, dtype: torch.dtype, first: int) -> Tensor:
+    """Return rows from `first` on: each number, or its neighbour on the other side of the exact
+    one, as often as that is near it."""
+    nearest = exact.to(dtype)
+    off = exact - nearest.float()
+    other = _next(nearest, off)
+    share = off / (other.float() - nearest.float())
+    noise = fixed_noise(*exact.shape, device=exact.device, first_row=first) + 0.5
+    # Beyond the largest number there is no neighbour.
+    return torch.where((noise < share) & torch.isfinite(other), other, nearest)
+
+
+def _next(numbers: Tensor, towards: Tensor) -> Tensor:
+    """Return the numbers of the same dtype beside `numbers`, on the side of the sign of `towards`.
+
+    In sign and magnitude, which floats are, the next magnitude is the next integer. (nextafter is
+    not there for float16 on every device.)
+    """
+    bits = numbers.view(torch.int16)
+    magnitude = bits & 0x7FFF
+    down = towards < 0
+    sign = torch.where(magnitude == 0, down, bits < 0)
+    grown = magnitude + torch.where(sign == down, 1, -1).to(torch.int16)
+    return (grown | (sign.to(torch.int16) << 15)).view(numbers.dtype)

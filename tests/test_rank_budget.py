@@ -1,0 +1,164 @@
+"""What AdaLoRA does once a step, for all layers together, against PEFT's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from unittest.mock import Mock, patch
+
+import pytest
+import torch
+from peft import AdaLoraConfig, get_peft_model
+from peft.tuners.adalora.layer import RankAllocator
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from quantadapt.adapting import rank_budget
+from quantadapt.adapting.rank_budget import joint_ranks, not_orthogonal
+
+SIZES = {"hidden_size": 24, "intermediate_size": 40, "vocab_size": 32,
+         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+STEPS = 8
+
+
+def tuned(layers: int = 3):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=layers)).double()
+    config = AdaLoraConfig(
+        init_r=5,
+        target_r=2,
+        tinit=1,
+        tfinal=2,
+        deltaT=2,
+        total_step=STEPS,
+        target_modules=["q_proj", "k_proj", "up_proj", "down_proj"],
+        task_type="CAUSAL_LM",
+        orth_reg_weight=0.3,
+    )
+    made = get_peft_model(model, config).double().train()
+    for name, parameter in made.named_parameters():
+        if "lora_E" in name:
+            parameter.data.normal_()
+    return made
+
+
+def steps(made) -> tuple[list[float], list[dict]]:
+    """The losses of some steps, and all of the adapter after each."""
+    optimizer = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=0.3)
+    ids = torch.arange(24).view(2, 12)
+    losses, states = [], []
+    for step in range(1, STEPS + 1):
+        loss = made(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        made.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        pattern = copy.deepcopy(made.peft_config["default"].rank_pattern)
+        allocator = made.base_model.rankallocator
+        states.append(
+            {
+                "pattern": pattern,
+                "weights": {n: p.detach().clone() for n, p in made.named_parameters()},
+                "ipt": copy.deepcopy(allocator.ipt),
+                "mean": copy.deepcopy(allocator.exp_avg_ipt),
+                "uncertain": copy.deepcopy(allocator.exp_avg_unc),
+            }
+        )
+    return losses, states
+
+
+@pytest.mark.parametrize("stacked", [2**24, 300])
+def test_steps_are_pefts(stacked, monkeypatch) -> None:
+    """Losses, importances, which directions go, and all weights."""
+    monkeypatch.setattr(rank_budget, "STACKED", stacked)
+    expected_losses, expected = steps(tuned())
+    ours = tuned()
+    with joint_ranks(ours), patch.object(RankAllocator, "update_ipt", side_effect=AssertionError):
+        losses, states = steps(ours)
+    assert losses == pytest.approx(expected_losses, rel=1e-6)
+    for found, wanted in zip(states, expected, strict=True):
+        assert found["pattern"] == wanted["pattern"]
+        assert list(found["pattern"] or ()) == list(wanted["pattern"] or ())
+        for part in ("weights", "ipt", "mean", "uncertain"):
+            assert found[part].keys() == wanted[part].keys()
+            for name, value in wanted[part].items():
+                torch.testing.assert_close(found[part][name], value, rtol=1e-9, atol=1e-14)
+    kept = [sum(map(sum, s["pattern"].values())) for s in states if s["pattern"]]
+    assert kept[0] > kept[-1] == 2 * 12
+    zeros = [p == 0 for n, p in states[-1]["weights"].items() if "lora_E" in n]
+    assert sum(map(torch.sum, zeros)) == (5 - 2) * 12
+
+
+def test_a_pattern_may_lack_the_adapters_name() -> None:
+    """As PEFT's has it once the adapter was saved."""
+    made, stock = tuned(), tuned()
+    steps(stock)
+    pattern = {
+        name.replace(".default", ""): keeps
+        for name, keeps in stock.peft_config["default"].rank_pattern.items()
+    }
+    stock = tuned()
+    for one, lent in ((made, joint_ranks), (stock, None)):
+        allocator = one.base_model.rankallocator
+        if lent is None:
+            allocator.mask_using_rank_pattern(one.base_model.model, pattern)
+        else:
+            with lent(one):
+                allocator.mask_using_rank_pattern(one.base_model.model, pattern)
+    expected = dict(stock.named_parameters())
+    assert all(torch.equal(p, expected[n]) for n, p in made.named_parameters())
+
+
+def test_all_is_given_back() -> None:
+    made = tuned()
+    tuner = made.base_model
+    with joint_ranks(made):
+        assert "forward" in vars(tuner)
+    assert "forward" not in vars(tuner)
+    assert not {"update_ipt", "mask_to_budget"} & vars(tuner.rankallocator).keys()
+
+
+def stock_term(factors: list[torch.Tensor]) -> torch.Tensor:
+    grams = [p.T @ p if i % 2 else p @ p.T for i, p in enumerate(factors)]
+    return sum((g - torch.eye(len(g))).norm() for g in grams) / len(factors)
+
+
+def test_orthogonality_in_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 8), (10, 3), (3, 8), (6, 3), (2, 8), (10, 2), (0, 8), (10, 0)]
+    factors = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    factors[2] = torch.eye(3, 8, dtype=torch.float64)  # nothing is wrong with it: a slope of 0
+    for factor in factors:
+        factor.requires_grad_()
+    found = gradients(not_orthogonal, factors)
+    for value, expected in zip(found, gradients(stock_term, factors), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
+
+
+def gradients(function: Callable, factors: list[torch.Tensor]) -> list[torch.Tensor]:
+    loss = function(factors)
+    return [loss.detach(), *torch.autograd.grad(loss * 3, factors)]
+
+
+def operations(layers: int) -> int:
+    """How many a step takes beside the model's passes and what looks at parts of tensors."""
+    made = tuned(layers)
+    tuner, ids = made.base_model, torch.arange(24).view(2, 12)
+    with joint_ranks(made):
+        made(input_ids=ids, labels=ids).loss.backward()
+        loss = torch.zeros((), requires_grad=True)
+        with (
+            patch.object(tuner.model, "forward", return_value=Mock(loss=loss)),
+            torch.profiler.profile() as seen,
+        ):
+            tuner().loss.backward()
+            tuner.update_and_allocate(4)
+    found = {event.key: event.count for event in seen.key_averages()}
+    names = ("mm", "bmm", "linalg_vector_norm", "mean", "kthvalue", "eye", "_local_scalar_dense",
+             "_foreach_abs_", "_foreach_mul_", "_foreach_add_")  # fmt: skip
+    assert found["aten::bmm"] >= 8
+    return sum(found.get(f"aten::{name}", 0) for name in names)
+
+
+def test_more_layers_take_no_more_kernels_and_one_wait() -> None:
+    assert operations(6) == operations(2)
