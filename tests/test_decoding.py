@@ -117,9 +117,10 @@ def test_few_tokens_are_decoded(monkeypatch, backend, module):
     monkeypatch.setattr(plugin, "DECODING", 3)
     for name in ("quantadapt_autoround.layers", "quantadapt_gptqmodel.layers"):
         monkeypatch.setattr(importlib.import_module(name), "find_spec", lambda _: True)
-    decodes = quantizer.target.decodes
-    assert [decodes(vendor, like_cuda(n)) for n in (1, 3, 4)] == [True, True, False]
-    assert GatheringTarget(quantizer.target).decodes(vendor, like_cuda(1))
+    decodes, dtype = quantizer.target.decodes, torch.float16
+    assert [decodes(vendor, like_cuda(n, dtype)) for n in (1, 3, 4)] == [True, True, False]
+    assert GatheringTarget(quantizer.target).decodes(vendor, like_cuda(1, dtype))
+    assert decodes(vendor, like_cuda(1)) == (backend != "awq")  # whose kernel knows float16 alone
 
 
 def test_layers_without_a_kernel(monkeypatch):

@@ -290,9 +290,10 @@ def vendor_product(module: Any, dtype: torch.dtype) -> Callable[[Any, Tensor], T
     method, bits, lowered = _packing(module)
     if find_spec("triton") is None or lowered or dtype == torch.float32:
         return None
-    if method == "awq":
+    if method == "awq":  # it computes in float16, for which other dtypes' numbers may be too large
         size = module.in_features / len(module.scales)
-        return _awq_product if size in (32, 64, 128, module.in_features) else None
+        fits = dtype == torch.float16 and size in (32, 64, 128, module.in_features)
+        return _awq_product if fits else None
     return _gptq_product if bits in (2, 4, 8) else None
 
 
@@ -306,15 +307,10 @@ def _gptq_product(module: Any, x: Tensor) -> Tensor:
 
 
 def _awq_product(module: Any, x: Tensor) -> Tensor:
-    """Compute in float16, which is all that the kernel for few tokens knows; or, as the numbers of
-    other dtypes may be too large for that, dequantize in one kernel, and multiply."""
+    """Compute in float16, by a kernel for few tokens."""
     from gptqmodel.nn_modules.qlinear.gemm_awq_triton import AwqGemmTritonFn
-    from gptqmodel.quantization.awq.modules.triton.gemm import awq_dequantize_triton
 
     with torch.cuda.device(x.device):
-        if x.dtype != torch.float16:
-            weight = awq_dequantize_triton(module.qweight, module.scales, module.qzeros)
-            return _with_bias(x @ weight.to(x.dtype), module)
         tensors = module.qweight, module.qzeros, module.scales
         size = module.in_features // len(module.scales)
         product = AwqGemmTritonFn.apply(x, *tensors, module.bits, size, None, module.out_features)
