@@ -59,8 +59,38 @@ def found(tuned: Any, setting: Setting) -> int:
     return peak
 
 
-@pytest.mark.parametrize("count", [0, 1, LAYERS // 2, LAYERS - 1, LAYERS])
-def test_the_phases_are_those_of_a_real_step(count: int, tuned: Any) -> None:
-    setting = Setting(count, False, 1)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *(Setting(count, False, 1) for count in (0, 1, LAYERS // 2, LAYERS - 1, LAYERS)),
+        Setting(LAYERS, True, 1),  # the place of inputs in CPU memory is that of the step before
+    ],
+)
+def test_the_phases_are_those_of_a_real_step(setting: Setting, tuned: Any) -> None:
     foreseen = max(phase.total for phase in phases(workload(tuned.config), setting))
     assert foreseen - 2 * WORKSPACE == pytest.approx(found(tuned, setting), rel=0.04)
+
+
+def test_a_recorded_pass_works_twice_as_a_card_sees_it() -> None:
+    """It ends before the loss, has workspaces of its own, and what it works with is held for it; a
+    run records where all of that is free a second time."""
+    config = LlamaConfig(**SIZES, torch_dtype="bfloat16")
+    setting = Setting(LAYERS, False, 1)
+    eager, recorded = workload(config), workload(config, graphs=True)
+    usual, found = phases(eager, setting), phases(recorded, setting)
+    assert found[: len(usual)] == usual
+    again = found[len(usual) : -1]
+    assert [phase.name for phase in again] == [phase.name for phase in usual[1:]]
+    for one, other in zip(usual[1:], again, strict=True):
+        assert other.total - one.total == 2 * WORKSPACE
+    # Replayed, the loss is there beside gradients and what the decoder gave.
+    state = TOKENS * SIZES["hidden_size"] * 2
+    loss = eager.loss_bytes(TOKENS) + state + 4 * WORKSPACE
+    assert found[-1][1:] == (0, 0, loss, 4 * eager.trained)
+    work = recorded.peak(setting) - sum(
+        (recorded.quantized_bytes, recorded.dense_bytes, recorded.adapter_bytes)
+    )
+    assert recorded.needed(setting) == recorded.peak(setting) + work
+    assert eager.needed(setting) == eager.peak(setting)
+    budget = recorded.needed(setting) - 1
+    assert recorded.fitted(budget) != (recorded, setting)
