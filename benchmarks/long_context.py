@@ -13,8 +13,9 @@ Seconds of a long step on an H200, by the arithmetic alone (linear layers at 500
 TFLOP/s): 8b 10 for 45,000 tokens, 32 for 86,000, 105 for 169,000, 570 for 418,000; 70b 130 for
 90,000. Inputs of layers take 0.25 MiB of CPU memory for each token of 8b, 1.25 of 70b.
 
-Prints a Markdown table: tokens of the plan and of the row; whether it trained; GiB in use at most,
-foreseen for that length, and what PyTorch held, of so many that it may; tokens per second; and the
+Prints a Markdown table: tokens of the plan and of the row; whether it trained; GiB that tensors
+asked for at most, and that were in use (the allocator's blocks are larger than tensors), foreseen
+for that length, and what PyTorch held, of so many that it may; tokens per second; and the
 ratio of the row to what Unsloth publishes for the card (https://unsloth.ai/blog/llama3-3).
 """
 
@@ -46,8 +47,8 @@ SHORT = 256
 """Tokens of the row that is trained first."""
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel")
 HEADER = (
-    "| card GiB | base | plan: tokens | row: tokens | trains | peak GiB | foreseen GiB "
-    "| reserved GiB | may GiB | tokens/s | of Unsloth's |"
+    "| card GiB | base | plan: tokens | row: tokens | trains | asked for GiB | peak GiB "
+    "| foreseen GiB | reserved GiB | may GiB | tokens/s | of Unsloth's |"
 )
 
 
@@ -57,7 +58,7 @@ def main() -> None:
     if given.one:
         run_here(given)
         return
-    print(f"{HEADER}\n| ---: | --- | {'---: | ' * 2}--- | {'---: | ' * 6}", flush=True)
+    print(f"{HEADER}\n| ---: | --- | {'---: | ' * 2}--- | {'---: | ' * 7}", flush=True)
     for card in given.cards:
         command = [sys.executable, str(Path(__file__).resolve()), "--one", str(card), *sys.argv[1:]]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -181,8 +182,11 @@ def train(model: Any, vocabulary: int, length: int, given: argparse.Namespace) -
         print(last_words(str(error)), file=sys.stderr)
         return {"trains": False, "seconds": time.perf_counter() - started}
     seconds = logs[1]["seconds"] - logs[0]["seconds"]
+    on_gpu = given.device == "cuda"
+    asked = torch.cuda.memory_stats()["requested_bytes.all.peak"] / 2**30 if on_gpu else None
     return {
         "trains": True,
+        "asked": asked,
         "speed": length / seconds,
         "peak": _peak_gib(given.device),
         "reserved": _reserved_gib(given.device),
@@ -193,7 +197,7 @@ def row_of(found: dict[str, Any], shape: str) -> str:
     """Return the line of a row."""
     published = PUBLISHED.get(shape, {}).get(int(found["card"]))
     if "row" not in found:
-        return f"| {found['card']:g} | {found['base']} | 0 | {'| ' * 8}"
+        return f"| {found['card']:g} | {found['base']} | 0 | {'| ' * 9}"
 
     def cell(key: str, style: str) -> str:
         return "" if found.get(key) is None else format(found[key], style)
@@ -202,7 +206,8 @@ def row_of(found: dict[str, Any], shape: str) -> str:
     cells = [
         *(f"{found['card']:g}", "whole" if found["base"] == "none" else "streamed"),
         *(cell("plan", ",d"), cell("row", ",d"), "yes" if found["trains"] else "no"),
-        *(cell("peak", ".2f"), cell("foreseen", ".2f"), cell("reserved", ".2f")),
+        *(cell("asked", ".2f"), cell("peak", ".2f"), cell("foreseen", ".2f")),
+        cell("reserved", ".2f"),
         *(cell("may", ".2f"), cell("speed", ",.0f"), ratio),
     ]
     return f"| {' | '.join(cells)} |"

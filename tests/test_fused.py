@@ -546,6 +546,35 @@ def test_what_making_a_weight_takes_is_gone_when_outputs_and_gradients_come() ->
     assert 128 * 2**10 < backward < (128 + 64) * 2**10  # dx is 128 KiB
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+def test_an_input_that_nobody_else_holds_is_gone_when_its_gradient_comes(options) -> None:
+    layer = wrap(nn.Sequential(nn.Linear(256, 8)), Plain(), torch.float32)
+    config = LoraConfig(r=4, target_modules=["0"], **options)
+    use_fused_layers(config)
+    made = inject_adapter_in_model(config, layer).train()
+    x, dy = torch.randn(1024, 256, requires_grad=True), torch.randn(1024, 8)
+    results(made, x[:64].detach())
+    found: list[torch.Tensor] = []
+
+    def run() -> None:
+        y = made(x.clone())  # whose gradient is that of x
+        found.extend(torch.autograd.grad(y, x, dy))
+
+    assert x.nbytes < peak_of(run) < 1.25 * x.nbytes
+    assert found[0].shape == x.shape
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+def test_a_graph_that_is_kept_has_all_for_another_backward(options) -> None:
+    made = adapted(True, **options)
+    x = X.clone().requires_grad_()
+    y = made(x * 1).sum()
+    weights = [x, *(p for p in made.parameters() if p.requires_grad)]
+    first = torch.autograd.grad(y, weights, retain_graph=True)
+    again = torch.autograd.grad(y, weights)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
 @pytest.mark.parametrize(("tokens", "kept"), [(25, True), (15, False)])
 def test_under_autocast_the_input_is_as_large_as_it_is_computed_with(tokens, kept) -> None:
     """Not as it comes: in float32 it is twice as large."""

@@ -20,6 +20,7 @@ from quantadapt.machine import Machine
 from quantadapt.memory import (
     CONTEXT,
     GIB,
+    LONG_ROWS,
     WORKSPACE,
     Setting,
     Workload,
@@ -56,12 +57,24 @@ def work(config: dict = LLAMA_8B, **options) -> Workload:
         (LLAMA_8B, Setting(32, False, 4), 9.24),
         (LLAMA_8B, Setting(32, False, 2), 7.80),
         (LLAMA_8B, Setting(32, True, 4), 7.29),
-        (LLAMA_8B, Setting(0, False, 4), 40.50),
+        (LLAMA_8B, Setting(0, False, 4), 40.35),
         (LLAMA_1B, Setting(16, False, 4), 2.84),  # 2.90 as measured, less gradients kept twice then
     ],
 )
 def test_the_peak_is_that_which_was_measured(config, setting, measured) -> None:
-    assert work(config, graphs=True).peak(setting) / GIB == pytest.approx(measured, rel=0.01)
+    made = work(config, graphs=True, keeps_casts=not setting.offload)  # which was `memory: min`
+    assert made.peak(setting) / GIB == pytest.approx(measured, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "measured"), [(46_784, 11.03), (49_123, 11.22), (94_208, 14.86), (98_918, 15.25)]
+)
+def test_the_peak_of_long_rows_is_that_which_was_measured(tokens: int, measured: float) -> None:
+    """Less what a tile held then and does not any more: what its last layer got, what it gave, and
+    a copy of the gradient of that."""
+    gone = 2 * 4096 * (14_336 + 2 * 4096) / GIB
+    one = replace(work(batch=1, length=tokens, keeps_casts=False), rank=32)
+    assert one.peak(Setting(32, True, 1)) / GIB == pytest.approx(measured - gone, rel=0.005)
 
 
 def test_the_peak_of_short_examples_is_that_which_was_measured() -> None:
@@ -112,8 +125,10 @@ def test_the_backward_of_a_recomputed_layer_takes_what_the_textbook_says() -> No
     weights = 2 * 4096 * (4096 + 1024)  # q, o, k and v are narrower than there are tokens
     products = TOKENS * (2 * 4096 + 2 * 1024 + 2 * 14336)  # all but that of down_proj
     assert parts["inputs"] == 31 * single
-    assert parts["activations"] == TOKENS * 69_632 * 2 - single
-    assert parts["working"] == 2 * (gradients + weight + weights + products) + WORKSPACE
+    scores, rotary = 4 * 32 * TOKENS, 2 * 2 * 128 * 2048  # in float32; of one row
+    assert parts["activations"] == TOKENS * 69_632 * 2 - single + scores
+    made = 2 * (gradients + weight + weights + products)
+    assert parts["working"] == made + rotary + 2 * WORKSPACE
 
 
 def test_gradients_that_are_there_when_the_loss_is_computed_count() -> None:
@@ -176,8 +191,8 @@ def test_parts_add_up_and_offloading_leaves_two_inputs_and_no_weights() -> None:
     saved = sum(plain.values()) - sum(offloaded.values())
     assert plain["inputs"] - offloaded["inputs"] == 29 * 8192 * 4096 * 2
     assert 0 <= saved - 29 * 8192 * 4096 * 2 <= work().recompute_bytes(8192)
-    # At the loss there are no gradients yet.
-    assert plain["adapter"] == offloaded["adapter"] == 41_943_040 * 12
+    # At the loss there are no gradients yet; A and B are there in bfloat16, too.
+    assert plain["adapter"] == offloaded["adapter"] == 41_943_040 * (12 + 2)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +219,7 @@ def test_more_recomputation_never_needs_more() -> None:
     peaks = [work().peak(Setting(count, False, 4)) for count in range(32)]
     assert peaks == sorted(peaks, reverse=True)
     # The last layer's activations are there in any case, at the latest after the loss.
-    assert work().peak(Setting(32, False, 4)) == pytest.approx(peaks[-1], rel=0.01)
+    assert work().peak(Setting(32, False, 4)) == pytest.approx(peaks[-1], rel=0.02)
 
 
 def test_optimizers() -> None:
@@ -216,19 +231,19 @@ def test_optimizers() -> None:
 
 
 def test_what_costs_the_least_time_is_chosen_of_what_fits() -> None:
-    """Two passes of half the batch dequantize twice, and take 4 % more; 18 layers of 32 that are
-    computed again, 28 %."""
+    """Two passes of half the batch dequantize twice, and take 4 % more; 19 layers of 32 that are
+    computed again, 30 %."""
     found = work().fit(usable(24 * GIB))
-    assert found == Setting(2, False, 2)
-    assert work().peak(Setting(1, False, 2)) > usable(24 * GIB)
+    assert found == Setting(3, False, 2)
+    assert work().peak(Setting(2, False, 2)) > usable(24 * GIB)
     assert (
-        work().peak(Setting(17, False, 4)) > usable(24 * GIB) > work().peak(Setting(18, False, 4))
+        work().peak(Setting(18, False, 4)) > usable(24 * GIB) > work().peak(Setting(19, False, 4))
     )
     nothing, twice = (step_cost(work(), Setting(0, False, size)) for size in (4, 2))
     assert twice / nothing == pytest.approx((4096 + 300) * 2 / (8192 + 300))
-    again = step_cost(work(), Setting(18, False, 4)) / nothing
-    assert again == pytest.approx(1 + 18 / 64, rel=0.02)  # less what is kept for the backward
-    assert replace(work(), splits=False).fit(usable(24 * GIB)) == Setting(18, False, 4)
+    again = step_cost(work(), Setting(19, False, 4)) / nothing
+    assert again == pytest.approx(1 + 19 / 64, rel=0.02)  # less what is kept for the backward
+    assert replace(work(), splits=False).fit(usable(24 * GIB)) == Setting(19, False, 4)
     assert work().fit(usable(80 * GIB)) == Setting(0, False, 4)
     assert work().fit(usable(8 * GIB)).micro_batch == 2
     assert replace(work(), splits=False).fit(usable(8 * GIB)) is None
@@ -238,6 +253,7 @@ def test_what_costs_the_least_time_is_chosen_of_what_fits() -> None:
 def test_a_card_of_the_size_that_is_named_suffices() -> None:
     needed = work().peak(work().least())
     assert usable(card_for(needed)) == pytest.approx(needed, abs=GIB / 100)
+    assert usable(card_for(needed, LONG_ROWS), lost=LONG_ROWS) == pytest.approx(needed, abs=2)
 
 
 def test_ways_out_fit_each_by_itself_or_together() -> None:
@@ -296,8 +312,10 @@ def test_the_longest_example_of_cards() -> None:
     # At every moment that may be the highest, of a long row: 2 inputs, what one layer keeps (the
     # inputs of its norms, of its projections and of its MLP, queries, keys, values and what
     # attention returns twice), and the gradients of what its MLP gets and gives; 16 bits each.
+    # Sines and cosines, and of 32 heads a sum in float32.
     longer = [replace(of_8b, batch=1, length=n).peak(Setting(32, True, 1)) for n in (2**17, 2**18)]
-    assert (longer[1] - longer[0]) / 2**17 == 2 * (2 * 4096 + 3 * 4096 + 3 * 4096 + 2048 + 2 * 4096)
+    states = 2 * 4096 + 3 * 4096 + 3 * 4096 + 2048 + 2 * 4096
+    assert (longer[1] - longer[0]) / 2**17 == 2 * (states + 2 * 128) + 4 * 32
 
 
 def test_tiles_may_let_a_longer_row_fit_than_a_shorter() -> None:
@@ -424,7 +442,7 @@ def test_the_plan_tells_what_the_card_means(llama, tmp_path) -> None:
     assert words.startswith("fits 80 GiB: yes, with ")
     assert made.to_dict()["memory"]["cards"][0]["fits"] is True
     longest = made.to_dict()["memory"]["cards"][0]["longest"]
-    assert longest["none"] == made.memory.work.longest(card.budget) > 2048
+    assert longest["none"] == made.memory.work.longest(usable(80 * GIB, lost=LONG_ROWS)) > 2048
     inputs = 32 * longest["none"] * 4096 * 2 / GIB
     assert f"{longest['none']:,} tokens ({inputs:.1f} GiB of CPU memory)" in words
     json.dumps(made.to_dict())
@@ -448,9 +466,11 @@ def test_a_card_too_small_for_any_setting_is_refused(llama, tmp_path) -> None:
 def test_a_card_that_may_just_do_is_warned_of(llama, tmp_path) -> None:
     wanted = spec(llama, tmp_path)
     wanted.evaluate.unquantized = False
-    least = card_for(planned(wanted, 80).memory.work.peak(Setting(32, True, 1))) / GIB
-    made = planned(wanted, least * 0.98)
-    assert any("memory may not suffice" in note for note in made.notes)
+    needed = planned(wanted, 80).memory.work.peak(Setting(32, True, 1))
+    least = card_for(needed, LONG_ROWS) / GIB
+    for share, told in ((0.98, True), (1.001, False)):  # of which it may have 98 %, not 95
+        notes = planned(wanted, least * share).notes
+        assert any("memory may not suffice" in note for note in notes) == told
 
 
 def test_inputs_that_cpu_memory_does_not_hold_are_told(llama, tmp_path) -> None:

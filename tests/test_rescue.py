@@ -9,15 +9,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from test_memory_fit import BATCH, Notes, adapted, trained, weights
+from processes import in_processes
+from test_memory_fit import Notes, adapted, big, trained, weights
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import quantadapt as qa
+from quantadapt import demo
 from quantadapt.cli.app import build_app
 from quantadapt.errors import DataError, ModelError, OutputError, TrainingError
-from quantadapt.spec import TrainSpec
 from quantadapt.testing.small_demo import small_model
-from quantadapt.training import train
 from quantadapt.training.loop import TrainingLoop
 from quantadapt.training.memory_fit import MemoryFit
 
@@ -43,6 +44,8 @@ def fails_from(step: int, error: Exception, at: int = 1) -> Any:
     return patch.object(MemoryFit, "_in_parts", passes)
 
 
+LEFT = 2**26
+"""Bytes of a card that are left to be taken."""
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
@@ -167,33 +170,54 @@ def test_the_command_ends_with_a_sentence_and_can_be_resumed(tmp_path: Path) -> 
     assert metrics["train"]["steps"] == 4
 
 
-@pytest.mark.cuda
-def test_a_card_that_somebody_else_fills(tokenizer: Any, random_data: Any, tmp_path: Path) -> None:
-    """From the third step on next to nothing of the card is free."""
+def fill() -> list[Any]:
+    """Return tensors that leave nothing for this process to allocate, neither of the card nor of
+    what its allocator holds already: large ones first, then as small as blocks are."""
+    torch.cuda.empty_cache()
+    total, held = torch.cuda.get_device_properties(0).total_memory, torch.cuda.memory_reserved()
+    # A card may be large, and others may work on it: no more than this is taken.
+    torch.cuda.set_per_process_memory_fraction((held + LEFT + 2**20) / total)
     taken: list[Any] = []
+    size = LEFT
+    while size >= 512:
+        try:
+            taken.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            size //= 2
+    return taken
 
-    def fill(*_: Any) -> None:
-        if model.steps == 2 and not taken:
-            torch.cuda.empty_cache()
-            free, _ = torch.cuda.mem_get_info()
-            torch.cuda.set_per_process_memory_fraction(
-                torch.cuda.memory_allocated() / torch.cuda.mem_get_info()[1]
-            )
-            taken.append(free)
 
-    model = adapted().cuda()
-    model.steps, notes = 0, Notes()
-    model.register_forward_pre_hook(fill)
-    try:
-        with pytest.raises(TrainingError, match="run out of memory"):
-            train(
-                *(model, tokenizer, random_data.select(range(16))),
-                TrainSpec(max_steps=6, per_device_train_batch_size=BATCH, logging_steps=1),
-                output=tmp_path,
-                seed=0,
-                on_note=notes,
-                on_log=lambda entry: setattr(model, "steps", entry["step"]),
-            )
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+def filled(folder: Path) -> tuple[list[str], str, int, int]:
+    """Train on a card that is full from the third step on, and go on when it is free again: what
+    was noted, the error, the step that was gone on from, and the steps in all."""
+    tokenizer, notes, taken = AutoTokenizer.from_pretrained(demo.MODEL_DIR), Notes(), []
+    # No graphs, whose recording would be what fails first.
+    options = {"max_steps": 4, "gradient_checkpointing": False, "cuda_graphs": False}
+    model, data = big(layers=2)
+    done = MemoryFit.step
+
+    def step(self: Any, *args: Any) -> Any:
+        if self.trainer.state.global_step == 2 and not taken:
+            taken.extend(fill())
+        return done(self, *args)
+
+    with (
+        patch.object(MemoryFit, "step", step),
+        pytest.raises(TrainingError, match="run out of memory") as error,
+    ):
+        trained(model, tokenizer, data, folder, notes, **options)
+    taken.clear()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    model, data = big(layers=2)
+    found = trained(model, tokenizer, data, folder, resume=True, **options)
+    return list(notes), str(error.value), found.resumed_from, found.steps
+
+
+@pytest.mark.cuda
+def test_a_card_that_somebody_else_fills(tmp_path: Path) -> None:
+    """From the third step on nothing of it is free. In a process of its own: what other tests have
+    left free would be there to take."""
+    ((notes, error, resumed_from, steps),) = in_processes(1, filled, tmp_path, tmp_path / "run")
+    assert "layers recomputed, their inputs in CPU memory, micro-batches of 1" in error
     assert notes[-1] == "checkpoint-2 is saved, go on with --resume"
+    assert (resumed_from, steps) == (2, 4)

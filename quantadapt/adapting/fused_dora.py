@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..facade import is_recomputing, kept
+from ..facade import is_recomputing, kept, taken
 from .columns import scaled, scaled_back
 from .fused_lora import LoraTerm, Magnitude, flat, no_autocast
 
@@ -66,7 +66,7 @@ class _FusedDora(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (seen,) = ctx.saved_tensors if ctx.keeper is None else ctx.keeper.saved_tensors
+        (seen,) = taken(ctx if ctx.keeper is None else ctx.keeper)
         term, (dtype, out) = ctx.term, ctx.dtypes
         shape, seen_dtype, dy = seen.shape, seen.dtype, flat(grad, out)
         d_seen = d_base = None

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..compiling import has_triton
-from ..facade import QuantLinear, kept, lora_change
+from ..facade import QuantLinear, kept, lora_change, taken
 
 MOST_RANKS = 128
 """Kernels for one token hold this many ranks of a block of rows in registers."""
@@ -111,9 +111,9 @@ class _FusedLora(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        saved = list(ctx.saved_tensors)
+        saved = list(taken(ctx))
         dropped = saved.pop() if ctx.has_dropped else None
-        x, *made = saved if ctx.keeper is None else ctx.keeper.saved_tensors
+        x, *made = saved if ctx.keeper is None else taken(ctx.keeper)
         saved.clear()
         shape, (x_dtype, dtype) = x.shape, ctx.dtypes
         used = [i for i, grad in enumerate(grads) if grad is not None]

@@ -12,7 +12,7 @@ from .expert_norms import row_norms
 from .experts import QuantExperts, QuantStack, read_in_parts
 from .frozen import is_recomputing, recomputing
 from .grouped import lora_change
-from .keeping import kept
+from .keeping import kept, taken
 from .lazy_weight import LazyWeight
 from .linear import QuantLinear
 from .peft_experts import single_stack_lora, stack_wrappers
@@ -49,6 +49,7 @@ __all__ = [
     "single_stack_lora",
     "stack_facades",
     "stack_wrappers",
+    "taken",
     "unwrap",
     "wrap",
 ]

@@ -20,7 +20,7 @@ from ..model.experts import SUFFIX
 from .expert_norms import StackNorms, dora_product
 from .expert_steps import Added, add, combined, gated, gated_backward
 from .grouped import Routing, StackLora, grouped, grouped_in_parts, grouped_outer
-from .keeping import kept
+from .keeping import kept, taken
 from .quant_weight import QuantWeight
 
 
@@ -248,7 +248,7 @@ class _Experts(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         holder = ctx if ctx.keeper is None else ctx.keeper
-        hidden, weights, *rest = holder.saved_tensors
+        hidden, weights, *rest = taken(holder)
         noted: _Noted = ctx.noted
         ctx.noted = noted._replace(rows=None)  # given away; norms serve another pass, too
         with torch.autocast(hidden.device.type, enabled=False):

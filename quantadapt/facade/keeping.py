@@ -17,6 +17,14 @@ def kept(x: Tensor, *others: Tensor) -> tuple[Tensor, Any]:
     return x, x.grad_fn
 
 
+def taken(node: Any) -> tuple[Tensor, ...]:
+    """Return what a node has saved for backward, and have it let go of that, unless the graph is to
+    be kept: whoever asks in a backward can free it there, before the node's own turn comes."""
+    saved: tuple[Tensor, ...] = node.saved_tensors
+    node.maybe_clear_saved_tensors()
+    return saved
+
+
 class _Keep(torch.autograd.Function):
     """Saves x and others in front of the layers, for their backward.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from .cards import CONTEXT, FRAGMENTATION, GIB, OOM_FIX, card_for, usable
+from .cards import CONTEXT, FRAGMENTATION, GIB, LONG_ROWS, OOM_FIX, card_for, usable
 from .changes import ways_out
 from .optimizers import optimizer_bytes
+from .phases import WORKSPACE
 from .setting import Setting, halves
-from .workload import HEAD_CHUNK, LENGTH_MULTIPLE, WORKSPACE, Workload
+from .workload import HEAD_CHUNK, LENGTH_MULTIPLE, Workload
 
 __all__ = [
     "CONTEXT",
@@ -14,6 +15,7 @@ __all__ = [
     "GIB",
     "HEAD_CHUNK",
     "LENGTH_MULTIPLE",
+    "LONG_ROWS",
     "OOM_FIX",
     "WORKSPACE",
     "Setting",

@@ -44,7 +44,7 @@ def _shared_by(count: int) -> Iterator[_Change]:
     words = f"train.parallel: fsdp on {count} GPUs"
     shared = {"shards": count, "streamed": "none"}
     yield words, shared
-    yield f"{words} with train.memory: min", {**shared, "prefetches": False}
+    yield f"{words} with train.memory: min", {**shared, "prefetches": False, "keeps_casts": False}
 
 
 def _rows_shared_by(count: int) -> str:

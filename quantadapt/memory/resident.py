@@ -60,6 +60,7 @@ class Resident:
         method: the adapter's, with its options; None of a LoRA of `rank`.
         also: layers beside the decoder's that get an adapter: embedding and head.
         whole: how many weights of copied modules are trained, in the compute dtype.
+        keeps_casts: whether a fused adapter is there in the compute dtype, too.
     """
 
     shape: Shape
@@ -99,6 +100,7 @@ class Resident:
     method: Method | None = None
     also: tuple[Layer, ...] = ()
     whole: int = 0
+    keeps_casts: bool = True
 
     @property
     def quantized_bytes(self) -> int:
@@ -199,10 +201,25 @@ class Resident:
     @cached_property
     def adapter(self) -> Size:
         """What is trained, and what the adapter holds beside it."""
-        method = self.method or Method("LORA", {"r": self.rank, "use_dora": self.dora})
-        layers = [layer for count, work in self.kinds for layer in work._adapted(count)]
+        layers = self._adapted_layers
         layers += [*self.also, *(self.tower.adapted if self.tower else [])]
-        return method.size(layers, self.dtype_bytes)
+        return self._method.size(layers, self.dtype_bytes)
+
+    @property
+    def _method(self) -> Method:
+        return self.method or Method("LORA", {"r": self.rank, "use_dora": self.dora})
+
+    @property
+    def _adapted_layers(self) -> list[Layer]:
+        return [layer for count, work in self.kinds for layer in work._adapted(count)]
+
+    @property
+    def casts_bytes(self) -> int:
+        """A and B of fused layers as products want them, from step to step."""
+        if not (self.keeps_casts and self.fused_adapter and self.dtype_bytes < 4):
+            return 0
+        fused = [layer for layer in self._adapted_layers if layer.name not in STACKS]
+        return self.dtype_bytes * self._method.size(fused, self.dtype_bytes).trained
 
     def _adapted(self, count: int) -> list[Layer]:
         """Return the layers of `count` equal decoder layers that are adapted."""
@@ -230,4 +247,4 @@ class Resident:
         whole = (
             between_passes(self.whole, self.optim, accumulates=self.accumulates) + 4 * self.whole
         )
-        return self.held_bytes + kept + whole * self.dtype_bytes // 4
+        return self.held_bytes + self.casts_bytes + kept + whole * self.dtype_bytes // 4

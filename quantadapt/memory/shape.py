@@ -136,6 +136,11 @@ class Shape:
         """Size inside the MLP that all tokens go through: with experts, of the shared ones."""
         return self.experts.shared if self.experts else self.intermediate
 
+    @property
+    def head(self) -> int:
+        """Size of an attention head."""
+        return self.keys // self.key_heads
+
     def kept(self, fused_kernels: bool, half: bool) -> int:
         """Return how many numbers per token one layer keeps for its backward: the inputs of both
         norms and of all linear layers, queries, keys and values, and what is inside the MLP.

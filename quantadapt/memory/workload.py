@@ -6,13 +6,13 @@ allocator loses between blocks are held in reserve where it is asked whether a c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Self
 
 from .cost import step_cost
 from .experts import STACKS
+from .phases import phases
 from .resident import Resident
 from .setting import Setting, halves
 from .shape import head_groups
@@ -21,8 +21,6 @@ HEAD_CHUNK = 2**27
 """Logits that are there at a time while the loss is computed, in bytes (see `model.head`)."""
 DIVERGENCE_CHUNK = 2**26
 """Logits of a student that are there at a time in float32, in bytes (see `model.divergence`)."""
-WORKSPACE = 2**25
-"""What cuBLAS allocates for itself, for each thread and stream that computes."""
 FACTORS_FROM = 2
 """With so many tokens to a rank VeRA and AdaLoRA make factors, which then take no more memory than
 PEFT's copies of the inputs (see `adapting.low_rank`)."""
@@ -70,6 +68,7 @@ class Workload(Resident):
         if tiled:  # attention of several groups of heads is put together in a copy
             numbers += (shape.queries if self._groups > 1 else 0) - self._kept_inside
         kept = int(numbers * tokens * self.dtype_bytes) + self._kept_by_experts(tokens)
+        kept += 4 * tokens * (shape.queries // shape.head)  # by attention, of each head's scores
         if self.method and self._makes_factors(tokens):
             kept += self.method.factor_bytes(self._adapted(1), self.dtype_bytes)
         return kept + (self._rounded_bytes if self._rounds_in_graph else 0)
@@ -123,7 +122,7 @@ class Workload(Resident):
             return 0
         return max(adapted) * (16 if self._rounds_in_graph else 8)
 
-    def _kept_always(self, tokens: int, offload: bool) -> int:
+    def kept_always(self, tokens: int, offload: bool) -> int:
         """What a layer keeps until its backward even if it is recomputed: what the A of a LoRA on
         experts makes of each row, and the norms of a DoRA, in float32."""
         experts, adapted = self.shape.experts, set(STACKS) & set(self.targets)
@@ -168,10 +167,10 @@ class Workload(Resident):
 
     def tiled_mlp_bytes(self, tokens: int) -> int:
         """What the backward of a tiled MLP works with: the gradients of its output and input, and
-        all that one tile keeps and works with."""
+        all that one tile keeps and works with but for those."""
         tile = tile_of(self.shape.hidden)
         in_tile = self._kept_inside * tile * self.dtype_bytes + self.backward_bytes(tile)
-        return 2 * self.input_bytes(tokens) + in_tile
+        return 2 * self.input_bytes(tokens) + in_tile - self.input_bytes(tile)
 
     @property
     def _kept_inside(self) -> int:
@@ -228,14 +227,16 @@ class Workload(Resident):
         return outputs * tokens * self.dtype_bytes if self.dora else 0
 
     def loss_bytes(self, tokens: int) -> int:
-        """What the loss works with: logits, the hidden states that count, their gradient and that
-        of all. Logits are a chunk, or all in float32, with their logarithms and gradients."""
+        """What the loss works with: logits, what the last norm gets and gives, the hidden states
+        that count, and their gradient. Logits are a chunk, or all in float32, with their logarithms
+        and gradients."""
         logits = tokens * self.shape.vocab
         held = 12 * logits if self.whole_logits else min(logits * self.dtype_bytes, HEAD_CHUNK)
         if self.teacher is not None:  # logits of both, their logarithms, and what is made of them
             held = 8 * min(4 * logits, DIVERGENCE_CHUNK)
             held += 2 * tokens * self.teacher.hidden * self.dtype_bytes
-        return held + 3 * self.input_bytes(tokens)
+        copied = self.dtype_bytes == 2 and not self.fused_kernels  # by the norm, in float32
+        return held + (5 if copied else 4) * self.input_bytes(tokens)
 
     def evaluation_bytes(self, examples: int) -> int:
         """What evaluating so many examples at a time needs beside the model: inside a layer, or
@@ -256,20 +257,15 @@ class Workload(Resident):
 
     def parts(self, setting: Setting) -> dict[str, int]:
         """Return the peak of a training step in bytes, by what takes it."""
-        inputs, activations, working, gradients = max(self._moments(setting), key=sum)
-        # Recorded passes have a stream of their own, and a place for their gradients, which those
-        # of several passes are added up beside.
-        recorded = self.records(setting)
-        gradients += 4 * self.trained if recorded and self._has_several(setting) else 0
-        workspaces = 3 if recorded else 1
+        most = max(phases(self, setting), key=lambda phase: phase.total)
         return {
             "quantized": self.quantized_bytes,
             "gathered": self.gathered_bytes if self.gathered else 0,
             "dense": self.dense_bytes + self.teacher_bytes,
-            "adapter": self.adapter_bytes + gradients,
-            "inputs": inputs,
-            "activations": activations,
-            "working": working + workspaces * WORKSPACE,
+            "adapter": self.adapter_bytes + most.gradients,
+            "inputs": most.inputs,
+            "activations": most.activations,
+            "working": most.working,
         }
 
     def tokens_of(self, setting: Setting) -> int:
@@ -282,51 +278,31 @@ class Workload(Resident):
         """What the length of a row is padded to a multiple of."""
         return LENGTH_MULTIPLE * self.contexts
 
-    def _moments(self, setting: Setting) -> Iterator[tuple[int, int, int, int]]:
-        """Yield inputs of recomputed layers, activations, working memory and gradients when they
-        may peak. Backward goes from the last layer to the first: inputs and activations go as
-        gradients come, so the peak is where it begins or ends, or goes on to layers that are
-        recomputed."""
-        tokens = self.tokens_of(setting)
-        count, single = setting.recomputed_layers, self.input_bytes(tokens)
-        tiled = self.tiles(setting, tokens)
-        each = [(layers, work, work.kept_bytes(tokens, tiled)) for layers, work in self.kinds]
-        kinds = [(work, numbers) for layers, work, numbers in each for _ in range(layers)]
-        seeing = self.tower.kept_bytes(setting.micro_batch, self.dtype_bytes) if self.tower else 0
-        kept = sum(numbers for _, numbers in kinds[count:]) + seeing
-        # One that is fetched from CPU memory, and the next, which is under way.
-        inputs = single * (min(count, 2) if setting.offload else count)
-        offload = setting.offload
-        stays = [(layers, work._kept_always(tokens, offload)) for layers, work in self.kinds]
-        always = [numbers for layers, numbers in stays for _ in range(layers)]
-        block, table = self._gathered_block, self._gathered_table
+    def layer_bytes(self, tokens: int, setting: Setting) -> int:
+        """What the backward of a layer works with, what is gathered of a shared base included."""
+        block = self._gathered_block
         ahead = block if self.prefetches else 0
+        return max(self.working_bytes(tokens, setting) + block, 2 * block) + ahead
 
-        def gradients(layer: int) -> int:
-            """What is there of them in the backward of a layer, counted from 0."""
-            early = self.method is not None and self.method.early_gradients
-            there = early or self._has_several(setting) or self.records(setting)
-            return 4 * self.trained * (len(kinds) - (0 if there else layer)) // len(kinds)
+    def head_bytes(self, tokens: int) -> int:
+        """What the loss works with, a gathered head included."""
+        return self.loss_bytes(tokens) + self._gathered_table
 
-        # The loss, and the last layer's backward.
-        loss = self.loss_bytes(tokens) + table
-        yield inputs + sum(always), kept, loss, gradients(len(kinds))
-        work = max(self.working_bytes(tokens, setting) + block, 2 * block) + ahead
-        yield inputs + sum(always), kept, work, gradients(len(kinds) - 1)
-        if count < len(kinds):
-            # The last layer of those that keep what they need.
-            layer, of_layer = kinds[count]
-            work = max(layer.working_bytes(tokens, setting) + block, 2 * block) + ahead
-            yield inputs + sum(always[: count + 1]), of_layer + seeing, work, gradients(count)
-        for at in {count - 1, min(count - 1, 1), 0} if count else ():
-            # The first and the last layers that are recomputed, when what the others kept is gone.
-            # Where inputs go to CPU memory, little is to be kept, and the second last has another.
-            layer, of_layer = kinds[at]
-            work = max(layer.working_bytes(tokens, setting) + block, 2 * block) + ahead
-            if not setting.offload:
-                work += layer.recompute_bytes(tokens) + layer.product_bytes(tokens)
-            left = min(inputs, (at + 1) * single) + sum(always[: at + 1])
-            yield left, of_layer - single + seeing, work, gradients(at)
+    @property
+    def early_gradients(self) -> bool:
+        """Whether all gradients are there when backward reaches the first layer, see `Method`."""
+        return self.method is not None and self.method.early_gradients
+
+    def rotary_bytes(self, setting: Setting) -> int:
+        """Sines and cosines of the positions in a row, which all layers share."""
+        return (
+            2 * self.shape.head * self.dtype_bytes * self.tokens_of(setting) // setting.micro_batch
+        )
+
+    def seeing_bytes(self, setting: Setting) -> int:
+        """What an adapted tower keeps of the pictures."""
+        tower = self.tower
+        return tower.kept_bytes(setting.micro_batch, self.dtype_bytes) if tower else 0
 
     def records(self, setting: Setting) -> bool:
         """Say whether passes can be recorded, see `cuda_graphs.can_record`."""
@@ -334,7 +310,7 @@ class Workload(Resident):
         plain = self.fused_adapter and not self.dropout and not self._rounds_in_graph
         return self.graphs and plain and alone and not setting.offload
 
-    def _has_several(self, setting: Setting) -> bool:
+    def has_several(self, setting: Setting) -> bool:
         """Say whether a step has several passes."""
         return self.accumulates or setting.micro_batch < self.batch
 
@@ -353,20 +329,33 @@ class Workload(Resident):
         """Return the most bytes that are allocated at a time."""
         return sum(self.parts(setting).values())
 
+    def needed(self, setting: Setting) -> int:
+        """Return how many bytes have to be free. Where passes are recorded as CUDA graphs what a
+        step works with has to be there twice, see `cuda_graphs.Graphs`."""
+        peak = self.peak(setting)
+        there = (self.quantized_bytes, self.dense_bytes, self.teacher_bytes, self.adapter_bytes)
+        held = sum(there) + (self.gathered_bytes if self.gathered else 0)
+        return 2 * peak - held if self.records(setting) else peak
+
     # --- what fits ---------------------------------------------------------------------------
 
-    def fit(self, budget: int) -> Setting | None:
+    def fit(self, budget: int, least: int = 0) -> Setting | None:
         """Return the setting that stays within `budget` bytes and costs the least time."""
-        found = self.fitted(budget)
+        found = self.fitted(budget, least)
         return None if found is None else found[1]
 
-    def fitted(self, budget: int) -> tuple[Self, Setting] | None:
+    def fitted(self, budget: int, least: int = 0) -> tuple[Self, Setting] | None:
         """Return that setting, and the workload as it is then: passes are recorded where that fits,
-        too."""
+        too.
+
+        Args:
+            least: bytes for settings that keep inputs in CPU memory, where those are more.
+        """
         eager = replace(self, graphs=False)
         ways = (self, eager) if self.graphs else (self,)
         both = sorted(product(ways, self.settings()), key=lambda pair: step_cost(*pair))
-        return next(((work, s) for work, s in both if work.peak(s) <= budget), None)
+        most = {False: budget, True: max(budget, least)}
+        return next(((work, s) for work, s in both if work.needed(s) <= most[s.offload]), None)
 
     def settings(self) -> list[Setting]:
         """Return all settings: the largest micro-batches and the least recomputation first."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import Problem
 from ..memory import rules
-from ..memory.cards import CONTEXT, GIB, card_for, usable
+from ..memory.cards import CONTEXT, FRAGMENTATION, GIB, LONG_ROWS, card_for, usable
 from ..memory.changes import ways_out
 from ..memory.setting import Setting
 from ..memory.workload import Workload
@@ -67,7 +67,8 @@ class OnCard:
     @property
     def fix(self) -> str:
         """The way out where nothing fits."""
-        larger = f"a GPU of {card_for(self.needed) / GIB:.1f} GiB"
+        lost = LONG_ROWS if self.setting.offload else FRAGMENTATION
+        larger = f"a GPU of {card_for(self.needed, lost) / GIB:.1f} GiB"
         return "what fits: " + ", or ".join([*self.ways_out, larger])
 
 
@@ -94,23 +95,25 @@ class MemoryPlan:
     def on(self, card: float) -> OnCard:
         """Return what a card of so many bytes means."""
         budget, most = usable(card, limit=self.limit), int(card) - CONTEXT
+        least = usable(card, limit=self.limit, lost=LONG_ROWS)
+        room = {False: budget, True: least}
         most = most if self.limit is None else min(most, self.limit)
         works = [self.work, *(replace(self.work, streamed=which) for which in self.streams)]
         works = [work.kept_in(most) for work in works]
-        longest = {work.streamed: work.longest(budget) for work in works}
+        longest = {work.streamed: work.longest(least) for work in works}
 
         def made(work: Workload, setting: Setting, ways: Sequence[str] = ()) -> OnCard:
-            there, needed = (card / GIB, setting, work.peak(setting)), (budget, most, tuple(ways))
+            there, can = (card / GIB, setting, work.peak(setting)), room[setting.offload]
             chosen = (work.streamed, work.gathered, work.graphs)
-            return OnCard(*there, *needed, *chosen, longest)
+            return OnCard(*there, can, most, tuple(ways), *chosen, longest)
 
         for work in works:
             # What was asked for is lowered when memory runs out.
             ways = [way for way in (work, replace(work, graphs=False)) if self.given]
             for way in ways:
-                if self.given and way.peak(self.given) <= budget:
+                if self.given and way.needed(self.given) <= room[self.given.offload]:
                     return made(way, self.given)
-            if found := work.fitted(budget):
+            if found := work.fitted(budget, least):
                 return made(*found)
         works = [replace(work, graphs=False) for work in works]
         work = min(works, key=lambda work: work.peak(work.least()))

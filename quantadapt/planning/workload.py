@@ -112,6 +112,7 @@ def memory_plan(
         method=Method(adapter.peft_type, option_values(adapter, options)),
         also=_tables(shape, options),
         whole=_trained_whole(shape, options),
+        keeps_casts=train.memory != "min",
     )
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
     return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))

@@ -21,7 +21,7 @@ from ..distributed.talking import reduced
 from ..distributed.world import world
 from ..errors import TrainingError
 from ..memory import rules
-from ..memory.cards import GIB, OOM_FIX, usable
+from ..memory.cards import FRAGMENTATION, GIB, LONG_ROWS, OOM_FIX, usable
 from ..memory.optimizers import between_passes
 from ..memory.setting import Setting, halves
 from ..sharding import is_sharded
@@ -104,29 +104,33 @@ class MemoryFit:
     def _probed(self) -> Setting:
         """Return the fastest setting that fits. Raises TrainingError if none does."""
         started = time.perf_counter()
-        budget = self.budget()
+        budget, least = self.budget(), self.budget(LONG_ROWS)
         sizes = halves(self.batch) if self.splits else [self.batch]
         prober = _Prober(self)
         with prober.undone():
             most, layers = self.recomputer.most, self.recomputer.count
-            found = choose(prober.measure, most, layers, sizes, budget)
+            found = choose(prober.measure, most, layers, sizes, budget, least)
         if found is None:
-            what = f"no setting fits {budget / GIB:.1f} GiB, the part of the GPU that is free"
+            what = f"no setting fits {least / GIB:.1f} GiB, the part of the GPU that is free"
             raise TrainingError(what, fix=OOM_FIX, where="train.memory")
-        seconds = time.perf_counter() - started
+        seconds, room = time.perf_counter() - started, least if found.setting.offload else budget
         self.on_note(
             f"memory: {self.describe(found.setting)}; needs {found.peak / GIB:.1f} of"
-            f" {budget / GIB:.1f} GiB (found in {seconds:.1f} s)"
+            f" {room / GIB:.1f} GiB (found in {seconds:.1f} s)"
         )
         return found.setting
 
-    def budget(self) -> int:
+    def budget(self, lost: float = FRAGMENTATION) -> int:
         """Return how many bytes a step may allocate: what is free, and what the spec allows, less
-        the optimizer's states, which come with its first step, and AdaLoRA's importances."""
+        the optimizer's states, which come with its first step, and AdaLoRA's importances.
+
+        Args:
+            lost: share of it that the allocator may lose.
+        """
         free_bytes, total = torch.cuda.mem_get_info(self.device)
         ours = free_bytes + torch.cuda.memory_reserved(self.device)
         free = min(ours, int(total * _allowed_share(self.device)))
-        there = usable(free, context=0, limit=rules.limit(self.spec))
+        there = usable(free, context=0, limit=rules.limit(self.spec), lost=lost)
         still_to_come = between_passes(
             sum(weight.numel() for weight in self.weights),
             self.spec.optim,

@@ -36,7 +36,12 @@ Measure = Callable[[Setting], Probe | None]
 
 
 def choose(
-    measure: Measure, most: int, layers: int, micro_batches: list[int], budget: int
+    measure: Measure,
+    most: int,
+    layers: int,
+    micro_batches: list[int],
+    budget: int,
+    least: int | None = None,
 ) -> Probe | None:
     """Return the fastest setting, per example, that stays within `budget`; None if none does.
 
@@ -46,10 +51,11 @@ def choose(
         layers: how many can be recomputed.
         micro_batches: sizes to try, the largest first.
         budget: bytes that may be allocated.
+        least: the same where inputs are in CPU memory; None: as many.
     """
     fitting: list[Probe] = []
     for size in micro_batches:
-        found = _least_recompute(measure, most, layers, size, budget)
+        found = _least_recompute(measure, most, layers, size, budget, least or budget)
         if found is None:
             continue
         fitting.append(found)
@@ -60,13 +66,14 @@ def choose(
 
 
 def _least_recompute(
-    measure: Measure, most: int, layers: int, size: int, budget: int
+    measure: Measure, most: int, layers: int, size: int, budget: int, least: int
 ) -> Probe | None:
     """Return the setting with micro-batches of `size` that fits with the least recomputation."""
 
     def tried(count: int, offload: bool = False) -> Probe | None:
         probe = measure(Setting(count, offload, size))
-        return probe if probe is not None and probe.peak <= budget else None
+        room = least if offload else budget
+        return probe if probe is not None and probe.peak <= room else None
 
     all_ = tried(most)
     if all_ is None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -139,10 +140,10 @@ class _Tiled(torch.autograd.Function):
                 state.put_back()
             part = flat[None, rows].detach().requires_grad_(dx is not None)
             with torch.enable_grad(), ctx.autocast():
-                y = ctx.run(part)[0]
+                made = get_gradient_edge(ctx.run(part))  # the output itself is of no use here
             wanted = [*([part] if dx is not None else []), *ctx.weights]
-            found = list(torch.autograd.grad(y, wanted, dy[rows], allow_unused=True))
-            del y
+            found = list(torch.autograd.grad([made], wanted, [dy[None, rows]], allow_unused=True))
+            del made
             if dx is not None:
                 dx[rows] = found.pop(0)[0]
             sums = [_sum(one, other) for one, other in zip(sums, found, strict=True)]
