@@ -22,11 +22,11 @@ from quantadapt.adapting.low_rank import low_rank_layers
 from quantadapt.adapting.rank_budget import joint_ranks
 from quantadapt.dependencies import missing_requirements
 from quantadapt.machine import Machine
-from quantadapt.memory import GIB, Workload
+from quantadapt.memory import GIB, WORKSPACE, Workload
 from quantadapt.memory.adapters import Layer, Method
+from quantadapt.memory.phases import phases
 from quantadapt.memory.setting import Setting
 from quantadapt.memory.shape import Shape
-from quantadapt.memory.workload import WORKSPACE
 from quantadapt.planning import plan
 from quantadapt.registry import registry
 from quantadapt.spec import Spec
@@ -229,7 +229,7 @@ def test_what_is_recomputed_keeps_its_input_alone(name: str, options: Any, dtype
 @pytest.mark.parametrize("count", [0, 3])
 @pytest.mark.parametrize(("name", "options"), KEPT[:6], ids=str)
 def test_the_peak_of_a_step_is_what_was_foreseen(name: str, options: Any, count: int) -> None:
-    """But for the loss: all that forward and backward allocate, in 2048 tokens."""
+    """Without the loss: all that forward and backward allocate, in 2048 tokens."""
     tuned, work = training(name, options, "float32")
     work = replace(work, length=2048, bits=dict.fromkeys(work.shape.linears, 32))
     decoder, ids = tuned.get_base_model().model, TOKENS.repeat(1, 4)
@@ -245,9 +245,11 @@ def test_the_peak_of_a_step_is_what_was_foreseen(name: str, options: Any, count:
         step()
         step()
         found = peak_of(step)
-    parts = work.parts(setting)
-    expected = parts["inputs"] + parts["activations"] + parts["working"] - WORKSPACE
-    assert found == pytest.approx(expected, rel=0.03)
+    layers = [each for each in phases(work, setting) if each.name != "loss"]
+    most = max(layers, key=lambda each: each.total)
+    expected = most.inputs + most.activations + most.working - 2 * WORKSPACE
+    # The input of the last of three layers is gone a little before the plan has it go.
+    assert 0.95 * expected < found < 1.01 * expected
 
 
 def test_what_adalora_keeps_beside_its_weights_is_what_was_foreseen() -> None:
@@ -265,7 +267,7 @@ def test_what_adalora_keeps_beside_its_weights_is_what_was_foreseen() -> None:
     same = replace(work, method=Method("ADALORA", {"init_r": 6, "target_r": 6}))
     assert work.adapter_bytes - same.adapter_bytes == 12 * work.trained
     whole, one = Setting(0, False, 1), replace(work, batch=1, length=1)
-    *_, gradients = next(iter(one._moments(whole)))
+    gradients = phases(one, whole)[0].gradients
     assert gradients == 4 * one.trained
 
 
