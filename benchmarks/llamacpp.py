@@ -65,7 +65,7 @@ def loaded(file: Path, adapter: Path | None = None) -> Any:
     """Return a file as llama.cpp has it: its cache in 32 bits, the logits of all tokens kept."""
     import llama_cpp
 
-    options = {"n_ctx": 0, "n_batch": 512, "n_threads": 2, "logits_all": True, "verbose": False}
+    options = {"n_ctx": 0, "n_threads": 2, "logits_all": True, "verbose": False}
     cache = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
     lora = None if adapter is None else str(adapter)
     return llama_cpp.Llama(str(file), lora_path=lora, **cache, **options)
@@ -83,9 +83,10 @@ def scores(llama: Any, rows: list[list[int]]) -> list[Any]:
 
 
 def same_tokens(llama: Any, tokenizer: Any, texts: list[str]) -> str:
-    first = llama.metadata.get("tokenizer.ggml.add_bos_token") == "true"
+    """Say how many texts have the same tokens, but for what is put before and after them."""
     alike = [
-        llama.tokenize(text.encode(), add_bos=first, special=True) == tokenizer(text).input_ids
+        llama.tokenize(text.encode(), add_bos=False, special=True)
+        == tokenizer(text, add_special_tokens=False).input_ids
         for text in texts
     ]
     return f"{sum(alike)} of {len(alike)}"
@@ -165,13 +166,9 @@ def answer(model: Any, tokenizer: Any, ids: list[int]) -> tuple[str, bool]:
     import torch
 
     given = torch.tensor([ids], device=model.device)
+    how = {"attention_mask": torch.ones_like(given), "max_new_tokens": COUNT, "do_sample": False}
     with torch.inference_mode():
-        output = model.generate(
-            input_ids=given,
-            attention_mask=torch.ones_like(given),
-            max_new_tokens=COUNT,
-            do_sample=False,
-        )[0, len(ids) :]
+        output = model.generate(input_ids=given, **how)[0, len(ids) :]
     ends = model.generation_config.eos_token_id
     last = int(output[-1]) in (ends if isinstance(ends, list) else [ends])
     return tokenizer.decode(output, skip_special_tokens=True), last
@@ -250,9 +247,9 @@ def compared(given: argparse.Namespace, scratch: Path) -> int:
         files.append((f"merged, {dtype}", scratch / f"{dtype}.gguf", None))
         write_model(merged, tuned.tokenizer, files[-1][1], dtype, "merged", chats=chats)
     if (adapter := adapter_file(tuned, scratch)) is not None:
-        base: Any = bare(tuned, scratch)
         files.append(("adapter on its base, f32", scratch / "base.gguf", adapter))
-        write_model(base, tuned.tokenizer, files[-1][1], "f32", "base", chats=chats)
+        base, to = bare(tuned, scratch), files[-1][1]
+        write_model(base, tuned.tokenizer, to, "f32", "base", chats=chats)
     print(f"| {' | '.join(COLUMNS)} |\n| --- |{' ---: |' * (len(COLUMNS) - 1)}")
     near = True
     for name, file, lora in files:

@@ -173,6 +173,21 @@ def test_what_the_script_lacks_is_a_sentence(tmp_path) -> None:
         assert "Traceback" not in found.stderr
 
 
+def test_what_asks_llama_cpp_tells_what_it_lacks(tmp_path) -> None:
+    given = [sys.executable, "-S", SCRIPT.with_name("llamacpp.py"), tmp_path]
+    found = subprocess.run(given, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "llama.cpp is not installed" in found.stderr.splitlines()[-1]
+
+
+def test_the_adapter_beside_a_dense_base(tmp_path, compared) -> None:
+    folder = export(tuned(tmp_path / "run", backend="none"), "adapter")
+    figures, code = compared(folder)
+    assert code == 0
+    assert figures["mean_apart"] < 1e-4
+    assert "It needs" not in (folder / "README.md").read_text()
+
+
 @pytest.mark.slow
 def test_quantized_again_as_the_base_was(tmp_path) -> None:
     folder = export(tuned(tmp_path / "run", backend="bnb-nf4"), "requantized")
