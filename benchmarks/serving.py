@@ -46,10 +46,22 @@ def answers(folder: Path, noted: dict[str, Any], **options: Any) -> list[list[An
 
         options |= {"enable_lora": True, "max_lora_rank": noted["max_lora_rank"]}
         request = LoRARequest("tuned", 1, str(folder / noted["adapter"]))
-    llm = LLM(model=model, **options)
-    prompts = [{"prompt_token_ids": example["tokens"]} for example in noted["examples"]]
-    wanted = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
-    return [found.prompt_logprobs for found in llm.generate(prompts, wanted, lora_request=request)]
+    # Compiling would take longer than these few answers.
+    llm = LLM(model=model, enforce_eager=True, **options)
+    asked = [example["tokens"] for example in noted["examples"]]
+    if request is None:
+        wanted = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
+        prompts = [{"prompt_token_ids": tokens} for tokens in asked]
+        return [found.prompt_logprobs for found in llm.generate(prompts, wanted)]
+    # With an adapter vLLM has no logits of a prompt: each token is asked for after those before it.
+    prompts, choices = [], []
+    for tokens in asked:
+        for place in range(1, len(tokens)):
+            prompts.append({"prompt_token_ids": tokens[:place]})
+            how = {"max_tokens": 1, "temperature": 0.0, "logprobs": 1}
+            choices.append(SamplingParams(allowed_token_ids=[tokens[place]], **how))
+    told = iter(llm.generate(prompts, choices, lora_request=request))
+    return [[None, *(next(told).outputs[0].logprobs[0] for _ in tokens[1:])] for tokens in asked]
 
 
 def main() -> int:

@@ -252,7 +252,8 @@ def _backend(backend: records.Backend) -> str:
 
 def _serving(serving: records.Serving) -> str:
     beside = ", adapters beside the base too" if serving.adapters else ""
-    return f"[{serving.server}](../how-to/serve.md#vllm) (`{serving.requires}`{beside})"
+    needs = f", with {serving.needs}" if serving.needs else ""
+    return f"[{serving.server}](../how-to/serve.md#vllm) (`{serving.requires}`{needs}{beside})"
 
 
 def _experts(quantized: bool) -> str:

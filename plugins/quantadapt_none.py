@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from quantadapt.capabilities import Merge
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import LayerwiseQuantizer, LayerwiseTarget, Quantizer
-from quantadapt.records import Backend
+from quantadapt.records import Backend, Serving
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,5 +93,6 @@ def quantadapt_backends() -> list[Backend]:
             quantizer=Dense,
             devices=("cpu", "cuda", "mps", "xpu", "hpu"),
             merge=Merge.REQUANTIZE,
+            serves=(Serving("vllm", "vllm>=0.7", adapters=True),),
         )
     ]

@@ -50,11 +50,14 @@ class Serving:
         server: its name, e.g. "vllm".
         requires: from which version on, as a requirement string.
         adapters: whether it takes LoRA adapters beside the quantized base.
+        needs: what has to be installed beside it, and where, in words that follow "with"; empty:
+            nothing.
     """
 
     server: str
     requires: str
     adapters: bool = False
+    needs: str = ""
 
 
 @dataclass(frozen=True, repr=False)

@@ -258,7 +258,15 @@ def test_tokenizers_are_known_by_how_they_split() -> None:
     assert kind_of(gemma) == kind_of({"model": model, "normalizer": spaces})
     assert kind_of({"model": model, "pre_tokenizer": split}) is None
     meta = {"type": "Metaspace", "prepend_scheme": "first", "split": False}
-    assert kind_of({"model": model, "pre_tokenizer": meta}).model == "llama"
+    first = kind_of({"model": model, "pre_tokenizer": meta})
+    assert (first.model, first.space_prefix, first.at_start) == ("llama", True, True)
+    always = kind_of({"model": model, "pre_tokenizer": {**meta, "prepend_scheme": "always"}})
+    assert (always.space_prefix, always.at_start) == (True, False)
+    lower = {"normalizer": {"type": "Lowercase"}}
+    assert kind_of({**contents_of(), "normalizer": {"type": "NFC"}}).pre == "gpt-2"
+    assert kind_of(contents_of() | lower) is None  # llama.cpp would keep capitals
+    nested = {"type": "Sequence", "normalizers": [{"type": "NFC"}, lower["normalizer"]]}
+    assert kind_of(contents_of() | {"normalizer": nested}) is None
     assert kind_of({"model": model, "normalizer": {"type": "NFKC"}}) is None
 
 
@@ -281,6 +289,61 @@ def test_a_vocabulary_has_a_row_for_each_of_the_embedding() -> None:
     values["added_tokens"] = [{"id": 5, "content": "\u2581\u2581", "special": False}]
     found = vocabulary(values, kind_of(values), 6)
     assert (found.tokens[5], found.types[5]) == ("  ", 4)  # two spaces, as text has them
+
+
+TURNS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "template", "prefix"),
+    [
+        ("first", TURNS, False),
+        ("first", None, True),
+        ("first", TURNS.replace("{{ bos_token }}{%", "Hello, {%", 1), True),
+        ("first", "{{ raise_exception('no') }}", True),
+        ("always", TURNS, True),
+        ("never", None, False),
+    ],
+)
+def test_a_space_is_put_where_the_tokenizer_puts_one(scheme, template, prefix, tmp_path) -> None:
+    """llama.cpp puts one in front of each text after a special token, or of none; with "first" the
+    texts of a chat that begins with one have none."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "\u2581", "a", "\u2581a"])}
+    merges = [("\u2581", "a")]
+    made_of = models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True)
+    backend = Tokenizer(made_of)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=template, extra_special_tokens=["[INST]"], **names
+    )
+    path = tmp_path / "model.gguf"
+    write_model(made(MODELS["llama, tied"]), tokenizer, path, "f16", "it")
+    assert keys_of(path)["tokenizer.ggml.add_space_prefix"] == prefix
+    if template == TURNS:  # one space, which is that of the template
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], return_dict=True)
+        tokens = tokenizer.convert_ids_to_tokens(chat["input_ids"])
+        assert tokens[:3] == ["<s>", "[INST]", "\u2581a"]
+
+
+@pytest.mark.parametrize("form", ["alpaca", "messages"])
+def test_a_chat_begins_as_it_was_learnt(form, tokenizer, tmp_path) -> None:
+    """The demo's template writes no beginning of text, which its tokenizer puts before others."""
+    run = tuned(tmp_path / "run", base=MODEL_DIR)
+    metrics = {"data": {"files": [{"format": form}]}}
+    (run.parent / "metrics.json").write_text(json.dumps(metrics))
+    assert command("export", run, "gguf", "--set", "check=false", "-o", tmp_path) == 0
+    adds = keys_of(tmp_path / "gguf" / "model.gguf")["tokenizer.ggml.add_bos_token"]
+    chat = [{"role": "user", "content": "Hi"}]
+    learnt = {"messages": tokenizer.apply_chat_template(chat, return_dict=True).input_ids}
+    learnt["alpaca"] = tokenizer("### Instruction:\nHi").input_ids
+    assert adds == (learnt[form][0] == tokenizer.bos_token_id) == (form == "alpaca")
 
 
 def test_transformers_reads_the_tokenizer(tokenizer, tmp_path) -> None:
@@ -436,6 +499,9 @@ def test_a_model_that_is_not_known_takes_the_converter(tmp_path, monkeypatch, ca
     assert command("export", run, "gguf", *wanted, "--overwrite") == 1
     assert "convert_hf_to_gguf.py failed: ValueError: cannot do phi" in capsys.readouterr().err
     assert keys_of(tmp_path / "gguf" / "model.gguf")["made.as"] == "f16"  # as it was
+    script.write_text("import a_module_of_its_own.part")
+    assert command("export", run, "gguf", *wanted, "--overwrite") == 1
+    assert "pip install a_module_of_its_own" in capsys.readouterr().err
     wanted[1] = f"converter={tmp_path}"
     assert command("export", run, "gguf", *wanted, "--overwrite") == 2
     assert "holds no convert_hf_to_gguf.py" in capsys.readouterr().err

@@ -43,7 +43,10 @@ class SamplingParams(SimpleNamespace):
 
 
 class LLM:
-    def __init__(self, model, dtype, gpu_memory_utilization, enable_lora=False, max_lora_rank=0):
+    def __init__(
+        self, model, dtype, enforce_eager, gpu_memory_utilization, enable_lora=False,
+        max_lora_rank=0,
+    ):
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
@@ -56,8 +59,18 @@ class LLM:
 
             model = PeftModel.from_pretrained(model, lora_request.path).train()
             assert model.peft_config["default"].r <= self.max_lora_rank
-        assert wanted.prompt_logprobs == 1 and wanted.max_tokens == 1
-        return [self.answer(model, prompt["prompt_token_ids"]) for prompt in prompts]
+        each = wanted if isinstance(wanted, list) else [wanted] * len(prompts)
+        told = (prompt["prompt_token_ids"] for prompt in prompts)
+        return [self.told(model, ids, how) for ids, how in zip(told, each, strict=True)]
+
+    def told(self, model, ids, wanted):
+        assert wanted.max_tokens == 1
+        if hasattr(wanted, "prompt_logprobs"):  # vLLM has none with an adapter
+            assert not hasattr(model, "peft_config")
+            return self.answer(model, ids)
+        assert wanted.logprobs == 1
+        last = self.answer(model, [*ids, *wanted.allowed_token_ids]).prompt_logprobs[-1]
+        return SimpleNamespace(outputs=[SimpleNamespace(logprobs=[last])])
 
     def answer(self, model, ids):
         with torch.no_grad():
@@ -124,6 +137,7 @@ def test_the_adapter_beside_its_quantized_base(tmp_path, compared) -> None:
     text = (folder / "README.md").read_text()
     serve = "vllm serve base --dtype bfloat16 --enable-lora --max-lora-rank 16 "
     assert serve + "--lora-modules tuned=adapter" in text
+    assert "It needs vllm-bnb-plugin from vLLM 0.28 on." in text
     for file in folder.glob("*/*.json"):
         assert str(small_model()) not in file.read_text()
     figures, code = compared(folder)
@@ -134,7 +148,9 @@ def test_the_adapter_beside_its_quantized_base(tmp_path, compared) -> None:
 
 def test_the_merged_checkpoint_and_what_is_not_it(tmp_path, compared) -> None:
     folder = export(tuned(tmp_path / "run", backend="bnb-nf4"), "merged")
-    assert re.search(r"vllm serve \. --dtype bfloat16\n", (folder / "README.md").read_text())
+    text = (folder / "README.md").read_text()
+    assert re.search(r"vllm serve \. --dtype bfloat16\n", text)
+    assert "It needs" not in text
     figures, code = compared(folder)
     assert code == 0
     assert figures["mean_apart"] < 1e-3
@@ -155,6 +171,21 @@ def test_what_the_script_lacks_is_a_sentence(tmp_path) -> None:
         assert found.returncode == 2
         assert says in found.stderr.splitlines()[-1]
         assert "Traceback" not in found.stderr
+
+
+def test_what_asks_llama_cpp_tells_what_it_lacks(tmp_path) -> None:
+    given = [sys.executable, "-S", SCRIPT.with_name("llamacpp.py"), tmp_path]
+    found = subprocess.run(given, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "llama.cpp is not installed" in found.stderr.splitlines()[-1]
+
+
+def test_the_adapter_beside_a_dense_base(tmp_path, compared) -> None:
+    folder = export(tuned(tmp_path / "run", backend="none"), "adapter")
+    figures, code = compared(folder)
+    assert code == 0
+    assert figures["mean_apart"] < 1e-4
+    assert "It needs" not in (folder / "README.md").read_text()
 
 
 @pytest.mark.slow

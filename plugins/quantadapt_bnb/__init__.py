@@ -10,6 +10,9 @@ from quantadapt.records import Backend, Serving
 from quantadapt_bnb.four_bit import FP4, NF4
 from quantadapt_bnb.int8 import Int8
 
+_VLLM_PLUGIN = "vllm-bnb-plugin from vLLM 0.28 on"
+"""vLLM has no bitsandbytes of its own since."""
+
 
 def _backend(name: str, summary: str, quantizer: type[Quantizer]) -> Backend:
     return Backend(
@@ -20,7 +23,7 @@ def _backend(name: str, summary: str, quantizer: type[Quantizer]) -> Backend:
         imports=("bitsandbytes",),
         extra="quantadapt[bitsandbytes]",
         merge=Merge.REQUANTIZE,
-        serves=(Serving("vllm", "vllm>=0.7", adapters=True),),
+        serves=(Serving("vllm", "vllm>=0.7", adapters=True, needs=_VLLM_PLUGIN),),
     )
 
 

@@ -18,6 +18,7 @@ from ..paths import MANIFEST
 from ..planning.on_disk import quantization_of
 from ..protocols import Figure
 from ..records import Adapter, Backend, Serving
+from ..registry import registry
 from .adapter_files import CONFIG, copy_files, refuse_several
 from .card import README, is_local
 from .content import ContentExport
@@ -100,7 +101,8 @@ class Vllm(ContentExport):
             without_paths(folder, "")
         text = json.dumps({**served, "examples": expected}, indent=1)
         (folder / EXPECTED).write_text(text + "\n", encoding="utf-8")
-        (folder / README).write_text(_readme(served, tuned.manifest), encoding="utf-8")
+        needs = "" if self.content == "merged" else _needs(tuned.manifest)
+        (folder / README).write_text(_readme(served, tuned.manifest, needs), encoding="utf-8")
         return figures
 
     def _write_pair(self, tuned: Tuned, folder: Path) -> dict[str, Any]:
@@ -172,12 +174,19 @@ def serve_command(served: Mapping[str, Any], dtype: str) -> str:
     return shlex.join(command)
 
 
-def _readme(served: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+def _needs(manifest: Mapping[str, Any]) -> str:
+    """Return what vLLM has to have beside it for the base's format; empty: nothing."""
+    serving = serving_of(registry().backend(manifest["backend"]))
+    return serving.needs if serving else ""
+
+
+def _readme(served: Mapping[str, Any], manifest: Mapping[str, Any], needs: str) -> str:
     # vLLM computes in half precision where weights are quantized.
     dtype = "bfloat16" if manifest["dtype"] == "float32" else manifest["dtype"]
     named = " The adapter answers under the name `tuned`." if "adapter" in served else ""
+    more = f"It needs {needs}.\n\n" if needs else ""
     return (
-        f"# For vLLM\n\nIn this folder:\n\n```bash\n{serve_command(served, dtype)}\n```\n\n"
+        f"# For vLLM\n\nIn this folder:\n\n```bash\n{serve_command(served, dtype)}\n```\n\n{more}"
         f"Written by quantadapt; vLLM itself was not there to try it.{named}\n\n"
         f"`{EXPECTED}` holds what the tuned model answers: `python benchmarks/serving.py .` of "
         "quantadapt's sources compares vLLM with it, where vLLM is installed.\n"

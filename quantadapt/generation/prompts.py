@@ -98,7 +98,12 @@ def layout_of(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> Layout:
     if folder.is_dir() and (inside := folder.resolve()).name in _IN_A_RUN:
         folder = folder if (folder / "metrics.json").is_file() else inside.parent
     file = folder / "metrics.json"
-    found = read_object(file).get("data", {}) if file.is_file() else {}
+    return layout_in(read_object(file) if file.is_file() else {}, tokenizer)
+
+
+def layout_in(metrics: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Layout:
+    """Return what `layout_of` does, by what is in the run's `metrics.json`."""
+    found = metrics.get("data", {})
     for one in found.get("files", ()) if isinstance(found, dict) else ():
         if layout := _OF_FORMATS.get(one.get("format", "")):
             return layout

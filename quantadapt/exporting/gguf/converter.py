@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,4 +50,8 @@ def convert(script: Path, source: Path, path: Path, numbers: str, *more: str) ->
     if done.returncode or not path.is_file():
         said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         what = f"{script.name} failed: {said[-1].strip() if said else 'it said nothing'}"
-        raise ModelError(what, fix="see whether that llama.cpp knows the model", where=str(script))
+        lacking = re.search(r"No module named '(\w+)", what)
+        fix = "see whether that llama.cpp knows the model"
+        if lacking:
+            fix = f"install what llama.cpp's scripts import: pip install {lacking[1]}"
+        raise ModelError(what, fix=fix, where=str(script))

@@ -89,7 +89,8 @@ class Gguf(Exporter):
         else:
             from .model import write_model
 
-            count = write_model(merged, tuned.tokenizer, path, self.dtype, base_name(tuned))
+            name, chats = base_name(tuned), learnt_chats(tuned)
+            count = write_model(merged, tuned.tokenizer, path, self.dtype, name, chats=chats)
         figures = {"tensors": Figure(count), "size": Figure(path.stat().st_size / 2**20, "MiB")}
         if self.check:
             config = merged.config
@@ -167,6 +168,14 @@ class GgufAdapter(Exporter):
             return {"size": Figure(path.stat().st_size / 2**20, "MiB")}
         layers = write_adapter(tuned.adapter, config, path, self.dtype, base_name(tuned))
         return {"layers": Figure(layers), "size": Figure(path.stat().st_size / 2**20, "MiB")}
+
+
+def learnt_chats(tuned: Tuned) -> bool:
+    """Say whether its run learnt from chats, as the chat template writes them."""
+    from ...generation.prompts import layout_in
+
+    metrics = tuned.metrics_so_far
+    return bool(metrics.get("data")) and layout_in(metrics, tuned.tokenizer) == "chat"
 
 
 def base_name(tuned: Tuned) -> str:

@@ -27,9 +27,19 @@ if TYPE_CHECKING:
 
 
 def write_model(
-    model: nn.Module, tokenizer: Any, path: Path, numbers: NumberFormat, name: str
+    model: nn.Module,
+    tokenizer: Any,
+    path: Path,
+    numbers: NumberFormat,
+    name: str,
+    *,
+    chats: bool = False,
 ) -> int:
     """Write a dense model of one of `FAMILIES`, and read every tensor again.
+
+    Args:
+        chats: it learnt chats as the template writes them, which llama.cpp is to begin so, too:
+            else it begins them as other texts, as most templates do.
 
     Returns:
         How many tensors that were.
@@ -46,7 +56,7 @@ def write_model(
     file.set("general.name", name)
     set_all(file, metadata(family, config))
     file.set_file_type()
-    _set_tokenizer(file, tokenizer, int(config["vocab_size"]))
+    _set_tokenizer(file, tokenizer, int(config["vocab_size"]), chats)
     for key, shape, make in _tensors(model, family, config):
         file.add(key, shape, make)
     file.write()
@@ -129,7 +139,7 @@ def tokenizer_contents(tokenizer: Any) -> dict[str, Any]:
     return dict(json.loads(backend.to_str())) if backend is not None else {}
 
 
-def _set_tokenizer(file: GGUFFile, tokenizer: Any, rows: int) -> None:
+def _set_tokenizer(file: GGUFFile, tokenizer: Any, rows: int, chats: bool) -> None:
     contents = tokenizer_contents(tokenizer)
     if (kind := kind_of(contents)) is None:
         what = "llama.cpp is not known to take text apart as its tokenizer does"
@@ -140,12 +150,31 @@ def _set_tokenizer(file: GGUFFile, tokenizer: Any, rows: int) -> None:
             key = {"unk": "unknown", "pad": "padding"}.get(name, name)
             file.set(f"tokenizer.ggml.{key}_token_id", int(token))
     ids = tokenizer("a").input_ids
-    file.set("tokenizer.ggml.add_bos_token", ids[:1] == [tokenizer.bos_token_id])
+    chat = _chat(tokenizer)
+    begins = ids[:1] == [tokenizer.bos_token_id]
+    if begins and chats and chat is not None:
+        begins = chat.startswith(tokenizer.bos_token)
+    file.set("tokenizer.ggml.add_bos_token", begins)
     file.set("tokenizer.ggml.add_eos_token", len(ids) > 1 and ids[-1] == tokenizer.eos_token_id)
     if kind.model == "llama":
-        file.set("tokenizer.ggml.add_space_prefix", kind.space_prefix)
+        # A chat that begins with a token has no first text, and a space in front of each would be
+        # one too many.
+        special = chat is not None and chat.startswith(tuple(tokenizer.get_added_vocab()))
+        prefix = kind.space_prefix and not (kind.at_start and special)
+        file.set("tokenizer.ggml.add_space_prefix", prefix)
     if isinstance(template := getattr(tokenizer, "chat_template", None), str):
         file.set("tokenizer.chat_template", template)
+
+
+def _chat(tokenizer: Any) -> str | None:
+    """Return a chat as the template of a tokenizer writes it; None where it has none that can."""
+    if not isinstance(getattr(tokenizer, "chat_template", None), str):
+        return None
+    try:
+        said = [{"role": "user", "content": "a"}]
+        return str(tokenizer.apply_chat_template(said, tokenize=False))
+    except Exception:  # templates raise what they like
+        return None
 
 
 def _set_vocabulary(file: GGUFFile, found: Vocabulary) -> None:

@@ -36,11 +36,13 @@ class Kind:
         model: "gpt2", pairs of bytes by rank, or "llama", pairs by the score of what they make.
         pre: its name of how text is split before.
         space_prefix: whether a space is put in front of text.
+        at_start: only in front of the first text, where llama.cpp would after special tokens, too.
     """
 
     model: str
     pre: str
     space_prefix: bool = False
+    at_start: bool = False
 
 
 def kind_of(tokenizer: Mapping[str, Any]) -> Kind | None:
@@ -53,7 +55,14 @@ def kind_of(tokenizer: Mapping[str, Any]) -> Kind | None:
     return _of_bytes(tokenizer, bool(model.get("ignore_merges")))
 
 
+_COMPOSED = "NFC"
+"""Of normalizers, the only one that llama.cpp can do without: text is hardly written otherwise."""
+
+
 def _of_bytes(tokenizer: Mapping[str, Any], whole_words: bool) -> Kind | None:
+    changes = _parts(tokenizer.get("normalizer"), "normalizers")
+    if any(part.get("type") != _COMPOSED for part in changes):
+        return None
     parts = list(_parts(tokenizer.get("pre_tokenizer"), "pretokenizers"))
     kinds = [part.get("type") for part in parts]
     if kinds[-1:] != ["ByteLevel"] or parts[-1].get("add_prefix_space"):
@@ -82,7 +91,7 @@ def _with_bytes_as_tokens(tokenizer: Mapping[str, Any]) -> Kind | None:
     if not changes and [part.get("type") for part in before] == ["Metaspace"]:
         scheme = before[0].get("prepend_scheme", "always")
         if not before[0].get("split", True):
-            return Kind("llama", "default", space_prefix=scheme != "never")
+            return Kind("llama", "default", scheme != "never", at_start=scheme == "first")
     return None
 
 
