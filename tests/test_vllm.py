@@ -162,6 +162,24 @@ def test_the_merged_checkpoint_and_what_is_not_it(tmp_path, compared) -> None:
     assert 0.05 < figures["mean_apart"] < 0.31
 
 
+def test_what_was_quantized_again_is_compared_with_itself(tmp_path, compared) -> None:
+    """Not with the tuned model, which is rounding away from it."""
+    run = tuned(tmp_path / "run", backend="bnb-nf4")
+    folder = export(run, "requantized")
+    figures, code = compared(folder)
+    assert code == 0
+    assert figures["mean_apart"] < 1e-3
+    ids = torch.tensor(
+        [json.loads((folder / "expected.json").read_text())["examples"][0]["tokens"]]
+    )
+    with torch.no_grad():
+        before, after = (
+            model.train()(ids).logits.log_softmax(-1)
+            for model in (qa.load(run, device="cpu"), AutoModelForCausalLM.from_pretrained(folder))
+        )
+    assert (before - after).abs().mean() > 0.02
+
+
 def test_what_the_script_lacks_is_a_sentence(tmp_path) -> None:
     (tmp_path / "vllm.py").touch()
     for path, says in (("", "vLLM is not installed"), (tmp_path, "has no expected.json")):

@@ -26,6 +26,9 @@ from .hub import without_paths
 from .saving import write_base
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import nn
+
     from .tuned import Tuned
 
 SERVER, EXPECTED, BASE, ADAPTER = "vllm", "expected.json", "base", "adapter"
@@ -93,12 +96,12 @@ class Vllm(ContentExport):
     def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
         if self.content == "adapter":
             refuse_several(tuned.manifest["active"], "vLLM adds")
-        expected = self._expected(tuned)
         if self.content == "adapter":
             figures, served = dict[str, Figure](), self._write_pair(tuned, folder)
         else:
             figures, served = dict(self.merged.write(tuned, folder)), {"model": "."}
             without_paths(folder, "")
+        expected = self._expected(self._served(tuned, folder), tuned.held_out)
         text = json.dumps({**served, "examples": expected}, indent=1)
         (folder / EXPECTED).write_text(text + "\n", encoding="utf-8")
         needs = "" if self.content == "merged" else _needs(tuned.manifest)
@@ -127,14 +130,23 @@ class Vllm(ContentExport):
         rank = next(known for known in _RANKS if known >= max(ranks))
         return {"model": model, "adapter": ADAPTER, "max_lora_rank": rank}
 
-    def _expected(self, tuned: Tuned) -> list[dict[str, Any]]:
-        """Return held-out examples with the log-probability that the tuned model gives each token
-        after those before it, and which token it would choose."""
+    def _served(self, tuned: Tuned, folder: Path) -> nn.Module:
+        """Return the model whose answers vLLM is to give: the tuned one, or, where that has been
+        quantized again, what was written; the export's figures say how far that is from it."""
+        from ..quantizing.state import state_of
+        from .loading import load
+
+        model: nn.Module = tuned.model
+        if self.content == "requantized":
+            model = load(folder, device=state_of(tuned.model).device)
+        return model
+
+    def _expected(self, model: nn.Module, data: Dataset) -> list[dict[str, Any]]:
+        """Return held-out examples with the log-probability that a model gives each token after
+        those before it, and which token it would choose."""
         import torch
 
-        model, found = tuned.model.eval(), []
-        data = tuned.held_out
-        device = next(model.parameters()).device
+        found, device = [], next(model.eval().parameters()).device
         for row in data.select(range(min(self.examples, len(data)))):
             ids = torch.tensor([row["input_ids"]], device=device)
             with torch.inference_mode():
