@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from unittest.mock import Mock, patch
 
 import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
-from peft.tuners.adalora.layer import RankAllocator
+from peft.tuners.adalora.layer import RankAllocator, SVDLinear
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import quantadapt as qa
 from quantadapt.adapting import rank_budget
 from quantadapt.adapting.rank_budget import joint_ranks, not_orthogonal
+from quantadapt.testing.small_demo import small_model
 
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "vocab_size": 32,
          "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
@@ -162,3 +166,23 @@ def operations(layers: int) -> int:
 
 def test_more_layers_take_no_more_kernels_and_one_wait() -> None:
     assert operations(6) == operations(2)
+
+
+def test_what_is_saved_in_16_bits_is_what_was_trained(tmp_path: Path) -> None:
+    """PEFT by itself would train the number of ranks there, by which it divides, and not save it,
+    and round what it loads. From the file by hand, in float64."""
+    base = qa.quantize(str(small_model()), "none", dtype="bfloat16")
+    made = qa.attach(base, "adalora", init_r=4, target_r=2)
+    qa.train(made, max_steps=8, learning_rate=5e-2, per_device_train_batch_size=2)
+    saved = qa.save(made, tmp_path / "run")
+    held = load_file(saved / "adapter_model.safetensors")
+    loaded = qa.load(saved)
+    names = {n: m for n, m in made.named_modules() if isinstance(m, SVDLinear)}
+    kept = [len(held[f"{name}.lora_E"]) for name in names]
+    assert sum(kept) == 2 * len(names) == 28
+    for name, layer in names.items():
+        a, b, e = (held[f"{name}.lora_{part}"].double() for part in "ABE")
+        expected = b @ (a * e) * layer.scaling["default"] / (4 + 1e-5)
+        for found in (layer, loaded.get_submodule(name)):
+            change = found.get_delta_weight("default").detach().double()
+            torch.testing.assert_close(change, expected, rtol=1e-5, atol=1e-9)
