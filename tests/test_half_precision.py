@@ -230,3 +230,19 @@ def test_too_large_for_float16_is_told(tmp_path: Path) -> None:
     with pytest.raises(NumbersError, match=r"layers\.1\.mlp\.down_proj holds values that are no"):
         qa.merge(model, tmp_path / "merged", data=HELD_OUT)
     assert not (tmp_path / "merged").exists() or not [*(tmp_path / "merged").iterdir()]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("part", ["down_proj", "embed_tokens"])
+def test_onto_a_base_in_float16_it_is_told_before_anything_is_written(
+    part: str, dtype: str, tmp_path: Path
+) -> None:
+    base = base_of(tmp_path, torch.float16)
+    model = qa.attach(qa.quantize(base, "none", dtype=dtype), "lora", r=4, target_modules=[part])
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.fill_(200.0)
+    saved = qa.save(model, tmp_path / "adapter")
+    with pytest.raises(NumbersError, match=rf"{part}\.weight holds numbers .* large for float16"):
+        qa.merge_onto(saved, base, tmp_path / "onto", check=False)
+    assert not (tmp_path / "onto/merged").exists()

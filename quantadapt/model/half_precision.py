@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..errors import NumbersError
 from .noise import fixed_noise
 
 HALF = (torch.float16, torch.bfloat16)
@@ -65,6 +66,21 @@ def rounded_to(dtype: torch.dtype, exact: Tensor) -> Tensor:
             part = slice(row, row + height), slice(column, column + width)
             made[part] = _rounded(rows[part], dtype, (row, column))
     return made.view(exact.shape)
+
+
+def in_file(key: str, dtype: torch.dtype, merged: Tensor) -> Tensor:
+    """Return merged weights as a file holds them under `key`, in `dtype`; see `rounded_to`.
+
+    Raises:
+        NumbersError: one is too large for it.
+    """
+    made = rounded_to(dtype, merged.detach())
+    if dtype in HALF and not torch.isfinite(made).all() and torch.isfinite(merged).all():
+        name = str(dtype).removeprefix("torch.")
+        what = f"merged with the adapter, {key} holds numbers that are too large for {name}"
+        fix = "merge onto a base in bfloat16 or float32, or train again with a lower learning rate"
+        raise NumbersError(what, fix=fix)
+    return made.cpu()
 
 
 def _rounded(exact: Tensor, dtype: torch.dtype, first: tuple[int, int]) -> Tensor:
