@@ -9,7 +9,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from peft import AdaLoraConfig, get_peft_model
+from peft import AdaLoraConfig, AdaLoraModel, get_peft_model
 from peft.tuners.adalora.layer import RankAllocator, SVDLinear
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,7 +24,7 @@ SIZES = {"hidden_size": 24, "intermediate_size": 40, "vocab_size": 32,
 STEPS = 8
 
 
-def tuned(layers: int = 3):
+def tuned(layers: int = 3, orth_reg_weight: float = 0.3):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=layers)).double()
     config = AdaLoraConfig(
@@ -36,7 +36,7 @@ def tuned(layers: int = 3):
         total_step=STEPS,
         target_modules=["q_proj", "k_proj", "up_proj", "down_proj"],
         task_type="CAUSAL_LM",
-        orth_reg_weight=0.3,
+        orth_reg_weight=orth_reg_weight,
     )
     made = get_peft_model(model, config).double().train()
     for name, parameter in made.named_parameters():
@@ -91,6 +91,21 @@ def test_steps_are_pefts(stacked, monkeypatch) -> None:
     assert kept[0] > kept[-1] == 2 * 12
     zeros = [p == 0 for n, p in states[-1]["weights"].items() if "lora_E" in n]
     assert sum(map(torch.sum, zeros)) == (5 - 2) * 12
+
+
+def test_without_a_loss_on_its_factors_nothing_is_computed_for_it() -> None:
+    expected_losses, expected = steps(tuned(orth_reg_weight=0.0))
+    ours = tuned(orth_reg_weight=0.0)
+    with (
+        joint_ranks(ours),
+        patch.object(AdaLoraModel, "forward", side_effect=AssertionError),
+        patch.object(rank_budget, "not_orthogonal", side_effect=AssertionError),
+    ):
+        losses, states = steps(ours)
+    assert losses == pytest.approx(expected_losses, rel=1e-9)
+    assert states[-1]["pattern"] == expected[-1]["pattern"]
+    for name, value in expected[-1]["weights"].items():
+        torch.testing.assert_close(states[-1]["weights"][name], value, rtol=1e-9, atol=1e-14)
 
 
 def test_a_pattern_may_lack_the_adapters_name() -> None:
