@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import peak_of
 from merging import ADAPTERS, HELD_OUT, llama, saved_model
 from peft import PeftModel
 from torch import Tensor, nn
@@ -62,8 +63,15 @@ def test_around_zero_and_at_the_largest_number(dtype: torch.dtype) -> None:
 def test_in_parts_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = torch.randn(6, 10, 14, generator=torch.Generator().manual_seed(0))
     whole = rounded_to(torch.bfloat16, exact)
-    monkeypatch.setattr(half_precision, "_AT_ONCE", 300)  # two rows of 140
-    assert torch.equal(rounded_to(torch.bfloat16, exact), whole)
+    for at_once in (300, 50):  # two rows of 140, or less than one
+        monkeypatch.setattr(half_precision, "_AT_ONCE", {"cpu": at_once})
+        assert torch.equal(rounded_to(torch.bfloat16, exact), whole)
+
+
+def test_it_takes_little_beside_the_result() -> None:
+    """Of experts, each of which is many numbers."""
+    exact = torch.randn(2, 512, 4096)
+    assert peak_of(lambda: rounded_to(torch.bfloat16, exact)) < exact.nbytes  # half is the result
 
 
 def test_what_there_is_one_of_for_a_row_is_rounded_to_nearest() -> None:
@@ -222,3 +230,19 @@ def test_too_large_for_float16_is_told(tmp_path: Path) -> None:
     with pytest.raises(NumbersError, match=r"layers\.1\.mlp\.down_proj holds values that are no"):
         qa.merge(model, tmp_path / "merged", data=HELD_OUT)
     assert not (tmp_path / "merged").exists() or not [*(tmp_path / "merged").iterdir()]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("part", ["down_proj", "embed_tokens"])
+def test_onto_a_base_in_float16_it_is_told_before_anything_is_written(
+    part: str, dtype: str, tmp_path: Path
+) -> None:
+    base = base_of(tmp_path, torch.float16)
+    model = qa.attach(qa.quantize(base, "none", dtype=dtype), "lora", r=4, target_modules=[part])
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.fill_(200.0)
+    saved = qa.save(model, tmp_path / "adapter")
+    with pytest.raises(NumbersError, match=rf"{part}\.weight holds numbers .* large for float16"):
+        qa.merge_onto(saved, base, tmp_path / "onto", check=False)
+    assert not (tmp_path / "onto/merged").exists()

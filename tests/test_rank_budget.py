@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from peft import AdaLoraConfig, get_peft_model
-from peft.tuners.adalora.layer import RankAllocator
+from peft import AdaLoraConfig, AdaLoraModel, get_peft_model
+from peft.tuners.adalora.layer import RankAllocator, SVDLinear
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import quantadapt as qa
 from quantadapt.adapting import rank_budget
 from quantadapt.adapting.rank_budget import joint_ranks, not_orthogonal
+from quantadapt.testing.small_demo import small_model
 
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "vocab_size": 32,
          "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
 STEPS = 8
 
 
-def tuned(layers: int = 3):
+def tuned(layers: int = 3, orth_reg_weight: float = 0.3):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=layers)).double()
     config = AdaLoraConfig(
@@ -32,7 +36,7 @@ def tuned(layers: int = 3):
         total_step=STEPS,
         target_modules=["q_proj", "k_proj", "up_proj", "down_proj"],
         task_type="CAUSAL_LM",
-        orth_reg_weight=0.3,
+        orth_reg_weight=orth_reg_weight,
     )
     made = get_peft_model(model, config).double().train()
     for name, parameter in made.named_parameters():
@@ -87,6 +91,21 @@ def test_steps_are_pefts(stacked, monkeypatch) -> None:
     assert kept[0] > kept[-1] == 2 * 12
     zeros = [p == 0 for n, p in states[-1]["weights"].items() if "lora_E" in n]
     assert sum(map(torch.sum, zeros)) == (5 - 2) * 12
+
+
+def test_without_a_loss_on_its_factors_nothing_is_computed_for_it() -> None:
+    expected_losses, expected = steps(tuned(orth_reg_weight=0.0))
+    ours = tuned(orth_reg_weight=0.0)
+    with (
+        joint_ranks(ours),
+        patch.object(AdaLoraModel, "forward", side_effect=AssertionError),
+        patch.object(rank_budget, "not_orthogonal", side_effect=AssertionError),
+    ):
+        losses, states = steps(ours)
+    assert losses == pytest.approx(expected_losses, rel=1e-9)
+    assert states[-1]["pattern"] == expected[-1]["pattern"]
+    for name, value in expected[-1]["weights"].items():
+        torch.testing.assert_close(states[-1]["weights"][name], value, rtol=1e-9, atol=1e-14)
 
 
 def test_a_pattern_may_lack_the_adapters_name() -> None:
@@ -162,3 +181,23 @@ def operations(layers: int) -> int:
 
 def test_more_layers_take_no_more_kernels_and_one_wait() -> None:
     assert operations(6) == operations(2)
+
+
+def test_what_is_saved_in_16_bits_is_what_was_trained(tmp_path: Path) -> None:
+    """PEFT by itself would train the number of ranks there, by which it divides, and not save it,
+    and round what it loads. From the file by hand, in float64."""
+    base = qa.quantize(str(small_model()), "none", dtype="bfloat16")
+    made = qa.attach(base, "adalora", init_r=4, target_r=2)
+    qa.train(made, max_steps=8, learning_rate=5e-2, per_device_train_batch_size=2)
+    saved = qa.save(made, tmp_path / "run")
+    held = load_file(saved / "adapter_model.safetensors")
+    loaded = qa.load(saved)
+    names = {n: m for n, m in made.named_modules() if isinstance(m, SVDLinear)}
+    kept = [len(held[f"{name}.lora_E"]) for name in names]
+    assert sum(kept) == 2 * len(names) == 28
+    for name, layer in names.items():
+        a, b, e = (held[f"{name}.lora_{part}"].double() for part in "ABE")
+        expected = b @ (a * e) * layer.scaling["default"] / (4 + 1e-5)
+        for found in (layer, loaded.get_submodule(name)):
+            change = found.get_delta_weight("default").detach().double()
+            torch.testing.assert_close(change, expected, rtol=1e-5, atol=1e-9)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..dependencies import unchanged_process
 from ..errors import PlanRefused, Problem, warn
+from ..model.patches import patched
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -73,14 +74,45 @@ def reloaded(
     def load() -> PeftModel:
         tuned: PeftModel = kind(model, read, adapter_name)
         mapping = getattr(model, "_checkpoint_conversion_mapping", {})
-        told.append(
-            tuned.load_adapter(
-                str(folder), adapter_name, is_trainable=is_trainable, key_mapping=mapping
-            )
-        )
+        told.append(loaded_beside(tuned, folder, adapter_name, is_trainable, key_mapping=mapping))
         return tuned
 
     return _exactly(model, read, load), told[0]
+
+
+def loaded_beside(
+    tuned: PeftModel, folder: str | Path, name: str, is_trainable: bool, **options: Any
+) -> Any:
+    """Load the adapter saved in `folder` as `name`, and return what PEFT tells of the keys. Weights
+    are those of the file: PEFT makes room in the dtype of the base for what an AdaLoRA has left
+    after pruning, and would round them to it."""
+    tuner: Any = tuned.base_model
+    resize = getattr(tuner, "resize_modules_by_rank_pattern", None)
+
+    def resized(pattern: Any, adapter: str) -> None:
+        assert resize is not None
+        resize(pattern, adapter)
+        for layer, key, held in _parameters_of(tuned):
+            if key in layer.adapter_layer_names and adapter in held and held[adapter].itemsize == 2:
+                held[adapter].data = held[adapter].data.float()
+
+    own = {} if resize is None else {"resize_modules_by_rank_pattern": resized}
+    with patched(tuner, **own):
+        told = tuned.load_adapter(str(folder), name, is_trainable=is_trainable, **options)
+    _freeze_what_only_counts(tuned)
+    return told
+
+
+def _parameters_of(tuned: PeftModel) -> Iterator[tuple[Any, str, nn.ParameterDict]]:
+    """Yield layer, name and value of what PEFT's layers keep in dictionaries of parameters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import nn
+
+    for layer in tuned.modules():
+        if isinstance(layer, BaseTunerLayer):
+            for name in (*layer.adapter_layer_names, *layer.other_param_names):
+                if isinstance(held := getattr(layer, name, None), nn.ParameterDict):
+                    yield layer, name, held
 
 
 def _exactly(model: nn.Module, config: PeftConfig, inject: Callable[[], PeftModel]) -> PeftModel:
@@ -97,6 +129,7 @@ def _exactly(model: nn.Module, config: PeftConfig, inject: Callable[[], PeftMode
             # It looks at modules alone; patterns of ranks may name parameters, and were looked at.
             warnings.filterwarnings("ignore", "The following .*_pattern keys did not match any")
             tuned = inject()
+        _freeze_what_only_counts(tuned)
         if literal and (wrong := expected ^ set(adapted(tuned.get_base_model()))):
             some = ", ".join(sorted(wrong)[:3])
             what = f"PEFT does not adapt what is named: {len(wrong)} modules differ, e.g. {some}"
@@ -106,6 +139,17 @@ def _exactly(model: nn.Module, config: PeftConfig, inject: Callable[[], PeftMode
         text = "PEFT by itself takes these target_modules for the fused experts of this model"
         warn(f"{text}: {_ELSEWHERE}", TargetsWarning, stacklevel=5)
     return tuned
+
+
+def _freeze_what_only_counts(tuned: PeftModel) -> None:
+    """Freeze parameters that PEFT's layers keep beside what they train, and that it never saves.
+
+    AdaLoRA holds the number of its ranks so. PEFT freezes it, and on a base in 16 bits casts it
+    into another one, which is trained: what was saved was then not what had learnt.
+    """
+    for layer, name, held in _parameters_of(tuned):
+        if name in layer.other_param_names:
+            held.requires_grad_(False)
 
 
 def _taken_by_conv1d(config: PeftConfig, tuned: PeftModel) -> bool:

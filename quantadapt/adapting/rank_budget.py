@@ -71,11 +71,11 @@ class _Ranks:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The tuner's: the base model's, with the loss on what is not orthogonal."""
         weight = self.tuner.peft_config[self.tuner.trainable_adapter_name].orth_reg_weight
-        if weight <= 0:
+        if weight < 0:
             return self.eager(*args, **kwargs)  # which refuses it
         outputs = self.tuner.model.forward(*args, **kwargs)
         loss = getattr(outputs, "loss", None)
-        if isinstance(loss, Tensor):
+        if weight > 0 and isinstance(loss, Tensor):
             factors = [self.weights[name] for pair in self.triplets for name in pair[:2]]
             outputs.loss = loss + (weight * not_orthogonal(factors)).to(loss.dtype)
         return outputs

@@ -78,7 +78,7 @@ def put_on(
     Raises:
         ModelError: an adapter holds something that the base has no place for, or lacks something.
     """
-    from ..adapting.injecting import all_or_nothing, reloaded
+    from ..adapting.injecting import all_or_nothing, loaded_beside, reloaded
 
     first, *others = active
     places = adapter_places(folder, active)
@@ -86,7 +86,7 @@ def put_on(
         tuned, read = reloaded(model, folder, config, adapter_name=first, is_trainable=is_trainable)
         for name, place in places.items():
             if name != first:
-                read = tuned.load_adapter(str(place), name, is_trainable=is_trainable)
+                read = loaded_beside(tuned, place, name, is_trainable)
             unexpected = _write_weights(tuned, read.unexpected_keys, place)
             missing = _missing(tuned, read.missing_keys, name)
             _refuse_other_keys(missing, unexpected, place)
@@ -103,10 +103,10 @@ def put_beside(tuned: PeftModel, folder: Path, name: str) -> None:
         ModelError: it holds something that the base has no place for, or lacks something; or it
             trains single tokens of what another one trains whole, or the reverse.
     """
-    from ..adapting.injecting import all_or_nothing
+    from ..adapting.injecting import all_or_nothing, loaded_beside
 
     with all_or_nothing(tuned):
-        read = tuned.load_adapter(str(folder), name, is_trainable=False)
+        read = loaded_beside(tuned, folder, name, is_trainable=False)
         _refuse_wrapped_twice(tuned, folder)
         _refuse_other_keys(_missing(tuned, read.missing_keys, name), read.unexpected_keys, folder)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..loading.conversion import Group, Parameters
-from ..model.half_precision import rounded_to
+from ..model.half_precision import in_file
 from ..model.linears import conv1d_layers
 from ..model.modules import in_own_layout
 from ..paths import INDEX
@@ -141,7 +141,7 @@ class MergedShards:
         for name in group:
             part = self._part_of(name)
             value = self.values.get(name, stored) if part is None else self._merged(part)[name]
-            found[name] = rounded_to(stored.dtype, value.detach()).cpu()
+            found[name] = in_file(name, stored.dtype, value)
         return found
 
     def _refuse_homeless(self) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, Problem
-from ..model.half_precision import rounded_to
+from ..model.half_precision import in_file
 from .accounting import WrongTensors, listed
 from .tensors import Checkpoint
 
@@ -173,7 +173,7 @@ class Parameters:
         return {key: v[0] if isinstance(v, list) else v for key, v in made.items()}
 
     def _cast(self, key: str, tensor: Tensor) -> Tensor:
-        return rounded_to(self.dtype(key), tensor.detach()).cpu().contiguous()
+        return in_file(key, self.dtype(key), tensor).contiguous()
 
     def dtype(self, key: str) -> torch.dtype:
         """Return the dtype that the files hold `key` in."""

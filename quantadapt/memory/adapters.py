@@ -85,8 +85,8 @@ class Method:
     @property
     def early_gradients(self) -> bool:
         """Whether all gradients are there when backward begins: AdaLoRA's loss on its factors has
-        them."""
-        return self.kind == "ADALORA"
+        them, where that counts."""
+        return self.kind == "ADALORA" and self.options.get("orth_reg_weight") != 0
 
     def size(self, layers: Sequence[Layer], dtype_bytes: int) -> Size:
         """Return what it takes on `layers` of a model that computes in so many bytes a number."""

@@ -14,11 +14,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..errors import NumbersError
 from .noise import fixed_noise
 
 HALF = (torch.float16, torch.bfloat16)
-_AT_ONCE = 2**24
-"""Numbers that are rounded at a time: experts' weights are not held many times over."""
+_AT_ONCE = {"cpu": 2**17}
+_AT_ONCE_ELSEWHERE = 2**24
+"""Numbers that are rounded at a time, by type of device: all of an expert's weight is not held many
+times over, and a CPU has what it works with in its cache, which makes it five times as fast."""
 
 
 def exactly(module: nn.Module) -> dict[str, torch.dtype]:
@@ -55,20 +58,39 @@ def rounded_to(dtype: torch.dtype, exact: Tensor) -> Tensor:
         return exact.to(dtype)
     rows = exact.flatten(1)
     made = torch.empty_like(rows, dtype=dtype)
-    step = max(1, _AT_ONCE // max(1, rows.shape[1]))
-    for first in range(0, len(rows), step):
-        made[first : first + step] = _rounded(rows[first : first + step], dtype, first)
+    at_once = _AT_ONCE.get(exact.device.type, _AT_ONCE_ELSEWHERE)
+    width = max(1, min(at_once, rows.shape[1]))
+    height = max(1, at_once // width)
+    for row in range(0, rows.shape[0], height):
+        for column in range(0, rows.shape[1], width):
+            part = slice(row, row + height), slice(column, column + width)
+            made[part] = _rounded(rows[part], dtype, (row, column))
     return made.view(exact.shape)
 
 
-def _rounded(exact: Tensor, dtype: torch.dtype, first: int) -> Tensor:
-    """Return rows from `first` on: each number, or its neighbour on the other side of the exact
-    one, as often as that is near it."""
+def in_file(key: str, dtype: torch.dtype, merged: Tensor) -> Tensor:
+    """Return merged weights as a file holds them under `key`, in `dtype`; see `rounded_to`.
+
+    Raises:
+        NumbersError: one is too large for it.
+    """
+    made = rounded_to(dtype, merged.detach())
+    if dtype in HALF and not torch.isfinite(made).all() and torch.isfinite(merged).all():
+        name = str(dtype).removeprefix("torch.")
+        what = f"merged with the adapter, {key} holds numbers that are too large for {name}"
+        fix = "merge onto a base in bfloat16 or float32, or train again with a lower learning rate"
+        raise NumbersError(what, fix=fix)
+    return made.cpu()
+
+
+def _rounded(exact: Tensor, dtype: torch.dtype, first: tuple[int, int]) -> Tensor:
+    """Return a part of a matrix that begins at the row and column of `first`: each number, or its
+    neighbour on the other side of the exact one, as often as that is near it."""
     nearest = exact.to(dtype)
     off = exact - nearest.float()
     other = _next(nearest, off)
     share = off / (other.float() - nearest.float())
-    noise = fixed_noise(*exact.shape, device=exact.device, first_row=first) + 0.5
+    noise = fixed_noise(*exact.shape, device=exact.device, first=first) + 0.5
     # Beyond the largest number there is no neighbour.
     return torch.where((noise < share) & torch.isfinite(other), other, nearest)
 

@@ -9,17 +9,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def fixed_noise(rows: int, columns: int, *, device: torch.device, first_row: int = 0) -> Tensor:
+def fixed_noise(
+    rows: int, columns: int, *, device: torch.device, first: tuple[int, int] = (0, 0)
+) -> Tensor:
     """Return numbers between -0.5 and 0.5, evenly spread and without a pattern: float32 [rows,
-    columns], of all that there are the rows from `first_row` on; the same whenever and wherever
-    this is called."""
+    columns], of all that there are those from the row and column of `first` on; the same whenever
+    and wherever this is called."""
     import torch
 
     # A hash in 32 bits; of these torch's are signed, so what a shift brings in is masked away.
     # A compiler would compute with indices as they are, beyond 32 bits; not behind an `&`.
     row, column = (
-        torch.arange(first, first + n, dtype=torch.int32, device=device) & 0x7FFFFFFF
-        for first, n in ((first_row, rows), (0, columns))
+        torch.arange(start, start + n, dtype=torch.int32, device=device) & 0x7FFFFFFF
+        for start, n in zip(first, (rows, columns), strict=True)
     )
     mixed = row[:, None] * (0x9E3779B1 - 2**32) + column * (0x85EBCA77 - 2**32)
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):
