@@ -108,10 +108,10 @@ def test_the_studio_from_the_plan_to_the_chat(chromium, tmp_path) -> None:
         page.fill("#steps textarea", "none")
         page.fill("#model textarea", f"/no/{UGLY}")
         page.click("#start")
-        page.wait_for_selector("#plan .problem")
-        problems = page.inner_text("#plan")
-        assert "train.max_steps" in problems
-        assert "/no/<img src=x onerror=alert(1)>" in problems
+        # The first of both fields is planned while the second is filled in.
+        shows = "text => document.querySelector('#plan').innerText.includes(text)"
+        page.wait_for_function(shows, arg="/no/<img src=x onerror=alert(1)>")
+        assert "train.max_steps" in page.inner_text("#plan")
 
         page.fill("#model textarea", "")
         page.fill("#steps textarea", "24")
