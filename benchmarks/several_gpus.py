@@ -8,8 +8,8 @@ quantized (and sharded) block by block as they are made. `one`, `ddp`, `fsdp`: L
 4 x 2048 tokens for each GPU; `-4`: on four. `loss-*`: the same rows, 8 in all, on one and on two
 GPUs. `70b`: Llama-70B shape, sharded over two cards whose allocators are held to 24 GiB each,
 1 x 2048 tokens for each; `70b-4` over four, 4 x 2048 each. `context-*`: Llama-8B shape, one row of
-so many tokens on four GPUs, each of which has a fourth of it; `-70b`: Llama-70B shape, sharded,
-too. `context-1m-4-layers` are four of the 32 layers, as a step of all takes more than ten minutes;
+so many tokens on four GPUs (`-2`: on two), each of which has a part of it; `-70b`: Llama-70B shape,
+sharded, too. `context-1m-4-layers` are four of the 32 layers, as a step of all takes more than ten minutes;
 `context-one` is one GPU that has a row of the length of such a part by itself. Prints a Markdown
 table. With `--device cpu` everything runs in a toy size, to try it out.
 """
@@ -60,12 +60,12 @@ class Case:
     steps: int | None = None
 
 
-def context(tokens: int, steps: int = 2, **values: Any) -> Case:
-    """Return the case of one row of so many tokens on four GPUs."""
+def context(tokens: int, steps: int = 2, gpus: int = 4, **values: Any) -> Case:
+    """Return the case of one row of so many tokens on all GPUs together."""
     shape = replace(values.pop("shape", SHAPES["8b"]), batch=1, length=tokens)
     memory = values.pop("memory", ("gradient_checkpointing", True))
-    options = (memory, ("context_parallel_size", 4))
-    return Case(shape, 4, values.pop("parallel", "ddp"), options=options, steps=steps)
+    options = (memory, ("context_parallel_size", gpus))
+    return Case(shape, gpus, values.pop("parallel", "ddp"), options=options, steps=steps)
 
 
 K = 1024
@@ -91,6 +91,8 @@ CASES = {
     "fsdp-4": Case(SHAPES["8b"], 4, "fsdp"),
     "70b-4": Case(replace(LLAMA_70B, batch=4), 4, "fsdp"),
     "context-one": Case(replace(SHAPES["8b"], batch=1, length=16 * K)),
+    "context-64k-2": context(64 * K, 4, gpus=2),
+    "context-128k-2": context(128 * K, gpus=2),
     "context-64k": context(64 * K, 4),
     "context-128k": context(128 * K),
     "context-256k": context(256 * K),
