@@ -19,7 +19,7 @@ from ..fused_kernels import fused_kernels
 from ..memory import rules
 from ..model.patches import changed, patched, put_back, restored
 from ..planning.streaming import NO_GPU
-from ..sharding import gather_ahead, gathered_bytes, kept_gathered
+from ..sharding import gather_ahead, gathered_bytes, kept_gathered, reshard
 from .context_parallel import rows_in_parts
 from .figures import adapter_device, compute_dtype
 
@@ -163,6 +163,7 @@ def streamed(model: nn.Module, spec: TrainSpec, on_note: OnNote) -> Iterator[Non
 @contextmanager
 def gathered_once(model: nn.Module, spec: TrainSpec, on_note: OnNote) -> Iterator[None]:
     """Where all GPUs have ample room, let a sharded base stay gathered while it trains."""
+    reshard(model)  # a pass before may have failed
     needed = gathered_bytes(model)
     shares = not needed or spec.memory == "min"
     if shares or not rules.stays_gathered(needed, _room(model, spec)):
