@@ -195,7 +195,7 @@ def test_two_processes_train_as_one(two, alone, case) -> None:
         logs, wanted = torch.tensor(found[case]["logs"]), torch.tensor(expected["logs"])
         torch.testing.assert_close(logs, wanted, rtol=1e-5, atol=1e-5)
         close_weights(found[case], expected, 1e-4)
-        assert found[case]["validation"] == pytest.approx(expected["validation"], rel=1e-5)
+        assert found[case]["validation"] == pytest.approx(expected["validation"], rel=1e-4)
         assert found[case]["after"] == pytest.approx(expected["after"], rel=1e-4)
 
 

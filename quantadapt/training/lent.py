@@ -137,7 +137,10 @@ def _base(model: Any) -> Any:
 @contextmanager
 def streamed(model: nn.Module, spec: TrainSpec, on_note: OnNote) -> Iterator[None]:
     """Move what `spec` says of the base to CPU memory, unless it is there, and bring it back. A
-    base that was streamed before still is afterwards, and holds nothing on the device."""
+    base that was streamed before still is afterwards, and holds nothing on the device; so is one
+    that finds no room there any more."""
+    import torch
+
     from ..streaming import bring_back, stream, streamer_of
 
     if (there := streamer_of(model)) is not None:
@@ -157,7 +160,10 @@ def streamed(model: nn.Module, spec: TrainSpec, on_note: OnNote) -> Iterator[Non
         stream(model, spec.stream, folder=spec.stream_folder)
         yield
     finally:
-        bring_back(model)
+        try:
+            bring_back(model)
+        except torch.OutOfMemoryError:  # and what training failed with is raised
+            on_note("the GPU has no room for the whole base any more: it stays streamed")
 
 
 @contextmanager

@@ -68,8 +68,9 @@ def save_what_is_done(trainer: Any, error: BaseException, tell: Callable[[str], 
 
 def _let_go(trainer: Any, error: BaseException) -> None:
     """Give back what the step that failed holds of the GPU: the tensors of its passes, which are in
-    the frames of the error and of those that it was raised after, gradients and recorded passes. A
-    checkpoint is written without memory there, but libraries may want a little."""
+    the frames of the error and of those that it was raised after, gradients, recorded passes and
+    room for what is streamed. A checkpoint is written without memory there, but libraries may want
+    a little."""
     seen: list[BaseException] = []
     each: BaseException | None = error
     while each is not None and each not in seen:
@@ -82,5 +83,7 @@ def _let_go(trainer: Any, error: BaseException) -> None:
         weight.grad = None
     if fit.graphs is not None:
         fit.graphs.stop()
+    if fit.streamer is not None:
+        fit.streamer.rest()
     trainer.told.clear()
     free(trainer.model)
