@@ -25,6 +25,15 @@ from .model.flat import Leaf, laid_out, write_into
 from .model.modules import decoder_blocks
 
 PACKED = "packed"
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+"""Where a module keeps what is called with its passes, and as its weights are told or loaded."""
 
 
 def shard(model: nn.Module) -> nn.Module:
@@ -132,6 +141,17 @@ def _mesh_of(group: Any) -> Any:
     return init_device_mesh(kind, (torch.distributed.get_world_size(group),))
 
 
+def reshard(model: nn.Module) -> None:
+    """Let go of blocks that a pass left gathered because it failed."""
+    if not is_sharded(model):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 # --- a base that stays gathered ------------------------------------------------------------------
 
 
@@ -169,12 +189,14 @@ def _shards(model: nn.Module) -> list[_Shard]:
 
 
 def _without_fsdp(module: nn.Module, stack: ExitStack) -> None:
-    """Take what gathers `module` for its passes off, until `stack` ends."""
+    """Take what gathers `module` for its passes off, and what looks for its share where weights are
+    loaded or told, until `stack` ends."""
     from torch.distributed.fsdp import FSDPModule
 
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+    for name in HOOKS:
+        hooks = getattr(module, name)
         for key, hook in [*hooks.items()]:
-            if type(getattr(hook, "__self__", None)).__name__ == "FSDPState":
+            if _is_of_fsdp(hook):
                 before = [*hooks.items()]
                 del hooks[key]
                 stack.callback(_put_back, hooks, before)
@@ -185,6 +207,14 @@ def _without_fsdp(module: nn.Module, stack: ExitStack) -> None:
     if getattr(gathers, "gathers", False):
         del module.forward
         stack.callback(setattr, module, "forward", gathers)
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    """Say whether FSDP2 left it on a module: a method of its own, or a function that it made on the
+    spot, which only says where it was written."""
+    owner = type(getattr(hook, "__self__", None))
+    written = (owner.__module__, getattr(hook, "__module__", None) or "")
+    return any(name.startswith("torch.distributed.") and "fsdp" in name for name in written)
 
 
 def _put_back(hooks: dict[int, Any], before: list[tuple[int, Any]]) -> None:

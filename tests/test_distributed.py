@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -28,8 +30,11 @@ from quantadapt.spec import Spec
 from quantadapt.testing.small_demo import small_model
 
 STEPS = 4
+GATHERED = "cpu, gathered"
+"""A CPU that is said to have ample room, as GPUs have: a shared base stays gathered there."""
 DEVICES = [
     "cpu",
+    GATHERED,
     pytest.param("cuda", marks=[pytest.mark.cuda, wants_two_gpus]),
 ]
 ADAPTERS: dict[str, dict[str, Any]] = {"lora": {"r": 4}, "adalora": {"init_r": 6, "target_r": 3}}
@@ -38,39 +43,68 @@ ADAPTERS: dict[str, dict[str, Any]] = {"lora": {"r": 4}, "adalora": {"init_r": 6
 def train(
     adapter: str, parallel: str, batch: int, output: Path, device: str, **options: Any
 ) -> dict[str, Any]:
-    """Train the model beside `output`; return what the run logged, and the adapter's weights."""
-    from quantadapt.sharding import shard
+    """Train the model beside `output`; return what the run logged and noted, the adapter's weights,
+    and what is measured with them afterwards. A run that ends early says so instead."""
+    from quantadapt.errors import Interrupted
+    from quantadapt.sharding import is_sharded, shard
 
     base = qa.quantize(str(output.parent / "model"), "bnb-nf4", device=device, dtype="float32")
     if parallel == "fsdp":
         shard(base)
     model = qa.attach(base, adapter, **ADAPTERS[adapter])
     logs: list[dict[str, Any]] = []
+    notes: list[str] = []
     given = {"max_steps": STEPS, "logging_steps": 1, "learning_rate": 3e-3} | options
-    qa.train(
-        model,
-        output.parent / "few.jsonl",
-        output=output,
-        on_log=logs.append,
-        per_device_train_batch_size=batch,
-        **given,
-    )
+    try:
+        qa.train(
+            model,
+            output.parent / "few.jsonl",
+            output=output,
+            on_log=logs.append,
+            on_note=notes.append,
+            per_device_train_batch_size=batch,
+            **given,
+        )
+    except Interrupted as early:
+        return {"early": str(early), "shared": is_sharded(model)}
     if world().is_main:
         qa.save(model, output, overwrite=True)
     weights = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
     keys = ("step", "loss", "grad_norm", "tokens")
-    return {"logs": [[log[key] for key in keys] for log in logs], "weights": weights}
+    after = qa.evaluate(model, output.parent / "few.jsonl", max_examples=8)
+    return {
+        "logs": [[log[key] for key in keys] for log in logs if "loss" in log],
+        "validation": [log["eval_loss"] for log in logs if "eval_loss" in log],
+        "weights": weights,
+        "after": after["loss"],
+        "shared": is_sharded(model),
+        "gathered": any("stays gathered" in note for note in notes),
+    }
 
 
 ACCUMULATED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
+MEASURED = {"eval_steps": 2, "load_best_model_at_end": True, "save_steps": 2}
 
 
 def work(folder: Path, kind: str) -> dict[str, Any]:
     """Everything that the tests below look at, in one of two processes."""
     from quantadapt.distributed import start
 
-    device = f"cuda:{world().local_rank}" if kind == "cuda" else kind
+    device = f"cuda:{world().local_rank}" if kind == "cuda" else "cpu"
     start(device)
+    with ample_room() if kind == GATHERED else nullcontext():
+        return runs(folder, device)
+
+
+def ample_room() -> Any:
+    """A patch: a CPU has room for a whole base."""
+    from quantadapt.training import lent
+
+    return patch.object(lent, "_room", lambda *_: 2.0**40)
+
+
+def runs(folder: Path, device: str) -> dict[str, Any]:
+    """The runs themselves, one after the other."""
 
     def run(adapter: str, parallel: str, name: str, **options: Any) -> dict[str, Any]:
         return train(adapter, parallel, 2, folder / name, device, **options)
@@ -84,6 +118,10 @@ def work(folder: Path, kind: str) -> dict[str, Any]:
         shutil.rmtree(folder / "fsdp" / "checkpoints" / f"checkpoint-{STEPS}")
     torch.distributed.barrier()
     found["resumed"] = run("lora", "fsdp", "fsdp", save_steps=2, resume=True)
+    found["again"] = run("lora", "fsdp", "fsdp", save_steps=2, resume=True)  # nothing is left to do
+    found["measured"] = run("lora", "fsdp", "measured", **MEASURED)
+    found["early"] = run("lora", "fsdp", "early", max_time=1e-6)
+    found["ended"] = run("lora", "fsdp", "early", resume=True)
     return found
 
 
@@ -114,6 +152,9 @@ def means_without_waiting(device: str) -> list[Any]:
     return [weight.grad.tolist() for weight in weights]  # type: ignore[union-attr]
 
 
+CASES = ["ddp", "fsdp", "fsdp-min", "measured", "adalora"]
+
+
 @pytest.fixture(scope="module", params=DEVICES)
 def device(request) -> str:
     return request.param
@@ -121,7 +162,7 @@ def device(request) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, device) -> Path:
-    folder = tmp_path_factory.mktemp(device)
+    folder = tmp_path_factory.mktemp(device.partition(",")[0])
     shutil.copytree(small_model(), folder / "model")
     shutil.copy(few_rows(), folder)
     return folder
@@ -134,9 +175,11 @@ def two(folder, device) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone(folder, device) -> dict[str, Any]:
+    on = "cuda" if device == "cuda" else "cpu"
     return {
-        "lora": train("lora", "none", 4, folder / "alone", device),
-        "adalora": train("adalora", "none", 4, folder / "alone-adalora", device, **ACCUMULATED),
+        "lora": train("lora", "none", 4, folder / "alone", on),
+        "measured": train("lora", "none", 4, folder / "alone-measured", on, **MEASURED),
+        "adalora": train("adalora", "none", 4, folder / "alone-adalora", on, **ACCUMULATED),
     }
 
 
@@ -145,16 +188,25 @@ def close_weights(one: dict[str, Any], other: dict[str, Any], tolerance: float) 
         torch.testing.assert_close(weight, other["weights"][name], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp", "fsdp-min", "adalora"])
+@pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one(two, alone, case) -> None:
-    expected = alone["adalora" if case == "adalora" else "lora"]
+    expected = alone[case if case in alone else "lora"]
     for found in two:
         logs, wanted = torch.tensor(found[case]["logs"]), torch.tensor(expected["logs"])
         torch.testing.assert_close(logs, wanted, rtol=1e-5, atol=1e-5)
         close_weights(found[case], expected, 1e-4)
+        assert found[case]["validation"] == pytest.approx(expected["validation"], rel=1e-4)
+        assert found[case]["after"] == pytest.approx(expected["after"], rel=1e-4)
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp", "fsdp-min", "adalora"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_base_stays_gathered_where_there_is_room_and_is_shared_again(two, device, case) -> None:
+    for found in (rank[case] for rank in two):
+        kept = device != "cpu" and case not in ("ddp", "fsdp-min")
+        assert (found["gathered"], found["shared"]) == (kept, case != "ddp")
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_all_processes_hold_the_same_adapter(two, case) -> None:
     one, other = (found[case]["weights"] for found in two)
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
@@ -165,13 +217,25 @@ def test_a_resumed_run_goes_on_exactly(two) -> None:
         for resumed, log in zip(found["resumed"]["logs"], found["fsdp"]["logs"][2:], strict=True):
             assert resumed[:3] == pytest.approx(log[:3], rel=1e-6)
         close_weights(found["resumed"], found["fsdp"], 1e-4)
+        assert found["again"]["logs"] == []
+        close_weights(found["again"], found["resumed"], 0)
 
 
-def test_the_adapter_is_saved_whole(two, folder) -> None:
-    loaded = qa.load(folder / "ddp")
-    for name, parameter in loaded.named_parameters():
-        if name in two[0]["ddp"]["weights"]:
-            assert torch.equal(parameter.cpu(), two[0]["ddp"]["weights"][name])
+def test_a_run_that_ends_early_goes_on_exactly(two) -> None:
+    for found in two:
+        assert re.search("after step 1 of 4; checkpoint-1 ", found["early"]["early"])
+        assert found["early"]["shared"]
+        for resumed, log in zip(found["ended"]["logs"], found["fsdp"]["logs"][1:], strict=True):
+            assert resumed[:3] == pytest.approx(log[:3], rel=1e-6)
+        close_weights(found["ended"], found["fsdp"], 1e-4)
+
+
+@pytest.mark.parametrize("case", ["ddp", "measured"])
+def test_the_adapter_is_saved_whole(two, folder, case) -> None:
+    loaded, weights = dict(qa.load(folder / case).named_parameters()), two[0][case]["weights"]
+    assert weights
+    for name, weight in weights.items():
+        assert torch.equal(loaded[name].cpu(), weight)
 
 
 def test_missing_gradients_count_as_zero_unless_missing_everywhere(two) -> None:
@@ -212,6 +276,9 @@ from quantadapt.hookspecs import hookimpl
 
 @hookimpl
 def quantadapt_stage_done(stage, value):
+    if stage == "attach" and os.environ.get("ROOM"):
+        from quantadapt.training import lent
+        lent._room = lambda *_: 2.0**40
     if stage == "attach" and os.environ.get("DIES") == os.environ["RANK"]:
         def die(*_):
             if os.path.isdir(os.environ["DIES_AFTER"]):
@@ -265,15 +332,19 @@ def test_a_process_that_dies_stops_the_others(tmp_path, kind, by, told) -> None:
     install(tmp_path, PLUGIN)
     folder = tmp_path / "run"
     first = folder / "checkpoints" / "checkpoint-2"
-    done = run(tmp_path, "--device", kind, DIES="1", DIES_AFTER=str(first), DIES_BY=by)
+    device, room = ("cpu", "1") if kind == GATHERED else (kind, "")
+    dies = {"DIES": "1", "DIES_AFTER": str(first), "DIES_BY": by, "ROOM": room}
+    done = run(tmp_path, "--device", device, **dies)
     assert done.returncode == 1
     assert f"process 1 of 2 failed:\nError: {told}" in done.stderr
     assert "another process" not in done.stderr
     assert list((folder / "checkpoints").glob("checkpoint-*")) == [first]
     assert json.loads((folder / "quantadapt-run.json").read_text())["state"] == "failed"
 
-    done = run(tmp_path, "--device", kind, "--resume", DIES="")
+    done = run(tmp_path, "--device", device, "--resume", DIES="", ROOM=room)
     assert done.returncode == 0, done.stderr
+    told = done.stdout + done.stderr
+    assert ("stays gathered" in told) == (kind != "cpu"), told
     assert re.search(r"2 x .+ \(fsdp\)", done.stdout)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["train"]["resumed_from"] == 2

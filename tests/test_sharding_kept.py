@@ -72,8 +72,46 @@ def tied() -> dict[str, Any]:
     return {"one": one, "more": more, "told": told, "after": after}
 
 
-def hooks(model: Any) -> list[list[Any]]:
-    return [[*m._forward_pre_hooks, 0, *m._forward_hooks] for m in model.modules()]
+def hooks(model: Any) -> dict[str, list[list[Any]]]:
+    from quantadapt.sharding import HOOKS
+
+    return {name: [[*getattr(m, name)] for m in model.modules()] for name in HOOKS}
+
+
+def told_and_loaded(model: Any) -> list[int]:
+    """Let all weights of a model be told and loaded; how many were, and how many are left over."""
+    told = model.state_dict()
+    norms = {name: weight for name, weight in told.items() if "norm" in name}
+    found = model.load_state_dict(norms, strict=False)
+    return [len(norms), len(found.unexpected_keys)]
+
+
+def after_a_failure(folder: str) -> list[bool]:
+    """Let a pass fail halfway, and the base stay gathered then: whether passes inside and after it
+    are those of before, and what is held."""
+    import quantadapt as qa
+    from quantadapt.sharding import kept_gathered, reshard, shard
+
+    model = shard(qa.quantize(folder, "hqq"))
+    before, held_before = passes(model), held(model)
+
+    def fail(*_: Any) -> None:
+        raise ArithmeticError
+
+    handle = model.model.layers[0].mlp.register_forward_hook(fail)
+    with pytest.raises(ArithmeticError):
+        passes(model)
+    handle.remove()
+    reshard(model)
+    resharded = held(model) == held_before
+    with kept_gathered(model):
+        inside = passes(model)
+    pairs = [pair for p in (inside, passes(model)) for pair in zip(before, p, strict=True)]
+    return [resharded, held(model) == held_before, *(torch.equal(a, b) for a, b in pairs)]
+
+
+def _count(hooks: list[list[Any]]) -> int:
+    return sum(map(len, hooks))
 
 
 def compared(folder: str) -> dict[str, Any]:
@@ -84,7 +122,7 @@ def compared(folder: str) -> dict[str, Any]:
 
     models = {name: [qa.quantize(folder, name) for _ in range(3)] for name in BACKENDS}
     start("cpu")
-    found: dict[str, Any] = {"tied": tied()}
+    found: dict[str, Any] = {"tied": tied(), "failed": after_a_failure(folder)}
     for name, (model, other, third) in models.items():
         whole, size = passes(model), held(model)
         shard(model)
@@ -94,8 +132,10 @@ def compared(folder: str) -> dict[str, Any]:
         with kept_gathered(model):
             more = live() - before
             inside = [passes(model) for _ in range(2)]
-            fsdp = sum(map(len, there)) - sum(map(len, hooks(model)))
-            found[name] = {"is_sharded": is_sharded(model), "hooks off": fsdp}
+            now = hooks(model)
+            off = {kind: _count(of) - _count(now[kind]) for kind, of in there.items()}
+            found[name] = {"is_sharded": is_sharded(model), "hooks off": off}
+            found[name]["loaded"] = told_and_loaded(model)
             found[name] |= {"inside": held(model) / size, "left": gathered_bytes(model)}
             found[name]["more"] = (more, whole_bytes)
         pairs = [pair for p in (*inside, passes(model)) for pair in zip(whole, p, strict=True)]
@@ -123,7 +163,11 @@ def test_passes_are_the_same_bit_for_bit_without_fsdp(kept: Any, backend: str) -
     for found in (rank[backend] for rank in kept):
         assert all(found["equal"])
         assert found["is_sharded"] is False
-        assert found["hooks off"] >= 2 * 3  # before and after each of two blocks and the root
+        off = found["hooks off"]  # of two blocks and the head, and for passes of the root
+        assert off["_forward_pre_hooks"] == off["_forward_hooks"] == 4
+        assert off["_load_state_dict_post_hooks"] == 3
+        assert off["_state_dict_pre_hooks"] == off["_load_state_dict_pre_hooks"] == 3
+        assert found["loaded"] == [5, 0]
         assert found["inside"] == pytest.approx(1, abs=0.05)
         assert found["left"] == 0
 
@@ -135,6 +179,11 @@ def test_what_is_gathered_is_there_beside_the_share_of_it(kept: Any, backend: st
         more, told = found["more"]
         assert told > 2048 * 128 * 4 * 2  # embedding and head alone
         assert more == told
+
+
+def test_a_pass_that_failed_is_forgotten(kept: Any) -> None:
+    for found in kept:
+        assert all(found["failed"])
 
 
 def test_what_is_tied_is_gathered_once(kept: Any) -> None:

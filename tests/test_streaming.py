@@ -7,6 +7,7 @@ import gc
 import pickle
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ from quantadapt.facade import facades, linear_facades, stack_facades
 from quantadapt.model.held import held_tensors
 from quantadapt.planning import plan
 from quantadapt.registry import registry
-from quantadapt.spec import Spec
+from quantadapt.spec import Spec, TrainSpec
 from quantadapt.streaming import Streamer, Traffic, bring_back, stream, streamer_of
+from quantadapt.training import lent
 
 LAYERS = 4
 QUICK = {"aqlm": {"beam_size": 1, "max_epochs": 1}, "autoround": {"iters": 1}}
@@ -108,6 +110,38 @@ def computes_the_same(backend: str) -> None:
 @pytest.mark.parametrize("backend", FEW)
 def test_a_streamed_base_computes_the_same(backend: str) -> None:
     computes_the_same(backend)
+
+
+@pytest.mark.parametrize("backend", FEW)
+def test_what_finds_no_room_to_come_back_stays_streamed(backend: str) -> None:
+    """Training says so, and its own error is the one that is raised."""
+    model = base(backend)
+    whole, before, notes = passes(model), held(model), list[str]()
+    clone, made = torch.Tensor.clone, list[int]()
+
+    def full(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        streamer = streamer_of(model)
+        if made and streamer is not None and len(streamer.blocks) == LAYERS - 1:
+            made.append(1)  # of the second of the blocks that come back
+            if len(made) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return clone(tensor, *args, **options)
+
+    def fail() -> None:
+        made.append(0)
+        raise ArithmeticError
+
+    gpu = patch.object(lent, "adapter_device", lambda _: torch.device("cuda"))
+    fills, streams = patch.object(torch.Tensor, "clone", full), TrainSpec(stream="all")
+    with gpu, fills, pytest.raises(ArithmeticError), lent.streamed(model, streams, notes.append):
+        fail()
+    assert notes == ["the GPU has no room for the whole base any more: it stays streamed"]
+    assert len(streamed(model).blocks) == LAYERS - 1
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(whole, passes(model), strict=True))
+    bring_back(model)
+    assert streamer_of(model) is None
+    assert same(held(model), before)
 
 
 @pytest.mark.slow

@@ -9,26 +9,59 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Problem
 from ..paths import is_entry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FILTER = "_filter_state_dict_for_adapter_name"
 
 
 def keys_of(model: Any, adapter: str) -> set[str]:
     """Return the keys in the `state_dict` of a PeftModel of what belongs to one adapter."""
+    return set(_weights_of(model, adapter))
+
+
+def _weights_of(model: Any, adapter: str) -> dict[str, Tensor]:
+    """Return what belongs to one adapter by the keys in the `state_dict` of a PeftModel."""
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     owners = BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper
-    found: set[str] = set()
+    found: dict[str, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for start, kept in _kept(path, module, adapter) if isinstance(module, owners) else ():
             own = f"{start}.{adapter}"
-            keys = kept.state_dict(prefix=f"{start}.")
-            found |= {key for key in keys if key == own or key.startswith(f"{own}.")}
+            held = kept.state_dict(prefix=f"{start}.")
+            found |= {k: t for k, t in held.items() if k == own or k.startswith(f"{own}.")}
+    return found
+
+
+def weights_to_save(model: Any) -> dict[str, Tensor]:
+    """Return what PEFT saves of a PeftModel by the keys of its `state_dict`: all adapters, and what
+    is trained beside them, copied to the CPU.
+
+    PEFT cuts ranks, clones and sorts what it saves. On a GPU that somebody else has filled, there
+    is no room for that, so it is handed copies. Frozen weights of the base, of which it may take
+    embedding and head, are where they were; vendors are not asked for theirs.
+    """
+    copies: dict[Any, Tensor] = {}  # what is held under several names is copied once
+
+    def on_cpu(tensor: Tensor) -> Tensor:
+        key = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if key not in copies:
+            copies[key] = tensor.detach().cpu()
+        return copies[key]
+
+    found = {
+        name: on_cpu(weight) if weight.requires_grad else weight.detach()
+        for name, weight in model.named_parameters(remove_duplicate=False)
+    }
+    for adapter in model.peft_config:
+        found |= {key: on_cpu(tensor) for key, tensor in _weights_of(model, adapter).items()}
     return found
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,6 +39,18 @@ def world() -> World:
     if not all(value.isdigit() for value in found) or int(found[2]) < 2:
         return World()
     return World(*map(int, found))
+
+
+@contextmanager
+def unlaunched() -> Iterator[None]:
+    """Inside, accelerate takes the one process of a launcher for what it is without: it would make
+    a group of it, whose talks with itself take time, and memory of a GPU."""
+    hidden = os.environ.pop("LOCAL_RANK", None) if world().size == 1 else None
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            os.environ["LOCAL_RANK"] = hidden
 
 
 def as_launched(spec: Spec) -> Spec:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapting.several import kept_apart, keys_of
+from ..adapting.several import kept_apart, keys_of, weights_to_save
 from ..errors import ModelError
 from .adapter_files import adapter_places, peft_in_words
 
@@ -30,17 +30,19 @@ def active_adapters(model: Any) -> list[str]:
 def save_adapters(model: Any, folder: Path) -> list[str]:
     """Write all adapters of `model` into `folder`; return the names of the active ones, of which
     the first lies in `folder` itself."""
-    active = active_adapters(model)
-    ends = "auto" if _has_dense_ends(model) else False
+    active, weights = active_adapters(model), weights_to_save(model)
+    given: dict[str, Any] = {"state_dict": weights, "save_embedding_layers": "auto"}
+    if not _has_dense_ends(model):
+        given["save_embedding_layers"] = False
     with kept_apart(model):
         if active[0] == DEFAULT:
-            model.save_pretrained(str(folder), save_embedding_layers=ends)
+            model.save_pretrained(str(folder), **given)
             return active
         for name in model.peft_config:
             place = folder if name == active[0] else folder / name
             place.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                model.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=ends)
+                model.save_pretrained(scratch, selected_adapters=[name], **given)
                 made = Path(scratch) if name == DEFAULT else Path(scratch, name)
                 for file in [f for f in made.iterdir() if f.is_file()]:
                     file.rename(place / file.name)

@@ -71,10 +71,11 @@ def _stream(model: nn.Module, which: Which, slots: int, folder: str | Path | Non
 
 
 def bring_back(model: nn.Module) -> nn.Module:
-    """Move what is streamed of `model` to the device again, in place."""
-    read_in_parts(model, False)
+    """Move what is streamed of `model` to the device again, in place. Raises torch's
+    OutOfMemoryError where there is no room for all of it: what is left is still streamed."""
     for streamer in _streamers(model):
         streamer.bring_back()
+    read_in_parts(model, False)
     for _, facade in facades(model):
         if isinstance(facade.target, StreamedTarget):
             facade.target = facade.target.target

@@ -259,11 +259,15 @@ class _Block:
 
 
 def _give_memory(leaves: Iterable[Leaf], row: Tensor) -> None:
-    """Give tensors memory of their own, with what is in `row`."""
+    """Give tensors memory of their own, with what is in `row`; all of them, or none where there is
+    not enough."""
     made: dict[Any, Tensor] = {}
+    given: list[tuple[Leaf, Tensor]] = []
     for leaf in leaves:
         view = leaf.view(row)
         key = leaf.offset, view.dtype, leaf.size, leaf.stride  # some have two names
         if key not in made:
             made[key] = view.clone()
-        leaf.become(made[key])
+        given.append((leaf, made[key]))
+    for leaf, own in given:
+        leaf.become(own)

@@ -19,7 +19,7 @@ from ..fused_kernels import fused_kernels
 from ..memory import rules
 from ..model.patches import changed, patched, put_back, restored
 from ..planning.streaming import NO_GPU
-from ..sharding import gather_ahead, gathered_bytes, kept_gathered
+from ..sharding import gather_ahead, gathered_bytes, kept_gathered, reshard
 from .context_parallel import rows_in_parts
 from .figures import adapter_device, compute_dtype
 
@@ -137,7 +137,10 @@ def _base(model: Any) -> Any:
 @contextmanager
 def streamed(model: nn.Module, spec: TrainSpec, on_note: OnNote) -> Iterator[None]:
     """Move what `spec` says of the base to CPU memory, unless it is there, and bring it back. A
-    base that was streamed before still is afterwards, and holds nothing on the device."""
+    base that was streamed before still is afterwards, and holds nothing on the device; so is one
+    that finds no room there any more."""
+    import torch
+
     from ..streaming import bring_back, stream, streamer_of
 
     if (there := streamer_of(model)) is not None:
@@ -157,12 +160,16 @@ def streamed(model: nn.Module, spec: TrainSpec, on_note: OnNote) -> Iterator[Non
         stream(model, spec.stream, folder=spec.stream_folder)
         yield
     finally:
-        bring_back(model)
+        try:
+            bring_back(model)
+        except torch.OutOfMemoryError:  # and what training failed with is raised
+            on_note("the GPU has no room for the whole base any more: it stays streamed")
 
 
 @contextmanager
 def gathered_once(model: nn.Module, spec: TrainSpec, on_note: OnNote) -> Iterator[None]:
     """Where all GPUs have ample room, let a sharded base stay gathered while it trains."""
+    reshard(model)  # a pass before may have failed
     needed = gathered_bytes(model)
     shares = not needed or spec.memory == "min"
     if shares or not rules.stays_gathered(needed, _room(model, spec)):

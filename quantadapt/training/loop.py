@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..adapting.adalora import load_ranks, save_ranks
-from ..adapting.several import kept_apart
+from ..adapting.several import kept_apart, weights_to_save
 from ..errors import QuantadaptError, TrainingError
 from ..folders.atomic import in_words
 from ..folders.checkpoints import PARTIAL, PREFIX, seal
@@ -169,7 +169,7 @@ class TrainingLoop:
         with kept_apart(self.model), patched(self.model, create_or_update_model_card=_nothing):
             self.model.save_pretrained(
                 output_dir,
-                state_dict=state_dict,
+                state_dict=state_dict or weights_to_save(self.model),
                 save_embedding_layers=False,
                 is_main_process=self.args.should_save,
             )

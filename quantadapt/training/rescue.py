@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from traceback import clear_frames
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..adapting.fused import free
 from ..errors import QuantadaptError
 from ..folders.checkpoints import PREFIX
 from ..inputs.documents import reason
@@ -42,18 +44,46 @@ class AfterStep:
         trainer.progress.figures.sums = self.figures
 
 
-def save_what_is_done(trainer: Any, tell: Callable[[str], None]) -> None:
+def save_what_is_done(trainer: Any, error: BaseException, tell: Callable[[str], None]) -> None:
     """Write a checkpoint of the last whole step, if it is not there, and tell what became of it.
     Nothing is done for several processes, which would have to write together, and where there is no
-    whole step, or the optimizer has begun to change the weights."""
+    whole step, or the optimizer has begun to change the weights.
+
+    Args:
+        error: why the next step fails; what its frames hold is let go of.
+    """
     after, step = trainer.after_step, trainer.state.global_step
     if after is None or trainer.accelerator.num_processes > 1:
         return
     try:
         if not (trainer.checkpoints / f"{PREFIX}{step}").exists():
+            _let_go(trainer, error)
             after.put_back(trainer)
             trainer._save_checkpoint(trainer.model, None)
-    except (QuantadaptError, OSError, RuntimeError) as error:
-        tell(f"what was learnt in {step} steps could not be saved: {reason(error)}")
+    except (QuantadaptError, OSError, RuntimeError) as failed:
+        tell(f"what was learnt in {step} steps could not be saved: {reason(failed)}")
     else:
         tell(f"{PREFIX}{step} is saved, go on with --resume")
+
+
+def _let_go(trainer: Any, error: BaseException) -> None:
+    """Give back what the step that failed holds of the GPU: the tensors of its passes, which are in
+    the frames of the error and of those that it was raised after, gradients, recorded passes and
+    room for what is streamed. A checkpoint is written without memory there, but libraries may want
+    a little."""
+    seen: list[BaseException] = []
+    each: BaseException | None = error
+    while each is not None and each not in seen:
+        seen.append(each)
+        clear_frames(each.__traceback__)  # but for those that still run
+        full = isinstance(each.__context__, torch.OutOfMemoryError)
+        each = each.__cause__ or (each.__context__ if full else None)  # others may be the caller's
+    fit = trainer.memory_fit
+    for weight in fit.weights:
+        weight.grad = None
+    if fit.graphs is not None:
+        fit.graphs.stop()
+    if fit.streamer is not None:
+        fit.streamer.rest()
+    trainer.told.clear()
+    free(trainer.model)

@@ -375,7 +375,7 @@ def _run(
         trainer.calls.end()
     except (ModelError, DataError, torch.OutOfMemoryError) as error:
         if keeps:
-            save_what_is_done(trainer, tell)
+            save_what_is_done(trainer, error, tell)
         if not isinstance(error, torch.OutOfMemoryError):  # a streamed base, a picture that is gone
             raise
         words = trainer.memory_fit.describe(trainer.memory_fit.setting)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapting.adalora import tuner_of
 from ..dependencies import moved
+from ..distributed.world import unlaunched
 from ..errors import TrainingError
 from ..folders.checkpoints import CHECKPOINTS
 from ..memory.cards import OOM_FIX
@@ -116,7 +117,8 @@ def make_trainer(task: Task, setup: Setup, on_log: OnLog | None) -> Any:
         progress, on_log or (lambda _: None), tuner_of(model)
     )
     try:
-        trainer = task.trainer(setup)
+        with unlaunched():
+            trainer = task.trainer(setup)
         trainer.add_callback(watcher)
     except (ValueError, ImportError, RuntimeError) as error:
         fix = "check the keys under train:"
