@@ -143,8 +143,10 @@ class Int8Target(LayerwiseTarget):
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         """Round the activations, as in evaluation; a layer of a model that was training when it was
-        quantized would not, on a CPU."""
-        return super().forward(module.eval() if module.training else module, x)
+        quantized would not, on a CPU. The vendor's takes inputs of 2 or 3 axes, no more."""
+        rows = x.flatten(0, -3) if x.ndim > 3 else x
+        output = super().forward(module.eval() if module.training else module, rows)
+        return output.unflatten(0, x.shape[:-2]) if x.ndim > 3 else output
 
 
 def _row_scales(module: nn.Module) -> Tensor:

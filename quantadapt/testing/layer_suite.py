@@ -283,10 +283,12 @@ class LayerSuite(Suite):
 
 
 def _inputs(bench: Bench, facade: QuantLinear) -> list[Tensor]:
-    """Return several tokens, and one alone, for which a vendor may take another kernel. Where
-    activations are rounded, one token is too few for their errors to average out."""
+    """Return several tokens, the same with an axis more, as latent attention has, and one alone,
+    for which a vendor may take another kernel. Where activations are rounded, one token is too few
+    for their errors to average out."""
     x = bench.input_of(facade)
-    return [x] if facade.target.quantizes_activations else [x, x[:1, :1]]
+    several = [x, x.unsqueeze(1)]
+    return several if facade.target.quantizes_activations else [*several, x[:1, :1]]
 
 
 def dense_forward(facade: QuantLinear, x: Tensor) -> Tensor:
