@@ -27,6 +27,9 @@ TILES = {
 """By whether the words of a row lie side by side: outputs ("rows") of a thread; words (of 3 bits:
 three words) of a piece along inputs, at most; threads along outputs; pieces, which are threads
 along inputs, at most. Four words lie side by side: rows are four, or else units are."""
+PROGRAMS = 256
+"""Of a layer with fewer, two a GPU's processor, threads along outputs become threads along inputs,
+while there are more than two: with four words each, that many read 32 bytes."""
 POWER = 0x4B000000
 """2 ** 23 as a float. An argument, so that it is in a register: with two constants an `and` and an
 `or` are two instructions."""
@@ -254,16 +257,25 @@ def _units(codes: WordCodes) -> int:
     return units
 
 
+def _threads(rowwise: bool, rows: int, pieces: int) -> tuple[int, int]:
+    """Return how many threads a program has along outputs and along inputs: powers of two."""
+    tile = TILES[rowwise]
+    threads, most = tile["threads"], tile["pieces"]
+    while threads > 2 and triton.cdiv(rows, tile["rows"] * threads) < PROGRAMS:
+        threads, most = threads // 2, most * 2
+    most = min(triton.next_power_of_2(pieces), most)
+    return threads, max(most, 32 // threads)  # a warp, at least
+
+
 @on_its_device
 def _product_along_inputs(x: Tensor, codes: WordCodes, bias: Tensor | None) -> Tensor:
     held, scale, rows = codes.held, codes.scale, codes.scale.shape[1]
     rowwise, units = held.stride(0) == 1, _units(codes)
-    tile, inputs = TILES[rowwise], units * _lanes(codes)
-    pieces = triton.next_power_of_2(x.shape[-1] // inputs)
-    pieces = max(min(pieces, tile["pieces"]), 32 // tile["threads"])  # a warp, at least
+    own, inputs = TILES[rowwise]["rows"], units * _lanes(codes)
+    threads, pieces = _threads(rowwise, rows, x.shape[-1] // inputs)
     y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
     zeros = held if codes.zeros is None else codes.zeros
-    grid = (triton.cdiv(rows, tile["rows"] * tile["threads"]), x.numel() // x.shape[-1])
+    grid = (triton.cdiv(rows, own * threads), x.numel() // x.shape[-1])
     _product[grid](
         y,
         x,
@@ -284,9 +296,9 @@ def _product_along_inputs(x: Tensor, codes: WordCodes, bias: Tensor | None) -> T
         IN_GROUP=codes.group_size // inputs,
         ZEROS=codes.zeros is not None,
         BIAS=bias is not None,
-        ROWS=tile["rows"],
-        THREADS=tile["threads"],
+        ROWS=own,
+        THREADS=threads,
         PIECES=pieces,
-        num_warps=pieces * tile["threads"] // 32,
+        num_warps=pieces * threads // 32,
     )
     return y
