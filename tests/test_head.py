@@ -7,7 +7,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import quantadapt as qa
 from quantadapt.model.head import Head, head_losses
+from quantadapt.objectives.sft import SFT, _fuse_head
+from quantadapt.testing.small_demo import small_model
 from quantadapt.training.lent_to_trainers import add_head_loss
 
 TOKENS, HIDDEN, WORDS = 300, 24, 1000
@@ -140,3 +143,36 @@ def test_the_kernel_gives_the_same(dtype, softcap) -> None:
     assert torch.allclose(found, expected, rtol=1e-3)
     error = (grad.float() - expected_grad.float()).norm() / expected_grad.float().norm()
     assert float(error) < limit
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["lm_head"], "use_dora": True},
+        {"trainable_token_indices": [3, 5]},  # the head is tied to the embedding
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_what_is_trained_of_a_head_counts(options, monkeypatch) -> None:
+    """With what a GPU is lent: TRL's loss takes the head's weight alone."""
+    model = qa.attach(qa.quantize(str(small_model()), "none", device="cpu"), "lora", r=2, **options)
+    torch.manual_seed(0)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for weight in trained.values():
+            weight.add_(0.05 * torch.randn_like(weight))
+    ids = torch.randint(8, 60, (2, 16))
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    expected = model(**batch).loss
+    gradients = torch.autograd.grad(expected, list(trained.values()))
+    monkeypatch.setattr(
+        "quantadapt.training.figures.adapter_device", lambda _: torch.device("cuda")
+    )
+    _fuse_head(model)
+    loss = SFT().loss(model, dict(batch), None)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    found = torch.autograd.grad(loss, list(trained.values()))
+    for made, wanted in zip(found, gradients, strict=True):
+        assert float((made - wanted).norm()) <= 1e-5 * float(wanted.norm())

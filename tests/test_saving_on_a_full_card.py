@@ -68,7 +68,10 @@ def assert_as_peft_saves(model: Any) -> None:
     assert found.keys() == expected.keys()
     for name, weight in found.items():
         assert weight.dtype == expected[name].dtype
-        assert torch.equal(weight.cpu(), expected[name].cpu()), name
+        # VBLoRA's top k are softmaxes, which a GPU rounds otherwise.
+        exact = weight.device == expected[name].device
+        close = torch.equal if exact else torch.allclose
+        assert close(weight.cpu(), expected[name].cpu()), name
 
 
 @pytest.mark.parametrize("adapter", slow_but(ADAPTERS, "lora", "adalora", "vera"))

@@ -20,6 +20,16 @@ from ..memory.shape import SCALED_LOGITS
 from ..memory.workload import HEAD_CHUNK
 
 
+def is_its_weight(head: Any) -> bool:
+    """Say if a head, or the copy of it that is trained whole, is no more than a weight and a bias,
+    as one with a LoRA or with tokens of its own is not."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    plain = isinstance(head, nn.Linear | ModulesToSaveWrapper)
+    return plain and not isinstance(head, BaseTunerLayer)
+
+
 @dataclass(frozen=True)
 class Head:
     """A plain linear layer that makes logits of the decoder's last hidden states.

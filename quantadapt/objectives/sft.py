@@ -233,8 +233,10 @@ def _seq2seq_trainer(task: SFT, setup: Setup) -> Any:
 def _fuse_head(model: Any) -> None:
     """Compute the loss without ever holding all logits, where that can be.
 
-    A forward that somebody has patched stays in use.
+    A forward that somebody has patched stays in use. TRL's way takes the head's weight and bias and
+    calls nothing, so a head with an adapter is left to the model itself.
     """
+    from ..model.head import is_its_weight
     from ..training.figures import adapter_device
     from ..training.lent_to_trainers import add_head_loss
 
@@ -243,7 +245,8 @@ def _fuse_head(model: Any) -> None:
         return
     whose = "ours" if add_head_loss(base) else "trl"
     if whose == "trl":
-        if adapter_device(model).type == "cpu":  # TRL's way is no faster there than the model's own
+        # On a CPU TRL's way is no faster than the model's own.
+        if adapter_device(model).type == "cpu" or not is_its_weight(base.get_output_embeddings()):
             return
         from trl.trainer.utils import add_fused_lm_head
 

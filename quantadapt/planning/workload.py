@@ -99,7 +99,7 @@ def memory_plan(
         prefetches=train.memory != "min",
         graphs=rules.records(task, train),
         sequences=task.sequences,
-        whole_logits=task.logits == "whole",
+        whole_logits=task.logits == "whole" or _adapts_head(shape, options),
         teacher=teacher,
         beside=beside,
         tower=tower,
@@ -210,6 +210,12 @@ def _tables(shape: Shape, options: Mapping[str, Any]) -> tuple[Layer, ...]:
     names = [] if wanted is None or isinstance(wanted, str) else wanted
     both = (Layer(_EMBEDDING, shape.vocab, shape.hidden), Layer(_HEAD, shape.hidden, shape.vocab))
     return tuple(layer for layer in both if _ends_in(layer.name, names))
+
+
+def _adapts_head(shape: Shape, options: Mapping[str, Any]) -> bool:
+    """Say if the head is more than its weight, so that the model itself makes all logits."""
+    tokens = shape.tied and options.get("trainable_token_indices")
+    return bool(tokens) or any(layer.name == _HEAD for layer in _tables(shape, options))
 
 
 def _trained_whole(shape: Shape, options: Mapping[str, Any]) -> int:
