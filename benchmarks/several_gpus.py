@@ -9,9 +9,9 @@ quantized (and sharded) block by block as they are made. `one`, `ddp`, `fsdp`: L
 GPUs. `70b`: Llama-70B shape, sharded over two cards whose allocators are held to 24 GiB each,
 1 x 2048 tokens for each; `70b-4` over four, 4 x 2048 each. `context-*`: Llama-8B shape, one row of
 so many tokens on four GPUs (`-2`: on two), each of which has a part of it; `-70b`: Llama-70B shape,
-sharded, too. `context-1m-4-layers` are four of the 32 layers, as a step of all takes more than ten minutes;
-`context-one` is one GPU that has a row of the length of such a part by itself. Prints a Markdown
-table. With `--device cpu` everything runs in a toy size, to try it out.
+sharded, too. `context-1m-4-layers` are four of the 32 layers, as a step of all takes more than ten
+minutes; `context-one` is one GPU that has a row of the length of such a part by itself. Prints a
+Markdown table. With `--device cpu` everything runs in a toy size, to try it out.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ class Int8Target(LayerwiseTarget):
         quantized would not, on a CPU. The vendor's takes inputs of 2 or 3 axes, no more."""
         rows = x.flatten(0, -3) if x.ndim > 3 else x
         output = super().forward(module.eval() if module.training else module, rows)
-        return output.unflatten(0, x.shape[:-2]) if x.ndim > 3 else output
+        return output.reshape(*x.shape[:-1], output.shape[-1])
 
 
 def _row_scales(module: nn.Module) -> Tensor:
