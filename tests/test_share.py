@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import quantadapt as qa
+from quantadapt.errors import PlanRefused
 from quantadapt.planning.share import BEGINNING, DENSE_EXPERTS
 from quantadapt.planning.words import plan_remarks
 from quantadapt.quantizing.dense import MostlyDenseWarning, share_of
@@ -168,6 +169,12 @@ def test_quantizing_warns_where_most_stays_dense() -> None:
 
     with pytest.warns(MostlyDenseWarning, match=r"quantized are 5\.3% .*Conv2d 94\.7%"):
         qa.quantize(Attention(), "hqq", group_size=16, device="cpu", dtype="float32")
+
+
+def test_layers_that_all_do_not_fit_are_told_as_such() -> None:
+    options = {"group_size": 128, "skip_misfits": True}
+    with pytest.raises(PlanRefused, match="all linear layers of the model are left dense"):
+        qa.quantize(mixtral(), "torchao-int4", device="cpu", dtype="float32", **options)
 
 
 def test_a_model_of_linear_layers_is_not_warned_of() -> None:
