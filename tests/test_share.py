@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DbrxConfig, GptOssConfig, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    DbrxConfig,
+    GptOssConfig,
+    MixtralConfig,
+)
 
 import quantadapt as qa
-from quantadapt.planning.share import BEGINNING
+from quantadapt.errors import PlanRefused
+from quantadapt.planning.share import BEGINNING, DENSE_EXPERTS
+from quantadapt.planning.words import plan_remarks
 from quantadapt.quantizing.dense import MostlyDenseWarning, share_of
 from quantadapt.quantizing.state import state_of
 
@@ -93,6 +102,64 @@ def test_experts_that_are_no_stacks_stay_dense_and_the_plan_says_so(tmp_path: Pa
     assert (found.quantized, found.dense["experts"]) == (plan.share.quantized, 2 * EXPERTS)
 
 
+def as_transformers_writes_it(path: Path) -> Path:
+    """Return a checkpoint in nf4 by transformers alone, which quantizes layers and no experts."""
+    mixtral().save_pretrained(path / "dense")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    options = {"quantization_config": config, "dtype": torch.float32, "device_map": "cpu"}
+    packed = AutoModelForCausalLM.from_pretrained(path / "dense", **options)
+    packed.save_pretrained(path / "packed")
+    return path / "packed"
+
+
+def test_a_plan_warns_of_a_checkpoint_with_dense_experts_and_counts_their_memory(
+    tmp_path: Path,
+) -> None:
+    folder = as_transformers_writes_it(tmp_path)
+    spec = qa.Spec(model=str(folder), backend="bnb-nf4", data={"path": str(qa.demo.TRAIN_FILE)})
+    plan = qa.plan(spec)
+    model = qa.quantize(str(folder), "bnb-nf4", dtype="float32")
+    found = share_of(model, ("lm_head",))
+    assert plan.share is not None
+    assert plan.share == found
+    assert plan.share.quantized == 2 * ATTENTION
+    assert plan.share.dense == {"experts": 2 * EXPERTS, "routers": 2 * ROUTER}
+    assert [note for note in plan.notes if note.startswith(BEGINNING)] == [plan.share.words]
+    remarks = plan_remarks(plan)
+    assert f"warning: {plan.share.words}" in remarks
+    assert f"note: {DENSE_EXPERTS}" in remarks
+    assert plan.memory is not None
+    bits = plan.memory.work.bits
+    assert {bits["experts.gate_up_proj"], bits["experts.down_proj"]} == {16}  # on a GPU
+    assert bits["q_proj"] < 5
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        ("bnb-nf4", {}),
+        ("bnb-int8", {}),
+        ("hqq", {"group_size": 16}),
+        ("torchao-int4", {"group_size": 32}),
+        ("mxfp4", {}),
+        ("finegrained-fp8", {"weight_block_size": (32, 32)}),
+        ("compressed-tensors", {"group_size": 32}),
+        ("gptq", {"group_size": 32}),
+    ],
+)
+def test_a_plan_tells_what_is_quantized_of_packed_checkpoints(
+    backend: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    shown = {"calibration": [{"input_ids": torch.arange(64)[None]}]} if backend == "gptq" else {}
+    model = qa.quantize(mixtral(), backend, device="cpu", dtype="float32", **options, **shown)
+    qa.save(model, tmp_path / "saved")
+    plan = qa.plan(qa.Spec(model=str(tmp_path / "saved"), backend=backend, adapter="lora"))
+    assert plan.adopt
+    assert plan.share == share_of(qa.load(tmp_path / "saved"), ("lm_head",))
+    assert plan.share is not None
+    assert plan.share.quantized == 2 * (ATTENTION + EXPERTS)
+
+
 def test_quantizing_warns_where_most_stays_dense() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
@@ -102,6 +169,12 @@ def test_quantizing_warns_where_most_stays_dense() -> None:
 
     with pytest.warns(MostlyDenseWarning, match=r"quantized are 5\.3% .*Conv2d 94\.7%"):
         qa.quantize(Attention(), "hqq", group_size=16, device="cpu", dtype="float32")
+
+
+def test_layers_that_all_do_not_fit_are_told_as_such() -> None:
+    options = {"group_size": 128, "skip_misfits": True}
+    with pytest.raises(PlanRefused, match="all linear layers of the model are left dense"):
+        qa.quantize(mixtral(), "torchao-int4", device="cpu", dtype="float32", **options)
 
 
 def test_a_model_of_linear_layers_is_not_warned_of() -> None:

@@ -124,6 +124,13 @@ class Shape:
         return named | self.experts.stacks(self.hidden)
 
     @property
+    def numbers(self) -> int:
+        """How many weights the linear layers of all decoder layers have, stacks of experts too."""
+        plain = self.plain_layers
+        kinds = [(self.layers - plain, self)] + ([(plain, self.of_plain_layers)] if plain else [])
+        return sum(n * i * o for n, shape in kinds for i, o in shape.linears.values())
+
+    @property
     def _attention(self) -> dict[str, tuple[int, int]]:
         if self.latent:
             return self.latent.linears(self.hidden)

@@ -277,7 +277,7 @@ class _Run:
         self.folder.write_json("plan.json", self.plan.to_dict())
         self.folder.write_environment(self.plan.backend.requires)
         for note in self.plan.notes:
-            self.listener("note", {"text": note})
+            self.listener("warning" if note.startswith(BEGINNING) else "note", {"text": note})
 
     def read_data(self) -> Data:
         self.tokenizer = load_tokenizer(self.plan.model)

@@ -11,6 +11,7 @@ from ..capabilities import Merge
 from ..errors import Problem
 from ..inputs.model_config import text_config, towers_in
 from ..memory.cards import GIB
+from ..memory.shape import Shape
 from ..memory.towers import tower_weights
 from ..records import Evaluation
 from . import processes, streaming
@@ -36,7 +37,7 @@ from .refusals import (
     refusals_beside,
     task_problems,
 )
-from .share import Share, share_on_disk, tower_sizes, towers_words
+from .share import DENSE_EXPERTS, Share, packed_share, share_on_disk, tower_sizes, towers_words
 from .targets import named_problems
 from .workload import memory_plan
 
@@ -73,6 +74,8 @@ def combined(draft: Draft, made: Plan) -> Plan:
     made = replace(made, share=_share(draft, made, layers))
     if made.share is not None and made.share.is_low:
         draft.notes.append(made.share.words)
+        if made.adopt and made.share.has_dense_experts:
+            draft.notes.append(DENSE_EXPERTS)
     made = replace(made, exports=_allowed_exports(made))
     made = _streamed(draft, _shared(draft, made))
     made = replace(made, exports=_fitting_exports(made))
@@ -181,12 +184,15 @@ def _capability(draft: Draft, device: str) -> tuple[int, int] | None:
 
 
 def _share(draft: Draft, made: Plan, layers: Layers | None) -> Share | None:
-    """Return how much of a local checkpoint will be quantized; `layers` are those that it has."""
-    dense = made.backend.name == "none" or made.adopt
-    if dense or draft.problems or not made.model:
+    """Return how much of a local checkpoint will be, or is quantized; `layers` are those that it
+    has."""
+    if made.backend.name == "none" or draft.problems or not made.model:
         return None
-    vocabulary = text_config(made.config or {}).get("vocab_size")
     skip, folder = tuple(made.spec.skip_modules or ()), Path(made.model).expanduser()
+    if made.adopt:
+        shape = Shape.of(made.config or {})
+        return packed_share(folder, shape.numbers) if shape else None
+    vocabulary = text_config(made.config or {}).get("vocab_size")
     experts, towers = made.quantizer.quantizes_experts, made.spec.towers
     share = share_on_disk(folder, vocabulary, skip, experts=experts, towers=towers)
     if share is None or layers is None or not made.spec.skip_misfits:
@@ -246,6 +252,7 @@ def _memory(draft: Draft, made: Plan, unshared: Sequence[Problem]) -> MemoryPlan
         adopt=made.adopt,
         unshared=unshared,
         beside=_weights_beside(made),
+        dense_experts=made.adopt and made.share is not None and made.share.has_dense_experts,
         streamable=not streaming.unstreamed(made.adapter_options),
     )
     if memory is None:

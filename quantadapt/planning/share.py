@@ -9,15 +9,25 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..inputs.weights import file_in, read_header
 
 ENOUGH = 0.8
 """Below this share of the weights a user is warned."""
 BEGINNING = "quantized are"
+DENSE_EXPERTS = (
+    "the checkpoint holds its experts dense, as what wrote it quantizes layers alone: they are"
+    " quantized, too, if you begin with the unquantized model"
+)
 _EXPERTS = re.compile(r"\.experts\.")
 _NO_STACK = re.compile(r"\.experts\.mlp\.(w1|v1|w2)$")
 """Weights of DBRX's experts, which stay dense: all of them are one matrix, and no stack."""
+_IN_BLOCK = re.compile(r"\.(layers|h|blocks)\.\d+\.")
+_IS_WEIGHT = re.compile(r"(\.weight|\.bias|_proj|_proj_bias)$")
+"""What a dense layer or stack has; one that is packed has more, such as scales."""
+_WHAT_OF = re.compile(r"(\.weight(\..*)?|\.[^.]*|_(blocks|scales|bias))$")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _ROUTER = re.compile(r"\.(gate|router)\.(weight|wg\.weight)$")
 _TABLE = re.compile(r"(^|\.)(embed_tokens|wte|wpe|embed_in|word_embeddings|lm_head)\.weight$")
 _TOWERS = {
@@ -57,6 +67,11 @@ class Share:
         """Whether a user is to be warned."""
         return self.fraction < ENOUGH
 
+    @property
+    def has_dense_experts(self) -> bool:
+        """Whether stacks of experts are not quantized, which are most of what is dense."""
+        return 2 * self.dense.get("experts", 0) > sum(self.dense.values())
+
     def without(self, left: Mapping[str, tuple[int, int]]) -> Share:
         """Return it with layers and stacks dense that were to be quantized, by name with sizes."""
         dense = Counter(self.dense)
@@ -79,6 +94,11 @@ class Share:
         rest = f"; dense stay {some}" if some else ""
         counted = "of the weights, embeddings and head not counted"
         return f"{self.fraction:.1%} {counted}{rest}"
+
+
+def remark(note: str) -> str:
+    """Return a plan's note as it is shown: that few weights are quantized is a warning."""
+    return f"{'warning' if note.startswith(BEGINNING) else 'note'}: {note}"
 
 
 def tower_of(name: str) -> str:
@@ -131,6 +151,35 @@ def share_on_disk(
             else:
                 quantized += math.prod(shape)
     return Share(quantized, dense) if quantized or dense else None
+
+
+def packed_share(folder: Path, numbers: int) -> Share | None:
+    """Return what is quantized of a checkpoint that holds packed weights, by what its files hold as
+    plain floats; None where they are not here.
+
+    Args:
+        folder: where the weights lie; their headers have been checked.
+        numbers: how many weights the linear layers and stacks of all blocks have.
+    """
+    tensors: dict[str, dict[str, Any]] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= read_header(file_in(folder, file.name))
+    if not tensors:
+        return None
+    packed = {_owner(name) for name in tensors if not _IS_WEIGHT.search(name)}
+    dense: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        if len(tensor["shape"]) < 2 or not _IN_BLOCK.search(name) or is_expert_bias(name):
+            continue
+        plain = tensor["dtype"] in _FLOATS and _owner(name) not in packed
+        if plain and tower_of(name) == "language":
+            dense[part_of(name) or "Linear"] += math.prod(tensor["shape"])
+    return Share(max(0, numbers - sum(dense.values()) + dense["routers"]), dense)
+
+
+def _owner(name: str) -> str:
+    """Return whose a tensor is, as `experts.0.w1` of `experts.0.w1.weight.absmax`."""
+    return _WHAT_OF.sub("", name)
 
 
 def is_expert_bias(name: str) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..spec import TrainSpec
 from .planned import Plan
+from .share import remark
 
 if TYPE_CHECKING:
     from ..data.report import DataReport
@@ -44,7 +45,7 @@ def plan_rows(plan: Plan, data: DataReport | None) -> list[tuple[str, str]]:
 def plan_remarks(plan: Plan) -> list[str]:
     """Return what else is to be known: exports that are refused, with the way out, and notes."""
     refused = [f"no {export.name}: {p}" for export in plan.exports for p in export.refusals]
-    return [*refused, *(f"note: {note}" for note in plan.notes)]
+    return [*refused, *map(remark, plan.notes)]
 
 
 def _options(name: str, options: Mapping[str, Any]) -> str:

@@ -44,6 +44,7 @@ def memory_plan(
     adopt: bool = False,
     unshared: Sequence[Problem] = (),
     beside: int = 0,
+    dense_experts: bool = False,
     streamable: bool = False,
 ) -> MemoryPlan | None:
     """Return what training on a GPU needs; None where the architecture is not known or the
@@ -57,6 +58,7 @@ def memory_plan(
         adopt: whether the model is quantized already, as its config says.
         unshared: why several GPUs cannot share the base; empty if they can.
         beside: how many weights the model has beside its language model.
+        dense_experts: whether a model that is quantized already has its experts dense.
         streamable: whether the base can be kept in CPU memory.
     """
     shape, its_teacher = Shape.of(config), task.teacher_config(config)
@@ -64,7 +66,8 @@ def memory_plan(
     if shape is None or (its_teacher is not None and teacher is None):
         return None
     left = _left_dense(spec, quantizer, shape, config if adopt else {})
-    dense = left if quantizer.quantizes_experts else (*left, *STACKS)
+    packs = quantizer.quantizes_experts and not dense_experts
+    dense = left if packs else (*left, *STACKS)
     bits = _bits(quantizer, shape, dense, dtype)
     if bits is None:
         return None
