@@ -717,8 +717,11 @@ def test_a_budget_that_ends_in_the_middle_ends_the_run_with_a_checkpoint(tmp_pat
         "the budget of 0.000138889 hours is spent"
     }
     assert "No run was trained whole" not in result.verdict.words
+    assert json.loads((out / "compare.json").read_text())["state"] == "interrupted"
+    assert 'class="state interrupted">interrupted<' in (out / "compare.html").read_text()
     result = go(comparison(STEPS, grid, budget=1, reference=False), out)
     assert {row.state for row in result.table.rows if row.cell} == {"finished"}
+    assert json.loads((out / "compare.json").read_text())["state"] == "finished"
 
 
 # What the table says ------------------------------------------------------------------------------
