@@ -8,12 +8,13 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -41,6 +42,8 @@ from quantadapt.errors import (
 from quantadapt.folders.lock import take
 from quantadapt.inputs.plain_yaml import parse, to_yaml
 from quantadapt.machine import Machine
+from quantadapt.reporting.scatter import Axis, Point, drawing
+from quantadapt.reporting.words import short
 from quantadapt.showing.comparing import CompareDisplay
 from quantadapt.showing.screen import Screen
 
@@ -717,8 +720,11 @@ def test_a_budget_that_ends_in_the_middle_ends_the_run_with_a_checkpoint(tmp_pat
         "the budget of 0.000138889 hours is spent"
     }
     assert "No run was trained whole" not in result.verdict.words
+    assert json.loads((out / "compare.json").read_text())["state"] == "interrupted"
+    assert 'class="state interrupted">interrupted<' in (out / "compare.html").read_text()
     result = go(comparison(STEPS, grid, budget=1, reference=False), out)
     assert {row.state for row in result.table.rows if row.cell} == {"finished"}
+    assert json.loads((out / "compare.json").read_text())["state"] == "finished"
 
 
 # What the table says ------------------------------------------------------------------------------
@@ -733,6 +739,19 @@ def row(
     numbers = {"size_mib": Stat((size,))}
     more.setdefault("cell", Cell(label, "", {}))
     return Row(label, state="finished", after={quality.name: Stat(after)}, numbers=numbers, **more)
+
+
+def test_ticks_that_are_near_each_other_read_apart() -> None:
+    def labels(words: Callable[[float], str], *values: float) -> list[str]:
+        points = [Point(float(x), y, "") for x, y in enumerate(values, 1)]
+        drawn = drawing("t", points, Axis("size", short), Axis("quality", words))
+        found = re.findall(r'text-anchor="end" class="axis">([^<]+)<', drawn)
+        return [label for label in found if not label.startswith("size")]
+
+    assert labels(short, 1.326, 1.335) == ["1.326", "1.328", "1.33", "1.332", "1.334"]
+    near = labels(lambda value: f"{100 * value:.3g} %", 0.99991, 0.99995)
+    assert near[:2] == ["99.991 %", "99.992 %"]
+    assert labels(short, 1.0, 2.0)[0] == "1.00"
 
 
 def test_the_front_is_what_nothing_beats() -> None:

@@ -286,6 +286,10 @@ class TestModelFolder:
         (tmp_path / "notes.txt").write_text("hello")
         assert "no readable config.json" in self.refused(tmp_path)
 
+    def test_a_run_that_has_not_ended(self, tmp_path) -> None:
+        (tmp_path / "quantadapt-run.json").write_text('{"state": "interrupted"}')
+        assert "is a run that has written no model yet" in self.refused(tmp_path)
+
     def test_a_file(self, tmp_path) -> None:
         file = tmp_path / "model.safetensors"
         file.write_text("x")

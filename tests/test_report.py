@@ -488,6 +488,10 @@ def test_elements_escape_everything_but_html() -> None:
         == '<p class="a&quot;b">&lt;b&gt;<b>&amp;</b></p>'
     )
     assert isinstance(el("p"), Html)
+    hebrew = "\u200fש\u200e"  # marks turn nothing that follows
+    assert el("p", "a\x1b\u202egnp.exe\u2069", title="\u202d", lang=hebrew) == (
+        f'<p title="\\u202d" lang="{hebrew}">a␛\\u202egnp.exe\\u2069</p>'
+    )
 
 
 def test_ticks_are_round_and_inside() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import quantadapt as qa
+from quantadapt import demo
 from quantadapt.cli.listening import listening, token_for
 from quantadapt.cli.serve import _names, _paths, for_load, writers_for
 from quantadapt.errors import SpecError
@@ -189,6 +190,8 @@ def test_many_at_once_get_their_own_answers(client, model, tokenizer) -> None:
         ({"extra_body": {"bogus": 1}}, 400, "bogus: it is not known here"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "user", "content": 5}]}, 400, "content"),
+        ({"extra_body": {"top_k": 0}}, 400, "top_k: 0 is not possible; use a value greater than"),
+        ({"seed": -1}, 400, "seed: -1 is not possible; use a value greater than"),
         ({"messages": [{"role": "user", "content": "a b c " * 200}]}, 400, "tokens; the model"),
     ],
 )
@@ -198,6 +201,30 @@ def test_wrong_requests_are_told(client, options, status, words) -> None:
         client.chat.completions.create(**wanted)
     assert caught.value.status_code == status
     assert client.chat.completions.create(model="tuned", messages=CHAT, max_tokens=1)
+
+
+def test_requests_name_no_files_of_the_machine(tmp_path, monkeypatch) -> None:
+    """Neither to have a picture read, nor to find out what there is."""
+    from starlette.testclient import TestClient
+
+    from quantadapt.cli import serve
+
+    there = tmp_path / "there.png"
+    there.write_bytes(b"x")
+    found = []
+
+    def run(served, _):
+        client = TestClient(create_app(served), base_url="http://127.0.0.1")
+        for name in (str(there), str(tmp_path / "nowhere.png"), f"file://{there}"):
+            turn = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": name}}]}
+            asked = {"model": next(iter(served.worker.names)), "messages": [turn]}
+            answer = client.post("/v1/chat/completions", json=asked)
+            found.append((answer.status_code, answer.json()["error"]["message"]))
+
+    monkeypatch.setattr(serve, "_run", run)
+    serve.serve(str(demo.MODEL_DIR), port=0, answers={})
+    words = "messages: a picture is named by a path; send it as a data: URL"
+    assert found == [(400, words)] * 3
 
 
 def test_pages_of_other_hosts_do_not_use_it(address) -> None:

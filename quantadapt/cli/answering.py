@@ -122,8 +122,13 @@ def asking(
     base: bool = False,
     stream: str = "auto",
     force_base: bool = False,
+    files: bool = False,
 ) -> Iterator[Asked]:
     """Open a model to be asked; its adapter is left out while it is, if `base` says so.
+
+    Args:
+        files: prompts may name pictures by their paths: for what the user of this process asks, and
+            never for what comes over a network.
 
     Raises:
         SpecError: there is no such layout. ModelError: there is nothing to load.
@@ -150,7 +155,7 @@ def asking(
     if base and not isinstance(model, PeftModel):
         told += f"; --base has no effect: {path} has no adapter that could be left out"
     with without_adapter(model) if base else nullcontext():
-        yield Asked(model, PromptWriter(tokenizer, chosen, root=ANYWHERE), told)
+        yield Asked(model, PromptWriter(tokenizer, chosen, root=ANYWHERE if files else None), told)
 
 
 @contextmanager

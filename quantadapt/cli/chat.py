@@ -65,7 +65,8 @@ def chat(
         from .answering import asking
 
         sampling = Sampling(**answers)
-        with asking(shown, path, device, layout, stream=stream, force_base=force_base) as asked:
+        how: dict[str, Any] = {"stream": stream, "force_base": force_base, "files": True}
+        with asking(shown, path, device, layout, **how) as asked:
             talk = Talk(shown, asked, sampling, system, adapter=not base)
             has_adapter = hasattr(asked.model, "disable_adapter")
             text = f"{asked.told}{'' if has_adapter else '; there is no adapter'}. /help for help"

@@ -90,6 +90,7 @@ def generate(
         sampling = Sampling(**answers)
         found = _prompts(prompt or [], file, image or [])
         how: dict[str, Any] = {"base": base, "stream": stream, "force_base": force_base}
+        how["files"] = True
         opened = asking(shown, path, device, layout, **how)
         with opened as asked:
             shown.err.print(asked.told, style="dim", markup=False, soft_wrap=True)

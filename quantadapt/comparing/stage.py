@@ -136,7 +136,7 @@ def run_comparison(
         state = "interrupted"
         try:
             work.go(start, _plan)
-            state = "finished"
+            state = "interrupted" if work.todo else "finished"  # a budget may be spent before
         finally:
             folder.journal.state = state  # type: ignore[assignment]
             work.write()

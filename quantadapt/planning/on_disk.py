@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, Problem
+from ..folders.run_folder import MARKER
 from ..inputs.documents import as_problem, read_object, shown
 from ..inputs.model_config import config_problems, too_large
 from ..inputs.weights import check_weights, file_in
@@ -78,6 +79,10 @@ def _check_config(folder: Path) -> list[Problem]:
     try:
         config = read_object(file_in(folder, "config.json"), fix=fix)
     except ModelError as error:
+        if (folder / MARKER).is_file():
+            what = f"{folder} is a run that has written no model yet"
+            fix = "let it end; if it was interrupted, give its command again with --resume"
+            return [Problem(what, fix, where="model")]
         what = f"{folder} is no model: it has no readable config.json: {error.problems[0].what}"
         return [Problem(what, fix, where="model")]
     if "model_type" not in config:

@@ -6,6 +6,12 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+_TURNING = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_VISIBLE: dict[int, int | str] = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
+    **{code: f"\\u{code:04x}" for code in _TURNING},
+}
+
 
 class Html(str):
     """Text that is HTML already. `el` escapes every other string."""
@@ -28,9 +34,9 @@ def el(tag: str, *children: Child, **attributes: str) -> Html:
 
 
 def escape(text: str) -> Html:
-    """Escape text for HTML; control characters become visible."""
-    visible = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-    return Html(html.escape(str(text).replace("\r\n", "\n").translate(visible)))
+    """Escape text for HTML; control characters become visible, and so do those that turn the
+    direction of all that follows, which what stands behind the text would obey, too."""
+    return Html(html.escape(str(text).replace("\r\n", "\n").translate(_VISIBLE)))
 
 
 def document(title: str, *body: Child, style: str = "") -> str:

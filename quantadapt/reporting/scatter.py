@@ -188,14 +188,23 @@ def _frame(x: Axis, y: Axis, across: _Scale, up: _Scale, plot: _Box) -> Html:
         svg_text(y.title, 0, plot.top - 12, kind="axis"),
         svg_text(x.title, plot.right, plot.bottom + 40, "end", kind="axis"),
     ]
-    for tick in up.ticks:
+    for tick, label in zip(up.ticks, _at_ticks(y, up.ticks), strict=True):
         parts.append(line(plot.left, up(tick), plot.right, up(tick), "grid"))
-        parts.append(svg_text(y.words(tick), plot.left - 8, up(tick) + 4, "end", kind="axis"))
-    for tick in across.ticks:
+        parts.append(svg_text(label, plot.left - 8, up(tick) + 4, "end", kind="axis"))
+    for tick, label in zip(across.ticks, _at_ticks(x, across.ticks), strict=True):
         parts.append(line(across(tick), plot.bottom, across(tick), plot.bottom + 5, "tick"))
         below = plot.bottom + 19
-        parts.append(svg_text(x.words(tick), across(tick), below, "middle", kind="axis"))
+        parts.append(svg_text(label, across(tick), below, "middle", kind="axis"))
     return Html("".join(parts))
+
+
+def _at_ticks(axis: Axis, ticks: Sequence[float]) -> list[str]:
+    """Return what stands at ticks: values in words, or with all digits where two read alike."""
+    found = [axis.words(tick) for tick in ticks]
+    if len(set(found)) == len(found):
+        return found
+    times, unit = (100, " %") if found[0].endswith("%") else (1, "")
+    return [f"{times * tick:,.10g}{unit}" for tick in ticks]
 
 
 def _joined(points: Sequence[Point], places: Sequence[tuple[float, float]]) -> list[Html]:

@@ -74,7 +74,9 @@ def create_app(served: Served) -> FastAPI:
     @app.exception_handler(QuantadaptError)
     async def refused(_: Request, error: QuantadaptError) -> Response:
         problem = error.problems[0]
-        return _refused(WrongRequest(problem.what, param=problem.where or None))
+        what = f"{problem.where}: {problem.what}" if problem.where else problem.what
+        what = f"{what}; {problem.fix}" if problem.fix else what
+        return _refused(WrongRequest(what, param=problem.where or None))
 
     @app.exception_handler(HTTPException)
     async def missing(_: Request, error: HTTPException) -> Response:
