@@ -413,7 +413,7 @@ def test_a_judge_that_prefers_the_first_or_talks_rubbish_is_told(files, tmp_path
         assert "0 of 4; else it preferred the first answer 4 times, the last 0 times" in out
         assert "50.0 %" in out
         fake.reply = lambda body: said("as a language model \x1b[31m")
-        assert judged(files, tmp_path / "rubbish", fake.url) == 0
+        assert judged(files, tmp_path / "rubbish", fake.url) == 1
     shown_ = capsys.readouterr()
     assert "none of the 8 verdicts could be read" in shown_.out
     assert "8 of 8 verdicts could not be read; the 4 pairs" in shown_.err

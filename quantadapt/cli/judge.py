@@ -137,7 +137,7 @@ def judge(
     """Let a model judge which of two models answers better.
 
     Both answer the same questions. The judge sees each pair twice, in both orders; a pair counts as
-    won where it says so both times. Its words are kept.
+    won where it says so both times. Its words are kept. It exits with 1 if no pair could be judged.
     """
     with session(as_json=json) as shown, trusting(trust_remote_code):
         from ..generation.sampling import Sampling
@@ -181,6 +181,8 @@ def judge(
             shown.print_json(found)
         else:
             _show(shown, pairs[0], summary, folder)
+    if summary.win_rate is None:
+        raise SystemExit(1)
 
 
 def _check(
