@@ -560,3 +560,17 @@ def test_a_plugin_that_fails_after_a_stage_does_not_cost_the_run(small, tmp_path
     assert (done.folder / "adapter" / "adapter_config.json").exists()
     notes = [data["text"] for event, data in events if event == "note"]
     assert any("'broken-hook' failed" in note and "no train for me" in note for note in notes)
+
+
+def test_what_the_plan_noted_training_does_not_tell_again(small, tmp_path) -> None:
+    told = []
+    spec = qa.Spec(
+        model=small,
+        data={"path": str(demo.TRAIN_FILE), "eval_path": str(demo.EVAL_FILE)},
+        train={"max_steps": 1, "stream": "all"},
+        evaluate={"max_examples": 2, "samples": 0},
+        output=str(tmp_path / "run"),
+        device="cpu",
+    )
+    run(spec, listener=lambda event, data: told.append(data["text"] if event == "note" else ""))
+    assert sum("train.stream has no effect here" in text for text in told) == 1

@@ -322,6 +322,10 @@ class _Run:
             self.folder.append_metric(entry)
             self.listener("validation" if "eval_loss" in entry else "log", entry)
 
+        def on_note(text: str) -> None:
+            if text not in self.plan.notes:  # it has been told
+                self.listener("note", {"text": text})
+
         return train_(
             model,
             self.tokenizer,
@@ -332,7 +336,7 @@ class _Run:
             seed=self.spec.seed,
             held_out=self.measuring.held_out,
             on_log=on_log,
-            on_note=lambda text: self.listener("note", {"text": text}),
+            on_note=on_note,
             stop=self.stop,
         )
 
