@@ -29,6 +29,7 @@ from quantadapt.errors import ModelError
 from quantadapt.hookspecs import hookimpl
 from quantadapt.machine import this_machine
 from quantadapt.protocols import (
+    ByteCodes,
     LayerwiseQuantizer,
     LayerwiseTarget,
     UniformGrid,
@@ -146,6 +147,21 @@ class EETQTarget(LayerwiseTarget):
         return UniformGrid(
             scale=scale, group_size=columns, dtype=torch.float32, lowest=-128, highest=127
         )
+
+    def byte_codes(self, module: nn.Module) -> ByteCodes:
+        import torch
+
+        vendor: Any = module
+        (columns, rows), scale = self.shape(module), vendor.weight_scales.data[:, None]
+        grid = UniformGrid(
+            scale=scale, group_size=columns, dtype=torch.float32, lowest=-128, highest=127
+        )
+        held = vendor.weight.data.view(torch.uint8).view(rows, columns)
+        return ByteCodes(held=held, grid=grid, zero=128, run=TILE)
+
+    def inputs_of_codes(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Return `x` in the order of `pack`: of 16 neighbours, both halves alternate."""
+        return x.unflatten(-1, (-1, 2, 8)).transpose(-1, -2).flatten(-3)  # type: ignore[no-untyped-call, no-any-return]
 
     def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
         import torch

@@ -241,7 +241,7 @@ def test_rows_of_other_global_scales_are_joined() -> None:
 def test_a_plan_tells_how_they_compute(backend: str, bits: float, base: str) -> None:
     spec = Spec(model=base, backend={"name": backend}, data={"path": str(qa.demo.TRAIN_FILE)})
     made = plan(spec, check_output=False)
-    assert any("dequantized for each product" in note for note in made.notes)
+    assert any("dequantized to be multiplied" in note for note in made.notes)
     found = made.quantizer.bits_per_weight(64, 64, device="cuda", dtype="bfloat16")
     assert found == bits
 

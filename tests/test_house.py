@@ -54,7 +54,8 @@ ORDER = [
         "protocols",
     ),
     *("layerwise", "loading", "calibration", "model", "hookspecs", "distributed", "folders"),
-    *("spec", "capabilities", "memory", "dense_words", "triton_dense", "compiling", "machine"),
+    *("spec", "capabilities", "memory", "dense_words", "triton_dense"),
+    *("triton_rounding", "compiling", "machine"),
     *("remote_code", "inputs", "paths", "probe", "demo", "errors", "moved"),
 ]
 """A file imports only from rooms further on in this list, and from its own."""

@@ -37,7 +37,10 @@ LAYERS: list[tuple[str, dict[str, Any]]] = [
     ("compressed-tensors", {"scheme": "W4A16"}),
     ("compressed-tensors", {"scheme": "W8A16"}),
     ("compressed-tensors", {"scheme": "W4A16_ASYM", "group_size": 64}),
+    *(("compressed-tensors", {"scheme": scheme}) for scheme in ("NVFP4A16", "MXFP4A16")),
+    *((name, {}) for name in ("nvfp4", "mxfp4")),
 ]
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
 
 def made(
@@ -66,12 +69,16 @@ def weight_of(codes: WordCodes) -> torch.Tensor:
     words = codes.held.t() if codes.along_outputs else codes.held
     held = unpacked(words, codes.bits, codes.interleaved)
     held = held if codes.along_outputs else held.t()
-    zero = codes.scale.new_tensor(codes.zero, dtype=torch.int64).expand(codes.scale.t().shape)
+    scale, zero = codes.scale.t().float(), torch.tensor(codes.zero, device=held.device)
+    zero = zero.expand(scale.shape)
     if codes.zeros is not None:
         zero = zero + unpacked(codes.zeros.t(), codes.bits, codes.interleaved)
     each = {"repeats": codes.group_size, "dim": 1}
-    zero, scale = zero.repeat_interleave(**each), codes.scale.t().repeat_interleave(**each)
-    return (held - zero).double() * scale.double()
+    zero, scale = zero.repeat_interleave(**each), scale.double().repeat_interleave(**each)
+    if codes.divisor is not None:
+        scale /= codes.divisor.double().view(-1, 1)
+    numbers = torch.tensor(E2M1, device=held.device)[held] if codes.floats else held - zero
+    return numbers.double() * scale
 
 
 @pytest.mark.parametrize(("backend", "options"), LAYERS)
@@ -89,7 +96,7 @@ def test_codes_in_words_are_the_weight(backend, options):
     ("backend", "options"),
     [
         ("compressed-tensors", {"scheme": "W8A8"}),
-        ("compressed-tensors", {"scheme": "MXFP4A16"}),
+        ("compressed-tensors", {"scheme": "MXFP8A16"}),
         ("hqq", {"bits": 3}),
         ("bnb-nf4", {}),
     ],
@@ -97,6 +104,17 @@ def test_codes_in_words_are_the_weight(backend, options):
 def test_others_have_none(backend, options):
     quantizer, vendor = made(backend, (256, 96), **options)
     assert quantizer.target.word_codes(vendor) is None
+
+
+def test_experts_with_scales_of_their_own_divide_by_row():
+    """A stack in NVFP4 has a global scale for each row, where those of experts differ."""
+    quantizer, first = made("nvfp4", (64, 32), bias=False)
+    second = quantizer.quantize_linear(nn.Linear(64, 32, bias=False).requires_grad_(False))
+    second.weight_global_scale = second.weight_global_scale / 2
+    stack = quantizer.join_rows([first, second])
+    codes = quantizer.target.word_codes(stack)
+    assert codes.divisor.shape == (64,)
+    assert relative(weight_of(codes), quantizer.target.dequantize(stack).double()) < 1e-6
 
 
 def test_scattered_groups_have_none():

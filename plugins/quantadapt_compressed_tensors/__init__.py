@@ -18,7 +18,13 @@ from pydantic import Field, model_validator
 from quantadapt.capabilities import Merge
 from quantadapt.errors import ModelError, warn
 from quantadapt.hookspecs import hookimpl
-from quantadapt.protocols import Grid, LayerwiseQuantizer, LayerwiseTarget, WordCodes
+from quantadapt.protocols import (
+    ByteCodes,
+    Grid,
+    LayerwiseQuantizer,
+    LayerwiseTarget,
+    WordCodes,
+)
 from quantadapt.records import Backend, Export, Serving
 from quantadapt_compressed_tensors.export import CompressedExport
 from quantadapt_compressed_tensors.schemes import (
@@ -258,9 +264,19 @@ class CompressedTarget(LayerwiseTarget):
         return forward(module, x)
 
     def word_codes(self, module: nn.Module) -> WordCodes | None:
-        from quantadapt_compressed_tensors.layers import word_codes
+        from quantadapt_compressed_tensors.held import word_codes
 
         return word_codes(module)
+
+    def byte_codes(self, module: nn.Module) -> ByteCodes | None:
+        from quantadapt_compressed_tensors.held import byte_codes
+
+        return byte_codes(module)
+
+    def inputs_of_codes(self, module: nn.Module, x: Tensor) -> Tensor:
+        from quantadapt_compressed_tensors.layers import rounded_inputs
+
+        return rounded_inputs(module, x)
 
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
         """Round to nearest. A block keeps the grid that it has where that is closer."""

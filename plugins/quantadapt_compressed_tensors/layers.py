@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantadapt.compiling import one_kernel
-from quantadapt.protocols import WordCodes, rows_of_units
+from quantadapt.protocols import rows_of_units
 from quantadapt_compressed_tensors.packing import Layout, weight_of
 from quantadapt_compressed_tensors.schemes import Args, Scheme
 
@@ -82,13 +82,13 @@ def codes_name(scheme: Scheme) -> str:
 def dequantize(module: nn.Module) -> Tensor:
     """Return the weight of a layer in float32."""
     scheme, tensors = scheme_of(module), tensors_of(module)
-    return _weight(scheme, tensors, *_sizes(module))
+    return _weight(scheme, tensors, *sizes_of(module))
 
 
 def dequantize_rows(module: nn.Module, first: int, last: int) -> Tensor:
     """Return the rows from `first` to before `last` of what `dequantize` returns."""
     scheme, tensors = scheme_of(module), tensors_of(module)
-    rows, columns = _sizes(module)
+    rows, columns = sizes_of(module)
     height, words = scheme.weights.block(rows, columns)[0], 32 // gcd(32, scheme.weights.num_bits)
 
     def read(start: int, end: int) -> Tensor:
@@ -110,32 +110,8 @@ def dequantize_rows(module: nn.Module, first: int, last: int) -> Tensor:
     return rows_of_units(first, last, unit, read)
 
 
-def word_codes(module: nn.Module) -> WordCodes | None:
-    """Return what a layer holds; None where it is no integers in words, a scale for neighbours of a
-    row."""
-    scheme, tensors, (rows, columns) = scheme_of(module), tensors_of(module), _sizes(module)
-    args = scheme.weights
-    bits, (height, width) = args.num_bits, args.block(rows, columns)
-    held, scale = tensors.get("weight_packed"), tensors.get("weight_scale")
-    integers = scheme.format == "pack-quantized" and scheme.inputs is None and bits in (2, 3, 4, 8)
-    if not integers or held is None or scale is None or "weight_g_idx" in tensors:
-        return None
-    by_row = height == 1 and columns % width == 0 and scale.shape == (rows, columns // width)
-    zeros = tensors.get("weight_zero_point")
-    whole = zeros is None or (zeros.dtype == torch.int32 and len(zeros) * 32 == rows * bits)
-    if not by_row or held.shape[1] * 32 != columns * bits or not whole:
-        return None  # padded, for one
-    return WordCodes(
-        held=held.t(),
-        bits=bits,
-        scale=scale.t(),
-        group_size=width,
-        zeros=None if zeros is None else zeros.t(),
-        zero=2 ** (bits - 1) if zeros is None else 0,  # half the range, which is added to both
-    )
-
-
-def _sizes(module: Any) -> tuple[int, int]:
+def sizes_of(module: Any) -> tuple[int, int]:
+    """Return how many rows and columns the weight of a layer has."""
     return module.out_features, module.in_features
 
 
@@ -172,22 +148,47 @@ def rounded_inputs(module: nn.Module, x: Tensor) -> Tensor:
 def _rounded(args: Args, module: Any, tokens: Tensor) -> Tensor:
     """Do what the library does, bit by bit, for 8 bits without zero points: its own code waits for
     the GPU in each layer."""
+    floats = args.type == "float"
+    width = args.group_size if args.is_grouped else tokens.shape[-1]
+    if args.dynamic and args.strategy != "tensor":
+        return one_kernel(_by_own, tokens, static=(width, floats), written=_by_one_kernel)
+    scale = module.input_scale if not args.dynamic else _scale(tokens.abs().amax().view(-1), floats)
     if args.is_grouped:
-        tokens = tokens.unflatten(-1, (-1, args.group_size))  # type: ignore[no-untyped-call]
-    highest = 127.5 if args.type == "int" else HIGHEST
-    if not args.dynamic:
-        scale = module.input_scale
-    else:
-        largest = tokens.abs()
-        largest = largest.amax() if args.strategy == "tensor" else largest.amax(-1, keepdim=True)
-        scale = largest.view(-1) if args.strategy == "tensor" else largest
-        scale = scale / highest
-        scale = scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps)
-    scaled = tokens / scale
-    if args.type == "int":
-        codes = scaled.clamp(-128, 127).round()
-    else:
+        tokens = tokens.unflatten(-1, (-1, width))  # type: ignore[no-untyped-call]
+    return _by_scale(tokens, scale, floats)
+
+
+def _by_own(tokens: Tensor, width: int, floats: bool) -> Tensor:
+    """Round each `width` neighbours by a scale of their own."""
+    groups = tokens.unflatten(-1, (-1, width))  # type: ignore[no-untyped-call]
+    scale = _scale(groups.abs().amax(-1, keepdim=True), floats)
+    return _by_scale(groups, scale, floats).view(tokens.shape)
+
+
+def _by_one_kernel(tokens: Tensor, width: int, floats: bool, _: torch.dtype | None) -> Tensor:
+    from quantadapt.triton_rounding import WIDEST, rounded
+
+    if width > WIDEST:
+        return _by_own(tokens, width, floats)
+    eps = torch.finfo(tokens.dtype).eps
+    return rounded(tokens, width, _highest(floats), eps, floats=floats)
+
+
+def _highest(floats: bool) -> float:
+    return HIGHEST if floats else 127.5
+
+
+def _scale(largest: Tensor, floats: bool) -> Tensor:
+    scale = largest / _highest(floats)
+    return scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps)
+
+
+def _by_scale(numbers: Tensor, scale: Tensor, floats: bool) -> Tensor:
+    scaled = numbers / scale
+    if floats:
         codes = scaled.clamp(-HIGHEST, HIGHEST).to(torch.float8_e4m3fn)
+    else:
+        codes = scaled.clamp(-128, 127).round()
     rounded: Tensor = codes.to(scale.dtype) * scale
     return rounded
 

@@ -18,7 +18,7 @@ from pydantic import Field, PositiveInt, ValidationError
 from quantadapt.capabilities import Merge
 from quantadapt.errors import ModelError
 from quantadapt.hookspecs import hookimpl
-from quantadapt.protocols import Grid, LayerwiseQuantizer, LayerwiseTarget
+from quantadapt.protocols import ByteCodes, Grid, LayerwiseQuantizer, LayerwiseTarget
 from quantadapt.records import Backend, Serving
 
 if TYPE_CHECKING:
@@ -181,6 +181,16 @@ class FP8Target(LayerwiseTarget):
         from quantadapt_finegrained_fp8.layers import forward
 
         return forward(module, x)
+
+    def byte_codes(self, module: nn.Module) -> ByteCodes:
+        from quantadapt_finegrained_fp8.layers import byte_codes
+
+        return byte_codes(module)
+
+    def inputs_of_codes(self, module: nn.Module, x: Tensor) -> Tensor:
+        from quantadapt_finegrained_fp8.layers import rounded_inputs
+
+        return rounded_inputs(module, x)
 
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
         """Round to nearest. A block keeps the scale that it has where that is closer."""

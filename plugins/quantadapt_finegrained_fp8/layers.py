@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quantadapt.compiling import one_kernel
 from quantadapt.errors import ModelError
-from quantadapt.protocols import CodebookGrid, float8_levels, rows_of_units
+from quantadapt.protocols import ByteCodes, CodebookGrid, float8_levels, rows_of_units
 
 HIGHEST = torch.finfo(torch.float8_e4m3fn).max
 Block = tuple[int, int]
@@ -114,6 +114,14 @@ def _spread(scales: Tensor, shape: Any, block: Block) -> Tensor:
     return scales
 
 
+def byte_codes(module: Any) -> ByteCodes:
+    """Return the codes, and the scales as they are held: of blocks."""
+    scale, (height, width) = _as_blocks(module.weight_scale_inv.data), block_of(module)
+    levels = float8_levels(torch.float8_e4m3fn, scale.device)
+    grid = CodebookGrid(scale=scale, group_size=width, dtype=torch.float32, levels=levels)
+    return ByteCodes(held=module.weight.data, grid=grid, height=height)
+
+
 # Inputs ------------------------------------------------------------------------------------------
 
 
@@ -134,13 +142,25 @@ def rounded_inputs(module: Any, x: Tensor) -> Tensor:
     if (scale := module.activation_scale) is not None:
         static: Tensor = _codes(x.float() / scale.float()).float() * scale.float()
         return static.to(x.dtype)
-    columns, width = x.shape[-1], block_of(module)[1]
+    powers = module.weight_scale_inv.dtype == torch.float8_e8m0fnu
+    return one_kernel(_by_group, x, static=(block_of(module)[1], powers), written=_by_one_kernel)
+
+
+def _by_group(x: Tensor, width: int, powers: bool) -> Tensor:
+    columns = x.shape[-1]
     groups = nn.functional.pad(x.float(), (0, -columns % width))
     groups = groups.view(*x.shape[:-1], -1, width)
-    powers = module.weight_scale_inv.dtype == torch.float8_e8m0fnu
     scale = _scale_of(groups.abs().amax(-1, keepdim=True), powers)
     rounded: Tensor = (_codes(groups / scale).float() * scale).flatten(-2)
     return rounded[..., :columns].to(x.dtype)
+
+
+def _by_one_kernel(x: Tensor, width: int, powers: bool, _: torch.dtype | None) -> Tensor:
+    from quantadapt.triton_rounding import WIDEST, rounded
+
+    if width > WIDEST:
+        return _by_group(x, width, powers)
+    return rounded(x, width, HIGHEST, 1.0, floats=True, powers=powers, whole=True)
 
 
 def _codes(scaled: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 The arithmetic is in `arithmetic`, on plain tensors: torchao's prototypes of both formats take no
 float16, leave e4m3's smallest scales out and know no experts that are one tall layer. Weights are
-dequantized for each product, on any device.
+dequantized for each product, on any device; on CUDA, up to four tokens are multiplied with codes.
 
 Checkpoints are those of compressed-tensors (`nvfp4-pack-quantized`, `mxfp4-pack-quantized`, of
 weights alone), which transformers and vLLM load. Those of gpt-oss, which is released with experts
@@ -57,7 +57,7 @@ class _FP4(LayerwiseQuantizer):
         return 4 + 8 / self.block
 
     def notes(self, device: str) -> tuple[str, ...]:
-        return ("FP4 weights are dequantized for each product: no FP4 units of a card are used",)
+        return ("FP4 weights are dequantized to be multiplied: no FP4 units of a card are used",)
 
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
         from .layers import FP4Linear

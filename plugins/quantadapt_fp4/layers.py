@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quantadapt.compiling import one_kernel
 from quantadapt.errors import ModelError
+from quantadapt.protocols import WordCodes
 
 from .arithmetic import (
     E8M0_NAN,
@@ -93,6 +94,20 @@ def levels(device: torch.device) -> Tensor:
     """Return what the sixteen codes stand for, float32 [16]."""
     with torch.inference_mode(False):
         return values_of(torch.arange(16, dtype=torch.uint8, device=device))
+
+
+def word_codes(layer: Any) -> WordCodes:
+    """Return what a layer holds: eight codes of a row make a word."""
+    packed, scale, *common = layer.packed
+    powers = not common
+    return WordCodes(
+        held=packed.view(torch.int32).t(),
+        bits=4,
+        scale=(scale.view(torch.float8_e8m0fnu) if powers else scale).t(),
+        group_size=layer.block,
+        floats=True,
+        divisor=None if powers else common[0],
+    )
 
 
 def join_rows(layers: list[Any]) -> FP4Linear:

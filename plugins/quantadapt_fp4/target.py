@@ -9,7 +9,7 @@ from quantadapt.protocols import LayerwiseTarget, twin
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from quantadapt.protocols import CodebookGrid
+    from quantadapt.protocols import CodebookGrid, WordCodes
 
 
 class FP4Target(LayerwiseTarget):
@@ -45,6 +45,11 @@ class FP4Target(LayerwiseTarget):
         return CodebookGrid(
             scale=steps, group_size=layer.block, dtype=steps.dtype, levels=levels(steps.device)
         )
+
+    def word_codes(self, module: nn.Module) -> WordCodes | None:
+        from .layers import word_codes
+
+        return word_codes(module)
 
     def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
         import torch

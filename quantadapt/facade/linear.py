@@ -126,13 +126,14 @@ class QuantLinear(QuantWeight, nn.Linear):
         """Return the output for `x` by a kernel of ours; None where there is none."""
         if (codes := self._codes_for(x)) is None:
             return None
+        given = self.target.inputs_of_codes(self._vendor, x)
         if isinstance(codes, WordCodes):
             from .triton_words import product as of_words
 
-            return of_words(x, codes, self.bias)
+            return of_words(given, codes, self.bias)
         from .triton_one_token import product as of_bytes
 
-        return of_bytes(x, codes, self.bias)
+        return of_bytes(given, codes, self.bias)
 
     def _codes_for(self, x: Tensor) -> ByteCodes | WordCodes | None:
         """Return the codes with which a kernel of ours multiplies `x`; None where it is more than

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..compiling import on_its_device
 from ..protocols import ByteCodes
+from .triton_scales import in_float32, readable
 
 COLUMNS, ROWS, WARPS = 2048, 4, 4
 """Bytes of a tile; a program goes through a row of tiles."""
@@ -29,17 +30,22 @@ def _product(  # type: ignore[no-untyped-def]
     columns,
     groups,
     group_size,
+    height,
     PARTS: tl.constexpr,  # noqa: N803
     BITS: tl.constexpr,  # noqa: N803
     HIGH_FIRST: tl.constexpr,  # noqa: N803
     ZERO: tl.constexpr,  # noqa: N803
     SHIFTED: tl.constexpr,  # noqa: N803
+    ALL: tl.constexpr,  # noqa: N803
+    RUN: tl.constexpr,  # noqa: N803
+    KIND: tl.constexpr,  # noqa: N803
     BIAS: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
     GROUPS: tl.constexpr,  # noqa: N803
     SIZE: tl.constexpr,  # noqa: N803
 ):
-    """`rows` are those of `held`. A tile is ROWS x GROUPS x SIZE; SIZE divides `group_size`."""
+    """`rows` are those of `held`. A tile is ROWS x GROUPS x SIZE; SIZE divides `group_size`. `ALL`
+    is the zero point of all; `RUN` is 0 where rows do not alternate."""
     part = tl.program_id(0)
     byte_row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row = part * rows + byte_row
@@ -52,19 +58,26 @@ def _product(  # type: ignore[no-untyped-def]
         at = start + inside_tile
         given = tl.load(x + at, mask=at < columns, other=0.0).to(tl.float32)
         mask = there[:, None, None] & (at < columns)[None, :, :]
-        where = byte_row[:, None, None].to(tl.int64) * columns + at[None, :, :]
+        first_byte, beside = byte_row.to(tl.int64) * columns, at
+        if RUN:
+            odd = byte_row % 2
+            first_byte += odd * (RUN - columns)
+            beside = at + at // RUN * RUN
+        where = first_byte[:, None, None] + beside[None, :, :]
         code = tl.load(held + where, mask=mask, other=0.0)
         if PARTS > 1:
             code = (code.to(tl.int32) >> shift) & ((1 << BITS) - 1)
         summed = tl.sum(code.to(tl.float32) * given[None, :, :], axis=2)
         first = start + first_of_group
         of_group = there[:, None] & (first < columns)[None, :]
-        group = row[:, None] * groups + (first // group_size)[None, :]
-        factor = tl.load(scale + group, mask=of_group, other=0.0).to(tl.float32)
+        group = (row // height)[:, None] * groups + (first // group_size)[None, :]
+        factor = in_float32(tl.load(scale + group, mask=of_group, other=0), KIND)
         if ZERO:
             away = tl.load(zero + group, mask=of_group, other=0.0).to(tl.float32)
             away *= tl.sum(given, axis=1)[None, :]
             summed = summed * factor - away if SHIFTED else (summed - away) * factor
+        elif ALL:
+            summed = (summed - ALL * tl.sum(given, axis=1)[None, :]) * factor
         else:
             summed *= factor
         total += summed
@@ -101,7 +114,7 @@ def product(x: Tensor, codes: ByteCodes, bias: Tensor | None) -> Tensor:
     held, grid = codes.held, codes.grid
     rows, columns = held.shape
     parts, size = 8 // codes.bits, _summed(codes)
-    scale = grid.scale.contiguous()
+    scale, kind = readable(grid.scale.contiguous())
     zero = None if grid.zero is None else grid.zero.contiguous()
     y = torch.empty(*x.shape[:-1], rows * parts, dtype=x.dtype, device=x.device)
     _product[(parts, triton.cdiv(rows, ROWS))](
@@ -115,11 +128,15 @@ def product(x: Tensor, codes: ByteCodes, bias: Tensor | None) -> Tensor:
         columns,
         scale.shape[1],
         grid.group_size,
+        codes.height,
         PARTS=parts,
         BITS=codes.bits,
         HIGH_FIRST=codes.high_first,
         ZERO=zero is not None,
         SHIFTED=codes.shifted,
+        ALL=codes.zero,
+        RUN=codes.run or 0,
+        KIND=kind,
         BIAS=bias is not None,
         ROWS=ROWS,
         GROUPS=COLUMNS // size,

@@ -19,6 +19,8 @@ from torch import Tensor
 from ..compiling import on_its_device
 from ..protocols import WordCodes
 from . import triton_words_along_outputs as along_outputs
+from .triton_codes import joined, of_float, of_lane, words
+from .triton_scales import in_float32, readable
 
 TILES = {
     False: {"rows": 4, "units": 4, "threads": 8, "pieces": 32},
@@ -53,53 +55,11 @@ def _sum(x, AXIS: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _words(at, mask):  # type: ignore[no-untyped-def]
-    return tl.load(at, mask=mask, other=0).to(tl.uint32, bitcast=True)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _joined(word, after, shift):  # type: ignore[no-untyped-def]
-    """Return what begins at a bit of a word and goes on in the next one."""
-    return (word >> shift) | ((after << 1) << (31 - shift))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _lane(x, LANE: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
     """Return one of the last axis, which a thread has in registers: no instruction is left of it,
     as nothing is added, which integers may show."""
     bits = tl.where(_axis(LANES, 4) == LANE, x.to(tl.int32, bitcast=True), 0)
     return _sum(bits, 4).to(tl.float32, bitcast=True)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _of_lane(  # type: ignore[no-untyped-def]
-    first,
-    second,
-    third,
-    x,
-    away,
-    power,
-    BIT: tl.constexpr,  # noqa: N803
-    BITS: tl.constexpr,  # noqa: N803
-):
-    """Return code - away times x, for the code that begins at a bit of a word (of 3 bits: of
-    three).
-
-    Some places up, where they lie, codes become the last bits of a float, 2 ** 23 and more, which
-    is exact, and fewer instructions than to shift them down and convert them.
-    """
-    UP: tl.constexpr = 0 if BITS == 3 else BIT if BIT < 16 else BIT - 12  # noqa: N806
-    if BITS != 3:
-        code = first >> (BIT - UP)
-    elif BIT < 32:
-        code = _joined(first, second, BIT % 32)
-    elif BIT < 64:
-        code = _joined(second, third, BIT % 32)
-    else:
-        code = _joined(third, third, BIT % 32)
-    code = (code & (((1 << BITS) - 1) << UP)) | power
-    weight = code.to(tl.float32, bitcast=True) - (8388608.0 + away * (1 << UP))
-    return weight * (x * (1.0 / (1 << UP)))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -112,8 +72,10 @@ def _of_units(  # type: ignore[no-untyped-def]
     mask,
     inside,
     BITS: tl.constexpr,  # noqa: N803
+    FLOATS: tl.constexpr,  # noqa: N803
 ):
-    """Return codes less `away` times inputs, summed over the lanes of each unit.
+    """Return codes less `away` times inputs, summed over the lanes of each unit; 2 ** -62 times
+    that, of floats.
 
     Args:
         at: first words of units; of 3 bits two more follow, `down` apart.
@@ -122,16 +84,21 @@ def _of_units(  # type: ignore[no-untyped-def]
     LANES: tl.constexpr = 32 if BITS == 3 else 32 // BITS  # noqa: N806
     READ: tl.constexpr = 128 // given.dtype.element_ty.primitive_bitwidth  # noqa: N806
     EACH: tl.constexpr = READ if READ < LANES else LANES  # noqa: N806 (16 bytes, in one read)
-    first = _words(at, mask)
+    first = words(at, mask)
     second, third = first, first
     if BITS == 3:
-        second, third = _words(at + down, mask), _words(at + 2 * down, mask)
+        second, third = words(at + down, mask), words(at + 2 * down, mask)
     summed = tl.zeros_like(first).to(tl.float32)
     for start in tl.static_range(0, LANES, EACH):
         x = tl.load(given + start + _axis(EACH, 4), mask=inside, other=0.0).to(tl.float32)
         for lane in tl.static_range(EACH):
             own = _lane(x, lane, EACH)
-            summed += _of_lane(first, second, third, own, away, power, (start + lane) * BITS, BITS)
+            if FLOATS:
+                summed += of_float(first, own, (start + lane) * BITS)
+            else:
+                summed += of_lane(
+                    first, second, third, own, away, power, (start + lane) * BITS, BITS
+                )
     return summed
 
 
@@ -149,12 +116,12 @@ def _zeros(  # type: ignore[no-untyped-def]
     """Return the codes of rows that are packed from `at` on; `lead` is the first of a thread's."""
     shift = row * BITS % 32
     if 32 % (ROWS * BITS) == 0:  # they lie in one word
-        code = _words(at + lead * BITS // 32 * right, inside) >> shift
+        code = words(at + lead * BITS // 32 * right, inside) >> shift
     else:
         here = at + row * BITS // 32 * right
-        code = _words(here, mask) >> shift
+        code = words(here, mask) >> shift
         if BITS == 3:
-            code = _joined(_words(here, mask), _words(here + right, mask & (shift > 29)), shift)
+            code = joined(words(here, mask), words(here + right, mask & (shift > 29)), shift)
     return (code & ((1 << BITS) - 1)).to(tl.int32)
 
 
@@ -165,6 +132,7 @@ def _product(  # type: ignore[no-untyped-def]
     held,
     scale,
     zeros,
+    divisor,
     bias,
     rows,
     pieces,
@@ -176,11 +144,15 @@ def _product(  # type: ignore[no-untyped-def]
     scale_right,
     zeros_down,
     zeros_right,
+    divisor_right,
     ROWWISE: tl.constexpr,  # noqa: N803
     BITS: tl.constexpr,  # noqa: N803
     UNITS: tl.constexpr,  # noqa: N803
     IN_GROUP: tl.constexpr,  # noqa: N803
     ZEROS: tl.constexpr,  # noqa: N803
+    FLOATS: tl.constexpr,  # noqa: N803
+    KIND: tl.constexpr,  # noqa: N803
+    DIVISOR: tl.constexpr,  # noqa: N803
     BIAS: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
     THREADS: tl.constexpr,  # noqa: N803
@@ -209,10 +181,15 @@ def _product(  # type: ignore[no-untyped-def]
         if ZEROS:
             known, at_zeros = inside & (lead < rows), zeros + group * zeros_down
             away += _zeros(at_zeros, zeros_right, lead, row, known, mask, BITS, ROWS)
-        factor = tl.load(scale + group * scale_down + row * scale_right, mask=mask, other=0.0)
-        summed = _of_units(at, held_down, given, away, power, mask, inside, BITS)
-        total += _sum(summed, UNIT) * factor.to(tl.float32)
+        factor = tl.load(scale + group * scale_down + row * scale_right, mask=mask, other=0)
+        summed = _of_units(at, held_down, given, away, power, mask, inside, BITS, FLOATS)
+        summed = _sum(summed, UNIT)
+        if FLOATS:
+            summed *= 4611686018427387904.0
+        total += summed * in_float32(factor, KIND)
     made = _sum(total, PIECE)
+    if DIVISOR:
+        made /= tl.load(divisor + row * divisor_right, mask=there, other=1.0)
     if BIAS:
         made += tl.load(bias + row, mask=there, other=0.0).to(tl.float32)
     tl.store(y + row, made.to(y.dtype.element_ty), mask=there)
@@ -269,12 +246,13 @@ def _threads(rowwise: bool, rows: int, pieces: int) -> tuple[int, int]:
 
 @on_its_device
 def _product_along_inputs(x: Tensor, codes: WordCodes, bias: Tensor | None) -> Tensor:
-    held, scale, rows = codes.held, codes.scale, codes.scale.shape[1]
+    held, rows, (scale, kind) = codes.held, codes.scale.shape[1], readable(codes.scale)
     rowwise, units = held.stride(0) == 1, _units(codes)
     own, inputs = TILES[rowwise]["rows"], units * _lanes(codes)
     threads, pieces = _threads(rowwise, rows, x.shape[-1] // inputs)
     y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
     zeros = held if codes.zeros is None else codes.zeros
+    divisor = codes.divisor
     grid = (triton.cdiv(rows, own * threads), x.numel() // x.shape[-1])
     _product[grid](
         y,
@@ -282,6 +260,7 @@ def _product_along_inputs(x: Tensor, codes: WordCodes, bias: Tensor | None) -> T
         held,
         scale,
         zeros,
+        y if divisor is None else divisor,
         y if bias is None else bias,
         rows,
         x.shape[-1] // inputs,
@@ -290,11 +269,15 @@ def _product_along_inputs(x: Tensor, codes: WordCodes, bias: Tensor | None) -> T
         *held.stride(),
         *scale.stride(),
         *zeros.stride(),
+        0 if divisor is None or divisor.numel() == 1 else 1,
         ROWWISE=rowwise,
         BITS=codes.bits,
         UNITS=units,
         IN_GROUP=codes.group_size // inputs,
         ZEROS=codes.zeros is not None,
+        FLOATS=codes.floats,
+        KIND=kind,
+        DIVISOR=divisor is not None,
         BIAS=bias is not None,
         ROWS=own,
         THREADS=threads,

@@ -83,6 +83,12 @@ class AdapterTarget(Protocol):
         tokens."""
         return None
 
+    def inputs_of_codes(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Return what the codes of `byte_codes` or `word_codes` are multiplied with for `x`
+        [..., in_features]: `x` itself (the default); rounded, where the vendor's forward rounds and
+        training has to (`straight_through`); or in the order that the codes are in."""
+        return x
+
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
         """Return a new vendor module holding `weight` [out_features, in_features], quantized as
         `module` was. Called only where the backend declares `Merge.REQUANTIZE`."""

@@ -20,7 +20,7 @@ class WordCodes:
             [in_features * bits / 32, out_features]. Or those of neighbouring outputs do:
             [in_features, out_features * bits / 32].
         bits: of a code: 2, 3, 4 or 8, and 4 along outputs. Of 3 bits some lie across two words.
-        scale: [groups, out_features], in a floating dtype.
+        scale: [groups, out_features], in a floating dtype; float8_e4m3fn and float8_e8m0fnu, too.
         group_size: neighbouring inputs that share a scale.
         zeros: of neighbouring outputs, packed likewise, [groups, out_features * bits / 32]; or
             None.
@@ -28,6 +28,9 @@ class WordCodes:
         along_outputs: whether words hold codes of neighbouring outputs.
         interleaved: whether a word (of zeros, too) holds codes 0, 2, 4, ... before 1, 3, 5, ...; as
             AWQ has them, along outputs.
+        floats: whether codes are floats of 4 bits (e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and from 8 on
+            negative), and no integers. They are those of neighbouring inputs, without zero points.
+        divisor: of floats, what scales are divided by: [1], or [out_features]; or None.
     """
 
     held: Tensor
@@ -38,3 +41,5 @@ class WordCodes:
     zero: int = 0
     along_outputs: bool = False
     interleaved: bool = False
+    floats: bool = False
+    divisor: Tensor | None = None

@@ -1,0 +1,106 @@
+"""What goes into a layer, rounded to 8 bits by scales of its own, in one kernel: a token is small,
+and a dozen operations on it take longer than the product that they are for."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .compiling import on_its_device
+
+WIDEST = 2**16
+"""Numbers that share a scale, at most: a program has them in registers."""
+TOGETHER = 2048
+"""Numbers of a program, where fewer share a scale."""
+E4M3_HIGHEST = 448.0
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rounded(  # type: ignore[no-untyped-def]
+    out,
+    x,
+    groups,
+    of_row,
+    columns,
+    width,
+    by,
+    instead,
+    FLOATS: tl.constexpr,  # noqa: N803
+    POWERS: tl.constexpr,  # noqa: N803
+    WHOLE: tl.constexpr,  # noqa: N803
+    GROUPS: tl.constexpr,  # noqa: N803
+    SIZE: tl.constexpr,  # noqa: N803
+):
+    """A tile is GROUPS x SIZE. `WHOLE`: results are rounded to float32 alone, and not to what x is
+    in."""
+    kind = x.dtype.element_ty
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)[:, None]
+    place = tl.arange(0, SIZE)[None, :]
+    column = group % of_row * width + place
+    mask = (group < groups) & (place < width) & (column < columns)
+    at = (group // of_row).to(tl.int64) * columns + column
+    number = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.max(tl.abs(number), axis=1, keep_dims=True)
+    scale += tl.sum(number * 0.0, axis=1, keep_dims=True)  # nan, which max drops
+    scale = tl.div_rn(scale, tl.zeros_like(scale) + by)
+    if not WHOLE:
+        scale = scale.to(kind).to(tl.float32)
+    scale = tl.where(scale == 0, instead, scale)
+    if POWERS:  # the next one, or the same
+        bits = scale.to(tl.int32, bitcast=True)
+        scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    code = tl.div_rn(number, tl.zeros_like(number) + scale)
+    if not WHOLE:
+        code = code.to(kind).to(tl.float32)
+    # What is added makes the last bit of the sum that of a code: halves go to the even one.
+    if FLOATS:
+        code = tl.where(code > 448.0, 448.0, tl.where(code < -448.0, -448.0, code))
+        power = tl.maximum(code.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)
+        more = (power + (20 << 23)).to(tl.float32, bitcast=True) * 1.5
+        code = (code + more) - more
+    else:
+        code = tl.where(code > 127.0, 127.0, tl.where(code < -128.0, -128.0, code))
+        code = (code + 12582912.0) - 12582912.0
+    tl.store(out + at, (code * scale).to(kind), mask=mask)
+
+
+@on_its_device
+def rounded(
+    x: Tensor,
+    width: int,
+    by: float,
+    instead: float,
+    *,
+    floats: bool,
+    powers: bool = False,
+    whole: bool = False,
+) -> Tensor:
+    """Return `x`, rounded to codes times scales, in its dtype and shape.
+
+    Args:
+        x: [..., columns], in a floating dtype.
+        width: neighbouring columns that share a scale, `WIDEST` at most; the last ones of a row may
+            be fewer.
+        by: a scale is their largest absolute number divided by that,
+        instead: and this where it would be 0.
+        floats: whether codes are numbers of float8_e4m3fn, or whole ones from -128 to 127.
+        powers: whether scales become the next larger powers of two.
+        whole: whether scales and quotients are float32, and not rounded to the dtype of `x`.
+    """
+    x = x.contiguous()
+    out, columns = torch.empty_like(x), x.shape[-1]
+    of_row, size = triton.cdiv(columns, width), triton.next_power_of_2(width)
+    groups, together = x.numel() // columns * of_row, max(1, TOGETHER // size)
+    if groups:
+        _rounded[(triton.cdiv(groups, together),)](
+            *(out, x, groups, of_row, columns, width, by, instead),
+            FLOATS=floats,
+            POWERS=powers,
+            WHOLE=whole,
+            GROUPS=together,
+            SIZE=size,
+            num_warps=min(16, max(4, size // 1024)),
+        )
+    return out
