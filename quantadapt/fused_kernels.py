@@ -68,7 +68,7 @@ def _put_back_what_differs(base: nn.Module, before: list[dict[str, Any]], on_not
             continue
         if _is_of_peft(module) or _has_experts(module):
             put_back(vars(module), was, names)
-        elif _computes_otherwise(module, device):
+        elif "forward" in names and _computes_otherwise(module, device):
             put_back(vars(module), was, names)
             others.add(type(module).__name__)
     if others:
