@@ -43,21 +43,33 @@ def fused_kernels(model: Any, on_note: OnNote) -> Iterator[bool]:
     patched: list[list[str]] = []
     try:
         try:
-            # The loss is computed without logits elsewhere, see `add_head_loss`.
-            with _copies_by_its_name(base):
-                lend(base, fused_linear_cross_entropy=False, cross_entropy=False)
-            reached = any(
-                changed(own, was) for own, was in zip(owners[1:], before[1:], strict=True)
-            )
+            why = _lend(lend, base)
+            pairs = list(zip(owners, before, strict=True))
+            if why:
+                for own, was in pairs:
+                    put_back(own, was, changed(own, was))
+            elif not any(changed(own, was) for own, was in pairs[1:]):
+                why = "patched no layer"
             _put_back_what_differs(base, before[1:], on_note)
         finally:
             patched = [changed(own, was) for own, was in zip(owners, before, strict=True)]
-        if not reached:
-            on_note(f"Liger's kernels are not used: {in_words('liger-kernel')} patched no layer")
+        if why:
+            on_note(f"Liger's kernels are not used: {in_words('liger-kernel')} {why}")
         yield any(patched)
     finally:
         for own, was, names in zip(owners, before, patched, strict=True):
             put_back(own, was, names)
+
+
+def _lend(lend: Callable[..., None], base: nn.Module) -> str:
+    """Have Liger patch `base`; return why it fails, where it does not fit transformers' version."""
+    try:
+        # The loss is computed without logits elsewhere, see `add_head_loss`.
+        with _copies_by_its_name(base):
+            lend(base, fused_linear_cross_entropy=False, cross_entropy=False)
+    except (ImportError, AttributeError) as error:
+        return f"fails: {error}"
+    return ""
 
 
 def _put_back_what_differs(base: nn.Module, before: list[dict[str, Any]], on_note: OnNote) -> None:

@@ -122,3 +122,24 @@ def test_another_activation_stays(activation) -> None:
     """Liger's MLP of Llama computes SiLU, whatever the config says."""
     (note,) = assert_same_with_liger(adapted(lora(), activation))
     assert note == "Liger's kernels are not used in LlamaMLP: the activation is another there"
+
+
+@pytest.mark.parametrize("error", [ImportError, AttributeError])
+def test_a_liger_that_does_not_fit_is_told_and_not_used(error, monkeypatch) -> None:
+    """As of Qwen3.5-MoE, whose patches ask for a class that there is not."""
+
+    def patches_in_part(model: Any, **_: Any) -> None:
+        model.model.norm.forward = model.lm_head.forward
+        raise error("there is no Such")
+
+    place = "liger_kernel.transformers.monkey_patch._apply_liger_kernel_to_instance"
+    monkeypatch.setattr(place, patches_in_part)
+    model, notes = adapted(lora()), []
+    expected = loss_and_gradients(model)
+    with fused_kernels(model, notes.append) as done:
+        assert done is False
+        found = loss_and_gradients(model)
+    assert all(map(torch.equal, found, expected))
+    (note,) = notes
+    assert note.startswith("Liger's kernels are not used: liger-kernel ")
+    assert note.endswith(" fails: there is no Such")
