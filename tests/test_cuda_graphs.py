@@ -97,6 +97,7 @@ def test_only_plain_lora_on_cuda_is_recorded(monkeypatch) -> None:
     assert not can_record(adapted(lora_bias=True))
     assert not can_record(adapted(lora_dropout=0.1))
     assert not can_record(adapted(settings={"attention_dropout": 0.1}))
+    assert not can_record(adapted(settings={"output_router_logits": True}))
     assert not can_record(adapted(modules_to_save=["lm_head"]))
     extra = qa.attach(qa.quantize(tiny_llama(), "bnb-nf4", dtype="bfloat16"), "ia3")
     assert not can_record(extra)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
 from quantadapt.model.head import Head, head_losses
-from quantadapt.objectives.sft import SFT, _fuse_head
+from quantadapt.objectives.sft import SFT, _fuse_head, _whose_head
 from quantadapt.testing.small_demo import small_model
 from quantadapt.training.lent_to_trainers import add_head_loss
 
@@ -176,3 +176,61 @@ def test_what_is_trained_of_a_head_counts(options, monkeypatch) -> None:
     found = torch.autograd.grad(loss, list(trained.values()))
     for made, wanted in zip(found, gradients, strict=True):
         assert float((made - wanted).norm()) <= 1e-5 * float(wanted.norm())
+
+
+_SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_ROUTERS = {**_EXPERTS, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "whose"),
+    [
+        # more layers in front of the head
+        ("bert", {"is_decoder": True}, None),
+        ("roberta", {"is_decoder": True}, None),
+        ("modernbert-decoder", {}, None),
+        # logits are scaled or capped, as TRL knows or does not
+        ("granite", {"logits_scaling": 3.0}, "trl"),
+        ("cohere", {"logit_scale": 0.3}, "trl"),
+        ("recurrent_gemma", {"logits_soft_cap": 0.5, "lru_width": 16}, None),
+        # more than the tokens' loss: as Mixtral's, or of experts with other names
+        ("mixtral", _ROUTERS, "trl"),
+        ("granitemoe", _ROUTERS, None),
+        ("phimoe", _ROUTERS, None),
+        ("bamba", {"z_loss_coefficient": 0.1, "mamba_n_heads": 4, "mamba_d_head": 8}, None),
+    ],
+)
+def test_on_a_gpu_the_loss_is_the_models(family, options, whose, monkeypatch) -> None:
+    """Not every model computes what TRL's loss does, of the decoder's hidden states alone."""
+    monkeypatch.setattr(
+        "quantadapt.training.figures.adapter_device", lambda _: torch.device("cuda")
+    )
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **_SIZES, **options)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.requires_grad_(False).parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    weight = next(p for n, p in model.named_parameters() if p.ndim == 2 and "layer" in n)
+    weight.requires_grad_(True)
+    model.get_base_model = lambda: model
+    ids = torch.randint(3, 64, (2, 16))
+    labels = ids.masked_fill(ids < 16, -100)
+    batch = {"input_ids": ids, "labels": labels}
+    expected = model(**batch, attention_mask=torch.ones_like(ids), use_cache=False).loss
+    (wanted,) = torch.autograd.grad(expected, weight)
+    _fuse_head(model)
+    assert _whose_head(model) == whose
+    loss = SFT().loss(model, {**batch, "attention_mask": torch.ones_like(ids)}, None)
+    (made,) = torch.autograd.grad(loss, weight)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    assert float((made - wanted).norm()) <= 1e-5 * float(wanted.norm())

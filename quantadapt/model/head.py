@@ -30,6 +30,13 @@ def is_its_weight(head: Any) -> bool:
     return plain and not isinstance(head, BaseTunerLayer)
 
 
+def is_alone(base: Any, head: Any) -> bool:
+    """Say if nothing else with weights makes logits of the decoder's last hidden states: BERT's and
+    its like put more layers in front of the head."""
+    rest = [child for child in base.children() if child is not base.base_model]
+    return [child for child in rest if any(True for _ in child.parameters())] == [head]
+
+
 @dataclass(frozen=True)
 class Head:
     """A plain linear layer that makes logits of the decoder's last hidden states.
@@ -50,9 +57,7 @@ class Head:
         plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
         if not plain or "forward" in vars(linear) or base.base_model is base:
             return None
-        # BERT's and its like put more layers in front of it.
-        rest = [child for child in base.children() if child is not base.base_model]
-        if [child for child in rest if any(True for _ in child.parameters())] != [linear]:
+        if not is_alone(base, linear):
             return None
         if any(getattr(config, name, None) is not None for name in SCALED_LOGITS):
             return None

@@ -122,12 +122,14 @@ class SFT(Task):
     def loss(self, model: Any, batch: dict[str, Any], count: Any) -> Tensor:
         """Return the mean over all tokens of a step, in nats, without ever holding all logits where
         that can be."""
+        from ..training.lent_to_trainers import balances_routers
+
         counted, _ = batch.pop("counted", None), batch.pop("tokens", None)
         batch["use_cache"] = False
         batch |= joined(batch.pop(PIXELS, ()))
         if model.config.is_encoder_decoder:
             return _share_of_mean(model, batch, count)
-        if not _balances_routers(model):
+        if not balances_routers(model):
             # Padding at the end is seen by no token that counts, and attention without a mask is
             # faster. Only routers look at all tokens.
             batch.pop("attention_mask", None)
@@ -233,24 +235,18 @@ def _seq2seq_trainer(task: SFT, setup: Setup) -> Any:
 def _fuse_head(model: Any) -> None:
     """Compute the loss without ever holding all logits, where that can be.
 
-    A forward that somebody has patched stays in use. TRL's way takes the head's weight and bias and
-    calls nothing, so a head with an adapter is left to the model itself.
+    A forward that somebody has patched stays in use.
     """
-    from ..model.head import is_its_weight
     from ..training.figures import adapter_device
-    from ..training.lent_to_trainers import add_head_loss
+    from ..training.lent_to_trainers import add_head_loss, add_trl_loss
 
     base = model.get_base_model()
     if "forward" in vars(base) or base.base_model is base:
         return
     whose = "ours" if add_head_loss(base) else "trl"
-    if whose == "trl":
-        # On a CPU TRL's way is no faster than the model's own.
-        if adapter_device(model).type == "cpu" or not is_its_weight(base.get_output_embeddings()):
-            return
-        from trl.trainer.utils import add_fused_lm_head
-
-        add_fused_lm_head(base)
+    # On a CPU TRL's way is no faster than the model's own.
+    if whose == "trl" and (adapter_device(model).type == "cpu" or not add_trl_loss(base)):
+        return
     setattr(vars(base)["forward"].__func__, _WHOSE, whose)
 
 
@@ -258,10 +254,6 @@ def _whose_head(base: Any) -> Literal["ours", "trl"] | None:
     """Say whose way of computing the loss without logits is in use, if any."""
     found: Literal["ours", "trl"] | None = getattr(vars(base).get("forward"), _WHOSE, None)
     return found
-
-
-def _balances_routers(model: Any) -> bool:
-    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
 
 
 def _share_of_mean(model: Any, batch: dict[str, Any], count: Any) -> Tensor:

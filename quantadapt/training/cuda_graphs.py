@@ -23,6 +23,7 @@ from ..model.recording import recording
 from ..model.towers import towers_of
 from ..sharding import is_sharded
 from ..streaming import streamer_of
+from .lent_to_trainers import balances_routers
 
 SEEN_BEFORE = 2
 """So many passes of a shape run as ever, which compiles kernels and finds layers to join."""
@@ -224,6 +225,7 @@ def can_record(model: Any) -> bool:
         and not is_sharded(model)
         and streamer_of(model) is None  # a recorded pass would read slots, whatever is in them
         and not towers_of(base)  # pictures come in all sizes
+        and not balances_routers(base)  # their loss wants more than hidden states
     )
 
 

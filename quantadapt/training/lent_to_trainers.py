@@ -9,12 +9,16 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from ..distributed.talking import average_gradients
-from ..model.head import Head, aligned, counting
+from ..memory.shape import SCALED_LOGITS
+from ..model.head import Head, aligned, counting, is_alone, is_its_weight
 from ..model.patches import patched, restored
 from ..showing.quietly import quietly
 
 if TYPE_CHECKING:
     from torch import nn
+
+_TRL_SCALES = {"logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"}
+"""Of what scales logits, what TRL's loss knows."""
 
 
 def add_head_loss(base: Any) -> bool:
@@ -28,7 +32,7 @@ def add_head_loss(base: Any) -> bool:
     head = Head.of(base)
     if head is None or head.linear.weight.requires_grad:
         return False
-    if getattr(base.config.get_text_config(), "output_router_logits", False):
+    if balances_routers(base) or _adds_to_loss(base):
         return False
     original = base.forward
 
@@ -54,6 +58,58 @@ def add_head_loss(base: Any) -> bool:
 
     base.forward = types.MethodType(forward, base)
     return True
+
+
+def add_trl_loss(base: Any) -> bool:
+    """Let `base(..., labels=..., fused_lm_head=True)` return TRL's loss; say if that is the one of
+    the model's own forward.
+
+    It calls nothing but the decoder: it takes the head's weight and bias, and of scales, caps and
+    losses on routers those that it knows.
+    """
+    from trl.trainer.utils import add_fused_lm_head
+
+    text, head = base.config.get_text_config(), base.get_output_embeddings()
+    unknown = (name for name in SCALED_LOGITS if name not in _TRL_SCALES)
+    scaled = any(getattr(text, name, None) is not None for name in unknown)
+    if scaled or _adds_to_loss(base) or not is_its_weight(head) or not is_alone(base, head):
+        return False
+    with restored([base], "forward"):
+        add_fused_lm_head(base)
+        lent = vars(base)["forward"]
+        if balances_routers(base) and not _balances_alike(base):
+            return False
+    base.forward = lent
+    return True
+
+
+def balances_routers(model: Any) -> bool:
+    """Say if the model's loss has a part that balances its routers."""
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+
+
+def _adds_to_loss(base: Any) -> bool:
+    """Say if the model's loss has a part made of all logits, as Bamba's may."""
+    return bool(getattr(base.config.get_text_config(), "z_loss_coefficient", 0))
+
+
+def _balances_alike(base: Any) -> bool:
+    """Say if TRL's loss on routers, which is Mixtral's, is the model's own. Found by trying."""
+    import torch
+
+    from ..evaluation.predictions import device_of, evaluating
+
+    if not hasattr(base.config.get_text_config(), "router_aux_loss_coef"):
+        return False
+    ids = torch.arange(8, device=device_of(base))[None]
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+    with evaluating(base), torch.no_grad():
+        own = getattr(base(**batch), "aux_loss", None)
+        try:
+            found = base(**batch, fused_lm_head=True).aux_loss
+        except Exception:  # of configs and routers that are not like Mixtral's
+            return False
+    return own is not None and bool((found - own).abs() <= 0.01 * own.abs())
 
 
 @contextmanager
