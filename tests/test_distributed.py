@@ -264,6 +264,42 @@ def train_alone(output: Path) -> tuple[int, int]:
 
 
 @pytest.mark.slow
+def uneven(folder: Path, rows: int, **options: Any) -> tuple[list[str], int]:
+    """Train an epoch on so many rows of 10 tokens; return what was noted of rows, and how many
+    tokens all processes saw."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from quantadapt import demo
+    from quantadapt.distributed import start
+
+    start("cpu")
+    base = qa.quantize(str(folder / "model"), "none", device="cpu", dtype="float32")
+    ids = [[3 + n] * 10 for n in range(rows)]
+    data = Dataset.from_dict({"input_ids": ids, "completion_mask": [[1] * 10] * rows})
+    tokenizer, notes = AutoTokenizer.from_pretrained(demo.MODEL_DIR), list[str]()
+    given = {"per_device_train_batch_size": 2, "on_note": notes.append, "tokenizer": tokenizer}
+    result = qa.train(qa.attach(base, "lora", r=2), data, **given, **options)
+    return [note for note in notes if note.startswith("data:")], result.tokens
+
+
+def unevens(folder: Path) -> list[tuple[list[str], int]]:
+    accumulated = {"gradient_accumulation_steps": 2}
+    return [
+        *(uneven(folder, rows, **accumulated) for rows in (8, 6, 5)),
+        *(uneven(folder, 6, max_steps=steps) for steps in (1, 2)),
+    ]
+
+
+def test_rows_that_do_not_divide_evenly_are_told(tmp_path) -> None:
+    """Two processes of two rows each see a multiple of four."""
+    shutil.copytree(small_model(), tmp_path / "model")
+    for found in in_processes(2, unevens, tmp_path, tmp_path):
+        assert [tokens for _, tokens in found] == [80, 80, 80, 40, 80]
+        told = [re.findall(r"(\d+) rows .* (\d+) of them", " ".join(notes)) for notes, _ in found]
+        assert told == [[], [("6", "2")], [("5", "3")], [], [("6", "2")]]
+
+
 def test_a_launcher_of_one_process_changes_nothing(tmp_path) -> None:
     shutil.copytree(small_model(), tmp_path / "model")
     shutil.copy(few_rows(), tmp_path)
@@ -458,12 +494,14 @@ def test_a_refused_run_starts_no_process(tmp_path) -> None:
 
 
 def test_the_environment_says_who_is_who(monkeypatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert world() == World()
     for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    assert world() == World(rank=3, local_rank=1, size=4)
+    assert world() == World(rank=3, local_rank=1, size=4, local_size=4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert world() == World(rank=3, local_rank=1, size=4, local_size=2)
 
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)

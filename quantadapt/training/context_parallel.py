@@ -119,6 +119,21 @@ def share_rows(trainer: Any, part: Part) -> None:
     accelerator.prepare_data_loader = prepared
 
 
+def repeated_rows(trainer: Any, spec: TrainSpec) -> int:
+    """Return how many rows of an epoch's beginning stand at its end again, so that all processes
+    have as many: 0 where the run ends before, or the trainer has an order of its own."""
+    from transformers import Trainer
+
+    if type(trainer).get_train_dataloader is not Trainer.get_train_dataloader:
+        return 0
+    rows, groups = len(trainer.train_dataset), world().size // spec.context_parallel_size
+    at_once = spec.per_device_train_batch_size * groups
+    steps_seen = spec.max_steps * spec.gradient_accumulation_steps * at_once
+    if groups < 2 or (spec.max_steps > 0 and steps_seen <= rows - rows % at_once):
+        return 0
+    return -rows % at_once
+
+
 @contextmanager
 def rows_in_parts(model: nn.Module, spec: TrainSpec) -> Iterator[None]:
     """Let the processes of a group exchange what attention needs of their parts of rows. Raises

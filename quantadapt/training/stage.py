@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapting.adalora import tuner_of
 from ..adapting.merge_aware import make_merge_aware, tell_it_stays
 from ..adapting.several import unsavable
+from ..data.positions import check_lengths
 from ..data.vocabulary import check_tokens
 from ..dependencies import tracker_problems
 from ..distributed.talking import average_gradients, reduced, share, start
@@ -33,7 +34,7 @@ from ..planning.refusals import (
 from ..records import Objective
 from ..registry.discovery import registry
 from .checkpoints import checkpoint_to_resume, refuse_other_data, refuse_unshared
-from .context_parallel import in_parts
+from .context_parallel import in_parts, repeated_rows
 from .expected_calls import expect_calls
 from .figures import (
     Streamed,
@@ -116,6 +117,7 @@ def train(
         tell_it_stays(model)
     for part in (dataset, held_out):
         check_tokens(part, _embedding_rows(model), tokenizer)
+        check_lengths(part, _config_of(model))
     note = (lambda _: None) if on_note is None else on_note
     checkpoint = checkpoint_to_resume(Path(output), spec, note)
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
@@ -132,6 +134,11 @@ def train(
         trainer.packed = filling(trainer.train_dataset) if spec.packing else None
         if trainer.packed:
             note(f"packing: {trainer.packed.words}")
+        if again := repeated_rows(trainer, spec):
+            note(
+                f"data: {len(trainer.train_dataset):,} rows do not divide evenly among"
+                f" {world().size} processes: at the end of an epoch {again} of them count again"
+            )
         trainer.prepared = prepared
         trainer.fused = loans.fused
         trainer.memory_fit = MemoryFit(trainer, loans.recomputer, spec, on_note)
