@@ -34,7 +34,7 @@ from ..planning.refusals import (
 from ..records import Objective
 from ..registry.discovery import registry
 from .checkpoints import checkpoint_to_resume, refuse_other_data, refuse_unshared
-from .context_parallel import in_parts, repeated_rows
+from .context_parallel import in_parts
 from .expected_calls import expect_calls
 from .figures import (
     Streamed,
@@ -54,6 +54,7 @@ from .packing import Filling, filling
 from .prepared import Prepared
 from .progress import OnLog, Watcher
 from .rescue import save_what_is_done
+from .shared_rows import repeated_rows
 from .stopping import Stop
 from .trackers import spare
 from .trainer import Setup, make_trainer
@@ -134,15 +135,15 @@ def train(
         trainer.packed = filling(trainer.train_dataset) if spec.packing else None
         if trainer.packed:
             note(f"packing: {trainer.packed.words}")
-        if again := repeated_rows(trainer, spec):
-            note(
-                f"data: {len(trainer.train_dataset):,} rows do not divide evenly among"
-                f" {world().size} processes: at the end of an epoch {again} of them count again"
-            )
         trainer.prepared = prepared
         trainer.fused = loans.fused
         trainer.memory_fit = MemoryFit(trainer, loans.recomputer, spec, on_note)
         trainer.memory_fit.graphs = loans.graphs
+        if again := repeated_rows(trainer):
+            note(
+                f"data: {len(trainer.train_dataset):,} rows do not divide evenly among"
+                f" {world().size} processes: at the end of an epoch {again} of them count again"
+            )
         if measured is not None:
             collator = in_parts(task.collator(setup.of(measured)), spec)
             trainer.validation = Validation(
