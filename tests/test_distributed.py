@@ -263,6 +263,54 @@ def train_alone(output: Path) -> tuple[int, int]:
     return steps, len(wrapped)
 
 
+Uneven = tuple[list[str], int, list[tuple[int, float]]]
+
+
+def uneven(folder: Path, rows: int, batch: int = 2, **options: Any) -> Uneven:
+    """Train an epoch on so many rows of 10 tokens; return what was noted of rows, how many tokens
+    all processes saw, and the losses."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from quantadapt import demo
+    from quantadapt.distributed import start
+
+    start("cpu")
+    base = qa.quantize(str(folder / "model"), "none", device="cpu", dtype="float32")
+    ids = [[3 + n + n * k for k in range(10)] for n in range(rows)]
+    masks = [[int(k > n) for k in range(10)] for n in range(rows)]
+    data = Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
+    tokenizer, notes = AutoTokenizer.from_pretrained(demo.MODEL_DIR), list[str]()
+    given = {"learning_rate": 0.03, "logging_steps": 1, "num_train_epochs": 2} | options
+    given |= {"per_device_train_batch_size": batch, "on_note": notes.append}
+    result = qa.train(qa.attach(base, "lora", r=2), data, tokenizer=tokenizer, **given)
+    return [n for n in notes if n.startswith("data:")], result.tokens, result.losses
+
+
+def unevens(folder: Path, batch: int) -> list[Uneven]:
+    accumulated = {"gradient_accumulation_steps": 2}
+    return [
+        *(uneven(folder, rows, batch, **accumulated) for rows in (8, 7, 6, 5)),
+        *(uneven(folder, 6, batch, max_steps=steps) for steps in (1, 2)),
+    ]
+
+
+def test_the_last_rows_of_an_epoch_are_shared_out_evenly(tmp_path) -> None:
+    """Two processes of two rows each train as one of four, but where a single row is left."""
+    shutil.copytree(small_model(), tmp_path / "model")
+    alone = unevens(tmp_path, 4)
+    assert [tokens for _, tokens, _ in alone] == [160, 140, 120, 100, 40, 60]
+    for found in in_processes(2, unevens, tmp_path, tmp_path, 2):
+        assert [tokens for _, tokens, _ in found] == [160, 140, 120, 120, 40, 60]
+        told = [" ".join(notes) for notes, *_ in found]
+        assert [bool(text) for text in told] == [False, False, False, True, False, False]
+        assert "5 rows do not divide evenly among 2 processes" in told[3]
+        assert "1 of them count again" in told[3]
+        for case in (0, 1, 2, 4, 5):
+            losses, wanted = torch.tensor(found[case][2]), torch.tensor(alone[case][2])
+            torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_launcher_of_one_process_changes_nothing(tmp_path) -> None:
     shutil.copytree(small_model(), tmp_path / "model")
@@ -458,12 +506,14 @@ def test_a_refused_run_starts_no_process(tmp_path) -> None:
 
 
 def test_the_environment_says_who_is_who(monkeypatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert world() == World()
     for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    assert world() == World(rank=3, local_rank=1, size=4)
+    assert world() == World(rank=3, local_rank=1, size=4, local_size=4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert world() == World(rank=3, local_rank=1, size=4, local_size=2)
 
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)

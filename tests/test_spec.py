@@ -237,3 +237,14 @@ def test_a_seed_that_numpy_does_not_take() -> None:
 def test_a_key_of_another_tool_or_section_is_known(values, meant) -> None:
     with pytest.raises(SpecError, match=f"did you mean '{meant}'"):
         Spec(**values)
+
+
+@pytest.mark.parametrize("value", [63, -1, "maybe", 100.5])
+def test_a_wrong_packing_is_told_once_and_under_its_name(value) -> None:
+    with pytest.raises(SpecError) as caught:
+        Spec(train={"packing": value})
+    (problem,) = caught.value.problems
+    assert problem.where == "train.packing"
+    assert "use true, false, or the tokens of a row, 64 or more" in str(problem)
+    for good in (64, True, False):
+        assert Spec(train={"packing": good}).train.packing is good

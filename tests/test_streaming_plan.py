@@ -222,3 +222,47 @@ def test_a_base_is_streamed_while_it_loads() -> None:
     ids = torch.arange(3, 27).reshape(2, 12)
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
+def input_notes(made: Plan) -> list[str]:
+    return [note for note in made.notes if "inputs of layers" in note]
+
+
+def test_inputs_in_cpu_memory_are_counted_beside_a_streamed_base(planned: Any) -> None:
+    """30,016 tokens x 4096 numbers of 2 bytes x 32 layers are 7.3 GiB; 3.4 are streamed."""
+    long = {"data": {"max_length": 30_000}}
+    assert planned(LLAMA_8B, card(8, host=10), **long).stream == "all"
+    (told,) = input_notes(planned(LLAMA_8B, card(8, host=10), **long))
+    assert "inputs of layers take 7.3 GiB of it, what is streamed 3.4, the process 2.0" in told
+    assert "10.0 are free" in told
+    assert input_notes(planned(LLAMA_8B, card(8, host=12.6), **long))
+    assert input_notes(planned(LLAMA_8B, card(8, host=12.8), **long)) == []
+
+
+def test_each_process_of_this_machine_keeps_inputs_in_cpu_memory(
+    planned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100,032 tokens are 24.4 GiB for one, 48.8 for two."""
+    long = {"data": {"max_length": 100_000}, "train": {"parallel": "ddp"}}
+    (told,) = input_notes(planned(LLAMA_8B, card(24, 40, 2), 2, **long))
+    assert "inputs of layers take 48.8 GiB of it, the process 2.0, and 40.0 are free" in told
+    launched_on_two_nodes(monkeypatch)
+    assert input_notes(planned(LLAMA_8B, card(24, 40), 2, **long)) == []
+
+
+def launched_on_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `torchrun --nnodes 2 --nproc-per-node 1` tells the second one."""
+    told = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_bases_on_other_nodes_take_nothing_of_this_one(
+    planned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two bases take 8.7 GiB with the process, one takes 5.4."""
+    given = {"train": {"stream": "all", "parallel": "ddp"}}
+    assert "take 8.7 GiB" in refused(planned, LLAMA_8B, card(80, 6, 2), 2, **given)
+    launched_on_two_nodes(monkeypatch)
+    assert planned(LLAMA_8B, card(80, 6), 2, **given).stream == "all"
+    assert "take 5.4 GiB" in refused(planned, LLAMA_8B, card(80, 4), 2, **given)

@@ -20,11 +20,13 @@ class World:
         rank: its number, from 0; 0 writes the run folder and shows progress.
         local_rank: its number on this machine, which is that of its GPU.
         size: how many processes there are.
+        local_size: how many of them are on this machine.
     """
 
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    local_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -38,7 +40,9 @@ def world() -> World:
     found = [os.environ.get(name, "") for name in names]
     if not all(value.isdigit() for value in found) or int(found[2]) < 2:
         return World()
-    return World(*map(int, found))
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    rank, local_rank, size = map(int, found)
+    return World(rank, local_rank, size, int(here) if here.isdigit() else size)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .. import planning
+from ..data.positions import check_lengths
 from ..data.vocabulary import check_tokens
 from ..dependencies import import_requirements, in_turn
 from ..distributed.talking import PeerLost, peers_in_words, tell_end, told_end
@@ -285,6 +286,7 @@ class _Run:
         data = task.read_for(self.spec, self.tokenizer, processes=self.world.size)
         for part in (data.train, data.eval):
             check_tokens(part, (self.plan.config or {}).get("vocab_size"), self.tokenizer)
+            check_lengths(part, self.plan.config or {})
         if data.report.files:  # a task that reads for itself may count nothing
             self.metrics["data"] = data.report.to_dict()
         for text in data.report.words():

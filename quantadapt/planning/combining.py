@@ -156,7 +156,7 @@ def _streamed(draft: Draft, made: Plan) -> Plan:
     draft.problems += streaming.problems(
         *(spec, stream, memory, made.quantizer, None if asked else draft.machine.host),
         parallel=made.parallel,
-        processes=made.processes,
+        processes=processes.on_this_machine(made.processes),
         adopt=made.adopt,
     )
     draft.notes += streaming.notes(stream, spec, memory)
@@ -288,7 +288,7 @@ def _used_cards(draft: Draft, device: str) -> tuple[int, ...]:
     """Return the bytes of the GPUs that the run would use; none where they are not known."""
     there = draft.machine.memory
     if draft.processes > 1:
-        return there[: draft.processes]
+        return there[: processes.on_this_machine(draft.processes)]
     index = device.partition(":")[2] or "0"
     return there[int(index) : int(index) + 1] if index.isdigit() else ()
 
@@ -308,5 +308,6 @@ def _look_at_memory(draft: Draft, memory: MemoryPlan, *, adopt: bool) -> None:
     elif on_gpu:
         measures_dense = spec.evaluate.unquantized and not adopt and memory.work.shards == 1
         draft.problems += memory.problems(measures_dense)
-        draft.notes += memory.host_notes(draft.machine.host)
+        here = processes.on_this_machine(draft.processes)
+        draft.notes += memory.host_notes(draft.machine.host, here)
         draft.notes += memory.notes(spec.evaluate.batch_size)

@@ -19,6 +19,9 @@ from ..memory.workload import Workload
 ERROR = 0.1
 """How far predictions may be off: a run is refused only where it cannot fit all the same."""
 
+BESIDE = 2 * GIB
+"""CPU memory that has to be free beside what training keeps there: for the process itself."""
+
 MERGE_IN_LESS = (
     "merge afterwards, in CPU memory (quantadapt merge RUN --device cpu) or shard by shard onto"
     " the unquantized base (quantadapt merge RUN --onto BASE)"
@@ -222,14 +225,23 @@ class MemoryPlan:
                 notes.append(f"memory may not suffice for what the spec asks for ({words})")
         return notes
 
-    def host_notes(self, host: int | None) -> list[str]:
-        """Return what a run on these cards should tell of `host` bytes of CPU memory, where it is
-        known how many there are."""
+    def host_notes(self, host: int | None, processes: int = 1) -> list[str]:
+        """Return what a run on these cards should tell of CPU memory.
+
+        Args:
+            host: bytes of it that are free; None where they are not known.
+            processes: how many of this machine keep a base there, if it is streamed, and inputs.
+        """
         notes = []
         for card in self.cards if host is not None else ():
-            inputs = self.work.offloaded_bytes(card.setting)
-            if host is not None and inputs > host:
+            work = self.work_on(card)
+            inputs = processes * work.offloaded_bytes(card.setting)
+            bases = processes * work.host_bytes
+            if host is not None and inputs and inputs + bases + BESIDE > host:
                 words = f"inputs of layers take {inputs / GIB:.1f} GiB of it"
+                if bases:
+                    words += f", what is streamed {bases / GIB:.1f}"
+                words += f", the process {BESIDE / GIB:.1f}"
                 free = f"{host / GIB:.1f} are free; lower data.max_length"
                 notes.append(f"CPU memory may not suffice: {words}, and {free}")
         return notes

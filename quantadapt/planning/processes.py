@@ -70,6 +70,13 @@ def choose(spec: Spec, processes: int, memory: MemoryPlan | None) -> tuple[Paral
     return "fsdp", [f"fsdp: {card}, and large enough for a share of it"]
 
 
+def on_this_machine(processes: int) -> int:
+    """Return how many of the processes of a run are here: of one that is still to be launched,
+    all."""
+    launched = world()
+    return processes if launched.size == 1 else min(processes, launched.local_size)
+
+
 def device_problems(spec: Spec, machine: Machine, processes: int) -> list[Problem]:
     """Return why that many processes cannot have a device each; empty if they can."""
     if processes < 2:

@@ -19,13 +19,10 @@ from ..memory.experts import STACKS
 from ..memory.workload import Workload
 from ..protocols import LayerwiseQuantizer, Quantizer
 from ..spec import Spec
-from .memory import MemoryPlan, streamed_words
+from .memory import BESIDE, MemoryPlan, streamed_words
 from .processes import Parallel, rewrites_the_base
 
 Stream = Literal["none", "experts", "all"]
-
-BESIDE = 2 * GIB
-"""CPU memory that has to be free beside a streamed base: for the process itself."""
 
 NO_GPU = "train.stream has no effect here: without a GPU the base is in CPU memory anyway"
 NOT_STREAMED = "train.stream_folder has no effect here: nothing of the base is streamed"

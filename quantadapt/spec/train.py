@@ -143,3 +143,12 @@ class TrainSpec(Strict):
         except ValueError:
             text = "use auto, min, or a number of GiB above 0"
             raise PydanticCustomError("memory", text) from None
+
+    @field_validator("packing", mode="wrap")
+    @classmethod
+    def _one_message_of_packing(cls, value: Any, check: Callable[[Any], Any]) -> Any:
+        try:
+            return check(value)
+        except ValueError:
+            text = "use true, false, or the tokens of a row, 64 or more"
+            raise PydanticCustomError("packing", text) from None

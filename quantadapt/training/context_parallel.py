@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ..dependencies import in_words
 from ..distributed.talking import PATIENCE, reduced
 from ..distributed.world import world
 from ..errors import TrainingError
@@ -95,28 +94,6 @@ class PartCollator:
 def in_parts(collator: Callable[..., Any], spec: TrainSpec) -> Callable[..., Any]:
     """Return what makes batches of this process's part of rows; `collator` where rows are whole."""
     return collator if spec.context_parallel_size == 1 else PartCollator(collator, Part.of(spec))
-
-
-def share_rows(trainer: Any, part: Part) -> None:
-    """Let the processes of a group read the same rows. Raises TrainingError where the model's own
-    loss is a mean, which of parts is another."""
-    if not trainer.model_accepts_loss_kwargs:
-        what = f"the loss of {type(trainer.model.get_base_model()).__name__} takes no count"
-        raise TrainingError(what, fix=f"leave {WHERE} out", where=WHERE)
-    accelerator = trainer.accelerator
-    prepare = accelerator.prepare_data_loader
-
-    def prepared(loader: Any, *args: Any, **kwargs: Any) -> Any:
-        made = prepare(loader, *args, **kwargs)
-        sampler = made.batch_sampler
-        if not hasattr(sampler, "num_processes"):
-            what = f"{in_words('accelerate')} does not say which process reads which rows"
-            raise TrainingError(what, fix=f"leave {WHERE} out", where=WHERE)
-        sampler.num_processes = world().size // part.size
-        sampler.process_index = world().rank // part.size
-        return made
-
-    accelerator.prepare_data_loader = prepared
 
 
 @contextmanager

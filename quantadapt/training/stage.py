@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapting.adalora import tuner_of
 from ..adapting.merge_aware import make_merge_aware, tell_it_stays
 from ..adapting.several import unsavable
+from ..data.positions import check_lengths
 from ..data.vocabulary import check_tokens
 from ..dependencies import tracker_problems
 from ..distributed.talking import average_gradients, reduced, share, start
@@ -53,6 +54,7 @@ from .packing import Filling, filling
 from .prepared import Prepared
 from .progress import OnLog, Watcher
 from .rescue import save_what_is_done
+from .shared_rows import repeated_rows
 from .stopping import Stop
 from .trackers import spare
 from .trainer import Setup, make_trainer
@@ -116,6 +118,7 @@ def train(
         tell_it_stays(model)
     for part in (dataset, held_out):
         check_tokens(part, _embedding_rows(model), tokenizer)
+        check_lengths(part, _config_of(model))
     note = (lambda _: None) if on_note is None else on_note
     checkpoint = checkpoint_to_resume(Path(output), spec, note)
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
@@ -136,6 +139,11 @@ def train(
         trainer.fused = loans.fused
         trainer.memory_fit = MemoryFit(trainer, loans.recomputer, spec, on_note)
         trainer.memory_fit.graphs = loans.graphs
+        if again := repeated_rows(trainer):
+            note(
+                f"data: {len(trainer.train_dataset):,} rows do not divide evenly among"
+                f" {world().size} processes: at the end of an epoch {again} of them count again"
+            )
         if measured is not None:
             collator = in_parts(task.collator(setup.of(measured)), spec)
             trainer.validation = Validation(

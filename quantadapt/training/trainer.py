@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapting.adalora import tuner_of
 from ..dependencies import moved
-from ..distributed.world import unlaunched
+from ..distributed.world import unlaunched, world
 from ..errors import TrainingError
 from ..folders.checkpoints import CHECKPOINTS
 from ..memory.cards import OOM_FIX
 from ..memory.workload import LENGTH_MULTIPLE
-from .context_parallel import Part, in_parts, share_rows
+from .context_parallel import Part, in_parts
 from .figures import adapter_device, compute_dtype
 from .lent_to_trainers import clip_what_is_trained
 from .loop import TrainingLoop
 from .progress import OnLog, Progress, Watcher
+from .shared_rows import share_rows, shares_evenly
 from .trackers import PROJECT, run_name
 
 if TYPE_CHECKING:
@@ -129,10 +130,11 @@ def make_trainer(task: Task, setup: Setup, on_log: OnLog | None) -> Any:
         raise TrainingError(f"the trainer cannot be set up: {error}", fix=fix) from error
     trainer.remove_callback(PrinterCallback)
     clip_what_is_trained(trainer.accelerator, [p for p in model.parameters() if p.requires_grad])
-    if (part := Part.of(setup.spec)).size > 1:
-        share_rows(trainer, part)
     watcher.trainer, trainer.progress = trainer, progress
     trainer.task = task
+    part, evenly = Part.of(setup.spec), shares_evenly(trainer)
+    if part.size > 1 or (world().size > 1 and evenly):
+        share_rows(trainer, part, evenly=evenly)
     if task.streams:
         trainer.args.train_sampling_strategy = "sequential"
     if task.logits != "model" and type(trainer).compute_loss is TrainingLoop.compute_loss:
