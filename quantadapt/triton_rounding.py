@@ -50,7 +50,8 @@ def _rounded(  # type: ignore[no-untyped-def]
     scale = tl.where(scale == 0, instead, scale)
     if POWERS:  # the next one, or the same
         bits = scale.to(tl.int32, bitcast=True)
-        scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+        power = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+        scale = tl.where(scale == scale, power, scale)  # of nan there is none
     code = tl.div_rn(number, tl.zeros_like(number) + scale)
     if not WHOLE:
         code = code.to(kind).to(tl.float32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import product
 from typing import Any
 
 import pytest
@@ -136,8 +137,11 @@ def test_inputs_are_rounded_by_one_kernel(monkeypatch, columns, width, dtype):
         if DEVICE == "cpu":
             assert torch.equal(found, expected)
         assert relative(found.double(), expected.double()) < 2e-3
-    x[1, 1, 1] = torch.nan
-    assert blocks._by_one_kernel(x, width, False, None)[1, 1, : min(width, columns)].isnan().all()
+    for wrong, powers in product((torch.nan, torch.inf, -torch.inf), (False, True)):
+        x[1, 1, 1] = wrong
+        found = blocks._by_one_kernel(x, width, powers, None)[1, 1]
+        assert found[: min(width, columns)].isnan().all()  # and no number that hides it
+        assert not found[width:].isnan().any()
 
 
 @pytest.mark.slow
