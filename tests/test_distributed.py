@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -308,6 +309,38 @@ def test_the_last_rows_of_an_epoch_are_shared_out_evenly(tmp_path) -> None:
         assert "1 of them count again" in told[3]
         for case in (0, 1, 2, 4, 5):
             losses, wanted = torch.tensor(found[case][2]), torch.tensor(alone[case][2])
+            torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-5)
+
+
+def uneven_in_parts(folder: Path, batch: int) -> list[list[tuple[int, float]]]:
+    """Train with a shared base in parts of one and of two rows; return the losses."""
+    from quantadapt.memory.setting import Setting
+    from quantadapt.sharding import shard
+    from quantadapt.training.memory_fit import MemoryFit
+
+    made, quantize = [], qa.quantize
+
+    def shared(model: str, _: str, **options: Any) -> Any:
+        base = quantize(model, "bnb-nf4", **options)
+        return shard(base) if world().size > 1 else base
+
+    for rows, size in ((7, 1), (5, 2)):
+        with (
+            patch.object(qa, "quantize", shared),
+            patch.object(MemoryFit, "_given", lambda _, size=size: Setting(0, False, size)),
+            patch.object(talking, "PATIENCE", timedelta(seconds=60)),
+        ):
+            made.append(uneven(folder, rows, batch, num_train_epochs=4, learning_rate=3e-3)[2])
+    return made
+
+
+def test_who_has_fewer_rows_makes_as_many_passes_where_a_base_is_shared(tmp_path) -> None:
+    """Four rows and three, or three and two: each waits for the other's share in all passes."""
+    shutil.copytree(small_model(), tmp_path / "model")
+    alone = uneven_in_parts(tmp_path, 8)
+    assert all(losses[-1][1] < losses[0][1] for losses in alone)
+    for found in in_processes(2, uneven_in_parts, tmp_path, tmp_path, 4):
+        for losses, wanted in zip(map(torch.tensor, found), map(torch.tensor, alone), strict=True):
             torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-5)
 
 

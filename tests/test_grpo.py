@@ -445,6 +445,40 @@ def test_two_processes_train_as_one(functions, tmp_path, monkeypatch) -> None:
         assert torch.allclose(weights[name], expected[name], atol=1e-6)
 
 
+def uneven_in_two(folder: str, file: str, function: str) -> Any:
+    """Train an epoch of which the last prompts are fewer; return figures and notes."""
+    from quantadapt.distributed import start
+
+    torch.set_num_threads(1)
+    start("cpu")
+    answering.answers = fixed  # type: ignore[assignment]
+    notes: list[str] = []
+    model = qa.attach(qa.quantize(folder, "none", device="cpu", dtype="float32"), "lora", seed=0)
+    objective = {"name": "grpo", "rewards": [function], "scale_rewards": "batch"}
+    options: dict[str, Any] = {"max_steps": -1, "num_train_epochs": 1, "on_note": notes.append}
+    options["per_device_train_batch_size"] = 16 // world().size
+    data = read(Path(file)).train
+    return trained(model, data, objective, **options)[0], [n for n in notes if "evenly" in n]
+
+
+@pytest.mark.slow
+def test_the_last_prompts_of_an_epoch_are_shared_out_evenly(functions, tmp_path, monkeypatch):
+    """Of seven, two and one; of five, a single one, which both get."""
+    monkeypatch.setattr(answering, "answers", fixed)
+    function, told = f"{functions}:right", []
+    for count in (7, 5):
+        file = str(written(tmp_path, (ROWS * 4)[:count]))
+        alone, _ = uneven_in_two(str(small_model()), file, function)
+        (logs, notes), _ = in_processes(
+            2, uneven_in_two, tmp_path, str(small_model()), file, function
+        )
+        told.append(len(notes))
+        for log, other in list(zip(logs, alone, strict=True))[: 2 if count == 7 else 1]:
+            for name in ("loss", "grad_norm", *FIGURES):
+                assert log[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), name
+    assert told == [0, 1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["dora", "ia3", "vera", "pissa"])
 def test_other_adapters_learn_on_a_quantized_base(vowels, tmp_path, adapter) -> None:

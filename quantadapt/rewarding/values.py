@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..distributed.talking import summed
+from ..distributed.talking import reduced, summed
 from ..distributed.world import world
 
 if TYPE_CHECKING:
@@ -21,15 +21,17 @@ def nanstd(values: Tensor) -> Tensor:
 
 
 def gathered(values: Tensor) -> Tensor:
-    """Return the values [n] of all processes, which all have as many, in one tensor."""
+    """Return the values [n] of all processes in one tensor, with NaN where one has fewer than
+    others, as it may of an epoch's last rows."""
     import torch
 
     mine = world()
     if mine.size == 1:
         return values
-    table = values.new_zeros(mine.size, 2, len(values))
-    table[mine.rank] = values.new_zeros(2, len(values))
-    table[mine.rank, 0], table[mine.rank, 1] = values.nan_to_num(), values.isnan().double()
-    found = summed(table, torch.device("cpu")).to(values.device)
+    here, talk = len(values), torch.device("cpu")
+    table = values.new_zeros(mine.size, 2, int(reduced(float(here), talk, "max")))
+    table[mine.rank, 0, :here], table[mine.rank, 1] = values.nan_to_num(), 1
+    table[mine.rank, 1, :here] = values.isnan().double()
+    found = summed(table, talk).to(values.device)
     whole: Tensor = found[:, 0].masked_fill(found[:, 1] > 0, float("nan")).flatten()
     return whole

@@ -210,11 +210,25 @@ class MemoryFit:
     def _in_parts(
         self, run: Callable[..., Tensor], model: Any, inputs: dict[str, Any], count: Any
     ) -> Tensor:
-        if not self.splits or count is None or self.setting.micro_batch >= self.batch:
+        size = self.setting.micro_batch
+        if not self.splits or count is None or size >= self.batch:
             return run(model, inputs, count)
-        parts = self.trainer.task.parts(inputs, self.setting.micro_batch)
+        parts = [*self.trainer.task.parts(inputs, size)]
         losses = [run(model, part, count) for part in parts]
+        if is_sharded(self.trainer.model):
+            beside = -(-self.batch // size) - len(parts)
+            losses += [self._for_the_others(run, model, parts[-1], count) for _ in range(beside)]
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+
+    def _for_the_others(
+        self, run: Callable[..., Tensor], model: Any, part: dict[str, Any], count: Tensor
+    ) -> Tensor:
+        """Run a pass that adds nothing: of an epoch's last rows another process may have one more,
+        and so a part more, for which it waits for this one's share of the base."""
+        told = len(self.trainer.told)
+        loss = run(model, part, torch.full_like(count, torch.inf))
+        del self.trainer.told[told:]
+        return loss
 
     def _lowered(self) -> Setting | None:
         if self._together:  # the others go on as before, and wait for this one

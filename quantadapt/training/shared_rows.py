@@ -100,13 +100,14 @@ def repeated_rows(trainer: Any) -> int:
     have as many: 0 where the run ends before, or the trainer has an order of its own."""
     from transformers import Trainer
 
-    spec, groups = trainer.memory_fit.spec, world().size
-    groups //= spec.context_parallel_size
-    if type(trainer).get_train_dataloader is not Trainer.get_train_dataloader or groups < 2:
+    args, groups = trainer.args, world().size // trainer.memory_fit.spec.context_parallel_size
+    own = type(trainer).get_train_dataloader is not Trainer.get_train_dataloader
+    if own or groups < 2 or getattr(trainer, "num_iterations", 1) > 1:  # whole steps alone
         return 0
-    rows, at_once = len(trainer.train_dataset), spec.per_device_train_batch_size * groups
+    # Of prompts that are answered several times, a batch has fewer than the spec says.
+    rows, at_once = len(trainer.train_dataset), args.per_device_train_batch_size * groups
     over = rows % at_once
-    seen = spec.max_steps * spec.gradient_accumulation_steps * at_once
-    if not over or (spec.max_steps > 0 and seen <= rows - over):
+    seen = args.max_steps * args.gradient_accumulation_steps * at_once
+    if not over or (args.max_steps > 0 and seen <= rows - over):
         return 0
     return int(max(groups - over, 0) if shares_evenly(trainer) else at_once - over)
