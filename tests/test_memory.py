@@ -475,8 +475,8 @@ def test_a_card_that_may_just_do_is_warned_of(llama, tmp_path) -> None:
 
 def test_inputs_that_cpu_memory_does_not_hold_are_told(llama, tmp_path) -> None:
     wanted = spec(llama, tmp_path, memory="min")
-    inputs = 32 * 8192 * 4096 * 2
-    for free, told in ((inputs - 1, True), (inputs, False)):
+    inputs, process = 32 * 8192 * 4096 * 2, 2 * GIB
+    for free, told in ((inputs + process - 1, True), (inputs + process, False)):
         machine = replace(on_card(24), host=free)
         notes = plan(wanted, machine=machine, weights=False).notes
         assert any("inputs of layers take 2.0 GiB of it" in note for note in notes) == told

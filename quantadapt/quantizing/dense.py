@@ -80,10 +80,10 @@ def share_of(model: nn.Module, skip: tuple[str, ...] = ()) -> Share:
 def nothing_quantized(model: nn.Module) -> PlanRefused:
     """Say which layers the model has in place of linear ones, which alone are quantized; or that
     those that it has are all left dense."""
-    from torch import nn
+    from ..model.linears import is_linear
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if any(isinstance(m, nn.Linear) and m is not head for m in model.modules()):
+    if any(is_linear(m) and m is not head for m in model.modules()):
         what = "nothing is quantized: all linear layers of the model are left dense"
         fix = "name fewer layers in skip_modules, or other options of the backend if skip_misfits"
         return PlanRefused([Problem(what, f"{fix} leaves them out", where="model")])
