@@ -39,7 +39,7 @@ class SiluMul:
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch) -> None:
-    pytest.importorskip("liger_kernel", reason="liger-kernel is optional")
+    pytest.importorskip("liger_kernel", reason="there is liger-kernel for Linux alone")
     for place, value in {
         "rms_norm.LigerRMSNormFunction": RmsNorm,
         "swiglu.LigerSiLUMulFunction": SiluMul,
