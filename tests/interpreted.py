@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
 from typing import Any
 
@@ -32,3 +34,17 @@ def interpreted(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, name, None)  # what is undone afterwards
     del sys.modules[name]
     return importlib.import_module(name)
+
+
+def cuda_tests_interpreted(file: str, names: str) -> str:
+    """Return what pytest says of a file's `cuda` tests of such names on the CPU. In a process of
+    its own: Triton looks whether it interprets when it is imported."""
+    command = [sys.executable, "-m", "pytest", file, "-m", "cuda", "-k", names]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout

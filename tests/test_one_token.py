@@ -8,14 +8,12 @@ Triton is imported.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from interpreted import interpreted
+from interpreted import cuda_tests_interpreted, interpreted
 from torch import nn
 
 from quantadapt.facade import QuantLinear
@@ -146,17 +144,8 @@ def test_inputs_are_rounded_by_one_kernel(monkeypatch, columns, width, dtype):
 
 @pytest.mark.slow
 def test_kernels_are_right_where_they_are_interpreted():
-    """A process of its own: Triton looks whether it interprets when it is imported."""
-    names = "multiplies or rounded_by"
-    command = [sys.executable, "-m", "pytest", __file__, "-m", "cuda", "-k", names]
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert f"{2 * len(LAYERS) + 12} passed" in done.stdout, done.stdout[-3000:]
+    said = cuda_tests_interpreted(__file__, "multiplies or rounded_by")
+    assert f"{2 * len(LAYERS) + 12} passed" in said, said[-3000:]
 
 
 @pytest.mark.cuda

@@ -7,12 +7,11 @@ before Triton is imported.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from interpreted import cuda_tests_interpreted
 from torch import nn
 
 from quantadapt.facade import QuantLinear
@@ -167,16 +166,8 @@ def test_the_kernel_goes_through_large_layers(backend):
 
 @pytest.mark.slow
 def test_the_kernel_is_right_where_it_is_interpreted():
-    """A process of its own: Triton looks whether it interprets when it is imported."""
-    command = [sys.executable, "-m", "pytest", __file__, "-m", "cuda", "-k", "multiplies or goes"]
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert f"{2 * len(LAYERS) + 3} passed" in done.stdout, done.stdout[-3000:]
+    said = cuda_tests_interpreted(__file__, "multiplies or goes")
+    assert f"{2 * len(LAYERS) + 3} passed" in said, said[-3000:]
 
 
 @pytest.mark.cuda

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from ..inputs.typed import Strict
 
 Streaming = Literal["auto", "none", "experts", "all"]
 """What of the quantized base lies in CPU memory, see `streaming`."""
+_IN_ONE_MESSAGE = {
+    "memory": "use auto, min, or a number of GiB above 0",
+    "packing": "use true, false, or the tokens of a row, 64 or more",
+}
+"""What is said of fields with several types, where pydantic has a message for each."""
 
 
 class TrainSpec(Strict):
@@ -135,20 +140,11 @@ class TrainSpec(Strict):
     def _from_yaml(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML takes a bare `no` for false
 
-    @field_validator("memory", mode="wrap")
+    @field_validator(*_IN_ONE_MESSAGE, mode="wrap")
     @classmethod
-    def _one_message(cls, value: Any, check: Callable[[Any], Any]) -> Any:
+    def _one_message(cls, value: Any, check: Callable[[Any], Any], info: ValidationInfo) -> Any:
         try:
             return check(value)
         except ValueError:
-            text = "use auto, min, or a number of GiB above 0"
-            raise PydanticCustomError("memory", text) from None
-
-    @field_validator("packing", mode="wrap")
-    @classmethod
-    def _one_message_of_packing(cls, value: Any, check: Callable[[Any], Any]) -> Any:
-        try:
-            return check(value)
-        except ValueError:
-            text = "use true, false, or the tokens of a row, 64 or more"
-            raise PydanticCustomError("packing", text) from None
+            name = str(info.field_name)
+            raise PydanticCustomError(cast(Any, name), _IN_ONE_MESSAGE[name]) from None
