@@ -17,6 +17,10 @@ TOKENS, HIDDEN, WORDS = 300, 24, 1000
 WEIGHTS = torch.linspace(-0.5, 1, TOKENS)
 """Each token's loss counts as it should: some objectives make an answer less likely."""
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""TRL takes its kernel where there is a GPU, whatever the tensors are on."""
+NEAR = 1e-6 if DEVICE == "cpu" else 1e-5
+
 
 def case(dtype: torch.dtype, bias: bool, device: str = "cpu"):
     torch.manual_seed(0)
@@ -157,13 +161,14 @@ def test_the_kernel_gives_the_same(dtype, softcap) -> None:
 )
 def test_what_is_trained_of_a_head_counts(options, monkeypatch) -> None:
     """With what a GPU is lent: TRL's loss takes the head's weight alone."""
-    model = qa.attach(qa.quantize(str(small_model()), "none", device="cpu"), "lora", r=2, **options)
+    model = qa.quantize(str(small_model()), "none", device="cpu")
+    model = qa.attach(model, "lora", r=2, **options).to(DEVICE)
     torch.manual_seed(0)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for weight in trained.values():
             weight.add_(0.05 * torch.randn_like(weight))
-    ids = torch.randint(8, 60, (2, 16))
+    ids = torch.randint(8, 60, (2, 16), device=DEVICE)
     batch = {"input_ids": ids, "labels": ids.clone()}
     expected = model(**batch).loss
     gradients = torch.autograd.grad(expected, list(trained.values()))
@@ -172,10 +177,10 @@ def test_what_is_trained_of_a_head_counts(options, monkeypatch) -> None:
     )
     _fuse_head(model)
     loss = SFT().loss(model, dict(batch), None)
-    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    assert float(loss) == pytest.approx(float(expected), rel=NEAR)
     found = torch.autograd.grad(loss, list(trained.values()))
     for made, wanted in zip(found, gradients, strict=True):
-        assert float((made - wanted).norm()) <= 1e-5 * float(wanted.norm())
+        assert float((made - wanted).norm()) <= 10 * NEAR * float(wanted.norm())
 
 
 _SIZES = {
@@ -216,21 +221,26 @@ def test_on_a_gpu_the_loss_is_the_models(family, options, whose, monkeypatch) ->
     )
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **_SIZES, **options)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval().to(DEVICE)
     with torch.no_grad():
         for weight in model.requires_grad_(False).parameters():
             weight.add_(0.1 * torch.randn_like(weight))
     weight = next(p for n, p in model.named_parameters() if p.ndim == 2 and "layer" in n)
     weight.requires_grad_(True)
     model.get_base_model = lambda: model
-    ids = torch.randint(3, 64, (2, 16))
+    ids = torch.randint(3, 64, (2, 16), device=DEVICE)
     labels = ids.masked_fill(ids < 16, -100)
     batch = {"input_ids": ids, "labels": labels}
-    expected = model(**batch, attention_mask=torch.ones_like(ids), use_cache=False).loss
+    try:
+        expected = model(**batch, attention_mask=torch.ones_like(ids), use_cache=False).loss
+    except AttributeError as error:
+        if family != "granitemoe":
+            raise
+        pytest.skip(f"the model's own loss fails, as in transformers 5.17: {error}")
     (wanted,) = torch.autograd.grad(expected, weight)
     _fuse_head(model)
     assert _whose_head(model) == whose
     loss = SFT().loss(model, {**batch, "attention_mask": torch.ones_like(ids)}, None)
     (made,) = torch.autograd.grad(loss, weight)
-    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
-    assert float((made - wanted).norm()) <= 1e-5 * float(wanted.norm())
+    assert float(loss) == pytest.approx(float(expected), rel=NEAR)
+    assert float((made - wanted).norm()) <= 10 * NEAR * float(wanted.norm())

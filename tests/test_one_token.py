@@ -111,7 +111,7 @@ def test_the_kernel_multiplies_a_token_with_them(monkeypatch, backend, options, 
 @pytest.mark.parametrize(("columns", "width"), [(256, 128), (300, 128), (5120, 5120), (64, 32)])
 def test_inputs_are_rounded_by_one_kernel(monkeypatch, columns, width, dtype):
     """To the bit as in plain torch on a CPU. On a GPU that multiplies by a reciprocal for a scale,
-    so that a number halfway between two codes may become the other one."""
+    so that a number halfway between two codes may become the other one there."""
     from quantadapt_compressed_tensors import layers as compressed
     from quantadapt_finegrained_fp8 import layers as blocks
 
@@ -130,11 +130,9 @@ def test_inputs_are_rounded_by_one_kernel(monkeypatch, columns, width, dtype):
     if columns % width == 0:
         both += [(compressed._by_own, compressed._by_one_kernel, kind) for kind in (False, True)]
     for plain, kernel, option in both:
-        expected, found = plain(x, width, option), kernel(x, width, option, None)
+        expected, found = plain(x.cpu(), width, option), kernel(x, width, option, None)
         assert found.dtype == dtype
-        if DEVICE == "cpu":
-            assert torch.equal(found, expected)
-        assert relative(found.double(), expected.double()) < 2e-3
+        assert torch.equal(found.cpu(), expected)
     for wrong, powers in product((torch.nan, torch.inf, -torch.inf), (False, True)):
         x[1, 1, 1] = wrong
         found = blocks._by_one_kernel(x, width, powers, None)[1, 1]
