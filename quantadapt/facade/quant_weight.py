@@ -50,6 +50,9 @@ class QuantWeight(nn.Module):
     """Whether a weight that is written is dithered onto the grid that the layer has, rather than
     quantized anew. Writing what was read changes nothing then, and small changes are kept."""
 
+    held_weight: Tensor | None = None
+    """The dense weight, while `DenseWeights` has it stay for training."""
+
     _vendor: nn.Module
     _kept: Tensor | Rows | None = None
     _kept_product: tuple[Tensor, Tensor] | None = None
@@ -68,6 +71,7 @@ class QuantWeight(nn.Module):
 
     def _adopt(self, vendor: nn.Module) -> None:
         self.forget()
+        self.__dict__["held_weight"] = None
         # Not a submodule: PEFT must not find a second linear layer behind this one.
         object.__setattr__(self, "_vendor", vendor)
         bias, own = vendor.bias, "bias" in vendor.__dict__  # or a property, say of a wrapper
@@ -312,7 +316,9 @@ class QuantWeight(nn.Module):
     def _dense(self, change: Tensor | None) -> Tensor:
         """Return the weight in the compute dtype, or what `change` makes of it."""
         if change is None:
-            return self.dequantize()
+            # What answers may be recorded, and must not read what can be dropped.
+            held = self.held_weight if self.training and self._merged is None else None
+            return self.dequantize() if held is None else held
         with torch.no_grad():
             return self.moved(change).to(self.compute_dtype)
 

@@ -42,6 +42,7 @@ class Resident:
         prefetches: whether a layer of a shared base is gathered while the one before it works.
         gathered: whether a shared base is whole on each GPU while it trains, beside the GPU's
             share of it.
+        keeps_dense: whether dequantized weights stay while it trains.
         graphs: whether passes are recorded as CUDA graphs, where they can be.
         streamed: what of the quantized layers lies in CPU memory: "none", "experts" or "all".
         streamable: whether anything of them may.
@@ -82,6 +83,7 @@ class Resident:
     shardable: bool = True
     prefetches: bool = True
     gathered: bool = False
+    keeps_dense: bool = False
     graphs: bool = False
     streamed: str = "none"
     streamable: bool = False
@@ -178,6 +180,14 @@ class Resident:
         blocks = sum(count * work._shared for count, work in self.kinds)
         tables = 0 if self.shape.tied else 2 * self.table_bytes
         return blocks + tables if self.shards > 1 else 0
+
+    @property
+    def dequantized_bytes(self) -> int:
+        """What the dequantized weights take that may stay: all but those of experts."""
+        sizes = [(count, work.shape.linears.items()) for count, work in self.kinds]
+        beside = (*STACKS, *self.dense)
+        weights = (c * i * o for c, layers in sizes for n, (i, o) in layers if n not in beside)
+        return sum(weights) * self.dtype_bytes
 
     def kept_in(self, room: int) -> Self:
         """Return the workload as a run finds it with so many bytes to allocate: a shared base stays

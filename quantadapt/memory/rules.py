@@ -81,6 +81,31 @@ def stays_gathered_words(needed: int) -> str:
     )
 
 
+def may_keep_dense(train: TrainSpec) -> bool:
+    """Say whether dequantized weights may stay while it trains, where a card has room: where how it
+    uses memory is left to the card, and products are with the very weights."""
+    given = train.memory == "min" or train.gradient_checkpointing is not None
+    return not (given or train.merge_aware or train.compute == "fp8")
+
+
+def stays_dense(needed: int, room: float) -> bool:
+    """Say whether dequantized weights stay: there is as much room again, say for evaluation.
+
+    Args:
+        needed: bytes that they take.
+        room: bytes that can be allocated beside all that a step needs.
+    """
+    return 0 < 2 * needed <= room
+
+
+def stays_dense_words(needed: int) -> str:
+    """Say so of weights that take that many bytes."""
+    return (
+        "memory: there is room for dequantized weights, so they stay while it trains"
+        f" ({needed / GIB:.2f} GiB more; train.memory: min makes them anew for each product)"
+    )
+
+
 def limit(train: TrainSpec) -> int | None:
     """Return the bytes that the spec allows, if it gives a number."""
     return int(train.memory * GIB) if isinstance(train.memory, float) else None

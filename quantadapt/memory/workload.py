@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Self
 
+from . import rules
 from .cost import step_cost
 from .experts import STACKS
 from .phases import phases
@@ -261,6 +262,7 @@ class Workload(Resident):
         return {
             "quantized": self.quantized_bytes,
             "gathered": self.gathered_bytes if self.gathered else 0,
+            "dequantized": self.dequantized_bytes if self.keeps_dense else 0,
             "dense": self.dense_bytes + self.teacher_bytes,
             "adapter": self.adapter_bytes + most.gradients,
             "inputs": most.inputs,
@@ -335,7 +337,15 @@ class Workload(Resident):
         peak = self.peak(setting)
         there = (self.quantized_bytes, self.dense_bytes, self.teacher_bytes, self.adapter_bytes)
         held = sum(there) + (self.gathered_bytes if self.gathered else 0)
+        held += self.dequantized_bytes if self.keeps_dense else 0
         return 2 * peak - held if self.records(setting) else peak
+
+    def with_dense(self, setting: Setting, budget: int) -> Self:
+        """Return the workload as a run has it that may keep its weights dense: it does where there
+        is room beside `setting`."""
+        alone = self.shards == 1 and self.streamed == "none"
+        room = budget - self.needed(setting) if alone else 0
+        return replace(self, keeps_dense=rules.stays_dense(self.dequantized_bytes, room))
 
     # --- what fits ---------------------------------------------------------------------------
 

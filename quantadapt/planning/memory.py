@@ -42,6 +42,7 @@ class OnCard:
         streamed: what of the base lies in CPU memory then: "none", "experts" or "all".
         recorded: whether passes are recorded as CUDA graphs, where they can be.
         gathered: whether a base that GPUs share stays whole on each while it trains.
+        keeps_dense: whether dequantized weights stay while it trains.
         longest: how many tokens an example may have that is alone in its batch, by what is streamed
             of the base.
     """
@@ -55,6 +56,7 @@ class OnCard:
     streamed: str = "none"
     gathered: bool = False
     recorded: bool = False
+    keeps_dense: bool = False
     longest: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -86,6 +88,7 @@ class MemoryPlan:
         cards: the machine's card, or those that were asked about.
         unshared: why several GPUs cannot share the base; empty if they can.
         streams: what may be streamed of the base where it does not fit otherwise, least first.
+        may_keep_dense: whether dequantized weights may stay where a card has room.
     """
 
     work: Workload
@@ -94,6 +97,7 @@ class MemoryPlan:
     cards: tuple[OnCard, ...] = ()
     unshared: tuple[Problem, ...] = ()
     streams: tuple[str, ...] = ()
+    may_keep_dense: bool = False
 
     def on(self, card: float) -> OnCard:
         """Return what a card of so many bytes means."""
@@ -107,8 +111,8 @@ class MemoryPlan:
 
         def made(work: Workload, setting: Setting, ways: Sequence[str] = ()) -> OnCard:
             there, can = (card / GIB, setting, work.peak(setting)), room[setting.offload]
-            chosen = (work.streamed, work.gathered, work.graphs)
-            return OnCard(*there, can, most, tuple(ways), *chosen, longest)
+            how = (work.gathered, work.graphs, work.keeps_dense)
+            return OnCard(*there, can, most, tuple(ways), work.streamed, *how, longest)
 
         for work in works:
             # What was asked for is lowered when memory runs out.
@@ -117,7 +121,10 @@ class MemoryPlan:
                 if self.given and way.needed(self.given) <= room[self.given.offload]:
                     return made(way, self.given)
             if found := work.fitted(budget, least):
-                return made(*found)
+                chosen, setting = found
+                if self.may_keep_dense:
+                    chosen = chosen.with_dense(setting, budget)
+                return made(chosen, setting)
         works = [replace(work, graphs=False) for work in works]
         work = min(works, key=lambda work: work.peak(work.least()))
         return made(work, work.least(), ways_out(work, budget))
@@ -125,7 +132,7 @@ class MemoryPlan:
     def work_on(self, card: OnCard) -> Workload:
         """Return what training depends on there, with what `on` chose."""
         how = replace(self.work, streamed=card.streamed, gathered=card.gathered)
-        return replace(how, graphs=card.recorded)
+        return replace(how, graphs=card.recorded, keeps_dense=card.keeps_dense)
 
     def with_cards(self, cards: Sequence[float]) -> MemoryPlan:
         """Return the plan for cards of so many bytes."""
@@ -215,6 +222,8 @@ class MemoryPlan:
         for card in self.cards:
             if card.gathered:
                 notes.append(rules.stays_gathered_words(work.gathered_bytes))
+            if card.keeps_dense:
+                notes.append(rules.stays_dense_words(work.dequantized_bytes))
             if self._model_bytes + needed > card.budget:
                 words = f"evaluating {evaluated} examples at a time needs {needed / GIB:.1f} GiB"
                 notes.append(f"{words} more than the model; lower evaluate.batch_size")
@@ -268,6 +277,8 @@ class MemoryPlan:
         words, work = self.describe(card.setting), self.work_on(card)
         if card.gathered:
             words += f", the base gathered while it trains ({work.gathered_bytes / GIB:.2f} GiB)"
+        if card.keeps_dense:
+            words += f", dequantized weights kept ({work.dequantized_bytes / GIB:.2f} GiB)"
         return words if card.streamed == "none" else f"{words}, {streamed_words(work)}"
 
     def _card_words(self, card: OnCard) -> str:
@@ -315,6 +326,7 @@ class MemoryPlan:
                     "streamed": card.streamed,
                     "gathered": card.gathered,
                     "recorded": card.recorded,
+                    "keeps_dense": card.keeps_dense,
                     "longest": dict(card.longest),
                     "parts_gib": self._parts_gib(card),
                     "ways_out": list(card.ways_out),

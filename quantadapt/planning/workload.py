@@ -118,7 +118,8 @@ def memory_plan(
         keeps_casts=train.memory != "min",
     )
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
-    return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))
+    limit, may = rules.limit(train), rules.may_keep_dense(train)
+    return MemoryPlan(work, limit, given, unshared=tuple(unshared), may_keep_dense=may)
 
 
 def _drops(options: Mapping[str, Any]) -> bool:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..adapting.fused import FusedLayers
+    from ..facade.dense_weights import DenseWeights
     from ..memory.setting import Setting
     from ..protocols import Task
     from ..spec import TrainSpec
@@ -43,6 +44,7 @@ class Loans(NamedTuple):
     fused: FusedLayers
     recomputer: Recomputer
     graphs: Graphs | None
+    dense: DenseWeights
 
 
 @contextmanager
@@ -60,6 +62,7 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
     from ..adapting.low_rank import low_rank_layers
     from ..adapting.rank_budget import joint_ranks
     from ..compiling import compiled_functions
+    from ..facade.dense_weights import DenseWeights
     from ..model.sinks import fused_sinks
     from .cuda_graphs import can_record
     from .packing import kept_apart
@@ -90,8 +93,10 @@ def lent(model: Any, spec: TrainSpec, task: Task, on_note: OnNote) -> Iterator[L
             lend(one_row_each(on_note))  # no search for packed rows
         records = rules.records(task, spec) and can_record(model)
         recomputer = lend(recomputed(model, None, spec.use_reentrant, draws=not records))
+        dense = DenseWeights(model)
+        stack.callback(dense.drop)
         graphs = lend(graphed(model, on_note)) if records else None
-        yield Loans(fused, recomputer, graphs)
+        yield Loans(fused, recomputer, graphs, dense)
 
 
 @contextmanager

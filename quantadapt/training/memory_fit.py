@@ -13,13 +13,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapting.adalora import bytes_to_come, tuner_of
 from ..adapting.fused import free
 from ..distributed.talking import reduced
 from ..distributed.world import world
 from ..errors import TrainingError
+from ..facade.dense_weights import DenseWeights
 from ..memory import rules
 from ..memory.cards import FRAGMENTATION, GIB, LONG_ROWS, OOM_FIX, usable
 from ..memory.optimizers import between_passes
@@ -66,6 +67,7 @@ class MemoryFit:
         )
         self.setting = Setting(0, False, self.batch)
         self.graphs: Graphs | None = None
+        self.dense = DenseWeights(nn.Module())
         self.streamer = streamer_of(trainer.model)
         self.streamed_bytes = 0
         """Moved to the device in the steps so far."""
@@ -118,7 +120,26 @@ class MemoryFit:
             f"memory: {self.describe(found.setting)}; needs {found.peak / GIB:.1f} of"
             f" {room / GIB:.1f} GiB (found in {seconds:.1f} s)"
         )
+        self._keep_dense(found, budget)
         return found.setting
+
+    def _keep_dense(self, found: Probe, budget: int) -> None:
+        """Have dequantized weights stay where there is room beside what was found."""
+        model, needs = self.trainer.model, found.peak
+        if not rules.may_keep_dense(self.spec) or is_sharded(model) or self.streamer is not None:
+            return
+        twice = 2 * found.peak - torch.cuda.memory_allocated(self.device)
+        if self.graphs is not None and twice <= budget:  # see `Graphs`
+            needs = twice
+        if rules.stays_dense(self.dense.nbytes, budget - needs):
+            self.dense.make()
+            self.on_note(rules.stays_dense_words(self.dense.nbytes))
+
+    def give_back(self) -> list[str]:
+        """Give back the memory that makes training faster alone; say in words what was there."""
+        graphs = self.graphs is not None and self.graphs.stop()  # they read dense weights
+        found = {"without CUDA graphs": graphs, "without dense weights": self.dense.drop()}
+        return [words for words, was_there in found.items() if was_there]
 
     def budget(self, lost: float = FRAGMENTATION) -> int:
         """Return how many bytes a step may allocate: what is free, and what the spec allows, less
@@ -196,15 +217,15 @@ class MemoryFit:
                 self._undo(before, state)
                 continue
             except torch.OutOfMemoryError:
-                with_graphs = self.graphs is not None and self.graphs.stop()
-                lower = self.setting if with_graphs else self._lowered()
+                without = self.give_back()
+                lower = self.setting if without else self._lowered()
                 if lower is None:
                     raise
             # Out here, where the error and with it the frames of the step are gone.
             self._undo(before, state)
             self.apply(lower)
             step = self.trainer.state.global_step + 1
-            words = "without CUDA graphs" if with_graphs else self.describe(lower)
+            words = " and ".join(without) or self.describe(lower)
             self.on_note(f"out of memory at step {step}: from here on {words}")
 
     def _in_parts(

@@ -81,8 +81,7 @@ def _let_go(trainer: Any, error: BaseException) -> None:
     fit = trainer.memory_fit
     for weight in fit.weights:
         weight.grad = None
-    if fit.graphs is not None:
-        fit.graphs.stop()
+    fit.give_back()
     if fit.streamer is not None:
         fit.streamer.rest()
     trainer.told.clear()

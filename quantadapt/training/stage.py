@@ -138,7 +138,7 @@ def train(
         trainer.prepared = prepared
         trainer.fused = loans.fused
         trainer.memory_fit = MemoryFit(trainer, loans.recomputer, spec, on_note)
-        trainer.memory_fit.graphs = loans.graphs
+        trainer.memory_fit.graphs, trainer.memory_fit.dense = loans.graphs, loans.dense
         if again := repeated_rows(trainer):
             note(
                 f"data: {len(trainer.train_dataset):,} rows do not divide evenly among"

@@ -1,0 +1,40 @@
+"""Dense weights that stay while a model trains, for a GPU with ample room: else each quantized
+weight is dequantized for each product with it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .quant_weight import QuantWeight
+from .wrapping import linear_facades
+
+
+class DenseWeights:
+    """Those of the quantized layers of `model`, of all but stacks of experts, and but those whose
+    products are in 8-bit floats. The numbers are those of `dequantize`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        found = [layer for _, layer in linear_facades(model)]
+        self.layers = [layer for layer in found if not layer.wants_float8]
+
+    @property
+    def nbytes(self) -> int:
+        """What all of them take."""
+        shapes = ((n.in_features * n.out_features, n.compute_dtype) for n in self.layers)
+        return sum(numbers * dtype.itemsize for numbers, dtype in shapes)
+
+    def make(self) -> None:
+        """Have each layer hold its dense weight for the passes in which it trains."""
+        for layer in self.layers:
+            _hold(layer, layer.dequantize())
+
+    def drop(self) -> bool:
+        """Let go of them; say whether anything was there."""
+        held = [layer for layer in self.layers if layer.held_weight is not None]
+        for layer in held:
+            _hold(layer, None)
+        return bool(held)
+
+
+def _hold(layer: QuantWeight, weight: Tensor | None) -> None:
+    layer.__dict__["held_weight"] = weight  # not by setattr, which takes nn.Module long

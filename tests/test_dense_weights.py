@@ -1,0 +1,202 @@
+"""Dense weights that stay while a model trains, where there is room for them: the numbers are the
+same, and they go where memory is wanted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llama_sizes import LLAMA_8B
+from test_memory_fit import Notes, RunsOut, make_up_card, trained, weights
+from torch import nn
+
+import quantadapt as qa
+from quantadapt import demo
+from quantadapt.facade.dense_weights import DenseWeights
+from quantadapt.machine import Machine
+from quantadapt.memory.cards import GIB
+from quantadapt.planning import plan
+from quantadapt.spec import Spec
+from quantadapt.testing.small_demo import small_model
+
+STAY = "memory: there is room for dequantized weights, so they stay while it trains"
+
+
+def tuned(backend: str = "bnb-nf4", adapter: str = "lora", dtype: str = "float32", **options: Any):
+    torch.manual_seed(0)
+    device = "cuda" if dtype == "bfloat16" else "cpu"
+    model = qa.quantize(str(small_model()), backend, device=device, dtype=dtype)
+    model = qa.attach(model, adapter, target_modules="all-linear", **options)
+    with torch.no_grad():
+        for weight in (p for p in model.parameters() if p.requires_grad):
+            weight.add_(0.02 * torch.randn_like(weight))
+    return model
+
+
+def passed(model: Any) -> list[torch.Tensor]:
+    """The loss of a batch, and the gradients of all that is trained."""
+    ids = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(1))
+    loss = model.train()(input_ids=ids, labels=ids).loss
+    return [loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
+
+
+def counted(dense: DenseWeights, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list that grows with each weight that is dequantized."""
+    seen: list[Any] = []
+    for target in {layer.target for layer in dense.layers}:
+        made = target.dequantize
+        monkeypatch.setattr(
+            target, "dequantize", lambda module, made=made: seen.append(module) or made(module)
+        )
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("backend", "adapter"),
+    [("bnb-nf4", "lora"), ("bnb-nf4", "dora"), ("hqq", "vera"), ("hqq", "ia3"), ("eetq", "lora")],
+)
+def test_passes_are_the_same_to_the_bit(backend, adapter, monkeypatch) -> None:
+    model = tuned(backend, adapter)
+    dense = DenseWeights(model)
+    expected, seen = passed(model), counted(dense, monkeypatch)
+    passed(model)
+    assert len(seen) > len(dense.layers)
+    dense.make()
+    seen.clear()
+    assert all(map(torch.equal, passed(model), expected))
+    assert not seen
+    assert dense.drop()
+    assert not dense.drop()
+    passed(model)
+    assert seen
+
+
+def test_nothing_but_training_reads_them() -> None:
+    """What answers may be recorded in a graph, which would read them after they are dropped."""
+    model = tuned()
+    dense, ids = DenseWeights(model), torch.arange(5, 25)[None]
+    assert dense.nbytes == sum(4 * n.weight.numel() for n in dense.layers)
+    with torch.no_grad():
+        answered, learnt = model.eval()(ids).logits, model.train()(ids).logits
+    dense.make()
+    for layer in dense.layers:
+        layer.held_weight.zero_()
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, answered)
+        assert not torch.allclose(model.train()(ids).logits, learnt)
+    first = dense.layers[0]
+    wanted = first.dequantize().clone().neg_()
+    assert float(wanted.norm()) > 1  # the weight is that of the codes
+    first.weight = wanted
+    assert first.held_weight is None
+    x = torch.randn(3, first.in_features, generator=torch.Generator().manual_seed(0))
+    expected = nn.functional.linear(x, first.dequantize(), first.bias)
+    assert torch.equal(first.train()(x), expected)
+
+
+def test_they_go_where_memory_runs_out(tokenizer, random_data, tmp_path, monkeypatch) -> None:
+    """On a card that is made up, of 20 GiB, of which a step needs 9."""
+    data, options = random_data.select(range(8)), {"memory": 15.0, "max_steps": 3}
+    plain = tuned(r=2)
+    expected = trained(plain, tokenizer, data, tmp_path / "a", **options)
+    make_up_card(monkeypatch, 20, lambda: 8)
+    model, notes = tuned(r=2), Notes()
+    layers = DenseWeights(model).layers
+    out = RunsOut(model, 4, when=lambda: any(n.held_weight is not None for n in layers))
+    found = trained(model, tokenizer, data, tmp_path / "b", notes, **options)
+    assert out.seen > 4
+    assert notes[1].startswith(f"{STAY} ({DenseWeights(model).nbytes / GIB:.2f} GiB more;")
+    assert notes[2].startswith("out of memory at step ")
+    assert notes[2].endswith("from here on without dense weights")
+    assert found.setting.recomputed_layers == 0
+    assert all(n.held_weight is None for n in layers)
+    assert dict(found.losses) == pytest.approx(dict(expected.losses), rel=1e-6)
+    assert all(map(torch.equal, weights(model).values(), weights(plain).values()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory": "min"},
+        {"merge_aware": True},
+        {"gradient_checkpointing": False},
+        {"memory": 9.001},
+    ],
+    ids=str,
+)
+def test_they_are_not_kept(options, tokenizer, random_data, tmp_path, monkeypatch) -> None:
+    make_up_card(monkeypatch, 20, lambda: 8)
+    model, notes = tuned(r=2), Notes()
+    trained(model, tokenizer, random_data.select(range(4)), tmp_path, notes, max_steps=1, **options)
+    assert not [note for note in notes if note.startswith(STAY)]
+
+
+def planned(folder: Path, cards: list[int], **train: Any) -> Any:
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model/config.json").write_text(json.dumps(LLAMA_8B))
+    spec = Spec(
+        model=str(folder / "model"),
+        backend="bnb-nf4",
+        train={"per_device_train_batch_size": 4, **train},
+        data={"path": str(demo.TRAIN_FILE), "max_length": 2048},
+        evaluate={"unquantized": False},
+        output=str(folder / "run"),
+    )
+    there = Machine(cuda=((9, 0),), memory=(cards[0] * GIB,))
+    return plan(spec, machine=there, weights=False, cards=cards[1:] and cards)
+
+
+def test_a_plan_counts_them_and_says_so(tmp_path) -> None:
+    made = planned(tmp_path, [141])
+    (card,) = made.memory.cards
+    size = 2 * 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    assert card.keeps_dense
+    assert card.setting.recomputed_layers == 0
+    parts = made.to_dict()["memory"]["cards"][0]["parts_gib"]
+    assert parts["dequantized"] == pytest.approx(size / GIB, rel=1e-9)
+    told = f"{size / GIB:.2f} GiB"
+    (note,) = [note for note in made.notes if note.startswith(STAY)]
+    assert f"({told} more;" in note
+    assert f"dequantized weights kept ({told})" in made.memory.words()[0]
+    assert card.needed == made.memory.work_on(card).peak(card.setting)
+    least = planned(tmp_path, [141], memory="min")
+    assert not least.memory.cards[0].keeps_dense
+    assert not [note for note in least.notes if note.startswith(STAY)]
+
+
+def test_they_never_cost_a_layer_its_inputs(tmp_path) -> None:
+    """A card's setting is what it was without them, and there is as much room again."""
+    cards = list(range(8, 142, 4))
+    made = planned(tmp_path, cards).memory
+    never = replace(made, may_keep_dense=False).with_cards([gib * GIB for gib in cards])
+    without = [card.setting for card in never.cards]
+    size = made.work.dequantized_bytes
+    for card, setting in zip(made.cards, without, strict=True):
+        assert card.setting == setting
+        assert not card.keeps_dense or card.needed + size <= card.budget
+    assert not made.cards[0].keeps_dense
+    assert made.cards[-1].keeps_dense
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("backend", ["bnb-nf4", "hqq", "gptq", "torchao-int4"])
+def test_on_a_gpu_losses_and_peaks_are_as_told(backend, tokenizer, random_data, tmp_path) -> None:
+    """With CUDA graphs: what is recorded reads what stays."""
+    found = {}
+    for name, options in {"kept": {}, "made": {"gradient_checkpointing": False}}.items():
+        model, notes = tuned(backend, dtype="bfloat16", r=4), Notes()
+        before = torch.cuda.memory_allocated()
+        run = trained(
+            model, tokenizer, random_data, tmp_path / name, notes, max_steps=12, **options
+        )
+        stay = [note for note in notes if note.startswith(STAY)]
+        assert len(stay) == (name == "kept"), notes
+        assert not [note for note in notes if "CUDA graphs" in note]
+        assert torch.cuda.memory_allocated() <= before + 2**20  # given back
+        found[name] = [run.losses, *weights(model).values()]
+    assert found["kept"][0] == found["made"][0]
+    assert all(map(torch.equal, found["kept"][1:], found["made"][1:]))
