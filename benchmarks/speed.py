@@ -28,11 +28,12 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kernel_table import Profile
-from shapes import SHAPES, checkpoint
+from shapes import SHAPES, Shape, checkpoint
 from speed_cases import WARM_UP, check, run_case
 from tables import case_rows
 from versions import versions
@@ -66,7 +67,9 @@ def main() -> None:
         pool.submit(checkpoint, given.shape, given.folder).result()
     results = case_rows(given.case, lambda case: run_apart(case, given), COLUMNS, given.out)
     sys.path.append(given.unsloth_site or "")
-    print(f"\n{given.shape}; {device_name(given.device)}; {versions(*PACKAGES)}")
+    shape = shape_of(given)
+    batch = f"{shape.batch} x {shape.length}"
+    print(f"\n{given.shape}, {batch}; {device_name(given.device)}; {versions(*PACKAGES)}")
     for found in results:
         if found.get("setting"):
             print(f"\n{found['case']}: {found['setting']}")
@@ -81,6 +84,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--case", nargs="+", type=check, default=["peft-nf4", "ours-nf4"])
+    parser.add_argument("--batch", type=int, help="rows of a step, instead of the shape's")
+    parser.add_argument("--length", type=int, help="tokens of a row, likewise")
     parser.add_argument("--steps", type=int, default=20, help=f"the first {WARM_UP} do not count")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/quantadapt-speed"))
@@ -99,8 +104,14 @@ def arguments() -> argparse.Namespace:
 def run_here(given: argparse.Namespace) -> dict[str, Any]:
     """Run the case `given.one` in this process."""
     profile = Profile(given.device) if given.profile else None
-    path, shape = given.folder / f"llama-{given.shape}", SHAPES[given.shape]
-    return run_case(given.one, path, shape, given.device, given.steps, profile)
+    path = given.folder / f"llama-{given.shape}"
+    return run_case(given.one, path, shape_of(given), given.device, given.steps, profile)
+
+
+def shape_of(given: argparse.Namespace) -> Shape:
+    """Return the shape, with the batch that is asked for."""
+    shape = SHAPES[given.shape]
+    return replace(shape, batch=given.batch or shape.batch, length=given.length or shape.length)
 
 
 def run_apart(case: str, given: argparse.Namespace) -> dict[str, Any]:
@@ -108,6 +119,8 @@ def run_apart(case: str, given: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).resolve()), "--one", case]
     command += ["--shape", given.shape, "--steps", str(given.steps), "--device", given.device]
     command += ["--folder", str(given.folder), *(["--profile"] if given.profile else [])]
+    for name, value in (("--batch", given.batch), ("--length", given.length)):
+        command += [name, str(value)] if value else []
     environment = dict(os.environ)
     if given.unsloth_site and case.startswith("unsloth"):
         path = [environment.get("PYTHONPATH", ""), given.unsloth_site]

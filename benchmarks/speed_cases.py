@@ -9,7 +9,7 @@ import argparse
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -350,11 +350,13 @@ def our_loop(
     return {
         "recomputed": result.setting.recomputed_layers / result.layers,
         "setting": "; ".join([*notes, result.setting.describe(result.layers, rows_at_a_time)]),
-        "predicted_gib": _predicted_gib(model, batches, backend, result.setting),
+        "predicted_gib": _predicted_gib(model, batches, backend, options, result.setting),
     }
 
 
-def _predicted_gib(model: Any, batches: Any, backend: dict[str, Any], setting: Any) -> float | None:
+def _predicted_gib(
+    model: Any, batches: Any, backend: dict[str, Any], train: dict[str, Any], setting: Any
+) -> float | None:
     """Return what `quantadapt plan` foresees for a setting, from the model's config alone; None for
     a model that no config was read for."""
     if not model.quantadapt.source:
@@ -369,13 +371,21 @@ def _predicted_gib(model: Any, batches: Any, backend: dict[str, Any], setting: A
         backend={"name": backend["backend"], **options},
         adapter={"name": "lora", "r": RANK, "use_dora": model.peft_config["default"].use_dora},
         data={"max_length": length},
-        train={"per_device_train_batch_size": batch},
+        train={"per_device_train_batch_size": batch, **_of_memory(train)},
         evaluate={"unquantized": False},
         device=state.device,
         dtype=state.dtype_name,
     )
     memory = plan(spec, check_output=False, cards=[WHOLE]).memory
-    return None if memory is None else memory.work.peak(setting) / 2**30
+    if memory is None:
+        return None
+    work = replace(memory.work, keeps_dense=memory.cards[0].keeps_dense)
+    return work.peak(setting) / 2**30
+
+
+def _of_memory(train: dict[str, Any]) -> dict[str, Any]:
+    """Return those options of a training that say how it uses memory."""
+    return {n: v for n, v in train.items() if n in ("memory", "gradient_checkpointing")}
 
 
 def _batches(shape: Shape, steps: int) -> Any:
