@@ -222,8 +222,6 @@ class MemoryPlan:
         for card in self.cards:
             if card.gathered:
                 notes.append(rules.stays_gathered_words(work.gathered_bytes))
-            if card.keeps_dense:
-                notes.append(rules.stays_dense_words(work.dequantized_bytes))
             if self._model_bytes + needed > card.budget:
                 words = f"evaluating {evaluated} examples at a time needs {needed / GIB:.1f} GiB"
                 notes.append(f"{words} more than the model; lower evaluate.batch_size")
