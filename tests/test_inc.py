@@ -310,7 +310,7 @@ def test_inc_reads_fp8_checkpoints(fp8_format, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     _, expected, folder = made(tmp_path, dtype="float32", fp8_format=fp8_format)
-    with running("cpu"):
+    with running(torch.device("cpu")):
         assert torch.equal(logits(load(str(folder), format="huggingface", device="cpu")), expected)
     assert not re.search(rf"{tmp_path}|/tmp", (folder / "config.json").read_text())
 
@@ -328,7 +328,7 @@ def test_rtn_checkpoints_are_gptq_checkpoints(tmp_path, monkeypatch):
     options = {"method": "rtn", "bits": 8, "skip_modules": ["lm_head", "layers.1.self_attn"]}
     _, expected, folder = made(tmp_path, dtype="float32", **options)
     assert torch.equal(logits(quantadapt.load(folder, device="cpu")), expected)
-    with running("cpu"):
+    with running(torch.device("cpu")):
         assert torch.equal(logits(load(str(folder), format="huggingface", device="cpu")), expected)
     by_gptqmodel = quantadapt.quantize(str(folder), "gptq", device="cpu", dtype="float32")
     assert relative(logits(by_gptqmodel), expected) < 1e-6
@@ -341,7 +341,7 @@ def test_what_inc_made_alone_is_taken_over(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(small_model(), dtype=torch.float32).eval()
-    with running("cpu"), torch.no_grad():
+    with running(torch.device("cpu")), torch.no_grad():
         from neural_compressor.torch.quantization import FP8Config, convert, prepare, save
 
         config = FP8Config(
@@ -425,7 +425,7 @@ for method in ("fp8", "gptq"):
 def test_inputs_are_looked_at_where_the_model_is(examples):
     """On a GPU; a device without memory stands for it. What INC is not shown goes there, too."""
     model, names = Blocks(), ["blocks.0.up", "blocks.1.up"]
-    with running("cuda"), showing(model, names):
+    with running(torch.device("cuda")), showing(model, names):
         from neural_compressor.torch.quantization import prepare
 
         config = config_for(INC(), model, names, "fp8", torch.float32)

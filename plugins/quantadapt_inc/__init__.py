@@ -148,15 +148,17 @@ class INC(LayerwiseQuantizer):
         from quantadapt.calibration.experts import round_experts
         from quantadapt.loading import from_pretrained, linear_layers, skipped_modules
 
+        wanted = torch.device(device)
+        here = home(wanted)
         if isinstance(source, str):
-            source = from_pretrained(source, dtype=dtype, device_map={"": device})
+            source = from_pretrained(source, dtype=dtype, device_map={"": here})
         skip = skipped_modules(source, skip_modules)
         names = [name for name, _ in linear_layers(source, skip)]
-        model = cast(source.to(device), dtype)
+        model = cast(source.to(here), dtype)
         if self.method != "fp8":
             in_blocks(names, model, self.method)
             cast(model, torch.float32)
-        self._run(model, names, self.method, dtype, calibration or [])
+        self._run(model, names, self.method, dtype, calibration or [], wanted)
         round_experts(model, skip, self, device, f"INC's {self.method} knows linear layers alone")
         return cast(model, dtype)
 
@@ -170,7 +172,8 @@ class INC(LayerwiseQuantizer):
         wanted = dtype if method == "fp8" else torch.float32
         weight = linear.weight.detach().to(wanted, copy=True)  # INC works in place
         alone = nn.Sequential(linear_of(weight, linear.bias))
-        self._run(alone, ["0"], method, dtype, [{"input": torch.ones_like(weight[:1])}])
+        ones = torch.ones_like(weight[:1])
+        self._run(alone, ["0"], method, dtype, [{"input": ones}], weight.device)
         return alone[0]
 
     def _run(
@@ -180,16 +183,16 @@ class INC(LayerwiseQuantizer):
         method: str,
         dtype: torch.dtype,
         examples: Examples,
+        device: torch.device,
     ) -> None:
-        """Let INC replace the layers `names` of `model`."""
+        """Let INC replace the layers `names` of `model`, which is on `device` afterwards."""
         import torch
 
-        device = next(model.parameters()).device
         layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-        with running(device.type), torch.no_grad():
+        with running(device), torch.no_grad():
             from neural_compressor.torch.quantization import convert, prepare
 
-            model.to(home(device.type))
+            model.to(home(device))
             with showing(model, names):
                 config = config_for(self, model, names, method, dtype)
                 any_input = next(v for v in examples[0].values() if isinstance(v, torch.Tensor))
@@ -199,7 +202,7 @@ class INC(LayerwiseQuantizer):
                 like = next(prepared.parameters())
                 for example in () if method == "rtn" else examples:
                     prepared(**{key: _moved(value, like) for key, value in example.items()})
-                convert(prepared.to(home(device.type)))
+                convert(prepared.to(home(device)))
             model.to(device)
             missed = [n for n in names if not self.target.matches(model.get_submodule(n))]
             if missed:
@@ -224,7 +227,7 @@ class INC(LayerwiseQuantizer):
             ones = torch.ones(linear.weight.shape, dtype=dtype, device=device)
             vendor = self.quantize_linear(linear_of(ones, bias))
         else:
-            with running(device.type):
+            with running(device):
                 from neural_compressor.torch.algorithms.weight_only import modules
 
                 how = {"bits": self.bits, "group_size": self.group_size, "device": device}

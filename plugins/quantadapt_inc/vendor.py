@@ -26,10 +26,10 @@ TARGET = "INC_TARGET_DEVICE"
 """Names the device for INC, in the environment."""
 
 
-def home(device: str) -> str:
-    """Return the type of device that INC works on for layers on `device`. Of its FP8 it has none
-    for CUDA, and one process has one device; what it makes on a CPU runs on CUDA as well."""
-    return "hpu" if device == "hpu" else "cpu"
+def home(device: torch.device) -> str:
+    """Return where INC works for layers on `device`. It has no FP8 for CUDA, and one device in a
+    process; what it makes on a CPU runs on CUDA as well."""
+    return str(device) if device.type == "hpu" else "cpu"
 
 
 # Layers ----------------------------------------------------------------------------------------
@@ -238,10 +238,10 @@ def _hiding_class() -> Any:
 
 
 @contextmanager
-def running(device: str) -> Iterator[None]:
+def running(device: torch.device) -> Iterator[None]:
     """Have INC work for layers on `device`, and keep it from leaving files, messages and models
     behind."""
-    _import_for(home(device))
+    _import_for("hpu" if device.type == "hpu" else "cpu")
     logger, tempdir = logging.getLogger("neural_compressor"), tempfile.tempdir
     level = logger.level
     with tempfile.TemporaryDirectory(prefix="quantadapt-inc-") as scratch:
