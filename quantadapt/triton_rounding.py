@@ -43,8 +43,12 @@ def _rounded_by(  # type: ignore[no-untyped-def]
     highest,
     LEAST: tl.constexpr,  # noqa: N803
     DIGITS: tl.constexpr,  # noqa: N803
+    HELD: tl.constexpr,  # noqa: N803
     SIZE: tl.constexpr,  # noqa: N803
 ):
+    """`HELD`: the scale lies in memory, and is no number."""
+    if HELD:
+        scale = tl.load(scale).to(tl.float32)
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     number = tl.load(x + at, mask=at < numbers, other=0.0).to(tl.float32)
     code = tl.div_rn(number, tl.zeros_like(number) + scale)
@@ -139,11 +143,12 @@ def rounded(
 
 
 @on_its_device
-def rounded_by(x: Tensor, scale: float, kind: torch.dtype, dtype: torch.dtype) -> Tensor:
+def rounded_by(x: Tensor, scale: float | Tensor, kind: torch.dtype, dtype: torch.dtype) -> Tensor:
     """Return `x`, of any shape, rounded to codes times a scale that is known, in `dtype`.
 
     Args:
-        scale: numbers are divided by it, and what is beyond the codes becomes the last one.
+        scale: numbers are divided by it, and what is beyond the codes becomes the last one. A
+            number, or a tensor of one that is on the GPU.
         kind: of the codes, float8_e4m3fn or float8_e5m2.
     """
     x = x.contiguous()
@@ -151,6 +156,10 @@ def rounded_by(x: Tensor, scale: float, kind: torch.dtype, dtype: torch.dtype) -
     highest, (least, digits) = torch.finfo(kind).max, _FLOATS[kind]
     if numbers := x.numel():
         _rounded_by[(triton.cdiv(numbers, TOGETHER),)](
-            *(out, x, scale, numbers, highest), LEAST=least, DIGITS=digits, SIZE=TOGETHER
+            *(out, x, scale, numbers, highest),
+            LEAST=least,
+            DIGITS=digits,
+            HELD=isinstance(scale, Tensor),
+            SIZE=TOGETHER,
         )
     return out

@@ -150,6 +150,7 @@ def test_inputs_are_rounded_by_one_kernel(monkeypatch, columns, width, dtype):
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_inputs_are_rounded_by_a_known_scale(monkeypatch, kind, dtype):
     """To the bit as in plain torch on a CPU."""
+    from quantadapt_finegrained_fp8.layers import _by_known, _by_known_in_one_kernel
     from quantadapt_inc.fp8 import _by_one_kernel, _by_scale
 
     if DEVICE == "cpu":
@@ -165,6 +166,12 @@ def test_inputs_are_rounded_by_a_known_scale(monkeypatch, kind, dtype):
     assert torch.equal(found.nan_to_num(nan=-1), expected.nan_to_num(nan=-1))
     assert found.isnan().sum() == 1
     assert found[0, 2].item() == pytest.approx(torch.finfo(kind).max * scale, rel=4e-3)
+    if kind == torch.float8_e4m3fn:  # which is held in memory there
+        held = torch.tensor(scale)
+        expected = _by_known(x.to(dtype), held)
+        found = _by_known_in_one_kernel(x.to(DEVICE, dtype), held.to(DEVICE), None).cpu()
+        assert found.dtype == dtype
+        assert torch.equal(found.nan_to_num(nan=-1), expected.nan_to_num(nan=-1))
 
 
 @pytest.mark.slow
