@@ -62,7 +62,7 @@ MEMORY: dict[str, dict[str, Any]] = {
 """What `ours-nf4:full` and the like set in TrainSpec; full is what stands for no suffix. A number
 is a budget in GiB."""
 
-CALIBRATES = ("gptq", "awq", "autoround")
+CALIBRATES = ("gptq", "awq", "autoround", "inc")
 CALIBRATION = 1024
 """Tokens that these are shown, in four examples."""
 

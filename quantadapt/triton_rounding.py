@@ -1,5 +1,5 @@
-"""What goes into a layer, rounded to 8 bits by scales of its own, in one kernel: a token is small,
-and a dozen operations on it take longer than the product that they are for."""
+"""What goes into a layer, rounded to 8 bits in one kernel, by scales of its own or a known one: a
+token is small, and a dozen operations on it take longer than the product that they are for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,46 @@ WIDEST = 2**16
 """Numbers that share a scale, at most: a program has them in registers."""
 TOGETHER = 2048
 """Numbers of a program, where fewer share a scale."""
-E4M3_HIGHEST = 448.0
+_FLOATS = {torch.float8_e4m3fn: (121, 3), torch.float8_e5m2: (113, 2)}
+"""What `_in_float8` is told of a kind."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _in_float8(  # type: ignore[no-untyped-def]
+    code,
+    highest,
+    LEAST: tl.constexpr,  # noqa: N803
+    DIGITS: tl.constexpr,  # noqa: N803
+):
+    """Return the nearest numbers of an 8-bit float. Its smallest exponent is `LEAST`, as float32
+    counts them, and its mantissa has `DIGITS` bits."""
+    code = tl.where(code > highest, highest, tl.where(code < -highest, -highest, code))
+    power = tl.maximum(code.to(tl.int32, bitcast=True) & 0x7F800000, LEAST << 23)
+    # What is added makes the last bit of the sum that of a code: halves go to the even one.
+    more = (power + ((23 - DIGITS) << 23)).to(tl.float32, bitcast=True) * 1.5
+    return (code + more) - more
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rounded_by(  # type: ignore[no-untyped-def]
+    out,
+    x,
+    scale,
+    numbers,
+    highest,
+    LEAST: tl.constexpr,  # noqa: N803
+    DIGITS: tl.constexpr,  # noqa: N803
+    HELD: tl.constexpr,  # noqa: N803
+    SIZE: tl.constexpr,  # noqa: N803
+):
+    """`HELD`: the scale lies in memory, and is no number."""
+    if HELD:
+        scale = tl.load(scale).to(tl.float32)
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    number = tl.load(x + at, mask=at < numbers, other=0.0).to(tl.float32)
+    code = tl.div_rn(number, tl.zeros_like(number) + scale)
+    code = _in_float8(code, highest, LEAST, DIGITS) * scale
+    tl.store(out + at, code.to(out.dtype.element_ty), mask=at < numbers)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -55,13 +94,9 @@ def _rounded(  # type: ignore[no-untyped-def]
     code = tl.div_rn(number, tl.zeros_like(number) + scale)
     if not WHOLE:
         code = code.to(kind).to(tl.float32)
-    # What is added makes the last bit of the sum that of a code: halves go to the even one.
     if FLOATS:
-        code = tl.where(code > 448.0, 448.0, tl.where(code < -448.0, -448.0, code))
-        power = tl.maximum(code.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)
-        more = (power + (20 << 23)).to(tl.float32, bitcast=True) * 1.5
-        code = (code + more) - more
-    else:
+        code = _in_float8(code, 448.0, 121, 3)
+    else:  # as in `_in_float8`, the last bit of the sum is a code's
         code = tl.where(code > 127.0, 127.0, tl.where(code < -128.0, -128.0, code))
         code = (code + 12582912.0) - 12582912.0
     tl.store(out + at, (code * scale).to(kind), mask=mask)
@@ -103,5 +138,28 @@ def rounded(
             GROUPS=together,
             SIZE=size,
             num_warps=min(16, max(4, size // 1024)),
+        )
+    return out
+
+
+@on_its_device
+def rounded_by(x: Tensor, scale: float | Tensor, kind: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """Return `x`, of any shape, rounded to codes times a scale that is known, in `dtype`.
+
+    Args:
+        scale: numbers are divided by it, and what is beyond the codes becomes the last one. A
+            number, or a tensor of one that is on the GPU.
+        kind: of the codes, float8_e4m3fn or float8_e5m2.
+    """
+    x = x.contiguous()
+    out = torch.empty_like(x, dtype=dtype)
+    highest, (least, digits) = torch.finfo(kind).max, _FLOATS[kind]
+    if numbers := x.numel():
+        _rounded_by[(triton.cdiv(numbers, TOGETHER),)](
+            *(out, x, scale, numbers, highest),
+            LEAST=least,
+            DIGITS=digits,
+            HELD=isinstance(scale, Tensor),
+            SIZE=TOGETHER,
         )
     return out

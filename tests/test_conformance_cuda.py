@@ -58,6 +58,10 @@ class TestTorchAOFloat8(OnGPU):
     backend = "torchao-fp8"
 
 
+class TestINC(OnGPU):
+    backend = "inc"
+
+
 class TestMXFP4(OnGPU):
     backend = "mxfp4"
 

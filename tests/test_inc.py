@@ -16,7 +16,8 @@ from typing import ClassVar
 import pytest
 import torch
 from quantadapt_inc import INC, vendor
-from quantadapt_inc.vendor import inner, running
+from quantadapt_inc.config import config_for
+from quantadapt_inc.vendor import inner, looking_on, running, showing
 from torch import nn
 
 import quantadapt
@@ -199,6 +200,30 @@ def test_integers_are_what_inc_recovers(bits, symmetric, examples):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_what_few_tokens_are_multiplied_with_is_what_the_layer_has(method, examples):
+    """Codes in words that a row does not fill are not read so."""
+    model, x = quantized(Blocks(), examples, method=method), torch.randn(1, 72)
+    for facade in [block.up for block in model.blocks]:
+        given = facade.target.inputs_of_codes(facade.vendor, x)
+        codes = facade.target.byte_codes(facade.vendor)
+        words = facade.target.word_codes(facade.vendor)
+        assert (codes is None, words is None) == (method != "fp8", method == "fp8")
+        if codes is not None:
+            weight = codes.held.float() * codes.grid.scale
+        else:
+            places = 4 * torch.arange(8)[:, None]
+            held = (words.held[:, None] >> places & 15).flatten(0, 1) - words.zero
+            weight = (held * words.scale.float().repeat_interleave(words.group_size, 0)).t()
+        with torch.no_grad():
+            expected = facade.vendor(x)
+        # INC's integers times scales are rounded to 16 bits.
+        off = 1e-6 if method == "fp8" else 1e-3
+        assert relative(given @ weight.t() + facade.bias, expected) < off
+    odd = nn.Linear(76, 16).requires_grad_(False)
+    assert INC(method="rtn").target.word_codes(INC(method="rtn").quantize_linear(odd)) is None
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_layer_takes_another_weight(method, examples):
     """As PiSSA wants it, and with the scales of the inputs as calibrated."""
     model = quantized(Blocks(), examples, method=method)
@@ -285,7 +310,7 @@ def test_inc_reads_fp8_checkpoints(fp8_format, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     _, expected, folder = made(tmp_path, dtype="float32", fp8_format=fp8_format)
-    with running("cpu"):
+    with running(torch.device("cpu")):
         assert torch.equal(logits(load(str(folder), format="huggingface", device="cpu")), expected)
     assert not re.search(rf"{tmp_path}|/tmp", (folder / "config.json").read_text())
 
@@ -303,7 +328,7 @@ def test_rtn_checkpoints_are_gptq_checkpoints(tmp_path, monkeypatch):
     options = {"method": "rtn", "bits": 8, "skip_modules": ["lm_head", "layers.1.self_attn"]}
     _, expected, folder = made(tmp_path, dtype="float32", **options)
     assert torch.equal(logits(quantadapt.load(folder, device="cpu")), expected)
-    with running("cpu"):
+    with running(torch.device("cpu")):
         assert torch.equal(logits(load(str(folder), format="huggingface", device="cpu")), expected)
     by_gptqmodel = quantadapt.quantize(str(folder), "gptq", device="cpu", dtype="float32")
     assert relative(logits(by_gptqmodel), expected) < 1e-6
@@ -316,7 +341,7 @@ def test_what_inc_made_alone_is_taken_over(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(small_model(), dtype=torch.float32).eval()
-    with running("cpu"), torch.no_grad():
+    with running(torch.device("cpu")), torch.no_grad():
         from neural_compressor.torch.quantization import FP8Config, convert, prepare, save
 
         config = FP8Config(
@@ -395,6 +420,48 @@ for method in ("fp8", "gptq"):
     )
     assert [list(folder.iterdir()) for folder in folders] == [[], [], []]
     assert not re.search("accelerator|INC|fp8_quant", run.stdout + run.stderr)
+
+
+def test_inputs_are_looked_at_where_the_model_is(examples):
+    """On a GPU; a device without memory stands for it. What INC is not shown goes there, too."""
+    model, names = Blocks(), ["blocks.0.up", "blocks.1.up"]
+    with running(torch.device("cuda")), showing(model, names):
+        from neural_compressor.torch.quantization import prepare
+
+        config = config_for(INC(), model, names, "fp8", torch.float32)
+        looking_on(prepare(model, config, example_inputs=examples[0]["x"]), torch.device("meta"))
+        found = [block.up._mod_extra_config.inputs[0].state for block in model.blocks]
+    found += list(model.parameters())
+    assert len(found) == 2 + 8
+    assert all(tensor.is_meta for tensor in found)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_gpu_it_is_what_it_is_on_a_cpu(method, examples):
+    dense, made = Blocks().eval(), {}
+    options = {"method": method} if method == "fp8" else {"method": method, "group_size": 24}
+    for device in ("cpu", "cuda"):
+        model = quantadapt.quantize(
+            copy.deepcopy(dense),
+            "inc",
+            device=device,
+            dtype="float32",
+            calibration=examples,
+            skip_modules=["blocks.1.down"] if method in ("fp8", "rtn") else None,
+            **options,
+        )
+        assert {tensor.device.type for tensor in model.state_dict().values() if tensor.ndim} == {
+            device
+        }
+        with torch.no_grad():
+            outputs = [model(example["x"].to(device)).cpu() for example in examples]
+        weights = [facade.dequantize().cpu() for _, facade in facades(model)]
+        made[device] = weights, torch.cat(outputs)
+    for here, there in zip(made["cpu"][0], made["cuda"][0], strict=True):
+        assert torch.equal(there, here)
+    # A number of an input that is halfway between two codes may become the other one.
+    assert relative(made["cuda"][1], made["cpu"][1]) < 5e-3
 
 
 def test_inc_on_another_device_is_told(monkeypatch, examples):

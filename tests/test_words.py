@@ -38,6 +38,7 @@ LAYERS: list[tuple[str, dict[str, Any]]] = [
     ("compressed-tensors", {"scheme": "W4A16_ASYM", "group_size": 64}),
     *(("compressed-tensors", {"scheme": scheme}) for scheme in ("NVFP4A16", "MXFP4A16")),
     *((name, {}) for name in ("nvfp4", "mxfp4")),
+    *(("inc", {"method": "rtn", "bits": bits}) for bits in (2, 4, 8)),
 ]
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
@@ -97,6 +98,9 @@ def test_codes_in_words_are_the_weight(backend, options):
         ("compressed-tensors", {"scheme": "W8A8"}),
         ("compressed-tensors", {"scheme": "MXFP8A16"}),
         ("hqq", {"bits": 3}),
+        ("inc", {"method": "rtn", "bits": 3}),
+        ("inc", {"method": "rtn", "symmetric": False}),
+        ("inc", {}),
         ("bnb-nf4", {}),
     ],
 )

@@ -140,10 +140,19 @@ def rounded_inputs(module: Any, x: Tensor) -> Tensor:
     if getattr(module, "parts", 1) > 1:
         return x
     if (scale := module.activation_scale) is not None:
-        static: Tensor = _codes(x.float() / scale.float()).float() * scale.float()
-        return static.to(x.dtype)
+        return one_kernel(_by_known, x, scale.data, written=_by_known_in_one_kernel)
     powers = module.weight_scale_inv.dtype == torch.float8_e8m0fnu
     return one_kernel(_by_group, x, static=(block_of(module)[1], powers), written=_by_one_kernel)
+
+
+def _by_known(x: Tensor, scale: Tensor) -> Tensor:
+    return (_codes(x.float() / scale.float()).float() * scale.float()).to(x.dtype)
+
+
+def _by_known_in_one_kernel(x: Tensor, scale: Tensor, _: torch.dtype | None) -> Tensor:
+    from quantadapt.triton_rounding import rounded_by
+
+    return rounded_by(x, scale, torch.float8_e4m3fn, x.dtype)
 
 
 def _by_group(x: Tensor, width: int, powers: bool) -> Tensor:

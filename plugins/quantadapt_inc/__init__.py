@@ -1,9 +1,12 @@
 """Intel Neural Compressor: calibrated FP8 for weights and activations; integer weights by rounding
 (RTN), GPTQ or AWQ (https://github.com/intel/neural-compressor).
 
-On a Gaudi card (hpu) FP8 runs in the card's kernels. On a CPU it is INC's QDQ mode, which rounds
+On a Gaudi card (hpu) FP8 runs in the card's kernels. Elsewhere it is INC's QDQ mode, which rounds
 weights and activations to FP8 and multiplies in the compute dtype. FP8 and RTN take any module;
 GPTQ and AWQ want one stack of blocks, as decoders have.
+
+INC has no FP8 for CUDA. What it makes on a CPU is plain PyTorch, which runs there; inputs are
+looked at on the GPU, and one token is multiplied with the codes by a kernel of the core.
 
 Checkpoints have INC's layout, as safetensors. Those of RTN and GPTQ, but for 3 bits, are GPTQ
 checkpoints at the same time, for whoever reads these.
@@ -30,10 +33,12 @@ from quantadapt_inc.target import INCTarget
 from quantadapt_inc.vendor import (
     cast,
     complete,
+    home,
     in_blocks,
     inner,
     is_fp8,
     linear_of,
+    looking_on,
     running,
     scaled_class,
     showing,
@@ -109,9 +114,13 @@ class INC(LayerwiseQuantizer):
         return packed + (packed + 16) / group + 32 / out_features
 
     def notes(self, device: str) -> tuple[str, ...]:
+        notes = []
         if self.method == "fp8" and not device.startswith("hpu"):
-            return ("INC rounds to FP8 and multiplies in the compute dtype: no FP8 kernel here",)
-        return ()
+            notes += ["INC rounds to FP8 and multiplies in the compute dtype: no FP8 kernel here"]
+        if device.startswith("cuda"):
+            slow = ", which takes long" if self.method in ("gptq", "awq") else ""
+            notes += [f"INC quantizes on the CPU{slow}; what it makes is used on the GPU"]
+        return tuple(notes)
 
     # Quantizing --------------------------------------------------------------------------------
 
@@ -139,15 +148,17 @@ class INC(LayerwiseQuantizer):
         from quantadapt.calibration.experts import round_experts
         from quantadapt.loading import from_pretrained, linear_layers, skipped_modules
 
+        wanted = torch.device(device)
+        here = home(wanted)
         if isinstance(source, str):
-            source = from_pretrained(source, dtype=dtype, device_map={"": device})
+            source = from_pretrained(source, dtype=dtype, device_map={"": here})
         skip = skipped_modules(source, skip_modules)
         names = [name for name, _ in linear_layers(source, skip)]
-        model = cast(source.to(device), dtype)
+        model = cast(source.to(here), dtype)
         if self.method != "fp8":
             in_blocks(names, model, self.method)
             cast(model, torch.float32)
-        self._run(model, names, self.method, dtype, calibration or [])
+        self._run(model, names, self.method, dtype, calibration or [], wanted)
         round_experts(model, skip, self, device, f"INC's {self.method} knows linear layers alone")
         return cast(model, dtype)
 
@@ -161,7 +172,8 @@ class INC(LayerwiseQuantizer):
         wanted = dtype if method == "fp8" else torch.float32
         weight = linear.weight.detach().to(wanted, copy=True)  # INC works in place
         alone = nn.Sequential(linear_of(weight, linear.bias))
-        self._run(alone, ["0"], method, dtype, [{"input": torch.ones_like(weight[:1])}])
+        ones = torch.ones_like(weight[:1])
+        self._run(alone, ["0"], method, dtype, [{"input": ones}], weight.device)
         return alone[0]
 
     def _run(
@@ -171,28 +183,33 @@ class INC(LayerwiseQuantizer):
         method: str,
         dtype: torch.dtype,
         examples: Examples,
+        device: torch.device,
     ) -> None:
-        """Let INC replace the layers `names` of `model`."""
+        """Let INC replace the layers `names` of `model`, which is on `device` afterwards."""
         import torch
 
-        like = next(model.parameters())
         layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-        with running(like.device.type), torch.no_grad():
+        with running(device), torch.no_grad():
             from neural_compressor.torch.quantization import convert, prepare
 
+            model.to(home(device))
             with showing(model, names):
                 config = config_for(self, model, names, method, dtype)
                 any_input = next(v for v in examples[0].values() if isinstance(v, torch.Tensor))
                 prepared = prepare(model, config, example_inputs=any_input)
+                if method == "fp8":
+                    looking_on(prepared, device)
+                like = next(prepared.parameters())
                 for example in () if method == "rtn" else examples:
                     prepared(**{key: _moved(value, like) for key, value in example.items()})
-                convert(prepared)
+                convert(prepared.to(home(device)))
+            model.to(device)
             missed = [n for n in names if not self.target.matches(model.get_submodule(n))]
             if missed:
                 what = f"calibration did not reach {', '.join(missed[:3])} ({len(missed)} layers)"
                 raise ModelError(what, fix="give examples that use them, or add to skip_modules")
             for name, layer in layers.items():
-                bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+                bias = None if layer.bias is None else layer.bias.detach().to(device, dtype)
                 self._mark(model.get_submodule(name).train(layer.training), bias)
 
     def _mark(self, vendor: nn.Module, bias: Tensor | None) -> None:
@@ -210,7 +227,7 @@ class INC(LayerwiseQuantizer):
             ones = torch.ones(linear.weight.shape, dtype=dtype, device=device)
             vendor = self.quantize_linear(linear_of(ones, bias))
         else:
-            with running(device.type):
+            with running(device):
                 from neural_compressor.torch.algorithms.weight_only import modules
 
                 how = {"bits": self.bits, "group_size": self.group_size, "device": device}
@@ -319,7 +336,7 @@ def quantadapt_backends() -> list[Backend]:
             requires=("neural-compressor>=3.10",),
             imports=("neural_compressor",),
             extra="quantadapt[inc]",
-            devices=("cpu", "hpu"),
+            devices=("cpu", "cuda", "hpu"),
             dtypes=("float32", "bfloat16"),
             calibration=True,
             merge=Merge.NEVER,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from quantadapt.protocols import LayerwiseTarget
-from quantadapt_inc.vendor import inner, integers, is_fp8, is_integer, scaled_class, sizes
+from quantadapt_inc.vendor import in_qdq, inner, integers, is_fp8, is_integer, scaled_class, sizes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from quantadapt.protocols import ByteCodes, WordCodes
     from quantadapt_inc import INC
 
 
@@ -30,15 +31,51 @@ class INCTarget(LayerwiseTarget):
 
     def dequantize(self, module: nn.Module) -> Tensor:
         vendor: Any = module
-        weight: Tensor
-        if not is_fp8(vendor):
-            weight = integers(inner(vendor))
-            return weight if vendor is inner(vendor) else weight * vendor.input_scale
-        if vendor.use_qdq:
-            weight = vendor.dequant_weights(vendor.weight)
-        else:
-            weight = vendor.weight.to(vendor.hp_dtype) * vendor.scale_weight
-        return weight.t().contiguous()
+        if in_qdq(vendor):
+            from quantadapt_inc import fp8
+
+            return fp8.dequantize(vendor)
+        if is_fp8(vendor):
+            weight: Tensor = vendor.weight.to(vendor.hp_dtype) * vendor.scale_weight
+            return weight.t().contiguous()
+        weight = integers(inner(vendor))
+        return weight if vendor is inner(vendor) else weight * vendor.input_scale
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        from quantadapt_inc import fp8
+
+        return fp8.forward(module, x) if in_qdq(module) else super().forward(module, x)
+
+    def byte_codes(self, module: nn.Module) -> ByteCodes | None:
+        from quantadapt_inc import fp8
+
+        return fp8.byte_codes(module) if in_qdq(module) else None
+
+    def word_codes(self, module: nn.Module) -> WordCodes | None:
+        """Return the codes of integers where these fill words and have one zero point; of several,
+        INC holds 0 as if it were the highest."""
+        from quantadapt.protocols import WordCodes
+
+        layer: Any = inner(module)
+        if is_fp8(module) or layer.bits == 3 or not self.quantizer.symmetric:
+            return None
+        if layer.in_features % layer.n_pack:
+            return None
+        return WordCodes(
+            held=layer.qweight,
+            bits=layer.bits,
+            scale=layer.scales,
+            group_size=layer.group_size,
+            zero=2 ** (layer.bits - 1),
+        )
+
+    def inputs_of_codes(self, module: nn.Module, x: Tensor) -> Tensor:
+        vendor: Any = module
+        if is_fp8(vendor):
+            from quantadapt_inc import fp8
+
+            return fp8.rounded_inputs(vendor, x)
+        return x if vendor is inner(vendor) else x * vendor.input_scale.to(x.dtype)
 
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
         """Keeps the scales of the inputs; for want of data, GPTQ's layers are rounded."""

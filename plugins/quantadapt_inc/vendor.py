@@ -25,12 +25,24 @@ if TYPE_CHECKING:
 TARGET = "INC_TARGET_DEVICE"
 """Names the device for INC, in the environment."""
 
+
+def home(device: torch.device) -> str:
+    """Return where INC works for layers on `device`. It has no FP8 for CUDA, and one device in a
+    process; what it makes on a CPU runs on CUDA as well."""
+    return str(device) if device.type == "hpu" else "cpu"
+
+
 # Layers ----------------------------------------------------------------------------------------
 
 
 def is_fp8(module: nn.Module) -> bool:
     """Say whether `module` is INC's FP8 layer."""
     return type(module).__name__ == "PatchedLinear"
+
+
+def in_qdq(module: Any) -> bool:
+    """Say whether it is one that rounds and multiplies in plain PyTorch."""
+    return is_fp8(module) and bool(module.use_qdq)
 
 
 def is_integer(module: nn.Module) -> bool:
@@ -94,6 +106,8 @@ def complete(module: nn.Module, bias: Tensor | None) -> None:
         from neural_compressor.torch.algorithms.fp8_quant import save_load
 
         save_load.process_model_for_scalar_scale(module)  # puts scales into the state_dict
+        if in_qdq(layer):  # in memory, rows of outputs, as those who read the codes want them
+            layer.weight.data = layer.weight.data.t().contiguous().t()
         vars(module).update(orig_mod=None, orig_mod_parent=None, forward_orig=None)
         return
     if layer is not module:
@@ -105,6 +119,14 @@ def complete(module: nn.Module, bias: Tensor | None) -> None:
         del layer.g_idx
         groups = torch.arange(layer.in_features, dtype=torch.int32) // layer.group_size
         layer.register_buffer("g_idx", groups.to(layer.scales.device))
+
+
+def looking_on(model: nn.Module, device: torch.device) -> None:
+    """Move a model that INC prepared for FP8 to `device`, and what keeps the largest inputs."""
+    for module in model.to(device).modules():
+        found: Any = getattr(module, "_mod_extra_config", None)
+        for observer in () if found is None else (*found.inputs, *(found.outputs or ())):
+            observer.state = observer.state.to(device)
 
 
 # Models ----------------------------------------------------------------------------------------
@@ -205,6 +227,10 @@ def _hiding_class() -> Any:
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return vars(self)["module"](*args, **kwargs)
 
+        def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+            vars(self)["module"]._apply(fn, recurse)  # where the model goes, it goes, too
+            return self
+
     return Hidden
 
 
@@ -212,9 +238,10 @@ def _hiding_class() -> Any:
 
 
 @contextmanager
-def running(device: str) -> Iterator[None]:
-    """Have INC use `device`, and keep it from leaving files, messages and models behind."""
-    _import_for(device)
+def running(device: torch.device) -> Iterator[None]:
+    """Have INC work for layers on `device`, and keep it from leaving files, messages and models
+    behind."""
+    _import_for("hpu" if device.type == "hpu" else "cpu")
     logger, tempdir = logging.getLogger("neural_compressor"), tempfile.tempdir
     level = logger.level
     with tempfile.TemporaryDirectory(prefix="quantadapt-inc-") as scratch:

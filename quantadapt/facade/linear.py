@@ -82,7 +82,7 @@ class QuantLinear(QuantWeight, nn.Linear):
             self._merged_weight()  # which looks whether it still is
         usual = not self.training and self._merged is None and change is None
         if usual and (made := self._of_few_tokens(x)) is not None:
-            return made
+            return made.to(dtype)
         if self.rounds_activations:
             vendor = self._vendor
             if change is not None:
