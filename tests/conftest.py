@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.mark.expression import Expression
 
 _CACHE = tempfile.TemporaryDirectory(prefix="quantadapt-cache-")
 os.environ["QUANTADAPT_CACHE"] = _CACHE.name  # backends are to work, not to remember
@@ -215,6 +216,18 @@ SIBLINGS = ("bnb-fp4", "nvfp4", "torchao-fp8", "torchao-int4", "torchao-intx")
 """Backends whose plugin has another one, which is tried with LoRA."""
 OF_SIBLINGS = ("test_requantized_merge", "test_save_and_load_give_equal_logits")
 """Tests that are tried with them, beside those of layers."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from runs that leave out what is marked cuda: their tests are of a machine that has
+    none, and a model goes to a GPU by default."""
+    chosen = config.getoption("markexpr")
+
+    def runs(*marks: str) -> bool:
+        return Expression.compile(chosen).evaluate(lambda name, **_: name in marks)
+
+    if chosen and not runs("cuda") and (runs("slow") or not runs("cuda", "slow")):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out

@@ -42,7 +42,7 @@ def cuda_tests_interpreted(file: str, names: str) -> str:
     command = [sys.executable, "-m", "pytest", file, "-m", "cuda", "-k", names]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,
