@@ -280,6 +280,22 @@ def test_bad_pictures_that_are_held_out_are_told_beside_the_others(
     assert places == [f"{train}:2", f"{held_out}:2"]
 
 
+def test_a_checkpoint_that_tells_nothing_of_videos_needs_no_torchvision(
+    small_picture_models, monkeypatch
+) -> None:
+    """Where torchvision is installed, transformers looks for how videos are read."""
+    from quantadapt.loading import processors
+
+    found = processor_at(str(small_picture_models["qwen"]))
+    processors._processor_at.cache_clear()
+    monkeypatch.setattr(processors, "find_spec", lambda name: name)
+    again = processor_at(str(small_picture_models["qwen"]))
+    assert again is not found
+    pictures = {"text": ["<|image_pad|>"], "images": [Image.new("RGB", (16, 16), (9, 30, 90))]}
+    both = [of(**pictures, return_tensors="pt")["pixel_values"] for of in (found, again)]
+    assert torch.equal(*both)
+
+
 def test_a_link_out_of_the_folder_is_refused(small_picture_models, tmp_path) -> None:
     tokenizer = load_tokenizer(str(small_picture_models["qwen"]))
     inside = tmp_path / "inside"

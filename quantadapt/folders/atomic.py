@@ -341,6 +341,7 @@ def _failed_write(error: BaseException | None, path: Path) -> OSError | None:
             return error
         # torch.save says only that it failed, and numpy how much it wrote
         torchs = "inline_container.cc" in text and "PytorchStreamReader" not in text
+        torchs = torchs or "basic_ios::clear" in text  # torch 2.11
         if torchs or (isinstance(error, OSError) and _CUT_OFF.fullmatch(text)):
             number = errno.ENOSPC if _is_full(path) else errno.EIO
             return OSError(number, os.strerror(number))

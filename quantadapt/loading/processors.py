@@ -80,7 +80,7 @@ def _processor_at(source: str, trust: bool) -> Any:
         raise MissingDependency(what, fix=fix, where=source)
     kind = _kind(source)
     reader: Any = AutoProcessor
-    if kind is not None and find_spec("torchvision") is None:
+    if kind is not None and (find_spec("torchvision") is None or not _tells_of_videos(source)):
         reader = without_videos(kind)
     try:
         found = reader.from_pretrained(source, trust_remote_code=trust)
@@ -93,6 +93,14 @@ def _processor_at(source: str, trust: bool) -> Any:
     if found.chat_template is None and getattr(found, "tokenizer", None) is not None:
         found.chat_template = found.tokenizer.chat_template
     return found
+
+
+def _tells_of_videos(source: str) -> bool:
+    """Say whether there is a file in which transformers finds how videos are read."""
+    if any(_file(source, name) is not None for name in FILES[1:3]):
+        return True
+    file = _file(source, FILES[0])
+    return file is not None and "video_processor" in read_object(file)
 
 
 def _kind(source: str) -> Any:
@@ -120,7 +128,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def without_videos(kind: Any) -> Any:
     """Return a class of processor that reads no videos: transformers wants torchvision for those,
-    and Pillow alone for pictures."""
+    and Pillow alone for pictures; and a checkpoint may not tell how they are read."""
     names = list(kind.get_attributes())
     if "video_processor" not in names:
         return kind
