@@ -46,6 +46,7 @@ def rows_table(table: Table, taken: Row | None, seeds: int) -> Html:
     body = el("table", el("thead", head), el("tbody", *lines), class_="rows")
     note = "Quantized: before training. Blue figures are the best of their column."
     note += f" Means over {seeds} seeds." if seeds > 1 else ""
+    note += f" {table.shared}" if table.shared else ""
     wrapped = el("div", body, class_="scroll", tabindex="0", role="region", aria_label="All rows")
     return section("All rows", el("p", note, class_="note"), wrapped)
 
@@ -86,6 +87,8 @@ def _columns(table: Table) -> list[_Column]:
         _Column("base", "on disk", _number("base_mib"), _value("base_mib")),
         _Column("adapter", "on disk", _number("adapter_mib"), _value("adapter_mib")),
         _Column("trained", "weights", _number("trained", count)),
+        _Column("memory", "to calibrate", _number("quantize_memory_gib")),
+        _Column("time", "to calibrate", _number("quantize_seconds")),
         _Column("time", "of a run", _number("seconds"), _value("seconds")),
     ]
 
