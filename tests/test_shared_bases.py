@@ -216,7 +216,7 @@ def test_each_row_has_the_time_of_its_base_and_the_table_says_so(tmp_path) -> No
         assert numbers["quantize_seconds"].mean == 100.0
         assert numbers["quantize_memory_gib"].mean == 5.0
         assert numbers["memory_gib"].mean == 0.7  # of training, on a GPU
-    words = "that of gptq-lora-seed0 by 3 runs (1 min 40 s)"
+    words = "that of gptq-lora-seed0 by 3 runs (1 min 40 s, 5.00 GiB at the peak)"
     assert words in result.table.shared
     for file in ("compare.html", "compare.json"):
         assert words in (out / file).read_text()

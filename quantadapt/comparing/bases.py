@@ -75,7 +75,7 @@ class Bases:
         group = self._names(job.name)
         if not group or base_in(job.folder / BASE):
             return job
-        for name in group:
+        for name in reversed(group):  # data may have changed since the first was made
             if self._has(name):
                 words = ["--set", f"{KEY}={json.dumps(str(self.folder.run(name)))}"]
                 return replace(job, command=[*job.command, *words])

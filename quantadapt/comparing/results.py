@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 from ..folders.metrics import NATS, SHARE, duration, label
 from ..folders.run_folder import RunFolder
+from ..reporting.words import mebibytes
 from .folder import WHOLE, Journal, Record
 from .grid import DENSE, Cell, Comparison
 
@@ -322,11 +323,13 @@ def _shared_words(results: Mapping[str, Mapping[str, Any]]) -> str:
     for result in results.values():
         if maker := result.get("base_from"):
             makers[maker] = makers.get(maker, 1) + 1
-    told = [
-        f"that of {maker} by {count} runs ({duration(seconds)})"
-        for maker, count in makers.items()
-        if (seconds := results.get(maker, {}).get("quantize_seconds")) is not None
-    ]
+    told = []
+    for maker, count in makers.items():
+        made = results.get(maker, {})
+        seconds, peak = made.get("quantize_seconds"), made.get("quantize_memory_gib")
+        if _is_number(seconds) and _is_number(peak):
+            took = f"{duration(seconds)}, {mebibytes(1024 * peak)} at the peak"
+            told.append(f"that of {maker} by {count} runs ({took})")
     if not told:
         return ""
     more = f" and {len(told) - 3} more" if told[3:] else ""

@@ -81,14 +81,13 @@ def _columns(table: Table) -> list[_Column]:
         *found,
         _Column("merge", "keeps", _number("gain_kept", percent), _value("gain_kept", -1)),
         _Column("peak", "memory", _number("memory_gib"), _value("memory_gib")),
+        _Column("to calibrate", "memory", _number("quantize_memory_gib")),
         _Column(
             "tokens", "a second", _number("tokens_per_second"), _value("tokens_per_second", -1)
         ),
         _Column("base", "on disk", _number("base_mib"), _value("base_mib")),
         _Column("adapter", "on disk", _number("adapter_mib"), _value("adapter_mib")),
         _Column("trained", "weights", _number("trained", count)),
-        _Column("memory", "to calibrate", _number("quantize_memory_gib")),
-        _Column("time", "to calibrate", _number("quantize_seconds")),
         _Column("time", "of a run", _number("seconds"), _value("seconds")),
     ]
 
