@@ -79,9 +79,11 @@ def make_base(folder: Path, size: int, given: str, resumed: bool) -> None:
     if size == 32 and not given and not resumed:
         wait_to_be_told(folder)
     time.sleep(0 if given else 0.3)
+    taken = given
     if given:
-        assert (Path(given) / "base" / "quantadapt.json").exists(), given
-    manifest = {"making": MAKING | {"taken_from": given}}
+        earlier = json.loads((Path(given) / "base" / "quantadapt.json").read_text())["making"]
+        taken = earlier["taken_from"] or given
+    manifest = {"making": MAKING | {"taken_from": taken}}
     (half / "quantadapt.json").write_text(json.dumps(manifest))
     half.rename(folder / "base")
 

@@ -91,6 +91,8 @@ def test_its_numbers_are_those_of_a_run_alone(maker, tmp_path) -> None:
     assert spent["seconds"] == maker.metrics["quantize"]["seconds"] > 0
     assert took.metrics["stages"]["quantize"] < spent["seconds"]
     assert any(note.startswith(f"the base is taken from {maker.folder}") for note in notes)
+    third = qa.run(told(tmp_path / "third", "vera", reuse_base=str(took.folder)), verbose=False)
+    assert third.metrics["quantize"] == spent  # whoever it was handed on by
     again = Spec.load(took.folder / "spec.yaml")
     assert again.reuse_base is None  # what it is told runs without the other folder
     assert (took.folder / "spec.yaml").read_text() == (
