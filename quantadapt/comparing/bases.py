@@ -88,9 +88,9 @@ class Bases:
     def maker(self, name: str) -> str:
         """Return the run that is about to make the base of another one; empty if none is."""
         for other in self._names(name):
-            adopts = _read(self.folder.run(other), "plan.json").get("adopt")  # quantized already
-            if self.folder.record(other).state == "running" and not adopts:
-                return other
+            running = self.folder.record(other).state == "running"
+            if running and not _read(self.folder.run(other), "plan.json").get("adopt"):
+                return other  # and the model is not quantized already, as a hub id may tell late
         return ""
 
     def count(self, runs: Iterable[Run]) -> int:
@@ -102,7 +102,9 @@ class Bases:
 
     def _has(self, name: str) -> bool:
         """Say whether others can take the base of a run; that of an older version they cannot."""
-        return shareable(self.folder.run(name))
+        record = self.folder.record(name)
+        begun = record.state != "waiting" or record.seconds > 0
+        return begun and shareable(self.folder.run(name))
 
     def _could_not(self, name: str) -> bool:
         """Say whether a run has failed because its base could not be made."""
