@@ -9,6 +9,8 @@ from pathlib import Path
 ADAPTER_CONFIG = "adapter_config.json"
 MANIFEST = "quantadapt.json"
 """What lies beside all that this package writes of a model."""
+BASE = "base"
+"""The folder of a base, beside that of its adapter."""
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DATA_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")

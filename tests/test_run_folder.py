@@ -487,7 +487,7 @@ class TestAtomicFolder:
         self, free: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Its error has no number. GGUF files are written so."""
-        monkeypatch.setattr("quantadapt.folders.atomic._free_space", lambda _: free)
+        monkeypatch.setattr("quantadapt.folders.atomic.free_space", lambda _: free)
 
         def too_much(_: Path) -> None:
             with open("/dev/full", "wb") as full:
@@ -533,7 +533,7 @@ class TestAtomicFolder:
             raise reading
         with pytest.raises(OutputError, match="cannot write"), atomic_folder(tmp_path / "merged"):
             raise error  # whatever the reason is, for the disk is not full
-        monkeypatch.setattr(atomic, "_free_space", lambda path: 4096)
+        monkeypatch.setattr(atomic, "free_space", lambda path: 4096)
         with (
             pytest.raises(OutputError, match=r"4\.0 KiB are free"),
             atomic_folder(tmp_path / "merged"),

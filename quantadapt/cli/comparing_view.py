@@ -29,6 +29,8 @@ def show_plan(
     console: Console, made: Comparison, cells: Sequence[PlannedCell], output: Path
 ) -> None:
     """Print what will be run, and what is left out and why."""
+    from ..comparing.bases import disk_of
+
     able = [cell for cell in cells if not cell.refusals]
     table = Shown(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     predicted = any(cell.memory_gib for cell in able)
@@ -47,7 +49,9 @@ def show_plan(
         for cell in refused:
             text = f"  {cell.cell.label}: {cell.reason}"
             console.print(text, markup=False, soft_wrap=True, style="yellow")
-    for line in _counts(made, able, output):
+    for line in [*_counts(made, able, output), disk_of(made, able, output.expanduser()).words]:
+        if not line:
+            continue
         console.print(line, markup=False, soft_wrap=True)
     console.print()
 
@@ -118,6 +122,8 @@ def show_table(console: Console, made: Comparison, table: Table, found: Verdict)
             why = f": {row.reason}" if row.reason else ""
             text = f"{row.label}: {row.state}{why}"
             console.print(text, markup=False, soft_wrap=True, style="yellow")
+    if table.shared:
+        console.print(f"\n{table.shared}", markup=False, soft_wrap=True, style="dim")
     for text in table.remarks:
         console.print(f"warning: {text}", markup=False, soft_wrap=True, style="bold yellow")
     console.print(f"\n{found.words}", markup=False, soft_wrap=True)

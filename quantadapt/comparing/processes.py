@@ -85,6 +85,7 @@ class _Running:
 
 Tell = Callable[[str, Mapping[str, Any]], None]
 Done = Callable[[Job, Ending], None]
+Look = Callable[[Job], "Job | Ending | None"]
 Start = Callable[[Job, Mapping[str, str]], tuple[subprocess.Popen[bytes], IO[bytes]]]
 
 
@@ -112,9 +113,13 @@ class Processes:
         self._start = start or start_process
         self._running: list[_Running] = []
 
-    def run(self, jobs: Iterable[Job]) -> None:
+    def run(self, jobs: Iterable[Job], look: Look = lambda job: job) -> None:
         """Run all jobs. Whatever stops this, Ctrl-C among it, has those that run write a checkpoint
         and end.
+
+        Args:
+            look: asked of a job before it begins, in their order: returns it as it is to begin,
+                None if it waits for one that runs, or how it has ended already.
 
         Raises:
             OutOfBudget: after all have ended.
@@ -122,9 +127,7 @@ class Processes:
         waiting = list(jobs)
         try:
             while waiting or self._running:
-                free = [i for i in range(len(self.slots)) if i not in self._used()]
-                while waiting and free:
-                    self._begin(waiting.pop(0), free.pop(0))
+                self._fill(waiting, look)
                 if self._collected():
                     continue
                 if self.left is not None and sum(r.seconds for r in self._running) > self.left:
@@ -151,6 +154,21 @@ class Processes:
             for each in running:
                 _kill(each.process)
                 self._end(each)
+
+    def _fill(self, waiting: list[Job], look: Look) -> None:
+        """Begin of those that wait what can, while there are slots."""
+        for job in list(waiting):
+            free = [i for i in range(len(self.slots)) if i not in self._used()]
+            if not free:
+                return
+            found = look(job)
+            if found is None:
+                continue
+            waiting.remove(job)
+            if isinstance(found, Ending):
+                self.done(job, found)
+            else:
+                self._begin(found, free[0])
 
     def _used(self) -> list[int]:
         return [each.slot for each in self._running]

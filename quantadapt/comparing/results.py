@@ -10,8 +10,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, TypeGuard
 
-from ..folders.metrics import NATS, SHARE, label
+from ..folders.metrics import NATS, SHARE, duration, label
 from ..folders.run_folder import RunFolder
+from ..reporting.words import mebibytes
 from .folder import WHOLE, Journal, Record
 from .grid import DENSE, Cell, Comparison
 
@@ -24,10 +25,13 @@ def figures_of(folder: Path) -> dict[str, Any]:
     """
     metrics = RunFolder(folder).read_json("metrics.json")
     train, size = _part(metrics, "train"), _part(metrics, "size")
+    quantize = _part(metrics, "quantize")
     seconds, tokens = train.get("seconds"), train.get("tokens")
     found = {
         "steps": train.get("steps"),
-        "memory_gib": train.get("peak_memory_gib"),
+        "memory_gib": _peak(train, quantize),
+        "quantize_seconds": quantize.get("seconds"),
+        "quantize_memory_gib": quantize.get("peak_memory_gib"),
         "tokens_per_second": tokens / seconds if seconds and tokens else None,
         "train_seconds": seconds,
         "base_mib": size.get("quantized_mib"),
@@ -42,7 +46,17 @@ def figures_of(folder: Path) -> dict[str, Any]:
         "data": _data(metrics),
         "warnings": metrics.get("warnings") or [],
         "merge": _part(metrics, "merge").get("kind"),
+        "base_from": Path(str(quantize.get("taken_from") or "")).name,
     }
+
+
+def _peak(train: Mapping[str, Any], quantize: Mapping[str, Any]) -> Any:
+    """Return the peak of training: that of the GPU; else of a process, which would have been that
+    of quantizing as well."""
+    found = [train.get("peak_memory_gib")]
+    if quantize.get("device") == "cpu":
+        found.append(quantize.get("peak_memory_gib"))
+    return max(filter(_is_number, found), default=None)
 
 
 def gain_kept(evaluations: Mapping[str, Any]) -> float | None:
@@ -151,11 +165,13 @@ class Table:
         qualities: by name; the first is what is judged by.
         dropped: whether some were, to save time.
         remarks: what a reader has to know before rows are compared.
+        shared: which bases were made once for several runs.
     """
 
     rows: list[Row]
     qualities: dict[str, Quality]
     remarks: list[str] = field(default_factory=list)
+    shared: str = ""
 
     @property
     def quality(self) -> Quality | None:
@@ -204,7 +220,8 @@ def table_of(comparison: Comparison, journal: Journal) -> Table:
     if by and qualities and by not in qualities:
         known = ", ".join(qualities)
         remarks.append(f"no run has a figure {by!r} to judge by; there are {known}")
-    return Table([*base, *sorted(rows, key=place)], qualities, remarks)
+    shared = _shared_words(results)
+    return Table([*base, *sorted(rows, key=place)], qualities, remarks, shared)
 
 
 def badness(result: Mapping[str, Any], by: str) -> float | None:
@@ -286,12 +303,40 @@ def _row(
         if all(_is_number(result.get(key)) for key in _SIZES)
     ]
     _add(row.numbers, "size_mib", sizes)
-    _add(row.numbers, "seconds", [r.seconds for r in records.values() if r.seconds])
+    seconds = [r.seconds + _of_its_base(results[n]) for n, r in records.items() if r.seconds]
+    _add(row.numbers, "seconds", seconds)
     said = (text for result in found.values() for text in result.get("warnings", []))
     row.warnings = [*dict.fromkeys(map(str, said))]
     if failed and state == "finished":
         row.warnings.append(f"{len(failed)} of {len(states)} runs failed: {failed[0]}")
     return row
+
+
+def _of_its_base(result: Mapping[str, Any]) -> float:
+    """Return the seconds that another run took to make the base of this one."""
+    return float(result.get("quantize_seconds") or 0.0) if result.get("base_from") else 0.0
+
+
+def _shared_words(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say which bases were made once for several runs, and what that took; empty where none was."""
+    makers: dict[str, int] = {}
+    for result in results.values():
+        if maker := result.get("base_from"):
+            makers[maker] = makers.get(maker, 1) + 1
+    told = []
+    for maker, count in makers.items():
+        made = results.get(maker, {})
+        seconds, peak = made.get("quantize_seconds"), made.get("quantize_memory_gib")
+        if _is_number(seconds) and _is_number(peak):
+            took = f"{duration(seconds)}, {mebibytes(1024 * peak)} at the peak"
+            told.append(f"that of {maker} by {count} runs ({took})")
+    if not told:
+        return ""
+    more = f" and {len(told) - 3} more" if told[3:] else ""
+    return (
+        f"Bases that were calibrated once, and shared: {', '.join(told[:3])}{more}."
+        " The time of each run is as if it had made its own, and so is peak memory on a CPU."
+    )
 
 
 def _add(into: dict[str, Stat], key: str, values: Sequence[Any]) -> None:

@@ -46,6 +46,7 @@ def rows_table(table: Table, taken: Row | None, seeds: int) -> Html:
     body = el("table", el("thead", head), el("tbody", *lines), class_="rows")
     note = "Quantized: before training. Blue figures are the best of their column."
     note += f" Means over {seeds} seeds." if seeds > 1 else ""
+    note += f" {table.shared}" if table.shared else ""
     wrapped = el("div", body, class_="scroll", tabindex="0", role="region", aria_label="All rows")
     return section("All rows", el("p", note, class_="note"), wrapped)
 
@@ -80,6 +81,7 @@ def _columns(table: Table) -> list[_Column]:
         *found,
         _Column("merge", "keeps", _number("gain_kept", percent), _value("gain_kept", -1)),
         _Column("peak", "memory", _number("memory_gib"), _value("memory_gib")),
+        _Column("to calibrate", "memory", _number("quantize_memory_gib")),
         _Column(
             "tokens", "a second", _number("tokens_per_second"), _value("tokens_per_second", -1)
         ),

@@ -42,19 +42,21 @@ class Rungs:
         journal = self.work.folder.journal
         if journal.rungs or not self.work.todo:
             return journal.rungs
-        cost, seeds = self._cost(len(labels), steps), len(self.work.comparison.grid["seed"])
-        rungs = halving.choose(len(labels), steps, cost, seeds, budget)
+        (cost, each), seeds = self._cost(len(labels), steps), len(self.work.comparison.grid["seed"])
+        bases = each * self.work.bases.count(self.work.runs)
+        rungs = halving.choose(len(labels), steps, cost, seeds, budget - bases)
         runs = len(labels) * seeds
-        if (needed := runs * cost.of(rungs[0])) > budget:
+        if (needed := runs * cost.of(rungs[0]) + bases) > budget:
             raise self._too_small(runs, rungs[0], needed)
         journal.rungs = rungs
         self.work.folder.save()
-        guess = halving.seconds(len(labels), rungs, cost, seeds)
+        guess = halving.seconds(len(labels), rungs, cost, seeds) + bases
         self.work.tell("rungs", {"rungs": rungs, "cells": len(labels), "seconds": guess})
         return rungs
 
-    def _cost(self, cells: int, steps: int) -> halving.Cost:
-        """Return what a run takes, going by the first to the lowest rung that there may be."""
+    def _cost(self, cells: int, steps: int) -> tuple[halving.Cost, float]:
+        """Return what a run takes, and the seconds for a base that is calibrated, which is done
+        once; going by the first run, to the lowest rung that there may be."""
         lowest = halving.ladder(steps, halving.most_rungs(cells, steps))[0]
         first = min(self.work.todo, key=lambda run: run.cell.reference)
         self.work.batch([first], lowest)
@@ -63,7 +65,8 @@ class Rungs:
             what = f"there is nothing to plan by, as the first run has failed: {record.reason}"
             raise QuantadaptError(what, fix=f"see {self.work.folder.log(first.name)}")
         train = float(result.get("train_seconds") or 0.0)
-        return halving.Cost(max(record.seconds - train, 0.0), train / lowest)
+        base = float(result.get("quantize_seconds") or 0.0)
+        return halving.Cost(max(record.seconds - train - base, 0.0), train / lowest), base
 
     def _too_small(self, runs: int, steps: int, needed: float) -> QuantadaptError:
         hours = self.work.comparison.options.budget
@@ -120,7 +123,7 @@ class Rungs:
         """Return how many cells the rest of the budget takes to the next rung, by what they have
         taken so far."""
         left, seeds = self.work.processes.left, len(self.work.comparison.grid["seed"])
-        spent = [self.work.folder.record(run.name).seconds for run in self.work.runs]
+        spent = [self._spent(run, rung) for run in self.work.runs]
         trained = [
             float(result.get("train_seconds") or 0.0)
             for run in self.work.runs
@@ -132,6 +135,13 @@ class Rungs:
         fixed = max(sum(spent) / len(spent) - step * rung, 0.0)
         each = seeds * halving.Cost(fixed, step).of(ahead[0] - rung)
         return max(1, int(left // each)) if each > 0 else None
+
+    def _spent(self, run: Run, rung: int) -> float:
+        """Return the seconds that a run has taken, without those for a base, which is there."""
+        record = self.work.folder.record(run.name)
+        result = record.results.get(str(rung), {})
+        made = 0.0 if result.get("base_from") else float(result.get("quantize_seconds") or 0.0)
+        return max(record.seconds - made, 0.0)
 
 
 def _after(rung: int) -> str:

@@ -14,6 +14,7 @@ from ..machine import this_machine
 from ..memory.cards import GIB, card_for
 from ..showing.python import somebody_looks
 from ..spec import Spec
+from .bases import disk_of
 from .folder import check, opened
 from .grid import Comparison, comparison
 from .planned import PlannedCell, plan_cells
@@ -165,6 +166,8 @@ def look_at(made: Comparison, output: str | Path, *, overwrite: bool = False) ->
     cells = plan_cells(made, Path(output).expanduser())
     _check_figure(made, cells)
     _check_room(made, cells)
+    if problem := disk_of(made, cells, Path(output).expanduser()).problem:
+        raise PlanRefused([problem])
     return cells
 
 

@@ -146,7 +146,7 @@ def cost_words(cost: str, value: float) -> str:
     """Return a number of a row with its unit."""
     if cost.endswith("_mib"):
         return mebibytes(value)
-    if cost == "memory_gib":
+    if cost.endswith("memory_gib"):
         return mebibytes(1024 * value)
     return duration(value) if cost.endswith("seconds") else short(value)
 

@@ -13,6 +13,7 @@ from ..folders.atomic import remove
 from ..folders.environment import environment
 from ..folders.run_folder import RunFolder
 from ..machine import this_machine
+from .bases import Bases
 from .folder import WHOLE, CompareFolder, Record
 from .grid import DENSE, Comparison, Run
 from .planned import PlannedCell, measures_a_merge, spec_of
@@ -36,6 +37,7 @@ class Work:
     trusted: bool
     command: str = ""
     table: Table = field(default_factory=lambda: Table([], {}))
+    _makers: set[str] = field(default_factory=set)
 
     @property
     def runs(self) -> list[Run]:
@@ -62,6 +64,7 @@ class Work:
                 record.state, record.reason = "interrupted", "it was cut off"
         self._note_machine()
         measures = self._measures_base()
+        self.bases = Bases.of(self.runs, self.cells, self.folder, measures)
         for run in self.runs:
             made = self.cells[run.cell.label].plan
             assert made is not None
@@ -125,7 +128,16 @@ class Work:
         missing = [run for run in runs if key not in self.folder.record(run.name).results]
         facts = {"count": len(missing), "steps": steps, "slots": len(self.processes.slots)}
         self.tell("batch", facts)
-        self.processes.run([self.job(run, steps) for run in missing])
+        self.processes.run([self.job(run, steps) for run in missing], self.look)
+
+    def look(self, job: Job) -> Job | Ending | None:
+        """Return a job as it can begin now, see `Bases.look`; tell what it waits for."""
+        found = self.bases.look(job)
+        if found is None and (maker := self.bases.maker(job.name)) not in self._makers:
+            self._makers.add(maker)
+            text = f"what shares the base of {maker} begins once that is calibrated"
+            self.tell("note", {"text": text})
+        return found
 
     def job(self, run: Run, steps: int | None) -> Job:
         """Return the process that trains a run, from its last checkpoint on if it has begun."""

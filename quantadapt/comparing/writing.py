@@ -53,6 +53,7 @@ def document_of(
         "rungs": journal.rungs,
         "seconds": journal.seconds,
         "remarks": table.remarks,
+        "shared": table.shared,
         "rows": [_row(row) for row in table.rows],
         "runs": {run.name: _run(folder, run.name) for run in comparison.runs},
     }
@@ -87,7 +88,7 @@ def _run(folder: CompareFolder, name: str) -> dict[str, Any]:
 
 NUMBERS = (
     *("gain_kept", "memory_gib", "tokens_per_second", "base_mib", "adapter_mib", "size_mib"),
-    *("train_seconds", "seconds", "trained"),
+    *("train_seconds", "quantize_seconds", "quantize_memory_gib", "seconds", "trained"),
 )
 """Columns of the CSV beside the figures of evaluations; means over the seeds."""
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ast
 import os
 import shutil
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,18 @@ def configs_to_note(folder: Path, active: Sequence[str]) -> dict[str, dict[str, 
     }
 
 
-def copy_files(source: Path, target: Path, *, leave_out: Container[str] = ()) -> None:
+def copy_files(
+    source: Path,
+    target: Path,
+    *,
+    leave_out: Container[str] = (),
+    copy: Callable[[Path, Path], object] = shutil.copy2,
+) -> None:
     """Copy the files below a folder that others may have made.
+
+    Args:
+        leave_out: names of files that are not.
+        copy: copies one file.
 
     Raises:
         ModelError: one is a link that leads out of it, whose contents are not meant to be handed
@@ -69,7 +79,7 @@ def copy_files(source: Path, target: Path, *, leave_out: Container[str] = ()) ->
             if not (above / name).is_file():
                 what = f"{name} is no file that could be copied"
                 raise ModelError(what, fix="remove it", where=root)
-            shutil.copy2(above / name, into / name)
+            copy(above / name, into / name)
 
 
 def check_adapters(folder: Path, manifest: Mapping[str, Any], adapter: Adapter) -> None:

@@ -281,5 +281,8 @@ def load_base(folder: Path, device: str, streams: Streams | None = None) -> nn.M
     state.source, state.rewritten = manifest["base"], manifest.get("rewritten", False)
     state.own_base, state.base_id = True, manifest["base_id"]
     state.fingerprint = noted(manifest)
+    state.head, state.labels = manifest["head"], tuple(manifest["labels"])
+    for name in ("new_modules", "unused_modules", "begun_at_random"):
+        setattr(state, name, tuple(manifest[name]))  # of what it was made from
     state.quantizer = state.backend.quantizer(**manifest["options"])
     return model

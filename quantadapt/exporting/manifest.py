@@ -18,6 +18,7 @@ from ..inputs.documents import problems_in, read_object, shown, validated
 from ..inputs.fingerprints import Fingerprint
 from ..inputs.weights import file_in
 from ..machine import this_machine
+from ..paths import BASE as BASE
 from ..paths import MANIFEST as MANIFEST
 from ..paths import is_entry, path_problem
 from ..planning.peft_options import peft_options
@@ -29,7 +30,6 @@ from ..registry.discovery import registry
 from .adapter_files import CONFIG
 
 ADAPTER = "adapter"
-BASE = "base"
 MERGED = "merged"
 FORMAT = 1
 """The layout of the file; an older version of quantadapt refuses a newer one."""
@@ -81,6 +81,7 @@ class Manifest(BaseModel):
     max_length: int | None = Field(None, ge=1)
     head: Literal["", "sequence", "token"] = ""
     labels: list[str] = Field(default_factory=list)
+    begun_at_random: list[str] = Field(default_factory=list)
     stream: Stream = "none"
     rewritten: bool = False
     fingerprint: Fingerprint | None = None

@@ -6,6 +6,7 @@ temporary folder first and renamed.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -21,6 +22,7 @@ from ..folders.atomic import atomic_folder, refuse_occupied, refuse_overlap, rem
 from ..folders.written import LIST
 from ..inputs.documents import read_object
 from ..planning.on_disk import quantization_of
+from ..planning.reusing import Making
 from ..protocols import Exporter, Figure
 from ..quantizing.state import ModelState, state_of
 from ..registry.blame import blaming_plugins
@@ -163,15 +165,40 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def save_base(
-    model: nn.Module, state: ModelState, folder: Path, *, overwrite: bool = False
+    model: nn.Module,
+    state: ModelState,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    making: Making | None = None,
 ) -> None:
-    """Save the quantized base of `model`, adapter or not; `state` is the model's."""
+    """Save the quantized base of `model`, adapter or not; `state` is the model's.
+
+    Args:
+        making: how it was made, for runs that would make the same.
+    """
     state.base_id = state.base_id or secrets.token_hex(8)
     with atomic_folder(folder, overwrite=overwrite) as made:
-        write_base(model, state, made)
+        write_base(model, state, made, making)
 
 
-def write_base(model: nn.Module, state: ModelState, folder: Path) -> None:
+def take_base(base: Path, folder: Path, given: str) -> None:
+    """Put the base of another run at `folder`, under its `base_id`. Its files get second names; on
+    another disk they are copied.
+
+    Args:
+        given: what the user calls the place that it is taken from.
+    """
+    values = read_object(base / MANIFEST)
+    values["making"]["taken_from"] = values["making"].get("taken_from") or given
+    with atomic_folder(folder) as made:
+        copy_files(base, made, leave_out=(LIST, MANIFEST), copy=_linked)
+        (made / MANIFEST).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def write_base(
+    model: nn.Module, state: ModelState, folder: Path, making: Making | None = None
+) -> None:
     """Write the quantized base of `model` into `folder`, which is there."""
     from ..loading.processors import save_tokenizer
     from .merging import bare_base
@@ -180,7 +207,8 @@ def write_base(model: nn.Module, state: ModelState, folder: Path) -> None:
     state.quantizer.save(base, folder)
     if state.tokenizer is not None:
         save_tokenizer(state.tokenizer, folder)
-    write_manifest(folder, state, rewritten=state.rewritten, base_id=state.base_id)
+    more = {} if making is None else {"making": making.model_dump()}
+    write_manifest(folder, state, rewritten=state.rewritten, base_id=state.base_id, **more)
 
 
 class AdapterFolder(Exporter):
@@ -211,7 +239,7 @@ class AdapterFolder(Exporter):
         return {"size": Figure(sum(sizes) / 2**20, "MiB")}
 
 
-def _linked(source: str, target: str) -> None:
+def _linked(source: str | Path, target: str | Path) -> None:
     """Give a file a second name; where that cannot be done, copy it."""
     try:
         os.link(source, target)

@@ -267,7 +267,7 @@ def _beside(path: Path, ending: str) -> Path:
 
 
 def _refuse_if_too_small(final: Path, needed: int | None) -> None:
-    free = _free_space(final)
+    free = free_space(final)
     if needed is not None and free is not None and needed > free:
         raise _disk_full(final, 0, needed)
 
@@ -356,7 +356,7 @@ def _not_written(path: Path, error: OSError) -> OutputError:
 
 
 def _disk_full(path: Path, written: int, needed: int | None) -> OutputError:
-    free = _free_space(path)
+    free = free_space(path)
     facts = [
         f"{_bytes(needed)} are needed" if needed is not None else "",
         f"{_bytes(written)} had been written" if written else "",
@@ -375,7 +375,9 @@ def _existing(path: Path) -> Path:
     return next((parent for parent in parents if os.path.isdir(parent)), parents[-1])
 
 
-def _free_space(path: Path) -> int | None:
+def free_space(path: Path) -> int | None:
+    """Return the bytes that are free on the disk that holds `path`, which need not be there; None
+    where it does not tell."""
     try:
         return shutil.disk_usage(_existing(path)).free
     except OSError:
@@ -384,7 +386,7 @@ def _free_space(path: Path) -> int | None:
 
 def _is_full(path: Path) -> bool:
     """Say whether the disk has next to no space, or no room for another file."""
-    return (_free_space(path) or 0) < 2**20 or _has_no_inodes(path)
+    return (free_space(path) or 0) < 2**20 or _has_no_inodes(path)
 
 
 def _has_no_inodes(path: Path) -> bool:

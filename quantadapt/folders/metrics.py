@@ -134,6 +134,16 @@ def duration(seconds: float) -> str:
     return f"{parts // 60} {units[0]}{rest}"
 
 
+class Quantizing(TypedDict, total=False):
+    """What calibrating the base took: on `device`, the peak of the GPU, or of the process where
+    there is none. `taken_from` is the folder of the run that did, if that was another."""
+
+    seconds: float
+    peak_memory_gib: float
+    device: str
+    taken_from: str
+
+
 class Training(TypedDict, total=False):
     """What training took; `seconds` is the training loop alone, of which `dequantize_share` went
     into dequantizing the base, and `rounding_share` more into rounding weights (`merge_aware`).
@@ -279,6 +289,7 @@ class Metrics(TypedDict, total=False):
     warnings: list[str]
     perplexity: dict[str, float | None]
     stages: dict[str, float]
+    quantize: Quantizing
     train: Training
     size: Size
     exports: dict[str, ExportOutcome]

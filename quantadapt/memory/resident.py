@@ -115,6 +115,12 @@ class Resident:
         return there + SLOTS * max(work._streamed for _, work in self.kinds)
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """What the quantized base takes on a disk: all of it, wherever it is in memory."""
+        whole = replace(self, shards=1, streamed="none")
+        return whole.quantized_bytes + whole.dense_bytes
+
+    @property
     def host_bytes(self) -> int:
         """What of the quantized layers lies in CPU memory; of those on a disk, the largest one."""
         if self.from_disk:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +12,11 @@ from ..distributed.talking import reduced, start
 from ..distributed.world import world
 from ..errors import TrainingError
 from ..exporting.loading import load_base
-from ..exporting.saving import save_base
+from ..exporting.saving import save_base, take_base
+from ..folders.atomic import put_back
 from ..planning.planned import Plan
+from ..planning.reusing import Making, base_in, difference, making_of
+from ..quantizing.making import makings
 from ..quantizing.stage import quantize_plan
 from ..quantizing.state import state_of
 
@@ -23,29 +27,71 @@ if TYPE_CHECKING:
 
 
 def quantized_base(
-    plan: Plan, saved: Path, examples: Examples | None, labels: Sequence[str]
+    plan: Plan,
+    saved: Path,
+    examples: Examples | None,
+    labels: Sequence[str],
+    tell: Callable[[str], None] = lambda text: None,
 ) -> nn.Module:
     """Return the base, quantized. One that is calibrated here is kept, because the spec alone could
-    not make it again; a resumed run and the other processes load it.
+    not make it again; a resumed run and the other processes load it. Where the spec names another
+    run whose base is the same, that is taken.
 
     Args:
         saved: the folder in which such a base is kept.
         examples: what a backend that calibrates is shown.
         labels: what a classifier tells apart.
+        tell: told in a sentence where a base is not taken.
     """
     if not plan.calibrates:
         meet(plan)
         return quantize_plan(plan, labels=labels)
     resumed = plan.spec.train.resume and saved.exists()
-    if world().is_main and not resumed:
-        alone = replace(plan, parallel="none")
-        model = quantize_plan(alone, calibration=examples, labels=labels)
-        save_base(model, state_of(model), saved)
+    if world().is_main and not resumed and not _taken(plan, saved, examples, labels, tell):
+        model, making = _made(replace(plan, parallel="none"), examples, labels)
+        save_base(model, state_of(model), saved, making=making)
         if world().size == 1:
             return model
     # Only now: vendors take a process group for an invitation to calibrate together.
     meet(plan)
     return _placed(load_base(saved, plan.device), plan)
+
+
+def _taken(
+    plan: Plan,
+    saved: Path,
+    examples: Examples | None,
+    labels: Sequence[str],
+    tell: Callable[[str], None],
+) -> bool:
+    """Put the base that the spec names at `saved`; False where it names none, or another one."""
+    given = plan.spec.reuse_base
+    base = None if given is None else base_in(put_back(given))
+    making = None if base is None else making_of(base)
+    if given is None or base is None or making is None:
+        return False
+    if other := difference(making.of, makings(plan, examples, labels)):
+        tell(f"the base in {given} is not taken, and this run quantizes its own: {other}")
+        return False
+    take_base(base, saved, given)
+    return True
+
+
+def _made(plan: Plan, examples: Examples | None, labels: Sequence[str]) -> tuple[nn.Module, Making]:
+    """Quantize; return the model, and what that took."""
+    import torch
+
+    from ..training.figures import peak_memory_gib
+
+    device = torch.device(plan.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    model = quantize_plan(plan, calibration=examples, labels=labels)
+    seconds = time.perf_counter() - started
+    of = makings(plan, examples, labels)
+    peak = peak_memory_gib(device)
+    return model, Making(of=of, seconds=seconds, peak_memory_gib=peak, device=plan.device)
 
 
 def meet(plan: Plan) -> None:

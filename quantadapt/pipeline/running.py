@@ -26,6 +26,7 @@ from ..exporting.tuned import Tuned
 from ..folders.metrics import label, with_unit
 from ..folders.run_folder import RunFolder, UnwrittenFolder
 from ..planning.planned import Plan
+from ..planning.reusing import base_in, making_of
 from ..planning.share import BEGINNING
 from ..planning.stage import without_merges
 from ..quantizing.dense import skip_for
@@ -205,7 +206,9 @@ class _Run:
                 self.measuring.measure_unquantized()
         with self.stage("quantize") as done:
             saved = self.folder.path / BASE
-            model = done(quantized_base(self.plan, saved, self.examples, data.labels))
+            tell = self.note
+            model = done(quantized_base(self.plan, saved, self.examples, data.labels, tell))
+            self.record_making(saved)
             for note in state_of(model).notes:
                 if note.startswith(BEGINNING):
                     self.listener("detail", {"text": note.removeprefix(BEGINNING).lstrip()})
@@ -225,6 +228,15 @@ class _Run:
         with self.stage("export") as done:
             done(self.export(tuned, data))
         return tuned
+
+    def note(self, text: str) -> None:
+        self.listener("note", {"text": text})
+
+    def record_making(self, saved: Path) -> None:
+        """Note what calibrating the base took, here or in the run that it was taken from."""
+        making = making_of(saved) if self.world.is_main and base_in(saved) else None
+        if making is not None:
+            self.metrics["quantize"] = making.model_dump(exclude={"of"})
 
     def create_folder(self) -> RunFolder:
         spec = self.spec
@@ -272,7 +284,8 @@ class _Run:
         # Without what only concerned this folder, so that the file runs again as it stands; trust
         # in code is asked for again: the folder may come from elsewhere then.
         train = self.spec.train.model_copy(update={"resume": False})
-        anew = {"overwrite": False, "force_base": False, "trust_remote_code": False, "train": train}
+        anew = {"overwrite": False, "force_base": False, "reuse_base": None}
+        anew |= {"trust_remote_code": False, "train": train}
         again = self.plan.resolved.model_copy(update=anew)
         self.folder.write_text("spec.yaml", again.to_yaml())
         self.folder.write_json("plan.json", self.plan.to_dict())

@@ -37,6 +37,7 @@ from .refusals import (
     refusals_beside,
     task_problems,
 )
+from .reusing import look_at_reused
 from .share import DENSE_EXPERTS, Share, packed_share, share_on_disk, tower_sizes, towers_words
 from .targets import named_problems
 from .workload import memory_plan
@@ -65,6 +66,9 @@ def cell_problems(made: Plan) -> list[Problem]:
 def combined(draft: Draft, made: Plan) -> Plan:
     """Return `made` with rules, exports, processes and memory looked at."""
     _look_at_options(draft, made)
+    problems, notes = look_at_reused(made)
+    draft.problems += problems
+    draft.notes += notes
     layers = _look_at_layers(draft, made)
     for name, evaluator in made.evaluators.items():
         record = draft.registry.record(Evaluation, evaluation_of(name))

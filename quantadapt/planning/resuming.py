@@ -53,7 +53,7 @@ UNUSED = frozenset(("data.calibration_path", "data.calibration_examples"))
 LONGER = frozenset(("train.max_steps", "train.num_train_epochs"))
 """What may grow: a schedule that decays is then the one of the longer run from there on."""
 
-NOT_KEPT = frozenset(("output", "overwrite", "force_base", "train.resume"))
+NOT_KEPT = frozenset(("output", "overwrite", "force_base", "reuse_base", "train.resume"))
 
 PARTS = ("backend", "adapter", "objective")
 

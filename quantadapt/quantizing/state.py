@@ -116,6 +116,7 @@ class ModelState:
             "merge_aware": self.merge_aware,
             "head": self.head,
             "labels": list(self.labels),
+            "begun_at_random": list(self.begun_at_random),
             "stream": self.stream,
         }
 

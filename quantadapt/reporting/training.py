@@ -66,8 +66,18 @@ def stages_section(run: Run) -> Html:
         Bar(name, value, duration(value), "after" if value == longest else "before")
         for name, value in found
     ]
-    note = el("p", f"{duration(total)} in all.", class_="note")
+    told = f"{duration(total)} in all."
+    took, taken = number(run.metrics, "quantize", "seconds"), taken_from(run)
+    if took is not None and taken:
+        told += f" Its base was calibrated in {taken}, which took {duration(took)}."
+    note = el("p", told, class_="note")
     return section("Time per stage", note, bar_chart("Time per stage", bars, unit="seconds"))
+
+
+def taken_from(run: Run) -> str:
+    """Return the run that the base was taken from; empty where it made its own."""
+    found = part(run.metrics, "quantize").get("taken_from")
+    return found if isinstance(found, str) else ""
 
 
 def memory_section(run: Run) -> Html:
@@ -82,13 +92,14 @@ def memory_section(run: Run) -> Html:
     bars = [Bar(named[name][0], value, mebibytes(value), named[name][1]) for name, value in found]
     chart = bar_chart("Size of the weights", bars, unit="MiB") if bars else Html()
     train = part(run.metrics, "train")
-    figures = figures_list(_memory_figures(train))
+    calibrating = number(run.metrics, "quantize", "peak_memory_gib")
+    figures = figures_list(_memory_figures(train, calibrating))
     words = _setting_words(part(train, "memory"))
     note = el("p", words, class_="note") if words else Html()
     return section("Memory", chart, figures, note) if chart or figures else Html()
 
 
-def _memory_figures(train: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _memory_figures(train: Mapping[str, Any], calibrating: float | None) -> list[tuple[str, str]]:
     peak, trained = number(train, "peak_memory_gib"), number(train, "trainable_parameters")
     base = number(train, "base_parameters")
     figures = []
@@ -97,6 +108,8 @@ def _memory_figures(train: Mapping[str, Any]) -> list[tuple[str, str]]:
         figures.append((count(trained), f"trainable parameters{share}"))
     if peak is not None:
         figures.append((mebibytes(peak * 1024), "peak memory"))
+    if calibrating is not None:
+        figures.append((mebibytes(calibrating * 1024), "peak memory while the base was calibrated"))
     predicted = number(train, "memory", "predicted_gib")
     if predicted is not None:
         figures.append((mebibytes(predicted * 1024), "predicted for it"))

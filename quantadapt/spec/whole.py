@@ -122,6 +122,11 @@ class Spec(Strict):
     force_base: bool = Field(
         False, description="resume though the model's files are not those that it was begun with"
     )
+    reuse_base: str | None = Field(
+        None,
+        description="folder of a run whose base was calibrated: it is taken instead of quantizing "
+        "anew, if its model, quantization and calibration data are those of this run",
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Dtype = Field(
         "auto", description="compute dtype; auto: bfloat16 on cuda where it can, else float32"
@@ -167,7 +172,7 @@ class Spec(Strict):
     def inputs(self) -> list[str]:
         """The paths and hub ids that are read, and so must not be written to."""
         data = self.data
-        paths = (self.model, *data.named, data.eval_path, data.calibration_path)
+        paths = (self.model, *data.named, data.eval_path, data.calibration_path, self.reuse_base)
         return [path for path in paths if path]
 
     @classmethod
