@@ -687,6 +687,50 @@ def test_torch_and_the_driver_agree() -> None:
 # --- on the command line --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "scaled", [None, {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}], ids=["plain", "yarn"]
+)
+def test_what_memory_holds_is_told_beside_what_the_model_was_made_for(
+    llama, scaled, tmp_path
+) -> None:
+    """As transformers has it: scaled positions are in `max_position_embeddings` already."""
+    from transformers import AutoConfig
+
+    file = Path(llama) / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | {"max_position_embeddings": 8192}
+    config |= {"rope_parameters": scaled} if scaled else {}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    made = planned(spec(llama, tmp_path), 24)
+    (words,) = made.memory.words()
+    told = made.to_dict()["memory"]
+    assert told["positions"] == AutoConfig.from_pretrained(llama).max_position_embeddings == 8192
+    longest = told["cards"][0]["longest"]["none"]
+    assert longest == made.memory.work.longest(usable(24 * GIB, lost=LONG_ROWS)) > 8192
+    assert f": {longest:,} tokens (" in words
+    assert words.endswith("; the model has been made for 8,192 positions")
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"max_position_embeddings": 4096}),
+        ("gpt2", {"n_positions": 512}),
+        ("mpt", {"max_seq_len": 300}),
+        ("gemma3", {"text_config": {"model_type": "gemma3_text", "max_position_embeddings": 700}}),
+    ],
+)
+def test_positions_are_read_of_every_familys_config(family, options) -> None:
+    from transformers import AutoConfig
+
+    from quantadapt.data.positions import made_for
+
+    config = AutoConfig.for_model(family, **options)
+    text = config.get_text_config()
+    stock = getattr(text, "max_position_embeddings", None) or text.max_seq_len
+    assert made_for(config.to_dict()) == stock < 5000
+    assert made_for({"model_type": family}) is None  # an older config.json may leave it out
+
+
 @pytest.fixture
 def shown(llama, tmp_path, capsys, monkeypatch):
     """Call `quantadapt plan` with these cards, on a machine without a GPU."""
@@ -710,6 +754,7 @@ def test_cards_are_asked_about(shown) -> None:
     assert code == 0
     assert "fits 24 GiB: yes, with " in output
     assert "longest example, alone in its batch: " in output
+    assert "; the model has been made for " not in output  # its config does not say
     assert "(the base streamed, " in output
     assert "GiB: yes, with " in output.partition("fits 6 ")[2]
     assert "the base streamed from 3.4 GiB of CPU memory" in output

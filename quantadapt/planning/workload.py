@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..data.positions import made_for
 from ..errors import Problem
 from ..memory import rules
 from ..memory.adapters import Layer, Method
@@ -118,7 +119,9 @@ def memory_plan(
         keeps_casts=train.memory != "min",
     )
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
-    return MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))
+    positions = made_for(config)
+    limit = rules.limit(train)
+    return MemoryPlan(work, limit, given, unshared=tuple(unshared), positions=positions)
 
 
 def _drops(options: Mapping[str, Any]) -> bool:
