@@ -20,6 +20,7 @@ SCALED_LOGITS = (
     "logits_mup_width_multiplier",
     "logits_soft_cap",
     "output_logit_soft_cap",
+    "ngram",  # ProphetNet's are of other hidden states than the decoder's last
 )
 """What configs call it that models change their logits in a way of their own."""
 

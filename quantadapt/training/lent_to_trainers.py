@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..distributed.talking import average_gradients
 from ..memory.shape import SCALED_LOGITS
 from ..model.head import Head, aligned, counting, is_alone, is_its_weight
+from ..model.logits import next_token_loss
 from ..model.patches import patched, restored
 from ..showing.quietly import quietly
 
@@ -83,6 +84,36 @@ def add_trl_loss(base: Any) -> bool:
     return True
 
 
+def add_logits_loss(base: Any) -> bool:
+    """As `add_head_loss`, of the logits that the model makes; say if the loss of its own forward
+    has no other part. Of labels that a forward takes it may make anything, so it gets none."""
+    if balances_routers(base) or _adds_to_loss(base):
+        return False
+    original = base.forward
+
+    @wraps(type(base).forward)
+    def forward(
+        self: Any,
+        *args: Any,
+        fused_lm_head: bool = False,
+        counted: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not fused_lm_head:
+            return original(*args, **kwargs)
+        from transformers.modeling_outputs import CausalLMOutput
+
+        labels, divisor = kwargs.pop("labels"), kwargs.pop("num_items_in_batch")
+        after = kwargs.pop("shift_labels", None)  # of rows that several processes share
+        # those of pictures and of virtual tokens, which have no labels, come first
+        logits = original(*args, **(kwargs | {"return_dict": True})).logits[:, -labels.shape[1] :]
+        options = {"divisor": divisor, "after": after, "counted": counted}
+        return CausalLMOutput(loss=next_token_loss(logits, labels, **options))
+
+    base.forward = types.MethodType(forward, base)
+    return True
+
+
 def balances_routers(model: Any) -> bool:
     """Say if the model's loss has a part that balances its routers."""
     return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
@@ -110,6 +141,16 @@ def _balances_alike(base: Any) -> bool:
         except Exception:  # of configs and routers that are not like Mixtral's
             return False
     return own is not None and bool((found - own).abs() <= 0.01 * own.abs())
+
+
+@contextmanager
+def with_adapted_heads() -> Iterator[None]:
+    """Let SFTTrainer take a model whose head is adapted: its own loss would not see that, ours is
+    of the logits that the model makes."""
+    from trl.trainer import sft_trainer
+
+    with patched(sft_trainer, BaseTunerLayer=()):  # which nothing is an instance of
+        yield
 
 
 @contextmanager

@@ -50,6 +50,7 @@ from .lent import lent
 from .lent_to_trainers import quiet
 from .loop import TrainingLoop
 from .memory_fit import MemoryFit
+from .next_tokens import refuse_foresight
 from .packing import Filling, filling
 from .prepared import Prepared
 from .progress import OnLog, Watcher
@@ -131,6 +132,8 @@ def train(
     setup, measured = prepared.setup, prepared.held_out
     # kernels, casts and the like; taken back at the end
     with task.holding(setup, note), lent(model, spec, task, note) as loans:
+        if task.wants_lm:
+            refuse_foresight(model)
         trainer = make_trainer(task, setup, on_log)  # task.trainer: trl's SFTTrainer, for one
         trainer.packed = filling(trainer.train_dataset) if spec.packing else None
         if trainer.packed:
