@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapting.adalora import tuner_of
 from ..adapting.merge_aware import make_merge_aware, tell_it_stays
 from ..adapting.several import unsavable
+from ..adapting.vblora import cut_short
 from ..data.positions import check_lengths
 from ..data.vocabulary import check_tokens
 from ..dependencies import tracker_problems
@@ -267,6 +268,7 @@ def check(model: Any, spec: TrainSpec, task: Task) -> None:
         found += merge_aware_problems(cell, state.backend, state.quantizer, state.adapter)
     found += _float8_problems(model, spec)
     found += tracker_problems(spec.report_to)
+    found += cut_short(model)
     found += unsavable(model)  # told now, not when it is to be saved
     if found:
         raise PlanRefused(found)
