@@ -164,7 +164,7 @@ class Shape:
         if self.normed_heads:
             numbers += self.queries + self.keys
         if not fused_kernels and half:
-            numbers += 2 * h
+            numbers += 2 * h + (self.queries + self.keys if self.normed_heads else 0)
         return numbers
 
     def kept_inside(self, fused_kernels: bool) -> int:
