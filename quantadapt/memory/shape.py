@@ -23,6 +23,10 @@ SCALED_LOGITS = (
     "ngram",  # ProphetNet's are of other hidden states than the decoder's last
 )
 """What configs call it that models change their logits in a way of their own."""
+TRL_SCALES = frozenset(("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"))
+"""Of these, what TRL's loss knows."""
+TRL_ROUTERS = ("gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+"""Models whose loss on routers is TRL's, which is Mixtral's."""
 
 
 _NORMED_HEADS = ("olmoe", "qwen3", "qwen3_moe", "qwen3_vl_text", "qwen3_vl_moe_text")

@@ -33,6 +33,8 @@ LEAST_TILE = 1024
 """Tokens of which smaller models do not make fewer tiles than they are worth."""
 _LONGEST = 24
 """No row has more than 2 to this power multiples of so many tokens."""
+HEAD = "lm_head"
+"""What the head is called among the layers that are adapted beside the decoder's."""
 MLP = ("gate_proj", "up_proj", "down_proj")
 """The linear layers of an MLP, as `Shape` calls them."""
 
@@ -228,10 +230,16 @@ class Workload(Resident):
 
     def loss_bytes(self, tokens: int) -> int:
         """What the loss works with: logits, what the last norm gets and gives, the hidden states
-        that count, and their gradient. Logits are a chunk, or all in float32, with their logarithms
-        and gradients."""
+        that count, and their gradient. Logits are a chunk, or all of them with their gradient and a
+        chunk, or all in float32, with their logarithms and gradients; in 16 bits PEFT adds what an
+        adapter of the head makes, in float32, to what the head does."""
         logits = tokens * self.shape.vocab
-        held = 12 * logits if self.whole_logits else min(logits * self.dtype_bytes, HEAD_CHUNK)
+        held = min(logits * self.dtype_bytes, HEAD_CHUNK)
+        if self.made_logits:
+            held += 2 * logits * self.dtype_bytes
+        if self.whole_logits:
+            adapted = any(layer.name == HEAD for layer in self.also)
+            held = (14 if adapted and self.dtype_bytes == 2 else 12) * logits
         if self.teacher is not None:  # logits of both, their logarithms, and what is made of them
             held = 8 * min(4 * logits, DIVERGENCE_CHUNK)
             held += 2 * tokens * self.teacher.hidden * self.dtype_bytes

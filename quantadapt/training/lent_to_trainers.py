@@ -9,7 +9,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from ..distributed.talking import average_gradients
-from ..memory.shape import SCALED_LOGITS
+from ..memory.shape import SCALED_LOGITS, TRL_SCALES
 from ..model.head import Head, aligned, counting, is_alone, is_its_weight
 from ..model.logits import next_token_loss
 from ..model.patches import patched, restored
@@ -17,9 +17,6 @@ from ..showing.quietly import quietly
 
 if TYPE_CHECKING:
     from torch import nn
-
-_TRL_SCALES = {"logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"}
-"""Of what scales logits, what TRL's loss knows."""
 
 
 def add_head_loss(base: Any) -> bool:
@@ -71,7 +68,7 @@ def add_trl_loss(base: Any) -> bool:
     from trl.trainer.utils import add_fused_lm_head
 
     text, head = base.config.get_text_config(), base.get_output_embeddings()
-    unknown = (name for name in SCALED_LOGITS if name not in _TRL_SCALES)
+    unknown = (name for name in SCALED_LOGITS if name not in TRL_SCALES)
     scaled = any(getattr(text, name, None) is not None for name in unknown)
     if scaled or _adds_to_loss(base) or not is_its_weight(head) or not is_alone(base, head):
         return False
@@ -105,8 +102,9 @@ def add_logits_loss(base: Any) -> bool:
 
         labels, divisor = kwargs.pop("labels"), kwargs.pop("num_items_in_batch")
         after = kwargs.pop("shift_labels", None)  # of rows that several processes share
-        # those of pictures and of virtual tokens, which have no labels, come first
-        logits = original(*args, **(kwargs | {"return_dict": True})).logits[:, -labels.shape[1] :]
+        logits = original(*args, **(kwargs | {"return_dict": True})).logits
+        if (length := labels.shape[1]) != logits.shape[1]:
+            logits = logits[:, -length:]  # those of virtual tokens come first, and have no labels
         options = {"divisor": divisor, "after": after, "counted": counted}
         return CausalLMOutput(loss=next_token_loss(logits, labels, **options))
 
