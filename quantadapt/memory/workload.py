@@ -99,6 +99,14 @@ class Workload(Resident):
         numbers -= 0 if last & {"gate_proj", "up_proj"} else shape.hidden
         return numbers - (0 if "down_proj" in last else shape.mlp)
 
+    @property
+    def _scales_inside(self) -> bool:
+        """Whether what comes into an MLP's product of gate and up is scaled after it is made."""
+        method, made = self.method, {"gate_proj", "up_proj"} & set(self.targets)
+        if method is None or not self._scales:
+            return False
+        return any(not method.scaled_input(name) for name in made)
+
     def _makes_factors(self, tokens: int) -> bool:
         ranks = self.method.factors if self.method and not self.rounds else 0
         return 0 < FACTORS_FROM * ranks <= tokens
@@ -187,6 +195,8 @@ class Workload(Resident):
         rounded what that takes. With `offload` experts are dequantized in parts."""
         shape = self.shape
         inside = (0 if self.fused_kernels else 2) + (0 if self._fuses(tokens) else 1)
+        if self._scales_inside:  # Liger's gradients lie where its inputs were, IA3's nowhere yet
+            inside = max(inside, 1)
         # DoRA's product with the base, and its gradient after it, take the place of inputs.
         gradients = shape.hidden + shape.mlp * inside
         numbers = tokens * gradients + self._largest_weight
