@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import transformers
-from allocations import peak_of
+from allocations import left_by, peak_of
 
 import quantadapt as qa
 from quantadapt import demo
@@ -156,7 +156,7 @@ def test_experts_keep_their_input_alone_unless_autograd_sees_their_products() ->
     alone = replace(work(8, dora=True), targets=("q_proj",))
     assert alone.kept_bytes(TOKENS) == work(8).kept_bytes(TOKENS)
     dense = work(8, dense=STACKS).kept_bytes(TOKENS) - work(8).kept_bytes(TOKENS)
-    assert dense == 2 * (ROWS * (2 * 2048 + 4 * 768) + weights)
+    assert dense == 2 * (ROWS * (2 * 2048 + 4 * 768) + weights - TOKENS * 2048)
 
 
 def test_the_backward_of_experts_holds_one_dequantized_stack_and_their_rows() -> None:
@@ -273,6 +273,35 @@ def test_a_step_takes_what_is_foreseen(family, on_experts, recomputed_layers, dt
     )
     # In 16 bits a norm works with float32, which is a large part of a model as narrow as this.
     assert found == pytest.approx(most, rel=0.05 if dtype == "float32" else 0.11)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("on_experts", [False, True])
+@pytest.mark.parametrize("family", MEASURED)
+def test_dense_experts_keep_what_is_foreseen(family, on_experts, dtype) -> None:
+    """As transformers computes them: their rows and weights only where they are adapted."""
+    torch.manual_seed(0)
+    config = getattr(transformers, family)(**SMALL, **MEASURED[family])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    chosen = {} if on_experts else {"target_modules": list(ATTENTION)}
+    base = qa.quantize(model, "none", device="cpu", dtype=dtype)
+    tuned = qa.attach(base, "lora", r=8, **chosen)
+    ids, held = torch.randint(3, 60, (4, 512)), list[torch.Tensor]()
+
+    def forward() -> None:
+        decoder = tuned.get_base_model().model
+        held.append(decoder(input_ids=ids, use_cache=False).last_hidden_state.sum())
+
+    with fused_layers(tuned):
+        forward()
+        held.clear()
+        found = left_by(forward)
+    shape = Shape.of(config.to_dict())
+    targets = tuple(shape.linears) if on_experts else ATTENTION
+    sizes = {"dtype_bytes": 4 if dtype == "float32" else 2, "batch": 4, "length": 512}
+    made = Workload(shape, {}, targets, 8, "sgd", **sizes, dense=STACKS)
+    made = replace(made, fused_adapter=True, fused_kernels=False)
+    assert found == pytest.approx(3 * made.kept_bytes(2048), rel=0.03)
 
 
 # --- what is chosen ------------------------------------------------------------------------------

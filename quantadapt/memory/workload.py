@@ -151,7 +151,8 @@ class Workload(Resident):
             return 0
         numbers = 0
         if set(STACKS) <= set(self.dense):
-            numbers = experts.dense_numbers(tokens, hidden)
+            adapted = bool(set(STACKS) & set(self.targets))
+            numbers = experts.dense_numbers(tokens, hidden, adapted=adapted)
         return experts.kept_bytes(tokens) + numbers * self.dtype_bytes
 
     def input_bytes(self, tokens: int) -> int:
