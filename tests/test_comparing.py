@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from quantadapt.comparing.axes import lists_in
 from quantadapt.comparing.folder import Journal, Record
 from quantadapt.comparing.grid import Cell, Comparison, Options, comparison
 from quantadapt.comparing.page import Shown, render, yaml_of
+from quantadapt.comparing.plots import sweeps
 from quantadapt.comparing.processes import Ending, Job, Processes, slots, start_process
 from quantadapt.comparing.results import Quality, Row, Stat, Table, gain_kept, table_of
 from quantadapt.comparing.stage import ComparisonResult, look_at, run_comparison
@@ -43,7 +45,8 @@ from quantadapt.folders.lock import take
 from quantadapt.inputs.plain_yaml import parse, to_yaml
 from quantadapt.machine import Machine
 from quantadapt.reporting.scatter import Axis, Point, drawing
-from quantadapt.reporting.words import short
+from quantadapt.reporting.svg import WIDE
+from quantadapt.reporting.words import TIMES, short
 from quantadapt.showing.comparing import CompareDisplay
 from quantadapt.showing.screen import Screen
 
@@ -752,6 +755,44 @@ def test_ticks_that_are_near_each_other_read_apart() -> None:
     near = labels(lambda value: f"{100 * value:.3g} %", 0.99991, 0.99995)
     assert near[:2] == ["99.991 %", "99.992 %"]
     assert labels(short, 1.0, 2.0)[0] == "1.00"
+
+
+@pytest.mark.parametrize("lines", [1, 6, 40])
+def test_the_labels_of_lines_meet_neither_each_other_nor_a_line(lines: int) -> None:
+    """One for each line, beside the plot: every point had its own, across the lines. Of too many
+    the lowest have none."""
+    draw = random.Random(0)
+    points = [
+        Point(rate, 3 + draw.random(), f"backend-{n} x {'lora' * (1 + n % 12)}", group=str(n))
+        for n in range(lines)
+        for rate in (1e-4, 2e-4, 4e-4)
+    ]
+    drawn = drawing("t", points, Axis("learning_rate", short), Axis("perplexity", short))
+    found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)"[^>]*class="label">([^<]+)<', drawn)
+    labels = [(float(x), float(y), text) for x, y, text in found]
+    assert len(labels) == len({text for *_, text in labels}) == min(lines, 21)
+    path = " ".join(re.findall(r'<polyline points="([^"]+)"', drawn))
+    ends = [tuple(map(float, place.split(","))) for place in path.split()]
+    assert all(x > max(end for end, _ in ends) for x, *_ in labels)
+    assert all(x + 6.9 * len(text) <= WIDE for x, _, text in labels)
+    heights = sorted(y for _, y, _ in labels)
+    assert all(low - high >= 16 - 1e-6 for high, low in itertools.pairwise(heights))
+    assert all(26 <= y <= 400 for y in heights)
+
+
+def test_a_line_is_called_by_what_its_points_have_in_common() -> None:
+    settings = {"backend": "hqq", "adapter": "lora", "adapter.r": 8, "train.weight_decay": 0.1}
+    rates = (1e-4, 3e-4)
+    rows = [
+        row(
+            f"{rate}", (3 + rate,), 1.0, cell=Cell("", "", settings | {"train.learning_rate": rate})
+        )
+        for rate in rates
+    ]
+    table = SimpleNamespace(quality=LOSS, judged=lambda: rows)
+    page = sweeps(table, {"train.learning_rate": rates, "seed": [0]})
+    label = f"hqq {TIMES} lora(r=8), weight_decay=0.1"
+    assert page.count(f'class="label">{label}<') == 1
 
 
 def test_the_front_is_what_nothing_beats() -> None:

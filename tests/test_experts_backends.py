@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ import quantadapt as qa
 from quantadapt.calibration.experts import ExpertsWarning, close_experts, open_experts
 from quantadapt.errors import PlanRefused, QuantadaptError
 from quantadapt.facade import facades, stack_facades
+from quantadapt.loading import WrongTensors
 from quantadapt.model.experts import expert_stacks
 from quantadapt.registry.discovery import registry
 
@@ -513,14 +515,44 @@ def test_experts_one_by_one_become_stacks(
     assert torch.equal(logits(qa.load(tmp_path / "saved")), logits(model))
 
 
-@pytest.mark.parametrize("backend", ["gptq", "bnb-nf4"])
-def test_a_missing_expert_is_named(backend: str, folder: Any, tmp_path: Path) -> None:
-    _one_by_one(folder("Mixtral"), tmp_path / "base", backend)
-    file = tmp_path / "base" / "model.safetensors"
-    left = {name: t for name, t in load_file(file).items() if "experts.2.w3" not in name}
+@pytest.mark.parametrize("part", ["", "w1", "w2", "w3"])
+@pytest.mark.parametrize("expert", [2, EXPERTS - 1])
+@pytest.mark.parametrize("packed", ["", "gptq", "bnb-nf4"])
+def test_a_missing_expert_is_named(
+    packed: str, expert: int, part: str, folder: Any, tmp_path: Path
+) -> None:
+    """The last one, too, without which what is there stacks to a smaller parameter."""
+    base, stem = tmp_path / "base", f"experts.{expert}.{part}"
+    if packed:
+        _one_by_one(folder("Mixtral"), base, packed)
+    else:
+        shutil.copytree(folder("Mixtral"), base)
+    file = base / "model.safetensors"
+    left = {name: t for name, t in load_file(file).items() if stem not in name}
     save_file(left, file, {"format": "pt"})
-    with pytest.raises(QuantadaptError, match=r"experts\.2\.w3"):
-        qa.quantize(tmp_path / "base", backend=backend)
+    with pytest.raises(WrongTensors) as caught:
+        qa.quantize(base, backend=packed or "hqq")
+    (problem,) = caught.value.problems
+    state = "is not whole" if part else "is missing"
+    assert problem.what.startswith(f"expert {expert} of layer 0 {state}: it has no ")
+    for name in (part,) if part else ("w1", "w2", "w3"):
+        assert f".experts.{expert}.{name}" in problem.what
+    assert "shape" not in problem.what
+
+
+def test_all_that_is_missing_of_experts_is_told(folder: Any, tmp_path: Path) -> None:
+    shutil.copytree(folder("Qwen3-MoE"), tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    lost = re.compile(r"experts\.(3\.|1\.up_proj)")
+    left = {name: t for name, t in load_file(file).items() if not lost.search(name)}
+    save_file(left, file, {"format": "pt"})
+    with pytest.raises(WrongTensors) as caught:
+        qa.quantize(tmp_path / "base", backend="none")
+    whats = [problem.what.partition(":")[0] for problem in caught.value.problems]
+    assert sorted(whats) == [
+        "expert 1 of layer 0 is not whole",
+        "expert 3 of layer 0 is missing",
+    ]
 
 
 def test_experts_in_orders_of_their_own_are_refused(folder: Any, tmp_path: Path) -> None:

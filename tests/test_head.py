@@ -200,13 +200,13 @@ _ROUTERS = {**_EXPERTS, "output_router_logits": True, "router_aux_loss_coef": 0.
     ("family", "options", "whose"),
     [
         # more layers in front of the head
-        ("bert", {"is_decoder": True}, None),
-        ("roberta", {"is_decoder": True}, None),
-        ("modernbert-decoder", {}, None),
-        # logits are scaled or capped, as TRL knows or does not
+        ("bert", {"is_decoder": True}, "logits"),
+        ("roberta", {"is_decoder": True}, "logits"),
+        ("modernbert-decoder", {}, "logits"),
+        # logits are scaled or capped, as TRL knows or does not: of whole ones
         ("granite", {"logits_scaling": 3.0}, "trl"),
         ("cohere", {"logit_scale": 0.3}, "trl"),
-        ("recurrent_gemma", {"logits_soft_cap": 0.5, "lru_width": 16}, None),
+        ("recurrent_gemma", {"logits_soft_cap": 0.5, "lru_width": 16}, "logits"),
         # more than the tokens' loss: as Mixtral's, or of experts with other names
         ("mixtral", _ROUTERS, "trl"),
         ("granitemoe", _ROUTERS, None),

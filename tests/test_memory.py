@@ -31,7 +31,8 @@ from quantadapt.memory import (
     ways_out,
 )
 from quantadapt.memory.cost import step_cost
-from quantadapt.memory.shape import Shape
+from quantadapt.memory.phases import phases
+from quantadapt.memory.shape import TRL_ROUTERS, Shape
 from quantadapt.planning import plan
 from quantadapt.registry import registry
 from quantadapt.spec import Spec
@@ -168,6 +169,77 @@ def test_gradients_come_as_backward_goes(count: int) -> None:
     one = replace(one, bits=dict.fromkeys(shape.linears, 32.0))
     foreseen = replace(one, batch=2).peak(setting) - one.peak(setting)
     assert 0.75 * found < foreseen < found < there
+
+
+_NARROW = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+_NARROW |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 2048}
+_ROUTED = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("family", "config", "options"),
+    [
+        ("llama", {}, {"target_modules": ["q_proj", "lm_head"]}),
+        ("llama", {"tie_word_embeddings": True}, {"trainable_token_indices": [3, 5]}),
+        ("granitemoe", _ROUTED, {}),
+    ],
+    ids=["adapted", "tokens", "routers"],
+)
+def test_logits_that_a_model_makes_whole_are_counted(
+    family, config, options, dtype, monkeypatch, tmp_path
+) -> None:
+    """By what torch allocates in a step of which the logits are nearly everything."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from quantadapt.objectives.sft import SFT, _fuse_head
+
+    for place in ("quantadapt.model.head", "quantadapt.memory.workload"):
+        monkeypatch.setattr(f"{place}.HEAD_CHUNK", 128 * 2048 * 2)
+    made = AutoConfig.for_model(family, **_NARROW, **config)
+    made.architectures = [type(AutoModelForCausalLM.from_config(made)).__name__]
+    made.save_pretrained(tmp_path / "model")
+    base = qa.quantize(AutoModelForCausalLM.from_config(made), "none", device="cpu", dtype=dtype)
+    options = {"r": 2, "target_modules": ["q_proj"]} | options
+    tuned = qa.attach(base, "lora", **options)
+    _fuse_head(tuned)
+    ids = torch.arange(6144)[None] % 50
+    given = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+    def step() -> None:
+        SFT().loss(tuned, dict(given), None).backward()
+
+    step()
+    tuned.zero_grad(set_to_none=True)
+    found = peak_of(step)
+    wanted = Spec(
+        model=str(tmp_path / "model"),
+        dtype=dtype,
+        backend="none",
+        adapter={"name": "lora", **options},
+        data={"path": str(demo.TRAIN_FILE), "max_length": 6144},
+        train={"per_device_train_batch_size": 1},
+        output=str(tmp_path / "run"),
+    )
+    loss = phases(planned(wanted, 80).memory.work, Setting(0, False, 1))[0]
+    foreseen = loss.total - 2 * WORKSPACE
+    assert loss.name == "loss"
+    assert found == pytest.approx(foreseen, rel=0.1)
+
+
+@pytest.mark.parametrize("family", [*TRL_ROUTERS, "granitemoe", "granitemoeshared"])
+def test_whose_loss_on_routers_is_trls(family) -> None:
+    """Those are spared the whole logits on a GPU; found by trying, as a run does."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from quantadapt.training.lent_to_trainers import add_trl_loss
+
+    sizes = {**_NARROW, **_ROUTED, "num_experts": 4, "moe_intermediate_size": 16, "head_dim": 16}
+    sizes["pad_token_id"] = 0
+    known = AutoConfig.for_model(family).to_dict()
+    config = AutoConfig.for_model(family, **{n: v for n, v in sizes.items() if n in known})
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    assert add_trl_loss(model) == (family in TRL_ROUTERS)
 
 
 def test_what_is_gathered_of_a_shared_base_counts() -> None:
@@ -687,6 +759,50 @@ def test_torch_and_the_driver_agree() -> None:
 # --- on the command line --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "scaled", [None, {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}], ids=["plain", "yarn"]
+)
+def test_what_memory_holds_is_told_beside_what_the_model_was_made_for(
+    llama, scaled, tmp_path
+) -> None:
+    """As transformers has it: scaled positions are in `max_position_embeddings` already."""
+    from transformers import AutoConfig
+
+    file = Path(llama) / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | {"max_position_embeddings": 8192}
+    config |= {"rope_parameters": scaled} if scaled else {}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    made = planned(spec(llama, tmp_path), 24)
+    (words,) = made.memory.words()
+    told = made.to_dict()["memory"]
+    assert told["positions"] == AutoConfig.from_pretrained(llama).max_position_embeddings == 8192
+    longest = told["cards"][0]["longest"]["none"]
+    assert longest == made.memory.work.longest(usable(24 * GIB, lost=LONG_ROWS)) > 8192
+    assert f": {longest:,} tokens (" in words
+    assert words.endswith("; the model has been made for 8,192 positions")
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"max_position_embeddings": 4096}),
+        ("gpt2", {"n_positions": 512}),
+        ("mpt", {"max_seq_len": 300}),
+        ("gemma3", {"text_config": {"model_type": "gemma3_text", "max_position_embeddings": 700}}),
+    ],
+)
+def test_positions_are_read_of_every_familys_config(family, options) -> None:
+    from transformers import AutoConfig
+
+    from quantadapt.data.positions import made_for
+
+    config = AutoConfig.for_model(family, **options)
+    text = config.get_text_config()
+    stock = getattr(text, "max_position_embeddings", None) or text.max_seq_len
+    assert made_for(config.to_dict()) == stock < 5000
+    assert made_for({"model_type": family}) is None  # an older config.json may leave it out
+
+
 @pytest.fixture
 def shown(llama, tmp_path, capsys, monkeypatch):
     """Call `quantadapt plan` with these cards, on a machine without a GPU."""
@@ -710,6 +826,7 @@ def test_cards_are_asked_about(shown) -> None:
     assert code == 0
     assert "fits 24 GiB: yes, with " in output
     assert "longest example, alone in its batch: " in output
+    assert "; the model has been made for " not in output  # its config does not say
     assert "(the base streamed, " in output
     assert "GiB: yes, with " in output.partition("fits 6 ")[2]
     assert "the base streamed from 3.4 GiB of CPU memory" in output

@@ -285,7 +285,8 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_hurt(tokenizer, d
 
     def poisoned(*args, **kwargs):
         output = healthy(*args, **kwargs)
-        output.loss = output.loss * (float("nan") if next(calls) == 2 else 1.0)
+        if inner.training:  # what is tried out before is not
+            output.loss = output.loss * (float("nan") if next(calls) == 2 else 1.0)
         return output
 
     inner.forward = poisoned

@@ -291,21 +291,21 @@ def _cells(axes: Mapping[str, Sequence[Any]], reference: bool) -> list[Cell]:
     """Return the cells, references first: what is in the grid on the dense base, and else the
     first adapter (LoRA, if it is there) on it, with all else but what a backend is told."""
     own = {key: values for key, values in axes.items() if key != "seed"}
-    found = [Cell(*_words(s), s) for s in _settings(own)]
+    found = [Cell(*in_words(s), s) for s in _settings(own)]
     names = [_name(value) for value in axes["backend"]]
     if not reference or DENSE in names:
         return sorted(found, key=lambda cell: _name(cell.settings["backend"]) != DENSE)
     loras = [value for value in axes["adapter"] if _name(value) == "lora"]
     beside = {key: values for key, values in own.items() if not key.startswith("backend.")}
     beside |= {"backend": [DENSE], "adapter": [*loras, axes["adapter"][0]][:1]}
-    return [*(Cell(*_words(s), s, reference=True) for s in _settings(beside)), *found]
+    return [*(Cell(*in_words(s), s, reference=True) for s in _settings(beside)), *found]
 
 
 def _name(value: Any) -> str:
     return str(value.get("name")) if isinstance(value, Mapping) else str(value)
 
 
-def _words(settings: Mapping[str, Any]) -> tuple[str, str]:
+def in_words(settings: Mapping[str, Any]) -> tuple[str, str]:
     """Return `hqq(bits=3) x lora`, and `learning_rate=0.0003`."""
     parts = []
     for kind in NAMED:

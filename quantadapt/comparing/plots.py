@@ -9,6 +9,7 @@ from ..folders.metrics import direction, told_apart
 from ..reporting.html import Html, capital, el, section
 from ..reporting.scatter import Axis, Point, mark, scatter
 from ..reporting.words import TIMES, percent, short
+from .grid import in_words
 from .results import Quality, Row, Table
 from .verdict import COSTS, cost_words, front, stat_words
 
@@ -179,7 +180,7 @@ def _swept(
     return Point(
         x=float(row.cell.settings[key]),
         y=stat.mean,
-        label=pair(row),
+        label=", ".join(filter(None, in_words(others))).replace(" x ", f" {TIMES} "),
         facts=_facts(row, quality),
         spread=stat.spread,
         colour=colours[_part(row, "backend")],

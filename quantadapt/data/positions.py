@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+from ..memory.shape import language_config
 from .batches import SEQUENCES
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ _TABLE = (
 """Model types of transformers that look positions up in a table."""
 _AFTER_PADDING = ("camembert", "data2vec-text", "roberta", "xlm-roberta", "xlm-roberta-xl")
 """Those whose first position is the one behind that of the padding token."""
+_COUNTS = ("max_position_embeddings", "n_positions")
+"""What configs call it how many positions there are."""
 
 
 def positions_of(config: Mapping[str, Any]) -> int | None:
@@ -30,11 +33,18 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
     kind = config.get("model_type")
     if kind not in (*_TABLE, *_AFTER_PADDING):
         return None
-    names = ("max_position_embeddings", "n_positions")
-    count = next((config[name] for name in names if isinstance(config.get(name), int)), 0)
+    count = next((config[name] for name in _COUNTS if isinstance(config.get(name), int)), 0)
     padding = config.get("pad_token_id", 1)
     before = int(padding or 0) + 1 if kind in _AFTER_PADDING else 0
     return int(count) - before if count else None
+
+
+def made_for(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens the language model of a config.json has been made for, which is what
+    transformers goes by with scaled rotary positions, too; None where it does not say."""
+    language = language_config(config)
+    found = (language.get(name) for name in (*_COUNTS, "max_seq_len"))
+    return next((count for count in found if isinstance(count, int) and count > 0), None)
 
 
 def check_lengths(dataset: Dataset | None, config: Mapping[str, Any]) -> None:

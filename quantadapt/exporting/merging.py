@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..adapting.merge_aware import make_merge_aware, standing_in
 from ..adapting.target_problems import lost_biases
 from ..errors import DataError, MergeRefused, NumbersError
+from ..evaluation.predictions import evaluating
 from ..evaluation.sizes import size_mib
 from ..facade import (
     QuantExperts,
@@ -318,7 +319,8 @@ def _quantized_weights(module: Any) -> Mapping[str, QuantWeight]:
 
 
 def _merges_into(layer: Any, dense: nn.Module) -> bool:
-    """Merge the active adapters of one layer into `dense`; say whether there are any."""
-    with standing_in(layer, dense):
+    """Merge the active adapters of one layer into `dense`; say whether there are any. As they are
+    evaluated: in training VBLoRA refuses weights of which it holds no more than the largest."""
+    with standing_in(layer, dense), evaluating(layer):
         layer.merge(safe_merge=True)
         return bool(layer.merged_adapters)

@@ -7,7 +7,7 @@ made where the rows are read anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from ..compiling import has_triton
-from .grouped import Routing, grouped
+from .grouped import Routing, grouped, is_one_product
 
 MOST_RANKS = 128
 """With more, LoRA is a product of its own."""
+BLOCK = {False: 2**18, True: 2**26}
+"""Without Triton's kernels, so many bytes of rows are computed at a time: on a CPU what its caches
+hold, on CUDA as many as are worth launching kernels for."""
 
 
 class Gate(NamedTuple):
@@ -78,9 +81,13 @@ class Added(NamedTuple):
     h: Tensor
     b: Tensor
 
-    def product(self, ends: Tensor) -> Tensor:
-        """Return it, [rows, out_features]."""
-        return grouped(self.h, self.b.transpose(1, 2), ends)
+    def onto(self, y: Tensor, ends: Tensor) -> Tensor:
+        """Return y [rows, out_features] and it, in the memory of y."""
+        start = 0
+        for expert, end in enumerate(ends.tolist()):
+            y[start:end].addmm_(self.h[start:end], self.b[expert].T)
+            start = end
+        return y
 
 
 def add(y: Tensor, added: Added | None, routing: Routing) -> Tensor:
@@ -91,7 +98,9 @@ def add(y: Tensor, added: Added | None, routing: Routing) -> Tensor:
         from .triton_experts import add
 
         return add(y, added, routing)
-    return y.add_(added.product(routing.ends))
+    if is_one_product(y.device, y.dtype):
+        return y.add_(grouped(added.h, added.b.transpose(1, 2), routing.ends))
+    return added.onto(y, routing.ends)
 
 
 def gated(
@@ -103,6 +112,7 @@ def gated(
     routing: Routing,
 ) -> Tensor:
     """Return the gate's output times the routing weights: [rows, intermediate]; 0 in rows of none.
+    The memory of y is used again.
 
     Args:
         experts: the module; says what the gate is.
@@ -116,8 +126,13 @@ def gated(
         from .triton_experts import gated
 
         return gated(gate, y, bias, added, share, routing)
-    made = _activation(experts, gate)(_whole(y, bias, added, routing))
-    return torch.where(routing.is_routed(), made * share.unsqueeze(-1), 0).to(y.dtype)
+    y, act, routed = add(y, added, routing), _activation(experts, gate), routing.is_routed()
+    made: list[Tensor] = []
+    for rows in _blocks(y):
+        z = act(_with_bias(y, bias, rows, routing)) * share[rows].unsqueeze(-1)
+        made = made or [y.new_empty(len(y), z.shape[1])]
+        made[0][rows] = torch.where(routed[rows], z, 0).to(y.dtype)
+    return made[0]
 
 
 def gated_backward(
@@ -145,35 +160,48 @@ def gated_backward(
         from .triton_experts import gated_backward
 
         return gated_backward(gate, y, bias, added, share, routing, dz, d_added)
-    routed = routing.is_routed()
-    dz = torch.where(routed, add(dz, d_added, routing), 0)
-    with torch.enable_grad():
-        whole = torch.where(routed, _whole(y, bias, added, routing), 0).requires_grad_()
-        made = _activation(experts, gate)(whole)
-    d_share = (dz.float() * made.detach().float()).sum(-1)
-    share = share.unsqueeze(-1)
-    (dy,) = torch.autograd.grad(made, whole, (dz * share).to(made.dtype))
-    z = torch.where(routed, made.detach() * share, 0).to(y.dtype)
-    return dy.to(y.dtype), z, d_share
+    y, dz = add(y, added, routing), add(dz, d_added, routing)
+    act, routed = _activation(experts, gate), routing.is_routed()
+    d_share = y.new_empty(len(y), dtype=torch.float32)
+    for rows in _blocks(y):
+        d_made, weight = torch.where(routed[rows], dz[rows], 0), share[rows].unsqueeze(-1)
+        with torch.enable_grad():
+            whole = torch.where(routed[rows], _with_bias(y, bias, rows, routing), 0)
+            made = act(whole.requires_grad_())
+        d_share[rows] = (d_made.float() * made.detach().float()).sum(-1)
+        (dy,) = torch.autograd.grad(made, whole, (d_made * weight).to(made.dtype))
+        y[rows] = dy.to(y.dtype)
+        dz[rows] = torch.where(routed[rows], made.detach() * weight, 0).to(y.dtype)
+    return y, dz, d_share
 
 
 def combined(y: Tensor, routing: Routing) -> Tensor:
-    """Return the sum over the rows of each token: [rows, n] -> [tokens, n]."""
+    """Return the sum over the rows of each token: [rows, n] -> [tokens, n]. Rows of no expert are
+    set to 0."""
     if _kernels(y):
         from .triton_experts import combined
 
         return combined(y, routing)
-    y = torch.where(routing.is_routed(), y, 0)
-    return y[routing.row].sum(1)
+    y, row = y.masked_fill_(~routing.is_routed(), 0), routing.row
+    made = y.new_empty(len(row), y.shape[1])
+    for tokens in _blocks(made, row.shape[1]):
+        made[tokens] = y[row[tokens]].sum(1)
+    return made
 
 
-def _whole(y: Tensor, bias: Tensor | None, added: Added | None, routing: Routing) -> Tensor:
-    """Return y with what LoRA adds to it, and the bias of each row's expert."""
-    if added is not None:
-        y = y + added.product(routing.ends)
-    if bias is not None:
-        y = y + bias[routing.expert.clamp(max=len(bias) - 1).long()].to(y.dtype)
-    return y
+def _blocks(y: Tensor, times: int = 1) -> Iterator[slice]:
+    """Yield slices of the rows of y, of so many that `times` what is in them makes a BLOCK: what is
+    computed of them in several operations is there of a few rows at a time."""
+    size = max(1, BLOCK[y.is_cuda] // (times * y.shape[1] * y.element_size()))
+    for start in range(0, max(len(y), 1), size):
+        yield slice(start, start + size)
+
+
+def _with_bias(y: Tensor, bias: Tensor | None, rows: slice, routing: Routing) -> Tensor:
+    """Return rows of y with the bias of each row's expert."""
+    if bias is None:
+        return y[rows]
+    return y[rows] + bias[routing.expert[rows].clamp(max=len(bias) - 1).long()].to(y.dtype)
 
 
 def _activation(experts: Any, gate: Gate | None) -> Callable[[Tensor], Tensor]:

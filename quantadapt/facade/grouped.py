@@ -5,7 +5,7 @@ On CUDA all experts are one product (`torch._grouped_mm`), elsewhere a loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import frexp
 from typing import NamedTuple
 
@@ -102,7 +102,7 @@ class StackLora(NamedTuple):
         """Return the two of `views`, contiguous, in `dtype`, with ranks of zeros added where
         grouped products want them."""
         a, b = self.a.detach(), self.b.detach()
-        added = -self.rank % ALIGNED if _takes(a.device, dtype) else 0
+        added = -self.rank % ALIGNED if is_one_product(a.device, dtype) else 0
         by_rank = b.new_empty(self.experts, b.shape[0], self.rank, dtype=dtype)
         transpose(b.view(-1, self.experts), by_rank.view(self.experts, -1))
         a = a.to(dtype).view(self.experts, self.rank, -1)
@@ -148,7 +148,7 @@ def transpose(x: Tensor, made: Tensor) -> None:
         made.copy_(x.t())
 
 
-def _takes(device: torch.device, dtype: torch.dtype) -> bool:
+def is_one_product(device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether all groups can be one product."""
     return device.type == "cuda" and dtype is torch.bfloat16
 
@@ -164,16 +164,27 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Returns:
         [rows, m]. Rows behind the last group are not set on CUDA, and 0 elsewhere.
     """
-    if _takes(x.device, x.dtype) and not (x.shape[1] % ALIGNED or weight.shape[2] % ALIGNED):
+    if is_one_product(x.device, x.dtype) and not (
+        x.shape[1] % ALIGNED or weight.shape[2] % ALIGNED
+    ):
         product: Tensor = torch._grouped_mm(x, weight, offs=ends)
         return product
-    parts, start = [], 0
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return torch.cat([part for _, part in _by_group(x, weight, ends)])
+    made = x.new_empty(x.shape[0], weight.shape[2])
+    for rows, part in _by_group(x, weight, ends):
+        made[rows] = part
+    return made
+
+
+def _by_group(x: Tensor, weight: Tensor, ends: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield which rows each group has, and what it makes of them; of the rows behind them zeros."""
+    start = 0
     for group, end in enumerate(ends.tolist()):
         if end > start:
-            parts.append(x[start:end] @ weight[group])
+            yield slice(start, end), x[start:end] @ weight[group]
         start = end
-    parts.append(x.new_zeros(x.shape[0] - start, weight.shape[2]))
-    return torch.cat(parts)
+    yield slice(start, None), x.new_zeros(x.shape[0] - start, weight.shape[2])
 
 
 def grouped_in_parts(
@@ -201,7 +212,7 @@ def grouped_in_parts(
 
 def grouped_outer(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """Return yᵀ x over the rows of each group: [groups, m, n], of [rows, m] and [rows, n]."""
-    if _takes(x.device, x.dtype) and not (y.shape[1] % ALIGNED or x.shape[1] % ALIGNED):
+    if is_one_product(x.device, x.dtype) and not (y.shape[1] % ALIGNED or x.shape[1] % ALIGNED):
         product: Tensor = torch._grouped_mm(y.t(), x, offs=ends)
         return product
     made = x.new_zeros(len(ends), y.shape[1], x.shape[1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ _unused: ContextVar[tuple[str, ...]] = ContextVar("unused", default=())
 _notes: ContextVar[list[str] | None] = ContextVar("notes", default=None)
 _TOLD = 3
 """So many names of a kind are told; the rest is counted."""
+_AGAIN = "download it again, or check that config.json and the weights belong together"
 
 
 class UnusedTensorsWarning(UserWarning):
@@ -95,7 +96,11 @@ def repeatable() -> Iterator[None]:
 
 
 def account(
-    model: nn.Module, source: str, info: Mapping[str, Any], consumed: Collection[str] = ()
+    model: nn.Module,
+    source: str,
+    info: Mapping[str, Any],
+    consumed: Collection[str] = (),
+    lacking: Callable[[Collection[str]], tuple[Collection[str], list[str]]] | None = None,
 ) -> None:
     """Raise WrongTensors, or warn, where the tensors of `source` are not those of `model`.
 
@@ -104,6 +109,8 @@ def account(
         source: folder or hub id.
         info: transformers' `output_loading_info`.
         consumed: names that transformers found no place for, but somebody else has used.
+        lacking: returns which parameters of another shape are made of tensors that are not all
+            there, and says what is lacking.
     """
     new, unused = _new.get(), _unused.get()
     unexpected = sorted(set(info["unexpected_keys"]) - set(consumed))
@@ -116,10 +123,15 @@ def account(
     missing = sorted(key for key in info["missing_keys"] if not is_skipped(key, new))
     mismatched = sorted(info["mismatched_keys"])
     problems = [_missing(missing, unexpected)] if missing else []
-    problems += [_mismatch(*entry) for entry in mismatched[:_TOLD]]
-    further = _further(model, unexpected)
-    if further and not missing:
-        problems.append(_of_more(further))
+    cut, words = lacking([name for name, *_ in mismatched]) if lacking else ((), [])
+    problems += [Problem(what, _AGAIN) for what in words[:_TOLD]]
+    if further := len(words[_TOLD:]):
+        problems.append(Problem(f"so it is with {further} more", _AGAIN))
+    other = [entry for entry in mismatched if entry[0] not in cut]
+    problems += [_mismatch(*entry) for entry in other[:_TOLD]]
+    more = _further(model, unexpected)
+    if more and not missing:
+        problems.append(_of_more(more))
     if beside := _beside(model, unexpected):
         problems.append(_without_place(beside))
     if problems:
@@ -179,6 +191,33 @@ def without_tensors(model: nn.Module, names: Iterable[str]) -> list[str]:
     return found if len(found) < len(own) / 2 else []  # or the names are others altogether
 
 
+_EXPERT = re.compile(r"(.*?\.(\d+)\..*?experts\.(\d+)\.).+")
+"""A tensor of one expert: up to its part, with its layer and its number."""
+
+
+def lacks(lost: Iterable[str], there: Collection[str], kind: str = "") -> list[str]:
+    """Say which tensors a checkpoint lacks, expert by expert where experts are stored one by one.
+
+    Args:
+        lost: the names of those tensors.
+        there: the names of those that it has.
+        kind: what stands before the names.
+    """
+    by_expert: dict[tuple[str, ...], list[str]] = {}
+    for name in lost:
+        found = _EXPERT.fullmatch(name)
+        by_expert.setdefault(found.groups() if found else (), []).append(name)
+    words = []
+    for of, names in by_expert.items():
+        said = f"it has no {kind}{listed(names)}"
+        if of:
+            cut = any(name.startswith(of[0]) for name in there)
+            state = "is not whole" if cut else "is missing"
+            said = f"expert {of[2]} of layer {of[1]} {state}: {said}"
+        words.append(said)
+    return words
+
+
 def listed(names: Collection[str]) -> str:
     """Return the first names, and how many more there are."""
     first = ", ".join(list(names)[:_TOLD])
@@ -201,7 +240,7 @@ def _missing(missing: list[str], unexpected: list[str]) -> Problem:
     if len(modules) <= _TOLD:
         fix = f"download it again; or, if they shall be new, new_modules: [{', '.join(modules)}]"
     else:
-        fix = "download it again, or check that config.json and the weights belong together"
+        fix = _AGAIN
     return Problem(what, fix)
 
 

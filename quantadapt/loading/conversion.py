@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, Problem
 from ..model.half_precision import in_file
-from .accounting import WrongTensors, listed
+from .accounting import WrongTensors, lacks, listed
 from .tensors import Checkpoint
 
 _FIX = "download the checkpoint again, or check that config.json and the weights belong together"
@@ -215,10 +215,18 @@ class Parameters:
         group = self._of_name[name]
         return self._fault(group) or f"{name} cannot be made of {listed(group.keys)}"
 
+    def lost(self, name: str) -> list[str]:
+        """Return the tensors of a parameter that the files lack."""
+        group = self._of_name[name]
+        return self._lost(group, self._expected(group))
+
+    def _lost(self, group: Group, expected: Mapping[str, Any]) -> list[str]:
+        return [_as_named(key, group) for key in expected if key not in self.checkpoint.shapes]
+
     def _fault(self, group: Group) -> str:
         shapes, expected = self.checkpoint.shapes, self._expected(group)
-        if lost := [key for key in expected if key not in shapes]:
-            return f"it has no {listed([_as_named(key, group) for key in lost])}"
+        if lost := self._lost(group, expected):
+            return "; ".join(lacks(lost, shapes))
         if other := [key for key, shape in expected.items() if shapes[key] != shape]:
             sizes = f"{list(shapes[other[0]])}, its config wants {list(expected[other[0]])}"
             return f"its {other[0]} has the shape {sizes}"

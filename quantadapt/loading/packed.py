@@ -17,7 +17,7 @@ from ..errors import ModelError, Problem
 from ..model.experts import Stack, expert_stacks, layers_of
 from ..model.modules import linear_layers
 from ..model.numbers import refuse_not_numbers
-from .accounting import WrongTensors, listed
+from .accounting import WrongTensors, lacks, listed
 from .mxfp4 import names_of
 from .reading import renaming
 from .tensors import local_folder
@@ -108,15 +108,18 @@ def packed_layers(path: str, model: nn.Module) -> dict[str, PackedLayer]:
 
     state = _packed_state(path, linears.keys() | stacks.keys() | of_experts, renamed)
     found = {n: PackedLayer(one, {n: state[n]}, None) for n, one in linears.items() if n in state}
+    lost: list[str] = []
     for name, stack in stacks.items():
         layers = (name,) if name in state else one_by_one[name]
         there = [layer for layer in layers if layer in state]
-        if missing := [layer for layer in layers if there and layer not in state]:
-            what = f"it has no packed tensors for {listed(missing)}, which others of its kind have"
-            raise WrongTensors([Problem(what, BELONG, where=path)])
-        if there:
+        missing = [layer for layer in layers if there and layer not in state]
+        lost += missing
+        if there and not missing:
             tensors = {layer: state[layer] for layer in layers}
             found[name] = PackedLayer(_on_meta(stack, model), tensors, stack)
+    if lost:
+        words = lacks(lost, state, "packed tensors for ")
+        raise WrongTensors([Problem(what, BELONG, where=path) for what in words])
     return found
 
 

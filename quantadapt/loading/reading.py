@@ -9,13 +9,14 @@ import copy
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import ModelError, PlanRefused, Problem, QuantadaptError
+from ..errors import ModelError, PlanRefused, QuantadaptError
 from ..inputs.documents import reason
 from ..inputs.model_config import config_problems
 from ..inputs.weights import refuse_pickles
@@ -24,9 +25,9 @@ from ..model.linears import as_linear, is_conv1d, other_linears
 from ..model.numbers import refuse_not_numbers_in
 from ..paths import ADAPTER_CONFIG, out_of_reach
 from ..remote_code import code_problems, refusal, trusted
-from .accounting import OwnReport, WrongTensors, account, listed, repeatable, without_tensors
-from .conversion import Parameters
+from .accounting import OwnReport, account, repeatable
 from .heads import as_wanted
+from .lacking import lacking, wrong_tensors
 from .mxfp4 import dequantizing, is_mxfp4
 from .tensors import Checkpoint
 
@@ -146,12 +147,14 @@ def from_pretrained(
         raise
     except Exception as error:  # what is in the files decides what transformers does
         refuse_code(source, error)
-        raise _wrong_tensors(source, report.broken) or _load_error(source, error) from error
+        wrong = wrong_tensors(source, partial(architecture, source), report.broken)
+        raise wrong or _load_error(source, error) from error
     if hasattr(model, "peft_config"):  # of a hub id, whose files are here only now
         what = f"it holds an adapter ({ADAPTER_CONFIG}), which transformers has put into the model"
         raise ModelError(what, fix="use the id of the model without it", where=source)
     info["mismatched_keys"] = {*info["mismatched_keys"], *mismatched}
-    account(model, source, info, consumed)
+    without_weights = partial(architecture, source)
+    account(model, source, info, consumed, partial(lacking, source, without_weights))
     refuse_not_numbers_in(model, where=source)
     found: nn.Module = unmarked(model) if stored else model
     if stored and (dtype := kwargs.get("dtype")):  # older transformers always makes bfloat16
@@ -196,24 +199,6 @@ def renaming(model: nn.Module) -> Callable[[str], str]:
     conversions = get_model_conversion_mapping(model)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
     return lambda key: rename_source_key(key, renamings, [])[0]
-
-
-def _wrong_tensors(source: str, broken: list[str]) -> ModelError | None:
-    """Say which tensors a failed load missed, if it is that; `broken` are those that it named."""
-    fix = "make or download the checkpoint again"
-    try:
-        stored = Parameters(Checkpoint(source), architecture(source))
-        if broken:
-            whats = dict.fromkeys(stored.fault(name) for name in broken if name in stored)
-            if not whats:  # the files have none of these names: a layer packed otherwise
-                whats = dict.fromkeys([f"{listed(broken)} cannot be made of what the files hold"])
-            return WrongTensors([Problem(what, fix, where=source) for what in whats])
-        without = without_tensors(stored.model, list(stored))
-    except Exception:  # this looks for the reason of a failure, and must not be another
-        return None
-    if not without:
-        return None
-    return WrongTensors([Problem(f"it has no tensor for {listed(without)}", fix, where=source)])
 
 
 def _load_error(source: str, error: Exception) -> ModelError:

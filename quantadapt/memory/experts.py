@@ -73,10 +73,15 @@ class Experts:
         norm before them keeps: probabilities in float32, and where the rows of each token are."""
         return tokens * (4 * self.count + (12 + _ROUTING) * self.chosen)
 
-    def dense_numbers(self, tokens: int, hidden: int) -> int:
-        """Return how many numbers dense experts keep: rows, what is inside, and both weights with
-        what an adapter adds to them."""
-        return self._rows(tokens, 2 * hidden + 4 * self.inside) + sum(self._weights(hidden))
+    def dense_numbers(self, tokens: int, hidden: int, *, adapted: bool) -> int:
+        """Return how many numbers dense experts keep beside their input, which nobody else needs
+        but shared ones: what is inside, and what they return; and where they are adapted their
+        rows, and both weights with what an adapter adds to them."""
+        inside, weights = hidden + 3 * self.inside, 0
+        if adapted:
+            inside += hidden + self.inside
+            weights = sum(self._weights(hidden))
+        return self._rows(tokens, inside) + weights - (0 if self.shared else tokens * hidden)
 
     def norms(self, hidden: int) -> int:
         """Return how many numbers the norms of DoRA are, those of both stacks."""

@@ -48,7 +48,8 @@ class Resident:
         streamable: whether anything of them may.
         from_disk: whether what is streamed lies on a disk instead.
         sequences: how many an example sends through the model.
-        whole_logits: whether the loss holds all logits of a batch.
+        whole_logits: whether the loss holds all logits of a batch in float32.
+        made_logits: whether the model makes all of them, of which ours takes chunks.
         teacher: the sizes of a dense model that the loss compares with, whole on each GPU.
         beside: how many weights the model has beside its language model: what sees pictures.
         tower: what sees pictures, where it is adapted, too.
@@ -90,6 +91,7 @@ class Resident:
     from_disk: bool = False
     sequences: int = 1
     whole_logits: bool = False
+    made_logits: bool = False
     teacher: Shape | None = None
     beside: int = 0
     tower: Tower | None = None

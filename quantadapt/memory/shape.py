@@ -20,8 +20,13 @@ SCALED_LOGITS = (
     "logits_mup_width_multiplier",
     "logits_soft_cap",
     "output_logit_soft_cap",
+    "ngram",  # ProphetNet's are of other hidden states than the decoder's last
 )
 """What configs call it that models change their logits in a way of their own."""
+TRL_SCALES = frozenset(("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"))
+"""Of these, what TRL's loss knows."""
+TRL_ROUTERS = ("gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+"""Models whose loss on routers is TRL's, which is Mixtral's."""
 
 
 _NORMED_HEADS = ("olmoe", "qwen3", "qwen3_moe", "qwen3_vl_text", "qwen3_vl_moe_text")
@@ -163,7 +168,7 @@ class Shape:
         if self.normed_heads:
             numbers += self.queries + self.keys
         if not fused_kernels and half:
-            numbers += 2 * h
+            numbers += 2 * h + (self.queries + self.keys if self.normed_heads else 0)
         return numbers
 
     def kept_inside(self, fused_kernels: bool) -> int:

@@ -34,6 +34,8 @@ LEAST_TILE = 1024
 """Tokens of which smaller models do not make fewer tiles than they are worth."""
 _LONGEST = 24
 """No row has more than 2 to this power multiples of so many tokens."""
+HEAD = "lm_head"
+"""What the head is called among the layers that are adapted beside the decoder's."""
 MLP = ("gate_proj", "up_proj", "down_proj")
 """The linear layers of an MLP, as `Shape` calls them."""
 
@@ -98,6 +100,14 @@ class Workload(Resident):
         numbers -= 0 if last & {"gate_proj", "up_proj"} else shape.hidden
         return numbers - (0 if "down_proj" in last else shape.mlp)
 
+    @property
+    def _scales_inside(self) -> bool:
+        """Whether what comes into an MLP's product of gate and up is scaled after it is made."""
+        method, made = self.method, {"gate_proj", "up_proj"} & set(self.targets)
+        if method is None or not self._scales:
+            return False
+        return any(not method.scaled_input(name) for name in made)
+
     def _makes_factors(self, tokens: int) -> bool:
         ranks = self.method.factors if self.method and not self.rounds else 0
         return 0 < FACTORS_FROM * ranks <= tokens
@@ -142,7 +152,8 @@ class Workload(Resident):
             return 0
         numbers = 0
         if set(STACKS) <= set(self.dense):
-            numbers = experts.dense_numbers(tokens, hidden)
+            adapted = bool(set(STACKS) & set(self.targets))
+            numbers = experts.dense_numbers(tokens, hidden, adapted=adapted)
         return experts.kept_bytes(tokens) + numbers * self.dtype_bytes
 
     def input_bytes(self, tokens: int) -> int:
@@ -186,6 +197,8 @@ class Workload(Resident):
         rounded what that takes. With `offload` experts are dequantized in parts."""
         shape = self.shape
         inside = (0 if self.fused_kernels else 2) + (0 if self._fuses(tokens) else 1)
+        if self._scales_inside:  # Liger's gradients lie where its inputs were, IA3's nowhere yet
+            inside = max(inside, 1)
         # DoRA's product with the base, and its gradient after it, take the place of inputs.
         gradients = shape.hidden + shape.mlp * inside
         numbers = tokens * gradients + self._largest_weight
@@ -229,10 +242,16 @@ class Workload(Resident):
 
     def loss_bytes(self, tokens: int) -> int:
         """What the loss works with: logits, what the last norm gets and gives, the hidden states
-        that count, and their gradient. Logits are a chunk, or all in float32, with their logarithms
-        and gradients."""
+        that count, and their gradient. Logits are a chunk, or all of them with their gradient and a
+        chunk, or all in float32, with their logarithms and gradients; in 16 bits PEFT adds what an
+        adapter of the head makes, in float32, to what the head does."""
         logits = tokens * self.shape.vocab
-        held = 12 * logits if self.whole_logits else min(logits * self.dtype_bytes, HEAD_CHUNK)
+        held = min(logits * self.dtype_bytes, HEAD_CHUNK)
+        if self.made_logits:
+            held += 2 * logits * self.dtype_bytes
+        if self.whole_logits:
+            adapted = any(layer.name == HEAD for layer in self.also)
+            held = (14 if adapted and self.dtype_bytes == 2 else 12) * logits
         if self.teacher is not None:  # logits of both, their logarithms, and what is made of them
             held = 8 * min(4 * logits, DIVERGENCE_CHUNK)
             held += 2 * tokens * self.teacher.hidden * self.dtype_bytes

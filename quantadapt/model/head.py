@@ -161,13 +161,13 @@ class _HeadLosses(torch.autograd.Function):
         losses = hidden.new_empty(len(labels), dtype=torch.float32)
         dx = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _chunks(len(labels), weight):
+            for rows in chunks(len(labels), weight.shape[0] * weight.element_size()):
                 logits = hidden[rows].to(weight.dtype) @ weight.T
                 if bias is not None:
                     logits += bias
                 if temperature != 1:
                     logits /= temperature
-                losses[rows] = _to_gradient(logits, labels[rows], softcap)
+                losses[rows] = to_gradient(logits, labels[rows], softcap)
                 if dx is not None:
                     dx[rows] = logits @ weight
                 del logits  # or two chunks would be there at a time
@@ -185,17 +185,18 @@ class _HeadLosses(torch.autograd.Function):
         return dx, None, None, None, None, None
 
 
-def _chunks(tokens: int, weight: Tensor) -> list[slice]:
-    rows = max(HEAD_CHUNK // (weight.shape[0] * weight.element_size()) // 128 * 128, 128)
+def chunks(tokens: int, row_bytes: int) -> list[slice]:
+    """Return slices of so many tokens, whose logits of `row_bytes` each make about a HEAD_CHUNK."""
+    rows = max(HEAD_CHUNK // row_bytes // 128 * 128, 128)
     return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
 
-def _to_gradient(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+def to_gradient(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
     """Return the losses, float32 [tokens], and turn the logits into their gradient in place."""
     if logits.is_cuda and has_triton():
-        from .triton_head import to_gradient
+        from . import triton_head
 
-        return to_gradient(logits, labels, softcap)
+        return triton_head.to_gradient(logits, labels, softcap)
     z = logits.float()
     capped = z if softcap is None else softcap * torch.tanh(z / softcap)
     log_p = capped.log_softmax(-1)

@@ -137,7 +137,7 @@ class SFT(Task):
         if whose is None:
             given = {} if count is None else {"num_items_in_batch": count}
             return _loss_of(model(**batch, **given))
-        if whose == "ours":
+        if whose != "trl":
             batch["counted"] = counted
         return _loss_of(model(**batch, fused_lm_head=True, num_items_in_batch=count))
 
@@ -164,7 +164,7 @@ class SFT(Task):
 
 
 _WHOSE = "quantadapt_head"
-"""Marks a forward that computes the loss without logits, and says whose it is."""
+"""Marks a forward that computes the loss of the next tokens, and says whose it is."""
 
 
 @hookimpl
@@ -193,10 +193,11 @@ def _causal_trainer(task: SFT, setup: Setup) -> Any:
 
     from ..data.batches import SEQUENCES
     from ..model.ulysses import alone
-    from ..training.lent_to_trainers import quiet, without_statistics
+    from ..training.lent_to_trainers import quiet, with_adapted_heads, without_statistics
+    from ..training.next_tokens import refuse_unshifted
     from ..training.packing import packed, refuse_leaks
 
-    with quiet(), without_statistics(setup.model):
+    with quiet(), with_adapted_heads(), without_statistics(setup.model):
         if setup.spec.packing:
             _refuse_pictures(setup.dataset)
             with alone(setup.model):
@@ -214,6 +215,8 @@ def _causal_trainer(task: SFT, setup: Setup) -> Any:
         )
     if task.logits == "model":
         _fuse_head(setup.model)
+        if _whose_head(setup.model.get_base_model()) is None:
+            refuse_unshifted(setup.model, lambda batch: task.loss(setup.model, batch, None))
     return trainer
 
 
@@ -233,27 +236,29 @@ def _seq2seq_trainer(task: SFT, setup: Setup) -> Any:
 
 
 def _fuse_head(model: Any) -> None:
-    """Compute the loss without ever holding all logits, where that can be.
+    """Compute the loss of the next tokens, without ever holding all logits where that can be.
 
     A forward that somebody has patched stays in use.
     """
     from ..training.figures import adapter_device
-    from ..training.lent_to_trainers import add_head_loss, add_trl_loss
+    from ..training.lent_to_trainers import add_head_loss, add_logits_loss, add_trl_loss
 
     base = model.get_base_model()
-    if "forward" in vars(base) or base.base_model is base:
+    if "forward" in vars(base):
         return
-    whose = "ours" if add_head_loss(base) else "trl"
-    # On a CPU TRL's way is no faster than the model's own.
-    if whose == "trl" and (adapter_device(model).type == "cpu" or not add_trl_loss(base)):
-        return
-    setattr(vars(base)["forward"].__func__, _WHOSE, whose)
+    ways: dict[str, Callable[[Any], bool]] = {"logits": add_logits_loss}
+    if base.base_model is not base:
+        # On a CPU TRL's way is no faster than one with logits.
+        trl = {} if adapter_device(model).type == "cpu" else {"trl": add_trl_loss}
+        ways = {"ours": add_head_loss, **trl, **ways}
+    whose = next((name for name, add in ways.items() if add(base)), None)
+    if whose is not None:
+        setattr(vars(base)["forward"].__func__, _WHOSE, whose)
 
 
-def _whose_head(base: Any) -> Literal["ours", "trl"] | None:
-    """Say whose way of computing the loss without logits is in use, if any."""
-    found: Literal["ours", "trl"] | None = getattr(vars(base).get("forward"), _WHOSE, None)
-    return found
+def _whose_head(base: Any) -> Literal["ours", "trl", "logits"] | None:
+    """Say whose way of computing the loss is in use; None of the model's own."""
+    return getattr(vars(base).get("forward"), _WHOSE, None)
 
 
 def _share_of_mean(model: Any, batch: dict[str, Any], count: Any) -> Tensor:

@@ -51,6 +51,10 @@ FLOAT8 = (
     "8-bit floats; adapters, the head, stacks of experts, every evaluation and what a reference "
     "says before stay in the compute dtype"
 )
+ONLY_TOPK = (
+    "save_only_topk_weights: the adapter of the finished run can be merged and answered with, and"
+    " not trained further, as PEFT says; checkpoints hold all of it, so the run can be resumed"
+)
 UNKNOWN_LAYERS = (
     "how the layers of this model are called is not known here: whether those that are named are"
     " there shows when a run begins, before any work"
@@ -104,6 +108,8 @@ def _look_at_options(draft: Draft, made: Plan) -> None:
     draft.problems += float8_problems(spec.train, device, made.dtype, capability)
     if spec.train.compute == "fp8":
         draft.notes.append(FLOAT8)
+    if options.get("save_only_topk_weights"):
+        draft.notes.append(ONLY_TOPK)
     draft.problems += refusals_beside(cell, made.objective, made.task.model_dump())
     adds_to_loss = made.adapter.peft_type == "ADALORA"
     draft.problems += task_problems(made.task, spec.train, adds_to_loss=adds_to_loss)

@@ -43,8 +43,8 @@ class OnCard:
         recorded: whether passes are recorded as CUDA graphs, where they can be.
         gathered: whether a base that GPUs share stays whole on each while it trains.
         keeps_dense: whether dequantized weights stay while it trains.
-        longest: how many tokens an example may have that is alone in its batch, by what is streamed
-            of the base.
+        longest: how many tokens of an example memory holds that is alone in its batch, by what is
+            streamed of the base; the model may have fewer positions.
     """
 
     gib: float
@@ -89,6 +89,7 @@ class MemoryPlan:
         unshared: why several GPUs cannot share the base; empty if they can.
         streams: what may be streamed of the base where it does not fit otherwise, least first.
         may_keep_dense: whether dequantized weights may stay where a card has room.
+        positions: tokens that the model has been made for; None where that is not known.
     """
 
     work: Workload
@@ -98,6 +99,7 @@ class MemoryPlan:
     unshared: tuple[Problem, ...] = ()
     streams: tuple[str, ...] = ()
     may_keep_dense: bool = False
+    positions: int | None = None
 
     def on(self, card: float) -> OnCard:
         """Return what a card of so many bytes means."""
@@ -287,7 +289,8 @@ class MemoryPlan:
         return f"fits {card.gib:.4g} GiB: no, {self._shortage(card)}; {card.fix}"
 
     def _longest_words(self, card: OnCard) -> str:
-        """Say how long the longest example may be that fits, and what of CPU memory that takes."""
+        """Say how long the longest example may be that fits, what of CPU memory that takes, and
+        how long the model has been made for."""
         found = []
         for way, tokens in card.longest.items():
             work = replace(self.work, streamed=way, batch=1, length=tokens)
@@ -295,7 +298,10 @@ class MemoryPlan:
             if tokens:
                 how = "" if way == "none" else f"{streamed_of(way)} streamed, "
                 found.append(f"{tokens:,} tokens ({how}{host / GIB:.1f} GiB of CPU memory)")
-        return f"longest example, alone in its batch: {' or '.join(found)}"
+        words = f"longest example, alone in its batch: {' or '.join(found)}"
+        if self.positions is None:
+            return words
+        return f"{words}; the model has been made for {self.positions:,} positions"
 
     def _shortage(self, card: OnCard) -> str:
         needed, there = card.needed / GIB, card.budget / GIB
@@ -314,6 +320,7 @@ class MemoryPlan:
             "batch": self.work.batch,
             "length": self.work.length,
             "layers": self.work.shape.layers,
+            "positions": self.positions,
             "words": self.words(),
             "cards": [
                 {

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from ..data.positions import made_for
 from ..errors import Problem
 from ..memory import rules
 from ..memory.adapters import Layer, Method
 from ..memory.experts import STACKS
-from ..memory.shape import Shape
+from ..memory.shape import SCALED_LOGITS, TRL_ROUTERS, TRL_SCALES, Shape, language_config
 from ..memory.towers import Tower
-from ..memory.workload import Workload
+from ..memory.workload import HEAD, Workload
 from ..protocols import Quantizer, Task
 from ..records import Adapter
 from ..spec import Spec
@@ -24,7 +26,7 @@ from .peft_options import option_values
 _NOT_CONVERTED = ("modules_to_not_convert", "ignore", "skip_modules", "llm_int8_skip_modules")
 """What lists of the layers that are not quantized are called in `quantization_config`."""
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_EMBEDDING, _HEAD = "embed_tokens", "lm_head"
+_EMBEDDING = "embed_tokens"
 UNFUSED = (
     *("lora_bias", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
     *("use_bdlora", "velora_config"),
@@ -76,6 +78,8 @@ def memory_plan(
     seen = (config, spec.data.max_length, spec.data.max_pixels)
     tower = Tower.of(*seen) if "vision" in spec.towers else None
     length = train.row_length or spec.data.max_length
+    language = language_config(config)
+    own_loss = task.logits == "model" and _has_own_loss(language)
     work = Workload(
         shape=shape,
         bits=bits,
@@ -102,7 +106,8 @@ def memory_plan(
         prefetches=train.memory != "min",
         graphs=rules.records(task, train),
         sequences=task.sequences,
-        whole_logits=task.logits == "whole" or _adapts_head(shape, options),
+        whole_logits=task.logits == "whole" or own_loss or _names_head(shape, options),
+        made_logits=task.logits == "model" and _makes_logits(shape, options, language),
         teacher=teacher,
         beside=beside,
         tower=tower,
@@ -118,8 +123,9 @@ def memory_plan(
         keeps_casts=train.memory != "min",
     )
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
-    limit, may = rules.limit(train), rules.may_keep_dense(train)
-    return MemoryPlan(work, limit, given, unshared=tuple(unshared), may_keep_dense=may)
+    positions, may = made_for(config), rules.may_keep_dense(train)
+    plan = MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))
+    return replace(plan, positions=positions, may_keep_dense=may)
 
 
 def _drops(options: Mapping[str, Any]) -> bool:
@@ -212,20 +218,33 @@ def _tables(shape: Shape, options: Mapping[str, Any]) -> tuple[Layer, ...]:
     """Return the embedding and the head where the adapter's options name them in a list."""
     wanted = options.get("target_modules")
     names = [] if wanted is None or isinstance(wanted, str) else wanted
-    both = (Layer(_EMBEDDING, shape.vocab, shape.hidden), Layer(_HEAD, shape.hidden, shape.vocab))
+    both = (Layer(_EMBEDDING, shape.vocab, shape.hidden), Layer(HEAD, shape.hidden, shape.vocab))
     return tuple(layer for layer in both if _ends_in(layer.name, names))
 
 
-def _adapts_head(shape: Shape, options: Mapping[str, Any]) -> bool:
-    """Say if the head is more than its weight, so that the model itself makes all logits."""
+def _names_head(shape: Shape, options: Mapping[str, Any]) -> bool:
+    """Say if the head is adapted, so that the model itself makes all logits, in float32."""
+    return any(layer.name == HEAD for layer in _tables(shape, options))
+
+
+def _makes_logits(shape: Shape, options: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Say if the model itself makes all logits, as tokens of the head are trained, or it scales
+    them in a way that TRL's loss does not know."""
+    unknown = (name for name in SCALED_LOGITS if name not in TRL_SCALES)
     tokens = shape.tied and options.get("trainable_token_indices")
-    return bool(tokens) or any(layer.name == _HEAD for layer in _tables(shape, options))
+    return bool(tokens) or any(config.get(name) is not None for name in unknown)
+
+
+def _has_own_loss(config: Mapping[str, Any]) -> bool:
+    """Say if the loss of a model with this config has parts that only its own forward makes."""
+    routers = config.get("output_router_logits") and config.get("model_type") not in TRL_ROUTERS
+    return bool(routers or config.get("z_loss_coefficient"))
 
 
 def _trained_whole(shape: Shape, options: Mapping[str, Any]) -> int:
     """Return how many weights the modules have that `modules_to_save` names; of those that are not
     known here, none."""
-    sizes = dict.fromkeys((_EMBEDDING, _HEAD), shape.vocab * shape.hidden)
+    sizes = dict.fromkeys((_EMBEDDING, HEAD), shape.vocab * shape.hidden)
     layers = {name.rpartition(".")[2]: i * o for name, (i, o) in shape.linears.items()}
     sizes |= {name: shape.layers * numbers for name, numbers in layers.items()}
     names = {str(name).rpartition(".")[2] for name in options.get("modules_to_save") or ()}

@@ -21,6 +21,10 @@ _LETTER = 6.9
 """Widest average of a character of a label."""
 _TIP = 7.2
 _RADIUS = 5.5
+_AWAY = 22
+"""How far from a plot the labels of its lines stand."""
+_LINE = 16
+"""The height of a line of text."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Point:
         colour, shape: of its mark, by number.
         front: nothing beats it.
         faint: it is not to be compared with the others.
-        group: points of one group are joined by a line, from left to right; empty for no line.
+        group: points of one group are joined by a line, from left to right, and have one label;
+            empty for no line.
     """
 
     x: float
@@ -158,7 +163,12 @@ class _Box:
 def _draw(
     title: str, points: Sequence[Point], x: Axis, y: Axis, width: int, height: int, kind: str
 ) -> Html:
-    plot = _Box(54, 26, width - 14, height - 46)
+    words = [_words(point, y) for point in points]
+    beside = 0 if width == NARROW else min(_column(points, words), width / 2)
+    if beside == width / 2:  # the whole stands in the tip
+        most = int((beside - _AWAY) / _LETTER)
+        words = [w if len(w) <= most else f"{w[: most - 1]}…" for w in words]
+    plot = _Box(54, 26, width - 14 - beside, height - 46)
     values = [y.cut(v) for p in points for v in (p.y, p.y - (p.spread or 0), p.y + (p.spread or 0))]
     values = [v for v in values if v > 0] if min(p.y for p in points) > 0 else values
     about = 4 if width == NARROW else 5 if width == _HALF else 7
@@ -170,9 +180,14 @@ def _draw(
         *_joined(points, places),
         _front_line(points, places, plot, plot.bottom if y.higher else plot.top),
     ]
-    labels = _labels(points, places, plot, width != NARROW)
+    labels = _labels(points, words, places, plot, width != NARROW)
+    parts += [
+        line(places[n][0] + _RADIUS + 2, places[n][1], x - 4, y - 4, "tick")
+        for n, (x, y, _) in labels.items()
+        if points[n].group
+    ]
     for index, point in enumerate(points):
-        drawn = _point(point, places[index], labels.get(index), up, y)
+        drawn = _point(point, words[index], places[index], labels.get(index), up, y)
         parts.append(el("g", drawn, _tip(point, plot, y.higher), **_of(point)))
     described = "; ".join(f"{p.label}: {', '.join(p.facts)}" for p in points)
     return svg(title, described, width, height, parts, f"{title} {width}", kind=kind)
@@ -230,20 +245,32 @@ def _front_line(
     return el("path", d=f"{path}H{px(plot.right)}", class_="front")
 
 
+def _words(point: Point, axis: Axis) -> str:
+    """Return the label of a point, with its value where it is drawn at the edge."""
+    if not point.label or axis.cut(point.y) == point.y:
+        return point.label
+    return f"{'↓' if axis.higher else '↑'} {axis.words(point.y)}  {point.label}"
+
+
 def _labels(
-    points: Sequence[Point], at: Sequence[tuple[float, float]], plot: _Box, all_: bool
+    points: Sequence[Point],
+    words: Sequence[str],
+    at: Sequence[tuple[float, float]],
+    plot: _Box,
+    all_: bool,
 ) -> dict[int, tuple[float, float, str]]:
     """Return where labels stand (x, y, anchor) by the number of their point, as many as there is
-    room for: those of the front first, and if not `all_`, alone."""
+    room for: those of the front first, and if not `all_`, alone. Those of lines stand beside the
+    plot."""
     places: dict[int, tuple[float, float, str]] = {}
     taken = [_around(*place) for place in at]
     area = _Box(plot.left - 4, plot.top - 8, plot.right + 14, plot.bottom + 2)
     order = sorted(range(len(points)), key=lambda i: (points[i].faint, not points[i].front))
     for index in order:
         point = points[index]
-        if not point.label or not (all_ or point.front):
+        if not point.label or point.group or not (all_ or point.front):
             continue
-        length = _LETTER * len(point.label) * (1.08 if point.front else 1)
+        length = _LETTER * len(words[index]) * (1.08 if point.front else 1)
         for x, y, anchor in _beside(*at[index], 9 if point.front else 5):
             left = {"start": x, "end": x - length, "middle": x - length / 2}[anchor]
             box = _Box(left, y - 11, left + length, y + 3)
@@ -252,7 +279,41 @@ def _labels(
                 places[index] = (x, y, anchor)
                 taken.append(box)
                 break
-    return places
+    return places | (_of_lines(points, at, plot) if all_ else {})
+
+
+def _right_ends(points: Sequence[Point]) -> list[int]:
+    """Return the point at the right end of each line, by number."""
+    ends: dict[str, int] = {}
+    for index, point in enumerate(points):
+        if point.group and point.label:
+            last = ends.setdefault(point.group, index)
+            ends[point.group] = index if point.x > points[last].x else last
+    return list(ends.values())
+
+
+def _column(points: Sequence[Point], words: Sequence[str]) -> float:
+    """Return how wide the labels of lines are."""
+    ends = _right_ends(points)
+    return _LETTER * max(len(words[end]) for end in ends) + _AWAY if ends else 0.0
+
+
+def _of_lines(
+    points: Sequence[Point], at: Sequence[tuple[float, float]], plot: _Box
+) -> dict[int, tuple[float, float, str]]:
+    """Return where the labels of lines stand: one below the other on the right of the plot, each as
+    near to the height where its line ends as there is room; of too many the lowest are left out."""
+    ends = sorted(_right_ends(points), key=lambda index: at[index][1])
+    room = int((plot.bottom - plot.top) // _LINE) + 1
+    heights: list[float] = []
+    for index in ends[:room]:
+        heights.append(max(at[index][1], heights[-1] + _LINE if heights else plot.top))
+    lowest = plot.bottom
+    for number in reversed(range(len(heights))):
+        heights[number] = lowest = min(heights[number], lowest)
+        lowest -= _LINE
+    pairs = zip(ends, heights, strict=False)
+    return {index: (plot.right + _AWAY, height + 4, "start") for index, height in pairs}
 
 
 def _around(x: float, y: float) -> _Box:
@@ -272,6 +333,7 @@ def _beside(x: float, y: float, gap: float) -> Iterable[tuple[float, float, str]
 
 def _point(
     point: Point,
+    words: str,
     at: tuple[float, float],
     place: tuple[float, float, str] | None,
     up: _Scale,
@@ -290,9 +352,8 @@ def _point(
     parts.append(el("circle", cx=px(x), cy=px(y), r="14", class_="reach"))
     parts.append(mark(point.shape, x, y, _RADIUS, f"mark {_colour(point)}"))
     if place:
-        arrow = f"{'↓' if axis.higher else '↑'} {axis.words(point.y)}  " if beyond else ""
         kind = "label strong" if point.front else "label"
-        parts.append(svg_text(arrow + point.label, *place, kind=kind))
+        parts.append(svg_text(words, *place, kind=kind))
     return Html("".join(parts))
 
 

@@ -9,16 +9,14 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from ..distributed.talking import average_gradients
-from ..memory.shape import SCALED_LOGITS
+from ..memory.shape import SCALED_LOGITS, TRL_SCALES
 from ..model.head import Head, aligned, counting, is_alone, is_its_weight
+from ..model.logits import next_token_loss
 from ..model.patches import patched, restored
 from ..showing.quietly import quietly
 
 if TYPE_CHECKING:
     from torch import nn
-
-_TRL_SCALES = {"logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"}
-"""Of what scales logits, what TRL's loss knows."""
 
 
 def add_head_loss(base: Any) -> bool:
@@ -70,7 +68,7 @@ def add_trl_loss(base: Any) -> bool:
     from trl.trainer.utils import add_fused_lm_head
 
     text, head = base.config.get_text_config(), base.get_output_embeddings()
-    unknown = (name for name in SCALED_LOGITS if name not in _TRL_SCALES)
+    unknown = (name for name in SCALED_LOGITS if name not in TRL_SCALES)
     scaled = any(getattr(text, name, None) is not None for name in unknown)
     if scaled or _adds_to_loss(base) or not is_its_weight(head) or not is_alone(base, head):
         return False
@@ -80,6 +78,37 @@ def add_trl_loss(base: Any) -> bool:
         if balances_routers(base) and not _balances_alike(base):
             return False
     base.forward = lent
+    return True
+
+
+def add_logits_loss(base: Any) -> bool:
+    """As `add_head_loss`, of the logits that the model makes; say if the loss of its own forward
+    has no other part. Of labels that a forward takes it may make anything, so it gets none."""
+    if balances_routers(base) or _adds_to_loss(base):
+        return False
+    original = base.forward
+
+    @wraps(type(base).forward)
+    def forward(
+        self: Any,
+        *args: Any,
+        fused_lm_head: bool = False,
+        counted: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not fused_lm_head:
+            return original(*args, **kwargs)
+        from transformers.modeling_outputs import CausalLMOutput
+
+        labels, divisor = kwargs.pop("labels"), kwargs.pop("num_items_in_batch")
+        after = kwargs.pop("shift_labels", None)  # of rows that several processes share
+        logits = original(*args, **(kwargs | {"return_dict": True})).logits
+        if (length := labels.shape[1]) != logits.shape[1]:
+            logits = logits[:, -length:]  # those of virtual tokens come first, and have no labels
+        options = {"divisor": divisor, "after": after, "counted": counted}
+        return CausalLMOutput(loss=next_token_loss(logits, labels, **options))
+
+    base.forward = types.MethodType(forward, base)
     return True
 
 
@@ -110,6 +139,16 @@ def _balances_alike(base: Any) -> bool:
         except Exception:  # of configs and routers that are not like Mixtral's
             return False
     return own is not None and bool((found - own).abs() <= 0.01 * own.abs())
+
+
+@contextmanager
+def with_adapted_heads() -> Iterator[None]:
+    """Let SFTTrainer take a model whose head is adapted: its own loss would not see that, ours is
+    of the logits that the model makes."""
+    from trl.trainer import sft_trainer
+
+    with patched(sft_trainer, BaseTunerLayer=()):  # which nothing is an instance of
+        yield
 
 
 @contextmanager

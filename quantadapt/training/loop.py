@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..adapting.adalora import load_ranks, save_ranks
 from ..adapting.several import kept_apart, weights_to_save
+from ..adapting.vblora import refuse_cut_short, saved_whole
 from ..errors import QuantadaptError, TrainingError
 from ..folders.atomic import in_words
 from ..folders.checkpoints import PARTIAL, PREFIX, seal
@@ -166,7 +167,8 @@ class TrainingLoop:
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the adapter alone: no tokenizer, no pickled arguments, no model card."""
         assert output_dir is not None
-        with kept_apart(self.model), patched(self.model, create_or_update_model_card=_nothing):
+        no_card = patched(self.model, create_or_update_model_card=_nothing)
+        with kept_apart(self.model), saved_whole(self.model), no_card:
             self.model.save_pretrained(
                 output_dir,
                 state_dict=state_dict or weights_to_save(self.model),
@@ -206,7 +208,10 @@ class TrainingLoop:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with _taking_up(resume_from_checkpoint):
-            if not load_ranks(self.model, Path(resume_from_checkpoint)):
+            if load_ranks(self.model, Path(resume_from_checkpoint)):
+                return
+            refuse_cut_short(self.model, Path(resume_from_checkpoint))
+            with saved_whole(self.model):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WHERE = "train.packing"
 _LENGTH = 8
 _ROUNDING = {True: 1e-3, False: 0.02}
-"""What of the logits may change with tokens elsewhere in the row by rounding alone: in float32, and
+"""What may change of logits with tokens elsewhere in the row by rounding alone: in float32, and
 in 16 bits or where activations are quantized. Of tiny random models as little as 0.005 may leak."""
 _SIZES = 16
 """A batch is filled up to one of so many lengths, so that few shapes come up."""
@@ -145,13 +145,14 @@ def refuse_leaks(model: Any, collator: PackedCollator) -> None:
     that are made like RoBERTa, whose first position is another.
     """
     one, other = (_logits(model, collator, token)[:, _LENGTH:] for token in (3, 4))
-    if _differ(model, one, other):
+    if differ(model, one, other):
         raise _leaks(model)
-    if _differ(model, *_alone(model)):
+    if differ(model, *_alone(model)):
         raise _leaks(model, ": it counts positions from another number than 0")
 
 
-def _differ(model: Any, one: Tensor, other: Tensor) -> bool:
+def differ(model: Any, one: Tensor, other: Tensor) -> bool:
+    """Say if what a model gave twice, float32 of one shape, differs by more than rounding."""
     import torch
 
     from ..facade import linear_facades

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapting.adalora import tuner_of
 from ..adapting.merge_aware import make_merge_aware, tell_it_stays
 from ..adapting.several import unsavable
+from ..adapting.vblora import cut_short
 from ..data.positions import check_lengths
 from ..data.vocabulary import check_tokens
 from ..dependencies import tracker_problems
@@ -50,6 +51,7 @@ from .lent import lent
 from .lent_to_trainers import quiet
 from .loop import TrainingLoop
 from .memory_fit import MemoryFit
+from .next_tokens import refuse_foresight
 from .packing import Filling, filling
 from .prepared import Prepared
 from .progress import OnLog, Watcher
@@ -131,6 +133,8 @@ def train(
     setup, measured = prepared.setup, prepared.held_out
     # kernels, casts and the like; taken back at the end
     with task.holding(setup, note), lent(model, spec, task, note) as loans:
+        if task.wants_lm:
+            refuse_foresight(model)
         trainer = make_trainer(task, setup, on_log)  # task.trainer: trl's SFTTrainer, for one
         trainer.packed = filling(trainer.train_dataset) if spec.packing else None
         if trainer.packed:
@@ -264,6 +268,7 @@ def check(model: Any, spec: TrainSpec, task: Task) -> None:
         found += merge_aware_problems(cell, state.backend, state.quantizer, state.adapter)
     found += _float8_problems(model, spec)
     found += tracker_problems(spec.report_to)
+    found += cut_short(model)
     found += unsavable(model)  # told now, not when it is to be saved
     if found:
         raise PlanRefused(found)
