@@ -131,8 +131,13 @@ class MemoryFit:
         twice = 2 * found.peak - torch.cuda.memory_allocated(self.device)
         if self.graphs is not None and twice <= budget:  # see `Graphs`
             needs = twice
-        if rules.stays_dense(self.dense.nbytes, budget - needs):
+        if not rules.stays_dense(self.dense.nbytes, budget - needs):
+            return
+        try:
             self.dense.make()
+        except torch.OutOfMemoryError:  # somebody else wanted the room, and training goes without
+            self.dense.drop()
+        else:
             self.on_note(rules.stays_dense_words(self.dense.nbytes))
 
     def give_back(self) -> list[str]:
@@ -217,7 +222,8 @@ class MemoryFit:
                 self._undo(before, state)
                 continue
             except torch.OutOfMemoryError:
-                without = self.give_back()
+                # Others would wait for the rest of this pass, and not begin it again.
+                without = [] if self._together else self.give_back()
                 lower = self.setting if without else self._lowered()
                 if lower is None:
                     raise
