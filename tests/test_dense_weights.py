@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_grpo
 import torch
 from llama_sizes import LLAMA_8B
 from test_memory_fit import Notes, RunsOut, make_up_card, trained, weights
@@ -23,9 +24,11 @@ from quantadapt.facade.dense_weights import DenseWeights
 from quantadapt.machine import Machine
 from quantadapt.memory.cards import GIB
 from quantadapt.planning import plan
-from quantadapt.spec import Spec
+from quantadapt.spec import Spec, TrainSpec
 from quantadapt.testing.small_demo import small_model
+from quantadapt.training import train
 from quantadapt.training.memory_fit import MemoryFit
+from quantadapt.training.recomputing import decoder_layers
 
 STAY = "memory: there is room for dequantized weights, so they stay while it trains"
 
@@ -195,6 +198,65 @@ def test_what_stays_is_not_counted_as_dequantized(
         run = trained(tuned(r=2), tokenizer, data, tmp_path / str(room), **options)
         found[room] = run.dequantize_share
     assert found[15.0] < 0.05 * found[9.001]
+
+
+def validated(model: Any, tokenizer, data, folder: Path, notes: Notes, **options: Any) -> Any:
+    spec = TrainSpec(max_steps=3, logging_steps=1, eval_steps=1, learning_rate=1e-2, **options)
+    given = (model, tokenizer, data.select(range(8)), spec)
+    held_out = data.select(range(8, 11))
+    return train(*given, output=folder, seed=0, held_out=held_out, on_note=notes)
+
+
+def running_out(model: Any, raised: list[Any]) -> Any:
+    """Between steps, while they are there."""
+    first = DenseWeights(model).layers[0]
+
+    def run_out(module: Any, _: Any) -> None:
+        if not module.training and first.held_weight is not None:
+            raised.append(module)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    return run_out
+
+
+def test_they_go_where_validation_wants_the_room(
+    tokenizer, random_data, tmp_path, monkeypatch
+) -> None:
+    """It was not probed."""
+    make_up_card(monkeypatch, 20, lambda: 8)
+    plain = tuned(r=2)
+    expected = validated(plain, tokenizer, random_data, tmp_path / "a", Notes(), memory=9.001)
+    model, notes, raised = tuned(r=2), Notes(), []
+    decoder_layers(model)[-1].mlp.register_forward_pre_hook(running_out(model, raised))
+    found = validated(model, tokenizer, random_data, tmp_path / "b", notes)
+    assert len(raised) == 1
+    assert notes[-1] == "out of memory in validation: from here on without dense weights"
+    assert found.validation == expected.validation
+    assert found.losses == expected.losses
+    assert all(map(torch.equal, weights(model).values(), weights(plain).values()))
+
+
+def asked(folder: Path) -> Any:
+    return test_grpo.read(test_grpo.written(folder)).train
+
+
+def test_they_go_where_answers_want_the_room(tmp_path, monkeypatch) -> None:
+    """Of a model that learns from them: they are drawn again, and are the same."""
+    make_up_card(monkeypatch, 20, lambda: 8)
+    functions, found = tmp_path / "some.py", {}
+    functions.write_text("def long(completions, **_):\n    return [len(c) for c in completions]\n")
+    for full in (False, True):
+        model, raised = tuned(r=2), []
+        if full:
+            mlp = decoder_layers(model)[-1].mlp
+            mlp.register_forward_pre_hook(running_out(model, raised))
+        objective = {"name": "grpo", "beta": 0.1, "rewards": [f"{functions}:long"]}
+        logs, learnt = test_grpo.trained(model, asked(tmp_path), objective, max_steps=2)
+        assert len(raised) == full
+        found[full] = [[log["loss"] for log in logs], *learnt.values()]
+    assert found[True][0] == found[False][0]
+    assert any(found[True][0])
+    assert all(map(torch.equal, found[True][1:], found[False][1:]))
 
 
 def test_training_goes_without_where_the_room_is_gone(
