@@ -393,3 +393,31 @@ def test_on_a_gpu_losses_are_the_same(
         found[kept] = [run.losses, *weights(model).values()]
     assert found[True][0] == found[False][0]
     assert all(map(torch.equal, found[True][1:], found[False][1:]))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_base_that_is_loaded_again_meanwhile_changes_no_number(
+    device, tokenizer, random_data, tmp_path, monkeypatch
+) -> None:
+    """On a GPU, passes that were recorded before go on reading where it is."""
+    if device == "cpu":
+        make_up_card(monkeypatch, 20, lambda: 8)
+    found = {}
+    for again in (False, True):
+        model, notes = tuned(dtype="bfloat16" if device == "cuda" else "float32", r=4), Notes()
+        spec = TrainSpec(max_steps=8, logging_steps=1, learning_rate=1e-2)
+        base = {n: t.clone() for n, t in model.state_dict().items() if "lora_" not in n}
+        layers, there = DenseWeights(model).layers, []
+
+        def load(_: Any, model=model, base=base, layers=layers, there=there, again=again) -> None:
+            there.append([layer.held_weight.data_ptr() for layer in layers])
+            if again:
+                model.load_state_dict(base, strict=False)
+
+        given = (model, tokenizer, random_data.select(range(8)), spec)
+        run = train(*given, output=tmp_path / str(again), seed=0, on_log=load, on_note=notes)
+        assert len(there) == 8
+        assert there == 8 * there[:1]
+        found[again] = [run.losses, *weights(model).values()]
+    assert found[True][0] == found[False][0]
+    assert all(map(torch.equal, found[True][1:], found[False][1:]))

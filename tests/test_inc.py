@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -525,6 +526,43 @@ def test_on_a_gpu_it_is_what_it_is_on_a_cpu(method, examples):
         assert torch.equal(there, here)
     # A number of an input that is halfway between two codes may become the other one.
     assert relative(made["cuda"][1], made["cpu"][1]) < 5e-3
+
+
+@pytest.mark.parametrize("method", ["fp8", "rtn"])
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        ("cpu", "cpu"),
+        pytest.param("cpu", "cuda", marks=pytest.mark.cuda),
+        pytest.param("cuda", "cpu", marks=pytest.mark.cuda),
+    ],
+)
+def test_what_one_device_saved_another_loads(here, there, method, tmp_path):
+    """With codes that single tokens are multiplied with, as they were."""
+    model = quantadapt.quantize(
+        str(small_model()),
+        "inc",
+        device=here,
+        dtype="bfloat16",
+        method=method,
+        calibration=calibration_examples(),
+    )
+    loaded = quantadapt.load(quantadapt.save(model, tmp_path / "saved"), device=there)
+    both = list(zip(facades(model), facades(loaded), strict=True))
+    assert both
+    for (name, made), (same_name, layer) in both:
+        assert (name, layer.device.type) == (same_name, there)
+        assert torch.equal(layer.dequantize().cpu(), made.dequantize().cpu())
+        x = torch.randn(1, layer.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+        given = layer.target.inputs_of_codes(layer.vendor, x.to(there)).cpu()
+        assert torch.equal(given, made.target.inputs_of_codes(made.vendor, x.to(here)).cpu())
+        bytes_of, words_of = layer.target.byte_codes, layer.target.word_codes
+        codes = bytes_of(layer.vendor) if method == "fp8" else words_of(layer.vendor)
+        if method == "fp8":
+            weight = codes.held.float().cpu() * codes.grid.scale.cpu()
+        else:
+            weight = of_words(replace(codes, held=codes.held.cpu(), scale=codes.scale.cpu()))
+        assert relative(weight, made.dequantize().float().cpu()) < 4e-3
 
 
 def test_inc_on_another_device_is_told(monkeypatch, examples):
