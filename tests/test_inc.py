@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -221,6 +222,69 @@ def test_what_few_tokens_are_multiplied_with_is_what_the_layer_has(method, examp
         assert relative(given @ weight.t() + facade.bias, expected) < off
     odd = nn.Linear(76, 16).requires_grad_(False)
     assert INC(method="rtn").target.word_codes(INC(method="rtn").quantize_linear(odd)) is None
+
+
+def of_words(words):
+    """The weight that a kernel for few tokens reads in words."""
+    places = words.bits * torch.arange(32 // words.bits)[:, None]
+    codes = (words.held[:, None] >> places & 2**words.bits - 1).flatten(0, 1) - words.zero
+    return (codes * words.scale.float().repeat_interleave(words.group_size, 0)).t()
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_columns_that_inc_put_in_another_order_are_not_read_as_words(act_order, tmp_path, examples):
+    """As its GPTQ does where it is asked to, without us."""
+
+    class Chain(Blocks):
+        def forward(self, x):
+            return self.blocks[1](self.blocks[0](x))
+
+    model = Chain().eval()
+    with running(torch.device("cpu")), torch.no_grad():
+        from neural_compressor.torch.quantization import GPTQConfig, convert, prepare
+
+        options = {"bits": 4, "group_size": 24, "use_sym": True, "model_path": str(tmp_path)}
+        config = GPTQConfig(**options, act_order=act_order, use_layer_wise=False)
+        prepared = prepare(model, config)
+        for example in examples:
+            prepared(example["x"] * torch.linspace(0.1, 3, 72).roll(13))
+        convert(prepared)
+    live = quantadapt.quantize(model, "inc", device="cpu", dtype="float32")
+    for _, facade in facades(live):
+        words = facade.target.word_codes(facade.vendor)
+        assert (words is None) == act_order
+        assert torch.equal(facade.dequantize(), facade.vendor.recover().float())
+        assert act_order or relative(of_words(words), facade.dequantize()) < 1e-3
+
+
+def test_layers_with_zero_points_beside_others_are_not_read_as_words(examples):
+    """Each layer is looked at, and again where its tensors are others."""
+    made = [quantized(Blocks(), examples, method="rtn", symmetric=s) for s in (True, False)]
+    first, second = made
+    first.blocks[1] = second.blocks[1]
+    live = quantadapt.quantize(unwrap(first), "inc", device="cpu", dtype="float32")
+    layers = [facade for _, facade in facades(live)]
+    for layer, plain in zip(layers, [True, True, False, False], strict=True):
+        for _ in range(2):
+            words = layer.target.word_codes(layer.vendor)
+            assert (words is not None) == plain
+        assert not plain or relative(of_words(words), layer.dequantize()) < 1e-3
+        layer.requantize(layer.dequantize() + 0.1)  # as it was quantized
+        assert (layer.target.word_codes(layer.vendor) is not None) == plain
+    up = layers[0]
+    up.load_state_dict(layers[2].state_dict())
+    assert up.target.word_codes(up.vendor) is None
+    assert torch.equal(up.dequantize(), layers[2].dequantize())
+
+
+def test_inputs_that_were_nothing_but_zeros_are_told(examples):
+    """0 divided by their scale is no number."""
+    zeros = [{"x": torch.zeros(8, 3, 72)}]
+    with pytest.raises(ModelError, match=r"showed blocks\.0\.up nothing but zeros \(1 layer.*"):
+        quantized(Blocks(), zeros)
+    model = quantized(Blocks(), zeros, skip_modules=["blocks.0.up"])
+    with torch.no_grad():
+        assert model(zeros[0]["x"]).isfinite().all()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -462,6 +526,43 @@ def test_on_a_gpu_it_is_what_it_is_on_a_cpu(method, examples):
         assert torch.equal(there, here)
     # A number of an input that is halfway between two codes may become the other one.
     assert relative(made["cuda"][1], made["cpu"][1]) < 5e-3
+
+
+@pytest.mark.parametrize("method", ["fp8", "rtn"])
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        ("cpu", "cpu"),
+        pytest.param("cpu", "cuda", marks=pytest.mark.cuda),
+        pytest.param("cuda", "cpu", marks=pytest.mark.cuda),
+    ],
+)
+def test_what_one_device_saved_another_loads(here, there, method, tmp_path):
+    """With codes that single tokens are multiplied with, as they were."""
+    model = quantadapt.quantize(
+        str(small_model()),
+        "inc",
+        device=here,
+        dtype="bfloat16",
+        method=method,
+        calibration=calibration_examples(),
+    )
+    loaded = quantadapt.load(quantadapt.save(model, tmp_path / "saved"), device=there)
+    both = list(zip(facades(model), facades(loaded), strict=True))
+    assert both
+    for (name, made), (same_name, layer) in both:
+        assert (name, layer.device.type) == (same_name, there)
+        assert torch.equal(layer.dequantize().cpu(), made.dequantize().cpu())
+        x = torch.randn(1, layer.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+        given = layer.target.inputs_of_codes(layer.vendor, x.to(there)).cpu()
+        assert torch.equal(given, made.target.inputs_of_codes(made.vendor, x.to(here)).cpu())
+        bytes_of, words_of = layer.target.byte_codes, layer.target.word_codes
+        codes = bytes_of(layer.vendor) if method == "fp8" else words_of(layer.vendor)
+        if method == "fp8":
+            weight = codes.held.float().cpu() * codes.grid.scale.cpu()
+        else:
+            weight = of_words(replace(codes, held=codes.held.cpu(), scale=codes.scale.cpu()))
+        assert relative(weight, made.dequantize().float().cpu()) < 4e-3
 
 
 def test_inc_on_another_device_is_told(monkeypatch, examples):

@@ -33,6 +33,7 @@ from quantadapt_inc.target import INCTarget
 from quantadapt_inc.vendor import (
     cast,
     complete,
+    divides_by_zero,
     home,
     in_blocks,
     inner,
@@ -211,6 +212,10 @@ class INC(LayerwiseQuantizer):
             for name, layer in layers.items():
                 bias = None if layer.bias is None else layer.bias.detach().to(device, dtype)
                 self._mark(model.get_submodule(name).train(layer.training), bias)
+            if dead := [n for n in names if divides_by_zero(model.get_submodule(n))]:
+                what = f"calibration showed {', '.join(dead[:3])} nothing but zeros"
+                what += f" ({len(dead)} layers), and FP8 needs a scale for what goes in"
+                raise ModelError(what, fix="give examples that use them, or add to skip_modules")
 
     def _mark(self, vendor: nn.Module, bias: Tensor | None) -> None:
         setattr(vendor, MADE_BY, self)

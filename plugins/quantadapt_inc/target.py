@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from quantadapt.protocols import LayerwiseTarget
-from quantadapt_inc.vendor import in_qdq, inner, integers, is_fp8, is_integer, scaled_class, sizes
+from quantadapt_inc.vendor import (
+    in_qdq,
+    inner,
+    integers,
+    is_fp8,
+    is_integer,
+    is_plain,
+    scaled_class,
+    sizes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,14 +61,14 @@ class INCTarget(LayerwiseTarget):
         return fp8.byte_codes(module) if in_qdq(module) else None
 
     def word_codes(self, module: nn.Module) -> WordCodes | None:
-        """Return the codes of integers where these fill words and have one zero point; of several,
-        INC holds 0 as if it were the highest."""
+        """Return the codes of integers where these fill words and have one zero point (of several,
+        INC holds 0 as if it were the highest), and groups are of neighbours."""
         from quantadapt.protocols import WordCodes
 
         layer: Any = inner(module)
-        if is_fp8(module) or layer.bits == 3 or not self.quantizer.symmetric:
+        if is_fp8(module) or layer.bits == 3 or layer.in_features % layer.n_pack:
             return None
-        if layer.in_features % layer.n_pack:
+        if not is_plain(layer):
             return None
         return WordCodes(
             held=layer.qweight,
@@ -79,7 +88,12 @@ class INCTarget(LayerwiseTarget):
 
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
         """Keeps the scales of the inputs; for want of data, GPTQ's layers are rounded."""
+        from quantadapt_inc import MADE_BY
+
         old: Any = module
+        maker: INC = getattr(old, MADE_BY, self.quantizer)
+        if maker != self.quantizer:  # a model of INC's own may have layers of several kinds
+            return maker.target.requantize(module, weight)
         if inner(module) is module:
             new = super().requantize(module, weight)
             for name in {"quant_input", "scale_input"} & (vars(old) | old._modules).keys():

@@ -45,6 +45,11 @@ def in_qdq(module: Any) -> bool:
     return is_fp8(module) and bool(module.use_qdq)
 
 
+def divides_by_zero(module: Any) -> bool:
+    """Say whether it is such a layer with inputs of scale 0, which makes nan of zeros."""
+    return in_qdq(module) and not bool(module.quant_input.scale)
+
+
 def is_integer(module: nn.Module) -> bool:
     """Say whether `module` is INC's integer layer, with AWQ's scale of the inputs or without."""
     layer = inner(module)
@@ -88,6 +93,30 @@ def zero_points(layer: Any) -> Tensor:
     stored = (layer.qzeros[:, :, None] >> _shifts(layer)).flatten(1)[:, : layer.out_features]
     zeros: Tensor = (stored + 1) & (2**layer.bits - 1)
     return zeros
+
+
+def is_plain(layer: Any) -> bool:
+    """Say whether groups of an integer layer follow each other and have one zero point, whatever a
+    config says: INC's GPTQ may order columns by their weight, and a model be of several kinds. The
+    tensors are looked at once, which waits for a GPU."""
+    looked_at = vars(layer).get("_plain")
+    there = [(tensor, _version(tensor)) for tensor in (layer.qzeros, layer.g_idx)]
+    if looked_at is not None and all(
+        old is new and before == now
+        for (old, before), (new, now) in zip(looked_at[0], there, strict=True)
+    ):
+        return bool(looked_at[1])
+    import torch
+
+    groups = torch.arange(layer.in_features, device=layer.g_idx.device) // layer.group_size
+    follow = torch.equal(layer.g_idx.long(), groups)
+    plain = follow and bool((zero_points(layer) == 2 ** (layer.bits - 1)).all())
+    vars(layer)["_plain"] = there, plain
+    return plain
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _shifts(layer: Any) -> Tensor:
@@ -267,6 +296,7 @@ def _import_for(device: str) -> None:
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
+        import transformers  # noqa: F401  (some of INC's files look whether it is there, once)
         from neural_compressor.common import options
 
         workspace = options._workspace

@@ -10,12 +10,13 @@ from .wrapping import linear_facades
 
 
 class DenseWeights:
-    """Those of the quantized layers of `model`, of all but stacks of experts, and but those whose
-    products are in 8-bit floats. The numbers are those of `dequantize`."""
+    """Those of the quantized layers of `model`, of all but stacks of experts, but those whose
+    products are in 8-bit floats, and but those that are dense as they are. The numbers are those of
+    `dequantize`."""
 
     def __init__(self, model: nn.Module) -> None:
         found = [layer for _, layer in linear_facades(model)]
-        self.layers = [layer for layer in found if not layer.wants_float8]
+        self.layers = [n for n in found if not (n.wants_float8 or _is_dense(n))]
 
     @property
     def nbytes(self) -> int:
@@ -34,6 +35,15 @@ class DenseWeights:
         for layer in held:
             _hold(layer, None)
         return bool(held)
+
+
+def _is_dense(layer: QuantWeight) -> bool:
+    """Say whether the vendor's own tensor is the weight that `dequantize` returns."""
+    weight = layer.own_vendor._parameters.get("weight")
+    if weight is None or type(weight.data) is not Tensor:
+        return False
+    shape = layer.out_features, layer.in_features
+    return (tuple(weight.shape), weight.dtype) == (shape, layer.compute_dtype)
 
 
 def _hold(layer: QuantWeight, weight: Tensor | None) -> None:

@@ -51,7 +51,8 @@ class QuantWeight(nn.Module):
     quantized anew. Writing what was read changes nothing then, and small changes are kept."""
 
     held_weight: Tensor | None = None
-    """The dense weight, while `DenseWeights` has it stay for training."""
+    """The dense weight, while `DenseWeights` has it stay for training; where the layer's codes
+    become others, the same memory holds theirs."""
 
     _vendor: nn.Module
     _kept: Tensor | Rows | None = None
@@ -71,7 +72,7 @@ class QuantWeight(nn.Module):
 
     def _adopt(self, vendor: nn.Module) -> None:
         self.forget()
-        self.__dict__["held_weight"] = None
+        held, self.__dict__["held_weight"] = self.held_weight, None
         # Not a submodule: PEFT must not find a second linear layer behind this one.
         object.__setattr__(self, "_vendor", vendor)
         bias, own = vendor.bias, "bias" in vendor.__dict__  # or a property, say of a wrapper
@@ -79,6 +80,9 @@ class QuantWeight(nn.Module):
             vendor.bias = nn.Parameter(bias, requires_grad=False)  # so that it can be trained
         object.__setattr__(self, "_parameters", vendor._parameters)
         object.__setattr__(self, "_buffers", vendor._buffers)
+        if held is not None and (held.device, held.dtype) == (self.device, self.compute_dtype):
+            held.copy_(self._of_codes(held.dtype))  # in place: recorded passes read it there
+            self.__dict__["held_weight"] = held
 
     @property
     def vendor(self) -> nn.Module:
@@ -192,7 +196,10 @@ class QuantWeight(nn.Module):
         """Return the weight, [out_features, in_features], in the compute dtype."""
         if self._merged is not None and (merged := self._merged_weight()) is not None:
             return merged
-        dtype = self._read_dtype
+        return self._of_codes(self._read_dtype)
+
+    def _of_codes(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight without what is merged, in `dtype`."""
         with torch.no_grad(), results_in(dtype):
             return self.target.dequantize(self._vendor).to(dtype).contiguous()
 
@@ -381,6 +388,8 @@ class QuantWeight(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self._merged_weight()  # settles what PEFT's layer has left behind
         state, merged = self.__dict__.copy(), self._merged
+        # Of this layer's training; nobody would take it from a copy.
+        state |= dict.fromkeys(("held_weight", "_kept", "_kept_product"))
         if merged is not None:  # weak references are neither copied nor pickled
             layer: Any = merged.layer()
             state["_merged"] = merged._replace(layer=layer)

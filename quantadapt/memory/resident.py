@@ -191,9 +191,11 @@ class Resident:
 
     @property
     def dequantized_bytes(self) -> int:
-        """What the dequantized weights take that may stay: all but those of experts."""
+        """What the dequantized weights take that may stay: all but those of experts, and of layers
+        that are dense as they are."""
         sizes = [(count, work.shape.linears.items()) for count, work in self.kinds]
-        beside = (*STACKS, *self.dense)
+        whole = 8 * self.dtype_bytes
+        beside = {*STACKS, *self.dense, *(n for n, bits in self.bits.items() if bits >= whole)}
         weights = (c * i * o for c, layers in sizes for n, (i, o) in layers if n not in beside)
         return sum(weights) * self.dtype_bytes
 

@@ -69,7 +69,12 @@ def dequantize_share(trainer: Any, spec: TrainSpec) -> float | None:
     for it."""
     from ..facade import facades
 
-    weights = [facade for _, facade in facades(trainer.model)]
+    # But for dense weights that stay; a vendor's forward, which rounds its inputs, has none.
+    weights: list[Any] = [
+        facade
+        for _, facade in facades(trainer.model)
+        if facade.held_weight is None or facade.rounds_activations
+    ]
     # As the steps did: a whole stack of experts may not fit.
     short = trainer.memory_fit.setting.offload
     return _share(trainer, spec, weights, _dequantize_in_parts if short else _dequantize)

@@ -96,7 +96,19 @@ class TrainingLoop:
             return
         if self.fused is not None:
             self.fused.refresh()  # the optimizer has changed what was cast
-        self.task.before_step(self.prepared.setup, batches, self.state.global_step + 1)
+        before, setup = [dict(batch) for batch in batches], self.prepared.setup
+        step = self.state.global_step + 1
+
+        def begin() -> None:
+            for batch, was in zip(batches, before, strict=True):
+                batch.clear()  # the task may have begun to change it
+                batch.update(was)
+            self.task.before_step(setup, batches, step)
+
+        if self.memory_fit is None:
+            begin()
+        else:
+            self.memory_fit.with_room(begin, f"what comes before step {step}")
 
     def counted(self, batches: list[Any]) -> Tensor | None:
         """Return what the task counts in batches, a float32 scalar on the device; None where the

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ..spec import TrainSpec
     from .cuda_graphs import Graphs
 
+_Made = TypeVar("_Made")
 _Gradients = list[tuple[Tensor, Tensor | None]]
 
 
@@ -131,8 +132,13 @@ class MemoryFit:
         twice = 2 * found.peak - torch.cuda.memory_allocated(self.device)
         if self.graphs is not None and twice <= budget:  # see `Graphs`
             needs = twice
-        if rules.stays_dense(self.dense.nbytes, budget - needs):
+        if not rules.stays_dense(self.dense.nbytes, budget - needs):
+            return
+        try:
             self.dense.make()
+        except torch.OutOfMemoryError:  # somebody else wanted the room, and training goes without
+            self.dense.drop()
+        else:
             self.on_note(rules.stays_dense_words(self.dense.nbytes))
 
     def give_back(self) -> list[str]:
@@ -140,6 +146,27 @@ class MemoryFit:
         graphs = self.graphs is not None and self.graphs.stop()  # they read dense weights
         found = {"without CUDA graphs": graphs, "without dense weights": self.dense.drop()}
         return [words for words, was_there in found.items() if was_there]
+
+    def with_room(self, work: Callable[[], _Made], what: str) -> _Made:
+        """Do what is done between steps and takes memory of its own, which was not probed: where it
+        runs out, again without what makes training faster alone.
+
+        Args:
+            work: may be begun again; of several processes none is, as others may wait for it.
+            what: it in words.
+        """
+        state = RandomState.of(self.device)
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            without = [] if world().size > 1 else self.give_back()
+            if not without:
+                raise
+        # Out here, where the error and with it the frames of the work are gone.
+        free(self.trainer.model)
+        state.put_back()
+        self.on_note(f"out of memory in {what}: from here on {' and '.join(without)}")
+        return work()
 
     def budget(self, lost: float = FRAGMENTATION) -> int:
         """Return how many bytes a step may allocate: what is free, and what the spec allows, less
@@ -217,7 +244,8 @@ class MemoryFit:
                 self._undo(before, state)
                 continue
             except torch.OutOfMemoryError:
-                without = self.give_back()
+                # Others would wait for the rest of this pass, and not begin it again.
+                without = [] if self._together else self.give_back()
                 lower = self.setting if without else self._lowered()
                 if lower is None:
                     raise

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,19 +232,21 @@ class Validation:
         for at in range(0, len(batches), size):
             own = at + rank < len(batches)
             batch = batches[at + rank if own else at]
-            loss, counted = self._batch_loss(self.collator([self.examples[i] for i in batch]))
+            rows = [self.examples[i] for i in batch]
+            measure = partial(self._batch_loss, rows)
+            loss, counted = self.trainer.memory_fit.with_room(measure, "validation")
             total, count = total + own * loss * counted, count + own * counted
         device = adapter_device(self.trainer.model)
         return reduced(total, device, "sum") / reduced(count, device, "sum")
 
-    def _batch_loss(self, batch: dict[str, Any]) -> tuple[float, float]:
+    def _batch_loss(self, rows: list[dict[str, Any]]) -> tuple[float, float]:
         """Return the mean loss of a batch, without dropout, and what it is the mean of."""
         import torch
 
         from ..evaluation.predictions import evaluating
 
         trainer = self.trainer
-        batch = trainer._prepare_inputs(batch)
+        batch = trainer._prepare_inputs(self.collator(rows))
         trainer.begin_step([batch])
         count, divisor = float(trainer.task.count(batch)), trainer.counted([batch])
         if divisor is not None:
