@@ -15,7 +15,12 @@ import sys
 import time
 from pathlib import Path
 
-MAKING = {"of": {}, "seconds": 100.0, "peak_memory_gib": 5.0, "device": "cuda"}
+MAKING = {
+    "of": json.loads(os.environ["MADE_FROM"]),
+    "seconds": 100.0,
+    "peak_memory_gib": 5.0,
+    "device": "cuda",
+}
 COST = {"gptq": 4.1, "hqq": 4.0, "none": 14.0, "bnb-nf4": 4.4, "quanto": 7.0}
 WORSE = {"gptq": 0.03, "hqq": 0.05, "none": 0.0, "bnb-nf4": 0.01, "quanto": 0.02}
 
