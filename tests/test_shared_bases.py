@@ -194,6 +194,22 @@ def test_a_base_is_handed_on_as_it_lies_there(maker, tmp_path, monkeypatch) -> N
     assert far.stat().st_mode & 0o600 == 0o600
 
 
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"seconds": float("inf")}, "seconds should be a finite number, not Infinity"),
+        ({"of": {"backend": "x" * 1000}}, r"with backend 'x{49}\.\.\., and this run has 'gptq'"),
+    ],
+)
+def test_a_note_from_elsewhere_is_told_in_short(values, what, maker, tmp_path) -> None:
+    base = copied(maker.folder / "base", tmp_path / "odd")
+    noted = json.loads((base / MANIFEST).read_text())
+    noted["making"] |= values
+    (base / MANIFEST).write_text(json.dumps(noted))
+    with pytest.raises(PlanRefused, match=what):
+        qa.plan(told(tmp_path / "run", "lora", reuse_base=str(base.parent)))
+
+
 def test_of_another_version_it_is_another(maker, tmp_path) -> None:
     base = copied(maker.folder / "base", tmp_path / "old")
     values = json.loads((base / MANIFEST).read_text())

@@ -36,7 +36,7 @@ class Making(BaseModel):
         taken_from: the folder that it was copied from; empty where it was made.
     """
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
     of: dict[str, Any]
     seconds: float = Field(ge=0)
@@ -100,9 +100,15 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     say is not compared; a model of which nothing is known is like no other."""
     for key, value in now.items():
         if then.get(key) != value or (key == MODEL and not value):
-            told = f"it was made with {key} {then.get(key)!r}, and this run has {value!r}"
+            before, after = _short(then.get(key)), _short(value)
+            told = f"it was made with {key} {before}, and this run has {after}"
             return _OTHERS.get(key, told)
     return ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:50]}..."
 
 
 def look_at_reused(plan: Plan) -> tuple[list[Problem], list[str]]:
