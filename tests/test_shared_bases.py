@@ -458,6 +458,36 @@ def test_runs_on_another_device_make_a_base_of_their_own(tmp_path) -> None:
     assert Path(taken) == out / "runs" / "gptq-dora-seed0"
 
 
+def test_nobody_waits_for_a_run_whose_base_is_not_for_others(tmp_path) -> None:
+    """It was cut off as it trained, on another device, and goes on with what it has."""
+    out, seen = tmp_path / "out", Events()
+    grid = {"backend": ["gptq"], "adapter.r": [99, 8]}
+    made = comparison(STEPS, grid, reference=False, at_once=2)
+    first = "gptq-lora-r-99-seed0"
+
+    def cut(event: str, facts: Mapping[str, Any]) -> None:
+        if event == "progress" and facts.get("step") == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(made, out, cut)
+    assert states(out)[first] == "interrupted"
+    manifest = out / "runs" / first / "base" / MANIFEST
+    values = json.loads(manifest.read_text())
+    values["making"]["of"]["device"] = "another"
+    manifest.write_text(json.dumps(values))
+    shutil.rmtree(out / "runs" / "gptq-lora-r-8-seed0", ignore_errors=True)
+    record = json.loads((out / "quantadapt-compare.json").read_text())
+    record["runs"]["gptq-lora-r-8-seed0"] = {"state": "waiting"}
+    (out / "quantadapt-compare.json").write_text(json.dumps(record))
+    go(made, out, seen)
+    assert seen.started() == [first, "gptq-lora-r-8-seed0"]
+    assert not [
+        facts["text"] for event, facts in seen if event == "note" and "begins once" in str(facts)
+    ]
+    assert makers(out) == ["gptq-lora-r-8-seed0", first]
+
+
 def test_a_run_is_told_of_a_base_in_any_folder(tmp_path) -> None:
     out = tmp_path / 'of "Zoë" 😀: [a, b] #1'
     made = comparison(STEPS, {**ADAPTERS, "adapter": ["lora", "ia3"]}, reference=False)

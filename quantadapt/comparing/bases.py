@@ -91,9 +91,11 @@ class Bases:
     def maker(self, name: str) -> str:
         """Return the run that is about to make the base of another one; empty if none is."""
         for other in self._names(name):
-            running = self.folder.record(other).state == "running"
-            if running and not _read(self.folder.run(other), "plan.json").get("adopt"):
-                return other  # and the model is not quantized already, as a hub id may tell late
+            run = self.folder.run(other)
+            if self.folder.record(other).state != "running" or base_in(run / BASE):
+                continue  # one that is there, and not for others, is not made again
+            if not _read(run, "plan.json").get("adopt"):
+                return other  # the model may be quantized already, as a hub id tells late
         return ""
 
     def count(self, runs: Iterable[Run]) -> int:
