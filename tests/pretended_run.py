@@ -45,7 +45,8 @@ def main() -> None:
     if wrong == 13:
         fail("it cannot be done")
     if spec["backend"]["name"] == "gptq":
-        make_base(folder, spec["backend"].get("group_size", 128), reused(given.set), given.resume)
+        base = reused(given.set) or spec.get("reuse_base") or ""
+        make_base(folder, spec["backend"].get("group_size", 128), base, given.resume)
     if wrong == 14:
         fail("it cannot be trained")
     if wrong == 66:

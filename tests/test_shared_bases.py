@@ -520,6 +520,18 @@ def test_a_budget_counts_each_base_once(tmp_path) -> None:
     assert len(makers(tmp_path / "enough")) == 3
 
 
+def test_a_budget_counts_no_base_that_is_taken_from_elsewhere(tmp_path) -> None:
+    """It took 100 s, as it says, and none of these 90."""
+    go(comparison(STEPS, {"backend": ["gptq", "hqq"]}, reference=False), tmp_path / "first")
+    base = str(tmp_path / "first" / "runs" / "gptq-lora-seed0")
+    seen, out = Events(), tmp_path / "out"
+    common = {**STEPS, "reuse_base": base}
+    go(comparison(common, ADAPTERS, budget=90 / 3600, reference=False), out, seen)
+    guess = next(facts["seconds"] for event, facts in seen if event == "rungs")
+    assert 0 < guess < 90
+    assert makers(out) == []
+
+
 def test_the_disk_is_looked_at_before(tmp_path, monkeypatch) -> None:
     made = comparison(STEPS, ADAPTERS, seeds=2, reference=False)
     cells, out = plan_cells(made, tmp_path / "out"), tmp_path / "out"
