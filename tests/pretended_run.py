@@ -15,7 +15,12 @@ import sys
 import time
 from pathlib import Path
 
-MAKING = {"of": {}, "seconds": 100.0, "peak_memory_gib": 5.0, "device": "cuda"}
+MAKING = {
+    "of": json.loads(os.environ["MADE_FROM"]),
+    "seconds": 100.0,
+    "peak_memory_gib": 5.0,
+    "device": "cuda",
+}
 COST = {"gptq": 4.1, "hqq": 4.0, "none": 14.0, "bnb-nf4": 4.4, "quanto": 7.0}
 WORSE = {"gptq": 0.03, "hqq": 0.05, "none": 0.0, "bnb-nf4": 0.01, "quanto": 0.02}
 
@@ -40,7 +45,8 @@ def main() -> None:
     if wrong == 13:
         fail("it cannot be done")
     if spec["backend"]["name"] == "gptq":
-        make_base(folder, spec["backend"].get("group_size", 128), reused(given.set), given.resume)
+        base = reused(given.set) or spec.get("reuse_base") or ""
+        make_base(folder, spec["backend"].get("group_size", 128), base, given.resume)
     if wrong == 14:
         fail("it cannot be trained")
     if wrong == 66:

@@ -44,11 +44,14 @@ from quantadapt.errors import (
 from quantadapt.folders.lock import take
 from quantadapt.inputs.plain_yaml import parse, to_yaml
 from quantadapt.machine import Machine
+from quantadapt.planning.reusing import settings_of
+from quantadapt.planning.stage import plan
 from quantadapt.reporting.scatter import Axis, Point, drawing
 from quantadapt.reporting.svg import WIDE
 from quantadapt.reporting.words import TIMES, short
 from quantadapt.showing.comparing import CompareDisplay
 from quantadapt.showing.screen import Screen
+from quantadapt.spec import Spec
 
 RUN = Path(__file__).with_name("pretended_run.py")
 STEPS = {"train": {"max_steps": 90, "learning_rate": 3e-4}}
@@ -225,6 +228,8 @@ def test_a_grid_of_which_nothing_can_be_run_is_refused_with_all_reasons(tmp_path
 
 def pretending(job: Job, environment: Mapping[str, str]) -> Any:
     assert list(job.command[1:4]) == ["-m", "quantadapt", "run"]
+    made = plan(Spec.load(job.command[4]), check_output=False)
+    environment = {**environment, "MADE_FROM": json.dumps(settings_of(made))}
     return start_process(
         replace(job, command=[sys.executable, "-S", "-E", str(RUN), *job.command[4:]]), environment
     )

@@ -1,7 +1,10 @@
 """Bases that several runs have in common: made once, the same to the bit, and told in the table."""
 
+import errno
 import json
 import os
+import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,17 +12,24 @@ from typing import Any
 import pytest
 import torch
 from few_rows import few_rows
+from safetensors.torch import load_file, save_file
 from test_comparing import Events, go, states
 
 import quantadapt as qa
 from quantadapt.comparing import processes
-from quantadapt.comparing.bases import Disk, disk_of, groups_of
+from quantadapt.comparing.bases import Bases, Disk, disk_of, groups_of
+from quantadapt.comparing.folder import CompareFolder
 from quantadapt.comparing.grid import comparison
 from quantadapt.comparing.planned import plan_cells
+from quantadapt.comparing.processes import Job
 from quantadapt.comparing.stage import look_at
-from quantadapt.errors import PlanRefused, QuantadaptError
-from quantadapt.planning.reusing import base_in, making_of
-from quantadapt.spec import Spec
+from quantadapt.errors import ModelError, PlanRefused, QuantadaptError
+from quantadapt.exporting.saving import take_base
+from quantadapt.inputs.fingerprints import fingerprint_of
+from quantadapt.paths import MANIFEST
+from quantadapt.planning.reusing import base_in, difference, making_of, settings_of
+from quantadapt.quantizing.making import digest_of
+from quantadapt.spec import Spec, apply_overrides
 from quantadapt.testing.small_demo import small_model
 
 STEPS = {"train": {"max_steps": 90, "learning_rate": 3e-4}}
@@ -78,7 +88,11 @@ def test_its_numbers_are_those_of_a_run_alone(maker, tmp_path) -> None:
         took.metrics["evaluations"]["perplexity"]["loss"]["values"]
     )
     assert weights(took) == weights(alone)
-    ids = torch.arange(40)[None] + 100
+    ids, runs = torch.arange(40)[None] + 100, (took, alone)
+    told_of = [(each.folder / "adapter" / "adapter_config.json").read_text() for each in runs]
+    assert told_of[0] == told_of[1]  # the base that it is for, too
+    kept = [json.loads((each.folder / "adapter" / MANIFEST).read_text()) for each in runs]
+    assert [key for key in kept[0] if kept[0][key] != kept[1][key]] == ["base_id"]
     with torch.no_grad():
         logits = [qa.load(each.folder).eval()(input_ids=ids).logits for each in (took, alone)]
     assert torch.equal(*logits)
@@ -99,6 +113,112 @@ def test_its_numbers_are_those_of_a_run_alone(maker, tmp_path) -> None:
         alone.folder / "spec.yaml"
     ).read_text().replace(str(alone.folder), str(took.folder))
     assert f"calibrated in {maker.folder}" in (took.folder / "report.html").read_text()
+
+
+def copied(base: Path, to: Path) -> Path:
+    """Return a copy of a run's base in a run folder of its own."""
+    shutil.copytree(base, to / "base")
+    return to / "base"
+
+
+def notes_of(spec: Spec) -> tuple[qa.RunResult, str]:
+    notes: list[str] = []
+    run = qa.run(spec, listener=lambda event, data: notes.append(data.get("text", "")))
+    return run, "\n".join(notes)
+
+
+def test_a_model_that_was_changed_in_place_is_another_one(maker, tmp_path) -> None:
+    """Beyond what a fingerprint looks at: 600 numbers in. Its losses are those of the new one."""
+    model = tmp_path / "model"
+    shutil.copytree(small_model(), model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"].view(-1)[600:] *= 3
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint_of(str(model)) == fingerprint_of(str(small_model()))
+    spec = told(tmp_path / "took", "ia3", model=str(model), reuse_base=str(maker.folder))
+    took, notes = notes_of(spec)
+    assert "quantizes its own: it was made from another model" in notes
+    alone = qa.run(told(tmp_path / "alone", "ia3", model=str(model)), verbose=False)
+    assert losses(took) == losses(alone)
+    assert took.metrics["evaluations"] == alone.metrics["evaluations"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "modeling_own.py"])
+def test_whatever_of_a_checkpoint_comes_into_a_base_tells_it_apart(name, tmp_path) -> None:
+    """A config that computes the same, the tokenizer that lies in the base, and code."""
+    model = tmp_path / "model"
+    shutil.copytree(small_model(), model)
+    before = digest_of(str(model))
+    (model / "README.md").write_text("of no account")
+    assert digest_of(str(model)) == before != ""
+    with (model / name).open("a") as file:
+        file.write(" \n")
+    assert digest_of(str(model)) not in ("", before)
+    assert digest_of(str(tmp_path)) == ""  # and that is like no other:
+    assert difference({"model": ""}, {"model": ""}) == "it was made from another model"
+
+
+def test_one_that_is_being_deleted_is_not_taken(maker, tmp_path) -> None:
+    base = copied(maker.folder / "base", tmp_path / "half")
+    (base / "model.safetensors").unlink()
+    took, notes = notes_of(told(tmp_path / "took", "lora", reuse_base=str(base.parent)))
+    assert "quantizes its own: model.safetensors is not there any more" in notes
+    assert took.metrics["quantize"]["taken_from"] == ""
+    assert losses(took) == losses(maker)
+    (base / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ModelError, match=r"model\.safetensors is not as it was written"):
+        take_base(base, tmp_path / "other" / "base", "half", "model")
+    assert not (tmp_path / "other" / "base").exists()
+
+
+def test_a_base_is_handed_on_as_it_lies_there(maker, tmp_path, monkeypatch) -> None:
+    """Files that somebody made read-only stay so, as they are his, too; elsewhere they are copied.
+    It is said to be of the model as the run that takes it calls that."""
+    base = copied(maker.folder / "base", tmp_path / "one")
+    (base / "model.safetensors").chmod(0o440)
+    take_base(base, tmp_path / "two" / "base", str(base.parent), "a/copy")
+    there = tmp_path / "two" / "base"
+    assert os.path.samefile(base / "model.safetensors", there / "model.safetensors")
+    assert stat.S_IMODE((base / "model.safetensors").stat().st_mode) == 0o440
+    assert json.loads((there / MANIFEST).read_text())["base"] == "a/copy"
+    assert json.loads((base / MANIFEST).read_text())["base"] == str(small_model())
+
+    def on_another_disk(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", on_another_disk)
+    take_base(base, tmp_path / "three" / "base", str(base.parent), "a/copy")
+    far = tmp_path / "three" / "base" / "model.safetensors"
+    assert far.read_bytes() == (base / "model.safetensors").read_bytes()
+    assert far.stat().st_nlink == 1
+    assert far.stat().st_mode & 0o600 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"seconds": float("inf")}, "seconds should be a finite number, not Infinity"),
+        ({"of": {"backend": "x" * 1000}}, r"with backend 'x{49}\.\.\., and this run has 'gptq'"),
+    ],
+)
+def test_a_note_from_elsewhere_is_told_in_short(values, what, maker, tmp_path) -> None:
+    base = copied(maker.folder / "base", tmp_path / "odd")
+    noted = json.loads((base / MANIFEST).read_text())
+    noted["making"] |= values
+    (base / MANIFEST).write_text(json.dumps(noted))
+    with pytest.raises(PlanRefused, match=what):
+        qa.plan(told(tmp_path / "run", "lora", reuse_base=str(base.parent)))
+
+
+def test_of_another_version_it_is_another(maker, tmp_path) -> None:
+    base = copied(maker.folder / "base", tmp_path / "old")
+    values = json.loads((base / MANIFEST).read_text())
+    values["making"]["of"]["the version of gptqmodel"] = "1.0"
+    (base / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(
+        PlanRefused, match=r"made with the version of gptqmodel '1\.0', and this run"
+    ):
+        qa.plan(told(tmp_path / "run", "lora", reuse_base=str(base.parent)))
 
 
 def test_another_base_is_not_taken(maker, tmp_path) -> None:
@@ -157,7 +277,7 @@ def test_a_head_that_began_at_random_is_trained_on_a_base_from_disk(tmp_path) ->
     )
     save_base(model, state_of(model), tmp_path / "base")
     loaded = load_base(tmp_path / "base", "cpu")
-    for name in ("head", "labels", "begun_at_random", "new_modules"):
+    for name in ("head", "labels", "begun_at_random", "new_modules", "skip_modules"):
         assert getattr(state_of(loaded), name) == getattr(state_of(model), name)
     assert state_of(loaded).begun_at_random == ("score",)
     assert torch.equal(loaded.score.weight, model.score.weight)
@@ -321,6 +441,70 @@ def test_a_base_of_an_older_version_is_left_alone(tmp_path) -> None:
     assert Path(taken) == out / "runs" / "gptq-dora-seed0"
 
 
+def test_runs_on_another_device_make_a_base_of_their_own(tmp_path) -> None:
+    """As where a comparison is taken up elsewhere: each refused the base that it was told of."""
+    out = tmp_path / "out"
+    both = {"backend": ["gptq", "hqq"]}
+    go(comparison(STEPS, both, reference=False), out)
+    manifest = out / "runs" / "gptq-lora-seed0" / "base" / MANIFEST
+    values = json.loads(manifest.read_text())
+    values["making"]["of"]["device"] = "another"
+    manifest.write_text(json.dumps(values))
+    more = comparison(STEPS, {**both, "adapter": ["lora", "dora", "vera"]}, reference=False)
+    assert disk_of(more, plan_cells(more, out), out).bases == 1
+    go(more, out)
+    assert makers(out) == ["gptq-dora-seed0", "gptq-lora-seed0"]
+    taken = making_of(out / "runs" / "gptq-vera-seed0" / "base").taken_from
+    assert Path(taken) == out / "runs" / "gptq-dora-seed0"
+
+
+def test_nobody_waits_for_a_run_whose_base_is_not_for_others(tmp_path) -> None:
+    """It was cut off as it trained, on another device, and goes on with what it has."""
+    out, seen = tmp_path / "out", Events()
+    grid = {"backend": ["gptq"], "adapter.r": [99, 8]}
+    made = comparison(STEPS, grid, reference=False, at_once=2)
+    first = "gptq-lora-r-99-seed0"
+
+    def cut(event: str, facts: Mapping[str, Any]) -> None:
+        if event == "progress" and facts.get("step") == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(made, out, cut)
+    assert states(out)[first] == "interrupted"
+    manifest = out / "runs" / first / "base" / MANIFEST
+    values = json.loads(manifest.read_text())
+    values["making"]["of"]["device"] = "another"
+    manifest.write_text(json.dumps(values))
+    shutil.rmtree(out / "runs" / "gptq-lora-r-8-seed0", ignore_errors=True)
+    record = json.loads((out / "quantadapt-compare.json").read_text())
+    record["runs"]["gptq-lora-r-8-seed0"] = {"state": "waiting"}
+    (out / "quantadapt-compare.json").write_text(json.dumps(record))
+    go(made, out, seen)
+    assert seen.started() == [first, "gptq-lora-r-8-seed0"]
+    assert not [
+        facts["text"] for event, facts in seen if event == "note" and "begins once" in str(facts)
+    ]
+    assert makers(out) == ["gptq-lora-r-8-seed0", first]
+
+
+def test_a_run_is_told_of_a_base_in_any_folder(tmp_path) -> None:
+    out = tmp_path / 'of "Zoë" 😀: [a, b] #1'
+    made = comparison(STEPS, {**ADAPTERS, "adapter": ["lora", "ia3"]}, reference=False)
+    cells = {each.cell.label: each for each in plan_cells(made, out)}
+    folder = CompareFolder(out)
+    first, second = (folder.run(run.name) for run in made.runs)
+    (first / "base").mkdir(parents=True)
+    plan = cells[made.runs[0].cell.label].plan
+    making = {"of": settings_of(plan), "seconds": 1.0, "peak_memory_gib": 1.0, "device": "cpu"}
+    (first / "base" / MANIFEST).write_text(json.dumps({"making": making}))
+    folder.record(first.name).state = "finished"
+    job = Job(second.name, ["--json"], second, folder.log(second.name))
+    found = Bases.of(made.runs, cells, folder, "").look(job)
+    assert found.command[:2] == ["--json", "--set"]
+    assert apply_overrides({}, found.command[2:]) == {"reuse_base": str(first)}
+
+
 def test_a_budget_counts_each_base_once(tmp_path) -> None:
     """The first run took 100 s for its base, as it says: there is no time for one of three."""
     grid = {
@@ -334,6 +518,23 @@ def test_a_budget_counts_each_base_once(tmp_path) -> None:
     guess = next(facts["seconds"] for event, facts in seen if event == "rungs")
     assert 300 < guess < 400  # and not 600
     assert len(makers(tmp_path / "enough")) == 3
+
+
+def test_a_budget_counts_no_base_that_is_taken_from_elsewhere(tmp_path) -> None:
+    """It took 100 s, as it says, and none of these 90."""
+    go(comparison(STEPS, {"backend": ["gptq", "hqq"]}, reference=False), tmp_path / "first")
+    base = str(tmp_path / "first" / "runs" / "gptq-lora-seed0")
+    seen, out = Events(), tmp_path / "out"
+    common = {**STEPS, "reuse_base": base}
+    result = go(comparison(common, ADAPTERS, budget=90 / 3600, reference=False), out, seen)
+    # The row has its time, as if it had been made here, and so that is told.
+    rows = [row for row in result.table.rows if row.cell]
+    assert len(rows) == 3
+    assert all(row.numbers["seconds"].mean > 100 for row in rows)
+    assert "that of gptq-lora-seed0 by 3 runs (1 min 40 s, 5.00 GiB" in result.table.shared
+    guess = next(facts["seconds"] for event, facts in seen if event == "rungs")
+    assert 0 < guess < 90
+    assert makers(out) == []
 
 
 def test_the_disk_is_looked_at_before(tmp_path, monkeypatch) -> None:

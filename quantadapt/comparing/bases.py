@@ -8,17 +8,17 @@ in each and are there once. Whether it really is the same, the run that takes it
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError, OutputError, Problem
+from ..errors import OutputError, Problem
 from ..folders.atomic import free_space
 from ..folders.run_folder import RunFolder
 from ..paths import BASE
 from ..planning.planned import Plan
-from ..planning.reusing import KEY, base_in, making_of, settings_of
+from ..planning.reusing import KEY, base_in, settings_of, suits
 from ..protocols import Task
 from ..reporting.words import mebibytes
 from .folder import CompareFolder
@@ -56,18 +56,21 @@ class Bases:
     folder: CompareFolder
     measures: str
     _groups: Mapping[str, list[Run]] = field(default_factory=dict)
+    _plans: Mapping[str, Plan] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls,
-        runs: Iterable[Run],
+        runs: Sequence[Run],
         cells: Mapping[str, PlannedCell],
         folder: CompareFolder,
         measures: str,
     ) -> Bases:
         """Return what `runs` share."""
         groups = groups_of(runs, cells)
-        return cls(folder, measures, {run.name: group for group in groups for run in group})
+        shared = {run.name: group for group in groups for run in group}
+        plans = {run.name: made for run in runs if (made := cells[run.cell.label].plan)}
+        return cls(folder, measures, shared, plans)
 
     def look(self, job: Job) -> Job | Ending | None:
         """Return the job as it can begin now; None if another run is about to make its base, see
@@ -77,8 +80,8 @@ class Bases:
             return job
         for name in reversed(group):  # data may have changed since the first was made
             if self._has(name):
-                words = ["--set", f"{KEY}={json.dumps(str(self.folder.run(name)))}"]
-                return replace(job, command=[*job.command, *words])
+                place = json.dumps(str(self.folder.run(name)), ensure_ascii=False)
+                return replace(job, command=[*job.command, "--set", f"{KEY}={place}"])
         for name in group:
             if self._could_not(name):
                 why = self.folder.record(name).reason
@@ -88,9 +91,11 @@ class Bases:
     def maker(self, name: str) -> str:
         """Return the run that is about to make the base of another one; empty if none is."""
         for other in self._names(name):
-            running = self.folder.record(other).state == "running"
-            if running and not _read(self.folder.run(other), "plan.json").get("adopt"):
-                return other  # and the model is not quantized already, as a hub id may tell late
+            run = self.folder.run(other)
+            if self.folder.record(other).state != "running" or base_in(run / BASE):
+                continue  # one that is there, and not for others, is not made again
+            if not _read(run, "plan.json").get("adopt"):
+                return other  # the model may be quantized already, as a hub id tells late
         return ""
 
     def count(self, runs: Iterable[Run]) -> int:
@@ -101,10 +106,11 @@ class Bases:
         return [run.name for run in self._groups.get(name, [])]
 
     def _has(self, name: str) -> bool:
-        """Say whether others can take the base of a run; that of an older version they cannot."""
+        """Say whether others can take the base of a run; that of an older version, or of another
+        device, they cannot."""
         record = self.folder.record(name)
         begun = record.state != "waiting" or record.seconds > 0
-        return begun and shareable(self.folder.run(name))
+        return begun and suits(self.folder.run(name), self._plans[name])
 
     def _could_not(self, name: str) -> bool:
         """Say whether a run has failed because its base could not be made."""
@@ -122,15 +128,6 @@ def _read(run: Path, name: str) -> dict[str, Any]:
         return RunFolder(run).read_json(name)
     except OutputError:
         return {}
-
-
-def shareable(run: Path) -> bool:
-    """Say whether the folder of a run holds a base that another run can take."""
-    base = base_in(run / BASE)
-    try:
-        return base is not None and making_of(base) is not None
-    except ModelError:
-        return False
 
 
 @dataclass(frozen=True)
@@ -178,7 +175,7 @@ def disk_of(made: Comparison, cells: Iterable[PlannedCell], output: Path) -> Dis
     runs = [run for run in made.runs if run.cell.label in by_label]
     folder = CompareFolder(output)
     groups = groups_of(runs, by_label)
-    coming = [g for g in groups if not any(shareable(folder.run(run.name)) for run in g)]
+    coming = [group for group in groups if not _is_there(group, by_label, folder)]
     sizes = []
     for group in coming:
         plan = by_label[group[0].cell.label].plan
@@ -187,3 +184,11 @@ def disk_of(made: Comparison, cells: Iterable[PlannedCell], output: Path) -> Dis
     known = [size for size in sizes if size is not None]
     needed = sum(known) if len(known) == len(sizes) else None
     return Disk(len(coming), sum(map(len, coming)), needed, free_space(output))
+
+
+def _is_there(
+    group: Iterable[Run], by_label: Mapping[str, PlannedCell], folder: CompareFolder
+) -> bool:
+    """Say whether a run of a group has the base that the others would take."""
+    plans = ((run.name, by_label[run.cell.label].plan) for run in group)
+    return any(plan and suits(folder.run(name), plan) for name, plan in plans)

@@ -319,17 +319,19 @@ def _of_its_base(result: Mapping[str, Any]) -> float:
 
 def _shared_words(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Say which bases were made once for several runs, and what that took; empty where none was."""
-    makers: dict[str, int] = {}
+    takers: dict[str, list[Mapping[str, Any]]] = {}
     for result in results.values():
         if maker := result.get("base_from"):
-            makers[maker] = makers.get(maker, 1) + 1
+            takers.setdefault(maker, []).append(result)
     told = []
-    for maker, count in makers.items():
-        made = results.get(maker, {})
-        seconds, peak = made.get("quantize_seconds"), made.get("quantize_memory_gib")
+    for maker, taken in takers.items():  # those who took it know what it took, see `Quantizing`
+        seconds, peak = taken[0].get("quantize_seconds"), taken[0].get("quantize_memory_gib")
         if _is_number(seconds) and _is_number(peak):
+            own = results.get(maker, {})  # it may be a run of none of the rows here
+            count = len(taken) + (bool(own) and not own.get("base_from"))
+            runs = "1 run" if count == 1 else f"{count} runs"
             took = f"{duration(seconds)}, {mebibytes(1024 * peak)} at the peak"
-            told.append(f"that of {maker} by {count} runs ({took})")
+            told.append(f"that of {maker} by {runs} ({took})")
     if not told:
         return ""
     more = f" and {len(told) - 3} more" if told[3:] else ""

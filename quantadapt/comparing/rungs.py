@@ -3,8 +3,9 @@ dropped is told."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import QuantadaptError
 from . import halving
@@ -65,7 +66,7 @@ class Rungs:
             what = f"there is nothing to plan by, as the first run has failed: {record.reason}"
             raise QuantadaptError(what, fix=f"see {self.work.folder.log(first.name)}")
         train = float(result.get("train_seconds") or 0.0)
-        base = float(result.get("quantize_seconds") or 0.0)
+        base = _base_seconds(result)
         return halving.Cost(max(record.seconds - train - base, 0.0), train / lowest), base
 
     def _too_small(self, runs: int, steps: int, needed: float) -> QuantadaptError:
@@ -139,9 +140,12 @@ class Rungs:
     def _spent(self, run: Run, rung: int) -> float:
         """Return the seconds that a run has taken, without those for a base, which is there."""
         record = self.work.folder.record(run.name)
-        result = record.results.get(str(rung), {})
-        made = 0.0 if result.get("base_from") else float(result.get("quantize_seconds") or 0.0)
-        return max(record.seconds - made, 0.0)
+        return max(record.seconds - _base_seconds(record.results.get(str(rung), {})), 0.0)
+
+
+def _base_seconds(result: Mapping[str, Any]) -> float:
+    """Return the seconds that a run took to calibrate its base; 0 where it was taken."""
+    return 0.0 if result.get("base_from") else float(result.get("quantize_seconds") or 0.0)
 
 
 def _after(rung: int) -> str:

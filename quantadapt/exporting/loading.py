@@ -280,9 +280,10 @@ def load_base(folder: Path, device: str, streams: Streams | None = None) -> nn.M
     state = state_of(model)
     state.source, state.rewritten = manifest["base"], manifest.get("rewritten", False)
     state.own_base, state.base_id = True, manifest["base_id"]
+    model.name_or_path = manifest["base"]  # type: ignore[assignment]  # PEFT notes it
     state.fingerprint = noted(manifest)
     state.head, state.labels = manifest["head"], tuple(manifest["labels"])
-    for name in ("new_modules", "unused_modules", "begun_at_random"):
+    for name in ("skip_modules", "new_modules", "unused_modules", "begun_at_random"):
         setattr(state, name, tuple(manifest[name]))  # of what it was made from
     state.quantizer = state.backend.quantizer(**manifest["options"])
     return model

@@ -11,15 +11,15 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapting.several import unsavable
 from ..dependencies import in_turn
-from ..errors import OutputError, PlanRefused, warn
+from ..errors import ModelError, OutputError, PlanRefused, warn
 from ..folders.atomic import atomic_folder, refuse_occupied, refuse_overlap, remove
-from ..folders.written import LIST
+from ..folders.written import LIST, read_list
 from ..inputs.documents import read_object
 from ..planning.on_disk import quantization_of
 from ..planning.reusing import Making
@@ -182,17 +182,30 @@ def save_base(
         write_base(model, state, made, making)
 
 
-def take_base(base: Path, folder: Path, given: str) -> None:
+def take_base(base: Path, folder: Path, given: str, model: str) -> None:
     """Put the base of another run at `folder`, under its `base_id`. Its files get second names; on
     another disk they are copied.
 
     Args:
         given: what the user calls the place that it is taken from.
+        model: what it was made from, as this run calls it: the other may have had a copy.
+
+    Raises:
+        ModelError: it is not as it was written, perhaps as somebody is deleting it.
     """
-    values = read_object(base / MANIFEST)
+    values, listed = read_object(base / MANIFEST), read_list(base) or {}
+    values["base"] = model
     values["making"]["taken_from"] = values["making"].get("taken_from") or given
     with atomic_folder(folder) as made:
-        copy_files(base, made, leave_out=(LIST, MANIFEST), copy=_linked)
+        try:
+            copy_files(base, made, leave_out=(LIST, MANIFEST), copy=_linked)
+            sizes = {name: (made / name).stat().st_size for name in listed if name != MANIFEST}
+        except FileNotFoundError as error:
+            what = f"{Path(error.filename).name} is not there any more"
+            raise ModelError(what, fix="make the base anew", where=str(base)) from None
+        if changed := [name for name, size in sizes.items() if listed[name].get("size") != size]:
+            what = f"{changed[0]} is not as it was written"
+            raise ModelError(what, fix="make the base anew", where=str(base))
         (made / MANIFEST).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -241,7 +254,7 @@ class AdapterFolder(Exporter):
 
 def _linked(source: str | Path, target: str | Path) -> None:
     """Give a file a second name; where that cannot be done, copy it."""
-    try:
+    with suppress(OSError):
         os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+        return
+    shutil.copy2(source, target)

@@ -12,13 +12,14 @@ from pathlib import Path
 
 def give_usual_modes(files: Iterable[Path], folder: Path) -> None:
     """Give `files`, made or copied, the mode of one that is opened for writing in `folder`, by the
-    umask or the folder's access list; their owner may run what he could. Where a file system has
-    no modes to give, nothing is done.
+    umask or the folder's access list; their owner may run what he could. One that has another name
+    elsewhere keeps its mode, which is that of both. Where a file system has no modes to give,
+    nothing is done.
 
     Raises:
         OSError: nothing can be written into `folder`.
     """
-    own = [file for file in files if not file.is_symlink()]
+    own = [file for file in files if not file.is_symlink() and file.stat().st_nlink == 1]
     if os.name == "nt" or not own:
         return
     usual = _usual_mode(folder)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from ..distributed.talking import reduced, start
 from ..distributed.world import world
-from ..errors import TrainingError
+from ..errors import ModelError, TrainingError
 from ..exporting.loading import load_base
 from ..exporting.saving import save_base, take_base
 from ..folders.atomic import put_back
 from ..planning.planned import Plan
-from ..planning.reusing import Making, base_in, difference, making_of
+from ..planning.reusing import MODEL, Making, base_in, difference, making_of
 from ..quantizing.making import makings
 from ..quantizing.stage import quantize_plan
 from ..quantizing.state import state_of
@@ -66,15 +66,21 @@ def _taken(
 ) -> bool:
     """Put the base that the spec names at `saved`; False where it names none, or another one."""
     given = plan.spec.reuse_base
-    base = None if given is None else base_in(put_back(given))
-    making = None if base is None else making_of(base)
-    if given is None or base is None or making is None:
+    if given is None:
         return False
-    if other := difference(making.of, makings(plan, examples, labels)):
-        tell(f"the base in {given} is not taken, and this run quantizes its own: {other}")
-        return False
-    take_base(base, saved, given)
-    return True
+    other = "it is not there any more"
+    try:
+        base = base_in(put_back(given))
+        making = None if base is None else making_of(base)
+        if base is not None and making is not None:
+            other = difference(making.of, makings(plan, examples, labels))
+            if not other:
+                take_base(base, saved, given, plan.model)
+                return True
+    except ModelError as error:  # it is damaged, or somebody deletes it
+        other = error.problems[0].what
+    tell(f"the base in {given} is not taken, and this run quantizes its own: {other}")
+    return False
 
 
 def _made(plan: Plan, examples: Examples | None, labels: Sequence[str]) -> tuple[nn.Module, Making]:
@@ -86,10 +92,11 @@ def _made(plan: Plan, examples: Examples | None, labels: Sequence[str]) -> tuple
     device = torch.device(plan.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    of = makings(plan, examples, labels)  # before, as files may be changed while it calibrates
     started = time.perf_counter()
     model = quantize_plan(plan, calibration=examples, labels=labels)
     seconds = time.perf_counter() - started
-    of = makings(plan, examples, labels)
+    of = of if of[MODEL] else makings(plan, examples, labels)  # a hub id is here only now
     peak = peak_memory_gib(device)
     return model, Making(of=of, seconds=seconds, peak_memory_gib=peak, device=plan.device)
 

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import ModelError, Problem
+from ..folders.environment import LIBRARIES, versions
 from ..folders.metrics import duration
 from ..inputs.documents import read_object, validated
 from ..paths import BASE, MANIFEST, path_problem
@@ -19,6 +20,8 @@ KEY = "reuse_base"
 MODEL, LABELS, EXAMPLES = "model", "labels", "examples"
 """Of `Making.of`, what is known only once the data are read: digests, and what a classifier tells
 apart."""
+_COMPUTING = ("torch", "transformers")
+"""Of the libraries that all runs use, those that the numbers of a base come from."""
 _OTHERS = {MODEL: "it was made from another model", EXAMPLES: "it was calibrated on other examples"}
 
 
@@ -33,7 +36,7 @@ class Making(BaseModel):
         taken_from: the folder that it was copied from; empty where it was made.
     """
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
     of: dict[str, Any]
     seconds: float = Field(ge=0)
@@ -47,6 +50,8 @@ def settings_of(plan: Plan) -> dict[str, Any]:
     training are none of them."""
     spec = plan.spec
     options = plan.quantizer.model_dump(mode="json")
+    installed = versions(plan.backend.requires)
+    used = [name for name in installed if name in _COMPUTING or name not in LIBRARIES]
     return {
         "backend": plan.backend.name,
         **{f"backend.{name}": value for name, value in options.items()},
@@ -58,6 +63,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "towers": list(spec.towers),
         "new_modules": list(spec.new_modules),
         "unused_modules": list(spec.unused_modules),
+        **{f"the version of {name}": installed[name] for name in used},
     }
 
 
@@ -78,14 +84,31 @@ def making_of(base: Path) -> Making | None:
     return validated(Making, values, ModelError, fix=fix, where=str(base / MANIFEST))
 
 
+def suits(run: Path, plan: Plan) -> bool:
+    """Say whether the folder of a run holds a base that `plan` could take, going by settings; what
+    its data are is not looked at."""
+    base = base_in(run / BASE)
+    try:
+        making = making_of(base) if base else None
+    except ModelError:
+        return False
+    return making is not None and not difference(making.of, settings_of(plan))
+
+
 def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Say why a base is not the one that would be made now; empty where it is. What `now` does not
-    say is not compared."""
+    say is not compared; a model of which nothing is known is like no other."""
     for key, value in now.items():
-        if then.get(key) != value:
-            told = f"it was made with {key} {then.get(key)!r}, and this run has {value!r}"
+        if then.get(key) != value or (key == MODEL and not value):
+            before, after = _short(then.get(key)), _short(value)
+            told = f"it was made with {key} {before}, and this run has {after}"
             return _OTHERS.get(key, told)
     return ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:50]}..."
 
 
 def look_at_reused(plan: Plan) -> tuple[list[Problem], list[str]]:

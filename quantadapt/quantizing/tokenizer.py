@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     pass
 
 
-_OF_TOKENIZER = re.compile(r"tokenizer|^(vocab|merges)\.|^spiece\.|\.(spm|bpe|tiktoken)$", re.I)
+OF_TOKENIZER = re.compile(r"tokenizer|^(vocab|merges)\.|^spiece\.|\.(spm|bpe|tiktoken)$", re.I)
 """What the files of a tokenizer are called, among those of a checkpoint."""
 
 
@@ -51,7 +51,7 @@ def find_tokenizer(source: str) -> Any:
     folder = Path(source).expanduser()
     if folder.is_dir():
         names = [file.name for file in folder.iterdir()]
-        return load_tokenizer(source) if any(map(_OF_TOKENIZER.search, names)) else None
+        return load_tokenizer(source) if any(map(OF_TOKENIZER.search, names)) else None
     try:
         return load_tokenizer(source)
     except ModelError:
