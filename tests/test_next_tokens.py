@@ -164,6 +164,43 @@ def test_causal_models_that_a_config_makes_encoders_are_refused(family, option, 
     refuse_foresight(model_of(family, **sizes), unsaid)
 
 
+def test_masks_that_go_by_the_kinds_of_tokens_are_tried_out_with_them() -> None:
+    """PaliGemma 2 takes 0 for a prefix, whose tokens see each other, and batches call text so;
+    Gemma 3 takes 0 for text."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    vision = {**small, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    text = {
+        **{**small, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 16},
+        **{"vocab_size": 64, "layer_types": ["full_attention"] * 2},
+    }
+    pali = transformers.PaliGemmaConfig(
+        vision_config={"model_type": "siglip_vision_model", **vision},
+        text_config={"model_type": "gemma2", **text},
+        **{"image_token_id": 60, "projection_dim": 32},
+    )
+    gemma = transformers.Gemma3Config(
+        vision_config={"model_type": "siglip_vision_model", **vision},
+        text_config={"model_type": "gemma3_text", **text},
+        **{"image_token_id": 60, "mm_tokens_per_image": 4},
+    )
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
+    for config, sees in ((pali, True), (gemma, False)):
+        model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.1 * torch.randn_like(weight))
+            kinds = torch.zeros_like(ids)
+            one, other = model(input_ids=ids, token_type_ids=kinds).logits[:, :-1]
+        assert (float((one - other).norm() / one.norm()) > 0.05) == sees
+        refuse_foresight(model, unsaid, ["input_ids", "completion_mask"])
+        if not sees:
+            refuse_foresight(model, unsaid, ["input_ids", "token_type_ids"])
+            continue
+        with pytest.raises(TrainingError, match="sees the tokens after each"):
+            refuse_foresight(model, unsaid, ["input_ids", "token_type_ids"])
+
+
 def test_a_model_that_takes_no_text_by_itself_is_told_and_not_refused() -> None:
     """It may get what it wants from the data."""
     small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}

@@ -8,10 +8,11 @@ each token that they are to predict, and learn to copy it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from ..data.pixels import TYPES
 from ..errors import QuantadaptError, TrainingError
 from ..inputs.documents import reason
 from .packing import differ
@@ -35,24 +36,28 @@ _SPECIAL = ("_token_id", "_token_index", "pad_index")
 OnNote = Callable[[str], None]
 
 
-def refuse_foresight(model: Any, on_note: OnNote) -> None:
+def refuse_foresight(model: Any, on_note: OnNote, columns: Iterable[str] = ()) -> None:
     """Raise TrainingError where what a model says of a token changes with later ones, or where it
     says nothing of each token. The decoders of encoder-decoder models are not asked.
 
     Args:
         model: a PeftModel, on its device.
         on_note: told where a model takes no text alone, so that it cannot be tried out.
+        columns: those of the data; some tell what kind each token is, which masks may go by.
     """
     import torch
 
     from ..evaluation.predictions import device_of, is_encoder_decoder, without_head
 
-    if _says_causal(model) or is_encoder_decoder(model):
+    kinds = [name for name in columns if name.endswith(TYPES)]
+    if is_encoder_decoder(model) or (_says_causal(model) and not kinds):
         return
     *row, other = _tokens(model, _LENGTH + 1)
     ids = torch.tensor([row, [*row[:-1], other]], device=device_of(model))
+    given = {"input_ids": ids, "use_cache": False}
+    given |= {name: torch.zeros_like(ids) for name in kinds}  # as text is called in a batch
     with without_head(model):  # logits, or what they are made of
-        logits = _tried(model, lambda: model(input_ids=ids, use_cache=False).logits, on_note)
+        logits = _tried(model, lambda: model(**given).logits, on_note)
     if logits is None:
         return
     if logits.ndim != 3 or logits.shape[1] < _LENGTH:
