@@ -20,6 +20,7 @@ import quantadapt as qa
 from quantadapt.errors import TrainingError
 from quantadapt.evaluation.predictions import predicted
 from quantadapt.model.logits import next_token_loss
+from quantadapt.objectives.answers import token_log_probs
 from quantadapt.objectives.sft import SFT, _fuse_head, _whose_head
 from quantadapt.spec import TrainSpec
 from quantadapt.testing.small_demo import small_model
@@ -104,8 +105,12 @@ def test_the_loss_is_that_of_the_next_token(family, trained) -> None:
     own = model(**given, use_cache=False).loss
     assert abs(float(own) - float(wanted)) > 0.1  # it is trained to say each token itself
 
-    _fuse_head(model)
     counted = int((given["labels"][:, 1:] != -100).sum())
+    answers = -token_log_probs(model, given).sum() / counted  # of dpo, orpo, grpo and others
+    (of_answers,) = torch.autograd.grad(answers, weight)
+    assert float(answers) == pytest.approx(float(wanted), rel=1e-6)
+    assert near(of_answers, gradient.double(), 1e-5)
+    _fuse_head(model)
     loss = SFT().loss(model, batch(), None)
     (found,) = torch.autograd.grad(loss, weight)
     assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
