@@ -555,6 +555,25 @@ def test_all_that_is_missing_of_experts_is_told(folder: Any, tmp_path: Path) -> 
     ]
 
 
+@pytest.mark.parametrize("backend", ["none", "hqq"])
+def test_layers_that_the_model_has_no_place_for_do_not_hide_what_is_missing(
+    backend: str, folder: Any, tmp_path: Path
+) -> None:
+    """Such as those of DeepSeek's that predict further tokens."""
+    shutil.copytree(folder("Qwen3-MoE"), tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    whole = load_file(file)
+    first = {n: t for n, t in whole.items() if "layers.0." in n}
+    more = {n.replace("layers.0.", "layers.9."): t.clone() for n, t in first.items()}
+    cut = {n: t for n, t in (whole | more).items() if "layers.0.mlp.experts.3." not in n}
+    save_file(cut, file, {"format": "pt"})
+    with pytest.raises(WrongTensors) as caught:
+        qa.quantize(tmp_path / "base", backend=backend)
+    whats = [problem.what for problem in caught.value.problems]
+    assert any(what.startswith("expert 3 of layer 0 is missing") for what in whats)
+    assert not any("layer 9" in what for what in whats)
+
+
 def test_experts_in_orders_of_their_own_are_refused(folder: Any, tmp_path: Path) -> None:
     _one_by_one(folder("Mixtral"), tmp_path / "base", "gptq")
     file = tmp_path / "base" / "model.safetensors"

@@ -108,9 +108,20 @@ def test_frozen_experts_are_transformers_own(kind, none) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_lora_is_pefts_on_the_dense_experts(kind, recomputed) -> None:
+@pytest.mark.parametrize(
+    ("recomputed", "tokens", "block"),
+    [(False, TOKENS, None), (True, TOKENS, None), (False, TOKENS, 1200), (False, 1, None)],
+)
+def test_lora_is_pefts_on_the_dense_experts(kind, recomputed, tokens, block, monkeypatch) -> None:
+    """In float64; also where a row or two are computed at a time, and of a single token."""
     from peft import LoraConfig, get_peft_model
+
+    if block is not None:
+        monkeypatch.setattr("quantadapt.facade.expert_steps.BLOCK", {False: block, True: block})
+
+    def some(dtype: torch.dtype) -> Any:
+        hidden, index, weights = (given.detach()[:tokens] for given in inputs())
+        return hidden.to(dtype).requires_grad_(), index, weights.to(dtype).requires_grad_()
 
     quantized = model(KINDS[kind])
     dense = densify(copy.deepcopy(quantized))
@@ -128,20 +139,21 @@ def test_lora_is_pefts_on_the_dense_experts(kind, recomputed) -> None:
     for name, parameter in both[0][1].items():
         parameter.data.normal_(0, 0.2, generator=generator)
         both[1][1][name].data.copy_(parameter.data)
+    theirs.double()
     (layer, weights), (reference, their_weights) = both
     assert weights.keys() == their_weights.keys()
     assert len(weights) == 4
     reference.get_base_layer().config._experts_implementation = "eager"
-    expected = results(reference, inputs(), their_weights.values())
+    expected = results(reference, some(torch.float64), their_weights.values())
 
     def run(*given: torch.Tensor) -> Any:
         return checkpoint(layer, *given, use_reentrant=False) if recomputed else layer(*given)
 
-    found = results(run, inputs(), weights.values())
+    found = results(run, some(torch.float32), weights.values())
     for made, right in zip(found, expected, strict=True):
         assert rel(made, right) < 1e-6
     with torch.no_grad():
-        assert rel(layer(*inputs()), expected[0]) < 1e-6
+        assert rel(layer(*some(torch.float32)), expected[0]) < 1e-6
 
 
 class WithoutGate(nn.Module):

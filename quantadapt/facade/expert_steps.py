@@ -85,7 +85,8 @@ class Added(NamedTuple):
         """Return y [rows, out_features] and it, in the memory of y."""
         start = 0
         for expert, end in enumerate(ends.tolist()):
-            y[start:end].addmm_(self.h[start:end], self.b[expert].T)
+            if end > start:  # of a few tokens most experts have none
+                y[start:end].addmm_(self.h[start:end], self.b[expert].T)
             start = end
         return y
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..data.pixels import PICTURES, PIXELS, joined
@@ -165,6 +166,10 @@ class SFT(Task):
 
 _WHOSE = "quantadapt_head"
 """Marks a forward that computes the loss of the next tokens, and says whose it is."""
+_NOT_ITS_LOSS = (
+    "the loss_function that was given to the model is not used: sft learns the next token; another"
+    " loss is an objective of its own"
+)
 
 
 @hookimpl
@@ -215,8 +220,13 @@ def _causal_trainer(task: SFT, setup: Setup) -> Any:
         )
     if task.logits == "model":
         _fuse_head(setup.model)
-        if _whose_head(setup.model.get_base_model()) is None:
-            refuse_unshifted(setup.model, lambda batch: task.loss(setup.model, batch, None))
+        base = setup.model.get_base_model()
+        if _whose_head(base) is not None and hasattr(base, "_loss_function"):
+            setup.on_note(_NOT_ITS_LOSS)
+        if _whose_head(base) is None:
+            # What the model's is, whatever else a subclass makes of it, and wants of a batch.
+            own = partial(SFT.loss, task, setup.model, count=None)
+            refuse_unshifted(setup.model, lambda batch: own(batch=batch), setup.on_note)
     return trainer
 
 

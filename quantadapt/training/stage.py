@@ -126,7 +126,7 @@ def train(
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
     refuse_unshared(Path(output), spec, adapter_device(model))
     share(p for p in model.parameters() if p.requires_grad)  # all begin with the same weights
-    setup = Setup(model, tokenizer, dataset, spec, Path(output), seed)
+    setup = Setup(model, tokenizer, dataset, spec, Path(output), seed, note)
     begun = checkpoint.path if checkpoint else None
     measured = None if spec.validates == "no" else held_out
     prepared = Prepared.by(task, setup, measured, begun, note)  # a reference's words, for one
@@ -134,7 +134,7 @@ def train(
     # kernels, casts and the like; taken back at the end
     with task.holding(setup, note), lent(model, spec, task, note) as loans:
         if task.wants_lm:
-            refuse_foresight(model)
+            refuse_foresight(model, note, dataset.column_names)
         trainer = make_trainer(task, setup, on_log)  # task.trainer: trl's SFTTrainer, for one
         trainer.packed = filling(trainer.train_dataset) if spec.packing else None
         if trainer.packed:

@@ -46,6 +46,7 @@ class Setup:
         spec: what the spec says on training.
         output: the run folder.
         seed: for shuffling and dropout.
+        on_note: told in a sentence what somebody should know.
     """
 
     model: Any
@@ -54,6 +55,7 @@ class Setup:
     spec: TrainSpec
     output: Path
     seed: int
+    on_note: Callable[[str], None] = lambda _: None
 
     def of(self, held_out: Dataset) -> Setup:
         """Return the setup for batches of held-out examples: nothing is packed."""
