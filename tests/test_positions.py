@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 import quantadapt as qa
 from quantadapt import demo
-from quantadapt.data.positions import positions_of
+from quantadapt.data.positions import made_for, positions_of
 from quantadapt.errors import DataError
 
 VOCABULARY = 2048
@@ -48,6 +48,7 @@ def of(kind: str) -> Any:
 def test_there_are_as_many_positions_as_the_model_really_takes(kind: str) -> None:
     model = of(kind).eval()
     count = positions_of(model.config.to_dict())
+    assert made_for(model.config.to_dict()) == (count or 24)  # what a plan says
     assert count == {"llama": None, "roberta": 22}.get(kind, 24)
     ids = torch.arange(2, 2 + (count or 24))[None]
     assert model(input_ids=ids).logits.shape[:2] == ids.shape

@@ -43,6 +43,8 @@ def made_for(config: Mapping[str, Any]) -> int | None:
     """Return how many tokens the language model of a config.json has been made for, which is what
     transformers goes by with scaled rotary positions, too; None where it does not say."""
     language = language_config(config)
+    if (table := positions_of(language)) is not None:
+        return table
     found = (language.get(name) for name in (*_COUNTS, "max_seq_len"))
     return next((count for count in found if isinstance(count, int) and count > 0), None)
 

@@ -134,7 +134,7 @@ def train(
     # kernels, casts and the like; taken back at the end
     with task.holding(setup, note), lent(model, spec, task, note) as loans:
         if task.wants_lm:
-            refuse_foresight(model, note, dataset.column_names)
+            refuse_foresight(model, note, getattr(dataset, "column_names", None) or ())
         trainer = make_trainer(task, setup, on_log)  # task.trainer: trl's SFTTrainer, for one
         trainer.packed = filling(trainer.train_dataset) if spec.packing else None
         if trainer.packed:
