@@ -36,6 +36,19 @@ def interpreted(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module(name)
 
 
+def calls_of(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list that grows with what the module's function of that name is called with."""
+    calls: list[Any] = []
+    function = getattr(module, name)
+
+    def called(*given: Any) -> Any:
+        calls.append(given)
+        return function(*given)
+
+    monkeypatch.setattr(module, name, called)
+    return calls
+
+
 def cuda_tests_interpreted(file: str, names: str) -> str:
     """Return what pytest says of a file's `cuda` tests of such names on the CPU. In a process of
     its own: Triton looks whether it interprets when it is imported."""

@@ -25,7 +25,7 @@ from quantadapt import demo
 from quantadapt.data.batches import CausalCollator, PackedCollator
 from quantadapt.errors import ModelError, PlanRefused, TrainingError
 from quantadapt.loading.reading import read_config
-from quantadapt.memory import workload
+from quantadapt.memory import passes
 from quantadapt.model import divergence
 from quantadapt.model.divergence import Mix, Predicted, divergences
 from quantadapt.model.head import Head
@@ -373,7 +373,7 @@ def test_the_plan_counts_the_teacher(tmp_path: Path) -> None:
     assert more == taught.teacher_bytes
     larger = memory(name="distill", teacher=str(small_model(3)))
     assert larger.teacher_bytes > taught.teacher_bytes
-    assert workload.DIVERGENCE_CHUNK * 8 >= taught.loss_bytes(64) > 0
+    assert passes.DIVERGENCE_CHUNK * 8 >= taught.loss_bytes(64) > 0
 
 
 # --- the evaluation, and a run -------------------------------------------------------------------

@@ -133,7 +133,7 @@ def test_no_whole_logits_are_made_where_the_head_is_plain(examples, case, monkey
 )
 def test_evaluating_takes_the_memory_that_is_predicted(intermediate, softmax, monkeypatch):
     monkeypatch.setattr("quantadapt.model.head.HEAD_CHUNK", CHUNK)
-    monkeypatch.setattr("quantadapt.memory.workload.HEAD_CHUNK", CHUNK)
+    monkeypatch.setattr("quantadapt.memory.passes.HEAD_CHUNK", CHUNK)
     words, count, length = 8192, 8, 128
     model = sized(LlamaConfig, hidden_size=64, intermediate_size=intermediate, vocab_size=words)
     rows = torch.randint(words, (count, length)).tolist()

@@ -194,7 +194,7 @@ def test_logits_that_a_model_makes_whole_are_counted(
 
     from quantadapt.objectives.sft import SFT, _fuse_head
 
-    for place in ("quantadapt.model.head", "quantadapt.memory.workload"):
+    for place in ("quantadapt.model.head", "quantadapt.memory.passes"):
         monkeypatch.setattr(f"{place}.HEAD_CHUNK", 128 * 2048 * 2)
     made = AutoConfig.for_model(family, **_NARROW, **config)
     made.architectures = [type(AutoModelForCausalLM.from_config(made)).__name__]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import cuda_tests_interpreted, interpreted
+from interpreted import calls_of, cuda_tests_interpreted, interpreted
 from torch import nn
 
 from quantadapt.facade import QuantLinear
@@ -183,14 +183,7 @@ def test_kernels_are_right_where_they_are_interpreted():
 def test_a_facade_answers_one_token_by_the_kernel(monkeypatch, backend, options):
     from quantadapt.facade import triton_one_token
 
-    calls = []
-
-    def product(*given: Any) -> torch.Tensor:
-        calls.append(given)
-        return multiply(*given)
-
-    multiply = triton_one_token.product
-    monkeypatch.setattr(triton_one_token, "product", product)
+    calls = calls_of(triton_one_token, "product", monkeypatch)
     quantizer, vendor = made(backend, "cuda", **options)
     facade = QuantLinear(vendor, quantizer.target, BF16)
     with torch.no_grad():

@@ -29,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import quantadapt as qa
 from quantadapt.distributed.talking import start
-from quantadapt.memory import Setting, Workload, workload
+from quantadapt.memory import Setting, Workload, passes
 from quantadapt.memory.shape import Shape
 from quantadapt.spec import TrainSpec
 from quantadapt.streaming import bring_back, stream, streamer_of
@@ -50,7 +50,7 @@ OFFLOADED = Setting(LAYERS, True, 3)
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workload, "LEAST_TILE", TILE)
+    monkeypatch.setattr(passes, "LEAST_TILE", TILE)
 
 
 def llama(**options: Any) -> Any:
@@ -316,7 +316,7 @@ def test_a_training_has_the_losses_of_one_without(
 ) -> None:
     losses = {}
     for offload in (False, True):
-        monkeypatch.setattr(workload, "LEAST_TILE", 8)
+        monkeypatch.setattr(passes, "LEAST_TILE", 8)
         monkeypatch.setattr(
             MemoryFit, "_given", lambda self, on=offload: Setting(self.recomputer.count, on, 4)
         )
@@ -379,7 +379,7 @@ def sharded() -> dict[str, Any]:
 
     start("cpu")
     model = qa.attach(model_of(512, False), "lora", r=2).train()
-    workload.LEAST_TILE, found = 8, {}
+    passes.LEAST_TILE, found = 8, {}
     ids = torch.arange(600)[None] % 512
     with fused_layers(model), recomputed(model, Setting(LAYERS + 1, True, 1)) as recomputer:
         assert recomputer.tiles.is_long(600)
@@ -405,7 +405,7 @@ def test_a_base_that_processes_share(tmp_path) -> None:
 
 @pytest.mark.cuda
 def test_on_a_gpu_less_is_held_for_the_same_numbers(monkeypatch) -> None:
-    monkeypatch.setattr(workload, "LEAST_TILE", 512)
+    monkeypatch.setattr(passes, "LEAST_TILE", 512)
     tokens, inside = 16384, 2048
     size = {"hidden_size": 512, "intermediate_size": inside, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import cuda_tests_interpreted
+from interpreted import calls_of, cuda_tests_interpreted
 from torch import nn
 
 from quantadapt.facade import QuantLinear
@@ -179,14 +179,7 @@ def test_the_kernel_is_right_where_it_is_interpreted():
 def test_a_facade_answers_few_tokens_by_the_kernel(monkeypatch, backend, options):
     from quantadapt.facade import triton_words
 
-    calls = []
-
-    def product(*given: Any) -> torch.Tensor:
-        calls.append(given)
-        return multiply(*given)
-
-    multiply = triton_words.product
-    monkeypatch.setattr(triton_words, "product", product)
+    calls = calls_of(triton_words, "product", monkeypatch)
     inputs = 384 if options.get("group_size") == 48 else 256
     quantizer, vendor = made(backend, (inputs, 96), "cuda", **options)
     facade = QuantLinear(vendor, quantizer.target, BF16)

@@ -18,7 +18,7 @@ from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.vera.layer import Linear as VeraLinear
 from torch import Tensor, nn
 
-from ..memory.workload import FACTORS_FROM
+from ..memory.passes import FACTORS_FROM
 from .fused_lora import LoraTerm, fused_lora
 from .lent_forwards import Way, lent_forwards
 

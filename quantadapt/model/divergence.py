@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..memory.workload import DIVERGENCE_CHUNK
+from ..memory.passes import DIVERGENCE_CHUNK
 from .head import Head
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..compiling import has_triton
+from ..memory.passes import HEAD_CHUNK
 from ..memory.shape import SCALED_LOGITS
-from ..memory.workload import HEAD_CHUNK
 
 
 def is_its_weight(head: Any) -> bool:

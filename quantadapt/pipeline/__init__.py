@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .measuring import Listener
-from .running import RunResult, run
+from .result import RunResult
+from .running import run
 
 __all__ = ["Listener", "RunResult", "run"]

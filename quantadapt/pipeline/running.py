@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +22,6 @@ from ..exporting.manifest import BASE
 from ..exporting.saving import save
 from ..exporting.stage import export, merge_entry
 from ..exporting.tuned import Tuned
-from ..folders.metrics import label, with_unit
 from ..folders.run_folder import RunFolder, UnwrittenFolder
 from ..planning.planned import Plan
 from ..planning.reusing import base_in, making_of
@@ -43,6 +41,8 @@ from ..spec import Spec
 from ..stages import attach_planned
 from .base import quantized_base
 from .measuring import Listener, Measuring
+from .recording import of_training
+from .result import RunResult
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,31 +52,6 @@ if TYPE_CHECKING:
     from ..protocols import Task
     from ..quantizing.examples import Examples
     from ..training.stage import TrainResult
-
-
-@dataclass(frozen=True, repr=False)
-class RunResult:
-    """What a run leaves: the tuned model, its folder and the figures in `metrics.json`."""
-
-    model: PeftModel
-    folder: Path
-    plan: Plan
-    metrics: dict[str, Any] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        words = []
-        for evaluation, figures in self.metrics.get("evaluations", {}).items():
-            name, figure = next(iter(figures.items()))
-            found = {
-                model: with_unit(value, figure["unit"], "{:.4g}".format)
-                for model, value in figure["values"].items()
-                if value is not None
-            }
-            if {"quantized", "tuned"} <= found.keys():
-                what = label(evaluation, name)
-                words.append(f"{what} {found['quantized']} to {found['tuned']}")
-        words += [f"warning: {text}" for text in self.metrics.get("warnings", [])]
-        return f"<RunResult {str(self.folder)!r}{''.join(f'; {word}' for word in words)}>"
 
 
 @in_turn
@@ -339,7 +314,7 @@ class _Run:
 
         def on_note(text: str) -> None:
             if text not in self.plan.notes:  # it has been told
-                self.listener("note", {"text": text})
+                self.note(text)
 
         return train_(
             model,
@@ -358,28 +333,9 @@ class _Run:
     def record_training(self, result: TrainResult) -> None:
         # That of answers of its own, which change as it learns, does not say how well it does.
         self.losses = [] if self.plan.task.generates else result.losses
-        names = ("steps", "validation", "best_step", "kept_step", "stopped_early",
-                 "seconds", "tokens", "peak_memory_gib", "resumed_from",
-                 "trainable_parameters", "base_parameters", "dequantize_share",
-                 "rounding_share")  # fmt: skip
-        self.metrics["train"] = {name: getattr(result, name) for name in names}
-        self.metrics["train"] |= {"processes": self.world.size, "parallel": self.plan.parallel}
-        self.metrics["train"]["unit"] = self.plan.task.unit
-        self.metrics["train"]["memory"] = self.memory_figures(result)
-        if result.packed is not None:
-            self.metrics["train"]["packed"] = result.packed._asdict()
+        self.metrics["train"] = of_training(result, self.plan, self.world.size)
         if result.streamed is not None:
-            self.metrics["train"]["streamed"] = result.streamed._asdict()
-            self.listener("note", {"text": result.streamed.words})
-
-    def memory_figures(self, result: TrainResult) -> dict[str, Any]:
-        """Return how memory was used, and on a GPU what is predicted for just that."""
-        batch = self.spec.train.per_device_train_batch_size
-        figures = asdict(result.setting) | {"layers": result.layers, "batch": batch}
-        if self.plan.memory is not None and self.plan.device.startswith("cuda"):
-            predicted = self.plan.memory.peak_gib(result.setting, result.longest)
-            figures |= {"predicted_gib": predicted, "longest": result.longest}
-        return figures
+            self.note(result.streamed.words)
 
     def save(self, model: PeftModel) -> None:
         """Save the adapter as soon as it is trained: nothing that fails later may lose it."""

@@ -12,9 +12,10 @@ from ..errors import Problem
 from ..memory import rules
 from ..memory.adapters import Layer, Method
 from ..memory.experts import STACKS
+from ..memory.passes import HEAD
 from ..memory.shape import SCALED_LOGITS, TRL_ROUTERS, TRL_SCALES, Shape, language_config
 from ..memory.towers import Tower
-from ..memory.workload import HEAD, Workload
+from ..memory.workload import Workload
 from ..protocols import Quantizer, Task
 from ..records import Adapter
 from ..spec import Spec

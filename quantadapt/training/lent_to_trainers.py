@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from ..model.patches import patched, restored
 from ..showing.quietly import quietly
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def add_head_loss(base: Any) -> bool:
@@ -32,29 +32,20 @@ def add_head_loss(base: Any) -> bool:
         return False
     if balances_routers(base) or _adds_to_loss(base):
         return False
-    original = base.forward
 
-    @wraps(type(base).forward)  # generate checks its arguments against this signature
-    def forward(
-        self: Any,
-        *args: Any,
-        fused_lm_head: bool = False,
-        counted: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if not fused_lm_head:
-            return original(*args, **kwargs)
-        from transformers.modeling_outputs import CausalLMOutput
+    def hidden_states(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        hidden: Tensor = self.base_model(*args, **kwargs).last_hidden_state
+        return hidden
 
-        given, divisor = kwargs.pop("labels"), kwargs.pop("num_items_in_batch")
-        after = kwargs.pop("shift_labels", None)  # of rows that several processes share
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
-        hidden, labels = aligned(hidden, given, after)
+    def loss(
+        hidden: Tensor, labels: Tensor, *, after: Tensor | None, divisor: Any, counted: int | None
+    ) -> Tensor:
+        hidden, labels = aligned(hidden, labels, after)
         where = counting(labels, counted)
-        loss = head.losses(hidden[where], labels[where]).sum()
-        return CausalLMOutput(loss=loss / (max(len(where), 1) if divisor is None else divisor))
+        total: Tensor = head.losses(hidden[where], labels[where]).sum()
+        return total / (max(len(where), 1) if divisor is None else divisor)
 
-    base.forward = types.MethodType(forward, base)
+    _lend_loss(base, hidden_states, loss)
     return True
 
 
@@ -86,9 +77,32 @@ def add_logits_loss(base: Any) -> bool:
     has no other part. Of labels that a forward takes it may make anything, so it gets none."""
     if balances_routers(base) or _adds_to_loss(base):
         return False
+
     original = base.forward
 
-    @wraps(type(base).forward)
+    def whole(_: Any, *args: Any, **kwargs: Any) -> Tensor:
+        logits: Tensor = original(*args, **(kwargs | {"return_dict": True})).logits
+        return logits
+
+    def loss(logits: Tensor, labels: Tensor, **given: Any) -> Tensor:
+        # Those of virtual tokens come first, and have no labels.
+        return next_token_loss(logits[:, -labels.shape[1] :], labels, **given)
+
+    _lend_loss(base, whole, loss)
+    return True
+
+
+def _lend_loss(base: Any, outputs: Callable[..., Tensor], loss: Callable[..., Tensor]) -> None:
+    """Let `base(..., labels=..., fused_lm_head=True)` return a loss of its own.
+
+    Args:
+        outputs: makes what it is computed of, of the model and of what else forward is given.
+        loss: of those outputs and the labels; `after`, `divisor` and `counted` are those of
+            `next_token_loss`.
+    """
+    original = base.forward
+
+    @wraps(type(base).forward)  # generate checks its arguments against this signature
     def forward(
         self: Any,
         *args: Any,
@@ -102,14 +116,12 @@ def add_logits_loss(base: Any) -> bool:
 
         labels, divisor = kwargs.pop("labels"), kwargs.pop("num_items_in_batch")
         after = kwargs.pop("shift_labels", None)  # of rows that several processes share
-        logits = original(*args, **(kwargs | {"return_dict": True})).logits
-        if (length := labels.shape[1]) != logits.shape[1]:
-            logits = logits[:, -length:]  # those of virtual tokens come first, and have no labels
-        options = {"divisor": divisor, "after": after, "counted": counted}
-        return CausalLMOutput(loss=next_token_loss(logits, labels, **options))
+        made = outputs(self, *args, **kwargs)
+        return CausalLMOutput(
+            loss=loss(made, labels, after=after, divisor=divisor, counted=counted)
+        )
 
     base.forward = types.MethodType(forward, base)
-    return True
 
 
 def balances_routers(model: Any) -> bool:

@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..facade import kept
-from ..memory.workload import tile_of
+from ..memory.passes import tile_of
 from .random_state import RandomState
 
 NAMES = ("mlp", "feed_forward")
