@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
+from quantadapt.adapting.injecting import place_where_it_computes
 from quantadapt.dependencies import missing_requirements
 from quantadapt.errors import ModelError
 from quantadapt.facade import facades, linear_facades, stack_facades
@@ -442,6 +443,33 @@ def test_without_a_gpu_nothing_is_streamed_and_that_is_said(
     result = trained(model, random_data, tokenizer, stream="all", on_note=notes.append)
     assert result.streamed is None
     assert len([note for note in notes if "train.stream has no effect here" in note]) == 1
+
+
+def trained_on(model: Any) -> set[str]:
+    """The devices of what is trained."""
+    return {p.device.type for p in model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("adapter", ["lora", "vera", "ia3"])
+def test_adapters_go_where_a_streamed_base_computes(adapter: str) -> None:
+    model = qa.attach(stream(base("hqq", llama(2))), adapter)
+    assert trained_on(model) == {"cpu"}
+    streamed(model).device = torch.device("meta")  # PEFT leaves alone what is there, so only now
+    place_where_it_computes(model)
+    assert trained_on(model) == {"meta"}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("backend", ["hqq", "bnb-nf4"])
+def test_on_a_card_adapters_go_where_a_streamed_base_computes(
+    backend: str, tokenizer: Any, random_data: Any
+) -> None:
+    """PEFT finds hqq's codes, and would leave them beside those, in CPU memory."""
+    plain = trained(on_card(backend), random_data, tokenizer, cuda_graphs=False)
+    quantized = qa.quantize(llama(8, 512), backend, device="cuda", dtype="bfloat16")
+    model = lora(stream(quantized))
+    assert trained_on(model) == {"cuda"}
+    assert trained(model, random_data, tokenizer).losses[0] == plain.losses[0]
 
 
 def on_card(backend: str) -> Any:

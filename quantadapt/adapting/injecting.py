@@ -100,6 +100,7 @@ def loaded_beside(
     with patched(tuner, **own):
         told = tuned.load_adapter(str(folder), name, is_trainable=is_trainable, **options)
     _freeze_what_only_counts(tuned)
+    place_where_it_computes(tuned)
     return told
 
 
@@ -130,6 +131,7 @@ def _exactly(model: nn.Module, config: PeftConfig, inject: Callable[[], PeftMode
             warnings.filterwarnings("ignore", "The following .*_pattern keys did not match any")
             tuned = inject()
         _freeze_what_only_counts(tuned)
+        place_where_it_computes(tuned)
         if literal and (wrong := expected ^ set(adapted(tuned.get_base_model()))):
             some = ", ".join(sorted(wrong)[:3])
             what = f"PEFT does not adapt what is named: {len(wrong)} modules differ, e.g. {some}"
@@ -150,6 +152,23 @@ def _freeze_what_only_counts(tuned: PeftModel) -> None:
     for layer, name, held in _parameters_of(tuned):
         if name in layer.other_param_names:
             held.requires_grad_(False)
+
+
+def place_where_it_computes(tuned: PeftModel) -> None:
+    """Move adapters of a streamed base to the device: PEFT puts them where it finds a layer's codes
+    (`qweight`, `W_q`), and those are in CPU memory."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import nn
+
+    from ..streaming import streamer_of
+
+    if (streamer := streamer_of(tuned)) is None:
+        return
+    for layer in tuned.modules():
+        if isinstance(layer, BaseTunerLayer):
+            for name in (*layer.adapter_layer_names, *layer.other_param_names):
+                if isinstance(part := getattr(layer, name, None), nn.Module):
+                    part.to(streamer.device)
 
 
 def _taken_by_conv1d(config: PeftConfig, tuned: PeftModel) -> bool:
