@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -374,22 +375,30 @@ def test_they_never_cost_a_layer_its_inputs(tmp_path) -> None:
     assert made.cards[-1].keeps_dense
 
 
+def allocated() -> int:
+    """What the GPU holds, but for the workspaces of cuBLAS, which stay in a process."""
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated()
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("backend", ["bnb-nf4", "hqq", "gptq", "torchao-int4"])
 def test_on_a_gpu_losses_are_the_same(
     backend, tokenizer, random_data, tmp_path, monkeypatch
 ) -> None:
     """With CUDA graphs: what is recorded reads what stays."""
+    # It logs errors, and pytest keeps those, with all that their frames hold: the first pass, too.
+    monkeypatch.setattr(logging.getLogger("liger_kernel.backends.registry"), "disabled", True)
     found = {}
     for kept in (True, False):
         if not kept:
             monkeypatch.setattr("quantadapt.memory.rules.stays_dense", lambda *_: False)
         model, notes = tuned(backend, dtype="bfloat16", r=4), Notes()
-        before = torch.cuda.memory_allocated()
+        before = allocated()
         run = trained(model, tokenizer, random_data, tmp_path / str(kept), notes, max_steps=8)
         assert len([note for note in notes if note.startswith(STAY)]) == kept, notes
         assert not [note for note in notes if "CUDA graphs" in note]
-        assert torch.cuda.memory_allocated() <= before + 2**20  # given back
+        assert allocated() <= before + 2**20  # given back
         found[kept] = [run.losses, *weights(model).values()]
     assert found[True][0] == found[False][0]
     assert all(map(torch.equal, found[True][1:], found[False][1:]))

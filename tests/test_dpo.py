@@ -14,7 +14,7 @@ import torch
 from processes import in_processes
 from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl_settings import PLAIN, skip_without_triton
+from trl_settings import PLAIN
 
 import quantadapt as qa
 from quantadapt import cli, demo
@@ -108,8 +108,6 @@ def of_trl(tmp_path: Path, **config: Any) -> tuple[list[dict[str, Any]], dict[st
     """The same in TRL's trainer with stock transformers and PEFT."""
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from trl import DPOConfig, DPOTrainer
-
-    skip_without_triton()
 
     class Tokenized(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from processes import in_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl_settings import PLAIN, skip_without_triton
+from trl_settings import PLAIN
 
 import quantadapt as qa
 from quantadapt import demo
@@ -132,8 +132,6 @@ def of_trl(name: str, functions: Path, folder: Path, **config: Any) -> Any:
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-
-    skip_without_triton()
 
     kind, arguments = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[name]
 

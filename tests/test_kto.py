@@ -12,7 +12,7 @@ import pytest
 import torch
 from processes import in_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl_settings import PLAIN, skip_without_triton
+from trl_settings import PLAIN
 
 import quantadapt as qa
 from quantadapt import demo
@@ -81,8 +81,6 @@ def of_trl(data: Any, folder: Path, **config: Any) -> tuple[list[Any], dict[str,
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from trl import KTOConfig, KTOTrainer
-
-    skip_without_triton()
 
     class Tokenized(KTOTrainer):
         def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:

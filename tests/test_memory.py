@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from allocations import peak_of
 from llama_sizes import LLAMA_1B, LLAMA_8B
+from packaging.version import Version
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
@@ -174,6 +176,13 @@ def test_gradients_come_as_backward_goes(count: int) -> None:
 _NARROW = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 _NARROW |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 2048}
 _ROUTED = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+_COLLECTS_NONE = pytest.mark.xfail(
+    Version(transformers.__version__) < Version("5.18"),
+    raises=AttributeError,
+    strict=True,
+    reason="GraniteMoe of transformers 5.17 collects no router's logits, and its own loss fails",
+)
+GRANITES = "granitemoe", "granitemoeshared"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -182,7 +191,7 @@ _ROUTED = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logi
     [
         ("llama", {}, {"target_modules": ["q_proj", "lm_head"]}),
         ("llama", {"tie_word_embeddings": True}, {"trainable_token_indices": [3, 5]}),
-        ("granitemoe", _ROUTED, {}),
+        pytest.param("granitemoe", _ROUTED, {}, marks=_COLLECTS_NONE),
     ],
     ids=["adapted", "tokens", "routers"],
 )
@@ -227,7 +236,10 @@ def test_logits_that_a_model_makes_whole_are_counted(
     assert found == pytest.approx(foreseen, rel=0.1)
 
 
-@pytest.mark.parametrize("family", [*TRL_ROUTERS, "granitemoe", "granitemoeshared"])
+@pytest.mark.parametrize(
+    "family",
+    [*TRL_ROUTERS, *(pytest.param(name, marks=_COLLECTS_NONE) for name in GRANITES)],
+)
 def test_whose_loss_on_routers_is_trls(family) -> None:
     """Those are spared the whole logits on a GPU; found by trying, as a run does."""
     from transformers import AutoConfig, AutoModelForCausalLM

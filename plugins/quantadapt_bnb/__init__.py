@@ -19,7 +19,7 @@ def _backend(name: str, summary: str, quantizer: type[Quantizer]) -> Backend:
         name=name,
         summary=summary,
         quantizer=quantizer,
-        requires=("bitsandbytes>=0.48",),
+        requires=("bitsandbytes>=0.50",),
         imports=("bitsandbytes",),
         extra="quantadapt[bitsandbytes]",
         merge=Merge.REQUANTIZE,

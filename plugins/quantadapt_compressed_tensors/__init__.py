@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     Examples = list[dict[str, Tensor]]
 
 METHOD = EXTRA = "compressed-tensors"
-REQUIRES = ("compressed-tensors>=0.15",)
+REQUIRES = ("compressed-tensors>=0.19",)
 INPUT_ERRORS = {("int", 8): 0.01, ("float", 8): 0.03}
 COARSEST = 0.12
 """The relative error of a layer's output by rounding its inputs; of those of fewer bits."""
