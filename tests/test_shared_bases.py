@@ -394,6 +394,45 @@ def test_a_run_that_fails_of_itself_costs_its_row_alone(wrong, maker, tmp_path) 
     assert makers(out) == [f"gptq-lora-r-{maker}-seed0"]
 
 
+def test_where_who_makes_a_base_is_killed_another_makes_it(tmp_path) -> None:
+    out, seen = tmp_path / "out", Events()
+    grid = {"backend": ["gptq"], "adapter.r": [67, 8, 16]}
+    go(comparison(STEPS, grid, reference=False, at_once=2), out, seen)
+    assert [*states(out).values()] == ["failed", "finished", "finished"]
+    assert makers(out) == ["gptq-lora-r-8-seed0"]
+    assert "killed by SIGKILL" in journal(out)["gptq-lora-r-67-seed0"]["reason"]
+    text = (
+        "gptq-lora-r-67-seed0 was killed while it made its base; gptq-lora-r-8-seed0 makes it now"
+    )
+    notes = [facts["text"] for event, facts in seen if event == "note"]
+    assert notes.count(text) == 1
+    assert [note for note in notes if "was killed" in note] == [text]
+
+
+def test_a_base_that_kills_another_maker_too_is_given_up(tmp_path) -> None:
+    out, seen = tmp_path / "out", Events()
+    made = comparison(STEPS, {"backend": ["gptq"], "adapter.r": [67, 68, 8, 16]}, reference=False)
+    go(made, out, seen)
+    names = [f"gptq-lora-r-{r}-seed0" for r in (67, 68, 8, 16)]
+    assert seen.started() == names[:2]
+    assert [*states(out).values()] == ["failed"] * 4
+    for name in names[2:]:
+        reason = journal(out)[name]["reason"]
+        assert reason.startswith(f"its base could not be quantized, see {names[1]}: it was killed")
+    again = Events()
+    go(made, out, again, retry=True)
+    assert again.started() == names[:2]  # the same two attempts
+
+
+def test_one_that_fails_in_words_after_a_kill_ends_it_with_these_words(tmp_path) -> None:
+    out = tmp_path / "out"
+    backend = [{"name": "gptq", "group_size": 16}]
+    go(comparison(STEPS, {"backend": backend, "adapter.r": [67, 8, 16]}, reference=False), out)
+    names = [f"gptq-group_size-16-lora-r-{r}-seed0" for r in (67, 8, 16)]
+    what = f"its base could not be quantized, see {names[1]}: it does not converge; leave it out"
+    assert journal(out)[names[2]]["reason"] == what
+
+
 def test_what_was_cut_off_while_it_quantized_makes_the_base_when_it_goes_on(tmp_path) -> None:
     out, seen = tmp_path / "out", Events()
     grid = {"backend": [{"name": "gptq", "group_size": 32}], "adapter": ["lora", "dora"]}

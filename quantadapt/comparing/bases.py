@@ -82,11 +82,18 @@ class Bases:
             if self._has(name):
                 place = json.dumps(str(self.folder.run(name)), ensure_ascii=False)
                 return replace(job, command=[*job.command, "--set", f"{KEY}={place}"])
-        for name in group:
-            if self._could_not(name):
-                why = self.folder.record(name).reason
-                return Ending("failed", f"its base could not be quantized, see {name}: {why}")
+        if self._given_up(job.name):
+            *_, name = sorted(self._lost(job.name), key=lambda name: not self._killed(name))
+            why = self.folder.record(name).reason
+            return Ending("failed", f"its base could not be quantized, see {name}: {why}")
         return None if self.maker(job.name) else job
+
+    def instead_of(self, job: Job) -> str:
+        """Return the run that was killed while it made the base that `job`, as `look` returned it,
+        makes now; empty if there is none."""
+        lost = self._lost(job.name)
+        taken = base_in(job.folder / BASE) or any(map(self._has, self._names(job.name)))
+        return "" if taken or not lost else lost[0]
 
     def maker(self, name: str) -> str:
         """Return the run that is about to make the base of another one; empty if none is."""
@@ -111,6 +118,18 @@ class Bases:
         record = self.folder.record(name)
         begun = record.state != "waiting" or record.seconds > 0
         return begun and suits(self.folder.run(name), self._plans[name])
+
+    def _given_up(self, name: str) -> bool:
+        """Say whether nobody tries to make a run's base any more: what fails in words fails again;
+        what is killed, by a machine out of memory, may go well for another, who tries once."""
+        lost = self._lost(name)
+        return len(lost) > 1 or not all(map(self._killed, lost))
+
+    def _lost(self, name: str) -> list[str]:
+        return [other for other in self._names(name) if self._could_not(other)]
+
+    def _killed(self, name: str) -> bool:
+        return self.folder.record(name).killed
 
     def _could_not(self, name: str) -> bool:
         """Say whether a run has failed because its base could not be made."""

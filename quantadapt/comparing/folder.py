@@ -76,6 +76,7 @@ class Record(Typed):
 
     Attributes:
         reason: why it is in that state; empty where it is finished.
+        killed: it has failed, as a signal ended it; another time it may not.
         seconds: of a machine or GPU, all attempts together.
         results: by the optimizer steps that were asked for, what was measured then; "all" for the
             whole run. See `results.figures_of`.
@@ -83,6 +84,7 @@ class Record(Typed):
 
     state: State = "waiting"
     reason: str = ""
+    killed: bool = False
     seconds: float = 0.0
     results: dict[str, dict[str, Any]] = Field(default_factory=dict)
 

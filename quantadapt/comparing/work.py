@@ -137,6 +137,9 @@ class Work:
             self._makers.add(maker)
             text = f"what shares the base of {maker} begins once that is calibrated"
             self.tell("note", {"text": text})
+        if isinstance(found, Job) and (killed := self.bases.instead_of(found)):
+            text = f"{killed} was killed while it made its base; {job.name} makes it now"
+            self.tell("note", {"text": text})
         return found
 
     def job(self, run: Run, steps: int | None) -> Job:
@@ -163,6 +166,7 @@ class Work:
         record = self.folder.record(job.name)
         record.seconds += ending.seconds
         record.state, record.reason = ending.state, ending.reason  # type: ignore[assignment]
+        record.killed = ending.killed
         if ending.state == "finished":
             self.take(job, record)
         self.write()
