@@ -25,6 +25,7 @@ from quantadapt.comparing.processes import Job
 from quantadapt.comparing.stage import look_at
 from quantadapt.errors import ModelError, PlanRefused, QuantadaptError
 from quantadapt.exporting.saving import take_base
+from quantadapt.folders.written import LIST
 from quantadapt.inputs.fingerprints import fingerprint_of
 from quantadapt.paths import MANIFEST
 from quantadapt.planning.reusing import base_in, difference, making_of, settings_of
@@ -169,6 +170,55 @@ def test_one_that_is_being_deleted_is_not_taken(maker, tmp_path) -> None:
     with pytest.raises(ModelError, match=r"model\.safetensors is not as it was written"):
         take_base(base, tmp_path / "other" / "base", "half", "model")
     assert not (tmp_path / "other" / "base").exists()
+
+
+def altered(base: Path) -> None:
+    """Change the last byte of its weights; size and time stay."""
+    file = base / "model.safetensors"
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_one_that_was_altered_at_the_same_size_is_not_taken(maker, tmp_path) -> None:
+    base = copied(maker.folder / "base", tmp_path / "one")
+    take_base(base, tmp_path / "two" / "base", str(base.parent), "model")  # and from there
+    altered(base)
+    for place in ("one", "two"):  # which is a second name of the same file
+        with pytest.raises(ModelError, match=r"model\.safetensors is not as it was written"):
+            take_base(tmp_path / place / "base", tmp_path / "other", place, "model")
+    took, notes = notes_of(told(tmp_path / "took", "lora", reuse_base=str(base.parent)))
+    assert "quantizes its own: model.safetensors is not as it was written" in notes
+    assert losses(took) == losses(maker)
+
+
+def test_a_list_without_checksums_tells_by_sizes(maker, tmp_path) -> None:
+    """As bases of before have it."""
+    base = copied(maker.folder / "base", tmp_path / "old")
+    listed = json.loads((base / LIST).read_text())
+    for facts in listed["files"].values():
+        del facts["sha256"]
+    (base / LIST).write_text(json.dumps(listed))
+    take_base(base, tmp_path / "new" / "base", str(base.parent), "model")
+    with (base / "model.safetensors").open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(ModelError, match=r"model\.safetensors is not as it was written"):
+        take_base(base, tmp_path / "other", str(base.parent), "model")
+
+
+def test_a_run_does_not_go_on_upon_an_altered_base(tmp_path) -> None:
+    train = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2}
+    spec = told(tmp_path / "run", "lora", train=train)
+    run = qa.run(spec, verbose=False)
+    more = spec.model_copy(update={"train": spec.train.model_copy(
+        update={"max_steps": 3, "resume": True})})  # fmt: skip
+    altered(run.folder / "base")
+    with pytest.raises(ModelError, match=r"model\.safetensors is not as it was written") as error:
+        qa.run(more, verbose=False)
+    assert "put it back as it was" in error.value.problems[0].fix
+    altered(run.folder / "base")  # back again
+    assert qa.run(more, verbose=False).metrics["train"]["steps"] == 3
 
 
 def test_a_base_is_handed_on_as_it_lies_there(maker, tmp_path, monkeypatch) -> None:
