@@ -589,7 +589,7 @@ def test_a_run_is_told_of_a_base_in_any_folder(tmp_path) -> None:
     (first / "base" / MANIFEST).write_text(json.dumps({"making": making}))
     folder.record(first.name).state = "finished"
     job = Job(second.name, ["--json"], second, folder.log(second.name))
-    found = Bases.of(made.runs, cells, folder, "").look(job)
+    found = Bases.of(made.runs, cells, folder).look(job)
     assert found.command[:2] == ["--json", "--set"]
     assert apply_overrides({}, found.command[2:]) == {"reuse_base": str(first)}
 

@@ -47,14 +47,9 @@ def _key(made: Plan, run: Run) -> str:
 
 @dataclass(frozen=True)
 class Bases:
-    """The calibrated bases of a comparison, and which runs share them.
-
-    Attributes:
-        measures: the run that measures the dense base for all, before it quantizes.
-    """
+    """The calibrated bases of a comparison, and which runs share them."""
 
     folder: CompareFolder
-    measures: str
     _groups: Mapping[str, list[Run]] = field(default_factory=dict)
     _plans: Mapping[str, Plan] = field(default_factory=dict)
 
@@ -64,13 +59,12 @@ class Bases:
         runs: Sequence[Run],
         cells: Mapping[str, PlannedCell],
         folder: CompareFolder,
-        measures: str,
     ) -> Bases:
         """Return what `runs` share."""
         groups = groups_of(runs, cells)
         shared = {run.name: group for group in groups for run in group}
         plans = {run.name: made for run in runs if (made := cells[run.cell.label].plan)}
-        return cls(folder, measures, shared, plans)
+        return cls(folder, shared, plans)
 
     def look(self, job: Job) -> Job | Ending | None:
         """Return the job as it can begin now; None if another run is about to make its base, see
@@ -137,7 +131,7 @@ class Bases:
         if self.folder.record(name).state != "failed" or base_in(run / BASE):
             return False
         measured = "evaluate" in (_read(run, "metrics.json").get("stages") or {})
-        began = measured or name != self.measures
+        began = measured or not self.folder.measures_base(name)
         return began and _read(run, "plan.json").get("adopt") is False
 
 
