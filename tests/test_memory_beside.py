@@ -46,6 +46,10 @@ def heads(model: Any) -> list[str]:
     return [name for name, _ in linear_facades(model) if name.endswith("lm_head")]
 
 
+def trained(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("skip", [None, []])
 @pytest.mark.parametrize(
     ("kind", "towers"), [("qwen", VISION), ("qwen", ALL), ("gemma", VISION), ("qwen", ["language"])]
@@ -63,6 +67,8 @@ def test_dense_weights_of_towers_are_those_that_the_run_keeps(
     dense = sum(p.numel() for p in qa.quantize(str(source), "none", device="cpu").parameters())
     counted = work.unquantized_bytes // 4
     assert counted == pytest.approx(dense, rel=0.02)
+    assert work.adapter.trained == trained(qa.attach(model, "lora"))
+    assert (work.tower is not None) == ("vision" in towers)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +85,9 @@ def test_of_a_model_that_is_quantized_already_they_are_known_by_its_files(
     model = quantized(tmp_path / "packed", "hqq")
     assert work.dequantized_bytes == pytest.approx(DenseWeights(model).nbytes, rel=off or 1e-9)
     assert work.packs_head == bool(heads(model))
+    assert (work.tower is not None) == ("vision" in towers)
+    expected = trained(qa.attach(model, "lora"))  # queries, keys, values: one layer, or three
+    assert work.adapter.trained == pytest.approx(expected, rel=0.16 if off else 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -95,9 +104,7 @@ def test_a_quantized_head_is_counted_and_adapted(skip, backend, adopted, untied,
     work = planned(source, backend, skip_misfits=False, adapter="lora", **how)
     assert work.packs_head == bool(heads(model)) == (skip in ([], ["q_proj"]))
     assert work.dequantized_bytes == DenseWeights(model).nbytes
-    model = qa.attach(model, "lora")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert work.adapter.trained == trained
+    assert work.adapter.trained == trained(qa.attach(model, "lora"))
     assert work.whole_logits == work.packs_head  # as PEFT's layer has the head make them
     assert work.unquantized_bytes // 4 == LlamaForCausalLM.from_pretrained(untied).num_parameters()
 

@@ -63,7 +63,7 @@ class Resident:
         in_parts: whether stacks of experts can be dequantized in parts.
         row_shares: how many could.
         method: the adapter's, with its options; None of a LoRA of `rank`.
-        also: layers beside the decoder's that get an adapter: embedding and head.
+        also: layers beside the decoder's that get an adapter: embedding, head, those of towers.
         whole: how many weights of copied modules are trained, in the compute dtype.
         keeps_casts: whether a fused adapter is there in the compute dtype, too.
     """
@@ -237,8 +237,7 @@ class Resident:
     def adapter(self) -> Size:
         """What is trained, and what the adapter holds beside it."""
         layers = self._adapted_layers
-        layers += [*self.also, *(self.tower.adapted if self.tower else [])]
-        return self._method.size(layers, self.dtype_bytes)
+        return self._method.size([*layers, *self.also], self.dtype_bytes)
 
     @property
     def _method(self) -> Method:

@@ -35,11 +35,13 @@ class Beside:
         dense: weights of towers that stay dense.
         quantized: the quantized layers of towers.
         head: whether the head is quantized.
+        towers: those of which layers are quantized, and so adapted.
     """
 
     dense: int = 0
     quantized: Sizes = field(default_factory=dict)
     head: bool = False
+    towers: tuple[str, ...] = ()
 
 
 def beside_of(made: Plan) -> Beside:
@@ -59,7 +61,8 @@ def beside_of(made: Plan) -> Beside:
     total = sum(weights.values()) or tower_weights(config)
     sizes = _chosen(made, tensors) if weights else tower_linears(config, made.spec.towers)
     quantized = Counter({s: n for s, n in sizes.items() if _takes(made, s)})
-    return Beside(max(0, total - _numbers(quantized)), quantized, head)
+    chosen = tuple(tower for tower in made.spec.towers if tower != "language")
+    return Beside(max(0, total - _numbers(quantized)), quantized, head, chosen)
 
 
 def _tensors(folder: Path) -> dict[str, Mapping[str, Any]]:
@@ -125,13 +128,16 @@ def _packed(config: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any]])
             packed[owner] += end - begin
     in_blocks = {name: size for name, size in packed.items() if IN_BLOCK.search(f"{name}.")}
     by_bytes = sum(packed.values()) / (sum(in_blocks.values()) or 1)
+    seeing: list[str] = []
     quantized: dict[tuple[int, int], float] = {}
     for tower in there:
         own = sum(tower_of(f"{name}.") == tower for name in in_blocks)
         dense = sum(bool(IN_BLOCK.search(name)) for name in _linears(plain, [tower]))
+        if own:
+            seeing.append(tower)
         for size, count in tower_linears(config, [tower]).items() if own else ():
             quantized[size] = quantized.get(size, 0) + count * by_bytes * own / (own + dense)
-    return Beside(sum(map(weights_in, plain.values())), quantized, head)
+    return Beside(sum(map(weights_in, plain.values())), quantized, head, tuple(seeing))
 
 
 def _numbers(sizes: Sizes) -> int:

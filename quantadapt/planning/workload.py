@@ -82,7 +82,7 @@ def memory_plan(
     train = spec.train
     lora = adapter.peft_type == "LORA"
     seen = (config, spec.data.max_length, spec.data.max_pixels)
-    tower = Tower.of(*seen) if "vision" in spec.towers else None
+    tower = Tower.of(*seen) if "vision" in beside.towers else None
     tables = _tables(shape, options, packs_head=beside.head)
     length = train.row_length or spec.data.max_length
     language = language_config(config)
@@ -127,7 +127,7 @@ def memory_plan(
         in_parts=quantizer.target.reads_rows,
         row_shares=row_shares(train, task, config, options, length),
         method=Method(adapter.peft_type, option_values(adapter, options)),
-        also=tables,
+        also=(*tables, *_of_towers(beside, tower, options)),
         whole=_trained_whole(shape, options),
         keeps_casts=train.memory != "min",
     )
@@ -251,6 +251,16 @@ def _tables(
         names = [HEAD]
     both = (Layer(_EMBEDDING, shape.vocab, shape.hidden), Layer(HEAD, shape.hidden, shape.vocab))
     return tuple(layer for layer in both if _ends_in(layer.name, names))
+
+
+def _of_towers(beside: Beside, tower: Tower | None, options: Mapping[str, Any]) -> Iterable[Layer]:
+    """Return the layers of towers that the adapter's options stand for; all of one that sees where
+    they name some, whose names are not known here."""
+    wanted = options.get("target_modules")
+    if not (wanted is None or is_all_linear(wanted)):
+        return tower.adapted if tower else []
+    sizes = enumerate(beside.quantized.items())
+    return [Layer(f"tower.{n}", i, o, blocks=round(count)) for n, ((i, o), count) in sizes]
 
 
 def _makes_logits(shape: Shape, options: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
