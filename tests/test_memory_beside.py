@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import quantadapt as qa
 from quantadapt import demo
@@ -107,6 +113,35 @@ def test_a_quantized_head_is_counted_and_adapted(skip, backend, adopted, untied,
     assert work.adapter.trained == trained(qa.attach(model, "lora"))
     assert work.whole_logits == work.packs_head  # as PEFT's layer has the head make them
     assert work.unquantized_bytes // 4 == LlamaForCausalLM.from_pretrained(untied).num_parameters()
+
+
+EXPERTS = {"moe_intermediate_size": 64, "num_experts_per_tok": 2}
+FAMILIES = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 64, **EXPERTS},
+    "deepseek_v3": {
+        **{"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+        **{"q_lora_rank": 32, "kv_lora_rank": 32, "num_key_value_heads": 4, **EXPERTS},
+        **{"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    },
+    "phi": {},
+    "gemma2": {"head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("skip", [None, []])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_they_are_the_same_in_other_families(family, skip, tmp_path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024}
+    config = AutoConfig.for_model(family, **sizes | FAMILIES[family])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(tmp_path)
+    work = planned(tmp_path, "hqq", skip_modules=skip)
+    model = quantized(tmp_path, "hqq", skip_modules=skip, skip_misfits=True)
+    assert work.packs_head == bool(heads(model)) == (skip == [] and family != "gemma2")
+    assert work.dequantized_bytes == DenseWeights(model).nbytes
+    assert work.adapter.trained == trained(qa.attach(model, "lora"))
 
 
 def test_a_tied_head_stays_the_embedding(untied, tmp_path) -> None:

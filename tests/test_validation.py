@@ -464,6 +464,28 @@ def test_memory_that_runs_out_in_one_of_two_processes_changes_no_loss(tmp_path) 
             assert "micro-batches of 1" in notes[-1]
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_memory_does_not_hold_at_once_is_measured_in_parts(packing, tmp_path) -> None:
+    """Held-out examples are not packed, whatever those are that are learnt from."""
+    data, found, notes = _demo_examples(25), [], []
+    for full in (None, Full(0, 3, training=False)):
+        model = qa.attach(qa.quantize(None, "none", device="cpu"), "lora", r=4)
+        if full is not None:
+            model.get_base_model().model.layers[-1].mlp.register_forward_pre_hook(full)
+        result = qa.train(
+            *(model, data.select(range(16))),
+            eval_data=data.select(range(16, 25)),
+            **{"max_steps": 2, "eval_steps": 1, "per_device_train_batch_size": 4},
+            packing=packing,
+            on_note=notes.append,
+        )
+        found.append(dict(result.validation))
+    assert full.raised == 1
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    (note,) = [note for note in notes if "out of memory" in note]
+    assert note == "out of memory in validation: from here on 2 examples at a time"
+
+
 def out_of_memory_together(folder: Path) -> tuple[Any, list[str]]:
     return full_in_two(folder, "fsdp", Full(1, 2, training=False))
 

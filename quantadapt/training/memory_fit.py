@@ -60,12 +60,7 @@ class MemoryFit:
         self.weights = [p for p in trainer.model.parameters() if p.requires_grad]
         self.device = self.weights[0].device
         self.batch = spec.per_device_train_batch_size
-        self.splits = rules.splits(
-            *(trainer.task, spec),
-            adds_to_loss=tuner_of(trainer.model) is not None,
-            routers=bool(getattr(trainer.model.config, "output_router_logits", False)),
-            divides=trainer.model_accepts_loss_kwargs,
-        )
+        self.splits = self._splits(spec)
         self.setting = Setting(0, False, self.batch)
         self.graphs: Graphs | None = None
         self.dense = DenseWeights(nn.Module())
@@ -94,6 +89,20 @@ class MemoryFit:
             fix = "leave train.gradient_checkpointing and train.memory as they are by default"
             raise TrainingError(str(error), fix=fix, where="train") from error
         self.setting = setting
+
+    @property
+    def splits_held_out(self) -> bool:
+        """Whether a batch of held-out examples, which are never packed, may go in parts."""
+        return self._splits(self.spec.model_copy(update={"packing": False}))
+
+    def _splits(self, spec: TrainSpec) -> bool:
+        trainer = self.trainer
+        return rules.splits(
+            *(trainer.task, spec),
+            adds_to_loss=tuner_of(trainer.model) is not None,
+            routers=bool(getattr(trainer.model.config, "output_router_logits", False)),
+            divides=trainer.model_accepts_loss_kwargs,
+        )
 
     @property
     def _probes(self) -> bool:

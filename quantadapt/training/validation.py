@@ -285,7 +285,7 @@ class Validation:
                 if fit.together and world().size > 1:
                     raise TrainingError(_FULL, fix=_FULL_FIX, where="train") from error
                 most = min(self.at_once or count, count)
-                if most == 1 or divisor is None or not fit.splits:
+                if most == 1 or divisor is None or not fit.splits_held_out:
                     raise
             self.at_once = -(-most // 2)
             free(self.trainer.model)
