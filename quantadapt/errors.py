@@ -83,10 +83,15 @@ class ProblemsError(QuantadaptError):
     heading = "{count} found"
 
     def __init__(self, problems: Sequence[Problem]) -> None:
-        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
-        lines = [self.heading.format(count=count), *(f"  - {problem}" for problem in problems)]
-        super().__init__("\n".join(lines))
+        super().__init__("")
         self.problems = tuple(problems)
+        self.begin_with(self.heading)
+
+    def begin_with(self, heading: str) -> None:
+        """Let the text begin with `heading`; `{count}` in it is how many problems there are."""
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
+        lines = [heading.format(count=count), *(f"  - {problem}" for problem in self.problems)]
+        self.args = ("\n".join(lines),)
 
 
 class SpecError(ProblemsError):
@@ -94,6 +99,12 @@ class SpecError(ProblemsError):
 
     exit_code = EXIT_REFUSED
     heading = "the spec cannot be used, {count}:"
+
+
+class OptionsError(SpecError):
+    """Options that belong to no spec, of a function or a command, cannot be used. Exit code 2."""
+
+    heading = "these options cannot be used, {count}:"
 
 
 class PlanRefused(ProblemsError):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import planning
 from .dependencies import in_turn
 from .distributed.world import world
-from .errors import ModelError, Problem, QuantadaptError, SpecError
+from .errors import ModelError, OptionsError, Problem, QuantadaptError
 from .planning.planned import Plan
 from .planning.streaming import NO_GPU, NOT_STREAMED
 from .protocols import Given
@@ -342,8 +342,8 @@ def generate(
             `repetition_penalty`, `seed`, `stop`.
 
     Raises:
-        SpecError: an option is wrong. DataError: a prompt cannot be written. ModelError: the model
-        does not generate text.
+        OptionsError: an option is wrong. DataError: a prompt cannot be written. ModelError: the
+        model does not generate text.
     """
     from .data.pictures import ANYWHERE
     from .generation import PromptWriter, Sampling, answers
@@ -351,10 +351,10 @@ def generate(
     sampling = Sampling(**options)
     if isinstance(prompts, str):
         problem = Problem("prompts is one text, and no list of them", "write [text]", "prompts")
-        raise SpecError([problem])
+        raise OptionsError([problem])
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         problem = Problem(f"{batch_size!r} is not possible", "write 1 or more", "batch_size")
-        raise SpecError([problem])
+        raise OptionsError([problem])
     if (tokenizer := tokenizer or state_of(model).tokenizer) is None:
         raise ModelError("the model has no tokenizer", fix="pass tokenizer=...", where="tokenizer")
     writer = PromptWriter(tokenizer, layout, root=ANYWHERE)

@@ -1,9 +1,10 @@
 """Stands in for `quantadapt run SPEC --json ...` where a test is about who runs what, and when.
 
 Its loss follows from the spec alone. The adapter's `r` says what goes wrong: 13 an error in words,
-66 a kill, 77 a crash without words, 99 it works until it is told to end (once: a resumed run ends).
-Backend gptq makes a base first, unless it is told of one: that fails where the group size is 16,
-and with 32 goes on until it is told to end (likewise). r=14 fails once it is there.
+66 a kill, 67 and 68 one while a base is made, 77 a crash without words, 99 it works until it is
+told to end (once: a resumed run ends). Backend gptq makes a base first, unless it is told of one:
+that fails where the group size is 16, and with 32 goes on until it is told to end (likewise). r=14
+fails once it is there.
 `log.txt` in the run folder tells what was asked of it: [steps done before, steps after].
 """
 
@@ -46,6 +47,10 @@ def main() -> None:
         fail("it cannot be done")
     if spec["backend"]["name"] == "gptq":
         base = reused(given.set) or spec.get("reuse_base") or ""
+        if wrong in (67, 68) and not base:
+            (folder / "plan.json").write_text('{"adopt": false}')
+            (folder / "metrics.json").write_text('{"stages": {"plan": 0.1, "evaluate": 0.1}}')
+            os.kill(os.getpid(), signal.SIGKILL)
         make_base(folder, spec["backend"].get("group_size", 128), base, given.resume)
     if wrong == 14:
         fail("it cannot be trained")

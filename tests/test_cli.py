@@ -22,7 +22,7 @@ from few_rows import few_rows
 import quantadapt.pipeline
 from quantadapt import cli, demo
 from quantadapt.cli.commands import COMMANDS, TRACEBACK
-from quantadapt.errors import PlanRefused, TrainingError
+from quantadapt.errors import OptionsError, PlanRefused, TrainingError
 from quantadapt.folders.run_folder import RunFolder
 from quantadapt.hookspecs import hookimpl
 from quantadapt.machine import Machine
@@ -330,6 +330,49 @@ def test_all_problems_come_at_once(run_cli, monkeypatch: pytest.MonkeyPatch):
     where = {problem["where"] for problem in found["problems"]}
     assert where == {"device", "backend.bits", "adapter.rr", "data.path"}
     assert "there is no CUDA device here" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cannot"),
+    [
+        (["init", "--model", "x"], "cannot write a config"),
+        (["data", TRAIN, "--column", "nonsense"], "cannot show what is learnt"),
+        (["quantize", demo.MODEL_DIR, "-o", "q", "--set", "nonsense"], "cannot quantize"),
+        (["export", demo.MODEL_DIR, "vllm", "--set", "nonsense"], "cannot export"),
+        (["eval", demo.MODEL_DIR, "--limit", "3"], "cannot measure"),
+        (["eval", demo.MODEL_DIR, "--set", "nonsense"], "cannot measure"),
+        (["generate", demo.MODEL_DIR, "--file", "q.txt", "--out", "taken"], "cannot generate"),
+        (["generate", demo.MODEL_DIR, "-p", "x", "--max-new-tokens", "0"], "cannot generate"),
+        (["chat", demo.MODEL_DIR, "--layout", "odd"], "cannot chat"),
+        (["serve", demo.MODEL_DIR, "--adapter", "x"], "cannot serve"),
+        (["judge", "a", "a", "--pairs-only", "--prompts", "q.txt"], "cannot judge"),
+        (["people", "nix.jsonl", "--report"], "cannot ask for votes"),
+        (["demo", demo.MODEL_DIR, "--host", "0.0.0.0"], "cannot show the demo"),
+        (["studio", "taken"], "cannot open the studio"),
+        (["matrix", "--jobs", "2"], "cannot show the matrix"),
+        (["plan", "--set", "nonsense"], "the spec cannot be used"),
+        (["compare", "--backends", "("], "the spec cannot be used"),
+    ],
+)
+def test_what_cannot_be_done_is_told_in_the_words_of_the_command(arguments, cannot, run_cli):
+    Path("taken").write_text("precious")
+    Path("q.txt").write_text("a question")
+    shown = run_cli(*arguments)
+    assert shown.code == 2
+    assert shown.err.startswith(f"Error: {cannot}, 1 problem:\n  - "), shown.err
+    assert Path("taken").read_text() == "precious"
+
+
+def test_every_command_without_a_spec_says_what_it_cannot_do():
+    entries = COMMANDS.items()
+    of_a_spec = {"run", "plan", "compare", "schema"}
+    assert {name for name, entry in entries if not entry.cannot} == of_a_spec
+    assert all(e.cannot.startswith("cannot ") for name, e in entries if name not in of_a_spec)
+
+
+def test_options_of_no_spec_are_called_options_in_python():
+    with pytest.raises(OptionsError, match="these options cannot be used, 1 problem:"):
+        quantadapt.generate(None, "one text")
 
 
 def test_an_output_of_somebody_else_stays(run_cli):

@@ -328,6 +328,40 @@ def test_the_base_is_measured_once(tmp_path) -> None:
     assert wanting("with") == []
 
 
+@pytest.mark.parametrize(("wrong", "at_once"), [((13,), 1), ((66, 13), 1), ((13,), 2)])
+def test_where_who_measures_the_base_fails_another_measures_it(wrong, at_once, tmp_path) -> None:
+    """In words or killed; with two at once, the second has begun without."""
+    out, seen = tmp_path / "out", Events()
+    grid = {"adapter.r": [*wrong, 8, 16, 32]}
+    made = comparison(STEPS, grid, reference=False, at_once=at_once)
+    result = go(made, out, seen)
+    first = result.table.rows[0]
+    assert first.label == "base, not quantized"
+    assert first.before["perplexity"].mean == pytest.approx(math.exp(3))
+    names = [f"hqq-lora-r-{r}-seed0" for r in (*wrong, 8, 16, 32)]
+    said = "failed before it had measured the base, not quantized;"
+    notes = [f["text"] for event, f in seen if event == "note" and said in f["text"]]
+    if at_once == 1:
+        pairs = itertools.pairwise(names[: len(wrong) + 1])
+        assert notes == [f"{one} {said} {other} measures it" for one, other in pairs]
+    else:
+        assert len(notes) == 1
+    again = Events()
+    found = go(made, out, again)
+    assert again.started() == []
+    assert [row.label for row in found.table.rows] == [row.label for row in result.table.rows]
+
+
+def test_where_a_dense_reference_fails_another_run_measures_the_base(tmp_path) -> None:
+    out = tmp_path / "out"
+    grid = {"backend": ["none", "hqq"], "adapter.r": [13, 8]}
+    result = go(comparison(STEPS, grid, reference=False), out)
+    assert result.table.rows[0].label == "base, not quantized"  # the other one begins with it
+    both = {"backend": ["none", "hqq", "bnb-nf4"], "adapter.r": [13]}
+    assert all(row.state == "failed" for row in go(
+        comparison(STEPS, both, reference=False), tmp_path / "all").table.rows)  # fmt: skip
+
+
 def test_what_was_interrupted_goes_on_and_what_has_ended_is_not_run_again(tmp_path) -> None:
     out, made = tmp_path / "out", comparison(STEPS, {"adapter.r": [8, 99, 16]}, reference=False)
 

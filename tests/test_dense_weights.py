@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import test_grpo
 import torch
+from datasets import Dataset
 from llama_sizes import LLAMA_8B
+from processes import in_processes
 from test_memory_fit import Notes, RunsOut, make_up_card, trained, weights
 from torch import nn
+from transformers import AutoTokenizer
 
 import quantadapt as qa
 from quantadapt import demo
@@ -237,6 +240,41 @@ def test_they_go_where_validation_wants_the_room(
     assert all(map(torch.equal, weights(model).values(), weights(plain).values()))
 
 
+def wanting_room_in_one(folder: Path, source: str, rows: Any, full: bool) -> tuple[Any, ...]:
+    from quantadapt.distributed import start, world
+
+    start("cpu")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model, notes, raised = qa.quantize(source, "bnb-nf4", device="cpu"), Notes(), []
+    model = qa.attach(model, "lora", r=2)
+    if full and world().rank == 1:
+        decoder_layers(model)[-1].mlp.register_forward_pre_hook(running_out(model, raised))
+    with pytest.MonkeyPatch.context() as patched:
+        make_up_card(patched, 20, lambda: 8)
+        found = validated(model, tokenizer, Dataset.from_dict(rows), folder, notes)
+    return found.validation, list(notes), len(raised)
+
+
+def with_room_and_without(folder: Path, *given: Any) -> list[tuple[Any, ...]]:
+    return [wanting_room_in_one(folder / str(full), *given, full) for full in (False, True)]
+
+
+def test_they_go_in_the_process_that_wants_the_room_and_the_user_is_told(
+    random_data, tmp_path
+) -> None:
+    """Nobody waits within the pass, so the others need not know."""
+    first, second = in_processes(
+        2, with_room_and_without, tmp_path, tmp_path, str(small_model()), random_data.to_dict()
+    )
+    (expected, notes, _), (found, more, raised) = first
+    assert found == expected == second[0][0] == second[1][0]
+    assert (raised, second[1][2]) == (0, 1)
+    text = "out of memory in validation: from here on without dense weights"
+    assert not [note for note in notes if "out of memory" in note]
+    assert more[-1] == f"{text} (process 1)"
+    assert second[1][1][-1] == text
+
+
 def asked(folder: Path) -> Any:
     return test_grpo.read(test_grpo.written(folder)).train
 
@@ -283,7 +321,7 @@ def test_no_pass_that_others_wait_in_is_begun_again(
 ) -> None:
     """They would wait for its end for ever; that others are there is made up."""
     make_up_card(monkeypatch, 20, lambda: 8)
-    monkeypatch.setattr(MemoryFit, "_together", True)
+    monkeypatch.setattr(MemoryFit, "together", True)
     model, notes = tuned(r=2), Notes()
     weights = DenseWeights(model).layers
     out = RunsOut(model, 4, when=lambda: any(n.held_weight is not None for n in weights))

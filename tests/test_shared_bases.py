@@ -25,6 +25,7 @@ from quantadapt.comparing.processes import Job
 from quantadapt.comparing.stage import look_at
 from quantadapt.errors import ModelError, PlanRefused, QuantadaptError
 from quantadapt.exporting.saving import take_base
+from quantadapt.folders.written import LIST
 from quantadapt.inputs.fingerprints import fingerprint_of
 from quantadapt.paths import MANIFEST
 from quantadapt.planning.reusing import base_in, difference, making_of, settings_of
@@ -169,6 +170,55 @@ def test_one_that_is_being_deleted_is_not_taken(maker, tmp_path) -> None:
     with pytest.raises(ModelError, match=r"model\.safetensors is not as it was written"):
         take_base(base, tmp_path / "other" / "base", "half", "model")
     assert not (tmp_path / "other" / "base").exists()
+
+
+def altered(base: Path) -> None:
+    """Change the last byte of its weights; size and time stay."""
+    file = base / "model.safetensors"
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_one_that_was_altered_at_the_same_size_is_not_taken(maker, tmp_path) -> None:
+    base = copied(maker.folder / "base", tmp_path / "one")
+    take_base(base, tmp_path / "two" / "base", str(base.parent), "model")  # and from there
+    altered(base)
+    for place in ("one", "two"):  # which is a second name of the same file
+        with pytest.raises(ModelError, match=r"model\.safetensors is not as it was written"):
+            take_base(tmp_path / place / "base", tmp_path / "other", place, "model")
+    took, notes = notes_of(told(tmp_path / "took", "lora", reuse_base=str(base.parent)))
+    assert "quantizes its own: model.safetensors is not as it was written" in notes
+    assert losses(took) == losses(maker)
+
+
+def test_a_list_without_checksums_tells_by_sizes(maker, tmp_path) -> None:
+    """As bases of before have it."""
+    base = copied(maker.folder / "base", tmp_path / "old")
+    listed = json.loads((base / LIST).read_text())
+    for facts in listed["files"].values():
+        del facts["sha256"]
+    (base / LIST).write_text(json.dumps(listed))
+    take_base(base, tmp_path / "new" / "base", str(base.parent), "model")
+    with (base / "model.safetensors").open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(ModelError, match=r"model\.safetensors is not as it was written"):
+        take_base(base, tmp_path / "other", str(base.parent), "model")
+
+
+def test_a_run_does_not_go_on_upon_an_altered_base(tmp_path) -> None:
+    train = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2}
+    spec = told(tmp_path / "run", "lora", train=train)
+    run = qa.run(spec, verbose=False)
+    more = spec.model_copy(update={"train": spec.train.model_copy(
+        update={"max_steps": 3, "resume": True})})  # fmt: skip
+    altered(run.folder / "base")
+    with pytest.raises(ModelError, match=r"model\.safetensors is not as it was written") as error:
+        qa.run(more, verbose=False)
+    assert "put it back as it was" in error.value.problems[0].fix
+    altered(run.folder / "base")  # back again
+    assert qa.run(more, verbose=False).metrics["train"]["steps"] == 3
 
 
 def test_a_base_is_handed_on_as_it_lies_there(maker, tmp_path, monkeypatch) -> None:
@@ -394,6 +444,45 @@ def test_a_run_that_fails_of_itself_costs_its_row_alone(wrong, maker, tmp_path) 
     assert makers(out) == [f"gptq-lora-r-{maker}-seed0"]
 
 
+def test_where_who_makes_a_base_is_killed_another_makes_it(tmp_path) -> None:
+    out, seen = tmp_path / "out", Events()
+    grid = {"backend": ["gptq"], "adapter.r": [67, 8, 16]}
+    go(comparison(STEPS, grid, reference=False, at_once=2), out, seen)
+    assert [*states(out).values()] == ["failed", "finished", "finished"]
+    assert makers(out) == ["gptq-lora-r-8-seed0"]
+    assert "killed by SIGKILL" in journal(out)["gptq-lora-r-67-seed0"]["reason"]
+    text = (
+        "gptq-lora-r-67-seed0 was killed while it made its base; gptq-lora-r-8-seed0 makes it now"
+    )
+    notes = [facts["text"] for event, facts in seen if event == "note"]
+    assert notes.count(text) == 1
+    assert [note for note in notes if "was killed" in note] == [text]
+
+
+def test_a_base_that_kills_another_maker_too_is_given_up(tmp_path) -> None:
+    out, seen = tmp_path / "out", Events()
+    made = comparison(STEPS, {"backend": ["gptq"], "adapter.r": [67, 68, 8, 16]}, reference=False)
+    go(made, out, seen)
+    names = [f"gptq-lora-r-{r}-seed0" for r in (67, 68, 8, 16)]
+    assert seen.started() == names[:2]
+    assert [*states(out).values()] == ["failed"] * 4
+    for name in names[2:]:
+        reason = journal(out)[name]["reason"]
+        assert reason.startswith(f"its base could not be quantized, see {names[1]}: it was killed")
+    again = Events()
+    go(made, out, again, retry=True)
+    assert again.started() == names[:2]  # the same two attempts
+
+
+def test_one_that_fails_in_words_after_a_kill_ends_it_with_these_words(tmp_path) -> None:
+    out = tmp_path / "out"
+    backend = [{"name": "gptq", "group_size": 16}]
+    go(comparison(STEPS, {"backend": backend, "adapter.r": [67, 8, 16]}, reference=False), out)
+    names = [f"gptq-group_size-16-lora-r-{r}-seed0" for r in (67, 8, 16)]
+    what = f"its base could not be quantized, see {names[1]}: it does not converge; leave it out"
+    assert journal(out)[names[2]]["reason"] == what
+
+
 def test_what_was_cut_off_while_it_quantized_makes_the_base_when_it_goes_on(tmp_path) -> None:
     out, seen = tmp_path / "out", Events()
     grid = {"backend": [{"name": "gptq", "group_size": 32}], "adapter": ["lora", "dora"]}
@@ -500,7 +589,7 @@ def test_a_run_is_told_of_a_base_in_any_folder(tmp_path) -> None:
     (first / "base" / MANIFEST).write_text(json.dumps({"making": making}))
     folder.record(first.name).state = "finished"
     job = Job(second.name, ["--json"], second, folder.log(second.name))
-    found = Bases.of(made.runs, cells, folder, "").look(job)
+    found = Bases.of(made.runs, cells, folder).look(job)
     assert found.command[:2] == ["--json", "--set"]
     assert apply_overrides({}, found.command[2:]) == {"reuse_base": str(first)}
 

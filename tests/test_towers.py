@@ -117,9 +117,12 @@ def test_the_plan_tells_towers_and_memory(family, small_picture_models, tmp_path
     spec = Spec(model=str(path), output=str(tmp_path / "run"), dtype="float32")
     plan = planning.plan(spec)
     stored = load_file(path / "model.safetensors")
-    seeing = sum(t.numel() for n, t in stored.items() if "vis" in n and "projector" not in n)
-    share = seeing / sum(tensor.numel() for tensor in stored.values())
-    assert any(f"vision ({share:.1%} of the weights)" in note for note in plan.notes)
+    between = [n for n in stored if "projector" in n or ".merger." in n]
+    seeing = sum(t.numel() for n, t in stored.items() if "vis" in n and n not in between)
+    total = sum(tensor.numel() for tensor in stored.values())
+    assert any(f"vision ({seeing / total:.1%} of the weights)" in note for note in plan.notes)
+    share = sum(stored[name].numel() for name in between) / total
+    assert any(f"projector ({share:.1%} of the weights)" in note for note in plan.notes)
     assert sum("towers:" in note for note in plan.notes) == 1
     model = qa.quantize(str(path), "hqq", dtype="float32")
     work = plan.memory.work

@@ -27,6 +27,7 @@ from transformers import (
 
 import quantadapt as qa
 from quantadapt.data.batches import CausalCollator
+from quantadapt.distributed.talking import PeerLost, peers_in_words
 from quantadapt.errors import PlanRefused, QuantadaptError, TrainingError
 from quantadapt.evaluation import perplexity
 from quantadapt.reporting.charts import Curve, line_chart
@@ -389,6 +390,112 @@ def test_two_processes_measure_what_one_does(tmp_path) -> None:
     )
     for measured in found[0]:
         assert dict(measured) == pytest.approx(dict(alone.validation), rel=1e-5)
+
+
+class Full:
+    """Raises out-of-memory errors in one process, in passes of so many rows or more."""
+
+    def __init__(self, rank: int, rows: int, *, training: bool) -> None:
+        self.rank, self.rows, self.training, self.raised = rank, rows, training, 0
+
+    def __call__(self, module: Any, args: tuple[Any, ...]) -> None:
+        from quantadapt.distributed import world
+
+        here = world().rank == self.rank and module.training == self.training
+        if here and len(args[0]) >= self.rows:
+            self.raised += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def full_in_two(folder: Path, parallel: str, full: Full | None) -> tuple[Any, list[str]]:
+    """What was measured, or the error, and what was noted."""
+    from quantadapt.distributed import start
+    from quantadapt.sharding import shard
+
+    base = qa.quantize(None, "none", device="cpu")
+    start("cpu")
+    if parallel == "fsdp":
+        shard(base)
+    model = qa.attach(base, "lora", r=4)
+    if full is not None:
+        model.get_base_model().model.layers[-1].mlp.register_forward_pre_hook(full)
+    data, notes = _demo_examples(25), []
+    try:
+        with peers_in_words():
+            result = qa.train(
+                *(model, data.select(range(16))),
+                eval_data=data.select(range(16, 25)),
+                max_steps=2,
+                eval_steps=1,
+                per_device_train_batch_size=4,
+                output=folder,
+                on_note=notes.append,
+            )
+    except QuantadaptError as error:
+        return error, notes
+    return result.validation, notes
+
+
+def out_of_memory_apart(folder: Path) -> dict[str, Any]:
+    """Nobody waits for anybody within a pass."""
+    found = {"expected": full_in_two(folder / "expected", "ddp", None)}
+    for rank in (0, 1):
+        for name, training in (("validation", False), ("step", True)):
+            full = Full(rank, 2, training=training)
+            found[f"{name} {rank}"] = full_in_two(folder / f"{name}{rank}", "ddp", full)
+    return found
+
+
+def test_memory_that_runs_out_in_one_of_two_processes_changes_no_loss(tmp_path) -> None:
+    first, second = in_processes(2, out_of_memory_apart, tmp_path, tmp_path)
+    expected, no_notes = first.pop("expected")
+    assert second.pop("expected") == (expected, no_notes)
+    assert len(expected) == 2
+    for name, (measured, notes) in first.items():
+        what, _, rank = name.partition(" ")
+        assert measured == second[name][0], name
+        assert dict(measured) == pytest.approx(dict(expected), rel=1e-5), name
+        others = " (process 1)" if rank == "1" else ""
+        if what == "validation":
+            words = "out of memory in validation: from here on {} examples at a time"
+            assert notes == [words.format(2) + others, words.format(1) + others]
+        else:  # micro-batches of another size than the other process has
+            assert notes[-1] == f"{second[name][1][-1]}{others}" if others else notes[-1]
+            assert "micro-batches of 1" in notes[-1]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_memory_does_not_hold_at_once_is_measured_in_parts(packing, tmp_path) -> None:
+    """Held-out examples are not packed, whatever those are that are learnt from."""
+    data, found, notes = _demo_examples(25), [], []
+    for full in (None, Full(0, 3, training=False)):
+        model = qa.attach(qa.quantize(None, "none", device="cpu"), "lora", r=4)
+        if full is not None:
+            model.get_base_model().model.layers[-1].mlp.register_forward_pre_hook(full)
+        result = qa.train(
+            *(model, data.select(range(16))),
+            eval_data=data.select(range(16, 25)),
+            **{"max_steps": 2, "eval_steps": 1, "per_device_train_batch_size": 4},
+            packing=packing,
+            on_note=notes.append,
+        )
+        found.append(dict(result.validation))
+    assert full.raised == 1
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    (note,) = [note for note in notes if "out of memory" in note]
+    assert note == "out of memory in validation: from here on 2 examples at a time"
+
+
+def out_of_memory_together(folder: Path) -> tuple[Any, list[str]]:
+    return full_in_two(folder, "fsdp", Full(1, 2, training=False))
+
+
+def test_memory_that_runs_out_where_processes_wait_is_told_with_what_to_set(tmp_path) -> None:
+    (first, _), (second, notes) = in_processes(2, out_of_memory_together, tmp_path, tmp_path)
+    assert "out of memory in validation" in second.problems[0].what
+    assert "train.per_device_train_batch_size" in second.problems[0].fix
+    assert isinstance(first, PeerLost)
+    assert notes == []
 
 
 # A whole run --------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ from importlib import import_module
 import typer
 
 from .commands import COMMANDS
-from .session import report_failure
+from .session import CANNOT, report_failure
 
 
 def run_app(arguments: Sequence[str]) -> None:
     """Run a command line. Ends in SystemExit."""
     wanted = arguments[0]
+    CANNOT.set(COMMANDS[wanted].cannot if wanted in COMMANDS else "")
     app = build_app([wanted] if wanted in COMMANDS else COMMANDS)
     try:
         if wanted not in COMMANDS:

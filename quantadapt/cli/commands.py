@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """A command: the module that holds it, the panel that it is listed in, and what it does."""
+    """A command: the module that holds it, the panel that it is listed in, what it does, and what
+    cannot be done where its options are wrong; empty where those are of a spec."""
 
     module: str
     panel: str
     help: str
+    cannot: str = ""
 
 
 TRACEBACK = "QUANTADAPT_TRACEBACK"
@@ -28,36 +30,74 @@ _TUNE, _MODEL, _LOOK = "Fine-tune", "Work with one model", "Look around"
 _EXTEND = "Extend"
 
 COMMANDS = {
-    "init": Entry("init", _TUNE, "Write a commented config for a use, or list the uses."),
+    "init": Entry(
+        "init", _TUNE, "Write a commented config for a use, or list the uses.",
+        "cannot write a config",
+    ),
     "run": Entry("run", _TUNE, "Quantize, attach, train, evaluate and export, as one run."),
     "plan": Entry("plan", _TUNE, "Show what a run would do, or why it is refused; does nothing."),
     "compare": Entry("compare", _TUNE, "Find out which quantization and which adapter to take."),
-    "data": Entry("data", _TUNE, "Show what is learnt of a data file, and what is cut or dropped."),
-    "schema": Entry("plan", _TUNE, "Print the JSON schema of a run's YAML file, for editors."),
-    "quantize": Entry("quantize", _MODEL, "Quantize a model and save the checkpoint."),
-    "merge": Entry("merge", _MODEL, "Merge a trained adapter into its base."),
-    "export": Entry("export", _MODEL, "Write a tuned model in another form."),
-    "eval": Entry("evaluate", _MODEL, "Measure a model, a run or an adapter."),
-    "generate": Entry("generate", _MODEL, "Answer prompts, or a file of them."),
-    "chat": Entry("chat", _MODEL, "Talk with a model."),
-    "serve": Entry("serve", _MODEL, "Serve a model as OpenAI's API does."),
-    "judge": Entry("judge", _MODEL, "Let a model judge which of two models answers better."),
-    "people": Entry("people", _MODEL, "Let people vote which of two answers is better."),
-    "demo": Entry("demo", _MODEL, "Let base and tuned model answer side by side, in the browser."),
-    "studio": Entry(
-        "studio",
-        _TUNE,
-        "Plan runs, start and watch them, and talk with them, in the browser.",
+    "data": Entry(
+        "data", _TUNE, "Show what is learnt of a data file, and what is cut or dropped.",
+        "cannot show what is learnt",
     ),
-    "backends": Entry("catalog", _LOOK, "List the ways to quantize, or show one with its options."),
-    "adapters": Entry("catalog", _LOOK, "List the adapters, or show one with its options."),
-    "objectives": Entry("catalog", _LOOK, "List what can be learnt, or show one with its options."),
-    "evaluations": Entry("catalog", _LOOK, "List what can be measured, or show one."),
-    "exports": Entry("catalog", _LOOK, "List what a tuned model can be written as, or show one."),
-    "matrix": Entry("matrix", _LOOK, "Show which backend goes with which adapter."),
-    "doctor": Entry("doctor", _LOOK, "Check this installation and say what to install."),
-    "plugin": Entry("plugin", _EXTEND, "Start a plugin with a backend of your own."),
-}
+    "schema": Entry("plan", _TUNE, "Print the JSON schema of a run's YAML file, for editors."),
+    "quantize": Entry(
+        "quantize", _MODEL, "Quantize a model and save the checkpoint.", "cannot quantize"
+    ),
+    "merge": Entry("merge", _MODEL, "Merge a trained adapter into its base.", "cannot merge"),
+    "export": Entry("export", _MODEL, "Write a tuned model in another form.", "cannot export"),
+    "eval": Entry("evaluate", _MODEL, "Measure a model, a run or an adapter.", "cannot measure"),
+    "generate": Entry(
+        "generate", _MODEL, "Answer prompts, or a file of them.", "cannot generate"
+    ),
+    "chat": Entry("chat", _MODEL, "Talk with a model.", "cannot chat"),
+    "serve": Entry("serve", _MODEL, "Serve a model as OpenAI's API does.", "cannot serve"),
+    "judge": Entry(
+        "judge", _MODEL, "Let a model judge which of two models answers better.", "cannot judge"
+    ),
+    "people": Entry(
+        "people", _MODEL, "Let people vote which of two answers is better.",
+        "cannot ask for votes",
+    ),
+    "demo": Entry(
+        "demo", _MODEL, "Let base and tuned model answer side by side, in the browser.",
+        "cannot show the demo",
+    ),
+    "studio": Entry(
+        "studio", _TUNE, "Plan runs, start and watch them, and talk with them, in the browser.",
+        "cannot open the studio",
+    ),
+    "backends": Entry(
+        "catalog", _LOOK, "List the ways to quantize, or show one with its options.",
+        "cannot show backends",
+    ),
+    "adapters": Entry(
+        "catalog", _LOOK, "List the adapters, or show one with its options.",
+        "cannot show adapters",
+    ),
+    "objectives": Entry(
+        "catalog", _LOOK, "List what can be learnt, or show one with its options.",
+        "cannot show objectives",
+    ),
+    "evaluations": Entry(
+        "catalog", _LOOK, "List what can be measured, or show one.", "cannot show evaluations"
+    ),
+    "exports": Entry(
+        "catalog", _LOOK, "List what a tuned model can be written as, or show one.",
+        "cannot show exports",
+    ),
+    "matrix": Entry(
+        "matrix", _LOOK, "Show which backend goes with which adapter.", "cannot show the matrix"
+    ),
+    "doctor": Entry(
+        "doctor", _LOOK, "Check this installation and say what to install.",
+        "cannot check this installation",
+    ),
+    "plugin": Entry(
+        "plugin", _EXTEND, "Start a plugin with a backend of your own.", "cannot start a plugin"
+    ),
+}  # fmt: skip
 
 _OPTIONS = {
     "--help, -h": "Show this page, or after a command, its options and examples.",

@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
@@ -29,6 +30,8 @@ from .quiet import Quiet
 if TYPE_CHECKING:
     from rich.console import Console
 
+CANNOT: ContextVar[str] = ContextVar("CANNOT", default="")
+"""What the command in hand cannot do where its options are wrong; empty: they are of a spec."""
 INTERRUPTED = 130
 _SPACE, _RIGHTS = "free space on that disk, or use another", "make it readable and writable"
 _NAME, _OPEN = "use another name", "raise the limit of open files (ulimit -n)"
@@ -124,7 +127,7 @@ def session(*, as_json: bool = False) -> Iterator[Session]:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException as error:
-        code = _report(shown, of_the_system(error))
+        code = _report(shown, _of_the_command(of_the_system(error)))
     finally:
         progress.stop()
         quiet.stop()
@@ -147,6 +150,16 @@ def of_the_system(error: BaseException) -> BaseException:
         return error
     found.__cause__ = error
     return found
+
+
+def _of_the_command(error: BaseException) -> BaseException:
+    """Let what is wrong with options begin with what the command cannot do: it takes no spec, or
+    they are none of it."""
+    from ..errors import SpecError
+
+    if isinstance(error, SpecError) and (words := CANNOT.get()):
+        error.begin_with(f"{words}, {{count}}:")
+    return error
 
 
 def _number(error: BaseException) -> int:

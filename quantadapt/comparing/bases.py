@@ -47,14 +47,9 @@ def _key(made: Plan, run: Run) -> str:
 
 @dataclass(frozen=True)
 class Bases:
-    """The calibrated bases of a comparison, and which runs share them.
-
-    Attributes:
-        measures: the run that measures the dense base for all, before it quantizes.
-    """
+    """The calibrated bases of a comparison, and which runs share them."""
 
     folder: CompareFolder
-    measures: str
     _groups: Mapping[str, list[Run]] = field(default_factory=dict)
     _plans: Mapping[str, Plan] = field(default_factory=dict)
 
@@ -64,13 +59,12 @@ class Bases:
         runs: Sequence[Run],
         cells: Mapping[str, PlannedCell],
         folder: CompareFolder,
-        measures: str,
     ) -> Bases:
         """Return what `runs` share."""
         groups = groups_of(runs, cells)
         shared = {run.name: group for group in groups for run in group}
         plans = {run.name: made for run in runs if (made := cells[run.cell.label].plan)}
-        return cls(folder, measures, shared, plans)
+        return cls(folder, shared, plans)
 
     def look(self, job: Job) -> Job | Ending | None:
         """Return the job as it can begin now; None if another run is about to make its base, see
@@ -82,11 +76,18 @@ class Bases:
             if self._has(name):
                 place = json.dumps(str(self.folder.run(name)), ensure_ascii=False)
                 return replace(job, command=[*job.command, "--set", f"{KEY}={place}"])
-        for name in group:
-            if self._could_not(name):
-                why = self.folder.record(name).reason
-                return Ending("failed", f"its base could not be quantized, see {name}: {why}")
+        if self._given_up(job.name):
+            *_, name = sorted(self._lost(job.name), key=lambda name: not self._killed(name))
+            why = self.folder.record(name).reason
+            return Ending("failed", f"its base could not be quantized, see {name}: {why}")
         return None if self.maker(job.name) else job
+
+    def instead_of(self, job: Job) -> str:
+        """Return the run that was killed while it made the base that `job`, as `look` returned it,
+        makes now; empty if there is none."""
+        lost = self._lost(job.name)
+        taken = base_in(job.folder / BASE) or any(map(self._has, self._names(job.name)))
+        return "" if taken or not lost else lost[0]
 
     def maker(self, name: str) -> str:
         """Return the run that is about to make the base of another one; empty if none is."""
@@ -112,13 +113,25 @@ class Bases:
         begun = record.state != "waiting" or record.seconds > 0
         return begun and suits(self.folder.run(name), self._plans[name])
 
+    def _given_up(self, name: str) -> bool:
+        """Say whether nobody tries to make a run's base any more: what fails in words fails again;
+        what is killed, by a machine out of memory, may go well for another, who tries once."""
+        lost = self._lost(name)
+        return len(lost) > 1 or not all(map(self._killed, lost))
+
+    def _lost(self, name: str) -> list[str]:
+        return [other for other in self._names(name) if self._could_not(other)]
+
+    def _killed(self, name: str) -> bool:
+        return self.folder.record(name).killed
+
     def _could_not(self, name: str) -> bool:
         """Say whether a run has failed because its base could not be made."""
         run = self.folder.run(name)
         if self.folder.record(name).state != "failed" or base_in(run / BASE):
             return False
         measured = "evaluate" in (_read(run, "metrics.json").get("stages") or {})
-        began = measured or name != self.measures
+        began = measured or not self.folder.measures_base(name)
         return began and _read(run, "plan.json").get("adopt") is False
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from ..errors import OutputError, PlanRefused, Problem
+from ..errors import OutputError, PlanRefused, Problem, SpecError
 from ..folders.atomic import (
     OTHER_OUTPUT,
     clear_up,
@@ -40,6 +40,7 @@ from ..folders.lock import refuse_in_use, take
 from ..folders.run_folder import RunFolder, json_ready
 from ..folders.written import Names
 from ..inputs.documents import read_object, validated
+from ..inputs.plain_yaml import read_yaml
 from ..inputs.typed import Typed
 from ..machine import installed_version
 from .grid import Comparison
@@ -76,6 +77,7 @@ class Record(Typed):
 
     Attributes:
         reason: why it is in that state; empty where it is finished.
+        killed: it has failed, as a signal ended it; another time it may not.
         seconds: of a machine or GPU, all attempts together.
         results: by the optimizer steps that were asked for, what was measured then; "all" for the
             whole run. See `results.figures_of`.
@@ -83,6 +85,7 @@ class Record(Typed):
 
     state: State = "waiting"
     reason: str = ""
+    killed: bool = False
     seconds: float = 0.0
     results: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
@@ -145,6 +148,14 @@ class CompareFolder:
     def record(self, name: str) -> Record:
         """Return what is known of a run."""
         return self.journal.runs.setdefault(name, Record())
+
+    def measures_base(self, name: str) -> bool:
+        """Say whether a run is told to measure the dense base, for all, before it quantizes."""
+        try:
+            told = read_yaml(self.spec(name)).get("evaluate")
+        except SpecError:  # it is not there yet
+            return False
+        return isinstance(told, dict) and told.get("unquantized") is True
 
     def save(self) -> None:
         """Write the journal, whole or not at all."""

@@ -59,11 +59,12 @@ class Job:
 @dataclass(frozen=True)
 class Ending:
     """How a process ended, and the seconds it took; `reason` is a sentence where it did not end
-    well."""
+    well, `killed` says that it had no say in it."""
 
     state: Literal["finished", "failed", "interrupted"]
     reason: str = ""
     seconds: float = 0.0
+    killed: bool = False
 
 
 class OutOfBudget(Exception):
@@ -307,7 +308,7 @@ def ending_of(code: int, document: str, log: Path, seconds: float) -> Ending:
     if code < 0:
         hint = "; the machine may have run out of memory" if -code == signal.SIGKILL else ""
         what = f"it was killed by {signal.Signals(-code).name}{hint}{_last_words(log)}"
-        return Ending("failed", what, seconds)
+        return Ending("failed", what, seconds, killed=True)
     return Ending("failed", told or f"it ended with exit code {code}{_last_words(log)}", seconds)
 
 

@@ -63,15 +63,20 @@ class Work:
             elif record.state == "running":
                 record.state, record.reason = "interrupted", "it was cut off"
         self._note_machine()
+        self.bases = Bases.of(self.runs, self.cells, self.folder)
         measures = self._measures_base()
-        self.bases = Bases.of(self.runs, self.cells, self.folder, measures)
         for run in self.runs:
-            made = self.cells[run.cell.label].plan
-            assert made is not None
-            unquantized = run.spec.evaluate.unquantized and run.name == measures
-            spec = spec_of(made, run.seed, self.folder.run(run.name), unquantized=unquantized)
-            self.folder.write(f"specs/{run.name}.yaml", spec.to_yaml())
+            if not self._is_lost(run):
+                self._write_spec(run, measures=run.name == measures)
         self.write()
+
+    def _write_spec(self, run: Run, *, measures: bool) -> None:
+        """Write what a run is told; whether it `measures` the dense base is not of the cell."""
+        made = self.cells[run.cell.label].plan
+        assert made is not None
+        unquantized = run.spec.evaluate.unquantized and measures
+        spec = spec_of(made, run.seed, self.folder.run(run.name), unquantized=unquantized)
+        self.folder.write(f"specs/{run.name}.yaml", spec.to_yaml())
 
     def _note_machine(self) -> None:
         """Note on what this is done, and where that is not what it was begun on."""
@@ -97,10 +102,29 @@ class Work:
 
     def _measures_base(self) -> str:
         """Return the run that measures the dense base for all; none where a reference begins with
-        it anyway."""
-        runs = self.runs
-        dense = any(self.cells[r.cell.label].plan.backend.name == DENSE for r in runs)  # type: ignore[union-attr]
-        return "" if dense or not runs else runs[0].name
+        it anyway, or nobody is left who could."""
+        runs = [run for run in self.runs if not self._is_lost(run)]
+        if any(self.cells[r.cell.label].plan.backend.name == DENSE for r in runs):  # type: ignore[union-attr]
+            return ""
+        told = [run.name for run in runs if self.folder.measures_base(run.name)]
+        waiting = [r.name for r in runs if self.folder.record(r.name).state == "waiting"]
+        fresh = [name for name in waiting if not self.folder.record(name).results]
+        return next(iter([*told, *fresh, *waiting]), "")
+
+    def _is_lost(self, run: Run) -> bool:
+        """Say whether a run has failed before anything was measured."""
+        record = self.folder.record(run.name)
+        return record.state == "failed" and not record.results
+
+    def _hand_on(self, failed: str) -> None:
+        """Have another run measure the dense base where the one that should has failed."""
+        name = self._measures_base()
+        run = next((run for run in self.runs if run.name == name), None)
+        if run is None or not run.spec.evaluate.unquantized or self.folder.measures_base(name):
+            return
+        self._write_spec(run, measures=True)
+        text = f"{failed} failed before it had measured the base, not quantized; {name} measures it"
+        self.tell("note", {"text": text})
 
     def go(self, start: Start | None, plan: Callable[[Work], None]) -> None:
         """Run what is not over, as `plan` says, until the budget is spent.
@@ -137,6 +161,9 @@ class Work:
             self._makers.add(maker)
             text = f"what shares the base of {maker} begins once that is calibrated"
             self.tell("note", {"text": text})
+        if isinstance(found, Job) and (killed := self.bases.instead_of(found)):
+            text = f"{killed} was killed while it made its base; {job.name} makes it now"
+            self.tell("note", {"text": text})
         return found
 
     def job(self, run: Run, steps: int | None) -> Job:
@@ -163,9 +190,12 @@ class Work:
         record = self.folder.record(job.name)
         record.seconds += ending.seconds
         record.state, record.reason = ending.state, ending.reason  # type: ignore[assignment]
+        record.killed = ending.killed
         if ending.state == "finished":
             self.take(job, record)
         self.write()
+        if record.state == "failed":
+            self._hand_on(job.name)
         key = WHOLE if job.steps is None else str(job.steps)
         facts = {"job": job, "ending": ending, "result": record.results.get(key, {})}
         self.listener("ended", facts)

@@ -25,7 +25,7 @@ PATIENCE = timedelta(hours=2)
 BUCKET = 2**24
 """Gradients sent at a time: 64 MiB in float32."""
 
-_ENDED = "quantadapt-ended"
+_ENDED, _NOTES = "quantadapt-ended", "quantadapt-notes"
 _PEER_LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe", re.IGNORECASE)
 
 
@@ -85,6 +85,22 @@ def told_end() -> int:
     """Return the exit code with which another process said that it ends early, or 0."""
     store = _store()
     return int(store.get(_ENDED)) if store is not None and store.check([_ENDED]) else 0
+
+
+def tell_main(text: str) -> None:
+    """Leave a sentence for the main process, which alone is heard; see `told_main`."""
+    if not world().is_main and (store := _store()) is not None:
+        store.set(f"{_NOTES}-{store.add(_NOTES, 1)}", text)
+
+
+def told_main() -> list[str]:
+    """Return the sentences that others have left since this was called before; none, but in the
+    main process."""
+    if not world().is_main or (store := _store()) is None:
+        return []
+    last, heard = store.add(_NOTES, 0), store.add(f"{_NOTES}-heard", 0)
+    store.add(f"{_NOTES}-heard", last - heard)
+    return [store.get(f"{_NOTES}-{number}").decode() for number in range(heard + 1, last + 1)]
 
 
 def _store() -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError, Problem, SpecError
+from ..errors import ModelError, OptionsError, Problem
 from ..paths import is_entry
 from ..quantizing.state import state_of
 from ..registry.discovery import registry
@@ -32,8 +32,8 @@ def add_adapter(model: Any, path: str | Path, name: str, *, force_base: bool = F
         force_base: take it though its base had other weights or another config.
 
     Raises:
-        SpecError: the name cannot be used. ModelError: there is no adapter, it belongs to another
-        base, or PEFT cannot have it beside the others.
+        OptionsError: the name cannot be used. ModelError: there is no adapter, it belongs to
+        another base, or PEFT cannot have it beside the others.
     """
     folder = adapter_folder(Path(path).expanduser())
     where = str(folder)
@@ -42,7 +42,7 @@ def add_adapter(model: Any, path: str | Path, name: str, *, force_base: bool = F
         raise ModelError("only what has an adapter takes another beside it", fix=fix, where=where)
     if not is_entry(name) or "." in name or name in model.peft_config:
         what = f"no second adapter can be called {name!r}"
-        raise SpecError([Problem(what, "give it another name, without dots", where)])
+        raise OptionsError([Problem(what, "give it another name, without dots", where)])
     manifest = read_manifest(folder)
     _refuse_other_kind(model, manifest, where)
     adapter = registry().adapter(manifest["adapter"])

@@ -19,7 +19,7 @@ from ..adapting.several import unsavable
 from ..dependencies import in_turn
 from ..errors import ModelError, OutputError, PlanRefused, warn
 from ..folders.atomic import atomic_folder, refuse_occupied, refuse_overlap, remove
-from ..folders.written import LIST, read_list
+from ..folders.written import LIST, first_changed, read_list, write_list
 from ..inputs.documents import read_object
 from ..planning.on_disk import quantization_of
 from ..planning.reusing import Making
@@ -178,7 +178,7 @@ def save_base(
         making: how it was made, for runs that would make the same.
     """
     state.base_id = state.base_id or secrets.token_hex(8)
-    with atomic_folder(folder, overwrite=overwrite) as made:
+    with atomic_folder(folder, overwrite=overwrite, checksums=making is not None) as made:
         write_base(model, state, made, making)
 
 
@@ -196,17 +196,33 @@ def take_base(base: Path, folder: Path, given: str, model: str) -> None:
     values, listed = read_object(base / MANIFEST), read_list(base) or {}
     values["base"] = model
     values["making"]["taken_from"] = values["making"].get("taken_from") or given
-    with atomic_folder(folder) as made:
+    listed.pop(MANIFEST, None)
+    with atomic_folder(folder, listed=False) as made:
         try:
             copy_files(base, made, leave_out=(LIST, MANIFEST), copy=_linked)
-            sizes = {name: (made / name).stat().st_size for name in listed if name != MANIFEST}
+            changed = first_changed(made, listed)
         except FileNotFoundError as error:
             what = f"{Path(error.filename).name} is not there any more"
             raise ModelError(what, fix="make the base anew", where=str(base)) from None
-        if changed := [name for name, size in sizes.items() if listed[name].get("size") != size]:
-            what = f"{changed[0]} is not as it was written"
+        if changed:
+            what = f"{changed} is not as it was written"
             raise ModelError(what, fix="make the base anew", where=str(base))
         (made / MANIFEST).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_list(made, checksums=True, known=listed)
+
+
+def refuse_changed(base: Path) -> None:
+    """Raise ModelError where the base of a run is not as it was written any more: what was learnt
+    on it would go on upon another."""
+    listed = read_list(base) or {}
+    listed.pop(MANIFEST, None)
+    try:
+        what = f"{name} is not as it was written" if (name := first_changed(base, listed)) else ""
+    except FileNotFoundError as error:
+        what = f"{Path(error.filename).name} is not there any more"
+    if what:
+        fix = "put it back as it was, or start anew in another --output"
+        raise ModelError(what, fix=fix, where=str(base))
 
 
 def write_base(

@@ -34,7 +34,12 @@ _QUOTED = re.compile(r"(?:os error |\[Errno )(\d+)")
 
 @contextmanager
 def atomic_folder(
-    final: str | Path, *, overwrite: bool = False, needed: int | None = None, listed: bool = True
+    final: str | Path,
+    *,
+    overwrite: bool = False,
+    needed: int | None = None,
+    listed: bool = True,
+    checksums: bool = False,
 ) -> Iterator[Path]:
     """Yield a temporary folder that becomes `final` if the body succeeds, and is removed if not.
 
@@ -46,6 +51,7 @@ def atomic_folder(
         overwrite: replace a folder that we wrote. Files in it that are not ours are never deleted.
         needed: bytes that will be written, where known; refused at once if they do not fit.
         listed: put a list of the files into it, by which it can be replaced another time.
+        checksums: of what is in them, too.
 
     Raises:
         OutputError: `final` is taken, cannot be written, or the disk is full.
@@ -62,7 +68,7 @@ def atomic_folder(
             with in_words(target):
                 refuse_occupied(target, overwrite)
                 if listed:
-                    write_list(temporary)
+                    write_list(temporary, checksums=checksums)
 
 
 @contextmanager

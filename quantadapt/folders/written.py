@@ -28,11 +28,21 @@ _LEFTOVER = re.compile(
 )
 
 
-def write_list(folder: Path, *, checksums: bool = False) -> None:
-    """List the files below `folder` in it, with sizes in bytes; its last file."""
+def write_list(
+    folder: Path, *, checksums: bool = False, known: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """List the files below `folder` in it, with sizes in bytes; its last file.
+
+    Args:
+        checksums: note what is in them, too.
+        known: what is known of some, which are not read.
+    """
     listed: dict[str, dict[str, Any]] = {}
     for name in _files(folder):
         file = folder / name
+        if known and name in known:
+            listed[name] = dict(known[name])
+            continue
         listed[name] = {"size": file.lstat().st_size}
         if checksums:
             listed[name]["sha256"] = _checksum(file)
@@ -69,6 +79,18 @@ def damage(folder: Path) -> str:
             return f"{name} cannot be read: {error.strerror}"
         if not same:
             return f"{name} is not what was written"
+    return ""
+
+
+def first_changed(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the first file of `folder` that is not as a list says, which may be one of sizes
+    alone; empty if all are. Raises FileNotFoundError where one is not there."""
+    for name, facts in listed.items():
+        file = folder / name
+        if file.stat().st_size != facts.get("size"):
+            return name
+        if "sha256" in facts and _checksum(file) != facts["sha256"]:
+            return name
     return ""
 
 

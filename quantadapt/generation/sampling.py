@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
-from ..errors import NumbersError, Problem, SpecError, did_you_mean
+from ..errors import NumbersError, OptionsError, Problem, did_you_mean
 from ..protocols import Options
 from ..spec import wrong_value
 
@@ -20,7 +20,7 @@ class Sampling(Options):
     """How answers are made. Greedy by default, so that the same model gives the same text again.
 
     Raises:
-        SpecError: an option is wrong or unknown.
+        OptionsError: an option is wrong or unknown.
     """
 
     max_new_tokens: int = Field(256, ge=1, description="longest answer, in tokens")
@@ -44,7 +44,7 @@ class Sampling(Options):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise SpecError([_problem(dict(detail)) for detail in error.errors()]) from None
+            raise OptionsError([_problem(dict(detail)) for detail in error.errors()]) from None
 
     @property
     def is_greedy(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from ..data.files import Row
 from ..data.formats import text_in
 from ..data.sources import read_source
-from ..errors import DataError, SpecError
+from ..errors import DataError, OptionsError
 from ..folders.atomic import write_atomic
 from ..generation.files import ANSWER, asked_in, checksum
 from ..generation.prompts import Turns
@@ -115,7 +115,7 @@ def read_pairs(source: str) -> list[Pair]:
     """Return the pairs of a file, or of a folder that `quantadapt judge` wrote.
 
     Raises:
-        SpecError: there is no such file. DataError: a row is no pair.
+        OptionsError: there is no such file. DataError: a row is no pair.
     """
     path = Path(source).expanduser()
     path = path / PAIRS if path.is_dir() else path
@@ -124,7 +124,7 @@ def read_pairs(source: str) -> list[Pair]:
 
         what = f"there is no file {path}"
         fix = "give the file or the folder that `quantadapt judge` wrote"
-        raise SpecError([Problem(what, fix)])
+        raise OptionsError([Problem(what, fix)])
     return [_pair(row) for row in _rows(str(path))]
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from ..dependencies import missing_requirements
-from ..errors import MissingDependency, OutputError, PlanRefused, Problem, SpecError
+from ..errors import MissingDependency, OptionsError, OutputError, PlanRefused, Problem
 from ..folders.atomic import write_atomic
 from ..machine import this_machine
 from ..records import Adapter, Backend
@@ -50,7 +50,9 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
         named = "=" in text or ":" in text
         if not named or not all(str(name).isidentifier() for name in values or {"": None}):
             fix = "write them as name=value, separated by commas: bits=3,group_size=32"
-            raise SpecError([Problem(f"{text!r} names no options", fix, where="backend options")])
+            raise OptionsError(
+                [Problem(f"{text!r} names no options", fix, where="backend options")]
+            )
         found |= values or {}
     return found
 

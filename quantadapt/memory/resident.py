@@ -51,7 +51,10 @@ class Resident:
         whole_logits: whether the loss holds all logits of a batch in float32.
         made_logits: whether the model makes all of them, of which ours takes chunks.
         teacher: the sizes of a dense model that the loss compares with, whole on each GPU.
-        beside: how many weights the model has beside its language model: what sees pictures.
+        beside: how many dense weights the model has beside its language model: what sees pictures.
+        others: (weights, bits of each) of the quantized layers beside those of the decoder's
+            layers: of towers, and of the head.
+        packs_head: whether the head is among them.
         tower: what sees pictures, where it is adapted, too.
         rounds: whether adapted layers compute with the rounded weights that a merge keeps.
         float8: whether products with the base are in 8-bit floats.
@@ -60,7 +63,7 @@ class Resident:
         in_parts: whether stacks of experts can be dequantized in parts.
         row_shares: how many could.
         method: the adapter's, with its options; None of a LoRA of `rank`.
-        also: layers beside the decoder's that get an adapter: embedding and head.
+        also: layers beside the decoder's that get an adapter: embedding, head, those of towers.
         whole: how many weights of copied modules are trained, in the compute dtype.
         keeps_casts: whether a fused adapter is there in the compute dtype, too.
     """
@@ -94,6 +97,8 @@ class Resident:
     made_logits: bool = False
     teacher: Shape | None = None
     beside: int = 0
+    others: tuple[tuple[int, float], ...] = ()
+    packs_head: bool = False
     tower: Tower | None = None
     rounds: bool = False
     float8: bool = False
@@ -109,12 +114,13 @@ class Resident:
     @property
     def quantized_bytes(self) -> int:
         """The linear layers of the decoder; of those that are quantized, one GPU's share, and of
-        those that are streamed, the room for two layers."""
+        those that are streamed, the room for two layers. Quantized layers beside them are whole."""
         there = sum(
             count * (work._whole + (work._shared - work._streamed) // self.shards)
             for count, work in self.kinds
         )
-        return there + SLOTS * max(work._streamed for _, work in self.kinds)
+        others = sum(int(weights * bits / 8) for weights, bits in self.others)
+        return there + others + SLOTS * max(work._streamed for _, work in self.kinds)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -174,30 +180,36 @@ class Resident:
 
     @property
     def dense_bytes(self) -> int:
-        """Embedding, head, norms and routers, and what the model has beside its language model. A
-        head that is the embedding is not shared with other GPUs."""
+        """Embedding, head, norms and routers, and what the model has beside its language model, as
+        far as it is not quantized. A head that is the embedding is not shared with other GPUs."""
         shape = self.shape
-        tables = self.table_bytes if shape.tied else 2 * self.table_bytes // self.shards
+        tables = self.table_bytes if shape.tied else self._tables * self.table_bytes // self.shards
         experts = shape.experts.count if shape.experts else 0
         rows = 2 * shape.layers + 1 + (shape.layers - shape.plain_layers) * experts
         return tables + (rows * shape.hidden + self.beside) * self.dtype_bytes
 
     @property
+    def _tables(self) -> int:
+        """How many matrices of an untied embedding and head are dense."""
+        return 1 if self.packs_head else 2
+
+    @property
     def gathered_bytes(self) -> int:
         """What a shared base takes where it stays gathered: all of it that is shared."""
         blocks = sum(count * work._shared for count, work in self.kinds)
-        tables = 0 if self.shape.tied else 2 * self.table_bytes
+        tables = 0 if self.shape.tied else self._tables * self.table_bytes
         return blocks + tables if self.shards > 1 else 0
 
     @property
     def dequantized_bytes(self) -> int:
-        """What the dequantized weights take that may stay: all but those of experts, and of layers
-        that are dense as they are."""
+        """What the dequantized weights take that may stay, see `facade.dense_weights`: all but
+        those of experts, and of layers that are dense as they are."""
         sizes = [(count, work.shape.linears.items()) for count, work in self.kinds]
         whole = 8 * self.dtype_bytes
         beside = {*STACKS, *self.dense, *(n for n, bits in self.bits.items() if bits >= whole)}
         weights = (c * i * o for c, layers in sizes for n, (i, o) in layers if n not in beside)
-        return sum(weights) * self.dtype_bytes
+        others = sum(weights for weights, bits in self.others if bits < whole)
+        return (sum(weights) + others) * self.dtype_bytes
 
     def kept_in(self, room: int) -> Self:
         """Return the workload as a run finds it with so many bytes to allocate: a shared base stays
@@ -211,19 +223,21 @@ class Resident:
         """The whole base in the compute dtype."""
         sizes = [(count, work.shape.linears.values()) for count, work in self.kinds]
         weights = sum(count * sum(i * o for i, o in layers) for count, layers in sizes)
+        weights += sum(others for others, _ in self.others)
         return weights * self.dtype_bytes + replace(self, shards=1).dense_bytes
 
     @property
     def teacher_bytes(self) -> int:
         """The teacher, in the compute dtype."""
-        return 0 if self.teacher is None else replace(self, shape=self.teacher).unquantized_bytes
+        if self.teacher is None:
+            return 0
+        return replace(self, shape=self.teacher, others=(), packs_head=False).unquantized_bytes
 
     @cached_property
     def adapter(self) -> Size:
         """What is trained, and what the adapter holds beside it."""
         layers = self._adapted_layers
-        layers += [*self.also, *(self.tower.adapted if self.tower else [])]
-        return self._method.size(layers, self.dtype_bytes)
+        return self._method.size([*layers, *self.also], self.dtype_bytes)
 
     @property
     def _method(self) -> Method:

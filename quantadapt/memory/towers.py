@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,6 +87,17 @@ class Tower:
         if self.gated and dtype_bytes == 2:  # norms keep a float32 copy
             numbers += 2 * h
         return examples * self.patches * self.blocks * numbers * dtype_bytes
+
+
+def tower_linears(config: Mapping[str, Any], towers: Collection[str]) -> Counter[tuple[int, int]]:
+    """Return about what linear layers the blocks of these `towers` have: (in_features,
+    out_features) -> how many."""
+    found: Counter[tuple[int, int]] = Counter()
+    for name in towers:
+        if (tower := _tower(_part(config, f"{name}_config"))) is not None:
+            for size in tower.linears:
+                found[size] += tower.blocks
+    return found
 
 
 def tower_weights(config: Mapping[str, Any]) -> int:

@@ -12,7 +12,7 @@ from ..distributed.talking import reduced, start
 from ..distributed.world import world
 from ..errors import ModelError, TrainingError
 from ..exporting.loading import load_base
-from ..exporting.saving import save_base, take_base
+from ..exporting.saving import refuse_changed, save_base, take_base
 from ..folders.atomic import put_back
 from ..planning.planned import Plan
 from ..planning.reusing import MODEL, Making, base_in, difference, making_of
@@ -47,6 +47,8 @@ def quantized_base(
         meet(plan)
         return quantize_plan(plan, labels=labels)
     resumed = plan.spec.train.resume and saved.exists()
+    if world().is_main and resumed:
+        refuse_changed(saved)
     if world().is_main and not resumed and not _taken(plan, saved, examples, labels, tell):
         model, making = _made(replace(plan, parallel="none"), examples, labels)
         save_base(model, state_of(model), saved, making=making)

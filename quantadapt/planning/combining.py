@@ -12,9 +12,9 @@ from ..errors import Problem
 from ..inputs.model_config import text_config, towers_in
 from ..memory.cards import GIB
 from ..memory.shape import Shape
-from ..memory.towers import tower_weights
 from ..records import Evaluation
 from . import processes, streaming
+from .beside import beside_of
 from .context_parallel import context_problems
 from .exports import PlannedExport, makes_dense, refused_where
 from .layers import Layers, layers_of
@@ -261,7 +261,7 @@ def _memory(draft: Draft, made: Plan, unshared: Sequence[Problem]) -> MemoryPlan
         dtype=made.dtype if on_gpu or made.spec.dtype != "auto" else "bfloat16",
         adopt=made.adopt,
         unshared=unshared,
-        beside=_weights_beside(made),
+        beside=None if draft.problems else beside_of(made),  # else files may be damaged
         dense_experts=made.adopt and made.share is not None and made.share.has_dense_experts,
         streamable=not streaming.unstreamed(made.adapter_options),
     )
@@ -282,16 +282,6 @@ def _memory(draft: Draft, made: Plan, unshared: Sequence[Problem]) -> MemoryPlan
         return memory.with_cards([card * GIB for card in draft.cards])
     used = _used_cards(draft, made.device) if on_gpu else ()
     return memory.with_cards([min(used)]) if used else memory
-
-
-def _weights_beside(made: Plan) -> int:
-    """Return how many weights the towers of an image-text model have: by its files, or about."""
-    config = made.config or {}
-    if not towers_in(config):
-        return 0
-    sizes = tower_sizes(Path(made.model).expanduser()) if made.model else {}
-    sizes.pop("language", None)
-    return sum(sizes.values()) or tower_weights(config)
 
 
 def _used_cards(draft: Draft, device: str) -> tuple[int, ...]:

@@ -23,19 +23,20 @@ DENSE_EXPERTS = (
 _EXPERTS = re.compile(r"\.experts\.")
 _NO_STACK = re.compile(r"\.experts\.mlp\.(w1|v1|w2)$")
 """Weights of DBRX's experts, which stay dense: all of them are one matrix, and no stack."""
-_IN_BLOCK = re.compile(r"\.(layers|h|blocks)\.\d+\.")
+IN_BLOCK = re.compile(r"\.(layers|h|blocks)\.\d+\.")
 _IS_WEIGHT = re.compile(r"(\.weight|\.bias|_proj|_proj_bias)$")
 """What a dense layer or stack has; one that is packed has more, such as scales."""
 _WHAT_OF = re.compile(r"(\.weight(\..*)?|\.[^.]*|_(blocks|scales|bias))$")
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 _ROUTER = re.compile(r"\.(gate|router)\.(weight|wg\.weight)$")
 _TABLE = re.compile(r"(^|\.)(embed_tokens|wte|wpe|embed_in|word_embeddings|lm_head)\.weight$")
 _TOWERS = {
+    "projector": re.compile(
+        r"(^|\.)(multi_modal_projector|connector|projector|embed_(vision|audio)"
+        r"|visual\.(\w+_)?merger(_list)?)\."
+    ),
     "vision": re.compile(r"(^|\.)(visual|vision_tower|vision_model|vision_encoder|image_tower)\."),
     "audio": re.compile(r"(^|\.)(audio_tower|audio_encoder|speech_encoder)\."),
-    "projector": re.compile(
-        r"(^|\.)(multi_modal_projector|connector|projector|embed_(vision|audio))\."
-    ),
 }
 """What transformers calls the towers of its models (`PreTrainedModel.get_encoder`). The model
 itself is asked once it is there, see `model.towers`."""
@@ -111,8 +112,13 @@ def tower_sizes(folder: Path) -> dict[str, int]:
     found: Counter[str] = Counter()
     for file in folder.glob("*.safetensors"):
         for name, tensor in read_header(file_in(folder, file.name)).items():
-            found[tower_of(name)] += math.prod(tensor["shape"])
+            found[tower_of(name)] += weights_in(tensor)
     return dict(found)
+
+
+def weights_in(tensor: Mapping[str, Any]) -> int:
+    """Return how many numbers a tensor has, as its header says."""
+    return math.prod(tensor["shape"])
 
 
 def share_on_disk(
@@ -166,18 +172,18 @@ def packed_share(folder: Path, numbers: int) -> Share | None:
         tensors |= read_header(file_in(folder, file.name))
     if not tensors:
         return None
-    packed = {_owner(name) for name in tensors if not _IS_WEIGHT.search(name)}
+    packed = {owner_of(name) for name in tensors if not _IS_WEIGHT.search(name)}
     dense: Counter[str] = Counter()
     for name, tensor in tensors.items():
-        if len(tensor["shape"]) < 2 or not _IN_BLOCK.search(name) or is_expert_bias(name):
+        if len(tensor["shape"]) < 2 or not IN_BLOCK.search(name) or is_expert_bias(name):
             continue
-        plain = tensor["dtype"] in _FLOATS and _owner(name) not in packed
+        plain = tensor["dtype"] in FLOATS and owner_of(name) not in packed
         if plain and tower_of(name) == "language":
             dense[part_of(name) or "Linear"] += math.prod(tensor["shape"])
     return Share(max(0, numbers - sum(dense.values()) + dense["routers"]), dense)
 
 
-def _owner(name: str) -> str:
+def owner_of(name: str) -> str:
     """Return whose a tensor is, as `experts.0.w1` of `experts.0.w1.weight.absmax`."""
     return _WHAT_OF.sub("", name)
 

@@ -19,10 +19,13 @@ from ..memory.workload import Workload
 from ..protocols import Quantizer, Task
 from ..records import Adapter
 from ..spec import Spec
+from .beside import Beside
 from .context_parallel import row_shares
 from .memory import MemoryPlan
+from .names import is_all_linear
 from .on_disk import quantization_in
 from .peft_options import option_values
+from .share import tower_of
 
 _NOT_CONVERTED = ("modules_to_not_convert", "ignore", "skip_modules", "llm_int8_skip_modules")
 """What lists of the layers that are not quantized are called in `quantization_config`."""
@@ -46,7 +49,7 @@ def memory_plan(
     dtype: str,
     adopt: bool = False,
     unshared: Sequence[Problem] = (),
-    beside: int = 0,
+    beside: Beside | None = None,
     dense_experts: bool = False,
     streamable: bool = False,
 ) -> MemoryPlan | None:
@@ -60,7 +63,7 @@ def memory_plan(
         dtype: compute dtype on the GPU.
         adopt: whether the model is quantized already, as its config says.
         unshared: why several GPUs cannot share the base; empty if they can.
-        beside: how many weights the model has beside its language model.
+        beside: what the model has beside its decoder's layers.
         dense_experts: whether a model that is quantized already has its experts dense.
         streamable: whether the base can be kept in CPU memory.
     """
@@ -71,13 +74,16 @@ def memory_plan(
     left = _left_dense(spec, quantizer, shape, config if adopt else {})
     packs = quantizer.quantizes_experts and not dense_experts
     dense = left if packs else (*left, *STACKS)
-    bits = _bits(quantizer, shape, dense, dtype)
-    if bits is None:
+    beside = beside or Beside()
+    bits = _bits(quantizer, _linears(shape), dense, dtype)
+    others = _others(quantizer, beside, shape, dtype)
+    if bits is None or others is None:
         return None
     train = spec.train
     lora = adapter.peft_type == "LORA"
     seen = (config, spec.data.max_length, spec.data.max_pixels)
-    tower = Tower.of(*seen) if "vision" in spec.towers else None
+    tower = Tower.of(*seen) if "vision" in beside.towers else None
+    tables = _tables(shape, options, packs_head=beside.head)
     length = train.row_length or spec.data.max_length
     language = language_config(config)
     own_loss = task.logits == "model" and _has_own_loss(language)
@@ -107,10 +113,12 @@ def memory_plan(
         prefetches=train.memory != "min",
         graphs=rules.records(task, train),
         sequences=task.sequences,
-        whole_logits=task.logits == "whole" or own_loss or _names_head(shape, options),
+        whole_logits=task.logits == "whole" or own_loss or any(t.name == HEAD for t in tables),
         made_logits=task.logits == "model" and _makes_logits(shape, options, language),
         teacher=teacher,
-        beside=beside,
+        beside=beside.dense,
+        others=others,
+        packs_head=beside.head,
         tower=tower,
         rounds=train.merge_aware,
         float8=train.compute == "fp8",
@@ -119,7 +127,7 @@ def memory_plan(
         in_parts=quantizer.target.reads_rows,
         row_shares=row_shares(train, task, config, options, length),
         method=Method(adapter.peft_type, option_values(adapter, options)),
-        also=_tables(shape, options),
+        also=(*tables, *_of_towers(beside, tower, options)),
         whole=_trained_whole(shape, options),
         keeps_casts=train.memory != "min",
     )
@@ -162,7 +170,10 @@ def _not_converted(config: Mapping[str, Any], layers: int) -> set[str]:
     config.json has it."""
     found: dict[str, set[str]] = {}
     lists = [(quantization_in(config) or {}).get(key) for key in _NOT_CONVERTED]
-    for name in (str(name) for names in lists if isinstance(names, list) for name in names):
+    names = [str(name) for names in lists if isinstance(names, list) for name in names]
+    for name in names:
+        if tower_of(f"{name}.") != "language":
+            continue  # whose layers are often called alike
         of_layer = re.search(r"\.(\d+)\.", name)
         numbers = [of_layer[1]] if of_layer else map(str, range(layers))
         found.setdefault(name.rpartition(".")[2], set()).update(numbers)
@@ -175,11 +186,11 @@ def _linears(shape: Shape) -> dict[str, tuple[int, int]]:
 
 
 def _bits(
-    quantizer: Quantizer, shape: Shape, dense: Sequence[str], dtype: str
+    quantizer: Quantizer, layers: Mapping[str, tuple[int, int]], dense: Sequence[str], dtype: str
 ) -> dict[str, float] | None:
     """Return the bits per weight of each linear layer; None where the backend does not tell."""
     found: dict[str, float] = {}
-    for name, size in _linears(shape).items():
+    for name, size in layers.items():
         if name in dense:
             found[name] = 8.0 * _bytes(dtype)
             continue
@@ -188,6 +199,20 @@ def _bits(
             return None
         found[name] = bits
     return found
+
+
+def _others(
+    quantizer: Quantizer, beside: Beside, shape: Shape, dtype: str
+) -> tuple[tuple[int, float], ...] | None:
+    """Return (weights, bits of each) of the quantized layers beside those of the decoder, as
+    `_bits`."""
+    counts = {f"{i} x {o}": (i * o * count, (i, o)) for (i, o), count in beside.quantized.items()}
+    if beside.head:
+        counts[HEAD] = (shape.hidden * shape.vocab, (shape.hidden, shape.vocab))
+    bits = _bits(quantizer, {name: size for name, (_, size) in counts.items()}, (), dtype)
+    if bits is None:
+        return None
+    return tuple((int(weights), bits[name]) for name, (weights, _) in counts.items())
 
 
 def _targets(
@@ -215,17 +240,27 @@ def _targets(
     return found or names
 
 
-def _tables(shape: Shape, options: Mapping[str, Any]) -> tuple[Layer, ...]:
-    """Return the embedding and the head where the adapter's options name them in a list."""
+def _tables(
+    shape: Shape, options: Mapping[str, Any], *, packs_head: bool = False
+) -> tuple[Layer, ...]:
+    """Return the embedding and the head where the adapter's options name them in a list; a head
+    that is quantized is one of all linear layers."""
     wanted = options.get("target_modules")
     names = [] if wanted is None or isinstance(wanted, str) else wanted
+    if packs_head and (wanted is None or is_all_linear(wanted)):
+        names = [HEAD]
     both = (Layer(_EMBEDDING, shape.vocab, shape.hidden), Layer(HEAD, shape.hidden, shape.vocab))
     return tuple(layer for layer in both if _ends_in(layer.name, names))
 
 
-def _names_head(shape: Shape, options: Mapping[str, Any]) -> bool:
-    """Say if the head is adapted, so that the model itself makes all logits, in float32."""
-    return any(layer.name == HEAD for layer in _tables(shape, options))
+def _of_towers(beside: Beside, tower: Tower | None, options: Mapping[str, Any]) -> Iterable[Layer]:
+    """Return the layers of towers that the adapter's options stand for; all of one that sees where
+    they name some, whose names are not known here."""
+    wanted = options.get("target_modules")
+    if not (wanted is None or is_all_linear(wanted)):
+        return tower.adapted if tower else []
+    sizes = enumerate(beside.quantized.items())
+    return [Layer(f"tower.{n}", i, o, blocks=round(count)) for n, ((i, o), count) in sizes]
 
 
 def _makes_logits(shape: Shape, options: Mapping[str, Any], config: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import SpecError
+from ..errors import OptionsError
 from ..generation.sampling import Sampling
 from ..reporting.html import Html, capital, el
 from .page import QUIETLY, gr, html
@@ -301,7 +301,7 @@ def _asked(
         return
     try:
         sampling = _sampling(values)
-    except SpecError as error:
+    except OptionsError as error:
         wrong = problem_list(error.problems, "These options cannot be used")
         yield was, text, *_panels(speaker, was, *voices), wrong, *idle
         return
@@ -401,7 +401,7 @@ def _sampling_inputs(sampling: Sampling) -> list[Any]:
 
 
 def _sampling(values: Sequence[Any]) -> Sampling:
-    """Return the options that were chosen. Raises SpecError."""
+    """Return the options that were chosen. Raises OptionsError."""
     named = dict(zip(Sampling.model_fields, values, strict=True))
     named["stop"] = [line for line in str(named["stop"] or "").split("\n") if line]
     given = {name: value for name, value in named.items() if value not in ("", None)}

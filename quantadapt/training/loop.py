@@ -19,6 +19,7 @@ from torch import Tensor
 from ..adapting.adalora import load_ranks, save_ranks
 from ..adapting.several import kept_apart, weights_to_save
 from ..adapting.vblora import refuse_cut_short, saved_whole
+from ..distributed.world import world
 from ..errors import QuantadaptError, TrainingError
 from ..folders.atomic import in_words
 from ..folders.checkpoints import PARTIAL, PREFIX, seal
@@ -108,7 +109,8 @@ class TrainingLoop:
         if self.memory_fit is None:
             begin()
         else:
-            self.memory_fit.with_room(begin, f"what comes before step {step}")
+            what, waits = f"what comes before step {step}", world().size > 1
+            self.memory_fit.with_room(begin, what, waits=waits)
 
     def counted(self, batches: list[Any]) -> Tensor | None:
         """Return what the task counts in batches, a float32 scalar on the device; None where the
@@ -148,6 +150,8 @@ class TrainingLoop:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the task's figures beside the loss."""
+        if self.memory_fit is not None:
+            self.memory_fit.hear()
         if "loss" in logs:
             logs |= self.progress.figures.taken(self.args.device)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]

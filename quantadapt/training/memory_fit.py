@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..adapting.adalora import bytes_to_come, tuner_of
 from ..adapting.fused import free
-from ..distributed.talking import reduced
+from ..distributed.talking import reduced, tell_main, told_main
 from ..distributed.world import world
 from ..errors import TrainingError
 from ..facade.dense_weights import DenseWeights
@@ -60,12 +60,7 @@ class MemoryFit:
         self.weights = [p for p in trainer.model.parameters() if p.requires_grad]
         self.device = self.weights[0].device
         self.batch = spec.per_device_train_batch_size
-        self.splits = rules.splits(
-            *(trainer.task, spec),
-            adds_to_loss=tuner_of(trainer.model) is not None,
-            routers=bool(getattr(trainer.model.config, "output_router_logits", False)),
-            divides=trainer.model_accepts_loss_kwargs,
-        )
+        self.splits = self._splits(spec)
         self.setting = Setting(0, False, self.batch)
         self.graphs: Graphs | None = None
         self.dense = DenseWeights(nn.Module())
@@ -94,6 +89,20 @@ class MemoryFit:
             fix = "leave train.gradient_checkpointing and train.memory as they are by default"
             raise TrainingError(str(error), fix=fix, where="train") from error
         self.setting = setting
+
+    @property
+    def splits_held_out(self) -> bool:
+        """Whether a batch of held-out examples, which are never packed, may go in parts."""
+        return self._splits(self.spec.model_copy(update={"packing": False}))
+
+    def _splits(self, spec: TrainSpec) -> bool:
+        trainer = self.trainer
+        return rules.splits(
+            *(trainer.task, spec),
+            adds_to_loss=tuner_of(trainer.model) is not None,
+            routers=bool(getattr(trainer.model.config, "output_router_logits", False)),
+            divides=trainer.model_accepts_loss_kwargs,
+        )
 
     @property
     def _probes(self) -> bool:
@@ -147,25 +156,26 @@ class MemoryFit:
         found = {"without CUDA graphs": graphs, "without dense weights": self.dense.drop()}
         return [words for words, was_there in found.items() if was_there]
 
-    def with_room(self, work: Callable[[], _Made], what: str) -> _Made:
+    def with_room(self, work: Callable[[], _Made], what: str, *, waits: bool) -> _Made:
         """Do what is done between steps and takes memory of its own, which was not probed: where it
         runs out, again without what makes training faster alone.
 
         Args:
-            work: may be begun again; of several processes none is, as others may wait for it.
+            work: may be begun again.
             what: it in words.
+            waits: other processes may wait for this one within it, so it is not begun again.
         """
         state = RandomState.of(self.device)
         try:
             return work()
         except torch.OutOfMemoryError:
-            without = [] if world().size > 1 else self.give_back()
+            without = [] if waits else self.give_back()
             if not without:
                 raise
         # Out here, where the error and with it the frames of the work are gone.
         free(self.trainer.model)
         state.put_back()
-        self.on_note(f"out of memory in {what}: from here on {' and '.join(without)}")
+        self.note(f"out of memory in {what}: from here on {' and '.join(without)}")
         return work()
 
     def budget(self, lost: float = FRAGMENTATION) -> int:
@@ -245,7 +255,7 @@ class MemoryFit:
                 continue
             except torch.OutOfMemoryError:
                 # Others would wait for the rest of this pass, and not begin it again.
-                without = [] if self._together else self.give_back()
+                without = [] if self.together else self.give_back()
                 lower = self.setting if without else self._lowered()
                 if lower is None:
                     raise
@@ -254,7 +264,18 @@ class MemoryFit:
             self.apply(lower)
             step = self.trainer.state.global_step + 1
             words = " and ".join(without) or self.describe(lower)
-            self.on_note(f"out of memory at step {step}: from here on {words}")
+            self.note(f"out of memory at step {step}: from here on {words}")
+
+    def note(self, text: str) -> None:
+        """Tell what became of this process alone; the main one tells it of the others, see
+        `hear`."""
+        self.on_note(text)
+        tell_main(f"{text} (process {world().rank})")
+
+    def hear(self) -> None:
+        """Tell what the other processes have noted, where this is the main one."""
+        for text in told_main():
+            self.on_note(text)
 
     def _in_parts(
         self, run: Callable[..., Tensor], model: Any, inputs: dict[str, Any], count: Any
@@ -280,12 +301,12 @@ class MemoryFit:
         return loss
 
     def _lowered(self) -> Setting | None:
-        if self._together:  # the others go on as before, and wait for this one
+        if self.together:  # the others go on as before, and wait for this one
             return None
         return lowered(self.setting, self.recomputer.most, self.recomputer.count, self.splits)
 
     @property
-    def _together(self) -> bool:
+    def together(self) -> bool:
         """Whether other processes wait for this one within a pass."""
         meets = self.trainer.task.meets and world().size > 1
         return meets or self.spec.context_parallel_size > 1 or is_sharded(self.trainer.model)

@@ -28,6 +28,14 @@ if TYPE_CHECKING:
     from .progress import OnLog
 
 BEST_FILE = "best.pt"
+_FULL = (
+    "the GPU has run out of memory in validation, in a pass that the processes of this run make"
+    " together, so that none can begin it again"
+)
+_FULL_FIX = (
+    "lower train.per_device_train_batch_size, whose batches it has, or data.max_length, use a base"
+    " with fewer bits, or leave train.eval_steps and train.eval_strategy out"
+)
 KEY = "eval_loss"
 """What transformers calls the loss on held-out data."""
 
@@ -126,6 +134,8 @@ class Validation:
         self.examples = examples
         self.kept: Kept | None = None
         self.checkpoint: Path | None = None
+        self.at_once: int | None = None
+        """Most examples of a pass, in this process; None for all of a batch."""
 
     @property
     def measured(self) -> list[tuple[int, float]]:
@@ -143,7 +153,7 @@ class Validation:
         if self.checkpoint is not None:
             self.load(self.checkpoint)
         try:
-            self._loss([self.order[:1]] * world().size)
+            self._loss([self.order[: self._rows]] * world().size)  # none is larger
         except (KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
             what = "the objective's loss cannot be computed on the held-out examples"
             reason = f"{type(error).__name__}: {error}"
@@ -156,7 +166,7 @@ class Validation:
         trainer, started = self.trainer, time.perf_counter()
         state, control = trainer.state, trainer.control
         logs = control.should_log  # which is off after any log
-        size = trainer.memory_fit.setting.micro_batch
+        size = self._rows
         batches = [self.order[at : at + size] for at in range(0, len(self.order), size)]
         loss = self._loss(batches)
         seconds = time.perf_counter() - started
@@ -222,6 +232,13 @@ class Validation:
             fix = "leave train.load_best_model_at_end as it was, or start anew"
             raise TrainingError(what, fix=fix, where=str(folder))
 
+    @property
+    def _rows(self) -> int:
+        """Examples of a batch: one that all processes train with, who may train with others where
+        one has run out of memory."""
+        device = adapter_device(self.trainer.model)
+        return -int(reduced(-float(self.trainer.memory_fit.setting.micro_batch), device, "max"))
+
     def _loss(self, batches: Sequence[Sequence[int]]) -> float:
         """Return the mean loss over all that counts in `batches` of indices; each process of a run,
         or each group that shares rows, takes its part, and all as many, as those of a sharded base
@@ -233,18 +250,14 @@ class Validation:
             own = at + rank < len(batches)
             batch = batches[at + rank if own else at]
             rows = [self.examples[i] for i in batch]
-            measure = partial(self._batch_loss, rows)
-            loss, counted = self.trainer.memory_fit.with_room(measure, "validation")
+            loss, counted = self._batch_loss(rows)
             total, count = total + own * loss * counted, count + own * counted
         device = adapter_device(self.trainer.model)
         return reduced(total, device, "sum") / reduced(count, device, "sum")
 
     def _batch_loss(self, rows: list[dict[str, Any]]) -> tuple[float, float]:
-        """Return the mean loss of a batch, without dropout, and what it is the mean of."""
-        import torch
-
-        from ..evaluation.predictions import evaluating
-
+        """Return the mean loss of a batch, without dropout, and what it is the mean of. Where
+        memory runs out, it is measured in parts."""
         trainer = self.trainer
         batch = trainer._prepare_inputs(self.collator(rows))
         trainer.begin_step([batch])
@@ -253,10 +266,43 @@ class Validation:
             divisor.clamp_(min=1)  # in a part of a row there may be none
         if trainer.fused is not None:
             trainer.fused.refresh()  # the optimizer has changed what was cast
-        device = adapter_device(trainer.model)
+        return self._fitting(batch, len(rows), divisor), count
+
+    def _fitting(self, batch: dict[str, Any], count: int, divisor: Any) -> float:
+        """Return the loss of a batch of so many examples, of as many at a time as memory holds.
+        Raises TrainingError where it runs out and other processes wait for the rest of a pass."""
+        import torch
+
+        from ..adapting.fused import free
+
+        fit = self.trainer.memory_fit
+        while True:
+            try:
+                measure = partial(self._pass, batch, divisor)
+                loss: float = fit.with_room(measure, "validation", waits=fit.together)
+                return loss
+            except torch.OutOfMemoryError as error:
+                if fit.together and world().size > 1:
+                    raise TrainingError(_FULL, fix=_FULL_FIX, where="train") from error
+                most = min(self.at_once or count, count)
+                if most == 1 or divisor is None or not fit.splits_held_out:
+                    raise
+            self.at_once = -(-most // 2)
+            free(self.trainer.model)
+            fit.note(f"out of memory in validation: from here on {self.at_once} examples at a time")
+
+    def _pass(self, batch: dict[str, Any], divisor: Any) -> float:
+        import torch
+
+        from ..evaluation.predictions import evaluating
+
+        trainer, device = self.trainer, adapter_device(self.trainer.model)
+        parts = [batch] if self.at_once is None else trainer.task.parts(batch, self.at_once)
         devices = [device] if device.type == "cuda" else []
         with evaluating(trainer.model), torch.random.fork_rng(devices), torch.no_grad():
             # not the trainer's attribute: those calls are counted, see `expected_calls`
             compute = type(trainer).compute_loss
-            loss = compute(trainer, trainer.model, batch, num_items_in_batch=divisor)
-        return float(loss), count
+            losses = [
+                compute(trainer, trainer.model, part, num_items_in_batch=divisor) for part in parts
+            ]
+        return float(torch.stack(losses).sum()) if len(losses) > 1 else float(losses[0])
