@@ -20,6 +20,7 @@ import re
 import shlex
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ class Server:
     def logprobs(self, tokens: list[int]) -> list[Any]:
         """Return what vLLM's engine calls `prompt_logprobs`."""
         found = self.ask("completions", prompt=tokens, prompt_logprobs=1)["choices"][0]
-        return [found_ and _by_id(found_) for found_ in found["prompt_logprobs"]]
+        return [values and _by_id(values) for values in found["prompt_logprobs"]]
 
     def logprob_after(self, tokens: list[int], token: int) -> dict[int, Any]:
         """Return the log-probabilities of a token and of the first choice after those before it."""
@@ -131,7 +132,8 @@ def serving(folder: Path, *more: str) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [*shlex.split(found[1]), *more, "--port", str(port)]
-    server, process = Server(f"http://127.0.0.1:{port}"), subprocess.Popen(command, cwd=folder)
+    server = Server(f"http://127.0.0.1:{port}")
+    process = subprocess.Popen(command, cwd=folder, stdout=sys.stderr)  # stdout has the figures
     try:
         end = time.monotonic() + START
         while not server.is_up():
