@@ -96,6 +96,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+ThreadingHTTPServer.request_queue_size = 64  # 16 ask at once
 ThreadingHTTPServer(("127.0.0.1", int(given.port)), Handler).serve_forever()
 """
 
