@@ -135,9 +135,9 @@ def same_answers(server: Server, tuned: Any, prompts: list[Any]) -> str:
     """Say for how many prompts of the run, and chats, the server takes the same tokens as were
     learnt, and answers as `generate` of transformers does, to the same end."""
     from quantadapt.data.tokens import Prompt, encode_prompt
-    from quantadapt.exporting.gguf.export import learnt_chats
+    from quantadapt.exporting.asking import asking_tokenizer, learnt_layout
 
-    model, tokenizer = tuned.model, tuned.tokenizer
+    model, tokenizer = tuned.model, asking_tokenizer(tuned)
     alike = 0
     for prompt in prompts:
         ids = encode_prompt(tokenizer, prompt)
@@ -149,7 +149,7 @@ def same_answers(server: Server, tuned: Any, prompts: list[Any]) -> str:
     chats += [[*chat, {"role": "assistant", "content": "No."}, *chat] for chat in chats]
     for chat in chats:
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        ids = encode_prompt(tokenizer, Prompt(text, "", templated=learnt_chats(tuned)))
+        ids = encode_prompt(tokenizer, Prompt(text, "", templated=learnt_layout(tuned) == "chat"))
         words, ends = answer(model, tokenizer, ids)
         written = server.ask("apply-template", messages=chat)["prompt"]
         options = {"temperature": 0, "max_tokens": COUNT}
@@ -233,7 +233,7 @@ def reference(model: Any, rows: list[list[int]]) -> list[Any]:
 
 def compared(given: argparse.Namespace, scratch: Path) -> int:
     """Print the table; return 1 where a merged file is too far off."""
-    from quantadapt.exporting.gguf.export import learnt_chats
+    from quantadapt.exporting.asking import asking_tokenizer, learnt_layout
     from quantadapt.exporting.gguf.model import write_model
     from quantadapt.exporting.manifest import adapter_folder
     from quantadapt.exporting.tuned import Tuned
@@ -242,14 +242,15 @@ def compared(given: argparse.Namespace, scratch: Path) -> int:
     rows, prompts, texts = asked(given, tuned.tokenizer)
     wanted = reference(tuned.model, rows)
     files: list[tuple[str, Path, Path | None]] = []
-    merged, chats = tuned.merged("dense"), learnt_chats(tuned)
+    merged, tokenizer = tuned.merged("dense"), asking_tokenizer(tuned)
+    chats = learnt_layout(tuned) == "chat"
     for dtype in given.dtypes:
         files.append((f"merged, {dtype}", scratch / f"{dtype}.gguf", None))
-        write_model(merged, tuned.tokenizer, files[-1][1], dtype, "merged", chats=chats)
+        write_model(merged, tokenizer, files[-1][1], dtype, "merged", chats=chats)
     if (adapter := adapter_file(tuned, scratch)) is not None:
         files.append(("adapter on its base, f32", scratch / "base.gguf", adapter))
         base, to = bare(tuned, scratch), files[-1][1]
-        write_model(base, tuned.tokenizer, to, "f32", "base", chats=chats)
+        write_model(base, tokenizer, to, "f32", "base", chats=chats)
     print(f"| {' | '.join(COLUMNS)} |\n| --- |{' ---: |' * (len(COLUMNS) - 1)}")
     near = True
     for name, file, lora in files:

@@ -438,6 +438,10 @@ def test_a_run_is_asked_as_its_data_were_written(tmp_path, tokenizer) -> None:
         data = {"data": {"files": [{"format": kind}]}}
         (tmp_path / "metrics.json").write_text(json.dumps(data), encoding="utf-8")
         assert layout_of(tmp_path, tokenizer) == layout
+        without = copy.deepcopy(tokenizer)
+        without.chat_template = None  # chats are learnt in alpaca's layout then
+        expected = "instruction" if kind == "messages" else layout
+        assert layout_of(tmp_path, without) == expected
 
 
 def test_what_lies_in_a_run_is_asked_as_the_run_is(tmp_path, tokenizer, monkeypatch) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import runpy
 import subprocess
 import sys
@@ -149,7 +148,9 @@ def test_the_adapter_beside_its_quantized_base(tmp_path, compared) -> None:
 def test_the_merged_checkpoint_and_what_is_not_it(tmp_path, compared) -> None:
     folder = export(tuned(tmp_path / "run", backend="bnb-nf4"), "merged")
     text = (folder / "README.md").read_text()
-    assert re.search(r"vllm serve \. --dtype bfloat16\n", text)
+    assert "\nvllm serve . --dtype bfloat16 --served-model-name tuned\n" in text
+    assert "/v1/completions " in text  # it has no chat template
+    assert """-d '{"model": "tuned", "prompt": "Hello"}'\n""" in text
     assert "It needs" not in text
     figures, code = compared(folder)
     assert code == 0

@@ -23,6 +23,16 @@ _HEADS = {
     "assistant": "### Response:\n",
     **dict.fromkeys(("system", "developer"), ""),
 }
+PLAIN_TEMPLATE = (
+    f"{{% set heads = {_HEADS!r} %}}"
+    "{% for message in messages %}{% if message['role'] not in heads %}"
+    "{{ raise_exception('There is no turn of ' + message['role'] + ' here.') }}{% endif %}"
+    "{{ heads[message['role']] + (message['content'] or '') }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% if add_generation_prompt or not loop.last %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ heads['assistant'] }}{% endif %}"
+)
+"""A chat template of that layout, for what asks by one. It writes no beginning of text."""
 
 
 def plain_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> list[Pieces]:

@@ -66,12 +66,14 @@ class Ollama(Gguf):
             figures = super().write(tuned, folder)
         else:
             figures = self._adapter.write(tuned, folder)
+        from .asking import asking_tokenizer
         from .chat_turns import chat_turns
 
-        turns = chat_turns(tuned.tokenizer)
-        text = modelfile(tuned.tokenizer, turns, self.onto)
+        tokenizer = asking_tokenizer(tuned)
+        turns = chat_turns(tokenizer)
+        text = modelfile(tokenizer, turns, self.onto)
         (folder / MODELFILE).write_text(text, encoding="utf-8")
-        has_template = getattr(tuned.tokenizer, "chat_template", None) is not None
+        has_template = getattr(tokenizer, "chat_template", None) is not None
         return figures | {"template": Figure(float(turns is not None or not has_template))}
 
 

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
 
+    from .asking import Asking
     from .tuned import Tuned
 
 SERVER, EXPECTED, BASE, ADAPTER = "vllm", "expected.json", "base", "adapter"
+TEMPLATE, NAME = "as_learnt.jinja", "tuned"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as the highest rank of adapters."""
 _NOT_SERVED = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
@@ -94,18 +96,26 @@ class Vllm(ContentExport):
         return [Problem(what, fix, "export", "vllm-merge-aware")]
 
     def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
+        from .asking import asking
+
+        figures: dict[str, Figure] = {}
         if self.content == "adapter":
             refuse_several(tuned.manifest["active"], "vLLM adds")
-        if self.content == "adapter":
-            figures, served = dict[str, Figure](), self._write_pair(tuned, folder)
+            served = self._write_pair(tuned, folder)
         else:
-            figures, served = dict(self.merged.write(tuned, folder)), {"model": "."}
+            figures |= self.merged.write(tuned, folder)
+            served = {"model": "."}
             without_paths(folder, "")
-        expected = self._expected(self._served(tuned, folder), tuned.held_out)
-        text = json.dumps({**served, "examples": expected}, indent=1)
-        (folder / EXPECTED).write_text(text + "\n", encoding="utf-8")
+        asked = asking(tuned)
+        if asked.template is not None:
+            (folder / TEMPLATE).write_text(asked.template, encoding="utf-8")
+            served["chat_template"] = TEMPLATE
+        examples = self._expected(self._served(tuned, folder), tuned.held_out)
+        noted = {**served, "examples": examples, "chats": asked.chats}
+        (folder / EXPECTED).write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8")
         needs = "" if self.content == "merged" else _needs(tuned.manifest)
-        (folder / README).write_text(_readme(served, tuned.manifest, needs), encoding="utf-8")
+        text = _readme(served, asked, tuned.manifest, needs)
+        (folder / README).write_text(text, encoding="utf-8")
         return figures
 
     def _write_pair(self, tuned: Tuned, folder: Path) -> dict[str, Any]:
@@ -178,11 +188,15 @@ def serving_of(backend: Backend) -> Serving | None:
 
 
 def serve_command(served: Mapping[str, Any], dtype: str) -> str:
-    """Return the command that serves a folder, from inside of it."""
+    """Return the command that serves a folder, from inside of it, what was tuned as `NAME`."""
     command = ["vllm", "serve", served["model"], "--dtype", dtype]
     if "adapter" in served:
         command += ["--enable-lora", "--max-lora-rank", str(served["max_lora_rank"])]
-        command += ["--lora-modules", f"tuned={served['adapter']}"]
+        command += ["--lora-modules", f"{NAME}={served['adapter']}"]
+    else:
+        command += ["--served-model-name", NAME]
+    if "chat_template" in served:
+        command += ["--chat-template", served["chat_template"]]
     return shlex.join(command)
 
 
@@ -192,14 +206,22 @@ def _needs(manifest: Mapping[str, Any]) -> str:
     return serving.needs if serving else ""
 
 
-def _readme(served: Mapping[str, Any], manifest: Mapping[str, Any], needs: str) -> str:
+def _readme(
+    served: Mapping[str, Any], asked: Asking, manifest: Mapping[str, Any], needs: str
+) -> str:
     # vLLM computes in half precision where weights are quantized.
     dtype = "bfloat16" if manifest["dtype"] == "float32" else manifest["dtype"]
-    named = " The adapter answers under the name `tuned`." if "adapter" in served else ""
-    more = f"It needs {needs}.\n\n" if needs else ""
-    return (
-        f"# For vLLM\n\nIn this folder:\n\n```bash\n{serve_command(served, dtype)}\n```\n\n{more}"
-        f"Written by quantadapt; vLLM itself was not there to try it.{named}\n\n"
+    body = shlex.quote(json.dumps({"model": NAME, **asked.body}))
+    request = f"curl http://localhost:8000/v1/{asked.path} \\\n"
+    request += f"  -H 'Content-Type: application/json' -d {body}"
+    parts = [
+        f"# For vLLM\n\nIn this folder:\n\n```bash\n{serve_command(served, dtype)}\n```",
+        f"It needs {needs}." if needs else "",
+        f"What was tuned answers under the name `{NAME}`:\n\n```bash\n{request}\n```",
+        asked.words,
+        "Written by quantadapt; vLLM itself was not there to try it.",
         f"`{EXPECTED}` holds what the tuned model answers: `python benchmarks/serving.py .` of "
-        "quantadapt's sources compares vLLM with it, where vLLM is installed.\n"
-    )
+        "quantadapt's sources compares vLLM with it, where vLLM is installed; with `--serve` it "
+        "asks the server that the command above starts.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"

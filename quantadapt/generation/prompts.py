@@ -73,6 +73,12 @@ class PromptWriter:
             raise DataError("the prompt is empty", fix="write something", where="prompt")
         return found
 
+    def text(self, asked: str | Turns) -> str:
+        """Return what `ids` encodes, without the special tokens that a tokenizer adds; raises what
+        that does."""
+        found = self._prompt(asked)
+        return found if isinstance(found, str) else found.text
+
     def _prompt(self, asked: str | Turns | Prompt) -> str | Prompt:
         if isinstance(asked, Prompt):
             return asked
@@ -106,5 +112,6 @@ def layout_in(metrics: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
     found = metrics.get("data", {})
     for one in found.get("files", ()) if isinstance(found, dict) else ():
         if layout := _OF_FORMATS.get(one.get("format", "")):
-            return layout
+            without = layout == "chat" and not tokenizer.chat_template
+            return "instruction" if without else layout
     return "chat" if tokenizer.chat_template else "text"

@@ -77,6 +77,7 @@ class Gguf(Exporter):
         return int(dense * bits / (8 * state_of(tuned.model).dtype.itemsize))
 
     def write(self, tuned: Tuned, folder: Path) -> dict[str, Figure]:
+        from ..asking import asking_tokenizer, learnt_layout
         from .model import config_of as config_of_model
 
         path = folder / "model.gguf"
@@ -84,13 +85,14 @@ class Gguf(Exporter):
             _ = tuned.held_out  # what is wrong with the data is told before the work
         merged: Any = tuned.merged("dense")
         script = find_converter(MODEL, self.converter)
+        tokenizer, chats = asking_tokenizer(tuned), learnt_layout(tuned) == "chat"
         if script and (self.converter or unknown_in(config_of_model(merged))):
-            count = self._converted(merged, tuned.tokenizer, folder, script)
+            count = self._converted(merged, tokenizer, folder, script)
         else:
             from .model import write_model
 
-            name, chats = base_name(tuned), learnt_chats(tuned)
-            count = write_model(merged, tuned.tokenizer, path, self.dtype, name, chats=chats)
+            name = base_name(tuned)
+            count = write_model(merged, tokenizer, path, self.dtype, name, chats=chats)
         figures = {"tensors": Figure(count), "size": Figure(path.stat().st_size / 2**20, "MiB")}
         if self.check:
             config = merged.config
@@ -168,14 +170,6 @@ class GgufAdapter(Exporter):
             return {"size": Figure(path.stat().st_size / 2**20, "MiB")}
         layers = write_adapter(tuned.adapter, config, path, self.dtype, base_name(tuned))
         return {"layers": Figure(layers), "size": Figure(path.stat().st_size / 2**20, "MiB")}
-
-
-def learnt_chats(tuned: Tuned) -> bool:
-    """Say whether its run learnt from chats, as the chat template writes them."""
-    from ...generation.prompts import layout_in
-
-    metrics = tuned.metrics_so_far
-    return bool(metrics.get("data")) and layout_in(metrics, tuned.tokenizer) == "chat"
 
 
 def base_name(tuned: Tuned) -> str:
