@@ -61,6 +61,11 @@ def train(folder: Path, case: str, count: int, batch: int, **options: Any) -> di
     }
 
 
+ROUNDING = {"rtol": 2e-4, "atol": 2e-4}
+"""Sums in another order, as other CPUs and numbers of threads have them, after four steps at a high
+learning rate: 6e-5 were seen. A row that counts twice, or not, is hundreds of times as much."""
+
+
 def runs(folder: Path, batch: int, alone: bool) -> dict[str, Any]:
     """The runs of the tests, here or in one of two processes."""
     found: dict[str, Any] = {"ddp, 5 rows": train(folder, "ddp", 11, batch)}
@@ -96,7 +101,7 @@ def test_two_processes_train_on_packed_rows_as_one(found, case, run) -> None:
             each["tokens"] == alone["tokens"] == 2 * sum(LENGTHS[: 13 if run == "6 rows" else 14])
         )
         assert not each["again"]
-        torch.testing.assert_close(each["logs"], alone["logs"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(each["logs"], alone["logs"], **ROUNDING)
         close(each, alone)
 
 
@@ -107,7 +112,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(found, case) -> None:
     for each in (found[0], *found[1]):
         resumed = each[f"{case}, resumed"]
         assert resumed["from"] == 3
-        torch.testing.assert_close(resumed["logs"], whole["logs"][3:], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(resumed["logs"], whole["logs"][3:], **ROUNDING)
         close(resumed, whole)
 
 
