@@ -26,6 +26,7 @@ from ..inputs.documents import reason
 from ..model.patches import patched
 from ..protocols import Task
 from .checkpoints import facts_of, set_rates
+from .exact_weights import ExactWeights
 from .lent_to_trainers import adds_to_loss
 from .progress import Progress
 from .rescue import AfterStep
@@ -70,6 +71,7 @@ class TrainingLoop:
     validation: Validation | None = None
     prepared: Prepared | None = None
     packed: Filling | None = None
+    exact: ExactWeights | None = None
     passes: int = 1
     """Of the step that goes on; one in validation."""
 
@@ -219,6 +221,7 @@ class TrainingLoop:
                         self.validation.save(partial / name)
                     if self.prepared is not None:
                         self.prepared.save(partial / name)
+                    self.keep_exact().save(partial / name)
                 facts = facts_of(self)
                 self.accelerator.wait_for_everyone()
                 if self.is_world_process_zero():
@@ -240,10 +243,19 @@ class TrainingLoop:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Let the next step have the learning rate of the schedule as it is now."""
+        if checkpoint is None:
+            return
         with _taking_up(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is not None:
-            set_rates(self)
+            self.keep_exact().load(Path(checkpoint))
+            with self.keep_exact().in_place():
+                super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        set_rates(self)
+
+    def keep_exact(self) -> ExactWeights:
+        """Return the weights that the optimizer sees in float32, and the model in 16 bits."""
+        if self.exact is None:
+            self.exact = ExactWeights.of(self.model, self.optimizer)
+        return self.exact
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         with _taking_up(checkpoint):

@@ -84,6 +84,7 @@ class Watcher:
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Choose how memory is used, and start the clock."""
         self._refresh()
+        self.trainer.keep_exact()
         if self.trainer.memory_fit is not None:
             self.trainer.memory_fit.start()
         if self.trainer.validation is not None:

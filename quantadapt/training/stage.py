@@ -396,6 +396,9 @@ def _run(
         words = trainer.memory_fit.describe(trainer.memory_fit.setting)
         what = f"the GPU has run out of memory, with {words}"
         raise TrainingError(what, fix=OOM_FIX, where="train") from error
+    finally:
+        if trainer.exact is not None:
+            trainer.exact.put_back()
     if trainer.interrupted:
         raise trainer.stop.error(trainer.state.global_step, trainer.state.max_steps)
 
