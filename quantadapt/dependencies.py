@@ -43,15 +43,28 @@ def missing_requirements(record: Record) -> list[Problem]:
     return problems
 
 
+_OF_BITSANDBYTES = ("bnb", "paged", "8bit", "lion", "ademamix")
+_OF_OTHERS = {
+    "adamw_torch_xla": "torch_xla",
+    "adamw_torch_npu": "torch_npu",
+    "adamw_anyprecision": "torchdistx",
+    "grokadamw": "grokadamw",
+    "stable_adamw": "torch-optimi",
+}
+"""How transformers' names of optimizers begin -> the library that it takes them from."""
+
+
 def missing_for_optimizer(name: str) -> list[Problem]:
     """Return a problem if the optimizer that transformers calls `name` lacks its library."""
-    torchao = name.startswith("adamw_torch_") and "bit" in name
-    bitsandbytes = not torchao and any(part in name for part in ("bnb", "paged", "8bit"))
-    for needed, library in ((torchao, "torchao"), (bitsandbytes, "bitsandbytes")):
-        if needed and installed_version(library) is None:
-            what = f"the optimizer {name!r} needs {library}, which is not installed"
-            return [Problem(what, f"pip install {library}, or use adamw_torch", "train.optim")]
-    return []
+    library = next((of for begin, of in _OF_OTHERS.items() if name.startswith(begin)), "")
+    if not library and name.startswith("adamw_torch_") and "bit" in name:
+        library = "torchao"
+    elif not library and any(part in name for part in _OF_BITSANDBYTES):
+        library = "bitsandbytes"
+    if not library or installed_version(library) is not None:
+        return []
+    what = f"the optimizer {name!r} needs {library}, which is not installed"
+    return [Problem(what, f"pip install {library}, or use adamw_torch", "train.optim")]
 
 
 TRACKERS = {

@@ -6,6 +6,7 @@ generate.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -183,8 +184,9 @@ def train(
             for objectives that stream also a list of sources, `{"path": ..., "weight": ...}`.
         objective: see `quantadapt objectives`; a name, or `{"name": ..., option: value}`.
         output: where checkpoints go; a temporary folder if missing.
-        eval_data: what `eval_steps` or `eval_strategy` measure on while training: a file or a
-            tokenized Dataset; by default what is held out of `data`.
+        eval_data: what `eval_steps` or `eval_strategy` measure on while training: a file, which is
+            read as `data` is and leaves all of that to be learnt, or a tokenized Dataset; by
+            default what is held out of `data`.
         seed: for shuffling and dropout.
         tokenizer: needed where the model came without one: a live module, for instance.
         on_log: called at each logging step with step, loss, learning_rate, ..., and after each
@@ -205,7 +207,8 @@ def train(
     from .training.stage import check
     from .training.stage import train as train_
 
-    spec = Spec(train=options, objective=objective, data=_named(data, max_length), seed=seed)
+    named = {**_named(data, max_length), **_named_to_measure_on(eval_data)}
+    spec = Spec(train=options, objective=objective, data=named, seed=seed)
     task = planning.task_for(spec)
     check(model, spec.train, task)
     _refuse_length(max_length, data, data if eval_data is None else eval_data)
@@ -216,7 +219,7 @@ def train(
         if spec.train.validates == "no":
             what = "eval_data has no effect where nothing says when to measure on it"
             raise QuantadaptError(what, fix="pass eval_steps=..., or eval_strategy='epoch'")
-        rest = held_out_data(eval_data, tokenizer, max_length)
+        rest = None if isinstance(eval_data, str | Path) else held_out_data(eval_data, tokenizer)
     with stage("train", verbose) as tell, tempfile.TemporaryDirectory() as scratch:
 
         def note(text: str) -> None:
@@ -232,11 +235,16 @@ def train(
         if data is None or isinstance(data, str | Path | list):
             read = task.read_for(spec, _needed(tokenizer), processes=world().size)
             data = read.train
+            if rest is not None:
+                note(f"data: eval_data is measured on, and not the {len(read.eval):,} held out")
             rest = read.eval if rest is None else rest
             if hasattr(model, "quantadapt"):
                 state_of(model).max_length = max_length
             for text in read.report.words():
                 note(f"data: {text}")
+        elif spec.data.eval_path is not None:
+            alone = spec.data.model_copy(update={"path": spec.data.eval_path})
+            rest = task.read(alone, _needed(tokenizer), seed=seed).eval
         if spec.train.stream_folder is not None and spec.train.stream not in ("experts", "all"):
             note(NOT_STREAMED)
         result = train_(
@@ -260,6 +268,13 @@ def _named(data: Any, max_length: int | None) -> dict[str, Any]:
     if isinstance(data, list):
         return {"sources": data, **given}
     return {"path": str(data), **given} if isinstance(data, str | Path) else given
+
+
+def _named_to_measure_on(eval_data: Any) -> dict[str, Any]:
+    """Return what a spec says of held-out data that are not tokenized yet: all of them."""
+    if not isinstance(eval_data, str | Path):
+        return {}
+    return {"eval_path": str(eval_data), "eval_examples": sys.maxsize}
 
 
 @in_turn

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 import quantadapt as qa
 from quantadapt import demo
-from quantadapt.adapting.loftq import _low_rank
+from quantadapt.adapting.loftq import LoftQStartWarning, _low_rank
 from quantadapt.errors import PlanRefused
 from quantadapt.loading import from_pretrained
 from quantadapt.planning import plan
@@ -85,6 +86,31 @@ def test_it_is_the_best_low_rank_approximation() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "options", "targets", "whole"),
+    [
+        ("none", {}, ["q_proj"], ["q_proj"]),
+        ("hqq", {}, ["q_proj", "lm_head"], ["lm_head"]),
+        ("hqq", {"skip_modules": ["lm_head", "v_proj"]}, ["q_proj", "v_proj"], ["v_proj"]),
+    ],
+    ids=["none", "head", "skipped"],
+)
+def test_layers_that_lost_nothing_begin_as_those_of_lora(backend, options, targets, whole) -> None:
+    """A and B began as zeros there, and stayed so whatever was learnt; or it was no facade."""
+    model = qa.quantize(SMALL, backend, **options)
+    with pytest.warns(LoftQStartWarning, match=f"took nothing away .* {whole[0]} among them"):
+        tuned = qa.attach(model, "loftq", r=4, target_modules=targets)
+    tuned.train()(input_ids=IDS, labels=IDS).loss.backward()
+    layers = {n: m for n, m in tuned.named_modules() if isinstance(m, LoraLayer)}
+    assert layers
+    for name, layer in layers.items():
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        lost = name.rpartition(".")[2] not in whole
+        assert a.any()
+        assert bool(b.any()) == lost
+        assert b.grad.any(), name  # what is all zeros has none
+
+
 def test_with_dora_and_rslora_it_starts_in_the_same_place() -> None:
     expected = logits(start("hqq", bits=2))
     for adapter in ("dora", "rslora"):

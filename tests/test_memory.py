@@ -307,8 +307,16 @@ def test_more_recomputation_never_needs_more() -> None:
 
 
 def test_optimizers() -> None:
-    names = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "lion_32bit", "sgd", "lion_8bit")
-    assert [optimizer_bytes(name) for name in names] == [8, 2, 0, 4, 4, 1]
+    names = (
+        "adamw_torch",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "lion_32bit",
+        "sgd",
+        "lion_8bit",
+        "ademamix",
+    )
+    assert [optimizer_bytes(name) for name in names] == [8, 2, 0, 4, 4, 1, 12]
 
 
 # --- what fits ------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from peft import (
     get_peft_model,
 )
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     GPT2Config,
@@ -29,13 +31,17 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from quantadapt.data.batches import CausalCollator, PackedCollator
-from quantadapt.errors import OutputError, TrainingError
+from quantadapt.errors import OutputError, PlanRefused, TrainingError
 from quantadapt.evaluation import perplexity
 from quantadapt.folders.checkpoints import PARTIAL
+from quantadapt.planning import plan
+from quantadapt.planning.optimizers import optimizer_problems
 from quantadapt.sharding import PACKED
-from quantadapt.spec import TrainSpec
+from quantadapt.spec import Spec, TrainSpec
 from quantadapt.training import base_parameters, problems, train
 
 VOCABULARY = 64
@@ -328,6 +334,78 @@ def test_accumulating_an_encoder_decoder_model_changes_nothing(tokenizer, data, 
     assert accumulated == pytest.approx(whole, abs=1e-5)
 
 
+def balanced() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    routers = {"output_router_logits": True, "router_aux_loss_coef": 0.5, "num_local_experts": 4}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, **sizes, **heads, **routers))
+
+
+def with_z_loss() -> BambaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    mamba = {"mamba_n_heads": 4, "mamba_d_head": 16, "z_loss_coefficient": 0.1}
+    return BambaForCausalLM(BambaConfig(vocab_size=VOCABULARY, **sizes, **heads, **mamba))
+
+
+@pytest.mark.parametrize(
+    ("make", "adapter", "beside"),
+    [
+        (balanced, "lora", lambda made, _: 0.5 * _unbalanced(made.router_logits)),
+        (with_z_loss, "lora", lambda made, _: 0.1 * made.logits.logsumexp(-1).square().mean()),
+        (llama, "adalora", lambda _, model: _not_orthogonal(model)),
+    ],
+    ids=["routers", "z-loss", "adalora"],
+)
+def test_what_is_added_to_the_loss_counts_once_a_step(
+    make, adapter, beside, tokenizer, data, tmp_path
+):
+    """It did once a pass, so that its weight rose with the passes of a step."""
+    base = make()
+    torch.manual_seed(1)
+    config = CONFIGS[adapter]()
+    config.task_type, config.lora_dropout = "CAUSAL_LM", 0.0
+    config.target_modules = "all-linear" if make is with_z_loss else TARGETS[:2]
+    model = get_peft_model(base, config)
+    with torch.no_grad():
+        total, count, added = 0.0, 0, []
+        order = torch.utils.data.RandomSampler(data, generator=torch.Generator())
+        order.generator.manual_seed(0)
+        rows = [data[i] for i in list(order)[:4]]
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]])
+            made = model(ids, use_cache=False)
+            wanted = torch.tensor(row["completion_mask"][1:]).bool()
+            losses = torch.nn.functional.cross_entropy(
+                made.logits[0, :-1].double(), ids[0, 1:], reduction="none"
+            )
+            total, count = total + losses[wanted].sum(), count + int(wanted.sum())
+            added.append(beside(made, model))
+    expected = float(total / count + sum(added) / len(rows))
+    parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 1}
+    found = train(model, tokenizer, data, spec(**parts), output=tmp_path, seed=0)
+    assert found.losses[0][1] == pytest.approx(expected, abs=2e-5)
+
+
+def _unbalanced(routers) -> torch.Tensor:
+    """Mixtral's: experts times the share of tokens that each gets times its mean probability."""
+    shares = torch.cat([*routers]).softmax(-1)
+    chosen = torch.zeros_like(shares).scatter(1, shares.topk(2).indices, 1.0)
+    return shares.shape[1] * (chosen.mean(0) * shares.mean(0)).sum()
+
+
+def _not_orthogonal(model) -> torch.Tensor:
+    """AdaLoRA's, as PEFT writes it down: the mean of ‖G - I‖ of its factors, times its weight."""
+    found = []
+    for name, weight in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            gram = weight @ weight.T if "lora_A" in name else weight.T @ weight
+            found.append(torch.linalg.norm(gram - torch.eye(len(gram))))
+    return model.peft_config["default"].orth_reg_weight * sum(found) / len(found)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
 def test_the_loss_is_the_mean_over_all_tokens_but_the_first(kind, tokenizer, data, tmp_path):
     """Whatever the class is called, and without a loss on routers that its config does not ask
@@ -387,6 +465,44 @@ def test_settings_that_cannot_be_used_are_explained(tokenizer, data, tmp_path):
     frozen = adapted().requires_grad_(False)
     with pytest.raises(TrainingError, match="no trainable weights"):
         train(frozen, tokenizer, data, spec(), output=tmp_path, seed=0)
+
+
+OPTIMIZERS = [name.value for name in OptimizerNames]
+SCHEDULES = [name.value for name in SchedulerType]
+COMPILED = "adamw_torch_4bit"
+ELSEWHERE = (
+    *("adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision"),
+    *("grokadamw", "stable_adamw"),
+)
+"""Optimizers of libraries that these tests do not have."""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"optim": name} for name in OPTIMIZERS if name != COMPILED),
+        *({"lr_scheduler_type": name} for name in SCHEDULES),
+        pytest.param({"optim": COMPILED}, marks=pytest.mark.slow),
+    ],
+    ids=lambda options: next(iter(options.values())),
+)
+def test_what_transformers_has_trains_or_is_refused_at_once(options, tokenizer, data, tmp_path):
+    """None is found out by transformers when the base is there."""
+    name = next(iter(options.values()))
+    given = spec(**options, max_steps=3, warmup_ratio=0.4)
+    if found := optimizer_problems(given):
+        with pytest.raises(PlanRefused, match=name):
+            train(adapted(), tokenizer, data, given, output=tmp_path, seed=0)
+        with pytest.raises(PlanRefused, match=name):
+            plan(Spec(backend="none", train=options))
+        away = any(name.startswith(begin) for begin in ELSEWHERE)
+        assert ("which is not installed" in found[0].what) == away
+        return
+    model = adapted()
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    assert train(model, tokenizer, data, given, output=tmp_path, seed=0).steps == 3
+    after = dict(model.named_parameters())
+    assert any(not torch.equal(weight, after[name]) for name, weight in before.items())
 
 
 @pytest.mark.slow

@@ -26,12 +26,13 @@ from transformers import (
 )
 
 import quantadapt as qa
+from quantadapt import planning
 from quantadapt.data.batches import CausalCollator
 from quantadapt.distributed.talking import PeerLost, peers_in_words
 from quantadapt.errors import PlanRefused, QuantadaptError, TrainingError
 from quantadapt.evaluation import perplexity
 from quantadapt.reporting.charts import Curve, line_chart
-from quantadapt.spec import TrainSpec
+from quantadapt.spec import DataSpec, Spec, TrainSpec
 from quantadapt.training import train
 from quantadapt.training.validation import best_of, waited
 
@@ -249,6 +250,30 @@ def test_a_resumed_run_knows_what_was_measured_before(name, run, tmp_path) -> No
     assert all(torch.allclose(one, other, atol=1e-5) for one, other in weights)
 
 
+def test_a_run_that_ends_with_an_epoch_has_measured_it(run) -> None:
+    """The checkpoint of its last step was written before, and the resumed run began the next."""
+    options = {"eval_steps": None, "eval_strategy": "epoch", "load_best_model_at_end": True}
+    options |= {"save_steps": 4, "max_steps": -1, "num_train_epochs": 2.5}
+    model = adapted()
+    whole, _ = run(model, folder="whole", **options)
+    assert [step for step, _ in whole.validation] == [8, 16, 20]
+    assert whole.kept_step == 8  # what is to be found again
+
+    def stop(entry: dict[str, Any]) -> None:
+        if entry["step"] == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(adapted(), folder="cut", on_log=stop, **options)
+    again = adapted()
+    resumed, _ = run(again, folder="cut", resume=True, **options)
+    assert resumed.resumed_from == 8
+    assert resumed.validation == whole.validation
+    assert resumed.kept_step == 8
+    weights = zip(model.parameters(), again.parameters(), strict=True)
+    assert all(one.equal(other) for one, other in weights)
+
+
 def test_a_run_that_stopped_early_does_not_go_on(run) -> None:
     options = {"early_stopping_patience": 1, "max_steps": 60, "save_steps": 3}
     options |= {"load_best_model_at_end": True}
@@ -306,6 +331,56 @@ def test_without_held_out_data_it_is_refused(tokenizer, random_data, held_out, t
         model, random_data, eval_data=held_out, max_steps=2, eval_steps=1, learning_rate=1e-3
     )
     assert result.validation[-1][1] == pytest.approx(perplexity(model, held_out).loss, rel=1e-6)
+
+
+TEXTS = {
+    "sft": lambda i: {"prompt": f"{i}?", "completion": " yes" * (1 + i % 3)},
+    "dpo": lambda i: {"prompt": f"{i}?", "chosen": " yes" * (1 + i % 3), "rejected": " no"},
+    "embed": lambda i: {"anchor": f"number {i}", "positive": str(i), "negative": str(i + 1)},
+}
+
+
+@pytest.mark.parametrize("objective", TEXTS)
+def test_a_file_to_measure_on_leaves_all_data_to_be_learnt(objective, tmp_path) -> None:
+    """A part of `data` was held out beside it, and neither learnt nor measured; and it was read as
+    text, whatever the objective reads."""
+    files = [tmp_path / name for name in ("train.jsonl", "measured.jsonl")]
+    for file, numbers in zip(files, (range(8), range(20, 23)), strict=True):
+        file.write_text("".join(json.dumps(TEXTS[objective](i)) + "\n" for i in numbers))
+    data, measured = files
+    options = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "learning_rate": 1e-3}
+    found = []
+    for given in (str(data), "tokenized"):
+        torch.manual_seed(0)
+        model = qa.attach(qa.quantize(None, "none", device="cpu"), "lora", r=2)
+        if given == "tokenized":
+            task = planning.task_for(Spec(objective=objective))
+            both = DataSpec(path=str(data), eval_path=str(measured))
+            given = task.read(both, model.quantadapt.tokenizer, seed=0).train
+        notes: list[str] = []
+        found.append(
+            qa.train(
+                *(model, given),
+                objective=objective,
+                eval_data=measured,
+                eval_steps=8,
+                on_note=notes.append,
+                **options,
+            )
+        )
+        assert found[-1].steps == 8
+    assert found[0].validation == found[1].validation
+    assert len(found[0].validation) == 1
+
+
+def test_examples_that_nobody_learns_are_told(held_out, tmp_path) -> None:
+    """Of a file, where what is measured on comes tokenized."""
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(TEXTS["sft"](i)) + "\n" for i in range(8)))
+    model, notes = qa.attach(qa.quantize(None, "none", device="cpu"), "lora", r=2), list[str]()
+    options = {"max_steps": 1, "eval_steps": 1, "on_note": notes.append}
+    qa.train(model, str(data), eval_data=held_out, **options)
+    assert "data: eval_data is measured on, and not the 1 held out" in notes
 
 
 class Weighted(qa.SFT):

@@ -13,7 +13,7 @@ def optimizer_bytes(name: str) -> int:
     """
     if "paged" in name:
         return 0
-    states = 1 if any(part in name for part in _ONE_STATE) else 2
+    states = 1 if any(part in name for part in _ONE_STATE) else 3 if "ademamix" in name else 2
     return states * (1 if "8bit" in name or "4bit" in name else 4)
 
 

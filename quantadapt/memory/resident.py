@@ -64,7 +64,8 @@ class Resident:
         row_shares: how many could.
         method: the adapter's, with its options; None of a LoRA of `rank`.
         also: layers beside the decoder's that get an adapter: embedding, head, those of towers.
-        whole: how many weights of copied modules are trained, in the compute dtype.
+        whole: how many weights of copied modules are trained, in the compute dtype; exactly
+            while the optimizer works.
         keeps_casts: whether a fused adapter is there in the compute dtype, too.
     """
 
@@ -278,7 +279,8 @@ class Resident:
         whole, too."""
         kept = between_passes(self.trained, self.optim, accumulates=self.accumulates)
         kept += self.method.importances * self.trained if self.method else 0
-        whole = (
-            between_passes(self.whole, self.optim, accumulates=self.accumulates) + 4 * self.whole
-        )
-        return self.held_bytes + self.casts_bytes + kept + whole * self.dtype_bytes // 4
+        whole = between_passes(self.whole, self.optim, accumulates=self.accumulates)
+        whole += self.dtype_bytes * self.whole
+        if self.dtype_bytes < 4:  # `training.exact_weights`: weights and gradients, exactly
+            whole += 8 * self.whole
+        return self.held_bytes + self.casts_bytes + kept + whole

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..machine import installed_version
 from .cards import GIB
@@ -32,18 +33,22 @@ def given(train: TrainSpec, layers: int, most: int, *, offloads: bool) -> Settin
     return None
 
 
-def splits(
-    task: Task, train: TrainSpec, *, adds_to_loss: bool, routers: bool = False, divides: bool = True
-) -> bool:
+def splits(task: Task, train: TrainSpec, *, adds_to_loss: bool, divides: bool = True) -> bool:
     """Say whether a batch may go through the model in parts.
 
     Args:
-        adds_to_loss: whether the adapter adds something to the loss of each pass, as AdaLoRA does.
-        routers: whether the model balances its experts over a batch.
+        adds_to_loss: whether the adapter adds something to the loss of each pass, as AdaLoRA does,
+            or the model: see `adds_to_loss`.
         divides: whether the loss is divided by a count of the whole batch, not a mean.
     """
-    alike = not (adds_to_loss or routers or train.packing)
+    alike = not (adds_to_loss or train.packing)
     return task.adds_up and divides and alike
+
+
+def adds_to_loss(config: Mapping[str, Any]) -> bool:
+    """Say if a language model with this config.json adds a part of its own to the loss of each
+    pass: one that balances its routers, or Bamba's on the size of logits."""
+    return bool(config.get("output_router_logits") or config.get("z_loss_coefficient"))
 
 
 def records(task: Task, train: TrainSpec) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import Problem
+from ..memory.shape import language_config
 from ..protocols import Task
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def causal_problems(name: str, rule: str, config: Mapping[str, Any], instead: st
         what = f"{name} learns from the tokens of causal models, this is an encoder-decoder model"
         fix = f"use a causal model, or {instead}"
         found.append(Problem(what, fix, "objective", f"{rule}-encoder-decoder"))
-    if config.get("output_router_logits"):
+    if language_config(config).get("output_router_logits"):
         what = f"{name} does not balance routers, and the model's config asks for that"
         fix = "set output_router_logits to false in its config.json"
         found.append(Problem(what, fix, "objective", f"{rule}-routers"))

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from .. import demo
 from ..data.sources import matching
-from ..dependencies import missing_for_optimizer, missing_requirements, tracker_problems
+from ..dependencies import missing_requirements, tracker_problems
 from ..distributed.world import world
 from ..errors import ModelError, OutputError, PlanRefused, PluginError, Problem, did_you_mean
 from ..folders.run_folder import RunFolder
@@ -32,6 +32,7 @@ from ..remote_code import code_notes
 from ..spec import Named, Spec, wrong_value
 from .adapter_options import checked_options
 from .on_disk import check_model, has_config_alone, quantization_in
+from .optimizers import optimizer_problems
 from .peft_options import method_problems
 from .processes import device_problems
 from .resuming import resumed
@@ -317,7 +318,7 @@ def check_task(draft: Draft, task: Task | None) -> None:
 def check_training(draft: Draft, device: str) -> None:
     """Look for options of training that contradict each other or lack their library."""
     train = draft.spec.train
-    draft.problems += missing_for_optimizer(train.optim)
+    draft.problems += optimizer_problems(train)
     draft.problems += tracker_problems(train.report_to)
     if train.gradient_checkpointing is not None and train.memory != "auto":
         what = "memory and gradient_checkpointing both say which layers are computed again"

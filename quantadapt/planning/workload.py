@@ -102,8 +102,7 @@ def memory_plan(
         fused_kernels=rules.fused_kernels(train),
         splits=rules.splits(
             *(task, train),
-            adds_to_loss=adapter.peft_type == "ADALORA",
-            routers=bool(config.get("output_router_logits")),
+            adds_to_loss=adapter.peft_type == "ADALORA" or rules.adds_to_loss(language),
         ),
         accumulates=train.gradient_accumulation_steps > 1,
         dense=dense,

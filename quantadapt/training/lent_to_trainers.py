@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+from ..adapting.adalora import tuner_of
 from ..distributed.talking import average_gradients
 from ..memory.shape import SCALED_LOGITS, TRL_SCALES
 from ..model.head import Head, aligned, counting, is_alone, is_its_weight
@@ -127,6 +128,13 @@ def _lend_loss(base: Any, outputs: Callable[..., Tensor], loss: Callable[..., Te
 def balances_routers(model: Any) -> bool:
     """Say if the model's loss has a part that balances its routers."""
     return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+
+
+def adds_to_loss(model: Any) -> bool:
+    """Say if the model, or its adapter, adds a part of its own to the loss of each pass, whatever
+    that is divided by: what balances routers, AdaLoRA's, Bamba's."""
+    own = balances_routers(model) or _adds_to_loss(model)
+    return own or tuner_of(model) is not None
 
 
 def _adds_to_loss(base: Any) -> bool:

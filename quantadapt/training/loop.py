@@ -27,6 +27,8 @@ from ..inputs.documents import reason
 from ..model.patches import patched
 from ..protocols import Task
 from .checkpoints import facts_of, set_rates
+from .exact_weights import ExactWeights
+from .lent_to_trainers import adds_to_loss
 from .progress import Progress
 from .rescue import AfterStep
 
@@ -70,6 +72,9 @@ class TrainingLoop:
     validation: Validation | None = None
     prepared: Prepared | None = None
     packed: Filling | None = None
+    exact: ExactWeights | None = None
+    passes: int = 1
+    """Of the step that goes on; one in validation."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.told: list[Mapping[str, Tensor]] = []  # by the passes of the step that goes on
@@ -127,7 +132,11 @@ class TrainingLoop:
         step = super().training_step  # type: ignore[misc]
         if self.memory_fit is not None:
             step = partial(self.memory_fit.step, step)
-        loss = step(model, inputs, *args, **kwargs)
+        self.passes = getattr(self, "current_gradient_accumulation_steps", 1)
+        try:
+            loss = step(model, inputs, *args, **kwargs)
+        finally:
+            self.passes = 1
         self.progress.figures.add(self.told)
         return loss
 
@@ -141,9 +150,14 @@ class TrainingLoop:
         """Ask the task, which makes no statistics of entropy and accuracy at every step.
 
         What a PEFT method adds to the model's loss (AdaLoRA does) stays in, as in Trainer;
-        SFTTrainer would lose it.
+        SFTTrainer would lose it. So does what the model adds. That counts once a step, as the mean
+        of its passes, whatever `gradient_accumulation_steps` is.
         """
-        found = self.task.loss(model, inputs, num_items_in_batch)
+        passes, count = self.passes, num_items_in_batch
+        if passes > 1 and count is not None and self.task.logits == "model" and adds_to_loss(model):
+            found = _shared(self.task.loss(model, inputs, count / passes), passes)
+        else:
+            found = self.task.loss(model, inputs, count)
         loss, told = found if isinstance(found, tuple) else (found, {})
         self.told.append(told)
         return (loss, None) if return_outputs else loss
@@ -211,6 +225,7 @@ class TrainingLoop:
                         self.validation.save(partial / name)
                     if self.prepared is not None:
                         self.prepared.save(partial / name)
+                    self.keep_exact().save(partial / name)
                 facts = facts_of(self)
                 self.accelerator.wait_for_everyone()
                 if self.is_world_process_zero():
@@ -232,10 +247,19 @@ class TrainingLoop:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Let the next step have the learning rate of the schedule as it is now."""
+        if checkpoint is None:
+            return
         with _taking_up(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is not None:
-            set_rates(self)
+            self.keep_exact().load(Path(checkpoint))
+            with self.keep_exact().in_place():
+                super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        set_rates(self)
+
+    def keep_exact(self) -> ExactWeights:
+        """Return the weights that the optimizer sees in float32, and the model in 16 bits."""
+        if self.exact is None:
+            self.exact = ExactWeights.of(self.model, self.optimizer)
+        return self.exact
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         with _taking_up(checkpoint):
@@ -244,6 +268,11 @@ class TrainingLoop:
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _taking_up(checkpoint):
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
+
+def _shared(found: Any, passes: int) -> Any:
+    """Return a loss, with what is told beside it, as one of so many that are summed up."""
+    return (found[0] / passes, *found[1:]) if isinstance(found, tuple) else found / passes
 
 
 def _nothing(*_: Any) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..adapting.adalora import bytes_to_come, tuner_of
+from ..adapting.adalora import bytes_to_come
 from ..adapting.fused import free
 from ..distributed.talking import reduced, tell_main, told_main
 from ..distributed.world import world
@@ -27,6 +27,7 @@ from ..memory.optimizers import between_passes
 from ..memory.setting import Setting, halves
 from ..sharding import is_sharded
 from ..streaming import streamer_of
+from .lent_to_trainers import adds_to_loss
 from .random_state import RandomState
 from .recomputing import Recomputer
 from .setting_search import Probe, choose, lowered
@@ -99,8 +100,7 @@ class MemoryFit:
         trainer = self.trainer
         return rules.splits(
             *(trainer.task, spec),
-            adds_to_loss=tuner_of(trainer.model) is not None,
-            routers=bool(getattr(trainer.model.config, "output_router_logits", False)),
+            adds_to_loss=adds_to_loss(trainer.model),
             divides=trainer.model_accepts_loss_kwargs,
         )
 

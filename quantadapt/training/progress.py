@@ -84,6 +84,7 @@ class Watcher:
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Choose how memory is used, and start the clock."""
         self._refresh()
+        self.trainer.keep_exact()
         if self.trainer.memory_fit is not None:
             self.trainer.memory_fit.start()
         if self.trainer.validation is not None:
@@ -116,13 +117,16 @@ class Watcher:
             allocate_ranks(self.adalora, state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Have the first and the last step logged, and validate where that is due; a resumed run
-        logs what it would have anyway."""
+        """Have the first and the last step logged, and validate where that is due, at the end of an
+        epoch, too: before a checkpoint of its last step is written, from which a resumed run begins
+        the next one. A resumed run logs what it would have anyway."""
         if state.global_step in (1, state.max_steps):
             control.should_log = True
         self._stop_if_due(args, state, control)
         validation = self.trainer.validation
-        if validation is not None and validation.due(state.global_step, state.max_steps):
+        if validation is not None and validation.due(
+            state.global_step, state.max_steps, ends_epoch=float(state.epoch).is_integer()
+        ):
             control.should_evaluate = True
 
     def _stop_if_due(self, args: Any, state: Any, control: Any) -> None:
@@ -131,12 +135,6 @@ class Watcher:
         if stop is not None and stop.due(step, args.logging_steps, args.device):
             self.trainer.interrupted = step < state.max_steps
             control.should_save = control.should_training_stop = True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Validate after each epoch, where that is wanted; not after a part of one."""
-        validation = self.trainer.validation
-        if validation is not None and not self.trainer.interrupted:
-            control.should_evaluate |= validation.spec.validates == "epoch"
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any

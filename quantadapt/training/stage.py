@@ -24,6 +24,7 @@ from ..folders.checkpoints import STATE, Checkpoint, finished, too_few_steps
 from ..memory.cards import OOM_FIX
 from ..memory.setting import Setting
 from ..planning.context_parallel import context_problems
+from ..planning.optimizers import optimizer_problems
 from ..planning.refusals import (
     float8_problems,
     head_problems,
@@ -267,6 +268,7 @@ def check(model: Any, spec: TrainSpec, task: Task) -> None:
         cell = state.cell
         found += merge_aware_problems(cell, state.backend, state.quantizer, state.adapter)
     found += _float8_problems(model, spec)
+    found += optimizer_problems(spec)
     found += tracker_problems(spec.report_to)
     found += cut_short(model)
     found += unsavable(model)  # told now, not when it is to be saved
@@ -394,6 +396,9 @@ def _run(
         words = trainer.memory_fit.describe(trainer.memory_fit.setting)
         what = f"the GPU has run out of memory, with {words}"
         raise TrainingError(what, fix=OOM_FIX, where="train") from error
+    finally:
+        if trainer.exact is not None:
+            trainer.exact.put_back()
     if trainer.interrupted:
         raise trainer.stop.error(trainer.state.global_step, trainer.state.max_steps)
 

@@ -142,10 +142,11 @@ class Validation:
         """(step, loss in nats per token) so far, what a resumed run had measured included."""
         return curve(self.trainer.state.log_history)
 
-    def due(self, step: int, last: int) -> bool:
-        """Say whether to measure after this step; at the end of an epoch, the trainer asks."""
+    def due(self, step: int, last: int, *, ends_epoch: bool) -> bool:
+        """Say whether to measure after this step."""
         every = self.spec.eval_steps or self.spec.logging_steps
-        return self.spec.validates == "steps" and (step % every == 0 or step == last)
+        at = ends_epoch if self.spec.validates == "epoch" else step % every == 0
+        return self.spec.validates != "no" and (at or step == last)
 
     def start(self) -> None:
         """Take up the best weights of a run that is resumed, and measure one batch, to see that it
