@@ -56,7 +56,7 @@ COMMANDS = {
     "exports": Entry("catalog", _LOOK, "List what a tuned model can be written as, or show one."),
     "matrix": Entry("matrix", _LOOK, "Show which backend goes with which adapter."),
     "doctor": Entry("doctor", _LOOK, "Check this installation and say what to install."),
-    "plugin": Entry("plugin", _EXTEND, "Start a plugin with a backend of your own."),
+    "plugin": Entry("plugin", _EXTEND, "Start a plugin: a backend or an adapter of your own."),
 }
 
 _OPTIONS = {

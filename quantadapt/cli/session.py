@@ -27,7 +27,7 @@ from .interrupts import HeardInterrupts
 from .quiet import Quiet
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from ..showing.screen import Screen
 
 INTERRUPTED = 130
 _SPACE, _RIGHTS = "free space on that disk, or use another", "make it readable and writable"
@@ -53,13 +53,13 @@ class Session:
         as_json: one JSON document is wanted on `out`, and nothing else there.
     """
 
-    out: Console
-    err: Console
+    out: Screen
+    err: Screen
     as_json: bool
     quiet: Quiet
 
     @property
-    def progress(self) -> Console:
+    def progress(self) -> Screen:
         """Where progress goes: never between the lines of a JSON document."""
         return self.err if self.as_json else self.out
 
@@ -79,7 +79,7 @@ class Session:
         from ..showing.screen import visible_json
 
         text = json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str)
-        self.out.file.write(f"{visible_json(text)}\n")
+        self.out.write(f"{visible_json(text)}\n")
 
     def move_log(self, path: Path) -> None:
         """Log into `path` from now on."""
@@ -165,7 +165,7 @@ def _named(error: BaseException) -> str:
 class _Lines:
     """What is written to it is printed on a console, broken between words."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Screen) -> None:
         self.console = console
 
     def write(self, text: str) -> None:
@@ -249,7 +249,7 @@ def _of_main(stream: TextIO) -> TextIO:
     return stream if world().is_main else open(os.devnull, "w")
 
 
-def _console(stream: TextIO) -> Console:
+def _console(stream: TextIO) -> Screen:
     from ..showing.screen import Screen
 
     return Screen(stream, _width(stream))
