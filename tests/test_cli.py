@@ -78,6 +78,18 @@ def test_a_reader_that_leaves_early_ends_it_without_words(line: str):
     assert (done.returncode, done.stderr) == (1, "")
 
 
+def test_where_no_temporary_file_can_be_written_the_way_out_is_told():
+    """As on a full disk, which Python takes for no folder at all."""
+    lines = ["import tempfile", "from quantadapt import cli"]
+    lines += ["tempfile._candidate_tempdir_list = lambda: ['/nowhere']", "cli.main(['schema'])"]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "No usable temporary directory found in ['/nowhere']" in done.stderr
+    assert "fix: make room in one of them, or name another folder by TMPDIR" in done.stderr
+    assert "not expected" not in done.stderr
+
+
 # How fast it starts ------------------------------------------------------------------------------
 
 

@@ -127,7 +127,11 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(target), link
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "README.md"], ids=str)
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, ROOT / "benchmarks" / "README.md"],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_each_table_has_a_head(page: Path) -> None:
     """What follows an empty line is no row of the table before it."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))

@@ -188,6 +188,9 @@ def report_failure(
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         fix = "make room there; for temporary files, TMPDIR names another folder"
         error = OutputError("the disk is full", fix=fix, where=str(error.filename or "?"))
+    elif isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
+        fix = "make room in one of them, or name another folder by TMPDIR"
+        error = OutputError(f"no temporary file can be written: {error.strerror}", fix=fix)
     if os.environ.get(TRACEBACK, "") not in ("", "0"):
         write(stream, "".join(traceback.format_exception(error)))
     if isinstance(error, Interrupted):
