@@ -67,6 +67,29 @@ def python(*lines: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
 
 
+@pytest.mark.parametrize("line", ["--help", "--version", "schema", "init demo --output -"])
+def test_a_reader_that_leaves_early_ends_it_without_words(line: str):
+    """As with `| head`."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "quantadapt", *line.split()]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_where_no_temporary_file_can_be_written_the_way_out_is_told():
+    """As on a full disk, which Python takes for no folder at all."""
+    lines = ["import tempfile", "from quantadapt import cli"]
+    lines += ["tempfile._candidate_tempdir_list = lambda: ['/nowhere']", "cli.main(['schema'])"]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "No usable temporary directory found in ['/nowhere']" in done.stderr
+    assert "fix: make room in one of them, or name another folder by TMPDIR" in done.stderr
+    assert "not expected" not in done.stderr
+
+
 # How fast it starts ------------------------------------------------------------------------------
 
 
@@ -809,10 +832,18 @@ def test_data_as_json_gives_tokens_and_masks(run_cli, lossy):
     assert (file["rows"], file["cut"], file["dropped"]) == (30, 10, {"with an empty answer": 3})
 
 
+def test_data_tells_all_lines_that_cannot_be_read(run_cli, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text"\n{"text": "x", "text": "y"}\n')
+    shown = run_cli("data", tmp_path / "a.jsonl")
+    assert shown.code == 1
+    assert "a.jsonl:2: not valid JSON" in shown.err
+    assert "a.jsonl:3: not readable as JSON: the key 'text' is there twice" in shown.err
+
+
 def test_data_reads_columns_of_any_name(run_cli, tmp_path):
     (tmp_path / "a.csv").write_text("q,a\nx,y\n")
     names = ("--column", "prompt=q", "--column", "completion=a")
-    assert "prompt-completion, 1 examples" in run_cli("data", tmp_path / "a.csv", *names).out
+    assert "prompt-completion, 1 example," in run_cli("data", tmp_path / "a.csv", *names).out
     shown = run_cli("data", tmp_path / "a.csv")
     assert shown.code == 1
     assert "name yours in --column, e.g. --column prompt=question --column compl" in shown.err

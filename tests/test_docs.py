@@ -127,6 +127,18 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(target), link
 
 
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, ROOT / "benchmarks" / "README.md"],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_each_table_has_a_head(page: Path) -> None:
+    """What follows an empty line is no row of the table before it."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert re.match(r".*\n\|[ :|-]+\n", table), table.splitlines()[0]
+
+
 @cache
 def anchors(page: Path) -> set[str]:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
@@ -192,6 +204,14 @@ def test_command_lines_parse(page: Path) -> None:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for line in re.findall(r"`quantadapt ([^`]+)`", text):
         parse(shlex.split(line), bare=True)
+
+
+@pages
+def test_no_shell_takes_what_is_in_brackets_for_names_of_files(page: Path) -> None:
+    """zsh refuses a line with a pattern that no file fits."""
+    for script in blocks(page, "sh"):
+        left = re.sub(r"'[^']*'|\"[^\"]*\"|#.*", "", script)
+        assert not re.search(r"[\[\]*?]", left), left
 
 
 def test_wrong_command_lines_do_not_parse() -> None:

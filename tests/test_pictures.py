@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +46,16 @@ def kind(request, small_picture_models):
         tokenizer=load_tokenizer(path),
         processor=processor_at(path),
     )
+
+
+def test_the_command_of_the_page_writes_a_model_and_data_and_prints_nothing_else(tmp_path):
+    command = [sys.executable, "-m", "quantadapt.testing.small_pictures", str(tmp_path / "small")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    model, data = tmp_path / "small" / "model", tmp_path / "small" / "data" / "train.jsonl"
+    assert done.stdout == f"{model} and {data}\n"
+    assert (model / "config.json").is_file()
+    assert len(data.read_text().splitlines()) == 64
 
 
 def png(colour=(220, 30, 30), size=(16, 16)) -> bytes:

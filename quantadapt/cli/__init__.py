@@ -23,15 +23,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments in ([], ["--help"], ["-h"], ["help"]):
         from .commands import overview
 
-        sys.stdout.write(overview())
-        raise SystemExit(0)
+        raise SystemExit(_write(overview()))
     if arguments in (["--version"], ["-V"]):
         from .. import __version__
 
-        sys.stdout.write(f"quantadapt {__version__}\n")
-        raise SystemExit(0)
+        raise SystemExit(_write(f"quantadapt {__version__}\n"))
     # It reads every entry_points.txt there is, and one that is torn would end each command.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     from .app import run_app
 
     run_app(arguments)
+
+
+def _write(text: str) -> int:
+    """Write to stdout and return the exit code: 1, without words, where nobody reads any more."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        return 1
+    return 0

@@ -95,7 +95,8 @@ COMMANDS = {
         "cannot check this installation",
     ),
     "plugin": Entry(
-        "plugin", _EXTEND, "Start a plugin with a backend of your own.", "cannot start a plugin"
+        "plugin", _EXTEND, "Start a plugin: a backend or an adapter of your own.",
+        "cannot start a plugin",
     ),
 }  # fmt: skip
 

@@ -29,7 +29,7 @@ def register(app: typer.Typer, name: str) -> None:
         compare,
         "quantadapt compare --backends hqq,bnb-nf4 --adapters lora,dora -o compared",
         "quantadapt compare --model ORG/NAME --data train.jsonl --backends hqq,'hqq(bits=3)' "
-        "--set train.learning_rate=[1e-4,3e-4] --seeds 2 -o compared",
+        "--set 'train.learning_rate=[1e-4,3e-4]' --seeds 2 -o compared",
         "quantadapt compare grid.yaml --budget 2 -o compared",
         "quantadapt compare grid.yaml -o compared --dry-run",
     )

@@ -118,7 +118,7 @@ def _as_options() -> Iterator[None]:
             for p in error.problems
         ]
         if isinstance(error, DataError):
-            raise DataError(said[0].what, fix=said[0].fix, where=said[0].where) from error
+            raise type(error).of(said) from error
         raise type(error)(said) from error
 
 

@@ -99,6 +99,8 @@ def _told(shown: Session, imports: bool, anew: bool, timeout: float) -> Diagnosi
     return found
 
 
+_NAMES = 18
+"""The width of the names: `compressed-tensors` is the longest of ours."""
 TORCH_FIX = "reinstall it, in the build for your driver: https://pytorch.org/get-started/locally"
 
 
@@ -166,6 +168,6 @@ def _heading(shown: Session, text: str) -> None:
 
 def _line(shown: Session, name: str, text: str, fix: str = "") -> None:
     style = "red" if fix else None
-    shown.out.print(f"  {name:<14} {text}", style=style, markup=False, soft_wrap=True)
+    shown.out.print(f"  {name:<{_NAMES}} {text}", style=style, markup=False, soft_wrap=True)
     if fix:
-        shown.out.print(f"  {'':<14} fix: {fix}", markup=False, soft_wrap=True)
+        shown.out.print(f"  {'':<{_NAMES}} fix: {fix}", markup=False, soft_wrap=True)

@@ -74,7 +74,7 @@ def init(
         if json:
             shown.print_json({"use": use, "file": None if to_screen else str(file), "text": text})
         elif to_screen:
-            shown.out.file.write(text)
+            shown.out.write(text)
         else:
             _tell(shown, file)
 

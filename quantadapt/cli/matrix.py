@@ -193,7 +193,7 @@ def _print_matrix(
     elif markdown:
         from ..matrix.tables import to_markdown
 
-        shown.out.file.write(to_markdown(cells, parts))
+        shown.out.write(to_markdown(cells, parts))
     else:
         where = f"{device}, {dtype or preferred_dtype(device)}"
         show_matrix(shown, cells, parts, where)

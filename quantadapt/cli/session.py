@@ -28,7 +28,7 @@ from .interrupts import HeardInterrupts
 from .quiet import Quiet
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from ..showing.screen import Screen
 
 CANNOT: ContextVar[str] = ContextVar("CANNOT", default="")
 """What the command in hand cannot do where its options are wrong; empty: they are of a spec."""
@@ -56,13 +56,13 @@ class Session:
         as_json: one JSON document is wanted on `out`, and nothing else there.
     """
 
-    out: Console
-    err: Console
+    out: Screen
+    err: Screen
     as_json: bool
     quiet: Quiet
 
     @property
-    def progress(self) -> Console:
+    def progress(self) -> Screen:
         """Where progress goes: never between the lines of a JSON document."""
         return self.err if self.as_json else self.out
 
@@ -82,7 +82,7 @@ class Session:
         from ..showing.screen import visible_json
 
         text = json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str)
-        self.out.file.write(f"{visible_json(text)}\n")
+        self.out.write(f"{visible_json(text)}\n")
 
     def move_log(self, path: Path) -> None:
         """Log into `path` from now on."""
@@ -178,7 +178,7 @@ def _named(error: BaseException) -> str:
 class _Lines:
     """What is written to it is printed on a console, broken between words."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Screen) -> None:
         self.console = console
 
     def write(self, text: str) -> None:
@@ -201,6 +201,9 @@ def report_failure(
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         fix = "make room there; for temporary files, TMPDIR names another folder"
         error = OutputError("the disk is full", fix=fix, where=str(error.filename or "?"))
+    elif isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
+        fix = "make room in one of them, or name another folder by TMPDIR"
+        error = OutputError(f"no temporary file can be written: {error.strerror}", fix=fix)
     if os.environ.get(TRACEBACK, "") not in ("", "0"):
         write(stream, "".join(traceback.format_exception(error)))
     if isinstance(error, Interrupted):
@@ -262,7 +265,7 @@ def _of_main(stream: TextIO) -> TextIO:
     return stream if world().is_main else open(os.devnull, "w")
 
 
-def _console(stream: TextIO) -> Console:
+def _console(stream: TextIO) -> Screen:
     from ..showing.screen import Screen
 
     return Screen(stream, _width(stream))

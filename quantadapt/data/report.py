@@ -63,14 +63,14 @@ class FileReport:
     def counts(self, max_length: int) -> str:
         """Return the counts in words, e.g. `90 examples, 6000 tokens, 900 of them learnt`."""
         if not self.examples and not self.dropped:
-            return f"{self.rows:,} rows" if self.rows else "read row by row"
-        parts = [f"{self.examples:,} examples"]
+            return _many(self.rows, "row") if self.rows else "read row by row"
+        parts = [_many(self.examples, "example")]
         if 0 < self.held_out < self.examples:
             parts[0] += f" ({self.held_out:,} of them held out)"
-        parts.append(f"{self.tokens:,} tokens")
+        parts.append(_many(self.tokens, "token"))
         parts += [f"{self.learnt:,} of them learnt"] if self.learnt else []
         if self.pictures:
-            parts.append(f"{self.pictures:,} pictures of {self.standing:,} tokens")
+            parts.append(f"{_many(self.pictures, 'picture')} of {_many(self.standing, 'token')}")
         parts += self.losses(max_length) or ["none cut or dropped"]
         return ", ".join(parts)
 
@@ -91,6 +91,10 @@ class FileReport:
         if self.unused:
             found.append(f"columns that {self.format} does not know: {', '.join(self.unused)}")
         return found
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def source_of(file: str) -> str:

@@ -39,6 +39,15 @@ class Screen(Console):
             objects = tuple(self._broken(text, options.get("markup", True)) for text in objects)
         super().print(*objects, **options)
 
+    def write(self, text: str) -> None:
+        """Write text as it is. Where nobody reads any more (`| head`), end as `print` does: with
+        SystemExit and no words."""
+        try:
+            self.file.write(text)
+            self.file.flush()
+        except BrokenPipeError:
+            self.on_broken_pipe()
+
     def _broken(self, text: Any, markup: bool) -> Any:
         text = self.render_str(text, markup=markup) if isinstance(text, str) else text
         return between_words(text, self.width) if isinstance(text, Text) else text

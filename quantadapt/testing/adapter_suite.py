@@ -7,6 +7,8 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from .bench import Bench
 from .short_training import LEAST_GAIN, STEPS
 from .suite import Suite, cells
@@ -14,6 +16,9 @@ from .tensors import assert_equal, assert_within, digest, relative
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+_ADALORA = pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
+"""PEFT warns of every AdaLoRA that it loads: its keys name parameters, not modules."""
 
 
 class AdapterSuite(Suite):
@@ -91,6 +96,7 @@ class AdapterSuite(Suite):
         what = f"the logits change by saving and loading {adapter}"
         assert_within(error, bench.reload_tolerance(adapter), what, _RELOADED)
 
+    @_ADALORA
     def test_vanilla_peft_loads_it(self, bench: Bench, adapter: str) -> None:
         from peft import PeftModel
 
@@ -172,6 +178,7 @@ class AdapterSuite(Suite):
         assert_equal(bench.logits(loaded), bench.logits(merged), what, fix)
 
     @cells("onto")
+    @_ADALORA
     def test_merge_onto_the_unquantized_base(self, bench: Bench, adapter: str) -> None:
         """It is what PEFT makes of the unquantized model and the adapter, in memory in float32."""
         from peft import PeftModel

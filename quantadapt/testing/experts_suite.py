@@ -120,5 +120,5 @@ def _trained(bench: Bench, base: nn.Module) -> tuple[Any, list[float]]:
         assert not without, f"{without[:3]} get no gradient"
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return tuned.eval(), losses

@@ -187,8 +187,11 @@ def main() -> None:
     """Write a model and data into the folder that the command line names."""
     if len(sys.argv) not in (2, 3) or (sys.argv[2:3] and sys.argv[2] not in FAMILIES):
         sys.exit(f"write FOLDER, and perhaps one of {', '.join(FAMILIES)}")
+    from ..showing.quietly import quietly
+
     folder = Path(sys.argv[1])
-    write_model(folder / "model", *sys.argv[2:])
+    with quietly():
+        write_model(folder / "model", *sys.argv[2:])
     print(f"{folder / 'model'} and {write_data(folder / 'data')}")
 
 
