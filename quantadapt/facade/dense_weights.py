@@ -40,7 +40,7 @@ class DenseWeights:
 def _is_dense(layer: QuantWeight) -> bool:
     """Say whether the vendor's own tensor is the weight that `dequantize` returns."""
     weight = layer.own_vendor._parameters.get("weight")
-    if weight is None or type(weight.data) is not Tensor:
+    if type(weight) is not nn.Parameter:  # a tensor of a class that unpacks itself
         return False
     shape = layer.out_features, layer.in_features
     return (tuple(weight.shape), weight.dtype) == (shape, layer.compute_dtype)
