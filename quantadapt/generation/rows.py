@@ -61,9 +61,15 @@ def takes_rows(model: nn.Module) -> bool:
     base = base_of(model)
     if has_invocations(model):
         return False
-    takes = inspect.signature(type(base).forward).parameters
     stateful = getattr(base, "_is_stateful", False)
-    return "past_key_values" in takes and not stateful and not is_encoder_decoder(base)
+    return bool(cache_name(base)) and not stateful and not is_encoder_decoder(base)
+
+
+def cache_name(base: nn.Module) -> str:
+    """Return what a model of transformers calls the keys and values that it is given; empty if it
+    takes none. Since 5.24 it is `cache`."""
+    takes = inspect.signature(type(base).forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in takes), "")
 
 
 def base_of(model: Any) -> Any:
@@ -147,15 +153,13 @@ class Rows:
         """Return the logits after the last of `ids`, [rows, vocabulary] in float32."""
         import torch
 
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {cache_name(self._model): cache}
         if "position_ids" in self._takes:
             more["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if "logits_to_keep" in self._takes:
             more["logits_to_keep"] = 1
         with torch.no_grad():
-            output = self._model(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more
-            )
+            output = self._model(input_ids=ids, attention_mask=mask, use_cache=True, **more)
         logits: Tensor = output.logits[:, -1].float()
         return logits
 

@@ -25,7 +25,7 @@ from ..model.sinks import NAME as SINKS
 from ..model.sinks import fused_groups
 from ..model.towers import towers_of
 from ..streaming import streamer_of
-from .rows import Row, Rows, base_of, takes_rows
+from .rows import Row, Rows, base_of, cache_name, takes_rows
 
 LEAST_LENGTH = 256
 """Room for so many tokens at first; twice as much whenever it is full."""
@@ -227,8 +227,8 @@ class _Store:
                 input_ids=ids[:, None],
                 position_ids=positions[:, None],
                 attention_mask=self._masks(positions),
-                past_key_values=Cache(layers=list(self._layers)),
                 use_cache=True,
+                **{cache_name(self._model): Cache(layers=list(self._layers))},
             )
         logits: Tensor = output.logits[:, -1].float()
         return logits

@@ -7,8 +7,10 @@ direction of writing could show it in another order. Both are spelled out.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
@@ -47,6 +49,13 @@ class Screen(Console):
             self.file.flush()
         except BrokenPipeError:
             self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        """As a Console does, also for a stream that is not `sys.stdout`: Python flushes it once
+        more."""
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+        super().on_broken_pipe()
 
     def _broken(self, text: Any, markup: bool) -> Any:
         text = self.render_str(text, markup=markup) if isinstance(text, str) else text
