@@ -98,7 +98,7 @@ def test_it_is_the_best_low_rank_approximation() -> None:
 def test_layers_that_lost_nothing_begin_as_those_of_lora(backend, options, targets, whole) -> None:
     """A and B began as zeros there, and stayed so whatever was learnt; or it was no facade."""
     model = qa.quantize(SMALL, backend, **options)
-    with pytest.warns(LoftQStartWarning, match=f"took nothing away .* {whole[0]} among them"):
+    with pytest.warns(LoftQStartWarning, match=f"took nothing away .*{whole[0]} among them"):
         tuned = qa.attach(model, "loftq", r=4, target_modules=targets)
     tuned.train()(input_ids=IDS, labels=IDS).loss.backward()
     layers = {n: m for n, m in tuned.named_modules() if isinstance(m, LoraLayer)}
