@@ -17,9 +17,9 @@ from . import planning
 from .dependencies import in_turn
 from .distributed.world import world
 from .errors import ModelError, OptionsError, Problem, QuantadaptError
+from .evaluation.held_out import given_of, held_out, held_out_data, needed
 from .planning.planned import Plan
 from .planning.streaming import NO_GPU, NOT_STREAMED
-from .protocols import Given
 from .quantizing.stage import quantize_plan
 from .quantizing.state import ModelState, state_of
 from .records import as_call
@@ -204,7 +204,7 @@ def train(
     """
     from .data.reading import MAX_LENGTH
     from .evaluation.verdict import training_warnings
-    from .training.stage import check
+    from .training.checking import check
     from .training.stage import train as train_
 
     named = {**_named(data, max_length), **_named_to_measure_on(eval_data)}
@@ -233,7 +233,7 @@ def train(
                 on_log(entry)
 
         if data is None or isinstance(data, str | Path | list):
-            read = task.read_for(spec, _needed(tokenizer), processes=world().size)
+            read = task.read_for(spec, needed(tokenizer), processes=world().size)
             data = read.train
             if rest is not None:
                 note(f"data: eval_data is measured on, and not the {len(read.eval):,} held out")
@@ -244,7 +244,7 @@ def train(
                 note(f"data: {text}")
         elif spec.data.eval_path is not None:
             alone = spec.data.model_copy(update={"path": spec.data.eval_path})
-            rest = task.read(alone, _needed(tokenizer), seed=seed).eval
+            rest = task.read(alone, needed(tokenizer), seed=seed).eval
         if spec.train.stream_folder is not None and spec.train.stream not in ("experts", "all"):
             note(NOT_STREAMED)
         result = train_(
@@ -385,42 +385,3 @@ def _refuse_length(max_length: int | None, *data: Any) -> None:
     what = "max_length has no effect on a Dataset that is tokenized already"
     fix = "leave it out, and cut the examples yourself: dataset.map(lambda e: {k: v[:n] ...})"
     raise QuantadaptError(what, fix=fix)
-
-
-def given_of(held_out: HeldOut, tokenizer: Any, max_examples: int) -> Given:
-    """Return what evaluators are given: the first `max_examples` examples and prompts."""
-    count = min(len(held_out.examples), max_examples)
-    return Given(held_out.examples.select(range(count)), held_out.prompts[:count], tokenizer)
-
-
-def held_out(
-    data: str | Path | Dataset | HeldOut | None, tokenizer: Any, max_length: int | None = None
-) -> HeldOut:
-    """Return data to measure on: read if it is named; a Dataset is tokenized already.
-
-    Args:
-        max_length: longest example in tokens; 512 if that is not known.
-    """
-    from .data.reading import MAX_LENGTH, HeldOut, read_held_out
-
-    if data is None or isinstance(data, str | Path):
-        source = None if data is None else str(data)
-        wanted = MAX_LENGTH if max_length is None else max_length
-        length = Spec(data={"max_length": wanted}).data.max_length
-        return read_held_out(source, _needed(tokenizer), max_length=length)
-    return data if isinstance(data, HeldOut) else HeldOut(data)
-
-
-def held_out_data(
-    data: str | Path | Dataset | HeldOut | None, tokenizer: Any, max_length: int | None = None
-) -> Any:
-    """Return the examples of `held_out`."""
-    return held_out(data, tokenizer, max_length).examples
-
-
-def _needed(tokenizer: Any) -> Any:
-    """Return the tokenizer. Raises QuantadaptError where the model came without one."""
-    if tokenizer is None:
-        fix = "pass tokenizer=..., or a tokenized Dataset as data"
-        raise QuantadaptError("the model came without a tokenizer", fix=fix)
-    return tokenizer

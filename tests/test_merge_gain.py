@@ -33,6 +33,7 @@ import quantadapt as qa
 from quantadapt import cli, demo
 from quantadapt.errors import DataError, MergeRefused, PlanRefused, SpecError
 from quantadapt.evaluation import Gain, TokenLosses, token_losses
+from quantadapt.evaluation.held_out import held_out_data
 from quantadapt.exporting.merging import merged_model
 from quantadapt.exporting.rounding import AUTO, WAYS, rounded
 from quantadapt.exporting.stage import export, write
@@ -43,7 +44,6 @@ from quantadapt.paths import MANIFEST
 from quantadapt.planning.exports import export_of
 from quantadapt.quantizing.examples import choose
 from quantadapt.spec import Rounding
-from quantadapt.stages import held_out_data
 from quantadapt.testing.small_demo import small_model
 
 WAYS_WITH_GRID = ("grid", "dithered", "compensated")

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import quantadapt as qa
-from quantadapt.stages import held_out_data
+from quantadapt.evaluation.held_out import held_out_data
 from quantadapt.testing.small_demo import calibration_examples, demo_tokens, small_model
 
 ADAPTED = ("q_proj", "down_proj")

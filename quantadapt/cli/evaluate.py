@@ -190,8 +190,8 @@ def _measured(
 
 
 def _given(path: str, model: Any, data: str | None, max_examples: int) -> tuple[Given, str]:
+    from ..evaluation.held_out import given_of
     from ..quantizing.state import state_of
-    from ..stages import given_of
     from .models import held_out_of
 
     tokenizer = state_of(model).tokenizer

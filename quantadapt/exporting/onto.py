@@ -20,6 +20,7 @@ from pydantic import Field
 from ..capabilities import Cell
 from ..dependencies import in_turn
 from ..errors import MergeRefused, Problem
+from ..evaluation.held_out import held_out_data
 from ..inputs.fingerprints import Fingerprint, fingerprint_of
 from ..inputs.weights import refuse_link_out
 from ..machine import this_machine
@@ -31,7 +32,6 @@ from ..records import Adapter, Backend
 from ..registry.blame import blaming_plugins
 from ..registry.discovery import registry
 from ..remote_code import trusting
-from ..stages import held_out_data
 from .adapter_files import adapter_places, check_adapters, refuse_not_trained
 from .adapters import put_on
 from .kept import merge_words

@@ -16,6 +16,7 @@ from .. import planning
 from ..capabilities import Merge
 from ..dependencies import in_turn
 from ..errors import MergeRefused, ModelError, Problem
+from ..evaluation.held_out import held_out_data
 from ..folders.atomic import atomic_folder, refuse_occupied, refuse_overlap
 from ..planning.exports import MERGES, MergeKind, PlannedExport, as_trained_problems, export_of
 from ..planning.planned import Plan
@@ -25,7 +26,6 @@ from ..quantizing.state import ModelState, state_of
 from ..records import Adapter
 from ..registry.blame import blaming, blaming_plugins
 from ..showing.quietly import quiet
-from ..stages import held_out_data
 from .kept import (
     KEPT,
     MERGE_DENSE,

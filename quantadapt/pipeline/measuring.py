@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..distributed.world import world
 from ..errors import NumbersError, QuantadaptError, RewardError
+from ..evaluation.held_out import given_of
 from ..evaluation.sizes import size_mib
 from ..evaluation.verdict import warnings_of
 from ..folders.metrics import add_figures
 from ..planning.planned import Plan
 from ..registry.blame import blamed
-from ..stages import given_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

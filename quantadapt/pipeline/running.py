@@ -103,7 +103,7 @@ class _Run:
 
     def planned(self, spec: Spec) -> Plan:
         """Plan; what is refused is told with what transformers alone can judge."""
-        from ..training.stage import problems
+        from ..training.checking import problems
 
         try:
             return planning.plan(spec, check_output=self.world.is_main)
@@ -155,7 +155,7 @@ class _Run:
         from ..adapting.stage import check_adapter
         from ..loading.heads import with_head
         from ..loading.reading import read_config
-        from ..training.stage import problems
+        from ..training.checking import problems
 
         found = problems(self.spec.train)
         skip = None

@@ -10,31 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapting.adalora import tuner_of
 from ..adapting.merge_aware import make_merge_aware, tell_it_stays
-from ..adapting.several import unsavable
-from ..adapting.vblora import cut_short
 from ..data.positions import check_lengths
 from ..data.vocabulary import check_tokens
-from ..dependencies import tracker_problems
 from ..distributed.talking import average_gradients, reduced, share, start
 from ..distributed.world import world
-from ..errors import DataError, ModelError, PlanRefused, Problem, TrainingError, did_you_mean
+from ..errors import DataError, ModelError, TrainingError
 from ..folders.checkpoints import STATE, Checkpoint, finished, too_few_steps
 from ..memory.cards import OOM_FIX
 from ..memory.setting import Setting
-from ..planning.context_parallel import context_problems
-from ..planning.optimizers import optimizer_problems
-from ..planning.refusals import (
-    float8_problems,
-    head_problems,
-    invocation_problems,
-    merge_aware_problems,
-    packing_problems,
-    task_problems,
-)
 from ..records import Objective
 from ..registry.discovery import registry
+from .checking import check, check_held_out, config_of, embedding_rows
 from .checkpoints import checkpoint_to_resume, refuse_other_data, refuse_unshared
 from .context_parallel import in_parts
 from .expected_calls import expect_calls
@@ -42,7 +29,6 @@ from .figures import (
     Streamed,
     adapter_device,
     base_parameters,
-    compute_dtype,
     dequantize_share,
     peak_memory_gib,
     rounding_share,
@@ -69,7 +55,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..protocols import Task
-    from ..quantizing.state import ModelState
     from ..spec import TrainSpec
 
 
@@ -114,14 +99,14 @@ def train(
     """
     task = task or registry().record(Objective, "sft").task()
     check(model, spec, task)
-    _check_held_out(spec, held_out)
+    check_held_out(spec, held_out)
     if spec.merge_aware:
         make_merge_aware(model)  # and it stays so: it is what is evaluated, saved and merged
     else:
         tell_it_stays(model)
     for part in (dataset, held_out):
-        check_tokens(part, _embedding_rows(model), tokenizer)
-        check_lengths(part, _config_of(model))
+        check_tokens(part, embedding_rows(model), tokenizer)
+        check_lengths(part, config_of(model))
     note = (lambda _: None) if on_note is None else on_note
     checkpoint = checkpoint_to_resume(Path(output), spec, note)
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
@@ -251,83 +236,6 @@ class TrainResult:
         return f"<TrainResult {', '.join(words)}>"
 
 
-def check(model: Any, spec: TrainSpec, task: Task) -> None:
-    """Look at what `train` is given, data aside. Raises TrainingError or PlanRefused."""
-    if not any(p.requires_grad for p in model.parameters()):
-        fix = "check adapter.target_modules, and that the adapter was not loaded for inference"
-        raise TrainingError("the model has no trainable weights", fix=fix)
-    found = task_problems(task, spec, adds_to_loss=tuner_of(model) is not None)
-    config = _config_of(model)
-    found += head_problems(task, {**config, "architectures": [_class_name(model)]})
-    found += packing_problems(spec, config)
-    state: ModelState | None = getattr(model, "quantadapt", None)
-    options = state.cell.adapter_options if state is not None and state.adapter else {}
-    found += context_problems(spec, task, config, options, processes=world().size)
-    found += invocation_problems(task, spec, config, options)
-    if spec.merge_aware and state is not None and state.adapter is not None:
-        cell = state.cell
-        found += merge_aware_problems(cell, state.backend, state.quantizer, state.adapter)
-    found += _float8_problems(model, spec)
-    found += optimizer_problems(spec)
-    found += tracker_problems(spec.report_to)
-    found += cut_short(model)
-    found += unsavable(model)  # told now, not when it is to be saved
-    if found:
-        raise PlanRefused(found)
-
-
-def _float8_problems(model: Any, spec: TrainSpec) -> list[Problem]:
-    """Return why products with the base are not computed in 8-bit floats here, if they are to."""
-    import torch
-
-    from ..facade import float8, linear_facades
-
-    if spec.compute != "fp8":
-        return []
-    device, dtype = adapter_device(model), str(compute_dtype(model)).rpartition(".")[2]
-    on_gpu = device.type == "cuda"
-    capability = torch.cuda.get_device_capability(device) if on_gpu else None
-    if found := float8_problems(spec, device.type, dtype, capability):
-        return found
-    where, fix = "train.compute", "leave train.compute out"
-    if reason := float8.refused(device):
-        return [Problem(f"products of 8-bit floats fail here: {reason}", fix, where)]
-    if not any(layer.takes_float8 for _, layer in linear_facades(model)):
-        what = f"no layer of the base has sizes that are multiples of {float8.MULTIPLE}"
-        return [Problem(what, fix, where)]
-    return []
-
-
-def _class_name(model: Any) -> str:
-    """Return the class of the base where that is transformers' own; others may be called so and
-    predict tokens."""
-    base = type(getattr(model, "get_base_model", lambda: model)())
-    return base.__name__ if base.__module__.startswith("transformers.models.") else ""
-
-
-def _config_of(model: Any) -> dict[str, Any]:
-    """Return the config of a model of transformers as its config.json has it."""
-    config: Any = getattr(model, "config", None)
-    return config.to_dict() if hasattr(config, "to_dict") else {}
-
-
-def _check_held_out(spec: TrainSpec, held_out: Dataset | None) -> None:
-    """Raise TrainingError where there is nothing to measure on while training."""
-    if spec.validates != "no" and not held_out:
-        what = "there are no held-out examples to measure on while training"
-        fix = "pass some as eval_data, or leave train.eval_steps and train.eval_strategy out"
-        raise TrainingError(what, fix=fix, where="train")
-
-
-def _embedding_rows(model: Any) -> int | None:
-    """Return how many tokens the model has an embedding for; None where it has none."""
-    try:
-        embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    return getattr(embedding, "num_embeddings", None)
-
-
 def _result(trainer: Any, checkpoint: Checkpoint | None) -> TrainResult:
     model, device, fit = trainer.model, trainer.memory_fit.device, trainer.memory_fit
     steps, measured = trainer.state.global_step, curve(trainer.state.log_history)
@@ -352,21 +260,6 @@ def _result(trainer: Any, checkpoint: Checkpoint | None) -> TrainResult:
         streamed=streamed(trainer),
         packed=trainer.packed,
     )
-
-
-def problems(spec: TrainSpec) -> list[Problem]:
-    """Return what is wrong with settings that only transformers can judge; loads no model."""
-    from transformers.trainer_utils import SchedulerType
-    from transformers.training_args import OptimizerNames
-
-    found = []
-    for key, known in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
-        names = [member.value for member in known]
-        value = getattr(spec, key)
-        if value not in names:
-            what = f"there is no {value!r}"
-            found.append(Problem(what, did_you_mean(value, names), where=f"train.{key}"))
-    return found
 
 
 def _run(
