@@ -25,9 +25,8 @@ from quantadapt.planning.words import plan_rows
 from quantadapt.protocols import AdapterTarget
 from quantadapt.spec import Spec, TrainSpec
 from quantadapt.testing.small_demo import small_model
+from quantadapt.training import checking, train
 from quantadapt.training import lent as loans
-from quantadapt.training import stage as training_stage
-from quantadapt.training import train
 
 INPUTS, OUTPUTS = 48, 32
 
@@ -296,7 +295,7 @@ def test_a_recomputation_keeps_codes_for_its_backward() -> None:
 def allowed() -> Iterator[None]:
     """Let training compute so without a GPU: torch's product knows CPUs, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_stage, "float8_problems", lambda *_: [])
+        patch.setattr(checking, "float8_problems", lambda *_: [])
         yield
 
 
