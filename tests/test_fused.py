@@ -26,7 +26,7 @@ from quantadapt.adapting.fused import (
     forget_unfinished,
     use_fused_layers,
 )
-from quantadapt.facade import QuantLinear, densify, recomputing, wrap
+from quantadapt.facade import QuantLinear, densify, recomputed_later, recomputing, wrap
 from quantadapt.protocols import AdapterTarget
 from quantadapt.testing.small_demo import small_model
 from quantadapt.training.lent import fused_layers
@@ -236,6 +236,27 @@ def test_the_last_layer_is_not_computed_again() -> None:
     target.count = 0
     results(made, X, lambda x: checkpoint(made, x, use_reentrant=False))
     assert target.count == 2 + 2 + 1
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_a_makes_of_x_is_kept_where_it_does_not_come_again(again, monkeypatch) -> None:
+    """Else all layers would keep theirs, beside their inputs alone."""
+    from quantadapt.adapting import fused_lora as file
+
+    made, passes = adapted(True), []
+    own = file._through_a
+    monkeypatch.setattr(file, "_through_a", lambda *given: passes.append(1) or own(*given))
+    kept = {}
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        with recomputed_later() if again else nullcontext():
+            y = made(x)
+        kept["low"] = y.grad_fn.low
+        return y
+
+    results(made, X, forward)
+    assert len(passes) == (4 if again else 2)
+    assert (kept["low"] is None) == again
 
 
 def second_adapter(made: nn.Module, **options) -> None:

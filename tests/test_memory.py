@@ -170,7 +170,7 @@ def test_gradients_come_as_backward_goes(count: int) -> None:
     one = Workload(shape, {}, tuple(shape.linears), 64, "sgd", 4, 1, 128, fused_kernels=False)
     one = replace(one, bits=dict.fromkeys(shape.linears, 32.0))
     foreseen = replace(one, batch=2).peak(setting) - one.peak(setting)
-    assert 0.75 * found < foreseen < found < there
+    assert 0.75 * found < foreseen < found <= there
 
 
 _NARROW = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -284,7 +284,6 @@ def test_parts_add_up_and_offloading_leaves_two_inputs_and_no_weights() -> None:
     [
         ({"dropout": True}, True),
         ({"fused_adapter": False}, True),
-        ({"dora": True}, True),
         ({"fused_kernels": False}, True),
         ({"optim": "adamw_8bit"}, False),
         ({"length": 1024}, False),
@@ -297,6 +296,16 @@ def test_what_moves_the_peak(change, larger) -> None:
     after = replace(work(), **change).peak(Setting(16, False, 4))
     assert (after > before) == larger
     assert after != before
+
+
+@pytest.mark.parametrize("count", [0, 16, 32])
+def test_lora_keeps_what_its_a_makes_of_layers_that_do_not_come_again(count) -> None:
+    """DoRA and what is rounded make it again in any case; DoRA's gradients take more."""
+    setting, ranks, tokens = Setting(count, False, 4), 7 * work().rank, 4 * work().length
+    loss = [phases(made, setting)[0].activations for made in (work(), replace(work(), dora=True))]
+    assert loss[0] - loss[1] == (32 - count) * ranks * tokens * 2
+    last = [phases(made, setting)[-1] for made in (work(), replace(work(), dora=True))]
+    assert last[1].gradients > last[0].gradients
 
 
 def test_more_recomputation_never_needs_more() -> None:

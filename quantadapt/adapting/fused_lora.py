@@ -1,8 +1,9 @@
 """LoRA over facades as one autograd function: y = x Wᵀ + s (x Aᵀ) Bᵀ.
 
-Backward needs x and nothing else: the weight is dequantized again instead of being kept, x Aᵀ is
-computed again. A and B stay in their own precision (float32 masters) and are cast inside. Layers
-that get the same x (query, key and value; gate and up) are one function, which reads x once.
+Backward needs x and nothing else: the weight is dequantized again instead of being kept, and x Aᵀ,
+which is small, is kept where no recomputation comes between. A and B stay in their own precision
+(float32 masters) and are cast inside. Layers that get the same x (query, key and value; gate and
+up) are one function, which reads x once.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..compiling import has_triton
-from ..facade import QuantLinear, kept, lora_change, taken
+from ..facade import QuantLinear, comes_again, kept, lora_change, taken
 
+HALF = (torch.bfloat16, torch.float16)
 MOST_RANKS = 128
 """Kernels for one token hold this many ranks of a block of rows in registers."""
 
@@ -81,7 +83,7 @@ def fused_lora(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> 
             dropout.
     """
     if not torch.is_grad_enabled():
-        return _outputs(x, dropped, terms)
+        return _outputs(x, dropped, terms)[0]
     x, keeper = kept(x, *_made(terms))
     weights = [weight for term in terms for weight in (term.a, term.b)]
     outputs: tuple[Tensor, ...] = _FusedLora.apply(x, dropped, terms, keeper, *weights)  # type: ignore[no-untyped-call]
@@ -98,7 +100,9 @@ class _FusedLora(torch.autograd.Function):
         keeper: Any,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        outputs = _outputs(x, dropped, terms)
+        outputs, low = _outputs(x, dropped, terms)
+        # No autograd's: what is saved there would be another where layers are computed together.
+        ctx.low = None if comes_again() or any(term.made for term in terms) else low
         ctx.keeper, ctx.dtypes = keeper, (x.dtype, outputs[0].dtype)
         ctx.of_weights = [weight.dtype for weight in weights]
         ctx.terms = [term.without_made() for term in terms]
@@ -124,14 +128,21 @@ class _FusedLora(torch.autograd.Function):
             seen = flat(x if dropped is None else dropped, dtype)
             a = _stacked_a(terms, dtype)
             g = torch.cat([_through_b(dy, term) for dy, term in zip(dys, terms, strict=True)], 1)
+            low, ctx.low = ctx.low, None
+            low = _through_a(seen, all_terms, dtype) if low is None else low
+            parts = _split(low, all_terms)
+            of_a = _split(_product(g.T, seen, ctx.of_weights[0]), terms, dim=0)
             of_weights: list[Tensor | None] = [None] * (2 * len(ctx.terms))
-            for i, *pair in zip(used, *_weight_gradients(terms, dys, seen, a, g), strict=True):
-                for at, gradient in enumerate(pair, start=2 * i):
-                    of_weights[at] = gradient.to(ctx.of_weights[at])
+            for i, dy, da in zip(used, dys, of_a, strict=True):
+                dtype_of_a, dtype_of_b = ctx.of_weights[2 * i : 2 * i + 2]
+                of_weights[2 * i : 2 * i + 2] = (
+                    da.to(dtype_of_a),
+                    _product(dy.T, parts[i], dtype_of_b),
+                )
             d_dropped = None if dropped is None else (g @ a).view(shape).to(dropped.dtype)
-            del x, seen, saved, dropped  # before dx, which is as large, needs memory
-            through_a = (g, a) if d_dropped is None and not terms[0].rounds else None
-            dx = _input_gradient(terms, dys, through_a) if ctx.needs_input_grad[0] else None
+            del x, seen, saved, dropped, low, parts  # before dx, which is as large, needs memory
+            adapters = (g, a) if d_dropped is None and not terms[0].rounds else None
+            dx = _input_gradient(terms, dys, adapters) if ctx.needs_input_grad[0] else None
         dx = None if dx is None else dx.view(shape).to(x_dtype)
         return dx, d_dropped, None, None, *of_weights
 
@@ -147,7 +158,10 @@ def _with(made: Iterable[Tensor], terms: Sequence[LoraTerm]) -> list[LoraTerm]:
     return [t._replace(a_cast=next(left), b_cast=next(left)) if t.made else t for t in terms]
 
 
-def _outputs(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> tuple[Tensor, ...]:
+def _outputs(
+    x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Return the outputs, and what `_through_a` returns where that was made."""
     facades = [term.facade for term in terms]
     if not terms[0].rounds and all(facade.multiplies_dense(x) for facade in facades):
         return _onto_adapters(x, dropped, terms)
@@ -155,41 +169,41 @@ def _outputs(x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]) -> tu
     outputs = [term.facade.vendor_forward(x, term.change(), rows) for term in terms]
     del rows
     if terms[0].rounds:
-        return tuple(map(own, outputs))
+        return tuple(map(own, outputs)), None
     dtype = outputs[0].dtype
     if dropped is None and _is_one_token(x, terms):
-        return tuple(
-            _added_to_one_token(y, x, term) for y, term in zip(outputs, terms, strict=True)
-        )
+        return tuple(map(partial(_added_to_one_token, x), outputs, terms)), None
     with no_autocast(x.device.type):
-        h = flat(x if dropped is None else dropped, dtype) @ _stacked_a(terms, dtype).T
-        parts = h.split_with_sizes([term.a_cast.shape[0] for term in terms], dim=1)
-        return tuple(map(_add, outputs, parts, terms))
+        low = _through_a(flat(x if dropped is None else dropped, dtype), terms, dtype)
+        return tuple(map(_add, outputs, _split(low, terms), terms)), low
 
 
 def _onto_adapters(
     x: Tensor, dropped: Tensor | None, terms: Sequence[LoraTerm]
-) -> tuple[Tensor, ...]:
-    """Return the outputs, each begun as the adapter's part: a product reads what it is added to on
-    its way, which a pass of its own for the adapter takes longer for."""
-    device_type = x.device.type
-    on = torch.is_autocast_enabled(device_type)
-    dtype = torch.get_autocast_dtype(device_type) if on else x.dtype
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return the same, each output begun as the adapter's part: a product reads what it is added to
+    on its way, which a pass of its own for the adapter takes longer for."""
+    dtype = _dtype_of(x)
     outputs = []
-    with no_autocast(device_type):
+    with no_autocast(x.device.type):
         rows = flat(x, dtype)
-        h = (rows if dropped is None else flat(dropped, dtype)) @ _stacked_a(terms, dtype).T
-        parts = h.split_with_sizes([term.a_cast.shape[0] for term in terms], dim=1)
-        for part, term in zip(parts, terms, strict=True):
+        low = _through_a(rows if dropped is None else flat(dropped, dtype), terms, dtype)
+        for part, term in zip(_split(low, terms), terms, strict=True):
             y = term.facade.add_product(rows, partial(_adapters_part, part, term))
             outputs.append(own(y.view(*x.shape[:-1], y.shape[-1])))
-    return tuple(outputs)
+    return tuple(outputs), low
 
 
-def _adapters_part(h: Tensor, term: LoraTerm) -> Tensor:
-    """Return the bias and what the adapter makes of h, which is scaled in place."""
-    bias, b, h = term.facade.bias, term.b_cast.to(h.dtype).T, _scaled(h, term.scaling)
-    return h @ b if bias is None else torch.addmm(bias.to(h.dtype), h, b)
+def _dtype_of(x: Tensor) -> torch.dtype:
+    """Return the dtype in which x is multiplied: its own, or that of autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _adapters_part(low: Tensor, term: LoraTerm) -> Tensor:
+    """Return the bias and what the adapter makes of `low`."""
+    bias, b = term.facade.bias, term.b_cast.to(low.dtype).T
+    return low @ b if bias is None else torch.addmm(bias.to(low.dtype), low, b)
 
 
 def _is_one_token(x: Tensor, terms: Sequence[LoraTerm]) -> bool:
@@ -202,12 +216,27 @@ def _is_one_token(x: Tensor, terms: Sequence[LoraTerm]) -> bool:
     )
 
 
-def _added_to_one_token(y: Tensor, x: Tensor, term: LoraTerm) -> Tensor:
+def _added_to_one_token(x: Tensor, y: Tensor, term: LoraTerm) -> Tensor:
     from .triton_lora import add_to_one_token
 
     y = y.contiguous()
     add_to_one_token(y.view(-1), x.reshape(-1), term.a_cast, term.b_cast, term.scaling)
     return own(y)
+
+
+def _through_a(rows: Tensor, terms: Sequence[LoraTerm], dtype: torch.dtype) -> Tensor:
+    """Return scaling x Aᵀ of each term, [tokens, sum of the ranks]."""
+    low = rows @ _stacked_a(terms, dtype).T
+    if len({term.scaling for term in terms}) == 1:
+        return _scaled(low, terms[0].scaling)
+    for part, term in zip(_split(low, terms), terms, strict=True):
+        _scaled(part, term.scaling)
+    return low
+
+
+def _split(stacked: Tensor, terms: Sequence[LoraTerm], dim: int = 1) -> tuple[Tensor, ...]:
+    """Return the part of each term."""
+    return stacked.split_with_sizes([term.a_cast.shape[0] for term in terms], dim)
 
 
 def _stacked_a(terms: Sequence[LoraTerm], dtype: torch.dtype) -> Tensor:
@@ -217,10 +246,10 @@ def _stacked_a(terms: Sequence[LoraTerm], dtype: torch.dtype) -> Tensor:
     return torch.cat([term.a_cast for term in terms]).to(dtype)
 
 
-def _add(y: Tensor, h: Tensor, term: LoraTerm) -> Tensor:
+def _add(y: Tensor, low: Tensor, term: LoraTerm) -> Tensor:
     """Add the adapter's part to the base's output, in place."""
     y = y if y.is_contiguous() else y.contiguous()
-    y.view(-1, y.shape[-1]).addmm_(h, term.b_cast.to(y.dtype).T, alpha=term.scaling)
+    y.view(-1, y.shape[-1]).addmm_(low, term.b_cast.to(y.dtype).T)
     return own(y)
 
 
@@ -230,6 +259,7 @@ def own(y: Tensor) -> Tensor:
 
 
 def _through_b(dy: Tensor, term: LoraTerm) -> Tensor:
+    """Return scaling dy B, the gradient of x Aᵀ: [tokens, r]."""
     return _scaled(dy @ term.b_cast.to(dy.dtype), term.scaling)
 
 
@@ -237,29 +267,25 @@ def _scaled(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else x.mul_(factor)
 
 
-def _weight_gradients(
-    terms: Sequence[LoraTerm], dys: Sequence[Tensor], seen: Tensor, a: Tensor, g: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the gradients of each A and of each B."""
-    ranks = [term.a_cast.shape[0] for term in terms]
-    da: Sequence[Tensor] = torch.split(g.T @ seen, ranks)  # type: ignore[no-untyped-call]
-    h: Sequence[Tensor] = torch.split(seen @ a.T, ranks, dim=1)  # type: ignore[no-untyped-call]
-    db = [_scaled(dy.T @ part, term.scaling) for dy, part, term in zip(dys, h, terms, strict=True)]
-    return list(da), db
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return left right in `dtype`: float32 as it is summed, where a GPU gives that."""
+    if left.is_cuda and dtype == torch.float32 and left.dtype in HALF:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
 
 
 def _input_gradient(
-    terms: Sequence[LoraTerm], dys: Sequence[Tensor], through_a: tuple[Tensor, Tensor] | None
+    terms: Sequence[LoraTerm], dys: Sequence[Tensor], adapters: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """Return Σ dy W, the gradient through the bases, and with `through_a` the product of its two,
+    """Return Σ dy W, the gradient through the bases, and with `adapters` the product of its two,
     the gradient through the adapters: [tokens, in_features]."""
     last = terms[0].facade.in_float8  # whose products are added to nothing
-    begin = None if through_a is None or last else partial(torch.mm, *through_a)
+    begin = None if adapters is None or last else partial(torch.mm, *adapters)
     dx = None
     for term, dy in zip(terms, dys, strict=True):
         dx = term.facade.gradient(dy, dx, term.change(), begin if dx is None else None)
     assert dx is not None
-    return dx.addmm_(*through_a) if through_a is not None and last else dx
+    return dx.addmm_(*adapters) if adapters is not None and last else dx
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:

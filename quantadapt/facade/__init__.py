@@ -10,7 +10,7 @@ dtype and device are free, the dequantized numbers are made when somebody comput
 from .brought import BroughtTarget
 from .expert_norms import row_norms
 from .experts import QuantExperts, QuantStack, read_in_parts
-from .frozen import is_recomputing, recomputing
+from .frozen import comes_again, is_recomputing, recomputed_later, recomputing
 from .grouped import lora_change
 from .keeping import kept, taken
 from .lazy_weight import LazyWeight
@@ -35,6 +35,7 @@ __all__ = [
     "QuantLinear",
     "QuantStack",
     "QuantWeight",
+    "comes_again",
     "densify",
     "facades",
     "is_recomputing",
@@ -43,6 +44,7 @@ __all__ = [
     "lora_change",
     "mark_conv1d",
     "read_in_parts",
+    "recomputed_later",
     "recomputing",
     "replace",
     "row_norms",

@@ -30,6 +30,22 @@ def recomputing() -> Iterator[None]:
         _local.recomputing = before
 
 
+@contextmanager
+def recomputed_later() -> Iterator[None]:
+    """Inside, what a forward makes beside its output comes again before its backward."""
+    before = comes_again()
+    _local.comes_again = True
+    try:
+        yield
+    finally:
+        _local.comes_again = before
+
+
+def comes_again() -> bool:
+    """Say whether this thread does a forward that a recomputation repeats."""
+    return getattr(_local, "comes_again", False)
+
+
 def is_recomputing() -> bool:
     """Say whether this thread does a forward again for a backward that follows at once."""
     return getattr(_local, "recomputing", False)

@@ -60,6 +60,13 @@ class Passes(Resident):
             kept += self.method.factor_bytes(self._adapted(1), self.dtype_bytes)
         return kept + (self._rounded_bytes if self._rounds_in_graph else 0)
 
+    def low_bytes(self, tokens: int) -> int:
+        """What the adapters of one layer that is not recomputed keep beside: x Aᵀ."""
+        if not self.fused_adapter or self.method or self.rounds or self.dora:
+            return 0
+        adapted = {name for name in self.targets if name in self.shape.linears} - {*STACKS}
+        return len(adapted) * self.rank * tokens * self.dtype_bytes
+
     def _fuses(self, tokens: int) -> bool:
         """Whether the adapter is computed as plain LoRA is, so that its layers keep their input
         alone, or what they scale."""

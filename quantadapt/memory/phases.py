@@ -68,6 +68,7 @@ def _phases(work: Workload, setting: Setting, several: bool) -> list[Phase]:
         for layers, kind in work.kinds
     ]
     layers = [(kind, kept, always) for n, kind, kept, always in each for _ in range(n)]
+    layers[count:] = [(k, kept + k.low_bytes(tokens), always) for k, kept, always in layers[count:]]
     stays = [always for _, _, always in layers]
     seeing = work.seeing_bytes(setting)
     # One that is fetched from CPU memory, and the next, which is under way.

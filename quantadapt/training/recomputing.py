@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..facade import read_in_parts, recomputing
+from ..facade import read_in_parts, recomputed_later, recomputing
 from ..facade.invocations import Invocations
 from ..memory.setting import Setting
 from ..model.modules import is_skipped
@@ -98,7 +98,8 @@ class Recomputer:
     ) -> Any:
         self.calls += 1
         layer = self.invocations.again(layer)
-        with self.inputs.saving(args[0]) if offload else nullcontext():
+        inputs = self.inputs.saving(args[0]) if offload else nullcontext()
+        with inputs, recomputed_later():
             return function(layer, *args)
 
 
