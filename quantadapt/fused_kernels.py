@@ -14,9 +14,10 @@ from importlib.util import find_spec
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from .compiling import has_triton
 from .dependencies import in_words
 from .model.experts import owns_stacks
-from .model.patches import changed, put_back
+from .model.patches import changed, patched, put_back
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,7 @@ def fused_kernels(model: Any, on_note: OnNote) -> Iterator[bool]:
     defined: Any = sys.modules[type(base).__module__]
     owners = [owner.__dict__ for owner in (defined, *base.modules())]
     before = [dict(own) for own in owners]
-    patched: list[list[str]] = []
+    names_of: list[list[str]] = []
     try:
         try:
             why = _lend(lend, base)
@@ -52,13 +53,32 @@ def fused_kernels(model: Any, on_note: OnNote) -> Iterator[bool]:
                 why = "patched no layer"
             _put_back_what_differs(base, before[1:], on_note)
         finally:
-            patched = [changed(own, was) for own, was in zip(owners, before, strict=True)]
+            names_of = [changed(own, was) for own, was in zip(owners, before, strict=True)]
         if why:
             on_note(f"Liger's kernels are not used: {in_words('liger-kernel')} {why}")
-        yield any(patched)
+        with _frozen_norms():
+            yield any(names_of)
     finally:
-        for own, was, names in zip(owners, before, patched, strict=True):
+        for own, was, names in zip(owners, before, names_of, strict=True):
             put_back(own, was, names)
+
+
+@contextmanager
+def _frozen_norms() -> Iterator[None]:
+    """Have Liger's norms take our backward where their weight is frozen, in a Liger that has them
+    as we know them."""
+    name = "LigerRMSNormFunction"
+    try:
+        from liger_kernel.transformers import rms_norm
+    except ImportError:
+        rms_norm = None
+    if not has_triton() or not hasattr(rms_norm, name):
+        yield
+        return
+    from .model.frozen_norm import FrozenNorm
+
+    with patched(rms_norm, **{name: FrozenNorm}):
+        yield
 
 
 def _lend(lend: Callable[..., None], base: nn.Module) -> str:
