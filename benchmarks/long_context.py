@@ -66,6 +66,8 @@ def main() -> None:
             for line in process.stdout:
                 if line.startswith(RESULT):  # a row is told as soon as it is done
                     print(row_of(json.loads(line.removeprefix(RESULT)), given.shape), flush=True)
+        if process.returncode:
+            print(f"\nthe process for {card:g} GiB ended with {process.returncode}\n", flush=True)
     print(f"\n{given.shape}, {given.backend}, {device_name(given.device)}; {versions(*PACKAGES)}")
 
 

@@ -19,9 +19,13 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import quantadapt as qa
+from quantadapt.errors import ModelError
+from quantadapt.machine import host_memory
 from quantadapt.memory import Setting
+from quantadapt.model import page_locked as page_locked_file
+from quantadapt.training.cpu_inputs import CpuInputs
 from quantadapt.training.lent import recomputed
-from quantadapt.training.recomputing import CpuInputs, Recomputer, decoder_layers
+from quantadapt.training.recomputing import Recomputer, decoder_layers
 
 LAYERS = 4
 
@@ -188,6 +192,33 @@ def test_buffers_grow_with_longer_batches() -> None:
         tensor.grad = None
         del sine
     assert [buffer.numel() for buffer in inputs._free] == [long.nbytes]
+
+
+@pytest.mark.cuda
+def test_page_locked_buffers_are_as_large_as_what_they_hold() -> None:
+    """PyTorch's allocator takes the next power of two: almost twice as much CPU memory."""
+    inputs, nbytes = CpuInputs(), 2**30 + 2**20
+    held = [torch.ones(nbytes // 2, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    before = host_memory()
+    stored = [inputs._store(tensor) for tensor in held]
+    assert before - host_memory() < 1.1 * 2 * nbytes
+    assert all(one.buffer.is_pinned() for one in stored)
+    del held
+    assert all(int(one.fetched().float().sum()) == nbytes // 2 for one in reversed(stored))
+    inputs.close()
+    assert not any(one.buffer.is_pinned() for one in stored)
+
+
+def test_what_cpu_memory_cannot_hold_is_said_before_the_system_ends_the_process(
+    monkeypatch,
+) -> None:
+    monkeypatch.setattr(page_locked_file, "host_memory", lambda: 2**30 + 2**20)
+    with pytest.raises(ModelError) as caught:
+        page_locked_file.page_locked(2**21, "the inputs of layers", "lower it", "train.memory")
+    assert str(caught.value).startswith(
+        "train.memory: no 2 MiB of CPU memory can be locked for the inputs of layers:"
+        " 1,025 MiB are free, of which 1,024 are left"
+    )
 
 
 def test_a_graph_that_is_dropped_gives_its_buffers_back() -> None:

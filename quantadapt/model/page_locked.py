@@ -1,4 +1,4 @@
-"""CPU memory that a GPU copies from by itself."""
+"""CPU memory that a GPU copies from, and to, by itself."""
 
 from __future__ import annotations
 
@@ -9,23 +9,38 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..machine import host_memory
+
+SPARE = 2**30
+"""Bytes of CPU memory that are left to others: the system ends processes that take the last."""
 
 
-def page_locked(nbytes: int) -> Tensor:
-    """Return uint8 [nbytes] in CPU memory that CUDA copies from by itself. PyTorch's own allocator
-    rounds sizes up to powers of two.
+def page_locked(nbytes: int, of: str, fix: str, where: str) -> Tensor:
+    """Return uint8 [nbytes] in CPU memory that CUDA copies from, and to, by itself. PyTorch's own
+    allocator rounds sizes up to powers of two.
+
+    Args:
+        of: what is to be kept there, and what to do and in which field of the spec where it cannot.
 
     Raises:
         ModelError: there is not so much, or it cannot be locked.
     """
+
+    def refused(why: str) -> ModelError:
+        what = f"no {nbytes / 2**20:,.0f} MiB of CPU memory can be locked for {of}: {why}"
+        return ModelError(what, fix=fix, where=where)
+
+    free = host_memory()
+    if free is not None and nbytes + SPARE > free:
+        raise refused(f"{free / 2**20:,.0f} MiB are free, of which {SPARE / 2**20:,.0f} are left")
     try:
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise _no_memory(nbytes, str(error)) from error
+        raise refused(str(error)) from error
     row = torch.frombuffer(pages, dtype=torch.uint8)
     code = _cuda_runtime().cudaHostRegister(row.data_ptr(), nbytes, 1)  # for all GPUs
     if int(code) != 0:
-        raise _no_memory(nbytes, f"CUDA error {int(code)}")
+        raise refused(f"CUDA error {int(code)}")
     return row
 
 
@@ -36,12 +51,3 @@ def _cuda_runtime() -> Any:
 def unlock(row: Tensor) -> None:
     """Let pages of `page_locked` be ordinary ones again."""
     _cuda_runtime().cudaHostUnregister(row.data_ptr())
-
-
-def _no_memory(nbytes: int, why: str) -> ModelError:
-    what = f"no {nbytes / 2**20:.0f} MiB of CPU memory can be locked for a block: {why}"
-    fix = (
-        "free memory, keep the base on a fast disk (train.stream_folder), use a backend with fewer"
-        " bits, or train.stream: experts, or none"
-    )
-    return ModelError(what, fix=fix, where="train.stream")

@@ -18,6 +18,10 @@ from ..model.page_locked import page_locked, unlock
 from .traffic import timed_event
 
 WHERE = "train.stream_folder"
+FIX = (
+    "free memory, keep the base on a fast disk (train.stream_folder), use a backend with fewer"
+    " bits, or train.stream: experts, or none"
+)
 
 Events = tuple[Any, Any]
 """CUDA's, before and after a copy."""
@@ -69,7 +73,10 @@ class InMemory:
 
     def keep(self, leaves: list[Leaf], nbytes: int) -> Tensor:
         """Return the bytes of `leaves`, see `Rows`."""
-        row = page_locked(nbytes) if self.is_cuda else torch.empty(nbytes, dtype=torch.uint8)
+        if self.is_cuda:
+            row = page_locked(nbytes, "a block", FIX, "train.stream")
+        else:
+            row = torch.empty(nbytes, dtype=torch.uint8)
         write_into(row, leaves)
         return row
 

@@ -357,6 +357,7 @@ def recomputed(
     with ExitStack() as stack:
         invocations = stack.enter_context(kept_invocations(model))
         recomputer = Recomputer(model, reentrant, draws, invocations)
+        stack.callback(recomputer.inputs.close)
         stack.enter_context(restored(recomputer.base.modules(), FLAG, FUNCTION, "in_parts"))
         stack.enter_context(restored(recomputer.tiles.mlps, "forward"))
         recomputer.tiles.lend()
