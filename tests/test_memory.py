@@ -32,6 +32,7 @@ from quantadapt.memory import (
     usable,
     ways_out,
 )
+from quantadapt.memory.adapters import Method
 from quantadapt.memory.cost import step_cost
 from quantadapt.memory.phases import phases
 from quantadapt.memory.shape import TRL_ROUTERS, Shape
@@ -306,6 +307,11 @@ def test_lora_keeps_what_its_a_makes_of_layers_that_do_not_come_again(count) -> 
     assert loss[0] - loss[1] == (32 - count) * ranks * tokens * 2
     last = [phases(made, setting)[-1] for made in (work(), replace(work(), dora=True))]
     assert last[1].gradients > last[0].gradients
+    other = Method("LORA", {"r": work().rank, "rank_pattern": {"up_proj": 3 * work().rank}})
+    more = phases(replace(work(), method=other), setting)[0].activations
+    assert more - loss[0] == (32 - count) * 2 * work().rank * tokens * 2
+    vera = replace(work(), method=Method("VERA", {"r": 256}), fused_adapter=False)
+    assert vera.low_bytes(tokens) == 0
 
 
 def test_more_recomputation_never_needs_more() -> None:

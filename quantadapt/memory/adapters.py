@@ -58,6 +58,10 @@ class Method:
         name = {"VERA": "r", "ADALORA": "init_r"}.get(self.kind, "")
         return int(self.options.get(name) or 0)
 
+    def rank(self, layer: str) -> int:
+        """Return the rank `r` of a layer of that name."""
+        return int(_Values(self.options).of(layer)["r"] or 0)
+
     def factor_bytes(self, layers: Sequence[Layer], dtype_bytes: int) -> int:
         """Return what passes keep of them, as they are multiplied with: in float32 AdaLoRA's B is
         what is trained."""

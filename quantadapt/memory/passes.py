@@ -62,10 +62,10 @@ class Passes(Resident):
 
     def low_bytes(self, tokens: int) -> int:
         """What the adapters of one layer that is not recomputed keep beside: x Aᵀ."""
-        if not self.fused_adapter or self.method or self.rounds or self.dora:
+        if not self.fused_adapter or self._method.kind != "LORA" or self.rounds or self.dora:
             return 0
         adapted = {name for name in self.targets if name in self.shape.linears} - {*STACKS}
-        return len(adapted) * self.rank * tokens * self.dtype_bytes
+        return sum(map(self._method.rank, adapted)) * tokens * self.dtype_bytes
 
     def _fuses(self, tokens: int) -> bool:
         """Whether the adapter is computed as plain LoRA is, so that its layers keep their input
