@@ -265,7 +265,9 @@ def likely_name(word: str, known: Iterable[str]) -> str:
     """Return which of `known` people mean by `word`: what other tools call so, or the one that is
     spelt most like it; empty if none."""
     names = list(known)
-    return _usual_name(word, names) or next(iter(get_close_matches(word, names, n=1)), "")
+    swapped = [name for name in names if sorted(name) == sorted(word)]
+    close = [*swapped, *get_close_matches(word, names, n=1)]
+    return _usual_name(word, names) or next(iter(close), "")
 
 
 def _usual_name(word: str, names: list[str]) -> str:

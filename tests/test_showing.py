@@ -133,8 +133,8 @@ LOGS = [
     [
         (40, ["loss 1.0000"], ["left"]),
         (60, ["loss 1.0000", "50 min left"], ["GiB", "held-out"]),
-        (80, ["loss 1.0000", "2,900 tokens/s", "0.75 GiB", "50 min left"], ["held-out", "lr"]),
-        (120, ["held-out loss 1.5000   lr 1.00e-03   2,900 tokens/s   0.75 GiB   50 min left"], []),
+        (80, ["loss 1.0000", "2,900 tokens/s", "769 MiB", "50 min left"], ["held-out", "lr"]),
+        (120, ["held-out loss 1.5000   lr 1.00e-03   2,900 tokens/s   769 MiB   50 min left"], []),
     ],
 )
 def test_a_line_of_progress_says_what_matters_and_fits(width, told, left_out) -> None:
@@ -159,7 +159,7 @@ def test_plain_lines_have_all_of_it() -> None:
         shown("stage", {"name": "train", "state": "start"})
         for log in LOGS:
             shown("log", log)
-    numbers = "loss 1.0000   lr 1.00e-03   2,900 tokens/s   0.75 GiB   50 min left"
+    numbers = "loss 1.0000   lr 1.00e-03   2,900 tokens/s   769 MiB   50 min left"
     assert screen.getvalue().splitlines() == [f"  train step 110/1000   {numbers}"]
 
 

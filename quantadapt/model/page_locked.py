@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..memory.cards import size_words
 
 
 def page_locked(nbytes: int) -> Tensor:
@@ -39,7 +40,7 @@ def unlock(row: Tensor) -> None:
 
 
 def _no_memory(nbytes: int, why: str) -> ModelError:
-    what = f"no {nbytes / 2**20:.0f} MiB of CPU memory can be locked for a block: {why}"
+    what = f"no {size_words(nbytes)} of CPU memory can be locked for a block: {why}"
     fix = (
         "free memory, keep the base on a fast disk (train.stream_folder), use a backend with fewer"
         " bits, or train.stream: experts, or none"

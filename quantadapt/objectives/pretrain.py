@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import DataError, Problem
 from ..hookspecs import hookimpl
+from ..memory.cards import size_words
 from ..paths import is_local_path
 from ..records import Objective
 from .answers import causal_problems
@@ -108,9 +109,9 @@ class Pretrain(SFT):
             files = [file for path in local for file in rows_of(path).files]
         except DataError:
             return []  # told where paths are looked at
-        size = sum(file.stat().st_size for file in files) / 2**20
+        size = sum(file.stat().st_size for file in files)
         count = "1 file" if len(files) == 1 else f"{len(files):,} files"
-        text = f"{count} of {size:,.1f} MiB" if files else "data of the hub"
+        text = f"{count} of {size_words(size)}" if files else "data of the hub"
         length, rows = spec.data.max_length, rows_of_steps(spec, 1)
         if rows is None:
             return [f"how many tokens {text} hold is known once they are read, all of them first"]
