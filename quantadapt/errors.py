@@ -229,6 +229,8 @@ _SAME = (
     ("max_length", "seq_len", "max_seq_len", "max_seq_length", "seq_length", "sequence_len",
      "sequence_length", "block_size", "context_length", "cutoff_len", "model_max_length"),
     ("lr_scheduler_type", "scheduler", "lr_scheduler", "schedule"),
+    ("lr_scheduler_kwargs", "scheduler_kwargs", "lr_scheduler_args", "scheduler_args",
+     "scheduler_specific_kwargs"),
     ("warmup_ratio", "warmup", "warmup_steps"),
     ("weight_decay", "wd", "decay"),
     ("max_grad_norm", "clip", "grad_clip", "gradient_clipping", "gradient_clip_val", "clip_norm"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..records import as_call
 from ..spec import TrainSpec
 from .planned import Plan
 from .share import remark
@@ -34,7 +35,7 @@ def plan_rows(plan: Plan, data: DataReport | None) -> list[tuple[str, str]]:
             "data",
             "\n".join(data.words()) if data else ", ".join(spec.data.named) or "the bundled demo's",
         ),
-        ("train", f"{steps}, learning rate {train.learning_rate:g}"),
+        ("train", f"{steps}, learning rate {train.learning_rate:g}{_schedule_words(train)}"),
         ("output", str(spec.output)),
         ("export", export_words(plan)),
         *([("quantized", plan.share.amount)] if plan.share else []),
@@ -51,6 +52,12 @@ def plan_remarks(plan: Plan) -> list[str]:
 def _options(name: str, options: Mapping[str, Any]) -> str:
     given = ", ".join(f"{key}={value}" for key, value in options.items())
     return f"{name} ({given})" if given else name
+
+
+def _schedule_words(train: TrainSpec) -> str:
+    """Return the schedule where it was given options."""
+    options = train.lr_scheduler_kwargs
+    return f", {as_call(train.lr_scheduler_type, options)}" if options else ""
 
 
 def steps_words(train: TrainSpec) -> str:
