@@ -132,6 +132,11 @@ def told_apart(unit: str) -> tuple[str, str]:
     return ("", unit) if unit == SHARE else (unit, "")
 
 
+def many(count: int, what: str) -> str:
+    """Return how many there are, e.g. `1 row`, `2,000 rows`."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
 def duration(seconds: float) -> str:
     """Return a duration, e.g. `0.4 s`, `48 s`, `3 min 12 s`, `50 min`, `2 h 5 min`."""
     if seconds < 10:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..folders.metrics import many
 from ..records import as_call
 from ..spec import TrainSpec
 from .planned import Plan
@@ -23,7 +24,7 @@ def plan_rows(plan: Plan, data: DataReport | None) -> list[tuple[str, str]]:
     spec, train = plan.spec, plan.spec.train
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
     batch *= plan.processes // train.context_parallel_size
-    steps = f"{steps_words(train)}, {batch} examples in a step"
+    steps = f"{steps_words(train)}, {many(batch, 'example')} in a step"
     backend = _options(plan.backend.name, plan.quantizer.model_dump())
     return [
         ("model", model_name(plan)),
@@ -63,7 +64,7 @@ def _schedule_words(train: TrainSpec) -> str:
 def steps_words(train: TrainSpec) -> str:
     """Say how long the training is."""
     if train.max_steps > 0:
-        return "1 step" if train.max_steps == 1 else f"{train.max_steps} steps"
+        return many(train.max_steps, "step")
     return "1 epoch" if train.num_train_epochs == 1 else f"{train.num_train_epochs:g} epochs"
 
 

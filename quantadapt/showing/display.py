@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.text import Text
 
 from ..errors import Problem
-from ..folders.metrics import duration, label, with_unit
+from ..folders.metrics import duration, label, many, with_unit
 from ..memory.cards import GIB, size_words
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class RunDisplay:
         """Training reports a step."""
         step, most = int(data["step"]), int(data["max_steps"])
         numbers = self._numbers(data)
-        self.details = [f"{step} steps   loss {data['loss']:.4f}", *self._validated]
+        self.details = [f"{many(step, 'step')}   loss {data['loss']:.4f}", *self._validated]
         if self.live:
             self._train_bar(step, most, numbers)
         elif step >= most or (step - self._last_line) * _PLAIN_LINES >= most:

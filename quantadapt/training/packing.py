@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..data.batches import SEQUENCES, PackedCollator
 from ..errors import TrainingError
+from ..folders.metrics import many
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,10 +49,8 @@ class Filling(NamedTuple):
     @property
     def words(self) -> str:
         """It in words."""
-        return (
-            f"{self.examples:,} {self.of} in {self.rows:,} rows of up to {self.length:,} tokens,"
-            f" {self.empty:.1%} of them empty"
-        )
+        rows = f"{many(self.rows, 'row')} of up to {self.length:,} tokens"
+        return f"{self.examples:,} {self.of} in {rows}, {self.empty:.1%} of them empty"
 
 
 def packed(dataset: Dataset, length: int | None = None, usual: int = 0) -> Dataset:

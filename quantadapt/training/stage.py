@@ -18,6 +18,7 @@ from ..distributed.talking import average_gradients, reduced, share, start
 from ..distributed.world import world
 from ..errors import DataError, ModelError, TrainingError
 from ..folders.checkpoints import STATE, Checkpoint, finished, too_few_steps
+from ..folders.metrics import many
 from ..memory.cards import GIB, OOM_FIX, size_words
 from ..memory.setting import Setting
 from ..records import Objective
@@ -228,7 +229,7 @@ class TrainResult:
     packed: Filling | None = None
 
     def __repr__(self) -> str:
-        words = [f"{self.steps} steps in {self.seconds:.1f} s, {self.tokens:,} tokens"]
+        words = [f"{many(self.steps, 'step')} in {self.seconds:.1f} s, {self.tokens:,} tokens"]
         for name, found in (("loss", self.losses), ("held-out loss", self.validation)):
             if found:
                 words.append(f"{name} {found[0][1]:.4g} to {found[-1][1]:.4g}")
