@@ -111,8 +111,7 @@ class Pretrain(SFT):
         except DataError:
             return []  # told where paths are looked at
         size = sum(file.stat().st_size for file in files)
-        count = many(len(files), "file")
-        text = f"{count} of {size_words(size)}" if files else "data of the hub"
+        text = f"{many(len(files), 'file')} of {size_words(size)}" if files else "data of the hub"
         length, rows = spec.data.max_length, rows_of_steps(spec, 1)
         if rows is None:
             hold = "holds" if len(files) == 1 else "hold"
