@@ -162,6 +162,22 @@ def test_all_that_is_wrong_is_told_by_the_plan(name, options, told, random_data,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_schedule_of_more_steps_than_the_run_has_is_refused() -> None:
+    def told(**options: Any) -> list[str]:
+        given: Any = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": options}
+        return [p.what for p in schedule_problems(TrainSpec(warmup_ratio=0.2, **steps, **given))]
+
+    steps = {"max_steps": 10}
+    assert told(num_decay_steps=8) == told(num_decay_steps=3, num_stable_steps=5) == []
+    assert told(num_decay_steps=9) == [
+        "num_decay_steps and 2 of warmup are more than the run's steps"
+    ]
+    assert len(told(num_decay_steps=3, num_stable_steps=6)) == 1
+    assert max(stock_rates("warmup_stable_decay", {"num_decay_steps": 20}, 2, 10)[2:]) < RATE
+    steps = {"num_train_epochs": 1}
+    assert told(num_decay_steps=900) == []
+
+
 def test_what_only_the_class_knows_is_told_before_any_work(tmp_path: Path) -> None:
     train = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_steps": 1,
              "lr_scheduler_kwargs": {"factor": 1.5}}  # fmt: skip

@@ -52,7 +52,7 @@ def schedule_problems(train: TrainSpec) -> list[Problem]:
         for key in given
         if key in options and key not in fitting
     ]
-    found += _rising(train, options)
+    found += [*_rising(train, options), *_longer(train, fitting)]
     if why := _refused(known[name], train, dict.fromkeys(missing, 1) | fitting):
         what = f"the schedule {name!r} does not work so: {why}"
         found.append(Problem(what, f"its options: {', '.join(options)}", WHERE))
@@ -72,6 +72,18 @@ def _rising(train: TrainSpec, options: Mapping[str, Option]) -> list[Problem]:
         return []
     what = f"min_lr is {lowest:g}, above the learning rate of {train.learning_rate:g}"
     return [Problem(what, "set it below train.learning_rate", f"{WHERE}.min_lr")]
+
+
+def _longer(train: TrainSpec, options: Mapping[str, Any]) -> list[Problem]:
+    """Return whether the parts of a schedule that are given in steps are more than the run has,
+    where that is known: transformers would begin in the middle of one."""
+    counts = {k: v for k, v in options.items() if k.endswith("_steps") and isinstance(v, int)}
+    warmup = math.ceil(train.max_steps * train.warmup_ratio)
+    if not counts or not 0 < train.max_steps < warmup + sum(counts.values()):
+        return []
+    what = f"{' and '.join(counts)} and {warmup} of warmup are more than the run's steps"
+    fix = f"let them come to {train.max_steps} at most, or set train.max_steps higher"
+    return [Problem(what, fix, f"{WHERE}.{next(iter(counts))}")]
 
 
 def follows_loss(train: TrainSpec) -> bool:
