@@ -229,6 +229,8 @@ _SAME = (
     ("max_length", "seq_len", "max_seq_len", "max_seq_length", "seq_length", "sequence_len",
      "sequence_length", "block_size", "context_length", "cutoff_len", "model_max_length"),
     ("lr_scheduler_type", "scheduler", "lr_scheduler", "schedule"),
+    ("lr_scheduler_kwargs", "scheduler_kwargs", "lr_scheduler_args", "scheduler_args",
+     "scheduler_specific_kwargs"),
     ("warmup_ratio", "warmup", "warmup_steps"),
     ("weight_decay", "wd", "decay"),
     ("max_grad_norm", "clip", "grad_clip", "gradient_clipping", "gradient_clip_val", "clip_norm"),
@@ -265,7 +267,9 @@ def likely_name(word: str, known: Iterable[str]) -> str:
     """Return which of `known` people mean by `word`: what other tools call so, or the one that is
     spelt most like it; empty if none."""
     names = list(known)
-    return _usual_name(word, names) or next(iter(get_close_matches(word, names, n=1)), "")
+    swapped = [name for name in names if sorted(name) == sorted(word)]
+    close = [*swapped, *get_close_matches(word, names, n=1)]
+    return _usual_name(word, names) or next(iter(close), "")
 
 
 def _usual_name(word: str, names: list[str]) -> str:

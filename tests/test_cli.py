@@ -955,6 +955,32 @@ def test_lines_on_a_terminal_end_between_words(monkeypatch, width) -> None:
     assert [line for line in lines if len(line.rstrip()) > width] == [path]
 
 
+@pytest.mark.parametrize(
+    "command", ["plan", "backends", "adapters", "objectives", "evaluations", "matrix", "exports"]
+)
+def test_no_line_ends_with_blanks(command, run_cli) -> None:
+    shown = run_cli(command)
+    assert shown.code == 0
+    lines = shown.out.splitlines()
+    assert len(lines) > 5
+    assert [line for line in lines if line != line.rstrip()] == []
+
+
+@pytest.mark.parametrize("flag", ["--backend", "--adapter", "--objective"])
+def test_an_unknown_name_is_answered_with_where_to_look(flag, run_cli, monkeypatch) -> None:
+    kind = flag.strip("-")
+    error = " ".join(run_cli("plan", flag, "nothing-like-it").err.split())
+    assert f"no {kind} is called 'nothing-like-it'" in error
+    where = f"`quantadapt {kind}s` lists what is here, `quantadapt doctor` what is installed"
+    assert f"; {where}" in error
+    near = {"backend": ("hqqq", "hqq"), "adapter": ("lroa", "lora"), "objective": ("stf", "sft")}
+    wrong, right = near[kind]
+    error = " ".join(run_cli("plan", flag, wrong).err.split())
+    assert f"did you mean '{right}'? {where}" in error
+    monkeypatch.setenv("QUANTADAPT_PLUGINS", "hqq")
+    assert "; QUANTADAPT_PLUGINS loads hqq alone" in run_cli("plan", flag, "nothing-like-it").err
+
+
 def test_no_log_is_left_in_the_temporary_folder(capsys, tmp_path, monkeypatch) -> None:
     import tempfile
 

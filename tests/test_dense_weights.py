@@ -26,7 +26,7 @@ from quantadapt import demo
 from quantadapt.errors import TrainingError
 from quantadapt.facade.dense_weights import DenseWeights
 from quantadapt.machine import Machine
-from quantadapt.memory.cards import GIB
+from quantadapt.memory.cards import GIB, size_words
 from quantadapt.planning import plan
 from quantadapt.spec import Spec, TrainSpec
 from quantadapt.testing.small_demo import small_model
@@ -342,7 +342,7 @@ def test_they_go_where_memory_runs_out(tokenizer, random_data, tmp_path, monkeyp
     out = RunsOut(model, 4, when=lambda: any(n.held_weight is not None for n in layers))
     found = trained(model, tokenizer, data, tmp_path / "b", notes, **options)
     assert out.seen > 4
-    assert notes[1].startswith(f"{STAY} ({DenseWeights(model).nbytes / GIB:.2f} GiB more;")
+    assert notes[1].startswith(f"{STAY} ({size_words(DenseWeights(model).nbytes)} more;")
     assert notes[2].startswith("out of memory at step ")
     assert notes[2].endswith("from here on without dense weights")
     assert found.setting.recomputed_layers == 0
@@ -391,7 +391,7 @@ def test_a_plan_counts_them_and_says_so(tmp_path) -> None:
     assert card.setting.recomputed_layers == 0
     parts = made.to_dict()["memory"]["cards"][0]["parts_gib"]
     assert parts["dequantized"] == pytest.approx(size / GIB, rel=1e-9)
-    told = f"{size / GIB:.2f} GiB"
+    told = size_words(size)
     assert f"dequantized weights kept ({told})" in made.memory.words()[0]
     assert card.needed == made.memory.work_on(card).peak(card.setting)
     least = planned(tmp_path, [141], memory="min")

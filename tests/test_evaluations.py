@@ -8,8 +8,10 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from few_rows import few_rows
@@ -19,10 +21,14 @@ from transformers import AutoModelForCausalLM
 
 import quantadapt as qa
 from quantadapt import cli, demo
+from quantadapt.cli.evaluate import _show
 from quantadapt.cli.progress import RunDisplay, show_result
 from quantadapt.data import load_held_out
 from quantadapt.errors import PlanRefused, PluginError, SpecError
 from quantadapt.evaluation import measure
+from quantadapt.exporting.card import _figures
+from quantadapt.folders.metrics import add_figures
+from quantadapt.pipeline.result import RunResult
 from quantadapt.registry import registry
 from quantadapt.testing.small_demo import small_model
 
@@ -252,11 +258,34 @@ def test_values_of_tensors_become_numbers() -> None:
     class OfTensors(qa.Evaluator):
         def measure(self, model: Any, given: qa.Given) -> dict[str, qa.Figure]:
             value: Any = torch.tensor(1.5)
-            return {"a": qa.Figure(value), "b": qa.Figure(3)}
+            counts: Any = (numpy.int64(4), torch.tensor(5))
+            more = {"c": qa.Figure(counts[0]), "d": qa.Figure(counts[1])}
+            return {"a": qa.Figure(value), "b": qa.Figure(3), **more}
 
     found = measure("t", OfTensors(), torch.nn.Linear(1, 1), qa.Given(examples=[]))  # type: ignore[arg-type]
-    assert found == {"a": qa.Figure(1.5), "b": qa.Figure(3)}
-    assert [type(figure.value) for figure in found.values()] == [float, int]
+    assert [figure.value for figure in found.values()] == [1.5, 3, 4, 5]
+    assert [type(figure.value) for figure in found.values()] == [float, int, int, int]
+
+
+def test_counts_are_whole_and_sizes_readable_wherever_they_are_told(capsys) -> None:
+    """A count was `96.0000` beside figures with errors, and 3.894e+04 from 10,000 on."""
+    figures = {"reward": qa.Figure(0.5, "", "higher", 0.1), "answers": qa.Figure(38942)}
+    figures["size"] = qa.Figure(0.0123, "MiB")
+    console = Console(width=100)
+    _show(SimpleNamespace(out=console, err=console), "data", {"rewarded": figures})
+    assert capsys.readouterr().out.splitlines() == [
+        "rewarded reward 0.5000 ± 0.1",
+        "rewarded answers 38,942",
+        "rewarded size 12.6 KiB",
+    ]
+    metrics: dict[str, Any] = {"evaluations": {}}
+    add_figures(metrics, "counts", "quantized", {"tokens": qa.Figure(38942)})
+    add_figures(metrics, "counts", "tuned", {"tokens": qa.Figure(38942)})
+    assert "| counts tokens | 38,942 | 38,942 |" in _figures(metrics)
+    shown = repr(RunResult(None, Path("run"), None, metrics))  # type: ignore[arg-type]
+    assert "counts tokens 38,942 to 38,942" in shown
+    assert [str(figure) for figure in figures.values()] == ["0.5", "38,942", "12.6 KiB"]
+    assert str(qa.Figure(14000.0, "MiB")) == "13.7 GiB"
 
 
 # Named, with options ------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ def test_terminal_metrics_and_report_tell_it(tiny_run) -> None:
     assert (tiny["state"], tiny["folder"], tiny["refusals"]) == ("written", "tiny", [])
     assert tiny["figures"]["size"] == {"value": size, "unit": "MiB", "better": "lower"}
     assert tiny["figures"]["tensors"]["value"] == len(read_tiny(result.folder / "tiny/model.tiny"))
-    line = f"tiny: written to tiny/, size {size:.4g} MiB, tensors "
+    line = f"tiny: written to tiny/, size {size:.1f} MiB, tensors "
     assert line in terminal
     assert "tiny written" in terminal  # beside the stage, while it goes on
     report = (result.folder / "report.html").read_text()

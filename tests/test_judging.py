@@ -154,7 +154,7 @@ def test_models_of_one_name_are_told_apart_and_counts_have_to_match() -> None:
     one = Answered("x", ["q"], ["1"])
     (pair,) = paired(one, Answered("x", ["q"], ["2"]))
     assert (pair.a, pair.b) == ("x (a)", "x (b)")
-    with pytest.raises(DataError, match="has 1 answers"):
+    with pytest.raises(DataError, match="has 1 answer,"):
         paired(one, Answered("y", [], []))
 
 

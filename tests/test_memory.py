@@ -551,7 +551,7 @@ def test_the_plan_tells_what_the_card_means(llama, tmp_path) -> None:
     longest = made.to_dict()["memory"]["cards"][0]["longest"]
     assert longest["none"] == made.memory.work.longest(usable(80 * GIB, lost=LONG_ROWS)) > 2048
     inputs = 32 * longest["none"] * 4096 * 2 / GIB
-    assert f"{longest['none']:,} tokens ({inputs:.1f} GiB of CPU memory)" in words
+    assert f"{longest['none']:,} tokens ({inputs:.0f} GiB of CPU memory)" in words
     json.dumps(made.to_dict())
 
 
@@ -586,7 +586,7 @@ def test_inputs_that_cpu_memory_does_not_hold_are_told(llama, tmp_path) -> None:
     for free, told in ((inputs + process - 1, True), (inputs + process, False)):
         machine = replace(on_card(24), host=free)
         notes = plan(wanted, machine=machine, weights=False).notes
-        assert any("inputs of layers take 2.0 GiB of it" in note for note in notes) == told
+        assert any("inputs of layers take 2.00 GiB of it" in note for note in notes) == told
 
 
 def test_what_the_spec_asks_for_is_predicted(llama, tmp_path) -> None:
@@ -597,7 +597,7 @@ def test_what_the_spec_asks_for_is_predicted(llama, tmp_path) -> None:
     made = planned(spec(llama, tmp_path, memory=20), 80)
     assert made.memory.cards[0].needed <= 20 * GIB
     assert made.memory.cards[0].setting == made.memory.work.fit(20 * GIB) != Setting(0, False, 4)
-    with pytest.raises(PlanRefused, match=r"of the 3\.0 GiB that it can have there"):
+    with pytest.raises(PlanRefused, match=r"of the 3\.00 GiB that it can have there"):
         planned(spec(llama, tmp_path, memory=3), 80)
     made = planned(spec(llama, tmp_path, gradient_checkpointing=False), 40)
     assert made.memory.cards[0].setting == Setting(0, False, 2)
@@ -608,7 +608,7 @@ def test_an_evaluation_that_needs_more_than_training_is_told(llama, tmp_path) ->
     wanted = spec(llama, tmp_path)
     wanted.evaluate.unquantized = False
     told = "".join(planned(wanted, 7.5).notes)
-    assert "evaluating 8 examples at a time needs 1.7 GiB more than the model; lower" in told
+    assert "evaluating 8 examples at a time needs 1.67 GiB more than the model; lower" in told
     wanted.evaluate.batch_size = 1
     assert "evaluate.batch_size" not in "".join(planned(wanted, 7.5).notes)
 
@@ -864,7 +864,7 @@ def test_cards_are_asked_about(shown) -> None:
     assert "; the model has been made for " not in output  # its config does not say
     assert "(the base streamed, " in output
     assert "GiB: yes, with " in output.partition("fits 6 ")[2]
-    assert "the base streamed from 3.4 GiB of CPU memory" in output
+    assert "the base streamed from 3.35 GiB of CPU memory" in output
     assert "there are no weights here: this is a prediction" in output
 
 

@@ -374,7 +374,7 @@ def test_what_adds_up_is_split(accepts, router, packing, splits) -> None:
 
 def test_a_card_that_is_too_small_is_told(tokenizer, data, tmp_path, monkeypatch) -> None:
     make_up_card(monkeypatch, 2, lambda: 3)
-    with pytest.raises(TrainingError, match=r"no setting fits 2\.0 GiB"):
+    with pytest.raises(TrainingError, match=r"no setting fits 1\.96 GiB"):
         trained(adapted(), tokenizer, data, tmp_path)
 
 

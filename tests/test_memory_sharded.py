@@ -16,7 +16,7 @@ from processes import in_processes
 
 from quantadapt import demo
 from quantadapt.distributed import start
-from quantadapt.memory import GIB, WORKSPACE, Setting, Workload
+from quantadapt.memory import GIB, WORKSPACE, Setting, Workload, size_words
 from quantadapt.memory.shape import Shape
 from quantadapt.sharding import PACKED, shard
 from quantadapt.training.lent import one_block_at_a_time, recomputed
@@ -241,7 +241,7 @@ def test_a_plan_counts_it_and_says_so(tmp_path: Path) -> None:
     (card,), (other,) = made.memory.cards, saving.memory.cards
     size = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336) * 4.127 / 8 + 2 * 2 * 128256 * 4096
     assert made.memory.work_on(card).gathered_bytes == pytest.approx(size, rel=1e-3)
-    told = f"{size / GIB:.2f} GiB"
+    told = size_words(size)
     (note,) = [note for note in made.notes if "stays gathered while it trains" in note]
     assert f"({told} more; train.memory: min shares it at all times)" in note
     assert f"the base gathered while it trains ({told})" in made.memory.words()[0]

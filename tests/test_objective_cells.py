@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from short_runs import OBJECTIVES, answered
 
 import quantadapt as qa
 from quantadapt.dependencies import missing_requirements
@@ -28,32 +29,12 @@ BACKENDS: Mapping[str, Mapping[str, Any]] = {
     "torchao-int8": {},
     "gptq": {},
 }
-OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
-    "sft": {},
-    "pretrain": {"data": {"max_length": 64}},
-    "distill": {},
-    "dpo": {},
-    "orpo": {},
-    "simpo": {},
-    "kto": {},
-    "grpo": {"rewarded": True},
-    "rloo": {"rewarded": True},
-    "reward": {},
-    "classify": {},
-    "classify-tokens": {},
-    "embed": {},
-    "rerank": {},
-}
 BETTER = {
     "sft": ("perplexity", "loss"),
     "pretrain": ("perplexity", "loss"),
     "distill": ("agreement", "kl"),
 }
 """Objectives whose loss is also what an evaluation measures: it falls on held-out data."""
-VOWELS = """
-def vowels(completions, **_):
-    return [sum(c in "aeiou" for c in text) / (len(text) + 1) for text in completions]
-"""
 CELLS = [
     (objective, adapter, backend)
     for objective in OBJECTIVES
@@ -126,15 +107,6 @@ def learns(
     assert torch.isfinite(trained).all()
     assert torch.equal(said(made.model), trained)  # what is compared does not move
     assert float((loaded - trained).abs().max()) <= close * max(1.0, float(trained.abs().max()))
-
-
-def answered(folder: Path, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an objective needs that learns from answers of its own."""
-    if not own.get("rewarded"):
-        return {}
-    file = folder / "vowels.py"
-    file.write_text(VOWELS)
-    return {"rewards": [f"{file}:vowels"], "num_generations": 4, "max_completion_length": 8}
 
 
 def said(model: Any) -> torch.Tensor:

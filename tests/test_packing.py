@@ -359,9 +359,9 @@ def test_an_example_that_finds_no_room_is_told_and_not_cut() -> None:
 
 def test_how_full_rows_are_is_told() -> None:
     found = filling(packed(examples([10, 6, 2])))
-    assert found == (3, 2, 10, pytest.approx(0.1))
+    assert found == (3, 2, 10, pytest.approx(0.1), "examples")
     assert found.words == "3 examples in 2 rows of up to 10 tokens, 10.0% of them empty"
-    assert filling(packed(examples([10, 6, 2]), usual=18)) == (3, 1, 18, 0)
+    assert filling(packed(examples([10, 6, 2]), usual=18)) == (3, 1, 18, 0, "examples")
     assert filling(packed(examples([10, 6, 2]), usual=3)) == found
     assert filling(examples([10, 6, 2])) is None
 

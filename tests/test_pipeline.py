@@ -236,7 +236,7 @@ def test_experts_with_adapters_are_merged() -> None:
 def test_a_merged_model_for_which_the_disk_is_too_small(small, tmp_path, monkeypatch) -> None:
     model = qa.attach(qa.quantize(small, "hqq"), "lora", r=2)
     monkeypatch.setattr(atomic, "free_space", lambda _: 1024)
-    with pytest.raises(OutputError, match=r"MiB are needed, 1\.0 KiB are free"):
+    with pytest.raises(OutputError, match=r"MiB are needed, 1\.00 KiB are free"):
         qa.merge(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -23,8 +23,9 @@ from quantadapt.errors import DataError, PlanRefused, SpecError
 from quantadapt.machine import Machine
 from quantadapt.objectives.pretrain import Pretrain
 from quantadapt.planning.stage import plan
-from quantadapt.spec import DataSpec, Spec
+from quantadapt.spec import DataSpec, Spec, TrainSpec
 from quantadapt.testing.small_demo import small_model
+from quantadapt.training.stage import train
 
 TRAIN = {"logging_steps": 1, "per_device_train_batch_size": 2, "warmup_ratio": 0.0,
          "learning_rate": 1e-3}  # fmt: skip
@@ -225,11 +226,28 @@ def test_the_plan_packs_and_says_what_it_does_not_know(tmp_path: Path) -> None:
     path = str(lines(tmp_path / "a.jsonl", 0, 9))
     made = planned(data={"path": path}, train={"max_steps": 10})
     assert made.spec.train.packing is True
-    assert any("10 steps read 80 rows of 512 tokens of 1 file " in note for note in made.notes)
+    size = Path(path).stat().st_size
+    told = f"10 steps read 80 rows of 512 tokens of 1 file of {size} bytes in each process"
+    assert any(told in note for note in made.notes)
     made = planned(data=path)
     assert any("is known once they are read" in note for note in made.notes)
     assert planned(data=path, train={"packing": False}).spec.train.packing is False
     assert planned(data=path, objective="sft").spec.train.packing is False
+
+
+def test_packing_counts_pieces_of_documents_and_says_so(tmp_path: Path, tokenizer: Any) -> None:
+    """A document that goes on in the next row was told as one example more."""
+    path, eos, notes = lines(tmp_path / "a.jsonl", 0, 40), tokenizer.eos_token_id, list[str]()
+    rows = load_stream(data_of(path=str(path), eval_examples=2), tokenizer, seed=0).train
+    model = qa.attach(qa.quantize(str(small_model()), "none"), "lora")
+    spec = TrainSpec(packing=True, max_steps=1, per_device_train_batch_size=2)
+    given: Any = {"output": tmp_path / "run", "seed": 0, "on_note": notes.append}
+    found = train(model, tokenizer, rows, spec, task=Pretrain(), **given).packed
+    ids = rows["input_ids"]
+    assert sum(row.count(eos) for row in ids) == 38
+    assert found.examples == 38 + sum(row[-1] != eos for row in ids[:-1]) > 38
+    words = f"packing: {found.examples} pieces of documents in {len(rows)} rows"
+    assert any(note.startswith(words) for note in notes)
 
 
 def test_what_does_not_go_is_refused_at_once(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from quantadapt.folders.metrics import Metrics
 from quantadapt.folders.run_folder import RunFolder
+from quantadapt.memory import size_words
 from quantadapt.reporting.charts import Bar, bar_chart, smoothed, thinned
 from quantadapt.reporting.html import Html, el
 from quantadapt.reporting.page import render, write_report
@@ -290,7 +291,7 @@ def test_figures_of_an_export_are_shown_once() -> None:
 
 
 def test_counts_of_an_evaluation_are_whole() -> None:
-    values = {"quantized": 2345, "tuned": 2345.0}
+    values = {"quantized": 2345, "tuned": 2345}
     first = {"unit": "", "better": "lower", "values": {"quantized": 3.5, "tuned": 2.5}}
     table = {"perplexity": first, "tokens": {"unit": "", "better": "", "values": values}}
     text = Page(render(run(metrics={"evaluations": {"perplexity": table}}))).text
@@ -480,6 +481,9 @@ def test_percent_and_sizes() -> None:
         "100 %",
     ]
     assert [mebibytes(x) for x in (33.6, 312.4, 1270)] == ["33.6 MiB", "312 MiB", "1.24 GiB"]
+    sizes = {0: "0 bytes", 1: "1 byte", 1023: "1,023 bytes", 1024: "1.00 KiB", 2000: "1.95 KiB"}
+    sizes |= {10240: "10.0 KiB", 2**20 - 1: "1.00 MiB", 2**30: "1.00 GiB", 2**52: "4,096 TiB"}
+    assert {size: size_words(size) for size in sizes} == sizes
 
 
 def test_elements_escape_everything_but_html() -> None:

@@ -467,6 +467,7 @@ OTHER: dict[str, Any] = {
     "data.max_examples": 4,
     "train.learning_rate": 1e-3,
     "train.lr_scheduler_type": "linear",
+    "train.lr_scheduler_kwargs": {"num_cycles": 0.25},
     "train.warmup_ratio": 0.5,
     "train.weight_decay": 0.1,
     "train.optim": "adamw_torch",

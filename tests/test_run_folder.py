@@ -452,7 +452,7 @@ class TestAtomicFolder:
         ):
             (temporary / "weights").write_bytes(b"x" * 1024)
         assert contents(tmp_path) == before
-        for words in ("2.0 KiB are needed", "1.1 KiB had been written", "are free", "fix: free"):
+        for words in ("2.00 KiB are needed", "1.05 KiB had been written", "are free", "fix: free"):
             assert words in str(caught.value)
 
     @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -535,14 +535,14 @@ class TestAtomicFolder:
             raise error  # whatever the reason is, for the disk is not full
         monkeypatch.setattr(atomic, "free_space", lambda path: 4096)
         with (
-            pytest.raises(OutputError, match=r"4\.0 KiB are free"),
+            pytest.raises(OutputError, match=r"4\.00 KiB are free"),
             atomic_folder(tmp_path / "merged"),
         ):
             raise error
 
     def test_too_small_a_disk_is_refused_before_the_body(self, tmp_path: Path) -> None:
         with (
-            pytest.raises(OutputError, match=r"1024\.0 TiB are needed.*\n +fix: free .* more on"),
+            pytest.raises(OutputError, match=r"1,024 TiB are needed.*\n +fix: free .* more on"),
             atomic_folder(tmp_path / "deep" / "merged", needed=2**50),
         ):
             pytest.fail("the body ran")

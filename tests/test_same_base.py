@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import quantadapt as qa
 from quantadapt import cli
 from quantadapt.errors import MergeRefused, ModelError, PlanRefused
+from quantadapt.exporting.manifest import MANIFEST
 from quantadapt.exporting.same_base import BaseMismatchWarning, UnknownBaseWarning
+from quantadapt.folders import written
 from quantadapt.inputs.fingerprints import Fingerprint, difference, fingerprint_of
 from quantadapt.testing.small_demo import small_model
 
@@ -287,3 +289,88 @@ def test_a_run_is_not_resumed_on_another_base(base, tmp_path) -> None:
     assert made.metrics["train"]["resumed_from"]
     kept = qa.Spec.load(tmp_path / "run" / "spec.yaml")
     assert not kept.force_base
+
+
+# A base of its own, beside the adapter ------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A folder with an adapter and the base that its start has rewritten, as runs that calibrate
+    have one, too."""
+    model = qa.attach(qa.quantize(str(small_model()), "hqq"), "pissa", target_modules=TARGETS)
+    qa.save(model, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def flipped(file: Path) -> None:
+    """Change one bit of the first weight of the last norm, at the same size."""
+    found = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(found[:8], "little")
+    place = json.loads(found[8:start])["model.norm.weight"]["data_offsets"][0]
+    found[start + place + 2] ^= 0x10
+    file.write_bytes(found)
+
+
+def test_an_own_base_that_was_altered_is_told_at_the_same_size(own: Path, capsys) -> None:
+    """Its fingerprint lies beside it, so nothing but its files tells."""
+    weights = next((own / "base").glob("*.safetensors"))
+    before = said_by(qa.load(own, device="cpu"))
+    flipped(weights)
+    what = f"{weights.name} is not as when the adapter was trained on it"
+    with pytest.raises(ModelError, match=what):
+        qa.load(own, device="cpu")
+    out = own.parent / "out"
+    commands = [
+        ("eval", own),
+        ("generate", own, "--prompt", "one"),
+        ("merge", own, "-o", out),
+        ("export", own, "adapter", "-o", out),
+        ("export", own, "merged-dense", "-o", out),
+        ("serve", own, "--port", "0"),
+    ]
+    for command in commands:
+        with pytest.raises(SystemExit):
+            cli.main([str(word) for word in command])
+        shown = " ".join(capsys.readouterr().err.split())
+        assert shown.count(what) == 1, command
+        assert "--force-base" in shown, command
+    assert not (out / "adapter").exists()
+    assert not (out / "base").exists()
+    with pytest.warns(BaseMismatchWarning, match=what) as warned:
+        qa.load(own, device="cpu", force_base=True)
+    assert len([w for w in warned if what in str(w.message)]) == 1
+    flipped(weights)  # back again
+    assert torch.equal(said_by(qa.load(own, device="cpu")), before)
+
+
+def said_by(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([[5, 9, 17, 33, 65]])).logits.float()
+
+
+def test_what_computes_nothing_of_an_own_base_is_a_warning(own: Path) -> None:
+    edit(own / "base" / "tokenizer_config.json", model_max_length=99)
+    with pytest.warns(BaseMismatchWarning, match=r"tokenizer_config\.json is not as when"):
+        qa.load(own, device="cpu")
+    edit(own / "base" / "config.json", rms_norm_eps=0.5)
+    with pytest.raises(ModelError, match=r"config\.json, tokenizer_config\.json are not as when"):
+        qa.load(own, device="cpu")
+
+
+def test_checksums_are_read_where_times_differ_and_then_once(own: Path, monkeypatch) -> None:
+    read: list[str] = []
+    checksum = written._checksum
+    monkeypatch.setattr(written, "_checksum", lambda f: read.append(f.name) or checksum(f))
+    qa.load(own, device="cpu")
+    assert read == []
+    copy = own.parent / "copy"
+    shutil.copytree(own, copy, copy_function=shutil.copyfile)  # as cp does: with new times
+    names = {file.name for file in (copy / "base").iterdir()} - {written.LIST, MANIFEST}
+    qa.load(copy, device="cpu")
+    assert sorted(read) == sorted(names)
+    qa.load(copy, device="cpu")
+    assert sorted(read) == sorted(names)
+    (copy / "base" / "generation_config.json").unlink()
+    with pytest.warns(BaseMismatchWarning, match=r"generation_config\.json is missing"):
+        qa.load(copy, device="cpu")

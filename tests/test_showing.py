@@ -15,6 +15,7 @@ from few_rows import few_rows
 from rich.console import Console
 
 import quantadapt as qa
+from quantadapt.folders.metrics import many
 from quantadapt.registry import registry
 from quantadapt.showing.display import RunDisplay
 from quantadapt.showing.notebook import NotebookDisplay
@@ -133,8 +134,8 @@ LOGS = [
     [
         (40, ["loss 1.0000"], ["left"]),
         (60, ["loss 1.0000", "50 min left"], ["GiB", "held-out"]),
-        (80, ["loss 1.0000", "2,900 tokens/s", "0.75 GiB", "50 min left"], ["held-out", "lr"]),
-        (120, ["held-out loss 1.5000   lr 1.00e-03   2,900 tokens/s   0.75 GiB   50 min left"], []),
+        (80, ["loss 1.0000", "2,900 tokens/s", "769 MiB", "50 min left"], ["held-out", "lr"]),
+        (120, ["held-out loss 1.5000   lr 1.00e-03   2,900 tokens/s   769 MiB   50 min left"], []),
     ],
 )
 def test_a_line_of_progress_says_what_matters_and_fits(width, told, left_out) -> None:
@@ -153,13 +154,22 @@ def test_a_line_of_progress_says_what_matters_and_fits(width, told, left_out) ->
     assert not any(text in line for text in left_out), line
 
 
+def test_one_of_them_is_told_as_one(capsys) -> None:
+    display = RunDisplay(Console(width=100))
+    display.on_stage({"name": "train", "state": "start"})
+    display.on_log({"step": 1, "max_steps": 1, "loss": 2.5, "learning_rate": 1e-3})
+    display.on_stage({"name": "train", "state": "done", "seconds": 1.0})
+    assert "1 step   loss 2.5000" in capsys.readouterr().out
+    assert [many(count, "row") for count in (0, 1, 2000)] == ["0 rows", "1 row", "2,000 rows"]
+
+
 def test_plain_lines_have_all_of_it() -> None:
     screen = io.StringIO()
     with RunDisplay(Screen(screen, width=60)) as shown:
         shown("stage", {"name": "train", "state": "start"})
         for log in LOGS:
             shown("log", log)
-    numbers = "loss 1.0000   lr 1.00e-03   2,900 tokens/s   0.75 GiB   50 min left"
+    numbers = "loss 1.0000   lr 1.00e-03   2,900 tokens/s   769 MiB   50 min left"
     assert screen.getvalue().splitlines() == [f"  train step 110/1000   {numbers}"]
 
 

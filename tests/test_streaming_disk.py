@@ -204,7 +204,7 @@ def test_a_plan_names_the_way_out_where_cpu_memory_does_not_suffice(
     for way in ("all", "auto"):
         made = planned(LLAMA_8B, machine, train={"stream": way, "stream_folder": str(tmp_path)})
         assert made.stream == "all"
-        assert "the base streamed from 3.4 GiB on disk" in notes(made)[0]
+        assert "the base streamed from 3.35 GiB on disk" in notes(made)[0]
         work = made.memory.work
         assert work.streamed_bytes > 3 * GIB
         assert work.host_bytes == pytest.approx(work.streamed_bytes / 32, rel=0.01)
@@ -218,10 +218,10 @@ def test_a_disk_that_cannot_hold_it_is_refused_before_any_work(
     usage = type("usage", (), {"free": 2 * GIB, "total": free.f_blocks, "used": 0})
     with patch.object(planning_streaming.shutil, "disk_usage", lambda _: usage):
         text = refused(planned, LLAMA_8B, card(5), **asked)
-        assert "a streamed base takes 3.4 GiB, 2.0 are free in" in text
+        assert "a streamed base takes 3.35 GiB, 2.00 GiB are free in" in text
         assert "[rule stream-needs-disk]" in text
         two = {"train": {**asked["train"], "parallel": "ddp"}}
-        assert "takes 6.7 GiB" in refused(planned, LLAMA_8B, card(80, count=2), 2, **two)
+        assert "takes 6.71 GiB" in refused(planned, LLAMA_8B, card(80, count=2), 2, **two)
         asked["train"]["stream"] = "none"
         told = planned(LLAMA_8B, card(80), **asked).notes
     assert [note for note in told if "train.stream_folder has no effect here" in note]

@@ -69,7 +69,7 @@ def test_a_base_is_streamed_where_it_does_not_fit_otherwise(planned: Any) -> Non
     made = planned(LLAMA_8B, card(5))
     assert made.stream == "all"
     first, second = notes(made)
-    assert "3.4 GiB of CPU memory, as training does not fit otherwise" in first
+    assert "3.35 GiB of CPU memory, as training does not fit otherwise" in first
     assert "evaluate.samples: 0" in second
     quiet = {"samples": 0, "unquantized": False}
     assert len(notes(planned(LLAMA_8B, card(5), evaluate=quiet))) == 1
@@ -94,10 +94,10 @@ def test_what_is_asked_for_is_streamed_on_any_card(planned: Any) -> None:
 def test_what_cannot_be_streamed_is_refused(planned: Any) -> None:
     wanted = {"train": {"stream": "all"}}
     text = refused(planned, LLAMA_8B, card(80, host=4), **wanted)
-    assert "take 5.4 GiB of CPU memory, 4.0 GiB are free" in text
+    assert "take 5.35 GiB of CPU memory, 4.00 GiB are free" in text
     assert "[rule stream-needs-memory]" in text
     two = refused(planned, LLAMA_8B, card(80, 8, 2), 2, train={"stream": "all", "parallel": "ddp"})
-    assert "2 streamed bases and the process take 8.7 GiB" in two
+    assert "2 streamed bases and the process take 8.71 GiB" in two
     assert "use train.stream: all" in refused(
         planned, LLAMA_8B, card(80), train={"stream": "experts"}
     )
@@ -155,7 +155,7 @@ def test_cards_that_are_asked_about_are_told_how_they_suffice(planned: Any, tmp_
     made = plan(spec, machine=Machine(), cards=[5, 24], weights=False)
     small, large = made.memory.words()
     assert "fits 5 GiB: yes" in small
-    assert "the base streamed from 3.4 GiB of CPU memory" in small
+    assert "the base streamed from 3.35 GiB of CPU memory" in small
     assert "fits 24 GiB: yes" in large
     assert "streamed" not in large.partition("; longest example")[0]
     assert [entry["streamed"] for entry in made.to_dict()["memory"]["cards"]] == ["all", "none"]
@@ -233,8 +233,11 @@ def test_inputs_in_cpu_memory_are_counted_beside_a_streamed_base(planned: Any) -
     long = {"data": {"max_length": 30_000}}
     assert planned(LLAMA_8B, card(8, host=10), **long).stream == "all"
     (told,) = input_notes(planned(LLAMA_8B, card(8, host=10), **long))
-    assert "inputs of layers take 7.3 GiB of it, what is streamed 3.4, the process 2.0" in told
-    assert "10.0 are free" in told
+    assert (
+        "inputs of layers take 7.33 GiB of it, what is streamed 3.35 GiB, the process 2.00 GiB"
+        in told
+    )
+    assert "10.0 GiB are free" in told
     assert input_notes(planned(LLAMA_8B, card(8, host=12.6), **long))
     assert input_notes(planned(LLAMA_8B, card(8, host=12.8), **long)) == []
 
@@ -245,7 +248,9 @@ def test_each_process_of_this_machine_keeps_inputs_in_cpu_memory(
     """100,032 tokens are 24.4 GiB for one, 48.8 for two."""
     long = {"data": {"max_length": 100_000}, "train": {"parallel": "ddp"}}
     (told,) = input_notes(planned(LLAMA_8B, card(24, 40, 2), 2, **long))
-    assert "inputs of layers take 48.8 GiB of it, the process 2.0, and 40.0 are free" in told
+    assert (
+        "inputs of layers take 48.8 GiB of it, the process 2.00 GiB, and 40.0 GiB are free" in told
+    )
     launched_on_two_nodes(monkeypatch)
     assert input_notes(planned(LLAMA_8B, card(24, 40), 2, **long)) == []
 
@@ -260,9 +265,9 @@ def launched_on_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bases_on_other_nodes_take_nothing_of_this_one(
     planned: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two bases take 8.7 GiB with the process, one takes 5.4."""
+    """Two bases take 8.71 GiB with the process, one takes 5.4."""
     given = {"train": {"stream": "all", "parallel": "ddp"}}
-    assert "take 8.7 GiB" in refused(planned, LLAMA_8B, card(80, 6, 2), 2, **given)
+    assert "take 8.71 GiB" in refused(planned, LLAMA_8B, card(80, 6, 2), 2, **given)
     launched_on_two_nodes(monkeypatch)
     assert planned(LLAMA_8B, card(80, 6), 2, **given).stream == "all"
-    assert "take 5.4 GiB" in refused(planned, LLAMA_8B, card(80, 4), 2, **given)
+    assert "take 5.35 GiB" in refused(planned, LLAMA_8B, card(80, 4), 2, **given)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..folders.metrics import many
 from ..remote_code import trusting
 from .answering import BareOption, LayoutOption, said, stdin, with_sampling_flags
 from .commands import add
@@ -215,4 +216,5 @@ def _to_file(
             for row, answer in zip(rows[begun:], made, strict=True):
                 file.add(row, answer)
                 advance()
-    shown.err.print(f"{len(rows)} answers are in {out}", markup=False, soft_wrap=True)
+    told = f"{many(len(rows), 'answer')} {'is' if len(rows) == 1 else 'are'} in {out}"
+    shown.err.print(told, markup=False, soft_wrap=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..memory.cards import size_words
 from .commands import add
 from .flags import DeviceOption, DtypeOption, JsonOption, TrustOption
 from .session import session
@@ -79,7 +80,7 @@ def quantize(
             shown.print_json(facts)
             return
         options = ", ".join(f"{k}={v}" for k, v in facts["options"].items())
-        size = f"{facts['mib']:.1f} MiB"
+        size = size_words(facts["mib"] * 2**20)
         text = f"{output}: {facts['backend']} ({options}), {size}"
         shown.out.print(text, markup=False, soft_wrap=True)
 

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..folders.metrics import many
+
 LOUD = 0.05
 """Of more examples than that cut or dropped, a warning tells."""
 
@@ -63,14 +65,14 @@ class FileReport:
     def counts(self, max_length: int) -> str:
         """Return the counts in words, e.g. `90 examples, 6000 tokens, 900 of them learnt`."""
         if not self.examples and not self.dropped:
-            return _many(self.rows, "row") if self.rows else "read row by row"
-        parts = [_many(self.examples, "example")]
+            return many(self.rows, "row") if self.rows else "read row by row"
+        parts = [many(self.examples, "example")]
         if 0 < self.held_out < self.examples:
             parts[0] += f" ({self.held_out:,} of them held out)"
-        parts.append(_many(self.tokens, "token"))
+        parts.append(many(self.tokens, "token"))
         parts += [f"{self.learnt:,} of them learnt"] if self.learnt else []
         if self.pictures:
-            parts.append(f"{_many(self.pictures, 'picture')} of {_many(self.standing, 'token')}")
+            parts.append(f"{many(self.pictures, 'picture')} of {many(self.standing, 'token')}")
         parts += self.losses(max_length) or ["none cut or dropped"]
         return ", ".join(parts)
 
@@ -91,10 +93,6 @@ class FileReport:
         if self.unused:
             found.append(f"columns that {self.format} does not know: {', '.join(self.unused)}")
         return found
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def source_of(file: str) -> str:

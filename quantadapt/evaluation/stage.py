@@ -7,6 +7,7 @@ Two models are compared through snapshots, so they never need to be in memory to
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -96,10 +97,13 @@ def _checked(figure: Figure, where: str) -> Figure:
     if figure.better not in ("lower", "higher", ""):
         what = f"better is {figure.better!r}, not 'lower', 'higher' or empty"
         raise PluginError(what, where=where)
-    if isinstance(figure.value, int) and not isinstance(figure.value, bool):
-        return figure
+    given: Any = figure.value
     try:
-        value = float(figure.value)  # of a tensor with one element, too
+        return replace(figure, value=operator.index(given))  # a count, be it numpy's
+    except (TypeError, ValueError):
+        pass
+    try:
+        value = float(given)  # of a tensor with one element, too
     except (TypeError, ValueError):
         raise PluginError(f"its value is {figure.value!r}, no number", where=where) from None
     if math.isnan(value):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ModelError
-from ..folders.metrics import MODELS, direction, with_unit
+from ..folders.metrics import MODELS, direction, many, with_unit
 from ..inputs.documents import read_object
 from ..inputs.plain_yaml import YAMLError, parse, to_yaml
 from ..paths import is_local_path, local_file
@@ -169,7 +169,7 @@ def _data(metrics: Mapping[str, Any]) -> str:
     head = ["data", "rows", "examples", "held out", "tokens", "learnt from"]
     train = metrics.get("train")
     steps = train.get("steps") if isinstance(train, Mapping) else None
-    taken = f"\n\n{steps} steps of training." if steps else ""
+    taken = f"\n\n{many(steps, 'step')} of training." if isinstance(steps, int) and steps else ""
     return f"## Data\n\n{_table(head, rows)}{taken}"
 
 

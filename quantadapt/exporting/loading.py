@@ -24,7 +24,7 @@ from ..stages import quantize
 from .adapter_files import check_adapters, peft_in_words, refuse_not_trained
 from .adapters import put_on
 from .manifest import BASE, MANIFEST, MERGED, adapter_in, base_id_of, read_manifest
-from .same_base import check_base, noted
+from .same_base import check_base, noted, refuse_altered
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -173,6 +173,7 @@ def _load_adapter(
         _refuse_mixed(folder, manifest, own_base)
     streams = given._replace(which=as_trained(given.which, manifest["stream"], device))
     if base is None and (own_base / MANIFEST).exists():
+        refuse_altered(own_base, force=force_base)
         model = load_base(own_base, device, streams)
     elif base is None or isinstance(base, str):
         _refuse_missing_base(base or manifest["base"], folder)

@@ -74,7 +74,7 @@ class Ollama(Gguf):
         text = modelfile(tokenizer, turns, self.onto)
         (folder / MODELFILE).write_text(text, encoding="utf-8")
         has_template = getattr(tokenizer, "chat_template", None) is not None
-        return figures | {"template": Figure(float(turns is not None or not has_template))}
+        return figures | {"template": Figure(int(turns is not None or not has_template))}
 
 
 def modelfile(tokenizer: Any, turns: Turns | None, onto: str | None) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, Problem, warn
 from ..folders.run_folder import json_ready
+from ..folders.written import altered, read_list
 from ..inputs.fingerprints import Fingerprint, difference, difference_of_original
 from ..quantizing.state import ModelState
+from .manifest import MANIFEST
 
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz")
 FORCE = "force it: --force-base, or force_base=True"
 
 
@@ -47,6 +51,33 @@ def check_base(state: ModelState, manifest: Mapping[str, Any], *, force: bool) -
     if found is None and not state.own_base:  # that one has a base_id
         _tell_unknown(then, now, base)
     _warn_other_options(state, manifest, known=found is not None)
+
+
+def refuse_altered(base: Path, *, force: bool) -> None:
+    """Look whether the files of a base that lies beside its adapter are those that were written.
+    Warns of what computes nothing, such as a chat template, and where it is forced.
+
+    Raises:
+        ModelError: its weights or its config were altered, and `force` does not say otherwise.
+    """
+    listed = read_list(base) or {}
+    listed.pop(MANIFEST, None)
+    names = altered(base, listed)
+    if not names:
+        return
+    gone = [name for name in names if not (base / name).exists()]
+    there = [name for name in names if name not in gone]
+    found = [f"{_are(there)} not as when the adapter was trained on it"] if there else []
+    found += [f"{_are(gone)} missing"] if gone else []
+    what = "; ".join(found)
+    computes = [name for name in names if name == "config.json" or name.endswith(_WEIGHTS)]
+    if computes and not force:
+        raise ModelError(what, fix=f"put back what was written, or {FORCE}", where=str(base))
+    warn(f"{base}: {what}", BaseMismatchWarning, stacklevel=5)
+
+
+def _are(names: Sequence[str]) -> str:
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def _tell_unknown(then: Fingerprint | None, now: Fingerprint | None, base: str) -> None:

@@ -30,6 +30,7 @@ from .adapter_files import CONFIG, configs_to_note, copy_files
 from .adapters import save_adapters
 from .card import README, write_card
 from .manifest import ADAPTER, BASE, MANIFEST, base_id_of, write_manifest
+from .same_base import refuse_altered
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,7 +87,8 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, base: b
     with ExitStack() as stack:
         replaces = saves_base and base and (own_base / MANIFEST).exists()
         if replaces:  # nothing of the earlier pair is replaced until all of the new one is there
-            write_base(model, state, stack.enter_context(atomic_folder(own_base, overwrite=True)))
+            beside = atomic_folder(own_base, overwrite=True, checksums=True)
+            write_base(model, state, stack.enter_context(beside))
         with atomic_folder(final, overwrite=overwrite) as folder:
             _write(model, state, folder, base_id=_noted(state, own_base, saves_base and base))
     if saves_base and base and not replaces:  # afterwards: the base alone could be made again
@@ -178,7 +180,7 @@ def save_base(
         making: how it was made, for runs that would make the same.
     """
     state.base_id = state.base_id or secrets.token_hex(8)
-    with atomic_folder(folder, overwrite=overwrite, checksums=making is not None) as made:
+    with atomic_folder(folder, overwrite=overwrite, checksums=True) as made:
         write_base(model, state, made, making)
 
 
@@ -254,9 +256,10 @@ class AdapterFolder(Exporter):
             copy_files(tuned.adapter, folder)
             final = folder.parent / BASE
             if (base / MANIFEST).exists() and not base_id_of(base) == base_id_of(final) != "":
+                refuse_altered(base, force=tuned.force_base)
                 # There is an adapter only where it may be replaced, and its base with it.
                 replaces = (folder.parent / ADAPTER).exists()
-                with atomic_folder(final, overwrite=replaces) as beside:
+                with atomic_folder(final, overwrite=replaces, checksums=True) as beside:
                     copy_files(base, beside)
         elif (metrics := tuned.metrics) is not None:  # in a run, once there are figures
             with atomic_folder(folder, overwrite=True) as again:  # so that its list is right always

@@ -7,7 +7,6 @@ that is taken or a folder that cannot be written is an OutputError in words.
 from __future__ import annotations
 
 import errno
-import math
 import os
 import re
 import secrets
@@ -17,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import OutputError, QuantadaptError
+from ..memory.cards import size_words
 from ..paths import path_problem
 from .lock import take
 from .modes import give_usual_modes
@@ -364,13 +364,15 @@ def _not_written(path: Path, error: OSError) -> OutputError:
 def _disk_full(path: Path, written: int, needed: int | None) -> OutputError:
     free = free_space(path)
     facts = [
-        f"{_bytes(needed)} are needed" if needed is not None else "",
-        f"{_bytes(written)} had been written" if written else "",
-        f"{_bytes(free)} are free" if free is not None else "",
+        f"{size_words(needed)} are needed" if needed is not None else "",
+        f"{size_words(written)} had been written" if written else "",
+        f"{size_words(free)} are free" if free is not None else "",
         "there is no room for another file, of any size" if _has_no_inodes(path) else "",
     ]
     what = "not enough disk space: " + ", ".join(fact for fact in facts if fact)
-    more = f"{_bytes(needed - (free or 0))} more" if needed and needed > (free or 0) else "space"
+    more = (
+        f"{size_words(needed - (free or 0))} more" if needed and needed > (free or 0) else "space"
+    )
     fix = f"free {more} on the disk that holds {_existing(path)}, or {OTHER_OUTPUT}"
     return OutputError(what, fix=fix, where=str(path))
 
@@ -400,9 +402,3 @@ def _has_no_inodes(path: Path) -> bool:
         return False
     disk = os.statvfs(_existing(path))
     return disk.f_files > 0 and disk.f_favail == 0
-
-
-def _bytes(count: int) -> str:
-    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
-    power = min(int(math.log2(count) // 10), 4) if count > 0 else 0
-    return f"{count / 1024**power:.1f} {units[power]}" if power else f"{count} bytes"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
+
+from ..memory.cards import size_words
 
 if TYPE_CHECKING:
     from ..protocols import Figure
@@ -21,6 +24,8 @@ HIGHER = "higher"
 """What `better` says of a figure that is to grow."""
 SHARE = "share"
 """The unit of figures that are shown in percent."""
+MIB = "MiB"
+"""The unit of figures that are sizes."""
 
 
 class Measured(TypedDict, total=False):
@@ -93,8 +98,13 @@ def direction(better: str) -> str:
 
 
 def with_unit(value: float, unit: str, number: Callable[[float], str]) -> str:
-    """Return a value with its unit, made text by `number`; a share in percent."""
-    return f"{100 * value:.1f} %" if unit == SHARE else f"{number(value)} {unit}".rstrip()
+    """Return a value with its unit: a share in percent, a size in a unit that fits it, an int as
+    the count that it is, and all else made text by `number`."""
+    if unit == SHARE:
+        return f"{100 * value:.1f} %"
+    if unit == MIB and math.isfinite(value):
+        return size_words(value * 2**20)
+    return f"{f'{value:,}' if isinstance(value, int) else number(value)} {unit}".rstrip()
 
 
 def with_error(value: float, error: float | None, unit: str, number: Callable[[float], str]) -> str:
@@ -120,6 +130,11 @@ def change_words(change: Mapping[str, Any], unit: str) -> str:
 def told_apart(unit: str) -> tuple[str, str]:
     """Return (what heads a column of figures, what stands beside each) of the unit."""
     return ("", unit) if unit == SHARE else (unit, "")
+
+
+def many(count: int, what: str) -> str:
+    """Return how many there are, e.g. `1 row`, `2,000 rows`."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def write_list(
     """List the files below `folder` in it, with sizes in bytes; its last file.
 
     Args:
-        checksums: note what is in them, too.
+        checksums: note what is in them, too, and when they were written.
         known: what is known of some, which are not read.
     """
     listed: dict[str, dict[str, Any]] = {}
@@ -43,9 +44,10 @@ def write_list(
         if known and name in known:
             listed[name] = dict(known[name])
             continue
-        listed[name] = {"size": file.lstat().st_size}
+        facts = file.lstat()
+        listed[name] = {"size": facts.st_size}
         if checksums:
-            listed[name]["sha256"] = _checksum(file)
+            listed[name] |= {"sha256": _checksum(file), "mtime_ns": facts.st_mtime_ns}
     text = json.dumps({"files": listed}, indent=1, ensure_ascii=False) + "\n"
     (folder / LIST).write_bytes(text.encode("utf-8", "surrogateescape"))
 
@@ -92,6 +94,29 @@ def first_changed(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> str:
         if "sha256" in facts and _checksum(file) != facts["sha256"]:
             return name
     return ""
+
+
+def altered(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return which files of `folder` are not as a list says, or not there. What has the size and
+    the time that were noted is taken to be as it was. What has another time is read, and given the
+    noted one where its checksum is right, so that nobody reads it for that again."""
+    found = []
+    for name, facts in listed.items():
+        try:
+            now = (folder / name).stat()
+            read = "sha256" in facts and now.st_mtime_ns != facts.get("mtime_ns")
+            if now.st_size != facts.get("size") or (
+                read and _checksum(folder / name) != facts["sha256"]
+            ):
+                found.append(name)
+                continue
+        except OSError:
+            found.append(name)
+            continue
+        if read:
+            with suppress(OSError, KeyError, TypeError, OverflowError):
+                os.utime(folder / name, ns=(now.st_atime_ns, facts["mtime_ns"]))
+    return found
 
 
 def not_ours(folder: Path, names: Names | None = None) -> list[str]:

@@ -13,6 +13,7 @@ from ..data.formats import text_in
 from ..data.sources import read_source
 from ..errors import DataError, OptionsError
 from ..folders.atomic import write_atomic
+from ..folders.metrics import many
 from ..generation.files import ANSWER, asked_in, checksum
 from ..generation.prompts import Turns
 
@@ -86,7 +87,9 @@ def paired(one: Answered, other: Answered) -> list[Pair]:
         DataError: they were not asked the same, in the same order.
     """
     if len(one.answers) != len(other.answers):
-        what = f"{one.name} has {len(one.answers)} answers, {other.name} {len(other.answers)}"
+        what = (
+            f"{one.name} has {many(len(one.answers), 'answer')}, {other.name} {len(other.answers)}"
+        )
         raise DataError(what, fix="let both answer the same questions")
     names = one.name, other.name
     if names[0] == names[1]:

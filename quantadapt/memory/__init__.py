@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .cards import CONTEXT, FRAGMENTATION, GIB, LONG_ROWS, OOM_FIX, card_for, usable
+from .cards import CONTEXT, FRAGMENTATION, GIB, LONG_ROWS, OOM_FIX, card_for, size_words, usable
 from .changes import ways_out
 from .optimizers import optimizer_bytes
 from .passes import HEAD_CHUNK
@@ -24,6 +24,7 @@ __all__ = [
     "card_for",
     "halves",
     "optimizer_bytes",
+    "size_words",
     "usable",
     "ways_out",
 ]

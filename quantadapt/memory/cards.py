@@ -18,6 +18,18 @@ OOM_FIX = (
 )
 
 
+def size_words(nbytes: float) -> str:
+    """Return a size of so many bytes in three digits, in the largest unit of which it is one or
+    more: `312 bytes`, `41.2 KiB`, `1.24 GiB`."""
+    size, units = float(nbytes), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while abs(size) >= 1023.5 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    if units[0] == "bytes":
+        return "1 byte" if round(size) == 1 else f"{size:,.0f} bytes"
+    decimals = 2 if abs(size) < 9.995 else 1 if abs(size) < 99.95 else 0
+    return f"{size:,.{decimals}f} {units[0]}"
+
+
 def usable(
     card: float, *, context: int = CONTEXT, limit: int | None = None, lost: float = FRAGMENTATION
 ) -> int:

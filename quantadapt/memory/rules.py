@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..machine import installed_version
-from .cards import GIB
+from .cards import GIB, size_words
 from .setting import Setting
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def stays_gathered_words(needed: int) -> str:
     """Say so of a base that takes that many bytes more than the share of it."""
     return (
         f"fsdp: each GPU has room for the whole base, so it stays gathered while it trains"
-        f" ({needed / GIB:.2f} GiB more; train.memory: min shares it at all times)"
+        f" ({size_words(needed)} more; train.memory: min shares it at all times)"
     )
 
 
@@ -107,7 +107,7 @@ def stays_dense_words(needed: int) -> str:
     """Say so of weights that take that many bytes."""
     return (
         "memory: there is room for dequantized weights, so they stay while it trains"
-        f" ({needed / GIB:.2f} GiB more; train.memory: min makes them anew for each product)"
+        f" ({size_words(needed)} more; train.memory: min makes them anew for each product)"
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..machine import host_memory
+from ..memory.cards import size_words
 
 SPARE = 2**30
 """Bytes of CPU memory that are left to others: the system ends processes that take the last."""
@@ -27,12 +28,12 @@ def page_locked(nbytes: int, of: str, fix: str, where: str) -> Tensor:
     """
 
     def refused(why: str) -> ModelError:
-        what = f"no {nbytes / 2**20:,.0f} MiB of CPU memory can be locked for {of}: {why}"
+        what = f"no {size_words(nbytes)} of CPU memory can be locked for {of}: {why}"
         return ModelError(what, fix=fix, where=where)
 
     free = host_memory()
     if free is not None and nbytes + SPARE > free:
-        raise refused(f"{free / 2**20:,.0f} MiB are free, of which {SPARE / 2**20:,.0f} are left")
+        raise refused(f"{size_words(free)} are free, of which {size_words(SPARE)} are left")
     try:
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:

@@ -16,6 +16,7 @@ from pydantic import Field, PrivateAttr, field_validator
 
 from ..errors import ModelError, Problem, TrainingError
 from ..hookspecs import hookimpl
+from ..memory.cards import size_words
 from ..records import Objective
 from .answers import causal_problems
 from .sft import SFT
@@ -99,7 +100,8 @@ class Distill(SFT):
         source = self._source(setup.model)
         self._check_tokens(setup.tokenizer)
         self._held = _loaded(source, setup.model)
-        tell(f"the teacher, {source}, stands beside the model: {size_mib(self._held):,.0f} MiB")
+        size = size_words(size_mib(self._held) * 2**20)
+        tell(f"the teacher, {source}, stands beside the model: {size}")
         try:
             if setup.spec.packing:
                 refuse_leaks(self._held, PackedCollator(0))

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import DataError, Problem
+from ..folders.metrics import many
 from ..hookspecs import hookimpl
+from ..memory.cards import size_words
 from ..paths import is_local_path
 from ..records import Objective
 from .answers import causal_problems
@@ -108,13 +110,16 @@ class Pretrain(SFT):
             files = [file for path in local for file in rows_of(path).files]
         except DataError:
             return []  # told where paths are looked at
-        size = sum(file.stat().st_size for file in files) / 2**20
-        count = "1 file" if len(files) == 1 else f"{len(files):,} files"
-        text = f"{count} of {size:,.1f} MiB" if files else "data of the hub"
+        size = sum(file.stat().st_size for file in files)
+        text = f"{many(len(files), 'file')} of {size_words(size)}" if files else "data of the hub"
         length, rows = spec.data.max_length, rows_of_steps(spec, 1)
         if rows is None:
-            return [f"how many tokens {text} hold is known once they are read, all of them first"]
-        told = f"{spec.train.max_steps:,} steps read {rows:,} rows of {length:,} tokens of {text}"
+            hold = "holds" if len(files) == 1 else "hold"
+            told = f"how many tokens {text} {hold} is known once they are read"
+            return [f"{told}, all of them first"]
+        count = spec.train.max_steps
+        steps = f"{many(count, 'step')} {'reads' if count == 1 else 'read'}"
+        told = f"{steps} {many(rows, 'row')} of {length:,} tokens of {text}"
         return [f"{told} in each process; how many there are is known once they are read"]
 
 

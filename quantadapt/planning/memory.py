@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import Problem
 from ..memory import rules
-from ..memory.cards import CONTEXT, FRAGMENTATION, GIB, LONG_ROWS, card_for, usable
+from ..memory.cards import CONTEXT, FRAGMENTATION, GIB, LONG_ROWS, card_for, size_words, usable
 from ..memory.changes import ways_out
 from ..memory.setting import Setting
 from ..memory.workload import Workload
@@ -177,8 +177,8 @@ class MemoryPlan:
         found = [self.problem(card) for card in self.cards if card.hopeless]
         for card in self.cards:
             if measures_dense and self.work.unquantized_bytes > card.gib * GIB - CONTEXT:
-                needed = self.work.unquantized_bytes / GIB
-                what = f"the base takes {needed:.1f} GiB before it is quantized, more than the GPU"
+                needed = size_words(self.work.unquantized_bytes)
+                what = f"the base takes {needed} before it is quantized, more than the GPU"
                 fix = "set evaluate.unquantized: false, so that it is not measured"
                 found.append(Problem(what, fix, where="evaluate.unquantized"))
         return found
@@ -197,7 +197,7 @@ class MemoryPlan:
         needed = self._model_bytes + merged
         if not self.cards or any(needed * (1 - ERROR) <= c.gib * GIB - CONTEXT for c in self.cards):
             return None
-        what = f"merging takes {needed / GIB:.1f} GiB, the {kind} model beside the quantized one"
+        what = f"merging takes {size_words(needed)}, the {kind} model beside the quantized one"
         return Problem(what, MERGE_IN_LESS, "export.merge", "merge-needs-memory")
 
     @property
@@ -225,7 +225,7 @@ class MemoryPlan:
             if card.gathered:
                 notes.append(rules.stays_gathered_words(work.gathered_bytes))
             if self._model_bytes + needed > card.budget:
-                words = f"evaluating {evaluated} examples at a time needs {needed / GIB:.1f} GiB"
+                words = f"evaluating {evaluated} examples at a time needs {size_words(needed)}"
                 notes.append(f"{words} more than the model; lower evaluate.batch_size")
             if not card.fits:
                 notes.append(f"memory may not suffice: {self._shortage(card)}; {card.fix}")
@@ -247,11 +247,11 @@ class MemoryPlan:
             inputs = processes * work.offloaded_bytes(card.setting)
             bases = processes * work.host_bytes
             if host is not None and inputs and inputs + bases + BESIDE > host:
-                words = f"inputs of layers take {inputs / GIB:.1f} GiB of it"
+                words = f"inputs of layers take {size_words(inputs)} of it"
                 if bases:
-                    words += f", what is streamed {bases / GIB:.1f}"
-                words += f", the process {BESIDE / GIB:.1f}"
-                free = f"{host / GIB:.1f} are free; lower data.max_length"
+                    words += f", what is streamed {size_words(bases)}"
+                words += f", the process {size_words(BESIDE)}"
+                free = f"{size_words(host)} are free; lower data.max_length"
                 notes.append(f"CPU memory may not suffice: {words}, and {free}")
         return notes
 
@@ -270,20 +270,20 @@ class MemoryPlan:
         return setting.describe(self.work.shape.layers, self.work.batch)
 
     def _needs(self, setting: Setting) -> str:
-        return f"{self.work.peak(setting) / GIB:.2f} GiB: {self.describe(setting)}"
+        return f"{size_words(self.work.peak(setting))}: {self.describe(setting)}"
 
     def _on_card(self, card: OnCard) -> str:
         """Return a card's setting in words."""
         words, work = self.describe(card.setting), self.work_on(card)
         if card.gathered:
-            words += f", the base gathered while it trains ({work.gathered_bytes / GIB:.2f} GiB)"
+            words += f", the base gathered while it trains ({size_words(work.gathered_bytes)})"
         if card.keeps_dense:
-            words += f", dequantized weights kept ({work.dequantized_bytes / GIB:.2f} GiB)"
+            words += f", dequantized weights kept ({size_words(work.dequantized_bytes)})"
         return words if card.streamed == "none" else f"{words}, {streamed_words(work)}"
 
     def _card_words(self, card: OnCard) -> str:
         if card.fits:
-            needed = f"{card.needed / GIB:.1f} GiB"
+            needed = size_words(card.needed)
             words = f"fits {card.gib:.4g} GiB: yes, with {self._on_card(card)}: {needed}"
             return f"{words}; {self._longest_words(card)}"
         return f"fits {card.gib:.4g} GiB: no, {self._shortage(card)}; {card.fix}"
@@ -297,17 +297,16 @@ class MemoryPlan:
             host = work.host_bytes + work.offloaded_bytes(work.settings()[-1])
             if tokens:
                 how = "" if way == "none" else f"{streamed_of(way)} streamed, "
-                found.append(f"{tokens:,} tokens ({how}{host / GIB:.1f} GiB of CPU memory)")
+                found.append(f"{tokens:,} tokens ({how}{size_words(host)} of CPU memory)")
         words = f"longest example, alone in its batch: {' or '.join(found)}"
         if self.positions is None:
             return words
         return f"{words}; the model has been made for {self.positions:,} positions"
 
     def _shortage(self, card: OnCard) -> str:
-        needed, there = card.needed / GIB, card.budget / GIB
         return (
-            f"training needs at least {needed:.1f} GiB ({self._on_card(card)}) of the"
-            f" {there:.1f} GiB that it can have there"
+            f"training needs at least {size_words(card.needed)} ({self._on_card(card)}) of the"
+            f" {size_words(card.budget)} that it can have there"
         )
 
     def _parts_gib(self, card: OnCard) -> dict[str, float]:
@@ -344,7 +343,7 @@ class MemoryPlan:
 def streamed_words(work: Workload) -> str:
     """Say what of the base is streamed, and from where."""
     place = "on disk" if work.from_disk else "of CPU memory"
-    size = f"{work.streamed_bytes / GIB:.1f} GiB {place}"
+    size = f"{size_words(work.streamed_bytes)} {place}"
     return f"{streamed_of(work.streamed)} streamed from {size}"
 
 

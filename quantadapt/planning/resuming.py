@@ -35,6 +35,7 @@ KEPT = frozenset(
             "data.max_examples",
         ),
         *("train.learning_rate", "train.lr_scheduler_type", "train.warmup_ratio"),
+        "train.lr_scheduler_kwargs",
         *("train.weight_decay", "train.optim", "train.packing", "train.merge_aware"),
         "train.compute",
         *("train.per_device_train_batch_size", "train.gradient_accumulation_steps"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import Problem
-from ..memory.cards import GIB
+from ..memory.cards import size_words
 from ..memory.experts import STACKS
 from ..memory.workload import Workload
 from ..protocols import LayerwiseQuantizer, Quantizer
@@ -103,8 +103,8 @@ def problems(
     needed = processes * work.host_bytes + BESIDE
     if host is not None and needed > host:
         bases = f"{processes} streamed bases" if processes > 1 else "a streamed base"
-        there = f"{host / GIB:.1f} GiB are free"
-        what = f"{bases} and the process take {needed / GIB:.1f} GiB of CPU memory, {there}"
+        there = f"{size_words(host)} are free"
+        what = f"{bases} and the process take {size_words(needed)} of CPU memory, {there}"
         fix = (
             "keep it on a fast disk (train.stream_folder), use a backend with fewer bits, fewer"
             " processes, or a machine with more memory"
@@ -118,7 +118,7 @@ def problems(
         for card in memory.cards:
             if least > card.most:
                 does = "loads" if adopt else "quantizes"
-                what = f"this backend {does} the base whole on the GPU ({least / GIB:.1f} GiB)"
+                what = f"this backend {does} the base whole on the GPU ({size_words(least)})"
                 fix = "use a backend that quantizes layer by layer, as hqq and bnb-nf4 do"
                 if adopt:
                     fix = "start from the unquantized model"
@@ -136,8 +136,8 @@ def _disk_problems(spec: Spec, needed: int) -> Iterator[Problem]:
     elif not os.access(folder, os.W_OK):
         yield Problem(f"no file can be made in {folder}", "name another folder", where)
     elif needed > (free := shutil.disk_usage(folder).free):
-        there = f"{free / GIB:.1f} are free in {folder}"
-        what = f"a streamed base takes {needed / GIB:.1f} GiB, {there}"
+        there = f"{size_words(free)} are free in {folder}"
+        what = f"a streamed base takes {size_words(needed)}, {there}"
         fix = "make room there, name a folder on another disk, or use a backend with fewer bits"
         yield Problem(what, fix, where, "stream-needs-disk")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..folders.metrics import many
+from ..records import as_call
 from ..spec import TrainSpec
 from .planned import Plan
 from .share import remark
@@ -22,7 +24,7 @@ def plan_rows(plan: Plan, data: DataReport | None) -> list[tuple[str, str]]:
     spec, train = plan.spec, plan.spec.train
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
     batch *= plan.processes // train.context_parallel_size
-    steps = f"{steps_words(train)}, {batch} examples in a step"
+    steps = f"{steps_words(train)}, {many(batch, 'example')} in a step"
     backend = _options(plan.backend.name, plan.quantizer.model_dump())
     return [
         ("model", model_name(plan)),
@@ -34,7 +36,7 @@ def plan_rows(plan: Plan, data: DataReport | None) -> list[tuple[str, str]]:
             "data",
             "\n".join(data.words()) if data else ", ".join(spec.data.named) or "the bundled demo's",
         ),
-        ("train", f"{steps}, learning rate {train.learning_rate:g}"),
+        ("train", f"{steps}, learning rate {train.learning_rate:g}{_schedule_words(train)}"),
         ("output", str(spec.output)),
         ("export", export_words(plan)),
         *([("quantized", plan.share.amount)] if plan.share else []),
@@ -53,10 +55,16 @@ def _options(name: str, options: Mapping[str, Any]) -> str:
     return f"{name} ({given})" if given else name
 
 
+def _schedule_words(train: TrainSpec) -> str:
+    """Return the schedule where it was given options."""
+    options = train.lr_scheduler_kwargs
+    return f", {as_call(train.lr_scheduler_type, options)}" if options else ""
+
+
 def steps_words(train: TrainSpec) -> str:
     """Say how long the training is."""
     if train.max_steps > 0:
-        return "1 step" if train.max_steps == 1 else f"{train.max_steps} steps"
+        return many(train.max_steps, "step")
     return "1 epoch" if train.num_train_epochs == 1 else f"{train.num_train_epochs:g} epochs"
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
+from ..folders.metrics import with_unit
 from ..inputs.typed import Typed
 
 
@@ -26,9 +27,9 @@ class Figure:
     """A number that an evaluation or an export found.
 
     Attributes:
-        value: the number; nan or inf where there is none.
-        unit: what it is counted in, e.g. "nats per token" or "MiB"; "share" is shown in percent;
-            empty where it has no unit.
+        value: the number; nan or inf where there is none. A count is an int, and shown as one.
+        unit: what it is counted in, e.g. "nats per token"; "share" is shown in percent, "MiB" as
+            a size in the unit that fits it; empty where it has no unit.
         better: which way is better, "lower" or "higher"; empty where neither is.
         error: its standard error, where that is known; None elsewhere.
         scores: what it is the mean of, example by example, where there is such; the standard error
@@ -42,9 +43,7 @@ class Figure:
     scores: tuple[float, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
-        if self.unit == "share":
-            return f"{self.value:.1%}"
-        return f"{self.value:.4g} {self.unit}".strip()
+        return with_unit(self.value, self.unit, "{:.4g}".format)
 
     def since(self, before: Figure) -> Figure:
         """Return the change from `before`, with its standard error: over the same examples by their

@@ -207,6 +207,10 @@ class Registry:
             fix = f"uninstall one of them, or name the plugins to load in {ONLY}"
             raise PlanRefused([Problem(_clash(kind, name, entries), fix, where=kind)])
         hint = did_you_mean(name, table)
+        hint += " " if hint.endswith("?") else "; " if hint else ""
+        hint += f"`quantadapt {kind}s` lists what is here, `quantadapt doctor` what is installed"
+        if only := os.environ.get(ONLY):
+            hint += f"; {ONLY} loads {only} alone"
         if broken := ", ".join(str(plugin.provenance) for plugin in self.broken):
             hint += f"; these plugins are broken, `quantadapt doctor` says why: {broken}"
         raise PlanRefused([Problem(f"no {kind} is called {name!r}", hint, where=kind)])

@@ -8,7 +8,7 @@ from ..folders.metrics import change_words, direction, told_apart, with_error
 from .charts import Bar, bar_chart
 from .html import Html, capital, details, el, numbers_table, section
 from .run import Measured, Run, measured, part, text
-from .words import counted, short
+from .words import short
 
 _BARS = {
     "unquantized": ("base, not quantized", "before"),
@@ -88,7 +88,7 @@ def _model_value(figure: Measured, model: str, unit: str) -> str:
     if (value := figure.values.get(model)) is None:
         return ""
     error = figure.errors.get(model)
-    return _together(with_error(counted(value, figure.better), error, unit, short))
+    return _together(with_error(value, error, unit, short))
 
 
 def _together(text: str) -> str:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..folders.metrics import with_unit
 from ..folders.run_folder import RunFolder
 from .html import Child, Html, capital, details, document, el, facts_table, figures_list, section
 from .measured import evaluation_sections
 from .run import Run, items, number, part, text
 from .training import loss_section, memory_section, reward_section, stages_section
-from .words import counted, headline, lede, percent, short
+from .words import headline, lede, percent, short
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -110,7 +111,7 @@ def _figure(value: float, figure: Mapping[str, Any]) -> str:
     unit = text(figure, "unit")
     if unit == "share":
         return percent(value)
-    return f"{short(counted(value, text(figure, 'better')))} {unit}".strip()
+    return with_unit(value, unit, short)
 
 
 def _refusal(refusal: Mapping[str, Any]) -> Html:

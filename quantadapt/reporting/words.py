@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ..folders.metrics import SHARE, duration, told_apart, with_unit
+from ..memory.cards import size_words
 from .run import Measured, Run, measured, number, part, text
 
 
@@ -17,11 +18,6 @@ def short(value: float) -> str:
     digits = 2 - math.floor(math.log10(abs(value))) if value else 0
     rounded = round(value, digits)
     return f"{rounded:,.{min(max(digits, 0), 4)}f}"
-
-
-def counted(value: float, better: str) -> float:
-    """Return a figure of which neither more nor less is better as the count that it seems to be."""
-    return int(value) if not better and value == round(value) else value
 
 
 def percent(share: float) -> str:
@@ -40,8 +36,8 @@ def count(number: float) -> str:
 
 
 def mebibytes(value: float) -> str:
-    """Return a size, e.g. `312 MiB`, `1.24 GiB`."""
-    return f"{short(value / 1024)} GiB" if value >= 1024 else f"{short(value)} MiB"
+    """Return a size in MiB in words, e.g. `41.2 KiB`, `312 MiB`, `1.24 GiB`."""
+    return size_words(value * 2**20)
 
 
 TIMES = "\N{MULTIPLICATION SIGN}"

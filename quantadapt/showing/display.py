@@ -25,7 +25,8 @@ from rich.progress import (
 from rich.text import Text
 
 from ..errors import Problem
-from ..folders.metrics import duration, label, with_unit
+from ..folders.metrics import duration, label, many, with_unit
+from ..memory.cards import GIB, size_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,7 +115,7 @@ class RunDisplay:
         """Training reports a step."""
         step, most = int(data["step"]), int(data["max_steps"])
         numbers = self._numbers(data)
-        self.details = [f"{step} steps   loss {data['loss']:.4f}", *self._validated]
+        self.details = [f"{many(step, 'step')}   loss {data['loss']:.4f}", *self._validated]
         if self.live:
             self._train_bar(step, most, numbers)
         elif step >= most or (step - self._last_line) * _PLAIN_LINES >= most:
@@ -135,7 +136,7 @@ class RunDisplay:
         if tokens > 0 and seconds > 0:
             numbers.append((2, f"{tokens / seconds:,.0f} tokens/s"))
         if data.get("peak_memory_gib"):
-            numbers.append((4, f"{data['peak_memory_gib']:.2f} GiB"))
+            numbers.append((4, size_words(data["peak_memory_gib"] * GIB)))
         if (left := float(data.get("seconds_left", 0))) >= 1:
             unit = 60 if left >= _ROUGHLY else 1
             numbers.append((1, f"{duration(unit * round(left / unit))} left"))

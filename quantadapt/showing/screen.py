@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from ..errors import OBEYED, visible
@@ -30,7 +31,8 @@ def visible_json(text: str) -> str:
 
 class Screen(Console):
     """A console that prints all text through `visible`, in tables and progress bars as well. Its
-    lines end between words; what is no terminal gets them whole."""
+    lines end between words; what is no terminal gets them whole. Those of tables end with what is
+    in their last cell, and not with blanks up to its width."""
 
     def __init__(self, file: TextIO, width: int | None = None, **options: Any) -> None:
         super().__init__(file=file, highlight=False, width=width, emoji=False, **options)
@@ -39,7 +41,7 @@ class Screen(Console):
         """As a Console does. Text that wraps softly is broken between words on a terminal."""
         if options.get("soft_wrap") and self.is_terminal:
             objects = tuple(self._broken(text, options.get("markup", True)) for text in objects)
-        super().print(*objects, **options)
+        super().print(*(Trimmed(o) if isinstance(o, Table) else o for o in objects), **options)
 
     def write(self, text: str) -> None:
         """Write text as it is. Where nobody reads any more (`| head`), end as `print` does: with
@@ -68,6 +70,23 @@ class Screen(Console):
         left alone."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else visible(text), style, control)
+
+
+class Trimmed:
+    """What is printed without the blanks at the ends of its lines."""
+
+    def __init__(self, printed: RenderableType) -> None:
+        self.printed = printed
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Segment]:
+        """Yield the segments of its lines, without blanks at the ends."""
+        for line in Segment.split_lines(console.render(self.printed, options)):
+            while line and not line[-1].control and not line[-1].text.rstrip():
+                line.pop()
+            if line and not line[-1].control:
+                text, style, _ = line.pop()
+                line.append(Segment(text.rstrip(), style))
+            yield from (*line, Segment.line())
 
 
 def write(stream: Any, text: str) -> None:

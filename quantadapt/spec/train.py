@@ -30,6 +30,11 @@ class TrainSpec(Strict):
         1, ge=1, description="forward passes per optimizer step"
     )
     lr_scheduler_type: str = Field("cosine", description="linear, cosine, constant, ...")
+    lr_scheduler_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="options of the schedule, by the names of transformers, e.g. {min_lr: 1e-5} of "
+        "cosine_with_min_lr",
+    )
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps spent warming up")
     weight_decay: float = Field(0.0, ge=0, description="of the adapter's weights")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm")

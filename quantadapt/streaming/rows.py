@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..memory.cards import size_words
 from ..model.flat import Leaf, write_into
 from ..model.page_locked import page_locked, unlock
 from .traffic import timed_event
@@ -131,7 +132,7 @@ class OnDisk:
                 left = left[self._file.write(left) :]
             mapped = mmap.mmap(self._file.fileno(), nbytes, offset=offset)
         except OSError as error:
-            raise self._error("be kept", f", after {self._end / 2**20:,.0f} MiB", error) from error
+            raise self._error("be kept", f", after {size_words(self._end)}", error) from error
         self._end = offset + nbytes
         row = torch.frombuffer(mapped, dtype=torch.uint8)
         self._offsets[row.data_ptr()] = offset

@@ -20,6 +20,8 @@ from ..planning.refusals import (
     packing_problems,
     task_problems,
 )
+from ..planning.schedules import WHERE as SCHEDULE
+from ..planning.schedules import schedule_problems
 from .figures import adapter_device, compute_dtype
 
 if TYPE_CHECKING:
@@ -109,14 +111,33 @@ def embedding_rows(model: Any) -> int | None:
 
 def problems(spec: TrainSpec) -> list[Problem]:
     """Return what is wrong with settings that only transformers can judge; loads no model."""
-    from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    found = []
-    for key, known in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
-        names = [member.value for member in known]
-        value = getattr(spec, key)
-        if value not in names:
-            what = f"there is no {value!r}"
-            found.append(Problem(what, did_you_mean(value, names), where=f"train.{key}"))
-    return found
+    names = [member.value for member in OptimizerNames]
+    if spec.optim in names:
+        return _of_schedule(spec)
+    what, fix = f"there is no {spec.optim!r}", did_you_mean(spec.optim, names)
+    return [Problem(what, fix, where="train.optim"), *_of_schedule(spec)]
+
+
+def _of_schedule(spec: TrainSpec) -> list[Problem]:
+    """Return what transformers and torch say of a schedule with its options; nothing of one that
+    the plan refuses."""
+    import torch
+    from transformers import get_scheduler
+
+    if schedule_problems(spec):
+        return []
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=spec.learning_rate)
+    try:
+        get_scheduler(
+            spec.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=1,
+            num_training_steps=max(spec.max_steps, 2),
+            scheduler_specific_kwargs=dict(spec.lr_scheduler_kwargs),
+        )
+    except (TypeError, ValueError) as error:
+        what = f"the schedule {spec.lr_scheduler_type!r} cannot be made: {error}"
+        return [Problem(what, "set what fits it, or leave it out", SCHEDULE)]
+    return []

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..memory.cards import GIB
+from ..memory.cards import GIB, size_words
 
 if TYPE_CHECKING:
     import torch
@@ -132,8 +132,7 @@ class Streamed(NamedTuple):
     def words(self) -> str:
         """It in words."""
         hidden = f", {self.hidden:.0%} of the transfer hidden" if self.hidden is not None else ""
-        size = f"{self.gib:.2f} GiB" if self.gib >= 0.1 else f"{1024 * self.gib:.2f} MiB"
-        return f"{size} a step streamed{hidden}"
+        return f"{size_words(self.gib * GIB)} a step streamed{hidden}"
 
 
 def streamed(trainer: Any) -> Streamed | None:

@@ -22,7 +22,7 @@ from ..distributed.world import world
 from ..errors import TrainingError
 from ..facade.dense_weights import DenseWeights
 from ..memory import rules
-from ..memory.cards import FRAGMENTATION, GIB, LONG_ROWS, OOM_FIX, usable
+from ..memory.cards import FRAGMENTATION, LONG_ROWS, OOM_FIX, size_words, usable
 from ..memory.optimizers import between_passes
 from ..memory.setting import Setting, halves
 from ..sharding import is_sharded
@@ -123,12 +123,12 @@ class MemoryFit:
             most, layers = self.recomputer.most, self.recomputer.count
             found = choose(prober.measure, most, layers, sizes, budget, least)
         if found is None:
-            what = f"no setting fits {least / GIB:.1f} GiB, the part of the GPU that is free"
+            what = f"no setting fits {size_words(least)}, the part of the GPU that is free"
             raise TrainingError(what, fix=OOM_FIX, where="train.memory")
         seconds, room = time.perf_counter() - started, least if found.setting.offload else budget
         self.on_note(
-            f"memory: {self.describe(found.setting)}; needs {found.peak / GIB:.1f} of"
-            f" {room / GIB:.1f} GiB (found in {seconds:.1f} s)"
+            f"memory: {self.describe(found.setting)}; needs {size_words(found.peak)} of"
+            f" {size_words(room)} (found in {seconds:.1f} s)"
         )
         self._keep_dense(found, budget)
         return found.setting

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..data.batches import SEQUENCES, PackedCollator
 from ..errors import TrainingError
+from ..folders.metrics import many
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,22 +34,23 @@ class Filling(NamedTuple):
     """How packed rows are filled.
 
     Attributes:
+        examples: how many sequences there are in them: examples, or pieces of documents.
         length: tokens of the fullest row.
         empty: the share of all rows of that length that no example takes.
+        of: what the sequences are, in words.
     """
 
     examples: int
     rows: int
     length: int
     empty: float
+    of: str = "examples"
 
     @property
     def words(self) -> str:
         """It in words."""
-        return (
-            f"{self.examples:,} examples in {self.rows:,} rows of up to {self.length:,} tokens,"
-            f" {self.empty:.1%} of them empty"
-        )
+        rows = f"{many(self.rows, 'row')} of up to {self.length:,} tokens"
+        return f"{self.examples:,} {self.of} in {rows}, {self.empty:.1%} of them empty"
 
 
 def packed(dataset: Dataset, length: int | None = None, usual: int = 0) -> Dataset:
@@ -74,15 +76,21 @@ def packed(dataset: Dataset, length: int | None = None, usual: int = 0) -> Datas
     return rows
 
 
-def filling(rows: Dataset) -> Filling | None:
-    """Return how rows are filled; None of those that a task has packed in a way of its own."""
+def filling(rows: Dataset, *, in_rows: bool = False) -> Filling | None:
+    """Return how rows are filled; None of those that a task has packed in a way of its own.
+
+    Args:
+        in_rows: whether the task read them in rows, where a document that goes on in the next
+            row is two sequences.
+    """
     if SEQUENCES not in rows.column_names:
         return None
     parts = rows[SEQUENCES]
     lengths = [sum(part) for part in parts]
     longest = max(lengths)
     empty = 1 - sum(lengths) / (len(lengths) * longest)
-    return Filling(sum(map(len, parts)), len(lengths), longest, empty)
+    of = "pieces of documents" if in_rows else "examples"
+    return Filling(sum(map(len, parts)), len(lengths), longest, empty, of)
 
 
 def packed_collator(setup: Setup) -> PackedCollator:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapting.merge_aware import make_merge_aware, tell_it_stays
+from ..data.batches import SEQUENCES
 from ..data.positions import check_lengths
 from ..data.vocabulary import check_tokens
 from ..distributed.talking import average_gradients, reduced, share, start
 from ..distributed.world import world
 from ..errors import DataError, ModelError, TrainingError
 from ..folders.checkpoints import STATE, Checkpoint, finished, too_few_steps
-from ..memory.cards import OOM_FIX
+from ..folders.metrics import many
+from ..memory.cards import GIB, OOM_FIX, size_words
 from ..memory.setting import Setting
 from ..records import Objective
 from ..registry.discovery import registry
@@ -122,7 +124,10 @@ def train(
         if task.wants_lm:
             refuse_foresight(model, note, getattr(dataset, "column_names", None) or ())
         trainer = make_trainer(task, setup, on_log)  # task.trainer: trl's SFTTrainer, for one
-        trainer.packed = filling(trainer.train_dataset) if spec.packing else None
+        trainer.packed = None
+        if spec.packing:
+            in_rows = SEQUENCES in setup.dataset.column_names
+            trainer.packed = filling(trainer.train_dataset, in_rows=in_rows)
         if trainer.packed:
             note(f"packing: {trainer.packed.words}")
         trainer.prepared = prepared
@@ -224,13 +229,13 @@ class TrainResult:
     packed: Filling | None = None
 
     def __repr__(self) -> str:
-        words = [f"{self.steps} steps in {self.seconds:.1f} s, {self.tokens:,} tokens"]
+        words = [f"{many(self.steps, 'step')} in {self.seconds:.1f} s, {self.tokens:,} tokens"]
         for name, found in (("loss", self.losses), ("held-out loss", self.validation)):
             if found:
                 words.append(f"{name} {found[0][1]:.4g} to {found[-1][1]:.4g}")
         if self.kept_step != self.steps:
             words.append(f"the adapter of step {self.kept_step} is kept")
-        words.append(f"peak memory {self.peak_memory_gib:.2f} GiB")
+        words.append(f"peak memory {size_words(self.peak_memory_gib * GIB)}")
         if self.streamed:
             words.append(self.streamed.words)
         return f"<TrainResult {', '.join(words)}>"

@@ -18,6 +18,7 @@ from ..errors import TrainingError
 from ..folders.checkpoints import CHECKPOINTS
 from ..memory.cards import OOM_FIX
 from ..memory.workload import LENGTH_MULTIPLE
+from ..planning.schedules import follows_loss
 from .context_parallel import Part, in_parts
 from .figures import adapter_device, compute_dtype
 from .lent_to_trainers import clip_what_is_trained
@@ -97,6 +98,7 @@ class Setup:
         device = adapter_device(self.model)
         arguments = _arguments(self.model, self.spec, self.output, self.seed)
         args = _pinned(config(**arguments, **(options or {})), device)
+        args.lr_scheduler_type = type(args.lr_scheduler_type)(self.spec.lr_scheduler_type)
         looped = issubclass(kind, TrainingLoop)
         cls = kind if looped else type(kind.__name__, (TrainingLoop, kind), {})
         return cls(
@@ -159,7 +161,9 @@ def _arguments(model: Any, spec: TrainSpec, output: Path, seed: int) -> dict[str
         "learning_rate": spec.learning_rate,
         "per_device_train_batch_size": spec.per_device_train_batch_size,
         "gradient_accumulation_steps": spec.gradient_accumulation_steps,
-        "lr_scheduler_type": spec.lr_scheduler_type,
+        # Where it follows validations, transformers wants to make them: it is told afterwards.
+        "lr_scheduler_type": "constant" if follows_loss(spec) else spec.lr_scheduler_type,
+        "lr_scheduler_kwargs": dict(spec.lr_scheduler_kwargs),
         "warmup_steps": spec.warmup_ratio,  # transformers 5 reads a value below 1 as a share
         "weight_decay": spec.weight_decay,
         "max_grad_norm": spec.max_grad_norm,

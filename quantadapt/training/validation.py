@@ -18,6 +18,7 @@ from ..adapting.adalora import tuner_of
 from ..distributed.talking import reduced
 from ..distributed.world import world
 from ..errors import TrainingError
+from ..planning.schedules import follows_loss
 from .figures import adapter_device
 
 if TYPE_CHECKING:
@@ -177,6 +178,8 @@ class Validation:
             trainer.args, state, control, {KEY: loss}
         )
         trainer.control.should_log = logs
+        if follows_loss(self.spec):
+            trainer.lr_scheduler.step(loss)
         step, best = state.global_step, best_of(self.measured)
         if best == step and self.spec.load_best_model_at_end:
             self.kept = Kept.of(trainer.model, step)
