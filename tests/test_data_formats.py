@@ -216,6 +216,60 @@ def test_calls_in_between_stay_in_one_example(tmp_path, templated) -> None:
     assert answer == "<think></think>It is 20 C.</s>"
 
 
+CHANNELS = (
+    "{% for m in messages %}{% set later = messages[loop.index:] | map(attribute='role') | list %}"
+    "{% if m.role != 'assistant' %}<|{{ m.role }}|>{{ m.content }}<|end|>"
+    "{% elif m.tool_calls %}{% if 'assistant' not in later %}<|assistant|><|thinks|>"
+    "{{ m.content }}<|end|>{% endif %}<|assistant|>to={{ m.tool_calls[0].function.name }}</s>"
+    "{% else %}<|assistant|><|says|>{{ m.content }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""As that of gpt-oss: what is said beside a call is written until there is an answer."""
+
+
+def test_what_tools_say_is_not_learnt_where_turns_before_it_are_rewritten(
+    tmp_path, templated
+) -> None:
+    tokenizer = templated(CHANNELS)
+    turns = [ASK, {**CALLING, "content": "Let me look."}, RESULT, ANSWER]
+    (last, first), file = everything(lines(tmp_path / "a.jsonl", [{"messages": turns}]), tokenizer)
+    assert learnt(first, tokenizer) == ["<|thinks|>Let me look.<|end|><|assistant|>to=weather</s>"]
+    assert learnt(last, tokenizer) == ["<|says|>It is 20 C.</s>"]
+    assert tokenizer.decode(last[0]) == tokenizer.apply_chat_template(turns, tokenize=False)
+    told = "the chat template writes earlier turns in another way once they are answered"
+    assert file.remarks[told] == 1
+
+
+def test_of_two_answers_in_a_row_each_is_learnt_once(tmp_path, templated) -> None:
+    tokenizer = templated(
+        "{% for m in messages %}<|{{ m.role }}|>{% if loop.last and m.role == 'assistant' %}"
+        "<think></think>{% endif %}{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    turns = [*chat("q", "a1")["messages"], {"role": "assistant", "content": "a2"}]
+    (last, first), _ = everything(lines(tmp_path / "a.jsonl", [{"messages": turns}]), tokenizer)
+    assert learnt(first, tokenizer) == ["<think></think>a1</s>"]
+    assert learnt(last, tokenizer) == ["<think></think>a2</s>"]
+
+
+def test_turns_that_the_template_leaves_out_are_told(tmp_path, templated) -> None:
+    """As Llama 3.1's leaves out what is said beside a call, and gpt-oss's a second system turn."""
+    turns = [ASK, {**CALLING, "content": "Let me look."}, RESULT, ANSWER]
+    late = [ASK, ANSWER, {"role": "system", "content": "Be brief."}, ASK, ANSWER]
+    quoted = CHANNELS.replace("{{ m.content }}<|end|>", "{{ m.content | tojson }}<|end|>", 1)
+    path = lines(tmp_path / "a.jsonl", [{"messages": turns}, {"messages": late}])
+    _, file = everything(path, templated(quoted))
+    assert "says is not written" not in str(file.remarks)
+    mute = (
+        "{% for m in messages %}{% if m.role != 'system' %}<|{{ m.role }}|>{% if m.tool_calls %}"
+        "to={{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}{% endif %}</s>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    _, file = everything(path, templated(mute))
+    for role in ("assistant", "system"):
+        assert file.remarks[f"what a turn of the {role} says is not written by the chat template"]
+
+
 def test_turns_of_weight_0_are_not_learnt(tmp_path, templated) -> None:
     rows = [chat("q1", "a1", "q2", "a2") for _ in range(3)]
     rows[0]["messages"][1]["weight"] = 0
