@@ -152,6 +152,48 @@ def test_a_text_begins_as_the_tokenizer_begins_it(tmp_path, tokenizer) -> None:
         core.post_processor = before
 
 
+def with_spaces(scheme: str) -> Any:
+    """A tokenizer that puts a space in front of a text, as Llama 2's and Mistral's do."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["\u2581", *map(chr, range(32, 127)), "\n"]
+    names = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
+    vocab = {token: i for i, token in enumerate([*names, *letters, "\u2581a"])}
+    core = Tokenizer(models.BPE(vocab, [("\u2581", "a")], unk_token="<unk>"))
+    if scheme == "legacy":
+        spaces = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        core.normalizer = normalizers.Sequence(spaces)
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=names[3:],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["legacy", "first", "always", "never"])
+def test_no_space_stands_where_a_text_goes_on(scheme, tmp_path) -> None:
+    """The tokens are those of the whole text, as others train on and servers send."""
+    tokenizer = with_spaces(scheme)
+    turns = chat("q one", "a one", "q two", " a two")["messages"]
+    (tmp_path / "c").mkdir()
+    path = lines(tmp_path / "c" / "a.jsonl", [{"messages": turns}])
+    for break_ in ("\n", ""):
+        tokenizer.chat_template = (
+            "{% for m in messages %}<|{{ m.role }}|>" + break_ + "{{ m.content }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>" + break_ + "{% endif %}"
+        )
+        (example,), _ = everything(path, tokenizer)
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        assert example[0] == tokenizer(whole, add_special_tokens=False).input_ids
+    pairs = [("Add:\n", "a + b"), ("Add:", " a + b")]
+    path = lines(tmp_path / "a.jsonl", [{"prompt": a, "completion": b} for a, b in pairs])
+    for (ids, mask), (prompt, answer) in zip(*everything(path, tokenizer)[:1], pairs, strict=True):
+        assert ids == tokenizer(f"{prompt}{answer}</s>").input_ids
+        assert ids[: mask.index(1)] == tokenizer(prompt).input_ids
+
+
 def test_tools_and_calls_go_to_the_template(tmp_path, templated) -> None:
     tokenizer = templated(TOOLS)
     turns = [ASK, CALLING, RESULT, ANSWER]

@@ -38,7 +38,7 @@ class Classification(Evaluator):
         seen = [place for place in range(len(names)) if table[place].sum() or table[:, place].sum()]
         f1 = {names[place]: _f1(table, place) for place in seen}
         found = {
-            "accuracy": Figure(float(table.trace() / table.sum()), "share", "higher"),
+            "accuracy": Figure(int(table.trace()) / int(table.sum()), "share", "higher"),
             "macro-f1": Figure(sum(f1.values()) / len(f1), "share", "higher"),
         }
         found |= {f"f1 {name}": Figure(value, "share", "higher") for name, value in f1.items()}
