@@ -362,6 +362,22 @@ def oasst(name: str, parent: str | None, text: str, **more: Any) -> dict[str, An
     return {"message_id": name, "parent_id": parent, "role": role, "text": text, **more}
 
 
+def test_a_short_answer_does_not_hide_that_a_question_is_lost(tmp_path, templated) -> None:
+    """A template for pictures, as SmolVLM's, looks for parts: of a text it writes nothing, and the
+    answer A stands in the word Assistant."""
+    tokenizer = templated(
+        "{% for m in messages %}{{ m.role | capitalize }}: {% for part in m.content %}"
+        "{% if part.type == 'text' %}{{ part.text }}{% elif part.type == 'image' %}<image>"
+        "{% endif %}{% endfor %}</s>{% endfor %}"
+        "{% if add_generation_prompt %}Assistant: {% endif %}"
+    )
+    path = lines(tmp_path / "a.jsonl", [chat("Which letter comes first?", "A")])
+    (example,), file = everything(path, tokenizer)
+    assert tokenizer.decode(example[0]) == "User: Which letter comes first?</s>Assistant: A</s>"
+    assert learnt(example, tokenizer) == ["A</s>"]
+    assert not file.remarks
+
+
 def test_oasst_trees_become_chats(tmp_path, templated) -> None:
     rows = [
         oasst("4", "2", "q2"),

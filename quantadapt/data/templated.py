@@ -261,9 +261,11 @@ def _well_written(turns: list[Turn], tools: list[Any] | None, text: str) -> bool
 
 
 def _is_lost(turns: list[Turn], text: str) -> bool:
-    """Say whether a template has written nothing of what is said: it looks for parts."""
-    said = [turn["content"].strip() for turn in turns if isinstance(turn["content"], str)]
-    return any(said) and not any(content in text for content in said if content)
+    """Say whether a template has not written what is said, as it looks for parts. The longest text
+    tells: a short one, such as the answer A, may stand in any. What tools say may be quoted."""
+    said = [t["content"].strip() for t in turns if isinstance(t["content"], str)
+            and t["role"] != "tool"]  # fmt: skip
+    return max(said, key=len, default="") not in text
 
 
 def _head(turn: Turn, text: str) -> str:
