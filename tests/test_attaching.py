@@ -224,6 +224,10 @@ def test_dense_weights_are_put_back() -> None:
         ({"trainable_token_indices": [-1]}, "trainable_token_indices", "the embedding of 64"),
         ({"trainable_token_indices": []}, "trainable_token_indices", "it names no token"),
         ({"trainable_token_indices": {"emb": [1]}}, "trainable_token_indices", "no embedding"),
+        (
+            {"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]},
+            "trainable_token_indices", "trains model.embed_tokens whole",
+        ),
         ({"target_parameters": ["foo"]}, "target_parameters", "no parameter of the model"),
         ({"init_lora_weights": "pissa", "r": 33}, "r", "model.layers.0.self_attn.q_proj has 32"),
         ({"init_lora_weights": "pissa_niter_2", "r": 33}, "r", "use 32 or less"),

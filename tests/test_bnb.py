@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
 from quantadapt.facade import facades
@@ -49,6 +50,35 @@ def test_a_checkpoint_tells_which_layers_are_dense(backend, skip, tmp_path) -> N
     assert relative(logits(theirs), logits(model)) < 2e-2
     for name in dense:
         assert type(theirs.get_submodule(name)) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_is_dense_in_a_checkpoint_gets_the_dtype_that_is_asked_for(
+    options, stored, tmp_path
+) -> None:
+    """transformers leaves it as it was stored, so that all went on in that between the layers."""
+    untied().save_pretrained(tmp_path / "dense")
+    how = BitsAndBytesConfig(**options)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=how, dtype=stored
+    )
+    theirs.save_pretrained(tmp_path / "packed")
+    held = load_file(tmp_path / "packed" / "model.safetensors")
+    dense = {name: held[name] for name in held if "norm" in name or "embed" in name}
+    assert {tensor.dtype for tensor in dense.values()} == {stored}
+    backend = "bnb-nf4" if "load_in_4bit" in options else "bnb-int8"
+    if backend == "bnb-nf4" and how.bnb_4bit_quant_type == "fp4":
+        backend = "bnb-fp4"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        model: Any = qa.quantize(str(tmp_path / "packed"), backend, device="cpu", dtype=name)
+        found = dict(model.named_parameters())
+        assert len(dense) == 4
+        for key, tensor in dense.items():
+            assert torch.equal(found[key], tensor.to(dtype)), key
+        seen = model.model(input_ids=demo_tokens()).last_hidden_state
+        assert seen.dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

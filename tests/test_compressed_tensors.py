@@ -571,6 +571,19 @@ def test_sizes_that_groups_do_not_divide_are_told() -> None:
         CompressedTensors(scheme="FP8_BLOCK").quantize_linear(nn.Linear(320, 96))
 
 
+@pytest.mark.parametrize("scheme", ["W8A16", "FP8_DYNAMIC", "NVFP4A16", "MXFP4A16", "MXFP8A16"])
+def test_transformers_runs_what_was_made_in_float32(scheme: str, tmp_path: Path) -> None:
+    """Without a word of dtypes: what the library unpacks to bfloat16 runs in that."""
+    tiny().save_pretrained(tmp_path / "dense")
+    options = {"scheme": scheme, "dtype": "float32", "device": "cpu"}
+    model = qa.quantize(str(tmp_path / "dense"), METHOD, **options)
+    qa.save(model, tmp_path / "base")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    coarse = scheme.startswith(("NV", "MX"))
+    assert loaded.dtype == (torch.bfloat16 if coarse else torch.float32)
+    assert relative(logits(loaded), logits(model)) < (2e-2 if coarse else 1e-5)
+
+
 # Experts -----------------------------------------------------------------------------------------
 
 MIXTURES = ("Qwen3-MoE", "Mixtral", "DeepSeek-V3")

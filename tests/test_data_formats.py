@@ -152,6 +152,48 @@ def test_a_text_begins_as_the_tokenizer_begins_it(tmp_path, tokenizer) -> None:
         core.post_processor = before
 
 
+def with_spaces(scheme: str) -> Any:
+    """A tokenizer that puts a space in front of a text, as Llama 2's and Mistral's do."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["\u2581", *map(chr, range(32, 127)), "\n"]
+    names = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
+    vocab = {token: i for i, token in enumerate([*names, *letters, "\u2581a"])}
+    core = Tokenizer(models.BPE(vocab, [("\u2581", "a")], unk_token="<unk>"))
+    if scheme == "legacy":
+        spaces = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        core.normalizer = normalizers.Sequence(spaces)
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=names[3:],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["legacy", "first", "always", "never"])
+def test_no_space_stands_where_a_text_goes_on(scheme, tmp_path) -> None:
+    """The tokens are those of the whole text, as others train on and servers send."""
+    tokenizer = with_spaces(scheme)
+    turns = chat("q one", "a one", "q two", " a two")["messages"]
+    (tmp_path / "c").mkdir()
+    path = lines(tmp_path / "c" / "a.jsonl", [{"messages": turns}])
+    for break_ in ("\n", ""):
+        tokenizer.chat_template = (
+            "{% for m in messages %}<|{{ m.role }}|>" + break_ + "{{ m.content }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>" + break_ + "{% endif %}"
+        )
+        (example,), _ = everything(path, tokenizer)
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        assert example[0] == tokenizer(whole, add_special_tokens=False).input_ids
+    pairs = [("Add:\n", "a + b"), ("Add:", " a + b")]
+    path = lines(tmp_path / "a.jsonl", [{"prompt": a, "completion": b} for a, b in pairs])
+    for (ids, mask), (prompt, answer) in zip(*everything(path, tokenizer)[:1], pairs, strict=True):
+        assert ids == tokenizer(f"{prompt}{answer}</s>").input_ids
+        assert ids[: mask.index(1)] == tokenizer(prompt).input_ids
+
+
 def test_tools_and_calls_go_to_the_template(tmp_path, templated) -> None:
     tokenizer = templated(TOOLS)
     turns = [ASK, CALLING, RESULT, ANSWER]
@@ -216,6 +258,60 @@ def test_calls_in_between_stay_in_one_example(tmp_path, templated) -> None:
     assert answer == "<think></think>It is 20 C.</s>"
 
 
+CHANNELS = (
+    "{% for m in messages %}{% set later = messages[loop.index:] | map(attribute='role') | list %}"
+    "{% if m.role != 'assistant' %}<|{{ m.role }}|>{{ m.content }}<|end|>"
+    "{% elif m.tool_calls %}{% if 'assistant' not in later %}<|assistant|><|thinks|>"
+    "{{ m.content }}<|end|>{% endif %}<|assistant|>to={{ m.tool_calls[0].function.name }}</s>"
+    "{% else %}<|assistant|><|says|>{{ m.content }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""As that of gpt-oss: what is said beside a call is written until there is an answer."""
+
+
+def test_what_tools_say_is_not_learnt_where_turns_before_it_are_rewritten(
+    tmp_path, templated
+) -> None:
+    tokenizer = templated(CHANNELS)
+    turns = [ASK, {**CALLING, "content": "Let me look."}, RESULT, ANSWER]
+    (last, first), file = everything(lines(tmp_path / "a.jsonl", [{"messages": turns}]), tokenizer)
+    assert learnt(first, tokenizer) == ["<|thinks|>Let me look.<|end|><|assistant|>to=weather</s>"]
+    assert learnt(last, tokenizer) == ["<|says|>It is 20 C.</s>"]
+    assert tokenizer.decode(last[0]) == tokenizer.apply_chat_template(turns, tokenize=False)
+    told = "the chat template writes earlier turns in another way once they are answered"
+    assert file.remarks[told] == 1
+
+
+def test_of_two_answers_in_a_row_each_is_learnt_once(tmp_path, templated) -> None:
+    tokenizer = templated(
+        "{% for m in messages %}<|{{ m.role }}|>{% if loop.last and m.role == 'assistant' %}"
+        "<think></think>{% endif %}{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    turns = [*chat("q", "a1")["messages"], {"role": "assistant", "content": "a2"}]
+    (last, first), _ = everything(lines(tmp_path / "a.jsonl", [{"messages": turns}]), tokenizer)
+    assert learnt(first, tokenizer) == ["<think></think>a1</s>"]
+    assert learnt(last, tokenizer) == ["<think></think>a2</s>"]
+
+
+def test_turns_that_the_template_leaves_out_are_told(tmp_path, templated) -> None:
+    """As Llama 3.1's leaves out what is said beside a call, and gpt-oss's a second system turn."""
+    turns = [ASK, {**CALLING, "content": "Let me look."}, RESULT, ANSWER]
+    late = [ASK, ANSWER, {"role": "system", "content": "Be brief."}, ASK, ANSWER]
+    quoted = CHANNELS.replace("{{ m.content }}<|end|>", "{{ m.content | tojson }}<|end|>", 1)
+    path = lines(tmp_path / "a.jsonl", [{"messages": turns}, {"messages": late}])
+    _, file = everything(path, templated(quoted))
+    assert "says is not written" not in str(file.remarks)
+    mute = (
+        "{% for m in messages %}{% if m.role != 'system' %}<|{{ m.role }}|>{% if m.tool_calls %}"
+        "to={{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}{% endif %}</s>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    _, file = everything(path, templated(mute))
+    for role in ("assistant", "system"):
+        assert file.remarks[f"what a turn of the {role} says is not written by the chat template"]
+
+
 def test_turns_of_weight_0_are_not_learnt(tmp_path, templated) -> None:
     rows = [chat("q1", "a1", "q2", "a2") for _ in range(3)]
     rows[0]["messages"][1]["weight"] = 0
@@ -264,6 +360,22 @@ def test_content_in_parts_is_text(tmp_path, templated) -> None:
 def oasst(name: str, parent: str | None, text: str, **more: Any) -> dict[str, Any]:
     role = "assistant" if text.startswith("a") else "prompter"
     return {"message_id": name, "parent_id": parent, "role": role, "text": text, **more}
+
+
+def test_a_short_answer_does_not_hide_that_a_question_is_lost(tmp_path, templated) -> None:
+    """A template for pictures, as SmolVLM's, looks for parts: of a text it writes nothing, and the
+    answer A stands in the word Assistant."""
+    tokenizer = templated(
+        "{% for m in messages %}{{ m.role | capitalize }}: {% for part in m.content %}"
+        "{% if part.type == 'text' %}{{ part.text }}{% elif part.type == 'image' %}<image>"
+        "{% endif %}{% endfor %}</s>{% endfor %}"
+        "{% if add_generation_prompt %}Assistant: {% endif %}"
+    )
+    path = lines(tmp_path / "a.jsonl", [chat("Which letter comes first?", "A")])
+    (example,), file = everything(path, tokenizer)
+    assert tokenizer.decode(example[0]) == "User: Which letter comes first?</s>Assistant: A</s>"
+    assert learnt(example, tokenizer) == ["A</s>"]
+    assert not file.remarks
 
 
 def test_oasst_trees_become_chats(tmp_path, templated) -> None:

@@ -64,6 +64,21 @@ def test_transformers_reads_what_is_written(backend: str, base: str, tmp_path: P
     assert relative(logits(dequantizing(tmp_path / "stock")), logits(model)) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transformers_runs_what_is_written(
+    backend: str, dtype: str, base: str, tmp_path: Path
+) -> None:
+    """Without a word of dtypes; the library unpacks to bfloat16, whatever else is in the files."""
+    model = qa.quantize(base, backend, dtype=dtype)
+    qa.save(model, tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert relative(logits(loaded).float(), logits(model).float()) < 2e-2
+    again = qa.load(tmp_path / "saved")
+    assert again.dtype == getattr(torch, dtype)
+    assert torch.equal(logits(again), logits(model))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("adapter", slow_but(["lora", "dora", "vera", "ia3"], "dora"))
 def test_merged_it_is_what_was_tuned(backend: str, adapter: str, base: str, tmp_path: Path) -> None:

@@ -214,3 +214,27 @@ def test_an_adapter_that_is_too_large_for_its_base(kind: str, tmp_path: Path) ->
     with pytest.raises(NumbersError, match="up_proj"):
         MERGES[kind](model, tmp_path)
     assert not (tmp_path / "merged").exists()
+
+
+# --- models that answer NaN -----------------------------------------------------------------------
+
+_MEASURED: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "classification": ("sequence", [{"text": "a", "label": "0"}, {"text": "b", "label": "1"}]),
+    "rewards": ("sequence", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2),
+    "preferences": ("", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2),
+    "desirability": ("", [{"prompt": "a", "completion": "b", "label": n > 0} for n in range(2)]),
+}
+
+
+@pytest.mark.parametrize("name", _MEASURED)
+def test_a_model_that_answers_nan_has_no_figures(name: str, tmp_path: Path) -> None:
+    """Whatever is compared with NaN is false, so that shares look like those of a model."""
+    head, rows = _MEASURED[name]
+    labels = ("0", "1") if name == "classification" else ("score",) if head else ()
+    model: Any = qa.quantize(str(small_model()), "none", head=head, labels=labels)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert qa.evaluate(model, file, evaluation=name)
+    model.model.norm.weight.data[0] = math.inf
+    with pytest.raises(NumbersError, match="no number"):
+        qa.evaluate(model, file, evaluation=name)

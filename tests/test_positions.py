@@ -80,3 +80,23 @@ def test_what_is_too_long_is_told_before_a_step(packing: int | None) -> None:
         trained(data(20, 24), eval_data=data(25), eval_steps=1)
     # The positions of a packed row begin anew with each example.
     assert trained(data(20, 24, 24), packing=packing).tokens == 68
+
+
+def test_what_rotary_positions_go_on_for_is_told(tmp_path) -> None:
+    """A run learns it, and says that the model has not been made for it."""
+    of("llama").save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(tmp_path / "model")
+    (tmp_path / "a.txt").write_text("x = 1\n" * 20 + "\n" + "y = 2\n" * 3 + "\nz = 3\n")
+    notes: list[str] = []
+    for length, told in ((64, True), (24, False)):
+        spec = qa.Spec(
+            model=str(tmp_path / "model"), backend="none", output=str(tmp_path / "run"),
+            data={"path": str(tmp_path / "a.txt"), "max_length": length}, overwrite=True,
+            train={"max_steps": 1}, evaluate={"evaluations": []}, export={"merge": "never"},
+            adapter={"name": "lora", "r": 2}, seed=1,
+        )  # fmt: skip
+        notes.clear()
+        qa.run(spec, listener=lambda event, data: notes.append(str(data.get("text", ""))))
+        found = [text for text in notes if "than the model has been made for" in text]
+        assert bool(found) is told, notes
+        assert not told or "there are 24 positions" in found[0]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import quantadapt as qa
 from quantadapt import demo
 from quantadapt.data.retrieval import load_embedding, load_reranking
-from quantadapt.errors import DataError, PlanRefused
+from quantadapt.errors import DataError, NumbersError, PlanRefused
 from quantadapt.evaluation.retrieval import Retrieval, ranking
 from quantadapt.model.pooling import vectors
 from quantadapt.objectives.embed import Embed
@@ -238,6 +238,56 @@ def test_figures_are_those_of_sentence_transformers() -> None:
     assert found["mrr@10"].value == pytest.approx(wanted["mrr@k"][10])
     assert found["accuracy@1"].value == pytest.approx(wanted["accuracy@k"][1])
     assert found["recall@10"].value == pytest.approx(wanted["recall@k"][10])
+
+
+@pytest.mark.parametrize("at", [2, 3, 10])
+@pytest.mark.parametrize("scores", [[0, 0, 0, 0, 0], [1, 2, 2, 0, 2], [3, 1, 1, 1, 0]])
+def test_of_texts_with_equal_scores_each_order_counts(scores: list[float], at: int) -> None:
+    """The mean over all orders, of what sentence-transformers and scikit-learn say of each; not
+    that of the order in the data, where those that belong to a query often stand first."""
+    from itertools import permutations
+
+    from sentence_transformers.sentence_transformer.evaluation import (
+        InformationRetrievalEvaluator,
+    )
+    from sklearn.metrics import ndcg_score
+
+    belongs = [True, True, False, False, False]
+    measure = InformationRetrievalEvaluator(
+        {"q": "q"}, {str(t): str(t) for t in range(5)}, {"q": {"0", "1"}},
+        ndcg_at_k=[at], mrr_at_k=[at], accuracy_at_k=[1], precision_recall_at_k=[at],
+    )  # fmt: skip
+    orders = []
+    for places in permutations(range(5)):
+        apart = [score - place / 100 for score, place in zip(scores, places, strict=True)]
+        hits = [{"corpus_id": str(t), "score": score} for t, score in enumerate(apart)]
+        orders.append(measure.compute_metrics([hits]))
+    wanted = {
+        "ndcg": sum(each["ndcg@k"][at] for each in orders) / len(orders),
+        "mrr": sum(each["mrr@k"][at] for each in orders) / len(orders),
+        "recall": sum(each["recall@k"][at] for each in orders) / len(orders),
+    }
+    found = ranking([(torch.tensor(scores).double(), torch.tensor(belongs))], at)
+    for name, value in wanted.items():
+        assert found[f"{name}@{at}"].value == pytest.approx(value)
+    first = sum(each["accuracy@k"][1] for each in orders) / len(orders)
+    assert found["accuracy@1"].value == pytest.approx(first)
+    assert found[f"ndcg@{at}"].value == pytest.approx(ndcg_score([belongs], [scores], k=at))
+
+
+def test_a_model_that_answers_nan_has_no_figures(tmp_path: Path) -> None:
+    """All texts would be as near, and those that belong to a query stand first in the data."""
+    model, tokenizer = dense_model(small_model()), AutoTokenizer.from_pretrained(small_model())
+    ranker = qa.quantize(str(small_model()), "none", head="sequence", labels=("score",))
+    for each in (model, ranker):
+        each.base_model.norm.weight.data[0] = torch.inf
+    for rows in (ROWS, SCORED):
+        data = load_embedding(written(tmp_path / "d", rows), tokenizer, seed=0, pooling="mean")
+        with pytest.raises(NumbersError, match="no number"):
+            Retrieval().measure(model, Given(data.eval))
+    pairs = load_reranking(written(tmp_path / "e", PAIRS), tokenizer, seed=0)
+    with pytest.raises(NumbersError, match="no number"):
+        Retrieval().measure(ranker, Given(pairs.eval))
 
 
 def test_scores_are_compared_by_rank(tmp_path: Path) -> None:

@@ -249,6 +249,19 @@ def test_tokens_of_what_another_trains_whole_are_refused(whole, tied, tmp_path) 
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("whole", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_so_is_one_adapter_that_trains_both(whole: str, tied: bool, tmp_path: Path) -> None:
+    """A head that is tied to the embedding holds its tokens, too."""
+    base = llama(tmp_path / "base", tied=tied)
+    both = {"modules_to_save": [whole], "trainable_token_indices": [1, 2]}
+    if whole == "lm_head" and not tied:
+        assert tuned(base, "hqq", target_modules=["q_proj"], **both)
+        return
+    with pytest.raises(PlanRefused, match=f"trains .*{whole} whole"):
+        tuned(base, "hqq", target_modules=["q_proj"], **both)
+
+
 def test_a_neighbour_that_does_not_fit_leaves_nothing_behind(base, tmp_path) -> None:
     """As one whose weights are of other layers than its config says."""
     model = tuned(base, "hqq", target_modules=["q_proj"], r=2)

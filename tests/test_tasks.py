@@ -16,7 +16,7 @@ import quantadapt as qa
 from quantadapt import cli, demo
 from quantadapt.benchmarking.task_files import known_tasks, manager_of, task_problems
 from quantadapt.benchmarking.tasks import Tasks
-from quantadapt.errors import ModelError, PlanRefused
+from quantadapt.errors import ModelError, NumbersError, PlanRefused
 from quantadapt.planning import plan
 from quantadapt.protocols import Figure, Given
 from quantadapt.quantizing.state import state_of
@@ -171,6 +171,16 @@ def test_figures_and_answers_are_those_of_lm_eval(tuned, folder: str) -> None:
     assert length.scores == tuple(float(len(text)) for text in texts)
     assert not figures["demo_text word_perplexity"].scores  # no mean of what single texts have
     assert figures["demo_group acc"].scores == figures["demo_choice acc"].scores
+
+
+def test_a_model_that_answers_nan_has_no_figures(folder: str) -> None:
+    """lm-eval takes the first of all choices for the likeliest then."""
+    model = qa.quantize(None, "none")
+    model.model.norm.weight.data[0] = math.inf
+    for name in ("demo_choice", "demo_text"):
+        tasks = Tasks(tasks=[name], include_path=[folder], bootstrap_iters=0, limit=2)
+        with pytest.raises(NumbersError, match="no number"):
+            tasks.results(model, given_for(model))
 
 
 def test_greedy_answers_are_made_our_way_and_others_by_lm_eval(

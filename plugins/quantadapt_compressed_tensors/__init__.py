@@ -165,11 +165,13 @@ class CompressedTensors(LayerwiseQuantizer):
         return super().load(path, device=device, dtype=dtype)
 
     def save(self, model: nn.Module, path: Path) -> None:
-        from quantadapt.loading.writing import experts_apart
+        from quantadapt.loading.writing import experts_apart, name_bfloat16
         from quantadapt_compressed_tensors.rows import split
 
         with experts_apart(model, split):
             super().save(model, path)
+        if any(scheme.has_small_scales for scheme in self.schemes):
+            name_bfloat16(path)
 
     def join_rows(self, layers: list[nn.Module]) -> nn.Module:
         from quantadapt_compressed_tensors.rows import joined

@@ -129,6 +129,12 @@ class Scheme(BaseModel):
         """Whether files hold a scale of what goes into a layer."""
         return self.inputs is not None and self.inputs.has_own_scale
 
+    @property
+    def has_small_scales(self) -> bool:
+        """Whether scales take a byte each, as of FP4 and MX: the library unpacks those in
+        bfloat16, whatever dtype the model has."""
+        return self.format.startswith(("nvfp4", "mxfp"))
+
     def misfit(self, in_features: int, out_features: int) -> str | None:
         """Say why a layer of this size cannot be rounded so."""
         for args, what in ((self.weights, "groups"), (self.inputs, "groups of inputs")):
@@ -141,7 +147,7 @@ class Scheme(BaseModel):
         """Return bits per weight in memory, where a scale takes `scale` bits if the format does not
         say otherwise."""
         weights, whole = self.weights, 0
-        if self.format.startswith(("nvfp4", "mxfp")):
+        if self.has_small_scales:
             scale = 8
         code, zero = float(weights.num_bits if self.format in PACKED else 8), 0
         if not weights.symmetric:

@@ -75,12 +75,13 @@ class _FP4(LayerwiseQuantizer):
 
     def save(self, model: nn.Module, path: Path) -> None:
         """Write experts one by one, as compressed-tensors has them, where a model's files do."""
-        from quantadapt.loading.writing import experts_apart
+        from quantadapt.loading.writing import experts_apart, name_bfloat16
 
         from .layers import split_rows
 
         with experts_apart(model, split_rows):
             super().save(model, path)
+        name_bfloat16(path)
 
     def join_rows(self, layers: list[nn.Module]) -> nn.Module:
         from .layers import join_rows
@@ -138,7 +139,7 @@ class MXFP4(_FP4):
 
     def save(self, model: nn.Module, path: Path) -> None:
         from quantadapt.layerwise import save_layerwise
-        from quantadapt.loading.writing import files_holding
+        from quantadapt.loading.writing import files_holding, name_bfloat16
 
         from .released import Released, holds_released, released_state
 
@@ -147,6 +148,7 @@ class MXFP4(_FP4):
             return
         with files_holding(model, lambda: released_state(model)):
             save_layerwise(Released(), model, path)
+        name_bfloat16(path)
 
     @classmethod
     def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> _FP4 | None:

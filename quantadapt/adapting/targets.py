@@ -207,6 +207,7 @@ def name_problems(model: nn.Module, options: Mapping[str, Any], stacks: list[str
     names = [*(name for name, _ in model.named_modules() if name), *stacks]
     found = parameter_problems(all_parameters(model), options.get("target_parameters"))
     found += _token_problems(model, options.get("trainable_token_indices"))
+    found += _whole_problems(model, options)
     return found + module_problems(names, options)
 
 
@@ -233,6 +234,26 @@ def _token_problems(model: nn.Module, wanted: Any) -> Iterator[Problem]:
             yield Problem(f"the model has no embedding {name!r}", did_you_mean(name, known), where)
         else:
             yield from _id_problems(ids, there[0], f"{where}.{name}")
+
+
+def _whole_problems(model: Any, options: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield what is trained whole of which single tokens are trained, too, or of what is tied to
+    it: PEFT fails, and does not say why."""
+    tokens, whole = options.get("trainable_token_indices"), options.get("modules_to_save") or ()
+    if not tokens or isinstance(whole, str):
+        return
+    named = tokens if isinstance(tokens, Mapping) else ()
+    modules = dict(model.named_modules())
+    first = getattr(model, "get_input_embeddings", lambda: None)()
+    parts = [m for n, m in modules.items() if any(ends(n, name) for name in named)] or [first]
+    text = getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
+    if first in parts and getattr(text, "tie_word_embeddings", False):
+        parts.append(model.get_output_embeddings())
+    for name, module in modules.items():
+        if module in parts and any(ends(name, each) for each in whole):
+            what = f"modules_to_save trains {name} whole, which holds the tokens that are named"
+            fix = "leave one of both out"
+            yield Problem(what, fix, "adapter.trainable_token_indices")
 
 
 def _id_problems(ids: list[int], embedding: Any, where: str) -> Iterator[Problem]:

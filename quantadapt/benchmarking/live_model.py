@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
-from ..evaluation.predictions import device_of
+from ..evaluation.predictions import device_of, refuse_no_numbers
 from ..generation import Sampling, answers
 from ..generation.rows import base_of, takes_rows
 
@@ -75,8 +75,11 @@ class LiveModel(HFLM):  # type: ignore[misc]
         return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def _model_call(self, *args: Any, **kwargs: Any) -> Any:
+        """Return logits, [batch, tokens, vocabulary]. Raises NumbersError where they are none."""
         self._tell()
-        return super()._model_call(*args, **kwargs)
+        logits = super()._model_call(*args, **kwargs)
+        refuse_no_numbers(logits[..., 0])  # what is NaN in a row is so in all of its logits
+        return logits
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
         self._tell()

@@ -16,7 +16,7 @@ from ..errors import DataError
 from ..inputs.documents import reason
 from .pictures import Picture
 from .pieces import Pieces, Segment
-from .tokens import Prompt, encode_prompt, token_ids
+from .tokens import Prompt, encode_prompt, ids_behind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,13 +61,15 @@ def tokenized(pieces: Pieces, tokenizer: PreTrainedTokenizerBase, where: str) ->
     images = iter([picture.opened() for picture in pieces.pictures])
     seen = Seen([], [], {}, [])
     standing = set(_standing_ids(processor))
+    before = ""
     for segment, count in zip(pieces.segments, counts, strict=True):
         types: dict[str, list[int]] = {}
         if count:
             shown = [next(images) for _ in range(count)]
             ids, types = _with_images(processor, segment.text, shown, where)
         else:
-            ids = token_ids(tokenizer, [segment.text])[0]
+            ids = ids_behind(tokenizer, [segment.text], [before])[0]
+        before = segment.text
         for name in types.keys() - seen.types.keys():
             seen.types[name] = [0] * len(seen.ids)
         for name, numbers in seen.types.items():

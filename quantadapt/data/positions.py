@@ -58,19 +58,34 @@ def check_lengths(dataset: Dataset | None, config: Mapping[str, Any]) -> None:
         config: the model's config.json.
     """
     positions = positions_of(config)
-    if positions is None or dataset is None:
-        return
+    if positions is not None and (found := _longer(dataset, positions)):
+        fix = f"set data.max_length: {positions}, or shorten them"
+        what = f"{found[0]} than the model has positions{found[1]}"
+        raise DataError(what, fix=fix, where="data.max_length")
+
+
+def beyond(dataset: Dataset | None, config: Mapping[str, Any]) -> str:
+    """Return what is to be said where examples are longer than the model has been made for, though
+    its positions go on; empty where none are. Arguments as of `check_lengths`."""
+    positions = made_for(config)
+    if positions is None or not (found := _longer(dataset, positions)):
+        return ""
+    why = "what it predicts behind them is a guess, unless its config.json scales its positions"
+    return f"{found[0]} than the model has been made for{found[1]}; {why}"
+
+
+def _longer(dataset: Dataset | None, positions: int) -> tuple[str, str] | None:
+    """Return how many examples are longer than `positions`, and how long, in words."""
     names = getattr(dataset, "column_names", None) or ()
     for column in names if SEQUENCES not in names else ():
         lengths = _lengths(dataset, column) if column.endswith("ids") else []
         if longer := sum(length > positions for length in lengths):
-            what = f"{longer} of {len(lengths)} examples are longer than the model has positions"
-            what += f": up to {max(lengths):,} tokens, and there are {positions:,} positions"
-            fix = f"set data.max_length: {positions}, or shorten them"
-            raise DataError(what, fix=fix, where="data.max_length")
+            many = f"{longer} of {len(lengths)} examples are longer"
+            return many, f": up to {max(lengths):,} tokens, and there are {positions:,} positions"
+    return None
 
 
-def _lengths(dataset: Dataset, column: str) -> list[int]:
+def _lengths(dataset: Any, column: str) -> list[int]:
     """Return how many tokens each example has there; nothing of a column that holds no lists."""
     import pyarrow as pa
     import pyarrow.compute as pc

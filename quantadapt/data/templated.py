@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
@@ -18,7 +18,7 @@ from .formats import checked_text
 from .pieces import Pieces, Segment, joined
 from .pixels import reader_of
 from .templates import written_by_template
-from .turns import Chat, Turn, function_of, unwritten
+from .turns import LINKS, Chat, Turn, function_of, unwritten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,6 +74,11 @@ def _examples(chat: Chat, writer: Writer) -> list[_Example]:
         start = _common_prefix(asked, after)
         if start < len(asked):
             what = "the chat template opens an answer in another way than it writes one"
+            if (rewritten := _begin(writer, index, asked, after, start)) is not None:
+                start = rewritten
+                what = (
+                    "the chat template writes earlier turns in another way once they are answered"
+                )
             chat.remarks.append(what)
         if why := _unwritten_calls(chat.turns[index], after[start:]):
             chat.dropped = why
@@ -85,6 +90,45 @@ def _examples(chat: Chat, writer: Writer) -> list[_Example]:
             examples.pop()
         examples.append(made)
     return examples
+
+
+def _begin(writer: Writer, index: int, asked: str, after: str, start: int) -> int | None:
+    """Return where the answer `index` begins in `after`, if the template has written turns before
+    it otherwise than for the question, `asked`; None where it has not. What others said after
+    `start`, where the two part, is not to be learnt."""
+    before = writer.render(index) if index else ""
+    if start >= (same := _common_prefix(before, asked)):
+        return None
+    opening = asked[same:]
+    turns = [*writer.turns[:index], _otherwise(writer.turns[index])]
+    try:
+        end = _common_prefix(replace(writer, turns=turns).render(index + 1), after)
+    except DataError:
+        end = len(after)
+    for size in range(len(opening), len(opening) // 2, -1):
+        if (found := after.rfind(opening[:size], 0, end)) >= 0:
+            return max(found + size, start)
+    return max(end, start)
+
+
+def _otherwise(turn: Turn) -> Turn:
+    """Return a turn that says something else from its first character on."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [p | {"text": f"…{p['text']}"} if "text" in p else p for p in value]
+        return f"…{value}" if isinstance(value, str) and value else value
+
+    made = {key: value if key in _NAMES else changed(value) for key, value in turn.items()}
+    if made == turn and "tool_calls" in turn:
+        made["tool_calls"] = [
+            {**call, "function": {**function_of(call), "name": f"_{function_of(call)['name']}"}}
+            for call in turn["tool_calls"]
+        ]
+    return made
+
+
+_NAMES = LINKS - {"content"}
 
 
 def _remark(chat: Chat, examples: Sequence[_Example], eos: str) -> None:
@@ -217,9 +261,11 @@ def _well_written(turns: list[Turn], tools: list[Any] | None, text: str) -> bool
 
 
 def _is_lost(turns: list[Turn], text: str) -> bool:
-    """Say whether a template has written nothing of what is said: it looks for parts."""
-    said = [turn["content"].strip() for turn in turns if isinstance(turn["content"], str)]
-    return any(said) and not any(content in text for content in said if content)
+    """Say whether a template has not written what is said, as it looks for parts. The longest text
+    tells: a short one, such as the answer A, may stand in any. What tools say may be quoted."""
+    said = [t["content"].strip() for t in turns if isinstance(t["content"], str)
+            and t["role"] != "tool"]  # fmt: skip
+    return max(said, key=len, default="") not in text
 
 
 def _head(turn: Turn, text: str) -> str:

@@ -54,10 +54,13 @@ def tokenize(
     """Yield (token ids, mask) per example: the segments one by one, between bos and eos.
 
     None of them has pictures, see `pixels.tokenized`. Prompt and completion are tokenized apart, so
-    that a prompt has the same tokens in training and when the model is asked. What a chat template
-    wrote stays as it is. An example without any trained text gets an empty mask.
+    that a prompt has the same tokens in training and when the model is asked; each as it stands
+    behind the one before it, see `ids_behind`. What a chat template wrote stays as it is. An
+    example without any trained text gets an empty mask.
     """
-    flat = iter(token_ids(tokenizer, [s.text for pieces in batch for s in pieces.segments]))
+    texts = [[segment.text for segment in pieces.segments] for pieces in batch]
+    behind = [text for each in texts for text in ("", *each[:-1])[: len(each)]]
+    flat = iter(ids_behind(tokenizer, [text for each in texts for text in each], behind))
     opening = opening_of(tokenizer)
     for pieces in batch:
         ids, mask = list[int](), list[int]()
@@ -94,6 +97,51 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
         return []
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
     return [list(ids) for ids in encoded["input_ids"]]
+
+
+_TAIL = 32
+"""Characters of a text that another one is tokenized behind, where no special token is near."""
+
+
+def ids_behind(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], before: list[str]
+) -> list[list[int]]:
+    """Return the ids of each text as `token_ids`, but as it stands behind the text `before` it.
+
+    Tokenizers in the manner of Llama 2's put a space in front of a text, which is none of it where
+    it goes on behind another. Where tokens would span the border, there is a border all the same.
+    An empty `before` is the beginning.
+    """
+    alone = token_ids(tokenizer, texts)
+    if not any(before) or not _puts_space(tokenizer):
+        return alone
+    special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    todo = [place for place, text in enumerate(before) if text and texts[place]]
+    for line in (False, True):  # behind a line is behind anything
+        leads = ["\n" if line else _tail(before[place], special) for place in todo]
+        both = [lead + texts[place] for lead, place in zip(leads, todo, strict=True)]
+        found = zip(todo, token_ids(tokenizer, leads), token_ids(tokenizer, both), strict=True)
+        left = []
+        for place, lead, ids in found:
+            if ids[: len(lead)] == lead:
+                alone[place] = ids[len(lead) :]
+            else:
+                left.append(place)
+        todo = left
+    return alone
+
+
+def _puts_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Say whether a text has other tokens alone than behind a line; no where lines are left out."""
+    line, word, both = token_ids(tokenizer, ["\n", "x", "\nx"])
+    return bool(line) and both[: len(line)] == line and both[len(line) :] != word
+
+
+def _tail(text: str, special: Sequence[str]) -> str:
+    """Return the end of a text, from its last special token on where one is near."""
+    near = text[-4 * _TAIL :]
+    starts = [near.rfind(token) for token in special if token in near]
+    return near[max(starts) :] if starts else text[-_TAIL:]
 
 
 def opening_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,4 +159,22 @@ def unwritten(chat: Chat, who: str, text: str) -> list[str]:
     names = [str(function_of(tool).get("name", "")) for tool in chat.tools or ()]
     if not all(name in text for name in names):
         lost.append("tools")
-    return [f"{key!r} is not written {who}" for key in dict.fromkeys(lost)]
+    silent = [
+        t["role"] for i, t in enumerate(chat.turns) if _is_unwritten(t, i in chat.learnt, text)
+    ]
+    told = [
+        f"what a turn of the {role} says is not written {who}" for role in dict.fromkeys(silent)
+    ]
+    return told + [f"{key!r} is not written {who}" for key in dict.fromkeys(lost)]
+
+
+def _is_unwritten(turn: Turn, learnt: bool, text: str) -> bool:
+    """Say whether the content of a turn is not in the text that is to hold it, but for space, and
+    quoted as JSON at most. Answers that are not learnt may be shortened."""
+    content = turn["content"]
+    if not isinstance(content, str) or (turn["role"] == "assistant" and not learnt):
+        return False
+    bare, *ways = (
+        "".join(t.split()) for t in (text, content, json.dumps(content, ensure_ascii=False)[1:-1])
+    )
+    return not any(way in bare for way in ways)

@@ -13,7 +13,7 @@ from ..errors import DataError
 from ..hookspecs import hookimpl
 from ..protocols import Evaluator, Figure, Given
 from ..records import Evaluation
-from .predictions import device_of, evaluating
+from .predictions import device_of, evaluating, refuse_no_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,7 +30,7 @@ class Classification(Evaluator):
 
     def measure(self, model: nn.Module, given: Given) -> Mapping[str, Figure]:
         """Measure it on held-out examples. Raises DataError where they have no labels, or one that
-        the model has no output for."""
+        the model has no output for; NumbersError where it answers NaN or infinity."""
         from ..loading.heads import labels_of
 
         config: Any = getattr(model, "config", None)
@@ -38,7 +38,7 @@ class Classification(Evaluator):
         seen = [place for place in range(len(names)) if table[place].sum() or table[:, place].sum()]
         f1 = {names[place]: _f1(table, place) for place in seen}
         found = {
-            "accuracy": Figure(float(table.trace() / table.sum()), "share", "higher"),
+            "accuracy": Figure(int(table.trace()) / int(table.sum()), "share", "higher"),
             "macro-f1": Figure(sum(f1.values()) / len(f1), "share", "higher"),
         }
         found |= {f"f1 {name}": Figure(value, "share", "higher") for name, value in f1.items()}
@@ -65,6 +65,7 @@ def confusion(model: nn.Module, given: Given) -> Tensor:
     table = torch.zeros(size, size, dtype=torch.int64)
     for logits, labels in _answers(model, given, known):
         right = labels >= 0
+        refuse_no_numbers(logits[right])
         pairs = labels[right] * size + logits.argmax(-1)[right]
         table += pairs.bincount(minlength=size * size).view(size, size)
     return table

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ..data.batches import encoder_decoder_batch, padded
 from ..data.pixels import joined, pixels, types_of
 from ..distributed.world import World, world
-from ..errors import ModelError
+from ..errors import ModelError, NumbersError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -191,6 +191,15 @@ def first_tokens(dataset: Examples, max_tokens: int) -> list[Mapping[str, Any]]:
         chosen.append(row)
         tokens += sum(row["completion_mask"][1:])
     return chosen
+
+
+def refuse_no_numbers(answers: Tensor) -> None:
+    """Raise NumbersError where what a model answers is NaN or infinite. Whatever is compared with
+    that is false, so that shares and ranks of it look like those of a model."""
+    if not bool(answers.isfinite().all()):
+        what = "what the model answers is no number (NaN or infinity)"
+        fix = "look at its weights: NaN, infinity, or what overflows in float16"
+        raise NumbersError(what, fix=fix)
 
 
 def to_perplexity(loss: float) -> float:

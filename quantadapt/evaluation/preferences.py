@@ -16,7 +16,7 @@ from ..errors import DataError
 from ..hookspecs import hookimpl
 from ..protocols import Evaluator, Figure, Given
 from ..records import Evaluation, Start
-from .predictions import device_of, predicted
+from .predictions import device_of, predicted, refuse_no_numbers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,6 +41,9 @@ def answer_log_probs(
         batch_size: answers that go through the model at a time.
         split: whether each process of a run takes its part; all of them have to call this, and all
             get the whole result.
+
+    Raises:
+        NumbersError: one is NaN or infinite.
     """
     import torch
 
@@ -54,7 +57,9 @@ def answer_log_probs(
         losses, counts = batch.losses().double().cpu(), batch.counts.cpu()
         whose = torch.tensor(batch.examples).repeat_interleave(counts)
         found.index_add_(0, whose, -losses)
-    return (summed(found, device_of(model)) if split else found).view(-1, len(columns))
+    found = summed(found, device_of(model)) if split else found
+    refuse_no_numbers(found)
+    return found.view(-1, len(columns))
 
 
 class Preferences(Evaluator):

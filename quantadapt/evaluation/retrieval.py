@@ -18,7 +18,7 @@ from ..errors import DataError
 from ..hookspecs import hookimpl
 from ..protocols import Evaluator, Figure, Given
 from ..records import Evaluation
-from .predictions import device_of, evaluating
+from .predictions import device_of, evaluating, refuse_no_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Retrieval(Evaluator):
 
     def measure(self, model: nn.Module, given: Given) -> Mapping[str, Figure]:
         """Measure it on held-out texts. Raises DataError where the data hold none that belong
-        together."""
+        together, NumbersError where the model answers NaN or infinity."""
         columns = given.examples.column_names
         if GROUP in columns:
             return ranking(list(_of_passages(model, given)), self.at)
@@ -57,31 +57,44 @@ Ranked = tuple["Tensor", "Tensor"]
 
 def ranking(queries: Sequence[Ranked], at: int) -> dict[str, Figure]:
     """Return the figures of queries, as information retrieval has them: means over those that have
-    an answer."""
-    gains, ranks, first, found = [], [], [], []
-    for scores, belongs in queries:
-        if not bool(belongs.any()):
-            continue
-        order = scores.argsort(descending=True, stable=True)
-        hits = belongs[order].double()
-        top, answers = hits[:at], int(hits.sum())
-        discount = [1 / math.log2(place + 2) for place in range(at)]
-        gained = sum(hit * share for hit, share in zip(top.tolist(), discount, strict=False))
-        gains.append(gained / sum(discount[: min(answers, at)]))
-        place = int(hits.argmax())
-        ranks.append(1 / (place + 1) if place < at else 0.0)
-        first.append(float(hits[0]))
-        found.append(float(top.sum()) / answers)
-    if not gains:
+    an answer. Of texts with equal scores, which 16 bits make often, each order is as likely."""
+    rows = [_ranked(scores, belongs, at) for scores, belongs in queries if bool(belongs.any())]
+    if not rows:
         what = "no held-out query has a text that belongs to it"
         raise DataError(what, fix="hold out some that have", where=WHERE)
-    return {
-        f"ndcg@{at}": _mean(gains),
-        f"mrr@{at}": _mean(ranks),
-        "accuracy@1": _mean(first),
-        f"recall@{at}": _mean(found),
-        "queries": Figure(len(gains)),
-    }
+    names = f"ndcg@{at}", f"mrr@{at}", "accuracy@1", f"recall@{at}"
+    means = {name: _mean(found) for name, found in zip(names, zip(*rows, strict=True), strict=True)}
+    return means | {"queries": Figure(len(rows))}
+
+
+def _ranked(scores: Tensor, belongs: Tensor, at: int) -> tuple[float, float, float, float]:
+    """Return nDCG, reciprocal rank, hit at 1 and recall of one query, expected over all orders of
+    texts with equal scores."""
+    import torch
+
+    ordered, order = scores.sort(descending=True)
+    changes = (ordered[1:] != ordered[:-1]).long()
+    group = torch.cat([changes.new_zeros(1), changes]).cumsum(0)
+    sizes = group.bincount()
+    hits = sizes.double().new_zeros(len(sizes)).index_add_(0, group, belongs[order].double())
+    likely = (hits / sizes)[group].tolist()  # that a place holds one that belongs to the query
+    answers = int(belongs.sum())
+    discount = [1 / math.log2(place + 2) for place in range(at)]
+    gained = math.fsum(hit * share for hit, share in zip(likely, discount, strict=False))
+    best = sum(discount[: min(answers, at)])
+    return gained / best, _reciprocal(hits, sizes, at), likely[0], math.fsum(likely[:at]) / answers
+
+
+def _reciprocal(hits: Tensor, sizes: Tensor, at: int) -> float:
+    """Return the expected reciprocal rank of the first hit, 0 beyond `at`; both [groups]."""
+    first = int(hits.nonzero()[0])
+    before, there, size = int(sizes[:first].sum()), float(hits[first]), int(sizes[first])
+    found, none_yet = 0.0, 1.0
+    for place in range(min(size, max(at - before, 0))):
+        now = min(1.0, there / (size - place))
+        found += none_yet * now / (before + place + 1)
+        none_yet *= 1 - now
+    return found
 
 
 def _mean(scores: Sequence[float]) -> Figure:
@@ -150,6 +163,7 @@ def _vectors(
             ids = padded(rows, pad).to(device)
             seen = padded([[1] * len(row) for row in rows], 0).to(device)
             made.append(vectors(model, ids, seen, pooling).double().cpu())
+            refuse_no_numbers(made[-1])
     found = torch.nn.functional.normalize(torch.cat(made), dim=1)
     return found[torch.tensor(order).argsort()]
 
@@ -169,6 +183,7 @@ def _of_passages(model: nn.Module, given: Given) -> Iterator[Ranked]:
                 what = "the model gives no single score for a passage"
                 fix = "train one with objective: rerank, or leave the evaluation out"
                 raise DataError(what, fix=fix, where=WHERE)
+            refuse_no_numbers(logits)
             scores += logits.double().flatten().tolist()
     queries: dict[int, list[int]] = {}
     for place, query in enumerate(given.examples[GROUP]):

@@ -11,7 +11,7 @@ from ..errors import DataError
 from ..hookspecs import hookimpl
 from ..protocols import Evaluator, Figure, Given
 from ..records import Evaluation
-from .predictions import device_of, evaluating
+from .predictions import device_of, evaluating, refuse_no_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,7 +24,7 @@ class Rewards(Evaluator):
 
     def measure(self, model: nn.Module, given: Given) -> Mapping[str, Figure]:
         """Measure it on held-out pairs. Raises DataError where the data hold none, or the model
-        gives no single score."""
+        gives no single score; NumbersError where that is NaN or infinite."""
         scores = _scores(model, given)
         margins = scores[:, 0] - scores[:, 1]
         return {
@@ -59,7 +59,9 @@ def _scores(model: nn.Module, given: Given) -> Tensor:
                 fix = "train one with objective: reward, or leave the evaluation out"
                 raise DataError(what, fix=fix, where=WHERE)
             found.append(logits.double().cpu().view(-1, 2))
-    return torch.cat(found)
+    scores = torch.cat(found)
+    refuse_no_numbers(scores)
+    return scores
 
 
 @hookimpl

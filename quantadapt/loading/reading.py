@@ -22,6 +22,7 @@ from ..inputs.model_config import config_problems
 from ..inputs.weights import refuse_pickles
 from ..model.experts import SUFFIX, expert_stacks, set_stack, stacks_of
 from ..model.linears import as_linear, is_conv1d, other_linears
+from ..model.modules import wanted_dtype
 from ..model.numbers import refuse_not_numbers_in
 from ..paths import ADAPTER_CONFIG, out_of_reach
 from ..remote_code import code_problems, refusal, trusted
@@ -72,16 +73,17 @@ def read_config(source: str) -> Any:
     return as_wanted(config, source)
 
 
-def architecture(source: str, device: str = "meta") -> nn.Module:
-    """Return the model of a checkpoint without its weights, by default names and shapes only."""
-    config = read_config(source)
+def architecture(source: str, device: str = "meta", dtype: torch.dtype | None = None) -> nn.Module:
+    """Return the model of a checkpoint without its weights, by default names and shapes only, in
+    the dtype that its config names."""
+    config, options = read_config(source), {} if dtype is None else {"dtype": dtype}
     try:
         with torch.device(device):
             found = model_class(config)
             if hasattr(found, "from_config"):
-                made = found.from_config(config, trust_remote_code=trusted())
+                made = found.from_config(config, trust_remote_code=trusted(), **options)
             else:
-                made = found._from_config(config)
+                made = found._from_config(config, **options)
             model: nn.Module = made
     except Exception as error:
         refuse_code(source, error)
@@ -227,8 +229,22 @@ def load_native(path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
     """Load a quantized checkpoint whose format transformers knows. See `Quantizer.load`."""
     stored = Checkpoint(path).files
     model = from_pretrained(path, dtype=dtype, device_map={"": device}, plain=stored)
+    if getattr(model, "hf_quantizer", None) is not None:
+        _cast(model, architecture(path, dtype=dtype), dtype)
     remember_stacks(model)
     return unmarked(model)
+
+
+def _cast(model: nn.Module, empty: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the dense weights of a quantized model, in place, to what they have in one that is not,
+    `empty`: transformers leaves what is called like a packed weight as it is stored."""
+    kept = wanted_dtype(model, dtype)
+    made = {name: parameter.dtype for name, parameter in empty.named_parameters()}
+    for name, parameter in model.named_parameters():
+        plain = type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor
+        if plain and parameter.is_floating_point() and name in made:
+            wanted = kept(name) if made[name] == dtype else made[name]
+            parameter.data = parameter.data.to(wanted)
 
 
 def unmarked(model: nn.Module) -> nn.Module:

@@ -3,10 +3,14 @@ backend to write it, is called by that in turn. And quantized experts, one by on
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..inputs.documents import read_object
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,6 +65,21 @@ def experts_apart(model: nn.Module, split: Split) -> AbstractContextManager[None
             are named as in files; or None, where it cannot.
     """
     return files_holding(model, lambda: _apart(model, split))
+
+
+def name_bfloat16(folder: Path) -> None:
+    """Have the config in `folder` name bfloat16 in place of another dtype, which is what a format's
+    own library unpacks its weights to, whatever all else is in: transformers, which reads a model
+    in the dtype that its config names, would fail at the first product."""
+    file = folder / "config.json"
+    text = json.dumps(_in_bfloat16(read_object(file)), indent=2, sort_keys=True)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def _in_bfloat16(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a config, and those of its parts, with that dtype."""
+    made = {k: _in_bfloat16(v) if isinstance(v, dict) else v for k, v in values.items()}
+    return made | ({"dtype": "bfloat16"} if made.get("dtype") in ("float32", "float16") else {})
 
 
 def _apart(model: Any, split: Split) -> dict[str, Tensor] | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapting.merge_aware import make_merge_aware, tell_it_stays
 from ..data.batches import SEQUENCES
-from ..data.positions import check_lengths
+from ..data.positions import beyond, check_lengths
 from ..data.vocabulary import check_tokens
 from ..distributed.talking import average_gradients, reduced, share, start
 from ..distributed.world import world
@@ -110,6 +110,9 @@ def train(
         check_tokens(part, embedding_rows(model), tokenizer)
         check_lengths(part, config_of(model))
     note = (lambda _: None) if on_note is None else on_note
+    long = dict.fromkeys(beyond(part, config_of(model)) for part in (dataset, held_out))
+    for words in filter(None, long):
+        note(f"data: {words}")
     checkpoint = checkpoint_to_resume(Path(output), spec, note)
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
     refuse_unshared(Path(output), spec, adapter_device(model))
