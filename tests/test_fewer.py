@@ -3,6 +3,8 @@ through its model at a time, nobody waits for ever, and what is learnt is the sa
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ import quantadapt as qa
 from quantadapt.distributed import world
 from quantadapt.distributed.talking import PeerLost, peers_in_words
 from quantadapt.errors import QuantadaptError
+from quantadapt.evaluation.desirability import Desirability
+from quantadapt.evaluation.perplexity import PerplexityEvaluator
+from quantadapt.protocols import Given
 from quantadapt.testing.small_demo import small_model
 
 BEFORE = "out of memory in what comes before step 1: from here on {} examples at a time"
@@ -119,6 +124,40 @@ def test_where_processes_wait_the_error_says_what_to_set(tmp_path) -> None:
     assert "out of memory in the reference's pass" in second.problems[0].what
     assert "train.per_device_train_batch_size" in second.problems[0].fix
     assert isinstance(first, PeerLost)
+
+
+def figures(file: str, full: Full | None) -> Any:
+    """Of desirability and perplexity, by two processes each with its part."""
+    from quantadapt.distributed.talking import told_main
+
+    model, data = model_of(full), test_kto.read(Path(file)).train
+    rows = [{"input_ids": list(range(3, 3 + n)), "completion_mask": [1] * n} for n in range(9, 20)]
+    given = Given(data, (), test_kto.tokenizer(), batch_size=4, split=True)
+    lines = replace(given, examples=Dataset.from_list(rows))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = Desirability().measure(model, given), PerplexityEvaluator().measure(model, lines)
+        told = [str(one.message) for one in caught if "out of memory" in str(one.message)]
+    values = {n: f.value for part in found for n, f in part.items() if n != "seconds"}
+    return values, told, told_main() if full else []
+
+
+def measured(file: str) -> list[Any]:
+    return [figures(file, full) for full in (None, Full(1, 2, training=False))]
+
+
+def test_evaluations_go_on(tmp_path) -> None:
+    file = str(test_kto.written(tmp_path, test_kto.ROWS))
+    first, second = in_processes(2, measured, tmp_path, file)
+    (expected, *_), (found, told, heard) = first
+    assert len(expected) > 6
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert second[0][0] == expected
+    assert second[1][0] == found
+    words = "out of memory in evaluation '{}': it goes on with {} examples at a time (process 1)"
+    both = [words.format("desirability", n) for n in (2, 1)] * 2  # with the adapter and without
+    assert heard == both + [words.format("perplexity", n) for n in (2, 1)]
+    assert told == second[1][1] == []
 
 
 def probed(folder: str) -> Any:
