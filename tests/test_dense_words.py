@@ -9,7 +9,7 @@ import pytest
 import torch
 from interpreted import interpreted
 from quantadapt_autoround.layers import pack_codes
-from quantadapt_gptqmodel.layers import AWQ_ORDER, IN_ORDER, pack
+from quantadapt_gptqmodel.codes import AWQ_ORDER, IN_ORDER, pack
 from torch import nn
 
 from quantadapt import compiling

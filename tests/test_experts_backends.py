@@ -480,7 +480,7 @@ def _one_by_one(source: str, path: Path, backend: str) -> dict[str, torch.Tensor
         made = quantizer.quantize_linear(linear_of(tensor))
         weights[name] = quantizer.target.dequantize(made).float().contiguous()
         if backend == "gptq":
-            from quantadapt_gptqmodel.layers import add_to_packed
+            from quantadapt_gptqmodel.codes import add_to_packed
 
             made.qzeros = add_to_packed(made.qzeros, made.bits, -1)
         state = made.state_dict()

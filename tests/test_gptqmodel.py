@@ -226,7 +226,7 @@ def test_gptqmodel_reads_and_writes_awq_alike(made) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_packing(bits) -> None:
-    from quantadapt_gptqmodel.layers import add_to_packed, pack, unpack
+    from quantadapt_gptqmodel.codes import add_to_packed, pack, unpack
 
     codes = torch.randint(0, 2**bits, (5, 96))
     words = pack(codes, bits)
@@ -277,7 +277,7 @@ def test_what_is_saved_loads_in_plain_transformers(made, backend, options, tmp_p
 
 def test_zeros_are_saved_less_one_where_no_zero_is_0(made, tmp_path) -> None:
     """The layout that every loader knows, unless levels are not symmetric."""
-    from quantadapt_gptqmodel.layers import unpack
+    from quantadapt_gptqmodel.codes import unpack
     from safetensors.torch import load_file
 
     for sym, layout in ((True, "gptq"), (False, "gptq_v2")):

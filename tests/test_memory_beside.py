@@ -125,6 +125,9 @@ FAMILIES = {
         **{"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16},
     },
     "phi": {},
+    "phi3": {"pad_token_id": 0},
+    "glm4": {"head_dim": 16, "pad_token_id": 0},
+    "gpt_neox": {"num_key_value_heads": 4},
     "gemma2": {"head_dim": 16},
 }
 

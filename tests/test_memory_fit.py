@@ -16,7 +16,13 @@ from datasets import Dataset
 from parameters import slow_but
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from processes import in_processes
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from quantadapt import demo
 from quantadapt.errors import TrainingError
@@ -501,7 +507,8 @@ def test_pinned_buffers_are_used_again() -> None:
     "setting",
     [*(Setting(count, False, BATCH) for count in (0, 4, 7, 8)), Setting(8, True, BATCH)],
 )
-def test_the_peak_is_as_predicted(setting, tokenizer, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("family", ["llama", "phi3", "glm4"])
+def test_the_peak_is_as_predicted(family, setting, tokenizer, tmp_path, monkeypatch) -> None:
     """A model that is small but no toy: its activations outweigh what is not counted."""
     import quantadapt as qa
 
@@ -514,8 +521,8 @@ def test_the_peak_is_as_predicted(setting, tokenizer, tmp_path, monkeypatch) -> 
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated() / GIB  # other tests'
     torch.manual_seed(0)
-    config = LlamaConfig(**sizes)
-    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    config = AutoConfig.for_model(family, **sizes, head_dim=64, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).to("cuda", torch.bfloat16)
     tuned = qa.attach(qa.quantize(model, "bnb-nf4", device="cuda", dtype="bfloat16"), "lora", r=16)
     del model
     ids = torch.randint(3, 32000, (16, 1024)).tolist()

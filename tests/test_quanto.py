@@ -7,7 +7,8 @@ import json
 
 import pytest
 import torch
-from quantadapt_quanto import Quanto, _unpack
+from quantadapt_quanto import Quanto
+from quantadapt_quanto.weights import unpack
 from torch import nn
 from transformers import AutoModelForCausalLM, QuantoConfig
 
@@ -87,7 +88,7 @@ def test_codes_are_unpacked_as_quanto_packs_them(bits, rows):
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 2**bits, (rows, 16), generator=generator).to(torch.uint8)
     packed = PackedTensor.pack(codes, bits)
-    assert torch.equal(_unpack(packed._data, bits)[:rows], codes)
+    assert torch.equal(unpack(packed._data, bits)[:rows], codes)
 
 
 @pytest.mark.parametrize("weights", TYPES)

@@ -7,7 +7,8 @@ calibration:
 
 1. start: residual k-means on the groups, one codebook after the other;
 2. codebooks: least squares with the codes fixed (conjugate gradients); scales: closed form;
-3. codes: beam search through the groups with the codebooks fixed; go to 2 while it pays.
+3. codes: beam search through the groups with the codebooks fixed (`beam_search`); go to 2 while
+   it pays.
 
 Everything is batched over rows and runs on the device where W is. Nothing here knows of models.
 """
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
+
+from quantadapt_aqlm.beam_search import search
 
 if TYPE_CHECKING:
     from quantadapt_aqlm import AQLM
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
 LEAST_DAMPING, DAMPING = 0.01, 10.0
 """What is added to H's diagonal, in units of its median: the first, plus the second times inputs
 per calibration row, up to 1. The fewer rows, the less H says about text that is not among them."""
-COLUMNS = 128
-"""How many columns of a weight the search looks at before it turns to the others."""
 CHUNK = {"cpu": 2**22, "cuda": 2**27}
 """How many numbers the largest temporary tensor may hold."""
 
@@ -290,107 +290,9 @@ def _beam_search(weight: Tensor, moment: Tensor, found: Additive, beam_size: int
     # In units of its scale, a row's groups are sums of plain entries.
     left = grouped(weight - found.dequantize(), found.codebooks) / _units(found.scales)
     pairs = zip(torch.split(left, chunk), torch.split(found.codes, chunk), strict=True)
-    codes = [_search(part, moment, code, found.codebooks, beam_size) for part, code in pairs]
+    codes = [search(part, moment, code, found.codebooks, beam_size) for part, code in pairs]
     return replace(found, codes=torch.cat(codes))
 
 
 def _units(scales: Tensor) -> Tensor:
     return torch.where(scales == 0, 1.0, scales)[:, None, None, None]
-
-
-def _search(
-    left: Tensor, moment: Tensor, codes: Tensor, codebooks: Tensor, beam_size: int
-) -> Tensor:
-    """Go through all groups, each codebook in turn, keeping the `beam_size` best codings so far.
-
-    Args:
-        left: what the codes leave of each row, [rows, in_groups, out_group_size, in_group_size];
-            it is used up.
-        codes: [rows, in_groups, num_codebooks].
-    """
-    rows, in_groups, out_size, in_size = left.shape
-    at_once = max(1, COLUMNS // in_size)
-    lefts = left.transpose(1, 2).reshape(rows, 1, out_size, in_groups * in_size)
-    kept = codes[:, None].clone()
-    errors = left.new_zeros(rows, 1)  # of each beam, against the start
-    for first in range(0, in_groups, at_once):
-        groups = slice(first, first + at_once)
-        columns = slice(first * in_size, (first + at_once) * in_size)
-        beams = _Beams(
-            left=lefts[..., columns],
-            pull=lefts @ moment[:, columns],
-            codes=kept[:, :, groups],
-            errors=errors,
-            origin=torch.arange(lefts.shape[1], device=left.device).expand(rows, -1),
-        )
-        beams = _search_columns(beams, moment[columns, columns], codebooks, beam_size)
-        # Within the columns only they are copied from beam to beam; the others follow now.
-        errors = beams.errors
-        lefts = _pick(lefts, beams.origin)
-        lefts[..., columns] = beams.left
-        kept = _pick(kept, beams.origin)
-        kept[:, :, groups] = beams.codes
-    return _pick(kept, errors.argmin(1, keepdim=True)).squeeze(1)
-
-
-@dataclass
-class _Beams:
-    """The codings of each row that are kept, seen through some columns.
-
-    Attributes:
-        left: what they leave of the weight, [rows, beams, out_group_size, columns].
-        pull: half of how fast the error falls as they grow; of the same shape.
-        codes: [rows, beams, groups, num_codebooks].
-        errors: [rows, beams].
-        origin: which beam of those before these columns each goes on from, [rows, beams].
-    """
-
-    left: Tensor
-    pull: Tensor
-    codes: Tensor
-    errors: Tensor
-    origin: Tensor
-
-    def go_on(self, parent: Tensor, errors: Tensor) -> _Beams:
-        """Return the beams that are kept, each following its parent."""
-        parts = (self.left, self.pull, self.codes, self.origin)
-        left, pull, codes, origin = (_pick(part, parent) for part in parts)
-        return _Beams(left, pull, codes, errors, origin)
-
-
-def _search_columns(beams: _Beams, moment: Tensor, codebooks: Tensor, beam_size: int) -> _Beams:
-    count, size, out_size, in_size = codebooks.shape
-    entries = codebooks.flatten(2)
-    rows, _, groups, _ = beams.codes.shape
-    beams = replace(beams, left=beams.left.clone(), codes=beams.codes.clone())
-    for group in range(groups):
-        span = slice(group * in_size, (group + 1) * in_size)
-        pressed = (codebooks @ moment[span, span]).flatten(2)
-        norms = (pressed * entries).sum(2)
-        for number in range(count):
-            old = beams.codes[:, :, group, number]
-            # The error with each entry in the place of the old one: |entry|^2 - 2 entry . without
-            without = beams.pull[..., span].flatten(2) + embedding(old, pressed[number])
-            costs = torch.addmm(norms[number], without.flatten(0, 1), entries[number].t(), alpha=-2)
-            costs = costs.view(rows, -1, size)
-            costs += beams.errors[..., None] - costs.gather(2, old[..., None])
-            width = min(beam_size, costs[0].numel())
-            errors, best = costs.flatten(1).topk(width, largest=False)
-            beams = beams.go_on(best // size, errors)
-            old, new = beams.codes[:, :, group, number], best % size
-            change = embedding(old, entries[number]) - embedding(new, entries[number])
-            change = change.view(rows, width, out_size, in_size)
-            beams.left[..., span] += change
-            beams.pull += change @ moment[span]
-            beams.codes[:, :, group, number] = new
-    return beams
-
-
-def _pick(beams: Tensor, parent: Tensor) -> Tensor:
-    """Return the beams [rows, width, ...] that go on, as they are where there is only one."""
-    rows, width = beams.shape[:2]
-    if width == parent.shape[1] == 1:
-        return beams
-    first = torch.arange(rows, device=beams.device)[:, None] * width
-    picked = beams.flatten(0, 1).index_select(0, (first + parent).flatten())
-    return picked.view(*parent.shape, *beams.shape[2:])

@@ -269,7 +269,8 @@ def _key(
     """Return a name for everything that the codes depend on, this code included."""
     options = quantizer.model_dump(exclude={"work_folder"})
     facts = [options, names, device.partition(":")[0], str(dtype)]
-    code = Path(additive.__file__).read_bytes()
+    folder = Path(additive.__file__).parent
+    code = b"".join((folder / name).read_bytes() for name in ("additive.py", "beam_search.py"))
     tensors = _digest([*model.state_dict().items(), *_tensors(examples)])
     digest = hashlib.sha256(code + json.dumps(facts, sort_keys=True).encode() + tensors.encode())
     return digest.hexdigest()[:20]

@@ -71,7 +71,7 @@ class FineGrainedFP8(LayerwiseQuantizer):
         )
 
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
-        from quantadapt_finegrained_fp8.layers import quantized
+        from quantadapt_finegrained_fp8.rounding import quantized
 
         if misfit := self.misfit(linear.in_features, linear.out_features):
             raise ModelError(misfit, fix="set activation_scheme: dynamic")
@@ -80,19 +80,19 @@ class FineGrainedFP8(LayerwiseQuantizer):
     # Checkpoints -------------------------------------------------------------------------------
 
     def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
-        from quantadapt_finegrained_fp8.layers import loaded
+        from quantadapt_finegrained_fp8.files import loaded
 
         static, powers = self.activation_scheme == "static", self.scale_fmt == "ue8m0"
         return loaded(self.weight_block_size, static, powers, linear, state)
 
     def join_rows(self, layers: list[nn.Module]) -> nn.Module:
-        from quantadapt_finegrained_fp8.layers import joined
+        from quantadapt_finegrained_fp8.rounding import joined
 
         return joined(layers)
 
     def save(self, model: nn.Module, path: Path) -> None:
         from quantadapt.loading.writing import experts_apart
-        from quantadapt_finegrained_fp8.layers import split
+        from quantadapt_finegrained_fp8.rounding import split
 
         with experts_apart(model, split):
             super().save(model, path)
@@ -194,17 +194,17 @@ class FP8Target(LayerwiseTarget):
 
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
         """Round to nearest. A block keeps the scale that it has where that is closer."""
-        from quantadapt_finegrained_fp8.layers import requantized
+        from quantadapt_finegrained_fp8.rounding import requantized
 
         return requantized(module, weight).train(module.training)
 
     def grid(self, module: nn.Module) -> Grid:
-        from quantadapt_finegrained_fp8.layers import values_of
+        from quantadapt_finegrained_fp8.rounding import values_of
 
         return values_of(module)
 
     def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
-        from quantadapt_finegrained_fp8.layers import requantized, values_of
+        from quantadapt_finegrained_fp8.rounding import requantized, values_of
 
         nearest = values_of(module).nearest(weight.detach().float())
         return requantized(module, nearest, same_scales=True).train(module.training)

@@ -90,7 +90,7 @@ class GPTQ(GPTQModel):
         """Return the vendor module for a layer of which `solver` has seen the inputs."""
         import torch
 
-        from quantadapt_gptqmodel.layers import codes_of
+        from quantadapt_gptqmodel.codes import codes_of
 
         linear.weight.data = linear.weight.data.float()  # the result gets the weight's dtype
         weight, scales, zeros, g_idx, *_ = solver.quantize()
@@ -121,7 +121,7 @@ class GPTQ(GPTQModel):
     def _pack(
         self, bits: int, codes: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor
     ) -> dict[str, Tensor]:
-        from quantadapt_gptqmodel.layers import pack
+        from quantadapt_gptqmodel.codes import pack
 
         return {
             "qweight": pack(codes, bits).t().contiguous(),
@@ -131,7 +131,7 @@ class GPTQ(GPTQModel):
         }
 
     def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
-        from quantadapt_gptqmodel.layers import groups_of
+        from quantadapt_gptqmodel.codes import groups_of
 
         qweight, count = state["qweight"], len(state["scales"])
         bits = len(qweight) * 32 // linear.in_features  # some checkpoints vary them
@@ -145,7 +145,7 @@ class GPTQ(GPTQModel):
 
     def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
         from quantadapt.loading import read_config
-        from quantadapt_gptqmodel.layers import add_to_packed
+        from quantadapt_gptqmodel.codes import add_to_packed
 
         model = super().load(path, device=device, dtype=dtype)
         if layout_of(read_config(path).quantization_config) != "gptq_v2":
@@ -214,7 +214,7 @@ class AWQ(GPTQModel):
 
     def _quantize_block(self, block: Block) -> dict[str, nn.Module]:
         from quantadapt_gptqmodel.awq import rescale_and_clip
-        from quantadapt_gptqmodel.layers import rounded
+        from quantadapt_gptqmodel.codes import rounded
 
         rescale_and_clip(block, self.group_size, lambda w: rounded(w, self.bits, self.sym))
         return {name: self.quantize_linear(linear) for name, linear in block.linears.items()}
@@ -227,7 +227,7 @@ class AWQ(GPTQModel):
     def _pack(
         self, bits: int, codes: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor
     ) -> dict[str, Tensor]:
-        from quantadapt_gptqmodel.layers import AWQ_ORDER, pack
+        from quantadapt_gptqmodel.codes import AWQ_ORDER, pack
 
         return {
             "qweight": pack(codes.t(), bits, AWQ_ORDER),

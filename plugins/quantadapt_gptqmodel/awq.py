@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quantadapt.calibration import first
 from quantadapt.calibration.blocks import Block
-from quantadapt_gptqmodel.layers import in_groups
+from quantadapt_gptqmodel.codes import in_groups
 
 RATIOS = 20
 SHRINKS = 10

@@ -110,7 +110,7 @@ class GPTQModel(LayerwiseQuantizer):
 
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
         """Round to nearest, without data."""
-        from quantadapt_gptqmodel.layers import groups_of, nearest
+        from quantadapt_gptqmodel.codes import groups_of, nearest
 
         weight = linear.weight.float()
         g_idx = groups_of(linear.in_features, self.group_size, weight.device)
@@ -276,7 +276,8 @@ class PackedTarget(LayerwiseTarget):
 
     def _nearest(self, vendor: Any, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return codes, scales, zeros and the group of each column of a weight, rounded."""
-        from quantadapt_gptqmodel.layers import nearest, zeros_of
+        from quantadapt_gptqmodel.codes import nearest
+        from quantadapt_gptqmodel.layers import zeros_of
 
         old = vendor.scales.t().float(), zeros_of(vendor).float()
         g_idx = _groups(vendor).to(weight.device)
@@ -316,7 +317,8 @@ class PackedTarget(LayerwiseTarget):
 
 def _groups(vendor: Any) -> Tensor:
     """Return the group of each column, int64."""
-    from quantadapt_gptqmodel.layers import g_idx_of, groups_of
+    from quantadapt_gptqmodel.codes import groups_of
+    from quantadapt_gptqmodel.layers import g_idx_of
 
     if (found := g_idx_of(vendor)) is None:
         size = vendor.in_features // len(vendor.scales)

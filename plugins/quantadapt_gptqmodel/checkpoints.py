@@ -38,7 +38,7 @@ def layout_of(config: Any) -> str | None:
 @contextmanager
 def zeros_less_one(layers: list[Any]) -> Iterator[None]:
     """Let `layers` hold their zeros less one for a moment."""
-    from quantadapt_gptqmodel.layers import add_to_packed
+    from quantadapt_gptqmodel.codes import add_to_packed
 
     before = [layer.qzeros for layer in layers]
     try:

@@ -14,7 +14,7 @@ from ..errors import DataError
 from ..hookspecs import hookimpl
 from ..protocols import Evaluator, Figure, Given
 from ..records import Evaluation
-from .preferences import NATS, answer_log_probs, has_reference
+from .preferences import NATS, given_log_probs, has_reference
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,14 +63,7 @@ def area(scores: Tensor, good: Tensor) -> float:
 
 def _measured(model: nn.Module, given: Given) -> Tensor:
     """Return the log-likelihood of each answer in nats, float64 [answers]."""
-    return answer_log_probs(
-        model,
-        given.examples,
-        [ANSWER],
-        batch_size=given.batch_size,
-        pad_token_id=getattr(given.tokenizer, "pad_token_id", None),
-        split=given.split,
-    )[:, 0]
+    return given_log_probs(model, given, [ANSWER], WHERE)[:, 0]
 
 
 @hookimpl

@@ -13,6 +13,7 @@ from ..folders.metrics import NATS
 from ..hookspecs import hookimpl
 from ..protocols import Evaluator, Figure, Given
 from ..records import Evaluation
+from .fewer import at_once
 from .predictions import device_of, predicted, to_perplexity
 
 if TYPE_CHECKING:
@@ -79,13 +80,14 @@ class PerplexityEvaluator(Evaluator):
 
     def measure(self, model: nn.Module, given: Given) -> dict[str, Figure]:
         """Measure it on the completion tokens of the examples."""
-        found = perplexity(
-            model,
-            given.examples,
-            batch_size=given.batch_size,
-            pad_token_id=getattr(given.tokenizer, "pad_token_id", None),
-            split=given.split,
-        )
+        pad = getattr(given.tokenizer, "pad_token_id", None)
+
+        def measured(most: int) -> Perplexity:
+            return perplexity(
+                model, given.examples, batch_size=most, pad_token_id=pad, split=given.split
+            )
+
+        found = at_once(model, measured, given.batch_size, "evaluation 'perplexity'")
         return {
             "perplexity": Figure(found.value, "", "lower"),
             "loss": Figure(found.loss, NATS, "lower"),

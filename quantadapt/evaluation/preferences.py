@@ -16,6 +16,7 @@ from ..errors import DataError
 from ..hookspecs import hookimpl
 from ..protocols import Evaluator, Figure, Given
 from ..records import Evaluation, Start
+from .fewer import at_once
 from .predictions import device_of, predicted, refuse_no_numbers
 
 if TYPE_CHECKING:
@@ -92,13 +93,25 @@ class Preferences(Evaluator):
 
 
 def _measured(model: nn.Module, given: Given) -> Tensor:
-    return answer_log_probs(
-        model,
-        given.examples,
-        batch_size=given.batch_size,
-        pad_token_id=getattr(given.tokenizer, "pad_token_id", None),
-        split=given.split,
-    )
+    return given_log_probs(model, given, (CHOSEN, REJECTED), "evaluation 'preferences'")
+
+
+def given_log_probs(
+    model: nn.Module, given: Given, columns: Sequence[tuple[str, str]], what: str
+) -> Tensor:
+    """Return the log-likelihoods of given answers, see `answer_log_probs`, of as many at a time as
+    memory holds. `what` says in words what is done."""
+    pad = getattr(given.tokenizer, "pad_token_id", None)
+
+    def measured(most: int) -> Tensor:
+        return answer_log_probs(
+            *(model, given.examples, columns),
+            batch_size=most,
+            pad_token_id=pad,
+            split=given.split,
+        )
+
+    return at_once(model, measured, given.batch_size, what)
 
 
 def has_reference(model: Any) -> bool:

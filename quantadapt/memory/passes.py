@@ -22,7 +22,9 @@ LEAST_TILE = 1024
 """Tokens of which smaller models do not make fewer tiles than they are worth."""
 HEAD = "lm_head"
 """What the head is called among the layers that are adapted beside the decoder's."""
-MLP = ("gate_proj", "up_proj", "down_proj")
+GATE_UP = "gate_up_proj"
+"""What one layer for gate and up is called, as `Shape` has it."""
+MLP = ("gate_proj", "up_proj", GATE_UP, "down_proj")
 """The linear layers of an MLP, as `Shape` calls them."""
 
 
@@ -87,14 +89,14 @@ class Passes(Resident):
             if name in shape.linears and name not in STACKS and name not in fed:
                 numbers += shape.linears[name][1]
         last = {name.rpartition(".")[2] for name in fed}
-        numbers -= 0 if last & {"q_proj", "k_proj", "v_proj"} else shape.hidden
-        numbers -= 0 if last & {"gate_proj", "up_proj"} else shape.hidden
+        numbers -= 0 if last & {"q_proj", "k_proj", "v_proj", shape.qkv} else shape.hidden
+        numbers -= 0 if last & {"gate_proj", "up_proj", GATE_UP} else shape.hidden
         return numbers - (0 if "down_proj" in last else shape.mlp)
 
     @property
     def _scales_inside(self) -> bool:
         """Whether what comes into an MLP's product of gate and up is scaled after it is made."""
-        method, made = self.method, {"gate_proj", "up_proj"} & set(self.targets)
+        method, made = self.method, {"gate_proj", "up_proj", GATE_UP} & set(self.targets)
         if method is None or not self._scales:
             return False
         return any(not method.scaled_input(name) for name in made)
@@ -193,6 +195,8 @@ class Passes(Resident):
         # DoRA's product with the base, and its gradient after it, take the place of inputs.
         gradients = shape.hidden + shape.mlp * inside
         numbers = tokens * gradients + self._largest_weight
+        if shape.gate_up:
+            numbers = self._backward_of_one(tokens, inside)
         if shape.experts:  # the gradients of their output and of their input
             parts = self.part_of(offload)
             dora = self.dora and bool(set(STACKS) & set(self.targets))
@@ -202,6 +206,30 @@ class Passes(Resident):
         # of its transpose take as much as the weight.
         codes = tokens * (shape.mlp + shape.hidden * self.dtype_bytes) if self.float8 else 0
         return numbers * self.dtype_bytes + codes + self._rounding_bytes
+
+    def _backward_of_one(self, tokens: int, inside: int) -> int:
+        """How many numbers that is where gate and up are one layer: in the product of down; or in
+        that with the weight of both, when what came into down is gone. Liger copies both, and what
+        they were made as is there until down has been computed; that is recomputed, too, where its
+        output is normed."""
+        shape = self.shape
+        alone, both = tokens * shape.hidden, shape.hidden * 2 * shape.mlp
+        others = max(n for n in self._weights if n != both)
+        again = alone + self._copied_by_liger(tokens)
+        return max(
+            alone + tokens * shape.mlp * inside + others,
+            alone + tokens * shape.mlp * (inside - 1) + both,
+            again + (shape.mlp * shape.hidden if shape.sandwiched else 0),
+        )
+
+    def _copied_by_liger(self, tokens: int) -> int:
+        return tokens * 2 * self.shape.mlp if self.shape.gate_up and self.fused_kernels else 0
+
+    def forward_bytes(self, tokens: int) -> int:
+        """What the forward pass of a layer works with where Liger copies gate and up; else less
+        than the backward does, so 0."""
+        copied, weight = self._copied_by_liger(tokens), self.shape.mlp * self.shape.hidden
+        return (copied + tokens * self.shape.hidden + weight) * self.dtype_bytes if copied else 0
 
     def part_of(self, offload: bool) -> int:
         """The bytes of a number where stacks of experts are dequantized in parts: where inputs
@@ -214,11 +242,16 @@ class Passes(Resident):
     @property
     def _largest_weight(self) -> int:
         """Of the layers beside stacks of experts."""
-        return max(i * o for name, (i, o) in self.shape.linears.items() if name not in STACKS)
+        return max(self._weights)
+
+    @property
+    def _weights(self) -> list[int]:
+        return [i * o for name, (i, o) in self.shape.linears.items() if name not in STACKS]
 
     def recompute_bytes(self, tokens: int) -> int:
         """The weights that a recomputation keeps for the backward that follows: those that are
-        smaller than their input. The last matrix product is not computed again."""
+        smaller than their input. The last matrix product is not computed again, or needs its
+        weight at once."""
         *others, _ = self.shape.linears.items()
         sizes = (size for name, size in others if name not in STACKS)
         each = 1 if self.float8 and not self.dora else self.dtype_bytes

@@ -83,6 +83,8 @@ def _phases(work: Workload, setting: Setting, several: bool) -> list[Phase]:
         kept = sum(kept for _, kept, _ in layers[count:]) + seeing
         working = work.layer_bytes(tokens, setting)
         last = len(layers) - 1
+        if count <= last and (forward := work.forward_bytes(tokens)):
+            yield Phase("forward", inputs + sum(stays), kept, forward, gradients(len(layers)))
         yield Phase("last layer", inputs + sum(stays), kept, working, gradients(last))
         if count <= last:
             kind, kept, _ = layers[count]

@@ -29,8 +29,25 @@ TRL_ROUTERS = ("gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 """Models whose loss on routers is TRL's, which is Mixtral's."""
 
 
-_NORMED_HEADS = ("olmoe", "qwen3", "qwen3_moe", "qwen3_vl_text", "qwen3_vl_moe_text")
+_NORMED_HEADS = (
+    *("exaone4", "gemma3_text", "olmo2", "olmo3", "olmoe", "qwen3", "qwen3_moe", "qwen3_vl_text"),
+    "qwen3_vl_moe_text",
+)
 """Models that norm queries and keys, and keep them as they were before."""
+_QKV = {"gpt_neox": "query_key_value", "phi3": "qkv_proj", "phi4_multimodal": "qkv_proj"}
+"""What models call the one linear layer that makes queries, keys and values."""
+_GATE_UP = dict.fromkeys(
+    ("glm", "glm4", "glm4v_text", "glm_image_text", "glm_ocr_text", "phi3", "phi4_multimodal"),
+    "gate_up_proj",
+)
+"""Likewise of gate and up."""
+_HEAD_BY_HEAD = ("glm", "glm4", "glm4v_text", "glm_image_text", "glm_ocr_text", "gpt_neox")
+"""Models that put together what of queries has its positions and what has none: they lie head by
+head then, and so does what attention returns, of which the layer behind it wants a copy."""
+_HEAD_BY_HEAD_WITHOUT_LIGER = ("phi3", "phi4_multimodal")
+"""Those of which Liger does it in place."""
+_SANDWICHED = ("gemma2", "gemma3_text", "glm4", "glm4v_text", "glm_image_text", "glm_ocr_text")
+"""Models that norm what attention and the MLP get, and what they return."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,13 @@ class Shape:
         gated: whether the MLP has a gate, as SwiGLU does.
         scaled: whether logits are more than the head's output, so that they are made all at once.
         normed_heads: whether queries and keys are normed.
+        qkv: what the linear layer is called that makes queries, keys and values; empty where each
+            has its own.
+        gate_up: likewise of gate and up.
+        copied: when what attention returns is copied for the layer behind it: "always", "never", or
+            "slow", where rotary positions are not Liger's.
+        norms: the inputs of how many norms a layer keeps.
+        squares: whether they are root mean squares.
         experts: what is in the place of the MLP, if it is experts.
         key_heads: how many heads of keys there are.
         latent: of attention that keeps latent states; `queries` and `keys` are then all heads'.
@@ -62,6 +86,11 @@ class Shape:
     gated: bool = True
     scaled: bool = False
     normed_heads: bool = False
+    qkv: str = ""
+    gate_up: str = ""
+    copied: str = "never"
+    norms: int = 2
+    squares: bool = True
     experts: Experts | None = None
     latent: Latent | None = None
     key_heads: int = 1
@@ -93,6 +122,11 @@ class Shape:
                 gated=not plain,
                 scaled=any(config.get(name) is not None for name in SCALED_LOGITS),
                 normed_heads=kind in _NORMED_HEADS or bool(config.get("use_qk_norm")),
+                qkv=_QKV.get(str(kind), ""),
+                gate_up=_GATE_UP.get(str(kind), ""),
+                copied=_copied(str(kind)),
+                norms=_norms(config),
+                squares="rms_norm_eps" in config,
                 experts=experts,
                 latent=latent,
                 key_heads=latent.heads if latent else key_heads,
@@ -110,6 +144,11 @@ class Shape:
         """The sizes of those layers."""
         return replace(self, experts=None)
 
+    @property
+    def sandwiched(self) -> bool:
+        """Whether what attention and the MLP return is normed, beside what they get."""
+        return self.norms > 2
+
     def stacked(self, name: str) -> int:
         """Return how many experts' layers a layer of `linears` is."""
         return (
@@ -119,9 +158,12 @@ class Shape:
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """The linear layers of one decoder layer, (in_features, out_features) under Llama's
-        names, in the order of computation. Models that fuse some of them have as many weights. A
-        stack of experts is one tall layer: its outputs are those of all experts."""
+        names, in the order of computation; what is one layer for several has the model's. A stack
+        of experts is one tall layer: its outputs are those of all experts."""
         named = self._attention
+        if self.experts is None and self.gate_up:
+            both = {self.gate_up: (self.hidden, 2 * self.intermediate)}
+            return named | both | {"down_proj": (self.intermediate, self.hidden)}
         if self.experts is None:
             return named | _mlp("", self.hidden, self.intermediate, self.gated)
         if self.experts.shared:
@@ -141,6 +183,8 @@ class Shape:
             return self.latent.linears(self.hidden)
         h = self.hidden
         sizes = {"q_proj": self.queries, "k_proj": self.keys, "v_proj": self.keys}
+        if self.qkv:
+            sizes = {self.qkv: self.queries + 2 * self.keys}
         return {**{name: (h, size) for name, size in sizes.items()}, "o_proj": (self.queries, h)}
 
     @property
@@ -154,21 +198,26 @@ class Shape:
         return self.keys // self.key_heads
 
     def kept(self, fused_kernels: bool, half: bool) -> int:
-        """Return how many numbers per token one layer keeps for its backward: the inputs of both
-        norms and of all linear layers, queries, keys and values, and what is inside the MLP.
-        Not what experts keep.
+        """Return how many numbers per token one layer keeps for its backward: the inputs of its
+        norms and of all linear layers, queries, keys and values, and what is inside the MLP. Values
+        that are a part of what one layer makes keep all of it. Not what experts keep.
 
         Args:
             fused_kernels: whether norms, rotary positions and gate are Liger's.
-            half: whether it computes in 16 bits; norms without Liger then keep a float32 copy.
+            half: whether it computes in 16 bits; norms without Liger then keep a float32 copy, if
+                they are root mean squares.
         """
         h = self.hidden
         attention = self.latent.kept if self.latent else 2 * self.queries + 2 * self.keys
-        numbers = 4 * h + attention + self.kept_inside(fused_kernels)
+        numbers = (2 + self.norms) * h + attention + self.kept_inside(fused_kernels)
         if self.normed_heads:
             numbers += self.queries + self.keys
-        if not fused_kernels and half:
-            numbers += 2 * h + (self.queries + self.keys if self.normed_heads else 0)
+        if self.qkv:
+            numbers += self.queries + self.keys
+        if self.copied == "always" or (self.copied == "slow" and not fused_kernels):
+            numbers += self.queries
+        if not fused_kernels and half and self.squares:
+            numbers += self.norms * h + (self.queries + self.keys if self.normed_heads else 0)
         return numbers
 
     def kept_inside(self, fused_kernels: bool) -> int:
@@ -183,6 +232,19 @@ class Shape:
         the gradients of all heads'."""
         work = 2 * self.queries + (2 * self.queries if self.keys < self.queries else 0)
         return 2 * self.queries + 2 * self.keys + work // groups
+
+
+def _copied(kind: str) -> str:
+    if kind in _HEAD_BY_HEAD:
+        return "always"
+    return "slow" if kind in _HEAD_BY_HEAD_WITHOUT_LIGER else "never"
+
+
+def _norms(config: Mapping[str, Any]) -> int:
+    """Return the inputs of how many norms a layer keeps: two norms may get the same."""
+    if config.get("model_type") in _SANDWICHED:
+        return 4
+    return 1 if config.get("use_parallel_residual") else 2
 
 
 def is_decoder(config: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ Logits are made in chunks, as for sft, and of each answer its log-likelihood is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import Problem
@@ -75,6 +76,16 @@ def answer_batch(
         "labels": _padded(labels, -100, multiple),
     }
     return batch | {"counted": int((batch["labels"][:, 1:] != -100).sum())}
+
+
+def rows_at_once(batch: Mapping[str, Any], size: int) -> Iterator[Mapping[str, Any]]:
+    """Yield the token ids and labels of a batch, so many rows at a time, as long as they are."""
+    count = len(batch["input_ids"])
+    if size >= count:
+        yield batch
+        return
+    for at in range(0, count, size):
+        yield {name: batch[name][at : at + size] for name in ("input_ids", "labels")}
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int, multiple: int | None) -> Tensor:
@@ -147,13 +158,20 @@ def with_reference(
             found.append(examples)
             continue
         size = setup.spec.per_device_train_batch_size * len(answers)
-        made = answer_log_probs(
-            setup.model, examples, [*answers.values()], batch_size=size, split=world().size > 1
+        measured = partial(
+            answer_log_probs,
+            *(setup.model, examples, [*answers.values()]),
+            split=world().size > 1,
         )
+        made = setup.at_once(partial(_sized, measured), size, "reference", "the reference's pass")
         for name, column in zip(answers, made.T.tolist(), strict=True):
             examples = examples.add_column(name, column)
         found.append(examples)
     return found[0], found[1]
+
+
+def _sized(measured: Callable[..., Tensor], most: int) -> Tensor:
+    return measured(batch_size=most)
 
 
 def _words(setup: Setup, kind: str) -> str:

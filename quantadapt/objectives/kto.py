@@ -14,7 +14,7 @@ from pydantic import Field
 
 from ..hookspecs import hookimpl
 from ..records import Objective
-from .answers import AnswerTask, answer_batch, log_likelihoods, with_reference
+from .answers import AnswerTask, answer_batch, log_likelihoods, rows_at_once, with_reference
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -111,12 +111,16 @@ class KTO(AnswerTask):
 
         if not self._compares:
             return
-        moved = []
-        with evaluating(setup.model), torch.no_grad():
-            for batch in batches:
-                found, _ = log_likelihoods(setup.model, batch["mismatched"])
-                moved.append(found.double() - batch["mismatched"][REFERENCE])
-        whole = torch.cat(moved)
+        model = setup.model
+
+        def likelihoods(most: int) -> Tensor:
+            with evaluating(model), torch.no_grad():
+                parts = [p for b in batches for p in rows_at_once(b["mismatched"], most)]
+                return torch.cat([log_likelihoods(model, part)[0] for part in parts])
+
+        size, what = setup.spec.per_device_train_batch_size, f"what comes before step {step}"
+        found = setup.at_once(likelihoods, size, "mismatched", what)
+        whole = found.double() - torch.cat([batch["mismatched"][REFERENCE] for batch in batches])
         total, count = summed(
             torch.stack([whole.sum(), whole.new_tensor(len(whole))]), whole.device
         )

@@ -9,13 +9,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from ..errors import Problem, RewardError, TrainingError
 from ..rewarding.values import gathered, nanstd
-from .answers import AnswerTask, answer_batch, token_log_probs
+from .answers import AnswerTask, answer_batch, rows_at_once, token_log_probs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -213,11 +214,13 @@ class RewardTask(AnswerTask):
         asked = [one for one in asked for _ in range(self.num_generations)]
         train, mine = setup.spec, world()
         most = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        made = rollouts(
+        size, what = train.per_device_train_batch_size, f"what comes before step {step}"
+        answer = partial(
+            rollouts,
             *(setup.model, setup.tokenizer, asked, self.sampling(setup.seed)),
-            batch_size=train.per_device_train_batch_size,
             first=((step - 1) * mine.size + mine.rank) * most,
         )
+        made = setup.at_once(lambda count: answer(batch_size=count), size, "answers", what)
         scores, rewards = self._scored(made)
         start = 0
         parts = []
@@ -228,7 +231,8 @@ class RewardTask(AnswerTask):
             batch.clear()
             batch.update(self.batch(setup, answers))
         if self.beta or self.num_iterations > 1:
-            self._remember(setup.model, batches)
+            remember = partial(self._remember, setup.model, batches)
+            setup.at_once(remember, size, "log-probabilities", what)
         self._value(batches, made, scores, rewards)
 
     def sampling(self, seed: int) -> Sampling:
@@ -285,20 +289,26 @@ class RewardTask(AnswerTask):
         device = device_of(setup.model)
         return {n: v.to(device) if hasattr(v, "to") else v for n, v in batch.items()}
 
-    def _remember(self, model: Any, batches: list[dict[str, Any]]) -> None:
-        """Note the log-probabilities of answers before the step, and by the reference."""
+    def _remember(self, model: Any, batches: list[dict[str, Any]], most: int) -> None:
+        """Note the log-probabilities of answers before the step, and by the reference, of so many
+        answers at a time."""
         import torch
 
         from ..evaluation.predictions import evaluating
 
         with evaluating(model), torch.no_grad():
             for batch in batches:
-                batch[OLD] = self.log_probs(model, batch)
+                batch[OLD] = self._noted(model, batch, most)
             if not self.beta:
                 return
             with model.disable_adapter():
                 for batch in batches:
-                    batch[REFERENCE] = self.log_probs(model, batch)
+                    batch[REFERENCE] = self._noted(model, batch, most)
+
+    def _noted(self, model: Any, batch: Mapping[str, Any], most: int) -> Tensor:
+        import torch
+
+        return torch.cat([self.log_probs(model, part) for part in rows_at_once(batch, most)])
 
     def _value(
         self,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..distributed.talking import told_main
 from ..distributed.world import world
 from ..errors import NumbersError, QuantadaptError, RewardError
 from ..evaluation.held_out import given_of
@@ -108,6 +109,8 @@ class Measuring:
             earlier = self.found.setdefault(evaluation, {})
             add_figures(self.metrics, evaluation, name, found, earlier)
             earlier[name] = found
+            for text in told_main():
+                self.listener("note", {"text": text})
             self.listener("figures", {"evaluation": evaluation, "model": name, "figures": found})
 
     def _leave_out(self, evaluation: str, name: str, error: QuantadaptError) -> None:

@@ -29,7 +29,7 @@ from .share import tower_of
 
 _NOT_CONVERTED = ("modules_to_not_convert", "ignore", "skip_modules", "llm_int8_skip_modules")
 """What lists of the layers that are not quantized are called in `quantization_config`."""
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "o_proj")
 _EMBEDDING = "embed_tokens"
 UNFUSED = (
     *("lora_bias", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),

@@ -151,7 +151,9 @@ class Task(Options, ABC):
 
     def before_step(self, setup: Setup, batches: list[dict[str, Any]], step: int) -> None:
         """Look at the batches of an optimizer step before any of them goes through the model, and
-        change them in place: what depends on the model as it is now, and on all of them.
+        change them in place: what depends on the model as it is now, and on all of them. Where
+        memory may run out, let examples go through the model by `setup.at_once`, as many at a time
+        as it holds; else that ends a run of several processes.
 
         Args:
             setup: with the data set that `prepared` returned.

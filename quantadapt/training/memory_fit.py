@@ -347,21 +347,35 @@ class _Prober:
             state.put_back()
 
     def measure(self, setting: Setting) -> Probe | None:
-        """Return what a pass under `setting` takes. Raises TrainingError if it does not fit on one
-        of several processes, whose passes wait for each other."""
-        self.memory_fit.apply(setting)
-        batch = self._batch(setting.micro_batch)
+        """Return what a pass under `setting` takes, on the process where it takes most; None where
+        it does not fit on one. Raises TrainingError if that is so, and others wait for it within
+        the pass."""
+        fit = self.memory_fit
+        fit.apply(setting)
+        batch, found = self._batch(setting.micro_batch), None
         try:
             if setting.micro_batch not in self.warm:  # the first pass compiles and loads kernels
                 self._pass(setting, batch)
                 self.warm.add(setting.micro_batch)
-            return self._pass(setting, batch)
+            found = self._pass(setting, batch)
         except torch.OutOfMemoryError as error:
-            if world().size > 1:
+            if fit.together and world().size > 1:
                 what = "the GPU has run out of memory before the first step"
                 raise TrainingError(what, fix=OOM_FIX, where="train") from error
-        free(self.trainer.model)
-        return None
+        if found is None:
+            free(self.trainer.model)
+        return self._agreed(found)
+
+    def _agreed(self, found: Probe | None) -> Probe | None:
+        """Return what all processes have to come to the same choice by."""
+        if reduced(float(found is None), self.device, "max") or found is None:
+            return None
+        return Probe(
+            found.setting,
+            peak=int(reduced(found.peak, self.device, "max")),
+            held=int(reduced(found.held, self.device, "max")),
+            seconds=reduced(found.seconds, self.device, "max"),
+        )
 
     def _pass(self, setting: Setting, batch: dict[str, Any]) -> Probe:
         trainer, device = self.trainer, self.device
@@ -376,14 +390,7 @@ class _Prober:
         trainer.accelerator.backward(loss)
         torch.cuda.synchronize(device)
         seconds = time.perf_counter() - started
-        peak = torch.cuda.max_memory_allocated(device)
-        # All processes have to come to the same choice.
-        return Probe(
-            setting,
-            peak=int(reduced(peak, device, "max")),
-            held=int(reduced(held, device, "max")),
-            seconds=reduced(seconds, device, "max"),
-        )
+        return Probe(setting, torch.cuda.max_memory_allocated(device), held, seconds)
 
     def _set_gradients(self, setting: Setting) -> None:
         """Let gradients be there as they are in a step: where it has several passes, those of the

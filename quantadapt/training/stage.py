@@ -27,6 +27,7 @@ from .checking import check, check_held_out, config_of, embedding_rows
 from .checkpoints import checkpoint_to_resume, refuse_other_data, refuse_unshared
 from .context_parallel import in_parts
 from .expected_calls import expect_calls
+from .fewer import Fewer
 from .figures import (
     Streamed,
     adapter_device,
@@ -117,7 +118,8 @@ def train(
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
     refuse_unshared(Path(output), spec, adapter_device(model))
     share(p for p in model.parameters() if p.requires_grad)  # all begin with the same weights
-    setup = Setup(model, tokenizer, dataset, spec, Path(output), seed, note)
+    fewer = Fewer(spec, note)
+    setup = Setup(model, tokenizer, dataset, spec, Path(output), seed, note, fewer)
     begun = checkpoint.path if checkpoint else None
     measured = None if spec.validates == "no" else held_out
     prepared = Prepared.by(task, setup, measured, begun, note)  # a reference's words, for one
@@ -135,7 +137,7 @@ def train(
             note(f"packing: {trainer.packed.words}")
         trainer.prepared = prepared
         trainer.fused = loans.fused
-        trainer.memory_fit = MemoryFit(trainer, loans.recomputer, spec, on_note)
+        trainer.memory_fit = fewer.fit = MemoryFit(trainer, loans.recomputer, spec, on_note)
         trainer.memory_fit.graphs, trainer.memory_fit.dense = loans.graphs, loans.dense
         if again := repeated_rows(trainer):
             note(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..adapting.adalora import tuner_of
 from ..dependencies import moved
@@ -20,6 +20,7 @@ from ..memory.cards import OOM_FIX
 from ..memory.workload import LENGTH_MULTIPLE
 from ..planning.schedules import follows_loss
 from .context_parallel import Part, in_parts
+from .fewer import Fewer
 from .figures import adapter_device, compute_dtype
 from .lent_to_trainers import clip_what_is_trained
 from .loop import TrainingLoop
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from ..spec import TrainSpec
 
 
+_Made = TypeVar("_Made")
+
+
 @dataclass(frozen=True)
 class Setup:
     """What a task makes a trainer of.
@@ -48,6 +52,7 @@ class Setup:
         output: the run folder.
         seed: for shuffling and dropout.
         on_note: told in a sentence what somebody should know.
+        fewer: how many examples memory holds at a time, where it ran out before.
     """
 
     model: Any
@@ -57,6 +62,13 @@ class Setup:
     output: Path
     seed: int
     on_note: Callable[[str], None] = lambda _: None
+    fewer: Fewer | None = None
+
+    def at_once(self, work: Callable[[int], _Made], size: int, kind: str, what: str) -> _Made:
+        """Return what `work` makes beside the steps of training, given how many examples go through
+        the model at a time; see `Fewer.of`. Where memory runs out, fewer do."""
+        fewer = self.fewer or Fewer(self.spec, self.on_note)
+        return fewer.of(self.model, work, size, kind, what)
 
     def of(self, held_out: Dataset) -> Setup:
         """Return the setup for batches of held-out examples: nothing is packed."""

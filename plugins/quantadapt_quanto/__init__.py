@@ -7,17 +7,15 @@ divides the row, else whole rows. Checkpoints are quanto's own, its tensors in s
 quantizes with quanto but cannot load the result, and refuses it for the name of the type.
 
 Weights are held in quanto's plain packing, not in that of one of its kernels: what it packs for its
-int4 kernel in bfloat16 comes back changed when it is saved. They are unpacked here, since quanto
+int4 kernel in bfloat16 comes back changed when it is saved. `weights` unpacks them, since quanto
 compiles C++ or CUDA for that the first time.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
@@ -36,6 +34,17 @@ from quantadapt.protocols import (
     twin,
 )
 from quantadapt.records import Backend
+from quantadapt_quanto.weights import (
+    ShiftedGrid,
+    completed,
+    dequantize,
+    is_packed,
+    is_quanto,
+    layer_class,
+    make_copyable,
+    packed_rows,
+    scaled,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,9 +78,9 @@ class Quanto(LayerwiseQuantizer):
         from optimum.quanto import quantize_weight
         from torch import nn
 
-        _make_copyable()
+        make_copyable()
         weight, qtype = linear.weight.detach(), self._qtype()
-        module: nn.Module = _layer_class().qcreate(linear, weights=qtype, device="meta")
+        module: nn.Module = layer_class().qcreate(linear, weights=qtype, device="meta")
         optimizer: Any = module.optimizer
         how: dict[str, Any] = {"qtype": qtype, "axis": 0}
         if qtype.bits == 8:
@@ -82,15 +91,15 @@ class Quanto(LayerwiseQuantizer):
             scale, shift = optimizer(weight, **how)
         packed = quantize_weight(weight, scale=scale, shift=shift, optimized=False, **how)
         module.weight = nn.Parameter(packed, requires_grad=False)
-        return _completed(module, linear.bias, scale)
+        return completed(module, linear.bias, scale)
 
     def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
         from optimum.quanto import WeightQBitsTensor, WeightQBytesTensor
         from torch import nn
 
-        _make_copyable()
+        make_copyable()
         qtype = self._qtype()
-        module: nn.Module = _layer_class().qcreate(linear, weights=qtype, device="meta")
+        module: nn.Module = layer_class().qcreate(linear, weights=qtype, device="meta")
         how: dict[str, Any] = {"qtype": qtype, "axis": 0, "missing_keys": []}
         how |= {"size": linear.weight.shape, "stride": (linear.in_features, 1)}
         if qtype.bits == 8:
@@ -100,7 +109,7 @@ class Quanto(LayerwiseQuantizer):
             how["group_size"] = module.weight_group_size
             packed = WeightQBitsTensor.load_from_state_dict(state, "weight.", **how)
         module.weight = nn.Parameter(packed, requires_grad=False)
-        return _completed(module, state.get("bias"), packed._scale)
+        return completed(module, state.get("bias"), packed._scale)
 
     def _qtype(self) -> Any:
         from optimum.quanto import qtypes
@@ -130,8 +139,8 @@ class Quanto(LayerwiseQuantizer):
     @classmethod
     def from_model(cls, model: nn.Module) -> Quanto | None:
         for module in model.modules():
-            if _is_quanto(module):
-                _make_copyable()
+            if is_quanto(module):
+                make_copyable()
                 return cls._of_type(module.weight_qtype.name)  # type: ignore[union-attr]
         return None
 
@@ -147,19 +156,19 @@ class QuantoTarget(LayerwiseTarget):
     reads_rows = True
 
     def matches(self, module: nn.Module) -> bool:
-        return _is_quanto(module)
+        return is_quanto(module)
 
     def dequantize(self, module: nn.Module) -> Tensor:
-        return _dequantize(module.weight)
+        return dequantize(module.weight)
 
     def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
         weight: Any = module.weight
-        if _is_packed(weight):
-            return _packed_rows(weight, first, last)
+        if is_packed(weight):
+            return packed_rows(weight, first, last)
         if weight.axis != 0 or type(weight).__name__ != "WeightQBytesTensor":
             return super().dequantize_rows(module, first, last)
         scale = weight._scale if len(weight._scale) == 1 else weight._scale[first:last]
-        return one_kernel(_scaled, weight._data[first:last], scale)
+        return one_kernel(scaled, weight._data[first:last], scale)
 
     def grid(self, module: nn.Module) -> Grid | None:
 
@@ -169,7 +178,7 @@ class QuantoTarget(LayerwiseTarget):
         rows, columns = weight.shape
         scale = weight._scale.reshape(rows, -1)
         size, dtype = columns // scale.shape[1], scale.dtype
-        if not _is_packed(weight):
+        if not is_packed(weight):
             codes = weight._data.dtype
             if not codes.is_floating_point:
                 return UniformGrid(
@@ -188,7 +197,7 @@ class QuantoTarget(LayerwiseTarget):
 
     def byte_codes(self, module: nn.Module) -> ByteCodes | None:
         weight, grid = cast("Any", module.weight), self.grid(module)
-        if grid is None or not _is_packed(weight):
+        if grid is None or not is_packed(weight):
             return None if grid is None else ByteCodes(held=weight._data, grid=grid)
         bits, (rows, columns) = weight.qtype.bits, weight.shape
         held = weight._data._data
@@ -204,7 +213,7 @@ class QuantoTarget(LayerwiseTarget):
         assert grid is not None
         codes, names = grid.codes(weight), old.__tensor_flatten__()
         parts = {name: getattr(old, name) for name in names[0]}
-        if _is_packed(old):
+        if is_packed(old):
             codes = codes.to(torch.uint8).view(old._data.shape)
             parts["_data"] = PackedTensor.pack(codes, old.qtype.bits)
         elif isinstance(grid, CodebookGrid):  # a code is the byte itself
@@ -216,136 +225,6 @@ class QuantoTarget(LayerwiseTarget):
         vendor.weight = torch.nn.Parameter(packed, requires_grad=False)
         repacked: nn.Module = vendor
         return repacked
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ShiftedGrid(UniformGrid):
-    """Values scale * code - shift, with the shift in place of a zero point."""
-
-    def _codes(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        assert zero is not None
-        return super()._codes(weight, scale, zero / scale)
-
-    def _values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        assert zero is not None
-        return scale * codes.to(self.dtype) - zero
-
-
-def _is_quanto(module: nn.Module) -> bool:
-    vendor: Any = module
-    names = [kind.__name__ for kind in type(module).__mro__]
-    return "QLinear" in names and vendor.frozen and not vendor.activation_qtype
-
-
-@cache
-def _layer_class() -> Any:
-    from optimum.quanto import QLinear
-    from torch.nn.functional import linear
-
-    class PlainQLinear(QLinear):  # type: ignore[misc]
-        """Multiplies with the dequantized weight. quanto would compile code to unpack some, and for
-        int8 in bfloat16 call a kernel of PyTorch's that reads past rows on a CPU, unless their
-        length is a multiple of 16."""
-
-        def forward(self, x: Tensor) -> Tensor:
-            return linear(x, _dequantize(self.weight).to(x.dtype), self.bias)
-
-    return PlainQLinear
-
-
-def _dequantize(weight: Any) -> Tensor:
-    if not _is_packed(weight):
-        return one_kernel(_scaled, weight._data, weight._scale, otherwise=weight.dequantize)
-    return one_kernel(
-        _dequantize_packed,
-        *(weight._data._data, weight._scale, weight._shift),
-        static=(weight.qtype.bits, weight._data.shape[0], tuple(weight.shape)),
-    )
-
-
-def _scaled(codes: Tensor, scale: Tensor) -> Tensor:
-    return scale * codes.to(scale.dtype)
-
-
-def _dequantize_packed(
-    packed: Tensor, scale: Tensor, shift: Tensor, bits: int, rows: int, shape: tuple[int, ...]
-) -> Tensor:
-    return (scale * _unpack(packed, bits)[:rows] - shift).reshape(shape)
-
-
-def _packed_rows(weight: Any, first: int, last: int) -> Tensor:
-    """Return some rows: of groups that are rows of their own, of which a byte holds one of each
-    part."""
-    import torch
-
-    held, bits = weight._data._data, weight.qtype.bits
-    rows, columns = weight.shape
-    each = weight._data.shape[0] // rows  # groups in a row
-    parts, size = [], len(held)
-    for n, shift in enumerate(range(0, 8, bits)):
-        start, end = max(first * each, n * size), min(last * each, (n + 1) * size)
-        if start < end:
-            part = held[start - n * size : end - n * size]
-            parts.append((part >> shift) & (2**bits - 1))
-    own = slice(first * each, last * each)
-    static = (last - first, columns)
-    return one_kernel(
-        _shifted, torch.cat(parts), weight._scale[own], weight._shift[own], static=static
-    )
-
-
-def _shifted(codes: Tensor, scale: Tensor, shift: Tensor, *shape: int) -> Tensor:
-    return (scale * codes - shift).reshape(shape)
-
-
-def _is_packed(weight: Any) -> bool:
-    """Say whether several codes share a byte, in quanto's plain packing with float shifts."""
-    packed = type(weight).__name__ == "WeightQBitsTensor"
-    return packed and weight.axis == 0 and weight._shift.is_floating_point()
-
-
-def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """Return the codes of a packed uint8 tensor; a byte holds one code of each part of the rows."""
-    import torch
-
-    shifts = range(0, 8, bits)
-    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in shifts])
-
-
-def _completed(module: Any, bias: Tensor | None, scale: Tensor) -> nn.Module:
-    """Give a module that was made on the meta device, and has its weight, everything else."""
-    import torch
-    from torch import nn
-
-    if bias is not None:
-        module.bias = nn.Parameter(bias.to(scale.dtype), requires_grad=False)
-    for name in ("input_scale", "output_scale"):  # of activations, which are not quantized
-        setattr(module, name, torch.ones((), dtype=scale.dtype, device=scale.device))
-    vendor: nn.Module = module
-    return vendor
-
-
-@cache
-def _make_copyable() -> None:
-    """Teach quanto's tensors `copy.deepcopy`, for which they lack a clone of their own."""
-    from optimum.quanto import QTensor
-    from optimum.quanto.tensor.packed import PackedTensor
-
-    QTensor.__deepcopy__ = PackedTensor.__deepcopy__ = _deepcopy
-
-
-def _deepcopy(tensor: Any, memo: dict[int, Any]) -> Any:
-    from torch import nn
-
-    if id(tensor) in memo:
-        return memo[id(tensor)]
-    names, meta = tensor.__tensor_flatten__()
-    parts = {name: copy.deepcopy(getattr(tensor, name).detach(), memo) for name in names}
-    copied = type(tensor).__tensor_unflatten__(parts, meta, None, None)
-    if isinstance(tensor, nn.Parameter):
-        copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
-    memo[id(tensor)] = copied
-    return copied
 
 
 @hookimpl
