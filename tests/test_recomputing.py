@@ -224,7 +224,7 @@ def test_what_cpu_memory_cannot_hold_is_said_before_the_system_ends_the_process(
         page_locked_file.page_locked(2**21, "the inputs of layers", "lower it", "train.memory")
     assert str(caught.value).startswith(
         "train.memory: no 2.00 MiB of CPU memory can be locked for the inputs of layers:"
-        " 1.00 GiB are free, of which 1.00 GiB are left"
+        " 1.00 GiB are free, and 1.00 GiB stays so"
     )
 
 

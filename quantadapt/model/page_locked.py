@@ -33,7 +33,7 @@ def page_locked(nbytes: int, of: str, fix: str, where: str) -> Tensor:
 
     free = host_memory()
     if free is not None and nbytes + SPARE > free:
-        raise refused(f"{size_words(free)} are free, of which {size_words(SPARE)} are left")
+        raise refused(f"{size_words(free)} are free, and {size_words(SPARE)} stays so")
     try:
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
