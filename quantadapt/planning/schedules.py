@@ -1,18 +1,16 @@
 """Schedules of the learning rate: which there are, what they can be told, and whether they go with
-that. Read from the source of transformers and torch, as importing those takes seconds."""
+that. Read from the source of transformers and torch, as importing those takes seconds; where
+options are given, transformers itself is asked, too."""
 
 from __future__ import annotations
 
 import ast
-import copy
-import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from ..errors import Problem, did_you_mean
@@ -53,7 +51,7 @@ def schedule_problems(train: TrainSpec) -> list[Problem]:
         if key in options and key not in fitting
     ]
     found += [*_rising(train, options), *_longer(train, fitting)]
-    if why := _refused(known[name], train, dict.fromkeys(missing, 1) | fitting):
+    if why := _refused(train, dict.fromkeys(missing, 1) | fitting):
         what = f"the schedule {name!r} does not work so: {why}"
         found.append(Problem(what, f"its options: {', '.join(options)}", WHERE))
     if follows_loss(train) and train.validates == "no":
@@ -168,47 +166,28 @@ def _constructor(function: ast.FunctionDef) -> ast.FunctionDef | None:
     )
 
 
-def _refused(function: ast.FunctionDef, train: TrainSpec, options: Mapping[str, Any]) -> str:
-    """Let a function of transformers make its schedule, without torch, and return why it does not
-    want to; empty where it does, or needs more than there is here."""
-    if function.args.kwarg is not None:
+def _refused(train: TrainSpec, options: Mapping[str, Any]) -> str:
+    """Let transformers make the schedule, and return why it does not want to; empty where it does.
+    One without options works, and is not worth the seconds that importing torch takes."""
+    asks = any(
+        option.default == "None" for option in schedule_options(train.lr_scheduler_type).values()
+    )
+    if not asks and not train.lr_scheduler_kwargs:
         return ""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
     total = train.max_steps if train.max_steps > 0 else _STEPS
-    given: dict[str, Any] = {"optimizer": SimpleNamespace(defaults={"lr": train.learning_rate})}
-    given["num_warmup_steps"] = math.ceil(total * train.warmup_ratio)
-    given["num_training_steps"] = total
-    given = {key: value for key, value in given.items() if key in _names(function)}
+    steps = {"num_warmup_steps": math.ceil(total * train.warmup_ratio), "num_training_steps": total}
+    name, own = train.lr_scheduler_type, dict(options)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _runnable(function)(**given, **options)
-    except (ValueError, TypeError) as error:
+            get_scheduler(name, optimizer, **steps, scheduler_specific_kwargs=own)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
         return str(error)
-    except Exception:
-        return ""
     return ""
-
-
-def _names(function: ast.FunctionDef) -> set[str]:
-    return {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
-
-
-def _runnable(function: ast.FunctionDef) -> Callable[..., Any]:
-    """Return a function that makes a schedule, without its annotations, which name classes of
-    torch. What it returns has no use."""
-    made = copy.deepcopy(function)
-    made.returns, made.decorator_list = None, []
-    for argument in (*made.args.args, *made.args.kwonlyargs):
-        argument.annotation = None
-    helpers = [n.id for n in ast.walk(made) if isinstance(n, ast.Name) and n.id.startswith("_")]
-    names: dict[str, Any] = {
-        **dict.fromkeys(helpers, lambda *_, **__: 1.0),
-        **{"math": math, "warnings": warnings, "partial": functools.partial},
-        "LambdaLR": lambda *_, **__: None,
-    }
-    exec(compile(ast.Module([made], []), "transformers/optimization.py", "exec"), names)
-    runnable: Callable[..., Any] = names[made.name]
-    return runnable
 
 
 @cache

@@ -20,8 +20,6 @@ from ..planning.refusals import (
     packing_problems,
     task_problems,
 )
-from ..planning.schedules import WHERE as SCHEDULE
-from ..planning.schedules import schedule_problems
 from .figures import adapter_device, compute_dtype
 
 if TYPE_CHECKING:
@@ -115,29 +113,6 @@ def problems(spec: TrainSpec) -> list[Problem]:
 
     names = [member.value for member in OptimizerNames]
     if spec.optim in names:
-        return _of_schedule(spec)
-    what, fix = f"there is no {spec.optim!r}", did_you_mean(spec.optim, names)
-    return [Problem(what, fix, where="train.optim"), *_of_schedule(spec)]
-
-
-def _of_schedule(spec: TrainSpec) -> list[Problem]:
-    """Return what transformers and torch say of a schedule with its options; nothing of one that
-    the plan refuses."""
-    import torch
-    from transformers import get_scheduler
-
-    if schedule_problems(spec):
         return []
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=spec.learning_rate)
-    try:
-        get_scheduler(
-            spec.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=1,
-            num_training_steps=max(spec.max_steps, 2),
-            scheduler_specific_kwargs=dict(spec.lr_scheduler_kwargs),
-        )
-    except (TypeError, ValueError) as error:
-        what = f"the schedule {spec.lr_scheduler_type!r} cannot be made: {error}"
-        return [Problem(what, "set what fits it, or leave it out", SCHEDULE)]
-    return []
+    what, fix = f"there is no {spec.optim!r}", did_you_mean(spec.optim, names)
+    return [Problem(what, fix, where="train.optim")]
