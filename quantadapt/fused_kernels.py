@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -68,16 +68,15 @@ def _frozen_norms() -> Iterator[None]:
     """Have Liger's norms take our backward where their weight is frozen, in a Liger that has them
     as we know them."""
     name = "LigerRMSNormFunction"
-    try:
-        from liger_kernel.transformers import rms_norm
-    except ImportError:
-        rms_norm = None
-    if not has_triton() or not hasattr(rms_norm, name):
-        yield
-        return
-    from .model.frozen_norm import FrozenNorm
+    with ExitStack() as stack:
+        if has_triton():
+            with suppress(ImportError):
+                from liger_kernel.transformers import rms_norm
 
-    with patched(rms_norm, **{name: FrozenNorm}):
+                from .model.frozen_norm import FrozenNorm
+
+                if getattr(rms_norm, name, None) is FrozenNorm.__base__:
+                    stack.enter_context(patched(rms_norm, **{name: FrozenNorm}))
         yield
 
 
