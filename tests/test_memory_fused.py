@@ -1,9 +1,11 @@
 """What is foreseen of models that make queries, keys and values, or gate and up, in one linear
-layer, and of those that norm what attention and the MLP return: against what torch allocates."""
+layer, of those that norm what attention and the MLP return, and of those that compute attention or
+an activation one operation after the other: against what torch allocates."""
 
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,6 +31,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"num_key_value_heads": 8},
     "gemma3_text": {},
     "olmo2": {},
+    "gemma2": {},
+    "vaultgemma": {},
+    "phi": {"num_key_value_heads": 8},
+    "apertus": {},
+    "nanochat": {},
+    "arcee": {},
 }
 PAIRS = [(family, dtype) for family in FAMILIES for dtype in ("float32", "bfloat16")]
 
@@ -72,6 +80,7 @@ def test_a_layer_keeps_what_is_foreseen(made) -> None:
             held.clear()
         found = left_by(lambda: held.append(forward(tuned)))
     kept = work.kept_bytes(TOKENS) + work.low_bytes(TOKENS)
+    # The norm behind the last layer keeps something, too: of OLMo 2 3.4 % of three layers.
     assert found == pytest.approx(LAYERS * kept, rel=0.04)
 
 
@@ -96,10 +105,47 @@ def test_a_step_takes_what_is_foreseen(made, count: int) -> None:
     clean()
     most = max(phase.total for phase in phases(work, setting) if phase.name != "loss")
     # Norms of root mean squares work with float32 in 16 bits, which is much in so narrow a model;
-    # the backward of an MLP without a gate is foreseen as that of one with a gate, which is more.
+    # the backward of an MLP without a gate is foreseen as that of one with a gate, which is more
+    # than that of an activation in one operation.
     within = 0.11 if work.dtype_bytes == 2 and count else 0.07
-    more = 1 if work.shape.gated else (1.18 if count else 1.09)
+    alike = work.shape.gated or work.shape.activation.gradients > 1
+    more = 1 if alike else (1.18 if count else 1.09)
     assert most - 2 * WORKSPACE == pytest.approx(more * found, rel=within)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_masks_of_a_models_own_dropout_are_kept(dtype: str) -> None:
+    """A byte for each number, as on CUDA; on a CPU they are numbers. The attention of a CPU keeps
+    scores where it has dropout, which CUDA's does not."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("seed_oss", **SIZES, attention_dropout=0.0)
+    assert config.residual_dropout == 0.1
+    base = qa.quantize(
+        AutoModelForCausalLM.from_config(config), "bnb-nf4", device="cpu", dtype=dtype
+    )
+    tuned, work = qa.attach(base, "lora", r=RANK).train(), workload(config, dtype)
+    held: list[torch.Tensor] = []
+    with fused_layers(tuned):
+        for _ in range(2):
+            held.append(forward(tuned))
+            held.clear()
+        found = left_by(lambda: held.append(forward(tuned)))
+    numbers = LAYERS * TOKENS * 2 * config.hidden_size
+    found -= numbers * (work.dtype_bytes - 1)
+    assert found == pytest.approx(LAYERS * work.kept_bytes(TOKENS), rel=0.03)
+    none = {**config.to_dict(), "residual_dropout": 0.0}
+    without = replace(work, shape=Shape.of(none)).kept_bytes(TOKENS)
+    assert LAYERS * (work.kept_bytes(TOKENS) - without) == numbers
+
+
+def test_scores_are_those_of_a_row_not_of_a_batch() -> None:
+    config = AutoConfig.for_model("gemma2", **SIZES)
+    one = workload(config, "bfloat16")
+    two = replace(one, batch=2)
+    assert two.kept_bytes(2 * TOKENS) == 2 * one.kept_bytes(TOKENS)
+    long = replace(one, length=2 * TOKENS)
+    heads, pairs = 8, 2 * TOKENS * 2 * TOKENS - 2 * TOKENS * TOKENS
+    assert long.kept_bytes(2 * TOKENS) - two.kept_bytes(2 * TOKENS) == heads * pairs * (2 + 4 + 2)
 
 
 def test_liger_copies_gate_and_up_which_lie_in_one_tensor() -> None:
@@ -112,7 +158,7 @@ def test_liger_copies_gate_and_up_which_lie_in_one_tensor() -> None:
         2 * TOKENS * (m + h + 2 * h)  # silu(gate), attention's output again, float32 copies
     )
     whole = {phase.name: phase for phase in phases(work, Setting(0, False, 1))}
-    rotary = work.rotary_bytes(Setting(0, False, 1))
+    rotary = work.shared_bytes(Setting(0, False, 1))
     forward = 2 * (TOKENS * (2 * m + h) + m * h)
     assert whole["forward"].working == forward + rotary + 2 * WORKSPACE
     assert work.backward_bytes(TOKENS) == 2 * TOKENS * (2 * m + h)

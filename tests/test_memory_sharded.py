@@ -178,7 +178,7 @@ def test_the_prediction_counts_what_is_gathered() -> None:
     few = workload(*CASES["few words"])
     saved = few.peak(setting) - replace(few, prefetches=False).peak(setting)
     assert saved == few.block_bytes
-    rotary = few.rotary_bytes(setting)
+    rotary = few.shared_bytes(setting)
     working = few.parts(setting)["working"] - rotary - 2 * WORKSPACE
     assert working == 3 * few.block_bytes  # as was measured
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from .cards import CONTEXT, FRAGMENTATION, GIB, LONG_ROWS, OOM_FIX, card_for, size_words, usable
 from .changes import ways_out
 from .optimizers import optimizer_bytes
-from .passes import HEAD_CHUNK
+from .passes import HEAD_CHUNK, LENGTH_MULTIPLE
 from .phases import WORKSPACE
 from .setting import Setting, halves
-from .workload import LENGTH_MULTIPLE, Workload
+from .workload import Workload
 
 __all__ = [
     "CONTEXT",

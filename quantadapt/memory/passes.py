@@ -18,6 +18,9 @@ FACTORS_FROM = 2
 PEFT's copies of the inputs (see `adapting.low_rank`)."""
 RANKS = 8
 """Of so many ranks LoRA on experts takes a multiple."""
+LENGTH_MULTIPLE = 64
+"""On CUDA, examples are padded to a multiple of so many tokens: cuDNN plans attention for each
+length."""
 LEAST_TILE = 1024
 """Tokens of which smaller models do not make fewer tiles than they are worth."""
 HEAD = "lm_head"
@@ -31,6 +34,16 @@ MLP = ("gate_proj", "up_proj", GATE_UP, "down_proj")
 @dataclass(frozen=True)
 class Passes(Resident):
     """What comes and goes in a pass, beside what is there all the time."""
+
+    @property
+    def row(self) -> int:
+        """How many tokens of a row are on one GPU, padded."""
+        return -(-self.length // self._multiple) * LENGTH_MULTIPLE
+
+    @property
+    def _multiple(self) -> int:
+        """What the length of a row is padded to a multiple of."""
+        return LENGTH_MULTIPLE * self.contexts
 
     def tiles(self, setting: Setting, tokens: int) -> bool:
         """Say whether so many tokens go through MLPs in tiles, see `training.tiling`."""
@@ -46,6 +59,8 @@ class Passes(Resident):
         """
         shape, half = self.shape, self.dtype_bytes == 2
         numbers: float = shape.kept(self.fused_kernels, half)
+        if shape.scores:
+            numbers += shape.scores.kept(self.row, half)
         layers = [name for name in self.targets if name in shape.linears and name not in STACKS]
         inputs = sum(shape.linears[name][0] for name in layers)
         if self.dropout:  # each adapter sees its own, and keeps a mask
@@ -57,7 +72,9 @@ class Passes(Resident):
         if tiled:  # attention of several groups of heads is put together in a copy
             numbers += (shape.queries if self._groups > 1 else 0) - self._kept_inside
         kept = int(numbers * tokens * self.dtype_bytes) + self._kept_by_experts(tokens)
-        kept += 4 * tokens * (shape.queries // shape.head)  # by attention, of each head's scores
+        if not shape.scores:  # by attention, of each head's scores
+            kept += 4 * tokens * (shape.queries // shape.head)
+        kept += tokens * shape.masks(self.fused_kernels, tiled)
         if self.method and self._makes_factors(tokens):
             kept += self.method.factor_bytes(self._adapted(1), self.dtype_bytes)
         return kept + (self._rounded_bytes if self._rounds_in_graph else 0)
@@ -156,14 +173,28 @@ class Passes(Resident):
     def working_bytes(self, tokens: int, setting: Setting) -> int:
         """What a layer's backward works with beside what it keeps. Where its MLP is tiled that is
         in the MLP, or in attention, when what the MLP kept is gone."""
-        if not self.tiles(setting, tokens):
-            return self.backward_bytes(tokens, setting.offload)
+        tiled, scores = self.tiles(setting, tokens), self._scores_backward(tokens)
+        if not tiled:
+            inside = self._kept_inside * tokens * self.dtype_bytes
+            return max(self.backward_bytes(tokens, setting.offload), scores - inside)
         shape = self.shape
         # Inputs of the second norm and of the MLP are gone then, and what was put together.
         per_token = shape.attention_backward(self._groups) - shape.hidden
         per_token -= shape.queries if self._groups > 1 else 0
         numbers = tokens * per_token + self._largest_weight
-        return max(self.tiled_mlp_bytes(tokens), numbers * self.dtype_bytes)
+        return max(self.tiled_mlp_bytes(tokens), numbers * self.dtype_bytes, scores)
+
+    def _scores_backward(self, tokens: int) -> int:
+        """What the backward of attention works with where it makes scores: beside theirs, the
+        gradients of the residual, of what it returns and of values. What the norms behind it kept
+        is gone then, and the input of the MLP."""
+        shape, half = self.shape, self.dtype_bytes == 2
+        if not shape.scores:
+            return 0
+        copied = half and shape.squares and not self.fused_kernels
+        gone = (1 + shape.norms // 2 * (2 if copied else 1)) * shape.hidden
+        others = shape.hidden + 2 * shape.queries - gone
+        return tokens * (shape.scores.backward(self.row, half) + others) * self.dtype_bytes
 
     @property
     def _groups(self) -> int:
@@ -192,6 +223,8 @@ class Passes(Resident):
         inside = (0 if self.fused_kernels else 2) + (0 if self._fuses(tokens) else 1)
         if self._scales_inside:  # Liger's gradients lie where its inputs were, IA3's nowhere yet
             inside = max(inside, 1)
+        if not shape.gated:  # Liger has no kernels for what has no gate
+            inside = max(inside, shape.activation.gradients)
         # DoRA's product with the base, and its gradient after it, take the place of inputs.
         gradients = shape.hidden + shape.mlp * inside
         numbers = tokens * gradients + self._largest_weight
@@ -292,6 +325,11 @@ class Passes(Resident):
             parts = self.part_of(offload=False)
             in_experts = shape.experts.forward_numbers(tokens, shape.hidden, parts)
             inside = max(inside, tokens * 2 * shape.hidden + in_experts)
+        if shape.scores:
+            in_attention = 2 * shape.hidden + shape.scores.forward(
+                self.length, self.dtype_bytes == 2
+            )
+            inside = max(inside, tokens * in_attention)
         logits = tokens * shape.vocab * self.dtype_bytes
         logits = 2 * logits if shape.scaled else min(logits, HEAD_CHUNK)
         # a block, and the next one, as it comes and in its place

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .experts import Experts, Latent
+from .unfused import USUAL, Activation, Scores, activation, dropout_masks
 
 _PLAIN_MLP = ("apertus", "arcee", "gpt_neox", "nanochat", "phi", "starcoder2")
 """Decoders whose MLP is two layers without a gate."""
@@ -30,10 +31,12 @@ TRL_ROUTERS = ("gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
 
 _NORMED_HEADS = (
-    *("exaone4", "gemma3_text", "olmo2", "olmo3", "olmoe", "qwen3", "qwen3_moe", "qwen3_vl_text"),
-    "qwen3_vl_moe_text",
+    *("apertus", "exaone4", "gemma3_text", "nanochat", "olmo2", "olmo3", "olmoe"),
+    *("qwen3", "qwen3_moe", "qwen3_vl_moe_text", "qwen3_vl_text"),
 )
 """Models that norm queries and keys, and keep them as they were before."""
+_NORMS_HEADS = ("use_qk_norm", "qk_layernorm")
+"""What configs call it of those that may."""
 _QKV = {"gpt_neox": "query_key_value", "phi3": "qkv_proj", "phi4_multimodal": "qkv_proj"}
 """What models call the one linear layer that makes queries, keys and values."""
 _GATE_UP = dict.fromkeys(
@@ -41,13 +44,15 @@ _GATE_UP = dict.fromkeys(
     "gate_up_proj",
 )
 """Likewise of gate and up."""
-_HEAD_BY_HEAD = ("glm", "glm4", "glm4v_text", "glm_image_text", "glm_ocr_text", "gpt_neox")
+_HEAD_BY_HEAD = ("glm", "glm4", "glm4v_text", "glm_image_text", "glm_ocr_text", "gpt_neox", "phi")
 """Models that put together what of queries has its positions and what has none: they lie head by
 head then, and so does what attention returns, of which the layer behind it wants a copy."""
 _HEAD_BY_HEAD_WITHOUT_LIGER = ("phi3", "phi4_multimodal")
 """Those of which Liger does it in place."""
 _SANDWICHED = ("gemma2", "gemma3_text", "glm4", "glm4v_text", "glm_image_text", "glm_ocr_text")
 """Models that norm what attention and the MLP get, and what they return."""
+_ONE_NORM = ("phi",)
+"""Models whose attention and MLP get the same, of one norm."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,11 @@ class Shape:
         copied: when what attention returns is copied for the layer behind it: "always", "never", or
             "slow", where rotary positions are not Liger's.
         norms: the inputs of how many norms a layer keeps.
+        inputs: how many different ones linear layers get from norms.
         squares: whether they are root mean squares.
+        activation: what that of the MLP takes.
+        dropouts: the masks of those in a layer, in bytes per token.
+        scores: what attention keeps of them where no kernel fuses it.
         experts: what is in the place of the MLP, if it is experts.
         key_heads: how many heads of keys there are.
         latent: of attention that keeps latent states; `queries` and `keys` are then all heads'.
@@ -90,7 +99,11 @@ class Shape:
     gate_up: str = ""
     copied: str = "never"
     norms: int = 2
+    inputs: int = 2
     squares: bool = True
+    activation: Activation = USUAL
+    dropouts: int = 0
+    scores: Scores | None = None
     experts: Experts | None = None
     latent: Latent | None = None
     key_heads: int = 1
@@ -121,12 +134,16 @@ class Shape:
                 tied=bool(config.get("tie_word_embeddings", config["model_type"] in _TIED)),
                 gated=not plain,
                 scaled=any(config.get(name) is not None for name in SCALED_LOGITS),
-                normed_heads=kind in _NORMED_HEADS or bool(config.get("use_qk_norm")),
+                normed_heads=kind in _NORMED_HEADS or any(map(config.get, _NORMS_HEADS)),
                 qkv=_QKV.get(str(kind), ""),
                 gate_up=_GATE_UP.get(str(kind), ""),
                 copied=_copied(str(kind)),
                 norms=_norms(config),
+                inputs=1 if kind in _ONE_NORM else 2,
                 squares="rms_norm_eps" in config,
+                activation=activation(config),
+                dropouts=dropout_masks(config, hidden),
+                scores=Scores.of(config),
                 experts=experts,
                 latent=latent,
                 key_heads=latent.heads if latent else key_heads,
@@ -209,7 +226,7 @@ class Shape:
         """
         h = self.hidden
         attention = self.latent.kept if self.latent else 2 * self.queries + 2 * self.keys
-        numbers = (2 + self.norms) * h + attention + self.kept_inside(fused_kernels)
+        numbers = (self.inputs + self.norms) * h + attention + self.kept_inside(fused_kernels)
         if self.normed_heads:
             numbers += self.queries + self.keys
         if self.qkv:
@@ -223,7 +240,14 @@ class Shape:
     def kept_inside(self, fused_kernels: bool) -> int:
         """Return how many numbers of those per token are inside the MLP."""
         before_the_last = (2 if self.gated else 1) + (self.gated and not fused_kernels)
-        return (before_the_last + 1) * self.mlp
+        beside = 0 if self.gated and fused_kernels else self.activation.numbers
+        return (before_the_last + 1 + beside) * self.mlp
+
+    def masks(self, fused_kernels: bool, tiled: bool) -> int:
+        """Return how many bytes per token one layer keeps beside numbers: masks of its own dropout,
+        and what is inside an MLP that keeps more than its input."""
+        plain = not tiled and not (self.gated and fused_kernels)
+        return self.dropouts + (self.mlp * self.activation.bytes if plain else 0)
 
     def attention_backward(self, groups: int) -> int:
         """Return how many numbers per token the backward of attention works with: the gradients of
@@ -244,7 +268,8 @@ def _norms(config: Mapping[str, Any]) -> int:
     """Return the inputs of how many norms a layer keeps: two norms may get the same."""
     if config.get("model_type") in _SANDWICHED:
         return 4
-    return 1 if config.get("use_parallel_residual") else 2
+    one = config.get("use_parallel_residual") or config.get("model_type") in _ONE_NORM
+    return 1 if one else 2
 
 
 def is_decoder(config: Mapping[str, Any]) -> bool:

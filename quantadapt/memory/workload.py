@@ -12,13 +12,10 @@ from typing import Self
 
 from . import rules
 from .cost import step_cost
-from .passes import Passes, tile_of
+from .passes import LENGTH_MULTIPLE, Passes, tile_of
 from .phases import phases
 from .setting import Setting, halves
 
-LENGTH_MULTIPLE = 64
-"""On CUDA, examples are padded to a multiple of so many tokens: cuDNN plans attention for each
-length."""
 _LONGEST = 24
 """No row has more than 2 to this power multiples of so many tokens."""
 
@@ -43,13 +40,7 @@ class Workload(Passes):
 
     def tokens_of(self, setting: Setting) -> int:
         """How many tokens a pass has on one GPU, padded."""
-        length = -(-self.length // self._multiple) * LENGTH_MULTIPLE
-        return setting.micro_batch * self.sequences * length
-
-    @property
-    def _multiple(self) -> int:
-        """What the length of a row is padded to a multiple of."""
-        return LENGTH_MULTIPLE * self.contexts
+        return setting.micro_batch * self.sequences * self.row
 
     def layer_bytes(self, tokens: int, setting: Setting) -> int:
         """What the backward of a layer works with, what is gathered of a shared base included."""
@@ -66,11 +57,14 @@ class Workload(Passes):
         """Whether all gradients are there when backward reaches the first layer, see `Method`."""
         return self.method is not None and self.method.early_gradients
 
-    def rotary_bytes(self, setting: Setting) -> int:
-        """Sines and cosines of the positions in a row, which all layers share."""
-        return (
-            2 * self.shape.head * self.dtype_bytes * self.tokens_of(setting) // setting.micro_batch
-        )
+    def shared_bytes(self, setting: Setting) -> int:
+        """What all layers share: sines and cosines of the positions in a row, and the masks of
+        scores, which recomputed layers keep."""
+        tokens, scores = self.tokens_of(setting), self.shape.scores
+        positions = 2 * self.shape.head * self.dtype_bytes * tokens // setting.micro_batch
+        if scores is None or not setting.recomputed_layers:
+            return positions
+        return positions + scores.masks(self.row) * tokens * self.dtype_bytes
 
     def seeing_bytes(self, setting: Setting) -> int:
         """What an adapted tower keeps of the pictures."""

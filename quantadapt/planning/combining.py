@@ -11,6 +11,7 @@ from ..capabilities import Merge
 from ..errors import Problem
 from ..inputs.model_config import text_config, towers_in
 from ..memory.cards import GIB
+from ..memory.other_layers import other_layers
 from ..memory.shape import Shape
 from ..records import Evaluation
 from . import processes, streaming
@@ -271,6 +272,8 @@ def _memory(draft: Draft, made: Plan, unshared: Sequence[Problem]) -> MemoryPlan
             fix = "decoders with Llama's sizes can, if the backend tells its bits per weight"
             draft.problems.append(Problem(what, fix, where="--card"))
         return None
+    if others := other_layers(made.config or {}):
+        draft.notes.append(others)
     if memory.work.tower is not None:
         count = memory.work.tower.patches
         draft.notes.append(f"memory counts one picture of {count:,} patches for each example")

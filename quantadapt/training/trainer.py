@@ -16,8 +16,8 @@ from ..dependencies import moved
 from ..distributed.world import unlaunched, world
 from ..errors import TrainingError
 from ..folders.checkpoints import CHECKPOINTS
+from ..memory import LENGTH_MULTIPLE
 from ..memory.cards import OOM_FIX
-from ..memory.workload import LENGTH_MULTIPLE
 from ..planning.schedules import follows_loss
 from .context_parallel import Part, in_parts
 from .fewer import Fewer
