@@ -99,7 +99,8 @@ def test_the_comparison_with_a_reference_goes_on(tmp_path) -> None:
     assert out_of_memory(first[1][2]) == [f"{text} (process 1)" for text in told]
 
 
-@pytest.mark.parametrize("name", ["grpo", pytest.param("rloo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
 def test_answers_go_on(name, tmp_path) -> None:
     functions = tmp_path / "some.py"
     functions.write_text(test_grpo.SOME)
@@ -146,6 +147,7 @@ def measured(file: str) -> list[Any]:
     return [figures(file, full) for full in (None, Full(1, 2, training=False))]
 
 
+@pytest.mark.slow
 def test_evaluations_go_on(tmp_path) -> None:
     file = str(test_kto.written(tmp_path, test_kto.ROWS))
     first, second = in_processes(2, measured, tmp_path, file)

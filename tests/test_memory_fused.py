@@ -84,6 +84,7 @@ def test_a_layer_keeps_what_is_foreseen(made) -> None:
     assert found == pytest.approx(LAYERS * kept, rel=0.04)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [0, LAYERS])
 def test_a_step_takes_what_is_foreseen(made, count: int) -> None:
     """Without the loss."""

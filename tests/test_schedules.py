@@ -203,7 +203,12 @@ def test_yaml_and_assignments_say_the_same_and_the_plan_tells_it(tmp_path: Path)
     assert Spec.load(tmp_path / "again.yaml").train == spec.train
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+FEW = ("sft", "kto", "grpo")
+
+
+@pytest.mark.parametrize(
+    "objective", [pytest.param(o, marks=() if o in FEW else pytest.mark.slow) for o in OBJECTIVES]
+)
 def test_every_objective_takes_them(objective: str, tmp_path: Path) -> None:
     own, options = OBJECTIVES[objective], {"min_lr": 1e-3}
     made = qa.run(
