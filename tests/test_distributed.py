@@ -35,7 +35,7 @@ GATHERED = "cpu, gathered"
 """A CPU that is said to have ample room, as GPUs have: a shared base stays gathered there."""
 DEVICES = [
     "cpu",
-    GATHERED,
+    pytest.param(GATHERED, marks=pytest.mark.slow),
     pytest.param("cuda", marks=[pytest.mark.cuda, wants_two_gpus]),
 ]
 ADAPTERS: dict[str, dict[str, Any]] = {"lora": {"r": 4}, "adalora": {"init_r": 6, "target_r": 3}}

@@ -119,6 +119,7 @@ def sharded(file: str) -> Any:
     return compared(file, Full(1, 2, training=False), "fsdp")
 
 
+@pytest.mark.slow
 def test_where_processes_wait_the_error_says_what_to_set(tmp_path) -> None:
     file = str(test_kto.written(tmp_path, test_kto.ROWS))
     (first, *_), (second, *_) = in_processes(2, sharded, tmp_path, file)

@@ -247,7 +247,8 @@ def test_what_is_recomputed_keeps_its_input_alone(name: str, options: Any, dtype
     assert 0 <= found - 3 * work.input_bytes(512) - vectors <= of_the_head
 
 
-@pytest.mark.parametrize("count", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [0, 3])
 @pytest.mark.parametrize(("name", "options"), KEPT[:6], ids=str)
 def test_the_peak_of_a_step_is_what_was_foreseen(name: str, options: Any, count: int) -> None:
     """Without the loss: all that forward and backward allocate, in 2048 tokens."""

@@ -38,7 +38,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nanochat": {},
     "arcee": {},
 }
-PAIRS = [(family, dtype) for family in FAMILIES for dtype in ("float32", "bfloat16")]
+HALF = ("phi3", "gemma2", "olmo2")
+PAIRS = [(family, "float32") for family in FAMILIES]
+PAIRS += [(family, "bfloat16") for family in HALF]
+SLOW = [(family, "bfloat16") for family in FAMILIES if family not in HALF]
 
 
 def workload(config: Any, dtype: str, **options: Any) -> Workload:
@@ -49,7 +52,11 @@ def workload(config: Any, dtype: str, **options: Any) -> Workload:
     return Workload(*made, **{"fused_kernels": False, **options})
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[*PAIRS, *(pytest.param(pair, marks=pytest.mark.slow) for pair in SLOW)],
+    ids="-".join,
+)
 def made(request: pytest.FixtureRequest) -> tuple[Any, Workload]:
     """A model that trains, and what is foreseen of it."""
     family, dtype = request.param

@@ -15,6 +15,8 @@ import quantadapt as qa
 from quantadapt.distributed import world
 from quantadapt.testing.small_demo import small_model
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 ROW = 64
 LENGTHS = (50, 44, 38, 28, 25, 20, 21, 16, 15, 15, 12, 36, 31, 45)

@@ -521,6 +521,7 @@ def out_of_memory_apart(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_in_one_of_two_processes_changes_no_loss(tmp_path) -> None:
     first, second = in_processes(2, out_of_memory_apart, tmp_path, tmp_path)
     expected, no_notes = first.pop("expected")
@@ -565,6 +566,7 @@ def out_of_memory_together(folder: Path) -> tuple[Any, list[str]]:
     return full_in_two(folder, "fsdp", Full(1, 2, training=False))
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_where_processes_wait_is_told_with_what_to_set(tmp_path) -> None:
     (first, _), (second, notes) = in_processes(2, out_of_memory_together, tmp_path, tmp_path)
     assert "out of memory in validation" in second.problems[0].what

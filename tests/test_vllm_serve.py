@@ -120,7 +120,8 @@ def served(folder: Path) -> tuple[dict[str, float], int]:
     return json.loads(found.stdout), found.returncode
 
 
-@pytest.mark.parametrize("content", ["merged", pytest.param("adapter", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("content", ["merged", "adapter"])
 def test_the_command_beside_an_export_is_started_and_asked(content, tmp_path, there) -> None:
     run = tuned(tmp_path / "run", base=MODEL_DIR, backend="none")
     metrics = {"data": {"files": [{"format": "alpaca"}]}}
