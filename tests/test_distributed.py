@@ -296,6 +296,7 @@ def unevens(folder: Path, batch: int) -> list[Uneven]:
     ]
 
 
+@pytest.mark.slow
 def test_the_last_rows_of_an_epoch_are_shared_out_evenly(tmp_path) -> None:
     """Two processes of two rows each train as one of four, but where a single row is left."""
     shutil.copytree(small_model(), tmp_path / "model")
@@ -334,6 +335,7 @@ def uneven_in_parts(folder: Path, batch: int) -> list[list[tuple[int, float]]]:
     return made
 
 
+@pytest.mark.slow
 def test_who_has_fewer_rows_makes_as_many_passes_where_a_base_is_shared(tmp_path) -> None:
     """Four rows and three, or three and two: each waits for the other's share in all passes."""
     shutil.copytree(small_model(), tmp_path / "model")

@@ -180,6 +180,7 @@ def probed(folder: str) -> Any:
     return result.setting, full.raised, [*notes]
 
 
+@pytest.mark.slow
 def test_all_take_the_setting_that_fits_on_each(tmp_path) -> None:
     (first, nothing, notes), (second, raised, _) = in_processes(2, probed, tmp_path, str(tmp_path))
     assert first == second

@@ -47,6 +47,7 @@ def test_the_kernel(rows, columns, offset, in_place) -> None:
     assert in_place or torch.equal(given, dy)
 
 
+@pytest.mark.slow
 def test_the_kernel_as_tritons_interpreter_runs_it() -> None:
     pytest.importorskip("triton", reason="triton comes with CUDA builds of torch")
     assert "12 passed" in cuda_tests_interpreted(__file__, "the_kernel")

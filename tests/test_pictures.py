@@ -48,6 +48,7 @@ def kind(request, small_picture_models):
     )
 
 
+@pytest.mark.slow
 def test_the_command_of_the_page_writes_a_model_and_data_and_prints_nothing_else(tmp_path):
     command = [sys.executable, "-m", "quantadapt.testing.small_pictures", str(tmp_path / "small")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -147,6 +147,7 @@ def test_the_command_beside_an_export_is_started_and_asked(content, tmp_path, th
     assert (code, figures["chats_alike"]) == (1, 0)
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_come_up_is_a_sentence(tmp_path, there) -> None:
     (tmp_path / "expected.json").write_text('{"model": ".", "examples": [], "chats": []}')
     given = [sys.executable, SCRIPT, tmp_path, "--serve"]
