@@ -101,5 +101,5 @@ def _phases(work: Workload, setting: Setting, several: bool) -> list[Phase]:
 
     kept = sum(kept for _, kept, _ in layers[count:]) + seeing
     loss = Phase("loss", inputs + sum(stays), kept, work.head_bytes(tokens), gradients(len(layers)))
-    rotary = work.shared_bytes(setting)
-    return [phase._replace(working=phase.working + rotary) for phase in (loss, *backward())]
+    shared = work.shared_bytes(setting)
+    return [phase._replace(working=phase.working + shared) for phase in (loss, *backward())]

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -52,6 +55,20 @@ def dropout_masks(config: Mapping[str, Any], hidden: int) -> int:
     return 2 * hidden if any(config.get(name) for name in _DROPOUTS) else 0
 
 
+@cache
+def _is_fused(kind: str) -> bool:
+    """Say whether the transformers that is here gives a model of that type to PyTorch's attention
+    all the same, as older ones do with Gemma 2, whose scores they do not cap then."""
+    found = find_spec("transformers")
+    if found is None or found.origin is None:
+        return False
+    file = Path(found.origin).parent / "models" / kind / f"modeling_{kind}.py"
+    try:
+        return "_supports_sdpa = True" in file.read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
 @dataclass(frozen=True)
 class Scores:
     """Attention that makes the scores of all pairs of tokens, one operation after the other.
@@ -68,7 +85,7 @@ class Scores:
     def of(cls, config: Mapping[str, Any]) -> Scores | None:
         """Read the contents of a config.json; None where attention is fused. PyTorch's is not where
         scores are capped, and transformers takes its own then."""
-        if config.get("attn_logit_softcapping") is None:
+        if config.get("attn_logit_softcapping") is None or _is_fused(str(config.get("model_type"))):
             return None
         heads, head = int(config["num_attention_heads"]), int(config["head_dim"])
         keys = int(config.get("num_key_value_heads") or heads)
