@@ -74,7 +74,7 @@ def test_it_is_as_exact_as_ligers(dtype, mode, columns, trained, in_place) -> No
         wanted = (x, weight) if trained else (x,)
         found.append((y, *torch.autograd.grad(y, wanted, dy.clone())))
     ours, ligers = found
-    for one, other in zip(ours, ligers, strict=True):
-        assert torch.equal(one, other) or trained is False
+    same = len(ours) if trained else 1  # forward is Liger's, and all of it where it is trained
+    assert all(map(torch.equal, ours[:same], ligers[:same]))
     right = exact(x.detach(), weight.detach(), MODES[mode], dy)
     assert error(ours[1], right) <= 1.01 * error(ligers[1], right) + 1e-7

@@ -134,11 +134,9 @@ class _FusedLora(torch.autograd.Function):
             of_a = _split(_product(g.T, seen, ctx.of_weights[0]), terms, dim=0)
             of_weights: list[Tensor | None] = [None] * (2 * len(ctx.terms))
             for i, dy, da in zip(used, dys, of_a, strict=True):
-                dtype_of_a, dtype_of_b = ctx.of_weights[2 * i : 2 * i + 2]
-                of_weights[2 * i : 2 * i + 2] = (
-                    da.to(dtype_of_a),
-                    _product(dy.T, parts[i], dtype_of_b),
-                )
+                at_a, at_b = 2 * i, 2 * i + 1
+                of_weights[at_a] = da.to(ctx.of_weights[at_a])
+                of_weights[at_b] = _product(dy.T, parts[i], ctx.of_weights[at_b])
             d_dropped = None if dropped is None else (g @ a).view(shape).to(dropped.dtype)
             del x, seen, saved, dropped, low, parts  # before dx, which is as large, needs memory
             adapters = (g, a) if d_dropped is None and not terms[0].rounds else None

@@ -21,7 +21,9 @@ def page_locked(nbytes: int, of: str, fix: str, where: str) -> Tensor:
     allocator rounds sizes up to powers of two.
 
     Args:
-        of: what is to be kept there, and what to do and in which field of the spec where it cannot.
+        of: what is to be kept there, in words.
+        fix: what the user can do where it cannot.
+        where: the field of the spec that asks for it.
 
     Raises:
         ModelError: there is not so much, or it cannot be locked.
