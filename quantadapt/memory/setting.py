@@ -14,16 +14,21 @@ class Setting:
         offload: whether the inputs of those live in CPU memory from forward to backward, and long
             rows go through MLPs in tiles.
         micro_batch: examples per forward pass; a batch is split into so large parts.
+        attention: whether what attention returned in recomputed layers is kept, so that it is not
+            computed again; with `offload` in CPU memory.
     """
 
     recomputed_layers: int
     offload: bool
     micro_batch: int
+    attention: bool = False
 
     def describe(self, layers: int, batch: int) -> str:
         """Return it in words, for a model of so many layers and batches of so many examples."""
         count = self.recomputed_layers
         words = f"{count} of {layers} layers recomputed" if count else "no layer recomputed"
+        if count and self.attention:
+            words += " but for attention"
         if self.offload:
             words += ", their inputs in CPU memory"
         if self.micro_batch < batch:

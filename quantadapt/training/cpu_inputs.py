@@ -51,10 +51,14 @@ class CpuInputs:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
 
-    def _store(self, tensor: Tensor) -> _Stored:
+    def beside(self, tensor: Tensor) -> _Stored:
+        """Store what a layer keeps beside its input, which is fetched together with that."""
+        return self._store(tensor, begins=False)
+
+    def _store(self, tensor: Tensor, begins: bool = True) -> _Stored:
         if self._last is not None and (before := self._last()) is not None:
             before.let_go()
-        stored = _Stored(self, tensor, self._last)
+        stored = _Stored(self, tensor, self._last, begins)
         self._last = weakref.ref(stored)
         return stored
 
@@ -105,7 +109,7 @@ def _unlock(buffers: list[Tensor]) -> None:
 
 
 class _Stored:
-    """One input in CPU memory, and the one that was stored before it.
+    """One tensor in CPU memory, and the one that was stored before it.
 
     Memory of the device is given back once the computation has waited for the copy, which was done
     long before. (With `record_stream` it would come free only when the copy has really run, and the
@@ -113,9 +117,13 @@ class _Stored:
     """
 
     def __init__(
-        self, owner: CpuInputs, tensor: Tensor, previous: weakref.ref[_Stored] | None
+        self,
+        owner: CpuInputs,
+        tensor: Tensor,
+        previous: weakref.ref[_Stored] | None,
+        begins: bool,
     ) -> None:
-        self.owner, self.previous = owner, previous
+        self.owner, self.previous, self.begins = owner, previous, begins
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
         self.buffer = owner.take(tensor)
         weakref.finalize(self, owner.give, self.buffer)
@@ -142,11 +150,17 @@ class _Stored:
             self.copied = self.owner.copy(self.on_device, self._view(), self.device)
 
     def fetched(self) -> Tensor:
-        """Return it on its device, and start fetching the one that is wanted next."""
+        """Return it on its device; with the input of a layer, start fetching what the layer before
+        it, which is wanted next, has stored."""
         self.fetch()
         self._wait()
         tensor, self.on_device = self.on_device, None
         assert tensor is not None
-        if self.previous is not None and (before := self.previous()) is not None:
+        before = self._before() if self.begins else None
+        while before is not None:
             before.fetch()
+            before = None if before.begins else before._before()
         return tensor
+
+    def _before(self) -> _Stored | None:
+        return None if self.previous is None else self.previous()

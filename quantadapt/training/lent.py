@@ -361,8 +361,10 @@ def recomputed(
         stack.enter_context(restored(recomputer.base.modules(), FLAG, FUNCTION, "in_parts"))
         stack.enter_context(restored(recomputer.tiles.mlps, "forward"))
         recomputer.tiles.lend()
-        groups = in_head_groups(recomputer.base, recomputer.tiles.is_long)
-        recomputer.tiles.turn_attention = stack.enter_context(groups)
+        groups = in_head_groups(
+            recomputer.base, recomputer.tiles.is_long, recomputer.attention.around_kernel
+        )
+        recomputer.turn_attention = stack.enter_context(groups)
         if reentrant:  # it only records a graph where an input wants one
             embedding = recomputer.base.get_input_embeddings()
             stack.callback(embedding.register_forward_hook(require_grad).remove)
