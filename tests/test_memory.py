@@ -337,6 +337,24 @@ def test_optimizers() -> None:
 # --- what fits ------------------------------------------------------------------------------------
 
 
+def test_of_long_rows_attention_is_kept_before_whole_layers() -> None:
+    long = replace(work(), batch=1, length=65_536)
+    each = 65_536 * (4096 * 2 + 32 * 4)  # what attention returns, and each head's sums
+    whole, kept = (long.parts(Setting(31, False, 1, way)) for way in (False, True))
+    assert kept["inputs"] - whole["inputs"] == 31 * each
+    found = long.fit(usable(80 * GIB))
+    assert (found.attention, found.offload) == (True, False)
+    # Where it has no place on the card it waits in CPU memory, if that is known to suffice.
+    assert long.fit(usable(24 * GIB)) == Setting(32, True, 1)
+    needed = 32 * (each + 65_536 * 4096 * 2)
+    roomy = replace(long, host_free=2 * needed)
+    assert roomy.fit(usable(24 * GIB)) == Setting(32, True, 1, attention=True)
+    assert roomy.offloaded_bytes(Setting(32, True, 1, attention=True)) == needed
+    assert replace(roomy, host_free=2 * needed - 1).fit(usable(24 * GIB)) == Setting(32, True, 1)
+    assert not any(s.attention for s in replace(long, length=4032).settings())
+    assert not any(s.attention for s in replace(long, packed=True).settings())
+
+
 def test_what_costs_the_least_time_is_chosen_of_what_fits() -> None:
     """Two passes of half the batch dequantize twice, and take 4 % more; 19 layers of 32 that are
     computed again, 30 %."""

@@ -24,7 +24,7 @@ class Phase(NamedTuple):
 
     Attributes:
         name: of the phase.
-        inputs: of recomputed layers.
+        inputs: of recomputed layers, and what attention returned in them, where that is kept.
         activations: what layers keep for backward.
         working: what comes and goes, workspaces included.
         gradients: of the trained weights.
@@ -62,6 +62,7 @@ def _phases(work: Workload, setting: Setting, several: bool) -> list[Phase]:
     """Return the loss, which comes first, and the phases of backward."""
     tokens = work.tokens_of(setting)
     count, single = setting.recomputed_layers, work.input_bytes(tokens)
+    single += work.attention_bytes(tokens) if setting.attention else 0
     tiled, offload = work.tiles(setting, tokens), setting.offload
     each = [
         (layers, kind, kind.kept_bytes(tokens, tiled), kind.kept_always(tokens, offload))

@@ -281,8 +281,9 @@ def _memory(draft: Draft, made: Plan, unshared: Sequence[Problem]) -> MemoryPlan
         host = math.inf if draft.cards else draft.machine.host
         streams = streaming.ways(memory.work, made.quantizer, host, adopt=made.adopt)
         memory = replace(memory, streams=streams)
-    if draft.cards:
+    if draft.cards:  # CPU memory beside them is not known
         return memory.with_cards([card * GIB for card in draft.cards])
+    memory = replace(memory, work=replace(memory.work, host_free=draft.machine.host or 0))
     used = _used_cards(draft, made.device) if on_gpu else ()
     return memory.with_cards([min(used)]) if used else memory
 

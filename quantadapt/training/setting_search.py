@@ -42,6 +42,7 @@ def choose(
     micro_batches: list[int],
     budget: int,
     least: int | None = None,
+    keeps_attention: bool = False,
 ) -> Probe | None:
     """Return the fastest setting, per example, that stays within `budget`; None if none does.
 
@@ -52,10 +53,13 @@ def choose(
         micro_batches: sizes to try, the largest first.
         budget: bytes that may be allocated.
         least: the same where inputs are in CPU memory; None: as many.
+        keeps_attention: whether recomputed layers may keep what attention returned, which for its
+            bytes saves more time than keeping all of a layer.
     """
     fitting: list[Probe] = []
     for size in micro_batches:
-        found = _least_recompute(measure, most, layers, size, budget, least or budget)
+        rooms = (budget, least or budget)
+        found = _least_recompute(measure, most, layers, size, rooms, keeps_attention)
         if found is None:
             continue
         fitting.append(found)
@@ -66,22 +70,33 @@ def choose(
 
 
 def _least_recompute(
-    measure: Measure, most: int, layers: int, size: int, budget: int, least: int
+    measure: Measure,
+    most: int,
+    layers: int,
+    size: int,
+    rooms: tuple[int, int],
+    keeps_attention: bool,
 ) -> Probe | None:
     """Return the setting with micro-batches of `size` that fits with the least recomputation."""
+    budget, least = rooms
 
-    def tried(count: int, offload: bool = False) -> Probe | None:
-        probe = measure(Setting(count, offload, size))
+    def tried(count: int, offload: bool = False, attention: bool = False) -> Probe | None:
+        probe = measure(Setting(count, offload, size, attention))
         room = least if offload else budget
         return probe if probe is not None and probe.peak <= room else None
 
-    all_ = tried(most)
+    ways = (True, False) if keeps_attention and most else (False,)
+
+    def first(count: int, offload: bool) -> Probe | None:
+        return next(filter(None, (tried(count, offload, way) for way in ways)), None)
+
+    all_ = first(most, offload=False)
     if all_ is None:
-        return tried(layers, offload=True) if most else None
-    best, count = all_, most
+        return first(layers, offload=True) if most else None
+    best, count, attention = all_, most, all_.setting.attention
     step = min(2, most)
     while step:
-        fewer = tried(count - step)
+        fewer = tried(count - step, attention=attention and count > step)
         if fewer is None:
             # Measured, it needs more than predicted: go half as far.
             step //= 2
@@ -102,6 +117,8 @@ def lowered(setting: Setting, most: int, layers: int, splits: bool) -> Setting |
     count = setting.recomputed_layers
     if count < most:
         return replace(setting, recomputed_layers=min(most, count + math.ceil(most / 4)))
+    if setting.attention:
+        return replace(setting, attention=False)
     if most and not setting.offload:
         return replace(setting, recomputed_layers=layers, offload=True)
     if splits and setting.micro_batch > 1:
