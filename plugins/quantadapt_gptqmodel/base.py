@@ -69,13 +69,13 @@ class GPTQModel(LayerwiseQuantizer):
     ) -> nn.Module:
         import torch
 
-        from quantadapt.loading import from_pretrained
+        from quantadapt.loading import cast_parameters, from_pretrained
         from quantadapt_gptqmodel.vendor import quiet
 
-        model = from_pretrained(source, dtype=dtype) if isinstance(source, str) else source
-        for parameter in model.parameters() if model is source else ():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
+        if isinstance(source, str):
+            model = from_pretrained(source, dtype=dtype)
+        else:
+            cast_parameters(model := source, dtype)
         training = model.training
         with quiet(), torch.no_grad():
             self._walk(model.eval(), calibration or [], device, skip_modules)

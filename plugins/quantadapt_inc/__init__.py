@@ -38,7 +38,7 @@ from quantadapt_inc.layers import (
     sizes,
     zero_points,
 )
-from quantadapt_inc.quantize import cast, linear_of, replace_layers
+from quantadapt_inc.quantize import cast, replace_layers
 from quantadapt_inc.target import INCTarget
 from quantadapt_inc.vendor import home, running
 
@@ -161,11 +161,14 @@ class INC(LayerwiseQuantizer):
         import torch
         from torch import nn
 
+        from quantadapt.loading import linear_of
+
         dtype = linear.weight.dtype
         method = "fp8" if self.method == "fp8" else "rtn"
         wanted = dtype if method == "fp8" else torch.float32
         weight = linear.weight.detach().to(wanted, copy=True)  # INC works in place
-        alone = nn.Sequential(linear_of(weight, linear.bias))
+        bias = None if linear.bias is None else linear.bias.detach()
+        alone = nn.Sequential(linear_of(weight, bias))
         ones = torch.ones_like(weight[:1])
         replace_layers(self, alone, ["0"], method, dtype, [{"input": ones}], weight.device)
         return alone[0]
@@ -174,6 +177,8 @@ class INC(LayerwiseQuantizer):
 
     def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
         import torch
+
+        from quantadapt.loading import linear_of
 
         dtype, device = linear.weight.dtype, next(iter(state.values())).device
         bias = next((v.to(dtype) for k, v in state.items() if k in ("bias", "linear.bias")), None)

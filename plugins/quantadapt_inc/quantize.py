@@ -108,17 +108,6 @@ def _moved(value: Any, like: Tensor) -> Any:
     return value.to(like.device, like.dtype if value.is_floating_point() else None)
 
 
-def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Return a linear layer that holds these tensors."""
-    from torch import nn
-
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
-    return linear
-
-
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Convert, in place, what is not quantized."""
     import torch

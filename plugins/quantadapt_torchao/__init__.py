@@ -127,15 +127,14 @@ class Int4(TorchAO):
         goes there in parts."""
         from torch import nn
 
+        from quantadapt.loading import linear_of
+
         rows = max(PART // linear.in_features // TILE_ROWS, 1) * TILE_ROWS
         tiles = self.layout != "unpacked" and for_tensor_cores(linear.weight)
         if not tiles or linear.out_features <= rows:
             return super().quantize_linear(linear)
-        parts = []
-        for weight in linear.weight.data.split(rows):  # type: ignore[no-untyped-call]
-            part = nn.Linear(linear.in_features, len(weight), bias=False, device="meta")
-            part.weight = nn.Parameter(weight, requires_grad=False)
-            parts.append(super().quantize_linear(part).weight)
+        of_rows, quantized = linear.weight.data.split(rows), super().quantize_linear  # type: ignore[no-untyped-call]
+        parts = [quantized(linear_of(weight)).weight for weight in of_rows]
         linear.weight = nn.Parameter(joined_tiles(parts), requires_grad=False)
         return linear
 

@@ -235,14 +235,9 @@ class LayerwiseTarget(AdapterTarget):
         self.quantizer = quantizer
 
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
-        from torch import nn
+        from ..model.linears import linear_of
 
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        if isinstance(module.bias, nn.Parameter):
-            linear.bias = module.bias
-        elif module.bias is not None:  # some vendors keep it as a plain tensor
-            linear.bias = nn.Parameter(module.bias, requires_grad=False)  # type: ignore[arg-type]
+        linear = linear_of(weight, module.bias)  # type: ignore[arg-type]
         return self.quantizer.quantize_linear(linear).train(module.training)
 
     def restore(self, module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
