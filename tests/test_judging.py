@@ -394,7 +394,7 @@ def test_two_files_of_answers_are_judged(files, tmp_path: Path, capsys, monkeypa
         assert judged(files, out, fake.url) == 0
         shown_ = capsys.readouterr()
         assert f"{files[0]} wins 4, {files[1]} wins 0, 0 ties of 4" in shown_.out
-        assert "100.0 %" in shown_.out
+        assert "100.0%" in shown_.out
         assert len(fake.judged) == 8
         assert judged(files, out, fake.url, "--json") == 0  # it is all there
         assert len(fake.judged) == 8
@@ -411,7 +411,7 @@ def test_a_judge_that_prefers_the_first_or_talks_rubbish_is_told(files, tmp_path
         assert judged(files, tmp_path / "first", fake.url) == 0
         out = capsys.readouterr().out
         assert "0 of 4; else it preferred the first answer 4 times, the last 0 times" in out
-        assert "50.0 %" in out
+        assert "50.0%" in out
         fake.reply = lambda body: said("as a language model \x1b[31m")
         assert judged(files, tmp_path / "rubbish", fake.url) == 1
     shown_ = capsys.readouterr()

@@ -104,7 +104,7 @@ class Int8Target(LayerwiseTarget):
 
     quantizes_activations = True
     straight_through = False
-    """0.8 % of rounding a layer. The vendor's forward waits for the GPU and takes twice as long."""
+    """0.8% of rounding a layer. The vendor's forward waits for the GPU and takes twice as long."""
     reads_rows = True
 
     def matches(self, module: nn.Module) -> bool:
