@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import socket
 import subprocess
 import sys
@@ -508,6 +509,22 @@ def test_judgements_that_are_none_are_told(line, what, files, tmp_path, capsys) 
     with endpoint(prefers_longer) as fake:
         assert judged(files, out, fake.url) == 1
     assert what in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_question_that_cannot_be_asked_is_named_by_its_row(tmp_path: Path, capsys) -> None:
+    models = [str(shutil.copytree(MODEL_DIR, tmp_path / name)) for name in ("one", "other")]
+    template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'system' %}"
+    template += "{{ raise_exception('no system') }}{% endif %}{% endfor %}"
+    for model in models:
+        (Path(model) / "chat_template.jinja").write_text(template)
+    chats = [[{"role": role, "content": "a"}] for role in ("user", "system")]
+    chats[1] += chats[0]
+    prompts = tmp_path / "asked.jsonl"
+    prompts.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    out = str(tmp_path / "out")
+    assert call("judge", *models, "--prompts", str(prompts), "-o", out, "--pairs-only") == 1
+    said = capsys.readouterr().err
+    assert "asked.jsonl:2: the chat template refuses it: no system" in said.replace("\n", "")
 
 
 def test_pairs_alone_need_no_judge(files, tmp_path: Path) -> None:
