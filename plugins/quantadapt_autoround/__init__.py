@@ -233,10 +233,8 @@ class AutoRoundTarget(LayerwiseTarget):
     def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
         from quantadapt_autoround.layers import pack_codes
 
-        vendor = twin(module)
-        vendor.qweight = pack_codes(self.grid(module).codes(weight), vendor.bits)
-        repacked: nn.Module = vendor
-        return repacked
+        vendor: Any = module
+        return twin(module, qweight=pack_codes(self.grid(module).codes(weight), vendor.bits))
 
     def decodes(self, module: nn.Module, x: Tensor) -> bool:
         """Say whether auto-round's Triton kernel is there and the faster one for `x`."""

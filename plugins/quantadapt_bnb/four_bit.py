@@ -191,12 +191,11 @@ class FourBitTarget(LayerwiseTarget):
         return CodebookGrid(scale=scales, group_size=size, dtype=state.dtype, levels=state.code)
 
     def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
-        grid, vendor = self.grid(module), twin(module)
+        grid = self.grid(module)
         assert grid is not None
-        vendor.weight = with_codes(as_packed(module), grid.codes(weight))
-        vendor.weight.module = vendor
-        repacked: nn.Module = vendor
-        return repacked
+        packed = with_codes(as_packed(module), grid.codes(weight))
+        packed.module = made = twin(module, weight=packed)
+        return made
 
     def decodes(self, module: nn.Module, x: Tensor) -> bool:
         """Say whether `x` is on CUDA and holds few tokens. There is no kernel for rows of partial

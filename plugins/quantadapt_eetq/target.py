@@ -67,10 +67,8 @@ class EETQTarget(LayerwiseTarget):
     def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
         import torch
 
-        codes, repacked = self.grid(module).codes(weight).to(torch.int8), twin(module)
-        repacked.weight = torch.nn.Parameter(pack(codes), requires_grad=False)
-        made: nn.Module = repacked
-        return made
+        codes = self.grid(module).codes(weight).to(torch.int8)
+        return twin(module, weight=torch.nn.Parameter(pack(codes), requires_grad=False))
 
     def decodes(self, module: nn.Module, x: Tensor) -> bool:
         """Say whether the vendor's kernel is there and the faster one for `x`."""

@@ -126,12 +126,14 @@ def rows_of_units(first: int, last: int, unit: int, read: Callable[[int, int], T
     return read(start, end)[first - start : last - start]
 
 
-def twin(module: nn.Module) -> Any:
-    """Return a module that holds the very tensors of `module` until others are set in it: what
-    `repack` begins with."""
-    made: Any = copy.copy(module)
+def twin(module: nn.Module, **others: Tensor) -> nn.Module:
+    """Return a module that holds the very tensors of `module`, but for `others` by their names:
+    what `repack` returns."""
+    made = copy.copy(module)
     for name in ("_parameters", "_buffers", "_modules"):
         setattr(made, name, dict(getattr(module, name)))
+    for name, tensor in others.items():
+        setattr(made, name, tensor)
     return made
 
 
