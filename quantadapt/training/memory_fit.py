@@ -187,8 +187,8 @@ class MemoryFit:
         """
         free_bytes, total = torch.cuda.mem_get_info(self.device)
         ours = free_bytes + torch.cuda.memory_reserved(self.device)
-        free = min(ours, int(total * _allowed_share(self.device)))
-        there = usable(free, context=0, limit=rules.limit(self.spec), lost=lost)
+        allowed = min(ours, int(total * _allowed_share(self.device)))
+        there = usable(allowed, context=0, limit=rules.limit(self.spec), lost=lost)
         still_to_come = between_passes(
             sum(weight.numel() for weight in self.weights),
             self.spec.optim,
