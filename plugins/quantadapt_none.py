@@ -73,13 +73,9 @@ class DenseTarget(LayerwiseTarget):
         return weight.t() if is_conv1d(module) else weight
 
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
-        from torch import nn
+        from quantadapt.loading import as_conv1d, is_conv1d, linear_of
 
-        from quantadapt.loading import as_conv1d, is_conv1d
-
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = module.bias  # type: ignore[assignment]
+        linear = linear_of(weight, module.bias)  # type: ignore[arg-type]
         made = as_conv1d(linear) if is_conv1d(module) else linear
         return made.train(module.training)
 

@@ -494,7 +494,7 @@ def test_run_prints_plan_progress_and_results(run_cli, pipeline):
         "✓ train",
         "note: a note",
         "✓ evaluate",
-        "exact tuned 41.7 %",
+        "exact tuned 41.7%",
         "higher is better",
         "tuned: quantized and tuned",
         "tasks: it failed, on the tuned model",

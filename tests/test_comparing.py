@@ -503,7 +503,7 @@ def test_what_the_runs_on_a_gpu_want_together_is_known_before(tmp_path, monkeypa
     grid = {"adapter": ["lora", "dora", "vera"]}
     for at_once in (1, 2, 3):
         look_at(comparison(STEPS, grid, reference=False, at_once=at_once), tmp_path / "out")
-    # Each takes 0.6 GiB for CUDA, and 5 % are lost between blocks.
+    # Each takes 0.6 GiB for CUDA, and 5% are lost between blocks.
     with pytest.raises(SpecError, match=r"91.4 GiB, the GPU has 80[\s\S]*use 2") as caught:
         look_at(comparison(STEPS, grid, reference=False, at_once=3, seeds=2), tmp_path / "out")
     cells[1:] = [SimpleNamespace(memory_gib=39.0, plan=None)] * 2
@@ -791,8 +791,8 @@ def test_ticks_that_are_near_each_other_read_apart() -> None:
         return [label for label in found if not label.startswith("size")]
 
     assert labels(short, 1.326, 1.335) == ["1.326", "1.328", "1.33", "1.332", "1.334"]
-    near = labels(lambda value: f"{100 * value:.3g} %", 0.99991, 0.99995)
-    assert near[:2] == ["99.991 %", "99.992 %"]
+    near = labels(lambda value: f"{100 * value:.3g}%", 0.99991, 0.99995)
+    assert near[:2] == ["99.991%", "99.992%"]
     assert labels(short, 1.0, 2.0)[0] == "1.00"
 
 
@@ -890,7 +890,7 @@ def test_the_smallest_near_the_best_is_taken_and_the_words_say_why() -> None:
     found = judged(*rows)
     assert found.row.label == "small"
     assert (
-        "the smallest of the 2 within 1 % of the best; big has 2.000 and takes 16.0 MiB"
+        "the smallest of the 2 within 1% of the best; big has 2.000 and takes 16.0 MiB"
         in found.words
     )
     assert "--seeds 3" in found.words
@@ -937,7 +937,7 @@ def test_the_dense_reference_is_compared_with() -> None:
     dense = row("none x lora", (1.98,), 16, reference=True)
     found = judged(dense, row("hqq x lora", (2.0,), 4))
     assert found.row.label == "hqq x lora"
-    assert "none x lora, on the dense base, is 1 % better." in found.words
+    assert "none x lora, on the dense base, is 1% better." in found.words
 
 
 def test_a_warning_of_what_is_taken_is_told() -> None:

@@ -368,8 +368,8 @@ LIES = {
         "test_experts_are_saved_and_loaded",
     ),
     "layers missed": (Plugin(lying(MissesLayers)), "test_finds_every_linear_layer_but_the_head"),
-    "5 % off": (Plugin(lying(FivePercentOff)), "test_dequantized_is_close_to_the_original"),
-    "5 % off, in the forward": (Plugin(lying(FivePercentOff)), "test_forward_is_the_vendors"),
+    "5% off": (Plugin(lying(FivePercentOff)), "test_dequantized_is_close_to_the_original"),
+    "5% off, in the forward": (Plugin(lying(FivePercentOff)), "test_forward_is_the_vendors"),
     "another forward": (
         Plugin(lying(OtherForward)),
         "test_forward_is_that_of_the_dequantized_weight",

@@ -106,8 +106,8 @@ def test_nothing_changes_on_a_cpu(backend):
     [
         ("bnb-nf4", "quantadapt_bnb.four_bit"),
         ("bnb-fp4", "quantadapt_bnb.four_bit"),
-        ("gptq", "quantadapt_gptqmodel.base"),
-        ("awq", "quantadapt_gptqmodel.base"),
+        ("gptq", "quantadapt_gptqmodel.target"),
+        ("awq", "quantadapt_gptqmodel.target"),
         ("autoround", "quantadapt_autoround"),
     ],
 )

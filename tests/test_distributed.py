@@ -99,9 +99,9 @@ def work(folder: Path, kind: str) -> dict[str, Any]:
 
 def ample_room() -> Any:
     """A patch: a CPU has room for a whole base."""
-    from quantadapt.training import lent
+    from quantadapt.training import base_placement
 
-    return patch.object(lent, "_room", lambda *_: 2.0**40)
+    return patch.object(base_placement, "_room", lambda *_: 2.0**40)
 
 
 def runs(folder: Path, device: str) -> dict[str, Any]:
@@ -360,8 +360,8 @@ from quantadapt.hookspecs import hookimpl
 @hookimpl
 def quantadapt_stage_done(stage, value):
     if stage == "attach" and os.environ.get("ROOM"):
-        from quantadapt.training import lent
-        lent._room = lambda *_: 2.0**40
+        from quantadapt.training import base_placement
+        base_placement._room = lambda *_: 2.0**40
     if stage == "attach" and os.environ.get("DIES") == os.environ["RANK"]:
         def die(*_):
             if os.path.isdir(os.environ["DIES_AFTER"]):

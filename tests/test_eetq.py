@@ -5,8 +5,8 @@ import types
 from pathlib import Path
 
 import pytest
-import quantadapt_eetq as eetq
 import torch
+from quantadapt_eetq import EETQ, tiles, vendor
 from torch import nn
 from transformers import AutoModelForCausalLM, EetqConfig, LlamaConfig, LlamaForCausalLM
 
@@ -36,7 +36,7 @@ def test_codes_and_scales_by_hand():
             [3.0, -1.5, 0.75, 0.02, -0.01],
         ]
     )
-    codes, scales = eetq.quantize_rows(weight)
+    codes, scales = tiles.quantize_rows(weight)
     assert codes.dtype == torch.int8
     assert codes[0].tolist() == [127, -128, 64, 1, -2]
     assert codes[1].tolist() == [-128, 64, 1, 0, 1]
@@ -48,7 +48,7 @@ def test_codes_and_scales_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_every_code_is_the_nearest(shape, dtype):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    codes, scales = eetq.quantize_rows(weight)
+    codes, scales = tiles.quantize_rows(weight)
     assert torch.equal(scales, weight.float().abs().amax(1) / 128)
     off = (weight.double() / scales.double()[:, None] - codes.double()).abs()
     clamped = codes == 127
@@ -61,7 +61,7 @@ def test_a_row_of_zeros_stays_zero():
     weight[5] = 0
     linear = nn.Linear(64, 64, bias=False)
     linear.weight = nn.Parameter(weight)
-    quantizer = eetq.EETQ()
+    quantizer = EETQ()
     found = quantizer.target.dequantize(quantizer.quantize_linear(linear))
     assert (found[5] == 0).all()
     assert found.isfinite().all()
@@ -70,7 +70,7 @@ def test_a_row_of_zeros_stays_zero():
 def test_dequantized_in_float16_is_the_products_rounding():
     codes = torch.arange(-128, 128).to(torch.int8).reshape(4, 64).repeat(16, 1)
     scales = (torch.rand(64) / 100).half()
-    found = eetq.dequantize(eetq.pack(codes), scales).half()
+    found = tiles.dequantize(tiles.pack(codes), scales).half()
     assert torch.equal(found, codes.half() * scales[:, None])
 
 
@@ -92,9 +92,9 @@ def test_packed_as_the_vendor_packs(shape):
     rows, columns = shape
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-128, 128, shape, generator=generator).to(torch.int8)
-    packed = eetq.pack(codes)
+    packed = tiles.pack(codes)
     assert packed.shape == (columns, rows)
-    assert torch.equal(eetq.unpack(packed), codes)
+    assert torch.equal(tiles.unpack(packed), codes)
     stored = packed.flatten().view(torch.uint8)
     places = torch.tensor([[place(r, c, columns) for c in range(columns)] for r in range(rows)])
     assert torch.equal(stored[places.flatten()].int() - 128, codes.flatten().int())
@@ -104,7 +104,7 @@ def test_the_first_bytes_of_a_packed_weight():
     """Sixteen bytes as the vendor's own preprocessing gives them: rows 0 1 8 9 2 3 10 11 4 5 12 13
     6 7 14 15, then the middle two of each four exchanged, then 128 added."""
     codes = torch.arange(64, dtype=torch.int8).repeat(64, 1)
-    first = eetq.pack(codes).flatten()[:16].view(torch.uint8).int() - 128
+    first = tiles.pack(codes).flatten()[:16].view(torch.uint8).int() - 128
     assert first.tolist() == [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]
 
 
@@ -115,11 +115,11 @@ def cpu_gemm(x, packed, scales):
     """The product that the vendor's kernel computes."""
     assert packed.dtype == torch.int8
     assert x.dim() in (2, 3)
-    return x @ eetq.dequantize(packed, scales).to(x.dtype).t()
+    return x @ tiles.dequantize(packed, scales).to(x.dtype).t()
 
 
 def test_a_kernel_is_compared_before_it_is_used(monkeypatch):
-    monkeypatch.setattr(eetq, "_vendor_here", lambda device: ("EETQ", ""))
+    monkeypatch.setattr(vendor, "kernel_here", lambda device: ("EETQ", ""))
     cpu = torch.device("cpu")
     kernels = {
         "right": (cpu_gemm, True),
@@ -128,16 +128,16 @@ def test_a_kernel_is_compared_before_it_is_used(monkeypatch):
         "few rows only": (lambda x, w, s: cpu_gemm(x, w, s) * (len(x) < 5), False),
     }
     for name, (gemm, agrees) in kernels.items():
-        monkeypatch.setattr(eetq, "_import_gemm", lambda _, gemm=gemm: gemm)
-        found = eetq._vendor_gemm.__wrapped__(cpu, torch.float16)
+        monkeypatch.setattr(vendor, "_import_gemm", lambda _, gemm=gemm: gemm)
+        found = vendor.gemm_for.__wrapped__(cpu, torch.float16)
         assert (found is gemm) is agrees, name
 
     def unsupported(x, w, s):
         raise RuntimeError("Arch unsupported for CUTLASS mixed type GEMM")
 
-    monkeypatch.setattr(eetq, "_import_gemm", lambda _: unsupported)
-    assert eetq._vendor_gemm.__wrapped__(cpu, torch.float16) is None
-    assert eetq._vendor_gemm.__wrapped__(cpu, torch.bfloat16) is None
+    monkeypatch.setattr(vendor, "_import_gemm", lambda _: unsupported)
+    assert vendor.gemm_for.__wrapped__(cpu, torch.float16) is None
+    assert vendor.gemm_for.__wrapped__(cpu, torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -149,26 +149,26 @@ def test_a_layer_decodes_with_the_kernel_and_trains_without(monkeypatch, bias):
         return cpu_gemm(*args)
 
     linear = nn.Linear(128, 64, bias=bias).half()
-    layer = eetq.EETQ().quantize_linear(linear)
+    layer = EETQ().quantize_linear(linear)
     x = torch.randn(2, 3, 5, 128, dtype=torch.float16)
     reference = layer(x)
-    monkeypatch.setattr(eetq, "_vendor_gemm", lambda device, dtype: gemm)
+    monkeypatch.setattr(vendor, "gemm_for", lambda device, dtype: gemm)
     assert torch.allclose(layer(x), reference, rtol=2e-3, atol=2e-3)
     assert calls == [(30, 128)]
     x.requires_grad_()
     layer(x).sum().backward()
     assert len(calls) == 1
     assert x.grad is not None
-    target = eetq.EETQ().target
+    target = EETQ().target
     assert target.decodes(layer, x)
     assert not target.decodes(layer, x.repeat(3, 1, 1, 1))
 
 
 def test_the_plan_says_which_kernel_runs(monkeypatch):
     def note(*cards, device="cuda", installed="EETQ"):
-        monkeypatch.setattr(eetq, "this_machine", lambda: Machine(cuda=cards))
-        monkeypatch.setattr(eetq, "find_spec", lambda name: name == installed or None)
-        (found,) = eetq.EETQ().notes(device)
+        monkeypatch.setattr(vendor, "this_machine", lambda: Machine(cuda=cards))
+        monkeypatch.setattr(vendor, "find_spec", lambda name: name == installed or None)
+        (found,) = EETQ().notes(device)
         return found
 
     assert "vendor's kernel (EETQ)" in note((8, 0))
@@ -196,8 +196,8 @@ def stock(monkeypatch):
     """transformers' EETQ on a CPU: its own code, with the hub's kernel computed in PyTorch."""
 
     def quant_weights(weight, dtype, unprocessed):
-        codes, scales = eetq.quantize_rows(weight.t())
-        return eetq.pack(codes), scales.half()
+        codes, scales = tiles.quantize_rows(weight.t())
+        return tiles.pack(codes), scales.half()
 
     kernel = types.SimpleNamespace(w8_a16_gemm=cpu_gemm, quant_weights=quant_weights)
     hub = "transformers.integrations.hub_kernels.get_kernel"

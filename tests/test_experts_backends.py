@@ -231,7 +231,7 @@ def _share(model: Any) -> float:
 @pytest.mark.parametrize("backend", slow_but(LAYERWISE, "hqq"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_share_of_weights_quantized(family: str, backend: str) -> None:
-    """At least 95 % of what is neither embedding nor head."""
+    """At least 95% of what is neither embedding nor head."""
     options = LAYERWISE[backend]
     misfits = backend == "eetq" and family in ("Qwen3-Next", "DeepSeek-V3", "Qwen2-MoE")
     model = qa.quantize(fresh(family), backend=backend.split()[0], skip_misfits=misfits, **options)

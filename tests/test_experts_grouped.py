@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import pytest
 import torch
+from interpreted import cuda_tests_interpreted
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
@@ -15,6 +17,7 @@ from transformers.integrations.moe import use_experts_implementation
 import quantadapt as qa
 from quantadapt.facade import (
     densify,
+    expert_steps,
     fused_experts,
     read_in_parts,
     single_stack_lora,
@@ -34,6 +37,7 @@ from quantadapt.facade.grouped import Routing, StackLora, grouped, grouped_outer
 from quantadapt.model.experts import set_dense
 
 EXPERTS, K, TOKENS = 4, 2, 19
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 SIZES: dict[str, Any] = {
     **{"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "head_dim": 16},
     **{"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64},
@@ -293,17 +297,21 @@ class OnGpu:
 @pytest.mark.parametrize("ranks", [(16, 16), (8, 0), (0, 64)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_kernels_are_plain_torchs(ranks, bias, interleaved) -> None:
+def test_kernels_are_plain_torchs(ranks, bias, interleaved, monkeypatch) -> None:
     pytest.importorskip("triton", reason="triton comes with CUDA builds of torch")
+    # The interpreter multiplies no matrices of bfloat16.
+    kind, tolerance = (torch.bfloat16, 3e-3) if DEVICE == "cuda" else (torch.float32, 1e-5)
+    monkeypatch.setattr(expert_steps, "_kernels", lambda y, *_: y.dtype is kind)
     torch.manual_seed(0)
-    experts, count, tokens, k, width = OnGpu(), 6, 203, 3, 100
+    experts, count, k, width = OnGpu(), 6, 3, 100
+    tokens = 203 if DEVICE == "cuda" else 19
     inf = float("inf")
     _gates[experts] = Gate(True, 1.7, 7.0, 1.0) if interleaved else Gate(False, 1.0, inf, 0.0)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda").bfloat16()
+        return torch.randn(*shape, device=DEVICE).bfloat16()
 
-    index = torch.rand(tokens, count + 2, device="cuda").topk(k).indices
+    index = torch.rand(tokens, count + 2, device=DEVICE).topk(k).indices
     index[index == 2] = 1
     routing, rows = Routing.of(index, count), tokens * k
     y, dz, share = random(rows, 2 * width), random(rows, width), random(rows).sigmoid()
@@ -325,8 +333,14 @@ def test_kernels_are_plain_torchs(ranks, bias, interleaved) -> None:
         made += [torch.where(routing.is_routed(), add(to(y), to(added), routing), 0)]
         return [*made, combined(to(y), routing)]
 
-    for found, expected in zip(run(torch.bfloat16), run(torch.float32), strict=True):
-        assert rel(found, expected) < 3e-3
+    for found, expected in zip(run(kind), run(torch.float64), strict=True):
+        assert rel(found, expected) < tolerance
+
+
+@pytest.mark.slow
+def test_kernels_are_plain_torchs_where_they_are_interpreted() -> None:
+    said = cuda_tests_interpreted(__file__, "plain_torchs")
+    assert "12 passed" in said, said[-3000:]
 
 
 @pytest.mark.cuda

@@ -132,7 +132,7 @@ def test_a_layer_computes_what_the_rounded_sides_do(bias) -> None:
     close(given.grad, exact.grad)
     plain = x.double() @ layer.vendor.weight.double().T + (layer.bias.double() if bias else 0)
     off = (y.double() - plain).norm() / plain.norm()
-    assert 0.005 < off < 0.05  # two roundings of 2.6 % each, in sums of 48
+    assert 0.005 < off < 0.05  # two roundings of 2.6% each, in sums of 48
 
 
 class Rounding(Dense):

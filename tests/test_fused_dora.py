@@ -205,7 +205,7 @@ def test_half_precision_is_as_close_as_pefts(dtype, autocast, device) -> None:
 
 
 def test_the_norm_is_float32_whatever_the_base() -> None:
-    """Rounded to bfloat16 it would scale each row by up to 0.4 % too much or too little."""
+    """Rounded to bfloat16 it would scale each row by up to 0.4% too much or too little."""
     made = dora(True, dtype=torch.bfloat16, master=torch.float32)[0]
     with torch.no_grad():
         made.lora_B["default"].weight.mul_(0.001)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -195,3 +196,27 @@ def test_what_is_tried_in_part_is_a_test() -> None:
         file, _, name = entry.rpartition("::")
         found = [known for known, text in texts.items() if f"def {name}(" in text]
         assert file in found or (found and not file), entry
+
+
+def written(node: ast.AST) -> str:
+    """Return the text of a string in code, with 0 for what stands in braces."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(written(part) or "0" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def test_percent_signs_stand_at_their_numbers() -> None:
+    """`12%` and not `12 %`, on pages and in all that the code says."""
+    home, texts = Path(__file__).parents[1], list[tuple[Path, int, str]]()
+    for file in (*home.glob("*.md"), *home.glob("docs/**/*.md"), *home.glob("benchmarks/*.md")):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        texts += [(file, number, line) for number, line in enumerate(lines, 1)]
+    for file in (*ROOT.rglob("*.py"), *home.glob("plugins/**/*.py")):
+        nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        texts += [(file, node.lineno, text) for node in nodes if (text := written(node))]
+    apart = [
+        f"{file.relative_to(home)}:{number}"
+        for file, number, text in texts
+        if re.search(r"\d %(?!})", text)
+    ]
+    assert not apart, "\n".join(apart)

@@ -18,7 +18,9 @@ import pytest
 import torch
 from quantadapt_inc import INC, vendor
 from quantadapt_inc.config import config_for
-from quantadapt_inc.vendor import inner, looking_on, running, showing
+from quantadapt_inc.layers import inner
+from quantadapt_inc.quantize import looking_on
+from quantadapt_inc.vendor import running, showing
 from torch import nn
 
 import quantadapt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import socket
 import subprocess
 import sys
@@ -394,7 +395,7 @@ def test_two_files_of_answers_are_judged(files, tmp_path: Path, capsys, monkeypa
         assert judged(files, out, fake.url) == 0
         shown_ = capsys.readouterr()
         assert f"{files[0]} wins 4, {files[1]} wins 0, 0 ties of 4" in shown_.out
-        assert "100.0 %" in shown_.out
+        assert "100.0%" in shown_.out
         assert len(fake.judged) == 8
         assert judged(files, out, fake.url, "--json") == 0  # it is all there
         assert len(fake.judged) == 8
@@ -411,7 +412,7 @@ def test_a_judge_that_prefers_the_first_or_talks_rubbish_is_told(files, tmp_path
         assert judged(files, tmp_path / "first", fake.url) == 0
         out = capsys.readouterr().out
         assert "0 of 4; else it preferred the first answer 4 times, the last 0 times" in out
-        assert "50.0 %" in out
+        assert "50.0%" in out
         fake.reply = lambda body: said("as a language model \x1b[31m")
         assert judged(files, tmp_path / "rubbish", fake.url) == 1
     shown_ = capsys.readouterr()
@@ -508,6 +509,22 @@ def test_judgements_that_are_none_are_told(line, what, files, tmp_path, capsys) 
     with endpoint(prefers_longer) as fake:
         assert judged(files, out, fake.url) == 1
     assert what in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_question_that_cannot_be_asked_is_named_by_its_row(tmp_path: Path, capsys) -> None:
+    models = [str(shutil.copytree(MODEL_DIR, tmp_path / name)) for name in ("one", "other")]
+    template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'system' %}"
+    template += "{{ raise_exception('no system') }}{% endif %}{% endfor %}"
+    for model in models:
+        (Path(model) / "chat_template.jinja").write_text(template)
+    chats = [[{"role": role, "content": "a"}] for role in ("user", "system")]
+    chats[1] += chats[0]
+    prompts = tmp_path / "asked.jsonl"
+    prompts.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    out = str(tmp_path / "out")
+    assert call("judge", *models, "--prompts", str(prompts), "-o", out, "--pairs-only") == 1
+    said = capsys.readouterr().err
+    assert "asked.jsonl:2: the chat template refuses it: no system" in said.replace("\n", "")
 
 
 def test_pairs_alone_need_no_judge(files, tmp_path: Path) -> None:

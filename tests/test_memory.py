@@ -356,8 +356,8 @@ def test_of_long_rows_attention_is_kept_before_whole_layers() -> None:
 
 
 def test_what_costs_the_least_time_is_chosen_of_what_fits() -> None:
-    """Two passes of half the batch dequantize twice, and take 4 % more; 19 layers of 32 that are
-    computed again, 30 %."""
+    """Two passes of half the batch dequantize twice, and take 4% more; 19 layers of 32 that are
+    computed again, 30%."""
     found = work().fit(usable(24 * GIB))
     assert found == Setting(3, False, 2)
     assert work().peak(Setting(2, False, 2)) > usable(24 * GIB)
@@ -593,7 +593,7 @@ def test_a_card_that_may_just_do_is_warned_of(llama, tmp_path) -> None:
     wanted.evaluate.unquantized = False
     needed = planned(wanted, 80).memory.work.peak(Setting(32, True, 1))
     least = card_for(needed, LONG_ROWS) / GIB
-    for share, told in ((0.98, True), (1.001, False)):  # of which it may have 98 %, not 95
+    for share, told in ((0.98, True), (1.001, False)):  # of which it may have 98%, not 95
         notes = planned(wanted, least * share).notes
         assert any("memory may not suffice" in note for note in notes) == told
 

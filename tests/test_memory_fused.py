@@ -86,7 +86,7 @@ def test_a_layer_keeps_what_is_foreseen(made) -> None:
             held.clear()
         found = left_by(lambda: held.append(forward(tuned)))
     kept = work.kept_bytes(TOKENS) + work.low_bytes(TOKENS)
-    # The norm behind the last layer keeps something, too: of OLMo 2 3.4 % of three layers.
+    # The norm behind the last layer keeps something, too: of OLMo 2 3.4% of three layers.
     assert found == pytest.approx(LAYERS * kept, rel=0.04)
 
 

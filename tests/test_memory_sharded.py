@@ -19,7 +19,8 @@ from quantadapt.distributed import start
 from quantadapt.memory import GIB, WORKSPACE, Setting, Workload, size_words
 from quantadapt.memory.shape import Shape
 from quantadapt.sharding import PACKED, shard
-from quantadapt.training.lent import one_block_at_a_time, recomputed
+from quantadapt.training.base_placement import one_block_at_a_time
+from quantadapt.training.lent import recomputed
 from quantadapt.training.lent_to_trainers import add_head_loss
 
 LAYERS, TOKENS = 4, 16

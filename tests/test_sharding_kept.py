@@ -118,7 +118,7 @@ def compared(folder: str) -> dict[str, Any]:
     import quantadapt as qa
     from quantadapt.distributed import start
     from quantadapt.sharding import gathered_bytes, is_sharded, kept_gathered, shard
-    from quantadapt.training import lent
+    from quantadapt.training import base_placement
 
     models = {name: [qa.quantize(folder, name) for _ in range(3)] for name in BACKENDS}
     start("cpu")
@@ -144,7 +144,7 @@ def compared(folder: str) -> dict[str, Any]:
         found[name]["hooks"] = hooks(model) == there
         notes: list[str] = []
         found[name]["each time"] = trained(shard(other), notes)
-        with patch.object(lent, "_room", lambda *_: 2.0**40):
+        with patch.object(base_placement, "_room", lambda *_: 2.0**40):
             found[name]["once"] = trained(shard(third), notes)
             found[name]["after"] = is_sharded(third), held(third) / size
             found[name]["min"] = trained(model, found[name].setdefault("told", []), memory="min")

@@ -27,7 +27,7 @@ from quantadapt.planning import plan
 from quantadapt.registry import registry
 from quantadapt.spec import Spec, TrainSpec
 from quantadapt.streaming import Streamer, Traffic, bring_back, stream, streamer_of
-from quantadapt.training import lent
+from quantadapt.training import base_placement
 
 LAYERS = 4
 QUICK = {"aqlm": {"beam_size": 1, "max_epochs": 1}, "autoround": {"iters": 1}}
@@ -132,9 +132,10 @@ def test_what_finds_no_room_to_come_back_stays_streamed(backend: str) -> None:
         made.append(0)
         raise ArithmeticError
 
-    gpu = patch.object(lent, "adapter_device", lambda _: torch.device("cuda"))
+    gpu = patch.object(base_placement, "adapter_device", lambda _: torch.device("cuda"))
     fills, streams = patch.object(torch.Tensor, "clone", full), TrainSpec(stream="all")
-    with gpu, fills, pytest.raises(ArithmeticError), lent.streamed(model, streams, notes.append):
+    lent = base_placement.streamed(model, streams, notes.append)
+    with gpu, fills, pytest.raises(ArithmeticError), lent:
         fail()
     assert notes == ["the GPU has no room for the whole base any more: it stays streamed"]
     assert len(streamed(model).blocks) == LAYERS - 1

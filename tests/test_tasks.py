@@ -271,8 +271,8 @@ def test_what_changed_stands_with_the_figures_and_is_shown() -> None:
     }
     screen = io.StringIO()
     show_errors(Console(file=screen, width=100), metrics["evaluations"]["tasks"])
-    assert "75.0 ± 25.0 %" in screen.getvalue()
-    assert f"-50.0 ± {100 * error:.1f} %" in screen.getvalue()
+    assert "75.0 ± 25.0%" in screen.getvalue()
+    assert f"-50.0 ± {100 * error:.1f}%" in screen.getvalue()
     assert warnings_of(metrics, []) == []  # less than two standard errors is noise
     acc["changes"]["tuned"]["error"] = 0.1
     assert "training made tasks x acc worse" in warnings_of(metrics, [])[0]

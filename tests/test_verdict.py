@@ -61,7 +61,7 @@ def test_other_evaluations_are_judged_by_their_own_direction() -> None:
     assert warnings_of(metrics(**good, size=("MiB", "", 1.0, 9.0)), FALLING) == []
     bad = {"exact": ("share", "higher", 0.4, 0.1), "rate": ("bits/byte", "lower", 1.0, math.nan)}
     exact, rate = warnings_of(metrics(**bad), FALLING)
-    assert "exact worse, higher being better: from 40.0 % to 10.0 %" in exact
+    assert "exact worse, higher being better: from 40.0% to 10.0%" in exact
     assert "rate worse" in rate
 
 

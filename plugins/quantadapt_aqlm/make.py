@@ -23,7 +23,14 @@ from quantadapt.calibration import LayerInputs, walk_blocks
 from quantadapt.calibration.experts import Opened, close_experts, open_experts, round_experts
 from quantadapt.errors import ModelError, OutputError
 from quantadapt.folders.modes import give_usual_modes
-from quantadapt.loading import from_pretrained, linear_layers, set_submodule, skipped_modules
+from quantadapt.loading import (
+    cast_parameters,
+    from_pretrained,
+    linear_layers,
+    linear_of,
+    set_submodule,
+    skipped_modules,
+)
 from quantadapt.paths import cache_folder
 from quantadapt_aqlm import additive
 
@@ -48,7 +55,7 @@ def make(
     """Return `source` with AQLM layers; see `Quantizer.quantize`."""
     model = from_pretrained(source, dtype=dtype) if isinstance(source, str) else source
     training = model.training
-    _cast(model.eval(), dtype)
+    cast_parameters(model.eval(), dtype)
     skip = skipped_modules(model, skip)
     opened = open_experts(model, skip, lambda *sizes: None)
     names = [name for name, _ in linear_layers(model, skip)]
@@ -65,12 +72,6 @@ def make(
     close_experts(model, opened, lambda one, _: maker.made.pop(one.stack.name))
     round_experts(model, skip, quantizer, device)
     return model.to(device).train(training)
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
 
 
 class _Maker:
@@ -159,9 +160,7 @@ class _Experts:
         """Return the tall layer and its inputs."""
         assert self.moment is not None
         weight = torch.cat([self.linears[name].weight for name in self.opened.layers])
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        return linear, LayerInputs(self.moment, self.rows)
+        return linear_of(weight), LayerInputs(self.moment, self.rows)
 
     def spread(self, dense: Tensor) -> None:
         """Let each expert's layer compute with its part of `dense`."""

@@ -92,7 +92,7 @@ class AutoRound(LayerwiseQuantizer):
         if isinstance(model, str):
             model = loading.from_pretrained(model, dtype=dtype)
         model.requires_grad_(False)
-        _cast(model, dtype)
+        loading.cast_parameters(model, dtype)
         skip = loading.skipped_modules(model, skip_modules)
         opened = open_experts(model, skip, self.misfit)
         names = {name for name, _ in loading.linear_layers(model, skip)}
@@ -105,7 +105,7 @@ class AutoRound(LayerwiseQuantizer):
             loading.set_submodule(model, name, vendor.train(linear.training))
         close_experts(model, opened, lambda _, layers: self.join_rows(layers))
         round_experts(model, skip, self, device)
-        _cast(model, dtype)
+        loading.cast_parameters(model, dtype)
         return model.to(device)
 
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
@@ -233,10 +233,8 @@ class AutoRoundTarget(LayerwiseTarget):
     def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
         from quantadapt_autoround.layers import pack_codes
 
-        vendor = twin(module)
-        vendor.qweight = pack_codes(self.grid(module).codes(weight), vendor.bits)
-        repacked: nn.Module = vendor
-        return repacked
+        vendor: Any = module
+        return twin(module, qweight=pack_codes(self.grid(module).codes(weight), vendor.bits))
 
     def decodes(self, module: nn.Module, x: Tensor) -> bool:
         """Say whether auto-round's Triton kernel is there and the faster one for `x`."""
@@ -263,13 +261,6 @@ class AutoRoundTarget(LayerwiseTarget):
 
         output: Tensor = product(module, x) if has_kernel(module, x) else module(x)
         return output
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give the parameters of a live model the compute dtype; buffers keep theirs."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
 
 
 @hookimpl

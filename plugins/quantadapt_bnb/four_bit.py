@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from quantadapt.compiling import one_kernel
 from quantadapt.errors import ModelError
 from quantadapt.protocols import CodebookGrid, LayerwiseTarget, twin
 from quantadapt_bnb.base import BitsAndBytes, holds, on_default_stream
-from quantadapt_bnb.packed import (
-    as_packed,
-    by_one_kernel,
-    by_vendor,
-    look_for_lost_scales,
-    scales_of,
-)
+from quantadapt_bnb.packed import as_packed, dense, dense_rows, scales_of, with_codes
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +23,6 @@ DECODING = 32
 
 class _FourBit(BitsAndBytes):
     quant_type: ClassVar[str]
-
-    def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
-        _check_nested(path)
-        return super().load(path, device=device, dtype=dtype)
 
     double_quant: bool = Field(
         True, description="quantize the scales too (0.4 bits per weight less)"
@@ -56,37 +44,44 @@ class _FourBit(BitsAndBytes):
         return 4 + (8 + 32 / block_of_scales) / block + tables / (in_features * out_features)
 
     def quantize_linear(self, linear: nn.Linear) -> nn.Module:
+        import torch
         from bitsandbytes.nn import Params4bit
 
-        module: Any = self._empty(linear)
-        options = {k: v for k, v in vars(module.weight).items() if k != "module"}
-        packed = Params4bit(linear.weight.data, requires_grad=False, **options)
-        with on_default_stream(linear.weight.device):
-            module.weight = packed.to(linear.weight.device)
-        module.bias = linear.bias
-        vendor: nn.Module = module
-        return vendor
-
-    def _empty(self, linear: nn.Linear) -> nn.Module:
-        """Return the vendor's module of that size."""
-        import torch
-        from bitsandbytes.nn import Linear4bit
-
-        module: nn.Module = Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            compute_dtype=linear.weight.dtype,
+        packed = Params4bit(
+            linear.weight.data,
+            requires_grad=False,
             compress_statistics=self.double_quant,
             quant_type=self.quant_type,
             quant_storage=getattr(torch, self.quant_storage),
+        )
+        with on_default_stream(linear.weight.device):
+            packed = packed.to(linear.weight.device)
+        return self._module(packed, linear.bias)
+
+    def _module(self, packed: Any, bias: Any) -> nn.Module:
+        """Return the vendor's layer around a packed weight."""
+        from bitsandbytes.nn import Linear4bit
+
+        state = packed.quant_state
+        module: nn.Module = Linear4bit(
+            *reversed(state.shape),
+            bias=False,
+            compute_dtype=state.dtype,
+            compress_statistics=packed.compress_statistics,
+            quant_type=packed.quant_type,
+            quant_storage=packed.quant_storage,
             device="meta",
         )
+        module.weight, module.bias = packed, bias
         return module
+
+    def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
+        _check_nested(path)
+        return super().load(path, device=device, dtype=dtype)
 
     def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
         """transformers loads whole checkpoints; `load_state_dict` leaves out the scales."""
-        from bitsandbytes.nn import Linear4bit, Params4bit
+        from bitsandbytes.nn import Params4bit
         from torch import nn
 
         codes, stats = state["weight"].clone(), {**state}
@@ -97,32 +92,18 @@ class _FourBit(BitsAndBytes):
         if (packed.quant_type, found) != (self.quant_type, wanted):
             what = f"they are {packed.quant_type} of {found}, not {self.quant_type} of {wanted}"
             raise ModelError(what)
-        module: Any = Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias=False,
-            compute_dtype=packed.quant_state.dtype,
-            compress_statistics=packed.compress_statistics,
-            quant_type=self.quant_type,
-            quant_storage=packed.quant_storage,
-            device="meta",
-        )
-        packed.module = module
-        module.weight = packed
-        module.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        vendor: nn.Module = module
-        return vendor
+        own = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        packed.module = module = self._module(packed, own)
+        return module
 
     def join_rows(self, layers: list[nn.Module]) -> nn.Module:
         """Join them; quantized scales become plain ones, as each layer has an offset of its own."""
         import torch
         from bitsandbytes.nn import Params4bit
-        from torch import nn
 
         packed: list[Any] = [layer.weight for layer in layers]
         states = [weight.quant_state for weight in packed]
         first, rows = states[0], sum(state.shape[0] for state in states)
-        columns = first.shape[1]
         if any(state.shape.numel() % state.blocksize for state in states):
             what = f"the last block of {first.blocksize} weights of an expert is not full"
             raise ModelError(what, fix="quantize the original model again")
@@ -132,16 +113,12 @@ class _FourBit(BitsAndBytes):
             "blocksize": first.blocksize,
             "quant_type": first.quant_type,
             "dtype": str(first.dtype).removeprefix("torch."),
-            "shape": (rows, columns),
+            "shape": (rows, first.shape[1]),
         }
-        linear = nn.Linear(columns, rows, bias=False, device="meta", dtype=first.dtype)
-        module: Any = self._empty(linear)
         codes = torch.cat([weight.data.reshape(-1, 1) for weight in packed])
-        module.weight = Params4bit.from_prequantized(
-            codes, stats, device=codes.device, module=module
-        )
-        vendor: nn.Module = module
-        return vendor
+        joined = Params4bit.from_prequantized(codes, stats, device=codes.device)
+        joined.module = module = self._module(joined, None)
+        return module
 
     def quantization_config(self) -> dict[str, Any]:
         from transformers import BitsAndBytesConfig
@@ -194,43 +171,11 @@ class FourBitTarget(LayerwiseTarget):
         return holds(module, "Params4bit")
 
     def dequantize(self, module: nn.Module) -> Tensor:
-        packed = as_packed(module)
-        data, state = packed.data, packed.quant_state
-        look_for_lost_scales(state)
-
-        def vendors() -> Tensor:
-            return by_vendor(data, state)
-
-        if not state.nested or data.shape[0] == 1:  # 1: an old layout, transposed
-            return vendors()
-        scales, of_scales = state.absmax, state.state2
-        return one_kernel(
-            by_one_kernel,
-            *(data, scales, of_scales.code, of_scales.absmax, state.offset, state.code),
-            static=(state.blocksize, of_scales.blocksize, tuple(state.shape), state.dtype),
-            otherwise=vendors,
-        )
+        return dense(as_packed(module))
 
     def dequantize_rows(self, module: nn.Module, first: int, last: int) -> Tensor:
-        import torch
-        from bitsandbytes.functional import QuantState
-
-        packed = as_packed(module)
-        state, columns = packed.quant_state, packed.quant_state.shape[1]
-        start, end, size = first * columns, last * columns, packed.quant_state.blocksize
-        if start % size or end % size or packed.data.shape[0] == 1:
-            return super().dequantize_rows(module, first, last)
-        look_for_lost_scales(state)
-        own = QuantState(
-            absmax=scales_of(state)[start // size : end // size],
-            shape=(last - first, columns),
-            code=state.code,
-            blocksize=size,
-            quant_type=state.quant_type,
-            dtype=state.dtype,
-        )
-        codes = packed.data.view(torch.uint8).view(-1, 1)[start // 2 : end // 2]
-        return by_vendor(codes, own)
+        rows = dense_rows(as_packed(module), first, last)
+        return super().dequantize_rows(module, first, last) if rows is None else rows
 
     def grid(self, module: nn.Module) -> CodebookGrid | None:
         packed = as_packed(module)
@@ -246,22 +191,11 @@ class FourBitTarget(LayerwiseTarget):
         return CodebookGrid(scale=scales, group_size=size, dtype=state.dtype, levels=state.code)
 
     def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
-        import torch
-
-        grid, packed = self.grid(module), copy.copy(as_packed(module))
+        grid = self.grid(module)
         assert grid is not None
-        codes = grid.codes(weight).to(torch.uint8).view(-1)
-        if codes.numel() % 2:
-            codes = torch.nn.functional.pad(codes, (0, 1))
-        bytes_ = packed.data.view(torch.uint8)
-        both = codes.new_zeros(bytes_.numel())
-        both[: codes.numel() // 2] = codes[::2] << 4 | codes[1::2]
-        packed.data = both.view(bytes_.shape).view(packed.data.dtype)
-        vendor = twin(module)
-        vendor.weight = packed
-        packed.module = vendor
-        repacked: nn.Module = vendor
-        return repacked
+        packed = with_codes(as_packed(module), grid.codes(weight))
+        packed.module = made = twin(module, weight=packed)
+        return made
 
     def decodes(self, module: nn.Module, x: Tensor) -> bool:
         """Say whether `x` is on CUDA and holds few tokens. There is no kernel for rows of partial

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import Field
 
@@ -104,7 +104,7 @@ class Int8Target(LayerwiseTarget):
 
     quantizes_activations = True
     straight_through = False
-    """0.8 % of rounding a layer. The vendor's forward waits for the GPU and takes twice as long."""
+    """0.8% of rounding a layer. The vendor's forward waits for the GPU and takes twice as long."""
     reads_rows = True
 
     def matches(self, module: nn.Module) -> bool:
@@ -134,12 +134,11 @@ class Int8Target(LayerwiseTarget):
     def repack(self, module: nn.Module, weight: Tensor) -> nn.Module:
         import torch
 
-        codes, vendor = self.grid(module).codes(weight).to(torch.int8), twin(module)
-        vendor.weight = _int8(codes, _row_scales(module))
-        vendor.state = copy.copy(vendor.state)
-        vendor.state.CB = vendor.state.SCB = None  # the first forward takes them from the weight
-        repacked: nn.Module = vendor
-        return repacked
+        codes = self.grid(module).codes(weight).to(torch.int8)
+        made = twin(module, weight=_int8(codes, _row_scales(module)))
+        made.state = state = copy.copy(cast("Any", module.state))
+        state.CB = state.SCB = None  # the first forward takes them from the weight
+        return made
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         """Round the activations, as in evaluation; a layer of a model that was training when it was

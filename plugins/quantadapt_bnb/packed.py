@@ -6,6 +6,8 @@ import copy
 import math
 from typing import TYPE_CHECKING, Any
 
+from quantadapt.compiling import one_kernel
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -37,7 +39,64 @@ def scales_of(state: Any) -> Tensor:
     return plain.float()
 
 
-def look_for_lost_scales(state: Any) -> None:
+def dense(packed: Any) -> Tensor:
+    """Return the weight [out_features, in_features], in the dtype that was quantized."""
+    data, state = packed.data, packed.quant_state
+    _look_for_lost_scales(state)
+
+    def vendors() -> Tensor:
+        return _by_vendor(data, state)
+
+    if not state.nested or data.shape[0] == 1:  # 1: an old layout, transposed
+        return vendors()
+    scales, of_scales = state.absmax, state.state2
+    return one_kernel(
+        _by_one_kernel,
+        *(data, scales, of_scales.code, of_scales.absmax, state.offset, state.code),
+        static=(state.blocksize, of_scales.blocksize, tuple(state.shape), state.dtype),
+        otherwise=vendors,
+    )
+
+
+def dense_rows(packed: Any, first: int, last: int) -> Tensor | None:
+    """Return the rows from `first` to before `last`, likewise; None where blocks of weights do not
+    begin and end with them."""
+    import torch
+    from bitsandbytes.functional import QuantState
+
+    state, columns = packed.quant_state, packed.quant_state.shape[1]
+    start, end, size = first * columns, last * columns, state.blocksize
+    if start % size or end % size or packed.data.shape[0] == 1:
+        return None
+    _look_for_lost_scales(state)
+    own = QuantState(
+        absmax=scales_of(state)[start // size : end // size],
+        shape=(last - first, columns),
+        code=state.code,
+        blocksize=size,
+        quant_type=state.quant_type,
+        dtype=state.dtype,
+    )
+    codes = packed.data.view(torch.uint8).view(-1, 1)[start // 2 : end // 2]
+    return _by_vendor(codes, own)
+
+
+def with_codes(packed: Any, codes: Tensor) -> Any:
+    """Return a packed weight with the same scales and other codes, from 0 to 15 [out_features,
+    in_features]."""
+    import torch
+
+    made, codes = copy.copy(packed), codes.to(torch.uint8).view(-1)
+    if codes.numel() % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    bytes_ = packed.data.view(torch.uint8)
+    both = codes.new_zeros(bytes_.numel())
+    both[: codes.numel() // 2] = codes[::2] << 4 | codes[1::2]
+    made.data = both.view(bytes_.shape).view(packed.data.dtype)
+    return made
+
+
+def _look_for_lost_scales(state: Any) -> None:
     """Raise ValueError where there are too few of them: kernels would read past their end."""
     counts = [(state.absmax, math.prod(state.shape), state.blocksize), (state.code, 16, 1)]
     if state.nested:
@@ -51,7 +110,7 @@ def look_for_lost_scales(state: Any) -> None:
             )
 
 
-def by_vendor(codes: Tensor, state: Any) -> Tensor:
+def _by_vendor(codes: Tensor, state: Any) -> Tensor:
     """Return the weight as bitsandbytes has it. Its kernel for CPUs with AVX-512 starts a block
     anew at each row (seen in 0.50), so there each block is a row, or all is one."""
     from bitsandbytes.functional import dequantize_4bit
@@ -66,7 +125,7 @@ def by_vendor(codes: Tensor, state: Any) -> Tensor:
     return weight.view(shape)
 
 
-def by_one_kernel(
+def _by_one_kernel(
     packed: Tensor,
     scales: Tensor,
     code_of_scales: Tensor,

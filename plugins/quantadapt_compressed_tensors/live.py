@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from quantadapt.errors import ModelError
+from quantadapt_compressed_tensors.config import schemes_in
 from quantadapt_compressed_tensors.layers import SCHEME, scheme_of
-from quantadapt_compressed_tensors.schemes import Scheme, schemes_in
+from quantadapt_compressed_tensors.schemes import Scheme
 
 
 def schemes_of(model: nn.Module) -> list[Scheme]:

@@ -1,39 +1,17 @@
-"""How the config of a compressed-tensors checkpoint says what is rounded, and to what; the schemes
-that have a name. Nothing heavy is imported: plans read it.
+"""How layers of compressed-tensors are rounded, in its words; the schemes that have a name. Nothing
+heavy is imported: plans read it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from quantadapt.errors import ModelError
-
-WHERE = "quantization_config"
-DENSE_AGAIN = (
-    "load it dense with transformers (CompressedTensorsConfig(dequantize=True)), save that, and"
-    " start from there"
-)
-"""The way out of what is not read."""
-
-FORMATS = {
-    "pack-quantized": ("int", tuple(range(1, 9))),
-    "int-quantized": ("int", tuple(range(1, 9))),
-    "float-quantized": ("float", (8,)),
-    "mxfp8-quantized": ("float", (8,)),
-    "nvfp4-pack-quantized": ("float", (4,)),
-    "mxfp4-pack-quantized": ("float", (4,)),
-}
-"""The layouts that are read and written: type and bits of their weights."""
-_SCALES = {
-    "nvfp4-pack-quantized": "torch.float8_e4m3fn",
-    "mxfp4-pack-quantized": "torch.uint8",
-    "mxfp8-quantized": "torch.uint8",
-}
-"""What the scales of a layout are in."""
+PACKED = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
+"""Formats that hold several codes in a word."""
 
 
 class Args(BaseModel):
@@ -174,10 +152,6 @@ class Scheme(BaseModel):
         }
 
 
-PACKED = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
-"""Formats that hold several codes in a word."""
-
-
 def _of_size(size: Any) -> str:
     return "channel" if size == -1 else "group"
 
@@ -260,96 +234,3 @@ def named(scheme: Scheme) -> tuple[Any, int | None] | None:
             if sized(name, given) == scheme:
                 return name, given
     return None
-
-
-def schemes_in(config: Mapping[str, Any]) -> list[Scheme]:
-    """Return the schemes of the groups of a config.
-
-    Raises:
-        ModelError: it says something that is not read here, or nothing sensible.
-    """
-    _refuse_unread(config)
-    groups = config.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
-        raise _refused("it has no config_groups", "restore its config.json")
-    return [_scheme(name, group, config.get("format")) for name, group in groups.items()]
-
-
-def _scheme(name: str, group: Any, common: Any) -> Scheme:
-    where = f"its {name}"
-    if isinstance(group, list) and name in SCHEMES:  # a scheme by its name
-        return SCHEMES[name]
-    if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
-        raise _refused(f"{where} says nothing of weights", DENSE_AGAIN)
-    if group.get("output_activations"):
-        raise _refused(f"{where} rounds what comes out of layers, which is not done here")
-    if any(target == "Embedding" for target in group.get("targets") or ()):
-        raise _refused(f"{where} is of embeddings, which stay dense here")
-    try:
-        weights = Args.model_validate(group["weights"])
-        given = group.get("input_activations")
-        inputs = None if given is None else Args.model_validate(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        at = ".".join(map(str, first["loc"]))
-        what = f"{where} has {at} {first['input']!r}: {first['msg']}" if at else first["msg"]
-        raise _refused(what if at else f"{where}: {what}") from None
-    layout = group.get("format") or common
-    if layout == "naive-quantized":
-        layout = f"{weights.type}-quantized"
-    elif layout in (None, "mixed-precision"):
-        layout = _layout_of(weights, inputs)
-    kind, bits = FORMATS.get(str(layout), ("", ()))
-    if not kind:
-        raise _refused(f"the format {layout} is not read; {', '.join(FORMATS)} are")
-    if weights.type != kind or weights.num_bits not in bits:
-        said = f"{weights.num_bits} bits of type {weights.type}"
-        raise _refused(f"{where} has {said}, which the format {layout} does not hold")
-    weights = _complete(weights, str(layout))
-    inputs = None if inputs is None else _complete(inputs, str(layout))
-    if weights.type == "float" and not weights.symmetric:
-        raise _refused(f"{where} has floats with zero points")
-    return Scheme(weights=weights, inputs=inputs, format=str(layout))
-
-
-def _complete(args: Args, layout: str) -> Args:
-    """Return what older configs mean, which leave out what scales of FP4 and MX are in."""
-    if args.type != "float" or not args.is_grouped or args.scale_dtype is not None:
-        return args
-    return args.model_copy(update={"scale_dtype": _SCALES.get(layout)})
-
-
-def _layout_of(weights: Args, inputs: Args | None) -> str:
-    """Return the format that compressed-tensors chooses where none is said."""
-    if weights.type == "float" and weights.num_bits == 4:
-        return "mxfp4-pack-quantized" if weights.group_size == 32 else "nvfp4-pack-quantized"
-    if weights.type == "float":
-        mx = weights.group_size == 32 and str(weights.scale_dtype).endswith("uint8")
-        return "mxfp8-quantized" if mx else "float-quantized"
-    return "pack-quantized" if inputs is None else "int-quantized"
-
-
-def _refuse_unread(config: Mapping[str, Any]) -> None:
-    """Raise ModelError for what whole checkpoints may be and are not read as."""
-    if config.get("transform_config"):
-        raise _refused("its weights are rotated (transform_config), which takes code of their own")
-    sparsity = config.get("sparsity_config") or {}
-    if isinstance(sparsity, Mapping) and sparsity.get("format") not in (None, "dense"):
-        raise _refused(f"it is sparse (sparsity_config: {sparsity.get('format')})")
-    status = str(config.get("quantization_status") or "compressed")
-    if status != "compressed":
-        what = f"its quantization_status is {status}: the files hold floats, not codes"
-        raise _refused(what, "compress it with compressed_tensors' ModelCompressor, and save that")
-
-
-def left_out(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a config says and adapters are trained without."""
-    if config.get("kv_cache_scheme"):
-        yield (
-            "the checkpoint says how the KV cache is rounded (kv_cache_scheme): training does not"
-            " round it, and what is merged and written here does not say it any more"
-        )
-
-
-def _refused(what: str, fix: str = DENSE_AGAIN) -> ModelError:
-    return ModelError(what, fix=fix, where=WHERE)

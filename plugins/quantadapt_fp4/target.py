@@ -56,7 +56,5 @@ class FP4Target(LayerwiseTarget):
 
         from .arithmetic import pack
 
-        vendor = twin(module)
-        vendor.weight_packed = pack(self.grid(module).codes(weight).to(torch.uint8))
-        repacked: nn.Module = vendor
-        return repacked
+        codes = self.grid(module).codes(weight).to(torch.uint8)
+        return twin(module, weight_packed=pack(codes))

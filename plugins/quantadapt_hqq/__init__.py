@@ -211,16 +211,14 @@ class HQQTarget(LayerwiseTarget):
         import torch
         from hqq.core.quantize import Quantizer
 
-        grid, vendor = self.grid(module), twin(module)
+        grid, vendor = self.grid(module), cast("Any", module)
         assert grid is not None
-        meta: Any = vendor.meta
+        meta = vendor.meta
         size = meta["group_size"] or meta["shape"][meta["axis"]]
         codes = grid.codes(weight).to(torch.uint8)
         codes = codes.reshape((-1, size) if meta["axis"] == 1 else (size, -1))
         packed = Quantizer.pack[meta["packing"]](codes)
-        vendor.W_q = torch.nn.Parameter(packed, requires_grad=False)
-        repacked: nn.Module = vendor
-        return repacked
+        return twin(module, W_q=torch.nn.Parameter(packed, requires_grad=False))
 
 
 def _dequantize(

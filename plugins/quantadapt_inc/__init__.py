@@ -28,24 +28,19 @@ from quantadapt.errors import ModelError
 from quantadapt.hookspecs import hookimpl
 from quantadapt.protocols import LayerwiseQuantizer
 from quantadapt.records import Backend
-from quantadapt_inc.config import config_for, fp8_details
-from quantadapt_inc.target import INCTarget
-from quantadapt_inc.vendor import (
-    cast,
+from quantadapt_inc.config import fp8_details, in_blocks
+from quantadapt_inc.layers import (
+    MADE_BY,
     complete,
-    divides_by_zero,
-    home,
-    in_blocks,
     inner,
     is_fp8,
-    linear_of,
-    looking_on,
-    running,
     scaled_class,
-    showing,
     sizes,
     zero_points,
 )
+from quantadapt_inc.quantize import cast, replace_layers
+from quantadapt_inc.target import INCTarget
+from quantadapt_inc.vendor import home, running
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,8 +53,6 @@ if TYPE_CHECKING:
 OF_FP8: dict[str, Any] = {"fp8_format": "e4m3"}
 OF_INTEGERS: dict[str, Any] = {"bits": 4, "group_size": 64, "symmetric": True}
 """The options of fp8, and of the other methods, with their defaults."""
-MADE_BY = "quantadapt_inc"
-"""Attribute of a vendor module: the quantizer that made it; the tensors do not tell everything."""
 
 
 class INC(LayerwiseQuantizer):
@@ -159,7 +152,7 @@ class INC(LayerwiseQuantizer):
         if self.method != "fp8":
             in_blocks(names, model, self.method)
             cast(model, torch.float32)
-        self._run(model, names, self.method, dtype, calibration or [], wanted)
+        replace_layers(self, model, names, self.method, dtype, calibration or [], wanted)
         round_experts(model, skip, self, device, f"INC's {self.method} knows linear layers alone")
         return cast(model, dtype)
 
@@ -168,63 +161,24 @@ class INC(LayerwiseQuantizer):
         import torch
         from torch import nn
 
+        from quantadapt.loading import linear_of
+
         dtype = linear.weight.dtype
         method = "fp8" if self.method == "fp8" else "rtn"
         wanted = dtype if method == "fp8" else torch.float32
         weight = linear.weight.detach().to(wanted, copy=True)  # INC works in place
-        alone = nn.Sequential(linear_of(weight, linear.bias))
+        bias = None if linear.bias is None else linear.bias.detach()
+        alone = nn.Sequential(linear_of(weight, bias))
         ones = torch.ones_like(weight[:1])
-        self._run(alone, ["0"], method, dtype, [{"input": ones}], weight.device)
+        replace_layers(self, alone, ["0"], method, dtype, [{"input": ones}], weight.device)
         return alone[0]
-
-    def _run(
-        self,
-        model: nn.Module,
-        names: list[str],
-        method: str,
-        dtype: torch.dtype,
-        examples: Examples,
-        device: torch.device,
-    ) -> None:
-        """Let INC replace the layers `names` of `model`, which is on `device` afterwards."""
-        import torch
-
-        layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-        with running(device), torch.no_grad():
-            from neural_compressor.torch.quantization import convert, prepare
-
-            model.to(home(device))
-            with showing(model, names):
-                config = config_for(self, model, names, method, dtype)
-                any_input = next(v for v in examples[0].values() if isinstance(v, torch.Tensor))
-                prepared = prepare(model, config, example_inputs=any_input)
-                if method == "fp8":
-                    looking_on(prepared, device)
-                like = next(prepared.parameters())
-                for example in () if method == "rtn" else examples:
-                    prepared(**{key: _moved(value, like) for key, value in example.items()})
-                convert(prepared.to(home(device)))
-            model.to(device)
-            missed = [n for n in names if not self.target.matches(model.get_submodule(n))]
-            if missed:
-                what = f"calibration did not reach {', '.join(missed[:3])} ({len(missed)} layers)"
-                raise ModelError(what, fix="give examples that use them, or add to skip_modules")
-            for name, layer in layers.items():
-                bias = None if layer.bias is None else layer.bias.detach().to(device, dtype)
-                self._mark(model.get_submodule(name).train(layer.training), bias)
-            if dead := [n for n in names if divides_by_zero(model.get_submodule(n))]:
-                what = f"calibration showed {', '.join(dead[:3])} nothing but zeros"
-                what += f" ({len(dead)} layers), and FP8 needs a scale for what goes in"
-                raise ModelError(what, fix="give examples that use them, or add to skip_modules")
-
-    def _mark(self, vendor: nn.Module, bias: Tensor | None) -> None:
-        setattr(vendor, MADE_BY, self)
-        complete(vendor, bias)
 
     # Checkpoints -------------------------------------------------------------------------------
 
     def load_linear(self, linear: nn.Linear, state: dict[str, Tensor]) -> nn.Module:
         import torch
+
+        from quantadapt.loading import linear_of
 
         dtype, device = linear.weight.dtype, next(iter(state.values())).device
         bias = next((v.to(dtype) for k, v in state.items() if k in ("bias", "linear.bias")), None)
@@ -239,7 +193,7 @@ class INC(LayerwiseQuantizer):
                 vendor = modules.INCWeightOnlyLinear(*sizes(linear), **how)
                 if "input_scale" in state:
                     vendor = scaled_class()(vendor, state["input_scale"])
-                self._mark(vendor, bias)
+                complete(vendor, bias, self)
         if wrong := vendor.state_dict().keys() ^ state.keys():
             what = f"a layer has other tensors than this backend's: {', '.join(sorted(wrong))}"
             raise ModelError(what, fix="load it with neural_compressor.torch.quantization.load")
@@ -300,7 +254,7 @@ class INC(LayerwiseQuantizer):
         vendors = [module for module in model.modules() if cls().target.matches(module)]
         for vendor in vendors:
             if not hasattr(vendor, MADE_BY):  # INC made it without us
-                _guess(vendor)._mark(vendor, inner(vendor).bias)
+                complete(vendor, inner(vendor).bias, _guess(vendor))
         return getattr(vendors[0], MADE_BY) if vendors else None
 
 
@@ -315,13 +269,6 @@ def _guess(vendor: Any) -> INC:
         group_size=layer.group_size,
         symmetric=bool((zero_points(layer) == 2 ** (layer.bits - 1)).all()),
     )
-
-
-def _moved(value: Any, like: Tensor) -> Any:
-    """Return an argument of the model on its device and, if it is a float tensor, in its dtype."""
-    if not hasattr(value, "is_floating_point"):
-        return value
-    return value.to(like.device, like.dtype if value.is_floating_point() else None)
 
 
 @hookimpl

@@ -6,7 +6,8 @@ import re
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from quantadapt_inc.vendor import in_blocks, is_fp8
+from quantadapt.errors import ModelError
+from quantadapt_inc.layers import is_fp8
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,28 @@ def config_for(
         # but then no adapter fits the quantized and the dense model alike.
         options["absorb_layer_dict"] = {n: n for n in in_blocks(names, model, method)}
     return getattr(quantization, f"{method.upper()}Config")(**options)
+
+
+def in_blocks(names: list[str], model: nn.Module, method: str) -> list[str]:
+    """Return what the layers `names` are called within each block of the model.
+
+    Raises:
+        ModelError: INC's GPTQ or AWQ would break, or leave layers out silently.
+    """
+    from torch import nn
+
+    stacks = [n for n, m in model.named_modules() if type(m) in (nn.ModuleList, nn.Sequential)]
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        stack = next((stack for stack in stacks if name.startswith(f"{stack}.")), None)
+        block, _, rest = name.removeprefix(f"{stack}.").partition(".")
+        blocks.setdefault(f"{stack}.{block}" if stack else name, []).append(rest)
+    first, *others = list(blocks.values()) or [[]]
+    if len(stacks) == 1 and all(first) and all(other == first for other in others):
+        return first
+    what = f"INC's {method} wants one stack of blocks with the same layers, and none outside it; "
+    what += f"here are {', '.join(list(blocks)[:3])}, ..."
+    raise ModelError(what, fix="use method: fp8 or rtn, or other skip_modules")
 
 
 def _mode(use_qdq: bool) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from quantadapt.protocols import LayerwiseTarget
-from quantadapt_inc.vendor import (
+from quantadapt_inc.layers import (
+    MADE_BY,
+    complete,
     in_qdq,
     inner,
     integers,
@@ -88,8 +90,6 @@ class INCTarget(LayerwiseTarget):
 
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
         """Keeps the scales of the inputs; for want of data, GPTQ's layers are rounded."""
-        from quantadapt_inc import MADE_BY
-
         old: Any = module
         maker: INC = getattr(old, MADE_BY, self.quantizer)
         if maker != self.quantizer:  # a model of INC's own may have layers of several kinds
@@ -101,5 +101,5 @@ class INCTarget(LayerwiseTarget):
             return new
         layer: Any = super().requantize(module, weight / old.input_scale)
         scaled: nn.Module = scaled_class()(layer, old.input_scale)
-        self.quantizer._mark(scaled, layer.bias)
+        complete(scaled, layer.bias, self.quantizer)
         return scaled

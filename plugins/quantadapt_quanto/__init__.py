@@ -221,10 +221,7 @@ class QuantoTarget(LayerwiseTarget):
         else:
             parts["_data"] = codes.to(old._data.dtype)
         packed = type(old).__tensor_unflatten__(parts, names[1], None, None)
-        vendor = twin(module)
-        vendor.weight = torch.nn.Parameter(packed, requires_grad=False)
-        repacked: nn.Module = vendor
-        return repacked
+        return twin(module, weight=torch.nn.Parameter(packed, requires_grad=False))
 
 
 @hookimpl

@@ -5,119 +5,25 @@ Checkpoints are transformers' own (TorchAoConfig, safetensors).
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from quantadapt.capabilities import Merge, Rule
 from quantadapt.hookspecs import hookimpl
-from quantadapt.protocols import LayerwiseQuantizer, Quantizer
+from quantadapt.protocols import Quantizer
 from quantadapt.records import Backend
 
-from .target import TorchAOTarget
+from .base import TorchAO, for_tensor_cores
 from .tiles import TILE_ROWS, joined_tiles
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import torch
-    from torch import Tensor, nn
+    from torch import nn
 
 
 PART = 2**26
 """Weights that go into tiles at once: four layers of an 8B model's attention."""
-
-
-class _TorchAO(LayerwiseQuantizer):
-    config_names: ClassVar[tuple[str, ...]]
-    tensor_names: ClassVar[tuple[str, ...]]
-
-    @cached_property
-    def target(self) -> TorchAOTarget:
-        return TorchAOTarget(self)
-
-    @abstractmethod
-    def _config(self, tensor_cores: bool) -> Any:
-        """Return torchao's config for layers that are on CUDA in bfloat16, or for others."""
-
-    def quantize_linear(self, linear: nn.Linear) -> nn.Module:
-        from torchao.quantization import quantize_
-
-        fits = self.misfit(linear.in_features, linear.out_features) is None
-        config = self._config(fits and _for_tensor_cores(linear.weight))
-        if hasattr(config, "set_inductor_config"):  # of the whole process: float32 becomes TF32
-            config.set_inductor_config = False
-        quantize_(linear, config)
-        return linear
-
-    def load(self, path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
-        return Quantizer.load(self, path, device=device, dtype=dtype)
-
-    def save(self, model: nn.Module, path: Path) -> None:
-        from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
-
-        from quantadapt.layerwise import save_layerwise
-
-        made = self.from_model(model) or self  # an automatic choice is saved as what it became
-        quantizer = TorchAoHfQuantizer(made._transformers_config(), pre_quantized=False)
-        save_layerwise(made, model, path, hf_quantizer=quantizer)
-
-    def _transformers_config(self) -> Any:
-        from transformers import TorchAoConfig
-
-        return TorchAoConfig(self._config(tensor_cores=False))
-
-    def quantization_config(self) -> dict[str, Any]:
-        config: dict[str, Any] = self._transformers_config().to_dict()
-        return config
-
-    @classmethod
-    def _from_config(cls, config: Mapping[str, Any]) -> _TorchAO | None:
-        """Read the options back from the data of a serialized torchao config."""
-        return cls()
-
-    @classmethod
-    def from_checkpoint(cls, quantization_config: Mapping[str, Any]) -> _TorchAO | None:
-        if quantization_config.get("quant_method") != "torchao":
-            return None
-        kind = quantization_config.get("quant_type", {}).get("default", {})
-        if kind.get("_type") not in cls.config_names:
-            return None
-        try:
-            return cls._from_config(kind.get("_data", {}))
-        except (KeyError, ValidationError):  # options that there are not here
-            return None
-
-    @classmethod
-    def from_model(cls, model: nn.Module) -> _TorchAO | None:
-        for module in model.modules():
-            weight = module._parameters.get("weight")
-            if type(weight).__name__ in cls.tensor_names and not _rounds_activations(weight):
-                try:
-                    return cls._from_tensor(weight)
-                except ValidationError:  # options that there are not here
-                    return None
-        return None
-
-    @classmethod
-    def _from_tensor(cls, weight: Any) -> _TorchAO | None:
-        return cls()
-
-
-def _for_tensor_cores(weight: Tensor) -> bool:
-    """Say whether torchao's int4 kernels for them take such a weight."""
-    import torch
-
-    return weight.is_cuda and weight.dtype == torch.bfloat16
-
-
-def _rounds_activations(weight: Any) -> bool:
-    """Say whether torchao quantizes the inputs as well, for such a weight."""
-    names = ("act_quant_kwargs", "activation_quantization")
-    return any(getattr(weight, name, None) is not None for name in names)
 
 
 def _group_misfit(group_size: int, in_features: int) -> str | None:
@@ -126,7 +32,7 @@ def _group_misfit(group_size: int, in_features: int) -> str | None:
     return f"groups of {group_size} do not divide {in_features} inputs"
 
 
-class Int8(_TorchAO):
+class Int8(TorchAO):
     """int8 weights, one scale per output channel."""
 
     config_names = ("Int8WeightOnlyConfig",)
@@ -143,7 +49,7 @@ class Int8(_TorchAO):
         return Int8WeightOnlyConfig(version=2)
 
 
-class Float8(_TorchAO):
+class Float8(TorchAO):
     """float8 (e4m3) weights, one scale per output channel."""
 
     config_names = ("Float8WeightOnlyConfig",)
@@ -170,7 +76,7 @@ class Float8(_TorchAO):
         return Float8WeightOnlyConfig()
 
 
-class Intx(_TorchAO):
+class Intx(TorchAO):
     """Integers of 2 to 8 bits, a scale and a zero point per group; held unpacked in int8."""
 
     config_names = ("IntxWeightOnlyConfig",)
@@ -201,7 +107,7 @@ class Intx(_TorchAO):
         return cls(bits=bits, group_size=weight.block_size[-1])  # type: ignore[arg-type]
 
 
-class Int4(_TorchAO):
+class Int4(TorchAO):
     """int4 weights per group: packed for the tensor cores on CUDA, unpacked elsewhere."""
 
     bits: ClassVar[int] = 4
@@ -221,15 +127,14 @@ class Int4(_TorchAO):
         goes there in parts."""
         from torch import nn
 
+        from quantadapt.loading import linear_of
+
         rows = max(PART // linear.in_features // TILE_ROWS, 1) * TILE_ROWS
-        tiles = self.layout != "unpacked" and _for_tensor_cores(linear.weight)
+        tiles = self.layout != "unpacked" and for_tensor_cores(linear.weight)
         if not tiles or linear.out_features <= rows:
             return super().quantize_linear(linear)
-        parts = []
-        for weight in linear.weight.data.split(rows):  # type: ignore[no-untyped-call]
-            part = nn.Linear(linear.in_features, len(weight), bias=False, device="meta")
-            part.weight = nn.Parameter(weight, requires_grad=False)
-            parts.append(super().quantize_linear(part).weight)
+        of_rows, quantized = linear.weight.data.split(rows), super().quantize_linear  # type: ignore[no-untyped-call]
+        parts = [quantized(linear_of(weight)).weight for weight in of_rows]
         linear.weight = nn.Parameter(joined_tiles(parts), requires_grad=False)
         return linear
 

@@ -99,10 +99,7 @@ class TorchAOTarget(LayerwiseTarget):
         names, context = old.__tensor_flatten__()
         parts = {name: getattr(old, name) for name in names} | {"qdata": codes.to(old.qdata.dtype)}
         packed = type(old).__tensor_unflatten__(parts, context, old.shape, old.stride())
-        vendor = twin(module)
-        vendor.weight = torch.nn.Parameter(packed, requires_grad=False)
-        repacked: nn.Module = vendor
-        return repacked
+        return twin(module, weight=torch.nn.Parameter(packed, requires_grad=False))
 
     def decodes(self, module: nn.Module, x: Tensor) -> bool:
         """Say whether torchao's product with such a weight is the faster one for `x` on CUDA."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-OVERSAMPLING, POWER_ITERATIONS = 16, 6  # of the randomized SVD; errors at rank r are below 1 %
+OVERSAMPLING, POWER_ITERATIONS = 16, 6  # of the randomized SVD; errors at rank r are below 1%
 
 
 class LoftQStartWarning(UserWarning):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import PlanRefused, Problem, warn
 from ..facade import QuantExperts, QuantLinear, QuantWeight, facades
+from ..model.linears import linear_of
 from .fused_lora import no_autocast
 
 if TYPE_CHECKING:
@@ -189,13 +190,11 @@ def _merged(layer: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     facade: QuantLinear = layer.base_layer
     with facade.computing_in(torch.float32):  # what merging begins with
         weight = facade.dequantize()
-    dense = nn.Linear(facade.in_features, facade.out_features, bias=False, device="meta")
-    dense.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    if facade.bias is not None:
-        dense.bias = nn.Parameter(facade.bias.detach().float().clone(), requires_grad=False)
+    bias = None if facade.bias is None else facade.bias.detach().float().clone()
+    dense = linear_of(weight.clone(), bias)
     with standing_in(layer, dense):
         layer.merge(safe_merge=False)
-    return weight, dense.weight.data, None if facade.bias is None else dense.bias.data
+    return weight, dense.weight.data, None if bias is None else dense.bias.data
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import warn
 from ..model.experts import Stack, expert_stacks, is_dispatched, layers_of, set_stack
+from ..model.linears import linear_of
 
 IMPLEMENTATION = "quantadapt-opened"
 """What our function is called in transformers' registry of experts' functions."""
@@ -81,7 +82,7 @@ def open_experts(model: nn.Module, skip: tuple[str, ...], misfit: Misfit) -> lis
         rows = torch.split(tall, stack.out_features // len(parts))
         layers = layers_of(stack, parts)
         for name, weight in zip(layers, rows, strict=True):
-            _put(model, owner_name, name, _linear(weight))
+            _put(model, owner_name, name, linear_of(weight))
         if not is_opened(owner):
             _register()
             owner.__dict__["_seen"] = _Seen()
@@ -105,12 +106,6 @@ def _fitting_parts(owner: Any, key: str, stack: Stack, misfit: Misfit) -> tuple[
         if misfit(stack.in_features, stack.out_features // len(parts)) is None:
             return parts
     return ()
-
-
-def _linear(weight: Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear
 
 
 def _put(model: nn.Module, owner: str, name: str, layer: nn.Module) -> None:

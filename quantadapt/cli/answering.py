@@ -18,6 +18,8 @@ from ..generation.sampling import Sampling
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..data.files import Row
+    from ..generation.files import AnswerFile
     from ..generation.prompts import Layout, PromptWriter
     from .session import Session
 
@@ -168,3 +170,44 @@ def without_adapter(model: Any) -> Iterator[None]:
         return
     with model.disable_adapter():
         yield
+
+
+def ids_of(asked: Asked, found: Sequence[tuple[Any, Any]]) -> list[list[int]]:
+    """Return each prompt as tokens; an error names the row."""
+    from ..errors import DataError
+
+    made = []
+    for row, text in found:
+        try:
+            made.append(asked.writer.ids(text))
+        except DataError as error:
+            if row is None:
+                raise
+            problem = error.problems[0]
+            raise DataError(problem.what, fix=problem.fix, where=row.where) from None
+    return made
+
+
+def answer_into(
+    file: AnswerFile,
+    shown: Session,
+    asked: Asked,
+    rows: Sequence[Row],
+    ids: Sequence[Sequence[int]],
+    sampling: Sampling,
+    batch_size: int,
+    what: str,
+) -> None:
+    """Answer the rows that `file` lacks yet; `what` says so beside the progress."""
+    from ..generation import answers
+    from ..showing.display import counting
+
+    begun = file.done
+    with counting(shown.progress, what, len(rows), begun) as advance:
+        made = answers(
+            asked.model, asked.writer.tokenizer, ids[begun:], sampling,
+            batch_size=batch_size, first=begun,
+        )  # fmt: skip
+        for row, answer in zip(rows[begun:], made, strict=True):
+            file.add(row, answer)
+            advance()

@@ -9,7 +9,15 @@ import typer
 
 from ..folders.metrics import many
 from ..remote_code import trusting
-from .answering import BareOption, LayoutOption, said, stdin, with_sampling_flags
+from .answering import (
+    BareOption,
+    LayoutOption,
+    answer_into,
+    ids_of,
+    said,
+    stdin,
+    with_sampling_flags,
+)
 from .commands import add
 from .evaluate import PathArgument
 from .flags import DeviceOption, ForceBaseOption, JsonOption, StreamOption, TrustOption
@@ -153,29 +161,13 @@ def _prompts(prompts: list[str], file: str | None, images: list[str]) -> list[tu
     return [(None, said(text, images)) for text in texts]
 
 
-def _ids(asked: Asked, found: list[tuple[Any, Any]]) -> list[list[int]]:
-    """Return each prompt as tokens; an error names the row."""
-    from ..errors import DataError
-
-    made = []
-    for row, text in found:
-        try:
-            made.append(asked.writer.ids(text))
-        except DataError as error:
-            if row is None:
-                raise
-            problem = error.problems[0]
-            raise DataError(problem.what, fix=problem.fix, where=row.where) from None
-    return made
-
-
 def _to_screen(
     shown: Session, asked: Asked, found: list[tuple[Any, Any]], sampling: Sampling, batch_size: int
 ) -> None:
     from ..generation import answers
     from .models import waiting
 
-    ids = _ids(asked, found)
+    ids = ids_of(asked, found)
     with waiting(shown, "generating"):
         tokenizer = asked.writer.tokenizer
         made = list(answers(asked.model, tokenizer, ids, sampling, batch_size=batch_size))
@@ -197,24 +189,14 @@ def _to_file(
     overwrite: bool,
     batch_size: int,
 ) -> None:
-    from ..generation import answers
     from ..generation.files import answer_file
-    from ..showing.display import counting
 
-    ids, rows = _ids(asked, found), [row for row, _ in found]
+    ids, rows = ids_of(asked, found), [row for row, _ in found]
     made_with |= {"options": sampling.model_dump(mode="json"), "batch_size": batch_size}
     with answer_file(out.expanduser(), rows, made_with, overwrite=overwrite) as file:
-        begun = file.done
-        if begun:
-            text = f"{begun} of {len(rows)} answers are there already; going on"
+        if file.done:
+            text = f"{file.done} of {len(rows)} answers are there already; going on"
             shown.err.print(text, markup=False, soft_wrap=True)
-        with counting(shown.progress, "answering", len(rows), begun) as advance:
-            made = answers(
-                asked.model, asked.writer.tokenizer, ids[begun:], sampling,
-                batch_size=batch_size, first=begun,
-            )  # fmt: skip
-            for row, answer in zip(rows[begun:], made, strict=True):
-                file.add(row, answer)
-                advance()
+        answer_into(file, shown, asked, rows, ids, sampling, batch_size, "answering")
     told = f"{many(len(rows), 'answer')} {'is' if len(rows) == 1 else 'are'} in {out}"
     shown.err.print(told, markup=False, soft_wrap=True)

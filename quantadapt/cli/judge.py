@@ -295,8 +295,8 @@ def _show(shown: Session, pair: Pair, found: Summary, folder: Path) -> None:
     else:
         rate, n = found.win_rate, found.judged
         say(f"{pair.a} wins {found.wins_a}, {pair.b} wins {found.wins_b}, {found.ties} ties of {n}")
-        interval = f"{100 * rate.low:.1f} to {100 * rate.high:.1f} %"
-        say(f"win rate of {pair.a} {100 * rate.value:.1f} %, 95 % interval {interval}, ties half")
+        interval = f"{100 * rate.low:.1f} to {100 * rate.high:.1f}%"
+        say(f"win rate of {pair.a} {rate.value:.1%}, 95% interval {interval}, ties half")
         bias = f"the first answer {found.first} times, the last {found.last} times"
         say(f"same verdict in both orders {found.consistent} of {n}; else it preferred {bias}")
     if found.unreadable:

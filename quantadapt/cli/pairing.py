@@ -108,11 +108,9 @@ def _answered(
     """Let the model at `path` answer into `out`, and return what it did."""
     from ..errors import DataError
     from ..folders.lines import lines_in
-    from ..generation import answers
     from ..generation.files import ANSWER, answer_file
     from ..judging.pairs import Answered, as_text
-    from ..showing.display import counting
-    from .answering import asking
+    from .answering import answer_into, asking, ids_of
 
     with asking(shown, path, **how) as asked:
         found = source.asked(asked.writer.tokenizer)
@@ -121,18 +119,11 @@ def _answered(
             raise DataError("the held-out data have no questions", fix=fix, where=path)
         if not out.exists():
             rows = [row for row, _ in found]
-            ids = [asked.writer.ids(text) for _, text in found]
+            ids = ids_of(asked, found)
             made_with = {"model": path, "options": sampling.model_dump(mode="json")}
             with answer_file(out, rows, made_with) as file:
-                begun = file.done
-                with counting(shown.progress, f"{path} answers", len(rows), begun) as advance:
-                    made = answers(
-                        asked.model, asked.writer.tokenizer, ids[begun:], sampling,
-                        batch_size=batch_size, first=begun,
-                    )  # fmt: skip
-                    for row, answer in zip(rows[begun:], made, strict=True):
-                        file.add(row, answer)
-                        advance()
+                what = f"{path} answers"
+                answer_into(file, shown, asked, rows, ids, sampling, batch_size, what)
     texts = [as_text(getattr(text, "text", text)) for _, text in found]
     references = [str(row.values.get("reference") or "") for row, _ in found]
     return Answered(path, texts, [line[ANSWER] for line in lines_in(out)], references)

@@ -159,7 +159,7 @@ def _show(shown: Session, found: Tally) -> None:
     voters = ", ".join(f"{name} {count}" for name, count in found.by_voter.items())
     say(f"{found.votes} votes: {voters}")
     for name, rating in sorted(found.ratings.items(), key=lambda item: -item[1].value):
-        say(f"Elo {rating.value:.0f}, 95 % {rating.low:.0f} to {rating.high:.0f}: {name}")
+        say(f"Elo {rating.value:.0f}, 95% {rating.low:.0f} to {rating.high:.0f}: {name}")
     if found.votes < _FEW:
         shown.note(f"{found.votes} votes are few: ratings and intervals tell little yet")
     for (one, other), (kappa, count) in found.kappas.items():
@@ -168,6 +168,6 @@ def _show(shown: Session, found: Tally) -> None:
     if found.fleiss is not None and len(found.by_voter) > 2:
         say(f"agreement of all people, Fleiss' kappa: {found.fleiss:.2f}")
     if found.left is not None:
-        say(f"votes for the left side: {100 * found.left:.0f} %")
+        say(f"votes for the left side: {found.left:.0%}")
     if found.others:
         shown.note(f"{found.others} votes are on other pairs and do not count")

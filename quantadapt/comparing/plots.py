@@ -91,7 +91,7 @@ def _axis(quality: Quality, values: Sequence[float]) -> Axis:
     title = ", ".join(filter(None, (quality.name, above, direction(quality.better))))
     words: Callable[[float], str] = short
     if quality.unit == "share":
-        words = lambda value: f"{100 * value:.3g} %"  # noqa: E731
+        words = lambda value: f"{100 * value:.3g}%"  # noqa: E731
     return Axis(title, words, quality.better == "higher", _worst(quality, values))
 
 

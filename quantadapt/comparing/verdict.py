@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import variance
 
-from ..folders.metrics import SHARE, duration, with_unit
+from ..folders.metrics import SHARE, duration, unit_behind, with_unit
 from ..reporting.words import mebibytes, short
 from .grid import Options
 from .results import Quality, Row, Stat, Table
@@ -133,9 +133,9 @@ def stat_words(quality: Quality, stat: Stat) -> str:
     if stat.spread is None:
         return with_unit(stat.mean, quality.unit, _four_digits)
     if quality.unit == SHARE:
-        return f"{100 * stat.mean:.1f} ± {100 * stat.spread:.1f} %"
+        return f"{100 * stat.mean:.1f} ± {100 * stat.spread:.1f}%"
     places = min(max(1 - math.floor(math.log10(stat.spread)), 0), 6) if stat.spread else 4
-    return f"{stat.mean:,.{places}f} ± {stat.spread:.{places}f} {quality.unit}".rstrip()
+    return unit_behind(f"{stat.mean:,.{places}f} ± {stat.spread:.{places}f}", quality.unit)
 
 
 def _four_digits(value: float) -> str:
@@ -179,7 +179,7 @@ def _taken_words(
 def _amount(quality: Quality, difference: float) -> str:
     """Return by how much a figure is worse, see `Quality.worse`."""
     amount = f"{100 * difference:.2g}"
-    return f"{amount} points" if quality.unit == SHARE else f"{amount} %"
+    return f"{amount} points" if quality.unit == SHARE else f"{amount}%"
 
 
 def _cheaper(prefer: str) -> str:

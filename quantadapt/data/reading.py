@@ -66,7 +66,7 @@ def load_data(
 
     Without held-out data of its own (`eval_path`, a file or split called validation or test) a
     share of `eval_fraction`, at least one example, is split off, drawn by `split_seed`, or else by
-    `seed`. Warns with DataWarning where more than 5 % of a file's examples are cut or dropped.
+    `seed`. Warns with DataWarning where more than 5% of a file's examples are cut or dropped.
 
     Raises:
         DataError: the data cannot be read or used; says where, and what to do.

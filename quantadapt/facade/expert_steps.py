@@ -124,7 +124,7 @@ def gated(
     """
     gate = Gate.of(experts)
     if gate is not None and _kernels(y, added):
-        from .triton_experts import gated
+        from .triton_gates import gated
 
         return gated(gate, y, bias, added, share, routing)
     y, act, routed = add(y, added, routing), _activation(experts, gate), routing.is_routed()
@@ -158,7 +158,7 @@ def gated_backward(
     """
     gate = Gate.of(experts)
     if gate is not None and _kernels(y, added, d_added):
-        from .triton_experts import gated_backward
+        from .triton_gates import gated_backward
 
         return gated_backward(gate, y, bias, added, share, routing, dz, d_added)
     y, dz = add(y, added, routing), add(dz, d_added, routing)

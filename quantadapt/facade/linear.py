@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compiling import has_triton
-from ..model.linears import as_conv1d
+from ..model.linears import as_conv1d, linear_of
 from ..protocols import ByteCodes, WordCodes
 from . import float8
 from .float8 import Rows, in_float8
@@ -195,12 +195,9 @@ class QuantLinear(QuantWeight, nn.Linear):
 
     def dense(self) -> nn.Linear:
         """Return an ordinary linear layer with the dequantized weight and a copy of the bias."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.dequantize().clone(), requires_grad=False)
-        if self.bias is not None:
-            bias = self.bias.detach().to(self.compute_dtype).clone()
-            linear.bias = nn.Parameter(bias, requires_grad=False)
-        return linear.train(self.training)
+        bias = self.bias
+        copied = None if bias is None else bias.detach().to(self.compute_dtype).clone()
+        return linear_of(self.dequantize().clone(), copied).train(self.training)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

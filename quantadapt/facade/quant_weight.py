@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from ..compiling import results_in
 from ..errors import ModelError
 from ..protocols import AdapterTarget
-from .float8 import Rows, in_float8
-from .frozen import is_recomputing
 from .lazy_weight import DENSE, TAKEN_OUT, LazyWeight
 from .libraries import meet_libraries
+from .passes import ReadForPasses
 from .peft_calls import makes_room, merging_layer
 from .reloading import reload
 
@@ -37,7 +36,7 @@ class _Merged(NamedTuple):
     returns: bool
 
 
-class QuantWeight(nn.Module):
+class QuantWeight(ReadForPasses):
     """What stands in front of a vendor's layer: its weight, read and written as if it were dense.
 
     Args:
@@ -55,8 +54,6 @@ class QuantWeight(nn.Module):
     become others, the same memory holds theirs."""
 
     _vendor: nn.Module
-    _kept: Tensor | Rows | None = None
-    _kept_product: tuple[Tensor, Tensor] | None = None
     _merged: _Merged | None = None
 
     def __init__(self, vendor: nn.Module, target: AdapterTarget, dtype: torch.dtype) -> None:
@@ -219,47 +216,6 @@ class QuantWeight(nn.Module):
         exact = self.keeps_scales and merging_layer(self) is not None
         return torch.float32 if exact else self.compute_dtype
 
-    def weight_for_forward(self, x: Tensor, change: Tensor | None = None) -> Tensor:
-        """Return the weight as `dequantize` does, or as `moved` does by `change`; a recomputation
-        keeps it for its backward, unless that takes as much memory as `x`, its input."""
-        weight = self._dense(change)
-        self._keep(weight, x)
-        return weight
-
-    def weight_for_backward(self, change: Tensor | None = None) -> Tensor:
-        """Return the weight that forward had; the one kept by a recomputation is given away."""
-        kept, self.__dict__["_kept"] = self._kept, None
-        return kept if isinstance(kept, Tensor) else self._dense(change)
-
-    def rows_for_forward(self, x: Tensor) -> Rows:
-        """As `weight_for_forward`, in 8-bit floats."""
-        rows = in_float8(self.dequantize())
-        self._keep(rows, x)
-        return rows
-
-    def rows_for_backward(self) -> Rows:
-        """As `weight_for_backward`, in 8-bit floats."""
-        kept, self.__dict__["_kept"] = self._kept, None
-        return kept if isinstance(kept, Rows) else in_float8(self.dequantize())
-
-    def _keep(self, weight: Tensor | Rows, x: Tensor) -> None:
-        keep = is_recomputing() and weight.nbytes < x.nbytes
-        # Not by setattr, which takes nn.Module long.
-        self.__dict__["_kept"] = weight if keep else None
-
-    def keep_product(self, x: Tensor, product: Tensor) -> None:
-        """Have a recomputation keep x Wᵀ, too, for a backward that wants it."""
-        self.__dict__["_kept_product"] = (x.detach(), product) if is_recomputing() else None
-
-    def product_for_backward(self, x: Tensor) -> Tensor | None:
-        """Return what was kept with `x`, if it is that which was kept last, and give it away."""
-        kept, self.__dict__["_kept_product"] = self._kept_product, None
-        return kept[1] if kept is not None and kept[0].data_ptr() == x.data_ptr() else None
-
-    def forget(self) -> None:
-        """Drop what was kept for a backward that will not come."""
-        self.__dict__["_kept"] = self.__dict__["_kept_product"] = None
-
     def requantize(self, weight: Tensor) -> None:
         """Replace the weight by `weight` [out_features, in_features], quantized as before.
 
@@ -389,7 +345,7 @@ class QuantWeight(nn.Module):
         self._merged_weight()  # settles what PEFT's layer has left behind
         state, merged = self.__dict__.copy(), self._merged
         # Of this layer's training; nobody would take it from a copy.
-        state |= dict.fromkeys(("held_weight", "_kept", "_kept_product"))
+        state |= dict.fromkeys(("held_weight", *ReadForPasses.KEPT))
         if merged is not None:  # weak references are neither copied nor pickled
             layer: Any = merged.layer()
             state["_merged"] = merged._replace(layer=layer)

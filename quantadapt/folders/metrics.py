@@ -101,10 +101,10 @@ def with_unit(value: float, unit: str, number: Callable[[float], str]) -> str:
     """Return a value with its unit: a share in percent, a size in a unit that fits it, an int as
     the count that it is, and all else made text by `number`."""
     if unit == SHARE:
-        return f"{100 * value:.1f} %"
+        return f"{value:.1%}"
     if unit == MIB and math.isfinite(value):
         return size_words(value * 2**20)
-    return f"{f'{value:,}' if isinstance(value, int) else number(value)} {unit}".rstrip()
+    return unit_behind(f"{value:,}" if isinstance(value, int) else number(value), unit)
 
 
 def with_error(value: float, error: float | None, unit: str, number: Callable[[float], str]) -> str:
@@ -112,8 +112,8 @@ def with_error(value: float, error: float | None, unit: str, number: Callable[[f
     if error is None:
         return with_unit(value, unit, number)
     if unit == SHARE:
-        return f"{100 * value:.1f} ± {100 * error:.1f} %"
-    return f"{number(value)} ± {error:.2g} {unit}".rstrip()
+        return f"{100 * value:.1f} ± {100 * error:.1f}%"
+    return unit_behind(f"{number(value)} ± {error:.2g}", unit)
 
 
 def change_words(change: Mapping[str, Any], unit: str) -> str:
@@ -122,9 +122,14 @@ def change_words(change: Mapping[str, Any], unit: str) -> str:
     value, error = change["value"], change["error"]
     if unit == SHARE:
         told = f" ± {100 * error:.1f}" if error is not None else ""
-        return f"{100 * value:+.1f}{told} %"
+        return f"{100 * value:+.1f}{told}%"
     told = f" ± {error:.2g}" if error is not None else ""
-    return f"{value:+.4g}{told} {unit}".rstrip()
+    return unit_behind(f"{value:+.4g}{told}", unit)
+
+
+def unit_behind(number: str, unit: str) -> str:
+    """Return a number in words with its unit behind it: `1.2 nats`, `12%`, or without one `1.2`."""
+    return f"{number}{unit}" if unit == "%" else f"{number} {unit}".rstrip()
 
 
 def told_apart(unit: str) -> tuple[str, str]:

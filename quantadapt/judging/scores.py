@@ -24,7 +24,7 @@ _MEAN_ELO = 1000.0
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its bootstrap interval: 95 % of the resamplings, seeded, lie in it."""
+    """A value with its bootstrap interval: 95% of the resamplings, seeded, lie in it."""
 
     value: float
     low: float

@@ -22,7 +22,7 @@ from ..inputs.model_config import config_problems
 from ..inputs.weights import refuse_pickles
 from ..model.experts import SUFFIX, expert_stacks, set_stack, stacks_of
 from ..model.linears import as_linear, is_conv1d, other_linears
-from ..model.modules import wanted_dtype
+from ..model.modules import cast_parameters, wanted_dtype
 from ..model.numbers import refuse_not_numbers_in
 from ..paths import ADAPTER_CONFIG, out_of_reach
 from ..remote_code import code_problems, refusal, trusted
@@ -160,9 +160,7 @@ def from_pretrained(
     refuse_not_numbers_in(model, where=source)
     found: nn.Module = unmarked(model) if stored else model
     if stored and (dtype := kwargs.get("dtype")):  # older transformers always makes bfloat16
-        for parameter in found.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
+        cast_parameters(found, dtype)
     return found
 
 

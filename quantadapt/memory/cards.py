@@ -7,10 +7,10 @@ CONTEXT = int(0.6 * GIB)
 """What CUDA itself takes of a card, kernels and library handles included."""
 FRAGMENTATION = 0.05
 """Share of a card that the allocator may lose between blocks: steps of many lengths leave blocks of
-many sizes, and a recorded pass has some of its own. Up to 5 % were seen."""
+many sizes, and a recorded pass has some of its own. Up to 5% were seen."""
 LONG_ROWS = 0.02
 """The same where inputs of layers lie in CPU memory: what is left are a few large blocks, which
-PyTorch gives back before it runs out. Up to 1 % was seen, of rows of 46,784 to 98,918 tokens."""
+PyTorch gives back before it runs out. Up to 1% was seen, of rows of 46,784 to 98,918 tokens."""
 OOM_FIX = (
     "lower data.max_length, use a backend with fewer bits or a paged optimizer"
     " (train.optim: paged_adamw_8bit), keep the base in CPU memory (train.stream: all), or use a"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .linears import linear_of
 from .modules import is_skipped
 
 SUFFIX = "_stack"
@@ -58,9 +59,7 @@ class Stack(NamedTuple):
 
     def as_linear(self, stored: Tensor) -> nn.Linear:
         """Return the tall layer of the parameter as the model keeps it; without bias."""
-        linear = nn.Linear(self.in_features, self.rows, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.tall(stored.detach()), requires_grad=False)
-        return linear
+        return linear_of(self.tall(stored.detach()))
 
 
 def expert_stacks(model: nn.Module, skip: tuple[str, ...]) -> Iterator[Stack]:

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 
@@ -71,6 +71,18 @@ def as_linear(module: nn.Module) -> nn.Linear:
         weight = nn.Parameter(weight.contiguous(), requires_grad=layer.weight.requires_grad)
     linear.weight, linear.bias = weight, layer.bias
     return linear.train(module.training)
+
+
+def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """Return a linear layer that holds these tensors, [out_features, in_features] and a bias; they
+    are frozen, but for a bias that is a parameter already."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        if not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        linear.bias = bias
+    return linear
 
 
 def as_conv1d(linear: nn.Linear) -> nn.Module:

@@ -34,6 +34,13 @@ def wanted_dtype(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.
     return lambda name: torch.float32 if kept.search(name) else dtype
 
 
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the parameters that are floats `dtype`, in place; buffers keep theirs."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
 def linear_layers(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the dense linear layers that are to be quantized, each as `nn.Linear`: itself, or one
     over the same tensors."""

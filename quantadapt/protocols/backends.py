@@ -126,12 +126,14 @@ def rows_of_units(first: int, last: int, unit: int, read: Callable[[int, int], T
     return read(start, end)[first - start : last - start]
 
 
-def twin(module: nn.Module) -> Any:
-    """Return a module that holds the very tensors of `module` until others are set in it: what
-    `repack` begins with."""
-    made: Any = copy.copy(module)
+def twin(module: nn.Module, **others: Tensor) -> nn.Module:
+    """Return a module that holds the very tensors of `module`, but for `others` by their names:
+    what `repack` returns."""
+    made = copy.copy(module)
     for name in ("_parameters", "_buffers", "_modules"):
         setattr(made, name, dict(getattr(module, name)))
+    for name, tensor in others.items():
+        setattr(made, name, tensor)
     return made
 
 
@@ -235,14 +237,9 @@ class LayerwiseTarget(AdapterTarget):
         self.quantizer = quantizer
 
     def requantize(self, module: nn.Module, weight: Tensor) -> nn.Module:
-        from torch import nn
+        from ..model.linears import linear_of
 
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        if isinstance(module.bias, nn.Parameter):
-            linear.bias = module.bias
-        elif module.bias is not None:  # some vendors keep it as a plain tensor
-            linear.bias = nn.Parameter(module.bias, requires_grad=False)  # type: ignore[arg-type]
+        linear = linear_of(weight, module.bias)  # type: ignore[arg-type]
         return self.quantizer.quantize_linear(linear).train(module.training)
 
     def restore(self, module: nn.Module, state: dict[str, Tensor]) -> nn.Module:

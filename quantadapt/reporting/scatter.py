@@ -218,7 +218,7 @@ def _at_ticks(axis: Axis, ticks: Sequence[float]) -> list[str]:
     found = [axis.words(tick) for tick in ticks]
     if len(set(found)) == len(found):
         return found
-    times, unit = (100, " %") if found[0].endswith("%") else (1, "")
+    times, unit = (100, "%") if found[0].endswith("%") else (1, "")
     return [f"{times * tick:,.10g}{unit}" for tick in ticks]
 
 

@@ -21,10 +21,10 @@ def short(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share as a percentage, e.g. `0.22 %`."""
+    """Return a share as a percentage, e.g. `0.22%`."""
     value = 100 * share
     decimals = 0 if abs(value) >= 10 and value % 1 < 0.05 else 1
-    return f"{value:.2g} %" if abs(value) < 1 else f"{value:.{decimals}f} %"
+    return f"{value:.2g}%" if abs(value) < 1 else f"{value:.{decimals}f}%"
 
 
 def count(number: float) -> str:

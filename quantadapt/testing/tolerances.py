@@ -59,7 +59,7 @@ WEIGHTS = {
     16: WeightTolerance(error=0.0, scale=1e-6, again=0.0, merged=1e-6),
 }
 # Measured on the demo's first two layers, worst layer (torch 2.13, hqq 0.2.8, bitsandbytes 0.50,
-# torchao 0.18), each with a margin of 15 to 40 %:
+# torchao 0.18), each with a margin of 15 to 40%:
 #   bits  error                                               scale        again
 #   1     hqq 1.1 (hqq only shifts its two levels)            0.55         2e-7
 #   2     hqq 0.46, torchao 0.48                              0.012        0.0043
@@ -75,13 +75,13 @@ ROUNDING = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 5e-3}
 # dequantize + GEMM. bfloat16: a few units in the last place (4e-3), some layers deep.
 
 ACTIVATIONS = 3.0
-# For each unit of the error of a layer, as a target declares it (`activation_error`, 1 % by
-# default). bitsandbytes int8: 0.8 % a layer, 1.1 % in the logits, 1.5 % after merging; e4m3 by
-# token: 2.7 % a layer, 5.1 % in the logits after merging experts.
+# For each unit of the error of a layer, as a target declares it (`activation_error`, 1% by
+# default). bitsandbytes int8: 0.8% a layer, 1.1% in the logits, 1.5% after merging; e4m3 by
+# token: 2.7% a layer, 5.1% in the logits after merging experts.
 
 
 STATIC_ACTIVATIONS = 7e-2
-# With scales from calibration, for a whole tensor: INC's e4m3 3.3 % a layer, e5m2 5.8 %.
+# With scales from calibration, for a whole tensor: INC's e4m3 3.3% a layer, e5m2 5.8%.
 
 CALIBRATED = 2.0
 # Quantizers that minimize the error of a layer's output leave more of it in the weights: gptq 0.18

@@ -1,8 +1,9 @@
 """All that is lent to a model, and to libraries, while it trains, and taken back afterwards.
 
-`lent` is the list, in order; the loans follow in that order. What they compute stands elsewhere: in
-`adapting.fused`, `compiling`, `recomputing`, `cuda_graphs` and `model.head`. What evaluating lends
-stands in `evaluation.predictions`, what loading lends in `loading.read_ahead`.
+`lent` is the list, in order; the loans follow in that order, those of where the base is in
+`base_placement`. What they compute stands elsewhere: in `adapting.fused`, `compiling`,
+`recomputing`, `cuda_graphs` and `model.head`. What evaluating lends stands in
+`evaluation.predictions`, what loading lends in `loading.read_ahead`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,10 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..dependencies import in_words
-from ..distributed.talking import reduced
 from ..fused_kernels import fused_kernels
 from ..memory import rules
 from ..model.patches import changed, patched, put_back, restored
-from ..planning.streaming import NO_GPU
-from ..sharding import gather_ahead, gathered_bytes, kept_gathered, reshard
+from .base_placement import gathered_once, one_block_at_a_time, streamed
 from .context_parallel import rows_in_parts
 from .figures import adapter_device, compute_dtype
 
@@ -140,66 +139,6 @@ def _base(model: Any) -> Any:
 
 
 @contextmanager
-def streamed(model: nn.Module, spec: TrainSpec, on_note: OnNote) -> Iterator[None]:
-    """Move what `spec` says of the base to CPU memory, unless it is there, and bring it back. A
-    base that was streamed before still is afterwards, and holds nothing on the device; so is one
-    that finds no room there any more."""
-    import torch
-
-    from ..streaming import bring_back, stream, streamer_of
-
-    if (there := streamer_of(model)) is not None:
-        try:
-            yield
-        finally:
-            there.rest()
-        return
-    if spec.stream == "auto" or spec.stream == "none":
-        yield
-        return
-    if adapter_device(model).type != "cuda":
-        on_note(NO_GPU)
-        yield
-        return
-    try:
-        stream(model, spec.stream, folder=spec.stream_folder)
-        yield
-    finally:
-        try:
-            bring_back(model)
-        except torch.OutOfMemoryError:  # and what training failed with is raised
-            on_note("the GPU has no room for the whole base any more: it stays streamed")
-
-
-@contextmanager
-def gathered_once(model: nn.Module, spec: TrainSpec, on_note: OnNote) -> Iterator[None]:
-    """Where all GPUs have ample room, let a sharded base stay gathered while it trains."""
-    reshard(model)  # a pass before may have failed
-    needed = gathered_bytes(model)
-    shares = not needed or spec.memory == "min"
-    if shares or not rules.stays_gathered(needed, _room(model, spec)):
-        yield
-        return
-    on_note(rules.stays_gathered_words(needed))
-    with kept_gathered(model):
-        yield
-
-
-def _room(model: nn.Module, spec: TrainSpec) -> float:
-    """Return the bytes that training may still allocate on the GPU that has the least; 0 on a CPU,
-    where nothing is gained."""
-    import torch
-
-    device = adapter_device(model)
-    if device.type != "cuda":
-        return 0.0
-    free, _ = torch.cuda.mem_get_info(device)
-    if (limit := rules.limit(spec)) is not None:
-        free = min(free, limit - torch.cuda.memory_allocated(device))
-    return -reduced(-float(free), device, "max")
-
-
-@contextmanager
 def quick_walks(model: Any) -> Iterator[None]:
     """Trainer calls `train` and `zero_grad` at every step, and each walks through all modules: that
     takes as long as several layers."""
@@ -308,17 +247,6 @@ def fast_attention(model: Any, device: torch.device) -> Iterator[None]:
             yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def one_block_at_a_time(model: nn.Module) -> Iterator[None]:
-    """Inside, a block of a sharded base is gathered when it is needed, and not while the one before
-    it computes."""
-    gather_ahead(model, False)
-    try:
-        yield
-    finally:
-        gather_ahead(model)
 
 
 @contextmanager

@@ -7,8 +7,7 @@ the trainer's own batch, its accumulation and its losses stay what they are.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,6 +27,7 @@ from ..memory.setting import Setting, halves
 from ..sharding import is_sharded
 from ..streaming import streamer_of
 from .lent_to_trainers import adds_to_loss
+from .probing import Prober
 from .random_state import RandomState
 from .recomputing import Recomputer
 from .setting_search import Probe, choose, lowered
@@ -118,7 +118,7 @@ class MemoryFit:
         started = time.perf_counter()
         budget, least = self.budget(), self.budget(LONG_ROWS)
         sizes = halves(self.batch) if self.splits else [self.batch]
-        prober = _Prober(self)
+        prober = Prober(self)
         with prober.undone():
             most, layers = self.recomputer.most, self.recomputer.count
             found = choose(prober.measure, most, layers, sizes, budget, least)
@@ -187,8 +187,8 @@ class MemoryFit:
         """
         free_bytes, total = torch.cuda.mem_get_info(self.device)
         ours = free_bytes + torch.cuda.memory_reserved(self.device)
-        free = min(ours, int(total * _allowed_share(self.device)))
-        there = usable(free, context=0, limit=rules.limit(self.spec), lost=lost)
+        allowed = min(ours, int(total * _allowed_share(self.device)))
+        there = usable(allowed, context=0, limit=rules.limit(self.spec), lost=lost)
         still_to_come = between_passes(
             sum(weight.numel() for weight in self.weights),
             self.spec.optim,
@@ -321,89 +321,6 @@ class MemoryFit:
         self.trainer.told.clear()
         free(self.trainer.model)
         state.put_back()
-
-
-class _Prober:
-    """Runs single passes over the longest examples and measures them."""
-
-    def __init__(self, memory_fit: MemoryFit) -> None:
-        self.memory_fit, self.trainer = memory_fit, memory_fit.trainer
-        self.device = memory_fit.device
-        sizes = memory_fit.lengths
-        self.longest = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
-        self.warm: set[int] = set()
-
-    @contextmanager
-    def undone(self) -> Iterator[None]:
-        """Give back gradients, random states and memory afterwards."""
-        state = RandomState.of(self.device)
-        try:
-            yield
-        finally:
-            for weight in self.memory_fit.weights:
-                weight.grad = None
-            free(self.trainer.model)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            state.put_back()
-
-    def measure(self, setting: Setting) -> Probe | None:
-        """Return what a pass under `setting` takes, on the process where it takes most; None where
-        it does not fit on one. Raises TrainingError if that is so, and others wait for it within
-        the pass."""
-        fit = self.memory_fit
-        fit.apply(setting)
-        batch, found = self._batch(setting.micro_batch), None
-        try:
-            if setting.micro_batch not in self.warm:  # the first pass compiles and loads kernels
-                self._pass(setting, batch)
-                self.warm.add(setting.micro_batch)
-            found = self._pass(setting, batch)
-        except torch.OutOfMemoryError as error:
-            if fit.together and world().size > 1:
-                what = "the GPU has run out of memory before the first step"
-                raise TrainingError(what, fix=OOM_FIX, where="train") from error
-        if found is None:
-            free(self.trainer.model)
-        return self._agreed(found)
-
-    def _agreed(self, found: Probe | None) -> Probe | None:
-        """Return what all processes have to come to the same choice by."""
-        if reduced(float(found is None), self.device, "max") or found is None:
-            return None
-        return Probe(
-            found.setting,
-            peak=int(reduced(found.peak, self.device, "max")),
-            held=int(reduced(found.held, self.device, "max")),
-            seconds=reduced(found.seconds, self.device, "max"),
-        )
-
-    def _pass(self, setting: Setting, batch: dict[str, Any]) -> Probe:
-        trainer, device = self.trainer, self.device
-        self._set_gradients(setting)
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        started = time.perf_counter()
-        trainer.model_wrapped.train()
-        count = trainer.counted([batch])
-        loss = trainer.compute_loss(trainer.model_wrapped, dict(batch), num_items_in_batch=count)
-        held = torch.cuda.memory_allocated(device)
-        trainer.accelerator.backward(loss)
-        torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - started
-        return Probe(setting, torch.cuda.max_memory_allocated(device), held, seconds)
-
-    def _set_gradients(self, setting: Setting) -> None:
-        """Let gradients be there as they are in a step: where it has several passes, those of the
-        passes before; else none, they come as backward goes."""
-        fit = self.memory_fit
-        several = fit.spec.gradient_accumulation_steps > 1 or setting.micro_batch < fit.batch
-        for weight in fit.weights:
-            weight.grad = torch.zeros_like(weight) if several else None
-
-    def _batch(self, size: int) -> dict[str, Any]:
-        rows = [self.trainer.train_dataset[i] for i in self.longest[:size]]
-        batch: dict[str, Any] = self.trainer._prepare_inputs(self.trainer.data_collator(rows))
-        return batch
 
 
 def _allowed_share(device: torch.device) -> float:
