@@ -39,7 +39,7 @@ class Calls(TorchDispatchMode):
         super().__init__()
         self.seen: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.name() in KERNELS:
             self.seen["attention"] += 1
         return function(*args, **(kwargs or {}))

@@ -49,10 +49,12 @@ class Card:
     def peak(self, setting: Setting) -> int:
         kept = self.layers - setting.recomputed_layers
         inputs = 0.0625 * setting.recomputed_layers * (not setting.offload)
+        inputs *= 1 + setting.attention
         return int((6 + setting.micro_batch / 4 * (kept * 1.0 + inputs + 1.0)) * GIB)
 
     def seconds(self, setting: Setting) -> float:
-        slower = 1 + setting.recomputed_layers / self.layers / 3 + 0.05 * setting.offload
+        again = 0.2 if setting.attention else 1 / 3
+        slower = 1 + setting.recomputed_layers / self.layers * again + 0.05 * setting.offload
         return self.dequantize + setting.micro_batch / 4 * slower
 
     def measure(self, setting: Setting) -> Probe | None:
@@ -62,8 +64,9 @@ class Card:
             return None
         return Probe(setting, peak, peak - GIB, self.seconds(setting))
 
-    def choose(self, gib: float, batches: list[int]) -> Setting | None:
-        found = choose(self.measure, self.layers - 1, self.layers, batches, int(gib * GIB))
+    def choose(self, gib: float, batches: list[int], keeps: bool = False) -> Setting | None:
+        rooms = (int(gib * GIB), None, keeps)
+        found = choose(self.measure, self.layers - 1, self.layers, batches, *rooms)
         return found.setting if found else None
 
 
@@ -89,6 +92,19 @@ def test_the_inputs_leave_the_card_where_nothing_else_fits() -> None:
     # The last layer, too: what it keeps would be there beside the loss.
     assert card.choose(8.5, [4]) == Setting(32, True, 4)
     assert card.choose(6.5, [4]) is None
+
+
+def test_of_long_rows_attention_is_kept_first() -> None:
+    card = Card()
+    assert card.choose(80, [4], keeps=True) == Setting(0, False, 4)
+    found = card.choose(14, [4], keeps=True)
+    assert found.attention
+    fewer = Setting(found.recomputed_layers - 1, False, 4, attention=True)
+    assert card.peak(found) <= 14 * GIB < card.peak(fewer)
+    assert card.choose(9.5, [4], keeps=True) == Setting(31, False, 4)  # with attention 11.9
+    assert card.choose(8.5, [4], keeps=True) == Setting(32, True, 4, attention=True)
+    assert card.tried[-2:] == [Setting(32, True, 4), Setting(32, True, 4, attention=True)]
+    assert lowered(Setting(31, False, 4, True), 31, 32, True) == Setting(31, False, 4)
 
 
 def test_what_needs_the_least_may_have_more_of_the_card() -> None:

@@ -21,9 +21,6 @@ RANKS = 8
 LENGTH_MULTIPLE = 64
 """On CUDA, examples are padded to a multiple of so many tokens: cuDNN plans attention for each
 length."""
-ATTENTION_FROM = 4096
-"""In rows of so many tokens what attention returns is kept before whole layers are: it saves more
-time for its bytes."""
 LEAST_TILE = 1024
 """Tokens of which smaller models do not make fewer tiles than they are worth."""
 HEAD = "lm_head"
@@ -168,13 +165,6 @@ class Passes(Resident):
             adapted = bool(set(STACKS) & set(self.targets))
             numbers = experts.dense_numbers(tokens, hidden, adapted=adapted)
         return experts.kept_bytes(tokens) + numbers * self.dtype_bytes
-
-    @property
-    def keeps_attention(self) -> bool:
-        """Whether a layer that is recomputed may keep what attention returned, see
-        `training.kept_attention`."""
-        stock = not (self.shape.scores or self.packed) and self.contexts == 1
-        return stock and self.row >= ATTENTION_FROM
 
     def attention_bytes(self, tokens: int) -> int:
         """What attention returns in a layer, and each head's sums, in float32."""

@@ -111,6 +111,28 @@ def stays_dense_words(needed: int) -> str:
     )
 
 
+ATTENTION_FROM = 4096
+"""Of rows with so many tokens attention is a twelfth of the time of a layer of 8B; what it returns
+takes a fifteenth of what such a layer keeps."""
+
+
+def keeps_attention(row: int) -> bool:
+    """Say whether of a row of so many tokens what attention returned in recomputed layers is kept
+    before whole layers are, as it saves more time for its bytes, see `training.kept_attention`."""
+    return row >= ATTENTION_FROM
+
+
+def has_host_room(needed: int, free: int) -> bool:
+    """Say whether CPU memory has room for what attention returned, too, beside inputs of layers:
+    training can go without.
+
+    Args:
+        needed: bytes of all that.
+        free: bytes that are free.
+    """
+    return 2 * needed <= free
+
+
 def limit(train: TrainSpec) -> int | None:
     """Return the bytes that the spec allows, if it gives a number."""
     return int(train.memory * GIB) if isinstance(train.memory, float) else None

@@ -135,8 +135,14 @@ class Workload(Passes):
                 found.append(Setting(most + 1, True, size))
         return found
 
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether layers that are recomputed may keep what attention returned."""
+        stock = not (self.shape.scores or self.packed) and self.contexts == 1
+        return stock and rules.keeps_attention(self.row)
+
     def _has_host_room(self, setting: Setting) -> bool:
-        return 2 * self.offloaded_bytes(setting) <= self.host_free
+        return rules.has_host_room(self.offloaded_bytes(setting), self.host_free)
 
     def longest(self, budget: int) -> int:
         """Return how many tokens a single example may have within `budget` bytes; 0 where not even

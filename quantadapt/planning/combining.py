@@ -283,7 +283,8 @@ def _memory(draft: Draft, made: Plan, unshared: Sequence[Problem]) -> MemoryPlan
         memory = replace(memory, streams=streams)
     if draft.cards:  # CPU memory beside them is not known
         return memory.with_cards([card * GIB for card in draft.cards])
-    memory = replace(memory, work=replace(memory.work, host_free=draft.machine.host or 0))
+    each = (draft.machine.host or 0) // processes.on_this_machine(max(draft.processes, 1))
+    memory = replace(memory, work=replace(memory.work, host_free=each))
     used = _used_cards(draft, made.device) if on_gpu else ()
     return memory.with_cards([min(used)]) if used else memory
 

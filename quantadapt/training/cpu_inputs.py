@@ -33,6 +33,11 @@ class CpuInputs:
         self._last: weakref.ref[_Stored] | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """The page-locked memory that is used, and used again."""
+        return sum(buffer.nbytes for buffer in self._locked)
+
     @contextmanager
     def saving(self, hidden: Tensor) -> Iterator[None]:
         """Inside, autograd saves `hidden` here and everything else as ever."""

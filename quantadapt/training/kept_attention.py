@@ -109,9 +109,9 @@ class _PutAway:
         return self.stored.fetched().permute(self.inverse)
 
 
-class _Record(TorchDispatchMode):
+class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, tape: deque[_Returned], store: Callable[[Tensor], Stored]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tape, self.store = tape, store
 
     def __torch_dispatch__(
@@ -123,9 +123,9 @@ class _Record(TorchDispatchMode):
         return found
 
 
-class _Replay(TorchDispatchMode):
+class _Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, tape: deque[_Returned]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tape = tape
 
     def __torch_dispatch__(

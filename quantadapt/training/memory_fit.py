@@ -105,6 +105,13 @@ class MemoryFit:
         )
 
     @property
+    def _keeps_attention(self) -> bool:
+        """Whether recomputed layers may keep what attention returned."""
+        alone = not self.spec.packing and self.spec.context_parallel_size == 1
+        long = rules.keeps_attention(max(self.lengths, default=0))
+        return self.recomputer.keeps_attention and alone and long
+
+    @property
     def _probes(self) -> bool:
         return bool(self.device.type == "cuda")
 
@@ -121,7 +128,8 @@ class MemoryFit:
         prober = Prober(self)
         with prober.undone():
             most, layers = self.recomputer.most, self.recomputer.count
-            found = choose(prober.measure, most, layers, sizes, budget, least)
+            rooms = (budget, least, self._keeps_attention)
+            found = choose(prober.measure, most, layers, sizes, *rooms)
         if found is None:
             what = f"no setting fits {size_words(least)}, the part of the GPU that is free"
             raise TrainingError(what, fix=OOM_FIX, where="train.memory")

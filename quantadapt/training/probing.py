@@ -15,6 +15,8 @@ from ..adapting.fused import free
 from ..distributed.talking import reduced
 from ..distributed.world import world
 from ..errors import TrainingError
+from ..machine import host_memory
+from ..memory import rules
 from ..memory.cards import OOM_FIX
 from ..memory.setting import Setting
 from .random_state import RandomState
@@ -50,6 +52,8 @@ class Prober:
         """Return what a pass under `setting` takes, on the process where it takes most; None where
         it does not fit on one. Raises TrainingError if that is so, and others wait for it within
         the pass."""
+        if setting.offload and setting.attention and not self._has_host_room():
+            return None
         self.fit.apply(setting)
         batch, found = self._batch(setting.micro_batch), None
         try:
@@ -64,6 +68,12 @@ class Prober:
         if found is None:
             free(self.trainer.model)
         return self._agreed(found)
+
+    def _has_host_room(self) -> bool:
+        """Say whether CPU memory has room for as much again as inputs of layers take there."""
+        taken, there = self.fit.recomputer.inputs.nbytes, host_memory() or 0
+        lacks = not rules.has_host_room(2 * taken, taken + there // world().local_size)
+        return not reduced(float(lacks), self.device, "max")
 
     def _agreed(self, found: Probe | None) -> Probe | None:
         """Return what all processes have to come to the same choice by."""

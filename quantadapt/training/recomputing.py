@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ..facade import read_in_parts, recomputed_later, recomputing
 from ..facade.invocations import Invocations
 from ..memory.setting import Setting
+from ..model.attention import STOCK, configs_of
 from ..model.modules import is_skipped
 from ..model.towers import other_towers
 from ..streaming import streamer_of
@@ -53,6 +54,9 @@ class Recomputer:
         self.invocations = invocations or Invocations()
         self.inputs, self.tiles = CpuInputs(), Tiles(self.layers, _hidden_size(self.base))
         self.attention = KeptAttention()
+        self.keeps_attention = not reentrant and bool(configs_of(self.base, STOCK))
+        """Whether what attention returns can be kept: torch's own kernels compute it, and know that
+        there will be a backward."""
         self.turn_attention: Callable[[bool], None] = lambda on: None
         self.calls = 0
         """How often a layer has asked to be recomputed."""
@@ -73,7 +77,7 @@ class Recomputer:
     def apply(self, setting: Setting) -> None:
         """Checkpoint the first `setting.recomputed_layers` layers. Raises ValueError where the
         model cannot checkpoint and has to."""
-        function = self._function(setting.offload, setting.attention and not self.reentrant)
+        function = self._function(setting.offload, setting.attention and self.keeps_attention)
         read_in_parts(self.base, setting.offload or streamer_of(self.base) is not None)
         self.tiles.turn(setting.offload)
         self.turn_attention(setting.offload or setting.attention)

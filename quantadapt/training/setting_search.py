@@ -85,14 +85,12 @@ def _least_recompute(
         room = least if offload else budget
         return probe if probe is not None and probe.peak <= room else None
 
-    ways = (True, False) if keeps_attention and most else (False,)
-
-    def first(count: int, offload: bool) -> Probe | None:
-        return next(filter(None, (tried(count, offload, way) for way in ways)), None)
-
-    all_ = first(most, offload=False)
+    all_ = tried(most, attention=True) if keeps_attention and most else None
+    all_ = all_ or tried(most)
     if all_ is None:
-        return first(layers, offload=True) if most else None
+        plain = tried(layers, offload=True) if most else None
+        more = tried(layers, offload=True, attention=True) if plain and keeps_attention else None
+        return more or plain
     best, count, attention = all_, most, all_.setting.attention
     step = min(2, most)
     while step:
