@@ -101,7 +101,7 @@ def test_of_long_rows_attention_is_kept_first() -> None:
     assert found.attention
     fewer = Setting(found.recomputed_layers - 1, False, 4, attention=True)
     assert card.peak(found) <= 14 * GIB < card.peak(fewer)
-    assert card.choose(9.5, [4], keeps=True) == Setting(31, False, 4)  # with attention 11.9
+    assert card.choose(10, [4], keeps=True) == Setting(31, False, 4)  # with attention 11.9
     assert card.choose(8.5, [4], keeps=True) == Setting(32, True, 4, attention=True)
     assert card.tried[-2:] == [Setting(32, True, 4), Setting(32, True, 4, attention=True)]
     assert lowered(Setting(31, False, 4, True), 31, 32, True) == Setting(31, False, 4)

@@ -19,8 +19,8 @@ DEQUANTIZED = 300
 memory, where a product stays inside of the chip. Measured on an H200 with nf4: 0.65 ps in stacks of
 experts, 0.8 to 1.3 in layers, and 3.2 fs for a product, so 200 to 400 tokens."""
 ATTENTION = 1.5
-"""So many times as long a product takes within attention: on an H200, of rows of 2,048 tokens, cuDNN
-reached 450 TFLOP/s, linear layers 690."""
+"""So many times as long a product takes within attention: on an H200 cuDNN reached 450 TFLOP/s of
+rows of 2,048 tokens, linear layers 690."""
 BEGUN = 2**39
 """A pass through a layer takes at least so long: Python starts its kernels one by one. On an H200
 that is a millisecond or two; passes that are recorded as CUDA graphs start as one."""
