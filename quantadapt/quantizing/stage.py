@@ -78,7 +78,7 @@ def quantize_plan(
     if plan.adopt and not skip:  # what a merge must not quantize
         skip = tuple(name for name, _ in linear_layers(model, ()))
     if plan.backend.name != "none":
-        notes.append(tell_share(model, skip, plan.notes))
+        notes.append(tell_share(model, skip, plan))
     model.quantadapt = ModelState(  # type: ignore[assignment]
         source=plan.model,
         backend=plan.backend,
