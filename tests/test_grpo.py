@@ -634,6 +634,18 @@ def test_a_start_that_changes_the_base_is_no_reference(functions, tmp_path) -> N
 # --- data ----------------------------------------------------------------------------------------
 
 
+def test_prompts_without_answers_are_measured_by_rewards_alone(tmp_path) -> None:
+    """From a file that is named: functions get its columns, and no token of a prompt counts as one
+    that is to be predicted."""
+    (tmp_path / "given.py").write_text("def level(completions, level, **_):\n    return level\n")
+    file = written(tmp_path, [{"prompt": f"Say {i}.\n", "level": i} for i in range(4)])
+    measured = {"rewards": (f"{tmp_path}/given.py:level",), "max_completion_length": 2}
+    found = qa.evaluate(attached(), file, evaluation="rewarded", **measured)
+    assert (found["reward"], found["answers"]) == (1.5, 4)
+    with pytest.raises(DataError, match="no token to predict"):
+        qa.evaluate(attached(), file)
+
+
 def test_prompts_of_all_formats_and_their_columns(tmp_path) -> None:
     with_template = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
     turns = [{"role": "user", "content": "Name a colour."}]

@@ -101,7 +101,8 @@ def _load(
     whole = streams._replace(which="none") if streams.which == "auto" else streams
     model = _load_whole(folder, device, whole)
     state = state_of(model)
-    state.max_length = read_manifest(folder).get("max_length")
+    manifest = read_manifest(folder)
+    state.max_length, state.pooling = manifest.get("max_length"), manifest.get("pooling", "")
     state.loaded_from = str(folder.resolve())
     return model
 
@@ -195,6 +196,7 @@ def _load_adapter(
     state.adapter = adapter
     state.adapter_options = dict(manifest["adapter_options"])
     state.max_length = manifest.get("max_length")
+    state.pooling = manifest.get("pooling", "")
     if manifest.get("merge_aware"):
         make_merge_aware(peft_model)
     return peft_model

@@ -42,6 +42,8 @@ class ModelState:
         loaded_from: the folder that `load` read it from, if it did.
         adapter, adapter_options: what is attached, if anything.
         max_length: the longest example in tokens that it was trained on, where that is known.
+        pooling: how the vectors that it was trained to make are made of its tokens' states; empty
+            where it was not trained to make any.
         merge_aware: its adapter computes, and is merged, on the scales that the base has.
         head, labels: the kind of head that the checkpoint was read with, if it was not its own, and
             what that tells apart; see `loading.heads`.
@@ -69,6 +71,7 @@ class ModelState:
     adapter: Adapter | None = None
     adapter_options: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = None
+    pooling: str = ""
     merge_aware: bool = False
     head: str = ""
     labels: tuple[str, ...] = ()
@@ -113,6 +116,7 @@ class ModelState:
             "adapter": self.adapter.name if self.adapter else None,
             "adapter_options": self.adapter_options,
             "max_length": self.max_length,
+            "pooling": self.pooling,
             "merge_aware": self.merge_aware,
             "head": self.head,
             "labels": list(self.labels),
