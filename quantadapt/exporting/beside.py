@@ -65,6 +65,8 @@ def _refuse_other_kind(model: PeftModel, manifest: Mapping[str, Any], where: str
         what = f"PEFT has no {kind} beside {has} in one model"
     elif state.rewritten:
         what = "the first adapter's start changed its base, which it shares with no other"
+    elif state.changed != manifest["changed"]:
+        what = "an adapter was merged into the base of one of both, and so changed it"
     elif state.base_id != manifest["base_id"]:
         what = "one of both was saved with a base of its own"
     elif len(manifest["active"]) > 1:

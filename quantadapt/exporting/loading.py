@@ -281,6 +281,7 @@ def load_base(folder: Path, device: str, streams: Streams | None = None) -> nn.M
     state = state_of(model)
     state.source, state.rewritten = manifest["base"], manifest.get("rewritten", False)
     state.own_base, state.base_id = True, manifest["base_id"]
+    state.changed = manifest["changed"]
     model.name_or_path = manifest["base"]  # type: ignore[assignment]  # PEFT notes it
     state.fingerprint = noted(manifest)
     state.head, state.labels = manifest["head"], tuple(manifest["labels"])

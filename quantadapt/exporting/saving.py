@@ -154,7 +154,7 @@ def _lies_in(source: str, folder: Path) -> bool:
 
 def _has_own_base(state: ModelState) -> bool:
     """Whether the base cannot be made again from its checkpoint and options alone."""
-    if state.rewritten or state.own_base or state.calibration is not None:
+    if state.rewritten or state.changed or state.own_base or state.calibration is not None:
         return True
     calibrates = state.backend.calibration and state.quantizer.needs_data
     return bool(state.source) and calibrates and quantization_of(state.source) is None
