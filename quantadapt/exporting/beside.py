@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from peft import PeftModel
 
+_NO_BIASES = ("none", False, None)
 _ALONE = "load it by itself, or train both alike"
 
 
@@ -69,9 +70,12 @@ def _refuse_other_kind(model: PeftModel, manifest: Mapping[str, Any], where: str
         what = "an adapter was merged into the base of one of both, and so changed it"
     elif state.base_id != manifest["base_id"]:
         what = "one of both was saved with a base of its own"
+    elif state.own_biases or manifest["adapter_options"].get("bias", "none") not in _NO_BIASES:
+        what = "one of both has trained biases of the base, which all share"
     elif len(manifest["active"]) > 1:
         what = f"it is {len(manifest['active'])} adapters that work together"
     elif state.merge_aware or manifest.get("merge_aware"):
         what = "one of both was trained through the quantizer, and answers so"
     if what:
-        raise ModelError(what, fix=_ALONE, where=where)
+        fix = "load it by itself" if "biases" in what else _ALONE
+        raise ModelError(what, fix=fix, where=where)

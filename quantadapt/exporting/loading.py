@@ -158,6 +158,7 @@ def _load_adapter(
     from ..adapting.merge_aware import forget_merge_aware, make_merge_aware
     from ..adapting.method import config_class
     from ..facade import facades
+    from ..model.own_biases import biases_of, those_trained
 
     manifest = read_manifest(folder)
     if manifest["adapter"] is None:
@@ -188,10 +189,11 @@ def _load_adapter(
     if isinstance(config, LoraConfig) and state.rewritten:
         config.init_lora_weights = True  # the base has given its part to the adapter already
     forget_merge_aware(model, state)
-    before = {id(facade.vendor) for _, facade in facades(model)}
+    before, biases = {id(facade.vendor) for _, facade in facades(model)}, biases_of(model)
     peft_model = put_on(model, folder, manifest["active"], config=config, is_trainable=True)
     # PiSSA starts again from the base as it was, and so rewrites it again.
     state.rewritten |= any(id(facade.vendor) not in before for _, facade in facades(peft_model))
+    state.own_biases = those_trained(biases)
     state.adapter = adapter
     state.adapter_options = dict(manifest["adapter_options"])
     state.max_length = manifest.get("max_length")

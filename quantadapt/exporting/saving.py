@@ -232,10 +232,12 @@ def write_base(
 ) -> None:
     """Write the quantized base of `model` into `folder`, which is there."""
     from ..loading.processors import save_tokenizer
+    from ..model.own_biases import own_biases
     from .merging import bare_base
 
-    base = model if state.adapter is None else bare_base(model)  # type: ignore[arg-type]
-    state.quantizer.save(base, folder)
+    with own_biases(model):
+        base = model if state.adapter is None else bare_base(model)  # type: ignore[arg-type]
+        state.quantizer.save(base, folder)
     if state.tokenizer is not None:
         save_tokenizer(state.tokenizer, folder)
     more = {} if making is None else {"making": making.model_dump()}

@@ -295,13 +295,14 @@ class RewardTask(AnswerTask):
         import torch
 
         from ..evaluation.predictions import evaluating
+        from ..model.own_biases import without_adapter
 
         with evaluating(model), torch.no_grad():
             for batch in batches:
                 batch[OLD] = self._noted(model, batch, most)
             if not self.beta:
                 return
-            with model.disable_adapter():
+            with without_adapter(model):
                 for batch in batches:
                     batch[REFERENCE] = self._noted(model, batch, most)
 

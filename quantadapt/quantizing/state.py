@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from ..model.own_biases import OwnBiases
+
 
 @dataclass(repr=False)
 class ModelState:
@@ -45,6 +47,7 @@ class ModelState:
         loaded_from: the folder that `load` read it from, if it did.
         adapter, adapter_options: what is attached, if anything.
         max_length: the longest example in tokens that it was trained on, where that is known.
+        own_biases: biases of the base that the adapter trains, with the values that they had.
         merge_aware: its adapter computes, and is merged, on the scales that the base has.
         head, labels: the kind of head that the checkpoint was read with, if it was not its own, and
             what that tells apart; see `loading.heads`.
@@ -73,6 +76,7 @@ class ModelState:
     adapter: Adapter | None = None
     adapter_options: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = None
+    own_biases: OwnBiases = field(default_factory=list)
     merge_aware: bool = False
     head: str = ""
     labels: tuple[str, ...] = ()
@@ -109,7 +113,7 @@ class ModelState:
         Args:
             changed: whether the base is another one for it.
         """
-        self.adapter, self.adapter_options = None, {}
+        self.adapter, self.adapter_options, self.own_biases = None, {}, []
         if changed or self.rewritten:  # from now on that of a live module
             self.changed, self.rewritten, self.own_base = True, False, False
             self.source, self.fingerprint, self.base_id, self.loaded_from = "", None, "", ""
