@@ -122,9 +122,9 @@ def has_reference(model: Any) -> bool:
     if getattr(state, "adapter", None) is None or not hasattr(model, "disable_adapter"):
         return False
     start = state.adapter_options.get("init_lora_weights", True)
-    if state.adapter_options.get("bias", "none") not in ("none", False, None):
-        if not state.own_biases:  # PEFT itself put it there, and nothing noted what they were
-            return False
+    trains_biases = state.adapter_options.get("bias", "none") not in ("none", False, None)
+    if trains_biases and not state.own_biases:  # PEFT put it there, and nothing noted them
+        return False
     return state.adapter.start != Start.CHANGED and start in (True, "gaussian", "eva")
 
 
