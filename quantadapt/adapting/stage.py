@@ -84,7 +84,7 @@ def attach_adapter(
     # PiSSA and LoftQ put new values into the base's layers.
     state.rewritten = any(id(facade.vendor) not in before for _, facade in facades(tuned))
     state.adapter, state.adapter_options = adapter, options
-    state.own_biases = those_trained(biases)
+    state.own_biases, state.learnt = those_trained(biases), False
     return tuned
 
 

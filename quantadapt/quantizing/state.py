@@ -47,6 +47,7 @@ class ModelState:
         loaded_from: the folder that `load` read it from, if it did.
         adapter, adapter_options: what is attached, if anything.
         max_length: the longest example in tokens that it was trained on, where that is known.
+        learnt: that adapter was trained before: it was loaded, or `train` has ended.
         own_biases: biases of the base that the adapter trains, with the values that they had.
         merge_aware: its adapter computes, and is merged, on the scales that the base has.
         head, labels: the kind of head that the checkpoint was read with, if it was not its own, and
@@ -76,6 +77,7 @@ class ModelState:
     adapter: Adapter | None = None
     adapter_options: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = None
+    learnt: bool = False
     own_biases: OwnBiases = field(default_factory=list)
     merge_aware: bool = False
     head: str = ""
@@ -114,6 +116,7 @@ class ModelState:
             changed: whether the base is another one for it.
         """
         self.adapter, self.adapter_options, self.own_biases = None, {}, []
+        self.learnt = False
         if changed or self.rewritten:  # from now on that of a live module
             self.changed, self.rewritten, self.own_base = True, False, False
             self.source, self.fingerprint, self.base_id, self.loaded_from = "", None, "", ""
@@ -154,5 +157,5 @@ def state_of(model: nn.Module) -> ModelState:
         raise QuantadaptError(what, fix="call model = quantadapt.quantize(model, backend=...)")
     if state.adapter is None and (config := config_by_peft(model)) is not None:
         state.adapter, state.adapter_options = recognized(config)
-        state.rewritten = rewrites(state.adapter, state.adapter_options)
+        state.rewritten, state.learnt = rewrites(state.adapter, state.adapter_options), True
     return state
