@@ -71,7 +71,8 @@ def attach_adapter(
     if problem := bias_problem(model, config):
         text = f"the adapter cannot be merged: {problem.what}; {problem.fix}"
         warn(text, UnmergeableWarning, stacklevel=5)
-    before, biases = {id(facade.vendor) for _, facade in facades(model)}, biases_of(model)
+    before = {id(facade.vendor) for _, facade in facades(model)}
+    biases = biases_of(model, getattr(config, "bias", None))
     with all_or_nothing(model):
         try:
             tuned = injected(model, config)

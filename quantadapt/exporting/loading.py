@@ -21,7 +21,13 @@ from ..remote_code import trusted, trusting
 from ..showing.quietly import quiet
 from ..spec import Streaming
 from ..stages import quantize
-from .adapter_files import check_adapters, peft_in_words, refuse_not_trained
+from .adapter_files import (
+    CONFIG,
+    adapter_places,
+    check_adapters,
+    peft_in_words,
+    refuse_not_trained,
+)
 from .adapters import put_on
 from .manifest import BASE, MANIFEST, MERGED, adapter_in, base_id_of, read_manifest
 from .same_base import check_base, noted, refuse_altered
@@ -189,7 +195,9 @@ def _load_adapter(
     if isinstance(config, LoraConfig) and state.rewritten:
         config.init_lora_weights = True  # the base has given its part to the adapter already
     forget_merge_aware(model, state)
-    before, biases = {id(facade.vendor) for _, facade in facades(model)}, biases_of(model)
+    before = {id(facade.vendor) for _, facade in facades(model)}
+    places = adapter_places(folder, manifest["active"]).values()
+    biases = biases_of(model, *(read_object(place / CONFIG).get("bias") for place in places))
     peft_model = put_on(model, folder, manifest["active"], config=config, is_trainable=True)
     # PiSSA starts again from the base as it was, and so rewrites it again.
     state.rewritten |= any(id(facade.vendor) not in before for _, facade in facades(peft_model))

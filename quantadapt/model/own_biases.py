@@ -13,8 +13,16 @@ OwnBiases = list[tuple[nn.Parameter, Tensor]]
 """Parameters of a base with the values that they had before an adapter trained them."""
 
 
-def biases_of(model: nn.Module) -> OwnBiases:
-    """Return the biases of `model` with copies of their values."""
+def trains_biases(option: Any) -> bool:
+    """Say whether an adapter with this value of PEFT's option `bias` trains those of the base."""
+    return option not in ("none", False, None)
+
+
+def biases_of(model: nn.Module, *options: Any) -> OwnBiases:
+    """Return the biases of `model` with copies of their values, where an adapter with one of these
+    values of `bias` trains them; else none."""
+    if not any(map(trains_biases, options)):
+        return []
     named = model.named_parameters()
     return [(p, p.detach().clone()) for name, p in named if name.rpartition(".")[2] == "bias"]
 
