@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, OptionsError, Problem
+from ..model.own_biases import trains_biases
 from ..paths import is_entry
 from ..quantizing.state import state_of
 from ..registry.discovery import registry
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from peft import PeftModel
 
-_NO_BIASES = ("none", False, None)
 _ALONE = "load it by itself, or train both alike"
 
 
@@ -70,7 +70,7 @@ def _refuse_other_kind(model: PeftModel, manifest: Mapping[str, Any], where: str
         what = "an adapter was merged into the base of one of both, and so changed it"
     elif state.base_id != manifest["base_id"]:
         what = "one of both was saved with a base of its own"
-    elif state.own_biases or manifest["adapter_options"].get("bias", "none") not in _NO_BIASES:
+    elif state.own_biases or trains_biases(manifest["adapter_options"].get("bias")):
         what = "one of both has trained biases of the base, which all share"
     elif len(manifest["active"]) > 1:
         what = f"it is {len(manifest['active'])} adapters that work together"

@@ -6,6 +6,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
+from ..model.own_biases import trains_biases
 from .lazy_weight import quantized_layers
 
 
@@ -31,6 +32,6 @@ def _has_changed_its_base(tuner: Any) -> bool:
     """Say whether what PEFT's tuner leaves is another base: where something is merged, or biases
     are trained, which are the base's own."""
     biases = (getattr(config, "bias", "none") for config in tuner.peft_config.values())
-    if any(bias not in ("none", False, None) for bias in biases):
+    if any(map(trains_biases, biases)):
         return True
     return any(getattr(module, "merged_adapters", None) for module in tuner.modules())
