@@ -270,6 +270,8 @@ def train(
         )
         for text in [] if task.generates else training_warnings(result.losses):
             tell("warning", {"text": text})
+        if hasattr(model, "quantadapt"):
+            state_of(model).learnt = True
         return result
 
 

@@ -85,6 +85,7 @@ class Manifest(BaseModel):
     begun_at_random: list[str] = Field(default_factory=list)
     stream: Stream = "none"
     rewritten: bool = False
+    changed: bool = False
     fingerprint: Fingerprint | None = None
     base_id: str = ""
     active: list[str] = Field(default=["default"], min_length=1)
