@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import signal
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -261,6 +261,31 @@ _SAME = (
     ("train", "training", "trainer", "training_args", "training_arguments"),
 )  # fmt: skip
 """What something is called here, and what it is called elsewhere."""
+
+
+def refuse_unknown(**given: tuple[Any, Collection[str]]) -> None:
+    """Raise OptionsError where a value of an argument is none of those that there are.
+
+    Args:
+        given: the value and what may be said, by the argument's name.
+    """
+    wrong = {name: pair for name, pair in given.items() if pair[0] not in pair[1]}
+    if wrong:
+        raise OptionsError(
+            [
+                Problem(f"{value!r} is not possible", f"use {' or '.join(map(repr, known))}", name)
+                for name, (value, known) in wrong.items()
+            ]
+        )
+
+
+def refuse_below_one(**given: Any) -> None:
+    """Raise OptionsError where a count is not a whole number of 1 or more, by argument."""
+    wrong = {n: v for n, v in given.items() if not isinstance(v, int) or v is True or v < 1}
+    if wrong:
+        raise OptionsError(
+            [Problem(f"{v!r} is not possible", "write 1 or more", n) for n, v in wrong.items()]
+        )
 
 
 def likely_name(word: str, known: Iterable[str]) -> str:

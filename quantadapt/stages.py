@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import planning
 from .dependencies import in_turn
 from .distributed.world import world
-from .errors import ModelError, OptionsError, Problem, QuantadaptError
+from .errors import (
+    ModelError,
+    OptionsError,
+    Problem,
+    QuantadaptError,
+    refuse_below_one,
+    refuse_unknown,
+)
 from .evaluation.held_out import given_of, held_out, held_out_data, needed
 from .planning.planned import Plan
 from .planning.streaming import NO_GPU, NOT_STREAMED
@@ -97,9 +104,13 @@ def quantize(
         The model, with its `ModelState` as `model.quantadapt`.
 
     Raises:
-        PlanRefused: with every problem at once. ModelError: the checkpoint cannot be loaded.
-        DataError: the calibration data cannot be used. PluginError: the backend failed.
+        PlanRefused: with every problem at once. OptionsError: there is no such head. ModelError:
+        the checkpoint cannot be loaded. DataError: the calibration data cannot be used.
+        PluginError: the backend failed.
     """
+    from .loading.heads import ENDINGS
+
+    refuse_unknown(head=(head, ("", *ENDINGS)))
     if isinstance(source, Path):
         source = str(source)
     spec = Spec(
@@ -259,6 +270,8 @@ def train(
         )
         for text in [] if task.generates else training_warnings(result.losses):
             tell("warning", {"text": text})
+        if hasattr(model, "quantadapt"):
+            state_of(model).learnt = True
         return result
 
 
@@ -298,8 +311,8 @@ def evaluate(
 
     Args:
         model: with or without an adapter.
-        data: a file, all of it; a folder or hub id, its held-out part if it has one; a tokenized
-            Dataset, or a HeldOut with prompts, too; or None for the demo's.
+        data: a file, of which nothing is held out; a folder or hub id, its held-out part if it has
+            one; a tokenized Dataset, or a HeldOut with prompts, too; or None for the demo's.
         evaluation: see `quantadapt evaluations`.
         batch_size: examples per forward pass.
         max_examples: use at most so many.
@@ -312,11 +325,14 @@ def evaluate(
         options: the evaluation's options.
 
     Raises:
-        PlanRefused: there is no such evaluation or option. QuantadaptError: `max_length` is given
-        with a Dataset. PluginError: the evaluation failed.
+        PlanRefused: there is no such evaluation or option. OptionsError: a count is below 1.
+        QuantadaptError: `max_length` is given with a Dataset. PluginError: the evaluation failed.
     """
     from .evaluation.stage import measure
 
+    refuse_below_one(
+        batch_size=batch_size, max_examples=max_examples, max_new_tokens=max_new_tokens
+    )
     with trusting(trust_remote_code):
         evaluators = planning.evaluators([{"name": evaluation, **options}])
     _refuse_length(max_length, data)
@@ -362,14 +378,14 @@ def generate(
     """
     from .data.pictures import ANYWHERE
     from .generation import PromptWriter, Sampling, answers
+    from .generation.prompts import LAYOUTS
 
     sampling = Sampling(**options)
     if isinstance(prompts, str):
         problem = Problem("prompts is one text, and no list of them", "write [text]", "prompts")
         raise OptionsError([problem])
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        problem = Problem(f"{batch_size!r} is not possible", "write 1 or more", "batch_size")
-        raise OptionsError([problem])
+    refuse_below_one(batch_size=batch_size)
+    refuse_unknown(layout=(layout or "text", LAYOUTS))
     if (tokenizer := tokenizer or state_of(model).tokenizer) is None:
         raise ModelError("the model has no tokenizer", fix="pass tokenizer=...", where="tokenizer")
     writer = PromptWriter(tokenizer, layout, root=ANYWHERE)

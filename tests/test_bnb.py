@@ -135,3 +135,36 @@ def test_blocks_that_go_on_in_the_next_row_have_their_own_scale(backend, sizes) 
     assert relative(target.forward(made, x).double(), product) < 1e-6
     half = target.dequantize_rows(made, 0, rows // 2).double()
     assert relative(half, expected[: rows // 2]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("backend", "given"),
+    [("bnb-nf4", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+     ("bnb-int8", {"load_in_8bit": True})],
+)  # fmt: skip
+@pytest.mark.parametrize("adapter", ["lora", "adalora"])
+def test_a_live_module_learns_and_is_merged_as_a_model_that_is_read(
+    backend, given, adapter, tmp_path
+) -> None:
+    """By the marks that transformers leaves on what it has loaded, TRL trains adapters in bfloat16,
+    and what is merged into dense weights would say that it is packed."""
+    folder = str(small_model())
+    options: dict[str, Any] = {"max_steps": 3, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+    marked = BitsAndBytesConfig(**given)
+    live = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=marked, dtype=torch.float32
+    )
+    single = {"double_quant": False} if backend == "bnb-nf4" else {}
+    ours = qa.quantize(folder, backend, dtype="float32", device="cpu", **single)
+    other, model = (qa.attach(base, adapter, seed=0) for base in (qa.quantize(live, backend), ours))
+    found = []
+    for each in (other, model):
+        qa.train(each, max_length=64, tokenizer=ours.quantadapt.tokenizer, **options)
+        found.append({n: p for n, p in each.named_parameters() if p.requires_grad})
+    assert {weight.dtype for weight in found[0].values()} == {torch.float32}
+    assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
+    tuned = logits(model)
+    assert torch.equal(logits(other), tuned)
+    qa.merge(other, tmp_path, tokenizer=ours.quantadapt.tokenizer)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert relative(logits(merged), tuned) < (2e-6 if backend == "bnb-nf4" else 3e-2)

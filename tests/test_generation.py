@@ -28,7 +28,14 @@ from quantadapt import demo
 from quantadapt.adapting.fused import FusedLayers
 from quantadapt.compiling import on_its_device
 from quantadapt.data.files import Row as DataRow
-from quantadapt.errors import DataError, ModelError, NumbersError, OutputError, SpecError
+from quantadapt.errors import (
+    DataError,
+    ModelError,
+    NumbersError,
+    OptionsError,
+    OutputError,
+    SpecError,
+)
 from quantadapt.evaluation.predictions import evaluating
 from quantadapt.folders.lines import problems_of
 from quantadapt.generation import (
@@ -367,6 +374,21 @@ def test_a_penalty_turns_from_what_was_said() -> None:
 def test_wrong_options_are_told(options, words) -> None:
     with pytest.raises(SpecError, match=words):
         Sampling(**options)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda m: qa.generate(m, ["x"], layout="chats"), "layout: 'chats'.*'chat' or 'instr"),
+        (lambda m: qa.merge(m, "out", kind="auto"), "kind: 'auto'.*'dense' or 'requantize'"),
+        (lambda m: qa.quantize(m, head="tokens"), "head: 'tokens'.*'sequence' or 'token'"),
+        (lambda m: qa.evaluate(m, max_examples=0, batch_size=True), "batch_size: True.*max_exa"),
+    ],
+)
+def test_words_and_counts_that_are_not_known_are_refused(call, said) -> None:
+    """A layout was ignored, the others failed with an error of Python or of their own."""
+    with pytest.raises(OptionsError, match=f"(?s){said}"):
+        call(torch.nn.Linear(1, 1))
 
 
 # Text ---------------------------------------------------------------------------------------------

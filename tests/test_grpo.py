@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from merging import logits, moved, relative
 from processes import in_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_settings import PLAIN
@@ -27,6 +28,7 @@ from quantadapt.generation import Answer
 from quantadapt.memory import Setting
 from quantadapt.model.head import head_losses
 from quantadapt.objectives.grpo import GRPO
+from quantadapt.objectives.rewarded import LEARNT
 from quantadapt.objectives.rloo import RLOO
 from quantadapt.pipeline import base as run_base
 from quantadapt.rewarding import answering
@@ -625,6 +627,24 @@ def test_a_prompt_that_leaves_no_room_is_told_before_the_first_step(functions, t
         trained(attached(), data, {"name": "grpo", "rewards": [f"{functions}:right"]})
 
 
+@pytest.mark.usefixtures("given")
+def test_what_an_adapter_has_learnt_is_no_reference_until_it_is_merged(functions, tmp_path) -> None:
+    """That is told, with what to do: then the first step's KL is none."""
+    objective = {"name": "grpo", "rewards": [f"{functions}:right"], "beta": 0.1}
+    data, told = read(written(tmp_path)).train, list[str]()
+    begun, _ = trained(attached(), data, objective, on_note=told.append)
+    model = moved(attached(), by=0.05)
+    saved = qa.save(model, tmp_path / "first")
+    moved_on, _ = trained(qa.load(saved), data, objective, on_note=told.append)
+    assert begun[0]["kl"] == 0 < moved_on[0]["kl"]
+    assert [words for words in told if words == LEARNT] == [LEARNT]
+    again = qa.attach(qa.load(saved).merge_and_unload(), "lora", seed=0)
+    assert relative(logits(again), logits(model)) < 1e-5
+    merged, _ = trained(again, data, objective, on_note=told.append)
+    assert merged[0]["kl"] == 0
+    assert told.count(LEARNT) == 1
+
+
 def test_a_start_that_changes_the_base_is_no_reference(functions, tmp_path) -> None:
     objective = {"name": "grpo", "rewards": [f"{functions}:right"], "beta": 0.1}
     with pytest.raises(qa.QuantadaptError, match="is not what training begins with"):
@@ -632,6 +652,18 @@ def test_a_start_that_changes_the_base_is_no_reference(functions, tmp_path) -> N
 
 
 # --- data ----------------------------------------------------------------------------------------
+
+
+def test_prompts_without_answers_are_measured_by_rewards_alone(tmp_path) -> None:
+    """From a file that is named: functions get its columns, and no token of a prompt counts as one
+    that is to be predicted."""
+    (tmp_path / "given.py").write_text("def level(completions, level, **_):\n    return level\n")
+    file = written(tmp_path, [{"prompt": f"Say {i}.\n", "level": i} for i in range(4)])
+    measured = {"rewards": (f"{tmp_path}/given.py:level",), "max_completion_length": 2}
+    found = qa.evaluate(attached(), file, evaluation="rewarded", **measured)
+    assert (found["reward"], found["answers"]) == (1.5, 4)
+    with pytest.raises(DataError, match="no token to predict"):
+        qa.evaluate(attached(), file)
 
 
 def test_prompts_of_all_formats_and_their_columns(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -62,6 +63,7 @@ def test_the_batch_file_is_bash_that_asks_for_what_the_command_has() -> None:
     subprocess.run(["bash", "-n", file], check=True)
     text = file.read_text(encoding="utf-8")
     given = text.partition("' bash ")[2].partition(" ||")[0].replace('"$@"', "")
+    given = given.replace('${resume:+"$resume"}', "--resume").replace("\\\n", " ")
     parse(["run", *shlex.split(given)])
     told = re.search(r"--max-time (\d+)", text), re.search(r"--time=(\d+):", text)
     assert told[0]
@@ -71,15 +73,54 @@ def test_the_batch_file_is_bash_that_asks_for_what_the_command_has() -> None:
     assert "usage: sbatch slurm.sbatch CONFIG FOLDER" in words.stderr
 
 
+SCHEDULER = {
+    "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$ASKED"; fi',
+    "srun": 'shift; exec "$@"',
+    # torchrun --nnodes N --node-rank N --nproc-per-node N --master-addr A --master-port N -m ...
+    "torchrun": f'shift 10; exec {shlex.quote(sys.executable)} "$@"',
+}
+"""What stands for commands of a cluster, which is not here: one node with one process."""
+
+
+@pytest.mark.slow
+def test_the_batch_file_begins_a_run_and_goes_on_with_it(tmp_path: Path) -> None:
+    """The first job has nothing to resume, and --resume is refused then."""
+    for name, does in SCHEDULER.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    asked = tmp_path / "asked"
+    given = {"SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1",
+             "SLURM_NODEID": "0", "SLURM_GPUS_ON_NODE": "1", "ASKED": str(asked),
+             "PATH": f"{tmp_path}:{os.environ['PATH']}"}  # fmt: skip
+    job = ["bash", FILES / "slurm.sbatch", "config.yaml", "run", *shlex.split(SMALL)]
+
+    def submitted(*more: str) -> str:
+        done = subprocess.run(
+            [*job, *more], cwd=tmp_path, env={**os.environ, **given}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        state: str = json.loads((tmp_path / "run" / "quantadapt-run.json").read_text())["state"]
+        return state
+
+    assert submitted("--max-time", "0.0001") == "interrupted"
+    assert asked.read_text() == "requeue 7\n"
+    assert submitted() == "finished"
+    assert asked.read_text() == "requeue 7\n"
+    trained = json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]
+    assert (trained["resumed_from"], trained["steps"]) == (1, 2)
+
+
 def test_the_task_of_skypilot_runs_commands_that_there_are() -> None:
     task = yaml.safe_load((FILES / "sky.yaml").read_text(encoding="utf-8"))
     (line,) = [
         words for words in commands(task["run"].replace("\\\n", " ")) if "quantadapt" in words[0]
     ]
-    parse(line[1:])
+    assert line[-1] == "$resume"
+    parse([*line[1:-1], "--resume"])
     folder = line[line.index("--output") + 1]
     assert any(folder.startswith(f"{mount}/") for mount in task["file_mounts"])
-    assert "--resume" in line
+    assert f"if [ -e {folder}/quantadapt-run.json ]; then resume=--resume; fi" in task["run"]
     (install,) = [words for words in commands(task["setup"]) if words[0].endswith("pip")]
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = install[-1].removeprefix(".[").removesuffix("]").split(",")

@@ -12,7 +12,7 @@ import pytest
 from quantadapt.folders.metrics import Metrics
 from quantadapt.folders.run_folder import RunFolder
 from quantadapt.memory import size_words
-from quantadapt.reporting.charts import Bar, bar_chart, smoothed, thinned
+from quantadapt.reporting.charts import Bar, Curve, bar_chart, line_drawings, smoothed, thinned
 from quantadapt.reporting.html import Html, el
 from quantadapt.reporting.page import render, write_report
 from quantadapt.reporting.run import Run
@@ -484,6 +484,22 @@ def test_percent_and_sizes() -> None:
     sizes = {0: "0 bytes", 1: "1 byte", 1023: "1,023 bytes", 1024: "1.00 KiB", 2000: "1.95 KiB"}
     sizes |= {10240: "10.0 KiB", 2**20 - 1: "1.00 MiB", 2**30: "1.00 GiB", 2**52: "4,096 TiB"}
     assert {size: size_words(size) for size in sizes} == sizes
+
+
+def test_steps_on_an_axis_are_whole() -> None:
+    """Of a run of two steps the axis showed 1.2 and 1.4."""
+    drawn = line_drawings(Curve([(1.0, 0.1), (2.0, 0.2)]))
+    texts = Page(str(drawn[0])).texts
+    assert [text for text in texts if text in ("1", "1.2", "1.4", "2")] == ["1", "2"]
+
+
+@pytest.mark.parametrize(("learnt", "told"), [(90, True), (0, False)])
+def test_where_no_text_is_learnt_no_tokens_are_told_as_learnt(learnt: int, told: bool) -> None:
+    file = {"file": "a.jsonl", "format": "anchor + positive", "tokens": 7000, "learnt": learnt}
+    data = {"max_length": 512, "files": [file]}
+    page = Page(render(run(metrics={**METRICS, "data": data})))
+    assert "7,000" in page.texts
+    assert ("learnt" in page.texts) == told
 
 
 def test_elements_escape_everything_but_html() -> None:

@@ -17,6 +17,7 @@ import quantadapt as qa
 from quantadapt import demo
 from quantadapt.data.retrieval import load_embedding, load_reranking
 from quantadapt.errors import DataError, NumbersError, PlanRefused
+from quantadapt.evaluation.held_out import held_out
 from quantadapt.evaluation.retrieval import Retrieval, ranking
 from quantadapt.model.pooling import vectors
 from quantadapt.objectives.embed import Embed
@@ -45,6 +46,13 @@ def written(folder: Path, rows: list[dict[str, Any]], times: int = 2) -> Any:
     (folder / "train.jsonl").write_text(text * times)
     (folder / "test.jsonl").write_text(text)
     return Spec(data={"path": str(folder), "max_length": 48}).data
+
+
+def file_of(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    """Return a file of rows."""
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 def encoder(kind: str = "BertModel") -> Path:
@@ -303,6 +311,58 @@ def test_scores_are_compared_by_rank(tmp_path: Path) -> None:
     cosines = torch.cosine_similarity(*both)
     wanted = spearmanr(cosines.numpy(), [row["score"] for row in SCORED]).statistic
     assert found == pytest.approx(wanted)
+
+
+def test_pairs_whose_scores_are_equal_have_no_order(tmp_path: Path) -> None:
+    """One pair alone, as a small file holds out: scipy's correlation is no number."""
+    rows = [dict(row, score=0.5) for row in SCORED]
+    given = held_out(str(file_of(tmp_path, rows)), AutoTokenizer.from_pretrained(small_model()))
+    with pytest.raises(DataError, match="all held-out pairs have one score"):
+        Retrieval().measure(dense_model(small_model()), Given(given.examples))
+
+
+def test_data_that_are_named_are_measured_as_the_model_was_trained(tmp_path: Path) -> None:
+    """With its own pooling, which its adapter remembers; sentence-transformers ranks alike."""
+    from sentence_transformers.sentence_transformer.evaluation import (
+        InformationRetrievalEvaluator,
+    )
+
+    file = file_of(tmp_path, ROWS)
+    model = qa.attach(qa.quantize(str(small_model()), "none"), "lora", seed=0)
+    objective = {"name": "embed", "pooling": "lasttoken"}
+    qa.train(model, str(file), objective=objective, **TRAIN)
+    again = qa.load(qa.save(model, tmp_path / "saved").parent)
+    body = model.get_base_model().model
+    theirs = sentence_transformer(body, small_model(), "lasttoken")
+    texts = dict(enumerate(CODE))
+    measure = InformationRetrievalEvaluator(
+        {str(q): text for q, text in enumerate(TEXTS)}, {str(t): c for t, c in texts.items()},
+        {str(q): {str(q)} for q in range(len(TEXTS))},
+        ndcg_at_k=[10], mrr_at_k=[10], accuracy_at_k=[1], precision_recall_at_k=[10],
+    )  # fmt: skip
+    wanted = {key: value for key, value in measure(theirs).items() if "cosine_ndcg@10" in key}
+    for each in (model, again):
+        found = qa.evaluate(each, file, evaluation="retrieval")
+        assert found["ndcg@10"] == pytest.approx(*wanted.values())
+        other = qa.evaluate(each, file, evaluation="retrieval", pooling="mean")
+        assert other["ndcg@10"] != pytest.approx(found["ndcg@10"])
+
+
+def test_passages_that_are_named_are_measured_and_texts_are_no_passages(tmp_path: Path) -> None:
+    from scipy.special import expit  # of what a cross-encoder says
+
+    model = qa.quantize(str(small_model()), "none", head="sequence", labels=["relevance"])
+    file = file_of(tmp_path, PAIRS)
+    found = qa.evaluate(model, file, evaluation="retrieval")
+    tokenizer = AutoTokenizer.from_pretrained(small_model())
+    with torch.no_grad():
+        scores = [float(model(**tokenizer(q["query"], q["passage"], return_tensors="pt")).logits)
+                  for q in PAIRS]  # fmt: skip
+    rows = torch.tensor(expit(scores)).view(len(TEXTS), len(CODE))
+    firsts = (rows.argmax(1) == torch.arange(len(TEXTS))).double()
+    assert found["accuracy@1"] == pytest.approx(float(firsts.mean()))
+    with pytest.raises(DataError, match="scores passages"):
+        qa.evaluate(model, file_of(tmp_path, ROWS), evaluation="retrieval")
 
 
 # --- data ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import queue
 import socket
 import threading
 import time
@@ -373,6 +374,42 @@ def test_a_token_is_asked_for_and_never_logged(model, tokenizer, caplog, capfd) 
         assert client.completions.create(model="base", prompt=PROMPT, max_tokens=1)
     out = capfd.readouterr()
     assert "secret-token" not in json.dumps([caplog.text, out.out, out.err])
+
+
+def test_adapters_that_work_together_answer_together(tokenizer, tmp_path) -> None:
+    """Also once another one was asked: the first of them answered alone then."""
+    model = qa.attach(qa.quantize(str(small_model()), "none", device="cpu"), r=2)
+    model.add_adapter("other", model.peft_config["default"])
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.base_model.set_adapter(["default", "other"])
+    loaded = qa.load(qa.save(model, tmp_path)).eval()
+    names = _names(loaded, "both", {})
+    assert names == {
+        "both": ("default", "other"),
+        "base": None,
+        "default": "default",
+        "other": "other",
+    }
+    ids = tokenizer(PROMPT)["input_ids"]
+    expected = {}
+    for name, active in names.items():
+        model.base_model.set_adapter([active] if isinstance(active, str) else list(active or ()))
+        expected[name] = stock(model.eval(), tokenizer, ids)
+    assert len(set(expected.values())) == 4
+    worker, found = Worker(loaded, tokenizer, names), queue.Queue()
+    worker.start()
+    try:
+        for name in (*names, *names):
+            text = ""
+            worker.submit(Job(name, ids, Sampling(max_new_tokens=8), 0, found.put))
+            while not (event := found.get(timeout=60)).finish:
+                text += event.text
+            assert text + event.text == expected[name], name
+    finally:
+        worker.stop()
 
 
 def test_no_two_models_have_one_name(model) -> None:

@@ -17,10 +17,13 @@ import quantadapt as qa
 from quantadapt.adapting.several import keys_of
 from quantadapt.cli import main
 from quantadapt.errors import ModelError, PlanRefused, SpecError
+from quantadapt.exporting.adapters import put_beside
 from quantadapt.exporting.beside import add_adapter
+from quantadapt.model.own_biases import without_adapter
 from quantadapt.planning.peft_options import peft_options
 from quantadapt.registry.discovery import registry
 
+HQQ = {"hqq": {"bits": 8, "group_size": 32}}
 # What PEFT looks for in keys: parts of a model's names, of its own, and one that is neither.
 NAMES = ["model", "layers", "0", "lora_A", "weight", "base_model", "other"]
 
@@ -275,3 +278,88 @@ def test_a_neighbour_that_does_not_fit_leaves_nothing_behind(base, tmp_path) -> 
     assert list(model.peft_config) == ["default"]
     assert set(model.state_dict()) == keys
     assert torch.equal(logits(model), before)
+
+
+# Biases, which are the base's own -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bias", "layers"), [("lora_only", {"v_proj"}), ("all", {"v_proj"})])
+@pytest.mark.parametrize("active", [["second"], ["second", "default"], ["default", "second"]])
+def test_biases_are_read_whatever_else_was_adapted(bias, layers, active, base, tmp_path) -> None:
+    """PEFT names them by the layers that have adapters, others beside it too: `q_proj.base_layer.
+    bias` was refused where q_proj has none."""
+    model = tuned(base, "none", target_modules=["q_proj"], r=2)
+    config = copy.deepcopy(model.peft_config["default"])
+    config.bias, config.target_modules = bias, layers
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    moved(model)
+    model.base_model.set_adapter(active)
+    expected = logits(model)
+    again = qa.load(qa.save(model, tmp_path))
+    assert relative(logits(again), expected) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["none", "hqq", "bnb-nf4"])
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_the_base_alone_has_its_own_biases(bias, backend, base, tmp_path) -> None:
+    """PEFT leaves those that were trained in it, so that another model answered for the base."""
+    own = logits(qa.quantize(base, backend, **HQQ.get(backend, {})))
+    model = tuned(base, backend, target_modules=["q_proj"], bias=bias, r=2)
+    loaded = qa.load(qa.save(model, tmp_path))
+    for each in (model, loaded):
+        expected = logits(each)
+        with each.disable_adapter():
+            assert relative(logits(each), own) > 1e-2
+        with without_adapter(each):
+            assert relative(logits(each), own) < 1e-6
+        assert torch.equal(logits(each), expected)
+    pissa = tuned(base, backend, target_modules=["q_proj"], bias=bias, init_lora_weights="pissa")
+    expected = logits(pissa)
+    loaded = qa.load(qa.save(pissa, tmp_path / "pissa"))  # with a base of its own
+    assert relative(logits(loaded), expected) < 1e-6
+    with without_adapter(pissa), without_adapter(loaded):
+        assert relative(logits(loaded), logits(pissa)) < 1e-6
+
+
+def test_an_adapter_with_biases_has_no_neighbours(base, tmp_path) -> None:
+    """All of them answered with its biases, and so did the first where PEFT refused the second."""
+    plain = qa.save(tuned(base, "none", target_modules=["v_proj"], r=2), tmp_path / "plain")
+    biased = tuned(base, "none", target_modules=["q_proj"], bias="all", r=2)
+    saved = qa.save(biased, tmp_path / "biased")
+    for first, second in ((plain, saved), (saved, plain)):
+        model = qa.load(first)
+        before = logits(model)
+        with pytest.raises(ModelError, match="trained biases of the base, which all share"):
+            add_adapter(model, second, "beside")
+        if first is plain:
+            with pytest.raises(ModelError, match="no place for"):  # once biases had been read
+                put_beside(model, saved, "beside")
+        assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("backend", ["none", "hqq"])
+def test_trained_tokens_of_one_are_no_other_ones(backend, base, tmp_path) -> None:
+    """Beside them PEFT finds no adapter that has none: `KeyError: ...trainable_tokens_delta`."""
+    kinds: dict[str, dict[str, Any]] = {
+        "tokens": {"trainable_token_indices": [105, 106]},
+        "plain": {"use_dora": True},
+        "others": {"trainable_token_indices": [107, 120]},
+    }
+    paths = {
+        name: qa.save(tuned(base, backend, target_modules=["q_proj"], **more), tmp_path / name)
+        for name, more in kinds.items()
+    }
+    alone = {name: logits(qa.load(path)) for name, path in paths.items()}
+    if backend == "none":
+        for name, path in paths.items():
+            assert relative(logits(stock_adapter(base, path)), alone[name]) < 1e-6
+    model = qa.load(paths["tokens"])
+    for name in ("plain", "others"):
+        add_adapter(model, paths[name], name)
+    for name in ("plain", "default", "others", "plain"):
+        model.set_adapter(name)
+        assert relative(logits(model), alone["tokens" if name == "default" else name]) < 1e-6
+    model.set_adapter("plain")
+    again = qa.load(qa.save(model, tmp_path / "again"))
+    assert relative(logits(again), alone["plain"]) < 1e-6

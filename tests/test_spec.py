@@ -43,6 +43,24 @@ def test_what_a_validator_says_is_kept() -> None:
         ({"train": 5}, "5 is no mapping", "write keys and values"),
         ({"seed": "x"}, "'x' is not possible", "use a valid integer"),
         ({"seed": -1}, "-1 is not possible", "use a value greater than or equal to 0"),
+        *(
+            (
+                {section: {key: 10**22}},
+                f"{10**22} is not possible",
+                "use a value less than or equal to 9223372036854775807",
+            )
+            for section, key in (
+                ("train", "per_device_train_batch_size"),
+                ("train", "max_steps"),
+                ("data", "max_examples"),
+                ("data", "max_length"),
+            )
+        ),
+        (
+            {"train": {"num_train_epochs": 1e308}},
+            "1e+308 is not possible",
+            "use a value less than or equal to 1000000000",
+        ),
     ],
 )
 def test_a_wrong_value_says_what_may_stand_there(values, what, fix) -> None:

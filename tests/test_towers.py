@@ -125,6 +125,10 @@ def test_the_plan_tells_towers_and_memory(family, small_picture_models, tmp_path
     assert any(f"projector ({share:.1%} of the weights)" in note for note in plan.notes)
     assert sum("towers:" in note for note in plan.notes) == 1
     model = qa.quantize(str(path), "hqq", dtype="float32")
+    # the share is that of what is counted, and all of the model is not
+    counted = "100.0% of the weights of language, embeddings and head not counted"
+    assert plan.share.amount == counted
+    assert f"quantized are {counted}" in model.quantadapt.notes
     work = plan.memory.work
     predicted = work.quantized_bytes + work.dense_bytes
     # hqq keeps scales outside of its parameters, which size_mib knows

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..dependencies import unchanged_process
 from ..errors import PlanRefused, Problem, warn
 from ..model.patches import patched
+from .several import tokens_by_owner
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -97,7 +98,7 @@ def loaded_beside(
                 held[adapter].data = held[adapter].data.float()
 
     own = {} if resize is None else {"resize_modules_by_rank_pattern": resized}
-    with patched(tuner, **own):
+    with patched(tuner, **own), tokens_by_owner(tuned):
         told = tuned.load_adapter(str(folder), name, is_trainable=is_trainable, **options)
     _freeze_what_only_counts(tuned)
     place_where_it_computes(tuned)
@@ -279,8 +280,10 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     attributes = [dict(vars(module)) for module in modules]
     # The dictionaries of modules, parameters, hooks and so on, which are changed in place.
     contents = [{n: dict(v) for n, v in a.items() if isinstance(v, dict)} for a in attributes]
-    plain = (p for p in model.parameters() if type(p.data) is Tensor)
+    plain = [p for p in model.parameters() if type(p.data) is Tensor]
     data = [(parameter, parameter.data) for parameter in plain]
+    # What a file holds of the base itself, biases and norms, is copied in place.
+    written = [(values, values.clone()) for _, values in data if values.ndim == 1]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     settings = getattr(getattr(model, "config", None), "__dict__", {})
     settings_before = dict(settings)
@@ -293,6 +296,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
                 _refill(before[name], content)
         for parameter, values in data:
             parameter.data = values
+        for values, as_they_were in written:
+            values.copy_(as_they_were)
         for parameter, was_trained in trained:
             parameter.requires_grad_(was_trained)
         _refill(settings, settings_before)

@@ -8,10 +8,11 @@ Here a weight is an adapter's where PEFT's layers keep it under the adapter's na
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Problem
+from ..model.patches import patched
 from ..paths import is_entry
 
 if TYPE_CHECKING:
@@ -89,9 +90,33 @@ def kept_apart(model: Any) -> Iterator[None]:
     by_names = getattr(save_and_load, _FILTER)
     setattr(save_and_load, _FILTER, without_others)
     try:
-        yield
+        with tokens_by_owner(model):
+            yield
     finally:
         setattr(save_and_load, _FILTER, by_names)
+
+
+@contextmanager
+def tokens_by_owner(model: Any) -> Iterator[None]:
+    """Inside, PEFT looks for trained tokens of an adapter where that has some: it wants them of all
+    adapters of a model in which one has."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    def asked(wrapper: Any, method: str) -> Any:
+        by_peft = getattr(wrapper, method)
+
+        def of(adapter: str, *args: Any) -> Any:
+            has = adapter in wrapper.token_adapter.trainable_tokens_delta
+            return by_peft(adapter, *args) if has else {}
+
+        return of
+
+    wrappers = [each for each in model.modules() if isinstance(each, TrainableTokensWrapper)]
+    methods = ("adapter_state_dict_load_map", "adapter_state_dict")
+    with ExitStack() as stack:
+        for each in wrappers:
+            stack.enter_context(patched(each, **{name: asked(each, name) for name in methods}))
+        yield
 
 
 def unsavable(model: Any) -> list[Problem]:

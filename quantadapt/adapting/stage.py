@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import PlanRefused, Problem, QuantadaptError, warn
 from ..facade import facades, linear_facades
+from ..model.own_biases import biases_of, those_trained
 from ..planning.peft_options import peft_options
 from ..planning.refusals import wants_loftq, without_loftq
 from ..planning.targets import experts_problems, on_embeddings
@@ -71,6 +72,7 @@ def attach_adapter(
         text = f"the adapter cannot be merged: {problem.what}; {problem.fix}"
         warn(text, UnmergeableWarning, stacklevel=5)
     before = {id(facade.vendor) for _, facade in facades(model)}
+    biases = biases_of(model, getattr(config, "bias", None))
     with all_or_nothing(model):
         try:
             tuned = injected(model, config)
@@ -83,6 +85,7 @@ def attach_adapter(
     # PiSSA and LoftQ put new values into the base's layers.
     state.rewritten = any(id(facade.vendor) not in before for _, facade in facades(tuned))
     state.adapter, state.adapter_options = adapter, options
+    state.own_biases, state.learnt = those_trained(biases), False
     return tuned
 
 

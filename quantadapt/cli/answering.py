@@ -140,6 +140,7 @@ def asking(
     from ..data.pictures import ANYWHERE
     from ..errors import Problem, SpecError
     from ..generation.prompts import LAYOUTS, PromptWriter, layout_of
+    from ..model.own_biases import without_adapter
     from ..quantizing.state import state_of
     from .models import open_model, waiting
 
@@ -158,18 +159,6 @@ def asking(
         told += f"; --base has no effect: {path} has no adapter that could be left out"
     with without_adapter(model) if base else nullcontext():
         yield Asked(model, PromptWriter(tokenizer, chosen, root=ANYWHERE if files else None), told)
-
-
-@contextmanager
-def without_adapter(model: Any) -> Iterator[None]:
-    """Let the base alone answer, if there is an adapter."""
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):
-        yield
-        return
-    with model.disable_adapter():
-        yield
 
 
 def ids_of(asked: Asked, found: Sequence[tuple[Any, Any]]) -> list[list[int]]:

@@ -217,7 +217,7 @@ class Talk:
         from contextlib import nullcontext
 
         from ..generation import streamed
-        from .answering import without_adapter
+        from ..model.own_biases import without_adapter
 
         turns = [{"role": "system", "content": self.system}] if self.system else []
         asked, turns = self.asked, [*turns, *self.turns]

@@ -205,15 +205,16 @@ def _show(shown: Session, origin: str, found: Found) -> None:
         (first, figure), *others = figures.items()
         value = with_error(figure.value, figure.error, figure.unit, "{:.4f}".format)
         shown.out.print(f"{label(name, first)} {value}", markup=False, soft_wrap=True)
+        facts = [f"{key} {with_unit(f.value, f.unit, '{:.6g}'.format)}" for key, f in others]
         if figure.error is not None:
+            facts = []
             for key, other in others:
                 value = with_error(other.value, other.error, other.unit, "{:.4f}".format)
                 shown.out.print(f"{label(name, key)} {value}", markup=False, soft_wrap=True)
-            continue
-        facts = [f"{key} {with_unit(f.value, f.unit, '{:.6g}'.format)}" for key, f in others]
-        facts += [words] if (words := direction(figure.better)) else []
-        line = f"{', '.join(facts)}, on {origin}"
-        shown.err.print(line.removeprefix(", "), markup=False, soft_wrap=True, style="dim")
+        # the direction is that of the first figure; others may have another one
+        said = "; ".join(filter(None, (direction(figure.better), ", ".join(facts))))
+        line = f"{said}, on {origin}" if said else f"on {origin}"
+        shown.err.print(line, markup=False, soft_wrap=True, style="dim")
 
 
 def _show_all(shown: Session, origin: str, found: Mapping[str, Found]) -> None:

@@ -15,7 +15,6 @@ from ..folders.metrics import MODELS
 from ..paths import path_problem
 from ..planning.on_disk import quantization_of
 from ..remote_code import trusted
-from .answering import without_adapter
 from .flags import parted
 from .models import open_model
 
@@ -92,6 +91,8 @@ def opened_models(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield the models of `chosen_models`, loaded one after the other; each has to be let go of
     before the next is asked for."""
+    from ..model.own_biases import without_adapter
+
     own = [name for name in names if name in ("quantized", "tuned")]
     run = adapter_in(put_back(path)) is not None
     if not run:

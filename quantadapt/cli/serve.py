@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from ..generation.prompts import PromptWriter
     from ..serving.app import Served
+    from ..serving.worker import Voice
 
 
 def register(app: typer.Typer, name: str) -> None:
@@ -157,7 +158,7 @@ def _told(own: str, writers: Mapping[str, PromptWriter]) -> str:
 
 def _served(
     asked: Any,
-    names: dict[str, str | None],
+    names: dict[str, Voice],
     sampling: Sampling,
     token: str,
     max_batch: int,
@@ -177,7 +178,7 @@ def _served(
     return Served(worker, asked.writer, sampling, most, token, writers)
 
 
-def _names(model: Any, name: str, further: Mapping[str, str]) -> dict[str, str | None]:
+def _names(model: Any, name: str, further: Mapping[str, str]) -> dict[str, Voice]:
     """Return what requests call the model with its adapter, the base alone (None), and further
     adapters: those of its folder by their own names. Raises SpecError where two are called the
     same."""
@@ -185,7 +186,9 @@ def _names(model: Any, name: str, further: Mapping[str, str]) -> dict[str, str |
 
     if not hasattr(model, "disable_adapter"):
         return {name: None}
-    active = model.active_adapter
+    from ..serving.worker import active_of
+
+    active = active_of(model)
     own = [(n, n) for n in model.peft_config if n not in (active, *further.values())]
     found = [(name, active), ("base", None), *own, *further.items()]
     if len(names := dict(found)) < len(found):

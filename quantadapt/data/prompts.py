@@ -11,18 +11,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import DataError
 from ..spec import DataSpec
 from .chats import open_chat
-from .files import Row, kind_of
+from .files import FORMATS, Row, kind_of
 from .formats import Example, chat, checked_text, examples, named, pair
 from .looking import Shown, first_shown
 from .mistakes import all_told, each_done
 from .report import DataReport
 from .segments import segments
-from .sets import Data, none_left, read_both, warn_of
+from .sets import Data, HeldOut, none_left, read_both, warn_of
 from .tokens import Prompt, encode_prompt, tokenize
 
 if TYPE_CHECKING:
@@ -94,6 +94,26 @@ def load_prompts(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: in
     )
     warn_of(report, "grpo")
     return Data(train_set, eval_set, prompts, report.files[0].format, report)
+
+
+def holds_prompts(rows: Sequence[Row], columns: Mapping[Any, str]) -> bool:
+    """Say whether the first row holds a prompt and nothing that the other formats know."""
+    values = rows[0].values if rows else {}
+    there, prompt = {*columns, *values}, values.get(columns.get("prompt", "prompt"))
+    known = any(there.issuperset(names) for names in FORMATS.values())
+    return isinstance(prompt, str | list) and not known
+
+
+def held_out_prompts(
+    rows: Sequence[Row], spec: DataSpec, tokenizer: PreTrainedTokenizerBase
+) -> HeldOut:
+    """Return all prompts in rows, to measure answers to them; without an answer in the data no
+    token is to be predicted. Raises DataError."""
+    report = DataReport(spec.max_length)
+    found = [*all_told(rows, lambda some, counts: questions(some, spec, counts), report)]
+    made, prompts = _tokenized(found, tokenizer, report, held_out=True, predicted=0)
+    warn_of(report, "grpo")
+    return HeldOut(made, prompts)
 
 
 def look_at_prompts(
@@ -198,8 +218,14 @@ def _tokenized(
     report: DataReport,
     *,
     held_out: bool = False,
+    predicted: Literal[0, 1] = 1,
 ) -> tuple[Dataset, list[Prompt]]:
-    """Return a data set of the prompts that are used. Raises DataError where none is left."""
+    """Return a data set of the prompts that are used. Raises DataError where none is left.
+
+    Args:
+        predicted: whether the tokens of a prompt without an answer count where perplexity is
+            measured.
+    """
     import datasets
 
     columns: dict[str, list[Any]] = {
@@ -207,7 +233,7 @@ def _tokenized(
     }
     prompts = []
     limit = report.max_length
-    read = partial(_asked, tokenizer=tokenizer, held_out=held_out)
+    read = partial(_asked, tokenizer=tokenizer, held_out=held_out, predicted=predicted)
     for one, asked in all_told(found, read, report):
         row = json.dumps({"prompt": one.prompt, "columns": dict(one.columns)}, default=str)
         values = (asked.ids, row, asked.whole[:limit], asked.mask[:limit])
@@ -236,6 +262,7 @@ def _asked(
     tokenizer: PreTrainedTokenizerBase,
     *,
     held_out: bool,
+    predicted: Literal[0, 1] = 1,
 ) -> Iterator[tuple[_Question, _Tokens]]:
     """Yield the prompts that are used, and count what is kept and dropped."""
     limit = report.max_length
@@ -247,7 +274,7 @@ def _asked(
             counts.dropped[why] += 1
             continue
         counts.keep([0] * len(ids), max_length=limit, held_out=held_out)
-        yield one, _Tokens(written, ids, *_whole(one, ids, tokenizer))
+        yield one, _Tokens(written, ids, *_whole(one, ids, tokenizer, predicted))
 
 
 def _written(one: _Question, tokenizer: PreTrainedTokenizerBase) -> Prompt:
@@ -264,11 +291,12 @@ def _written(one: _Question, tokenizer: PreTrainedTokenizerBase) -> Prompt:
 
 
 def _whole(
-    one: _Question, ids: list[int], tokenizer: PreTrainedTokenizerBase
+    one: _Question, ids: list[int], tokenizer: PreTrainedTokenizerBase, predicted: Literal[0, 1]
 ) -> tuple[list[int], list[int]]:
-    """Return tokens and mask of the prompt with the answer in the data, or of the prompt alone."""
+    """Return tokens and mask of the prompt with the answer in the data, or of the prompt alone,
+    then with `predicted` as its mask."""
     texts = [] if one.example is None else segments(one.example, tokenizer).texts
     for tokens, mask in tokenize(texts[-1:], tokenizer):
         if any(mask[1:]):
             return tokens, mask
-    return ids, [1] * len(ids)
+    return ids, [predicted] * len(ids)

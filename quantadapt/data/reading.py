@@ -22,7 +22,9 @@ from .looking import Shown, first_shown
 from .mistakes import all_told, each_done
 from .pixels import columns_of, tokenized
 from .preferences import held_out_pairs, holds_pairs
+from .prompts import held_out_prompts, holds_prompts
 from .report import DataReport
+from .retrieval import held_out_texts, holds_texts
 from .segments import segments
 from .sets import MAX_LENGTH, Data, HeldOut, none_left, prompts_of, read_both, warn_of
 from .sources import local_files, read, read_source
@@ -135,6 +137,10 @@ def read_held_out(
         return held_out_pairs(rows, spec, tokenizer)
     if holds_desirable(rows, spec.columns):
         return held_out_desirable(rows, spec, tokenizer)
+    if holds_texts(rows, spec.columns):
+        return held_out_texts(rows, spec, tokenizer)
+    if holds_prompts(rows, spec.columns):
+        return held_out_prompts(rows, spec, tokenizer)
     if (kind := holds_labels(rows)) and not spec.columns:
         return held_out_labelled(rows, spec, tokenizer, kind)
     found, made = _read(rows, spec, tokenizer, held_out=True)

@@ -9,7 +9,7 @@ by itself, so that vectors are those of sentence-transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby, islice, repeat
@@ -20,9 +20,9 @@ from ..spec import DataSpec
 from .files import Row, kind_of
 from .formats import checked_text, from_json, listed, named, text_in
 from .looking import Shown, first_shown
-from .mistakes import each_done
+from .mistakes import all_told, each_done
 from .report import DataReport, FileReport
-from .sets import Data, none_left, read_both, warn_of
+from .sets import Data, HeldOut, none_left, read_both, warn_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,6 +36,7 @@ and how vectors are made of tokens."""
 _ANCHOR = ("anchor", "query", "question", "instruction")
 _POSITIVE = ("positive", "passage", "document", "answer", "output")
 _SCORED = ("sentence1", "sentence2", "score")
+_OWN = (("anchor", "positive"), _SCORED, ("query", "passage", "label"))
 _TITLES = ("anchor", "positive", "negative")
 _SEEN = "attention_mask"
 _NEGATIVE = re.compile(r"negative(_\d+)?")
@@ -72,12 +73,7 @@ def load_embedding(
     """
     report = DataReport(spec.max_length)
     train, held_out = read_both(spec, report, groups, seed)
-    sizes = {(len(one.texts), one.score is None) for one in (*train, *held_out)}
-    if len(sizes) > 1:
-        counts = sorted(size for size, _ in sizes)
-        what = f"some examples have {counts[0]} texts and some {counts[-1]}, or a score"
-        fix = "give each as many negatives, and a score to all or none"
-        raise DataError(what, fix=fix, where=spec.path or "data")
+    _refuse_uneven([*train, *held_out], spec.path or "data")
     sets = each_done(
         partial(_grouped, part, tokenizer, report, pooling, held_out=held)
         for part, held in ((train, False), (held_out, True))
@@ -89,6 +85,16 @@ def load_embedding(
         raise DataError(f"all {what} are equal", fix=fix, where=spec.path or "data")
     warn_of(report, "embed")
     return Data(sets[0], sets[1], [], report.files[0].format, report)
+
+
+def _refuse_uneven(found: Sequence[Texts], where: str) -> None:
+    """Raise DataError where not all examples have as many texts, or a score."""
+    sizes = {(len(one.texts), one.score is None) for one in found}
+    if len(sizes) > 1:
+        counts = sorted(size for size, _ in sizes)
+        what = f"some examples have {counts[0]} texts and some {counts[-1]}, or a score"
+        fix = "give each as many negatives, and a score to all or none"
+        raise DataError(what, fix=fix, where=where)
 
 
 def load_reranking(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Data:
@@ -112,6 +118,31 @@ def load_reranking(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: 
     )
     warn_of(report, "rerank")
     return Data(sets[0], sets[1], [], "query + passage", report, labels=("relevance",))
+
+
+def holds_texts(rows: Sequence[Row], columns: Collection[str]) -> bool:
+    """Say whether the first row holds texts that belong together, under sentence-transformers'
+    own names."""
+    there = {*columns, *(rows[0].values if rows else ())}
+    return any(there.issuperset(names) for names in _OWN)
+
+
+def held_out_texts(
+    rows: Sequence[Row], spec: DataSpec, tokenizer: PreTrainedTokenizerBase
+) -> HeldOut:
+    """Return all texts in rows, to measure on: queries with their passages where these have labels.
+    Raises DataError."""
+    report = DataReport(spec.max_length)
+    asked = {*_OWN[-1]} <= {*spec.columns, *rows[0].values}
+    make = passages if asked else groups
+    found = [*all_told(rows, lambda some, counts: make(some, spec, counts), report)]
+    if asked:
+        made = _paired(found, tokenizer, report, held_out=True)
+    else:
+        _refuse_uneven(found, rows[0].file)
+        made = _grouped(found, tokenizer, report, "", held_out=True)
+    warn_of(report, "rerank" if asked else "embed")
+    return HeldOut(made)
 
 
 def look_at_groups(

@@ -15,7 +15,7 @@ from ..hookspecs import hookimpl
 from ..paths import is_local_path
 from ..protocols import Evaluator, Figure, Given
 from ..records import Evaluation
-from .predictions import device_of, predicts_tokens
+from .predictions import NoTokens, device_of, predicts_tokens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,7 +66,7 @@ class AgreementEvaluator(Evaluator):
             raise ModelError(what, fix="leave the evaluation out", where=_WHERE)
         try:
             found = snapshot(model, given.examples, **options)
-        except ValueError as error:
+        except NoTokens as error:
             raise DataError(str(error), fix="pass other held-out data", where=_WHERE) from None
         reference = self._reference(model, given, options)
         size = min(found.log_probs.shape[1], reference.log_probs.shape[1])

@@ -7,7 +7,7 @@ model with an adapter by how much each answer has become likelier, in nats, as `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..data.desirable import ANSWER, DESIRABLE
 from ..errors import DataError
@@ -29,6 +29,8 @@ class Desirability(Evaluator):
         """Measure it on held-out answers. Raises DataError where they have no labels, or one."""
         import torch
 
+        from ..model.own_biases import without_adapter
+
         if DESIRABLE not in given.examples.column_names:
             what = "the held-out data do not say which answers are desirable"
             fix = "pass data with the columns prompt, completion and label, or leave it out"
@@ -41,8 +43,7 @@ class Desirability(Evaluator):
         counts = torch.tensor([sum(mask[1:]) for mask in given.examples[ANSWER[1]]])
         found = {"auc": Figure(area(policy / counts, good), "share", "higher")}
         if has_reference(model):
-            any_model: Any = model
-            with any_model.disable_adapter():
+            with without_adapter(model):
                 rewards = policy - _measured(model, given)
             means = [float(rewards[which].mean()) for which in (good, ~good)]
             found |= {

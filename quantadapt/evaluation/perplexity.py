@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..distributed.talking import reduced
-from ..errors import NumbersError
+from ..errors import DataError, NumbersError
 from ..folders.metrics import NATS
 from ..hookspecs import hookimpl
 from ..protocols import Evaluator, Figure, Given
 from ..records import Evaluation
 from .fewer import at_once
-from .predictions import device_of, predicted, to_perplexity
+from .predictions import NoTokens, device_of, predicted, to_perplexity
 
 if TYPE_CHECKING:
     from torch import nn
 
     from .predictions import Examples
+
+WHERE = "evaluation 'perplexity'"
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def perplexity(
             call this, and all get the whole result.
 
     Raises:
-        ValueError: the data holds no token to predict. NumbersError: the loss is none.
+        NoTokens: the data hold no token to predict. NumbersError: the loss is none.
     """
     start = time.perf_counter()
     total, tokens = 0.0, 0
@@ -67,7 +69,7 @@ def perplexity(
         device = device_of(model)
         total, tokens = reduced(total, device, "sum"), int(reduced(tokens, device, "sum"))
     if not tokens:
-        raise ValueError("the data holds no token to predict")
+        raise NoTokens
     loss = total / tokens
     if math.isnan(loss):
         fix = "look at what it was made from: a weight, an overflow in float16, or the training"
@@ -79,7 +81,8 @@ class PerplexityEvaluator(Evaluator):
     """Perplexity, the loss that it is made of, and the number of tokens; it has no options."""
 
     def measure(self, model: nn.Module, given: Given) -> dict[str, Figure]:
-        """Measure it on the completion tokens of the examples."""
+        """Measure it on the completion tokens of the examples. Raises DataError where there are
+        none, NumbersError where the loss is none."""
         pad = getattr(given.tokenizer, "pad_token_id", None)
 
         def measured(most: int) -> Perplexity:
@@ -87,7 +90,11 @@ class PerplexityEvaluator(Evaluator):
                 model, given.examples, batch_size=most, pad_token_id=pad, split=given.split
             )
 
-        found = at_once(model, measured, given.batch_size, "evaluation 'perplexity'")
+        try:
+            found = at_once(model, measured, given.batch_size, WHERE)
+        except NoTokens as error:
+            fix = "pass data that hold answers, or text, of more than one token"
+            raise DataError(str(error), fix=fix, where=WHERE) from None
         return {
             "perplexity": Figure(found.value, "", "lower"),
             "loss": Figure(found.loss, NATS, "lower"),

@@ -31,6 +31,13 @@ CHUNK_ELEMENTS = 2**24
 """Logits turned into float32 at a time: 64 MiB."""
 
 
+class NoTokens(ValueError):
+    """The data hold no token to predict."""
+
+    def __init__(self) -> None:
+        super().__init__("the data hold no token to predict")
+
+
 @dataclass(frozen=True)
 class Predictions:
     """What a model predicts for n completion tokens.

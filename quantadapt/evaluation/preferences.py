@@ -79,8 +79,9 @@ class Preferences(Evaluator):
             "margin": Figure(float(margins.mean()), NATS, "higher"),
         }
         if has_reference(model):
-            any_model: Any = model
-            with any_model.disable_adapter():
+            from ..model.own_biases import without_adapter
+
+            with without_adapter(model):
                 rewards = policy - _measured(model, given)
             gained = rewards[:, 0] - rewards[:, 1]
             found |= {
@@ -121,6 +122,9 @@ def has_reference(model: Any) -> bool:
     if getattr(state, "adapter", None) is None or not hasattr(model, "disable_adapter"):
         return False
     start = state.adapter_options.get("init_lora_weights", True)
+    trains_biases = state.adapter_options.get("bias", "none") not in ("none", False, None)
+    if trains_biases and not state.own_biases:  # PEFT put it there, and nothing noted them
+        return False
     return state.adapter.start != Start.CHANGED and start in (True, "gaussian", "eva")
 
 

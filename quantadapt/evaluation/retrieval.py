@@ -45,7 +45,12 @@ class Retrieval(Evaluator):
             what = "the held-out data hold no texts that belong together"
             fix = "pass data with the columns anchor and positive, or leave the evaluation out"
             raise DataError(what, fix=fix, where=WHERE)
-        pooling = self.pooling or str(given.examples[0].get(POOLING, "mean"))
+        state: Any = getattr(model, "quantadapt", None)
+        if getattr(state, "head", ""):
+            what = "the model scores passages, and the held-out data hold texts to make vectors of"
+            raise DataError(what, fix="pass data with query, passage and label", where=WHERE)
+        own = given.examples[0].get(POOLING) or getattr(state, "pooling", "")
+        pooling = self.pooling or own or "mean"
         if SCORE in columns:
             return _correlation(model, given, pooling)
         return ranking(list(_of_anchors(model, given, pooling)), self.at)
@@ -121,6 +126,9 @@ def _of_anchors(model: nn.Module, given: Given, pooling: str) -> Iterator[Ranked
 
 
 def _correlation(model: nn.Module, given: Given, pooling: str) -> dict[str, Figure]:
+    if len(set(given.examples[SCORE])) < 2:
+        what = "all held-out pairs have one score, so no order of theirs can be compared"
+        raise DataError(what, fix="hold out more, e.g. by data.eval_fraction", where=WHERE)
     both = [
         _vectors(model, [tuple(ids) for ids in given.examples[column_of(place)]], given, pooling)
         for place in (0, 1)

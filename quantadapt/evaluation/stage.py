@@ -16,6 +16,7 @@ from ..errors import NumbersError, PluginError, QuantadaptError
 from ..protocols import Evaluator, Figure, Given
 from .predictions import (
     CHUNK_ELEMENTS,
+    NoTokens,
     device_of,
     evaluating,
     first_tokens,
@@ -122,7 +123,7 @@ def snapshot(
     """Keep the log-probabilities of `model` for the first `max_tokens` completion tokens.
 
     Takes max_tokens x vocabulary x 4 bytes of CPU memory. The same data and arguments give the
-    same tokens for every model with the same tokenizer. Raises ValueError where there are none,
+    same tokens for every model with the same tokenizer. Raises NoTokens where there are none,
     NumbersError where a prediction is NaN.
     """
     import torch
@@ -133,7 +134,7 @@ def snapshot(
         log_probs += [logits.log_softmax(-1).cpu() for logits, _ in batch.chunks()]
         targets.append(batch.targets.cpu())
     if not log_probs:
-        raise ValueError("the data holds no token to predict")
+        raise NoTokens
     found = Snapshot(torch.cat(log_probs)[:max_tokens], torch.cat(targets)[:max_tokens])
     if bool(found.log_probs.isnan().any()):
         fix = "look at its weights: NaN, infinity, or what overflows in float16"

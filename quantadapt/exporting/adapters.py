@@ -4,7 +4,7 @@ itself; others lie in a folder each, under their names."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,8 +126,13 @@ def _refuse_wrapped_twice(tuned: PeftModel, folder: Path) -> None:
 
 
 def _write_weights(tuned: PeftModel, keys: Sequence[str], folder: Path) -> list[str]:
-    """Write whole weights that the adapter holds into quantized layers, which have no parameter of
-    that name: PEFT saves a head or embedding that is adapted. Return the keys of other tensors."""
+    """Write what the adapter holds of the base, and has another name here. Return the keys of other
+    tensors.
+
+    Whole weights go into quantized layers, which have no parameter of that name: PEFT saves a head
+    or embedding that is adapted. Biases go to where PEFT would have saved them from: their names
+    depend on which layers have adapters, others beside it too.
+    """
     from ..facade import QuantLinear
     from ..loading.tensors import Checkpoint
 
@@ -137,9 +142,24 @@ def _write_weights(tuned: PeftModel, keys: Sequence[str], folder: Path) -> list[
         layer = modules.get(key.removesuffix(".weight"))
         if isinstance(layer, QuantLinear) and key in saved:
             layer.write(saved.read(key))
+        elif (bias := _bias_called(key, modules)) is not None and key in saved:
+            bias.data.copy_(saved.read(key))
         else:
             others.append(key)
     return others
+
+
+def _bias_called(key: str, modules: Mapping[str, nn.Module]) -> nn.Parameter | None:
+    """Return the bias of the base that has this name where other layers have adapters."""
+    from torch import nn
+
+    holder, _, name = key.rpartition(".")
+    holder = holder.removesuffix(".base_layer")
+    for place in (f"{holder}.base_layer", holder) if name == "bias" else ():
+        bias = getattr(modules.get(place), "bias", None)
+        if isinstance(bias, nn.Parameter):
+            return bias
+    return None
 
 
 def _missing(tuned: PeftModel, keys: Sequence[str], name: str) -> list[str]:

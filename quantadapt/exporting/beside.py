@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, OptionsError, Problem
+from ..model.own_biases import trains_biases
 from ..paths import is_entry
 from ..quantizing.state import state_of
 from ..registry.discovery import registry
@@ -65,11 +66,16 @@ def _refuse_other_kind(model: PeftModel, manifest: Mapping[str, Any], where: str
         what = f"PEFT has no {kind} beside {has} in one model"
     elif state.rewritten:
         what = "the first adapter's start changed its base, which it shares with no other"
+    elif state.changed != manifest["changed"]:
+        what = "an adapter was merged into the base of one of both, and so changed it"
     elif state.base_id != manifest["base_id"]:
         what = "one of both was saved with a base of its own"
+    elif state.own_biases or trains_biases(manifest["adapter_options"].get("bias")):
+        what = "one of both has trained biases of the base, which all share"
     elif len(manifest["active"]) > 1:
         what = f"it is {len(manifest['active'])} adapters that work together"
     elif state.merge_aware or manifest.get("merge_aware"):
         what = "one of both was trained through the quantizer, and answers so"
     if what:
-        raise ModelError(what, fix=_ALONE, where=where)
+        fix = "load it by itself" if "biases" in what else _ALONE
+        raise ModelError(what, fix=fix, where=where)

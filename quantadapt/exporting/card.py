@@ -162,7 +162,7 @@ def _data(metrics: Mapping[str, Any]) -> str:
         return ""
     counts = ("rows", "examples", "held_out", "tokens", "learnt")
     rows = [
-        [_data_name(str(file.get("file", ""))), *(file.get(count, "") for count in counts)]
+        [_data_name(str(file.get("file", ""))), *(_count(file, key) for key in counts)]
         for file in files
         if isinstance(file, Mapping)
     ]
@@ -171,6 +171,12 @@ def _data(metrics: Mapping[str, Any]) -> str:
     steps = train.get("steps") if isinstance(train, Mapping) else None
     taken = f"\n\n{many(steps, 'step')} of training." if isinstance(steps, int) and steps else ""
     return f"## Data\n\n{_table(head, rows)}{taken}"
+
+
+def _count(file: Mapping[str, Any], key: str) -> Any:
+    """Return a count; none of learnt tokens where it is no text that is learnt."""
+    found = file.get(key, "")
+    return "" if key == "learnt" and not found else found
 
 
 def _data_name(file: str) -> str:

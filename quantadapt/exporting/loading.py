@@ -21,7 +21,13 @@ from ..remote_code import trusted, trusting
 from ..showing.quietly import quiet
 from ..spec import Streaming
 from ..stages import quantize
-from .adapter_files import check_adapters, peft_in_words, refuse_not_trained
+from .adapter_files import (
+    CONFIG,
+    adapter_places,
+    check_adapters,
+    peft_in_words,
+    refuse_not_trained,
+)
 from .adapters import put_on
 from .manifest import BASE, MANIFEST, MERGED, adapter_in, base_id_of, read_manifest
 from .same_base import check_base, noted, refuse_altered
@@ -101,7 +107,8 @@ def _load(
     whole = streams._replace(which="none") if streams.which == "auto" else streams
     model = _load_whole(folder, device, whole)
     state = state_of(model)
-    state.max_length = read_manifest(folder).get("max_length")
+    manifest = read_manifest(folder)
+    state.max_length, state.pooling = manifest.get("max_length"), manifest.get("pooling", "")
     state.loaded_from = str(folder.resolve())
     return model
 
@@ -158,6 +165,7 @@ def _load_adapter(
     from ..adapting.merge_aware import forget_merge_aware, make_merge_aware
     from ..adapting.method import config_class
     from ..facade import facades
+    from ..model.own_biases import biases_of, those_trained
 
     manifest = read_manifest(folder)
     if manifest["adapter"] is None:
@@ -189,12 +197,16 @@ def _load_adapter(
         config.init_lora_weights = True  # the base has given its part to the adapter already
     forget_merge_aware(model, state)
     before = {id(facade.vendor) for _, facade in facades(model)}
+    places = adapter_places(folder, manifest["active"]).values()
+    biases = biases_of(model, *(read_object(place / CONFIG).get("bias") for place in places))
     peft_model = put_on(model, folder, manifest["active"], config=config, is_trainable=True)
     # PiSSA starts again from the base as it was, and so rewrites it again.
     state.rewritten |= any(id(facade.vendor) not in before for _, facade in facades(peft_model))
+    state.own_biases, state.learnt = those_trained(biases), True
     state.adapter = adapter
     state.adapter_options = dict(manifest["adapter_options"])
     state.max_length = manifest.get("max_length")
+    state.pooling = manifest.get("pooling", "")
     if manifest.get("merge_aware"):
         make_merge_aware(peft_model)
     return peft_model
@@ -281,6 +293,7 @@ def load_base(folder: Path, device: str, streams: Streams | None = None) -> nn.M
     state = state_of(model)
     state.source, state.rewritten = manifest["base"], manifest.get("rewritten", False)
     state.own_base, state.base_id = True, manifest["base_id"]
+    state.changed = manifest["changed"]
     model.name_or_path = manifest["base"]  # type: ignore[assignment]  # PEFT notes it
     state.fingerprint = noted(manifest)
     state.head, state.labels = manifest["head"], tuple(manifest["labels"])

@@ -79,11 +79,13 @@ class Manifest(BaseModel):
     adapter_options: dict[str, Any] = Field(default_factory=dict)
     adapter_config: dict[str, dict[str, Any]] = Field(default_factory=dict)
     max_length: int | None = Field(None, ge=1)
+    pooling: Literal["", "mean", "cls", "lasttoken"] = ""
     head: Literal["", "sequence", "token"] = ""
     labels: list[str] = Field(default_factory=list)
     begun_at_random: list[str] = Field(default_factory=list)
     stream: Stream = "none"
     rewritten: bool = False
+    changed: bool = False
     fingerprint: Fingerprint | None = None
     base_id: str = ""
     active: list[str] = Field(default=["default"], min_length=1)

@@ -36,7 +36,7 @@ from .adapter_files import adapter_places, check_adapters, refuse_not_trained
 from .adapters import put_on
 from .kept import merge_words
 from .manifest import MANIFEST, MERGED, adapter_folder, combination
-from .same_base import noted, original_problem, tell_unknown_original
+from .same_base import FORCE, noted, original_problem, tell_unknown_original
 from .stage import write
 from .tuned import Tuned, compared
 
@@ -77,6 +77,14 @@ class OntoBase(Exporter):
     def _other(self, then: Fingerprint | None) -> Problem | None:
         return original_problem(then, fingerprint_of(self.base), self.base)
 
+    def _changed(self, manifest: Mapping[str, Any]) -> Problem | None:
+        if not manifest["changed"]:
+            return None
+        what = "another adapter had changed the base that this one was trained on, for good:"
+        what = f"{what} {self.base} lacks what that has learnt"
+        fix = f"merge it into its own base, or pass what that was merged into, and {FORCE}"
+        return Problem(what, fix, "base")
+
     def needed(self, tuned: Tuned) -> int:
         from ..loading.tensors import Checkpoint
 
@@ -99,7 +107,7 @@ class OntoBase(Exporter):
         then = noted(known)
         with expecting(known["new_modules"], known["unused_modules"]):
             under = _Opened(base, device)
-        other = None if self.force_base else self._other(then)
+        other = None if self.force_base else self._changed(known) or self._other(then)
         if other:  # a hub id was not here before
             raise MergeRefused([other])
         tell_unknown_original(then, fingerprint_of(self.base), self.base)

@@ -48,8 +48,12 @@ def check_base(state: ModelState, manifest: Mapping[str, Any], *, force: bool) -
         right = "put back the files that it had" if named == base else f"pass that base{other}"
         fix = f"{right}, or {FORCE}"
         raise ModelError(what, fix=fix, where=state.source)
+    if state.changed and not manifest["changed"] and not force:
+        what = "the module is not the base that the adapter was trained on: another adapter has"
+        fix = f"pass a base as it was, or {FORCE}"
+        raise ModelError(f"{what} changed it for good", fix=fix)
     if found is None and not state.own_base:  # that one has a base_id
-        _tell_unknown(then, now, base)
+        _tell_unknown(then, now, base, changed=manifest["changed"])
     _warn_other_options(state, manifest, known=found is not None)
 
 
@@ -80,8 +84,12 @@ def _are(names: Sequence[str]) -> str:
     return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
 
 
-def _tell_unknown(then: Fingerprint | None, now: Fingerprint | None, base: str) -> None:
-    if then is None:
+def _tell_unknown(
+    then: Fingerprint | None, now: Fingerprint | None, base: str, *, changed: bool
+) -> None:
+    if changed:
+        why = "another adapter had changed that one for good"
+    elif then is None:
         why = "nothing was noted when it was saved"
     elif now is None:
         why = "its files could not be looked at"

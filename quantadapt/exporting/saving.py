@@ -154,7 +154,7 @@ def _lies_in(source: str, folder: Path) -> bool:
 
 def _has_own_base(state: ModelState) -> bool:
     """Whether the base cannot be made again from its checkpoint and options alone."""
-    if state.rewritten or state.own_base or state.calibration is not None:
+    if state.rewritten or state.changed or state.own_base or state.calibration is not None:
         return True
     calibrates = state.backend.calibration and state.quantizer.needs_data
     return bool(state.source) and calibrates and quantization_of(state.source) is None
@@ -232,10 +232,12 @@ def write_base(
 ) -> None:
     """Write the quantized base of `model` into `folder`, which is there."""
     from ..loading.processors import save_tokenizer
+    from ..model.own_biases import own_biases
     from .merging import bare_base
 
-    base = model if state.adapter is None else bare_base(model)  # type: ignore[arg-type]
-    state.quantizer.save(base, folder)
+    with own_biases(model):
+        base = model if state.adapter is None else bare_base(model)  # type: ignore[arg-type]
+        state.quantizer.save(base, folder)
     if state.tokenizer is not None:
         save_tokenizer(state.tokenizer, folder)
     more = {} if making is None else {"making": making.model_dump()}

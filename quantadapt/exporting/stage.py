@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from .. import planning
 from ..capabilities import Merge
 from ..dependencies import in_turn
-from ..errors import MergeRefused, ModelError, Problem
+from ..errors import MergeRefused, ModelError, Problem, refuse_unknown
 from ..evaluation.held_out import held_out_data
 from ..folders.atomic import atomic_folder, refuse_occupied, refuse_overlap
 from ..planning.exports import MERGES, MergeKind, PlannedExport, as_trained_problems, export_of
@@ -335,6 +335,7 @@ def merge(
         OutputError: `path/merged` is there already. ModelError: GPU memory does not suffice, or
         what was written is not what was merged.
     """
+    refuse_unknown(kind=(kind, MERGES))
     state = state_of(model)
     adapter = check_merge(state, kind)
     shown = calibration is not None

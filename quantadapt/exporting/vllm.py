@@ -127,7 +127,7 @@ class Vllm(ContentExport):
         copy_files(tuned.adapter, folder / ADAPTER, leave_out=(LIST, README))
         model = source
         is_there = source and not is_local(source) and quantization_of(source) is not None
-        if not is_there or state.rewritten or state.own_base:
+        if not is_there or state.rewritten or state.changed or state.own_base:
             model = BASE
             (folder / BASE).mkdir()
             write_base(tuned.model, state, folder / BASE)

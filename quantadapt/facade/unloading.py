@@ -1,10 +1,12 @@
-"""PEFT's `merge_and_unload` and `unload`: what is merged when the adapter goes stays merged."""
+"""PEFT's `merge_and_unload` and `unload`: what is merged when the adapter goes stays merged,
+and what is known of the model is that of its base."""
 
 from __future__ import annotations
 
 from functools import wraps
 from typing import Any
 
+from ..model.own_biases import trains_biases
 from .lazy_weight import quantized_layers
 
 
@@ -15,9 +17,21 @@ def keeping_what_is_merged(unload: Any) -> Any:
 
     @wraps(unload)
     def unloaded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        changed = unload.__name__ == "merge_and_unload" or _has_changed_its_base(self)
         model = unload(self, *args, **kwargs)
         for _, layer in quantized_layers(model):
             layer.keep_merged()
+        if (known := getattr(model, "quantadapt", None)) is not None:
+            known.lose_adapter(changed=changed)
         return model
 
     return unloaded
+
+
+def _has_changed_its_base(tuner: Any) -> bool:
+    """Say whether what PEFT's tuner leaves is another base: where something is merged, or biases
+    are trained, which are the base's own."""
+    biases = (getattr(config, "bias", "none") for config in tuner.peft_config.values())
+    if any(map(trains_biases, biases)):
+        return True
+    return any(getattr(module, "merged_adapters", None) for module in tuner.modules())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidatorFunctionWrapHandler, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 
 class Typed(BaseModel):
@@ -20,6 +21,8 @@ class Typed(BaseModel):
         taken = check(value)
         if _truth_for_a_number(value, taken):
             raise PydanticCustomError("number", "Input should be a number")
+        if isinstance(taken, int) and abs(taken) > sys.maxsize:  # what counts, counts in 64 bits
+            raise PydanticKnownError("less_than_equal", {"le": sys.maxsize})
         return taken
 
 

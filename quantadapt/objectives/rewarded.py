@@ -36,6 +36,11 @@ PLACE = "place"
 WEIGHT, ADVANTAGE, OLD, REFERENCE = "weight", "advantage", "old", "reference"
 """In a batch: how much each answer weighs, and how much better it is than the others, [answers];
 log-probabilities before the step, and by the model without its adapter, [answers, length - 1]."""
+LEARNT = (
+    "the reference of beta is the model without its adapter, which has learnt before: to be held"
+    " near to that, merge it first, model = attach(model.merge_and_unload(), ...)"
+)
+"""Told where an adapter that was trained before learns from rewards; TRL compares with a copy."""
 DEMO = (
     "the bundled demo gets none of its own prompts right, so it learns nothing from rewards: tune"
     " it a little first, quantadapt run demo --set train.max_steps=30 -o runs/begun, and take what"
@@ -166,6 +171,8 @@ class RewardTask(AnswerTask):
             what += " reference for beta"
             fix = "set objective.beta to 0, or use another adapter or start"
             raise TrainingError(what, fix=fix, where="objective.beta")
+        if self.beta and getattr(getattr(setup.model, "quantadapt", None), "learnt", False):
+            tell(LEARNT)
         return setup.dataset.add_column(PLACE, [*range(len(setup.dataset))]), held_out
 
     def lengths(self, dataset: Dataset) -> list[int]:
@@ -295,13 +302,14 @@ class RewardTask(AnswerTask):
         import torch
 
         from ..evaluation.predictions import evaluating
+        from ..model.own_biases import without_adapter
 
         with evaluating(model), torch.no_grad():
             for batch in batches:
                 batch[OLD] = self._noted(model, batch, most)
             if not self.beta:
                 return
-            with model.disable_adapter():
+            with without_adapter(model):
                 for batch in batches:
                     batch[REFERENCE] = self._noted(model, batch, most)
 

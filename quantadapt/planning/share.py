@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,12 @@ class Share:
         quantized: their number.
         dense: the number of those that are not, by what holds them; without embeddings and what
             was left out on purpose.
+        of: the towers that are counted, where others of the model are left as they are.
     """
 
     quantized: int
     dense: Mapping[str, int] = field(default_factory=dict)
+    of: Sequence[str] = ()
 
     @property
     def fraction(self) -> float:
@@ -79,7 +81,7 @@ class Share:
         for name, size in left.items():
             dense[part_of(name) or "Linear"] += math.prod(size)
         numbers = sum(map(math.prod, left.values()))
-        return Share(self.quantized - numbers, dense)
+        return Share(self.quantized - numbers, dense, self.of)
 
     @property
     def words(self) -> str:
@@ -93,7 +95,8 @@ class Share:
         names = sorted((n for n in self.dense if self.dense[n]), key=lambda n: -self.dense[n])
         some = ", ".join(f"{n} {self.dense[n] / total:.1%}" for n in names[:_MOST])
         rest = f"; dense stay {some}" if some else ""
-        counted = "of the weights, embeddings and head not counted"
+        whose = f" of {' and '.join(self.of)}" if self.of else ""
+        counted = f"of the weights{whose}, embeddings and head not counted"
         return f"{self.fraction:.1%} {counted}{rest}"
 
 
@@ -140,7 +143,7 @@ def share_on_disk(
         towers: the parts of an image-text model that are quantized; others are left out.
     """
     dense: Counter[str] = Counter()
-    quantized = 0
+    quantized, others = 0, False
     for file in folder.glob("*.safetensors"):
         for name, tensor in read_header(file_in(folder, file.name)).items():
             shape = tensor["shape"]
@@ -148,7 +151,10 @@ def share_on_disk(
                 continue
             if any(f".{s}." in f".{name}." for s in skip):
                 continue
-            if is_expert_bias(name) or tower_of(name) not in towers:
+            if tower_of(name) not in towers:
+                others = True
+                continue
+            if is_expert_bias(name):
                 continue
             kind = part_of(name)
             dense_experts = kind == "experts" and (not experts or _NO_STACK.search(name))
@@ -156,7 +162,8 @@ def share_on_disk(
                 dense[kind] += math.prod(shape)
             else:
                 quantized += math.prod(shape)
-    return Share(quantized, dense) if quantized or dense else None
+    of = tuple(towers) if others else ()
+    return Share(quantized, dense, of) if quantized or dense else None
 
 
 def packed_share(folder: Path, numbers: int) -> Share | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import PlanRefused, Problem, warn
@@ -44,11 +44,15 @@ def tell_kept(plan: Plan, model: nn.Module) -> list[str]:
     return [text]
 
 
-def tell_share(model: nn.Module, skip: tuple[str, ...], told: Sequence[str]) -> str:
+def tell_share(model: nn.Module, skip: tuple[str, ...], plan: Plan) -> str:
     """Return how much of the weights is quantized, and what stays dense; warn where it is little,
     and the plan has not told it."""
+    from ..model.towers import other_towers
+
     share = share_of(model, skip)
-    if share.is_low and not any(note.startswith(BEGINNING) for note in told):
+    if not plan.adopt and other_towers(model, plan.spec.towers):
+        share = replace(share, of=tuple(plan.spec.towers))
+    if share.is_low and not any(note.startswith(BEGINNING) for note in plan.notes):
         warn(share.words, MostlyDenseWarning, stacklevel=4)
     return share.words
 

@@ -71,12 +71,14 @@ def quantize_plan(
     if random:
         notes.append(f"{AT_RANDOM} {', '.join(random)}")
     model = _with_facades(plan, module, model, skip)
+    if plan.adopt and module is not None:
+        _take_marks_off(model)
     conv1d = conv1d or conv1d_layers(model)
     mark_conv1d(model, conv1d)
     if plan.adopt and not skip:  # what a merge must not quantize
         skip = tuple(name for name, _ in linear_layers(model, ()))
     if plan.backend.name != "none":
-        notes.append(tell_share(model, skip, plan.notes))
+        notes.append(tell_share(model, skip, plan))
     model.quantadapt = ModelState(  # type: ignore[assignment]
         source=plan.model,
         backend=plan.backend,
@@ -140,6 +142,17 @@ def _vendors(
         model = quantizer.load(plan.model, device=plan.device, dtype=dtype)
         _refuse_other_than_module(model, plan.backend)
     return model, skip, notes
+
+
+def _take_marks_off(model: nn.Module) -> None:
+    """Take transformers' marks of a quantized model off a live module, as of one that is read here:
+    by them TRL trains adapters in bfloat16, and a dense merge would say that it is quantized."""
+    from transformers import PreTrainedModel
+
+    from ..loading.reading import unmarked
+
+    if isinstance(model, PreTrainedModel):
+        unmarked(model)
 
 
 def _with_facades(

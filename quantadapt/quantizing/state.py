@@ -12,10 +12,13 @@ from ..planning.refusals import make_cell
 from ..planning.streaming import Stream
 from ..protocols import Quantizer
 from ..records import Adapter, Backend, as_call
+from .recognizing import config_by_peft, recognized, rewrites
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from ..model.own_biases import OwnBiases
 
 
 @dataclass(repr=False)
@@ -35,6 +38,8 @@ class ModelState:
         tokenizer: the checkpoint's tokenizer, or None.
         calibration: the examples that the base was calibrated on here, or None.
         rewritten: attaching the adapter changed the base for good.
+        changed: an adapter that was there before did: it was merged into the base, left biases in
+            it that it had trained, or had a start that rewrote it. No checkpoint holds this base.
         notes: what loading found that a user may want to know of.
         own_base: it was loaded from a base that lies beside an adapter, and may be there alone.
         base_id: by what such a base and its adapter are known to belong together, once saved.
@@ -42,6 +47,10 @@ class ModelState:
         loaded_from: the folder that `load` read it from, if it did.
         adapter, adapter_options: what is attached, if anything.
         max_length: the longest example in tokens that it was trained on, where that is known.
+        pooling: how the vectors that it was trained to make are made of its tokens' states; empty
+            where it was not trained to make any.
+        learnt: that adapter was trained before: it was loaded, or `train` has ended.
+        own_biases: biases of the base that the adapter trains, with the values that they had.
         merge_aware: its adapter computes, and is merged, on the scales that the base has.
         head, labels: the kind of head that the checkpoint was read with, if it was not its own, and
             what that tells apart; see `loading.heads`.
@@ -62,6 +71,7 @@ class ModelState:
     unused_modules: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     rewritten: bool = False
+    changed: bool = False
     own_base: bool = False
     base_id: str = ""
     fingerprint: Fingerprint | None = None
@@ -69,6 +79,9 @@ class ModelState:
     adapter: Adapter | None = None
     adapter_options: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = None
+    pooling: str = ""
+    learnt: bool = False
+    own_biases: OwnBiases = field(default_factory=list)
     merge_aware: bool = False
     head: str = ""
     labels: tuple[str, ...] = ()
@@ -99,6 +112,18 @@ class ModelState:
             fingerprint=self.fingerprint,
         )
 
+    def lose_adapter(self, *, changed: bool) -> None:
+        """Take note that PEFT has taken the adapter away.
+
+        Args:
+            changed: whether the base is another one for it.
+        """
+        self.adapter, self.adapter_options, self.own_biases = None, {}, []
+        self.learnt = False
+        if changed or self.rewritten:  # from now on that of a live module
+            self.changed, self.rewritten, self.own_base = True, False, False
+            self.source, self.fingerprint, self.base_id, self.loaded_from = "", None, "", ""
+
     def manifest(self) -> dict[str, Any]:
         """Return what `quantadapt.json` says about the base: JSON-ready."""
         return {
@@ -113,16 +138,19 @@ class ModelState:
             "adapter": self.adapter.name if self.adapter else None,
             "adapter_options": self.adapter_options,
             "max_length": self.max_length,
+            "pooling": self.pooling,
             "merge_aware": self.merge_aware,
             "head": self.head,
             "labels": list(self.labels),
             "begun_at_random": list(self.begun_at_random),
+            "changed": self.changed,
             "stream": self.stream,
         }
 
 
 def state_of(model: nn.Module) -> ModelState:
-    """Return the state of a model that `quantize` or `load` returned, adapter or not.
+    """Return the state of a model that `quantize` or `load` returned, adapter or not. Of an adapter
+    that PEFT itself put there, it is noted now.
 
     Raises:
         QuantadaptError: the model did not come from there.
@@ -131,4 +159,7 @@ def state_of(model: nn.Module) -> ModelState:
     if not isinstance(state, ModelState):
         what = "this model did not come from quantadapt.quantize or quantadapt.load"
         raise QuantadaptError(what, fix="call model = quantadapt.quantize(model, backend=...)")
+    if state.adapter is None and (config := config_by_peft(model)) is not None:
+        state.adapter, state.adapter_options = recognized(config)
+        state.rewritten, state.learnt = rewrites(state.adapter, state.adapter_options), True
     return state

@@ -150,7 +150,8 @@ def _draw_line(curve: Curve, smooth: Points, width: int, height: int) -> Html:
     left, right, top, bottom = 44, width - 50, 26, height - 44
     shown = sorted([*points, *held_out])
     steps, losses = [p[0] for p in shown], [p[1] for p in shown]
-    x_ticks = nice_ticks(steps[0], steps[-1], 6 if width == WIDE else 4)
+    found = nice_ticks(steps[0], steps[-1], 6 if width == WIDE else 4)
+    x_ticks = [tick for tick in found if float(tick).is_integer()]
     y_ticks = nice_ticks(min(losses), max(losses), 5)
     low, high = min(y_ticks[0], min(losses)), max(y_ticks[-1], max(losses))
 

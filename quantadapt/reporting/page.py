@@ -68,6 +68,7 @@ def _data(run: Run) -> Html:
 def _data_file(file: Mapping[str, Any], limit: int) -> Html:
     """Return a file as a heading and a table of its counts."""
     counts = {key: number(file, key) for key in ("examples", "held_out", "tokens", "learnt")}
+    counts["learnt"] = counts["learnt"] or None  # of texts for vectors, labels or rewards: no token
     rows: list[tuple[str, Child]] = [("format", text(file, "format"))]
     rows += [(key, f"{value:,.0f}") for key, value in counts.items() if value is not None]
     if cut := number(file, "cut"):

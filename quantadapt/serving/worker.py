@@ -17,6 +17,7 @@ from ..generation.answers import answers, end_ids
 from ..generation.rows import Row, Rows, takes_rows
 from ..generation.sampling import Sampling
 from ..generation.text import TextSoFar
+from ..model.own_biases import without_adapter
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("quantadapt")
 
+Voice = str | tuple[str, ...] | None
+"""What answers: an adapter, several that work together, or the base alone."""
 STOPPING = "the server is stopping"
 
 
@@ -60,6 +63,12 @@ class Job:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
+def active_of(model: Any) -> str | tuple[str, ...]:
+    """Return the adapter that a PeftModel computes with, or those that work together."""
+    first, *others = model.active_adapters
+    return (first, *others) if others else first
+
+
 class Full(Exception):
     """So many wait already that no more are taken."""
 
@@ -69,7 +78,8 @@ class Worker:
 
     Args:
         model: with or without adapters.
-        names: what requests call the models: the name of an adapter, or None for the base alone.
+        names: what requests call the models: the name of an adapter, those of several that work
+            together, or None for the base alone.
         max_batch: most answers that are made at the same time.
         max_waiting: most jobs that wait for a place.
 
@@ -81,7 +91,7 @@ class Worker:
         self,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        names: Mapping[str, str | None],
+        names: Mapping[str, Voice],
         *,
         max_batch: int = 16,
         max_waiting: int = 256,
@@ -183,10 +193,13 @@ class Worker:
         adapter, model = self.names[name], self._model
         switchable: Any = model if hasattr(model, "disable_adapter") else None
         with ExitStack() as stack:
-            if switchable is not None and adapter is None:
-                stack.enter_context(switchable.disable_adapter())
-            elif switchable is not None and switchable.active_adapter != adapter:
-                switchable.set_adapter(adapter)
+            if adapter is None:
+                stack.enter_context(without_adapter(model))
+            elif switchable is not None and active_of(switchable) != adapter:
+                if isinstance(adapter, str):
+                    switchable.set_adapter(adapter)
+                else:  # a PeftModel itself has one at a time
+                    switchable.base_model.set_adapter([*adapter])
                 for parameter in switchable.parameters():  # PEFT makes those of the active train
                     parameter.requires_grad_(False)
             yield

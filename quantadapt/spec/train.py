@@ -23,7 +23,7 @@ class TrainSpec(Strict):
     """How to train. Names and meanings are those of transformers' TrainingArguments."""
 
     max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1 means num_train_epochs")
-    num_train_epochs: float = Field(1.0, gt=0, description="passes over the training data")
+    num_train_epochs: float = Field(1.0, gt=0, le=1e9, description="passes over the training data")
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
     per_device_train_batch_size: int = Field(8, ge=1, description="examples per forward pass")
     gradient_accumulation_steps: int = Field(

@@ -14,7 +14,7 @@ from ..generation.answers import context_of
 from ..generation.prompts import LAYOUTS, PromptWriter, Turns
 from ..generation.questions import Question
 from ..generation.sampling import Sampling
-from ..serving.worker import Event, Full, Job, Worker
+from ..serving.worker import Event, Full, Job, Voice, Worker, active_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,14 +71,18 @@ class Speaker:
     ) -> Speaker:
         """Return a speaker whose worker runs."""
         found: Any = model
-        voices, keys, active = {BASE: "the model"}, {BASE: None}, BASE
+        voices, active = {BASE: "the model"}, BASE
+        keys: dict[str, Voice] = {BASE: None}
         if hasattr(model, "disable_adapter"):
             adapters = list(found.peft_config)
-            active = f"adapter {found.active_adapter}"
             keys |= {f"adapter {adapter}": adapter for adapter in adapters}
             many = len(adapters) > 1
             voices = {BASE: "base, without adapter"}
             voices |= {f"adapter {a}": f"with adapter {a}" if many else "tuned" for a in adapters}
+            now = active_of(found)
+            active = f"adapter {now}" if isinstance(now, str) else f"adapters {' and '.join(now)}"
+            keys.setdefault(active, now)
+            voices.setdefault(active, "tuned")
         worker = Worker(model, writer.tokenizer, keys, max_batch=_MOST_AT_ONCE)
         worker.start()
         return cls(name, writer, worker, context_of(model), voices, active, questions)

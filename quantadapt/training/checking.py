@@ -20,13 +20,13 @@ from ..planning.refusals import (
     packing_problems,
     task_problems,
 )
+from ..quantizing.state import state_of
 from .figures import adapter_device, compute_dtype
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..protocols import Task
-    from ..quantizing.state import ModelState
     from ..spec import TrainSpec
 
 
@@ -39,7 +39,7 @@ def check(model: Any, spec: TrainSpec, task: Task) -> None:
     config = config_of(model)
     found += head_problems(task, {**config, "architectures": [_class_name(model)]})
     found += packing_problems(spec, config)
-    state: ModelState | None = getattr(model, "quantadapt", None)
+    state = state_of(model) if hasattr(model, "quantadapt") else None
     options = state.cell.adapter_options if state is not None and state.adapter else {}
     found += context_problems(spec, task, config, options, processes=world().size)
     found += invocation_problems(task, spec, config, options)

@@ -21,6 +21,7 @@ from ..folders.checkpoints import STATE, Checkpoint, finished, too_few_steps
 from ..folders.metrics import many
 from ..memory.cards import GIB, OOM_FIX, size_words
 from ..memory.setting import Setting
+from ..quantizing.state import ModelState
 from ..records import Objective
 from ..registry.discovery import registry
 from .checking import check, check_held_out, config_of, embedding_rows
@@ -107,6 +108,8 @@ def train(
         make_merge_aware(model)  # and it stays so: it is what is evaluated, saved and merged
     else:
         tell_it_stays(model)
+    if isinstance(state := getattr(model, "quantadapt", None), ModelState):
+        state.pooling = getattr(task, "pooling", "")  # what makes vectors has it: embed
     for part in (dataset, held_out):
         check_tokens(part, embedding_rows(model), tokenizer)
         check_lengths(part, config_of(model))

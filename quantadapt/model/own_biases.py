@@ -1,0 +1,61 @@
+"""The base of a model without its adapter, also where that has trained biases, which are the base's
+own parameters: PEFT switches its layers off and leaves those as they were trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+OwnBiases = list[tuple[nn.Parameter, Tensor]]
+"""Parameters of a base with the values that they had before an adapter trained them."""
+
+
+def trains_biases(option: Any) -> bool:
+    """Say whether an adapter with this value of PEFT's option `bias` trains those of the base."""
+    return option not in ("none", False, None)
+
+
+def biases_of(model: nn.Module, *options: Any) -> OwnBiases:
+    """Return the biases of `model` with copies of their values, where an adapter with one of these
+    values of `bias` trains them; else none."""
+    if not any(map(trains_biases, options)):
+        return []
+    named = model.named_parameters()
+    return [(p, p.detach().clone()) for name, p in named if name.rpartition(".")[2] == "bias"]
+
+
+def those_trained(found: OwnBiases) -> OwnBiases:
+    """Return those of `found` that are trained, or have other values now."""
+    return [
+        (bias, value)
+        for bias, value in found
+        if bias.requires_grad or not bool((bias.detach() == value).all())
+    ]
+
+
+@contextmanager
+def own_biases(model: Any) -> Iterator[None]:
+    """Let the base of `model` have the biases that it had before its adapter trained them, as far
+    as quantadapt put that there."""
+    known: OwnBiases = getattr(getattr(model, "quantadapt", None), "own_biases", [])
+    trained = [(bias, bias.data) for bias, _ in known]
+    for bias, value in known:
+        bias.data = value.to(bias.device, bias.dtype)
+    try:
+        yield
+    finally:
+        for bias, value in trained:
+            bias.data = value
+
+
+@contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """Let the base of a PeftModel compute alone; any other model stays as it is."""
+    if not hasattr(model, "disable_adapter"):
+        yield
+        return
+    with model.disable_adapter(), own_biases(model):
+        yield
