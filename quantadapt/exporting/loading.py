@@ -215,11 +215,11 @@ def _load_adapter(
 def base_of(model: PeftModel) -> nn.Module | None:
     """Return the base of `model` as it was without the adapter; None where training or the
     adapter's start has changed it, and it cannot be made again."""
+    from ..model.own_biases import may_train_biases
     from .merging import bare_base
 
     state = state_of(model)
-    biases = (getattr(config, "bias", "none") for config in model.peft_config.values())
-    if not state.rewritten and all(bias in ("none", False, None) for bias in biases):
+    if not state.rewritten and not may_train_biases(model):
         return bare_base(model)
     if not state.source or (state.backend.calibration and quantization_of(state.source) is None):
         return None
