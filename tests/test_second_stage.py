@@ -10,12 +10,13 @@ import pytest
 import torch
 from datasets import Dataset
 from merging import ADAPTERS, HELD_OUT, llama, logits, moved, relative, stock, stock_adapter, tuned
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 
 import quantadapt as qa
 from quantadapt.errors import MergeRefused, ModelError
 from quantadapt.exporting.beside import add_adapter
 from quantadapt.exporting.same_base import UnknownBaseWarning
+from quantadapt.quantizing.state import state_of
 
 LENGTHS, PROMPT = (12, 9, 15, 7), 3
 
@@ -108,6 +109,29 @@ def test_an_adapter_by_peft_is_one_like_any_other(config, name, base, tmp_path: 
     assert relative(logits(qa.load(saved)), expected) < 1e-5
     qa.merge(model, tmp_path, data=HELD_OUT)
     assert relative(logits(stock(tmp_path / "merged")), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj"]),
+        LoraConfig(target_modules=["q_proj", "embed_tokens"], use_rslora=True),
+        AdaLoraConfig(target_modules=["q_proj"], total_step=10),
+        VeraConfig(target_modules=["q_proj"]),
+    ],
+)
+def test_an_adapter_that_peft_has_just_made_has_learnt_nothing(config, base: str) -> None:
+    """Rewards with beta told that it had, and to merge it."""
+    new, known = (get_peft_model(qa.quantize(base, "none"), config) for _ in range(2))
+    assert not state_of(new).learnt
+    assert state_of(moved(known)).learnt
+
+
+def test_an_adapter_of_a_live_module_says_that_it_wants_its_base(base: str, tmp_path) -> None:
+    """It was called an empty path."""
+    saved = qa.save(moved(qa.attach(qa.quantize(stock(base), "none"), r=2)), tmp_path)
+    with pytest.raises(ModelError, match=r"(?s)base was a module in memory.*base=\.\.\."):
+        qa.load(saved)
 
 
 # What an adapter leaves behind --------------------------------------------------------------------

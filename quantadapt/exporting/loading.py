@@ -280,6 +280,9 @@ def _refuse_mixed(folder: Path, manifest: Mapping[str, Any], own_base: Path) -> 
 
 
 def _refuse_missing_base(base: str, adapter: Path) -> None:
+    if not base:
+        what = "its base was a module in memory, which no folder names"
+        raise ModelError(what, fix="in Python pass it to load, base=...", where=str(adapter))
     if is_local_path(base) and not Path(base).expanduser().exists():
         what = f"its base {base} is not there, seen from {Path.cwd()}"
         fix = "go to the folder in which it was trained, or in Python pass base=... to load"
