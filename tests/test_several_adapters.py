@@ -341,6 +341,18 @@ def test_an_adapter_with_biases_has_no_neighbours(base, tmp_path) -> None:
         assert torch.equal(logits(model), before)
 
 
+def test_the_bases_own_biases_stay_in_one_place(base) -> None:
+    """What a CUDA graph has recorded of the base alone reads them there, also once the model was
+    moved or cast."""
+    model = tuned(base, "none", target_modules=["q_proj"], bias="all", r=2).double()
+    own, places = logits(qa.quantize(base, "none").double()), []
+    for _ in range(2):
+        with without_adapter(model):
+            assert relative(logits(model), own) < 1e-6
+            places.append([bias.data_ptr() for bias, _ in model.quantadapt.own_biases])
+    assert places[0] == places[1]
+
+
 def test_biases_are_asked_of_each_adapter_and_not_of_the_first(base, tmp_path) -> None:
     """Saved options are those of the first adapter, and one that PEFT put there notes nothing: both
     were taken beside others, which then answered with their biases."""

@@ -51,8 +51,10 @@ def own_biases(model: Any) -> Iterator[None]:
     as quantadapt put that there."""
     known: OwnBiases = getattr(getattr(model, "quantadapt", None), "own_biases", [])
     trained = [(bias, bias.data) for bias, _ in known]
+    # They stay where they are from now on, as CUDA graphs that read them want it.
+    known[:] = [(bias, value.to(bias.device, bias.dtype)) for bias, value in known]
     for bias, value in known:
-        bias.data = value.to(bias.device, bias.dtype)
+        bias.data = value
     try:
         yield
     finally:
