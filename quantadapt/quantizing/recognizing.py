@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 _KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Values of LoRA's `init_lora_weights` that take nothing from the base."""
-_FROM_ZERO = re.compile(r"(.*)\.(?:lora_B|lora_embedding_A|lora_E|vera_lambda_b)\.([^.]+)(\.weight)?")
+_FROM_ZERO = re.compile(
+    r"(.*)\.(?:lora_B|lora_embedding_A|lora_E|vera_lambda_b)\.([^.]+)(\.weight)?"
+)
 """Layer and adapter in the names of factors that are zero where LoRA, AdaLoRA and VeRA begin."""
 
 
