@@ -176,6 +176,19 @@ def test_merged_into_its_base_it_is_a_model_without_adapter(base: str, tmp_path:
             qa.merge(model, tmp_path / method)
 
 
+def test_what_has_lost_its_adapter_unseen_is_not_saved(base: str, tmp_path: Path) -> None:
+    """It ended in "'method' object is not iterable", or in `KeyError: 'default'`."""
+    model = tuned(base, "none", r=4)
+    for call in (qa.save, qa.merge):
+        with pytest.raises(ModelError, match="get_base_model"):
+            call(model.get_base_model(), tmp_path)
+    model.delete_adapter("default")
+    with pytest.raises(ModelError, match="it was deleted"):
+        qa.save(model, tmp_path)
+    own = qa.quantize(base, "none")
+    assert relative(logits(qa.load(qa.save(model.unload(), tmp_path / "base"))), logits(own)) < 1e-6
+
+
 def test_an_adapter_of_the_base_as_it_was_is_refused(base: str, tmp_path: Path) -> None:
     saved = qa.save(tuned(base, "hqq", r=4), tmp_path)
     changed = tuned(base, "hqq", r=4).merge_and_unload()
