@@ -303,6 +303,20 @@ def test_biases_are_read_whatever_else_was_adapted(bias, layers, active, base, t
     assert relative(logits(again), expected) < 1e-6
 
 
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_bias_of_another_size_is_refused(size, base, tmp_path) -> None:
+    """Of one number the whole bias was made, without a word."""
+    model = tuned(base, "none", target_modules=["q_proj"], bias="all", r=2)
+    saved = qa.save(model, tmp_path)
+    weights = load_file(saved / "adapter_model.safetensors")
+    (key, *_) = [key for key in weights if key.endswith("o_proj.bias")]
+    weights[key.replace(".bias", ".base_layer.bias")] = torch.full((size,), 3.0)
+    del weights[key]
+    save_file(weights, saved / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="does not fit this base, or is damaged"):
+        qa.load(saved)
+
+
 @pytest.mark.parametrize("backend", ["none", "hqq", "bnb-nf4"])
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_the_base_alone_has_its_own_biases(bias, backend, base, tmp_path) -> None:

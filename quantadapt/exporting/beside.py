@@ -12,7 +12,7 @@ from ..paths import is_entry
 from ..quantizing.state import state_of
 from ..registry.discovery import registry
 from .adapter_files import CONFIG, check_adapters, peft_in_words, refuse_not_trained
-from .adapters import put_beside
+from .adapters import ALONE, put_beside
 from .manifest import adapter_folder, read_manifest
 from .same_base import check_base
 
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from peft import PeftModel
-
-_BY_ITSELF = "load it by itself"
-_ALONE = f"{_BY_ITSELF}, or train both alike"
 
 
 def add_adapter(model: Any, path: str | Path, name: str, *, force_base: bool = False) -> None:
@@ -59,7 +56,7 @@ def add_adapter(model: Any, path: str | Path, name: str, *, force_base: bool = F
 def _refuse_other_kind(model: PeftModel, manifest: Mapping[str, Any], where: str) -> None:
     """Raise ModelError where the base is not one and the same, or PEFT has no place for both."""
     state = state_of(model)
-    what, fix = "", _ALONE
+    what, fix = "", ALONE
     if manifest["adapter"] is None:
         raise ModelError("there is no adapter here", fix="pass the folder of a run", where=where)
     kind = registry().adapter(manifest["adapter"]).peft_type
@@ -73,7 +70,8 @@ def _refuse_other_kind(model: PeftModel, manifest: Mapping[str, Any], where: str
     elif state.base_id != manifest["base_id"]:
         what = "one of both was saved with a base of its own"
     elif may_train_biases(model, read_object(Path(where) / CONFIG).get("bias")):
-        what, fix = "one of both has trained biases of the base, which all share", _BY_ITSELF
+        what = "one of both has trained biases of the base, which all share"
+        fix = "load it by itself"
     elif len(manifest["active"]) > 1:
         what = f"it is {len(manifest['active'])} adapters that work together"
     elif state.merge_aware or manifest.get("merge_aware"):
