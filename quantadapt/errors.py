@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Any
 
 EXIT_OK = 0
@@ -281,11 +282,14 @@ def refuse_unknown(**given: tuple[Any, Collection[str]]) -> None:
 
 def refuse_below_one(**given: Any) -> None:
     """Raise OptionsError where a count is not a whole number of 1 or more, by argument."""
-    wrong = {n: v for n, v in given.items() if not isinstance(v, int) or v is True or v < 1}
+    fix = "write a whole number, 1 or more"
+    wrong = {
+        n: v
+        for n, v in given.items()
+        if isinstance(v, bool) or not isinstance(v, Integral) or v < 1
+    }
     if wrong:
-        raise OptionsError(
-            [Problem(f"{v!r} is not possible", "write 1 or more", n) for n, v in wrong.items()]
-        )
+        raise OptionsError([Problem(f"{v!r} is not possible", fix, n) for n, v in wrong.items()])
 
 
 def likely_name(word: str, known: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 from contextlib import nullcontext, suppress
 
+import numpy as np
 import pytest
 import torch
 from chosen import shortfall
@@ -35,6 +36,7 @@ from quantadapt.errors import (
     OptionsError,
     OutputError,
     SpecError,
+    refuse_below_one,
 )
 from quantadapt.evaluation.predictions import evaluating
 from quantadapt.folders.lines import problems_of
@@ -389,6 +391,13 @@ def test_words_and_counts_that_are_not_known_are_refused(call, said) -> None:
     """A layout was ignored, the others failed with an error of Python or of their own."""
     with pytest.raises(OptionsError, match=f"(?s){said}"):
         call(torch.nn.Linear(1, 1))
+
+
+def test_a_count_may_be_any_whole_number() -> None:
+    """numpy's were refused as if they were below 1."""
+    refuse_below_one(one=np.int64(1))
+    with pytest.raises(OptionsError, match=r"(?s)none: .*whole: 1\.5"):
+        refuse_below_one(none=np.int64(0), whole=1.5)
 
 
 # Text ---------------------------------------------------------------------------------------------

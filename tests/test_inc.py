@@ -600,7 +600,7 @@ def test_the_page_about_any_module(tmp_path, monkeypatch, capsys):
     dense, examples = output(names["make"]()), names["examples"]
     shares = {
         text: float(percent) / 100
-        for text, percent in re.findall(r"^\| `(.+?)` \|.*; ([\d.]+) % \|$", text, re.MULTILINE)
+        for text, percent in re.findall(r"^\| `(.+?)` \|.*; ([\d.]+)% \|$", text, re.MULTILINE)
     }
     assert len(shares) == 4
     for options, share in shares.items():

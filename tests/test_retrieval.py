@@ -361,7 +361,7 @@ def test_passages_that_are_named_are_measured_and_texts_are_no_passages(tmp_path
     rows = torch.tensor(expit(scores)).view(len(TEXTS), len(CODE))
     firsts = (rows.argmax(1) == torch.arange(len(TEXTS))).double()
     assert found["accuracy@1"] == pytest.approx(float(firsts.mean()))
-    with pytest.raises(DataError, match="scores passages"):
+    with pytest.raises(DataError, match="has a head, and so makes no vectors"):
         qa.evaluate(model, file_of(tmp_path, ROWS), evaluation="retrieval")
 
 

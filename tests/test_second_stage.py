@@ -10,15 +10,15 @@ import pytest
 import torch
 from datasets import Dataset
 from merging import ADAPTERS, HELD_OUT, llama, logits, moved, relative, stock, stock_adapter, tuned
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 
 import quantadapt as qa
 from quantadapt.errors import MergeRefused, ModelError
 from quantadapt.exporting.beside import add_adapter
 from quantadapt.exporting.same_base import UnknownBaseWarning
+from quantadapt.quantizing.state import state_of
 
 LENGTHS, PROMPT = (12, 9, 15, 7), 3
-HQQ = {"bits": 8, "group_size": 32}
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,29 @@ def test_an_adapter_by_peft_is_one_like_any_other(config, name, base, tmp_path: 
     assert relative(logits(stock(tmp_path / "merged")), expected) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj"]),
+        LoraConfig(target_modules=["q_proj", "embed_tokens"], use_rslora=True),
+        AdaLoraConfig(target_modules=["q_proj"], total_step=10),
+        VeraConfig(target_modules=["q_proj"]),
+    ],
+)
+def test_an_adapter_that_peft_has_just_made_has_learnt_nothing(config, base: str) -> None:
+    """Rewards with beta told that it had, and to merge it."""
+    new, known = (get_peft_model(qa.quantize(base, "none"), config) for _ in range(2))
+    assert not state_of(new).learnt
+    assert state_of(moved(known)).learnt
+
+
+def test_an_adapter_of_a_live_module_says_that_it_wants_its_base(base: str, tmp_path) -> None:
+    """It was called an empty path."""
+    saved = qa.save(moved(qa.attach(qa.quantize(stock(base), "none"), r=2)), tmp_path)
+    with pytest.raises(ModelError, match=r"(?s)base was a module in memory.*base=\.\.\."):
+        qa.load(saved)
+
+
 # What an adapter leaves behind --------------------------------------------------------------------
 
 LEFT = {
@@ -153,12 +176,25 @@ def test_merged_into_its_base_it_is_a_model_without_adapter(base: str, tmp_path:
             qa.merge(model, tmp_path / method)
 
 
+def test_what_has_lost_its_adapter_unseen_is_not_saved(base: str, tmp_path: Path) -> None:
+    """It ended in "'method' object is not iterable", or in `KeyError: 'default'`."""
+    model = tuned(base, "none", r=4)
+    for call in (qa.save, qa.merge):
+        with pytest.raises(ModelError, match="get_base_model"):
+            call(model.get_base_model(), tmp_path)
+    model.delete_adapter("default")
+    with pytest.raises(ModelError, match="it was deleted"):
+        qa.save(model, tmp_path)
+    own = qa.quantize(base, "none")
+    assert relative(logits(qa.load(qa.save(model.unload(), tmp_path / "base"))), logits(own)) < 1e-6
+
+
 def test_an_adapter_of_the_base_as_it_was_is_refused(base: str, tmp_path: Path) -> None:
     saved = qa.save(tuned(base, "hqq", r=4), tmp_path)
     changed = tuned(base, "hqq", r=4).merge_and_unload()
     with pytest.raises(ModelError, match="another adapter has changed it for good"):
         qa.load(saved, base=changed)
-    with pytest.raises(ModelError, match="was merged into the base of one of both"):
+    with pytest.raises(ModelError, match="has changed the base of one of both for good"):
         add_adapter(qa.attach(changed, r=2), saved, "other")
 
 

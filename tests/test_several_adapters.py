@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from merging import llama, logits, moved, relative, stock_adapter, tuned
+from merging import llama, logits, moved, relative, saved_model, stock, stock_adapter, tuned
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
 from quantadapt.adapting.several import keys_of
 from quantadapt.cli import main
 from quantadapt.errors import ModelError, PlanRefused, SpecError
+from quantadapt.evaluation.preferences import has_reference
 from quantadapt.exporting.adapters import put_beside
 from quantadapt.exporting.beside import add_adapter
 from quantadapt.model.own_biases import without_adapter
@@ -300,6 +303,20 @@ def test_biases_are_read_whatever_else_was_adapted(bias, layers, active, base, t
     assert relative(logits(again), expected) < 1e-6
 
 
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_bias_of_another_size_is_refused(size, base, tmp_path) -> None:
+    """Of one number the whole bias was made, without a word."""
+    model = tuned(base, "none", target_modules=["q_proj"], bias="all", r=2)
+    saved = qa.save(model, tmp_path)
+    weights = load_file(saved / "adapter_model.safetensors")
+    (key, *_) = [key for key in weights if key.endswith("o_proj.bias")]
+    weights[key.replace(".bias", ".base_layer.bias")] = torch.full((size,), 3.0)
+    del weights[key]
+    save_file(weights, saved / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="does not fit this base, or is damaged"):
+        qa.load(saved)
+
+
 @pytest.mark.parametrize("backend", ["none", "hqq", "bnb-nf4"])
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_the_base_alone_has_its_own_biases(bias, backend, base, tmp_path) -> None:
@@ -336,6 +353,52 @@ def test_an_adapter_with_biases_has_no_neighbours(base, tmp_path) -> None:
             with pytest.raises(ModelError, match="no place for"):  # once biases had been read
                 put_beside(model, saved, "beside")
         assert torch.equal(logits(model), before)
+
+
+def test_the_bases_own_biases_stay_in_one_place(base) -> None:
+    """What a CUDA graph has recorded of the base alone reads them there, also once the model was
+    moved or cast."""
+    model = tuned(base, "none", target_modules=["q_proj"], bias="all", r=2).double()
+    own, places = logits(qa.quantize(base, "none").double()), []
+    for _ in range(2):
+        with without_adapter(model):
+            assert relative(logits(model), own) < 1e-6
+            places.append([bias.data_ptr() for bias, _ in model.quantadapt.own_biases])
+    assert places[0] == places[1]
+
+
+def test_biases_are_asked_of_each_adapter_and_not_of_the_first(base, tmp_path) -> None:
+    """Saved options are those of the first adapter, and one that PEFT put there notes nothing: both
+    were taken beside others, which then answered with their biases."""
+    plain = qa.save(tuned(base, "none", target_modules=["v_proj"], r=2), tmp_path / "plain")
+    model = tuned(base, "none", target_modules=["q_proj"], r=2)
+    config = copy.deepcopy(model.peft_config["default"])
+    config.bias = "all"
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    saved = qa.save(moved(model), tmp_path / "second")
+    theirs = get_peft_model(stock(base), LoraConfig(target_modules=["q_proj"], bias="all"))
+    theirs.save_pretrained(tmp_path / "theirs")
+    by_peft = PeftModel.from_pretrained(qa.quantize(base, "none"), str(tmp_path / "theirs"))
+    for first, second in ((qa.load(plain), saved), (model, plain), (by_peft, plain)):
+        before = logits(first)
+        with pytest.raises(ModelError, match="trained biases of the base, which all share"):
+            add_adapter(first, second, "beside")
+        assert torch.equal(logits(first), before)
+
+
+def test_without_biases_none_are_trained(tmp_path) -> None:
+    """Of a model that has none, the base was said to be changed, and to be no reference."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    none = LlamaForCausalLM(LlamaConfig(vocab_size=2048, **sizes, **heads))
+    folder = saved_model(none, tmp_path / "base")
+    model = tuned(folder, "none", target_modules=["q_proj"], bias="all", r=2)
+    assert has_reference(model)
+    second = moved(qa.attach(model.unload(), "lora", r=2))
+    saved = qa.save(second, tmp_path / "second")
+    assert not (tmp_path / "second" / "base").exists()
+    assert relative(logits(qa.load(saved)), logits(second)) < 1e-6
 
 
 @pytest.mark.parametrize("backend", ["none", "hqq"])

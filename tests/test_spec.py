@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from pydantic import ValidationError
 
@@ -68,6 +70,15 @@ def test_a_wrong_value_says_what_may_stand_there(values, what, fix) -> None:
         Spec(**values)
     (problem,) = caught.value.problems
     assert (problem.what, problem.fix) == (what, fix)
+
+
+def test_a_number_below_64_bits_is_told_the_least() -> None:
+    class Shifted(Options):
+        by: int = 0
+
+    assert Shifted(by=-sys.maxsize).by == -sys.maxsize
+    with pytest.raises(ValidationError, match="greater than or equal to -9223372036854775807"):
+        Shifted(by=-(10**22))
 
 
 def test_overrides_reach_into_named_things_and_keep_the_rest() -> None:

@@ -145,7 +145,8 @@ def test_the_studio_from_the_plan_to_the_chat(chromium, tmp_path) -> None:
         assert page.get_attribute("#report-page iframe", "sandbox") == ""
 
         page.get_by_role("tab", name="Chat").click()
-        page.wait_for_selector("#talker input")
+        # The run is chosen by an answer to the click on the tab, which may take a while.
+        page.wait_for_function("document.querySelector('#talker input')?.value == 'first'")
         page.click("#open")
         settled(visit)
         page.fill("#question textarea", UGLY)

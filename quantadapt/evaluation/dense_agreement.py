@@ -67,7 +67,7 @@ class AgreementEvaluator(Evaluator):
         try:
             found = snapshot(model, given.examples, **options)
         except NoTokens as error:
-            raise DataError(str(error), fix="pass other held-out data", where=_WHERE) from None
+            raise DataError(str(error), fix=error.FIX, where=_WHERE) from None
         reference = self._reference(model, given, options)
         size = min(found.log_probs.shape[1], reference.log_probs.shape[1])
         if not found.targets.equal(reference.targets) or size < int(found.targets.max()) + 1:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import DataError
-from .predictions import first_tokens, predicted
+from .predictions import NoTokens, first_tokens, predicted
 from .verdict import NO_GAIN
 
 if TYPE_CHECKING:
@@ -92,8 +92,7 @@ def token_losses(
             nats.append(cross_entropy(logits, targets, reduction="none").double().cpu())
         counts.append(batch.counts.cpu())
     if not nats:
-        fix = "pass data that hold answers, or text, of more than one token"
-        raise DataError("the held-out data hold no token to predict", fix=fix)
+        raise DataError("the held-out data hold no token to predict", fix=NoTokens.FIX)
     lengths = torch.cat(counts)
     return TokenLosses(torch.cat(nats), torch.arange(len(lengths)).repeat_interleave(lengths))
 

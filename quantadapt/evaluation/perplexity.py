@@ -93,8 +93,7 @@ class PerplexityEvaluator(Evaluator):
         try:
             found = at_once(model, measured, given.batch_size, WHERE)
         except NoTokens as error:
-            fix = "pass data that hold answers, or text, of more than one token"
-            raise DataError(str(error), fix=fix, where=WHERE) from None
+            raise DataError(str(error), fix=error.FIX, where=WHERE) from None
         return {
             "perplexity": Figure(found.value, "", "lower"),
             "loss": Figure(found.loss, NATS, "lower"),

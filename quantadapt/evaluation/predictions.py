@@ -32,7 +32,12 @@ CHUNK_ELEMENTS = 2**24
 
 
 class NoTokens(ValueError):
-    """The data hold no token to predict."""
+    """The data hold no token to predict. `FIX` says what to do."""
+
+    FIX = (
+        "pass data that hold answers, or text, of more than one token; quantadapt data FILE tells"
+        " which columns are read"
+    )
 
     def __init__(self) -> None:
         super().__init__("the data hold no token to predict")

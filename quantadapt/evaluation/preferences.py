@@ -118,12 +118,13 @@ def given_log_probs(
 def has_reference(model: Any) -> bool:
     """Say whether the model without its adapter is what training began with. Where the adapter's
     start moves a part of the base into it, as PiSSA's does, it is not."""
+    from ..model.own_biases import may_train_biases
+
     state: Any = getattr(model, "quantadapt", None)
     if getattr(state, "adapter", None) is None or not hasattr(model, "disable_adapter"):
         return False
     start = state.adapter_options.get("init_lora_weights", True)
-    trains_biases = state.adapter_options.get("bias", "none") not in ("none", False, None)
-    if trains_biases and not state.own_biases:  # PEFT put it there, and nothing noted them
+    if not state.own_biases and may_train_biases(model):  # PEFT put it there: nothing noted them
         return False
     return state.adapter.start != Start.CHANGED and start in (True, "gaussian", "eva")
 

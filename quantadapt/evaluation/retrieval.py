@@ -47,8 +47,9 @@ class Retrieval(Evaluator):
             raise DataError(what, fix=fix, where=WHERE)
         state: Any = getattr(model, "quantadapt", None)
         if getattr(state, "head", ""):
-            what = "the model scores passages, and the held-out data hold texts to make vectors of"
-            raise DataError(what, fix="pass data with query, passage and label", where=WHERE)
+            what = "the model has a head, and so makes no vectors of the texts in the held-out data"
+            fix = "of a reranker, pass data with query, passage and label; else leave it out"
+            raise DataError(what, fix=fix, where=WHERE)
         own = given.examples[0].get(POOLING) or getattr(state, "pooling", "")
         pooling = self.pooling or own or "mean"
         if SCORE in columns:

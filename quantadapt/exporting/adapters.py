@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 DEFAULT = "default"
 """What PEFT calls an adapter to which nobody gave a name."""
+ALONE = "load it by itself, or train both alike"
+"""What to do with an adapter that cannot be beside another one."""
 _SHARED = ("vblora_vector_bank", "prompt_encoder", ".tinylora_v.", ".unilora_theta_d.")
 """Of what PEFT names where it is shared and stores once."""
 
@@ -122,7 +124,7 @@ def _refuse_wrapped_twice(tuned: PeftModel, folder: Path) -> None:
         if isinstance(module, Wrapper) and isinstance(module.original_module, Wrapper):
             part = name.rpartition(".")[2]
             what = f"one adapter trains {part} whole, and another single tokens of it"
-            raise ModelError(what, fix="load it by itself, or train both alike", where=str(folder))
+            raise ModelError(what, fix=ALONE, where=str(folder))
 
 
 def _write_weights(tuned: PeftModel, keys: Sequence[str], folder: Path) -> list[str]:
@@ -143,7 +145,7 @@ def _write_weights(tuned: PeftModel, keys: Sequence[str], folder: Path) -> list[
         if isinstance(layer, QuantLinear) and key in saved:
             layer.write(saved.read(key))
         elif (bias := _bias_called(key, modules)) is not None and key in saved:
-            bias.data.copy_(saved.read(key))
+            bias.data.copy_(saved.read(key).view_as(bias))  # `copy_` would spread one number
         else:
             others.append(key)
     return others

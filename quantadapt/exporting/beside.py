@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, OptionsError, Problem
-from ..model.own_biases import trains_biases
+from ..inputs.documents import read_object
+from ..model.own_biases import may_train_biases
 from ..paths import is_entry
 from ..quantizing.state import state_of
 from ..registry.discovery import registry
-from .adapter_files import check_adapters, peft_in_words, refuse_not_trained
-from .adapters import put_beside
+from .adapter_files import CONFIG, check_adapters, peft_in_words, refuse_not_trained
+from .adapters import ALONE, put_beside
 from .manifest import adapter_folder, read_manifest
 from .same_base import check_base
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from peft import PeftModel
-
-_ALONE = "load it by itself, or train both alike"
 
 
 def add_adapter(model: Any, path: str | Path, name: str, *, force_base: bool = False) -> None:
@@ -57,7 +56,7 @@ def add_adapter(model: Any, path: str | Path, name: str, *, force_base: bool = F
 def _refuse_other_kind(model: PeftModel, manifest: Mapping[str, Any], where: str) -> None:
     """Raise ModelError where the base is not one and the same, or PEFT has no place for both."""
     state = state_of(model)
-    what = ""
+    what, fix = "", ALONE
     if manifest["adapter"] is None:
         raise ModelError("there is no adapter here", fix="pass the folder of a run", where=where)
     kind = registry().adapter(manifest["adapter"]).peft_type
@@ -67,15 +66,15 @@ def _refuse_other_kind(model: PeftModel, manifest: Mapping[str, Any], where: str
     elif state.rewritten:
         what = "the first adapter's start changed its base, which it shares with no other"
     elif state.changed != manifest["changed"]:
-        what = "an adapter was merged into the base of one of both, and so changed it"
+        what = "an earlier adapter has changed the base of one of both for good"
     elif state.base_id != manifest["base_id"]:
         what = "one of both was saved with a base of its own"
-    elif state.own_biases or trains_biases(manifest["adapter_options"].get("bias")):
+    elif may_train_biases(model, read_object(Path(where) / CONFIG).get("bias")):
         what = "one of both has trained biases of the base, which all share"
+        fix = "load it by itself"
     elif len(manifest["active"]) > 1:
         what = f"it is {len(manifest['active'])} adapters that work together"
     elif state.merge_aware or manifest.get("merge_aware"):
         what = "one of both was trained through the quantizer, and answers so"
     if what:
-        fix = "load it by itself" if "biases" in what else _ALONE
         raise ModelError(what, fix=fix, where=where)

@@ -215,11 +215,11 @@ def _load_adapter(
 def base_of(model: PeftModel) -> nn.Module | None:
     """Return the base of `model` as it was without the adapter; None where training or the
     adapter's start has changed it, and it cannot be made again."""
+    from ..model.own_biases import may_train_biases
     from .merging import bare_base
 
     state = state_of(model)
-    biases = (getattr(config, "bias", "none") for config in model.peft_config.values())
-    if not state.rewritten and all(bias in ("none", False, None) for bias in biases):
+    if not state.rewritten and not may_train_biases(model):
         return bare_base(model)
     if not state.source or (state.backend.calibration and quantization_of(state.source) is None):
         return None
@@ -280,6 +280,9 @@ def _refuse_mixed(folder: Path, manifest: Mapping[str, Any], own_base: Path) -> 
 
 
 def _refuse_missing_base(base: str, adapter: Path) -> None:
+    if not base:
+        what = "its base was a module in memory, which no folder names"
+        raise ModelError(what, fix="in Python pass it to load, base=...", where=str(adapter))
     if is_local_path(base) and not Path(base).expanduser().exists():
         what = f"its base {base} is not there, seen from {Path.cwd()}"
         fix = "go to the folder in which it was trained, or in Python pass base=... to load"

@@ -64,7 +64,8 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, base: b
 
     Raises:
         OutputError: the folder holds something else; it is untouched.
-        PlanRefused: an adapter has a name that no folder can have.
+        PlanRefused: an adapter has a name that no folder can have. ModelError: an adapter was
+        attached, and `model` is not PEFT's model of it, or has lost it.
     """
     state, root = state_of(model), Path(path).expanduser()
     final = root / ADAPTER if state.adapter else root
@@ -72,6 +73,7 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, base: b
     own_base = root / BASE
     if problems := unsavable(model):
         raise PlanRefused(problems)
+    _refuse_lost_adapter(model, state)
     refuse_overlap(final, [state.source])
     _refuse_foreign(final)
     refuse_occupied(final, overwrite)
@@ -150,6 +152,14 @@ def _lies_in(source: str, folder: Path) -> bool:
     """Say whether a local checkpoint is `folder` or lies in it."""
     found = Path(source).expanduser()
     return bool(source) and found.exists() and found.resolve().is_relative_to(folder.resolve())
+
+
+def _refuse_lost_adapter(model: nn.Module, state: ModelState) -> None:
+    whole = hasattr(model, "disable_adapter") and bool(getattr(model, "peft_config", None))
+    if state.adapter is not None and not whole:
+        what = "an adapter was attached, and here is none: it was deleted, or this is what PEFT's"
+        fix = "pass what attach or load returned; to save the base alone, its unload()"
+        raise ModelError(f"{what} get_base_model() returns", fix=fix)
 
 
 def _has_own_base(state: ModelState) -> bool:

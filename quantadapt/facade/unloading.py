@@ -6,7 +6,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
-from ..model.own_biases import trains_biases
+from ..model.own_biases import may_train_biases
 from .lazy_weight import quantized_layers
 
 
@@ -31,7 +31,5 @@ def keeping_what_is_merged(unload: Any) -> Any:
 def _has_changed_its_base(tuner: Any) -> bool:
     """Say whether what PEFT's tuner leaves is another base: where something is merged, or biases
     are trained, which are the base's own."""
-    biases = (getattr(config, "bias", "none") for config in tuner.peft_config.values())
-    if any(map(trains_biases, biases)):
-        return True
-    return any(getattr(module, "merged_adapters", None) for module in tuner.modules())
+    merged = any(getattr(module, "merged_adapters", None) for module in tuner.modules())
+    return merged or may_train_biases(tuner)

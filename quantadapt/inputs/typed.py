@@ -22,6 +22,8 @@ class Typed(BaseModel):
         if _truth_for_a_number(value, taken):
             raise PydanticCustomError("number", "Input should be a number")
         if isinstance(taken, int) and abs(taken) > sys.maxsize:  # what counts, counts in 64 bits
+            if taken < 0:
+                raise PydanticKnownError("greater_than_equal", {"ge": -sys.maxsize})
             raise PydanticKnownError("less_than_equal", {"le": sys.maxsize})
         return taken
 

@@ -21,10 +21,19 @@ def trains_biases(option: Any) -> bool:
 def biases_of(model: nn.Module, *options: Any) -> OwnBiases:
     """Return the biases of `model` with copies of their values, where an adapter with one of these
     values of `bias` trains them; else none."""
-    if not any(map(trains_biases, options)):
-        return []
-    named = model.named_parameters()
-    return [(p, p.detach().clone()) for name, p in named if name.rpartition(".")[2] == "bias"]
+    trained = any(map(trains_biases, options))
+    return [(bias, bias.detach().clone()) for bias in _biases(model)] if trained else []
+
+
+def may_train_biases(model: Any, *others: Any) -> bool:
+    """Say whether `model` has biases and an adapter of PEFT's that trains some: one that it has, or
+    one with another value of `bias`."""
+    own = (getattr(config, "bias", None) for config in model.peft_config.values())
+    return any(map(trains_biases, (*own, *others))) and any(True for _ in _biases(model))
+
+
+def _biases(model: nn.Module) -> Iterator[nn.Parameter]:
+    return (p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias")
 
 
 def those_trained(found: OwnBiases) -> OwnBiases:
@@ -42,8 +51,10 @@ def own_biases(model: Any) -> Iterator[None]:
     as quantadapt put that there."""
     known: OwnBiases = getattr(getattr(model, "quantadapt", None), "own_biases", [])
     trained = [(bias, bias.data) for bias, _ in known]
+    # They stay where they are from now on, as CUDA graphs that read them want it.
+    known[:] = [(bias, value.to(bias.device, bias.dtype)) for bias, value in known]
     for bias, value in known:
-        bias.data = value.to(bias.device, bias.dtype)
+        bias.data = value
     try:
         yield
     finally:

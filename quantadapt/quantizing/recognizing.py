@@ -4,6 +4,7 @@ which record and which options they are of."""
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 _KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Values of LoRA's `init_lora_weights` that take nothing from the base."""
+_FROM_ZERO = re.compile(
+    r"(.*)\.(?:lora_B|lora_embedding_A|lora_E|vera_lambda_b)\.([^.]+)(\.weight)?"
+)
+"""Layer and adapter in the names of factors that are zero where LoRA, AdaLoRA and VeRA begin."""
 
 
 def config_by_peft(model: nn.Module) -> PeftConfig | None:
@@ -50,6 +55,15 @@ def recognized(config: PeftConfig) -> tuple[Adapter, dict[str, Any]]:
 def rewrites(adapter: Adapter, options: Mapping[str, Any]) -> bool:
     """Say whether attaching this adapter may have put other values into the base."""
     return adapter.peft_type == "LORA" and options.get("init_lora_weights", True) not in _KEEPS_BASE
+
+
+def is_new(model: nn.Module) -> bool:
+    """Say whether an adapter adds nothing yet, as `get_peft_model` makes it, where that shows."""
+    zero: dict[tuple[str, str], bool] = {}
+    for name, weight in model.named_parameters():
+        if found := _FROM_ZERO.fullmatch(name):
+            zero[found[1], found[2]] = zero.get((found[1], found[2])) or not weight.any()
+    return bool(zero) and all(zero.values())
 
 
 def _marks(record: Adapter) -> dict[str, Any]:

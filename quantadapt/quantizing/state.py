@@ -12,7 +12,7 @@ from ..planning.refusals import make_cell
 from ..planning.streaming import Stream
 from ..protocols import Quantizer
 from ..records import Adapter, Backend, as_call
-from .recognizing import config_by_peft, recognized, rewrites
+from .recognizing import config_by_peft, is_new, recognized, rewrites
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,8 @@ class ModelState:
         max_length: the longest example in tokens that it was trained on, where that is known.
         pooling: how the vectors that it was trained to make are made of its tokens' states; empty
             where it was not trained to make any.
-        learnt: that adapter was trained before: it was loaded, or `train` has ended.
+        learnt: that adapter was trained before: it was loaded, `train` has ended, or PEFT put it
+            there and it is no new one.
         own_biases: biases of the base that the adapter trains, with the values that they had.
         merge_aware: its adapter computes, and is merged, on the scales that the base has.
         head, labels: the kind of head that the checkpoint was read with, if it was not its own, and
@@ -161,5 +162,6 @@ def state_of(model: nn.Module) -> ModelState:
         raise QuantadaptError(what, fix="call model = quantadapt.quantize(model, backend=...)")
     if state.adapter is None and (config := config_by_peft(model)) is not None:
         state.adapter, state.adapter_options = recognized(config)
-        state.rewritten, state.learnt = rewrites(state.adapter, state.adapter_options), True
+        state.rewritten |= rewrites(state.adapter, state.adapter_options)
+        state.learnt = not is_new(model)
     return state

@@ -108,8 +108,6 @@ def train(
         make_merge_aware(model)  # and it stays so: it is what is evaluated, saved and merged
     else:
         tell_it_stays(model)
-    if isinstance(state := getattr(model, "quantadapt", None), ModelState):
-        state.pooling = getattr(task, "pooling", "")  # what makes vectors has it: embed
     for part in (dataset, held_out):
         check_tokens(part, embedding_rows(model), tokenizer)
         check_lengths(part, config_of(model))
@@ -117,6 +115,8 @@ def train(
     long = dict.fromkeys(beyond(part, config_of(model)) for part in (dataset, held_out))
     for words in filter(None, long):
         note(f"data: {words}")
+    if isinstance(state := getattr(model, "quantadapt", None), ModelState):
+        state.pooling = getattr(task, "pooling", "")  # what makes vectors has it: embed
     checkpoint = checkpoint_to_resume(Path(output), spec, note)
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
     refuse_unshared(Path(output), spec, adapter_device(model))
