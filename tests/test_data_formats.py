@@ -511,6 +511,16 @@ def test_columns_may_have_any_names(tmp_path, tokenizer) -> None:
     assert load_held_out(other, tokenizer, like=like)["input_ids"][0] == example[0]
 
 
+def test_columns_of_later_rows_are_told_as_well(tmp_path, tokenizer) -> None:
+    rows = [
+        {"prompt": "a ", "completion": "b"},
+        {"prompt": "c ", "completion": "d", "context": "e"},
+    ]
+    _, file = everything(lines(tmp_path / "a.jsonl", [*rows, *rows]), tokenizer)
+    assert file.unused == ["context"]
+    assert "columns that prompt-completion does not know: context" in file.notes()
+
+
 OTHERS = [
     ({"prompt": "p", "chosen": "c", "rejected": "r"}, "'chosen', 'rejected'"),
     ({"prompt": "p", "completion": "c", "label": True}, "'label'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +144,16 @@ def test_weights_are_shares_of_the_tokens(tmp_path: Path, tokenizer: Any) -> Non
     assert len(made.train) == 100
     flat = [token for row in made.train["input_ids"] for token in row]
     starts = [place for place, token in enumerate(flat) if token == tokenizer.bos_token_id]
-    tokens = {"large": 0, "tiny": 0}
+    tokens, documents = {"large": 0, "tiny": 0}, Counter[str]()
     for start, end in zip(starts, [*starts[1:], len(flat)], strict=True):
         text = tokenizer.decode(flat[start:end], skip_special_tokens=True)
-        tokens["large" if text.startswith("la") else "tiny"] += end - start
+        kind = "large" if text.startswith("la") else "tiny"
+        tokens[kind] += end - start
+        documents[kind] += 1
     assert tokens["large"] / tokens["tiny"] == pytest.approx(3, rel=0.02)
-    assert any("begun" in note for file in made.report.files for note in file.notes())
+    again = {Path(file.file).name: file.remarks["begun again"] for file in made.report.files}
+    # Two of its ten texts are held out.
+    assert again == {"large.jsonl": 0, "small.jsonl": -(-documents["tiny"] // 8) - 1}
     held = texts_in(made.eval, tokenizer)
     assert "large 0" in held
     assert "tiny 0" in held

@@ -400,6 +400,10 @@ def test_all_of_a_query_are_on_one_side(tmp_path: Path, tokenizer: Any) -> None:
         ([{"anchor": "a", "positive": 5}] * 2, "expected text"),
         ([{"anchor": "a", "positive": "b", "negatives": "c"}] * 2, "negatives"),
         (
+            [{"anchor": "a", "positive": "b"}, {"anchor": "c", "positive": "d", "negative": "e"}],
+            r"train\.jsonl:2: 'negative' stands here, and not in the first row",
+        ),
+        (
             [{"anchor": "a", "positive": "b", "negatives": ["c"] * n} for n in (1, 2)],
             "texts and",
         ),

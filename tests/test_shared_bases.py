@@ -577,6 +577,27 @@ def test_nobody_waits_for_a_run_whose_base_is_not_for_others(tmp_path) -> None:
     assert makers(out) == ["gptq-lora-r-8-seed0", first]
 
 
+def test_a_base_that_is_done_in_this_moment_is_not_made_again(tmp_path, monkeypatch) -> None:
+    """It had not been there when it was looked for, and then nobody was making it any more."""
+    made = comparison(STEPS, {**ADAPTERS, "adapter": ["lora", "ia3"]}, reference=False)
+    cells = {each.cell.label: each for each in plan_cells(made, tmp_path)}
+    folder = CompareFolder(tmp_path)
+    first, second = (folder.run(run.name) for run in made.runs)
+    folder.record(first.name).state = "running"
+    job = Job(second.name, [], second, folder.log(second.name))
+    bases = Bases.of(made.runs, cells, folder)
+    has = Bases._has
+
+    def then_done(self, name: str) -> bool:
+        found = has(self, name)
+        (first / "base").mkdir(parents=True, exist_ok=True)
+        (first / "base" / MANIFEST).write_text("{}")
+        return found
+
+    monkeypatch.setattr(Bases, "_has", then_done)
+    assert bases.look(job) is None
+
+
 def test_a_run_is_told_of_a_base_in_any_folder(tmp_path) -> None:
     out = tmp_path / 'of "Zoë" 😀: [a, b] #1'
     made = comparison(STEPS, {**ADAPTERS, "adapter": ["lora", "ia3"]}, reference=False)

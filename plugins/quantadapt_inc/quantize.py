@@ -109,7 +109,7 @@ def _moved(value: Any, like: Tensor) -> Any:
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Convert, in place, what is not quantized."""
+    """Convert, in place, what is not quantized; codes in float8 are floats, too, and stay."""
     import torch
 
     for parameter in model.parameters():

@@ -72,6 +72,7 @@ class Bases:
         group = self._names(job.name)
         if not group or base_in(job.folder / BASE):
             return job
+        making = self.maker(job.name)  # asked first: it may be done with it while this looks
         for name in reversed(group):  # data may have changed since the first was made
             if self._has(name):
                 place = json.dumps(str(self.folder.run(name)), ensure_ascii=False)
@@ -80,7 +81,7 @@ class Bases:
             *_, name = sorted(self._lost(job.name), key=lambda name: not self._killed(name))
             why = self.folder.record(name).reason
             return Ending("failed", f"its base could not be quantized, see {name}: {why}")
-        return None if self.maker(job.name) else job
+        return None if making else job
 
     def instead_of(self, job: Job) -> str:
         """Return the run that was killed while it made the base that `job`, as `look` returned it,

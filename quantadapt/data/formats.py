@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
@@ -54,8 +54,8 @@ def examples(rows: Iterable[Row], spec: DataSpec, report: DataReport) -> Iterato
         first = next(ours)
         found.format = spec.format if spec.format != "auto" else format_of(first, columns)
         known = {*FORMATS[found.format], *OPTIONAL.get(found.format, ())}
-        found.unused = [str(name) for name in first.values if name not in known]
-        for example in _MAKERS[found.format](chain([first], ours), found):
+        told = telling_unused(chain([first], ours), known, found)
+        for example in _MAKERS[found.format](told, found):
             yield _with_pictures(example, spec)
 
 
@@ -94,6 +94,18 @@ def named(rows: Iterable[Row], columns: Mapping[str, str], report: FileReport) -
         values = {k: v for k, v in row.values.items() if k not in theirs}
         values |= {ours: row.values[_found(name, row)] for ours, name in columns.items()}
         yield Row(values, row.where)
+
+
+def telling_unused(
+    rows: Iterable[Row], known: Collection[str], report: FileReport
+) -> Iterator[Row]:
+    """Yield the rows, and note in the report what columns they have that are not `known`; some may
+    have one that the first has not."""
+    for row in rows:
+        for name in row.values:
+            if name not in known and str(name) not in report.unused:
+                report.unused.append(str(name))
+        yield row
 
 
 def _found(column: str, row: Row) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import DataError
 from ..spec import DataSpec
 from .files import Row, kind_of
-from .formats import checked_text, from_json, listed, named, text_in
+from .formats import checked_text, from_json, listed, named, telling_unused, text_in
 from .looking import Shown, first_shown
 from .mistakes import all_told, each_done
 from .report import DataReport
@@ -152,9 +152,9 @@ def labelled(
         first = next(ours)
         text, label = (_column(first, names) for names in _COLUMNS[kind])
         found.format = f"{text} + {label}"
-        found.unused = [str(name) for name in first.values if name not in (text, label)]
         make = _of_text if kind == "sequence" else _of_words
-        yield from (make(row, text, label) for row in chain([first], ours))
+        told = telling_unused(chain([first], ours), (text, label), found)
+        yield from (make(row, text, label) for row in told)
 
 
 def _column(row: Row, names: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from ..errors import DataError
 from ..spec import DataSpec
 from .files import Row, kind_of
-from .formats import Example, chat, checked_text, listed, named, pair
+from .formats import Example, chat, checked_text, listed, named, pair, telling_unused
 from .looking import Shown, first_shown
 from .mistakes import all_told, each_done
 from .report import DataReport
@@ -155,8 +155,7 @@ def pairs(rows: Iterable[Row], spec: DataSpec, report: DataReport) -> Iterator[P
             raise DataError(what, fix=fix, where=first.where)
         found.format = FORMAT
         known = {*_COLUMNS, *_OPTIONAL}
-        found.unused = [str(name) for name in first.values if name not in known]
-        yield from map(_pair, chain([first], ours))
+        yield from map(_pair, telling_unused(chain([first], ours), known, found))
 
 
 def _pair(row: Row) -> Pair:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DataError
 from ..spec import DataSpec
 from .files import Row, kind_of
-from .formats import checked_text, from_json, listed, named, text_in
+from .formats import checked_text, from_json, listed, named, telling_unused, text_in
 from .looking import Shown, first_shown
 from .mistakes import all_told, each_done
 from .report import DataReport, FileReport
@@ -200,8 +200,10 @@ def groups(rows: Iterable[Row], spec: DataSpec, report: DataReport) -> Iterator[
 
 
 def _groups(first: Row, rows: Iterable[Row], found: FileReport) -> Iterator[Texts]:
+    used: list[str] = []
+    rows = telling_unused(map(partial(_with_no_more, first), rows), used, found)
     if all(name in first.values for name in _SCORED):
-        used = [*_SCORED]
+        used += _SCORED
         made = (
             Texts(_texts(row, _SCORED[:2]), row.where, _number(row, "score", -1)) for row in rows
         )
@@ -209,14 +211,22 @@ def _groups(first: Row, rows: Iterable[Row], found: FileReport) -> Iterator[Text
         pair = [_column(first, names) for names in (_ANCHOR, _POSITIVE)]
         pair += [str(name) for name in first.values if _NEGATIVE.fullmatch(str(name))]
         several = [name for name in ("negatives",) if name in first.values]
-        used = [*pair, *several]
+        used += [*pair, *several]
         made = (
             Texts((*_texts(row, pair), *(t for n in several for t in _listed(row, n))), row.where)
             for row in rows
         )
     found.format = " + ".join(used)
-    found.unused = [str(name) for name in first.values if name not in used]
     yield from made
+
+
+def _with_no_more(first: Row, row: Row) -> Row:
+    """Return the row. Raises DataError where it has negatives that the first row has not."""
+    others = (str(name) for name in row.values if name not in first.values)
+    if more := [name for name in others if _NEGATIVE.fullmatch(name) or name == "negatives"]:
+        what = f"{listed(more)} stands here, and not in the first row"
+        raise DataError(what, fix="give each row as many negatives", where=row.where)
+    return row
 
 
 def passages(rows: Iterable[Row], spec: DataSpec, report: DataReport) -> Iterator[Texts]:
@@ -234,8 +244,7 @@ def passages(rows: Iterable[Row], spec: DataSpec, report: DataReport) -> Iterato
         query = _column(first, ("query", "anchor"))
         passage = _column(first, ("passage", "document", "answer"))
         found.format = f"{query} + {passage} + label"
-        found.unused = [str(n) for n in first.values if n not in (query, passage, "label")]
-        for row in ours:
+        for row in telling_unused(ours, (query, passage, "label"), found):
             yield Texts(_texts(row, (query, passage)), row.where, _number(row, "label", 0))
 
 

@@ -162,7 +162,7 @@ class _Source:
         if self.passes > 1:
             for file in report.files:
                 if file.file.startswith(self.name):
-                    file.remarks[f"begun {self.passes} times"] += 1
+                    file.remarks["begun again"] += self.passes - 1
                     return
 
 

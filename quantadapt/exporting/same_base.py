@@ -103,7 +103,8 @@ def _tell_unknown(
 
 def _warn_other_options(state: ModelState, manifest: Mapping[str, Any], *, known: bool) -> None:
     now: Any = json_ready(state.manifest())
-    names = ("backend", "options", "dtype") if known else ("base", "backend", "options", "dtype")
+    named = bool(manifest.get("base") and now["base"])  # what was a module has no name
+    names = (*(() if known or not named else ("base",)), "backend", "options", "dtype")
     differing = [
         f"{key} {manifest.get(key)!r}, now {now[key]!r}"
         for key in names

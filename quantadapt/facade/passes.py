@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -19,13 +20,13 @@ class ReadForPasses(nn.Module):
     _kept: Tensor | Rows | None = None
     _kept_product: tuple[Tensor, Tensor] | None = None
 
+    @abstractmethod
     def dequantize(self) -> Tensor:
         """Return the weight, [out_features, in_features], in the compute dtype."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _dense(self, change: Tensor | None) -> Tensor:
         """Return the weight in the compute dtype, or what `change` makes of it."""
-        raise NotImplementedError
 
     def weight_for_forward(self, x: Tensor, change: Tensor | None = None) -> Tensor:
         """Return the weight as `dequantize` does, or as `moved` does by `change`; a recomputation

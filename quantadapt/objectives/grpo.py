@@ -14,7 +14,8 @@ from pydantic import Field
 from ..hookspecs import hookimpl
 from ..records import Objective
 from ..rewarding.values import gathered, nanstd
-from .rewarded import ADVANTAGE, OLD, REFERENCE, WEIGHT, RewardTask
+from .reward_batch import ADVANTAGE, OLD, REFERENCE, WEIGHT
+from .rewarded import RewardTask
 
 if TYPE_CHECKING:
     from torch import Tensor

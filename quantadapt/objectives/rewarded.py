@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +16,7 @@ from pydantic import Field
 from ..errors import Problem, RewardError, TrainingError
 from ..rewarding.values import gathered, nanstd
 from .answers import AnswerTask, answer_batch, rows_at_once, token_log_probs
+from .reward_batch import ADVANTAGE, OLD, PLACE, REFERENCE, WEIGHT, PromptCollator
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
     from ..spec import DataSpec, Spec, TrainSpec
     from ..training.trainer import Setup
 
-PLACE = "place"
-"""The column with the place of each prompt in the data."""
-WEIGHT, ADVANTAGE, OLD, REFERENCE = "weight", "advantage", "old", "reference"
-"""In a batch: how much each answer weighs, and how much better it is than the others, [answers];
-log-probabilities before the step, and by the model without its adapter, [answers, length - 1]."""
 LEARNT = (
     "the reference of beta is the model without its adapter, which has learnt before: to be held"
     " near to that, merge it first, model = attach(model.merge_and_unload(), ...)"
@@ -393,33 +388,3 @@ class RewardTask(AnswerTask):
     @property
     def _epsilon_high(self) -> float:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
-
-
-@dataclass
-class PromptCollator:
-    """Makes a batch of prompts with answers of the longest length, whose tokens are padding."""
-
-    task: RewardTask
-    pad_token_id: int
-    multiple: int | None = None
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the batch, one answer to a prompt, and the places of the prompts."""
-        import torch
-
-        from ..data.prompts import PROMPT_IDS
-
-        length = self.task.max_completion_length
-        rows = [
-            ([*e[PROMPT_IDS], *[self.pad_token_id] * length],
-             [0] * len(e[PROMPT_IDS]) + [1] * length)
-            for e in examples
-        ]  # fmt: skip
-        batch = answer_batch(rows, self.pad_token_id, self.multiple)
-        batch[PLACE] = torch.tensor([int(e.get(PLACE, 0)) for e in examples])
-        batch[ADVANTAGE] = torch.zeros(len(examples))
-        batch[WEIGHT] = torch.ones(len(examples))
-        if self.task.beta or self.task.num_iterations > 1:
-            shape = (len(examples), batch["input_ids"].shape[1] - 1)
-            batch[OLD] = batch[REFERENCE] = torch.zeros(shape)
-        return batch

@@ -13,7 +13,8 @@ from pydantic import Field
 from ..hookspecs import hookimpl
 from ..records import Objective
 from ..rewarding.values import gathered, nanstd
-from .rewarded import ADVANTAGE, OLD, REFERENCE, RewardTask
+from .reward_batch import ADVANTAGE, OLD, REFERENCE
+from .rewarded import RewardTask
 
 if TYPE_CHECKING:
     from torch import Tensor
