@@ -85,14 +85,27 @@ def _least_recompute(
         room = least if offload else budget
         return probe if probe is not None and probe.peak <= room else None
 
-    all_ = tried(most, attention=True) if keeps_attention and most else None
-    all_ = all_ or tried(most)
-    if all_ is None:
-        plain = tried(layers, offload=True) if most else None
-        more = tried(layers, offload=True, attention=True) if plain and keeps_attention else None
-        return more or plain
-    best, count, attention = all_, most, all_.setting.attention
-    step = min(2, most)
+    keeps_attention = keeps_attention and most > 0
+    first = (tried(most, attention=True) if keeps_attention else None) or tried(most)
+    found = _fewest(tried, first, budget) if first else None
+    if found is None and most:
+        found = tried(layers, offload=True)
+    if found is None or not keeps_attention or found.setting.attention:
+        return found
+    # What attention returned has no room on the card.
+    other = tried(layers, offload=True, attention=True) if found.setting.recomputed_layers else None
+    return min(found, other or found, key=lambda probe: probe.seconds)
+
+
+def _fewest(tried: Callable[..., Probe | None], first: Probe, budget: int) -> Probe:
+    """Return what fits with the fewest layers recomputed.
+
+    Args:
+        tried: measures a setting of so many layers; None where it does not fit.
+        first: what fits, of the most layers.
+    """
+    most, attention = first.setting.recomputed_layers, first.setting.attention
+    best, count, step = first, most, min(2, most)
     while step:
         fewer = tried(count - step, attention=attention and count > step)
         if fewer is None:
@@ -100,7 +113,7 @@ def _least_recompute(
             step //= 2
             continue
         best, count = fewer, count - step
-        per_layer = max((fewer.held - all_.held) / (most - count), 1)
+        per_layer = max((fewer.held - first.held) / (most - count), 1)
         step = min(count, math.floor((budget - fewer.peak) / per_layer))
     return best
 
