@@ -14,7 +14,7 @@ import quantadapt as qa
 from quantadapt.memory import Setting, passes
 from quantadapt.training.cpu_inputs import CpuInputs
 from quantadapt.training.kept_attention import KERNELS
-from quantadapt.training.lent import recomputed
+from quantadapt.training.lent import fast_attention, recomputed
 
 LAYERS, LENGTH, HIDDEN = 4, 48, 32
 
@@ -47,7 +47,7 @@ class Calls(TorchDispatchMode):
 
 def passed(model: Any, rows: int = 2) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
     """Return the loss of a pass, all gradients, and how many kernels of attention ran forward."""
-    ids = torch.arange(rows * LENGTH).view(rows, LENGTH) * 5 % 64
+    ids = torch.arange(rows * LENGTH, device=model.device).view(rows, LENGTH) * 5 % 64
     with Calls() as calls:
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
@@ -126,9 +126,40 @@ def test_it_waits_in_cpu_memory_and_is_fetched_with_the_input(monkeypatch) -> No
     assert sorted(fetches) == sorted(stores[:-1])
 
 
+def test_buffers_are_given_up_and_made_again() -> None:
+    model = llama()
+    with recomputed(model, Setting(LAYERS, True, 2, True)) as recomputer:
+        loss, expected, _ = passed(model)
+        recomputer.inputs.release()
+        assert not recomputer.inputs._free
+        again, found, _ = passed(model)
+        assert len(recomputer.inputs._free) == 3 * LAYERS
+    assert again == loss
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
 def test_what_is_kept_is_let_go() -> None:
     model = llama()
     with recomputed(model, Setting(LAYERS, False, 2, True)) as recomputer:
         passed(model)
         assert recomputer.attention._mode is None
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("offload", [False, True])
+def test_kernels_of_a_gpu(offload) -> None:
+    """cuDNN's where it is preferred, else flash's; their backward adds up in any order."""
+    model = llama(torch.bfloat16, hidden_size=256, num_attention_heads=4).cuda()
+    with fast_attention(model, torch.device("cuda")):
+        passed(model)  # a shape that is new goes to flash attention
+        loss, expected, once = passed(model)
+        with recomputed(model, Setting(LAYERS, offload, 2, True)) as recomputer:
+            again, found, ran = passed(model)
+            assert recomputer.inputs.nbytes > 0 if offload else recomputer.inputs.nbytes == 0
+            recomputer.inputs.release()
+            assert recomputer.inputs.nbytes == 0
+    assert ran == once == LAYERS
+    assert again == pytest.approx(loss.item(), rel=1e-3)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 0.02 * gradient.norm(), name

@@ -46,6 +46,7 @@ class Card:
         self.layers, self.oom_above, self.dequantize = layers, oom_above, dequantize
         self.tried: list[Setting] = []
         self.dear = 0.05  # what moving inputs to CPU memory takes
+        self.host_room = True  # for what attention returned
 
     def peak(self, setting: Setting) -> int:
         kept = self.layers - setting.recomputed_layers
@@ -61,7 +62,8 @@ class Card:
     def measure(self, setting: Setting) -> Probe | None:
         self.tried.append(setting)
         peak = self.peak(setting)
-        if peak > self.oom_above * GIB:
+        away = setting.offload and setting.attention
+        if peak > self.oom_above * GIB or (away and not self.host_room):
             return None
         return Probe(setting, peak, peak - GIB, self.seconds(setting))
 
@@ -108,7 +110,9 @@ def test_of_long_rows_attention_is_kept_first() -> None:
     assert card.choose(10, [4], keeps=True) == Setting(31, False, 4)
     card.dear = 0.05
     assert card.choose(8.5, [4], keeps=True) == Setting(32, True, 4, attention=True)
-    assert card.tried[-2:] == [Setting(32, True, 4), Setting(32, True, 4, attention=True)]
+    assert card.tried[-1] == Setting(32, True, 4, attention=True)  # nothing slower after it
+    card.host_room = False
+    assert card.choose(8.5, [4], keeps=True) == Setting(32, True, 4)
     assert lowered(Setting(31, False, 4, True), 31, 32, True) == Setting(31, False, 4)
 
 

@@ -87,6 +87,11 @@ class CpuInputs:
                 _unlock([self._locked.pop(index)])
                 return
 
+    def release(self) -> None:
+        """Make buffers that nothing waits in ordinary memory again, and free them."""
+        while self._free:
+            self._forget(self._free.pop())
+
     def give(self, buffer: Tensor) -> None:
         """Take a buffer back; copies that still read it come first on the stream."""
         self._free.append(buffer)

@@ -133,6 +133,8 @@ class MemoryFit:
         if found is None:
             what = f"no setting fits {size_words(least)}, the part of the GPU that is free"
             raise TrainingError(what, fix=OOM_FIX, where="train.memory")
+        if not found.setting.offload:
+            self.recomputer.inputs.release()
         seconds, room = time.perf_counter() - started, least if found.setting.offload else budget
         self.on_note(
             f"memory: {self.describe(found.setting)}; needs {size_words(found.peak)} of"

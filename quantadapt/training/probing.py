@@ -19,6 +19,7 @@ from ..machine import host_memory
 from ..memory import rules
 from ..memory.cards import OOM_FIX
 from ..memory.setting import Setting
+from .figures import compute_dtype
 from .random_state import RandomState
 from .setting_search import Probe
 
@@ -34,6 +35,7 @@ class Prober:
         sizes = memory_fit.lengths
         self.longest = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
         self.warm: set[int] = set()
+        self.dtype = compute_dtype(self.trainer.model)
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -52,7 +54,7 @@ class Prober:
         """Return what a pass under `setting` takes, on the process where it takes most; None where
         it does not fit on one. Raises TrainingError if that is so, and others wait for it within
         the pass."""
-        if setting.offload and setting.attention and not self._has_host_room():
+        if setting.offload and setting.attention and not self._has_host_room(setting):
             return None
         self.fit.apply(setting)
         batch, found = self._batch(setting.micro_batch), None
@@ -60,7 +62,10 @@ class Prober:
             if setting.micro_batch not in self.warm:  # the first pass compiles and loads kernels
                 self._pass(setting, batch)
                 self.warm.add(setting.micro_batch)
+            locked = self.fit.recomputer.inputs.nbytes
             found = self._pass(setting, batch)
+            if self.fit.recomputer.inputs.nbytes > locked:  # which takes long, once
+                found = self._pass(setting, batch)
         except torch.OutOfMemoryError as error:
             if self.fit.together and world().size > 1:
                 what = "the GPU has run out of memory before the first step"
@@ -69,10 +74,13 @@ class Prober:
             free(self.trainer.model)
         return self._agreed(found)
 
-    def _has_host_room(self) -> bool:
-        """Say whether CPU memory has room for as much again as inputs of layers take there."""
-        taken, there = self.fit.recomputer.inputs.nbytes, host_memory() or 0
-        lacks = not rules.has_host_room(2 * taken, taken + there // world().local_size)
+    def _has_host_room(self, setting: Setting) -> bool:
+        """Say whether CPU memory has room for inputs of layers, and for what attention returned,
+        which is about as large."""
+        recomputer, longest = self.fit.recomputer, max(self.fit.lengths)
+        each = setting.micro_batch * longest * recomputer.hidden * self.dtype.itemsize
+        there = recomputer.inputs.nbytes + (host_memory() or 0) // world().local_size
+        lacks = not rules.has_host_room(2 * setting.recomputed_layers * each, there)
         return not reduced(float(lacks), self.device, "max")
 
     def _agreed(self, found: Probe | None) -> Probe | None:

@@ -52,7 +52,8 @@ class Recomputer:
         self.layers = decoder_layers(self.base)
         self.reentrant, self.draws = reentrant, draws
         self.invocations = invocations or Invocations()
-        self.inputs, self.tiles = CpuInputs(), Tiles(self.layers, _hidden_size(self.base))
+        self.hidden = _hidden_size(self.base)
+        self.inputs, self.tiles = CpuInputs(), Tiles(self.layers, self.hidden)
         self.attention = KeptAttention()
         self.keeps_attention = not reentrant and bool(configs_of(self.base, STOCK))
         """Whether what attention returns can be kept: torch's own kernels compute it, and know that

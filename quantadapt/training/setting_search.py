@@ -87,14 +87,13 @@ def _least_recompute(
 
     keeps_attention = keeps_attention and most > 0
     first = (tried(most, attention=True) if keeps_attention else None) or tried(most)
-    found = _fewest(tried, first, budget) if first else None
-    if found is None and most:
-        found = tried(layers, offload=True)
-    if found is None or not keeps_attention or found.setting.attention:
-        return found
-    # What attention returned has no room on the card.
-    other = tried(layers, offload=True, attention=True) if found.setting.recomputed_layers else None
-    return min(found, other or found, key=lambda probe: probe.seconds)
+    found = [_fewest(tried, first, budget)] if first else []
+    again = any(p.setting.recomputed_layers and not p.setting.attention for p in found)
+    if keeps_attention and (again or not found):  # on the card attention has no room
+        found += filter(None, [tried(layers, offload=True, attention=True)])
+    if most and not found:
+        found += filter(None, [tried(layers, offload=True)])
+    return min(found, key=lambda probe: probe.seconds, default=None)
 
 
 def _fewest(tried: Callable[..., Probe | None], first: Probe, budget: int) -> Probe:
