@@ -570,3 +570,15 @@ def test_the_peak_is_as_predicted(family, setting, tokenizer, tmp_path, monkeypa
         graphs=True,
     )
     assert found.peak_memory_gib - before == pytest.approx(work.peak(setting) / GIB, rel=0.1)
+
+
+@pytest.mark.parametrize(("share", "every"), [(0, 1), (1.12, 1), (1.1, 2)])
+def test_every_second_input_is_kept_where_cpu_memory_is_short(share, every) -> None:
+    fit = fitting_of(adapted(), memory="min", per_device_train_batch_size=2)
+    fit.lengths = [60, 100, 80]
+    needed = 4 * 2 * 100 * fit.recomputer.base.config.hidden_size * 4
+    fit.host_room = int(share * needed)
+    assert 4 * fit.input_bytes(Setting(4, True, 2)) == needed
+    assert fit.hosted(Setting(4, True, 2)) == Setting(4, True, 2, input_every=every)
+    assert fit.hosted(Setting(4, False, 2)) == Setting(4, False, 2)
+    assert fit.hosted(Setting(4, True, 2, attention=True)).input_every == 1

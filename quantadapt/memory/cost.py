@@ -41,7 +41,10 @@ def step_cost(work: Workload, setting: Setting) -> float:
         # A weight that is kept from the recomputation is not made again for the backward.
         kept = 0 if setting.offload else layer.recompute_bytes(tokens) / layer.dtype_bytes
         total += 2 * count * once + again * (once - min(DEQUANTIZED * kept, once - least))
-        total += 0 if setting.attention else again * _attention(layer, tokens)
+        attention = _attention(layer, tokens)
+        total += 0 if setting.attention else again * attention
+        # Of layers that share an input, all but the last run once more.
+        total += again * (1 - 1 / setting.input_every) * (once + attention)
     return total * work.batch / setting.micro_batch
 
 

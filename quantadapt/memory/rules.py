@@ -133,6 +133,29 @@ def has_host_room(needed: int, free: int) -> bool:
     return 2 * needed <= free
 
 
+HOST_SHARE = 0.9
+"""So much of free CPU memory inputs of layers may take."""
+
+
+def input_every(needed: int, free: int) -> int:
+    """Return of how many layers in a row one keeps its input in CPU memory: each where there is
+    room, else every second, which costs half a forward more.
+
+    Args:
+        needed: bytes of all inputs.
+        free: bytes that are free; 0 where that is not known.
+    """
+    return 2 if 0 < HOST_SHARE * free < needed else 1
+
+
+def input_every_words(needed: str, free: str) -> str:
+    """Say that it is every second, of inputs and free CPU memory of such sizes."""
+    return (
+        f"memory: inputs of all layers would take {needed} of CPU memory, {free} are free: every"
+        " second one is kept, the others are made again, which takes half a forward more"
+    )
+
+
 def limit(train: TrainSpec) -> int | None:
     """Return the bytes that the spec allows, if it gives a number."""
     return int(train.memory * GIB) if isinstance(train.memory, float) else None

@@ -132,8 +132,15 @@ class Workload(Passes):
                 found += (Setting(count, False, size, True) for count in range(1, most + 1))
                 found += filter(self._has_host_room, [Setting(most + 1, True, size, True)])
             if most:  # the last layer's activations would be there beside the loss
-                found.append(Setting(most + 1, True, size))
+                found.append(self.in_host_memory(Setting(most + 1, True, size)))
         return found
+
+    def in_host_memory(self, setting: Setting) -> Setting:
+        """Return `setting` with as many inputs in CPU memory as that has room for."""
+        if not setting.offload or setting.attention:
+            return setting
+        every = rules.input_every(self.offloaded_bytes(setting), self.host_free - self.host_bytes)
+        return replace(setting, input_every=every)
 
     @property
     def keeps_attention(self) -> bool:
@@ -169,7 +176,8 @@ class Workload(Passes):
         tokens = self.tokens_of(setting)
         each = self.input_bytes(tokens)
         each += self.attention_bytes(tokens) if setting.attention else 0
-        return setting.recomputed_layers * each if setting.offload else 0
+        count = -(-setting.recomputed_layers // setting.input_every)
+        return count * each if setting.offload else 0
 
     def least(self) -> Setting:
         """Return the setting that needs the least memory."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ class CpuInputs:
         self.close = weakref.finalize(self, _unlock, self._locked)
         """Makes the buffers ordinary memory again."""
         self.close.atexit = False  # CUDA may be gone before
-        self._last: weakref.ref[_Stored] | None = None
+        self._last: weakref.ref[Stored] | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @property
@@ -39,31 +39,43 @@ class CpuInputs:
         return sum(buffer.nbytes for buffer in self._locked)
 
     @contextmanager
-    def saving(self, hidden: Tensor) -> Iterator[None]:
-        """Inside, autograd saves `hidden` here and everything else as ever."""
+    def saving(self, hidden: Tensor, remade: Callable[[], Tensor] | None = None) -> Iterator[None]:
+        """Inside, autograd saves `hidden` here and everything else as ever.
+
+        Args:
+            remade: makes `hidden` again, which is not stored then.
+        """
 
         # The hook gets a detached alias, so it is known by its memory. Autograd keeps the hook, and
         # with it whatever the hook refers to: not `hidden`, which is to be freed.
         address, shape = hidden.data_ptr(), hidden.shape
 
-        def pack(tensor: Tensor) -> Tensor | _Stored:
-            same = tensor.data_ptr() == address and tensor.shape == shape
-            return self._store(tensor) if same else tensor
+        def pack(tensor: Tensor) -> Any:
+            if tensor.data_ptr() != address or tensor.shape != shape:
+                return tensor
+            return remade or self._store(tensor)
 
-        def unpack(saved: Tensor | _Stored) -> Tensor:
-            return saved.fetched() if isinstance(saved, _Stored) else saved
+        def unpack(saved: Any) -> Tensor:
+            if isinstance(saved, Stored):
+                return saved.fetched()
+            return saved if isinstance(saved, Tensor) else saved()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
 
-    def beside(self, tensor: Tensor) -> _Stored:
+    @property
+    def last(self) -> Stored | None:
+        """What was stored last, if it is there still."""
+        return None if self._last is None else self._last()
+
+    def beside(self, tensor: Tensor) -> Stored:
         """Store what a layer keeps beside its input, which is fetched together with that."""
         return self._store(tensor, begins=False)
 
-    def _store(self, tensor: Tensor, begins: bool = True) -> _Stored:
-        if self._last is not None and (before := self._last()) is not None:
+    def _store(self, tensor: Tensor, begins: bool = True) -> Stored:
+        if (before := self.last) is not None:
             before.let_go()
-        stored = _Stored(self, tensor, self._last, begins)
+        stored = Stored(self, tensor, self._last, begins)
         self._last = weakref.ref(stored)
         return stored
 
@@ -118,7 +130,7 @@ def _unlock(buffers: list[Tensor]) -> None:
         unlock(buffers.pop())
 
 
-class _Stored:
+class Stored:
     """One tensor in CPU memory, and the one that was stored before it.
 
     Memory of the device is given back once the computation has waited for the copy, which was done
@@ -130,7 +142,7 @@ class _Stored:
         self,
         owner: CpuInputs,
         tensor: Tensor,
-        previous: weakref.ref[_Stored] | None,
+        previous: weakref.ref[Stored] | None,
         begins: bool,
     ) -> None:
         self.owner, self.previous, self.begins = owner, previous, begins
@@ -159,18 +171,22 @@ class _Stored:
             self.on_device = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             self.copied = self.owner.copy(self.on_device, self._view(), self.device)
 
+    def kept(self) -> Tensor:
+        """Return it on its device, where it stays until it is `fetched`."""
+        self.fetch()
+        self._wait()
+        assert self.on_device is not None
+        return self.on_device
+
     def fetched(self) -> Tensor:
         """Return it on its device; with the input of a layer, start fetching what the layer before
         it, which is wanted next, has stored."""
-        self.fetch()
-        self._wait()
-        tensor, self.on_device = self.on_device, None
-        assert tensor is not None
+        tensor, self.on_device = self.kept(), None
         before = self._before() if self.begins else None
         while before is not None:
             before.fetch()
             before = None if before.begins else before._before()
         return tensor
 
-    def _before(self) -> _Stored | None:
+    def _before(self) -> Stored | None:
         return None if self.previous is None else self.previous()

@@ -15,11 +15,9 @@ from ..adapting.fused import free
 from ..distributed.talking import reduced
 from ..distributed.world import world
 from ..errors import TrainingError
-from ..machine import host_memory
 from ..memory import rules
 from ..memory.cards import OOM_FIX
 from ..memory.setting import Setting
-from .figures import compute_dtype
 from .random_state import RandomState
 from .setting_search import Probe
 
@@ -35,7 +33,6 @@ class Prober:
         sizes = memory_fit.lengths
         self.longest = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
         self.warm: set[int] = set()
-        self.dtype = compute_dtype(self.trainer.model)
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -56,7 +53,7 @@ class Prober:
         the pass."""
         if setting.offload and setting.attention and not self._has_host_room(setting):
             return None
-        self.fit.apply(setting)
+        self.fit.apply(setting := self.fit.hosted(setting))
         batch, found = self._batch(setting.micro_batch), None
         try:
             if setting.micro_batch not in self.warm:  # the first pass compiles and loads kernels
@@ -77,11 +74,8 @@ class Prober:
     def _has_host_room(self, setting: Setting) -> bool:
         """Say whether CPU memory has room for inputs of layers, and for what attention returned,
         which is about as large."""
-        recomputer, longest = self.fit.recomputer, max(self.fit.lengths)
-        each = setting.micro_batch * longest * recomputer.hidden * self.dtype.itemsize
-        there = recomputer.inputs.nbytes + (host_memory() or 0) // world().local_size
-        lacks = not rules.has_host_room(2 * setting.recomputed_layers * each, there)
-        return not reduced(float(lacks), self.device, "max")
+        needed = 2 * setting.recomputed_layers * self.fit.input_bytes(setting)
+        return rules.has_host_room(needed, self.fit.host_room)
 
     def _agreed(self, found: Probe | None) -> Probe | None:
         """Return what all processes have to come to the same choice by."""

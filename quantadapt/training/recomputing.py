@@ -25,6 +25,7 @@ from ..model.towers import other_towers
 from ..streaming import streamer_of
 from .cpu_inputs import CpuInputs
 from .kept_attention import InPlace, KeptAttention
+from .remade_inputs import RemadeInputs
 from .tiling import Tiles
 
 # what transformers' GradientCheckpointingLayer reads
@@ -54,6 +55,7 @@ class Recomputer:
         self.invocations = invocations or Invocations()
         self.hidden = _hidden_size(self.base)
         self.inputs, self.tiles = CpuInputs(), Tiles(self.layers, self.hidden)
+        self.remade = RemadeInputs(self.inputs, draws)
         self.attention = KeptAttention()
         self.keeps_attention = not reentrant and bool(configs_of(self.base, STOCK))
         """Whether what attention returns can be kept: torch's own kernels compute it, and know that
@@ -78,6 +80,7 @@ class Recomputer:
     def apply(self, setting: Setting) -> None:
         """Checkpoint the first `setting.recomputed_layers` layers. Raises ValueError where the
         model cannot checkpoint and has to."""
+        self.remade.turn(setting.offload and setting.input_every > 1)
         function = self._function(setting.offload, setting.attention and self.keeps_attention)
         read_in_parts(self.base, setting.offload or streamer_of(self.base) is not None)
         self.tiles.turn(setting.offload)
@@ -115,8 +118,9 @@ class Recomputer:
         layer = self.invocations.again(layer)
         if attention and torch.is_grad_enabled():
             layer = self.attention.again(layer, self.inputs.beside if offload else InPlace)
-        inputs = self.inputs.saving(args[0]) if offload else nullcontext()
-        with inputs, recomputed_later():
+        with recomputed_later():
+            if offload:
+                return self.remade.run(function, layer, args)
             return function(layer, *args)
 
 
