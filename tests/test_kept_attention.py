@@ -100,7 +100,7 @@ def test_it_waits_in_cpu_memory_and_is_fetched_with_the_input(monkeypatch) -> No
     store, fetch = CpuInputs._store, None
     from quantadapt.training import cpu_inputs
 
-    fetch = cpu_inputs.Stored.fetch
+    fetch = cpu_inputs.StoredTensor.fetch
 
     def stored(self: Any, tensor: torch.Tensor, begins: bool = True) -> Any:
         order.append(("store", tuple(tensor.shape)))
@@ -112,7 +112,7 @@ def test_it_waits_in_cpu_memory_and_is_fetched_with_the_input(monkeypatch) -> No
         fetch(self)
 
     monkeypatch.setattr(CpuInputs, "_store", stored)
-    monkeypatch.setattr(cpu_inputs.Stored, "fetch", fetched)
+    monkeypatch.setattr(cpu_inputs.StoredTensor, "fetch", fetched)
     model = llama()
     with recomputed(model, Setting(LAYERS, True, 2, True)) as recomputer:
         passed(model)

@@ -30,7 +30,7 @@ class CpuInputs:
         self.close = weakref.finalize(self, _unlock, self._locked)
         """Makes the buffers ordinary memory again."""
         self.close.atexit = False  # CUDA may be gone before
-        self._last: weakref.ref[Stored] | None = None
+        self._last: weakref.ref[StoredTensor] | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @property
@@ -56,7 +56,7 @@ class CpuInputs:
             return remade or self._store(tensor)
 
         def unpack(saved: Any) -> Tensor:
-            if isinstance(saved, Stored):
+            if isinstance(saved, StoredTensor):
                 return saved.fetched()
             return saved if isinstance(saved, Tensor) else saved()
 
@@ -64,18 +64,18 @@ class CpuInputs:
             yield
 
     @property
-    def last(self) -> Stored | None:
+    def last(self) -> StoredTensor | None:
         """What was stored last, if it is there still."""
         return None if self._last is None else self._last()
 
-    def beside(self, tensor: Tensor) -> Stored:
+    def beside(self, tensor: Tensor) -> StoredTensor:
         """Store what a layer keeps beside its input, which is fetched together with that."""
         return self._store(tensor, begins=False)
 
-    def _store(self, tensor: Tensor, begins: bool = True) -> Stored:
+    def _store(self, tensor: Tensor, begins: bool = True) -> StoredTensor:
         if (before := self.last) is not None:
             before.let_go()
-        stored = Stored(self, tensor, self._last, begins)
+        stored = StoredTensor(self, tensor, self._last, begins)
         self._last = weakref.ref(stored)
         return stored
 
@@ -130,7 +130,7 @@ def _unlock(buffers: list[Tensor]) -> None:
         unlock(buffers.pop())
 
 
-class Stored:
+class StoredTensor:
     """One tensor in CPU memory, and the one that was stored before it.
 
     Memory of the device is given back once the computation has waited for the copy, which was done
@@ -142,7 +142,7 @@ class Stored:
         self,
         owner: CpuInputs,
         tensor: Tensor,
-        previous: weakref.ref[Stored] | None,
+        previous: weakref.ref[StoredTensor] | None,
         begins: bool,
     ) -> None:
         self.owner, self.previous, self.begins = owner, previous, begins
@@ -188,5 +188,5 @@ class Stored:
             before = None if before.begins else before._before()
         return tensor
 
-    def _before(self) -> Stored | None:
+    def _before(self) -> StoredTensor | None:
         return None if self.previous is None else self.previous()

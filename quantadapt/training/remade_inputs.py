@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..facade import recomputed_later
-from .cpu_inputs import CpuInputs, Stored
+from .cpu_inputs import CpuInputs, StoredTensor
 from .random_state import RandomState
 
 Layer = Callable[..., Any]
@@ -30,7 +30,7 @@ class _Before(NamedTuple):
 
     returned: weakref.ref[Tensor]
     version: int
-    stored: weakref.ref[Stored]
+    stored: weakref.ref[StoredTensor]
     run: Layer
 
 
