@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .experts import Experts, Latent
+from .experts import Experts
+from .latent import Latent
 from .unfused import USUAL, Activation, Scores, activation, dropout_masks
 
 _PLAIN_MLP = ("apertus", "arcee", "gpt_neox", "nanochat", "phi", "starcoder2")
