@@ -12,7 +12,7 @@ made and quantized block by block.
 Seconds of a long step on an H200 that does nothing else: 8b 621 for 384,000 tokens. By the
 arithmetic alone (linear layers at 500, attention at 400 TFLOP/s), which is too little: 10 for
 45,000, 32 for 86,000, 105 for 169,000; 70b 130 for 90,000. Inputs of layers take 0.25 MiB of CPU
-memory for each token of 8b, 1.25 of 70b.
+memory for each token of 8b, 1.25 of 70b, or half of that where it has no room for more.
 
 Prints a Markdown table: tokens of the plan and of the row; whether it trained; GiB that tensors
 asked for at most, and that were in use (the allocator's blocks are larger than tensors), foreseen

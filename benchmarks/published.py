@@ -52,6 +52,12 @@ ROWS = {
     "speed-8b-none": Row(
         "benchmarks/speed.py --shape 8b --case unsloth-none ours-nf4:none --steps 16 --profile", 6
     ),
+    "speed-8b-long": Row(
+        "benchmarks/speed.py --shape 8b --batch 1 --length 65536 --steps 6 --case"
+        " unsloth ours-nf4:24 ours-nf4:80",
+        15,
+    ),
+    "attention": Row("benchmarks/attention_kernels.py", 5),
     "adapters": Row("benchmarks/adapters.py --shape 8b", 6),
     "packing": Row(
         "benchmarks/instructions.py --shape 8b --examples 480 --timeout 400 --case"

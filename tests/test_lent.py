@@ -31,6 +31,7 @@ from quantadapt.fused_kernels import fused_kernels
 from quantadapt.model.patches import patched, restored
 from quantadapt.spec import TrainSpec
 from quantadapt.testing.small_demo import demo_tokens, small_model
+from quantadapt.training import lent as lent_file
 from quantadapt.training import train
 from quantadapt.training.lent import fast_attention, fused_layers, one_row_each
 from quantadapt.training.lent_to_trainers import quiet
@@ -266,7 +267,8 @@ def test_libraries_are_quiet_but_what_makes_us_slower_is_told() -> None:
 # Attention ---------------------------------------------------------------------------------------
 
 
-def test_cudnn_is_asked_for_shapes_that_come_again(monkeypatch) -> None:
+def test_cudnn_is_asked_for_shapes_that_come_again_and_for_long_rows(monkeypatch) -> None:
+    monkeypatch.setattr(lent_file, "PLANNED_FROM", 10)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     model, asked = adapted(), []
     layer = model.get_base_model().model.layers[0]
@@ -275,9 +277,9 @@ def test_cudnn_is_asked_for_shapes_that_come_again(monkeypatch) -> None:
     )
     before = torch.backends.cuda.cudnn_sdp_enabled()
     with fast_attention(model, torch.device("cuda")):
-        for length in (4, 6, 4, 8, 4, 6):
+        for length in (4, 6, 4, 9, 10, 4, 6):
             model(input_ids=torch.ones(1, length, dtype=torch.long))
-    assert asked == [False, False, True, False, True, True]
+    assert asked == [False, False, True, False, True, True, True]
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
     assert not model.get_base_model()._forward_pre_hooks
 

@@ -337,6 +337,43 @@ def test_optimizers() -> None:
 # --- what fits ------------------------------------------------------------------------------------
 
 
+def test_of_long_rows_attention_is_kept_before_whole_layers() -> None:
+    long = replace(work(), batch=1, length=65_536)
+    each = 65_536 * (4096 * 2 + 32 * 4)  # what attention returns, and each head's sums
+    whole, kept = (long.parts(Setting(31, False, 1, way)) for way in (False, True))
+    assert kept["inputs"] - whole["inputs"] == 31 * each
+    found = long.fit(usable(80 * GIB))
+    assert (found.attention, found.offload) == (True, False)
+    # Where it has no place on the card it waits in CPU memory, if that is known to suffice.
+    assert long.fit(usable(24 * GIB)) == Setting(32, True, 1)
+    needed = 32 * (each + 65_536 * 4096 * 2)
+    roomy = replace(long, host_free=2 * needed)
+    assert roomy.fit(usable(24 * GIB)) == Setting(32, True, 1, attention=True)
+    assert roomy.offloaded_bytes(Setting(32, True, 1, attention=True)) == needed
+    assert replace(roomy, host_free=2 * needed - 1).fit(usable(24 * GIB)) == Setting(32, True, 1)
+    assert not any(s.attention for s in replace(long, length=4032).settings())
+    assert not any(s.attention for s in replace(long, packed=True).settings())
+
+
+def test_every_second_input_waits_where_cpu_memory_has_no_room_for_all() -> None:
+    """32 inputs of 4096 bfloat16 numbers a token: 167.4 GiB of a row of 685,504 tokens."""
+    row = replace(work(), batch=1, length=685_504)
+    everything = 32 * 685_504 * 4096 * 2
+    assert row.offloaded_bytes(Setting(32, True, 1)) == everything
+    assert row.settings()[-1] == Setting(32, True, 1)  # how much is free is not known
+    short = replace(row, host_free=120 * GIB)
+    assert short.settings()[-1] == Setting(32, True, 1, input_every=2)
+    assert short.offloaded_bytes(short.settings()[-1]) == everything // 2
+    assert short.peak(short.settings()[-1]) == row.peak(row.settings()[-1])
+    assert replace(row, host_free=int(everything / 0.89)).settings()[-1].input_every == 1
+    assert replace(row, host_free=int(everything / 0.91)).settings()[-1].input_every == 2
+    odd = Setting(31, True, 1, input_every=2)
+    assert row.offloaded_bytes(odd) == 16 * everything // 32
+    costs = [step_cost(row, Setting(32, True, 1, input_every=n)) for n in (1, 2)]
+    # Forward, again, and twice as much backward of products alone: attention's is left out.
+    assert costs[0] < costs[1] < 1.5 * costs[0]
+
+
 def test_what_costs_the_least_time_is_chosen_of_what_fits() -> None:
     """Two passes of half the batch dequantize twice, and take 4% more; 19 layers of 32 that are
     computed again, 30%."""

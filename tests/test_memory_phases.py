@@ -64,6 +64,7 @@ def found(tuned: Any, setting: Setting) -> int:
     [
         *(Setting(count, False, 1) for count in (0, 1, LAYERS // 2, LAYERS - 1, LAYERS)),
         Setting(LAYERS, True, 1),  # the place of inputs in CPU memory is that of the step before
+        *(Setting(LAYERS, offload, 1, attention=True) for offload in (False, True)),
     ],
 )
 def test_the_phases_are_those_of_a_real_step(setting: Setting, tuned: Any) -> None:

@@ -166,6 +166,11 @@ class Passes(Resident):
             numbers = experts.dense_numbers(tokens, hidden, adapted=adapted)
         return experts.kept_bytes(tokens) + numbers * self.dtype_bytes
 
+    def attention_bytes(self, tokens: int) -> int:
+        """What attention returns in a layer, and each head's sums, in float32."""
+        heads = self.shape.queries // self.shape.head
+        return tokens * (self.shape.queries * self.dtype_bytes + 4 * heads)
+
     def input_bytes(self, tokens: int) -> int:
         """The input of a layer."""
         return tokens * self.shape.hidden * self.dtype_bytes

@@ -23,7 +23,7 @@ class Phase(NamedTuple):
 
     Attributes:
         name: of the phase.
-        inputs: of recomputed layers.
+        inputs: of recomputed layers, and what attention returned in them, where that is kept.
         activations: what layers keep for backward.
         working: what comes and goes, workspaces included.
         gradients: of the trained weights.
@@ -117,13 +117,19 @@ class _Step(NamedTuple):
         return cls(work, setting, tokens, layers, several or work.early_gradients)
 
     @property
+    def single(self) -> int:
+        """What waits for the backward of a recomputed layer: its input, and what attention returned
+        where that is kept."""
+        attention = self.work.attention_bytes(self.tokens) if self.setting.attention else 0
+        return self.work.input_bytes(self.tokens) + attention
+
+    @property
     def inputs(self) -> int:
-        """The inputs of recomputed layers when backward begins."""
+        """That of all recomputed layers when backward begins."""
         count = self.setting.recomputed_layers
-        # One that is fetched from CPU memory, and the next, which is under way.
-        return self.work.input_bytes(self.tokens) * (
-            min(count, 2) if self.setting.offload else count
-        )
+        if self.setting.offload:  # one that is fetched from CPU memory, and the next, under way
+            count = min(count, 2)
+        return count * self.single
 
     @property
     def seeing(self) -> int:
@@ -156,7 +162,7 @@ class _Step(NamedTuple):
     def recomputed(self, at: int) -> Phase:
         """The backward of a layer that is recomputed."""
         (kind, kept, _), tokens = self.layers[at], self.tokens
-        working, single = kind.layer_bytes(tokens, self.setting), self.work.input_bytes(tokens)
+        working, single = kind.layer_bytes(tokens, self.setting), self.single
         if not self.setting.offload:
             working += kind.recompute_bytes(tokens) + kind.product_bytes(tokens)
         inputs = min(self.inputs, (at + 1) * single) + self.stays(at + 1)

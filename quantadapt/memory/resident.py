@@ -67,6 +67,7 @@ class Resident:
         whole: how many weights of copied modules are trained, in the compute dtype; exactly
             while the optimizer works.
         keeps_casts: whether a fused adapter is there in the compute dtype, too.
+        host_free: bytes of CPU memory that are known to be free.
     """
 
     shape: Shape
@@ -111,6 +112,7 @@ class Resident:
     also: tuple[Layer, ...] = ()
     whole: int = 0
     keeps_casts: bool = True
+    host_free: int = 0
 
     @property
     def quantized_bytes(self) -> int:

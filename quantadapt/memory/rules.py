@@ -111,6 +111,51 @@ def stays_dense_words(needed: int) -> str:
     )
 
 
+ATTENTION_FROM = 4096
+"""Of rows with so many tokens attention is a twelfth of the time of a layer of 8B; what it returns
+takes a fifteenth of what such a layer keeps."""
+
+
+def keeps_attention(row: int) -> bool:
+    """Say whether of a row of so many tokens what attention returned in recomputed layers is kept
+    before whole layers are, as it saves more time for its bytes, see `training.kept_attention`."""
+    return row >= ATTENTION_FROM
+
+
+def has_host_room(needed: int, free: int) -> bool:
+    """Say whether CPU memory has room for what attention returned, too, beside inputs of layers:
+    training can go without.
+
+    Args:
+        needed: bytes of all that.
+        free: bytes that are free.
+    """
+    return 2 * needed <= free
+
+
+HOST_SHARE = 0.9
+"""So much of free CPU memory inputs of layers may take."""
+
+
+def input_every(needed: int, free: int) -> int:
+    """Return of how many layers in a row one keeps its input in CPU memory: each where there is
+    room, else every second, which costs half a forward more.
+
+    Args:
+        needed: bytes of all inputs.
+        free: bytes that are free; 0 where that is not known.
+    """
+    return 2 if 0 < HOST_SHARE * free < needed else 1
+
+
+def input_every_words(needed: str, free: str) -> str:
+    """Say that it is every second, of inputs and free CPU memory of such sizes."""
+    return (
+        f"memory: inputs of all layers would take {needed} of CPU memory, {free} are free: every"
+        " second one is kept, the others are made again, which takes half a forward more"
+    )
+
+
 def limit(train: TrainSpec) -> int | None:
     """Return the bytes that the spec allows, if it gives a number."""
     return int(train.memory * GIB) if isinstance(train.memory, float) else None

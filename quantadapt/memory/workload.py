@@ -125,15 +125,31 @@ class Workload(Passes):
         """Return all settings: the largest micro-batches and the least recomputation first."""
         sizes = halves(self.batch) if self.splits else [self.batch]
         most = self.shape.layers - 1
-        return [
-            setting
-            for size in sizes
-            for setting in (
-                *(Setting(count, False, size) for count in range(most + 1)),
-                # The last layer's activations would be there beside the loss.
-                *([Setting(most + 1, True, size)] if most else []),
-            )
-        ]
+        found: list[Setting] = []
+        for size in sizes:
+            found += (Setting(count, False, size) for count in range(most + 1))
+            if self.keeps_attention:
+                found += (Setting(count, False, size, True) for count in range(1, most + 1))
+                found += filter(self._has_host_room, [Setting(most + 1, True, size, True)])
+            if most:  # the last layer's activations would be there beside the loss
+                found.append(self.in_host_memory(Setting(most + 1, True, size)))
+        return found
+
+    def in_host_memory(self, setting: Setting) -> Setting:
+        """Return `setting` with as many inputs in CPU memory as that has room for."""
+        if not setting.offload or setting.attention:
+            return setting
+        every = rules.input_every(self.offloaded_bytes(setting), self.host_free - self.host_bytes)
+        return replace(setting, input_every=every)
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether layers that are recomputed may keep what attention returned."""
+        stock = not (self.shape.scores or self.packed) and self.contexts == 1
+        return stock and rules.keeps_attention(self.row)
+
+    def _has_host_room(self, setting: Setting) -> bool:
+        return rules.has_host_room(self.offloaded_bytes(setting), self.host_free)
 
     def longest(self, budget: int) -> int:
         """Return how many tokens a single example may have within `budget` bytes; 0 where not even
@@ -155,9 +171,13 @@ class Workload(Passes):
         return low * self._multiple
 
     def offloaded_bytes(self, setting: Setting) -> int:
-        """Return the CPU memory that inputs of recomputed layers take."""
-        inputs = setting.recomputed_layers * self.input_bytes(self.tokens_of(setting))
-        return inputs if setting.offload else 0
+        """Return the CPU memory that inputs of recomputed layers take, and what attention returned
+        in them."""
+        tokens = self.tokens_of(setting)
+        each = self.input_bytes(tokens)
+        each += self.attention_bytes(tokens) if setting.attention else 0
+        count = -(-setting.recomputed_layers // setting.input_every)
+        return count * each if setting.offload else 0
 
     def least(self) -> Setting:
         """Return the setting that needs the least memory."""

@@ -8,7 +8,7 @@ Heads do not see each other, so that much is there for a group at a time. The nu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,13 +25,16 @@ _OTHERWISE = ("position_bias", "cache", "s_aux")
 
 @contextmanager
 def in_head_groups(
-    model: nn.Module, is_long: Callable[[int], bool]
+    model: nn.Module,
+    is_long: Callable[[int], bool],
+    around_kernel: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Callable[[bool], None]]:
     """Yield what lets attention that is torch's `scaled_dot_product_attention` go through long rows
     by groups of heads, or be as it was; afterwards it is.
 
     Args:
         is_long: says of a number of tokens whether they are many.
+        around_kernel: what is around each call of that function, while attention is let go so.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -39,7 +42,7 @@ def in_head_groups(
 
     stock = ALL_ATTENTION_FUNCTIONS[STOCK]
     before = ALL_ATTENTION_FUNCTIONS.get(NAME, stock)
-    AttentionInterface.register(NAME, partial(_attention, stock, is_long))
+    AttentionInterface.register(NAME, partial(_attention, stock, is_long, around_kernel))
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[STOCK])
     configs = configs_of(model, STOCK)
 
@@ -57,6 +60,7 @@ def in_head_groups(
 def _attention(
     stock: Callable[..., tuple[Tensor, None]],
     is_long: Callable[[int], bool],
+    around_kernel: Callable[[], AbstractContextManager[None]],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -71,10 +75,12 @@ def _attention(
         options: dropout draws random numbers, in groups others.
     """
     groups = head_groups(key.shape[1])
-    more = any(options.get(name) is not None for name in _OTHERWISE) or options.get("dropout")
+    draws = bool(options.get("dropout"))
+    more = any(options.get(name) is not None for name in _OTHERWISE) or draws
     long = is_long(query.shape[0] * query.shape[2])
-    if groups == 1 or not long or attention_mask is not None or more:
-        return stock(module, query, key, value, attention_mask, **options)
-    parts = zip(*(tensor.chunk(groups, dim=1) for tensor in (query, key, value)), strict=True)
-    found = [stock(module, *part, None, **options)[0] for part in parts]
+    with nullcontext() if draws else around_kernel():
+        if groups == 1 or not long or attention_mask is not None or more:
+            return stock(module, query, key, value, attention_mask, **options)
+        parts = zip(*(tensor.chunk(groups, dim=1) for tensor in (query, key, value)), strict=True)
+        found = [stock(module, *part, None, **options)[0] for part in parts]
     return torch.cat(found, dim=2), None

@@ -281,8 +281,10 @@ def _memory(draft: Draft, made: Plan, unshared: Sequence[Problem]) -> MemoryPlan
         host = math.inf if draft.cards else draft.machine.host
         streams = streaming.ways(memory.work, made.quantizer, host, adopt=made.adopt)
         memory = replace(memory, streams=streams)
-    if draft.cards:
+    if draft.cards:  # CPU memory beside them is not known
         return memory.with_cards([card * GIB for card in draft.cards])
+    each = (draft.machine.host or 0) // processes.on_this_machine(max(draft.processes, 1))
+    memory = replace(memory, work=replace(memory.work, host_free=each))
     used = _used_cards(draft, made.device) if on_gpu else ()
     return memory.with_cards([min(used)]) if used else memory
 

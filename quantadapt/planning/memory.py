@@ -118,10 +118,10 @@ class MemoryPlan:
 
         for work in works:
             # What was asked for is lowered when memory runs out.
-            ways = [way for way in (work, replace(work, graphs=False)) if self.given]
-            for way in ways:
-                if self.given and way.needed(self.given) <= room[self.given.offload]:
-                    return made(way, self.given)
+            given = work.in_host_memory(self.given) if self.given else None
+            for way in (work, replace(work, graphs=False)) if given else ():
+                if given and way.needed(given) <= room[given.offload]:
+                    return made(way, given)
             if found := work.fitted(budget, least):
                 chosen, setting = found
                 if self.may_keep_dense:

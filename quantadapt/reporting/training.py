@@ -134,5 +134,7 @@ def _setting_words(memory: Mapping[str, Any]) -> str:
     count, size, layers, batch = (number(memory, name) for name in names)
     if count is None or size is None or layers is None or batch is None:
         return ""
-    setting = Setting(int(count), memory.get("offload") is True, int(size))
+    setting = Setting(
+        int(count), memory.get("offload") is True, int(size), memory.get("attention") is True
+    )
     return capital(f"{setting.describe(int(layers), int(batch))}.")

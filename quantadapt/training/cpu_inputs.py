@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,31 +30,52 @@ class CpuInputs:
         self.close = weakref.finalize(self, _unlock, self._locked)
         """Makes the buffers ordinary memory again."""
         self.close.atexit = False  # CUDA may be gone before
-        self._last: weakref.ref[_Stored] | None = None
+        self._last: weakref.ref[StoredTensor] | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """The page-locked memory that is used, and used again."""
+        return sum(buffer.nbytes for buffer in self._locked)
+
     @contextmanager
-    def saving(self, hidden: Tensor) -> Iterator[None]:
-        """Inside, autograd saves `hidden` here and everything else as ever."""
+    def saving(self, hidden: Tensor, remade: Callable[[], Tensor] | None = None) -> Iterator[None]:
+        """Inside, autograd saves `hidden` here and everything else as ever.
+
+        Args:
+            remade: makes `hidden` again, which is not stored then.
+        """
 
         # The hook gets a detached alias, so it is known by its memory. Autograd keeps the hook, and
         # with it whatever the hook refers to: not `hidden`, which is to be freed.
         address, shape = hidden.data_ptr(), hidden.shape
 
-        def pack(tensor: Tensor) -> Tensor | _Stored:
-            same = tensor.data_ptr() == address and tensor.shape == shape
-            return self._store(tensor) if same else tensor
+        def pack(tensor: Tensor) -> Any:
+            if tensor.data_ptr() != address or tensor.shape != shape:
+                return tensor
+            return remade or self._store(tensor)
 
-        def unpack(saved: Tensor | _Stored) -> Tensor:
-            return saved.fetched() if isinstance(saved, _Stored) else saved
+        def unpack(saved: Any) -> Tensor:
+            if isinstance(saved, StoredTensor):
+                return saved.fetched()
+            return saved if isinstance(saved, Tensor) else saved()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
 
-    def _store(self, tensor: Tensor) -> _Stored:
-        if self._last is not None and (before := self._last()) is not None:
+    @property
+    def last(self) -> StoredTensor | None:
+        """What was stored last, if it is there still."""
+        return None if self._last is None else self._last()
+
+    def beside(self, tensor: Tensor) -> StoredTensor:
+        """Store what a layer keeps beside its input, which is fetched together with that."""
+        return self._store(tensor, begins=False)
+
+    def _store(self, tensor: Tensor, begins: bool = True) -> StoredTensor:
+        if (before := self.last) is not None:
             before.let_go()
-        stored = _Stored(self, tensor, self._last)
+        stored = StoredTensor(self, tensor, self._last, begins)
         self._last = weakref.ref(stored)
         return stored
 
@@ -77,6 +98,11 @@ class CpuInputs:
             if locked is buffer:
                 _unlock([self._locked.pop(index)])
                 return
+
+    def release(self) -> None:
+        """Make buffers that nothing waits in ordinary memory again, and free them."""
+        while self._free:
+            self._forget(self._free.pop())
 
     def give(self, buffer: Tensor) -> None:
         """Take a buffer back; copies that still read it come first on the stream."""
@@ -104,8 +130,8 @@ def _unlock(buffers: list[Tensor]) -> None:
         unlock(buffers.pop())
 
 
-class _Stored:
-    """One input in CPU memory, and the one that was stored before it.
+class StoredTensor:
+    """One tensor in CPU memory, and the one that was stored before it.
 
     Memory of the device is given back once the computation has waited for the copy, which was done
     long before. (With `record_stream` it would come free only when the copy has really run, and the
@@ -113,9 +139,13 @@ class _Stored:
     """
 
     def __init__(
-        self, owner: CpuInputs, tensor: Tensor, previous: weakref.ref[_Stored] | None
+        self,
+        owner: CpuInputs,
+        tensor: Tensor,
+        previous: weakref.ref[StoredTensor] | None,
+        begins: bool,
     ) -> None:
-        self.owner, self.previous = owner, previous
+        self.owner, self.previous, self.begins = owner, previous, begins
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
         self.buffer = owner.take(tensor)
         weakref.finalize(self, owner.give, self.buffer)
@@ -141,12 +171,22 @@ class _Stored:
             self.on_device = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             self.copied = self.owner.copy(self.on_device, self._view(), self.device)
 
-    def fetched(self) -> Tensor:
-        """Return it on its device, and start fetching the one that is wanted next."""
+    def kept(self) -> Tensor:
+        """Return it on its device, where it stays until it is `fetched`."""
         self.fetch()
         self._wait()
-        tensor, self.on_device = self.on_device, None
-        assert tensor is not None
-        if self.previous is not None and (before := self.previous()) is not None:
+        assert self.on_device is not None
+        return self.on_device
+
+    def fetched(self) -> Tensor:
+        """Return it on its device; with the input of a layer, start fetching what the layer before
+        it, which is wanted next, has stored."""
+        tensor, self.on_device = self.kept(), None
+        before = self._before() if self.begins else None
+        while before is not None:
             before.fetch()
+            before = None if before.begins else before._before()
         return tensor
+
+    def _before(self) -> StoredTensor | None:
+        return None if self.previous is None else self.previous()

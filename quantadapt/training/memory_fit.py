@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,12 +21,14 @@ from ..distributed.talking import reduced, tell_main, told_main
 from ..distributed.world import world
 from ..errors import TrainingError
 from ..facade.dense_weights import DenseWeights
+from ..machine import host_memory
 from ..memory import rules
 from ..memory.cards import FRAGMENTATION, LONG_ROWS, OOM_FIX, size_words, usable
 from ..memory.optimizers import between_passes
 from ..memory.setting import Setting, halves
 from ..sharding import is_sharded
 from ..streaming import streamer_of
+from .figures import compute_dtype
 from .lent_to_trainers import adds_to_loss
 from .probing import Prober
 from .random_state import RandomState
@@ -66,6 +69,8 @@ class MemoryFit:
         self.graphs: Graphs | None = None
         self.dense = DenseWeights(nn.Module())
         self.streamer = streamer_of(trainer.model)
+        self.host_room = 0
+        """Bytes of CPU memory that each process may have; 0 where that is not known."""
         self.streamed_bytes = 0
         """Moved to the device in the steps so far."""
 
@@ -73,10 +78,15 @@ class MemoryFit:
 
     def start(self) -> None:
         """Choose the setting and apply it. Raises TrainingError if none fits."""
+        there = (host_memory() or 0) // world().local_size
+        self.host_room = -int(reduced(-float(there), self.device, "max"))
         given = self._given()
         if given is None:
             given = self._probed() if self._probes else self.setting
         self.apply(given)
+        if self.setting.input_every > 1:
+            size = size_words(self.setting.recomputed_layers * self.input_bytes(self.setting))
+            self.on_note(rules.input_every_words(size, size_words(self.host_room)))
         if self.streamer is not None:
             self.streamer.traffic.restart()
         if self.graphs is not None and not self.setting.offload:
@@ -85,7 +95,7 @@ class MemoryFit:
     def apply(self, setting: Setting) -> None:
         """Train with `setting` from here on."""
         try:
-            self.recomputer.apply(setting)
+            self.recomputer.apply(setting := self.hosted(setting))
         except ValueError as error:
             fix = "leave train.gradient_checkpointing and train.memory as they are by default"
             raise TrainingError(str(error), fix=fix, where="train") from error
@@ -104,6 +114,26 @@ class MemoryFit:
             divides=trainer.model_accepts_loss_kwargs,
         )
 
+    def hosted(self, setting: Setting) -> Setting:
+        """Return `setting` with as many inputs in CPU memory as that has room for."""
+        if not setting.offload or setting.attention:
+            return setting
+        needed = setting.recomputed_layers * self.input_bytes(setting)
+        return replace(setting, input_every=rules.input_every(needed, self.host_room))
+
+    def input_bytes(self, setting: Setting) -> int:
+        """Return the size of the input of a layer, of the longest examples."""
+        tokens = setting.micro_batch * max(self.lengths, default=0)
+        tokens //= self.spec.context_parallel_size
+        return tokens * self.recomputer.hidden * compute_dtype(self.trainer.model).itemsize
+
+    @property
+    def _keeps_attention(self) -> bool:
+        """Whether recomputed layers may keep what attention returned."""
+        alone = not self.spec.packing and self.spec.context_parallel_size == 1
+        long = rules.keeps_attention(max(self.lengths, default=0))
+        return self.recomputer.keeps_attention and alone and long
+
     @property
     def _probes(self) -> bool:
         return bool(self.device.type == "cuda")
@@ -121,10 +151,13 @@ class MemoryFit:
         prober = Prober(self)
         with prober.undone():
             most, layers = self.recomputer.most, self.recomputer.count
-            found = choose(prober.measure, most, layers, sizes, budget, least)
+            rooms = (budget, least, self._keeps_attention)
+            found = choose(prober.measure, most, layers, sizes, *rooms)
         if found is None:
             what = f"no setting fits {size_words(least)}, the part of the GPU that is free"
             raise TrainingError(what, fix=OOM_FIX, where="train.memory")
+        if not found.setting.offload:
+            self.recomputer.inputs.release()
         seconds, room = time.perf_counter() - started, least if found.setting.offload else budget
         self.on_note(
             f"memory: {self.describe(found.setting)}; needs {size_words(found.peak)} of"

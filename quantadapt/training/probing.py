@@ -15,6 +15,7 @@ from ..adapting.fused import free
 from ..distributed.talking import reduced
 from ..distributed.world import world
 from ..errors import TrainingError
+from ..memory import rules
 from ..memory.cards import OOM_FIX
 from ..memory.setting import Setting
 from .random_state import RandomState
@@ -50,13 +51,18 @@ class Prober:
         """Return what a pass under `setting` takes, on the process where it takes most; None where
         it does not fit on one. Raises TrainingError if that is so, and others wait for it within
         the pass."""
-        self.fit.apply(setting)
+        if setting.offload and setting.attention and not self._has_host_room(setting):
+            return None
+        self.fit.apply(setting := self.fit.hosted(setting))
         batch, found = self._batch(setting.micro_batch), None
         try:
             if setting.micro_batch not in self.warm:  # the first pass compiles and loads kernels
                 self._pass(setting, batch)
                 self.warm.add(setting.micro_batch)
+            locked = self.fit.recomputer.inputs.nbytes
             found = self._pass(setting, batch)
+            if self.fit.recomputer.inputs.nbytes > locked:  # which takes long, once
+                found = self._pass(setting, batch)
         except torch.OutOfMemoryError as error:
             if self.fit.together and world().size > 1:
                 what = "the GPU has run out of memory before the first step"
@@ -64,6 +70,12 @@ class Prober:
         if found is None:
             free(self.trainer.model)
         return self._agreed(found)
+
+    def _has_host_room(self, setting: Setting) -> bool:
+        """Say whether CPU memory has room for inputs of layers, and for what attention returned,
+        which is about as large."""
+        needed = 2 * setting.recomputed_layers * self.fit.input_bytes(setting)
+        return rules.has_host_room(needed, self.fit.host_room)
 
     def _agreed(self, found: Probe | None) -> Probe | None:
         """Return what all processes have to come to the same choice by."""

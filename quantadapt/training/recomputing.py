@@ -12,16 +12,20 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..facade import read_in_parts, recomputed_later, recomputing
 from ..facade.invocations import Invocations
 from ..memory.setting import Setting
+from ..model.attention import STOCK, configs_of
 from ..model.modules import is_skipped
 from ..model.towers import other_towers
 from ..streaming import streamer_of
 from .cpu_inputs import CpuInputs
+from .kept_attention import InPlace, KeptAttention
+from .remade_inputs import RemadeInputs
 from .tiling import Tiles
 
 # what transformers' GradientCheckpointingLayer reads
@@ -49,7 +53,14 @@ class Recomputer:
         self.layers = decoder_layers(self.base)
         self.reentrant, self.draws = reentrant, draws
         self.invocations = invocations or Invocations()
-        self.inputs, self.tiles = CpuInputs(), Tiles(self.layers, _hidden_size(self.base))
+        self.hidden = _hidden_size(self.base)
+        self.inputs, self.tiles = CpuInputs(), Tiles(self.layers, self.hidden)
+        self.remade = RemadeInputs(self.inputs, draws)
+        self.attention = KeptAttention()
+        self.keeps_attention = not reentrant and bool(configs_of(self.base, STOCK))
+        """Whether what attention returns can be kept: torch's own kernels compute it, and know that
+        there will be a backward."""
+        self.turn_attention: Callable[[bool], None] = lambda on: None
         self.calls = 0
         """How often a layer has asked to be recomputed."""
 
@@ -69,9 +80,11 @@ class Recomputer:
     def apply(self, setting: Setting) -> None:
         """Checkpoint the first `setting.recomputed_layers` layers. Raises ValueError where the
         model cannot checkpoint and has to."""
-        function = self._function(setting.offload)
+        self.remade.turn(setting.offload and setting.input_every > 1)
+        function = self._function(setting.offload, setting.attention and self.keeps_attention)
         read_in_parts(self.base, setting.offload or streamer_of(self.base) is not None)
         self.tiles.turn(setting.offload)
+        self.turn_attention(setting.offload or setting.attention)
         if not self.layers:
             self._apply_to_all(setting.recomputed_layers > 0, function)
         for index, layer in enumerate(self.layers):
@@ -86,19 +99,28 @@ class Recomputer:
             raise ValueError(f"{type(self.base).__name__} cannot recompute its layers")
         self.base._set_gradient_checkpointing(enable=on, gradient_checkpointing_func=function)
 
-    def _function(self, offload: bool) -> Callable[..., Any]:
+    def _function(self, offload: bool, attention: bool) -> Callable[..., Any]:
         # Keeping weights from the recomputation to the backward is faster, but takes memory.
         contexts = {} if self.reentrant or offload else {"context_fn": _contexts}
         options = {"use_reentrant": self.reentrant, "preserve_rng_state": self.draws, **contexts}
-        return partial(self._recompute, partial(checkpoint, **options), offload)  # type: ignore[arg-type]
+        again = partial(checkpoint, **options)  # type: ignore[arg-type]
+        return partial(self._recompute, again, offload, attention)
 
     def _recompute(
-        self, function: Callable[..., Any], offload: bool, layer: Callable[..., Any], *args: Any
+        self,
+        function: Callable[..., Any],
+        offload: bool,
+        attention: bool,
+        layer: Callable[..., Any],
+        *args: Any,
     ) -> Any:
         self.calls += 1
         layer = self.invocations.again(layer)
-        inputs = self.inputs.saving(args[0]) if offload else nullcontext()
-        with inputs, recomputed_later():
+        if attention and torch.is_grad_enabled():
+            layer = self.attention.again(layer, self.inputs.beside if offload else InPlace)
+        with recomputed_later():
+            if offload:
+                return self.remade.run(function, layer, args)
             return function(layer, *args)
 
 

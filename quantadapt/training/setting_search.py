@@ -42,6 +42,7 @@ def choose(
     micro_batches: list[int],
     budget: int,
     least: int | None = None,
+    keeps_attention: bool = False,
 ) -> Probe | None:
     """Return the fastest setting, per example, that stays within `budget`; None if none does.
 
@@ -52,10 +53,13 @@ def choose(
         micro_batches: sizes to try, the largest first.
         budget: bytes that may be allocated.
         least: the same where inputs are in CPU memory; None: as many.
+        keeps_attention: whether recomputed layers may keep what attention returned, which for its
+            bytes saves more time than keeping all of a layer.
     """
     fitting: list[Probe] = []
     for size in micro_batches:
-        found = _least_recompute(measure, most, layers, size, budget, least or budget)
+        rooms = (budget, least or budget)
+        found = _least_recompute(measure, most, layers, size, rooms, keeps_attention)
         if found is None:
             continue
         fitting.append(found)
@@ -66,28 +70,49 @@ def choose(
 
 
 def _least_recompute(
-    measure: Measure, most: int, layers: int, size: int, budget: int, least: int
+    measure: Measure,
+    most: int,
+    layers: int,
+    size: int,
+    rooms: tuple[int, int],
+    keeps_attention: bool,
 ) -> Probe | None:
     """Return the setting with micro-batches of `size` that fits with the least recomputation."""
+    budget, least = rooms
 
-    def tried(count: int, offload: bool = False) -> Probe | None:
-        probe = measure(Setting(count, offload, size))
+    def tried(count: int, offload: bool = False, attention: bool = False) -> Probe | None:
+        probe = measure(Setting(count, offload, size, attention))
         room = least if offload else budget
         return probe if probe is not None and probe.peak <= room else None
 
-    all_ = tried(most)
-    if all_ is None:
-        return tried(layers, offload=True) if most else None
-    best, count = all_, most
-    step = min(2, most)
+    keeps_attention = keeps_attention and most > 0
+    first = (tried(most, attention=True) if keeps_attention else None) or tried(most)
+    found = [_fewest(tried, first, budget)] if first else []
+    again = any(p.setting.recomputed_layers and not p.setting.attention for p in found)
+    if keeps_attention and (again or not found):  # on the card attention has no room
+        found += filter(None, [tried(layers, offload=True, attention=True)])
+    if most and not found:
+        found += filter(None, [tried(layers, offload=True)])
+    return min(found, key=lambda probe: probe.seconds, default=None)
+
+
+def _fewest(tried: Callable[..., Probe | None], first: Probe, budget: int) -> Probe:
+    """Return what fits with the fewest layers recomputed.
+
+    Args:
+        tried: measures a setting of so many layers; None where it does not fit.
+        first: what fits, of the most layers.
+    """
+    most, attention = first.setting.recomputed_layers, first.setting.attention
+    best, count, step = first, most, min(2, most)
     while step:
-        fewer = tried(count - step)
+        fewer = tried(count - step, attention=attention and count > step)
         if fewer is None:
             # Measured, it needs more than predicted: go half as far.
             step //= 2
             continue
         best, count = fewer, count - step
-        per_layer = max((fewer.held - all_.held) / (most - count), 1)
+        per_layer = max((fewer.held - first.held) / (most - count), 1)
         step = min(count, math.floor((budget - fewer.peak) / per_layer))
     return best
 
@@ -102,6 +127,8 @@ def lowered(setting: Setting, most: int, layers: int, splits: bool) -> Setting |
     count = setting.recomputed_layers
     if count < most:
         return replace(setting, recomputed_layers=min(most, count + math.ceil(most / 4)))
+    if setting.attention:
+        return replace(setting, attention=False)
     if most and not setting.offload:
         return replace(setting, recomputed_layers=layers, offload=True)
     if splits and setting.micro_batch > 1:

@@ -43,7 +43,6 @@ class Tiles:
 
     def __init__(self, layers: list[nn.Module], hidden: int) -> None:
         self.on, self.hidden = False, hidden
-        self.turn_attention: Callable[[bool], None] = lambda on: None
         found = (getattr(layer, name, None) for layer in layers for name in NAMES)
         self.mlps = [
             mlp for mlp in found if isinstance(mlp, nn.Module) and _sees_single_tokens(mlp)
@@ -52,7 +51,6 @@ class Tiles:
     def turn(self, on: bool) -> None:
         """Go tile by tile from here on, or not."""
         self.on = on
-        self.turn_attention(on)
 
     def is_long(self, tokens: int) -> bool:
         """Say whether so many tokens go tile by tile now."""

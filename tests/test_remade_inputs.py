@@ -1,0 +1,143 @@
+"""Inputs of every second layer that are made again from the layer before: the same numbers."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import quantadapt as qa
+from quantadapt.memory import Setting
+from quantadapt.training.lent import recomputed
+
+LENGTH = 24
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def dense(family: str = "llama", dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SIZES, **options})
+    return AutoModelForCausalLM.from_config(config).to(dtype).train()
+
+
+def quantized(**options: Any) -> Any:
+    model = qa.quantize(dense().float(), "torchao-int8", device="cpu")
+    return qa.attach(model, "lora", r=4, init_lora_weights=False, **options).train()
+
+
+def of_peft() -> Any:
+    options: dict[str, Any] = {"lora_dropout": 0.3, "target_modules": "all-linear"}
+    return get_peft_model(dense(), LoraConfig(r=4, init_lora_weights=False, **options)).train()
+
+
+MODELS = {
+    "llama": dense,
+    "five layers": lambda: dense(num_hidden_layers=5),
+    "gemma2": lambda: dense("gemma2"),
+    "experts": lambda: dense("qwen3_moe", torch.float32, output_router_logits=True, **EXPERTS),
+    "dropout": lambda: dense(attention_dropout=0.3),
+    "peft": of_peft,
+    "ours": quantized,
+    "ours, dropout": lambda: quantized(lora_dropout=0.3),
+    "dora": lambda: quantized(use_dora=True),
+}
+
+
+def passed(model: Any, rows: int = 2) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the loss of a pass, and all gradients."""
+    torch.manual_seed(1)
+    ids = torch.arange(rows * LENGTH).view(rows, LENGTH) * 5 % 63 + 1
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.detach(), found
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_numbers_are_those_of_a_model_that_keeps_all(kind) -> None:
+    model = MODELS[kind]()
+    layers = model.config.num_hidden_layers
+    loss, expected = passed(model)
+    with recomputed(model, Setting(layers, True, 2, input_every=2)) as recomputer:
+        for _ in range(2):  # the second time, buffers are used again
+            again, found = passed(model)
+            torch.testing.assert_close(again, loss, rtol=1e-12, atol=0)
+            assert found.keys() == expected.keys()
+            for name, gradient in found.items():
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9)
+            gc.collect()
+            assert len(recomputer.inputs._free) == -(-layers // 2)
+
+
+def test_each_second_layer_runs_once_more() -> None:
+    model = dense(num_hidden_layers=5)
+    ran = [0] * 5
+    for index, layer in enumerate(model.model.layers):
+
+        def count(*_: Any, index: int = index) -> None:
+            ran[index] += 1
+
+        layer.input_layernorm.register_forward_pre_hook(count)
+    for every, expected in ((1, [2, 2, 2, 2, 2]), (2, [3, 2, 3, 2, 2])):
+        ran[:] = [0] * 5
+        with recomputed(model, Setting(5, True, 2, input_every=every)):
+            passed(model)
+        assert ran == expected
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_input_that_is_not_what_the_layer_before_returned_is_stored(in_place) -> None:
+    """Pictures of some models are added between layers."""
+    model = dense()
+
+    def add(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.add_(0.5) if in_place else output + 0.5
+
+    expected_loss, expected = None, None
+    for every in (1, 2):
+        handle = model.model.layers[0].register_forward_hook(add)
+        with recomputed(model, Setting(4, True, 2, input_every=every)) as recomputer:
+            # Behind the hook of the module itself, as the decoder's loop would do it.
+            loss, found = passed(model)
+            gc.collect()
+            stored = len(recomputer.inputs._free)
+        handle.remove()
+        if every == 1:
+            expected_loss, expected = loss, found
+            continue
+        assert stored == 3  # of the second layer, too; that of the third is made from it
+        assert loss == expected_loss
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.cuda
+def test_less_waits_in_page_locked_memory_on_cuda() -> None:
+    model = dense(dtype=torch.bfloat16, hidden_size=512, num_attention_heads=8, head_dim=64).cuda()
+    ids = torch.randint(1, 64, (2, 512), device="cuda")
+
+    def measured(every: int) -> tuple[int, int, dict[str, torch.Tensor]]:
+        with recomputed(model, Setting(4, True, 2, input_every=every)) as recomputer:
+            for _ in range(2):
+                model.zero_grad()
+                torch.cuda.reset_peak_memory_stats()
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+            found = {n: p.grad.clone() for n, p in model.named_parameters()}
+            return recomputer.inputs.nbytes, peak, found
+
+    (every, peak, expected), (second, its_peak, found) = measured(1), measured(2)
+    assert every == 4 * 2 * 512 * 512 * 2 == 2 * second
+    assert its_peak <= peak + 2 * 512 * 512 * 2
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 0.02 * gradient.norm(), name
