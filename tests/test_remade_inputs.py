@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantadapt as qa
 from quantadapt.memory import Setting
+from quantadapt.streaming import bring_back, stream
 from quantadapt.training.lent import recomputed
 
 LENGTH = 24
@@ -118,6 +119,22 @@ def test_an_input_that_is_not_what_the_layer_before_returned_is_stored(in_place)
         assert loss == expected_loss
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_the_base_may_be_streamed() -> None:
+    model = quantized()
+    loss, expected = passed(model)
+    stream(model)
+    try:
+        with recomputed(model, Setting(4, True, 2, input_every=2)):
+            for _ in range(3):  # from the second on, the order of blocks is known
+                again, found = passed(model)
+                assert again == loss
+                assert all(
+                    torch.equal(found[name], gradient) for name, gradient in expected.items()
+                )
+    finally:
+        bring_back(model)
 
 
 @pytest.mark.cuda
