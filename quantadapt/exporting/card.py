@@ -150,7 +150,7 @@ def _made(manifest: Mapping[str, Any], name: str) -> str:
         "computed in": manifest["dtype"],
         "adapter": as_call(str(manifest["adapter"]), manifest.get("adapter_options") or {}),
         "longest example": f"{n} tokens" if (n := manifest.get("max_length")) else "",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "versions": ", ".join(f"{library} {version}" for library, version in versions.items()),
     }
     return _table(["", ""], [[key, value] for key, value in rows.items() if value])
 
@@ -203,14 +203,11 @@ def _figures(metrics: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     head = ["figure", *models, "change by training", ""]
-    told = "".join(f"- {name}: {MODELS[name]}\n" for name in models)
+    told = "\n".join(f"- {name}: {MODELS[name]}" for name in models)
     warned = metrics.get("warnings")
-    warnings = (
-        [f"\n**Warning:** {escaped(w)}\n" for w in warned] if isinstance(warned, list) else []
-    )
-    return f"## Figures\n\nOn held-out data:\n\n{_table(head, rows)}\n\n{told}{''.join(warnings)}"[
-        :-1
-    ]
+    warnings = [f"**Warning:** {escaped(w)}" for w in (warned if isinstance(warned, list) else ())]
+    parts = ["## Figures", "On held-out data:", _table(head, rows), told, *warnings]
+    return "\n\n".join(parts)
 
 
 def _measured(metrics: Mapping[str, Any], model: str) -> Iterator[bool]:
@@ -236,9 +233,8 @@ def _change(values: Mapping[str, Any]) -> str:
 def _merge(figures: Mapping[str, Figure]) -> str:
     """Return how far what was merged is from the adapter on its base."""
     rows = [[name.replace("_", " "), str(figure)] for name, figure in figures.items()]
-    return (
-        f"## Merge\n\nCompared with the adapter:\n\n{_table(['figure', ''], rows)}" if rows else ""
-    )
+    table = _table(["figure", ""], rows)
+    return f"## Merge\n\nCompared with the adapter:\n\n{table}" if rows else ""
 
 
 def _loading(manifest: Mapping[str, Any], content: Content, title: str, name: str) -> str:
