@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 
 from packaging.requirements import Requirement
 
-from .errors import MissingDependency, Problem, TrainingError, did_you_mean
+from .errors import MissingDependency, Problem, TrainingError
+from .inputs.likely_names import did_you_mean
 from .machine import installed_version
 from .records import Backend, Record, kind_of
 

@@ -32,7 +32,7 @@ from .quantizing.state import ModelState, state_of
 from .records import as_call
 from .registry.blame import blaming_plugins
 from .remote_code import trusting
-from .showing.python import stage
+from .showing.python import Listener, stage
 from .showing.quietly import quietly
 from .spec import Spec
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .data.tokens import Prompt
     from .generation import Answer
     from .generation.prompts import Layout, Turns
+    from .protocols import Task
     from .quantizing.examples import Calibration
     from .training.stage import TrainResult
 
@@ -213,7 +214,6 @@ def train(
         the others or with the model. QuantadaptError: an argument has no effect. DataError: the
         data cannot be used. TrainingError: training cannot go on.
     """
-    from .data.reading import MAX_LENGTH
     from .evaluation.verdict import training_warnings
     from .training.checking import check
     from .training.stage import train as train_
@@ -223,56 +223,88 @@ def train(
     task = planning.task_for(spec)
     check(model, spec.train, task)
     _refuse_length(max_length, data, data if eval_data is None else eval_data)
-    max_length = MAX_LENGTH if max_length is None else max_length
+    _refuse_unmeasured(spec, eval_data)
     tokenizer = tokenizer or state_of(model).tokenizer
-    rest: Dataset | None = None
-    if eval_data is not None:
-        if spec.train.validates == "no":
-            what = "eval_data has no effect where nothing says when to measure on it"
-            raise QuantadaptError(what, fix="pass eval_steps=..., or eval_strategy='epoch'")
-        rest = None if isinstance(eval_data, str | Path) else held_out_data(eval_data, tokenizer)
+    given: Dataset | None = None
+    if not (eval_data is None or isinstance(eval_data, str | Path)):
+        given = held_out_data(eval_data, tokenizer)
     with stage("train", verbose) as tell, tempfile.TemporaryDirectory() as scratch:
-
-        def note(text: str) -> None:
-            tell("note", {"text": text})
-            if on_note is not None:
-                on_note(text)
-
-        def log(entry: dict[str, Any]) -> None:
-            tell("validation" if "eval_loss" in entry else "log", entry)
-            if on_log is not None:
-                on_log(entry)
-
-        if data is None or isinstance(data, str | Path | list):
-            read = task.read_for(spec, needed(tokenizer), processes=world().size)
-            data = read.train
-            if rest is not None:
-                note(f"data: eval_data is measured on, and not the {len(read.eval):,} held out")
-            rest = read.eval if rest is None else rest
-            if hasattr(model, "quantadapt"):
-                state_of(model).max_length = max_length
-            for text in read.report.words():
-                note(f"data: {text}")
-        elif spec.data.eval_path is not None:
-            alone = spec.data.model_copy(update={"path": spec.data.eval_path})
-            rest = task.read(alone, needed(tokenizer), seed=seed).eval
+        log, note = _told(tell, on_log, on_note)
+        dataset, measured = _examples(data, given, task, spec, tokenizer, note)
+        state = state_of(model) if hasattr(model, "quantadapt") else None
+        if state is not None and _is_named(data):
+            state.max_length = spec.data.max_length
         if spec.train.stream_folder is not None and spec.train.stream not in ("experts", "all"):
             note(NOT_STREAMED)
         result = train_(
-            *(model, tokenizer, data, spec.train),
+            *(model, tokenizer, dataset, spec.train),
             task=task,
             output=Path(output or scratch).expanduser(),
             seed=seed,
-            held_out=rest,
+            held_out=measured,
             on_log=log,
             on_note=note,
             keeps=output is not None,
         )
         for text in [] if task.generates else training_warnings(result.losses):
             tell("warning", {"text": text})
-        if hasattr(model, "quantadapt"):
-            state_of(model).learnt = True
+        if state is not None:
+            state.learnt = True
         return result
+
+
+def _told(
+    tell: Listener,
+    on_log: Callable[[dict[str, Any]], None] | None,
+    on_note: Callable[[str], None] | None,
+) -> tuple[Callable[[dict[str, Any]], None], Callable[[str], None]]:
+    """Return what to call with an entry of the log, and with a note: each is shown, and handed to
+    the caller's own function, if there is one."""
+
+    def log(entry: dict[str, Any]) -> None:
+        tell("validation" if "eval_loss" in entry else "log", entry)
+        if on_log is not None:
+            on_log(entry)
+
+    def note(text: str) -> None:
+        tell("note", {"text": text})
+        if on_note is not None:
+            on_note(text)
+
+    return log, note
+
+
+def _examples(
+    data: Any,
+    measured: Dataset | None,
+    task: Task,
+    spec: Spec,
+    tokenizer: Any,
+    note: Callable[[str], None],
+) -> tuple[Dataset, Dataset | None]:
+    """Return the examples to learn from, and those to measure on, if any: read as `spec` says
+    where they are only named, else as they were given.
+
+    Args:
+        data: see `train`.
+        measured: what is given to measure on, tokenized.
+    """
+    if not _is_named(data):
+        if spec.data.eval_path is None:
+            return data, measured
+        alone = spec.data.model_copy(update={"path": spec.data.eval_path})
+        return data, task.read(alone, needed(tokenizer), seed=spec.seed).eval
+    read = task.read_for(spec, needed(tokenizer), processes=world().size)
+    if measured is not None:
+        note(f"data: eval_data is measured on, and not the {len(read.eval):,} held out")
+    for text in read.report.words():
+        note(f"data: {text}")
+    return read.train, read.eval if measured is None else measured
+
+
+def _is_named(data: Any) -> bool:
+    """Say whether data are still to be read: the demo's (None), a name, a list of sources."""
+    return data is None or isinstance(data, str | Path | list)
 
 
 def _named(data: Any, max_length: int | None) -> dict[str, Any]:
@@ -396,8 +428,15 @@ def generate(
 
 def _refuse_length(max_length: int | None, *data: Any) -> None:
     """Raise QuantadaptError where a longest example is given and none of `data` is read."""
-    if max_length is None or any(d is None or isinstance(d, str | Path | list) for d in data):
+    if max_length is None or any(map(_is_named, data)):
         return
     what = "max_length has no effect on a Dataset that is tokenized already"
     fix = "leave it out, and cut the examples yourself: dataset.map(lambda e: {k: v[:n] ...})"
     raise QuantadaptError(what, fix=fix)
+
+
+def _refuse_unmeasured(spec: Spec, eval_data: Any) -> None:
+    """Raise QuantadaptError where there is something to measure on, and nothing says when."""
+    if eval_data is not None and spec.train.validates == "no":
+        what = "eval_data has no effect where nothing says when to measure on it"
+        raise QuantadaptError(what, fix="pass eval_steps=..., or eval_strategy='epoch'")

@@ -221,7 +221,7 @@ def test_gradients_are_those_of_the_weights_that_it_stands_for(
 ) -> None:
     """transformers' own experts, dense, with W' = c (W + s B A): what the gradient of W' comes to
     for A, B and the magnitudes, where c counts as a constant but for these."""
-    monkeypatch.setattr(fused_experts, "_composed", None)  # one function, as LoRA
+    monkeypatch.setattr(fused_experts, "run_composed", None)  # one function, as LoRA
     tuned = shaken(qa.attach(model(GROUPED[kind]), "dora", r=4, lora_alpha=12))
     outer = next(m for n, m in tuned.named_modules() if n.endswith(("mlp.experts", "moe.experts")))
     wrappers, experts = wrappers_of(outer), experts_of(tuned)

@@ -17,8 +17,8 @@ from transformers.integrations.moe import use_experts_implementation
 import quantadapt as qa
 from quantadapt.facade import (
     densify,
+    expert_stack,
     expert_steps,
-    fused_experts,
     read_in_parts,
     single_stack_lora,
     stack_facades,
@@ -203,7 +203,7 @@ def test_only_inputs_are_saved_and_nothing_is_made_again_to_save_them(monkeypatc
         products.append(x.shape)
         return grouped(x, *rest)
 
-    monkeypatch.setattr(fused_experts, "grouped", counted)
+    monkeypatch.setattr(expert_stack, "grouped", counted)
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
     hidden, index, weights = inputs()
     with hooks:
@@ -230,7 +230,7 @@ def test_what_a_makes_of_rows_is_made_once(recomputed: bool, monkeypatch) -> Non
         products.append(weight.shape[1:])
         return grouped(x, weight, ends)
 
-    monkeypatch.setattr(fused_experts, "grouped", counted)
+    monkeypatch.setattr(expert_stack, "grouped", counted)
     for short in (False, True):
         read_in_parts(tuned, short)
         y = checkpoint(layer, *inputs(), use_reentrant=False) if recomputed else layer(*inputs())

@@ -90,7 +90,7 @@ def _wanted(scheme: Scheme, rows: int, columns: int) -> dict[str, tuple[Any, tup
     }
     found = {name: codes.get(scheme.format, ((rows, columns), (torch.float8_e4m3fn,)))}
     found["weight_scale"] = scales, _FLOATS
-    if scheme.format.startswith("mx"):
+    if scheme.has_power_scales:
         found["weight_scale"] = scales, (torch.uint8,)
     if args.strategy == "tensor_group":
         found["weight_scale"] = scales, (torch.float8_e4m3fn,)

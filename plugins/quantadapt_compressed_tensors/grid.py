@@ -32,8 +32,8 @@ def values_of(module: nn.Module) -> Grid:
     height, width = args.block(rows, columns)
     groups = order.get("weight_g_idx")
     common = {
-        "scale": _by_row(scale, height, rows),
-        "zero": None if zero is None else _by_row(zero, height, rows),
+        "scale": _for_each_row(scale, height, rows),
+        "zero": None if zero is None else _for_each_row(zero, height, rows),
         "group_size": width,
         "dtype": torch.float32,
         "groups": None if groups is None else groups.long(),
@@ -44,7 +44,7 @@ def values_of(module: nn.Module) -> Grid:
     return CodebookGrid(**common, levels=_levels(args.num_bits, scale.device))  # type: ignore[arg-type]
 
 
-def _by_row(scale: Tensor, height: int, rows: int) -> Tensor:
+def _for_each_row(scale: Tensor, height: int, rows: int) -> Tensor:
     """Return scales, or zero points, [rows, groups of a row]."""
     if scale.ndim == 1:
         return scale.view(1, 1).expand(rows, 1)

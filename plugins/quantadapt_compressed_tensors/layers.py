@@ -119,7 +119,7 @@ def _weight(scheme: Scheme, tensors: Tensors, rows: int, columns: int) -> Tensor
     names = (codes_name(scheme), *(name for name in _HELD if name in tensors))
     args = scheme.weights
     height, width = args.block(rows, columns)
-    powers = scheme.format.startswith("mx")
+    powers = scheme.has_power_scales
     layout = Layout(names, args.num_bits, rows, columns, height, width, powers)
     return one_kernel(weight_of, *(tensors[name] for name in names), static=(layout,))
 

@@ -96,7 +96,7 @@ def grid_of(module: nn.Module) -> Tensors:
     """Return the grid that a layer has, as `fresh_grid` gives it."""
     scheme, tensors = scheme_of(module), tensors_of(module)
     scales = tensors["weight_scale"]
-    powers = scheme.format.startswith("mx")
+    powers = scheme.has_power_scales
     grid = {"weight_scale": torch.exp2(scales.float() - 127) if powers else scales.float()}
     if "weight_zero_point" in tensors:
         grid["weight_zero_point"] = zeros_of(scheme, tensors, int(module.out_features))  # type: ignore[arg-type]
@@ -149,7 +149,7 @@ def packed(scheme: Scheme, weight: Tensor, grid: Mapping[str, Tensor], dtype: An
     codes = in_place(codes, order).contiguous()
     tensors: Tensors = {name: codes, **grid}
     scale = grid["weight_scale"]
-    if scheme.format.startswith("mx"):
+    if scheme.has_power_scales:
         tensors["weight_scale"] = compress_mx_scale(scale, torch.uint8)
     else:
         wanted = torch.float8_e4m3fn if args.strategy == "tensor_group" else dtype

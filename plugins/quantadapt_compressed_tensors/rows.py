@@ -79,16 +79,9 @@ def joined(layers: list[Any]) -> CompressedLinear:
     Raises:
         ModelError: they are rounded in several ways, or have their columns in different groups.
     """
-    scheme, first = scheme_of(layers[0]), tensors_of(layers[0])
+    scheme, held = _common_scheme(layers), [tensors_of(layer) for layer in layers]
+    first, order = held[0], _common_order(held)
     columns, rows = layers[0].in_features, layers[0].out_features
-    if any(scheme_of(layer) != scheme for layer in layers):
-        what = "its experts are quantized by several schemes"
-        raise ModelError(what, fix="use a checkpoint that has one for all experts of a block")
-    held = [tensors_of(layer) for layer in layers]
-    order = first.get("weight_g_idx")
-    if order is not None and not all(torch.equal(one["weight_g_idx"], order) for one in held):
-        what = "its experts have their columns in different groups (weight_g_idx)"
-        raise ModelError(what, fix="use a checkpoint that was made with actorder: weight or null")
     made = {name: torch.cat([one[name] for one in held]) for name in first if name not in _SPREAD}
     tall = _tall(scheme, rows)
     for name in first.keys() & {"weight_scale", "weight_global_scale"}:
@@ -104,6 +97,25 @@ def joined(layers: list[Any]) -> CompressedLinear:
     vendor = CompressedLinear(tall, columns, rows, made, None, len(layers))
     vendor.of_parts = scheme
     return vendor
+
+
+def _common_scheme(layers: list[Any]) -> Scheme:
+    """Return how all of the layers are rounded. Raises ModelError where that differs."""
+    scheme = scheme_of(layers[0])
+    if any(scheme_of(layer) != scheme for layer in layers):
+        what = "its experts are quantized by several schemes"
+        raise ModelError(what, fix="use a checkpoint that has one for all experts of a block")
+    return scheme
+
+
+def _common_order(held: list[Tensors]) -> Tensor | None:
+    """Return the group of each column, [in_features], where those of a group are not side by side.
+    Raises ModelError where that differs."""
+    order = held[0].get("weight_g_idx")
+    if order is not None and not all(torch.equal(one["weight_g_idx"], order) for one in held):
+        what = "its experts have their columns in different groups (weight_g_idx)"
+        raise ModelError(what, fix="use a checkpoint that was made with actorder: weight or null")
+    return order
 
 
 _SPREAD = (

@@ -113,6 +113,11 @@ class Scheme(BaseModel):
         bfloat16, whatever dtype the model has."""
         return self.format.startswith(("nvfp4", "mxfp"))
 
+    @property
+    def has_power_scales(self) -> bool:
+        """Whether scales are powers of two: exponents in a byte, biased by 127, as of MX."""
+        return self.format.startswith("mx")
+
     def misfit(self, in_features: int, out_features: int) -> str | None:
         """Say why a layer of this size cannot be rounded so."""
         for args, what in ((self.weights, "groups"), (self.inputs, "groups of inputs")):

@@ -29,22 +29,12 @@ def loaded(
     Raises:
         ModelError: one is missing, not known, or of another shape or dtype.
     """
-    held = {_ALIASES.get(name, name): tensor for name, tensor in state.items()}
     shape = linear.out_features, linear.in_features
-    known = block or shape
-    blocks = tuple(-(-size // side) for size, side in zip(shape, known, strict=True))
+    blocks = tuple(-(-size // side) for size, side in zip(shape, block or shape, strict=True))
     wanted: dict[str, tuple[int, ...]] = {"weight": shape, "weight_scale_inv": blocks}
     if static:
         wanted["activation_scale"] = (1,)
-    if missing := wanted.keys() - held.keys():
-        raise _wrong(f"it has no {' and no '.join(sorted(missing))}")
-    if unknown := held.keys() - wanted.keys() - {"bias"}:
-        raise _wrong(f"it has {', '.join(sorted(unknown))}, which its format has no place for")
-    for name, sizes in wanted.items():
-        if [n for n in held[name].shape if n > 1] != [n for n in sizes if n > 1]:
-            raise _wrong(f"its {name} is {list(held[name].shape)}, where {list(sizes)} is wanted")
-    if held["weight"].dtype != torch.float8_e4m3fn:
-        raise _wrong(f"its weight is {held['weight'].dtype}, no float8_e4m3fn")
+    held = _checked({_ALIASES.get(name, name): tensor for name, tensor in state.items()}, wanted)
     scales = held["weight_scale_inv"].reshape(blocks if block else ())
     if scales.dtype == torch.uint8:
         scales = scales.view(torch.float8_e8m0fnu)
@@ -58,6 +48,21 @@ def loaded(
         None if bias is None else bias.to(linear.weight.dtype),
         held["activation_scale"].view(()) if static else None,
     )
+
+
+def _checked(held: dict[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Return `held`. Raises ModelError where a tensor is missing, not known, or of another shape
+    than `wanted`, but for dimensions of one; or where the codes are of another dtype."""
+    if missing := wanted.keys() - held.keys():
+        raise _wrong(f"it has no {' and no '.join(sorted(missing))}")
+    if unknown := held.keys() - wanted.keys() - {"bias"}:
+        raise _wrong(f"it has {', '.join(sorted(unknown))}, which its format has no place for")
+    for name, sizes in wanted.items():
+        if [n for n in held[name].shape if n > 1] != [n for n in sizes if n > 1]:
+            raise _wrong(f"its {name} is {list(held[name].shape)}, where {list(sizes)} is wanted")
+    if held["weight"].dtype != torch.float8_e4m3fn:
+        raise _wrong(f"its weight is {held['weight'].dtype}, no float8_e4m3fn")
+    return held
 
 
 def _wrong(what: str) -> ModelError:

@@ -61,20 +61,24 @@ class BlockFP8Linear(nn.Module):
 def block_of(module: Any) -> Block:
     """Return the rows and columns that share a scale in a layer, ours or transformers'; no more
     than it has."""
-    return within(said(module), module.weight.shape)
+    return block_within(declared_block(module), module.weight.shape)
 
 
-def within(block: Any, shape: Any) -> Block:
+def block_within(block: Any, shape: Any) -> Block:
+    """Return a block, or all of a weight where there is none, no larger than `shape`."""
     height, width = (min(int(n), side) for n, side in zip(block or shape, shape, strict=True))
     return height, width
 
 
-def said(module: Any) -> Block | None:
+def declared_block(module: Any) -> Block | None:
+    """Return the block of a layer, ours or transformers', which may be larger than its weight;
+    None: all of it shares a scale."""
     found: Block | None = module.block if hasattr(module, "block") else module.block_size
     return found
 
 
 def as_blocks(scales: Tensor) -> Tensor:
+    """Return scales as [blocks of rows, blocks of columns]; a single one is that of one block."""
     return scales if scales.ndim == 2 else scales.view(1, 1)
 
 
@@ -170,6 +174,7 @@ def _by_one_kernel(x: Tensor, width: int, powers: bool, _: torch.dtype | None) -
 
 
 def rounded_codes(scaled: Tensor) -> Tensor:
+    """Return the nearest codes, float8_e4m3fn, of numbers that are divided by their scale."""
     return scaled.clamp(-HIGHEST, HIGHEST).to(torch.float8_e4m3fn)
 
 

@@ -15,18 +15,18 @@ from quantadapt_finegrained_fp8.layers import (
     BlockFP8Linear,
     as_blocks,
     block_of,
+    block_within,
+    declared_block,
     rounded_codes,
-    said,
     scale_of,
     spread_scales,
-    within,
 )
 
 
 def quantized(linear: nn.Linear, block: Block | None, powers: bool) -> BlockFP8Linear:
     """Return a dense layer rounded to nearest; without a block, by one scale."""
     weight = linear.weight.detach().float()
-    known = within(block, weight.shape)
+    known = block_within(block, weight.shape)
     scales = scale_of(_by_block(weight.abs(), known).amax((1, 3)), powers)
     bias = None if linear.bias is None else linear.bias.detach()
     codes = rounded_codes(weight / spread_scales(scales, weight.shape, known))
@@ -59,7 +59,7 @@ def requantized(module: Any, weight: Tensor, *, same_scales: bool = False) -> Bl
     codes = rounded_codes(weight / spread_scales(scales, weight.shape, block))
     scales = scales.to(held.dtype).view(held.shape)
     bias, inputs = _data(module.bias), _data(module.activation_scale)
-    return BlockFP8Linear(codes, scales, said(module), bias, inputs)
+    return BlockFP8Linear(codes, scales, declared_block(module), bias, inputs)
 
 
 def _data(tensor: Any) -> Tensor | None:
@@ -110,7 +110,7 @@ def joined(layers: list[Any]) -> BlockFP8Linear:
         torch.cat(inputs) if inputs else None,
         len(layers),
     )
-    vendor.of_parts = said(layers[0])
+    vendor.of_parts = declared_block(layers[0])
     return vendor
 
 

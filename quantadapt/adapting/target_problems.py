@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..capabilities import KEEP
-from ..errors import Problem, did_you_mean
+from ..errors import Problem
 from ..facade import QuantLinear
+from ..inputs.likely_names import did_you_mean
 from ..planning.names import ends, module_target_problems, router_problems
 from .injecting import matched
 from .targets import all_parameters

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..errors import PlanRefused, Problem, did_you_mean, warn
+from ..errors import PlanRefused, Problem, warn
 from ..facade import linear_facades, stack_facades
+from ..inputs.likely_names import did_you_mean
 from ..model.dense import skipped_modules
 from ..model.experts import expert_stacks
 from ..model.modules import is_skipped, linear_layers

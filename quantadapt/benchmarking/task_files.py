@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from ..dependencies import unchanged_process
-from ..errors import Problem, likely_name
+from ..errors import Problem
+from ..inputs.likely_names import likely_name
 
 _KEYS = re.compile(
     r"""^["']?(task|group|tag|class|include)["']?[ \t]*:(.*(?:\n(?:[ \t]+|-).*)*)""", re.MULTILINE

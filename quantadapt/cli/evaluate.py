@@ -264,7 +264,8 @@ def _tasks(names: list[str], options: Mapping[str, Any]) -> list[dict[str, Any]]
 
 def _wanted(names: list[str], assignments: list[str]) -> list[dict[str, Any]]:
     """Return the evaluations with the options that `NAME.OPTION=VALUE` gives them."""
-    from ..errors import Problem, SpecError, did_you_mean
+    from ..errors import Problem, SpecError
+    from ..inputs.likely_names import did_you_mean
     from ..spec import apply_overrides
 
     values = apply_overrides({name: {} for name in names}, assignments)

@@ -8,10 +8,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Problem, SpecError, did_you_mean
+from ..errors import Problem, SpecError
 from ..exporting.manifest import MANIFEST, MERGED, adapter_in, read_manifest
 from ..folders.atomic import put_back
 from ..folders.metrics import MODELS
+from ..inputs.likely_names import did_you_mean
 from ..paths import path_problem
 from ..planning.on_disk import quantization_of
 from ..remote_code import trusted

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from ..errors import PlanRefused, Problem, SpecError, did_you_mean
+from ..errors import PlanRefused, Problem, SpecError
+from ..inputs.likely_names import did_you_mean
 from ..inputs.typed import Typed
 from ..records import Adapter, Backend, as_call
 from ..registry.discovery import registry

@@ -47,13 +47,9 @@ def kept_of(cells: int) -> int:
     return max(1, math.ceil(cells / ETA))
 
 
-def seconds(cells: int, rungs: Sequence[int], cost: Cost, seeds: int, done: int = 0) -> float:
-    """Return what the rungs take, for so many cells in the first, each with so many runs.
-
-    Args:
-        done: steps that were trained before.
-    """
-    total = 0.0
+def seconds(cells: int, rungs: Sequence[int], cost: Cost, seeds: int) -> float:
+    """Return what the rungs take, for so many cells in the first, each with so many runs."""
+    total, done = 0.0, 0
     for rung in rungs:
         total += cells * seeds * cost.of(max(rung - done, 0))
         cells, done = kept_of(cells), rung

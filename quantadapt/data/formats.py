@@ -9,7 +9,8 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import DataError, did_you_mean
+from ..errors import DataError
+from ..inputs.likely_names import did_you_mean
 from ..spec import DataSpec
 from .files import FORMATS, RECOGNIZED, Row, kind_of
 from .pictures import COLUMNS, pictures_in, placed

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 2**14
 """Held-out tokens that a gain is measured on, at most."""
+_BATCH = 8
+"""Examples per forward pass."""
 SURE = 2.0
 """Standard errors that a gain has to be above 0 to be told from chance."""
 
@@ -78,16 +80,14 @@ class Gain:
         return cls(value, error)
 
 
-def token_losses(
-    model: nn.Module, dataset: Examples, *, max_tokens: int = MAX_TOKENS, batch_size: int = 8
-) -> TokenLosses:
+def token_losses(model: nn.Module, dataset: Examples) -> TokenLosses:
     """Return the losses of `model` at the completion tokens of the first examples that hold
-    `max_tokens` of them. Raises DataError where there are none."""
+    `MAX_TOKENS` of them. Raises DataError where there are none."""
     import torch
     from torch.nn.functional import cross_entropy
 
     nats, counts = [], []
-    for batch in predicted(model, first_tokens(dataset, max_tokens), batch_size, 0):
+    for batch in predicted(model, first_tokens(dataset, MAX_TOKENS), _BATCH, 0):
         for logits, targets in batch.chunks():
             nats.append(cross_entropy(logits, targets, reduction="none").double().cpu())
         counts.append(batch.counts.cpu())

@@ -150,7 +150,7 @@ def _made(manifest: Mapping[str, Any], name: str) -> str:
         "computed in": manifest["dtype"],
         "adapter": as_call(str(manifest["adapter"]), manifest.get("adapter_options") or {}),
         "longest example": f"{n} tokens" if (n := manifest.get("max_length")) else "",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "versions": ", ".join(f"{library} {version}" for library, version in versions.items()),
     }
     return _table(["", ""], [[key, value] for key, value in rows.items() if value])
 
@@ -203,14 +203,11 @@ def _figures(metrics: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     head = ["figure", *models, "change by training", ""]
-    told = "".join(f"- {name}: {MODELS[name]}\n" for name in models)
+    told = "\n".join(f"- {name}: {MODELS[name]}" for name in models)
     warned = metrics.get("warnings")
-    warnings = (
-        [f"\n**Warning:** {escaped(w)}\n" for w in warned] if isinstance(warned, list) else []
-    )
-    return f"## Figures\n\nOn held-out data:\n\n{_table(head, rows)}\n\n{told}{''.join(warnings)}"[
-        :-1
-    ]
+    warnings = [f"**Warning:** {escaped(w)}" for w in (warned if isinstance(warned, list) else ())]
+    parts = ["## Figures", "On held-out data:", _table(head, rows), told, *warnings]
+    return "\n\n".join(parts)
 
 
 def _measured(metrics: Mapping[str, Any], model: str) -> Iterator[bool]:
@@ -236,9 +233,8 @@ def _change(values: Mapping[str, Any]) -> str:
 def _merge(figures: Mapping[str, Figure]) -> str:
     """Return how far what was merged is from the adapter on its base."""
     rows = [[name.replace("_", " "), str(figure)] for name, figure in figures.items()]
-    return (
-        f"## Merge\n\nCompared with the adapter:\n\n{_table(['figure', ''], rows)}" if rows else ""
-    )
+    table = _table(["figure", ""], rows)
+    return f"## Merge\n\nCompared with the adapter:\n\n{table}" if rows else ""
 
 
 def _loading(manifest: Mapping[str, Any], content: Content, title: str, name: str) -> str:
@@ -247,44 +243,51 @@ def _loading(manifest: Mapping[str, Any], content: Content, title: str, name: st
     by_name = "" if place == "FOLDER" else "from huggingface_hub import snapshot_download\n\n"
     folder = json.dumps(place)
     own = f"snapshot_download({folder})" if by_name else folder
-    ours = f"import quantadapt\n{by_name}model = quantadapt.load({own})"
+    code = _code(f"import quantadapt\n{by_name}model = quantadapt.load({own})")
+    ours = f"With the base as it was quantized (`pip install quantadapt`):\n\n{code}"
     if content == "adapter":
-        base = json.dumps(name if _HUB_ID.fullmatch(name) else "BASE")
-        stock = (
-            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f"base = AutoModelForCausalLM.from_pretrained({base})\n"
-            f"{_by_peft(folder, manifest.get('active') or ())}"
-        )
-        note = (
-            "It was trained on a quantized base: on the unquantized one, or one that is quantized "
-            "otherwise, answers differ a little."
-        )
-        if manifest.get("merge_aware"):
-            note += (
-                " It was trained through the quantizer: quantadapt rounds what it adds to the base "
-                "as in training, PEFT alone does not, and answers differ a little."
-            )
+        others = _adapter_elsewhere(manifest, folder, name)
     else:
-        stock = (
-            "from transformers import AutoModelForCausalLM\n\n"
-            f"model = AutoModelForCausalLM.from_pretrained({folder})"
+        others = _model_elsewhere(manifest, folder, content)
+    return "\n\n".join(["## Load it", ours, *others])
+
+
+def _adapter_elsewhere(manifest: Mapping[str, Any], folder: str, name: str) -> list[str]:
+    """Return how PEFT loads an adapter onto the base called `name`, and what differs then."""
+    base = json.dumps(name if _HUB_ID.fullmatch(name) else "BASE")
+    code = (
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f"base = AutoModelForCausalLM.from_pretrained({base})\n"
+        f"{_by_peft(folder, manifest.get('active') or ())}"
+    )
+    note = (
+        "It was trained on a quantized base: on the unquantized one, or one that is quantized "
+        "otherwise, answers differ a little."
+    )
+    if manifest.get("merge_aware"):
+        note += (
+            " It was trained through the quantizer: quantadapt rounds what it adds to the base "
+            "as in training, PEFT alone does not, and answers differ a little."
         )
-        note = ""
-        if content == "requantized":
-            note = f"transformers alone loads it where it knows {escaped(manifest['backend'])}."
-    with_quantadapt = (
-        f"With the base as it was quantized (`pip install quantadapt`):\n\n{_code(ours)}"
-    )
-    alone = (
-        f"With transformers{' and PEFT' if content == 'adapter' else ''} alone:\n\n{_code(stock)}"
-    )
+    return [f"With transformers and PEFT alone:\n\n{_code(code)}", note]
+
+
+def _model_elsewhere(manifest: Mapping[str, Any], folder: str, content: Content) -> list[str]:
+    """Return how transformers loads a whole model, and whether it knows the backend."""
+    backend = escaped(manifest["backend"])
     if content == "requantized" and not registry().backend(manifest["backend"]).serves:
-        backend, alone = escaped(manifest["backend"]), ""
-        note = (
+        return [
             f"transformers alone is not known to read checkpoints of {backend}: it may start "
             "layers at random, and no more than report missing keys."
-        )
-    return "\n\n".join(filter(None, ["## Load it", with_quantadapt, alone, note]))
+        ]
+    code = (
+        "from transformers import AutoModelForCausalLM\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({folder})"
+    )
+    alone = f"With transformers alone:\n\n{_code(code)}"
+    if content != "requantized":
+        return [alone]
+    return [alone, f"transformers alone loads it where it knows {backend}."]
 
 
 def _by_peft(folder: str, active: Sequence[str]) -> str:

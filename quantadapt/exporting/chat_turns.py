@@ -6,9 +6,9 @@ what a template makes of a few conversations, and checked on others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 Messages = Sequence[Mapping[str, str]]
 ROLES = ("system", "user", "assistant")
@@ -39,6 +39,11 @@ class Turns:
         return begin + "".join(turns) + self.answer
 
 
+_SAID = {role: {"role": role, "content": f"<{role}-said>"} for role in ROLES}
+"""A message of each role."""
+_THREE = ("user", "assistant", "user")
+
+
 def turns_of(render: Callable[[list[dict[str, str]]], str]) -> Turns | None:
     """Return what a chat template puts around turns; None where it does anything else.
 
@@ -46,53 +51,76 @@ def turns_of(render: Callable[[list[dict[str, str]]], str]) -> Turns | None:
         render: makes of messages (role, content) the text before an answer. May raise where it does
             not take a role.
     """
-    said = {role: f"<{role}-said>" for role in ROLES}
-    user, answer = _message("user", said["user"]), _message("assistant", said["assistant"])
     try:
-        one, three = render([user]), render([user, answer, user])
+        one, three = render([_SAID["user"]]), render([_SAID[role] for role in _THREE])
     except Exception:  # templates raise what they like
         return None
-    if one.count(said["user"]) != 1 or three.count(said["user"]) != 2:
+    if (parts := _parted(one, three)) is None:
         return None
-    head, _, end = one.partition(said["user"])
-    # head, then: after + before + assistant + after + before + user + after + answer
-    if not three.startswith(head + said["user"]) or said["assistant"] not in three:
+    system, without_system = _system(render), None
+    for found in _candidates(parts, system):
+        if _holds(found, render):
+            if system is None or "system" in found.around:
+                return found
+            without_system = without_system or found
+    return without_system
+
+
+class _Parts(NamedTuple):
+    """What stands around what is said, in a user's turn and in user, assistant, user.
+
+    Attributes:
+        head: before a user who begins.
+        between: after the user and before the assistant.
+        again: after the assistant and before the user.
+        end: after the last user.
+    """
+
+    head: str
+    between: str
+    again: str
+    end: str
+
+
+def _parted(one: str, three: str) -> _Parts | None:
+    """Return the parts of a user's turn alone and of three turns; None where they do not begin and
+    end alike, or say something twice or not at all."""
+    user, assistant = _SAID["user"]["content"], _SAID["assistant"]["content"]
+    if one.count(user) != 1 or three.count(user) != 2:
         return None
-    between, _, rest = three[len(head + said["user"]) :].partition(said["assistant"])
-    again, _, last = rest.partition(said["user"])
-    if last != end:
+    head, _, end = one.partition(user)
+    if not three.startswith(head + user) or assistant not in three:
         return None
-    system, without_system = _system(render, user, said), None
+    between, _, rest = three[len(head + user) :].partition(assistant)
+    again, _, last = rest.partition(user)
+    return _Parts(head, between, again, end) if last == end else None
+
+
+def _candidates(parts: _Parts, system: str | None) -> Iterator[Turns]:
+    """Yield what turns may be, as it is not seen where one ends and the next begins: head is start
+    and `before` a user, again is `after` an assistant and `before`; between and end begin with
+    `after` a user."""
+    head, between, again, end = parts
     for before in _ends_of(again, head):
         for after in _starts_of(end, between):
-            start = head.removesuffix(before)
             around = {
                 "user": (before, after),
                 "assistant": (between.removeprefix(after), again.removesuffix(before)),
             }
-            found = Turns(around, start, end.removeprefix(after))
             if system is not None and system.endswith(before):
-                begin, _, close = system.removesuffix(before).partition(said["system"])
-                found = Turns({**around, "system": (begin, close)}, start, found.answer)
-            if _holds(found, render):
-                if system is None or "system" in found.around:
-                    return found
-                without_system = without_system or found
-    return without_system
+                begin, _, close = system.removesuffix(before).partition(_SAID["system"]["content"])
+                around["system"] = begin, close
+            yield Turns(around, head.removesuffix(before), end.removeprefix(after))
 
 
-def _system(
-    render: Callable[[list[dict[str, str]]], str],
-    user: dict[str, str],
-    said: Mapping[str, str],
-) -> str | None:
+def _system(render: Callable[[list[dict[str, str]]], str]) -> str | None:
     """Return what stands in front of the first user's turn where there is a system turn."""
     try:
-        text = render([_message("system", said["system"]), user])
+        text = render([_SAID["system"], _SAID["user"]])
     except Exception:
         return None
-    before, found, _ = text.partition(said["user"])
-    return before if found and before.count(said["system"]) == 1 else None
+    before, found, _ = text.partition(_SAID["user"]["content"])
+    return before if found and before.count(_SAID["system"]["content"]) == 1 else None
 
 
 def _ends_of(text: str, other: str) -> list[str]:

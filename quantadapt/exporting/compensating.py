@@ -42,6 +42,8 @@ values that they can take. `Grid.nearest` of `quantadapt.protocols` is one."""
 CHUNK = 128
 """Columns that are rounded before all others learn of it; the result depends on it by rounding."""
 DAMPING = 0.01
+"""Share of the mean of a moment's diagonal that is added to it: how little inputs are believed that
+were hardly seen."""
 SWEEPS = 10
 FEW = 1e-3
 """Share of weights that a sweep has to change for another one to be worth it."""
@@ -54,7 +56,6 @@ def compensated(
     nearest: Nearest,
     *,
     cross_moment: Tensor | None = None,
-    damping: float = DAMPING,
     sweeps: int = SWEEPS,
 ) -> Tensor:
     """Return values of a grid that give the outputs of `weight`, as far as its inputs are known.
@@ -66,8 +67,6 @@ def compensated(
         nearest: rounds columns onto the grid.
         cross_moment: X^T Y of these inputs and of those that the tuned layer gets at the same
             tokens, in the same shape; None: they are the same.
-        damping: share of the mean of the moment's diagonal that is added to it: how little inputs
-            are believed that were hardly seen.
         sweeps: how often all columns are looked at again, at most.
 
     Returns:
@@ -83,7 +82,7 @@ def compensated(
     apart = None
     if cross_moment is not None:
         apart = cross_moment.to(moment)[order][:, order] / mean - moment
-    moment.diagonal().add_(damping)
+    moment.diagonal().add_(DAMPING)
     inverse, best, columns = _inverse(moment), weight.float()[:, order], order.tolist()
     if apart is not None:
         best = best + best @ apart.t() @ inverse

@@ -127,9 +127,8 @@ class Hub(ContentExport):
             )
         except Exception as error:  # of the hub, of the network
             said = reason(error).replace(get_token() or "\0", "***")
-            fix = (
-                "see whether you may write there and the net is there; dry_run=true keeps a folder"
-            )
+            fix = "see whether you may write there and the net is there;"
+            fix += " dry_run=true keeps a folder"
             raise ModelError(f"pushing failed: {said}", fix=fix, where=self.repo) from None
 
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
 
+    from ..records import Adapter
+
 
 class StreamedWarning(UserWarning):
     """A model is loaded whose base comes to the GPU block by block, so that answers are slow."""
@@ -158,7 +160,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _load_adapter(
-    folder: Path, base: str | nn.Module | None, device: str, given: Streams, force_base: bool
+    folder: Path, base: str | nn.Module | None, device: str, streams: Streams, force_base: bool
 ) -> PeftModel:
     from peft import LoraConfig
 
@@ -168,29 +170,11 @@ def _load_adapter(
     from ..model.own_biases import biases_of, those_trained
 
     manifest = read_manifest(folder)
-    if manifest["adapter"] is None:
-        what = f"its {MANIFEST} says of no adapter, and there is one"
-        raise ModelError(what, fix="restore the file", where=str(folder))
-    adapter = registry().adapter(manifest["adapter"])
-    check_adapters(folder, manifest, adapter)
-    refuse_not_trained(folder, manifest["active"])
+    adapter = _adapter_of(folder, manifest)
     with peft_in_words(folder):
         config: Any = config_class(adapter).from_pretrained(str(folder))
-    own_base = folder.parent / BASE
-    if base is None:
-        _refuse_mixed(folder, manifest, own_base)
-    streams = given._replace(which=as_trained(given.which, manifest["stream"], device))
-    if base is None and (own_base / MANIFEST).exists():
-        refuse_altered(own_base, force=force_base)
-        model = load_base(own_base, device, streams)
-    elif base is None or isinstance(base, str):
-        _refuse_missing_base(base or manifest["base"], folder)
-        model = _made_again(base or manifest["base"], manifest, device, streams)
-    else:
-        model = base
+    model = _base_for(folder, manifest, base, device, streams, force_base)
     state = state_of(model)
-    if given.which == "auto" and state.stream != "none" and model is not base:
-        _tell_of_streaming(state.stream, given.folder)
     check_base(state, manifest, force=force_base)
     config.inference_mode = False
     if isinstance(config, LoraConfig) and state.rewritten:
@@ -210,6 +194,47 @@ def _load_adapter(
     if manifest.get("merge_aware"):
         make_merge_aware(peft_model)
     return peft_model
+
+
+def _adapter_of(folder: Path, manifest: Mapping[str, Any]) -> Adapter:
+    """Return which adapter lies in a folder. Raises ModelError where its files do not fit that,
+    NumbersError where a weight is NaN or infinite."""
+    if manifest["adapter"] is None:
+        what = f"its {MANIFEST} says of no adapter, and there is one"
+        raise ModelError(what, fix="restore the file", where=str(folder))
+    adapter = registry().adapter(manifest["adapter"])
+    check_adapters(folder, manifest, adapter)
+    refuse_not_trained(folder, manifest["active"])
+    return adapter
+
+
+def _base_for(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    base: str | nn.Module | None,
+    device: str,
+    given: Streams,
+    force_base: bool,
+) -> nn.Module:
+    """Return the base for the adapter in a folder: `base` itself, or what it names, or the one
+    beside the adapter, or the recorded checkpoint, quantized as recorded. Raises ModelError where
+    there is none, or where it is not the adapter's."""
+    own_base = folder.parent / BASE
+    if base is None:
+        _refuse_mixed(folder, manifest, own_base)
+    streams = given._replace(which=as_trained(given.which, manifest["stream"], device))
+    if base is None and (own_base / MANIFEST).exists():
+        refuse_altered(own_base, force=force_base)
+        model = load_base(own_base, device, streams)
+    elif base is None or isinstance(base, str):
+        _refuse_missing_base(base or manifest["base"], folder)
+        model = _made_again(base or manifest["base"], manifest, device, streams)
+    else:
+        return base
+    stream = state_of(model).stream
+    if given.which == "auto" and stream != "none":
+        _tell_of_streaming(stream, given.folder)
+    return model
 
 
 def base_of(model: PeftModel) -> nn.Module | None:
@@ -241,7 +266,7 @@ def _tell_of_streaming(stream: Stream, folder: str | None) -> None:
         f"{parts} streamed from {place}, as while it was trained: each token of an answer takes"
         " a copy of it. Where the GPU has room for it, say so: stream: none"
     )
-    warn(what, StreamedWarning, stacklevel=6)
+    warn(what, StreamedWarning, stacklevel=7)
 
 
 def _made_again(

@@ -181,9 +181,8 @@ def _unmarked(copied: nn.Module) -> nn.Module:
 def _quantized_whole(merged: nn.Module, state: ModelState) -> nn.Module:
     """Quantize a dense merged model in place, with the examples that its base was calibrated on."""
     if state.calibration is None:
-        what = (
-            f"{state.backend.name} calibrates when it quantizes, and there is no data to do it on"
-        )
+        what = f"{state.backend.name} calibrates when it quantizes, and there is no data"
+        what += " to do it on"
         raise DataError(what, fix="pass calibration=... (--calibration FILE)", where="calibration")
     model = state.quantizer.quantize(
         make_linear(merged, state.skip_modules),
@@ -192,9 +191,8 @@ def _quantized_whole(merged: nn.Module, state: ModelState) -> nn.Module:
         calibration=state.calibration,
         skip_modules=state.skip_modules,
     )
-    return wrap(model, state.quantizer.target, state.dtype, state.skip_modules).requires_grad_(
-        False
-    )
+    wrapped = wrap(model, state.quantizer.target, state.dtype, state.skip_modules)
+    return wrapped.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -97,34 +97,37 @@ class OntoBase(Exporter):
         from .merging import check_mergeable
         from .shards import MergedShards
 
-        adapter = registry().adapter(tuned.manifest["adapter"])
+        known, base = tuned.manifest, os.path.expanduser(self.base)
+        adapter = registry().adapter(known["adapter"])
         config_class(adapter)  # PEFT may not know it yet
-        check_adapters(tuned.adapter, tuned.manifest, adapter)
-        base, device = os.path.expanduser(self.base), tuned.device
-        device = this_machine().default_device if device == "auto" else device
-        data = tuned.held_out if self.check else None
-        known = tuned.manifest
-        then = noted(known)
+        check_adapters(tuned.adapter, known, adapter)
+        device = this_machine().default_device if tuned.device == "auto" else tuned.device
+        data = tuned.held_out if self.check else None  # told before the work if it is of no use
         with expecting(known["new_modules"], known["unused_modules"]):
             under = _Opened(base, device)
-        other = None if self.force_base else self._changed(known) or self._other(then)
-        if other:  # a hub id was not here before
-            raise MergeRefused([other])
-        tell_unknown_original(then, fingerprint_of(self.base), self.base)
-        attached = under.attached(tuned.adapter, tuned.manifest["active"])
+        self._refuse_other(known)
+        tell_unknown_original(noted(known), fingerprint_of(self.base), self.base)
+        attached = under.attached(tuned.adapter, known["active"])
         check_mergeable(attached)
         shards = MergedShards(attached, under.stored, under.ties, under.trained)
         meant = shards.write(folder, sketched=self.check)
         _copy_rest(under.stored.checkpoint.folder, tuned.adapter, folder)
         if shards.unties:
             _untie(folder, under.config)
-        text = json.dumps({**tuned.manifest, "base": base}, indent=2) + "\n"
+        text = json.dumps({**known, "base": base}, indent=2) + "\n"
         (folder / MANIFEST).write_text(text, encoding="utf-8")
         found = {"layers": Figure(shards.layers)}
         if data is None:
             return found
         refuse_other_files(meant, folder)
         return found | under.checked(attached, folder, data)
+
+    def _refuse_other(self, known: Mapping[str, Any]) -> None:
+        """Raise MergeRefused where the base is not what the adapter's was made from, once it is
+        here: a hub id may not have been before."""
+        other = None if self.force_base else self._changed(known) or self._other(noted(known))
+        if other:
+            raise MergeRefused([other])
 
 
 @in_turn

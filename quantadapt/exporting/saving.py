@@ -68,37 +68,31 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, base: b
         attached, and `model` is not PEFT's model of it, or has lost it.
     """
     state, root = state_of(model), Path(path).expanduser()
-    final = root / ADAPTER if state.adapter else root
-    saves_base = state.adapter is not None and _has_own_base(state)
-    own_base = root / BASE
+    final, own_base = root / ADAPTER if state.adapter else root, root / BASE
+    has_own_base = state.adapter is not None and _has_own_base(state)
+    writes_base = has_own_base and base
     if problems := unsavable(model):
         raise PlanRefused(problems)
     _refuse_lost_adapter(model, state)
     refuse_overlap(final, [state.source])
     _refuse_foreign(final)
     refuse_occupied(final, overwrite)
-    if state.adapter and (own_base / MANIFEST).exists() and base:
-        if own_base.is_symlink():  # whose it is, and what else reads it, is not known
-            fix = "remove the link, or choose another folder"
-            raise OutputError("a link is in the way", fix=fix, where=str(own_base))
-        refuse_occupied(own_base, overwrite)
-    if saves_base and base:
+    if state.adapter and base:
+        _refuse_base_in_the_way(own_base, overwrite)
+    if writes_base:
         _refuse_foreign(own_base)
-    if saves_base and base:
         state.base_id = secrets.token_hex(8)
+    replaces = writes_base and (own_base / MANIFEST).exists()
     with ExitStack() as stack:
-        replaces = saves_base and base and (own_base / MANIFEST).exists()
         if replaces:  # nothing of the earlier pair is replaced until all of the new one is there
             beside = atomic_folder(own_base, overwrite=True, checksums=True)
             write_base(model, state, stack.enter_context(beside))
         with atomic_folder(final, overwrite=overwrite) as folder:
-            _write(model, state, folder, base_id=_noted(state, own_base, saves_base and base))
-    if saves_base and base and not replaces:  # afterwards: the base alone could be made again
+            _write(model, state, folder, base_id=_noted(state, own_base, writes_base))
+    if writes_base and not replaces:  # afterwards: the base alone could be made again
         save_base(model, state, own_base, overwrite=overwrite)
-    stale = overwrite and not saves_base and (own_base / MANIFEST).exists()
-    if state.adapter and stale and not _lies_in(state.source, own_base):
-        refuse_occupied(own_base, overwrite)
-        remove(own_base)  # of an earlier adapter: it is not this one's
+    if state.adapter and overwrite and not has_own_base:
+        _remove_stale(own_base, state)
     return final
 
 
@@ -160,6 +154,24 @@ def _refuse_lost_adapter(model: nn.Module, state: ModelState) -> None:
         what = "an adapter was attached, and here is none: it was deleted, or this is what PEFT's"
         fix = "pass what attach or load returned; to save the base alone, its unload()"
         raise ModelError(f"{what} get_base_model() returns", fix=fix)
+
+
+def _refuse_base_in_the_way(own_base: Path, overwrite: bool) -> None:
+    """Raise OutputError where the base of an earlier adapter must not be replaced or removed."""
+    if not (own_base / MANIFEST).exists():
+        return
+    if own_base.is_symlink():  # whose it is, and what else reads it, is not known
+        fix = "remove the link, or choose another folder"
+        raise OutputError("a link is in the way", fix=fix, where=str(own_base))
+    refuse_occupied(own_base, overwrite)
+
+
+def _remove_stale(own_base: Path, state: ModelState) -> None:
+    """Remove the base of an earlier adapter, which is not this one's, unless it is what this one
+    was trained on."""
+    if (own_base / MANIFEST).exists() and not _lies_in(state.source, own_base):
+        refuse_occupied(own_base, overwrite=True)
+        remove(own_base)
 
 
 def _has_own_base(state: ModelState) -> bool:

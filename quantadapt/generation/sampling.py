@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
-from ..errors import NumbersError, OptionsError, Problem, did_you_mean
+from ..errors import NumbersError, OptionsError, Problem
+from ..inputs.likely_names import did_you_mean
 from ..protocols import Options
 from ..spec import wrong_value
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import Problem, SpecError, did_you_mean
+from ..errors import Problem, SpecError
+from .likely_names import did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 FOLDER = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.exists())

@@ -106,6 +106,7 @@ class Method:
 
 
 # --- in each layer -------------------------------------------------------------------------------
+# In formulas q are the options, and i and o the inputs and outputs of a layer.
 
 
 def _lora(q: _Values, layer: Layer) -> Size:

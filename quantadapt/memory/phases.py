@@ -7,7 +7,6 @@ others kept is gone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -60,47 +59,112 @@ def phases(work: Workload, setting: Setting) -> list[Phase]:
 
 def _phases(work: Workload, setting: Setting, several: bool) -> list[Phase]:
     """Return the loss, which comes first, and the phases of backward."""
-    tokens = work.tokens_of(setting)
-    count, single = setting.recomputed_layers, work.input_bytes(tokens)
-    single += work.attention_bytes(tokens) if setting.attention else 0
-    tiled, offload = work.tiles(setting, tokens), setting.offload
-    each = [
-        (layers, kind, kind.kept_bytes(tokens, tiled), kind.kept_always(tokens, offload))
-        for layers, kind in work.kinds
-    ]
-    layers = [(kind, kept, always) for n, kind, kept, always in each for _ in range(n)]
-    layers[count:] = [(k, kept + k.low_bytes(tokens), always) for k, kept, always in layers[count:]]
-    stays = [always for _, _, always in layers]
-    seeing = work.seeing_bytes(setting)
-    # One that is fetched from CPU memory, and the next, which is under way.
-    inputs = single * (min(count, 2) if offload else count)
-
-    def gradients(layer: int) -> int:
-        """What is there of them in the backward of a layer, counted from 0."""
-        come = 0 if several or work.early_gradients else layer
-        return 4 * work.trained * (len(layers) - come) // len(layers)
-
-    def backward() -> Iterator[Phase]:
-        kept = sum(kept for _, kept, _ in layers[count:]) + seeing
-        working = work.layer_bytes(tokens, setting)
-        last = len(layers) - 1
-        if count <= last and (forward := work.forward_bytes(tokens)):
-            yield Phase("forward", inputs + sum(stays), kept, forward, gradients(len(layers)))
-        yield Phase("last layer", inputs + sum(stays), kept, working, gradients(last))
-        if count <= last:
-            kind, kept, _ = layers[count]
-            working = kind.layer_bytes(tokens, setting)
-            left = inputs + sum(stays[: count + 1])
-            yield Phase("last that is kept", left, kept + seeing, working, gradients(count))
-        # Where inputs go to CPU memory, little is to be kept, and the second last has another.
-        for at in {count - 1, min(count - 1, 1), 0} if count else ():
-            kind, kept, _ = layers[at]
-            working = kind.layer_bytes(tokens, setting)
-            working += 0 if offload else kind.recompute_bytes(tokens) + kind.product_bytes(tokens)
-            left = min(inputs, (at + 1) * single) + sum(stays[: at + 1])
-            yield Phase("recomputed", left, kept - single + seeing, working, gradients(at))
-
-    kept = sum(kept for _, kept, _ in layers[count:]) + seeing
-    loss = Phase("loss", inputs + sum(stays), kept, work.head_bytes(tokens), gradients(len(layers)))
+    step = _Step.of(work, setting, several)
+    tokens, count, layers = step.tokens, setting.recomputed_layers, len(step.layers)
+    found = [step.before_backward("loss", work.head_bytes(tokens), layers)]
+    if count < layers and (forward := work.forward_bytes(tokens)):
+        found.append(step.before_backward("forward", forward, layers))
+    found.append(step.before_backward("last layer", work.layer_bytes(tokens, setting), layers - 1))
+    if count < layers:
+        found.append(step.last_kept())
+    # Where inputs go to CPU memory, little is to be kept, and the second last has another.
+    found += [step.recomputed(at) for at in ({count - 1, min(count - 1, 1), 0} if count else ())]
     shared = work.shared_bytes(setting)
-    return [phase._replace(working=phase.working + shared) for phase in (loss, *backward())]
+    return [phase._replace(working=phase.working + shared) for phase in found]
+
+
+class _Layer(NamedTuple):
+    """A decoder layer in a step, in bytes.
+
+    Attributes:
+        kind: the workload whose shape is its.
+        kept: what it keeps until its backward, from its forward on or from its recomputation.
+        stays: what it keeps until then even if it is recomputed.
+    """
+
+    kind: Workload
+    kept: int
+    stays: int
+
+
+class _Step(NamedTuple):
+    """A step under a setting, which recomputes its first layers. Layers are counted from 0.
+
+    Attributes:
+        tokens: of a pass, on one GPU.
+        early: whether all gradients are there when backward begins.
+    """
+
+    work: Workload
+    setting: Setting
+    tokens: int
+    layers: list[_Layer]
+    early: bool
+
+    @classmethod
+    def of(cls, work: Workload, setting: Setting, several: bool) -> _Step:
+        """Return the step of a workload; `several`: of several passes, whose gradients add up."""
+        tokens = work.tokens_of(setting)
+        tiled, layers = work.tiles(setting, tokens), []
+        for count, kind in work.kinds:
+            kept = kind.kept_bytes(tokens, tiled)
+            layers += [_Layer(kind, kept, kind.kept_always(tokens, setting.offload))] * count
+        first = setting.recomputed_layers
+        layers[first:] = [
+            layer._replace(kept=layer.kept + layer.kind.low_bytes(tokens))
+            for layer in layers[first:]
+        ]
+        return cls(work, setting, tokens, layers, several or work.early_gradients)
+
+    @property
+    def single(self) -> int:
+        """What waits for the backward of a recomputed layer: its input, and what attention returned
+        where that is kept."""
+        attention = self.work.attention_bytes(self.tokens) if self.setting.attention else 0
+        return self.work.input_bytes(self.tokens) + attention
+
+    @property
+    def inputs(self) -> int:
+        """That of all recomputed layers when backward begins."""
+        count = self.setting.recomputed_layers
+        if self.setting.offload:  # one that is fetched from CPU memory, and the next, under way
+            count = min(count, 2)
+        return count * self.single
+
+    @property
+    def seeing(self) -> int:
+        """What an adapted tower keeps."""
+        return self.work.seeing_bytes(self.setting)
+
+    def stays(self, layers: int) -> int:
+        """What the first so many layers keep even if they are recomputed."""
+        return sum(layer.stays for layer in self.layers[:layers])
+
+    def gradients(self, layer: int) -> int:
+        """The gradients that are there in the backward of a layer; of their number: before it."""
+        come = 0 if self.early else layer
+        return 4 * self.work.trained * (len(self.layers) - come) // len(self.layers)
+
+    def before_backward(self, name: str, working: int, layer: int) -> Phase:
+        """A phase in which all is there that layers keep; `layer`: whose gradients come next."""
+        kept = sum(one.kept for one in self.layers[self.setting.recomputed_layers :])
+        inputs = self.inputs + self.stays(len(self.layers))
+        return Phase(name, inputs, kept + self.seeing, working, self.gradients(layer))
+
+    def last_kept(self) -> Phase:
+        """The backward of the first layer that is not recomputed."""
+        at = self.setting.recomputed_layers
+        kind, kept, _ = self.layers[at]
+        working = kind.layer_bytes(self.tokens, self.setting)
+        inputs = self.inputs + self.stays(at + 1)
+        return Phase("last that is kept", inputs, kept + self.seeing, working, self.gradients(at))
+
+    def recomputed(self, at: int) -> Phase:
+        """The backward of a layer that is recomputed."""
+        (kind, kept, _), tokens = self.layers[at], self.tokens
+        working, single = kind.layer_bytes(tokens, self.setting), self.single
+        if not self.setting.offload:
+            working += kind.recompute_bytes(tokens) + kind.product_bytes(tokens)
+        inputs = min(self.inputs, (at + 1) * single) + self.stays(at + 1)
+        kept += self.seeing - single
+        return Phase("recomputed", inputs, kept, working, self.gradients(at))

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .experts import Experts, Latent
+from .experts import Experts
+from .latent import Latent
 from .unfused import USUAL, Activation, Scores, activation, dropout_masks
 
 _PLAIN_MLP = ("apertus", "arcee", "gpt_neox", "nanochat", "phi", "starcoder2")
@@ -28,8 +29,6 @@ TRL_SCALES = frozenset(("logit_scale", "output_multiplier", "lm_head_multiplier"
 """Of these, what TRL's loss knows."""
 TRL_ROUTERS = ("gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 """Models whose loss on routers is TRL's, which is Mixtral's."""
-
-
 _NORMED_HEADS = (
     *("apertus", "exaone4", "gemma3_text", "nanochat", "olmo2", "olmo3", "olmoe"),
     *("qwen3", "qwen3_moe", "qwen3_vl_moe_text", "qwen3_vl_text"),
@@ -168,9 +167,8 @@ class Shape:
 
     def stacked(self, name: str) -> int:
         """Return how many experts' layers a layer of `linears` is."""
-        return (
-            self.experts.count if self.experts and name in self.experts.stacks(self.hidden) else 1
-        )
+        experts = self.experts
+        return experts.count if experts and name in experts.stacks(self.hidden) else 1
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:

@@ -80,9 +80,7 @@ class Tower:
         """
         h, i = self.hidden, self.inside
         numbers = 8 * h + (2 + 2 * self.gated + self.slow_gelu) * i
-        if (
-            self.chunks
-        ):  # queries and keys as they were, and attention's outputs, picture by picture
+        if self.chunks:  # queries and keys as they were; attention's outputs, picture by picture
             numbers += 3 * h
         if self.gated and dtype_bytes == 2:  # norms keep a float32 copy
             numbers += 2 * h

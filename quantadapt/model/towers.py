@@ -58,11 +58,6 @@ def other_towers(model: nn.Module, chosen: Collection[str] = (LANGUAGE,)) -> tup
     return tuple(name for tower, names in towers.items() if tower not in chosen for name in names)
 
 
-def language_of(model: Any) -> Any:
-    """Return the part of a model that is its language model: its decoder, or all of it."""
-    return model.get_decoder() if towers_of(model) else model
-
-
 def _encoder(model: Any, modality: str) -> nn.Module | None:
     """Return the tower for "image" or "audio", if there is one."""
     found = model.get_encoder(modality=modality)

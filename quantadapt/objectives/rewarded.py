@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -207,35 +208,45 @@ class RewardTask(AnswerTask):
     def before_step(self, setup: Setup, batches: list[dict[str, Any]], step: int) -> None:
         """Put answers by the model as it is now into the batches, with what they are worth.
         Raises RewardError."""
-        from ..data.prompts import Asked
-        from ..distributed.world import world
-        from ..rewarding.answering import rollouts
-
         places = [batch[PLACE].tolist() for batch in batches]
-        asked = [Asked.of(setup.dataset[place]) for part in places for place in part]
-        asked = [one for one in asked for _ in range(self.num_generations)]
-        train, mine = setup.spec, world()
-        most = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        size, what = train.per_device_train_batch_size, f"what comes before step {step}"
-        answer = partial(
-            rollouts,
-            *(setup.model, setup.tokenizer, asked, self.sampling(setup.seed)),
-            first=((step - 1) * mine.size + mine.rank) * most,
-        )
-        made = setup.at_once(lambda count: answer(batch_size=count), size, "answers", what)
+        size, what = setup.spec.per_device_train_batch_size, f"what comes before step {step}"
+        made = self._answers(setup, [place for part in places for place in part], step, what)
         scores, rewards = self._scored(made)
-        start = 0
-        parts = []
-        for part in places:
-            parts.append(made[start : start + len(part) * self.num_generations])
-            start += len(part) * self.num_generations
-        for batch, answers in zip(batches, parts, strict=True):
+        left = iter(made)
+        for batch, part in zip(batches, places, strict=True):
+            answers = [*islice(left, len(part) * self.num_generations)]
             batch.clear()
             batch.update(self.batch(setup, answers))
         if self.beta or self.num_iterations > 1:
             remember = partial(self._remember, setup.model, batches)
             setup.at_once(remember, size, "log-probabilities", what)
         self._value(batches, made, scores, rewards)
+
+    def _answers(
+        self, setup: Setup, places: Sequence[int], step: int, what: str
+    ) -> Sequence[Rollout]:
+        """Return a group of answers to each prompt, those to one prompt as neighbours.
+
+        Args:
+            places: of the prompts in the data.
+            what: they are made for, in words.
+        """
+        from ..data.prompts import Asked
+        from ..distributed.world import world
+        from ..rewarding.answering import rollouts
+
+        train, mine = setup.spec, world()
+        size = train.per_device_train_batch_size
+        asked = [Asked.of(setup.dataset[place]) for place in places]
+        answer = partial(
+            rollouts,
+            *(setup.model, setup.tokenizer),
+            [one for one in asked for _ in range(self.num_generations)],
+            self.sampling(setup.seed),
+            # Each answer of a run has a number of its own, by which it is drawn.
+            first=((step - 1) * mine.size + mine.rank) * size * train.gradient_accumulation_steps,
+        )
+        return setup.at_once(lambda count: answer(batch_size=count), size, "answers", what)
 
     def sampling(self, seed: int) -> Sampling:
         """Return how answers are drawn."""

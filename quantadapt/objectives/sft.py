@@ -196,21 +196,11 @@ def _causal_collator(setup: Setup) -> Any:
 def _causal_trainer(task: SFT, setup: Setup) -> Any:
     from trl import SFTConfig, SFTTrainer
 
-    from ..data.batches import SEQUENCES
-    from ..model.ulysses import alone
     from ..training.lent_to_trainers import quiet, with_adapted_heads, without_statistics
-    from ..training.next_tokens import refuse_unshifted
-    from ..training.packing import packed, refuse_leaks
 
     with quiet(), with_adapted_heads(), without_statistics(setup.model):
         if setup.spec.packing:
-            _refuse_pictures(setup.dataset)
-            with alone(setup.model):
-                refuse_leaks(setup.model, _causal_collator(setup))
-            if SEQUENCES not in setup.dataset.column_names:
-                usual = getattr(getattr(setup.model, "quantadapt", None), "max_length", None) or 0
-                rows = packed(setup.dataset, setup.spec.row_length, usual)
-                setup = replace(setup, dataset=rows)
+            setup = _packed(setup)
         # the data are tokenized already; max_length and packing have been dealt with
         options = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
         trainer = setup.trainer(
@@ -220,14 +210,39 @@ def _causal_trainer(task: SFT, setup: Setup) -> Any:
         )
     if task.logits == "model":
         _fuse_head(setup.model)
-        base = setup.model.get_base_model()
-        if _whose_head(base) is not None and hasattr(base, "_loss_function"):
-            setup.on_note(_NOT_ITS_LOSS)
-        if _whose_head(base) is None:
-            # What the model's is, whatever else a subclass makes of it, and wants of a batch.
-            own = partial(SFT.loss, task, setup.model, count=None)
-            refuse_unshifted(setup.model, lambda batch: own(batch=batch), setup.on_note)
+        _look_at_loss(task, setup)
     return trainer
+
+
+def _packed(setup: Setup) -> Setup:
+    """Return the setup with several examples in a row. Raises TrainingError where the model does
+    not keep them apart, or they have pictures."""
+    from ..data.batches import SEQUENCES
+    from ..model.ulysses import alone
+    from ..training.packing import packed, refuse_leaks
+
+    _refuse_pictures(setup.dataset)
+    with alone(setup.model):
+        refuse_leaks(setup.model, _causal_collator(setup))
+    if SEQUENCES in setup.dataset.column_names:
+        return setup
+    usual = getattr(getattr(setup.model, "quantadapt", None), "max_length", None) or 0
+    return replace(setup, dataset=packed(setup.dataset, setup.spec.row_length, usual))
+
+
+def _look_at_loss(task: SFT, setup: Setup) -> None:
+    """Tell of a loss of the model's that is not used. Raises TrainingError where one is used that
+    is not of the next tokens."""
+    from ..training.next_tokens import refuse_unshifted
+
+    base = setup.model.get_base_model()
+    if _whose_head(base) is not None:
+        if hasattr(base, "_loss_function"):
+            setup.on_note(_NOT_ITS_LOSS)
+        return
+    # What the model's is, whatever else a subclass makes of it, and wants of a batch.
+    own = partial(SFT.loss, task, setup.model, count=None)
+    refuse_unshifted(setup.model, lambda batch: own(batch=batch), setup.on_note)
 
 
 def _refuse_pictures(dataset: Dataset) -> None:

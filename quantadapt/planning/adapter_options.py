@@ -13,7 +13,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import PurePath
 from typing import Any
 
-from ..errors import Problem, did_you_mean
+from ..errors import Problem
+from ..inputs.likely_names import did_you_mean
 from ..inputs.patterns import pattern_problems
 from ..records import Adapter
 from .peft_options import Option, peft_options

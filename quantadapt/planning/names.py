@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..errors import Problem, did_you_mean
+from ..errors import Problem
+from ..inputs.likely_names import did_you_mean
 
 ALL_LINEAR = "all-linear"
 TARGETS = "adapter.target_modules"

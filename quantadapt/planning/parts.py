@@ -18,10 +18,11 @@ from .. import demo
 from ..data.sources import matching
 from ..dependencies import missing_requirements, tracker_problems
 from ..distributed.world import world
-from ..errors import ModelError, OutputError, PlanRefused, PluginError, Problem, did_you_mean
+from ..errors import ModelError, OutputError, PlanRefused, PluginError, Problem
 from ..folders.run_folder import RunFolder
 from ..inputs.documents import shown
 from ..inputs.fingerprints import Fingerprint
+from ..inputs.likely_names import did_you_mean
 from ..inputs.model_config import DEQUANTIZED
 from ..machine import Machine
 from ..paths import is_local_path, path_problem

@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import Problem, did_you_mean
+from ..errors import Problem
+from ..inputs.likely_names import did_you_mean
 from ..spec import TrainSpec
 from .peft_options import Option
 

@@ -11,7 +11,8 @@ import pluggy
 
 from .. import hookspecs
 from ..capabilities import Merge, Rule
-from ..errors import PluginError, did_you_mean
+from ..errors import PluginError
+from ..inputs.likely_names import did_you_mean
 from ..protocols import Evaluator, Exporter, Quantizer, Task
 from ..records import KINDS, OPTIONS, Adapter, Backend, Record, kind_of
 

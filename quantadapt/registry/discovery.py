@@ -27,15 +27,8 @@ from typing import Any
 import pluggy
 
 from .. import hookspecs
-from ..errors import (
-    ModelError,
-    PlanRefused,
-    PluginError,
-    Problem,
-    QuantadaptError,
-    did_you_mean,
-    warn,
-)
+from ..errors import ModelError, PlanRefused, PluginError, Problem, QuantadaptError, warn
+from ..inputs.likely_names import did_you_mean
 from ..protocols import Quantizer
 from ..records import KINDS, Adapter, Backend, R, Record, kind_of
 from .checks import Contents, contents

@@ -18,9 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import Problem, RewardError, did_you_mean
+from ..errors import Problem, RewardError
 from ..inputs.configs import FOLDER
 from ..inputs.documents import reason
+from ..inputs.likely_names import did_you_mean
 from ..inputs.patience import TooLate, in_main_thread, within
 
 Function = Callable[..., Any]

@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from ..errors import Problem, did_you_mean, likely_name
+from ..errors import Problem
+from ..inputs.likely_names import did_you_mean, likely_name
 from .overrides import SHORTHAND
 
 _LORA = ["r", "lora_alpha", "lora_dropout", "target_modules"]

@@ -9,7 +9,8 @@ from ..adapting.several import unsavable
 from ..adapting.vblora import cut_short
 from ..dependencies import tracker_problems
 from ..distributed.world import world
-from ..errors import PlanRefused, Problem, TrainingError, did_you_mean
+from ..errors import PlanRefused, Problem, TrainingError
+from ..inputs.likely_names import did_you_mean
 from ..planning.context_parallel import context_problems
 from ..planning.optimizers import optimizer_problems
 from ..planning.refusals import (

@@ -19,8 +19,6 @@ from ..errors import OutputError, TrainingError
 from ..folders.checkpoints import CHECKPOINTS, Checkpoint, last_whole, steps_of
 
 if TYPE_CHECKING:
-    import torch
-
     from ..spec import TrainSpec
 
 

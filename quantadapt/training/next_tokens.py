@@ -63,8 +63,7 @@ def refuse_foresight(model: Any, on_note: OnNote, columns: Iterable[str] = ()) -
     if logits.ndim != 3 or logits.shape[1] < _LENGTH:
         what = f"{_name(model)} does not give the logits of each token"
         raise TrainingError(what, fix="use a causal language model", where=WHERE)
-    one, other = logits[:, :-1].float()
-    if differ(model, one, other):
+    if differ(model, *logits[:, :-1].float()):
         what = f"{_name(model)} sees the tokens after each, so it would learn to copy the next one"
         raise TrainingError(what, fix=_fix(model.config), where=WHERE)
 

@@ -5,7 +5,7 @@ Nothing of the model is left changed but the adapter's weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +101,7 @@ def train(
         Interrupted: it ended early, as `stop` said, and left a checkpoint.
         KeyboardInterrupt: as it came; earlier checkpoints are whole, none is half written.
     """
+    note = (lambda _: None) if on_note is None else on_note
     task = task or registry().record(Objective, "sft").task()
     check(model, spec, task)
     check_held_out(spec, held_out)
@@ -108,13 +109,7 @@ def train(
         make_merge_aware(model)  # and it stays so: it is what is evaluated, saved and merged
     else:
         tell_it_stays(model)
-    for part in (dataset, held_out):
-        check_tokens(part, embedding_rows(model), tokenizer)
-        check_lengths(part, config_of(model))
-    note = (lambda _: None) if on_note is None else on_note
-    long = dict.fromkeys(beyond(part, config_of(model)) for part in (dataset, held_out))
-    for words in filter(None, long):
-        note(f"data: {words}")
+    _check_examples(model, tokenizer, (dataset, held_out), note)
     if isinstance(state := getattr(model, "quantadapt", None), ModelState):
         state.pooling = getattr(task, "pooling", "")  # what makes vectors has it: embed
     checkpoint = checkpoint_to_resume(Path(output), spec, note)
@@ -132,21 +127,12 @@ def train(
         if task.wants_lm:
             refuse_foresight(model, note, getattr(dataset, "column_names", None) or ())
         trainer = make_trainer(task, setup, on_log)  # task.trainer: trl's SFTTrainer, for one
-        trainer.packed = None
-        if spec.packing:
-            in_rows = SEQUENCES in setup.dataset.column_names
-            trainer.packed = filling(trainer.train_dataset, in_rows=in_rows)
-        if trainer.packed:
-            note(f"packing: {trainer.packed.words}")
+        trainer.packed = _packed(trainer, setup, note)
         trainer.prepared = prepared
         trainer.fused = loans.fused
         trainer.memory_fit = fewer.fit = MemoryFit(trainer, loans.recomputer, spec, on_note)
         trainer.memory_fit.graphs, trainer.memory_fit.dense = loans.graphs, loans.dense
-        if again := repeated_rows(trainer):
-            note(
-                f"data: {len(trainer.train_dataset):,} rows do not divide evenly among"
-                f" {world().size} processes: at the end of an epoch {again} of them count again"
-            )
+        _tell_of_repeated_rows(trainer, note)
         if measured is not None:
             collator = in_parts(task.collator(setup.of(measured)), spec)
             trainer.validation = Validation(
@@ -160,6 +146,41 @@ def train(
         if trainer.validation is not None:
             trainer.validation.end()  # may put the best weights back
         return _result(trainer, checkpoint)
+
+
+def _check_examples(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Sequence[Dataset | None],
+    note: Callable[[str], None],
+) -> None:
+    """Raise DataError where the model has no embedding for a token, or no positions for a length;
+    say what else of the lengths somebody should know, once."""
+    for part in parts:
+        check_tokens(part, embedding_rows(model), tokenizer)
+        check_lengths(part, config_of(model))
+    for words in dict.fromkeys(beyond(part, config_of(model)) for part in parts):
+        if words:
+            note(f"data: {words}")
+
+
+def _packed(trainer: Any, setup: Setup, note: Callable[[str], None]) -> Filling | None:
+    """Return how packed rows are filled, and say it; None where examples are not packed."""
+    if not setup.spec.packing:
+        return None
+    in_rows = SEQUENCES in setup.dataset.column_names
+    found = filling(trainer.train_dataset, in_rows=in_rows)
+    if found:
+        note(f"packing: {found.words}")
+    return found
+
+
+def _tell_of_repeated_rows(trainer: Any, note: Callable[[str], None]) -> None:
+    if again := repeated_rows(trainer):
+        note(
+            f"data: {len(trainer.train_dataset):,} rows do not divide evenly among"
+            f" {world().size} processes: at the end of an epoch {again} of them count again"
+        )
 
 
 # What transformers' Trainer.train calls of ours, in this order; `expected_calls` sees that it does.

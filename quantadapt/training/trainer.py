@@ -6,7 +6,8 @@ otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -133,17 +134,9 @@ def make_trainer(task: Task, setup: Setup, on_log: OnLog | None) -> Any:
     watcher = type("Watcher", (Watcher, TrainerCallback), {})(
         progress, on_log or (lambda _: None), tuner_of(model)
     )
-    try:
-        with unlaunched():
-            trainer = task.trainer(setup)
+    with _in_words(), unlaunched():
+        trainer = task.trainer(setup)
         trainer.add_callback(watcher)
-    except (ValueError, ImportError, RuntimeError) as error:
-        fix = "check the keys under train:"
-        if isinstance(error, ImportError):
-            fix = "install what is missing, or use another train.optim or train.report_to"
-        elif type(error).__name__ == "OutOfMemoryError":
-            fix = OOM_FIX
-        raise TrainingError(f"the trainer cannot be set up: {error}", fix=fix) from error
     trainer.remove_callback(PrinterCallback)
     clip_what_is_trained(trainer.accelerator, [p for p in model.parameters() if p.requires_grad])
     watcher.trainer, trainer.progress = trainer, progress
@@ -159,6 +152,20 @@ def make_trainer(task: Task, setup: Setup, on_log: OnLog | None) -> Any:
     trainer.checkpoints = setup.output / CHECKPOINTS
     trainer.gradient_check = None if trainer.args.fp16 else GradientCheck()
     return trainer
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Turn what libraries raise while a trainer is set up into TrainingError."""
+    try:
+        yield
+    except (ValueError, ImportError, RuntimeError) as error:
+        fix = "check the keys under train:"
+        if isinstance(error, ImportError):
+            fix = "install what is missing, or use another train.optim or train.report_to"
+        elif type(error).__name__ == "OutOfMemoryError":
+            fix = OOM_FIX
+        raise TrainingError(f"the trainer cannot be set up: {error}", fix=fix) from error
 
 
 def _arguments(model: Any, spec: TrainSpec, output: Path, seed: int) -> dict[str, Any]:
