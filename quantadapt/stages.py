@@ -270,8 +270,6 @@ def train(
         )
         for text in [] if task.generates else training_warnings(result.losses):
             tell("warning", {"text": text})
-        if hasattr(model, "quantadapt"):
-            state_of(model).learnt = True
         return result
 
 

@@ -19,7 +19,7 @@ import quantadapt as qa
 from quantadapt.adapting.several import keys_of
 from quantadapt.cli import main
 from quantadapt.errors import ModelError, PlanRefused, SpecError
-from quantadapt.evaluation.preferences import has_reference
+from quantadapt.evaluation.reference import has_reference
 from quantadapt.exporting.adapters import put_beside
 from quantadapt.exporting.beside import add_adapter
 from quantadapt.model.own_biases import without_adapter

@@ -86,6 +86,7 @@ def attach_adapter(
     state.rewritten = any(id(facade.vendor) not in before for _, facade in facades(tuned))
     state.adapter, state.adapter_options = adapter, options
     state.own_biases, state.learnt = those_trained(biases), False
+    state.begun, state.begun_elsewhere = None, False
     return tuned
 
 

@@ -203,6 +203,7 @@ def _load_adapter(
     # PiSSA starts again from the base as it was, and so rewrites it again.
     state.rewritten |= any(id(facade.vendor) not in before for _, facade in facades(peft_model))
     state.own_biases, state.learnt = those_trained(biases), True
+    state.begun, state.begun_elsewhere = None, manifest["begun_elsewhere"]
     state.adapter = adapter
     state.adapter_options = dict(manifest["adapter_options"])
     state.max_length = manifest.get("max_length")

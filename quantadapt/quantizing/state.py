@@ -10,7 +10,7 @@ from ..errors import QuantadaptError
 from ..inputs.fingerprints import Fingerprint
 from ..planning.refusals import make_cell
 from ..planning.streaming import Stream
-from ..protocols import Quantizer
+from ..protocols import Quantizer, Task
 from ..records import Adapter, Backend, as_call
 from .recognizing import config_by_peft, is_new, recognized, rewrites
 
@@ -49,8 +49,11 @@ class ModelState:
         max_length: the longest example in tokens that it was trained on, where that is known.
         pooling: how the vectors that it was trained to make are made of its tokens' states; empty
             where it was not trained to make any.
-        learnt: that adapter was trained before: it was loaded, `train` has ended, or PEFT put it
-            there and it is no new one.
+        learnt: that adapter was trained before: it was loaded, `train` has done a step, or PEFT
+            put it there and it is no new one.
+        begun: the weights that are trained, with their values in CPU memory as the training began
+            that compared with them; None where that compared with the model without its adapter.
+        begun_elsewhere: they were another model's, and are not known here.
         own_biases: biases of the base that the adapter trains, with the values that they had.
         merge_aware: its adapter computes, and is merged, on the scales that the base has.
         head, labels: the kind of head that the checkpoint was read with, if it was not its own, and
@@ -82,6 +85,8 @@ class ModelState:
     max_length: int | None = None
     pooling: str = ""
     learnt: bool = False
+    begun: OwnBiases | None = None
+    begun_elsewhere: bool = False
     own_biases: OwnBiases = field(default_factory=list)
     merge_aware: bool = False
     head: str = ""
@@ -120,7 +125,7 @@ class ModelState:
             changed: whether the base is another one for it.
         """
         self.adapter, self.adapter_options, self.own_biases = None, {}, []
-        self.learnt = False
+        self.learnt, self.begun, self.begun_elsewhere = False, None, False
         if changed or self.rewritten:  # from now on that of a live module
             self.changed, self.rewritten, self.own_base = True, False, False
             self.source, self.fingerprint, self.base_id, self.loaded_from = "", None, "", ""
@@ -141,12 +146,20 @@ class ModelState:
             "max_length": self.max_length,
             "pooling": self.pooling,
             "merge_aware": self.merge_aware,
+            "begun_elsewhere": self.begun is not None or self.begun_elsewhere,
             "head": self.head,
             "labels": list(self.labels),
             "begun_at_random": list(self.begun_at_random),
             "changed": self.changed,
             "stream": self.stream,
         }
+
+
+def note_learnt(model: nn.Module, task: Task) -> None:
+    """Take note that the adapter of `model`, if that is one of ours, has been trained by `task`."""
+    if isinstance(state := getattr(model, "quantadapt", None), ModelState):
+        state.learnt = True
+        state.pooling = getattr(task, "pooling", "")  # what makes vectors has it: embed
 
 
 def state_of(model: nn.Module) -> ModelState:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..adapting.adalora import allocate_ranks, set_schedule
 from ..distributed.talking import reduced, summed
+from ..quantizing.state import note_learnt
 from .checkpoints import take_up
 from .figures import peak_memory_gib
 
@@ -105,8 +106,10 @@ class Watcher:
             self.trainer.fused.refresh()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Until the step ends, its weights are neither the old nor the new ones."""
+        """Until the step ends, its weights are neither the old nor the new ones; from now on they
+        have learnt, whatever ends the training."""
         self.trainer.after_step = None
+        note_learnt(self.trainer.model, self.trainer.task)
 
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
