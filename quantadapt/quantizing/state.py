@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ class ModelState:
         max_length: the longest example in tokens that it was trained on, where that is known.
         pooling: how the vectors that it was trained to make are made of its tokens' states; empty
             where it was not trained to make any.
+        of_base: both as they were before there was that adapter.
         learnt: that adapter was trained before: it was loaded, `train` has done a step, or PEFT
             put it there and it is no new one.
         begun: the weights that are trained, with their values in CPU memory as the training began
@@ -84,6 +86,7 @@ class ModelState:
     adapter_options: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = None
     pooling: str = ""
+    of_base: tuple[int | None, str] = (None, "")
     learnt: bool = False
     begun: OwnBiases | None = None
     begun_elsewhere: bool = False
@@ -118,6 +121,24 @@ class ModelState:
             fingerprint=self.fingerprint,
         )
 
+    def gain_adapter(
+        self,
+        adapter: Adapter,
+        options: Mapping[str, Any],
+        *,
+        learnt: bool,
+        biases: OwnBiases | None = None,
+    ) -> None:
+        """Take note that the model has an adapter.
+
+        Args:
+            learnt, biases: see the attributes `learnt` and `own_biases`.
+        """
+        self.adapter, self.adapter_options = adapter, dict(options)
+        self.own_biases, self.learnt = biases or [], learnt
+        self.begun, self.begun_elsewhere = None, False
+        self.of_base = (self.max_length, self.pooling)
+
     def lose_adapter(self, *, changed: bool) -> None:
         """Take note that PEFT has taken the adapter away.
 
@@ -126,6 +147,8 @@ class ModelState:
         """
         self.adapter, self.adapter_options, self.own_biases = None, {}, []
         self.learnt, self.begun, self.begun_elsewhere = False, None, False
+        if not changed:  # nothing is left in the base of what the adapter had learnt
+            self.max_length, self.pooling = self.of_base
         if changed or self.rewritten:  # from now on that of a live module
             self.changed, self.rewritten, self.own_base = True, False, False
             self.source, self.fingerprint, self.base_id, self.loaded_from = "", None, "", ""
@@ -174,7 +197,7 @@ def state_of(model: nn.Module) -> ModelState:
         what = "this model did not come from quantadapt.quantize or quantadapt.load"
         raise QuantadaptError(what, fix="call model = quantadapt.quantize(model, backend=...)")
     if state.adapter is None and (config := config_by_peft(model)) is not None:
-        state.adapter, state.adapter_options = recognized(config)
-        state.rewritten |= rewrites(state.adapter, state.adapter_options)
-        state.learnt = not is_new(model)
+        found, options = recognized(config)
+        state.gain_adapter(found, options, learnt=not is_new(model))
+        state.rewritten |= rewrites(found, options)
     return state
