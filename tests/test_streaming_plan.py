@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,24 @@ def test_cards_that_are_asked_about_are_told_how_they_suffice(planned: Any, tmp_
     assert "streamed" not in large.partition("; longest example")[0]
     assert [entry["streamed"] for entry in made.to_dict()["memory"]["cards"]] == ["all", "none"]
     assert made.stream == "none"
+
+
+def test_streaming_that_makes_no_room_is_no_way_to_a_longer_example(
+    planned: Any, tmp_path: Path
+) -> None:
+    """The same count was printed for each of them."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
+    small = QWEN_30B | sizes | {"num_hidden_layers": 2, "num_experts": 4, "vocab_size": 512}
+    for config, ways in ((small, 1), (QWEN_30B, 3)):
+        planned(config, card(80))  # writes the config
+        spec = Spec(model=str(tmp_path / "model"), backend="bnb-nf4")
+        made = plan(spec, machine=Machine(), cards=[80], weights=False).memory
+        counts = sorted(set(made.cards[0].longest.values()))
+        words = made.words()[0].partition("; longest example")[2]
+        found = [int(count.replace(",", "")) for count in re.findall(r"([\d,]+) tokens", words)]
+        assert list(made.cards[0].longest) == ["none", "experts", "all"]
+        assert found == counts
+        assert len(found) == ways
 
 
 def test_without_a_gpu_it_is_said_that_nothing_comes_of_it(tmp_path: Path) -> None:

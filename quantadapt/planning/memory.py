@@ -291,11 +291,12 @@ class MemoryPlan:
     def _longest_words(self, card: OnCard) -> str:
         """Say how long the longest example may be that fits, what of CPU memory that takes, and
         how long the model has been made for."""
-        found = []
+        found, most = [], 0
         for way, tokens in card.longest.items():
             work = replace(self.work, streamed=way, batch=1, length=tokens)
             host = work.host_bytes + work.offloaded_bytes(work.settings()[-1])
-            if tokens:
+            if tokens > most:  # streaming that makes room for no more is no way to more
+                most = tokens
                 how = "" if way == "none" else f"{streamed_of(way)} streamed, "
                 found.append(f"{tokens:,} tokens ({how}{size_words(host)} of CPU memory)")
         words = f"longest example, alone in its batch: {' or '.join(found)}"
