@@ -14,10 +14,12 @@ import test_kto
 import torch
 from merging import moved
 from peft import PeftModel
+from processes import in_processes
 from transformers import AutoModelForCausalLM
 
 import quantadapt as qa
 from quantadapt.adapting.fused import FusedLayers, without_casts
+from quantadapt.distributed import world
 from quantadapt.errors import QuantadaptError
 from quantadapt.evaluation.reference import has_reference, refer_to_now, reference
 from quantadapt.objectives.rewarded import RewardTask
@@ -190,6 +192,10 @@ def test_a_stage_that_was_interrupted_has_learnt(error, functions, tmp_path) -> 
         embed(2)
     assert any(not torch.equal(before[name], weight) for name, weight in weights_of(model).items())
     assert (state_of(model).learnt, state_of(model).pooling) == (True, "mean")
+    again = qa.load(qa.save(model, tmp_path / "saved"))
+    assert state_of(again).pooling == "mean"
+    kept = weights_of(model)
+    assert all(torch.equal(kept[name], weight) for name, weight in weights_of(again).items())
     data = test_grpo.read(test_grpo.written(tmp_path)).train
     objective = {"name": "grpo", "rewards": [f"{functions}:right"], "beta": 0.2}
     logs, _ = test_grpo.trained(model, data, objective)
@@ -267,3 +273,32 @@ def test_a_resumed_stage_keeps_its_reference(objective, begun, vowels, tmp_path)
     assert [log[name] for log in rest] == [log[name] for log in logs[2:]]
     assert all(torch.equal(weights[n], resumed[n]) for n in weights)
     assert qa.evaluate(again, test_dpo.ours(), evaluation="preferences") == figures
+
+
+def in_two(folder: str, begun: str, parallel: str) -> Any:
+    from quantadapt.distributed import start
+    from quantadapt.sharding import shard
+
+    torch.set_num_threads(1)
+    start("cpu")
+    base = qa.quantize(folder, "bnb-nf4", device="cpu", dtype="float32")
+    if parallel == "fsdp":
+        shard(base)
+    model = qa.load(begun, base=base)
+    logs, _ = test_dpo.trained(model, per_device_train_batch_size=4 // world().size)
+    return logs, qa.evaluate(model, test_dpo.ours(), evaluation="preferences")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_compare_as_one(tmp_path, parallel) -> None:
+    folder = str(small_model())
+    base = qa.quantize(folder, "bnb-nf4", device="cpu", dtype="float32")
+    begun = str(qa.save(moved(qa.attach(base, "lora", seed=0), by=0.05), tmp_path / "first"))
+    (logs, figures), (_, same) = in_processes(2, in_two, tmp_path, folder, begun, parallel)
+    alone, expected = in_two(folder, begun, "none")
+    assert figures == same
+    for name in ("rewards/margins", "loss"):
+        assert [log[name] for log in logs] == pytest.approx([log[name] for log in alone], rel=1e-4)
+    assert figures == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert figures["reward-margin"] != pytest.approx(0, abs=1e-3)
