@@ -261,6 +261,21 @@ def test_inputs_in_cpu_memory_are_counted_beside_a_streamed_base(planned: Any) -
     assert input_notes(planned(LLAMA_8B, card(8, host=12.8), **long)) == []
 
 
+def test_a_copy_of_a_start_that_changes_the_base_is_counted(planned: Any) -> None:
+    """Of PiSSA, whose reference for dpo is not the model without it; 10.0 GiB at rank 1024."""
+    adapter = {"name": "pissa", "r": 1024, "init_lora_weights": "pissa"}
+    given: dict[str, Any] = {"adapter": adapter, "objective": "dpo"}
+    made = planned(LLAMA_8B, card(140, host=11.9), **given)
+    trained = 32 * 1024 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert made.memory.copied == 4 * trained
+    (told,) = [note for note in made.notes if note.startswith("CPU memory may not suffice")]
+    assert f"the adapter's start, as a reference {4 * trained / GIB:.1f} GiB of it" in told
+    for other in ({"objective": "sft"}, {"adapter": {"name": "lora", "r": 1024}}):
+        made = planned(LLAMA_8B, card(140, host=11.9), **(given | other))
+        assert made.memory.copied == 0
+        assert not [note for note in made.notes if note.startswith("CPU memory may")]
+
+
 def test_each_process_of_this_machine_keeps_inputs_in_cpu_memory(
     planned: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,12 +8,12 @@ weights as they were are kept in CPU memory, and take the place of those that th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..records import Start
+from ..records import Adapter, Start
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,10 +36,15 @@ def starts_as_its_base(model: Any) -> bool:
     from ..model.own_biases import may_train_biases
 
     state = model.quantadapt
-    start = state.adapter_options.get("init_lora_weights", True)
     if not state.own_biases and may_train_biases(model):  # PEFT put it there: nothing noted them
         return False
-    return state.adapter.start != Start.CHANGED and start in (True, "gaussian", "eva")
+    return adds_nothing(state.adapter, state.adapter_options)
+
+
+def adds_nothing(adapter: Adapter, options: Mapping[str, Any]) -> bool:
+    """Say whether an adapter that has just been attached is the base, by its method and options."""
+    start = options.get("init_lora_weights", True)
+    return adapter.start != Start.CHANGED and start in (True, "gaussian", "eva")
 
 
 def refer_to_now(model: Any) -> int:
