@@ -248,8 +248,6 @@ def train(
         )
         for text in [] if task.generates else training_warnings(result.losses):
             tell("warning", {"text": text})
-        if state is not None:
-            state.learnt = True
         return result
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_experts import adapted, gradients, made, quantized, stock, with_lora
+from test_experts import BASE, adapted, gradients, made, quantized, stock, with_lora
 from torch import nn
+from transformers import AutoTokenizer
 
 import quantadapt as qa
+from quantadapt import demo
 from quantadapt.adapting.targets import StacksWarning
 from quantadapt.errors import PlanRefused, QuantadaptError
 from quantadapt.facade import densify, stack_facades
@@ -197,3 +200,30 @@ def test_a_tensor_that_was_cut_is_found_while_loading(
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(QuantadaptError, match=re.escape(cut.partition("proj")[0])):
         qa.load(tmp_path)
+
+
+def test_a_run_tells_once_what_a_name_stands_for(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """It said so where it looked at the names, and again where it attached the adapter."""
+    config = transformers.MixtralConfig(**{**BASE, "vocab_size": 2048, "num_local_experts": 4})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(tmp_path / "base")
+    qa.run(
+        qa.Spec(
+            model=str(tmp_path / "base"),
+            backend="hqq",
+            device="cpu",
+            adapter={"name": "lora", "target_modules": ["q_proj", "w1", "w2", "w3"]},
+            train={"max_steps": 1, "per_device_train_batch_size": 1},
+            data={"max_examples": 4, "max_length": 128, "eval_examples": 2},
+            evaluate={"evaluations": [], "samples": 0},
+            export={"merge": "never"},
+            output=str(tmp_path / "run"),
+        )
+    )
+    told = [str(w.message) for w in recwarn if issubclass(w.category, StacksWarning)]
+    assert [words.partition(", of")[0] for words in told] == [
+        "target_modules names w1 and w3",
+        "target_modules names w2",
+    ]

@@ -76,10 +76,13 @@ def trained(model: Any, data: Any, **options: Any) -> tuple[list[dict[str, Any]]
 # --- TRL's ---------------------------------------------------------------------------------------
 
 
-def of_trl(data: Any, folder: Path, **config: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    """The same in TRL's trainer with stock transformers and PEFT."""
+def of_trl(
+    data: Any, folder: Path, begun: Path | None = None, **config: Any
+) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """The same in TRL's trainer with stock transformers and PEFT; of an adapter that is there
+    already, with a model of its own as reference."""
     from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
     from trl import KTOConfig, KTOTrainer
 
     class Tokenized(KTOTrainer):
@@ -94,6 +97,12 @@ def of_trl(data: Any, folder: Path, **config: Any) -> tuple[list[Any], dict[str,
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(start[name])
+    reference = None
+    if begun is not None:
+        stock = (AutoModelForCausalLM.from_pretrained(small_model(), dtype=torch.float32)
+                 for _ in range(2))  # fmt: skip
+        model = PeftModel.from_pretrained(next(stock), str(begun), is_trainable=True)
+        reference = PeftModel.from_pretrained(next(stock), str(begun)).merge_and_unload()
     rows = []
     for row in data:
         at = row["completion_mask"].index(1)
@@ -114,9 +123,8 @@ def of_trl(data: Any, folder: Path, **config: Any) -> tuple[list[Any], dict[str,
         remove_unused_columns=False,
     )
     known = AutoTokenizer.from_pretrained(demo.MODEL_DIR, padding_side="left")
-    trainer = Tokenized(
-        model, args=args, train_dataset=Dataset.from_list(rows), processing_class=known
-    )
+    given = {"args": args, "train_dataset": Dataset.from_list(rows), "processing_class": known}
+    trainer = Tokenized(model, ref_model=reference, **given)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     return logs, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}

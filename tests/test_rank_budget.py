@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock, patch
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import AdaLoraConfig, AdaLoraModel, get_peft_model
 from peft.tuners.adalora.layer import RankAllocator, SVDLinear
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import quantadapt as qa
+from quantadapt import demo
 from quantadapt.adapting import rank_budget
 from quantadapt.adapting.rank_budget import joint_ranks, not_orthogonal
 from quantadapt.testing.small_demo import small_model
@@ -201,3 +204,62 @@ def test_what_is_saved_in_16_bits_is_what_was_trained(tmp_path: Path) -> None:
         for found in (layer, loaded.get_submodule(name)):
             change = found.get_delta_weight("default").detach().double()
             torch.testing.assert_close(change, expected, rtol=1e-5, atol=1e-9)
+
+
+def in_16_bits(dtype: torch.dtype) -> Any:
+    """An AdaLoRA that somebody has made and cast, on a float32 base; values have 8 bits."""
+    config = AdaLoraConfig(
+        **{"init_r": 5, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 2, "total_step": STEPS},
+        target_modules=["q_proj", "down_proj"],
+        lora_dropout=0.0,
+        orth_reg_weight=0.3,
+    )
+    torch.manual_seed(0)
+    base: Any = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=2))
+    made = get_peft_model(qa.quantize(base, "none", device="cpu", dtype="float32"), config)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            values = torch.randn(parameter.shape, generator=generator) / 4
+            parameter.data = values.bfloat16().to(dtype)
+    return made
+
+
+def test_what_is_in_16_bits_itself_loses_the_same_directions(tmp_path: Path) -> None:
+    """It ended in `TypeError: expected Tensor as element 0 in argument 1, but got NoneType`: the
+    gradients were gone. What the optimizer keeps in float32 loses them, too, or they come back."""
+    ids = torch.arange(24).view(2, 12)
+    stock = in_16_bits(torch.float32).train()
+    start = {n: p.detach().clone() for n, p in stock.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in stock.parameters() if p.requires_grad],
+                                  lr=1e-2, weight_decay=0.0)  # fmt: skip
+    for step in range(1, STEPS + 1):
+        stock(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in stock.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        stock.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    made = in_16_bits(torch.bfloat16)
+    data = Dataset.from_dict({"input_ids": ids.tolist(), "completion_mask": [[1] * 12] * 2})
+    options = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+    options |= {"max_steps": STEPS, "per_device_train_batch_size": 2, "save_steps": STEPS}
+    options |= {"optim": "adamw_torch", "weight_decay": 0.0, "output": tmp_path}
+    qa.train(made, data, tokenizer=AutoTokenizer.from_pretrained(demo.MODEL_DIR), **options)
+    wanted = stock.peft_config["default"].rank_pattern
+    found = made.peft_config["default"].rank_pattern  # once saved, without the adapter's name
+    assert found == {name.replace(".default", ""): kept for name, kept in wanted.items()}
+    exact = load_file(tmp_path / f"checkpoints/checkpoint-{STEPS}/exact_weights.safetensors")
+    expected = dict(stock.named_parameters())
+    for name, weight in made.named_parameters():
+        if not weight.requires_grad:
+            continue
+        assert weight.dtype == torch.bfloat16
+        moved = float((expected[name] - start[name]).norm())
+        assert float((exact[name] - expected[name]).norm()) < 0.05 * moved, name
+        if "lora_E" in name:
+            assert torch.equal(weight == 0, expected[name] == 0)
+            assert torch.equal(exact[name] == 0, expected[name] == 0)
+    alive = sum(int((w != 0).sum()) for name, w in exact.items() if "lora_E" in name)
+    assert alive == 2 * 4
+    importances = made.base_model.rankallocator.exp_avg_ipt
+    assert {one.dtype for one in importances.values()} <= {torch.float32}

@@ -3,6 +3,7 @@ of it is the model that was there."""
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from datasets import Dataset
 from merging import ADAPTERS, HELD_OUT, llama, logits, moved, relative, stock, stock_adapter, tuned
 from peft import AdaLoraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from transformers import AutoTokenizer
 
 import quantadapt as qa
+from quantadapt import demo
 from quantadapt.errors import MergeRefused, ModelError
 from quantadapt.exporting.beside import add_adapter
 from quantadapt.exporting.same_base import UnknownBaseWarning
@@ -179,6 +182,26 @@ def test_merged_into_its_base_it_is_a_model_without_adapter(base: str, tmp_path:
         assert relative(logits(qa.load(saved)), expected) < 1e-6
         with pytest.raises(MergeRefused, match="there is no adapter to merge"):
             qa.merge(model, tmp_path / method)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_base_that_is_alone_again_has_learnt_nothing(loaded: bool, base: str, tmp_path) -> None:
+    """It was measured with the pooling and the longest example of the adapter that was gone."""
+    rows = [{"anchor": f"word {i}", "positive": f"words {i + 1}"} for i in range(8)]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+    objective = {"name": "embed", "pooling": "lasttoken"}
+    own = qa.quantize(base, "none")
+    own_figures = qa.evaluate(own, file, evaluation="retrieval", tokenizer=tokenizer)
+    model = qa.attach(own, r=2)
+    qa.train(model, file, objective=objective, tokenizer=tokenizer, max_steps=1, max_length=20)
+    if loaded:
+        model = qa.load(qa.save(model, tmp_path / "saved"))
+    assert (state_of(model).max_length, state_of(model).pooling) == (20, "lasttoken")
+    alone = model.unload()
+    assert (state_of(alone).max_length, state_of(alone).pooling) == (None, "")
+    assert qa.evaluate(alone, file, evaluation="retrieval", tokenizer=tokenizer) == own_figures
 
 
 def test_what_has_lost_its_adapter_unseen_is_not_saved(base: str, tmp_path: Path) -> None:

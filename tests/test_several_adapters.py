@@ -19,7 +19,7 @@ import quantadapt as qa
 from quantadapt.adapting.several import keys_of
 from quantadapt.cli import main
 from quantadapt.errors import ModelError, PlanRefused, SpecError
-from quantadapt.evaluation.preferences import has_reference
+from quantadapt.evaluation.reference import has_reference
 from quantadapt.exporting.adapters import put_beside
 from quantadapt.exporting.beside import add_adapter
 from quantadapt.model.own_biases import without_adapter
@@ -319,8 +319,9 @@ def test_a_bias_of_another_size_is_refused(size, base, tmp_path) -> None:
 
 @pytest.mark.parametrize("backend", ["none", "hqq", "bnb-nf4"])
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_the_base_alone_has_its_own_biases(bias, backend, base, tmp_path) -> None:
-    """PEFT leaves those that were trained in it, so that another model answered for the base."""
+def test_the_base_alone_has_its_own_biases(bias, backend, base, tmp_path, recwarn) -> None:
+    """PEFT leaves those that were trained in it, so that another model answered for the base; and
+    warns that it does, which is not so here."""
     own = logits(qa.quantize(base, backend, **HQQ.get(backend, {})))
     model = tuned(base, backend, target_modules=["q_proj"], bias=bias, r=2)
     loaded = qa.load(qa.save(model, tmp_path))
@@ -328,8 +329,10 @@ def test_the_base_alone_has_its_own_biases(bias, backend, base, tmp_path) -> Non
         expected = logits(each)
         with each.disable_adapter():
             assert relative(logits(each), own) > 1e-2
+        recwarn.clear()
         with without_adapter(each):
             assert relative(logits(each), own) < 1e-6
+        assert not [w for w in recwarn if "disabling adapter layers" in str(w.message)]
         assert torch.equal(logits(each), expected)
     pissa = tuned(base, backend, target_modules=["q_proj"], bias=bias, init_lora_weights="pissa")
     expected = logits(pissa)
@@ -337,6 +340,15 @@ def test_the_base_alone_has_its_own_biases(bias, backend, base, tmp_path) -> Non
     assert relative(logits(loaded), expected) < 1e-6
     with without_adapter(pissa), without_adapter(loaded):
         assert relative(logits(loaded), logits(pissa)) < 1e-6
+
+
+def test_peft_may_warn_of_biases_that_it_has_put_there_itself(base) -> None:
+    """Nothing noted them as they were, so the base alone does keep those that were trained."""
+    own = logits(onto := qa.quantize(base, "none"))
+    config = LoraConfig(target_modules=["q_proj"], bias="all", r=2)
+    model = moved(get_peft_model(onto, config))
+    with pytest.warns(UserWarning, match="Careful, disabling"), without_adapter(model):
+        assert relative(logits(model), own) > 1e-2
 
 
 def test_an_adapter_with_biases_has_no_neighbours(base, tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,24 @@ def test_cards_that_are_asked_about_are_told_how_they_suffice(planned: Any, tmp_
     assert made.stream == "none"
 
 
+def test_streaming_that_makes_no_room_is_no_way_to_a_longer_example(
+    planned: Any, tmp_path: Path
+) -> None:
+    """The same count was printed for each of them."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
+    small = QWEN_30B | sizes | {"num_hidden_layers": 2, "num_experts": 4, "vocab_size": 512}
+    for config, ways in ((small, 1), (QWEN_30B, 3)):
+        planned(config, card(80))  # writes the config
+        spec = Spec(model=str(tmp_path / "model"), backend="bnb-nf4")
+        made = plan(spec, machine=Machine(), cards=[80], weights=False).memory
+        counts = sorted(set(made.cards[0].longest.values()))
+        words = made.words()[0].partition("; longest example")[2]
+        found = [int(count.replace(",", "")) for count in re.findall(r"([\d,]+) tokens", words)]
+        assert list(made.cards[0].longest) == ["none", "experts", "all"]
+        assert found == counts
+        assert len(found) == ways
+
+
 def test_without_a_gpu_it_is_said_that_nothing_comes_of_it(tmp_path: Path) -> None:
     spec = Spec(train={"stream": "all"}, device="cpu", output=str(tmp_path / "run"))
     made = plan(spec, machine=Machine())
@@ -240,6 +259,21 @@ def test_inputs_in_cpu_memory_are_counted_beside_a_streamed_base(planned: Any) -
     assert "10.0 GiB are free" in told
     assert input_notes(planned(LLAMA_8B, card(8, host=12.6), **long))
     assert input_notes(planned(LLAMA_8B, card(8, host=12.8), **long)) == []
+
+
+def test_a_copy_of_a_start_that_changes_the_base_is_counted(planned: Any) -> None:
+    """Of PiSSA, whose reference for dpo is not the model without it; 10.0 GiB at rank 1024."""
+    adapter = {"name": "pissa", "r": 1024, "init_lora_weights": "pissa"}
+    given: dict[str, Any] = {"adapter": adapter, "objective": "dpo"}
+    made = planned(LLAMA_8B, card(140, host=11.9), **given)
+    trained = 32 * 1024 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert made.memory.copied == 4 * trained
+    (told,) = [note for note in made.notes if note.startswith("CPU memory may not suffice")]
+    assert f"the adapter's start, as a reference {4 * trained / GIB:.1f} GiB of it" in told
+    for other in ({"objective": "sft"}, {"adapter": {"name": "lora", "r": 1024}}):
+        made = planned(LLAMA_8B, card(140, host=11.9), **(given | other))
+        assert made.memory.copied == 0
+        assert not [note for note in made.notes if note.startswith("CPU memory may")]
 
 
 def test_each_process_of_this_machine_keeps_inputs_in_cpu_memory(

@@ -52,7 +52,9 @@ def bytes_to_come(model: Any) -> int:
     if tuner is None or not _prunes(tuner) or tuner.rankallocator.ipt:
         return 0
     trained = (p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n)
-    return len(_IMPORTANCES) * sum(int(p.nbytes) for p in trained)
+    # Of what is trained in 16 bits they are of what the optimizer sees, in float32.
+    counts = [int(p.numel()) * max(int(p.element_size()), 4) for p in trained]
+    return len(_IMPORTANCES) * sum(counts)
 
 
 def save_ranks(model: Any, folder: Path) -> None:

@@ -303,6 +303,22 @@ class FusedLayers:
 lends(FusedLayers)
 
 
+@contextmanager
+def without_casts(model: nn.Module) -> Iterator[None]:
+    """Inside, fused layers of `model` compute with their weights as they are, and not with what
+    they were lent: casts of what had been there."""
+    lent = [
+        (module, module.__dict__.pop("_lent"))
+        for module in model.modules()
+        if isinstance(module, FusedLoraLinear) and module._lent is not None
+    ]
+    try:
+        yield
+    finally:
+        for layer, was in lent:
+            layer.__dict__["_lent"] = was
+
+
 def forget_unfinished(model: nn.Module) -> None:
     """Drop what a pass that did not end has left behind in the layers of `model`."""
     for module in model.modules():

@@ -14,7 +14,8 @@ from ..errors import DataError
 from ..hookspecs import hookimpl
 from ..protocols import Evaluator, Figure, Given
 from ..records import Evaluation
-from .preferences import NATS, given_log_probs, has_reference
+from .preferences import NATS, given_log_probs
+from .reference import has_reference, reference
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,8 +30,6 @@ class Desirability(Evaluator):
         """Measure it on held-out answers. Raises DataError where they have no labels, or one."""
         import torch
 
-        from ..model.own_biases import without_adapter
-
         if DESIRABLE not in given.examples.column_names:
             what = "the held-out data do not say which answers are desirable"
             fix = "pass data with the columns prompt, completion and label, or leave it out"
@@ -43,7 +42,7 @@ class Desirability(Evaluator):
         counts = torch.tensor([sum(mask[1:]) for mask in given.examples[ANSWER[1]]])
         found = {"auc": Figure(area(policy / counts, good), "share", "higher")}
         if has_reference(model):
-            with without_adapter(model):
+            with reference(model):
                 rewards = policy - _measured(model, given)
             means = [float(rewards[which].mean()) for which in (good, ~good)]
             found |= {

@@ -1,23 +1,24 @@
 """The evaluation `preferences`: does a model prefer the answers that people chose?
 
-Answers are compared by their log-likelihood. A model with an adapter is also compared with itself
-without it, the reference: by how much more it likes an answer is what DPO calls a reward, here in
-nats, without beta.
+Answers are compared by their log-likelihood. A model with an adapter is also compared with its
+reference, itself as it was before: by how much more it likes an answer is what DPO calls a reward,
+here in nats, without beta.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..data.preferences import CHOSEN, REJECTED
 from ..distributed.talking import summed
 from ..errors import DataError
 from ..hookspecs import hookimpl
 from ..protocols import Evaluator, Figure, Given
-from ..records import Evaluation, Start
+from ..records import Evaluation
 from .fewer import at_once
 from .predictions import device_of, predicted, refuse_no_numbers
+from .reference import has_reference, reference
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,9 +80,7 @@ class Preferences(Evaluator):
             "margin": Figure(float(margins.mean()), NATS, "higher"),
         }
         if has_reference(model):
-            from ..model.own_biases import without_adapter
-
-            with without_adapter(model):
+            with reference(model):
                 rewards = policy - _measured(model, given)
             gained = rewards[:, 0] - rewards[:, 1]
             found |= {
@@ -113,20 +112,6 @@ def given_log_probs(
         )
 
     return at_once(model, measured, given.batch_size, what)
-
-
-def has_reference(model: Any) -> bool:
-    """Say whether the model without its adapter is what training began with. Where the adapter's
-    start moves a part of the base into it, as PiSSA's does, it is not."""
-    from ..model.own_biases import may_train_biases
-
-    state: Any = getattr(model, "quantadapt", None)
-    if getattr(state, "adapter", None) is None or not hasattr(model, "disable_adapter"):
-        return False
-    start = state.adapter_options.get("init_lora_weights", True)
-    if not state.own_biases and may_train_biases(model):  # PEFT put it there: nothing noted them
-        return False
-    return state.adapter.start != Start.CHANGED and start in (True, "gaussian", "eva")
 
 
 @hookimpl

@@ -186,9 +186,9 @@ def _load_adapter(
     peft_model = put_on(model, folder, manifest["active"], config=config, is_trainable=True)
     # PiSSA starts again from the base as it was, and so rewrites it again.
     state.rewritten |= any(id(facade.vendor) not in before for _, facade in facades(peft_model))
-    state.own_biases, state.learnt = those_trained(biases), True
-    state.adapter = adapter
-    state.adapter_options = dict(manifest["adapter_options"])
+    options = manifest["adapter_options"]
+    state.gain_adapter(adapter, options, learnt=True, biases=those_trained(biases))
+    state.begun_elsewhere = manifest["begun_elsewhere"]
     state.max_length = manifest.get("max_length")
     state.pooling = manifest.get("pooling", "")
     if manifest.get("merge_aware"):

@@ -85,6 +85,7 @@ class Manifest(BaseModel):
     begun_at_random: list[str] = Field(default_factory=list)
     stream: Stream = "none"
     rewritten: bool = False
+    begun_elsewhere: bool = False
     changed: bool = False
     fingerprint: Fingerprint | None = None
     base_id: str = ""

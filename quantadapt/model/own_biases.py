@@ -3,8 +3,9 @@ own parameters: PEFT switches its layers off and leaves those as they were train
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,5 +69,16 @@ def without_adapter(model: Any) -> Iterator[None]:
     if not hasattr(model, "disable_adapter"):
         yield
         return
-    with model.disable_adapter(), own_biases(model):
+    with ExitStack() as stack:
+        with warnings.catch_warnings():
+            if _gets_them_all_back(model):
+                warnings.filterwarnings("ignore", "Careful, disabling adapter layers", UserWarning)
+            stack.enter_context(model.disable_adapter())
+        stack.enter_context(own_biases(model))
         yield
+
+
+def _gets_them_all_back(model: Any) -> bool:
+    """Say whether PEFT's warning, that a base alone keeps biases that were trained, is wrong."""
+    known = getattr(getattr(model, "quantadapt", None), "own_biases", [])
+    return bool(known) or not may_train_biases(model)

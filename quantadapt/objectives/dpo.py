@@ -47,6 +47,11 @@ class DPO(PairTask):
             raise ValueError(f"loss_type {self.loss_type} has no label_smoothing")
         return self
 
+    @property
+    def compares(self) -> bool:
+        """Leaving the model before training costs something."""
+        return True
+
     def prepared(
         self, setup: Setup, held_out: Dataset | None, tell: Callable[[str], None]
     ) -> tuple[Dataset, Dataset | None]:

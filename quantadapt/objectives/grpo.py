@@ -28,7 +28,7 @@ class GRPO(RewardTask):
     """The options of `grpo`. Losses and names are TRL's."""
 
     beta: float = Field(
-        0.0, ge=0, description="how much leaving the model without its adapter costs, per token"
+        0.0, ge=0, description="how much leaving the model as training began costs, per token"
     )
     use_bias_correction_kl: bool = Field(
         True, description="weigh that by the ratio of probabilities, so that its gradient is right"

@@ -67,6 +67,11 @@ class KTO(AnswerTask):
 
         return look_at_answers(spec, tokenizer, limit)
 
+    @property
+    def compares(self) -> bool:
+        """Leaving the model before training costs something."""
+        return True
+
     def prepared(
         self, setup: Setup, held_out: Dataset | None, tell: Callable[[str], None]
     ) -> tuple[Dataset, Dataset | None]:

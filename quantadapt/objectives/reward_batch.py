@@ -14,7 +14,7 @@ PLACE = "place"
 """The column with the place of each prompt in the data."""
 WEIGHT, ADVANTAGE, OLD, REFERENCE = "weight", "advantage", "old", "reference"
 """In a batch: how much each answer weighs, and how much better it is than the others, [answers];
-log-probabilities before the step, and by the model without its adapter, [answers, length - 1]."""
+log-probabilities before the step, and by the reference, [answers, length - 1]."""
 
 
 @dataclass

@@ -32,11 +32,6 @@ if TYPE_CHECKING:
     from ..spec import DataSpec, Spec, TrainSpec
     from ..training.trainer import Setup
 
-LEARNT = (
-    "the reference of beta is the model without its adapter, which has learnt before: to be held"
-    " near to that, merge it first, model = attach(model.merge_and_unload(), ...)"
-)
-"""Told where an adapter that was trained before learns from rewards; TRL compares with a copy."""
 DEMO = (
     "the bundled demo gets none of its own prompts right, so it learns nothing from rewards: tune"
     " it a little first, quantadapt run demo --set train.max_steps=30 -o runs/begun, and take what"
@@ -76,6 +71,11 @@ class RewardTask(AnswerTask):
     )
 
     beta: float
+
+    @property
+    def compares(self) -> bool:
+        """Whether leaving the model as training began costs something."""
+        return bool(self.beta)
 
     # --- the plan ----------------------------------------------------------------------------
 
@@ -148,9 +148,9 @@ class RewardTask(AnswerTask):
         self, setup: Setup, held_out: Dataset | None, tell: Callable[[str], None]
     ) -> tuple[Dataset, Dataset | None]:
         """Return data that know their places. Raises TrainingError where the data hold no prompts,
-        or the model without its adapter is no reference."""
+        or the model is no reference."""
         from ..data.prompts import ROW
-        from ..evaluation.preferences import has_reference
+        from ..evaluation.reference import has_reference
         from ..generation.answers import context_of
 
         _ = self.scorer
@@ -163,12 +163,9 @@ class RewardTask(AnswerTask):
             what += f", the model is made for {most:,}"
             raise TrainingError(what, fix="lower data.max_length: it drops such", where="data")
         if self.beta and not has_reference(setup.model):
-            what = "the model without its adapter is not what training begins with, so it is no"
-            what += " reference for beta"
-            fix = "set objective.beta to 0, or use another adapter or start"
+            what = "the model did not come from quantadapt, and has no reference for beta"
+            fix = "make it by quantadapt.quantize and attach, or set objective.beta to 0"
             raise TrainingError(what, fix=fix, where="objective.beta")
-        if self.beta and getattr(getattr(setup.model, "quantadapt", None), "learnt", False):
-            tell(LEARNT)
         return setup.dataset.add_column(PLACE, [*range(len(setup.dataset))]), held_out
 
     def lengths(self, dataset: Dataset) -> list[int]:
@@ -307,15 +304,16 @@ class RewardTask(AnswerTask):
         answers at a time."""
         import torch
 
+        from ..adapting.fused import without_casts
         from ..evaluation.predictions import evaluating
-        from ..model.own_biases import without_adapter
+        from ..evaluation.reference import reference
 
         with evaluating(model), torch.no_grad():
             for batch in batches:
                 batch[OLD] = self._noted(model, batch, most)
             if not self.beta:
                 return
-            with without_adapter(model):
+            with reference(model), without_casts(model):
                 for batch in batches:
                     batch[REFERENCE] = self._noted(model, batch, most)
 

@@ -24,7 +24,7 @@ class RLOO(RewardTask):
     """The options of `rloo`. Loss and names are TRL's."""
 
     beta: float = Field(
-        0.05, ge=0, description="how much leaving the model without its adapter costs, as a reward"
+        0.05, ge=0, description="how much leaving the model as training began costs, as a reward"
     )
     reward_clip_range: tuple[float, float] | None = Field(
         None, description="rewards below or above are taken for these"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -289,8 +290,12 @@ class _Run:
         return calibration_examples(self.spec, self.tokenizer, lambda: data.train)
 
     def attach(self, model: nn.Module) -> PeftModel:
+        from ..adapting.expert_names import StacksWarning
+
         plan = self.plan
-        tuned = attach_planned(model, state_of(model), plan)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", StacksWarning)  # `check` has told of names
+            tuned = attach_planned(model, state_of(model), plan)
         state_of(tuned).max_length = self.spec.data.max_length
         targets = tuned.peft_config["default"].target_modules  # type: ignore[union-attr]
         found = sorted(targets) if isinstance(targets, (list, set)) else [targets]

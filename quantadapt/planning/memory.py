@@ -89,6 +89,7 @@ class MemoryPlan:
         unshared: why several GPUs cannot share the base; empty if they can.
         streams: what may be streamed of the base where it does not fit otherwise, least first.
         may_keep_dense: whether dequantized weights may stay where a card has room.
+        copied: bytes of CPU memory that a copy of the adapter's start takes, as a reference.
         positions: tokens that the model has been made for; None where that is not known.
     """
 
@@ -99,6 +100,7 @@ class MemoryPlan:
     unshared: tuple[Problem, ...] = ()
     streams: tuple[str, ...] = ()
     may_keep_dense: bool = False
+    copied: int = 0
     positions: int | None = None
 
     def on(self, card: float) -> OnCard:
@@ -245,14 +247,20 @@ class MemoryPlan:
         for card in self.cards if host is not None else ():
             work = self.work_on(card)
             inputs = processes * work.offloaded_bytes(card.setting)
-            bases = processes * work.host_bytes
-            if host is not None and inputs and inputs + bases + BESIDE > host:
-                words = f"inputs of layers take {size_words(inputs)} of it"
-                if bases:
-                    words += f", what is streamed {size_words(bases)}"
-                words += f", the process {size_words(BESIDE)}"
-                free = f"{size_words(host)} are free; lower data.max_length"
-                notes.append(f"CPU memory may not suffice: {words}, and {free}")
+            bases, copies = processes * work.host_bytes, processes * self.copied
+            taken = inputs + bases + copies + BESIDE
+            if host is not None and (inputs or copies) and taken > host:
+                parts = {
+                    "inputs of layers take": inputs,
+                    "what is streamed": bases,
+                    "the adapter's start, as a reference": copies,
+                    "the process": BESIDE,
+                }
+                words = [f"{name} {size_words(size)}" for name, size in parts.items() if size]
+                words[0] += " of it"
+                free = f"{size_words(host)} are free"
+                free += "; lower data.max_length" if inputs else ""
+                notes.append(f"CPU memory may not suffice: {', '.join(words)}, and {free}")
         return notes
 
     def words(self) -> list[str]:
@@ -291,11 +299,12 @@ class MemoryPlan:
     def _longest_words(self, card: OnCard) -> str:
         """Say how long the longest example may be that fits, what of CPU memory that takes, and
         how long the model has been made for."""
-        found = []
+        found, most = [], 0
         for way, tokens in card.longest.items():
             work = replace(self.work, streamed=way, batch=1, length=tokens)
             host = work.host_bytes + work.offloaded_bytes(work.settings()[-1])
-            if tokens:
+            if tokens > most:  # streaming that makes room for no more is no way to more
+                most = tokens
                 how = "" if way == "none" else f"{streamed_of(way)} streamed, "
                 found.append(f"{tokens:,} tokens ({how}{size_words(host)} of CPU memory)")
         words = f"longest example, alone in its batch: {' or '.join(found)}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data.positions import made_for
 from ..errors import Problem
+from ..evaluation.reference import adds_nothing
 from ..memory import rules
 from ..memory.adapters import Layer, Method
 from ..memory.experts import STACKS
@@ -133,7 +134,9 @@ def memory_plan(
     given = rules.given(train, shape.layers, shape.layers - 1, offloads=True)
     positions, may = made_for(config), rules.may_keep_dense(train)
     plan = MemoryPlan(work, rules.limit(train), given, unshared=tuple(unshared))
-    return replace(plan, positions=positions, may_keep_dense=may)
+    kept = task.compares and not adds_nothing(adapter, {**adapter.defaults, **options})
+    copied = 4 * work.trained + work.whole * work.dtype_bytes if kept else 0
+    return replace(plan, positions=positions, may_keep_dense=may, copied=copied)
 
 
 def _drops(options: Mapping[str, Any]) -> bool:

@@ -71,6 +71,12 @@ class Task(Options, ABC):
     head: ClassVar[Literal["", "sequence", "token"]] = ""
     generates: ClassVar[bool] = False
 
+    @property
+    def compares(self) -> bool:
+        """Whether it compares with the model as training began, which is remembered then:
+        `evaluation.reference`."""
+        return False
+
     @abstractmethod
     def read(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Data:
         """Read and tokenize what `spec` names, and hold a part out.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from ..errors import QuantadaptError
 from ..inputs.fingerprints import Fingerprint
 from ..planning.refusals import make_cell
 from ..planning.streaming import Stream
-from ..protocols import Quantizer
+from ..protocols import Quantizer, Task
 from ..records import Adapter, Backend, as_call
 from .recognizing import config_by_peft, is_new, recognized, rewrites
 
@@ -49,8 +50,12 @@ class ModelState:
         max_length: the longest example in tokens that it was trained on, where that is known.
         pooling: how the vectors that it was trained to make are made of its tokens' states; empty
             where it was not trained to make any.
-        learnt: that adapter was trained before: it was loaded, `train` has ended, or PEFT put it
-            there and it is no new one.
+        of_base: both as they were before there was that adapter.
+        learnt: that adapter was trained before: it was loaded, `train` has done a step, or PEFT
+            put it there and it is no new one.
+        begun: the weights that are trained, with their values in CPU memory as the training began
+            that compared with them; None where that compared with the model without its adapter.
+        begun_elsewhere: they were another model's, and are not known here.
         own_biases: biases of the base that the adapter trains, with the values that they had.
         merge_aware: its adapter computes, and is merged, on the scales that the base has.
         head, labels: the kind of head that the checkpoint was read with, if it was not its own, and
@@ -81,7 +86,10 @@ class ModelState:
     adapter_options: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = None
     pooling: str = ""
+    of_base: tuple[int | None, str] = (None, "")
     learnt: bool = False
+    begun: OwnBiases | None = None
+    begun_elsewhere: bool = False
     own_biases: OwnBiases = field(default_factory=list)
     merge_aware: bool = False
     head: str = ""
@@ -113,6 +121,24 @@ class ModelState:
             fingerprint=self.fingerprint,
         )
 
+    def gain_adapter(
+        self,
+        adapter: Adapter,
+        options: Mapping[str, Any],
+        *,
+        learnt: bool,
+        biases: OwnBiases | None = None,
+    ) -> None:
+        """Take note that the model has an adapter.
+
+        Args:
+            learnt, biases: see the attributes `learnt` and `own_biases`.
+        """
+        self.adapter, self.adapter_options = adapter, dict(options)
+        self.own_biases, self.learnt = biases or [], learnt
+        self.begun, self.begun_elsewhere = None, False
+        self.of_base = (self.max_length, self.pooling)
+
     def lose_adapter(self, *, changed: bool) -> None:
         """Take note that PEFT has taken the adapter away.
 
@@ -120,7 +146,9 @@ class ModelState:
             changed: whether the base is another one for it.
         """
         self.adapter, self.adapter_options, self.own_biases = None, {}, []
-        self.learnt = False
+        self.learnt, self.begun, self.begun_elsewhere = False, None, False
+        if not changed:  # nothing is left in the base of what the adapter had learnt
+            self.max_length, self.pooling = self.of_base
         if changed or self.rewritten:  # from now on that of a live module
             self.changed, self.rewritten, self.own_base = True, False, False
             self.source, self.fingerprint, self.base_id, self.loaded_from = "", None, "", ""
@@ -141,12 +169,20 @@ class ModelState:
             "max_length": self.max_length,
             "pooling": self.pooling,
             "merge_aware": self.merge_aware,
+            "begun_elsewhere": self.begun is not None or self.begun_elsewhere,
             "head": self.head,
             "labels": list(self.labels),
             "begun_at_random": list(self.begun_at_random),
             "changed": self.changed,
             "stream": self.stream,
         }
+
+
+def note_learnt(model: nn.Module, task: Task) -> None:
+    """Take note that the adapter of `model`, if that is one of ours, has been trained by `task`."""
+    if isinstance(state := getattr(model, "quantadapt", None), ModelState):
+        state.learnt = True
+        state.pooling = getattr(task, "pooling", "")  # what makes vectors has it: embed
 
 
 def state_of(model: nn.Module) -> ModelState:
@@ -161,7 +197,7 @@ def state_of(model: nn.Module) -> ModelState:
         what = "this model did not come from quantadapt.quantize or quantadapt.load"
         raise QuantadaptError(what, fix="call model = quantadapt.quantize(model, backend=...)")
     if state.adapter is None and (config := config_by_peft(model)) is not None:
-        state.adapter, state.adapter_options = recognized(config)
-        state.rewritten |= rewrites(state.adapter, state.adapter_options)
-        state.learnt = not is_new(model)
+        found, options = recognized(config)
+        state.gain_adapter(found, options, learnt=not is_new(model))
+        state.rewritten |= rewrites(found, options)
     return state

@@ -29,10 +29,13 @@ class ExactWeights:
     Attributes:
         weights: those that are trained in 16 bits, by name.
         exact: their values in float32, from the first step on.
+        stay: they, and their gradients, stay in place after a step until `make_room` is called, as
+            somebody looks at them.
     """
 
     weights: Mapping[str, nn.Parameter]
     exact: dict[str, Tensor] = field(default_factory=dict)
+    stay: bool = False
     _rounded: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -43,7 +46,7 @@ class ExactWeights:
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         if made.weights:
             inner.register_step_pre_hook(lambda *_: made._take_place())
-            inner.register_step_post_hook(lambda *_: made._make_room())
+            inner.register_step_post_hook(lambda *_: made._after_step())
         return made
 
     @contextmanager
@@ -53,7 +56,7 @@ class ExactWeights:
         try:
             yield
         finally:
-            self._make_room()
+            self.make_room()
 
     def save(self, folder: Path) -> None:
         """Write the exact values into a checkpoint."""
@@ -86,10 +89,15 @@ class ExactWeights:
             weight.data = self.exact[name]
             weight.grad = None if gradient is None else gradient.float()
 
-    def _make_room(self) -> None:
+    def _after_step(self) -> None:
+        if not self.stay:
+            self.make_room()
+
+    def make_room(self) -> None:
+        """Let the model compute with them rounded, where they are in place."""
         with torch.no_grad():
-            for name, weight in self.weights.items():
+            for name in [*self._rounded]:
+                weight, rounded = self.weights[name], self._rounded.pop(name)
                 weight.grad = None
-                rounded = self._rounded.pop(name)
                 rounded.copy_(rounded_to(rounded.dtype, weight.data))
                 weight.data = rounded

@@ -26,6 +26,7 @@ from ..folders.checkpoints import PARTIAL, PREFIX, seal
 from ..inputs.documents import reason
 from ..model.patches import patched
 from ..protocols import Task
+from ..quantizing.state import note_learnt
 from .checkpoints import facts_of, set_rates
 from .exact_weights import ExactWeights
 from .lent_to_trainers import adds_to_loss
@@ -239,6 +240,7 @@ class TrainingLoop:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with _taking_up(resume_from_checkpoint):
+            note_learnt(self.model, self.task)
             if load_ranks(self.model, Path(resume_from_checkpoint)):
                 return
             refuse_cut_short(self.model, Path(resume_from_checkpoint))

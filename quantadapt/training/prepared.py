@@ -8,6 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..evaluation.reference import load_reference, refer_to_now, save_reference
+from ..memory.cards import size_words
+from ..quantizing.state import ModelState, state_of
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
@@ -24,9 +28,11 @@ class Prepared:
     """Data with the columns that `task.prepared` added.
 
     Attributes:
+        task: what they are learnt by.
         columns: those, float64, by part and name, e.g. "train.reference".
     """
 
+    task: Task
     setup: Setup
     held_out: Dataset | None
     columns: dict[str, Tensor] = field(default_factory=dict)
@@ -40,7 +46,10 @@ class Prepared:
         checkpoint: Path | None,
         tell: Callable[[str], None],
     ) -> Prepared:
-        """Ask the task, or take what it said when the run of a checkpoint began."""
+        """Ask the task, or take what it said when the run of a checkpoint began. So it is with the
+        model that it compares with."""
+        if task.compares:
+            _refer(setup.model, checkpoint, tell)
         before = (setup.dataset, held_out)
         stored = _stored(checkpoint, before) if checkpoint is not None else {}
         if stored:
@@ -48,14 +57,29 @@ class Prepared:
         else:
             after = task.prepared(setup, held_out, tell)
         columns = stored or _added(before, after)
-        return cls(replace(setup, dataset=after[0]), after[1], columns)
+        return cls(task, replace(setup, dataset=after[0]), after[1], columns)
 
     def save(self, folder: Path) -> None:
-        """Write the columns into a checkpoint."""
+        """Write the columns, and the model that is compared with, into a checkpoint."""
         from safetensors.torch import save_file
 
         if self.columns:
             save_file(self.columns, folder / FILE)
+        if self.task.compares:
+            save_reference(self.setup.model, folder)
+
+
+def _refer(model: Any, checkpoint: Path | None, tell: Callable[[str], None]) -> None:
+    """Compare with the model as it is now, or as the run of a checkpoint began."""
+    if not isinstance(getattr(model, "quantadapt", None), ModelState):
+        return  # a model of somebody else, of which nothing is noted
+    if state_of(model).adapter is None:
+        return
+    if checkpoint is not None:
+        load_reference(model, checkpoint)
+    elif size := refer_to_now(model):
+        text = "the reference is the adapter as it is now: CPU memory keeps a copy of it"
+        tell(f"{text}, {size_words(size)}")
 
 
 def _stored(checkpoint: Path, parts: tuple[Any, ...]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..adapting.adalora import allocate_ranks, set_schedule
 from ..distributed.talking import reduced, summed
+from ..quantizing.state import note_learnt
 from .checkpoints import take_up
 from .figures import peak_memory_gib
 
@@ -84,7 +85,7 @@ class Watcher:
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Choose how memory is used, and start the clock."""
         self._refresh()
-        self.trainer.keep_exact()
+        self.trainer.keep_exact().stay = self.adalora is not None
         if self.trainer.memory_fit is not None:
             self.trainer.memory_fit.start()
         if self.trainer.validation is not None:
@@ -105,16 +106,20 @@ class Watcher:
             self.trainer.fused.refresh()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Until the step ends, its weights are neither the old nor the new ones."""
+        """Until the step ends, its weights are neither the old nor the new ones; from now on they
+        have learnt, whatever ends the training."""
         self.trainer.after_step = None
+        note_learnt(self.trainer.model, self.trainer.task)
 
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
     ) -> None:
         """Let AdaLoRA allocate its ranks, while the gradients are there."""
-        skipped = getattr(optimizer, "step_was_skipped", False)
-        if self.adalora is not None and not skipped:
+        if self.adalora is None:
+            return
+        if not getattr(optimizer, "step_was_skipped", False):
             allocate_ranks(self.adalora, state.global_step + 1)
+        self.trainer.keep_exact().make_room()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Have the first and the last step logged, and validate where that is due, at the end of an

@@ -21,7 +21,6 @@ from ..folders.checkpoints import STATE, Checkpoint, finished, too_few_steps
 from ..folders.metrics import many
 from ..memory.cards import GIB, OOM_FIX, size_words
 from ..memory.setting import Setting
-from ..quantizing.state import ModelState
 from ..records import Objective
 from ..registry.discovery import registry
 from .checking import check, check_held_out, config_of, embedding_rows
@@ -110,8 +109,6 @@ def train(
     else:
         tell_it_stays(model)
     _check_examples(model, tokenizer, (dataset, held_out), note)
-    if isinstance(state := getattr(model, "quantadapt", None), ModelState):
-        state.pooling = getattr(task, "pooling", "")  # what makes vectors has it: embed
     checkpoint = checkpoint_to_resume(Path(output), spec, note)
     start(str(adapter_device(model)))  # torch.distributed, where there are several processes
     refuse_unshared(Path(output), spec, adapter_device(model))
