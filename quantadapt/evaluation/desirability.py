@@ -15,7 +15,7 @@ from ..hookspecs import hookimpl
 from ..protocols import Evaluator, Figure, Given
 from ..records import Evaluation
 from .preferences import NATS, given_log_probs
-from .reference import has_reference, reference
+from .reference import is_compared, reference
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Desirability(Evaluator):
         policy = _measured(model, given)
         counts = torch.tensor([sum(mask[1:]) for mask in given.examples[ANSWER[1]]])
         found = {"auc": Figure(area(policy / counts, good), "share", "higher")}
-        if has_reference(model):
+        if is_compared(model, "desirability"):
             with reference(model):
                 rewards = policy - _measured(model, given)
             means = [float(rewards[which].mean()) for which in (good, ~good)]

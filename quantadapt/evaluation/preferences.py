@@ -18,7 +18,7 @@ from ..protocols import Evaluator, Figure, Given
 from ..records import Evaluation
 from .fewer import at_once
 from .predictions import device_of, predicted, refuse_no_numbers
-from .reference import has_reference, reference
+from .reference import is_compared, reference
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,7 +79,7 @@ class Preferences(Evaluator):
             "accuracy": Figure(float((margins > 0).double().mean()), "share", "higher"),
             "margin": Figure(float(margins.mean()), NATS, "higher"),
         }
-        if has_reference(model):
+        if is_compared(model, "preferences"):
             with reference(model):
                 rewards = policy - _measured(model, given)
             gained = rewards[:, 0] - rewards[:, 1]

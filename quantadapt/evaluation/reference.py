@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import warn
 from ..records import Adapter, Start
 
 if TYPE_CHECKING:
@@ -28,6 +29,20 @@ def has_reference(model: Any) -> bool:
     if getattr(state, "adapter", None) is None or not hasattr(model, "disable_adapter"):
         return False
     return state.begun is not None or (not state.begun_elsewhere and starts_as_its_base(model))
+
+
+def is_compared(model: Any, evaluation: str) -> bool:
+    """Say the same for an evaluation, which tells what it leaves out of a model with an adapter."""
+    if known := has_reference(model):
+        return known
+    if getattr(getattr(model, "quantadapt", None), "adapter", None) is not None:
+        text = f"{evaluation} has no reward-* figures: the model that this training began with is"
+        warn(
+            f"{text} not known here, as where its adapter had learnt before",
+            UserWarning,
+            stacklevel=2,
+        )
+    return False
 
 
 def starts_as_its_base(model: Any) -> bool:
