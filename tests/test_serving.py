@@ -144,6 +144,22 @@ def test_completions_of_texts_and_of_tokens(client, model, tokenizer) -> None:
     both = client.completions.create(model="base", prompt=[PROMPT, PROMPT], n=2, max_tokens=6)
     assert [choice.text for choice in both.choices] == [text] * 4
     assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+    assert both.usage.prompt_tokens == 2 * len(ids)  # each prompt once, as OpenAI counts
+    assert both.usage.completion_tokens == 4 * found.usage.completion_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_text_in_the_last_token_is_told_as_such(client, model, tokenizer, stream) -> None:
+    ids = tokenizer(PROMPT)["input_ids"]
+    model.set_adapter("default")
+    stop = stock(model, tokenizer, ids, 6).removeprefix(stock(model, tokenizer, ids, 5))
+    text = stock(model, tokenizer, ids, 6).partition(stop)[0]
+    found = client.completions.create(
+        model="tuned", prompt=PROMPT, max_tokens=6, stop=stop, stream=stream
+    )
+    parts = [part.choices[0] for part in found] if stream else found.choices
+    assert "".join(part.text for part in parts) == text
+    assert parts[-1].finish_reason == "stop"
 
 
 def test_draws_repeat_with_their_seed(client) -> None:

@@ -204,7 +204,7 @@ async def _answered(
     except Full:
         _cancel(jobs)
         raise WrongRequest("too many wait already; try again later", status=429) from None
-    counted = asked.n * sum(map(len, prompts))
+    counted = sum(map(len, prompts))  # once, as OpenAI does, however many answers
     if asked.stream:
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         body = _stream(reply, jobs, events, counted if usage else None)
