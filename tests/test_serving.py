@@ -141,6 +141,12 @@ def test_completions_of_texts_and_of_tokens(client, model, tokenizer) -> None:
     for prompt in ([], [True], [PROMPT] * 300):
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model="base", prompt=prompt)
+    with pytest.raises(openai.BadRequestError, match="logprobs=0 is not served"):
+        client.completions.create(model="base", prompt=PROMPT, logprobs=0)
+    nothing = dict.fromkeys(["n", "stream", "temperature", "logprobs", "stop", "echo", "seed"])
+    nothing |= {"frequency_penalty": 0.0, "presence_penalty": 0, "best_of": 1, "max_tokens": 6}
+    found = client.completions.create(model="base", prompt=PROMPT, extra_body=nothing)
+    assert found.choices[0].text == text  # OpenAI takes null for each option
     both = client.completions.create(model="base", prompt=[PROMPT, PROMPT], n=2, max_tokens=6)
     assert [choice.text for choice in both.choices] == [text] * 4
     assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
