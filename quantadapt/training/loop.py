@@ -29,6 +29,7 @@ from ..protocols import Task
 from .checkpoints import facts_of, set_rates
 from .exact_weights import ExactWeights
 from .lent_to_trainers import adds_to_loss
+from .losses import checked_loss
 from .progress import Progress
 from .rescue import AfterStep
 
@@ -158,7 +159,7 @@ class TrainingLoop:
             found = _shared(self.task.loss(model, inputs, count / passes), passes)
         else:
             found = self.task.loss(model, inputs, count)
-        loss, told = found if isinstance(found, tuple) else (found, {})
+        loss, told = checked_loss(self.task, found)
         self.told.append(told)
         return (loss, None) if return_outputs else loss
 
