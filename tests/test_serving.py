@@ -21,7 +21,7 @@ from quantadapt.cli.serve import _names, _paths, for_load, writers_for
 from quantadapt.errors import SpecError
 from quantadapt.generation import PromptWriter, Sampling
 from quantadapt.generation.sampling import Chooser
-from quantadapt.serving.app import Served, create_app
+from quantadapt.serving.app import Served, _sent, create_app
 from quantadapt.serving.worker import Job, Worker
 from quantadapt.testing.small_demo import small_model
 
@@ -166,6 +166,15 @@ def test_a_stop_text_in_the_last_token_is_told_as_such(client, model, tokenizer,
     parts = [part.choices[0] for part in found] if stream else found.choices
     assert "".join(part.text for part in parts) == text
     assert parts[-1].finish_reason == "stop"
+
+
+def test_an_event_is_one_line_for_every_client() -> None:
+    """httpx's iter_lines, among others, cut it in the middle of a text with such characters."""
+    text = {"text": "größe\u2028日本\x85🙂\n"}
+    sent = httpx.Response(200, text=_sent(text), headers={"Content-Type": "text/event-stream"})
+    first, *rest = sent.iter_lines()
+    assert json.loads(first.removeprefix("data: ")) == text
+    assert [*rest] == [""]
 
 
 def test_draws_repeat_with_their_seed(client) -> None:

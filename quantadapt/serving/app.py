@@ -305,4 +305,6 @@ async def _stream(
 
 
 def _sent(document: dict[str, Any]) -> str:
-    return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"
+    """Return an event. All but ASCII is escaped: there are ends of lines among it (U+2028, U+0085),
+    at which clients that read by Python's splitlines would cut it."""
+    return f"data: {json.dumps(document)}\n\n"
