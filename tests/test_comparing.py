@@ -317,6 +317,22 @@ def test_a_cell_of_which_one_seed_failed_is_judged_by_the_others_and_says_so() -
     assert rows["hqq x dora"].warnings == []
 
 
+def test_a_figure_that_one_seed_lacks_is_told() -> None:
+    """The mean of the others stood there as if it were of all."""
+    made = comparison(STEPS, {}, seeds=3, reference=False)
+    journal = Journal(version="1", started="2026-11-29T16:00")
+    for run in made.runs:
+        tuned = None if run.seed == 1 else 2.0 + run.seed  # as metrics.json has infinity
+        figure = {"unit": "", "better": "lower", "values": {"quantized": 5.0, "tuned": tuned}}
+        result = {"steps": 90, "evaluations": {"perplexity": {"perplexity": figure}}}
+        journal.runs[run.name] = Record(state="finished", results={"all": result})
+    table = table_of(made, journal)
+    (row,) = table.judged()
+    assert row.after["perplexity"].values == (2.0, 4.0)
+    assert row.warnings == ["perplexity was not measured in 1 of 3 runs"]
+    assert "not measured in 1 of 3 runs" in verdict(table, made.options).words
+
+
 def test_the_base_is_measured_once(tmp_path) -> None:
     def wanting(name: str) -> list[str]:
         specs = (tmp_path / name / "specs").glob("*.yaml")

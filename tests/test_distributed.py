@@ -213,22 +213,25 @@ def test_all_processes_hold_the_same_adapter(two, case) -> None:
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
 
 
-def test_a_resumed_run_goes_on_exactly(two) -> None:
+def test_a_resumed_run_goes_on_exactly(two, device) -> None:
+    """On a CPU to the bit: the first step of a resumed run rounded otherwise on a shared base."""
+    near, apart = (1e-6, 1e-4) if device == "cuda" else (0, 0)
     for found in two:
         for resumed, log in zip(found["resumed"]["logs"], found["fsdp"]["logs"][2:], strict=True):
-            assert resumed[:3] == pytest.approx(log[:3], rel=1e-6)
-        close_weights(found["resumed"], found["fsdp"], 1e-4)
+            assert resumed[:3] == pytest.approx(log[:3], rel=near, abs=0)
+        close_weights(found["resumed"], found["fsdp"], apart)
         assert found["again"]["logs"] == []
         close_weights(found["again"], found["resumed"], 0)
 
 
-def test_a_run_that_ends_early_goes_on_exactly(two) -> None:
+def test_a_run_that_ends_early_goes_on_exactly(two, device) -> None:
+    near, apart = (1e-6, 1e-4) if device == "cuda" else (0, 0)
     for found in two:
         assert re.search("after step 1 of 4; checkpoint-1 ", found["early"]["early"])
         assert found["early"]["shared"]
         for resumed, log in zip(found["ended"]["logs"], found["fsdp"]["logs"][1:], strict=True):
-            assert resumed[:3] == pytest.approx(log[:3], rel=1e-6)
-        close_weights(found["ended"], found["fsdp"], 1e-4)
+            assert resumed[:3] == pytest.approx(log[:3], rel=near, abs=0)
+        close_weights(found["ended"], found["fsdp"], apart)
 
 
 @pytest.mark.parametrize("case", ["ddp", "measured"])

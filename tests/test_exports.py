@@ -48,6 +48,7 @@ class Tiny(Exporter):
 
     dtype: Literal["float32", "float16"] = Field("float32", description="of the numbers")
     breaks: bool = Field(False, description="fail half-way")
+    tells: Literal["figures", "nothing", "number"] = Field("figures", description="afterwards")
 
     @property
     def merges(self):
@@ -70,6 +71,8 @@ class Tiny(Exporter):
             if self.breaks:
                 raise ValueError("out of ink")
             file.writelines(blobs)
+        if self.tells != "figures":
+            return {"size": 5} if self.tells == "number" else None
         size = (folder / "model.tiny").stat().st_size
         return {"size": Figure(size / 2**20, "MiB", "lower"), "tensors": Figure(len(header))}
 
@@ -199,7 +202,11 @@ def test_terminal_metrics_and_report_tell_it(tiny_run) -> None:
     report = (result.folder / "report.html").read_text()
     assert "<strong>tiny</strong>: written to tiny/, size" in report
     plan = json.loads((result.folder / "plan.json").read_text())
-    assert plan["exports"][-1]["options"] == {"dtype": "float32", "breaks": False}
+    assert plan["exports"][-1]["options"] == {
+        "dtype": "float32",
+        "breaks": False,
+        "tells": "figures",
+    }
     assert "adapter, dense merged model, tiny file of float32" in plan_lines(result.plan)[-1]
 
 
@@ -407,6 +414,25 @@ def test_an_export_that_fails_loses_nothing(plugin, tmp_path) -> None:
     assert console.file.getvalue().count("out of ink") == 1
     assert "out of ink" in (folder / "report.html").read_text()
     assert json.loads((folder / "quantadapt-run.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("tells", "words"),
+    [
+        ("nothing", "it returned None, not figures by name"),
+        ("number", "figure 'size': it is 5, no Figure"),
+    ],
+)
+def test_what_an_export_returns_has_to_be_figures(plugin, tmp_path, tells, words) -> None:
+    """It was an error of Python's at a line of quantadapt's."""
+    wrong = {"name": "tiny", "tells": tells}
+    wanted = spec(tmp_path / "run", export={"merge": "never", "formats": [wrong, "merged-dense"]})
+    with pytest.raises(PluginError, match=words) as caught:
+        qa.run(wanted)
+    assert caught.value.problems[0].where == "export Tiny"
+    exports = json.loads((tmp_path / "run" / "metrics.json").read_text())["exports"]
+    assert [export["state"] for export in exports.values()] == ["written", "failed", "written"]
+    assert not (tmp_path / "run" / "tiny").exists()
 
 
 def test_what_was_there_stays_where_an_export_fails(tiny_run, run_cli) -> None:

@@ -12,6 +12,7 @@ from chosen import shortfall
 from processes import wants_two_gpus
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma2Config,
     GPT2Config,
     GptOssConfig,
@@ -55,6 +56,7 @@ from quantadapt.generation.sampling import Chooser, drawn_together
 from quantadapt.generation.slots import SlotRows, takes_slots, unrecorded
 from quantadapt.generation.text import TextSoFar
 from quantadapt.streaming import stream
+from quantadapt.testing.small_demo import small_model
 
 SMALL = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -90,6 +92,7 @@ class Ids:
     """A tokenizer whose text is the ids."""
 
     eos_token_id = 2
+    all_special_tokens = ()
     chat_template = None
 
     def decode(self, ids, skip_special_tokens=False):
@@ -243,8 +246,11 @@ def test_a_streamed_base_is_not_recorded() -> None:
     assert "block by block" in unrecorded(model)
 
 
-def test_an_answer_ends_where_the_model_ends_it() -> None:
-    model, asked = made(FAMILIES["llama"]), prompts()
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_an_answer_ends_where_the_model_ends_it(family) -> None:
+    """Of models that answer by transformers' generate, one that ended with another token than the
+    tokenizer's was said to be cut."""
+    model, asked = made(FAMILIES[family]), prompts()
     first = [int(stock(model, ids, 1)) for ids in asked]
     third = int(stock(model, asked[2], 3).split()[-1])
     model.generation_config.eos_token_id = [first[0], third]
@@ -254,6 +260,7 @@ def test_an_answer_ends_where_the_model_ends_it() -> None:
         expected = stock(model, ids, 6).split()
         ends = [i for i, token in enumerate(expected) if int(token) in (first[0], third)]
         assert answer.text.split() == expected[: ends[0] if ends else 6]
+        assert answer.tokens == len(answer.text.split())
         assert answer.finish == ("stop" if ends else "length")
 
 
@@ -281,7 +288,9 @@ def test_encoder_decoder_models_answer_by_transformers() -> None:
     ids = prompts()[0]
     output = model.generate(torch.tensor([[*ids, 2]]), max_new_tokens=5, do_sample=False)
     found = next(answers(model, Ids(), [ids], Sampling(max_new_tokens=5)))
-    assert found.text == Ids().decode(output[0].tolist(), skip_special_tokens=True)
+    assert found.ids == tuple(output[0, 1:].tolist())  # what comes before is the decoder's start
+    assert found.text == Ids().decode(found.ids, skip_special_tokens=True)
+    assert (found.tokens, found.finish) == (5, "length")
 
 
 # Drawing ------------------------------------------------------------------------------------------
@@ -433,6 +442,37 @@ def test_a_stop_text_frees_the_row() -> None:
     found = list(answers(model, Ids(), asked, Sampling(max_new_tokens=8, stop=(stop,))))
     assert found[0].finish == "stop"
     assert found[0].text == stock(model, asked[0], 8).partition(stop)[0]
+
+
+@pytest.mark.parametrize("room", [0, 1])
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("by_itself", [False, True])
+def test_a_stop_text_ends_an_answer_as_in_transformers(
+    by_itself, special, room, monkeypatch
+) -> None:
+    """One in the last token there may be was said to be cut; a special token ended nothing."""
+    monkeypatch.setitem(answers.__globals__, "takes_rows", lambda model: not by_itself)
+    tokenizer = AutoTokenizer.from_pretrained(small_model())
+    model = made(LlamaConfig(**{**SMALL, "vocab_size": len(tokenizer)}))
+    ids = [24, 6, 7]
+    fifth = model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, -1]
+    stop = tokenizer.decode([fifth])
+    if special:
+        name = tokenizer.convert_ids_to_tokens(int(fifth))
+        tokenizer.add_special_tokens({"additional_special_tokens": [name]})
+    output = model.generate(
+        torch.tensor([ids]),
+        max_new_tokens=12,
+        do_sample=False,
+        stop_strings=[stop],
+        tokenizer=tokenizer,
+    )[0, len(ids) :].tolist()
+    expected = tokenizer.decode(output).partition(stop)[0]
+    options = Sampling(max_new_tokens=len(output) + room, stop=("", stop))
+    found = next(answers(model, tokenizer, [ids], options))
+    assert (found.text, found.finish) == (expected, "stop")
+    assert list(found.ids) == output
+    assert "".join(streamed(model, tokenizer, ids, options)) == expected
 
 
 # Prompts ------------------------------------------------------------------------------------------

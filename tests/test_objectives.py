@@ -14,7 +14,7 @@ from parameters import slow_but
 
 import quantadapt as qa
 from quantadapt import cli, demo
-from quantadapt.errors import DataError, PlanRefused
+from quantadapt.errors import DataError, PlanRefused, PluginError
 from quantadapt.machine import Machine
 from quantadapt.memory import GIB, Setting
 from quantadapt.registry import registry
@@ -223,6 +223,40 @@ def quantadapt_objectives():
         qa.plan(qa.Spec(backend="none", adapter="dora", objective=picky), check_output=False)
     made = qa.plan(qa.Spec(backend="none", adapter="dora", objective="picky"), check_output=False)
     assert made.to_dict()["objective"] == {"name": "picky", "options": {"size": 1}}
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ("losses", r"its loss is a tensor of shape \[2, \d+\], and no scalar"),
+        ("None", "its loss is None, and no scalar"),
+        ("losses.mean().detach()", "its loss depends on nothing that is trained"),
+        ("losses.sum(), losses", "beside its loss it returned a tensor of shape"),
+        ("losses.sum(), {'mine': losses.mean()}", "its figure 'mine' is a tensor of shape \\[\\]"),
+    ],
+)
+def test_a_loss_that_cannot_be_learnt_from_is_told_as_its_plugins(
+    tmp_path, returned, words
+) -> None:
+    """It was an error of torch's, which users were asked to report."""
+    wrong = f"""
+from quantadapt import SFT, Objective, hookimpl
+
+class Wrong(SFT):
+    def loss(self, model, batch, count):
+        mask = batch["attention_mask"]
+        losses = model(batch["input_ids"], attention_mask=mask, use_cache=False).logits.mean(-1)
+        return {returned}
+
+@hookimpl
+def quantadapt_objectives():
+    return [Objective("wrong", "", Wrong)]
+"""
+    install(tmp_path / "installed", "other", wrong)
+    registry.cache_clear()
+    model = qa.attach(qa.quantize(str(small_model()), "none", device="cpu"), "lora")
+    with pytest.raises(PluginError, match=f"objective Wrong: {words}"):
+        qa.train(model, objective="wrong", max_steps=1, per_device_train_batch_size=2)
 
 
 # --- planned -------------------------------------------------------------------------------------

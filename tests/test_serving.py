@@ -21,7 +21,7 @@ from quantadapt.cli.serve import _names, _paths, for_load, writers_for
 from quantadapt.errors import SpecError
 from quantadapt.generation import PromptWriter, Sampling
 from quantadapt.generation.sampling import Chooser
-from quantadapt.serving.app import Served, create_app
+from quantadapt.serving.app import Served, _sent, create_app
 from quantadapt.serving.worker import Job, Worker
 from quantadapt.testing.small_demo import small_model
 
@@ -141,9 +141,40 @@ def test_completions_of_texts_and_of_tokens(client, model, tokenizer) -> None:
     for prompt in ([], [True], [PROMPT] * 300):
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model="base", prompt=prompt)
+    with pytest.raises(openai.BadRequestError, match="logprobs=0 is not served"):
+        client.completions.create(model="base", prompt=PROMPT, logprobs=0)
+    nothing = dict.fromkeys(["n", "stream", "temperature", "logprobs", "stop", "echo", "seed"])
+    nothing |= {"frequency_penalty": 0.0, "presence_penalty": 0, "best_of": 1, "max_tokens": 6}
+    found = client.completions.create(model="base", prompt=PROMPT, extra_body=nothing)
+    assert found.choices[0].text == text  # OpenAI takes null for each option
     both = client.completions.create(model="base", prompt=[PROMPT, PROMPT], n=2, max_tokens=6)
     assert [choice.text for choice in both.choices] == [text] * 4
     assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+    assert both.usage.prompt_tokens == 2 * len(ids)  # each prompt once, as OpenAI counts
+    assert both.usage.completion_tokens == 4 * found.usage.completion_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_text_in_the_last_token_is_told_as_such(client, model, tokenizer, stream) -> None:
+    ids = tokenizer(PROMPT)["input_ids"]
+    model.set_adapter("default")
+    stop = stock(model, tokenizer, ids, 6).removeprefix(stock(model, tokenizer, ids, 5))
+    text = stock(model, tokenizer, ids, 6).partition(stop)[0]
+    found = client.completions.create(
+        model="tuned", prompt=PROMPT, max_tokens=6, stop=stop, stream=stream
+    )
+    parts = [part.choices[0] for part in found] if stream else found.choices
+    assert "".join(part.text for part in parts) == text
+    assert parts[-1].finish_reason == "stop"
+
+
+def test_an_event_is_one_line_for_every_client() -> None:
+    """httpx's iter_lines, among others, cut it in the middle of a text with such characters."""
+    text = {"text": "größe\u2028日本\x85🙂\n"}
+    sent = httpx.Response(200, text=_sent(text), headers={"Content-Type": "text/event-stream"})
+    first, *rest = sent.iter_lines()
+    assert json.loads(first.removeprefix("data: ")) == text
+    assert [*rest] == [""]
 
 
 def test_draws_repeat_with_their_seed(client) -> None:

@@ -307,6 +307,9 @@ def _row(
     _add(row.numbers, "seconds", seconds)
     said = (text for result in found.values() for text in result.get("warnings", []))
     row.warnings = [*dict.fromkeys(map(str, said))]
+    for quality, stat in row.after.items():
+        if missing := len(found) - len(stat.values):
+            row.warnings.append(f"{quality} was not measured in {missing} of {len(found)} runs")
     if failed and state == "finished":
         row.warnings.append(f"{len(failed)} of {len(states)} runs failed: {failed[0]}")
     return row

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from .. import planning
 from ..capabilities import Merge
 from ..dependencies import in_turn
-from ..errors import MergeRefused, ModelError, Problem, refuse_unknown
+from ..errors import MergeRefused, ModelError, PluginError, Problem, refuse_unknown
 from ..evaluation.held_out import held_out_data
 from ..folders.atomic import atomic_folder, refuse_occupied, refuse_overlap
 from ..planning.exports import MERGES, MergeKind, PlannedExport, as_trained_problems, export_of
@@ -91,17 +91,31 @@ def write(
 
     Raises:
         OutputError: `final` is there already, or cannot be written.
+        PluginError: what the exporter returned are no figures.
     """
     if isinstance(exporter, AdapterFolder) and final == tuned.saved:
         return dict(exporter.write(tuned, final))  # it is there since it was saved
     refuse_overlap(final, [tuned.saved, tuned.manifest.get("base"), *exporter.reads])
     refuse_occupied(final, overwrite)
     with atomic_folder(final, overwrite=overwrite, needed=exporter.needed(tuned)) as folder:
-        figures = dict(exporter.write(tuned, folder))
+        figures = _checked(exporter.write(tuned, folder), exporter)
         if not (folder / MANIFEST).exists():
             text = json.dumps(tuned.manifest, indent=2) + "\n"
             (folder / MANIFEST).write_text(text, encoding="utf-8")
         return figures
+
+
+def _checked(found: Any, exporter: Exporter) -> dict[str, Figure]:
+    """Return the figures that an exporter returned. Raises PluginError."""
+    where = f"export {type(exporter).__name__}"
+    if not isinstance(found, Mapping):
+        fix = "return figures by name, or {} where there is nothing to tell"
+        raise PluginError(f"it returned {found!r}, not figures by name", fix=fix, where=where)
+    for name, figure in found.items():
+        if not isinstance(figure, Figure):
+            what = f"figure {name!r}: it is {figure!r}, no Figure"
+            raise PluginError(what, fix=f"return Figure({figure!r})", where=where)
+    return dict(found)
 
 
 def done_words(

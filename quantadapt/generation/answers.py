@@ -94,7 +94,8 @@ def _in_rows(
 ) -> Iterator[Answer]:
     from .slots import rows_for
 
-    batch, ends, most = rows_for(model), end_ids(model, tokenizer), context_of(model)
+    batch, most = rows_for(model), context_of(model)
+    ends = end_ids(model, tokenizer, sampling.stop)
     waiting = [
         (
             Row(ids, sampling.chooser(number), _room(sampling, ids, most), ends),
@@ -123,7 +124,7 @@ def _in_rows(
 def _read(batch: Rows, row: Row, text: TextSoFar) -> str:
     """Turn the new tokens of a row into text; a text that ends the answer takes the row out."""
     new = text.add(row.tokens[len(text.tokens) :], last=bool(row.finish))
-    if text.ended and not row.finish:
+    if text.ended:
         batch.drop(row)
     return new
 
@@ -141,7 +142,7 @@ def streamed(
             yield next(_one_by_one(model, tokenizer, [ids], sampling)).text
             return
         batch, text = rows_for(model), TextSoFar(tokenizer, sampling.stop)
-        ends = end_ids(model, tokenizer)
+        ends = end_ids(model, tokenizer, sampling.stop)
         row = Row(ids, sampling.chooser(), _room(sampling, ids, context_of(model)), ends)
         batch.add([row])
         while True:
@@ -154,11 +155,16 @@ def streamed(
             batch.step()
 
 
-def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the tokens that end an answer: the model's, and the tokenizer's."""
+def end_ids(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()
+) -> frozenset[int]:
+    """Return the tokens that end an answer: the model's, the tokenizer's, and special ones that
+    `stop` names, which never become text."""
     config = getattr(base_of(model), "generation_config", None)
     own = getattr(config, "eos_token_id", None)
     found = [*(own if isinstance(own, list | tuple) else [own]), tokenizer.eos_token_id]
+    special = tokenizer.all_special_tokens if stop else ()
+    found += [tokenizer.convert_tokens_to_ids(text) for text in stop if text in special]
     return frozenset(int(token) for token in found if token is not None)
 
 
@@ -208,12 +214,13 @@ def _one_by_one(
     from transformers import LogitsProcessorList
 
     encoder_decoder, eos = is_encoder_decoder(model), tokenizer.eos_token_id
+    ends = end_ids(model, tokenizer, sampling.stop)
     for number, ids in enumerate(prompts, first):
         seen = {name: value.to(device_of(model)) for name, value in inputs_of(ids).items()}
         if encoder_decoder and eos is not None:
             ids = [*ids, eos]
         inputs = padded([list(ids)], 0).to(device_of(model))
-        config = _config(model, sampling, eos)
+        config = _config(model, sampling, ends)
         most = 0 if encoder_decoder else context_of(model)
         config.max_new_tokens = _room(sampling, ids, most)
         with torch.no_grad(), _seeded(sampling, number, device_of(model)):
@@ -222,14 +229,17 @@ def _one_by_one(
                 attention_mask=torch.ones_like(inputs),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([_checked]),
-                tokenizer=tokenizer if sampling.stop else None,
+                tokenizer=tokenizer if config.stop_strings else None,
                 **seen,
             )
-        new = output[0, 0 if encoder_decoder else len(ids) :].tolist()
+        # What a decoder begins with is no part of the answer, whatever comes before.
+        new = output[0, 1 if encoder_decoder else len(ids) :].tolist()
+        by_end = bool(new) and new[-1] in ends
+        said = new[:-1] if by_end else new
         text = TextSoFar(tokenizer, sampling.stop)
-        text.add(new, last=True)
-        ended = text.ended or new[-1:] == [eos]
-        yield Answer(text.text, len(new), len(ids), "stop" if ended else "length", (*new,))
+        text.add(said, last=True)
+        finish = "stop" if text.ended or by_end else "length"
+        yield Answer(text.text, len(said), len(ids), finish, (*new,))
 
 
 def _checked(_: Any, logits: Any) -> Any:
@@ -238,7 +248,7 @@ def _checked(_: Any, logits: Any) -> Any:
     return logits
 
 
-def _config(model: Any, sampling: Sampling, eos: int | None) -> Any:
+def _config(model: Any, sampling: Sampling, ends: frozenset[int]) -> Any:
     """Return the model's own generation config with these options in place of its own."""
     from transformers import GenerationConfig
 
@@ -251,11 +261,10 @@ def _config(model: Any, sampling: Sampling, eos: int | None) -> Any:
     config.top_k, config.typical_p = (sampling.top_k or 0) if draws else None, None
     config.repetition_penalty = sampling.repetition_penalty
     config.max_new_tokens = sampling.max_new_tokens
-    config.stop_strings = list(sampling.stop) or None
-    if config.eos_token_id is None:
-        config.eos_token_id = eos
+    config.stop_strings = [text for text in sampling.stop if text] or None
+    config.eos_token_id = sorted(ends) or None
     if config.pad_token_id is None:
-        config.pad_token_id = eos
+        config.pad_token_id = min(ends, default=None)
     return config
 
 

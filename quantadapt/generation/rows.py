@@ -130,8 +130,9 @@ class Rows:
         self._drop_done()
 
     def drop(self, row: Row) -> None:
-        """Take a row out that nobody waits for any more."""
-        row.finish = row.finish or "stop"
+        """Take a row out that nobody waits for any more; one that its last token had ended at its
+        length as well has stopped."""
+        row.finish = "stop"
         self._drop_done()
 
     def clear(self) -> None:

@@ -204,7 +204,7 @@ async def _answered(
     except Full:
         _cancel(jobs)
         raise WrongRequest("too many wait already; try again later", status=429) from None
-    counted = asked.n * sum(map(len, prompts))
+    counted = sum(map(len, prompts))  # once, as OpenAI does, however many answers
     if asked.stream:
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         body = _stream(reply, jobs, events, counted if usage else None)
@@ -305,4 +305,6 @@ async def _stream(
 
 
 def _sent(document: dict[str, Any]) -> str:
-    return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"
+    """Return an event. All but ASCII is escaped: there are ends of lines among it (U+2028, U+0085),
+    at which clients that read by Python's splitlines would cut it."""
+    return f"data: {json.dumps(document)}\n\n"

@@ -8,16 +8,16 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
 from ..generation.sampling import Sampling
 
 _OURS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0, 0.0),
+    "presence_penalty": (None, 0, 0.0),
     "logit_bias": (None, {}),
-    "logprobs": (None, False, 0),
+    "logprobs": (None, False),
     "top_logprobs": (None, 0),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
@@ -28,7 +28,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
     "audio": (None,),
 }
-"""Options that are not served, with the values that ask for nothing."""
+"""Options that are not served, with the values that ask for nothing, by type as well: `logprobs: 0`
+asks for those of the answer's own tokens."""
 
 
 class WrongRequest(Exception):
@@ -102,6 +103,14 @@ class _Request(BaseModel):
     suffix: Any = None
     audio: Any = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, given: Any) -> Any:
+        """What is null says nothing: OpenAI takes it for each option."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
+
     @field_validator("stop")
     @classmethod
     def _few(cls, value: str | list[str] | None) -> str | list[str] | None:
@@ -124,7 +133,8 @@ class _Request(BaseModel):
             WrongRequest: something is asked that is not served.
         """
         for name, nothing in _UNSUPPORTED.items():
-            if (value := getattr(self, name)) not in nothing:
+            value = getattr(self, name)
+            if not any(value == none and type(value) is type(none) for none in nothing):
                 what = f"{name}={value!r} is not served here; leave it out"
                 raise WrongRequest(what, param=name, code="unsupported_parameter")
         wanted = {name: value for name in _OURS if (value := getattr(self, name)) is not None}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.pixels import inputs_of
 from ..evaluation.predictions import evaluating
 from ..generation.answers import answers, end_ids
-from ..generation.rows import Row, Rows, takes_rows
+from ..generation.rows import Row, takes_rows
 from ..generation.sampling import Sampling
 from ..generation.text import TextSoFar
 from ..model.own_biases import without_adapter
@@ -141,10 +141,7 @@ class Worker:
                 job.tell(Event(STOPPING, "error"))
 
     def _together(self) -> None:
-        from ..generation.slots import rows_for
-
-        ends = end_ids(self._model, self.tokenizer)
-        batches = {name: _Batch(rows_for(self._model), self.tokenizer, ends) for name in self.names}
+        batches = {name: _Batch(self._model, self.tokenizer) for name in self.names}
         while not self._stopped.is_set():
             busy = sum(len(batch.jobs) for batch in batches.values())
             for job in self._new(not busy, self._max_batch - busy):
@@ -208,10 +205,11 @@ class Worker:
 class _Batch:
     """The jobs that one adapter answers."""
 
-    def __init__(
-        self, rows: Rows, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]
-    ) -> None:
-        self._rows, self._tokenizer, self._ends = rows, tokenizer, ends
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        from ..generation.slots import rows_for
+
+        self._model, self._tokenizer = model, tokenizer
+        self._rows = rows_for(model)
         self.waiting: list[Job] = []
         self.jobs: dict[Row, tuple[Job, TextSoFar]] = {}
 
@@ -234,17 +232,17 @@ class _Batch:
     def _take_in(self) -> None:
         new = {}
         for job in self.waiting:
-            row = Row(
-                job.ids, job.sampling.chooser(job.number), job.sampling.max_new_tokens, self._ends
-            )
-            new[row] = (job, TextSoFar(self._tokenizer, job.sampling.stop))
+            asked = job.sampling
+            ends = end_ids(self._model, self._tokenizer, asked.stop)
+            row = Row(job.ids, asked.chooser(job.number), asked.max_new_tokens, ends)
+            new[row] = (job, TextSoFar(self._tokenizer, asked.stop))
         self.waiting = []
         self.jobs |= new
         self._rows.add(list(new))
 
     def _tell(self, row: Row, job: Job, text: TextSoFar) -> None:
         piece = text.add(row.tokens[len(text.tokens) :], last=bool(row.finish))
-        if text.ended and not row.finish:
+        if text.ended:
             self._rows.drop(row)
         if row.error is not None:
             _fail([job], row.error)

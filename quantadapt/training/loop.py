@@ -30,6 +30,7 @@ from ..quantizing.state import note_learnt
 from .checkpoints import facts_of, set_rates
 from .exact_weights import ExactWeights
 from .lent_to_trainers import adds_to_loss
+from .losses import checked_loss
 from .progress import Progress
 from .rescue import AfterStep
 
@@ -159,7 +160,7 @@ class TrainingLoop:
             found = _shared(self.task.loss(model, inputs, count / passes), passes)
         else:
             found = self.task.loss(model, inputs, count)
-        loss, told = found if isinstance(found, tuple) else (found, {})
+        loss, told = checked_loss(self.task, found)
         self.told.append(told)
         return (loss, None) if return_outputs else loss
 

@@ -277,11 +277,11 @@ class MemoryFit:
         """
         before = self._gradients()
         state = RandomState.of(self.device)
-        again = self.device.type == "cpu" and not is_sharded(self.trainer.model)
+        again = self.device.type == "cpu"
         while True:
             try:
                 loss = self._in_parts(run, model, inputs, count)
-                if not (again and self.trainer.fused.has_learnt()):
+                if not (again and self._has_learnt()):
                     return loss
                 again = False
                 self._undo(before, state)
@@ -298,6 +298,12 @@ class MemoryFit:
             step = self.trainer.state.global_step + 1
             words = " and ".join(without) or self.describe(lower)
             self.note(f"out of memory at step {step}: from here on {words}")
+
+    def _has_learnt(self) -> bool:
+        """Say whether this step was the first to see which layers get the same input: here, or in
+        any process where they wait for each other within a pass."""
+        learnt = self.trainer.fused.has_learnt()
+        return reduced(learnt, self.device, "max") > 0 if self.together else learnt
 
     def note(self, text: str) -> None:
         """Tell what became of this process alone; the main one tells it of the others, see
