@@ -133,6 +133,9 @@ def has_host_room(needed: int, free: int) -> bool:
     return 2 * needed <= free
 
 
+BESIDE = 2 * GIB
+"""CPU memory that has to be free beside what training keeps there: for the process itself."""
+
 HOST_SHARE = 0.9
 """So much of free CPU memory inputs of layers may take."""
 

@@ -139,7 +139,8 @@ class Workload(Passes):
         """Return `setting` with as many inputs in CPU memory as that has room for."""
         if not setting.offload or setting.attention:
             return setting
-        every = rules.input_every(self.offloaded_bytes(setting), self.host_free - self.host_bytes)
+        room = max(self.host_free - self.host_bytes - rules.BESIDE, 1) if self.host_free else 0
+        every = rules.input_every(self.offloaded_bytes(setting), room)
         return replace(setting, input_every=every)
 
     @property

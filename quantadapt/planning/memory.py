@@ -19,9 +19,6 @@ from ..memory.workload import Workload
 ERROR = 0.1
 """How far predictions may be off: a run is refused only where it cannot fit all the same."""
 
-BESIDE = 2 * GIB
-"""CPU memory that has to be free beside what training keeps there: for the process itself."""
-
 MERGE_IN_LESS = (
     "merge afterwards, in CPU memory (quantadapt merge RUN --device cpu) or shard by shard onto"
     " the unquantized base (quantadapt merge RUN --onto BASE)"
@@ -248,13 +245,13 @@ class MemoryPlan:
             work = self.work_on(card)
             inputs = processes * work.offloaded_bytes(card.setting)
             bases, copies = processes * work.host_bytes, processes * self.copied
-            taken = inputs + bases + copies + BESIDE
+            taken = inputs + bases + copies + rules.BESIDE
             if host is not None and (inputs or copies) and taken > host:
                 parts = {
                     "inputs of layers take": inputs,
                     "what is streamed": bases,
                     "the adapter's start, as a reference": copies,
-                    "the process": BESIDE,
+                    "the process": rules.BESIDE,
                 }
                 words = [f"{name} {size_words(size)}" for name, size in parts.items() if size]
                 words[0] += " of it"

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import Problem
+from ..memory import rules
 from ..memory.cards import size_words
 from ..memory.experts import STACKS
 from ..memory.workload import Workload
 from ..protocols import LayerwiseQuantizer, Quantizer
 from ..spec import Spec
-from .memory import BESIDE, MemoryPlan, streamed_words
+from .memory import MemoryPlan, streamed_words
 from .processes import Parallel, rewrites_the_base
 
 Stream = Literal["none", "experts", "all"]
@@ -49,7 +50,7 @@ def ways(
     if not work.streamable or host is None or is_loaded_whole(quantizer, adopt=adopt):
         return ()
     streams = ("experts", "all") if _has_stacks(work) else ("all",)
-    return tuple(w for w in streams if replace(work, streamed=w).host_bytes + BESIDE <= host)
+    return tuple(w for w in streams if replace(work, streamed=w).host_bytes + rules.BESIDE <= host)
 
 
 def choose(
@@ -100,7 +101,7 @@ def problems(
         what = "the model has no experts that are quantized"
         yield Problem(what, "use train.stream: all", where)
         return
-    needed = processes * work.host_bytes + BESIDE
+    needed = processes * work.host_bytes + rules.BESIDE
     if host is not None and needed > host:
         bases = f"{processes} streamed bases" if processes > 1 else "a streamed base"
         there = f"{size_words(host)} are free"
