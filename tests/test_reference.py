@@ -166,6 +166,28 @@ def test_nothing_is_kept_where_the_start_is_the_base(begun) -> None:
     assert state_of(model.unload()).begun is None
 
 
+@pytest.mark.parametrize(
+    ("adapter", "option"),
+    [("lora", "init_lora_weights"), ("loha", "init_weights"), ("ia3", "init_ia3_weights")],
+)
+def test_a_start_from_random_numbers_is_kept(adapter, option) -> None:
+    """Of methods other than LoRA it was taken for the model without its adapter."""
+    base = qa.quantize(str(small_model()), "none")
+    model = qa.attach(base, adapter, seed=0, **{option: False})
+    ids = torch.tensor([[5, 6, 7, 8]])
+    logits = lambda: model.eval()(input_ids=ids).logits  # noqa: E731
+    with torch.no_grad():
+        start = logits()
+        with model.disable_adapter():
+            assert float((logits() - start).norm()) > 1e-3 * float(start.norm())
+        assert not has_reference(model)
+        assert refer_to_now(model) == sum(w.nbytes for w in weights_of(model).values())
+        moved(model, by=0.05)
+        assert not torch.equal(logits(), start)
+        with reference(model):
+            assert torch.equal(logits(), start)
+
+
 @pytest.mark.usefixtures("given")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_stage_that_was_interrupted_has_learnt(error, functions, tmp_path) -> None:

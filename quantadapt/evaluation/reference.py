@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 FILE = "reference.safetensors"
 """In a checkpoint: those weights, by name."""
+_AT_RANDOM = ("init_lora_weights", "init_weights", "init_ia3_weights")
+"""Options of PEFT's methods: where one is False, an adapter starts from random numbers."""
 
 
 def has_reference(model: Any) -> bool:
@@ -58,8 +60,9 @@ def starts_as_its_base(model: Any) -> bool:
 
 def adds_nothing(adapter: Adapter, options: Mapping[str, Any]) -> bool:
     """Say whether an adapter that has just been attached is the base, by its method and options."""
-    start = options.get("init_lora_weights", True)
-    return adapter.start != Start.CHANGED and start in (True, "gaussian", "eva")
+    if adapter.start == Start.CHANGED or any(options.get(name) is False for name in _AT_RANDOM):
+        return False
+    return options.get("init_lora_weights", True) in (True, "gaussian", "eva")
 
 
 def refer_to_now(model: Any) -> int:
