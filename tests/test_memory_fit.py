@@ -31,7 +31,7 @@ from quantadapt.memory.shape import Shape
 from quantadapt.objectives.sft import SFT
 from quantadapt.registry import registry
 from quantadapt.spec import TrainSpec
-from quantadapt.training import train
+from quantadapt.training import memory_fit, train
 from quantadapt.training.memory_fit import MemoryFit
 from quantadapt.training.recomputing import CpuInputs, Recomputer, decoder_layers
 from quantadapt.training.setting_search import Probe, choose, lowered
@@ -220,6 +220,28 @@ def test_running_out_of_memory_changes_no_number(options, tokenizer, data, tmp_p
         "out of memory at step"
     ] * 2
     assert "from here on 1 of 4 layers recomputed" in notes[0]
+
+
+def test_what_is_told_is_what_comes(tokenizer, data, tmp_path, monkeypatch) -> None:
+    """Not the setting that was asked for, where CPU memory has no room for it."""
+    monkeypatch.setattr(memory_fit, "host_memory", lambda: 1000)
+    model, notes = adapted(), Notes()
+    RunsOut(model, 1, 2, 3, 4)
+    found = trained(model, tokenizer, data, tmp_path, notes, max_steps=1)
+    assert found.setting == Setting(LAYERS, True, BATCH, input_every=2)
+    words = "4 of 4 layers recomputed, the input of every second one in CPU memory"
+    assert notes[-1] == f"out of memory at step 1: from here on {words}"
+
+
+def test_buffers_are_used_again_for_what_is_as_large() -> None:
+    """Small ones for small tensors, in whatever order they were given back."""
+    inputs, sizes = CpuInputs(), [64, 1, 64, 1]
+    buffers = [inputs.take(torch.empty(size)) for size in sizes]
+    for buffer in buffers:
+        inputs.give(buffer)
+    taken = [inputs.take(torch.empty(size)) for size in reversed(sizes)]
+    assert [buffer.nbytes for buffer in taken] == [4 * size for size in reversed(sizes)]
+    assert {b.data_ptr() for b in taken} == {b.data_ptr() for b in buffers}
 
 
 def test_memory_that_never_suffices_is_told(tokenizer, data, tmp_path) -> None:

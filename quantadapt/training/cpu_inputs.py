@@ -80,11 +80,11 @@ class CpuInputs:
         return stored
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Return a buffer with room for `tensor`: flat, of bytes. Raises ModelError where there is
-        no memory for it."""
-        for index, buffer in enumerate(self._free):
-            if buffer.numel() >= tensor.nbytes:
-                return self._free.pop(index)
+        """Return a buffer with room for `tensor`: flat, of bytes; the smallest that is free, as
+        others are for larger ones. Raises ModelError where there is no memory for it."""
+        sizes = [(buffer.numel(), index) for index, buffer in enumerate(self._free)]
+        if fitting := [found for found in sizes if found[0] >= tensor.nbytes]:
+            return self._free.pop(min(fitting)[1])
         if self._free:  # all too small, and never to be used again
             self._forget(self._free.pop())
         if not tensor.is_cuda:

@@ -296,7 +296,7 @@ class MemoryFit:
             self._undo(before, state)
             self.apply(lower)
             step = self.trainer.state.global_step + 1
-            words = " and ".join(without) or self.describe(lower)
+            words = " and ".join(without) or self.describe(self.setting)
             self.note(f"out of memory at step {step}: from here on {words}")
 
     def _has_learnt(self) -> bool:
